@@ -1,0 +1,83 @@
+"""A runner without a model, whose next id depends on every token that its paged cache holds for the sequence.
+
+It stores token ids where a model would store keys and values, reads them back through the block tables, and hashes
+them into the next id. A wrong block, a stale one, one handed out twice or a lost token changes the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from zlib import crc32
+
+from vllmlite.engine.engine import StepResult
+from vllmlite.engine.scheduler import Limits, Schedule
+
+VOCAB = 97
+EOS = 0
+
+
+def next_id(context: Sequence[int], banned: Collection[int] = ()) -> int:
+    """The id that follows ``context``: a hash of all of it, moved past ``banned`` ids."""
+    token_id = crc32(bytes(context)) % VOCAB
+    while token_id in banned:
+        token_id = (token_id + 1) % VOCAB
+    return token_id
+
+
+def expected(prompt: Sequence[int], max_tokens: int, *, eos: Collection[int] = (EOS,), min_tokens: int = 0) -> list[int]:
+    """What a request must give however it is scheduled."""
+    context = list(prompt)
+    for index in range(max_tokens):
+        context.append(next_id(context, eos if index < min_tokens else ()))
+        if context[-1] in eos:
+            break
+    return context[len(prompt) :]
+
+
+class FakeRunner:
+    """Runs schedules on a cache of token ids; fails at step ``fail_at`` if told to."""
+
+    def __init__(self, limits: Limits, fail_at: int = -1) -> None:
+        self.block_size = limits.block_size
+        self.cache = [-1] * (limits.num_blocks * limits.block_size)
+        self.tables: list[list[int]] = [[] for _ in range(limits.max_num_seqs)]
+        self.known: list[list[int]] = [[] for _ in range(limits.max_num_seqs)]
+        self.last = [-1] * limits.max_num_seqs
+        self.steps = 0
+        self.fail_at = fail_at
+        self.tokens_run = 0
+
+    def launch(self, schedule: Schedule) -> StepResult:
+        self.steps += 1
+        if self.steps == self.fail_at:
+            raise RuntimeError("told to fail")
+        for admission in schedule.admissions:
+            self.tables[admission.slot] = []
+            self.known[admission.slot] = list(admission.token_ids)
+        for slot, column, block in zip(
+            schedule.block_slots, schedule.block_columns, schedule.block_ids, strict=True
+        ):
+            assert column == len(self.tables[slot]), "block tables only append"
+            self.tables[slot].append(block)
+        rows = list(zip(schedule.slots, schedule.starts, schedule.counts, strict=True))
+        assert len({slot for slot, _, _ in rows}) == len(rows), "a slot runs once a step"
+        assert schedule.num_tokens == sum(schedule.counts)
+        self.tokens_run += schedule.num_tokens
+        for slot, start, count in rows:
+            for position in range(start, start + count):
+                known = self.known[slot]
+                token_id = known[position] if position < len(known) else self.last[slot]
+                self.cache[self._address(slot, position)] = token_id
+        result = StepResult([])
+        for row, (slot, start, count) in enumerate(rows):
+            if schedule.samples[row]:
+                context = [self.cache[self._address(slot, p)] for p in range(start + count)]
+                self.last[slot] = next_id(context, schedule.banned.get(row, ()))
+                result.token_ids.append(self.last[slot])
+        return result
+
+    def collect(self, handle: StepResult) -> StepResult:
+        return handle
+
+    def _address(self, slot: int, position: int) -> int:
+        return self.tables[slot][position // self.block_size] * self.block_size + position % self.block_size

@@ -1,0 +1,344 @@
+"""Engine policy without a model: whatever is scheduled around it, a request gives what it gives alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from fake_runner import EOS, VOCAB, FakeRunner, expected
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllmlite.engine.engine import Engine
+from vllmlite.engine.scheduler import Limits
+from vllmlite.errors import ParameterError
+from vllmlite.sampling_params import SamplingParams
+
+
+def make_engine(
+    num_blocks: int = 64,
+    block_size: int = 4,
+    *,
+    max_num_seqs: int = 8,
+    budget: int = 64,
+    max_model_len: int | None = None,
+    caching: bool = True,
+    depth: int = 1,
+    fail_at: int = -1,
+) -> tuple[Engine, FakeRunner]:
+    limits = Limits(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=max_model_len or num_blocks * block_size,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        enable_prefix_caching=caching,
+    )
+    runner = FakeRunner(limits, fail_at)
+    return Engine(limits, runner, vocab_size=VOCAB, eos_ids=[EOS], steps_in_flight=depth), runner
+
+
+def run(engine: Engine, limit: int = 10_000) -> dict[str, tuple[list[int], str | None]]:
+    """Step to the end, checking integrity after each step; id → output and finish reason."""
+    done: dict[str, tuple[list[int], str | None]] = {}
+    steps = 0
+    while engine.has_unfinished_requests():
+        steps += 1
+        assert steps < limit, "starved"
+        for output in engine.step():
+            ids, _ = done.get(output.request_id, ([], None))
+            done[output.request_id] = (ids + output.new_token_ids, output.finish_reason)
+        engine.scheduler.check_integrity()
+    return done
+
+
+def assert_idle(engine: Engine) -> None:
+    engine.step()
+    assert engine.scheduler.pool.num_used == 0
+    assert not engine.scheduler.has_requests()
+    engine.scheduler.check_integrity()
+
+
+@dataclass
+class Arrival:
+    step: int
+    prompt: list[int]
+    max_tokens: int
+    min_tokens: int
+    priority: int
+    abort_after: int | None
+
+
+arrivals = st.builds(
+    Arrival,
+    step=st.integers(0, 20),
+    # few distinct ids and a common start, so that prefixes are shared
+    prompt=st.builds(
+        lambda common, rest: [7] * common + rest,
+        st.integers(0, 20),
+        st.lists(st.integers(1, 3), min_size=1, max_size=20),
+    ),
+    max_tokens=st.integers(1, 24),
+    min_tokens=st.integers(0, 4),
+    priority=st.integers(-1, 1),
+    abort_after=st.none() | st.integers(0, 10),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    requests=st.lists(arrivals, min_size=1, max_size=14),
+    spare_blocks=st.integers(0, 20),
+    block_size=st.sampled_from([1, 2, 4, 16]),
+    max_num_seqs=st.integers(1, 6),
+    budget=st.integers(1, 40),
+    caching=st.booleans(),
+    depth=st.integers(1, 3),
+)
+def test_any_load_gives_what_each_request_gives_alone(
+    requests: list[Arrival],
+    spare_blocks: int,
+    block_size: int,
+    max_num_seqs: int,
+    budget: int,
+    caching: bool,
+    depth: int,
+) -> None:
+    max_model_len = 65
+    num_blocks = -(-max_model_len // block_size) + spare_blocks
+    engine, _ = make_engine(
+        num_blocks,
+        block_size,
+        max_num_seqs=max_num_seqs,
+        budget=budget,
+        max_model_len=max_model_len,
+        caching=caching,
+        depth=depth,
+    )
+    outputs: dict[str, list[int]] = {str(i): [] for i in range(len(requests))}
+    finished: dict[str, str | None] = {}
+    pending = {str(i): arrival for i, arrival in enumerate(requests)}
+    born: dict[str, int] = {}
+    step = 0
+    while pending or engine.has_unfinished_requests():
+        for name in [n for n, a in pending.items() if a.step <= step]:
+            arrival = pending.pop(name)
+            params = SamplingParams(
+                temperature=0,
+                max_tokens=arrival.max_tokens,
+                min_tokens=min(arrival.min_tokens, arrival.max_tokens),
+            )
+            engine.add_request(name, arrival.prompt, params, priority=arrival.priority)
+            born[name] = step
+        for name, at in born.items():
+            abort_after = requests[int(name)].abort_after
+            if abort_after is not None and step == at + abort_after and engine.finish(name):
+                finished[name] = "abort"
+        for output in engine.step():
+            assert output.request_id not in finished, "nothing comes after the end"
+            outputs[output.request_id] += output.new_token_ids
+            if output.finish_reason:
+                finished[output.request_id] = output.finish_reason
+        engine.scheduler.check_integrity()
+        step += 1
+        assert step < 5_000, "starved"
+    for name, arrival in enumerate(requests):
+        want = expected(arrival.prompt, arrival.max_tokens, min_tokens=min(arrival.min_tokens, arrival.max_tokens))
+        got = outputs[str(name)]
+        if finished[str(name)] == "abort":
+            assert got == want[: len(got)]
+        else:
+            assert got == want
+            assert finished[str(name)] == ("stop" if want[-1] == EOS else "length")
+    assert_idle(engine)
+
+
+def test_first_come_first_served_under_preemption() -> None:
+    """With a pool for little more than one sequence, the oldest is never the one to lose its blocks."""
+    engine, _ = make_engine(num_blocks=10, block_size=4, max_model_len=40, caching=False)
+    for name in "abcd":
+        engine.add_request(name, [1, 2, 3], SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
+    order = []
+    while engine.has_unfinished_requests():
+        order += [o.request_id for o in engine.step() if o.finish_reason]
+        engine.scheduler.check_integrity()
+    assert order == ["a", "b", "c", "d"]
+    assert engine.current_stats().num_preemptions > 0
+
+
+def test_priority_overtakes_and_survives() -> None:
+    engine, _ = make_engine(num_blocks=10, block_size=4, max_model_len=40, max_num_seqs=1)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    engine.add_request("first", [1], params, priority=5)
+    engine.add_request("late but urgent", [2], params, priority=-1)
+    order = []
+    while engine.has_unfinished_requests():
+        order += [o.request_id for o in engine.step() if o.finish_reason]
+    assert order == ["late but urgent", "first"]
+
+
+def test_prefix_is_computed_once() -> None:
+    engine, runner = make_engine(num_blocks=64, block_size=4)
+    prompt = list(range(1, 34))
+    engine.add_request("cold", prompt, SamplingParams(temperature=0, max_tokens=1))
+    run(engine)
+    cold = runner.tokens_run
+    request = engine.add_request("warm", prompt, SamplingParams(temperature=0, max_tokens=1))
+    run(engine)
+    assert cold == len(prompt)
+    assert runner.tokens_run - cold == 1  # 32 tokens in 8 full blocks are cached
+    assert request.num_cached_tokens == 32
+    assert engine.current_stats().prefix_cache_hits == 32
+
+
+def test_a_whole_cached_prompt_leaves_its_last_token_to_compute() -> None:
+    engine, _ = make_engine(num_blocks=64, block_size=4)
+    prompt = list(range(1, 33))
+    for name in ("cold", "warm"):
+        request = engine.add_request(name, prompt, SamplingParams(temperature=0, max_tokens=1))
+        run(engine)
+    assert request.num_cached_tokens == 28
+
+
+def test_salt_keeps_prefixes_apart() -> None:
+    engine, _ = make_engine()
+    prompt = list(range(1, 34))
+    found = []
+    for name, salt in (("a", "alice"), ("b", "bob"), ("c", "alice"), ("d", None)):
+        request = engine.add_request(name, prompt, SamplingParams(temperature=0, max_tokens=1), cache_salt=salt)
+        run(engine)
+        found.append(request.num_cached_tokens)
+    assert found == [0, 0, 32, 0]
+
+
+def test_generated_text_is_cached_too() -> None:
+    engine, _ = make_engine(num_blocks=64, block_size=4)
+    prompt = list(range(1, 10))
+    engine.add_request("turn 1", prompt, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    answer = run(engine)["turn 1"][0]
+    request = engine.add_request("turn 2", prompt + answer + [5, 6], SamplingParams(temperature=0, max_tokens=1))
+    run(engine)
+    assert request.num_cached_tokens == 28  # 29 tokens, of which the last answer id's block is not full
+
+
+def test_least_recently_used_prefix_goes_first() -> None:
+    engine, _ = make_engine(num_blocks=16, block_size=4, max_model_len=33)
+    one = SamplingParams(temperature=0, max_tokens=1)
+    for name, first in (("a", 1), ("b", 2), ("a again", 1), ("c", 3)):
+        engine.add_request(name, [first] * 25, one)
+        run(engine)
+    again = engine.add_request("a once more", [1] * 25, one)
+    run(engine)
+    assert again.num_cached_tokens == 24
+    lost = engine.add_request("b once more", [2] * 25, one)
+    run(engine)
+    assert (lost.num_cached_tokens or 0) < 24
+
+
+def test_little_memory_is_wasted() -> None:
+    """Only last blocks are partly filled: under 4 % at the nano workload's lengths (100-1024 in and out)."""
+    rng = random.Random(0)
+    engine, _ = make_engine(num_blocks=40_000, block_size=16, max_num_seqs=256, budget=2**20, max_model_len=2048)
+    total = 0
+    for index in range(256):
+        length = rng.randint(100, 1024)
+        total += length
+        engine.add_request(str(index), [index % 89 + 1] * length, SamplingParams(temperature=0, max_tokens=1024))
+    engine.step()
+    held = engine.scheduler.pool.num_used * 16
+    assert 1 - (total + len(engine.scheduler.running)) / held < 0.04
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(depth: int) -> None:
+    engine, _ = make_engine(depth=depth, fail_at=3, max_num_seqs=2)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    for name in "abc":
+        engine.add_request(name, [1, 2, 3, 4, 5], params)
+    done = run(engine)
+    assert done["a"][1] == done["b"][1] == "error"
+    assert done["c"] == (expected([1, 2, 3, 4, 5], 8, eos=()), "length")
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "field"),
+    [
+        ([], {}, "prompt"),
+        ([1] * 40, {}, "prompt"),
+        ([VOCAB], {}, "prompt_token_ids"),
+        ([-1], {}, "prompt_token_ids"),
+        ([1], {"stop_token_ids": [VOCAB]}, "stop_token_ids"),
+        ([1], {"allowed_token_ids": [VOCAB]}, "allowed_token_ids"),
+        ([1], {"logit_bias": {VOCAB: 1.0}}, "logit_bias"),
+        ([1], {"allowed_token_ids": [EOS], "min_tokens": 1}, "allowed_token_ids"),
+    ],
+)
+def test_impossible_requests_are_refused_and_the_next_one_served(
+    prompt: list[int], params: dict[str, object], field: str
+) -> None:
+    engine, _ = make_engine(num_blocks=10, block_size=4, max_model_len=40)
+    with pytest.raises(ParameterError) as error:
+        engine.add_request("bad", prompt, SamplingParams(temperature=0, **params))  # type: ignore[arg-type]
+    assert error.value.field == field
+    engine.add_request("good", [1, 2], SamplingParams(temperature=0, max_tokens=4))
+    assert run(engine)["good"][0] == expected([1, 2], 4)
+    assert_idle(engine)
+
+
+def test_a_running_id_is_refused_and_a_finished_one_may_come_again() -> None:
+    engine, _ = make_engine()
+    engine.add_request("x", [1], SamplingParams(temperature=0, max_tokens=2))
+    with pytest.raises(ParameterError, match="in use"):
+        engine.add_request("x", [1], SamplingParams())
+    run(engine)
+    engine.add_request("x", [1], SamplingParams(temperature=0, max_tokens=2))
+    run(engine)
+
+
+def test_the_context_ends_a_request_without_max_tokens() -> None:
+    engine, _ = make_engine(num_blocks=10, block_size=4, max_model_len=40)
+    engine.add_request("x", [1] * 30, SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
+    ids, reason = run(engine)["x"]
+    assert (len(ids), reason) == (10, "length")
+
+
+def test_prompt_truncation_keeps_the_end() -> None:
+    engine, _ = make_engine(num_blocks=10, block_size=4, max_model_len=40)
+    prompt = [i % 90 + 1 for i in range(100)]
+    cut = engine.add_request("cut", prompt, SamplingParams(temperature=0, truncate_prompt_tokens=5))
+    assert cut.prompt_token_ids == prompt[-5:]
+    fit = engine.add_request("fit", prompt, SamplingParams(temperature=0, truncate_prompt_tokens=-1, max_tokens=8))
+    assert fit.prompt_token_ids == prompt[-32:]
+    run(engine)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_stop_token_reason(depth: int) -> None:
+    engine, _ = make_engine(depth=depth)
+    want = expected([1, 2, 3], 8, eos=())
+    stop = want[4]
+    engine.add_request("x", [1, 2, 3], SamplingParams(temperature=0, max_tokens=8, stop_token_ids=[stop]))
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    assert [o.new_token_ids[0] for o in outputs] == want[: want.index(stop) + 1]
+    assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", stop)
+    assert_idle(engine)
+
+
+def test_bad_words_are_banned_where_their_beginning_stands() -> None:
+    engine, _ = make_engine(depth=2)
+    want = expected([1, 2, 3], 6, eos=())
+    word = want[2:4]
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    engine.add_request("x", [1, 2, 3], params, bad_words=[word])
+    got, _ = run(engine)["x"]
+    assert got[:3] == want[:3]
+    assert got[3] != want[3]
+
+
+def test_a_pool_too_small_for_one_sequence_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not hold"):
+        make_engine(num_blocks=2, block_size=4, max_model_len=9)

@@ -1,0 +1,306 @@
+"""The engine: requests in, token ids out, one step at a time.
+
+A step is scheduled, launched on a runner, and collected; up to ``steps_in_flight`` steps are launched before the
+oldest is collected, so that a runner whose work is asynchronous never waits for the host. Everything here is plain
+Python over integers; the runner is the only thing that knows a model.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, Protocol
+
+from vllmlite.engine.block_pool import root_digest
+from vllmlite.engine.request import Request, Status
+from vllmlite.engine.scheduler import Limits, Schedule, Scheduler
+from vllmlite.errors import ParameterError
+from vllmlite.outputs import EngineStats, RequestMetrics
+from vllmlite.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log-probability and rank of a token, and the most likely ids of its position, descending."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top: list[float]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step left: entry i belongs to the i-th row that sampled."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """Row → the prompt tokens that follow the row's tokens, in order."""
+
+
+class Runner(Protocol):
+    """Runs schedules on a model. Steps are launched and collected in the same order."""
+
+    def launch(self, schedule: Schedule) -> Any:
+        """Start a step; the handle goes to :meth:`collect`."""
+        ...
+
+    def collect(self, handle: Any) -> StepResult:
+        """Wait for a step and return what it sampled."""
+        ...
+
+
+@dataclass(slots=True)
+class EngineOutput:
+    """What one step gave one request. After ``finish_reason`` is set nothing more comes."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: int | str | None
+    num_cached_tokens: int
+    metrics: RequestMetrics
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Set once, when the whole prompt's are known: positions 1 up to its length."""
+    error: str | None = None
+    """Why ``finish_reason`` is ``error``."""
+
+
+class Engine:
+    """Admits requests, drives steps, applies stop conditions."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        runner: Runner,
+        *,
+        vocab_size: int,
+        eos_ids: Sequence[int] = (),
+        steps_in_flight: int = 1,
+        seed: int = 0,
+        max_logprobs: int = -1,
+    ) -> None:
+        """An engine without requests; ``seed`` is what requests without a seed of their own derive theirs from."""
+        self.scheduler = Scheduler(limits)
+        self.stats = EngineStats(num_blocks=limits.num_blocks, block_size=limits.block_size)
+        self._runner = runner
+        self._vocab_size = vocab_size
+        self._eos_ids = frozenset(eos_ids)
+        self._steps_in_flight = steps_in_flight
+        self._seed = seed
+        self._max_logprobs = max_logprobs
+        self._requests: dict[str, Request] = {}
+        self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
+        self._in_flight: deque[tuple[Schedule, list[Request], Any]] = deque()
+        self._num_added = 0
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        bad_words: Sequence[Sequence[int]] = (),
+        priority: int = 0,
+        cache_salt: str | None = None,
+        arrival_time: float | None = None,
+    ) -> Request:
+        """Queue a request. Raises :class:`ParameterError`, and takes nothing in, if it can never be served.
+
+        ``bad_words`` are token sequences; ``cache_salt`` keeps its prefix-cache blocks apart from other salts'."""
+        if request_id in self._requests:
+            raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
+        params.check_vocabulary(self._vocab_size, self._max_logprobs)
+        prompt = self._checked_prompt(list(prompt_token_ids), params)
+        stop_ids = frozenset(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            stop_ids |= self._eos_ids
+        _check_something_is_allowed(params, bad_words, stop_ids | self._eos_ids)
+        longest = self.scheduler.limits.max_model_len
+        if params.max_tokens is not None:
+            longest = min(longest, len(prompt) + params.max_tokens)
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=prompt,
+            params=params,
+            seed=self._derive_seed() if params.seed is None else params.seed % 2**64,
+            max_total_tokens=longest,
+            stop_ids=stop_ids,
+            eos_ids=self._eos_ids,
+            root=root_digest("salt", cache_salt or ""),
+            metrics=RequestMetrics(time.monotonic() if arrival_time is None else arrival_time),
+            bad_words=[tuple(word) for word in bad_words],
+            priority=priority,
+            order=self._num_added,
+        )
+        self._num_added += 1
+        self._requests[request_id] = request
+        self.scheduler.add(request)
+        self.stats.num_prompt_tokens += len(prompt)
+        return request
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._requests)
+
+    def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> bool:
+        """End a request from outside: ``abort``, or ``stop`` for a stop string. False if it is not there (any more)."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._end(request, reason, stop_reason)
+        return True
+
+    def step(self) -> list[EngineOutput]:
+        """Launch steps until ``steps_in_flight`` are, collect the oldest, and report what it gave each request.
+
+        A step that raises ends the requests that it and any other step in flight held with ``error``; the engine
+        and the waiting requests go on."""
+        try:
+            while len(self._in_flight) < self._steps_in_flight:
+                schedule, rows = self.scheduler.schedule(time.monotonic())
+                if not rows:
+                    break
+                self._in_flight.append((schedule, rows, None))
+                self._in_flight[-1] = (schedule, rows, self._runner.launch(schedule))
+                self.stats.num_steps += 1
+            if not self._in_flight:
+                return []
+            schedule, rows, handle = self._in_flight[0]
+            result = self._runner.collect(handle)
+        except Exception as error:
+            logger.exception("a step failed; its requests end with an error")
+            return self._fail(error)
+        self._in_flight.popleft()
+        return self._take_in(schedule, rows, result)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix."""
+        self.scheduler.pool.forget_all()
+
+    def current_stats(self) -> EngineStats:
+        """Counters up to now."""
+        scheduler, stats = self.scheduler, self.stats
+        stats.num_running = len(scheduler.running)
+        stats.num_waiting = scheduler.num_waiting
+        stats.num_used_blocks = scheduler.pool.num_used
+        stats.peak_used_blocks = scheduler.pool.peak_used
+        stats.num_preemptions = scheduler.num_preemptions
+        stats.prefix_cache_queries = scheduler.prefix_queries
+        stats.prefix_cache_hits = scheduler.prefix_hits
+        return stats
+
+    def _checked_prompt(self, prompt: list[int], params: SamplingParams) -> list[int]:
+        longest = self.scheduler.limits.max_model_len
+        if params.truncate_prompt_tokens is not None:
+            keep = params.truncate_prompt_tokens
+            prompt = prompt[-(max(longest - (params.max_tokens or 1), 1) if keep == -1 else keep) :]
+        if not prompt:
+            raise ParameterError("prompt", "", "must hold at least one token")
+        if len(prompt) >= longest:
+            raise ParameterError(
+                "prompt", f"{len(prompt)} tokens", f"must be shorter than max_model_len, {longest} tokens"
+            )
+        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise ParameterError("prompt_token_ids", wrong, f"must be ids from 0 to {self._vocab_size - 1}")
+        return prompt
+
+    def _derive_seed(self) -> int:
+        return int.from_bytes(sha256(f"{self._seed}/{self._num_added}".encode()).digest()[:8], "little")
+
+    def _take_in(self, schedule: Schedule, rows: list[Request], result: StepResult) -> list[EngineOutput]:
+        now = time.monotonic()
+        outputs: list[EngineOutput] = []
+        if result.prompt_logprobs:
+            self._keep_prompt_logprobs(schedule, rows, result.prompt_logprobs)
+        logprobs = result.logprobs
+        sampled = 0
+        for row, samples in enumerate(schedule.samples):
+            if not samples:
+                continue
+            token_id = result.token_ids[sampled]
+            sampled += 1
+            request = rows[row]
+            if request.status is Status.FINISHED:
+                continue
+            self.scheduler.collected(request, token_id)
+            metrics = request.metrics
+            if metrics.first_token_time is None:
+                metrics.first_token_time = now
+            reason: str | None = None
+            stop_reason: int | None = None
+            if token_id in request.stop_ids:
+                reason = "stop"
+                stop_reason = None if token_id in request.eos_ids and not request.params.ignore_eos else token_id
+            elif request.num_tokens - request.num_in_flight >= request.max_total_tokens:
+                reason = "length"
+            output = EngineOutput(
+                request.request_id, [token_id], reason, stop_reason, request.num_cached_tokens or 0, metrics
+            )
+            if logprobs is not None and request.params.logprobs is not None:
+                output.logprobs = logprobs[sampled - 1]
+            if request.params.prompt_logprobs is not None:
+                output.prompt_logprobs = self._prompt_logprobs.pop(request.request_id, None)
+            if reason is not None:
+                self._end(request, reason, stop_reason, now)
+            outputs.append(output)
+        self.stats.num_generation_tokens += len(outputs)
+        return outputs
+
+    def _keep_prompt_logprobs(
+        self, schedule: Schedule, rows: list[Request], found: dict[int, list[TokenLogprobs]]
+    ) -> None:
+        for row, entries in found.items():
+            if rows[row].status is not Status.FINISHED:
+                kept = self._prompt_logprobs.setdefault(rows[row].request_id, [])
+                kept[schedule.starts[row] :] = entries
+
+    def _end(
+        self, request: Request, reason: str, stop_reason: int | str | None, now: float | None = None
+    ) -> None:
+        self.scheduler.finish(request, reason, stop_reason, time.monotonic() if now is None else now)
+        del self._requests[request.request_id]
+        self._prompt_logprobs.pop(request.request_id, None)
+
+    def _fail(self, error: Exception) -> list[EngineOutput]:
+        """End every request of the steps in flight; their blocks hold nobody knows what, so no prefix survives."""
+        outputs = []
+        for _, rows, _ in self._in_flight:
+            for request in rows:
+                if request.status is Status.FINISHED:
+                    continue
+                self._end(request, "error", None)
+                outputs.append(
+                    EngineOutput(
+                        request.request_id, [], "error", None, request.num_cached_tokens or 0, request.metrics,
+                        error=f"{type(error).__name__}: {error}",
+                    )
+                )  # fmt: skip
+        self._in_flight.clear()
+        self.scheduler.pool.forget_all()
+        return outputs
+
+
+def _check_something_is_allowed(
+    params: SamplingParams, bad_words: Sequence[Sequence[int]], ends: frozenset[int]
+) -> None:
+    """Refuse an ``allowed_token_ids`` of which bad words or ``min_tokens`` leave nothing."""
+    if params.allowed_token_ids is None:
+        return
+    banned = {word[-1] for word in bad_words}
+    if params.min_tokens > 0:
+        banned |= ends
+    if not set(params.allowed_token_ids) - banned:
+        raise ParameterError(
+            "allowed_token_ids", params.allowed_token_ids, "must leave an id that bad_words and min_tokens do not ban"
+        )

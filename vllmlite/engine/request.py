@@ -1,0 +1,114 @@
+"""A request as the scheduler sees it: token counts, blocks, limits, and how it ended."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from vllmlite.outputs import RequestMetrics
+from vllmlite.sampling_params import SamplingParams
+
+
+class Status(Enum):
+    """Where a request is. Only RUNNING ones hold a slot and blocks."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence: a prompt and what grows out of it.
+
+    ``num_tokens`` counts every token known to exist: prompt, output, and ids sampled by a step that has not been
+    collected (``num_in_flight``). ``num_computed_tokens`` counts those whose keys and values are in the cache once
+    the launched steps are done. The scheduler's one rule is to let computed catch up with known.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    max_total_tokens: int
+    """Prompt and output together never exceed this."""
+    stop_ids: frozenset[int]
+    """Ids that end the output: the model's end-of-text ids (unless ignored) and ``params.stop_token_ids``."""
+    eos_ids: frozenset[int]
+    root: bytes
+    """Parent digest of the first block."""
+    metrics: RequestMetrics
+    bad_words: Sequence[Sequence[int]] = ()
+    """Token sequences whose last id is banned where the rest stands at the end of the output."""
+    priority: int = 0
+    order: int = 0
+    """Arrival number; with ``priority`` the key by which requests are served and, from the end, preempted."""
+
+    status: Status = Status.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+    num_in_flight: int = 0
+    num_computed_tokens: int = 0
+    num_cached_tokens: int | None = None
+    """Prompt tokens found in the prefix cache at the first admission."""
+    num_preemptions: int = 0
+    slot: int = -1
+    blocks: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
+    """Digests of the full blocks whose tokens are known."""
+    num_named: int = 0
+    """How many of ``blocks`` have been offered to the prefix cache."""
+    next_name_at: int = sys.maxsize
+    """Known and computed tokens at which the next block is full (never, without prefix caching)."""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    reads_text: bool = False
+    """Whether the next mask depends on the ids of the output, so that a step must wait for the one before."""
+    has_bans: bool = False
+    """Whether :meth:`banned_ids` can be other than empty."""
+
+    def __post_init__(self) -> None:
+        """Derive counters and flags."""
+        self.num_tokens = len(self.prompt_token_ids)
+        self.reads_text = any(len(word) > 1 for word in self.bad_words)
+        self.has_bans = bool(self.bad_words) or self.params.min_tokens > 0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Order of service: smaller first."""
+        return (self.priority, self.order)
+
+    @property
+    def num_known_ids(self) -> int:
+        """Tokens whose ids the host has."""
+        return self.num_tokens - self.num_in_flight
+
+    def known_ids(self, start: int, stop: int) -> list[int]:
+        """Ids of positions ``start`` up to ``stop`` (at most :attr:`num_known_ids`)."""
+        prompt = len(self.prompt_token_ids)
+        if stop <= prompt:
+            return self.prompt_token_ids[start:stop]
+        if start >= prompt:
+            return self.output_token_ids[start - prompt : stop - prompt]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - prompt]
+
+    def banned_ids(self) -> list[int]:
+        """Ids that the next token may not be: ends before ``min_tokens``, and completions of bad words."""
+        banned: list[int] = []
+        if self.num_tokens - len(self.prompt_token_ids) < self.params.min_tokens:
+            banned.extend(self.stop_ids | self.eos_ids)
+        output = self.output_token_ids
+        for word in self.bad_words:
+            prefix = list(word[:-1])
+            if not prefix or output[-len(prefix) :] == prefix:
+                banned.append(word[-1])
+        return banned
+
+    def finish(self, reason: str, stop_reason: int | str | None, now: float) -> None:
+        """Record how the request ended."""
+        self.status = Status.FINISHED
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+        self.metrics.finished_time = now

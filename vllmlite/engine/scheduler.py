@@ -1,0 +1,287 @@
+"""Who runs how many tokens in a step.
+
+One rule: every step hands out tokens from a budget until each request's computed tokens have caught up with its known
+ones. A prompt, a chunk of one, a single decode step, the rest of a prompt after a prefix hit, the recomputation after
+a preemption are all that rule. Requests are served in the order of their key; when blocks run out, the running
+request with the largest key gives its blocks back and computes again later.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from vllmlite.engine.block_pool import BlockPool, chain_digest
+from vllmlite.engine.request import Request, Status
+from vllmlite.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds a step and the pool."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    enable_prefix_caching: bool = True
+
+
+@dataclass(slots=True)
+class Admission:
+    """A sequence takes a slot: all a runner needs to know of it for as long as it holds the slot."""
+
+    slot: int
+    token_ids: list[int]
+    """Prompt, and the output so far where the sequence was preempted."""
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step, as plain values in columns: entry r of ``slots``, ``starts``, ``counts`` and ``samples`` is row r."""
+
+    admissions: list[Admission] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    """Position of the row's first token."""
+    counts: list[int] = field(default_factory=list)
+    """Tokens of the row."""
+    samples: list[bool] = field(default_factory=list)
+    """Whether the row's last token is the last known one, so that the next id is sampled."""
+    block_slots: list[int] = field(default_factory=list)
+    """With the next two: block ``block_ids[i]`` is appended as column ``block_columns[i]`` of a slot's block table."""
+    block_columns: list[int] = field(default_factory=list)
+    block_ids: list[int] = field(default_factory=list)
+    banned: dict[int, list[int]] = field(default_factory=dict)
+    """Row → ids that it may not sample."""
+    prompt_logprobs: list[int] = field(default_factory=list)
+    """Rows whose prompt tokens' log-probabilities are wanted."""
+    num_tokens: int = 0
+
+
+class Scheduler:
+    """Holds the requests between their arrival and their end, and the block pool."""
+
+    def __init__(self, limits: Limits) -> None:
+        """An empty house; ``limits.num_blocks`` must hold ``limits.max_model_len`` tokens."""
+        if limits.num_blocks * limits.block_size < limits.max_model_len:
+            raise ValueError(f"{limits.num_blocks} blocks do not hold one sequence of {limits.max_model_len} tokens")
+        self.limits = limits
+        self.pool = BlockPool(limits.num_blocks)
+        self.running: list[Request] = []
+        self.num_waiting = 0
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._waiting: list[tuple[tuple[int, int], Request]] = []
+        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+
+    def has_requests(self) -> bool:
+        """Whether any request has not finished."""
+        return bool(self.running or self.num_waiting)
+
+    def add(self, request: Request) -> None:
+        """Queue a new request."""
+        self.num_waiting += 1
+        heapq.heappush(self._waiting, (request.key, request))
+
+    def finish(self, request: Request, reason: str, stop_reason: int | str | None, now: float) -> None:
+        """End a request wherever it is; its blocks and slot are free at once."""
+        if request.status is Status.RUNNING:
+            self.running.remove(request)
+            self._vacate(request)
+        elif request.status is Status.WAITING:
+            self.num_waiting -= 1  # its entry in the heap is skipped when it comes up
+        request.finish(reason, stop_reason, now)
+
+    def schedule(self, now: float) -> tuple[Schedule, list[Request]]:
+        """The next step and the requests of its rows; empty where nothing can run before a step is collected."""
+        schedule = Schedule()
+        rows: list[Request] = []
+        budget = self.limits.max_num_batched_tokens
+        preempted = False
+        position = 0
+        running = self.running
+        while position < len(running) and budget:
+            request = running[position]
+            position += 1
+            if request.num_tokens >= request.max_total_tokens or (request.reads_text and request.num_in_flight):
+                continue
+            count = min(request.num_tokens - request.num_computed_tokens, budget)
+            missing = self._missing_blocks(request, count)
+            if missing > 0:
+                while missing > self.pool.num_free:
+                    preempted = True
+                    if self._preempt_last() is request:
+                        break
+                if request.status is not Status.RUNNING:
+                    break
+                self._append_blocks(request, self.pool.allocate(missing), schedule)
+            budget -= count
+            self._append_row(request, count, schedule)
+            rows.append(request)
+        if not preempted:
+            self._admit(budget, schedule, rows, now)
+        schedule.num_tokens = sum(schedule.counts)
+        return schedule, rows
+
+    def collected(self, request: Request, token_id: int) -> None:
+        """Take in an id that a launched row of ``request`` has sampled."""
+        request.output_token_ids.append(token_id)
+        request.num_in_flight -= 1
+        if request.num_tokens - request.num_in_flight >= request.next_name_at:
+            self._name_full_blocks(request)
+
+    def requests(self) -> Iterator[Request]:
+        """Every request that has not finished."""
+        yield from self.running
+        for _, request in self._waiting:
+            if request.status is Status.WAITING:
+                yield request
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where blocks, slots, queues or counters disagree."""
+        self.pool.check_integrity(request.blocks for request in self.requests())
+        slots = sorted([request.slot for request in self.running] + self._free_slots)
+        assert slots == list(range(self.limits.max_num_seqs)), slots
+        assert [r.key for r in self.running] == sorted(r.key for r in self.running)
+        assert self.num_waiting == sum(r.status is Status.WAITING for _, r in self._waiting)
+        for request in self.requests():
+            known = len(request.prompt_token_ids) + len(request.output_token_ids)
+            assert request.num_tokens == known + request.num_in_flight
+            assert request.num_computed_tokens <= request.num_tokens <= request.max_total_tokens
+            assert len(request.blocks) * self.limits.block_size >= request.num_computed_tokens
+            assert request.num_named <= len(request.blocks)
+            assert request.status is Status.RUNNING or not (request.blocks or request.slot >= 0)
+
+    def _missing_blocks(self, request: Request, count: int) -> int:
+        block_size = self.limits.block_size
+        return -(-(request.num_computed_tokens + count) // block_size) - len(request.blocks)
+
+    def _append_blocks(self, request: Request, blocks: list[int], schedule: Schedule) -> None:
+        column = len(request.blocks)
+        request.blocks.extend(blocks)
+        schedule.block_slots.extend([request.slot] * len(blocks))
+        schedule.block_columns.extend(range(column, column + len(blocks)))
+        schedule.block_ids.extend(blocks)
+
+    def _append_row(self, request: Request, count: int, schedule: Schedule) -> None:
+        start = request.num_computed_tokens
+        request.num_computed_tokens = start + count
+        samples = start + count == request.num_tokens
+        if request.params.prompt_logprobs is not None and start + 1 < len(request.prompt_token_ids):
+            schedule.prompt_logprobs.append(len(schedule.slots))
+        if samples:
+            if request.has_bans:
+                banned = request.banned_ids()
+                if banned:
+                    schedule.banned[len(schedule.slots)] = banned
+            request.num_tokens += 1
+            request.num_in_flight += 1
+        schedule.slots.append(request.slot)
+        schedule.starts.append(start)
+        schedule.counts.append(count)
+        schedule.samples.append(samples)
+        if start + count >= request.next_name_at:
+            self._name_full_blocks(request)
+
+    def _admit(self, budget: int, schedule: Schedule, rows: list[Request], now: float) -> None:
+        while budget and self._free_slots:
+            request = self._peek_waiting()
+            if request is None or request.num_in_flight:
+                return  # a preempted request waits for ids that it sampled before it lost its blocks
+            hits = self._find_prefix(request)
+            needed = -(-request.num_tokens // self.limits.block_size) - len(hits)
+            if needed > self.pool.num_free - self.pool.num_free_in(hits):
+                return
+            heapq.heappop(self._waiting)
+            self.num_waiting -= 1
+            self._occupy(request, schedule, now)
+            self.pool.share(hits)
+            self._append_blocks(request, hits, schedule)
+            request.num_named = len(hits)
+            request.num_computed_tokens = len(hits) * self.limits.block_size
+            if self.limits.enable_prefix_caching:
+                request.next_name_at = request.num_computed_tokens + self.limits.block_size
+            if request.num_cached_tokens is None:
+                request.num_cached_tokens = request.num_computed_tokens
+                self.prefix_queries += len(request.prompt_token_ids)
+                self.prefix_hits += request.num_computed_tokens
+            count = min(request.num_tokens - request.num_computed_tokens, budget)
+            self._append_blocks(request, self.pool.allocate(self._missing_blocks(request, count)), schedule)
+            budget -= count
+            self._append_row(request, count, schedule)
+            rows.append(request)
+
+    def _peek_waiting(self) -> Request | None:
+        while self._waiting:
+            request = self._waiting[0][1]
+            if request.status is Status.WAITING:
+                return request
+            heapq.heappop(self._waiting)
+        return None
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        """Cached blocks that ``request`` can start from; its last known token is always left to compute."""
+        if not self.limits.enable_prefix_caching or request.params.prompt_logprobs is not None:
+            return []  # log-probabilities of the prompt need its every position computed
+        self._extend_names(request, request.num_known_ids // self.limits.block_size)
+        usable = request.names[: (request.num_tokens - 1) // self.limits.block_size]
+        return self.pool.find(usable)
+
+    def _occupy(self, request: Request, schedule: Schedule, now: float) -> None:
+        request.status = Status.RUNNING
+        request.slot = self._free_slots.pop()
+        if request.metrics.first_scheduled_time is None:
+            request.metrics.first_scheduled_time = now
+        insort(self.running, request, key=_key)
+        known = request.known_ids(0, request.num_known_ids)
+        schedule.admissions.append(
+            Admission(request.slot, known, len(request.prompt_token_ids), request.params, request.seed)
+        )
+
+    def _preempt_last(self) -> Request:
+        request = self.running.pop()
+        self._vacate(request)
+        request.status = Status.WAITING
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.num_waiting += 1
+        heapq.heappush(self._waiting, (request.key, request))
+        return request
+
+    def _vacate(self, request: Request) -> None:
+        self.pool.release(request.blocks)
+        self._free_slots.append(request.slot)
+        request.blocks = []
+        request.slot = -1
+        request.num_computed_tokens = 0
+        request.num_named = 0
+
+    def _name_full_blocks(self, request: Request) -> None:
+        """Offer the blocks that are full of known, computed tokens to the prefix cache."""
+        block_size = self.limits.block_size
+        full = min(request.num_known_ids, request.num_computed_tokens) // block_size
+        self._extend_names(request, full)
+        for index in range(request.num_named, full):
+            self.pool.name(request.blocks[index], request.names[index])
+        request.num_named = max(request.num_named, full)
+        request.next_name_at = (request.num_named + 1) * block_size
+
+    def _extend_names(self, request: Request, count: int) -> None:
+        block_size = self.limits.block_size
+        for index in range(len(request.names), count):
+            parent = request.names[-1] if request.names else request.root
+            request.names.append(
+                chain_digest(parent, request.known_ids(index * block_size, (index + 1) * block_size))
+            )
+
+
+def _key(request: Request) -> tuple[int, int]:
+    return request.key

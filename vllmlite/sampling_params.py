@@ -1,0 +1,191 @@
+"""Sampling parameters of a request: vLLM's names, every one checked before the request starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import Any
+
+from vllmlite.errors import ParameterError
+
+MAX_LOGPROBS = 20
+"""Default of ``EngineConfig.max_logprobs``."""
+MAX_LOGIT_BIAS = 300
+MAX_BAD_WORDS = 1024
+
+
+class RequestOutputKind(Enum):
+    """What each :class:`~vllmlite.outputs.RequestOutput` of a request carries."""
+
+    CUMULATIVE = 0
+    """Everything generated so far, every step."""
+    DELTA = 1
+    """What is new since the last one."""
+    FINAL_ONLY = 2
+    """One output, when the request has finished."""
+
+
+@dataclass(slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens, when to stop, and what to report. Raises :class:`ParameterError` on bad values."""
+
+    n: int = 1
+    """Completions to generate for the prompt (1 to 128)."""
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens whose probability reaches this (0 < top_p <= 1)."""
+    top_k: int = 0
+    """Keep this many most likely tokens; 0 or -1 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this fraction of the most likely one's probability (0 to 1)."""
+    repetition_penalty: float = 1.0
+    """Over 1 discourages tokens of prompt and output, under 1 encourages them (> 0)."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of a token that has been generated (-2 to 2)."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that it has been generated (-2 to 2)."""
+    seed: int | None = None
+    """Makes sampling reproducible whatever else runs; None derives one from the engine's seed."""
+    max_tokens: int | None = 16
+    """Most tokens to generate; None: up to the model's context."""
+    min_tokens: int = 0
+    """No end of text and no stop token before this many tokens."""
+    stop: str | list[str] | None = None
+    """Strings that end the generation where they appear in the output text."""
+    stop_token_ids: list[int] | None = None
+    """Token ids that end the generation."""
+    ignore_eos: bool = False
+    """Go on past the model's end-of-text tokens."""
+    include_stop_str_in_output: bool = False
+    """Leave the stop string, or the stop token's text, in the output."""
+    logprobs: int | None = None
+    """Report the log-probabilities of this many most likely tokens and of the sampled one; -1: the whole vocabulary."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt."""
+    logit_bias: dict[int, float] | None = None
+    """Added to the logits of these token ids (-100 to 100 each, at most 300)."""
+    allowed_token_ids: list[int] | None = None
+    """Sample among these ids alone."""
+    bad_words: list[str] | None = None
+    """Words never to generate."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    spaces_between_special_tokens: bool = True
+    """Kept for vLLM's callers; byte-level tokenizers put no spaces between special tokens either way."""
+    detokenize: bool = True
+    """Turn ids into text; without it, ``text`` stays empty and stop strings are refused."""
+    truncate_prompt_tokens: int | None = None
+    """Keep only the last this many tokens of the prompt; -1: as many as fit the model's context."""
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    """What outputs carry."""
+
+    def __post_init__(self) -> None:
+        """Check every field; normalise ``stop`` to a list and ``top_k`` -1 to 0."""
+        self._check_types()
+        _within("n", self.n, 1, 128)
+        _at_least("temperature", self.temperature, 0.0)
+        if not 0.0 < self.top_p <= 1.0:
+            raise ParameterError("top_p", self.top_p, "must be over 0 and at most 1")
+        if self.top_k < -1:
+            raise ParameterError("top_k", self.top_k, "must be 0 or -1 (all), or at least 1")
+        self.top_k = max(self.top_k, 0)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        if not (self.repetition_penalty > 0.0 and math.isfinite(self.repetition_penalty)):
+            raise ParameterError("repetition_penalty", self.repetition_penalty, "must be over 0")
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            _within("seed", self.seed, -(2**63), 2**64 - 1)
+        if self.max_tokens is not None:
+            _at_least("max_tokens", self.max_tokens, 1)
+        _at_least("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ParameterError("min_tokens", self.min_tokens, f"must be at most max_tokens, {self.max_tokens}")
+        self._check_lists()
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _at_least(name, value, -1)
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
+            _at_least("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
+        if self.temperature == 0.0 and self.n > 1:
+            raise ParameterError("n", self.n, "must be 1 with temperature 0: greedy completions are all the same")
+
+    def _check_types(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+                raise ParameterError(name, value, "must be a number")
+            if math.isinf(value):
+                raise ParameterError(name, value, "must be finite")
+        for name in ("n", "top_k", "min_tokens"):
+            if type(getattr(self, name)) is not int:
+                raise ParameterError(name, getattr(self, name), "must be a whole number")
+        for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"):
+            if getattr(self, name) is not None and type(getattr(self, name)) is not int:
+                raise ParameterError(name, getattr(self, name), "must be a whole number or None")
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ParameterError(name, getattr(self, name), "must be True or False")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise ParameterError("output_kind", self.output_kind, "must be a RequestOutputKind")
+
+    def _check_lists(self) -> None:
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise ParameterError("stop", self.stop, "must be non-empty strings")
+        if self.stop and not self.detokenize:
+            raise ParameterError("stop", self.stop, "stop strings are looked for in the text: they need detokenize")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            value = getattr(self, name)
+            if value is not None and not all(type(i) is int and i >= 0 for i in value):
+                raise ParameterError(name, value, "must be token ids: whole numbers from 0")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ParameterError("allowed_token_ids", self.allowed_token_ids, "must allow at least one id")
+        if self.bad_words and not all(isinstance(w, str) and w for w in self.bad_words):
+            raise ParameterError("bad_words", self.bad_words, "must be non-empty strings")
+        if self.bad_words and len(self.bad_words) > MAX_BAD_WORDS:
+            raise ParameterError("bad_words", len(self.bad_words), f"takes at most {MAX_BAD_WORDS} words")
+        if self.logit_bias is not None:
+            if len(self.logit_bias) > MAX_LOGIT_BIAS:
+                raise ParameterError("logit_bias", len(self.logit_bias), f"takes at most {MAX_LOGIT_BIAS} ids")
+            try:
+                self.logit_bias = {int(i): float(b) for i, b in self.logit_bias.items()}
+            except (TypeError, ValueError, AttributeError):
+                raise ParameterError("logit_bias", self.logit_bias, "must map token ids to numbers") from None
+            for i, bias in self.logit_bias.items():
+                if i < 0 or not -100.0 <= bias <= 100.0:
+                    raise ParameterError("logit_bias", {i: bias}, "must map ids from 0 to numbers from -100 to 100")
+
+    def check_vocabulary(self, vocab_size: int, max_logprobs: int) -> None:
+        """Check what depends on the model: ids below ``vocab_size``, log-probabilities at most ``max_logprobs``."""
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for i in getattr(self, name) or ():
+                if i >= vocab_size:
+                    raise ParameterError(name, i, f"must be below the vocabulary size, {vocab_size}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            wanted = vocab_size if value == -1 else value
+            if wanted is not None and max_logprobs != -1 and wanted > max_logprobs:
+                raise ParameterError(name, value, f"must be at most max_logprobs, {max_logprobs}")
+
+    def clone(self, **changes: Any) -> SamplingParams:
+        """A checked copy with ``changes`` applied."""
+        return replace(self, **changes)
+
+    def __repr__(self) -> str:
+        """The fields that differ from their defaults."""
+        shown = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"SamplingParams({', '.join(shown)})"
+
+
+def _within(field: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ParameterError(field, value, f"must be from {low} to {high}")
+
+
+def _at_least(field: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ParameterError(field, value, f"must be at least {low}")
