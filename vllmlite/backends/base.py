@@ -1,0 +1,383 @@
+"""The backend contract: the short list of ops that runs a model, and the data that crosses it.
+
+A backend owns its tensors, its KV cache and its per-slot state; everyone else passes them along unopened.
+``backends/torch.py`` is the specification, plain and right on any torch device; a native backend implements the
+same list on its own tensors. Letters in shapes: T tokens of the step, R rows (sequences) of the step, N rows that
+are sampled, H query heads, K key/value heads, D head size, V vocabulary, B block size.
+
+Ops are called in program order and take effect in that order, though a backend may run them later: only
+:meth:`Backend.to_host` waits. That is what lets two steps be in flight, and a freed block be handed out again
+while an earlier step may still be reading it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntFlag
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tensor: TypeAlias = Any
+"""A backend's tensor, opaque outside it."""
+LinearWeight: TypeAlias = Any
+"""A packed weight of :meth:`Backend.linear`, opaque outside its backend."""
+KVCache: TypeAlias = Any
+"""A pool of key/value blocks, opaque outside its backend."""
+Slots: TypeAlias = Any
+"""What lives a slot in the backend (:meth:`Backend.alloc_slots`), opaque outside it."""
+
+API = 1
+"""Version of this contract; a separately built extension declines to load beside another one."""
+
+FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+ITEM_SIZE = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+"""Bytes an element, by dtype name as the contract spells it."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostTensor:
+    """A tensor in host memory, usually a view of a mapped checkpoint file.
+
+    ``data`` is a flat uint8 array over the little-endian, row-major elements (numpy has no bfloat16 of its own);
+    it may be read-only and must outlive every zero-copy view that a backend makes of it, which holding it ensures.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of the memory a backend computes in."""
+
+    total: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """What the key/value cache of a model holds for a token: K and V of ``[num_kv_heads, head_dim]`` a layer."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSpec:
+    """Sizes of the per-slot state: at most ``max_slots`` sequences of ``max_blocks`` blocks each."""
+
+    max_slots: int
+    max_blocks: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotParams:
+    """Sampling parameters of one slot, fixed for as long as a sequence holds it.
+
+    ``temperature`` 0 means greedy; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0, penalties at their neutral value mean off.
+    ``prompt_ids`` and ``output_ids`` are given where a penalty is on, else empty. ``seed`` is an unsigned 64-bit.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    prompt_ids: Sequence[int] = ()
+    output_ids: Sequence[int] = ()
+
+
+class Feature(IntFlag):
+    """Parts of sampling that at least one row of a step needs; a step without a bit skips that part."""
+
+    NONE = 0
+    RANDOM = 1
+    TOP_K_TOP_P = 2
+    MIN_P = 4
+    PENALTIES = 8
+    LOGIT_BIAS = 16
+    MASK = 32
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """One step's input. The runner fills it with numpy arrays; :meth:`Backend.upload` returns the backend's own.
+
+    Rows are sequences; tokens of a row are adjacent and their positions consecutive. A row's keys and values of
+    positions below ``context_lens[r]`` are in the cache once the step's own have been written.
+    """
+
+    num_tokens: int
+    """T."""
+    num_rows: int
+    """R."""
+    max_query_len: int
+    """Longest row of this step, in tokens; 1 means that every row decodes."""
+    max_context: int
+    """Largest of ``context_lens``."""
+    token_ids: Tensor
+    """[T] int32; -1 stands for the id that the slot's last sampling left on the device."""
+    positions: Tensor
+    """[T] int32."""
+    query_start_loc: Tensor
+    """[R + 1] int32: row r's tokens are ``query_start_loc[r]`` up to ``query_start_loc[r + 1]``."""
+    slots: Tensor
+    """[R] int32: the slot whose block table a row uses."""
+    context_lens: Tensor
+    """[R] int32: tokens of the sequence up to and with this step's."""
+    logits_rows: Tensor
+    """[N] int32: indices into T of the hidden states that are sampled from."""
+    sample_slots: Tensor
+    """[N] int32: the slots that they belong to."""
+    sample_positions: Tensor
+    """[N] int64: the positions that the sampled ids will have; the random numbers' counter."""
+    features: Feature = Feature.NONE
+    num_logprobs: int = -1
+    """Most likely ids to report with each sampled id; -1: none, 0: the sampled id's own log-probability only."""
+    mask_rows: Tensor | None = None
+    """[M] int32: rows of N that ``bitmask`` restricts (``Feature.MASK``)."""
+    bitmask: Tensor | None = None
+    """[M, ceil(V / 32)] int32: bit ``v % 32`` of word ``v // 32`` is set where id v may be sampled."""
+    backend: Any = field(default=None, repr=False)
+    """What the backend derives from the above at upload (cache slots of the tokens, padded layouts, …)."""
+
+
+@dataclass(slots=True)
+class Logprobs:
+    """Log-probabilities of N rows: float32 ``chosen [N]``, int32 ``rank [N]`` (1 = most likely), and the ``k`` most
+    likely, descending: int32 ``top_ids [N, k]``, float32 ``top [N, k]``. Equal logits rank by ascending id."""
+
+    chosen: Tensor
+    rank: Tensor
+    top_ids: Tensor
+    top: Tensor
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What a step leaves behind: int32 ``ids [N]`` and, where asked for, their log-probabilities."""
+
+    ids: Tensor
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embedding (Su et al. 2021) as a table: float32 ``cos_sin [positions, rotary_dim]``, cosines in the
+    first half. ``interleaved`` rotates neighbouring elements as pairs, else element i with i + rotary_dim / 2."""
+
+    cos_sin: Tensor
+    rotary_dim: int
+    interleaved: bool = False
+
+
+Step: TypeAlias = Callable[[ForwardBatch], Sampled]
+
+
+class Model(Protocol):
+    """What a runner needs of a model."""
+
+    kv_spec: KVSpec
+    vocab_size: int
+
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
+        """Hidden states ``[T, hidden]`` of the uploaded ``batch``, after the last norm; writes its keys and values."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits ``[N, V]`` of hidden states ``[N, hidden]``."""
+        ...
+
+
+class Backend(ABC):
+    """A place to compute: tensors, weights, the KV cache, model ops and sampling, on one device."""
+
+    name: ClassVar[str]
+    device: str
+    """The device as the user would write it: ``cpu``, ``cuda``, ``cuda:1``."""
+    dtype: str
+    """Dtype of activations and dense weights, one of :data:`FLOAT_DTYPES`."""
+    lent_ops: tuple[str, ...] = ()
+    """Names of the ops that this backend borrows from the reference."""
+    asynchronous: bool = False
+    """Whether ops return before they are done, so that two steps in flight pay."""
+
+    # Tensors
+
+    @abstractmethod
+    def tensor(self, host: HostTensor | NDArray[Any], dtype: str | None = None) -> Tensor:
+        """A tensor of ``host``'s contents, converted to ``dtype`` (default: as it is). May alias ``host``."""
+
+    @abstractmethod
+    def to_host(self, tensor: Tensor) -> NDArray[Any]:
+        """The contents as a numpy array (bfloat16 becomes float32). Waits until every op issued so far is done."""
+
+    @abstractmethod
+    def empty(self, shape: Sequence[int], dtype: str) -> Tensor:
+        """An uninitialised tensor."""
+
+    @abstractmethod
+    def rows(self, tensor: Tensor, index: Tensor) -> Tensor:
+        """``tensor[index]`` along the first dimension, a copy; ``index`` is int32 ``[N]``."""
+
+    @abstractmethod
+    def memory(self) -> Memory:
+        """Total and free bytes of the device's memory, as it stands."""
+
+    # Weights
+
+    @abstractmethod
+    def linear_weight(self, parts: Sequence[HostTensor], biases: Sequence[HostTensor] = ()) -> LinearWeight:
+        """Pack ``parts`` (each ``[out_i, in]``) into one weight ``[sum of out_i, in]`` of the backend's dtype, and
+        ``biases`` (none, or one ``[out_i]`` a part) beside it. May alias a single part."""
+
+    # Key/value cache
+
+    @abstractmethod
+    def kv_bytes_per_block(self, spec: KVSpec) -> int:
+        """Bytes that one block of ``spec`` takes, over all layers, with scales if the dtype has any."""
+
+    @abstractmethod
+    def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KVCache:
+        """A pool of ``num_blocks`` blocks; layout and scales are the backend's own. BackendError if it does not fit."""
+
+    @abstractmethod
+    def copy_blocks(self, src: KVCache, dst: KVCache, pairs: NDArray[np.int64]) -> None:
+        """Copy whole blocks, all layers: ``pairs [n, 2]`` holds (block of ``src``, block of ``dst``).
+
+        ``src`` and ``dst`` may be one pool; then no block may be both source and destination."""
+
+    # Slots: what stays on the device from step to step
+
+    @abstractmethod
+    def alloc_slots(self, spec: SlotSpec) -> Slots:
+        """State of ``max_slots`` sequences: block tables, last sampled id, sampling parameters, token counts."""
+
+    @abstractmethod
+    def set_slot(self, slots: Slots, slot: int, params: SlotParams) -> None:
+        """Hand ``slot`` to a new sequence: its sampling parameters, an empty block table, counts of its own."""
+
+    @abstractmethod
+    def append_blocks(
+        self, slots: Slots, slot_ids: NDArray[np.int32], columns: NDArray[np.int32], blocks: NDArray[np.int32]
+    ) -> None:
+        """Write ``block_table[slot_ids[i], columns[i]] = blocks[i]``; all three are ``[n]``."""
+
+    @abstractmethod
+    def upload(self, batch: ForwardBatch, slots: Slots) -> ForwardBatch:
+        """The device's copy of a host ``batch``, its -1 token ids replaced by the slots' last sampled ids."""
+
+    # Model ops
+
+    @abstractmethod
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """Rows of ``weight [V, hidden]`` for int32 ``token_ids [T]``: ``[T, hidden]`` in the backend's dtype."""
+
+    @abstractmethod
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Root-mean-square norm (Zhang & Sennrich 2019) of ``s = x + residual`` (``s = x`` without one).
+
+        ``x``, ``residual`` ``[T, hidden]``; the mean is taken in float32. Returns ``(norm(s) * weight, s)``; both
+        inputs may be overwritten."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        """``x @ weight.T + bias``: ``[T, in] -> [T, out]`` in the backend's dtype."""
+
+    @abstractmethod
+    def attn_prep(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        rope: Rope | None,
+        kv: KVCache,
+        layer: int,
+        batch: ForwardBatch,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """Split ``qkv [T, (H + 2K) * D]``, norm each head of q and k by RMS where weights ``[D]`` are given, rotate
+        q and k, write k and v to the cache at the tokens' positions, and return q as ``[T, H, D]``."""
+
+    @abstractmethod
+    def paged_attention(
+        self, q: Tensor, kv: KVCache, layer: int, batch: ForwardBatch, scale: float, window: int | None = None
+    ) -> Tensor:
+        """Causal attention of ``q [T, H, D]`` over the cached keys and values of each token's own row, softmax in
+        float32: decode, ragged prefill and both mixed. Query heads ``h`` share key/value head ``h * K // H``.
+
+        ``window``: a token sees itself and the ``window - 1`` before it. Returns ``[T, H * D]``."""
+
+    @abstractmethod
+    def gated_activation(self, x: Tensor, activation: str) -> Tensor:
+        """``f(gate) * up`` of ``x = [gate | up] [T, 2 * I]``: ``[T, I]``; ``activation`` is ``silu``, ``gelu``
+        or ``gelu_tanh``."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor, weight: LinearWeight) -> Tensor:
+        """``hidden [N, hidden] @ weight.T`` as float32 ``[N, V]``."""
+
+    # Sampling
+
+    @abstractmethod
+    def sample(self, logits: Tensor, slots: Slots, batch: ForwardBatch) -> Sampled:
+        """Choose an id for each of the N rows of float32 ``logits [N, V]`` (may be overwritten), in this order:
+
+        1. log-probabilities of the untouched logits, where ``batch.num_logprobs >= 0``;
+        2. logit bias added; ids outside the bitmask set to -inf;
+        3. repetition penalty over prompt and output ids (Keskar et al. 2019: positive logits divided, negative
+           multiplied), then frequency times count and presence once subtracted, over output ids;
+        4. rows of temperature 0 take the largest logit, the lowest id among equals;
+        5. the others divide by temperature, drop ids whose probability is below ``min_p`` times the largest, keep
+           the ``top_k`` largest, then the smallest set of largest probabilities that reaches ``top_p`` (equal logits
+           are kept together at either cut), and take the first id, in ascending order, at which the cumulative
+           probability exceeds u * total, u = :func:`uniform` (seed, position).
+
+        Leaves the ids in the slots' last id and, for slots with penalties, in their counts."""
+
+    @abstractmethod
+    def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
+        """Log-softmax of float32 ``logits [N, V]`` at int32 ``ids [N]`` with the ``k`` most likely ids."""
+
+    # Graphs
+
+    def capture(self, key: tuple[int, int, Feature, int], step: Step) -> Step:
+        """A function equivalent to ``step`` for batches of ``key`` = (rows, query length, features, num_logprobs),
+        replayed without Python where the backend can. The default is ``step`` itself."""
+        return step
+
+
+def uniform(seed: int, position: int) -> float:
+    """The random number of (``seed``, ``position``): float in [0, 1) with 24 bits, by SplitMix64 (Steele, Lea &
+    Flood 2014) over the position, keyed by the mixed seed. Every backend gives the same bits."""
+    return (_mix64(_mix64(seed + _GOLDEN) + (position + 1) * _GOLDEN) >> 40) * 2.0**-24
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK64 = 2**64 - 1
+
+
+def _mix64(z: int) -> int:
+    z &= _MASK64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK64
+    return z ^ (z >> 31)

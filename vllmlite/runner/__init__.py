@@ -1,0 +1,1 @@
+"""Turns a schedule into arrays, runs the model, samples."""

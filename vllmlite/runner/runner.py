@@ -1,0 +1,245 @@
+"""The model runner: a :class:`~vllmlite.engine.scheduler.Schedule` in, sampled ids out.
+
+It never sees a request. What it knows of a sequence came with its admission to a slot; the ids sampled since then
+stay on the device, where the next step gathers them, so that a step can be launched before the last one is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite.backends.base import (
+    Backend,
+    Feature,
+    ForwardBatch,
+    KVCache,
+    Logprobs,
+    Model,
+    Sampled,
+    SlotParams,
+    SlotSpec,
+    Step,
+    Tensor,
+)
+from vllmlite.engine.engine import StepResult, TokenLogprobs
+from vllmlite.engine.scheduler import Admission, Schedule
+
+PROMPT_LOGPROBS_ROWS = 256
+"""Prompt positions whose logits are in memory at a time."""
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step on its way; what it sampled is read at :meth:`ModelRunner.collect`."""
+
+    sampled: Sampled | None
+    prompt_logprobs: dict[int, list[tuple[NDArray[np.int32], Logprobs]]]
+
+
+class ModelRunner:
+    """Owns the KV pool and the slots of one model on one backend."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        model: Model,
+        *,
+        num_blocks: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        enforce_eager: bool = False,
+    ) -> None:
+        """Allocate the pool and the slots. BackendError if they do not fit."""
+        self.backend = backend
+        self.model = model
+        self.kv: KVCache = backend.alloc_kv(model.kv_spec, num_blocks)
+        max_blocks = -(-max_model_len // model.kv_spec.block_size)
+        self._slots = backend.alloc_slots(SlotSpec(max_num_seqs, max_blocks, model.vocab_size))
+        self._enforce_eager = enforce_eager
+        self._graphs: dict[tuple[int, int, Feature, int], Step] = {}
+        self._known: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * max_num_seqs
+        self._num_known = np.zeros(max_num_seqs, np.int32)
+        self._num_prompt = np.zeros(max_num_seqs, np.int32)
+        self._features = np.zeros(max_num_seqs, np.int32)
+        self._num_logprobs = np.full(max_num_seqs, -1, np.int32)
+        self._num_prompt_logprobs = np.zeros(max_num_seqs, np.int32)
+        self._allowed: dict[int, NDArray[np.uint32]] = {}
+
+    def launch(self, schedule: Schedule) -> Launched:
+        """Issue a step's work to the backend."""
+        for admission in schedule.admissions:
+            self._admit(admission)
+        if schedule.block_ids:
+            columns = (schedule.block_slots, schedule.block_columns, schedule.block_ids)
+            self.backend.append_blocks(self._slots, *(np.array(column, np.int32) for column in columns))
+        batch, starts = self._batch(schedule)
+        device_batch = self.backend.upload(batch, self._slots)
+        if not schedule.prompt_logprobs and len(batch.logits_rows):
+            return Launched(self._step_for(batch)(device_batch), {})
+        hidden = self.model.forward(device_batch, self.kv)
+        sampled = self._sample(hidden, device_batch) if len(batch.logits_rows) else None
+        wanted = {row: self._row_logprobs(hidden, batch, row, starts[row]) for row in schedule.prompt_logprobs}
+        return Launched(sampled, wanted)
+
+    def collect(self, handle: Launched) -> StepResult:
+        """Wait for a step and read what it sampled."""
+        result = StepResult([])
+        if handle.sampled is not None:
+            ids = self.backend.to_host(handle.sampled.ids)
+            result.token_ids = ids.tolist()
+            if handle.sampled.logprobs is not None:
+                result.logprobs = self._read_logprobs(ids, handle.sampled.logprobs)
+        for row, chunks in handle.prompt_logprobs.items():
+            result.prompt_logprobs[row] = [
+                entry for ids, logprobs in chunks for entry in self._read_logprobs(ids, logprobs)
+            ]
+        return result
+
+    def _admit(self, admission: Admission) -> None:
+        slot, params = admission.slot, admission.params
+        known = np.array(admission.token_ids, np.int32)
+        features = Feature.NONE
+        if params.temperature > 0:
+            features |= Feature.RANDOM
+            if params.top_k > 0 or params.top_p < 1:
+                features |= Feature.TOP_K_TOP_P
+            if params.min_p > 0:
+                features |= Feature.MIN_P
+        penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+        if penalised:
+            features |= Feature.PENALTIES
+        if params.logit_bias:
+            features |= Feature.LOGIT_BIAS
+        slot_params = SlotParams(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            seed=admission.seed,
+            logit_bias=tuple((params.logit_bias or {}).items()),
+            prompt_ids=admission.token_ids[: admission.num_prompt_tokens] if penalised else (),
+            output_ids=admission.token_ids[admission.num_prompt_tokens :] if penalised else (),
+        )
+        self.backend.set_slot(self._slots, slot, slot_params)
+        self._known[slot] = known
+        self._num_known[slot] = len(known)
+        self._num_prompt[slot] = admission.num_prompt_tokens
+        self._features[slot] = features
+        self._num_logprobs[slot] = self._top(params.logprobs)
+        self._num_prompt_logprobs[slot] = self._top(params.prompt_logprobs)
+        self._allowed.pop(slot, None)
+        if params.allowed_token_ids is not None:
+            self._allowed[slot] = pack_bits(np.array(params.allowed_token_ids), self.model.vocab_size)
+
+    def _top(self, count: int | None) -> int:
+        if count is None:
+            return -1
+        return self.model.vocab_size if count == -1 else count
+
+    def _batch(self, schedule: Schedule) -> tuple[ForwardBatch, NDArray[np.int32]]:
+        starts = np.array(schedule.starts, np.int32)
+        counts = np.array(schedule.counts, np.int32)
+        slots = np.array(schedule.slots, np.int32)
+        num_rows = len(slots)
+        query_start_loc = np.zeros(num_rows + 1, np.int32)
+        np.cumsum(counts, out=query_start_loc[1:])
+        if schedule.num_tokens == num_rows:
+            positions = starts
+        else:
+            positions = np.repeat(starts - query_start_loc[:-1], counts)
+            positions += np.arange(schedule.num_tokens, dtype=np.int32)
+        token_ids = np.full(schedule.num_tokens, -1, np.int32)
+        for row in np.flatnonzero(starts < self._num_known[slots]).tolist():
+            start, count, at = schedule.starts[row], schedule.counts[row], query_start_loc[row]
+            token_ids[at : at + count] = self._known[schedule.slots[row]][start : start + count]
+        context_lens = starts + counts
+        sampling = np.flatnonzero(schedule.samples)
+        sample_slots = slots[sampling]
+        batch = ForwardBatch(
+            num_tokens=schedule.num_tokens,
+            num_rows=num_rows,
+            max_query_len=int(counts.max()),
+            max_context=int(context_lens.max()),
+            token_ids=token_ids,
+            positions=positions,
+            query_start_loc=query_start_loc,
+            slots=slots,
+            context_lens=context_lens,
+            logits_rows=query_start_loc[sampling + 1] - 1,
+            sample_slots=sample_slots,
+            sample_positions=context_lens[sampling].astype(np.int64),
+        )
+        if len(sampling):
+            batch.features = Feature(int(np.bitwise_or.reduce(self._features[sample_slots])))
+            batch.num_logprobs = int(self._num_logprobs[sample_slots].max())
+            if schedule.banned or self._allowed:
+                self._mask(batch, schedule, sampling)
+        return batch, starts
+
+    def _mask(self, batch: ForwardBatch, schedule: Schedule, sampling: NDArray[np.intp]) -> None:
+        """Turn allowed and banned ids of the sampling rows into bitmasks."""
+        rows, masks = [], []
+        for index, row in enumerate(sampling.tolist()):
+            allowed = self._allowed.get(schedule.slots[row])
+            banned = schedule.banned.get(row)
+            if allowed is None and banned is None:
+                continue
+            mask = np.full(-(-self.model.vocab_size // 32), 2**32 - 1, np.uint32) if allowed is None else allowed.copy()
+            if banned is not None:
+                mask &= ~pack_bits(np.array(banned), self.model.vocab_size)
+            rows.append(index)
+            masks.append(mask)
+        if rows:
+            batch.features |= Feature.MASK
+            batch.mask_rows = np.array(rows, np.int32)
+            batch.bitmask = np.stack(masks).view(np.int32)
+
+    def _step_for(self, batch: ForwardBatch) -> Step:
+        """The whole step as one function: a captured one where every row decodes, unless eager is enforced."""
+        if self._enforce_eager or batch.max_query_len > 1 or len(batch.logits_rows) < batch.num_rows:
+            return self._step
+        key = (batch.num_rows, 1, batch.features, batch.num_logprobs)
+        if key not in self._graphs:
+            self._graphs[key] = self.backend.capture(key, self._step)
+        return self._graphs[key]
+
+    def _step(self, batch: ForwardBatch) -> Sampled:
+        return self._sample(self.model.forward(batch, self.kv), batch)
+
+    def _sample(self, hidden: Tensor, batch: ForwardBatch) -> Sampled:
+        logits = self.model.logits(self.backend.rows(hidden, batch.logits_rows))
+        return self.backend.sample(logits, self._slots, batch)
+
+    def _row_logprobs(
+        self, hidden: Tensor, batch: ForwardBatch, row: int, start: int
+    ) -> list[tuple[NDArray[np.int32], Logprobs]]:
+        """Log-probabilities of the prompt tokens that follow the tokens of ``row``, in chunks."""
+        slot = batch.slots[row]
+        first, last = batch.query_start_loc[row], batch.query_start_loc[row + 1]
+        targets = self._known[slot][start + 1 : min(start + 1 + last - first, self._num_prompt[slot])]
+        chunks = []
+        for at in range(0, len(targets), PROMPT_LOGPROBS_ROWS):
+            ids = targets[at : at + PROMPT_LOGPROBS_ROWS]
+            index = np.arange(first + at, first + at + len(ids), dtype=np.int32)
+            logits = self.model.logits(self.backend.rows(hidden, self.backend.tensor(index)))
+            k = int(self._num_prompt_logprobs[slot])
+            chunks.append((ids, self.backend.logprobs(logits, self.backend.tensor(ids), k)))
+        return chunks
+
+    def _read_logprobs(self, ids: NDArray[np.int32], logprobs: Logprobs) -> list[TokenLogprobs]:
+        columns = (logprobs.chosen, logprobs.rank, logprobs.top_ids, logprobs.top)
+        values = [self.backend.to_host(column).tolist() for column in columns]
+        return [TokenLogprobs(*entry) for entry in zip(ids.tolist(), *values, strict=True)]
+
+
+def pack_bits(ids: NDArray[np.integer], vocab_size: int) -> NDArray[np.uint32]:
+    """A bitmask ``[ceil(vocab_size / 32)]`` with the bits of ``ids`` set: bit ``i % 32`` of word ``i // 32``."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
+    bits[ids[ids < vocab_size]] = True
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)

@@ -1,0 +1,181 @@
+"""From a configuration to a running engine: find the model, choose the backend, load, size the cache."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllmlite.backends.base import Backend, Model
+from vllmlite.config import EngineConfig
+from vllmlite.engine.engine import Engine
+from vllmlite.engine.scheduler import Limits
+from vllmlite.errors import BackendError, ModelError, ParameterError
+from vllmlite.hub import find_model
+from vllmlite.runner.runner import ModelRunner
+from vllmlite.sampling_params import SamplingParams
+from vllmlite.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+CPU_KV_BYTES = 4 << 30
+"""Most that the KV pool takes on a CPU unless its size is given; pages that no request reaches are never touched."""
+
+
+@dataclass(slots=True)
+class Started:
+    """A running engine and what the text side needs of its model."""
+
+    engine: Engine
+    tokenizer: Tokenizer | None
+    max_model_len: int
+    default_sampling_params: SamplingParams
+    backend_choice: str
+    """Which backend runs, and why the others do not."""
+
+
+def start(config: EngineConfig) -> Started:
+    """Start an engine. Raises ModelError, BackendError or ParameterError, each saying what to change."""
+    from vllmlite.backends.select import select_backend
+    from vllmlite.models import load_model, read_spec
+
+    path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
+    spec = read_spec(path)
+    if config.max_model_len is not None and config.max_model_len > spec.max_position_embeddings:
+        raise ParameterError(
+            "max_model_len", config.max_model_len, f"must be at most the model's {spec.max_position_embeddings}"
+        )
+    tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, path)
+    generation = _generation_config(config, path)
+    backend, choice = select_backend(
+        config.backend, config.device, config.dtype, checkpoint_dtype=spec.dtype, threads=config.threads
+    )
+    longest = config.max_model_len or spec.max_position_embeddings
+    model = load_model(
+        backend,
+        path,
+        max_model_len=longest,
+        block_size=config.block_size,
+        kv_cache_dtype=config.kv_cache_dtype,
+        load_format=config.load_format,
+        seed=config.seed,
+    )
+    num_blocks = _num_blocks(config, backend, model, longest)
+    capacity = num_blocks * config.block_size
+    if longest > capacity:
+        if config.max_model_len is not None:
+            raise ParameterError(
+                "max_model_len", longest, f"the key/value cache holds {capacity} tokens: lower it to that, or give more"
+            )
+        logger.warning("max_model_len is %d, what the key/value cache holds, not the model's %d", capacity, longest)
+        longest = capacity
+    runner = ModelRunner(
+        backend,
+        model,
+        num_blocks=num_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=longest,
+        enforce_eager=config.enforce_eager,
+    )
+    two_steps = backend.asynchronous if config.async_scheduling is None else config.async_scheduling
+    engine = Engine(
+        Limits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=longest,
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+            enable_prefix_caching=config.enable_prefix_caching,
+        ),
+        runner,
+        vocab_size=model.vocab_size,
+        eos_ids=_eos_ids(generation, path, tokenizer),
+        steps_in_flight=2 if two_steps else 1,
+        seed=config.seed,
+        max_logprobs=config.max_logprobs,
+    )
+    stats = engine.stats
+    stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
+    stats.lent_ops = list(backend.lent_ops)
+    return Started(engine, tokenizer, longest, _default_params(config, generation), choice)
+
+
+def _load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:
+    if config.tokenizer is None:
+        return Tokenizer(path)
+    return Tokenizer(
+        find_model(config.tokenizer, revision=config.tokenizer_revision, download_dir=config.download_dir)
+    )
+
+
+def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_len: int) -> int:
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override
+    block_bytes = backend.kv_bytes_per_block(model.kv_spec)
+    if config.kv_cache_memory_bytes is not None:
+        num_blocks = config.kv_cache_memory_bytes // block_bytes
+        if not num_blocks:
+            raise ParameterError("kv_cache_memory_bytes", config.kv_cache_memory_bytes, f"a block takes {block_bytes}")
+        return num_blocks
+    memory = backend.memory()
+    if backend.device == "cpu":
+        room = min(CPU_KV_BYTES, int(memory.free * config.gpu_memory_utilization))
+    else:
+        logits = 4 * config.max_num_seqs * model.vocab_size * 4
+        room = int(memory.total * config.gpu_memory_utilization) - (memory.total - memory.free) - logits
+    most_used = -(-max_model_len // config.block_size) * config.max_num_seqs
+    num_blocks = min(room // block_bytes, most_used)
+    if num_blocks < 1:
+        raise BackendError(
+            f"no memory is left for the key/value cache ({memory.free} of {memory.total} bytes free): raise "
+            "gpu_memory_utilization, or choose a smaller model or dtype"
+        )
+    return num_blocks
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: holds {type(content).__name__}, not an object")
+    return content
+
+
+def _generation_config(config: EngineConfig, path: Path) -> dict[str, Any]:
+    """The checkpoint's ``generation_config.json``, or the one that the configuration names; may be empty."""
+    if config.generation_config not in ("auto", "vllm"):
+        return _read_object(Path(config.generation_config) / "generation_config.json")
+    file = path / "generation_config.json"
+    return _read_object(file) if file.is_file() else {}
+
+
+def _eos_ids(generation: dict[str, Any], path: Path, tokenizer: Tokenizer | None) -> Sequence[int]:
+    """Every id that ends a text: the generation config's (or else the model config's) and the tokenizer's."""
+    listed = generation.get("eos_token_id")
+    if listed is None:
+        listed = _read_object(path / "config.json").get("eos_token_id")
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ModelError(f"{path}: eos_token_id={listed!r} must be a token id or a list of them")
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+    return ids
+
+
+def _default_params(config: EngineConfig, generation: dict[str, Any]) -> SamplingParams:
+    """What a request gets that names no sampling parameters."""
+    if config.generation_config == "vllm":
+        return SamplingParams()
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    given = {name: generation[name] for name in names if generation.get(name) is not None}
+    if generation.get("max_new_tokens") is not None:
+        given["max_tokens"] = generation["max_new_tokens"]
+    try:
+        return SamplingParams(**given)
+    except ParameterError as error:
+        raise ModelError(f"generation_config.json: {error}") from None
