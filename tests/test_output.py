@@ -1,0 +1,193 @@
+"""The text side: detokenisation in whole characters, stop strings, deltas, completions of one request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from vllmlite.engine.engine import EngineOutput, TokenLogprobs
+from vllmlite.errors import ModelError, ParameterError
+from vllmlite.output_processor import OutputProcessor
+from vllmlite.outputs import RequestMetrics, RequestOutput
+from vllmlite.sampling_params import RequestOutputKind, SamplingParams
+from vllmlite.tokenizer import Detokenizer, Tokenizer
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Byte level: every id is one byte, so that characters come in pieces; and two special tokens."""
+    path = tmp_path_factory.mktemp("bytes")
+    fast = FastTokenizer(models.BPE(vocab={c: i for i, c in enumerate(ALPHABET)}, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
+    fast.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return Tokenizer(path)
+
+
+def stream(detokenizer: Detokenizer, ids: list[int]) -> tuple[list[str], str | None]:
+    """Deltas after each id and at the end, and the stop string."""
+    deltas = []
+    for token_id in ids:
+        stop = detokenizer.append(token_id)
+        deltas.append(detokenizer.delta())
+        if stop is not None:
+            return deltas, stop
+    stop = detokenizer.finish()
+    deltas.append(detokenizer.delta())
+    return deltas, stop
+
+
+@settings(max_examples=100, deadline=None)
+@given(prompt=st.text(max_size=8), text=st.text(max_size=40))
+def test_streamed_is_whole_and_never_half_a_character(tokenizer: Tokenizer, prompt: str, text: str) -> None:
+    text = text.replace("\ufffd", "?")
+    ids = tokenizer.encode(text)
+    detokenizer = Detokenizer(tokenizer, tokenizer.encode(prompt.replace("\ufffd", "?")))
+    deltas, _ = stream(detokenizer, ids)
+    assert "".join(deltas) == text == detokenizer.text
+    assert not any("\ufffd" in delta for delta in deltas)
+
+
+def test_an_incomplete_character_shows_at_the_end_only(tokenizer: Tokenizer) -> None:
+    deltas, _ = stream(Detokenizer(tokenizer, []), tokenizer.encode("a€")[:-1])
+    assert deltas == ["a", "", "", "\ufffd"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text("ab", max_size=12), stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_cut_where_a_search_of_the_text_would(tokenizer: Tokenizer, text: str, stops: list[str]) -> None:
+    ends = [(text.find(s) + len(s), text.find(s), s) for s in stops if s in text]
+    for include in (False, True):
+        detokenizer = Detokenizer(tokenizer, [], stop=stops, include_stop=include)
+        deltas, stop = stream(detokenizer, tokenizer.encode(text))
+        if ends:
+            end, start, _ = min(ends)
+            assert stop in stops
+            assert "".join(deltas) == text[: end if include else start]
+        else:
+            assert stop is None
+            assert "".join(deltas) == text
+
+
+def test_nothing_of_a_stop_string_is_shown_before_it_is_known(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer, [], stop=["STOP"])
+    deltas, _ = stream(detokenizer, tokenizer.encode("abSTOx"))
+    assert "".join(deltas[:5]) == "ab"
+    assert "".join(deltas) == "abSTOx"
+
+
+def test_stop_strings_wait_for_min_tokens(tokenizer: Tokenizer) -> None:
+    deltas, stop = stream(Detokenizer(tokenizer, [], stop=["b"], min_tokens=3), tokenizer.encode("abab"))
+    assert (stop, "".join(deltas)) == ("b", "aba")
+
+
+def test_special_tokens_are_skipped_or_shown(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a<|im_end|>b")
+    assert "".join(stream(Detokenizer(tokenizer, []), ids)[0]) == "ab"
+    assert "".join(stream(Detokenizer(tokenizer, [], skip_special_tokens=False), ids)[0]) == "a<|im_end|>b"
+
+
+def test_chat_template(tokenizer: Tokenizer) -> None:
+    message = {"role": "user", "content": "Hi"}
+    assert tokenizer.eos_token_id == tokenizer.encode("<|im_end|>")[0]
+    assert tokenizer.apply_chat_template([message]).endswith("Hi<|im_end|>\n<|im_start|>assistant\n")
+    open_end = [message, {"role": "assistant", "content": "Well, "}]
+    text = tokenizer.apply_chat_template(open_end, add_generation_prompt=False, continue_final_message=True)
+    assert text.endswith("<|im_start|>assistant\nWell,")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('only users') }}",
+        "{{ messages[0].missing.deeper }}",
+        "{% if %}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+    ],
+)
+def test_a_template_cannot_do_harm(tokenizer: Tokenizer, template: str) -> None:
+    with pytest.raises(ParameterError, match="messages"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template=template)
+
+
+@pytest.mark.parametrize("messages", [[], ["hello"], [{"content": "x"}]])
+def test_unusable_messages_are_refused(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> None:
+    with pytest.raises(ParameterError, match="messages"):
+        tokenizer.apply_chat_template(messages)
+
+
+def test_a_broken_tokenizer_file_is_a_model_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        Tokenizer(tmp_path)
+
+
+def feed(
+    processor: OutputProcessor, request_id: str, ids: list[int], reason: str | None = None
+) -> tuple[list[RequestOutput], list[tuple[str, str]]]:
+    """One step that gives one sequence ``ids``."""
+    return processor.process([EngineOutput(request_id, ids, reason, None, 0, RequestMetrics(0.0))])
+
+
+def test_output_kinds(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("abc")
+    seen = {}
+    for kind in RequestOutputKind:
+        processor = OutputProcessor(tokenizer)
+        processor.add("r", "p", [1], SamplingParams(output_kind=kind))
+        outputs = [o for i, t in enumerate(ids) for o in feed(processor, "r", [t], "length" if i == 2 else None)[0]]
+        seen[kind] = [(o.outputs[0].text, len(o.outputs[0].token_ids)) for o in outputs]
+        assert outputs[-1].finished
+        assert not processor.knows("r")
+    assert seen[RequestOutputKind.CUMULATIVE] == [("a", 1), ("ab", 2), ("abc", 3)]
+    assert seen[RequestOutputKind.DELTA] == [("a", 1), ("b", 1), ("c", 1)]
+    assert seen[RequestOutputKind.FINAL_ONLY] == [("abc", 3)]
+
+
+def test_a_stop_string_ends_the_engines_request(tokenizer: Tokenizer) -> None:
+    processor = OutputProcessor(tokenizer)
+    processor.add("r", "p", [1], SamplingParams(stop="b"))
+    outputs, stopped = feed(processor, "r", tokenizer.encode("ab"))
+    assert stopped == [("r", "b")]
+    completion = outputs[0].outputs[0]
+    assert (completion.text, completion.finish_reason, completion.stop_reason) == ("a", "stop", "b")
+
+
+def test_completions_of_one_request_end_together(tokenizer: Tokenizer) -> None:
+    processor = OutputProcessor(tokenizer)
+    children = processor.add("r", "p", [1], SamplingParams(n=2, seed=7))
+    assert [params.seed for params in children.values()] == [7, 8]
+    first, second = children
+    assert not feed(processor, first, tokenizer.encode("a"), "length")[0][0].finished
+    final = feed(processor, second, tokenizer.encode("b"), "length")[0][0]
+    assert final.finished
+    assert [c.text for c in final.outputs] == ["a", "b"]
+
+
+def test_logprobs_hold_the_chosen_token_and_the_top(tokenizer: Tokenizer) -> None:
+    processor = OutputProcessor(tokenizer)
+    processor.add("r", "p", [1], SamplingParams(logprobs=2))
+    entry = TokenLogprobs(5, -3.0, 4, [1, 2, 3], [-0.1, -0.2, -0.3])
+    output = EngineOutput("r", [5], "length", None, 0, RequestMetrics(0.0), logprobs=entry)
+    completion = processor.process([output])[0][0].outputs[0]
+    assert completion.logprobs is not None
+    assert {i: (lp.logprob, lp.rank) for i, lp in completion.logprobs[0].items()} == {
+        5: (-3.0, 4), 1: (-0.1, 1), 2: (-0.2, 2)
+    }  # fmt: skip
+    assert completion.cumulative_logprob == -3.0

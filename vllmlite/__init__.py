@@ -1,0 +1,49 @@
+"""vllmlite: vLLM's engine made small enough to own. The public names load what they need when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LLM": "llm",
+    "AsyncLLM": "async_llm",
+    "LLMEngine": "llm_engine",
+    "EngineArgs": "config",
+    "EngineConfig": "config",
+    "SamplingParams": "sampling_params",
+    "RequestOutput": "outputs",
+    "CompletionOutput": "outputs",
+}
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "EngineArgs",
+    "EngineConfig",
+    "LLMEngine",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from vllmlite.async_llm import AsyncLLM
+    from vllmlite.config import EngineArgs, EngineConfig
+    from vllmlite.llm import LLM
+    from vllmlite.llm_engine import LLMEngine
+    from vllmlite.outputs import CompletionOutput, RequestOutput
+    from vllmlite.sampling_params import SamplingParams
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

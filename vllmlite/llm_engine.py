@@ -1,0 +1,148 @@
+"""LLMEngine: the engine with text on both sides, stepped by its caller. vLLM's names and argument forms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from vllmlite.config import EngineConfig
+from vllmlite.errors import ParameterError
+from vllmlite.output_processor import OutputProcessor
+from vllmlite.outputs import EngineStats, RequestOutput
+from vllmlite.runner.startup import start
+from vllmlite.sampling_params import SamplingParams
+from vllmlite.tokenizer import Tokenizer
+
+Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids`` and perhaps ``cache_salt``."""
+
+
+class LLMEngine:
+    """Requests in, :class:`~vllmlite.outputs.RequestOutput` out, one step at a time. Not thread-safe."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Load the model and allocate the cache. Raises ModelError, BackendError or ParameterError."""
+        self.config = config
+        started = start(config)
+        self.engine = started.engine
+        self.tokenizer = started.tokenizer
+        self.max_model_len = started.max_model_len
+        self.default_sampling_params = started.default_sampling_params
+        self.backend_choice = started.backend_choice
+        self._processor = OutputProcessor(self.tokenizer)
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineConfig) -> LLMEngine:
+        """vLLM's way to make one."""
+        return cls(engine_args)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer; ParameterError with ``skip_tokenizer_init``."""
+        if self.tokenizer is None:
+            raise ParameterError("skip_tokenizer_init", True, "leaves no tokenizer: text needs one")
+        return self.tokenizer
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        arrival_time: float | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Queue a request. Raises :class:`ParameterError`, and takes nothing in, if it can never be served."""
+        if not isinstance(request_id, str) or not request_id:
+            raise ParameterError("request_id", request_id, "must be a non-empty string")
+        if self._processor.knows(request_id):
+            raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
+        if not isinstance(params, SamplingParams):
+            raise ParameterError("params", params, "must be SamplingParams")
+        if priority and self.config.scheduling_policy != "priority":
+            raise ParameterError("priority", priority, "needs scheduling_policy=priority")
+        encoded = self.encode(prompt)
+        prompt_ids = encoded["prompt_token_ids"]
+        if self.tokenizer is None and params.stop:
+            raise ParameterError("stop", params.stop, "stop strings need a tokenizer")
+        bad_words = self._bad_word_ids(params.bad_words or ())
+        added: list[str] = []
+        children = self._processor.add(request_id, encoded.get("prompt"), prompt_ids, params)
+        try:
+            for child, child_params in children.items():
+                request = self.engine.add_request(
+                    child,
+                    prompt_ids,
+                    child_params,
+                    bad_words=bad_words,
+                    priority=priority,
+                    cache_salt=encoded.get("cache_salt"),
+                    arrival_time=arrival_time,
+                )
+                added.append(child)
+        except ParameterError:
+            self._processor.forget(request_id)
+            for child in added:
+                self.engine.finish(child)
+            raise
+        prompt_ids[:] = request.prompt_token_ids  # as truncated
+
+    def encode(self, prompt: Prompt) -> dict[str, Any]:
+        """``prompt`` as a mapping that has ``prompt_token_ids``, a new list. Raises :class:`ParameterError`."""
+        if isinstance(prompt, str):
+            prompt = {"prompt": prompt}
+        elif not isinstance(prompt, Mapping):
+            prompt = {"prompt_token_ids": prompt}
+        encoded = dict(prompt)
+        for name in encoded:
+            if name not in ("prompt", "prompt_token_ids", "cache_salt"):
+                raise ParameterError("prompt", encoded, f"must not hold {name!r}")
+        salt = encoded.get("cache_salt")
+        if salt is not None and (not isinstance(salt, str) or not salt):
+            raise ParameterError("cache_salt", salt, "must be a non-empty string")
+        text, ids = encoded.get("prompt"), encoded.get("prompt_token_ids")
+        if not isinstance(text, str) and (ids is None or text is not None):
+            raise ParameterError("prompt", text, "must be text, unless prompt_token_ids are given")
+        if ids is None:
+            ids = self.get_tokenizer().encode(text)
+        elif isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence) or not all(type(i) is int for i in ids):
+            raise ParameterError("prompt_token_ids", ids, "must be a list of whole numbers")
+        encoded["prompt_token_ids"] = list(ids)
+        return encoded
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; outputs of the requests that it gave something, as their ``output_kind`` says."""
+        outputs, stopped = self._processor.process(self.engine.step())
+        for child, stop in stopped:
+            self.engine.finish(child, "stop", stop)
+        return outputs
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether any request has not finished."""
+        return self.engine.has_unfinished_requests()
+
+    def abort_request(self, request_ids: str | Iterable[str]) -> None:
+        """Drop requests; nothing more comes of them. Unknown ids are passed over."""
+        for request_id in [request_ids] if isinstance(request_ids, str) else list(request_ids):
+            for child in self._processor.forget(request_id):
+                self.engine.finish(child)
+
+    def take_error(self, request_id: str) -> str | None:
+        """Why a request ended with finish reason ``error``; None if it did not. Asked once."""
+        return self._processor.errors.pop(request_id, None)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix."""
+        self.engine.reset_prefix_cache()
+
+    def stats(self) -> EngineStats:
+        """Counters since the start, and what is running now."""
+        return self.engine.current_stats()
+
+    def _bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """Ids of each word as it stands at the start of a text and after a space."""
+        found: list[list[int]] = []
+        for word in words:
+            for form in (word, " " + word.lstrip()):
+                ids = self.get_tokenizer().encode(form, add_special_tokens=False)
+                if ids and ids not in found:
+                    found.append(ids)
+        return found

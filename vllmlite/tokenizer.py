@@ -1,0 +1,244 @@
+"""Text to ids and back: encoding, chat templates, incremental detokenisation, stop strings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from vllmlite.errors import ModelError, ParameterError
+
+CONTEXT_TOKENS = 6
+"""Prompt tokens decoded along with the output, so that spacing across the seam is right."""
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer (``tokenizer.json``) with its configuration and chat template."""
+
+    def __init__(self, path: Path) -> None:
+        """Read ``tokenizer.json`` and ``tokenizer_config.json`` of directory ``path``. Raises ModelError."""
+        self._config = _read_json(path / "tokenizer_config.json")
+        self._template_file = path / "chat_template.jinja"
+        self._fast = _load_fast(path)
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self.eos_token_id = self._special("eos_token")
+        self.bos_token_id = self._special("bos_token")
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the tokenizer knows, added tokens included."""
+        return int(self._fast.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of ``text``, with what the tokenizer adds of itself (say, a beginning-of-text id)."""
+        return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``; half a character at either end becomes U+FFFD."""
+        return str(self._fast.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one id alone, special tokens included."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint brings a chat template."""
+        return self._chat_template is not None
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt for ``messages`` (each with ``role`` and ``content``), by Jinja in its sandbox.
+
+        ``continue_final_message`` leaves the last message open. Raises ParameterError on unusable messages."""
+        source = chat_template or self._chat_template
+        if source is None:
+            raise ParameterError("messages", messages, "the model has no chat template: give one, or a plain prompt")
+        for message in messages:
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise ParameterError("messages", message, "must be mappings with a role and content")
+        if not messages:
+            raise ParameterError("messages", messages, "must hold at least one message")
+        if continue_final_message and add_generation_prompt:
+            raise ParameterError("continue_final_message", True, "goes with add_generation_prompt=False")
+        variables |= {name: self._config_text(name) for name in ("bos_token", "eos_token")}
+        text = _render(source, messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+        if continue_final_message:
+            final = str(messages[-1].get("content") or "").strip()
+            end = text.rfind(final)
+            if end < 0:
+                raise ParameterError("continue_final_message", True, "the chat template does not repeat that message")
+            text = text[: end + len(final)]
+        return text
+
+    @cached_property
+    def _chat_template(self) -> str | None:
+        if self._template_file.is_file():
+            return self._template_file.read_text(encoding="utf-8")
+        template = self._config.get("chat_template")
+        if isinstance(template, list):  # several named templates, as some checkpoints have
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        return template if isinstance(template, str) else None
+
+    def _config_text(self, name: str) -> str:
+        token = self._config.get(name)
+        if isinstance(token, Mapping):
+            token = token.get("content")
+        return token if isinstance(token, str) else ""
+
+    def _special(self, name: str) -> int | None:
+        text = self._config_text(name)
+        return self._fast.token_to_id(text) if text else None
+
+
+class Detokenizer:
+    """Text of one growing sequence of ids, released only in whole characters and clear of stop strings."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        *,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
+    ) -> None:
+        """Start after ``prompt_ids``; ``stop`` strings count once ``min_tokens`` ids have come."""
+        self.text = ""
+        self._tokenizer = tokenizer
+        self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
+        self._num_context = len(self._ids)
+        self._skip_special = skip_special_tokens
+        self._prefix = 0
+        self._read = len(self._ids)
+        self._stop = list(stop)
+        self._include_stop = include_stop
+        self._hold_back = max((len(s) for s in self._stop), default=1) - 1 if not include_stop else 0
+        self._min_tokens = min_tokens
+        self._sent = 0
+
+    def append(self, token_id: int, *, visible: bool = True) -> str | None:
+        """Take in an id; return the stop string that it completes, if any (``text`` is cut accordingly).
+
+        An id that is not ``visible`` (one that ended the output) counts but adds no text."""
+        if not visible:
+            return None
+        self._ids.append(token_id)
+        before = self._decode(self._ids[self._prefix : self._read])
+        after = self._decode(self._ids[self._prefix :])
+        if len(after) <= len(before) or after.endswith("\ufffd"):
+            return None
+        self._prefix, self._read = self._read, len(self._ids)
+        return self._add(after[len(before) :])
+
+    def finish(self) -> str | None:
+        """Release what was held back, an incomplete character as U+FFFD; may complete a stop string too."""
+        before = self._decode(self._ids[self._prefix : self._read])
+        after = self._decode(self._ids[self._prefix :])
+        self._prefix = self._read = len(self._ids)
+        stopped = self._add(after[len(before) :])
+        self._hold_back = 0
+        return stopped
+
+    @property
+    def released_text(self) -> str:
+        """The text so far, without an end that may yet become a stop string."""
+        return self.text[: max(len(self.text) - self._hold_back, 0)] if self._hold_back else self.text
+
+    def delta(self) -> str:
+        """The part of :attr:`released_text` that is new since the last call."""
+        text = self.released_text
+        start, self._sent = self._sent, max(len(text), self._sent)
+        return text[start:]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, self._skip_special)
+
+    def _add(self, new: str) -> str | None:
+        start = len(self.text)
+        self.text += new
+        if not self._stop or len(self._ids) - self._num_context <= self._min_tokens - 1:
+            return None
+        found = []
+        for stop in self._stop:
+            at = self.text.find(stop, max(0, start - len(stop) + 1))
+            if at >= 0:
+                found.append((at, stop))
+        if not found:
+            return None
+        at, stop = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
+        self.text = self.text[: at + len(stop) if self._include_stop else at]
+        self._hold_back = 0
+        return stop
+
+
+def _load_fast(path: Path) -> FastTokenizer:
+    file = path / "tokenizer.json"
+    if file.is_file():
+        try:
+            return FastTokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception
+            raise ModelError(f"{file}: not a usable tokenizer: {error}") from None
+    from transformers import AutoTokenizer  # only for checkpoints without a tokenizer.json
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{path}: no tokenizer.json, and transformers finds no tokenizer either: {error}") from None
+    if not getattr(loaded, "is_fast", False):
+        raise ModelError(f"{path}: its tokenizer has no tokenizer.json form, which is the one that vllmlite reads")
+    return loaded.backend_tokenizer
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file}: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: holds {type(content).__name__}, not an object")
+    return content
+
+
+def _render(source: str, **variables: Any) -> str:
+    """Render a chat template with what transformers offers templates, in Jinja's immutable sandbox."""
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise ParameterError("messages", variables["messages"], message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+    def strftime_now(form: str) -> str:
+        import time
+
+        return time.strftime(form)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    try:
+        return environment.from_string(source).render(**variables)
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, ParameterError):
+            raise
+        raise ParameterError("messages", variables["messages"], f"the chat template refuses them: {error}") from None
