@@ -1,0 +1,6 @@
+"""Settings that must stand before any test module is imported."""
+
+import os
+
+# Tiny models on a busy machine: OpenMP threads that wait by spinning take minutes of it. libgomp reads this at its start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,123 @@
+"""The command line: a subcommand a file, imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import io
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Protocol, cast
+
+from vllmlite.cli.parser import OptionParser
+from vllmlite.config import did_you_mean
+from vllmlite.errors import VllmliteError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COMMANDS = {
+    "generate": "complete prompts",
+    "chat": "talk to a model in the terminal",
+    "bench": "measure throughput and latency of this engine",
+    "env": "show versions, hardware and backends",
+}
+"""Subcommands and what they do; each is a module of this package with ``add_arguments`` and ``run``."""
+
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 128 + signal.SIGINT, 141
+
+
+class Command(Protocol):
+    """What the module of a subcommand offers."""
+
+    def add_arguments(self, parser: OptionParser) -> None:
+        """Declare the subcommand's options."""
+
+    def run(self, args: argparse.Namespace, parser: OptionParser) -> int:
+        """Do it; the exit status. ``parser.error`` is for what the command line got wrong."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; its exit status: 0, 1 failed, 2 wrong usage, 130 interrupted, 141 output closed."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character is no reason to fail.
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        try:
+            status = _dispatch(argv)
+        except SystemExit as e:  # argparse ends --help and errors this way
+            status = e.code if isinstance(e.code, int) else EXIT_FAILURE
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except VllmliteError as e:
+        print(f"vllmlite: error: {' '.join(str(e).split())}", file=sys.stderr)
+        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # after the terminal's ^C
+        return EXIT_INTERRUPTED
+    except OSError as e:
+        if e.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # The output takes no more; what Python still wants to flush at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if e.errno == errno.EPIPE:
+            return EXIT_BROKEN_PIPE
+        print(f"vllmlite: error: writing the output: {e.strerror}", file=sys.stderr)
+        return EXIT_FAILURE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line as one parser: for completion and manual page generators."""
+    parser = _top_parser()
+    parser.epilog = None
+    subparsers = parser.add_subparsers(prog=parser.prog, metavar="COMMAND", parser_class=OptionParser)
+    for name, summary in COMMANDS.items():
+        _load(name).add_arguments(subparsers.add_parser(name, help=summary, description=_sentence(summary)))
+    return parser
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] not in COMMANDS:
+        parser = _top_parser()
+        if argv and not argv[0].startswith("-"):
+            parser.error(f"no command {argv[0]}" + did_you_mean(argv[0], COMMANDS))
+        parser.parse(argv)
+        parser.error(f"no command; one of {', '.join(COMMANDS)}")
+    name = argv[0]
+    command = _load(name)
+    parser = OptionParser(prog=f"vllmlite {name}", description=_sentence(COMMANDS[name]))
+    command.add_arguments(parser)
+    return command.run(parser.parse(argv[1:]), parser)
+
+
+def _top_parser() -> OptionParser:
+    listing = "\n".join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
+    parser = OptionParser(
+        prog="vllmlite",
+        usage="%(prog)s [-h] [--version] COMMAND ...",
+        description="Run language models: vLLM's engine made small.",
+        epilog=f"commands:\n{listing}\n\n'vllmlite COMMAND --help' tells a command's options.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from vllmlite import __version__
+
+        print(f"vllmlite {__version__}")
+        parser.exit()
+
+
+def _load(name: str) -> Command:
+    return cast(Command, importlib.import_module(f"vllmlite.cli.{name}"))
+
+
+def _sentence(summary: str) -> str:
+    return summary[0].upper() + summary[1:] + "."

@@ -1,0 +1,120 @@
+"""``vllmlite env``: what a bug report needs, whatever is installed or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from vllmlite import __version__
+from vllmlite.cli import machine, probe
+from vllmlite.hub import BUILT_IN
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vllmlite.cli.parser import OptionParser
+
+PACKAGES = (
+    "torch", "tokenizers", "transformers", "huggingface-hub", "safetensors", "numpy", "jinja2", "pyyaml", "tqdm"
+)  # fmt: skip
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "HF_ENDPOINT",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "OMP_NUM_THREADS",
+)
+
+
+def add_arguments(parser: OptionParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--quick", action="store_true", help="do not ask the backends, which imports torch")
+
+
+def run(args: argparse.Namespace, parser: OptionParser) -> int:
+    """Print the report."""
+    facts = gather(ask_backends=not args.quick)
+    print(json.dumps(facts, indent=2) if args.json else as_text(facts))
+    return 0
+
+
+def gather(ask_backends: bool = True) -> dict[str, Any]:
+    """All facts, JSON-able."""
+    return {
+        "vllmlite": __version__,
+        "python": {"version": platform.python_version(), "executable": sys.executable},
+        "packages": {name: _version(name) for name in PACKAGES},
+        "system": machine.system(),
+        "cpu": machine.cpu(),
+        "memory": machine.memory(),
+        "nvidia": machine.nvidia(),
+        "backends": probe.probe() if ask_backends else [],
+        "built_in_model": _built_in_model(),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts for people."""
+    packages = facts["packages"]
+    cpu, memory, nvidia, model = (facts[name] for name in ("cpu", "memory", "nvidia", "built_in_model"))
+    limit = f", limited to {cpu['core_limit']:g}" if cpu["core_limit"] is not None else ""
+    rows = {
+        "vllmlite": facts["vllmlite"],
+        "python": f"{facts['python']['version']} ({facts['python']['executable']})",
+        "packages": ", ".join(f"{name} {version}" for name, version in packages.items() if version) or "none",
+        "not installed": ", ".join(name for name, version in packages.items() if not version) or "nothing",
+        "system": "{os}, Linux {kernel}, {machine}".format(**facts["system"]),
+        "cpu": f"{cpu['model'] or 'unknown'}; {cpu['usable_cores']} of {cpu['cores']} cores usable{limit}",
+        "cpu features": " ".join(cpu["isa"]) or "unknown",
+        "memory": f"{_gib(memory['total'])}, {_gib(memory['available'])} available"
+        + (f", limited to {_gib(memory['limit'])}" if memory["limit"] is not None else ""),
+        "nvidia": f"driver {nvidia['driver']}, {len(nvidia['gpus'])} GPUs: {', '.join(nvidia['gpus']) or 'none'}"
+        if nvidia["driver"]
+        else "no driver",
+    }
+    for answer in facts["backends"]:
+        verdict = "available" if answer["available"] else "declines"
+        name = f"{answer['backend']} on {answer['kind']}" if answer["kind"] else "backends"
+        rows[name] = f"{verdict}: {answer['reason']}"
+    rows["built-in model"] = ", ".join(f"{k} {v}" for k, v in model.items()) if model else "not installed"
+    for name, value in facts["environment"].items():
+        rows[name] = value
+    return "\n".join(f"{name:<15} {value}" for name, value in rows.items())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except Exception:  # not installed, or installed in a way that its own tools cannot read
+        return None
+
+
+def _built_in_model() -> dict[str, Any]:
+    """Architecture, bytes of weights, and the plain values of the model's manifest; empty without the model."""
+    config = _json_object("config.json")
+    if not config:
+        return {}
+    return {
+        "architecture": ", ".join(map(str, config.get("architectures") or ())) or config.get("model_type"),
+        "weight_bytes": sum(file.stat().st_size for file in BUILT_IN.glob("*.safetensors")),
+        **{k: v for k, v in _json_object("manifest.json").items() if isinstance(v, (str, int, float))},
+    }
+
+
+def _json_object(name: str) -> dict[str, Any]:
+    try:
+        content = json.loads((BUILT_IN / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _gib(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**30:.1f} GiB"

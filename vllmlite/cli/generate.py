@@ -1,0 +1,178 @@
+"""``vllmlite generate``: complete prompts from the command line, a file or standard input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllmlite.cli import report, session
+from vllmlite.cli.prompts import Wish, add_prompt_arguments, read_wishes
+from vllmlite.cli.sampling import add_sampling_arguments, given_sampling, sampling_from_mapping
+from vllmlite.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from vllmlite.cli.parser import OptionParser
+    from vllmlite.llm_engine import LLMEngine, Prompt
+    from vllmlite.outputs import CompletionOutput, Logprob, RequestOutput
+
+
+def add_arguments(parser: OptionParser) -> None:
+    """Declare the options."""
+    prompts = add_prompt_arguments(parser)
+    prompts.add_argument("--chat", action="store_true", help="prompts are questions: apply the chat template")
+    prompts.add_argument("--system", metavar="TEXT", help="system message, with --chat")
+    prompts.add_argument("--chat-template", metavar="FILE", help="Jinja template in place of the model's")
+    session.add_session_arguments(parser)
+    add_sampling_arguments(parser, max_tokens=128)
+    output = parser.add_argument_group("output options")
+    output.add_argument("--json", action="store_true", help="print a JSON object a completion, one a line")
+    output.add_argument("--no-echo", action="store_true", help="leave out the prompt (--chat does)")
+    stats_help = 'statistics on standard error; with --json a last line {"stats": ...} on standard output'
+    output.add_argument("--stats", action="store_true", help=stats_help)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A prompt as the engine takes it, with all that its request needs."""
+
+    prompt: Prompt
+    params: SamplingParams
+    priority: int
+
+
+def run(args: argparse.Namespace, parser: OptionParser) -> int:
+    """Complete the prompts."""
+    for name in ("system", "chat_template"):
+        if getattr(args, name) is not None and not args.chat:
+            parser.error(f"--{name.replace('_', '-')} needs --chat")
+    config = session.engine_config(args, parser)
+    if config.skip_tokenizer_init and not args.json:
+        parser.error("without a tokenizer there are only token ids to print: add --json")
+    given = given_sampling(args)
+    wishes = read_wishes(args, session.checked_params(SamplingParams(), given, parser), parser)
+    template = session.read_chat_template(args.chat_template, parser)
+    started = session.start(config, args.verbose)
+    base = session.checked_params(started.engine.default_sampling_params, given, parser)
+    jobs = [
+        Job(
+            _prompt(wish, started.engine, args, template),
+            sampling_from_mapping(base, wish.options),
+            wish.priority,
+        )
+        for wish in wishes
+    ]
+    tally = report.Run(started)
+    if len(jobs) == 1 and jobs[0].params.n == 1 and not args.json:
+        _stream(started.engine, jobs[0], _echo(args), tally)
+    else:
+        _run_all(started.engine, jobs, args, tally)
+    if args.stats:
+        statistics = tally.statistics()
+        if args.json:
+            print(json.dumps({"stats": statistics}))
+        else:
+            sys.stdout.flush()
+            print(report.table(statistics), file=sys.stderr)
+    return 0
+
+
+def _prompt(wish: Wish, engine: LLMEngine, args: argparse.Namespace, template: str | None) -> Prompt:
+    if not args.chat or not isinstance(wish.prompt, str):
+        return wish.prompt
+    messages = [{"role": "system", "content": args.system}] if args.system is not None else []
+    return session.chat_prompt(engine, [*messages, {"role": "user", "content": wish.prompt}], template)
+
+
+def _echo(args: argparse.Namespace) -> bool:
+    return not (args.no_echo or args.chat)
+
+
+def _stream(engine: LLMEngine, job: Job, echo: bool, tally: report.Run) -> None:
+    """Print one completion as it comes."""
+    count = 0
+    for number, output in enumerate(session.stream(engine, "0", job.prompt, job.params, job.priority)):
+        if echo and number == 0:
+            print(_prompt_text(engine, output), end="")
+        count += len(output.outputs[0].token_ids)
+        print(output.outputs[0].text, end="", flush=True)
+    print(flush=True)
+    tally.add(output, count)
+
+
+def _run_all(engine: LLMEngine, jobs: list[Job], args: argparse.Namespace, tally: report.Run) -> None:
+    """Run all jobs together and print their completions in order."""
+    headings = len(jobs) > 1 or jobs[0].params.n > 1
+    for index, output in enumerate(_in_order(engine, jobs)):
+        tally.add(output, sum(len(c.token_ids) for c in output.outputs))
+        for completion in output.outputs:
+            if args.json:
+                print(json.dumps(_as_json(index, output, completion), ensure_ascii=False), flush=True)
+                continue
+            if headings:
+                if index or completion.index:
+                    print()
+                number = f"{index + 1}/{len(jobs)}"
+                if len(output.outputs) > 1:
+                    number += f", completion {completion.index + 1}/{len(output.outputs)}"
+                print(f"==> {number} <==")
+            print((_prompt_text(engine, output) if _echo(args) else "") + completion.text, flush=True)
+
+
+def _prompt_text(engine: LLMEngine, output: RequestOutput) -> str:
+    """The prompt as it was given; of token ids, the text that they stand for."""
+    if output.prompt is not None:
+        return output.prompt
+    return engine.get_tokenizer().decode(output.prompt_token_ids)
+
+
+def _in_order(engine: LLMEngine, jobs: list[Job]) -> Iterator[RequestOutput]:
+    """Run all jobs together; their outputs in order, each as soon as those before it are out."""
+    for index, job in enumerate(jobs):
+        params = job.params.clone(output_kind=RequestOutputKind.FINAL_ONLY)
+        engine.add_request(str(index), job.prompt, params, priority=job.priority)
+    progress = report.Progress(len(jobs))
+    finished: dict[str, RequestOutput] = {}
+    for index in range(len(jobs)):
+        while str(index) not in finished:
+            outputs = engine.step()
+            finished.update((output.request_id, output) for output in outputs)
+            progress.advance(len(outputs))
+        session.raise_on_error(engine, str(index))
+        yield finished.pop(str(index))
+
+
+def _as_json(index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+    metrics = output.metrics
+    line: dict[str, Any] = {
+        "index": index,
+        "completion": completion.index,
+        "prompt": output.prompt,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+        "num_prompt_tokens": len(output.prompt_token_ids),
+        "num_cached_tokens": output.num_cached_tokens,
+        "metrics": None,
+    }
+    if metrics is not None and metrics.finished_time is not None:
+        ttft = metrics.time_to_first_token
+        line["metrics"] = {
+            "time_to_first_token": None if ttft is None else round(ttft, 6),
+            "seconds": round(metrics.finished_time - metrics.arrival_time, 6),
+        }
+    if completion.logprobs is not None:
+        line["cumulative_logprob"] = completion.cumulative_logprob
+        line["logprobs"] = [_logprobs(entry) for entry in completion.logprobs]
+    if output.prompt_logprobs is not None:
+        line["prompt_logprobs"] = [entry and _logprobs(entry) for entry in output.prompt_logprobs]
+    return line
+
+
+def _logprobs(entry: dict[int, Logprob]) -> dict[str, dict[str, Any]]:
+    return {str(token_id): asdict(logprob) for token_id, logprob in entry.items()}

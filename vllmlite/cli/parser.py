@@ -1,0 +1,75 @@
+"""The argument parser of every subcommand: strict, with the closest match in its errors."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import textwrap
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from vllmlite.config import did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        kwargs.setdefault("max_help_position", 30)
+        super().__init__(prog, **kwargs)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
+class OptionParser(argparse.ArgumentParser):
+    """An ArgumentParser without abbreviations, in whose options ``_`` is ``-`` and positionals may stand anywhere.
+
+    Its usage line does not list the options, of which there are many; errors are one line and a hint."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        """Takes ArgumentParser's arguments."""
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
+
+    def parse(self, args: Sequence[str]) -> argparse.Namespace:
+        """Parse all of ``args``; what is unknown is an error that names the closest option."""
+        argv = [*map(_with_dashes, args)]
+        split = argv.index("--") if "--" in argv else len(argv)
+        parsed, rest = self.parse_known_intermixed_args(argv[:split])
+        unknown = next((arg for arg in rest if arg.startswith("-")), None)
+        if unknown is not None:
+            name = unknown.partition("=")[0]
+            self.error(f"no option {name}" + did_you_mean(name, self._option_string_actions))
+        positional = next((a for a in self._actions if not a.option_strings and a.nargs == "*"), None)
+        if positional is None:
+            rest += argv[split + 1 :]
+        else:
+            setattr(parsed, positional.dest, [*getattr(parsed, positional.dest), *argv[split + 1 :]])
+        if rest:
+            self.error(f"unexpected argument {rest[0]!r}")
+        return parsed
+
+    def format_usage(self) -> str:
+        """The usage line, short."""
+        self._shorten_usage()
+        return super().format_usage()
+
+    def format_help(self) -> str:
+        """The help, its usage line short."""
+        self._shorten_usage()
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        """Say what was wrong with the command line, and end with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\nTry '{self.prog} --help'.\n")
+
+    def _shorten_usage(self) -> None:
+        if self.usage is None:
+            places = (a for a in self._actions if not a.option_strings)
+            self.usage = " ".join(["%(prog)s [options]", *(f"[{a.metavar} ...]" for a in places)])
+
+
+def _with_dashes(arg: str) -> str:
+    """``--max_tokens=a_b`` as ``--max-tokens=a_b``; anything that is no long option as it is."""
+    match = re.match(r"--\w[\w-]*(?==|$)", arg)
+    return arg if match is None else match.group().replace("_", "-") + arg[match.end() :]

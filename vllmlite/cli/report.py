@@ -1,0 +1,146 @@
+"""Statistics of a run: the numbers once, as a table or as JSON."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllmlite.cli.session import Session
+    from vllmlite.outputs import RequestMetrics, RequestOutput
+
+
+class Run:
+    """Counts the requests that finished from now on; times are those of the requests' own metrics."""
+
+    def __init__(self, session: Session) -> None:
+        """Begin now, with what the engine has counted so far left out."""
+        self.begin = time.monotonic()
+        self.num_requests = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_generation_tokens = 0
+        self.metrics: list[RequestMetrics] = []
+        self._session = session
+        self._before = replace(session.engine.stats())
+
+    def add(self, output: RequestOutput, num_generation_tokens: int) -> None:
+        """Count a finished request."""
+        self.num_requests += 1
+        self.num_prompt_tokens += len(output.prompt_token_ids)
+        self.num_cached_tokens += output.num_cached_tokens
+        self.num_generation_tokens += num_generation_tokens
+        if output.metrics is not None:
+            self.metrics.append(output.metrics)
+
+    def statistics(self) -> dict[str, Any]:
+        """All there is to say. Prefill is timed to the last first token, decode from the first first token on."""
+        stats, before = self._session.engine.stats(), self._before
+        started = [m.first_scheduled_time for m in self.metrics if m.first_scheduled_time is not None]
+        first = [m.first_token_time for m in self.metrics if m.first_token_time is not None]
+        ended = [m.finished_time for m in self.metrics if m.finished_time is not None]
+        ttft = [m.time_to_first_token for m in self.metrics if m.time_to_first_token is not None]
+        computed = self.num_prompt_tokens - self.num_cached_tokens
+        prefill_seconds = max(first) - min(started) if first and started else 0.0
+        decode_seconds = max(ended) - min(first) if ended and first else 0.0
+        return {
+            "model": self._session.model_name,
+            "backend": stats.backend,
+            "device": stats.device,
+            "dtype": stats.dtype,
+            "lent_ops": stats.lent_ops,
+            "load_seconds": round(self._session.load_seconds, 3),
+            "requests": self.num_requests,
+            "seconds": round(max(ended) - self.begin, 4) if ended else 0.0,
+            "prompt_tokens": self.num_prompt_tokens,
+            "cached_tokens": self.num_cached_tokens,
+            "generated_tokens": self.num_generation_tokens,
+            "ttft_seconds": quantiles(ttft),
+            "prefill_tokens_per_second": rate(computed, prefill_seconds),
+            "decode_tokens_per_second": rate(self.num_generation_tokens - len(first), decode_seconds),
+            "steps": stats.num_steps - before.num_steps,
+            "preemptions": stats.num_preemptions - before.num_preemptions,
+            "kv_blocks": {
+                "total": stats.num_blocks,
+                "peak_used": stats.peak_used_blocks,
+                "size": stats.block_size,
+            },
+            "prefix_cache": {
+                "queried_tokens": stats.prefix_cache_queries - before.prefix_cache_queries,
+                "hit_tokens": stats.prefix_cache_hits - before.prefix_cache_hits,
+            },
+        }
+
+
+class Progress:
+    """A line on standard error that counts up, where that is a terminal and the output goes elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        """Nothing of ``total`` is done."""
+        self._total = total
+        self._done = 0
+        self._shown = total > 1 and sys.stderr.isatty() and not sys.stdout.isatty()
+        self.advance(0)
+
+    def advance(self, count: int = 1) -> None:
+        """``count`` more are done."""
+        self._done += count
+        if self._shown:
+            end = "\n" if self._done == self._total else ""
+            print(
+                f"\rvllmlite: {self._done} of {self._total} prompts done",
+                end=end,
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def table(statistics: dict[str, Any]) -> str:
+    """``statistics`` for people."""
+    s = statistics
+    kv, prefix, ttft = s["kv_blocks"], s["prefix_cache"], s["ttft_seconds"]
+    several = s["requests"] > 1
+    rows = {
+        "model": f"{s['model']} (started in {s['load_seconds']:.2f} s)",
+        "backend": f"{s['backend']} on {s['device']}, {s['dtype']}; lent ops: {', '.join(s['lent_ops']) or 'none'}",
+        "requests": f"{s['requests']} in {s['seconds']:.2f} s, {s['steps']} steps",
+        "TTFT": milliseconds(ttft) if several else f"{1000 * ttft['p50']:.1f} ms" if ttft else "-",
+        "prefill": f"{s['prompt_tokens']} tokens, {s['cached_tokens']} of them cached"
+        + _per_second(s["prefill_tokens_per_second"]),
+        "decode": f"{s['generated_tokens']} tokens" + _per_second(s["decode_tokens_per_second"]),
+        "KV blocks": f"{kv['peak_used']} of {kv['total']} used at most, {kv['size']} tokens each",
+        "prefix cache": f"{prefix['hit_tokens']} of {prefix['queried_tokens']} tokens hit",
+        "preemptions": str(s["preemptions"]),
+    }
+    return "\n".join(f"{name:<13} {value}" for name, value in rows.items())
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Mean, and the median, 90th and 99th percentile by nearest rank; empty of nothing."""
+    if not values:
+        return {}
+    ordered = sorted(values)
+
+    def at(q: float) -> float:
+        return round(ordered[math.ceil(q * len(ordered)) - 1], 6)
+
+    return {"mean": round(sum(ordered) / len(ordered), 6), "p50": at(0.5), "p90": at(0.9), "p99": at(0.99)}
+
+
+def milliseconds(seconds: dict[str, float]) -> str:
+    """:func:`quantiles` of seconds for people."""
+    return ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items()) or "-"
+
+
+def rate(count: int, seconds: float) -> float | None:
+    """``count`` a second; None where nothing was counted or no time passed."""
+    return round(count / seconds, 2) if count > 0 and seconds > 0 else None
+
+
+def _per_second(value: float | None) -> str:
+    return "" if value is None else f", {value:.1f} tokens/s"

@@ -1,0 +1,109 @@
+"""Sampling flags: one for each field of SamplingParams, with the field's own words for help."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import json
+from collections.abc import Set
+from dataclasses import fields
+from typing import Any
+
+from vllmlite.config import did_you_mean
+from vllmlite.errors import ParameterError
+from vllmlite.sampling_params import SamplingParams
+
+NO_FLAG = {"output_kind", "seed", "spaces_between_special_tokens"}
+"""Fields without a flag: the first belongs to the command, ``--seed`` is the engine's, the last changes nothing."""
+
+
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser, *, max_tokens: int, exclude: Set[str] = frozenset()
+) -> None:
+    """Give ``parser`` the sampling flags; those not given leave nothing in the namespace but ``max_tokens``."""
+    group = parser.add_argument_group(
+        "sampling options",
+        "Defaults come from the model's generation_config.json; --temperature 0 is greedy.",
+    )
+    words = _field_docs(SamplingParams)
+    for f in fields(SamplingParams):
+        if f.name in NO_FLAG | exclude:
+            continue
+        help = words.get(f.name, "").replace("%", "%%").rstrip(".")
+        help = help[:1].lower() + help[1:].replace("``", "")
+        default: Any = argparse.SUPPRESS
+        if f.name == "max_tokens":
+            help, default = f"{help} (default: {max_tokens})", max_tokens
+        kind: dict[str, Any] = _KINDS[str(f.type)]
+        group.add_argument("--" + f.name.replace("_", "-"), dest=f.name, default=default, help=help, **kind)
+
+
+def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling fields that the command line gave."""
+    names = {f.name for f in fields(SamplingParams)} - NO_FLAG
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def sampling_from_mapping(base: SamplingParams, options: dict[str, Any]) -> SamplingParams:
+    """``base`` with ``options`` applied, whose names are checked."""
+    names = {f.name for f in fields(SamplingParams)} - {"output_kind"}
+    for name, value in options.items():
+        if name not in names:
+            raise ParameterError(name, value, "no such sampling parameter" + did_you_mean(name, names))
+    return base.clone(**options)
+
+
+def _int_or_none(text: str) -> int | None:
+    try:
+        return None if text.lower() == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor none") from None
+
+
+def _id_list(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2,3") from None
+
+
+def _bias(text: str) -> dict[str, float]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{{\"42\": -100}}'")
+    return value
+
+
+_KINDS: dict[str, dict[str, Any]] = {
+    "int": {"type": int, "metavar": "N"},
+    "int | None": {"type": _int_or_none, "metavar": "N"},
+    "float": {"type": float, "metavar": "X"},
+    "bool": {"action": argparse.BooleanOptionalAction},
+    "str | list[str] | None": {"action": "append", "metavar": "TEXT"},
+    "list[str] | None": {"action": "append", "metavar": "TEXT"},
+    "list[int] | None": {"type": _id_list, "metavar": "ID,ID"},
+    "dict[int, float] | None": {"type": _bias, "metavar": "JSON"},
+}
+"""How a flag of each type reads its values."""
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """Field names → the docstrings that follow them in the source; empty where there is no source."""
+    try:
+        body = ast.parse(inspect.getsource(cls)).body[0]
+    except (OSError, TypeError):
+        return {}
+    assert isinstance(body, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for node, after in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        ):
+            docs[ast.unparse(node.target)] = str(after.value.value)
+    return docs

@@ -1,0 +1,128 @@
+"""What the commands that run a model share: starting the engine, sampling defaults, streaming one request."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllmlite.config import EngineConfig, add_engine_arguments
+from vllmlite.errors import ParameterError, VllmliteError
+from vllmlite.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from vllmlite.cli.parser import OptionParser
+    from vllmlite.llm_engine import LLMEngine, Prompt
+    from vllmlite.outputs import RequestOutput
+
+
+@dataclass(slots=True)
+class Session:
+    """A started engine, the name to show for its model, and how long the start took."""
+
+    engine: LLMEngine
+    model_name: str
+    load_seconds: float
+
+
+def add_session_arguments(parser: argparse.ArgumentParser) -> None:
+    """The engine's flags, and ``--verbose``."""
+    add_engine_arguments(parser)
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what happens on standard error")
+
+
+def engine_config(args: argparse.Namespace, parser: OptionParser) -> EngineConfig:
+    """The configuration that flags and ``--config`` ask for; what is wrong in it ends the program."""
+    try:
+        return EngineConfig.from_namespace(args)
+    except ParameterError as e:
+        parser.error(str(e))
+
+
+def start(config: EngineConfig, verbose: bool) -> Session:
+    """Start an engine; one line on standard error says what runs, if that is a terminal or ``verbose``."""
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="vllmlite: %(message)s")
+    begin = time.monotonic()
+    # OpenMP threads that spin while they wait make a step tens of times slower on a machine with other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        from vllmlite.llm_engine import LLMEngine  # imports what a model needs: not for --help
+
+        engine = LLMEngine(config)
+    except ModuleNotFoundError as e:
+        if (e.name or "vllmlite").partition(".")[0] == "vllmlite":
+            raise
+        raise VllmliteError(
+            f"the Python package {e.name} is not installed (Debian: python3-{e.name}); 'vllmlite env' lists what is"
+        ) from None
+    session = Session(
+        engine, config.served_model_name or config.model or "built-in model", time.monotonic() - begin
+    )
+    if verbose or sys.stderr.isatty():
+        stats = engine.stats()
+        print(
+            f"vllmlite: {session.model_name} on {stats.backend} ({stats.device}, {stats.dtype}), "
+            f"started in {session.load_seconds:.1f} s",
+            file=sys.stderr,
+        )
+    if verbose:
+        print(f"vllmlite: {engine.backend_choice}", file=sys.stderr)
+    return session
+
+
+def chat_prompt(engine: LLMEngine, messages: list[dict[str, str]], chat_template: str | None) -> Prompt:
+    """``messages`` through the chat template, as a prompt whose special tokens are already in it."""
+    tokenizer = engine.get_tokenizer()
+    text = tokenizer.apply_chat_template(messages, chat_template=chat_template)
+    return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+
+def read_chat_template(path: str | None, parser: OptionParser) -> str | None:
+    """The template in file ``path``."""
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as e:
+        parser.error(f"--chat-template {path}: {getattr(e, 'strerror', None) or e}")
+
+
+def stream(
+    engine: LLMEngine, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
+) -> Iterator[RequestOutput]:
+    """Outputs of one request as they come, each with what is new; closing the generator drops the request."""
+    delta = params.clone(output_kind=RequestOutputKind.DELTA)
+    engine.add_request(request_id, prompt, delta, priority=priority)
+    finished = False
+    try:
+        while not finished and engine.has_unfinished_requests():
+            for output in engine.step():
+                finished = output.finished
+                yield output
+        raise_on_error(engine, request_id)
+    finally:
+        if not finished:
+            engine.abort_request([request_id])
+
+
+def raise_on_error(engine: LLMEngine, request_id: str) -> None:
+    """Raise if the request ended because a step failed."""
+    error = engine.take_error(request_id)
+    if error is not None:
+        raise VllmliteError(f"request {request_id}: a step failed: {error}")
+
+
+def checked_params(base: SamplingParams, options: dict[str, Any], parser: OptionParser) -> SamplingParams:
+    """``base`` with the command line's ``options``; what is wrong in them ends the program."""
+    try:
+        return base.clone(**options)
+    except ParameterError as e:
+        parser.error(str(e))
