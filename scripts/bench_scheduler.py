@@ -84,7 +84,11 @@ def measure(lengths: Sequence[tuple[int, int]], depth: int) -> dict[str, float]:
     for index, (num_in, num_out) in enumerate(lengths):
         prompt = [10 + index] * num_in
         params = SamplingParams(
-            temperature=0, max_tokens=num_out, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+            temperature=0,
+            max_tokens=num_out,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
         )
         for child, child_params in processor.add(str(index), None, prompt, params).items():
             engine.add_request(child, prompt, child_params)
@@ -103,7 +107,9 @@ def measure(lengths: Sequence[tuple[int, int]], depth: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure both depths three times and report the medians."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--bar", type=float, default=5.0, help="microseconds a row that count as enough")
     args = parser.parse_args()
@@ -113,7 +119,9 @@ def main() -> None:
     for depth in (1, 2):
         runs = sorted(measure(lengths, depth)["us_per_row"] for _ in range(3))
         result[f"us_per_row_depth{depth}"] = round(runs[1], 2)
-        print(f"steps in flight {depth}: {runs[1]:.2f} us a decode row a step (min {runs[0]:.2f}, max {runs[2]:.2f})")
+        print(
+            f"steps in flight {depth}: {runs[1]:.2f} us a decode row a step (min {runs[0]:.2f}, max {runs[2]:.2f})"
+        )
     print(json.dumps(result))
 
 

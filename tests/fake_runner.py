@@ -24,7 +24,9 @@ def next_id(context: Sequence[int], banned: Collection[int] = ()) -> int:
     return token_id
 
 
-def expected(prompt: Sequence[int], max_tokens: int, *, eos: Collection[int] = (EOS,), min_tokens: int = 0) -> list[int]:
+def expected(
+    prompt: Sequence[int], max_tokens: int, *, eos: Collection[int] = (EOS,), min_tokens: int = 0
+) -> list[int]:
     """What a request must give however it is scheduled."""
     context = list(prompt)
     for index in range(max_tokens):

@@ -9,8 +9,13 @@ from vllmlite.engine.block_pool import BlockPool, chain_digest, root_digest
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 12), st.lists(st.tuples(st.sampled_from(["take", "share", "free", "name"]), st.integers(0, 20))))
-def test_counts_names_and_free_list_agree_after_any_history(size: int, history: list[tuple[str, int]]) -> None:
+@given(
+    st.integers(1, 12),
+    st.lists(st.tuples(st.sampled_from(["take", "share", "free", "name"]), st.integers(0, 20))),
+)
+def test_counts_names_and_free_list_agree_after_any_history(
+    size: int, history: list[tuple[str, int]]
+) -> None:
     pool = BlockPool(size)
     held: list[list[int]] = []
     for what, number in history:

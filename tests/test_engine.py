@@ -143,14 +143,17 @@ def test_any_load_gives_what_each_request_gives_alone(
         engine.scheduler.check_integrity()
         step += 1
         assert step < 5_000, "starved"
-    for name, arrival in enumerate(requests):
-        want = expected(arrival.prompt, arrival.max_tokens, min_tokens=min(arrival.min_tokens, arrival.max_tokens))
-        got = outputs[str(name)]
-        if finished[str(name)] == "abort":
+    for index, arrival in enumerate(requests):
+        name = str(index)
+        want = expected(
+            arrival.prompt, arrival.max_tokens, min_tokens=min(arrival.min_tokens, arrival.max_tokens)
+        )
+        got = outputs[name]
+        if finished[name] == "abort":
             assert got == want[: len(got)]
         else:
             assert got == want
-            assert finished[str(name)] == ("stop" if want[-1] == EOS else "length")
+            assert finished[name] == ("stop" if want[-1] == EOS else "length")
     assert_idle(engine)
 
 
@@ -206,7 +209,9 @@ def test_salt_keeps_prefixes_apart() -> None:
     prompt = list(range(1, 34))
     found = []
     for name, salt in (("a", "alice"), ("b", "bob"), ("c", "alice"), ("d", None)):
-        request = engine.add_request(name, prompt, SamplingParams(temperature=0, max_tokens=1), cache_salt=salt)
+        request = engine.add_request(
+            name, prompt, SamplingParams(temperature=0, max_tokens=1), cache_salt=salt
+        )
         run(engine)
         found.append(request.num_cached_tokens)
     assert found == [0, 0, 32, 0]
@@ -217,7 +222,9 @@ def test_generated_text_is_cached_too() -> None:
     prompt = list(range(1, 10))
     engine.add_request("turn 1", prompt, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
     answer = run(engine)["turn 1"][0]
-    request = engine.add_request("turn 2", prompt + answer + [5, 6], SamplingParams(temperature=0, max_tokens=1))
+    request = engine.add_request(
+        "turn 2", prompt + answer + [5, 6], SamplingParams(temperature=0, max_tokens=1)
+    )
     run(engine)
     assert request.num_cached_tokens == 28  # 29 tokens, of which the last answer id's block is not full
 
@@ -239,12 +246,16 @@ def test_least_recently_used_prefix_goes_first() -> None:
 def test_little_memory_is_wasted() -> None:
     """Only last blocks are partly filled: under 4 % at the nano workload's lengths (100-1024 in and out)."""
     rng = random.Random(0)
-    engine, _ = make_engine(num_blocks=40_000, block_size=16, max_num_seqs=256, budget=2**20, max_model_len=2048)
+    engine, _ = make_engine(
+        num_blocks=40_000, block_size=16, max_num_seqs=256, budget=2**20, max_model_len=2048
+    )
     total = 0
     for index in range(256):
         length = rng.randint(100, 1024)
         total += length
-        engine.add_request(str(index), [index % 89 + 1] * length, SamplingParams(temperature=0, max_tokens=1024))
+        engine.add_request(
+            str(index), [index % 89 + 1] * length, SamplingParams(temperature=0, max_tokens=1024)
+        )
     engine.step()
     held = engine.scheduler.pool.num_used * 16
     assert 1 - (total + len(engine.scheduler.running)) / held < 0.04
@@ -309,7 +320,9 @@ def test_prompt_truncation_keeps_the_end() -> None:
     prompt = [i % 90 + 1 for i in range(100)]
     cut = engine.add_request("cut", prompt, SamplingParams(temperature=0, truncate_prompt_tokens=5))
     assert cut.prompt_token_ids == prompt[-5:]
-    fit = engine.add_request("fit", prompt, SamplingParams(temperature=0, truncate_prompt_tokens=-1, max_tokens=8))
+    fit = engine.add_request(
+        "fit", prompt, SamplingParams(temperature=0, truncate_prompt_tokens=-1, max_tokens=8)
+    )
     assert fit.prompt_token_ids == prompt[-32:]
     run(engine)
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers
 
 from vllmlite.engine.engine import EngineOutput, TokenLogprobs
 from vllmlite.errors import ModelError, ParameterError
@@ -32,7 +31,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     fast = FastTokenizer(models.BPE(vocab={c: i for i, c in enumerate(ALPHABET)}, merges=[]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
+    fast.add_special_tokens(
+        [AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)]
+    )
     fast.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
     (path / "chat_template.jinja").write_text(TEMPLATE)
@@ -70,7 +71,9 @@ def test_an_incomplete_character_shows_at_the_end_only(tokenizer: Tokenizer) -> 
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text("ab", max_size=12), stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
-def test_stop_strings_cut_where_a_search_of_the_text_would(tokenizer: Tokenizer, text: str, stops: list[str]) -> None:
+def test_stop_strings_cut_where_a_search_of_the_text_would(
+    tokenizer: Tokenizer, text: str, stops: list[str]
+) -> None:
     ends = [(text.find(s) + len(s), text.find(s), s) for s in stops if s in text]
     for include in (False, True):
         detokenizer = Detokenizer(tokenizer, [], stop=stops, include_stop=include)
@@ -151,7 +154,9 @@ def test_output_kinds(tokenizer: Tokenizer) -> None:
     for kind in RequestOutputKind:
         processor = OutputProcessor(tokenizer)
         processor.add("r", "p", [1], SamplingParams(output_kind=kind))
-        outputs = [o for i, t in enumerate(ids) for o in feed(processor, "r", [t], "length" if i == 2 else None)[0]]
+        outputs = [
+            o for i, t in enumerate(ids) for o in feed(processor, "r", [t], "length" if i == 2 else None)[0]
+        ]
         seen[kind] = [(o.outputs[0].text, len(o.outputs[0].token_ids)) for o in outputs]
         assert outputs[-1].finished
         assert not processor.knows("r")

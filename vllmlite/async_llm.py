@@ -53,7 +53,9 @@ class AsyncLLM:
 
         Raises :class:`ParameterError` if it can never be served, VllmliteError if a step failed."""
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
-        prepared = self._engine.encode(prompt)  # here, so that a long text does not hold up the engine's thread
+        prepared = self._engine.encode(
+            prompt
+        )  # here, so that a long text does not hold up the engine's thread
 
         def add() -> None:
             try:

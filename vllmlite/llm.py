@@ -55,7 +55,9 @@ class LLM:
             for index, (prompt, its_params) in enumerate(zip(batch, params, strict=True)):
                 request_id = str(next(self._ids))
                 final = its_params.clone(output_kind=RequestOutputKind.FINAL_ONLY)
-                self.llm_engine.add_request(request_id, prompt, final, priority=priority[index] if priority else 0)
+                self.llm_engine.add_request(
+                    request_id, prompt, final, priority=priority[index] if priority else 0
+                )
                 request_ids.append(request_id)
             return self._run(request_ids, use_tqdm)
         except BaseException:
@@ -89,7 +91,9 @@ class LLM:
                 tools=tools,
                 **(chat_template_kwargs or {}),
             )
-            prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
+            prompts.append(
+                {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+            )
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def _params_for(
@@ -100,7 +104,9 @@ class LLM:
         if isinstance(params, SamplingParams):
             return [params] * len(batch)
         if len(params) != len(batch):
-            raise ParameterError("sampling_params", len(params), f"must be one, or one a prompt, {len(batch)}")
+            raise ParameterError(
+                "sampling_params", len(params), f"must be one, or one a prompt, {len(batch)}"
+            )
         return params
 
     def _run(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:

@@ -99,11 +99,17 @@ class LLMEngine:
         if salt is not None and (not isinstance(salt, str) or not salt):
             raise ParameterError("cache_salt", salt, "must be a non-empty string")
         text, ids = encoded.get("prompt"), encoded.get("prompt_token_ids")
-        if not isinstance(text, str) and (ids is None or text is not None):
-            raise ParameterError("prompt", text, "must be text, unless prompt_token_ids are given")
+        if text is not None and not isinstance(text, str):
+            raise ParameterError("prompt", text, "must be text")
         if ids is None:
+            if text is None:
+                raise ParameterError("prompt", encoded, "must hold prompt or prompt_token_ids")
             ids = self.get_tokenizer().encode(text)
-        elif isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence) or not all(type(i) is int for i in ids):
+        elif (
+            isinstance(ids, (str, bytes))
+            or not isinstance(ids, Sequence)
+            or not all(type(i) is int for i in ids)
+        ):
             raise ParameterError("prompt_token_ids", ids, "must be a list of whole numbers")
         encoded["prompt_token_ids"] = list(ids)
         return encoded

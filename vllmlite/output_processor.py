@@ -61,9 +61,13 @@ class OutputProcessor:
             else:
                 child = f"{index}_{request_id}"
                 seed = None if params.seed is None else params.seed + index
-                child_params = params.clone(n=1, seed=seed, prompt_logprobs=None if index else params.prompt_logprobs)
+                child_params = params.clone(
+                    n=1, seed=seed, prompt_logprobs=None if index else params.prompt_logprobs
+                )
             children[child] = child_params
-            group.completions[child] = _Completion(self._empty_output(index, params), self._detokenizer(group))
+            group.completions[child] = _Completion(
+                self._empty_output(index, params), self._detokenizer(group)
+            )
             self._group_of[child] = group
         self._groups[request_id] = group
         return children
@@ -143,7 +147,11 @@ class OutputProcessor:
             state.token_ids.append(token_id)
             if detokenizer is not None and stop is None:
                 stop = detokenizer.append(token_id, visible=not ended_by_token)
-        if output.logprobs is not None and state.logprobs is not None and state.cumulative_logprob is not None:
+        if (
+            output.logprobs is not None
+            and state.logprobs is not None
+            and state.cumulative_logprob is not None
+        ):
             state.logprobs.append(self._logprobs(output.logprobs, group.params.logprobs or 0))
             state.cumulative_logprob += output.logprobs.logprob
         reason, stop_reason = output.finish_reason, output.stop_reason
@@ -161,7 +169,9 @@ class OutputProcessor:
         """The chosen token first, then the ``k`` most likely (all, for -1)."""
         count = len(entry.top_ids) if k == -1 else k
         found = {entry.token_id: Logprob(entry.logprob, entry.rank, self._token_text(entry.token_id))}
-        for rank, (token_id, logprob) in enumerate(zip(entry.top_ids[:count], entry.top, strict=False), start=1):
+        for rank, (token_id, logprob) in enumerate(
+            zip(entry.top_ids[:count], entry.top, strict=False), start=1
+        ):
             found.setdefault(token_id, Logprob(logprob, rank, self._token_text(token_id)))
         return found
 

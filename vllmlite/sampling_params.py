@@ -102,7 +102,9 @@ class SamplingParams:
             _at_least("max_tokens", self.max_tokens, 1)
         _at_least("min_tokens", self.min_tokens, 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ParameterError("min_tokens", self.min_tokens, f"must be at most max_tokens, {self.max_tokens}")
+            raise ParameterError(
+                "min_tokens", self.min_tokens, f"must be at most max_tokens, {self.max_tokens}"
+            )
         self._check_lists()
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
@@ -111,10 +113,19 @@ class SamplingParams:
         if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
             _at_least("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
         if self.temperature == 0.0 and self.n > 1:
-            raise ParameterError("n", self.n, "must be 1 with temperature 0: greedy completions are all the same")
+            raise ParameterError(
+                "n", self.n, "must be 1 with temperature 0: greedy completions are all the same"
+            )
 
     def _check_types(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        for name in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
                 raise ParameterError(name, value, "must be a number")
@@ -137,7 +148,9 @@ class SamplingParams:
         if not all(isinstance(s, str) and s for s in self.stop):
             raise ParameterError("stop", self.stop, "must be non-empty strings")
         if self.stop and not self.detokenize:
-            raise ParameterError("stop", self.stop, "stop strings are looked for in the text: they need detokenize")
+            raise ParameterError(
+                "stop", self.stop, "stop strings are looked for in the text: they need detokenize"
+            )
         for name in ("stop_token_ids", "allowed_token_ids"):
             value = getattr(self, name)
             if value is not None and not all(type(i) is int and i >= 0 for i in value):
@@ -150,14 +163,18 @@ class SamplingParams:
             raise ParameterError("bad_words", len(self.bad_words), f"takes at most {MAX_BAD_WORDS} words")
         if self.logit_bias is not None:
             if len(self.logit_bias) > MAX_LOGIT_BIAS:
-                raise ParameterError("logit_bias", len(self.logit_bias), f"takes at most {MAX_LOGIT_BIAS} ids")
+                raise ParameterError(
+                    "logit_bias", len(self.logit_bias), f"takes at most {MAX_LOGIT_BIAS} ids"
+                )
             try:
                 self.logit_bias = {int(i): float(b) for i, b in self.logit_bias.items()}
             except (TypeError, ValueError, AttributeError):
                 raise ParameterError("logit_bias", self.logit_bias, "must map token ids to numbers") from None
             for i, bias in self.logit_bias.items():
                 if i < 0 or not -100.0 <= bias <= 100.0:
-                    raise ParameterError("logit_bias", {i: bias}, "must map ids from 0 to numbers from -100 to 100")
+                    raise ParameterError(
+                        "logit_bias", {i: bias}, "must map ids from 0 to numbers from -100 to 100"
+                    )
 
     def check_vocabulary(self, vocab_size: int, max_logprobs: int) -> None:
         """Check what depends on the model: ids below ``vocab_size``, log-probabilities at most ``max_logprobs``."""
@@ -177,7 +194,9 @@ class SamplingParams:
 
     def __repr__(self) -> str:
         """The fields that differ from their defaults."""
-        shown = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
+        shown = (
+            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default
+        )
         return f"SamplingParams({', '.join(shown)})"
 
 

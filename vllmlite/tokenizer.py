@@ -66,7 +66,9 @@ class Tokenizer:
         ``continue_final_message`` leaves the last message open. Raises ParameterError on unusable messages."""
         source = chat_template or self._chat_template
         if source is None:
-            raise ParameterError("messages", messages, "the model has no chat template: give one, or a plain prompt")
+            raise ParameterError(
+                "messages", messages, "the model has no chat template: give one, or a plain prompt"
+            )
         for message in messages:
             if not isinstance(message, Mapping) or "role" not in message:
                 raise ParameterError("messages", message, "must be mappings with a role and content")
@@ -75,12 +77,16 @@ class Tokenizer:
         if continue_final_message and add_generation_prompt:
             raise ParameterError("continue_final_message", True, "goes with add_generation_prompt=False")
         variables |= {name: self._config_text(name) for name in ("bos_token", "eos_token")}
-        text = _render(source, messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+        text = _render(
+            source, messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
+        )
         if continue_final_message:
             final = str(messages[-1].get("content") or "").strip()
             end = text.rfind(final)
             if end < 0:
-                raise ParameterError("continue_final_message", True, "the chat template does not repeat that message")
+                raise ParameterError(
+                    "continue_final_message", True, "the chat template does not repeat that message"
+                )
             text = text[: end + len(final)]
         return text
 
@@ -198,10 +204,15 @@ def _load_fast(path: Path) -> FastTokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"{path}: no tokenizer.json, and transformers finds no tokenizer either: {error}") from None
+        raise ModelError(
+            f"{path}: no tokenizer.json, and transformers finds no tokenizer either: {error}"
+        ) from None
     if not getattr(loaded, "is_fast", False):
-        raise ModelError(f"{path}: its tokenizer has no tokenizer.json form, which is the one that vllmlite reads")
-    return loaded.backend_tokenizer
+        raise ModelError(
+            f"{path}: its tokenizer has no tokenizer.json form, which is the one that vllmlite reads"
+        )
+    fast: FastTokenizer = loaded.backend_tokenizer
+    return fast
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -233,7 +244,9 @@ def _render(source: str, **variables: Any) -> str:
 
         return time.strftime(form)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
     try:
@@ -241,4 +254,6 @@ def _render(source: str, **variables: Any) -> str:
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         if isinstance(error, ParameterError):
             raise
-        raise ParameterError("messages", variables["messages"], f"the chat template refuses them: {error}") from None
+        raise ParameterError(
+            "messages", variables["messages"], f"the chat template refuses them: {error}"
+        ) from None

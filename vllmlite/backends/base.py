@@ -247,6 +247,10 @@ class Backend(ABC):
         """Pack ``parts`` (each ``[out_i, in]``) into one weight ``[sum of out_i, in]`` of the backend's dtype, and
         ``biases`` (none, or one ``[out_i]`` a part) beside it. May alias a single part."""
 
+    @abstractmethod
+    def tied_weight(self, table: Tensor) -> LinearWeight:
+        """The table of :meth:`embedding` as the weight of :meth:`logits`; aliases it where the layout allows."""
+
     # Key/value cache
 
     @abstractmethod

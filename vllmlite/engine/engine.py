@@ -241,7 +241,9 @@ class Engine:
             stop_reason: int | None = None
             if token_id in request.stop_ids:
                 reason = "stop"
-                stop_reason = None if token_id in request.eos_ids and not request.params.ignore_eos else token_id
+                stop_reason = (
+                    None if token_id in request.eos_ids and not request.params.ignore_eos else token_id
+                )
             elif request.num_tokens - request.num_in_flight >= request.max_total_tokens:
                 reason = "length"
             output = EngineOutput(
@@ -302,5 +304,7 @@ def _check_something_is_allowed(
         banned |= ends
     if not set(params.allowed_token_ids) - banned:
         raise ParameterError(
-            "allowed_token_ids", params.allowed_token_ids, "must leave an id that bad_words and min_tokens do not ban"
+            "allowed_token_ids",
+            params.allowed_token_ids,
+            "must leave an id that bad_words and min_tokens do not ban",
         )

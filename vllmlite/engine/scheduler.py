@@ -71,7 +71,9 @@ class Scheduler:
     def __init__(self, limits: Limits) -> None:
         """An empty house; ``limits.num_blocks`` must hold ``limits.max_model_len`` tokens."""
         if limits.num_blocks * limits.block_size < limits.max_model_len:
-            raise ValueError(f"{limits.num_blocks} blocks do not hold one sequence of {limits.max_model_len} tokens")
+            raise ValueError(
+                f"{limits.num_blocks} blocks do not hold one sequence of {limits.max_model_len} tokens"
+            )
         self.limits = limits
         self.pool = BlockPool(limits.num_blocks)
         self.running: list[Request] = []
@@ -111,7 +113,9 @@ class Scheduler:
         while position < len(running) and budget:
             request = running[position]
             position += 1
-            if request.num_tokens >= request.max_total_tokens or (request.reads_text and request.num_in_flight):
+            if request.num_tokens >= request.max_total_tokens or (
+                request.reads_text and request.num_in_flight
+            ):
                 continue
             count = min(request.num_tokens - request.num_computed_tokens, budget)
             missing = self._missing_blocks(request, count)

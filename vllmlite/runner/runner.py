@@ -81,7 +81,9 @@ class ModelRunner:
             return Launched(self._step_for(batch)(device_batch), {})
         hidden = self.model.forward(device_batch, self.kv)
         sampled = self._sample(hidden, device_batch) if len(batch.logits_rows) else None
-        wanted = {row: self._row_logprobs(hidden, batch, row, starts[row]) for row in schedule.prompt_logprobs}
+        wanted = {
+            row: self._row_logprobs(hidden, batch, row, starts[row]) for row in schedule.prompt_logprobs
+        }
         return Launched(sampled, wanted)
 
     def collect(self, handle: Launched) -> StepResult:
@@ -108,7 +110,11 @@ class ModelRunner:
                 features |= Feature.TOP_K_TOP_P
             if params.min_p > 0:
                 features |= Feature.MIN_P
-        penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+        penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (
+            1.0,
+            0.0,
+            0.0,
+        )
         if penalised:
             features |= Feature.PENALTIES
         if params.logit_bias:
@@ -190,7 +196,11 @@ class ModelRunner:
             banned = schedule.banned.get(row)
             if allowed is None and banned is None:
                 continue
-            mask = np.full(-(-self.model.vocab_size // 32), 2**32 - 1, np.uint32) if allowed is None else allowed.copy()
+            mask = (
+                np.full(-(-self.model.vocab_size // 32), 2**32 - 1, np.uint32)
+                if allowed is None
+                else allowed.copy()
+            )
             if banned is not None:
                 mask &= ~pack_bits(np.array(banned), self.model.vocab_size)
             rows.append(index)

@@ -46,7 +46,9 @@ def start(config: EngineConfig) -> Started:
     spec = read_spec(path)
     if config.max_model_len is not None and config.max_model_len > spec.max_position_embeddings:
         raise ParameterError(
-            "max_model_len", config.max_model_len, f"must be at most the model's {spec.max_position_embeddings}"
+            "max_model_len",
+            config.max_model_len,
+            f"must be at most the model's {spec.max_position_embeddings}",
         )
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, path)
     generation = _generation_config(config, path)
@@ -68,9 +70,13 @@ def start(config: EngineConfig) -> Started:
     if longest > capacity:
         if config.max_model_len is not None:
             raise ParameterError(
-                "max_model_len", longest, f"the key/value cache holds {capacity} tokens: lower it to that, or give more"
+                "max_model_len",
+                longest,
+                f"the key/value cache holds {capacity} tokens: lower it to that, or give more",
             )
-        logger.warning("max_model_len is %d, what the key/value cache holds, not the model's %d", capacity, longest)
+        logger.warning(
+            "max_model_len is %d, what the key/value cache holds, not the model's %d", capacity, longest
+        )
         longest = capacity
     runner = ModelRunner(
         backend,
@@ -107,7 +113,12 @@ def _load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:
     if config.tokenizer is None:
         return Tokenizer(path)
     return Tokenizer(
-        find_model(config.tokenizer, revision=config.tokenizer_revision, download_dir=config.download_dir)
+        find_model(
+            config.tokenizer,
+            revision=config.tokenizer_revision,
+            download_dir=config.download_dir,
+            weights=False,
+        )
     )
 
 
@@ -118,7 +129,9 @@ def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_
     if config.kv_cache_memory_bytes is not None:
         num_blocks = config.kv_cache_memory_bytes // block_bytes
         if not num_blocks:
-            raise ParameterError("kv_cache_memory_bytes", config.kv_cache_memory_bytes, f"a block takes {block_bytes}")
+            raise ParameterError(
+                "kv_cache_memory_bytes", config.kv_cache_memory_bytes, f"a block takes {block_bytes}"
+            )
         return num_blocks
     memory = backend.memory()
     if backend.device == "cpu":

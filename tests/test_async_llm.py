@@ -1,0 +1,92 @@
+"""AsyncLLM: streams from many tasks, early leavers, bad requests, shutdown, and a thread that sleeps when idle."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from vllmlite import LLM, AsyncLLM, EngineConfig, SamplingParams
+from vllmlite.errors import ParameterError, VllmliteError
+from vllmlite.sampling_params import RequestOutputKind
+
+CONFIG = EngineConfig(dtype="float32", max_model_len=256, device="cpu")
+PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+PROMPTS = ["Debian is", "The kernel", "A package", "To install"]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[AsyncLLM]:
+    engine = AsyncLLM(CONFIG)
+    yield engine
+    engine.shutdown()
+
+
+async def text_of(engine: AsyncLLM, prompt: str, request_id: str, params: SamplingParams = PARAMS) -> str:
+    return "".join([o.outputs[0].text async for o in engine.generate(prompt, params, request_id)])
+
+
+def test_streams_together_give_what_a_batch_gives(engine: AsyncLLM) -> None:
+    async def together() -> list[str]:
+        return await asyncio.gather(*(text_of(engine, p, str(i)) for i, p in enumerate(PROMPTS)))
+
+    batch = LLM(dtype="float32", max_model_len=256, device="cpu").generate(PROMPTS, PARAMS)
+    assert asyncio.run(together()) == [output.outputs[0].text for output in batch]
+
+
+def test_leaving_early_frees_the_blocks(engine: AsyncLLM) -> None:
+    async def leave() -> int:
+        stream = engine.generate("Debian is", PARAMS.clone(max_tokens=200), "leaver")
+        async for _ in stream:
+            break
+        await stream.aclose()  # type: ignore[attr-defined]
+        await asyncio.sleep(0.2)
+        return (await engine.stats()).num_used_blocks
+
+    assert asyncio.run(leave()) == 0
+
+
+def test_abort_ends_the_stream(engine: AsyncLLM) -> None:
+    async def abort() -> None:
+        async for _ in engine.generate("Debian is", PARAMS.clone(max_tokens=200), "x"):
+            await engine.abort("x")
+
+    with pytest.raises(VllmliteError, match="aborted"):
+        asyncio.run(abort())
+
+
+def test_bad_requests_disturb_nobody(engine: AsyncLLM) -> None:
+    async def both() -> tuple[str, BaseException | str]:
+        good, bad = await asyncio.gather(
+            text_of(engine, "Debian is", "good"),
+            text_of(engine, "x " * 2000, "bad"),
+            return_exceptions=True,
+        )
+        assert isinstance(good, str)
+        return good, bad
+
+    good, bad = asyncio.run(both())
+    assert good
+    assert isinstance(bad, ParameterError)
+
+
+def test_the_thread_sleeps_when_idle(engine: AsyncLLM) -> None:
+    asyncio.run(text_of(engine, "Debian is", "warm"))
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.05
+
+
+def test_shutdown_ends_open_streams() -> None:
+    engine = AsyncLLM(CONFIG)
+
+    async def cut_off() -> None:
+        async for _ in engine.generate("Debian is", PARAMS.clone(max_tokens=200), "x"):
+            engine.shutdown()
+
+    with pytest.raises(VllmliteError, match="shut down"):
+        asyncio.run(cut_off())
+    with pytest.raises(VllmliteError, match="shut down"):
+        asyncio.run(text_of(engine, "Debian is", "late"))
