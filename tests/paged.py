@@ -1,0 +1,138 @@
+"""A small stand-in for the runner: drives a backend and a model by hand, with blocks in no order and no clean pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite.backends.base import (
+    Backend,
+    Feature,
+    ForwardBatch,
+    HostTensor,
+    KVSpec,
+    Sampled,
+    SlotParams,
+    SlotSpec,
+)
+
+
+def host_batch(slots: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> ForwardBatch:
+    """Rows of ``counts`` tokens from position ``starts`` on, ids all -1, each row's last token sampled."""
+    start, count = np.array(starts, np.int32), np.array(counts, np.int32)
+    loc = np.concatenate(([0], np.cumsum(count))).astype(np.int32)
+    positions = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, counts, strict=True)]).astype(
+        np.int32
+    )
+    slot_ids = np.array(slots, np.int32)
+    return ForwardBatch(
+        num_tokens=int(loc[-1]),
+        num_rows=len(slots),
+        max_query_len=int(count.max()),
+        max_context=int((start + count).max()),
+        token_ids=np.full(loc[-1], -1, np.int32),
+        positions=positions,
+        query_start_loc=loc,
+        slots=slot_ids,
+        context_lens=start + count,
+        logits_rows=loc[1:] - 1,
+        sample_slots=slot_ids,
+        sample_positions=(start + count).astype(np.int64),
+    )
+
+
+class Paged:
+    """A pool and slots: block tables grow as sequences do, out of a shuffled free list; every block starts as NaN."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        spec: KVSpec,
+        *,
+        vocab_size: int = 8,
+        num_blocks: int = 128,
+        max_slots: int = 10,
+    ) -> None:
+        self.backend, self.spec = backend, spec
+        self.num_blocks = num_blocks
+        self.kv = backend.alloc_kv(spec, num_blocks)
+        self.slots = backend.alloc_slots(SlotSpec(max_slots, num_blocks, vocab_size))
+        self.free = np.random.default_rng(7).permutation(num_blocks).tolist()
+        self.owned: list[list[int]] = [[] for _ in range(max_slots)]
+        self.lengths = [0] * max_slots
+        self._poison(max_slots - 1)
+
+    def _poison(self, slot: int) -> None:
+        blocks = np.arange(self.num_blocks, dtype=np.int32)
+        self.backend.append_blocks(self.slots, np.full_like(blocks, slot), blocks, blocks)
+        count = self.num_blocks * self.spec.block_size
+        batch = self.backend.upload(host_batch([slot], [0], [count]), self.slots)
+        width = 3 * self.spec.num_kv_heads * self.spec.head_dim
+        for layer in range(self.spec.num_layers):
+            rubbish = self.backend.tensor(np.full((count, width), np.nan, np.float32), self.backend.dtype)
+            self.backend.attn_prep(rubbish, self.spec.num_kv_heads, None, self.kv, layer, batch)
+
+    def admit(self, slot: int, params: SlotParams | None = None) -> None:
+        self.backend.set_slot(self.slots, slot, params or SlotParams())
+        self.free += self.owned[slot]
+        self.owned[slot], self.lengths[slot] = [], 0
+
+    def batch(self, slots: Sequence[int], counts: Sequence[int]) -> ForwardBatch:
+        """The next ``counts`` tokens of ``slots``, with blocks for them."""
+        starts = [self.lengths[slot] for slot in slots]
+        for slot, count in zip(slots, counts, strict=True):
+            self.lengths[slot] += count
+            owned = self.owned[slot]
+            new = [
+                self.free.pop() for _ in range(-(-self.lengths[slot] // self.spec.block_size) - len(owned))
+            ]
+            columns = np.arange(len(owned), len(owned) + len(new), dtype=np.int32)
+            if new:
+                self.backend.append_blocks(
+                    self.slots, np.full_like(columns, slot), columns, np.array(new, np.int32)
+                )
+            owned += new
+        return host_batch(slots, starts, counts)
+
+
+class PagedModel(Paged):
+    """:class:`Paged` with a model in it."""
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        super().__init__(model.backend, model.kv_spec, vocab_size=model.vocab_size, **options)
+        self.model = model
+
+    def logits(self, slots: Sequence[int], chunks: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
+        """Feed ``chunks`` to ``slots`` in one step: logits of every token, a row each."""
+        batch = self.batch(slots, [len(chunk) for chunk in chunks])
+        batch.token_ids = np.concatenate(chunks).astype(np.int32)
+        device = self.backend.upload(batch, self.slots)
+        logits = self.backend.to_host(self.model.logits(self.model.forward(device, self.kv)))
+        return np.split(logits, batch.query_start_loc[1:-1])
+
+    def sample(
+        self,
+        slots: Sequence[int],
+        chunks: Sequence[NDArray[np.int32]] | None = None,
+        features: Feature = Feature.NONE,
+    ) -> Sampled:
+        """A step as the runner makes it; without ``chunks`` the ids sampled last are fed, from the device."""
+        batch = self.batch(slots, [1] * len(slots) if chunks is None else [len(chunk) for chunk in chunks])
+        if chunks is not None:
+            batch.token_ids = np.concatenate(chunks).astype(np.int32)
+        batch.features = features
+        device = self.backend.upload(batch, self.slots)
+        hidden = self.backend.rows(self.model.forward(device, self.kv), device.logits_rows)
+        return self.backend.sample(self.model.logits(hidden), self.slots, device)
+
+
+def host_tensor(values: NDArray[Any], dtype: str = "float32") -> HostTensor:
+    """``values`` as a checkpoint would hold them in ``dtype``; bfloat16 by cutting, so give values it can hold."""
+    if dtype == "bfloat16":
+        data = (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype("<u2")
+    else:
+        data = np.ascontiguousarray(values).astype(np.dtype(dtype).newbyteorder("<"))
+    return HostTensor(dtype, values.shape, data.reshape(-1).view(np.uint8))

@@ -1,0 +1,173 @@
+"""The choice of a backend, and the memory it may count on."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import write_checkpoint
+
+from vllmlite.backends import memory, select
+from vllmlite.backends.base import Memory
+from vllmlite.backends.torch import TorchBackend
+from vllmlite.errors import BackendError, ParameterError
+from vllmlite.models import load_model
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def test_the_cpu_is_chosen_aloud() -> None:
+    backend, why = select.select_backend(device="cpu", checkpoint_dtype="bfloat16")
+    assert (backend.name, backend.device, backend.dtype, backend.asynchronous) == (
+        "torch",
+        "cpu",
+        "bfloat16",
+        False,
+    )
+    assert why.startswith("torch on cpu in bfloat16; torch on cuda declined: device cpu was asked for")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "checkpoint", "found"),
+    [
+        ("auto", "float32", "float32"),
+        ("auto", "bfloat16", "bfloat16"),
+        ("auto", "float16", "float32"),
+        ("float16", "float32", "float16"),
+        ("float32", "bfloat16", "float32"),
+    ],
+)
+def test_dtypes_on_the_cpu(dtype: str, checkpoint: str, found: str) -> None:
+    assert select.select_backend("torch", "cpu", dtype, checkpoint_dtype=checkpoint)[0].dtype == found
+
+
+@no_gpu
+def test_without_a_gpu_each_candidate_says_why() -> None:
+    _, why = select.select_backend()
+    assert "torch on cuda declined: " in why
+    assert "vllmlite._cuda" in why
+    with pytest.raises(
+        BackendError, match=r"no backend can run: torch on cuda declined: .*; torch on cpu declined: "
+    ):
+        select.select_backend(device="cuda:3")
+
+
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(
+        "vllmlite.backends.torch.TorchBackend",
+        lambda device, dtype, threads: SimpleNamespace(device=device, dtype=dtype, threads=threads),
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "checkpoint", "found"),
+    [
+        ((9, 0), "auto", "bfloat16", "bfloat16"),
+        ((7, 5), "auto", "bfloat16", "float16"),
+        ((7, 5), "auto", "float32", "float32"),
+        ((7, 5), "bfloat16", "float32", "bfloat16"),
+        ((7, 5), "auto", "float16", "float16"),
+    ],
+)
+def test_dtypes_on_gpus(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str, checkpoint: str, found: str
+) -> None:
+    fake_gpu(monkeypatch, capability)
+    for device in ("auto", "cuda", "cuda:1"):
+        backend, why = select.select_backend("auto", device, dtype, checkpoint_dtype=checkpoint, threads=2)
+        assert (backend.device, backend.dtype) == ("cuda" if device == "auto" else device, found)
+        assert why == f"torch on {backend.device} in {found}"
+
+
+def test_a_native_extension_without_a_backend_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+    for devices, reason, words in (
+        ([], "no driver", "no GPU: no driver"),
+        ([{"name": "H200"}], "", "finds H200"),
+    ):
+        native = SimpleNamespace(probe=lambda d=devices, r=reason: {"devices": d, "reason": r})
+        monkeypatch.setattr(
+            importlib,
+            "import_module",
+            lambda name, n=native: n if name == "vllmlite._cuda" else real(name),
+        )
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert words in select.select_backend()[1]
+
+
+def test_without_torch_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> Any:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(BackendError, match="torch on cpu declined: torch cannot be imported: No module"):
+        select.select_backend()
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"backend": "jax"}, "backend"),
+        ({"device": "tpu"}, "device"),
+        ({"device": "cuda:"}, "device"),
+        ({"dtype": "int8"}, "dtype"),
+    ],
+)
+def test_unknown_choices_are_named(options: dict[str, Any], field: str) -> None:
+    with pytest.raises(ParameterError) as caught:
+        select.select_backend(**options)
+    assert caught.value.field == field
+
+
+def test_an_impossible_backend() -> None:
+    with pytest.raises(BackendError, match="int8"):
+        TorchBackend("cpu", "int8")
+    with pytest.raises(BackendError, match="device nowhere"):
+        TorchBackend("nowhere")
+
+
+def test_threads_are_set() -> None:
+    before = torch.get_num_threads()
+    try:
+        TorchBackend(threads=1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path)
+    monkeypatch.setattr(TorchBackend, "memory", lambda self: Memory(100, 100))
+    with pytest.raises(BackendError, match=r"weights take .* bytes in float32; 100 are free"):
+        load_model(TorchBackend(), tmp_path, max_model_len=8, block_size=4)
+
+
+# Memory
+
+
+def test_memory_of_this_machine() -> None:
+    found = memory.host_memory()
+    assert 2**26 < found.free <= found.total
+
+
+def test_control_groups_limit_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outer, inner = tmp_path / "a", tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    monkeypatch.setattr(memory, "_groups", lambda: [inner, outer, tmp_path])
+    monkeypatch.setattr(memory, "_machine", lambda: (1000, 900))
+    assert memory.host_memory() == Memory(1000, 900)
+    (inner / "memory.max").write_text("max\n")
+    (outer / "memory.max").write_text("500\n")
+    (outer / "memory.current").write_text("300\n")
+    assert memory.host_memory() == Memory(500, 200)
+    (outer / "memory.stat").write_text("anon 100\ninactive_file 150\n")
+    assert memory.host_memory() == Memory(500, 350)
+    (inner / "memory.max").write_text("10\n")
+    (inner / "memory.current").write_text("30\n")
+    assert memory.host_memory() == Memory(10, 0)

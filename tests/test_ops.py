@@ -1,0 +1,441 @@
+"""Every op of the contract × backend × dtype, against small float64 formulas of numpy.
+
+A new backend is added to ``BACKENDS``, and starts by making this file pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from paged import Paged, host_batch, host_tensor
+
+from vllmlite.backends.base import FLOAT_DTYPES, Backend, HostTensor, KVSpec, Rope, SlotParams, SlotSpec
+from vllmlite.backends.torch import TorchBackend
+from vllmlite.errors import BackendError
+
+Array = NDArray[Any]
+
+BACKENDS: dict[str, Callable[[str], Backend]] = {"torch-cpu": lambda dtype: TorchBackend("cpu", dtype)}
+if torch.cuda.is_available():
+    BACKENDS["torch-cuda"] = lambda dtype: TorchBackend("cuda", dtype)
+
+TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+"""Largest error of an op, as a part of its largest result."""
+
+
+@pytest.fixture(params=[f"{name}-{dtype}" for name in BACKENDS for dtype in FLOAT_DTYPES])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    name, dtype = request.param.rsplit("-", 1)
+    return BACKENDS[name](dtype)
+
+
+@pytest.fixture(params=BACKENDS)
+def exact(request: pytest.FixtureRequest) -> Backend:
+    """Each backend in float32 alone, for what has no rounding to speak of."""
+    return BACKENDS[request.param]("float32")
+
+
+def numbers(shape: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> Array:
+    """Normal numbers that every float dtype holds exactly."""
+    values = np.random.default_rng(seed).standard_normal(shape) * scale
+    return (
+        (values.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000))
+        .view(np.float32)
+        .astype(np.float64)
+    )
+
+
+def put(backend: Backend, values: Array) -> Any:
+    return backend.tensor(np.ascontiguousarray(values, np.float32), backend.dtype)
+
+
+def host(backend: Backend, values: Array) -> HostTensor:
+    return host_tensor(values, backend.dtype)
+
+
+def check(backend: Backend, found: Any, expected: Array) -> None:
+    array = backend.to_host(found)
+    assert array.shape == expected.shape
+    error = np.abs(array.astype(np.float64) - expected).max(initial=0)
+    assert error <= TOLERANCE[backend.dtype] * np.abs(expected).max(initial=0)
+
+
+# Tensors
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+)
+def test_tensor_there_and_back(exact: Backend, dtype: str) -> None:
+    values = (numbers((5, 3), 1) * 3).astype(dtype)
+    for given in (values, host_tensor(values, dtype)):
+        found = exact.to_host(exact.tensor(given))
+        assert found.dtype == values.dtype
+        assert (found == values).all()
+
+
+def test_tensor_converts(backend: Backend) -> None:
+    values = numbers((4, 6))
+    for dtype in FLOAT_DTYPES:
+        check(backend, backend.tensor(host_tensor(values, dtype), backend.dtype), values)
+    assert backend.to_host(backend.tensor(host_tensor(values, "bfloat16"))).dtype == np.float32
+
+
+def test_tensor_of_read_only_memory_is_silent(exact: Backend, recwarn: pytest.WarningsRecorder) -> None:
+    data = np.frombuffer(numbers((8,)).astype("<f4").tobytes(), np.uint8)
+    assert not data.flags.writeable
+    exact.tensor(HostTensor("float32", (8,), data))
+    assert not list(recwarn)
+
+
+def test_empty_and_scalar_shapes(exact: Backend) -> None:
+    assert exact.to_host(exact.empty((0, 3), "float32")).shape == (0, 3)
+    assert exact.to_host(exact.tensor(host_tensor(np.zeros((), np.float32)))).shape == ()
+    assert exact.to_host(exact.tensor(host_tensor(np.zeros((2, 0), np.float32)))).shape == (2, 0)
+
+
+def test_rows_copies(backend: Backend) -> None:
+    values = numbers((6, 4))
+    index = np.array([5, 0, 5], np.int32)
+    check(backend, backend.rows(put(backend, values), backend.tensor(index)), values[index])
+
+
+def test_memory_is_plausible(exact: Backend) -> None:
+    memory = exact.memory()
+    assert 0 < memory.free <= memory.total
+
+
+# Model ops
+
+
+def test_embedding_and_tied_weight(backend: Backend) -> None:
+    table = numbers((50, 64))
+    weight = backend.tensor(host(backend, table), backend.dtype)
+    ids = np.array([3, 49, 0, 3], np.int32)
+    check(backend, backend.embedding(backend.tensor(ids), weight), table[ids])
+    x = numbers((5, 64), 1)
+    found = backend.logits(put(backend, x), backend.tied_weight(weight))
+    assert backend.to_host(found).dtype == np.float32
+    check(backend, found, x @ table.T)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 16, 70])
+@pytest.mark.parametrize("biases", [False, True])
+def test_linear(backend: Backend, num_tokens: int, biases: bool) -> None:
+    x = numbers((num_tokens, 96))
+    parts = [numbers((out, 96), out, 0.1) for out in (64, 32, 33)]
+    bias = [numbers((len(part),), 9) for part in parts]
+    weight = backend.linear_weight(
+        [host(backend, p) for p in parts], [host(backend, b) for b in bias] if biases else ()
+    )
+    expected = x @ np.concatenate(parts).T + (np.concatenate(bias) if biases else 0)
+    check(backend, backend.linear(put(backend, x), weight), expected)
+
+
+def test_linear_where_the_cpu_must_widen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllmlite.backends.torch._blocked_layout_runs", lambda dtype: False)
+    monkeypatch.setattr("vllmlite.backends.torch._multiplies", lambda dtype: False)
+    monkeypatch.setattr("vllmlite.backends.torch._WIDEN_PART", 50)
+    for dtype in FLOAT_DTYPES:
+        test_linear(TorchBackend("cpu", dtype), 16, True)
+        test_linear(TorchBackend("cpu", dtype), 15, False)
+
+
+def test_linear_of_one_part(backend: Backend) -> None:
+    x, part = numbers((4, 32)), numbers((48, 32), 1)
+    check(backend, backend.linear(put(backend, x), backend.linear_weight([host(backend, part)])), x @ part.T)
+
+
+def rms(x: Array, weight: Array, eps: float) -> Array:
+    return np.asarray(x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_rms_norm(backend: Backend, residual: bool) -> None:
+    x, other, weight = numbers((5, 80), 0, 0.01), numbers((5, 80), 1, 0.01), numbers((80,), 2)
+    total = x + other if residual else x
+    normed, added = backend.rms_norm(
+        put(backend, x), put(backend, weight), 1e-5, put(backend, other) if residual else None
+    )
+    check(backend, normed, rms(total, weight, 1e-5))
+    check(backend, added, total)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_gated_activation(backend: Backend, activation: str) -> None:
+    x = numbers((7, 60), 0, 3)
+    gate, up = x[:, :30], x[:, 30:]
+    if activation == "silu":
+        gate = gate / (1 + np.exp(-gate))
+    elif activation == "gelu":
+        gate = gate * 0.5 * torch.special.erfc(torch.from_numpy(-gate / np.sqrt(2))).numpy()
+    else:
+        gate = gate * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    check(backend, backend.gated_activation(put(backend, x), activation), gate * up)
+
+
+def test_unknown_activation_is_an_error(exact: Backend) -> None:
+    with pytest.raises(BackendError, match="relu"):
+        exact.gated_activation(put(exact, numbers((1, 4))), "relu")
+
+
+# Attention
+
+
+def rotated(x: Array, table: Array, interleaved: bool) -> Array:
+    """``x [T, heads, D]`` by ``table [T, rotary_dim]`` of its tokens."""
+    half = table.shape[1] // 2
+    turns = (table[:, :half] + 1j * table[:, half:])[:, None]
+    out = x.copy()
+    first, second = (np.s_[0 : 2 * half : 2], np.s_[1 : 2 * half : 2]) if interleaved else (
+        np.s_[:half],
+        np.s_[half : 2 * half],
+    )  # fmt: skip
+    turned = (x[..., first] + 1j * x[..., second]) * turns
+    out[..., first], out[..., second] = turned.real, turned.imag
+    return out
+
+
+def attention(q: Array, k: Array, v: Array, scale: float, window: int | None) -> Array:
+    """Of one row: ``q [n, H, D]`` its last tokens, ``k``, ``v [context, K, D]``."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    out = np.empty_like(q)
+    at = np.arange(len(k) - len(q), len(k))[:, None]
+    keys = np.arange(len(k))[None]
+    seen = (keys <= at) & (True if window is None else keys > at - window)
+    for head in range(heads):
+        group = head * kv_heads // heads
+        scores = np.where(seen, q[:, head] @ k[:, group].T * scale, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[:, head] = weights @ v[:, group] / weights.sum(-1, keepdims=True)
+    return out.reshape(len(q), -1)
+
+
+class Rows:
+    """Rows fed to :class:`Paged` step by step, with everything remembered on the host to compare with."""
+
+    def __init__(
+        self, backend: Backend, heads: int, kv_heads: int, size: int, block_size: int, **options: Any
+    ) -> None:
+        spec = KVSpec(2, kv_heads, size, block_size, options.pop("kv_dtype", backend.dtype))
+        self.backend, self.heads, self.kv_heads, self.size = backend, heads, kv_heads, size
+        self.paged = Paged(backend, spec, **options)
+        self.rope: Rope | None = None
+        self.table: Array | None = None
+        self.norms: tuple[Array, Array] | None = None
+        self.interleaved = False
+        self.keys: dict[int, Array] = {}
+        self.values: dict[int, Array] = {}
+        self.seed = 0
+
+    def admit(self, slot: int) -> None:
+        self.paged.admit(slot)
+        self.keys[slot] = self.values[slot] = np.zeros((0, self.kv_heads, self.size))
+
+    def step(self, slots: list[int], counts: list[int], windows: tuple[int | None, ...] = (None,)) -> None:
+        """One step of layer 1, compared for each of ``windows``."""
+        backend, heads, kv_heads, size = self.backend, self.heads, self.kv_heads, self.size
+        host_side = self.paged.batch(slots, counts)
+        batch = backend.upload(host_side, self.paged.slots)
+        self.seed += 1
+        qkv = numbers((host_side.num_tokens, heads + 2 * kv_heads, size), self.seed)
+        q_norm, k_norm = (put(backend, weight) for weight in self.norms) if self.norms else (None, None)
+        q = backend.attn_prep(
+            put(backend, qkv.reshape(len(qkv), -1)),
+            heads,
+            self.rope,
+            self.paged.kv,
+            1,
+            batch,
+            q_norm,
+            k_norm,
+            1e-5,
+        )
+        new_q, new_k, new_v = np.split(qkv, [heads, heads + kv_heads], 1)
+        if self.norms is not None:
+            new_q, new_k = rms(new_q, self.norms[0], 1e-5), rms(new_k, self.norms[1], 1e-5)
+        if self.table is not None:
+            rows = self.table[host_side.positions]
+            new_q, new_k = rotated(new_q, rows, self.interleaved), rotated(new_k, rows, self.interleaved)
+        check(backend, q, new_q)
+        begin = host_side.query_start_loc
+        for row, slot in enumerate(slots):
+            own = slice(begin[row], begin[row + 1])
+            self.keys[slot] = np.concatenate((self.keys[slot], new_k[own]))
+            self.values[slot] = np.concatenate((self.values[slot], new_v[own]))
+        self.attend(batch, q, new_q, slots, counts, windows)
+
+    def attend(
+        self,
+        batch: Any,
+        q: Any,
+        exact_q: Array,
+        slots: list[int],
+        counts: list[int],
+        windows: tuple[int | None, ...],
+    ) -> None:
+        pieces = np.split(exact_q, np.cumsum(counts)[:-1])
+        for window in (*windows, max(1, batch.max_context - 1), max(1, batch.max_query_len - 1)):
+            expected = np.concatenate(
+                [
+                    attention(piece, self.keys[slot], self.values[slot], 0.25, window)
+                    for piece, slot in zip(pieces, slots, strict=True)
+                ]
+            )
+            check(
+                self.backend, self.backend.paged_attention(q, self.paged.kv, 1, batch, 0.25, window), expected
+            )
+
+
+STEPS: list[tuple[list[int], list[int]]] = [
+    ([0], [1]),
+    ([1], [9]),
+    ([2, 3, 4], [17, 5, 16]),
+    ([0, 1, 2, 3, 4], [1, 1, 1, 1, 1]),
+    ([4, 0, 3, 5, 1, 2], [1, 6, 1, 40, 3, 33]),
+    ([5, 2, 6, 0], [1, 1, 8, 70]),
+    ([6, 5, 4, 3, 2, 1, 0], [1, 1, 1, 1, 1, 1, 1]),
+    ([0], [3]),
+]
+"""Slots and their tokens: single and mixed, decode and ragged prefill, with context and without."""
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "block"), [(4, 4, 16, 16), (6, 2, 32, 4), (8, 1, 24, 1)]
+)
+def test_attention_with_windows(backend: Backend, heads: int, kv_heads: int, size: int, block: int) -> None:
+    rows = Rows(backend, heads, kv_heads, size, block, num_blocks=-(-400 // block))
+    for slot in range(7):
+        rows.admit(slot)
+    for slots, counts in STEPS:
+        rows.step(slots, counts, (None, 1, 5, 32, 1000))
+
+
+def test_attention_over_long_and_short_contexts(exact: Backend) -> None:
+    rows = Rows(exact, 4, 2, 16, 16, num_blocks=96)
+    for slot, length in enumerate((700, 300, 2, 30)):
+        rows.admit(slot)
+        rows.step([slot], [length])
+    rows.step([0, 1, 2, 3], [1, 1, 1, 1], (None, 20, 256))
+    rows.step([3, 2, 1, 0], [2, 1, 50, 60], (None, 20, 256))
+
+
+def test_attention_in_pieces(exact: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With hardly any memory allowed, the reference cuts groups and rows, and nothing changes."""
+    if exact.name != "torch":
+        pytest.skip("a limit of the reference")
+    monkeypatch.setattr("vllmlite.backends.torch_attention.LIMIT", 20000)
+    monkeypatch.setattr("vllmlite.backends.torch_attention._KEEP_MASK", 0)
+    test_attention_with_windows(exact, 6, 2, 32, 4)
+
+
+def test_a_reused_slot_forgets(exact: Backend) -> None:
+    rows = Rows(exact, 4, 2, 16, 4)
+    rows.admit(0)
+    rows.admit(1)
+    rows.step([0, 1], [30, 9])
+    rows.admit(0)
+    rows.step([1, 0], [1, 5])
+    rows.step([0, 1], [1, 1])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [32, 12])
+@pytest.mark.parametrize("norms", [False, True])
+def test_attn_prep(backend: Backend, interleaved: bool, rotary_dim: int, norms: bool) -> None:
+    rows = Rows(backend, 6, 2, 32, 4)
+    angles = np.arange(60)[:, None] / 3 ** np.arange(rotary_dim // 2)
+    rows.table = np.concatenate((np.cos(angles), np.sin(angles)), 1)
+    rows.rope = Rope(backend.tensor(rows.table.astype(np.float32)), rotary_dim, interleaved)
+    rows.interleaved = interleaved
+    if norms:
+        rows.norms = (numbers((32,), 100), numbers((32,), 101))
+    for slot in range(3):
+        rows.admit(slot)
+    rows.step([0, 2], [3, 11])
+    rows.step([2, 1, 0], [1, 20, 1])
+
+
+def test_two_ropes_in_one_step(exact: Backend) -> None:
+    rows = Rows(exact, 4, 2, 16, 4)
+    rows.admit(0)
+    host_side = rows.paged.batch([0], [5])
+    batch = exact.upload(host_side, rows.paged.slots)
+    qkv = numbers((5, 8, 16))
+    for base in (3.0, 7.0, 3.0):
+        angles = np.arange(5)[:, None] / base ** np.arange(8)
+        table = np.concatenate((np.cos(angles), np.sin(angles)), 1)
+        rope = Rope(exact.tensor(table.astype(np.float32)), 16)
+        q = exact.attn_prep(put(exact, qkv.reshape(5, -1)), 4, rope, rows.paged.kv, 0, batch)
+        check(exact, q, rotated(qkv[:, :4], table, False))
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float16"])
+def test_cache_in_sixteen_bits(exact: Backend, kv_dtype: str) -> None:
+    # The numbers fit either dtype, so only the conversion is tested.
+    rows = Rows(exact, 4, 2, 16, 4, kv_dtype=kv_dtype)
+    rows.admit(0)
+    rows.admit(1)
+    rows.step([0, 1], [3, 11])
+    rows.step([0, 1], [1, 1])
+
+
+def test_copy_blocks(exact: Backend) -> None:
+    """A row goes on from a copy of its blocks, in the same pool and in another, as from the blocks themselves."""
+    source = Rows(exact, 4, 2, 16, 4, num_blocks=64)
+    source.admit(0)
+    source.step([0], [11])
+    other = Paged(exact, source.paged.spec, num_blocks=40)
+    for target in (source.paged, other):
+        target.admit(1)
+        target.batch([1], [11])
+        pairs = np.array([source.paged.owned[0], target.owned[1]], np.int64).T
+        exact.copy_blocks(source.paged.kv, target.kv, pairs)
+    source.keys[1], source.values[1] = source.keys[0], source.values[0]
+    source.step([1, 0], [1, 2])
+    source.paged, source.keys[1], source.values[1] = other, source.keys[0][:11], source.values[0][:11]
+    source.step([1], [3])
+
+
+def test_copying_no_blocks(exact: Backend) -> None:
+    paged = Paged(exact, KVSpec(1, 1, 8, 4, "float32"), num_blocks=8)
+    exact.copy_blocks(paged.kv, paged.kv, np.zeros((0, 2), np.int64))
+
+
+def test_cache_size(exact: Backend) -> None:
+    assert exact.kv_bytes_per_block(KVSpec(3, 2, 16, 4, "bfloat16")) == 3 * 2 * 2 * 16 * 4 * 2
+    spec = KVSpec(3, 2, 16, 4, "float32")
+    with pytest.raises(BackendError, match="free"):
+        exact.alloc_kv(spec, exact.memory().total // exact.kv_bytes_per_block(spec) + 1)
+    with pytest.raises(BackendError, match="int8"):
+        exact.alloc_kv(KVSpec(3, 2, 16, 4, "int8"), 1)
+
+
+# Steps
+
+
+def test_upload_fills_in_last_ids(exact: Backend) -> None:
+    slots = exact.alloc_slots(SlotSpec(4, 8, 10))
+    for slot in range(4):
+        exact.set_slot(slots, slot, SlotParams())
+    first = exact.upload(host_batch([2, 0], [0, 0], [1, 1]), slots)
+    sampled = exact.sample(put(exact, np.eye(10)[[7, 4]]), slots, first)
+    assert exact.to_host(sampled.ids).tolist() == [7, 4]
+    batch = host_batch([0, 1, 2], [1, 0, 1], [1, 3, 1])
+    batch.token_ids = np.array([-1, 5, 6, 8, -1], np.int32)
+    assert exact.to_host(exact.upload(batch, slots).token_ids).tolist() == [4, 5, 6, 8, 7]
+    assert batch.token_ids.tolist() == [-1, 5, 6, 8, -1]
+
+
+def test_capture_gives_an_equal_step(exact: Backend) -> None:
+    slots = exact.alloc_slots(SlotSpec(2, 8, 10))
+    batch = host_batch([0, 1], [0, 0], [1, 1])
+    step = exact.capture(
+        (2, 1, batch.features, -1), lambda one: exact.sample(put(exact, np.eye(10)[[7, 4]]), slots, one)
+    )
+    assert exact.to_host(step(exact.upload(batch, slots)).ids).tolist() == [7, 4]

@@ -1,0 +1,394 @@
+"""Sampling on the device: exact distributions, the same bits everywhere, and penalties, masks and log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from paged import host_batch
+from test_ops import BACKENDS
+
+from vllmlite.backends.base import Backend, Feature, Logprobs, Sampled, SlotParams, SlotSpec, uniform
+
+Array = NDArray[Any]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return BACKENDS[request.param]("float32")
+
+
+class Sampler:
+    """Slots whose rows are all sampled, in one step, from logits that the test gives."""
+
+    def __init__(self, backend: Backend, params: Sequence[SlotParams], vocab_size: int) -> None:
+        self.backend = backend
+        self.params = list(params)
+        self.slots = backend.alloc_slots(SlotSpec(len(params), 1, vocab_size))
+        for slot, one in enumerate(params):
+            backend.set_slot(self.slots, slot, one)
+
+    def features(self) -> Feature:
+        features = Feature.NONE
+        for one in self.params:
+            features |= Feature.RANDOM * (one.temperature > 0) | Feature.MIN_P * (one.min_p > 0)
+            features |= Feature.TOP_K_TOP_P * (one.top_k > 0 or one.top_p < 1)
+            penalties = (one.repetition_penalty, one.presence_penalty, one.frequency_penalty)
+            features |= Feature.PENALTIES * (penalties != (1, 0, 0)) | Feature.LOGIT_BIAS * bool(
+                one.logit_bias
+            )
+        return features
+
+    def sample(
+        self,
+        logits: Array,
+        positions: Sequence[int] | Array | int = 1,
+        *,
+        rows: Sequence[int] | None = None,
+        masks: dict[int, Array] | None = None,
+        num_logprobs: int = -1,
+        features: Feature | None = None,
+    ) -> Sampled:
+        slots = list(range(len(self.params))) if rows is None else list(rows)
+        batch = host_batch(slots, [0] * len(slots), [1] * len(slots))
+        batch.token_ids = np.zeros(len(slots), np.int32)
+        batch.sample_positions = np.broadcast_to(np.asarray(positions, np.int64), len(slots)).copy()
+        batch.num_logprobs = num_logprobs
+        batch.features = self.features() if features is None else features
+        if masks:
+            batch.features |= Feature.MASK
+            batch.mask_rows = np.array(list(masks), np.int32)
+            batch.bitmask = np.stack([bits(allowed) for allowed in masks.values()])
+        device = self.backend.upload(batch, self.slots)
+        given = np.broadcast_to(np.asarray(logits, np.float32), (len(slots), np.shape(logits)[-1]))
+        return self.backend.sample(self.backend.tensor(given.copy()), self.slots, device)
+
+    def ids(self, logits: Array, positions: Sequence[int] | Array | int = 1, **options: Any) -> list[int]:
+        found: list[int] = self.backend.to_host(self.sample(logits, positions, **options).ids).tolist()
+        return found
+
+
+def bits(allowed: Array) -> NDArray[np.int32]:
+    """A bool vector as the bitmask of the contract."""
+    padded = np.zeros(-(-len(allowed) // 32) * 32, np.bool_)
+    padded[: len(allowed)] = allowed
+    return np.packbits(padded, bitorder="little").view("<i4").astype(np.int32)
+
+
+def distribution(logits: Array, params: SlotParams) -> NDArray[np.float64]:
+    """Step 5 of ``Backend.sample``, one row, in the plainest words."""
+    x = np.asarray(logits, np.float64) / params.temperature
+    p = np.exp(x - x.max())
+    p[p < params.min_p * p.max()] = 0
+    if 0 < params.top_k < len(p):
+        p[p < np.sort(p)[-params.top_k]] = 0
+    if params.top_p < 1:
+        aim, total = params.top_p * p.sum(), 0.0
+        for value in np.sort(p)[::-1]:
+            total += value
+            if total >= aim:
+                p[p < value] = 0
+                break
+    return np.asarray(p / p.sum())
+
+
+def pick(logits: Array, params: SlotParams, position: int) -> int:
+    total = np.cumsum(distribution(logits, params))
+    return int(np.argmax(total > uniform(params.seed, position) * total[-1]))
+
+
+ZERO, HALF, ALL_BUT_ONE = 7925055, 37045082, 26683238
+"""Positions whose random numbers under seed 0 are the least, the middle and the greatest."""
+
+LOGITS = np.array([2.0, 1.0, 1.0, 0.5, 0.0, -0.5, -1.0, 2.5, 0.25, -3.0, 1.5])
+CASES = {
+    "plain": SlotParams(temperature=1.0),
+    "cold": SlotParams(temperature=0.4),
+    "hot": SlotParams(temperature=5.0),
+    "top-k": SlotParams(temperature=1.0, top_k=4),
+    "top-k of equals": SlotParams(temperature=1.0, top_k=4, seed=9),
+    "top-k of all": SlotParams(temperature=1.0, top_k=11),
+    "top-k of more": SlotParams(temperature=1.0, top_k=1000),
+    "top-p": SlotParams(temperature=1.0, top_p=0.7),
+    "top-p, tiny": SlotParams(temperature=1.0, top_p=1e-6),
+    "min-p": SlotParams(temperature=1.0, min_p=0.2),
+    "min-p, all": SlotParams(temperature=1.0, min_p=1.0),
+    "all": SlotParams(temperature=1.3, top_k=7, top_p=0.8, min_p=0.05),
+    "top-k and top-p": SlotParams(temperature=0.8, top_k=5, top_p=0.75),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_distribution(backend: Backend, case: str) -> None:
+    """Frequencies by the chi-square test, and each id by the definition."""
+    params, draws = CASES[case], 4000
+    sampler = Sampler(
+        backend, [replace(params, seed=params.seed + row % 7) for row in range(draws)], len(LOGITS)
+    )
+    ids = sampler.ids(LOGITS, np.arange(draws))
+    wanted = distribution(LOGITS, params)
+    counts = np.bincount(ids, minlength=len(LOGITS))
+    assert not counts[wanted == 0].any()
+    expected = draws * wanted[wanted > 0]
+    chi_square = float(((counts[wanted > 0] - expected) ** 2 / expected).sum())
+    freedom = len(expected) - 1
+    # Wilson & Hilferty's normal approximation; 3.7 deviations are passed once in ten thousand.
+    assert (
+        freedom == 0
+        or (chi_square / freedom) ** (1 / 3) < 1 - 2 / (9 * freedom) + 3.7 * (2 / (9 * freedom)) ** 0.5
+    )
+    for row in range(0, draws, 13):
+        assert ids[row] == pick(LOGITS, sampler.params[row], row)
+
+
+@pytest.mark.parametrize("vocab_size", [307, 5000])
+def test_every_draw_is_the_definition(backend: Backend, vocab_size: int) -> None:
+    """Many rows of many parameters at once, greedy ones between them, over flat and steep logits."""
+    rng = np.random.default_rng(vocab_size)
+    params = [
+        SlotParams(
+            temperature=float(rng.choice([0, 0.01, 0.7, 1, 3])),
+            top_k=int(rng.choice([0, 0, 1, 3, 50, 2000])),
+            top_p=float(rng.choice([1, 0.999, 0.9, 0.5, 0.01])),
+            min_p=float(rng.choice([0, 0, 0.01, 0.5])),
+            seed=int(rng.integers(2**63)) * 2 + 1,
+        )
+        for _ in range(200)
+    ]
+    logits = rng.standard_normal((200, vocab_size)) * rng.choice([0.1, 2, 8], (200, 1))
+    logits = np.round(logits, 2).astype(np.float32)
+    positions = rng.integers(0, 2**20, 200)
+    wanted = [
+        pick(row, one, position) if one.temperature else int(row.argmax())
+        for row, one, position in zip(logits, params, positions.tolist(), strict=True)
+    ]
+    assert Sampler(backend, params, vocab_size).ids(logits, positions) == wanted
+
+
+def test_a_row_does_not_depend_on_the_others(backend: Backend) -> None:
+    rng = np.random.default_rng(0)
+    params = [replace(one, seed=row) for row, one in enumerate(CASES.values())]
+    logits = rng.standard_normal((len(params), 3000))
+    sampler = Sampler(backend, params, 3000)
+    together = sampler.ids(logits, 77)
+    for row in range(len(params)):
+        assert sampler.ids(logits[row : row + 1], 77, rows=[row]) == together[row : row + 1]
+    assert sampler.ids(logits[::-1], 77, rows=range(len(params))[::-1]) == together[::-1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**63 - 1)), min_size=1, max_size=50))
+def test_random_numbers_have_the_bits_of_the_definition(pairs: list[tuple[int, int]]) -> None:
+    from vllmlite.backends.torch_sampling import uniforms
+
+    seeds, positions = zip(*pairs, strict=True)
+    found = uniforms(np.array(seeds, np.uint64), np.array(positions, np.int64))
+    assert found.tolist() == [uniform(seed, position) for seed, position in pairs]
+
+
+def test_the_edges_of_the_random_numbers(backend: Backend) -> None:
+    """A number of 0 does not pick an id of no probability, and one on a border belongs to the id after it."""
+    assert (uniform(0, ZERO), uniform(0, HALF), uniform(0, ALL_BUT_ONE)) == (0, 0.5, 1 - 2**-24)
+    sampler = Sampler(backend, [SlotParams(temperature=1.0)], 4)
+    masks = {0: np.array([False, True, True, False])}
+    found = [sampler.ids(np.zeros(4), position, masks=masks)[0] for position in (ZERO, HALF, ALL_BUT_ONE)]
+    assert found == [1, 2, 2]
+
+
+def test_greedy_takes_the_lowest_of_equals(backend: Backend) -> None:
+    logits = np.array([[0, 3, 3, 1], [5, 5, 5, 5], [-np.inf, -np.inf, -2, -2]])
+    assert Sampler(backend, [SlotParams()] * 3, 4).ids(logits) == [1, 0, 2]
+
+
+def test_what_no_row_needs_is_skipped(backend: Backend) -> None:
+    params = SlotParams(temperature=9.0, repetition_penalty=9.0, prompt_ids=[7], logit_bias=((0, 99.0),))
+    assert set(Sampler(backend, [params] * 50, 11).ids(LOGITS, np.arange(50), features=Feature.NONE)) == {7}
+
+
+def test_extreme_temperatures(backend: Backend) -> None:
+    logits = LOGITS * 1e4
+    cold = Sampler(backend, [SlotParams(temperature=1e-30, seed=row) for row in range(50)], 11)
+    assert set(cold.ids(logits)) == {7}
+    hot = Sampler(backend, [SlotParams(temperature=1e30, seed=row) for row in range(500)], 11)
+    assert set(hot.ids(logits)) == set(range(11))
+
+
+def test_bias(backend: Backend) -> None:
+    logits = np.zeros((4, 40))
+    logits[:, 9] = 1
+    params = [
+        SlotParams(logit_bias=((3, 0.5), (4, 2.0))),
+        SlotParams(logit_bias=((9, -2.0),)),
+        SlotParams(),
+        SlotParams(logit_bias=((39, 100.0), (9, 100.0)), temperature=1.0),
+    ]
+    assert Sampler(backend, params, 40).ids(logits) == [4, 0, 9, 9 if uniform(0, 1) < 0.7311 else 39]
+
+
+@pytest.mark.parametrize("vocab_size", [31, 32, 33, 95, 307])
+def test_bitmask(backend: Backend, vocab_size: int) -> None:
+    rng = np.random.default_rng(vocab_size)
+    logits = rng.standard_normal((40, vocab_size))
+    masks = {row: rng.random(vocab_size) < 0.1 for row in range(1, 40, 3)}
+    for row, allowed in masks.items():
+        allowed[(31, vocab_size - 1)[row % 2] % vocab_size] = True
+    wanted = [
+        int(np.where(masks[row], logits[row], -9e9).argmax()) if row in masks else int(logits[row].argmax())
+        for row in range(40)
+    ]
+    assert Sampler(backend, [SlotParams()] * 40, vocab_size).ids(logits, masks=masks) == wanted
+    warm = Sampler(backend, [SlotParams(temperature=50.0, seed=row) for row in range(40)], vocab_size)
+    for position in range(5):
+        ids = warm.ids(logits, position, masks=masks)
+        assert all(masks[row][ids[row]] for row in masks)
+
+
+def penalised(logits: Array, params: SlotParams, output: list[int]) -> Array:
+    """Step 3 of ``Backend.sample``, one row, an id at a time."""
+    edited = np.array(logits, np.float64)
+    for token in set(params.prompt_ids) | set(output):
+        edited[token] *= params.repetition_penalty if edited[token] <= 0 else 1 / params.repetition_penalty
+    for token in set(output):
+        edited[token] -= params.frequency_penalty * output.count(token) + params.presence_penalty
+    return edited
+
+
+def test_penalties_follow_the_text(backend: Backend) -> None:
+    """Rows with penalties of every kind, and without, generate step by step as the formula does."""
+    rng = np.random.default_rng(0)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"repetition_penalty": 1.7, "prompt_ids": [1, 2, 3, 2]},
+        {"repetition_penalty": 0.6, "prompt_ids": [5]},
+        {"frequency_penalty": 0.4, "output_ids": [3, 3, 4]},
+        {"presence_penalty": 1.1},
+        {"presence_penalty": -0.3, "frequency_penalty": -0.2},
+        {
+            "repetition_penalty": 1.2,
+            "frequency_penalty": 0.3,
+            "presence_penalty": 0.1,
+            "prompt_ids": [0],
+            "output_ids": [7],
+        },
+        {"repetition_penalty": 1.5, "temperature": 0.9, "top_k": 5, "seed": 3},
+    ]
+    params = [SlotParams(**kind) for kind in kinds]
+    sampler = Sampler(backend, params, 30)
+    outputs = [list(one.output_ids) for one in params]
+    for step in range(25):
+        rows = sorted(rng.permutation(len(params))[: rng.integers(1, len(params) + 1)].tolist())
+        logits = np.sort(rng.standard_normal(30))[::-1].astype(np.float32)
+        wanted = []
+        for row in rows:
+            edited = penalised(logits, params[row], outputs[row])
+            wanted.append(
+                pick(edited, params[row], step) if params[row].temperature else int(edited.argmax())
+            )
+        assert sampler.ids(logits, step, rows=rows) == wanted
+        for row, token in zip(rows, wanted, strict=True):
+            outputs[row].append(token)
+
+
+def test_penalties_start_anew_with_a_sequence(backend: Backend) -> None:
+    params = SlotParams(presence_penalty=10.0)
+    sampler = Sampler(backend, [params, params], 4)
+    logits = np.array([3.0, 2.0, 1.0, 0.0])
+    assert [sampler.ids(logits) for _ in range(3)] == [[0, 0], [1, 1], [2, 2]]
+    backend.set_slot(sampler.slots, 0, params)
+    assert sampler.ids(logits) == [0, 3]
+    backend.set_slot(sampler.slots, 0, SlotParams())
+    sampler.params[0] = SlotParams()
+    assert [sampler.ids(logits)[0] for _ in range(2)] == [0, 0]
+    backend.set_slot(sampler.slots, 0, replace(params, output_ids=[0, 1]))
+    assert sampler.ids(logits)[0] == 2
+
+
+def test_bias_mask_and_penalties_come_in_order(backend: Backend) -> None:
+    """Bias counts before the repetition penalty, and no penalty lifts a mask."""
+    params = SlotParams(
+        logit_bias=((1, 4.0),),
+        repetition_penalty=4.0,
+        prompt_ids=[1, 2],
+        presence_penalty=-9.0,
+        output_ids=[2],
+    )
+    logits = np.array([1.5, 1.0, 0.5, 1.0])
+    sampler = Sampler(backend, [params], 4)
+    # Id 1: (1 + 4) / 4 = 1.25, below id 0. Id 2 would gain 9, were it not masked.
+    assert sampler.ids(logits, masks={0: np.array([True, True, False, True])}) == [0]
+
+
+# Log-probabilities
+
+
+def read(backend: Backend, logprobs: Logprobs | None) -> tuple[Array, ...]:
+    assert logprobs is not None
+    return tuple(backend.to_host(x) for x in (logprobs.chosen, logprobs.rank, logprobs.top_ids, logprobs.top))
+
+
+def check_logprobs(logits: Array, ids: Sequence[int], k: int, found: tuple[Array, ...]) -> None:
+    chosen, rank, top_ids, top = found
+    exact = logits.astype(np.float64)
+    exact = (
+        exact
+        - np.log(np.exp(exact - exact.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - exact.max(-1, keepdims=True)
+    )
+    order = np.argsort(-exact, axis=-1, kind="stable")
+    rows = np.arange(len(ids))
+    np.testing.assert_allclose(chosen, exact[rows, list(ids)], atol=2e-5)
+    assert rank.tolist() == [order[row].tolist().index(token) + 1 for row, token in enumerate(ids)]
+    assert top_ids.tolist() == order[:, :k].tolist()
+    np.testing.assert_allclose(top, np.take_along_axis(exact, order[:, :k], -1), atol=2e-5)
+    assert [array.dtype.name for array in found] == ["float32", "int32", "int32", "float32"]
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 60])
+def test_logprobs(backend: Backend, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(k)
+    logits = (rng.integers(-6, 7, (37, 60)) / 2).astype(np.float32)  # full of equals
+    logits[3, :9] = -0.0
+    ids = rng.integers(0, 60, 37).astype(np.int32)
+    for chunk in (2**22, 500):
+        monkeypatch.setattr("vllmlite.backends.torch_sampling._CHUNK", chunk)
+        check_logprobs(
+            logits,
+            ids.tolist(),
+            k,
+            read(backend, backend.logprobs(backend.tensor(logits), backend.tensor(ids), k)),
+        )
+
+
+def test_logprobs_of_more_than_there_are(backend: Backend) -> None:
+    logits = np.random.default_rng(0).standard_normal((2, 9)).astype(np.float32)
+    check_logprobs(
+        logits,
+        [3, 8],
+        9,
+        read(
+            backend, backend.logprobs(backend.tensor(logits), backend.tensor(np.array([3, 8], np.int32)), 20)
+        ),
+    )
+
+
+def test_logprobs_of_no_rows(backend: Backend) -> None:
+    found = read(backend, backend.logprobs(backend.empty((0, 9), "float32"), backend.empty((0,), "int32"), 3))
+    assert [array.shape for array in found] == [(0,), (0,), (0, 3), (0, 3)]
+
+
+def test_sampled_logprobs_are_of_the_untouched_logits(backend: Backend) -> None:
+    params = [
+        SlotParams(logit_bias=((3, 50.0),)),
+        SlotParams(repetition_penalty=5.0, prompt_ids=list(range(9))),
+        SlotParams(temperature=0.5, top_k=2, seed=4),
+        SlotParams(),
+    ]
+    logits = np.random.default_rng(1).standard_normal((4, 20)).astype(np.float32)
+    sampled = Sampler(backend, params, 20).sample(logits, num_logprobs=4, masks={3: np.arange(20) % 2 == 1})
+    check_logprobs(logits, backend.to_host(sampled.ids).tolist(), 4, read(backend, sampled.logprobs))
+    assert Sampler(backend, params, 20).sample(logits).logprobs is None

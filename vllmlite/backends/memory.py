@@ -1,0 +1,62 @@
+"""How much memory this process may still take: the machine's, or less where a control group says so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vllmlite.backends.base import Memory
+
+
+def host_memory() -> Memory:
+    """Total and available bytes of main memory, within the limits of the process's control groups (version 2)."""
+    total, free = _machine()
+    for group in _groups():
+        limit, used = _number(group / "memory.max"), _number(group / "memory.current")
+        if limit is None or used is None:
+            continue
+        # Inactive file pages count as used but are given back under pressure, as they are on the whole machine.
+        used -= _statistic(group / "memory.stat", "inactive_file")
+        total, free = min(total, limit), min(free, max(limit - used, 0))
+    return Memory(total, free)
+
+
+def _machine() -> tuple[int, int]:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        sizes = {
+            name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)
+        }
+        return sizes["MemTotal"], sizes["MemAvailable"]
+    except (OSError, KeyError, ValueError, IndexError):
+        page = os.sysconf("SC_PAGE_SIZE")
+        return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _groups() -> list[Path]:
+    """Directories of the process's control group and of those around it."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    root = Path("/sys/fs/cgroup")
+    for line in lines:
+        if line.startswith("0::/"):
+            inner = root / line[4:]
+            return [inner, *(group for group in inner.parents if group.is_relative_to(root))]
+    return []
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _statistic(file: Path, name: str) -> int:
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)

@@ -1,0 +1,115 @@
+"""Which backend computes: every candidate is asked, each that declines says why, and the choice is never silent."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllmlite.backends.base import FLOAT_DTYPES, Backend
+from vllmlite.errors import BackendError, ParameterError
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What was asked for; ``auto`` in ``device`` or ``dtype`` leaves the choice to the candidate."""
+
+    device: str
+    dtype: str
+    checkpoint_dtype: str
+    threads: int | None
+
+
+def _torch_cuda(wanted: Wanted) -> Backend:
+    torch_module: Any = _import_torch()
+    device = "cuda" if wanted.device == "auto" else wanted.device
+    if not device.startswith("cuda"):
+        raise BackendError(f"device {device} was asked for")
+    torch = torch_module.torch
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        reason = (
+            f"torch, built for CUDA {built}, finds no GPU" if built else "this torch is built without CUDA"
+        )
+        raise BackendError(f"{reason}; {_native_cuda()}")
+    dtype = wanted.checkpoint_dtype if wanted.dtype == "auto" else wanted.dtype
+    native = torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
+    if wanted.dtype == "auto" and dtype == "bfloat16" and not native:
+        dtype = "float16"
+    backend: Backend = torch_module.TorchBackend(device, dtype, wanted.threads)
+    return backend
+
+
+def _torch_cpu(wanted: Wanted) -> Backend:
+    torch_module: Any = _import_torch()
+    if wanted.device not in ("auto", "cpu"):
+        raise BackendError(f"device {wanted.device} was asked for")
+    dtype = wanted.checkpoint_dtype if wanted.dtype == "auto" else wanted.dtype
+    if wanted.dtype == "auto" and dtype == "float16":
+        # CPUs rarely compute in float16: torch emulates it, several times slower than float32, and less exactly.
+        dtype = "float32"
+    backend: Backend = torch_module.TorchBackend("cpu", dtype, wanted.threads)
+    return backend
+
+
+CANDIDATES: tuple[tuple[str, str, Callable[[Wanted], Backend]], ...] = (
+    ("torch", "cuda", _torch_cuda),
+    ("torch", "cpu", _torch_cpu),
+)
+"""Backend, kind of device, and a function that makes it or says in a BackendError why not; best first."""
+
+
+def select_backend(
+    backend: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    checkpoint_dtype: str = "float32",
+    threads: int | None = None,
+) -> tuple[Backend, str]:
+    """The first candidate that can do what was asked, and a sentence that says which it is and why others declined.
+
+    ``backend`` is ``auto`` or a name in ``CANDIDATES``; ``device`` is ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    ``dtype`` is ``auto`` or one of ``FLOAT_DTYPES``; ``auto`` is ``checkpoint_dtype``, except float16 for bfloat16 on
+    GPUs without it, and float32 for float16 on the CPU. ParameterError for anything else; BackendError with every
+    reason where no candidate is left."""
+    names = ("auto", *dict.fromkeys(name for name, _, _ in CANDIDATES))
+    if backend not in names:
+        raise ParameterError("backend", backend, ", ".join(names))
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ParameterError("device", device, "auto, cpu, cuda or cuda:N")
+    if dtype not in ("auto", *FLOAT_DTYPES):
+        raise ParameterError("dtype", dtype, ", ".join(("auto", *FLOAT_DTYPES)))
+    wanted = Wanted(device, dtype, checkpoint_dtype, threads)
+    declined = []
+    for name, kind, make in CANDIDATES:
+        if backend not in ("auto", name):
+            declined.append(f"{name} on {kind} declined: backend {backend} was asked for")
+            continue
+        try:
+            chosen = make(wanted)
+        except BackendError as error:
+            declined.append(f"{name} on {kind} declined: {error}")
+        else:
+            return chosen, "; ".join((f"{name} on {chosen.device} in {chosen.dtype}", *declined))
+    raise BackendError("no backend can run: " + "; ".join(declined))
+
+
+def _import_torch() -> object:
+    try:
+        return importlib.import_module("vllmlite.backends.torch")
+    except ImportError as error:
+        raise BackendError(f"torch cannot be imported: {error}") from error
+
+
+def _native_cuda() -> str:
+    """What the native extension, which has kernels but no backend yet, finds of GPUs."""
+    try:
+        native = importlib.import_module("vllmlite._cuda")
+    except ImportError:
+        return "vllmlite._cuda is not installed"
+    found = native.probe()
+    gpus = ", ".join(device["name"] for device in found["devices"])
+    return f"vllmlite._cuda finds {gpus or 'no GPU: ' + found['reason']}, and has no backend yet"

@@ -1,0 +1,252 @@
+"""Paged attention of the torch reference: how a step's rows become a few padded, vectorised attention calls.
+
+Rows are grouped by the powers of two of their query length and of the keys they see, so that padding stays bounded
+and no loop runs over sequences. A group gathers its keys and values out of the pool and attends in one call. Every
+index that the gather uses is clamped to tokens of the row itself, so blocks never written, or reused after a window
+passed them, are not read at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from vllmlite.backends.base import KVSpec
+
+Ints = NDArray[np.int64]
+Put = Callable[..., list[torch.Tensor]]
+"""Host arrays in, their tensors on the device out, in one copy that nothing waits for."""
+
+LIMIT = 256 * 2**20
+"""Bytes that one group's gathered keys, values and mask may take, single rows' keys and values apart."""
+_KEEP_MASK = 32 * 2**20  # a mask up to this size is kept from layer to layer
+_SMALL = 256  # rows that see up to this many keys are grouped together
+
+
+class TorchKV:
+    """A pool of key/value blocks: a layer is ``[num_blocks * block_size, 2 * K * D]``, a token's keys, then values."""
+
+    def __init__(self, spec: KVSpec, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        width = 2 * spec.num_kv_heads * spec.head_dim
+        shape = (spec.num_layers, num_blocks * spec.block_size, width)
+        self.layers = list(torch.empty(shape, dtype=dtype, device=device))
+        self._scratch = torch.empty(0, dtype=dtype, device=device)
+
+    def gather(self, layer: int, index: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[rows, K, S, D]`` of the tokens ``index [rows * S]``, valid until the next call."""
+        pool = self.layers[layer]
+        # One buffer for all layers: fresh memory of this size would be faulted in page by page each time.
+        size = index.numel() * pool.shape[1]
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=self.dtype, device=pool.device)
+        out = self._scratch[:size].view(-1, pool.shape[1])
+        torch.index_select(pool, 0, index, out=out)
+        both = out.view(rows, -1, 2, self.spec.num_kv_heads, self.spec.head_dim)
+        return both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2)
+
+
+@dataclass(slots=True)
+class Rows:
+    """Host arrays of a step, one entry a row: first token, number of tokens, context length, slot."""
+
+    start: Ints
+    length: Ints
+    context: Ints
+    slot: Ints
+
+
+@dataclass(slots=True)
+class Group:
+    """Rows g that attend together, padded to Q tokens and S keys a row."""
+
+    rows: int
+    queries: int
+    causal: bool
+    """Rows without earlier context, where the call itself can mask: S = Q."""
+    tokens: torch.Tensor | None
+    """[g * Q] indices into T; None: all tokens of the step, in order."""
+    targets: torch.Tensor | None
+    """Indices into T of those that are not padding; None as above."""
+    real: torch.Tensor | None
+    """Indices into g * Q of those that are not padding; None: all."""
+    keys: torch.Tensor
+    """[g * S] indices into the pool."""
+    first_key: torch.Tensor
+    """[g] position of the first key."""
+    query_positions: torch.Tensor
+    """[g, Q]."""
+    num_keys: int
+    window: int | None
+    open: bool
+    """Every query sees every key: one token a row, equally many keys."""
+    kept_mask: torch.Tensor | None = None
+
+    def mask(self, heads_together: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Additive mask ``[g, 1, Q * heads_together, S]`` (or 1 for Q = 1), None where every query sees every key."""
+        if self.open:
+            return None
+        if self.kept_mask is not None and self.kept_mask.dtype == dtype:
+            return self.kept_mask
+        keys = torch.arange(self.num_keys, device=self.first_key.device)
+        positions = (self.first_key[:, None] + keys)[:, None, :]
+        queries = self.query_positions[:, :, None]
+        hidden = positions > queries
+        if self.window is not None:
+            hidden |= positions <= queries - self.window
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        if self.queries > 1:
+            shape = (self.rows, self.queries, heads_together, self.num_keys)
+            mask = mask[:, :, None].expand(shape).reshape(self.rows, -1, self.num_keys)
+        mask = mask[:, None]
+        if mask.nbytes <= _KEEP_MASK:
+            self.kept_mask = mask
+        return mask
+
+
+def plan_groups(
+    rows: Rows,
+    spec: KVSpec,
+    heads: int,
+    item_size: int,
+    window: int | None,
+    block_table: torch.Tensor,
+    put: Put,
+) -> list[Group]:
+    """The groups of a step for layers of sliding ``window``; ``item_size``: bytes of an activation."""
+    num_tokens = int(rows.length.sum())
+    rows = _split(rows, window, heads // spec.num_kv_heads * (item_size + 1))
+    first = np.zeros_like(rows.context)
+    if window is not None:
+        first = np.maximum(rows.context - rows.length - window + 1, 0)
+    groups = []
+    for members in _buckets(rows, rows.context - first):
+        queries = int(rows.length[members].max())
+        keys = int((rows.context - first)[members].max())
+        row_bytes = 2 * keys * spec.num_kv_heads * spec.head_dim * item_size
+        row_bytes += queries * heads * (2 * spec.head_dim * item_size + keys * (item_size + 1))
+        step = max(1, LIMIT // row_bytes)
+        for at in range(0, len(members), step):
+            some = members[at : at + step]
+            part = Rows(rows.start[some], rows.length[some], rows.context[some], rows.slot[some])
+            groups.append(_group(part, first[some], window, spec.block_size, block_table, num_tokens, put))
+    return groups
+
+
+def _split(rows: Rows, window: int | None, mask_bytes: int) -> Rows:
+    """Cut rows whose mask (``mask_bytes`` a query and key) would pass half the limit into several, as chunks."""
+    keys = rows.context if window is None else np.minimum(rows.context, window + rows.length)
+    masked = (rows.context > rows.length) | (keys < rows.context)
+    most = np.where(masked, np.maximum(LIMIT // 2 // (keys * mask_bytes), 16), rows.length)
+    pieces = -(-rows.length // most)
+    if pieces.max() == 1:
+        return rows
+    which = np.repeat(np.arange(len(pieces)), pieces)
+    index = np.arange(len(which)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    begin = index * most[which]
+    length = np.minimum(rows.length[which] - begin, most[which])
+    context = rows.context[which] - rows.length[which] + begin + length
+    return Rows(rows.start[which] + begin, length, context, rows.slot[which])
+
+
+def _buckets(rows: Rows, keys: Ints) -> Iterator[Ints]:
+    """Indices of rows whose query lengths and key counts round up to the same powers of two, those without earlier
+    context apart."""
+    power = np.ceil(np.log2(rows.length)) * 64 + np.ceil(np.log2(np.maximum(keys, _SMALL)))
+    power = np.where((rows.context == rows.length) & (rows.length > 1), -power, power)
+    if (power == power[0]).all():
+        yield np.arange(len(power))
+        return
+    for value in np.unique(power):
+        yield np.flatnonzero(power == value)
+
+
+def _group(
+    rows: Rows,
+    first: Ints,
+    window: int | None,
+    block_size: int,
+    block_table: torch.Tensor,
+    num_tokens: int,
+    put: Put,
+) -> Group:
+    queries, keys = int(rows.length.max()), int((rows.context - first).max())
+    causal = (
+        bool((rows.context == rows.length).all()) and queries > 1 and (window is None or window >= queries)
+    )
+    opened = queries == 1 and bool((rows.context - first == keys).all())
+    if not causal and not opened:
+        keys = -(-keys // 8) * 8  # an aligned mask, as the memory-efficient CUDA kernel wants it
+    offsets = np.minimum(np.arange(queries), rows.length[:, None] - 1)
+    tokens = (rows.start[:, None] + offsets).ravel()
+    everything = len(tokens) == num_tokens and bool((tokens == np.arange(num_tokens)).all())
+    arrays = [first, rows.context - 1, rows.slot, (rows.context - rows.length)[:, None] + offsets]
+    padded = int(rows.length.sum()) != len(tokens)
+    if not everything:
+        arrays.append(tokens)
+    if padded:
+        real = np.flatnonzero((np.arange(queries) < rows.length[:, None]).ravel())
+        arrays += [tokens[real], real]
+    first_key, last_key, slots, query_positions, *indices = put(*arrays)
+    at = first_key[:, None] + torch.arange(keys, device=block_table.device)
+    at = torch.minimum(at, last_key[:, None])
+    blocks = block_table[slots[:, None], at // block_size].long()
+    return Group(
+        rows=len(first),
+        queries=queries,
+        causal=causal,
+        tokens=None if everything else indices[0],
+        targets=None if everything else indices[padded],
+        real=indices[2] if padded else None,
+        keys=(blocks * block_size + at % block_size).view(-1),
+        first_key=first_key,
+        query_positions=query_positions,
+        num_keys=keys,
+        window=window,
+        open=opened,
+    )
+
+
+def attend(q: torch.Tensor, kv: TorchKV, layer: int, groups: list[Group], scale: float) -> torch.Tensor:
+    """Attention of ``q [T, H, D]`` over the pool: ``[T, H * D]``."""
+    if len(groups) == 1 and groups[0].tokens is None:
+        return _attend_group(q, kv, layer, groups[0], scale)
+    out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+    for group in groups:
+        assert group.tokens is not None and group.targets is not None
+        result = _attend_group(q.index_select(0, group.tokens), kv, layer, group, scale)
+        if group.real is not None:
+            result = result.index_select(0, group.real)
+        out.index_copy_(0, group.targets, result)
+    return out
+
+
+def _attend_group(q: torch.Tensor, kv: TorchKV, layer: int, group: Group, scale: float) -> torch.Tensor:
+    """``q [g * Q, H, D]``, padded: ``[g * Q, H * D]``."""
+    heads, size = q.shape[1:]
+    kv_heads = kv.spec.num_kv_heads
+    together = heads // kv_heads
+    keys, values = kv.gather(layer, group.keys, group.rows)
+    if keys.dtype != q.dtype:
+        keys, values = keys.to(q.dtype), values.to(q.dtype)
+    if group.causal:
+        if together > 1:
+            shape = (group.rows, kv_heads, together, group.num_keys, size)
+            keys = keys[:, :, None].expand(shape).reshape(group.rows, heads, group.num_keys, size)
+            values = values[:, :, None].expand(shape).reshape(group.rows, heads, group.num_keys, size)
+        padded = q.view(group.rows, group.queries, heads, size).transpose(1, 2)
+        out = F.scaled_dot_product_attention(padded, keys, values, is_causal=True, scale=scale)
+        return out.transpose(1, 2).reshape(-1, heads * size)
+    # The query heads of a key/value head become further queries of it, so keys and values need no repeating.
+    folded = q.view(group.rows, group.queries, kv_heads, together, size).permute(0, 2, 1, 3, 4)
+    folded = folded.reshape(group.rows, kv_heads, -1, size)
+    mask = group.mask(together, q.dtype)
+    out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    out = out.view(group.rows, kv_heads, group.queries, together, size).permute(0, 2, 1, 3, 4)
+    return out.reshape(-1, heads * size)

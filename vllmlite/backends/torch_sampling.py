@@ -1,0 +1,261 @@
+"""Sampling of the torch reference: what lives a slot, and how ids are chosen from logits.
+
+Parameters stay on the host; :func:`plan` turns those of a step's rows into a few arrays that travel with its batch.
+Only what the device must remember is there: block tables, last ids and, once a slot asks for penalties, counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vllmlite.backends.base import Feature, ForwardBatch, Logprobs, SlotParams, SlotSpec
+from vllmlite.backends.torch_attention import Put
+
+_HEAD = 1024  # up to so many largest logits are looked for; for more, all are sorted
+_CHUNK = 2**22  # logits a pass of log-probabilities
+
+
+class TorchSlots:
+    """State of ``spec.max_slots`` sequences."""
+
+    def __init__(self, spec: SlotSpec, device: torch.device) -> None:
+        self.spec = spec
+        self.device = device
+        self.block_table = torch.zeros((spec.max_slots, spec.max_blocks), dtype=torch.int32, device=device)
+        self.last_id = torch.zeros(spec.max_slots, dtype=torch.int32, device=device)
+        self.params = [SlotParams()] * spec.max_slots
+        self.counts: torch.Tensor | None = None
+        """int32 [max_slots, V]: how often each id was generated; from the first slot with penalties on."""
+        self.prompt: torch.Tensor | None = None
+        """bool [max_slots, V]: whether the prompt holds it."""
+
+    def set(self, slot: int, params: SlotParams) -> None:
+        """Hand ``slot`` to a new sequence."""
+        self.params[slot] = params
+        if not penalised(params):
+            return
+        if self.counts is None or self.prompt is None:
+            shape = (self.spec.max_slots, self.spec.vocab_size)
+            self.counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
+            self.prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        generated = np.bincount(np.asarray(params.output_ids, np.int64), minlength=self.spec.vocab_size)
+        prompt = np.zeros(self.spec.vocab_size, np.bool_)
+        prompt[np.asarray(params.prompt_ids, np.int64)] = True
+        self.counts[slot] = torch.from_numpy(generated).to(self.device, torch.int32)
+        self.prompt[slot] = torch.from_numpy(prompt).to(self.device)
+
+
+def penalised(params: SlotParams) -> bool:
+    """Whether any penalty is on."""
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+@dataclass(slots=True)
+class SamplePlan:
+    """What the sampling of one step needs, on the device; None where no row needs it. Rows are indices into N."""
+
+    edits: bool = False
+    """Whether logits are changed before ids are chosen."""
+    bias: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    """Rows, ids and what is added to their logits."""
+    penalties: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    """Rows [P], their slots [P], and repetition, frequency and presence penalties [3, P, 1]."""
+    random: RandomPlan | None = None
+
+
+@dataclass(slots=True)
+class RandomPlan:
+    """Rows that draw at random; None: all rows, in order."""
+
+    rows: torch.Tensor | None
+    numbers: torch.Tensor
+    """float64 [4, rows, 1]: temperature, log of min_p, top_p, random number."""
+    top_k: torch.Tensor | None
+    """int64 [rows, 1], 0 where off."""
+    most: int
+    """Largest top_k; 0: at least one row has none."""
+    top_p: bool
+
+
+def plan(batch: ForwardBatch, slots: TorchSlots, put: Put) -> SamplePlan:
+    """The plan of a host ``batch``; ``put`` moves arrays to the device."""
+    features = batch.features
+    made = SamplePlan(bool(features & (Feature.LOGIT_BIAS | Feature.MASK | Feature.PENALTIES)))
+    if not features & (Feature.RANDOM | Feature.LOGIT_BIAS | Feature.PENALTIES):
+        return made
+    params = [slots.params[slot] for slot in batch.sample_slots.tolist()]
+    if features & Feature.LOGIT_BIAS:
+        entries = [(row, *entry) for row, one in enumerate(params) for entry in one.logit_bias]
+        if entries:
+            rows, ids, values = zip(*entries, strict=True)
+            made.bias = tuple(put(np.array(rows), np.array(ids), np.array(values, np.float32)))  # type: ignore
+    if features & Feature.PENALTIES:
+        which = [row for row, one in enumerate(params) if penalised(one)]
+        if which:
+            kinds = [
+                [getattr(params[row], f"{kind}_penalty") for row in which]
+                for kind in ("repetition", "frequency", "presence")
+            ]
+            rows_slots = batch.sample_slots[which].astype(np.int64)
+            strength = np.array(kinds, np.float32)[:, :, None]
+            made.penalties = tuple(put(np.array(which), rows_slots, strength))  # type: ignore
+    if features & Feature.RANDOM:
+        which = [row for row, one in enumerate(params) if one.temperature > 0]
+        if which:
+            made.random = _plan_random([params[row] for row in which], which, batch, put)
+    return made
+
+
+def _plan_random(params: list[SlotParams], which: list[int], batch: ForwardBatch, put: Put) -> RandomPlan:
+    draws = uniforms(
+        np.array([one.seed for one in params], np.uint64), np.asarray(batch.sample_positions)[which]
+    )
+    numbers = np.ones((4, len(which), 1))
+    numbers[0, :, 0] = [one.temperature for one in params]
+    with np.errstate(divide="ignore"):
+        numbers[1, :, 0] = np.log([one.min_p if batch.features & Feature.MIN_P else 0 for one in params])
+    numbers[3, :, 0] = draws
+    top_k = np.zeros((len(which), 1), np.int64)
+    if batch.features & Feature.TOP_K_TOP_P:
+        numbers[2, :, 0] = [one.top_p for one in params]
+        top_k[:, 0] = [one.top_k for one in params]
+    placed = put(np.array(which), numbers, top_k)
+    return RandomPlan(
+        rows=None if len(which) == len(batch.sample_slots) else placed[0],
+        numbers=placed[1],
+        top_k=placed[2] if top_k.any() else None,
+        most=int(top_k.max()) if top_k.all() else 0,
+        top_p=bool((numbers[2] < 1).any()),
+    )
+
+
+def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """``base.uniform`` of each pair, the same bits."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    counter = (positions.astype(np.uint64) + np.uint64(1)) * golden
+    return (_mix64(_mix64(seeds + golden) + counter) >> np.uint64(40)).astype(np.float64) * 2.0**-24
+
+
+def _mix64(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def edit(logits: torch.Tensor, slots: TorchSlots, batch: ForwardBatch) -> None:
+    """Bias, bitmask and penalties, in place."""
+    made: SamplePlan = batch.backend.sampling
+    if made.bias is not None:
+        rows, ids, values = made.bias
+        logits.index_put_((rows, ids), values, accumulate=True)
+    if batch.features & Feature.MASK and batch.mask_rows is not None and batch.bitmask is not None:
+        bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+        allowed = (batch.bitmask[:, :, None] >> bits & 1).bool().flatten(1)[:, : logits.shape[1]]
+        rows = batch.mask_rows.long()
+        logits[rows] = logits[rows].masked_fill_(~allowed, -torch.inf)
+    if made.penalties is not None and slots.counts is not None and slots.prompt is not None:
+        rows, slot_ids, (repetition, frequency, presence) = made.penalties
+        some, counts = logits[rows], slots.counts[slot_ids]
+        seen = slots.prompt[slot_ids] | (counts > 0)
+        some = torch.where(seen, torch.where(some > 0, some / repetition, some * repetition), some)
+        logits[rows] = some - frequency * counts - presence * (counts > 0)
+
+
+def choose(logits: torch.Tensor, slots: TorchSlots, batch: ForwardBatch) -> torch.Tensor:
+    """int32 ids [N] from edited ``logits``; remembered as the slots' last ids and in their counts."""
+    made: SamplePlan = batch.backend.sampling
+    if made.random is None:
+        ids = logits.argmax(-1)
+    elif made.random.rows is None:
+        ids = draw(logits, made.random)
+    else:
+        ids = logits.argmax(-1)
+        ids[made.random.rows] = draw(logits[made.random.rows], made.random)
+    ids = ids.int()
+    slots.last_id[batch.sample_slots.long()] = ids
+    if made.penalties is not None and slots.counts is not None:
+        rows, slot_ids, _ = made.penalties
+        slots.counts[slot_ids, ids[rows].long()] += 1
+    return ids
+
+
+def draw(logits: torch.Tensor, random: RandomPlan) -> torch.Tensor:
+    """int64 ids [rows]: step 5 of ``Backend.sample``. Each filter becomes a least logit, so that equals stay together;
+    top_p is a share of what min_p and top_k left."""
+    temperature, least_log, top_p, number = random.numbers
+    # Largest first taken off: no temperature can overflow, and the largest probability is exp(0), whatever the sum.
+    x = (logits - logits.amax(-1, keepdim=True)).div_(temperature.float())
+    least = least_log.float()
+    ordered = None
+    if random.top_k is not None:
+        ordered = _largest(x, random.most)
+        kth = ordered.gather(1, random.top_k.clamp(1, ordered.shape[1]) - 1)
+        least = torch.maximum(least, torch.where(random.top_k > 0, kth, -torch.inf))
+    weights = _weights(x, least)
+    if random.top_p:
+        least = torch.maximum(least, _nucleus(x, weights, least, top_p, ordered))
+        weights = _weights(x, least)
+    cumulative = weights.cumsum(-1)
+    ids = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
+    return ids[:, 0].clamp_(max=logits.shape[1] - 1)
+
+
+def _weights(x: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """Probabilities of the logits from ``least`` up, times a constant, in float64 for exact sums."""
+    return x.exp().masked_fill_(x < least, 0).double()
+
+
+def _largest(x: torch.Tensor, count: int) -> torch.Tensor:
+    """The ``count`` largest of each row, descending; all of them for 0, or where that is no more work."""
+    if 0 < count <= _HEAD and count < x.shape[1]:
+        return x.topk(count, dim=-1).values
+    if x.device.type == "cpu":
+        # numpy sorts bare values with vector instructions, some thirty times faster than torch sorts pairs.
+        return torch.from_numpy(np.sort(x.numpy(), axis=-1)).flip(-1)
+    return x.sort(dim=-1, descending=True).values
+
+
+def _nucleus(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    least: torch.Tensor,
+    top_p: torch.Tensor,
+    ordered: torch.Tensor | None,
+) -> torch.Tensor:
+    """The least logit of the smallest set whose weight reaches ``top_p`` of the total (Holtzman et al. 2020)."""
+    aim = weights.sum(-1, keepdim=True) * top_p
+    if ordered is None:
+        ordered = _largest(x, 0)
+    # The cut-off's equals that lie beyond ``ordered`` cannot be lower than its last, which is then the answer.
+    descending = _weights(ordered, least)
+    before = descending.cumsum(-1) - descending
+    inside = (before < aim) & (ordered >= least)
+    cut = ordered.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
+    return torch.where(top_p < 1, cut, -torch.inf)
+
+
+def logprobs(logits: torch.Tensor, ids: torch.Tensor, k: int) -> Logprobs:
+    """Log-probabilities of ``ids [N]`` and of the ``k`` most likely; see ``Backend.logprobs``."""
+    k = min(k, logits.shape[1])
+    step = max(1, _CHUNK // logits.shape[1])
+    parts = [_logprobs(logits[at : at + step], ids[at : at + step], k) for at in range(0, len(ids), step)]
+    if not parts:
+        parts = [_logprobs(logits, ids, k)]
+    return Logprobs(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _logprobs(logits: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
+    index = ids.long()[:, None]
+    total = logits.logsumexp(-1, keepdim=True)
+    # An integer order of (logit, descending id) makes ranks and ties exact. Adding zero makes -0 into 0.
+    bits = (logits + 0.0).view(torch.int32)
+    keys = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32
+    keys -= torch.arange(logits.shape[1], device=logits.device)
+    rank = (keys > keys.gather(1, index)).sum(-1) + 1
+    top_ids = keys.topk(k, dim=-1).indices
+    chosen = (logits.gather(1, index) - total)[:, 0]
+    return chosen, rank.int(), top_ids.int(), logits.gather(1, top_ids) - total

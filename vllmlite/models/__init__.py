@@ -1,0 +1,71 @@
+"""The models: a registry of families, and the way from a directory to something that runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from vllmlite.backends.base import FLOAT_DTYPES, ITEM_SIZE, Backend
+from vllmlite.errors import BackendError, ParameterError
+from vllmlite.models import llama, mistral, qwen2, qwen3
+from vllmlite.models.decoder import Decoder
+from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.spec import DecoderSpec
+from vllmlite.weights.checkpoint import open_weights
+
+ARCHITECTURES: dict[str, tuple[str, Callable[[HfConfig, str], DecoderSpec]]] = {
+    "LlamaForCausalLM": ("llama", llama.spec),
+    "MistralForCausalLM": ("mistral", mistral.spec),
+    "Qwen2ForCausalLM": ("qwen2", qwen2.spec),
+    "Qwen3ForCausalLM": ("qwen3", qwen3.spec),
+}
+"""What ``architectures`` of a ``config.json`` may name: its ``model_type``, and the mapping onto a spec."""
+
+
+def read_spec(path: Path) -> DecoderSpec:
+    """The spec of the checkpoint in directory ``path``, from its ``config.json`` alone. ModelError if it is not one
+    that can run; needs no backend."""
+    config = HfConfig.read(path)
+    named = config.get("architectures")
+    if not named:
+        by_type = {model_type: name for name, (model_type, _) in ARCHITECTURES.items()}
+        name = config.choice("model_type", by_type)
+    elif isinstance(named, list) and isinstance(named[0], str) and named[0] in ARCHITECTURES:
+        name = named[0]
+    else:
+        raise config.error("architectures", ", ".join(ARCHITECTURES))
+    return ARCHITECTURES[name][1](config, name)
+
+
+def load_model(
+    backend: Backend,
+    path: Path,
+    *,
+    max_model_len: int,
+    block_size: int,
+    kv_cache_dtype: str = "auto",
+    load_format: str = "auto",
+    seed: int = 0,
+) -> Decoder:
+    """The model of directory ``path`` on ``backend``, for sequences of up to ``max_model_len`` tokens.
+
+    ``kv_cache_dtype``: ``auto`` (the backend's) or one of ``FLOAT_DTYPES``. ``load_format``: ``auto`` or
+    ``safetensors`` read the checkpoint's files; ``dummy`` needs only ``config.json`` and draws weights from ``seed``.
+    ModelError, ParameterError or BackendError say what is wrong."""
+    if kv_cache_dtype not in ("auto", *FLOAT_DTYPES):
+        raise ParameterError("kv_cache_dtype", kv_cache_dtype, ", ".join(("auto", *FLOAT_DTYPES)))
+    spec = read_spec(path)
+    shapes = spec.weights()
+    weights = open_weights(path, shapes, load_format, seed)
+    needed, free = sum(map(math.prod, shapes.values())) * ITEM_SIZE[backend.dtype], backend.memory().free
+    if needed > free:
+        raise BackendError(f"{path}: its weights take {needed} bytes in {backend.dtype}; {free} are free")
+    return Decoder(
+        spec,
+        backend,
+        weights,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        kv_dtype=backend.dtype if kv_cache_dtype == "auto" else kv_cache_dtype,
+    )

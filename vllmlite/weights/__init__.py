@@ -1,0 +1,1 @@
+"""Checkpoint formats: from files to host tensors, strictly."""

@@ -1,0 +1,120 @@
+"""The weights of a model directory: which files hold them, and whether they are the ones the model needs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from vllmlite.backends.base import FLOAT_DTYPES, HostTensor
+from vllmlite.errors import ModelError, ParameterError
+from vllmlite.weights.safetensors import read_safetensors
+
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+"""Tables that old checkpoints store and every loader computes."""
+_DUMMY_PERIOD = (1 << 20) + 7
+
+
+def open_weights(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], load_format: str = "auto", seed: int = 0
+) -> Callable[[str], HostTensor]:
+    """A function from each name in ``shapes`` to its tensor, after checking that directory ``path`` holds exactly
+    these, in these shapes and a float dtype. ModelError names the file, the tensor, what was expected and found.
+
+    With ``load_format`` ``dummy`` no file is read: norms are one, everything else is drawn from ``seed``."""
+    if load_format not in LOAD_FORMATS:
+        raise ParameterError("load_format", load_format, ", ".join(LOAD_FORMATS))
+    if load_format == "dummy":
+        return lambda name: _dummy(name, shapes[name], seed)
+    tensors = _read(path)
+    missing = [name for name in shapes if name not in tensors]
+    if missing:
+        raise ModelError(f"{path}: tensors missing from the checkpoint: {_listed(missing)}")
+    unused = [name for name in tensors if name not in shapes and not _COMPUTED.search(name)]
+    if _HEAD in unused and _same(tensors[_HEAD], tensors[_EMBEDDING]):
+        unused.remove(_HEAD)
+    if unused:
+        raise ModelError(f"{path}: tensors that the model has no use for: {_listed(unused)}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape or tensors[name].dtype not in FLOAT_DTYPES:
+            found = tensors[name]
+            raise ModelError(
+                f"{path}: tensor {name!r}: expected {list(shape)} of {', '.join(FLOAT_DTYPES)}; "
+                f"found {list(found.shape)} of {found.dtype}"
+            )
+    return tensors.__getitem__
+
+
+def _read(path: Path) -> dict[str, HostTensor]:
+    """Every tensor of the directory: of the single file where there is one, else of the shards of the index."""
+    if (path / _SINGLE).exists():
+        return read_safetensors(path / _SINGLE)
+    index = path / _INDEX
+    if not index.exists():
+        raise ModelError(f"{path}: holds neither {_SINGLE} nor {_INDEX}")
+    weight_map = _weight_map(index)
+    tensors: dict[str, HostTensor] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (path / file).exists():
+            raise ModelError(f"{path / file}: missing; {_INDEX} names it")
+        shard = read_safetensors(path / file)
+        for name in shard:
+            if weight_map.get(name) != file:
+                raise ModelError(
+                    f"{path / file}: tensor {name!r}: expected in {weight_map.get(name)} by {_INDEX}; found here"
+                )
+        tensors |= shard
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise ModelError(f"{path / file}: tensor {name!r}: expected by {_INDEX}; found none")
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        content = json.loads(index.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{index}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{index}: is not JSON: {error}") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index}: expected an object with weight_map, an object of file names")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
+            raise ModelError(
+                f"{index}: tensor {name!r}: expected a *.safetensors file beside the index; found {file!r}"
+            )
+    return weight_map
+
+
+def _same(one: HostTensor, other: HostTensor) -> bool:
+    """Whether a tied head that was stored as well is the embedding indeed."""
+    return one.shape == other.shape and one.dtype == other.dtype and np.array_equal(one.data, other.data)
+
+
+def _dummy(name: str, shape: tuple[int, ...], seed: int) -> HostTensor:
+    """Ones for a norm, else normal numbers of deviation 0.02, repeated after a period that no row length divides."""
+    if "norm" in name:
+        values = np.ones(shape, "<f4")
+    else:
+        size = math.prod(shape)
+        generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        block = generator.standard_normal(min(size, _DUMMY_PERIOD), np.float32) * np.float32(0.02)
+        values = np.resize(block, size).astype("<f4", copy=False)
+    return HostTensor("float32", shape, values.reshape(-1).view(np.uint8))
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,0 +1,121 @@
+"""Reading safetensors files: mapped into memory, every number of the header checked before it is used.
+
+A file is an 8-byte little-endian length n, n bytes of JSON header, then the tensors' bytes, which the header's
+``data_offsets`` must cover exactly, without gap or overlap (https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite.backends.base import ITEM_SIZE, HostTensor
+from vllmlite.errors import ModelError
+
+MAX_HEADER = 100_000_000
+"""Longest header that the format allows, in bytes."""
+
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+
+def read_safetensors(path: Path) -> dict[str, HostTensor]:
+    """The tensors of ``path`` by name, as views of the mapped file. ModelError if anything in it is out of order."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    data = np.frombuffer(mapped, np.uint8)
+    if data.size < 8:
+        raise ModelError(f"{path}: {data.size} bytes; expected at least the 8 of the header's length")
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if length > min(MAX_HEADER, data.size - 8):
+        raise ModelError(
+            f"{path}: a header of {length} bytes; expected at most {MAX_HEADER} in a file of {data.size} bytes"
+        )
+    header = _header(path, data[8 : 8 + length].tobytes())
+    data = data[8 + length :]
+    tensors = {}
+    spans = []
+    for name, entry in header.items():
+        dtype, shape, begin, end = _entry(path, name, entry, data.size)
+        tensors[name] = HostTensor(dtype, shape, _aligned(data[begin:end], ITEM_SIZE[dtype]))
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise _complaint(
+                path, name, f"data from byte {position}", f"from byte {begin}: a gap or an overlap"
+            )
+        position = end
+    if position != data.size:
+        raise ModelError(
+            f"{path}: {data.size} bytes of data; expected the {position} that the header describes"
+        )
+    return tensors
+
+
+def _header(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in values:
+                raise ModelError(f"{path}: the header has {name[:80]!r} twice; expected each name once")
+            values[name] = value
+        return values
+
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: the header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise ModelError(f"{path}: the header is a JSON {type(header).__name__}; expected an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ModelError(f"{path}: __metadata__ in the header; expected an object of strings")
+    return header
+
+
+def _entry(path: Path, name: str, entry: Any, size: int) -> tuple[str, tuple[int, ...], int, int]:
+    """Dtype, shape, first byte and the byte after the last one, of a header entry within ``size`` bytes of data."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _complaint(path, name, "an object of dtype, shape and data_offsets", entry)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise _complaint(path, name, f"dtype {', '.join(_DTYPES)}", dtype)
+    if not _counts(shape):
+        raise _complaint(path, name, "a shape of whole numbers from 0 up", shape)
+    if not _counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size:
+        raise _complaint(path, name, f"data_offsets, ascending, within the {size} bytes of data", offsets)
+    begin, end = offsets
+    dtype = _DTYPES[dtype]
+    bytes_needed = math.prod(shape) * ITEM_SIZE[dtype]
+    if end - begin != bytes_needed:
+        raise _complaint(path, name, f"{bytes_needed} bytes for {dtype} {shape}", f"{end - begin} bytes")
+    return dtype, tuple(shape), begin, end
+
+
+def _counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _aligned(data: NDArray[np.uint8], item_size: int) -> NDArray[np.uint8]:
+    """``data``, or a copy where its elements are not at multiples of their size, which not every CPU can read."""
+    return data if data.ctypes.data % item_size == 0 else data.copy()
+
+
+def _complaint(path: Path, name: str, expected: str, found: object) -> ModelError:
+    shown = str(found)
+    if len(shown) > 80:
+        shown = shown[:77] + "..."
+    return ModelError(f"{path}: tensor {name!r}: expected {expected}; found {shown}")
