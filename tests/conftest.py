@@ -2,5 +2,5 @@
 
 import os
 
-# Tiny models on a busy machine: OpenMP threads that wait by spinning take minutes of it. libgomp reads this at its start.
+# Tiny models on a busy machine: OpenMP threads that wait by spinning take minutes of it. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

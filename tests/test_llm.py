@@ -223,6 +223,8 @@ def test_chat_answers_and_ends(llm: LLM) -> None:
 
 def test_generation_config_gives_the_defaults(llm: LLM) -> None:
     defaults = llm.get_default_sampling_params()
+    assert (defaults.temperature, defaults.max_tokens) == (0.0, 256)  # do_sample false, max_new_tokens 256
+    assert make(generation_config="vllm").get_default_sampling_params() == SamplingParams()
     changed = llm.get_default_sampling_params()
     changed.temperature = 1.75
     assert llm.get_default_sampling_params().temperature == defaults.temperature

@@ -186,6 +186,8 @@ def _default_params(config: EngineConfig, generation: dict[str, Any]) -> Samplin
         return SamplingParams()
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     given = {name: generation[name] for name in names if generation.get(name) is not None}
+    if generation.get("do_sample") is False:
+        given["temperature"] = 0.0
     if generation.get("max_new_tokens") is not None:
         given["max_tokens"] = generation["max_new_tokens"]
     try:
