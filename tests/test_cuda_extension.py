@@ -1,0 +1,299 @@
+"""The CUDA extension module: its Tensor on any machine, its kernels where there is a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+_cuda: Any = pytest.importorskip("vllmlite._cuda", reason="vllmlite._cuda is not built")
+
+needs_gpu = pytest.mark.skipif(not _cuda.probe()["devices"], reason=f"no GPU: {_cuda.probe()['reason']}")
+
+
+def to_device(array: np.ndarray[Any, Any], dtype: str | None = None) -> Any:
+    tensor = _cuda.empty(array.shape, dtype or str(array.dtype))
+    _cuda.copy(array, tensor)
+    return tensor
+
+
+def to_host(tensor: Any) -> np.ndarray[Any, Any]:
+    array = np.empty(tensor.shape, tensor.dtype)
+    _cuda.copy(tensor, array)
+    return array
+
+
+# ---- without a GPU
+
+
+def test_interface_version() -> None:
+    assert _cuda.API == 1
+
+
+def test_probe_names_devices_or_the_reason() -> None:
+    found = _cuda.probe()
+    assert found["runtime_version"] >= (12, 0)
+    assert bool(found["devices"]) != bool(found["reason"])
+    for device in found["devices"]:
+        assert device.keys() == {"index", "name", "compute_capability", "total_bytes", "multiprocessors"}
+
+
+def test_links_neither_the_driver_nor_torch() -> None:
+    try:
+        out = subprocess.run(
+            ["readelf", "-d", _cuda.__file__], check=True, capture_output=True, text=True
+        ).stdout
+    except FileNotFoundError:
+        pytest.skip("readelf is not installed")
+    needed = [line for line in out.splitlines() if "NEEDED" in line]
+    assert needed
+    assert not [line for line in needed if "libcuda.so" in line or "torch" in line or "c10" in line]
+    assert "RUNPATH" not in out
+    assert "RPATH" not in out
+
+
+def test_a_missing_device_is_a_typed_error() -> None:
+    with pytest.raises(_cuda.CudaError, match="cuda"):
+        _cuda.empty([4], "float32", device=4096)
+
+
+@pytest.mark.parametrize("dtype", ["f8", "f4", "f2", "i8", "i4", "i2", "i1", "u1", "?"])
+def test_numpy_arrays_are_shared_not_copied(dtype: str) -> None:
+    array = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    tensor = _cuda.Tensor.from_dlpack(array)
+    assert tensor.shape == (2, 3, 4)
+    assert tensor.dtype == array.dtype.name
+    assert tensor.device == "cpu"
+    assert tensor.nbytes == array.nbytes
+    back = np.from_dlpack(tensor)
+    assert np.shares_memory(array, back)
+    array[1, 2, 3] = 0
+    np.testing.assert_array_equal(back, array)
+
+
+def test_the_memory_outlives_the_producer() -> None:
+    tensor = _cuda.Tensor.from_dlpack(np.arange(1000.0))
+    back = np.from_dlpack(tensor)
+    del tensor
+    np.testing.assert_array_equal(back, np.arange(1000.0))
+
+
+def test_a_reference_is_given_back() -> None:
+    array = np.zeros(8)
+    before = sys.getrefcount(array)
+    for _ in range(10):
+        tensor = _cuda.Tensor.from_dlpack(array)
+        tensor.__dlpack__()
+        tensor.__dlpack__(max_version=(1, 0))
+        del tensor
+    assert sys.getrefcount(array) == before
+
+
+def test_read_only_memory_stays_read_only() -> None:
+    array = np.arange(6)
+    array.flags.writeable = False
+    try:
+        tensor = _cuda.Tensor.from_dlpack(array)
+    except BufferError:
+        pytest.skip("this numpy does not export read-only arrays")
+    assert tensor.readonly
+    assert not np.from_dlpack(tensor).flags.writeable
+    with pytest.raises(BufferError, match="read-only"):
+        tensor.__dlpack__()
+    with pytest.raises(ValueError, match="read-only"):
+        _cuda.copy(np.arange(6), tensor)
+
+
+def test_torch_tensors_are_shared() -> None:
+    torch = pytest.importorskip("torch")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.bool):
+        source = torch.ones(3, 5, dtype=dtype)
+        tensor = _cuda.Tensor.from_dlpack(source)
+        assert tensor.dtype == str(dtype).removeprefix("torch.")
+        back = torch.from_dlpack(tensor)
+        assert back.data_ptr() == source.data_ptr()
+        assert back.dtype == dtype
+
+
+def test_scalars_and_empty_tensors_pass() -> None:
+    assert _cuda.Tensor.from_dlpack(np.array(3.0)).shape == ()
+    empty = _cuda.Tensor.from_dlpack(np.empty((0, 7)))
+    assert np.from_dlpack(empty).shape == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (np.zeros((4, 4))[:, ::2], ValueError, "contiguous.*axis 1.*stride 2"),
+        (np.zeros((4, 6)).T, ValueError, "contiguous"),
+        (np.zeros(3, "c16"), TypeError, "no Tensor dtype"),
+        (np.zeros(3, "u4"), TypeError, "no Tensor dtype"),
+        ([1, 2, 3], TypeError, "DLPack, not list"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(value: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        _cuda.Tensor.from_dlpack(value)
+
+
+def test_exports_keep_to_the_protocol() -> None:
+    tensor = _cuda.Tensor.from_dlpack(np.zeros(3))
+    assert tensor.__dlpack_device__() == (1, 0)
+    assert "dltensor_versioned" in repr(tensor.__dlpack__(max_version=(1, 1)))
+    assert "dltensor_versioned" not in repr(tensor.__dlpack__(max_version=(0, 8)))
+    with pytest.raises(BufferError, match="without a copy"):
+        tensor.__dlpack__(copy=True)
+    with pytest.raises(BufferError, match="own device"):
+        tensor.__dlpack__(dl_device=(2, 0))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "error", "message"),
+    [
+        (np.zeros(3), np.zeros(3), ValueError, "neither side is on a CUDA device"),
+        (np.zeros(3), np.zeros(3, "f4"), TypeError, "float64.*float32"),
+        (np.zeros(3), np.zeros(4), ValueError, r"\[3\].*\[4\]"),
+    ],
+)
+def test_copy_refuses_what_does_not_match(
+    source: object, target: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        _cuda.copy(source, target)
+
+
+def test_copy_blocks_refuses_host_pools() -> None:
+    pool = np.zeros((4, 8))
+    with pytest.raises(ValueError, match="one CUDA device"):
+        _cuda.copy_blocks(pool, pool, np.array([[0, 1]]))
+
+
+# ---- with one
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int64", "uint8", "bool"])
+def test_a_round_trip_keeps_every_byte(dtype: str) -> None:
+    array = np.random.default_rng(0).integers(0, 2, (5, 7, 3)).astype(dtype)
+    tensor = to_device(array)
+    assert tensor.device == "cuda:0"
+    np.testing.assert_array_equal(to_host(tensor), array)
+
+
+@needs_gpu
+def test_memory_is_taken_and_given_back() -> None:
+    free, total = _cuda.memory()
+    assert 0 < free <= total
+    tensor = _cuda.empty([256 << 20], "uint8")
+    assert _cuda.memory()[0] <= free - (256 << 20)
+    del tensor
+    assert _cuda.memory()[0] >= free - (32 << 20)
+
+
+@needs_gpu
+def test_too_much_memory_is_a_memory_error_and_the_next_call_works() -> None:
+    with pytest.raises(MemoryError, match="cudaMalloc"):
+        _cuda.empty([1 << 50], "uint8")
+    assert to_host(to_device(np.arange(3))).tolist() == [0, 1, 2]
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [[-1], [1 << 62, 4], [1 << 40, 1 << 40, 0]])
+def test_impossible_shapes_are_value_errors(shape: list[int]) -> None:
+    with pytest.raises(ValueError, match="shape"):
+        _cuda.empty(shape, "float32")
+
+
+# Odd blocks take the byte path; 999 pairs take several launches; 1 MiB blocks wrap each thread's loop.
+@needs_gpu
+@pytest.mark.parametrize(
+    ("blocks", "shape", "dtype"),
+    [(8, (2, 16, 4, 8), "float16"), (2000, (33,), "uint8"), (8, (1 << 18,), "float32"), (5, (), "int64")],
+)
+@pytest.mark.parametrize("index_dtype", ["int32", "int64"])
+def test_copy_blocks_between_pools(blocks: int, shape: tuple[int, ...], dtype: str, index_dtype: str) -> None:
+    random = np.random.default_rng(1)
+    source = random.integers(0, 100, (blocks, *shape)).astype(dtype)
+    target = random.integers(0, 100, (blocks + 3, *shape)).astype(dtype)
+    n = min(blocks, 999)
+    pairs = np.stack([random.integers(0, blocks, n), random.permutation(blocks + 3)[:n]], axis=1).astype(
+        index_dtype
+    )
+    on_device = to_device(target)
+    _cuda.copy_blocks(to_device(source), on_device, pairs)
+    target[pairs[:, 1]] = source[pairs[:, 0]]
+    np.testing.assert_array_equal(to_host(on_device), target)
+
+
+@needs_gpu
+def test_copy_blocks_within_a_pool() -> None:
+    pool = np.random.default_rng(2).integers(0, 100, (10, 4, 16)).astype("float32")
+    on_device = to_device(pool)
+    _cuda.copy_blocks(on_device, on_device, np.array([[0, 9], [0, 8], [3, 7]]))
+    pool[[9, 8, 7]] = pool[[0, 0, 3]]
+    np.testing.assert_array_equal(to_host(on_device), pool)
+    _cuda.copy_blocks(on_device, on_device, np.empty((0, 2), "int64"))
+    np.testing.assert_array_equal(to_host(on_device), pool)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("pairs", "error", "message"),
+    [
+        (np.array([[0, 1], [4, 2]]), IndexError, "pair 1 names source block 4 of 4"),
+        (np.array([[-1, 1]]), IndexError, "source block -1"),
+        (np.array([[0, 4]]), IndexError, "target block 4 of 4"),
+        (np.array([[0, 1], [2, 1]]), ValueError, "target block 1 is written twice"),
+        (np.array([[0, 1], [1, 2]]), ValueError, "block 1 is both read and written"),
+        (np.array([[0, 1]], "f4"), TypeError, "int32 or int64, not float32"),
+        (np.array([0, 1]), ValueError, r"\[n, 2\]"),
+    ],
+)
+def test_copy_blocks_checks_its_pairs(pairs: object, error: type[Exception], message: str) -> None:
+    pool = to_device(np.zeros((4, 8), "float32"))
+    with pytest.raises(error, match=message):
+        _cuda.copy_blocks(pool, pool, pairs)
+
+
+@needs_gpu
+def test_copy_blocks_checks_its_pools() -> None:
+    pool = to_device(np.zeros((4, 8), "float32"))
+    pairs = np.array([[0, 1]])
+    with pytest.raises(TypeError, match=r"float32.*float16"):
+        _cuda.copy_blocks(pool, _cuda.empty([4, 8], "float16"), pairs)
+    with pytest.raises(ValueError, match="equal blocks"):
+        _cuda.copy_blocks(pool, _cuda.empty([4, 9], "float32"), pairs)
+    with pytest.raises(ValueError, match="one CUDA device"):
+        _cuda.copy_blocks(pool, np.zeros((4, 8), "f4"), pairs)
+
+
+@needs_gpu
+def test_device_memory_is_shared_with_torch() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no CUDA")
+    source = torch.arange(12, dtype=torch.bfloat16, device="cuda").reshape(3, 4)
+    tensor = _cuda.Tensor.from_dlpack(source)
+    assert (tensor.device, tensor.dtype, tensor.shape) == ("cuda:0", "bfloat16", (3, 4))
+    back = torch.from_dlpack(tensor)
+    assert back.data_ptr() == source.data_ptr()
+    _cuda.copy_blocks(back, source, np.array([[2, 0]]))
+    assert source[0].tolist() == [8, 9, 10, 11]
+
+
+def test_importing_opens_no_driver() -> None:
+    importlib.import_module("vllmlite._cuda")
+    code = (
+        "import sys, vllmlite; vllmlite.__path__ = eval(sys.argv[1]); import vllmlite._cuda;"
+        "print(open('/proc/self/maps').read())"
+    )
+    package = importlib.import_module("vllmlite")
+    maps = subprocess.run(
+        [sys.executable, "-c", code, repr(list(package.__path__))], check=True, capture_output=True, text=True
+    ).stdout
+    assert "_cuda" in maps
+    assert "libcuda.so" not in maps
