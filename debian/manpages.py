@@ -1,0 +1,91 @@
+#!/usr/bin/python3
+"""Write vllmlite(1) and a page for every subcommand into a directory: all there is to say is in the parsers."""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from subprocess import check_output
+
+from vllmlite import __version__
+from vllmlite.cli import build_parser
+
+
+def roff(text: str) -> str:
+    """``text`` as roff input: nothing in it is a request, an escape or a typographic hyphen."""
+    text = text.replace("\\", "\\e").replace("-", "\\-")
+    return re.sub(r"^([.'])", r"\\&\1", text, flags=re.MULTILINE)
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of ``parser``'s subcommands, by name."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def option(action: argparse.Action, formatter: argparse.HelpFormatter) -> Iterator[str]:
+    """One option or argument: its spellings in bold, what follows them in italics, and its help."""
+    yield ".TP"
+    value = formatter._format_args(action, formatter._get_default_metavar_for_optional(action))
+    if action.option_strings:
+        spellings = ", ".join(f"\\fB{roff(spelling)}\\fR" for spelling in action.option_strings)
+        yield spellings + (f" \\fI{roff(value)}\\fR" if action.nargs != 0 else "")
+    else:
+        yield f"\\fI{roff(value)}\\fR"
+    yield roff(formatter._expand_help(action)) if action.help else "\\&"
+
+
+def body(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """DESCRIPTION and the options, in the parser's own groups."""
+    yield from (".SH DESCRIPTION", roff(parser.description or ""))
+    formatter = parser._get_formatter()
+    for group in parser._action_groups:
+        actions = [action for action in group._group_actions if action.help is not argparse.SUPPRESS]
+        if not actions or isinstance(actions[0], argparse._SubParsersAction):
+            continue
+        yield f".SH {roff((group.title or 'options').upper())}"
+        if group.description:
+            yield roff(group.description)
+        for action in actions:
+            yield from option(action, formatter)
+
+
+def page(name: str, summary: str, synopsis: str, date: str, sections: list[str], also: list[str]) -> str:
+    """A whole manual page."""
+    lines = [
+        f'.TH {name.upper()} 1 "{date}" "vllmlite {__version__}" "User Commands"',
+        *(".SH NAME", f"{roff(name)} \\- {roff(summary)}"),
+        *(".SH SYNOPSIS", f"\\fB{roff(name.replace('-', ' '))}\\fR {roff(synopsis)}"),
+        *sections,
+        *(".SH EXIT STATUS", "0 on success, 1 if something failed, 2 if the command line was wrong."),
+        *(".SH SEE ALSO", ", ".join(f"\\fB{roff(page)}\\fR(1)" for page in also)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(directory: Path) -> None:
+    """Write the pages."""
+    changed = check_output(["dpkg-parsechangelog", "-S", "Date"], text=True)
+    date = parsedate_to_datetime(changed.strip()).strftime("%Y-%m-%d")
+    parser = build_parser()
+    commands = subcommands(parser)
+    summaries = {name: (command.description or name).rstrip(".") for name, command in commands.items()}
+    listing = [".SH COMMANDS"]
+    for name, summary in summaries.items():
+        listing += [".TP", f"\\fB{name}\\fR", f"{roff(summary)}; see \\fBvllmlite\\-{name}\\fR(1)."]
+    pages = [f"vllmlite-{name}" for name in commands]
+    text = page("vllmlite", "run language models", "COMMAND ...", date, [*body(parser), *listing], pages)
+    (directory / "vllmlite.1").write_text(text, encoding="utf-8")
+    for name, command in commands.items():
+        summary = summaries[name][0].lower() + summaries[name][1:]
+        _, _, synopsis = command.format_usage().strip().partition(f" {name} ")
+        text = page(f"vllmlite-{name}", summary, synopsis, date, [*body(command)], ["vllmlite"])
+        (directory / f"vllmlite-{name}.1").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

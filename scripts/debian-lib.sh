@@ -1,0 +1,154 @@
+# shellcheck shell=bash disable=SC2034  # variables are for the scripts that source this
+# What test-debian and review-debian share: a scratch directory, a build user, sid chroots, sources, builds, and the
+# account of checks. Sourced; it expects `set -euo pipefail`, root, and the repository root as working directory.
+
+BUILD_USER=vllmlite-build-$$
+PASSED=0
+STARTED=$SECONDS
+
+say() { printf '\n== %s (%d s so far)\n' "$*" $((SECONDS - STARTED)); }
+
+die() {
+    printf '\n%s: FAILED: %s\n' "${0##*/}" "$*" >&2
+    printf '%d passed, 1 failed\n' "$PASSED"
+    exit 1
+}
+
+# logged NAME COMMAND...: run it into $SCRATCH/logs/NAME.log; its status. A function stops at its first failure there,
+# which it would not as an `if`'s condition: hence the detour through `wait`.
+logged() {
+    local log=$SCRATCH/logs/$1.log status=0
+    shift
+    printf '+ %s\n' "$*"
+    ("$@") > "$log" 2>&1 < /dev/null &
+    wait $! || status=$?
+    return "$status"
+}
+
+# check NAME COMMAND...: say how long it took; at a failure show the log's end and stop.
+check() {
+    local name=$1 since=$SECONDS status=0
+    shift
+    logged "$name" "$@" || status=$?
+    if [ "$status" -ne 0 ]; then
+        tail -n 100 "$SCRATCH/logs/$name.log" >&2
+        die "$name: exit status $status after $((SECONDS - since)) s; the command was: $*"
+    fi
+    PASSED=$((PASSED + 1))
+    printf 'PASS %s (%d s)\n' "$name" $((SECONDS - since))
+}
+
+as_user() {
+    runuser -u "$BUILD_USER" -- env -i -C "$SCRATCH" HOME="$SCRATCH/home" TMPDIR="$SCRATCH/tmp" LANG=C.UTF-8 \
+        LOGNAME="$BUILD_USER" USER="$BUILD_USER" PATH=/usr/sbin:/usr/bin:/sbin:/bin "$@"
+}
+
+install_tools() {
+    local missing=() package
+    for package in "$@"; do
+        dpkg-query -W -f '${Status}\n' "$package" 2> /dev/null | grep -q ' installed$' || missing+=("$package")
+    done
+    [ ${#missing[@]} -eq 0 ] && return
+    apt-get update -q
+    DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "${missing[@]}"
+}
+
+# The mirror this machine itself installs from.
+mirror() {
+    # shellcheck disable=SC2016  # apt's own placeholders
+    apt-get indextargets --format '$(LABEL) $(REPO_URI)' 'Created-By: Packages' |
+        awk '$1 == "Debian" { print $2; exit }'
+}
+
+# Ready the machine: tools, a build user with subordinate ids for unshare, and a scratch directory; all but the tools
+# are gone again at exit.
+prepare() {
+    [ "$(id -u)" -eq 0 ] || die 'run me as root: I install tools and make a build user'
+    say "tools: $*"
+    install_tools "$@"
+    SCRATCH=$(mktemp -d /var/tmp/vllmlite-debian.XXXXXX)
+    trap cleanup EXIT
+    useradd --home-dir "$SCRATCH/home" --shell /bin/bash "$BUILD_USER"
+    grep -q "^$BUILD_USER:" /etc/subuid || usermod --add-subuids 1000000-1065535 "$BUILD_USER"
+    grep -q "^$BUILD_USER:" /etc/subgid || usermod --add-subgids 1000000-1065535 "$BUILD_USER"
+    mkdir "$SCRATCH"/{home,logs,tmp,source,cpu,cuda}
+    # Some of this has no option on sbuild's command line.
+    cat > "$SCRATCH/home/.sbuildrc" << EOF
+\$unshare_tmpdir_template = '$SCRATCH/tmp/sbuild.XXXXXXXXXX';
+\$run_lintian = 1;
+\$lintian_require_success = 1;
+\$lintian_opts = ['-EIL', '+pedantic', '--fail-on=error,warning'];
+\$run_autopkgtest = 0;
+\$run_piuparts = 0;
+1;
+EOF
+    chown -R "$BUILD_USER:" "$SCRATCH"
+    chmod 755 "$SCRATCH"
+    chmod 1777 "$SCRATCH/tmp"
+    VERSION=$(dpkg-parsechangelog -S Version)
+    DSC=$SCRATCH/source/vllmlite_$VERSION.dsc
+    CUDA_DSC=$SCRATCH/source/vllmlite-cuda_$VERSION.dsc
+    MIRROR=$(mirror)
+    [ -n "$MIRROR" ] || die 'apt knows no Debian mirror'
+}
+
+# What was built and logged is copied to RESULTS first, where the caller set one.
+cleanup() {
+    [ -z "${RESULTS:-}" ] || { mkdir -p "$RESULTS" && cp -a "$SCRATCH"/{logs,source,cpu,cuda} "$RESULTS"; }
+    rm -rf "$SCRATCH"
+    userdel "$BUILD_USER" 2> /dev/null || true
+}
+
+# A clean sid system as a tarball. A mirror that lags behind may hold an expired Release file; a system that is thrown
+# away need not sync every file that it unpacks.
+make_chroot() {
+    as_user mmdebstrap --mode=unshare --variant=buildd --aptopt='Acquire::Check-Valid-Until "false"' \
+        --dpkgopt=force-unsafe-io --include=apt-utils sid "$SCRATCH/sid.tar" "deb $MIRROR sid main"
+}
+
+# Both source packages from HEAD, in $SCRATCH/source.
+make_sources() {
+    local upstream=${VERSION%-*} tree
+    tree=$SCRATCH/source/vllmlite-$upstream
+    scripts/make-orig "$SCRATCH/source"
+    mkdir "$tree"
+    tar -xf "$SCRATCH/source/vllmlite_$upstream.orig.tar.xz" -C "$tree" --strip-components=1
+    git archive HEAD debian | tar -x -C "$tree"
+    (cd "$SCRATCH/source" && dpkg-source --build "$tree")
+    debian/cudabuild.sh "$SCRATCH/source"
+    chown -R "$BUILD_USER:" "$SCRATCH/source"
+}
+
+# build DIRECTORY DSC [SBUILD OPTION...]: in a fresh chroot, and sid's own lintian there on all that comes out; the
+# results go to DIRECTORY.
+build() {
+    local directory=$1 dsc=$2
+    shift 2
+    as_user env -C "$directory" sbuild --chroot-mode=unshare --chroot="$SCRATCH/sid.tar" --dist=unstable --nolog \
+        --no-clean-source --arch-all "$@" "$dsc"
+}
+
+with_contrib() { printf -- '--extra-repository=deb %s sid contrib non-free' "$MIRROR"; }
+
+# autopkgtest_of EXPECTED… -- AUTOPKGTEST ARGUMENT…: run a source's tests in a fresh sid; EXPECTED are patterns of
+# lines of the summary, 'NAME +PASS', that must all be there.
+autopkgtest_of() {
+    local expected=() status=0 pattern
+    while [ "$1" != -- ]; do
+        expected+=("$1")
+        shift
+    done
+    shift
+    rm -rf "$SCRATCH/autopkgtest"
+    as_user autopkgtest --apt-upgrade --no-built-binaries --output-dir="$SCRATCH/autopkgtest" "$@" \
+        -- unshare --release sid --tarball "$SCRATCH/sid.tar" || status=$?
+    # 2: some test was skipped; whether it may be, EXPECTED says.
+    if [ "$status" -ne 0 ] && [ "$status" -ne 2 ]; then
+        tail -n 50 "$SCRATCH"/autopkgtest/*-std{out,err}
+        return "$status"
+    fi
+    cat "$SCRATCH/autopkgtest/summary"
+    for pattern in "${expected[@]}"; do
+        grep -Eq "^$pattern" "$SCRATCH/autopkgtest/summary" || return 1
+    done
+}
