@@ -37,7 +37,6 @@ from vllmlite.errors import BackendError
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_SIZE}
 
-
 _EARLY = "copied_to_host"  # attribute of sampled ids: their copy, and the event after which it is complete
 _WIDEN_ROWS = 16  # from so many rows on, weights that the CPU cannot multiply well are widened first
 _WIDEN_PART = 4096  # rows of a weight that are widened at a time
@@ -86,6 +85,9 @@ class TorchBackend(Backend):
         self._dtype = _DTYPES[dtype]
         self._blocked = self._device.type == "cpu" and _blocked_layout_runs(self._dtype)
         self._widened = self._device.type == "cpu" and not self._blocked and not _multiplies(self._dtype)
+        self._attention_dtype = self._dtype
+        if self._device.type == "cpu" and not _attends(self._dtype):
+            self._attention_dtype = torch.float32
         if self.asynchronous:
             torch.set_float32_matmul_precision("highest")  # no TF32: float32 means float32
         if threads is not None:
@@ -303,11 +305,12 @@ class TorchBackend(Backend):
         key = (kv.spec, q.shape[1], window)
         groups = plan.groups.get(key)
         if groups is None:
+            item_size = self._attention_dtype.itemsize
             groups = plan_groups(
-                plan.rows, kv.spec, q.shape[1], q.itemsize, window, plan.block_table, self._put
+                plan.rows, kv.spec, q.shape[1], item_size, window, plan.block_table, self._put
             )
             plan.groups[key] = groups
-        return attend(q, kv, layer, groups, scale)
+        return attend(q, kv, layer, groups, scale, self._attention_dtype)
 
     @torch.inference_mode()
     def gated_activation(self, x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -423,3 +426,10 @@ def _multiplies(dtype: torch.dtype) -> bool:
         return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
     except (RuntimeError, AttributeError):
         return False
+
+
+def _attends(dtype: torch.dtype) -> bool:
+    """Whether torch's attention is fast in ``dtype`` on a CPU: its kernel multiplies bfloat16 by MKL or else, as in
+    Debian's build, one by one, thirty times slower than float32 takes; float16 is slower with either."""
+    mkl: Any = torch.backends.mkl
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and bool(mkl.is_available()))

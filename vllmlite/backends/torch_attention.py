@@ -8,6 +8,7 @@ passed them, are not read at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -37,19 +38,27 @@ class TorchKV:
         width = 2 * spec.num_kv_heads * spec.head_dim
         shape = (spec.num_layers, num_blocks * spec.block_size, width)
         self.layers = list(torch.empty(shape, dtype=dtype, device=device))
-        self._scratch = torch.empty(0, dtype=dtype, device=device)
+        self._scratch: dict[torch.dtype, torch.Tensor] = {}
 
-    def gather(self, layer: int, index: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(
+        self, layer: int, index: torch.Tensor, rows: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[rows, K, S, D]`` of the tokens ``index [rows * S]``, valid until the next call."""
         pool = self.layers[layer]
-        # One buffer for all layers: fresh memory of this size would be faulted in page by page each time.
-        size = index.numel() * pool.shape[1]
-        if self._scratch.numel() < size:
-            self._scratch = torch.empty(size, dtype=self.dtype, device=pool.device)
-        out = self._scratch[:size].view(-1, pool.shape[1])
-        torch.index_select(pool, 0, index, out=out)
-        both = out.view(rows, -1, 2, self.spec.num_kv_heads, self.spec.head_dim)
+        found = self._buffer((len(index), pool.shape[1]), self.dtype)
+        torch.index_select(pool, 0, index, out=found)
+        if dtype != self.dtype:
+            found = self._buffer(found.shape, dtype).copy_(found)
+        both = found.view(rows, -1, 2, self.spec.num_kv_heads, self.spec.head_dim)
         return both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2)
+
+    def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The same memory for all layers: fresh memory of this size would be faulted in page by page each time."""
+        size = math.prod(shape)
+        kept = self._scratch.get(dtype)
+        if kept is None or len(kept) < size:
+            kept = self._scratch[dtype] = torch.empty(size, dtype=dtype, device=self.layers[0].device)
+        return kept[:size].view(shape)
 
 
 @dataclass(slots=True)
@@ -119,7 +128,7 @@ def plan_groups(
     block_table: torch.Tensor,
     put: Put,
 ) -> list[Group]:
-    """The groups of a step for layers of sliding ``window``; ``item_size``: bytes of an activation."""
+    """The groups of a step for layers of sliding ``window``; ``item_size``: bytes of a number in the computation."""
     num_tokens = int(rows.length.sum())
     rows = _split(rows, window, heads // spec.num_kv_heads * (item_size + 1))
     first = np.zeros_like(rows.context)
@@ -213,17 +222,19 @@ def _group(
     )
 
 
-def attend(q: torch.Tensor, kv: TorchKV, layer: int, groups: list[Group], scale: float) -> torch.Tensor:
-    """Attention of ``q [T, H, D]`` over the pool: ``[T, H * D]``."""
+def attend(
+    q: torch.Tensor, kv: TorchKV, layer: int, groups: list[Group], scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Attention of ``q [T, H, D]`` over the pool, computed in ``dtype``: ``[T, H * D]`` in that of ``q``."""
     if len(groups) == 1 and groups[0].tokens is None:
-        return _attend_group(q, kv, layer, groups[0], scale)
+        return _attend_group(q.to(dtype), kv, layer, groups[0], scale).to(q.dtype)
     out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
     for group in groups:
         assert group.tokens is not None and group.targets is not None
-        result = _attend_group(q.index_select(0, group.tokens), kv, layer, group, scale)
+        result = _attend_group(q.index_select(0, group.tokens).to(dtype), kv, layer, group, scale)
         if group.real is not None:
             result = result.index_select(0, group.real)
-        out.index_copy_(0, group.targets, result)
+        out.index_copy_(0, group.targets, result.to(q.dtype))
     return out
 
 
@@ -232,9 +243,7 @@ def _attend_group(q: torch.Tensor, kv: TorchKV, layer: int, group: Group, scale:
     heads, size = q.shape[1:]
     kv_heads = kv.spec.num_kv_heads
     together = heads // kv_heads
-    keys, values = kv.gather(layer, group.keys, group.rows)
-    if keys.dtype != q.dtype:
-        keys, values = keys.to(q.dtype), values.to(q.dtype)
+    keys, values = kv.gather(layer, group.keys, group.rows, q.dtype)
     if group.causal:
         if together > 1:
             shape = (group.rows, kv_heads, together, group.num_keys, size)

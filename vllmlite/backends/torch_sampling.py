@@ -91,8 +91,9 @@ def plan(batch: ForwardBatch, slots: TorchSlots, put: Put) -> SamplePlan:
     if features & Feature.LOGIT_BIAS:
         entries = [(row, *entry) for row, one in enumerate(params) for entry in one.logit_bias]
         if entries:
-            rows, ids, values = zip(*entries, strict=True)
-            made.bias = tuple(put(np.array(rows), np.array(ids), np.array(values, np.float32)))  # type: ignore
+            columns = [np.array(column) for column in zip(*entries, strict=True)]
+            rows, ids, values = put(*columns[:2], columns[2].astype(np.float32))
+            made.bias = (rows, ids, values)
     if features & Feature.PENALTIES:
         which = [row for row, one in enumerate(params) if penalised(one)]
         if which:
@@ -100,9 +101,11 @@ def plan(batch: ForwardBatch, slots: TorchSlots, put: Put) -> SamplePlan:
                 [getattr(params[row], f"{kind}_penalty") for row in which]
                 for kind in ("repetition", "frequency", "presence")
             ]
-            rows_slots = batch.sample_slots[which].astype(np.int64)
             strength = np.array(kinds, np.float32)[:, :, None]
-            made.penalties = tuple(put(np.array(which), rows_slots, strength))  # type: ignore
+            rows, slot_ids, values = put(
+                np.array(which), batch.sample_slots[which].astype(np.int64), strength
+            )
+            made.penalties = (rows, slot_ids, values)
     if features & Feature.RANDOM:
         which = [row for row, one in enumerate(params) if one.temperature > 0]
         if which:
