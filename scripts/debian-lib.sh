@@ -14,25 +14,26 @@ die() {
     exit 1
 }
 
-# logged NAME COMMAND...: run it into $SCRATCH/logs/NAME.log; its status. A function stops at its first failure there,
-# which it would not as an `if`'s condition: hence the detour through `wait`.
+# logged NAME COMMAND...: run it into $SCRATCH/logs/NAME.log; STATUS is how it ended. A function stops at its first
+# failure, which it would not as a condition: so this, and what calls it, is never one.
 logged() {
-    local log=$SCRATCH/logs/$1.log status=0
+    local log=$SCRATCH/logs/$1.log
     shift
     printf '+ %s\n' "$*"
-    ("$@") > "$log" 2>&1 < /dev/null &
-    wait $! || status=$?
-    return "$status"
+    set +e
+    (set -e && "$@") > "$log" 2>&1 < /dev/null
+    STATUS=$?
+    set -e
 }
 
 # check NAME COMMAND...: say how long it took; at a failure show the log's end and stop.
 check() {
-    local name=$1 since=$SECONDS status=0
+    local name=$1 since=$SECONDS
     shift
-    logged "$name" "$@" || status=$?
-    if [ "$status" -ne 0 ]; then
+    logged "$name" "$@"
+    if [ "$STATUS" -ne 0 ]; then
         tail -n 100 "$SCRATCH/logs/$name.log" >&2
-        die "$name: exit status $status after $((SECONDS - since)) s; the command was: $*"
+        die "$name: exit status $STATUS after $((SECONDS - since)) s; the command was: $*"
     fi
     PASSED=$((PASSED + 1))
     printf 'PASS %s (%d s)\n' "$name" $((SECONDS - since))
