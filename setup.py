@@ -3,6 +3,7 @@
 The Python package alone is built by default. A native extension is built when asked for, through the CMake project,
 and an extension that was asked for and cannot be built is an error:
 
+    VLLMLITE_CPU=1 pip install .
     VLLMLITE_CUDA=1 pip install .
 """
 
@@ -16,7 +17,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
-NATIVE = {"_cuda": "VLLMLITE_CUDA"}
+NATIVE = {"_cpu": "VLLMLITE_CPU", "_cuda": "VLLMLITE_CUDA"}
 OFF = {"", "0", "off", "no", "false"}
 
 

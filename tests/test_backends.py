@@ -21,14 +21,17 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 def test_the_cpu_is_chosen_aloud() -> None:
-    backend, why = select.select_backend(device="cpu", checkpoint_dtype="bfloat16")
+    backend, why = select.select_backend("torch", device="cpu", checkpoint_dtype="bfloat16")
     assert (backend.name, backend.device, backend.dtype, backend.asynchronous) == (
         "torch",
         "cpu",
         "bfloat16",
         False,
     )
-    assert why.startswith("torch on cpu in bfloat16; torch on cuda declined: device cpu was asked for")
+    assert why == (
+        "torch on cpu in bfloat16; torch on cuda declined: device cpu was asked for; "
+        "cpu on cpu declined: backend torch was asked for"
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,11 +60,14 @@ def test_without_a_gpu_each_candidate_says_why() -> None:
 
 
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(select, "GPU_NODES", ("/",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(
         "vllmlite.backends.torch.TorchBackend",
-        lambda device, dtype, threads: SimpleNamespace(device=device, dtype=dtype, threads=threads),
+        lambda device, dtype, threads: SimpleNamespace(
+            device=device, dtype=dtype, threads=threads, details=""
+        ),
     )
 
 

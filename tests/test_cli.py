@@ -457,7 +457,7 @@ def test_the_built_in_model_continues_a_text() -> None:
     line, stats = map(json.loads, first.stdout.splitlines())
     assert len(line["token_ids"]) == 8 or line["finish_reason"] == "stop"
     assert line["token_ids"] == json.loads(second.stdout.splitlines()[0])["token_ids"]
-    assert stats["stats"]["backend"] == "torch"
+    assert stats["stats"]["backend"] in ("cpu", "torch")
 
 
 def test_backends_are_asked() -> None:

@@ -33,6 +33,7 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--backend", "torch"], "backend", "torch"),
     (["--device", "cuda:1"], "device", "cuda:1"),
     (["--threads", "3"], "threads", 3),
+    (["--cpu-isa", "avx2"], "cpu_isa", "avx2"),
     (["--kv-cache-dtype", "float"], "kv_cache_dtype", "float32"),
     (["--block-size", "32"], "block_size", 32),
     (["--num-gpu-blocks-override", "9"], "num_gpu_blocks_override", 9),

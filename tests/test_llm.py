@@ -35,8 +35,18 @@ def make(**options: Any) -> LLM:
     return LLM(**OPTIONS | options)
 
 
+@pytest.fixture(scope="module", params=["torch", "cpu"], autouse=True)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every test runs on each backend that this machine can have."""
+    if request.param == "cpu":
+        pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
+    OPTIONS["backend"] = request.param
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module")
-def llm() -> LLM:
+def llm(backend: str) -> LLM:
     return make()
 
 

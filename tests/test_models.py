@@ -13,6 +13,8 @@ from checkpoints import write_checkpoint
 from numpy.typing import NDArray
 from paged import PagedModel
 
+from vllmlite.backends.base import Backend
+from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models import load_model, read_spec
@@ -78,14 +80,19 @@ def prompts(seed: int = 0) -> list[NDArray[np.int32]]:
     return [rng.integers(0, 307, length).astype(np.int32) for length in LENGTHS]
 
 
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+@pytest.fixture(params=["cpu", "native", "cuda"] if torch.cuda.is_available() else ["cpu", "native"])
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 def paged_model(path: Path, device: str, dtype: str = "float32") -> PagedModel:
-    model = load_model(TorchBackend(device, dtype), path, max_model_len=128, block_size=4)
-    return PagedModel(model, num_blocks=320)
+    backend: Backend
+    if device == "native":
+        pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
+        backend = CpuBackend(dtype)
+    else:
+        backend = TorchBackend(device, dtype)
+    return PagedModel(load_model(backend, path, max_model_len=128, block_size=4), num_blocks=320)
 
 
 def chunked(paged: PagedModel, sequences: list[NDArray[np.int32]], how: str) -> list[NDArray[np.float32]]:

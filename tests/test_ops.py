@@ -5,6 +5,7 @@ A new backend is added to ``BACKENDS``, and starts by making this file pass.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +16,23 @@ from numpy.typing import NDArray
 from paged import Paged, host_batch, host_tensor
 
 from vllmlite.backends.base import FLOAT_DTYPES, Backend, HostTensor, KVSpec, Rope, SlotParams, SlotSpec
+from vllmlite.backends.cpu import CpuBackend, load_native
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import BackendError
 
 Array = NDArray[Any]
 
 BACKENDS: dict[str, Callable[[str], Backend]] = {"torch-cpu": lambda dtype: TorchBackend("cpu", dtype)}
+
+
+def native(isa: str) -> Callable[[str], Backend]:
+    return lambda dtype: CpuBackend(dtype, isa=isa)
+
+
+try:
+    BACKENDS |= {f"cpu-{isa}": native(isa) for isa in load_native().instruction_sets()}
+except BackendError as error:
+    warnings.warn(f"the cpu backend is not tested: {error}", stacklevel=1)
 if torch.cuda.is_available():
     BACKENDS["torch-cuda"] = lambda dtype: TorchBackend("cuda", dtype)
 
@@ -332,6 +344,13 @@ def test_attention_in_pieces(exact: Backend, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("vllmlite.backends.torch_attention.LIMIT", 20000)
     monkeypatch.setattr("vllmlite.backends.torch_attention._KEEP_MASK", 0)
     test_attention_with_windows(exact, 6, 2, 32, 4)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_attention_computed_in_float32(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for attends in (True, False):
+        monkeypatch.setattr("vllmlite.backends.torch._attends", lambda dtype, attends=attends: attends)
+        test_attention_with_windows(TorchBackend("cpu", dtype), 6, 2, 32, 4)
 
 
 def test_a_reused_slot_forgets(exact: Backend) -> None:

@@ -15,6 +15,7 @@ from vllmlite.errors import ParameterError
 from vllmlite.sampling_params import MAX_LOGPROBS
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+CPU_ISAS = ("auto", "baseline", "avx2", "avx512", "avx512_bf16", "neon")
 DTYPE_SYNONYMS = {"float": "float32", "half": "float16"}
 
 
@@ -84,10 +85,15 @@ class EngineConfig:
         None, "name to show for the model; default: as it was given", group="model", metavar="NAME"
     )
 
-    backend: str = _option("auto", "what computes", choices=("auto", "torch"))
+    backend: str = _option("auto", "what computes", choices=("auto", "cpu", "torch"))
     device: str = _option("auto", "where: auto, cpu, cuda or cuda:N", metavar="DEVICE")
     threads: int | None = _option(
         None, "CPU threads; default: the cores this process may use", low=1, high=4096
+    )
+    cpu_isa: str = _option(
+        "auto",
+        "newest instruction set that the cpu backend uses; auto: the CPU's best",
+        choices=CPU_ISAS,
     )
     kv_cache_dtype: str = _option(
         "auto",

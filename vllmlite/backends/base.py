@@ -215,6 +215,8 @@ class Backend(ABC):
     """Dtype of activations and dense weights, one of :data:`FLOAT_DTYPES`."""
     lent_ops: tuple[str, ...] = ()
     """Names of the ops that this backend borrows from the reference."""
+    details: str = ""
+    """What else tells this backend from others of its kind: instruction set, threads."""
     asynchronous: bool = False
     """Whether ops return before they are done, so that two steps in flight pay."""
 

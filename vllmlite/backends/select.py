@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from vllmlite.backends.base import FLOAT_DTYPES, Backend
+from vllmlite.backends.cpu import CpuBackend
 from vllmlite.errors import BackendError, ParameterError
 
 
@@ -20,13 +22,21 @@ class Wanted:
     dtype: str
     checkpoint_dtype: str
     threads: int | None
+    cpu_isa: str = "auto"
+
+
+GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
+"""Device files, one of which is there wherever CUDA runs: Linux, WSL, Tegra."""
 
 
 def _torch_cuda(wanted: Wanted) -> Backend:
-    torch_module: Any = _import_torch()
     device = "cuda" if wanted.device == "auto" else wanted.device
     if not device.startswith("cuda"):
         raise BackendError(f"device {device} was asked for")
+    if wanted.device == "auto" and not any(os.path.exists(node) for node in GPU_NODES):
+        # Known without the second that importing torch takes.
+        raise BackendError(f"this machine has no NVIDIA GPU; {_native_cuda()}")
+    torch_module: Any = _import_torch()
     torch = torch_module.torch
     if not torch.cuda.is_available():
         built = torch.version.cuda
@@ -54,8 +64,16 @@ def _torch_cpu(wanted: Wanted) -> Backend:
     return backend
 
 
+def _cpu(wanted: Wanted) -> Backend:
+    if wanted.device not in ("auto", "cpu"):
+        raise BackendError(f"device {wanted.device} was asked for")
+    dtype = wanted.checkpoint_dtype if wanted.dtype == "auto" else wanted.dtype
+    return CpuBackend(dtype, wanted.threads, wanted.cpu_isa)
+
+
 CANDIDATES: tuple[tuple[str, str, Callable[[Wanted], Backend]], ...] = (
     ("torch", "cuda", _torch_cuda),
+    ("cpu", "cpu", _cpu),
     ("torch", "cpu", _torch_cpu),
 )
 """Backend, kind of device, and a function that makes it or says in a BackendError why not; best first."""
@@ -68,6 +86,7 @@ def select_backend(
     *,
     checkpoint_dtype: str = "float32",
     threads: int | None = None,
+    cpu_isa: str = "auto",
 ) -> tuple[Backend, str]:
     """The first candidate that can do what was asked, and a sentence that says which it is and why others declined.
 
@@ -82,7 +101,7 @@ def select_backend(
         raise ParameterError("device", device, "auto, cpu, cuda or cuda:N")
     if dtype not in ("auto", *FLOAT_DTYPES):
         raise ParameterError("dtype", dtype, ", ".join(("auto", *FLOAT_DTYPES)))
-    wanted = Wanted(device, dtype, checkpoint_dtype, threads)
+    wanted = Wanted(device, dtype, checkpoint_dtype, threads, cpu_isa)
     declined = []
     for name, kind, make in CANDIDATES:
         if backend not in ("auto", name):
@@ -93,7 +112,8 @@ def select_backend(
         except BackendError as error:
             declined.append(f"{name} on {kind} declined: {error}")
         else:
-            return chosen, "; ".join((f"{name} on {chosen.device} in {chosen.dtype}", *declined))
+            details = f" ({chosen.details})" if chosen.details else ""
+            return chosen, "; ".join((f"{name} on {chosen.device} in {chosen.dtype}{details}", *declined))
     raise BackendError("no backend can run: " + "; ".join(declined))
 
 

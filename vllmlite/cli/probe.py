@@ -58,7 +58,8 @@ def ask() -> list[dict[str, Any]]:
         except BackendError as e:
             available, reason = False, str(e)
         else:
-            available, reason = True, f"lends {', '.join(backend.lent_ops) or 'nothing'} from the reference"
+            lends = f"lends {', '.join(backend.lent_ops) or 'nothing'} from the reference"
+            available, reason = True, "; ".join(filter(None, (backend.details, lends)))
         answers.append({"backend": name, "kind": kind, "available": available, "reason": reason})
     return answers
 

@@ -53,7 +53,12 @@ def start(config: EngineConfig) -> Started:
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, path)
     generation = _generation_config(config, path)
     backend, choice = select_backend(
-        config.backend, config.device, config.dtype, checkpoint_dtype=spec.dtype, threads=config.threads
+        config.backend,
+        config.device,
+        config.dtype,
+        checkpoint_dtype=spec.dtype,
+        threads=config.threads,
+        cpu_isa=config.cpu_isa,
     )
     longest = config.max_model_len or spec.max_position_embeddings
     model = load_model(

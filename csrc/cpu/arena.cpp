@@ -1,0 +1,74 @@
+#include "cpu/arena.hpp"
+
+#include <sys/mman.h>
+
+#include <bit>
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+namespace vllmlite::cpu {
+
+namespace {
+
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+void* get(std::size_t bytes) {
+  const std::size_t alignment = bytes >= kHugePage ? kHugePage : 64;
+  void* memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  if (memory == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
+// Four sizes to each power of two.
+std::size_t size_class(std::size_t bytes) {
+  if (bytes <= 256) return 256;
+  const std::size_t step = std::bit_floor(bytes - 1) / 4;
+  return (bytes + step - 1) / step * step;
+}
+
+}  // namespace
+
+struct Arena::Return {
+  std::shared_ptr<Arena> arena;
+  std::size_t size;
+
+  void operator()(void* memory) const { arena->free_[size].push_back(memory); }
+};
+
+Arena::~Arena() {
+  for (const auto& [size, pieces] : free_)
+    for (void* piece : pieces) std::free(piece);
+}
+
+Tensor Arena::make(std::vector<std::int64_t> shape, DType dtype) {
+  Tensor tensor;
+  const std::size_t size = size_class(checked_bytes(shape, dtype));
+  tensor.dtype = dtype;
+  tensor.shape = std::move(shape);
+  std::vector<void*>& pieces = free_[size];
+  if (pieces.empty()) {
+    tensor.data = get(size);
+  } else {
+    tensor.data = pieces.back();
+    pieces.pop_back();
+  }
+  tensor.owner = std::shared_ptr<void>(tensor.data, Return{shared_from_this(), size});
+  return tensor;
+}
+
+bool Arena::owns(const Tensor& tensor) { return std::get_deleter<Return>(tensor.owner) != nullptr; }
+
+Tensor allocate(std::vector<std::int64_t> shape, DType dtype) {
+  Tensor tensor;
+  tensor.data = get(std::max(checked_bytes(shape, dtype), std::size_t{1}));
+  tensor.dtype = dtype;
+  tensor.shape = std::move(shape);
+  tensor.owner = std::shared_ptr<void>(tensor.data, std::free);
+  return tensor;
+}
+
+}  // namespace vllmlite::cpu

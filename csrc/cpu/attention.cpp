@@ -1,0 +1,195 @@
+// The key/value cache, and attention over it.
+#include <algorithm>
+#include <climits>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/ops.hpp"
+
+namespace vllmlite::cpu {
+
+namespace {
+
+void check_batch(const KVCache& kv, int layer, const Batch& batch, const Tensor& tensor, const char* what) {
+  if (layer < 0 || layer >= kv.layers) throw std::out_of_range("the cache has no layer " + std::to_string(layer));
+  if (batch.max_context > static_cast<std::int64_t>(batch.slots->max_blocks) * kv.block_size)
+    throw std::out_of_range("a context of " + std::to_string(batch.max_context) + " is more than a block table holds");
+  if (tensor.shape.empty() || tensor.shape[0] != batch.num_tokens)
+    throw std::invalid_argument(std::string(what) + " must have a row for each of " + std::to_string(batch.num_tokens) +
+                                " tokens, not shape " + describe(tensor.shape));
+}
+
+// Writes a token's keys and values of one head.
+struct Writer {
+  const Kernels& kernels;
+  const KVCache& kv;
+  std::size_t item = item_size(kv.dtype);
+  int padded = padded_head(kv.head_dim);
+
+  void keys(const float* x, std::byte* head, int at, std::byte* scratch) const {
+    const auto size = static_cast<std::size_t>(padded) * item, block = static_cast<std::size_t>(kv.block_size);
+    const auto offset = static_cast<std::size_t>(at);
+    std::memset(scratch, 0, size);
+    kernels.convert(x, Float::f32, scratch, float_of(kv.dtype), kv.head_dim);
+    for (std::size_t unit = 0; unit < size / 4; ++unit)  // one float, or a pair of 16-bit ones
+      std::memcpy(head + (unit * block + offset) * 4, scratch + unit * 4, 4);
+  }
+
+  void values(const float* x, std::byte* head, int at) const {
+    std::byte* to = head + static_cast<std::size_t>(at) * static_cast<std::size_t>(padded) * item;
+    kernels.convert(x, Float::f32, to, float_of(kv.dtype), kv.head_dim);
+    std::memset(to + static_cast<std::size_t>(kv.head_dim) * item, 0,
+                static_cast<std::size_t>(padded - kv.head_dim) * item);
+  }
+};
+
+}  // namespace
+
+KVCache::KVCache(int layer_count, int heads, int head_size, int tokens, DType type, std::int64_t blocks)
+    : layers(layer_count), kv_heads(heads), head_dim(head_size), block_size(tokens), dtype(type), num_blocks(blocks) {
+  float_of(dtype);
+  memory = allocate({layers, num_blocks, static_cast<std::int64_t>(block_bytes())}, DType::uint8);
+}
+
+std::size_t KVCache::head_bytes() const {
+  return static_cast<std::size_t>(block_size) * static_cast<std::size_t>(padded_head(head_dim)) * item_size(dtype);
+}
+
+std::size_t KVCache::block_bytes() const { return 2 * static_cast<std::size_t>(kv_heads) * head_bytes(); }
+
+std::byte* KVCache::layer(int index) const {
+  return static_cast<std::byte*>(memory.data) +
+         static_cast<std::size_t>(index) * static_cast<std::size_t>(num_blocks) * block_bytes();
+}
+
+void copy_blocks(KVCache& source, KVCache& target, std::span<const std::int64_t> pairs) {
+  if (source.layers != target.layers || source.kv_heads != target.kv_heads || source.head_dim != target.head_dim ||
+      source.block_size != target.block_size || source.dtype != target.dtype)
+    throw std::invalid_argument("copy_blocks: the pools' blocks differ");
+  for (std::size_t i = 0; i + 1 < pairs.size(); i += 2)
+    if (pairs[i] < 0 || pairs[i] >= source.num_blocks || pairs[i + 1] < 0 || pairs[i + 1] >= target.num_blocks)
+      throw std::out_of_range("copy_blocks: a block is outside its pool");
+  const std::size_t bytes = source.block_bytes();
+  for (int layer = 0; layer < source.layers; ++layer)
+    for (std::size_t i = 0; i + 1 < pairs.size(); i += 2)
+      std::memcpy(target.layer(layer) + static_cast<std::size_t>(pairs[i + 1]) * bytes,
+                  source.layer(layer) + static_cast<std::size_t>(pairs[i]) * bytes, bytes);
+}
+
+Tensor attn_prep(Runtime& runtime, const Tensor& given, int num_heads, const std::optional<Rotation>& rope,
+                 const std::shared_ptr<KVCache>& kv, int layer, const std::shared_ptr<Batch>& batch,
+                 const AttentionNorms& norms) {
+  check_batch(*kv, layer, *batch, given, "qkv");
+  const int size = kv->head_dim, width = (num_heads + 2 * kv->kv_heads) * size;
+  if (given.shape.size() != 2 || given.shape[1] != width)
+    throw std::invalid_argument("qkv must be [tokens, " + std::to_string(width) + "], not " + describe(given.shape));
+  if (rope && (rope->cos_sin.dtype != DType::float32 || rope->rotary_dim > size || rope->rotary_dim % 2 != 0 ||
+               rope->cos_sin.shape.size() != 2 || rope->cos_sin.shape[1] != rope->rotary_dim ||
+               rope->cos_sin.shape[0] < batch->max_context))
+    throw std::invalid_argument("rope: a table [" + std::to_string(batch->max_context) + " positions or more, " +
+                                std::to_string(rope->rotary_dim) + "] is needed, not " + describe(rope->cos_sin));
+  const Tensor qkv = converted(runtime, given, DType::float32);
+  const Tensor q = runtime.make({batch->num_tokens, num_heads, size}, DType::float32);
+  HeadRow head{};
+  head.size = size;
+  head.eps = norms.eps;
+  if (rope) {
+    head.rotary_dim = rope->rotary_dim;
+    head.interleaved = rope->interleaved;
+    head.cos_sin = static_cast<const float*>(rope->cos_sin.data);
+    runtime.keep(rope->cos_sin);
+  }
+  HeadRow query = head, key = head;
+  for (const auto& [norm, row] : {std::pair(&norms.q, &query), std::pair(&norms.k, &key)}) {
+    if (!*norm) continue;
+    if ((*norm)->size() != size)
+      throw std::invalid_argument("a head's norm must have " + std::to_string(size) + " weights");
+    row->weight = (*norm)->data;
+    row->weight_type = float_of((*norm)->dtype);
+    runtime.keep(**norm);
+  }
+  runtime.keep(qkv);
+  runtime.reserve_scratch(2 * static_cast<std::size_t>(padded_head(size)) * sizeof(float));
+  runtime.issue([&kernels = runtime.kernels(), query, key, num_heads, size, width, kv, layer, batch,
+                 from = static_cast<const float*>(qkv.data), to = static_cast<float*>(q.data)](Worker& worker) {
+    const Writer writer{kernels, *kv};
+    std::byte* const pool = kv->layer(layer);
+    auto* const copy = reinterpret_cast<float*>(worker.scratch());
+    std::byte* const packed = worker.scratch() + static_cast<std::size_t>(writer.padded) * sizeof(float);
+    for (std::int64_t token; (token = worker.take()) < batch->num_tokens;) {
+      const auto index = static_cast<std::size_t>(token);
+      const int position = batch->positions[index];
+      const auto prepare = [&](HeadRow row, float* x) {
+        row.x = x;
+        if (row.cos_sin != nullptr) row.cos_sin += static_cast<std::ptrdiff_t>(position) * row.rotary_dim;
+        kernels.prepare_head(row);
+      };
+      const float* x = from + token * width;
+      float* q_row = to + token * num_heads * size;
+      std::copy_n(x, num_heads * size, q_row);
+      for (int h = 0; h < num_heads; ++h) prepare(query, q_row + h * size);
+      x += num_heads * size;
+      const std::int32_t slot = batch->slot_ids[static_cast<std::size_t>(batch->token_rows[index])];
+      const std::int32_t id = batch->slots->table(slot)[position / kv->block_size];
+      std::byte* block = pool + static_cast<std::size_t>(id) * kv->block_bytes();
+      for (int h = 0; h < kv->kv_heads; ++h, block += kv->head_bytes()) {
+        std::copy_n(x + h * size, size, copy);
+        prepare(key, copy);
+        writer.keys(copy, block, position % kv->block_size, packed);
+      }
+      x += kv->kv_heads * size;
+      for (int h = 0; h < kv->kv_heads; ++h, block += kv->head_bytes())
+        writer.values(x + h * size, block, position % kv->block_size);
+    }
+  });
+  return q;
+}
+
+Tensor paged_attention(Runtime& runtime, const Tensor& given, const std::shared_ptr<KVCache>& kv, int layer,
+                       const std::shared_ptr<Batch>& batch, float scale, int window) {
+  check_batch(*kv, layer, *batch, given, "q");
+  if (given.shape.size() != 3 || given.shape[2] != kv->head_dim || given.shape[1] % kv->kv_heads != 0)
+    throw std::invalid_argument("q must be [tokens, heads, head_dim] of the cache's heads, not " + describe(given));
+  if (window < 1) throw std::invalid_argument("window must be at least 1");
+  const Tensor q = converted(runtime, given, DType::float32);
+  const int heads = static_cast<int>(q.shape[1]), size = kv->head_dim, group = heads / kv->kv_heads;
+  if (group > kAttentionRows) throw std::invalid_argument("more query heads to a key/value head than are supported");
+  const Tensor out = runtime.make({batch->num_tokens, heads * size}, runtime.product_input());
+  AttentionTile tile{};
+  tile.q = static_cast<const float*>(q.data);
+  tile.q_stride = tile.out_stride = heads * size;
+  tile.group = group;
+  tile.window = window;
+  tile.block_bytes = static_cast<std::ptrdiff_t>(kv->block_bytes());
+  tile.block_size = kv->block_size;
+  tile.head_dim = size;
+  tile.scale = scale;
+  tile.out = out.data;
+  tile.out_type = float_of(out.dtype);
+  runtime.keep(q);
+  runtime.reserve_scratch(attention_scratch(size));
+  runtime.issue([kernel = runtime.kernels().attention[static_cast<int>(float_of(kv->dtype))], tile, kv, layer, batch,
+                 tiles = batch->tiles(kAttentionRows / group), item = item_size(out.dtype)](Worker& worker) {
+    const std::int64_t tasks = static_cast<std::int64_t>(tiles.size()) * kv->kv_heads;
+    for (std::int64_t task; (task = worker.take()) < tasks;) {
+      const QueryTile& queries = tiles[static_cast<std::size_t>(task / kv->kv_heads)];
+      const auto head = static_cast<std::size_t>(task % kv->kv_heads);
+      const std::ptrdiff_t at =
+          queries.first * tile.q_stride + static_cast<std::ptrdiff_t>(head) * tile.group * tile.head_dim;
+      AttentionTile one = tile;
+      one.q += at;
+      one.out = static_cast<std::byte*>(one.out) + at * static_cast<std::ptrdiff_t>(item);
+      one.queries = queries.count;
+      one.position = batch->positions[static_cast<std::size_t>(queries.first)];
+      one.table = batch->slots->table(batch->slot_ids[static_cast<std::size_t>(queries.row)]);
+      one.keys = kv->layer(layer) + head * kv->head_bytes();
+      one.values = one.keys + static_cast<std::size_t>(kv->kv_heads) * kv->head_bytes();
+      one.scratch = worker.scratch();
+      kernel(one);
+    }
+  });
+  return out;
+}
+
+}  // namespace vllmlite::cpu

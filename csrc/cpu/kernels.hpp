@@ -1,0 +1,119 @@
+// The kernels that are compiled once for each instruction set, behind one table of function pointers. This header is
+// read by code built for newer CPUs than the one it may run on: it holds plain data only, and nothing inline.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace vllmlite::cpu {
+
+enum class Float : std::uint8_t { f32, f16, bf16 };
+inline constexpr int kFloats = 3;
+
+enum class Gate : std::uint8_t { silu, gelu, gelu_tanh };
+
+// Elements of x and w that are summed before the sum is added to y: part of the definition of a product's bits.
+inline constexpr int kLinearChunk = 2048;
+
+// With more rows of x than this, w is copied into a better order first.
+inline constexpr int kLinearFew = 32;
+
+// Most rows of w in a block.
+inline constexpr int kLinearRows = 96;
+
+// Keys that are weighed together, at multiples of it from position 0: part of the definition of attention's bits.
+inline constexpr int kKeyChunk = 64;
+
+// Rows (queries times the heads of a group) that one attention tile holds at most.
+inline constexpr int kAttentionRows = 32;
+
+// Head sizes are padded to a multiple of this in the cache.
+inline constexpr int kHeadUnit = 16;
+
+// y[m][n] = sum over k of x[m][k] * w[n][k], plus bias[n]; strides in elements.
+struct LinearBlock {
+  const void* x;  // of Kernels::linear_input
+  std::ptrdiff_t x_stride;
+  int m;
+  const void* w;
+  std::ptrdiff_t w_stride;
+  int n;
+  int k;
+  float* y;
+  std::ptrdiff_t y_stride;
+  const float* bias;   // null: none
+  const void* next;    // the block that this thread does next, n rows of the same stride; null: none
+  std::byte* scratch;  // for more than kLinearFew rows of x: room for kLinearRows x kLinearChunk elements of w
+};
+
+// out = norm(x + residual) * weight, and sum = x + residual where a residual is given.
+struct NormRow {
+  const float* x;
+  const float* residual;  // null: none
+  float* sum;             // may be residual; null without one
+  const void* weight;
+  Float weight_type;
+  void* out;
+  Float out_type;
+  int size;
+  float eps;
+};
+
+// One head of q or k, in place: norm where there is a weight, then rotation where there are cosines.
+struct HeadRow {
+  float* x;
+  int size;
+  const void* weight;  // null: no norm
+  Float weight_type;
+  float eps;
+  const float* cos_sin;  // null: no rotation
+  int rotary_dim;
+  bool interleaved;
+};
+
+struct AttentionTile {
+  const float* q;           // the first query's first head of the group
+  std::ptrdiff_t q_stride;  // from query to query
+  int queries;
+  int group;                  // query heads of the key/value head
+  int position;               // of the first query
+  int window;                 // tokens that a query sees with itself
+  const std::int32_t* table;  // blocks of the sequence
+  const std::byte* keys;      // the key/value head's in block 0
+  const std::byte* values;
+  std::ptrdiff_t block_bytes;
+  int block_size;
+  int head_dim;
+  float scale;
+  void* out;  // the first query's
+  Float out_type;
+  std::ptrdiff_t out_stride;
+  std::byte* scratch;  // attention_scratch(head_dim) bytes, 64-byte aligned
+};
+
+constexpr int padded_head(int head_dim) { return (head_dim + kHeadUnit - 1) / kHeadUnit * kHeadUnit; }
+
+constexpr std::size_t attention_scratch(int head_dim) {
+  const auto padded = static_cast<std::size_t>(padded_head(head_dim));
+  // Queries and outputs; scores, lane sums, maxima and factors; a gathered chunk of keys.
+  return kAttentionRows * (2 * padded + kKeyChunk + 16 + 16) * sizeof(float) + kKeyChunk * padded * sizeof(float);
+}
+
+struct Kernels {
+  const char* isa;
+  Float linear_input[kFloats];  // what x must be, by the type of w
+  int linear_rows;              // rows of x that share one pass over w
+
+  void (*linear[kFloats])(const LinearBlock&);
+  void (*convert)(const void* from, Float from_type, void* to, Float to_type, std::int64_t count);
+  void (*rms_norm)(const NormRow&);
+  void (*prepare_head)(const HeadRow&);
+  void (*gated)(Gate gate, const float* x, const float* up, void* out, Float out_type, int size);
+  void (*attention[kFloats])(const AttentionTile&);  // by the type of the cache
+  // The lowest index of the largest value; NaN counts as less than everything.
+  std::int64_t (*argmax)(const float* x, std::int64_t size);
+  // out = exp((x - largest) * factor), 0 where x < least.
+  void (*weights)(const float* x, float largest, float factor, float least, float* out, std::int64_t size);
+};
+
+}  // namespace vllmlite::cpu

@@ -1,0 +1,241 @@
+// Vectors of one instruction set: GCC's vector types, and intrinsics only where those cannot say it. Everything is in
+// the namespace of the instruction set, so that no other translation unit can be given code its CPU does not have;
+// for the same reason nothing here uses the standard library's inline functions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/kernels.hpp"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define VLLMLITE_INLINE inline __attribute__((always_inline))
+
+namespace vllmlite::cpu::VLLMLITE_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+inline constexpr bool kManyRegisters = true;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+inline constexpr bool kManyRegisters = false;
+#else
+inline constexpr int kLanes = 4;
+#if defined(__aarch64__)
+inline constexpr bool kManyRegisters = true;
+#else
+inline constexpr bool kManyRegisters = false;
+#endif
+#endif
+
+typedef float F __attribute__((vector_size(kLanes * 4)));
+typedef std::int32_t I __attribute__((vector_size(kLanes * 4)));
+typedef std::uint32_t U __attribute__((vector_size(kLanes * 4)));
+typedef std::uint16_t H __attribute__((vector_size(kLanes * 2)));
+
+template <typename T>
+VLLMLITE_INLINE T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
+template <typename T>
+VLLMLITE_INLINE T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
+template <typename V>
+VLLMLITE_INLINE V load(const void* from) {
+  V value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <typename V>
+VLLMLITE_INLINE void store(void* to, V value) {
+  __builtin_memcpy(to, &value, sizeof value);
+}
+
+// The first `count` elements, zeros after them.
+template <typename V, typename T>
+VLLMLITE_INLINE V load_some(const T* from, int count) {
+  T padded[sizeof(V) / sizeof(T)] = {};
+  for (int i = 0; i < count; ++i) padded[i] = from[i];
+  return load<V>(padded);
+}
+
+VLLMLITE_INLINE F set(float x) { return F{} + x; }
+
+VLLMLITE_INLINE F fma(F a, F b, F c) {
+#if defined(__AVX512F__)
+  return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+VLLMLITE_INLINE F max(F a, F b) {
+#if defined(__AVX512F__)
+  return (F)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Adds lanes in one fixed tree: those half a vector apart, then a quarter, and so on.
+VLLMLITE_INLINE float sum(F v) {
+#if defined(__AVX512F__)
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
+                                    _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#else
+  const F four = v;
+#endif
+#if defined(__AVX2__)
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+  return (four[0] + four[2]) + (four[1] + four[3]);
+#endif
+}
+
+VLLMLITE_INLINE float largest(F v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  float found = lanes[0];
+  for (int i = 1; i < kLanes; ++i) found = larger(found, lanes[i]);
+  return found;
+}
+
+VLLMLITE_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+
+// ---- 16-bit floats
+
+VLLMLITE_INLINE F from_bf16(H bits) { return (F)(__builtin_convertvector(bits, U) << 16); }
+
+VLLMLITE_INLINE H to_bf16(F x) {
+#if defined(__AVX512BF16__)
+  return (H)_mm512_cvtneps_pbh((__m512)x);
+#else
+  const U bits = (U)x;
+  const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector((x == x) ? rounded : ((bits >> 16) | 0x40), H);
+#endif
+}
+
+VLLMLITE_INLINE F from_f16(H bits) {
+#if defined(__AVX512F__)
+  return (F)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__F16C__)
+  return (F)_mm256_cvtph_ps((__m128i)bits);
+#else
+  // Exponents are rebased by a multiplication, which makes subnormals right as well.
+  const U wide = __builtin_convertvector(bits, U);
+  const F scaled = (F)((wide & 0x7fff) << 13) * 0x1p112F;
+  const U special = (U)((wide & 0x7c00) == 0x7c00) & 0x7f800000;
+  return (F)((U)scaled | special | (wide & 0x8000) << 16);
+#endif
+}
+
+VLLMLITE_INLINE H to_f16(F x) {
+#if defined(__AVX512F__)
+  return (H)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (H)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const U bits = (U)x, sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+  const U normal = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
+  // Adding a half puts a subnormal's bits where they belong, rounded by the addition.
+  const U subnormal = (U)((F)rest + 0.5F) - 0x3f000000;
+  U half = rest < 0x38800000 ? subnormal : normal;
+  half = rest >= 0x477ff000 ? (U{} + 0x7c00) : half;
+  half = rest > 0x7f800000 ? (U{} + 0x7e00) : half;
+  return __builtin_convertvector(half | sign, H);
+#endif
+}
+
+// ---- Functions
+
+// 2^x: the polynomial's error is below 1e-7 of the result; 0 below 2^-126, infinity from 2^128 up.
+VLLMLITE_INLINE F exp2(F x) {
+  const F clamped = x < 128.0F ? x : set(128.0F);
+  const F bounded = clamped > -127.0F ? clamped : set(-127.0F);
+  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it leaves no bits for a fraction
+  const F whole = (bounded + kRound) - kRound;
+  const F f = bounded - whole;
+  F p = set(1.5252734e-05F);
+  p = fma(p, f, set(1.5403530e-04F));
+  p = fma(p, f, set(1.3333558e-03F));
+  p = fma(p, f, set(9.6181291e-03F));
+  p = fma(p, f, set(5.5504109e-02F));
+  p = fma(p, f, set(2.4022651e-01F));
+  p = fma(p, f, set(6.9314718e-01F));
+  p = fma(p, f, set(1.0F));
+  const F scaled = (F)((I)p + (__builtin_convertvector(whole, I) << 23));
+  return bounded > -126.0F ? scaled : F{};
+}
+
+inline constexpr float kLog2E = 1.4426950408889634F;
+
+VLLMLITE_INLINE F exp(F x) { return exp2(x * kLog2E); }
+
+// ---- Elements by type, as the table's functions see them
+
+struct F32 {
+  using Item = float;
+  static VLLMLITE_INLINE F load(const Item* from) { return VLLMLITE_ISA::load<F>(from); }
+  static VLLMLITE_INLINE F load_some(const Item* from, int count) { return VLLMLITE_ISA::load_some<F>(from, count); }
+  static VLLMLITE_INLINE void store(Item* to, F x) { VLLMLITE_ISA::store(to, x); }
+};
+
+struct F16 {
+  using Item = std::uint16_t;
+  static VLLMLITE_INLINE F load(const Item* from) { return from_f16(VLLMLITE_ISA::load<H>(from)); }
+  static VLLMLITE_INLINE F load_some(const Item* from, int count) {
+    return from_f16(VLLMLITE_ISA::load_some<H>(from, count));
+  }
+  static VLLMLITE_INLINE void store(Item* to, F x) { VLLMLITE_ISA::store(to, to_f16(x)); }
+};
+
+struct BF16 {
+  using Item = std::uint16_t;
+  static VLLMLITE_INLINE F load(const Item* from) { return from_bf16(VLLMLITE_ISA::load<H>(from)); }
+  static VLLMLITE_INLINE F load_some(const Item* from, int count) {
+    return from_bf16(VLLMLITE_ISA::load_some<H>(from, count));
+  }
+  static VLLMLITE_INLINE void store(Item* to, F x) { VLLMLITE_ISA::store(to, to_bf16(x)); }
+};
+
+template <typename T>
+VLLMLITE_INLINE void store_some(typename T::Item* to, F x, int count) {
+  typename T::Item items[kLanes];
+  T::store(items, x);
+  for (int i = 0; i < count; ++i) to[i] = items[i];
+}
+
+// Calls `body` with the type that `kind` names.
+template <typename Body>
+VLLMLITE_INLINE void with_type(Float kind, Body body) {
+  switch (kind) {
+    case Float::f32:
+      return body(F32{});
+    case Float::f16:
+      return body(F16{});
+    case Float::bf16:
+      return body(BF16{});
+  }
+}
+
+}  // namespace vllmlite::cpu::VLLMLITE_ISA

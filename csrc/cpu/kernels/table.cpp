@@ -1,0 +1,39 @@
+// The table of one instruction set: compiled once for each, with VLLMLITE_ISA its name.
+#include "cpu/kernels/attention.hpp"
+#include "cpu/kernels/elementwise.hpp"
+#include "cpu/kernels/linear.hpp"
+
+#define VLLMLITE_TEXT_OF(name) #name
+#define VLLMLITE_TEXT(name) VLLMLITE_TEXT_OF(name)
+
+namespace vllmlite::cpu::VLLMLITE_ISA {
+
+extern const Kernels kernels;
+
+constinit const Kernels kernels{
+    .isa = VLLMLITE_TEXT(VLLMLITE_ISA),
+#if defined(__AVX512BF16__)
+    .linear_input = {Float::f32, Float::f32, Float::bf16},
+#else
+    .linear_input = {Float::f32, Float::f32, Float::f32},
+#endif
+    .linear_rows = kRegisterRows,
+#if defined(__AVX512BF16__)
+    .linear = {linear<FloatProduct<F32>>, linear<FloatProduct<F16>>, linear<Bf16Product>},
+#else
+    .linear = {linear<FloatProduct<F32>>, linear<FloatProduct<F16>>, linear<FloatProduct<BF16>>},
+#endif
+    .convert = convert,
+    .rms_norm = rms_norm,
+    .prepare_head = prepare_head,
+    .gated = gated,
+#if defined(__AVX512BF16__)
+    .attention = {attention<F32Keys>, attention<PairKeys<F16>>, attention<DotKeys>},
+#else
+    .attention = {attention<F32Keys>, attention<PairKeys<F16>>, attention<PairKeys<BF16>>},
+#endif
+    .argmax = argmax,
+    .weights = weights,
+};
+
+}  // namespace vllmlite::cpu::VLLMLITE_ISA

@@ -1,0 +1,296 @@
+// vllmlite._cpu: the CPU backend's extension module.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+
+#include "cpu/dispatch.hpp"
+#include "cpu/ops.hpp"
+#include "tensor/bind_tensor.hpp"
+
+namespace py = pybind11;
+namespace cpu = vllmlite::cpu;
+using vllmlite::DType;
+using vllmlite::Tensor;
+
+namespace {
+
+// What the Python side and this module agree on; vllmlite/backends compares it. Debian's vllmlite-backend-api-N is it.
+constexpr int kInterfaceVersion = 1;
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+template <typename T>
+std::span<const T> view(const Array<T>& array) {
+  return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+template <typename T>
+std::vector<T> values(const py::handle& source, const char* name) {
+  const auto array = Array<T>::ensure(source.attr(name));
+  if (!array) throw py::error_already_set();
+  return {array.data(), array.data() + array.size()};
+}
+
+// A tensor over the bytes of a numpy array, which it keeps alive.
+Tensor over(const py::array& bytes, const std::string& dtype, const std::vector<std::int64_t>& shape) {
+  Tensor tensor;
+  tensor.dtype = vllmlite::dtype_from_name(dtype);
+  tensor.shape = shape;
+  if (vllmlite::checked_bytes(shape, tensor.dtype) != static_cast<std::size_t>(bytes.nbytes()) ||
+      (bytes.flags() & py::array::c_style) == 0)
+    throw std::invalid_argument("expected " + describe(tensor) + " in contiguous memory, not " +
+                                std::to_string(bytes.nbytes()) + " bytes");
+  tensor.data = const_cast<void*>(bytes.data());
+  tensor.readonly = !bytes.writeable();
+  tensor.owner = std::shared_ptr<void>(new py::array(bytes), [](void* held) {
+    const py::gil_scoped_acquire gil;
+    delete static_cast<py::array*>(held);
+  });
+  return tensor;
+}
+
+Tensor part_of(const std::shared_ptr<cpu::Batch>& batch, std::vector<std::int32_t>& data) {
+  Tensor tensor;
+  tensor.dtype = DType::int32;
+  tensor.shape = {static_cast<std::int64_t>(data.size())};
+  tensor.data = data.data();
+  tensor.owner = batch;
+  return tensor;
+}
+
+// The batch of a ForwardBatch of numpy arrays.
+std::shared_ptr<cpu::Batch> upload(cpu::Runtime& runtime, const py::object& host,
+                                   const std::shared_ptr<cpu::Slots>& slots) {
+  {
+    const py::gil_scoped_release released;
+    runtime.flush();  // it may hold the step that samples what this one begins with
+  }
+  auto batch = std::make_shared<cpu::Batch>();
+  batch->slots = slots;
+  batch->num_tokens = host.attr("num_tokens").cast<int>();
+  batch->num_rows = host.attr("num_rows").cast<int>();
+  batch->max_context = host.attr("max_context").cast<int>();
+  batch->features = host.attr("features").cast<unsigned>();
+  batch->num_logprobs = host.attr("num_logprobs").cast<int>();
+  batch->token_ids = values<std::int32_t>(host, "token_ids");
+  batch->positions = values<std::int32_t>(host, "positions");
+  batch->query_start_loc = values<std::int32_t>(host, "query_start_loc");
+  batch->slot_ids = values<std::int32_t>(host, "slots");
+  batch->context_lens = values<std::int32_t>(host, "context_lens");
+  batch->logits_rows = values<std::int32_t>(host, "logits_rows");
+  batch->sample_slots = values<std::int32_t>(host, "sample_slots");
+  batch->sample_positions = values<std::int64_t>(host, "sample_positions");
+  if (!host.attr("mask_rows").is_none() && !host.attr("bitmask").is_none()) {
+    batch->mask_rows = values<std::int32_t>(host, "mask_rows");
+    batch->bitmask = values<std::int32_t>(host, "bitmask");
+  }
+  batch->complete();
+  return batch;
+}
+
+cpu::SlotParams slot_params(const py::object& given) {
+  cpu::SlotParams params;
+  params.temperature = given.attr("temperature").cast<float>();
+  params.top_k = given.attr("top_k").cast<int>();
+  params.top_p = given.attr("top_p").cast<double>();
+  params.min_p = given.attr("min_p").cast<double>();
+  params.repetition_penalty = given.attr("repetition_penalty").cast<float>();
+  params.presence_penalty = given.attr("presence_penalty").cast<float>();
+  params.frequency_penalty = given.attr("frequency_penalty").cast<float>();
+  params.seed = given.attr("seed").cast<std::uint64_t>();
+  params.logit_bias = given.attr("logit_bias").cast<std::vector<std::pair<std::int32_t, float>>>();
+  return params;
+}
+
+py::array to_host(cpu::Runtime& runtime, const Tensor& tensor) {
+  const Tensor result = tensor.dtype == DType::bfloat16 ? converted(runtime, tensor, DType::float32) : tensor;
+  {
+    const py::gil_scoped_release released;
+    runtime.flush();
+  }
+  const std::string format(name(result.dtype));
+  py::array array(py::dtype::from_args(py::str(format)), result.shape);
+  std::memcpy(array.mutable_data(), result.data, result.bytes());
+  return array;
+}
+
+// A recorded step: its phases, the batch that they read and the tensors that they write.
+struct Graph {
+  std::shared_ptr<cpu::Recording> recording;
+  std::shared_ptr<cpu::Batch> batch;
+  std::vector<Tensor> outputs;
+
+  // Copies, because the next replay overwrites what this one found.
+  std::vector<Tensor> results(cpu::Runtime& runtime) const {
+    std::vector<Tensor> copies;
+    for (const Tensor& output : outputs) {
+      copies.push_back(runtime.make(output.shape, output.dtype));
+      std::memcpy(copies.back().data, output.data, output.bytes());
+    }
+    return copies;
+  }
+};
+
+std::pair<Graph, std::vector<Tensor>> capture(cpu::Runtime& runtime, const std::shared_ptr<cpu::Batch>& batch,
+                                              const py::function& step) {
+  {
+    const py::gil_scoped_release released;
+    runtime.begin_recording();
+  }
+  Graph graph;
+  graph.batch = batch;
+  try {
+    graph.outputs = step().cast<std::vector<Tensor>>();
+  } catch (...) {
+    runtime.abandon_recording();
+    throw;
+  }
+  {
+    const py::gil_scoped_release released;
+    graph.recording = runtime.end_recording();
+  }
+  std::vector<Tensor> found = graph.results(runtime);
+  return {std::move(graph), std::move(found)};
+}
+
+std::vector<Tensor> replay(cpu::Runtime& runtime, const Graph& graph, const cpu::Batch& batch) {
+  graph.batch->replace(batch);
+  {
+    const py::gil_scoped_release released;
+    runtime.replay(*graph.recording);
+  }
+  return graph.results(runtime);
+}
+
+void bind_data(py::module_& module) {
+  py::class_<cpu::LinearWeight>(module, "LinearWeight", py::module_local(),
+                                "Row-major parts of one weight, and a bias.")
+      .def(py::init(&cpu::make_weight), py::arg("parts"), py::arg("bias") = py::none());
+  py::class_<cpu::KVCache, std::shared_ptr<cpu::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.")
+      .def(py::init([](int layers, int kv_heads, int head_dim, int block_size, const std::string& dtype,
+                       std::int64_t num_blocks) {
+             return std::make_shared<cpu::KVCache>(layers, kv_heads, head_dim, block_size,
+                                                   vllmlite::dtype_from_name(dtype), num_blocks);
+           }),
+           py::arg("layers"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("block_size"), py::arg("dtype"),
+           py::arg("num_blocks"))
+      .def("copy_blocks", [](cpu::KVCache& self, cpu::KVCache& target, const Array<std::int64_t>& pairs) {
+        cpu::copy_blocks(self, target, view(pairs));
+      });
+  py::class_<cpu::Slots, std::shared_ptr<cpu::Slots>>(module, "Slots", py::module_local(), "What lives a slot.")
+      .def(py::init<int, int, int>(), py::arg("max_slots"), py::arg("max_blocks"), py::arg("vocab_size"))
+      .def("set",
+           [](cpu::Slots& self, int slot, const py::object& params) {
+             self.set(slot, slot_params(params), values<std::int32_t>(params, "prompt_ids"),
+                      values<std::int32_t>(params, "output_ids"));
+           })
+      .def("append_blocks",
+           [](cpu::Slots& self, const Array<std::int32_t>& slots, const Array<std::int32_t>& columns,
+              const Array<std::int32_t>& blocks) { self.append_blocks(view(slots), view(columns), view(blocks)); });
+  py::class_<cpu::Batch, std::shared_ptr<cpu::Batch>>(module, "Batch", py::module_local(), "A step's input.")
+      .def(
+          "tensors",
+          [](const std::shared_ptr<cpu::Batch>& self) {
+            return py::make_tuple(part_of(self, self->token_ids), part_of(self, self->logits_rows));
+          },
+          "The tensors of token ids and of sampled tokens, which ops are given by themselves.");
+  py::class_<Graph>(module, "Graph", py::module_local(), "A recorded step.");
+}
+
+std::vector<Tensor> listed(const cpu::Logprobs& found) { return {found.chosen, found.rank, found.top_ids, found.top}; }
+
+void bind_ops(py::class_<cpu::Runtime>& runtime) {
+  runtime.def("embedding", &cpu::embedding)
+      .def("rows", &cpu::gather_rows)
+      .def("rms_norm",
+           [](cpu::Runtime& self, const Tensor& x, const Tensor& weight, float eps,
+              const std::optional<Tensor>& residual) { return cpu::rms_norm(self, x, weight, eps, residual); })
+      .def("linear", &cpu::linear)
+      .def("attn_prep",
+           [](cpu::Runtime& self, const Tensor& qkv, int num_heads, const std::optional<Tensor>& cos_sin,
+              int rotary_dim, bool interleaved, const std::shared_ptr<cpu::KVCache>& kv, int layer,
+              const std::shared_ptr<cpu::Batch>& batch, const std::optional<Tensor>& q_norm,
+              const std::optional<Tensor>& k_norm, float eps) {
+             std::optional<cpu::Rotation> rope;
+             if (cos_sin) rope.emplace(*cos_sin, rotary_dim, interleaved);
+             return cpu::attn_prep(self, qkv, num_heads, rope, kv, layer, batch, {q_norm, k_norm, eps});
+           })
+      .def("paged_attention", &cpu::paged_attention)
+      .def("gated_activation",
+           [](cpu::Runtime& self, const Tensor& x, const std::string& name) {
+             if (name == "silu") return cpu::gated_activation(self, x, cpu::Gate::silu);
+             if (name == "gelu") return cpu::gated_activation(self, x, cpu::Gate::gelu);
+             if (name == "gelu_tanh") return cpu::gated_activation(self, x, cpu::Gate::gelu_tanh);
+             throw std::invalid_argument("activation " + name + ": there are silu, gelu and gelu_tanh");
+           })
+      .def("sample",
+           [](cpu::Runtime& self, const Tensor& logits, const std::shared_ptr<cpu::Batch>& batch) {
+             const cpu::Sampled found = cpu::sample(self, logits, batch);
+             std::vector<Tensor> tensors{found.ids};
+             if (found.logprobs) std::ranges::copy(listed(*found.logprobs), std::back_inserter(tensors));
+             return tensors;
+           })
+      .def("logprobs", [](cpu::Runtime& self, const Tensor& logits, const Tensor& ids, int k) {
+        return listed(cpu::logprobs(self, logits, ids, k));
+      });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  module.doc() = "The CPU backend of vllmlite.";
+  module.attr("API") = kInterfaceVersion;
+  vllmlite::bind_tensor(module);
+  bind_data(module);
+
+  module.def(
+      "instruction_sets",
+      [] {
+        std::vector<std::string> names;
+        for (const cpu::Kernels* kernels : cpu::available_kernels()) names.emplace_back(kernels->isa);
+        return names;
+      },
+      "The instruction sets that this build has kernels for and this CPU can run, the best last.");
+  module.def("over", &over, py::arg("bytes"), py::arg("dtype"), py::arg("shape"),
+             "A tensor over an array's bytes, without a copy.");
+  module.def(
+      "empty",
+      [](const std::vector<std::int64_t>& shape, const std::string& dtype) {
+        return cpu::allocate(shape, vllmlite::dtype_from_name(dtype));
+      },
+      py::arg("shape"), py::arg("dtype"), "Uninitialised memory.");
+
+  py::class_<cpu::Runtime> runtime(module, "Runtime", py::module_local(),
+                                   "Kernels, threads, and the list of ops to run.");
+  runtime
+      .def(py::init([](const std::string& isa, int threads, const std::string& dtype) {
+             if (threads < 1) throw std::invalid_argument("threads must be at least 1");
+             return std::make_unique<cpu::Runtime>(isa, threads, vllmlite::dtype_from_name(dtype));
+           }),
+           py::arg("isa"), py::arg("threads"), py::arg("dtype"))
+      .def_property_readonly("isa", [](const cpu::Runtime& self) { return std::string(self.kernels().isa); })
+      .def_property_readonly("threads", &cpu::Runtime::threads)
+      .def("upload", &upload)
+      .def("to_host", &to_host)
+      .def("convert",
+           [](cpu::Runtime& self, const Tensor& tensor, const std::string& dtype) {
+             Tensor result = cpu::allocate(tensor.shape, vllmlite::dtype_from_name(dtype));
+             self.kernels().convert(tensor.data, cpu::float_of(tensor.dtype), result.data, cpu::float_of(result.dtype),
+                                    tensor.size());
+             return result;
+           })
+      .def("flush",
+           [](cpu::Runtime& self) {
+             const py::gil_scoped_release released;
+             self.flush();
+           })
+      .def("capture", &capture, py::arg("batch"), py::arg("step"),
+           "Record and run `step`, whose ops read `batch` and which returns a list of tensors: the graph, and theirs.")
+      .def("replay", &replay, py::arg("graph"), py::arg("batch"), "Run a graph on another batch of the same shape.");
+  bind_ops(runtime);
+}

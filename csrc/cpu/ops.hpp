@@ -1,0 +1,84 @@
+// The ops of the contract in vllmlite/backends/base.py. Each checks its arguments, issues phases and returns the tensor
+// that will hold the result. Activations are float32, or bfloat16 where the next product takes nothing else.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "cpu/batch.hpp"
+#include "cpu/runtime.hpp"
+
+namespace vllmlite::cpu {
+
+// `x`, converted if it has another dtype.
+Tensor converted(Runtime& runtime, const Tensor& x, DType dtype);
+
+Tensor embedding(Runtime& runtime, const Tensor& ids, const Tensor& table);
+Tensor gather_rows(Runtime& runtime, const Tensor& x, const Tensor& index);
+std::pair<Tensor, Tensor> rms_norm(Runtime& runtime, const Tensor& x, const Tensor& weight, float eps,
+                                   const std::optional<Tensor>& residual);
+Tensor gated_activation(Runtime& runtime, const Tensor& x, Gate gate);
+
+// Weights [out, in], row-major, one after the other: rows of the parts are the rows of the whole.
+struct LinearWeight {
+  std::vector<Tensor> parts;
+  std::optional<Tensor> bias;  // float32 [out]
+
+  std::int64_t in() const { return parts.front().shape[1]; }
+  std::int64_t out() const;
+};
+
+// Checks that the parts have one dtype and width, and that the bias fits.
+LinearWeight make_weight(std::vector<Tensor> parts, std::optional<Tensor> bias);
+
+Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight);
+
+// A pool of blocks. A layer's block is [K, V] x [kv heads] x a head's keys ([D / 2][block_size][2] in 16 bits,
+// [D][block_size] in float32) or values ([block_size][D]), D padded to kHeadUnit.
+struct KVCache {
+  KVCache(int layers, int kv_heads, int head_dim, int block_size, DType dtype, std::int64_t num_blocks);
+
+  std::size_t head_bytes() const;   // of the keys, or of the values, of a head in a block
+  std::size_t block_bytes() const;  // of a layer's block
+  std::byte* layer(int index) const;
+
+  int layers, kv_heads, head_dim, block_size;
+  DType dtype;
+  std::int64_t num_blocks;
+  Tensor memory;
+};
+
+void copy_blocks(KVCache& source, KVCache& target, std::span<const std::int64_t> pairs);
+
+struct AttentionNorms {
+  std::optional<Tensor> q, k;
+  float eps = 0;
+};
+
+struct Rotation {
+  Tensor cos_sin;  // float32 [positions, rotary_dim]
+  int rotary_dim;
+  bool interleaved;
+};
+
+Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::optional<Rotation>& rope,
+                 const std::shared_ptr<KVCache>& kv, int layer, const std::shared_ptr<Batch>& batch,
+                 const AttentionNorms& norms);
+Tensor paged_attention(Runtime& runtime, const Tensor& q, const std::shared_ptr<KVCache>& kv, int layer,
+                       const std::shared_ptr<Batch>& batch, float scale, int window);
+
+struct Logprobs {
+  Tensor chosen, rank, top_ids, top;
+};
+
+struct Sampled {
+  Tensor ids;
+  std::optional<Logprobs> logprobs;
+};
+
+Sampled sample(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Batch>& batch);
+Logprobs logprobs(Runtime& runtime, const Tensor& logits, const Tensor& ids, int k);
+
+}  // namespace vllmlite::cpu

@@ -1,0 +1,267 @@
+// Choosing ids from logits, a row a task.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/ops.hpp"
+
+namespace vllmlite::cpu {
+
+namespace {
+
+// Bits of Feature in vllmlite/backends/base.py.
+constexpr unsigned kRandom = 1, kTopKTopP = 2, kMinP = 4, kPenalties = 8, kLogitBias = 16, kMask = 32;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+std::uint64_t mix(std::uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBU;
+  return z ^ (z >> 31);
+}
+
+// base.uniform, the same bits.
+double uniform(std::uint64_t seed, std::int64_t position) {
+  constexpr std::uint64_t kGolden = 0x9E3779B97F4A7C15U;
+  return static_cast<double>(mix(mix(seed + kGolden) + (static_cast<std::uint64_t>(position) + 1) * kGolden) >> 40) *
+         0x1p-24;
+}
+
+double total(std::span<const float> weights) {
+  double sum = 0;
+  for (const float weight : weights) sum += weight;
+  return sum;
+}
+
+// ---- Bias, mask and penalties, in this order
+
+void edit(std::span<float> logits, const Batch& batch, std::size_t row) {
+  const auto slot = static_cast<std::size_t>(batch.sample_slots[row]);
+  const SlotParams& params = batch.slots->params[slot];
+  if ((batch.features & kLogitBias) != 0)
+    for (const auto& [id, bias] : params.logit_bias) logits[static_cast<std::size_t>(id)] += bias;
+  if ((batch.features & kMask) != 0 && !batch.mask_places.empty() && batch.mask_places[row] >= 0) {
+    const std::size_t words = (logits.size() + 31) / 32;
+    const std::int32_t* bits = batch.bitmask.data() + static_cast<std::size_t>(batch.mask_places[row]) * words;
+    for (std::size_t id = 0; id < logits.size(); ++id)
+      if ((static_cast<std::uint32_t>(bits[id / 32]) >> id % 32 & 1) == 0) logits[id] = -kInfinity;
+  }
+  if ((batch.features & kPenalties) != 0 && params.penalised()) {
+    const std::vector<std::int32_t>& counts = batch.slots->counts[slot];
+    const std::vector<std::uint8_t>& in_prompt = batch.slots->in_prompt[slot];
+    for (std::size_t id = 0; id < logits.size(); ++id) {
+      float& logit = logits[id];
+      const std::int32_t count = counts[id];
+      if (in_prompt[id] != 0 || count > 0)
+        logit = logit > 0 ? logit / params.repetition_penalty : logit * params.repetition_penalty;
+      if (count > 0) logit = logit - params.frequency_penalty * static_cast<float>(count) - params.presence_penalty;
+    }
+  }
+}
+
+// ---- Drawing: every filter becomes a least logit, so that equals stay together
+
+// The least of the smallest set of largest weights that reaches `aim`, without sorting them all: they are binned by
+// logit, and only the bin that holds the cut is sorted.
+float nucleus(std::span<const float> logits, std::span<const float> weights, float least, float largest, float factor,
+              double aim, float* room) {
+  constexpr int kBins = 1024;
+  constexpr float kBinsPerUnit = 32;  // of the exponent
+  double sums[kBins] = {};
+  const auto bin_of = [&](float logit) {
+    return static_cast<int>(std::min((largest - logit) * factor * kBinsPerUnit, static_cast<float>(kBins - 1)));
+  };
+  for (std::size_t id = 0; id < logits.size(); ++id)
+    if (weights[id] > 0) sums[bin_of(logits[id])] += weights[id];
+  double before = 0;
+  int bin = 0;
+  for (; bin < kBins - 1 && before + sums[bin] < aim; ++bin) before += sums[bin];
+  std::size_t count = 0;
+  for (std::size_t id = 0; id < logits.size(); ++id)
+    if (weights[id] > 0 && bin_of(logits[id]) == bin) room[count++] = logits[id];
+  std::sort(room, room + count, std::greater<>());
+  float cut = least;
+  for (std::size_t i = 0; i < count && before < aim; ++i) {
+    cut = room[i];
+    before += std::exp(static_cast<double>(room[i] - largest) * static_cast<double>(factor));
+  }
+  return std::max(cut, least);
+}
+
+std::int64_t draw(const Kernels& kernels, std::span<const float> logits, const SlotParams& params, unsigned features,
+                  double number, std::span<float> weights, float* room) {
+  const auto size = static_cast<std::int64_t>(logits.size());
+  const std::int64_t best = kernels.argmax(logits.data(), size);
+  const float largest = logits[static_cast<std::size_t>(best)];
+  if (!std::isfinite(largest)) return best;
+  const float factor = std::min(1 / params.temperature, 1e30F);
+  float least = -kInfinity;
+  if ((features & kMinP) != 0 && params.min_p > 0)
+    least = largest + static_cast<float>(std::log(params.min_p)) / factor;
+  if ((features & kTopKTopP) != 0 && params.top_k > 0 && params.top_k < size) {
+    float* end = std::copy_if(logits.begin(), logits.end(), room, [&](float logit) { return logit >= least; });
+    float* kth = room + params.top_k - 1;
+    if (kth < end) {
+      std::nth_element(room, kth, end, std::greater<>());
+      least = *kth;
+    }
+  }
+  kernels.weights(logits.data(), largest, factor, least, weights.data(), size);
+  double sum = total(weights);
+  if ((features & kTopKTopP) != 0 && params.top_p < 1) {
+    least = nucleus(logits, weights, least, largest, factor, sum * params.top_p, room);
+    kernels.weights(logits.data(), largest, factor, least, weights.data(), size);
+    sum = total(weights);
+  }
+  const double aim = number * sum;
+  double cumulative = 0;
+  for (std::size_t id = 0; id < weights.size(); ++id) {
+    cumulative += weights[id];
+    if (cumulative > aim) return static_cast<std::int64_t>(id);
+  }
+  return best;
+}
+
+// ---- Log-probabilities
+
+struct LogprobRow {
+  float* chosen;
+  std::int32_t* rank;
+  std::int32_t* top_ids;
+  float* top;
+  int k;
+};
+
+struct LogprobRows {
+  explicit LogprobRows(const Logprobs& tensors)
+      : first{static_cast<float*>(tensors.chosen.data), static_cast<std::int32_t*>(tensors.rank.data),
+              static_cast<std::int32_t*>(tensors.top_ids.data), static_cast<float*>(tensors.top.data),
+              static_cast<int>(tensors.top.shape[1])} {}
+
+  LogprobRow operator[](std::int64_t row) const {
+    return {first.chosen + row, first.rank + row, first.top_ids + row * first.k, first.top + row * first.k, first.k};
+  }
+
+  LogprobRow first;
+};
+
+void find_logprobs(const Kernels& kernels, std::span<const float> logits, std::int32_t id, const LogprobRow& out,
+                   std::span<float> room) {
+  const auto size = static_cast<std::int64_t>(logits.size());
+  const float largest = logits[static_cast<std::size_t>(kernels.argmax(logits.data(), size))];
+  kernels.weights(logits.data(), largest, 1, -kInfinity, room.data(), size);
+  const double log_sum = static_cast<double>(largest) + std::log(total(room));
+  const auto logprob = [&](float logit) { return static_cast<float>(static_cast<double>(logit) - log_sum); };
+  const float own = logits[static_cast<std::size_t>(id)];
+  std::int32_t above = 0;
+  for (std::int32_t other = 0; other < static_cast<std::int32_t>(size); ++other) {
+    const float logit = logits[static_cast<std::size_t>(other)];
+    above += static_cast<std::int32_t>(logit > own) + static_cast<std::int32_t>(logit == own && other < id);
+  }
+  *out.chosen = logprob(own);
+  *out.rank = above + 1;
+  if (out.k == 0) return;
+
+  // The k-th largest value, then its betters and as many of its equals as are needed, by ascending id.
+  std::ranges::copy(logits, room.begin());
+  float* const kth = room.data() + out.k - 1;
+  std::nth_element(room.data(), kth, room.data() + size, std::greater<>());
+  const float cut = *kth;
+  auto equals = out.k - std::count_if(room.data(), kth, [&](float logit) { return logit > cut; });
+  int count = 0;
+  for (std::int32_t other = 0; other < static_cast<std::int32_t>(size) && count < out.k; ++other) {
+    const float logit = logits[static_cast<std::size_t>(other)];
+    if (logit > cut || (logit == cut && equals-- > 0)) out.top_ids[count++] = other;
+  }
+  for (; count < out.k; ++count) out.top_ids[count] = 0;  // not-a-numbers have no order
+  std::stable_sort(out.top_ids, out.top_ids + out.k, [&](std::int32_t a, std::int32_t b) {
+    return logits[static_cast<std::size_t>(a)] > logits[static_cast<std::size_t>(b)];
+  });
+  for (int i = 0; i < out.k; ++i) out.top[i] = logprob(logits[static_cast<std::size_t>(out.top_ids[i])]);
+}
+
+Logprobs make_logprobs(Runtime& runtime, std::int64_t rows, int k) {
+  return {runtime.make({rows}, DType::float32), runtime.make({rows}, DType::int32),
+          runtime.make({rows, k}, DType::int32), runtime.make({rows, k}, DType::float32)};
+}
+
+void check_logits(const Tensor& logits) {
+  if (logits.dtype != DType::float32 || logits.shape.size() != 2 || logits.shape[1] == 0)
+    throw std::invalid_argument("logits must be float32 [rows, vocabulary], not " + describe(logits));
+}
+
+}  // namespace
+
+Logprobs logprobs(Runtime& runtime, const Tensor& logits, const Tensor& ids, int k) {
+  check_logits(logits);
+  const std::int64_t rows = logits.shape[0], size = logits.shape[1];
+  if (ids.dtype != DType::int32 || ids.shape != std::vector<std::int64_t>{rows})
+    throw std::invalid_argument("ids must be int32, one for each row of logits, not " + describe(ids));
+  k = static_cast<int>(std::min<std::int64_t>(k, size));
+  const Logprobs out = make_logprobs(runtime, rows, k);
+  runtime.keep(logits);
+  runtime.keep(ids);
+  runtime.reserve_scratch(static_cast<std::size_t>(size) * sizeof(float));
+  runtime.issue([&kernels = runtime.kernels(), from = static_cast<const float*>(logits.data), rows, size,
+                 chosen = static_cast<const std::int32_t*>(ids.data), to = LogprobRows(out)](Worker& worker) {
+    const auto width = static_cast<std::size_t>(size);
+    const std::span room(reinterpret_cast<float*>(worker.scratch()), width);
+    for (std::int64_t row; (row = worker.take()) < rows;)
+      find_logprobs(kernels, {from + row * size, width}, chosen[row], to[row], room);
+  });
+  return out;
+}
+
+Sampled sample(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Batch>& batch) {
+  check_logits(logits);
+  const std::int64_t rows = logits.shape[0], size = logits.shape[1];
+  if (rows != static_cast<std::int64_t>(batch->sample_slots.size()) || size != batch->slots->vocab_size)
+    throw std::invalid_argument("logits " + describe(logits.shape) + " do not fit the batch's " +
+                                std::to_string(batch->sample_slots.size()) + " rows and " +
+                                std::to_string(batch->slots->vocab_size) + " ids");
+  Sampled out{runtime.make({rows}, DType::int32), std::nullopt};
+  const bool wanted = batch->num_logprobs >= 0;
+  std::optional<LogprobRows> tops;
+  if (wanted) {
+    out.logprobs = make_logprobs(runtime, rows, static_cast<int>(std::min<std::int64_t>(batch->num_logprobs, size)));
+    tops.emplace(*out.logprobs);
+  }
+  runtime.keep(logits);
+  // Edited logits, their weights, and room to select in.
+  runtime.reserve_scratch(3 * static_cast<std::size_t>(size) * sizeof(float));
+  runtime.issue([&kernels = runtime.kernels(), from = static_cast<const float*>(logits.data), rows, size, tops, batch,
+                 ids = static_cast<std::int32_t*>(out.ids.data)](Worker& worker) {
+    const auto width = static_cast<std::size_t>(size);
+    auto* const memory = reinterpret_cast<float*>(worker.scratch());
+    for (std::int64_t row; (row = worker.take()) < rows;) {
+      const auto index = static_cast<std::size_t>(row);
+      const auto slot = static_cast<std::size_t>(batch->sample_slots[index]);
+      const SlotParams& params = batch->slots->params[slot];
+      const std::span original(from + row * size, width);
+      std::span used = original;
+      if ((batch->features & (kLogitBias | kMask | kPenalties)) != 0) {
+        const std::span edited(memory, width);
+        std::ranges::copy(original, edited.begin());
+        edit(edited, *batch, index);
+        used = edited;
+      }
+      std::int64_t id;
+      if ((batch->features & kRandom) != 0 && params.temperature > 0)
+        id = draw(kernels, used, params, batch->features, uniform(params.seed, batch->sample_positions[index]),
+                  {memory + width, width}, memory + 2 * width);
+      else
+        id = kernels.argmax(used.data(), size);
+      ids[row] = static_cast<std::int32_t>(id);
+      batch->slots->last_id[slot] = ids[row];
+      if ((batch->features & kPenalties) != 0 && params.penalised())
+        ++batch->slots->counts[slot][static_cast<std::size_t>(id)];
+      if (tops) find_logprobs(kernels, original, ids[row], (*tops)[row], {memory + width, width});
+    }
+  });
+  return out;
+}
+
+}  // namespace vllmlite::cpu

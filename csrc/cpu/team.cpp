@@ -1,0 +1,88 @@
+#include "cpu/team.hpp"
+
+#include <new>
+
+namespace vllmlite::cpu {
+
+namespace {
+
+constexpr int kSpins = 4000;  // a few microseconds: as long as members usually wait for one another
+constexpr int kYields = 100;  // how often an idle member lets others run before it sleeps
+
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+void Worker::Free::operator()(std::byte* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+
+std::int64_t Worker::take() { return team_->next_.fetch_add(1, std::memory_order_relaxed); }
+
+Team::Team(int threads) : workers_(static_cast<std::size_t>(threads)) {
+  for (Worker& worker : workers_) worker.team_ = this;
+  threads_.reserve(workers_.size() - 1);
+  for (int index = 1; index < threads; ++index) threads_.emplace_back([this, index] { member(index); });
+}
+
+Team::~Team() {
+  stop_ = true;
+  round_.fetch_add(1, std::memory_order_release);
+  round_.notify_all();
+}
+
+void Team::reserve(std::size_t bytes) {
+  if (bytes <= scratch_bytes_) return;
+  for (Worker& worker : workers_)
+    worker.scratch_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{64})));
+  scratch_bytes_ = bytes;
+}
+
+void Team::run(std::span<const Phase> phases) {
+  if (phases.empty()) return;
+  phases_ = phases;
+  round_.fetch_add(1, std::memory_order_release);
+  round_.notify_all();
+  work(workers_[0]);
+}
+
+void Team::work(Worker& worker) {
+  for (const Phase& phase : phases_) {
+    phase(worker);
+    meet();
+  }
+}
+
+void Team::member(int index) {
+  for (std::uint32_t seen = 0;;) {
+    for (int i = 0; i < kSpins && round_.load(std::memory_order_acquire) == seen; ++i) pause();
+    for (int i = 0; i < kYields && round_.load(std::memory_order_acquire) == seen; ++i) std::this_thread::yield();
+    round_.wait(seen, std::memory_order_acquire);
+    // Rounds cannot be missed: the caller leaves one only after every member has met it at the end.
+    seen = round_.load(std::memory_order_acquire);
+    if (stop_) return;
+    work(workers_[static_cast<std::size_t>(index)]);
+  }
+}
+
+void Team::meet() {
+  const std::uint32_t meeting = meeting_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size()) {
+    arrived_.store(0, std::memory_order_relaxed);
+    next_.store(0, std::memory_order_relaxed);
+    meeting_.store(meeting + 1, std::memory_order_release);
+    return;
+  }
+  for (int i = 0; meeting_.load(std::memory_order_acquire) == meeting; ++i) {
+    if (i < kSpins)
+      pause();
+    else
+      std::this_thread::yield();
+  }
+}
+
+}  // namespace vllmlite::cpu

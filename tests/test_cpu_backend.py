@@ -1,0 +1,313 @@
+"""What the native CPU backend promises beyond the contract: the same bits however work is cut, and nothing of torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from paged import Paged, PagedModel, host_tensor
+
+from vllmlite.backends import select
+from vllmlite.backends.base import FLOAT_DTYPES, Feature, KVSpec, SlotParams
+from vllmlite.backends.cores import usable_cores
+from vllmlite.backends.cpu import CpuBackend
+from vllmlite.errors import BackendError
+from vllmlite.models import load_model
+
+_cpu: Any = pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
+
+Array = NDArray[Any]
+ISAS: list[str] = _cpu.instruction_sets()
+each_isa = pytest.mark.parametrize("isa", ISAS)
+each_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+
+
+def random(*shape: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def same(found: Array, expected: Array) -> bool:
+    """Equal, bit for bit."""
+    return found.tobytes() == expected.tobytes()
+
+
+# ---- Rows by themselves
+
+
+@each_isa
+@each_dtype
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    width=st.integers(1, 300),
+    parts=st.lists(st.integers(1, 60), min_size=1, max_size=3),
+)
+def test_a_product_of_a_row_is_the_same_in_every_batch(
+    isa: str, dtype: str, rows: int, width: int, parts: list[int]
+) -> None:
+    backend = CpuBackend(dtype, threads=2, isa=isa)
+    weights = [random(out, width, seed=out) for out in parts]
+    weight = backend.linear_weight([host_tensor(one, dtype) for one in weights])
+    x = random(rows, width, seed=1)
+    together = backend.to_host(backend.linear(backend.tensor(x), weight))
+    alone = [backend.to_host(backend.linear(backend.tensor(row[None]), weight)) for row in x]
+    assert same(together, np.concatenate(alone))
+    held = np.concatenate(
+        [backend.to_host(backend.tensor(host_tensor(one, dtype), "float32")) for one in weights]
+    )
+    expected = x.astype(np.float64) @ held.T.astype(np.float64)
+    np.testing.assert_allclose(
+        together, expected, rtol=0, atol=2e-2 * np.sqrt(width) if dtype == "bfloat16" else 1e-3
+    )
+
+
+@each_isa
+def test_a_product_longer_than_a_chunk(isa: str) -> None:
+    backend = CpuBackend("bfloat16", isa=isa)
+    values = random(7, 4500, seed=3)
+    x = random(13, 4500, seed=4)
+    weight = backend.linear_weight(
+        [host_tensor(values, "bfloat16")], [host_tensor(random(7, seed=5), "bfloat16")]
+    )
+    together = backend.to_host(backend.linear(backend.tensor(x), weight))
+    for row, expected in zip(x, together, strict=True):
+        assert same(backend.to_host(backend.linear(backend.tensor(row[None]), weight))[0], expected)
+
+
+def attention(
+    backend: CpuBackend, spec: KVSpec, qkv: Array, cuts: Sequence[int], heads: int, window: int | None
+) -> Array:
+    """Attention of one sequence, its tokens fed in pieces that end at ``cuts``."""
+    paged = Paged(backend, spec, num_blocks=40 if spec.block_size > 1 else 400, max_slots=2)
+    paged.admit(0)
+    found = []
+    for start, end in zip([0, *cuts[:-1]], cuts, strict=True):
+        batch = backend.upload(paged.batch([0], [end - start]), paged.slots)
+        q = backend.attn_prep(backend.tensor(qkv[start:end]), heads, None, paged.kv, 0, batch)
+        found.append(backend.to_host(backend.paged_attention(q, paged.kv, 0, batch, 0.3, window)))
+    return np.concatenate(found)
+
+
+@each_isa
+@settings(max_examples=12, deadline=None)
+@given(
+    length=st.integers(2, 150),
+    cut=st.floats(0, 1),
+    shape=st.sampled_from([(1, 1, 16), (4, 2, 24), (6, 1, 64), (3, 3, 40), (32, 1, 8)]),
+    block=st.sampled_from([1, 4, 16, 24, 32]),
+    window=st.sampled_from([None, 1, 7, 64, 100]),
+    kv_dtype=st.sampled_from(FLOAT_DTYPES),
+)
+def test_attention_is_the_same_however_a_prompt_is_cut(
+    isa: str,
+    length: int,
+    cut: float,
+    shape: tuple[int, int, int],
+    block: int,
+    window: int | None,
+    kv_dtype: str,
+) -> None:
+    heads, kv_heads, size = shape
+    backend = CpuBackend("float32", isa=isa)
+    spec = KVSpec(1, kv_heads, size, block, kv_dtype)
+    qkv = random(length, (heads + 2 * kv_heads) * size, seed=length)
+    whole = attention(backend, spec, qkv, [length], heads, window)
+    assert np.isfinite(whole).all()
+    assert same(
+        attention(backend, spec, qkv, sorted({max(1, int(cut * length)), length}), heads, window), whole
+    )
+    if length <= 70:
+        assert same(attention(backend, spec, qkv, range(1, length + 1), heads, window), whole)
+
+
+# ---- Whole models
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    write_checkpoint(path, dtype="bfloat16")
+    return path
+
+
+def paged_model(path: Path, isa: str = "auto", threads: int = 2, dtype: str = "bfloat16") -> PagedModel:
+    return PagedModel(load_model(CpuBackend(dtype, threads, isa), path, max_model_len=128, block_size=16))
+
+
+PROMPTS = [np.random.default_rng(n).integers(0, 300, n).astype(np.int32) for n in (1, 5, 17, 40)]
+
+
+@each_isa
+def test_logits_are_the_same_batched_alone_and_in_chunks(checkpoint: Path, isa: str) -> None:
+    paged = paged_model(checkpoint, isa)
+    slots = range(len(PROMPTS))
+    for slot in slots:
+        paged.admit(slot)
+    together = paged.logits(list(slots), PROMPTS)
+    for prompt, expected in zip(PROMPTS, together, strict=True):
+        for size in (len(prompt), 1, 7):
+            paged.admit(0)
+            pieces = [prompt[at : at + size] for at in range(0, len(prompt), size)]
+            assert same(np.concatenate([paged.logits([0], [piece])[0] for piece in pieces]), expected)
+
+
+def test_threads_change_nothing(checkpoint: Path) -> None:
+    found = []
+    for threads in (1, 2, 5):
+        paged = paged_model(checkpoint, threads=threads)
+        paged.admit(0)
+        found.append(paged.logits([0], [PROMPTS[3]])[0])
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
+
+
+@each_dtype
+def test_instruction_sets_agree(checkpoint: Path, dtype: str) -> None:
+    found = []
+    for isa in ISAS:
+        paged = paged_model(checkpoint, isa, dtype=dtype)
+        paged.admit(0)
+        found.append(paged.logits([0], [PROMPTS[3]])[0])
+    scale = float(np.abs(found[0]).max())
+    for isa, logits in zip(ISAS, found, strict=True):
+        tolerance = 3e-2 if dtype == "bfloat16" and isa == "avx512_bf16" else 1e-4
+        assert float(np.abs(logits - found[0]).max()) <= tolerance * scale, isa
+
+
+@pytest.mark.parametrize("features", [Feature.NONE, Feature.RANDOM | Feature.TOP_K_TOP_P | Feature.PENALTIES])
+@pytest.mark.parametrize("num_logprobs", [-1, 3])
+def test_replayed_is_eager(checkpoint: Path, features: Feature, num_logprobs: int) -> None:
+    """Ids and log-probabilities of a recorded step, over steps that come and go, and each step's own stay."""
+    params = (
+        SlotParams(temperature=0.8, top_k=20, top_p=0.9, seed=5, frequency_penalty=0.5)
+        if features
+        else SlotParams()
+    )
+    found: list[list[bytes]] = []
+    for graphs in (False, True):
+        paged = paged_model(checkpoint)
+        backend, model = paged.backend, paged.model
+        for slot in range(3):
+            paged.admit(slot, params)
+        paged.sample([0, 1, 2], PROMPTS[:3], features)
+
+        def plain(batch: Any, paged: PagedModel = paged) -> Any:
+            backend, model = paged.backend, paged.model
+            hidden = backend.rows(model.forward(batch, paged.kv), batch.logits_rows)
+            return backend.sample(model.logits(hidden), paged.slots, batch)
+
+        assert model.backend is backend
+        step = backend.capture((3, 1, features, num_logprobs), plain) if graphs else plain
+        kept = []
+        for _ in range(20):
+            batch = paged.batch([2, 0, 1], [1, 1, 1])
+            batch.features, batch.num_logprobs = features, num_logprobs
+            kept.append(step(backend.upload(batch, paged.slots)))
+        found.append([])
+        for sampled in kept:
+            parts = [sampled.ids]
+            if sampled.logprobs is not None:
+                parts += [
+                    sampled.logprobs.chosen,
+                    sampled.logprobs.rank,
+                    sampled.logprobs.top_ids,
+                    sampled.logprobs.top,
+                ]
+            found[-1] += [backend.to_host(part).tobytes() for part in parts]
+    assert found[0] == found[1]
+
+
+def test_a_failed_recording_leaves_the_backend_whole(checkpoint: Path) -> None:
+    paged = paged_model(checkpoint)
+    paged.admit(0)
+
+    def broken(batch: Any) -> Any:
+        paged.model.forward(batch, paged.kv)
+        raise RuntimeError("on purpose")
+
+    step = paged.backend.capture((1, 1, Feature.NONE, -1), broken)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        step(paged.backend.upload(paged.batch([0], [1]), paged.slots))
+    assert paged.logits([0], [PROMPTS[1]])[0].shape == (5, paged.model.vocab_size)
+
+
+# ---- Memory, errors, choice
+
+
+def test_weights_are_used_where_they_lie(checkpoint: Path) -> None:
+    backend = CpuBackend("bfloat16")
+    host = host_tensor(random(4, 8), "bfloat16")
+    tensor = backend.tensor(host)
+    host.data[:2] = 0
+    assert backend.to_host(tensor)[0, 0] == 0
+
+
+def test_wrong_shapes_are_named() -> None:
+    backend = CpuBackend()
+    weight = backend.linear_weight([host_tensor(random(4, 8))])
+    with pytest.raises(ValueError, match=r"x must be \[rows, 8\]"):
+        backend.linear(backend.tensor(random(2, 9)), weight)
+    with pytest.raises(ValueError, match="parts of a weight differ"):
+        backend.linear_weight([host_tensor(random(4, 8)), host_tensor(random(4, 7))])
+    with pytest.raises(IndexError, match="token id 9"):
+        backend.embedding(backend.tensor(np.array([9], np.int32)), backend.tensor(random(4, 8)))
+
+
+def test_impossible_backends_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match="int8"):
+        CpuBackend("int8")
+    with pytest.raises(BackendError, match="instruction set quantum: this CPU and this build have"):
+        CpuBackend(isa="quantum")
+    with pytest.raises(BackendError, match="kv cache dtype int8"):
+        CpuBackend().alloc_kv(KVSpec(1, 1, 8, 16, "int8"), 1)
+    monkeypatch.setattr("vllmlite.backends.cpu.importlib.import_module", lambda name: SimpleNamespace(API=0))
+    with pytest.raises(BackendError, match="interface 0, and this is"):
+        CpuBackend()
+
+
+def test_it_is_chosen_before_torch() -> None:
+    backend, why = select.select_backend(device="cpu", checkpoint_dtype="float16", cpu_isa=ISAS[0], threads=1)
+    assert isinstance(backend, CpuBackend)
+    assert (backend.dtype, backend.isa, backend.threads) == ("float16", ISAS[0], 1)
+    assert why.startswith("cpu on cpu in float16")
+
+
+def test_cores_are_counted() -> None:
+    assert 1 <= usable_cores() == CpuBackend().threads
+
+
+# ---- Processes
+
+
+def test_generate_imports_neither_torch_nor_transformers(checkpoint: Path) -> None:
+    code = (
+        "import json, sys\n"
+        "from vllmlite import LLM, SamplingParams\n"
+        f"llm = LLM({str(checkpoint)!r}, backend='cpu', skip_tokenizer_init=True)\n"
+        "llm.generate([{'prompt_token_ids': [1, 2, 3]}], SamplingParams(max_tokens=3), use_tqdm=False)\n"
+        "print(json.dumps([name for name in ('torch', 'transformers') if name in sys.modules]))\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert json.loads(out.splitlines()[-1]) == []
+
+
+def test_idle_threads_sleep(checkpoint: Path) -> None:
+    paged = paged_model(checkpoint, threads=4)
+    paged.admit(0)
+    paged.logits([0], [PROMPTS[2]])
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.02

@@ -1,0 +1,265 @@
+"""The native CPU backend: the contract on ``vllmlite._cpu``, without torch.
+
+Ops return at once: the extension appends them to a list, which its threads go through when a result is read, in
+:meth:`CpuBackend.to_host`, or the next step begins. A graph is such a list, kept. Activations are float32 whatever the
+weights are, or bfloat16 where a product of the model's weights takes nothing else; an output row is a function of its
+own input row, bit for bit, whatever else is in the batch.
+"""
+
+# ruff: noqa: D102  (the methods are documented in base.py)
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite.backends.base import (
+    API,
+    FLOAT_DTYPES,
+    ITEM_SIZE,
+    Backend,
+    Feature,
+    ForwardBatch,
+    HostTensor,
+    KVSpec,
+    Logprobs,
+    Memory,
+    Rope,
+    Sampled,
+    SlotParams,
+    SlotSpec,
+    Step,
+    Tensor,
+)
+from vllmlite.backends.cores import usable_cores
+from vllmlite.backends.memory import host_memory
+from vllmlite.errors import BackendError
+
+HEAD_UNIT = 16
+"""The cache pads heads to a multiple of this."""
+NO_WINDOW = 2**31 - 1
+
+
+class CpuBackend(Backend):
+    """``dtype``: of dense weights, one of ``FLOAT_DTYPES``. ``threads``: as many as the process may use where None.
+    ``isa``: a name in ``_cpu.instruction_sets()``, or ``auto`` for the best. BackendError says what is missing."""
+
+    name: ClassVar[str] = "cpu"
+    device = "cpu"
+
+    def __init__(self, dtype: str = "float32", threads: int | None = None, isa: str = "auto") -> None:
+        if dtype not in FLOAT_DTYPES:
+            raise BackendError(f"dtype {dtype}: the cpu backend computes in {', '.join(FLOAT_DTYPES)}")
+        self._native = load_native()
+        self.dtype = dtype
+        try:
+            self._runtime = self._native.Runtime(isa, threads or usable_cores(), dtype)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+        self.isa: str = self._runtime.isa
+        self.threads: int = self._runtime.threads
+        self.details = f"{self.isa}, {self.threads} thread{'s' * (self.threads != 1)}"
+
+    # Tensors
+
+    def tensor(self, host: HostTensor | NDArray[Any], dtype: str | None = None) -> Tensor:
+        if isinstance(host, HostTensor):
+            made = self._native.over(_native_order(host), host.dtype, host.shape)
+        else:
+            array = np.ascontiguousarray(host)
+            if dtype is not None and array.dtype.name not in FLOAT_DTYPES and dtype in FLOAT_DTYPES:
+                array = array.astype(np.float32)
+            elif dtype is not None and dtype not in FLOAT_DTYPES:
+                array = array.astype(dtype)
+            made = self._native.over(array, array.dtype.name, array.shape)
+        return made if dtype in (None, made.dtype) else self._runtime.convert(made, dtype)
+
+    def to_host(self, tensor: Tensor) -> NDArray[Any]:
+        array: NDArray[Any] = self._runtime.to_host(tensor)
+        return array
+
+    def empty(self, shape: Sequence[int], dtype: str) -> Tensor:
+        return self._native.empty(shape, dtype)
+
+    def rows(self, tensor: Tensor, index: Tensor) -> Tensor:
+        return self._runtime.rows(tensor, index)
+
+    def memory(self) -> Memory:
+        return host_memory()
+
+    # Weights
+
+    def linear_weight(self, parts: Sequence[HostTensor], biases: Sequence[HostTensor] = ()) -> Any:
+        bias = None
+        if biases:
+            flat = [self.to_host(self.tensor(part, "float32")).reshape(-1) for part in biases]
+            bias = self.tensor(np.concatenate(flat))
+        return self._native.LinearWeight([self.tensor(part, self.dtype) for part in parts], bias)
+
+    def tied_weight(self, table: Tensor) -> Any:
+        return self._native.LinearWeight([table])
+
+    # Key/value cache
+
+    def kv_bytes_per_block(self, spec: KVSpec) -> int:
+        head = -(-spec.head_dim // HEAD_UNIT) * HEAD_UNIT * spec.block_size * ITEM_SIZE[spec.dtype]
+        return 2 * spec.num_layers * spec.num_kv_heads * head
+
+    def alloc_kv(self, spec: KVSpec, num_blocks: int) -> Any:
+        if spec.dtype not in FLOAT_DTYPES:
+            raise BackendError(f"kv cache dtype {spec.dtype}: the cpu backend has {', '.join(FLOAT_DTYPES)}")
+        needed, free = num_blocks * self.kv_bytes_per_block(spec), self.memory().free
+        if needed > free:
+            raise BackendError(f"{num_blocks} blocks of key/value cache take {needed} bytes; {free} are free")
+        return self._native.KVCache(
+            spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype, num_blocks
+        )
+
+    def copy_blocks(self, src: Any, dst: Any, pairs: NDArray[np.int64]) -> None:
+        self._runtime.flush()
+        src.copy_blocks(dst, np.asarray(pairs, np.int64))
+
+    # Slots
+
+    def alloc_slots(self, spec: SlotSpec) -> Any:
+        return self._native.Slots(spec.max_slots, spec.max_blocks, spec.vocab_size)
+
+    def set_slot(self, slots: Any, slot: int, params: SlotParams) -> None:
+        self._runtime.flush()
+        slots.set(slot, params)
+
+    def append_blocks(
+        self, slots: Any, slot_ids: NDArray[np.int32], columns: NDArray[np.int32], blocks: NDArray[np.int32]
+    ) -> None:
+        self._runtime.flush()
+        slots.append_blocks(slot_ids, columns, blocks)
+
+    def upload(self, batch: ForwardBatch, slots: Any) -> ForwardBatch:
+        native = self._runtime.upload(batch, slots)
+        token_ids, logits_rows = native.tensors()
+        return ForwardBatch(
+            num_tokens=batch.num_tokens,
+            num_rows=batch.num_rows,
+            max_query_len=batch.max_query_len,
+            max_context=batch.max_context,
+            token_ids=token_ids,
+            positions=batch.positions,
+            query_start_loc=batch.query_start_loc,
+            slots=batch.slots,
+            context_lens=batch.context_lens,
+            logits_rows=logits_rows,
+            sample_slots=batch.sample_slots,
+            sample_positions=batch.sample_positions,
+            features=batch.features,
+            num_logprobs=batch.num_logprobs,
+            mask_rows=batch.mask_rows,
+            bitmask=batch.bitmask,
+            backend=native,
+        )
+
+    # Model ops
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        return self._runtime.embedding(token_ids, weight)
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self._runtime.rms_norm(x, weight, eps, residual)
+        return found
+
+    def linear(self, x: Tensor, weight: Any) -> Tensor:
+        return self._runtime.linear(x, weight)
+
+    def attn_prep(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        rope: Rope | None,
+        kv: Any,
+        layer: int,
+        batch: ForwardBatch,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        table, size, interleaved = (
+            (None, 0, False) if rope is None else (rope.cos_sin, rope.rotary_dim, rope.interleaved)
+        )
+        return self._runtime.attn_prep(
+            qkv, num_heads, table, size, interleaved, kv, layer, batch.backend, q_norm, k_norm, eps
+        )
+
+    def paged_attention(
+        self, q: Tensor, kv: Any, layer: int, batch: ForwardBatch, scale: float, window: int | None = None
+    ) -> Tensor:
+        sees = NO_WINDOW if window is None else min(window, NO_WINDOW)
+        return self._runtime.paged_attention(q, kv, layer, batch.backend, scale, sees)
+
+    def gated_activation(self, x: Tensor, activation: str) -> Tensor:
+        try:
+            return self._runtime.gated_activation(x, activation)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+
+    def logits(self, hidden: Tensor, weight: Any) -> Tensor:
+        return self._runtime.linear(hidden, weight)
+
+    # Sampling
+
+    def sample(self, logits: Tensor, slots: Any, batch: ForwardBatch) -> Sampled:
+        return _unpack(self._runtime.sample(logits, batch.backend))
+
+    def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
+        return Logprobs(*self._runtime.logprobs(logits, ids, k))
+
+    # Graphs
+
+    def capture(self, key: tuple[int, int, Feature, int], step: Step) -> Step:
+        """Records at the first call; later ones replay."""
+        graph: Any = None
+
+        def run(batch: ForwardBatch) -> Sampled:
+            nonlocal graph
+            if graph is not None:
+                return _unpack(self._runtime.replay(graph, batch.backend))
+            graph, found = self._runtime.capture(batch.backend, lambda: _pack(step(batch)))
+            return _unpack(found)
+
+        return run
+
+
+def _pack(sampled: Sampled) -> list[Tensor]:
+    found = sampled.logprobs
+    return (
+        [sampled.ids] if found is None else [sampled.ids, found.chosen, found.rank, found.top_ids, found.top]
+    )
+
+
+def _unpack(tensors: list[Tensor]) -> Sampled:
+    ids, *logprobs = tensors
+    return Sampled(ids, Logprobs(*logprobs) if logprobs else None)
+
+
+def _native_order(host: HostTensor) -> NDArray[np.uint8]:
+    """The bytes; a swapped copy where the machine's order is not theirs."""
+    size = ITEM_SIZE[host.dtype]
+    if sys.byteorder == "little" or size == 1:
+        return host.data
+    return np.ascontiguousarray(host.data.reshape(-1, size)[:, ::-1]).reshape(-1)
+
+
+def load_native() -> Any:
+    """``vllmlite._cpu``. BackendError if it is not installed or speaks another version of the contract."""
+    try:
+        native = importlib.import_module("vllmlite._cpu")
+    except ImportError as error:
+        raise BackendError(f"vllmlite._cpu is not installed ({error})") from error
+    if native.API != API:
+        raise BackendError(f"vllmlite._cpu is built for interface {native.API}, and this is {API}")
+    return native
