@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The native CPU backend beside the limits of the machine, and beside llama.cpp where it is given.
 
-    bench_cpu.py MODEL [--llama-bench "COMMAND" --gguf FILE] [--rounds N]
+    PYTHONPATH=. scripts/bench_cpu.py MODEL [--llama-bench "COMMAND" --gguf FILE] [--rounds N]
 
 MODEL is a checkpoint directory in bfloat16 (``../shared/peers/make_model.py`` writes one). Ours and the peer's runs
 alternate, and the machine's read bandwidth and bfloat16 arithmetic are probed in between; medians are compared. The

@@ -2,7 +2,7 @@
 """What policy costs: the nano workload through the engine, the runner's input update and the output side, on a backend
 that computes nothing. Prints microseconds a decode row a step; the last line is JSON.
 
-    python3 scripts/bench_scheduler.py [--requests 256] [--bar 5]
+    PYTHONPATH=. python3 scripts/bench_scheduler.py [--requests 256] [--bar 5]
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Decode at batch 1 and 16 and prefill of 512 tokens, in tokens per second, random
 not depend on them). Prints medians and their ratio; the last line is JSON. Needs transformers and, for the default
 shape, 8 GiB of memory.
 
-    python3 scripts/bench_transformers.py [--shape llama1b] [--rounds 3]
+    PYTHONPATH=. python3 scripts/bench_transformers.py [--shape llama1b] [--rounds 3]
 """
 
 from __future__ import annotations
