@@ -12,7 +12,7 @@ import torch
 from checkpoints import write_checkpoint
 
 from vllmlite.backends import memory, select
-from vllmlite.backends.base import Memory
+from vllmlite.backends.base import API, Memory
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.models import load_model
@@ -93,11 +93,12 @@ def test_dtypes_on_gpus(
 
 def test_a_native_extension_without_a_backend_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.import_module
-    for devices, reason, words in (
-        ([], "no driver", "no GPU: no driver"),
-        ([{"name": "H200"}], "", "finds H200"),
+    for api, devices, reason, words in (
+        (API, [], "no driver", "no GPU: no driver"),
+        (API, [{"name": "H200"}], "", "finds H200"),
+        (API + 1, [{"name": "H200"}], "", f"is built for interface {API + 1}, and this is {API}"),
     ):
-        native = SimpleNamespace(probe=lambda d=devices, r=reason: {"devices": d, "reason": r})
+        native = SimpleNamespace(API=api, probe=lambda d=devices, r=reason: {"devices": d, "reason": r})
         monkeypatch.setattr(
             importlib,
             "import_module",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllmlite.backends.base import FLOAT_DTYPES, Backend
+from vllmlite.backends.base import API, FLOAT_DTYPES, Backend
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.errors import BackendError, ParameterError
 
@@ -130,6 +130,8 @@ def _native_cuda() -> str:
         native = importlib.import_module("vllmlite._cuda")
     except ImportError:
         return "vllmlite._cuda is not installed"
+    if native.API != API:
+        return f"vllmlite._cuda is built for interface {native.API}, and this is {API}"
     found = native.probe()
     gpus = ", ".join(device["name"] for device in found["devices"])
     return f"vllmlite._cuda finds {gpus or 'no GPU: ' + found['reason']}, and has no backend yet"
