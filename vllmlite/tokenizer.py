@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 
 from vllmlite.errors import ModelError, ParameterError
+from vllmlite.weights.json_object import read_object
 
 CONTEXT_TOKENS = 6
 """Prompt tokens decoded along with the output, so that spacing across the seam is right."""
@@ -21,7 +22,7 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         """Read ``tokenizer.json`` and ``tokenizer_config.json`` of directory ``path``. Raises ModelError."""
-        self._config = _read_json(path / "tokenizer_config.json")
+        self._config = read_object(path / "tokenizer_config.json", optional=True)
         self._template_file = path / "chat_template.jinja"
         self._fast = _load_fast(path)
         self._fast.no_truncation()
@@ -213,18 +214,6 @@ def _load_fast(path: Path) -> FastTokenizer:
         )
     fast: FastTokenizer = loaded.backend_tokenizer
     return fast
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{file}: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: holds {type(content).__name__}, not an object")
-    return content
 
 
 def _render(source: str, **variables: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from vllmlite.backends.base import FLOAT_DTYPES
 from vllmlite.errors import ModelError
 from vllmlite.models.rope import KINDS
 from vllmlite.models.spec import DecoderSpec, RopeSpec
+from vllmlite.weights.json_object import read_object
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -35,15 +35,7 @@ class HfConfig:
     def read(cls, path: Path) -> HfConfig:
         """``config.json`` of the model directory ``path``."""
         file = path / "config.json"
-        try:
-            values = json.loads(file.read_bytes())
-        except OSError as error:
-            raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise ModelError(f"{file}: is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ModelError(f"{file}: holds {type(values).__name__}; accepted: a JSON object")
-        return cls(values, str(file))
+        return cls(read_object(file), str(file))
 
     def error(self, key: str, accepted: str) -> ModelError:
         """The complaint about ``key``, to be raised."""

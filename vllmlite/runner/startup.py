@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from vllmlite.hub import find_model
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizer import Tokenizer
+from vllmlite.weights.json_object import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -154,29 +154,18 @@ def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_
     return num_blocks
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: holds {type(content).__name__}, not an object")
-    return content
-
-
 def _generation_config(config: EngineConfig, path: Path) -> dict[str, Any]:
     """The checkpoint's ``generation_config.json``, or the one that the configuration names; may be empty."""
     if config.generation_config not in ("auto", "vllm"):
-        return _read_object(Path(config.generation_config) / "generation_config.json")
-    file = path / "generation_config.json"
-    return _read_object(file) if file.is_file() else {}
+        return read_object(Path(config.generation_config) / "generation_config.json")
+    return read_object(path / "generation_config.json", optional=True)
 
 
 def _eos_ids(generation: dict[str, Any], path: Path, tokenizer: Tokenizer | None) -> Sequence[int]:
     """Every id that ends a text: the generation config's (or else the model config's) and the tokenizer's."""
     listed = generation.get("eos_token_id")
     if listed is None:
-        listed = _read_object(path / "config.json").get("eos_token_id")
+        listed = read_object(path / "config.json").get("eos_token_id")
     ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
     if not all(type(i) is int and i >= 0 for i in ids):
         raise ModelError(f"{path}: eos_token_id={listed!r} must be a token id or a list of them")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import zlib
@@ -13,6 +12,7 @@ import numpy as np
 
 from vllmlite.backends.base import FLOAT_DTYPES, HostTensor
 from vllmlite.errors import ModelError, ParameterError
+from vllmlite.weights.json_object import read_object
 from vllmlite.weights.safetensors import read_safetensors
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
@@ -81,13 +81,7 @@ def _read(path: Path) -> dict[str, HostTensor]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        content = json.loads(index.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{index}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{index}: is not JSON: {error}") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: expected an object with weight_map, an object of file names")
     for name, file in weight_map.items():

@@ -1,0 +1,24 @@
+"""A checkpoint's JSON files: each holds one object."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllmlite.errors import ModelError
+
+
+def read_object(file: Path, *, optional: bool = False) -> dict[str, Any]:
+    """The object in ``file``; empty where the file is absent and ``optional``. ModelError says what is wrong."""
+    if optional and not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: holds {type(content).__name__}; accepted: a JSON object")
+    return content
