@@ -1,6 +1,10 @@
 """Settings that must stand before any test module is imported."""
 
 import os
+import signal
 
 # Tiny models on a busy machine: OpenMP threads that wait by spinning take minutes of it. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A shell that starts the tests in the background has them ignore what the tests of Ctrl-C send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
