@@ -1,0 +1,1 @@
+"""The built-in demo model: free text out of Debian packages in, a small Llama-family checkpoint out."""

@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""Make the built-in demo model again, from Debian packages to the files in vllmlite/data/demo.
+
+    train_demo_model.py fetch DIR                   download the packages (any mirror of sid; no root needed): DIR/root
+    train_demo_model.py corpus --root DIR/root      their text, cleaned and tokenised (a minute): .cache/demo
+    train_demo_model.py train                       weights (a GPU: 3 minutes; two CPU cores: 8 days): .cache/demo/run
+    train_demo_model.py release --root DIR/root     vllmlite/data/demo, with the manifest
+    train_demo_model.py copyright                   the model's paragraph of debian/copyright
+    train_demo_model.py verify --root DIR/root      does the corpus agree with the manifest, and do the first steps?
+
+Needs python3-torch, python3-tokenizers and python3-safetensors. The corpus depends on the versions of the packages,
+which the manifest names; `fetch --mirror` with a snapshot mirror's address gets those.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from demo_model import corpus, fetch, release
+from demo_model.model import Shape
+from demo_model.training import Recipe, train
+
+HERE = Path(__file__).resolve().parent.parent
+CACHE, DATA = HERE / ".cache" / "demo", HERE / "vllmlite" / "data" / "demo"
+
+
+def main() -> None:
+    """Parse the command line and run its command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetching = commands.add_parser("fetch", help="download the corpus's packages")
+    fetching.add_argument("directory", type=Path)
+    fetching.add_argument("--mirror", help="a Debian mirror (default: the one that apt uses)")
+    fetching.add_argument("--suite", default="sid")
+    for name, purpose in (
+        ("corpus", "build the corpus"),
+        ("release", "write the package's files"),
+        ("verify", "check the manifest"),
+    ):
+        command = commands.add_parser(name, help=purpose)
+        command.add_argument(
+            "--root", type=Path, default=Path("/"), help="a tree with the packages in it (default: /)"
+        )
+    training = commands.add_parser("train", help="train the model")
+    training.add_argument("--steps", type=int, default=Recipe().steps)
+    training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    training.add_argument("--compile", action="store_true", help="compile the model first (faster on a GPU)")
+    training.add_argument("--out", type=Path, default=CACHE / "run")
+    commands.add_parser("copyright", help="print the model's paragraph of debian/copyright")
+    arguments = parser.parse_args()
+    if arguments.command == "fetch":
+        fetch.fetch(
+            arguments.directory.resolve(), arguments.mirror or fetch.configured_mirror(), arguments.suite
+        )
+    elif arguments.command == "corpus":
+        print(json.dumps(release.tokenise(corpus.build(arguments.root), Shape().vocab_size, CACHE), indent=1))
+    elif arguments.command == "train":
+        run(arguments.steps, arguments.device, arguments.compile, arguments.out)
+    elif arguments.command == "release":
+        write(arguments.root)
+    elif arguments.command == "copyright":
+        print(release.copyright_stanza(json.loads((DATA / "manifest.json").read_text())))
+    else:
+        verify(arguments.root)
+
+
+def run(steps: int, device: str, compiled: bool, out: Path) -> None:
+    """Train on the corpus in the cache and save weights and log."""
+    torch.set_float32_matmul_precision("high")
+    recipe = replace(Recipe(), steps=steps)
+    model, log = train(recipe, Shape(), *release.load_tokens(CACHE), torch.device(device), compiled=compiled)
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
+    release.save_run(model, recipe, log, name, out)
+
+
+def write(root: Path) -> None:
+    """Replay the first steps on this CPU and write the files of the package."""
+    recipe = release.recipe_of(CACHE / "run")
+    losses = release.replay(recipe, Shape(), CACHE)
+    release.write_package(
+        DATA, CACHE, CACHE / "run", recipe, Shape(), (root / "snapshot").read_text().strip(), losses
+    )
+
+
+def verify(root: Path) -> None:
+    """Build the corpus again and repeat the first training steps; both must agree with the manifest."""
+    manifest = json.loads((DATA / "manifest.json").read_text())
+    facts = release.tokenise(corpus.build(root), Shape().vocab_size, CACHE)
+    recorded = {source["package"]: source for source in manifest["sources"]}
+    built = {
+        source["package"]: source for source in json.loads((CACHE / "corpus.json").read_text())["sources"]
+    }
+    for package in sorted(recorded.keys() | built.keys()):
+        ours, theirs = built.get(package), recorded.get(package)
+        if ours != theirs:
+            print(
+                f"{package}: {ours and ours['version']} here, {theirs and theirs['version']} in the manifest"
+            )
+    if facts["sha256"] != manifest["corpus"]["sha256"]:
+        raise SystemExit("the corpus differs from the manifest's")
+    losses = release.replay(Recipe(**manifest["recipe"]), Shape(**manifest["shape"]), CACHE)
+    furthest = max(
+        abs(ours - theirs) for ours, theirs in zip(losses, manifest["replay"]["losses"], strict=True)
+    )
+    if furthest > manifest["replay"]["tolerance"]:
+        raise SystemExit(f"the first losses are {losses}, the manifest's {manifest['replay']['losses']}")
+    print(f"corpus and first {len(losses)} losses agree with the manifest (within {furthest:.5f})")
+
+
+if __name__ == "__main__":
+    main()
