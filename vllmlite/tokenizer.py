@@ -28,7 +28,6 @@ class Tokenizer:
         self._fast.no_truncation()
         self._fast.no_padding()
         self.eos_token_id = self._special("eos_token")
-        self.bos_token_id = self._special("bos_token")
 
     @property
     def vocab_size(self) -> int:

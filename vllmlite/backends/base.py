@@ -21,6 +21,8 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from vllmlite.errors import BackendError
+
 Tensor: TypeAlias = Any
 """A backend's tensor, opaque outside it."""
 LinearWeight: TypeAlias = Any
@@ -262,6 +264,16 @@ class Backend(ABC):
     @abstractmethod
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KVCache:
         """A pool of ``num_blocks`` blocks; layout and scales are the backend's own. BackendError if it does not fit."""
+
+    def check_kv(self, spec: KVSpec, num_blocks: int) -> None:
+        """BackendError if a pool is not of a float dtype, or takes more memory than is free."""
+        if spec.dtype not in FLOAT_DTYPES:
+            raise BackendError(
+                f"kv cache dtype {spec.dtype}: the {self.name} backend has {', '.join(FLOAT_DTYPES)}"
+            )
+        needed, free = num_blocks * self.kv_bytes_per_block(spec), self.memory().free
+        if needed > free:
+            raise BackendError(f"{num_blocks} blocks of key/value cache take {needed} bytes; {free} are free")
 
     @abstractmethod
     def copy_blocks(self, src: KVCache, dst: KVCache, pairs: NDArray[np.int64]) -> None:

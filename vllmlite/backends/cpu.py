@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -111,11 +112,7 @@ class CpuBackend(Backend):
         return 2 * spec.num_layers * spec.num_kv_heads * head
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> Any:
-        if spec.dtype not in FLOAT_DTYPES:
-            raise BackendError(f"kv cache dtype {spec.dtype}: the cpu backend has {', '.join(FLOAT_DTYPES)}")
-        needed, free = num_blocks * self.kv_bytes_per_block(spec), self.memory().free
-        if needed > free:
-            raise BackendError(f"{num_blocks} blocks of key/value cache take {needed} bytes; {free} are free")
+        self.check_kv(spec, num_blocks)
         return self._native.KVCache(
             spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype, num_blocks
         )
@@ -142,25 +139,7 @@ class CpuBackend(Backend):
     def upload(self, batch: ForwardBatch, slots: Any) -> ForwardBatch:
         native = self._runtime.upload(batch, slots)
         token_ids, logits_rows = native.tensors()
-        return ForwardBatch(
-            num_tokens=batch.num_tokens,
-            num_rows=batch.num_rows,
-            max_query_len=batch.max_query_len,
-            max_context=batch.max_context,
-            token_ids=token_ids,
-            positions=batch.positions,
-            query_start_loc=batch.query_start_loc,
-            slots=batch.slots,
-            context_lens=batch.context_lens,
-            logits_rows=logits_rows,
-            sample_slots=batch.sample_slots,
-            sample_positions=batch.sample_positions,
-            features=batch.features,
-            num_logprobs=batch.num_logprobs,
-            mask_rows=batch.mask_rows,
-            bitmask=batch.bitmask,
-            backend=native,
-        )
+        return replace(batch, token_ids=token_ids, logits_rows=logits_rows, backend=native)
 
     # Model ops
 

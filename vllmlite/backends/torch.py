@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -149,13 +149,7 @@ class TorchBackend(Backend):
         return token * spec.block_size
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> TorchKV:
-        if spec.dtype not in FLOAT_DTYPES:
-            raise BackendError(
-                f"kv cache dtype {spec.dtype}: the torch backend has {', '.join(FLOAT_DTYPES)}"
-            )
-        needed, free = num_blocks * self.kv_bytes_per_block(spec), self.memory().free
-        if needed > free:
-            raise BackendError(f"{num_blocks} blocks of key/value cache take {needed} bytes; {free} are free")
+        self.check_kv(spec, num_blocks)
         return TorchKV(spec, num_blocks, _DTYPES[spec.dtype], self._device)
 
     @torch.inference_mode()
@@ -205,11 +199,8 @@ class TorchBackend(Backend):
         if (np.asarray(batch.token_ids) < 0).any():
             ids = torch.where(ids < 0, slots.last_id[token_slots], ids)
         sampling = torch_sampling.plan(batch, slots, self._put)
-        return ForwardBatch(
-            num_tokens=batch.num_tokens,
-            num_rows=batch.num_rows,
-            max_query_len=batch.max_query_len,
-            max_context=batch.max_context,
+        return replace(
+            batch,
             token_ids=ids,
             positions=positions,
             query_start_loc=loc,
@@ -218,8 +209,6 @@ class TorchBackend(Backend):
             logits_rows=logits_rows,
             sample_slots=sample_slots,
             sample_positions=sample_positions,
-            features=batch.features,
-            num_logprobs=batch.num_logprobs,
             mask_rows=mask[0] if mask else None,
             bitmask=mask[1] if mask else None,
             backend=StepPlan(rows, token_slots, slots.block_table, sampling),

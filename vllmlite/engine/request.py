@@ -53,7 +53,6 @@ class Request:
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache at the first admission."""
-    num_preemptions: int = 0
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)

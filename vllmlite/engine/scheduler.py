@@ -254,7 +254,6 @@ class Scheduler:
         request = self.running.pop()
         self._vacate(request)
         request.status = Status.WAITING
-        request.num_preemptions += 1
         self.num_preemptions += 1
         self.num_waiting += 1
         heapq.heappush(self._waiting, (request.key, request))
