@@ -65,7 +65,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> No
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(
         "vllmlite.backends.torch.TorchBackend",
-        lambda device, dtype, threads: SimpleNamespace(
+        lambda device, dtype, threads, quantization: SimpleNamespace(
             device=device, dtype=dtype, threads=threads, details=""
         ),
     )

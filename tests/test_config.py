@@ -34,6 +34,7 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--device", "cuda:1"], "device", "cuda:1"),
     (["--threads", "3"], "threads", 3),
     (["--cpu-isa", "avx2"], "cpu_isa", "avx2"),
+    (["--quantization", "int4"], "quantization", "int4"),
     (["--kv-cache-dtype", "float"], "kv_cache_dtype", "float32"),
     (["--block-size", "32"], "block_size", 32),
     (["--num-gpu-blocks-override", "9"], "num_gpu_blocks_override", 9),
@@ -153,7 +154,6 @@ def test_absent_features_are_refused_by_name(name: str) -> None:
         (["--hf-overrides", "{}"], True),
         (["--hf-overrides", '{"a": 1}'], False),
         (["--swap-space", "0"], True),
-        (["--quantization", "awq"], False),
     ],
 )
 def test_absent_features_on_the_command_line(

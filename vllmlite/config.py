@@ -15,6 +15,7 @@ from vllmlite.errors import ParameterError
 from vllmlite.sampling_params import MAX_LOGPROBS
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8", "int4")
 CPU_ISAS = ("auto", "baseline", "avx2", "avx512", "avx512_bf16", "neon")
 DTYPE_SYNONYMS = {"float": "float32", "half": "float16"}
 
@@ -67,6 +68,12 @@ class EngineConfig:
         group="model",
         choices=("auto", *FLOAT_DTYPES),
         synonyms=DTYPE_SYNONYMS,
+    )
+    quantization: str | None = _option(
+        None,
+        "keep weights in 8 or 4 bits; default: as the checkpoint has them",
+        group="model",
+        choices=QUANTIZATIONS,
     )
     max_model_len: int | None = _option(
         None,

@@ -28,7 +28,6 @@ _NO_REMOTE_CODE = "code from a checkpoint is never run: only the model families 
 _HOST_MEMORY = "nothing is moved to host memory: preempted sequences are computed again"
 
 ABSENT: Mapping[str, Absent] = {
-    "quantization": Absent((None,), "quantized checkpoints are not supported in this version: use a 16- or 32-bit one"),
     "tokenizer_mode": Absent(("auto",), "there is one kind of tokenizer, from tokenizer.json"),
     "trust_remote_code": Absent((False,), _NO_REMOTE_CODE),
     "hf_config_path": Absent((None,), "config.json is read from the model's directory"),

@@ -46,6 +46,54 @@ struct LinearBlock {
   std::byte* scratch;  // for more than kLinearFew rows of x: room for kLinearRows x kLinearChunk elements of w
 };
 
+// Elements along k that share a scale, and rows of w that lie together.
+inline constexpr int kGroup = 32;
+inline constexpr int kStripRows = 16;
+
+// Quantised weights are strips of kStripRows rows; codes of a strip are [groups][kGroup / 4][row][4], unsigned bytes
+// around 128, or [groups][kGroup / 8][row][4] with an even and an odd quad around 8 in the low and the high nibbles.
+// Scales are bfloat16 [groups][row].
+enum class Codes : std::uint8_t { int8, int4 };
+inline constexpr int kCodes = 2;
+
+constexpr int group_bytes(Codes codes) { return kGroup * kStripRows / (codes == Codes::int4 ? 2 : 1); }
+
+// y[m][n] = sum over groups of x_scale * scale * (sum over k of x * (code - zero)), plus bias[n].
+struct QuantizedBlock {
+  const std::int8_t* x;        // [m][groups][kGroup]
+  const float* x_scales;       // [m][groups]
+  const std::int32_t* x_sums;  // [m][groups]: of x
+  int m;
+  const std::uint8_t* codes;  // of the first strip
+  const std::uint16_t* scales;
+  int n;  // rows of w
+  int groups;
+  float* y;
+  std::ptrdiff_t y_stride;
+  const float* bias;         // null: none
+  const std::uint8_t* next;  // codes of the block that this thread does next, as many; null: none
+};
+
+// A row of x, quantised in groups, the last one filled up with zeros.
+struct QuantizedRow {
+  const float* x;
+  int size;
+  std::int8_t* codes;
+  float* scales;
+  std::int32_t* sums;
+};
+
+// Rows of w, at most kStripRows, quantised into a strip, which is filled up with zeros.
+struct QuantizedStrip {
+  const void* w;
+  Float type;
+  std::ptrdiff_t stride;  // in elements
+  int rows;
+  int size;
+  std::uint8_t* codes;
+  std::uint16_t* scales;
+};
+
 // out = norm(x + residual) * weight, and sum = x + residual where a residual is given.
 struct NormRow {
   const float* x;
@@ -105,6 +153,9 @@ struct Kernels {
   int linear_rows;              // rows of x that share one pass over w
 
   void (*linear[kFloats])(const LinearBlock&);
+  void (*quantized[kCodes])(const QuantizedBlock&);
+  void (*quantize_x)(const QuantizedRow&);
+  bool (*quantize_strip[kCodes])(const QuantizedStrip&);  // false if a weight is not finite
   void (*convert)(const void* from, Float from_type, void* to, Float to_type, std::int64_t count);
   void (*rms_norm)(const NormRow&);
   void (*prepare_head)(const HeadRow&);

@@ -93,6 +93,12 @@ std::shared_ptr<cpu::Batch> upload(cpu::Runtime& runtime, const py::object& host
   return batch;
 }
 
+cpu::Codes codes_of(const std::string& name) {
+  if (name == "int8") return cpu::Codes::int8;
+  if (name == "int4") return cpu::Codes::int4;
+  throw std::invalid_argument("quantization " + name + ": there are int8 and int4");
+}
+
 cpu::SlotParams slot_params(const py::object& given) {
   cpu::SlotParams params;
   params.temperature = given.attr("temperature").cast<float>();
@@ -171,6 +177,15 @@ void bind_data(py::module_& module) {
   py::class_<cpu::LinearWeight>(module, "LinearWeight", py::module_local(),
                                 "Row-major parts of one weight, and a bias.")
       .def(py::init(&cpu::make_weight), py::arg("parts"), py::arg("bias") = py::none());
+  py::class_<cpu::QuantizedWeight>(module, "QuantizedWeight", py::module_local(),
+                                   "Parts (codes, scales, rows) of one weight of `in` columns, and a bias.")
+      .def(py::init([](const std::string& codes, const std::vector<std::tuple<Tensor, Tensor, std::int64_t>>& parts,
+                       std::int64_t in, std::optional<Tensor> bias) {
+             std::vector<cpu::QuantizedPart> taken;
+             for (const auto& [part, scales, rows] : parts) taken.push_back({part, scales, rows});
+             return cpu::make_quantized(codes_of(codes), std::move(taken), in, std::move(bias));
+           }),
+           py::arg("codes"), py::arg("parts"), py::arg("in"), py::arg("bias") = py::none());
   py::class_<cpu::KVCache, std::shared_ptr<cpu::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.")
       .def(py::init([](int layers, int kv_heads, int head_dim, int block_size, const std::string& dtype,
                        std::int64_t num_blocks) {
@@ -210,7 +225,15 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
       .def("rms_norm",
            [](cpu::Runtime& self, const Tensor& x, const Tensor& weight, float eps,
               const std::optional<Tensor>& residual) { return cpu::rms_norm(self, x, weight, eps, residual); })
-      .def("linear", &cpu::linear)
+      .def("linear", py::overload_cast<cpu::Runtime&, const Tensor&, const cpu::LinearWeight&>(&cpu::linear))
+      .def("linear", py::overload_cast<cpu::Runtime&, const Tensor&, const cpu::QuantizedWeight&>(&cpu::linear))
+      .def(
+          "quantize",
+          [](cpu::Runtime& self, const Tensor& weight, const std::string& codes) {
+            cpu::QuantizedPart part = cpu::quantize(self, weight, codes_of(codes));
+            return std::make_tuple(std::move(part.codes), std::move(part.scales), part.rows);
+          },
+          py::call_guard<py::gil_scoped_release>(), "A part of a QuantizedWeight from float rows [out, in].")
       .def("attn_prep",
            [](cpu::Runtime& self, const Tensor& qkv, int num_heads, const std::optional<Tensor>& cos_sin,
               int rotary_dim, bool interleaved, const std::shared_ptr<cpu::KVCache>& kv, int layer,

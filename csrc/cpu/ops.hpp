@@ -35,6 +35,34 @@ LinearWeight make_weight(std::vector<Tensor> parts, std::optional<Tensor> bias);
 
 Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight);
 
+// Rows of a quantised weight [rows, in], in strips: uint8 codes and bfloat16 scales as kernels.hpp has them.
+struct QuantizedPart {
+  Tensor codes;   // [strips, groups, bytes of a group]
+  Tensor scales;  // [strips, groups, kStripRows]
+  std::int64_t rows;
+};
+
+// Parts one after the other, as LinearWeight's.
+struct QuantizedWeight {
+  Codes codes;
+  std::vector<QuantizedPart> parts;
+  std::int64_t in;
+  std::optional<Tensor> bias;  // float32 [out]
+
+  std::int64_t groups() const { return parts.front().codes.shape[1]; }
+  std::int64_t out() const;
+};
+
+// Quantises float rows [out, in]; their values must be finite.
+QuantizedPart quantize(Runtime& runtime, const Tensor& w, Codes codes);
+
+// Checks that the parts fit one another, `in`, and the bias.
+QuantizedWeight make_quantized(Codes codes, std::vector<QuantizedPart> parts, std::int64_t in,
+                               std::optional<Tensor> bias);
+
+// The product with x quantised a row at a time.
+Tensor linear(Runtime& runtime, const Tensor& x, const QuantizedWeight& weight);
+
 // A pool of blocks. A layer's block is [K, V] x [kv heads] x a head's keys ([D / 2][block_size][2] in 16 bits,
 // [D][block_size] in float32) or values ([block_size][D]), D padded to kHeadUnit.
 struct KVCache {

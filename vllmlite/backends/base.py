@@ -56,6 +56,32 @@ class HostTensor:
     data: NDArray[np.uint8]
 
 
+QUANTIZATIONS = ("int8", "int4")
+"""Kinds of quantised weights; :mod:`vllmlite.weights.quantized` has their layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """A weight ``[out, in]`` of a ``kind`` in :data:`QUANTIZATIONS`: uint8 ``codes`` and bfloat16 ``scales``."""
+
+    kind: str
+    shape: tuple[int, int]
+    codes: HostTensor
+    scales: HostTensor
+
+
+HostWeight: TypeAlias = HostTensor | QuantizedTensor
+"""A weight of a product, as a checkpoint has it."""
+
+
+def float_parts(parts: Sequence[HostWeight]) -> list[HostTensor]:
+    """``parts``, none of which is quantised. BackendError if one is, for a backend that was not told so."""
+    for part in parts:
+        if isinstance(part, QuantizedTensor):
+            raise BackendError(f"a weight in {part.kind} needs a backend with quantization={part.kind}")
+    return [part for part in parts if isinstance(part, HostTensor)]
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes of the memory a backend computes in."""
@@ -215,6 +241,8 @@ class Backend(ABC):
     """The device as the user would write it: ``cpu``, ``cuda``, ``cuda:1``."""
     dtype: str
     """Dtype of activations and dense weights, one of :data:`FLOAT_DTYPES`."""
+    quantization: str | None = None
+    """The kind, one of :data:`QUANTIZATIONS`, in which products keep float weights; None: as floats."""
     lent_ops: tuple[str, ...] = ()
     """Names of the ops that this backend borrows from the reference."""
     details: str = ""
@@ -247,9 +275,10 @@ class Backend(ABC):
     # Weights
 
     @abstractmethod
-    def linear_weight(self, parts: Sequence[HostTensor], biases: Sequence[HostTensor] = ()) -> LinearWeight:
-        """Pack ``parts`` (each ``[out_i, in]``) into one weight ``[sum of out_i, in]`` of the backend's dtype, and
-        ``biases`` (none, or one ``[out_i]`` a part) beside it. May alias a single part."""
+    def linear_weight(self, parts: Sequence[HostWeight], biases: Sequence[HostTensor] = ()) -> LinearWeight:
+        """Pack ``parts`` (each ``[out_i, in]``) into one weight ``[sum of out_i, in]`` of the backend's dtype or of
+        its ``quantization``, in which alone parts may be quantised already; and ``biases`` (none, or one ``[out_i]``
+        a part) beside it. May alias parts. ModelError for values that cannot be quantised."""
 
     @abstractmethod
     def tied_weight(self, table: Tensor) -> LinearWeight:
@@ -318,7 +347,9 @@ class Backend(ABC):
 
     @abstractmethod
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
-        """``x @ weight.T + bias``: ``[T, in] -> [T, out]`` in the backend's dtype."""
+        """``x @ weight.T + bias``: ``[T, in] -> [T, out]`` in the backend's dtype.
+
+        A quantised weight meets x quantised to 8 bits, in the same groups of a row; sums are taken in float32."""
 
     @abstractmethod
     def attn_prep(

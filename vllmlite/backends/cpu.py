@@ -27,19 +27,23 @@ from vllmlite.backends.base import (
     Feature,
     ForwardBatch,
     HostTensor,
+    HostWeight,
     KVSpec,
     Logprobs,
     Memory,
+    QuantizedTensor,
     Rope,
     Sampled,
     SlotParams,
     SlotSpec,
     Step,
     Tensor,
+    float_parts,
 )
 from vllmlite.backends.cores import usable_cores
 from vllmlite.backends.memory import host_memory
-from vllmlite.errors import BackendError
+from vllmlite.errors import BackendError, ModelError
+from vllmlite.weights.quantized import quantized_tensor
 
 HEAD_UNIT = 16
 """The cache pads heads to a multiple of this."""
@@ -48,18 +52,28 @@ NO_WINDOW = 2**31 - 1
 
 class CpuBackend(Backend):
     """``dtype``: of dense weights, one of ``FLOAT_DTYPES``. ``threads``: as many as the process may use where None.
-    ``isa``: a name in ``_cpu.instruction_sets()``, or ``auto`` for the best. BackendError says what is missing."""
+    ``isa``: a name in ``_cpu.instruction_sets()``, or ``auto`` for the best. ``quantization``: of products' weights, as
+    the contract has it. BackendError says what is missing."""
 
     name: ClassVar[str] = "cpu"
     device = "cpu"
 
-    def __init__(self, dtype: str = "float32", threads: int | None = None, isa: str = "auto") -> None:
+    def __init__(
+        self,
+        dtype: str = "float32",
+        threads: int | None = None,
+        isa: str = "auto",
+        quantization: str | None = None,
+    ) -> None:
         if dtype not in FLOAT_DTYPES:
             raise BackendError(f"dtype {dtype}: the cpu backend computes in {', '.join(FLOAT_DTYPES)}")
         self._native = load_native()
-        self.dtype = dtype
+        self.dtype, self.quantization = dtype, quantization
+        weights = (
+            dtype if quantization is None else "float32"
+        )  # what is quantised next need not be rounded before
         try:
-            self._runtime = self._native.Runtime(isa, threads or usable_cores(), dtype)
+            self._runtime = self._native.Runtime(isa, threads or usable_cores(), weights)
         except ValueError as error:
             raise BackendError(str(error)) from error
         self.isa: str = self._runtime.isa
@@ -95,15 +109,39 @@ class CpuBackend(Backend):
 
     # Weights
 
-    def linear_weight(self, parts: Sequence[HostTensor], biases: Sequence[HostTensor] = ()) -> Any:
+    def linear_weight(self, parts: Sequence[HostWeight], biases: Sequence[HostTensor] = ()) -> Any:
         bias = None
         if biases:
             flat = [self.to_host(self.tensor(part, "float32")).reshape(-1) for part in biases]
             bias = self.tensor(np.concatenate(flat))
-        return self._native.LinearWeight([self.tensor(part, self.dtype) for part in parts], bias)
+        if self.quantization is not None:
+            packed = [self._packed(part, self.quantization) for part in parts]
+            return self._native.QuantizedWeight(self.quantization, packed, parts[0].shape[1], bias)
+        return self._native.LinearWeight([self.tensor(part, self.dtype) for part in float_parts(parts)], bias)
 
     def tied_weight(self, table: Tensor) -> Any:
+        if self.quantization is not None:
+            part = self._quantize(table, self.quantization)
+            return self._native.QuantizedWeight(self.quantization, [part], table.shape[1])
         return self._native.LinearWeight([table])
+
+    def quantize(self, weight: HostTensor, kind: str) -> QuantizedTensor:
+        """A weight ``[out, in]`` in ``kind``. ModelError if a value is not finite."""
+        shape = weight.shape[0], weight.shape[1]
+        codes, scales, _ = self._quantize(self.tensor(weight), kind)
+        return quantized_tensor(kind, shape, self.to_host(codes), self.to_host(scales))
+
+    def _packed(self, part: HostWeight, kind: str) -> tuple[Tensor, Tensor, int]:
+        if isinstance(part, HostTensor):
+            return self._quantize(self.tensor(part), kind)
+        return self.tensor(part.codes), self.tensor(part.scales), part.shape[0]
+
+    def _quantize(self, weight: Tensor, kind: str) -> tuple[Tensor, Tensor, int]:
+        try:
+            found: tuple[Tensor, Tensor, int] = self._runtime.quantize(weight, kind)
+        except ValueError as error:
+            raise ModelError(f"a weight of shape {list(weight.shape)}: {error}") from error
+        return found
 
     # Key/value cache
 

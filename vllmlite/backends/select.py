@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllmlite.backends.base import API, FLOAT_DTYPES, Backend
+from vllmlite.backends.base import API, FLOAT_DTYPES, QUANTIZATIONS, Backend
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.errors import BackendError, ParameterError
 
@@ -23,6 +23,7 @@ class Wanted:
     checkpoint_dtype: str
     threads: int | None
     cpu_isa: str = "auto"
+    quantization: str | None = None
 
 
 GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
@@ -48,7 +49,7 @@ def _torch_cuda(wanted: Wanted) -> Backend:
     native = torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
     if wanted.dtype == "auto" and dtype == "bfloat16" and not native:
         dtype = "float16"
-    backend: Backend = torch_module.TorchBackend(device, dtype, wanted.threads)
+    backend: Backend = torch_module.TorchBackend(device, dtype, wanted.threads, wanted.quantization)
     return backend
 
 
@@ -60,7 +61,7 @@ def _torch_cpu(wanted: Wanted) -> Backend:
     if wanted.dtype == "auto" and dtype == "float16":
         # CPUs rarely compute in float16: torch emulates it, several times slower than float32, and less exactly.
         dtype = "float32"
-    backend: Backend = torch_module.TorchBackend("cpu", dtype, wanted.threads)
+    backend: Backend = torch_module.TorchBackend("cpu", dtype, wanted.threads, wanted.quantization)
     return backend
 
 
@@ -68,7 +69,7 @@ def _cpu(wanted: Wanted) -> Backend:
     if wanted.device not in ("auto", "cpu"):
         raise BackendError(f"device {wanted.device} was asked for")
     dtype = wanted.checkpoint_dtype if wanted.dtype == "auto" else wanted.dtype
-    return CpuBackend(dtype, wanted.threads, wanted.cpu_isa)
+    return CpuBackend(dtype, wanted.threads, wanted.cpu_isa, wanted.quantization)
 
 
 CANDIDATES: tuple[tuple[str, str, Callable[[Wanted], Backend]], ...] = (
@@ -87,13 +88,14 @@ def select_backend(
     checkpoint_dtype: str = "float32",
     threads: int | None = None,
     cpu_isa: str = "auto",
+    quantization: str | None = None,
 ) -> tuple[Backend, str]:
     """The first candidate that can do what was asked, and a sentence that says which it is and why others declined.
 
     ``backend`` is ``auto`` or a name in ``CANDIDATES``; ``device`` is ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     ``dtype`` is ``auto`` or one of ``FLOAT_DTYPES``; ``auto`` is ``checkpoint_dtype``, except float16 for bfloat16 on
-    GPUs without it, and float32 for float16 on the CPU. ParameterError for anything else; BackendError with every
-    reason where no candidate is left."""
+    GPUs without it, and float32 for float16 on the CPU. ``quantization``, one of ``QUANTIZATIONS`` or None, is of
+    products' weights. ParameterError for anything else; BackendError with every reason where no candidate is left."""
     names = ("auto", *dict.fromkeys(name for name, _, _ in CANDIDATES))
     if backend not in names:
         raise ParameterError("backend", backend, ", ".join(names))
@@ -101,7 +103,9 @@ def select_backend(
         raise ParameterError("device", device, "auto, cpu, cuda or cuda:N")
     if dtype not in ("auto", *FLOAT_DTYPES):
         raise ParameterError("dtype", dtype, ", ".join(("auto", *FLOAT_DTYPES)))
-    wanted = Wanted(device, dtype, checkpoint_dtype, threads, cpu_isa)
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ParameterError("quantization", quantization, ", ".join(QUANTIZATIONS))
+    wanted = Wanted(device, dtype, checkpoint_dtype, threads, cpu_isa, quantization)
     declined = []
     for name, kind, make in CANDIDATES:
         if backend not in ("auto", name):
@@ -113,7 +117,9 @@ def select_backend(
             declined.append(f"{name} on {kind} declined: {error}")
         else:
             details = f" ({chosen.details})" if chosen.details else ""
-            return chosen, "; ".join((f"{name} on {chosen.device} in {chosen.dtype}{details}", *declined))
+            weights = f" with {quantization} weights" if quantization else ""
+            choice = f"{name} on {chosen.device} in {chosen.dtype}{weights}{details}"
+            return chosen, "; ".join((choice, *declined))
     raise BackendError("no backend can run: " + "; ".join(declined))
 
 

@@ -22,18 +22,22 @@ from vllmlite.backends.base import (
     Backend,
     ForwardBatch,
     HostTensor,
+    HostWeight,
     KVSpec,
     Logprobs,
     Memory,
+    QuantizedTensor,
     Rope,
     Sampled,
     SlotParams,
     SlotSpec,
+    float_parts,
 )
 from vllmlite.backends.memory import host_memory
 from vllmlite.backends.torch_attention import Group, Rows, TorchKV, attend, plan_groups
 from vllmlite.backends.torch_sampling import SamplePlan, TorchSlots
-from vllmlite.errors import BackendError
+from vllmlite.errors import BackendError, ModelError
+from vllmlite.weights import quantized
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_SIZE}
 
@@ -48,6 +52,16 @@ class TorchLinear:
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class TorchQuantized:
+    """Codes int8 ``[out, groups, GROUP]`` of ``size`` columns, scales float32 ``[out, groups]``, a bias ``[out]``."""
+
+    size: int
+    bias: torch.Tensor | None
+    codes: torch.Tensor
+    scales: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -72,7 +86,13 @@ class TorchBackend(Backend):
 
     name: ClassVar[str] = "torch"
 
-    def __init__(self, device: str = "cpu", dtype: str = "float32", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        device: str = "cpu",
+        dtype: str = "float32",
+        threads: int | None = None,
+        quantization: str | None = None,
+    ) -> None:
         if dtype not in FLOAT_DTYPES:
             raise BackendError(f"dtype {dtype}: the torch backend computes in {', '.join(FLOAT_DTYPES)}")
         try:
@@ -80,7 +100,7 @@ class TorchBackend(Backend):
             torch.empty(0, device=self._device)
         except (RuntimeError, AssertionError) as error:
             raise BackendError(f"device {device}: {error}") from error
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.quantization = device, dtype, quantization
         self.asynchronous = self._device.type == "cuda"
         self._dtype = _DTYPES[dtype]
         self._blocked = self._device.type == "cpu" and _blocked_layout_runs(self._dtype)
@@ -126,16 +146,39 @@ class TorchBackend(Backend):
     # Weights
 
     @torch.inference_mode()
-    def linear_weight(self, parts: Sequence[HostTensor], biases: Sequence[HostTensor] = ()) -> TorchLinear:
-        weight, *others = (self.tensor(part, self.dtype) for part in parts)
+    def linear_weight(
+        self, parts: Sequence[HostWeight], biases: Sequence[HostTensor] = ()
+    ) -> TorchLinear | TorchQuantized:
+        bias = torch.cat([self.tensor(part, self.dtype) for part in biases]) if biases else None
+        if self.quantization is not None:
+            return self._quantized([self._packed(part, self.quantization) for part in parts], bias)
+        weight, *others = (self.tensor(part, self.dtype) for part in float_parts(parts))
         if others:
             weight = torch.cat((weight, *others))
-        bias = torch.cat([self.tensor(part, self.dtype) for part in biases]) if biases else None
         return self._linear(weight, bias)
 
     @torch.inference_mode()
-    def tied_weight(self, table: torch.Tensor) -> TorchLinear:
+    def tied_weight(self, table: torch.Tensor) -> TorchLinear | TorchQuantized:
+        if self.quantization is not None:
+            return self._quantized([quantized.quantize(self._finite(table), self.quantization)], None)
         return self._linear(table, None)
+
+    def _packed(self, part: HostWeight, kind: str) -> QuantizedTensor:
+        return quantized.quantize(self._finite(_alias(part)), kind) if isinstance(part, HostTensor) else part
+
+    def _finite(self, weight: torch.Tensor) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = weight.float().cpu().numpy()
+        if not np.isfinite(array).all():
+            raise ModelError(
+                f"a weight of shape {list(array.shape)}: values that are not finite cannot be quantised"
+            )
+        return array
+
+    def _quantized(self, parts: list[QuantizedTensor], bias: torch.Tensor | None) -> TorchQuantized:
+        codes, scales = zip(*(quantized.unpack(part) for part in parts), strict=True)
+        return TorchQuantized(
+            parts[0].shape[1], bias, *self._put(np.concatenate(codes), np.concatenate(scales))
+        )
 
     def _linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> TorchLinear:
         if self._blocked:
@@ -244,7 +287,9 @@ class TorchBackend(Backend):
         return F.rms_norm(total, weight.shape, weight, eps), total
 
     @torch.inference_mode()
-    def linear(self, x: torch.Tensor, weight: TorchLinear) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: TorchLinear | TorchQuantized) -> torch.Tensor:
+        if isinstance(weight, TorchQuantized):
+            return _quantized_linear(x, weight).to(x.dtype)
         if self._blocked:
             return _blocked_linear(x, weight.weight, weight.bias)
         if self._widened and len(x) >= _WIDEN_ROWS:
@@ -310,7 +355,9 @@ class TorchBackend(Backend):
             raise BackendError(f"activation {activation}: the torch backend has silu, gelu and gelu_tanh")
         return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none").mul_(up)
 
-    def logits(self, hidden: torch.Tensor, weight: TorchLinear) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, weight: TorchLinear | TorchQuantized) -> torch.Tensor:
+        if isinstance(weight, TorchQuantized):
+            return _quantized_linear(hidden, weight)
         return self.linear(hidden, weight).float()
 
     # Sampling
@@ -389,6 +436,23 @@ def _widened_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     for at in range(0, len(weight), _WIDEN_PART):
         out[:, at : at + _WIDEN_PART] = wide @ weight[at : at + _WIDEN_PART].float().T
     return out if bias is None else out.add_(bias)
+
+
+def _quantized_linear(x: torch.Tensor, weight: TorchQuantized) -> torch.Tensor:
+    """The product in float32, part by part of the weight, of x rounded as its 8 bits a group have it."""
+    groups = F.pad(x.float(), (0, -weight.size % quantized.GROUP)).view(
+        len(x), weight.scales.shape[1], quantized.GROUP
+    )
+    high, low = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
+    extremes = torch.where(high > -low, high, low)
+    inverse = torch.where(extremes == 0, 0, -128 / extremes)
+    rounded = (groups * inverse).round().clamp(-128, 127) * (extremes * (-1 / 128))
+    wide = rounded.flatten(1)
+    out = torch.empty(len(x), len(weight.codes), dtype=torch.float32, device=x.device)
+    for at in range(0, len(weight.codes), _WIDEN_PART):
+        part = slice(at, at + _WIDEN_PART)
+        out[:, part] = wide @ (weight.codes[part] * weight.scales[part, :, None]).flatten(1).T
+    return out if weight.bias is None else out.add_(weight.bias)
 
 
 def _blocked_layout_runs(dtype: torch.dtype) -> bool:

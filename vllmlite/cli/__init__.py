@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "generate": "complete prompts",
     "chat": "talk to a model in the terminal",
+    "quantize": "write a copy of a checkpoint in 8 or 4 bits",
     "bench": "measure throughput and latency of this engine",
     "env": "show versions, hardware and backends",
 }

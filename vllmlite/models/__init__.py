@@ -11,8 +11,9 @@ from vllmlite.errors import BackendError, ParameterError
 from vllmlite.models import llama, mistral, qwen2, qwen3
 from vllmlite.models.decoder import Decoder
 from vllmlite.models.hf_config import HfConfig
-from vllmlite.models.spec import DecoderSpec
+from vllmlite.models.spec import DecoderSpec, is_product
 from vllmlite.weights.checkpoint import open_weights
+from vllmlite.weights.quantized import stored_bytes
 
 ARCHITECTURES: dict[str, tuple[str, Callable[[HfConfig, str], DecoderSpec]]] = {
     "LlamaForCausalLM": ("llama", llama.spec),
@@ -57,8 +58,12 @@ def load_model(
         raise ParameterError("kv_cache_dtype", kv_cache_dtype, ", ".join(("auto", *FLOAT_DTYPES)))
     spec = read_spec(path)
     shapes = spec.weights()
-    weights = open_weights(path, shapes, load_format, seed)
-    needed, free = sum(map(math.prod, shapes.values())) * ITEM_SIZE[backend.dtype], backend.memory().free
+    if spec.quantization not in (None, backend.quantization):
+        raise BackendError(
+            f"{path}: its weights are {spec.quantization}, the backend's {backend.quantization}"
+        )
+    weights = open_weights(path, shapes, load_format, seed, spec.quantized_weights())
+    needed, free = _bytes(spec, backend), backend.memory().free
     if needed > free:
         raise BackendError(f"{path}: its weights take {needed} bytes in {backend.dtype}; {free} are free")
     return Decoder(
@@ -69,3 +74,14 @@ def load_model(
         block_size=block_size,
         kv_dtype=backend.dtype if kv_cache_dtype == "auto" else kv_cache_dtype,
     )
+
+
+def _bytes(spec: DecoderSpec, backend: Backend) -> int:
+    """What the weights take on ``backend``."""
+    total = 0
+    for name, shape in spec.weights().items():
+        if backend.quantization is not None and is_product(name):
+            total += stored_bytes(backend.quantization, shape)
+        else:
+            total += math.prod(shape) * ITEM_SIZE[backend.dtype]
+    return total

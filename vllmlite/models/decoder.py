@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllmlite.backends.base import (
     Backend,
     ForwardBatch,
-    HostTensor,
     KVCache,
     KVSpec,
     LinearWeight,
@@ -17,6 +15,7 @@ from vllmlite.backends.base import (
 )
 from vllmlite.models.rope import cos_sin
 from vllmlite.models.spec import DecoderSpec
+from vllmlite.weights.checkpoint import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +34,13 @@ class _Layer:
 class Decoder:
     """A model on a backend: the runner's ``Model``.
 
-    ``weights`` gives the tensor of each name in ``spec.weights()``; positions run up to ``max_model_len``."""
+    ``weights`` holds what ``spec.weights()`` names; positions run up to ``max_model_len``."""
 
     def __init__(
         self,
         spec: DecoderSpec,
         backend: Backend,
-        weights: Callable[[str], HostTensor],
+        weights: Weights,
         *,
         max_model_len: int,
         block_size: int,
@@ -56,10 +55,10 @@ class Decoder:
         self._embed = backend.tensor(weights("model.embed_tokens.weight"), backend.dtype)
         self._layers = [self._load_layer(layer, weights) for layer in range(spec.num_layers)]
         self._norm = backend.tensor(weights("model.norm.weight"), backend.dtype)
-        if spec.tie_word_embeddings:
+        if spec.tied_head:
             self._head = backend.tied_weight(self._embed)
         else:
-            self._head = backend.linear_weight([weights("lm_head.weight")])
+            self._head = backend.linear_weight([weights.product("lm_head.weight")])
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Hidden states ``[T, hidden]`` of the uploaded ``batch``, after the last norm; writes its keys and values."""
@@ -82,14 +81,14 @@ class Decoder:
         """float32 logits ``[N, V]`` of hidden states ``[N, hidden]``."""
         return self.backend.logits(hidden, self._head)
 
-    def _load_layer(self, index: int, weights: Callable[[str], HostTensor]) -> _Layer:
+    def _load_layer(self, index: int, weights: Weights) -> _Layer:
         spec, backend = self.spec, self.backend
         prefix = f"model.layers.{index}."
 
         def linear(module: str, names: tuple[str, ...], bias: bool) -> LinearWeight:
             parts = [f"{prefix}{module}.{name}_proj" for name in names]
             return backend.linear_weight(
-                [weights(f"{part}.weight") for part in parts],
+                [weights.product(f"{part}.weight") for part in parts],
                 [weights(f"{part}.bias") for part in parts] if bias else (),
             )
 

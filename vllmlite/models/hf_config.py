@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllmlite.backends.base import FLOAT_DTYPES
+from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS
 from vllmlite.errors import ModelError
 from vllmlite.models.rope import KINDS
 from vllmlite.models.spec import DecoderSpec, RopeSpec
 from vllmlite.weights.json_object import read_object
+from vllmlite.weights.quantized import GROUP
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -21,6 +22,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 _REQUIRED: Any = object()
+QUANT_METHOD = "vllmlite"
 
 
 class HfConfig:
@@ -100,6 +102,22 @@ def checkpoint_dtype(config: HfConfig) -> str:
     """The dtype that the checkpoint names; float32, as everywhere in this format, where it names none."""
     key = "dtype" if config.get("dtype") is not None else "torch_dtype"
     return config.choice(key, {name: name for name in FLOAT_DTYPES}, "float32")
+
+
+def quantization(config: HfConfig) -> str | None:
+    """The kind in which ``quantization_config`` says that weights are, as :func:`quantization_config` writes it."""
+    section = config.section("quantization_config")
+    if section is None:
+        return None
+    section.choice("quant_method", {QUANT_METHOD: QUANT_METHOD})
+    if section.integer("group_size") != GROUP:
+        raise section.error("group_size", str(GROUP))
+    return section.choice("format", {kind: kind for kind in QUANTIZATIONS})
+
+
+def quantization_config(kind: str) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint whose weights are ``kind`` (:mod:`vllmlite.weights.quantized`)."""
+    return {"quant_method": QUANT_METHOD, "format": kind, "group_size": GROUP}
 
 
 def rope_spec(config: HfConfig, head_dim: int) -> RopeSpec:
@@ -192,8 +210,6 @@ def decoder_spec(
     """The spec from the fields that all families share and the arguments in which they differ.
 
     ``head_dim`` is the family's default; without one it is ``hidden_size / num_attention_heads``."""
-    if config.get("quantization_config") is not None:
-        raise config.error("quantization_config", "none: only dense float weights are read")
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     kv_heads = config.integer("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -226,4 +242,5 @@ def decoder_spec(
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
         tie_word_embeddings=config.boolean("tie_word_embeddings", False),
+        quantization=quantization(config),
     )

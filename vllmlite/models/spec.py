@@ -58,9 +58,16 @@ class DecoderSpec:
     qk_norm: bool
     """Whether each head of q and k is normed before it is rotated."""
     tie_word_embeddings: bool
+    quantization: str | None = None
+    """In which of ``backends.base.QUANTIZATIONS`` the checkpoint has the weights of products; None: as floats."""
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the output layer is the embedding table itself, which a quantised one cannot be."""
+        return self.tie_word_embeddings and self.quantization is None
 
     def weights(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that a checkpoint of this model holds."""
+        """Name and shape of every tensor that a checkpoint of this model holds, or of the floats it was made of."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         hidden, inner = self.hidden_size, self.intermediate_size
         linears = {
@@ -85,6 +92,17 @@ class DecoderSpec:
             for name, size in norms.items():
                 shapes[f"{prefix}{name}.weight"] = (size,)
         shapes["model.norm.weight"] = (hidden,)
-        if not self.tie_word_embeddings:
+        if not self.tied_head:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         return shapes
+
+    def quantized_weights(self) -> dict[str, str]:
+        """The tensors of :meth:`weights` that the checkpoint has quantised, and their kind: those of products."""
+        if self.quantization is None:
+            return {}
+        return {name: self.quantization for name in self.weights() if is_product(name)}
+
+
+def is_product(name: str) -> bool:
+    """Whether the tensor of that name is the weight of a product, which is what quantisation applies to."""
+    return name.endswith("_proj.weight") or name == "lm_head.weight"

@@ -50,6 +50,10 @@ def start(config: EngineConfig) -> Started:
             config.max_model_len,
             f"must be at most the model's {spec.max_position_embeddings}",
         )
+    if config.quantization not in (None, spec.quantization) and spec.quantization is not None:
+        raise ParameterError(
+            "quantization", config.quantization, f"the checkpoint is in {spec.quantization} already"
+        )
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, path)
     generation = _generation_config(config, path)
     backend, choice = select_backend(
@@ -59,6 +63,7 @@ def start(config: EngineConfig) -> Started:
         checkpoint_dtype=spec.dtype,
         threads=config.threads,
         cpu_isa=config.cpu_isa,
+        quantization=config.quantization or spec.quantization,
     )
     longest = config.max_model_len or spec.max_position_embeddings
     model = load_model(

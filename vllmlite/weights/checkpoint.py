@@ -6,53 +6,105 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from vllmlite.backends.base import FLOAT_DTYPES, HostTensor
+from vllmlite.backends.base import FLOAT_DTYPES, HostTensor, HostWeight, QuantizedTensor
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.weights.json_object import read_object
+from vllmlite.weights.quantized import QWEIGHT, SCALES, stored_shapes
 from vllmlite.weights.safetensors import read_safetensors
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Tables that old checkpoints store and every loader computes."""
 _DUMMY_PERIOD = (1 << 20) + 7
 
 
-def open_weights(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], load_format: str = "auto", seed: int = 0
-) -> Callable[[str], HostTensor]:
-    """A function from each name in ``shapes`` to its tensor, after checking that directory ``path`` holds exactly
-    these, in these shapes and a float dtype. ModelError names the file, the tensor, what was expected and found.
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights of a model by name."""
 
-    With ``load_format`` ``dummy`` no file is read: norms are one, everything else is drawn from ``seed``."""
+    tensor: Callable[[str], HostTensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    kinds: Mapping[str, str]
+    """Which of them are quantised, and how."""
+
+    def __call__(self, name: str) -> HostTensor:
+        """A tensor of floats."""
+        return self.tensor(name)
+
+    def product(self, name: str) -> HostWeight:
+        """The weight of a product, which may be quantised."""
+        if name not in self.kinds:
+            return self.tensor(name)
+        rows, columns = self.shapes[name]
+        codes, scales = stored_names(name)
+        return QuantizedTensor(self.kinds[name], (rows, columns), self.tensor(codes), self.tensor(scales))
+
+
+def open_weights(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    load_format: str = "auto",
+    seed: int = 0,
+    kinds: Mapping[str, str] | None = None,
+) -> Weights:
+    """The weights named in ``shapes``, after checking that directory ``path`` holds exactly these, in these shapes and
+    a float dtype, or in codes and scales of the kind that ``kinds`` gives. ModelError names the file, the tensor, what
+    was expected and found.
+
+    With ``load_format`` ``dummy`` no file is read: norms are one, everything else is floats drawn from ``seed``."""
     if load_format not in LOAD_FORMATS:
         raise ParameterError("load_format", load_format, ", ".join(LOAD_FORMATS))
     if load_format == "dummy":
-        return lambda name: _dummy(name, shapes[name], seed)
+        return Weights(lambda name: _dummy(name, shapes[name], seed), shapes, {})
     tensors = _read(path)
-    missing = [name for name in shapes if name not in tensors]
+    expected = _expected(shapes, kinds or {})
+    missing = [name for name in expected if name not in tensors]
     if missing:
         raise ModelError(f"{path}: tensors missing from the checkpoint: {_listed(missing)}")
-    unused = [name for name in tensors if name not in shapes and not _COMPUTED.search(name)]
-    if _HEAD in unused and _same(tensors[_HEAD], tensors[_EMBEDDING]):
+    unused = [name for name in tensors if name not in expected and not _COMPUTED.search(name)]
+    if _HEAD in unused and _same(tensors[_HEAD], tensors[EMBEDDING]):
         unused.remove(_HEAD)
     if unused:
         raise ModelError(f"{path}: tensors that the model has no use for: {_listed(unused)}")
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape or tensors[name].dtype not in FLOAT_DTYPES:
-            found = tensors[name]
+    for name, (shape, dtypes) in expected.items():
+        found = tensors[name]
+        if found.shape != shape or found.dtype not in dtypes:
             raise ModelError(
-                f"{path}: tensor {name!r}: expected {list(shape)} of {', '.join(FLOAT_DTYPES)}; "
+                f"{path}: tensor {name!r}: expected {list(shape)} of {', '.join(dtypes)}; "
                 f"found {list(found.shape)} of {found.dtype}"
             )
-    return tensors.__getitem__
+    return Weights(tensors.__getitem__, shapes, kinds or {})
+
+
+def stored_names(name: str) -> tuple[str, str]:
+    """Names of the codes and of the scales of a quantised weight."""
+    stem = name.removesuffix(".weight")
+    return stem + QWEIGHT, stem + SCALES
+
+
+def _expected(
+    shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, str]
+) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shape and accepted dtypes of every stored tensor."""
+    expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+    for name, shape in shapes.items():
+        if name not in kinds:
+            expected[name] = (shape, FLOAT_DTYPES)
+            continue
+        for stored, its_shape, dtype in zip(
+            stored_names(name), stored_shapes(kinds[name], shape), ("uint8", "bfloat16"), strict=True
+        ):
+            expected[stored] = (its_shape, (dtype,))
+    return expected
 
 
 def _read(path: Path) -> dict[str, HostTensor]:

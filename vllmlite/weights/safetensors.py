@@ -1,4 +1,4 @@
-"""Reading safetensors files: mapped into memory, every number of the header checked before it is used.
+"""safetensors files: read as mapped memory, every number of the header checked before it is used; and written.
 
 A file is an 8-byte little-endian length n, n bytes of JSON header, then the tensors' bytes, which the header's
 ``data_offsets`` must cover exactly, without gap or overlap (https://github.com/huggingface/safetensors#format).
@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import mmap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ from vllmlite.errors import ModelError
 
 MAX_HEADER = 100_000_000
 """Longest header that the format allows, in bytes."""
+
+Layout: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Dtype and shape of every tensor of a file, in the file's order."""
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -63,6 +67,27 @@ def read_safetensors(path: Path) -> dict[str, HostTensor]:
             f"{path}: {data.size} bytes of data; expected the {position} that the header describes"
         )
     return tensors
+
+
+def write_safetensors(path: Path, tensors: Iterable[HostTensor], layout: Layout) -> None:
+    """Write a new file of ``tensors``, which come as ``layout`` names them, one at a time.
+
+    Data begin at a multiple of 64 bytes of the file, so that a CPU can read them in place at its best."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    spelled = {name: code for code, name in _DTYPES.items()}
+    position = 0
+    for name, (dtype, shape) in layout.items():
+        end = position + math.prod(shape) * ITEM_SIZE[dtype]
+        header[name] = {"dtype": spelled[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor, (name, expected) in zip(tensors, layout.items(), strict=True):
+            if (tensor.dtype, tensor.shape) != expected:
+                raise ValueError(f"{name}: {tensor.dtype}{list(tensor.shape)} is not {expected}")
+            tensor.data.tofile(file)
 
 
 def _header(path: Path, text: bytes) -> dict[str, Any]:

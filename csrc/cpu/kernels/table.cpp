@@ -2,6 +2,7 @@
 #include "cpu/kernels/attention.hpp"
 #include "cpu/kernels/elementwise.hpp"
 #include "cpu/kernels/linear.hpp"
+#include "cpu/kernels/quantized.hpp"
 
 #define VLLMLITE_TEXT_OF(name) #name
 #define VLLMLITE_TEXT(name) VLLMLITE_TEXT_OF(name)
@@ -23,6 +24,9 @@ constinit const Kernels kernels{
 #else
     .linear = {linear<FloatProduct<F32>>, linear<FloatProduct<F16>>, linear<FloatProduct<BF16>>},
 #endif
+    .quantized = {quantized<Int8Codes>, quantized<Int4Codes>},
+    .quantize_x = quantize_x,
+    .quantize_strip = {quantize_strip<Int8Group, false>, quantize_strip<Int4Group, true>},
     .convert = convert,
     .rms_norm = rms_norm,
     .prepare_head = prepare_head,

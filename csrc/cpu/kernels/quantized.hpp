@@ -1,0 +1,372 @@
+// Products of quantised activations with quantised weights, and how both are quantised.
+//
+// A group is kGroup elements along k with one scale. The integers of a group are multiplied and added exactly; groups
+// are added in float32, in ascending order. So a row's result does not depend on the rows beside it, nor on the
+// instruction set's lanes.
+#pragma once
+
+#include "cpu/kernels/simd.hpp"
+
+namespace vllmlite::cpu::VLLMLITE_ISA {
+
+inline constexpr int kQuads = kGroup / 4;
+
+// ---- Four bytes of w a lane against four of x: acc + sum of (w - kOffset) * x, w unsigned, x signed.
+
+#if defined(__AVX512VNNI__)
+struct Dot {
+  using W = __m512i;
+  using X = __m512i;
+  static constexpr int kOffset = 0;
+  static VLLMLITE_INLINE W widen(U bytes) { return (__m512i)bytes; }
+  static VLLMLITE_INLINE X spread(std::int32_t quad) { return _mm512_set1_epi32(quad); }
+  static VLLMLITE_INLINE I add(I acc, W w, X x) { return (I)_mm512_dpbusd_epi32((__m512i)acc, w, x); }
+};
+#elif defined(__SSE2__)
+// Bytes widen to 16 bits, even ones and odd ones apart, whose products are added in pairs.
+struct Dot {
+  typedef std::int16_t S __attribute__((vector_size(kLanes * 4)));
+  typedef std::uint16_t Z __attribute__((vector_size(kLanes * 4)));
+  struct W {
+    S even, odd;
+  };
+  using X = W;
+  static constexpr int kOffset = 0;
+  static VLLMLITE_INLINE W widen(U bytes) { return {(S)(bytes & 0x00ff00ff), (S)((Z)bytes >> 8)}; }
+  static VLLMLITE_INLINE X spread(std::int32_t quad) {
+    const S both = (S)(I{} + quad);
+    return {(both << 8) >> 8, both >> 8};
+  }
+  static VLLMLITE_INLINE I add(I acc, W w, X x) { return acc + (pairs(w.even, x.even) + pairs(w.odd, x.odd)); }
+
+ private:
+  static VLLMLITE_INLINE I pairs(S a, S b) {
+#if defined(__AVX512BW__)
+    return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return (I)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#endif
+  }
+};
+#elif defined(__aarch64__)
+struct Dot {
+  using W = int8x16_t;
+  using X = int8x16_t;
+  static constexpr int kOffset = 128;
+  static VLLMLITE_INLINE W widen(U bytes) { return (int8x16_t)(bytes ^ 0x80808080); }
+  static VLLMLITE_INLINE X spread(std::int32_t quad) { return (int8x16_t)(I{} + quad); }
+  static VLLMLITE_INLINE I add(I acc, W w, X x) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return (I)vdotq_s32((int32x4_t)acc, w, x);
+#else
+    const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(x)));
+    const int32x4_t high = vpaddlq_s16(vmull_high_s8(w, x));
+    return acc + (I)vpaddq_s32(low, high);
+#endif
+  }
+};
+#else
+struct Dot {
+  using W = U;
+  struct X {
+    std::int32_t bytes[4];
+  };
+  static constexpr int kOffset = 0;
+  static VLLMLITE_INLINE W widen(U bytes) { return bytes; }
+  static VLLMLITE_INLINE X spread(std::int32_t quad) {
+    std::int8_t bytes[4];
+    __builtin_memcpy(bytes, &quad, 4);
+    return {{bytes[0], bytes[1], bytes[2], bytes[3]}};
+  }
+  static VLLMLITE_INLINE I add(I acc, W w, X x) {
+    for (int i = 0; i < 4; ++i) {
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+      const U byte = (w >> (24 - 8 * i)) & 0xff;
+#else
+      const U byte = (w >> (8 * i)) & 0xff;
+#endif
+      acc += (I)byte * x.bytes[i];
+    }
+    return acc;
+  }
+};
+#endif
+
+// ---- Codes of a group of a strip: [quad][row][4], one a byte, or two of neighbouring quads.
+
+struct Int8Codes {
+  static constexpr int kZero = 128;
+  static constexpr int kGroupBytes = kGroup * kStripRows;
+  static constexpr int kQuadsLoaded = 1;
+  static VLLMLITE_INLINE void load(const std::uint8_t* codes, U* quads) { quads[0] = VLLMLITE_ISA::load<U>(codes); }
+};
+
+struct Int4Codes {
+  static constexpr int kZero = 8;
+  static constexpr int kGroupBytes = kGroup * kStripRows / 2;
+  static constexpr int kQuadsLoaded = 2;
+  static VLLMLITE_INLINE void load(const std::uint8_t* codes, U* quads) {
+    const U both = VLLMLITE_ISA::load<U>(codes);
+    quads[0] = both & 0x0f0f0f0f;
+    quads[1] = (both >> 4) & 0x0f0f0f0f;
+  }
+};
+
+// ---- The product
+
+// Columns, vectors of a strip's rows, in a register tile, by rows of x.
+inline constexpr int kColumns[9] = {0, 4, kManyRegisters ? 4 : 2, 4, 4, 4, 4, 3, 3};
+inline constexpr int kMostRows = kManyRegisters ? 8 : 2;  // of x in a pass
+inline constexpr int kManyPass = kManyRegisters ? 6 : 2;  // where there are several
+
+// Groups that all rows of x pass over before the next ones: their codes stay in the first-level cache.
+inline constexpr int kGroupChunk = 16;
+
+struct Span {
+  int first, last;    // groups
+  int index, passes;  // of the passes over this span, which share what is fetched ahead
+};
+
+// M rows of x by V columns.
+template <typename C, int M, int V>
+VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, const Span& span) {
+  constexpr int kParts = kStripRows / kLanes;
+  const std::uint8_t* codes[V];
+  const std::uint16_t* scales[V];
+  for (int v = 0; v < V; ++v) {
+    const std::ptrdiff_t strip = (column + v) / kParts * static_cast<std::ptrdiff_t>(b.groups);
+    const int lane = (column + v) % kParts * kLanes;
+    codes[v] = b.codes + strip * C::kGroupBytes + lane * 4;
+    scales[v] = b.scales + strip * kStripRows + lane;
+  }
+  const std::ptrdiff_t x_stride = static_cast<std::ptrdiff_t>(b.groups) * kGroup;
+  const std::int8_t* x = b.x + row * x_stride;
+  const float* x_scales = b.x_scales + static_cast<std::ptrdiff_t>(row) * b.groups;
+  const std::int32_t* x_sums = b.x_sums + static_cast<std::ptrdiff_t>(row) * b.groups;
+  float* y = b.y + row * b.y_stride + column * kLanes;
+  F sums[M][V];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) {
+      const int count = smaller(kLanes, b.n - (column + v) * kLanes);
+      sums[m][v] = span.first == 0 ? F{} : load_some<F>(y + m * b.y_stride + v * kLanes, count);
+    }
+  for (int g = span.first; g < span.last; ++g) {
+    if (b.next != nullptr && g % span.passes == span.index)
+      for (int v = 0; v < V; ++v)
+        if ((column + v) % kParts == 0)
+          for (int byte = 0; byte < C::kGroupBytes; byte += 64)
+            prefetch(b.next + (codes[v] - b.codes) + g * C::kGroupBytes + byte);
+    I acc[M][V];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const I start = I{} + x_sums[m * b.groups + g] * (Dot::kOffset - C::kZero);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[m][v] = start;
+    }
+#pragma GCC unroll 8
+    for (int quad = 0; quad < kQuads; quad += C::kQuadsLoaded) {
+      typename Dot::W w[C::kQuadsLoaded][V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        U quads[C::kQuadsLoaded];
+        C::load(codes[v] + g * C::kGroupBytes + quad / C::kQuadsLoaded * kStripRows * 4, quads);
+#pragma GCC unroll 2
+        for (int i = 0; i < C::kQuadsLoaded; ++i) w[i][v] = Dot::widen(quads[i]);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < C::kQuadsLoaded; ++i) {
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          std::int32_t bytes;
+          __builtin_memcpy(&bytes, x + m * x_stride + g * kGroup + (quad + i) * 4, 4);
+          const typename Dot::X spread = Dot::spread(bytes);
+#pragma GCC unroll 8
+          for (int v = 0; v < V; ++v) acc[m][v] = Dot::add(acc[m][v], w[i][v], spread);
+        }
+      }
+    }
+    F scale[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) scale[v] = BF16::load(scales[v] + g * kStripRows);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const float x_scale = x_scales[m * b.groups + g];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v)
+        sums[m][v] = fma(__builtin_convertvector(acc[m][v], F), scale[v] * x_scale, sums[m][v]);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) {
+      const int count = smaller(kLanes, b.n - (column + v) * kLanes);
+      F sum = sums[m][v];
+      if (b.bias != nullptr && span.last == b.groups) sum += load_some<F>(b.bias + (column + v) * kLanes, count);
+      if (count == kLanes)
+        store(y + m * b.y_stride + v * kLanes, sum);
+      else
+        store_some<F32>(y + m * b.y_stride + v * kLanes, sum, count);
+    }
+}
+
+template <typename C, int M>
+void column_pass(const QuantizedBlock& b, int row, const Span& span) {
+  const int columns = (b.n + kLanes - 1) / kLanes;
+  int column = 0;
+  for (; column + kColumns[M] <= columns; column += kColumns[M]) column_tile<C, M, kColumns[M]>(b, row, column, span);
+  for (; column < columns; ++column) column_tile<C, M, 1>(b, row, column, span);
+}
+
+template <typename C>
+void quantized(const QuantizedBlock& b) {
+  using Pass = decltype(&column_pass<C, 1>);
+  static constexpr Pass kPasses[] = {
+      nullptr,           column_pass<C, 1>, column_pass<C, 2>,
+#if defined(__AVX512F__) || defined(__aarch64__)
+      column_pass<C, 3>, column_pass<C, 4>, column_pass<C, 5>, column_pass<C, 6>, column_pass<C, 7>, column_pass<C, 8>,
+#endif
+  };
+  const int passes = b.m <= kMostRows ? 1 : (b.m + kManyPass - 1) / kManyPass;
+  const int chunk = passes == 1 ? b.groups : kGroupChunk;
+  for (int first = 0; first < b.groups; first += chunk) {
+    Span span{first, smaller(first + chunk, b.groups), 0, passes};
+    for (int row = 0; span.index < passes; ++span.index) {
+      const int rows = (b.m - row + passes - span.index - 1) / (passes - span.index);
+      kPasses[rows](b, row, span);
+      row += rows;
+    }
+  }
+}
+
+// ---- Quantisation
+
+inline constexpr int kGroupVectors = kGroup / kLanes;
+
+// A group of a row: its elements, and the one of the largest magnitude with its sign. NaN if any is not finite.
+struct Group {
+  F x[kGroupVectors];
+  float extreme;
+
+  template <typename T>
+  static VLLMLITE_INLINE Group read(const typename T::Item* from, int count) {
+    Group group;
+    F most{}, least{};
+    float wrong = 0;
+    for (int i = 0; i < kGroupVectors; ++i) {
+      const int rest = count - i * kLanes;
+      group.x[i] = rest >= kLanes ? T::load(from + i * kLanes) : rest > 0 ? T::load_some(from + i * kLanes, rest) : F{};
+      most = max(most, group.x[i]);
+      least = max(least, -group.x[i]);
+      wrong += sum(group.x[i] * 0.0F);
+    }
+    const float high = largest(most), low = largest(least);
+    group.extreme = (high > low ? high : -low) + wrong;
+    return group;
+  }
+};
+
+// Nearest whole numbers, even ones between two, within bounds.
+VLLMLITE_INLINE F whole(F x, float low, float high) {
+  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it leaves no bits for a fraction
+  const F bounded = max(set(low), x);
+  return ((bounded < high ? bounded : set(high)) + kRound) - kRound;
+}
+
+// A row of x as signed bytes in groups: the element of the largest magnitude becomes -128.
+inline void quantize_x(const QuantizedRow& row) {
+  for (int g = 0; g * kGroup < row.size; ++g) {
+    const Group group = Group::read<F32>(row.x + g * kGroup, smaller(kGroup, row.size - g * kGroup));
+    const float inverse = group.extreme == 0 ? 0 : -128.0F / group.extreme;
+    F total{};
+    for (int i = 0; i < kGroupVectors; ++i) {
+      const F q = whole(group.x[i] * inverse, -128, 127);
+      total += q;
+      float lanes[kLanes];
+      store(lanes, q);
+      for (int lane = 0; lane < kLanes; ++lane)
+        row.codes[g * kGroup + i * kLanes + lane] = static_cast<std::int8_t>(lanes[lane]);
+    }
+    row.scales[g] = group.extreme * (-1.0F / 128);
+    row.sums[g] = static_cast<std::int32_t>(sum(total));
+  }
+}
+
+VLLMLITE_INLINE float rounded_to_bf16(float x) { return from_bf16(to_bf16(set(x)))[0]; }
+
+struct Int8Group {
+  static constexpr float kLow = -128, kHigh = 127;
+  static VLLMLITE_INLINE float scale(const Group& group) { return rounded_to_bf16(group.extreme * (-1.0F / 128)); }
+};
+
+// Of some scales around the one that makes the element of the largest magnitude -8, each corrected to the one that fits
+// its codes best, the one of the least squared error.
+struct Int4Group {
+  static constexpr int kScaleTries = 9;
+  static constexpr float kLow = -8, kHigh = 7;
+  static VLLMLITE_INLINE float scale(const Group& group) {
+    float best = rounded_to_bf16(group.extreme * -0.125F), least = __builtin_inff();
+    for (int step = 0; step < kScaleTries; ++step) {
+      const float divisor = 7.0F + 0.25F * static_cast<float>(step);
+      const float inverse = -divisor / group.extreme;
+      F products{}, squares{};
+      for (int i = 0; i < kGroupVectors; ++i) {
+        const F q = whole(group.x[i] * inverse, kLow, kHigh);
+        products = fma(q, group.x[i], products);
+        squares = fma(q, q, squares);
+      }
+      const float fitted = rounded_to_bf16(sum(products) / sum(squares));
+      F errors{};
+      for (int i = 0; i < kGroupVectors; ++i) {
+        const F error = group.x[i] - whole(group.x[i] * (1.0F / fitted), kLow, kHigh) * fitted;
+        errors = fma(error, error, errors);
+      }
+      const float error = sum(errors);
+      if (error < least) {
+        least = error;
+        best = fitted;
+      }
+    }
+    return best;
+  }
+};
+
+// Up to kStripRows rows of w as a strip. False if a value is not finite.
+template <typename G, bool kPacked>
+bool quantize_strip(const QuantizedStrip& s) {
+  bool finite = true;
+  with_type(s.type, [&](auto type) {
+    using T = decltype(type);
+    for (int g = 0; g * kGroup < s.size; ++g)
+      for (int r = 0; r < kStripRows; ++r) {
+        float scale = 0;
+        F codes[kGroupVectors] = {};
+        if (r < s.rows) {
+          const auto* from = static_cast<const typename T::Item*>(s.w) + r * s.stride + g * kGroup;
+          const Group group = Group::read<T>(from, smaller(kGroup, s.size - g * kGroup));
+          if (group.extreme != group.extreme) finite = false;
+          if (group.extreme != 0 && group.extreme == group.extreme) scale = G::scale(group);
+          for (int i = 0; i < kGroupVectors && scale != 0; ++i)
+            codes[i] = whole(group.x[i] * (1.0F / scale), G::kLow, G::kHigh);
+        }
+        std::uint16_t bits[kLanes];
+        BF16::store(bits, set(scale));
+        s.scales[g * kStripRows + r] = bits[0];
+        float lanes[kGroup];
+        for (int i = 0; i < kGroupVectors; ++i) store(lanes + i * kLanes, codes[i] - G::kLow);
+        std::uint8_t* to = s.codes + g * kGroup * kStripRows / (kPacked ? 2 : 1) + r * 4;
+        for (int k = 0; k < kGroup; ++k) {
+          const auto code = static_cast<std::uint8_t>(static_cast<int>(lanes[k]));
+          if constexpr (kPacked) {
+            std::uint8_t& pair = to[k / 8 * kStripRows * 4 + k % 4];
+            pair = k / 4 % 2 == 0 ? code : static_cast<std::uint8_t>(pair | code << 4);
+          } else {
+            to[k / 4 * kStripRows * 4 + k % 4] = code;
+          }
+        }
+      }
+  });
+  return finite;
+}
+
+}  // namespace vllmlite::cpu::VLLMLITE_ISA

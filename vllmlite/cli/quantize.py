@@ -1,0 +1,55 @@
+"""``vllmlite quantize``: write a copy of a checkpoint with weights in 8 or 4 bits, which loads at once."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllmlite.config import QUANTIZATIONS
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vllmlite.cli.parser import OptionParser
+
+
+def add_arguments(parser: OptionParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "-m",
+        "--model",
+        metavar="DIR|ID",
+        help="directory with a checkpoint, or Hugging Face id; default: the built-in demo model",
+    )
+    parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit of a model on the hub")
+    parser.add_argument("--download-dir", metavar="DIR", help="where downloads are cached")
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        required=True,
+        help="bits of a weight: 8 or 4, in groups of 32",
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="directory to make")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: all that are usable")
+
+
+def run(args: argparse.Namespace, parser: OptionParser) -> int:
+    """Quantise, and say what came of it."""
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads={args.threads}: must be at least 1")
+    from vllmlite.hub import find_model
+    from vllmlite.quantize import quantize_checkpoint
+
+    begin = time.monotonic()
+    source = find_model(args.model, revision=args.revision, download_dir=args.download_dir)
+    target = Path(args.output).expanduser()
+    quantize_checkpoint(source, target, args.quantization, args.threads)
+    before, after = (
+        sum(file.stat().st_size for file in place.glob("*.safetensors")) for place in (source, target)
+    )
+    print(
+        f"{target}: {after / 1e6:.1f} MB of weights in {args.quantization}, {before / 1e6:.1f} MB before; "
+        f"{time.monotonic() - begin:.1f} s"
+    )
+    return 0
