@@ -122,12 +122,17 @@ inline constexpr int kMostRows = kManyRegisters ? 8 : 2;  // of x in a pass
 inline constexpr int kManyPass = kManyRegisters ? 6 : 2;  // where there are several
 
 // Groups that all rows of x pass over before the next ones: their codes stay in the first-level cache.
-inline constexpr int kGroupChunk = 16;
+inline constexpr int kGroupChunk = 32;
 
 struct Span {
   int first, last;    // groups
   int index, passes;  // of the passes over this span, which share what is fetched ahead
 };
+
+// A vector of which `count` elements, or more, are there.
+VLLMLITE_INLINE F load_up_to(const float* from, int count) {
+  return count >= kLanes ? load<F>(from) : load_some<F>(from, count);
+}
 
 // M rows of x by V columns.
 template <typename C, int M, int V>
@@ -149,8 +154,8 @@ VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, c
   F sums[M][V];
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) {
-      const int count = smaller(kLanes, b.n - (column + v) * kLanes);
-      sums[m][v] = span.first == 0 ? F{} : load_some<F>(y + m * b.y_stride + v * kLanes, count);
+      const int count = b.n - (column + v) * kLanes;
+      sums[m][v] = span.first == 0 ? F{} : load_up_to(y + m * b.y_stride + v * kLanes, count);
     }
   for (int g = span.first; g < span.last; ++g) {
     if (b.next != nullptr && g % span.passes == span.index)
@@ -200,10 +205,10 @@ VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, c
   }
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) {
-      const int count = smaller(kLanes, b.n - (column + v) * kLanes);
+      const int count = b.n - (column + v) * kLanes;
       F sum = sums[m][v];
-      if (b.bias != nullptr && span.last == b.groups) sum += load_some<F>(b.bias + (column + v) * kLanes, count);
-      if (count == kLanes)
+      if (b.bias != nullptr && span.last == b.groups) sum += load_up_to(b.bias + (column + v) * kLanes, count);
+      if (count >= kLanes)
         store(y + m * b.y_stride + v * kLanes, sum);
       else
         store_some<F32>(y + m * b.y_stride + v * kLanes, sum, count);
@@ -251,17 +256,16 @@ struct Group {
   template <typename T>
   static VLLMLITE_INLINE Group read(const typename T::Item* from, int count) {
     Group group;
-    F most{}, least{};
-    float wrong = 0;
+    F most{}, least{}, wrong{};
     for (int i = 0; i < kGroupVectors; ++i) {
       const int rest = count - i * kLanes;
       group.x[i] = rest >= kLanes ? T::load(from + i * kLanes) : rest > 0 ? T::load_some(from + i * kLanes, rest) : F{};
       most = max(most, group.x[i]);
       least = max(least, -group.x[i]);
-      wrong += sum(group.x[i] * 0.0F);
+      wrong += group.x[i] * 0.0F;
     }
     const float high = largest(most), low = largest(least);
-    group.extreme = (high > low ? high : -low) + wrong;
+    group.extreme = (high > low ? high : -low) + sum(wrong);
     return group;
   }
 };
@@ -273,6 +277,8 @@ VLLMLITE_INLINE F whole(F x, float low, float high) {
   return ((bounded < high ? bounded : set(high)) + kRound) - kRound;
 }
 
+typedef std::int8_t B __attribute__((vector_size(kLanes)));
+
 // A row of x as signed bytes in groups: the element of the largest magnitude becomes -128.
 inline void quantize_x(const QuantizedRow& row) {
   for (int g = 0; g * kGroup < row.size; ++g) {
@@ -282,10 +288,7 @@ inline void quantize_x(const QuantizedRow& row) {
     for (int i = 0; i < kGroupVectors; ++i) {
       const F q = whole(group.x[i] * inverse, -128, 127);
       total += q;
-      float lanes[kLanes];
-      store(lanes, q);
-      for (int lane = 0; lane < kLanes; ++lane)
-        row.codes[g * kGroup + i * kLanes + lane] = static_cast<std::int8_t>(lanes[lane]);
+      store(row.codes + g * kGroup + i * kLanes, __builtin_convertvector(__builtin_convertvector(q, I), B));
     }
     row.scales[g] = group.extreme * (-1.0F / 128);
     row.sums[g] = static_cast<std::int32_t>(sum(total));

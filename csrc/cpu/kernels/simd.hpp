@@ -112,11 +112,21 @@ VLLMLITE_INLINE float sum(F v) {
 }
 
 VLLMLITE_INLINE float largest(F v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  float found = lanes[0];
-  for (int i = 1; i < kLanes; ++i) found = larger(found, lanes[i]);
-  return found;
+#if defined(__AVX512F__)
+  const __m256 half = _mm256_max_ps(_mm512_castps512_ps256((__m512)v),
+                                    _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#else
+  const F four = v;
+#endif
+#if defined(__AVX2__)
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+#else
+  return larger(larger(four[0], four[1]), larger(four[2], four[3]));
+#endif
 }
 
 VLLMLITE_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
