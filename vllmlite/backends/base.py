@@ -36,11 +36,15 @@ API = 1
 """Version of this contract; a separately built extension declines to load beside another one."""
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+KV_DTYPES = (*FLOAT_DTYPES, "int8")
+"""Dtypes that a key/value cache may have; :class:`KVSpec` says what int8 is."""
 ITEM_SIZE = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
 """Bytes an element, by dtype name as the contract spells it."""
+SCALE_SIZE = ITEM_SIZE["float32"]
+"""Bytes of the scale of a head in an int8 key/value cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,13 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class KVSpec:
-    """What the key/value cache of a model holds for a token: K and V of ``[num_kv_heads, head_dim]`` a layer."""
+    """What the key/value cache of a model holds for a token: K and V of ``[num_kv_heads, head_dim]`` a layer.
+
+    ``dtype`` is one of :data:`KV_DTYPES`. In int8, each token's head, of K and of V, is quantised as it is written:
+    a float32 ``scale = max(absmax(x) / 127, 2**-126)`` beside codes ``round(x / scale)``, halves to even, of the float32
+    ``x`` that other dtypes would round. What is read is ``scale * code``. A head that holds an infinity or NaN reads as
+    neither finite nor meaningful, all of it.
+    """
 
     num_layers: int
     num_kv_heads: int
@@ -257,19 +267,22 @@ class Backend(ABC):
 
     # Key/value cache
 
+    kv_dtypes: ClassVar[tuple[str, ...]] = FLOAT_DTYPES
+    """Those of :data:`KV_DTYPES` that :meth:`alloc_kv` takes."""
+
     @abstractmethod
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        """Bytes that one block of ``spec`` takes, over all layers, with scales if the dtype has any."""
+        """Bytes that one block of ``spec`` takes, over all layers, with the scales that lie in an int8 block."""
 
     @abstractmethod
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KVCache:
         """A pool of ``num_blocks`` blocks; layout and scales are the backend's own. BackendError if it does not fit."""
 
     def check_kv(self, spec: KVSpec, num_blocks: int) -> None:
-        """BackendError if a pool is not of a float dtype, or takes more memory than is free."""
-        if spec.dtype not in FLOAT_DTYPES:
+        """BackendError if a pool is not of one of ``kv_dtypes``, or takes more memory than is free."""
+        if spec.dtype not in self.kv_dtypes:
             raise BackendError(
-                f"kv cache dtype {spec.dtype}: the {self.name} backend has {', '.join(FLOAT_DTYPES)}"
+                f"kv cache dtype {spec.dtype}: the {self.name} backend has {', '.join(self.kv_dtypes)}"
             )
         needed, free = num_blocks * self.kv_bytes_per_block(spec), self.memory().free
         if needed > free:

@@ -19,6 +19,7 @@ from vllmlite.backends import torch_sampling
 from vllmlite.backends.base import (
     FLOAT_DTYPES,
     ITEM_SIZE,
+    KV_DTYPES,
     Backend,
     ForwardBatch,
     HostTensor,
@@ -31,7 +32,7 @@ from vllmlite.backends.base import (
     SlotSpec,
 )
 from vllmlite.backends.memory import host_memory
-from vllmlite.backends.torch_attention import Group, Rows, TorchKV, attend, plan_groups
+from vllmlite.backends.torch_attention import Group, Rows, TorchKV, attend, plan_groups, token_width
 from vllmlite.backends.torch_sampling import SamplePlan, TorchSlots
 from vllmlite.errors import BackendError
 
@@ -71,6 +72,7 @@ class TorchBackend(Backend):
     where None. BackendError if there is no such device."""
 
     name: ClassVar[str] = "torch"
+    kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
 
     def __init__(self, device: str = "cpu", dtype: str = "float32", threads: int | None = None) -> None:
         if dtype not in FLOAT_DTYPES:
@@ -145,8 +147,7 @@ class TorchBackend(Backend):
     # Key/value cache
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * ITEM_SIZE[spec.dtype]
-        return token * spec.block_size
+        return spec.num_layers * spec.block_size * token_width(spec) * ITEM_SIZE[spec.dtype]
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> TorchKV:
         self.check_kv(spec, num_blocks)
@@ -274,8 +275,7 @@ class TorchBackend(Backend):
         if rope is not None:
             # In place, so that keys and values stay side by side as the cache has them.
             _rotate(heads[:, : num_heads + kv_heads, : rope.rotary_dim], rope, batch)
-        new = qkv[:, num_heads * size :].to(kv.dtype)
-        kv.layers[layer].index_copy_(0, _cache_slots(batch, kv.spec.block_size), new)
+        kv.write(layer, _cache_slots(batch, kv.spec.block_size), qkv[:, num_heads * size :])
         return heads[:, :num_heads]
 
     @torch.inference_mode()

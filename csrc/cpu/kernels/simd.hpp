@@ -37,6 +37,7 @@ typedef float F __attribute__((vector_size(kLanes * 4)));
 typedef std::int32_t I __attribute__((vector_size(kLanes * 4)));
 typedef std::uint32_t U __attribute__((vector_size(kLanes * 4)));
 typedef std::uint16_t H __attribute__((vector_size(kLanes * 2)));
+typedef std::int8_t Codes __attribute__((vector_size(kLanes)));
 
 template <typename T>
 VLLMLITE_INLINE T smaller(T a, T b) {
@@ -168,11 +169,13 @@ VLLMLITE_INLINE H to_f16(F x) {
 
 // ---- Functions
 
+// 1.5 * 2^23: adding it to less than 2^22 rounds to a whole number, halves to even, in the lowest bits of the sum.
+inline constexpr float kRound = 12582912.0F;
+
 // 2^x: the polynomial's error is below 1e-7 of the result; 0 below 2^-126, infinity from 2^128 up.
 VLLMLITE_INLINE F exp2(F x) {
   const F clamped = x < 128.0F ? x : set(128.0F);
   const F bounded = clamped > -127.0F ? clamped : set(-127.0F);
-  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it leaves no bits for a fraction
   const F whole = (bounded + kRound) - kRound;
   const F f = bounded - whole;
   F p = set(1.5252734e-05F);
