@@ -54,9 +54,7 @@ struct PairKeys {
 struct CodeKeys {
   struct Values {
     using Item = std::int8_t;
-    static VLLMLITE_INLINE F load(const Item* from) {
-      return __builtin_convertvector(VLLMLITE_ISA::load<Codes>(from), F);
-    }
+    static VLLMLITE_INLINE F load(const Item* from) { return from_i8(from); }
   };
   using Query = float;
   using Key = U;
@@ -102,13 +100,9 @@ inline float quantize_head(const float* x, std::int8_t* codes, int size) {
   float largest;
   __builtin_memcpy(&largest, &top, sizeof top);
   const float scale = largest / 127.0F < kLeastScale ? kLeastScale : largest / 127.0F;
-  const auto code = [scale](F v) { return __builtin_convertvector((I)(v / scale + kRound), Codes); };
-  for (i = 0; i + kLanes <= size; i += kLanes) store(codes + i, code(load<F>(x + i)));
-  if (i < size) {
-    std::int8_t rest[kLanes];
-    store(rest, code(load_some<F>(x + i, size - i)));
-    for (int j = 0; i < size; ++i, ++j) codes[i] = rest[j];
-  }
+  const auto code = [scale](F v) { return (I)(v / scale + kRound); };
+  for (i = 0; i + kLanes <= size; i += kLanes) store_i8(codes + i, code(load<F>(x + i)), kLanes);
+  if (i < size) store_i8(codes + i, code(load_some<F>(x + i, size - i)), size - i);
   return scale;
 }
 
