@@ -113,11 +113,15 @@ VLLMLITE_INLINE float sum(F v) {
 }
 
 VLLMLITE_INLINE float largest(F v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float lanes[kLanes];
   store(lanes, v);
   float found = lanes[0];
   for (int i = 1; i < kLanes; ++i) found = larger(found, lanes[i]);
   return found;
+#endif
 }
 
 VLLMLITE_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
