@@ -13,6 +13,9 @@ namespace {
 
 void check_batch(const KVCache& kv, int layer, const Batch& batch, const Tensor& tensor, const char* what) {
   if (layer < 0 || layer >= kv.layers) throw std::out_of_range("the cache has no layer " + std::to_string(layer));
+  if (batch.slots->num_blocks > kv.num_blocks)
+    throw std::invalid_argument("the slots are those of a pool of " + std::to_string(batch.slots->num_blocks) +
+                                " blocks, and this one has " + std::to_string(kv.num_blocks));
   if (batch.max_context > static_cast<std::int64_t>(batch.slots->max_blocks) * kv.block_size)
     throw std::out_of_range("a context of " + std::to_string(batch.max_context) + " is more than a block table holds");
   if (tensor.shape.empty() || tensor.shape[0] != batch.num_tokens)

@@ -72,10 +72,9 @@ class Memory:
 class KVSpec:
     """What the key/value cache of a model holds for a token: K and V of ``[num_kv_heads, head_dim]`` a layer.
 
-    ``dtype`` is one of :data:`KV_DTYPES`. In int8, each token's head, of K and of V, is quantised as it is written:
-    a float32 ``scale = max(absmax(x) / 127, 2**-126)`` beside codes ``round(x / scale)``, halves to even, of the float32
-    ``x`` that other dtypes would round. What is read is ``scale * code``. A head that holds an infinity or NaN reads as
-    neither finite nor meaningful, all of it.
+    ``dtype`` is one of :data:`KV_DTYPES`. In int8, every head ``x [head_dim]`` of a token, of K and of V, is written as
+    a float32 ``scale = max(absmax(x) / 127, 2**-126)`` and codes ``round(x / scale)``, halves to even, and is read as
+    ``scale * codes``; where an element is infinite or NaN, all of them are read as that.
     """
 
     num_layers: int
@@ -87,11 +86,13 @@ class KVSpec:
 
 @dataclass(frozen=True, slots=True)
 class SlotSpec:
-    """Sizes of the per-slot state: at most ``max_slots`` sequences of ``max_blocks`` blocks each."""
+    """Sizes of the per-slot state: at most ``max_slots`` sequences of ``max_blocks`` blocks each, out of a pool of
+    ``num_blocks``."""
 
     max_slots: int
     max_blocks: int
     vocab_size: int
+    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +309,9 @@ class Backend(ABC):
     def append_blocks(
         self, slots: Slots, slot_ids: NDArray[np.int32], columns: NDArray[np.int32], blocks: NDArray[np.int32]
     ) -> None:
-        """Write ``block_table[slot_ids[i], columns[i]] = blocks[i]``; all three are ``[n]``."""
+        """Write ``block_table[slot_ids[i], columns[i]] = blocks[i]``; all three are ``[n]``.
+
+        IndexError, and nothing written, if a slot, a column or a block is not one of the slots' spec."""
 
     @abstractmethod
     def upload(self, batch: ForwardBatch, slots: Slots) -> ForwardBatch:

@@ -129,7 +129,7 @@ class CpuBackend(Backend):
     # Slots
 
     def alloc_slots(self, spec: SlotSpec) -> Any:
-        return self._native.Slots(spec.max_slots, spec.max_blocks, spec.vocab_size)
+        return self._native.Slots(spec.max_slots, spec.max_blocks, spec.vocab_size, spec.num_blocks)
 
     def set_slot(self, slots: Any, slot: int, params: SlotParams) -> None:
         self._runtime.flush()

@@ -179,6 +179,7 @@ class TorchBackend(Backend):
         columns: NDArray[np.int32],
         blocks: NDArray[np.int32],
     ) -> None:
+        slots.check_blocks(slot_ids, columns, blocks)
         rows, places, values = self._put(slot_ids.astype(np.int64), columns.astype(np.int64), blocks)
         slots.block_table.index_put_((rows, places), values)
 

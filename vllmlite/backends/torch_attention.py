@@ -61,7 +61,7 @@ class TorchKV:
         torch.index_select(pool, 0, index, out=found)
         if self.dtype == torch.int8:
             heads = found.view(len(index), -1, self.spec.head_dim + SCALE_SIZE)
-            codes, scales = heads.split((self.spec.head_dim, SCALE_SIZE), -1)
+            codes, scales = heads[..., : self.spec.head_dim], heads[..., self.spec.head_dim :]
             wide = self._buffer(codes.shape, dtype)
             found = torch.mul(codes, scales.contiguous().view(torch.float32), out=wide)
         elif dtype != self.dtype:
@@ -82,7 +82,7 @@ def _quantised(x: torch.Tensor) -> torch.Tensor:
     """Codes of ``x [..., D]``, and the bytes of a scale: int8 ``[..., D + 4]``."""
     x = x.float()
     scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = (x / scale).round().nan_to_num(0, 0, 0).to(torch.int8)
+    codes = (x / scale).round().nan_to_num().to(torch.int8)
     return torch.cat((codes, scale.view(torch.int8)), -1)
 
 
