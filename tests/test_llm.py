@@ -115,6 +115,20 @@ def test_an_int8_cache_changes_nothing_of_that(params: SamplingParams) -> None:
     assert tight.llm_engine.stats().num_preemptions > 0
 
 
+def test_an_int8_cache_costs_little(llm: LLM) -> None:
+    """Log-probabilities of a text move by a few hundredths: they do move, since the cache is another one."""
+
+    def logprobs(llm: LLM) -> list[float]:
+        (output,) = llm.generate(PROMPTS[5], GREEDY.clone(max_tokens=1, prompt_logprobs=0))
+        assert output.prompt_logprobs is not None
+        found = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+        return [entry[token].logprob for token, entry in found if entry is not None]
+
+    pairs = zip(logprobs(llm), logprobs(make(kv_cache_dtype="int8")), strict=True)
+    moved = [abs(one - other) for one, other in pairs]
+    assert 1e-4 < sum(moved) / len(moved) < 0.1
+
+
 def test_cached_is_cold(params: SamplingParams) -> None:
     llm = make()
     cold = llm.generate(PROMPTS, params)
