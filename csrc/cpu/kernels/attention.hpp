@@ -21,61 +21,56 @@ inline constexpr bool kBigEndian = true;
 inline constexpr bool kBigEndian = false;
 #endif
 
-struct F32Keys {
-  using Values = F32;
+struct AnyKeys {
   using Query = float;
-  using Key = F;
-  static constexpr int kDims = 1, kSteps = 1;
-  static constexpr float kUnit = 1;
   static constexpr bool kScaled = false;
-  static VLLMLITE_INLINE Key load(const std::byte* from) { return VLLMLITE_ISA::load<F>(from); }
-  static VLLMLITE_INLINE F part(Key k, int) { return k; }
+  static constexpr float kUnit = 1;  // what a part is in
   static VLLMLITE_INLINE F add(F acc, const Query* q, F k) { return fma(set(*q), k, acc); }
 };
 
+struct F32Keys : AnyKeys {
+  using Values = F32;
+  using Key = F;
+  static constexpr int kDims = 1, kSteps = 1;
+  static VLLMLITE_INLINE Key load(const std::byte* from) { return VLLMLITE_ISA::load<F>(from); }
+  static VLLMLITE_INLINE F part(Key k, int) { return k; }
+};
+
 template <typename T>
-struct PairKeys {
+struct PairKeys : AnyKeys {
   using Values = T;
-  using Query = float;
   using Key = U;
   static constexpr int kDims = 2, kSteps = 2;
-  static constexpr float kUnit = 1;
-  static constexpr bool kScaled = false;
   static VLLMLITE_INLINE Key load(const std::byte* from) { return VLLMLITE_ISA::load<U>(from); }
   static VLLMLITE_INLINE F part(Key k, int step) {
     typename T::Item items[kLanes];
     VLLMLITE_ISA::store(items, __builtin_convertvector((step == 0) == kBigEndian ? k >> 16 : k & 0xffff, H));
     return T::load(items);
   }
-  static VLLMLITE_INLINE F add(F acc, const Query* q, F k) { return fma(set(*q), k, acc); }
 };
 
-// Codes and a scale: a part of a key is its code in the topmost byte, times kUnit.
-struct CodeKeys {
+// Codes and a scale. A part is a code in the topmost byte.
+struct CodeKeys : AnyKeys {
   struct Values {
     using Item = std::int8_t;
     static VLLMLITE_INLINE F load(const Item* from) { return from_i8(from); }
   };
-  using Query = float;
   using Key = U;
   static constexpr int kDims = 4, kSteps = 4;
-  static constexpr float kUnit = 0x1p-24F;
   static constexpr bool kScaled = true;
+  static constexpr float kUnit = 0x1p-24F;
   static VLLMLITE_INLINE Key load(const std::byte* from) { return VLLMLITE_ISA::load<U>(from); }
   static VLLMLITE_INLINE F part(Key k, int step) {
     return __builtin_convertvector((I)(k << (kBigEndian ? step : 3 - step) * 8 & 0xff000000), F);
   }
-  static VLLMLITE_INLINE F add(F acc, const Query* q, F k) { return fma(set(*q), k, acc); }
 };
 
 #if defined(__AVX512BF16__)
-struct DotKeys {
+struct DotKeys : AnyKeys {
   using Values = BF16;
   using Query = std::uint16_t;
   using Key = __m512bh;
   static constexpr int kDims = 2, kSteps = 1;
-  static constexpr float kUnit = 1;
-  static constexpr bool kScaled = false;
   static VLLMLITE_INLINE Key load(const std::byte* from) { return (Key)_mm512_loadu_si512(from); }
   static VLLMLITE_INLINE Key part(Key k, int) { return k; }
   static VLLMLITE_INLINE F add(F acc, const Query* q, Key k) {
@@ -97,9 +92,9 @@ inline float quantize_head(const float* x, std::int8_t* codes, int size) {
   std::int32_t lanes[kLanes], top = 0;
   store(lanes, most);
   for (const std::int32_t lane : lanes) top = larger(top, lane);
-  float largest;
-  __builtin_memcpy(&largest, &top, sizeof top);
-  const float scale = largest / 127.0F < kLeastScale ? kLeastScale : largest / 127.0F;
+  float absmax;
+  __builtin_memcpy(&absmax, &top, sizeof top);
+  const float scale = absmax / 127.0F < kLeastScale ? kLeastScale : absmax / 127.0F;
   const auto code = [scale](F v) { return (I)(v / scale + kRound); };
   for (i = 0; i + kLanes <= size; i += kLanes) store_i8(codes + i, code(load<F>(x + i)), kLanes);
   if (i < size) store_i8(codes + i, code(load_some<F>(x + i, size - i)), size - i);
