@@ -59,7 +59,7 @@ class Paged:
         self.backend, self.spec = backend, spec
         self.num_blocks = num_blocks
         self.kv = backend.alloc_kv(spec, num_blocks)
-        self.slots = backend.alloc_slots(SlotSpec(max_slots, num_blocks, vocab_size))
+        self.slots = backend.alloc_slots(SlotSpec(max_slots, num_blocks, vocab_size, num_blocks))
         self.free = np.random.default_rng(7).permutation(num_blocks).tolist()
         self.owned: list[list[int]] = [[] for _ in range(max_slots)]
         self.lengths = [0] * max_slots

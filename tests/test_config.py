@@ -36,6 +36,8 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--cpu-isa", "avx2"], "cpu_isa", "avx2"),
     (["--quantization", "int4"], "quantization", "int4"),
     (["--kv-cache-dtype", "float"], "kv_cache_dtype", "float32"),
+    (["--kv-cache-dtype", "int8"], "kv_cache_dtype", "int8"),
+    (["--kv-cache-dtype", "int8_per_token_head"], "kv_cache_dtype", "int8"),
     (["--block-size", "32"], "block_size", 32),
     (["--num-gpu-blocks-override", "9"], "num_gpu_blocks_override", 9),
     (["--kv_cache_memory_bytes", "2GiB"], "kv_cache_memory_bytes", 2 << 30),
@@ -90,6 +92,7 @@ def test_flag(argv: list[str], name: str, value: Any) -> None:
     [
         ({"dtype": "int8"}, "dtype", "float32"),
         ({"dtype": "bfloat61"}, "dtype", "did you mean bfloat16?"),
+        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype", "auto, float32, bfloat16, float16 or int8"),
         ({"block_size": 0}, "block_size", "at least 1"),
         ({"block_size": True}, "block_size", "whole number"),
         ({"block_size": 16.0}, "block_size", "whole number"),

@@ -17,10 +17,10 @@ from checkpoints import write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from paged import Paged, PagedModel, host_tensor
+from paged import Paged, PagedModel, host_batch, host_tensor
 
 from vllmlite.backends import select
-from vllmlite.backends.base import FLOAT_DTYPES, Feature, KVSpec, SlotParams
+from vllmlite.backends.base import FLOAT_DTYPES, KV_DTYPES, Feature, KVSpec, SlotParams, SlotSpec
 from vllmlite.backends.cores import usable_cores
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.errors import BackendError
@@ -101,14 +101,14 @@ def attention(
 
 
 @each_isa
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     length=st.integers(2, 150),
     cut=st.floats(0, 1),
     shape=st.sampled_from([(1, 1, 16), (4, 2, 24), (6, 1, 64), (3, 3, 40), (32, 1, 8)]),
     block=st.sampled_from([1, 4, 16, 24, 32]),
     window=st.sampled_from([None, 1, 7, 64, 100]),
-    kv_dtype=st.sampled_from(FLOAT_DTYPES),
+    kv_dtype=st.sampled_from(KV_DTYPES),
 )
 def test_attention_is_the_same_however_a_prompt_is_cut(
     isa: str,
@@ -265,13 +265,22 @@ def test_wrong_shapes_are_named() -> None:
         backend.embedding(backend.tensor(np.array([9], np.int32)), backend.tensor(random(4, 8)))
 
 
+def test_slots_of_a_larger_pool_are_refused() -> None:
+    backend = CpuBackend()
+    kv, slots = (
+        backend.alloc_kv(KVSpec(1, 1, 8, 16, "float32"), 3),
+        backend.alloc_slots(SlotSpec(1, 4, 10, 4)),
+    )
+    batch = backend.upload(host_batch([0], [0], [1]), slots)
+    with pytest.raises(ValueError, match="of a pool of 4 blocks, and this one has 3"):
+        backend.attn_prep(backend.tensor(random(1, 24)), 1, None, kv, 0, batch)
+
+
 def test_impossible_backends_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="int8"):
         CpuBackend("int8")
     with pytest.raises(BackendError, match="instruction set quantum: this CPU and this build have"):
         CpuBackend(isa="quantum")
-    with pytest.raises(BackendError, match="kv cache dtype int8"):
-        CpuBackend().alloc_kv(KVSpec(1, 1, 8, 16, "int8"), 1)
     monkeypatch.setattr("vllmlite.backends.cpu.importlib.import_module", lambda name: SimpleNamespace(API=0))
     with pytest.raises(BackendError, match="interface 0, and this is"):
         CpuBackend()

@@ -96,6 +96,39 @@ def test_scheduling_changes_nothing(llm: LLM, params: SamplingParams, options: d
     assert other.llm_engine.stats().num_used_blocks == 0
 
 
+def test_an_int8_cache_changes_nothing_of_that(params: SamplingParams) -> None:
+    """Batched = single, chunked = whole, preempted = calm, cached = cold."""
+
+    def int8(**options: Any) -> LLM:
+        return make(kv_cache_dtype="int8", **options)
+
+    alone = int8(enable_prefix_caching=False, max_num_seqs=1)
+    expected = [texts(alone.generate([prompt], params))[0] for prompt in PROMPTS]
+    whole = int8()
+    assert texts(whole.generate(PROMPTS, params)) == expected
+    assert texts(whole.generate(PROMPTS, params)) == expected
+    assert whole.llm_engine.stats().prefix_cache_hits > 0
+    chunked = int8(max_num_batched_tokens=16, block_size=4)
+    assert texts(chunked.generate(PROMPTS, params)) == expected
+    tight = int8(num_gpu_blocks_override=8, max_model_len=128)
+    assert texts(tight.generate(PROMPTS, params)) == expected
+    assert tight.llm_engine.stats().num_preemptions > 0
+
+
+def test_an_int8_cache_costs_little(llm: LLM) -> None:
+    """Log-probabilities of a text move by a few hundredths: they do move, since the cache is another one."""
+
+    def logprobs(llm: LLM) -> list[float]:
+        (output,) = llm.generate(PROMPTS[5], GREEDY.clone(max_tokens=1, prompt_logprobs=0))
+        assert output.prompt_logprobs is not None
+        found = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+        return [entry[token].logprob for token, entry in found if entry is not None]
+
+    pairs = zip(logprobs(llm), logprobs(make(kv_cache_dtype="int8")), strict=True)
+    moved = [abs(one - other) for one, other in pairs]
+    assert 1e-4 < sum(moved) / len(moved) < 0.1
+
+
 def test_cached_is_cold(params: SamplingParams) -> None:
     llm = make()
     cold = llm.generate(PROMPTS, params)

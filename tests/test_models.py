@@ -332,11 +332,12 @@ def test_bad_arguments_are_named(config_dir: Path) -> None:
         load_model(TorchBackend(), config_dir, max_model_len=64, block_size=4, load_format="gguf")
 
 
-def test_cache_in_another_dtype(config_dir: Path) -> None:
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_cache_in_another_dtype(config_dir: Path, kv_dtype: str) -> None:
     def logits(dtype: str) -> NDArray[np.float32]:
         model = load_model(TorchBackend(), config_dir, max_model_len=64, block_size=4, kv_cache_dtype=dtype)
         assert model.kv_spec.dtype == ("float32" if dtype == "auto" else dtype)
         return chunked(PagedModel(model), prompts()[:4], "ragged")[3]
 
-    exact, rounded = logits("auto"), logits("bfloat16")
+    exact, rounded = logits("auto"), logits(kv_dtype)
     assert 0 < float(np.abs(exact - rounded).max()) < 0.1 * float(np.abs(exact).max())

@@ -228,6 +228,13 @@ def attention(q: Array, k: Array, v: Array, scale: float, window: int | None) ->
     return out.reshape(len(q), -1)
 
 
+def through_int8(x: Array) -> Array:
+    """What an int8 cache gives back of heads ``x [..., D]``, which float32 holds exactly."""
+    x = x.astype(np.float32)
+    scale = np.maximum(np.abs(x).max(-1, keepdims=True) / np.float32(127), np.float32(2**-126))
+    return np.asarray(scale.astype(np.float64) * np.rint(x / scale))
+
+
 class Rows:
     """Rows fed to :class:`Paged` step by step, with everything remembered on the host to compare with."""
 
@@ -275,6 +282,8 @@ class Rows:
             rows = self.table[host_side.positions]
             new_q, new_k = rotated(new_q, rows, self.interleaved), rotated(new_k, rows, self.interleaved)
         check(backend, q, new_q)
+        if self.paged.spec.dtype == "int8":
+            new_k, new_v = through_int8(new_k), through_int8(new_v)
         begin = host_side.query_start_loc
         for row, slot in enumerate(slots):
             own = slice(begin[row], begin[row + 1])
@@ -317,19 +326,38 @@ STEPS: list[tuple[list[int], list[int]]] = [
 """Slots and their tokens: single and mixed, decode and ragged prefill, with context and without."""
 
 
-@pytest.mark.parametrize(
+shapes = pytest.mark.parametrize(
     ("heads", "kv_heads", "size", "block"), [(4, 4, 16, 16), (6, 2, 32, 4), (8, 1, 24, 1)]
 )
-def test_attention_with_windows(backend: Backend, heads: int, kv_heads: int, size: int, block: int) -> None:
-    rows = Rows(backend, heads, kv_heads, size, block, num_blocks=-(-400 // block))
+
+
+@shapes
+def test_attention_with_windows(
+    backend: Backend, heads: int, kv_heads: int, size: int, block: int, kv_dtype: str | None = None
+) -> None:
+    rows = Rows(
+        backend,
+        heads,
+        kv_heads,
+        size,
+        block,
+        num_blocks=-(-400 // block),
+        kv_dtype=kv_dtype or backend.dtype,
+    )
     for slot in range(7):
         rows.admit(slot)
     for slots, counts in STEPS:
         rows.step(slots, counts, (None, 1, 5, 32, 1000))
 
 
-def test_attention_over_long_and_short_contexts(exact: Backend) -> None:
-    rows = Rows(exact, 4, 2, 16, 16, num_blocks=96)
+@shapes
+def test_attention_over_int8(backend: Backend, heads: int, kv_heads: int, size: int, block: int) -> None:
+    test_attention_with_windows(backend, heads, kv_heads, size, block, "int8")
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_attention_over_long_and_short_contexts(exact: Backend, kv_dtype: str) -> None:
+    rows = Rows(exact, 4, 2, 16, 16, num_blocks=96, kv_dtype=kv_dtype)
     for slot, length in enumerate((700, 300, 2, 30)):
         rows.admit(slot)
         rows.step([slot], [length])
@@ -404,9 +432,40 @@ def test_cache_in_sixteen_bits(exact: Backend, kv_dtype: str) -> None:
     rows.step([0, 1], [1, 1])
 
 
-def test_copy_blocks(exact: Backend) -> None:
+def test_int8_is_made_of_rotated_keys(exact: Backend) -> None:
+    """By a table that rotates nothing and doubles some elements, so that every code is known exactly."""
+    rows = Rows(exact, 6, 2, 32, 4, kv_dtype="int8")
+    rows.table = np.concatenate(
+        (2.0 ** (np.arange(60)[:, None] % 3 * np.arange(16) % 4), np.zeros((60, 16))), 1
+    )
+    rows.rope = Rope(exact.tensor(rows.table.astype(np.float32)), 32)
+    for slot in range(3):
+        rows.admit(slot)
+    rows.step([0, 2], [3, 11])
+    rows.step([2, 1, 0], [1, 20, 1])
+
+
+def test_int8_of_extreme_heads(exact: Backend) -> None:
+    """A lone token's attention is its value: of zeros, of subnormal and huge numbers; what is not finite stays so."""
+    paged = Paged(exact, KVSpec(1, 2, 24, 4, "int8"))
+    values = numbers((7, 2, 24))
+    values *= np.array([0, 1e-44, 1e-39, 1e-30, 1, 1e30, 1])[:, None, None]
+    values[6, 0, 5], values[6, 1, 9] = np.nan, -np.inf
+    for slot in range(7):
+        paged.admit(slot)
+    batch = exact.upload(paged.batch(range(7), [1] * 7), paged.slots)
+    qkv = np.concatenate((numbers((7, 4, 24), 1), values), 1)
+    q = exact.attn_prep(put(exact, qkv.reshape(7, -1)), 2, None, paged.kv, 0, batch)
+    found = exact.to_host(exact.paged_attention(q, paged.kv, 0, batch, 0.25)).reshape(7, 2, 24)
+    np.testing.assert_allclose(found[:6], through_int8(values[:6]), rtol=1e-6, atol=0)
+    assert (np.abs(found[:2]) <= 2**-126).all()
+    assert not np.isfinite(found[6]).any()
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_copy_blocks(exact: Backend, kv_dtype: str) -> None:
     """A row goes on from a copy of its blocks, in the same pool and in another, as from the blocks themselves."""
-    source = Rows(exact, 4, 2, 16, 4, num_blocks=64)
+    source = Rows(exact, 4, 2, 16, 4, num_blocks=64, kv_dtype=kv_dtype)
     source.admit(0)
     source.step([0], [11])
     other = Paged(exact, source.paged.spec, num_blocks=40)
@@ -428,18 +487,61 @@ def test_copying_no_blocks(exact: Backend) -> None:
 
 def test_cache_size(exact: Backend) -> None:
     assert exact.kv_bytes_per_block(KVSpec(3, 2, 16, 4, "bfloat16")) == 3 * 2 * 2 * 16 * 4 * 2
+    assert exact.kv_bytes_per_block(KVSpec(3, 2, 16, 4, "int8")) == 3 * 2 * 2 * (16 + 4) * 4
     spec = KVSpec(3, 2, 16, 4, "float32")
     with pytest.raises(BackendError, match="free"):
         exact.alloc_kv(spec, exact.memory().total // exact.kv_bytes_per_block(spec) + 1)
-    with pytest.raises(BackendError, match="int8"):
+
+
+def test_cache_dtypes(exact: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    accepted = "float32, float16, bfloat16"
+    with pytest.raises(
+        BackendError, match=f"kv cache dtype int4: the {exact.name} backend has {accepted}, int8$"
+    ):
+        exact.alloc_kv(KVSpec(3, 2, 16, 4, "int4"), 1)
+    monkeypatch.setattr(type(exact), "kv_dtypes", Backend.kv_dtypes)
+    with pytest.raises(BackendError, match=f"kv cache dtype int8: the {exact.name} backend has {accepted}$"):
         exact.alloc_kv(KVSpec(3, 2, 16, 4, "int8"), 1)
+
+
+@pytest.mark.parametrize(
+    ("slot", "column", "block", "complaint"),
+    [
+        (1, 7, 40, "block 40 is not within 0 and 39"),
+        (1, 7, -1, "block -1 is not within 0 and 39"),
+        (1, 8, 0, "block table column 8 is not within 0 and 7"),
+        (4, 0, 0, "slot 4 is not within 0 and 3"),
+    ],
+)
+def test_blocks_outside_the_pool_are_refused(
+    exact: Backend, slot: int, column: int, block: int, complaint: str
+) -> None:
+    """And nothing of the call is written: the row's own block stays where it was."""
+    kv = exact.alloc_kv(KVSpec(1, 2, 16, 4, "float32"), 40)
+    slots = exact.alloc_slots(SlotSpec(4, 8, 10, 40))
+
+    def append(*entries: tuple[int, int, int]) -> None:
+        exact.append_blocks(slots, *(np.array(part, np.int32) for part in zip(*entries, strict=True)))
+
+    def attend(start: int, count: int) -> Array:
+        batch = exact.upload(host_batch([0], [start], [count]), slots)
+        qkv = numbers((3, 6 * 16))[start : start + count]
+        q = exact.attn_prep(put(exact, qkv), 2, None, kv, 0, batch)
+        return exact.to_host(exact.paged_attention(q, kv, 0, batch, 0.25))
+
+    append((0, 0, 39))
+    whole = attend(0, 3)
+    attend(0, 2)
+    with pytest.raises(IndexError, match=complaint):
+        append((0, 0, 5), (slot, column, block))
+    np.testing.assert_allclose(attend(2, 1), whole[2:], rtol=0, atol=1e-6)
 
 
 # Steps
 
 
 def test_upload_fills_in_last_ids(exact: Backend) -> None:
-    slots = exact.alloc_slots(SlotSpec(4, 8, 10))
+    slots = exact.alloc_slots(SlotSpec(4, 8, 10, 8))
     for slot in range(4):
         exact.set_slot(slots, slot, SlotParams())
     first = exact.upload(host_batch([2, 0], [0, 0], [1, 1]), slots)
@@ -452,7 +554,7 @@ def test_upload_fills_in_last_ids(exact: Backend) -> None:
 
 
 def test_capture_gives_an_equal_step(exact: Backend) -> None:
-    slots = exact.alloc_slots(SlotSpec(2, 8, 10))
+    slots = exact.alloc_slots(SlotSpec(2, 8, 10, 8))
     batch = host_batch([0, 1], [0, 0], [1, 1])
     step = exact.capture(
         (2, 1, batch.features, -1), lambda one: exact.sample(put(exact, np.eye(10)[[7, 4]]), slots, one)

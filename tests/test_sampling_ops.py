@@ -30,7 +30,7 @@ class Sampler:
     def __init__(self, backend: Backend, params: Sequence[SlotParams], vocab_size: int) -> None:
         self.backend = backend
         self.params = list(params)
-        self.slots = backend.alloc_slots(SlotSpec(len(params), 1, vocab_size))
+        self.slots = backend.alloc_slots(SlotSpec(len(params), 1, vocab_size, 1))
         for slot, one in enumerate(params):
             backend.set_slot(self.slots, slot, one)
 

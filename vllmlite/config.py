@@ -16,8 +16,10 @@ from vllmlite.sampling_params import MAX_LOGPROBS
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4")
+KV_DTYPES = (*FLOAT_DTYPES, "int8")
 CPU_ISAS = ("auto", "baseline", "avx2", "avx512", "avx512_bf16", "neon")
 DTYPE_SYNONYMS = {"float": "float32", "half": "float16"}
+KV_DTYPE_SYNONYMS = {**DTYPE_SYNONYMS, "int8_per_token_head": "int8"}
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -104,9 +106,9 @@ class EngineConfig:
     )
     kv_cache_dtype: str = _option(
         "auto",
-        "dtype of the key/value cache; auto: the model's",
-        choices=("auto", *FLOAT_DTYPES),
-        synonyms=DTYPE_SYNONYMS,
+        "dtype of the key/value cache; auto: the model's; int8: half of bfloat16's memory, a scale a token and head",
+        choices=("auto", *KV_DTYPES),
+        synonyms=KV_DTYPE_SYNONYMS,
     )
     block_size: int = _option(16, "tokens in a key/value cache block", low=1, high=1024)
     num_gpu_blocks_override: int | None = _option(None, "key/value cache blocks, on any device", low=1)

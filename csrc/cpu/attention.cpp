@@ -13,6 +13,9 @@ namespace {
 
 void check_batch(const KVCache& kv, int layer, const Batch& batch, const Tensor& tensor, const char* what) {
   if (layer < 0 || layer >= kv.layers) throw std::out_of_range("the cache has no layer " + std::to_string(layer));
+  if (batch.slots->num_blocks > kv.num_blocks)
+    throw std::invalid_argument("the slots are those of a pool of " + std::to_string(batch.slots->num_blocks) +
+                                " blocks, and this one has " + std::to_string(kv.num_blocks));
   if (batch.max_context > static_cast<std::int64_t>(batch.slots->max_blocks) * kv.block_size)
     throw std::out_of_range("a context of " + std::to_string(batch.max_context) + " is more than a block table holds");
   if (tensor.shape.empty() || tensor.shape[0] != batch.num_tokens)
@@ -28,17 +31,25 @@ struct Writer {
   int padded = padded_head(kv.head_dim);
 
   void keys(const float* x, std::byte* head, int at, std::byte* scratch) const {
-    const auto size = static_cast<std::size_t>(padded) * item, block = static_cast<std::size_t>(kv.block_size);
-    const auto offset = static_cast<std::size_t>(at);
-    std::memset(scratch, 0, size);
-    kernels.convert(x, Float::f32, scratch, float_of(kv.dtype), kv.head_dim);
-    for (std::size_t unit = 0; unit < size / 4; ++unit)  // one float, or a pair of 16-bit ones
+    const auto block = static_cast<std::size_t>(kv.block_size), offset = static_cast<std::size_t>(at);
+    pack(x, head, at, scratch);
+    for (std::size_t unit = 0; unit < static_cast<std::size_t>(padded) * item / 4; ++unit)
       std::memcpy(head + (unit * block + offset) * 4, scratch + unit * 4, 4);
   }
 
   void values(const float* x, std::byte* head, int at) const {
-    std::byte* to = head + static_cast<std::size_t>(at) * static_cast<std::size_t>(padded) * item;
-    kernels.convert(x, Float::f32, to, float_of(kv.dtype), kv.head_dim);
+    pack(x, head, at, head + static_cast<std::size_t>(at) * static_cast<std::size_t>(padded) * item);
+  }
+
+ private:
+  // Puts the elements at `to`, with zeros behind them, and their scale, if any, into its place in the block.
+  void pack(const float* x, std::byte* head, int at, std::byte* to) const {
+    if (kv.quantized()) {
+      const float scale = kernels.quantize_head(x, reinterpret_cast<std::int8_t*>(to), kv.head_dim);
+      std::memcpy(head + kv.scales_at() + static_cast<std::size_t>(at) * sizeof scale, &scale, sizeof scale);
+    } else {
+      kernels.convert(x, Float::f32, to, float_of(kv.dtype), kv.head_dim);
+    }
     std::memset(to + static_cast<std::size_t>(kv.head_dim) * item, 0,
                 static_cast<std::size_t>(padded - kv.head_dim) * item);
   }
@@ -48,12 +59,16 @@ struct Writer {
 
 KVCache::KVCache(int layer_count, int heads, int head_size, int tokens, DType type, std::int64_t blocks)
     : layers(layer_count), kv_heads(heads), head_dim(head_size), block_size(tokens), dtype(type), num_blocks(blocks) {
-  float_of(dtype);
+  if (!quantized()) float_of(dtype);
   memory = allocate({layers, num_blocks, static_cast<std::int64_t>(block_bytes())}, DType::uint8);
 }
 
-std::size_t KVCache::head_bytes() const {
+std::size_t KVCache::scales_at() const {
   return static_cast<std::size_t>(block_size) * static_cast<std::size_t>(padded_head(head_dim)) * item_size(dtype);
+}
+
+std::size_t KVCache::head_bytes() const {
+  return scales_at() + (quantized() ? static_cast<std::size_t>(block_size) * sizeof(float) : 0);
 }
 
 std::size_t KVCache::block_bytes() const { return 2 * static_cast<std::size_t>(kv_heads) * head_bytes(); }
@@ -169,8 +184,11 @@ Tensor paged_attention(Runtime& runtime, const Tensor& given, const std::shared_
   tile.out_type = float_of(out.dtype);
   runtime.keep(q);
   runtime.reserve_scratch(attention_scratch(size));
-  runtime.issue([kernel = runtime.kernels().attention[static_cast<int>(float_of(kv->dtype))], tile, kv, layer, batch,
-                 tiles = batch->tiles(kAttentionRows / group), item = item_size(out.dtype)](Worker& worker) {
+  const Kernels& kernels = runtime.kernels();
+  const auto kernel =
+      kv->quantized() ? kernels.attention_int8 : kernels.attention[static_cast<int>(float_of(kv->dtype))];
+  runtime.issue([kernel, tile, kv, layer, batch, tiles = batch->tiles(kAttentionRows / group),
+                 item = item_size(out.dtype)](Worker& worker) {
     const std::int64_t tasks = static_cast<std::int64_t>(tiles.size()) * kv->kv_heads;
     for (std::int64_t task; (task = worker.take()) < tasks;) {
       const QueryTile& queries = tiles[static_cast<std::size_t>(task / kv->kv_heads)];

@@ -12,16 +12,15 @@ namespace {
   throw std::out_of_range(what + " " + std::to_string(value) + " is not within 0 and " + std::to_string(limit - 1));
 }
 
-template <typename T>
-void check_all(const char* what, const std::vector<T>& values, std::int64_t limit) {
-  for (const T value : values)
+void check_all(const char* what, std::span<const std::int32_t> values, std::int64_t limit) {
+  for (const std::int32_t value : values)
     if (value < 0 || value >= limit) complain(what, value, limit);
 }
 
 }  // namespace
 
-Slots::Slots(int slot_count, int block_count, int vocabulary)
-    : max_slots(slot_count), max_blocks(block_count), vocab_size(vocabulary) {
+Slots::Slots(int slot_count, int block_count, int vocabulary, std::int64_t pool_blocks)
+    : max_slots(slot_count), max_blocks(block_count), vocab_size(vocabulary), num_blocks(pool_blocks) {
   const auto n = static_cast<std::size_t>(max_slots);
   block_table.resize(n * static_cast<std::size_t>(max_blocks));
   last_id.resize(n);
@@ -56,12 +55,12 @@ void Slots::append_blocks(std::span<const std::int32_t> slot_ids, std::span<cons
                           std::span<const std::int32_t> blocks) {
   if (slot_ids.size() != columns.size() || columns.size() != blocks.size())
     throw std::invalid_argument("append_blocks: slots, columns and blocks differ in length");
-  for (std::size_t i = 0; i < blocks.size(); ++i) {
-    check(slot_ids[i]);
-    if (columns[i] < 0 || columns[i] >= max_blocks) complain("block table column", columns[i], max_blocks);
+  check_all("slot", slot_ids, max_slots);
+  check_all("block table column", columns, max_blocks);
+  check_all("block", blocks, num_blocks);
+  for (std::size_t i = 0; i < blocks.size(); ++i)
     block_table[static_cast<std::size_t>(slot_ids[i]) * static_cast<std::size_t>(max_blocks) +
                 static_cast<std::size_t>(columns[i])] = blocks[i];
-  }
 }
 
 void Batch::complete() {
@@ -86,7 +85,7 @@ void Batch::complete() {
     if (token_ids[token] < 0)
       token_ids[token] =
           slots->last_id[static_cast<std::size_t>(slot_ids[static_cast<std::size_t>(token_rows[token])])];
-    if (positions[token] < 0) complain("position", positions[token], max_context);
+    if (positions[token] < 0 || positions[token] >= max_context) complain("position", positions[token], max_context);
   }
   check_all("token id", token_ids, slots->vocab_size);
   if (!mask_rows.empty()) {

@@ -27,7 +27,7 @@ struct SlotParams {
 };
 
 struct Slots {
-  Slots(int max_slots, int max_blocks, int vocab_size);
+  Slots(int max_slots, int max_blocks, int vocab_size, std::int64_t num_blocks);
 
   void set(int slot, SlotParams params, const std::vector<std::int32_t>& prompt_ids,
            const std::vector<std::int32_t>& output_ids);
@@ -39,7 +39,8 @@ struct Slots {
   }
 
   int max_slots, max_blocks, vocab_size;
-  std::vector<std::int32_t> block_table;  // [max_slots, max_blocks]
+  std::int64_t num_blocks;                // of the pool
+  std::vector<std::int32_t> block_table;  // [max_slots, max_blocks], each below num_blocks
   std::vector<std::int32_t> last_id;
   std::vector<SlotParams> params;
   // By slot and id, empty for slots without penalties: how often it was generated, and whether the prompt has it.

@@ -30,6 +30,9 @@ inline constexpr int kAttentionRows = 32;
 // Head sizes are padded to a multiple of this in the cache.
 inline constexpr int kHeadUnit = 16;
 
+// Least scale of an int8 cache's head, the smallest normal number: heads of zeros are divided as all others are.
+inline constexpr float kLeastScale = 0x1p-126F;
+
 // y[m][n] = sum over k of x[m][k] * w[n][k], plus bias[n]; strides in elements.
 struct LinearBlock {
   const void* x;  // of Kernels::linear_input
@@ -161,6 +164,9 @@ struct Kernels {
   void (*prepare_head)(const HeadRow&);
   void (*gated)(Gate gate, const float* x, const float* up, void* out, Float out_type, int size);
   void (*attention[kFloats])(const AttentionTile&);  // by the type of the cache
+  void (*attention_int8)(const AttentionTile&);
+  // Turns a head into codes of an int8 cache; returns their scale.
+  float (*quantize_head)(const float* x, std::int8_t* codes, int size);
   // The lowest index of the largest value; NaN counts as less than everything.
   std::int64_t (*argmax)(const float* x, std::int64_t size);
   // out = exp((x - largest) * factor), 0 where x < least.

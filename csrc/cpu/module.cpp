@@ -198,7 +198,8 @@ void bind_data(py::module_& module) {
         cpu::copy_blocks(self, target, view(pairs));
       });
   py::class_<cpu::Slots, std::shared_ptr<cpu::Slots>>(module, "Slots", py::module_local(), "What lives a slot.")
-      .def(py::init<int, int, int>(), py::arg("max_slots"), py::arg("max_blocks"), py::arg("vocab_size"))
+      .def(py::init<int, int, int, std::int64_t>(), py::arg("max_slots"), py::arg("max_blocks"), py::arg("vocab_size"),
+           py::arg("num_blocks"))
       .def("set",
            [](cpu::Slots& self, int slot, const py::object& params) {
              self.set(slot, slot_params(params), values<std::int32_t>(params, "prompt_ids"),

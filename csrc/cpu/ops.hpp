@@ -63,11 +63,13 @@ QuantizedWeight make_quantized(Codes codes, std::vector<QuantizedPart> parts, st
 // The product with x quantised a row at a time.
 Tensor linear(Runtime& runtime, const Tensor& x, const QuantizedWeight& weight);
 
-// A pool of blocks. A layer's block is [K, V] x [kv heads] x a head's keys ([D / 2][block_size][2] in 16 bits,
-// [D][block_size] in float32) or values ([block_size][D]), D padded to kHeadUnit.
+// A pool of blocks. A layer's block is [K, V] x [kv heads] x a head's keys ([D / n][block_size][n], n elements in four
+// bytes) or values ([block_size][D]), D padded to kHeadUnit; in int8, behind them, their scales (float32 [block_size]).
 struct KVCache {
   KVCache(int layers, int kv_heads, int head_dim, int block_size, DType dtype, std::int64_t num_blocks);
 
+  bool quantized() const { return dtype == DType::int8; }
+  std::size_t scales_at() const;    // where they begin among a head's bytes
   std::size_t head_bytes() const;   // of the keys, or of the values, of a head in a block
   std::size_t block_bytes() const;  // of a layer's block
   std::byte* layer(int index) const;

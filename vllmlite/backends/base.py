@@ -36,11 +36,15 @@ API = 1
 """Version of this contract; a separately built extension declines to load beside another one."""
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+KV_DTYPES = (*FLOAT_DTYPES, "int8")
+"""Dtypes that a key/value cache may have; :class:`KVSpec` says what int8 is."""
 ITEM_SIZE = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
 """Bytes an element, by dtype name as the contract spells it."""
+SCALE_SIZE = ITEM_SIZE["float32"]
+"""Bytes of the scale of a head in an int8 key/value cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,12 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class KVSpec:
-    """What the key/value cache of a model holds for a token: K and V of ``[num_kv_heads, head_dim]`` a layer."""
+    """What the key/value cache of a model holds for a token: K and V of ``[num_kv_heads, head_dim]`` a layer.
+
+    ``dtype`` is one of :data:`KV_DTYPES`. In int8, every head ``x [head_dim]`` of a token, of K and of V, is written as
+    a float32 ``scale = max(absmax(x) / 127, 2**-126)`` and codes ``round(x / scale)``, halves to even, and is read as
+    ``scale * codes``; where an element is infinite or NaN, all of them are read as that.
+    """
 
     num_layers: int
     num_kv_heads: int
@@ -103,11 +112,13 @@ class KVSpec:
 
 @dataclass(frozen=True, slots=True)
 class SlotSpec:
-    """Sizes of the per-slot state: at most ``max_slots`` sequences of ``max_blocks`` blocks each."""
+    """Sizes of the per-slot state: at most ``max_slots`` sequences of ``max_blocks`` blocks each, out of a pool of
+    ``num_blocks``."""
 
     max_slots: int
     max_blocks: int
     vocab_size: int
+    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,19 +297,22 @@ class Backend(ABC):
 
     # Key/value cache
 
+    kv_dtypes: ClassVar[tuple[str, ...]] = FLOAT_DTYPES
+    """Those of :data:`KV_DTYPES` that :meth:`alloc_kv` takes."""
+
     @abstractmethod
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        """Bytes that one block of ``spec`` takes, over all layers, with scales if the dtype has any."""
+        """Bytes that one block of ``spec`` takes, over all layers, with the scales that lie in an int8 block."""
 
     @abstractmethod
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KVCache:
         """A pool of ``num_blocks`` blocks; layout and scales are the backend's own. BackendError if it does not fit."""
 
     def check_kv(self, spec: KVSpec, num_blocks: int) -> None:
-        """BackendError if a pool is not of a float dtype, or takes more memory than is free."""
-        if spec.dtype not in FLOAT_DTYPES:
+        """BackendError if a pool is not of one of ``kv_dtypes``, or takes more memory than is free."""
+        if spec.dtype not in self.kv_dtypes:
             raise BackendError(
-                f"kv cache dtype {spec.dtype}: the {self.name} backend has {', '.join(FLOAT_DTYPES)}"
+                f"kv cache dtype {spec.dtype}: the {self.name} backend has {', '.join(self.kv_dtypes)}"
             )
         needed, free = num_blocks * self.kv_bytes_per_block(spec), self.memory().free
         if needed > free:
@@ -324,7 +338,9 @@ class Backend(ABC):
     def append_blocks(
         self, slots: Slots, slot_ids: NDArray[np.int32], columns: NDArray[np.int32], blocks: NDArray[np.int32]
     ) -> None:
-        """Write ``block_table[slot_ids[i], columns[i]] = blocks[i]``; all three are ``[n]``."""
+        """Write ``block_table[slot_ids[i], columns[i]] = blocks[i]``; all three are ``[n]``.
+
+        IndexError, and nothing written, if a slot, a column or a block is not one of the slots' spec."""
 
     @abstractmethod
     def upload(self, batch: ForwardBatch, slots: Slots) -> ForwardBatch:

@@ -23,6 +23,8 @@ from vllmlite.backends.base import (
     API,
     FLOAT_DTYPES,
     ITEM_SIZE,
+    KV_DTYPES,
+    SCALE_SIZE,
     Backend,
     Feature,
     ForwardBatch,
@@ -57,6 +59,7 @@ class CpuBackend(Backend):
 
     name: ClassVar[str] = "cpu"
     device = "cpu"
+    kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
 
     def __init__(
         self,
@@ -146,8 +149,10 @@ class CpuBackend(Backend):
     # Key/value cache
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        head = -(-spec.head_dim // HEAD_UNIT) * HEAD_UNIT * spec.block_size * ITEM_SIZE[spec.dtype]
-        return 2 * spec.num_layers * spec.num_kv_heads * head
+        head = -(-spec.head_dim // HEAD_UNIT) * HEAD_UNIT * ITEM_SIZE[spec.dtype]
+        if spec.dtype == "int8":
+            head += SCALE_SIZE
+        return 2 * spec.num_layers * spec.num_kv_heads * head * spec.block_size
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> Any:
         self.check_kv(spec, num_blocks)
@@ -162,7 +167,7 @@ class CpuBackend(Backend):
     # Slots
 
     def alloc_slots(self, spec: SlotSpec) -> Any:
-        return self._native.Slots(spec.max_slots, spec.max_blocks, spec.vocab_size)
+        return self._native.Slots(spec.max_slots, spec.max_blocks, spec.vocab_size, spec.num_blocks)
 
     def set_slot(self, slots: Any, slot: int, params: SlotParams) -> None:
         self._runtime.flush()

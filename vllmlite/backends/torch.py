@@ -19,6 +19,7 @@ from vllmlite.backends import torch_sampling
 from vllmlite.backends.base import (
     FLOAT_DTYPES,
     ITEM_SIZE,
+    KV_DTYPES,
     Backend,
     ForwardBatch,
     HostTensor,
@@ -34,7 +35,7 @@ from vllmlite.backends.base import (
     float_parts,
 )
 from vllmlite.backends.memory import host_memory
-from vllmlite.backends.torch_attention import Group, Rows, TorchKV, attend, plan_groups
+from vllmlite.backends.torch_attention import Group, Rows, TorchKV, attend, plan_groups, token_width
 from vllmlite.backends.torch_sampling import SamplePlan, TorchSlots
 from vllmlite.errors import BackendError, ModelError
 from vllmlite.weights import quantized
@@ -85,6 +86,7 @@ class TorchBackend(Backend):
     where None. BackendError if there is no such device."""
 
     name: ClassVar[str] = "torch"
+    kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
 
     def __init__(
         self,
@@ -188,8 +190,7 @@ class TorchBackend(Backend):
     # Key/value cache
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * ITEM_SIZE[spec.dtype]
-        return token * spec.block_size
+        return spec.num_layers * spec.block_size * token_width(spec) * ITEM_SIZE[spec.dtype]
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> TorchKV:
         self.check_kv(spec, num_blocks)
@@ -221,6 +222,7 @@ class TorchBackend(Backend):
         columns: NDArray[np.int32],
         blocks: NDArray[np.int32],
     ) -> None:
+        slots.check_blocks(slot_ids, columns, blocks)
         rows, places, values = self._put(slot_ids.astype(np.int64), columns.astype(np.int64), blocks)
         slots.block_table.index_put_((rows, places), values)
 
@@ -319,8 +321,7 @@ class TorchBackend(Backend):
         if rope is not None:
             # In place, so that keys and values stay side by side as the cache has them.
             _rotate(heads[:, : num_heads + kv_heads, : rope.rotary_dim], rope, batch)
-        new = qkv[:, num_heads * size :].to(kv.dtype)
-        kv.layers[layer].index_copy_(0, _cache_slots(batch, kv.spec.block_size), new)
+        kv.write(layer, _cache_slots(batch, kv.spec.block_size), qkv[:, num_heads * size :])
         return heads[:, :num_heads]
 
     @torch.inference_mode()

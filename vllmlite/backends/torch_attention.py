@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import KVSpec
+from vllmlite.backends.base import SCALE_SIZE, KVSpec
 
 Ints = NDArray[np.int64]
 Put = Callable[..., list[torch.Tensor]]
@@ -29,16 +29,28 @@ _KEEP_MASK = 32 * 2**20  # a mask up to this size is kept from layer to layer
 _SMALL = 256  # rows that see up to this many keys are grouped together
 
 
+def token_width(spec: KVSpec) -> int:
+    """Elements that a layer of the pool holds for a token: K and V, in int8 with the bytes of each head's scale."""
+    return 2 * spec.num_kv_heads * (spec.head_dim + SCALE_SIZE * (spec.dtype == "int8"))
+
+
 class TorchKV:
-    """A pool of key/value blocks: a layer is ``[num_blocks * block_size, 2 * K * D]``, a token's keys, then values."""
+    """A pool of key/value blocks: a layer is ``[num_blocks * block_size, 2 * K * D]``, a token's keys, then values.
+
+    In int8 it is ``[num_blocks * block_size, 2 * K * (D + 4)]``: each head's codes, then the bytes of its scale."""
 
     def __init__(self, spec: KVSpec, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         self.spec = spec
         self.dtype = dtype
-        width = 2 * spec.num_kv_heads * spec.head_dim
-        shape = (spec.num_layers, num_blocks * spec.block_size, width)
+        shape = (spec.num_layers, num_blocks * spec.block_size, token_width(spec))
         self.layers = list(torch.empty(shape, dtype=dtype, device=device))
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
+
+    def write(self, layer: int, index: torch.Tensor, new: torch.Tensor) -> None:
+        """Put keys and values ``new [T, 2 * K * D]`` at the tokens ``index [T]``."""
+        if self.dtype == torch.int8:
+            new = _quantised(new.reshape(len(new), -1, self.spec.head_dim)).flatten(1)
+        self.layers[layer].index_copy_(0, index, new.to(self.dtype))
 
     def gather(
         self, layer: int, index: torch.Tensor, rows: int, dtype: torch.dtype
@@ -47,7 +59,12 @@ class TorchKV:
         pool = self.layers[layer]
         found = self._buffer((len(index), pool.shape[1]), self.dtype)
         torch.index_select(pool, 0, index, out=found)
-        if dtype != self.dtype:
+        if self.dtype == torch.int8:
+            heads = found.view(len(index), -1, self.spec.head_dim + SCALE_SIZE)
+            codes, scales = heads[..., : self.spec.head_dim], heads[..., self.spec.head_dim :]
+            wide = self._buffer(codes.shape, dtype)
+            found = torch.mul(codes, scales.contiguous().view(torch.float32), out=wide)
+        elif dtype != self.dtype:
             found = self._buffer(found.shape, dtype).copy_(found)
         both = found.view(rows, -1, 2, self.spec.num_kv_heads, self.spec.head_dim)
         return both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2)
@@ -59,6 +76,14 @@ class TorchKV:
         if kept is None or len(kept) < size:
             kept = self._scratch[dtype] = torch.empty(size, dtype=dtype, device=self.layers[0].device)
         return kept[:size].view(shape)
+
+
+def _quantised(x: torch.Tensor) -> torch.Tensor:
+    """Codes of ``x [..., D]``, and the bytes of a scale: int8 ``[..., D + 4]``."""
+    x = x.float()
+    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = (x / scale).round().nan_to_num().to(torch.int8)
+    return torch.cat((codes, scale.view(torch.int8)), -1)
 
 
 @dataclass(slots=True)

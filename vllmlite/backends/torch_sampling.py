@@ -48,6 +48,20 @@ class TorchSlots:
         self.counts[slot] = torch.from_numpy(generated).to(self.device, torch.int32)
         self.prompt[slot] = torch.from_numpy(prompt).to(self.device)
 
+    def check_blocks(
+        self, slot_ids: NDArray[np.int32], columns: NDArray[np.int32], blocks: NDArray[np.int32]
+    ) -> None:
+        """IndexError for an entry of the block table that there is not, or a block that is not in the pool."""
+        limits = (
+            ("slot", slot_ids, self.spec.max_slots),
+            ("block table column", columns, self.spec.max_blocks),
+            ("block", blocks, self.spec.num_blocks),
+        )
+        for what, values, limit in limits:
+            wrong = values[(values < 0) | (values >= limit)]
+            if len(wrong):
+                raise IndexError(f"{what} {wrong[0]} is not within 0 and {limit - 1}")
+
 
 def penalised(params: SlotParams) -> bool:
     """Whether any penalty is on."""

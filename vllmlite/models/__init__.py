@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from vllmlite.backends.base import FLOAT_DTYPES, ITEM_SIZE, Backend
+from vllmlite.backends.base import ITEM_SIZE, KV_DTYPES, Backend
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.models import llama, mistral, qwen2, qwen3
 from vllmlite.models.decoder import Decoder
@@ -51,11 +51,11 @@ def load_model(
 ) -> Decoder:
     """The model of directory ``path`` on ``backend``, for sequences of up to ``max_model_len`` tokens.
 
-    ``kv_cache_dtype``: ``auto`` (the backend's) or one of ``FLOAT_DTYPES``. ``load_format``: ``auto`` or
+    ``kv_cache_dtype``: ``auto`` (the backend's) or one of ``KV_DTYPES``. ``load_format``: ``auto`` or
     ``safetensors`` read the checkpoint's files; ``dummy`` needs only ``config.json`` and draws weights from ``seed``.
     ModelError, ParameterError or BackendError say what is wrong."""
-    if kv_cache_dtype not in ("auto", *FLOAT_DTYPES):
-        raise ParameterError("kv_cache_dtype", kv_cache_dtype, ", ".join(("auto", *FLOAT_DTYPES)))
+    if kv_cache_dtype not in ("auto", *KV_DTYPES):
+        raise ParameterError("kv_cache_dtype", kv_cache_dtype, ", ".join(("auto", *KV_DTYPES)))
     spec = read_spec(path)
     shapes = spec.weights()
     if spec.quantization not in (None, backend.quantization):

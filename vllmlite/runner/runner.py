@@ -57,7 +57,7 @@ class ModelRunner:
         self.model = model
         self.kv: KVCache = backend.alloc_kv(model.kv_spec, num_blocks)
         max_blocks = -(-max_model_len // model.kv_spec.block_size)
-        self._slots = backend.alloc_slots(SlotSpec(max_num_seqs, max_blocks, model.vocab_size))
+        self._slots = backend.alloc_slots(SlotSpec(max_num_seqs, max_blocks, model.vocab_size, num_blocks))
         self._enforce_eager = enforce_eager
         self._graphs: dict[tuple[int, int, Feature, int], Step] = {}
         self._known: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * max_num_seqs

@@ -12,55 +12,67 @@ namespace vllmlite::cpu::VLLMLITE_ISA {
 inline constexpr int kKeyVectors = kKeyChunk / kLanes;
 inline constexpr int kRowTile = kManyRegisters ? 4 : 2;
 
-// ---- Keys of a block, by cache type: 16-bit ones are [head_dim / 2][block_size][2], float32 ones
-// [head_dim][block_size].
+// ---- Keys of a block, by cache type: [head_dim / kDims][block_size][kDims], four bytes of a key side by side. They
+// are multiplied in kSteps, whose dimensions `part` takes out of them. Codes are followed by their scales.
 
-struct F32Keys {
-  using Values = F32;
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+inline constexpr bool kBigEndian = true;
+#else
+inline constexpr bool kBigEndian = false;
+#endif
+
+struct AnyKeys {
   using Query = float;
+  static constexpr bool kScaled = false;
+  static constexpr float kUnit = 1;  // what a part is in
+  static VLLMLITE_INLINE F add(F acc, const Query* q, F k) { return fma(set(*q), k, acc); }
+};
+
+struct F32Keys : AnyKeys {
+  using Values = F32;
   using Key = F;
-  static constexpr int kDims = 1;
+  static constexpr int kDims = 1, kSteps = 1;
   static VLLMLITE_INLINE Key load(const std::byte* from) { return VLLMLITE_ISA::load<F>(from); }
-  static VLLMLITE_INLINE F add(F acc, const Query* q, Key k) { return fma(set(*q), k, acc); }
+  static VLLMLITE_INLINE F part(Key k, int) { return k; }
 };
 
 template <typename T>
-struct PairKeys {
+struct PairKeys : AnyKeys {
   using Values = T;
-  using Query = float;
-  struct Key {
-    F even, odd;
-  };
-  static constexpr int kDims = 2;
-  static VLLMLITE_INLINE Key load(const std::byte* from) {
-    const U pairs = VLLMLITE_ISA::load<U>(from);
-    const H low = __builtin_convertvector(pairs & 0xffff, H), high = __builtin_convertvector(pairs >> 16, H);
-    const F a = convert(low), b = convert(high);
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    return {b, a};
-#else
-    return {a, b};
-#endif
-  }
-  static VLLMLITE_INLINE F add(F acc, const Query* q, Key k) {
-    return fma(set(q[1]), k.odd, fma(set(q[0]), k.even, acc));
-  }
-
- private:
-  static VLLMLITE_INLINE F convert(H bits) {
+  using Key = U;
+  static constexpr int kDims = 2, kSteps = 2;
+  static VLLMLITE_INLINE Key load(const std::byte* from) { return VLLMLITE_ISA::load<U>(from); }
+  static VLLMLITE_INLINE F part(Key k, int step) {
     typename T::Item items[kLanes];
-    VLLMLITE_ISA::store(items, bits);
+    VLLMLITE_ISA::store(items, __builtin_convertvector((step == 0) == kBigEndian ? k >> 16 : k & 0xffff, H));
     return T::load(items);
   }
 };
 
+// Codes and a scale. A part is a code in the topmost byte.
+struct CodeKeys : AnyKeys {
+  struct Values {
+    using Item = std::int8_t;
+    static VLLMLITE_INLINE F load(const Item* from) { return from_i8(from); }
+  };
+  using Key = U;
+  static constexpr int kDims = 4, kSteps = 4;
+  static constexpr bool kScaled = true;
+  static constexpr float kUnit = 0x1p-24F;
+  static VLLMLITE_INLINE Key load(const std::byte* from) { return VLLMLITE_ISA::load<U>(from); }
+  static VLLMLITE_INLINE F part(Key k, int step) {
+    return __builtin_convertvector((I)(k << (kBigEndian ? step : 3 - step) * 8 & 0xff000000), F);
+  }
+};
+
 #if defined(__AVX512BF16__)
-struct DotKeys {
+struct DotKeys : AnyKeys {
   using Values = BF16;
   using Query = std::uint16_t;
   using Key = __m512bh;
-  static constexpr int kDims = 2;
+  static constexpr int kDims = 2, kSteps = 1;
   static VLLMLITE_INLINE Key load(const std::byte* from) { return (Key)_mm512_loadu_si512(from); }
+  static VLLMLITE_INLINE Key part(Key k, int) { return k; }
   static VLLMLITE_INLINE F add(F acc, const Query* q, Key k) {
     std::int32_t pair;
     __builtin_memcpy(&pair, q, sizeof pair);
@@ -68,6 +80,26 @@ struct DotKeys {
   }
 };
 #endif
+
+// Codes of a head: its elements over the scale, rounded to even; the scale is the largest magnitude / 127. A head that
+// holds an infinity or NaN has it for its scale.
+inline float quantize_head(const float* x, std::int8_t* codes, int size) {
+  const auto magnitude = [](F v) { return (I)v & 0x7fffffff; };  // ordered as the numbers are, NaN last
+  I most{};
+  int i = 0;
+  for (; i + kLanes <= size; i += kLanes) most = larger(most, magnitude(load<F>(x + i)));
+  if (i < size) most = larger(most, magnitude(load_some<F>(x + i, size - i)));
+  std::int32_t lanes[kLanes], top = 0;
+  store(lanes, most);
+  for (const std::int32_t lane : lanes) top = larger(top, lane);
+  float absmax;
+  __builtin_memcpy(&absmax, &top, sizeof top);
+  const float scale = absmax / 127.0F < kLeastScale ? kLeastScale : absmax / 127.0F;
+  const auto code = [scale](F v) { return (I)(v / scale + kRound); };
+  for (i = 0; i + kLanes <= size; i += kLanes) store_i8(codes + i, code(load<F>(x + i)), kLanes);
+  if (i < size) store_i8(codes + i, code(load_some<F>(x + i, size - i)), size - i);
+  return scale;
+}
 
 // ---- Where a chunk's keys and values lie
 
@@ -90,15 +122,33 @@ struct Reader {
 
   bool direct() const { return tile.block_size % 16 == 0; }
 
+  // Calls `body` for each run of keys `first` to `last` of the chunk at `base` that one block holds: with the first,
+  // its block's place in the pool, its own in the block, and how many they are.
+  template <typename Body>
+  VLLMLITE_INLINE void each_run(int base, int first, int last, Body body) const {
+    for (int j = first, count; j <= last; j += count) {
+      const int key = base + j, at = key % tile.block_size;
+      count = smaller(last + 1 - j, tile.block_size - at);
+      body(j, tile.table[key / tile.block_size] * tile.block_bytes, at, count);
+    }
+  }
+
+  std::ptrdiff_t scale_at(std::ptrdiff_t block, int at) const {
+    return block + static_cast<std::ptrdiff_t>(tile.block_size) * padded * kItem + at * 4;
+  }
+
   // Keys `first` to `last` of the chunk at `base`; places outside are given some readable address.
   void find(int base, int first, int last, Chunk& chunk) const {
-    for (int j = first; j <= last;) {
-      const int key = base + j, at = key % tile.block_size;
-      const std::ptrdiff_t block = tile.table[key / tile.block_size] * tile.block_bytes;
-      const int stop = smaller(last + 1, j + tile.block_size - at);
-      for (int i = 0; j < stop; ++j, ++i)
-        chunk.values[j] = tile.values + block + static_cast<std::ptrdiff_t>(at + i) * padded * kItem;
-    }
+    each_run(base, first, last, [&](int j, std::ptrdiff_t block, int at, int count) {
+      for (int i = 0; i < count; ++i)
+        chunk.values[j + i] = tile.values + block + static_cast<std::ptrdiff_t>(at + i) * padded * kItem;
+      if constexpr (C::kScaled) {
+        for (int i = 0; i < count; i += 16) {
+          prefetch(tile.keys + scale_at(block, at + i));
+          prefetch(tile.values + scale_at(block, at + i));
+        }
+      }
+    });
     if (!direct()) return;
     for (int v = 0; v < kKeyVectors; ++v) {
       const int j = smaller(larger(v * kLanes, first / kLanes * kLanes), last / kLanes * kLanes), key = base + j;
@@ -121,12 +171,21 @@ struct Reader {
     }
     for (int v = 0; v < kKeyVectors; ++v) chunk.keys[v] = gathered + v * kLanes * unit;
   }
+
+  // The scales of keys and values `first` to `last`.
+  void copy_scales(int base, int first, int last, float* of_keys, float* of_values) const {
+    each_run(base, first, last, [&](int j, std::ptrdiff_t block, int at, int count) {
+      __builtin_memcpy(of_keys + j, tile.keys + scale_at(block, at), static_cast<std::size_t>(count) * 4);
+      __builtin_memcpy(of_values + j, tile.values + scale_at(block, at), static_cast<std::size_t>(count) * 4);
+    });
+  }
 };
 
 // Scores of N rows of queries with four vectors of keys.
 template <typename C, int N>
 VLLMLITE_INLINE void scores(const typename C::Query* q, int padded, const std::byte* const* keys,
-                            const std::byte* const* ahead, std::ptrdiff_t stride, float factor, float* out) {
+                            const std::byte* const* ahead, std::ptrdiff_t stride, float factor, const float* scales,
+                            float* out) {
   F acc[N][4] = {};
   for (int d = 0; d < padded / C::kDims; ++d) {
     typename C::Key k[4];
@@ -136,18 +195,32 @@ VLLMLITE_INLINE void scores(const typename C::Query* q, int padded, const std::b
       if (ahead != nullptr) prefetch(ahead[v] + d * stride);
     }
 #pragma GCC unroll 4
-    for (int row = 0; row < N; ++row)
+    for (int step = 0; step < C::kSteps; ++step) {
+      decltype(C::part(k[0], 0)) part[4];
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) acc[row][v] = C::add(acc[row][v], q + row * padded + d * C::kDims, k[v]);
+      for (int v = 0; v < 4; ++v) part[v] = C::part(k[v], step);
+#pragma GCC unroll 4
+      for (int row = 0; row < N; ++row)
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v)
+          acc[row][v] = C::add(acc[row][v], q + row * padded + d * C::kDims + step * (C::kDims / C::kSteps), part[v]);
+    }
   }
 #pragma GCC unroll 4
-  for (int row = 0; row < N; ++row)
+  for (int row = 0; row < N; ++row) {
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) store(out + row * kKeyChunk + v * kLanes, acc[row][v] * factor);
+    for (int v = 0; v < 4; ++v) {
+      F score = acc[row][v] * factor;
+      if constexpr (C::kScaled) score *= load<F>(scales + v * kLanes);
+      store(out + row * kKeyChunk + v * kLanes, score);
+    }
+  }
 }
 
-// Turns a row's scores into weights; the keys that count are `first` to `last`. Returns the factor of what was before.
-VLLMLITE_INLINE float weigh(float* s, int first, int last, float& maximum, float* lane_sums) {
+// Turns a row's scores into weights, times the scales of the values where there are some; the keys that count are
+// `first` to `last`. Returns the factor of what was before.
+template <bool kScaled>
+VLLMLITE_INLINE float weigh(float* s, int first, int last, const float* scales, float& maximum, float* lane_sums) {
   F v[kKeyVectors];
   F top = set(maximum);
   const bool all = first <= 0 && last >= kKeyChunk - 1;
@@ -167,7 +240,10 @@ VLLMLITE_INLINE float weigh(float* s, int first, int last, float& maximum, float
   F total = load<F>(lane_sums) * before;
   for (int i = 0; i < kKeyVectors; ++i) {
     const F w = exp2(v[i] - base);
-    store(s + i * kLanes, w);
+    if constexpr (kScaled)
+      store(s + i * kLanes, w * load<F>(scales + i * kLanes));
+    else
+      store(s + i * kLanes, w);
     total += w;
   }
   store(lane_sums, total);
@@ -254,7 +330,8 @@ void attention(const AttentionTile& tile) {
   const int last = tile.position + tile.queries - 1;
   const int first = tile.window > tile.position ? 0 : tile.position - tile.window + 1;
   const std::ptrdiff_t stride = reader.key_stride();
-  const float factor = tile.scale * kLog2E;
+  const float factor = tile.scale * kLog2E * C::kUnit;
+  float key_scales[kKeyChunk] = {}, value_scales[kKeyChunk] = {};
   Chunk chunks[2];
   int base = first / kKeyChunk * kKeyChunk, current = 0;
   reader.find(base, larger(first - base, 0), smaller(last - base, kKeyChunk - 1), chunks[0]);
@@ -269,22 +346,24 @@ void attention(const AttentionTile& tile) {
       reader.find(base + kKeyChunk, 0, last - base - kKeyChunk, chunks[current ^ 1]);
     }
     reader.gather(base, low, high, chunk);
+    if constexpr (C::kScaled) reader.copy_scales(base, low, high, key_scales, value_scales);
     const std::byte* const* keys_ahead = ahead != nullptr && reader.direct() ? ahead->keys : nullptr;
 
     for (int v = 0; v < kKeyVectors; v += 4) {
       int row = 0;
       const std::byte* const* next = keys_ahead == nullptr ? nullptr : keys_ahead + v;
       for (; row + kRowTile <= rows; row += kRowTile, next = nullptr)
-        scores<C, kRowTile>(q + row * padded, padded, chunk.keys + v, next, stride, factor,
+        scores<C, kRowTile>(q + row * padded, padded, chunk.keys + v, next, stride, factor, key_scales + v * kLanes,
                             score + row * kKeyChunk + v * kLanes);
       for (; row < rows; ++row, next = nullptr)
-        scores<C, 1>(q + row * padded, padded, chunk.keys + v, next, stride, factor,
+        scores<C, 1>(q + row * padded, padded, chunk.keys + v, next, stride, factor, key_scales + v * kLanes,
                      score + row * kKeyChunk + v * kLanes);
     }
     for (int row = 0; row < rows; ++row) {
       const int position = tile.position + row / tile.group;
       const int from = tile.window > position ? 0 : position - tile.window + 1;
-      factors[row] = weigh(score + row * kKeyChunk, from - base, position - base, maxima[row], lane_sums + row * 16);
+      factors[row] = weigh<C::kScaled>(score + row * kKeyChunk, from - base, position - base, value_scales, maxima[row],
+                                       lane_sums + row * 16);
     }
     int row = 0;
     const Chunk* next = ahead;

@@ -37,6 +37,7 @@ typedef float F __attribute__((vector_size(kLanes * 4)));
 typedef std::int32_t I __attribute__((vector_size(kLanes * 4)));
 typedef std::uint32_t U __attribute__((vector_size(kLanes * 4)));
 typedef std::uint16_t H __attribute__((vector_size(kLanes * 2)));
+typedef std::int8_t B __attribute__((vector_size(kLanes)));
 
 template <typename T>
 VLLMLITE_INLINE T smaller(T a, T b) {
@@ -68,7 +69,7 @@ VLLMLITE_INLINE V load_some(const T* from, int count) {
   return load<V>(padded);
 }
 
-VLLMLITE_INLINE F set(float x) { return F{} + x; }
+VLLMLITE_INLINE F set(float x) { return x - F{}; }  // not +, which would turn -0 into 0 and so cost an instruction
 
 VLLMLITE_INLINE F fma(F a, F b, F c) {
 #if defined(__AVX512F__)
@@ -176,13 +177,39 @@ VLLMLITE_INLINE H to_f16(F x) {
 #endif
 }
 
+// ---- 8-bit integers
+
+VLLMLITE_INLINE F from_i8(const std::int8_t* from) {
+#if defined(__AVX512F__)
+  return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  return (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__aarch64__)
+  std::int32_t four;
+  __builtin_memcpy(&four, from, sizeof four);
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+  return (F)vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(load<B>(from), I), F);
+#endif
+}
+
+// The lowest bytes of the first `count` elements.
+VLLMLITE_INLINE void store_i8(std::int8_t* to, I x, int count) {
+  std::int32_t items[kLanes];
+  store(items, x);
+  for (int i = 0; i < count; ++i) to[i] = static_cast<std::int8_t>(items[i]);
+}
+
 // ---- Functions
+
+// 1.5 * 2^23: adding it to less than 2^22 rounds to a whole number, halves to even, in the lowest bits of the sum.
+inline constexpr float kRound = 12582912.0F;
 
 // 2^x: the polynomial's error is below 1e-7 of the result; 0 below 2^-126, infinity from 2^128 up.
 VLLMLITE_INLINE F exp2(F x) {
   const F clamped = x < 128.0F ? x : set(128.0F);
   const F bounded = clamped > -127.0F ? clamped : set(-127.0F);
-  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it leaves no bits for a fraction
   const F whole = (bounded + kRound) - kRound;
   const F f = bounded - whole;
   F p = set(1.5252734e-05F);

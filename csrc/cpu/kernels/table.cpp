@@ -36,6 +36,8 @@ constinit const Kernels kernels{
 #else
     .attention = {attention<F32Keys>, attention<PairKeys<F16>>, attention<PairKeys<BF16>>},
 #endif
+    .attention_int8 = attention<CodeKeys>,
+    .quantize_head = quantize_head,
     .argmax = argmax,
     .weights = weights,
 };
