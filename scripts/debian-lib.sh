@@ -76,6 +76,7 @@ prepare() {
     # Some of this has no option on sbuild's command line.
     cat > "$SCRATCH/home/.sbuildrc" << EOF
 \$unshare_tmpdir_template = '$SCRATCH/tmp/sbuild.XXXXXXXXXX';
+\$build_arch_all = 1;
 \$run_lintian = 1;
 \$lintian_require_success = 1;
 \$lintian_opts = ['-EIL', '+pedantic', '--fail-on=error,warning'];
@@ -126,7 +127,7 @@ build() {
     local directory=$1 dsc=$2
     shift 2
     as_user env -C "$directory" sbuild --chroot-mode=unshare --chroot="$SCRATCH/sid.tar" --dist=unstable --nolog \
-        --no-clean-source --arch-all "$@" "$dsc"
+        --no-clean-source "$@" "$dsc"
 }
 
 # The extension for another architecture, in a clean amd64 chroot.
@@ -147,7 +148,8 @@ cross_tests() {
     # shellcheck disable=SC2016  # the inner shell's own parameters
     emulator=(unshare --mount --pid --fork sh -c 'mount -t proc proc "$0/proc"; exec chroot "$0" "$@"' "$system"
         qemu-aarch64 -E "LD_LIBRARY_PATH=/usr/lib/aarch64-linux-gnu/blas:/usr/lib/aarch64-linux-gnu/lapack")
-    "${emulator[@]}" /usr/bin/python3 -B -m pytest -p no:cacheprovider -rs /srv/tests/test_{cpu_backend,ops,sampling_ops}.py
+    "${emulator[@]}" /usr/bin/python3 -B -m pytest -p no:cacheprovider -rs \
+        /srv/tests/test_{cpu_backend,ops,sampling_ops}.py
     TMPDIR=$system/tmp debian/tests/generate native "${emulator[@]}"
     rm -rf "$system"
 }
