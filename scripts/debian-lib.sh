@@ -3,6 +3,8 @@
 # account of checks. Sourced; it expects `set -euo pipefail`, root, and the repository root as working directory.
 
 BUILD_USER=vllmlite-build-$$
+# What src:vllmlite's autopkgtests must come to.
+GENERATE=('generate-cpu +PASS' 'generate-native +PASS' 'generate-baseline +PASS')
 PASSED=0
 STARTED=$SECONDS
 

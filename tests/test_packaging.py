@@ -111,6 +111,7 @@ def test_cudabuild_makes_the_other_source_and_leaves_the_checkout_alone(
     out = area / "out" / "debian"
     assert (out / "control").read_text() == text("debian/control.cuda")
     assert (out / "tests/control").read_text() == text("debian/tests/control.cuda")
+    assert not list(out.glob("python3-vllmlite*"))
     top, _, rest = (out / "changelog").read_text().partition("\n\nvllmlite ")
     assert top.startswith("vllmlite-cuda (0.1.0-2)")
     assert "Mend it.\n" in top
