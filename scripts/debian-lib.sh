@@ -150,7 +150,7 @@ cross_tests() {
     # shellcheck disable=SC2016  # the inner shell's own parameters
     emulator=(unshare --mount --pid --fork sh -c 'mount -t proc proc "$0/proc"; exec chroot "$0" "$@"' "$system"
         qemu-aarch64 -E "LD_LIBRARY_PATH=/usr/lib/aarch64-linux-gnu/blas:/usr/lib/aarch64-linux-gnu/lapack")
-    "${emulator[@]}" /usr/bin/python3 -B -m pytest -p no:cacheprovider -rs \
+    "${emulator[@]}" /usr/bin/python3 -B -m pytest -p no:cacheprovider --hypothesis-profile=ci -rs \
         /srv/tests/test_{cpu_backend,ops,sampling_ops}.py
     TMPDIR=$system/tmp debian/tests/generate native "${emulator[@]}"
     rm -rf "$system"
