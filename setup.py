@@ -1,7 +1,7 @@
 """Packaging for pip and for Debian.
 
 The Python package alone is built by default. A native extension is built when asked for, through the CMake project,
-and an extension that was asked for and cannot be built is an error:
+and an extension that was asked for and cannot be built is an error (pip shows what is said here with -v, or at one):
 
     VLLMLITE_CPU=1 pip install .
     VLLMLITE_CUDA=1 pip install .
@@ -30,12 +30,18 @@ def version() -> str:
     return found.group(1)
 
 
+def say(what: str) -> None:
+    """A line between the lines of the tools."""
+    print(f"setup.py: {what}", file=sys.stderr, flush=True)
+
+
 class CMakeBuild(build_ext):
     """Hands the wanted modules to CMake, which stops the installation when one of them does not build."""
 
     def build_extension(self, ext: Extension) -> None:
         """Configure, build and install one module in the place that setuptools chose."""
         name = ext.name.rpartition(".")[2]
+        say(f"building {ext.name}, which {NATIVE[name]} asks for")
         build = Path(self.build_temp).resolve() / name
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         configure = [
@@ -43,15 +49,22 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}",
             f"-D{NATIVE[name]}=ON", f"-DCMAKE_INSTALL_PREFIX={target.parent}",
         ]  # fmt: skip
-        for command in (
-            configure,
-            ["cmake", "--build", str(build), "--parallel"],
-            ["cmake", "--install", str(build)],
-        ):
-            subprocess.run(command, check=True)
+        compile = ["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)]
+        for command in (configure, compile, ["cmake", "--install", str(build)]):
+            try:
+                subprocess.run(command, check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise SystemExit(
+                    f"setup.py: {NATIVE[name]} asks for {ext.name}, and it cannot be built: {error}"
+                ) from None
+        say(f"built {ext.name}")
 
 
 wanted = [name for name, switch in NATIVE.items() if os.environ.get(switch, "").lower() not in OFF]
+if not wanted:
+    say(
+        f"the Python package alone; {' or '.join(f'{switch}=1' for switch in NATIVE.values())} adds an extension"
+    )
 
 setup(
     name="vllmlite",

@@ -3,6 +3,8 @@
 # account of checks. Sourced; it expects `set -euo pipefail`, root, and the repository root as working directory.
 
 BUILD_USER=vllmlite-build-$$
+# What src:vllmlite's autopkgtests must come to.
+GENERATE=('generate-cpu +PASS' 'generate-native +PASS' 'generate-baseline +PASS')
 PASSED=0
 STARTED=$SECONDS
 
@@ -72,10 +74,11 @@ prepare() {
     useradd --home-dir "$SCRATCH/home" --shell /bin/bash "$BUILD_USER"
     grep -q "^$BUILD_USER:" /etc/subuid || usermod --add-subuids 1000000-1065535 "$BUILD_USER"
     grep -q "^$BUILD_USER:" /etc/subgid || usermod --add-subgids 1000000-1065535 "$BUILD_USER"
-    mkdir "$SCRATCH"/{home,logs,tmp,source,cpu,cuda}
+    mkdir "$SCRATCH"/{home,logs,tmp,source,cpu,cross,cuda}
     # Some of this has no option on sbuild's command line.
     cat > "$SCRATCH/home/.sbuildrc" << EOF
 \$unshare_tmpdir_template = '$SCRATCH/tmp/sbuild.XXXXXXXXXX';
+\$build_arch_all = 1;
 \$run_lintian = 1;
 \$lintian_require_success = 1;
 \$lintian_opts = ['-EIL', '+pedantic', '--fail-on=error,warning'];
@@ -95,7 +98,7 @@ EOF
 
 # What was built and logged is copied to RESULTS first, where the caller set one.
 cleanup() {
-    [ -z "${RESULTS:-}" ] || { mkdir -p "$RESULTS" && cp -a "$SCRATCH"/{logs,source,cpu,cuda} "$RESULTS"; }
+    [ -z "${RESULTS:-}" ] || { mkdir -p "$RESULTS" && cp -a "$SCRATCH"/{logs,source,cpu,cross,cuda} "$RESULTS"; }
     rm -rf "$SCRATCH"
     userdel "$BUILD_USER" 2> /dev/null || true
 }
@@ -126,7 +129,31 @@ build() {
     local directory=$1 dsc=$2
     shift 2
     as_user env -C "$directory" sbuild --chroot-mode=unshare --chroot="$SCRATCH/sid.tar" --dist=unstable --nolog \
-        --no-clean-source --arch-all "$@" "$dsc"
+        --no-clean-source "$@" "$dsc"
+}
+
+# The extension for another architecture, in a clean amd64 chroot.
+cross_build() { build "$SCRATCH/cross" "$DSC" --no-arch-all --host=arm64; }
+
+# What the cross build made, under QEMU: its ops' unit tests, and the built-in model's texts. The system is unpacked and
+# not configured, and nothing in it starts another program, so that the kernel need not know of QEMU. A path below it is
+# the same inside.
+cross_tests() {
+    local system=$SCRATCH/arm64 deb emulator
+    mmdebstrap --mode=root --variant=extract --architectures=arm64,amd64 --aptopt='Acquire::Check-Valid-Until "false"' \
+        --include=base-files,python3-{huggingface-hub,hypothesis,jinja2,numpy,pytest,tokenizers,yaml},qemu-user:amd64 \
+        sid "$system" "deb $MIRROR sid main"
+    for deb in "$SCRATCH"/{cpu/python3-vllmlite,cross/python3-vllmlite-cpu}_*.deb; do dpkg-deb -x "$deb" "$system"; done
+    git archive HEAD tests | tar -x -C "$system/srv"
+    mkdir -p "$system/${system%/*}"
+    ln -s / "$system/$system"
+    # shellcheck disable=SC2016  # the inner shell's own parameters
+    emulator=(unshare --mount --pid --fork sh -c 'mount -t proc proc "$0/proc"; exec chroot "$0" "$@"' "$system"
+        qemu-aarch64 -E "LD_LIBRARY_PATH=/usr/lib/aarch64-linux-gnu/blas:/usr/lib/aarch64-linux-gnu/lapack")
+    "${emulator[@]}" /usr/bin/python3 -B -m pytest -p no:cacheprovider --hypothesis-profile=ci -rs \
+        /srv/tests/test_{cpu_backend,ops,sampling_ops}.py
+    TMPDIR=$system/tmp debian/tests/generate native "${emulator[@]}"
+    rm -rf "$system"
 }
 
 with_contrib() { printf -- '--extra-repository=deb %s sid contrib non-free' "$MIRROR"; }

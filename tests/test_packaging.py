@@ -111,6 +111,7 @@ def test_cudabuild_makes_the_other_source_and_leaves_the_checkout_alone(
     out = area / "out" / "debian"
     assert (out / "control").read_text() == text("debian/control.cuda")
     assert (out / "tests/control").read_text() == text("debian/tests/control.cuda")
+    assert not list(out.glob("python3-vllmlite*"))
     top, _, rest = (out / "changelog").read_text().partition("\n\nvllmlite ")
     assert top.startswith("vllmlite-cuda (0.1.0-2)")
     assert "Mend it.\n" in top
@@ -127,7 +128,7 @@ def test_the_cuda_variant_without_nvcc_is_one_error_and_can_still_be_cleaned(che
     rules = ["make", "-f", "debian/rules"]
     environment = {**os.environ, "PATH": path}
     done = subprocess.run(
-        [*rules, "-s", "override_dh_auto_configure"],
+        [*rules, "-s", "override_dh_auto_configure-arch"],
         cwd=checkout,
         env=environment,
         capture_output=True,
@@ -147,6 +148,9 @@ def test_the_cpu_variant_does_not_look_for_nvcc(checkout: Path, tmp_path: Path, 
         (tmp_path / "nvcc").write_text("#!/bin/sh\nexit 1\n")
         (tmp_path / "nvcc").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    plan = run("make", "-f", "debian/rules", "--dry-run", "build", cwd=checkout, PATH=path)
-    assert "--buildsystem=pybuild" in plan
-    assert "cmake" not in plan
+    plan = run(
+        "make", "-f", "debian/rules", "--dry-run", "override_dh_auto_configure-arch", cwd=checkout, PATH=path
+    )
+    assert "-DVLLMLITE_CPU=ON" in plan
+    assert "CUDA" not in plan
+    assert "nvcc" not in plan
