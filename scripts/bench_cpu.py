@@ -141,6 +141,8 @@ def _measure(
         attempt(figure, "prepare")
     for _ in range(rounds):
         with _beside(around):
+            for system in systems.values():
+                system.rest()
             for figure in list(values):
                 attempt(figure, "measure")
     for figure, measured in values.items():

@@ -23,6 +23,9 @@ class System:
     def prepare(self, work: str, **options: Any) -> None:
         """Get everything ready that is not to be measured."""
 
+    def rest(self) -> None:
+        """Take no CPU until asked again."""
+
     def measure(self, work: str, **options: Any) -> float:
         """One figure."""
         raise NotImplementedError
@@ -57,6 +60,11 @@ class Engine(System):
         if work != "mixed":
             self.measure(work, **options)
 
+    def rest(self) -> None:
+        """Stop the process and its children."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGSTOP)
+
     def measure(self, work: str, **options: Any) -> float:
         """What the engine answers."""
         process = self._process
@@ -81,7 +89,7 @@ class Engine(System):
             self.close()
             self._log.seek(0)
             raise RuntimeError(last_line(self._log.read()))
-        os.killpg(process.pid, signal.SIGSTOP)
+        self.rest()
         found: dict[str, float] = json.loads(line)
         return found
 
