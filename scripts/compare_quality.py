@@ -1,29 +1,32 @@
 #!/usr/bin/env python3
-"""What a dtype or a quantisation costs the built-in model: perplexity of a text that it was not trained on, and the
+"""What a dtype or a quantisation costs the built-in model: perplexity of two texts that it was not trained on, and the
 mean Kullback-Leibler divergence of its next-token distributions from those of the reference in float32.
 
-    PYTHONPATH=. scripts/compare_quality.py [CONFIGURATION...] [--gguf FILE...] [--tokens 6144]
+    PYTHONPATH=. scripts/compare_quality.py [CONFIGURATION...] [--gguf FILE...]
 
 A CONFIGURATION is options of the engine, such as `quantization=int8` or `dtype=bfloat16,kv_cache_dtype=int8`; without
 any, the list below is run. `max_num_batched_tokens=1` feeds a token a step, as decoding does, where products may be
-computed otherwise. The text is this repository's own English: README.md, debian/README.source and the docstrings of
-the package, cut into windows of 512 tokens, each fed from its beginning; every token but a window's first is predicted
-from those before it, and all of the vocabulary's log-probabilities are compared. A GGUF file of the same model is
-dequantised (python3-gguf, python3-safetensors) and run by the reference in float32: what its weights cost, without what
-llama.cpp adds by rounding activations to 8 bits. The last line is JSON: {configuration: {"perplexity": ..., "kl": mean
-nats, "kl_99": the 99th percentile, "same_top": part of positions whose most likely token is the reference's}}.
+computed otherwise.
+
+The texts: `licence` is this repository's LICENSE (the corpus of the model leaves licences out), English far from what
+the model knows; `own` is what the reference itself writes at temperature 1 after the beginnings below, where float32
+must be the best and what is lost shows. Both are cut into windows of 512 tokens, each fed from its beginning; every
+token but a window's first is predicted from those before it, and the log-probabilities of all the vocabulary are
+compared. A GGUF file of the same model is dequantised (python3-gguf, python3-safetensors) and run by the reference in
+float32: what its weights cost, without what llama.cpp adds by rounding activations to 8 bits.
+
+The last line is JSON: {configuration: {text: {"perplexity": ..., "kl": mean nats, "kl_99": their 99th percentile,
+"same_top": part of positions whose most likely token is the reference's}}}; null for a configuration that is refused.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,15 @@ CONFIGURATIONS = [
     "quantization=int4",
     "quantization=int4,max_num_batched_tokens=1",
     "dtype=bfloat16,kv_cache_dtype=int8",
+]
+
+BEGINNINGS = [
+    "The Debian Project is",
+    "A package manager",
+    "This program reads",
+    "To install it,",
+    "The default value of this option",
+    "Copyright and authors:",
 ]
 
 LAYERS = {
@@ -71,16 +83,17 @@ def main() -> None:
     parser.add_argument(
         "--gguf", nargs="+", default=[], metavar="FILE", help="GGUF files of the built-in model"
     )
-    parser.add_argument("--tokens", type=int, default=6144, help="most tokens of the text")
     args = parser.parse_args()
-    text = "\n\n".join(_prose())
     reference = LLM(**REFERENCE, **_limits({}))
-    ids = reference.get_tokenizer().encode(text)[: args.tokens]
-    windows = [ids[at : at + WINDOW] for at in range(0, len(ids) - 1, WINDOW)]
-    digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
-    print(f"{len(ids)} tokens in {len(windows)} windows, sha256 {digest}")
-    expected = [_log_probabilities(reference, window) for window in windows]
-    result: dict[str, Any] = {"reference": _compared(expected, expected, windows)}
+    texts = {"licence": _licence(reference), "own": _own(reference)}
+    result: dict[str, Any] = {}
+    for name, windows in texts.items():
+        digest = hashlib.sha256(json.dumps(windows).encode()).hexdigest()[:16]
+        result[name] = {"tokens": sum(map(len, windows)), "sha256": digest}
+    print(json.dumps(result))
+    expected = {
+        name: [_log_probabilities(reference, ids) for ids in windows] for name, windows in texts.items()
+    }
 
     def compare(name: str, options: dict[str, Any]) -> None:
         try:
@@ -89,16 +102,20 @@ def main() -> None:
             print(f"{name}: {error}")
             result[name] = None
             return
-        result[name] = _compared(expected, [_log_probabilities(llm, window) for window in windows], windows)
-        print(f"{name:45} {json.dumps(result[name])}", flush=True)
+        result[name] = {
+            text: _compared(expected[text], [_log_probabilities(llm, ids) for ids in windows], windows)
+            for text, windows in texts.items()
+        }
+        print(f"{name}: {json.dumps(result[name])}", flush=True)
 
+    compare("reference", REFERENCE)
     for configuration in args.configurations:
         compare(configuration, {"backend": "cpu", **_options(configuration)})
     for file in args.gguf:
         with tempfile.TemporaryDirectory() as directory:
             _dequantise(Path(file), Path(directory))
             compare(Path(file).name, {"model": directory, **REFERENCE})
-    print(json.dumps({"tokens": len(ids), "sha256": digest, **result}))
+    print(json.dumps(result))
 
 
 def _limits(options: dict[str, Any]) -> dict[str, Any]:
@@ -114,16 +131,21 @@ def _options(configuration: str) -> dict[str, Any]:
     return {name: int(value) if value.isdigit() else value for name, value in pairs}
 
 
-def _prose() -> Iterator[str]:
-    """The text: paragraphs of English about this program, which no model has been trained on here."""
-    for name in ("README.md", "debian/README.source"):
-        yield (ROOT / name).read_text(encoding="utf-8")
-    for file in sorted((ROOT / "vllmlite").rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (
-                text := ast.get_docstring(node)
-            ):
-                yield text
+def _licence(llm: LLM) -> list[list[int]]:
+    """The windows of LICENSE."""
+    ids = llm.get_tokenizer().encode((ROOT / "LICENSE").read_text(encoding="utf-8"))
+    return [ids[at : at + WINDOW] for at in range(0, len(ids) - 1, WINDOW)]
+
+
+def _own(llm: LLM) -> list[list[int]]:
+    """A window of what the model writes after each beginning."""
+    prompts = [llm.get_tokenizer().encode(text) for text in BEGINNINGS]
+    params = [
+        SamplingParams(temperature=1, max_tokens=WINDOW - len(ids), ignore_eos=True, seed=seed)
+        for seed, ids in enumerate(prompts)
+    ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [ids + output.outputs[0].token_ids for ids, output in zip(prompts, outputs, strict=True)]
 
 
 def _log_probabilities(llm: LLM, ids: list[int]) -> NDArray[np.float32]:
