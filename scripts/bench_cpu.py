@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -80,6 +81,9 @@ def main() -> None:
     if args.list:
         print(*(row.name for row in rows), sep="\n")
         return
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # engines must not be left stopped
     with tempfile.TemporaryDirectory() as temporary:
         systems = _systems(args, args.keep or Path(temporary))
         try:
@@ -138,9 +142,11 @@ def _measure(
             del values[figure]
 
     for figure in figures:
+        print(f"preparing {_described(figure)}", file=sys.stderr)
         attempt(figure, "prepare")
-    for _ in range(rounds):
+    for number in range(rounds):
         with _beside(around):
+            print(f"round {number + 1}", file=sys.stderr)
             for system in systems.values():
                 system.rest()
             for figure in list(values):
