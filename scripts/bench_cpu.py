@@ -1,11 +1,16 @@
 #!/usr/bin/env python3
-"""The native CPU backend beside the limits of the machine, and beside llama.cpp where it is given.
+"""The native CPU backend beside vLLM, llama.cpp and the limits of the machine: the table of its bars.
 
-    PYTHONPATH=. scripts/bench_cpu.py MODEL [--llama-bench "COMMAND" --gguf FILE] [--rounds N]
+    PYTHONPATH=. scripts/bench_cpu.py MODEL [--vllm PYTHON] [--llama-bench COMMAND] [--llama-batched-bench COMMAND]
+        [--gguf FILE] [--gguf-q8 FILE] [--gguf-q4 FILE] [--rows 'decode-1-*,start/*'] [--rounds 3] [--scale 0.25]
 
-MODEL is a checkpoint directory in bfloat16 (``../shared/peers/make_model.py`` writes one). Ours and the peer's runs
-alternate, and the machine's read bandwidth and bfloat16 arithmetic are probed in between; medians are compared. The
-last line is one JSON object: {row: {"ours": ..., "peer": ..., "ratio": ..., "bar": ...}}, null where nothing is known.
+MODEL is a checkpoint directory in bfloat16, and the GGUF files hold the same weights. In each round every figure that
+the chosen rows need is measured once, ours and the peers' in turn; medians of the rounds are compared, and of vLLM's
+two modes (eager, compiled) the faster counts. A row whose peer is not given, or cannot do it, stays without a ratio.
+``--scale`` shortens the 64 mixed requests of 64 to 512 tokens, which take minutes. ``--around`` names a command that
+is started before each round and told to end, by the end of its standard input, after it: one that says ``ready`` when
+it has quieted the machine, say. The last line is one JSON object: {row: {"ours": ..., "peer": ..., "ratio": ...,
+"bar": ...}}; a ratio of at least the bar meets it.
 """
 
 from __future__ import annotations
@@ -13,173 +18,179 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from cpu_bench.models import Models
+from cpu_bench.programs import programs, step_model
+from cpu_bench.rows import LONG, Figure, Row, table
+from cpu_bench.systems import Engine, Limits, LlamaBench, Step, System
 
-from vllmlite import LLM, SamplingParams
 from vllmlite.backends.cores import usable_cores
 
-HERE = Path(__file__).resolve().parent
-DECODED = 24
-PREFILLED = 512
-LONG = 8192
+POOL_GIB = 3
+COMMON = {"skip_tokenizer_init": True, "dtype": "bfloat16", "max_num_seqs": 64}
+OURS = {"backend": "cpu", "max_model_len": LONG + 64, "kv_cache_memory_bytes": POOL_GIB << 30}
+VLLM = {"max_model_len": 1040}
+VLLM_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": str(POOL_GIB),
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+SHORTEST, LONGEST = 64, 512
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
-    parser.add_argument("--llama-bench", help="command that starts llama.cpp's llama-bench")
-    parser.add_argument("--gguf", help="the same weights for it")
+    parser.add_argument(
+        "--vllm", metavar="COMMAND", help="the Python of an environment with vLLM for the CPU"
+    )
+    parser.add_argument("--llama-bench", metavar="COMMAND")
+    parser.add_argument("--llama-batched-bench", metavar="COMMAND")
+    parser.add_argument("--gguf", metavar="FILE", help="bf16")
+    parser.add_argument("--gguf-q8", metavar="FILE", help="Q8_0")
+    parser.add_argument("--gguf-q4", metavar="FILE", help="Q4_0")
+    parser.add_argument("--rows", metavar="GLOB,...", default="*", help="which rows (default: all)")
+    parser.add_argument("--list", action="store_true", help="show the rows' names and end")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--scale", type=float, default=0.25, help="of the mixed requests' lengths; the bar's: 1"
+    )
+    parser.add_argument("--around", metavar="COMMAND", help="runs beside each round; says a line first")
+    parser.add_argument("--keep", metavar="DIR", type=Path, help="where made checkpoints are kept")
     args = parser.parse_args()
-    peer = _llama(args.llama_bench, args.gguf) if args.llama_bench and args.gguf else None
-    if peer is None:
-        print("llama.cpp: not given, its columns stay empty")
-    found: dict[str, list[float]] = {}
-
-    def note(name: str, value: float) -> None:
-        found.setdefault(name, []).append(value)
-
-    with tempfile.TemporaryDirectory() as directory:
-        probe = _probe(Path(directory))
-        llm = LLM(
-            str(args.model), backend="cpu", skip_tokenizer_init=True, max_model_len=LONG + 64,
-            enable_prefix_caching=False, kv_cache_memory_bytes=1 << 30,
-        )  # fmt: skip
-        for _ in range(args.rounds):
-            for name, value in probe().items():
-                note(name, value)
-            if peer is not None:
-                for name, value in peer().items():
-                    note(name, value)
-            for batch in (1, 8, 16):
-                note(f"decode {batch}", _decode(llm, batch, 16))
-            note("prefill", PREFILLED / _seconds(llm, 1, PREFILLED, 1))
-            if not found.get("decode long"):
-                note("decode long", _decode(llm, 1, LONG))
-                note("decode short", _decode(llm, 1, 16))
-        note("start built-in", _start([]))
-        note("start model", _start(["--model", str(args.model)]))
-    print(json.dumps(_table({name: statistics.median(values) for name, values in found.items()}, args.model)))
-
-
-def _table(found: dict[str, float], model: Path) -> dict[str, dict[str, float | None]]:
-    """The rows of the bars, printed as they are made."""
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e9
-    config = json.loads((model / "config.json").read_text())
-    kv = 2 * 2 * LONG * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] / 1e9
-    per_token = (weights * 1e9 / 2 - config["vocab_size"] * config["hidden_size"]) * 2 / 1e9
-    attention = 1 / (1 / found["decode long"] - 1 / found["decode short"])
-    rows: list[tuple[str, float, float | None, float]] = [
-        ("decode 1, tok/s, llama.cpp bf16", found["decode 1"], found.get("llama decode"), 0.97),
-        ("decode 1, GB/s, read bandwidth", found["decode 1"] * weights, found["read_gb_s"], 0.90),
-        ("decode 8, GB/s, read bandwidth", found["decode 8"] / 8 * weights, found["read_gb_s"], 0.90),
-        ("decode 16, GB/s, read bandwidth", found["decode 16"] / 16 * weights, found["read_gb_s"], 0.75),
-        ("prefill 512, tok/s, llama.cpp bf16", found["prefill"], found.get("llama prefill"), 4.0),
-        (
-            "prefill 512, GFLOP/s, arithmetic",
-            found["prefill"] * per_token,
-            found["bf16_gflop_s"] or None,
-            0.85,
-        ),
-        ("attention at 8192, GB/s, read bandwidth", attention * kv, found["read_gb_s"], 0.80),
-        ("built-in model, 1/s to first token", 1 / found["start built-in"], 1 / 0.6, 1.0),
-        ("model, 1/s to first token", 1 / found["start model"], 1 / 1.5, 1.0),
+    patterns = args.rows.split(",")
+    rows = [
+        row
+        for row in table((int(SHORTEST * args.scale), int(LONGEST * args.scale)))
+        if any(fnmatch(row.name, pattern) for pattern in patterns)
     ]
-    table = {}
-    for name, ours, peer, bar in rows:
-        ratio = None if peer is None else ours / peer
-        table[name] = {"ours": ours, "peer": peer, "ratio": ratio, "bar": bar}
-        shown = "-" if peer is None or ratio is None else f"{peer:10.1f} {ratio:6.2f}"
-        print(f"{name:42} {ours:10.1f} {shown} (bar {bar})")
-    for batch in (1, 8, 16):
-        print(f"decode {batch}: {found[f'decode {batch}']:.1f} tok/s")
-    return table
+    if args.list:
+        print(*(row.name for row in rows), sep="\n")
+        return
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # engines must not be left stopped
+    with tempfile.TemporaryDirectory() as temporary:
+        systems = _systems(args, args.keep or Path(temporary))
+        try:
+            found = _measure(rows, systems, args.rounds, args.around)
+        finally:
+            for system in systems.values():
+                system.close()
+    print(json.dumps({row.name: _compared(row, found) for row in rows}))
 
 
-def _seconds(llm: LLM, batch: int, length: int, tokens: int) -> float:
-    draw = np.random.default_rng(time.perf_counter_ns())
-    prompts: list[Any] = [
-        {"prompt_token_ids": draw.integers(10, 20_000, length).tolist()} for _ in range(batch)
-    ]
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    start = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=False)
-    return time.perf_counter() - start
+def _systems(args: argparse.Namespace, directory: Path) -> dict[str, System]:
+    """What can be measured, by the names that the rows use."""
+    threads = usable_cores()
+    models = Models(args.model, directory)
+    ours = {"model": str(models.base), **COMMON, **OURS}
+    python = [sys.executable]
+    systems: dict[str, System] = {
+        "bf16": Engine(python, "vllmlite", ours),
+        "int8": Engine(python, "vllmlite", {**ours, "quantization": "int8"}),
+        "int4": Engine(python, "vllmlite", {**ours, "quantization": "int4"}),
+        "limits": Limits(models, threads, directory),
+        "programs": programs(models),
+        "step": Step(python, step_model(directory)),
+    }
+    if args.vllm:
+        theirs = {"model": str(models.base), **COMMON, **VLLM}
+        for mode, eager in (("eager", True), ("compiled", False)):
+            options = {**theirs, "enforce_eager": eager}
+            systems[f"vllm {mode}"] = Engine(shlex.split(args.vllm), "vllm", options, VLLM_ENVIRONMENT)
+    single, batched = (
+        shlex.split(command) if command else None for command in (args.llama_bench, args.llama_batched_bench)
+    )
+    for name, gguf in (("bf16", args.gguf), ("Q8_0", args.gguf_q8), ("Q4_0", args.gguf_q4)):
+        if gguf:
+            systems[f"llama.cpp {name}"] = LlamaBench(single, batched, gguf, threads)
+    return systems
 
 
-def _decode(llm: LLM, batch: int, length: int) -> float:
-    """Tokens a second after the first: stamped by the engine's own steps, so that prefilling does not count."""
-    engine = llm.llm_engine
-    draw = np.random.default_rng(time.perf_counter_ns())
-    params = SamplingParams(temperature=0, max_tokens=DECODED + 2, ignore_eos=True)
-    for index in range(batch):
-        prompt: Any = {"prompt_token_ids": draw.integers(10, 20_000, length).tolist()}
-        engine.add_request(str(index), prompt, params)
-    stamps = []
-    while engine.has_unfinished_requests():
-        engine.step()
-        stamps.append(time.perf_counter())
-    steps: list[float] = np.diff(stamps)[-DECODED:].tolist()
-    return batch / statistics.median(steps)
+def _measure(
+    rows: list[Row], systems: dict[str, System], rounds: int, around: str | None
+) -> dict[Figure, float]:
+    """The median of each figure that could be measured; says why others could not."""
+    figures = list(dict.fromkeys(figure for row in rows for figure in (row.ours, *row.peers)))
+    values: dict[Figure, list[float]] = {figure: [] for figure in figures}
+
+    def attempt(figure: Figure, action: str) -> None:
+        try:
+            system = systems.get(figure.system)
+            if system is None:
+                raise RuntimeError("not given")
+            value: float | None = getattr(system, action)(figure.work, **dict(figure.options))
+            if value is not None:
+                values[figure].append(value)
+        except RuntimeError as error:
+            print(f"{_described(figure)}: {error}", file=sys.stderr)
+            del values[figure]
+
+    for figure in figures:
+        print(f"preparing {_described(figure)}", file=sys.stderr)
+        attempt(figure, "prepare")
+    for number in range(rounds):
+        with _beside(around):
+            print(f"round {number + 1}", file=sys.stderr)
+            for system in systems.values():
+                system.rest()
+            for figure in list(values):
+                attempt(figure, "measure")
+    for figure, measured in values.items():
+        print(f"{_described(figure):70} {' '.join(f'{value:.4g}' for value in measured)}")
+    return {figure: statistics.median(measured) for figure, measured in values.items()}
 
 
-def _start(options: list[str]) -> float:
-    """Seconds from process start to the end of a generation of one token; the better of three."""
-    command = [
-        sys.executable,
-        "-m",
-        "vllmlite",
-        "generate",
-        "--backend",
-        "cpu",
-        "--max-tokens",
-        "1",
-        *options,
-    ]
-    taken = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([*command, "Debian is"], check=True, capture_output=True)
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+def _compared(row: Row, found: dict[Figure, float]) -> dict[str, float | None]:
+    """The row's entry, printed too."""
+    ours = found.get(row.ours)
+    peers = [found[peer] for peer in row.peers if peer in found]
+    peer = row.limit if row.limit is not None else max(peers, default=None)
+    ratio = None
+    if ours is not None and peer is not None:
+        ratio = ours / peer if row.limit is None else peer / max(ours, 1e-9)
+    shown = ["-" if value is None else f"{value:.4g}" for value in (ours, peer, ratio)]
+    verdict = "" if ratio is None else "met" if ratio >= row.bar else "missed"
+    print(
+        f"{row.name:26} {shown[0]:>9} {shown[1]:>9} {row.unit:6} ratio {shown[2]:>7} bar {row.bar} {verdict}"
+    )
+    return {"ours": ours, "peer": peer, "ratio": ratio, "bar": row.bar}
 
 
-def _probe(directory: Path) -> Callable[[], dict[str, float]]:
-    binary = directory / "cpu_probe"
-    source = HERE / "cpu_probe.cpp"
-    options = ["-O2", "-std=c++20", "-march=native", "-pthread"]
-    subprocess.run(["c++", *options, str(source), "-o", str(binary)], check=True)
-
-    def run() -> dict[str, float]:
-        done = subprocess.run([str(binary), str(usable_cores())], check=True, capture_output=True, text=True)
-        values: dict[str, float] = json.loads(done.stdout)
-        return values
-
-    return run
+def _described(figure: Figure) -> str:
+    return " ".join([figure.system, figure.work, *(f"{name}={value}" for name, value in figure.options)])
 
 
-def _llama(command: str, gguf: str) -> Callable[[], dict[str, float]]:
-    argv = [*shlex.split(command), "-m", gguf, "-t", str(usable_cores()), "-p", str(PREFILLED), "-n", "32"]
-
-    def run() -> dict[str, float]:
-        done = subprocess.run([*argv, "-r", "1", "-o", "json"], check=True, capture_output=True, text=True)
-        results = json.loads(done.stdout)
-        return {
-            "llama decode" if result["n_gen"] else "llama prefill": float(result["avg_ts"])
-            for result in results
-        }
-
-    return run
+@contextmanager
+def _beside(command: str | None) -> Iterator[None]:
+    """Run ``command`` meanwhile, once it has said a line, until its standard input ends."""
+    if command is None:
+        yield
+        return
+    process: subprocess.Popen[Any] = subprocess.Popen(
+        shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    try:
+        yield
+    finally:
+        process.communicate()
 
 
 if __name__ == "__main__":

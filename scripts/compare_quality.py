@@ -1,0 +1,212 @@
+#!/usr/bin/env python3
+"""What a dtype or a quantisation costs the built-in model: perplexity of two texts that it was not trained on, and the
+mean Kullback-Leibler divergence of its next-token distributions from those of the reference in float32.
+
+    PYTHONPATH=. scripts/compare_quality.py [CONFIGURATION...] [--gguf FILE...]
+
+A CONFIGURATION is options of the engine, such as `quantization=int8` or `dtype=bfloat16,kv_cache_dtype=int8`; without
+any, the list below is run. `max_num_batched_tokens=1` feeds a token a step, as decoding does, where products may be
+computed otherwise.
+
+The texts: `licence` is this repository's LICENSE (the corpus of the model leaves licences out), English far from what
+the model knows; `own` is what the reference itself writes at temperature 1 after the beginnings below, where float32
+must be the best and what is lost shows. Both are cut into windows of 512 tokens, each fed from its beginning; every
+token but a window's first is predicted from those before it, and the log-probabilities of all the vocabulary are
+compared. A GGUF file of the same model is dequantised (python3-gguf, python3-safetensors) and run by the reference in
+float32: what its weights cost, without what llama.cpp adds by rounding activations to 8 bits.
+
+The last line is JSON: {configuration: {text: {"perplexity": ..., "kl": mean nats, "kl_99": their 99th percentile,
+"same_top": part of positions whose most likely token is the reference's}}}; null for a configuration that is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite import LLM, SamplingParams
+from vllmlite.errors import VllmliteError
+from vllmlite.hub import BUILT_IN
+
+ROOT = Path(__file__).resolve().parent.parent
+WINDOW = 512
+REFERENCE = {"backend": "torch", "device": "cpu", "dtype": "float32"}
+CONFIGURATIONS = [
+    "dtype=float32",
+    "dtype=bfloat16",
+    "quantization=int8",
+    "quantization=int8,max_num_batched_tokens=1",
+    "quantization=int4",
+    "quantization=int4,max_num_batched_tokens=1",
+    "dtype=bfloat16,kv_cache_dtype=int8",
+]
+
+BEGINNINGS = [
+    "The Debian Project is",
+    "A package manager",
+    "This program reads",
+    "To install it,",
+    "The default value of this option",
+    "Copyright and authors:",
+]
+
+LAYERS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+"""GGUF's names of tensors, and the checkpoint's."""
+
+
+def main() -> None:
+    """Compare and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("configurations", nargs="*", metavar="CONFIGURATION", default=CONFIGURATIONS)
+    parser.add_argument(
+        "--gguf", nargs="+", default=[], metavar="FILE", help="GGUF files of the built-in model"
+    )
+    args = parser.parse_args()
+    reference = LLM(**REFERENCE, **_limits({}))
+    texts = {"licence": _licence(reference), "own": _own(reference)}
+    result: dict[str, Any] = {}
+    for name, windows in texts.items():
+        digest = hashlib.sha256(json.dumps(windows).encode()).hexdigest()[:16]
+        result[name] = {"tokens": sum(map(len, windows)), "sha256": digest}
+    print(json.dumps(result))
+    expected = {
+        name: [_log_probabilities(reference, ids) for ids in windows] for name, windows in texts.items()
+    }
+
+    def compare(name: str, options: dict[str, Any]) -> None:
+        try:
+            llm = LLM(**options, **_limits(options))
+        except VllmliteError as error:
+            print(f"{name}: {error}")
+            result[name] = None
+            return
+        result[name] = {
+            text: _compared(expected[text], [_log_probabilities(llm, ids) for ids in windows], windows)
+            for text, windows in texts.items()
+        }
+        print(f"{name}: {json.dumps(result[name])}", flush=True)
+
+    compare("reference", REFERENCE)
+    for configuration in args.configurations:
+        compare(configuration, {"backend": "cpu", **_options(configuration)})
+    for file in args.gguf:
+        with tempfile.TemporaryDirectory() as directory:
+            _dequantise(Path(file), Path(directory))
+            compare(Path(file).name, {"model": directory, **REFERENCE})
+    print(json.dumps(result))
+
+
+def _limits(options: dict[str, Any]) -> dict[str, Any]:
+    """What every engine here has: room for one window, and all log-probabilities."""
+    room = {"max_model_len": WINDOW + 1, "max_num_batched_tokens": WINDOW, "kv_cache_memory_bytes": 64 << 20}
+    every = {"max_logprobs": -1, "enable_prefix_caching": False}
+    return {name: value for name, value in {**room, **every}.items() if name not in options}
+
+
+def _options(configuration: str) -> dict[str, Any]:
+    """``name=value,...`` as keywords; a whole number is one."""
+    pairs = (option.split("=", 1) for option in configuration.split(","))
+    return {name: int(value) if value.isdigit() else value for name, value in pairs}
+
+
+def _licence(llm: LLM) -> list[list[int]]:
+    """The windows of LICENSE."""
+    ids = llm.get_tokenizer().encode((ROOT / "LICENSE").read_text(encoding="utf-8"))
+    return [ids[at : at + WINDOW] for at in range(0, len(ids) - 1, WINDOW)]
+
+
+def _own(llm: LLM) -> list[list[int]]:
+    """A window of what the model writes after each beginning."""
+    prompts = [llm.get_tokenizer().encode(text) for text in BEGINNINGS]
+    params = [
+        SamplingParams(temperature=1, max_tokens=WINDOW - len(ids), ignore_eos=True, seed=seed)
+        for seed, ids in enumerate(prompts)
+    ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [ids + output.outputs[0].token_ids for ids, output in zip(prompts, outputs, strict=True)]
+
+
+def _log_probabilities(llm: LLM, ids: list[int]) -> NDArray[np.float32]:
+    """``[len(ids) - 1, vocabulary]``: of what follows each token, by the engine below the text side."""
+    engine = llm.llm_engine.engine
+    engine.add_request("0", ids, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1))
+    found = None
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.error is not None:
+                raise RuntimeError(output.error)
+            found = output.prompt_logprobs or found
+    assert found is not None
+    values = np.array([position.top for position in found], np.float32)
+    order = np.array([position.top_ids for position in found], np.int64)
+    table = np.empty_like(values)
+    np.put_along_axis(table, order, values, axis=1)
+    return table
+
+
+def _compared(
+    expected: list[NDArray[np.float32]], found: list[NDArray[np.float32]], windows: list[list[int]]
+) -> dict[str, float]:
+    """Perplexity of the windows by ``found``, and how far it is from ``expected``."""
+    losses, divergences, same = [], [], []
+    for p, q, ids in zip(expected, found, windows, strict=True):
+        losses.append(-np.take_along_axis(q, np.array(ids[1:])[:, None], axis=1)[:, 0])
+        divergences.append((np.exp(p.astype(np.float64)) * (p.astype(np.float64) - q)).sum(axis=1))
+        same.append(p.argmax(axis=1) == q.argmax(axis=1))
+    kl = np.concatenate(divergences)
+    return {
+        "perplexity": round(math.exp(np.concatenate(losses).mean()), 4),
+        "kl": float(f"{kl.mean():.3g}"),
+        "kl_99": float(f"{np.quantile(kl, 0.99):.3g}"),
+        "same_top": round(float(np.concatenate(same).mean()), 4),
+    }
+
+
+def _dequantise(file: Path, directory: Path) -> None:
+    """A checkpoint of float32 weights out of a GGUF file of the built-in model."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+    from safetensors.numpy import save_file
+
+    config = json.loads((BUILT_IN / "config.json").read_text())
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    tensors = {}
+    for tensor in GGUFReader(file).tensors:
+        weights = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        *layer, name, kind = tensor.name.split(".")
+        if not layer:
+            tensors[f"{OUTSIDE[name]}.{kind}"] = weights
+            continue
+        if name in heads:  # GGUF rotates neighbours: undo the order of rows that this needs
+            shape = heads[name], weights.shape[0] // heads[name] // 2, 2, weights.shape[1]
+            weights = weights.reshape(shape).swapaxes(1, 2).reshape(weights.shape)
+        tensors[f"model.layers.{layer[-1]}.{LAYERS[name]}.{kind}"] = np.ascontiguousarray(weights)
+    save_file(tensors, directory / "model.safetensors")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUILT_IN / name, directory)
+
+
+if __name__ == "__main__":
+    main()
