@@ -10,11 +10,8 @@ namespace vllmlite::cpu {
 
 namespace {
 
-// Strips of w in a task: a multiple of every tile's. Few rows of x want small tasks, because each thread fetches one
-// ahead.
-constexpr std::int64_t kTaskStrips = 12;
-constexpr std::int64_t kManyTaskStrips = 4;
-constexpr std::int64_t kFewRows = 32;
+// Strips of w in a task: a multiple of every tile's, whose codes stay in the second-level cache for all rows of x.
+constexpr std::int64_t kTaskStrips = 6;
 
 constexpr std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -128,14 +125,13 @@ Tensor linear(Runtime& runtime, const Tensor& given, const QuantizedWeight& weig
   block.y = static_cast<float*>(y.data);
   block.y_stride = out;
   block.bias = weight.bias ? static_cast<const float*>(weight.bias->data) : nullptr;
-  const std::int64_t strips = rows <= kFewRows ? kTaskStrips : kManyTaskStrips;
   std::vector<Task> tasks;
   std::int64_t first = 0;
   for (const QuantizedPart& part : weight.parts) {
-    for (std::int64_t strip = 0; strip * kStripRows < part.rows; strip += strips)
+    for (std::int64_t strip = 0; strip * kStripRows < part.rows; strip += kTaskStrips)
       tasks.push_back({static_cast<const std::uint8_t*>(part.codes.data) + strip * groups * group_bytes(weight.codes),
                        static_cast<const std::uint16_t*>(part.scales.data) + strip * groups * kStripRows,
-                       first + strip * kStripRows, std::min(strips * kStripRows, part.rows - strip * kStripRows)});
+                       first + strip * kStripRows, std::min(kTaskStrips * kStripRows, part.rows - strip * kStripRows)});
     first += part.rows;
     runtime.keep(part.codes);
     runtime.keep(part.scales);

@@ -116,17 +116,13 @@ struct Int4Codes {
 
 // ---- The product
 
-// Columns, vectors of a strip's rows, in a register tile, by rows of x.
-inline constexpr int kColumns[9] = {0, 4, kManyRegisters ? 4 : 2, 4, 4, 4, 4, 3, 3};
+// Columns, which are vectors of a strip's rows, in a register tile of m rows of x.
+constexpr int columns_of(int m) { return kManyRegisters ? 3 : m == 1 ? 4 : 2; }
 inline constexpr int kMostRows = kManyRegisters ? 8 : 2;  // of x in a pass
-inline constexpr int kManyPass = kManyRegisters ? 6 : 2;  // where there are several
 
-// Groups that all rows of x pass over before the next ones: their codes stay in the first-level cache.
-inline constexpr int kGroupChunk = 32;
-
-struct Span {
-  int first, last;    // groups
-  int index, passes;  // of the passes over this span, which share what is fetched ahead
+// Of the passes over a block, which share what is fetched ahead.
+struct Share {
+  int index, passes;
 };
 
 // A vector of which `count` elements, or more, are there.
@@ -136,7 +132,7 @@ VLLMLITE_INLINE F load_up_to(const float* from, int count) {
 
 // M rows of x by V columns.
 template <typename C, int M, int V>
-VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, const Span& span) {
+VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, Share share) {
   constexpr int kParts = kStripRows / kLanes;
   const std::uint8_t* codes[V];
   const std::uint16_t* scales[V];
@@ -151,14 +147,9 @@ VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, c
   const float* x_scales = b.x_scales + static_cast<std::ptrdiff_t>(row) * b.groups;
   const std::int32_t* x_sums = b.x_sums + static_cast<std::ptrdiff_t>(row) * b.groups;
   float* y = b.y + row * b.y_stride + column * kLanes;
-  F sums[M][V];
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) {
-      const int count = b.n - (column + v) * kLanes;
-      sums[m][v] = span.first == 0 ? F{} : load_up_to(y + m * b.y_stride + v * kLanes, count);
-    }
-  for (int g = span.first; g < span.last; ++g) {
-    if (b.next != nullptr && g % span.passes == span.index)
+  F sums[M][V] = {};
+  for (int g = 0; g < b.groups; ++g) {
+    if (b.next != nullptr && g % share.passes == share.index)
       for (int v = 0; v < V; ++v)
         if ((column + v) % kParts == 0)
           for (int byte = 0; byte < C::kGroupBytes; byte += 64)
@@ -207,7 +198,7 @@ VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, c
     for (int v = 0; v < V; ++v) {
       const int count = b.n - (column + v) * kLanes;
       F sum = sums[m][v];
-      if (b.bias != nullptr && span.last == b.groups) sum += load_up_to(b.bias + (column + v) * kLanes, count);
+      if (b.bias != nullptr) sum += load_up_to(b.bias + (column + v) * kLanes, count);
       if (count >= kLanes)
         store(y + m * b.y_stride + v * kLanes, sum);
       else
@@ -216,11 +207,12 @@ VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, c
 }
 
 template <typename C, int M>
-void column_pass(const QuantizedBlock& b, int row, const Span& span) {
+void column_pass(const QuantizedBlock& b, int row, Share share) {
   const int columns = (b.n + kLanes - 1) / kLanes;
   int column = 0;
-  for (; column + kColumns[M] <= columns; column += kColumns[M]) column_tile<C, M, kColumns[M]>(b, row, column, span);
-  for (; column < columns; ++column) column_tile<C, M, 1>(b, row, column, span);
+  for (; column + columns_of(M) <= columns; column += columns_of(M))
+    column_tile<C, M, columns_of(M)>(b, row, column, share);
+  for (; column < columns; ++column) column_tile<C, M, 1>(b, row, column, share);
 }
 
 template <typename C>
@@ -232,15 +224,12 @@ void quantized(const QuantizedBlock& b) {
       column_pass<C, 3>, column_pass<C, 4>, column_pass<C, 5>, column_pass<C, 6>, column_pass<C, 7>, column_pass<C, 8>,
 #endif
   };
-  const int passes = b.m <= kMostRows ? 1 : (b.m + kManyPass - 1) / kManyPass;
-  const int chunk = passes == 1 ? b.groups : kGroupChunk;
-  for (int first = 0; first < b.groups; first += chunk) {
-    Span span{first, smaller(first + chunk, b.groups), 0, passes};
-    for (int row = 0; span.index < passes; ++span.index) {
-      const int rows = (b.m - row + passes - span.index - 1) / (passes - span.index);
-      kPasses[rows](b, row, span);
-      row += rows;
-    }
+  const int passes = (b.m + kMostRows - 1) / kMostRows;
+  Share share{0, passes};
+  for (int row = 0; share.index < passes; ++share.index) {
+    const int rows = (b.m - row + passes - share.index - 1) / (passes - share.index);
+    kPasses[rows](b, row, share);
+    row += rows;
   }
 }
 
