@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from vllmlite.config import EngineConfig
+from vllmlite.engine.engine import EngineOutput
 from vllmlite.errors import ParameterError
 from vllmlite.output_processor import OutputProcessor
 from vllmlite.outputs import EngineStats, RequestOutput
@@ -29,6 +30,8 @@ class LLMEngine:
         self.max_model_len = started.max_model_len
         self.default_sampling_params = started.default_sampling_params
         self.backend_choice = started.backend_choice
+        self.observer: Callable[[list[EngineOutput]], None] | None = None
+        """Sees what each step gave each sequence; for metrics."""
         self._processor = OutputProcessor(self.tokenizer)
 
     @classmethod
@@ -116,9 +119,12 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         """Run one step; outputs of the requests that it gave something, as their ``output_kind`` says."""
-        outputs, stopped = self._processor.process(self.engine.step())
+        given = self.engine.step()
+        outputs, stopped = self._processor.process(given)
         for child, stop in stopped:
             self.engine.finish(child, "stop", stop)
+        if self.observer is not None:
+            self.observer(given)
         return outputs
 
     def has_unfinished_requests(self) -> bool:

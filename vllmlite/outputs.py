@@ -81,6 +81,9 @@ class EngineStats:
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
     num_preemptions: int = 0
+    num_failed_steps: int = 0
+    last_error: str | None = None
+    """What the last failed step raised."""
     prefix_cache_queries: int = 0
     """Prompt tokens looked up in the prefix cache."""
     prefix_cache_hits: int = 0

@@ -12,8 +12,8 @@ import sys
 from typing import TYPE_CHECKING, Protocol, cast
 
 from vllmlite.cli.parser import OptionParser
-from vllmlite.config import did_you_mean
 from vllmlite.errors import VllmliteError
+from vllmlite.options import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -277,6 +277,9 @@ class Engine:
     def _fail(self, error: Exception) -> list[EngineOutput]:
         """End every request of the steps in flight; their blocks hold nobody knows what, so no prefix survives."""
         outputs = []
+        reason = f"{type(error).__name__}: {error}"
+        self.stats.num_failed_steps += 1
+        self.stats.last_error = reason
         for _, rows, _ in self._in_flight:
             for request in rows:
                 if request.status is Status.FINISHED:
@@ -285,7 +288,7 @@ class Engine:
                 outputs.append(
                     EngineOutput(
                         request.request_id, [], "error", None, request.num_cached_tokens or 0, request.metrics,
-                        error=f"{type(error).__name__}: {error}",
+                        error=reason,
                     )
                 )  # fmt: skip
         self._in_flight.clear()
