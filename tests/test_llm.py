@@ -302,7 +302,7 @@ def failing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
     def fail(_schedule: object) -> None:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(llm.llm_engine.engine._runner, "launch", fail)
+    monkeypatch.setattr(llm.llm_engine.engine.runner, "launch", fail)
     yield llm
 
 

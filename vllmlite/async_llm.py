@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from vllmlite.config import EngineConfig
+from vllmlite.engine.trace import Trace
 from vllmlite.errors import EngineDeadError, VllmliteError
 from vllmlite.llm_engine import LLMEngine, Prompt
 from vllmlite.outputs import EngineStats, RequestOutput
@@ -98,7 +99,9 @@ class AsyncLLM:
         self._death: EngineDeadError | None = None
         self._streams: dict[str, OutputStream] = {}
         self._failed_steps_in_a_row = 0
-        self._on_death: Callable[[], None] | None = None
+        self._on_death: Callable[[], object] | None = None
+        self.trace: Trace | None = None
+        """Records steps while it is set."""
         self._thread = threading.Thread(target=self._run, name="vllmlite-engine", daemon=True)
         self._thread.start()
 
@@ -116,6 +119,11 @@ class AsyncLLM:
     def dead_error(self) -> EngineDeadError | None:
         """Why the engine's thread has ended by itself; None while it lives."""
         return self._death
+
+    @property
+    def last_step_failed(self) -> bool:
+        """Whether the step before this raised."""
+        return self._failed_steps_in_a_row > 0
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
@@ -212,16 +220,16 @@ class AsyncLLM:
         self._post(run)
         return await future
 
-    def on_death(self, callback: Callable[[], None]) -> None:
+    def on_death(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called, in the engine's thread, if that ends by itself."""
         self._on_death = callback
 
-    def shutdown(self) -> None:
-        """Stop the thread after its current step; open streams raise VllmliteError."""
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Stop the thread after its current step, for which ``timeout`` seconds are waited; open streams raise."""
         with self._wake:
             self._closed = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(timeout)
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._wake:
@@ -270,7 +278,11 @@ class AsyncLLM:
         if not engine.has_unfinished_requests():
             return True
         failed_before = engine.engine.stats.num_failed_steps
-        self._publish(engine.step())
+        if self.trace is None:
+            self._publish(engine.step())
+        else:
+            with self.trace.span("step", running=len(engine.engine.scheduler.running)):
+                self._publish(engine.step())
         if engine.engine.stats.num_failed_steps == failed_before:
             self._failed_steps_in_a_row = 0
         else:

@@ -151,7 +151,7 @@ def check(f: Field[Any], value: Any) -> None:
     if choices is not None and value not in choices:
         close = did_you_mean(str(value), choices)
         raise ParameterError(f.name, value, f"must be {', '.join(choices[:-1])} or {choices[-1]}{close}")
-    if value == "":
+    if value == "" != f.default:
         raise ParameterError(f.name, value, "must not be empty")
     low, high = f.metadata.get("low"), f.metadata.get("high")
     if low is not None and not low <= value:

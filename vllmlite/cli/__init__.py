@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "generate": "complete prompts",
     "chat": "talk to a model in the terminal",
+    "serve": "serve OpenAI's API over HTTP",
     "bench": "measure throughput and latency of this engine",
     "env": "show versions, hardware and backends",
 }

@@ -92,7 +92,7 @@ class Engine:
         """An engine without requests; ``seed`` is what requests without a seed of their own derive theirs from."""
         self.scheduler = Scheduler(limits)
         self.stats = EngineStats(num_blocks=limits.num_blocks, block_size=limits.block_size)
-        self._runner = runner
+        self.runner = runner
         self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
         self._steps_in_flight = steps_in_flight
@@ -137,7 +137,9 @@ class Engine:
             stop_ids=stop_ids,
             eos_ids=self._eos_ids,
             root=root_digest("salt", cache_salt or ""),
-            metrics=RequestMetrics(time.monotonic() if arrival_time is None else arrival_time),
+            metrics=RequestMetrics(
+                time.monotonic() if arrival_time is None else arrival_time, num_prompt_tokens=len(prompt)
+            ),
             bad_words=[tuple(word) for word in bad_words],
             priority=priority,
             order=self._num_added,
@@ -171,12 +173,12 @@ class Engine:
                 if not rows:
                     break
                 self._in_flight.append((schedule, rows, None))
-                self._in_flight[-1] = (schedule, rows, self._runner.launch(schedule))
+                self._in_flight[-1] = (schedule, rows, self.runner.launch(schedule))
                 self.stats.num_steps += 1
             if not self._in_flight:
                 return []
             schedule, rows, handle = self._in_flight[0]
-            result = self._runner.collect(handle)
+            result = self.runner.collect(handle)
         except Exception as error:
             logger.exception("a step failed; its requests end with an error")
             return self._fail(error)
@@ -237,6 +239,9 @@ class Engine:
             metrics = request.metrics
             if metrics.first_token_time is None:
                 metrics.first_token_time = now
+            metrics.previous_token_time = metrics.last_token_time
+            metrics.last_token_time = now
+            metrics.num_generation_tokens += 1
             reason: str | None = None
             stop_reason: int | None = None
             if token_id in request.stop_ids:
