@@ -25,6 +25,7 @@ from vllmlite.server.errors import ApiError, as_api_error
 from vllmlite.server.metrics import StatsLog
 from vllmlite.server.middleware import Count, LimitBody, RequireKey, error_response
 from vllmlite.server.profiler import Profiler
+from vllmlite.server.protocol import TOKENIZABLE_TAGS
 from vllmlite.server.service import Service
 from vllmlite.server.sse import ClientGone
 
@@ -128,6 +129,6 @@ async def _tell_validation(request: Request, error: Exception) -> Response:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ParameterError):
         return error_response(as_api_error(cause))
-    place = ".".join(str(part) for part in first["loc"][1:])
+    place = ".".join(str(part) for part in first["loc"][1:] if part not in TOKENIZABLE_TAGS)
     message = f"{place or 'body'}: {first['msg']}"
     return error_response(ApiError(HTTPStatus.BAD_REQUEST, message, param=place or None))

@@ -133,7 +133,9 @@ class _Answer:
             "text": text,
             "logprobs": None
             if entries is None or body.logprobs is None
-            else logprobs.for_completion(entries, token_ids, body.logprobs, offset, self._ids),
+            else logprobs.for_completion(
+                entries, token_ids, body.logprobs, offset, self._ids, self._service.tokenizer.token_text
+            ),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from vllmlite.outputs import Logprob
 from vllmlite.server.protocol import (
@@ -21,14 +21,23 @@ Entries = Sequence[Mapping[int, Logprob] | None]
 
 
 def for_completion(
-    entries: Entries, token_ids: Sequence[int], count: int, offset: int, names_are_ids: bool
+    entries: Entries,
+    token_ids: Sequence[int],
+    count: int,
+    offset: int,
+    names_are_ids: bool,
+    text_of: Callable[[int], str],
 ) -> CompletionLogprobs:
-    """The columns of ``/v1/completions``: the ``count`` likeliest and the token itself; texts begin at ``offset``."""
+    """The columns of ``/v1/completions``: the ``count`` likeliest and the token itself; texts begin at ``offset``.
+
+    ``text_of`` tells a token's text where there is no entry to tell it."""
     found: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token_id, entry in zip(token_ids, entries, strict=True):
         found["text_offset"].append(offset)
         if entry is None:
-            found["tokens"].append(f"token_id:{token_id}" if names_are_ids else "")
+            text = text_of(token_id)
+            offset += len(text)
+            found["tokens"].append(f"token_id:{token_id}" if names_are_ids else text)
             found["token_logprobs"].append(None)
             found["top_logprobs"].append(None)
             continue

@@ -18,6 +18,8 @@ from vllmlite.server.sse import JSON
 
 OPEN_PATHS = frozenset({"/", "/health", "/ping", "/version", "/metrics"})
 """Need no key."""
+MAX_DISCARDED = 64 << 20
+"""Bytes of a body over the limit that are read and forgotten before it is answered."""
 
 
 def error_response(error: ApiError) -> JSON:
@@ -109,18 +111,26 @@ class LimitBody:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._app(scope, receive, send)
             return
-        length = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "0")
+        too_long = not length.isdigit() or int(length) > self._limit
         body = bytearray()
-        more = int(length) <= self._limit if length.isdigit() else False
-        while more:
+        discarded = 0
+        more = not (too_long and "expect" in headers)  # who asks before sending a body is told at once
+        while more and discarded <= MAX_DISCARDED:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
-            body += message.get("body", b"")
+            piece = message.get("body", b"")
             more = message.get("more_body", False)
-            if len(body) > self._limit:
-                break
-        if len(body) > self._limit or int(length) > self._limit:
+            if too_long or len(body) + len(piece) > self._limit:
+                # A connection closed on a client that still writes may lose it the answer.
+                too_long = True
+                discarded += len(piece)
+                body.clear()
+            else:
+                body += piece
+        if too_long:
             error = ApiError(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 f"the body is longer than {self._limit} bytes (--max-body-size)",

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     FailFast,
@@ -105,9 +106,18 @@ Prompts = Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
 
 _BIAS_SCHEMA = {"type": "object", "additionalProperties": {"type": "number"}}
 
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 Ints = TypeAliasType("Ints", Annotated[list[int], FailFast()])
 Strings = TypeAliasType("Strings", Annotated[list[str], FailFast()])
 Bias = TypeAliasType("Bias", Annotated[dict[str, Any], WithJsonSchema(_BIAS_SCHEMA)])
+Stops = TypeAliasType(
+    "Stops",
+    Annotated[list[str], FailFast(), BeforeValidator(_as_list, json_schema_input_type=str | list[str])],
+)
 """Lists whose check ends at the first error, however many a hostile one has."""
 
 
@@ -143,7 +153,7 @@ class SamplingRequest(Request):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    stop: str | Strings | None = None
+    stop: Stops | None = None
     stop_token_ids: Ints | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
@@ -256,9 +266,13 @@ class TokenizeChatRequest(ChatPrompt):
     return_token_strs: bool = False
 
 
+TOKENIZABLE_TAGS = ("a text", "a conversation")
+"""Names of the two forms, which pydantic puts into the places of errors."""
+
 Tokenizable = Annotated[
-    Annotated[TokenizeRequest, Tag("text")] | Annotated[TokenizeChatRequest, Tag("chat")],
-    Discriminator(lambda body: "chat" if isinstance(body, dict) and "messages" in body else "text"),
+    Annotated[TokenizeRequest, Tag(TOKENIZABLE_TAGS[0])]
+    | Annotated[TokenizeChatRequest, Tag(TOKENIZABLE_TAGS[1])],
+    Discriminator(lambda body: TOKENIZABLE_TAGS[isinstance(body, dict) and "messages" in body]),
 ]
 
 
