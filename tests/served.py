@@ -52,20 +52,23 @@ class Program:
     def stop(self, number: int = signal.SIGTERM, timeout: float = 60) -> int:
         """Send a signal; the exit status."""
         self.process.send_signal(number)
-        status = self.process.wait(timeout)
+        return self.process.wait(timeout)
+
+    def close(self) -> None:
+        """Kill it if it still runs."""
+        self.process.kill()
+        self.process.wait()
         self._reader.join()
         assert self.process.stderr is not None
         self.process.stderr.close()
-        return status
 
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log.append(line)
-            found = re.search(r" at (https?://\S+|unix:\S+) after ", line)
+            found = re.search(r"serving .* at (https?://\S+|unix:\S+), after ", line)
             if found:
                 self.url = found.group(1)
-            if "startup complete" in line:
                 self._ready.set()
         self._ready.set()
 
@@ -77,8 +80,7 @@ def program(*arguments: str, **environment: str) -> Iterator[Program]:
     try:
         yield running
     finally:
-        if running.process.poll() is None:
-            running.stop(signal.SIGKILL)
+        running.close()
 
 
 @contextmanager
@@ -95,7 +97,9 @@ def serving(engine_config: EngineConfig = ENGINE, **options: Any) -> Iterator[Se
 
 
 @asynccontextmanager
-async def client_of(service: Service, keys: tuple[str, ...] = ()) -> AsyncIterator[httpx.AsyncClient]:
+async def client_of(
+    service: Service, keys: tuple[str, ...] = (), send_buffer: int | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
     """A client of ``service``, through uvicorn and a socket, on this event loop."""
     config = uvicorn.Config(
         build_app(service, keys),
@@ -106,6 +110,8 @@ async def client_of(service: Service, keys: tuple[str, ...] = ()) -> AsyncIterat
     )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         task = asyncio.ensure_future(server._serve([listener]))
         while not server.started:
             await asyncio.sleep(0.005)

@@ -68,13 +68,9 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
                 timeout_graceful_shutdown=config.shutdown_timeout + CLOSING_SECONDS,
                 server_header=False,
             )
-            server = Server(uvicorn_config, service)
             stats = inner.stats()
-            logger.info(
-                "%s on %s (%s, %s), at %s after %.2f s",
-                ", ".join(names), stats.backend, stats.device, stats.dtype, _address(config, listener),
-                time.monotonic() - begin,
-            )  # fmt: skip
+            about = f"{', '.join(names)} on {stats.backend} ({stats.device}, {stats.dtype})"
+            server = Server(uvicorn_config, service, f"{about} at {_address(config, listener)}", begin)
             server.run(sockets=[listener])
             return 1 if engine.dead_error is not None else 0
         finally:
@@ -84,10 +80,12 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
 class Server(uvicorn.Server):
     """uvicorn's server, which drains at the first signal and leaves at the second."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        """Serve ``service``."""
+    def __init__(self, config: uvicorn.Config, service: Service, about: str, begin: float) -> None:
+        """Serve ``service``; the log says what it is ``about``, and how long after ``begin`` it is ready."""
         super().__init__(config)
         self._service = service
+        self._about = about
+        self._begin = begin
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -103,6 +101,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         if self._service.engine.dead_error is not None:
             self.stop()
+            return
+        logger.info("serving %s, after %.2f s", self._about, time.monotonic() - self._begin)
         notify_systemd("READY=1")
 
     def stop(self) -> None:
@@ -148,7 +148,7 @@ def read_template(given: str | None) -> str | None:
             return given
         reason = getattr(error, "strerror", None) or error
         raise ParameterError(
-            "chat_template", given, f"is no template, and no file that can be read: {reason}"
+            "chat_template", given, f"is neither a template nor a readable file: {reason}"
         ) from None
 
 
@@ -160,10 +160,14 @@ def _listen(config: ServerConfig) -> Iterator[socket.socket]:
             family, kind, protocol, _, address = socket.getaddrinfo(
                 config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
-            listener = socket.socket(family, kind, protocol)
+        except OSError as error:
+            raise ParameterError("host", config.host, f"is no address: {error.strerror}") from None
+        listener = socket.socket(family, kind, protocol)
+        try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
         except OSError as error:
+            listener.close()
             place = f"{config.host}:{config.port}"
             raise ParameterError("host", place, f"cannot be listened on: {error.strerror}") from None
         with listener:
