@@ -29,3 +29,8 @@ def documented(answer: Any = None, *, streams: bool = False) -> dict[int | str, 
         status: {"model": ErrorAnswer, "description": text} for status, text in ERRORS.items()
     }
     return {200: good, **errors}
+
+
+CONFLICT: dict[int | str, dict[str, Any]] = {
+    409: {"model": ErrorAnswer, "description": "A profile is being recorded already, or none is."}
+}

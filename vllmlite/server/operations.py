@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from vllmlite import __version__
-from vllmlite.server.documented import documented
+from vllmlite.server.documented import CONFLICT, documented
 from vllmlite.server.errors import ApiError
 from vllmlite.server.protocol import (
     Detokenized,
@@ -137,14 +137,14 @@ async def reset_prefix_cache(request: Request) -> Response:
     return Response()
 
 
-@profiling.post("/start_profile", responses=documented())
+@profiling.post("/start_profile", responses=documented() | CONFLICT)
 async def start_profile(request: Request) -> Response:
     """Begin to record the engine's steps."""
     await request.app.state.profiler.start()
     return Response()
 
 
-@profiling.post("/stop_profile", responses=documented(ProfileFile))
+@profiling.post("/stop_profile", responses=documented(ProfileFile) | CONFLICT)
 async def stop_profile(request: Request) -> Response:
     """Write what was recorded as a Chrome trace."""
     return JSON({"file": str(await request.app.state.profiler.stop())})
