@@ -55,6 +55,20 @@ class Tokenizer:
         """Text of ``ids``; half a character at either end becomes U+FFFD."""
         return str(self._fast.decode(ids, skip_special_tokens=skip_special_tokens))
 
+    def vocabulary(self, size: int) -> tuple[list[str], bool]:
+        """Tokens of ids 0 to ``size`` - 1 as the tokenizer writes them, special and missing ones empty; whether that is
+        byte by byte in GPT-2's alphabet."""
+        texts = [""] * size
+        special = {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
+        for text, token_id in self._fast.get_vocab(with_added_tokens=True).items():
+            if token_id < size and token_id not in special:
+                texts[token_id] = text
+        parts = json.loads(self._fast.to_str())
+        byte_level = any(
+            '"type": "ByteLevel"' in json.dumps(parts[name]) for name in ("decoder", "pre_tokenizer")
+        )
+        return texts, byte_level
+
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise :class:`ParameterError` unless all of ``ids`` can be ids."""
         for token_id in ids:

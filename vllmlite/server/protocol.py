@@ -25,11 +25,11 @@ from typing_extensions import NotRequired, TypeAliasType, TypedDict  # noqa: UP0
 from vllmlite.config_absent import Absent
 from vllmlite.errors import ParameterError
 from vllmlite.options import did_you_mean
-from vllmlite.sampling_params import RequestOutputKind, SamplingParams
+from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 _UNUSED = (None,)
 _TEXT_ONLY = "only text goes in and out"
-_NO_STRUCTURE = "structured output is not supported in this version"
+_OLD_NAME = "vLLM's old name: see structured_outputs"
 
 REFUSED: Mapping[str, Absent] = {
     "suffix": Absent((None, ""), "text is only continued, not filled in: see /infill for models that can"),
@@ -51,12 +51,10 @@ REFUSED: Mapping[str, Absent] = {
     "tools": Absent((None, []), "tools are not supported in this version"),
     "tool_choice": Absent((None, "none", "auto"), "tools are not supported in this version"),
     "parallel_tool_calls": Absent((None, True, False), "tools are not supported in this version"),
-    "response_format": Absent((None, {"type": "text"}), _NO_STRUCTURE),
-    "structured_outputs": Absent((None, {}), _NO_STRUCTURE),
-    "guided_json": Absent(_UNUSED, _NO_STRUCTURE),
-    "guided_regex": Absent(_UNUSED, _NO_STRUCTURE),
-    "guided_choice": Absent(_UNUSED, _NO_STRUCTURE),
-    "guided_grammar": Absent(_UNUSED, _NO_STRUCTURE),
+    "guided_json": Absent(_UNUSED, _OLD_NAME),
+    "guided_regex": Absent(_UNUSED, _OLD_NAME),
+    "guided_choice": Absent(_UNUSED, _OLD_NAME),
+    "guided_grammar": Absent(_UNUSED, _OLD_NAME),
     "reasoning_effort": Absent((None, "none"), "the model's effort cannot be chosen"),
     "verbosity": Absent((None, "medium"), "the model's verbosity cannot be chosen"),
 }
@@ -78,7 +76,7 @@ class Request(BaseModel):
     def _known_names(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        names = cls.model_fields
+        names = {field.alias or name for name, field in cls.model_fields.items()}
         known: dict[str, Any] = {}
         for name, value in data.items():
             if name in names:
@@ -132,6 +130,32 @@ class StreamOptions(Request):
     """OpenAI's padding against traffic analysis; taken, and never done."""
 
 
+class JsonSchema(Request):
+    """OpenAI's wrapping of a JSON Schema."""
+
+    name: str = "schema"
+    description: str | None = None
+    json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Request):
+    """What the output must be, as OpenAI says it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Request):
+    """What the output must be, as vLLM says it: exactly one of these."""
+
+    json_schema: str | dict[str, Any] | bool | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Strings | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class SamplingRequest(Request):
     """The fields of a request that become :class:`SamplingParams`; None leaves the model's default."""
 
@@ -172,6 +196,8 @@ class SamplingRequest(Request):
         None, description="Keeps the prompt's cached prefix apart from other salts'."
     )
     request_id: str | None = Field(None, max_length=256, description="Becomes part of the answer's id.")
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
@@ -184,8 +210,27 @@ class SamplingRequest(Request):
         if self.prompt_logprobs is not None and self.stream:
             raise ParameterError("prompt_logprobs", self.prompt_logprobs, "does not go with stream=true")
         given = {name: getattr(self, name) for name in self.SAMPLING if getattr(self, name) is not None}
+        structure = self._structure()
+        if structure is not None:
+            given["structured_outputs"] = structure
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         return default.clone(**{**given, "output_kind": kind, **changes})
+
+    def _structure(self) -> StructuredOutputsParams | None:
+        """What the output must be, whichever way it was said."""
+        form = self.response_format
+        if self.structured_outputs is not None:
+            if form is not None and form.type != "text":
+                raise ParameterError("response_format", form.type, "does not go with structured_outputs")
+            wanted = self.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+            return StructuredOutputsParams(**wanted) if wanted else None
+        if form is None or form.type == "text":
+            return None
+        if form.type == "json_object":
+            return StructuredOutputsParams(json_object=True)
+        if form.json_schema is None or form.json_schema.json_schema is None:
+            raise ParameterError("response_format", form.type, "needs json_schema with a schema")
+        return StructuredOutputsParams(json=form.json_schema.json_schema)
 
 
 class CompletionRequest(SamplingRequest):

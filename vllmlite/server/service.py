@@ -16,7 +16,7 @@ from starlette.types import Receive
 from vllmlite.async_llm import AsyncLLM, NewRequest, OutputStream
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import RequestOutput
-from vllmlite.sampling_params import SamplingParams
+from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.errors import ApiError
 from vllmlite.server.metrics import Metrics
@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 INLINE_CHARACTERS = 4096
 """Texts up to this length are tokenised on the event loop; longer ones in a thread, while others are served."""
+
+
+COMPILE_SECONDS = 30
+"""A grammar's limit; the first one waits for xgrammar to be imported."""
 
 
 class Generation:
@@ -195,6 +199,8 @@ class Service:
         for prompt in prompts:
             if cache_salt is not None:
                 prompt["cache_salt"] = cache_salt
+        if params.structured_outputs is not None:
+            await self._compile(params.structured_outputs)
         generation = Generation(self, kind, request_id, prompts, params)
         if self.config.enable_log_requests:
             for prompt in prompts:
@@ -208,6 +214,16 @@ class Service:
                 )
         await generation.start(priority, arrival_time)
         return generation
+
+    async def _compile(self, structure: StructuredOutputsParams) -> None:
+        """Have the grammar ready before the engine asks for it; others are served meanwhile."""
+        grammars = self.engine.llm_engine.grammars
+        try:
+            await asyncio.wait_for(asyncio.to_thread(grammars.compile, structure), COMPILE_SECONDS)
+        except TimeoutError:
+            raise ParameterError(
+                "structured_outputs", None, f"takes longer than {COMPILE_SECONDS} s to compile: simplify it"
+            ) from None
 
     async def encode_all(self, prompts: Any, add_special_tokens: bool = True) -> list[dict[str, Any]]:
         """Every prompt of a request's ``prompt``: a text, ids, or a list of either. Raises :class:`ParameterError`."""
