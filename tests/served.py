@@ -23,6 +23,7 @@ from vllmlite.async_llm import AsyncLLM
 from vllmlite.server.app import build_app
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.metrics import Metrics
+from vllmlite.server.run import KEEP_ALIVE_SECONDS
 from vllmlite.server.service import Service
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +107,7 @@ async def client_of(
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=5,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         lifespan="on",
     )
     server = uvicorn.Server(config)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +143,29 @@ def test_serving_imports_neither_torch_nor_transformers() -> None:
     assert process.wait(30) == 0, lines
     process.stderr.close()
     assert lines[-1] == "loaded []\n"
+
+
+def test_an_engine_that_is_dead_ends_the_program() -> None:
+    script = (
+        "import sys; from vllmlite.cli import main; from vllmlite.runner.runner import ModelRunner\n"
+        "def fail(self, schedule): raise RuntimeError('the device is on fire')\n"
+        "ModelRunner.launch = fail; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "serve", "--port", "0"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8", cwd=ROOT,
+    )  # fmt: skip
+    assert process.stderr is not None
+    line = next(line for line in process.stderr if " at http" in line)
+    url = line.split(" at ")[1].split(",")[0]
+    reader = threading.Thread(target=process.stderr.read)
+    reader.start()
+    for _ in range(3):
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": PROMPT}, timeout=30)
+        assert answer.status_code in (500, 503)
+    assert process.wait(30) == 1
+    reader.join()
+    process.stderr.close()
 
 
 def test_sigterm_drains_and_exits_0() -> None:

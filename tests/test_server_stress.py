@@ -21,6 +21,8 @@ from served import ENGINE, client_of, serving
 
 from vllmlite import EngineConfig, SamplingParams
 from vllmlite.async_llm import MAX_FAILED_STEPS, NewRequest
+from vllmlite.outputs import EngineStats
+from vllmlite.server.metrics import StatsLog
 from vllmlite.server.service import Service
 
 T = TypeVar("T")
@@ -207,6 +209,22 @@ def test_a_slow_reader_delays_nobody_and_loses_nothing() -> None:
         asyncio.run(with_small_buffers())
 
 
+def test_a_line_of_statistics_where_something_ran() -> None:
+    now = EngineStats(num_blocks=10)
+    log = StatsLog(lambda: now, 10.0)
+    assert log.line() is None
+    now = EngineStats(
+        num_blocks=10, num_used_blocks=5, num_running=2, num_waiting=1, num_prompt_tokens=50,
+        num_generation_tokens=100, prefix_cache_queries=50, prefix_cache_hits=10,
+    )  # fmt: skip
+    assert log.line() == (
+        "Avg prompt throughput: 5.0 tokens/s, Avg generation throughput: 10.0 tokens/s, Running: 2 reqs, "
+        "Waiting: 1 reqs, KV cache usage: 50.0%, Prefix cache hit rate: 20.0%"
+    )
+    now = EngineStats(num_blocks=10, num_prompt_tokens=50, num_generation_tokens=100)
+    assert log.line() is None
+
+
 def _read_all(connection: socket.socket) -> bytes:
     received = bytearray()
     with connection:
@@ -215,6 +233,8 @@ def _read_all(connection: socket.socket) -> bytes:
     return bytes(received)
 
 
+# The client leaves transports behind where it is cancelled while it connects.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize(
     ("connections", "requests"), [(40, 200), pytest.param(1000, 10_000, marks=pytest.mark.slow)]
 )

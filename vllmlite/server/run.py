@@ -35,6 +35,8 @@ from vllmlite.server.service import Service
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75
+"""Longer than clients keep idle connections, which they would else find closed as they send the next request."""
 CLOSING_SECONDS = 2
 """What connections get to close after their requests have been ended."""
 
@@ -65,6 +67,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
                 ssl_ca_certs=config.ssl_ca_certs,
                 ssl_cert_reqs=config.ssl_cert_reqs,
                 backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=config.shutdown_timeout + CLOSING_SECONDS,
                 server_header=False,
             )
