@@ -3,7 +3,7 @@
 
     PYTHONPATH=. scripts/bench_server.py [--streams N] [--output-len N] [--repeat N] [--model DIR]
 
-Both run alternately; medians are compared. ``overhead_us_per_token`` is what a streamed token costs the server's process
+Both run alternately; medians are compared. ``overhead_us_per_token`` is what a streamed token costs the server
 in CPU time over the offline one: HTTP, JSON, queues, and what two threads cost one another. Last line: JSON.
 """
 
