@@ -247,8 +247,8 @@ def test_a_crowd_of_which_a_third_leaves(connections: int, requests: int) -> Non
     draw = random.Random(0)
     memory: list[int] = []
 
-    async def one(client: httpx.AsyncClient, number: int) -> str:
-        streams, leaves = draw.random() < 0.5, draw.random() < 1 / 3
+    async def one(client: httpx.AsyncClient, number: int, share: float = 1 / 3) -> str:
+        streams, leaves = draw.random() < 0.5, draw.random() < share
         count = draw.randint(1, 24)
         body = {**SHORT, "prompt": f"Package {number % 97}", "max_tokens": count, "stream": streams}
         patience = draw.random() * 0.5 if leaves else 300
@@ -266,6 +266,8 @@ def test_a_crowd_of_which_a_third_leaves(connections: int, requests: int) -> Non
         return "answered"
 
     async def work(client: httpx.AsyncClient) -> None:
+        # As these end, steps of every number of rows run once, each of which is recorded.
+        await asyncio.gather(*(one(client, number, 0) for number in range(connections)))
         numbers = iter(range(requests))
         ends: list[str] = []
 

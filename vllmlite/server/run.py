@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep idle connections, which they would else find closed as they send the next request."""
+SWITCH_SECONDS = 0.0001
+"""How long the engine's thread and the event loop keep the interpreter from one another: 5 ms would be a whole step."""
 CLOSING_SECONDS = 2
 """What connections get to close after their requests have been ended."""
 
@@ -47,6 +49,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     keys = config.api_keys()
     config = replace(config, chat_template=read_template(config.chat_template))
     logging_config = _logging(config)
+    sys.setswitchinterval(SWITCH_SECONDS)
     # The address first: whoever has it already need not wait for a model to be loaded.
     with _listen(config) as listener:
         engine = AsyncLLM(engine_config)

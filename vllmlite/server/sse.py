@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
+import pydantic_core
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -17,8 +18,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-
 
 class ClientGone(Exception):
     """The client has closed the connection: nobody waits for the answer."""
@@ -26,7 +25,10 @@ class ClientGone(Exception):
 
 def to_json(value: Any) -> bytes:
     """``value`` as compact JSON in UTF-8; halves of surrogate pairs become question marks."""
-    return _encode(value).encode("utf-8", "replace")
+    try:
+        return pydantic_core.to_json(value, inf_nan_mode="null")
+    except pydantic_core.PydanticSerializationError:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def event(value: Any) -> bytes:
