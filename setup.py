@@ -83,5 +83,9 @@ setup(
     entry_points={"console_scripts": ["vllmlite = vllmlite.__main__:main"]},
     install_requires=["huggingface-hub", "jinja2", "numpy", "pyyaml", "tokenizers", "torch"],
     # Reads tokenizers that come without a tokenizer.json.
-    extras_require={"transformers": ["transformers"]},
+    extras_require={
+        "transformers": ["transformers"],
+        "server": ["fastapi", "uvicorn", "prometheus-client", "httpx"],
+        "guided": ["xgrammar"],
+    },
 )

@@ -374,12 +374,12 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     text, _ = run(capsys, "--help")
     assert all(f"  {name} " in text for name in cli.COMMANDS)
     for name in cli.COMMANDS:
-        assert run(capsys, name, "--help")[0].startswith(f"usage: vllmlite {name} [options]")
+        assert run(capsys, *name.split(), "--help")[0].startswith(f"usage: vllmlite {name} [options]")
 
 
 def test_one_parser_knows_all_commands() -> None:
     text = cli.build_parser().format_help()
-    assert all(f"  {name} " in text for name in cli.COMMANDS)
+    assert all(f"  {name}" in text for name in cli.COMMANDS)
 
 
 LIGHT = """

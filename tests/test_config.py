@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllmlite.cli.parser import OptionParser
-from vllmlite.config import EngineArgs, EngineConfig, add_engine_arguments, parse_size
+from vllmlite.config import EngineArgs, EngineConfig, add_engine_arguments
 from vllmlite.config_absent import ABSENT
 from vllmlite.errors import ParameterError
+from vllmlite.options import parse_size
 
 FLAGS: list[tuple[list[str], str, Any]] = [
     (["--model", "m"], "model", "m"),

@@ -14,6 +14,7 @@ _HOME = {
     "EngineArgs": "config",
     "EngineConfig": "config",
     "SamplingParams": "sampling_params",
+    "StructuredOutputsParams": "sampling_params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
 }
@@ -27,6 +28,7 @@ __all__ = [
     "LLMEngine",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from vllmlite.llm import LLM
     from vllmlite.llm_engine import LLMEngine
     from vllmlite.outputs import CompletionOutput, RequestOutput
-    from vllmlite.sampling_params import SamplingParams
+    from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
 
 
 def __getattr__(name: str) -> Any:

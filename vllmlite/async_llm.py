@@ -1,27 +1,89 @@
-"""AsyncLLM: one engine in a thread of its own, an asyncio stream a request."""
+"""AsyncLLM: one engine in a thread of its own, streams of outputs to any number of asyncio tasks."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from vllmlite.config import EngineConfig
-from vllmlite.errors import VllmliteError
+from vllmlite.engine.trace import Trace
+from vllmlite.errors import EngineDeadError, VllmliteError
 from vllmlite.llm_engine import LLMEngine, Prompt
 from vllmlite.outputs import EngineStats, RequestOutput
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
 
-@dataclass(slots=True)
-class _Stream:
-    """Where a request's outputs go: a queue of the event loop that asked."""
+T = TypeVar("T")
 
-    loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[RequestOutput | BaseException]
+MAX_FAILED_STEPS = 3
+"""After this many failed steps in a row the engine counts as broken: a device error rarely mends itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """What :meth:`LLMEngine.add_request` takes."""
+
+    request_id: str
+    prompt: Prompt
+    params: SamplingParams
+    priority: int = 0
+    arrival_time: float | None = None
+
+
+class OutputStream:
+    """Outputs of requests that were submitted together, for one task of the event loop that submitted them.
+
+    A reader that falls behind finds all that has come since in its next :meth:`take`; it holds up nobody."""
+
+    def __init__(self, engine: AsyncLLM, request_ids: Sequence[str]) -> None:
+        """Made by :meth:`AsyncLLM.submit`."""
+        self.loop = asyncio.get_running_loop()
+        self._engine = engine
+        self._unfinished = set(request_ids)
+        self._items: list[RequestOutput] = []
+        self._error: BaseException | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def take(self) -> list[RequestOutput]:
+        """What has come since the last call, after waiting for something; empty once every request has finished.
+
+        Raises VllmliteError, and drops the other requests, if a step failed or the engine ended one."""
+        while not self._items:
+            if self._error is not None:
+                self.close()
+                raise self._error
+            if not self._unfinished:
+                return []
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        items, self._items = self._items, []
+        for item in items:
+            if item.finished:
+                self._unfinished.discard(item.request_id)
+        return items
+
+    def close(self) -> None:
+        """Abort what has not finished; its blocks are free before the engine's next step."""
+        if self._unfinished:
+            self._engine._drop(list(self._unfinished))
+            self._unfinished.clear()
+
+    def put(self, item: RequestOutput | BaseException) -> None:
+        """Hand over an output or the end of it all; called on the event loop."""
+        if isinstance(item, RequestOutput):
+            self._items.append(item)
+        elif self._error is None:
+            self._error = item
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class AsyncLLM:
@@ -33,7 +95,13 @@ class AsyncLLM:
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closed = False
-        self._streams: dict[str, _Stream] = {}
+        self._end: EngineDeadError | None = None
+        self._death: EngineDeadError | None = None
+        self._streams: dict[str, OutputStream] = {}
+        self._failed_steps_in_a_row = 0
+        self._on_death: Callable[[], object] | None = None
+        self.trace: Trace | None = None
+        """Records steps while it is set."""
         self._thread = threading.Thread(target=self._run, name="vllmlite-engine", daemon=True)
         self._thread.start()
 
@@ -42,9 +110,54 @@ class AsyncLLM:
         """vLLM's way to make one."""
         return cls(engine_args)
 
+    @property
+    def llm_engine(self) -> LLMEngine:
+        """The engine; what it does belongs to its thread, what does not change may be read from any."""
+        return self._engine
+
+    @property
+    def dead_error(self) -> EngineDeadError | None:
+        """Why the engine's thread has ended by itself; None while it lives."""
+        return self._death
+
+    @property
+    def last_step_failed(self) -> bool:
+        """Whether the step before this raised."""
+        return self._failed_steps_in_a_row > 0
+
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return self._engine.get_tokenizer()
+
+    async def submit(self, requests: Sequence[NewRequest]) -> OutputStream:
+        """Add requests, all or none; returns once the engine has taken them in.
+
+        Raises :class:`ParameterError` if one can never be served."""
+        stream = OutputStream(self, [request.request_id for request in requests])
+
+        def add() -> None:
+            added: list[str] = []
+            try:
+                for request in requests:
+                    self._engine.add_request(
+                        request.request_id,
+                        request.prompt,
+                        request.params,
+                        arrival_time=request.arrival_time,
+                        priority=request.priority,
+                    )
+                    added.append(request.request_id)
+                    self._streams[request.request_id] = stream
+            except Exception:
+                self._forget(added)
+                raise
+
+        try:
+            await self.call(add)
+        except asyncio.CancelledError:
+            stream.close()
+            raise
+        return stream
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams, request_id: str, *, priority: int = 0
@@ -52,107 +165,172 @@ class AsyncLLM:
         """Outputs of a request as its ``output_kind`` says. Leaving the iteration early aborts the request.
 
         Raises :class:`ParameterError` if it can never be served, VllmliteError if a step failed."""
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
-        prepared = self._engine.encode(
+        encoded = self._engine.encode(
             prompt
         )  # here, so that a long text does not hold up the engine's thread
-
-        def add() -> None:
-            try:
-                self._engine.add_request(request_id, prepared, sampling_params, priority=priority)
-            except Exception as error:
-                _put(stream, error)
-            else:
-                self._streams[request_id] = stream
-
-        self._post(add)
-        done = False
+        stream = await self.submit(
+            [NewRequest(request_id, encoded, sampling_params, priority, time.monotonic())]
+        )
         try:
-            while not done:
-                item = await stream.queue.get()
-                if isinstance(item, BaseException):
-                    done = True
-                    raise item
-                done = item.finished
-                yield item
+            while outputs := await stream.take():
+                for output in outputs:
+                    yield output
         finally:
-            if not done:
-                self._post(lambda: self._drop(request_id, stream))
+            stream.close()
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream raises VllmliteError."""
+        await self.call(lambda: self._fail([request_id], VllmliteError(f"request {request_id} was aborted")))
 
-        def abort() -> None:
-            stream = self._streams.get(request_id)
-            if stream is not None:
-                self._drop(request_id, stream)
-                _put(stream, VllmliteError(f"request {request_id} was aborted"))
-
-        self._post(abort)
+    async def abort_all(self, reason: str) -> None:
+        """End every request; their streams raise VllmliteError with ``reason``."""
+        await self.call(lambda: self._fail(list(self._streams), VllmliteError(reason)))
 
     async def stats(self) -> EngineStats:
         """The engine's counters."""
+        return await self.call(lambda: replace(self._engine.stats()))
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix."""
+        await self.call(self._engine.reset_prefix_cache)
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Run ``function`` in the engine's thread, between two steps; its result or its exception."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[EngineStats] = loop.create_future()
+        future: asyncio.Future[T] = loop.create_future()
 
-        def read() -> None:
-            loop.call_soon_threadsafe(answer, replace(self._engine.stats()))
+        def answer(result: T | None, error: Exception | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(result)  # type: ignore[arg-type]
+            else:
+                future.set_exception(error)
 
-        def answer(stats: EngineStats) -> None:
-            if not future.done():
-                future.set_result(stats)
+        def run() -> None:
+            try:
+                if self._end is not None:
+                    raise self._end
+                result = function()
+            except Exception as error:
+                _call_soon(loop, answer, None, error)
+            else:
+                _call_soon(loop, answer, result, None)
 
-        self._post(read)
+        self._post(run)
         return await future
 
-    def shutdown(self) -> None:
-        """Stop the thread after its current step; open streams raise VllmliteError."""
+    def on_death(self, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called, in the engine's thread, if that ends by itself."""
+        self._on_death = callback
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Stop the thread after its current step, for which ``timeout`` seconds are waited; open streams raise."""
         with self._wake:
             self._closed = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(timeout)
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._wake:
+            if self._end is not None:
+                raise self._end
             if self._closed:
-                raise VllmliteError("the engine has been shut down")
+                raise EngineDeadError("the engine has been shut down")
             self._commands.append(command)
             self._wake.notify()
 
+    def _drop(self, request_ids: list[str]) -> None:
+        """Have requests forgotten that nobody waits for any more; nothing to do where the engine is gone."""
+        try:
+            self._post(lambda: self._forget(request_ids))
+        except EngineDeadError:
+            return
+
     def _run(self) -> None:
-        engine = self._engine
-        while True:
-            with self._wake:
-                self._wake.wait_for(
-                    lambda: self._commands or self._closed or engine.has_unfinished_requests()
-                )
-                if self._closed:
-                    break
-                commands, self._commands = self._commands, deque()
-            for command in commands:
-                command()
-            for output in engine.step():
-                self._publish(output)
-        for stream in self._streams.values():
-            _put(stream, VllmliteError("the engine has been shut down"))
+        end = EngineDeadError("the engine has been shut down")
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            logger.exception("the engine's thread ends")
+            end = self._death = EngineDeadError(f"the engine is dead: {type(error).__name__}: {error}")
+        with self._wake:
+            self._end = end
+        for stream in set(self._streams.values()):
+            _call_soon(stream.loop, stream.put, end)
         self._streams.clear()
+        for command in self._commands:  # that came too late: each tells its caller so
+            command()
+        if self._death is not None and self._on_death is not None:
+            self._on_death()
 
-    def _publish(self, output: RequestOutput) -> None:
-        stream = self._streams.get(output.request_id)
-        error = self._engine.take_error(output.request_id)
-        if output.finished:
-            self._streams.pop(output.request_id, None)
-        if stream is not None:
-            _put(stream, output if error is None else VllmliteError(f"a step failed: {error}"))
+    def _turn(self) -> bool:
+        """Wait for work, do the commands, run a step; False once the engine is to shut down."""
+        engine = self._engine
+        with self._wake:
+            self._wake.wait_for(lambda: self._commands or self._closed or engine.has_unfinished_requests())
+            if self._closed:
+                return False
+            commands, self._commands = self._commands, deque()
+        for command in commands:
+            command()
+        if not engine.has_unfinished_requests():
+            return True
+        failed_before = engine.engine.stats.num_failed_steps
+        if self.trace is None:
+            self._publish(engine.step())
+        else:
+            with self.trace.span("step", running=len(engine.engine.scheduler.running)):
+                self._publish(engine.step())
+        if engine.engine.stats.num_failed_steps == failed_before:
+            self._failed_steps_in_a_row = 0
+        else:
+            self._failed_steps_in_a_row += 1
+            if self._failed_steps_in_a_row == MAX_FAILED_STEPS:
+                raise VllmliteError(
+                    f"{MAX_FAILED_STEPS} steps in a row failed: {engine.engine.stats.last_error}"
+                )
+        return True
 
-    def _drop(self, request_id: str, stream: _Stream) -> None:
-        if self._streams.get(request_id) is stream:
-            del self._streams[request_id]
-            self._engine.abort_request(request_id)
+    def _publish(self, outputs: list[RequestOutput]) -> None:
+        """Hand a step's outputs over, waking each event loop once."""
+        batches: dict[
+            asyncio.AbstractEventLoop, list[tuple[OutputStream, RequestOutput | BaseException]]
+        ] = {}
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            item: RequestOutput | BaseException = output
+            if output.finished:
+                error = self._engine.take_error(output.request_id)
+                if error is not None:
+                    item = VllmliteError(f"a step failed: {error}")
+                self._streams.pop(output.request_id, None)
+            if stream is not None:
+                batches.setdefault(stream.loop, []).append((stream, item))
+        for loop, batch in batches.items():
+            _call_soon(loop, _deliver, batch)
+
+    def _fail(self, request_ids: Sequence[str], error: VllmliteError) -> None:
+        for request_id in request_ids:
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                _call_soon(stream.loop, stream.put, error)
+        self._forget(request_ids)
+
+    def _forget(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            if self._streams.pop(request_id, None) is not None:
+                self._engine.abort_request(request_id)
 
 
-def _put(stream: _Stream, item: RequestOutput | BaseException) -> None:
+def _deliver(batch: list[tuple[OutputStream, RequestOutput | BaseException]]) -> None:
+    for stream, item in batch:
+        stream.put(item)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
     try:
-        stream.loop.call_soon_threadsafe(stream.queue.put_nowait, item)
+        loop.call_soon_threadsafe(function, *args)
     except RuntimeError:  # the caller's event loop is closed: nobody is left to tell
         return

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vllmlite.config_absent import ABSENT
 from vllmlite.errors import ParameterError
+from vllmlite.options import add_fields, check_fields, did_you_mean, flag, given, read_yaml
+from vllmlite.options import option as _option
 from vllmlite.sampling_params import MAX_LOGPROBS
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -20,14 +21,6 @@ KV_DTYPES = (*FLOAT_DTYPES, "int8")
 CPU_ISAS = ("auto", "baseline", "avx2", "avx512", "avx512_bf16", "neon")
 DTYPE_SYNONYMS = {"float": "float32", "half": "float16"}
 KV_DTYPE_SYNONYMS = {**DTYPE_SYNONYMS, "int8_per_token_head": "int8"}
-
-
-def _option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field with its ``help``.
-
-    ``metadata``: ``group``; ``choices`` and ``synonyms`` of a string; ``low`` and ``high`` of a number; ``size`` for
-    whole numbers that take a suffix; ``metavar``."""
-    return field(default=default, metadata={"help": help, "group": "engine", **metadata})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +134,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Normalise paths, sizes and dtype synonyms; check every field, then the fields against one another."""
-        for f in fields(self):
-            value = _normalise(f, getattr(self, f.name))
-            object.__setattr__(self, f.name, value)
-            _check(f, value)
+        check_fields(self)
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ParameterError(
                 "gpu_memory_utilization", self.gpu_memory_utilization, "must be over 0 and at most 1"
@@ -180,9 +170,9 @@ class EngineConfig:
     @classmethod
     def from_namespace(cls, namespace: argparse.Namespace) -> EngineConfig:
         """What a parser of :func:`add_engine_arguments` found: flags over ``--config`` over defaults."""
-        given = {f.name: getattr(namespace, f.name) for f in fields(cls) if hasattr(namespace, f.name)}
+        flags = given(namespace, cls)
         path = getattr(namespace, "config", None)
-        return cls(**given) if path is None else cls.from_yaml(path, **given)
+        return cls(**flags) if path is None else cls.from_yaml(path, **flags)
 
 
 class EngineArgs(EngineConfig):
@@ -215,101 +205,20 @@ def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-def did_you_mean(name: str, candidates: Collection[str]) -> str:
-    """``; did you mean …?`` with the candidate closest to ``name``, or nothing."""
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def parse_size(text: str) -> int:
-    """A whole number with an optional suffix: K, M, G, T and KiB … in 1024s; k, m, g, t and KB … in 1000s."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"{text!r} is not a size such as 1048576, 512M, 4G or 2GiB")
-    number, unit, rest = match.group(1), match.group(2) or "", (match.group(3) or "").lower()
-    base = 1024 if rest == "ib" or (unit.isupper() and not rest) else 1000
-    size = float(number) * base ** ("kmgt".index(unit.lower()) + 1 if unit else 0)
-    if not unit:
-        size = int(number) if number.isdigit() else size
-    if size != int(size):
-        raise ValueError(f"{text!r} is not a whole number")
-    return int(size)
-
-
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The mapping in a YAML file, its keys' dashes turned to underscores."""
-    try:
-        import yaml
-    except ImportError:
-        raise ParameterError(
-            "config", str(path), "reading YAML needs PyYAML (Debian: python3-yaml)"
-        ) from None
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except OSError as e:
-        raise ParameterError("config", str(path), f"cannot be read: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ParameterError("config", str(path), f"is not YAML: {' '.join(str(e).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ParameterError("config", str(path), "must hold one mapping from option names to values")
-    options: dict[str, Any] = {}
-    for key, value in content.items():
-        name = key.replace("-", "_")
-        if name in options:
-            raise ParameterError("config", str(path), f"says {name} twice")
-        options[name] = value
-    return options
-
-
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+def add_engine_arguments(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
     """Give ``parser`` a flag for each field, ``--config``, and hidden ones for what is in :data:`ABSENT`.
 
-    Flags that are not given leave nothing in the namespace: :meth:`EngineConfig.from_namespace` merges."""
-    groups = {name: parser.add_argument_group(f"{name} options") for name in ("model", "engine")}
-    for f in fields(EngineConfig):
-        names = ["-m", "--model"] if f.name == "model" else [_flag(f.name)]
-        groups[f.metadata["group"]].add_argument(
-            *names, dest=f.name, default=argparse.SUPPRESS, **_argument(f)
-        )
-    groups["engine"].add_argument(
-        "--config", metavar="FILE", help="YAML file of these options; flags win over it"
-    )
+    Flags that are not given leave nothing in the namespace: :meth:`EngineConfig.from_namespace` merges. Names in
+    ``leave_out`` get no flag: the command has its own."""
+    add_fields(parser, EngineConfig, leave_out)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these options; flags win over it")
     for name, absent in ABSENT.items():
+        if name in leave_out:
+            continue
         action = _AbsentFlag if any(isinstance(n, bool) for n in absent.neutral) else _AbsentValue
         parser.add_argument(
-            _flag(name), dest=name, action=action, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            flag(name), dest=name, action=action, default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
-
-
-def _argument(f: Field[Any]) -> dict[str, Any]:
-    meta = f.metadata
-    text = meta["help"].replace("%", "%%")
-    if f.default is not None and "default" not in text and not isinstance(f.default, bool):
-        text += f" (default: {f.default})"
-    if "bool" in f.type:
-        on = f" (default: {'on' if f.default else 'off'})" if f.default is not None else ""
-        return {"action": argparse.BooleanOptionalAction, "help": text + on}
-    argument: dict[str, Any] = {"help": text, "metavar": meta.get("metavar")}
-    if "choices" in meta:
-        argument["choices"] = (*meta["choices"], *meta.get("synonyms", ()))
-        argument["metavar"] = "{" + ",".join(meta["choices"]) + "}"
-    elif meta.get("size"):
-        argument.update(type=_size_argument, metavar="SIZE" if "memory" in f.name else "N")
-    elif "int" in f.type:
-        argument.update(type=int, metavar="N")
-    elif "float" in f.type:
-        argument.update(type=float, metavar="X")
-    return argument
-
-
-def _size_argument(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 class _AbsentValue(argparse.Action):
@@ -346,52 +255,3 @@ class _AbsentFlag(argparse.BooleanOptionalAction):
         absent = ABSENT[self.dest]
         if flag is not None and not absent.accepts(not flag.startswith("--no-")):
             parser.error(f"{flag}: {absent.reason}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _normalise(f: Field[Any], value: Any) -> Any:
-    if "str" in f.type:
-        if isinstance(value, os.PathLike):
-            return os.fspath(value)
-        if "synonyms" in f.metadata and value is not None:
-            text = str(value).removeprefix("torch.")
-            return f.metadata["synonyms"].get(text, text)
-    if f.metadata.get("size") and isinstance(value, str):
-        try:
-            return parse_size(value)
-        except ValueError as e:
-            raise ParameterError(f.name, value, str(e)) from None
-    if f.type == "float" and type(value) is int:
-        return float(value)
-    return value
-
-
-_TYPES = {
-    "str": (str, "a string"),
-    "int": (int, "a whole number"),
-    "float": (float, "a number"),
-    "bool": (bool, "True or False"),
-}
-
-
-def _check(f: Field[Any], value: Any) -> None:
-    type_name, _, optional = str(f.type).partition(" | ")
-    if value is None and optional:
-        return
-    expected, words = _TYPES[type_name]
-    if type(value) is not expected:
-        raise ParameterError(f.name, value, f"must be {words}" + (" or None" if optional else ""))
-    choices = f.metadata.get("choices")
-    if choices is not None and value not in choices:
-        close = did_you_mean(str(value), choices)
-        raise ParameterError(f.name, value, f"must be {', '.join(choices[:-1])} or {choices[-1]}{close}")
-    if value == "":
-        raise ParameterError(f.name, value, "must not be empty")
-    low, high = f.metadata.get("low"), f.metadata.get("high")
-    if low is not None and not low <= value:
-        raise ParameterError(f.name, value, f"must be at least {low}")
-    if high is not None and not value <= high:
-        raise ParameterError(f.name, value, f"must be at most {high}")

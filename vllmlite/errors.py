@@ -25,3 +25,7 @@ class ModelError(VllmliteError):
 
 class BackendError(VllmliteError):
     """No compute backend can do what was asked: a missing device, an operation or dtype it lacks, no memory."""
+
+
+class EngineDeadError(VllmliteError):
+    """The engine has been shut down, or has failed for good: it takes no more requests."""

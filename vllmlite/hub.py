@@ -10,6 +10,8 @@ from vllmlite.errors import ModelError, ParameterError
 
 BUILT_IN = Path(__file__).parent / "data" / "demo"
 """Directory of the built-in demo model."""
+BUILT_IN_NAME = "vllmlite-demo"
+"""What a server calls it."""
 
 CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 """What describes a model and its tokenizer; never code, and never pickled weights."""

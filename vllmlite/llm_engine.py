@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vllmlite.config import EngineConfig
+from vllmlite.engine.engine import EngineOutput
 from vllmlite.errors import ParameterError
 from vllmlite.output_processor import OutputProcessor
 from vllmlite.outputs import EngineStats, RequestOutput
 from vllmlite.runner.startup import start
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from vllmlite.guided import Grammars
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids`` and perhaps ``cache_salt``."""
@@ -29,6 +34,8 @@ class LLMEngine:
         self.max_model_len = started.max_model_len
         self.default_sampling_params = started.default_sampling_params
         self.backend_choice = started.backend_choice
+        self.observer: Callable[[list[EngineOutput]], None] | None = None
+        """Sees what each step gave each sequence; for metrics."""
         self._processor = OutputProcessor(self.tokenizer)
 
     @classmethod
@@ -64,6 +71,8 @@ class LLMEngine:
         if self.tokenizer is None and params.stop:
             raise ParameterError("stop", params.stop, "stop strings need a tokenizer")
         bad_words = self._bad_word_ids(params.bad_words or ())
+        structure = params.structured_outputs
+        compiled = None if structure is None else self.grammars.compile(structure)
         added: list[str] = []
         children = self._processor.add(request_id, encoded.get("prompt"), prompt_ids, params)
         try:
@@ -73,6 +82,7 @@ class LLMEngine:
                     prompt_ids,
                     child_params,
                     bad_words=bad_words,
+                    grammar=None if compiled is None else self.grammars.start(compiled),
                     priority=priority,
                     cache_salt=encoded.get("cache_salt"),
                     arrival_time=arrival_time,
@@ -84,6 +94,13 @@ class LLMEngine:
                 self.engine.finish(child)
             raise
         prompt_ids[:] = request.prompt_token_ids  # as truncated
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """The compiled grammars of structured outputs."""
+        from vllmlite.guided import Grammars
+
+        return Grammars(self.get_tokenizer(), self.engine.vocab_size, sorted(self.engine.eos_ids))
 
     def encode(self, prompt: Prompt) -> dict[str, Any]:
         """``prompt`` as a mapping that has ``prompt_token_ids``, a new list. Raises :class:`ParameterError`."""
@@ -116,9 +133,12 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         """Run one step; outputs of the requests that it gave something, as their ``output_kind`` says."""
-        outputs, stopped = self._processor.process(self.engine.step())
+        given = self.engine.step()
+        outputs, stopped = self._processor.process(given)
         for child, stop in stopped:
             self.engine.finish(child, "stop", stop)
+        if self.observer is not None:
+            self.observer(given)
         return outputs
 
     def has_unfinished_requests(self) -> bool:

@@ -37,12 +37,16 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times of a request, in seconds of :func:`time.monotonic`; None until they happen."""
+    """Times of a request, in seconds of :func:`time.monotonic`, None until they happen; and its tokens."""
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    previous_token_time: float | None = None
+    last_token_time: float | None = None
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -81,6 +85,9 @@ class EngineStats:
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
     num_preemptions: int = 0
+    num_failed_steps: int = 0
+    last_error: str | None = None
+    """What the last failed step raised."""
     prefix_cache_queries: int = 0
     """Prompt tokens looked up in the prefix cache."""
     prefix_cache_hits: int = 0

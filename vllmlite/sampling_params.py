@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from json import loads
 from typing import Any
 
 from vllmlite.errors import ParameterError
@@ -24,6 +25,58 @@ class RequestOutputKind(Enum):
     """What is new since the last one."""
     FINAL_ONLY = 2
     """One output, when the request has finished."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputsParams:
+    """What the output must be: exactly one of these. Raises :class:`ParameterError` on bad values."""
+
+    json: str | dict[str, Any] | bool | None = None
+    """A value that a JSON Schema (a mapping, or its text) describes."""
+    regex: str | None = None
+    """A text that a regular expression matches."""
+    choice: list[str] | None = None
+    """One of these texts."""
+    grammar: str | None = None
+    """A text of a grammar in EBNF (GBNF), whose start is ``root``."""
+    json_object: bool | None = None
+    """Any JSON object."""
+
+    def __post_init__(self) -> None:
+        """Check that one thing is asked for, and its type."""
+        given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
+        if len(given) != 1:
+            raise ParameterError("structured_outputs", given, "must ask for exactly one thing")
+        self.kind_and_source()
+
+    def kind_and_source(self) -> tuple[str, Any]:
+        """``json`` (the schema parsed), ``regex``, ``choice`` or ``grammar``, and what describes it."""
+        if self.json_object:
+            return "json", {"type": "object"}
+        if self.json_object is not None:
+            raise ParameterError("structured_outputs.json_object", self.json_object, "must be True")
+        if self.json is not None:
+            schema: Any = self.json
+            if isinstance(schema, str):
+                try:
+                    schema = loads(schema)
+                except (ValueError, RecursionError) as error:
+                    raise ParameterError(
+                        "structured_outputs.json", self.json, f"is not JSON: {error}"
+                    ) from None
+            if not isinstance(schema, (dict, bool)):
+                raise ParameterError("structured_outputs.json", schema, "must be a JSON Schema")
+            return "json", schema
+        if self.choice is not None:
+            if not isinstance(self.choice, list) or not all(isinstance(c, str) and c for c in self.choice):
+                raise ParameterError(
+                    "structured_outputs.choice", self.choice, "must be a list of non-empty texts"
+                )
+            return "choice", self.choice
+        kind, source = ("regex", self.regex) if self.regex is not None else ("grammar", self.grammar)
+        if not isinstance(source, str) or not source:
+            raise ParameterError(f"structured_outputs.{kind}", source, "must be a non-empty text")
+        return kind, source
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,6 +131,8 @@ class SamplingParams:
     """Turn ids into text; without it, ``text`` stays empty and stop strings are refused."""
     truncate_prompt_tokens: int | None = None
     """Keep only the last this many tokens of the prompt; -1: as many as fit the model's context."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the output must be: a value of a JSON Schema, a match of a regular expression, a choice, a grammar."""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     """What outputs carry."""
 
@@ -116,6 +171,16 @@ class SamplingParams:
             raise ParameterError(
                 "n", self.n, "must be 1 with temperature 0: greedy completions are all the same"
             )
+
+        if self.structured_outputs is not None:
+            self._check_structure(self.structured_outputs)
+
+    def _check_structure(self, structure: StructuredOutputsParams) -> None:
+        if not isinstance(structure, StructuredOutputsParams):
+            raise ParameterError("structured_outputs", structure, "must be StructuredOutputsParams")
+        for name in ("min_tokens", "ignore_eos", "bad_words", "allowed_token_ids"):
+            if getattr(self, name):
+                raise ParameterError(name, getattr(self, name), "does not go with structured_outputs")
 
     def _check_types(self) -> None:
         for name in (

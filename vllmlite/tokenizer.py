@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.weights.json_object import read_object
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 CONTEXT_TOKENS = 6
 """Prompt tokens decoded along with the output, so that spacing across the seam is right."""
@@ -34,13 +37,43 @@ class Tokenizer:
         """Ids that the tokenizer knows, added tokens included."""
         return int(self._fast.get_vocab_size(with_added_tokens=True))
 
+    @cached_property
+    def max_token_length(self) -> int:
+        """Characters of the longest token: no text of more than n times as many fits into n tokens."""
+        return max(map(len, self._fast.get_vocab(with_added_tokens=True)), default=1)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of ``text``, with what the tokenizer adds of itself (say, a beginning-of-text id)."""
-        return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Ids of ``text``, with what the tokenizer adds of itself (say, a beginning-of-text id).
+
+        Raises :class:`ParameterError` if ``text`` is not Unicode (it holds half a surrogate pair)."""
+        try:
+            return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError:
+            raise ParameterError("text", text, "must be Unicode without halves of surrogate pairs") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; half a character at either end becomes U+FFFD."""
         return str(self._fast.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def vocabulary(self, size: int) -> tuple[list[str], bool]:
+        """Tokens of ids 0 to ``size`` - 1 as the tokenizer writes them, special and missing ones empty; whether that is
+        byte by byte in GPT-2's alphabet."""
+        texts = [""] * size
+        special = {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
+        for text, token_id in self._fast.get_vocab(with_added_tokens=True).items():
+            if token_id < size and token_id not in special:
+                texts[token_id] = text
+        parts = json.loads(self._fast.to_str())
+        byte_level = any(
+            '"type": "ByteLevel"' in json.dumps(parts[name]) for name in ("decoder", "pre_tokenizer")
+        )
+        return texts, byte_level
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise :class:`ParameterError` unless all of ``ids`` can be ids."""
+        for token_id in ids:
+            if not 0 <= token_id < 2**31:
+                raise ParameterError("tokens", token_id, "must be token ids: whole numbers from 0")
 
     def token_text(self, token_id: int) -> str:
         """Text of one id alone, special tokens included."""
@@ -215,14 +248,18 @@ def _load_fast(path: Path) -> FastTokenizer:
     return fast
 
 
-def _render(source: str, **variables: Any) -> str:
-    """Render a chat template with what transformers offers templates, in Jinja's immutable sandbox."""
-    from jinja2 import TemplateError
+class _Refusal(Exception):
+    """A chat template called ``raise_exception``."""
+
+
+@lru_cache(maxsize=32)
+def _compile(source: str) -> Template:
+    """A chat template with what transformers offers templates, in Jinja's immutable sandbox."""
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message: str) -> None:
-        raise ParameterError("messages", variables["messages"], message)
+        raise _Refusal(message)
 
     def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
@@ -237,11 +274,17 @@ def _render(source: str, **variables: Any) -> str:
     )
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    return environment.from_string(source)
+
+
+def _render(source: str, **variables: Any) -> str:
+    from jinja2 import TemplateError
+
     try:
-        return environment.from_string(source).render(**variables)
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, ParameterError):
-            raise
+        return _compile(source).render(**variables)
+    except _Refusal as refusal:
+        raise ParameterError("messages", variables["messages"], str(refusal)) from None
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise ParameterError(
             "messages", variables["messages"], f"the chat template refuses them: {error}"
         ) from None

@@ -12,8 +12,8 @@ import sys
 from typing import TYPE_CHECKING, Protocol, cast
 
 from vllmlite.cli.parser import OptionParser
-from vllmlite.config import did_you_mean
 from vllmlite.errors import VllmliteError
+from vllmlite.options import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 COMMANDS = {
     "generate": "complete prompts",
     "chat": "talk to a model in the terminal",
+    "serve": "serve OpenAI's API over HTTP",
     "quantize": "write a copy of a checkpoint in 8 or 4 bits",
     "bench": "measure throughput and latency of this engine",
+    "bench serve": "measure a running server, ours or another",
     "env": "show versions, hardware and backends",
 }
-"""Subcommands and what they do; each is a module of this package with ``add_arguments`` and ``run``."""
+"""Subcommands and what they do; each is a module (``bench serve``: bench_serve) with ``add_arguments`` and ``run``."""
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 128 + signal.SIGINT, 141
 
@@ -89,15 +91,15 @@ def _dispatch(argv: list[str]) -> int:
             parser.error(f"no command {argv[0]}" + did_you_mean(argv[0], COMMANDS))
         parser.parse(argv)
         parser.error(f"no command; one of {', '.join(COMMANDS)}")
-    name = argv[0]
+    name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
     command = _load(name)
     parser = OptionParser(prog=f"vllmlite {name}", description=_sentence(COMMANDS[name]))
     command.add_arguments(parser)
-    return command.run(parser.parse(argv[1:]), parser)
+    return command.run(parser.parse(argv[len(name.split()) :]), parser)
 
 
 def _top_parser() -> OptionParser:
-    listing = "\n".join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
+    listing = "\n".join(f"  {name:<12} {summary}" for name, summary in COMMANDS.items())
     parser = OptionParser(
         prog="vllmlite",
         usage="%(prog)s [-h] [--version] COMMAND ...",
@@ -117,7 +119,7 @@ class _Version(argparse.Action):
 
 
 def _load(name: str) -> Command:
-    return cast(Command, importlib.import_module(f"vllmlite.cli.{name}"))
+    return cast(Command, importlib.import_module(f"vllmlite.cli.{name.replace(' ', '_')}"))
 
 
 def _sentence(summary: str) -> str:

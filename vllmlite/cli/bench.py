@@ -26,7 +26,8 @@ A table goes to standard error; the last line of standard output is a JSON objec
 
   vllmlite bench                                      throughput: all prompts at once
   vllmlite bench --batch 1                            latency: one prompt after another
-  vllmlite bench --input-len 100:1024 --output-len 100:1024 --num-prompts 256"""
+  vllmlite bench --input-len 100:1024 --output-len 100:1024 --num-prompts 256
+  vllmlite bench serve --help                         the same of a server"""
 
 
 def add_arguments(parser: OptionParser) -> None:
@@ -34,14 +35,14 @@ def add_arguments(parser: OptionParser) -> None:
     work = parser.add_argument_group("benchmark options", ABOUT)
     work.add_argument(
         "--input-len",
-        type=_length,
+        type=length_range,
         default=(128, 128),
         metavar="N",
         help="tokens a prompt, or FROM:TO (default: 128)",
     )
     work.add_argument(
         "--output-len",
-        type=_length,
+        type=length_range,
         default=(128, 128),
         metavar="N",
         help="tokens to generate, or FROM:TO (default: 128)",
@@ -193,7 +194,8 @@ def draw_ids(draw: random.Random, engine: LLMEngine, count: int) -> list[int]:
     return [draw.randrange(vocab_size) for _ in range(count)]
 
 
-def _length(text: str) -> tuple[int, int]:
+def length_range(text: str) -> tuple[int, int]:
+    """``N`` as (N, N), ``FROM:TO`` as (FROM, TO)."""
     low, _, high = text.partition(":")
     try:
         pair = int(low), int(high or low)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import signal
 import sys
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Protocol
 
 from vllmlite.cli import report, session
 from vllmlite.cli.sampling import add_sampling_arguments, given_sampling
+from vllmlite.config import EngineConfig
 from vllmlite.errors import ParameterError
+from vllmlite.options import given
 from vllmlite.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
     from types import FrameType
 
     from vllmlite.cli.parser import OptionParser
@@ -38,6 +40,12 @@ def add_arguments(parser: OptionParser) -> None:
     """Declare the options."""
     conversation = parser.add_argument_group("conversation", ABOUT)
     parser.epilog = "commands in the conversation:\n" + "\n".join("  " + line for line in HELP.splitlines())
+    conversation.add_argument(
+        "--url",
+        metavar="URL",
+        help="talk to a server with OpenAI's API; --model is then its name for a model",
+    )
+    conversation.add_argument("--api-key", metavar="KEY", help="for --url; default: $OPENAI_API_KEY")
     conversation.add_argument("--system", metavar="TEXT", help="system message")
     conversation.add_argument(
         "--chat-template", metavar="FILE", help="Jinja template in place of the model's"
@@ -50,16 +58,17 @@ def add_arguments(parser: OptionParser) -> None:
 
 def run(args: argparse.Namespace, parser: OptionParser) -> int:
     """Talk until the input ends."""
-    config = session.engine_config(args, parser)
-    if config.skip_tokenizer_init:
-        parser.error("a conversation needs a tokenizer: leave out --skip-tokenizer-init")
     session.checked_params(SamplingParams(), given_sampling(args), parser)
     template = session.read_chat_template(args.chat_template, parser)
-    started = session.start(config, args.verbose)
-    params = session.checked_params(started.engine.default_sampling_params, given_sampling(args), parser)
-    if template is None and not started.engine.get_tokenizer().has_chat_template:
-        raise ParameterError("model", config.model, "has no chat template: give --chat-template FILE")
-    conversation = Conversation(started, params, template, args.system)
+    answerer = _local(args, template, parser) if args.url is None else _remote(args, template, parser)
+    with closing(answerer):
+        _talk(Conversation(answerer, args.system))
+    if args.stats and isinstance(answerer, Engine):
+        print(report.table(answerer.tally.statistics()), file=sys.stderr)
+    return 0
+
+
+def _talk(conversation: Conversation) -> None:
     interactive = sys.stdin.isatty()
     if interactive:
         _edit_lines()
@@ -72,25 +81,81 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
             conversation.command(text)
         elif text:
             conversation.say(text.removeprefix("/"))
-    if args.stats:
-        print(report.table(conversation.tally.statistics()), file=sys.stderr)
-    return 0
 
 
-class Conversation:
-    """The messages so far, and the engine that answers them."""
+def _local(args: argparse.Namespace, template: str | None, parser: OptionParser) -> Engine:
+    config = session.engine_config(args, parser)
+    if config.skip_tokenizer_init:
+        parser.error("a conversation needs a tokenizer: leave out --skip-tokenizer-init")
+    started = session.start(config, args.verbose)
+    params = session.checked_params(started.engine.default_sampling_params, given_sampling(args), parser)
+    if template is None and not started.engine.get_tokenizer().has_chat_template:
+        raise ParameterError("model", config.model, "has no chat template: give --chat-template FILE")
+    return Engine(started, params, template)
 
-    def __init__(
-        self, started: session.Session, params: SamplingParams, template: str | None, system: str | None
-    ) -> None:
-        """An empty conversation under the ``system`` message."""
+
+def _remote(args: argparse.Namespace, template: str | None, parser: OptionParser) -> Answerer:
+    from vllmlite.cli.chat_remote import Server
+
+    here = [*(given(args, EngineConfig).keys() - {"model"})]
+    for name in here + [name for name in ("config", "stats") if getattr(args, name)]:
+        parser.error(
+            f"--{name.replace('_', '-')} is for an engine in this process: it does not go with --url"
+        )
+    options = given_sampling(args) | ({} if template is None else {"chat_template": template})
+    return Server(args.url, getattr(args, "model", None), args.api_key, options)
+
+
+class Answerer(Protocol):
+    """What a conversation is held with."""
+
+    def answer(self, messages: list[dict[str, str]]) -> Generator[str, None, None]:
+        """Pieces of the answer to ``messages``; closing the generator ends it. Raises VllmliteError."""
+        ...
+
+    def close(self) -> None:
+        """The conversation has ended."""
+        ...
+
+
+class Engine:
+    """An engine in this process."""
+
+    def __init__(self, started: session.Session, params: SamplingParams, template: str | None) -> None:
+        """Answer with ``params``, through ``template`` or the model's own."""
         self.tally = report.Run(started)
-        self.messages: list[dict[str, str]] = []
         self._engine = started.engine
         self._params = params
         self._template = template
-        self._system = system
         self._num_turns = 0
+
+    def answer(self, messages: list[dict[str, str]]) -> Generator[str, None, None]:
+        """See :class:`Answerer`."""
+        prompt = session.chat_prompt(self._engine, messages, self._template)
+        request_id = str(self._num_turns)
+        self._num_turns += 1
+        count, output = 0, None
+        with closing(session.stream(self._engine, request_id, prompt, self._params)) as outputs:
+            try:
+                for output in outputs:
+                    count += len(output.outputs[0].token_ids)
+                    yield output.outputs[0].text
+            finally:
+                if output is not None:
+                    self.tally.add(output, count)
+
+    def close(self) -> None:
+        """See :class:`Answerer`."""
+
+
+class Conversation:
+    """The messages so far, and who answers them."""
+
+    def __init__(self, answerer: Answerer, system: str | None) -> None:
+        """An empty conversation under the ``system`` message."""
+        self.messages: list[dict[str, str]] = []
+        self._answerer = answerer
+        self._system = system
         self.reset()
 
     def reset(self) -> None:
@@ -115,14 +180,12 @@ class Conversation:
     def say(self, text: str) -> None:
         """Add a turn and print the answer as it comes; a turn that cannot be answered is taken back."""
         self.messages.append({"role": "user", "content": text})
-        answer, count, output = "", 0, None
+        answer = ""
         try:
-            prompt = session.chat_prompt(self._engine, self.messages, self._template)
-            with _interruptible() as interrupted:
-                for output in session.stream(self._engine, str(self._num_turns), prompt, self._params):
-                    count += len(output.outputs[0].token_ids)
-                    answer += output.outputs[0].text
-                    print(output.outputs[0].text, end="", flush=True)
+            with _interruptible() as interrupted, closing(self._answerer.answer(self.messages)) as pieces:
+                for piece in pieces:
+                    answer += piece
+                    print(piece, end="", flush=True)
                     if interrupted:
                         break
             print(flush=True)
@@ -131,10 +194,6 @@ class Conversation:
             hint = "; /reset forgets the conversation" if len(self.messages) > 1 else ""
             print(f"vllmlite: error: {e}{hint}", file=sys.stderr)
             return
-        finally:
-            self._num_turns += 1
-        if output is not None:
-            self.tally.add(output, count)
         self.messages.append({"role": "assistant", "content": answer})
 
 

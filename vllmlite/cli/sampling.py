@@ -10,12 +10,12 @@ from collections.abc import Set
 from dataclasses import fields
 from typing import Any
 
-from vllmlite.config import did_you_mean
 from vllmlite.errors import ParameterError
+from vllmlite.options import did_you_mean
 from vllmlite.sampling_params import SamplingParams
 
-NO_FLAG = {"output_kind", "seed", "spaces_between_special_tokens"}
-"""Fields without a flag: the first belongs to the command, ``--seed`` is the engine's, the last changes nothing."""
+NO_FLAG = {"output_kind", "seed", "spaces_between_special_tokens", "structured_outputs"}
+"""Fields without a flag: the first is the command's, ``--seed`` the engine's, the others change nothing here."""
 
 
 def add_sampling_arguments(

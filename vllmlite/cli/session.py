@@ -15,7 +15,7 @@ from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from vllmlite.cli.parser import OptionParser
     from vllmlite.llm_engine import LLMEngine, Prompt
@@ -97,7 +97,7 @@ def read_chat_template(path: str | None, parser: OptionParser) -> str | None:
 
 def stream(
     engine: LLMEngine, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
-) -> Iterator[RequestOutput]:
+) -> Generator[RequestOutput, None, None]:
     """Outputs of one request as they come, each with what is new; closing the generator drops the request."""
     delta = params.clone(output_kind=RequestOutputKind.DELTA)
     engine.add_request(request_id, prompt, delta, priority=priority)

@@ -16,7 +16,7 @@ from hashlib import sha256
 from typing import Any, Protocol
 
 from vllmlite.engine.block_pool import root_digest
-from vllmlite.engine.request import Request, Status
+from vllmlite.engine.request import Grammar, Request, Status
 from vllmlite.engine.scheduler import Limits, Schedule, Scheduler
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import EngineStats, RequestMetrics
@@ -92,9 +92,9 @@ class Engine:
         """An engine without requests; ``seed`` is what requests without a seed of their own derive theirs from."""
         self.scheduler = Scheduler(limits)
         self.stats = EngineStats(num_blocks=limits.num_blocks, block_size=limits.block_size)
-        self._runner = runner
-        self._vocab_size = vocab_size
-        self._eos_ids = frozenset(eos_ids)
+        self.runner = runner
+        self.vocab_size = vocab_size
+        self.eos_ids = frozenset(eos_ids)
         self._steps_in_flight = steps_in_flight
         self._seed = seed
         self._max_logprobs = max_logprobs
@@ -110,21 +110,23 @@ class Engine:
         params: SamplingParams,
         *,
         bad_words: Sequence[Sequence[int]] = (),
+        grammar: Grammar | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
         arrival_time: float | None = None,
     ) -> Request:
         """Queue a request. Raises :class:`ParameterError`, and takes nothing in, if it can never be served.
 
-        ``bad_words`` are token sequences; ``cache_salt`` keeps its prefix-cache blocks apart from other salts'."""
+        ``bad_words`` are token sequences; ``grammar`` is this sequence's own; ``cache_salt`` keeps its blocks in the
+        prefix cache apart from other salts'."""
         if request_id in self._requests:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
-        params.check_vocabulary(self._vocab_size, self._max_logprobs)
+        params.check_vocabulary(self.vocab_size, self._max_logprobs)
         prompt = self._checked_prompt(list(prompt_token_ids), params)
         stop_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:
-            stop_ids |= self._eos_ids
-        _check_something_is_allowed(params, bad_words, stop_ids | self._eos_ids)
+            stop_ids |= self.eos_ids
+        _check_something_is_allowed(params, bad_words, stop_ids | self.eos_ids)
         longest = self.scheduler.limits.max_model_len
         if params.max_tokens is not None:
             longest = min(longest, len(prompt) + params.max_tokens)
@@ -135,10 +137,13 @@ class Engine:
             seed=self._derive_seed() if params.seed is None else params.seed % 2**64,
             max_total_tokens=longest,
             stop_ids=stop_ids,
-            eos_ids=self._eos_ids,
+            eos_ids=self.eos_ids,
             root=root_digest("salt", cache_salt or ""),
-            metrics=RequestMetrics(time.monotonic() if arrival_time is None else arrival_time),
+            metrics=RequestMetrics(
+                time.monotonic() if arrival_time is None else arrival_time, num_prompt_tokens=len(prompt)
+            ),
             bad_words=[tuple(word) for word in bad_words],
+            grammar=grammar,
             priority=priority,
             order=self._num_added,
         )
@@ -171,12 +176,12 @@ class Engine:
                 if not rows:
                     break
                 self._in_flight.append((schedule, rows, None))
-                self._in_flight[-1] = (schedule, rows, self._runner.launch(schedule))
+                self._in_flight[-1] = (schedule, rows, self.runner.launch(schedule))
                 self.stats.num_steps += 1
             if not self._in_flight:
                 return []
             schedule, rows, handle = self._in_flight[0]
-            result = self._runner.collect(handle)
+            result = self.runner.collect(handle)
         except Exception as error:
             logger.exception("a step failed; its requests end with an error")
             return self._fail(error)
@@ -210,9 +215,9 @@ class Engine:
             raise ParameterError(
                 "prompt", f"{len(prompt)} tokens", f"must be shorter than max_model_len, {longest} tokens"
             )
-        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             wrong = min(prompt) if min(prompt) < 0 else max(prompt)
-            raise ParameterError("prompt_token_ids", wrong, f"must be ids from 0 to {self._vocab_size - 1}")
+            raise ParameterError("prompt_token_ids", wrong, f"must be ids from 0 to {self.vocab_size - 1}")
         return prompt
 
     def _derive_seed(self) -> int:
@@ -237,13 +242,19 @@ class Engine:
             metrics = request.metrics
             if metrics.first_token_time is None:
                 metrics.first_token_time = now
+            metrics.previous_token_time = metrics.last_token_time
+            metrics.last_token_time = now
+            metrics.num_generation_tokens += 1
             reason: str | None = None
             stop_reason: int | None = None
+            complete = request.grammar is not None and request.grammar.accept(token_id)
             if token_id in request.stop_ids:
                 reason = "stop"
                 stop_reason = (
                     None if token_id in request.eos_ids and not request.params.ignore_eos else token_id
                 )
+            elif complete:
+                reason = "stop"
             elif request.num_tokens - request.num_in_flight >= request.max_total_tokens:
                 reason = "length"
             output = EngineOutput(
@@ -277,6 +288,9 @@ class Engine:
     def _fail(self, error: Exception) -> list[EngineOutput]:
         """End every request of the steps in flight; their blocks hold nobody knows what, so no prefix survives."""
         outputs = []
+        reason = f"{type(error).__name__}: {error}"
+        self.stats.num_failed_steps += 1
+        self.stats.last_error = reason
         for _, rows, _ in self._in_flight:
             for request in rows:
                 if request.status is Status.FINISHED:
@@ -285,7 +299,7 @@ class Engine:
                 outputs.append(
                     EngineOutput(
                         request.request_id, [], "error", None, request.num_cached_tokens or 0, request.metrics,
-                        error=f"{type(error).__name__}: {error}",
+                        error=reason,
                     )
                 )  # fmt: skip
         self._in_flight.clear()

@@ -6,9 +6,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from vllmlite.outputs import RequestMetrics
 from vllmlite.sampling_params import SamplingParams
+
+
+class Grammar(Protocol):
+    """Where a sequence is in what its output must be."""
+
+    def mask(self) -> bytes:
+        """Bits of the ids that may come next: bit ``i % 32`` of little-endian word ``i // 32``."""
+        ...
+
+    def accept(self, token_id: int) -> bool:
+        """Take in the next id; whether the output is complete."""
+        ...
 
 
 class Status(Enum):
@@ -43,6 +56,8 @@ class Request:
     bad_words: Sequence[Sequence[int]] = ()
     """Token sequences whose last id is banned where the rest stands at the end of the output."""
     priority: int = 0
+    grammar: Grammar | None = None
+    """Restricts the next id by those before it."""
     order: int = 0
     """Arrival number; with ``priority`` the key by which requests are served and, from the end, preempted."""
 
@@ -71,7 +86,7 @@ class Request:
     def __post_init__(self) -> None:
         """Derive counters and flags."""
         self.num_tokens = len(self.prompt_token_ids)
-        self.reads_text = any(len(word) > 1 for word in self.bad_words)
+        self.reads_text = self.grammar is not None or any(len(word) > 1 for word in self.bad_words)
         self.has_bans = bool(self.bad_words) or self.params.min_tokens > 0
 
     @property

@@ -60,6 +60,8 @@ class Schedule:
     block_ids: list[int] = field(default_factory=list)
     banned: dict[int, list[int]] = field(default_factory=dict)
     """Row → ids that it may not sample."""
+    masks: dict[int, bytes] = field(default_factory=dict)
+    """Row → bits of the ids that its grammar allows, little-endian words of 32."""
     prompt_logprobs: list[int] = field(default_factory=list)
     """Rows whose prompt tokens' log-probabilities are wanted."""
     num_tokens: int = 0
@@ -186,6 +188,8 @@ class Scheduler:
                 banned = request.banned_ids()
                 if banned:
                     schedule.banned[len(schedule.slots)] = banned
+            if request.grammar is not None:
+                schedule.masks[len(schedule.slots)] = request.grammar.mask()
             request.num_tokens += 1
             request.num_in_flight += 1
         schedule.slots.append(request.slot)

@@ -184,23 +184,26 @@ class ModelRunner:
         if len(sampling):
             batch.features = Feature(int(np.bitwise_or.reduce(self._features[sample_slots])))
             batch.num_logprobs = int(self._num_logprobs[sample_slots].max())
-            if schedule.banned or self._allowed:
+            if schedule.banned or schedule.masks or self._allowed:
                 self._mask(batch, schedule, sampling)
         return batch, starts
 
     def _mask(self, batch: ForwardBatch, schedule: Schedule, sampling: NDArray[np.intp]) -> None:
-        """Turn allowed and banned ids of the sampling rows into bitmasks."""
+        """Turn allowed and banned ids and grammars of the sampling rows into bitmasks."""
         rows, masks = [], []
         for index, row in enumerate(sampling.tolist()):
             allowed = self._allowed.get(schedule.slots[row])
             banned = schedule.banned.get(row)
-            if allowed is None and banned is None:
+            grammar = schedule.masks.get(row)
+            if allowed is None and banned is None and grammar is None:
                 continue
             mask = (
                 np.full(-(-self.model.vocab_size // 32), 2**32 - 1, np.uint32)
                 if allowed is None
                 else allowed.copy()
             )
+            if grammar is not None:
+                mask &= np.frombuffer(grammar, "<u4")
             if banned is not None:
                 mask &= ~pack_bits(np.array(banned), self.model.vocab_size)
             rows.append(index)

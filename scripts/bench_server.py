@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""What HTTP costs: concurrent streams of ``vllmlite serve`` beside the same work through ``LLM.generate``.
+
+    PYTHONPATH=. scripts/bench_server.py [--streams N] [--output-len N] [--repeat N] [--model DIR]
+
+Both run alternately; medians are compared. ``overhead_us_per_token`` is what a streamed token costs the server
+in CPU time over the offline one: HTTP, JSON, queues, and what two threads cost one another. Last line: JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+from vllmlite import LLM, SamplingParams
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--output-len", type=int, default=200)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--model")
+    args = parser.parse_args()
+    prompts = [f"The Debian Project is number {index}" for index in range(args.streams)]
+    model = [args.model] if args.model else []
+    command = [
+        sys.executable,
+        "-m",
+        "vllmlite",
+        "serve",
+        *model,
+        "--port",
+        "0",
+        "--disable-uvicorn-access-log",
+    ]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8")
+    try:
+        assert server.stderr is not None
+        line = next(line for line in server.stderr if line.startswith("INFO") and " at http" in line)
+        port = int(line.split(" at http://")[1].split(",")[0].rsplit(":", 1)[1])
+        llm = LLM(args.model)
+        offline: list[tuple[float, float]] = []
+        served: list[tuple[float, float]] = []
+        for index in range(args.repeat + 1):
+            length = args.output_len if index else 4  # a round to warm up
+            params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+            begin, cpu = time.perf_counter(), time.process_time()
+            llm.generate(prompts, params, use_tqdm=False)
+            offline.append((time.perf_counter() - begin, time.process_time() - cpu))
+            begin, cpu = time.perf_counter(), _cpu_seconds(server.pid)
+            asyncio.run(_all(port, prompts, length))
+            served.append((time.perf_counter() - begin, _cpu_seconds(server.pid) - cpu))
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+    tokens = args.streams * args.output_len
+    (wall_off, cpu_off), (wall_on, cpu_on) = _medians(offline[1:]), _medians(served[1:])
+    result = {
+        "streams": args.streams,
+        "output_len": args.output_len,
+        "offline_tokens_per_second": round(tokens / wall_off, 1),
+        "served_tokens_per_second": round(tokens / wall_on, 1),
+        "ratio": round(wall_off / wall_on, 3),
+        "offline_cpu_seconds": round(cpu_off, 3),
+        "served_cpu_seconds": round(cpu_on, 3),
+        "overhead_us_per_token": round((cpu_on - cpu_off) / tokens * 1e6, 1),
+    }
+    print(json.dumps(result))
+
+
+async def _all(port: int, prompts: list[str], length: int) -> None:
+    counts = await asyncio.gather(*(_one(port, prompt, length) for prompt in prompts))
+    assert min(counts) > length // 2, counts
+
+
+async def _one(port: int, prompt: str, length: int) -> int:
+    """Stream one completion; the pieces that came. Bare sockets: the client shares the cores with the server."""
+    body = {"prompt": prompt, "max_tokens": length, "temperature": 0, "ignore_eos": True, "stream": True}
+    content = json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        b"content-length: %d\r\n\r\n%b" % (len(content), content)
+    )
+    count = 0
+    while data := await reader.read(1 << 16):
+        count += data.count(b"data: {")
+    writer.close()
+    return count
+
+
+def _cpu_seconds(pid: int) -> float:
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _medians(rounds: list[tuple[float, float]]) -> tuple[float, float]:
+    return statistics.median(wall for wall, _ in rounds), statistics.median(cpu for _, cpu in rounds)
+
+
+if __name__ == "__main__":
+    main()

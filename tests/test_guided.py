@@ -1,0 +1,179 @@
+"""Guided output: what comes out is what was asked for, whatever the model would have said, alone and in a batch."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from typing import Any
+
+import pytest
+
+pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar, on amd64 and arm64)")
+
+from vllmlite import LLM, EngineConfig, SamplingParams, StructuredOutputsParams
+from vllmlite.errors import ParameterError
+
+PROMPT = "The Debian Project is"
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+        "ok": {"type": "boolean"},
+        "none": {"type": "null"},
+    },
+    "required": ["name", "age", "tags", "ok", "none"],
+}
+WISHES: list[dict[str, Any]] = [
+    {"json": PERSON},
+    {"json": json.dumps(PERSON)},
+    {"regex": r"[0-9]{3}-(apt|dpkg)"},
+    {"choice": ["apt", "dpkg", 'a "quoted" one', "ünïcode"]},
+    {"grammar": 'root ::= "yes" | "no" [0-9]'},
+]
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(dtype="float32", max_model_len=512, device="cpu")
+
+
+def holds(wish: dict[str, Any], text: str) -> bool:
+    if "json" in wish:
+        value = json.loads(text)
+        return (
+            value.keys() == set(PERSON["properties"])
+            and len(value["name"]) <= 6
+            and 0 <= value["age"] <= 150
+            and set(value["tags"]) <= {"a", "b"}
+            and isinstance(value["ok"], bool)
+            and value["none"] is None
+        )
+    if "regex" in wish:
+        return re.fullmatch(wish["regex"], text) is not None
+    if "choice" in wish:
+        return text in wish["choice"]
+    return re.fullmatch("yes|no[0-9]", text) is not None
+
+
+def params(wish: dict[str, Any], **options: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=120, structured_outputs=StructuredOutputsParams(**wish), **options)
+
+
+def text_of(llm: LLM, wanted: SamplingParams) -> str:
+    (output,) = llm.generate(PROMPT, wanted, use_tqdm=False)
+    assert output.outputs[0].finish_reason == "stop"
+    return output.outputs[0].text
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
+def test_the_output_is_what_was_asked_for(llm: LLM, temperature: float) -> None:
+    wanted = [params(wish, temperature=temperature, seed=7) for wish in WISHES]
+    alone = [text_of(llm, wish) for wish in wanted]
+    for wish, text in zip(WISHES, alone, strict=True):
+        assert holds(wish, text), (wish, text)
+    free = SamplingParams(temperature=0, max_tokens=20)
+    calm = llm.generate(PROMPT, free, use_tqdm=False)[0].outputs[0].text
+    together = llm.generate([PROMPT] * (len(wanted) + 1), [*wanted, free], use_tqdm=False)
+    assert [output.outputs[0].text for output in together] == [*alone, calm]
+
+
+def test_two_steps_in_flight_and_several_completions() -> None:
+    llm = LLM(dtype="float32", max_model_len=256, device="cpu", async_scheduling=True, backend="torch")
+    (output,) = llm.generate(PROMPT, params(WISHES[0], temperature=2.0, n=4), use_tqdm=False)
+    assert all(holds(WISHES[0], completion.text) for completion in output.outputs)
+    llm.llm_engine.engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({"json": False}, "allows nothing"),
+        ({"json": {"not": {}}}, "allows nothing"),
+        ({"json": {"type": "string", "minLength": 5, "maxLength": 2}}, "no grammar"),
+        ({"json": {"$ref": "#/nowhere"}}, "no grammar"),
+        ({"json": "{"}, "not JSON"),
+        ({"json": {"type": "number", "multipleOf": 3}}, "cannot enforce"),
+        ({"json": {"type": "array", "items": {"type": "array", "minItems": 10**7}}}, "at most 2048"),
+        ({"json": {"type": "string", "pattern": "a{99999}"}}, "at most 2048"),
+        ({"json": {"enum": ["x" * 70_000]}}, "at most 65536"),
+        ({"regex": "["}, "no grammar"),
+        ({"regex": "(a{100000}){100000}"}, "at most 2048"),
+        ({"grammar": "root ::= missing"}, "no grammar"),
+        ({"choice": []}, "no grammar"),
+        ({}, "exactly one"),
+        ({"regex": "a", "choice": ["a"]}, "exactly one"),
+    ],
+)
+def test_what_cannot_be_is_refused_soon(llm: LLM, wish: dict[str, Any], words: str) -> None:
+    text_of(llm, params(WISHES[2]))  # xgrammar has been imported
+    begin = time.monotonic()
+    with pytest.raises(ParameterError, match=words):
+        llm.generate(PROMPT, params(wish), use_tqdm=False)
+    assert time.monotonic() - begin < 5
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+def test_nesting_and_contradictions(llm: LLM) -> None:
+    deep: Any = {"type": "integer"}
+    for _ in range(100):
+        deep = {"type": "array", "items": deep}
+    with pytest.raises(ParameterError, match="levels"):
+        llm.generate(PROMPT, params({"json": deep}), use_tqdm=False)
+    for name, value in (
+        ("min_tokens", 3),
+        ("ignore_eos", True),
+        ("bad_words", ["x"]),
+        ("allowed_token_ids", [5]),
+    ):
+        with pytest.raises(ParameterError, match="structured_outputs"):
+            params(WISHES[0], **{name: value})
+
+
+def test_the_server_takes_both_ways_to_say_it() -> None:
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    httpx = pytest.importorskip("httpx")
+    from served import client_of, serving
+
+    messages = [{"role": "user", "content": "Who are you?"}]
+    schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+
+    async def work(client: Any) -> None:
+        async def ask(status: int, **body: Any) -> Any:
+            body = {"messages": messages, "temperature": 2, "seed": 1, "max_tokens": 120, **body}
+            answer = await client.post("/v1/chat/completions", json=body)
+            assert answer.status_code == status, answer.text
+            return answer.json()
+
+        for wish, body in (
+            (WISHES[0], {"response_format": schema}),
+            *((wish, {"structured_outputs": wish}) for wish in WISHES),
+        ):
+            assert holds(wish, (await ask(200, **body))["choices"][0]["message"]["content"])
+        anything = await ask(
+            200, response_format={"type": "json_object"}, stop=["}"], include_stop_str_in_output=True
+        )
+        assert anything["choices"][0]["message"]["content"].startswith("{")
+        bad: list[dict[str, Any]] = [
+            {"response_format": {"type": "json_schema"}},
+            {"response_format": {"type": "xml"}},
+            {"response_format": schema, "structured_outputs": WISHES[2]},
+            {"structured_outputs": {"json": {"$ref": "#/nowhere"}}},
+            {"structured_outputs": {"jason": {}}},
+            {"guided_json": {}},
+        ]
+        for body in bad:
+            assert (await ask(400, **body))["error"]["message"]
+
+    async def run() -> None:
+        async with client_of(service) as client:
+            await work(client)
+
+    config = EngineConfig(dtype="float32", max_model_len=512, device="cpu", num_gpu_blocks_override=256)
+    assert httpx
+    with serving(config) as service:
+        asyncio.run(run())

@@ -1,0 +1,109 @@
+"""What talks to a server from the command line: ``bench serve`` and ``chat --url``."""
+
+from __future__ import annotations
+
+import io
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("httpx")
+
+from served import Program, program
+
+from vllmlite.cli import main
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    traces = str(tmp_path_factory.mktemp("traces"))
+    with program("--api-key", "sesame", "--max-model-len", "512", "--profile-dir", traces) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+
+
+def bench(
+    capsys: pytest.CaptureFixture[str], server: Program, *arguments: str, status: int = 0
+) -> dict[str, object]:
+    assert main(["bench", "serve", "--base-url", server.url, *arguments]) == status
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert isinstance(result, dict)
+    return result
+
+
+@pytest.mark.parametrize("options", [[], ["--chat", "--max-concurrency", "2"], ["--request-rate", "50"]])
+def test_bench_counts_what_was_done(
+    capsys: pytest.CaptureFixture[str], server: Program, options: list[str]
+) -> None:
+    small = ["--num-prompts", "6", "--random-input-len", "4:9", "--random-output-len", "5"]
+    result = bench(capsys, server, *small, *options)
+    assert (result["completed"], result["failed"], result["output_tokens"]) == (6, 0, 30)
+    for name in ("ttft_seconds", "tpot_seconds", "itl_seconds", "e2e_seconds"):
+        assert result[name].keys() == {"mean", "p50", "p90", "p99"}  # type: ignore[attr-defined]
+
+
+def test_bench_reads_files_and_draws(
+    capsys: pytest.CaptureFixture[str], server: Program, tmp_path: Path
+) -> None:
+    talk = [{"conversations": [{"from": "human", "value": "What is dpkg?"}, {"from": "gpt", "value": "x"}]}]
+    (tmp_path / "talk.json").write_text(json.dumps(talk))
+    files = ["--dataset-path", str(tmp_path / "talk.json"), "--plot", str(tmp_path / "plot.svg")]
+    saved = tmp_path / "result.json"
+    result = bench(
+        capsys, server, *files, "--save-result", str(saved), "--num-prompts", "3", "--random-output-len", "4"
+    )
+    assert result["completed"] == 3
+    root = ET.parse(tmp_path / "plot.svg").getroot()
+    assert sum(element.get("class") == "curve" for element in root.iter()) == 3
+    assert [entry["output_tokens"] for entry in json.loads(saved.read_text())["requests"]] == [4, 4, 4]
+
+
+def test_bench_tells_what_failed(capsys: pytest.CaptureFixture[str], server: Program) -> None:
+    result = bench(capsys, server, "--num-prompts", "2", "--random-input-len", "2000", status=1)
+    assert result["failed"] == 2 and str(result["first_error"]).startswith("400: ")
+    assert main(["bench", "serve", "--base-url", "http://127.0.0.1:9"]) == 1
+    assert main(["bench", "serve", "--request-rate", "0"]) == 2
+
+
+def test_chat_with_a_server(
+    capsys: pytest.CaptureFixture[str], server: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def say(*arguments: str, status: int = 0) -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO("What is dpkg?\nAnd apt?\n"))
+        assert main(["chat", "--max-tokens", "8", "--temperature", "0", *arguments]) == status
+        return capsys.readouterr().out
+
+    there = say("--url", server.url)
+    assert there == say("--dtype", "float32", "--max-model-len", "512", "--device", "cpu")
+    assert len(there.splitlines()) == 2
+    say("--url", server.url, "--api-key", "wrong", status=1)
+    say("--url", "http://127.0.0.1:9", status=1)
+    say("--url", server.url, "--threads", "1", status=2)
+
+
+def test_profiles_are_chrome_traces(server: Program) -> None:
+    import httpx
+
+    def post(path: str, **body: object) -> httpx.Response:
+        return httpx.post(
+            server.url + path, json=body, headers={"authorization": "Bearer sesame"}, timeout=30
+        )
+
+    assert post("/stop_profile").status_code == 409
+    assert post("/start_profile").status_code == 200
+    assert post("/v1/completions", prompt="Debian", max_tokens=5).status_code == 200
+    file = post("/stop_profile").json()["file"]
+    found = json.loads(Path(file).read_text())["traceEvents"]
+    names = [event["name"] for event in found]
+    assert names.count("step") >= 5 and names.count("launch") == names.count("collect") == names.count("step")
+    for event in found:
+        assert event["ph"] == "X" and event["dur"] > 0 and event["ts"] >= 0

@@ -1,0 +1,197 @@
+"""A load of streamed requests on a server with OpenAI's API, and when each piece of each answer came."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from vllmlite.errors import ParameterError, VllmliteError
+
+WORDS = (
+    "the of and to in is that it for was on are as with they be at one have this from or had by but some what there we "
+    "can out other were all your when up use word how said an each she which do their time if will way about many then "
+    "them would write like so these her long make thing see him two has look more day could go come did my sound no "
+).split()
+"""Words that are a token each to nearly every tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server."""
+
+    base_url: str
+    uds: str | None
+    model: str | None
+    api_key: str | None
+    chat: bool
+    timeout: float
+
+
+@dataclass(slots=True)
+class Load:
+    """Request bodies without their model, and when each is sent: seconds from the beginning."""
+
+    requests: list[dict[str, Any]]
+    times: list[float]
+    max_concurrency: int | None
+
+
+@dataclass(slots=True)
+class Timing:
+    """What became of a request; seconds."""
+
+    ttft: float = 0.0
+    latency: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+    """Between pieces that brought text."""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    error: str | None = None
+
+    @property
+    def tpot(self) -> float:
+        """Mean time a token after the first."""
+        return (self.latency - self.ttft) / max(self.output_tokens - 1, 1)
+
+
+def plan(args: argparse.Namespace) -> Load:
+    """The load that the command line describes. Raises ParameterError."""
+    draw = random.Random(args.seed)
+    prefix = _words(draw, args.random_prefix_len)
+    texts = _from_file(args.dataset_path, draw) if args.dataset_path is not None else None
+    requests = []
+    for _ in range(args.num_prompts):
+        text = prefix + _words(draw, draw.randint(*args.random_input_len)) if texts is None else next(texts)
+        body: dict[str, Any] = (
+            {"messages": [{"role": "user", "content": text}]} if args.chat else {"prompt": text}
+        )
+        body |= {"max_tokens": draw.randint(*args.random_output_len), "temperature": args.temperature}
+        if args.ignore_eos:
+            body["ignore_eos"] = True
+        requests.append({**body, "stream": True, "stream_options": {"include_usage": True}})
+    times, now = [], 0.0
+    for _ in requests:
+        times.append(now)
+        if args.request_rate is not None:
+            now += draw.gammavariate(args.burstiness, 1 / (args.request_rate * args.burstiness))
+    return Load(requests, times, args.max_concurrency)
+
+
+async def measure(target: Target, load: Load, done: Callable[[], None]) -> tuple[str, list[Timing], float]:
+    """Send the load; the model's name, a timing a request, and the seconds that it took. Raises VllmliteError."""
+    headers = {"authorization": f"Bearer {target.api_key}"} if target.api_key else {}
+    transport = httpx.AsyncHTTPTransport(uds=target.uds, limits=httpx.Limits(max_connections=None))
+    url = target.base_url.rstrip("/").removesuffix("/v1")
+    async with httpx.AsyncClient(
+        base_url=url, headers=headers, transport=transport, timeout=httpx.Timeout(target.timeout)
+    ) as client:
+        model = target.model or await _first_model(client, url)
+        path = "/v1/chat/completions" if target.chat else "/v1/completions"
+        room = asyncio.Semaphore(load.max_concurrency or len(load.requests))
+        begin = time.perf_counter()
+
+        async def one(body: dict[str, Any], at: float) -> Timing:
+            await asyncio.sleep(begin + at - time.perf_counter())
+            async with room:
+                timing = await _request(client, path, {"model": model, **body})
+            done()
+            return timing
+
+        work = [one(body, at) for body, at in zip(load.requests, load.times, strict=True)]
+        timings = await asyncio.gather(*work)
+        return model, list(timings), time.perf_counter() - begin
+
+
+async def _first_model(client: httpx.AsyncClient, url: str) -> str:
+    try:
+        answer = await client.get("/v1/models")
+        answer.raise_for_status()
+        return str(answer.json()["data"][0]["id"])
+    except (httpx.HTTPError, OSError) as error:
+        raise VllmliteError(f"{url}/v1/models: {error}") from None
+    except (ValueError, LookupError, TypeError):
+        raise VllmliteError(f"{url}/v1/models: names no model: give --model") from None
+
+
+async def _request(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Timing:
+    timing = Timing()
+    begin = last = time.perf_counter()
+    pieces = 0
+    try:
+        async with client.stream("POST", path, json=body) as answer:
+            if answer.status_code != 200:
+                await answer.aread()
+                timing.error = f"{answer.status_code}: {answer.text[:200]}"
+                return timing
+            buffer = b""
+            async for data in answer.aiter_raw():
+                now = time.perf_counter()
+                *lines, buffer = (buffer + data).split(b"\n")
+                for line in lines:
+                    if not line.startswith(b"data: {"):
+                        continue
+                    chunk = json.loads(line[6:])
+                    if "error" in chunk:
+                        timing.error = str(chunk["error"])
+                        return timing
+                    usage = chunk.get("usage")
+                    if usage:
+                        timing.prompt_tokens = usage["prompt_tokens"]
+                        timing.output_tokens = usage["completion_tokens"]
+                    if any(_text(choice) for choice in chunk["choices"]):
+                        pieces += 1
+                        if pieces == 1:
+                            timing.ttft = now - begin
+                        else:
+                            timing.gaps.append(now - last)
+                        last = now
+    except (httpx.HTTPError, OSError, ValueError, LookupError) as error:
+        timing.error = f"{type(error).__name__}: {error}"
+    if not pieces and timing.error is None:
+        timing.error = "the answer holds no text"
+    timing.latency = last - begin
+    timing.output_tokens = timing.output_tokens or pieces
+    return timing
+
+
+def _text(choice: dict[str, Any]) -> str:
+    delta = choice.get("delta") or {}
+    return choice.get("text") or delta.get("content") or delta.get("reasoning_content") or ""
+
+
+def _words(draw: random.Random, count: int) -> str:
+    return "".join(draw.choice(WORDS) + " " for _ in range(count))
+
+
+def _from_file(path: str, draw: random.Random) -> Iterator[str]:
+    """The prompts of a file, over and over: ShareGPT's first human turns, or ``prompt`` of JSON lines."""
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+        entries = (
+            json.loads(content) if content.lstrip().startswith("[") else map(json.loads, content.splitlines())
+        )
+        texts = [
+            entry["prompt"] if "prompt" in entry else entry["conversations"][0]["value"]
+            for entry in entries
+            if "prompt" in entry or entry.get("conversations")
+        ]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ParameterError("dataset_path", path, f"cannot be used: {error}") from None
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ParameterError("dataset_path", path, "holds no prompt")
+    draw.shuffle(texts)
+
+    def over_and_over() -> Iterator[str]:
+        while True:
+            yield from texts
+
+    return over_and_over()

@@ -1,0 +1,190 @@
+"""``vllmlite bench serve``: throughput and latency of a running server, ours or any other with OpenAI's API."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllmlite.cli import report
+from vllmlite.cli.bench import length_range
+from vllmlite.errors import VllmliteError
+
+if TYPE_CHECKING:
+    from vllmlite.cli.bench_load import Load, Timing
+    from vllmlite.cli.parser import OptionParser
+
+ABOUT = """\
+Requests are streamed; what is measured is what a client sees. A table goes to
+standard error; the last line of standard output is a JSON object.
+
+  vllmlite bench serve                                all at once, on port 8000
+  vllmlite bench serve --max-concurrency 16           sixteen at a time
+  vllmlite bench serve --request-rate 4 --plot x.svg  four a second, at random
+  vllmlite bench serve --dataset-path talk.json       ShareGPT's conversations"""
+
+
+def add_arguments(parser: OptionParser) -> None:
+    """Declare the options."""
+    server = parser.add_argument_group("server options", ABOUT)
+    server.add_argument(
+        "--base-url", metavar="URL", default="http://127.0.0.1:8000", help="the server (default: %(default)s)"
+    )
+    server.add_argument("--uds", metavar="PATH", help="Unix socket that the server listens on")
+    server.add_argument("--model", metavar="NAME", help="model to ask; default: the server's first")
+    server.add_argument("--api-key", metavar="KEY", help="default: $OPENAI_API_KEY")
+    server.add_argument("--chat", action="store_true", help="use /v1/chat/completions, not /v1/completions")
+    server.add_argument(
+        "--timeout", type=float, metavar="S", default=600.0, help="seconds a request may take (default: 600)"
+    )
+    work = parser.add_argument_group("load options")
+    work.add_argument(
+        "--num-prompts", type=_positive, default=100, metavar="N", help="requests (default: 100)"
+    )
+    work.add_argument(
+        "--request-rate",
+        type=float,
+        metavar="R",
+        help="requests a second, at random times; default: all at once",
+    )
+    work.add_argument(
+        "--burstiness", type=float, default=1.0, metavar="X",
+        help="1: a Poisson process; below, burstier; above, more even (default: 1)",
+    )  # fmt: skip
+    work.add_argument("--max-concurrency", type=_positive, metavar="N", help="most requests at a time")
+    work.add_argument("--dataset-path", metavar="FILE", help="ShareGPT's JSON, or JSON lines with prompt")
+    work.add_argument(
+        "--random-input-len", type=length_range, default=(128, 128), metavar="N",
+        help="words a random prompt, about a token each, or FROM:TO (default: 128)",
+    )  # fmt: skip
+    work.add_argument(
+        "--random-output-len", type=length_range, default=(128, 128), metavar="N",
+        help="tokens to generate, or FROM:TO (default: 128)",
+    )  # fmt: skip
+    work.add_argument(
+        "--random-prefix-len", type=int, default=0, metavar="N", help="more words in front, the same for all"
+    )
+    work.add_argument(
+        "--ignore-eos", action=argparse.BooleanOptionalAction, default=True,
+        help="go past the end of text, where the server can (default: on)",
+    )  # fmt: skip
+    work.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy")
+    work.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and times (default: 0)")
+    output = parser.add_argument_group("output options")
+    output.add_argument("--save-result", metavar="FILE", help="write the object with every request's timing")
+    output.add_argument("--plot", metavar="FILE", help="draw the distributions of latencies as SVG")
+
+
+def run(args: argparse.Namespace, parser: OptionParser) -> int:
+    """Send the load and report; 1 where requests failed."""
+    for name, value in (
+        ("request_rate", args.request_rate),
+        ("burstiness", args.burstiness),
+        ("timeout", args.timeout),
+    ):
+        if value is not None and not 0 < value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')}: must be over 0")
+    try:
+        from vllmlite.cli import bench_load
+    except ModuleNotFoundError as error:
+        raise VllmliteError(
+            f"the Python package {error.name} is not installed (Debian: python3-{error.name})"
+        ) from None
+    key = args.api_key or os.environ.get("OPENAI_API_KEY")
+    target = bench_load.Target(args.base_url, args.uds, args.model, key, args.chat, args.timeout)
+    load = bench_load.plan(args)
+    progress = report.Progress(len(load.requests))
+    model, timings, seconds = asyncio.run(bench_load.measure(target, load, progress.advance))
+    result = statistics(args, model, load, timings, seconds)
+    for path, text in _files(args, result, timings):
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise VllmliteError(f"{path}: {error.strerror}") from None
+    print(table(result), file=sys.stderr)
+    print(json.dumps(result))
+    return 1 if result["failed"] else 0
+
+
+def statistics(
+    args: argparse.Namespace, model: str, load: Load, timings: list[Timing], seconds: float
+) -> dict[str, Any]:
+    """What the timings say, JSON-able."""
+    good = [timing for timing in timings if timing.error is None]
+    first = next((timing.error for timing in timings if timing.error is not None), None)
+    prompt_tokens, output_tokens = sum(t.prompt_tokens for t in good), sum(t.output_tokens for t in good)
+    return {
+        "benchmark": {
+            "model": model,
+            "chat": args.chat,
+            "num_prompts": len(load.requests),
+            "request_rate": args.request_rate,
+            "burstiness": args.burstiness,
+            "max_concurrency": args.max_concurrency,
+            "dataset": args.dataset_path or "random",
+        },
+        "seconds": round(seconds, 4),
+        "completed": len(good),
+        "failed": len(timings) - len(good),
+        "first_error": first,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "requests_per_second": report.rate(len(good), seconds),
+        "output_tokens_per_second": report.rate(output_tokens, seconds),
+        "total_tokens_per_second": report.rate(prompt_tokens + output_tokens, seconds),
+        "ttft_seconds": report.quantiles([t.ttft for t in good]),
+        "tpot_seconds": report.quantiles([t.tpot for t in good if t.output_tokens > 1]),
+        "itl_seconds": report.quantiles([gap for t in good for gap in t.gaps]),
+        "e2e_seconds": report.quantiles([t.latency for t in good]),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """``result`` for people."""
+
+    def shown(name: str) -> str:
+        return "-" if result[name] is None else f"{result[name]:.1f}"
+
+    rows = {
+        "requests": f"{result['completed']} in {result['seconds']:.2f} s, {result['failed']} failed"
+        + (f" ({result['first_error']})" if result["first_error"] else ""),
+        "tokens": f"{result['prompt_tokens']} in, {result['output_tokens']} out",
+        "throughput": f"{shown('requests_per_second')} requests/s, {shown('output_tokens_per_second')} "
+        f"output tokens/s, {shown('total_tokens_per_second')} tokens/s in all",
+        "TTFT": report.milliseconds(result["ttft_seconds"]),
+        "TPOT": report.milliseconds(result["tpot_seconds"]),
+        "ITL": report.milliseconds(result["itl_seconds"]),
+        "E2E": report.milliseconds(result["e2e_seconds"]),
+    }
+    return "\n".join(f"{name:<13} {value}" for name, value in rows.items())
+
+
+def _files(args: argparse.Namespace, result: dict[str, Any], timings: list[Timing]) -> list[tuple[str, str]]:
+    files = []
+    if args.save_result is not None:
+        whole = {**result, "requests": [asdict(timing) for timing in timings]}
+        files.append((args.save_result, json.dumps(whole) + "\n"))
+    if args.plot is not None:
+        from vllmlite.cli.bench_plot import distributions
+
+        good = [timing for timing in timings if timing.error is None]
+        panels = {
+            "time to first token": [timing.ttft for timing in good],
+            "between tokens": [gap for timing in good for gap in timing.gaps],
+            "whole request": [timing.latency for timing in good],
+        }
+        rate = result["output_tokens_per_second"] or 0
+        about = f"{result['benchmark']['model']}: {result['completed']} requests, {rate:.0f} tokens/s"
+        files.append((args.plot, distributions(about, panels)))
+    return files
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)

@@ -1,0 +1,83 @@
+"""A server with OpenAI's API as what a conversation in the terminal is held with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Generator
+from typing import Any
+
+from vllmlite.errors import ParameterError, VllmliteError
+
+try:
+    import httpx
+except ModuleNotFoundError as error:
+    raise VllmliteError(f"the Python package {error.name} is not installed (Debian: python3-httpx)") from None
+
+
+class Server:
+    """A model of a server."""
+
+    def __init__(self, url: str, model: str | None, api_key: str | None, options: dict[str, Any]) -> None:
+        """``model`` None: the server's first. ``options`` go with each request. Raises VllmliteError."""
+        self._url = url.rstrip("/").removesuffix("/v1")
+        key = api_key or os.environ.get("OPENAI_API_KEY")
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._options = options
+        try:
+            self._client = httpx.Client(
+                base_url=self._url, headers=headers, timeout=httpx.Timeout(600, connect=10)
+            )
+        except httpx.InvalidURL as error:
+            raise VllmliteError(f"{self._url}: {error}") from None
+        try:
+            self._model = model or self._first_model()
+        except VllmliteError:
+            self._client.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def _first_model(self) -> str:
+        try:
+            answer = self._client.get("/v1/models")
+            if answer.status_code != 200:
+                raise VllmliteError(f"{self._url}: {_message(answer)}")
+            return str(answer.json()["data"][0]["id"])
+        except (httpx.HTTPError, OSError) as error:
+            raise VllmliteError(f"{self._url}: {error}") from None
+        except (ValueError, LookupError, TypeError):
+            raise VllmliteError(f"{self._url}: names no model: give --model") from None
+
+    def answer(self, messages: list[dict[str, str]]) -> Generator[str, None, None]:
+        """Pieces of the answer as they come. What the server refuses is a ParameterError."""
+        body = {"model": self._model, "messages": messages, "stream": True, **self._options}
+        try:
+            with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
+                if answer.status_code != 200:
+                    answer.read()
+                    raise ParameterError("url", self._url, _message(answer))
+                for line in answer.iter_lines():
+                    if line.startswith("data: {"):
+                        yield from self._texts(json.loads(line.removeprefix("data: ")))
+        except (httpx.HTTPError, OSError, ValueError, LookupError, TypeError) as error:
+            if isinstance(error, ParameterError):
+                raise
+            raise ParameterError("url", self._url, f"{type(error).__name__}: {error}") from None
+
+    def _texts(self, chunk: dict[str, Any]) -> Generator[str, None, None]:
+        if "error" in chunk:
+            raise ParameterError("url", self._url, str(chunk["error"].get("message")))
+        for choice in chunk["choices"]:
+            yield choice["delta"].get("content") or ""
+
+
+def _message(answer: httpx.Response) -> str:
+    """What an answer that is an error says."""
+    try:
+        text = answer.json()["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        text = answer.text[:200]
+    return f"{answer.status_code}: {text}"

@@ -1,0 +1,60 @@
+"""``vllmlite serve``: OpenAI's API over HTTP."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from vllmlite.config import EngineConfig, add_engine_arguments
+from vllmlite.errors import ParameterError, VllmliteError
+from vllmlite.options import add_fields, given, read_yaml
+from vllmlite.server.config import ServerConfig
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vllmlite.cli.parser import OptionParser
+
+OWN = {"served_model_name", "disable_log_stats", "disable_log_requests"}
+"""Options that mean more here than to an engine alone."""
+
+
+def add_arguments(parser: OptionParser) -> None:
+    """Declare the options."""
+    parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="as --model")
+    add_fields(parser, ServerConfig)
+    add_engine_arguments(parser, leave_out=OWN)
+
+
+def run(args: argparse.Namespace, parser: OptionParser) -> int:
+    """Serve until told to stop."""
+    try:
+        engine, server = configurations(args)
+    except ParameterError as error:
+        parser.error(str(error))
+    # OpenMP threads that spin while they wait make a step tens of times slower on a machine with other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        from vllmlite.server.run import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "vllmlite").partition(".")[0] == "vllmlite":
+            raise
+        raise VllmliteError(
+            f"the Python package {error.name} is not installed (Debian: python3-{error.name}): the server needs it"
+        ) from None
+    return serve(engine, server)
+
+
+def configurations(args: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
+    """What flags and ``--config`` say to the engine and to the server. Raises :class:`ParameterError`."""
+    from_file = read_yaml(args.config) if args.config is not None else {}
+    flags = given(args, ServerConfig) | given(args, EngineConfig)
+    if args.model_tag is not None:
+        if "model" in flags:
+            raise ParameterError("model", args.model_tag, "is named twice: by itself, and with --model")
+        flags["model"] = args.model_tag
+    options = {**from_file, **flags}
+    names = ServerConfig.__dataclass_fields__
+    server = ServerConfig(**{name: value for name, value in options.items() if name in names})
+    engine = EngineConfig.from_kwargs(**{name: value for name, value in options.items() if name not in names})
+    return engine, server

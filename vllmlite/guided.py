@@ -1,0 +1,208 @@
+"""Guided output: grammars from JSON schemas, regular expressions, choices and EBNF, through xgrammar.
+
+xgrammar (Dong et al. 2024) is imported by the first grammar that is compiled: it may bring torch in. A grammar is
+compiled once and kept; a sequence walks through it with a :class:`Matcher`, whose mask says which token may come next.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from vllmlite.errors import ParameterError
+from vllmlite.sampling_params import StructuredOutputsParams
+from vllmlite.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_CHARACTERS = 64 << 10
+MAX_DEPTH = 32
+MAX_COUNT = 2048
+"""Of schemas and expressions: what is longer, deeper or counts further is refused before it is compiled."""
+MAX_KEPT = 256
+"""Compiled grammars that are kept for the next request."""
+COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+UNSUPPORTED = frozenset(
+    "multipleOf uniqueItems contains minContains maxContains not if then else dependentRequired dependentSchemas "
+    "dependencies unevaluatedProperties unevaluatedItems".split()
+)
+"""JSON Schema's keywords that a grammar does not enforce: refused, not ignored."""
+
+
+class Matcher:
+    """Where one sequence is in its grammar."""
+
+    def __init__(self, matcher: Any, num_words: int) -> None:
+        """Made by :meth:`Grammars.start`."""
+        self._matcher = matcher
+        self._row = np.zeros((1, num_words), np.int32)
+        self.allows_something = self._fill()
+
+    def mask(self) -> bytes:
+        """Bits of the ids that may come next, little-endian words of 32."""
+        return self._row.astype("<i4", copy=False).tobytes()
+
+    def accept(self, token_id: int) -> bool:
+        """Take in the next id; whether the grammar has come to its end, or nothing may follow."""
+        return not self._matcher.accept_token(token_id) or self._matcher.is_terminated() or not self._fill()
+
+    def _fill(self) -> bool:
+        self._row.fill(-1)
+        self._matcher.fill_next_token_bitmask(self._row)
+        return bool(self._row.any())
+
+
+class Grammars:
+    """The compiled grammars of one model."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        """Compiles nothing yet, and imports nothing."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_ids = list(eos_ids)
+        self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+        """Guards what is kept: never held while something is compiled, for which the engine's thread would wait."""
+        self._compiling = threading.Lock()
+
+    def compile(self, params: StructuredOutputsParams) -> Any:
+        """The grammar of ``params``, from any thread. Raises :class:`ParameterError` if there is none."""
+        kind, source = params.kind_and_source()
+        _check(kind, source)
+        key = json.dumps([kind, source])
+        with self._compiling if not self._has(key) else nullcontext():
+            if not self._has(key):
+                self._keep(key, self._compile_or_refuse(kind, source))
+        with self._lock:
+            return self._kept[key]
+
+    def start(self, compiled: Any) -> Matcher:
+        """The beginning of a grammar, for one sequence. Raises :class:`ParameterError` if no token begins it."""
+        import xgrammar
+
+        inner = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=not self._eos_ids)
+        matcher = Matcher(inner, -(-self._vocab_size // 32))
+        if not matcher.allows_something:
+            raise ParameterError("structured_outputs", None, "allows no output that the model could write")
+        return matcher
+
+    def _has(self, key: str) -> bool:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return key in self._kept
+
+    def _keep(self, key: str, compiled: Any) -> None:
+        with self._lock:
+            self._kept[key] = compiled
+            if len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+
+    def _compile_or_refuse(self, kind: str, source: Any) -> Any:
+        try:
+            return self._compile(kind, source)
+        except ParameterError:
+            raise
+        except Exception as error:  # xgrammar's own kinds, and RuntimeError of its C++ part
+            reason = " ".join(str(error).split())[-300:]
+            raise ParameterError("structured_outputs", {kind: source}, f"has no grammar: {reason}") from None
+
+    def _compile(self, kind: str, source: Any) -> Any:
+        compiler = self._compiler
+        if kind == "json":
+            free = not isinstance(source, dict) or "properties" not in source
+            return compiler.compile_json_schema(
+                json.dumps(source), any_whitespace=False, strict_mode=not free
+            )
+        if kind == "regex":
+            return compiler.compile_regex(source)
+        if kind == "choice":
+            words = " | ".join(json.dumps(word, ensure_ascii=False) for word in source)
+            return compiler.compile_grammar(f"root ::= {words}")
+        return compiler.compile_grammar(source)
+
+    @cached_property
+    def _compiler(self) -> Any:
+        try:
+            import xgrammar
+        except ImportError:
+            raise ParameterError(
+                "structured_outputs",
+                None,
+                "needs xgrammar, which is not installed (Debian: python3-xgrammar)",
+            ) from None
+        texts, byte_level = self._tokenizer.vocabulary(self._vocab_size)
+        kind = xgrammar.VocabType.RAW
+        if byte_level:
+            kind = xgrammar.VocabType.BYTE_LEVEL
+        elif "<0x0A>" in texts:
+            kind = xgrammar.VocabType.BYTE_FALLBACK
+        info = xgrammar.TokenizerInfo(
+            texts, kind, vocab_size=self._vocab_size, stop_token_ids=self._eos_ids or None
+        )
+        return xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+
+
+def _check(kind: str, source: Any) -> None:
+    """Refuse what would take long to compile, or could not be kept."""
+
+    def refuse(value: object, reason: str) -> None:
+        raise ParameterError(f"structured_outputs.{kind}", value, reason)
+
+    size = len(source) if isinstance(source, str) else len(json.dumps(source))
+    if size > MAX_CHARACTERS:
+        refuse(f"{size} characters", f"must be at most {MAX_CHARACTERS}")
+    if kind == "regex":
+        for count in _quantifiers(source):
+            if count > MAX_COUNT:
+                refuse(count, f"repetitions must be at most {MAX_COUNT}")
+    if kind != "json":
+        return
+    if source is False or source in ({"enum": []}, {"not": {}}):
+        refuse(source, "allows nothing")
+    for keyword, value, depth in _keywords(source, 0):
+        if depth > MAX_DEPTH:
+            refuse(f"{depth} levels", f"must be at most {MAX_DEPTH} levels deep")
+        if keyword in UNSUPPORTED and value not in (False, None):
+            refuse(keyword, "is a keyword that a grammar cannot enforce")
+        if keyword == "allOf" and isinstance(value, list) and len(value) > 1:
+            refuse("allOf", "can be enforced for one schema alone")
+        if keyword in COUNTS and isinstance(value, (int, float)) and value > MAX_COUNT:
+            refuse({keyword: value}, f"must be at most {MAX_COUNT}")
+        if keyword == "pattern" and isinstance(value, str):
+            _check("regex", value)
+
+
+def _keywords(schema: Any, depth: int) -> Iterator[tuple[str, Any, int]]:
+    """(keyword, value, depth) of every schema in ``schema``, its names of properties and literal values left out."""
+    pending = [(schema, depth)]
+    while pending:
+        schema, depth = pending.pop()
+        if isinstance(schema, list):
+            pending += [(entry, depth + 1) for entry in schema]
+        if not isinstance(schema, dict):
+            continue
+        for keyword, value in schema.items():
+            yield keyword, value, depth
+            if keyword in ("properties", "patternProperties", "$defs", "definitions") and isinstance(
+                value, dict
+            ):
+                pending += [(entry, depth + 1) for entry in value.values()]
+            elif keyword not in ("enum", "const", "default", "examples", "required"):
+                pending.append((value, depth + 1))
+
+
+def _quantifiers(regex: str) -> Iterator[int]:
+    """The numbers in ``{m,n}`` of a regular expression."""
+    for piece in regex.split("{")[1:]:
+        for number in piece.partition("}")[0].split(","):
+            if number.strip().isdigit():
+                yield int(number) if len(number) < 10 else MAX_COUNT + 1

@@ -1,0 +1,134 @@
+"""The application: endpoints, what stands before them, and how errors are told."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, cast
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from vllmlite import __version__
+from vllmlite.errors import ParameterError, VllmliteError
+from vllmlite.server import chat, completions, operations
+from vllmlite.server.errors import ApiError, as_api_error
+from vllmlite.server.metrics import StatsLog
+from vllmlite.server.middleware import Count, LimitBody, RequireKey, error_response
+from vllmlite.server.profiler import Profiler
+from vllmlite.server.protocol import TOKENIZABLE_TAGS
+from vllmlite.server.service import Service
+from vllmlite.server.sse import ClientGone
+
+logger = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for the log of an answer that nobody waited for."""
+
+
+def build_app(service: Service, keys: tuple[str, ...] = ()) -> FastAPI:
+    """The application that serves ``service``; ``keys`` are asked for where there are any."""
+    config = service.config
+    app = FastAPI(
+        title="vllmlite",
+        version=__version__,
+        lifespan=_lifespan,
+        openapi_url=None if config.disable_fastapi_docs else "/openapi.json",
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+    )
+    app.state.service = service
+    for router in (completions.router, chat.router, operations.router):
+        app.include_router(router)
+    if config.profile_dir is not None:
+        app.state.profiler = Profiler(service.engine, Path(config.profile_dir))
+        app.include_router(operations.profiling)
+    for name in config.middleware:
+        _add_middleware(app, name)
+    app.add_middleware(LimitBody, limit=config.max_body_size)
+    if keys:
+        app.add_middleware(RequireKey, keys=keys)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_credentials=config.allow_credentials,
+            allow_methods=config.allowed_methods,
+            allow_headers=config.allowed_headers,
+        )
+    app.add_middleware(Count, service=service, name_them=config.enable_request_id_headers)
+    for kind, handler in {
+        RequestValidationError: _tell_validation,
+        HTTPException: _tell_http,
+        ApiError: _tell,
+        VllmliteError: _tell,
+        ClientGone: _tell_nobody,
+        Exception: _tell,
+    }.items():
+        app.add_exception_handler(kind, handler)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    service: Service = app.state.service
+    if service.config.disable_log_stats:
+        yield
+        return
+    log = StatsLog(service.engine.llm_engine.stats, service.config.log_stats_interval)
+    task = asyncio.create_task(log.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def _add_middleware(app: FastAPI, name: str) -> None:
+    """vLLM's ``--middleware``: a class, or a coroutine function of (request, call_next)."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        found: Any = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ParameterError("middleware", name, f"cannot be imported: {error}") from None
+    if inspect.isclass(found):
+        app.add_middleware(cast(Any, found))
+    elif inspect.iscoroutinefunction(found):
+        app.middleware("http")(found)
+    else:
+        raise ParameterError("middleware", name, "must be a class or a coroutine function")
+
+
+async def _tell(request: Request, error: Exception) -> Response:
+    return error_response(as_api_error(error))
+
+
+async def _tell_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _tell_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    known = error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
+    message = f"{request.method} {request.url.path}: {error.detail}" if known else str(error.detail)
+    return error_response(ApiError(error.status_code, message, headers=error.headers))
+
+
+async def _tell_validation(request: Request, error: Exception) -> Response:
+    """What pydantic found first, as a 400."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ParameterError):
+        return error_response(as_api_error(cause))
+    place = ".".join(str(part) for part in first["loc"][1:] if part not in TOKENIZABLE_TAGS)
+    message = f"{place or 'body'}: {first['msg']}"
+    return error_response(ApiError(HTTPStatus.BAD_REQUEST, message, param=place or None))

@@ -1,0 +1,164 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from vllmlite.errors import ParameterError
+from vllmlite.outputs import CompletionOutput, RequestOutput
+from vllmlite.sampling_params import SamplingParams
+from vllmlite.server import logprobs
+from vllmlite.server.documented import documented
+from vllmlite.server.protocol import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionRequest,
+    ChatDelta,
+    ChatLogprobs,
+)
+from vllmlite.server.service import Generation, Service, content_text
+from vllmlite.server.sse import DONE, JSON, Stream, event
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", responses=documented(ChatCompletion, streams=True))
+async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+    """Answer a conversation."""
+    arrival = time.monotonic()
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    params = _params(body, service.default_params)
+    prompt = await service.encode_chat(body)
+    generation = await service.generate(
+        "chatcmpl", [prompt], params, request_id=body.request_id, priority=body.priority, cache_salt=body.cache_salt,
+        arrival_time=arrival,
+    )  # fmt: skip
+    answer = _Answer(service, body, generation)
+    if body.stream:
+        return Stream(answer.events(), generation.close)
+    (output,) = await generation.finished(request.receive)
+    return JSON(answer.whole(output))
+
+
+def _params(body: ChatCompletionRequest, default: SamplingParams) -> SamplingParams:
+    changes: dict[str, Any] = {}
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ParameterError("top_logprobs", body.top_logprobs, "goes with logprobs=true")
+    if body.logprobs:
+        if body.top_logprobs is not None and body.top_logprobs < 0:
+            raise ParameterError("top_logprobs", body.top_logprobs, "must be at least 0")
+        changes["logprobs"] = body.top_logprobs or 0
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if limit is not None:
+        changes["max_tokens"] = limit
+    elif default.max_tokens == SamplingParams().max_tokens:
+        changes["max_tokens"] = None  # the checkpoint names no limit: up to the context
+    return body.sampling_params(default, **changes)
+
+
+class _Answer:
+    """The ``n`` answers of one request."""
+
+    def __init__(self, service: Service, body: ChatCompletionRequest, generation: Generation) -> None:
+        self._service = service
+        self._body = body
+        self._generation = generation
+        self._ids = service.config.return_tokens_as_token_ids or bool(body.return_tokens_as_token_ids)
+        last = body.messages[-1]
+        self._role = service.config.response_role if body.add_generation_prompt else last.role
+        self._begin = content_text(last) or "" if body.echo and last.role == self._role else ""
+
+    def whole(self, output: RequestOutput) -> ChatCompletion:
+        answer: ChatCompletion = {
+            "id": self._generation.id,
+            "object": "chat.completion",
+            "created": self._generation.created,
+            "model": self._service.model,
+            "choices": [self._choice(completion) for completion in output.outputs],
+            "usage": self._generation.usage(),
+        }
+        if self._body.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = logprobs.for_prompt(output.prompt_logprobs)
+        if self._body.return_token_ids:
+            answer["prompt_token_ids"] = output.prompt_token_ids
+        return answer
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        options = self._body.stream_options
+        usage = self._service.config.enable_force_include_usage or bool(options and options.include_usage)
+        continuous = bool(options and options.continuous_usage_stats)
+        begun: set[int] = set()
+        async for batch in self._generation.outputs():
+            choices: list[ChatChunkChoice] = []
+            for completion in (c for _, output in batch for c in output.outputs):
+                if completion.index not in begun:
+                    begun.add(completion.index)
+                    choices.append(_delta(completion.index, {"role": self._role, "content": self._begin}))
+                choice = self._chunk_choice(completion)
+                if choice is not None:
+                    choices.append(choice)
+            pieces = []
+            for choice in choices:
+                chunk = self._frame([choice])
+                if continuous:
+                    chunk["usage"] = self._generation.usage()
+                elif usage:
+                    chunk["usage"] = None
+                pieces.append(event(chunk))
+            if pieces:
+                yield b"".join(pieces)
+        last = event({**self._frame([]), "usage": self._generation.usage()}) if usage else b""
+        yield last + DONE
+
+    def _frame(self, choices: list[ChatChunkChoice]) -> ChatChunk:
+        return {
+            "id": self._generation.id,
+            "object": "chat.completion.chunk",
+            "created": self._generation.created,
+            "model": self._service.model,
+            "choices": choices,
+        }
+
+    def _choice(self, completion: CompletionOutput) -> ChatChoice:
+        choice: ChatChoice = {
+            "index": completion.index,
+            "message": {"role": self._role, "content": self._begin + completion.text},
+            "logprobs": self._logprobs(completion),
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = completion.token_ids
+        return choice
+
+    def _chunk_choice(self, completion: CompletionOutput) -> ChatChunkChoice | None:
+        """What is new; None of half a character, or the beginning of what may be a stop string."""
+        found = self._logprobs(completion)
+        if not (completion.text or completion.finish_reason or found or self._body.return_token_ids):
+            return None
+        choice = _delta(completion.index, {"content": completion.text} if completion.text else {})
+        choice["logprobs"] = found
+        choice["finish_reason"] = completion.finish_reason
+        if completion.finish_reason is not None:
+            choice["stop_reason"] = completion.stop_reason
+        if self._body.return_token_ids:
+            choice["token_ids"] = completion.token_ids
+        return choice
+
+    def _logprobs(self, completion: CompletionOutput) -> ChatLogprobs | None:
+        if completion.logprobs is None:
+            return None
+        count = self._body.top_logprobs or 0
+        return logprobs.for_chat(completion.logprobs, completion.token_ids, count, self._ids)
+
+
+def _delta(index: int, delta: ChatDelta) -> ChatChunkChoice:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

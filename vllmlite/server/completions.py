@@ -1,0 +1,188 @@
+"""``POST /v1/completions``, and vLLM's plain ``POST /generate``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from vllmlite.errors import ParameterError
+from vllmlite.outputs import CompletionOutput, RequestOutput
+from vllmlite.sampling_params import SamplingParams
+from vllmlite.server import logprobs
+from vllmlite.server.documented import documented
+from vllmlite.server.protocol import (
+    Completion,
+    CompletionChoice,
+    CompletionRequest,
+    Generated,
+    GenerateRequest,
+)
+from vllmlite.server.service import Generation, Service
+from vllmlite.server.sse import DONE, JSON, Stream, event, to_json
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", responses=documented(Completion, streams=True))
+async def create_completion(body: CompletionRequest, request: Request) -> Response:
+    """Complete one prompt or several."""
+    arrival = time.monotonic()
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    scored = bool(body.echo) and body.max_tokens == 0
+    changes: dict[str, Any] = {"logprobs": body.logprobs}
+    if body.max_tokens is not None:
+        changes["max_tokens"] = 1 if scored else body.max_tokens
+    if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
+        if body.stream:
+            raise ParameterError("echo", True, "with logprobs does not go with stream=true")
+        changes["prompt_logprobs"] = body.logprobs
+    params = body.sampling_params(service.default_params, **changes)
+    prompts = await service.encode_all(body.prompt, body.add_special_tokens)
+    generation = await service.generate(
+        "cmpl", prompts, params, request_id=body.request_id, priority=body.priority, cache_salt=body.cache_salt,
+        arrival_time=arrival,
+    )  # fmt: skip
+    answer = _Answer(service, body, generation, scored)
+    if body.stream:
+        return Stream(answer.events(), generation.close)
+    return JSON(answer.whole(await generation.finished(request.receive)))
+
+
+class _Answer:
+    """The choices of one request: completion c of prompt p has index p × n + c."""
+
+    def __init__(
+        self, service: Service, body: CompletionRequest, generation: Generation, scored: bool
+    ) -> None:
+        self._service = service
+        self._body = body
+        self._generation = generation
+        self._scored = scored
+        self._ids = service.config.return_tokens_as_token_ids or bool(body.return_tokens_as_token_ids)
+        self._offsets: dict[int, int] = {}
+
+    def whole(self, outputs: list[RequestOutput]) -> Completion:
+        choices = [
+            self._choice(prompt, output, completion)
+            for prompt, output in enumerate(outputs)
+            for completion in output.outputs
+        ]
+        if self._scored:  # the one token that was generated is not part of the answer
+            for choice in choices:
+                choice["finish_reason"] = "length"
+        return {**self._frame(choices), "usage": self._generation.usage()}
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        options = self._body.stream_options
+        usage = self._service.config.enable_force_include_usage or bool(options and options.include_usage)
+        continuous = bool(options and options.continuous_usage_stats)
+        async for batch in self._generation.outputs():
+            pieces = []
+            for prompt, output in batch:
+                for completion in output.outputs:
+                    if not (
+                        completion.text
+                        or completion.finish_reason
+                        or completion.logprobs
+                        or self._body.return_token_ids
+                    ):
+                        continue  # half a character, or the beginning of what may be a stop string
+                    chunk = self._frame([self._choice(prompt, output, completion)])
+                    if continuous:
+                        chunk["usage"] = self._generation.usage()
+                    elif usage:
+                        chunk["usage"] = None
+                    pieces.append(event(chunk))
+            if pieces:
+                yield b"".join(pieces)
+        last = event({**self._frame([]), "usage": self._generation.usage()}) if usage else b""
+        yield last + DONE
+
+    def _frame(self, choices: list[CompletionChoice]) -> Completion:
+        return {
+            "id": self._generation.id,
+            "object": "text_completion",
+            "created": self._generation.created,
+            "model": self._service.model,
+            "choices": choices,
+        }
+
+    def _choice(self, prompt: int, output: RequestOutput, completion: CompletionOutput) -> CompletionChoice:
+        body, index = self._body, prompt * self._generation.params.n + completion.index
+        first = index not in self._offsets
+        offset = self._offsets.get(index, 0)
+        text, token_ids, entries = completion.text, completion.token_ids, completion.logprobs
+        if self._scored:
+            text, token_ids, entries = "", [], entries and []
+        if body.echo and first:
+            before = output.prompt
+            if before is None or body.truncate_prompt_tokens is not None:
+                before = self._service.tokenizer.decode(output.prompt_token_ids)
+            text = before + text
+            if entries is not None:
+                entries = [*(output.prompt_logprobs or [None] * len(output.prompt_token_ids)), *entries]  # type: ignore[list-item]
+                token_ids = [*output.prompt_token_ids, *token_ids]
+        self._offsets[index] = offset + len(text)
+        choice: CompletionChoice = {
+            "index": index,
+            "text": text,
+            "logprobs": None
+            if entries is None or body.logprobs is None
+            else logprobs.for_completion(
+                entries, token_ids, body.logprobs, offset, self._ids, self._service.tokenizer.token_text
+            ),
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+        }
+        if body.return_token_ids:
+            choice["token_ids"] = completion.token_ids
+            if first:
+                choice["prompt_token_ids"] = output.prompt_token_ids
+        if body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = logprobs.for_prompt(output.prompt_logprobs)
+        return choice
+
+
+@router.post("/generate", responses=documented(Generated, streams=True))
+async def generate(body: GenerateRequest, request: Request) -> Response:
+    """Complete one prompt; the answer repeats it. A stream is lines of JSON, each with all the text so far."""
+    arrival = time.monotonic()
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    changes: dict[str, Any] = {"logprobs": body.logprobs}
+    if body.max_tokens is not None:
+        changes["max_tokens"] = body.max_tokens
+    params = body.sampling_params(service.default_params, **changes)
+    prompts = await service.encode_all(body.prompt)
+    if len(prompts) > 1:
+        raise ParameterError("prompt", len(prompts), "must be one prompt")
+    generation = await service.generate(
+        "gen", prompts, params, request_id=body.request_id, priority=body.priority, cache_salt=body.cache_salt,
+        arrival_time=arrival,
+    )  # fmt: skip
+    if body.stream:
+        return Stream(_lines(service, generation, params), generation.close, "application/x-ndjson")
+    (output,) = await generation.finished(request.receive)
+    before = _prompt_text(service, output)
+    return JSON({"text": [before + completion.text for completion in output.outputs]})
+
+
+async def _lines(
+    service: Service, generation: Generation, params: SamplingParams
+) -> AsyncGenerator[bytes, None]:
+    texts: list[str] = []
+    async for batch in generation.outputs():
+        for _, output in batch:
+            texts = texts or [_prompt_text(service, output)] * params.n
+            for completion in output.outputs:
+                texts[completion.index] += completion.text
+        yield to_json({"text": texts}) + b"\n"
+
+
+def _prompt_text(service: Service, output: RequestOutput) -> str:
+    return service.tokenizer.decode(output.prompt_token_ids) if output.prompt is None else output.prompt

@@ -1,0 +1,136 @@
+"""ServerConfig: what ``vllmlite serve`` can be told besides the engine's options, under vLLM's names."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+
+from vllmlite.errors import ParameterError
+from vllmlite.options import check_fields, option
+
+LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Where and how to serve. Raises :class:`ParameterError` on bad values."""
+
+    host: str = option(
+        "127.0.0.1", "address to listen on; 0.0.0.0 or :: for all", group="server", metavar="ADDRESS"
+    )
+    port: int = option(8000, "port to listen on; 0 chooses a free one", group="server", low=0, high=65535)
+    uds: str | None = option(
+        None, "Unix socket to listen on, in place of host and port", group="server", metavar="PATH"
+    )
+    root_path: str = option("", "path under which a proxy shows the server", group="server", metavar="PATH")
+    served_model_name: tuple[str, ...] = option(
+        (), "names that requests may use for the model, the first in answers; default: as it was given",
+        group="server", metavar="NAME",
+    )  # fmt: skip
+    response_role: str = option(
+        "assistant", "role of answers to a conversation", group="server", metavar="ROLE"
+    )
+    chat_template: str | None = option(
+        None,
+        "Jinja template in place of the model's: a file, or the text itself",
+        group="server",
+        metavar="FILE|TEXT",
+    )
+    trust_request_chat_template: bool = option(
+        False,
+        "let requests bring chat templates of their own, which can keep the server busy",
+        group="server",
+    )
+    return_tokens_as_token_ids: bool = option(
+        False, "name tokens token_id:N in log-probabilities, for text that JSON cannot hold", group="server"
+    )
+    enable_force_include_usage: bool = option(False, "end every stream with its usage", group="server")
+    shutdown_timeout: int = option(
+        30, "seconds that running requests get to finish after SIGTERM", group="server", low=0, high=86400
+    )
+    profile_dir: str | None = option(
+        None,
+        "serve /start_profile and /stop_profile, which write Chrome traces here",
+        group="server",
+        metavar="DIR",
+    )
+
+    api_key: tuple[str, ...] = option(
+        (), "keys, one of which a request must bring; other users see flags: prefer api-key-file", group="security",
+        metavar="KEY",
+    )  # fmt: skip
+    api_key_file: str | None = option(None, "file with a key a line", group="security", metavar="FILE")
+    ssl_keyfile: str | None = option(None, "TLS private key", group="security", metavar="FILE")
+    ssl_certfile: str | None = option(
+        None, "TLS certificate, with its chain", group="security", metavar="FILE"
+    )
+    ssl_ca_certs: str | None = option(
+        None, "authorities of client certificates", group="security", metavar="FILE"
+    )
+    ssl_cert_reqs: int = option(
+        int(ssl.CERT_NONE),
+        "client certificates: 0 none, 1 optional, 2 required",
+        group="security",
+        low=0,
+        high=2,
+    )
+    allowed_origins: tuple[str, ...] = option(
+        (), "web origins whose pages may use the server; * for all (CORS)", group="security", metavar="ORIGIN"
+    )
+    allowed_methods: tuple[str, ...] = option(("*",), "methods for them", group="security", metavar="METHOD")
+    allowed_headers: tuple[str, ...] = option(("*",), "headers for them", group="security", metavar="HEADER")
+    allow_credentials: bool = option(False, "let their pages send cookies", group="security")
+    middleware: tuple[str, ...] = option(
+        (), "more ASGI middleware: package.module.Class", group="security", metavar="NAME"
+    )
+    disable_fastapi_docs: bool = option(False, "serve no /docs and /openapi.json", group="security")
+
+    max_queue: int = option(
+        1024, "sequences that may wait beyond max-num-seqs; more are answered 429", group="limit", low=0
+    )
+    max_body_size: int = option(
+        32 << 20, "longest body of a request in bytes, or 32M; longer ones are answered 413", group="limit",
+        low=1024, size=True, metavar="SIZE",
+    )  # fmt: skip
+    max_prompts: int = option(1024, "most prompts in one request", group="limit", low=1)
+
+    uvicorn_log_level: str = option("info", "what uvicorn logs", group="log", choices=LOG_LEVELS)
+    disable_uvicorn_access_log: bool = option(False, "log no line a request", group="log")
+    enable_log_requests: bool = option(False, "log prompts and parameters", group="log")
+    max_log_len: int | None = option(
+        None, "characters of a prompt that are logged; default: all", group="log", low=0
+    )
+    disable_log_stats: bool = option(False, "log no statistics", group="log")
+    log_stats_interval: float = option(
+        10.0, "seconds between lines of statistics, where something ran", group="log"
+    )
+    log_config_file: str | None = option(
+        None, "JSON file for logging.config.dictConfig", group="log", metavar="FILE"
+    )
+    enable_request_id_headers: bool = option(False, "answer with X-Request-Id", group="log")
+
+    def __post_init__(self) -> None:
+        """Check every field, then the fields against one another."""
+        check_fields(self)
+        if (self.ssl_keyfile or self.ssl_ca_certs) and not self.ssl_certfile:
+            raise ParameterError("ssl_certfile", None, "must be given for TLS")
+        if not self.log_stats_interval > 0:
+            raise ParameterError("log_stats_interval", self.log_stats_interval, "must be over 0")
+        if self.root_path and not self.root_path.startswith("/"):
+            raise ParameterError("root_path", self.root_path, "must begin with /")
+        for name in self.middleware:
+            if "." not in name:
+                raise ParameterError("middleware", name, "must be package.module.Class")
+
+    def api_keys(self) -> tuple[str, ...]:
+        """The keys of ``api_key`` and ``api_key_file``; empty where none is needed. Raises ParameterError."""
+        if self.api_key_file is None:
+            return self.api_key
+        try:
+            with open(self.api_key_file, encoding="utf-8") as file:
+                keys = tuple(line.strip() for line in file if line.strip())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ParameterError("api_key_file", self.api_key_file, f"cannot be read: {error}") from None
+        if not keys:
+            raise ParameterError("api_key_file", self.api_key_file, "holds no key")
+        return self.api_key + keys

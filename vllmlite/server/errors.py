@@ -1,0 +1,55 @@
+"""What goes wrong, in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}`` and a status code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from vllmlite.errors import EngineDeadError, ParameterError, VllmliteError
+
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+"""OpenAI's error type of a status; other 4xx are invalid_request_error, 5xx are server_error."""
+
+
+class ApiError(Exception):
+    """An answer that is an error."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """``param`` names the field that is wrong, ``code`` the kind of error where OpenAI has a name for it."""
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @property
+    def type(self) -> str:
+        """OpenAI's name for the class of errors."""
+        return TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object to answer with."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """The answer to an exception; one that is a bug tells the client nothing of its inside."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ParameterError):
+        return ApiError(HTTPStatus.BAD_REQUEST, str(error), param=error.field)
+    if isinstance(error, EngineDeadError):
+        return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
+    if isinstance(error, VllmliteError):
+        return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
+    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; the server's log tells more")

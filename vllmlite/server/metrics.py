@@ -1,0 +1,259 @@
+"""Metrics under vLLM's names, counted by ourselves and written out by prometheus_client when it is asked for.
+
+Counting happens in the engine's thread for every token, so it is a bisection and two additions.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllmlite.engine.engine import EngineOutput
+from vllmlite.outputs import EngineStats
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
+
+logger = logging.getLogger(__name__)
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+
+def _up_to(highest: int) -> list[float]:
+    """1, 2, 5, 10, 20, 50, … up to ``highest``."""
+    return [float(m * 10**e) for e in range(len(str(highest))) for m in (1, 2, 5) if m * 10**e <= highest]
+
+
+TTFT_BUCKETS = [
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+]  # fmt: skip
+ITL_BUCKETS = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0,
+]  # fmt: skip
+LATENCY_BUCKETS = [
+    0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0,
+    120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
+]  # fmt: skip
+"""Upper bounds in seconds: vLLM's, with some more at the fast end."""
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Counts of values by upper bound."""
+
+    name: str
+    help: str
+    bounds: Sequence[float]
+    counts: list[int] = field(init=False)
+    sum: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Nothing has been observed."""
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        """Count ``value``."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """Prometheus' buckets: (upper bound, values up to it)."""
+        total, found = 0, []
+        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
+            total += count
+            found.append((bound, float(total)))
+        return found
+
+
+class Metrics:
+    """What an engine has done, observed after each of its steps; scraped from any thread."""
+
+    def __init__(self, model: str, max_model_len: int, stats: Callable[[], EngineStats]) -> None:
+        """``stats`` reads the engine's counters; all series have labels ``model_name`` and ``engine``."""
+        self._labels = {"model_name": model, "engine": "0"}
+        self._stats = stats
+        self.finished = dict.fromkeys(FINISH_REASONS, 0)
+        lengths = _up_to(max_model_len)
+        self.ttft = Histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
+        self.itl = Histogram("vllm:inter_token_latency_seconds", "One token to the next.", ITL_BUCKETS)
+        self.tpot = Histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "A request's mean time a token after the first.",
+            ITL_BUCKETS,
+        )
+        self.e2e = Histogram("vllm:e2e_request_latency_seconds", "Arrival to end.", LATENCY_BUCKETS)
+        self.queue = Histogram("vllm:request_queue_time_seconds", "Arrival to first step.", LATENCY_BUCKETS)
+        self.inference = Histogram(
+            "vllm:request_inference_time_seconds", "First step to end.", LATENCY_BUCKETS
+        )
+        self.prefill = Histogram(
+            "vllm:request_prefill_time_seconds", "First step to first token.", LATENCY_BUCKETS
+        )
+        self.decode = Histogram("vllm:request_decode_time_seconds", "First token to end.", LATENCY_BUCKETS)
+        self.prompt_tokens = Histogram("vllm:request_prompt_tokens", "Prompt tokens a request.", lengths)
+        self.generation_tokens = Histogram(
+            "vllm:request_generation_tokens", "Generated tokens a request.", lengths
+        )
+        self.iteration_tokens = Histogram(
+            "vllm:iteration_tokens_total",
+            "Tokens sampled in a step.",
+            [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048],
+        )
+
+    @property
+    def histograms(self) -> list[Histogram]:
+        """All of them."""
+        return [value for value in vars(self).values() if isinstance(value, Histogram)]
+
+    def observe_step(self, outputs: list[EngineOutput]) -> None:
+        """Count what a step gave; in the engine's thread."""
+        if outputs:
+            self.iteration_tokens.observe(sum(len(output.new_token_ids) for output in outputs))
+        for output in outputs:
+            metrics = output.metrics
+            if metrics.last_token_time is not None and output.new_token_ids:
+                if metrics.previous_token_time is not None:
+                    self.itl.observe(metrics.last_token_time - metrics.previous_token_time)
+                else:
+                    self.ttft.observe(metrics.last_token_time - metrics.arrival_time)
+            if metrics.finished_time is not None:
+                self._finish(output)
+
+    def aborted(self, count: int) -> None:
+        """``count`` sequences were ended by their clients."""
+        self.finished["abort"] += count
+
+    def mean_latency(self) -> float:
+        """Mean seconds a request has taken so far; 1 before any has ended."""
+        count = sum(self.e2e.counts)
+        return self.e2e.sum / count if count else 1.0
+
+    def _finish(self, output: EngineOutput) -> None:
+        metrics = output.metrics
+        self.finished[output.finish_reason or "stop"] += 1  # None: the text reached a stop string
+        arrival, begun, first, end = (
+            metrics.arrival_time, metrics.first_scheduled_time, metrics.first_token_time, metrics.finished_time,
+        )  # fmt: skip
+        if begun is None or first is None or end is None:
+            return
+        self.e2e.observe(end - arrival)
+        self.queue.observe(begun - arrival)
+        self.inference.observe(end - begun)
+        self.prefill.observe(first - begun)
+        self.decode.observe(end - first)
+        self.prompt_tokens.observe(metrics.num_prompt_tokens)
+        self.generation_tokens.observe(metrics.num_generation_tokens)
+        if metrics.num_generation_tokens > 1:
+            self.tpot.observe((end - first) / (metrics.num_generation_tokens - 1))
+
+    def collect(self) -> Iterator[Any]:
+        """prometheus_client's way to ask."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+        stats, names, values = self._stats(), list(self._labels), list(self._labels.values())
+        gauges = {
+            "vllm:num_requests_running": ("Sequences that take part in steps.", stats.num_running),
+            "vllm:num_requests_waiting": ("Sequences that wait for a place.", stats.num_waiting),
+            "vllm:kv_cache_usage_perc": ("Part of the KV blocks in use, 0 to 1.", kv_usage(stats)),
+        }
+        counters = {
+            "vllm:prompt_tokens": ("Prompt tokens taken in.", stats.num_prompt_tokens),
+            "vllm:generation_tokens": ("Tokens generated.", stats.num_generation_tokens),
+            "vllm:num_preemptions": (
+                "Sequences that lost their blocks and began again.",
+                stats.num_preemptions,
+            ),
+            "vllm:prefix_cache_queries": (
+                "Prompt tokens looked up in the cache.",
+                stats.prefix_cache_queries,
+            ),
+            "vllm:prefix_cache_hits": ("Prompt tokens found there.", stats.prefix_cache_hits),
+            "vllmlite:failed_steps": ("Steps that raised.", stats.num_failed_steps),
+            "vllmlite:steps": ("Steps.", stats.num_steps),
+        }
+        for name, (help, value) in gauges.items():
+            gauge = GaugeMetricFamily(name, help, labels=names)
+            gauge.add_metric(values, value)
+            yield gauge
+        for name, (help, value) in counters.items():
+            counter = CounterMetricFamily(name, help, labels=names)
+            counter.add_metric(values, value)
+            yield counter
+        ends = CounterMetricFamily(
+            "vllm:request_success", "Sequences that ended, by how.", labels=[*names, "finished_reason"]
+        )
+        for reason, count in self.finished.items():
+            ends.add_metric([*values, reason], count)
+        yield ends
+        for histogram in self.histograms:
+            family = HistogramMetricFamily(histogram.name, histogram.help, labels=names)
+            family.add_metric(values, histogram.cumulative(), histogram.sum)
+            yield family
+        config = GaugeMetricFamily(
+            "vllm:cache_config_info", "The KV cache.", labels=[*names, "block_size", "num_gpu_blocks"]
+        )
+        config.add_metric([*values, str(stats.block_size), str(stats.num_blocks)], 1)
+        yield config
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """Everything in the text format that ``accept`` prefers, and its media type."""
+        from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+        from prometheus_client.exposition import choose_encoder
+
+        registry = CollectorRegistry(auto_describe=False)
+        collector: Collector = self
+        registry.register(collector)
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        encode, media_type = choose_encoder(accept)
+        return encode(registry), media_type
+
+
+def kv_usage(stats: EngineStats) -> float:
+    """Part of the KV blocks in use."""
+    return stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
+
+
+class StatsLog:
+    """A line of statistics every so often, where something ran."""
+
+    def __init__(self, stats: Callable[[], EngineStats], interval: float) -> None:
+        """Lines are ``interval`` seconds apart."""
+        self._stats = stats
+        self._interval = interval
+        self._prompt = self._generation = self._queries = self._hits = 0
+
+    def line(self) -> str | None:
+        """vLLM's line about the time since the last call; None where nothing happened."""
+        stats = self._stats()
+        prompt, generation = (
+            stats.num_prompt_tokens - self._prompt,
+            stats.num_generation_tokens - self._generation,
+        )
+        queries, hits = stats.prefix_cache_queries - self._queries, stats.prefix_cache_hits - self._hits
+        self._prompt, self._generation = stats.num_prompt_tokens, stats.num_generation_tokens
+        self._queries, self._hits = stats.prefix_cache_queries, stats.prefix_cache_hits
+        if not (prompt or generation or stats.num_running or stats.num_waiting):
+            return None
+        return (
+            f"Avg prompt throughput: {prompt / self._interval:.1f} tokens/s, "
+            f"Avg generation throughput: {generation / self._interval:.1f} tokens/s, "
+            f"Running: {stats.num_running} reqs, Waiting: {stats.num_waiting} reqs, "
+            f"KV cache usage: {100 * kv_usage(stats):.1f}%, "
+            f"Prefix cache hit rate: {100 * hits / queries if queries else 0.0:.1f}%"
+        )
+
+    async def run(self) -> None:
+        """Log for ever."""
+        import asyncio
+
+        while True:
+            await asyncio.sleep(self._interval)
+            line = self.line()
+            if line is not None:
+                logger.info(line)

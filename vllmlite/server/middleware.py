@@ -1,0 +1,154 @@
+"""What stands before the endpoints: counting, keys, the limit of a body. Plain ASGI: nothing is added to a token."""
+
+from __future__ import annotations
+
+import hmac
+import uuid
+from collections.abc import MutableMapping, Sequence
+from hashlib import sha256
+from http import HTTPStatus
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vllmlite.server.errors import ApiError
+from vllmlite.server.service import Service
+from vllmlite.server.sse import JSON
+
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/version", "/metrics"})
+"""Need no key."""
+MAX_DISCARDED = 64 << 20
+"""Bytes of a body over the limit that are read and forgotten before it is answered."""
+
+
+def error_response(error: ApiError) -> JSON:
+    """The answer that an error is."""
+    return JSON(error.body(), status_code=error.status, headers=error.headers)
+
+
+class Count:
+    """Counts the requests that are being answered; names them where that is wanted."""
+
+    def __init__(self, app: ASGIApp, service: Service, name_them: bool) -> None:
+        """``name_them`` answers with X-Request-Id: the client's, or a new one."""
+        self._app = app
+        self._service = service
+        self._name_them = name_them
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        self._service.num_answering += 1
+        try:
+            await self._app(scope, receive, _with_id(scope, send) if self._name_them else send)
+        finally:
+            self._service.num_answering -= 1
+
+
+def _path(scope: Scope) -> str:
+    """The path without the one under which a proxy shows the server."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) or "/"
+
+
+def _with_id(scope: Scope, send: Send) -> Send:
+    name = Headers(scope=scope).get("x-request-id", uuid.uuid4().hex)[:256]
+
+    async def send_with_id(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (b"x-request-id", name.encode("latin-1"))]
+        await send(message)
+
+    return send_with_id
+
+
+class RequireKey:
+    """Lets in who brings a key, as ``Authorization: Bearer`` or ``X-Api-Key``; compared in constant time."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        """Any of ``keys`` will do."""
+        self._app = app
+        self._digests = [sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request, or answer 401."""
+        if scope["type"] != "http" or _path(scope) in OPEN_PATHS or self._has_key(scope):
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(
+            HTTPStatus.UNAUTHORIZED,
+            "this server needs an API key: Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )
+        await error_response(error)(scope, receive, send)
+
+    def _has_key(self, scope: Scope) -> bool:
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")
+        digest = sha256(key.strip().encode("latin-1")).digest()
+        found = False
+        for known in self._digests:
+            found |= hmac.compare_digest(digest, known)
+        return found
+
+
+class LimitBody:
+    """Takes in a request's body whole, up to a limit, before anything parses it."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        """``limit`` in bytes."""
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request, or answer 413."""
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "0")
+        too_long = not length.isdigit() or int(length) > self._limit
+        body = bytearray()
+        discarded = 0
+        more = not (too_long and "expect" in headers)  # who asks before sending a body is told at once
+        while more and discarded <= MAX_DISCARDED:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            piece = message.get("body", b"")
+            more = message.get("more_body", False)
+            if too_long or len(body) + len(piece) > self._limit:
+                # A connection closed on a client that still writes may lose it the answer.
+                too_long = True
+                discarded += len(piece)
+                body.clear()
+            else:
+                body += piece
+        if too_long:
+            error = ApiError(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"the body is longer than {self._limit} bytes (--max-body-size)",
+                headers={"connection": "close"},
+            )
+            await error_response(error)(scope, receive, send)
+            return
+        first: MutableMapping[str, Any] | None = {
+            "type": "http.request",
+            "body": bytes(body),
+            "more_body": False,
+        }
+
+        async def replay() -> Message:
+            nonlocal first
+            if first is None:
+                return await receive()
+            message, first = first, None
+            return message
+
+        await self._app(scope, replay, send)

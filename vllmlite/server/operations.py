@@ -1,0 +1,150 @@
+"""Everything that is not generation: models, tokens, health, metrics, profiles."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from vllmlite import __version__
+from vllmlite.server.documented import CONFLICT, documented
+from vllmlite.server.errors import ApiError
+from vllmlite.server.protocol import (
+    Detokenized,
+    DetokenizeRequest,
+    Health,
+    Load,
+    ModelCard,
+    ModelList,
+    ProfileFile,
+    Tokenizable,
+    Tokenized,
+    TokenizeRequest,
+    Version,
+)
+from vllmlite.server.service import Service
+from vllmlite.server.sse import JSON
+
+router = APIRouter()
+profiling = APIRouter()
+
+
+@router.get("/v1/models", responses=documented(ModelList))
+async def list_models(request: Request) -> Response:
+    """The served model names."""
+    service: Service = request.app.state.service
+    return JSON({"object": "list", "data": [_card(service, name) for name in service.model_names]})
+
+
+@router.get("/v1/models/{model:path}", responses=documented(ModelCard))
+async def retrieve_model(model: str, request: Request) -> Response:
+    """One of them."""
+    service: Service = request.app.state.service
+    service.check_model(model)
+    return JSON(_card(service, model))
+
+
+def _card(service: Service, name: str) -> ModelCard:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "vllmlite",
+        "root": service.engine.llm_engine.config.model or service.model,
+        "parent": None,
+        "max_model_len": service.max_model_len,
+    }
+
+
+@router.post("/tokenize", responses=documented(Tokenized))
+async def tokenize(body: Tokenizable, request: Request) -> Response:
+    """Token ids of a text or a conversation."""
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    if isinstance(body, TokenizeRequest):
+        encoded = await service.encode(body.prompt, body.add_special_tokens)
+    else:
+        encoded = await service.encode_chat(body)
+    tokens = encoded["prompt_token_ids"]
+    texts = [service.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+    return JSON(
+        {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens, "token_strs": texts}
+    )
+
+
+@router.post("/detokenize", responses=documented(Detokenized))
+async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+    """The text of token ids."""
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    service.tokenizer.check_ids(body.tokens)
+    return JSON({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+
+@router.get("/health", responses=documented(Health))
+async def health(request: Request) -> Response:
+    """200 while the engine lives, with what its steps have failed of; 503 once it is dead or the server goes down."""
+    service: Service = request.app.state.service
+    stats = service.engine.llm_engine.engine.stats
+    dead = service.engine.dead_error
+    if dead is not None:
+        raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(dead), code="engine_dead")
+    if service.draining:
+        raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", code="shutting_down")
+    return JSON(
+        {
+            "status": "degraded" if service.engine.last_step_failed else "ok",
+            "failed_steps": stats.num_failed_steps,
+            "last_error": stats.last_error,
+        }
+    )
+
+
+@router.get("/ping", responses=documented(Health))
+@router.post("/ping", responses=documented(Health), include_in_schema=False)
+async def ping(request: Request) -> Response:
+    """The same, under SageMaker's name."""
+    return await health(request)
+
+
+@router.get("/version", responses=documented(Version))
+async def version() -> Response:
+    """The program's version."""
+    return JSON({"version": __version__})
+
+
+@router.get("/load", responses=documented(Load))
+async def load(request: Request) -> Response:
+    """Requests that are being answered."""
+    service: Service = request.app.state.service
+    return JSON({"server_load": service.num_answering})
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics."""
+    service: Service = request.app.state.service
+    body, media_type = service.metrics.exposition(request.headers.get("accept", ""))
+    return Response(body, headers={"content-type": media_type})
+
+
+@router.post("/reset_prefix_cache", responses=documented())
+async def reset_prefix_cache(request: Request) -> Response:
+    """Forget every cached prefix."""
+    service: Service = request.app.state.service
+    await service.engine.reset_prefix_cache()
+    return Response()
+
+
+@profiling.post("/start_profile", responses=documented() | CONFLICT)
+async def start_profile(request: Request) -> Response:
+    """Begin to record the engine's steps."""
+    await request.app.state.profiler.start()
+    return Response()
+
+
+@profiling.post("/stop_profile", responses=documented(ProfileFile) | CONFLICT)
+async def stop_profile(request: Request) -> Response:
+    """Write what was recorded as a Chrome trace."""
+    return JSON({"file": str(await request.app.state.profiler.stop())})

@@ -1,0 +1,227 @@
+"""From a configuration to a listening server, and down again when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import logging
+import logging.config
+import os
+import signal
+import socket
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.config import LOGGING_CONFIG
+
+from vllmlite.async_llm import AsyncLLM
+from vllmlite.config import EngineConfig
+from vllmlite.errors import EngineDeadError, ParameterError
+from vllmlite.hub import BUILT_IN_NAME
+from vllmlite.server.app import build_app
+from vllmlite.server.config import ServerConfig
+from vllmlite.server.metrics import Metrics
+from vllmlite.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75
+"""Longer than clients keep idle connections, which they would else find closed as they send the next request."""
+SWITCH_SECONDS = 0.0001
+"""How long the engine's thread and the event loop keep the interpreter from one another: 5 ms would be a whole step."""
+CLOSING_SECONDS = 2
+"""What connections get to close after their requests have been ended."""
+
+
+def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
+    """Serve until SIGTERM or SIGINT; the exit status: 0, or 1 if the engine died. Raises VllmliteError."""
+    begin = time.monotonic()
+    keys = config.api_keys()
+    config = replace(config, chat_template=read_template(config.chat_template))
+    logging_config = _logging(config)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    # The address first: whoever has it already need not wait for a model to be loaded.
+    with _listen(config) as listener:
+        engine = AsyncLLM(engine_config)
+        try:
+            names = config.served_model_name or (engine_config.model or BUILT_IN_NAME,)
+            inner = engine.llm_engine
+            metrics = Metrics(names[0], inner.max_model_len, inner.stats)
+            inner.observer = metrics.observe_step
+            service = Service(engine, config, names, metrics)
+            uvicorn_config = uvicorn.Config(
+                build_app(service, keys),
+                log_level=config.uvicorn_log_level,
+                access_log=not config.disable_uvicorn_access_log,
+                log_config=logging_config,
+                root_path=config.root_path,
+                ssl_keyfile=config.ssl_keyfile,
+                ssl_certfile=config.ssl_certfile,
+                ssl_ca_certs=config.ssl_ca_certs,
+                ssl_cert_reqs=config.ssl_cert_reqs,
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=config.shutdown_timeout + CLOSING_SECONDS,
+                server_header=False,
+            )
+            stats = inner.stats()
+            about = f"{', '.join(names)} on {stats.backend} ({stats.device}, {stats.dtype})"
+            server = Server(uvicorn_config, service, f"{about} at {_address(config, listener)}", begin)
+            server.run(sockets=[listener])
+            return 1 if engine.dead_error is not None else 0
+        finally:
+            engine.shutdown(timeout=10)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which drains at the first signal and leaves at the second."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, about: str, begin: float) -> None:
+        """Serve ``service``; the log says what it is ``about``, and how long after ``begin`` it is ready."""
+        super().__init__(config)
+        self._service = service
+        self._about = about
+        self._begin = begin
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to :meth:`startup`: uvicorn would raise them again at the end."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept, and tell systemd."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        self._service.engine.on_death(partial(loop.call_soon_threadsafe, self.stop))
+        await super().startup(sockets=sockets)
+        if self._service.engine.dead_error is not None:
+            self.stop()
+            return
+        logger.info("serving %s, after %.2f s", self._about, time.monotonic() - self._begin)
+        notify_systemd("READY=1")
+
+    def stop(self) -> None:
+        """Take no more requests, give those that run until the deadline; at once, when told again."""
+        if self.should_exit:
+            self.force_exit = True
+            return
+        notify_systemd("STOPPING=1")
+        self._service.draining = True
+        self.should_exit = True
+        deadline = self._service.config.shutdown_timeout
+        loop = asyncio.get_running_loop()
+        loop.call_later(
+            deadline, lambda: setattr(self, "_ending", asyncio.ensure_future(self._end_requests()))
+        )
+
+    async def _end_requests(self) -> None:
+        try:
+            await self._service.engine.abort_all("the server is shutting down")
+        except EngineDeadError:
+            return
+
+
+def notify_systemd(state: str) -> None:
+    """Tell the service manager, where one listens (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.sendto(state.encode(), address)
+
+
+def read_template(given: str | None) -> str | None:
+    """The chat template that a file or, where it has braces, a text is. Raises ParameterError."""
+    if given is None:
+        return None
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        if "{" in given:
+            return given
+        reason = getattr(error, "strerror", None) or error
+        raise ParameterError(
+            "chat_template", given, f"is neither a template nor a readable file: {reason}"
+        ) from None
+
+
+@contextmanager
+def _listen(config: ServerConfig) -> Iterator[socket.socket]:
+    """The listening socket; a Unix one is removed at the end."""
+    if config.uds is None:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+        except OSError as error:
+            raise ParameterError("host", config.host, f"is no address: {error.strerror}") from None
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            listener.close()
+            place = f"{config.host}:{config.port}"
+            raise ParameterError("host", place, f"cannot be listened on: {error.strerror}") from None
+        with listener:
+            yield listener
+        return
+    path = Path(config.uds)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and not _answers(path):
+            path.unlink()  # left behind by a server that was killed
+        listener.bind(str(path))
+    except OSError as error:
+        listener.close()
+        raise ParameterError("uds", config.uds, f"cannot be listened on: {error.strerror or error}") from None
+    try:
+        with listener:
+            yield listener
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def _address(config: ServerConfig, listener: socket.socket) -> str:
+    if config.uds is not None:
+        return f"unix:{config.uds}"
+    host, port = listener.getsockname()[:2]
+    scheme = "https" if config.ssl_certfile else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def _logging(config: ServerConfig) -> dict[str, Any]:
+    """uvicorn's logging with ours beside it, or what the file says; ours is in effect at once."""
+    if config.log_config_file is not None:
+        try:
+            with open(config.log_config_file, encoding="utf-8") as file:
+                settings: dict[str, Any] = json.load(file)
+            logging.config.dictConfig(settings)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ParameterError(
+                "log_config_file", config.log_config_file, f"cannot be used: {error}"
+            ) from None
+        return settings
+    settings = copy.deepcopy(LOGGING_CONFIG)
+    settings["loggers"]["vllmlite"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    settings["formatters"]["default"]["use_colors"] = sys.stderr.isatty()
+    logging.config.dictConfig(settings)
+    return settings

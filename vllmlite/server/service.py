@@ -1,0 +1,300 @@
+"""Service: one engine, the names it is served under, who is let in, and the way from a request to its outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from starlette.types import Receive
+
+from vllmlite.async_llm import AsyncLLM, NewRequest, OutputStream
+from vllmlite.errors import ParameterError
+from vllmlite.outputs import RequestOutput
+from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
+from vllmlite.server.config import ServerConfig
+from vllmlite.server.errors import ApiError
+from vllmlite.server.metrics import Metrics
+from vllmlite.server.protocol import ChatPrompt, Message, Usage
+from vllmlite.server.sse import unless_gone
+
+logger = logging.getLogger(__name__)
+
+INLINE_CHARACTERS = 4096
+"""Texts up to this length are tokenised on the event loop; longer ones in a thread, while others are served."""
+
+
+COMPILE_SECONDS = 30
+"""A grammar's limit; the first one waits for xgrammar to be imported."""
+
+
+class Generation:
+    """The engine's requests that answer one HTTP request, one a prompt; closed when the answer ends, in any way."""
+
+    def __init__(
+        self,
+        service: Service,
+        kind: str,
+        request_id: str | None,
+        prompts: Sequence[dict[str, Any]],
+        params: SamplingParams,
+    ) -> None:
+        """``kind`` begins the answer's id."""
+        self.id = f"{kind}-{request_id or uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.prompts = prompts
+        self.params = params
+        self._service = service
+        self._stream: OutputStream | None = None
+        self._index = {uuid.uuid4().hex: index for index in range(len(prompts))}
+        self._prompt_tokens = [0] * len(prompts)
+        self._cached_tokens = [0] * len(prompts)
+        self._completion_tokens = 0
+        self._unfinished = len(prompts) * params.n
+
+    async def start(self, priority: int, arrival_time: float) -> None:
+        """Hand the prompts to the engine. Raises ApiError if there is no room, ParameterError if one cannot run."""
+        self._service.admit(self._unfinished)
+        try:
+            self._stream = await self._service.engine.submit(
+                [
+                    NewRequest(request_id, self.prompts[index], self.params, priority, arrival_time)
+                    for request_id, index in self._index.items()
+                ]
+            )
+        except BaseException:
+            self._service.release(self._unfinished)
+            self._unfinished = 0
+            raise
+
+    async def outputs(self) -> AsyncIterator[list[tuple[int, RequestOutput]]]:
+        """Batches of (index of the prompt, output), as they come."""
+        assert self._stream is not None
+        while batch := await self._stream.take():
+            found = []
+            ended = 0
+            for output in batch:
+                index = self._index[output.request_id]
+                self._prompt_tokens[index] = len(output.prompt_token_ids)
+                self._cached_tokens[index] = output.num_cached_tokens
+                for completion in output.outputs:
+                    self._completion_tokens += len(completion.token_ids)
+                    ended += completion.finish_reason is not None
+                found.append((index, output))
+            self._service.release(ended)
+            self._unfinished -= ended
+            yield found
+
+    async def finished(self, receive: Receive) -> list[RequestOutput]:
+        """The final output of each prompt, in order. Raises ClientGone, and ends the requests, if nobody waits."""
+
+        async def gather() -> list[RequestOutput]:
+            last: dict[int, RequestOutput] = {}
+            async for batch in self.outputs():
+                last.update(batch)
+            return [last[index] for index in range(len(self.prompts))]
+
+        try:
+            return await unless_gone(receive, gather())
+        finally:
+            self.close()
+
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        prompt, completion = sum(self._prompt_tokens), self._completion_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
+        }
+
+    def close(self) -> None:
+        """End what has not finished."""
+        if self._stream is not None:
+            self._stream.close()
+        if self._unfinished:
+            self._service.release(self._unfinished)
+            self._service.metrics.aborted(self._unfinished)
+            self._unfinished = 0
+
+
+class Service:
+    """What the endpoints share."""
+
+    def __init__(
+        self, engine: AsyncLLM, config: ServerConfig, model_names: Sequence[str], metrics: Metrics
+    ) -> None:
+        """Serve ``engine`` under ``model_names``, the first of which stands in answers."""
+        self.engine = engine
+        self.config = config
+        self.metrics = metrics
+        self.model_names = tuple(model_names)
+        self.model = self.model_names[0]
+        self.created = int(time.time())
+        self.draining = False
+        self.num_answering = 0
+        """HTTP requests that are being answered: vLLM's server load."""
+        inner = engine.llm_engine
+        self.tokenizer = inner.get_tokenizer()
+        self.max_model_len = inner.max_model_len
+        self.default_params = inner.default_sampling_params
+        self._capacity = inner.config.max_num_seqs + config.max_queue
+        self._max_num_seqs = inner.config.max_num_seqs
+        self._unfinished = 0
+
+    def check_model(self, name: str | None) -> None:
+        """Raise a 404 unless ``name`` is served; no name means the one that is."""
+        if name is not None and name not in self.model_names:
+            served = ", ".join(self.model_names)
+            raise ApiError(
+                HTTPStatus.NOT_FOUND,
+                f"model={name!r}: not served here; {served} is",
+                param="model",
+                code="model_not_found",
+            )
+
+    def admit(self, count: int) -> None:
+        """Count ``count`` sequences in; raises ApiError if the queue is full or the server is going down."""
+        if self.draining:
+            raise ApiError(
+                HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", headers={"retry-after": "5"}
+            )
+        if count > self._capacity:
+            raise ParameterError(
+                "n", count, f"prompts times n must be at most {self._capacity}, running and waiting"
+            )
+        waiting = self._unfinished - self._max_num_seqs
+        if self._unfinished + count > self._capacity:
+            wait = self.metrics.mean_latency() * (waiting + count) / self._max_num_seqs
+            raise ApiError(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                f"the queue is full: {max(waiting, 0)} sequences wait, {self.config.max_queue} may",
+                code="queue_full",
+                headers={"retry-after": str(min(max(math.ceil(wait), 1), 60))},
+            )
+        self._unfinished += count
+
+    def release(self, count: int) -> None:
+        """``count`` sequences have ended."""
+        self._unfinished -= count
+
+    async def generate(
+        self,
+        kind: str,
+        prompts: Sequence[dict[str, Any]],
+        params: SamplingParams,
+        *,
+        request_id: str | None,
+        priority: int,
+        cache_salt: str | None,
+        arrival_time: float,
+    ) -> Generation:
+        """Start generating after each of ``prompts``, as :meth:`encode` makes them."""
+        for prompt in prompts:
+            if cache_salt is not None:
+                prompt["cache_salt"] = cache_salt
+        if params.structured_outputs is not None:
+            await self._compile(params.structured_outputs)
+        generation = Generation(self, kind, request_id, prompts, params)
+        if self.config.enable_log_requests:
+            for prompt in prompts:
+                shown = (prompt.get("prompt") or str(prompt["prompt_token_ids"]))[: self.config.max_log_len]
+                logger.info(
+                    "%s: %d tokens, %r, prompt %r",
+                    generation.id,
+                    len(prompt["prompt_token_ids"]),
+                    params,
+                    shown,
+                )
+        await generation.start(priority, arrival_time)
+        return generation
+
+    async def _compile(self, structure: StructuredOutputsParams) -> None:
+        """Have the grammar ready before the engine asks for it; others are served meanwhile."""
+        grammars = self.engine.llm_engine.grammars
+        try:
+            await asyncio.wait_for(asyncio.to_thread(grammars.compile, structure), COMPILE_SECONDS)
+        except TimeoutError:
+            raise ParameterError(
+                "structured_outputs", None, f"takes longer than {COMPILE_SECONDS} s to compile: simplify it"
+            ) from None
+
+    async def encode_all(self, prompts: Any, add_special_tokens: bool = True) -> list[dict[str, Any]]:
+        """Every prompt of a request's ``prompt``: a text, ids, or a list of either. Raises :class:`ParameterError`."""
+        if isinstance(prompts, str) or (isinstance(prompts, list) and prompts and type(prompts[0]) is int):
+            prompts = [prompts]
+        if not isinstance(prompts, list) or not prompts:
+            raise ParameterError("prompt", prompts, "must be text, token ids, or a list with some of either")
+        if len(prompts) > self.config.max_prompts:
+            raise ParameterError("prompt", len(prompts), f"must be at most {self.config.max_prompts} prompts")
+        return [await self.encode(prompt, add_special_tokens) for prompt in prompts]
+
+    async def encode(self, prompt: Any, add_special_tokens: bool = True) -> dict[str, Any]:
+        """A prompt with its ids. A text that cannot fit is refused before it is tokenised."""
+        if isinstance(prompt, str):
+            longest = self.max_model_len * self.tokenizer.max_token_length
+            if len(prompt) > longest:
+                raise ParameterError(
+                    "prompt",
+                    f"{len(prompt)} characters",
+                    f"cannot fit the context of {self.max_model_len} tokens",
+                )
+            if len(prompt) <= INLINE_CHARACTERS:
+                ids = self.tokenizer.encode(prompt, add_special_tokens)
+            else:
+                ids = await asyncio.to_thread(self.tokenizer.encode, prompt, add_special_tokens)
+            return {"prompt": prompt, "prompt_token_ids": ids}
+        if not isinstance(prompt, list):
+            raise ParameterError("prompt", prompt, "must be text or token ids")
+        return self.engine.llm_engine.encode({"prompt_token_ids": prompt})
+
+    async def encode_chat(self, body: ChatPrompt) -> dict[str, Any]:
+        """The prompt of a conversation, through the chat template."""
+        template = self.config.chat_template
+        if body.chat_template is not None:
+            if not self.config.trust_request_chat_template:
+                raise ParameterError(
+                    "chat_template",
+                    body.chat_template,
+                    "the server takes none from requests: --trust-request-chat-template",
+                )
+            template = body.chat_template
+        variables = body.chat_template_kwargs or {}
+        for name in _TEMPLATE_ARGUMENTS & variables.keys():
+            raise ParameterError("chat_template_kwargs", name, "is an argument of its own")
+        text = self.tokenizer.apply_chat_template(
+            [_as_mapping(message) for message in body.messages],
+            chat_template=template,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            **variables,
+        )
+        return await self.encode(text, body.add_special_tokens)
+
+
+_TEMPLATE_ARGUMENTS = frozenset(
+    "messages conversation chat_template add_generation_prompt continue_final_message tools self".split()
+)
+
+
+def content_text(message: Message) -> str | None:
+    """A message's content as text. Raises :class:`ParameterError` if a part of it is something else."""
+    if not isinstance(message.content, list):
+        return message.content
+    for part in message.content:
+        if part.text is None or part.type not in ("text", "input_text", "output_text"):
+            raise ParameterError(
+                "messages", part.model_dump(), "content must be text: only text models are served"
+            )
+    return "\n".join(part.text or "" for part in message.content)
+
+
+def _as_mapping(message: Message) -> dict[str, Any]:
+    """A message as chat templates take it: content as text, and whatever else came with it."""
+    return {"role": message.role, "content": content_text(message), **(message.model_extra or {})}

@@ -1,0 +1,114 @@
+"""Answers: JSON in one piece, or streamed as it comes; and noticing that a client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any, TypeVar
+
+import pydantic_core
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from vllmlite.server.errors import as_api_error
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client has closed the connection: nobody waits for the answer."""
+
+
+def to_json(value: Any) -> bytes:
+    """``value`` as compact JSON in UTF-8; halves of surrogate pairs become question marks."""
+    try:
+        return pydantic_core.to_json(value, inf_nan_mode="null")
+    except pydantic_core.PydanticSerializationError:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def event(value: Any) -> bytes:
+    """A server-sent event with ``value`` as its JSON data."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def error_event(error: Exception) -> bytes:
+    """The end of a stream that cannot go on."""
+    return event(as_api_error(error).body()) + DONE
+
+
+class JSON(Response):
+    """An answer in one piece."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return to_json(content)
+
+
+class Stream(Response):
+    """An answer that is sent piece by piece. When the client goes, ``pieces`` is closed at once."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, pieces: AsyncGenerator[bytes, None], close: Callable[[], None], media_type: str | None = None
+    ) -> None:
+        """``close`` is called in any case, at the end. An exception in ``pieces`` becomes an error event."""
+        super().__init__(
+            media_type=media_type, headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
+        )
+        del self.headers["content-length"]
+        self._pieces = pieces
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the pieces."""
+        try:
+            await unless_gone(receive, self._send(send))
+        except ClientGone:
+            return
+        finally:
+            self._close()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for piece in self._pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except Exception as error:
+            if as_api_error(error).status == 500:
+                logger.exception("a stream ends with an error")
+            await send({"type": "http.response.body", "body": error_event(error), "more_body": True})
+        finally:
+            await self._pieces.aclose()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which is cancelled, and :class:`ClientGone` raised, when the client goes first."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for future in (task, gone):
+            if not future.done():
+                future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
