@@ -17,6 +17,7 @@ from paged import Paged, host_batch, host_tensor
 
 from vllmlite.backends.base import FLOAT_DTYPES, Backend, HostTensor, KVSpec, Rope, SlotParams, SlotSpec
 from vllmlite.backends.cpu import CpuBackend, load_native
+from vllmlite.backends.cuda import CudaBackend
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import BackendError
 
@@ -29,6 +30,14 @@ def native(isa: str) -> Callable[[str], Backend]:
     return lambda dtype: CpuBackend(dtype, isa=isa)
 
 
+def cuda(dtype: str) -> Backend:
+    try:
+        return CudaBackend("cuda", dtype)
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+BACKENDS["cuda"] = cuda
 try:
     BACKENDS |= {f"cpu-{isa}": native(isa) for isa in load_native().instruction_sets()}
 except BackendError as error:
