@@ -231,12 +231,9 @@ static void plan_items(const HostBatch& host, int most, std::vector<Item>& items
     const auto first = static_cast<std::int32_t>(items.size());
     const auto real = static_cast<std::int32_t>((context + each - 1) / each);
     for (std::int32_t i = 0; i < real; ++i)
-      items.push_back({static_cast<std::int32_t>(row),
-                       static_cast<std::int32_t>(i * each),
-                       static_cast<std::int32_t>(std::min((i + 1) * each, context)),
-                       first,
-                       real,
-                       {}});
+      items.push_back({static_cast<std::int32_t>(row), static_cast<std::int32_t>(i * each),
+                       static_cast<std::int32_t>(std::min((i + 1) * each, context)), first, real,
+                       host.query_start_loc[row], host.slot_ids[row], host.context_lens[row]});
   }
 }
 
@@ -270,7 +267,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   std::vector<Item> items;
   plan_items(host, static_cast<int>(rows) + spread, items);
   const std::size_t num_items = decodes ? rows + static_cast<std::size_t>(spread) : items.size();
-  items.resize(num_items, Item{-1, 0, 0, 0, 0, {}});
+  items.resize(num_items, Item{-1, 0, 0, 0, 0, 0, 0, 0});
   const std::vector<Tile> tiles[] = {plan_tiles(host, kTileQueries[0]), plan_tiles(host, kTileQueries[1])};
   const bool masked = !host.mask_rows.empty();
 

@@ -61,9 +61,9 @@ struct Slots {
 };
 
 // Keys `begin` up to `end` of a row that decodes, which one block attends to for a head; a row's are `count` items from
-// `first` on. Row -1: nothing to do.
+// `first` on. Its token, slot and context are here to be at hand. Row -1: nothing to do.
 struct Item {
-  std::int32_t row, begin, end, first, count, unused[3];
+  std::int32_t row, begin, end, first, count, token, slot, context;
 };
 
 // Queries of a row that attend together: tokens `first` up to `first + count` of the step.
