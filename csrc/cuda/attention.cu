@@ -44,12 +44,10 @@ Tensor KVCache::layer(int index) const {
 constexpr unsigned kPrepWarps = 4;
 
 template <typename T, typename Cached>
-static __global__ void prepare_kernel(const T* __restrict__ qkv, T* __restrict__ q, Cached* __restrict__ kv,
-                                      const float* __restrict__ cos_sin, int rotary_dim, bool interleaved,
-                                      const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps, int heads,
-                                      int kv_heads, int size, int width, int block_size,
-                                      const std::int32_t* __restrict__ positions,
-                                      const std::int32_t* __restrict__ cache_slots, std::int64_t work) {
+static __global__ void prepare_kernel(const T* qkv, T* q, Cached* kv, const float* cos_sin, int rotary_dim,
+                                      bool interleaved, const T* q_norm, const T* k_norm, float eps, int heads,
+                                      int kv_heads, int size, int width, int block_size, const std::int32_t* positions,
+                                      const std::int32_t* cache_slots, std::int64_t work) {
   __shared__ float room[kPrepWarps][kMostSize];
   wait_for_previous();
   let_next_begin();

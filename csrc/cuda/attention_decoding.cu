@@ -1,6 +1,6 @@
 // Attention of rows that have one token: all the time goes into reading keys and values. A block has one item of a row
-// for the query heads that share a key/value head; its warps take 16 keys in turn, each with stages of its own in shared
-// memory that are filled ahead in the background. The last of a row's blocks puts the items together.
+// for the query heads that share a key/value head; its warps take 16 keys in turn, each with stages of its own in
+// shared memory that are filled ahead in the background. The last of a row's blocks puts the items together.
 #include <algorithm>
 
 #include "cuda/attention.hpp"
@@ -30,9 +30,10 @@ union Room {
 };
 
 template <typename T, int kSize, int kStages>
-static __global__ __launch_bounds__(kWarps * 32, kSize == 64 ? 3 : 2) void decoding_kernel(
-    const __grid_constant__ Attention given, float* __restrict__ partial, float2* __restrict__ states,
-    std::int32_t* __restrict__ counters) {
+static __global__ __launch_bounds__(kWarps * 32,
+                                    kSize == 64 ? 3 : 2) void decoding_kernel(const __grid_constant__ Attention given,
+                                                                              float* partial, float2* states,
+                                                                              std::int32_t* counters) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) char shared[];
   auto& room = *reinterpret_cast<Room<T, kSize, kStages>*>(shared);

@@ -76,8 +76,7 @@ Tensor embedding(Runtime& runtime, const Tensor& ids, const Tensor& table) {
 // ---- Norm
 
 template <typename T, int kSize>
-static __global__ void rms_norm_kernel(const T* __restrict__ x, const T* __restrict__ weight, T* __restrict__ residual,
-                                       T* __restrict__ out, int packs, float eps) {
+static __global__ void rms_norm_kernel(const T* x, const T* weight, T* residual, T* out, int packs, float eps) {
   using P = Pack<T, kSize>;
   __shared__ float room[32];
   wait_for_previous();
@@ -151,7 +150,7 @@ __device__ __forceinline__ float gate_of(float x) {
 }
 
 template <typename T, int kSize, Gate kGate>
-static __global__ void gated_kernel(const T* __restrict__ x, T* __restrict__ out, std::int64_t rows, int packs) {
+static __global__ void gated_kernel(const T* x, T* out, std::int64_t rows, int packs) {
   using P = Pack<T, kSize>;
   wait_for_previous();
   let_next_begin();

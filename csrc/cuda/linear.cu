@@ -15,8 +15,7 @@ namespace vllmlite::cuda {
 constexpr int kWarps = 8, kRows = 4;
 
 template <typename T, typename Out, int kSize, int kColumns>
-static __global__ void in_order_kernel(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
-                                       Out* __restrict__ y, int m, int n, int k) {
+static __global__ void in_order_kernel(const T* x, const T* w, const T* bias, Out* y, int m, int n, int k) {
   using P = Pack<T, kSize>;
   wait_for_previous();
   let_next_begin();

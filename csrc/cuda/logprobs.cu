@@ -16,27 +16,11 @@ struct Room {
   int taken;
 };
 
-// Sorts `size` keys, a power of two, descending (Batcher 1968).
-__device__ void sort_descending(std::uint64_t* keys, int size) {
-  for (int run = 2; run <= size; run *= 2)
-    for (int distance = run / 2; distance > 0; distance /= 2) {
-      __syncthreads();
-      for (int i = static_cast<int>(threadIdx.x); i < size / 2; i += kSelectThreads) {
-        const int low = i / distance * 2 * distance + i % distance, high = low + distance;
-        const std::uint64_t a = keys[low], b = keys[high];
-        if ((a < b) == ((low & run) == 0)) {
-          keys[low] = b;
-          keys[high] = a;
-        }
-      }
-    }
-  __syncthreads();
-}
-
-static __global__ __launch_bounds__(kSelectThreads) void logprobs_kernel(
-    const float* __restrict__ logits, int size, const std::int32_t* __restrict__ ids, int k, int k_room,
-    std::uint64_t* __restrict__ sort_room, float* __restrict__ chosen, std::int32_t* __restrict__ rank,
-    std::int32_t* __restrict__ top_ids, float* __restrict__ top) {
+static __global__ __launch_bounds__(kSelectThreads) void logprobs_kernel(const float* logits, int size,
+                                                                         const std::int32_t* ids, int k, int k_room,
+                                                                         std::uint64_t* sort_room, float* chosen,
+                                                                         std::int32_t* rank, std::int32_t* top_ids,
+                                                                         float* top) {
   __shared__ Room room;
   wait_for_previous();
   let_next_begin();
@@ -47,14 +31,14 @@ static __global__ __launch_bounds__(kSelectThreads) void logprobs_kernel(
   const std::uint64_t own_rank = ranked(from[own], own);
   float largest = -INFINITY;
   int above = 0;
-  for (int id = thread; id < size; id += kSelectThreads) {
-    largest = fmaxf(largest, from[id]);
-    above += static_cast<int>(ranked(from[id], id) > own_rank);
-  }
+  for_each(from, size, [&](int id, float logit) {
+    largest = fmaxf(largest, logit);
+    above += static_cast<int>(ranked(logit, id) > own_rank);
+  });
   largest = block_reduce(largest, room.largest, [](float a, float b) { return fmaxf(a, b); });
   above = block_reduce(above, room.counts, [](int a, int b) { return a + b; });
   double sum = 0;
-  for (int id = thread; id < size; id += kSelectThreads) sum += static_cast<double>(expf(from[id] - largest));
+  for_each(from, size, [&](int, float logit) { sum += static_cast<double>(expf(logit - largest)); });
   sum = block_reduce(sum, room.sums, [](double a, double b) { return a + b; });
   const double log_sum = static_cast<double>(largest) + log(sum);
   if (thread == 0) {

@@ -17,7 +17,7 @@ constexpr unsigned kParts = 16;  // blocks that look for a row's largest logit
 
 // ---- Bias, mask and penalties, in this order
 
-static __global__ void edit_kernel(const float* __restrict__ from, float* __restrict__ to, int size, unsigned features,
+static __global__ void edit_kernel(const float* from, float* to, int size, unsigned features,
                                    const __grid_constant__ BatchView batch) {
   wait_for_previous();
   let_next_begin();
@@ -73,9 +73,9 @@ __device__ __forceinline__ void remember(const BatchView& batch, unsigned featur
     if (std::int32_t* counts = batch.states[slot].counts) atomicAdd(counts + id, 1);
 }
 
-static __global__ void greedy_kernel(const float* __restrict__ logits, int size, unsigned features,
-                                     const __grid_constant__ BatchView batch, std::uint64_t* __restrict__ best,
-                                     std::int32_t* __restrict__ counters, std::int32_t* __restrict__ ids) {
+static __global__ void greedy_kernel(const float* logits, int size, unsigned features,
+                                     const __grid_constant__ BatchView batch, std::uint64_t* best,
+                                     std::int32_t* counters, std::int32_t* ids) {
   __shared__ std::uint64_t room[32];
   wait_for_previous();
   let_next_begin();
@@ -119,15 +119,19 @@ __device__ __forceinline__ std::uint64_t uniform(std::uint64_t seed, std::int64_
   return mix(mix(seed + kGolden) + (static_cast<std::uint64_t>(position) + 1) * kGolden) >> 40;
 }
 
-constexpr double kUnits = 0x1p44;  // of a probability beside the largest; sums of 2^19 of them fit
-
-__device__ __forceinline__ unsigned long long block_total(unsigned long long x, unsigned long long* room) {
-  return block_reduce(x, room, [](unsigned long long a, unsigned long long b) { return a + b; });
+// A probability beside the largest, whose number is 0, in units of 2^-44: sums of 2^19 of them fit.
+__device__ __forceinline__ unsigned long long mass_of(float x) {
+  if (x < -30.5F) return 0;
+  const std::uint32_t bits = __float_as_uint(expf(x));
+  const unsigned long long mantissa = (bits & 0x7fffffU) | 0x800000U;
+  const int shift = static_cast<int>(bits >> 23) - 127 - 23 + 44;
+  return shift >= 0 ? mantissa << shift : mantissa >> -shift;
 }
 
 // Counts by where numbers of at most 0 lie on a line: what is large is told apart finely, without sorting.
 constexpr int kBins = 2048;
 constexpr float kBinsPerUnit = 64;
+constexpr int kListed = 1024;  // numbers that are gone over in shared memory once so few are left
 
 __device__ __forceinline__ int bin_of(float x) {
   return static_cast<int>(fminf(-x * kBinsPerUnit, static_cast<float>(kBins - 1)));
@@ -138,18 +142,34 @@ struct DrawRoom {
   unsigned long long bins[kBins];
   unsigned long long sums[32];
   std::uint64_t ranks[32];
+  std::uint64_t keys[kListed];
+  float close[kListed], logits[kListed];
+  std::int32_t ids[kListed];
   Reached found;
-  int id;
+  int count, place;
 };
 
-// The largest number x <= 0 such that the masses of those not less reach `aim`; the least that has a mass if none does.
-template <typename Number, typename Mass>
-__device__ float cut(int size, unsigned long long aim, Number number, Mass mass, DrawRoom& room) {
+// Logits as numbers of at most 0: what is taken off the largest, in units of the temperature.
+struct Numbers {
+  const float* logits;
+  int size;
+  float largest, factor;
+
+  __device__ __forceinline__ float of(float logit) const { return fminf((logit - largest) * factor, 0.0F); }
+  __device__ __forceinline__ float at(int place) const { return of(logits[place]); }
+};
+
+// The largest number such that the masses of those not less reach `aim`; the least that has a mass if none does.
+template <typename Mass>
+__device__ float cut(const Numbers& numbers, unsigned long long aim, Mass mass, DrawRoom& room) {
   __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kSelectThreads) room.bins[i] = 0;
+  if (threadIdx.x == 0) room.count = 0;
   __syncthreads();
-  for (int id = static_cast<int>(threadIdx.x); id < size; id += kSelectThreads)
-    if (const unsigned long long weight = mass(id); weight != 0) atomicAdd(&room.bins[bin_of(number(id))], weight);
+  for_each(numbers.logits, numbers.size, [&](int, float logit) {
+    const float x = numbers.of(logit);
+    if (const unsigned long long weight = mass(x); weight != 0) atomicAdd(&room.bins[bin_of(x)], weight);
+  });
   __syncthreads();
   if (threadIdx.x < 32) {
     const Reached found = reach(room.bins, kBins, aim, [](int i) { return i; });
@@ -157,18 +177,56 @@ __device__ float cut(int size, unsigned long long aim, Number number, Mass mass,
   }
   __syncthreads();
   const auto [bin, before] = room.found;
-  const std::uint64_t key = select<32>(
-      size, aim > before ? aim - before : 0, [&](int id) { return static_cast<std::uint64_t>(ordered(number(id))); },
-      [&, bin = bin](int id) { return bin_of(number(id)) == bin ? mass(id) : 0ULL; }, room.select);
-  const auto bits = static_cast<std::uint32_t>(key);
+  for_each(numbers.logits, numbers.size, [&](int, float logit) {
+    const float x = numbers.of(logit);
+    if (bin_of(x) != bin || mass(x) == 0) return;
+    if (const int place = atomicAdd(&room.count, 1); place < kListed) room.close[place] = x;
+  });
+  __syncthreads();
+  const unsigned long long rest = aim > before ? aim - before : 0;
+  const auto key = [](float x) { return static_cast<std::uint64_t>(ordered(x)); };
+  const std::uint64_t found =
+      room.count <= kListed
+          ? select<32>(
+                room.count, rest, [&](int i) { return key(room.close[i]); }, [&](int i) { return mass(room.close[i]); },
+                room.select)
+          : select<32>(
+                numbers.size, rest, [&](int i) { return key(numbers.at(i)); },
+                [&, bin = bin](int i) { return bin_of(numbers.at(i)) == bin ? mass(numbers.at(i)) : 0ULL; },
+                room.select);
+  const auto bits = static_cast<std::uint32_t>(found);
   return __uint_as_float((bits & 0x80000000U) != 0 ? bits & 0x7fffffffU : ~bits);
 }
 
+// Leaves the numbers from `least` up, by ascending id, if they are few. Every thread learns whether.
+__device__ bool list(Numbers& numbers, float least, DrawRoom& room) {
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < kListed; i += kSelectThreads) room.keys[i] = 0;
+  if (threadIdx.x == 0) room.count = 0;
+  __syncthreads();
+  for_each(numbers.logits, numbers.size, [&](int id, float logit) {
+    if (numbers.of(logit) < least) return;
+    if (const int place = atomicAdd(&room.count, 1); place < kListed)
+      room.keys[place] =
+          static_cast<std::uint64_t>(0xffffffffU - static_cast<std::uint32_t>(id)) << 32 | __float_as_uint(logit);
+  });
+  __syncthreads();
+  if (room.count > kListed) return false;
+  sort_descending(room.keys, kListed);
+  for (int i = static_cast<int>(threadIdx.x); i < room.count; i += kSelectThreads) {
+    room.ids[i] = static_cast<int>(0xffffffffU - static_cast<std::uint32_t>(room.keys[i] >> 32));
+    room.logits[i] = __uint_as_float(static_cast<std::uint32_t>(room.keys[i]));
+  }
+  __syncthreads();
+  numbers.logits = room.logits;
+  numbers.size = room.count;
+  return true;
+}
+
 // A block a row. Every filter becomes a least number, so that equals stay together.
-static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float* __restrict__ logits, int size,
-                                                                     unsigned features,
+static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float* logits, int size, unsigned features,
                                                                      const __grid_constant__ BatchView batch,
-                                                                     std::int32_t* __restrict__ ids) {
+                                                                     std::int32_t* ids) {
   __shared__ DrawRoom room;
   wait_for_previous();
   let_next_begin();
@@ -179,70 +237,73 @@ static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float
     return;
   }
   const SlotState& state = batch.states[slot];
-  const float* from = logits + static_cast<std::int64_t>(row) * size;
+  Numbers numbers{logits + static_cast<std::int64_t>(row) * size, size, 0, 0};
   std::uint64_t rank = 0;
-  for (int id = thread; id < size; id += kSelectThreads) rank = larger(rank, ranked(from[id], id));
+  for_each(numbers.logits, size, [&](int id, float logit) { rank = larger(rank, ranked(logit, id)); });
   rank = block_reduce(rank, room.ranks, [](std::uint64_t a, std::uint64_t b) { return larger(a, b); });
   const int best = id_of(rank);
-  const float largest = from[best], temperature = state.temperature;
-  if (temperature <= 0 || !isfinite(largest)) {
+  numbers.largest = numbers.logits[best];
+  if (state.temperature <= 0 || !isfinite(numbers.largest)) {
     if (thread == 0) remember(batch, features, row, best, ids);
     return;
   }
-  const auto number = [&](int id) { return fminf((from[id] - largest) / temperature, 0.0F); };
-  float least = -INFINITY;
-  if ((features & kMinP) != 0) least = state.log_min_p;
-  const int top_k = state.top_k;
-  if ((features & kTopKTopP) != 0 && top_k > 0 && top_k < size)
-    least = fmaxf(least, cut(size, static_cast<unsigned long long>(top_k), number, [](int) { return 1ULL; }, room));
-  const auto mass = [&](int id) -> unsigned long long {
-    const float x = number(id);
-    return x < least ? 0 : static_cast<unsigned long long>(__double2ull_rn(static_cast<double>(expf(x)) * kUnits));
-  };
+  numbers.factor = fminf(1 / state.temperature, 1e30F);
+  float least = (features & kMinP) != 0 ? state.log_min_p : -INFINITY;
+  bool listed = false;
+  if ((features & kTopKTopP) != 0 && state.top_k > 0 && state.top_k < size) {
+    const auto aim = static_cast<unsigned long long>(state.top_k);
+    least = fmaxf(least, cut(
+                             numbers, aim, [](float) { return 1ULL; }, room));
+    listed = list(numbers, least, room);
+  }
+  const auto mass = [&](float x) { return x < least ? 0ULL : mass_of(x); };
   const auto sum_up = [&] {
     unsigned long long sum = 0;
-    for (int id = thread; id < size; id += kSelectThreads) sum += mass(id);
-    return block_total(sum, room.sums);
+    for_each(numbers.logits, numbers.size, [&](int, float logit) { sum += mass(numbers.of(logit)); });
+    return block_reduce(sum, room.sums, [](unsigned long long a, unsigned long long b) { return a + b; });
   };
   unsigned long long total = sum_up();
   if ((features & kTopKTopP) != 0 && state.top_p < 1) {
     const auto aim = static_cast<unsigned long long>(__double2ull_ru(static_cast<double>(total) * state.top_p));
-    least = fmaxf(least, cut(size, aim, number, mass, room));
+    least = fmaxf(least, cut(numbers, aim, mass, room));
     total = sum_up();
   }
   // The first id at which the cumulative mass exceeds this: a warp's share of the row, then within it.
   const std::uint64_t draw = uniform(state.seed, batch.sample_positions[row]);
   const std::uint64_t aim = __umul64hi(draw, total) << 40 | draw * total >> 24;
   const int lane = thread % 32, warp = thread / 32;
-  const int share = ((size + 31) / 32 + 31) / 32 * 32;
-  const int begin = warp * share, end = min(begin + share, size);
+  const int share = ((numbers.size + 31) / 32 + 31) / 32 * 32;
+  const int begin = warp * share, end = min(begin + share, numbers.size);
   unsigned long long own = 0;
-  for (int id = begin + lane; id < end; id += 32) own += mass(id);
+#pragma unroll 4
+  for (int i = begin + lane; i < end; i += 32) own += mass(numbers.at(i));
   for (int offset = 16; offset > 0; offset /= 2) own += __shfl_xor_sync(kAll, own, offset);
   __syncthreads();
   if (lane == 0) room.sums[warp] = own;
-  if (thread == 0) room.id = best;
+  if (thread == 0) room.place = -1;
   __syncthreads();
   unsigned long long before = 0;
   for (int i = 0; i < warp; ++i) before += room.sums[i];
   if (before <= aim && before + own > aim) {
     for (int at = begin; at < end; at += 32) {
-      const int id = at + lane;
-      unsigned long long sum = id < end ? mass(id) : 0;
+      const int i = at + lane;
+      unsigned long long sum = i < end ? mass(numbers.at(i)) : 0;
       for (int offset = 1; offset < 32; offset *= 2) {
         const unsigned long long other = __shfl_up_sync(kAll, sum, offset);
         if (lane >= offset) sum += other;
       }
       const unsigned passed = __ballot_sync(kAll, before + sum > aim);
       if (passed != 0) {
-        if (lane == 0) room.id = at + __ffs(static_cast<int>(passed)) - 1;
+        if (lane == 0) room.place = at + __ffs(static_cast<int>(passed)) - 1;
         break;
       }
       before += __shfl_sync(kAll, sum, 31);
     }
   }
   __syncthreads();
-  if (thread == 0) remember(batch, features, row, room.id, ids);
+  if (thread != 0) return;
+  const int place = room.place;
+  remember(batch, features, row, place < 0 ? best : listed ? room.ids[place] : place, ids);
 }
 
 // ---- The op

@@ -20,6 +20,41 @@ __device__ __forceinline__ std::uint64_t ranked(float x, int id) {
   return static_cast<std::uint64_t>(ordered(x)) << 32 | (0xffffffffU - static_cast<std::uint32_t>(id));
 }
 
+// Calls visit(id, number) for a row's numbers, by all threads of the block.
+template <typename Visit>
+__device__ __forceinline__ void for_each(const float* row, int size, Visit visit) {
+  if (size % 4 != 0) {
+    for (int id = static_cast<int>(threadIdx.x); id < size; id += kSelectThreads) visit(id, row[id]);
+    return;
+  }
+  const auto* packs = reinterpret_cast<const float4*>(row);
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x); i < size / 4; i += kSelectThreads) {
+    const float4 pack = packs[i];
+    visit(4 * i, pack.x);
+    visit(4 * i + 1, pack.y);
+    visit(4 * i + 2, pack.z);
+    visit(4 * i + 3, pack.w);
+  }
+}
+
+// Sorts `size` keys, a power of two, descending (Batcher 1968).
+__device__ inline void sort_descending(std::uint64_t* keys, int size) {
+  for (int run = 2; run <= size; run *= 2)
+    for (int distance = run / 2; distance > 0; distance /= 2) {
+      __syncthreads();
+      for (int i = static_cast<int>(threadIdx.x); i < size / 2; i += kSelectThreads) {
+        const int low = i / distance * 2 * distance + i % distance, high = low + distance;
+        const std::uint64_t a = keys[low], b = keys[high];
+        if ((a < b) == ((low & run) == 0)) {
+          keys[low] = b;
+          keys[high] = a;
+        }
+      }
+    }
+  __syncthreads();
+}
+
 struct Reached {
   int place;
   unsigned long long before;
