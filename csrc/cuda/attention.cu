@@ -49,8 +49,8 @@ static __global__ void prepare_kernel(const T* qkv, T* q, Cached* kv, const floa
                                       int kv_heads, int size, int width, int block_size, const std::int32_t* positions,
                                       const std::int32_t* cache_slots, std::int64_t work) {
   __shared__ float room[kPrepWarps][kMostSize];
-  wait_for_previous();
   let_next_begin();
+  wait_for_previous();
   const int lane = static_cast<int>(threadIdx.x % 32);
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kPrepWarps + threadIdx.x / 32;
   if (index >= work) return;
@@ -148,8 +148,8 @@ static __global__ __launch_bounds__(kTileKeys) void in_order_kernel(const __grid
   __shared__ float weights[kTileKeys];
   __shared__ std::int64_t places[kTileKeys];
   __shared__ float room[32];
-  wait_for_previous();
   let_next_begin();
+  wait_for_previous();
   const int thread = static_cast<int>(threadIdx.x), head = static_cast<int>(blockIdx.y);
   const std::int64_t token = blockIdx.x;
   const int size = given.size;

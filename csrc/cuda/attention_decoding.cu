@@ -38,8 +38,8 @@ static __global__ __launch_bounds__(kWarps * 32,
   extern __shared__ __align__(16) char shared[];
   auto& room = *reinterpret_cast<Room<T, kSize, kStages>*>(shared);
   constexpr int kWords = kSize / 8;  // of 16 bytes in a key
-  wait_for_previous();
   let_next_begin();
+  wait_for_previous();
   const Item item = given.batch.items[blockIdx.x];
   if (item.row < 0) return;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);

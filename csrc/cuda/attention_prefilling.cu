@@ -27,8 +27,8 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
   using Shared = Room<T, kSize, kRowTiles>;
   auto& room = *reinterpret_cast<Shared*>(shared);
   constexpr int kWords = kSize / 8, kQueries = Shared::kQueries;
-  wait_for_previous();
   let_next_begin();
+  wait_for_previous();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int group = lane / 4, quad = lane % 4;
   const int head = static_cast<int>(blockIdx.x);

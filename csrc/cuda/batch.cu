@@ -8,8 +8,8 @@
 
 namespace vllmlite::cuda {
 
-constexpr int kKeysOfUnit = 64;         // keys that a block of the decoding kernel takes at a time
-constexpr int kBlocksPerProcessor = 4;  // blocks of it that a step is cut into, a multiprocessor
+constexpr int kKeysOfUnit = 64;  // keys that a block of the decoding kernel takes at a time
+constexpr int kUnitsOfItem = 4;  // that are not worth cutting
 constexpr unsigned kThreads = 1024;
 constexpr std::size_t kCountersOfSlot = 256;  // key/value heads that a slot's attention may have
 
@@ -221,7 +221,7 @@ static void plan_items(const HostBatch& host, int most, std::vector<Item>& items
     }
   if (rows == 0) return;
   const std::int64_t extra = std::max(most - rows, 1);
-  const std::int64_t longest = std::max<std::int64_t>((units + extra - 1) / extra, 1);
+  const std::int64_t longest = std::max<std::int64_t>((units + extra - 1) / extra, kUnitsOfItem);
   for (std::size_t row = 0; row < host.slot_ids.size(); ++row) {
     if (!single(row)) continue;
     const std::int64_t context = host.context_lens[row];
@@ -251,6 +251,9 @@ static std::vector<Tile> plan_tiles(const HostBatch& host, int queries) {
   return tiles;
 }
 
+// Of the decoding kernel, what fits.
+static int blocks_per_processor(int head_dim) { return head_dim <= 64 ? 3 : 2; }
+
 std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std::shared_ptr<Slots>& slots,
                               const Cut& cut) {
   host.check(*slots);
@@ -263,7 +266,8 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   const std::size_t tokens = std::max(real_tokens, room), rows = std::max(real_rows, room);
   const std::size_t samples = std::max(real_samples, room);
 
-  const int spread = std::max(runtime.multiprocessors() * kBlocksPerProcessor / std::max(cut.kv_heads, 1), 1);
+  const int spread =
+      std::max(runtime.multiprocessors() * blocks_per_processor(cut.head_dim) / std::max(cut.kv_heads, 1), 1);
   std::vector<Item> items;
   plan_items(host, static_cast<int>(rows) + spread, items);
   const std::size_t num_items = decodes ? rows + static_cast<std::size_t>(spread) : items.size();

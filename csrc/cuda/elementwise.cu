@@ -38,8 +38,8 @@ void convert(Runtime& runtime, const Tensor& source, const Tensor& target) {
 template <typename Word>
 static __global__ void gather_kernel(const Word* from, const std::int32_t* index, Word* to, std::int64_t words,
                                      std::int64_t limit) {
-  wait_for_previous();
   let_next_begin();
+  wait_for_previous();
   const std::int64_t row = index[blockIdx.x];
   if (row < 0 || row >= limit) return;
   for (std::int64_t i = threadIdx.x; i < words; i += blockDim.x)
@@ -79,8 +79,8 @@ template <typename T, int kSize>
 static __global__ void rms_norm_kernel(const T* x, const T* weight, T* residual, T* out, int packs, float eps) {
   using P = Pack<T, kSize>;
   __shared__ float room[32];
-  wait_for_previous();
   let_next_begin();
+  wait_for_previous();
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * packs;
   const P* from = reinterpret_cast<const P*>(x) + row;
   P* sums = residual == nullptr ? nullptr : reinterpret_cast<P*>(residual) + row;
@@ -152,8 +152,8 @@ __device__ __forceinline__ float gate_of(float x) {
 template <typename T, int kSize, Gate kGate>
 static __global__ void gated_kernel(const T* x, T* out, std::int64_t rows, int packs) {
   using P = Pack<T, kSize>;
-  wait_for_previous();
   let_next_begin();
+  wait_for_previous();
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * packs;
        i += stride) {

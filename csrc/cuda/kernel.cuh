@@ -81,8 +81,9 @@ __device__ __forceinline__ float block_sum(float x, float* room) {
 
 // ---- Launches
 
-// A kernel launched here may become resident while the one before it runs. Each waits before it reads or writes what
-// any other kernel writes; before that it may touch weights alone. It lets the next one in as soon as it likes.
+// A kernel launched here may become resident while those before it run. Each waits before it reads or writes what any
+// other kernel writes; before that it may touch weights alone. It lets the next one in at once: that one waits for this
+// one's end, and so for the end of all before.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -17,8 +17,8 @@ constexpr int kWarps = 8, kRows = 4;
 template <typename T, typename Out, int kSize, int kColumns>
 static __global__ void in_order_kernel(const T* x, const T* w, const T* bias, Out* y, int m, int n, int k) {
   using P = Pack<T, kSize>;
-  wait_for_previous();
   let_next_begin();
+  wait_for_previous();
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int n0 = (static_cast<int>(blockIdx.x) * kWarps + warp) * kRows;
   const int m0 = static_cast<int>(blockIdx.y) * kColumns;

@@ -22,8 +22,8 @@ static __global__ __launch_bounds__(kSelectThreads) void logprobs_kernel(const f
                                                                          std::int32_t* rank, std::int32_t* top_ids,
                                                                          float* top) {
   __shared__ Room room;
-  wait_for_previous();
   let_next_begin();
+  wait_for_previous();
   const std::int64_t row = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
   const float* from = logits + row * size;

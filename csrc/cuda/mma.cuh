@@ -61,7 +61,8 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&to)[4],
 // 16 bytes into shared memory, in the background; zeros where `there` is false.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(there ? 16 : 0)
                : "memory");
 #endif
 }

@@ -19,8 +19,8 @@ constexpr unsigned kParts = 16;  // blocks that look for a row's largest logit
 
 static __global__ void edit_kernel(const float* from, float* to, int size, unsigned features,
                                    const __grid_constant__ BatchView batch) {
-  wait_for_previous();
   let_next_begin();
+  wait_for_previous();
   const int row = static_cast<int>(blockIdx.y), slot = batch.sample_slots[row];
   if (slot < 0) return;
   const SlotState state = batch.states[slot];
@@ -77,8 +77,8 @@ static __global__ void greedy_kernel(const float* logits, int size, unsigned fea
                                      const __grid_constant__ BatchView batch, std::uint64_t* best,
                                      std::int32_t* counters, std::int32_t* ids) {
   __shared__ std::uint64_t room[32];
-  wait_for_previous();
   let_next_begin();
+  wait_for_previous();
   const int row = static_cast<int>(blockIdx.y);
   const float* from = logits + static_cast<std::int64_t>(row) * size;
   std::uint64_t rank = 0;
@@ -228,8 +228,8 @@ static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float
                                                                      const __grid_constant__ BatchView batch,
                                                                      std::int32_t* ids) {
   __shared__ DrawRoom room;
-  wait_for_previous();
   let_next_begin();
+  wait_for_previous();
   const int row = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   const int slot = batch.sample_slots[row];
   if (slot < 0) {
