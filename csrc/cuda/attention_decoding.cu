@@ -30,10 +30,9 @@ union Room {
 };
 
 template <typename T, int kSize, int kStages>
-static __global__ __launch_bounds__(kWarps * 32,
-                                    kSize == 64 ? 3 : 2) void decoding_kernel(const __grid_constant__ Attention given,
-                                                                              float* partial, float2* states,
-                                                                              std::int32_t* counters) {
+static __global__ __launch_bounds__(kWarps * 32, 2) void decoding_kernel(const __grid_constant__ Attention given,
+                                                                         float* partial, float2* states,
+                                                                         std::int32_t* counters) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) char shared[];
   auto& room = *reinterpret_cast<Room<T, kSize, kStages>*>(shared);
@@ -246,7 +245,9 @@ static void run(Runtime& runtime, const Attention& attention) {
 
 template <typename T>
 static void run_sized(Runtime& runtime, const Attention& attention) {
-  if (attention.width <= 64)
+  if (attention.width <= 64 && runtime.shared_memory() >= static_cast<int>(sizeof(Room<T, 64, 6>)))
+    run<T, 64, 6>(runtime, attention);
+  else if (attention.width <= 64)
     run<T, 64, 4>(runtime, attention);
   else if (runtime.shared_memory() >= static_cast<int>(sizeof(Room<T, 128, 3>)))
     run<T, 128, 3>(runtime, attention);

@@ -8,8 +8,11 @@
 
 namespace vllmlite::cuda {
 
-constexpr int kKeysOfUnit = 64;  // keys that a block of the decoding kernel takes at a time
-constexpr int kUnitsOfItem = 4;  // that are not worth cutting
+constexpr int kKeysOfUnit = 64;   // keys that a block of the decoding kernel takes at a time
+constexpr int kUnitsOfItem = 4;   // that are not worth cutting
+constexpr int kUnitsOfStart = 3;  // that take as long as an item's start and end
+constexpr int kMostCuts = 64;
+constexpr int kBlocksPerProcessor = 2;  // of that kernel
 constexpr unsigned kThreads = 1024;
 constexpr std::size_t kCountersOfSlot = 256;  // key/value heads that a slot's attention may have
 
@@ -209,25 +212,43 @@ static __global__ void prepare_kernel(BatchView batch, int num_tokens, int block
   }
 }
 
-// Items of rows that have one token: as many as keep the device busy, a row's all about as long.
-static void plan_items(const HostBatch& host, int most, std::vector<Item>& items) {
-  std::int64_t units = 0;
-  int rows = 0;
-  const auto single = [&](std::size_t row) { return host.query_start_loc[row + 1] - host.query_start_loc[row] == 1; };
+static std::int64_t units_of(std::int64_t context) { return (context + kKeysOfUnit - 1) / kKeysOfUnit; }
+
+static bool has_one_token(const HostBatch& host, std::size_t row) {
+  return host.query_start_loc[row + 1] - host.query_start_loc[row] == 1;
+}
+
+// How many units of a row an item should have at most, so that the rounds in which `at_once` items are worked on take
+// least together. There may be `most` items.
+static std::int64_t choose_length(const HostBatch& host, std::int64_t at_once, std::int64_t most) {
+  std::int64_t longest = 0;
   for (std::size_t row = 0; row < host.slot_ids.size(); ++row)
-    if (single(row)) {
-      units += (host.context_lens[row] + kKeysOfUnit - 1) / kKeysOfUnit;
-      ++rows;
+    if (has_one_token(host, row)) longest = std::max(longest, units_of(host.context_lens[row]));
+  std::int64_t best = longest, best_cost = 0;
+  for (std::int64_t cuts = 1; cuts <= kMostCuts; ++cuts) {
+    const std::int64_t length = (longest + cuts - 1) / cuts;
+    if (cuts > 1 && length < kUnitsOfItem) break;
+    std::int64_t items = 0;
+    for (std::size_t row = 0; row < host.slot_ids.size(); ++row)
+      if (has_one_token(host, row)) items += (units_of(host.context_lens[row]) + length - 1) / length;
+    if (items > most) break;
+    const std::int64_t cost = (items + at_once - 1) / at_once * (length + kUnitsOfStart);
+    if (cuts == 1 || cost < best_cost) {
+      best = length;
+      best_cost = cost;
     }
-  if (rows == 0) return;
-  const std::int64_t extra = std::max(most - rows, 1);
-  const std::int64_t longest = std::max<std::int64_t>((units + extra - 1) / extra, kUnitsOfItem);
+  }
+  return std::max<std::int64_t>(best, 1);
+}
+
+// Items of rows that have one token, a row's all about as long.
+static void plan_items(const HostBatch& host, std::int64_t at_once, std::int64_t most, std::vector<Item>& items) {
+  const std::int64_t length = choose_length(host, at_once, most);
   for (std::size_t row = 0; row < host.slot_ids.size(); ++row) {
-    if (!single(row)) continue;
-    const std::int64_t context = host.context_lens[row];
-    const std::int64_t own = (context + kKeysOfUnit - 1) / kKeysOfUnit;
-    const std::int64_t count = std::max<std::int64_t>((own + longest - 1) / longest, 1);
-    const std::int64_t each = (own + count - 1) / count * kKeysOfUnit;
+    if (!has_one_token(host, row)) continue;
+    const std::int64_t context = host.context_lens[row], units = units_of(context);
+    const std::int64_t count = std::max<std::int64_t>((units + length - 1) / length, 1);
+    const std::int64_t each = std::max<std::int64_t>((units + count - 1) / count, 1) * kKeysOfUnit;
     const auto first = static_cast<std::int32_t>(items.size());
     const auto real = static_cast<std::int32_t>((context + each - 1) / each);
     for (std::int32_t i = 0; i < real; ++i)
@@ -251,9 +272,6 @@ static std::vector<Tile> plan_tiles(const HostBatch& host, int queries) {
   return tiles;
 }
 
-// Of the decoding kernel, what fits.
-static int blocks_per_processor(int head_dim) { return head_dim <= 64 ? 3 : 2; }
-
 std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std::shared_ptr<Slots>& slots,
                               const Cut& cut) {
   host.check(*slots);
@@ -266,10 +284,10 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   const std::size_t tokens = std::max(real_tokens, room), rows = std::max(real_rows, room);
   const std::size_t samples = std::max(real_samples, room);
 
-  const int spread =
-      std::max(runtime.multiprocessors() * blocks_per_processor(cut.head_dim) / std::max(cut.kv_heads, 1), 1);
+  const int at_once = std::max(runtime.multiprocessors() * kBlocksPerProcessor / std::max(cut.kv_heads, 1), 1);
+  const int spread = 2 * at_once;
   std::vector<Item> items;
-  plan_items(host, static_cast<int>(rows) + spread, items);
+  plan_items(host, at_once, static_cast<std::int64_t>(rows) + spread, items);
   const std::size_t num_items = decodes ? rows + static_cast<std::size_t>(spread) : items.size();
   items.resize(num_items, Item{-1, 0, 0, 0, 0, 0, 0, 0});
   const std::vector<Tile> tiles[] = {plan_tiles(host, kTileQueries[0]), plan_tiles(host, kTileQueries[1])};

@@ -118,7 +118,7 @@ struct Batch {
 struct Cut {
   int capacity;    // rows to make room for, where every row decodes: as many as its graph has
   int block_size;  // of the cache
-  int kv_heads, head_dim;
+  int kv_heads;
 };
 
 // One copy of pinned memory and one kernel, which fills in last ids, cache slots and what was appended to block tables.

@@ -193,10 +193,7 @@ std::vector<Tensor> replay(cuda::Runtime& runtime, const Graph& graph, const cud
 
 void bind_data(py::module_& module) {
   py::class_<cuda::LinearWeight>(module, "LinearWeight", py::module_local(), "A weight [out, in], and a bias.")
-      .def(py::init([](const Tensor& weight) {
-             return cuda::LinearWeight{weight, std::nullopt};
-           }),
-           py::arg("weight"))
+      .def(py::init([](const Tensor& weight) { return cuda::LinearWeight{weight, std::nullopt}; }), py::arg("weight"))
       .def_readonly("weight", &cuda::LinearWeight::weight)
       .def_readonly("bias", &cuda::LinearWeight::bias);
   py::class_<cuda::KVCache, std::shared_ptr<cuda::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.")
@@ -303,16 +300,14 @@ void bind_runtime(py::module_& module) {
       .def(
           "upload",
           [](cuda::Runtime& self, const py::object& host, const std::shared_ptr<cuda::Slots>& slots, int capacity,
-             int block_size, int kv_heads, int head_dim) {
-            return cuda::upload(self, host_batch(host), slots, {capacity, block_size, kv_heads, head_dim});
-          },
-          py::arg("batch"), py::arg("slots"), py::arg("capacity"), py::arg("block_size"), py::arg("kv_heads"),
-          py::arg("head_dim"))
+             int block_size,
+             int kv_heads) { return cuda::upload(self, host_batch(host), slots, {capacity, block_size, kv_heads}); },
+          py::arg("batch"), py::arg("slots"), py::arg("capacity"), py::arg("block_size"), py::arg("kv_heads"))
       .def(
           "padding",
           [](cuda::Runtime& self, unsigned features, int num_logprobs, const std::shared_ptr<cuda::Slots>& slots,
-             int capacity, int block_size, int kv_heads, int head_dim) {
-            return cuda::padding(self, features, num_logprobs, slots, {capacity, block_size, kv_heads, head_dim});
+             int capacity, int block_size, int kv_heads) {
+            return cuda::padding(self, features, num_logprobs, slots, {capacity, block_size, kv_heads});
           },
           "A batch of `capacity` rows of nothing, for a graph to be recorded with.")
       .def("synchronize", &cuda::Runtime::synchronize, py::call_guard<py::gil_scoped_release>())

@@ -252,8 +252,7 @@ static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float
   bool listed = false;
   if ((features & kTopKTopP) != 0 && state.top_k > 0 && state.top_k < size) {
     const auto aim = static_cast<unsigned long long>(state.top_k);
-    least = fmaxf(least, cut(
-                             numbers, aim, [](float) { return 1ULL; }, room));
+    least = fmaxf(least, cut(numbers, aim, [](float) { return 1ULL; }, room));
     listed = list(numbers, least, room);
   }
   const auto mass = [&](float x) { return x < least ? 0ULL : mass_of(x); };

@@ -162,7 +162,7 @@ class CudaBackend(Backend):
     def upload(self, batch: ForwardBatch, slots: Any) -> ForwardBatch:
         spec = self._kv_spec
         native = self._runtime.upload(
-            batch, slots, self._capacity(batch.num_rows), spec.block_size, spec.num_kv_heads, spec.head_dim
+            batch, slots, self._capacity(batch.num_rows), spec.block_size, spec.num_kv_heads
         )
         token_ids, logits_rows = native.tensors()
         return replace(batch, token_ids=token_ids, logits_rows=logits_rows, backend=native)
@@ -242,7 +242,7 @@ class CudaBackend(Backend):
             return step
         spec = self._kv_spec
         native = self._runtime.padding(
-            int(features), num_logprobs, self._slots, rows, spec.block_size, spec.num_kv_heads, spec.head_dim
+            int(features), num_logprobs, self._slots, rows, spec.block_size, spec.num_kv_heads
         )
         token_ids, logits_rows = native.tensors()
         nobody = np.zeros(0, np.int32)
