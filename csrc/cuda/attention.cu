@@ -47,19 +47,19 @@ template <typename T, typename Cached>
 static __global__ void prepare_kernel(const T* qkv, T* q, Cached* kv, const float* cos_sin, int rotary_dim,
                                       bool interleaved, const T* q_norm, const T* k_norm, float eps, int heads,
                                       int kv_heads, int size, int width, int block_size, const std::int32_t* positions,
-                                      const std::int32_t* cache_slots, std::int64_t work) {
+                                      const std::int32_t* cache_slots, unsigned work) {
   __shared__ float room[kPrepWarps][kMostSize];
   let_next_begin();
   wait_for_previous();
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kPrepWarps + threadIdx.x / 32;
+  const auto index = blockIdx.x * kPrepWarps + threadIdx.x / 32;
   if (index >= work) return;
   float* values = room[threadIdx.x / 32];
-  const int all = heads + 2 * kv_heads;
+  const auto all = static_cast<unsigned>(heads + 2 * kv_heads);
   const std::int64_t token = index / all;
-  const int head = static_cast<int>(index % all);
+  const auto head = static_cast<int>(index % all);
   const bool is_q = head < heads, is_v = head >= heads + kv_heads;
-  const T* from = qkv + index * size;
+  const T* from = qkv + static_cast<std::int64_t>(index) * size;
   for (int i = lane; i < size; i += 32) values[i] = wide(from[i]);
   __syncwarp();
   const T* norm = is_v ? nullptr : is_q ? q_norm : k_norm;
@@ -76,8 +76,8 @@ static __global__ void prepare_kernel(const T* qkv, T* q, Cached* kv, const floa
   const int half = rotary_dim / 2;
   const auto rotated = [&](int i) {
     if (turn == nullptr || i >= rotary_dim) return values[i];
-    const int pair = interleaved ? i / 2 : i % half;
     const bool second = interleaved ? i % 2 == 1 : i >= half;
+    const int pair = interleaved ? i / 2 : second ? i - half : i;
     const float partner = values[interleaved ? i ^ 1 : second ? i - half : i + half];
     const float cosine = turn[pair], sine = turn[half + pair];
     return second ? values[i] * cosine + partner * sine : values[i] * cosine - partner * sine;
@@ -132,7 +132,8 @@ Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::
              static_cast<const T*>(qkv.data), static_cast<T*>(q.data), static_cast<Cached*>(pool.data),
              rope ? static_cast<const float*>(rope->cos_sin.data) : nullptr, rope ? rope->rotary_dim : 0,
              rope && rope->interleaved, norm(norms.q), norm(norms.k), norms.eps, num_heads, kv.kv_heads, kv.head_dim,
-             kv.width, kv.block_size, batch.view.positions, batch.view.cache_slots, tokens * all);
+             kv.width, kv.block_size, batch.view.positions, batch.view.cache_slots,
+             static_cast<unsigned>(tokens * all));
     });
   });
   return q;

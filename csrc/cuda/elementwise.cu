@@ -149,30 +149,30 @@ __device__ __forceinline__ float gate_of(float x) {
   return 0.5F * x * (1 + tanhf(kFactor * fmaf(0.044715F * x * x, x, x)));
 }
 
+// A row of blocks a row.
 template <typename T, int kSize, Gate kGate>
-static __global__ void gated_kernel(const T* x, T* out, std::int64_t rows, int packs) {
+static __global__ void gated_kernel(const T* x, T* out, int packs) {
   using P = Pack<T, kSize>;
   let_next_begin();
   wait_for_previous();
-  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * packs;
-       i += stride) {
-    const std::int64_t row = i / packs, column = i % packs;
-    const P gate = reinterpret_cast<const P*>(x)[row * 2 * packs + column];
-    const P up = reinterpret_cast<const P*>(x)[(row * 2 + 1) * packs + column];
-    P result;
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * packs;
+  const int column = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
+  if (column >= packs) return;
+  const P gate = reinterpret_cast<const P*>(x)[2 * row + column];
+  const P up = reinterpret_cast<const P*>(x)[2 * row + packs + column];
+  P result;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) result.at[j] = narrow<T>(gate_of<kGate>(wide(gate.at[j])) * wide(up.at[j]));
-    reinterpret_cast<P*>(out)[i] = result;
-  }
+  for (int j = 0; j < kSize; ++j) result.at[j] = narrow<T>(gate_of<kGate>(wide(gate.at[j])) * wide(up.at[j]));
+  reinterpret_cast<P*>(out)[row + column] = result;
 }
 
 template <typename T, Gate kGate>
 static void run_gated(Runtime& runtime, const Tensor& x, const Tensor& out) {
   const std::int64_t rows = out.shape[0], width = out.shape[1];
   const auto run = [&](auto* kernel, std::int64_t size) {
-    launch(runtime, kernel, grid_for(rows * width / size, kThreads), kThreads, 0, static_cast<const T*>(x.data),
-           static_cast<T*>(out.data), rows, static_cast<int>(width / size));
+    const dim3 grid(static_cast<unsigned>(rows), blocks_for(width / size, kThreads));
+    launch(runtime, kernel, grid, kThreads, 0, static_cast<const T*>(x.data), static_cast<T*>(out.data),
+           static_cast<int>(width / size));
   };
   if (width % kPack<T> == 0)
     run(gated_kernel<T, kPack<T>, kGate>, kPack<T>);
