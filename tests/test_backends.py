@@ -29,8 +29,8 @@ def test_the_cpu_is_chosen_aloud() -> None:
         False,
     )
     assert why == (
-        "torch on cpu in bfloat16; torch on cuda declined: device cpu was asked for; "
-        "cpu on cpu declined: backend torch was asked for"
+        "torch on cpu in bfloat16; cuda on cuda declined: backend torch was asked for; "
+        "torch on cuda declined: device cpu was asked for; cpu on cpu declined: backend torch was asked for"
     )
 
 
@@ -52,9 +52,9 @@ def test_dtypes_on_the_cpu(dtype: str, checkpoint: str, found: str) -> None:
 def test_without_a_gpu_each_candidate_says_why() -> None:
     _, why = select.select_backend()
     assert "torch on cuda declined: " in why
-    assert "vllmlite._cuda" in why
+    assert "cuda on cuda declined: vllmlite._cuda" in why
     with pytest.raises(
-        BackendError, match=r"no backend can run: torch on cuda declined: .*; torch on cpu declined: "
+        BackendError, match=r"no backend can run: cuda on cuda declined: .*; torch on cpu declined: "
     ):
         select.select_backend(device="cuda:3")
 
@@ -86,26 +86,51 @@ def test_dtypes_on_gpus(
 ) -> None:
     fake_gpu(monkeypatch, capability)
     for device in ("auto", "cuda", "cuda:1"):
-        backend, why = select.select_backend("auto", device, dtype, checkpoint_dtype=checkpoint, threads=2)
+        backend, why = select.select_backend("torch", device, dtype, checkpoint_dtype=checkpoint, threads=2)
         assert (backend.device, backend.dtype) == ("cuda" if device == "auto" else device, found)
-        assert why == f"torch on {backend.device} in {found}"
+        assert why.startswith(f"torch on {backend.device} in {found}")
 
 
-def test_a_native_extension_without_a_backend_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_native(monkeypatch: pytest.MonkeyPatch, **members: Any) -> None:
     real = importlib.import_module
-    for api, devices, reason, words in (
-        (API, [], "no driver", "no GPU: no driver"),
-        (API, [{"name": "H200"}], "", "finds H200"),
-        (API + 1, [{"name": "H200"}], "", f"is built for interface {API + 1}, and this is {API}"),
-    ):
-        native = SimpleNamespace(API=api, probe=lambda d=devices, r=reason: {"devices": d, "reason": r})
-        monkeypatch.setattr(
-            importlib,
-            "import_module",
-            lambda name, n=native: n if name == "vllmlite._cuda" else real(name),
-        )
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert words in select.select_backend()[1]
+    native = SimpleNamespace(**{"API": API, "Runtime": lambda index, dtype: None} | members)
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name: native if name == "vllmlite._cuda" else real(name)
+    )
+
+
+def gpu(name: str, capability: tuple[int, int]) -> dict[str, Any]:
+    return {"name": name, "compute_capability": capability}
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({"probe": lambda: {"devices": [], "reason": "no driver"}}, "vllmlite._cuda finds no GPU: no driver"),
+        ({"API": API + 1}, f"is built for interface {API + 1}, and this is {API}"),
+        (
+            {"probe": lambda: {"devices": [gpu("H200", (9, 0))], "reason": None}},
+            "device cuda:3: vllmlite._cuda finds 1 GPUs",
+        ),
+    ],
+)
+def test_the_native_backend_says_why_not(
+    monkeypatch: pytest.MonkeyPatch, members: dict[str, Any], words: str
+) -> None:
+    fake_native(monkeypatch, **members)
+    with pytest.raises(BackendError, match=words):
+        select.select_backend("cuda", "cuda:3")
+
+
+@pytest.mark.parametrize(("capability", "found"), [((9, 0), "bfloat16"), ((7, 5), "float16")])
+def test_the_native_backend_is_chosen_before_torch(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], found: str
+) -> None:
+    fake_native(monkeypatch, probe=lambda: {"devices": [gpu("Chip", capability)], "reason": None})
+    for device in ("auto", "cuda", "cuda:0"):
+        backend, why = select.select_backend("auto", device, checkpoint_dtype="bfloat16")
+        assert (backend.name, backend.dtype) == ("cuda", found)
+        assert why == f"cuda on {'cuda' if device == 'auto' else device} in {found} (Chip)"
 
 
 def test_without_torch_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,12 +35,17 @@ def make(**options: Any) -> LLM:
     return LLM(**OPTIONS | options)
 
 
-@pytest.fixture(scope="module", params=["torch", "cpu"], autouse=True)
+@pytest.fixture(scope="module", params=["torch", "cpu", "cuda"], autouse=True)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every test runs on each backend that this machine can have."""
-    if request.param == "cpu":
-        pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
+    if request.param != "torch":
+        native = pytest.importorskip(
+            f"vllmlite._{request.param}", reason=f"vllmlite._{request.param} is not built"
+        )
+        if request.param == "cuda" and not native.probe()["devices"]:
+            pytest.skip(f"no GPU: {native.probe()['reason']}")
     OPTIONS["backend"] = request.param
+    OPTIONS["device"] = "cuda" if request.param == "cuda" else "cpu"
     name: str = request.param
     return name
 

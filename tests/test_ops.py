@@ -19,6 +19,7 @@ from paged import Paged, host_batch, host_tensor
 
 from vllmlite.backends.base import FLOAT_DTYPES, Backend, HostTensor, KVSpec, Rope, SlotParams, SlotSpec
 from vllmlite.backends.cpu import CpuBackend, load_native
+from vllmlite.backends.cuda import CudaBackend
 from vllmlite.errors import BackendError
 
 Array = NDArray[Any]
@@ -38,6 +39,14 @@ def native(isa: str) -> Callable[[str], Backend]:
     return lambda dtype: CpuBackend(dtype, isa=isa)
 
 
+def cuda(dtype: str) -> Backend:
+    try:
+        return CudaBackend("cuda", dtype)
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+BACKENDS["cuda"] = cuda
 if HAS_TORCH:
     import torch
 

@@ -87,7 +87,7 @@ class EngineConfig:
         None, "name to show for the model; default: as it was given", group="model", metavar="NAME"
     )
 
-    backend: str = _option("auto", "what computes", choices=("auto", "cpu", "torch"))
+    backend: str = _option("auto", "what computes", choices=("auto", "cpu", "cuda", "torch"))
     device: str = _option("auto", "where: auto, cpu, cuda or cuda:N", metavar="DEVICE")
     threads: int | None = _option(
         None, "CPU threads; default: the cores this process may use", low=1, high=4096

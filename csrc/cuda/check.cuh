@@ -8,7 +8,7 @@
 
 #include <string>
 
-#include "cuda/runtime.hpp"
+#include "cuda/device.hpp"
 
 namespace vllmlite::cuda {
 

@@ -1,73 +1,230 @@
+#include <algorithm>
+#include <cstring>
+#include <thread>
+#include <unordered_set>
+
 #include "cuda/check.cuh"
+#include "cuda/runtime.hpp"
 
 namespace vllmlite::cuda {
 
-static std::string driver_complaint(cudaError_t status, int driver_version) {
-  const std::string error = std::string("cudaGetDeviceCount: ") + cudaGetErrorString(status);
-  return driver_version == 0 ? "no NVIDIA driver is installed or loaded (" + error + ")" : error;
-}
+constexpr std::size_t kRing = 16;            // small copies that may be on their way at once
+constexpr std::size_t kLargeCopy = 1 << 20;  // copies from here on go in pieces
+constexpr std::size_t kPiece = 16 << 20;
+constexpr std::size_t kLargeBuffers = 4;
+constexpr int kCopyThreads = 4;
+constexpr std::size_t kCounters = 1 << 16;
 
-Probe probe() {
-  Probe result;
-  VLLMLITE_CUDA_CHECK(cudaRuntimeGetVersion, &result.runtime_version);
-  VLLMLITE_CUDA_CHECK(cudaDriverGetVersion, &result.driver_version);
-  int count = 0;
-  const cudaError_t status = cudaGetDeviceCount(&count);
-  if (status != cudaSuccess) {
-    (void)cudaGetLastError();
-    result.reason = driver_complaint(status, result.driver_version);
-    return result;
+Pinned::~Pinned() {
+  if (done != nullptr) {
+    (void)cudaEventSynchronize(done);
+    (void)cudaEventDestroy(done);
   }
-  for (int index = 0; index < count; ++index) {
-    cudaDeviceProp properties;
-    VLLMLITE_CUDA_CHECK(cudaGetDeviceProperties, &properties, index);
-    result.devices.push_back({index, properties.name, properties.major, properties.minor, properties.totalGlobalMem,
-                              properties.multiProcessorCount});
+  if (data != nullptr) (void)cudaFreeHost(data);
+}
+
+void* Pinned::reserve(std::size_t bytes) {
+  if (done == nullptr)
+    VLLMLITE_CUDA_CHECK(cudaEventCreateWithFlags, &done, cudaEventDisableTiming);
+  else
+    VLLMLITE_CUDA_CHECK(cudaEventSynchronize, done);
+  if (bytes <= size) return data;
+  if (data != nullptr) VLLMLITE_CUDA_CHECK(cudaFreeHost, data);
+  data = nullptr;
+  size = 0;
+  std::size_t wanted = 4096;
+  while (wanted < bytes) wanted *= 2;
+  VLLMLITE_CUDA_CHECK(cudaHostAlloc, &data, wanted, cudaHostAllocDefault);
+  size = wanted;
+  return data;
+}
+
+struct Runtime::Landings {
+  std::unordered_set<const void*> live;
+  std::vector<std::unique_ptr<Pinned>> spare;
+};
+
+// What keeps a result's memory and its copy on the host together; found again by its address, the tensor's owner.
+struct Runtime::Landed {
+  Landed(std::shared_ptr<Landings> the_landings, std::shared_ptr<void> the_memory)
+      : landings(std::move(the_landings)), memory(std::move(the_memory)) {
+    if (landings->spare.empty()) {
+      pinned = std::make_unique<Pinned>();
+    } else {
+      pinned = std::move(landings->spare.back());
+      landings->spare.pop_back();
+    }
+    landings->live.insert(this);
   }
-  if (count == 0) result.reason = "the driver lists no CUDA device";
-  return result;
+  ~Landed() {
+    landings->live.erase(this);
+    landings->spare.push_back(std::move(pinned));
+  }
+
+  std::shared_ptr<Landings> landings;
+  std::shared_ptr<void> memory;
+  std::unique_ptr<Pinned> pinned;
+};
+
+struct Runtime::Graph {
+  ~Graph() {
+    if (executable != nullptr) (void)cudaGraphExecDestroy(executable);
+  }
+  cudaGraphExec_t executable = nullptr;
+  std::vector<std::unique_ptr<Pinned>> uploads;  // what it copies to the device, each time
+};
+
+Runtime::Runtime(int device, DType dtype)
+    : device_(device),
+      dtype_(dtype),
+      pool_(std::make_shared<Pool>(device)),
+      graph_pool_(std::make_shared<Pool>(device)),
+      landings_(std::make_shared<Landings>()) {
+  const DeviceGuard guard(device);
+  cudaDeviceProp properties;
+  VLLMLITE_CUDA_CHECK(cudaGetDeviceProperties, &properties, device);
+  capability_ = properties.major * 10 + properties.minor;
+  multiprocessors_ = properties.multiProcessorCount;
+  shared_memory_ = static_cast<int>(properties.sharedMemPerBlockOptin);
+  // A stream that the legacy default stream, on which tensors are shared with others, waits for, and the reverse.
+  VLLMLITE_CUDA_CHECK(cudaStreamCreate, &stream_);
+  for (std::size_t i = 0; i < kRing; ++i) ring_.push_back(std::make_unique<Pinned>());
+  for (std::size_t i = 0; i < kLargeBuffers; ++i) large_.push_back(std::make_unique<Pinned>());
+  products_ = make_products(*this);
 }
 
-Memory memory(int device) {
-  const DeviceGuard guard(device);
-  Memory result{};
-  VLLMLITE_CUDA_CHECK(cudaMemGetInfo, &result.free_bytes, &result.total_bytes);
-  return result;
+Runtime::~Runtime() {
+  (void)cudaStreamSynchronize(stream_);
+  (void)cudaStreamDestroy(stream_);
 }
 
-Tensor empty(const std::vector<std::int64_t>& shape, DType dtype, int device) {
-  const DeviceGuard guard(device);
+Tensor Runtime::make(std::vector<std::int64_t> shape, DType dtype) {
   Tensor tensor;
   tensor.dtype = dtype;
-  tensor.device = {DeviceType::cuda, device};
-  tensor.shape = shape;
-  const std::size_t bytes = checked_bytes(shape, dtype);
+  tensor.device = {DeviceType::cuda, device_};
+  tensor.shape = std::move(shape);
+  const std::size_t bytes = checked_bytes(tensor.shape, dtype);
   if (bytes == 0) return tensor;
-  VLLMLITE_CUDA_CHECK(cudaMalloc, &tensor.data, bytes);
-  tensor.owner = std::shared_ptr<void>(tensor.data, [](void* pointer) {
-    (void)cudaFree(pointer);  // fails only once the process has lost its context, and the memory with it
-  });
+  tensor.owner = (recording_ ? graph_pool_ : pool_)->take(bytes);
+  tensor.data = tensor.owner.get();
   return tensor;
 }
 
-void copy(const Tensor& source, const Tensor& target) {
-  if (source.dtype != target.dtype)
-    throw TypeError("copy: source is " + describe(source) + ", target is " + describe(target));
-  if (source.shape != target.shape)
-    throw std::invalid_argument("copy: source is " + describe(source) + ", target is " + describe(target));
-  if (target.readonly) throw std::invalid_argument("copy: the target is read-only");
-  const Device device = source.device.type == DeviceType::cuda ? source.device : target.device;
-  if (device.type != DeviceType::cuda) throw std::invalid_argument("copy: neither side is on a CUDA device");
-  if (target.device.type == DeviceType::cuda && target.device != device)
-    throw std::invalid_argument("copy: source is on " + name(source.device) + ", target on " + name(target.device));
-  if (source.bytes() == 0) return;
-  const DeviceGuard guard(device.index);
-  VLLMLITE_CUDA_CHECK(cudaMemcpy, target.data, source.data, source.bytes(), cudaMemcpyDefault);
+Pinned& Runtime::stage(std::size_t bytes) {
+  Pinned& staged = *ring_[next_ring_++ % kRing];
+  staged.reserve(bytes);
+  return staged;
 }
 
-void synchronize(int device) {
-  const DeviceGuard guard(device);
-  VLLMLITE_CUDA_CHECK(cudaDeviceSynchronize);
+void Runtime::send(Pinned& staged, void* target, std::size_t bytes) {
+  VLLMLITE_CUDA_CHECK(cudaMemcpyAsync, target, staged.data, bytes, cudaMemcpyHostToDevice, stream_);
+  VLLMLITE_CUDA_CHECK(cudaEventRecord, staged.done, stream_);
 }
+
+static void copy_by_threads(void* target, const void* source, std::size_t bytes) {
+  const std::size_t share = bytes / kCopyThreads;
+  std::vector<std::thread> threads;
+  for (int i = 1; i < kCopyThreads; ++i)
+    threads.emplace_back([=] {
+      const std::size_t begin = share * static_cast<std::size_t>(i);
+      std::memcpy(static_cast<char*>(target) + begin, static_cast<const char*>(source) + begin,
+                  i == kCopyThreads - 1 ? bytes - begin : share);
+    });
+  std::memcpy(target, source, share);
+  for (std::thread& thread : threads) thread.join();
+}
+
+void Runtime::upload(void* target, const void* source, std::size_t bytes) {
+  if (bytes == 0) return;
+  const DeviceGuard guard(device_);
+  if (recording_) {
+    recorded_uploads_.push_back(std::make_unique<Pinned>());
+    std::memcpy(recorded_uploads_.back()->reserve(bytes), source, bytes);
+    VLLMLITE_CUDA_CHECK(cudaMemcpyAsync, target, recorded_uploads_.back()->data, bytes, cudaMemcpyHostToDevice,
+                        stream_);
+    return;
+  }
+  if (bytes < kLargeCopy) {
+    Pinned& staged = stage(bytes);
+    std::memcpy(staged.data, source, bytes);
+    send(staged, target, bytes);
+    return;
+  }
+  for (std::size_t at = 0; at < bytes; at += kPiece) {
+    const std::size_t piece = std::min(kPiece, bytes - at);
+    Pinned& staged = *large_[next_large_++ % kLargeBuffers];
+    copy_by_threads(staged.reserve(kPiece), static_cast<const char*>(source) + at, piece);
+    send(staged, static_cast<char*>(target) + at, piece);
+  }
+}
+
+void Runtime::download(void* target, const void* source, std::size_t bytes) {
+  const DeviceGuard guard(device_);
+  if (bytes != 0) VLLMLITE_CUDA_CHECK(cudaMemcpyAsync, target, source, bytes, cudaMemcpyDeviceToHost, stream_);
+  VLLMLITE_CUDA_CHECK(cudaStreamSynchronize, stream_);
+}
+
+void Runtime::synchronize() { VLLMLITE_CUDA_CHECK(cudaStreamSynchronize, stream_); }
+
+Tensor Runtime::landing(const Tensor& tensor) {
+  if (recording_ || tensor.bytes() == 0) return tensor;
+  const DeviceGuard guard(device_);
+  Tensor copy = make(tensor.shape, tensor.dtype);
+  auto landed = std::make_shared<Landed>(landings_, copy.owner);
+  landed->pinned->reserve(tensor.bytes());
+  VLLMLITE_CUDA_CHECK(cudaMemcpyAsync, copy.data, tensor.data, tensor.bytes(), cudaMemcpyDeviceToDevice, stream_);
+  VLLMLITE_CUDA_CHECK(cudaMemcpyAsync, landed->pinned->data, tensor.data, tensor.bytes(), cudaMemcpyDeviceToHost,
+                      stream_);
+  VLLMLITE_CUDA_CHECK(cudaEventRecord, landed->pinned->done, stream_);
+  copy.owner = landed;
+  return copy;
+}
+
+const void* Runtime::landed(const Tensor& tensor) {
+  if (!landings_->live.contains(tensor.owner.get())) return nullptr;
+  const auto* found = static_cast<const Landed*>(tensor.owner.get());
+  VLLMLITE_CUDA_CHECK(cudaEventSynchronize, found->pinned->done);
+  return found->pinned->data;
+}
+
+std::int32_t* Runtime::counters(std::size_t count) {
+  if (counters_.empty() || counters_.back().size() < static_cast<std::int64_t>(count)) {
+    if (recording_) throw Error("counters are too few for a step that is being recorded");
+    // Recorded graphs go on using the memory that they were given, which is kept.
+    counters_.push_back(make({static_cast<std::int64_t>(std::max(count, kCounters))}, DType::int32));
+    VLLMLITE_CUDA_CHECK(cudaMemsetAsync, counters_.back().data, 0, counters_.back().bytes(), stream_);
+  }
+  return static_cast<std::int32_t*>(counters_.back().data);
+}
+
+void Runtime::begin_recording() {
+  const DeviceGuard guard(device_);
+  VLLMLITE_CUDA_CHECK(cudaStreamBeginCapture, stream_, cudaStreamCaptureModeRelaxed);
+  recording_ = true;
+}
+
+std::shared_ptr<Runtime::Graph> Runtime::end_recording() {
+  const DeviceGuard guard(device_);
+  recording_ = false;
+  cudaGraph_t recorded = nullptr;
+  VLLMLITE_CUDA_CHECK(cudaStreamEndCapture, stream_, &recorded);
+  auto graph = std::make_shared<Graph>();
+  graph->uploads = std::move(recorded_uploads_);
+  const cudaError_t status = cudaGraphInstantiate(&graph->executable, recorded, 0);
+  (void)cudaGraphDestroy(recorded);
+  check(status, "cudaGraphInstantiate");
+  return graph;
+}
+
+void Runtime::abandon_recording() {
+  recording_ = false;
+  recorded_uploads_.clear();
+  cudaGraph_t recorded = nullptr;
+  (void)cudaStreamEndCapture(stream_, &recorded);
+  if (recorded != nullptr) (void)cudaGraphDestroy(recorded);
+  (void)cudaGetLastError();
+}
+
+void Runtime::replay(const Graph& graph) { VLLMLITE_CUDA_CHECK(cudaGraphLaunch, graph.executable, stream_); }
 
 }  // namespace vllmlite::cuda

@@ -1,61 +1,101 @@
-// What the extension asks of the CUDA runtime, in plain C++: only the .cu files see CUDA's headers.
-// Work runs in order on each device's legacy default stream; copies to and from the host have finished on return.
+// One device as a backend uses it: a stream that all work goes through in order, memory, and the way to and from the
+// host. Plain C++: only the .cu files see CUDA's headers.
 #pragma once
 
-#include <cstddef>
-#include <stdexcept>
-#include <string>
+#include <memory>
 #include <vector>
 
+#include "cuda/device.hpp"
+#include "cuda/pool.hpp"
 #include "tensor/tensor.hpp"
+
+struct CUstream_st;
+struct CUevent_st;
 
 namespace vllmlite::cuda {
 
-struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
+// A piece of pinned memory, and the event after which the copy that uses it is done.
+struct Pinned {
+  Pinned() = default;
+  ~Pinned();
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+
+  // Waits for the last copy, and makes sure of the size.
+  void* reserve(std::size_t bytes);
+
+  void* data = nullptr;
+  std::size_t size = 0;
+  CUevent_st* done = nullptr;
 };
 
-struct OutOfMemory : Error {
-  using Error::Error;
+class Products;  // cuBLASLt's handle and plans, in linear.cu
+
+class Runtime {
+ public:
+  // A backend of activations and weights of `dtype`.
+  Runtime(int device, DType dtype);
+  ~Runtime();
+  Runtime(const Runtime&) = delete;
+  Runtime& operator=(const Runtime&) = delete;
+
+  int device() const { return device_; }
+  int capability() const { return capability_; }  // 90 for 9.0
+  int multiprocessors() const { return multiprocessors_; }
+  int shared_memory() const { return shared_memory_; }  // bytes that a block may have
+  DType dtype() const { return dtype_; }
+  CUstream_st* stream() const { return stream_; }
+  // Whether a kernel may be made resident while the one before it is still running.
+  bool overlaps() const { return capability_ >= 90; }
+
+  // Uninitialised memory; while a graph is recorded, of the graphs' own.
+  Tensor make(std::vector<std::int64_t> shape, DType dtype);
+
+  // Copies to the device through pinned memory: the source may change as soon as this returns.
+  void upload(void* target, const void* source, std::size_t bytes);
+  // Pinned memory to fill, and its copy to the device.
+  Pinned& stage(std::size_t bytes);
+  void send(Pinned& staged, void* target, std::size_t bytes);
+
+  // Waits for everything issued so far.
+  void download(void* target, const void* source, std::size_t bytes);
+  void synchronize();
+
+  // A copy of `tensor` in memory of its own, which starts its way to the host at once.
+  Tensor landing(const Tensor& tensor);
+  // Where such a tensor's contents are on the host, once they are there; null for other tensors.
+  const void* landed(const Tensor& tensor);
+
+  // `count` ints that are zero whenever no kernel is using them.
+  std::int32_t* counters(std::size_t count);
+
+  Products& products() { return *products_; }
+
+  // Between the two, what is issued is recorded, not run. The graphs share their memory: they run one after another,
+  // and what is to outlast a run is copied.
+  void begin_recording();
+  struct Graph;
+  std::shared_ptr<Graph> end_recording();
+  void abandon_recording();
+  void replay(const Graph& graph);
+
+ private:
+  struct Landed;
+  struct Landings;
+
+  int device_;
+  DType dtype_;
+  int capability_ = 0, multiprocessors_ = 0, shared_memory_ = 0;
+  CUstream_st* stream_ = nullptr;
+  std::shared_ptr<Pool> pool_, graph_pool_;
+  bool recording_ = false;
+  std::vector<std::unique_ptr<Pinned>> ring_, large_, recorded_uploads_;
+  std::size_t next_ring_ = 0, next_large_ = 0;
+  std::shared_ptr<Landings> landings_;
+  std::vector<Tensor> counters_;
+  std::shared_ptr<Products> products_;
 };
 
-struct DeviceInfo {
-  int index;
-  std::string name;
-  int major;
-  int minor;
-  std::size_t total_bytes;
-  int multiprocessors;
-};
-
-// Either devices, or the reason why there are none. Versions are CUDA's own, 12040 for 12.4; a driver of 0 is none.
-struct Probe {
-  int driver_version = 0;
-  int runtime_version = 0;
-  std::vector<DeviceInfo> devices;
-  std::string reason;
-};
-
-// Creates no context and never throws for want of a driver or a device.
-Probe probe();
-
-struct Memory {
-  std::size_t free_bytes;
-  std::size_t total_bytes;
-};
-
-Memory memory(int device);
-
-Tensor empty(const std::vector<std::int64_t>& shape, DType dtype, int device);
-
-// Copies between the host and a device, or within a device; both sides have one dtype and shape.
-void copy(const Tensor& source, const Tensor& target);
-
-// Copies source[pairs[i, 0]] to target[pairs[i, 1]] for every i; both tensors are [num_blocks, ...] with blocks of one
-// dtype and shape, on one device. `pairs` is int32 or int64 [n, 2] on the host. A target block named twice, or a block
-// that is read and written in one call, has no defined content and is refused.
-void copy_blocks(const Tensor& source, const Tensor& target, const Tensor& pairs);
-
-void synchronize(int device);
+std::shared_ptr<Products> make_products(Runtime& runtime);
 
 }  // namespace vllmlite::cuda

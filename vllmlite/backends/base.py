@@ -425,9 +425,15 @@ class Backend(ABC):
 
     # Graphs
 
+    def graph_rows(self, most: int) -> Sequence[int]:
+        """Ascending, the numbers of rows, up to ``most``, for which :meth:`capture` is to be called ahead of time: a
+        step of fewer rows is replayed in the next larger one. Empty: each number has its own, as it first comes."""
+        return ()
+
     def capture(self, key: tuple[int, int, Feature, int], step: Step) -> Step:
         """A function equivalent to ``step`` for batches of ``key`` = (rows, query length, features, num_logprobs),
-        replayed without Python where the backend can. The default is ``step`` itself."""
+        replayed without Python where the backend can. The default is ``step`` itself. Where the backend names
+        :meth:`graph_rows`, also for batches of fewer rows."""
         return step
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllmlite.backends.base import API, FLOAT_DTYPES, QUANTIZATIONS, Backend
+from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS, Backend
 from vllmlite.backends.cpu import CpuBackend
+from vllmlite.backends.cuda import CudaBackend
 from vllmlite.errors import BackendError, ParameterError
 
 
@@ -30,21 +31,29 @@ GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
 """Device files, one of which is there wherever CUDA runs: Linux, WSL, Tegra."""
 
 
+def _cuda(wanted: Wanted) -> Backend:
+    device = "cuda" if wanted.device == "auto" else wanted.device
+    if not device.startswith("cuda"):
+        raise BackendError(f"device {device} was asked for")
+    if wanted.quantization is not None:
+        raise BackendError(f"vllmlite._cuda has no {wanted.quantization} weights")
+    return CudaBackend(device, wanted.dtype, wanted.checkpoint_dtype)
+
+
 def _torch_cuda(wanted: Wanted) -> Backend:
     device = "cuda" if wanted.device == "auto" else wanted.device
     if not device.startswith("cuda"):
         raise BackendError(f"device {device} was asked for")
     if wanted.device == "auto" and not any(os.path.exists(node) for node in GPU_NODES):
         # Known without the second that importing torch takes.
-        raise BackendError(f"this machine has no NVIDIA GPU; {_native_cuda()}")
+        raise BackendError("this machine has no NVIDIA GPU")
     torch_module: Any = _import_torch()
     torch = torch_module.torch
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        reason = (
+        raise BackendError(
             f"torch, built for CUDA {built}, finds no GPU" if built else "this torch is built without CUDA"
         )
-        raise BackendError(f"{reason}; {_native_cuda()}")
     dtype = wanted.checkpoint_dtype if wanted.dtype == "auto" else wanted.dtype
     native = torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
     if wanted.dtype == "auto" and dtype == "bfloat16" and not native:
@@ -73,6 +82,7 @@ def _cpu(wanted: Wanted) -> Backend:
 
 
 CANDIDATES: tuple[tuple[str, str, Callable[[Wanted], Backend]], ...] = (
+    ("cuda", "cuda", _cuda),
     ("torch", "cuda", _torch_cuda),
     ("cpu", "cpu", _cpu),
     ("torch", "cpu", _torch_cpu),
@@ -128,16 +138,3 @@ def _import_torch() -> object:
         return importlib.import_module("vllmlite.backends.torch")
     except ImportError as error:
         raise BackendError(f"torch cannot be imported: {error}") from error
-
-
-def _native_cuda() -> str:
-    """What the native extension, which has kernels but no backend yet, finds of GPUs."""
-    try:
-        native = importlib.import_module("vllmlite._cuda")
-    except ImportError:
-        return "vllmlite._cuda is not installed"
-    if native.API != API:
-        return f"vllmlite._cuda is built for interface {native.API}, and this is {API}"
-    found = native.probe()
-    gpus = ", ".join(device["name"] for device in found["devices"])
-    return f"vllmlite._cuda finds {gpus or 'no GPU: ' + found['reason']}, and has no backend yet"

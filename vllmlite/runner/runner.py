@@ -6,6 +6,8 @@ stay on the device, where the next step gathers them, so that a step can be laun
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +62,7 @@ class ModelRunner:
         self._slots = backend.alloc_slots(SlotSpec(max_num_seqs, max_blocks, model.vocab_size, num_blocks))
         self._enforce_eager = enforce_eager
         self._graphs: dict[tuple[int, int, Feature, int], Step] = {}
+        self._graph_rows = () if enforce_eager else tuple(backend.graph_rows(max_num_seqs))
         self._known: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * max_num_seqs
         self._num_known = np.zeros(max_num_seqs, np.int32)
         self._num_prompt = np.zeros(max_num_seqs, np.int32)
@@ -67,6 +70,42 @@ class ModelRunner:
         self._num_logprobs = np.full(max_num_seqs, -1, np.int32)
         self._num_prompt_logprobs = np.zeros(max_num_seqs, np.int32)
         self._allowed: dict[int, NDArray[np.uint32]] = {}
+
+    def profile(self, num_tokens: int) -> None:
+        """Run a step of ``num_tokens`` in as many rows as there are slots, on block 0, and forget it."""
+        num_rows = min(len(self._known), num_tokens)
+        counts = np.diff(np.arange(num_rows + 1, dtype=np.int32) * num_tokens // num_rows)
+        positions = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
+        ends = np.cumsum(counts, dtype=np.int32)
+        rows = np.arange(num_rows, dtype=np.int32)
+        for slot in range(num_rows):
+            self.backend.set_slot(self._slots, slot, SlotParams())
+        batch = ForwardBatch(
+            num_tokens=num_tokens,
+            num_rows=num_rows,
+            max_query_len=int(counts.max()),
+            max_context=int(counts.max()),
+            token_ids=np.zeros(num_tokens, np.int32),
+            positions=positions,
+            query_start_loc=np.concatenate(([0], ends)).astype(np.int32),
+            slots=rows,
+            context_lens=counts.astype(np.int32),
+            logits_rows=ends - 1,
+            sample_slots=rows,
+            sample_positions=counts.astype(np.int64),
+        )
+        columns = -(-int(counts.max()) // self.model.kv_spec.block_size)
+        places = np.tile(np.arange(columns, dtype=np.int32), num_rows)
+        self.backend.append_blocks(self._slots, np.repeat(rows, columns), places, np.zeros_like(places))
+        sampled = self._step(self.backend.upload(batch, self._slots))
+        self.backend.to_host(sampled.ids)
+
+    def capture_graphs(self) -> Iterator[int]:
+        """Record the graphs of greedy decoding that the backend wants ahead of time, the largest first; yields each
+        one's rows once it is there. Others are recorded as their features first come."""
+        for rows in reversed(self._graph_rows):
+            self._graph((rows, 1, Feature.NONE, -1))
+            yield rows
 
     def launch(self, schedule: Schedule) -> Launched:
         """Issue a step's work to the backend."""
@@ -217,7 +256,12 @@ class ModelRunner:
         """The whole step as one function: a captured one where every row decodes, unless eager is enforced."""
         if self._enforce_eager or batch.max_query_len > 1 or len(batch.logits_rows) < batch.num_rows:
             return self._step
-        key = (batch.num_rows, 1, batch.features, batch.num_logprobs)
+        rows = batch.num_rows
+        if self._graph_rows:
+            rows = self._graph_rows[bisect_left(self._graph_rows, rows)]
+        return self._graph((rows, 1, batch.features, batch.num_logprobs))
+
+    def _graph(self, key: tuple[int, int, Feature, int]) -> Step:
         if key not in self._graphs:
             self._graphs[key] = self.backend.capture(key, self._step)
         return self._graphs[key]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +98,7 @@ def start(config: EngineConfig) -> Started:
         max_model_len=longest,
         enforce_eager=config.enforce_eager,
     )
+    _capture_graphs(runner)
     two_steps = backend.asynchronous if config.async_scheduling is None else config.async_scheduling
     engine = Engine(
         Limits(
@@ -143,10 +146,12 @@ def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_
                 "kv_cache_memory_bytes", config.kv_cache_memory_bytes, f"a block takes {block_bytes}"
             )
         return num_blocks
-    memory = backend.memory()
     if backend.device == "cpu":
+        memory = backend.memory()
         room = min(CPU_KV_BYTES, int(memory.free * config.gpu_memory_utilization))
     else:
+        _largest_step(config, backend, model, max_model_len)
+        memory = backend.memory()
         logits = 4 * config.max_num_seqs * model.vocab_size * 4
         room = int(memory.total * config.gpu_memory_utilization) - (memory.total - memory.free) - logits
     most_used = -(-max_model_len // config.block_size) * config.max_num_seqs
@@ -157,6 +162,32 @@ def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_
             "gpu_memory_utilization, or choose a smaller model or dtype"
         )
     return num_blocks
+
+
+def _largest_step(config: EngineConfig, backend: Backend, model: Model, max_model_len: int) -> None:
+    """Run a step as large as any will be, so that what it takes is taken before the cache is sized."""
+    runner = ModelRunner(
+        backend,
+        model,
+        num_blocks=1,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        enforce_eager=True,
+    )
+    runner.profile(min(config.max_num_batched_tokens, config.max_num_seqs * max_model_len))
+
+
+def _capture_graphs(runner: ModelRunner) -> None:
+    """Record what the backend wants ahead of time, with a line of progress on a terminal."""
+    began, recorded, shown = time.perf_counter(), 0, sys.stderr.isatty()
+    for rows in runner.capture_graphs():
+        recorded += 1
+        if shown:
+            print(f"\rrecording decoding steps: {rows} rows \x1b[K", end="", file=sys.stderr, flush=True)
+    if recorded:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        logger.info("recorded %d decoding steps in %.1f s", recorded, time.perf_counter() - began)
 
 
 def _generation_config(config: EngineConfig, path: Path) -> dict[str, Any]:

@@ -1,0 +1,228 @@
+// Attention of rows that have several tokens, after Dao 2023 (FlashAttention-2): a block has a tile of a row's queries
+// for one head, and goes over the keys they see in tiles of 64 that are copied ahead in the background.
+#include <algorithm>
+
+#include "cuda/attention.hpp"
+#include "cuda/mma.cuh"
+
+namespace vllmlite::cuda {
+
+constexpr int kWarps = 4, kKeys = 64;
+constexpr float kLog2E = 1.44269504088896341F;
+
+// A warp has kRowTiles times 16 queries. Rows are padded by one access, so that eight of them lie in different banks.
+template <typename T, int kSize, int kRowTiles>
+struct Room {
+  static constexpr int kStride = kSize + 8, kQueries = kWarps * kRowTiles * 16;
+  T q[kQueries][kStride];
+  T keys[2][kKeys][kStride];
+  T values[2][kKeys][kStride];
+  std::int64_t places[2][kKeys];  // of keys in the cache; -1: not to be read
+};
+
+template <typename T, int kSize, int kRowTiles>
+static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const __grid_constant__ Attention given) {
+#if __CUDA_ARCH__ >= 800
+  extern __shared__ __align__(16) char shared[];
+  using Shared = Room<T, kSize, kRowTiles>;
+  auto& room = *reinterpret_cast<Shared*>(shared);
+  constexpr int kWords = kSize / 8, kQueries = Shared::kQueries;
+  let_next_begin();
+  wait_for_previous();
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int group = lane / 4, quad = lane % 4;
+  const int head = static_cast<int>(blockIdx.x);
+  const Tile tile = given.batch.tiles[kRowTiles == 2 ? 0 : 1][blockIdx.y];
+  const int size = given.size, width = given.width, block_size = given.block_size;
+  const int slot = given.batch.slot_ids[tile.row];
+  const int first = given.batch.positions[tile.first], last = first + tile.count - 1;
+  const int from_key = first >= given.window ? first - given.window + 1 : 0;
+  const std::int32_t* table = given.batch.block_table + static_cast<std::int64_t>(slot) * given.batch.max_blocks;
+  const std::int64_t plane = static_cast<std::int64_t>(block_size) * width;
+  const T* cache = static_cast<const T*>(given.kv) + head / (given.heads / given.kv_heads) * plane;
+  const std::int64_t values_at = given.kv_heads * plane;
+
+  const auto find_places = [&](int begin, int buffer) {
+    if (thread >= kKeys) return;
+    const int key = begin + thread;
+    room.places[buffer][thread] = key < from_key || key > last
+                                      ? -1
+                                      : table[key / block_size] * 2 * given.kv_heads * plane +
+                                            static_cast<std::int64_t>(key % block_size) * width;
+  };
+  const auto copy_rows = [&](T(&to)[kKeys][Shared::kStride], const T* from, int buffer) {
+#pragma unroll
+    for (int i = thread; i < kKeys * kWords; i += kWarps * 32) {
+      const int row = i / kWords, word = i % kWords;
+      const std::int64_t place = room.places[buffer][row];
+      const bool there = place >= 0 && word * 8 < width;
+      copy_async(&to[row][word * 8], there ? from + place + word * 8 : from, there);
+    }
+    commit_copies();
+  };
+
+  for (int i = thread; i < kQueries * kWords; i += kWarps * 32) {
+    const int row = i / kWords, word = i % kWords;
+    const bool there = row < tile.count && word * 8 < size;
+    const T* q = static_cast<const T*>(given.q) +
+                 (static_cast<std::int64_t>(tile.first + (there ? row : 0)) * given.heads + head) * size;
+    copy_async(&room.q[row][word * 8], q + (there ? word * 8 : 0), there);
+  }
+  const int begin = from_key / kKeys * kKeys;
+  find_places(begin, 0);
+  __syncthreads();
+  copy_rows(room.keys[0], cache, 0);
+  copy_rows(room.values[0], cache + values_at, 0);
+
+  const float scale = given.scale * kLog2E;
+  float largest[kRowTiles][2], total[kRowTiles][2] = {}, sums[kRowTiles][kSize / 8][4] = {};
+#pragma unroll
+  for (auto& both : largest) both[0] = both[1] = -INFINITY;
+  const int row0 = warp * kRowTiles * 16;
+  for (int at = begin, buffer = 0; at <= last; at += kKeys, buffer ^= 1) {
+    const bool more = at + kKeys <= last;
+    if (more) find_places(at + kKeys, buffer ^ 1);
+    wait_for_copies<1>();
+    __syncthreads();
+    if (more)
+      copy_rows(room.keys[buffer ^ 1], cache, buffer ^ 1);
+    else
+      commit_copies();
+
+    float scores[kRowTiles][kKeys / 8][4] = {};
+#pragma unroll
+    for (int step = 0; step < kSize / 16; ++step) {
+      std::uint32_t q[kRowTiles][4];
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+        load_matrices(q[i], &room.q[row0 + i * 16 + lane % 16][step * 16 + lane / 16 * 8]);
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) {
+        std::uint32_t key[4];
+        load_matrices(key, &room.keys[buffer][n * 16 + lane / 16 * 8 + lane % 8][step * 16 + lane / 8 % 2 * 8]);
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          multiply<T>(scores[i][2 * n], q[i], key[0], key[1]);
+          multiply<T>(scores[i][2 * n + 1], q[i], key[2], key[3]);
+        }
+      }
+    }
+
+    const bool masked = at + kKeys - 1 > first || last - at >= given.window;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int position = first + row0 + i * 16 + half * 8 + group;
+        float next = largest[i][half];
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            float& score = scores[i][n][half * 2 + j];
+            const int key = at + n * 8 + quad * 2 + j;
+            if (masked && (key > position || key < position - given.window + 1)) score = -INFINITY;
+            next = fmaxf(next, score);
+          }
+        next = fmaxf(next, __shfl_xor_sync(kAll, next, 1));
+        next = fmaxf(next, __shfl_xor_sync(kAll, next, 2));
+        const float base = next == -INFINITY ? 0 : next * scale;
+        const float kept = exp2_fast(largest[i][half] * scale - base);
+        largest[i][half] = next;
+        float sum = 0;
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            float& score = scores[i][n][half * 2 + j];
+            score = exp2_fast(fmaf(score, scale, -base));
+            sum += score;
+          }
+        total[i][half] = total[i][half] * kept + sum;
+#pragma unroll
+        for (int n = 0; n < kSize / 8; ++n) {
+          sums[i][n][half * 2] *= kept;
+          sums[i][n][half * 2 + 1] *= kept;
+        }
+      }
+
+    wait_for_copies<1>();
+    __syncthreads();
+    if (more)
+      copy_rows(room.values[buffer ^ 1], cache + values_at, buffer ^ 1);
+    else
+      commit_copies();
+#pragma unroll
+    for (int step = 0; step < kKeys / 16; ++step) {
+      std::uint32_t weights[kRowTiles][4];
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        const auto& even = scores[i][2 * step];
+        const auto& odd = scores[i][2 * step + 1];
+        weights[i][0] = pair<T>(even[0], even[1]);
+        weights[i][1] = pair<T>(even[2], even[3]);
+        weights[i][2] = pair<T>(odd[0], odd[1]);
+        weights[i][3] = pair<T>(odd[2], odd[3]);
+      }
+#pragma unroll
+      for (int n = 0; n < kSize / 16; ++n) {
+        std::uint32_t value[4];
+        load_matrices_transposed(value,
+                                 &room.values[buffer][step * 16 + lane / 8 % 2 * 8 + lane % 8][n * 16 + lane / 16 * 8]);
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          multiply<T>(sums[i][2 * n], weights[i], value[0], value[1]);
+          multiply<T>(sums[i][2 * n + 1], weights[i], value[2], value[3]);
+        }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float all = total[i][half];
+      all += __shfl_xor_sync(kAll, all, 1);
+      all += __shfl_xor_sync(kAll, all, 2);
+      const int row = row0 + i * 16 + half * 8 + group;
+      if (row >= tile.count) continue;
+      const float factor = 1 / all;
+      T* out = static_cast<T*>(given.out) + (static_cast<std::int64_t>(tile.first + row) * given.heads + head) * size;
+#pragma unroll
+      for (int n = 0; n < kSize / 8; ++n) {
+        const int column = n * 8 + quad * 2;
+        if (column < size)
+          *reinterpret_cast<std::uint32_t*>(out + column) =
+              pair<T>(sums[i][n][half * 2] * factor, sums[i][n][half * 2 + 1] * factor);
+      }
+    }
+#endif
+}
+
+template <typename T, int kSize, int kRowTiles>
+static void run(const Runtime& runtime, const Attention& attention) {
+  using Shared = Room<T, kSize, kRowTiles>;
+  constexpr int kList = kRowTiles == 2 ? 0 : 1;
+  static_assert(Shared::kQueries == kTileQueries[kList]);
+  VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, prefilling_kernel<T, kSize, kRowTiles>,
+                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sizeof(Shared)));
+  const dim3 grid(static_cast<unsigned>(attention.heads), static_cast<unsigned>(attention.num_tiles[kList]));
+  launch(runtime, prefilling_kernel<T, kSize, kRowTiles>, grid, kWarps * 32, sizeof(Shared), attention);
+}
+
+template <typename T>
+static void run_sized(const Runtime& runtime, const Attention& attention) {
+  if (attention.width <= 64)
+    run<T, 64, 2>(runtime, attention);
+  else if (runtime.shared_memory() >= static_cast<int>(sizeof(Room<T, 128, 2>)))
+    run<T, 128, 2>(runtime, attention);
+  else
+    run<T, 128, 1>(runtime, attention);
+}
+
+void attend_prefilling(const Runtime& runtime, const Attention& attention) {
+  attention.dtype == DType::float16 ? run_sized<f16>(runtime, attention) : run_sized<bf16>(runtime, attention);
+}
+
+}  // namespace vllmlite::cuda

@@ -1,0 +1,135 @@
+// A step's input on the device, and what lives a slot from step to step.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "cuda/runtime.hpp"
+
+namespace vllmlite::cuda {
+
+// Sampling parameters of a slot; the fields are those of SlotParams in vllmlite/backends/base.py.
+struct SlotParams {
+  float temperature = 0;
+  int top_k = 0;
+  double top_p = 1;
+  double min_p = 0;
+  float repetition_penalty = 1;
+  float presence_penalty = 0;
+  float frequency_penalty = 0;
+  std::uint64_t seed = 0;
+  std::vector<std::pair<std::int32_t, float>> logit_bias;
+
+  bool penalised() const { return repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0; }
+};
+
+// The same as kernels read them.
+struct SlotState {
+  double top_p;
+  std::uint64_t seed;
+  std::int32_t* counts;     // how often each id was generated; null without penalties
+  std::uint8_t* in_prompt;  // whether the prompt has it
+  const std::int32_t* bias_ids;
+  const float* biases;
+  float temperature, log_min_p, repetition_penalty, presence_penalty, frequency_penalty;
+  std::int32_t top_k, bias_count;
+};
+
+struct Slots {
+  Slots(Runtime& runtime, int max_slots, int max_blocks, int vocab_size, int num_blocks);
+
+  void set(int slot, const SlotParams& params, const std::vector<std::int32_t>& prompt_ids,
+           const std::vector<std::int32_t>& output_ids);
+  // Takes effect with the next upload, which carries it.
+  void append_blocks(std::span<const std::int32_t> slot_ids, std::span<const std::int32_t> columns,
+                     std::span<const std::int32_t> blocks);
+
+  Runtime& runtime;
+  int max_slots, max_blocks, vocab_size, num_blocks;
+  Tensor block_table;                  // int32 [max_slots, max_blocks]
+  Tensor last_id;                      // int32 [max_slots]
+  Tensor states;                       // SlotState [max_slots]
+  std::vector<std::int32_t> appended;  // place in block_table, block, place, block, ...
+
+ private:
+  void check(int slot) const;
+
+  std::vector<std::vector<Tensor>> owned_;  // by slot, what its state points to
+};
+
+// Keys `begin` up to `end` of a row that decodes, which one block attends to for a head; a row's are `count` items from
+// `first` on. Its token, slot and context are here to be at hand. Row -1: nothing to do.
+struct Item {
+  std::int32_t row, begin, end, first, count, token, slot, context;
+};
+
+// Queries of a row that attend together: tokens `first` up to `first + count` of the step.
+struct Tile {
+  std::int32_t row, first, count, unused;
+};
+
+constexpr int kTileQueries[] = {128, 64};  // by list of tiles, what a tile holds at most
+
+// What kernels are given of a batch. A padding row has slot -1, context 0 and no place in the cache.
+struct BatchView {
+  std::int32_t *token_ids, *positions, *token_slots, *query_start_loc, *slot_ids, *context_lens, *logits_rows,
+      *sample_slots, *mask_places, *mask_bits, *cache_slots;
+  std::int64_t* sample_positions;
+  Item* items;
+  Tile* tiles[2];
+  const std::int32_t* block_table;
+  std::int32_t* last_id;
+  SlotState* states;
+  int max_blocks;
+};
+
+// A step's input as the host has it; see ForwardBatch in vllmlite/backends/base.py.
+struct HostBatch {
+  int num_tokens = 0, num_rows = 0, max_context = 0;
+  unsigned features = 0;
+  int num_logprobs = -1;
+  std::vector<std::int32_t> token_ids, positions, query_start_loc, slot_ids, context_lens, logits_rows, sample_slots;
+  std::vector<std::int64_t> sample_positions;
+  std::vector<std::int32_t> mask_rows, bitmask;
+
+  // Checks every index.
+  void check(const Slots& slots) const;
+  // Whether every row has one token, and is sampled.
+  bool decodes() const;
+};
+
+struct Batch {
+  int num_tokens, num_rows, num_samples, max_context, block_size, num_items, num_tiles[2];
+  unsigned features;
+  int num_logprobs;
+  bool masked;
+  std::shared_ptr<Slots> slots;
+  Tensor memory;
+  std::size_t bytes;  // of `memory`, what another batch of as many rows can take over
+  BatchView view;
+
+  Tensor part(std::int32_t* data, std::int64_t size) const;
+};
+
+// Sizes that the work of decoding is cut by.
+struct Cut {
+  int capacity;    // rows to make room for, where every row decodes: as many as its graph has
+  int block_size;  // of the cache
+  int kv_heads;
+};
+
+// One copy of pinned memory and one kernel, which fills in last ids, cache slots and what was appended to block tables.
+std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std::shared_ptr<Slots>& slots,
+                              const Cut& cut);
+
+// A batch of padding alone, for a graph to be recorded with.
+std::shared_ptr<Batch> padding(Runtime& runtime, unsigned features, int num_logprobs,
+                               const std::shared_ptr<Slots>& slots, const Cut& cut);
+
+// Makes `target`, which was uploaded with room for as many rows, hold what `source` does.
+void take_over(Runtime& runtime, Batch& target, const Batch& source);
+
+}  // namespace vllmlite::cuda

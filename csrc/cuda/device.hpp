@@ -1,0 +1,61 @@
+// What the extension asks of the CUDA runtime, in plain C++: only the .cu files see CUDA's headers.
+// Work runs in order on each device's legacy default stream; copies to and from the host have finished on return.
+#pragma once
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "tensor/tensor.hpp"
+
+namespace vllmlite::cuda {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct OutOfMemory : Error {
+  using Error::Error;
+};
+
+struct DeviceInfo {
+  int index;
+  std::string name;
+  int major;
+  int minor;
+  std::size_t total_bytes;
+  int multiprocessors;
+};
+
+// Either devices, or the reason why there are none. Versions are CUDA's own, 12040 for 12.4; a driver of 0 is none.
+struct Probe {
+  int driver_version = 0;
+  int runtime_version = 0;
+  std::vector<DeviceInfo> devices;
+  std::string reason;
+};
+
+// Creates no context and never throws for want of a driver or a device.
+Probe probe();
+
+struct Memory {
+  std::size_t free_bytes;
+  std::size_t total_bytes;
+};
+
+Memory memory(int device);
+
+Tensor empty(const std::vector<std::int64_t>& shape, DType dtype, int device);
+
+// Copies between the host and a device, or within a device; both sides have one dtype and shape.
+void copy(const Tensor& source, const Tensor& target);
+
+// Copies source[pairs[i, 0]] to target[pairs[i, 1]] for every i; both tensors are [num_blocks, ...] with blocks of one
+// dtype and shape, on one device. `pairs` is int32 or int64 [n, 2] on the host. A target block named twice, or a block
+// that is read and written in one call, has no defined content and is refused.
+void copy_blocks(const Tensor& source, const Tensor& target, const Tensor& pairs);
+
+void synchronize(int device);
+
+}  // namespace vllmlite::cuda

@@ -1,0 +1,148 @@
+// Decoding's products: few rows of x, so that all the time goes into reading w. A block goes over tiles of rows of w,
+// of which each warp has a share of the columns, with stages of its own in shared memory that are filled ahead in the
+// background, across tiles, and from before the kernel that writes x is done. The rows of w are those of the tensor
+// cores' first operand; x comes out of the first-level cache.
+#include <algorithm>
+
+#include "cuda/linear.hpp"
+#include "cuda/mma.cuh"
+
+namespace vllmlite::cuda {
+
+constexpr int kWarps = 8, kBlocksPerProcessor = 2;
+constexpr int kFewStages = 5, kManyStages = 11;  // where as many blocks share a multiprocessor, and where one has it
+constexpr int kColumns = 64;                     // of w in a stage
+constexpr int kChunks = kColumns / 8;            // of 16 bytes in a row of a stage
+constexpr int kMostRows = 8;
+
+// In rows of odd number the two halves are exchanged, so that neighbouring rows lie in different banks.
+template <int kRows, int kStages>
+struct Room {
+  uint4 stages[kWarps][kStages][kRows][kChunks];
+  float sums[2][kWarps][kMostRows][kRows + 1];
+};
+
+template <typename T, typename Out, int kRows, int kStages>
+static __global__ __launch_bounds__(kWarps * 32, kStages == kFewStages ? kBlocksPerProcessor
+                                                                       : 1) void few_rows_kernel(const T* x, const T* w,
+                                                                                                 const T* bias, Out* y,
+                                                                                                 int m, int n, int k) {
+#if __CUDA_ARCH__ >= 800
+  extern __shared__ __align__(16) char shared[];
+  auto& room = *reinterpret_cast<Room<kRows, kStages>*>(shared);
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int group = lane / 4, quad = lane % 4;
+  const int tiles = (n + kRows - 1) / kRows, stages = (k + kColumns - 1) / kColumns;
+  const int own = (stages - warp + kWarps - 1) / kWarps;  // stages of a tile that are this warp's
+  const auto first_column = [&](int i) { return (i * kWarps + warp) * kColumns; };
+
+  int fetched_tile = static_cast<int>(blockIdx.x), fetched = 0;
+  const auto fetch = [&](uint4(&stage)[kRows][kChunks]) {
+    if (fetched_tile < tiles && own > 0) {
+#pragma unroll
+      for (int j = 0; j < kRows * kChunks / 32; ++j) {
+        const int row = j * (32 / kChunks) + lane / kChunks, chunk = lane % kChunks;
+        const int at = first_column(fetched) + chunk * 8;
+        const T* from = w + static_cast<std::int64_t>(min(fetched_tile * kRows + row, n - 1)) * k + (at < k ? at : 0);
+        copy_async(&stage[row][chunk ^ row % 2 * 4], from, at < k);
+      }
+      if (++fetched == own) {
+        fetched = 0;
+        fetched_tile += static_cast<int>(gridDim.x);
+      }
+    }
+    commit_copies();
+  };
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) fetch(room.stages[warp][i]);
+  let_next_begin();
+  wait_for_previous();
+
+  int index = 0, buffer = 0;
+  for (int tile = static_cast<int>(blockIdx.x); tile < tiles; tile += static_cast<int>(gridDim.x), buffer ^= 1) {
+    float sums[4] = {};
+    for (int i = 0; i < own; ++i) {
+      fetch(room.stages[warp][index == 0 ? kStages - 1 : index - 1]);
+      uint4 b[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = first_column(i) + half * 32 + quad * 8;
+        b[half] = group < m && at < k ? *reinterpret_cast<const uint4*>(x + static_cast<std::int64_t>(group) * k + at)
+                                      : make_uint4(0, 0, 0, 0);
+      }
+      wait_for_copies<kStages - 1>();
+      __syncwarp();
+      const auto& stage = room.stages[warp][index];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int chunk = (half * 4 + quad) ^ group % 2 * 4;
+        const uint4 low = stage[group][chunk];
+        const uint4 high = kRows == 16 ? stage[kRows / 2 + group % (kRows / 2)][chunk] : make_uint4(0, 0, 0, 0);
+        const std::uint32_t first[] = {low.x, high.x, low.y, high.y}, second[] = {low.z, high.z, low.w, high.w};
+        multiply<T>(sums, first, b[half].x, b[half].y);
+        multiply<T>(sums, second, b[half].z, b[half].w);
+      }
+      __syncwarp();
+      index = index + 1 == kStages ? 0 : index + 1;
+    }
+    auto& shares = room.sums[buffer];
+#pragma unroll
+    for (int i = 0; i < kRows / 4; ++i) shares[warp][quad * 2 + i % 2][group + i / 2 * 8] = sums[i];
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < kMostRows * kRows; i += kWarps * 32) {
+      const int row = i / kRows, place = i % kRows, at = tile * kRows + place;
+      if (row >= m || at >= n) continue;
+      float sum = bias == nullptr ? 0 : wide(bias[at]);
+#pragma unroll
+      for (int part = 0; part < kWarps; ++part) sum += shares[part][row][place];
+      y[static_cast<std::int64_t>(row) * n + at] = narrow<Out>(sum);
+    }
+  }
+#endif
+}
+
+bool takes_few_rows(const Runtime& runtime, const Product& product) {
+  return runtime.capability() >= 80 && product.m <= kMostRows && product.k % 8 == 0 && aligned(product.x, 16) &&
+         aligned(product.w, 16);
+}
+
+template <typename T, typename Out, int kRows, int kStages>
+static void run(const Runtime& runtime, const Product& product) {
+  using Shared = Room<kRows, kStages>;
+  VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, few_rows_kernel<T, Out, kRows, kStages>,
+                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sizeof(Shared)));
+  const unsigned blocks =
+      std::min(blocks_for(product.n, kRows), static_cast<unsigned>(runtime.multiprocessors() * kBlocksPerProcessor));
+  launch(runtime, few_rows_kernel<T, Out, kRows, kStages>, blocks, kWarps * 32, sizeof(Shared),
+         static_cast<const T*>(product.x), static_cast<const T*>(product.w), static_cast<const T*>(product.bias),
+         static_cast<Out*>(product.y), product.m, product.n, product.k);
+}
+
+// How much of the device works if tiles have so many rows: those that are left over keep few multiprocessors busy.
+static double share_at_work(const Runtime& runtime, int n, int rows) {
+  const unsigned tiles = blocks_for(n, rows);
+  const unsigned rounds = blocks_for(tiles, runtime.multiprocessors());
+  return static_cast<double>(tiles) / (static_cast<double>(rounds) * runtime.multiprocessors());
+}
+
+template <typename T, typename Out>
+static void run_sized(const Runtime& runtime, const Product& product) {
+  const bool one_each = static_cast<int>(blocks_for(product.n, 16)) <= runtime.multiprocessors() &&
+                        runtime.shared_memory() >= static_cast<int>(sizeof(Room<16, kManyStages>));
+  if (one_each)
+    run<T, Out, 16, kManyStages>(runtime, product);
+  else if (share_at_work(runtime, product.n, 8) > 1.1 * share_at_work(runtime, product.n, 16))
+    run<T, Out, 8, kFewStages>(runtime, product);
+  else
+    run<T, Out, 16, kFewStages>(runtime, product);
+}
+
+void multiply_few_rows(const Runtime& runtime, const Product& product) {
+  const bool wide_out = product.out_dtype == DType::float32;
+  if (product.dtype == DType::float16)
+    wide_out ? run_sized<f16, float>(runtime, product) : run_sized<f16, f16>(runtime, product);
+  else
+    wide_out ? run_sized<bf16, float>(runtime, product) : run_sized<bf16, bf16>(runtime, product);
+}
+
+}  // namespace vllmlite::cuda

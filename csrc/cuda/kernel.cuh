@@ -1,0 +1,143 @@
+// What kernels share: number types, vector accesses, reductions, and launches that overlap.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <utility>
+
+#include "cuda/check.cuh"
+#include "cuda/runtime.hpp"
+
+namespace vllmlite::cuda {
+
+using f16 = __half;
+using bf16 = __nv_bfloat16;
+
+constexpr unsigned kAll = 0xffffffffU;  // lanes of a warp
+
+// ---- Numbers
+
+__device__ __forceinline__ float wide(float x) { return x; }
+__device__ __forceinline__ float wide(f16 x) { return __half2float(x); }
+__device__ __forceinline__ float wide(bf16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T narrow(float x);
+template <>
+__device__ __forceinline__ float narrow<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ f16 narrow<f16>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ bf16 narrow<bf16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+template <typename T, int kSize>
+struct alignas(sizeof(T) * kSize) Pack {
+  T at[kSize];
+};
+
+// Elements in an access of 16 bytes.
+template <typename T>
+constexpr int kPack = 16 / static_cast<int>(sizeof(T));
+
+// ---- Reductions, always in the same order
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kAll, x, offset);
+  return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, offset));
+  return x;
+}
+
+// Over a block of whole warps; `room` holds 32 values, and every thread gets the result.
+template <typename T, typename Combine>
+__device__ __forceinline__ T block_reduce(T x, T* room, Combine combine) {
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x = combine(x, __shfl_xor_sync(kAll, x, offset));
+  __syncthreads();
+  if (lane == 0) room[warp] = x;
+  __syncthreads();
+  x = room[0];
+  for (unsigned i = 1; i < warps; ++i) x = combine(x, room[i]);
+  return x;
+}
+
+__device__ __forceinline__ float block_sum(float x, float* room) {
+  return block_reduce(x, room, [](float a, float b) { return a + b; });
+}
+
+// ---- Launches
+
+// A kernel launched here may become resident while those before it run. Each waits before it reads or writes what any
+// other kernel writes; before that it may touch weights alone. It lets the next one in at once: that one waits for this
+// one's end, and so for the end of all before.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const Runtime& runtime, void (*kernel)(Parameters...), dim3 grid, unsigned threads, std::size_t shared,
+            Arguments&&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = runtime.stream();
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = runtime.overlaps() ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(std::forward<Arguments>(arguments))...),
+        "cudaLaunchKernelEx");
+}
+
+inline unsigned blocks_for(std::int64_t count, std::int64_t each) {
+  return static_cast<unsigned>((count + each - 1) / each);
+}
+
+// Calls `function` with a null pointer of the C++ type that a dtype names.
+template <typename Function>
+void with_float(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::float32:
+      return function(static_cast<float*>(nullptr));
+    case DType::float16:
+      return function(static_cast<f16*>(nullptr));
+    case DType::bfloat16:
+      return function(static_cast<bf16*>(nullptr));
+    default:
+      throw TypeError("expected float32, float16 or bfloat16, not " + std::string(name(dtype)));
+  }
+}
+
+template <typename Pointer>
+using Pointee = std::remove_pointer_t<Pointer>;
+
+inline bool aligned(const void* pointer, std::size_t alignment) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % alignment == 0;
+}
+
+}  // namespace vllmlite::cuda

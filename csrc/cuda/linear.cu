@@ -1,0 +1,251 @@
+#include <cublasLt.h>
+
+#include <map>
+#include <tuple>
+
+#include "cuda/checks.hpp"
+#include "cuda/kernel.cuh"
+#include "cuda/linear.hpp"
+#include "cuda/ops.hpp"
+
+namespace vllmlite::cuda {
+
+// ---- In order: a warp has kRows rows of w and kColumns of x, its lanes share k
+
+constexpr int kWarps = 8, kRows = 4;
+
+template <typename T, typename Out, int kSize, int kColumns>
+static __global__ void in_order_kernel(const T* x, const T* w, const T* bias, Out* y, int m, int n, int k) {
+  using P = Pack<T, kSize>;
+  let_next_begin();
+  wait_for_previous();
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int n0 = (static_cast<int>(blockIdx.x) * kWarps + warp) * kRows;
+  const int m0 = static_cast<int>(blockIdx.y) * kColumns;
+  if (n0 >= n) return;
+  const T* rows[kRows];
+  const T* columns[kColumns];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) rows[i] = w + static_cast<std::int64_t>(min(n0 + i, n - 1)) * k;
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) columns[j] = x + static_cast<std::int64_t>(min(m0 + j, m - 1)) * k;
+  float sums[kRows][kColumns] = {};
+  for (int at = lane * kSize; at < k; at += 32 * kSize) {
+    P a[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) a[i] = *reinterpret_cast<const P*>(rows[i] + at);
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const P b = *reinterpret_cast<const P*>(columns[j] + at);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) sums[i][j] = fmaf(wide(a[i].at[e]), wide(b.at[e]), sums[i][j]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const float sum = warp_sum(sums[i][j]);
+      if (lane == 0 && n0 + i < n && m0 + j < m)
+        y[static_cast<std::int64_t>(m0 + j) * n + n0 + i] =
+            narrow<Out>(bias == nullptr ? sum : sum + wide(bias[n0 + i]));
+    }
+}
+
+template <typename T, typename Out>
+static void run_in_order(const Runtime& runtime, const Product& product) {
+  const auto run = [&](auto* kernel, int columns) {
+    const dim3 grid(blocks_for(product.n, kWarps * kRows), blocks_for(product.m, columns));
+    launch(runtime, kernel, grid, kWarps * 32, 0, static_cast<const T*>(product.x), static_cast<const T*>(product.w),
+           static_cast<const T*>(product.bias), static_cast<Out*>(product.y), product.m, product.n, product.k);
+  };
+  // Sums depend on the size of accesses, which is a property of the weight, not on how many columns go together.
+  const bool packed = product.k % kPack<T> == 0 && aligned(product.x, 16) && aligned(product.w, 16);
+  if (packed && product.m > 2)
+    run(in_order_kernel<T, Out, kPack<T>, 8>, 8);
+  else if (packed)
+    run(in_order_kernel<T, Out, kPack<T>, 1>, 1);
+  else if (product.m > 2)
+    run(in_order_kernel<T, Out, 1, 8>, 8);
+  else
+    run(in_order_kernel<T, Out, 1, 1>, 1);
+}
+
+void multiply_in_order(const Runtime& runtime, const Product& product) {
+  with_float(product.dtype, [&](auto* pointer) {
+    using T = Pointee<decltype(pointer)>;
+    if (product.out_dtype == DType::float32)
+      run_in_order<T, float>(runtime, product);
+    else
+      run_in_order<T, T>(runtime, product);
+  });
+}
+
+// ---- cuBLASLt
+
+static void check_library(cublasStatus_t status, const char* call) {
+  if (status != CUBLAS_STATUS_SUCCESS) throw Error(std::string(call) + ": " + cublasLtGetStatusString(status));
+}
+
+static cudaDataType_t type_of(DType dtype) {
+  return dtype == DType::float32 ? CUDA_R_32F : dtype == DType::float16 ? CUDA_R_16F : CUDA_R_16BF;
+}
+
+static std::uint32_t alignment_of(const void* pointer) {
+  std::uint32_t alignment = 256;
+  while (!aligned(pointer, alignment)) alignment /= 2;
+  return alignment;
+}
+
+class Products {
+ public:
+  explicit Products(Runtime& runtime) : workspace_(runtime.make({kWorkspace}, DType::uint8)) {
+    const DeviceGuard guard(runtime.device());
+    check_library(cublasLtCreate(&handle_), "cublasLtCreate");
+  }
+  ~Products() { (void)cublasLtDestroy(handle_); }
+  Products(const Products&) = delete;
+  Products& operator=(const Products&) = delete;
+
+  bool multiply(const Runtime& runtime, const Product& product);
+
+ private:
+  // m, n, k, dtypes, whether there is a bias, alignments.
+  using Key = std::tuple<int, int, int, DType, DType, bool, std::uint32_t, std::uint32_t, std::uint32_t>;
+
+  // How one shape is multiplied; the library sees columns first, hence y^T = w x^T.
+  struct Plan {
+    Plan() = default;
+    ~Plan() {
+      if (operation != nullptr) (void)cublasLtMatmulDescDestroy(operation);
+      for (cublasLtMatrixLayout_t layout : {w, x, y})
+        if (layout != nullptr) (void)cublasLtMatrixLayoutDestroy(layout);
+    }
+    Plan(const Plan&) = delete;
+    Plan& operator=(const Plan&) = delete;
+
+    cublasLtMatmulDesc_t operation = nullptr;
+    cublasLtMatrixLayout_t w = nullptr, x = nullptr, y = nullptr;
+    cublasLtMatmulAlgo_t algorithm{};
+    bool found = false;
+  };
+
+  void make(Plan& plan, const Product& product);
+
+  static constexpr std::int64_t kWorkspace = 32 << 20;
+  static constexpr std::size_t kMostPlans = 4096;  // prefills have any number of rows
+
+  cublasLtHandle_t handle_ = nullptr;
+  Tensor workspace_;
+  std::map<Key, Plan> plans_;
+};
+
+std::shared_ptr<Products> make_products(Runtime& runtime) { return std::make_shared<Products>(runtime); }
+
+void Products::make(Plan& plan, const Product& product) {
+  const cudaDataType_t in = type_of(product.dtype), out = type_of(product.out_dtype);
+  check_library(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
+  const auto set = [&](cublasLtMatmulDescAttributes_t attribute, const auto& value) {
+    check_library(cublasLtMatmulDescSetAttribute(plan.operation, attribute, &value, sizeof value),
+                  "cublasLtMatmulDescSetAttribute");
+  };
+  set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+  if (product.bias != nullptr) {
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+    set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, in);
+    set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, product.bias);
+  }
+  const auto m = static_cast<std::uint64_t>(product.m), n = static_cast<std::uint64_t>(product.n),
+             k = static_cast<std::uint64_t>(product.k);
+  const auto layout = [](cublasLtMatrixLayout_t& made, cudaDataType_t type, std::uint64_t rows, std::uint64_t columns) {
+    check_library(cublasLtMatrixLayoutCreate(&made, type, rows, columns, static_cast<std::int64_t>(rows)),
+                  "cublasLtMatrixLayoutCreate");
+  };
+  layout(plan.w, in, k, n);
+  layout(plan.x, in, k, m);
+  layout(plan.y, out, n, m);
+  cublasLtMatmulPreference_t preference = nullptr;
+  check_library(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
+  const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
+    check_library(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value),
+                  "cublasLtMatmulPreferenceSetAttribute");
+  };
+  prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<std::size_t>(kWorkspace));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment_of(product.w));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_of(product.x));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(product.y));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_of(product.y));
+  cublasLtMatmulHeuristicResult_t result{};
+  int count = 0;
+  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, plan.w, plan.x, plan.y, plan.y,
+                                                               preference, 1, &result, &count);
+  (void)cublasLtMatmulPreferenceDestroy(preference);
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED || (status == CUBLAS_STATUS_SUCCESS && count == 0)) return;
+  check_library(status, "cublasLtMatmulAlgoGetHeuristic");
+  plan.algorithm = result.algo;
+  plan.found = true;
+}
+
+bool Products::multiply(const Runtime& runtime, const Product& product) {
+  const Key key{product.m,
+                product.n,
+                product.k,
+                product.dtype,
+                product.out_dtype,
+                product.bias != nullptr,
+                alignment_of(product.w),
+                alignment_of(product.x),
+                alignment_of(product.y)};
+  if (plans_.size() >= kMostPlans) plans_.clear();
+  const auto [place, fresh] = plans_.try_emplace(key);
+  Plan& plan = place->second;
+  if (fresh) make(plan, product);
+  if (!plan.found) return false;
+  if (product.bias != nullptr)
+    check_library(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &product.bias,
+                                                 sizeof product.bias),
+                  "cublasLtMatmulDescSetAttribute");
+  const float one = 1, zero = 0;
+  check_library(
+      cublasLtMatmul(handle_, plan.operation, &one, product.w, plan.w, product.x, plan.x, &zero, product.y, plan.y,
+                     product.y, plan.y, &plan.algorithm, workspace_.data, kWorkspace, runtime.stream()),
+      "cublasLtMatmul");
+  return true;
+}
+
+bool multiply_by_library(Runtime& runtime, const Product& product) {
+  return runtime.products().multiply(runtime, product);
+}
+
+// ---- The op
+
+Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, DType dtype) {
+  check_rank(x, 2, "x of linear");
+  const std::int64_t in = weight.weight.shape[1], out = weight.weight.shape[0];
+  if (x.shape[1] != in)
+    throw std::invalid_argument("linear: x must be [rows, " + std::to_string(in) + "], not " + describe(x));
+  check_dtype(x, weight.weight.dtype, "x of linear");
+  const DeviceGuard guard(runtime.device());
+  Tensor y = runtime.make({x.shape[0], out}, dtype);
+  if (y.bytes() == 0) return y;
+  const Product product{x.data,
+                        weight.weight.data,
+                        weight.bias ? weight.bias->data : nullptr,
+                        y.data,
+                        static_cast<int>(x.shape[0]),
+                        static_cast<int>(out),
+                        static_cast<int>(in),
+                        x.dtype,
+                        dtype};
+  if (product.dtype == DType::float32)
+    multiply_in_order(runtime, product);
+  else if (takes_few_rows(runtime, product))
+    multiply_few_rows(runtime, product);
+  else if (!multiply_by_library(runtime, product))
+    multiply_in_order(runtime, product);
+  return y;
+}
+
+}  // namespace vllmlite::cuda

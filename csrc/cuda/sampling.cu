@@ -1,0 +1,353 @@
+// Choosing ids from logits. Probabilities become whole numbers, so that their sums are exact in any order and a draw is
+// the same whatever else is in the batch.
+#include <algorithm>
+
+#include "cuda/checks.hpp"
+#include "cuda/kernel.cuh"
+#include "cuda/ops.hpp"
+#include "cuda/select.cuh"
+
+namespace vllmlite::cuda {
+
+// Bits of Feature in vllmlite/backends/base.py.
+constexpr unsigned kRandom = 1, kTopKTopP = 2, kMinP = 4, kPenalties = 8, kLogitBias = 16, kMask = 32;
+
+constexpr unsigned kThreads = 256;
+constexpr unsigned kParts = 16;  // blocks that look for a row's largest logit
+
+// ---- Bias, mask and penalties, in this order
+
+static __global__ void edit_kernel(const float* from, float* to, int size, unsigned features,
+                                   const __grid_constant__ BatchView batch) {
+  let_next_begin();
+  wait_for_previous();
+  const int row = static_cast<int>(blockIdx.y), slot = batch.sample_slots[row];
+  if (slot < 0) return;
+  const SlotState state = batch.states[slot];
+  const bool biased = (features & kLogitBias) != 0 && state.bias_count > 0;
+  const int place = (features & kMask) != 0 && batch.mask_places != nullptr ? batch.mask_places[row] : -1;
+  const std::int32_t* bits = batch.mask_bits + static_cast<std::int64_t>(place) * ((size + 31) / 32);
+  const bool penalised = (features & kPenalties) != 0 && state.counts != nullptr;
+  from += static_cast<std::int64_t>(row) * size;
+  to += static_cast<std::int64_t>(row) * size;
+  // A block's ids are its own, so that its biases, which come first, are added by itself.
+  const int begin = static_cast<int>(blockIdx.x * blockDim.x * 8),
+            end = min(begin + static_cast<int>(blockDim.x * 8), size);
+  for (int id = begin + static_cast<int>(threadIdx.x); id < end; id += static_cast<int>(blockDim.x)) to[id] = from[id];
+  if (biased) {
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < state.bias_count; i += static_cast<int>(blockDim.x))
+      if (const int id = state.bias_ids[i]; id >= begin && id < end) to[id] += state.biases[i];
+    __syncthreads();
+  }
+  if (place < 0 && !penalised) return;
+  for (int id = begin + static_cast<int>(threadIdx.x); id < end; id += static_cast<int>(blockDim.x)) {
+    float logit = to[id];
+    if (place >= 0 && (static_cast<std::uint32_t>(bits[id / 32]) >> id % 32 & 1) == 0) logit = -INFINITY;
+    if (penalised) {
+      const std::int32_t count = state.counts[id];
+      if (state.in_prompt[id] != 0 || count > 0)
+        logit = logit > 0 ? logit / state.repetition_penalty : logit * state.repetition_penalty;
+      if (count > 0) logit = logit - state.frequency_penalty * static_cast<float>(count) - state.presence_penalty;
+    }
+    to[id] = logit;
+  }
+}
+
+// ---- The largest
+
+__device__ __forceinline__ std::uint64_t larger(std::uint64_t a, std::uint64_t b) { return a > b ? a : b; }
+
+__device__ __forceinline__ int id_of(std::uint64_t rank) {
+  return static_cast<int>(0xffffffffU - static_cast<std::uint32_t>(rank));
+}
+
+// What a chosen id leaves behind.
+__device__ __forceinline__ void remember(const BatchView& batch, unsigned features, int row, int id,
+                                         std::int32_t* ids) {
+  const int slot = batch.sample_slots[row];
+  ids[row] = id;
+  if (slot < 0) return;
+  batch.last_id[slot] = id;
+  if ((features & kPenalties) != 0)
+    if (std::int32_t* counts = batch.states[slot].counts) atomicAdd(counts + id, 1);
+}
+
+static __global__ void greedy_kernel(const float* logits, int size, unsigned features,
+                                     const __grid_constant__ BatchView batch, std::uint64_t* best,
+                                     std::int32_t* counters, std::int32_t* ids) {
+  __shared__ std::uint64_t room[32];
+  let_next_begin();
+  wait_for_previous();
+  const int row = static_cast<int>(blockIdx.y);
+  const float* from = logits + static_cast<std::int64_t>(row) * size;
+  std::uint64_t rank = 0;
+  const int stride = static_cast<int>(gridDim.x * blockDim.x);
+  if (size % 4 == 0) {
+    const auto* packs = reinterpret_cast<const float4*>(from);
+    for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < size / 4; i += stride) {
+      const float4 pack = packs[i];
+      rank = larger(larger(larger(rank, ranked(pack.x, 4 * i)), ranked(pack.y, 4 * i + 1)),
+                    larger(ranked(pack.z, 4 * i + 2), ranked(pack.w, 4 * i + 3)));
+    }
+  } else {
+    for (int id = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); id < size; id += stride)
+      rank = larger(rank, ranked(from[id], id));
+  }
+  rank = block_reduce(rank, room, [](std::uint64_t a, std::uint64_t b) { return larger(a, b); });
+  if (threadIdx.x != 0) return;
+  best[row * gridDim.x + blockIdx.x] = rank;
+  __threadfence();
+  if (atomicAdd(counters + row, 1) != static_cast<int>(gridDim.x) - 1) return;
+  counters[row] = 0;
+  __threadfence();
+  for (unsigned part = 0; part < gridDim.x; ++part) rank = larger(rank, __ldcg(best + row * gridDim.x + part));
+  remember(batch, features, row, id_of(rank), ids);
+}
+
+// ---- Drawing
+
+__device__ __forceinline__ std::uint64_t mix(std::uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBU;
+  return z ^ (z >> 31);
+}
+
+// base.uniform, in units of 2^-24.
+__device__ __forceinline__ std::uint64_t uniform(std::uint64_t seed, std::int64_t position) {
+  constexpr std::uint64_t kGolden = 0x9E3779B97F4A7C15U;
+  return mix(mix(seed + kGolden) + (static_cast<std::uint64_t>(position) + 1) * kGolden) >> 40;
+}
+
+// A probability beside the largest, whose number is 0, in units of 2^-44: sums of 2^19 of them fit.
+__device__ __forceinline__ unsigned long long mass_of(float x) {
+  if (x < -30.5F) return 0;
+  const std::uint32_t bits = __float_as_uint(expf(x));
+  const unsigned long long mantissa = (bits & 0x7fffffU) | 0x800000U;
+  const int shift = static_cast<int>(bits >> 23) - 127 - 23 + 44;
+  return shift >= 0 ? mantissa << shift : mantissa >> -shift;
+}
+
+// Counts by where numbers of at most 0 lie on a line: what is large is told apart finely, without sorting.
+constexpr int kBins = 2048;
+constexpr float kBinsPerUnit = 64;
+constexpr int kListed = 1024;  // numbers that are gone over in shared memory once so few are left
+
+__device__ __forceinline__ int bin_of(float x) {
+  return static_cast<int>(fminf(-x * kBinsPerUnit, static_cast<float>(kBins - 1)));
+}
+
+struct DrawRoom {
+  SelectRoom select;
+  unsigned long long bins[kBins];
+  unsigned long long sums[32];
+  std::uint64_t ranks[32];
+  std::uint64_t keys[kListed];
+  float close[kListed], logits[kListed];
+  std::int32_t ids[kListed];
+  Reached found;
+  int count, place;
+};
+
+// Logits as numbers of at most 0: what is taken off the largest, in units of the temperature.
+struct Numbers {
+  const float* logits;
+  int size;
+  float largest, factor;
+
+  __device__ __forceinline__ float of(float logit) const { return fminf((logit - largest) * factor, 0.0F); }
+  __device__ __forceinline__ float at(int place) const { return of(logits[place]); }
+};
+
+// The largest number such that the masses of those not less reach `aim`; the least that has a mass if none does.
+template <typename Mass>
+__device__ float cut(const Numbers& numbers, unsigned long long aim, Mass mass, DrawRoom& room) {
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kSelectThreads) room.bins[i] = 0;
+  if (threadIdx.x == 0) room.count = 0;
+  __syncthreads();
+  for_each(numbers.logits, numbers.size, [&](int, float logit) {
+    const float x = numbers.of(logit);
+    if (const unsigned long long weight = mass(x); weight != 0) atomicAdd(&room.bins[bin_of(x)], weight);
+  });
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const Reached found = reach(room.bins, kBins, aim, [](int i) { return i; });
+    if (threadIdx.x == 0) room.found = found;
+  }
+  __syncthreads();
+  const auto [bin, before] = room.found;
+  for_each(numbers.logits, numbers.size, [&](int, float logit) {
+    const float x = numbers.of(logit);
+    if (bin_of(x) != bin || mass(x) == 0) return;
+    if (const int place = atomicAdd(&room.count, 1); place < kListed) room.close[place] = x;
+  });
+  __syncthreads();
+  const unsigned long long rest = aim > before ? aim - before : 0;
+  const auto key = [](float x) { return static_cast<std::uint64_t>(ordered(x)); };
+  const std::uint64_t found =
+      room.count <= kListed
+          ? select<32>(
+                room.count, rest, [&](int i) { return key(room.close[i]); }, [&](int i) { return mass(room.close[i]); },
+                room.select)
+          : select<32>(
+                numbers.size, rest, [&](int i) { return key(numbers.at(i)); },
+                [&, bin = bin](int i) { return bin_of(numbers.at(i)) == bin ? mass(numbers.at(i)) : 0ULL; },
+                room.select);
+  const auto bits = static_cast<std::uint32_t>(found);
+  return __uint_as_float((bits & 0x80000000U) != 0 ? bits & 0x7fffffffU : ~bits);
+}
+
+// Leaves the numbers from `least` up, by ascending id, if they are few. Every thread learns whether.
+__device__ bool list(Numbers& numbers, float least, DrawRoom& room) {
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < kListed; i += kSelectThreads) room.keys[i] = 0;
+  if (threadIdx.x == 0) room.count = 0;
+  __syncthreads();
+  for_each(numbers.logits, numbers.size, [&](int id, float logit) {
+    if (numbers.of(logit) < least) return;
+    if (const int place = atomicAdd(&room.count, 1); place < kListed)
+      room.keys[place] =
+          static_cast<std::uint64_t>(0xffffffffU - static_cast<std::uint32_t>(id)) << 32 | __float_as_uint(logit);
+  });
+  __syncthreads();
+  if (room.count > kListed) return false;
+  sort_descending(room.keys, kListed);
+  for (int i = static_cast<int>(threadIdx.x); i < room.count; i += kSelectThreads) {
+    room.ids[i] = static_cast<int>(0xffffffffU - static_cast<std::uint32_t>(room.keys[i] >> 32));
+    room.logits[i] = __uint_as_float(static_cast<std::uint32_t>(room.keys[i]));
+  }
+  __syncthreads();
+  numbers.logits = room.logits;
+  numbers.size = room.count;
+  return true;
+}
+
+// A block a row. Every filter becomes a least number, so that equals stay together.
+static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float* logits, int size, unsigned features,
+                                                                     const __grid_constant__ BatchView batch,
+                                                                     std::int32_t* ids) {
+  __shared__ DrawRoom room;
+  let_next_begin();
+  wait_for_previous();
+  const int row = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  const int slot = batch.sample_slots[row];
+  if (slot < 0) {
+    if (thread == 0) ids[row] = 0;
+    return;
+  }
+  const SlotState& state = batch.states[slot];
+  Numbers numbers{logits + static_cast<std::int64_t>(row) * size, size, 0, 0};
+  std::uint64_t rank = 0;
+  for_each(numbers.logits, size, [&](int id, float logit) { rank = larger(rank, ranked(logit, id)); });
+  rank = block_reduce(rank, room.ranks, [](std::uint64_t a, std::uint64_t b) { return larger(a, b); });
+  const int best = id_of(rank);
+  numbers.largest = numbers.logits[best];
+  if (state.temperature <= 0 || !isfinite(numbers.largest)) {
+    if (thread == 0) remember(batch, features, row, best, ids);
+    return;
+  }
+  numbers.factor = fminf(1 / state.temperature, 1e30F);
+  float least = (features & kMinP) != 0 ? state.log_min_p : -INFINITY;
+  bool listed = false;
+  if ((features & kTopKTopP) != 0 && state.top_k > 0 && state.top_k < size) {
+    const auto aim = static_cast<unsigned long long>(state.top_k);
+    least = fmaxf(least, cut(numbers, aim, [](float) { return 1ULL; }, room));
+    listed = list(numbers, least, room);
+  }
+  const auto mass = [&](float x) { return x < least ? 0ULL : mass_of(x); };
+  const auto sum_up = [&] {
+    unsigned long long sum = 0;
+    for_each(numbers.logits, numbers.size, [&](int, float logit) { sum += mass(numbers.of(logit)); });
+    return block_reduce(sum, room.sums, [](unsigned long long a, unsigned long long b) { return a + b; });
+  };
+  unsigned long long total = sum_up();
+  if ((features & kTopKTopP) != 0 && state.top_p < 1) {
+    const auto aim = static_cast<unsigned long long>(__double2ull_ru(static_cast<double>(total) * state.top_p));
+    least = fmaxf(least, cut(numbers, aim, mass, room));
+    total = sum_up();
+  }
+  // The first id at which the cumulative mass exceeds this: a warp's share of the row, then within it.
+  const std::uint64_t draw = uniform(state.seed, batch.sample_positions[row]);
+  const std::uint64_t aim = __umul64hi(draw, total) << 40 | draw * total >> 24;
+  const int lane = thread % 32, warp = thread / 32;
+  const int share = ((numbers.size + 31) / 32 + 31) / 32 * 32;
+  const int begin = warp * share, end = min(begin + share, numbers.size);
+  unsigned long long own = 0;
+#pragma unroll 4
+  for (int i = begin + lane; i < end; i += 32) own += mass(numbers.at(i));
+  for (int offset = 16; offset > 0; offset /= 2) own += __shfl_xor_sync(kAll, own, offset);
+  __syncthreads();
+  if (lane == 0) room.sums[warp] = own;
+  if (thread == 0) room.place = -1;
+  __syncthreads();
+  unsigned long long before = 0;
+  for (int i = 0; i < warp; ++i) before += room.sums[i];
+  if (before <= aim && before + own > aim) {
+    for (int at = begin; at < end; at += 32) {
+      const int i = at + lane;
+      unsigned long long sum = i < end ? mass(numbers.at(i)) : 0;
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const unsigned long long other = __shfl_up_sync(kAll, sum, offset);
+        if (lane >= offset) sum += other;
+      }
+      const unsigned passed = __ballot_sync(kAll, before + sum > aim);
+      if (passed != 0) {
+        if (lane == 0) room.place = at + __ffs(static_cast<int>(passed)) - 1;
+        break;
+      }
+      before += __shfl_sync(kAll, sum, 31);
+    }
+  }
+  __syncthreads();
+  if (thread != 0) return;
+  const int place = room.place;
+  remember(batch, features, row, place < 0 ? best : listed ? room.ids[place] : place, ids);
+}
+
+// ---- The op
+
+static void check_logits(const Tensor& logits) {
+  if (logits.dtype != DType::float32 || logits.shape.size() != 2 || logits.shape[1] == 0)
+    throw std::invalid_argument("logits must be float32 [rows, vocabulary], not " + describe(logits));
+}
+
+Sampled sample(Runtime& runtime, const Tensor& logits, const Batch& batch) {
+  check_logits(logits);
+  const std::int64_t rows = logits.shape[0];
+  const auto size = static_cast<int>(logits.shape[1]);
+  if (rows != batch.num_samples || size != batch.slots->vocab_size)
+    throw std::invalid_argument("logits " + describe(logits.shape) + " do not fit the batch's " +
+                                std::to_string(batch.num_samples) + " rows and " +
+                                std::to_string(batch.slots->vocab_size) + " ids");
+  const DeviceGuard guard(runtime.device());
+  Sampled out{runtime.make({rows}, DType::int32), std::nullopt};
+  auto* ids = static_cast<std::int32_t*>(out.ids.data);
+  const bool wanted = batch.num_logprobs >= 0;
+  Tensor edited = logits;
+  if (rows > 0) {
+    if ((batch.features & (kLogitBias | kMask | kPenalties)) != 0) {
+      if (wanted) edited = runtime.make(logits.shape, logits.dtype);
+      const dim3 grid(blocks_for(size, kThreads * 8), static_cast<unsigned>(rows));
+      launch(runtime, edit_kernel, grid, kThreads, 0, static_cast<const float*>(logits.data),
+             static_cast<float*>(edited.data), size, batch.features, batch.view);
+    }
+    const auto* from = static_cast<const float*>(edited.data);
+    if ((batch.features & kRandom) != 0) {
+      launch(runtime, draw_kernel, static_cast<unsigned>(rows), kSelectThreads, 0, from, size, batch.features,
+             batch.view, ids);
+    } else {
+      const Tensor best = runtime.make({rows, kParts}, DType::int64);
+      launch(runtime, greedy_kernel, dim3(kParts, static_cast<unsigned>(rows)), kThreads, 0, from, size, batch.features,
+             batch.view, static_cast<std::uint64_t*>(best.data), runtime.counters(static_cast<std::size_t>(rows)), ids);
+    }
+  }
+  if (wanted) out.logprobs = logprobs(runtime, logits, out.ids, batch.num_logprobs);
+  out.ids = runtime.landing(out.ids);
+  if (out.logprobs)
+    for (Tensor* tensor : {&out.logprobs->chosen, &out.logprobs->rank, &out.logprobs->top_ids, &out.logprobs->top})
+      *tensor = runtime.landing(*tensor);
+  return out;
+}
+
+}  // namespace vllmlite::cuda

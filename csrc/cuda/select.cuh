@@ -1,0 +1,122 @@
+// Finding cuts in a row of numbers by one block of threads, exactly and in no order: keys are counted by their digits,
+// the highest first, and only those that share the digits found so far go on.
+#pragma once
+
+#include "cuda/kernel.cuh"
+
+namespace vllmlite::cuda {
+
+constexpr int kSelectThreads = 1024;
+constexpr int kDigits = 256;
+
+// Ascending as the numbers do; -0 is 0.
+__device__ __forceinline__ std::uint32_t ordered(float x) {
+  const auto bits = __float_as_uint(x + 0.0F);
+  return (bits & 0x80000000U) != 0 ? ~bits : bits | 0x80000000U;
+}
+
+// Ascending by number, and among equals descending by id: no two of a row are the same.
+__device__ __forceinline__ std::uint64_t ranked(float x, int id) {
+  return static_cast<std::uint64_t>(ordered(x)) << 32 | (0xffffffffU - static_cast<std::uint32_t>(id));
+}
+
+// Calls visit(id, number) for a row's numbers, by all threads of the block.
+template <typename Visit>
+__device__ __forceinline__ void for_each(const float* row, int size, Visit visit) {
+  if (size % 4 != 0) {
+    for (int id = static_cast<int>(threadIdx.x); id < size; id += kSelectThreads) visit(id, row[id]);
+    return;
+  }
+  const auto* packs = reinterpret_cast<const float4*>(row);
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x); i < size / 4; i += kSelectThreads) {
+    const float4 pack = packs[i];
+    visit(4 * i, pack.x);
+    visit(4 * i + 1, pack.y);
+    visit(4 * i + 2, pack.z);
+    visit(4 * i + 3, pack.w);
+  }
+}
+
+// Sorts `size` keys, a power of two, descending (Batcher 1968).
+__device__ inline void sort_descending(std::uint64_t* keys, int size) {
+  for (int run = 2; run <= size; run *= 2)
+    for (int distance = run / 2; distance > 0; distance /= 2) {
+      __syncthreads();
+      for (int i = static_cast<int>(threadIdx.x); i < size / 2; i += kSelectThreads) {
+        const int low = i / distance * 2 * distance + i % distance, high = low + distance;
+        const std::uint64_t a = keys[low], b = keys[high];
+        if ((a < b) == ((low & run) == 0)) {
+          keys[low] = b;
+          keys[high] = a;
+        }
+      }
+    }
+  __syncthreads();
+}
+
+struct Reached {
+  int place;
+  unsigned long long before;
+};
+
+// The first place, of `count` (a multiple of 32) in the order that `at` gives, where the sum of `masses` reaches `aim`,
+// and the sum before it; the last with a mass if none does, or 0. By one whole warp.
+template <typename At>
+__device__ Reached reach(const unsigned long long* masses, int count, unsigned long long aim, At at) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  unsigned long long before = 0;
+  Reached found{at(0), 0};
+  for (int base = 0; base < count; base += 32) {
+    const unsigned long long own = masses[at(base + lane)];
+    unsigned long long sum = own;
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const unsigned long long other = __shfl_up_sync(kAll, sum, offset);
+      if (lane >= offset) sum += other;
+    }
+    const unsigned filled = __ballot_sync(kAll, own != 0);
+    const unsigned reached = __ballot_sync(kAll, own != 0 && before + sum >= aim);
+    if (filled != 0) {
+      const int which = reached != 0 ? __ffs(static_cast<int>(reached)) - 1 : 31 - __clz(static_cast<int>(filled));
+      found = {at(base + which), before + __shfl_sync(kAll, sum - own, which)};
+    }
+    if (reached != 0) break;
+    before += __shfl_sync(kAll, sum, 31);
+  }
+  return found;
+}
+
+struct SelectRoom {
+  unsigned long long masses[kDigits];
+  Reached found;
+};
+
+// The largest key for which the masses of keys that are not less reach `aim`; the least key that has a mass if none
+// does. `key` and `mass` are functions of the id; every thread gets the result. `kBits` of the key
+// are looked at, from the highest that is used.
+template <int kBits, typename Key, typename Mass>
+__device__ std::uint64_t select(int size, unsigned long long aim, Key key, Mass mass, SelectRoom& room) {
+  std::uint64_t prefix = 0;
+  for (int shift = kBits - 8; shift >= 0; shift -= 8) {
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < kDigits; i += static_cast<int>(blockDim.x)) room.masses[i] = 0;
+    __syncthreads();
+    for (int id = static_cast<int>(threadIdx.x); id < size; id += static_cast<int>(blockDim.x)) {
+      const std::uint64_t own = key(id);
+      const bool inside = shift + 8 >= 64 || own >> (shift + 8) == prefix;
+      const unsigned long long weight = inside ? mass(id) : 0;
+      if (weight != 0) atomicAdd(&room.masses[own >> shift & (kDigits - 1)], weight);
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      const Reached found = reach(room.masses, kDigits, aim, [](int i) { return kDigits - 1 - i; });
+      if (threadIdx.x == 0) room.found = found;
+    }
+    __syncthreads();
+    prefix = prefix << 8 | static_cast<std::uint64_t>(room.found.place);
+    aim = aim > room.found.before ? aim - room.found.before : 0;
+  }
+  return prefix;
+}
+
+}  // namespace vllmlite::cuda

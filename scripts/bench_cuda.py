@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""The native CUDA backend beside what its GPU gives.
+
+    PYTHONPATH=. scripts/bench_cuda.py [--small DIR] [--large DIR] [--rounds N] [--only ROW...]
+
+DIR are checkpoints in bfloat16 of llama1b's and llama8b's shapes (``../shared/peers/gpu/mkmodels.py`` writes them);
+without one, its rows stay empty. Read bandwidth and the rate of bfloat16 products are probed first (nvcc is needed).
+Decode rate = B * (n - 1) / (t_n - t_1), 128 tokens in, n = 256 out, greedy, fresh random prompts each round, medians.
+The last line is one JSON object: {row: {"ours": ..., "bar": ..., "ratio": ..., "limit": ...}}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllmlite import LLM, SamplingParams
+from vllmlite.backends.base import ForwardBatch, KVSpec, SlotParams, SlotSpec
+from vllmlite.backends.cuda import CudaBackend
+
+HERE = Path(__file__).resolve().parent
+BARS: dict[str, dict[str, float]] = {
+    "small": {
+        "decode 1": 1200, "decode 8": 7500, "decode 64": 32000, "decode 256": 60000, "decode 32 at 8192": 9500,
+        "nano": 37000, "first token ms": 4, "shared prefix s": 0.72, "ready s": 5,
+    },
+    "large": {
+        "decode 1": 240, "decode 8": 1750, "decode 64": 11200, "decode 256": 24600, "decode 32 at 8192": 2450,
+        "nano": 10450, "prefill 1 x 8192": 0.9 * 38300, "prefill 16 x 2048": 0.9 * 43325, "ready s": 10,
+    },
+}  # fmt: skip
+"""At least this much, or for times at most."""
+DECODED = 256
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--small", type=Path)
+    parser.add_argument("--large", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="rows whose names begin so")
+    args = parser.parse_args()
+    limits = _probe()
+    print(limits, flush=True)
+    table: dict[str, dict[str, float | None]] = {}
+
+    def note(name: str, value: float, bar: float | None, limit: float | None = None) -> None:
+        ratio = None if bar is None else value / bar
+        if ratio is not None and (name.endswith(" s") or name.endswith(" ms")):
+            ratio = 1 / ratio
+        table[name] = {"ours": value, "bar": bar, "ratio": ratio, "limit": limit}
+        print(
+            f"{name:34} {value:12.4g}  bar {bar or '-'}  ratio {ratio and round(ratio, 3)}  limit {limit}",
+            flush=True,
+        )
+
+    def wanted(name: str) -> bool:
+        return args.only is None or any(name.startswith(begin) for begin in args.only)
+
+    read = limits["read_gb_s"]
+    for size, batch, context in ((128, 64, 4096), (128, 8, 4096), (64, 64, 4096), (64, 256, 1024)):
+        name = f"attention {size} {batch} x {context} GB/s"
+        if wanted(name):
+            note(name, _attention(size, batch, context), 0.9 * read, read)
+    for which in ("small", "large"):
+        model = getattr(args, which)
+        if model is None:
+            continue
+        began = time.perf_counter()
+        llm = LLM(
+            str(model), device="cuda", backend="cuda", skip_tokenizer_init=True, max_model_len=8192 + 512
+        )
+        ready = time.perf_counter() - began
+        for name, value in _rows(llm, args.rounds, lambda row, which=which: wanted(f"{which} {row}")):
+            note(f"{which} {name}", value, BARS[which].get(name))
+        if wanted(f"{which} ready"):
+            note(f"{which} ready s", ready, BARS[which]["ready s"])
+        del llm
+        gc.collect()
+    print(json.dumps({"limits": limits, **table}))
+
+
+def _rows(llm: LLM, rounds: int, wanted: Any) -> Iterator[tuple[str, float]]:
+    draw = random.Random(0)
+    for batch in (1, 8, 64, 256):
+        if wanted(f"decode {batch}"):
+            yield f"decode {batch}", _decode(llm, draw, batch, 128, rounds)
+    if wanted("decode 32 at 8192"):
+        yield "decode 32 at 8192", _decode(llm, draw, 32, 8192, 1, 128)
+    for batch, length in ((1, 8192), (16, 2048)):
+        if wanted(f"prefill {batch} x {length}"):
+            taken = [_seconds(llm, _prompts(draw, batch, length), 1) for _ in range(rounds + 1)][1:]
+            yield f"prefill {batch} x {length}", batch * length / statistics.median(taken)
+    if wanted("first token ms"):
+        taken = [_seconds(llm, _prompts(draw, 1, 128), 1) for _ in range(10)]
+        yield "first token ms", 1e3 * statistics.median(taken)
+    if wanted("nano"):
+        yield "nano", _nano(llm)
+    if wanted("shared prefix s"):
+        shared = _prompts(draw, 1, 2048)[0]
+        prompts = [shared + own for own in _prompts(draw, 256, 128)]
+        yield "shared prefix s", _seconds(llm, prompts, 64)
+
+
+def _prompts(draw: random.Random, count: int, length: int) -> list[list[int]]:
+    return [[draw.randrange(10, 100000) for _ in range(length)] for _ in range(count)]
+
+
+def _seconds(llm: LLM, prompts: list[list[int]], tokens: int | list[int]) -> float:
+    counts = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
+    params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in counts]
+    given: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
+    start = time.perf_counter()
+    llm.generate(given, params, use_tqdm=False)
+    return time.perf_counter() - start
+
+
+def _decode(
+    llm: LLM, draw: random.Random, batch: int, length: int, rounds: int, tokens: int = DECODED
+) -> float:
+    rates = []
+    for _ in range(rounds):
+        first = _seconds(llm, _prompts(draw, batch, length), 1)
+        rates.append(batch * (tokens - 1) / (_seconds(llm, _prompts(draw, batch, length), tokens) - first))
+    return statistics.median(rates)
+
+
+def _nano(llm: LLM) -> float:
+    """256 requests at once, lengths uniform from 100 to 1024 in and out."""
+    draw = random.Random(0)
+    prompts = [[draw.randint(0, 10000) for _ in range(draw.randint(100, 1024))] for _ in range(256)]
+    counts = [draw.randint(100, 1024) for _ in range(256)]
+    return sum(counts) / _seconds(llm, prompts, counts)
+
+
+def _attention(size: int, batch: int, context: int, heads: int = 32, kv_heads: int = 8) -> float:
+    """GB/s of keys and values that decoding reads, over so many layers that no cache holds them."""
+    backend = CudaBackend("cuda", "bfloat16")
+    layers = max(2, int(2e9 / (2 * kv_heads * size * 2 * batch * context)))
+    spec = KVSpec(layers, kv_heads, size, 16, "bfloat16")
+    blocks = batch * context // 16
+    kv = backend.alloc_kv(spec, blocks)
+    slots = backend.alloc_slots(SlotSpec(batch, context // 16, 1000, batch * context // 16))
+    order = np.random.default_rng(0).permutation(blocks).astype(np.int32)
+    for slot in range(batch):
+        backend.set_slot(slots, slot, SlotParams())
+    columns = np.tile(np.arange(context // 16, dtype=np.int32), batch)
+    backend.append_blocks(slots, np.repeat(np.arange(batch, dtype=np.int32), context // 16), columns, order)
+
+    def host(count: int, ends: int) -> ForwardBatch:
+        rows = np.arange(batch, dtype=np.int32)
+        starts = np.arange(batch + 1, dtype=np.int32) * count
+        return ForwardBatch(
+            num_tokens=batch * count, num_rows=batch, max_query_len=count, max_context=ends,
+            token_ids=np.zeros(batch * count, np.int32),
+            positions=np.tile(np.arange(ends - count, ends, dtype=np.int32), batch), query_start_loc=starts,
+            slots=rows, context_lens=np.full(batch, ends, np.int32), logits_rows=starts[1:] - 1,
+            sample_slots=rows, sample_positions=np.full(batch, ends, np.int64),
+        )  # fmt: skip
+
+    width = (heads + 2 * kv_heads) * size
+    noise = np.random.default_rng(1).standard_normal((batch * 256, width)).astype(np.float32)
+    qkv = backend.tensor(noise, "bfloat16")
+    for end in range(256, context + 1, 256):
+        piece = backend.upload(host(256, end), slots)
+        for layer in range(layers):
+            backend.attn_prep(qkv, heads, None, kv, layer, piece)
+    one = backend.upload(host(1, context), slots)
+    q = backend.attn_prep(backend.tensor(noise[:batch], "bfloat16"), heads, None, kv, 0, one)
+
+    def attend() -> list[Any]:
+        return [backend.paged_attention(q, kv, layer, one, size**-0.5) for layer in range(layers)][-1:]
+
+    attend()
+    graph = backend._runtime.capture(one.backend, attend)
+    taken = []
+    for _ in range(10):
+        backend._runtime.synchronize()
+        start = time.perf_counter()
+        backend._runtime.replay(graph, one.backend)
+        backend._runtime.synchronize()
+        taken.append(time.perf_counter() - start)
+    return 2 * kv_heads * size * 2 * batch * context * layers / statistics.median(taken) / 1e9
+
+
+def _probe() -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as directory:
+        binary = Path(directory) / "cuda_probe"
+        command = ["nvcc", "-O2", "-std=c++17", "-arch=native", str(HERE / "cuda_probe.cu"), "-lcublasLt"]
+        subprocess.run([*command, "-o", str(binary)], check=True)
+        done = subprocess.run([str(binary)], check=True, capture_output=True, text=True)
+    values: dict[str, float] = json.loads(done.stdout)
+    return values
+
+
+if __name__ == "__main__":
+    main()

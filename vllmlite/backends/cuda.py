@@ -1,0 +1,292 @@
+"""The native CUDA backend: the contract on ``vllmlite._cuda``, without torch.
+
+Ops issue kernels on one stream and return at once; :meth:`CudaBackend.to_host` waits, for sampled ids no longer than
+until their own copy has arrived. In float32 an output row is a function of its own input row, bit for bit; 16-bit
+products and attention go through the tensor cores, whose sums depend on how many rows there are.
+"""
+
+# ruff: noqa: D102  (the methods are documented in base.py)
+
+from __future__ import annotations
+
+import importlib
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite.backends.base import (
+    API,
+    FLOAT_DTYPES,
+    ITEM_SIZE,
+    Backend,
+    Feature,
+    ForwardBatch,
+    HostTensor,
+    HostWeight,
+    KVSpec,
+    Logprobs,
+    Memory,
+    Rope,
+    Sampled,
+    SlotParams,
+    SlotSpec,
+    Step,
+    Tensor,
+    float_parts,
+)
+from vllmlite.errors import BackendError
+
+HEAD_UNIT = 16
+"""The cache pads heads to a multiple of this."""
+NO_WINDOW = 2**31 - 1
+NATIVE_BFLOAT16 = (8, 0)
+"""Compute capability from which on tensor cores multiply bfloat16."""
+
+
+class CudaBackend(Backend):
+    """``device``: ``cuda`` or ``cuda:N``. ``dtype``: of activations and dense weights, one of ``FLOAT_DTYPES``, or
+    ``auto``: ``checkpoint_dtype``, except float16 for bfloat16 where the chip lacks it. BackendError says what is
+    missing."""
+
+    name: ClassVar[str] = "cuda"
+    asynchronous = True
+
+    def __init__(self, device: str = "cuda", dtype: str = "auto", checkpoint_dtype: str = "bfloat16") -> None:
+        if dtype not in ("auto", *FLOAT_DTYPES):
+            raise BackendError(f"dtype {dtype}: the cuda backend computes in {', '.join(FLOAT_DTYPES)}")
+        self._native = load_native()
+        found = self._native.probe()
+        if not found["devices"]:
+            raise BackendError(f"vllmlite._cuda finds no GPU: {found['reason']}")
+        index = int(device.partition(":")[2] or 0)
+        if index >= len(found["devices"]):
+            raise BackendError(
+                f"device {device}: vllmlite._cuda finds {len(found['devices'])} GPUs, numbered from 0"
+            )
+        gpu = found["devices"][index]
+        if dtype == "auto":
+            dtype = checkpoint_dtype
+            if dtype == "bfloat16" and gpu["compute_capability"] < NATIVE_BFLOAT16:
+                dtype = "float16"
+        self.device, self.dtype, self._index = device, dtype, index
+        self.details = gpu["name"]
+        with _out_of_memory("the device has no room for its own context"):
+            self._runtime = self._native.Runtime(index, dtype)
+        self._slots: Any = None
+        self._kv_spec = KVSpec(1, 1, HEAD_UNIT, 16, dtype)
+        self._graph_rows: tuple[int, ...] = ()
+
+    # Tensors
+
+    def tensor(self, host: HostTensor | NDArray[Any], dtype: str | None = None) -> Tensor:
+        if isinstance(host, HostTensor):
+            data, source, shape = host.data, host.dtype, host.shape
+        else:
+            array = np.ascontiguousarray(host)
+            if dtype is not None and array.dtype.name not in FLOAT_DTYPES:
+                array = array.astype(np.float32 if dtype in FLOAT_DTYPES else dtype)
+            data, source, shape = array.reshape(-1).view(np.uint8), array.dtype.name, array.shape
+        with _out_of_memory("a tensor does not fit: choose a smaller model or dtype"):
+            return self._runtime.tensor(data, source, shape, dtype or source)
+
+    def to_host(self, tensor: Tensor) -> NDArray[Any]:
+        array: NDArray[Any] = self._runtime.to_host(tensor)
+        if tensor.dtype == "bfloat16":
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return array
+
+    def empty(self, shape: Sequence[int], dtype: str) -> Tensor:
+        return self._runtime.empty(shape, dtype)
+
+    def rows(self, tensor: Tensor, index: Tensor) -> Tensor:
+        return self._runtime.rows(tensor, index)
+
+    def memory(self) -> Memory:
+        free, total = self._native.memory(self._index)
+        return Memory(total, free)
+
+    # Weights
+
+    def linear_weight(self, parts: Sequence[HostWeight], biases: Sequence[HostTensor] = ()) -> Any:
+        floats = float_parts(parts)
+        out = sum(part.shape[0] for part in floats)
+        with _out_of_memory("the weights do not fit: choose a smaller model or dtype"):
+            made = self._runtime.linear_weight(out, parts[0].shape[1], bool(biases))
+            for target, pieces in ((made.weight, floats), (made.bias, biases)):
+                first = 0
+                for piece in pieces:
+                    self._runtime.fill_rows(target, first, piece.shape[0], piece.data, piece.dtype)
+                    first += piece.shape[0]
+        return made
+
+    def tied_weight(self, table: Tensor) -> Any:
+        return self._native.LinearWeight(table)
+
+    # Key/value cache
+
+    def kv_bytes_per_block(self, spec: KVSpec) -> int:
+        head = -(-spec.head_dim // HEAD_UNIT) * HEAD_UNIT * spec.block_size * ITEM_SIZE[spec.dtype]
+        return 2 * spec.num_layers * spec.num_kv_heads * head
+
+    def alloc_kv(self, spec: KVSpec, num_blocks: int) -> Any:
+        self.check_kv(spec, num_blocks)
+        self._kv_spec = spec
+        with _out_of_memory(
+            f"{num_blocks} blocks of key/value cache do not fit: lower gpu_memory_utilization, "
+            "kv_cache_memory_bytes or num_gpu_blocks_override"
+        ):
+            return self._runtime.kv_cache(
+                spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype, num_blocks
+            )
+
+    def copy_blocks(self, src: Any, dst: Any, pairs: NDArray[np.int64]) -> None:
+        src.copy_blocks(dst, np.ascontiguousarray(pairs, np.int64))
+
+    # Slots
+
+    def alloc_slots(self, spec: SlotSpec) -> Any:
+        with _out_of_memory("the slots do not fit: lower max_num_seqs or max_model_len"):
+            self._slots = self._runtime.slots(
+                spec.max_slots, spec.max_blocks, spec.vocab_size, spec.num_blocks
+            )
+        return self._slots
+
+    def set_slot(self, slots: Any, slot: int, params: SlotParams) -> None:
+        slots.set(slot, params)
+
+    def append_blocks(
+        self, slots: Any, slot_ids: NDArray[np.int32], columns: NDArray[np.int32], blocks: NDArray[np.int32]
+    ) -> None:
+        slots.append_blocks(slot_ids, columns, blocks)
+
+    def upload(self, batch: ForwardBatch, slots: Any) -> ForwardBatch:
+        spec = self._kv_spec
+        native = self._runtime.upload(
+            batch, slots, self._capacity(batch.num_rows), spec.block_size, spec.num_kv_heads
+        )
+        token_ids, logits_rows = native.tensors()
+        return replace(batch, token_ids=token_ids, logits_rows=logits_rows, backend=native)
+
+    def _capacity(self, rows: int) -> int:
+        """Rows of the smallest graph that has room for so many; as many where no graph does."""
+        at = bisect_left(self._graph_rows, rows)
+        return self._graph_rows[at] if at < len(self._graph_rows) else rows
+
+    # Model ops
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        return self._runtime.embedding(token_ids, weight)
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self._runtime.rms_norm(x, weight, eps, residual)
+        return found
+
+    def linear(self, x: Tensor, weight: Any) -> Tensor:
+        return self._runtime.linear(x, weight)
+
+    def attn_prep(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        rope: Rope | None,
+        kv: Any,
+        layer: int,
+        batch: ForwardBatch,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        table, size, interleaved = (
+            (None, 0, False) if rope is None else (rope.cos_sin, rope.rotary_dim, rope.interleaved)
+        )
+        return self._runtime.attn_prep(
+            qkv, num_heads, table, size, interleaved, kv, layer, batch.backend, q_norm, k_norm, eps
+        )
+
+    def paged_attention(
+        self, q: Tensor, kv: Any, layer: int, batch: ForwardBatch, scale: float, window: int | None = None
+    ) -> Tensor:
+        sees = NO_WINDOW if window is None else min(window, NO_WINDOW)
+        return self._runtime.paged_attention(q, kv, layer, batch.backend, scale, sees)
+
+    def gated_activation(self, x: Tensor, activation: str) -> Tensor:
+        try:
+            return self._runtime.gated_activation(x, activation)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+
+    def logits(self, hidden: Tensor, weight: Any) -> Tensor:
+        return self._runtime.logits(hidden, weight)
+
+    # Sampling
+
+    def sample(self, logits: Tensor, slots: Any, batch: ForwardBatch) -> Sampled:
+        return _unpack(self._runtime.sample(logits, batch.backend))
+
+    def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
+        return Logprobs(*self._runtime.logprobs(logits, ids, k))
+
+    # Graphs
+
+    def graph_rows(self, most: int) -> Sequence[int]:
+        sizes = {1, 2, 4, *range(8, min(most, 256), 8), *range(256, min(most, 1024), 32), most}
+        self._graph_rows = tuple(sorted(size for size in sizes if size <= most))
+        return self._graph_rows
+
+    def capture(self, key: tuple[int, int, Feature, int], step: Step) -> Step:
+        """Records at once, with rows that are nobody's. Masks are of any size, hence not recorded."""
+        rows, _, features, num_logprobs = key
+        if features & Feature.MASK:
+            return step
+        spec = self._kv_spec
+        native = self._runtime.padding(
+            int(features), num_logprobs, self._slots, rows, spec.block_size, spec.num_kv_heads
+        )
+        token_ids, logits_rows = native.tensors()
+        nobody = np.zeros(0, np.int32)
+        batch = ForwardBatch(
+            num_tokens=rows, num_rows=rows, max_query_len=1, max_context=1, token_ids=token_ids,
+            positions=nobody, query_start_loc=nobody, slots=nobody, context_lens=nobody, logits_rows=logits_rows,
+            sample_slots=nobody, sample_positions=nobody, features=features, num_logprobs=num_logprobs,
+            backend=native,
+        )  # fmt: skip
+        graph = self._runtime.capture(native, lambda: _pack(step(batch)))
+        return lambda batch: _unpack(self._runtime.replay(graph, batch.backend))
+
+
+def _pack(sampled: Sampled) -> list[Tensor]:
+    found = sampled.logprobs
+    return (
+        [sampled.ids] if found is None else [sampled.ids, found.chosen, found.rank, found.top_ids, found.top]
+    )
+
+
+def _unpack(tensors: list[Tensor]) -> Sampled:
+    ids, *logprobs = tensors
+    return Sampled(ids, Logprobs(*logprobs) if logprobs else None)
+
+
+@contextmanager
+def _out_of_memory(advice: str) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise BackendError(f"{advice} ({error})") from error
+
+
+def load_native() -> Any:
+    """``vllmlite._cuda``. BackendError if it is not installed or speaks another version of the contract."""
+    try:
+        native = importlib.import_module("vllmlite._cuda")
+    except ImportError as error:
+        raise BackendError(f"vllmlite._cuda is not installed ({error})") from error
+    if native.API != API:
+        raise BackendError(f"vllmlite._cuda is built for interface {native.API}, and this is {API}")
+    return native
