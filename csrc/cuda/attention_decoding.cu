@@ -9,7 +9,6 @@
 namespace vllmlite::cuda {
 
 constexpr int kWarps = 4, kKeys = 16, kHeads = 16;
-constexpr float kLog2E = 1.44269504088896341F;
 
 // Rows are padded by one access, so that eight of them lie in different banks.
 template <typename T, int kSize>

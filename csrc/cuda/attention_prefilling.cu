@@ -8,7 +8,6 @@
 namespace vllmlite::cuda {
 
 constexpr int kWarps = 4, kKeys = 64;
-constexpr float kLog2E = 1.44269504088896341F;
 
 // A warp has kRowTiles times 16 queries. Rows are padded by one access, so that eight of them lie in different banks.
 template <typename T, int kSize, int kRowTiles>

@@ -80,6 +80,8 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+inline constexpr float kLog2E = 1.44269504088896341F;  // what makes a power of two of one of e
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
