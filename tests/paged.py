@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from vllmlite.backends.base import (
@@ -56,6 +57,8 @@ class Paged:
         num_blocks: int = 128,
         max_slots: int = 10,
     ) -> None:
+        if spec.dtype not in backend.kv_dtypes:
+            pytest.skip(f"the {backend.name} backend has no {spec.dtype} cache")
         self.backend, self.spec = backend, spec
         self.num_blocks = num_blocks
         self.kv = backend.alloc_kv(spec, num_blocks)

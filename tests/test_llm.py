@@ -101,8 +101,14 @@ def test_scheduling_changes_nothing(llm: LLM, params: SamplingParams, options: d
     assert other.llm_engine.stats().num_used_blocks == 0
 
 
+def needs_int8_cache() -> None:
+    if OPTIONS["backend"] == "cuda":
+        pytest.skip("the cuda backend has no int8 cache")
+
+
 def test_an_int8_cache_changes_nothing_of_that(params: SamplingParams) -> None:
     """Batched = single, chunked = whole, preempted = calm, cached = cold."""
+    needs_int8_cache()
 
     def int8(**options: Any) -> LLM:
         return make(kv_cache_dtype="int8", **options)
@@ -122,6 +128,7 @@ def test_an_int8_cache_changes_nothing_of_that(params: SamplingParams) -> None:
 
 def test_an_int8_cache_costs_little(llm: LLM) -> None:
     """Log-probabilities of a text move by a few hundredths: they do move, since the cache is another one."""
+    needs_int8_cache()
 
     def logprobs(llm: LLM) -> list[float]:
         (output,) = llm.generate(PROMPTS[5], GREEDY.clone(max_tokens=1, prompt_logprobs=0))

@@ -81,7 +81,8 @@ class TorchKV:
 def _quantised(x: torch.Tensor) -> torch.Tensor:
     """Codes of ``x [..., D]``, and the bytes of a scale: int8 ``[..., D + 4]``."""
     x = x.float()
-    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    # By a tensor: CUDA multiplies by the reciprocal of a plain number, which rounds otherwise.
+    scale = (x.abs().amax(-1, keepdim=True) / x.new_tensor(127)).clamp(min=torch.finfo(torch.float32).tiny)
     codes = (x / scale).round().nan_to_num().to(torch.int8)
     return torch.cat((codes, scale.view(torch.int8)), -1)
 
