@@ -160,12 +160,15 @@ def test_an_engine_that_is_dead_ends_the_program() -> None:
     url = line.split(" at ")[1].split(",")[0]
     reader = threading.Thread(target=process.stderr.read)
     reader.start()
-    for _ in range(3):
-        answer = httpx.post(f"{url}/v1/completions", json={"prompt": PROMPT}, timeout=30)
-        assert answer.status_code in (500, 503)
-    assert process.wait(30) == 1
-    reader.join()
-    process.stderr.close()
+    try:
+        for _ in range(3):
+            answer = httpx.post(f"{url}/v1/completions", json={"prompt": PROMPT}, timeout=30)
+            assert answer.status_code in (500, 503)
+        assert process.wait(30) == 1
+    finally:
+        process.kill()
+        reader.join()
+        process.stderr.close()
 
 
 def test_sigterm_drains_and_exits_0() -> None:
