@@ -144,8 +144,8 @@ cross_tests() {
         --include=base-files,python3-{huggingface-hub,hypothesis,jinja2,numpy,pytest,tokenizers,yaml},qemu-user:amd64 \
         sid "$system" "deb $MIRROR sid main"
     for deb in "$SCRATCH"/{cpu/python3-vllmlite,cross/python3-vllmlite-cpu}_*.deb; do dpkg-deb -x "$deb" "$system"; done
+    mkdir -p "$system"/{proc,srv,tmp} "$system/${system%/*}"
     git archive HEAD tests | tar -x -C "$system/srv"
-    mkdir -p "$system/${system%/*}"
     ln -s / "$system/$system"
     # shellcheck disable=SC2016  # the inner shell's own parameters
     emulator=(unshare --mount --pid --fork sh -c 'mount -t proc proc "$0/proc"; exec chroot "$0" "$@"' "$system"
