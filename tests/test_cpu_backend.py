@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from paged import Paged, PagedModel, host_batch, host_tensor
 
 from vllmlite.backends import select
 from vllmlite.backends.base import FLOAT_DTYPES, KV_DTYPES, Feature, KVSpec, SlotParams, SlotSpec
-from vllmlite.backends.cores import usable_cores
+from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.errors import BackendError
 from vllmlite.models import load_model
@@ -322,3 +323,41 @@ def test_idle_threads_sleep(checkpoint: Path) -> None:
     before = time.process_time()
     time.sleep(0.5)
     assert time.process_time() - before < 0.02
+
+
+def test_threads_are_shared_out_among_numa_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3, 4, 5, 9, 12}, raising=False)
+
+    def nodes(*lists: str) -> Path:
+        root = tmp_path / str(len(lists))
+        for index, cpus in enumerate(lists):
+            (root / f"node{index}").mkdir(parents=True)
+            (root / f"node{index}" / "cpulist").write_text(cpus + "\n")
+        return root
+
+    none, one, two = nodes(), nodes("0-15"), nodes("0-5,8", "9-15")
+    three = nodes("", "0-1,64-70", "2-5,9-12")
+    assert thread_places(3, none) == thread_places(3, one) == [[], [], []]
+    first, second = [0, 1, 2, 3, 4, 5], [9, 12]
+    assert thread_places(8, two) == [first] * 6 + [second] * 2
+    assert thread_places(4, two) == [first] * 3 + [second]
+    assert thread_places(16, two) == [first] * 12 + [second] * 4
+    assert thread_places(4, three) == [[0, 1]] + [[2, 3, 4, 5, 9, 12]] * 3
+    (two / "node1" / "cpulist").write_text("nonsense")
+    assert thread_places(2, two) == [[], []]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed on Linux alone")
+def test_threads_run_where_they_are_bound() -> None:
+    cpu = max(os.sched_getaffinity(0))
+    before = {task.name for task in Path("/proc/self/task").iterdir()}
+    runtime = _cpu.Runtime("auto", [[], [cpu], []], "float32")
+    assert runtime.threads == 3
+    made = [task for task in Path("/proc/self/task").iterdir() if task.name not in before]
+    for _ in range(200):
+        found = sorted(os.sched_getaffinity(int(task.name)) for task in made)
+        if {cpu} in found:
+            break
+        time.sleep(0.01)
+    everywhere = os.sched_getaffinity(0)
+    assert len(made) == 2 and {cpu} in found and everywhere in found

@@ -292,11 +292,12 @@ PYBIND11_MODULE(_cpu, module) {
   py::class_<cpu::Runtime> runtime(module, "Runtime", py::module_local(),
                                    "Kernels, threads, and the list of ops to run.");
   runtime
-      .def(py::init([](const std::string& isa, int threads, const std::string& dtype) {
-             if (threads < 1) throw std::invalid_argument("threads must be at least 1");
-             return std::make_unique<cpu::Runtime>(isa, threads, vllmlite::dtype_from_name(dtype));
+      .def(py::init([](const std::string& isa, std::vector<std::vector<int>> places, const std::string& dtype) {
+             if (places.empty()) throw std::invalid_argument("there must be at least one thread");
+             return std::make_unique<cpu::Runtime>(isa, std::move(places), vllmlite::dtype_from_name(dtype));
            }),
-           py::arg("isa"), py::arg("threads"), py::arg("dtype"))
+           py::arg("isa"), py::arg("places"), py::arg("dtype"),
+           "A thread for each of `places`, bound to the CPUs listed there; the first, the caller, never is.")
       .def_property_readonly("isa", [](const cpu::Runtime& self) { return std::string(self.kernels().isa); })
       .def_property_readonly("threads", &cpu::Runtime::threads)
       .def("upload", &upload)

@@ -25,10 +25,10 @@ DType dtype_of(Float type) {
   return kNames[static_cast<int>(type)];
 }
 
-Runtime::Runtime(const std::string& isa, int threads, DType dtype)
+Runtime::Runtime(const std::string& isa, std::vector<std::vector<int>> places, DType dtype)
     : kernels_(choose_kernels(isa)),
       product_input_(dtype_of(kernels_.linear_input[static_cast<int>(float_of(dtype))])),
-      team_(threads) {}
+      team_(std::move(places)) {}
 
 void Runtime::keep(const Tensor& tensor) {
   // An arena's memory is reused by later ops only, which are later in the list as well.

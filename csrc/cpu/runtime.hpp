@@ -25,8 +25,9 @@ DType dtype_of(Float type);
 
 class Runtime {
  public:
-  // Kernels of `isa` ("auto": the best), as many threads, and a model of dense weights of `dtype`.
-  Runtime(const std::string& isa, int threads, DType dtype);
+  // Kernels of `isa` ("auto": the best), a thread for each of `places` (as Team has them), and a model of dense weights
+  // of `dtype`.
+  Runtime(const std::string& isa, std::vector<std::vector<int>> places, DType dtype);
 
   const Kernels& kernels() const { return kernels_; }
   int threads() const { return team_.size(); }

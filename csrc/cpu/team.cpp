@@ -1,6 +1,12 @@
 #include "cpu/team.hpp"
 
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
 #include <new>
+#include <utility>
 
 namespace vllmlite::cpu {
 
@@ -8,6 +14,18 @@ namespace {
 
 constexpr int kSpins = 4000;  // a few microseconds: as long as members usually wait for one another
 constexpr int kYields = 100;  // how often an idle member lets others run before it sleeps
+
+// Failing changes speed alone: whoever forbids it (a container, say) has placed the process itself.
+void bind([[maybe_unused]] const std::vector<int>& cpus) {
+#if defined(__linux__)
+  if (cpus.empty()) return;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (const int cpu : cpus)
+    if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_SET(cpu, &set);
+  (void)pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+#endif
+}
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -23,10 +41,11 @@ void Worker::Free::operator()(std::byte* memory) const { ::operator delete(memor
 
 std::int64_t Worker::take() { return team_->next_.fetch_add(1, std::memory_order_relaxed); }
 
-Team::Team(int threads) : workers_(static_cast<std::size_t>(threads)) {
+Team::Team(std::vector<std::vector<int>> places) : workers_(places.size()) {
   for (Worker& worker : workers_) worker.team_ = this;
   threads_.reserve(workers_.size() - 1);
-  for (int index = 1; index < threads; ++index) threads_.emplace_back([this, index] { member(index); });
+  for (std::size_t index = 1; index < places.size(); ++index)
+    threads_.emplace_back([this, index, place = std::move(places[index])] { member(static_cast<int>(index), place); });
 }
 
 Team::~Team() {
@@ -57,7 +76,8 @@ void Team::work(Worker& worker) {
   }
 }
 
-void Team::member(int index) {
+void Team::member(int index, const std::vector<int>& place) {
+  bind(place);
   for (std::uint32_t seen = 0;;) {
     for (int i = 0; i < kSpins && round_.load(std::memory_order_acquire) == seen; ++i) pause();
     for (int i = 0; i < kYields && round_.load(std::memory_order_acquire) == seen; ++i) std::this_thread::yield();

@@ -39,7 +39,9 @@ using Phase = std::function<void(Worker&)>;
 
 class Team {
  public:
-  explicit Team(int threads);
+  // As many members as there are `places`: the CPUs that each is bound to, none for any. The caller, who is the first
+  // member, stays where it is.
+  explicit Team(std::vector<std::vector<int>> places);
   ~Team();
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
@@ -56,7 +58,7 @@ class Team {
   friend class Worker;
 
   void work(Worker& worker);
-  void member(int index);
+  void member(int index, const std::vector<int>& place);
   void meet();
 
   std::vector<Worker> workers_;

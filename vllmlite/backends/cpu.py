@@ -42,7 +42,7 @@ from vllmlite.backends.base import (
     Tensor,
     float_parts,
 )
-from vllmlite.backends.cores import usable_cores
+from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.memory import host_memory
 from vllmlite.errors import BackendError, ModelError
 from vllmlite.weights.quantized import quantized_tensor
@@ -76,7 +76,7 @@ class CpuBackend(Backend):
             dtype if quantization is None else "float32"
         )  # what is quantised next need not be rounded before
         try:
-            self._runtime = self._native.Runtime(isa, threads or usable_cores(), weights)
+            self._runtime = self._native.Runtime(isa, thread_places(threads or usable_cores()), weights)
         except ValueError as error:
             raise BackendError(str(error)) from error
         self.isa: str = self._runtime.isa
