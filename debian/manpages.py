@@ -19,6 +19,11 @@ def roff(text: str) -> str:
     return re.sub(r"^([.'])", r"\\&\1", text, flags=re.MULTILINE)
 
 
+def title(command: str) -> str:
+    """The name of a subcommand's page."""
+    return "vllmlite-" + command.replace(" ", "-")
+
+
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """The parsers of ``parser``'s subcommands, by name."""
     for action in parser._actions:
@@ -76,15 +81,15 @@ def main(directory: Path) -> None:
     summaries = {name: (command.description or name).rstrip(".") for name, command in commands.items()}
     listing = [".SH COMMANDS"]
     for name, summary in summaries.items():
-        listing += [".TP", f"\\fB{name}\\fR", f"{roff(summary)}; see \\fBvllmlite\\-{name}\\fR(1)."]
-    pages = [f"vllmlite-{name}" for name in commands]
+        listing += [".TP", f"\\fB{name}\\fR", f"{roff(summary)}; see \\fB{roff(title(name))}\\fR(1)."]
+    pages = [title(name) for name in commands]
     text = page("vllmlite", "run language models", "COMMAND ...", date, [*body(parser), *listing], pages)
     (directory / "vllmlite.1").write_text(text, encoding="utf-8")
     for name, command in commands.items():
         summary = summaries[name][0].lower() + summaries[name][1:]
         _, _, synopsis = command.format_usage().strip().partition(f" {name} ")
-        text = page(f"vllmlite-{name}", summary, synopsis, date, [*body(command)], ["vllmlite"])
-        (directory / f"vllmlite-{name}.1").write_text(text, encoding="utf-8")
+        text = page(title(name), summary, synopsis, date, [*body(command)], ["vllmlite"])
+        (directory / f"{title(name)}.1").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
