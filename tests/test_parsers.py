@@ -99,11 +99,13 @@ def test_text_is_taken_apart(kind: str, text: str, expected: list[Part]) -> None
     assert parts_of(kind, list(text)) == expected
 
 
+WORDS = (
+    '<tool_call> </tool_call> [TOOL_CALLS] [ARGS] <think> </think> <|python_tag|> {"name": "add" "arguments" '
+    '"parameters": {"name":"add","arguments":{"a":[1]}} {} { } [ ] , ; : " \\ null 5 <tool <'
+)
 FRAGMENTS = st.lists(
     st.sampled_from(
-        '<tool_call> </tool_call> [TOOL_CALLS] [ARGS] <think> </think> <|python_tag|> {"name": "add" "arguments" '
-        '"parameters": {"name":"add","arguments":{"a":[1]}} {} { } [ ] , ; : " \\ null 5 <tool <'.split()
-        + [" ", "\n", "text", call("add", "{}"), "<tool_call>" + call("add", '{"x": "y"}')]
+        [*WORDS.split(), " ", "\n", "text", call("add", "{}"), "<tool_call>" + call("add", '{"x": "y"}')]
     ),
     max_size=12,
 ).map("".join)
@@ -123,7 +125,9 @@ def test_any_split_gives_the_same_parts(kind: str, text: str, data: st.DataObjec
 @settings(max_examples=50, deadline=None)
 @given(
     arguments=st.dictionaries(
-        st.text(max_size=5), st.recursive(st.none() | st.integers() | st.text(max_size=8), st.lists), max_size=4
+        st.text(max_size=5),
+        st.recursive(st.none() | st.integers() | st.text(max_size=8), st.lists),
+        max_size=4,
     )
 )
 def test_arguments_come_through_as_they_are(arguments: dict[str, object]) -> None:

@@ -25,7 +25,7 @@ from vllmlite.server.errors import ApiError, as_api_error
 from vllmlite.server.metrics import StatsLog
 from vllmlite.server.middleware import Count, LimitBody, RequireKey, error_response
 from vllmlite.server.profiler import Profiler
-from vllmlite.server.protocol import TOKENIZABLE_TAGS
+from vllmlite.server.protocol.operations import TOKENIZABLE_TAGS
 from vllmlite.server.service import Service
 from vllmlite.server.sse import ClientGone
 

@@ -14,7 +14,7 @@ from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.server import logprobs
 from vllmlite.server.documented import documented
-from vllmlite.server.protocol import (
+from vllmlite.server.protocol.completions import (
     Completion,
     CompletionChoice,
     CompletionRequest,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllmlite.server.protocol import ErrorAnswer
+from vllmlite.server.protocol.base import ErrorAnswer
 
 ERRORS = {
     400: "A field is wrong: `param` names it.",

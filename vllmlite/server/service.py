@@ -18,9 +18,11 @@ from vllmlite.errors import ParameterError
 from vllmlite.outputs import RequestOutput
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
 from vllmlite.server.config import ServerConfig
+from vllmlite.server.conversation import as_mapping
 from vllmlite.server.errors import ApiError
 from vllmlite.server.metrics import Metrics
-from vllmlite.server.protocol import ChatPrompt, Message, Usage
+from vllmlite.server.protocol.base import Usage
+from vllmlite.server.protocol.chat import ChatPrompt, Tool
 from vllmlite.server.sse import unless_gone
 
 logger = logging.getLogger(__name__)
@@ -254,8 +256,8 @@ class Service:
             raise ParameterError("prompt", prompt, "must be text or token ids")
         return self.engine.llm_engine.encode({"prompt_token_ids": prompt})
 
-    async def encode_chat(self, body: ChatPrompt) -> dict[str, Any]:
-        """The prompt of a conversation, through the chat template."""
+    async def encode_chat(self, body: ChatPrompt, offer_tools: bool = True) -> dict[str, Any]:
+        """The prompt of a conversation, through the chat template, which is told of tools if ``offer_tools``."""
         template = self.config.chat_template
         if body.chat_template is not None:
             if not self.config.trust_request_chat_template:
@@ -269,7 +271,8 @@ class Service:
         for name in _TEMPLATE_ARGUMENTS & variables.keys():
             raise ParameterError("chat_template_kwargs", name, "is an argument of its own")
         text = self.tokenizer.apply_chat_template(
-            [_as_mapping(message) for message in body.messages],
+            [as_mapping(message) for message in body.messages],
+            tools=_definitions(body.tools) if offer_tools else None,
             chat_template=template,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
@@ -278,23 +281,10 @@ class Service:
         return await self.encode(text, body.add_special_tokens)
 
 
+def _definitions(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
+    return [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
+
+
 _TEMPLATE_ARGUMENTS = frozenset(
     "messages conversation chat_template add_generation_prompt continue_final_message tools self".split()
 )
-
-
-def content_text(message: Message) -> str | None:
-    """A message's content as text. Raises :class:`ParameterError` if a part of it is something else."""
-    if not isinstance(message.content, list):
-        return message.content
-    for part in message.content:
-        if part.text is None or part.type not in ("text", "input_text", "output_text"):
-            raise ParameterError(
-                "messages", part.model_dump(), "content must be text: only text models are served"
-            )
-    return "\n".join(part.text or "" for part in message.content)
-
-
-def _as_mapping(message: Message) -> dict[str, Any]:
-    """A message as chat templates take it: content as text, and whatever else came with it."""
-    return {"role": message.role, "content": content_text(message), **(message.model_extra or {})}

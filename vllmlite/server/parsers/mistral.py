@@ -1,5 +1,5 @@
-"""Mistral's tool calls: ``[TOOL_CALLS]`` and a JSON list of them, or, since its eleventh tokenizer, ``name{…}``, perhaps
-with ``[ARGS]`` between, after each ``[TOOL_CALLS]``."""
+"""Mistral's tool calls: ``[TOOL_CALLS]`` and a JSON list of them; since its eleventh tokenizer ``name{…}`` after each
+such mark, perhaps with ``[ARGS]`` between."""
 
 from __future__ import annotations
 
