@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 from vllmlite import EngineConfig
 from vllmlite.async_llm import AsyncLLM, NewRequest
 from vllmlite.outputs import CompletionOutput, RequestOutput
-from vllmlite.sampling_params import RequestOutputKind
+from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.server.app import build_app
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.metrics import Metrics
@@ -200,7 +200,9 @@ class Script:
         (self.request,) = requests
         prompt: Any = self.request.prompt
         texts = list(self._pieces)
-        if self.request.params.output_kind is RequestOutputKind.FINAL_ONLY:
+        params = self.request.params
+        assert isinstance(params, SamplingParams)
+        if params.output_kind is RequestOutputKind.FINAL_ONLY:
             texts = ["".join(texts)]
         self._outputs = [
             RequestOutput(

@@ -16,6 +16,7 @@ from vllmlite.engine.trace import Trace
 from vllmlite.errors import EngineDeadError, VllmliteError
 from vllmlite.llm_engine import LLMEngine, Prompt
 from vllmlite.outputs import EngineStats, RequestOutput
+from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizer import Tokenizer
 
@@ -33,7 +34,7 @@ class NewRequest:
 
     request_id: str
     prompt: Prompt
-    params: SamplingParams
+    params: SamplingParams | PoolingParams
     priority: int = 0
     arrival_time: float | None = None
 

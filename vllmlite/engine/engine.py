@@ -44,6 +44,8 @@ class StepResult:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """Row → the prompt tokens that follow the row's tokens, in order."""
+    pooled: dict[int, list[float]] = field(default_factory=dict)
+    """Row that ends a prompt → the vector of the prompt."""
 
 
 class Runner(Protocol):
@@ -71,6 +73,8 @@ class EngineOutput:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Set once, when the whole prompt's are known: positions 1 up to its length."""
+    pooled: list[float] | None = None
+    """The vector of a pooling request, which is all that comes of it."""
     error: str | None = None
     """Why ``finish_reason`` is ``error``."""
 
@@ -114,15 +118,16 @@ class Engine:
         priority: int = 0,
         cache_salt: str | None = None,
         arrival_time: float | None = None,
+        pooling_type: str | None = None,
     ) -> Request:
         """Queue a request. Raises :class:`ParameterError`, and takes nothing in, if it can never be served.
 
         ``bad_words`` are token sequences; ``grammar`` is this sequence's own; ``cache_salt`` keeps its blocks in the
-        prefix cache apart from other salts'."""
+        prefix cache apart from other salts'; with ``pooling_type`` a vector of the prompt is all that comes of it."""
         if request_id in self._requests:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
         params.check_vocabulary(self.vocab_size, self._max_logprobs)
-        prompt = self._checked_prompt(list(prompt_token_ids), params)
+        prompt = self._checked_prompt(list(prompt_token_ids), params, generates=pooling_type is None)
         stop_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:
             stop_ids |= self.eos_ids
@@ -130,6 +135,8 @@ class Engine:
         longest = self.scheduler.limits.max_model_len
         if params.max_tokens is not None:
             longest = min(longest, len(prompt) + params.max_tokens)
+        if pooling_type is not None:
+            longest = len(prompt) + 1
         request = Request(
             request_id=request_id,
             prompt_token_ids=prompt,
@@ -144,6 +151,7 @@ class Engine:
             ),
             bad_words=[tuple(word) for word in bad_words],
             grammar=grammar,
+            pooling_type=pooling_type,
             priority=priority,
             order=self._num_added,
         )
@@ -204,16 +212,18 @@ class Engine:
         stats.prefix_cache_hits = scheduler.prefix_hits
         return stats
 
-    def _checked_prompt(self, prompt: list[int], params: SamplingParams) -> list[int]:
+    def _checked_prompt(self, prompt: list[int], params: SamplingParams, generates: bool) -> list[int]:
         longest = self.scheduler.limits.max_model_len
         if params.truncate_prompt_tokens is not None:
             keep = params.truncate_prompt_tokens
-            prompt = prompt[-(max(longest - (params.max_tokens or 1), 1) if keep == -1 else keep) :]
+            room = longest - (params.max_tokens or 1) if generates else longest
+            prompt = prompt[-(max(room, 1) if keep == -1 else keep) :]
         if not prompt:
             raise ParameterError("prompt", "", "must hold at least one token")
-        if len(prompt) >= longest:
+        if len(prompt) >= longest + (not generates):
+            limit = "shorter than" if generates else "at most"
             raise ParameterError(
-                "prompt", f"{len(prompt)} tokens", f"must be shorter than max_model_len, {longest} tokens"
+                "prompt", f"{len(prompt)} tokens", f"must be {limit} max_model_len, {longest} tokens"
             )
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             wrong = min(prompt) if min(prompt) < 0 else max(prompt)
@@ -268,6 +278,16 @@ class Engine:
                 self._end(request, reason, stop_reason, now)
             outputs.append(output)
         self.stats.num_generation_tokens += len(outputs)
+        for row, vector in result.pooled.items():
+            request = rows[row]
+            if request.status is not Status.FINISHED:
+                self._end(request, "stop", None, now)
+                outputs.append(
+                    EngineOutput(
+                        request.request_id, [], "stop", None, request.num_cached_tokens or 0, request.metrics,
+                        pooled=vector,
+                    )
+                )  # fmt: skip
         return outputs
 
     def _keep_prompt_logprobs(

@@ -34,6 +34,8 @@ class Started:
     engine: Engine
     tokenizer: Tokenizer | None
     max_model_len: int
+    hidden_size: int
+    """Elements of an embedding."""
     default_sampling_params: SamplingParams
     backend_choice: str
     """Which backend runs, and why the others do not."""
@@ -119,7 +121,7 @@ def start(config: EngineConfig) -> Started:
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     stats.lent_ops = list(backend.lent_ops)
-    return Started(engine, tokenizer, longest, _default_params(config, generation), choice)
+    return Started(engine, tokenizer, longest, spec.hidden_size, _default_params(config, generation), choice)
 
 
 def _load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:
