@@ -16,7 +16,7 @@ pytest.importorskip("httpx")
 from served import Script, check, post, serving, stream
 
 from vllmlite.errors import ParameterError
-from vllmlite.sampling_params import StructuredOutputsParams
+from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.protocol import chat
 from vllmlite.server.service import Service
@@ -61,8 +61,8 @@ def test_calls_and_reasoning_are_taken_apart(service: Service, monkeypatch: pyte
     script = scripted(monkeypatch, service, *PIECES)
     answer = post(service, CHAT, messages=MESSAGES, tools=[WEATHER, ADD])
     check(chat.ChatCompletion, answer)
-    assert script.request is not None
-    assert not getattr(script.request.params, "skip_special_tokens")
+    assert script.request is not None and isinstance(script.request.params, SamplingParams)
+    assert not script.request.params.skip_special_tokens
     (choice,) = answer["choices"]
     message = choice["message"]
     assert choice["finish_reason"] == "tool_calls"

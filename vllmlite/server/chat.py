@@ -50,7 +50,9 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
         "chatcmpl", [prompt], params, request_id=body.request_id, priority=body.priority, cache_salt=body.cache_salt,
         arrival_time=arrival,
     )  # fmt: skip
-    answer = _Answer(service, body, generation, tools)
+    prompt_text = str(prompt.get("prompt") or "")
+    readers = [reader_for(service.config, tools, params, prompt_text) for _ in range(params.n)]
+    answer = _Answer(service, body, generation, tools, readers)
     if body.stream:
         return Stream(answer.events(), generation.close)
     (output,) = await generation.finished(request.receive)
@@ -69,10 +71,7 @@ def _params(body: ChatCompletionRequest, service: Service, tools: ToolUse) -> Sa
             raise ParameterError("top_logprobs", body.top_logprobs, "must be at least 0")
         changes["logprobs"] = body.top_logprobs or 0
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if limit is not None:
-        changes["max_tokens"] = limit
-    elif default.max_tokens == SamplingParams().max_tokens:
-        changes["max_tokens"] = None  # the checkpoint names no limit: up to the context
+    changes["max_tokens"] = service.chat_limit(limit)
     return body.sampling_params(default, **changes)
 
 
@@ -80,21 +79,22 @@ class _Answer:
     """The ``n`` answers of one request."""
 
     def __init__(
-        self, service: Service, body: ChatCompletionRequest, generation: Generation, tools: ToolUse
+        self,
+        service: Service,
+        body: ChatCompletionRequest,
+        generation: Generation,
+        tools: ToolUse,
+        readers: list[Reader],
     ) -> None:
         self._service = service
         self._body = body
         self._generation = generation
         self._tools = tools
-        self._readers = [self._reader() for _ in range(generation.params.n)]
+        self._readers = readers
         self._ids = service.config.return_tokens_as_token_ids or bool(body.return_tokens_as_token_ids)
         last = body.messages[-1]
         self._role = service.config.response_role if body.add_generation_prompt else last.role
         self._begin = content_text(last) or "" if body.echo and last.role == self._role else ""
-
-    def _reader(self) -> Reader:
-        prompt = str(self._generation.prompts[0].get("prompt") or "")
-        return reader_for(self._service.config, self._tools, self._generation.params, prompt)
 
     def whole(self, output: RequestOutput) -> ChatCompletion:
         answer: ChatCompletion = {

@@ -113,7 +113,7 @@ class _Answer:
         }
 
     def _choice(self, prompt: int, output: RequestOutput, completion: CompletionOutput) -> CompletionChoice:
-        body, index = self._body, prompt * self._generation.params.n + completion.index
+        body, index = self._body, prompt * self._generation.n + completion.index
         first = index not in self._offsets
         offset = self._offsets.get(index, 0)
         text, token_ids, entries = completion.text, completion.token_ids, completion.logprobs

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from vllmlite.errors import ParameterError
-from vllmlite.server.protocol.chat import Message
+from vllmlite.server.protocol.chat import ChatPrompt, Message, Tool
 
 
 def content_text(message: Message) -> str | None:
@@ -52,3 +54,18 @@ def _parsed(calls: Any) -> list[dict[str, Any]]:
             raise ParameterError("messages.tool_calls.function.arguments", arguments, "must be a JSON object")
         found.append({**call, "function": {**function, "arguments": arguments or {}}})
     return found
+
+
+def conversation(
+    messages: list[dict[str, Any]], field: str, tools: Sequence[dict[str, Any]] = ()
+) -> ChatPrompt:
+    """A conversation of another API, already in the form of OpenAI's chat, for that API's ``field``."""
+    try:
+        return ChatPrompt(
+            messages=[Message(**message) for message in messages],
+            tools=[Tool(**tool) for tool in tools] or None,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ParameterError(f"{field}.{place}", first.get("input"), first["msg"]) from None

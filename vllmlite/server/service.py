@@ -16,6 +16,7 @@ from starlette.types import Receive
 from vllmlite.async_llm import AsyncLLM, NewRequest, OutputStream
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import RequestOutput
+from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.conversation import as_mapping
@@ -44,20 +45,22 @@ class Generation:
         kind: str,
         request_id: str | None,
         prompts: Sequence[dict[str, Any]],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
     ) -> None:
         """``kind`` begins the answer's id."""
         self.id = f"{kind}-{request_id or uuid.uuid4().hex}"
         self.created = int(time.time())
         self.prompts = prompts
         self.params = params
+        self.n = params.n if isinstance(params, SamplingParams) else 1
+        """Completions a prompt."""
         self._service = service
         self._stream: OutputStream | None = None
         self._index = {uuid.uuid4().hex: index for index in range(len(prompts))}
         self._prompt_tokens = [0] * len(prompts)
         self._cached_tokens = [0] * len(prompts)
         self._completion_tokens = 0
-        self._unfinished = len(prompts) * params.n
+        self._unfinished = len(prompts) * self.n
 
     async def start(self, priority: int, arrival_time: float) -> None:
         """Hand the prompts to the engine. Raises ApiError if there is no room, ParameterError if one cannot run."""
@@ -87,6 +90,7 @@ class Generation:
                 for completion in output.outputs:
                     self._completion_tokens += len(completion.token_ids)
                     ended += completion.finish_reason is not None
+                ended += output.embedding is not None
                 found.append((index, output))
             self._service.release(ended)
             self._unfinished -= ended
@@ -161,6 +165,14 @@ class Service:
                 code="model_not_found",
             )
 
+    def chat_limit(self, wanted: int | None) -> int | None:
+        """The most tokens of an answer in a conversation; None: up to the context, where the checkpoint names no
+        limit."""
+        limit = self.default_params.max_tokens
+        if wanted is not None or limit == SamplingParams().max_tokens:
+            return wanted
+        return limit
+
     def admit(self, count: int) -> None:
         """Count ``count`` sequences in; raises ApiError if the queue is full or the server is going down."""
         if self.draining:
@@ -190,18 +202,18 @@ class Service:
         self,
         kind: str,
         prompts: Sequence[dict[str, Any]],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
-        request_id: str | None,
-        priority: int,
-        cache_salt: str | None,
         arrival_time: float,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> Generation:
-        """Start generating after each of ``prompts``, as :meth:`encode` makes them."""
+        """Start generating after each of ``prompts``, as :meth:`encode` makes them, or embedding them."""
         for prompt in prompts:
             if cache_salt is not None:
                 prompt["cache_salt"] = cache_salt
-        if params.structured_outputs is not None:
+        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
             await self._compile(params.structured_outputs)
         generation = Generation(self, kind, request_id, prompts, params)
         if self.config.enable_log_requests:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, WithJsonSchema, model_validator
 from typing_extensions import TypeAliasType, TypedDict
@@ -42,12 +42,14 @@ REFUSED: Mapping[str, Absent] = {
     "guided_choice": Absent(_UNUSED, _OLD_NAME),
     "guided_grammar": Absent(_UNUSED, _OLD_NAME),
     "reasoning_effort": Absent((None, "none"), "the model's effort cannot be chosen"),
+    "moderation": Absent(_UNUSED, "nothing is moderated"),
     "verbosity": Absent((None, "medium"), "the model's verbosity cannot be chosen"),
 }
 """Parameters of OpenAI's and vLLM's without their features: refused by name, except where they ask for nothing."""
 
 BOOKKEEPING = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention".split()
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options "
+    "cache_control diagnostics user_profile_id workspace_id".split()
 )
 """Parameters that could change no answer: taken, and of no effect."""
 
@@ -56,6 +58,8 @@ class Request(BaseModel):
     """A request body: strict types, known names."""
 
     model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+    refused: ClassVar[Mapping[str, Absent]] = REFUSED
+    """What the API has and the server has not."""
 
     @model_validator(mode="before")
     @classmethod
@@ -67,9 +71,9 @@ class Request(BaseModel):
         for name, value in data.items():
             if name in names:
                 known[name] = value
-            elif name in REFUSED:
-                if not REFUSED[name].accepts(value):
-                    raise ParameterError(name, value, REFUSED[name].reason)
+            elif name in cls.refused:
+                if not cls.refused[name].accepts(value):
+                    raise ParameterError(name, value, cls.refused[name].reason)
             elif name not in BOOKKEEPING:
                 raise ParameterError(name, value, "no such parameter" + did_you_mean(name, list(names)))
         return known
