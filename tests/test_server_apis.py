@@ -244,7 +244,7 @@ def test_messages_stream_blocks(service: Service, monkeypatch: pytest.MonkeyPatc
 def test_blocks_become_the_conversation(service: Service) -> None:
     from vllmlite.server.message_blocks import as_messages
 
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"role": "user", "content": "Weather?"},
         {
             "role": "assistant",

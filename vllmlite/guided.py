@@ -1,7 +1,8 @@
 """Guided output: grammars from JSON schemas, regular expressions, choices and EBNF, through xgrammar.
 
-xgrammar (Dong et al. 2024) is imported by the first grammar that is compiled: it may bring torch in. A grammar is
-compiled once and kept; a sequence walks through it with a :class:`Matcher`, whose mask says which token may come next.
+xgrammar (Dong et al. 2024) is imported by the first grammar: it may bring torch in. A grammar is compiled once, by
+:mod:`vllmlite.grammar_compiler`, and kept; a sequence walks through it with a :class:`Matcher`, whose mask says which
+token may come next.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from vllmlite.errors import ParameterError
+from vllmlite.grammar_compiler import GrammarCompiler, Vocabulary
 from vllmlite.sampling_params import StructuredOutputsParams
 from vllmlite.tokenizer import Tokenizer
 
@@ -80,7 +83,7 @@ class Grammars:
         key = json.dumps([kind, source])
         with self._compiling if not self._has(key) else nullcontext():
             if not self._has(key):
-                self._keep(key, self._compile_or_refuse(kind, source))
+                self._keep(key, self._compile(kind, source))
         with self._lock:
             return self._kept[key]
 
@@ -106,49 +109,31 @@ class Grammars:
             if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
 
-    def _compile_or_refuse(self, kind: str, source: Any) -> Any:
-        try:
-            return self._compile(kind, source)
-        except ParameterError:
-            raise
-        except Exception as error:  # xgrammar's own kinds, and RuntimeError of its C++ part
-            reason = " ".join(str(error).split())[-300:]
-            raise ParameterError("structured_outputs", {kind: source}, f"has no grammar: {reason}") from None
-
     def _compile(self, kind: str, source: Any) -> Any:
-        compiler = self._compiler
-        if kind == "json":
-            free = not isinstance(source, dict) or "properties" not in source
-            return compiler.compile_json_schema(
-                json.dumps(source), any_whitespace=False, strict_mode=not free
-            )
-        if kind == "regex":
-            return compiler.compile_regex(source)
-        if kind == "choice":
-            words = " | ".join(json.dumps(word, ensure_ascii=False) for word in source)
-            return compiler.compile_grammar(f"root ::= {words}")
-        return compiler.compile_grammar(source)
+        serialized = self._compiler.compile(kind, source)
+        import xgrammar
+
+        return xgrammar.CompiledGrammar.deserialize_json(serialized, self._tokenizer_info)
 
     @cached_property
-    def _compiler(self) -> Any:
-        try:
-            import xgrammar
-        except ImportError:
+    def _vocabulary(self) -> Vocabulary:
+        texts, byte_level = self._tokenizer.vocabulary(self._vocab_size)
+        kind = "BYTE_LEVEL" if byte_level else "BYTE_FALLBACK" if "<0x0A>" in texts else "RAW"
+        return Vocabulary(texts, kind, self._vocab_size, self._eos_ids)
+
+    @cached_property
+    def _tokenizer_info(self) -> Any:
+        return self._vocabulary.tokenizer_info()
+
+    @cached_property
+    def _compiler(self) -> GrammarCompiler:
+        if find_spec("xgrammar") is None:
             raise ParameterError(
                 "structured_outputs",
                 None,
                 "needs xgrammar, which is not installed (Debian: python3-xgrammar)",
-            ) from None
-        texts, byte_level = self._tokenizer.vocabulary(self._vocab_size)
-        kind = xgrammar.VocabType.RAW
-        if byte_level:
-            kind = xgrammar.VocabType.BYTE_LEVEL
-        elif "<0x0A>" in texts:
-            kind = xgrammar.VocabType.BYTE_FALLBACK
-        info = xgrammar.TokenizerInfo(
-            texts, kind, vocab_size=self._vocab_size, stop_token_ids=self._eos_ids or None
-        )
-        return xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+            )
+        return GrammarCompiler(self._vocabulary)
 
 
 def _check(kind: str, source: Any) -> None:
