@@ -2,7 +2,7 @@
 """What HTTP costs: concurrent streams of ``vllmlite serve`` beside the same work through ``LLM.generate``.
 
     PYTHONPATH=. scripts/bench_server.py [--streams N] [--output-len N] [--repeat N] [--model DIR]
-        [--[no-]engine-process]
+        [--config FILE.yaml] [--[no-]engine-process]
 
 Both run alternately; medians are compared. ``overhead_us_per_token`` is what a streamed token costs the server
 in CPU time over the offline one: HTTP, JSON, queues, and what two threads cost one another. Last line: JSON.
@@ -21,6 +21,7 @@ import sys
 import time
 
 from vllmlite import LLM, SamplingParams
+from vllmlite.options import read_yaml
 
 
 def main() -> None:
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=200)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--model")
+    parser.add_argument("--config", metavar="FILE.yaml", help="options of the engine, here and there")
     parser.add_argument("--engine-process", action=argparse.BooleanOptionalAction, default=None)
     args = parser.parse_args()
     prompts = [f"The Debian Project is number {index}" for index in range(args.streams)]
@@ -44,6 +46,10 @@ def main() -> None:
         "0",
         "--disable-uvicorn-access-log",
     ]
+    options = {}
+    if args.config is not None:
+        command += ["--config", args.config]
+        options = read_yaml(args.config)
     if args.engine_process is not None:
         command.append("--engine-process" if args.engine_process else "--no-engine-process")
     server = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8")
@@ -51,7 +57,7 @@ def main() -> None:
         assert server.stderr is not None
         line = next(line for line in server.stderr if line.startswith("INFO") and " at http" in line)
         port = int(line.split(" at http://")[1].split(",")[0].rsplit(":", 1)[1])
-        llm = LLM(args.model)
+        llm = LLM(args.model, **options)
         offline: list[tuple[float, float]] = []
         served: list[tuple[float, float]] = []
         for index in range(args.repeat + 1):
