@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -40,11 +41,23 @@ UNSUPPORTED = frozenset(
 """JSON Schema's keywords that a grammar does not enforce: refused, not ignored."""
 
 
+@dataclass(frozen=True, slots=True)
+class CompiledGrammar:
+    """A grammar of one model."""
+
+    key: str
+    """Tells it from others."""
+    native: Any
+    packed: bytes
+    """Its serialised form, compressed, for another process that has the same model."""
+
+
 class Matcher:
     """Where one sequence is in its grammar."""
 
-    def __init__(self, matcher: Any, num_words: int) -> None:
+    def __init__(self, compiled: CompiledGrammar, matcher: Any, num_words: int) -> None:
         """Made by :meth:`Grammars.start`."""
+        self.compiled = compiled
         self._matcher = matcher
         self._row = np.zeros((1, num_words), np.int32)
         self.allows_something = self._fill()
@@ -71,49 +84,56 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
-        self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._kept: OrderedDict[str, CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
         """Guards what is kept: never held while something is compiled, for which the engine's thread would wait."""
         self._compiling = threading.Lock()
 
-    def compile(self, params: StructuredOutputsParams) -> Any:
+    def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
         """The grammar of ``params``, from any thread. Raises :class:`ParameterError` if there is none."""
         kind, source = params.kind_and_source()
         _check(kind, source)
         key = json.dumps([kind, source])
-        with self._compiling if not self._has(key) else nullcontext():
-            if not self._has(key):
-                self._keep(key, self._compile(kind, source))
-        with self._lock:
-            return self._kept[key]
+        found = self._find(key)
+        if found is None:
+            with self._compiling:
+                found = self._find(key)
+                if found is None:
+                    found = self._keep(key, self._compiler.compile(kind, source).encode())
+        return found
 
-    def start(self, compiled: Any) -> Matcher:
+    def load(self, params: StructuredOutputsParams, packed: bytes) -> None:
+        """Keep a grammar that another process has compiled from ``params``."""
+        key = json.dumps(params.kind_and_source())
+        if self._find(key) is None:
+            self._keep(key, zlib.decompress(packed), packed)
+
+    def start(self, compiled: CompiledGrammar) -> Matcher:
         """The beginning of a grammar, for one sequence. Raises :class:`ParameterError` if no token begins it."""
         import xgrammar
 
-        inner = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=not self._eos_ids)
-        matcher = Matcher(inner, -(-self._vocab_size // 32))
+        inner = xgrammar.GrammarMatcher(compiled.native, terminate_without_stop_token=not self._eos_ids)
+        matcher = Matcher(compiled, inner, -(-self._vocab_size // 32))
         if not matcher.allows_something:
             raise ParameterError("structured_outputs", None, "allows no output that the model could write")
         return matcher
 
-    def _has(self, key: str) -> bool:
+    def _find(self, key: str) -> CompiledGrammar | None:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
-            return key in self._kept
+            return self._kept.get(key)
 
-    def _keep(self, key: str, compiled: Any) -> None:
+    def _keep(self, key: str, serialized: bytes, packed: bytes | None = None) -> CompiledGrammar:
+        import xgrammar
+
+        native = xgrammar.CompiledGrammar.deserialize_json(serialized.decode(), self._tokenizer_info)
+        compiled = CompiledGrammar(key, native, packed or zlib.compress(serialized, 1))
         with self._lock:
             self._kept[key] = compiled
             if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
-
-    def _compile(self, kind: str, source: Any) -> Any:
-        serialized = self._compiler.compile(kind, source)
-        import xgrammar
-
-        return xgrammar.CompiledGrammar.deserialize_json(serialized, self._tokenizer_info)
+        return compiled
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
