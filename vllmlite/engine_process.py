@@ -48,6 +48,7 @@ class Ready:
 
     bounds: RequestBounds
     max_model_len: int
+    hidden_size: int
     default_sampling_params: SamplingParams
     backend_choice: str
     stats: EngineStats
@@ -146,20 +147,19 @@ class EngineProcess:
         priority: int = 0,
         cache_salt: str | None = None,
         arrival_time: float | None = None,
+        pooling_type: str | None = None,
     ) -> _Asked:
         """Queue a request. Raises :class:`ParameterError`, and takes nothing in, if it can never be served.
 
         A ``grammar`` stays here: the process makes its own from ``params``."""
         if request_id in self._requests:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
-        prompt = self.bounds.check(prompt_token_ids, params, bad_words)
+        prompt = self.bounds.check(prompt_token_ids, params, bad_words, generates=pooling_type is None)
         arrival = time.monotonic() if arrival_time is None else arrival_time
         options = {
-            "bad_words": bad_words,
-            "priority": priority,
-            "cache_salt": cache_salt,
-            "arrival_time": arrival,
-        }
+            "bad_words": bad_words, "priority": priority, "cache_salt": cache_salt, "arrival_time": arrival,
+            "pooling_type": pooling_type,
+        }  # fmt: skip
         self._send(_Command("add_request", (request_id, prompt, params), options))
         asked = _Asked(prompt, RequestMetrics(arrival, num_prompt_tokens=len(prompt)))
         self._requests[request_id] = asked
@@ -328,6 +328,7 @@ def main() -> None:
         Ready(
             started.engine.bounds,
             started.max_model_len,
+            started.hidden_size,
             started.default_sampling_params,
             started.backend_choice,
             started.engine.stats,

@@ -423,6 +423,22 @@ class Backend(ABC):
     def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
         """Log-softmax of float32 ``logits [N, V]`` at int32 ``ids [N]`` with the ``k`` most likely ids."""
 
+    # Pooling
+
+    def pool(self, hidden: Tensor, spans: NDArray[np.int32], pooling_type: str) -> NDArray[np.float64]:
+        """A vector ``[hidden]`` of each of ``spans [P, 2]`` (first token, one past the last) of ``hidden [T, hidden]``:
+        the last token's state for ``LAST``, the sum of all for ``MEAN``. On the host, ``[P, hidden]``; waits for it.
+
+        Here, of the ops above; for a backend to replace where reading every state costs too much."""
+        if pooling_type == "LAST":
+            last = self.rows(hidden, self.tensor(np.ascontiguousarray(spans[:, 1] - 1)))
+            return self.to_host(last).astype(np.float64)
+        index = np.concatenate([np.arange(first, end, dtype=np.int32) for first, end in spans])
+        states = self.to_host(self.rows(hidden, self.tensor(index)))
+        starts = np.concatenate(([0], np.cumsum(spans[:, 1] - spans[:, 0])[:-1]))
+        sums: NDArray[np.float64] = np.add.reduceat(states, starts, axis=0, dtype=np.float64)
+        return sums
+
     # Graphs
 
     def graph_rows(self, most: int) -> Sequence[int]:

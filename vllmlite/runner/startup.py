@@ -38,6 +38,8 @@ class Started(Generic[EngineT]):
     engine: EngineT
     tokenizer: Tokenizer | None
     max_model_len: int
+    hidden_size: int
+    """Elements of an embedding."""
     default_sampling_params: SamplingParams
     backend_choice: str
     """Which backend runs, and why the others do not."""
@@ -123,7 +125,7 @@ def start(config: EngineConfig) -> Started[Engine]:
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     stats.lent_ops = list(backend.lent_ops)
-    return Started(engine, tokenizer, longest, _default_params(config, generation), choice)
+    return Started(engine, tokenizer, longest, spec.hidden_size, _default_params(config, generation), choice)
 
 
 def start_process(config: EngineConfig) -> Started[EngineProcess]:
@@ -139,7 +141,12 @@ def start_process(config: EngineConfig) -> Started[EngineProcess]:
         engine.close()
         raise
     return Started(
-        engine, tokenizer, ready.max_model_len, ready.default_sampling_params, ready.backend_choice
+        engine,
+        tokenizer,
+        ready.max_model_len,
+        ready.hidden_size,
+        ready.default_sampling_params,
+        ready.backend_choice,
     )
 
 

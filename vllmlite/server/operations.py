@@ -10,7 +10,7 @@ from starlette.responses import Response
 from vllmlite import __version__
 from vllmlite.server.documented import CONFLICT, documented
 from vllmlite.server.errors import ApiError
-from vllmlite.server.protocol import (
+from vllmlite.server.protocol.operations import (
     Detokenized,
     DetokenizeRequest,
     Health,
