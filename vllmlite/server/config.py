@@ -45,6 +45,7 @@ class ServerConfig:
         False, "name tokens token_id:N in log-probabilities, for text that JSON cannot hold", group="server"
     )
     enable_force_include_usage: bool = option(False, "end every stream with its usage", group="server")
+    ui: bool = option(True, "serve a page to chat in at /", group="server")
     shutdown_timeout: int = option(
         30, "seconds that running requests get to finish after SIGTERM", group="server", low=0, high=86400
     )
