@@ -12,7 +12,7 @@ from pathlib import Path
 from vllmlite.backends.base import HostTensor, QuantizedTensor
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.errors import ModelError, ParameterError
-from vllmlite.hub import CONFIG_FILES, INDEX
+from vllmlite.hub.snapshot import CONFIG_FILES, INDEX
 from vllmlite.models import read_spec
 from vllmlite.models.hf_config import quantization_config
 from vllmlite.weights.checkpoint import EMBEDDING, Weights, open_weights, stored_names
