@@ -10,9 +10,10 @@ from vllmlite.backends.base import ITEM_SIZE, KV_DTYPES, Backend
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.models import llama, mistral, qwen2, qwen3
 from vllmlite.models.decoder import Decoder
+from vllmlite.models.gguf import open_gguf
 from vllmlite.models.hf_config import HfConfig
 from vllmlite.models.spec import DecoderSpec, is_product
-from vllmlite.weights.checkpoint import open_weights
+from vllmlite.weights.checkpoint import Weights, open_weights
 from vllmlite.weights.quantized import stored_bytes
 
 ARCHITECTURES: dict[str, tuple[str, Callable[[HfConfig, str], DecoderSpec]]] = {
@@ -25,8 +26,8 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[HfConfig, str], DecoderSpec]]] = {
 
 
 def read_spec(path: Path) -> DecoderSpec:
-    """The spec of the checkpoint in directory ``path``, from its ``config.json`` alone. ModelError if it is not one
-    that can run; needs no backend."""
+    """The spec of the checkpoint in directory or GGUF file ``path``, from its configuration alone. ModelError if it is
+    not one that can run; needs no backend."""
     config = HfConfig.read(path)
     named = config.get("architectures")
     if not named:
@@ -62,8 +63,11 @@ def load_model(
         raise BackendError(
             f"{path}: its weights are {spec.quantization}, the backend's {backend.quantization}"
         )
-    weights = open_weights(path, shapes, load_format, seed, spec.quantized_weights())
-    needed, free = _bytes(spec, backend), backend.memory().free
+    if path.is_file() and load_format != "dummy":
+        weights = open_gguf(path, shapes, backend.dtype, backend.quantization, backend.keeps_blocks)
+    else:
+        weights = open_weights(path, shapes, load_format, seed, spec.quantized_weights())
+    needed, free = _bytes(weights, backend), backend.memory().free
     if needed > free:
         raise BackendError(f"{path}: its weights take {needed} bytes in {backend.dtype}; {free} are free")
     return Decoder(
@@ -76,12 +80,15 @@ def load_model(
     )
 
 
-def _bytes(spec: DecoderSpec, backend: Backend) -> int:
+def _bytes(weights: Weights, backend: Backend) -> int:
     """What the weights take on ``backend``."""
     total = 0
-    for name, shape in spec.weights().items():
-        if backend.quantization is not None and is_product(name):
-            total += stored_bytes(backend.quantization, shape)
-        else:
+    for name, shape in weights.shapes.items():
+        kind = weights.kinds.get(name) or (backend.quantization if is_product(name) else None)
+        if kind is not None:
+            total += stored_bytes(kind, shape)
+        if kind is None or not is_product(
+            name
+        ):  # a table is looked up in floats, whatever a product makes of it
             total += math.prod(shape) * ITEM_SIZE[backend.dtype]
     return total

@@ -21,7 +21,7 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Tables that old checkpoints store and every loader computes."""
 _DUMMY_PERIOD = (1 << 20) + 7
@@ -35,6 +35,8 @@ class Weights:
     shapes: Mapping[str, tuple[int, ...]]
     kinds: Mapping[str, str]
     """Which of them are quantised, and how."""
+    quantized: Callable[[str], QuantizedTensor] | None = None
+    """Those of ``kinds``."""
 
     def __call__(self, name: str) -> HostTensor:
         """A tensor of floats."""
@@ -42,11 +44,9 @@ class Weights:
 
     def product(self, name: str) -> HostWeight:
         """The weight of a product, which may be quantised."""
-        if name not in self.kinds:
+        if self.quantized is None or name not in self.kinds:
             return self.tensor(name)
-        rows, columns = self.shapes[name]
-        codes, scales = stored_names(name)
-        return QuantizedTensor(self.kinds[name], (rows, columns), self.tensor(codes), self.tensor(scales))
+        return self.quantized(name)
 
 
 def open_weights(
@@ -69,12 +69,12 @@ def open_weights(
     expected = _expected(shapes, kinds or {})
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise ModelError(f"{path}: tensors missing from the checkpoint: {_listed(missing)}")
+        raise ModelError(f"{path}: tensors missing from the checkpoint: {listed(missing)}")
     unused = [name for name in tensors if name not in expected and not _COMPUTED.search(name)]
-    if _HEAD in unused and _same(tensors[_HEAD], tensors[EMBEDDING]):
-        unused.remove(_HEAD)
+    if HEAD in unused and _same(tensors[HEAD], tensors[EMBEDDING]):
+        unused.remove(HEAD)
     if unused:
-        raise ModelError(f"{path}: tensors that the model has no use for: {_listed(unused)}")
+        raise ModelError(f"{path}: tensors that the model has no use for: {listed(unused)}")
     for name, (shape, dtypes) in expected.items():
         found = tensors[name]
         if found.shape != shape or found.dtype not in dtypes:
@@ -82,7 +82,13 @@ def open_weights(
                 f"{path}: tensor {name!r}: expected {list(shape)} of {', '.join(dtypes)}; "
                 f"found {list(found.shape)} of {found.dtype}"
             )
-    return Weights(tensors.__getitem__, shapes, kinds or {})
+
+    def quantized(name: str) -> QuantizedTensor:
+        rows, columns = shapes[name]
+        codes, scales = stored_names(name)
+        return QuantizedTensor((kinds or {})[name], (rows, columns), tensors[codes], tensors[scales])
+
+    return Weights(tensors.__getitem__, shapes, kinds or {}, quantized)
 
 
 def stored_names(name: str) -> tuple[str, str]:
@@ -161,6 +167,7 @@ def _dummy(name: str, shape: tuple[int, ...], seed: int) -> HostTensor:
     return HostTensor("float32", shape, values.reshape(-1).view(np.uint8))
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first names of a list, for a message."""
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
