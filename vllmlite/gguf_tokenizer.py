@@ -153,6 +153,7 @@ def _token(gguf: Gguf, tokens: list[str], name: str) -> str | None:
 def _add_ends(gguf: Gguf, made: Tokenizer, kind: str, config: dict[str, Any]) -> None:
     """Have texts begin and end with the tokens that the file says."""
     begins = kind == "llama" or gguf.get("tokenizer.ggml.pre", str, "default") in BEGIN
+    begins = begins and config["bos_token"] is not None
     parts = {
         "bos": gguf.get("tokenizer.ggml.add_bos_token", bool, begins),
         "eos": gguf.get("tokenizer.ggml.add_eos_token", bool, False),

@@ -215,7 +215,8 @@ class _Fields:
         value = self.get(key, default)
         if type(value) not in (int, float):
             raise self.error(key, "a number")
-        return float(value)
+        short = np.float32(value)  # 1e-5 is stored as the float32 next to it, and means 1e-5
+        return float(str(short)) if short == value else float(value)
 
     def error(self, key: str, accepted: str) -> ModelError:
         shown = repr(self.gguf.metadata.get(f"{self.architecture}.{key}", "absent"))

@@ -86,10 +86,12 @@ def start(config: EngineConfig) -> Started:
     capacity = num_blocks * config.block_size
     if longest > capacity:
         if config.max_model_len is not None:
+            block_bytes = backend.kv_bytes_per_block(model.kv_spec)
             raise ParameterError(
                 "max_model_len",
                 longest,
-                f"the key/value cache holds {capacity} tokens: lower it to that, or give more",
+                f"takes {-(-longest // config.block_size) * block_bytes} bytes of key/value cache; the "
+                f"{num_blocks * block_bytes} there are hold {capacity} tokens: lower it to that, or give more",
             )
         logger.warning(
             "max_model_len is %d, what the key/value cache holds, not the model's %d", capacity, longest
@@ -163,8 +165,9 @@ def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_
     num_blocks = min(room // block_bytes, most_used)
     if num_blocks < 1:
         raise BackendError(
-            f"no memory is left for the key/value cache ({memory.free} of {memory.total} bytes free): raise "
-            "gpu_memory_utilization, or choose a smaller model or dtype"
+            f"no memory is left for the key/value cache: a block of {config.block_size} tokens takes {block_bytes} "
+            f"bytes, and {memory.free} of {memory.total} are free: raise gpu_memory_utilization, or choose a smaller "
+            "model, dtype or quantization"
         )
     return num_blocks
 

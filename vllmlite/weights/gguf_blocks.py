@@ -40,7 +40,7 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types that need no decoding, and their dtypes."""
 
 KINDS = {"Q8_0": "int8", "Q4_0": "int4"}
-"""Types whose codes are those of our own kinds; float16 scales become bfloat16 ones, off by at most 2**-9 of them."""
+"""Types whose codes are those of our own kinds; float16 scales become bfloat16 ones, off by at most 2**-8 of them."""
 
 CHUNK = 1 << 20
 """Elements that are decoded at a time."""
