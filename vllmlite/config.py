@@ -30,9 +30,10 @@ class EngineConfig:
 
     model: str | None = _option(
         None,
-        "directory with a checkpoint, or Hugging Face id; default: the built-in demo model",
+        "directory with a checkpoint, GGUF file, tarball of vllmlite download, or Hugging Face id; "
+        "default: the built-in demo model",
         group="model",
-        metavar="DIR|ID",
+        metavar="DIR|FILE|ID",
     )
     tokenizer: str | None = _option(
         None,
@@ -54,9 +55,9 @@ class EngineConfig:
     )
     load_format: str = _option(
         "auto",
-        "dummy: random weights, to measure speed",
+        "what holds the weights; auto: what is there; pt: PyTorch's .bin and .pt; dummy: random ones, to measure speed",
         group="model",
-        choices=("auto", "safetensors", "dummy"),
+        choices=("auto", "safetensors", "pt", "gguf", "dummy"),
     )
     dtype: str = _option(
         "auto",

@@ -254,6 +254,8 @@ class Backend(ABC):
     """Dtype of activations and dense weights, one of :data:`FLOAT_DTYPES`."""
     quantization: str | None = None
     """The kind, one of :data:`QUANTIZATIONS`, in which products keep float weights; None: as floats."""
+    keeps_blocks: bool = False
+    """Whether products keep weights that are quantised already in their kinds; then ``quantization`` is None."""
     lent_ops: tuple[str, ...] = ()
     """Names of the ops that this backend borrows from the reference."""
     details: str = ""
@@ -288,8 +290,9 @@ class Backend(ABC):
     @abstractmethod
     def linear_weight(self, parts: Sequence[HostWeight], biases: Sequence[HostTensor] = ()) -> LinearWeight:
         """Pack ``parts`` (each ``[out_i, in]``) into one weight ``[sum of out_i, in]`` of the backend's dtype or of
-        its ``quantization``, in which alone parts may be quantised already; and ``biases`` (none, or one ``[out_i]``
-        a part) beside it. May alias parts. ModelError for values that cannot be quantised."""
+        its ``quantization``, in which alone parts may be quantised already (with ``keeps_blocks``, in any kind); and
+        ``biases`` (none, or one ``[out_i]`` a part) beside it. May alias parts. ModelError for values that cannot be
+        quantised."""
 
     @abstractmethod
     def tied_weight(self, table: Tensor) -> LinearWeight:

@@ -15,7 +15,7 @@ from vllmlite.backends.base import (
 )
 from vllmlite.models.rope import cos_sin
 from vllmlite.models.spec import DecoderSpec
-from vllmlite.weights.checkpoint import Weights
+from vllmlite.weights.checkpoint import EMBEDDING, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,9 @@ class Decoder:
         self._embed = backend.tensor(weights("model.embed_tokens.weight"), backend.dtype)
         self._layers = [self._load_layer(layer, weights) for layer in range(spec.num_layers)]
         self._norm = backend.tensor(weights("model.norm.weight"), backend.dtype)
-        if spec.tied_head:
+        if spec.tied_head and EMBEDDING in weights.kinds:
+            self._head = backend.linear_weight([weights.product(EMBEDDING)])
+        elif spec.tied_head:
             self._head = backend.tied_weight(self._embed)
         else:
             self._head = backend.linear_weight([weights.product("lm_head.weight")])

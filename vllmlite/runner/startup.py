@@ -49,6 +49,8 @@ def start(config: EngineConfig) -> Started[Engine]:
     """Start an engine. Raises ModelError, BackendError or ParameterError, each saying what to change."""
     from vllmlite.backends.select import select_backend
     from vllmlite.models import load_model, read_spec
+    from vllmlite.models.gguf import has_blocks, treatment
+    from vllmlite.models.hf_config import HfConfig
 
     path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
     spec = read_spec(path)
@@ -72,7 +74,10 @@ def start(config: EngineConfig) -> Started[Engine]:
         threads=config.threads,
         cpu_isa=config.cpu_isa,
         quantization=config.quantization or spec.quantization,
+        has_blocks=path.is_file() and has_blocks(path),
     )
+    if path.is_file():
+        choice += "; " + treatment(path, backend.dtype, backend.quantization, backend.keeps_blocks)
     longest = config.max_model_len or spec.max_position_embeddings
     model = load_model(
         backend,
@@ -87,10 +92,12 @@ def start(config: EngineConfig) -> Started[Engine]:
     capacity = num_blocks * config.block_size
     if longest > capacity:
         if config.max_model_len is not None:
+            block_bytes = backend.kv_bytes_per_block(model.kv_spec)
             raise ParameterError(
                 "max_model_len",
                 longest,
-                f"the key/value cache holds {capacity} tokens: lower it to that, or give more",
+                f"takes {-(-longest // config.block_size) * block_bytes} bytes of key/value cache; the "
+                f"{num_blocks * block_bytes} there are hold {capacity} tokens: lower it to that, or give more",
             )
         logger.warning(
             "max_model_len is %d, what the key/value cache holds, not the model's %d", capacity, longest
@@ -117,7 +124,7 @@ def start(config: EngineConfig) -> Started[Engine]:
         ),
         runner,
         vocab_size=model.vocab_size,
-        eos_ids=_eos_ids(generation, path, tokenizer),
+        eos_ids=_eos_ids(generation, HfConfig.read(path).get("eos_token_id"), path, tokenizer),
         steps_in_flight=2 if two_steps else 1,
         seed=config.seed,
         max_logprobs=config.max_logprobs,
@@ -186,8 +193,9 @@ def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_
     num_blocks = min(room // block_bytes, most_used)
     if num_blocks < 1:
         raise BackendError(
-            f"no memory is left for the key/value cache ({memory.free} of {memory.total} bytes free): raise "
-            "gpu_memory_utilization, or choose a smaller model or dtype"
+            f"no memory is left for the key/value cache: a block of {config.block_size} tokens takes {block_bytes} "
+            f"bytes, and {memory.free} of {memory.total} are free: raise gpu_memory_utilization, or choose a smaller "
+            "model, dtype or quantization"
         )
     return num_blocks
 
@@ -225,11 +233,13 @@ def _generation_config(config: EngineConfig, path: Path) -> dict[str, Any]:
     return read_object(path / "generation_config.json", optional=True)
 
 
-def _eos_ids(generation: dict[str, Any], path: Path, tokenizer: Tokenizer | None) -> Sequence[int]:
-    """Every id that ends a text: the generation config's (or else the model config's) and the tokenizer's."""
+def _eos_ids(
+    generation: dict[str, Any], configured: Any, path: Path, tokenizer: Tokenizer | None
+) -> Sequence[int]:
+    """Every id that ends a text: the generation config's (or else what the model's has) and the tokenizer's."""
     listed = generation.get("eos_token_id")
     if listed is None:
-        listed = read_object(path / "config.json").get("eos_token_id")
+        listed = configured
     ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
     if not all(type(i) is int and i >= 0 for i in ids):
         raise ModelError(f"{path}: eos_token_id={listed!r} must be a token id or a list of them")
