@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from vllmlite import LLM, PoolingParams, SamplingParams
+from vllmlite import LLM, EngineConfig, LLMEngine, PoolingParams, SamplingParams
 from vllmlite.backends.select import CANDIDATES, Wanted
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.hub import find_model
@@ -66,6 +66,21 @@ def test_a_vector_does_not_depend_on_what_else_runs(backend: str, kind: str) -> 
             found[output.request_id] = output.embedding
         small.llm_engine.engine.scheduler.check_integrity()
     same([found[str(index)] for index in range(len(TEXTS))])
+
+
+def test_an_engine_in_a_process_of_its_own_gives_the_same() -> None:
+    config = EngineConfig(dtype="float32", device="cpu", max_model_len=256, num_gpu_blocks_override=64)
+    elsewhere = LLMEngine(config, engine_process=True)
+    try:
+        for index, text in enumerate(TEXTS):
+            elsewhere.add_request(str(index), text, PoolingParams(pooling_type="MEAN"))
+        found: dict[str, Any] = {}
+        while elsewhere.has_unfinished_requests():
+            found.update((output.request_id, output.embedding) for output in elsewhere.step())
+    finally:
+        elsewhere.close()
+    expected = vectors(engine("auto"), TEXTS, pooling_type="MEAN")
+    np.testing.assert_allclose([found[str(i)] for i in range(len(TEXTS))], expected, rtol=0, atol=1e-5)
 
 
 def test_vectors_are_transformers() -> None:

@@ -244,7 +244,7 @@ def test_messages_stream_blocks(service: Service, monkeypatch: pytest.MonkeyPatc
 def test_blocks_become_the_conversation(service: Service) -> None:
     from vllmlite.server.message_blocks import as_messages
 
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"role": "user", "content": "Weather?"},
         {
             "role": "assistant",
@@ -336,7 +336,7 @@ def test_llamacpps_props_and_infill(service: Service, monkeypatch: pytest.Monkey
     check(llamacpp.LlamaProps, props)
     assert props["default_generation_settings"]["n_ctx"] == 256 and "im_start" in props["chat_template"]
     body = {"input_prefix": "def f(", "input_suffix": "return x", "prompt": "x", "n_predict": 4}
-    assert "fill-in tokens" in post(service, "/infill", 501, **body)["error"]["message"]
+    assert "fill-in tokens" in post(service, "/infill", 400, **body)["error"]["message"]
     ids = {"<fim_prefix>": 1, "<fim_suffix>": 2, "<fim_middle>": 3, "<file_sep>": 4}
     monkeypatch.setattr(service.tokenizer, "token_id", ids.get)
     script = Script("x)")

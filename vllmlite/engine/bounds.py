@@ -26,13 +26,13 @@ class RequestBounds:
         self,
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
-        bad_words: Sequence[Sequence[int]] = (),
+        bad_words: Sequence[Sequence[int]],
         *,
         generates: bool = True,
     ) -> list[int]:
         """The prompt, truncated as asked. Raises :class:`ParameterError` if the request can never be served.
 
-        A request that ``generates`` nothing, but is pooled, needs no room for a token."""
+        One that ``generates`` nothing may fill the whole context."""
         params.check_vocabulary(self.vocab_size, self.max_logprobs)
         prompt = self._checked_prompt(list(prompt_token_ids), params, generates)
         self._check_something_is_allowed(params, bad_words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from vllmlite.server.protocol.base import ErrorAnswer
@@ -20,23 +19,20 @@ ERRORS = {
 
 
 def documented(
-    answer: Any = None, *, streams: bool = False, error: Any = ErrorAnswer, also: Sequence[int] = ()
+    answer: Any = None, *, streams: bool = False, error: Any = ErrorAnswer
 ) -> dict[int | str, dict[str, Any]]:
-    """FastAPI's ``responses``: ``answer``, None for an empty one (also as server-sent events), and every error that all
-    endpoints have or this one has ``also``."""
+    """FastAPI's ``responses``: ``answer``, None for an empty one (also as server-sent events), and every error,
+    in the shape ``error``."""
     good: dict[str, Any] = {"description": "The answer."}
     if answer is not None:
         good["model"] = answer
     if streams:
-        good["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        good["content"] = {"text/event-stream": {"schema": {}}}
     errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": error, "description": text}
-        for status, text in {**ERRORS, **{status: OTHERS[status] for status in also}}.items()
+        status: {"model": error, "description": text} for status, text in ERRORS.items()
     }
     return {200: good, **errors}
 
-
-OTHERS = {501: "The model cannot do that."}
 
 CONFLICT: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorAnswer, "description": "A profile is being recorded already, or none is."}

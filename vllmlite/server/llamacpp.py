@@ -50,7 +50,7 @@ async def complete(body: LlamaCompletionRequest, request: Request) -> Response:
     return await _answer(service, body, prompts[0], request)
 
 
-@router.post("/infill", responses=documented(LlamaAnswer, streams=True, also=(501,)))
+@router.post("/infill", responses=documented(LlamaAnswer, streams=True))
 async def infill(body: InfillRequest, request: Request) -> Response:
     """Fill in what is between two texts."""
     service: Service = request.app.state.service

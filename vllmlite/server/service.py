@@ -8,6 +8,7 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
@@ -32,8 +33,8 @@ INLINE_CHARACTERS = 4096
 """Texts up to this length are tokenised on the event loop; longer ones in a thread, while others are served."""
 
 
-COMPILE_SECONDS = 30
-"""A grammar's limit; the first one waits for xgrammar to be imported."""
+COMPILE_SECONDS = 60
+"""For a grammar, and those that came before it, to be compiled."""
 
 
 class Generation:
@@ -153,6 +154,8 @@ class Service:
         self._capacity = inner.config.max_num_seqs + config.max_queue
         self._max_num_seqs = inner.config.max_num_seqs
         self._unfinished = 0
+        self._compiling = ThreadPoolExecutor(1, "vllmlite-grammars")
+        """One grammar at a time, so that hostile ones keep nothing but others from being compiled."""
 
     def check_model(self, name: str | None) -> None:
         """Raise a 404 unless ``name`` is served; no name means the one that is."""
@@ -231,12 +234,16 @@ class Service:
 
     async def _compile(self, structure: StructuredOutputsParams) -> None:
         """Have the grammar ready before the engine asks for it; others are served meanwhile."""
-        grammars = self.engine.llm_engine.grammars
+        compiling = asyncio.get_running_loop().run_in_executor(
+            self._compiling, self.engine.llm_engine.grammars.compile, structure
+        )
         try:
-            await asyncio.wait_for(asyncio.to_thread(grammars.compile, structure), COMPILE_SECONDS)
+            await asyncio.wait_for(compiling, COMPILE_SECONDS)
         except TimeoutError:
-            raise ParameterError(
-                "structured_outputs", None, f"takes longer than {COMPILE_SECONDS} s to compile: simplify it"
+            raise ApiError(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "too many grammars are being compiled",
+                headers={"retry-after": "10"},
             ) from None
 
     async def encode_all(self, prompts: Any, add_special_tokens: bool = True) -> list[dict[str, Any]]:
