@@ -94,8 +94,9 @@ def blocks(kind: str, values: NDArray[np.float32]) -> bytes:
     largest = np.take_along_axis(groups, np.abs(groups).argmax(1, keepdims=True), 1)
     scales = (largest / (127 if kind == "Q8_0" else -8)).astype("<f2")
     codes = np.rint(groups / np.where(scales == 0, 1, scales).astype(np.float32))
+    packed: NDArray[Any]
     if kind == "Q8_0":
-        packed: NDArray[np.uint8] = np.clip(codes, -127, 127).astype(np.int8).view(np.uint8)
+        packed = np.clip(codes, -127, 127).astype(np.int8).view(np.uint8)
     else:
         assert kind == "Q4_0"
         nibbles = (np.clip(codes, -8, 7) + 8).astype(np.uint8)

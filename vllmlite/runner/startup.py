@@ -77,7 +77,10 @@ def start(config: EngineConfig) -> Started[Engine]:
         has_blocks=path.is_file() and has_blocks(path),
     )
     if path.is_file():
-        choice += "; " + treatment(path, backend.dtype, backend.quantization, backend.keeps_blocks)
+        done = treatment(path, backend.dtype, backend.quantization, backend.keeps_blocks)
+        choice += f"; {done}"
+        if sys.stderr.isatty():
+            print(f"vllmlite: {done}", file=sys.stderr)
     longest = config.max_model_len or spec.max_position_embeddings
     model = load_model(
         backend,
