@@ -101,7 +101,7 @@ def test_the_service_may_take_as_long_as_the_program() -> None:
     pytest.importorskip("uvicorn")
     from vllmlite.server.run import CLOSING_SECONDS
 
-    (seconds,) = re.findall(r"^TimeoutStopSec=(\d+)$", text("debian/unit.in"), re.MULTILINE)
+    (seconds,) = re.findall(r"^TimeoutStopSec=(\d+)$", text("debian/systemd-unit"), re.MULTILINE)
     engine = 10
     assert int(seconds) >= ServerConfig().shutdown_timeout + CLOSING_SECONDS + engine
 
