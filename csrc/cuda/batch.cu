@@ -12,7 +12,6 @@ constexpr int kKeysOfUnit = 64;   // keys that a block of the decoding kernel ta
 constexpr int kUnitsOfItem = 4;   // that are not worth cutting
 constexpr int kUnitsOfStart = 3;  // that take as long as an item's start and end
 constexpr int kMostCuts = 64;
-constexpr int kBlocksPerProcessor = 2;  // of that kernel
 constexpr unsigned kThreads = 1024;
 constexpr std::size_t kCountersOfSlot = 256;  // key/value heads that a slot's attention may have
 
@@ -252,10 +251,13 @@ static void plan_items(const HostBatch& host, std::int64_t at_once, std::int64_t
     const std::int64_t each = std::max<std::int64_t>((units + count - 1) / count, 1) * kKeysOfUnit;
     const auto first = static_cast<std::int32_t>(items.size());
     const auto real = static_cast<std::int32_t>((context + each - 1) / each);
+    const std::int32_t token = host.query_start_loc[row];
+    // A row that goes on from a sampled id has been here before; another may see keys that this very step writes.
+    const bool goes_on = host.token_ids[static_cast<std::size_t>(token)] < 0;
     for (std::int32_t i = 0; i < real; ++i)
       items.push_back({static_cast<std::int32_t>(row), static_cast<std::int32_t>(i * each),
                        static_cast<std::int32_t>(std::min((i + 1) * each, context)), first, real,
-                       host.query_start_loc[row], host.slot_ids[row], host.context_lens[row]});
+                       token, host.slot_ids[row], host.context_lens[row], goes_on ? host.context_lens[row] - 1 : 0});
   }
 }
 
@@ -285,12 +287,12 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   const std::size_t tokens = std::max(real_tokens, room), rows = std::max(real_rows, room);
   const std::size_t samples = std::max(real_samples, room);
 
-  const int at_once = std::max(runtime.multiprocessors() * kBlocksPerProcessor / std::max(cut.kv_heads, 1), 1);
+  const int at_once = std::max(runtime.multiprocessors() * kDecodingBlocksPerProcessor / std::max(cut.kv_heads, 1), 1);
   const int spread = 2 * at_once;
   std::vector<Item> items;
   plan_items(host, at_once, static_cast<std::int64_t>(rows) + spread, items);
   const std::size_t num_items = decodes ? rows + static_cast<std::size_t>(spread) : items.size();
-  items.resize(num_items, Item{-1, 0, 0, 0, 0, 0, 0, 0});
+  items.resize(num_items, Item{-1, 0, 0, 0, 0, 0, 0, 0, 0});
   const std::vector<Tile> tiles[] = {plan_tiles(host, kTileQueries[0]), plan_tiles(host, kTileQueries[1])};
   const bool masked = !host.mask_rows.empty();
 
@@ -381,6 +383,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   launch(runtime, prepare_kernel, 1, kThreads, 0, view, static_cast<int>(tokens), cut.block_size,
          static_cast<std::int32_t*>(slots->block_table.data), part(at_appended),
          static_cast<int>(slots->appended.size() / 2));
+  runtime.fence();
   slots->appended.clear();
   return batch;
 }

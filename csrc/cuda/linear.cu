@@ -1,5 +1,7 @@
 #include <cublasLt.h>
 
+#include <algorithm>
+#include <cmath>
 #include <map>
 #include <tuple>
 
@@ -105,11 +107,16 @@ class Products {
     const DeviceGuard guard(runtime.device());
     check_library(cublasLtCreate(&handle_), "cublasLtCreate");
   }
-  ~Products() { (void)cublasLtDestroy(handle_); }
+  ~Products() {
+    (void)cublasLtDestroy(handle_);
+    for (cudaEvent_t event : {begin_, end_})
+      if (event != nullptr) (void)cudaEventDestroy(event);
+    if (aside_ != nullptr) (void)cudaStreamDestroy(aside_);
+  }
   Products(const Products&) = delete;
   Products& operator=(const Products&) = delete;
 
-  bool multiply(const Runtime& runtime, const Product& product);
+  bool multiply(Runtime& runtime, const Product& product);
 
  private:
   // m, n, k, dtypes, whether there is a bias, alignments.
@@ -132,19 +139,28 @@ class Products {
     bool found = false;
   };
 
-  void make(Plan& plan, const Product& product);
+  void make(Runtime& runtime, Plan& plan, const Product& product);
+  cublasStatus_t run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& product,
+                     cudaStream_t stream);
+  // How long an algorithm takes, in milliseconds, where w is in no cache; infinite if it fails.
+  float time(Runtime& runtime, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& product,
+             float enough);
 
   static constexpr std::int64_t kWorkspace = 32 << 20;
+  static constexpr std::int64_t kCaches = 64 << 20;  // more than a device's caches hold
+  static constexpr int kCandidates = 8;
   static constexpr std::size_t kMostPlans = 4096;  // prefills have any number of rows
 
   cublasLtHandle_t handle_ = nullptr;
   Tensor workspace_;
+  cudaStream_t aside_ = nullptr;  // for what is timed while steps are recorded
+  cudaEvent_t begin_ = nullptr, end_ = nullptr;
   std::map<Key, Plan> plans_;
 };
 
 std::shared_ptr<Products> make_products(Runtime& runtime) { return std::make_shared<Products>(runtime); }
 
-void Products::make(Plan& plan, const Product& product) {
+void Products::make(Runtime& runtime, Plan& plan, const Product& product) {
   const cudaDataType_t in = type_of(product.dtype), out = type_of(product.out_dtype);
   check_library(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
   const auto set = [&](cublasLtMatmulDescAttributes_t attribute, const auto& value) {
@@ -177,18 +193,57 @@ void Products::make(Plan& plan, const Product& product) {
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_of(product.x));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(product.y));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_of(product.y));
-  cublasLtMatmulHeuristicResult_t result{};
+  cublasLtMatmulHeuristicResult_t results[kCandidates] = {};
   int count = 0;
-  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, plan.w, plan.x, plan.y, plan.y,
-                                                               preference, 1, &result, &count);
+  const cublasStatus_t status =
+      cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, plan.w, plan.x, plan.y, plan.y, preference,
+                                     runtime.recording() ? kCandidates : 1, results, &count);
   (void)cublasLtMatmulPreferenceDestroy(preference);
   if (status == CUBLAS_STATUS_NOT_SUPPORTED || (status == CUBLAS_STATUS_SUCCESS && count == 0)) return;
   check_library(status, "cublasLtMatmulAlgoGetHeuristic");
-  plan.algorithm = result.algo;
+  plan.algorithm = results[0].algo;
   plan.found = true;
+  // Steps that are recorded run often, and have few sizes: the library's guesses are tried.
+  float best = INFINITY;
+  for (int i = 0; i < count && count > 1; ++i) {
+    const float taken = time(runtime, plan, results[i].algo, product, best * 1.2F);
+    if (taken >= best) continue;
+    best = taken;
+    plan.algorithm = results[i].algo;
+  }
 }
 
-bool Products::multiply(const Runtime& runtime, const Product& product) {
+cublasStatus_t Products::run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& product,
+                             cudaStream_t stream) {
+  const float one = 1, zero = 0;
+  return cublasLtMatmul(handle_, plan.operation, &one, product.w, plan.w, product.x, plan.x, &zero, product.y, plan.y,
+                        product.y, plan.y, &algorithm, workspace_.data, kWorkspace, stream);
+}
+
+float Products::time(Runtime& runtime, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& product,
+                     float enough) {
+  constexpr int kRuns = 3;
+  if (aside_ == nullptr) {
+    VLLMLITE_CUDA_CHECK(cudaStreamCreateWithFlags, &aside_, cudaStreamNonBlocking);
+    for (cudaEvent_t* event : {&begin_, &end_}) VLLMLITE_CUDA_CHECK(cudaEventCreate, event);
+  }
+  const Tensor caches = runtime.make({kCaches}, DType::uint8);
+  float least = INFINITY;
+  for (int i = -1; i < kRuns; ++i) {
+    VLLMLITE_CUDA_CHECK(cudaMemsetAsync, caches.data, 0, caches.bytes(), aside_);
+    VLLMLITE_CUDA_CHECK(cudaEventRecord, begin_, aside_);
+    if (run(plan, algorithm, product, aside_) != CUBLAS_STATUS_SUCCESS) return INFINITY;
+    VLLMLITE_CUDA_CHECK(cudaEventRecord, end_, aside_);
+    VLLMLITE_CUDA_CHECK(cudaEventSynchronize, end_);
+    float taken = 0;
+    VLLMLITE_CUDA_CHECK(cudaEventElapsedTime, &taken, begin_, end_);
+    if (i >= 0) least = std::min(least, taken);
+    if (i == 0 && least > enough) break;
+  }
+  return least;
+}
+
+bool Products::multiply(Runtime& runtime, const Product& product) {
   const Key key{product.m,
                 product.n,
                 product.k,
@@ -201,17 +256,13 @@ bool Products::multiply(const Runtime& runtime, const Product& product) {
   if (plans_.size() >= kMostPlans) plans_.clear();
   const auto [place, fresh] = plans_.try_emplace(key);
   Plan& plan = place->second;
-  if (fresh) make(plan, product);
+  if (fresh) make(runtime, plan, product);
   if (!plan.found) return false;
   if (product.bias != nullptr)
     check_library(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &product.bias,
                                                  sizeof product.bias),
                   "cublasLtMatmulDescSetAttribute");
-  const float one = 1, zero = 0;
-  check_library(
-      cublasLtMatmul(handle_, plan.operation, &one, product.w, plan.w, product.x, plan.x, &zero, product.y, plan.y,
-                     product.y, plan.y, &plan.algorithm, workspace_.data, kWorkspace, runtime.stream()),
-      "cublasLtMatmul");
+  check_library(run(plan, plan.algorithm, product, runtime.stream()), "cublasLtMatmul");
   return true;
 }
 
