@@ -11,7 +11,7 @@
 
 namespace vllmlite::cuda {
 
-constexpr int kWarps = 4, kHeads = 8, kStages = 2;
+constexpr int kHeads = 8, kStages = 2;
 
 // Rows are padded by one access, so that eight of them lie in different banks.
 template <typename T, int kSize>
@@ -21,7 +21,7 @@ struct Stage {
   T values[kKeys][kStride];
 };
 
-template <typename T, int kSize>
+template <typename T, int kSize, int kWarps>
 struct Room {
   Stage<T, kSize> stages[kWarps][kStages];
   float sums[kWarps][kHeads][kSize + 4];
@@ -35,7 +35,7 @@ __device__ __forceinline__ int first_key(const Item& item, int window) {
 }
 
 // The tiles of keys that a warp takes, in order: those of its block's units, one after another.
-template <typename T, int kSize>
+template <typename T, int kSize, int kWarps>
 class Walk {
  public:
   static constexpr int kKeys = Stage<T, kSize>::kKeys, kStep = kWarps * kKeys, kParts = kKeys / 16;
@@ -121,14 +121,14 @@ class Walk {
   std::int64_t places_[kParts];
 };
 
-template <typename T, int kSize>
+template <typename T, int kSize, int kWarps>
 static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __grid_constant__ Attention given,
                                                                       float* partial, float2* states,
                                                                       std::int32_t* counters) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) char shared[];
-  auto& room = *reinterpret_cast<Room<T, kSize>*>(shared);
-  using Tiles = Walk<T, kSize>;
+  auto& room = *reinterpret_cast<Room<T, kSize, kWarps>*>(shared);
+  using Tiles = Walk<T, kSize, kWarps>;
   constexpr int kKeys = Tiles::kKeys, kParts = Tiles::kParts;
   let_next_begin();
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
@@ -295,26 +295,34 @@ bool takes_tensor_cores(const Runtime& runtime, const Attention& attention) {
          attention.size % 8 == 0 && attention.width <= 128;
 }
 
-template <typename T, int kSize>
-static void run(Runtime& runtime, const Attention& attention) {
-  using Shared = Room<T, kSize>;
+template <typename T, int kSize, int kWarps>
+static void run(Runtime& runtime, const Attention& attention, int blocks_per_processor) {
+  using Shared = Room<T, kSize, kWarps>;
   const int sharing = attention.heads / attention.kv_heads;
   const int shares = attention.kv_heads * ((sharing + kHeads - 1) / kHeads);
   const std::int64_t items = attention.num_items;
   const Tensor partial = runtime.make({items * attention.heads, attention.size}, DType::float32);
   const Tensor states = runtime.make({items * attention.heads, 2}, DType::float32);
-  VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, decoding_kernel<T, kSize>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  const auto kernel = decoding_kernel<T, kSize, kWarps>;
+  VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                       static_cast<int>(sizeof(Shared)));
   const auto blocks = static_cast<unsigned>(
-      std::min(items * shares, static_cast<std::int64_t>(runtime.multiprocessors()) * kDecodingBlocksPerProcessor));
-  launch(runtime, decoding_kernel<T, kSize>, blocks, kWarps * 32, sizeof(Shared), attention,
-         static_cast<float*>(partial.data), static_cast<float2*>(states.data),
+      std::min(items * shares, static_cast<std::int64_t>(runtime.multiprocessors()) * blocks_per_processor));
+  launch(runtime, kernel, blocks, kWarps * 32, sizeof(Shared), attention, static_cast<float*>(partial.data),
+         static_cast<float2*>(states.data),
          runtime.counters(static_cast<std::size_t>(attention.num_rows) * static_cast<std::size_t>(shares)));
+}
+
+template <typename T, int kSize>
+static void run_warps(Runtime& runtime, const Attention& attention) {
+  const DecodingBlocks blocks = decoding_blocks(runtime, attention.num_rows, attention.kv_heads);
+  blocks.warps == 2 ? run<T, kSize, 2>(runtime, attention, blocks.per_processor)
+                    : run<T, kSize, 4>(runtime, attention, blocks.per_processor);
 }
 
 template <typename T>
 static void run_sized(Runtime& runtime, const Attention& attention) {
-  attention.width <= 64 ? run<T, 64>(runtime, attention) : run<T, 128>(runtime, attention);
+  attention.width <= 64 ? run_warps<T, 64>(runtime, attention) : run_warps<T, 128>(runtime, attention);
 }
 
 void attend_decoding(Runtime& runtime, const Attention& attention) {

@@ -67,7 +67,11 @@ struct Item {
   std::int32_t row, begin, end, first, count, token, slot, context, settled;
 };
 
-constexpr int kDecodingBlocksPerProcessor = 2;  // that work on items
+// What works on items at a time: few blocks that are quick with one, or many, of which some wait while others read.
+struct DecodingBlocks {
+  int warps, per_processor;
+};
+DecodingBlocks decoding_blocks(const Runtime& runtime, int rows, int kv_heads);
 
 // Queries of a row that attend together: tokens `first` up to `first + count` of the step.
 struct Tile {
