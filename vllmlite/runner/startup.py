@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 4 << 30
 """Most that the KV pool takes on a CPU unless its size is given; pages that no request reaches are never touched."""
+CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 8192
+"""Most tokens in a step unless the number is given: enough to fill the device."""
 
 
 EngineT = TypeVar("EngineT", bound=EngineCore, covariant=True)
@@ -119,7 +121,7 @@ def start(config: EngineConfig) -> Started[Engine]:
     engine = Engine(
         Limits(
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=_batched_tokens(config, backend),
             max_model_len=longest,
             block_size=config.block_size,
             num_blocks=num_blocks,
@@ -173,6 +175,11 @@ def _load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:
     )
 
 
+def _batched_tokens(config: EngineConfig, backend: Backend) -> int:
+    default = CPU_BATCHED_TOKENS if backend.device == "cpu" else GPU_BATCHED_TOKENS
+    return config.max_num_batched_tokens or default
+
+
 def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_len: int) -> int:
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
@@ -213,7 +220,7 @@ def _largest_step(config: EngineConfig, backend: Backend, model: Model, max_mode
         max_model_len=max_model_len,
         enforce_eager=True,
     )
-    runner.profile(min(config.max_num_batched_tokens, config.max_num_seqs * max_model_len))
+    runner.profile(min(_batched_tokens(config, backend), config.max_num_seqs * max_model_len))
 
 
 def _capture_graphs(runner: ModelRunner) -> None:
