@@ -66,6 +66,8 @@ def start(config: EngineConfig) -> Started:
         threads=config.threads,
         cpu_isa=config.cpu_isa,
         quantization=config.quantization or spec.quantization,
+        ops=spec.required_ops(),
+        model=spec.architecture,
     )
     longest = config.max_model_len or spec.max_position_embeddings
     model = load_model(
