@@ -27,6 +27,8 @@ Tensor: TypeAlias = Any
 """A backend's tensor, opaque outside it."""
 LinearWeight: TypeAlias = Any
 """A packed weight of :meth:`Backend.linear`, opaque outside its backend."""
+Experts: TypeAlias = Any
+"""The packed weights of :meth:`Backend.moe`, opaque outside their backend."""
 KVCache: TypeAlias = Any
 """A pool of key/value blocks, opaque outside its backend."""
 Slots: TypeAlias = Any
@@ -329,6 +331,10 @@ class Backend(ABC):
         :attr:`Op.MOE`."""
         raise self._lacks(Op.MOE)
 
+    def experts(self, experts: Sequence[Expert]) -> Experts:
+        """Pack the experts of a mixture, all of one shape. Comes with :attr:`Op.MOE`."""
+        raise self._lacks(Op.MOE)
+
     @abstractmethod
     def tied_weight(self, table: Tensor) -> LinearWeight:
         """The table of :meth:`embedding` as the weight of :meth:`logits`; aliases it where the layout allows."""
@@ -477,7 +483,7 @@ class Backend(ABC):
         self,
         x: Tensor,
         router_logits: Tensor,
-        experts: Sequence[Expert],
+        experts: Experts,
         top_k: int,
         renormalise: bool,
         activation: str,
@@ -485,8 +491,8 @@ class Backend(ABC):
         """A mixture of experts (Shazeer et al. 2017): the sum over a token's ``top_k`` experts of their gated MLP of
         ``x [T, hidden]``, each times its weight, in the order of the experts.
 
-        A weight is the softmax over all of ``router_logits [T, E]``, in float32; the largest are taken, the first
-        expert among equals; ``renormalise`` divides them by their sum. ``activation`` as in
+        The experts of the largest of ``router_logits [T, E]`` are taken, the first among equals. A weight is the
+        softmax over all logits, in float32; ``renormalise`` divides them by their sum. ``activation`` as in
         :meth:`gated_activation`."""
         raise self._lacks(Op.MOE)
 

@@ -167,6 +167,9 @@ class TorchBackend(Backend):
     def float_weight(self, weight: HostTensor) -> TorchLinear:
         return self._linear(self.tensor(weight, self.dtype), None)
 
+    def experts(self, experts: Sequence[Expert]) -> Sequence[Expert]:
+        return experts
+
     @torch.inference_mode()
     def tied_weight(self, table: torch.Tensor) -> TorchLinear | TorchQuantized:
         if self.quantization is not None:
@@ -406,8 +409,8 @@ class TorchBackend(Backend):
         renormalise: bool,
         activation: str,
     ) -> torch.Tensor:
-        weights, chosen = router_logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
-        weights, chosen = weights[:, :top_k], chosen[:, :top_k]
+        chosen = router_logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        weights = router_logits.float().softmax(-1).gather(1, chosen)
         if renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
         order = chosen.flatten().argsort(stable=True)

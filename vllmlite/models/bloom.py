@@ -31,9 +31,10 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
     config = config.spelling(
         num_hidden_layers="n_layer", num_attention_heads="n_head", max_position_embeddings="seq_length"
     )
-    config = config.default(
-        intermediate_size=4 * config.integer("hidden_size"), max_position_embeddings=TRAINED
-    ).fixed(num_key_value_heads=config.get("num_attention_heads"))
+    config = config.default(max_position_embeddings=TRAINED).fixed(
+        num_key_value_heads=config.get("num_attention_heads"),
+        intermediate_size=4 * config.integer("hidden_size"),
+    )
     base = decoder_spec(config, architecture, norm=layer_norm(config), rotated=False, tied=True)
     return replace(
         base,

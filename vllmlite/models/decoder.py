@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from vllmlite.backends.base import (
     Backend,
     Expert,
+    Experts,
     ForwardBatch,
     KVCache,
     KVSpec,
@@ -39,7 +39,7 @@ class _Mlp:
 class _Moe:
     spec: MoeSpec
     router: LinearWeight
-    experts: Sequence[Expert]
+    experts: Experts
     shared: _Mlp | None
     shared_gate: LinearWeight | None
 
@@ -203,7 +203,7 @@ class Decoder:
         return _Moe(
             spec=moe,
             router=self.backend.float_weight(self._weights(f"{name}router.weight")),
-            experts=[Expert(mlp.up, mlp.down) for mlp in mlps],
+            experts=self.backend.experts([Expert(mlp.up, mlp.down) for mlp in mlps]),
             shared=self._load_mlp(f"{name}shared.") if shared else None,
             shared_gate=self.backend.float_weight(self._weights(f"{name}shared_gate.weight"))
             if shared

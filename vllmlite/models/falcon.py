@@ -30,16 +30,17 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
     norms = config.integer("num_ln_in_parallel_attn", 2 if newer else 1)
     if norms > (2 if newer else 1):
         raise config.error("num_ln_in_parallel_attn", "1, or 2 with new_decoder_architecture")
-    config = config.spelling(
-        num_key_value_heads="num_kv_heads", hidden_act="activation", intermediate_size="ffn_hidden_size"
+    config = config.spelling(num_key_value_heads="num_kv_heads", hidden_act="activation")
+    heads = config.integer("num_attention_heads")
+    config = config.fixed(
+        intermediate_size=config.integer("ffn_hidden_size", 4 * config.integer("hidden_size"))
     )
-    heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
     if not newer:
         own = 1 if config.boolean("multi_query", True) else heads
         config = config.fixed(num_key_value_heads=own)
     alibi, bias = config.boolean("alibi", False), config.boolean("bias", False)
     base = decoder_spec(
-        config.default(intermediate_size=4 * hidden, max_position_embeddings=2048),
+        config.default(max_position_embeddings=2048),
         architecture,
         norm=layer_norm(config),
         activations=ACTIVATIONS,

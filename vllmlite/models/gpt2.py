@@ -36,10 +36,11 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
         num_attention_heads="n_head",
         max_position_embeddings="n_positions",
         hidden_act="activation_function",
-        intermediate_size="n_inner",
     )
-    config = config.default(intermediate_size=4 * config.integer("hidden_size"))
-    config = config.fixed(num_key_value_heads=config.get("num_attention_heads"))
+    config = config.fixed(
+        num_key_value_heads=config.get("num_attention_heads"),
+        intermediate_size=config.integer("n_inner", 4 * config.integer("hidden_size")),
+    )
     base = decoder_spec(
         config,
         architecture,
