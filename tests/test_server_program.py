@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -127,7 +128,7 @@ def test_serving_imports_neither_torch_nor_transformers() -> None:
         "sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "serve", "--port", "0"],
+        [sys.executable, "-c", script, "serve", "--port", "0", "--no-engine-process"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8", cwd=ROOT,
     )  # fmt: skip
     assert process.stderr is not None
@@ -152,7 +153,7 @@ def test_an_engine_that_is_dead_ends_the_program() -> None:
         "ModelRunner.launch = fail; sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "serve", "--port", "0"],
+        [sys.executable, "-c", script, "serve", "--port", "0", "--no-engine-process"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8", cwd=ROOT,
     )  # fmt: skip
     assert process.stderr is not None
@@ -169,6 +170,14 @@ def test_an_engine_that_is_dead_ends_the_program() -> None:
         process.kill()
         reader.join()
         process.stderr.close()
+
+
+def test_an_engine_process_that_is_killed_ends_the_program() -> None:
+    with program() as running:
+        server = running.process.pid
+        (engine,) = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+        os.kill(int(engine), signal.SIGKILL)
+        assert running.process.wait(30) == 1
 
 
 def test_sigterm_drains_and_exits_0() -> None:

@@ -143,10 +143,13 @@ class OutputProcessor:
             group.prompt_logprobs = [None, *(self._logprobs(entry, k) for entry in output.prompt_logprobs)]
         stop: str | None = None
         ended_by_token = output.finish_reason == "stop" and not group.params.include_stop_str_in_output
-        for token_id in output.new_token_ids:
+        last = len(output.new_token_ids) - 1
+        for index, token_id in enumerate(output.new_token_ids):
             state.token_ids.append(token_id)
-            if detokenizer is not None and stop is None:
-                stop = detokenizer.append(token_id, visible=not ended_by_token)
+            if detokenizer is not None:
+                stop = detokenizer.append(token_id, visible=not (ended_by_token and index == last))
+                if stop is not None:
+                    break  # what the engine did before it knew does not count
         if (
             output.logprobs is not None
             and state.logprobs is not None

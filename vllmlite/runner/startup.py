@@ -8,12 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from vllmlite.backends.base import Backend, Model
 from vllmlite.config import EngineConfig
-from vllmlite.engine.engine import Engine
+from vllmlite.engine.engine import Engine, EngineCore
 from vllmlite.engine.scheduler import Limits
+from vllmlite.engine_process import EngineProcess
 from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.hub import find_model
 from vllmlite.runner.runner import ModelRunner
@@ -27,11 +28,14 @@ CPU_KV_BYTES = 4 << 30
 """Most that the KV pool takes on a CPU unless its size is given; pages that no request reaches are never touched."""
 
 
-@dataclass(slots=True)
-class Started:
+EngineT = TypeVar("EngineT", bound=EngineCore, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Started(Generic[EngineT]):
     """A running engine and what the text side needs of its model."""
 
-    engine: Engine
+    engine: EngineT
     tokenizer: Tokenizer | None
     max_model_len: int
     default_sampling_params: SamplingParams
@@ -39,7 +43,7 @@ class Started:
     """Which backend runs, and why the others do not."""
 
 
-def start(config: EngineConfig) -> Started:
+def start(config: EngineConfig) -> Started[Engine]:
     """Start an engine. Raises ModelError, BackendError or ParameterError, each saying what to change."""
     from vllmlite.backends.select import select_backend
     from vllmlite.models import load_model, read_spec
@@ -122,6 +126,23 @@ def start(config: EngineConfig) -> Started:
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     stats.lent_ops = list(backend.lent_ops)
     return Started(engine, tokenizer, longest, _default_params(config, generation), choice)
+
+
+def start_process(config: EngineConfig) -> Started[EngineProcess]:
+    """Start an engine in a process of its own. Raises what :func:`start` raises there."""
+    engine = EngineProcess(config)
+    try:
+        tokenizer = None  # while the other process loads the model
+        if not config.skip_tokenizer_init:
+            path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
+            tokenizer = _load_tokenizer(config, path)
+        ready = engine.wait()
+    except BaseException:
+        engine.close()
+        raise
+    return Started(
+        engine, tokenizer, ready.max_model_len, ready.default_sampling_params, ready.backend_choice
+    )
 
 
 def _load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:

@@ -48,6 +48,9 @@ class ServerConfig:
     shutdown_timeout: int = option(
         30, "seconds that running requests get to finish after SIGTERM", group="server", low=0, high=86400
     )
+    engine_process: bool = option(
+        True, "run the engine in a process of its own, so that its steps never wait for HTTP", group="server"
+    )
     profile_dir: str | None = option(
         None,
         "serve /start_profile and /stop_profile, which write Chrome traces here",

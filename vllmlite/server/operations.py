@@ -86,7 +86,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
 async def health(request: Request) -> Response:
     """200 while the engine lives, with what its steps have failed of; 503 once it is dead or the server goes down."""
     service: Service = request.app.state.service
-    stats = service.engine.llm_engine.engine.stats
+    stats = service.engine.llm_engine.engine_core.stats
     dead = service.engine.dead_error
     if dead is not None:
         raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(dead), code="engine_dead")

@@ -52,7 +52,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     sys.setswitchinterval(SWITCH_SECONDS)
     # The address first: whoever has it already need not wait for a model to be loaded.
     with _listen(config) as listener:
-        engine = AsyncLLM(engine_config)
+        engine = AsyncLLM(engine_config, engine_process=config.engine_process)
         try:
             names = config.served_model_name or (engine_config.model or BUILT_IN_NAME,)
             inner = engine.llm_engine
