@@ -77,6 +77,8 @@ def start(config: EngineConfig) -> Started[Engine]:
         cpu_isa=config.cpu_isa,
         quantization=config.quantization or spec.quantization,
         has_blocks=path.is_file() and has_blocks(path),
+        ops=spec.required_ops(),
+        model=spec.architecture,
     )
     if path.is_file():
         done = treatment(path, backend.dtype, backend.quantization, backend.keeps_blocks)
