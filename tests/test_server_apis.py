@@ -257,7 +257,8 @@ def test_blocks_become_the_conversation(service: Service) -> None:
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "rain"}]},
     ]
     found = as_messages(
-        [messages.AnthropicMessage(**turn) for turn in turns], [{"type": "text", "text": "Be brief."}]
+        [messages.AnthropicMessage.model_validate(turn) for turn in turns],
+        [{"type": "text", "text": "Be brief."}],
     )
     assert [message["role"] for message in found] == ["system", "user", "assistant", "tool"]
     assert found[2]["reasoning_content"] == "Hm" and found[3]["content"] == "rain"

@@ -30,9 +30,10 @@ class EngineConfig:
 
     model: str | None = _option(
         None,
-        "directory with a checkpoint, or Hugging Face id; default: the built-in demo model",
+        "directory with a checkpoint, GGUF file, tarball of vllmlite download, or Hugging Face id; "
+        "default: the built-in demo model",
         group="model",
-        metavar="DIR|ID",
+        metavar="DIR|FILE|ID",
     )
     tokenizer: str | None = _option(
         None,
@@ -54,9 +55,9 @@ class EngineConfig:
     )
     load_format: str = _option(
         "auto",
-        "dummy: random weights, to measure speed",
+        "what holds the weights; auto: what is there; pt: PyTorch's .bin and .pt; dummy: random ones, to measure speed",
         group="model",
-        choices=("auto", "safetensors", "dummy"),
+        choices=("auto", "safetensors", "pt", "gguf", "dummy"),
     )
     dtype: str = _option(
         "auto",
@@ -116,8 +117,11 @@ class EngineConfig:
         0.9,
         "part of the device's memory to use, where the cache's size is not given (CPU: of what is free, to 4 GiB)",
     )
-    max_num_batched_tokens: int = _option(
-        2048, "most tokens in a step, prompts and decodes together", low=1, size=True
+    max_num_batched_tokens: int | None = _option(
+        None,
+        "most tokens in a step, prompts and decodes together; default: 2048 on a CPU, else 8192",
+        low=1,
+        size=True,
     )
     max_num_seqs: int = _option(256, "most sequences in a step", low=1, high=65536)
     enable_prefix_caching: bool = _option(True, "reuse cached blocks of equal prompt beginnings")

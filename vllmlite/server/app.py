@@ -24,6 +24,7 @@ from vllmlite.server import chat, completions, embeddings, llamacpp, messages, o
 from vllmlite.server.errors import ApiError, as_api_error
 from vllmlite.server.metrics import StatsLog
 from vllmlite.server.middleware import Count, LimitBody, RequireKey, error_response
+from vllmlite.server.page import page_route
 from vllmlite.server.profiler import Profiler
 from vllmlite.server.protocol.operations import TOKENIZABLE_TAGS
 from vllmlite.server.service import Service
@@ -54,6 +55,8 @@ def build_app(service: Service, keys: tuple[str, ...] = ()) -> FastAPI:
     if config.profile_dir is not None:
         app.state.profiler = Profiler(service.engine, Path(config.profile_dir))
         app.include_router(operations.profiling)
+    if config.ui:
+        app.router.routes.append(page_route())
     for name in config.middleware:
         _add_middleware(app, name)
     app.add_middleware(LimitBody, limit=config.max_body_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from dataclasses import dataclass
 
@@ -62,6 +63,7 @@ class ServerConfig:
         False, "name tokens token_id:N in log-probabilities, for text that JSON cannot hold", group="server"
     )
     enable_force_include_usage: bool = option(False, "end every stream with its usage", group="server")
+    ui: bool = option(True, "serve a page to chat in at /", group="server")
     shutdown_timeout: int = option(
         30, "seconds that running requests get to finish after SIGTERM", group="server", low=0, high=86400
     )
@@ -145,14 +147,30 @@ class ServerConfig:
                 raise ParameterError("middleware", name, "must be package.module.Class")
 
     def api_keys(self) -> tuple[str, ...]:
-        """The keys of ``api_key`` and ``api_key_file``; empty where none is needed. Raises ParameterError."""
-        if self.api_key_file is None:
-            return self.api_key
-        try:
-            with open(self.api_key_file, encoding="utf-8") as file:
-                keys = tuple(line.strip() for line in file if line.strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ParameterError("api_key_file", self.api_key_file, f"cannot be read: {error}") from None
-        if not keys:
-            raise ParameterError("api_key_file", self.api_key_file, "holds no key")
-        return self.api_key + keys
+        """The keys of ``api_key``, of ``api_key_file``, and of the credential ``vllmlite.api-key`` where systemd hands
+        one over; empty where none is needed. Raises ParameterError."""
+        keys = self.api_key
+        for path in (self.api_key_file, _credential("vllmlite.api-key")):
+            keys += _read_keys(path) if path is not None else ()
+        return keys
+
+
+def _credential(name: str) -> str | None:
+    """The file of a credential that the service manager hands over (systemd.exec(5)), if it does."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    try:
+        return os.path.join(directory, name) if directory and name in os.listdir(directory) else None
+    except OSError as error:
+        raise ParameterError("CREDENTIALS_DIRECTORY", directory, f"cannot be read: {error}") from None
+
+
+def _read_keys(path: str) -> tuple[str, ...]:
+    """The lines of a file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            keys = tuple(line.strip() for line in file if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParameterError("api_key_file", path, f"cannot be read: {error}") from None
+    if not keys:
+        raise ParameterError("api_key_file", path, "holds no key")
+    return keys
