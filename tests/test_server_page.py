@@ -342,6 +342,13 @@ def test_conversations_are_renamed_deleted_and_edited(tab: Tab, fake: FakeServer
     tab.click("#conversations li:first-child [data-do=delete]")
     tab.reload()
     assert tab.evaluate(titles) == ["first"]
+    other = {"title": "of another tab", "updated": 1, "messages": []}
+    tab.evaluate(f"localStorage.setItem('vllmlite.chat.x', {json.dumps(json.dumps(other))})")
+    tab.evaluate("dispatchEvent(new StorageEvent('storage', {key: 'vllmlite.chat.x'}))")
+    assert tab.evaluate(titles) == ["first", "of another tab"]
+    tab.evaluate("localStorage.removeItem('vllmlite.chat.x')")
+    tab.evaluate("dispatchEvent(new StorageEvent('storage', {key: 'vllmlite.chat.x'}))")
+    assert tab.evaluate(titles) == ["first"]
     tab.click("#conversations li:first-child a")
     tab.wait("title.textContent === 'first'")
     tab.click("#input")
