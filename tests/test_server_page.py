@@ -280,7 +280,7 @@ def test_errors_are_told_in_words(tab: Tab, fake: FakeServer) -> None:
     fake.refusal = JSONResponse({"error": {"message": "the queue is full"}}, 429, {"retry-after": "7"})
     say(tab, "Hello")
     tab.wait("!problem.hidden")
-    assert tab.text("#problem p") == "the queue is full Try again in 7 s."
+    assert tab.text("#problem p") == "the queue is full; try again in 7 s"
     assert [problem for problem in tab.problems() if "429" not in problem] == []
     fake.refusal = None
     fake.answers("Hi")
