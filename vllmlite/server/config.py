@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from vllmlite.errors import ParameterError
 from vllmlite.options import check_fields, option
+from vllmlite.server.parsers import TOOL_PARSERS
+from vllmlite.server.parsers.reasoning import STYLES
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
@@ -41,6 +43,21 @@ class ServerConfig:
         False,
         "let requests bring chat templates of their own, which can keep the server busy",
         group="server",
+    )
+    enable_auto_tool_choice: bool = option(
+        False, "let models choose to call tools; needs a tool-call-parser", group="server"
+    )
+    tool_call_parser: str | None = option(
+        None, "the format in which the model calls tools", group="server", choices=tuple(TOOL_PARSERS)
+    )
+    exclude_tools_when_tool_choice_none: bool = option(
+        False, "show the model no tools where tool_choice is none", group="server"
+    )
+    reasoning_parser: str | None = option(
+        None,
+        "how the model marks its reasoning, which answers have apart",
+        group="server",
+        choices=tuple(STYLES),
     )
     return_tokens_as_token_ids: bool = option(
         False, "name tokens token_id:N in log-probabilities, for text that JSON cannot hold", group="server"
@@ -121,6 +138,8 @@ class ServerConfig:
             raise ParameterError("ssl_certfile", None, "must be given for TLS")
         if not self.log_stats_interval > 0:
             raise ParameterError("log_stats_interval", self.log_stats_interval, "must be over 0")
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ParameterError("enable_auto_tool_choice", True, "needs tool_call_parser")
         if self.root_path and not self.root_path.startswith("/"):
             raise ParameterError("root_path", self.root_path, "must begin with /")
         for name in self.middleware:
