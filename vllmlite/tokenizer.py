@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,6 +18,8 @@ from vllmlite.weights.json_object import read_object
 if TYPE_CHECKING:
     from jinja2 import Template
 
+MAX_IDS = 10_000_000
+"""Ids are below this; the largest vocabularies have a quarter of a million."""
 CONTEXT_TOKENS = 6
 """Prompt tokens decoded along with the output, so that spacing across the seam is right."""
 
@@ -33,8 +36,10 @@ class Tokenizer:
         else:
             self._config = read_object(path / "tokenizer_config.json", optional=True)
             self._fast = _load_fast(path)
+        self._path = path
         self._fast.no_truncation()
         self._fast.no_padding()
+        self.decode(self.encode(""))  # what cannot work at all is found out now
         self.eos_token_id = self._special("eos_token")
 
     @property
@@ -55,10 +60,15 @@ class Tokenizer:
             return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError:
             raise ParameterError("text", text, "must be Unicode without halves of surrogate pairs") from None
+        except BaseException as error:
+            raise _told(self._path, error) from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; half a character at either end becomes U+FFFD."""
-        return str(self._fast.decode(ids, skip_special_tokens=skip_special_tokens))
+        try:
+            return str(self._fast.decode(ids, skip_special_tokens=skip_special_tokens))
+        except BaseException as error:
+            raise _told(self._path, error) from None
 
     def vocabulary(self, size: int) -> tuple[list[str], bool]:
         """Tokens of ids 0 to ``size`` - 1 as the tokenizer writes them, special and missing ones empty; whether that is
@@ -131,10 +141,16 @@ class Tokenizer:
     @cached_property
     def _chat_template(self) -> str | None:
         if self._template_file.is_file():
-            return self._template_file.read_text(encoding="utf-8")
+            try:
+                return self._template_file.read_text(encoding="utf-8")
+            except ValueError as error:
+                raise ModelError(f"{self._template_file}: is not UTF-8: {error}") from None
         template = self._config.get("chat_template")
         if isinstance(template, list):  # several named templates, as some checkpoints have
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            named = [
+                entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"
+            ]
+            template = named[0].get("template") if named else None
         return template if isinstance(template, str) else None
 
     def _config_text(self, name: str) -> str:
@@ -145,7 +161,10 @@ class Tokenizer:
 
     def _special(self, name: str) -> int | None:
         text = self._config_text(name)
-        return self._fast.token_to_id(text) if text else None
+        try:
+            return self._fast.token_to_id(text) if text else None
+        except BaseException as error:
+            raise _told(self._path, error) from None
 
 
 class Detokenizer:
@@ -233,10 +252,11 @@ class Detokenizer:
 def _load_fast(path: Path) -> FastTokenizer:
     file = path / "tokenizer.json"
     if file.is_file():
+        _check_ids(file)
         try:
             return FastTokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise ModelError(f"{file}: not a usable tokenizer: {error}") from None
+        except BaseException as error:  # the library raises plain Exception
+            raise _told(file, error) from None
     from transformers import AutoTokenizer  # only for checkpoints without a tokenizer.json
 
     try:
@@ -251,6 +271,27 @@ def _load_fast(path: Path) -> FastTokenizer:
         )
     fast: FastTokenizer = loaded.backend_tokenizer
     return fast
+
+
+def _check_ids(file: Path) -> None:
+    """ModelError for an id from :data:`MAX_IDS` up, before the library makes a table with a place for each."""
+    if not re.search(rb":\s*\d{8}", file.read_bytes()):
+        return
+    content = read_object(file)
+    model, added = content.get("model"), content.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    largest = max((i for i in ids if type(i) is int), default=0)
+    if largest >= MAX_IDS:
+        raise ModelError(f"{file}: has a token with id {largest}; accepted: ids below {MAX_IDS}")
+
+
+def _told(path: Path, error: BaseException) -> BaseException:
+    """An error of the library's, as ours. Where it panics, that is no Exception; what is neither stays itself."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return ModelError(f"{path}: not a usable tokenizer: {error}")
+    return error
 
 
 class _Refusal(Exception):

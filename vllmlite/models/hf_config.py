@@ -22,6 +22,8 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+MOST = {"num_hidden_layers": 4096}
+"""What some keys are at most, lest a damaged file take all memory before anything else is looked at."""
 _REQUIRED: Any = object()
 QUANT_METHOD = "vllmlite"
 
@@ -66,9 +68,9 @@ class HfConfig:
 
     def integer(self, key: str, default: Any = _REQUIRED, minimum: int = 1) -> int:
         """An integer of at least ``minimum``."""
-        value = self._value(key, default)
-        if type(value) is not int or not minimum <= value < 2**31:
-            raise self.error(key, f"an integer from {minimum} to 2**31 - 1")
+        value, most = self._value(key, default), MOST.get(key, 2**31 - 1)
+        if type(value) is not int or not minimum <= value <= most:
+            raise self.error(key, f"an integer from {minimum} to {most}")
         return value
 
     def number(self, key: str, default: Any = _REQUIRED, above: float = 0.0) -> float:
