@@ -10,7 +10,6 @@ compute in floats; where weights stay codes, sums are rounded elsewhere, and the
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -52,8 +51,17 @@ def main() -> int:
             same = 0
             for output in llm.generate(list(PROMPTS), params, use_tqdm=False):
                 ours = output.outputs[0].text
-                argv = ["llama-completion", "-m", inside / f"{kind}.gguf", "-p", output.prompt, "--temp", "0", "-no-cnv",
-                        "-n", str(args.max_tokens), "-t", "2", "--no-warmup", "--no-display-prompt"]  # fmt: skip
+                argv = [
+                    "llama-completion",
+                    "-m",
+                    inside / f"{kind}.gguf",
+                    "-p",
+                    output.prompt,
+                    "-t",
+                    "2",
+                    "-no-cnv",
+                ]
+                argv += ["-n", str(args.max_tokens), "--temp", "0", "--no-warmup", "--no-display-prompt"]
                 run = subprocess.run(
                     [*map(str, chroot + argv)],
                     check=True,
@@ -64,7 +72,8 @@ def main() -> int:
                 theirs = run.stdout.split(" [end of text]")[0].removesuffix("\n\n")
                 same += ours == theirs
                 if ours != theirs:
-                    at = len(os.path.commonprefix([ours, theirs]))
+                    pairs = enumerate(zip(ours, theirs, strict=False))
+                    at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
                     print(
                         f"  {output.prompt!r} differs from character {at}: {ours[at:][:40]!r}, {theirs[at:][:40]!r}"
                     )
