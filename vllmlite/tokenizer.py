@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.gguf_tokenizer import gguf_tokenizer
+from vllmlite.slow_tokenizer import SlowTokenizer
 from vllmlite.weights.json_object import read_object
 
 if TYPE_CHECKING:
@@ -25,17 +26,18 @@ CONTEXT_TOKENS = 6
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer (``tokenizer.json``, or a GGUF file's) with its configuration and chat template."""
+    """A tokenizer (``tokenizer.json``, a GGUF file's, or transformers') with its configuration and chat template."""
 
     def __init__(self, path: Path) -> None:
         """Read ``tokenizer.json`` and ``tokenizer_config.json`` of directory ``path``, or what the GGUF file ``path``
         has in their place. Raises ModelError."""
         self._template_file = path / "chat_template.jinja"
+        self._fast: FastTokenizer | SlowTokenizer
         if path.is_file():
             self._fast, self._config = gguf_tokenizer(path)
         else:
             self._config = read_object(path / "tokenizer_config.json", optional=True)
-            self._fast = _load_fast(path)
+            self._fast = _load(path)
         self._path = path
         self._fast.no_truncation()
         self._fast.no_padding()
@@ -58,7 +60,7 @@ class Tokenizer:
         Raises :class:`ParameterError` if ``text`` is not Unicode (it holds half a surrogate pair)."""
         try:
             return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TypeError:
+        except (TypeError, UnicodeEncodeError):
             raise ParameterError("text", text, "must be Unicode without halves of surrogate pairs") from None
         except BaseException as error:
             raise _told(self._path, error) from None
@@ -249,7 +251,7 @@ class Detokenizer:
         return stop
 
 
-def _load_fast(path: Path) -> FastTokenizer:
+def _load(path: Path) -> FastTokenizer | SlowTokenizer:
     file = path / "tokenizer.json"
     if file.is_file():
         _check_ids(file)
@@ -257,7 +259,9 @@ def _load_fast(path: Path) -> FastTokenizer:
             return FastTokenizer.from_file(str(file))
         except BaseException as error:  # the library raises plain Exception
             raise _told(file, error) from None
-    from transformers import AutoTokenizer  # only for checkpoints without a tokenizer.json
+    from transformers import (
+        AutoTokenizer,  # only for checkpoints without a tokenizer.json: SentencePiece's, slow ones
+    )
 
     try:
         loaded = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -266,9 +270,7 @@ def _load_fast(path: Path) -> FastTokenizer:
             f"{path}: no tokenizer.json, and transformers finds no tokenizer either: {error}"
         ) from None
     if not getattr(loaded, "is_fast", False):
-        raise ModelError(
-            f"{path}: its tokenizer has no tokenizer.json form, which is the one that vllmlite reads"
-        )
+        return SlowTokenizer(loaded)
     fast: FastTokenizer = loaded.backend_tokenizer
     return fast
 
