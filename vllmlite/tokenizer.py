@@ -96,6 +96,20 @@ class Tokenizer:
         """Text of one id alone, special tokens included."""
         return self.decode([token_id], skip_special_tokens=False)
 
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is written ``text``; None if there is none."""
+        found: int | None = self._fast.token_to_id(text)
+        return found
+
+    def special_text(self, name: str) -> str:
+        """The text of ``bos_token`` or another special token; empty if there is none."""
+        return self._config_text(name)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template that the checkpoint brings."""
+        return self._chat_template
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the checkpoint brings a chat template."""

@@ -26,6 +26,7 @@ from vllmlite.backends.base import (
     KV_DTYPES,
     SCALE_SIZE,
     Backend,
+    Expert,
     Feature,
     ForwardBatch,
     HostTensor,
@@ -33,6 +34,7 @@ from vllmlite.backends.base import (
     KVSpec,
     Logprobs,
     Memory,
+    Op,
     QuantizedTensor,
     Rope,
     Sampled,
@@ -60,6 +62,7 @@ class CpuBackend(Backend):
     name: ClassVar[str] = "cpu"
     device = "cpu"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
+    ops: ClassVar[frozenset[Op]] = frozenset(Op)
 
     def __init__(
         self,
@@ -125,6 +128,14 @@ class CpuBackend(Backend):
         dense = list(map(_decoded, parts)) if self.keeps_blocks else float_parts(parts)
         return self._native.LinearWeight([self.tensor(part, self.dtype) for part in dense], bias)
 
+    def float_weight(self, weight: HostTensor) -> Any:
+        return self._native.LinearWeight([self.tensor(weight, self.dtype)])
+
+    def experts(self, experts: Sequence[Expert]) -> Any:
+        return self._native.Experts(
+            [expert.gate_up for expert in experts], [expert.down for expert in experts]
+        )
+
     def tied_weight(self, table: Tensor) -> Any:
         if self.quantization is not None:
             part = self._quantize(table, self.quantization)
@@ -184,8 +195,10 @@ class CpuBackend(Backend):
 
     def upload(self, batch: ForwardBatch, slots: Any) -> ForwardBatch:
         native = self._runtime.upload(batch, slots)
-        token_ids, logits_rows = native.tensors()
-        return replace(batch, token_ids=token_ids, logits_rows=logits_rows, backend=native)
+        token_ids, positions, logits_rows = native.tensors()
+        return replace(
+            batch, token_ids=token_ids, positions=positions, logits_rows=logits_rows, backend=native
+        )
 
     # Model ops
 
@@ -197,6 +210,21 @@ class CpuBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = self._runtime.rms_norm(x, weight, eps, residual)
         return found
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self._runtime.layer_norm(x, weight, bias, eps, residual)
+        return found
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        return self._runtime.add(x, other)
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return self._runtime.scale(x, factor)
+
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        return self._runtime.soft_cap(x, cap)
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
         return self._runtime.linear(x, weight)
@@ -221,16 +249,44 @@ class CpuBackend(Backend):
         )
 
     def paged_attention(
-        self, q: Tensor, kv: Any, layer: int, batch: ForwardBatch, scale: float, window: int | None = None
+        self,
+        q: Tensor,
+        kv: Any,
+        layer: int,
+        batch: ForwardBatch,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        alibi: Tensor | None = None,
     ) -> Tensor:
         sees = NO_WINDOW if window is None else min(window, NO_WINDOW)
-        return self._runtime.paged_attention(q, kv, layer, batch.backend, scale, sees)
+        return self._runtime.paged_attention(q, kv, layer, batch.backend, scale, sees, soft_cap or 0.0, alibi)
 
     def gated_activation(self, x: Tensor, activation: str) -> Tensor:
         try:
             return self._runtime.gated_activation(x, activation)
         except ValueError as error:
             raise BackendError(str(error)) from error
+
+    def activation(self, x: Tensor, activation: str) -> Tensor:
+        try:
+            return self._runtime.activation(x, activation)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+
+    def moe(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        experts: Any,
+        top_k: int,
+        renormalise: bool,
+        activation: str,
+    ) -> Tensor:
+        return self._runtime.moe(x, router_logits, experts, top_k, renormalise, activation)
+
+    def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        return self._runtime.sigmoid_gate(x, gate)
 
     def logits(self, hidden: Tensor, weight: Any) -> Tensor:
         return self._runtime.linear(hidden, weight)

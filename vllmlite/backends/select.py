@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS, Backend
+from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS, Backend, Op
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.errors import BackendError, ParameterError
@@ -26,6 +26,8 @@ class Wanted:
     cpu_isa: str = "auto"
     quantization: str | None = None
     has_blocks: bool = False
+    ops: frozenset[Op] = frozenset()
+    model: str = "the model"
 
 
 GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
@@ -38,6 +40,7 @@ def _cuda(wanted: Wanted) -> Backend:
         raise BackendError(f"device {device} was asked for")
     if wanted.quantization is not None:
         raise BackendError(f"vllmlite._cuda has no {wanted.quantization} weights")
+    CudaBackend.check_ops(wanted.ops, wanted.model)
     return CudaBackend(device, wanted.dtype, wanted.checkpoint_dtype)
 
 
@@ -78,6 +81,7 @@ def _torch_cpu(wanted: Wanted) -> Backend:
 def _cpu(wanted: Wanted) -> Backend:
     if wanted.device not in ("auto", "cpu"):
         raise BackendError(f"device {wanted.device} was asked for")
+    CpuBackend.check_ops(wanted.ops, wanted.model)
     dtype = wanted.checkpoint_dtype if wanted.dtype == "auto" else wanted.dtype
     keeps_blocks = wanted.has_blocks and wanted.dtype == "auto" and wanted.quantization is None
     return CpuBackend(dtype, wanted.threads, wanted.cpu_isa, wanted.quantization, keeps_blocks)
@@ -102,6 +106,8 @@ def select_backend(
     cpu_isa: str = "auto",
     quantization: str | None = None,
     has_blocks: bool = False,
+    ops: frozenset[Op] = frozenset(),
+    model: str = "the model",
 ) -> tuple[Backend, str]:
     """The first candidate that can do what was asked, and a sentence that says which it is and why others declined.
 
@@ -109,8 +115,8 @@ def select_backend(
     ``dtype`` is ``auto`` or one of ``FLOAT_DTYPES``; ``auto`` is ``checkpoint_dtype``, except float16 for bfloat16 on
     GPUs without it, and float32 for float16 on the CPU. ``quantization``, one of ``QUANTIZATIONS`` or None, is of
     products' weights; ``has_blocks`` says that the checkpoint has weights whose kinds a backend may keep, as the native
-    CPU backend does where no ``dtype`` is asked for. ParameterError for anything else; BackendError with every reason
-    where no candidate is left."""
+    CPU backend does where no ``dtype`` is asked for. ``ops``: what ``model`` needs beyond what every backend has.
+    ParameterError for anything else; BackendError with every reason where no candidate is left."""
     names = ("auto", *dict.fromkeys(name for name, _, _ in CANDIDATES))
     if backend not in names:
         raise ParameterError("backend", backend, ", ".join(names))
@@ -120,7 +126,7 @@ def select_backend(
         raise ParameterError("dtype", dtype, ", ".join(("auto", *FLOAT_DTYPES)))
     if quantization not in (None, *QUANTIZATIONS):
         raise ParameterError("quantization", quantization, ", ".join(QUANTIZATIONS))
-    wanted = Wanted(device, dtype, checkpoint_dtype, threads, cpu_isa, quantization, has_blocks)
+    wanted = Wanted(device, dtype, checkpoint_dtype, threads, cpu_isa, quantization, has_blocks, ops, model)
     declined = []
     for name, kind, make in CANDIDATES:
         if backend not in ("auto", name):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vllmlite.backends.base import HostTensor, QuantizedTensor
 from vllmlite.errors import ModelError
-from vllmlite.weights.checkpoint import EMBEDDING, HEAD, Weights, listed
+from vllmlite.weights.checkpoint import Weights, listed
 from vllmlite.weights.gguf import Gguf, read_gguf
 from vllmlite.weights.gguf_blocks import FLOATS, KINDS, to_codes, to_floats
 
@@ -27,6 +27,8 @@ ARCHITECTURES = {
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
 }
 """What ``general.architecture`` may name: Hugging Face's architecture and ``model_type``."""
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 REORDERED = ("llama",)
 """Architectures whose q and k have their rows reordered."""

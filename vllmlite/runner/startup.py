@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 4 << 30
 """Most that the KV pool takes on a CPU unless its size is given; pages that no request reaches are never touched."""
+CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 8192
+"""Most tokens in a step unless the number is given: enough to fill the device."""
 
 
 EngineT = TypeVar("EngineT", bound=EngineCore, covariant=True)
@@ -38,6 +40,8 @@ class Started(Generic[EngineT]):
     engine: EngineT
     tokenizer: Tokenizer | None
     max_model_len: int
+    hidden_size: int
+    """Elements of an embedding."""
     default_sampling_params: SamplingParams
     backend_choice: str
     """Which backend runs, and why the others do not."""
@@ -73,6 +77,8 @@ def start(config: EngineConfig) -> Started[Engine]:
         cpu_isa=config.cpu_isa,
         quantization=config.quantization or spec.quantization,
         has_blocks=path.is_file() and has_blocks(path),
+        ops=spec.required_ops(),
+        model=spec.architecture,
     )
     if path.is_file():
         done = treatment(path, backend.dtype, backend.quantization, backend.keeps_blocks)
@@ -117,7 +123,7 @@ def start(config: EngineConfig) -> Started[Engine]:
     engine = Engine(
         Limits(
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=_batched_tokens(config, backend),
             max_model_len=longest,
             block_size=config.block_size,
             num_blocks=num_blocks,
@@ -133,7 +139,7 @@ def start(config: EngineConfig) -> Started[Engine]:
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     stats.lent_ops = list(backend.lent_ops)
-    return Started(engine, tokenizer, longest, _default_params(config, generation), choice)
+    return Started(engine, tokenizer, longest, spec.hidden_size, _default_params(config, generation), choice)
 
 
 def start_process(config: EngineConfig) -> Started[EngineProcess]:
@@ -149,7 +155,12 @@ def start_process(config: EngineConfig) -> Started[EngineProcess]:
         engine.close()
         raise
     return Started(
-        engine, tokenizer, ready.max_model_len, ready.default_sampling_params, ready.backend_choice
+        engine,
+        tokenizer,
+        ready.max_model_len,
+        ready.hidden_size,
+        ready.default_sampling_params,
+        ready.backend_choice,
     )
 
 
@@ -164,6 +175,11 @@ def _load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:
             weights=False,
         )
     )
+
+
+def _batched_tokens(config: EngineConfig, backend: Backend) -> int:
+    default = CPU_BATCHED_TOKENS if backend.device == "cpu" else GPU_BATCHED_TOKENS
+    return config.max_num_batched_tokens or default
 
 
 def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_len: int) -> int:
@@ -206,7 +222,7 @@ def _largest_step(config: EngineConfig, backend: Backend, model: Model, max_mode
         max_model_len=max_model_len,
         enforce_eager=True,
     )
-    runner.profile(min(config.max_num_batched_tokens, config.max_num_seqs * max_model_len))
+    runner.profile(min(_batched_tokens(config, backend), config.max_num_seqs * max_model_len))
 
 
 def _capture_graphs(runner: ModelRunner) -> None:

@@ -20,7 +20,6 @@ from vllmlite.weights.safetensors import read_safetensors
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Tables that old checkpoints store and every loader computes."""
 _DUMMY_PERIOD = (1 << 20) + 7
@@ -75,10 +74,18 @@ def open_weights(
     load_format: str = "auto",
     seed: int = 0,
     kinds: Mapping[str, str] | None = None,
+    *,
+    prefix: str = "",
+    computed: str = "",
+    tied: tuple[str, str] | None = None,
 ) -> Weights:
     """The weights named in ``shapes``, after checking that directory ``path`` holds exactly these, in these shapes and
     a float dtype, or in codes and scales of the kind that ``kinds`` gives. ModelError names the file, the tensor, what
     was expected and found.
+
+    ``prefix``: of the base model's names, whose first word a checkpoint of that alone leaves out. ``computed``: a
+    regular expression of tensors that may be there and are computed instead. ``tied``: an output layer that may be there
+    and the embedding that it then must equal.
 
     With ``load_format`` ``dummy`` no file is read: norms are one, everything else is floats drawn from ``seed``."""
     if load_format not in LOAD_FORMATS:
@@ -91,14 +98,16 @@ def open_weights(
         raise ParameterError(
             "load_format", load_format, f"{path} is a directory: auto, safetensors, pt or dummy"
         )
-    tensors = _read(path, load_format)
+    tensors = _with_prefix(_read(path, load_format), prefix)
     expected = _expected(shapes, kinds or {})
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise ModelError(f"{path}: tensors missing from the checkpoint: {listed(missing)}")
     unused = [name for name in tensors if name not in expected and not _COMPUTED.search(name)]
-    if HEAD in unused and _same(tensors[HEAD], tensors[EMBEDDING]):
-        unused.remove(HEAD)
+    if computed:
+        unused = [name for name in unused if not re.search(computed, name)]
+    if tied is not None and tied[0] in unused and _same(tensors[tied[0]], tensors[tied[1]]):
+        unused.remove(tied[0])
     if unused:
         raise ModelError(f"{path}: tensors that the model has no use for: {listed(unused)}")
     for name, (shape, dtypes) in expected.items():
@@ -189,6 +198,15 @@ def _weight_map(index: Path, suffix: str) -> dict[str, str]:
     return weight_map
 
 
+def _with_prefix(tensors: dict[str, HostTensor], prefix: str) -> dict[str, HostTensor]:
+    """The tensors under the names that they have in the whole model, though stored as the bare base model's."""
+    outer, dot, inner = prefix.partition(".")
+    outer += dot
+    if not outer or any(name.startswith(outer) for name in tensors):
+        return tensors
+    return {name if name == "lm_head.weight" else outer + name: tensor for name, tensor in tensors.items()}
+
+
 def _same(one: HostTensor, other: HostTensor) -> bool:
     """Whether a tied head that was stored as well is the embedding indeed."""
     return one.shape == other.shape and one.dtype == other.dtype and np.array_equal(one.data, other.data)
@@ -196,7 +214,7 @@ def _same(one: HostTensor, other: HostTensor) -> bool:
 
 def _dummy(name: str, shape: tuple[int, ...], seed: int) -> HostTensor:
     """Ones for a norm, else normal numbers of deviation 0.02, repeated after a period that no row length divides."""
-    if "norm" in name:
+    if re.search(r"norm|\bln_", name):
         values = np.ones(shape, "<f4")
     else:
         size = math.prod(shape)

@@ -66,7 +66,7 @@ def to_codes(kind: str, shape: tuple[int, int], data: Bytes) -> QuantizedTensor:
     """A weight ``[out, in]`` in blocks of a ``kind`` in :data:`KINDS`, whose codes stay what they are."""
     blocks = data.reshape(shape[0], shape[1] // GROUP, -1)
     scales = rounded_to_bf16(_halves(blocks[..., :2])[..., 0])
-    words = np.ascontiguousarray(blocks[..., 2:]).view("<u4")
+    words = blocks[..., 2:].copy().view("<u4")
     if kind == "Q8_0":
         words ^= np.uint32(0x80808080)  # code + 128
     else:
