@@ -25,6 +25,7 @@ class Wanted:
     threads: int | None
     cpu_isa: str = "auto"
     quantization: str | None = None
+    batch_invariant: bool = False
 
 
 GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
@@ -37,10 +38,16 @@ def _cuda(wanted: Wanted) -> Backend:
         raise BackendError(f"device {device} was asked for")
     if wanted.quantization is not None:
         raise BackendError(f"vllmlite._cuda has no {wanted.quantization} weights")
-    return CudaBackend(device, wanted.dtype, wanted.checkpoint_dtype)
+    return CudaBackend(device, wanted.dtype, wanted.checkpoint_dtype, wanted.batch_invariant)
+
+
+def _refuse_invariance(wanted: Wanted) -> None:
+    if wanted.batch_invariant:
+        raise BackendError("torch's products are not batch-invariant")
 
 
 def _torch_cuda(wanted: Wanted) -> Backend:
+    _refuse_invariance(wanted)
     device = "cuda" if wanted.device == "auto" else wanted.device
     if not device.startswith("cuda"):
         raise BackendError(f"device {device} was asked for")
@@ -63,6 +70,7 @@ def _torch_cuda(wanted: Wanted) -> Backend:
 
 
 def _torch_cpu(wanted: Wanted) -> Backend:
+    _refuse_invariance(wanted)
     torch_module: Any = _import_torch()
     if wanted.device not in ("auto", "cpu"):
         raise BackendError(f"device {wanted.device} was asked for")
@@ -99,13 +107,16 @@ def select_backend(
     threads: int | None = None,
     cpu_isa: str = "auto",
     quantization: str | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Backend, str]:
     """The first candidate that can do what was asked, and a sentence that says which it is and why others declined.
 
     ``backend`` is ``auto`` or a name in ``CANDIDATES``; ``device`` is ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     ``dtype`` is ``auto`` or one of ``FLOAT_DTYPES``; ``auto`` is ``checkpoint_dtype``, except float16 for bfloat16 on
     GPUs without it, and float32 for float16 on the CPU. ``quantization``, one of ``QUANTIZATIONS`` or None, is of
-    products' weights. ParameterError for anything else; BackendError with every reason where no candidate is left."""
+    products' weights. ``batch_invariant`` asks for rows that are the same to the bit however they are batched, which
+    native backends alone have. ParameterError for anything else; BackendError with every reason where no candidate is
+    left."""
     names = ("auto", *dict.fromkeys(name for name, _, _ in CANDIDATES))
     if backend not in names:
         raise ParameterError("backend", backend, ", ".join(names))
@@ -115,7 +126,7 @@ def select_backend(
         raise ParameterError("dtype", dtype, ", ".join(("auto", *FLOAT_DTYPES)))
     if quantization not in (None, *QUANTIZATIONS):
         raise ParameterError("quantization", quantization, ", ".join(QUANTIZATIONS))
-    wanted = Wanted(device, dtype, checkpoint_dtype, threads, cpu_isa, quantization)
+    wanted = Wanted(device, dtype, checkpoint_dtype, threads, cpu_isa, quantization, batch_invariant)
     declined = []
     for name, kind, make in CANDIDATES:
         if backend not in ("auto", name):

@@ -68,6 +68,7 @@ def start(config: EngineConfig) -> Started:
         threads=config.threads,
         cpu_isa=config.cpu_isa,
         quantization=config.quantization or spec.quantization,
+        batch_invariant=config.batch_invariant,
     )
     longest = config.max_model_len or spec.max_position_embeddings
     model = load_model(
