@@ -154,7 +154,7 @@ def _divergence(**options: Any) -> float:
     prompts = _prompts(random.Random(0), 128, 64)
     params = SamplingParams(temperature=0, max_tokens=128, ignore_eos=True)
     llm = LLM(device="cuda", backend="cuda", dtype="bfloat16", enable_prefix_caching=False, **options)
-    vocabulary = llm.llm_engine.engine.vocab_size
+    vocabulary = llm.llm_engine.engine.bounds.vocab_size
     given: list[Any] = [{"prompt_token_ids": [i % vocabulary for i in prompt]} for prompt in prompts]
     together = [output.outputs[0].token_ids for output in llm.generate(given, params, use_tqdm=False)]
     seen = parted = 0

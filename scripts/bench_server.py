@@ -2,9 +2,11 @@
 """What HTTP costs: concurrent streams of ``vllmlite serve`` beside the same work through ``LLM.generate``.
 
     PYTHONPATH=. scripts/bench_server.py [--streams N] [--output-len N] [--repeat N] [--model DIR]
+        [--config FILE.yaml] [--[no-]engine-process]
 
 Both run alternately; medians are compared. ``overhead_us_per_token`` is what a streamed token costs the server
-in CPU time over the offline one: HTTP, JSON, queues, and what two threads cost one another. Last line: JSON.
+in CPU time over the offline one: HTTP, JSON, queues, and what two threads cost one another; ``itl`` is the time from
+one piece of a stream to the next, be it one token or, from a server that falls behind, several. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 from vllmlite import LLM, SamplingParams
+from vllmlite.options import read_yaml
 
 
 def main() -> None:
@@ -29,6 +33,8 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=200)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--model")
+    parser.add_argument("--config", metavar="FILE.yaml", help="options of the engine, here and there")
+    parser.add_argument("--engine-process", action=argparse.BooleanOptionalAction, default=None)
     args = parser.parse_args()
     prompts = [f"The Debian Project is number {index}" for index in range(args.streams)]
     model = [args.model] if args.model else []
@@ -42,14 +48,21 @@ def main() -> None:
         "0",
         "--disable-uvicorn-access-log",
     ]
+    options = {}
+    if args.config is not None:
+        command += ["--config", args.config]
+        options = read_yaml(args.config)
+    if args.engine_process is not None:
+        command.append("--engine-process" if args.engine_process else "--no-engine-process")
     server = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8")
     try:
         assert server.stderr is not None
         line = next(line for line in server.stderr if line.startswith("INFO") and " at http" in line)
         port = int(line.split(" at http://")[1].split(",")[0].rsplit(":", 1)[1])
-        llm = LLM(args.model)
+        llm = LLM(args.model, **options)
         offline: list[tuple[float, float]] = []
         served: list[tuple[float, float]] = []
+        gaps: list[float] = []
         for index in range(args.repeat + 1):
             length = args.output_len if index else 4  # a round to warm up
             params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
@@ -57,7 +70,8 @@ def main() -> None:
             llm.generate(prompts, params, use_tqdm=False)
             offline.append((time.perf_counter() - begin, time.process_time() - cpu))
             begin, cpu = time.perf_counter(), _cpu_seconds(server.pid)
-            asyncio.run(_all(port, prompts, length))
+            found = asyncio.run(_all(port, prompts, length))
+            gaps += found if index else []
             served.append((time.perf_counter() - begin, _cpu_seconds(server.pid) - cpu))
     finally:
         server.send_signal(signal.SIGTERM)
@@ -73,35 +87,54 @@ def main() -> None:
         "offline_cpu_seconds": round(cpu_off, 3),
         "served_cpu_seconds": round(cpu_on, 3),
         "overhead_us_per_token": round((cpu_on - cpu_off) / tokens * 1e6, 1),
+        "itl_p50_ms": round(_percentile(gaps, 50) * 1e3, 2),
+        "itl_p99_ms": round(_percentile(gaps, 99) * 1e3, 2),
     }
     print(json.dumps(result))
 
 
-async def _all(port: int, prompts: list[str], length: int) -> None:
-    counts = await asyncio.gather(*(_one(port, prompt, length) for prompt in prompts))
-    assert min(counts) > length // 2, counts
+async def _all(port: int, prompts: list[str], length: int) -> list[float]:
+    """Seconds between what came for one stream and what came next, all streams together."""
+    streams = await asyncio.gather(*(_one(port, prompt, length) for prompt in prompts))
+    assert {count for count, _ in streams} == {length}
+    return [later - earlier for _, times in streams for earlier, later in pairwise(times)]
 
 
-async def _one(port: int, prompt: str, length: int) -> int:
-    """Stream one completion; the pieces that came. Bare sockets: the client shares the cores with the server."""
+async def _one(port: int, prompt: str, length: int) -> tuple[int, list[float]]:
+    """Stream one completion; its tokens by the server's account, and when something of it came.
+
+    Bare sockets, as the client shares the server's cores.
+    Ids are asked for so that a token is an event even where random weights write ids without text."""
     body = {"prompt": prompt, "max_tokens": length, "temperature": 0, "ignore_eos": True, "stream": True}
-    content = json.dumps(body).encode()
+    content = json.dumps(
+        {**body, "return_token_ids": True, "stream_options": {"include_usage": True}}
+    ).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
         b"content-length: %d\r\n\r\n%b" % (len(content), content)
     )
-    count = 0
+    last, times = b"", []
     while data := await reader.read(1 << 16):
-        count += data.count(b"data: {")
+        last = (last + data)[-1024:]
+        times.append(time.perf_counter())
     writer.close()
-    return count
+    count: int = json.loads(last.split(b"data: ")[-2].partition(b"\n")[0])["usage"]["completion_tokens"]
+    return count, times[1:-1]  # without the headers, and the usage at the end
 
 
 def _cpu_seconds(pid: int) -> float:
+    """What a process and those it has started have taken."""
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        children = [int(child) for child in file.read().split()]
+    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return own + sum(map(_cpu_seconds, children))
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    return sorted(values)[len(values) * percent // 100]
 
 
 def _medians(rounds: list[tuple[float, float]]) -> tuple[float, float]:

@@ -235,7 +235,7 @@ def test_bans_biases_and_allowed_ids(llm: LLM) -> None:
 
 def test_min_tokens_hold_back_the_end(llm: LLM) -> None:
     engine = llm.llm_engine.engine
-    end = next(iter(engine.eos_ids))
+    end = next(iter(engine.bounds.eos_ids))
     force_end = GREEDY.clone(ignore_eos=False, logit_bias={end: 100.0})
     assert len(llm.generate("Debian is", force_end)[0].outputs[0].token_ids) == 1
     assert len(llm.generate("Debian is", force_end.clone(min_tokens=5))[0].outputs[0].token_ids) == 6

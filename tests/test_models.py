@@ -156,7 +156,15 @@ def test_logits_equal_transformers(case: str, tmp_path: Path, device: str) -> No
 def test_greedy_text_equals_transformers(case: str, tmp_path: Path, device: str) -> None:
     family, changes = CASES[case]
     reference = write_checkpoint(tmp_path, family, **changes)
-    sequences, longest = prompts(3), max(LENGTHS)
+    found, wanted = greedy(paged_model(tmp_path, device), reference, prompts(3))
+    assert found == wanted
+
+
+def greedy(
+    paged: PagedModel, reference: Any, sequences: list[NDArray[np.int32]]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """64 tokens after each of ``sequences``: ours, all in one batch, and transformers', which pads on the left."""
+    longest = max(map(len, sequences))
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, sequence in enumerate(sequences):
@@ -164,13 +172,12 @@ def test_greedy_text_equals_transformers(case: str, tmp_path: Path, device: str)
         mask[row, longest - len(sequence) :] = 1
     reference.generation_config.eos_token_id = None
     wanted = reference.generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=0)
-    paged = paged_model(tmp_path, device)
     rows = list(range(len(sequences)))
     for row in rows:
         paged.admit(row)
     steps = [paged.sample(rows, sequences)] + [paged.sample(rows) for _ in range(63)]
     found = np.stack([paged.backend.to_host(step.ids) for step in steps], 1)
-    assert found.tolist() == wanted[:, longest:].tolist()
+    return found.tolist(), wanted[:, longest:].tolist()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -227,13 +234,17 @@ def test_older_spelling_of_rope_is_the_same(case: str, tmp_path: Path) -> None:
     assert read_spec(tmp_path) == spec
 
 
+def windows(path: Path) -> tuple[int | None, ...]:
+    return tuple(layer.window for layer in read_spec(path).layers)
+
+
 def test_windows_follow_from_the_first_layer_that_has_one(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "Qwen2", max_window_layers=1, **SLIDING)
-    assert read_spec(tmp_path).windows == (None, 8, 8)
+    assert windows(tmp_path) == (None, 8, 8)
     edit_config(tmp_path, layer_types=None)
-    assert read_spec(tmp_path).windows == (None, 8, 8)
+    assert windows(tmp_path) == (None, 8, 8)
     edit_config(tmp_path, use_sliding_window=False)
-    assert read_spec(tmp_path).windows == (None, None, None)
+    assert windows(tmp_path) == (None, None, None)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,17 @@ import pytest
 from numpy.typing import NDArray
 from paged import Paged, host_batch, host_tensor
 
-from vllmlite.backends.base import FLOAT_DTYPES, Backend, HostTensor, KVSpec, Rope, SlotParams, SlotSpec
+from vllmlite.backends.base import (
+    FLOAT_DTYPES,
+    Backend,
+    Expert,
+    HostTensor,
+    KVSpec,
+    Op,
+    Rope,
+    SlotParams,
+    SlotSpec,
+)
 from vllmlite.backends.cpu import CpuBackend, load_native
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.errors import BackendError
@@ -105,6 +115,12 @@ def check(backend: Backend, found: Any, expected: Array) -> None:
     assert array.shape == expected.shape
     error = np.abs(array.astype(np.float64) - expected).max(initial=0)
     assert error <= TOLERANCE[backend.dtype] * np.abs(expected).max(initial=0)
+
+
+def need(backend: Backend, *ops: Op) -> None:
+    missing = set(ops) - backend.ops
+    if missing:
+        pytest.skip(f"the {backend.name} backend has no {', '.join(missing)}")
 
 
 # Tensors
@@ -253,15 +269,59 @@ def test_the_ops_of_a_layer_in_a_row(backend: Backend, rows: int, activation: st
         check(backend, kept_product, expected @ up.T)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_layer_norm(backend: Backend, residual: bool, bias: bool) -> None:
+    need(backend, Op.LAYER_NORM)
+    x, other, weight = numbers((5, 83), 0, 0.01) + 0.5, numbers((5, 83), 1, 0.01), numbers((83,), 2)
+    x, added = np.trunc(x * 256) / 256, numbers((83,), 3)  # bfloat16 holds them still
+    total = x + other if residual else x
+    if residual:
+        total = backend.to_host(put(backend, total)).astype(np.float64)
+    away = total - total.mean(-1, keepdims=True)
+    expected = away / np.sqrt((away**2).mean(-1, keepdims=True) + 1e-5) * weight + (added if bias else 0)
+    normed, found = backend.layer_norm(
+        put(backend, x),
+        put(backend, weight),
+        put(backend, added) if bias else None,
+        1e-5,
+        put(backend, other) if residual else None,
+    )
+    if backend.dtype == "float32" or not residual:  # elsewhere, how a sum of 16 bits is rounded is magnified
+        check(backend, normed, expected)
+    check(backend, found, total)
+
+
+def test_rms_norm_with_float32_weights(backend: Backend) -> None:
+    need(backend, Op.FLOAT_NORM)
+    x, weight = numbers((5, 80)), 1 + numbers((80,), 2, 1e-3)
+    normed, _ = backend.rms_norm(put(backend, x), backend.tensor(weight.astype(np.float32)), 1e-5)
+    check(backend, normed, rms(x, weight, 1e-5))
+
+
+def test_sums_and_multiples(backend: Backend) -> None:
+    need(backend, Op.ADD, Op.SCALE, Op.SOFT_CAP)
+    x, other = numbers((5, 700)), numbers((5, 700), 1)
+    check(backend, backend.add(put(backend, x), put(backend, other)), x + other)
+    check(backend, backend.scale(put(backend, x), 0.22), x * 0.22)
+    logits = backend.tensor((x * 20).astype(np.float32))
+    found = backend.to_host(backend.soft_cap(logits, 30.0))
+    np.testing.assert_allclose(found, 30 * np.tanh(x * 20 / 30), rtol=0, atol=1e-5 * 30)
+
+
+def activated(x: Array, activation: str) -> Array:
+    if activation == "silu":
+        return np.asarray(x / (1 + np.exp(-x)))
+    if activation == "gelu":
+        return np.asarray(x * 0.5 * np.vectorize(math.erfc)(-x / np.sqrt(2)))
+    if activation == "gelu_tanh":
+        return np.asarray(x * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
+    return np.maximum(x, 0)
+
+
 def gated(x: Array, activation: str) -> Array:
     gate, up = np.split(x, 2, 1)
-    if activation == "silu":
-        gate = gate / (1 + np.exp(-gate))
-    elif activation == "gelu":
-        gate = gate * 0.5 * np.vectorize(math.erfc)(-gate / np.sqrt(2))
-    else:
-        gate = gate * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
-    return np.asarray(gate * up)
+    return np.asarray(activated(gate, activation) * up)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
@@ -270,9 +330,87 @@ def test_gated_activation(backend: Backend, activation: str) -> None:
     check(backend, backend.gated_activation(put(backend, x), activation), gated(x, activation))
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_activation(backend: Backend, activation: str) -> None:
+    need(backend, Op.ACTIVATION)
+    x = numbers((7, 61), 0, 3)
+    check(backend, backend.activation(put(backend, x), activation), activated(x, activation))
+
+
 def test_unknown_activation_is_an_error(exact: Backend) -> None:
     with pytest.raises(BackendError, match="relu"):
         exact.gated_activation(put(exact, numbers((1, 4))), "relu")
+    if Op.ACTIVATION in exact.ops:
+        with pytest.raises(BackendError, match="relu2"):
+            exact.activation(put(exact, numbers((1, 4))), "relu2")
+
+
+# Mixtures of experts
+
+
+def mixture(
+    x: Array, logits: Array, gate_up: list[Array], down: list[Array], top_k: int, renormalise: bool
+) -> Array:
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    out = np.zeros_like(x)
+    for token, row in enumerate(x):
+        chosen = sorted(np.argsort(-logits[token], kind="stable")[:top_k])
+        total = weights[token, chosen].sum() if renormalise else 1.0
+        for expert in chosen:
+            gate, up = np.split(gate_up[expert] @ row, 2)
+            out[token] += weights[token, expert] / total * (down[expert] @ (activated(gate, "silu") * up))
+    return out
+
+
+def experts_of(backend: Backend, gate_up: list[Array], down: list[Array]) -> Any:
+    return backend.experts(
+        [
+            Expert(
+                backend.linear_weight([host(backend, part) for part in np.split(first, 2)]),
+                backend.linear_weight([host(backend, second)]),
+            )
+            for first, second in zip(gate_up, down, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (3, 2), (17, 4), (150, 3)])
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_moe(backend: Backend, tokens: int, top_k: int, renormalise: bool) -> None:
+    need(backend, Op.MOE)
+    x, logits = numbers((tokens, 48)), numbers((tokens, 7), 1, 2)
+    logits[:, 5] = -100  # an expert that nobody asks
+    gate_up = [numbers((80, 48), 10 + expert, 0.2) for expert in range(7)]
+    down = [numbers((48, 40), 20 + expert, 0.2) for expert in range(7)]
+    found = backend.moe(
+        put(backend, x),
+        put(backend, logits),
+        experts_of(backend, gate_up, down),
+        top_k,
+        renormalise,
+        "silu",
+    )
+    check(backend, found, mixture(x, logits, gate_up, down, top_k, renormalise))
+
+
+def test_equal_experts_are_taken_in_order(exact: Backend) -> None:
+    need(exact, Op.MOE)
+    x, logits = numbers((4, 16)), np.zeros((4, 5))
+    gate_up = [numbers((16, 16), 10 + expert) for expert in range(5)]
+    down = [numbers((16, 8), 20 + expert) for expert in range(5)]
+    experts = experts_of(exact, gate_up, down)
+    found = exact.moe(put(exact, x), put(exact, logits), experts, 2, True, "silu")
+    check(exact, found, mixture(x, logits, gate_up, down, 2, True))
+
+
+def test_sigmoid_gate_and_float_weight(backend: Backend) -> None:
+    need(backend, Op.MOE)
+    x, weight = numbers((5, 40)), numbers((1, 40), 1)
+    gate = backend.linear(put(backend, x), backend.float_weight(host(backend, weight)))
+    check(backend, gate, x @ weight.T)
+    gate = numbers((5, 1), 2)
+    check(backend, backend.sigmoid_gate(put(backend, x), put(backend, gate)), x / (1 + np.exp(-gate)))
 
 
 # Attention
@@ -292,7 +430,15 @@ def rotated(x: Array, table: Array, interleaved: bool) -> Array:
     return out
 
 
-def attention(q: Array, k: Array, v: Array, scale: float, window: int | None) -> Array:
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None = None,
+    alibi: Array | None = None,
+) -> Array:
     """Of one row: ``q [n, H, D]`` its last tokens, ``k``, ``v [context, K, D]``."""
     heads, kv_heads = q.shape[1], k.shape[1]
     out = np.empty_like(q)
@@ -301,7 +447,12 @@ def attention(q: Array, k: Array, v: Array, scale: float, window: int | None) ->
     seen = (keys <= at) & (True if window is None else keys > at - window)
     for head in range(heads):
         group = head * kv_heads // heads
-        scores = np.where(seen, q[:, head] @ k[:, group].T * scale, -np.inf)
+        scores = q[:, head] @ k[:, group].T * scale
+        if soft_cap is not None:
+            scores = soft_cap * np.tanh(scores / soft_cap)
+        if alibi is not None:
+            scores = scores + alibi[head] * (keys - at)
+        scores = np.where(seen, scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         out[:, head] = weights @ v[:, group] / weights.sum(-1, keepdims=True)
     return out.reshape(len(q), -1)
@@ -327,6 +478,8 @@ class Rows:
         self.table: Array | None = None
         self.norms: tuple[Array, Array] | None = None
         self.interleaved = False
+        self.soft_cap: float | None = None
+        self.alibi: Array | None = None
         self.keys: dict[int, Array] = {}
         self.values: dict[int, Array] = {}
         self.seed = 0
@@ -360,7 +513,10 @@ class Rows:
         )
         new_q, new_k, new_v = np.split(qkv, [heads, heads + kv_heads], 1)
         if self.norms is not None:
-            new_q, new_k = rms(new_q, self.norms[0], 1e-5), rms(new_k, self.norms[1], 1e-5)
+            new_q, new_k = (
+                rms(part.reshape(len(part), -1, len(weight)), weight, 1e-5).reshape(part.shape)
+                for part, weight in zip((new_q, new_k), self.norms, strict=True)
+            )
         if self.table is not None:
             rows = self.table[host_side.positions]
             new_q, new_k = rotated(new_q, rows, self.interleaved), rotated(new_k, rows, self.interleaved)
@@ -387,13 +543,17 @@ class Rows:
         for window in (*windows, max(1, batch.max_context - 1), max(1, batch.max_query_len - 1)):
             expected = np.concatenate(
                 [
-                    attention(piece, self.keys[slot], self.values[slot], 0.25, window)
+                    attention(
+                        piece, self.keys[slot], self.values[slot], 0.25, window, self.soft_cap, self.alibi
+                    )
                     for piece, slot in zip(pieces, slots, strict=True)
                 ]
             )
-            check(
-                self.backend, self.backend.paged_attention(q, self.paged.kv, 1, batch, 0.25, window), expected
+            slopes = None if self.alibi is None else self.backend.tensor(self.alibi.astype(np.float32))
+            found = self.backend.paged_attention(
+                q, self.paged.kv, 1, batch, 0.25, window, self.soft_cap, slopes
             )
+            check(self.backend, found, expected)
 
 
 STEPS: list[tuple[list[int], list[int]]] = [
@@ -436,6 +596,40 @@ def test_attention_with_windows(
 @shapes
 def test_attention_over_int8(backend: Backend, heads: int, kv_heads: int, size: int, block: int) -> None:
     test_attention_with_windows(backend, heads, kv_heads, size, block, "int8")
+
+
+@pytest.mark.parametrize(
+    ("soft_cap", "biased", "kv_heads"), [(1.5, False, 2), (None, True, 6), (2.0, True, 1)]
+)
+def test_attention_with_edited_scores(
+    backend: Backend, soft_cap: float | None, biased: bool, kv_heads: int
+) -> None:
+    need(backend, Op.ATTENTION_SOFT_CAP, Op.ALIBI)
+    rows = Rows(backend, 6, kv_heads, 32, 4)
+    rows.soft_cap, rows.alibi = soft_cap, 2.0 ** -np.arange(6) if biased else None
+    for slot in range(7):
+        rows.admit(slot)
+    for slots, counts in STEPS:
+        rows.step(slots, counts, (None, 5))
+
+
+def test_edited_scores_over_int8_and_long_contexts(exact: Backend) -> None:
+    need(exact, Op.ATTENTION_SOFT_CAP, Op.ALIBI)
+    rows = Rows(exact, 4, 2, 16, 16, num_blocks=64, kv_dtype="int8")
+    rows.soft_cap, rows.alibi = 3.0, np.array([0.5, 0.25, 0.01, 0.001])
+    rows.admit(0)
+    rows.step([0], [300])
+    rows.step([0], [1])
+
+
+def test_many_query_heads_to_a_key(backend: Backend) -> None:
+    if backend.name == "cuda":
+        pytest.skip("the cuda backend has its own limits, which its tests know")
+    rows = Rows(backend, 71, 1, 16, 16)
+    rows.admit(0)
+    rows.admit(1)
+    rows.step([0, 1], [40, 3])
+    rows.step([0, 1], [1, 1])
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
@@ -506,6 +700,31 @@ def test_attn_prep(backend: Backend, interleaved: bool, rotary_dim: int, norms: 
         rows.admit(slot)
     rows.step([0, 2], [3, 11])
     rows.step([2, 1, 0], [1, 20, 1])
+
+
+def test_norms_over_all_heads(backend: Backend) -> None:
+    need(backend, Op.WHOLE_QK_NORM)
+    rows = Rows(backend, 6, 2, 32, 4)
+    angles = np.arange(60)[:, None] / 3 ** np.arange(16)
+    rows.table = np.concatenate((np.cos(angles), np.sin(angles)), 1)
+    rows.rope = Rope(backend.tensor(rows.table.astype(np.float32)), 32)
+    rows.norms = (numbers((192,), 100), numbers((64,), 101))
+    for slot in range(3):
+        rows.admit(slot)
+    rows.step([0, 2], [3, 11])
+    rows.step([2, 1, 0], [1, 20, 1])
+
+
+def test_embedding_of_positions(exact: Backend) -> None:
+    need(exact, Op.POSITIONS)
+    rows = Rows(exact, 4, 2, 16, 4)
+    table = numbers((50, 24))
+    for slot, count in ((0, 3), (1, 7)):
+        rows.admit(slot)
+        rows.step([slot], [count])
+    batch = exact.upload(rows.paged.batch([1, 0], [2, 4]), rows.paged.slots)
+    found = exact.embedding(batch.positions, exact.tensor(table.astype(np.float32)))
+    check(exact, found, table[[7, 8, 3, 4, 5, 6]])
 
 
 def test_two_ropes_in_one_step(exact: Backend) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -127,7 +128,7 @@ def test_serving_imports_neither_torch_nor_transformers() -> None:
         "sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "serve", "--port", "0"],
+        [sys.executable, "-c", script, "serve", "--port", "0", "--no-engine-process"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8", cwd=ROOT,
     )  # fmt: skip
     assert process.stderr is not None
@@ -152,7 +153,7 @@ def test_an_engine_that_is_dead_ends_the_program() -> None:
         "ModelRunner.launch = fail; sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "serve", "--port", "0"],
+        [sys.executable, "-c", script, "serve", "--port", "0", "--no-engine-process"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8", cwd=ROOT,
     )  # fmt: skip
     assert process.stderr is not None
@@ -169,6 +170,14 @@ def test_an_engine_that_is_dead_ends_the_program() -> None:
         process.kill()
         reader.join()
         process.stderr.close()
+
+
+def test_an_engine_process_that_is_killed_ends_the_program() -> None:
+    with program() as running:
+        server = running.process.pid
+        (engine,) = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+        os.kill(int(engine), signal.SIGKILL)
+        assert running.process.wait(30) == 1
 
 
 def test_sigterm_drains_and_exits_0() -> None:
@@ -213,15 +222,19 @@ def test_a_unix_socket_systemd_and_a_file_of_options(tmp_path: Path) -> None:
         f"uds: {tmp_path}/http\nmax-model-len: 128\nserved-model-name: [one, two]\napi-key-file: {tmp_path}/keys\n"
     )
     (tmp_path / "keys").write_text("first\nsecond\n")
+    (tmp_path / "credentials").mkdir()
+    (tmp_path / "credentials/vllmlite.api-key").write_text("third\n")
+    credentials = {"CREDENTIALS_DIRECTORY": str(tmp_path / "credentials")}
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(20)
         with program(
-            "--config", str(tmp_path / "server.yaml"), NOTIFY_SOCKET=str(tmp_path / "notify")
+            "--config", str(tmp_path / "server.yaml"), NOTIFY_SOCKET=str(tmp_path / "notify"), **credentials
         ) as running:
             assert manager.recv(100) == b"READY=1"
             with httpx.Client(transport=httpx.HTTPTransport(uds=str(tmp_path / "http"))) as client:
-                for key in ("first", "second"):
+                assert client.get("http://x/v1/models").status_code == 401
+                for key in ("first", "second", "third"):
                     models = client.get(
                         "http://x/v1/models", headers={"authorization": f"Bearer {key}"}
                     ).json()
@@ -230,6 +243,12 @@ def test_a_unix_socket_systemd_and_a_file_of_options(tmp_path: Path) -> None:
             assert running.stop(signal.SIGINT) == 0
             assert manager.recv(100) == b"STOPPING=1"
     assert not (tmp_path / "http").exists()
+
+
+def test_a_service_manager_that_has_gone_is_no_reason_to_stay(tmp_path: Path) -> None:
+    with program(NOTIFY_SOCKET=str(tmp_path / "nowhere")) as running:
+        assert running.stop() == 0
+    assert sum("cannot tell" in line for line in running.log) == 2
 
 
 def test_tls(tmp_path: Path) -> None:

@@ -9,14 +9,16 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from vllmlite.config import EngineConfig
-from vllmlite.engine.trace import Trace
+from vllmlite.engine_process import EngineProcess
 from vllmlite.errors import EngineDeadError, VllmliteError
 from vllmlite.llm_engine import LLMEngine, Prompt
 from vllmlite.outputs import EngineStats, RequestOutput
-from vllmlite.sampling_params import SamplingParams
+from vllmlite.pooling_params import PoolingParams
+from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ class NewRequest:
 
     request_id: str
     prompt: Prompt
-    params: SamplingParams
+    params: SamplingParams | PoolingParams
     priority: int = 0
     arrival_time: float | None = None
 
@@ -41,14 +43,21 @@ class NewRequest:
 class OutputStream:
     """Outputs of requests that were submitted together, for one task of the event loop that submitted them.
 
-    A reader that falls behind finds all that has come since in its next :meth:`take`; it holds up nobody."""
+    A reader that falls behind finds all that has come since in its next :meth:`take`, in one output a request; it
+    holds up nobody."""
 
-    def __init__(self, engine: AsyncLLM, request_ids: Sequence[str]) -> None:
+    def __init__(self, engine: AsyncLLM, requests: Sequence[NewRequest]) -> None:
         """Made by :meth:`AsyncLLM.submit`."""
         self.loop = asyncio.get_running_loop()
         self._engine = engine
-        self._unfinished = set(request_ids)
-        self._items: list[RequestOutput] = []
+        self._unfinished = {request.request_id for request in requests}
+        self._deltas = {
+            request.request_id
+            for request in requests
+            if isinstance(request.params, SamplingParams)
+            and request.params.output_kind is RequestOutputKind.DELTA
+        }
+        self._items: dict[str, RequestOutput] = {}
         self._error: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -64,7 +73,7 @@ class OutputStream:
                 return []
             self._waiter = self.loop.create_future()
             await self._waiter
-        items, self._items = self._items, []
+        items, self._items = list(self._items.values()), {}
         for item in items:
             if item.finished:
                 self._unfinished.discard(item.request_id)
@@ -79,7 +88,11 @@ class OutputStream:
     def put(self, item: RequestOutput | BaseException) -> None:
         """Hand over an output or the end of it all; called on the event loop."""
         if isinstance(item, RequestOutput):
-            self._items.append(item)
+            earlier = self._items.get(item.request_id)
+            if earlier is not None and item.request_id in self._deltas:
+                earlier.extend(item)
+            else:
+                self._items[item.request_id] = item
         elif self._error is None:
             self._error = item
         if self._waiter is not None and not self._waiter.done():
@@ -89,20 +102,23 @@ class OutputStream:
 class AsyncLLM:
     """The engine for servers: :meth:`generate` from any number of tasks; the thread sleeps while there is no work."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Load the model and start the engine's thread."""
-        self._engine = LLMEngine(config)
+    def __init__(self, config: EngineConfig, *, engine_process: bool = False) -> None:
+        """Load the model and start the thread that steps the engine, or that hears from its process."""
+        self._engine = LLMEngine(config, engine_process=engine_process)
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closed = False
         self._end: EngineDeadError | None = None
         self._death: EngineDeadError | None = None
+        self._check: Callable[[], None] | None = None
+        """Raises, once the engine's process has ended."""
         self._streams: dict[str, OutputStream] = {}
         self._failed_steps_in_a_row = 0
         self._on_death: Callable[[], object] | None = None
-        self.trace: Trace | None = None
-        """Records steps while it is set."""
         self._thread = threading.Thread(target=self._run, name="vllmlite-engine", daemon=True)
+        core = self._engine.engine_core
+        if isinstance(core, EngineProcess):
+            core.on_end = partial(self._notice_end, core)
         self._thread.start()
 
     @classmethod
@@ -133,7 +149,7 @@ class AsyncLLM:
         """Add requests, all or none; returns once the engine has taken them in.
 
         Raises :class:`ParameterError` if one can never be served."""
-        stream = OutputStream(self, [request.request_id for request in requests])
+        stream = OutputStream(self, requests)
 
         def add() -> None:
             added: list[str] = []
@@ -230,6 +246,13 @@ class AsyncLLM:
             self._closed = True
             self._wake.notify()
         self._thread.join(timeout)
+        self._engine.close()
+
+    def _notice_end(self, engine: EngineProcess) -> None:
+        """Have the thread find out that the engine's process has ended, though it may have nothing to wait for."""
+        with self._wake:
+            self._check = engine.check
+            self._wake.notify()
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._wake:
@@ -269,28 +292,27 @@ class AsyncLLM:
         """Wait for work, do the commands, run a step; False once the engine is to shut down."""
         engine = self._engine
         with self._wake:
-            self._wake.wait_for(lambda: self._commands or self._closed or engine.has_unfinished_requests())
+            self._wake.wait_for(
+                lambda: self._commands or self._closed or self._check or engine.has_unfinished_requests()
+            )
             if self._closed:
                 return False
             commands, self._commands = self._commands, deque()
+        if self._check is not None:
+            self._check()
         for command in commands:
             command()
         if not engine.has_unfinished_requests():
             return True
-        failed_before = engine.engine.stats.num_failed_steps
-        if self.trace is None:
-            self._publish(engine.step())
-        else:
-            with self.trace.span("step", running=len(engine.engine.scheduler.running)):
-                self._publish(engine.step())
-        if engine.engine.stats.num_failed_steps == failed_before:
+        failed_before = engine.engine_core.stats.num_failed_steps
+        self._publish(engine.step())
+        stats = engine.engine_core.stats
+        if stats.num_failed_steps == failed_before:
             self._failed_steps_in_a_row = 0
         else:
-            self._failed_steps_in_a_row += 1
-            if self._failed_steps_in_a_row == MAX_FAILED_STEPS:
-                raise VllmliteError(
-                    f"{MAX_FAILED_STEPS} steps in a row failed: {engine.engine.stats.last_error}"
-                )
+            self._failed_steps_in_a_row += stats.num_failed_steps - failed_before
+            if self._failed_steps_in_a_row >= MAX_FAILED_STEPS:
+                raise VllmliteError(f"{MAX_FAILED_STEPS} steps in a row failed: {stats.last_error}")
         return True
 
     def _publish(self, outputs: list[RequestOutput]) -> None:

@@ -13,6 +13,7 @@ from vllmlite.config_absent import ABSENT
 from vllmlite.errors import ParameterError
 from vllmlite.options import add_fields, check_fields, did_you_mean, flag, given, read_yaml
 from vllmlite.options import option as _option
+from vllmlite.pooling_params import POOLING_TYPES
 from vllmlite.sampling_params import MAX_LOGPROBS
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -29,9 +30,10 @@ class EngineConfig:
 
     model: str | None = _option(
         None,
-        "directory with a checkpoint, or Hugging Face id; default: the built-in demo model",
+        "directory with a checkpoint, GGUF file, tarball of vllmlite download, or Hugging Face id; "
+        "default: the built-in demo model",
         group="model",
-        metavar="DIR|ID",
+        metavar="DIR|FILE|ID",
     )
     tokenizer: str | None = _option(
         None,
@@ -53,9 +55,9 @@ class EngineConfig:
     )
     load_format: str = _option(
         "auto",
-        "dummy: random weights, to measure speed",
+        "what holds the weights; auto: what is there; pt: PyTorch's .bin and .pt; dummy: random ones, to measure speed",
         group="model",
-        choices=("auto", "safetensors", "dummy"),
+        choices=("auto", "safetensors", "pt", "gguf", "dummy"),
     )
     dtype: str = _option(
         "auto",
@@ -133,6 +135,13 @@ class EngineConfig:
         False, "the same bits however requests are batched, in 16 bits on a GPU too, where that takes time"
     )
     enforce_eager: bool = _option(False, "record no graphs")
+    pooling_type: str = _option(
+        "LAST",
+        "embeddings: the last token's hidden state, or the mean of all",
+        choices=POOLING_TYPES,
+        synonyms={name.lower(): name for name in POOLING_TYPES},
+    )
+    pooling_normalize: bool = _option(True, "scale embeddings to length 1")
     seed: int = _option(0, "sampling is reproducible from this", low=0, high=2**64 - 1)
     max_logprobs: int = _option(
         MAX_LOGPROBS, "most log-probabilities a request may ask for; -1: no limit", low=-1

@@ -1,5 +1,7 @@
 """The errors vllmlite raises on purpose. Each message says what was wrong, with what value, and what would do."""
 
+from __future__ import annotations
+
 
 class VllmliteError(Exception):
     """Base of every error that is the caller's or the machine's to mend; anything else is a bug."""
@@ -17,6 +19,10 @@ class ParameterError(VllmliteError, ValueError):
         self.field = field
         self.value = value
         self.accepted = accepted
+
+    def __reduce__(self) -> tuple[type[ParameterError], tuple[str, object, str]]:
+        """For pickle: errors cross from the engine's process to its user's."""
+        return type(self), (self.field, self.value, self.accepted)
 
 
 class ModelError(VllmliteError):

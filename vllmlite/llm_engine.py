@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vllmlite.config import EngineConfig
-from vllmlite.engine.engine import EngineOutput
+from vllmlite.engine.engine import Engine, EngineCore, EngineOutput
+from vllmlite.engine_process import EngineProcess
 from vllmlite.errors import ParameterError
 from vllmlite.output_processor import OutputProcessor
 from vllmlite.outputs import EngineStats, RequestOutput
-from vllmlite.runner.startup import start
+from vllmlite.pooling_params import PoolingParams
+from vllmlite.runner.startup import start, start_process
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizer import Tokenizer
 
@@ -25,13 +28,16 @@ Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 class LLMEngine:
     """Requests in, :class:`~vllmlite.outputs.RequestOutput` out, one step at a time. Not thread-safe."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Load the model and allocate the cache. Raises ModelError, BackendError or ParameterError."""
+    def __init__(self, config: EngineConfig, *, engine_process: bool = False) -> None:
+        """Load the model and allocate the cache. Raises ModelError, BackendError or ParameterError.
+
+        With ``engine_process`` the engine runs in a process of its own, until :meth:`close`."""
         self.config = config
-        started = start(config)
-        self.engine = started.engine
+        started = start_process(config) if engine_process else start(config)
+        self.engine_core: EngineCore = started.engine
         self.tokenizer = started.tokenizer
         self.max_model_len = started.max_model_len
+        self.hidden_size = started.hidden_size
         self.default_sampling_params = started.default_sampling_params
         self.backend_choice = started.backend_choice
         self.observer: Callable[[list[EngineOutput]], None] | None = None
@@ -43,6 +49,18 @@ class LLMEngine:
         """vLLM's way to make one."""
         return cls(engine_args)
 
+    @property
+    def engine(self) -> Engine:
+        """The engine itself. AttributeError if it has a process of its own."""
+        if not isinstance(self.engine_core, Engine):
+            raise AttributeError("the engine is in a process of its own")
+        return self.engine_core
+
+    def close(self) -> None:
+        """End the engine's process, if it has one."""
+        if isinstance(self.engine_core, EngineProcess):
+            self.engine_core.close()
+
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer; ParameterError with ``skip_tokenizer_init``."""
         if self.tokenizer is None:
@@ -53,21 +71,26 @@ class LLMEngine:
         self,
         request_id: str,
         prompt: Prompt,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         arrival_time: float | None = None,
         priority: int = 0,
     ) -> None:
-        """Queue a request. Raises :class:`ParameterError`, and takes nothing in, if it can never be served."""
+        """Queue a request, with :class:`PoolingParams` for an embedding.
+
+        Raises :class:`ParameterError`, and takes nothing in, if it can never be served."""
         if not isinstance(request_id, str) or not request_id:
             raise ParameterError("request_id", request_id, "must be a non-empty string")
         if self._processor.knows(request_id):
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
-        if not isinstance(params, SamplingParams):
-            raise ParameterError("params", params, "must be SamplingParams")
+        if not isinstance(params, (SamplingParams, PoolingParams)):
+            raise ParameterError("params", params, "must be SamplingParams or PoolingParams")
         if priority and self.config.scheduling_policy != "priority":
             raise ParameterError("priority", priority, "needs scheduling_policy=priority")
         encoded = self.encode(prompt)
         prompt_ids = encoded["prompt_token_ids"]
+        if isinstance(params, PoolingParams):
+            self._add_pooling(request_id, encoded, params, arrival_time, priority)
+            return
         if self.tokenizer is None and params.stop:
             raise ParameterError("stop", params.stop, "stop strings need a tokenizer")
         bad_words = self._bad_word_ids(params.bad_words or ())
@@ -77,7 +100,7 @@ class LLMEngine:
         children = self._processor.add(request_id, encoded.get("prompt"), prompt_ids, params)
         try:
             for child, child_params in children.items():
-                request = self.engine.add_request(
+                request = self.engine_core.add_request(
                     child,
                     prompt_ids,
                     child_params,
@@ -91,16 +114,43 @@ class LLMEngine:
         except ParameterError:
             self._processor.forget(request_id)
             for child in added:
-                self.engine.finish(child)
+                self.engine_core.finish(child)
             raise
         prompt_ids[:] = request.prompt_token_ids  # as truncated
+
+    def _add_pooling(
+        self,
+        request_id: str,
+        encoded: dict[str, Any],
+        params: PoolingParams,
+        arrival_time: float | None,
+        priority: int,
+    ) -> None:
+        if params.dimensions is not None and params.dimensions > self.hidden_size:
+            raise ParameterError(
+                "dimensions", params.dimensions, f"must be at most the model's {self.hidden_size}"
+            )
+        kind = params.pooling_type or self.config.pooling_type
+        normalize = self.config.pooling_normalize if params.normalize is None else params.normalize
+        request = self.engine_core.add_request(
+            request_id,
+            encoded["prompt_token_ids"],
+            SamplingParams(truncate_prompt_tokens=params.truncate_prompt_tokens),
+            priority=priority,
+            cache_salt=encoded.get("cache_salt"),
+            arrival_time=arrival_time,
+            pooling_type=kind,
+        )
+        complete = replace(params, pooling_type=kind, normalize=normalize)
+        self._processor.add_pooling(request_id, encoded.get("prompt"), request.prompt_token_ids, complete)
 
     @cached_property
     def grammars(self) -> Grammars:
         """The compiled grammars of structured outputs."""
         from vllmlite.guided import Grammars
 
-        return Grammars(self.get_tokenizer(), self.engine.vocab_size, sorted(self.engine.eos_ids))
+        bounds = self.engine_core.bounds
+        return Grammars(self.get_tokenizer(), bounds.vocab_size, sorted(bounds.eos_ids))
 
     def encode(self, prompt: Prompt) -> dict[str, Any]:
         """``prompt`` as a mapping that has ``prompt_token_ids``, a new list. Raises :class:`ParameterError`."""
@@ -133,23 +183,23 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         """Run one step; outputs of the requests that it gave something, as their ``output_kind`` says."""
-        given = self.engine.step()
+        given = self.engine_core.step()
         outputs, stopped = self._processor.process(given)
         for child, stop in stopped:
-            self.engine.finish(child, "stop", stop)
+            self.engine_core.finish(child, "stop", stop)
         if self.observer is not None:
             self.observer(given)
         return outputs
 
     def has_unfinished_requests(self) -> bool:
         """Whether any request has not finished."""
-        return self.engine.has_unfinished_requests()
+        return self.engine_core.has_unfinished_requests()
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
         """Drop requests; nothing more comes of them. Unknown ids are passed over."""
         for request_id in [request_ids] if isinstance(request_ids, str) else list(request_ids):
             for child in self._processor.forget(request_id):
-                self.engine.finish(child)
+                self.engine_core.finish(child)
 
     def take_error(self, request_id: str) -> str | None:
         """Why a request ended with finish reason ``error``; None if it did not. Asked once."""
@@ -157,11 +207,11 @@ class LLMEngine:
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix."""
-        self.engine.reset_prefix_cache()
+        self.engine_core.reset_prefix_cache()
 
     def stats(self) -> EngineStats:
         """Counters since the start, and what is running now."""
-        return self.engine.current_stats()
+        return self.engine_core.current_stats()
 
     def _bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
         """Ids of each word as it stands at the start of a text and after a space."""

@@ -34,6 +34,15 @@ class CompletionOutput:
         """Whether this completion has ended."""
         return self.finish_reason is not None
 
+    def extend(self, later: CompletionOutput) -> None:
+        """Add the delta that came after this one."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        if self.logprobs is not None and later.logprobs is not None:
+            self.logprobs += later.logprobs
+        self.cumulative_logprob = later.cumulative_logprob
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+
 
 @dataclass(slots=True)
 class RequestMetrics:
@@ -47,6 +56,14 @@ class RequestMetrics:
     last_token_time: float | None = None
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
+
+    def count_token(self, now: float) -> None:
+        """Another token has come."""
+        if self.first_token_time is None:
+            self.first_token_time = now
+        self.previous_token_time = self.last_token_time
+        self.last_token_time = now
+        self.num_generation_tokens += 1
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -69,6 +86,44 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
+    embedding: list[float] | None = None
+    """The vector of an embedding request, which has no completions; see :meth:`LLM.embed`."""
+
+    def extend(self, later: RequestOutput) -> None:
+        """Add the deltas that came after these."""
+        mine = {completion.index: completion for completion in self.outputs}
+        for completion in later.outputs:
+            if completion.index in mine:
+                mine[completion.index].extend(completion)
+            else:
+                self.outputs.append(completion)
+        self.finished = later.finished
+        self.prompt_logprobs = later.prompt_logprobs
+        self.num_cached_tokens, self.metrics = later.num_cached_tokens, later.metrics
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """A vector of a prompt."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """Its length."""
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """What comes of an embedding request: its prompt and one vector."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: EmbeddingOutput
+    finished: bool = True
+    num_cached_tokens: int = 0
 
 
 @dataclass(slots=True)

@@ -12,11 +12,12 @@ from pathlib import Path
 from vllmlite.backends.base import HostTensor, QuantizedTensor
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.errors import ModelError, ParameterError
-from vllmlite.hub import CONFIG_FILES, INDEX
-from vllmlite.models import read_spec
+from vllmlite.hub.snapshot import CONFIG_FILES, INDEX
+from vllmlite.models import open_model, read_spec
 from vllmlite.models.hf_config import quantization_config
-from vllmlite.weights.checkpoint import EMBEDDING, Weights, open_weights, stored_names
+from vllmlite.weights.checkpoint import stored_names
 from vllmlite.weights.json_object import read_object
+from vllmlite.weights.parts import ModelWeights
 from vllmlite.weights.quantized import stored_shapes
 from vllmlite.weights.safetensors import Layout, write_safetensors
 
@@ -27,30 +28,33 @@ def quantize_checkpoint(source: Path, target: Path, kind: str, threads: int | No
 
     ``threads``: of the CPU; None: as many as the process may use. ModelError says what is wrong with ``source``,
     ParameterError that ``target`` exists, BackendError that the native CPU backend, which quantises, is not there."""
+    if source.is_file():
+        raise ModelError(f"{source}: is a GGUF file; accepted: a directory with a checkpoint")
     spec = read_spec(source)
     if spec.quantization is not None:
         raise ModelError(f"{source}: its weights are {spec.quantization} already")
     if target.exists():
         raise ParameterError("output", str(target), "exists already: name a new directory")
-    weights = open_weights(source, spec.weights())
+    weights = open_model(source, spec)
     made = replace(spec, quantization=kind)
-    kinds, shapes = made.quantized_weights(), made.weights()
+    shapes = made.weights()
+    kinds = {source.key: name for name, source in made.tensors().items() if source.product}
     floats = [name for name in shapes if name not in kinds]
     # Codes first: their sizes keep every tensor up to the scales at multiples of 64 bytes.
     stored = {name: (stored_names(name), stored_shapes(kind, shapes[name])) for name in kinds}
     layout: Layout = {
         **{names[0]: ("uint8", its_shapes[0]) for names, its_shapes in stored.values()},
-        **{name: (weights(name).dtype, shapes[name]) for name in floats},
+        **{name: (weights.stored(name).dtype, shapes[name]) for name in floats},
         **{names[1]: ("bfloat16", its_shapes[1]) for names, its_shapes in stored.values()},
     }
 
     def tensors(backend: CpuBackend) -> Iterator[HostTensor]:
         scales = []
-        for name in kinds:
-            quantized = _quantize(backend, weights, name, kind)
+        for key, name in kinds.items():
+            quantized = _quantize(backend, weights, name, key, kind)
             scales.append(quantized.scales)
             yield quantized.codes
-        yield from map(weights, floats)
+        yield from map(weights.stored, floats)
         yield from scales
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,8 +74,8 @@ def quantize_checkpoint(source: Path, target: Path, kind: str, threads: int | No
         raise
 
 
-def _quantize(backend: CpuBackend, weights: Weights, name: str, kind: str) -> QuantizedTensor:
+def _quantize(backend: CpuBackend, weights: ModelWeights, name: str, key: str, kind: str) -> QuantizedTensor:
     try:
-        return backend.quantize(weights(name if name in weights.shapes else EMBEDDING), kind)
+        return backend.quantize(weights(name if name in weights.sources else "embedding.weight"), kind)
     except ModelError as error:
-        raise ModelError(f"tensor {name!r}: {error}") from error
+        raise ModelError(f"tensor {key!r}: {error}") from error

@@ -118,42 +118,56 @@ Tensor attn_prep(Runtime& runtime, const Tensor& given, int num_heads, const std
   HeadRow query = head, key = head;
   for (const auto& [norm, row] : {std::pair(&norms.q, &query), std::pair(&norms.k, &key)}) {
     if (!*norm) continue;
-    if ((*norm)->size() != size)
-      throw std::invalid_argument("a head's norm must have " + std::to_string(size) + " weights");
+    const int heads = row == &query ? num_heads : kv->kv_heads;
+    if ((*norm)->size() != size && (*norm)->size() != heads * size)
+      throw std::invalid_argument("a norm must have " + std::to_string(size) + " weights, or as many for each of " +
+                                  std::to_string(heads) + " heads");
+    row->size = static_cast<int>((*norm)->size());
     row->weight = (*norm)->data;
     row->weight_type = float_of((*norm)->dtype);
     runtime.keep(**norm);
   }
   runtime.keep(qkv);
-  runtime.reserve_scratch(2 * static_cast<std::size_t>(padded_head(size)) * sizeof(float));
-  runtime.issue([&kernels = runtime.kernels(), query, key, num_heads, size, width, kv, layer, batch,
+  const std::size_t keys = static_cast<std::size_t>(kv->kv_heads * size) * sizeof(float);
+  runtime.reserve_scratch(keys + static_cast<std::size_t>(padded_head(size)) * sizeof(float));
+  runtime.issue([&kernels = runtime.kernels(), query, key, keys, num_heads, size, width, kv, layer, batch,
                  from = static_cast<const float*>(qkv.data), to = static_cast<float*>(q.data)](Worker& worker) {
     const Writer writer{kernels, *kv};
     std::byte* const pool = kv->layer(layer);
     auto* const copy = reinterpret_cast<float*>(worker.scratch());
-    std::byte* const packed = worker.scratch() + static_cast<std::size_t>(writer.padded) * sizeof(float);
+    std::byte* const packed = worker.scratch() + keys;
     for (std::int64_t token; (token = worker.take()) < batch->num_tokens;) {
       const auto index = static_cast<std::size_t>(token);
       const int position = batch->positions[index];
-      const auto prepare = [&](HeadRow row, float* x) {
-        row.x = x;
+      // Norms of all heads as one row come first; what is left is a matter of each head.
+      const auto prepare = [&](HeadRow row, float* x, int heads) {
+        if (row.size != size) {
+          HeadRow whole = row;
+          whole.x = x;
+          whole.cos_sin = nullptr;
+          kernels.prepare_head(whole);
+          row.weight = nullptr;
+          row.size = size;
+        }
         if (row.cos_sin != nullptr) row.cos_sin += static_cast<std::ptrdiff_t>(position) * row.rotary_dim;
-        kernels.prepare_head(row);
+        for (int h = 0; h < heads; ++h) {
+          row.x = x + h * size;
+          kernels.prepare_head(row);
+        }
       };
       const float* x = from + token * width;
       float* q_row = to + token * num_heads * size;
       std::copy_n(x, num_heads * size, q_row);
-      for (int h = 0; h < num_heads; ++h) prepare(query, q_row + h * size);
+      prepare(query, q_row, num_heads);
       x += num_heads * size;
+      std::copy_n(x, kv->kv_heads * size, copy);
+      prepare(key, copy, kv->kv_heads);
+      x += kv->kv_heads * size;
       const std::int32_t slot = batch->slot_ids[static_cast<std::size_t>(batch->token_rows[index])];
       const std::int32_t id = batch->slots->table(slot)[position / kv->block_size];
       std::byte* block = pool + static_cast<std::size_t>(id) * kv->block_bytes();
-      for (int h = 0; h < kv->kv_heads; ++h, block += kv->head_bytes()) {
-        std::copy_n(x + h * size, size, copy);
-        prepare(key, copy);
-        writer.keys(copy, block, position % kv->block_size, packed);
-      }
-      x += kv->kv_heads * size;
+      for (int h = 0; h < kv->kv_heads; ++h, block += kv->head_bytes())
+        writer.keys(copy + h * size, block, position % kv->block_size, packed);
       for (int h = 0; h < kv->kv_heads; ++h, block += kv->head_bytes())
         writer.values(x + h * size, block, position % kv->block_size);
     }
@@ -162,24 +176,33 @@ Tensor attn_prep(Runtime& runtime, const Tensor& given, int num_heads, const std
 }
 
 Tensor paged_attention(Runtime& runtime, const Tensor& given, const std::shared_ptr<KVCache>& kv, int layer,
-                       const std::shared_ptr<Batch>& batch, float scale, int window) {
+                       const std::shared_ptr<Batch>& batch, const Scores& scores) {
   check_batch(*kv, layer, *batch, given, "q");
   if (given.shape.size() != 3 || given.shape[2] != kv->head_dim || given.shape[1] % kv->kv_heads != 0)
     throw std::invalid_argument("q must be [tokens, heads, head_dim] of the cache's heads, not " + describe(given));
-  if (window < 1) throw std::invalid_argument("window must be at least 1");
+  if (scores.soft_cap < 0) throw std::invalid_argument("a soft cap must be above 0");
+  if (scores.alibi && (scores.alibi->dtype != DType::float32 || scores.alibi->size() != given.shape[1]))
+    throw std::invalid_argument("linear biases: a float32 slope a head is needed, not " + describe(*scores.alibi));
+  if (scores.window < 1) throw std::invalid_argument("window must be at least 1");
   const Tensor q = converted(runtime, given, DType::float32);
   const int heads = static_cast<int>(q.shape[1]), size = kv->head_dim, group = heads / kv->kv_heads;
-  if (group > kAttentionRows) throw std::invalid_argument("more query heads to a key/value head than are supported");
+  // Query heads of a key/value head that are too many for a tile are shared out among several.
+  const int parts = (group + kAttentionRows - 1) / kAttentionRows, part_heads = (group + parts - 1) / parts;
   const Tensor out = runtime.make({batch->num_tokens, heads * size}, runtime.product_input());
   AttentionTile tile{};
   tile.q = static_cast<const float*>(q.data);
   tile.q_stride = tile.out_stride = heads * size;
   tile.group = group;
-  tile.window = window;
+  tile.window = scores.window;
   tile.block_bytes = static_cast<std::ptrdiff_t>(kv->block_bytes());
   tile.block_size = kv->block_size;
   tile.head_dim = size;
-  tile.scale = scale;
+  tile.scale = scores.scale;
+  tile.soft_cap = scores.soft_cap;
+  if (scores.alibi) {
+    tile.slopes = static_cast<const float*>(scores.alibi->data);
+    runtime.keep(*scores.alibi);
+  }
   tile.out = out.data;
   tile.out_type = float_of(out.dtype);
   runtime.keep(q);
@@ -187,17 +210,20 @@ Tensor paged_attention(Runtime& runtime, const Tensor& given, const std::shared_
   const Kernels& kernels = runtime.kernels();
   const auto kernel =
       kv->quantized() ? kernels.attention_int8 : kernels.attention[static_cast<int>(float_of(kv->dtype))];
-  runtime.issue([kernel, tile, kv, layer, batch, tiles = batch->tiles(kAttentionRows / group),
+  runtime.issue([kernel, tile, kv, layer, batch, parts, part_heads, tiles = batch->tiles(kAttentionRows / part_heads),
                  item = item_size(out.dtype)](Worker& worker) {
-    const std::int64_t tasks = static_cast<std::int64_t>(tiles.size()) * kv->kv_heads;
+    const std::int64_t tasks = static_cast<std::int64_t>(tiles.size()) * kv->kv_heads * parts;
     for (std::int64_t task; (task = worker.take()) < tasks;) {
-      const QueryTile& queries = tiles[static_cast<std::size_t>(task / kv->kv_heads)];
-      const auto head = static_cast<std::size_t>(task % kv->kv_heads);
-      const std::ptrdiff_t at =
-          queries.first * tile.q_stride + static_cast<std::ptrdiff_t>(head) * tile.group * tile.head_dim;
+      const QueryTile& queries = tiles[static_cast<std::size_t>(task / parts / kv->kv_heads)];
+      const auto head = static_cast<std::size_t>(task / parts % kv->kv_heads);
+      const int skipped = static_cast<int>(task % parts) * part_heads;
+      const std::ptrdiff_t first = static_cast<std::ptrdiff_t>(head) * tile.group + skipped;
+      const std::ptrdiff_t at = queries.first * tile.q_stride + first * tile.head_dim;
       AttentionTile one = tile;
+      one.group = std::min(part_heads, tile.group - skipped);
       one.q += at;
       one.out = static_cast<std::byte*>(one.out) + at * static_cast<std::ptrdiff_t>(item);
+      if (one.slopes != nullptr) one.slopes += first;
       one.queries = queries.count;
       one.position = batch->positions[static_cast<std::size_t>(queries.first)];
       one.table = batch->slots->table(batch->slot_ids[static_cast<std::size_t>(queries.row)]);

@@ -1,5 +1,6 @@
 // Ops that go over rows once.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -85,18 +86,25 @@ Tensor gather_rows(Runtime& runtime, const Tensor& x, const Tensor& index) {
   return out;
 }
 
-std::pair<Tensor, Tensor> rms_norm(Runtime& runtime, const Tensor& given, const Tensor& weight, float eps,
-                                   const std::optional<Tensor>& given_residual) {
-  check_rank(given, 2, "x of rms_norm");
-  check_shape(weight, {given.shape[1]}, "the weight of rms_norm");
+namespace {
+
+struct NormResult {
+  Tensor out, sum;
+};
+
+// Fills in what all norms have, `row` by row of x, and has `kernel` do each.
+template <typename Row>
+NormResult norm(Runtime& runtime, Row row, void (*kernel)(const Row&), const Tensor& given, const Tensor& weight,
+                float eps, const std::optional<Tensor>& given_residual) {
+  check_rank(given, 2, "x of a norm");
+  check_shape(weight, {given.shape[1]}, "the weight of a norm");
   const Tensor x = converted(runtime, given, DType::float32);
   const std::int64_t count = x.shape[0], width = x.shape[1];
   const Tensor out = runtime.make(x.shape, runtime.product_input());
   Tensor sum = x;
-  NormRow row{};
   row.x = static_cast<const float*>(x.data);
   if (given_residual) {
-    check_shape(*given_residual, x.shape, "the residual of rms_norm");
+    check_shape(*given_residual, x.shape, "the residual of a norm");
     const Tensor residual = converted(runtime, *given_residual, DType::float32);
     row.residual = static_cast<const float*>(residual.data);
     sum = residual.readonly ? runtime.make(x.shape, DType::float32) : residual;
@@ -111,38 +119,138 @@ std::pair<Tensor, Tensor> rms_norm(Runtime& runtime, const Tensor& given, const 
   row.eps = eps;
   runtime.keep(x);
   runtime.keep(weight);
-  runtime.issue([&kernels = runtime.kernels(), row, count, width, item = item_size(out.dtype)](Worker& worker) {
+  runtime.issue([kernel, row, count, width, item = item_size(out.dtype)](Worker& worker) {
     for (std::int64_t index; (index = worker.take()) < count;) {
-      NormRow one = row;
+      Row one = row;
       one.x += index * width;
       if (one.residual != nullptr) {
         one.residual += index * width;
         one.sum += index * width;
       }
       one.out = static_cast<std::byte*>(one.out) + static_cast<std::size_t>(index * width) * item;
-      kernels.rms_norm(one);
+      kernel(one);
     }
   });
   return {out, sum};
 }
 
-Tensor gated_activation(Runtime& runtime, const Tensor& given, Gate gate) {
-  check_rank(given, 2, "x of gated_activation");
-  if (given.shape[1] % 2 != 0) throw std::invalid_argument("gated_activation: the width of x is odd");
-  const Tensor x = converted(runtime, given, DType::float32);
-  const std::int64_t count = x.shape[0], width = x.shape[1] / 2, pieces = (width + kPiece - 1) / kPiece;
-  const Tensor out = runtime.make({count, width}, runtime.product_input());
-  runtime.keep(x);
-  runtime.issue([&kernels = runtime.kernels(), gate, from = static_cast<const float*>(x.data),
-                 to = static_cast<std::byte*>(out.data), type = float_of(out.dtype), item = item_size(out.dtype), count,
-                 width, pieces](Worker& worker) {
+// Has `body` write rows of `to`, float32 [count, width], piece by piece: (row, first element, elements).
+template <typename Body>
+void each_piece(Runtime& runtime, std::int64_t count, std::int64_t width, Body body) {
+  const std::int64_t pieces = (width + kPiece - 1) / kPiece;
+  runtime.issue([count, width, pieces, body](Worker& worker) {
     for (std::int64_t task; (task = worker.take()) < count * pieces;) {
-      const std::int64_t row = task / pieces, at = task % pieces * kPiece;
-      const float* gates = from + row * 2 * width + at;
-      kernels.gated(gate, gates, gates + width, to + static_cast<std::size_t>(row * width + at) * item, type,
-                    static_cast<int>(std::min(kPiece, width - at)));
+      const std::int64_t at = task % pieces * kPiece;
+      body(task / pieces, at, std::min(kPiece, width - at));
     }
   });
+}
+
+// f of the first `width` elements of each row of x, times the others where there are any.
+Tensor activated(Runtime& runtime, const Tensor& given, Activation f, std::int64_t width) {
+  const Tensor x = converted(runtime, given, DType::float32);
+  const Tensor out = runtime.make({x.shape[0], width}, runtime.product_input());
+  runtime.keep(x);
+  each_piece(runtime, x.shape[0], width,
+             [&kernels = runtime.kernels(), f, from = static_cast<const float*>(x.data),
+              to = static_cast<std::byte*>(out.data), type = float_of(out.dtype), item = item_size(out.dtype), width,
+              stride = x.shape[1]](std::int64_t row, std::int64_t at, std::int64_t size) {
+               const float* some = from + row * stride + at;
+               kernels.activate(f, some, stride == width ? nullptr : some + width,
+                                to + static_cast<std::size_t>(row * width + at) * item, type, static_cast<int>(size));
+             });
+  return out;
+}
+
+// Memory for a result in place of x, or of its own where x may not be written.
+Tensor in_place(Runtime& runtime, const Tensor& x) {
+  if (!x.readonly) return x;
+  return runtime.make(x.shape, x.dtype);
+}
+
+}  // namespace
+
+std::pair<Tensor, Tensor> rms_norm(Runtime& runtime, const Tensor& x, const Tensor& weight, float eps,
+                                   const std::optional<Tensor>& residual) {
+  const auto [out, sum] = norm(runtime, NormRow{}, runtime.kernels().rms_norm, x, weight, eps, residual);
+  return {out, sum};
+}
+
+std::pair<Tensor, Tensor> layer_norm(Runtime& runtime, const Tensor& x, const Tensor& weight,
+                                     const std::optional<Tensor>& bias, float eps,
+                                     const std::optional<Tensor>& residual) {
+  LayerNormRow row{};
+  if (bias) {
+    check_shape(*bias, weight.shape, "the bias of layer_norm");
+    if (bias->dtype != weight.dtype) throw TypeError("the bias of layer_norm must be " + std::string(name(weight.dtype)));
+    row.bias = bias->data;
+    runtime.keep(*bias);
+  }
+  const auto [out, sum] = norm(runtime, row, runtime.kernels().layer_norm, x, weight, eps, residual);
+  return {out, sum};
+}
+
+Tensor gated_activation(Runtime& runtime, const Tensor& x, Activation f) {
+  check_rank(x, 2, "x of gated_activation");
+  if (x.shape[1] % 2 != 0) throw std::invalid_argument("gated_activation: the width of x is odd");
+  return activated(runtime, x, f, x.shape[1] / 2);
+}
+
+Tensor activation(Runtime& runtime, const Tensor& x, Activation f) {
+  check_rank(x, 2, "x of activation");
+  return activated(runtime, x, f, x.shape[1]);
+}
+
+Tensor add(Runtime& runtime, const Tensor& given, const Tensor& given_other) {
+  check_shape(given, given_other.shape, "x of add");
+  const Tensor x = converted(runtime, given, DType::float32);
+  const Tensor other = converted(runtime, given_other, DType::float32);
+  const Tensor out = in_place(runtime, other);
+  runtime.keep(x);
+  runtime.keep(other);
+  each_piece(runtime, 1, x.size(),
+             [a = static_cast<const float*>(x.data), b = static_cast<const float*>(other.data),
+              to = static_cast<float*>(out.data)](std::int64_t, std::int64_t at, std::int64_t size) {
+               for (std::int64_t i = at; i < at + size; ++i) to[i] = a[i] + b[i];
+             });
+  return out;
+}
+
+Tensor scale(Runtime& runtime, const Tensor& given, float factor) {
+  const Tensor x = converted(runtime, given, DType::float32), out = in_place(runtime, x);
+  runtime.keep(x);
+  each_piece(runtime, 1, x.size(),
+             [factor, from = static_cast<const float*>(x.data), to = static_cast<float*>(out.data)](
+                 std::int64_t, std::int64_t at, std::int64_t size) {
+               for (std::int64_t i = at; i < at + size; ++i) to[i] = from[i] * factor;
+             });
+  return out;
+}
+
+Tensor soft_cap(Runtime& runtime, const Tensor& x, float cap) {
+  if (x.dtype != DType::float32 || x.readonly) throw TypeError("soft_cap: x must be float32 and not read-only");
+  if (!(cap > 0)) throw std::invalid_argument("a soft cap must be above 0");
+  runtime.keep(x);
+  each_piece(runtime, 1, x.size(),
+             [&kernels = runtime.kernels(), cap, to = static_cast<float*>(x.data)](
+                 std::int64_t, std::int64_t at, std::int64_t size) { kernels.soft_cap(to + at, cap, size); });
+  return x;
+}
+
+Tensor sigmoid_gate(Runtime& runtime, const Tensor& given, const Tensor& given_gate) {
+  check_rank(given, 2, "x of sigmoid_gate");
+  check_shape(given_gate, {given.shape[0], 1}, "the gate of sigmoid_gate");
+  const Tensor x = converted(runtime, given, DType::float32), out = in_place(runtime, x);
+  const Tensor gate = converted(runtime, given_gate, DType::float32);
+  runtime.keep(x);
+  runtime.keep(gate);
+  each_piece(runtime, x.shape[0], x.shape[1],
+             [gates = static_cast<const float*>(gate.data), from = static_cast<const float*>(x.data),
+              to = static_cast<float*>(out.data),
+              width = x.shape[1]](std::int64_t row, std::int64_t at, std::int64_t size) {
+               const float factor = 1.0F / (1.0F + std::exp(-gates[row]));
+               for (std::int64_t i = row * width + at; i < row * width + at + size; ++i) to[i] = from[i] * factor;
+             });
   return out;
 }
 

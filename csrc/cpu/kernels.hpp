@@ -10,7 +10,7 @@ namespace vllmlite::cpu {
 enum class Float : std::uint8_t { f32, f16, bf16 };
 inline constexpr int kFloats = 3;
 
-enum class Gate : std::uint8_t { silu, gelu, gelu_tanh };
+enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu };
 
 // Elements of x and w that are summed before the sum is added to y: part of the definition of a product's bits.
 inline constexpr int kLinearChunk = 2048;
@@ -110,6 +110,11 @@ struct NormRow {
   float eps;
 };
 
+// out = (x + residual - mean) / deviation * weight + bias.
+struct LayerNormRow : NormRow {
+  const void* bias;  // of the weight's type; null: none
+};
+
 // One head of q or k, in place: norm where there is a weight, then rotation where there are cosines.
 struct HeadRow {
   float* x;
@@ -136,7 +141,9 @@ struct AttentionTile {
   int block_size;
   int head_dim;
   float scale;
-  void* out;  // the first query's
+  float soft_cap;       // scores s become soft_cap * tanh(s / soft_cap); 0: they do not
+  const float* slopes;  // of the group's heads, times the distance to a key; null: none
+  void* out;            // the first query's
   Float out_type;
   std::ptrdiff_t out_stride;
   std::byte* scratch;  // attention_scratch(head_dim) bytes, 64-byte aligned
@@ -161,8 +168,13 @@ struct Kernels {
   bool (*quantize_strip[kCodes])(const QuantizedStrip&);  // false if a weight is not finite
   void (*convert)(const void* from, Float from_type, void* to, Float to_type, std::int64_t count);
   void (*rms_norm)(const NormRow&);
+  void (*layer_norm)(const LayerNormRow&);
   void (*prepare_head)(const HeadRow&);
-  void (*gated)(Gate gate, const float* x, const float* up, void* out, Float out_type, int size);
+  // out = f(x), times up where it is not null.
+  void (*activate)(Activation f, const float* x, const float* up, void* out, Float out_type, int size);
+  void (*soft_cap)(float* x, float cap, std::int64_t size);
+  // y += factor * x
+  void (*add_scaled)(const float* x, float factor, float* y, std::int64_t size);
   void (*attention[kFloats])(const AttentionTile&);  // by the type of the cache
   void (*attention_int8)(const AttentionTile&);
   // Turns a head into codes of an int8 cache; returns their scale.

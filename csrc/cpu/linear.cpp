@@ -24,17 +24,41 @@ struct Work {
   std::int64_t rows_per_task, tasks;
   std::size_t row_bytes;
 
-  const Part& part_of(std::int64_t task) const {
+  std::size_t part_index(std::int64_t task) const {
     std::size_t index = parts.size() - 1;
     while (parts[index].first_task > task) --index;
-    return parts[index];
+    return index;
   }
+
+  const Part& part_of(std::int64_t task) const { return parts[part_index(task)]; }
 
   const std::byte* start(std::int64_t task) const {
     const Part& part = part_of(task);
     return part.data + static_cast<std::size_t>((task - part.first_task) * rows_per_task) * row_bytes;
   }
 };
+
+// The work of multiplying `rows` rows of x, at once, with a weight.
+Work cut(const LinearWeight& weight, std::int64_t rows, const Tensor& x, const Tensor& y) {
+  Work work{};
+  work.rows_per_task = rows <= kLinearFew ? kFewRows : kLinearRows;
+  work.row_bytes = static_cast<std::size_t>(weight.in()) * item_size(weight.parts[0].dtype);
+  work.block.x = x.data;
+  work.block.x_stride = weight.in();
+  work.block.m = static_cast<int>(rows);
+  work.block.w_stride = weight.in();
+  work.block.k = static_cast<int>(weight.in());
+  work.block.y = static_cast<float*>(y.data);
+  work.block.y_stride = weight.out();
+  work.block.bias = weight.bias ? static_cast<const float*>(weight.bias->data) : nullptr;
+  std::int64_t first = 0;
+  for (const Tensor& part : weight.parts) {
+    work.parts.push_back({static_cast<const std::byte*>(part.data), first, part.shape[0], work.tasks});
+    work.tasks += (part.shape[0] + work.rows_per_task - 1) / work.rows_per_task;
+    first += part.shape[0];
+  }
+  return work;
+}
 
 }  // namespace
 
@@ -70,24 +94,8 @@ Tensor linear(Runtime& runtime, const Tensor& given, const LinearWeight& weight)
   const Tensor y = runtime.make({rows, out}, DType::float32);
   if (rows == 0) return y;
 
-  Work work{};
-  work.rows_per_task = rows <= kLinearFew ? kFewRows : kLinearRows;
-  work.row_bytes = static_cast<std::size_t>(weight.in()) * item_size(weight.parts[0].dtype);
-  work.block.x = x.data;
-  work.block.x_stride = weight.in();
-  work.block.m = static_cast<int>(rows);
-  work.block.w_stride = weight.in();
-  work.block.k = static_cast<int>(weight.in());
-  work.block.y = static_cast<float*>(y.data);
-  work.block.y_stride = out;
-  work.block.bias = weight.bias ? static_cast<const float*>(weight.bias->data) : nullptr;
-  std::int64_t first = 0;
-  for (const Tensor& part : weight.parts) {
-    work.parts.push_back({static_cast<const std::byte*>(part.data), first, part.shape[0], work.tasks});
-    work.tasks += (part.shape[0] + work.rows_per_task - 1) / work.rows_per_task;
-    first += part.shape[0];
-    runtime.keep(part);
-  }
+  Work work = cut(weight, rows, x, y);
+  for (const Tensor& part : weight.parts) runtime.keep(part);
   if (weight.bias) runtime.keep(*weight.bias);
   runtime.keep(x);
   if (rows > kLinearFew) runtime.reserve_scratch(kLinearRows * kLinearChunk * item_size(weight.parts[0].dtype));
@@ -104,6 +112,51 @@ Tensor linear(Runtime& runtime, const Tensor& given, const LinearWeight& weight)
       block.y += part.first_row + at;
       if (block.bias != nullptr) block.bias += part.first_row + at;
       block.next = next < work.tasks ? work.start(next) : nullptr;
+      block.scratch = worker.scratch();
+      kernel(block);
+      task = next;
+    }
+  });
+  return y;
+}
+
+Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<LinearWeight>& weights,
+                      const std::shared_ptr<Groups>& groups) {
+  const LinearWeight& like = weights.front();
+  const Kernels& kernels = runtime.kernels();
+  const auto type = static_cast<std::size_t>(float_of(like.parts[0].dtype));
+  const Tensor x = converted(runtime, given, dtype_of(kernels.linear_input[type]));
+  const std::int64_t rows = x.shape[0];
+  const Tensor y = runtime.make({rows, like.out()}, DType::float32);
+  if (rows > kLinearFew) runtime.reserve_scratch(kLinearRows * kLinearChunk * item_size(like.parts[0].dtype));
+  // Work on the first weight: those of others differ in their addresses alone.
+  const auto each = static_cast<std::int64_t>(weights.size());
+  runtime.issue([kernel = kernels.linear[type], &weights, groups, work = cut(like, rows / each, x, y),
+                 x_row = static_cast<std::size_t>(like.in()) * item_size(x.dtype)](Worker& worker) {
+    const std::int64_t tasks = work.tasks * static_cast<std::int64_t>(groups->active.size());
+    const auto group_of = [&](std::int64_t task) {
+      return static_cast<std::size_t>(groups->active[static_cast<std::size_t>(task / work.tasks)]);
+    };
+    const auto start = [&](std::int64_t task) {
+      const std::int64_t own = task % work.tasks;
+      const std::size_t part = work.part_index(own);
+      return static_cast<const std::byte*>(weights[group_of(task)].parts[part].data) +
+             static_cast<std::size_t>((own - work.parts[part].first_task) * work.rows_per_task) * work.row_bytes;
+    };
+    std::int64_t task = worker.take();
+    while (task < tasks) {
+      const std::int64_t next = worker.take();
+      const std::size_t group = group_of(task);
+      const std::int64_t first = groups->first[group];
+      const Part& part = work.part_of(task % work.tasks);
+      const std::int64_t at = (task % work.tasks - part.first_task) * work.rows_per_task;
+      LinearBlock block = work.block;
+      block.x = static_cast<const std::byte*>(block.x) + static_cast<std::size_t>(first) * x_row;
+      block.m = groups->first[group + 1] - static_cast<int>(first);
+      block.w = start(task);
+      block.n = static_cast<int>(std::min(work.rows_per_task, part.rows - at));
+      block.y += first * block.y_stride + part.first_row + at;
+      block.next = next < tasks ? start(next) : nullptr;
       block.scratch = worker.scratch();
       kernel(block);
       task = next;

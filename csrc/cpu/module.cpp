@@ -99,6 +99,15 @@ cpu::Codes codes_of(const std::string& name) {
   throw std::invalid_argument("quantization " + name + ": there are int8 and int4");
 }
 
+cpu::Activation activation_of(const std::string& name, bool gated) {
+  if (name == "silu") return cpu::Activation::silu;
+  if (name == "gelu") return cpu::Activation::gelu;
+  if (name == "gelu_tanh") return cpu::Activation::gelu_tanh;
+  if (name == "relu" && !gated) return cpu::Activation::relu;
+  throw std::invalid_argument("activation " + name + ": there are silu, gelu" +
+                              (gated ? " and gelu_tanh" : ", gelu_tanh and relu"));
+}
+
 cpu::SlotParams slot_params(const py::object& given) {
   cpu::SlotParams params;
   params.temperature = given.attr("temperature").cast<float>();
@@ -186,6 +195,9 @@ void bind_data(py::module_& module) {
              return cpu::make_quantized(codes_of(codes), std::move(taken), in, std::move(bias));
            }),
            py::arg("codes"), py::arg("parts"), py::arg("in"), py::arg("bias") = py::none());
+  py::class_<cpu::Experts, std::shared_ptr<cpu::Experts>>(module, "Experts", py::module_local(),
+                                                          "The weights of a mixture, an expert's at one place.")
+      .def(py::init(&cpu::make_experts), py::arg("gate_up"), py::arg("down"));
   py::class_<cpu::KVCache, std::shared_ptr<cpu::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.")
       .def(py::init([](int layers, int kv_heads, int head_dim, int block_size, const std::string& dtype,
                        std::int64_t num_blocks) {
@@ -212,9 +224,10 @@ void bind_data(py::module_& module) {
       .def(
           "tensors",
           [](const std::shared_ptr<cpu::Batch>& self) {
-            return py::make_tuple(part_of(self, self->token_ids), part_of(self, self->logits_rows));
+            return py::make_tuple(part_of(self, self->token_ids), part_of(self, self->positions),
+                                  part_of(self, self->logits_rows));
           },
-          "The tensors of token ids and of sampled tokens, which ops are given by themselves.");
+          "The tensors of token ids, positions and sampled tokens, which ops are given by themselves.");
   py::class_<Graph>(module, "Graph", py::module_local(), "A recorded step.");
 }
 
@@ -244,13 +257,30 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
              if (cos_sin) rope.emplace(*cos_sin, rotary_dim, interleaved);
              return cpu::attn_prep(self, qkv, num_heads, rope, kv, layer, batch, {q_norm, k_norm, eps});
            })
-      .def("paged_attention", &cpu::paged_attention)
+      .def("paged_attention",
+           [](cpu::Runtime& self, const Tensor& q, const std::shared_ptr<cpu::KVCache>& kv, int layer,
+              const std::shared_ptr<cpu::Batch>& batch, float scale, int window, float soft_cap,
+              const std::optional<Tensor>& alibi) {
+             return cpu::paged_attention(self, q, kv, layer, batch, {scale, window, soft_cap, alibi});
+           })
+      .def("layer_norm", &cpu::layer_norm)
       .def("gated_activation",
            [](cpu::Runtime& self, const Tensor& x, const std::string& name) {
-             if (name == "silu") return cpu::gated_activation(self, x, cpu::Gate::silu);
-             if (name == "gelu") return cpu::gated_activation(self, x, cpu::Gate::gelu);
-             if (name == "gelu_tanh") return cpu::gated_activation(self, x, cpu::Gate::gelu_tanh);
-             throw std::invalid_argument("activation " + name + ": there are silu, gelu and gelu_tanh");
+             return cpu::gated_activation(self, x, activation_of(name, true));
+           })
+      .def("activation",
+           [](cpu::Runtime& self, const Tensor& x, const std::string& name) {
+             return cpu::activation(self, x, activation_of(name, false));
+           })
+      .def("add", &cpu::add)
+      .def("scale", &cpu::scale)
+      .def("soft_cap", &cpu::soft_cap)
+      .def("sigmoid_gate", &cpu::sigmoid_gate)
+      .def("moe",
+           [](cpu::Runtime& self, const Tensor& x, const Tensor& router_logits,
+              const std::shared_ptr<cpu::Experts>& experts, int top_k,
+              bool renormalise, const std::string& name) {
+             return cpu::moe(self, x, router_logits, experts, {top_k, renormalise, activation_of(name, true)});
            })
       .def("sample",
            [](cpu::Runtime& self, const Tensor& logits, const std::shared_ptr<cpu::Batch>& batch) {

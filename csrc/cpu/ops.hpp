@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "cpu/batch.hpp"
@@ -19,7 +20,15 @@ Tensor embedding(Runtime& runtime, const Tensor& ids, const Tensor& table);
 Tensor gather_rows(Runtime& runtime, const Tensor& x, const Tensor& index);
 std::pair<Tensor, Tensor> rms_norm(Runtime& runtime, const Tensor& x, const Tensor& weight, float eps,
                                    const std::optional<Tensor>& residual);
-Tensor gated_activation(Runtime& runtime, const Tensor& x, Gate gate);
+std::pair<Tensor, Tensor> layer_norm(Runtime& runtime, const Tensor& x, const Tensor& weight,
+                                     const std::optional<Tensor>& bias, float eps,
+                                     const std::optional<Tensor>& residual);
+Tensor gated_activation(Runtime& runtime, const Tensor& x, Activation f);
+Tensor activation(Runtime& runtime, const Tensor& x, Activation f);
+Tensor add(Runtime& runtime, const Tensor& x, const Tensor& other);
+Tensor scale(Runtime& runtime, const Tensor& x, float factor);
+Tensor soft_cap(Runtime& runtime, const Tensor& x, float cap);
+Tensor sigmoid_gate(Runtime& runtime, const Tensor& x, const Tensor& gate);
 
 // Weights [out, in], row-major, one after the other: rows of the parts are the rows of the whole.
 struct LinearWeight {
@@ -63,6 +72,38 @@ QuantizedWeight make_quantized(Codes codes, std::vector<QuantizedPart> parts, st
 // The product with x quantised a row at a time.
 Tensor linear(Runtime& runtime, const Tensor& x, const QuantizedWeight& weight);
 
+// Which rows of x meet which of several weights. It is filled in by a phase, before the products run.
+struct Groups {
+  std::vector<std::int32_t> first;   // by weight, its first row; and behind them the number of rows
+  std::vector<std::int32_t> active;  // weights that have rows
+};
+
+// The weights of a mixture, those of an expert at one place; all of one shape.
+struct Experts {
+  using Weights = std::variant<std::vector<LinearWeight>, std::vector<QuantizedWeight>>;
+  Weights gate_up, down;
+
+  std::int64_t count() const;
+};
+
+// Checks that weights fit one another.
+std::shared_ptr<Experts> make_experts(Experts::Weights gate_up, Experts::Weights down);
+
+// The product of each row with its group's weight. The weights must outlive the phases.
+Tensor grouped_linear(Runtime& runtime, const Tensor& x, const std::vector<LinearWeight>& weights,
+                      const std::shared_ptr<Groups>& groups);
+Tensor grouped_linear(Runtime& runtime, const Tensor& x, const std::vector<QuantizedWeight>& weights,
+                      const std::shared_ptr<Groups>& groups);
+
+struct Routing {
+  int top_k;
+  bool renormalise;
+  Activation activation;
+};
+
+Tensor moe(Runtime& runtime, const Tensor& x, const Tensor& router_logits, const std::shared_ptr<Experts>& experts,
+           const Routing& routing);
+
 // A pool of blocks. A layer's block is [K, V] x [kv heads] x a head's keys ([D / n][block_size][n], n elements in four
 // bytes) or values ([block_size][D]), D padded to kHeadUnit; in int8, behind them, their scales (float32 [block_size]).
 struct KVCache {
@@ -96,8 +137,17 @@ struct Rotation {
 Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::optional<Rotation>& rope,
                  const std::shared_ptr<KVCache>& kv, int layer, const std::shared_ptr<Batch>& batch,
                  const AttentionNorms& norms);
+
+// What is made of a query's product with a key.
+struct Scores {
+  float scale;
+  int window;
+  float soft_cap = 0;           // 0: none
+  std::optional<Tensor> alibi;  // float32 [heads]
+};
+
 Tensor paged_attention(Runtime& runtime, const Tensor& q, const std::shared_ptr<KVCache>& kv, int layer,
-                       const std::shared_ptr<Batch>& batch, float scale, int window);
+                       const std::shared_ptr<Batch>& batch, const Scores& scores);
 
 struct Logprobs {
   Tensor chosen, rank, top_ids, top;

@@ -160,4 +160,55 @@ Tensor linear(Runtime& runtime, const Tensor& given, const QuantizedWeight& weig
   return y;
 }
 
+Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<QuantizedWeight>& weights,
+                      const std::shared_ptr<Groups>& groups) {
+  const QuantizedWeight& like = weights.front();
+  const std::int64_t rows = given.shape[0], out = like.out(), size = like.groups();
+  const Tensor y = runtime.make({rows, out}, DType::float32);
+  const QuantizedX x = quantize_x(runtime, converted(runtime, given, DType::float32), size);
+  QuantizedBlock block{};
+  block.x = static_cast<const std::int8_t*>(x.codes.data);
+  block.x_scales = static_cast<const float*>(x.scales.data);
+  block.x_sums = static_cast<const std::int32_t*>(x.sums.data);
+  block.groups = static_cast<int>(size);
+  block.y = static_cast<float*>(y.data);
+  block.y_stride = out;
+  // Tasks on the first weight: those of others differ in their addresses alone.
+  struct Place {
+    std::size_t part;
+    std::int64_t strip, row, rows;
+  };
+  std::vector<Place> places;
+  std::int64_t first_row = 0;
+  for (std::size_t part = 0; part < like.parts.size(); ++part) {
+    const std::int64_t part_rows = like.parts[part].rows;
+    for (std::int64_t strip = 0; strip * kStripRows < part_rows; strip += kTaskStrips)
+      places.push_back({part, strip, first_row + strip * kStripRows,
+                        std::min(kTaskStrips * kStripRows, part_rows - strip * kStripRows)});
+    first_row += part_rows;
+  }
+  runtime.issue([kernel = runtime.kernels().quantized[static_cast<int>(like.codes)], &weights, groups, block,
+                 places = std::move(places), size, bytes = group_bytes(like.codes)](Worker& worker) {
+    const auto each = static_cast<std::int64_t>(places.size());
+    const std::int64_t tasks = each * static_cast<std::int64_t>(groups->active.size());
+    for (std::int64_t task; (task = worker.take()) < tasks;) {
+      const auto group = static_cast<std::size_t>(groups->active[static_cast<std::size_t>(task / each)]);
+      const std::int64_t first = groups->first[group];
+      const Place& place = places[static_cast<std::size_t>(task % each)];
+      const QuantizedPart& part = weights[group].parts[place.part];
+      QuantizedBlock one = block;
+      one.x += first * size * kGroup;
+      one.x_scales += first * size;
+      one.x_sums += first * size;
+      one.m = groups->first[group + 1] - static_cast<int>(first);
+      one.codes = static_cast<const std::uint8_t*>(part.codes.data) + place.strip * size * bytes;
+      one.scales = static_cast<const std::uint16_t*>(part.scales.data) + place.strip * size * kStripRows;
+      one.n = static_cast<int>(place.rows);
+      one.y += first * one.y_stride + place.row;
+      kernel(one);
+    }
+  });
+  return y;
+}
+
 }  // namespace vllmlite::cpu

@@ -62,7 +62,7 @@ class Walk {
         const int row = i * (32 / kWords) + lane / kWords, word = lane % kWords, key = tile_ + row;
         const bool there = key >= from_ && key < end_ && word * 8 < given_.width;
         const std::int64_t at =
-            !there ? 0
+            !there   ? 0
             : whole_ ? places_[i * (32 / kWords) / 16] + static_cast<std::int64_t>(row % 16) * given_.width + word * 8
                      : place_of(key) + word * 8;
         copy_async(&stage.keys[row][word * 8], cache_ + at, there);
@@ -195,7 +195,7 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
           for (int i = 0; i < 4; ++i) sum[i] *= kept[i % 2];
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        float(&weights)[4] = scores[part];
+        float (&weights)[4] = scores[part];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           weights[i] = weights[i] == -INFINITY ? 0 : exp2_fast(weights[i] - largest[i % 2]);
@@ -206,7 +206,8 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
 #pragma unroll
         for (int i = 0; i < kSize / 16; ++i) {
           std::uint32_t value[4];
-          load_matrices_transposed(value, &stage.values[part * 16 + lane / 16 * 8 + lane % 8][i * 16 + lane / 8 % 2 * 8]);
+          load_matrices_transposed(value,
+                                   &stage.values[part * 16 + lane / 16 * 8 + lane % 8][i * 16 + lane / 8 % 2 * 8]);
           multiply<T>(sums[i], value, low, high);
         }
       }
@@ -302,8 +303,7 @@ static void run(Runtime& runtime, const Attention& attention) {
   VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                       static_cast<int>(sizeof(Shared)));
   launch(runtime, kernel, grid, kWarps * 32, sizeof(Shared), attention, static_cast<float*>(partial.data),
-         static_cast<float2*>(states.data),
-         runtime.counters(static_cast<std::size_t>(attention.num_rows) * grid.x));
+         static_cast<float2*>(states.data), runtime.counters(static_cast<std::size_t>(attention.num_rows) * grid.x));
 }
 
 template <typename T, int kSize>

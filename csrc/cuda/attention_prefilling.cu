@@ -1,5 +1,6 @@
-// Attention of rows that have several tokens, or of all where a row is to be the same however it is cut, after Dao 2023 (FlashAttention-2): a block has a tile of a row's queries
-// for one head, and goes over the keys they see in tiles of 64 that are copied ahead in the background.
+// Attention of rows that have several tokens, or of all where a row is to be the same however it is cut, after Dao 2023
+// (FlashAttention-2): a block has a tile of a row's queries for one head, and goes over the keys they see in tiles of
+// 64 that are copied ahead in the background.
 #include <algorithm>
 
 #include "cuda/attention.hpp"

@@ -221,8 +221,8 @@ static bool has_one_token(const HostBatch& host, std::size_t row) {
   return host.query_start_loc[row + 1] - host.query_start_loc[row] == 1;
 }
 
-// Cuts the rows that have one token into shares that take about as long, one for each of `shares` slots: a share is some
-// items, `starts` says where each one's begin.
+// Cuts the rows that have one token into shares that take about as long, one for each of `shares` slots: a share is
+// some items, `starts` says where each one's begin.
 static void plan_items(const HostBatch& host, int shares, std::vector<Item>& items, std::vector<std::int32_t>& starts) {
   std::int64_t total = 0;
   for (std::size_t row = 0; row < host.slot_ids.size(); ++row)
@@ -242,8 +242,7 @@ static void plan_items(const HostBatch& host, int shares, std::vector<Item>& ite
       // A rest that is not worth an item of its own stays.
       const bool whole = units <= left + kUnitsOfStart || static_cast<int>(starts.size()) == shares;
       const std::int64_t taken = whole ? units : std::max<std::int64_t>(left, kUnitsOfStart + 1);
-      const std::int32_t end =
-          whole ? context : begin + static_cast<std::int32_t>(taken - kUnitsOfStart) * kKeysOfUnit;
+      const std::int32_t end = whole ? context : begin + static_cast<std::int32_t>(taken - kUnitsOfStart) * kKeysOfUnit;
       items.push_back({static_cast<std::int32_t>(row), begin, end, first, 0, token, host.slot_ids[row], context,
                        goes_on ? context - 1 : 0});
       begin = end;
@@ -318,8 +317,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
                     at_slots = layout.add<std::int32_t>(rows), at_context = layout.add<std::int32_t>(rows),
                     at_logits = layout.add<std::int32_t>(samples), at_sampled = layout.add<std::int32_t>(samples),
                     at_sample_positions = layout.add<std::int64_t>(samples), at_items = layout.add<Item>(num_items),
-                    at_starts = layout.add<std::int32_t>(starts.size()),
-                    at_cache = layout.add<std::int32_t>(tokens);
+                    at_starts = layout.add<std::int32_t>(starts.size()), at_cache = layout.add<std::int32_t>(tokens);
   const std::size_t at_tiles[] = {layout.add<Tile>(tiles[0].size()), layout.add<Tile>(tiles[1].size())};
   batch->bytes = layout.bytes();
   const std::size_t at_places = layout.add<std::int32_t>(masked ? samples : 0),

@@ -1,5 +1,5 @@
-// 16-bit products whose outputs are summed up in one order however many rows x has: the columns one after another, 16 at
-// a time, in one tensor-core accumulator. Only the size of tiles depends on the rows, and no sum does on that.
+// 16-bit products whose outputs are summed up in one order however many rows x has: the columns one after another, 16
+// at a time, in one tensor-core accumulator. Only the size of tiles depends on the rows, and no sum does on that.
 #include "cuda/linear.hpp"
 #include "cuda/mma.cuh"
 
@@ -38,7 +38,8 @@ static __global__ __launch_bounds__(S::kThreads) void fixed_order_kernel(const T
          i += S::kThreads) {
       const int row = i / kWords, at = step * kColumns + i % kWords * 8;
       const bool there = first + row < limit && at < k;
-      copy_async(&to[row][i % kWords * 8], there ? from + static_cast<std::int64_t>(first + row) * k + at : from, there);
+      copy_async(&to[row][i % kWords * 8], there ? from + static_cast<std::int64_t>(first + row) * k + at : from,
+                 there);
     }
   };
   let_next_begin();
@@ -117,7 +118,8 @@ static void run_sized(const Runtime& runtime, const Product& product) {
 }
 
 void multiply_in_fixed_order(const Runtime& runtime, const Product& product) {
-  const bool takes = runtime.capability() >= 80 && product.k % 8 == 0 && aligned(product.x, 16) && aligned(product.w, 16);
+  const bool takes =
+      runtime.capability() >= 80 && product.k % 8 == 0 && aligned(product.x, 16) && aligned(product.w, 16);
   const bool wide_out = product.out_dtype == DType::float32;
   if (!takes || product.dtype == DType::float32)
     multiply_in_order(runtime, product);

@@ -68,12 +68,6 @@ __device__ __forceinline__ std::uint32_t transposed(std::uint32_t of) {
 // 16 bytes into shared memory, in the background; zeros where `there` is false.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
 #if __CUDA_ARCH__ >= 800
-#ifdef NOHINT
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(there ? 16 : 0)
-               : "memory");
-  return;
-#endif
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(there ? 16 : 0)
                : "memory");

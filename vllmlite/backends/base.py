@@ -13,9 +13,9 @@ while an earlier step may still be reading it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from enum import IntFlag
+from enum import IntFlag, StrEnum
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
@@ -27,6 +27,8 @@ Tensor: TypeAlias = Any
 """A backend's tensor, opaque outside it."""
 LinearWeight: TypeAlias = Any
 """A packed weight of :meth:`Backend.linear`, opaque outside its backend."""
+Experts: TypeAlias = Any
+"""The packed weights of :meth:`Backend.moe`, opaque outside their backend."""
 KVCache: TypeAlias = Any
 """A pool of key/value blocks, opaque outside its backend."""
 Slots: TypeAlias = Any
@@ -84,6 +86,22 @@ def float_parts(parts: Sequence[HostWeight]) -> list[HostTensor]:
         if isinstance(part, QuantizedTensor):
             raise BackendError(f"a weight in {part.kind} needs a backend with quantization={part.kind}")
     return [part for part in parts if isinstance(part, HostTensor)]
+
+
+class Op(StrEnum):
+    """Ops, and what ops may be asked to do, that a backend need not have; their values are for messages."""
+
+    LAYER_NORM = "layer_norm"
+    ACTIVATION = "activation"
+    ADD = "add"
+    SCALE = "scale"
+    SOFT_CAP = "soft_cap"
+    POSITIONS = "embedding of positions"
+    FLOAT_NORM = "rms_norm with float32 weights"
+    WHOLE_QK_NORM = "attn_prep with a norm over all heads"
+    ATTENTION_SOFT_CAP = "paged_attention with a soft cap"
+    ALIBI = "paged_attention with linear biases"
+    MOE = "moe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +244,14 @@ class Rope:
     interleaved: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """An MLP of :meth:`Backend.moe`: weights ``[2 * I, hidden]``, gate first, and ``[hidden, I]``, without biases."""
+
+    gate_up: LinearWeight
+    down: LinearWeight
+
+
 Step: TypeAlias = Callable[[ForwardBatch], Sampled]
 
 
@@ -254,12 +280,23 @@ class Backend(ABC):
     """Dtype of activations and dense weights, one of :data:`FLOAT_DTYPES`."""
     quantization: str | None = None
     """The kind, one of :data:`QUANTIZATIONS`, in which products keep float weights; None: as floats."""
+    keeps_blocks: bool = False
+    """Whether products keep weights that are quantised already in their kinds; then ``quantization`` is None."""
+    ops: ClassVar[frozenset[Op]] = frozenset()
+    """Which of :class:`Op` it has."""
     lent_ops: tuple[str, ...] = ()
     """Names of the ops that this backend borrows from the reference."""
     details: str = ""
     """What else tells this backend from others of its kind: instruction set, threads."""
     asynchronous: bool = False
     """Whether ops return before they are done, so that two steps in flight pay."""
+
+    @classmethod
+    def check_ops(cls, ops: Collection[Op], model: str) -> None:
+        """BackendError if one of ``ops``, which ``model`` needs, is not there."""
+        missing = sorted(set(ops) - cls.ops)
+        if missing:
+            raise BackendError(f"the {cls.name} backend lacks what {model} needs: {', '.join(missing)}")
 
     # Tensors
 
@@ -288,8 +325,18 @@ class Backend(ABC):
     @abstractmethod
     def linear_weight(self, parts: Sequence[HostWeight], biases: Sequence[HostTensor] = ()) -> LinearWeight:
         """Pack ``parts`` (each ``[out_i, in]``) into one weight ``[sum of out_i, in]`` of the backend's dtype or of
-        its ``quantization``, in which alone parts may be quantised already; and ``biases`` (none, or one ``[out_i]``
-        a part) beside it. May alias parts. ModelError for values that cannot be quantised."""
+        its ``quantization``, in which alone parts may be quantised already (with ``keeps_blocks``, in any kind); and
+        ``biases`` (none, or one ``[out_i]`` a part) beside it. May alias parts. ModelError for values that cannot be
+        quantised."""
+
+    def float_weight(self, weight: HostTensor) -> LinearWeight:
+        """A weight ``[out, in]`` that stays in the backend's dtype whatever its ``quantization``: a router's. Comes with
+        :attr:`Op.MOE`."""
+        raise self._lacks(Op.MOE)
+
+    def experts(self, experts: Sequence[Expert]) -> Experts:
+        """Pack the experts of a mixture, all of one shape. Comes with :attr:`Op.MOE`."""
+        raise self._lacks(Op.MOE)
 
     @abstractmethod
     def tied_weight(self, table: Tensor) -> LinearWeight:
@@ -350,7 +397,9 @@ class Backend(ABC):
 
     @abstractmethod
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        """Rows of ``weight [V, hidden]`` for int32 ``token_ids [T]``: ``[T, hidden]`` in the backend's dtype."""
+        """Rows of ``weight [V, hidden]`` for int32 ``token_ids [T]``: ``[T, hidden]`` in the backend's dtype.
+
+        With :attr:`Op.POSITIONS`, an uploaded batch's ``positions`` are such ids as well."""
 
     @abstractmethod
     def rms_norm(
@@ -358,8 +407,28 @@ class Backend(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Root-mean-square norm (Zhang & Sennrich 2019) of ``s = x + residual`` (``s = x`` without one).
 
-        ``x``, ``residual`` ``[T, hidden]``; the mean is taken in float32. Returns ``(norm(s) * weight, s)``; both
-        inputs may be overwritten."""
+        ``x``, ``residual`` ``[T, hidden]``; the mean is taken in float32. Returns ``(norm(s) * weight, s)``; where there
+        is a residual, both inputs may be overwritten. ``weight`` is of the backend's dtype or, with
+        :attr:`Op.FLOAT_NORM`, float32."""
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Layer norm (Ba, Kiros & Hinton 2016) of ``s = x + residual``, as :meth:`rms_norm` otherwise: the mean is
+        subtracted, the variance, about that mean, divided by the number of elements; then ``* weight + bias``."""
+        raise self._lacks(Op.LAYER_NORM)
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        """``x + other``, of one shape. ``other`` may be overwritten."""
+        raise self._lacks(Op.ADD)
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        """``x * factor``. ``x`` may be overwritten."""
+        raise self._lacks(Op.SCALE)
+
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        """``cap * tanh(x / cap)`` of float32 ``x``, which may be overwritten."""
+        raise self._lacks(Op.SOFT_CAP)
 
     @abstractmethod
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
@@ -381,21 +450,61 @@ class Backend(ABC):
         eps: float = 0.0,
     ) -> Tensor:
         """Split ``qkv [T, (H + 2K) * D]``, norm each head of q and k by RMS where weights ``[D]`` are given, rotate
-        q and k, write k and v to the cache at the tokens' positions, and return q as ``[T, H, D]``."""
+        q and k, write k and v to the cache at the tokens' positions, and return q as ``[T, H, D]``.
+
+        With :attr:`Op.WHOLE_QK_NORM`, weights ``[H * D]`` and ``[K * D]`` norm all heads as one row."""
 
     @abstractmethod
     def paged_attention(
-        self, q: Tensor, kv: KVCache, layer: int, batch: ForwardBatch, scale: float, window: int | None = None
+        self,
+        q: Tensor,
+        kv: KVCache,
+        layer: int,
+        batch: ForwardBatch,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        alibi: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of ``q [T, H, D]`` over the cached keys and values of each token's own row, softmax in
         float32: decode, ragged prefill and both mixed. Query heads ``h`` share key/value head ``h * K // H``.
 
-        ``window``: a token sees itself and the ``window - 1`` before it. Returns ``[T, H * D]``."""
+        ``window``: a token sees itself and the ``window - 1`` before it. Scaled scores s become ``soft_cap * tanh(s /
+        soft_cap)`` with :attr:`Op.ATTENTION_SOFT_CAP`; then, with :attr:`Op.ALIBI`, the slope of the head, of float32
+        ``alibi [H]``, times (key's position - query's) is added. Returns ``[T, H * D]``."""
 
     @abstractmethod
     def gated_activation(self, x: Tensor, activation: str) -> Tensor:
         """``f(gate) * up`` of ``x = [gate | up] [T, 2 * I]``: ``[T, I]``; ``activation`` is ``silu``, ``gelu``
         or ``gelu_tanh``."""
+
+    def activation(self, x: Tensor, activation: str) -> Tensor:
+        """``f(x)``, which may overwrite x; ``activation`` is ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``."""
+        raise self._lacks(Op.ACTIVATION)
+
+    def moe(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        experts: Experts,
+        top_k: int,
+        renormalise: bool,
+        activation: str,
+    ) -> Tensor:
+        """A mixture of experts (Shazeer et al. 2017): the sum over a token's ``top_k`` experts of their gated MLP of
+        ``x [T, hidden]``, each times its weight, in the order of the experts.
+
+        The experts of the largest of ``router_logits [T, E]`` are taken, the first among equals. A weight is the
+        softmax over all logits, in float32; ``renormalise`` divides them by their sum. ``activation`` as in
+        :meth:`gated_activation`."""
+        raise self._lacks(Op.MOE)
+
+    def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        """``x [T, hidden]`` times the sigmoid of ``gate [T, 1]``; x may be overwritten. Comes with :attr:`Op.MOE`."""
+        raise self._lacks(Op.MOE)
+
+    def _lacks(self, op: Op) -> BackendError:
+        return BackendError(f"the {self.name} backend has no {op}")
 
     @abstractmethod
     def logits(self, hidden: Tensor, weight: LinearWeight) -> Tensor:
@@ -422,6 +531,22 @@ class Backend(ABC):
     @abstractmethod
     def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
         """Log-softmax of float32 ``logits [N, V]`` at int32 ``ids [N]`` with the ``k`` most likely ids."""
+
+    # Pooling
+
+    def pool(self, hidden: Tensor, spans: NDArray[np.int32], pooling_type: str) -> NDArray[np.float64]:
+        """A vector ``[hidden]`` of each of ``spans [P, 2]`` (first token, one past the last) of ``hidden [T, hidden]``:
+        the last token's state for ``LAST``, the sum of all for ``MEAN``. On the host, ``[P, hidden]``; waits for it.
+
+        Here, of the ops above; for a backend to replace where reading every state costs too much."""
+        if pooling_type == "LAST":
+            last = self.rows(hidden, self.tensor(np.ascontiguousarray(spans[:, 1] - 1)))
+            return self.to_host(last).astype(np.float64)
+        index = np.concatenate([np.arange(first, end, dtype=np.int32) for first, end in spans])
+        states = self.to_host(self.rows(hidden, self.tensor(index)))
+        starts = np.concatenate(([0], np.cumsum(spans[:, 1] - spans[:, 0])[:-1]))
+        sums: NDArray[np.float64] = np.add.reduceat(states, starts, axis=0, dtype=np.float64)
+        return sums
 
     # Graphs
 

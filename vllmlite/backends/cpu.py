@@ -26,6 +26,7 @@ from vllmlite.backends.base import (
     KV_DTYPES,
     SCALE_SIZE,
     Backend,
+    Expert,
     Feature,
     ForwardBatch,
     HostTensor,
@@ -33,6 +34,7 @@ from vllmlite.backends.base import (
     KVSpec,
     Logprobs,
     Memory,
+    Op,
     QuantizedTensor,
     Rope,
     Sampled,
@@ -45,7 +47,7 @@ from vllmlite.backends.base import (
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.memory import host_memory
 from vllmlite.errors import BackendError, ModelError
-from vllmlite.weights.quantized import quantized_tensor
+from vllmlite.weights.quantized import dequantize, quantized_tensor
 
 HEAD_UNIT = 16
 """The cache pads heads to a multiple of this."""
@@ -54,12 +56,13 @@ NO_WINDOW = 2**31 - 1
 
 class CpuBackend(Backend):
     """``dtype``: of dense weights, one of ``FLOAT_DTYPES``. ``threads``: as many as the process may use where None.
-    ``isa``: a name in ``_cpu.instruction_sets()``, or ``auto`` for the best. ``quantization``: of products' weights, as
-    the contract has it. BackendError says what is missing."""
+    ``isa``: a name in ``_cpu.instruction_sets()``, or ``auto`` for the best. ``quantization`` and ``keeps_blocks``: of
+    products' weights, as the contract has it. BackendError says what is missing."""
 
     name: ClassVar[str] = "cpu"
     device = "cpu"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
+    ops: ClassVar[frozenset[Op]] = frozenset(Op)
 
     def __init__(
         self,
@@ -67,14 +70,14 @@ class CpuBackend(Backend):
         threads: int | None = None,
         isa: str = "auto",
         quantization: str | None = None,
+        keeps_blocks: bool = False,
     ) -> None:
         if dtype not in FLOAT_DTYPES:
             raise BackendError(f"dtype {dtype}: the cpu backend computes in {', '.join(FLOAT_DTYPES)}")
         self._native = load_native()
-        self.dtype, self.quantization = dtype, quantization
-        weights = (
-            dtype if quantization is None else "float32"
-        )  # what is quantised next need not be rounded before
+        self.dtype, self.quantization, self.keeps_blocks = dtype, quantization, keeps_blocks
+        # What is quantised next need not be rounded before.
+        weights = dtype if quantization is None and not keeps_blocks else "float32"
         try:
             self._runtime = self._native.Runtime(isa, thread_places(threads or usable_cores()), weights)
         except ValueError as error:
@@ -117,10 +120,21 @@ class CpuBackend(Backend):
         if biases:
             flat = [self.to_host(self.tensor(part, "float32")).reshape(-1) for part in biases]
             bias = self.tensor(np.concatenate(flat))
-        if self.quantization is not None:
-            packed = [self._packed(part, self.quantization) for part in parts]
-            return self._native.QuantizedWeight(self.quantization, packed, parts[0].shape[1], bias)
-        return self._native.LinearWeight([self.tensor(part, self.dtype) for part in float_parts(parts)], bias)
+        kinds = {part.kind if isinstance(part, QuantizedTensor) else None for part in parts}
+        kind = self.quantization or (kinds.pop() if self.keeps_blocks and len(kinds) == 1 else None)
+        if kind is not None:
+            packed = [self._packed(part, kind) for part in parts]
+            return self._native.QuantizedWeight(kind, packed, parts[0].shape[1], bias)
+        dense = list(map(_decoded, parts)) if self.keeps_blocks else float_parts(parts)
+        return self._native.LinearWeight([self.tensor(part, self.dtype) for part in dense], bias)
+
+    def float_weight(self, weight: HostTensor) -> Any:
+        return self._native.LinearWeight([self.tensor(weight, self.dtype)])
+
+    def experts(self, experts: Sequence[Expert]) -> Any:
+        return self._native.Experts(
+            [expert.gate_up for expert in experts], [expert.down for expert in experts]
+        )
 
     def tied_weight(self, table: Tensor) -> Any:
         if self.quantization is not None:
@@ -181,8 +195,10 @@ class CpuBackend(Backend):
 
     def upload(self, batch: ForwardBatch, slots: Any) -> ForwardBatch:
         native = self._runtime.upload(batch, slots)
-        token_ids, logits_rows = native.tensors()
-        return replace(batch, token_ids=token_ids, logits_rows=logits_rows, backend=native)
+        token_ids, positions, logits_rows = native.tensors()
+        return replace(
+            batch, token_ids=token_ids, positions=positions, logits_rows=logits_rows, backend=native
+        )
 
     # Model ops
 
@@ -194,6 +210,21 @@ class CpuBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = self._runtime.rms_norm(x, weight, eps, residual)
         return found
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self._runtime.layer_norm(x, weight, bias, eps, residual)
+        return found
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        return self._runtime.add(x, other)
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return self._runtime.scale(x, factor)
+
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        return self._runtime.soft_cap(x, cap)
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
         return self._runtime.linear(x, weight)
@@ -218,16 +249,44 @@ class CpuBackend(Backend):
         )
 
     def paged_attention(
-        self, q: Tensor, kv: Any, layer: int, batch: ForwardBatch, scale: float, window: int | None = None
+        self,
+        q: Tensor,
+        kv: Any,
+        layer: int,
+        batch: ForwardBatch,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        alibi: Tensor | None = None,
     ) -> Tensor:
         sees = NO_WINDOW if window is None else min(window, NO_WINDOW)
-        return self._runtime.paged_attention(q, kv, layer, batch.backend, scale, sees)
+        return self._runtime.paged_attention(q, kv, layer, batch.backend, scale, sees, soft_cap or 0.0, alibi)
 
     def gated_activation(self, x: Tensor, activation: str) -> Tensor:
         try:
             return self._runtime.gated_activation(x, activation)
         except ValueError as error:
             raise BackendError(str(error)) from error
+
+    def activation(self, x: Tensor, activation: str) -> Tensor:
+        try:
+            return self._runtime.activation(x, activation)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+
+    def moe(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        experts: Any,
+        top_k: int,
+        renormalise: bool,
+        activation: str,
+    ) -> Tensor:
+        return self._runtime.moe(x, router_logits, experts, top_k, renormalise, activation)
+
+    def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        return self._runtime.sigmoid_gate(x, gate)
 
     def logits(self, hidden: Tensor, weight: Any) -> Tensor:
         return self._runtime.linear(hidden, weight)
@@ -254,6 +313,13 @@ class CpuBackend(Backend):
             return _unpack(found)
 
         return run
+
+
+def _decoded(part: HostWeight) -> HostTensor:
+    """The floats of a part beside others that are not in its kind."""
+    if isinstance(part, HostTensor):
+        return part
+    return HostTensor("float32", part.shape, dequantize(part).astype("<f4").reshape(-1).view(np.uint8))
 
 
 def _pack(sampled: Sampled) -> list[Tensor]:

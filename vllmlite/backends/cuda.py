@@ -32,6 +32,7 @@ from vllmlite.backends.base import (
     KVSpec,
     Logprobs,
     Memory,
+    Op,
     Rope,
     Sampled,
     SlotParams,
@@ -218,8 +219,20 @@ class CudaBackend(Backend):
         )
 
     def paged_attention(
-        self, q: Tensor, kv: Any, layer: int, batch: ForwardBatch, scale: float, window: int | None = None
+        self,
+        q: Tensor,
+        kv: Any,
+        layer: int,
+        batch: ForwardBatch,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        alibi: Tensor | None = None,
     ) -> Tensor:
+        if soft_cap is not None:
+            raise self._lacks(Op.ATTENTION_SOFT_CAP)
+        if alibi is not None:
+            raise self._lacks(Op.ALIBI)
         sees = NO_WINDOW if window is None else min(window, NO_WINDOW)
         return self._runtime.paged_attention(q, kv, layer, batch.backend, scale, sees)
 

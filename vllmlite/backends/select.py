@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS, Backend
+from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS, Backend, Op
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.errors import BackendError, ParameterError
@@ -25,6 +25,9 @@ class Wanted:
     threads: int | None
     cpu_isa: str = "auto"
     quantization: str | None = None
+    has_blocks: bool = False
+    ops: frozenset[Op] = frozenset()
+    model: str = "the model"
     batch_invariant: bool = False
 
 
@@ -38,6 +41,7 @@ def _cuda(wanted: Wanted) -> Backend:
         raise BackendError(f"device {device} was asked for")
     if wanted.quantization is not None:
         raise BackendError(f"vllmlite._cuda has no {wanted.quantization} weights")
+    CudaBackend.check_ops(wanted.ops, wanted.model)
     return CudaBackend(device, wanted.dtype, wanted.checkpoint_dtype, wanted.batch_invariant)
 
 
@@ -85,8 +89,10 @@ def _torch_cpu(wanted: Wanted) -> Backend:
 def _cpu(wanted: Wanted) -> Backend:
     if wanted.device not in ("auto", "cpu"):
         raise BackendError(f"device {wanted.device} was asked for")
+    CpuBackend.check_ops(wanted.ops, wanted.model)
     dtype = wanted.checkpoint_dtype if wanted.dtype == "auto" else wanted.dtype
-    return CpuBackend(dtype, wanted.threads, wanted.cpu_isa, wanted.quantization)
+    keeps_blocks = wanted.has_blocks and wanted.dtype == "auto" and wanted.quantization is None
+    return CpuBackend(dtype, wanted.threads, wanted.cpu_isa, wanted.quantization, keeps_blocks)
 
 
 CANDIDATES: tuple[tuple[str, str, Callable[[Wanted], Backend]], ...] = (
@@ -107,6 +113,9 @@ def select_backend(
     threads: int | None = None,
     cpu_isa: str = "auto",
     quantization: str | None = None,
+    has_blocks: bool = False,
+    ops: frozenset[Op] = frozenset(),
+    model: str = "the model",
     batch_invariant: bool = False,
 ) -> tuple[Backend, str]:
     """The first candidate that can do what was asked, and a sentence that says which it is and why others declined.
@@ -114,9 +123,10 @@ def select_backend(
     ``backend`` is ``auto`` or a name in ``CANDIDATES``; ``device`` is ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     ``dtype`` is ``auto`` or one of ``FLOAT_DTYPES``; ``auto`` is ``checkpoint_dtype``, except float16 for bfloat16 on
     GPUs without it, and float32 for float16 on the CPU. ``quantization``, one of ``QUANTIZATIONS`` or None, is of
-    products' weights. ``batch_invariant`` asks for rows that are the same to the bit however they are batched, which
-    native backends alone have. ParameterError for anything else; BackendError with every reason where no candidate is
-    left."""
+    products' weights; ``has_blocks`` says that the checkpoint has weights whose kinds a backend may keep, as the native
+    CPU backend does where no ``dtype`` is asked for. ``ops``: what ``model`` needs beyond what every backend has.
+    ``batch_invariant`` asks for rows that are the same to the bit however they are batched, which native backends alone
+    have. ParameterError for anything else; BackendError with every reason where no candidate is left."""
     names = ("auto", *dict.fromkeys(name for name, _, _ in CANDIDATES))
     if backend not in names:
         raise ParameterError("backend", backend, ", ".join(names))
@@ -126,7 +136,18 @@ def select_backend(
         raise ParameterError("dtype", dtype, ", ".join(("auto", *FLOAT_DTYPES)))
     if quantization not in (None, *QUANTIZATIONS):
         raise ParameterError("quantization", quantization, ", ".join(QUANTIZATIONS))
-    wanted = Wanted(device, dtype, checkpoint_dtype, threads, cpu_isa, quantization, batch_invariant)
+    wanted = Wanted(
+        device,
+        dtype,
+        checkpoint_dtype,
+        threads,
+        cpu_isa,
+        quantization,
+        has_blocks,
+        ops,
+        model,
+        batch_invariant,
+    )
     declined = []
     for name, kind, make in CANDIDATES:
         if backend not in ("auto", name):

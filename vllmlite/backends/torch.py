@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,12 +22,14 @@ from vllmlite.backends.base import (
     ITEM_SIZE,
     KV_DTYPES,
     Backend,
+    Expert,
     ForwardBatch,
     HostTensor,
     HostWeight,
     KVSpec,
     Logprobs,
     Memory,
+    Op,
     QuantizedTensor,
     Rope,
     Sampled,
@@ -35,7 +38,7 @@ from vllmlite.backends.base import (
     float_parts,
 )
 from vllmlite.backends.memory import host_memory
-from vllmlite.backends.torch_attention import Group, Rows, TorchKV, attend, plan_groups, token_width
+from vllmlite.backends.torch_attention import Group, Rows, Scores, TorchKV, attend, plan_groups, token_width
 from vllmlite.backends.torch_sampling import SamplePlan, TorchSlots
 from vllmlite.errors import BackendError, ModelError
 from vllmlite.weights import quantized
@@ -75,10 +78,10 @@ class StepPlan:
     sampling: SamplePlan
     cache_slots: dict[int, torch.Tensor] = field(default_factory=dict)
     """By block size: int64 [T], where in the pool each token's key and value go."""
-    groups: dict[tuple[KVSpec, int, int | None], list[Group]] = field(default_factory=dict)
-    """By cache, query heads and window."""
-    rotation: tuple[Rope, torch.Tensor, torch.Tensor] | None = None
-    """A table, and its cosines and signed sines for each element of the tokens' heads: float32 [T, 1, rotary_dim]."""
+    groups: dict[tuple[KVSpec, int, int | None, bool], list[Group]] = field(default_factory=dict)
+    """By cache, query heads, window, and whether scores are edited."""
+    rotations: list[tuple[Rope, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """Tables, and their cosines and signed sines for each element of the tokens' heads: float32 [T, 1, rotary_dim]."""
 
 
 class TorchBackend(Backend):
@@ -87,6 +90,7 @@ class TorchBackend(Backend):
 
     name: ClassVar[str] = "torch"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
+    ops: ClassVar[frozenset[Op]] = frozenset(Op)
 
     def __init__(
         self,
@@ -158,6 +162,13 @@ class TorchBackend(Backend):
         if others:
             weight = torch.cat((weight, *others))
         return self._linear(weight, bias)
+
+    @torch.inference_mode()
+    def float_weight(self, weight: HostTensor) -> TorchLinear:
+        return self._linear(self.tensor(weight, self.dtype), None)
+
+    def experts(self, experts: Sequence[Expert]) -> Sequence[Expert]:
+        return experts
 
     @torch.inference_mode()
     def tied_weight(self, table: torch.Tensor) -> TorchLinear | TorchQuantized:
@@ -286,7 +297,31 @@ class TorchBackend(Backend):
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total = x if residual is None else residual.add_(x)
-        return F.rms_norm(total, weight.shape, weight, eps), total
+        return _rms_norm(total, weight, eps), total
+
+    @torch.inference_mode()
+    def layer_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+        residual: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x if residual is None else residual.add_(x)
+        return F.layer_norm(total, weight.shape, weight, bias, eps), total
+
+    @torch.inference_mode()
+    def add(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return other.add_(x)
+
+    @torch.inference_mode()
+    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x.mul_(factor)
+
+    @torch.inference_mode()
+    def soft_cap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        return x.div_(cap).tanh_().mul_(cap)
 
     @torch.inference_mode()
     def linear(self, x: torch.Tensor, weight: TorchLinear | TorchQuantized) -> torch.Tensor:
@@ -313,11 +348,11 @@ class TorchBackend(Backend):
     ) -> torch.Tensor:
         kv_heads, size = kv.spec.num_kv_heads, kv.spec.head_dim
         heads = qkv.view(-1, num_heads + 2 * kv_heads, size)
-        if q_norm is not None:
-            heads[:, :num_heads] = F.rms_norm(heads[:, :num_heads], (size,), q_norm, eps)
-        if k_norm is not None:
-            keys = heads[:, num_heads : num_heads + kv_heads]
-            keys.copy_(F.rms_norm(keys, (size,), k_norm, eps))
+        for norm, first, last in ((q_norm, 0, num_heads), (k_norm, num_heads, num_heads + kv_heads)):
+            if norm is not None:
+                part = qkv[:, first * size : last * size]
+                part = part.unflatten(1, (-1, len(norm)))
+                part.copy_(_rms_norm(part, norm, eps))
         if rope is not None:
             # In place, so that keys and values stay side by side as the cache has them.
             _rotate(heads[:, : num_heads + kv_heads, : rope.rotary_dim], rope, batch)
@@ -333,28 +368,67 @@ class TorchBackend(Backend):
         batch: ForwardBatch,
         scale: float,
         window: int | None = None,
+        soft_cap: float | None = None,
+        alibi: torch.Tensor | None = None,
     ) -> torch.Tensor:
         plan: StepPlan = batch.backend
+        edited = soft_cap is not None or alibi is not None
         if window is not None and window >= batch.max_context:
             window = None
-        key = (kv.spec, q.shape[1], window)
+        key = (kv.spec, q.shape[1], window, edited)
         groups = plan.groups.get(key)
         if groups is None:
             item_size = self._attention_dtype.itemsize
             groups = plan_groups(
-                plan.rows, kv.spec, q.shape[1], item_size, window, plan.block_table, self._put
+                plan.rows, kv.spec, q.shape[1], item_size, window, edited, plan.block_table, self._put
             )
             plan.groups[key] = groups
-        return attend(q, kv, layer, groups, scale, self._attention_dtype)
+        scores = Scores(scale, soft_cap, alibi)
+        return attend(q, kv, layer, groups, scores, self._attention_dtype)
 
     @torch.inference_mode()
     def gated_activation(self, x: torch.Tensor, activation: str) -> torch.Tensor:
-        gate, up = x.chunk(2, -1)
-        if activation == "silu":
-            return F.silu(gate).mul_(up)
-        if activation not in ("gelu", "gelu_tanh"):
+        if activation not in ("silu", "gelu", "gelu_tanh"):
             raise BackendError(f"activation {activation}: the torch backend has silu, gelu and gelu_tanh")
-        return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none").mul_(up)
+        gate, up = x.chunk(2, -1)
+        return _ACTIVATIONS[activation](gate).mul_(up)
+
+    @torch.inference_mode()
+    def activation(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        if activation not in _ACTIVATIONS:
+            raise BackendError(f"activation {activation}: the torch backend has {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[activation](x)
+
+    @torch.inference_mode()
+    def moe(
+        self,
+        x: torch.Tensor,
+        router_logits: torch.Tensor,
+        experts: Sequence[Expert],
+        top_k: int,
+        renormalise: bool,
+        activation: str,
+    ) -> torch.Tensor:
+        chosen = router_logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        weights = router_logits.float().softmax(-1).gather(1, chosen)
+        if renormalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=len(experts)).tolist()
+        rows, factors = order // top_k, weights.flatten()[order, None]
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        first = 0
+        for expert, count in zip(experts, counts, strict=True):
+            if count:
+                mine = rows[first : first + count]
+                inner = self.gated_activation(self.linear(x[mine], expert.gate_up), activation)
+                out.index_add_(0, mine, self.linear(inner, expert.down) * factors[first : first + count])
+            first += count
+        return out.to(x.dtype)
+
+    @torch.inference_mode()
+    def sigmoid_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return x.mul_(gate.sigmoid())
 
     def logits(self, hidden: torch.Tensor, weight: TorchLinear | TorchQuantized) -> torch.Tensor:
         if isinstance(weight, TorchQuantized):
@@ -382,21 +456,42 @@ class TorchBackend(Backend):
         return torch_sampling.logprobs(logits, ids, k)
 
 
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if weight.dtype != x.dtype:
+        return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
 def _rotate(x: torch.Tensor, rope: Rope, batch: ForwardBatch) -> None:
     """Rotate ``x [T, heads, rotary_dim]`` in place, in float32."""
-    plan: StepPlan = batch.backend
-    if plan.rotation is None or plan.rotation[0] is not rope:
-        cos, sin = rope.cos_sin.index_select(0, batch.positions)[:, None].chunk(2, -1)
-        cosines, sines = torch.stack((cos, cos), -2), torch.stack((-sin, sin), -2)
-        if rope.interleaved:
-            cosines, sines = cosines.transpose(-1, -2), sines.transpose(-1, -2)
-        plan.rotation = (rope, cosines.flatten(-2), sines.flatten(-2))
-    _, cosines, sines = plan.rotation
+    cosines, sines = _rotation(rope, batch)
     if rope.interleaved:
         partner = x.view(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
     else:
         partner = x.roll(rope.rotary_dim // 2, -1)
     x.copy_((x * cosines).addcmul_(partner, sines))
+
+
+def _rotation(rope: Rope, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    plan: StepPlan = batch.backend
+    for known, cosines, sines in plan.rotations:
+        if known is rope:
+            return cosines, sines
+    cos, sin = rope.cos_sin.index_select(0, batch.positions)[:, None].chunk(2, -1)
+    cosines, sines = torch.stack((cos, cos), -2), torch.stack((-sin, sin), -2)
+    if rope.interleaved:
+        cosines, sines = cosines.transpose(-1, -2), sines.transpose(-1, -2)
+    found = cosines.flatten(-2), sines.flatten(-2)
+    plan.rotations.append((rope, *found))
+    return found
 
 
 def _cache_slots(batch: ForwardBatch, block_size: int) -> torch.Tensor:

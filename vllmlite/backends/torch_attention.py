@@ -151,12 +151,15 @@ def plan_groups(
     heads: int,
     item_size: int,
     window: int | None,
+    edited: bool,
     block_table: torch.Tensor,
     put: Put,
 ) -> list[Group]:
-    """The groups of a step for layers of sliding ``window``; ``item_size``: bytes of a number in the computation."""
+    """The groups of a step for layers of sliding ``window``; ``item_size``: bytes of a number in the computation;
+    ``edited``: whether scores are written out, a number a head, query and key."""
     num_tokens = int(rows.length.sum())
-    rows = _split(rows, window, heads // spec.num_kv_heads * (item_size + 1))
+    score_bytes = 3 * heads * item_size if edited else heads // spec.num_kv_heads * (item_size + 1)
+    rows = _split(rows, window, score_bytes, edited)
     first = np.zeros_like(rows.context)
     if window is not None:
         first = np.maximum(rows.context - rows.length - window + 1, 0)
@@ -170,14 +173,16 @@ def plan_groups(
         for at in range(0, len(members), step):
             some = members[at : at + step]
             part = Rows(rows.start[some], rows.length[some], rows.context[some], rows.slot[some])
-            groups.append(_group(part, first[some], window, spec.block_size, block_table, num_tokens, put))
+            groups.append(
+                _group(part, first[some], window, edited, spec.block_size, block_table, num_tokens, put)
+            )
     return groups
 
 
-def _split(rows: Rows, window: int | None, mask_bytes: int) -> Rows:
+def _split(rows: Rows, window: int | None, mask_bytes: int, all_masked: bool) -> Rows:
     """Cut rows whose mask (``mask_bytes`` a query and key) would pass half the limit into several, as chunks."""
     keys = rows.context if window is None else np.minimum(rows.context, window + rows.length)
-    masked = (rows.context > rows.length) | (keys < rows.context)
+    masked = (rows.context > rows.length) | (keys < rows.context) | all_masked
     most = np.where(masked, np.maximum(LIMIT // 2 // (keys * mask_bytes), 16), rows.length)
     pieces = -(-rows.length // most)
     if pieces.max() == 1:
@@ -206,6 +211,7 @@ def _group(
     rows: Rows,
     first: Ints,
     window: int | None,
+    edited: bool,
     block_size: int,
     block_table: torch.Tensor,
     num_tokens: int,
@@ -213,7 +219,10 @@ def _group(
 ) -> Group:
     queries, keys = int(rows.length.max()), int((rows.context - first).max())
     causal = (
-        bool((rows.context == rows.length).all()) and queries > 1 and (window is None or window >= queries)
+        bool((rows.context == rows.length).all())
+        and queries > 1
+        and (window is None or window >= queries)
+        and not edited
     )
     opened = queries == 1 and bool((rows.context - first == keys).all())
     if not causal and not opened:
@@ -248,23 +257,38 @@ def _group(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What becomes of a query's product with a key before the softmax: scaled, capped, and its head's slope times the
+    distance added."""
+
+    scale: float
+    soft_cap: float | None = None
+    alibi: torch.Tensor | None = None
+
+    @property
+    def edited(self) -> bool:
+        """Whether they are more than scaled."""
+        return self.soft_cap is not None or self.alibi is not None
+
+
 def attend(
-    q: torch.Tensor, kv: TorchKV, layer: int, groups: list[Group], scale: float, dtype: torch.dtype
+    q: torch.Tensor, kv: TorchKV, layer: int, groups: list[Group], scores: Scores, dtype: torch.dtype
 ) -> torch.Tensor:
     """Attention of ``q [T, H, D]`` over the pool, computed in ``dtype``: ``[T, H * D]`` in that of ``q``."""
     if len(groups) == 1 and groups[0].tokens is None:
-        return _attend_group(q.to(dtype), kv, layer, groups[0], scale).to(q.dtype)
+        return _attend_group(q.to(dtype), kv, layer, groups[0], scores).to(q.dtype)
     out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
     for group in groups:
         assert group.tokens is not None and group.targets is not None
-        result = _attend_group(q.index_select(0, group.tokens).to(dtype), kv, layer, group, scale)
+        result = _attend_group(q.index_select(0, group.tokens).to(dtype), kv, layer, group, scores)
         if group.real is not None:
             result = result.index_select(0, group.real)
         out.index_copy_(0, group.targets, result.to(q.dtype))
     return out
 
 
-def _attend_group(q: torch.Tensor, kv: TorchKV, layer: int, group: Group, scale: float) -> torch.Tensor:
+def _attend_group(q: torch.Tensor, kv: TorchKV, layer: int, group: Group, scores: Scores) -> torch.Tensor:
     """``q [g * Q, H, D]``, padded: ``[g * Q, H * D]``."""
     heads, size = q.shape[1:]
     kv_heads = kv.spec.num_kv_heads
@@ -276,12 +300,39 @@ def _attend_group(q: torch.Tensor, kv: TorchKV, layer: int, group: Group, scale:
             keys = keys[:, :, None].expand(shape).reshape(group.rows, heads, group.num_keys, size)
             values = values[:, :, None].expand(shape).reshape(group.rows, heads, group.num_keys, size)
         padded = q.view(group.rows, group.queries, heads, size).transpose(1, 2)
-        out = F.scaled_dot_product_attention(padded, keys, values, is_causal=True, scale=scale)
+        out = F.scaled_dot_product_attention(padded, keys, values, is_causal=True, scale=scores.scale)
         return out.transpose(1, 2).reshape(-1, heads * size)
     # The query heads of a key/value head become further queries of it, so keys and values need no repeating.
     folded = q.view(group.rows, group.queries, kv_heads, together, size).permute(0, 2, 1, 3, 4)
     folded = folded.reshape(group.rows, kv_heads, -1, size)
     mask = group.mask(together, q.dtype)
-    out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    if scores.edited:
+        out = _edited_attention(folded, keys, values, mask, group, scores)
+    else:
+        out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scores.scale)
     out = out.view(group.rows, kv_heads, group.queries, together, size).permute(0, 2, 1, 3, 4)
     return out.reshape(-1, heads * size)
+
+
+def _edited_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    group: Group,
+    scores: Scores,
+) -> torch.Tensor:
+    """Of ``q [g, K, Q * together, D]``, ``keys`` and ``values [g, K, S, D]``, in float32."""
+    found = (q @ keys.transpose(-1, -2)).float() * scores.scale
+    if scores.soft_cap is not None:
+        found = found.div_(scores.soft_cap).tanh_().mul_(scores.soft_cap)
+    if scores.alibi is not None:
+        at = group.first_key[:, None] + torch.arange(group.num_keys, device=q.device)
+        distance = at[:, None, :] - group.query_positions[:, :, None]
+        slopes = scores.alibi.view(1, q.shape[1], 1, -1, 1)
+        found.view(group.rows, q.shape[1], group.queries, -1, group.num_keys).addcmul_(
+            slopes, distance[:, None, :, None, :].float()
+        )
+    if mask is not None:
+        found += mask
+    return found.softmax(-1).to(values.dtype) @ values

@@ -16,8 +16,10 @@ from hashlib import sha256
 from typing import Any, Protocol
 
 from vllmlite.engine.block_pool import root_digest
+from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.request import Grammar, Request, Status
 from vllmlite.engine.scheduler import Limits, Schedule, Scheduler
+from vllmlite.engine.trace import Trace, TracedRunner, TraceEvent
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import EngineStats, RequestMetrics
 from vllmlite.sampling_params import SamplingParams
@@ -44,6 +46,8 @@ class StepResult:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """Row → the prompt tokens that follow the row's tokens, in order."""
+    pooled: dict[int, list[float]] = field(default_factory=dict)
+    """Row that ends a prompt → the vector of the prompt."""
 
 
 class Runner(Protocol):
@@ -71,8 +75,71 @@ class EngineOutput:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Set once, when the whole prompt's are known: positions 1 up to its length."""
+    pooled: list[float] | None = None
+    """The vector of a pooling request, which is all that comes of it."""
     error: str | None = None
     """Why ``finish_reason`` is ``error``."""
+
+
+class EngineCore(Protocol):
+    """What is asked of an engine, be it here (:class:`Engine`) or in a process of its own."""
+
+    bounds: RequestBounds
+    stats: EngineStats
+    """Counters as of the last step that was taken in; :meth:`current_stats` may know more."""
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        bad_words: Sequence[Sequence[int]] = (),
+        grammar: Grammar | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        arrival_time: float | None = None,
+        pooling_type: str | None = None,
+    ) -> Queued:
+        """See :meth:`Engine.add_request`."""
+        ...
+
+    def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> bool:
+        """See :meth:`Engine.finish`."""
+        ...
+
+    def has_unfinished_requests(self) -> bool:
+        """See :meth:`Engine.has_unfinished_requests`."""
+        ...
+
+    def step(self) -> list[EngineOutput]:
+        """See :meth:`Engine.step`."""
+        ...
+
+    def reset_prefix_cache(self) -> None:
+        """See :meth:`Engine.reset_prefix_cache`."""
+        ...
+
+    def current_stats(self) -> EngineStats:
+        """See :meth:`Engine.current_stats`."""
+        ...
+
+    def start_trace(self) -> None:
+        """See :meth:`Engine.start_trace`."""
+        ...
+
+    def stop_trace(self) -> list[TraceEvent]:
+        """See :meth:`Engine.stop_trace`."""
+        ...
+
+
+class Queued(Protocol):
+    """A request that was taken in."""
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt, as truncated."""
+        ...
 
 
 class Engine:
@@ -93,11 +160,10 @@ class Engine:
         self.scheduler = Scheduler(limits)
         self.stats = EngineStats(num_blocks=limits.num_blocks, block_size=limits.block_size)
         self.runner = runner
-        self.vocab_size = vocab_size
-        self.eos_ids = frozenset(eos_ids)
+        self.bounds = RequestBounds(vocab_size, frozenset(eos_ids), limits.max_model_len, max_logprobs)
         self._steps_in_flight = steps_in_flight
         self._seed = seed
-        self._max_logprobs = max_logprobs
+        self._trace: Trace | None = None
         self._requests: dict[str, Request] = {}
         self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         self._in_flight: deque[tuple[Schedule, list[Request], Any]] = deque()
@@ -114,36 +180,36 @@ class Engine:
         priority: int = 0,
         cache_salt: str | None = None,
         arrival_time: float | None = None,
+        pooling_type: str | None = None,
     ) -> Request:
         """Queue a request. Raises :class:`ParameterError`, and takes nothing in, if it can never be served.
 
         ``bad_words`` are token sequences; ``grammar`` is this sequence's own; ``cache_salt`` keeps its blocks in the
-        prefix cache apart from other salts'."""
+        prefix cache apart from other salts'; with ``pooling_type`` a vector of the prompt is all that comes of it."""
         if request_id in self._requests:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
-        params.check_vocabulary(self.vocab_size, self._max_logprobs)
-        prompt = self._checked_prompt(list(prompt_token_ids), params)
-        stop_ids = frozenset(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            stop_ids |= self.eos_ids
-        _check_something_is_allowed(params, bad_words, stop_ids | self.eos_ids)
-        longest = self.scheduler.limits.max_model_len
+        bounds = self.bounds
+        prompt = bounds.check(prompt_token_ids, params, bad_words, generates=pooling_type is None)
+        longest = bounds.max_model_len
         if params.max_tokens is not None:
             longest = min(longest, len(prompt) + params.max_tokens)
+        if pooling_type is not None:
+            longest = len(prompt) + 1
         request = Request(
             request_id=request_id,
             prompt_token_ids=prompt,
             params=params,
             seed=self._derive_seed() if params.seed is None else params.seed % 2**64,
             max_total_tokens=longest,
-            stop_ids=stop_ids,
-            eos_ids=self.eos_ids,
+            stop_ids=bounds.stop_ids(params),
+            eos_ids=bounds.eos_ids,
             root=root_digest("salt", cache_salt or ""),
             metrics=RequestMetrics(
                 time.monotonic() if arrival_time is None else arrival_time, num_prompt_tokens=len(prompt)
             ),
             bad_words=[tuple(word) for word in bad_words],
             grammar=grammar,
+            pooling_type=pooling_type,
             priority=priority,
             order=self._num_added,
         )
@@ -165,11 +231,30 @@ class Engine:
         self._end(request, reason, stop_reason)
         return True
 
+    def start_trace(self) -> None:
+        """Begin to record steps, between two of them; what was recorded before is forgotten."""
+        self.stop_trace()
+        self._trace = Trace()
+        self.runner = TracedRunner(self.runner, self._trace)
+
+    def stop_trace(self) -> list[TraceEvent]:
+        """End it; what was recorded, nothing if nothing was begun."""
+        if self._trace is None or not isinstance(self.runner, TracedRunner):
+            return []
+        self.runner, trace, self._trace = self.runner.runner, self._trace, None
+        return trace.events
+
     def step(self) -> list[EngineOutput]:
         """Launch steps until ``steps_in_flight`` are, collect the oldest, and report what it gave each request.
 
         A step that raises ends the requests that it and any other step in flight held with ``error``; the engine
         and the waiting requests go on."""
+        if self._trace is None:
+            return self._step()
+        with self._trace.span("step", running=len(self.scheduler.running)):
+            return self._step()
+
+    def _step(self) -> list[EngineOutput]:
         try:
             while len(self._in_flight) < self._steps_in_flight:
                 schedule, rows = self.scheduler.schedule(time.monotonic())
@@ -204,22 +289,6 @@ class Engine:
         stats.prefix_cache_hits = scheduler.prefix_hits
         return stats
 
-    def _checked_prompt(self, prompt: list[int], params: SamplingParams) -> list[int]:
-        longest = self.scheduler.limits.max_model_len
-        if params.truncate_prompt_tokens is not None:
-            keep = params.truncate_prompt_tokens
-            prompt = prompt[-(max(longest - (params.max_tokens or 1), 1) if keep == -1 else keep) :]
-        if not prompt:
-            raise ParameterError("prompt", "", "must hold at least one token")
-        if len(prompt) >= longest:
-            raise ParameterError(
-                "prompt", f"{len(prompt)} tokens", f"must be shorter than max_model_len, {longest} tokens"
-            )
-        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
-            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
-            raise ParameterError("prompt_token_ids", wrong, f"must be ids from 0 to {self.vocab_size - 1}")
-        return prompt
-
     def _derive_seed(self) -> int:
         return int.from_bytes(sha256(f"{self._seed}/{self._num_added}".encode()).digest()[:8], "little")
 
@@ -240,11 +309,7 @@ class Engine:
                 continue
             self.scheduler.collected(request, token_id)
             metrics = request.metrics
-            if metrics.first_token_time is None:
-                metrics.first_token_time = now
-            metrics.previous_token_time = metrics.last_token_time
-            metrics.last_token_time = now
-            metrics.num_generation_tokens += 1
+            metrics.count_token(now)
             reason: str | None = None
             stop_reason: int | None = None
             complete = request.grammar is not None and request.grammar.accept(token_id)
@@ -268,6 +333,16 @@ class Engine:
                 self._end(request, reason, stop_reason, now)
             outputs.append(output)
         self.stats.num_generation_tokens += len(outputs)
+        for row, vector in result.pooled.items():
+            request = rows[row]
+            if request.status is not Status.FINISHED:
+                self._end(request, "stop", None, now)
+                outputs.append(
+                    EngineOutput(
+                        request.request_id, [], "stop", None, request.num_cached_tokens or 0, request.metrics,
+                        pooled=vector,
+                    )
+                )  # fmt: skip
         return outputs
 
     def _keep_prompt_logprobs(
@@ -305,20 +380,3 @@ class Engine:
         self._in_flight.clear()
         self.scheduler.pool.forget_all()
         return outputs
-
-
-def _check_something_is_allowed(
-    params: SamplingParams, bad_words: Sequence[Sequence[int]], ends: frozenset[int]
-) -> None:
-    """Refuse an ``allowed_token_ids`` of which bad words or ``min_tokens`` leave nothing."""
-    if params.allowed_token_ids is None:
-        return
-    banned = {word[-1] for word in bad_words}
-    if params.min_tokens > 0:
-        banned |= ends
-    if not set(params.allowed_token_ids) - banned:
-        raise ParameterError(
-            "allowed_token_ids",
-            params.allowed_token_ids,
-            "must leave an id that bad_words and min_tokens do not ban",
-        )

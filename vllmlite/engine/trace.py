@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from vllmlite.engine.engine import Engine, Runner, StepResult
-from vllmlite.engine.scheduler import Schedule
+if TYPE_CHECKING:
+    from vllmlite.engine.engine import Runner, StepResult
+    from vllmlite.engine.scheduler import Schedule
+
+TraceEvent: TypeAlias = dict[str, Any]
+"""One event of the format, ready for JSON."""
 
 MAX_EVENTS = 1_000_000
 """The latest so many are kept."""
@@ -24,7 +29,12 @@ class Trace:
     def __init__(self) -> None:
         """Nothing is recorded yet."""
         self._begin = time.perf_counter_ns()
-        self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+        self._events: deque[TraceEvent] = deque(maxlen=MAX_EVENTS)
+
+    @property
+    def events(self) -> list[TraceEvent]:
+        """What has been recorded."""
+        return list(self._events)
 
     @contextmanager
     def span(self, name: str, **args: Any) -> Iterator[None]:
@@ -36,16 +46,15 @@ class Trace:
             end = time.perf_counter_ns()
             self._events.append(
                 {
-                    "name": name, "ph": "X", "pid": 1, "tid": threading.get_native_id(), "args": args,
+                    "name": name, "ph": "X", "pid": os.getpid(), "tid": threading.get_native_id(), "args": args,
                     "ts": (begin - self._begin) / 1000, "dur": (end - begin) / 1000,
                 }
             )  # fmt: skip
 
-    def write(self, path: Path) -> None:
-        """Write the file."""
-        path.write_text(
-            json.dumps({"traceEvents": list(self._events), "displayTimeUnit": "ms"}), encoding="utf-8"
-        )
+
+def write_trace(events: list[TraceEvent], path: Path) -> None:
+    """Write a file that the tracing pages open."""
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
 
 
 class TracedRunner:
@@ -65,14 +74,3 @@ class TracedRunner:
         """See :class:`Runner`."""
         with self._trace.span("collect"):
             return self.runner.collect(handle)
-
-
-def attach(engine: Engine, trace: Trace) -> None:
-    """Have ``engine``'s runner recorded, between two steps."""
-    engine.runner = TracedRunner(engine.runner, trace)
-
-
-def detach(engine: Engine) -> None:
-    """Undo :func:`attach`."""
-    if isinstance(engine.runner, TracedRunner):
-        engine.runner = engine.runner.runner

@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from vllmlite.backends.base import ITEM_SIZE, KV_DTYPES, Backend
+from vllmlite.backends.base import ITEM_SIZE, KV_DTYPES, QUANTIZATIONS, Backend
 from vllmlite.errors import BackendError, ParameterError
-from vllmlite.models import llama, mistral, qwen2, qwen3
 from vllmlite.models.decoder import Decoder
-from vllmlite.models.hf_config import HfConfig
-from vllmlite.models.spec import DecoderSpec, is_product
+from vllmlite.models.families import read_spec
+from vllmlite.models.gguf import open_gguf
+from vllmlite.models.spec import DecoderSpec
 from vllmlite.weights.checkpoint import open_weights
+from vllmlite.weights.parts import ModelWeights
 from vllmlite.weights.quantized import stored_bytes
 
-ARCHITECTURES: dict[str, tuple[str, Callable[[HfConfig, str], DecoderSpec]]] = {
-    "LlamaForCausalLM": ("llama", llama.spec),
-    "MistralForCausalLM": ("mistral", mistral.spec),
-    "Qwen2ForCausalLM": ("qwen2", qwen2.spec),
-    "Qwen3ForCausalLM": ("qwen3", qwen3.spec),
-}
-"""What ``architectures`` of a ``config.json`` may name: its ``model_type``, and the mapping onto a spec."""
+__all__ = ["load_model", "open_model", "read_spec"]
 
 
-def read_spec(path: Path) -> DecoderSpec:
-    """The spec of the checkpoint in directory ``path``, from its ``config.json`` alone. ModelError if it is not one
-    that can run; needs no backend."""
-    config = HfConfig.read(path)
-    named = config.get("architectures")
-    if not named:
-        by_type = {model_type: name for name, (model_type, _) in ARCHITECTURES.items()}
-        name = config.choice("model_type", by_type)
-    elif isinstance(named, list) and isinstance(named[0], str) and named[0] in ARCHITECTURES:
-        name = named[0]
-    else:
-        raise config.error("architectures", ", ".join(ARCHITECTURES))
-    return ARCHITECTURES[name][1](config, name)
+def open_model(path: Path, spec: DecoderSpec, load_format: str = "auto", seed: int = 0) -> ModelWeights:
+    """The weights of ``spec`` in directory ``path``, after checking that it holds exactly these. ModelError or
+    ParameterError as :func:`open_weights` has them."""
+    sources, keys = spec.tensors(), spec.keys
+    stored = open_weights(
+        path,
+        spec.weights(),
+        load_format,
+        seed,
+        spec.quantized_weights(),
+        prefix=keys.prefix,
+        computed=keys.computed,
+        tied=(f"{keys.head}.weight", sources["embedding.weight"].key) if spec.tied_head else None,
+    )
+    return ModelWeights(sources, stored)
 
 
 def load_model(
@@ -51,21 +48,28 @@ def load_model(
 ) -> Decoder:
     """The model of directory ``path`` on ``backend``, for sequences of up to ``max_model_len`` tokens.
 
-    ``kv_cache_dtype``: ``auto`` (the backend's) or one of ``KV_DTYPES``. ``load_format``: ``auto`` or
-    ``safetensors`` read the checkpoint's files; ``dummy`` needs only ``config.json`` and draws weights from ``seed``.
-    ModelError, ParameterError or BackendError say what is wrong."""
+    ``kv_cache_dtype``: ``auto`` (the backend's) or one of ``KV_DTYPES``. ``load_format``: one of
+    ``LOAD_FORMATS``: ``auto`` takes what is there; ``dummy`` needs only the configuration, and draws weights from
+    ``seed``. ModelError, ParameterError or BackendError say what is wrong."""
     if kv_cache_dtype not in ("auto", *KV_DTYPES):
         raise ParameterError("kv_cache_dtype", kv_cache_dtype, ", ".join(("auto", *KV_DTYPES)))
     spec = read_spec(path)
-    shapes = spec.weights()
+    backend.check_ops(spec.required_ops(), spec.architecture)
     if spec.quantization not in (None, backend.quantization):
         raise BackendError(
             f"{path}: its weights are {spec.quantization}, the backend's {backend.quantization}"
         )
-    weights = open_weights(path, shapes, load_format, seed, spec.quantized_weights())
-    needed, free = _bytes(spec, backend), backend.memory().free
+    if path.is_file() and load_format in ("auto", "gguf"):
+        stored = open_gguf(path, spec.weights(), backend.dtype, backend.quantization, backend.keeps_blocks)
+        weights = ModelWeights(spec.tensors(), stored)
+    else:
+        weights = open_model(path, spec, load_format, seed)
+    needed, free = _bytes(weights, backend.dtype, backend.quantization), backend.memory().free
     if needed > free:
-        raise BackendError(f"{path}: its weights take {needed} bytes in {backend.dtype}; {free} are free")
+        raise BackendError(
+            f"{path}: its weights take {needed} bytes in {backend.quantization or backend.dtype}; {free} are free"
+            + (_what_fits(weights, free) if spec.quantization is None else "")
+        )
     return Decoder(
         spec,
         backend,
@@ -76,12 +80,23 @@ def load_model(
     )
 
 
-def _bytes(spec: DecoderSpec, backend: Backend) -> int:
-    """What the weights take on ``backend``."""
+def _what_fits(weights: ModelWeights, free: int) -> str:
+    """Which quantisations of ``weights`` take at most ``free`` bytes, in words."""
+    floats = replace(weights, stored=replace(weights.stored, kinds={}))
+    sizes = {kind: _bytes(floats, "bfloat16", kind) for kind in QUANTIZATIONS}
+    fitting = [f"--quantization {kind} takes {size}" for kind, size in sizes.items() if size <= free]
+    return ": " + ", ".join(fitting) if fitting else ", and too few for any quantisation"
+
+
+def _bytes(weights: ModelWeights, dtype: str, quantization: str | None) -> int:
+    """What the weights take on a backend with dense ones in ``dtype``, and those of products in ``quantization``."""
     total = 0
-    for name, shape in spec.weights().items():
-        if backend.quantization is not None and is_product(name):
-            total += stored_bytes(backend.quantization, shape)
-        else:
-            total += math.prod(shape) * ITEM_SIZE[backend.dtype]
+    for source in weights.sources.values():
+        kind = weights.stored.kinds.get(source.key) or (quantization if source.product else None)
+        if kind is not None:
+            total += stored_bytes(kind, source.shape)
+        if (
+            kind is None or not source.product
+        ):  # a table is looked up in floats, whatever a product makes of it
+            total += math.prod(source.shape) * ITEM_SIZE[dtype]
     return total

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from vllmlite.backends.base import (
     Backend,
+    Expert,
+    Experts,
     ForwardBatch,
     KVCache,
     KVSpec,
@@ -14,33 +18,57 @@ from vllmlite.backends.base import (
     Tensor,
 )
 from vllmlite.models.rope import cos_sin
-from vllmlite.models.spec import DecoderSpec
-from vllmlite.weights.checkpoint import Weights
+from vllmlite.models.spec import DecoderSpec, MoeSpec
+from vllmlite.weights.parts import ModelWeights
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Mlp:
+    up: LinearWeight
+    """With the gate before it, where there is one."""
+    down: LinearWeight
+
+
+@dataclass(frozen=True, slots=True)
+class _Moe:
+    spec: MoeSpec
+    router: LinearWeight
+    experts: Experts
+    shared: _Mlp | None
+    shared_gate: LinearWeight | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    input_norm: Tensor
+    attn_norm: _Norm | None
     qkv: LinearWeight
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: LinearWeight
-    post_norm: Tensor
-    gate_up: LinearWeight
-    down: LinearWeight
+    rope: Rope | None
     window: int | None
+    o: LinearWeight
+    attn_out_norm: _Norm | None
+    mlp_norm: _Norm | None
+    mlp: _Mlp | _Moe
+    mlp_out_norm: _Norm | None
 
 
 class Decoder:
     """A model on a backend: the runner's ``Model``.
 
-    ``weights`` holds what ``spec.weights()`` names; positions run up to ``max_model_len``."""
+    ``weights`` holds what ``spec.tensors()`` names; positions run up to ``max_model_len``."""
 
     def __init__(
         self,
         spec: DecoderSpec,
         backend: Backend,
-        weights: Weights,
+        weights: ModelWeights,
         *,
         max_model_len: int,
         block_size: int,
@@ -50,59 +78,160 @@ class Decoder:
         self.backend = backend
         self.vocab_size = spec.vocab_size
         self.kv_spec = KVSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, kv_dtype)
-        self._scale = spec.head_dim**-0.5
-        self._rope = Rope(backend.tensor(cos_sin(spec.rope, max_model_len)), spec.rope.rotary_dim)
-        self._embed = backend.tensor(weights("model.embed_tokens.weight"), backend.dtype)
-        self._layers = [self._load_layer(layer, weights) for layer in range(spec.num_layers)]
-        self._norm = backend.tensor(weights("model.norm.weight"), backend.dtype)
-        if spec.tied_head:
+        self._weights = weights
+        self._scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
+        self._alibi = backend.tensor(np.array(spec.alibi, np.float32)) if spec.alibi else None
+        ropes = dict.fromkeys(layer.rope for layer in spec.layers if layer.rope is not None)
+        self._ropes = {
+            rope: Rope(backend.tensor(cos_sin(rope, max_model_len)), rope.rotary_dim) for rope in ropes
+        }
+        self._embed = backend.tensor(weights("embedding.weight"), backend.dtype)
+        self._positions = (
+            backend.tensor(weights("positions.weight"), backend.dtype) if spec.learned_positions else None
+        )
+        self._embedding_norm = self._norm("embedding_norm") if spec.embedding_norm else None
+        self._layers = [self._load_layer(layer) for layer in range(spec.num_layers)]
+        self._final_norm = self._norm("final_norm")
+        if spec.tied_head and weights.is_quantized("embedding.weight"):
+            self._head = backend.linear_weight([weights.product("embedding.weight")])
+        elif spec.tied_head:
             self._head = backend.tied_weight(self._embed)
         else:
-            self._head = backend.linear_weight([weights.product("lm_head.weight")])
+            self._head = backend.linear_weight([weights.product("head.weight")])
+        del self._weights
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Hidden states ``[T, hidden]`` of the uploaded ``batch``, after the last norm; writes its keys and values."""
-        ops, spec, eps = self.backend, self.spec, self.spec.norm_eps
-        x = ops.embedding(batch.token_ids, self._embed)
-        residual = None
+        ops, parallel = self.backend, self.spec.parallel
+        x, residual = self._embedded(batch), None
         for index, layer in enumerate(self._layers):
-            x, residual = ops.rms_norm(x, layer.input_norm, eps, residual)
-            qkv = ops.linear(x, layer.qkv)
-            q = ops.attn_prep(
-                qkv, spec.num_heads, self._rope, kv, index, batch, layer.q_norm, layer.k_norm, eps
-            )
-            x = ops.paged_attention(q, kv, index, batch, self._scale, layer.window)
-            x, residual = ops.rms_norm(ops.linear(x, layer.o), layer.post_norm, eps, residual)
-            x = ops.gated_activation(ops.linear(x, layer.gate_up), spec.activation)
-            x = ops.linear(x, layer.down)
-        return ops.rms_norm(x, self._norm, eps, residual)[0]
+            h, residual = self._normed(x, layer.attn_norm, residual)
+            x = self._output(self._attention(h, index, layer, batch, kv), layer.attn_out_norm)
+            if parallel:
+                if layer.mlp_norm is not None:
+                    h = self._normed(residual, layer.mlp_norm)[0]
+                x = ops.add(self._output(self._mlp(h, layer.mlp), layer.mlp_out_norm), x)
+                continue
+            h, residual = self._normed(x, layer.mlp_norm, residual)
+            x = self._output(self._mlp(h, layer.mlp), layer.mlp_out_norm)
+        return self._normed(x, self._final_norm, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits ``[N, V]`` of hidden states ``[N, hidden]``."""
-        return self.backend.logits(hidden, self._head)
+        logits = self._scaled(self.backend.logits(hidden, self._head), self.spec.logit_scale)
+        cap = self.spec.logit_soft_cap
+        return logits if cap is None else self.backend.soft_cap(logits, cap)
 
-    def _load_layer(self, index: int, weights: Weights) -> _Layer:
-        spec, backend = self.spec, self.backend
-        prefix = f"model.layers.{index}."
+    def _embedded(self, batch: ForwardBatch) -> Tensor:
+        ops = self.backend
+        x = self._scaled(ops.embedding(batch.token_ids, self._embed), self.spec.embedding_scale)
+        if self._positions is not None:
+            x = ops.add(ops.embedding(batch.positions, self._positions), x)
+        return x if self._embedding_norm is None else self._normed(x, self._embedding_norm)[0]
 
-        def linear(module: str, names: tuple[str, ...], bias: bool) -> LinearWeight:
-            parts = [f"{prefix}{module}.{name}_proj" for name in names]
-            return backend.linear_weight(
-                [weights.product(f"{part}.weight") for part in parts],
-                [weights(f"{part}.bias") for part in parts] if bias else (),
-            )
-
-        def norm(name: str) -> Tensor:
-            return backend.tensor(weights(f"{prefix}{name}.weight"), backend.dtype)
-
-        return _Layer(
-            input_norm=norm("input_layernorm"),
-            qkv=linear("self_attn", ("q", "k", "v"), spec.qkv_bias),
-            q_norm=norm("self_attn.q_norm") if spec.qk_norm else None,
-            k_norm=norm("self_attn.k_norm") if spec.qk_norm else None,
-            o=linear("self_attn", ("o",), spec.o_bias),
-            post_norm=norm("post_attention_layernorm"),
-            gate_up=linear("mlp", ("gate", "up"), spec.mlp_bias),
-            down=linear("mlp", ("down",), spec.mlp_bias),
-            window=spec.windows[index],
+    def _attention(self, h: Tensor, index: int, layer: _Layer, batch: ForwardBatch, kv: KVCache) -> Tensor:
+        ops, spec = self.backend, self.spec
+        q = ops.attn_prep(
+            ops.linear(h, layer.qkv),
+            spec.num_heads,
+            layer.rope,
+            kv,
+            index,
+            batch,
+            layer.q_norm,
+            layer.k_norm,
+            spec.norm.eps,
         )
+        x = ops.paged_attention(
+            q, kv, index, batch, self._scale, layer.window, spec.attention_soft_cap, self._alibi
+        )
+        return ops.linear(x, layer.o)
+
+    def _mlp(self, h: Tensor, mlp: _Mlp | _Moe) -> Tensor:
+        ops, spec = self.backend, self.spec
+        if isinstance(mlp, _Mlp):
+            up = ops.linear(h, mlp.up)
+            gated = spec.gated_mlp
+            x = ops.gated_activation(up, spec.activation) if gated else ops.activation(up, spec.activation)
+            return ops.linear(x, mlp.down)
+        routed = ops.moe(
+            h, ops.linear(h, mlp.router), mlp.experts, mlp.spec.top_k, mlp.spec.renormalise, spec.activation
+        )
+        if mlp.shared is None or mlp.shared_gate is None:
+            return routed
+        return ops.add(ops.sigmoid_gate(self._mlp(h, mlp.shared), ops.linear(h, mlp.shared_gate)), routed)
+
+    def _normed(self, x: Tensor, norm: _Norm | None, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What stands behind the norm of ``x + residual``, and that sum."""
+        ops, eps = self.backend, self.spec.norm.eps
+        if norm is None:
+            total = x if residual is None else ops.add(x, residual)
+            return total, total
+        if self.spec.norm.kind == "layer":
+            return ops.layer_norm(x, norm.weight, norm.bias, eps, residual)
+        return ops.rms_norm(x, norm.weight, eps, residual)
+
+    def _output(self, x: Tensor, norm: _Norm | None) -> Tensor:
+        return self._scaled(x if norm is None else self._normed(x, norm)[0], self.spec.residual_scale)
+
+    def _scaled(self, x: Tensor, factor: float) -> Tensor:
+        return x if factor == 1.0 else self.backend.scale(x, factor)
+
+    # Loading
+
+    def _load_layer(self, index: int) -> _Layer:
+        spec, layer, name = self.spec, self.spec.layers[index], f"{index}."
+        return _Layer(
+            attn_norm=self._norm(f"{name}attn_norm") if spec.attn_norm else None,
+            qkv=self._linear(name, "q", "k", "v"),
+            q_norm=self._norm_weight(f"{name}q_norm.weight") if spec.qk_norm else None,
+            k_norm=self._norm_weight(f"{name}k_norm.weight") if spec.qk_norm else None,
+            rope=None if layer.rope is None else self._ropes[layer.rope],
+            window=layer.window,
+            o=self._linear(name, "o"),
+            attn_out_norm=self._norm(f"{name}attn_out_norm") if spec.attn_out_norm else None,
+            mlp_norm=self._norm(f"{name}mlp_norm") if spec.mlp_norm else None,
+            mlp=self._load_mlp(name, spec.gated_mlp)
+            if layer.moe is None
+            else self._load_moe(name, layer.moe),
+            mlp_out_norm=self._norm(f"{name}mlp_out_norm") if spec.mlp_out_norm else None,
+        )
+
+    def _load_mlp(self, name: str, gated: bool = True) -> _Mlp:
+        up = self._linear(name, "gate", "up") if gated else self._linear(name, "up")
+        return _Mlp(up, self._linear(name, "down"))
+
+    def _load_moe(self, name: str, moe: MoeSpec) -> _Moe:
+        shared = bool(moe.shared_intermediate_size)
+        mlps = [self._load_mlp(f"{name}experts.{expert}.") for expert in range(moe.num_experts)]
+        return _Moe(
+            spec=moe,
+            router=self.backend.float_weight(self._weights(f"{name}router.weight")),
+            experts=self.backend.experts([Expert(mlp.up, mlp.down) for mlp in mlps]),
+            shared=self._load_mlp(f"{name}shared.") if shared else None,
+            shared_gate=self.backend.float_weight(self._weights(f"{name}shared_gate.weight"))
+            if shared
+            else None,
+        )
+
+    def _linear(self, name: str, *parts: str) -> LinearWeight:
+        weights = self._weights
+        biases = [weights.optional(f"{name}{part}.bias") for part in parts]
+        return self.backend.linear_weight(
+            [weights.product(f"{name}{part}.weight") for part in parts],
+            [bias for bias in biases if bias is not None],
+        )
+
+    def _norm(self, name: str) -> _Norm:
+        bias = self._weights.optional(f"{name}.bias")
+        return _Norm(
+            self._norm_weight(f"{name}.weight"),
+            None if bias is None else self.backend.tensor(bias, self.backend.dtype),
+        )
+
+    def _norm_weight(self, name: str) -> Tensor:
+        """In float32 where one is added: near it, 16 bits are too few."""
+        backend, host = self.backend, self._weights(name)
+        if not self.spec.norm.unit_offset:
+            return backend.tensor(host, backend.dtype)
+        return backend.tensor(backend.to_host(backend.tensor(host, "float32")) + np.float32(1))

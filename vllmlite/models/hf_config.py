@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS
 from vllmlite.errors import ModelError
+from vllmlite.models.gguf import gguf_config
 from vllmlite.models.rope import KINDS
-from vllmlite.models.spec import DecoderSpec, RopeSpec
+from vllmlite.models.spec import DecoderSpec, LayerSpec, NormSpec, RopeSpec
 from vllmlite.weights.json_object import read_object
 from vllmlite.weights.quantized import GROUP
 
-_ACTIVATIONS = {
+GATED_ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+ACTIVATIONS = GATED_ACTIVATIONS | {"relu": "relu"}
 _REQUIRED: Any = object()
 QUANT_METHOD = "vllmlite"
 
@@ -29,18 +33,43 @@ class HfConfig:
     """The values of one JSON object. Every complaint is a ModelError that names the file, the key, the value found
     and what is accepted. A key whose value is null counts as absent."""
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], where: str, spelled: Mapping[str, str] | None = None
+    ) -> None:
         self._values = values
         self._where = where
+        self._spelled = spelled or {}
 
     @classmethod
     def read(cls, path: Path) -> HfConfig:
-        """``config.json`` of the model directory ``path``."""
+        """``config.json`` of the model directory ``path``, or what the GGUF file ``path`` says in its place."""
+        if path.is_file():
+            return cls(gguf_config(path), str(path))
         file = path / "config.json"
         return cls(read_object(file), str(file))
 
+    def spelling(self, **keys: str) -> HfConfig:
+        """The same values, where a family spells what all others call ``hidden_size`` in a way of its own; the common
+        name is read where the own one is absent."""
+        return HfConfig(self._values, self._where, {**self._spelled, **keys})
+
+    def default(self, **values: Any) -> HfConfig:
+        """The same, with values for what is absent."""
+        absent = {key: value for key, value in values.items() if self.get(key) is None}
+        return HfConfig({**self._values, **absent}, self._where, self._spelled)
+
+    def fixed(self, **values: Any) -> HfConfig:
+        """The same, with values that a family has instead of any given."""
+        spelled = {key: own for key, own in self._spelled.items() if key not in values}
+        return HfConfig({**self._values, **values}, self._where, spelled)
+
+    def _key(self, key: str) -> str:
+        own = self._spelled.get(key, key)
+        return own if self._values.get(own) is not None or key not in self._values else key
+
     def error(self, key: str, accepted: str) -> ModelError:
         """The complaint about ``key``, to be raised."""
+        key = self._key(key)
         if key not in self._values:
             return ModelError(f"{self._where}: {key} is absent; accepted: {accepted}")
         shown = repr(self._values[key])
@@ -50,7 +79,13 @@ class HfConfig:
 
     def get(self, key: str) -> Any:
         """The value as it stands, None where absent."""
-        return self._values.get(key)
+        return self._values.get(self._key(key))
+
+    def require(self, key: str, expected: Any, why: str = "") -> None:
+        """Refuse any value but ``expected``, which is also the default: another would change the numbers."""
+        value = self.get(key)
+        if value is not None and value != expected:
+            raise self.error(key, f"{json.dumps(expected)}{why and '; '}{why}")
 
     def section(self, key: str) -> HfConfig | None:
         """A nested object, None where absent or empty."""
@@ -61,11 +96,12 @@ class HfConfig:
             raise self.error(key, "an object")
         return HfConfig(value, f"{self._where}: {key}")
 
-    def integer(self, key: str, default: Any = _REQUIRED, minimum: int = 1) -> int:
-        """An integer of at least ``minimum``."""
+    def integer(self, key: str, default: Any = _REQUIRED, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
+        """An integer of at least ``minimum`` and at most ``maximum``."""
         value = self._value(key, default)
-        if type(value) is not int or not minimum <= value < 2**31:
-            raise self.error(key, f"an integer from {minimum} to 2**31 - 1")
+        if type(value) is not int or not minimum <= value <= maximum:
+            most = "2**31 - 1" if maximum == 2**31 - 1 else maximum
+            raise self.error(key, f"an integer from {minimum} to {most}")
         return value
 
     def number(self, key: str, default: Any = _REQUIRED, above: float = 0.0) -> float:
@@ -74,6 +110,12 @@ class HfConfig:
         if type(value) not in (int, float) or not math.isfinite(value) or value <= above:
             raise self.error(key, f"a finite number above {above:g}")
         return float(value)
+
+    def optional(self, key: str, default: float | None = None) -> float | None:
+        """A finite number above 0, or None where it is null; ``default`` where it is absent."""
+        if self._key(key) in self._values and self.get(key) is None:
+            return None
+        return default if self.get(key) is None else self.number(key)
 
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
         """true or false."""
@@ -120,37 +162,78 @@ def quantization_config(kind: str) -> dict[str, Any]:
     return {"quant_method": QUANT_METHOD, "format": kind, "group_size": GROUP}
 
 
-def rope_spec(config: HfConfig, head_dim: int) -> RopeSpec:
-    """The rotary embedding, from ``rope_parameters`` or from the older ``rope_scaling`` beside ``rope_theta``."""
+def rope_spec(
+    config: HfConfig, head_dim: int, *, theta: float = 10000.0, partial: float | None = None, kind: str = ""
+) -> RopeSpec:
+    """The rotary embedding, from ``rope_parameters`` or from the older ``rope_scaling`` beside ``rope_theta``.
+
+    ``theta``: the family's default. ``partial``: of ``partial_rotary_factor``, for families that rotate a part of a
+    head. ``kind``: of the layers meant, where the parameters are given for each kind of layer."""
     section = config.section("rope_parameters") or config.section("rope_scaling") or HfConfig({}, "")
-    for source in (config, section):
-        if source.number("partial_rotary_factor", 1.0) != 1.0:
-            raise source.error("partial_rotary_factor", "1")
-    if head_dim % 2:
-        raise config.error("head_dim", f"an even size a head, not {head_dim}, for rotary embedding")
-    for layer_type in ("full_attention", "sliding_attention"):
-        if section.get(layer_type) is not None:
-            raise section.error(layer_type, "one set of rotary parameters for all layers")
-    theta = section.number("rope_theta", config.number("rope_theta", 10000.0))
+    if kind:
+        section = section.section(kind) or HfConfig({}, "")
+    else:
+        for layer_type in ("full_attention", "sliding_attention"):
+            if section.get(layer_type) is not None:
+                raise section.error(layer_type, "one set of rotary parameters for all layers")
+    rotated = head_dim
+    if partial is not None:
+        own = config.number("partial_rotary_factor", partial)
+        rotated = int(head_dim * section.number("partial_rotary_factor", own))
+    else:
+        for source in (config, section):
+            if source.number("partial_rotary_factor", 1.0) != 1.0:
+                raise source.error("partial_rotary_factor", "1")
+    if rotated % 2 or not 0 < rotated <= head_dim:
+        raise config.error("head_dim", f"an even size of what is rotated a head, not {rotated}")
+    theta = section.number("rope_theta", theta if kind else config.number("rope_theta", theta))
     key = "rope_type" if section.get("rope_type") is not None else "type"
     kind = section.choice(key, {name: name for name in KINDS}, "default")
     if kind == "default":
-        return RopeSpec(rotary_dim=head_dim, theta=theta)
+        return RopeSpec(rotary_dim=rotated, theta=theta)
     trained = config.integer("max_position_embeddings")
-    if kind in ("yarn", "llama3"):
+    if kind in ("yarn", "llama3", "longrope"):
         trained = section.integer("original_max_position_embeddings", trained)
         trained = config.integer("original_max_position_embeddings", trained)
     if kind == "yarn":
-        return _yarn_spec(config, section, head_dim, theta, trained)
-    if kind == "dynamic" and head_dim == 2:
+        return _yarn_spec(config, section, rotated, theta, trained)
+    if kind == "longrope":
+        return _longrope_spec(config, section, rotated, theta, trained)
+    if kind == "dynamic" and rotated == 2:
         raise config.error("head_dim", "at least 4 with dynamic rotary embedding")
     factor = section.number("factor")
     if kind != "llama3":
-        return RopeSpec(head_dim, theta, kind, factor, trained)
+        return RopeSpec(rotated, theta, kind, factor, trained)
     low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
     if high <= low:
         raise section.error("high_freq_factor", f"a number above low_freq_factor, {low:g}")
-    return RopeSpec(head_dim, theta, kind, factor, trained, low_freq_factor=low, high_freq_factor=high)
+    return RopeSpec(rotated, theta, kind, factor, trained, low_freq_factor=low, high_freq_factor=high)
+
+
+def _longrope_spec(config: HfConfig, section: HfConfig, size: int, theta: float, trained: int) -> RopeSpec:
+    stretch = config.integer("max_position_embeddings") / trained
+    attention = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 and trained > 1 else 1.0
+
+    def factors(key: str) -> tuple[float, ...]:
+        values = section.get(key)
+        if (
+            not isinstance(values, list)
+            or len(values) != size // 2
+            or not all(type(value) in (int, float) and 0 < value < math.inf for value in values)
+        ):
+            raise section.error(key, f"a list of {size // 2} numbers above 0")
+        return tuple(map(float, values))
+
+    return RopeSpec(
+        size,
+        theta,
+        "longrope",
+        stretch,
+        trained,
+        attention_factor=section.number("attention_factor", attention),
+        short_factors=factors("short_factor"),
+        long_factors=factors("long_factor"),
+    )
 
 
 def _yarn_spec(config: HfConfig, section: HfConfig, head_dim: int, theta: float, trained: int) -> RopeSpec:
@@ -181,66 +264,94 @@ def layer_windows(config: HfConfig) -> tuple[int | None, ...]:
     """Sliding windows as Qwen spells them: only with ``use_sliding_window``, on the layers that ``layer_types`` names
     or, without it, on those from ``max_window_layers`` up."""
     layers = config.integer("num_hidden_layers")
-    window = None
-    if config.boolean("use_sliding_window", False) and config.get("sliding_window") is not None:
-        window = config.integer("sliding_window")
+    used = config.boolean("use_sliding_window", False) and config.get("sliding_window") is not None
+    first = config.integer("max_window_layers", 28, minimum=0)
+    default = [
+        "sliding_attention" if used and layer >= first else "full_attention" for layer in range(layers)
+    ]
+    types = layer_types(config, default)
+    if not used and "sliding_attention" in types:
+        raise config.error("sliding_window", "a window with use_sliding_window, which layer_types asks for")
+    return tuple(config.integer("sliding_window") if name == "sliding_attention" else None for name in types)
+
+
+def layer_types(config: HfConfig, default: Sequence[str]) -> Sequence[str]:
+    """``full_attention`` or ``sliding_attention``, by layer."""
     types = config.get("layer_types")
     if types is None:
-        first = config.integer("max_window_layers", 28, minimum=0)
-        return tuple(window if layer >= first else None for layer in range(layers))
+        return default
     accepted = ("full_attention", "sliding_attention")
-    if not isinstance(types, list) or len(types) != layers or any(name not in accepted for name in types):
-        raise config.error("layer_types", f"a list of {layers} times {' or '.join(accepted)}")
-    if window is None and "sliding_attention" in types:
-        raise config.error("sliding_window", "a window with use_sliding_window, which layer_types asks for")
-    return tuple(window if name == "sliding_attention" else None for name in types)
+    if (
+        not isinstance(types, list)
+        or len(types) != len(default)
+        or any(name not in accepted for name in types)
+    ):
+        raise config.error("layer_types", f"a list of {len(default)} times {' or '.join(accepted)}")
+    return types
+
+
+def head_size(config: HfConfig, default: int | None = None) -> int:
+    """``head_dim``, ``default`` where it is absent, or without one ``hidden_size / num_attention_heads``."""
+    if config.get("head_dim") is not None or default is not None:
+        return config.integer("head_dim", default)
+    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    if hidden % heads:
+        raise config.error(
+            "num_attention_heads", f"a divisor of hidden_size, {hidden}, or an explicit head_dim"
+        )
+    return hidden // heads
+
+
+def layer_norm(config: HfConfig, key: str = "layer_norm_epsilon") -> NormSpec:
+    """The norm of families that subtract the mean."""
+    return NormSpec(config.number(key, 1e-5), "layer", bias=True)
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """Slopes of linear biases, as their authors give them (Press et al. 2021) also where ``heads`` is no power of
+    two."""
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
+    return tuple(slopes + [2.0 ** (-4 * (2 * head + 1) / power) for head in range(heads - power)])
 
 
 def decoder_spec(
     config: HfConfig,
     architecture: str,
     *,
-    windows: tuple[int | None, ...],
-    qkv_bias: bool = False,
-    o_bias: bool = False,
-    mlp_bias: bool = False,
-    qk_norm: bool = False,
     head_dim: int | None = None,
+    norm: NormSpec | None = None,
+    activations: Mapping[str, str] = GATED_ACTIVATIONS,
+    activation: str = "silu",
+    windows: Sequence[int | None] | None = None,
+    rope: RopeSpec | None = None,
+    rotated: bool = True,
+    tied: bool = False,
 ) -> DecoderSpec:
-    """The spec from the fields that all families share and the arguments in which they differ.
-
-    ``head_dim`` is the family's default; without one it is ``hidden_size / num_attention_heads``."""
+    """A spec like Llama's from the fields that all families share. The arguments are a family's defaults, and what
+    its layers all have in common; families replace what else differs."""
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     kv_heads = config.integer("num_key_value_heads", heads)
     if heads % kv_heads:
         raise config.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
-    if config.get("head_dim") is not None or head_dim is not None:
-        head_dim = config.integer("head_dim", head_dim)
-    elif hidden % heads:
-        raise config.error(
-            "num_attention_heads", f"a divisor of hidden_size, {hidden}, or an explicit head_dim"
-        )
-    else:
-        head_dim = hidden // heads
+    size = head_size(config, head_dim)
+    if windows is None:
+        windows = (None,) * config.integer("num_hidden_layers")
+    if rotated and rope is None:
+        rope = rope_spec(config, size)
     return DecoderSpec(
         architecture=architecture,
         dtype=checkpoint_dtype(config),
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=config.integer("intermediate_size"),
-        num_layers=len(windows),
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=head_dim,
+        head_dim=size,
         max_position_embeddings=config.integer("max_position_embeddings"),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
-        activation=config.choice("hidden_act", _ACTIVATIONS, "silu"),
-        rope=rope_spec(config, head_dim),
-        windows=windows,
-        qkv_bias=qkv_bias,
-        o_bias=o_bias,
-        mlp_bias=mlp_bias,
-        qk_norm=qk_norm,
-        tie_word_embeddings=config.boolean("tie_word_embeddings", False),
+        norm=norm or NormSpec(config.number("rms_norm_eps", 1e-6)),
+        activation=config.choice("hidden_act", activations, activation),
+        layers=tuple(LayerSpec(window, rope) for window in windows),
+        tie_word_embeddings=config.boolean("tie_word_embeddings", tied),
         quantization=quantization(config),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vllmlite.models.hf_config import HfConfig, decoder_spec
 from vllmlite.models.spec import DecoderSpec
 
@@ -9,10 +11,8 @@ from vllmlite.models.spec import DecoderSpec
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
     """Biases are options, of all four attention projections or of the MLP."""
     bias = config.boolean("attention_bias", False)
-    return decoder_spec(
-        config,
-        architecture,
-        windows=(None,) * config.integer("num_hidden_layers"),
+    return replace(
+        decoder_spec(config, architecture),
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=config.boolean("mlp_bias", False),

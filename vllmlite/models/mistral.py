@@ -1,12 +1,37 @@
-"""Mistral (Jiang et al. 2023): Llama without biases and, where ``sliding_window`` is set, a window in every layer."""
+"""Mistral (Jiang et al. 2023): Llama without biases and, where ``sliding_window`` is set, a window in every layer.
+Mixtral (Jiang et al. 2024): the same with experts."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vllmlite.models.hf_config import HfConfig, decoder_spec
-from vllmlite.models.spec import DecoderSpec
+from vllmlite.models.keys import Keys
+from vllmlite.models.spec import DecoderSpec, MoeSpec
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
     """``sliding_window`` may be null: full attention."""
     window = None if config.get("sliding_window") is None else config.integer("sliding_window")
     return decoder_spec(config, architecture, windows=(window,) * config.integer("num_hidden_layers"))
+
+
+def mixtral(config: HfConfig, architecture: str) -> DecoderSpec:
+    """Experts in every layer, of the size that others give their MLP."""
+    base = spec(config, architecture)
+    experts = config.integer("num_local_experts", 8)
+    moe = MoeSpec(
+        num_experts=experts,
+        top_k=config.integer("num_experts_per_tok", 2, maximum=experts),
+        intermediate_size=base.intermediate_size,
+        renormalise=True,
+    )
+    return replace(
+        base,
+        layers=tuple(replace(layer, moe=moe) for layer in base.layers),
+        keys=Keys(
+            router="block_sparse_moe.gate",
+            expert="block_sparse_moe.experts.",
+            expert_parts=("w1", "w3", "w2"),
+        ),
+    )

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vllmlite.models.hf_config import HfConfig, decoder_spec, layer_windows
+from vllmlite.models.qwen_moe import with_experts
 from vllmlite.models.spec import DecoderSpec
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
     """The biases are not an option: every checkpoint has them."""
-    return decoder_spec(config, architecture, windows=layer_windows(config), qkv_bias=True)
+    return replace(decoder_spec(config, architecture, windows=layer_windows(config)), qkv_bias=True)
+
+
+def moe(config: HfConfig, architecture: str) -> DecoderSpec:
+    """An expert that all tokens go through stands beside the others."""
+    base = replace(spec(config, architecture), qkv_bias=config.boolean("qkv_bias", True))
+    return with_experts(base, config, config.integer("shared_expert_intermediate_size", 5632), 60, 4)

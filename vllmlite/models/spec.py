@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from vllmlite.backends.base import Op
+from vllmlite.models.keys import LLAMA, Keys
+from vllmlite.models.tensors import sources
+from vllmlite.weights.parts import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +24,7 @@ class RopeSpec:
     original_max_position: int = 0
     """Positions the model was first trained on."""
     attention_factor: float = 1.0
-    """Multiplies cosines and sines (yarn)."""
+    """Multiplies cosines and sines (yarn, longrope)."""
     beta_fast: float = 32.0
     """Rotations over the original context above which a frequency is left alone (yarn)."""
     beta_slow: float = 1.0
@@ -30,11 +35,52 @@ class RopeSpec:
     """Wavelengths above ``original_max_position / low_freq_factor`` are stretched by ``factor`` (llama3)."""
     high_freq_factor: float = 1.0
     """Wavelengths below ``original_max_position / high_freq_factor`` are left alone (llama3)."""
+    short_factors: tuple[float, ...] = ()
+    """What frequencies are divided by in an engine for at most ``original_max_position`` positions (longrope)."""
+    long_factors: tuple[float, ...] = ()
+    """What they are divided by in one for more (longrope)."""
+
+
+@dataclass(frozen=True, slots=True)
+class NormSpec:
+    """``kind`` is ``rms`` or ``layer``: root mean square, or mean and variance."""
+
+    eps: float
+    kind: str = "rms"
+    bias: bool = False
+    """Whether it adds one (layer)."""
+    unit_offset: bool = False
+    """Whether the checkpoint has the weight minus one."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoeSpec:
+    """A mixture of gated experts in place of the MLP."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    renormalise: bool
+    """Whether the weights of the chosen experts are made to sum to one."""
+    shared_intermediate_size: int = 0
+    """Of an expert for all tokens, behind a gate of its own; 0: there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What may differ from layer to layer."""
+
+    window: int | None = None
+    """Sliding window in tokens; None: full attention."""
+    rope: RopeSpec | None = None
+    """None: q and k are not rotated."""
+    moe: MoeSpec | None = None
+    """None: the layer has an MLP."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """A decoder of pre-norm blocks: grouped-query attention with rotary embedding, then a gated MLP."""
+    """A decoder of blocks, each of grouped-query attention and an MLP. Defaults are Llama's."""
 
     architecture: str
     dtype: str
@@ -42,67 +88,95 @@ class DecoderSpec:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    norm_eps: float
+    norm: NormSpec
     activation: str
-    rope: RopeSpec
-    windows: tuple[int | None, ...]
-    """A layer's sliding window in tokens; None: full attention."""
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    """Whether each head of q and k is normed before it is rotated."""
-    tie_word_embeddings: bool
+    layers: tuple[LayerSpec, ...]
+    tie_word_embeddings: bool = False
+
+    attn_norm: bool = True
+    """Whether a norm stands before attention."""
+    attn_out_norm: bool = False
+    """Whether one stands behind it, before the residual is added."""
+    mlp_norm: bool = True
+    """Whether one stands before the MLP; without it, a parallel MLP reads what attention reads."""
+    mlp_out_norm: bool = False
+    """Whether one stands behind it."""
+    parallel: bool = False
+    """Whether attention and MLP read the same residual, instead of the MLP what attention left."""
+
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    gated_mlp: bool = True
+    """Whether the MLP's input meets two weights, one of which gates the other."""
+    qk_norm: str | None = None
+    """``head`` or ``whole``: whether each head of q and k, or all heads as one, are normed before rotation."""
+    alibi: tuple[float, ...] = ()
+    """Linear biases (Press et al. 2021): a head's slope, as added to scaled scores."""
+    learned_positions: int = 0
+    """Rows of a table of position embeddings; 0: there is none."""
+    position_offset: int = 0
+    """Its row of position 0."""
+    embedding_norm: bool = False
+    """Whether embeddings are normed."""
+
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    """What scores are multiplied by; None: ``head_dim ** -0.5``."""
+    residual_scale: float = 1.0
+    """What attention's and the MLP's output are multiplied by."""
+    logit_scale: float = 1.0
+    attention_soft_cap: float | None = None
+    """c of scores' ``c * tanh(score / c)`` (Bello et al. 2016); None: they are not capped."""
+    logit_soft_cap: float | None = None
+
+    keys: Keys = field(default=LLAMA)
+    """Names of the checkpoint's tensors."""
     quantization: str | None = None
     """In which of ``backends.base.QUANTIZATIONS`` the checkpoint has the weights of products; None: as floats."""
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks."""
+        return len(self.layers)
 
     @property
     def tied_head(self) -> bool:
         """Whether the output layer is the embedding table itself, which a quantised one cannot be."""
         return self.tie_word_embeddings and self.quantization is None
 
+    def tensors(self) -> dict[str, Source]:
+        """Where in the checkpoint each tensor of the model is, by the names that ``models/decoder.py`` uses."""
+        return sources(self)
+
     def weights(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a checkpoint of this model holds, or of the floats it was made of."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        hidden, inner = self.hidden_size, self.intermediate_size
-        linears = {
-            "self_attn.q_proj": (q, hidden, self.qkv_bias),
-            "self_attn.k_proj": (kv, hidden, self.qkv_bias),
-            "self_attn.v_proj": (kv, hidden, self.qkv_bias),
-            "self_attn.o_proj": (hidden, q, self.o_bias),
-            "mlp.gate_proj": (inner, hidden, self.mlp_bias),
-            "mlp.up_proj": (inner, hidden, self.mlp_bias),
-            "mlp.down_proj": (hidden, inner, self.mlp_bias),
-        }
-        norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-        if self.qk_norm:
-            norms |= {"self_attn.q_norm": self.head_dim, "self_attn.k_norm": self.head_dim}
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
-        for layer in range(self.num_layers):
-            prefix = f"model.layers.{layer}."
-            for name, (rows, columns, bias) in linears.items():
-                shapes[f"{prefix}{name}.weight"] = (rows, columns)
-                if bias:
-                    shapes[f"{prefix}{name}.bias"] = (rows,)
-            for name, size in norms.items():
-                shapes[f"{prefix}{name}.weight"] = (size,)
-        shapes["model.norm.weight"] = (hidden,)
-        if not self.tied_head:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
-        return shapes
+        return {source.key: source.stored for source in self.tensors().values()}
 
     def quantized_weights(self) -> dict[str, str]:
         """The tensors of :meth:`weights` that the checkpoint has quantised, and their kind: those of products."""
         if self.quantization is None:
             return {}
-        return {name: self.quantization for name in self.weights() if is_product(name)}
+        return {source.key: self.quantization for source in self.tensors().values() if source.product}
 
-
-def is_product(name: str) -> bool:
-    """Whether the tensor of that name is the weight of a product, which is what quantisation applies to."""
-    return name.endswith("_proj.weight") or name == "lm_head.weight"
+    def required_ops(self) -> frozenset[Op]:
+        """Which of the ops that a backend may lack this model needs."""
+        moes = [layer.moe for layer in self.layers if layer.moe is not None]
+        parts = {
+            Op.LAYER_NORM: self.norm.kind == "layer",
+            Op.ACTIVATION: not self.gated_mlp and len(moes) < len(self.layers),
+            Op.ADD: self.parallel or not self.attn_norm or bool(self.learned_positions),
+            Op.SCALE: {self.embedding_scale, self.residual_scale, self.logit_scale} != {1.0},
+            Op.POSITIONS: bool(self.learned_positions),
+            Op.FLOAT_NORM: self.norm.unit_offset,
+            Op.WHOLE_QK_NORM: self.qk_norm == "whole",
+            Op.ATTENTION_SOFT_CAP: self.attention_soft_cap is not None,
+            Op.ALIBI: bool(self.alibi),
+            Op.SOFT_CAP: self.logit_soft_cap is not None,
+            Op.MOE: bool(moes),
+        }
+        return frozenset(op for op, needed in parts.items() if needed)

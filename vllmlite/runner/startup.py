@@ -8,12 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from vllmlite.backends.base import Backend, Model
 from vllmlite.config import EngineConfig
-from vllmlite.engine.engine import Engine
+from vllmlite.engine.engine import Engine, EngineCore
 from vllmlite.engine.scheduler import Limits
+from vllmlite.engine_process import EngineProcess
 from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.hub import find_model
 from vllmlite.runner.runner import ModelRunner
@@ -29,22 +30,29 @@ CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 8192
 """Most tokens in a step unless the number is given: enough to fill the device."""
 
 
-@dataclass(slots=True)
-class Started:
+EngineT = TypeVar("EngineT", bound=EngineCore, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Started(Generic[EngineT]):
     """A running engine and what the text side needs of its model."""
 
-    engine: Engine
+    engine: EngineT
     tokenizer: Tokenizer | None
     max_model_len: int
+    hidden_size: int
+    """Elements of an embedding."""
     default_sampling_params: SamplingParams
     backend_choice: str
     """Which backend runs, and why the others do not."""
 
 
-def start(config: EngineConfig) -> Started:
+def start(config: EngineConfig) -> Started[Engine]:
     """Start an engine. Raises ModelError, BackendError or ParameterError, each saying what to change."""
     from vllmlite.backends.select import select_backend
     from vllmlite.models import load_model, read_spec
+    from vllmlite.models.gguf import has_blocks, treatment
+    from vllmlite.models.hf_config import HfConfig
 
     path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
     spec = read_spec(path)
@@ -68,8 +76,16 @@ def start(config: EngineConfig) -> Started:
         threads=config.threads,
         cpu_isa=config.cpu_isa,
         quantization=config.quantization or spec.quantization,
+        has_blocks=path.is_file() and has_blocks(path),
+        ops=spec.required_ops(),
+        model=spec.architecture,
         batch_invariant=config.batch_invariant,
     )
+    if path.is_file():
+        done = treatment(path, backend.dtype, backend.quantization, backend.keeps_blocks)
+        choice += f"; {done}"
+        if sys.stderr.isatty():
+            print(f"vllmlite: {done}", file=sys.stderr)
     longest = config.max_model_len or spec.max_position_embeddings
     model = load_model(
         backend,
@@ -84,10 +100,12 @@ def start(config: EngineConfig) -> Started:
     capacity = num_blocks * config.block_size
     if longest > capacity:
         if config.max_model_len is not None:
+            block_bytes = backend.kv_bytes_per_block(model.kv_spec)
             raise ParameterError(
                 "max_model_len",
                 longest,
-                f"the key/value cache holds {capacity} tokens: lower it to that, or give more",
+                f"takes {-(-longest // config.block_size) * block_bytes} bytes of key/value cache; the "
+                f"{num_blocks * block_bytes} there are hold {capacity} tokens: lower it to that, or give more",
             )
         logger.warning(
             "max_model_len is %d, what the key/value cache holds, not the model's %d", capacity, longest
@@ -114,7 +132,7 @@ def start(config: EngineConfig) -> Started:
         ),
         runner,
         vocab_size=model.vocab_size,
-        eos_ids=_eos_ids(generation, path, tokenizer),
+        eos_ids=_eos_ids(generation, HfConfig.read(path).get("eos_token_id"), path, tokenizer),
         steps_in_flight=2 if two_steps else 1,
         seed=config.seed,
         max_logprobs=config.max_logprobs,
@@ -122,7 +140,29 @@ def start(config: EngineConfig) -> Started:
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     stats.lent_ops = list(backend.lent_ops)
-    return Started(engine, tokenizer, longest, _default_params(config, generation), choice)
+    return Started(engine, tokenizer, longest, spec.hidden_size, _default_params(config, generation), choice)
+
+
+def start_process(config: EngineConfig) -> Started[EngineProcess]:
+    """Start an engine in a process of its own. Raises what :func:`start` raises there."""
+    engine = EngineProcess(config)
+    try:
+        tokenizer = None  # while the other process loads the model
+        if not config.skip_tokenizer_init:
+            path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
+            tokenizer = _load_tokenizer(config, path)
+        ready = engine.wait()
+    except BaseException:
+        engine.close()
+        raise
+    return Started(
+        engine,
+        tokenizer,
+        ready.max_model_len,
+        ready.hidden_size,
+        ready.default_sampling_params,
+        ready.backend_choice,
+    )
 
 
 def _load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:
@@ -166,8 +206,9 @@ def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_
     num_blocks = min(room // block_bytes, most_used)
     if num_blocks < 1:
         raise BackendError(
-            f"no memory is left for the key/value cache ({memory.free} of {memory.total} bytes free): raise "
-            "gpu_memory_utilization, or choose a smaller model or dtype"
+            f"no memory is left for the key/value cache: a block of {config.block_size} tokens takes {block_bytes} "
+            f"bytes, and {memory.free} of {memory.total} are free: raise gpu_memory_utilization, or choose a smaller "
+            "model, dtype or quantization"
         )
     return num_blocks
 
@@ -205,11 +246,13 @@ def _generation_config(config: EngineConfig, path: Path) -> dict[str, Any]:
     return read_object(path / "generation_config.json", optional=True)
 
 
-def _eos_ids(generation: dict[str, Any], path: Path, tokenizer: Tokenizer | None) -> Sequence[int]:
-    """Every id that ends a text: the generation config's (or else the model config's) and the tokenizer's."""
+def _eos_ids(
+    generation: dict[str, Any], configured: Any, path: Path, tokenizer: Tokenizer | None
+) -> Sequence[int]:
+    """Every id that ends a text: the generation config's (or else what the model's has) and the tokenizer's."""
     listed = generation.get("eos_token_id")
     if listed is None:
-        listed = read_object(path / "config.json").get("eos_token_id")
+        listed = configured
     ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
     if not all(type(i) is int and i >= 0 for i in ids):
         raise ModelError(f"{path}: eos_token_id={listed!r} must be a token id or a list of them")

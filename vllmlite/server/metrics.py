@@ -116,11 +116,13 @@ class Metrics:
             self.iteration_tokens.observe(sum(len(output.new_token_ids) for output in outputs))
         for output in outputs:
             metrics = output.metrics
-            if metrics.last_token_time is not None and output.new_token_ids:
-                if metrics.previous_token_time is not None:
+            later = len(output.new_token_ids)
+            if later and metrics.num_generation_tokens == later and metrics.first_token_time is not None:
+                self.ttft.observe(metrics.first_token_time - metrics.arrival_time)
+                later -= 1
+            if later and metrics.last_token_time is not None and metrics.previous_token_time is not None:
+                for _ in range(later):
                     self.itl.observe(metrics.last_token_time - metrics.previous_token_time)
-                else:
-                    self.ttft.observe(metrics.last_token_time - metrics.arrival_time)
             if metrics.finished_time is not None:
                 self._finish(output)
 

@@ -7,7 +7,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from vllmlite.async_llm import AsyncLLM
-from vllmlite.engine.trace import Trace, attach, detach
+from vllmlite.engine.trace import write_trace
 from vllmlite.server.errors import ApiError
 
 
@@ -18,21 +18,22 @@ class Profiler:
         """``directory`` is made when the first trace is written."""
         self._engine = engine
         self._directory = directory
+        self._recording = False
 
     async def start(self) -> None:
         """Begin. Raises ApiError if that has been done."""
-        if self._engine.trace is not None:
+        if self._recording:
             raise ApiError(HTTPStatus.CONFLICT, "a profile is being recorded")
-        trace = self._engine.trace = Trace()
-        await self._engine.call(lambda: attach(self._engine.llm_engine.engine, trace))
+        self._recording = True
+        await self._engine.call(self._engine.llm_engine.engine_core.start_trace)
 
     async def stop(self) -> Path:
         """End, and write the trace; its file. Raises ApiError if nothing is being recorded."""
-        trace, self._engine.trace = self._engine.trace, None
-        if trace is None:
+        if not self._recording:
             raise ApiError(HTTPStatus.CONFLICT, "no profile is being recorded")
-        await self._engine.call(lambda: detach(self._engine.llm_engine.engine))
+        self._recording = False
+        events = await self._engine.call(self._engine.llm_engine.engine_core.stop_trace)
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"vllmlite-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns()}.json"
-        trace.write(path)
+        write_trace(events, path)
         return path

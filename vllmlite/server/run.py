@@ -52,7 +52,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     sys.setswitchinterval(SWITCH_SECONDS)
     # The address first: whoever has it already need not wait for a model to be loaded.
     with _listen(config) as listener:
-        engine = AsyncLLM(engine_config)
+        engine = AsyncLLM(engine_config, engine_process=config.engine_process)
         try:
             names = config.served_model_name or (engine_config.model or BUILT_IN_NAME,)
             inner = engine.llm_engine
@@ -133,14 +133,17 @@ class Server(uvicorn.Server):
 
 
 def notify_systemd(state: str) -> None:
-    """Tell the service manager, where one listens (sd_notify(3))."""
+    """Tell the service manager, where one listens (sd_notify(3)); that it does not is no reason to go on or to stop."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-        channel.sendto(state.encode(), address)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto(state.encode(), address)
+    except OSError as error:
+        logger.warning("cannot tell %s to NOTIFY_SOCKET=%s: %s", state, address, error.strerror)
 
 
 def read_template(given: str | None) -> str | None:

@@ -217,6 +217,17 @@ VLLMLITE_INLINE void scores(const typename C::Query* q, int padded, const std::b
   }
 }
 
+// What becomes of a row's scores, in powers of two, of the keys from `distance` behind the query on.
+VLLMLITE_INLINE void edit_scores(float* s, float soft_cap, float slope, int distance) {
+  I lane{};
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  for (int i = 0; i < kKeyVectors; ++i) {
+    F v = load<F>(s + i * kLanes);
+    if (soft_cap != 0) v = capped(v, soft_cap);
+    store(s + i * kLanes, v + slope * __builtin_convertvector(lane + (i * kLanes - distance), F));
+  }
+}
+
 // Turns a row's scores into weights, times the scales of the values where there are some; the keys that count are
 // `first` to `last`. Returns the factor of what was before.
 template <bool kScaled>
@@ -331,6 +342,7 @@ void attention(const AttentionTile& tile) {
   const int first = tile.window > tile.position ? 0 : tile.position - tile.window + 1;
   const std::ptrdiff_t stride = reader.key_stride();
   const float factor = tile.scale * kLog2E * C::kUnit;
+  const bool edited = tile.soft_cap != 0 || tile.slopes != nullptr;
   float key_scales[kKeyChunk] = {}, value_scales[kKeyChunk] = {};
   Chunk chunks[2];
   int base = first / kKeyChunk * kKeyChunk, current = 0;
@@ -362,6 +374,9 @@ void attention(const AttentionTile& tile) {
     for (int row = 0; row < rows; ++row) {
       const int position = tile.position + row / tile.group;
       const int from = tile.window > position ? 0 : position - tile.window + 1;
+      if (edited)
+        edit_scores(score + row * kKeyChunk, tile.soft_cap * kLog2E,
+                    tile.slopes == nullptr ? 0 : tile.slopes[row % tile.group] * kLog2E, position - base);
       factors[row] = weigh<C::kScaled>(score + row * kKeyChunk, from - base, position - base, value_scales, maxima[row],
                                        lane_sums + row * 16);
     }

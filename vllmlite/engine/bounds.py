@@ -1,0 +1,76 @@
+"""What a request must be like for an engine to take it in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllmlite.errors import ParameterError
+from vllmlite.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBounds:
+    """An engine's limits of a request; a plain value, so that whoever speaks to an engine in another process can
+    refuse what it would."""
+
+    vocab_size: int
+    eos_ids: frozenset[int]
+    """Ids that end a text."""
+    max_model_len: int
+    """Longest sequence in tokens, prompt and output together."""
+    max_logprobs: int
+    """Most log-probabilities a token; -1: no limit."""
+
+    def check(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        bad_words: Sequence[Sequence[int]],
+        *,
+        generates: bool = True,
+    ) -> list[int]:
+        """The prompt, truncated as asked. Raises :class:`ParameterError` if the request can never be served.
+
+        One that ``generates`` nothing may fill the whole context."""
+        params.check_vocabulary(self.vocab_size, self.max_logprobs)
+        prompt = self._checked_prompt(list(prompt_token_ids), params, generates)
+        self._check_something_is_allowed(params, bad_words)
+        return prompt
+
+    def stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        """The ids that end this request's output."""
+        listed = frozenset(params.stop_token_ids or ())
+        return listed if params.ignore_eos else listed | self.eos_ids
+
+    def _checked_prompt(self, prompt: list[int], params: SamplingParams, generates: bool) -> list[int]:
+        longest = self.max_model_len
+        if params.truncate_prompt_tokens is not None:
+            keep = params.truncate_prompt_tokens
+            room = longest - (params.max_tokens or 1) if generates else longest
+            prompt = prompt[-(max(room, 1) if keep == -1 else keep) :]
+        if not prompt:
+            raise ParameterError("prompt", "", "must hold at least one token")
+        if len(prompt) >= longest + (not generates):
+            limit = "shorter than" if generates else "at most"
+            raise ParameterError(
+                "prompt", f"{len(prompt)} tokens", f"must be {limit} max_model_len, {longest} tokens"
+            )
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise ParameterError("prompt_token_ids", wrong, f"must be ids from 0 to {self.vocab_size - 1}")
+        return prompt
+
+    def _check_something_is_allowed(self, params: SamplingParams, bad_words: Sequence[Sequence[int]]) -> None:
+        """Refuse an ``allowed_token_ids`` of which bad words or ``min_tokens`` leave nothing."""
+        if params.allowed_token_ids is None:
+            return
+        banned = {word[-1] for word in bad_words}
+        if params.min_tokens > 0:
+            banned |= self.stop_ids(params) | self.eos_ids
+        if not set(params.allowed_token_ids) - banned:
+            raise ParameterError(
+                "allowed_token_ids",
+                params.allowed_token_ids,
+                "must leave an id that bad_words and min_tokens do not ban",
+            )

@@ -1,0 +1,76 @@
+"""The registry: which architectures there are, and the way from a ``config.json`` to a spec or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllmlite.models import (
+    bloom,
+    falcon,
+    gemma,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    stablelm,
+)
+from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.spec import DecoderSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models of one ``architectures`` entry."""
+
+    title: str
+    model_type: str
+    spec: Callable[[HfConfig, str], DecoderSpec]
+
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family("Llama 1 to 3", "llama", llama.spec),
+    "MistralForCausalLM": Family("Mistral", "mistral", mistral.spec),
+    "MixtralForCausalLM": Family("Mixtral", "mixtral", mistral.mixtral),
+    "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", "qwen2", qwen2.spec),
+    "Qwen2MoeForCausalLM": Family("Qwen2-MoE", "qwen2_moe", qwen2.moe),
+    "Qwen3ForCausalLM": Family("Qwen3", "qwen3", qwen3.spec),
+    "Qwen3MoeForCausalLM": Family("Qwen3-MoE", "qwen3_moe", qwen3.moe),
+    "Phi3ForCausalLM": Family("Phi-3, Phi-4", "phi3", phi3.spec),
+    "GemmaForCausalLM": Family("Gemma", "gemma", gemma.spec),
+    "Gemma2ForCausalLM": Family("Gemma 2", "gemma2", gemma.gemma2),
+    "Gemma3ForCausalLM": Family("Gemma 3, text", "gemma3_text", gemma.gemma3),
+    "Olmo2ForCausalLM": Family("OLMo 2", "olmo2", olmo2.spec),
+    "GraniteForCausalLM": Family("Granite 3", "granite", granite.spec),
+    "SmolLM3ForCausalLM": Family("SmolLM3", "smollm3", smollm3.spec),
+    "StableLmForCausalLM": Family("StableLM", "stablelm", stablelm.spec),
+    "GPT2LMHeadModel": Family("GPT-2", "gpt2", gpt2.spec),
+    "OPTForCausalLM": Family("OPT, but 350m", "opt", opt.spec),
+    "GPTNeoXForCausalLM": Family("GPT-NeoX, Pythia", "gpt_neox", gpt_neox.spec),
+    "FalconForCausalLM": Family("Falcon", "falcon", falcon.spec),
+    "BloomForCausalLM": Family("BLOOM", "bloom", bloom.spec),
+}
+"""What ``architectures`` of a ``config.json`` may name."""
+
+
+def read_spec(path: Path) -> DecoderSpec:
+    """The spec of the checkpoint in directory ``path``, from its ``config.json`` alone. ModelError if it is not one
+    that can run; needs no backend."""
+    config = HfConfig.read(path)
+    named = config.get("architectures")
+    if not named:
+        by_type = {family.model_type: name for name, family in FAMILIES.items()}
+        name = config.choice("model_type", by_type)
+    elif isinstance(named, list) and isinstance(named[0], str) and named[0] in FAMILIES:
+        name = named[0]
+    else:
+        raise config.error("architectures", ", ".join(FAMILIES))
+    return FAMILIES[name].spec(config, name)

@@ -1,0 +1,46 @@
+"""GPT-NeoX (Black et al. 2022) and Pythia (Biderman et al. 2023): attention and a plain MLP side by side, each behind
+a layer norm of its own, and a quarter of each head rotated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vllmlite.models.hf_config import ACTIVATIONS, HfConfig, decoder_spec, head_size, layer_norm, rope_spec
+from vllmlite.models.keys import Fused, Keys
+from vllmlite.models.spec import DecoderSpec
+
+KEYS = Keys(
+    prefix="gpt_neox.",
+    embedding="embed_in",
+    final_norm="final_layer_norm",
+    head="embed_out",
+    qkv=Fused("attention.query_key_value", by_group=True),
+    o="attention.dense",
+    up="mlp.dense_h_to_4h",
+    down="mlp.dense_4h_to_h",
+    computed=r"\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$",
+)
+
+
+def spec(config: HfConfig, architecture: str) -> DecoderSpec:
+    """One after the other, as everywhere else, is an option."""
+    config = config.spelling(rope_theta="rotary_emb_base", partial_rotary_factor="rotary_pct")
+    config = config.fixed(num_key_value_heads=config.get("num_attention_heads"))
+    base = decoder_spec(
+        config,
+        architecture,
+        norm=layer_norm(config, "layer_norm_eps"),
+        activations=ACTIVATIONS,
+        activation="gelu",
+        rope=rope_spec(config, head_size(config), partial=0.25),
+    )
+    bias = config.boolean("attention_bias", True)
+    return replace(
+        base,
+        parallel=config.boolean("use_parallel_residual", True),
+        gated_mlp=False,
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=True,
+        keys=KEYS,
+    )

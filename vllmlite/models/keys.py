@@ -1,0 +1,62 @@
+"""How families name their checkpoints' tensors, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A module whose rows are those of several of the model's, one after the other or alternating by head.
+
+    Their order is the model's: q, k, v, or gate, up. ``by_group``: they repeat for each key/value head, with the query
+    heads that share it."""
+
+    module: str
+    by_group: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Names of modules, to which ``.weight`` and ``.bias`` are added. Only those that a model has are asked for."""
+
+    prefix: str = "model."
+    """Of all but the output layer, and left out by checkpoints of the bare base model."""
+    layer: str = "layers."
+    """With its number and a dot behind it, of a layer's modules."""
+    embedding: str = "embed_tokens"
+    positions: str = "embed_positions"
+    embedding_norm: str = "embed_layernorm"
+    final_norm: str = "norm"
+    head: str = "lm_head"
+    attn_norm: str = "input_layernorm"
+    attn_out_norm: str = "post_self_attn_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    mlp_out_norm: str = "post_mlp_layernorm"
+    qkv: Fused | tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    o: str = "self_attn.o_proj"
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    gate_up: Fused | tuple[str, str] = ("mlp.gate_proj", "mlp.up_proj")
+    up: str = "mlp.up_proj"
+    """Of an MLP without a gate."""
+    down: str = "mlp.down_proj"
+    router: str = "mlp.gate"
+    expert: str = "mlp.experts."
+    """With its number and a dot behind it, of an expert's modules."""
+    expert_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared_expert: str = "mlp.shared_expert."
+    shared_gate: str = "mlp.shared_expert_gate"
+    transposed: bool = False
+    """Whether layers' weights of products are stored ``[in, out]``."""
+    computed: str = ""
+    """A regular expression of tensors that old checkpoints store and every loader computes."""
+
+
+LLAMA = Keys()
+SANDWICH = Keys(
+    attn_out_norm="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp_out_norm="post_feedforward_layernorm",
+)
+"""Where norms stand behind attention and MLP, as Gemma and OLMo name them."""

@@ -1,0 +1,52 @@
+"""OPT (Zhang et al. 2022): GPT-2 with separate projections, ReLU, and positions counted from two."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vllmlite.models.hf_config import ACTIVATIONS, HfConfig, decoder_spec
+from vllmlite.models.keys import Keys
+from vllmlite.models.spec import DecoderSpec, NormSpec
+
+KEYS = Keys(
+    prefix="model.decoder.",
+    final_norm="final_layer_norm",
+    attn_norm="self_attn_layer_norm",
+    mlp_norm="final_layer_norm",
+    o="self_attn.out_proj",
+    up="fc1",
+    down="fc2",
+)
+OFFSET = 2
+
+
+def spec(config: HfConfig, architecture: str) -> DecoderSpec:
+    """Not OPT-350m, alone in its norms behind the residual and its narrower embeddings."""
+    config.require("do_layer_norm_before", True, "norms behind the residual, as in OPT-350m, are not there")
+    config.require("_remove_final_layer_norm", False)
+    config.require("layer_norm_elementwise_affine", True)
+    width = config.integer("hidden_size")
+    config.require("word_embed_proj_dim", width, "projected embeddings, as in OPT-350m, are not there")
+    config = config.spelling(intermediate_size="ffn_dim", hidden_act="activation_function").fixed(
+        num_key_value_heads=config.get("num_attention_heads")
+    )
+    base = decoder_spec(
+        config,
+        architecture,
+        norm=NormSpec(1e-5, "layer", bias=True),
+        activations=ACTIVATIONS,
+        activation="relu",
+        rotated=False,
+        tied=True,
+    )
+    bias = config.boolean("enable_bias", True)
+    return replace(
+        base,
+        learned_positions=base.max_position_embeddings,
+        position_offset=OFFSET,
+        gated_mlp=False,
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=bias,
+        keys=KEYS,
+    )

@@ -1,0 +1,140 @@
+"""Every tensor of a decoder and where its checkpoint has it: a spec's shapes under its family's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from vllmlite.models.keys import Fused
+from vllmlite.weights.parts import Rows, Source
+
+if TYPE_CHECKING:
+    from vllmlite.models.spec import DecoderSpec, MoeSpec
+
+Named = Iterator[tuple[str, Source]]
+
+
+def sources(spec: DecoderSpec) -> dict[str, Source]:
+    """By the model's own names; those of layer 3 begin with ``3.``."""
+    return dict(_Sources(spec).all())
+
+
+class _Sources:
+    def __init__(self, spec: DecoderSpec) -> None:
+        self.spec, self.keys = spec, spec.keys
+
+    def all(self) -> Named:
+        spec, keys = self.spec, self.keys
+        table = (spec.vocab_size, spec.hidden_size)
+        yield "embedding.weight", _whole(f"{keys.prefix}{keys.embedding}.weight", table)
+        if spec.learned_positions:
+            stored = spec.learned_positions + spec.position_offset, spec.hidden_size
+            yield (
+                "positions.weight",
+                Source(
+                    f"{keys.prefix}{keys.positions}.weight",
+                    stored,
+                    (spec.learned_positions, spec.hidden_size),
+                    Rows(1, spec.position_offset, stored[0]) if spec.position_offset else None,
+                ),
+            )
+        if spec.embedding_norm:
+            yield from self.norm("embedding_norm", keys.prefix + keys.embedding_norm)
+        for index in range(spec.num_layers):
+            yield from self.layer(index)
+        yield from self.norm("final_norm", keys.prefix + keys.final_norm)
+        if not spec.tied_head:
+            yield "head.weight", Source(f"{keys.head}.weight", table, table, product=True)
+
+    def layer(self, index: int) -> Named:
+        spec, keys = self.spec, self.keys
+        name, key = f"{index}.", f"{keys.prefix}{keys.layer}{index}."
+        for norm in ("attn_norm", "attn_out_norm", "mlp_norm", "mlp_out_norm"):
+            if getattr(spec, norm):
+                yield from self.norm(name + norm, key + getattr(keys, norm))
+        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        yield from self.several(name, key, ("q", "k", "v"), (q, kv, kv), keys.qkv, spec.qkv_bias)
+        if spec.qk_norm is not None:
+            whole = spec.qk_norm == "whole"
+            yield (
+                f"{name}q_norm.weight",
+                _whole(f"{key}{keys.q_norm}.weight", (q if whole else spec.head_dim,)),
+            )
+            yield (
+                f"{name}k_norm.weight",
+                _whole(f"{key}{keys.k_norm}.weight", (kv if whole else spec.head_dim,)),
+            )
+        yield from self.linear(f"{name}o", key + keys.o, spec.hidden_size, q, spec.o_bias)
+        moe, inner = spec.layers[index].moe, spec.intermediate_size
+        if moe is not None:
+            yield from self.moe(name, key, moe)
+            return
+        if spec.gated_mlp:
+            yield from self.several(name, key, ("gate", "up"), (inner, inner), keys.gate_up, spec.mlp_bias)
+        else:
+            yield from self.linear(f"{name}up", key + keys.up, inner, spec.hidden_size, spec.mlp_bias)
+        yield from self.linear(f"{name}down", key + keys.down, spec.hidden_size, inner, spec.mlp_bias)
+
+    def moe(self, name: str, key: str, moe: MoeSpec) -> Named:
+        keys, hidden = self.keys, self.spec.hidden_size
+        yield f"{name}router.weight", _whole(f"{key}{keys.router}.weight", (moe.num_experts, hidden))
+        for expert in range(moe.num_experts):
+            yield from self.expert(
+                f"{name}experts.{expert}.", f"{key}{keys.expert}{expert}.", moe.intermediate_size
+            )
+        if moe.shared_intermediate_size:
+            yield from self.expert(f"{name}shared.", key + keys.shared_expert, moe.shared_intermediate_size)
+            yield f"{name}shared_gate.weight", _whole(f"{key}{keys.shared_gate}.weight", (1, hidden))
+
+    def expert(self, name: str, key: str, inner: int) -> Named:
+        hidden = self.spec.hidden_size
+        gate, up, down = (key + part for part in self.keys.expert_parts)
+        yield from self.linear(f"{name}gate", gate, inner, hidden, False)
+        yield from self.linear(f"{name}up", up, inner, hidden, False)
+        yield from self.linear(f"{name}down", down, hidden, inner, False)
+
+    def norm(self, name: str, module: str) -> Named:
+        yield f"{name}.weight", _whole(f"{module}.weight", (self.spec.hidden_size,))
+        if self.spec.norm.bias:
+            yield f"{name}.bias", _whole(f"{module}.bias", (self.spec.hidden_size,))
+
+    def linear(self, name: str, module: str, out: int, size: int, bias: bool) -> Named:
+        yield f"{name}.weight", self.product(f"{module}.weight", (out, size), (out, size), None)
+        if bias:
+            yield f"{name}.bias", _whole(f"{module}.bias", (out,))
+
+    def several(
+        self,
+        name: str,
+        key: str,
+        parts: Sequence[str],
+        sizes: Sequence[int],
+        modules: Fused | Sequence[str],
+        bias: bool,
+    ) -> Named:
+        """Products of one input, which a family keeps apart or together."""
+        hidden = self.spec.hidden_size
+        if not isinstance(modules, Fused):
+            for part, size, module in zip(parts, sizes, modules, strict=True):
+                yield from self.linear(name + part, key + module, size, hidden, bias)
+            return
+        blocks = self.spec.num_kv_heads if modules.by_group else 1
+        total, first, module = sum(sizes), 0, key + modules.module
+        for part, size in zip(parts, sizes, strict=True):
+            rows = Rows(blocks, first, first + size // blocks)
+            quantized = f"{module}.{part}.weight" if self.spec.quantization else f"{module}.weight"
+            yield f"{name}{part}.weight", self.product(quantized, (total, hidden), (size, hidden), rows)
+            if bias:
+                yield f"{name}{part}.bias", Source(f"{module}.bias", (total,), (size,), rows)
+            first += size // blocks
+
+    def product(self, key: str, stored: tuple[int, int], shape: tuple[int, int], rows: Rows | None) -> Source:
+        """Quantised ones are stored as the model has them, whatever they were made of."""
+        if self.spec.quantization is not None:
+            return Source(key, shape, shape, product=True)
+        transposed = self.keys.transposed
+        return Source(key, stored[::-1] if transposed else stored, shape, rows, transposed, product=True)
+
+
+def _whole(key: str, shape: tuple[int, ...]) -> Source:
+    return Source(key, shape, shape)
