@@ -6,6 +6,8 @@
 DIR are checkpoints in bfloat16 of llama1b's and llama8b's shapes (``../shared/peers/gpu/mkmodels.py`` writes them);
 without one, its rows stay empty. Read bandwidth and the rate of bfloat16 products are probed first (nvcc is needed).
 Decode rate = B * (n - 1) / (t_n - t_1), 128 tokens in, n = 256 out, greedy, fresh random prompts each round, medians.
+"invariant" rows are what `--batch-invariant` costs, "diverging" ones what it is for: how likely a token of the built-in
+model is another in a batch than alone. "ready" counts from the start of a process, the checkpoint in the page cache.
 The last line is one JSON object: {row: {"ours": ..., "bar": ..., "ratio": ..., "limit": ...}}.
 """
 

@@ -14,7 +14,6 @@ constexpr int kStages = 4;             // few enough for a block of the next pro
 constexpr int kColumns = 64;           // of w in a stage
 constexpr int kChunks = kColumns / 8;  // of 16 bytes in a row of a stage
 constexpr int kMostRows = 8;
-constexpr int kAhead = 4;  // stages for which x is asked for at a time
 
 // In rows of odd number the two halves are exchanged, so that neighbouring rows lie in different banks.
 template <int kRows>
@@ -30,6 +29,7 @@ static __global__ __launch_bounds__(kWarps * 32, kBlocksPerProcessor) void few_r
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) char shared[];
   auto& room = *reinterpret_cast<Room<kRows>*>(shared);
+  constexpr int kAhead = 4;  // stages for which x is asked for at a time
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int group = lane / 4, quad = lane % 4;
   const int tiles = (n + kRows - 1) / kRows, stages = (k + kColumns - 1) / kColumns;
