@@ -51,6 +51,7 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--no_enable_prefix_caching"], "enable_prefix_caching", False),
     (["--scheduling-policy", "priority"], "scheduling_policy", "priority"),
     (["--no-async-scheduling"], "async_scheduling", False),
+    (["--batch-invariant"], "batch_invariant", True),
     (["--enforce-eager"], "enforce_eager", True),
     (["--seed", "7"], "seed", 7),
     (["--max-logprobs", "-1"], "max_logprobs", -1),

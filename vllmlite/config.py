@@ -131,6 +131,9 @@ class EngineConfig:
     async_scheduling: bool | None = _option(
         None, "keep two steps in flight; default: where the backend is asynchronous"
     )
+    batch_invariant: bool = _option(
+        False, "the same bits however requests are batched, in 16 bits on a GPU too, where that takes time"
+    )
     enforce_eager: bool = _option(False, "record no graphs")
     pooling_type: str = _option(
         "LAST",

@@ -79,6 +79,7 @@ def start(config: EngineConfig) -> Started[Engine]:
         has_blocks=path.is_file() and has_blocks(path),
         ops=spec.required_ops(),
         model=spec.architecture,
+        batch_invariant=config.batch_invariant,
     )
     if path.is_file():
         done = treatment(path, backend.dtype, backend.quantization, backend.keeps_blocks)
