@@ -113,5 +113,5 @@ def test_equals_transformers(case: str, tmp_path: Path, device: str) -> None:
     for how in ("whole", "ragged"):
         for row, (found, wanted) in enumerate(zip(chunked(paged, sequences, how), expected, strict=True)):
             assert float(np.abs(found - wanted).max()) <= 1e-4 * scale, f"{how}, row {row}"
-    found, text = greedy(paged, reference, sequences)
-    assert found == text
+    ours, theirs = greedy(paged, reference, sequences)
+    assert ours == theirs

@@ -35,7 +35,6 @@ ABSENT: Mapping[str, Absent] = {
     "hf_token": Absent((None,), "set HF_TOKEN in the environment, or run `hf auth login`"),
     "code_revision": Absent((None,), _NO_REMOTE_CODE),
     "config_format": Absent(("auto", "hf"), "only Hugging Face's config.json is read"),
-    "model_impl": Absent(("auto", "vllm"), "there is one implementation of each model family"),
     "task": Absent((None, "auto", "generate"), "only text generation is supported in this version"),
     "runner": Absent(("auto", "generate"), "only text generation is supported in this version"),
     "convert": Absent(("auto", "none"), "only text generation is supported in this version"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,13 +105,16 @@ def select_backend(
     quantization: str | None = None,
     ops: frozenset[Op] = frozenset(),
     model: str = "the model",
+    only: Collection[str] = (),
 ) -> tuple[Backend, str]:
     """The first candidate that can do what was asked, and a sentence that says which it is and why others declined.
 
     ``backend`` is ``auto`` or a name in ``CANDIDATES``; ``device`` is ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     ``dtype`` is ``auto`` or one of ``FLOAT_DTYPES``; ``auto`` is ``checkpoint_dtype``, except float16 for bfloat16 on
     GPUs without it, and float32 for float16 on the CPU. ``quantization``, one of ``QUANTIZATIONS`` or None, is of
-    products' weights. ``ops``: what ``model`` needs beyond what every backend has. ParameterError for anything else; BackendError with every reason where no candidate is left."""
+    products' weights. ``ops``: what ``model`` needs beyond what every backend has, and
+    ``only`` names those that it can run on, all if empty. ParameterError for anything else; BackendError with every
+    reason where no candidate is left."""
     names = ("auto", *dict.fromkeys(name for name, _, _ in CANDIDATES))
     if backend not in names:
         raise ParameterError("backend", backend, ", ".join(names))
@@ -126,6 +129,9 @@ def select_backend(
     for name, kind, make in CANDIDATES:
         if backend not in ("auto", name):
             declined.append(f"{name} on {kind} declined: backend {backend} was asked for")
+            continue
+        if only and name not in only:
+            declined.append(f"{name} on {kind} declined: {model} runs on {', '.join(only)} alone")
             continue
         try:
             chosen = make(wanted)

@@ -189,7 +189,9 @@ class Decoder:
             o=self._linear(name, "o"),
             attn_out_norm=self._norm(f"{name}attn_out_norm") if spec.attn_out_norm else None,
             mlp_norm=self._norm(f"{name}mlp_norm") if spec.mlp_norm else None,
-            mlp=self._load_mlp(name, spec.gated_mlp) if layer.moe is None else self._load_moe(name, layer.moe),
+            mlp=self._load_mlp(name, spec.gated_mlp)
+            if layer.moe is None
+            else self._load_moe(name, layer.moe),
             mlp_out_norm=self._norm(f"{name}mlp_out_norm") if spec.mlp_out_norm else None,
         )
 

@@ -32,7 +32,9 @@ class HfConfig:
     """The values of one JSON object. Every complaint is a ModelError that names the file, the key, the value found
     and what is accepted. A key whose value is null counts as absent."""
 
-    def __init__(self, values: Mapping[str, Any], where: str, spelled: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], where: str, spelled: Mapping[str, str] | None = None
+    ) -> None:
         self._values = values
         self._where = where
         self._spelled = spelled or {}
@@ -91,9 +93,7 @@ class HfConfig:
             raise self.error(key, "an object")
         return HfConfig(value, f"{self._where}: {key}")
 
-    def integer(
-        self, key: str, default: Any = _REQUIRED, minimum: int = 1, maximum: int = 2**31 - 1
-    ) -> int:
+    def integer(self, key: str, default: Any = _REQUIRED, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
         """An integer of at least ``minimum`` and at most ``maximum``."""
         value = self._value(key, default)
         if type(value) is not int or not minimum <= value <= maximum:
@@ -263,7 +263,9 @@ def layer_windows(config: HfConfig) -> tuple[int | None, ...]:
     layers = config.integer("num_hidden_layers")
     used = config.boolean("use_sliding_window", False) and config.get("sliding_window") is not None
     first = config.integer("max_window_layers", 28, minimum=0)
-    default = ["sliding_attention" if used and layer >= first else "full_attention" for layer in range(layers)]
+    default = [
+        "sliding_attention" if used and layer >= first else "full_attention" for layer in range(layers)
+    ]
     types = layer_types(config, default)
     if not used and "sliding_attention" in types:
         raise config.error("sliding_window", "a window with use_sliding_window, which layer_types asks for")
@@ -276,7 +278,11 @@ def layer_types(config: HfConfig, default: Sequence[str]) -> Sequence[str]:
     if types is None:
         return default
     accepted = ("full_attention", "sliding_attention")
-    if not isinstance(types, list) or len(types) != len(default) or any(name not in accepted for name in types):
+    if (
+        not isinstance(types, list)
+        or len(types) != len(default)
+        or any(name not in accepted for name in types)
+    ):
         raise config.error("layer_types", f"a list of {len(default)} times {' or '.join(accepted)}")
     return types
 

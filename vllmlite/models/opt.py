@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vllmlite.models.hf_config import ACTIVATIONS, HfConfig, decoder_spec, layer_norm
+from vllmlite.models.hf_config import ACTIVATIONS, HfConfig, decoder_spec
 from vllmlite.models.keys import Keys
 from vllmlite.models.spec import DecoderSpec, NormSpec
 

@@ -56,8 +56,14 @@ class _Sources:
         yield from self.several(name, key, ("q", "k", "v"), (q, kv, kv), keys.qkv, spec.qkv_bias)
         if spec.qk_norm is not None:
             whole = spec.qk_norm == "whole"
-            yield f"{name}q_norm.weight", _whole(f"{key}{keys.q_norm}.weight", (q if whole else spec.head_dim,))
-            yield f"{name}k_norm.weight", _whole(f"{key}{keys.k_norm}.weight", (kv if whole else spec.head_dim,))
+            yield (
+                f"{name}q_norm.weight",
+                _whole(f"{key}{keys.q_norm}.weight", (q if whole else spec.head_dim,)),
+            )
+            yield (
+                f"{name}k_norm.weight",
+                _whole(f"{key}{keys.k_norm}.weight", (kv if whole else spec.head_dim,)),
+            )
         yield from self.linear(f"{name}o", key + keys.o, spec.hidden_size, q, spec.o_bias)
         moe, inner = spec.layers[index].moe, spec.intermediate_size
         if moe is not None:

@@ -46,19 +46,19 @@ class Started(Generic[EngineT]):
 def start(config: EngineConfig) -> Started[Engine]:
     """Start an engine. Raises ModelError, BackendError or ParameterError, each saying what to change."""
     from vllmlite.backends.select import select_backend
-    from vllmlite.models import load_model, read_spec
+    from vllmlite.models import load_planned, plan_model
 
     path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
-    spec = read_spec(path)
-    if config.max_model_len is not None and config.max_model_len > spec.max_position_embeddings:
+    plan = plan_model(path, config.model_impl)
+    if config.max_model_len is not None and config.max_model_len > plan.max_position_embeddings:
         raise ParameterError(
             "max_model_len",
             config.max_model_len,
-            f"must be at most the model's {spec.max_position_embeddings}",
+            f"must be at most the model's {plan.max_position_embeddings}",
         )
-    if config.quantization not in (None, spec.quantization) and spec.quantization is not None:
+    if config.quantization not in (None, plan.quantization) and plan.quantization is not None:
         raise ParameterError(
-            "quantization", config.quantization, f"the checkpoint is in {spec.quantization} already"
+            "quantization", config.quantization, f"the checkpoint is in {plan.quantization} already"
         )
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, path)
     generation = _generation_config(config, path)
@@ -66,15 +66,17 @@ def start(config: EngineConfig) -> Started[Engine]:
         config.backend,
         config.device,
         config.dtype,
-        checkpoint_dtype=spec.dtype,
+        checkpoint_dtype=plan.dtype,
         threads=config.threads,
         cpu_isa=config.cpu_isa,
-        quantization=config.quantization or spec.quantization,
-        ops=spec.required_ops(),
-        model=spec.architecture,
+        quantization=config.quantization or plan.quantization,
+        ops=plan.ops,
+        model=plan.architecture,
+        only=plan.backends,
     )
-    longest = config.max_model_len or spec.max_position_embeddings
-    model = load_model(
+    longest = config.max_model_len or plan.max_position_embeddings
+    model = load_planned(
+        plan,
         backend,
         path,
         max_model_len=longest,
@@ -125,7 +127,7 @@ def start(config: EngineConfig) -> Started[Engine]:
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     stats.lent_ops = list(backend.lent_ops)
-    return Started(engine, tokenizer, longest, _default_params(config, generation), choice)
+    return Started(engine, tokenizer, longest, _default_params(config, generation), f"{plan}; {choice}")
 
 
 def start_process(config: EngineConfig) -> Started[EngineProcess]:

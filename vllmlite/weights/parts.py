@@ -71,5 +71,3 @@ class ModelWeights:
     def optional(self, name: str) -> HostTensor | None:
         """A tensor of floats, None where the model has no such."""
         return self(name) if name in self.sources else None
-
-
