@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllmlite.backends.base import Op
-from vllmlite.errors import ModelError, ParameterError
+from vllmlite.backends.cpu import CpuBackend
+from vllmlite.backends.cuda import CudaBackend
+from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.models.families import FAMILIES, architecture, read_spec
 from vllmlite.models.hf_config import HfConfig, checkpoint_dtype
 
@@ -35,6 +37,19 @@ class Plan:
     def backends(self) -> tuple[str, ...]:
         """Names of the backends that it is confined to; empty: of none in particular."""
         return ("torch",) if self.implementation == "transformers" else ()
+
+
+def declining(plan: Plan) -> dict[str, str]:
+    """The backends that cannot run it wherever they are, and why."""
+    reasons = {}
+    for backend in (CpuBackend, CudaBackend):
+        try:
+            backend.check_ops(plan.ops, plan.architecture)
+        except BackendError as error:
+            reasons[backend.name] = str(error)
+        if plan.backends and backend.name not in plan.backends:
+            reasons[backend.name] = f"{plan.architecture} runs on {', '.join(plan.backends)} alone"
+    return reasons
 
 
 def plan_model(path: Path, model_impl: str = "auto") -> Plan:
