@@ -103,6 +103,7 @@ def test_models_that_cannot_are_refused(
 
 
 def test_other_backends_and_quantised_weights_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
     write_checkpoint(tmp_path, "Starcoder2")
     plan = plan_model(tmp_path)
     for backend in (TorchBackend(quantization="int8"), CpuBackend()):
