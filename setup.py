@@ -76,7 +76,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["vllmlite", "vllmlite.*"]),
-    package_data={"vllmlite": ["py.typed", "data/**"]},
+    package_data={"vllmlite": ["py.typed", "data/**", "server/page.html"]},
     setup_requires=["cmake>=3.25", "pybind11>=2.12"] if wanted else [],
     ext_modules=[Extension(f"vllmlite.{name}", sources=[]) for name in wanted],
     cmdclass={"build_ext": CMakeBuild},

@@ -32,7 +32,8 @@ fi
 cd "$tree"
 cp debian/control.cuda debian/control
 cp debian/tests/control.cuda debian/tests/control
-rm debian/python3-vllmlite.* debian/python3-vllmlite-cpu.*
+cp debian/install.cuda debian/python3-vllmlite-cuda.install
+rm debian/python3-vllmlite.* debian/python3-vllmlite-cpu.* debian/vllmlite-server.*
 # The top entry alone is this source's; bugs it closes are src:vllmlite's to close.
 sed -i -e '1s/^vllmlite /vllmlite-cuda /' -e '1,/^ -- /s/ *(Closes:[^)]*)//I' debian/changelog
 cd "$area"

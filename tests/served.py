@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -10,17 +11,20 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
 import uvicorn
+from pydantic import TypeAdapter
 
 from vllmlite import EngineConfig
-from vllmlite.async_llm import AsyncLLM
+from vllmlite.async_llm import AsyncLLM, NewRequest
+from vllmlite.outputs import CompletionOutput, RequestOutput
+from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.server.app import build_app
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.metrics import Metrics
@@ -33,6 +37,7 @@ try:
 except OSError as error:  # in a build's sandbox without any network
     pytest.skip(f"no loopback interface: {error}", allow_module_level=True)
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = EngineConfig(dtype="float32", max_model_len=256, device="cpu", num_gpu_blocks_override=256)
 
@@ -134,3 +139,88 @@ async def client_of(
             yield client
         server.should_exit = True
         await task
+
+
+def ask(service: Service, work: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
+    """What ``work`` finds with a client of ``service``."""
+
+    async def run() -> T:
+        async with client_of(service) as client:
+            return await work(client)
+
+    return asyncio.run(run())
+
+
+def post(service: Service, path: str, status: int = 200, /, **body: Any) -> Any:
+    """The JSON that a request is answered with."""
+
+    async def work(client: httpx.AsyncClient) -> Any:
+        answer = await client.post(path, json=body)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    return ask(service, work)
+
+
+def stream(service: Service, path: str, /, **body: Any) -> list[tuple[str, Any]]:
+    """The server-sent events of a request: (name, data), the name empty where there is none."""
+
+    async def work(client: httpx.AsyncClient) -> list[tuple[str, Any]]:
+        async with client.stream("POST", path, json={**body, "stream": True}) as answer:
+            text = (await answer.aread()).decode()
+            assert answer.status_code == 200, text
+            assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+        found = []
+        for block in text.removesuffix("\n\n").split("\n\n"):
+            name, _, data = block.rpartition("data: ")
+            name = name.removeprefix("event: ").rstrip("\n")
+            found.append((name, data if data == "[DONE]" else json.loads(data)))
+        return found
+
+    return ask(service, work)
+
+
+def check(kind: Any, value: Any) -> None:
+    """Raise unless ``value`` has the documented shape."""
+    TypeAdapter(kind).validate_python(value, strict=True)
+
+
+class Script:
+    """An engine's outputs as a test writes them: every request is answered with ``pieces`` of text, one a step.
+
+    It stands in for ``service.engine.submit``, and keeps the last request that came."""
+
+    def __init__(self, *pieces: str, finish_reason: str = "stop", stop_reason: str | None = None) -> None:
+        self.request: NewRequest | None = None
+        self._pieces = pieces
+        self._finish_reason = finish_reason
+        self._stop_reason = stop_reason
+
+    async def __call__(self, requests: Sequence[NewRequest]) -> Any:
+        (self.request,) = requests
+        prompt: Any = self.request.prompt
+        texts = list(self._pieces)
+        params = self.request.params
+        assert isinstance(params, SamplingParams)
+        if params.output_kind is RequestOutputKind.FINAL_ONLY:
+            texts = ["".join(texts)]
+        self._outputs = [
+            RequestOutput(
+                self.request.request_id,
+                None,
+                prompt["prompt_token_ids"],
+                [CompletionOutput(0, text, [7], None, None, *self._end(number == len(texts)))],
+                finished=number == len(texts),
+            )
+            for number, text in enumerate(texts, 1)
+        ]
+        return self
+
+    def _end(self, last: bool) -> tuple[str | None, str | None]:
+        return (self._finish_reason, self._stop_reason) if last else (None, None)
+
+    async def take(self) -> list[RequestOutput]:
+        return [self._outputs.pop(0)] if self._outputs else []
+
+    def close(self) -> None:
+        self._outputs = []

@@ -22,6 +22,8 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--model", "m"], "model", "m"),
     (["-m", "m"], "model", "m"),
     (["--tokenizer", "t"], "tokenizer", "t"),
+    (["--pooling-type", "mean"], "pooling_type", "MEAN"),
+    (["--no-pooling-normalize"], "pooling_normalize", False),
     (["--skip-tokenizer-init"], "skip_tokenizer_init", True),
     (["--model", "m", "--revision", "r"], "revision", "r"),
     (["--tokenizer-revision", "r"], "tokenizer_revision", "r"),

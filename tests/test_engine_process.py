@@ -17,6 +17,7 @@ from vllmlite import LLM, AsyncLLM, EngineConfig, LLMEngine, SamplingParams
 from vllmlite.engine_process import EngineProcess
 from vllmlite.errors import EngineDeadError, ModelError, ParameterError
 from vllmlite.outputs import RequestOutput
+from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 CONFIG = EngineConfig(dtype="float32", max_model_len=256, device="cpu", max_num_seqs=8)
@@ -78,6 +79,13 @@ def test_what_can_never_be_served_is_refused_at_once(engine: LLMEngine) -> None:
     with pytest.raises(ParameterError, match="max_logprobs"):
         engine.add_request("wide", [1], SamplingParams(logprobs=100))
     assert not engine.has_unfinished_requests()
+
+
+def test_embeddings_are_those_of_an_engine_at_home(engine: LLMEngine) -> None:
+    (at_home,) = LLM(dtype="float32", max_model_len=256, device="cpu").embed("Debian is")
+    engine.add_request("vector", "Debian is", PoolingParams())
+    (apart,) = engine.step()
+    assert apart.finished and apart.embedding == at_home.outputs.embedding
 
 
 def test_a_grammar_is_made_where_the_engine_is(engine: LLMEngine) -> None:

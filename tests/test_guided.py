@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar
 
 from vllmlite import LLM, EngineConfig, SamplingParams, StructuredOutputsParams
 from vllmlite.errors import ParameterError
+from vllmlite.grammar_compiler import GrammarCompiler
 
 PROMPT = "The Debian Project is"
 PERSON = {
@@ -177,3 +179,43 @@ def test_the_server_takes_both_ways_to_say_it() -> None:
     assert httpx
     with serving(config) as service:
         asyncio.run(run())
+
+
+KEYS = [{f"k{i}{j}": {"enum": [i]} for j in range(40)} for i in range(60)]
+RULES = "\n".join(f'r{i} ::= "x{i}" root' for i in range(1500))
+HOSTILE: list[tuple[str, Any]] = [
+    ("regex", "(((((a{1,2000}){1,2000}){1,2000}){1,2000}){1,2000}){1,2000}"),
+    ("regex", "(.*a){2000}(.*b){2000}(.*c){2000}"),
+    ("json", {"anyOf": [{"type": "object", "properties": keys} for keys in KEYS]}),
+    ("grammar", "root ::= " + " ".join(f"r{i}?" for i in range(1500)) + "\n" + RULES),
+]
+
+
+@pytest.fixture(scope="module")
+def compiler(llm: LLM) -> Iterator[GrammarCompiler]:
+    compiler = GrammarCompiler(llm.llm_engine.grammars._vocabulary, seconds=1, memory=512 << 20)
+    yield compiler
+    compiler.close()
+
+
+@pytest.mark.parametrize(("kind", "source"), HOSTILE)
+def test_hostile_grammars_end_within_time_and_memory(
+    compiler: GrammarCompiler, kind: str, source: Any
+) -> None:
+    compiler.compile("regex", "a")  # it has started
+    begin = time.monotonic()
+    try:
+        assert compiler.compile(kind, source)
+    except ParameterError as error:
+        assert error.field == "structured_outputs"
+    assert time.monotonic() - begin < 6
+    assert compiler.compile("regex", "b")
+
+
+def test_a_compiler_that_is_gone_comes_back(compiler: GrammarCompiler) -> None:
+    with pytest.raises(ParameterError, match="takes more than"):
+        compiler.compile(*HOSTILE[0])
+    assert compiler._process is not None
+    compiler._process.kill()
+    compiler._process.wait()
+    assert compiler.compile("regex", "b")

@@ -217,6 +217,38 @@ def test_rms_norm(backend: Backend, residual: bool) -> None:
     check(backend, added, total)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_the_ops_of_a_layer_in_a_row(backend: Backend, rows: int, activation: str) -> None:
+    """Residual, norm, product, gate and product, which backends may put together as they like."""
+    hidden, inner = 96, 160
+    x, other, scale = numbers((rows, hidden)), numbers((rows, 48), 1), numbers((hidden,), 2)
+    up, down = numbers((2 * inner, hidden), 3, 0.2), numbers((hidden, inner), 4, 0.2)
+    onto = numbers((hidden, 48), 5, 0.2)
+    weights = {
+        name: backend.linear_weight([host(backend, w)]) for name, w in (("o", onto), ("u", up), ("d", down))
+    }
+    residual, norm = put(backend, x), put(backend, scale)
+    for _ in range(2):
+        x = x + other @ onto.T
+        expected = rms(x, scale, 1e-5)
+        normed, residual = backend.rms_norm(
+            backend.linear(put(backend, other), weights["o"]), norm, 1e-5, residual
+        )
+        check(backend, residual, x)
+        inside = gated(expected @ up.T, activation)
+        product = backend.linear(
+            backend.gated_activation(backend.linear(normed, weights["u"]), activation), weights["d"]
+        )
+        x = x + inside @ down.T
+        kept, kept_product = normed, backend.linear(normed, weights["u"])
+        normed, residual = backend.rms_norm(product, norm, 1e-5, residual)
+        check(backend, normed, rms(x, scale, 1e-5))
+        check(backend, product, inside @ down.T)
+        check(backend, kept, expected)  # of the residual as it was
+        check(backend, kept_product, expected @ up.T)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_layer_norm(backend: Backend, residual: bool, bias: bool) -> None:
@@ -267,14 +299,15 @@ def activated(x: Array, activation: str) -> Array:
     return np.maximum(x, 0)
 
 
+def gated(x: Array, activation: str) -> Array:
+    gate, up = np.split(x, 2, 1)
+    return np.asarray(activated(gate, activation) * up)
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_gated_activation(backend: Backend, activation: str) -> None:
     x = numbers((7, 60), 0, 3)
-    check(
-        backend,
-        backend.gated_activation(put(backend, x), activation),
-        activated(x[:, :30], activation) * x[:, 30:],
-    )
+    check(backend, backend.gated_activation(put(backend, x), activation), gated(x, activation))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
@@ -437,6 +470,10 @@ class Rows:
 
     def step(self, slots: list[int], counts: list[int], windows: tuple[int | None, ...] = (None,)) -> None:
         """One step of layer 1, compared for each of ``windows``."""
+        self.attend(*self.write(slots, counts), slots, counts, windows)
+
+    def write(self, slots: list[int], counts: list[int]) -> tuple[Any, Any, Array]:
+        """A step's keys and values: its batch, and its queries as found and as they should be."""
         backend, heads, kv_heads, size = self.backend, self.heads, self.kv_heads, self.size
         host_side = self.paged.batch(slots, counts)
         batch = backend.upload(host_side, self.paged.slots)
@@ -471,7 +508,7 @@ class Rows:
             own = slice(begin[row], begin[row + 1])
             self.keys[slot] = np.concatenate((self.keys[slot], new_k[own]))
             self.values[slot] = np.concatenate((self.values[slot], new_v[own]))
-        self.attend(batch, q, new_q, slots, counts, windows)
+        return batch, q, new_q
 
     def attend(
         self,
@@ -583,6 +620,22 @@ def test_attention_over_long_and_short_contexts(exact: Backend, kv_dtype: str) -
         rows.step([slot], [length])
     rows.step([0, 1, 2, 3], [1, 1, 1, 1], (None, 20, 256))
     rows.step([3, 2, 1, 0], [2, 1, 50, 60], (None, 20, 256))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 2, 64), (4, 1, 128)])
+def test_attention_over_very_long_contexts(backend: Backend, heads: int, kv_heads: int, size: int) -> None:
+    if backend.device == "cpu":
+        pytest.skip("too long for a CPU")
+    rows = Rows(backend, heads, kv_heads, size, 16, num_blocks=2600)
+    lengths = (32000, 4097, 1, 2047, 300)
+    for slot, length in enumerate(lengths):
+        rows.admit(slot)
+        for begin in range(0, length, 4000):
+            rows.write([slot], [min(4000, length - begin)])
+    slots = list(range(len(lengths)))
+    for _ in range(2):
+        rows.step(slots, [1] * len(slots), (None, 20, 5000))
+    rows.step(slots, [1, 3, 1, 70, 1], (None, 5000))
 
 
 def test_attention_in_pieces(exact: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,16 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import vllmlite
+from vllmlite.cli import serve
+from vllmlite.cli.parser import OptionParser
+from vllmlite.config import EngineConfig
+from vllmlite.server.config import ServerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,6 +78,34 @@ def text(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+def test_the_services_file_of_options_shows_every_default(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    shipped = run(sys.executable, "debian/serverconfig.py", cwd=ROOT, PYTHONPATH=str(ROOT))
+    defaults = configurations_of(tmp_path, "")
+    assert configurations_of(tmp_path, shipped) == defaults
+    assert configurations_of(tmp_path, re.sub(r"^#(?=\S)", "", shipped, flags=re.MULTILINE)) == defaults
+    shown = {name.replace("-", "_") for name in re.findall(r"^#([a-z0-9-]+):", shipped, re.MULTILINE)}
+    assert shown == set().union(*(config.__dataclass_fields__ for config in defaults))
+
+
+def configurations_of(directory: Path, content: str) -> tuple[EngineConfig, ServerConfig]:
+    """What ``serve --config`` makes of a file."""
+    file = directory / "server.yaml"
+    file.write_text(content)
+    parser = OptionParser()
+    serve.add_arguments(parser)
+    return serve.configurations(parser.parse(["--config", str(file)]))
+
+
+def test_the_service_may_take_as_long_as_the_program() -> None:
+    pytest.importorskip("uvicorn")
+    from vllmlite.server.run import CLOSING_SECONDS
+
+    (seconds,) = re.findall(r"^TimeoutStopSec=(\d+)$", text("debian/systemd-unit"), re.MULTILINE)
+    engine = 10
+    assert int(seconds) >= ServerConfig().shutdown_timeout + CLOSING_SECONDS + engine
+
+
 def test_the_changelog_has_the_programs_version() -> None:
     assert re.match(rf"vllmlite \({re.escape(vllmlite.__version__)}-", text("debian/changelog"))
 
@@ -111,7 +144,7 @@ def test_cudabuild_makes_the_other_source_and_leaves_the_checkout_alone(
     out = area / "out" / "debian"
     assert (out / "control").read_text() == text("debian/control.cuda")
     assert (out / "tests/control").read_text() == text("debian/tests/control.cuda")
-    assert not list(out.glob("python3-vllmlite*"))
+    assert [path.name for path in out.glob("*vllmlite*-*")] == ["python3-vllmlite-cuda.install"]
     top, _, rest = (out / "changelog").read_text().partition("\n\nvllmlite ")
     assert top.startswith("vllmlite-cuda (0.1.0-2)")
     assert "Mend it.\n" in top

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,27 +14,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from paged import PagedModel, host_tensor
+from test_ops import HAS_TORCH, of_torch
 
-from vllmlite import LLM, SamplingParams
 from vllmlite.backends.base import QUANTIZATIONS, Backend, QuantizedTensor
 from vllmlite.backends.cpu import CpuBackend
-from vllmlite.backends.torch import TorchBackend
 from vllmlite.cli import main
 from vllmlite.config import QUANTIZATIONS as CONFIGURED
+from vllmlite.config import EngineConfig
 from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.hub import BUILT_IN
 from vllmlite.models import load_model, read_spec
 from vllmlite.quantize import quantize_checkpoint
+from vllmlite.sampling_params import SamplingParams
 from vllmlite.weights.quantized import GROUP, STRIP, ZERO, dequantize, quantize, stored_bytes, stored_shapes
+
+if TYPE_CHECKING:
+    from vllmlite import LLM
 
 _cpu: Any = pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
 
 ISAS: list[str] = _cpu.instruction_sets()
 each_kind = pytest.mark.parametrize("kind", QUANTIZATIONS)
 each_isa = pytest.mark.parametrize("isa", ISAS)
+of_text = pytest.mark.skipif(find_spec("tokenizers") is None, reason="tokenizers is not installed")
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 Array = NDArray[Any]
+
+
+def engine(**options: Any) -> LLM:
+    from vllmlite import LLM
+
+    return LLM(backend="cpu", **options)
 
 
 def random(*shape: int, seed: int = 0) -> NDArray[np.float32]:
@@ -206,11 +218,18 @@ def test_instruction_sets_agree_to_rounding(kind: str) -> None:
         np.testing.assert_allclose(one, found[0], rtol=0, atol=1e-5)
 
 
+def torch_backend(dtype: str, kind: str | None) -> Backend:
+    from vllmlite.backends.torch import TorchBackend
+
+    return TorchBackend("cpu", dtype, quantization=kind)
+
+
+@of_torch
 @each_kind
 def test_the_torch_reference_computes_the_same(kind: str) -> None:
     x, packed = random(5, 100), quantize(random(50, 100, seed=1), kind)
     for dtype, atol in (("float32", 1e-4), ("bfloat16", 0.4)):
-        backend = TorchBackend("cpu", dtype, quantization=kind)
+        backend = torch_backend(dtype, kind)
         weight = backend.linear_weight([packed], [host_tensor(random(50, seed=2))])
         found = backend.to_host(backend.linear(backend.tensor(x, dtype), weight))
         np.testing.assert_allclose(
@@ -219,7 +238,7 @@ def test_the_torch_reference_computes_the_same(kind: str) -> None:
 
 
 def backends(kind: str | None) -> list[Backend]:
-    return [CpuBackend(quantization=kind), TorchBackend(quantization=kind)]
+    return [CpuBackend(quantization=kind), *([torch_backend("float32", kind)] if HAS_TORCH else [])]
 
 
 def test_zeros_and_rows_of_none() -> None:
@@ -282,12 +301,13 @@ def test_codes_and_scales_must_fit() -> None:
 def test_configured_kinds_are_the_contracts() -> None:
     assert CONFIGURED == QUANTIZATIONS
     with pytest.raises(ParameterError, match="int8 or int4"):
-        LLM(quantization="int3")
+        EngineConfig(quantization="int3")
 
 
 # ---- Models
 
 
+@of_torch
 @each_kind
 def test_native_logits_are_the_references(kind: str) -> None:
     tokens = np.arange(100, 160, dtype=np.int32)
@@ -301,13 +321,14 @@ def test_native_logits_are_the_references(kind: str) -> None:
     assert np.square(found[0] - found[1]).mean() < 0.02 * found[1].var()
 
 
+@of_text
 @each_kind
 def test_a_request_gets_the_same_however_it_is_scheduled(kind: str) -> None:
     prompts = ["The package manager", "Debian is", "The kernel " * 20, "The kernel " * 20 + "is the part"]
 
     def texts(**options: Any) -> list[str]:
-        defaults: dict[str, Any] = {"backend": "cpu", "quantization": kind, "max_model_len": 256}
-        llm = LLM(**defaults | options)
+        defaults: dict[str, Any] = {"quantization": kind, "max_model_len": 256}
+        llm = engine(**defaults | options)
         return [output.outputs[0].text for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
 
     alone = texts(max_num_seqs=1, enable_prefix_caching=False)
@@ -321,11 +342,12 @@ def test_a_request_gets_the_same_however_it_is_scheduled(kind: str) -> None:
 
 
 def texts(path: Path | None, **options: Any) -> list[str]:
-    llm = LLM(None if path is None else str(path), backend="cpu", max_model_len=128, **options)
+    llm = engine(model=None if path is None else str(path), max_model_len=128, **options)
     prompts = ["Debian is", "The kernel", "A"]
     return [output.outputs[0].text for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
 
 
+@of_text
 @each_kind
 def test_a_saved_checkpoint_is_what_quantising_at_load_gives(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -440,9 +462,7 @@ def test_a_checkpoint_must_hold_what_its_config_says(tmp_path: Path) -> None:
 def test_dummy_weights_are_quantised_too(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    llm = LLM(
-        str(tmp_path), backend="cpu", load_format="dummy", quantization="int4", skip_tokenizer_init=True
-    )
+    llm = engine(model=str(tmp_path), load_format="dummy", quantization="int4", skip_tokenizer_init=True)
     (output,) = llm.generate([{"prompt_token_ids": [1, 2, 3]}], GREEDY, use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 24
 

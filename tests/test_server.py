@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 
@@ -14,14 +14,12 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 
 import httpx
-from pydantic import TypeAdapter
-from served import ENGINE, client_of, serving
+from served import ENGINE, ask, check, client_of, post, serving
 
 from vllmlite import SamplingParams, __version__
-from vllmlite.server import protocol
+from vllmlite.server.protocol import base, chat, completions, operations
 from vllmlite.server.service import Service
 
-T = TypeVar("T")
 PROMPT = "The Debian Project is"
 PROMPTS = [PROMPT, "The kernel", "A package", "To install"]
 MESSAGES = [{"role": "user", "content": "What is dpkg?"}]
@@ -32,25 +30,6 @@ GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 def service() -> Iterator[Service]:
     with serving(trust_request_chat_template=True) as service:
         yield service
-
-
-def ask(service: Service, work: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
-    async def run() -> T:
-        async with client_of(service) as client:
-            return await work(client)
-
-    return asyncio.run(run())
-
-
-def post(service: Service, path: str, status: int = 200, /, **body: Any) -> Any:
-    """The JSON that a request is answered with."""
-
-    async def work(client: httpx.AsyncClient) -> Any:
-        answer = await client.post(path, json=body)
-        assert answer.status_code == status, answer.text
-        return answer.json()
-
-    return ask(service, work)
 
 
 def get(service: Service, path: str) -> httpx.Response:
@@ -80,11 +59,6 @@ def stream(service: Service, path: str, **body: Any) -> list[Any]:
     return ask(service, work)
 
 
-def check(kind: Any, value: Any) -> None:
-    """Raise unless ``value`` has the documented shape."""
-    TypeAdapter(kind).validate_python(value, strict=True)
-
-
 def direct(service: Service, prompt: Any, **options: Any) -> Any:
     """What the engine gives without a server."""
 
@@ -98,7 +72,7 @@ def direct(service: Service, prompt: Any, **options: Any) -> Any:
 
 def test_a_completion_is_the_engines(service: Service) -> None:
     answer = post(service, "/v1/completions", prompt=PROMPT, model="demo", **GREEDY)
-    check(protocol.Completion, answer)
+    check(completions.Completion, answer)
     expected = direct(service, PROMPT, **GREEDY)
     (choice,) = answer["choices"]
     assert choice["text"] == expected.outputs[0].text
@@ -136,7 +110,7 @@ def test_n_seeded_completions_stream_and_repeat(service: Service) -> None:
     assert len({choice["text"] for choice in whole["choices"]}) == 3
     texts = ["", "", ""]
     for event in stream(service, "/v1/completions", **body):
-        check(protocol.Completion, event)
+        check(completions.Completion, event)
         texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
     assert texts == [choice["text"] for choice in whole["choices"]]
     assert whole["usage"]["completion_tokens"] == 30
@@ -172,7 +146,7 @@ def test_logprobs_of_both_endpoints(service: Service) -> None:
     assert all(t.startswith("token_id:") for t in ids["choices"][0]["logprobs"]["tokens"])
     body = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 3, **GREEDY}
     answer = post(service, "/v1/chat/completions", **body)
-    check(protocol.ChatCompletion, answer)
+    check(chat.ChatCompletion, answer)
     content = answer["choices"][0]["logprobs"]["content"]
     assert "".join(entry["token"] for entry in content) == answer["choices"][0]["message"]["content"]
     for entry in content:
@@ -195,7 +169,7 @@ def test_chat_streams_what_it_answers(service: Service) -> None:
         service, "/v1/chat/completions", messages=MESSAGES, stream_options={"include_usage": True}, **GREEDY
     )
     for piece in pieces:
-        check(protocol.ChatChunk, piece)
+        check(chat.ChatChunk, piece)
     assert pieces[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     text = "".join(c["delta"].get("content", "") for p in pieces for c in p["choices"])
     assert text == whole["choices"][0]["message"]["content"]
@@ -274,7 +248,7 @@ def test_plain_generate(service: Service) -> None:
 
 def test_tokens(service: Service) -> None:
     answer = post(service, "/tokenize", prompt=PROMPT, return_token_strs=True)
-    check(protocol.Tokenized, answer)
+    check(operations.Tokenized, answer)
     assert answer["tokens"] == service.tokenizer.encode(PROMPT) and answer["max_model_len"] == 256
     assert "".join(answer["token_strs"]) == PROMPT
     assert post(service, "/detokenize", tokens=answer["tokens"]) == {"prompt": PROMPT}
@@ -284,7 +258,7 @@ def test_tokens(service: Service) -> None:
 
 def test_models_and_operations(service: Service) -> None:
     models = get(service, "/v1/models").json()
-    check(protocol.ModelList, models)
+    check(operations.ModelList, models)
     assert [model["id"] for model in models["data"]] == ["demo"]
     assert get(service, "/v1/models/demo").json() == models["data"][0]
     assert get(service, "/version").json() == {"version": __version__}
@@ -354,7 +328,7 @@ def test_bad_requests_are_told_what_is_wrong(service: Service) -> None:
                 path, content=json.dumps(body), headers={"content-type": "application/json"}
             )
             assert answer.status_code == status, (body, answer.text)
-            check(protocol.ErrorAnswer, answer.json())
+            check(base.ErrorAnswer, answer.json())
             error = answer.json()["error"]
             assert error["param"] == param, (body, error)
             assert words in error["message"], (body, error)
@@ -363,7 +337,7 @@ def test_bad_requests_are_told_what_is_wrong(service: Service) -> None:
                 COMPLETIONS, content=content, headers={"content-type": "application/json"}
             )
             assert answer.status_code == 400, (content[:20], answer.text)
-            check(protocol.ErrorAnswer, answer.json())
+            check(base.ErrorAnswer, answer.json())
         assert (await client.get("/nowhere")).json()["error"]["message"] == "GET /nowhere: Not Found"
         answer = await client.get(COMPLETIONS)
         assert answer.status_code == 405 and answer.headers["allow"] == "POST"
@@ -381,8 +355,8 @@ def test_parameters_that_ask_for_nothing_are_taken(service: Service) -> None:
 def test_the_documentation_names_every_endpoint(service: Service) -> None:
     document = get(service, "/openapi.json").json()
     assert {"/v1/completions", "/v1/chat/completions", "/generate", "/health"} <= document["paths"].keys()
-    for path, operations in document["paths"].items():
-        for operation in operations.values():
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
             if path != "/metrics":
                 assert {"200", "400", "401", "413", "429", "500", "503"} <= operation["responses"].keys(), (
                     path

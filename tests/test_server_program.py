@@ -222,15 +222,19 @@ def test_a_unix_socket_systemd_and_a_file_of_options(tmp_path: Path) -> None:
         f"uds: {tmp_path}/http\nmax-model-len: 128\nserved-model-name: [one, two]\napi-key-file: {tmp_path}/keys\n"
     )
     (tmp_path / "keys").write_text("first\nsecond\n")
+    (tmp_path / "credentials").mkdir()
+    (tmp_path / "credentials/vllmlite.api-key").write_text("third\n")
+    credentials = {"CREDENTIALS_DIRECTORY": str(tmp_path / "credentials")}
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(20)
         with program(
-            "--config", str(tmp_path / "server.yaml"), NOTIFY_SOCKET=str(tmp_path / "notify")
+            "--config", str(tmp_path / "server.yaml"), NOTIFY_SOCKET=str(tmp_path / "notify"), **credentials
         ) as running:
             assert manager.recv(100) == b"READY=1"
             with httpx.Client(transport=httpx.HTTPTransport(uds=str(tmp_path / "http"))) as client:
-                for key in ("first", "second"):
+                assert client.get("http://x/v1/models").status_code == 401
+                for key in ("first", "second", "third"):
                     models = client.get(
                         "http://x/v1/models", headers={"authorization": f"Bearer {key}"}
                     ).json()
@@ -239,6 +243,12 @@ def test_a_unix_socket_systemd_and_a_file_of_options(tmp_path: Path) -> None:
             assert running.stop(signal.SIGINT) == 0
             assert manager.recv(100) == b"STOPPING=1"
     assert not (tmp_path / "http").exists()
+
+
+def test_a_service_manager_that_has_gone_is_no_reason_to_stay(tmp_path: Path) -> None:
+    with program(NOTIFY_SOCKET=str(tmp_path / "nowhere")) as running:
+        assert running.stop() == 0
+    assert sum("cannot tell" in line for line in running.log) == 2
 
 
 def test_tls(tmp_path: Path) -> None:

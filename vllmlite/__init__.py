@@ -15,7 +15,9 @@ _HOME = {
     "EngineConfig": "config",
     "SamplingParams": "sampling_params",
     "StructuredOutputsParams": "sampling_params",
+    "PoolingParams": "pooling_params",
     "RequestOutput": "outputs",
+    "EmbeddingRequestOutput": "outputs",
     "CompletionOutput": "outputs",
 }
 
@@ -23,9 +25,11 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",
+    "EmbeddingRequestOutput",
     "EngineArgs",
     "EngineConfig",
     "LLMEngine",
+    "PoolingParams",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
@@ -37,7 +41,8 @@ if TYPE_CHECKING:
     from vllmlite.config import EngineArgs, EngineConfig
     from vllmlite.llm import LLM
     from vllmlite.llm_engine import LLMEngine
-    from vllmlite.outputs import CompletionOutput, RequestOutput
+    from vllmlite.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput
+    from vllmlite.pooling_params import PoolingParams
     from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
 
 

@@ -17,6 +17,7 @@ from vllmlite.engine_process import EngineProcess
 from vllmlite.errors import EngineDeadError, VllmliteError
 from vllmlite.llm_engine import LLMEngine, Prompt
 from vllmlite.outputs import EngineStats, RequestOutput
+from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.tokenizer import Tokenizer
 
@@ -34,7 +35,7 @@ class NewRequest:
 
     request_id: str
     prompt: Prompt
-    params: SamplingParams
+    params: SamplingParams | PoolingParams
     priority: int = 0
     arrival_time: float | None = None
 
@@ -53,7 +54,8 @@ class OutputStream:
         self._deltas = {
             request.request_id
             for request in requests
-            if request.params.output_kind is RequestOutputKind.DELTA
+            if isinstance(request.params, SamplingParams)
+            and request.params.output_kind is RequestOutputKind.DELTA
         }
         self._items: dict[str, RequestOutput] = {}
         self._error: BaseException | None = None

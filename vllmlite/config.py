@@ -13,6 +13,7 @@ from vllmlite.config_absent import ABSENT
 from vllmlite.errors import ParameterError
 from vllmlite.options import add_fields, check_fields, did_you_mean, flag, given, read_yaml
 from vllmlite.options import option as _option
+from vllmlite.pooling_params import POOLING_TYPES
 from vllmlite.sampling_params import MAX_LOGPROBS
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -29,9 +30,10 @@ class EngineConfig:
 
     model: str | None = _option(
         None,
-        "directory with a checkpoint, or Hugging Face id; default: the built-in demo model",
+        "directory with a checkpoint, GGUF file, tarball of vllmlite download, or Hugging Face id; "
+        "default: the built-in demo model",
         group="model",
-        metavar="DIR|ID",
+        metavar="DIR|FILE|ID",
     )
     tokenizer: str | None = _option(
         None,
@@ -53,9 +55,9 @@ class EngineConfig:
     )
     load_format: str = _option(
         "auto",
-        "dummy: random weights, to measure speed",
+        "what holds the weights; auto: what is there; pt: PyTorch's .bin and .pt; dummy: random ones, to measure speed",
         group="model",
-        choices=("auto", "safetensors", "dummy"),
+        choices=("auto", "safetensors", "pt", "gguf", "dummy"),
     )
     model_impl: str = _option(
         "auto",
@@ -122,8 +124,11 @@ class EngineConfig:
         0.9,
         "part of the device's memory to use, where the cache's size is not given (CPU: of what is free, to 4 GiB)",
     )
-    max_num_batched_tokens: int = _option(
-        2048, "most tokens in a step, prompts and decodes together", low=1, size=True
+    max_num_batched_tokens: int | None = _option(
+        None,
+        "most tokens in a step, prompts and decodes together; default: 2048 on a CPU, else 8192",
+        low=1,
+        size=True,
     )
     max_num_seqs: int = _option(256, "most sequences in a step", low=1, high=65536)
     enable_prefix_caching: bool = _option(True, "reuse cached blocks of equal prompt beginnings")
@@ -134,6 +139,13 @@ class EngineConfig:
         None, "keep two steps in flight; default: where the backend is asynchronous"
     )
     enforce_eager: bool = _option(False, "record no graphs")
+    pooling_type: str = _option(
+        "LAST",
+        "embeddings: the last token's hidden state, or the mean of all",
+        choices=POOLING_TYPES,
+        synonyms={name.lower(): name for name in POOLING_TYPES},
+    )
+    pooling_normalize: bool = _option(True, "scale embeddings to length 1")
     seed: int = _option(0, "sampling is reproducible from this", low=0, high=2**64 - 1)
     max_logprobs: int = _option(
         MAX_LOGPROBS, "most log-probabilities a request may ask for; -1: no limit", low=-1

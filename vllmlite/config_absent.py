@@ -59,7 +59,7 @@ ABSENT: Mapping[str, Absent] = {
     "speculative_config": Absent((None, {}), "speculative decoding is not supported in this version"),
     "guided_decoding_backend": Absent((None, "auto"), _NO_GUIDED),
     "structured_outputs_config": Absent((None, {}), _NO_GUIDED),
-    "reasoning_parser": Absent((None, ""), "reasoning is not taken out of the text in this version"),
+    "reasoning_parser": Absent((None, ""), "the server alone takes reasoning out of the text: see serve"),
     "logits_processors": Absent((None, []), "custom logits processors are not supported: see logit_bias, bad_words"),
     "compilation_config": Absent((None, {}, 0), _NO_GRAPH_CHOICE),
     "cuda_graph_sizes": Absent((None, []), _NO_GRAPH_CHOICE),

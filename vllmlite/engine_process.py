@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -29,12 +29,12 @@ from vllmlite.engine.engine import EngineOutput
 from vllmlite.engine.request import Grammar
 from vllmlite.engine.trace import TraceEvent
 from vllmlite.errors import BackendError, EngineDeadError, ParameterError, VllmliteError
+from vllmlite.guided import MAX_KEPT, Grammars, Matcher
 from vllmlite.outputs import EngineStats, RequestMetrics
 from vllmlite.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from vllmlite.engine.engine import Engine
-    from vllmlite.guided import Grammars
     from vllmlite.runner.startup import Started
 
 CLOSING_SECONDS = 10.0
@@ -48,6 +48,7 @@ class Ready:
 
     bounds: RequestBounds
     max_model_len: int
+    hidden_size: int
     default_sampling_params: SamplingParams
     backend_choice: str
     stats: EngineStats
@@ -113,6 +114,8 @@ class EngineProcess:
         self._connection = Connection(ours.detach())
         self._connection.send((config, logging.getLogger("vllmlite").getEffectiveLevel()))
         self._requests: dict[str, _Asked] = {}
+        self._sent: OrderedDict[str, None] = OrderedDict()
+        """Keys of grammars that the process has, the oldest first: it forgets them in the same order."""
         self._inbox: deque[Given | Answer] = deque()
         self._arrival = threading.Condition()
         self._latest = self.stats = EngineStats()
@@ -146,19 +149,22 @@ class EngineProcess:
         priority: int = 0,
         cache_salt: str | None = None,
         arrival_time: float | None = None,
+        pooling_type: str | None = None,
     ) -> _Asked:
         """Queue a request. Raises :class:`ParameterError`, and takes nothing in, if it can never be served.
 
-        A ``grammar`` stays here: the process makes its own from ``params``."""
+        Of a ``grammar`` the process gets what was compiled, where it does not have that from earlier."""
         if request_id in self._requests:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
-        prompt = self.bounds.check(prompt_token_ids, params, bad_words)
+        prompt = self.bounds.check(prompt_token_ids, params, bad_words, generates=pooling_type is None)
         arrival = time.monotonic() if arrival_time is None else arrival_time
         options = {
             "bad_words": bad_words,
             "priority": priority,
             "cache_salt": cache_salt,
             "arrival_time": arrival,
+            "pooling_type": pooling_type,
+            "grammar": self._to_send(grammar),
         }
         self._send(_Command("add_request", (request_id, prompt, params), options))
         asked = _Asked(prompt, RequestMetrics(arrival, num_prompt_tokens=len(prompt)))
@@ -241,6 +247,18 @@ class EngineProcess:
             status = self._process.wait()
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return f"the engine's process {how}"
+
+    def _to_send(self, grammar: Grammar | None) -> bytes | None:
+        """The compiled grammar, unless it has been sent, as the last of :data:`MAX_KEPT` or one among them."""
+        if not isinstance(grammar, Matcher):
+            return None
+        compiled = grammar.compiled
+        known = compiled.key in self._sent
+        self._sent[compiled.key] = None
+        self._sent.move_to_end(compiled.key)
+        if len(self._sent) > MAX_KEPT:
+            self._sent.popitem(last=False)
+        return None if known else compiled.packed
 
     def _send(self, command: _Command) -> None:
         try:
@@ -328,6 +346,7 @@ def main() -> None:
         Ready(
             started.engine.bounds,
             started.max_model_len,
+            started.hidden_size,
             started.default_sampling_params,
             started.backend_choice,
             started.engine.stats,
@@ -385,13 +404,16 @@ class _Host:
                 return
 
     def _with_grammar(self, command: _Command) -> _Command | EngineOutput:
-        """A request with its grammar, compiled while the engine steps; or its end, if there is none."""
+        """A request with its grammar, made while the engine steps; or its end, if there is none."""
         if command.name != "add_request":
             return command
         request_id, _, params = command.args
+        packed = command.options["grammar"]
         if params.structured_outputs is None:
             return command
         try:
+            if packed is not None:
+                self._grammars.load(params.structured_outputs, packed)
             command.options["grammar"] = self._grammars.start(
                 self._grammars.compile(params.structured_outputs)
             )
@@ -412,8 +434,6 @@ class _Host:
 
     @cached_property
     def _grammars(self) -> Grammars:
-        from vllmlite.guided import Grammars
-
         assert self._tokenizer is not None
         bounds = self._engine.bounds
         return Grammars(self._tokenizer, bounds.vocab_size, sorted(bounds.eos_ids))

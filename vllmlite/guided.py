@@ -1,7 +1,8 @@
 """Guided output: grammars from JSON schemas, regular expressions, choices and EBNF, through xgrammar.
 
-xgrammar (Dong et al. 2024) is imported by the first grammar that is compiled: it may bring torch in. A grammar is
-compiled once and kept; a sequence walks through it with a :class:`Matcher`, whose mask says which token may come next.
+xgrammar (Dong et al. 2024) is imported by the first grammar: it may bring torch in. A grammar is compiled once, by
+:mod:`vllmlite.grammar_compiler`, and kept; a sequence walks through it with a :class:`Matcher`, whose mask says which
+token may come next.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from vllmlite.errors import ParameterError
+from vllmlite.grammar_compiler import GrammarCompiler, Vocabulary
 from vllmlite.sampling_params import StructuredOutputsParams
 from vllmlite.tokenizer import Tokenizer
 
@@ -37,11 +41,23 @@ UNSUPPORTED = frozenset(
 """JSON Schema's keywords that a grammar does not enforce: refused, not ignored."""
 
 
+@dataclass(frozen=True, slots=True)
+class CompiledGrammar:
+    """A grammar of one model."""
+
+    key: str
+    """Tells it from others."""
+    native: Any
+    packed: bytes
+    """Its serialised form, compressed, for another process that has the same model."""
+
+
 class Matcher:
     """Where one sequence is in its grammar."""
 
-    def __init__(self, matcher: Any, num_words: int) -> None:
+    def __init__(self, compiled: CompiledGrammar, matcher: Any, num_words: int) -> None:
         """Made by :meth:`Grammars.start`."""
+        self.compiled = compiled
         self._matcher = matcher
         self._row = np.zeros((1, num_words), np.int32)
         self.allows_something = self._fill()
@@ -68,87 +84,76 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
-        self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._kept: OrderedDict[str, CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
         """Guards what is kept: never held while something is compiled, for which the engine's thread would wait."""
         self._compiling = threading.Lock()
 
-    def compile(self, params: StructuredOutputsParams) -> Any:
+    def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
         """The grammar of ``params``, from any thread. Raises :class:`ParameterError` if there is none."""
         kind, source = params.kind_and_source()
         _check(kind, source)
         key = json.dumps([kind, source])
-        with self._compiling if not self._has(key) else nullcontext():
-            if not self._has(key):
-                self._keep(key, self._compile_or_refuse(kind, source))
-        with self._lock:
-            return self._kept[key]
+        found = self._find(key)
+        if found is None:
+            with self._compiling:
+                found = self._find(key)
+                if found is None:
+                    found = self._keep(key, self._compiler.compile(kind, source).encode())
+        return found
 
-    def start(self, compiled: Any) -> Matcher:
+    def load(self, params: StructuredOutputsParams, packed: bytes) -> None:
+        """Keep a grammar that another process has compiled from ``params``."""
+        key = json.dumps(params.kind_and_source())
+        if self._find(key) is None:
+            self._keep(key, zlib.decompress(packed), packed)
+
+    def start(self, compiled: CompiledGrammar) -> Matcher:
         """The beginning of a grammar, for one sequence. Raises :class:`ParameterError` if no token begins it."""
         import xgrammar
 
-        inner = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=not self._eos_ids)
-        matcher = Matcher(inner, -(-self._vocab_size // 32))
+        inner = xgrammar.GrammarMatcher(compiled.native, terminate_without_stop_token=not self._eos_ids)
+        matcher = Matcher(compiled, inner, -(-self._vocab_size // 32))
         if not matcher.allows_something:
             raise ParameterError("structured_outputs", None, "allows no output that the model could write")
         return matcher
 
-    def _has(self, key: str) -> bool:
+    def _find(self, key: str) -> CompiledGrammar | None:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
-            return key in self._kept
+            return self._kept.get(key)
 
-    def _keep(self, key: str, compiled: Any) -> None:
+    def _keep(self, key: str, serialized: bytes, packed: bytes | None = None) -> CompiledGrammar:
+        import xgrammar
+
+        native = xgrammar.CompiledGrammar.deserialize_json(serialized.decode(), self._tokenizer_info)
+        compiled = CompiledGrammar(key, native, packed or zlib.compress(serialized, 1))
         with self._lock:
             self._kept[key] = compiled
             if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
-
-    def _compile_or_refuse(self, kind: str, source: Any) -> Any:
-        try:
-            return self._compile(kind, source)
-        except ParameterError:
-            raise
-        except Exception as error:  # xgrammar's own kinds, and RuntimeError of its C++ part
-            reason = " ".join(str(error).split())[-300:]
-            raise ParameterError("structured_outputs", {kind: source}, f"has no grammar: {reason}") from None
-
-    def _compile(self, kind: str, source: Any) -> Any:
-        compiler = self._compiler
-        if kind == "json":
-            free = not isinstance(source, dict) or "properties" not in source
-            return compiler.compile_json_schema(
-                json.dumps(source), any_whitespace=False, strict_mode=not free
-            )
-        if kind == "regex":
-            return compiler.compile_regex(source)
-        if kind == "choice":
-            words = " | ".join(json.dumps(word, ensure_ascii=False) for word in source)
-            return compiler.compile_grammar(f"root ::= {words}")
-        return compiler.compile_grammar(source)
+        return compiled
 
     @cached_property
-    def _compiler(self) -> Any:
-        try:
-            import xgrammar
-        except ImportError:
+    def _vocabulary(self) -> Vocabulary:
+        texts, byte_level = self._tokenizer.vocabulary(self._vocab_size)
+        kind = "BYTE_LEVEL" if byte_level else "BYTE_FALLBACK" if "<0x0A>" in texts else "RAW"
+        return Vocabulary(texts, kind, self._vocab_size, self._eos_ids)
+
+    @cached_property
+    def _tokenizer_info(self) -> Any:
+        return self._vocabulary.tokenizer_info()
+
+    @cached_property
+    def _compiler(self) -> GrammarCompiler:
+        if find_spec("xgrammar") is None:
             raise ParameterError(
                 "structured_outputs",
                 None,
                 "needs xgrammar, which is not installed (Debian: python3-xgrammar)",
-            ) from None
-        texts, byte_level = self._tokenizer.vocabulary(self._vocab_size)
-        kind = xgrammar.VocabType.RAW
-        if byte_level:
-            kind = xgrammar.VocabType.BYTE_LEVEL
-        elif "<0x0A>" in texts:
-            kind = xgrammar.VocabType.BYTE_FALLBACK
-        info = xgrammar.TokenizerInfo(
-            texts, kind, vocab_size=self._vocab_size, stop_token_ids=self._eos_ids or None
-        )
-        return xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+            )
+        return GrammarCompiler(self._vocabulary)
 
 
 def _check(kind: str, source: Any) -> None:

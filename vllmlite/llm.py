@@ -9,7 +9,8 @@ from typing import Any
 from vllmlite.config import EngineConfig
 from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.llm_engine import LLMEngine, Prompt
-from vllmlite.outputs import RequestOutput
+from vllmlite.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
+from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.tokenizer import Tokenizer
 
@@ -50,19 +51,37 @@ class LLM:
         params = self._params_for(batch, sampling_params)
         if priority is not None and len(priority) != len(batch):
             raise ParameterError("priority", len(priority), f"must have one entry a prompt, {len(batch)}")
-        request_ids: list[str] = []
-        try:
-            for index, (prompt, its_params) in enumerate(zip(batch, params, strict=True)):
-                request_id = str(next(self._ids))
-                final = its_params.clone(output_kind=RequestOutputKind.FINAL_ONLY)
-                self.llm_engine.add_request(
-                    request_id, prompt, final, priority=priority[index] if priority else 0
-                )
-                request_ids.append(request_id)
-            return self._run(request_ids, use_tqdm)
-        except BaseException:
-            self.llm_engine.abort_request(request_ids)
-            raise
+        finals = [each.clone(output_kind=RequestOutputKind.FINAL_ONLY) for each in params]
+        return self._run(batch, finals, priority, use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector of each prompt, of the model's hidden states after its last norm, as ``pooling_params`` say.
+
+        Prompts are as :meth:`generate` takes them; raises as it does."""
+        batch = _as_batch(prompts)
+        if pooling_params is None:
+            pooling_params = PoolingParams()
+        params = (
+            [pooling_params] * len(batch) if isinstance(pooling_params, PoolingParams) else pooling_params
+        )
+        if len(params) != len(batch):
+            raise ParameterError("pooling_params", len(params), f"must be one, or one a prompt, {len(batch)}")
+        return [
+            EmbeddingRequestOutput(
+                output.request_id,
+                output.prompt,
+                output.prompt_token_ids,
+                EmbeddingOutput(output.embedding or []),
+                num_cached_tokens=output.num_cached_tokens,
+            )
+            for output in self._run(batch, params, None, use_tqdm)
+        ]
 
     def chat(
         self,
@@ -109,7 +128,28 @@ class LLM:
             )
         return params
 
-    def _run(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(
+        self,
+        batch: Sequence[Prompt],
+        params: Sequence[SamplingParams | PoolingParams],
+        priority: Sequence[int] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        """Add requests, all or none, and step until they are done; outputs in their order."""
+        request_ids: list[str] = []
+        try:
+            for index, (prompt, its_params) in enumerate(zip(batch, params, strict=True)):
+                request_id = str(next(self._ids))
+                self.llm_engine.add_request(
+                    request_id, prompt, its_params, priority=priority[index] if priority else 0
+                )
+                request_ids.append(request_id)
+            return self._finish(request_ids, use_tqdm)
+        except BaseException:
+            self.llm_engine.abort_request(request_ids)
+            raise
+
+    def _finish(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
         progress = _progress_bar(len(request_ids)) if use_tqdm else None
         finished: dict[str, RequestOutput] = {}
         while self.llm_engine.has_unfinished_requests():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,6 +13,7 @@ from vllmlite.engine_process import EngineProcess
 from vllmlite.errors import ParameterError
 from vllmlite.output_processor import OutputProcessor
 from vllmlite.outputs import EngineStats, RequestOutput
+from vllmlite.pooling_params import PoolingParams
 from vllmlite.runner.startup import start, start_process
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizer import Tokenizer
@@ -35,6 +37,7 @@ class LLMEngine:
         self.engine_core: EngineCore = started.engine
         self.tokenizer = started.tokenizer
         self.max_model_len = started.max_model_len
+        self.hidden_size = started.hidden_size
         self.default_sampling_params = started.default_sampling_params
         self.backend_choice = started.backend_choice
         self.observer: Callable[[list[EngineOutput]], None] | None = None
@@ -68,21 +71,26 @@ class LLMEngine:
         self,
         request_id: str,
         prompt: Prompt,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         arrival_time: float | None = None,
         priority: int = 0,
     ) -> None:
-        """Queue a request. Raises :class:`ParameterError`, and takes nothing in, if it can never be served."""
+        """Queue a request, with :class:`PoolingParams` for an embedding.
+
+        Raises :class:`ParameterError`, and takes nothing in, if it can never be served."""
         if not isinstance(request_id, str) or not request_id:
             raise ParameterError("request_id", request_id, "must be a non-empty string")
         if self._processor.knows(request_id):
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
-        if not isinstance(params, SamplingParams):
-            raise ParameterError("params", params, "must be SamplingParams")
+        if not isinstance(params, (SamplingParams, PoolingParams)):
+            raise ParameterError("params", params, "must be SamplingParams or PoolingParams")
         if priority and self.config.scheduling_policy != "priority":
             raise ParameterError("priority", priority, "needs scheduling_policy=priority")
         encoded = self.encode(prompt)
         prompt_ids = encoded["prompt_token_ids"]
+        if isinstance(params, PoolingParams):
+            self._add_pooling(request_id, encoded, params, arrival_time, priority)
+            return
         if self.tokenizer is None and params.stop:
             raise ParameterError("stop", params.stop, "stop strings need a tokenizer")
         bad_words = self._bad_word_ids(params.bad_words or ())
@@ -109,6 +117,32 @@ class LLMEngine:
                 self.engine_core.finish(child)
             raise
         prompt_ids[:] = request.prompt_token_ids  # as truncated
+
+    def _add_pooling(
+        self,
+        request_id: str,
+        encoded: dict[str, Any],
+        params: PoolingParams,
+        arrival_time: float | None,
+        priority: int,
+    ) -> None:
+        if params.dimensions is not None and params.dimensions > self.hidden_size:
+            raise ParameterError(
+                "dimensions", params.dimensions, f"must be at most the model's {self.hidden_size}"
+            )
+        kind = params.pooling_type or self.config.pooling_type
+        normalize = self.config.pooling_normalize if params.normalize is None else params.normalize
+        request = self.engine_core.add_request(
+            request_id,
+            encoded["prompt_token_ids"],
+            SamplingParams(truncate_prompt_tokens=params.truncate_prompt_tokens),
+            priority=priority,
+            cache_salt=encoded.get("cache_salt"),
+            arrival_time=arrival_time,
+            pooling_type=kind,
+        )
+        complete = replace(params, pooling_type=kind, normalize=normalize)
+        self._processor.add_pooling(request_id, encoded.get("prompt"), request.prompt_token_ids, complete)
 
     @cached_property
     def grammars(self) -> Grammars:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from vllmlite.engine.engine import EngineOutput, TokenLogprobs
 from vllmlite.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.tokenizer import Detokenizer, Tokenizer
 
@@ -38,6 +40,15 @@ class _Group:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Pooling:
+    """An embedding request."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: PoolingParams
+
+
 class OutputProcessor:
     """Keeps what the engine does not: prompts as text, detokenisers, and which sequences belong together."""
 
@@ -48,6 +59,13 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._groups: dict[str, _Group] = {}
         self._group_of: dict[str, _Group] = {}
+        self._poolings: dict[str, _Pooling] = {}
+
+    def add_pooling(
+        self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: PoolingParams
+    ) -> None:
+        """Expect an embedding request; every field of ``params`` that has an effect on a vector is given."""
+        self._poolings[request_id] = _Pooling(prompt, prompt_token_ids, params)
 
     def add(
         self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams
@@ -74,10 +92,12 @@ class OutputProcessor:
 
     def knows(self, request_id: str) -> bool:
         """Whether ``request_id`` is expected and unfinished."""
-        return request_id in self._groups
+        return request_id in self._groups or request_id in self._poolings
 
     def forget(self, request_id: str) -> list[str]:
         """Drop a request; returns the engine's requests that made it up."""
+        if self._poolings.pop(request_id, None) is not None:
+            return [request_id]
         group = self._groups.pop(request_id, None)
         if group is None:
             return []
@@ -92,15 +112,17 @@ class OutputProcessor:
         end because their text reached a stop string."""
         touched: dict[str, list[str]] = {}
         stopped: list[tuple[str, str]] = []
+        ready: list[RequestOutput] = []
         for output in outputs:
             group = self._group_of.get(output.request_id)
             if group is None:
+                if output.request_id in self._poolings:
+                    ready.append(self._embedding(self._poolings.pop(output.request_id), output))
                 continue
             stop = self._take_in(group, group.completions[output.request_id], output)
             if stop is not None and output.finish_reason is None:
                 stopped.append((output.request_id, stop))
             touched.setdefault(group.request_id, []).append(output.request_id)
-        ready = []
         for request_id, children in touched.items():
             group = self._groups[request_id]
             finished = group.num_unfinished == 0
@@ -114,6 +136,27 @@ class OutputProcessor:
                 if group.error is not None:
                     self.errors[request_id] = group.error
         return ready, stopped
+
+    def _embedding(self, pooling: _Pooling, output: EngineOutput) -> RequestOutput:
+        """The vector, cut and scaled; none where a step failed."""
+        vector: list[float] | None = None
+        if output.pooled is None:
+            self.errors[output.request_id] = output.error or "no vector came of it"
+        else:
+            vector = output.pooled[: pooling.params.dimensions]
+            length = math.hypot(*vector)
+            if pooling.params.normalize and length > 0:
+                vector = [element / length for element in vector]
+        return RequestOutput(
+            request_id=output.request_id,
+            prompt=pooling.prompt,
+            prompt_token_ids=pooling.prompt_token_ids,
+            outputs=[],
+            finished=True,
+            num_cached_tokens=output.num_cached_tokens,
+            metrics=output.metrics,
+            embedding=vector,
+        )
 
     def _empty_output(self, index: int, params: SamplingParams) -> CompletionOutput:
         wanted = params.logprobs is not None

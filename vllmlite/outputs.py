@@ -86,6 +86,8 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
+    embedding: list[float] | None = None
+    """The vector of an embedding request, which has no completions; see :meth:`LLM.embed`."""
 
     def extend(self, later: RequestOutput) -> None:
         """Add the deltas that came after these."""
@@ -98,6 +100,30 @@ class RequestOutput:
         self.finished = later.finished
         self.prompt_logprobs = later.prompt_logprobs
         self.num_cached_tokens, self.metrics = later.num_cached_tokens, later.metrics
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """A vector of a prompt."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """Its length."""
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """What comes of an embedding request: its prompt and one vector."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: EmbeddingOutput
+    finished: bool = True
+    num_cached_tokens: int = 0
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from vllmlite.backends.base import HostTensor, QuantizedTensor
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.errors import ModelError, ParameterError
-from vllmlite.hub import CONFIG_FILES, INDEX
+from vllmlite.hub.snapshot import CONFIG_FILES, INDEX
 from vllmlite.models import open_model, read_spec
 from vllmlite.models.hf_config import quantization_config
 from vllmlite.weights.checkpoint import stored_names
@@ -28,6 +28,8 @@ def quantize_checkpoint(source: Path, target: Path, kind: str, threads: int | No
 
     ``threads``: of the CPU; None: as many as the process may use. ModelError says what is wrong with ``source``,
     ParameterError that ``target`` exists, BackendError that the native CPU backend, which quantises, is not there."""
+    if source.is_file():
+        raise ModelError(f"{source}: is a GGUF file; accepted: a directory with a checkpoint")
     spec = read_spec(source)
     if spec.quantization is not None:
         raise ModelError(f"{source}: its weights are {spec.quantization} already")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer as FastTokenizer
 
 from vllmlite.errors import ModelError, ParameterError
+from vllmlite.gguf_tokenizer import gguf_tokenizer
 from vllmlite.weights.json_object import read_object
 
 if TYPE_CHECKING:
@@ -21,13 +22,17 @@ CONTEXT_TOKENS = 6
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer (``tokenizer.json``) with its configuration and chat template."""
+    """A Hugging Face tokenizer (``tokenizer.json``, or a GGUF file's) with its configuration and chat template."""
 
     def __init__(self, path: Path) -> None:
-        """Read ``tokenizer.json`` and ``tokenizer_config.json`` of directory ``path``. Raises ModelError."""
-        self._config = read_object(path / "tokenizer_config.json", optional=True)
+        """Read ``tokenizer.json`` and ``tokenizer_config.json`` of directory ``path``, or what the GGUF file ``path``
+        has in their place. Raises ModelError."""
         self._template_file = path / "chat_template.jinja"
-        self._fast = _load_fast(path)
+        if path.is_file():
+            self._fast, self._config = gguf_tokenizer(path)
+        else:
+            self._config = read_object(path / "tokenizer_config.json", optional=True)
+            self._fast = _load_fast(path)
         self._fast.no_truncation()
         self._fast.no_padding()
         self.eos_token_id = self._special("eos_token")
@@ -78,6 +83,20 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """Text of one id alone, special tokens included."""
         return self.decode([token_id], skip_special_tokens=False)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is written ``text``; None if there is none."""
+        found: int | None = self._fast.token_to_id(text)
+        return found
+
+    def special_text(self, name: str) -> str:
+        """The text of ``bos_token`` or another special token; empty if there is none."""
+        return self._config_text(name)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template that the checkpoint brings."""
+        return self._chat_template
 
     @property
     def has_chat_template(self) -> bool:

@@ -45,7 +45,7 @@ void Runtime::flush() {
 void Runtime::begin_recording() {
   flush();
   pending_ = {};
-  lasting_arena_ = std::exchange(arena_, std::make_shared<Arena>());
+  lasting_arena_ = std::exchange(arena_, recordings_arena_);
 }
 
 std::shared_ptr<Recording> Runtime::end_recording() {

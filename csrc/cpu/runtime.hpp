@@ -48,7 +48,8 @@ class Runtime {
   // Runs what is pending.
   void flush();
 
-  // Between the two, what is issued is kept and what is made comes from an arena of its own. The second runs it.
+  // Between the two, what is issued is kept and what is made comes from the arena of all recordings, which never run at
+  // the same time and leave each other nothing but their results. The second runs it.
   void begin_recording();
   std::shared_ptr<Recording> end_recording();
   void abandon_recording();
@@ -59,6 +60,7 @@ class Runtime {
   DType product_input_;
   Team team_;
   std::shared_ptr<Arena> arena_ = std::make_shared<Arena>();
+  std::shared_ptr<Arena> recordings_arena_ = std::make_shared<Arena>();
   std::shared_ptr<Arena> lasting_arena_;  // while recording
   Recording pending_;
 };

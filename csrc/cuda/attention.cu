@@ -1,4 +1,4 @@
-// The cache, what goes into it, and attention that is exact rather than fast.
+// The cache, the op of attention, and attention that is exact rather than fast.
 #include <algorithm>
 
 #include "cuda/attention.hpp"
@@ -7,8 +7,6 @@
 #include "cuda/ops.hpp"
 
 namespace vllmlite::cuda {
-
-constexpr int kMostSize = 256;  // elements of a head
 
 // ---- Cache
 
@@ -37,106 +35,6 @@ Tensor KVCache::layer(int index) const {
   part.shape = {num_blocks, block_elements()};
   part.data = static_cast<char*>(memory.data) + static_cast<std::size_t>(index) * part.bytes();
   return part;
-}
-
-// ---- Preparation: a warp a head of a token
-
-constexpr unsigned kPrepWarps = 4;
-
-template <typename T, typename Cached>
-static __global__ void prepare_kernel(const T* qkv, T* q, Cached* kv, const float* cos_sin, int rotary_dim,
-                                      bool interleaved, const T* q_norm, const T* k_norm, float eps, int heads,
-                                      int kv_heads, int size, int width, int block_size, const std::int32_t* positions,
-                                      const std::int32_t* cache_slots, unsigned work) {
-  __shared__ float room[kPrepWarps][kMostSize];
-  let_next_begin();
-  wait_for_previous();
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const auto index = blockIdx.x * kPrepWarps + threadIdx.x / 32;
-  if (index >= work) return;
-  float* values = room[threadIdx.x / 32];
-  const auto all = static_cast<unsigned>(heads + 2 * kv_heads);
-  const std::int64_t token = index / all;
-  const auto head = static_cast<int>(index % all);
-  const bool is_q = head < heads, is_v = head >= heads + kv_heads;
-  const T* from = qkv + static_cast<std::int64_t>(index) * size;
-  for (int i = lane; i < size; i += 32) values[i] = wide(from[i]);
-  __syncwarp();
-  const T* norm = is_v ? nullptr : is_q ? q_norm : k_norm;
-  if (norm != nullptr) {
-    float squares = 0;
-    for (int i = lane; i < size; i += 32) squares = fmaf(values[i], values[i], squares);
-    const float factor = rsqrtf(warp_sum(squares) / static_cast<float>(size) + eps);
-    // Rounded as a norm of its own would be.
-    for (int i = lane; i < size; i += 32) values[i] = wide(narrow<T>(values[i] * factor * wide(norm[i])));
-    __syncwarp();
-  }
-  const float* turn =
-      is_v || cos_sin == nullptr ? nullptr : cos_sin + static_cast<std::int64_t>(positions[token]) * rotary_dim;
-  const int half = rotary_dim / 2;
-  const auto rotated = [&](int i) {
-    if (turn == nullptr || i >= rotary_dim) return values[i];
-    const bool second = interleaved ? i % 2 == 1 : i >= half;
-    const int pair = interleaved ? i / 2 : second ? i - half : i;
-    const float partner = values[interleaved ? i ^ 1 : second ? i - half : i + half];
-    const float cosine = turn[pair], sine = turn[half + pair];
-    return second ? values[i] * cosine + partner * sine : values[i] * cosine - partner * sine;
-  };
-  if (is_q) {
-    T* to = q + (token * heads + head) * size;
-    for (int i = lane; i < size; i += 32) to[i] = narrow<T>(rotated(i));
-    return;
-  }
-  const int slot = cache_slots[token];
-  if (slot < 0) return;
-  const std::int64_t plane = (is_v ? kv_heads : 0) + (head - heads) % kv_heads;
-  Cached* to =
-      kv +
-      ((static_cast<std::int64_t>(slot / block_size) * 2 * kv_heads + plane) * block_size + slot % block_size) * width;
-  // Through the activations' dtype, as q goes.
-  for (int i = lane; i < width; i += 32)
-    to[i] = i < size ? narrow<Cached>(wide(narrow<T>(rotated(i)))) : narrow<Cached>(0);
-}
-
-Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::optional<Rotation>& rope,
-                 const KVCache& kv, int layer, const Batch& batch, const AttentionNorms& norms) {
-  const std::int64_t tokens = batch.num_tokens, all = num_heads + std::int64_t{2} * kv.kv_heads;
-  check_shape(qkv, {tokens, all * kv.head_dim}, "qkv of attn_prep");
-  check_dtype(qkv, runtime.dtype(), "qkv of attn_prep");
-  if (num_heads < 1 || num_heads % kv.kv_heads != 0)
-    throw std::invalid_argument("attn_prep: " + std::to_string(num_heads) + " query heads do not share " +
-                                std::to_string(kv.kv_heads) + " key/value heads evenly");
-  for (const std::optional<Tensor>* norm : {&norms.q, &norms.k})
-    if (*norm) {
-      check_shape(**norm, {kv.head_dim}, "a norm of attn_prep");
-      check_dtype(**norm, qkv.dtype, "a norm of attn_prep");
-    }
-  if (rope) {
-    check_dtype(rope->cos_sin, DType::float32, "the rotation of attn_prep");
-    check_rank(rope->cos_sin, 2, "the rotation of attn_prep");
-    if (rope->cos_sin.shape[1] != rope->rotary_dim || rope->rotary_dim % 2 != 0 || rope->rotary_dim > kv.head_dim ||
-        rope->cos_sin.shape[0] < batch.max_context)
-      throw std::invalid_argument("attn_prep: a rotation " + describe(rope->cos_sin.shape) + " does not fit");
-  }
-  const DeviceGuard guard(runtime.device());
-  Tensor q = runtime.make({tokens, num_heads, kv.head_dim}, qkv.dtype);
-  const Tensor pool = kv.layer(layer);
-  with_float(qkv.dtype, [&](auto* from) {
-    with_float(kv.dtype, [&](auto* to) {
-      using T = Pointee<decltype(from)>;
-      using Cached = Pointee<decltype(to)>;
-      const auto norm = [](const std::optional<Tensor>& weight) {
-        return weight ? static_cast<const T*>(weight->data) : nullptr;
-      };
-      launch(runtime, prepare_kernel<T, Cached>, blocks_for(tokens * all, kPrepWarps), kPrepWarps * 32, 0,
-             static_cast<const T*>(qkv.data), static_cast<T*>(q.data), static_cast<Cached*>(pool.data),
-             rope ? static_cast<const float*>(rope->cos_sin.data) : nullptr, rope ? rope->rotary_dim : 0,
-             rope && rope->interleaved, norm(norms.q), norm(norms.k), norms.eps, num_heads, kv.kv_heads, kv.head_dim,
-             kv.width, kv.block_size, batch.view.positions, batch.view.cache_slots,
-             static_cast<unsigned>(tokens * all));
-    });
-  });
-  return q;
 }
 
 // ---- In order: a block a head of a token; tiles of keys begin at the same positions whatever the query

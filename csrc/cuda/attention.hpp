@@ -6,6 +6,8 @@
 
 namespace vllmlite::cuda {
 
+constexpr int kMostSize = 256;  // elements of a head
+
 struct Attention {
   const void* q;   // [tokens, heads, size]
   const void* kv;  // a layer's blocks, [num_blocks, 2, kv_heads, block_size, width]

@@ -1,6 +1,9 @@
-// Attention of rows that have one token: all the time goes into reading keys and values. A block has one item of a row
-// for the query heads that share a key/value head; its warps take 16 keys in turn, each with stages of its own in
-// shared memory that are filled ahead in the background. The last of a row's blocks puts the items together.
+// Attention of rows that have one token: all the time goes into reading keys and values. Work comes in units, an item of
+// a row for the query heads that share a key/value head. A block goes over units; its warps take tiles of keys in turn,
+// each with stages of its own in shared memory that are filled ahead in the background, across units, and as far as
+// earlier steps wrote the keys from before the kernel that writes the newest is done. Keys are the rows of the tensor
+// cores' first operand, heads the columns of the second. The last of a row's blocks puts the items together, as in
+// Dao et al. 2023 (Flash-Decoding).
 #include <algorithm>
 
 #include "cuda/attention.hpp"
@@ -8,215 +11,281 @@
 
 namespace vllmlite::cuda {
 
-constexpr int kWarps = 4, kKeys = 16, kHeads = 16;
+constexpr int kHeads = 8, kStages = 2;
 
 // Rows are padded by one access, so that eight of them lie in different banks.
 template <typename T, int kSize>
 struct Stage {
-  static constexpr int kStride = kSize + 8;
+  static constexpr int kKeys = 2048 / kSize, kStride = kSize + 8;
   T keys[kKeys][kStride];
   T values[kKeys][kStride];
 };
 
-template <typename T, int kSize, int kStages>
-union Room {
+template <typename T, int kSize, int kWarps>
+struct Room {
   Stage<T, kSize> stages[kWarps][kStages];
-  struct {
-    float sums[kWarps][kHeads][kSize + 4];
-    float largest[kWarps][kHeads], total[kWarps][kHeads];
-    bool last;
-  } end;
+  float sums[kWarps][kHeads][kSize + 4];
+  float largest[kWarps][kHeads], total[kWarps][kHeads];
+  bool last;
 };
 
-template <typename T, int kSize, int kStages>
-static __global__ __launch_bounds__(kWarps * 32, 2) void decoding_kernel(const __grid_constant__ Attention given,
-                                                                         float* partial, float2* states,
-                                                                         std::int32_t* counters) {
+// The first key of an item that its token sees through a window.
+__device__ __forceinline__ int first_key(const Item& item, int window) {
+  return item.context - item.begin > window ? item.context - window : item.begin;
+}
+
+// The tiles of keys that a warp takes, in order: those of its block's units, one after another.
+template <typename T, int kSize, int kWarps>
+class Walk {
+ public:
+  static constexpr int kKeys = Stage<T, kSize>::kKeys, kStep = kWarps * kKeys, kParts = kKeys / 16;
+
+  __device__ Walk(const Attention& given, int shares, int units, int warp)
+      : given_(given), shares_(shares), units_(units), warp_(warp), unit_(static_cast<int>(blockIdx.x)) {
+    plane_ = static_cast<std::int64_t>(given.block_size) * given.width;
+    whole_ = given.block_size % 16 == 0;
+    open();
+  }
+
+  // Whether the next tile's keys were all written by earlier steps.
+  __device__ bool settled() const { return live_ && tile_ + kKeys <= settled_; }
+
+  // Starts copying the next tile.
+  __device__ void fetch(Stage<T, kSize>& stage, int lane) {
+    constexpr int kWords = kSize / 8;  // of 16 bytes in a key
+    if (live_) {
+      const std::int64_t values_at = given_.kv_heads * plane_;
+#pragma unroll
+      for (int i = 0; i < kKeys * kWords / 32; ++i) {
+        const int row = i * (32 / kWords) + lane / kWords, word = lane % kWords, key = tile_ + row;
+        const bool there = key >= from_ && key < end_ && word * 8 < given_.width;
+        const std::int64_t at =
+            !there ? 0
+            : whole_ ? places_[i * (32 / kWords) / 16] + static_cast<std::int64_t>(row % 16) * given_.width + word * 8
+                     : place_of(key) + word * 8;
+        copy_async(&stage.keys[row][word * 8], cache_ + at, there);
+        copy_async(&stage.values[row][word * 8], cache_ + (there ? at + values_at : 0), there);
+      }
+      tile_ += kStep;
+      if (tile_ < end_)
+        find();
+      else
+        next();
+    }
+    commit_copies();
+  }
+
+ private:
+  __device__ std::int64_t place_of(int key) const {
+    return table_[key / given_.block_size] * 2 * given_.kv_heads * plane_ +
+           static_cast<std::int64_t>(key % given_.block_size) * given_.width;
+  }
+
+  // Looks up where the tile lies, one tile before that is needed.
+  __device__ void find() {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+      places_[part] = whole_ && tile_ + part * 16 < end_ ? place_of(tile_ + part * 16) : 0;
+  }
+
+  __device__ void next() {
+    unit_ += static_cast<int>(gridDim.x);
+    open();
+  }
+
+  __device__ void open() {
+    for (live_ = false; unit_ < units_; unit_ += static_cast<int>(gridDim.x)) {
+      const Item item = given_.batch.items[unit_ / shares_];
+      if (item.row < 0) return;
+      from_ = first_key(item, given_.window);
+      end_ = item.end;
+      settled_ = item.settled;
+      tile_ = from_ / kStep * kStep + warp_ * kKeys;
+      if (tile_ >= end_) continue;
+      const int kv_head = unit_ % shares_ / (shares_ / given_.kv_heads);
+      table_ = given_.batch.block_table + static_cast<std::int64_t>(item.slot) * given_.batch.max_blocks;
+      cache_ = static_cast<const T*>(given_.kv) + kv_head * plane_;
+      live_ = true;
+      find();
+      return;
+    }
+  }
+
+  const Attention& given_;
+  const int shares_, units_, warp_;
+  std::int64_t plane_;
+  bool whole_, live_;  // 16 keys are in one block; there is a next tile
+  int unit_, tile_, from_, end_, settled_;
+  const std::int32_t* table_;
+  const T* cache_;
+  std::int64_t places_[kParts];
+};
+
+template <typename T, int kSize, int kWarps>
+static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __grid_constant__ Attention given,
+                                                                      float* partial, float2* states,
+                                                                      std::int32_t* counters) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) char shared[];
-  auto& room = *reinterpret_cast<Room<T, kSize, kStages>*>(shared);
-  constexpr int kWords = kSize / 8;  // of 16 bytes in a key
+  auto& room = *reinterpret_cast<Room<T, kSize, kWarps>*>(shared);
+  using Tiles = Walk<T, kSize, kWarps>;
+  constexpr int kKeys = Tiles::kKeys, kParts = Tiles::kParts;
   let_next_begin();
-  wait_for_previous();
-  const Item item = given.batch.items[blockIdx.x];
-  if (item.row < 0) return;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int group = lane / 4, quad = lane % 4;
   const int sharing = given.heads / given.kv_heads, parts = (sharing + kHeads - 1) / kHeads;
-  const int kv_head = static_cast<int>(blockIdx.y) / parts, part = static_cast<int>(blockIdx.y) % parts;
-  const int first_head = kv_head * sharing + part * kHeads, num_heads = min(sharing - part * kHeads, kHeads);
-  const std::int64_t token = item.token;
-  const int from_key = item.context > given.window ? max(item.begin, item.context - given.window) : item.begin;
-  const int size = given.size, width = given.width, block_size = given.block_size;
-  const std::int32_t* table = given.batch.block_table + static_cast<std::int64_t>(item.slot) * given.batch.max_blocks;
-  const std::int64_t plane = static_cast<std::int64_t>(block_size) * width;
-  const std::int64_t block_stride = 2 * given.kv_heads * plane, values_at = given.kv_heads * plane;
-  const T* cache = static_cast<const T*>(given.kv) + kv_head * plane;
-  const bool whole = block_size % kKeys == 0;  // 16 keys are in one block
+  const int shares = given.kv_heads * parts, units = given.num_items * shares, size = given.size;
+  Tiles tiles(given, shares, units, warp);
+  int filled = 0;
+  for (; filled < kStages && tiles.settled(); ++filled) tiles.fetch(room.stages[warp][filled], lane);
+  wait_for_previous();
+  for (; filled < kStages; ++filled) tiles.fetch(room.stages[warp][filled], lane);
 
-  // Where 16 keys begin, if they are in one block.
-  constexpr int kStep = kWarps * kKeys;
-  const auto find = [&](int tile) {
-    return whole && tile < item.end
-               ? table[tile / block_size] * block_stride + static_cast<std::int64_t>(tile % block_size) * width
-               : 0;
-  };
-  int fetched = from_key / kStep * kStep + warp * kKeys;  // the next tile to ask for
-  std::int64_t place = find(fetched), next_place = find(fetched + kStep);
-  const auto fetch = [&](Stage<T, kSize>& stage) {
-    if (fetched < item.end) {
-#pragma unroll
-      for (int i = lane; i < kKeys * kWords; i += 32) {
-        const int row = i / kWords, word = i % kWords, key = fetched + row;
-        const bool there = key >= from_key && key < item.end && word * 8 < width;
-        std::int64_t at = place + static_cast<std::int64_t>(row) * width;
-        if (!whole && there)
-          at = table[key / block_size] * block_stride + static_cast<std::int64_t>(key % block_size) * width;
-        const T* from = cache + (there ? at + word * 8 : 0);
-        copy_async(&stage.keys[row][word * 8], from, there);
-        copy_async(&stage.values[row][word * 8], from + (there ? values_at : 0), there);
-      }
-    }
-    commit_copies();
-    fetched += kStep;
-    place = next_place;
-    next_place = find(fetched + kStep);
-  };
-  int tile = fetched;
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) fetch(room.stages[warp][i]);
-
-  std::uint32_t q[kSize / 16][4];
-#pragma unroll
-  for (int i = 0; i < kSize / 16; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int head = group + j % 2 * 8, at = i * 16 + quad * 2 + j / 2 * 8;
-      const T* from = static_cast<const T*>(given.q) + (token * given.heads + first_head + head) * size + at;
-      q[i][j] = head < num_heads && at < size ? *reinterpret_cast<const std::uint32_t*>(from) : 0;
-    }
   const float scale = given.scale * kLog2E;
-  float largest[2] = {-INFINITY, -INFINITY}, total[2] = {}, sums[kSize / 8][4] = {};
+  int index = 0;
+  for (int unit = static_cast<int>(blockIdx.x); unit < units; unit += static_cast<int>(gridDim.x)) {
+    const Item item = given.batch.items[unit / shares];
+    if (item.row < 0) break;
+    const int share = unit % shares;
+    const int first_head = share / parts * sharing + share % parts * kHeads;
+    const int num_heads = min(sharing - share % parts * kHeads, kHeads);
+    const int from_key = first_key(item, given.window);
+    const std::int64_t at_heads = static_cast<std::int64_t>(item.token) * given.heads + first_head;
 
-  for (int index = 0; tile < item.end; tile += kStep, index = index + 1 == kStages ? 0 : index + 1) {
-    fetch(room.stages[warp][index == 0 ? kStages - 1 : index - 1]);
-    wait_for_copies<kStages - 1>();
-    __syncwarp();
-    const Stage<T, kSize>& stage = room.stages[warp][index];
-    float scores[2][4] = {};
+    std::uint32_t q[kSize / 16][2];
 #pragma unroll
-    for (int i = 0; i < kSize / 16; ++i) {
-      std::uint32_t key[4];
-      load_matrices(key, &stage.keys[lane / 16 * 8 + lane % 8][i * 16 + lane / 8 % 2 * 8]);
-      multiply<T>(scores[0], q[i], key[0], key[1]);
-      multiply<T>(scores[1], q[i], key[2], key[3]);
-    }
-    float next[2] = {largest[0], largest[1]};
+    for (int i = 0; i < kSize / 16; ++i)
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int key = tile + half * 8 + quad * 2 + i % 2;
-        scores[half][i] = key >= from_key && key < item.end ? scores[half][i] * scale : -INFINITY;
-        next[i / 2] = fmaxf(next[i / 2], scores[half][i]);
+      for (int j = 0; j < 2; ++j) {
+        const int at = i * 16 + j * 8 + quad * 2;
+        const T* from = static_cast<const T*>(given.q) + (at_heads + group) * size + at;
+        q[i][j] = group < num_heads && at < size ? *reinterpret_cast<const std::uint32_t*>(from) : 0;
       }
-    float kept[2];
+    // Of heads 2 quad and the next.
+    float largest[2] = {-INFINITY, -INFINITY}, total[2] = {}, sums[kSize / 16][4] = {};
+    for (int tile = from_key / Tiles::kStep * Tiles::kStep + warp * kKeys; tile < item.end; tile += Tiles::kStep) {
+      wait_for_copies<kStages - 1>();
+      __syncwarp();
+      Stage<T, kSize>& stage = room.stages[warp][index];
+      float scores[kParts][4] = {};
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      next[row] = fmaxf(next[row], __shfl_xor_sync(kAll, next[row], 1));
-      next[row] = fmaxf(next[row], __shfl_xor_sync(kAll, next[row], 2));
-      kept[row] = next[row] == -INFINITY ? 1 : exp2_fast(largest[row] - next[row]);
-      largest[row] = next[row];
-      total[row] *= kept[row];
-    }
+      for (int i = 0; i < kSize / 16; ++i)
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+        for (int part = 0; part < kParts; ++part) {
+          std::uint32_t key[4];
+          load_matrices(key, &stage.keys[part * 16 + lane % 16][i * 16 + lane / 16 * 8]);
+          multiply<T>(scores[part], key, q[i][0], q[i][1]);
+        }
+      float next[2] = {largest[0], largest[1]}, kept[2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float score = scores[half][i];
-        scores[half][i] = score == -INFINITY ? 0 : exp2_fast(score - largest[i / 2]);
-        total[i / 2] += scores[half][i];
+      for (int part = 0; part < kParts; ++part)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int key = tile + part * 16 + i / 2 * 8 + group;
+          float& score = scores[part][i];
+          score = key >= from_key && key < item.end ? score * scale : -INFINITY;
+          next[i % 2] = fmaxf(next[i % 2], score);
+        }
+#pragma unroll
+      for (int head = 0; head < 2; ++head) {
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2)
+          next[head] = fmaxf(next[head], __shfl_xor_sync(kAll, next[head], offset));
+        kept[head] = next[head] == -INFINITY ? 1 : exp2_fast(largest[head] - next[head]);
+        largest[head] = next[head];
+        total[head] *= kept[head];
       }
-    const std::uint32_t weights[] = {pair<T>(scores[0][0], scores[0][1]), pair<T>(scores[0][2], scores[0][3]),
-                                     pair<T>(scores[1][0], scores[1][1]), pair<T>(scores[1][2], scores[1][3])};
 #pragma unroll
-    for (int i = 0; i < kSize / 16; ++i) {
-      std::uint32_t value[4];
-      load_matrices_transposed(value, &stage.values[lane / 8 % 2 * 8 + lane % 8][i * 16 + lane / 16 * 8]);
+      for (auto& sum : sums)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        auto& sum = sums[2 * i + half];
+        for (int i = 0; i < 4; ++i) sum[i] *= kept[i % 2];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum[j] *= kept[j / 2];
-        multiply<T>(sum, weights, value[2 * half], value[2 * half + 1]);
+      for (int part = 0; part < kParts; ++part) {
+        float(&weights)[4] = scores[part];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          weights[i] = weights[i] == -INFINITY ? 0 : exp2_fast(weights[i] - largest[i % 2]);
+          total[i % 2] += weights[i];
+        }
+        const std::uint32_t low = transposed(pair<T>(weights[0], weights[1])),
+                            high = transposed(pair<T>(weights[2], weights[3]));
+#pragma unroll
+        for (int i = 0; i < kSize / 16; ++i) {
+          std::uint32_t value[4];
+          load_matrices_transposed(value, &stage.values[part * 16 + lane / 16 * 8 + lane % 8][i * 16 + lane / 8 % 2 * 8]);
+          multiply<T>(sums[i], value, low, high);
+        }
       }
+      __syncwarp();
+      tiles.fetch(stage, lane);
+      index = index + 1 == kStages ? 0 : index + 1;
     }
-    __syncwarp();
-  }
-  wait_for_copies<0>();
-  __syncthreads();
 
-  // The warps' shares together.
+    // The warps' shares together.
+    __syncthreads();
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    total[row] += __shfl_xor_sync(kAll, total[row], 1);
-    total[row] += __shfl_xor_sync(kAll, total[row], 2);
-    if (quad == 0) {
-      room.end.largest[warp][row * 8 + group] = largest[row];
-      room.end.total[warp][row * 8 + group] = total[row];
+    for (int head = 0; head < 2; ++head) {
+#pragma unroll
+      for (int offset = 4; offset < 32; offset *= 2) total[head] += __shfl_xor_sync(kAll, total[head], offset);
+      if (group == 0) {
+        room.largest[warp][quad * 2 + head] = largest[head];
+        room.total[warp][quad * 2 + head] = total[head];
+      }
     }
-  }
 #pragma unroll
-  for (int n = 0; n < kSize / 8; ++n)
+    for (int n = 0; n < kSize / 16; ++n)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) room.end.sums[warp][i / 2 * 8 + group][n * 8 + quad * 2 + i % 2] = sums[n][i];
-  __syncthreads();
-  T* out = static_cast<T*>(given.out) + (token * given.heads + first_head) * size;
-  const std::int64_t own = static_cast<std::int64_t>(blockIdx.x) * given.heads + first_head;
-  for (int i = static_cast<int>(threadIdx.x); i < num_heads * size; i += kWarps * 32) {
-    const int head = i / size, at = i % size;
-    float most = -INFINITY, all = 0, sum = 0;
+      for (int i = 0; i < 4; ++i) room.sums[warp][quad * 2 + i % 2][n * 16 + i / 2 * 8 + group] = sums[n][i];
+    __syncthreads();
+    T* out = static_cast<T*>(given.out) + at_heads * size;
+    const std::int64_t own = static_cast<std::int64_t>(unit / shares) * given.heads + first_head;
+    for (int i = static_cast<int>(threadIdx.x); i < num_heads * size; i += kWarps * 32) {
+      const int head = i / size, at = i % size;
+      float most = -INFINITY, all = 0, sum = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) most = fmaxf(most, room.end.largest[w][head]);
+      for (int w = 0; w < kWarps; ++w) most = fmaxf(most, room.largest[w][head]);
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float share = room.end.largest[w][head] == -INFINITY ? 0 : exp2_fast(room.end.largest[w][head] - most);
-      all += room.end.total[w][head] * share;
-      sum += room.end.sums[w][head][at] * share;
+      for (int w = 0; w < kWarps; ++w) {
+        const float part = room.largest[w][head] == -INFINITY ? 0 : exp2_fast(room.largest[w][head] - most);
+        all += room.total[w][head] * part;
+        sum += room.sums[w][head][at] * part;
+      }
+      if (item.count == 1) {
+        out[i] = narrow<T>(sum / all);
+      } else {
+        partial[(own + head) * size + at] = sum;
+        if (at == 0) states[own + head] = make_float2(most, all);
+      }
     }
-    if (item.count == 1) {
+    if (item.count == 1) continue;
+
+    __threadfence();
+    __syncthreads();
+    std::int32_t* counter = counters + static_cast<std::int64_t>(item.row) * shares + share;
+    if (threadIdx.x == 0) {
+      room.last = atomicAdd(counter, 1) == item.count - 1;
+      if (room.last) *counter = 0;
+    }
+    __syncthreads();
+    if (!room.last) continue;
+    __threadfence();
+    for (int i = static_cast<int>(threadIdx.x); i < num_heads * size; i += kWarps * 32) {
+      const std::int64_t head = first_head + i / size;
+      float most = -INFINITY, all = 0, sum = 0;
+#pragma unroll 4
+      for (int n = item.first; n < item.first + item.count; ++n) {
+        const std::int64_t there = static_cast<std::int64_t>(n) * given.heads + head;
+        const float2 state = __ldcg(states + there);
+        const float value = __ldcg(partial + there * size + i % size);
+        if (state.x == -INFINITY) continue;
+        const float next = fmaxf(most, state.x);
+        const float kept = most == -INFINITY ? 0 : exp2_fast(most - next), part = exp2_fast(state.x - next);
+        all = all * kept + state.y * part;
+        sum = sum * kept + value * part;
+        most = next;
+      }
       out[i] = narrow<T>(sum / all);
-    } else {
-      partial[(own + head) * size + at] = sum;
-      if (at == 0) states[own + head] = make_float2(most, all);
     }
-  }
-  if (item.count == 1) return;
-
-  __threadfence();
-  __syncthreads();
-  std::int32_t* counter = counters + static_cast<std::int64_t>(item.row) * gridDim.y + blockIdx.y;
-  if (threadIdx.x == 0) {
-    room.end.last = atomicAdd(counter, 1) == item.count - 1;
-    if (room.end.last) *counter = 0;
-  }
-  __syncthreads();
-  if (!room.end.last) return;
-  __threadfence();
-  for (int i = static_cast<int>(threadIdx.x); i < num_heads * size; i += kWarps * 32) {
-    const std::int64_t head = first_head + i / size;
-    float most = -INFINITY, all = 0, sum = 0;
-    for (int n = item.first; n < item.first + item.count; ++n) {
-      const std::int64_t there = static_cast<std::int64_t>(n) * given.heads + head;
-      const float2 state = __ldcg(states + there);
-      if (state.x == -INFINITY) continue;
-      const float next = fmaxf(most, state.x);
-      const float kept = most == -INFINITY ? 0 : exp2_fast(most - next), share = exp2_fast(state.x - next);
-      all = all * kept + state.y * share;
-      sum = sum * kept + __ldcg(partial + there * size + i % size) * share;
-      most = next;
-    }
-    out[i] = narrow<T>(sum / all);
   }
 #endif
 }
@@ -226,32 +295,34 @@ bool takes_tensor_cores(const Runtime& runtime, const Attention& attention) {
          attention.size % 8 == 0 && attention.width <= 128;
 }
 
-template <typename T, int kSize, int kStages>
-static void run(Runtime& runtime, const Attention& attention) {
-  using Shared = Room<T, kSize, kStages>;
+template <typename T, int kSize, int kWarps>
+static void run(Runtime& runtime, const Attention& attention, int blocks_per_processor) {
+  using Shared = Room<T, kSize, kWarps>;
   const int sharing = attention.heads / attention.kv_heads;
-  const dim3 grid(static_cast<unsigned>(attention.num_items),
-                  static_cast<unsigned>(attention.kv_heads * ((sharing + kHeads - 1) / kHeads)));
-  const std::int64_t shares = static_cast<std::int64_t>(attention.num_items) * attention.heads;
-  const Tensor partial = runtime.make({shares, attention.size}, DType::float32);
-  const Tensor states = runtime.make({shares, 2}, DType::float32);
-  VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, decoding_kernel<T, kSize, kStages>,
-                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sizeof(Shared)));
-  launch(runtime, decoding_kernel<T, kSize, kStages>, grid, kWarps * 32, sizeof(Shared), attention,
-         static_cast<float*>(partial.data), static_cast<float2*>(states.data),
-         runtime.counters(static_cast<std::size_t>(attention.num_rows) * grid.y));
+  const int shares = attention.kv_heads * ((sharing + kHeads - 1) / kHeads);
+  const std::int64_t items = attention.num_items;
+  const Tensor partial = runtime.make({items * attention.heads, attention.size}, DType::float32);
+  const Tensor states = runtime.make({items * attention.heads, 2}, DType::float32);
+  const auto kernel = decoding_kernel<T, kSize, kWarps>;
+  VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                      static_cast<int>(sizeof(Shared)));
+  const auto blocks = static_cast<unsigned>(
+      std::min(items * shares, static_cast<std::int64_t>(runtime.multiprocessors()) * blocks_per_processor));
+  launch(runtime, kernel, blocks, kWarps * 32, sizeof(Shared), attention, static_cast<float*>(partial.data),
+         static_cast<float2*>(states.data),
+         runtime.counters(static_cast<std::size_t>(attention.num_rows) * static_cast<std::size_t>(shares)));
+}
+
+template <typename T, int kSize>
+static void run_warps(Runtime& runtime, const Attention& attention) {
+  const DecodingBlocks blocks = decoding_blocks(runtime, attention.num_rows, attention.kv_heads);
+  blocks.warps == 2 ? run<T, kSize, 2>(runtime, attention, blocks.per_processor)
+                    : run<T, kSize, 4>(runtime, attention, blocks.per_processor);
 }
 
 template <typename T>
 static void run_sized(Runtime& runtime, const Attention& attention) {
-  if (attention.width <= 64 && runtime.shared_memory() >= static_cast<int>(sizeof(Room<T, 64, 6>)))
-    run<T, 64, 6>(runtime, attention);
-  else if (attention.width <= 64)
-    run<T, 64, 4>(runtime, attention);
-  else if (runtime.shared_memory() >= static_cast<int>(sizeof(Room<T, 128, 3>)))
-    run<T, 128, 3>(runtime, attention);
-  else
-    run<T, 128, 2>(runtime, attention);
+  attention.width <= 64 ? run_warps<T, 64>(runtime, attention) : run_warps<T, 128>(runtime, attention);
 }
 
 void attend_decoding(Runtime& runtime, const Attention& attention) {

@@ -10,9 +10,8 @@ namespace vllmlite::cuda {
 
 constexpr int kKeysOfUnit = 64;   // keys that a block of the decoding kernel takes at a time
 constexpr int kUnitsOfItem = 4;   // that are not worth cutting
-constexpr int kUnitsOfStart = 3;  // that take as long as an item's start and end
+constexpr int kUnitsOfStart = 1;  // that take as long as an item's start and end
 constexpr int kMostCuts = 64;
-constexpr int kBlocksPerProcessor = 2;  // of that kernel
 constexpr unsigned kThreads = 1024;
 constexpr std::size_t kCountersOfSlot = 256;  // key/value heads that a slot's attention may have
 
@@ -213,6 +212,10 @@ static __global__ void prepare_kernel(BatchView batch, int num_tokens, int block
   }
 }
 
+DecodingBlocks decoding_blocks(const Runtime& runtime, int rows, int kv_heads) {
+  return rows * kv_heads > 2 * runtime.multiprocessors() ? DecodingBlocks{2, 5} : DecodingBlocks{4, 2};
+}
+
 static std::int64_t units_of(std::int64_t context) { return (context + kKeysOfUnit - 1) / kKeysOfUnit; }
 
 static bool has_one_token(const HostBatch& host, std::size_t row) {
@@ -220,7 +223,7 @@ static bool has_one_token(const HostBatch& host, std::size_t row) {
 }
 
 // How many units of a row an item should have at most, so that the rounds in which `at_once` items are worked on take
-// least together. There may be `most` items.
+// least together; half of them read memory as fast as all. There may be `most` items.
 static std::int64_t choose_length(const HostBatch& host, std::int64_t at_once, std::int64_t most) {
   std::int64_t longest = 0;
   for (std::size_t row = 0; row < host.slot_ids.size(); ++row)
@@ -233,7 +236,9 @@ static std::int64_t choose_length(const HostBatch& host, std::int64_t at_once, s
     for (std::size_t row = 0; row < host.slot_ids.size(); ++row)
       if (has_one_token(host, row)) items += (units_of(host.context_lens[row]) + length - 1) / length;
     if (items > most) break;
-    const std::int64_t cost = (items + at_once - 1) / at_once * (length + kUnitsOfStart);
+    const std::int64_t rest = items % at_once;
+    const std::int64_t work = items - rest + (rest == 0 ? 0 : std::max(rest, at_once / 2));
+    const std::int64_t cost = work * (length + kUnitsOfStart);
     if (cuts == 1 || cost < best_cost) {
       best = length;
       best_cost = cost;
@@ -252,10 +257,13 @@ static void plan_items(const HostBatch& host, std::int64_t at_once, std::int64_t
     const std::int64_t each = std::max<std::int64_t>((units + count - 1) / count, 1) * kKeysOfUnit;
     const auto first = static_cast<std::int32_t>(items.size());
     const auto real = static_cast<std::int32_t>((context + each - 1) / each);
+    const std::int32_t token = host.query_start_loc[row];
+    // A row that goes on from a sampled id has been here before; another may see keys that this very step writes.
+    const bool goes_on = host.token_ids[static_cast<std::size_t>(token)] < 0;
     for (std::int32_t i = 0; i < real; ++i)
       items.push_back({static_cast<std::int32_t>(row), static_cast<std::int32_t>(i * each),
                        static_cast<std::int32_t>(std::min((i + 1) * each, context)), first, real,
-                       host.query_start_loc[row], host.slot_ids[row], host.context_lens[row]});
+                       token, host.slot_ids[row], host.context_lens[row], goes_on ? host.context_lens[row] - 1 : 0});
   }
 }
 
@@ -285,12 +293,13 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   const std::size_t tokens = std::max(real_tokens, room), rows = std::max(real_rows, room);
   const std::size_t samples = std::max(real_samples, room);
 
-  const int at_once = std::max(runtime.multiprocessors() * kBlocksPerProcessor / std::max(cut.kv_heads, 1), 1);
+  const DecodingBlocks blocks = decoding_blocks(runtime, static_cast<int>(rows), cut.kv_heads);
+  const int at_once = std::max(runtime.multiprocessors() * blocks.per_processor / std::max(cut.kv_heads, 1), 1);
   const int spread = 2 * at_once;
   std::vector<Item> items;
   plan_items(host, at_once, static_cast<std::int64_t>(rows) + spread, items);
   const std::size_t num_items = decodes ? rows + static_cast<std::size_t>(spread) : items.size();
-  items.resize(num_items, Item{-1, 0, 0, 0, 0, 0, 0, 0});
+  items.resize(num_items, Item{-1, 0, 0, 0, 0, 0, 0, 0, 0});
   const std::vector<Tile> tiles[] = {plan_tiles(host, kTileQueries[0]), plan_tiles(host, kTileQueries[1])};
   const bool masked = !host.mask_rows.empty();
 
@@ -381,6 +390,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   launch(runtime, prepare_kernel, 1, kThreads, 0, view, static_cast<int>(tokens), cut.block_size,
          static_cast<std::int32_t*>(slots->block_table.data), part(at_appended),
          static_cast<int>(slots->appended.size() / 2));
+  runtime.fence();
   slots->appended.clear();
   return batch;
 }

@@ -61,10 +61,17 @@ struct Slots {
 };
 
 // Keys `begin` up to `end` of a row that decodes, which one block attends to for a head; a row's are `count` items from
-// `first` on. Its token, slot and context are here to be at hand. Row -1: nothing to do.
+// `first` on. Its token, slot and context are here to be at hand; keys below `settled` were written by earlier steps.
+// Row -1: nothing to do, nor in any item after this.
 struct Item {
-  std::int32_t row, begin, end, first, count, token, slot, context;
+  std::int32_t row, begin, end, first, count, token, slot, context, settled;
 };
+
+// What works on items at a time: few blocks that are quick with one, or many, of which some wait while others read.
+struct DecodingBlocks {
+  int warps, per_processor;
+};
+DecodingBlocks decoding_blocks(const Runtime& runtime, int rows, int kv_heads);
 
 // Queries of a row that attend together: tokens `first` up to `first + count` of the step.
 struct Tile {

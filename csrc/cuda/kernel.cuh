@@ -82,8 +82,9 @@ __device__ __forceinline__ float block_sum(float x, float* room) {
 // ---- Launches
 
 // A kernel launched here may become resident while those before it run. Each waits before it reads or writes what any
-// other kernel writes; before that it may touch weights alone. It lets the next one in at once: that one waits for this
-// one's end, and so for the end of all before.
+// other kernel of the step writes; before that it may touch weights and what lies before the last fence alone: the
+// batch, and keys and values of earlier steps. It lets the next one in at once: that one waits for this one's end, and
+// so for the end of all before.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -109,7 +110,7 @@ void launch(const Runtime& runtime, void (*kernel)(Parameters...), dim3 grid, un
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
-  config.numAttrs = runtime.overlaps() ? 1 : 0;
+  config.numAttrs = runtime.overlap_next() ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(std::forward<Arguments>(arguments))...),
         "cudaLaunchKernelEx");
 }

@@ -1,5 +1,7 @@
 #include <cublasLt.h>
 
+#include <algorithm>
+#include <cmath>
 #include <map>
 #include <tuple>
 
@@ -105,11 +107,16 @@ class Products {
     const DeviceGuard guard(runtime.device());
     check_library(cublasLtCreate(&handle_), "cublasLtCreate");
   }
-  ~Products() { (void)cublasLtDestroy(handle_); }
+  ~Products() {
+    (void)cublasLtDestroy(handle_);
+    for (cudaEvent_t event : {begin_, end_})
+      if (event != nullptr) (void)cudaEventDestroy(event);
+    if (aside_ != nullptr) (void)cudaStreamDestroy(aside_);
+  }
   Products(const Products&) = delete;
   Products& operator=(const Products&) = delete;
 
-  bool multiply(const Runtime& runtime, const Product& product);
+  bool multiply(Runtime& runtime, const Product& product);
 
  private:
   // m, n, k, dtypes, whether there is a bias, alignments.
@@ -132,19 +139,28 @@ class Products {
     bool found = false;
   };
 
-  void make(Plan& plan, const Product& product);
+  void make(Runtime& runtime, Plan& plan, const Product& product);
+  cublasStatus_t run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& product,
+                     cudaStream_t stream);
+  // How long an algorithm takes, in milliseconds, where w is in no cache; infinite if it fails.
+  float time(Runtime& runtime, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& product,
+             float enough);
 
   static constexpr std::int64_t kWorkspace = 32 << 20;
+  static constexpr std::int64_t kCaches = 64 << 20;  // more than a device's caches hold
+  static constexpr int kCandidates = 8;
   static constexpr std::size_t kMostPlans = 4096;  // prefills have any number of rows
 
   cublasLtHandle_t handle_ = nullptr;
   Tensor workspace_;
+  cudaStream_t aside_ = nullptr;  // for what is timed while steps are recorded
+  cudaEvent_t begin_ = nullptr, end_ = nullptr;
   std::map<Key, Plan> plans_;
 };
 
 std::shared_ptr<Products> make_products(Runtime& runtime) { return std::make_shared<Products>(runtime); }
 
-void Products::make(Plan& plan, const Product& product) {
+void Products::make(Runtime& runtime, Plan& plan, const Product& product) {
   const cudaDataType_t in = type_of(product.dtype), out = type_of(product.out_dtype);
   check_library(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
   const auto set = [&](cublasLtMatmulDescAttributes_t attribute, const auto& value) {
@@ -177,18 +193,57 @@ void Products::make(Plan& plan, const Product& product) {
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_of(product.x));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(product.y));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_of(product.y));
-  cublasLtMatmulHeuristicResult_t result{};
+  cublasLtMatmulHeuristicResult_t results[kCandidates] = {};
   int count = 0;
-  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, plan.w, plan.x, plan.y, plan.y,
-                                                               preference, 1, &result, &count);
+  const cublasStatus_t status =
+      cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, plan.w, plan.x, plan.y, plan.y, preference,
+                                     runtime.recording() ? kCandidates : 1, results, &count);
   (void)cublasLtMatmulPreferenceDestroy(preference);
   if (status == CUBLAS_STATUS_NOT_SUPPORTED || (status == CUBLAS_STATUS_SUCCESS && count == 0)) return;
   check_library(status, "cublasLtMatmulAlgoGetHeuristic");
-  plan.algorithm = result.algo;
+  plan.algorithm = results[0].algo;
   plan.found = true;
+  // Steps that are recorded run often, and have few sizes: the library's guesses are tried.
+  float best = INFINITY;
+  for (int i = 0; i < count && count > 1; ++i) {
+    const float taken = time(runtime, plan, results[i].algo, product, best * 1.2F);
+    if (taken >= best) continue;
+    best = taken;
+    plan.algorithm = results[i].algo;
+  }
 }
 
-bool Products::multiply(const Runtime& runtime, const Product& product) {
+cublasStatus_t Products::run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& product,
+                             cudaStream_t stream) {
+  const float one = 1, zero = 0;
+  return cublasLtMatmul(handle_, plan.operation, &one, product.w, plan.w, product.x, plan.x, &zero, product.y, plan.y,
+                        product.y, plan.y, &algorithm, workspace_.data, kWorkspace, stream);
+}
+
+float Products::time(Runtime& runtime, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& product,
+                     float enough) {
+  constexpr int kRuns = 3;
+  if (aside_ == nullptr) {
+    VLLMLITE_CUDA_CHECK(cudaStreamCreateWithFlags, &aside_, cudaStreamNonBlocking);
+    for (cudaEvent_t* event : {&begin_, &end_}) VLLMLITE_CUDA_CHECK(cudaEventCreate, event);
+  }
+  const Tensor caches = runtime.make({kCaches}, DType::uint8);
+  float least = INFINITY;
+  for (int i = -1; i < kRuns; ++i) {
+    VLLMLITE_CUDA_CHECK(cudaMemsetAsync, caches.data, 0, caches.bytes(), aside_);
+    VLLMLITE_CUDA_CHECK(cudaEventRecord, begin_, aside_);
+    if (run(plan, algorithm, product, aside_) != CUBLAS_STATUS_SUCCESS) return INFINITY;
+    VLLMLITE_CUDA_CHECK(cudaEventRecord, end_, aside_);
+    VLLMLITE_CUDA_CHECK(cudaEventSynchronize, end_);
+    float taken = 0;
+    VLLMLITE_CUDA_CHECK(cudaEventElapsedTime, &taken, begin_, end_);
+    if (i >= 0) least = std::min(least, taken);
+    if (i == 0 && least > enough) break;
+  }
+  return least;
+}
+
+bool Products::multiply(Runtime& runtime, const Product& product) {
   const Key key{product.m,
                 product.n,
                 product.k,
@@ -201,17 +256,13 @@ bool Products::multiply(const Runtime& runtime, const Product& product) {
   if (plans_.size() >= kMostPlans) plans_.clear();
   const auto [place, fresh] = plans_.try_emplace(key);
   Plan& plan = place->second;
-  if (fresh) make(plan, product);
+  if (fresh) make(runtime, plan, product);
   if (!plan.found) return false;
   if (product.bias != nullptr)
     check_library(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &product.bias,
                                                  sizeof product.bias),
                   "cublasLtMatmulDescSetAttribute");
-  const float one = 1, zero = 0;
-  check_library(
-      cublasLtMatmul(handle_, plan.operation, &one, product.w, plan.w, product.x, plan.x, &zero, product.y, plan.y,
-                     product.y, plan.y, &plan.algorithm, workspace_.data, kWorkspace, runtime.stream()),
-      "cublasLtMatmul");
+  check_library(run(plan, plan.algorithm, product, runtime.stream()), "cublasLtMatmul");
   return true;
 }
 
@@ -219,32 +270,85 @@ bool multiply_by_library(Runtime& runtime, const Product& product) {
   return runtime.products().multiply(runtime, product);
 }
 
-// ---- The op
+// ---- The ops
 
-Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, DType dtype) {
+static Product product_of(const Tensor& x, const LinearWeight& weight, const Tensor& y) {
   check_rank(x, 2, "x of linear");
-  const std::int64_t in = weight.weight.shape[1], out = weight.weight.shape[0];
+  const std::int64_t in = weight.weight.shape[1];
   if (x.shape[1] != in)
     throw std::invalid_argument("linear: x must be [rows, " + std::to_string(in) + "], not " + describe(x));
   check_dtype(x, weight.weight.dtype, "x of linear");
+  return {x.data,
+          weight.weight.data,
+          weight.bias ? weight.bias->data : nullptr,
+          y.data,
+          static_cast<int>(x.shape[0]),
+          static_cast<int>(weight.weight.shape[0]),
+          static_cast<int>(in),
+          x.dtype,
+          y.dtype};
+}
+
+static FewRows few_rows_of(const Product& product) {
+  FewRows few{};
+  few.x = product.x;
+  few.w = product.w;
+  few.bias = product.bias;
+  few.y = product.y;
+  few.m = product.m;
+  few.n = product.n;
+  few.k = product.k;
+  return few;
+}
+
+Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, DType dtype) {
   const DeviceGuard guard(runtime.device());
-  Tensor y = runtime.make({x.shape[0], out}, dtype);
+  check_rank(x, 2, "x of linear");
+  Tensor y = runtime.make({x.shape[0], weight.weight.shape[0]}, dtype);
+  const Product product = product_of(x, weight, y);
   if (y.bytes() == 0) return y;
-  const Product product{x.data,
-                        weight.weight.data,
-                        weight.bias ? weight.bias->data : nullptr,
-                        y.data,
-                        static_cast<int>(x.shape[0]),
-                        static_cast<int>(out),
-                        static_cast<int>(in),
-                        x.dtype,
-                        dtype};
   if (product.dtype == DType::float32)
     multiply_in_order(runtime, product);
   else if (takes_few_rows(runtime, product))
-    multiply_few_rows(runtime, product);
+    multiply_few_rows(runtime, few_rows_of(product), product.dtype, dtype);
   else if (!multiply_by_library(runtime, product))
     multiply_in_order(runtime, product);
+  return y;
+}
+
+bool fuses(const Runtime& runtime, const Tensor& x, const LinearWeight& weight) {
+  return x.size() != 0 && x.shape.size() == 2 && takes_few_rows(runtime, product_of(x, weight, x)) &&
+         weight.weight.shape[0] % 16 == 0;
+}
+
+Tensor add_linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, const Tensor& residual) {
+  const DeviceGuard guard(runtime.device());
+  const Product product = product_of(x, weight, residual);
+  check_shape(residual, {x.shape[0], weight.weight.shape[0]}, "the residual of add_linear");
+  check_dtype(residual, x.dtype, "the residual of add_linear");
+  Tensor squares = runtime.make({x.shape[0], squares_of_few_rows(runtime, product.n)}, DType::float32);
+  FewRows few = few_rows_of(product);
+  few.squares_out = static_cast<float*>(squares.data);
+  multiply_few_rows(runtime, few, product.dtype, product.dtype);
+  return squares;
+}
+
+Tensor normed_linear(Runtime& runtime, const Tensor& x, const Tensor& squares, const Tensor& norm, float eps,
+                     const LinearWeight& weight, const std::optional<Gate>& gate) {
+  const DeviceGuard guard(runtime.device());
+  check_shape(norm, {weight.weight.shape[1]}, "the norm of normed_linear");
+  check_dtype(norm, x.dtype, "the norm of normed_linear");
+  check_shape(squares, {x.shape[0], squares.shape[1]}, "the squares of normed_linear");
+  Tensor y = runtime.make({x.shape[0], weight.weight.shape[0] / (gate ? 2 : 1)}, x.dtype);
+  const Product product = product_of(x, weight, y);
+  FewRows few = few_rows_of(product);
+  few.norm = norm.data;
+  few.squares = static_cast<const float*>(squares.data);
+  few.num_squares = static_cast<int>(squares.shape[1]);
+  few.eps = eps;
+  few.gates = gate.has_value();
+  few.gate = gate.value_or(Gate::silu);
+  multiply_few_rows(runtime, few, product.dtype, product.dtype);
   return y;
 }
 

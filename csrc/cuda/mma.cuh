@@ -58,6 +58,13 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&to)[4],
                : "r"(shared_address(row)));
 }
 
+// An 8 x 8 matrix that a warp holds as two numbers a thread, row lane / 4, columns 2 (lane % 4) and the next.
+__device__ __forceinline__ std::uint32_t transposed(std::uint32_t of) {
+  std::uint32_t to;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(to) : "r"(of));
+  return to;
+}
+
 // 16 bytes into shared memory, in the background; zeros where `there` is false.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
 #if __CUDA_ARCH__ >= 800

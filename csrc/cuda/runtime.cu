@@ -199,6 +199,7 @@ std::int32_t* Runtime::counters(std::size_t count) {
 
 void Runtime::begin_recording() {
   const DeviceGuard guard(device_);
+  synchronize();  // what runs still may use the graphs' memory
   VLLMLITE_CUDA_CHECK(cudaStreamBeginCapture, stream_, cudaStreamCaptureModeRelaxed);
   recording_ = true;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "cuda/device.hpp"
@@ -45,8 +46,10 @@ class Runtime {
   int shared_memory() const { return shared_memory_; }  // bytes that a block may have
   DType dtype() const { return dtype_; }
   CUstream_st* stream() const { return stream_; }
-  // Whether a kernel may be made resident while the one before it is still running.
-  bool overlaps() const { return capability_ >= 90; }
+  // Whether the next kernel may be made resident while the one before it is still running: not the first after a
+  // fence, so that what came before that is there for all kernels after it from their very start.
+  bool overlap_next() const { return !std::exchange(fenced_, false) && capability_ >= 90; }
+  void fence() { fenced_ = true; }
 
   // Uninitialised memory; while a graph is recorded, of the graphs' own.
   Tensor make(std::vector<std::int64_t> shape, DType dtype);
@@ -74,6 +77,7 @@ class Runtime {
   // Between the two, what is issued is recorded, not run. The graphs share their memory: they run one after another,
   // and what is to outlast a run is copied.
   void begin_recording();
+  bool recording() const { return recording_; }
   struct Graph;
   std::shared_ptr<Graph> end_recording();
   void abandon_recording();
@@ -89,6 +93,7 @@ class Runtime {
   CUstream_st* stream_ = nullptr;
   std::shared_ptr<Pool> pool_, graph_pool_;
   bool recording_ = false;
+  mutable bool fenced_ = false;
   std::vector<std::unique_ptr<Pinned>> ring_, large_, recorded_uploads_;
   std::size_t next_ring_ = 0, next_large_ = 0;
   std::shared_ptr<Landings> landings_;

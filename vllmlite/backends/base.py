@@ -280,6 +280,8 @@ class Backend(ABC):
     """Dtype of activations and dense weights, one of :data:`FLOAT_DTYPES`."""
     quantization: str | None = None
     """The kind, one of :data:`QUANTIZATIONS`, in which products keep float weights; None: as floats."""
+    keeps_blocks: bool = False
+    """Whether products keep weights that are quantised already in their kinds; then ``quantization`` is None."""
     ops: ClassVar[frozenset[Op]] = frozenset()
     """Which of :class:`Op` it has."""
     lent_ops: tuple[str, ...] = ()
@@ -323,8 +325,9 @@ class Backend(ABC):
     @abstractmethod
     def linear_weight(self, parts: Sequence[HostWeight], biases: Sequence[HostTensor] = ()) -> LinearWeight:
         """Pack ``parts`` (each ``[out_i, in]``) into one weight ``[sum of out_i, in]`` of the backend's dtype or of
-        its ``quantization``, in which alone parts may be quantised already; and ``biases`` (none, or one ``[out_i]``
-        a part) beside it. May alias parts. ModelError for values that cannot be quantised."""
+        its ``quantization``, in which alone parts may be quantised already (with ``keeps_blocks``, in any kind); and
+        ``biases`` (none, or one ``[out_i]`` a part) beside it. May alias parts. ModelError for values that cannot be
+        quantised."""
 
     def float_weight(self, weight: HostTensor) -> LinearWeight:
         """A weight ``[out, in]`` that stays in the backend's dtype whatever its ``quantization``: a router's. Comes
@@ -528,6 +531,22 @@ class Backend(ABC):
     @abstractmethod
     def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
         """Log-softmax of float32 ``logits [N, V]`` at int32 ``ids [N]`` with the ``k`` most likely ids."""
+
+    # Pooling
+
+    def pool(self, hidden: Tensor, spans: NDArray[np.int32], pooling_type: str) -> NDArray[np.float64]:
+        """A vector ``[hidden]`` of each of ``spans [P, 2]`` (first token, one past the last) of ``hidden [T, hidden]``:
+        the last token's state for ``LAST``, the sum of all for ``MEAN``. On the host, ``[P, hidden]``; waits for it.
+
+        Here, of the ops above; for a backend to replace where reading every state costs too much."""
+        if pooling_type == "LAST":
+            last = self.rows(hidden, self.tensor(np.ascontiguousarray(spans[:, 1] - 1)))
+            return self.to_host(last).astype(np.float64)
+        index = np.concatenate([np.arange(first, end, dtype=np.int32) for first, end in spans])
+        states = self.to_host(self.rows(hidden, self.tensor(index)))
+        starts = np.concatenate(([0], np.cumsum(spans[:, 1] - spans[:, 0])[:-1]))
+        sums: NDArray[np.float64] = np.add.reduceat(states, starts, axis=0, dtype=np.float64)
+        return sums
 
     # Graphs
 

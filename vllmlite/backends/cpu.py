@@ -47,7 +47,7 @@ from vllmlite.backends.base import (
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.memory import host_memory
 from vllmlite.errors import BackendError, ModelError
-from vllmlite.weights.quantized import quantized_tensor
+from vllmlite.weights.quantized import dequantize, quantized_tensor
 
 HEAD_UNIT = 16
 """The cache pads heads to a multiple of this."""
@@ -56,8 +56,8 @@ NO_WINDOW = 2**31 - 1
 
 class CpuBackend(Backend):
     """``dtype``: of dense weights, one of ``FLOAT_DTYPES``. ``threads``: as many as the process may use where None.
-    ``isa``: a name in ``_cpu.instruction_sets()``, or ``auto`` for the best. ``quantization``: of products' weights, as
-    the contract has it. BackendError says what is missing."""
+    ``isa``: a name in ``_cpu.instruction_sets()``, or ``auto`` for the best. ``quantization`` and ``keeps_blocks``: of
+    products' weights, as the contract has it. BackendError says what is missing."""
 
     name: ClassVar[str] = "cpu"
     device = "cpu"
@@ -70,14 +70,14 @@ class CpuBackend(Backend):
         threads: int | None = None,
         isa: str = "auto",
         quantization: str | None = None,
+        keeps_blocks: bool = False,
     ) -> None:
         if dtype not in FLOAT_DTYPES:
             raise BackendError(f"dtype {dtype}: the cpu backend computes in {', '.join(FLOAT_DTYPES)}")
         self._native = load_native()
-        self.dtype, self.quantization = dtype, quantization
-        weights = (
-            dtype if quantization is None else "float32"
-        )  # what is quantised next need not be rounded before
+        self.dtype, self.quantization, self.keeps_blocks = dtype, quantization, keeps_blocks
+        # What is quantised next need not be rounded before.
+        weights = dtype if quantization is None and not keeps_blocks else "float32"
         try:
             self._runtime = self._native.Runtime(isa, thread_places(threads or usable_cores()), weights)
         except ValueError as error:
@@ -120,10 +120,13 @@ class CpuBackend(Backend):
         if biases:
             flat = [self.to_host(self.tensor(part, "float32")).reshape(-1) for part in biases]
             bias = self.tensor(np.concatenate(flat))
-        if self.quantization is not None:
-            packed = [self._packed(part, self.quantization) for part in parts]
-            return self._native.QuantizedWeight(self.quantization, packed, parts[0].shape[1], bias)
-        return self._native.LinearWeight([self.tensor(part, self.dtype) for part in float_parts(parts)], bias)
+        kinds = {part.kind if isinstance(part, QuantizedTensor) else None for part in parts}
+        kind = self.quantization or (kinds.pop() if self.keeps_blocks and len(kinds) == 1 else None)
+        if kind is not None:
+            packed = [self._packed(part, kind) for part in parts]
+            return self._native.QuantizedWeight(kind, packed, parts[0].shape[1], bias)
+        dense = list(map(_decoded, parts)) if self.keeps_blocks else float_parts(parts)
+        return self._native.LinearWeight([self.tensor(part, self.dtype) for part in dense], bias)
 
     def float_weight(self, weight: HostTensor) -> Any:
         return self._native.LinearWeight([self.tensor(weight, self.dtype)])
@@ -310,6 +313,13 @@ class CpuBackend(Backend):
             return _unpack(found)
 
         return run
+
+
+def _decoded(part: HostWeight) -> HostTensor:
+    """The floats of a part beside others that are not in its kind."""
+    if isinstance(part, HostTensor):
+        return part
+    return HostTensor("float32", part.shape, dequantize(part).astype("<f4").reshape(-1).view(np.uint8))
 
 
 def _pack(sampled: Sampled) -> list[Tensor]:

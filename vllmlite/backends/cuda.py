@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,7 @@ from vllmlite.backends.base import (
     Tensor,
     float_parts,
 )
+from vllmlite.backends.cuda_deferred import Normed, Product, now
 from vllmlite.errors import BackendError
 
 HEAD_UNIT = 16
@@ -81,6 +83,7 @@ class CudaBackend(Backend):
         self._slots: Any = None
         self._kv_spec = KVSpec(1, 1, HEAD_UNIT, 16, dtype)
         self._graph_rows: tuple[int, ...] = ()
+        self._deferred: WeakSet[Normed | Product] = WeakSet()
 
     # Tensors
 
@@ -96,6 +99,7 @@ class CudaBackend(Backend):
             return self._runtime.tensor(data, source, shape, dtype or source)
 
     def to_host(self, tensor: Tensor) -> NDArray[Any]:
+        tensor = now(tensor)
         array: NDArray[Any] = self._runtime.to_host(tensor)
         if tensor.dtype == "bfloat16":
             return (array.astype(np.uint32) << 16).view(np.float32)
@@ -105,7 +109,7 @@ class CudaBackend(Backend):
         return self._runtime.empty(shape, dtype)
 
     def rows(self, tensor: Tensor, index: Tensor) -> Tensor:
-        return self._runtime.rows(tensor, index)
+        return self._runtime.rows(now(tensor), index)
 
     def memory(self) -> Memory:
         free, total = self._native.memory(self._index)
@@ -186,11 +190,26 @@ class CudaBackend(Backend):
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = self._runtime.rms_norm(x, weight, eps, residual)
-        return found
+        residual = now(residual)
+        if residual is not None:
+            for other in [d for d in self._deferred if d is not x and d.reads is residual]:
+                other.now()  # of the residual as it was
+        if residual is not None and isinstance(x, Product) and x.result is None and x.reads is not residual:
+            squares = x.added_to(residual)
+            return self._defer(Normed(self._runtime, residual, squares, weight, eps)), residual
+        x = now(x)
+        return self._runtime.rms_norm(x, weight, eps, residual)[0], x if residual is None else residual
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
-        return self._runtime.linear(x, weight)
+        if not isinstance(x, Normed) or x.result is not None:
+            x = now(x)
+        if self._runtime.fuses(x.reads if isinstance(x, Normed) else x, weight):
+            return self._defer(Product(self._runtime, x, weight))
+        return self._runtime.linear(now(x), weight)
+
+    def _defer(self, op: Normed | Product) -> Normed | Product:
+        self._deferred.add(op)
+        return op
 
     def attn_prep(
         self,
@@ -208,7 +227,7 @@ class CudaBackend(Backend):
             (None, 0, False) if rope is None else (rope.cos_sin, rope.rotary_dim, rope.interleaved)
         )
         return self._runtime.attn_prep(
-            qkv, num_heads, table, size, interleaved, kv, layer, batch.backend, q_norm, k_norm, eps
+            now(qkv), num_heads, table, size, interleaved, kv, layer, batch.backend, q_norm, k_norm, eps
         )
 
     def paged_attention(
@@ -227,21 +246,22 @@ class CudaBackend(Backend):
         if alibi is not None:
             raise self._lacks(Op.ALIBI)
         sees = NO_WINDOW if window is None else min(window, NO_WINDOW)
-        return self._runtime.paged_attention(q, kv, layer, batch.backend, scale, sees)
+        return self._runtime.paged_attention(now(q), kv, layer, batch.backend, scale, sees)
 
     def gated_activation(self, x: Tensor, activation: str) -> Tensor:
         try:
-            return self._runtime.gated_activation(x, activation)
+            gated = x.gated(activation) if isinstance(x, Product) else None
+            return gated or self._runtime.gated_activation(now(x), activation)
         except ValueError as error:
             raise BackendError(str(error)) from error
 
     def logits(self, hidden: Tensor, weight: Any) -> Tensor:
-        return self._runtime.logits(hidden, weight)
+        return self._runtime.logits(now(hidden), weight)
 
     # Sampling
 
     def sample(self, logits: Tensor, slots: Any, batch: ForwardBatch) -> Sampled:
-        return _unpack(self._runtime.sample(logits, batch.backend))
+        return _unpack(self._runtime.sample(now(logits), batch.backend))
 
     def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
         return Logprobs(*self._runtime.logprobs(logits, ids, k))

@@ -25,6 +25,7 @@ class Wanted:
     threads: int | None
     cpu_isa: str = "auto"
     quantization: str | None = None
+    has_blocks: bool = False
     ops: frozenset[Op] = frozenset()
     model: str = "the model"
 
@@ -82,7 +83,8 @@ def _cpu(wanted: Wanted) -> Backend:
         raise BackendError(f"device {wanted.device} was asked for")
     CpuBackend.check_ops(wanted.ops, wanted.model)
     dtype = wanted.checkpoint_dtype if wanted.dtype == "auto" else wanted.dtype
-    return CpuBackend(dtype, wanted.threads, wanted.cpu_isa, wanted.quantization)
+    keeps_blocks = wanted.has_blocks and wanted.dtype == "auto" and wanted.quantization is None
+    return CpuBackend(dtype, wanted.threads, wanted.cpu_isa, wanted.quantization, keeps_blocks)
 
 
 CANDIDATES: tuple[tuple[str, str, Callable[[Wanted], Backend]], ...] = (
@@ -103,6 +105,7 @@ def select_backend(
     threads: int | None = None,
     cpu_isa: str = "auto",
     quantization: str | None = None,
+    has_blocks: bool = False,
     ops: frozenset[Op] = frozenset(),
     model: str = "the model",
     only: Collection[str] = (),
@@ -112,7 +115,8 @@ def select_backend(
     ``backend`` is ``auto`` or a name in ``CANDIDATES``; ``device`` is ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     ``dtype`` is ``auto`` or one of ``FLOAT_DTYPES``; ``auto`` is ``checkpoint_dtype``, except float16 for bfloat16 on
     GPUs without it, and float32 for float16 on the CPU. ``quantization``, one of ``QUANTIZATIONS`` or None, is of
-    products' weights. ``ops``: what ``model`` needs beyond what every backend has, and
+    products' weights; ``has_blocks`` says that the checkpoint has weights whose kinds a backend may keep, as the native
+    CPU backend does where no ``dtype`` is asked for. ``ops``: what ``model`` needs beyond what every backend has, and
     ``only`` names those that it can run on, all if empty. ParameterError for anything else; BackendError with every
     reason where no candidate is left."""
     names = ("auto", *dict.fromkeys(name for name, _, _ in CANDIDATES))
@@ -124,7 +128,7 @@ def select_backend(
         raise ParameterError("dtype", dtype, ", ".join(("auto", *FLOAT_DTYPES)))
     if quantization not in (None, *QUANTIZATIONS):
         raise ParameterError("quantization", quantization, ", ".join(QUANTIZATIONS))
-    wanted = Wanted(device, dtype, checkpoint_dtype, threads, cpu_isa, quantization, ops, model)
+    wanted = Wanted(device, dtype, checkpoint_dtype, threads, cpu_isa, quantization, has_blocks, ops, model)
     declined = []
     for name, kind, make in CANDIDATES:
         if backend not in ("auto", name):

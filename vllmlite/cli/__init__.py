@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "complete prompts",
     "chat": "talk to a model in the terminal",
     "serve": "serve OpenAI's API over HTTP",
+    "download": "fetch a model from the Hugging Face hub",
     "quantize": "write a copy of a checkpoint in 8 or 4 bits",
     "bench": "measure throughput and latency of this engine",
     "bench serve": "measure a running server, ours or another",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from vllmlite.cli.parser import OptionParser
 
-OWN = {"served_model_name", "disable_log_stats", "disable_log_requests"}
+OWN = {"served_model_name", "disable_log_stats", "disable_log_requests", "reasoning_parser"}
 """Options that mean more here than to an engine alone."""
 
 

@@ -23,11 +23,18 @@ class RequestBounds:
     """Most log-probabilities a token; -1: no limit."""
 
     def check(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, bad_words: Sequence[Sequence[int]]
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        bad_words: Sequence[Sequence[int]],
+        *,
+        generates: bool = True,
     ) -> list[int]:
-        """The prompt, truncated as asked. Raises :class:`ParameterError` if the request can never be served."""
+        """The prompt, truncated as asked. Raises :class:`ParameterError` if the request can never be served.
+
+        One that ``generates`` nothing may fill the whole context."""
         params.check_vocabulary(self.vocab_size, self.max_logprobs)
-        prompt = self._checked_prompt(list(prompt_token_ids), params)
+        prompt = self._checked_prompt(list(prompt_token_ids), params, generates)
         self._check_something_is_allowed(params, bad_words)
         return prompt
 
@@ -36,16 +43,18 @@ class RequestBounds:
         listed = frozenset(params.stop_token_ids or ())
         return listed if params.ignore_eos else listed | self.eos_ids
 
-    def _checked_prompt(self, prompt: list[int], params: SamplingParams) -> list[int]:
+    def _checked_prompt(self, prompt: list[int], params: SamplingParams, generates: bool) -> list[int]:
         longest = self.max_model_len
         if params.truncate_prompt_tokens is not None:
             keep = params.truncate_prompt_tokens
-            prompt = prompt[-(max(longest - (params.max_tokens or 1), 1) if keep == -1 else keep) :]
+            room = longest - (params.max_tokens or 1) if generates else longest
+            prompt = prompt[-(max(room, 1) if keep == -1 else keep) :]
         if not prompt:
             raise ParameterError("prompt", "", "must hold at least one token")
-        if len(prompt) >= longest:
+        if len(prompt) >= longest + (not generates):
+            limit = "shorter than" if generates else "at most"
             raise ParameterError(
-                "prompt", f"{len(prompt)} tokens", f"must be shorter than max_model_len, {longest} tokens"
+                "prompt", f"{len(prompt)} tokens", f"must be {limit} max_model_len, {longest} tokens"
             )
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             wrong = min(prompt) if min(prompt) < 0 else max(prompt)

@@ -46,6 +46,8 @@ class StepResult:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """Row → the prompt tokens that follow the row's tokens, in order."""
+    pooled: dict[int, list[float]] = field(default_factory=dict)
+    """Row that ends a prompt → the vector of the prompt."""
 
 
 class Runner(Protocol):
@@ -73,6 +75,8 @@ class EngineOutput:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Set once, when the whole prompt's are known: positions 1 up to its length."""
+    pooled: list[float] | None = None
+    """The vector of a pooling request, which is all that comes of it."""
     error: str | None = None
     """Why ``finish_reason`` is ``error``."""
 
@@ -95,6 +99,7 @@ class EngineCore(Protocol):
         priority: int = 0,
         cache_salt: str | None = None,
         arrival_time: float | None = None,
+        pooling_type: str | None = None,
     ) -> Queued:
         """See :meth:`Engine.add_request`."""
         ...
@@ -175,18 +180,21 @@ class Engine:
         priority: int = 0,
         cache_salt: str | None = None,
         arrival_time: float | None = None,
+        pooling_type: str | None = None,
     ) -> Request:
         """Queue a request. Raises :class:`ParameterError`, and takes nothing in, if it can never be served.
 
         ``bad_words`` are token sequences; ``grammar`` is this sequence's own; ``cache_salt`` keeps its blocks in the
-        prefix cache apart from other salts'."""
+        prefix cache apart from other salts'; with ``pooling_type`` a vector of the prompt is all that comes of it."""
         if request_id in self._requests:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
         bounds = self.bounds
-        prompt = bounds.check(prompt_token_ids, params, bad_words)
+        prompt = bounds.check(prompt_token_ids, params, bad_words, generates=pooling_type is None)
         longest = bounds.max_model_len
         if params.max_tokens is not None:
             longest = min(longest, len(prompt) + params.max_tokens)
+        if pooling_type is not None:
+            longest = len(prompt) + 1
         request = Request(
             request_id=request_id,
             prompt_token_ids=prompt,
@@ -201,6 +209,7 @@ class Engine:
             ),
             bad_words=[tuple(word) for word in bad_words],
             grammar=grammar,
+            pooling_type=pooling_type,
             priority=priority,
             order=self._num_added,
         )
@@ -324,6 +333,16 @@ class Engine:
                 self._end(request, reason, stop_reason, now)
             outputs.append(output)
         self.stats.num_generation_tokens += len(outputs)
+        for row, vector in result.pooled.items():
+            request = rows[row]
+            if request.status is not Status.FINISHED:
+                self._end(request, "stop", None, now)
+                outputs.append(
+                    EngineOutput(
+                        request.request_id, [], "stop", None, request.num_cached_tokens or 0, request.metrics,
+                        pooled=vector,
+                    )
+                )  # fmt: skip
         return outputs
 
     def _keep_prompt_logprobs(

@@ -58,6 +58,8 @@ class Request:
     priority: int = 0
     grammar: Grammar | None = None
     """Restricts the next id by those before it."""
+    pooling_type: str | None = None
+    """A vector of the prompt is wanted, made this way, and no token; it counts as one token until it is collected."""
     order: int = 0
     """Arrival number; with ``priority`` the key by which requests are served and, from the end, preempted."""
 
@@ -88,6 +90,11 @@ class Request:
         self.num_tokens = len(self.prompt_token_ids)
         self.reads_text = self.grammar is not None or any(len(word) > 1 for word in self.bad_words)
         self.has_bans = bool(self.bad_words) or self.params.min_tokens > 0
+
+    @property
+    def needs_every_state(self) -> bool:
+        """Whether every position of the prompt has to be computed, so that no prefix can come from the cache."""
+        return self.params.prompt_logprobs is not None or self.pooling_type == "MEAN"
 
     @property
     def key(self) -> tuple[int, int]:

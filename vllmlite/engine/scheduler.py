@@ -40,6 +40,7 @@ class Admission:
     num_prompt_tokens: int
     params: SamplingParams
     seed: int
+    pooling_type: str | None = None
 
 
 @dataclass(slots=True)
@@ -62,6 +63,8 @@ class Schedule:
     """Row → ids that it may not sample."""
     masks: dict[int, bytes] = field(default_factory=dict)
     """Row → bits of the ids that its grammar allows, little-endian words of 32."""
+    pools: list[int] = field(default_factory=list)
+    """Rows whose hidden states make up a vector, which is whole with the row that ends the prompt."""
     prompt_logprobs: list[int] = field(default_factory=list)
     """Rows whose prompt tokens' log-probabilities are wanted."""
     num_tokens: int = 0
@@ -180,7 +183,10 @@ class Scheduler:
     def _append_row(self, request: Request, count: int, schedule: Schedule) -> None:
         start = request.num_computed_tokens
         request.num_computed_tokens = start + count
-        samples = start + count == request.num_tokens
+        ends = start + count == request.num_tokens
+        samples = ends and request.pooling_type is None
+        if request.pooling_type == "MEAN" or (ends and request.pooling_type is not None):
+            schedule.pools.append(len(schedule.slots))
         if request.params.prompt_logprobs is not None and start + 1 < len(request.prompt_token_ids):
             schedule.prompt_logprobs.append(len(schedule.slots))
         if samples:
@@ -190,6 +196,7 @@ class Scheduler:
                     schedule.banned[len(schedule.slots)] = banned
             if request.grammar is not None:
                 schedule.masks[len(schedule.slots)] = request.grammar.mask()
+        if ends:
             request.num_tokens += 1
             request.num_in_flight += 1
         schedule.slots.append(request.slot)
@@ -237,8 +244,8 @@ class Scheduler:
 
     def _find_prefix(self, request: Request) -> list[int]:
         """Cached blocks that ``request`` can start from; its last known token is always left to compute."""
-        if not self.limits.enable_prefix_caching or request.params.prompt_logprobs is not None:
-            return []  # log-probabilities of the prompt need its every position computed
+        if not self.limits.enable_prefix_caching or request.needs_every_state:
+            return []
         self._extend_names(request, request.num_known_ids // self.limits.block_size)
         usable = request.names[: (request.num_tokens - 1) // self.limits.block_size]
         return self.pool.find(usable)
@@ -251,7 +258,14 @@ class Scheduler:
         insort(self.running, request, key=_key)
         known = request.known_ids(0, request.num_known_ids)
         schedule.admissions.append(
-            Admission(request.slot, known, len(request.prompt_token_ids), request.params, request.seed)
+            Admission(
+                request.slot,
+                known,
+                len(request.prompt_token_ids),
+                request.params,
+                request.seed,
+                request.pooling_type,
+            )
         )
 
     def _preempt_last(self) -> Request:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllmlite.backends.base import ITEM_SIZE, KV_DTYPES, Backend, Model
+from vllmlite.backends.base import ITEM_SIZE, KV_DTYPES, QUANTIZATIONS, Backend, Model
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.models.decoder import Decoder
 from vllmlite.models.families import read_spec
+from vllmlite.models.gguf import open_gguf
 from vllmlite.models.plan import Plan, plan_model
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.weights.checkpoint import open_weights
@@ -48,9 +50,9 @@ def load_model(
 ) -> Decoder:
     """The model of directory ``path`` on ``backend``, for sequences of up to ``max_model_len`` tokens.
 
-    ``kv_cache_dtype``: ``auto`` (the backend's) or one of ``KV_DTYPES``. ``load_format``: ``auto`` or
-    ``safetensors`` read the checkpoint's files; ``dummy`` needs only ``config.json`` and draws weights from ``seed``.
-    ModelError, ParameterError or BackendError say what is wrong."""
+    ``kv_cache_dtype``: ``auto`` (the backend's) or one of ``KV_DTYPES``. ``load_format``: one of
+    ``LOAD_FORMATS``: ``auto`` takes what is there; ``dummy`` needs only the configuration, and draws weights from
+    ``seed``. ModelError, ParameterError or BackendError say what is wrong."""
     if kv_cache_dtype not in ("auto", *KV_DTYPES):
         raise ParameterError("kv_cache_dtype", kv_cache_dtype, ", ".join(("auto", *KV_DTYPES)))
     spec = read_spec(path)
@@ -59,10 +61,17 @@ def load_model(
         raise BackendError(
             f"{path}: its weights are {spec.quantization}, the backend's {backend.quantization}"
         )
-    weights = open_model(path, spec, load_format, seed)
-    needed, free = _bytes(spec, backend), backend.memory().free
+    if path.is_file() and load_format in ("auto", "gguf"):
+        stored = open_gguf(path, spec.weights(), backend.dtype, backend.quantization, backend.keeps_blocks)
+        weights = ModelWeights(spec.tensors(), stored)
+    else:
+        weights = open_model(path, spec, load_format, seed)
+    needed, free = _bytes(weights, backend.dtype, backend.quantization), backend.memory().free
     if needed > free:
-        raise BackendError(f"{path}: its weights take {needed} bytes in {backend.dtype}; {free} are free")
+        raise BackendError(
+            f"{path}: its weights take {needed} bytes in {backend.quantization or backend.dtype}; {free} are free"
+            + (_what_fits(weights, free) if spec.quantization is None else "")
+        )
     return Decoder(
         spec,
         backend,
@@ -84,12 +93,23 @@ def load_planned(plan: Plan, backend: Backend, path: Path, *, max_model_len: int
     return load_hf_model(backend, path, **options)
 
 
-def _bytes(spec: DecoderSpec, backend: Backend) -> int:
-    """What the weights take on ``backend``."""
+def _what_fits(weights: ModelWeights, free: int) -> str:
+    """Which quantisations of ``weights`` take at most ``free`` bytes, in words."""
+    floats = replace(weights, stored=replace(weights.stored, kinds={}))
+    sizes = {kind: _bytes(floats, "bfloat16", kind) for kind in QUANTIZATIONS}
+    fitting = [f"--quantization {kind} takes {size}" for kind, size in sizes.items() if size <= free]
+    return ": " + ", ".join(fitting) if fitting else ", and too few for any quantisation"
+
+
+def _bytes(weights: ModelWeights, dtype: str, quantization: str | None) -> int:
+    """What the weights take on a backend with dense ones in ``dtype``, and those of products in ``quantization``."""
     total = 0
-    for source in spec.tensors().values():
-        if backend.quantization is not None and source.product:
-            total += stored_bytes(backend.quantization, source.shape)
-        else:
-            total += math.prod(source.shape) * ITEM_SIZE[backend.dtype]
+    for source in weights.sources.values():
+        kind = weights.stored.kinds.get(source.key) or (quantization if source.product else None)
+        if kind is not None:
+            total += stored_bytes(kind, source.shape)
+        if (
+            kind is None or not source.product
+        ):  # a table is looked up in floats, whatever a product makes of it
+            total += math.prod(source.shape) * ITEM_SIZE[dtype]
     return total

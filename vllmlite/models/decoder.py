@@ -92,7 +92,9 @@ class Decoder:
         self._embedding_norm = self._norm("embedding_norm") if spec.embedding_norm else None
         self._layers = [self._load_layer(layer) for layer in range(spec.num_layers)]
         self._final_norm = self._norm("final_norm")
-        if spec.tied_head:
+        if spec.tied_head and weights.is_quantized("embedding.weight"):
+            self._head = backend.linear_weight([weights.product("embedding.weight")])
+        elif spec.tied_head:
             self._head = backend.tied_weight(self._embed)
         else:
             self._head = backend.linear_weight([weights.product("head.weight")])

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS
 from vllmlite.errors import ModelError
+from vllmlite.models.gguf import gguf_config
 from vllmlite.models.rope import KINDS
 from vllmlite.models.spec import DecoderSpec, LayerSpec, NormSpec, RopeSpec
 from vllmlite.weights.json_object import read_object
@@ -41,7 +42,9 @@ class HfConfig:
 
     @classmethod
     def read(cls, path: Path) -> HfConfig:
-        """``config.json`` of the model directory ``path``."""
+        """``config.json`` of the model directory ``path``, or what the GGUF file ``path`` says in its place."""
+        if path.is_file():
+            return cls(gguf_config(path), str(path))
         file = path / "config.json"
         return cls(read_object(file), str(file))
 

@@ -25,6 +25,7 @@ class Plan:
     architecture: str
     dtype: str
     max_position_embeddings: int
+    hidden_size: int
     quantization: str | None = None
     ops: frozenset[Op] = frozenset()
     """What it needs beyond what every backend has."""
@@ -62,7 +63,17 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
     if model_impl == "native" or (model_impl == "auto" and name in FAMILIES):
         spec = read_spec(path)
         return Plan(
-            "native", name, spec.dtype, spec.max_position_embeddings, spec.quantization, spec.required_ops()
+            "native",
+            name,
+            spec.dtype,
+            spec.max_position_embeddings,
+            spec.hidden_size,
+            spec.quantization,
+            spec.required_ops(),
+        )
+    if path.is_file():
+        raise ModelError(
+            f"{path}: {name} has no native family, and transformers' code runs from directories alone"
         )
     if config.get("auto_map") is not None:
         raise ModelError(f"{path}: {name} needs code of its own (auto_map), which is never run")
@@ -70,5 +81,7 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
         raise config.error("quantization_config", "none where transformers' code runs")
     for key in _LENGTHS:
         if config.get(key) is not None:
-            return Plan("transformers", name, checkpoint_dtype(config), config.integer(key))
+            own = {} if config.get("hidden_size") is not None else {"hidden_size": "n_embd"}
+            hidden = config.spelling(**own).integer("hidden_size")
+            return Plan("transformers", name, checkpoint_dtype(config), config.integer(key), hidden)
     raise config.error("max_position_embeddings", "the longest sequence of the model")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,23 @@ class Launched:
 
     sampled: Sampled | None
     prompt_logprobs: dict[int, list[tuple[NDArray[np.int32], Logprobs]]]
+    pools: list[Pool] = field(default_factory=list)
+    hidden: Tensor | None = None
+    """Of the whole step, where ``pools`` need it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """A row that contributes to the vector of its prompt."""
+
+    row: int
+    slot: int
+    pooling_type: str
+    span: tuple[int, int]
+    """Its tokens in the step."""
+    begins: bool
+    ends: bool
+    num_prompt: int
 
 
 class ModelRunner:
@@ -70,6 +87,9 @@ class ModelRunner:
         self._num_logprobs = np.full(max_num_seqs, -1, np.int32)
         self._num_prompt_logprobs = np.zeros(max_num_seqs, np.int32)
         self._allowed: dict[int, NDArray[np.uint32]] = {}
+        self._pooling_type: list[str | None] = [None] * max_num_seqs
+        self._sums: dict[int, NDArray[np.float64]] = {}
+        """Slot → sum of the hidden states of a prompt so far, for its mean."""
 
     def profile(self, num_tokens: int) -> None:
         """Run a step of ``num_tokens`` in as many rows as there are slots, on block 0, and forget it."""
@@ -116,14 +136,15 @@ class ModelRunner:
             self.backend.append_blocks(self._slots, *(np.array(column, np.int32) for column in columns))
         batch, starts = self._batch(schedule)
         device_batch = self.backend.upload(batch, self._slots)
-        if not schedule.prompt_logprobs and len(batch.logits_rows):
+        if not schedule.prompt_logprobs and not schedule.pools and len(batch.logits_rows):
             return Launched(self._step_for(batch)(device_batch), {})
         hidden = self.model.forward(device_batch, self.kv)
         sampled = self._sample(hidden, device_batch) if len(batch.logits_rows) else None
         wanted = {
             row: self._row_logprobs(hidden, batch, row, starts[row]) for row in schedule.prompt_logprobs
         }
-        return Launched(sampled, wanted)
+        pools = [self._pool(schedule, batch, row) for row in schedule.pools]
+        return Launched(sampled, wanted, pools, hidden if pools else None)
 
     def collect(self, handle: Launched) -> StepResult:
         """Wait for a step and read what it sampled."""
@@ -137,7 +158,33 @@ class ModelRunner:
             result.prompt_logprobs[row] = [
                 entry for ids, logprobs in chunks for entry in self._read_logprobs(ids, logprobs)
             ]
+        if handle.pools:
+            result.pooled = self._read_pools(handle.pools, handle.hidden)
         return result
+
+    def _pool(self, schedule: Schedule, batch: ForwardBatch, row: int) -> Pool:
+        slot, start, count = schedule.slots[row], schedule.starts[row], schedule.counts[row]
+        pooling_type, num_prompt = self._pooling_type[slot], int(self._num_prompt[slot])
+        assert pooling_type is not None
+        span = int(batch.query_start_loc[row]), int(batch.query_start_loc[row + 1])
+        return Pool(row, slot, pooling_type, span, start == 0, start + count == num_prompt, num_prompt)
+
+    def _read_pools(self, pools: list[Pool], hidden: Tensor) -> dict[int, list[float]]:
+        """The vectors that are whole: row → elements, float32."""
+        found: dict[int, list[float]] = {}
+        for kind in {pool.pooling_type for pool in pools}:
+            group = [pool for pool in pools if pool.pooling_type == kind]
+            vectors = self.backend.pool(hidden, np.array([pool.span for pool in group], np.int32), kind)
+            for pool, vector in zip(group, vectors, strict=True):
+                if kind == "MEAN":
+                    before = self._sums.pop(pool.slot, None)
+                    vector = vector if pool.begins or before is None else before + vector
+                if not pool.ends:
+                    self._sums[pool.slot] = vector
+                    continue
+                mean = vector / pool.num_prompt if kind == "MEAN" else vector
+                found[pool.row] = mean.astype(np.float32).tolist()
+        return found
 
     def _admit(self, admission: Admission) -> None:
         slot, params = admission.slot, admission.params
@@ -178,6 +225,7 @@ class ModelRunner:
         self._features[slot] = features
         self._num_logprobs[slot] = self._top(params.logprobs)
         self._num_prompt_logprobs[slot] = self._top(params.prompt_logprobs)
+        self._pooling_type[slot] = admission.pooling_type
         self._allowed.pop(slot, None)
         if params.allowed_token_ids is not None:
             self._allowed[slot] = pack_bits(np.array(params.allowed_token_ids), self.model.vocab_size)

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 4 << 30
 """Most that the KV pool takes on a CPU unless its size is given; pages that no request reaches are never touched."""
+CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 8192
+"""Most tokens in a step unless the number is given: enough to fill the device."""
 
 
 EngineT = TypeVar("EngineT", bound=EngineCore, covariant=True)
@@ -38,6 +40,8 @@ class Started(Generic[EngineT]):
     engine: EngineT
     tokenizer: Tokenizer | None
     max_model_len: int
+    hidden_size: int
+    """Elements of an embedding."""
     default_sampling_params: SamplingParams
     backend_choice: str
     """Which backend runs, and why the others do not."""
@@ -47,6 +51,8 @@ def start(config: EngineConfig) -> Started[Engine]:
     """Start an engine. Raises ModelError, BackendError or ParameterError, each saying what to change."""
     from vllmlite.backends.select import select_backend
     from vllmlite.models import load_planned, plan_model
+    from vllmlite.models.gguf import has_blocks, treatment
+    from vllmlite.models.hf_config import HfConfig
 
     path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
     plan = plan_model(path, config.model_impl)
@@ -70,10 +76,16 @@ def start(config: EngineConfig) -> Started[Engine]:
         threads=config.threads,
         cpu_isa=config.cpu_isa,
         quantization=config.quantization or plan.quantization,
+        has_blocks=path.is_file() and has_blocks(path),
         ops=plan.ops,
         model=plan.architecture,
         only=plan.backends,
     )
+    if path.is_file():
+        done = treatment(path, backend.dtype, backend.quantization, backend.keeps_blocks)
+        choice += f"; {done}"
+        if sys.stderr.isatty():
+            print(f"vllmlite: {done}", file=sys.stderr)
     longest = config.max_model_len or plan.max_position_embeddings
     model = load_planned(
         plan,
@@ -89,10 +101,12 @@ def start(config: EngineConfig) -> Started[Engine]:
     capacity = num_blocks * config.block_size
     if longest > capacity:
         if config.max_model_len is not None:
+            block_bytes = backend.kv_bytes_per_block(model.kv_spec)
             raise ParameterError(
                 "max_model_len",
                 longest,
-                f"the key/value cache holds {capacity} tokens: lower it to that, or give more",
+                f"takes {-(-longest // config.block_size) * block_bytes} bytes of key/value cache; the "
+                f"{num_blocks * block_bytes} there are hold {capacity} tokens: lower it to that, or give more",
             )
         logger.warning(
             "max_model_len is %d, what the key/value cache holds, not the model's %d", capacity, longest
@@ -111,7 +125,7 @@ def start(config: EngineConfig) -> Started[Engine]:
     engine = Engine(
         Limits(
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=_batched_tokens(config, backend),
             max_model_len=longest,
             block_size=config.block_size,
             num_blocks=num_blocks,
@@ -119,7 +133,7 @@ def start(config: EngineConfig) -> Started[Engine]:
         ),
         runner,
         vocab_size=model.vocab_size,
-        eos_ids=_eos_ids(generation, path, tokenizer),
+        eos_ids=_eos_ids(generation, HfConfig.read(path).get("eos_token_id"), path, tokenizer),
         steps_in_flight=2 if two_steps else 1,
         seed=config.seed,
         max_logprobs=config.max_logprobs,
@@ -127,7 +141,9 @@ def start(config: EngineConfig) -> Started[Engine]:
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     stats.lent_ops = list(backend.lent_ops)
-    return Started(engine, tokenizer, longest, _default_params(config, generation), f"{plan}; {choice}")
+    return Started(
+        engine, tokenizer, longest, plan.hidden_size, _default_params(config, generation), f"{plan}; {choice}"
+    )
 
 
 def start_process(config: EngineConfig) -> Started[EngineProcess]:
@@ -143,7 +159,12 @@ def start_process(config: EngineConfig) -> Started[EngineProcess]:
         engine.close()
         raise
     return Started(
-        engine, tokenizer, ready.max_model_len, ready.default_sampling_params, ready.backend_choice
+        engine,
+        tokenizer,
+        ready.max_model_len,
+        ready.hidden_size,
+        ready.default_sampling_params,
+        ready.backend_choice,
     )
 
 
@@ -158,6 +179,11 @@ def _load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:
             weights=False,
         )
     )
+
+
+def _batched_tokens(config: EngineConfig, backend: Backend) -> int:
+    default = CPU_BATCHED_TOKENS if backend.device == "cpu" else GPU_BATCHED_TOKENS
+    return config.max_num_batched_tokens or default
 
 
 def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_len: int) -> int:
@@ -183,8 +209,9 @@ def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_
     num_blocks = min(room // block_bytes, most_used)
     if num_blocks < 1:
         raise BackendError(
-            f"no memory is left for the key/value cache ({memory.free} of {memory.total} bytes free): raise "
-            "gpu_memory_utilization, or choose a smaller model or dtype"
+            f"no memory is left for the key/value cache: a block of {config.block_size} tokens takes {block_bytes} "
+            f"bytes, and {memory.free} of {memory.total} are free: raise gpu_memory_utilization, or choose a smaller "
+            "model, dtype or quantization"
         )
     return num_blocks
 
@@ -199,7 +226,7 @@ def _largest_step(config: EngineConfig, backend: Backend, model: Model, max_mode
         max_model_len=max_model_len,
         enforce_eager=True,
     )
-    runner.profile(min(config.max_num_batched_tokens, config.max_num_seqs * max_model_len))
+    runner.profile(min(_batched_tokens(config, backend), config.max_num_seqs * max_model_len))
 
 
 def _capture_graphs(runner: ModelRunner) -> None:
@@ -222,11 +249,13 @@ def _generation_config(config: EngineConfig, path: Path) -> dict[str, Any]:
     return read_object(path / "generation_config.json", optional=True)
 
 
-def _eos_ids(generation: dict[str, Any], path: Path, tokenizer: Tokenizer | None) -> Sequence[int]:
-    """Every id that ends a text: the generation config's (or else the model config's) and the tokenizer's."""
+def _eos_ids(
+    generation: dict[str, Any], configured: Any, path: Path, tokenizer: Tokenizer | None
+) -> Sequence[int]:
+    """Every id that ends a text: the generation config's (or else what the model's has) and the tokenizer's."""
     listed = generation.get("eos_token_id")
     if listed is None:
-        listed = read_object(path / "config.json").get("eos_token_id")
+        listed = configured
     ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
     if not all(type(i) is int and i >= 0 for i in ids):
         raise ModelError(f"{path}: eos_token_id={listed!r} must be a token id or a list of them")

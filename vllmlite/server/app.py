@@ -20,16 +20,19 @@ from starlette.responses import Response
 
 from vllmlite import __version__
 from vllmlite.errors import ParameterError, VllmliteError
-from vllmlite.server import chat, completions, operations
+from vllmlite.server import chat, completions, embeddings, llamacpp, messages, operations, responses
 from vllmlite.server.errors import ApiError, as_api_error
 from vllmlite.server.metrics import StatsLog
 from vllmlite.server.middleware import Count, LimitBody, RequireKey, error_response
+from vllmlite.server.page import page_route
 from vllmlite.server.profiler import Profiler
-from vllmlite.server.protocol import TOKENIZABLE_TAGS
+from vllmlite.server.protocol.operations import TOKENIZABLE_TAGS
 from vllmlite.server.service import Service
 from vllmlite.server.sse import ClientGone
 
 logger = logging.getLogger(__name__)
+
+ENDPOINTS = (completions, chat, embeddings, responses, messages, llamacpp, operations)
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for the log of an answer that nobody waited for."""
@@ -47,11 +50,13 @@ def build_app(service: Service, keys: tuple[str, ...] = ()) -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
     )
     app.state.service = service
-    for router in (completions.router, chat.router, operations.router):
-        app.include_router(router)
+    for endpoints in ENDPOINTS:
+        app.include_router(endpoints.router)
     if config.profile_dir is not None:
         app.state.profiler = Profiler(service.engine, Path(config.profile_dir))
         app.include_router(operations.profiling)
+    if config.ui:
+        app.router.routes.append(page_route())
     for name in config.middleware:
         _add_middleware(app, name)
     app.add_middleware(LimitBody, limit=config.max_body_size)
@@ -108,7 +113,7 @@ def _add_middleware(app: FastAPI, name: str) -> None:
 
 
 async def _tell(request: Request, error: Exception) -> Response:
-    return error_response(as_api_error(error))
+    return error_response(as_api_error(error), request.scope)
 
 
 async def _tell_nobody(request: Request, error: Exception) -> Response:
@@ -119,7 +124,7 @@ async def _tell_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     known = error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
     message = f"{request.method} {request.url.path}: {error.detail}" if known else str(error.detail)
-    return error_response(ApiError(error.status_code, message, headers=error.headers))
+    return error_response(ApiError(error.status_code, message, headers=error.headers), request.scope)
 
 
 async def _tell_validation(request: Request, error: Exception) -> Response:
@@ -128,7 +133,7 @@ async def _tell_validation(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ParameterError):
-        return error_response(as_api_error(cause))
+        return error_response(as_api_error(cause), request.scope)
     place = ".".join(str(part) for part in first["loc"][1:] if part not in TOKENIZABLE_TAGS)
     message = f"{place or 'body'}: {first['msg']}"
-    return error_response(ApiError(HTTPStatus.BAD_REQUEST, message, param=place or None))
+    return error_response(ApiError(HTTPStatus.BAD_REQUEST, message, param=place or None), request.scope)

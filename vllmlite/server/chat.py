@@ -13,18 +13,24 @@ from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.server import logprobs
+from vllmlite.server.conversation import content_text
 from vllmlite.server.documented import documented
-from vllmlite.server.protocol import (
+from vllmlite.server.parsers.parts import CallArguments, CallBegin, Content, Part, Reasoning
+from vllmlite.server.protocol.chat import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatCompletionRequest,
     ChatDelta,
-    ChatLogprobs,
+    ChatMessage,
+    FunctionCall,
 )
-from vllmlite.server.service import Generation, Service, content_text
+from vllmlite.server.protocol.logprobs import ChatLogprobs
+from vllmlite.server.reading import Reader, Reading, reader_for, reads_marks
+from vllmlite.server.service import Generation, Service
 from vllmlite.server.sse import DONE, JSON, Stream, event
+from vllmlite.server.tools import ToolUse
 
 router = APIRouter()
 
@@ -35,21 +41,29 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     arrival = time.monotonic()
     service: Service = request.app.state.service
     service.check_model(body.model)
-    params = _params(body, service.default_params)
-    prompt = await service.encode_chat(body)
+    offered = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    tools = ToolUse.of(offered, body.tool_choice, body.parallel_tool_calls, service.config)
+    params = _params(body, service, tools)
+    hidden = tools.choice == "none" and service.config.exclude_tools_when_tool_choice_none
+    prompt = await service.encode_chat(body, offer_tools=not hidden)
     generation = await service.generate(
         "chatcmpl", [prompt], params, request_id=body.request_id, priority=body.priority, cache_salt=body.cache_salt,
         arrival_time=arrival,
     )  # fmt: skip
-    answer = _Answer(service, body, generation)
+    prompt_text = str(prompt.get("prompt") or "")
+    readers = [reader_for(service.config, tools, params, prompt_text) for _ in range(params.n)]
+    answer = _Answer(service, body, generation, tools, readers)
     if body.stream:
         return Stream(answer.events(), generation.close)
     (output,) = await generation.finished(request.receive)
     return JSON(answer.whole(output))
 
 
-def _params(body: ChatCompletionRequest, default: SamplingParams) -> SamplingParams:
-    changes: dict[str, Any] = {}
+def _params(body: ChatCompletionRequest, service: Service, tools: ToolUse) -> SamplingParams:
+    default = service.default_params
+    changes: dict[str, Any] = tools.changes(body.asks_for_structure())
+    if reads_marks(service.config, tools) and body.skip_special_tokens is None:
+        changes["skip_special_tokens"] = False
     if body.top_logprobs is not None and not body.logprobs:
         raise ParameterError("top_logprobs", body.top_logprobs, "goes with logprobs=true")
     if body.logprobs:
@@ -57,20 +71,26 @@ def _params(body: ChatCompletionRequest, default: SamplingParams) -> SamplingPar
             raise ParameterError("top_logprobs", body.top_logprobs, "must be at least 0")
         changes["logprobs"] = body.top_logprobs or 0
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if limit is not None:
-        changes["max_tokens"] = limit
-    elif default.max_tokens == SamplingParams().max_tokens:
-        changes["max_tokens"] = None  # the checkpoint names no limit: up to the context
+    changes["max_tokens"] = service.chat_limit(limit)
     return body.sampling_params(default, **changes)
 
 
 class _Answer:
     """The ``n`` answers of one request."""
 
-    def __init__(self, service: Service, body: ChatCompletionRequest, generation: Generation) -> None:
+    def __init__(
+        self,
+        service: Service,
+        body: ChatCompletionRequest,
+        generation: Generation,
+        tools: ToolUse,
+        readers: list[Reader],
+    ) -> None:
         self._service = service
         self._body = body
         self._generation = generation
+        self._tools = tools
+        self._readers = readers
         self._ids = service.config.return_tokens_as_token_ids or bool(body.return_tokens_as_token_ids)
         last = body.messages[-1]
         self._role = service.config.response_role if body.add_generation_prompt else last.role
@@ -102,9 +122,7 @@ class _Answer:
                 if completion.index not in begun:
                     begun.add(completion.index)
                     choices.append(_delta(completion.index, {"role": self._role, "content": self._begin}))
-                choice = self._chunk_choice(completion)
-                if choice is not None:
-                    choices.append(choice)
+                choices += self._chunk_choices(completion)
             pieces = []
             for choice in choices:
                 chunk = self._frame([choice])
@@ -128,30 +146,69 @@ class _Answer:
         }
 
     def _choice(self, completion: CompletionOutput) -> ChatChoice:
+        reader = self._readers[completion.index]
+        reading = Reading.of(reader.read(completion))
+        content = self._begin + reading.content
+        message: ChatMessage = {"role": self._role, "content": content}
+        if reading.reasoning and self._body.include_reasoning:
+            message["reasoning_content"] = reading.reasoning
+        if reading.calls:
+            message["content"] = content or None
+            message["tool_calls"] = [
+                {
+                    "id": self._tools.call_id(),
+                    "type": "function",
+                    "function": {"name": name, "arguments": arguments},
+                }
+                for name, arguments in reading.calls
+            ]
         choice: ChatChoice = {
             "index": completion.index,
-            "message": {"role": self._role, "content": self._begin + completion.text},
+            "message": message,
             "logprobs": self._logprobs(completion),
-            "finish_reason": completion.finish_reason,
+            "finish_reason": reader.finish_reason(completion.finish_reason),
             "stop_reason": completion.stop_reason,
         }
         if self._body.return_token_ids:
             choice["token_ids"] = completion.token_ids
         return choice
 
-    def _chunk_choice(self, completion: CompletionOutput) -> ChatChunkChoice | None:
-        """What is new; None of half a character, or the beginning of what may be a stop string."""
+    def _chunk_choices(self, completion: CompletionOutput) -> list[ChatChunkChoice]:
+        """What is new, a part a chunk; none of half a character, or the beginning of what may be a stop string."""
+        reader = self._readers[completion.index]
+        deltas = [delta for part in reader.read(completion) if (delta := self._part_delta(part))]
         found = self._logprobs(completion)
-        if not (completion.text or completion.finish_reason or found or self._body.return_token_ids):
-            return None
-        choice = _delta(completion.index, {"content": completion.text} if completion.text else {})
-        choice["logprobs"] = found
-        choice["finish_reason"] = completion.finish_reason
+        if not (deltas or completion.finish_reason or found or self._body.return_token_ids):
+            return []
+        choices = [_delta(completion.index, delta) for delta in deltas or [{}]]
+        choices[0]["logprobs"] = found
         if completion.finish_reason is not None:
-            choice["stop_reason"] = completion.stop_reason
+            choices[-1]["finish_reason"] = reader.finish_reason(completion.finish_reason)
+            choices[-1]["stop_reason"] = completion.stop_reason
         if self._body.return_token_ids:
-            choice["token_ids"] = completion.token_ids
-        return choice
+            choices[0]["token_ids"] = completion.token_ids
+        return choices
+
+    def _part_delta(self, part: Part) -> ChatDelta | None:
+        match part:
+            case Content(text):
+                return {"content": text}
+            case Reasoning(text):
+                return {"reasoning_content": text} if self._body.include_reasoning else None
+            case CallBegin(index, name):
+                function: FunctionCall = {"name": name, "arguments": ""}
+                return {
+                    "tool_calls": [
+                        {
+                            "index": index,
+                            "id": self._tools.call_id(),
+                            "type": "function",
+                            "function": function,
+                        }
+                    ]
+                }
+            case CallArguments(index, text):
+                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
     def _logprobs(self, completion: CompletionOutput) -> ChatLogprobs | None:
         if completion.logprobs is None:

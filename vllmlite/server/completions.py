@@ -14,7 +14,7 @@ from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.server import logprobs
 from vllmlite.server.documented import documented
-from vllmlite.server.protocol import (
+from vllmlite.server.protocol.completions import (
     Completion,
     CompletionChoice,
     CompletionRequest,
@@ -113,7 +113,7 @@ class _Answer:
         }
 
     def _choice(self, prompt: int, output: RequestOutput, completion: CompletionOutput) -> CompletionChoice:
-        body, index = self._body, prompt * self._generation.params.n + completion.index
+        body, index = self._body, prompt * self._generation.n + completion.index
         first = index not in self._offsets
         offset = self._offsets.get(index, 0)
         text, token_ids, entries = completion.text, completion.token_ids, completion.logprobs

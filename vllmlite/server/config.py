@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from dataclasses import dataclass
 
 from vllmlite.errors import ParameterError
 from vllmlite.options import check_fields, option
+from vllmlite.server.parsers import TOOL_PARSERS
+from vllmlite.server.parsers.reasoning import STYLES
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
@@ -41,10 +44,26 @@ class ServerConfig:
         "let requests bring chat templates of their own, which can keep the server busy",
         group="server",
     )
+    enable_auto_tool_choice: bool = option(
+        False, "let models choose to call tools; needs a tool-call-parser", group="server"
+    )
+    tool_call_parser: str | None = option(
+        None, "the format in which the model calls tools", group="server", choices=tuple(TOOL_PARSERS)
+    )
+    exclude_tools_when_tool_choice_none: bool = option(
+        False, "show the model no tools where tool_choice is none", group="server"
+    )
+    reasoning_parser: str | None = option(
+        None,
+        "how the model marks its reasoning, which answers have apart",
+        group="server",
+        choices=tuple(STYLES),
+    )
     return_tokens_as_token_ids: bool = option(
         False, "name tokens token_id:N in log-probabilities, for text that JSON cannot hold", group="server"
     )
     enable_force_include_usage: bool = option(False, "end every stream with its usage", group="server")
+    ui: bool = option(True, "serve a page to chat in at /", group="server")
     shutdown_timeout: int = option(
         30, "seconds that running requests get to finish after SIGTERM", group="server", low=0, high=86400
     )
@@ -119,6 +138,8 @@ class ServerConfig:
             raise ParameterError("ssl_certfile", None, "must be given for TLS")
         if not self.log_stats_interval > 0:
             raise ParameterError("log_stats_interval", self.log_stats_interval, "must be over 0")
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ParameterError("enable_auto_tool_choice", True, "needs tool_call_parser")
         if self.root_path and not self.root_path.startswith("/"):
             raise ParameterError("root_path", self.root_path, "must begin with /")
         for name in self.middleware:
@@ -126,14 +147,30 @@ class ServerConfig:
                 raise ParameterError("middleware", name, "must be package.module.Class")
 
     def api_keys(self) -> tuple[str, ...]:
-        """The keys of ``api_key`` and ``api_key_file``; empty where none is needed. Raises ParameterError."""
-        if self.api_key_file is None:
-            return self.api_key
-        try:
-            with open(self.api_key_file, encoding="utf-8") as file:
-                keys = tuple(line.strip() for line in file if line.strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ParameterError("api_key_file", self.api_key_file, f"cannot be read: {error}") from None
-        if not keys:
-            raise ParameterError("api_key_file", self.api_key_file, "holds no key")
-        return self.api_key + keys
+        """The keys of ``api_key``, of ``api_key_file``, and of the credential ``vllmlite.api-key`` where systemd hands
+        one over; empty where none is needed. Raises ParameterError."""
+        keys = self.api_key
+        for path in (self.api_key_file, _credential("vllmlite.api-key")):
+            keys += _read_keys(path) if path is not None else ()
+        return keys
+
+
+def _credential(name: str) -> str | None:
+    """The file of a credential that the service manager hands over (systemd.exec(5)), if it does."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    try:
+        return os.path.join(directory, name) if directory and name in os.listdir(directory) else None
+    except OSError as error:
+        raise ParameterError("CREDENTIALS_DIRECTORY", directory, f"cannot be read: {error}") from None
+
+
+def _read_keys(path: str) -> tuple[str, ...]:
+    """The lines of a file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            keys = tuple(line.strip() for line in file if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParameterError("api_key_file", path, f"cannot be read: {error}") from None
+    if not keys:
+        raise ParameterError("api_key_file", path, "holds no key")
+    return keys

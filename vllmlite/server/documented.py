@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllmlite.server.protocol import ErrorAnswer
+from vllmlite.server.protocol.base import ErrorAnswer
 
 ERRORS = {
     400: "A field is wrong: `param` names it.",
@@ -18,15 +18,18 @@ ERRORS = {
 }
 
 
-def documented(answer: Any = None, *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
-    """FastAPI's ``responses``: ``answer``, None for an empty one (also as server-sent events), and every error."""
+def documented(
+    answer: Any = None, *, streams: bool = False, error: Any = ErrorAnswer
+) -> dict[int | str, dict[str, Any]]:
+    """FastAPI's ``responses``: ``answer``, None for an empty one (also as server-sent events), and every error,
+    in the shape ``error``."""
     good: dict[str, Any] = {"description": "The answer."}
     if answer is not None:
         good["model"] = answer
     if streams:
-        good["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        good["content"] = {"text/event-stream": {"schema": {}}}
     errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorAnswer, "description": text} for status, text in ERRORS.items()
+        status: {"model": error, "description": text} for status, text in ERRORS.items()
     }
     return {200: good, **errors}
 

@@ -11,6 +11,16 @@ from vllmlite.errors import EngineDeadError, ParameterError, VllmliteError
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 """OpenAI's error type of a status; other 4xx are invalid_request_error, 5xx are server_error."""
 
+ANTHROPIC = "/v1/messages"
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
 
 class ApiError(Exception):
     """An answer that is an error."""
@@ -37,8 +47,13 @@ class ApiError(Exception):
         """OpenAI's name for the class of errors."""
         return TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
-    def body(self) -> dict[str, Any]:
-        """The JSON object to answer with."""
+    def body(self, path: str = "") -> dict[str, Any]:
+        """The JSON object to answer with: OpenAI's, or Anthropic's at Anthropic's ``path``."""
+        if path.startswith(ANTHROPIC):
+            kind = ANTHROPIC_TYPES.get(
+                self.status, "invalid_request_error" if self.status < 500 else "api_error"
+            )
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from vllmlite.outputs import Logprob
-from vllmlite.server.protocol import (
+from vllmlite.server.protocol.logprobs import (
     ChatLogprobs,
     CompletionLogprobs,
     PromptLogprobs,

@@ -22,9 +22,9 @@ MAX_DISCARDED = 64 << 20
 """Bytes of a body over the limit that are read and forgotten before it is answered."""
 
 
-def error_response(error: ApiError) -> JSON:
-    """The answer that an error is."""
-    return JSON(error.body(), status_code=error.status, headers=error.headers)
+def error_response(error: ApiError, scope: Scope) -> JSON:
+    """The answer to the request of ``scope`` that an error is."""
+    return JSON(error.body(_path(scope)), status_code=error.status, headers=error.headers)
 
 
 class Count:
@@ -84,7 +84,7 @@ class RequireKey:
             code="invalid_api_key",
             headers={"www-authenticate": "Bearer"},
         )
-        await error_response(error)(scope, receive, send)
+        await error_response(error, scope)(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
         headers = Headers(scope=scope)
@@ -136,7 +136,7 @@ class LimitBody:
                 f"the body is longer than {self._limit} bytes (--max-body-size)",
                 headers={"connection": "close"},
             )
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
             return
         first: MutableMapping[str, Any] | None = {
             "type": "http.request",

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from vllmlite import __version__
 from vllmlite.server.documented import CONFLICT, documented
 from vllmlite.server.errors import ApiError
-from vllmlite.server.protocol import (
+from vllmlite.server.protocol.operations import (
     Detokenized,
     DetokenizeRequest,
     Health,
@@ -129,7 +129,7 @@ async def metrics(request: Request) -> Response:
     return Response(body, headers={"content-type": media_type})
 
 
-@router.post("/reset_prefix_cache", responses=documented())
+@router.post("/reset_prefix_cache", responses=documented(), response_class=Response)
 async def reset_prefix_cache(request: Request) -> Response:
     """Forget every cached prefix."""
     service: Service = request.app.state.service
@@ -137,7 +137,7 @@ async def reset_prefix_cache(request: Request) -> Response:
     return Response()
 
 
-@profiling.post("/start_profile", responses=documented() | CONFLICT)
+@profiling.post("/start_profile", responses=documented() | CONFLICT, response_class=Response)
 async def start_profile(request: Request) -> Response:
     """Begin to record the engine's steps."""
     await request.app.state.profiler.start()

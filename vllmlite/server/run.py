@@ -133,14 +133,17 @@ class Server(uvicorn.Server):
 
 
 def notify_systemd(state: str) -> None:
-    """Tell the service manager, where one listens (sd_notify(3))."""
+    """Tell the service manager, where one listens (sd_notify(3)); that it does not is no reason to go on or to stop."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-        channel.sendto(state.encode(), address)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto(state.encode(), address)
+    except OSError as error:
+        logger.warning("cannot tell %s to NOTIFY_SOCKET=%s: %s", state, address, error.strerror)
 
 
 def read_template(given: str | None) -> str | None:

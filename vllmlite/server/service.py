@@ -8,6 +8,7 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
@@ -16,11 +17,14 @@ from starlette.types import Receive
 from vllmlite.async_llm import AsyncLLM, NewRequest, OutputStream
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import RequestOutput
+from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
 from vllmlite.server.config import ServerConfig
+from vllmlite.server.conversation import as_mapping
 from vllmlite.server.errors import ApiError
 from vllmlite.server.metrics import Metrics
-from vllmlite.server.protocol import ChatPrompt, Message, Usage
+from vllmlite.server.protocol.base import Usage
+from vllmlite.server.protocol.chat import ChatPrompt, Tool
 from vllmlite.server.sse import unless_gone
 
 logger = logging.getLogger(__name__)
@@ -29,8 +33,8 @@ INLINE_CHARACTERS = 4096
 """Texts up to this length are tokenised on the event loop; longer ones in a thread, while others are served."""
 
 
-COMPILE_SECONDS = 30
-"""A grammar's limit; the first one waits for xgrammar to be imported."""
+COMPILE_SECONDS = 60
+"""For a grammar, and those that came before it, to be compiled."""
 
 
 class Generation:
@@ -42,20 +46,22 @@ class Generation:
         kind: str,
         request_id: str | None,
         prompts: Sequence[dict[str, Any]],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
     ) -> None:
         """``kind`` begins the answer's id."""
         self.id = f"{kind}-{request_id or uuid.uuid4().hex}"
         self.created = int(time.time())
         self.prompts = prompts
         self.params = params
+        self.n = params.n if isinstance(params, SamplingParams) else 1
+        """Completions a prompt."""
         self._service = service
         self._stream: OutputStream | None = None
         self._index = {uuid.uuid4().hex: index for index in range(len(prompts))}
         self._prompt_tokens = [0] * len(prompts)
         self._cached_tokens = [0] * len(prompts)
         self._completion_tokens = 0
-        self._unfinished = len(prompts) * params.n
+        self._unfinished = len(prompts) * self.n
 
     async def start(self, priority: int, arrival_time: float) -> None:
         """Hand the prompts to the engine. Raises ApiError if there is no room, ParameterError if one cannot run."""
@@ -85,6 +91,7 @@ class Generation:
                 for completion in output.outputs:
                     self._completion_tokens += len(completion.token_ids)
                     ended += completion.finish_reason is not None
+                ended += output.embedding is not None
                 found.append((index, output))
             self._service.release(ended)
             self._unfinished -= ended
@@ -147,6 +154,8 @@ class Service:
         self._capacity = inner.config.max_num_seqs + config.max_queue
         self._max_num_seqs = inner.config.max_num_seqs
         self._unfinished = 0
+        self._compiling = ThreadPoolExecutor(1, "vllmlite-grammars")
+        """One grammar at a time, so that hostile ones keep nothing but others from being compiled."""
 
     def check_model(self, name: str | None) -> None:
         """Raise a 404 unless ``name`` is served; no name means the one that is."""
@@ -158,6 +167,14 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+
+    def chat_limit(self, wanted: int | None) -> int | None:
+        """The most tokens of an answer in a conversation; None: up to the context, where the checkpoint names no
+        limit."""
+        limit = self.default_params.max_tokens
+        if wanted is not None or limit == SamplingParams().max_tokens:
+            return wanted
+        return limit
 
     def admit(self, count: int) -> None:
         """Count ``count`` sequences in; raises ApiError if the queue is full or the server is going down."""
@@ -188,18 +205,18 @@ class Service:
         self,
         kind: str,
         prompts: Sequence[dict[str, Any]],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
-        request_id: str | None,
-        priority: int,
-        cache_salt: str | None,
         arrival_time: float,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> Generation:
-        """Start generating after each of ``prompts``, as :meth:`encode` makes them."""
+        """Start generating after each of ``prompts``, as :meth:`encode` makes them, or embedding them."""
         for prompt in prompts:
             if cache_salt is not None:
                 prompt["cache_salt"] = cache_salt
-        if params.structured_outputs is not None:
+        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
             await self._compile(params.structured_outputs)
         generation = Generation(self, kind, request_id, prompts, params)
         if self.config.enable_log_requests:
@@ -217,12 +234,16 @@ class Service:
 
     async def _compile(self, structure: StructuredOutputsParams) -> None:
         """Have the grammar ready before the engine asks for it; others are served meanwhile."""
-        grammars = self.engine.llm_engine.grammars
+        compiling = asyncio.get_running_loop().run_in_executor(
+            self._compiling, self.engine.llm_engine.grammars.compile, structure
+        )
         try:
-            await asyncio.wait_for(asyncio.to_thread(grammars.compile, structure), COMPILE_SECONDS)
+            await asyncio.wait_for(compiling, COMPILE_SECONDS)
         except TimeoutError:
-            raise ParameterError(
-                "structured_outputs", None, f"takes longer than {COMPILE_SECONDS} s to compile: simplify it"
+            raise ApiError(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "too many grammars are being compiled",
+                headers={"retry-after": "10"},
             ) from None
 
     async def encode_all(self, prompts: Any, add_special_tokens: bool = True) -> list[dict[str, Any]]:
@@ -254,8 +275,8 @@ class Service:
             raise ParameterError("prompt", prompt, "must be text or token ids")
         return self.engine.llm_engine.encode({"prompt_token_ids": prompt})
 
-    async def encode_chat(self, body: ChatPrompt) -> dict[str, Any]:
-        """The prompt of a conversation, through the chat template."""
+    async def encode_chat(self, body: ChatPrompt, offer_tools: bool = True) -> dict[str, Any]:
+        """The prompt of a conversation, through the chat template, which is told of tools if ``offer_tools``."""
         template = self.config.chat_template
         if body.chat_template is not None:
             if not self.config.trust_request_chat_template:
@@ -269,7 +290,8 @@ class Service:
         for name in _TEMPLATE_ARGUMENTS & variables.keys():
             raise ParameterError("chat_template_kwargs", name, "is an argument of its own")
         text = self.tokenizer.apply_chat_template(
-            [_as_mapping(message) for message in body.messages],
+            [as_mapping(message) for message in body.messages],
+            tools=_definitions(body.tools) if offer_tools else None,
             chat_template=template,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
@@ -278,23 +300,10 @@ class Service:
         return await self.encode(text, body.add_special_tokens)
 
 
+def _definitions(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
+    return [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
+
+
 _TEMPLATE_ARGUMENTS = frozenset(
     "messages conversation chat_template add_generation_prompt continue_final_message tools self".split()
 )
-
-
-def content_text(message: Message) -> str | None:
-    """A message's content as text. Raises :class:`ParameterError` if a part of it is something else."""
-    if not isinstance(message.content, list):
-        return message.content
-    for part in message.content:
-        if part.text is None or part.type not in ("text", "input_text", "output_text"):
-            raise ParameterError(
-                "messages", part.model_dump(), "content must be text: only text models are served"
-            )
-    return "\n".join(part.text or "" for part in message.content)
-
-
-def _as_mapping(message: Message) -> dict[str, Any]:
-    """A message as chat templates take it: content as text, and whatever else came with it."""
-    return {"role": message.role, "content": content_text(message), **(message.model_extra or {})}

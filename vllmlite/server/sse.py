@@ -36,6 +36,11 @@ def event(value: Any) -> bytes:
     return b"data: " + to_json(value) + b"\n\n"
 
 
+def named_event(value: Any) -> bytes:
+    """The same, named after the ``type`` in ``value``."""
+    return b"event: %b\n%b" % (value["type"].encode(), event(value))
+
+
 DONE = b"data: [DONE]\n\n"
 
 
@@ -60,15 +65,20 @@ class Stream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, pieces: AsyncGenerator[bytes, None], close: Callable[[], None], media_type: str | None = None
+        self,
+        pieces: AsyncGenerator[bytes, None],
+        close: Callable[[], None],
+        media_type: str | None = None,
+        error_event: Callable[[Exception], bytes] = error_event,
     ) -> None:
-        """``close`` is called in any case, at the end. An exception in ``pieces`` becomes an error event."""
+        """``close`` is called in any case, at the end. An exception in ``pieces`` becomes an ``error_event``."""
         super().__init__(
             media_type=media_type, headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
         )
         del self.headers["content-length"]
         self._pieces = pieces
         self._close = close
+        self._error_event = error_event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the pieces."""
@@ -87,7 +97,7 @@ class Stream(Response):
         except Exception as error:
             if as_api_error(error).status == 500:
                 logger.exception("a stream ends with an error")
-            await send({"type": "http.response.body", "body": error_event(error), "more_body": True})
+            await send({"type": "http.response.body", "body": self._error_event(error), "more_body": True})
         finally:
             await self._pieces.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})

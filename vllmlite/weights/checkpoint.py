@@ -14,16 +14,36 @@ import numpy as np
 from vllmlite.backends.base import FLOAT_DTYPES, HostTensor, HostWeight, QuantizedTensor
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.weights.json_object import read_object
+from vllmlite.weights.pt import read_pt
 from vllmlite.weights.quantized import QWEIGHT, SCALES, stored_shapes
 from vllmlite.weights.safetensors import read_safetensors
 
-LOAD_FORMATS = ("auto", "safetensors", "dummy")
+LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Tables that old checkpoints store and every loader computes."""
 _DUMMY_PERIOD = (1 << 20) + 7
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """How a directory holds weights: a single file, or an index of several."""
+
+    name: str
+    single: str
+    index: str
+    suffix: str
+    read: Callable[[Path], dict[str, HostTensor]]
+
+
+_FORMATS = (
+    _Format(
+        "safetensors", "model.safetensors", "model.safetensors.index.json", ".safetensors", read_safetensors
+    ),
+    _Format("pt", "pytorch_model.bin", "pytorch_model.bin.index.json", ".bin", read_pt),
+    _Format("pt", "model.pt", "model.pt.index.json", ".pt", read_pt),
+)
+"""What ``auto`` tries in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +54,8 @@ class Weights:
     shapes: Mapping[str, tuple[int, ...]]
     kinds: Mapping[str, str]
     """Which of them are quantised, and how."""
+    quantized: Callable[[str], QuantizedTensor] | None = None
+    """Those of ``kinds``."""
 
     def __call__(self, name: str) -> HostTensor:
         """A tensor of floats."""
@@ -41,11 +63,9 @@ class Weights:
 
     def product(self, name: str) -> HostWeight:
         """The weight of a product, which may be quantised."""
-        if name not in self.kinds:
+        if self.quantized is None or name not in self.kinds:
             return self.tensor(name)
-        rows, columns = self.shapes[name]
-        codes, scales = stored_names(name)
-        return QuantizedTensor(self.kinds[name], (rows, columns), self.tensor(codes), self.tensor(scales))
+        return self.quantized(name)
 
 
 def open_weights(
@@ -72,18 +92,24 @@ def open_weights(
         raise ParameterError("load_format", load_format, ", ".join(LOAD_FORMATS))
     if load_format == "dummy":
         return Weights(lambda name: _dummy(name, shapes[name], seed), shapes, {})
-    tensors = _with_prefix(_read(path), prefix)
+    if path.is_file():
+        raise ParameterError("load_format", load_format, f"{path} is a GGUF file: auto, gguf or dummy")
+    if load_format == "gguf":
+        raise ParameterError(
+            "load_format", load_format, f"{path} is a directory: auto, safetensors, pt or dummy"
+        )
+    tensors = _with_prefix(_read(path, load_format), prefix)
     expected = _expected(shapes, kinds or {})
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise ModelError(f"{path}: tensors missing from the checkpoint: {_listed(missing)}")
+        raise ModelError(f"{path}: tensors missing from the checkpoint: {listed(missing)}")
     unused = [name for name in tensors if name not in expected and not _COMPUTED.search(name)]
     if computed:
         unused = [name for name in unused if not re.search(computed, name)]
     if tied[0] in unused and _same(tensors[tied[0]], tensors[tied[1]]):
         unused.remove(tied[0])
     if unused:
-        raise ModelError(f"{path}: tensors that the model has no use for: {_listed(unused)}")
+        raise ModelError(f"{path}: tensors that the model has no use for: {listed(unused)}")
     for name, (shape, dtypes) in expected.items():
         found = tensors[name]
         if found.shape != shape or found.dtype not in dtypes:
@@ -91,7 +117,13 @@ def open_weights(
                 f"{path}: tensor {name!r}: expected {list(shape)} of {', '.join(dtypes)}; "
                 f"found {list(found.shape)} of {found.dtype}"
             )
-    return Weights(tensors.__getitem__, shapes, kinds or {})
+
+    def quantized(name: str) -> QuantizedTensor:
+        rows, columns = shapes[name]
+        codes, scales = stored_names(name)
+        return QuantizedTensor((kinds or {})[name], (rows, columns), tensors[codes], tensors[scales])
+
+    return Weights(tensors.__getitem__, shapes, kinds or {}, quantized)
 
 
 def stored_names(name: str) -> tuple[str, str]:
@@ -116,39 +148,52 @@ def _expected(
     return expected
 
 
-def _read(path: Path) -> dict[str, HostTensor]:
+def _read(path: Path, load_format: str) -> dict[str, HostTensor]:
     """Every tensor of the directory: of the single file where there is one, else of the shards of the index."""
-    if (path / _SINGLE).exists():
-        return read_safetensors(path / _SINGLE)
-    index = path / _INDEX
-    if not index.exists():
-        raise ModelError(f"{path}: holds neither {_SINGLE} nor {_INDEX}")
-    weight_map = _weight_map(index)
+    for form in _FORMATS:
+        if load_format not in ("auto", form.name):
+            continue
+        if (path / form.single).exists():
+            return form.read(path / form.single)
+        if (path / form.index).exists():
+            return _read_shards(path, form)
+    names = [
+        name for form in _FORMATS if load_format in ("auto", form.name) for name in (form.single, form.index)
+    ]
+    raise ModelError(f"{path}: holds none of {', '.join(names)}")
+
+
+def _read_shards(path: Path, form: _Format) -> dict[str, HostTensor]:
+    weight_map = _weight_map(path / form.index, form.suffix)
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (path / file).exists()]
+    if missing:
+        raise ModelError(
+            f"{path}: {len(missing)} of {len(files)} files missing that {form.index} names: {listed(missing)}"
+        )
     tensors: dict[str, HostTensor] = {}
-    for file in sorted(set(weight_map.values())):
-        if not (path / file).exists():
-            raise ModelError(f"{path / file}: missing; {_INDEX} names it")
-        shard = read_safetensors(path / file)
+    for file in files:
+        shard = form.read(path / file)
         for name in shard:
             if weight_map.get(name) != file:
                 raise ModelError(
-                    f"{path / file}: tensor {name!r}: expected in {weight_map.get(name)} by {_INDEX}; found here"
+                    f"{path / file}: tensor {name!r}: expected in {weight_map.get(name)} by {form.index}; found here"
                 )
         tensors |= shard
     for name, file in weight_map.items():
         if name not in tensors:
-            raise ModelError(f"{path / file}: tensor {name!r}: expected by {_INDEX}; found none")
+            raise ModelError(f"{path / file}: tensor {name!r}: expected by {form.index}; found none")
     return tensors
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _weight_map(index: Path, suffix: str) -> dict[str, str]:
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: expected an object with weight_map, an object of file names")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+" + re.escape(suffix), file):
             raise ModelError(
-                f"{index}: tensor {name!r}: expected a *.safetensors file beside the index; found {file!r}"
+                f"{index}: tensor {name!r}: expected a *{suffix} file beside the index; found {file!r}"
             )
     return weight_map
 
@@ -178,6 +223,7 @@ def _dummy(name: str, shape: tuple[int, ...], seed: int) -> HostTensor:
     return HostTensor("float32", shape, values.reshape(-1).view(np.uint8))
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first names of a list, for a message."""
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -66,7 +66,11 @@ class ModelWeights:
     def product(self, name: str) -> HostWeight:
         """The weight of a product, which may be quantised."""
         source = self.sources[name]
-        return self.stored.product(source.key) if source.key in self.stored.kinds else self(name)
+        return self.stored.product(source.key) if self.is_quantized(name) else self(name)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the checkpoint has it quantised, as a product at least."""
+        return self.sources[name].key in self.stored.kinds
 
     def optional(self, name: str) -> HostTensor | None:
         """A tensor of floats, None where the model has no such."""

@@ -19,7 +19,7 @@ like an int8 weight a row, with float32 scales.
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,12 +57,26 @@ def quantize(weight: Floats, kind: str) -> QuantizedTensor:
     )
     scales = _int8_scales(padded) if kind == "int8" else _int4_scales(padded)
     codes = _codes(padded, scales, ZERO[kind])
-    stored = (codes + ZERO[kind]).astype(np.uint8)  # [strip, row, group, element]
+    return _arranged(kind, (rows, size), codes, scales)
+
+
+def pack(kind: str, codes: NDArray[np.int8], scales: Floats) -> QuantizedTensor:
+    """A weight ``[out, in]`` of whole groups from its codes int8 ``[out, groups, GROUP]`` and scales float32 ``[out,
+    groups]``, which must have no more digits than bfloat16 has."""
+    missing = -len(codes) % STRIP
+    codes = np.pad(codes, ((0, missing), (0, 0), (0, 0))).reshape(-1, STRIP, *codes.shape[1:])
+    padded = np.pad(scales, ((0, missing), (0, 0))).reshape(-1, STRIP, scales.shape[1])
+    return _arranged(kind, (len(scales), codes.shape[2] * GROUP), codes, padded)
+
+
+def _arranged(kind: str, shape: tuple[int, int], codes: NDArray[Any], scales: Floats) -> QuantizedTensor:
+    """From codes ``[strips, STRIP, groups, GROUP]`` and scales ``[strips, STRIP, groups]``."""
+    stored = (codes.astype(np.int16) + ZERO[kind]).astype(np.uint8)
     quads = stored.reshape(*stored.shape[:3], -1, 4).transpose(0, 2, 3, 1, 4)  # [strip, group, quad, row, 4]
     packed = (
         quads if kind == "int8" else quads[:, :, ::2] | np.left_shift(quads[:, :, 1::2], 4, dtype=np.uint8)
     )
-    return quantized_tensor(kind, (rows, size), packed, scales.transpose(0, 2, 1))
+    return quantized_tensor(kind, shape, packed, scales.transpose(0, 2, 1))
 
 
 def quantized_tensor(
@@ -115,17 +129,17 @@ def _codes(groups: Floats, scales: Floats, zero: int) -> Floats:
 
 
 def _int8_scales(groups: Floats) -> Floats:
-    return _rounded_to_bf16(_extremes(groups) * np.float32(-1 / 128) + np.float32(0))  # no -0
+    return rounded_to_bf16(_extremes(groups) * np.float32(-1 / 128) + np.float32(0))  # no -0
 
 
 def _int4_scales(groups: Floats) -> Floats:
     extremes = _extremes(groups)
-    best = _rounded_to_bf16(extremes * np.float32(-1 / 8) + np.float32(0))
+    best = rounded_to_bf16(extremes * np.float32(-1 / 8) + np.float32(0))
     least = np.full_like(extremes, np.inf)
     for step in range(SCALE_TRIES):
         codes = _codes(groups, extremes / np.float32(-7 - step / 4), ZERO["int4"])
         squares = np.square(codes).sum(-1)
-        fitted = _rounded_to_bf16(
+        fitted = rounded_to_bf16(
             np.divide((codes * groups).sum(-1), squares, out=np.zeros_like(squares), where=squares != 0)
         )
         with np.errstate(over="ignore"):  # what is too large to be squared is left to the first scale
@@ -135,8 +149,8 @@ def _int4_scales(groups: Floats) -> Floats:
     return best
 
 
-def _rounded_to_bf16(values: Floats) -> Floats:
-    """To the nearest bfloat16, even ones between two."""
+def rounded_to_bf16(values: Floats) -> Floats:
+    """Finite or infinite numbers to the nearest bfloat16, even ones between two."""
     bits = values.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
     return rounded.view(np.float32)

@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Requests that schemathesis makes up from /openapi.json: none may be answered 5xx, with an undocumented status, or in
+another shape than the documented one.
+
+    PYTHONPATH=. scripts/fuzz_server.py [--examples N] [--seed N] [OPTION...]
+
+Few examples an operation by default; ``--examples 500`` is the bar. Needs schemathesis on the PATH; what follows goes
+to it. The server is one of the built-in model's, and ends with the run, whose status is schemathesis's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import subprocess
+import sys
+
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+SERVER = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3")
+SMALL = ("--max-model-len", "64", "--max-body-size", "1M", "--disable-uvicorn-access-log")
+"""Answers are short, so that many fit into a minute."""
+
+
+def main() -> int:
+    """Serve, fuzz, end."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--examples", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    args, rest = parser.parse_known_args()
+    program = shutil.which("schemathesis")
+    if program is None:
+        print("fuzz_server.py: needs schemathesis on the PATH (pip install schemathesis)", file=sys.stderr)
+        return 2
+    command = [sys.executable, "-m", "vllmlite", "serve", "--port", "0", *SERVER, *SMALL]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8")
+    try:
+        assert server.stderr is not None
+        line = next(line for line in server.stderr if " at http" in line)
+        url = line.split(" at ")[1].split(",")[0]
+        fuzz = [
+            program, "run", f"{url}/openapi.json", "--phases", "examples,coverage,fuzzing", "--checks", CHECKS,
+            "--max-examples", str(args.examples), "--seed", str(args.seed), "--request-timeout", "120",
+            "--suppress-health-check", "all", *rest,
+        ]  # fmt: skip
+        subprocess_status = subprocess.run(fuzz).returncode
+    finally:
+        server.send_signal(signal.SIGTERM)
+        status = server.wait(60)
+    return subprocess_status or status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""Readers of files from elsewhere, under damaged input: only typed errors, nothing outside the target, no runaway memory.
+
+A target has seeds and a check; :func:`mutated` damages what it is given. ``scripts/fuzz`` runs this for minutes, keeps
+what reaches new lines, and puts what fails into ``fuzz_seeds``, which the tests replay."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+import shutil
+import sys
+import tarfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from gguf_files import Typed, encode
+
+from vllmlite.errors import ModelError
+from vllmlite.gguf_tokenizer import gguf_tokenizer
+from vllmlite.hub import BUILT_IN
+from vllmlite.hub.tarball import extract
+from vllmlite.models import read_spec
+from vllmlite.models.gguf import open_gguf
+from vllmlite.tokenizer import Tokenizer
+from vllmlite.weights.gguf import read_gguf
+from vllmlite.weights.safetensors import read_safetensors
+
+KEPT = Path(__file__).parent / "fuzz_seeds"
+"""Inputs that failed once, a directory a target."""
+NUMBERS = [
+    0,
+    1,
+    2,
+    7,
+    31,
+    32,
+    127,
+    128,
+    255,
+    256,
+    2**15,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**48,
+    2**63,
+    2**64 - 1,
+]
+TEXTS = ["", "a", "\u2581", "\ud800", "\0", "../x", "/etc/passwd", "NaN", "x" * 300]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is read, from inputs like ``seeds``; ``check`` gets an empty directory and an input."""
+
+    seeds: Callable[[], list[bytes]]
+    check: Callable[[Path, bytes], None]
+    is_json: bool = False
+
+
+def _safetensors(directory: Path, content: bytes) -> None:
+    (directory / "x").write_bytes(content)
+    tensors = read_safetensors(directory / "x")
+    assert sum(tensor.data.size for tensor in tensors.values()) <= len(content)
+
+
+def _gguf(directory: Path, content: bytes) -> None:
+    path = directory / "x.gguf"
+    path.write_bytes(content)
+    found = read_gguf(path)
+    assert sum(tensor.data.size for tensor in found.tensors.values()) <= len(content)
+    with suppress(ModelError):
+        gguf_tokenizer(path)[0].encode("a b")
+    weights = open_gguf(path, read_spec(path).weights(), "float32", None, True)
+    for name in weights.shapes:
+        assert weights(name).shape == weights.shapes[name]
+        weights.product(name)
+
+
+def _config(directory: Path, content: bytes) -> None:
+    (directory / "config.json").write_bytes(content)
+    read_spec(directory).weights()
+
+
+def _tokenizer(directory: Path, content: bytes) -> None:
+    (directory / "tokenizer.json").write_bytes(content)
+    tokenizer = Tokenizer(directory)
+    ids = tokenizer.encode("Hello, w\u00f6rld 12\n")
+    tokenizer.decode(ids)
+    tokenizer.vocabulary(300)
+
+
+def _tokenizer_config(directory: Path, content: bytes) -> None:
+    shutil.copyfile(BUILT_IN / "tokenizer.json", directory / "tokenizer.json")
+    (directory / "tokenizer_config.json").write_bytes(content)
+    assert Tokenizer(directory).has_chat_template in (True, False)
+
+
+def _tarball(directory: Path, content: bytes) -> None:
+    (directory / "x.tar").write_bytes(content)
+    (directory / "inner").mkdir()
+    try:
+        extract(directory / "x.tar", directory / "inner", 1 << 20)
+    finally:
+        assert {file.name for file in directory.iterdir()} == {"x.tar", "inner"}
+        for file in (directory / "inner").rglob("*"):
+            assert file.resolve().is_relative_to((directory / "inner").resolve())
+            assert file.is_dir() or file.stat().st_size <= 3 << 20
+
+
+def _safetensors_seeds() -> list[bytes]:
+    header = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
+              "b": {"dtype": "BF16", "shape": [4], "data_offsets": [16, 24]}, "__metadata__": {"format": "pt"}}  # fmt: skip
+    text = json.dumps(header).encode()
+    return [len(text).to_bytes(8, "little") + text + bytes(24)]
+
+
+def _gguf_seeds() -> list[bytes]:
+    model: dict[str, Any] = {
+        "general.architecture": "llama", "llama.context_length": 64, "llama.embedding_length": 32,
+        "llama.block_count": 1, "llama.feed_forward_length": 32, "llama.attention.head_count": 2,
+        "llama.attention.head_count_kv": [1], "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0,
+        "llama.rope.scaling.original_context_length": 32, "general.alignment": 32, "x.y": Typed(12, 0.5),
+    }  # fmt: skip
+    gpt2 = {"model": "gpt2", "pre": "qwen2", "tokens": ["a", "b", "ab", "<s>"], "merges": ["a b"],
+            "token_type": [1, 1, 4, 3], "bos_token_id": 3, "add_bos_token": True}  # fmt: skip
+    pieces = {"model": "llama", "tokens": ["<unk>", "\u2581", "a", "\u2581a", "<0x0A>"], "token_type": [2, 1, 1, 1, 6],
+              "scores": [0.0, -1.0, -2.0, -3.0, 0.0], "eos_token_id": 0, "unknown_token_id": 0}  # fmt: skip
+    weights: dict[str, tuple[str, tuple[int, ...], bytes]] = {
+        "token_embd.weight": ("Q8_0", (4, 32), bytes(4 * 34)), "output_norm.weight": ("F32", (32,), bytes(128)),
+        "blk.0.attn_norm.weight": ("F32", (32,), bytes(128)), "blk.0.ffn_norm.weight": ("F32", (32,), bytes(128)),
+        "blk.0.attn_q.weight": ("Q4_0", (32, 32), bytes(32 * 18)), "blk.0.attn_k.weight": ("F16", (16, 32), bytes(1024)),
+        "blk.0.attn_v.weight": ("Q5_1", (16, 32), bytes(16 * 24)), "blk.0.attn_output.weight": ("Q4_1", (32, 32), bytes(640)),
+        "blk.0.ffn_gate.weight": ("BF16", (32, 32), bytes(2048)), "blk.0.ffn_up.weight": ("Q5_0", (32, 32), bytes(704)),
+        "blk.0.ffn_down.weight": ("F32", (32, 32), bytes(4096)),
+    }  # fmt: skip
+    return [
+        encode({**model, **{f"tokenizer.ggml.{key}": value for key, value in tokenizer.items()}}, weights)
+        for tokenizer in (gpt2, pieces)
+    ]
+
+
+def _tar_seeds() -> list[bytes]:
+    found = []
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w", format=form) as archive:
+            for name, kind, link in (("d", tarfile.DIRTYPE, ""), ("d/f", tarfile.REGTYPE, ""),
+                                     ("l", tarfile.SYMTYPE, "d/f"), ("n" * 120, tarfile.REGTYPE, "")):  # fmt: skip
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname, info.size = kind, link, 700 if kind == tarfile.REGTYPE else 0
+                archive.addfile(info, io.BytesIO(bytes(700)))
+        found += [stream.getvalue()[:7000], gzip.compress(stream.getvalue(), mtime=0)]
+    return found
+
+
+def _config_seeds() -> list[bytes]:
+    sections: list[dict[str, Any]] = [
+        {}, {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention"] * 8, "use_sliding_window": True,
+             "sliding_window": 8}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"quantization_config": {"quant_method": "vllmlite", "format": "int8", "group_size": 32}},
+    ]  # fmt: skip
+    base = json.loads((BUILT_IN / "config.json").read_text())
+    return [json.dumps(base | section).encode() for section in sections]
+
+
+def _tokenizer_seeds() -> list[bytes]:
+    base = json.loads((BUILT_IN / "tokenizer.json").read_text())
+    vocab = {token: i for i, token in enumerate(list(base["model"]["vocab"])[:260])}
+    base["model"]["vocab"] = vocab
+    base["model"]["merges"] = [m for m in base["model"]["merges"] if "".join(m) in vocab][:20]
+    template = {"type": "TemplateProcessing", "pair": [], "special_tokens": {"s": {"id": "s", "ids": [0], "tokens": ["s"]}},
+                "single": [{"SpecialToken": {"id": "s", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}  # fmt: skip
+    replace = {"type": "Replace", "pattern": {"Regex": "[0-9]+"}, "content": "0"}
+    return [
+        json.dumps(base).encode(),
+        json.dumps(base | {"post_processor": template, "normalizer": replace}).encode(),
+    ]
+
+
+TARGETS = {
+    "safetensors": Target(_safetensors_seeds, _safetensors),
+    "gguf": Target(_gguf_seeds, _gguf),
+    "config.json": Target(_config_seeds, _config, is_json=True),
+    "tokenizer.json": Target(_tokenizer_seeds, _tokenizer, is_json=True),
+    "tokenizer_config.json": Target(
+        lambda: [(BUILT_IN / "tokenizer_config.json").read_bytes()], _tokenizer_config, is_json=True
+    ),
+    "tarball": Target(_tar_seeds, _tarball),
+}
+
+
+def check(target: Target, directory: Path, content: bytes) -> bool:
+    """Read an input in ``directory``, which is emptied first; whether it was accepted. Raises what should not be."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    try:
+        target.check(directory, content)
+    except ModelError as error:
+        assert len(str(error)) < 2000, "an error longer than anyone reads"
+        return False
+    return True
+
+
+def lines_of(run: Callable[[], object]) -> set[tuple[str, int]]:
+    """Run, and return which lines of vllmlite that went through."""
+    seen: set[tuple[str, int]] = set()
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        name = frame.f_code.co_filename
+        if "/vllmlite/" not in name:
+            return None
+        seen.add((name, frame.f_lineno))
+        return trace
+
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(None)
+    return seen
+
+
+def mutated(content: bytes, others: list[bytes], rng: random.Random, is_json: bool) -> bytes:
+    """``content``, damaged in a few places."""
+    if is_json and rng.random() < 0.8:
+        with suppress(ValueError, RecursionError):
+            return json.dumps(_json_mutated(json.loads(content), rng)).encode("utf-8", "surrogatepass")
+    data = bytearray(content)
+    for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
+        at = rng.randrange(len(data) + 1)
+        match rng.randrange(8):
+            case 0:
+                data[at : at + 1] = bytes([rng.randrange(256)])
+            case 1:
+                size = rng.choice([1, 2, 4, 8])
+                data[at : at + size] = (rng.choice(NUMBERS) & (1 << 8 * size) - 1).to_bytes(size, "little")
+            case 2:
+                del data[at : at + rng.choice([1, 4, 8, 100])]
+            case 3:
+                data[at:at] = data[at : at + rng.choice([1, 8, 100])]
+            case 4:
+                del data[at:]
+            case 5:
+                other = rng.choice(others)
+                begin = rng.randrange(len(other) + 1)
+                data[at : at + 64] = other[begin : begin + 64]
+            case 6:
+                digits = str(rng.choice(NUMBERS)).encode()
+                data[at : at + len(digits)] = digits
+            case _:
+                if data:
+                    data[min(at, len(data) - 1)] ^= 1 << rng.randrange(8)
+    return bytes(data)
+
+
+def _json_mutated(value: Any, rng: random.Random) -> Any:
+    if isinstance(value, dict | list) and value and rng.random() < 0.95:
+        key: Any = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+        if rng.random() < 0.15:
+            del value[key]
+        else:
+            value[key] = _json_mutated(value[key], rng)
+        return value
+    odd: list[Any] = [
+        None,
+        True,
+        [],
+        {},
+        [[]],
+        -1,
+        0.5,
+        1e308,
+        float("nan"),
+        float("inf"),
+        -0.0,
+        [value],
+        {"x": value},
+    ]
+    return rng.choice([rng.choice(odd), rng.choice(NUMBERS), rng.choice(TEXTS)])

@@ -1,0 +1,91 @@
+"""What cannot run is refused in one message, early, with what would do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from checkpoints import TINY, write_checkpoint
+
+from vllmlite import LLM
+from vllmlite.backends.base import Memory
+from vllmlite.backends.torch import TorchBackend
+from vllmlite.errors import BackendError, ModelError, ParameterError
+from vllmlite.models import load_model, read_spec
+
+LLAMA = {**TINY, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+
+
+def config_only(path: Path, **changes: object) -> Path:
+    (path / "config.json").write_text(json.dumps(LLAMA | changes))
+    return path
+
+
+def test_one_message_and_soon(tmp_path: Path) -> None:
+    """From the command line: status 1, one line, no traceback, and the failing part before anything slow."""
+    config_only(tmp_path, quantization_config={"quant_method": "awq", "bits": 4})
+    argv = [sys.executable, "-m", "vllmlite", "generate", "--model", str(tmp_path), "x"]
+    began = time.process_time() + sum(os.times()[2:4])
+    run = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    took = time.process_time() + sum(os.times()[2:4]) - began
+    assert run.returncode == 1 and took < 2, took
+    assert re.fullmatch(r"vllmlite: error: .*quant_method='awq'; accepted: vllmlite\n", run.stderr), (
+        run.stderr
+    )
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"])
+def test_quantisations_of_others_are_named(method: str, tmp_path: Path) -> None:
+    config_only(tmp_path, quantization_config={"quant_method": method})
+    with pytest.raises(ModelError, match=f"quant_method='{method}'; accepted: vllmlite"):
+        read_spec(tmp_path)
+
+
+def test_weights_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the bytes, and those quantisations that would fit."""
+    write_checkpoint(tmp_path, dtype="bfloat16")
+    backend = TorchBackend("cpu", "bfloat16")
+    for free, says in (
+        (200_000, r"--quantization int8 takes \d+, --quantization int4 takes \d+$"),
+        (130_000, r"are free: --quantization int4 takes \d+$"),
+        (1000, "too few for any quantisation$"),
+    ):
+        monkeypatch.setattr(backend, "memory", lambda free=free: Memory(1 << 30, free))
+        with pytest.raises(
+            BackendError, match=r"its weights take \d+ bytes in bfloat16; " + f"{free} .*{says}"
+        ):
+            load_model(backend, tmp_path, max_model_len=64, block_size=16)
+
+
+def test_sizes_that_are_offered_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path, dtype="bfloat16")
+    backend = TorchBackend("cpu", "bfloat16")
+    monkeypatch.setattr(backend, "memory", lambda: Memory(1 << 30, 200_000))
+    with pytest.raises(BackendError) as raised:
+        load_model(backend, tmp_path, max_model_len=64, block_size=16)
+    offered = dict(re.findall(r"--quantization (\w+) takes (\d+)", str(raised.value)))
+    for kind, size in offered.items():
+        quantised = TorchBackend("cpu", "bfloat16", quantization=kind)
+        monkeypatch.setattr(quantised, "memory", lambda size=size: Memory(1 << 30, int(size)))
+        load_model(quantised, tmp_path, max_model_len=64, block_size=16)
+        monkeypatch.setattr(quantised, "memory", lambda size=size: Memory(1 << 30, int(size) - 1))
+        with pytest.raises(BackendError, match=f"take {size} bytes in {kind}"):
+            load_model(quantised, tmp_path, max_model_len=64, block_size=16)
+
+
+def test_a_context_that_does_not_fit(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    options = {"skip_tokenizer_init": True, "num_gpu_blocks_override": 4, "backend": "torch"}
+    with pytest.raises(
+        ParameterError, match=r"takes \d+ bytes of key/value cache.*hold 64 tokens: lower it"
+    ) as raised:
+        LLM(str(tmp_path), max_model_len=100, **options)
+    needed, there = map(int, re.findall(r"(?:takes|the) (\d+)", str(raised.value)))
+    assert needed * 4 == there * 7
+    LLM(str(tmp_path), max_model_len=64, **options)

@@ -1,0 +1,424 @@
+"""The chat page: what it is served with, and in a headless Chromium what it does with the answers it gets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("httpx")
+
+import httpx
+import uvicorn
+from browser import PROGRAM, Browser, Tab, browser
+from served import program
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from vllmlite.server.page import page_route
+
+needs_browser = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium (Debian: chromium)")
+
+HOSTILE = """\
+<script>window.harm = 1</script> and <img src=x onerror="window.harm = 1"> stay text.
+
+[run](javascript:window.harm=1) ![see](https://example.org/x.png) [go](https://example.org/a_(b)?q=")
+https://debian.org/.
+
+```html
+<script>window.harm = 1</script>
+```
+"""
+
+
+class FakeServer:
+    """What the page talks to: answers as the test says, a piece a token; None waits for :meth:`go_on`."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str | None] = []
+        self.refusal: Response | None = None
+        self.key: str | None = None
+        self.bodies: list[dict[str, Any]] = []
+        self.left = threading.Event()
+        """The client went before the answer's end."""
+        self._go_on = threading.Event()
+        models = Route("/v1/models", self._models)
+        chat = Route("/v1/chat/completions", self._chat, methods=["POST"])
+        app = Starlette(routes=[page_route(), models, chat])
+        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]})
+        self._thread.start()
+
+    def answers(self, *pieces: str | None) -> None:
+        """What the next answers are made of."""
+        self.pieces = [*pieces]
+        self._go_on.clear()
+        self.left.clear()
+
+    def go_on(self) -> None:
+        """Send what comes after a None."""
+        self._go_on.set()
+
+    def close(self) -> None:
+        self._go_on.set()
+        self._server.should_exit = True
+        self._thread.join()
+        self._listener.close()
+
+    def _refused(self, request: Request) -> Response | None:
+        if self.key is not None and request.headers.get("authorization") != f"Bearer {self.key}":
+            return JSONResponse({"error": {"message": "this server needs an API key"}}, 401)
+        return None
+
+    async def _models(self, request: Request) -> Response:
+        return self._refused(request) or JSONResponse({"data": [{"id": "fake"}]})
+
+    async def _chat(self, request: Request) -> Response:
+        refused = self._refused(request)
+        if refused is not None:
+            return refused
+        self.bodies.append(await request.json())
+        return self.refusal or StreamingResponse(self._stream(request), media_type="text/event-stream")
+
+    async def _stream(self, request: Request) -> AsyncGenerator[bytes, None]:
+        done = False
+        try:
+            for count, piece in enumerate(self.pieces):
+                while piece is None and not self._go_on.is_set():
+                    await asyncio.sleep(0.005)
+                yield self._event(piece or "", count + 1)
+                await asyncio.sleep(0.002)
+            yield self._event("", len(self.pieces), "stop") + b"data: [DONE]\n\n"
+            done = True
+        finally:
+            if not done:
+                self.left.set()
+
+    @staticmethod
+    def _event(text: str, count: int, finish: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
+        chunk = {"choices": [choice], "usage": {"completion_tokens": count}}
+        return f"data: {json.dumps(chunk)}\n\n".encode()
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("profile")) as running:
+        yield running
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    server = FakeServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def tab(chromium: Browser, fake: FakeServer) -> Iterator[Tab]:
+    """The page, with nothing stored; it must have done nothing that its policy forbids."""
+    opened = Tab(chromium, fake.url)
+    opened.wait("model.textContent === 'fake'")
+    yield opened
+    assert opened.problems() == []
+    opened.close()
+
+
+def say(tab: Tab, text: str) -> None:
+    tab.click("#input")
+    tab.type(text)
+    tab.press("Enter")
+
+
+def wait_idle(tab: Tab) -> None:
+    tab.wait("runs.size === 0 && !document.getElementById('stop').checkVisibility()")
+
+
+ANSWER = ".message.assistant:last-child .text"
+
+
+@needs_browser
+def test_type_stream_and_reload(tab: Tab, fake: FakeServer) -> None:
+    fake.answers("One ", "**two**", None, " three")
+    assert tab.evaluate("document.activeElement.id") == "input"
+    tab.type("Count,")
+    tab.press("Enter", modifiers=8)
+    tab.type("please")
+    tab.press("Enter")
+    tab.wait(f"document.querySelector('{ANSWER}')?.innerText === 'One two'")
+    assert tab.evaluate("document.querySelector('.message.assistant').ariaBusy") == "true"
+    fake.go_on()
+    wait_idle(tab)
+    for _ in range(2):
+        assert tab.text(ANSWER) == "One two three"
+        assert tab.text(".message.user .text") == "Count,\nplease"
+        assert tab.text("#title") == tab.text("#conversations a") == "Count,"
+        assert "tokens/s · 4 tokens" in tab.text(".message.assistant .note")
+        assert tab.evaluate("document.querySelector('.message strong').textContent") == "two"
+        tab.reload()
+    fake.answers("Four")
+    say(tab, "And then?")
+    wait_idle(tab)
+    assert [(m["role"], m["content"]) for m in fake.bodies[1]["messages"]] == [
+        ("user", "Count,\nplease"),
+        ("assistant", "One **two** three"),
+        ("user", "And then?"),
+    ]
+    tab.click("#new")
+    assert tab.text("#title") == "New conversation"
+    tab.evaluate("history.back()")
+    tab.wait(f"document.querySelector('{ANSWER}')?.innerText === 'Four'")
+
+
+@needs_browser
+def test_stop_and_regenerate(tab: Tab, fake: FakeServer) -> None:
+    fake.answers("Half", None, " whole")
+    say(tab, "Go")
+    tab.wait(f"document.querySelector('{ANSWER}')?.innerText === 'Half'")
+    tab.click("#stop")
+    assert fake.left.wait(10)
+    wait_idle(tab)
+    tab.reload()
+    assert tab.text(ANSWER) == "Half"
+    assert tab.text(".message.assistant .note").endswith("stopped")
+    fake.answers("Half", " and half", None)
+    tab.evaluate("[...document.querySelectorAll('button')].find(b => b.innerText === 'Regenerate').click()")
+    tab.wait(f"document.querySelector('{ANSWER}')?.innerText === 'Half and half'")
+    assert len(fake.bodies[1]["messages"]) == 1
+    tab.press("Escape")
+    assert fake.left.wait(10)
+    wait_idle(tab)
+    fake.answers("Left", None)
+    say(tab, "Once more")
+    tab.wait(f"document.querySelector('{ANSWER}')?.innerText === 'Left'")
+    tab.reload()
+    assert fake.left.wait(10)
+    assert tab.text(ANSWER) == "Left"
+
+
+@needs_browser
+def test_what_a_model_writes_stays_text(tab: Tab, fake: FakeServer) -> None:
+    fake.answers(*HOSTILE)
+    say(tab, "<img src=x onerror='window.harm = 1'>")
+    wait_idle(tab)
+    shown = tab.text("#log")
+    assert "<script>window.harm = 1</script> and <img src=x" in shown
+    assert "[run](javascript:window.harm=1)" in shown
+    assert tab.evaluate("document.querySelector('figure code').textContent") == (
+        "<script>window.harm = 1</script>"
+    )
+    assert tab.evaluate("document.querySelectorAll('#log :is(script, img, iframe, [onerror])').length") == 0
+    links = tab.evaluate("[...document.querySelectorAll('#log a')].map(a => [a.href, a.rel, a.textContent])")
+    rel = "noopener noreferrer nofollow"
+    assert links == [
+        ["https://example.org/x.png", rel, "see"],
+        ["https://example.org/a_(b)?q=%22", rel, "go"],
+        ["https://debian.org/", rel, "https://debian.org/"],
+    ]
+    with pytest.raises(RuntimeError, match="TrustedHTML"):
+        tab.evaluate("document.body.innerHTML = '<b>no</b>'")
+    assert tab.evaluate("window.harm") is None
+    assert any("TrustedHTML" in problem for problem in tab.problems())
+
+
+MARKDOWN = {
+    "# A\n## B #\ntext": "<h2>A</h2><h3>B</h3><p>text</p>",
+    "a *b* __c__ ~~d~~ ***e***": (
+        "<p>a <em>b</em> <strong>c</strong> <del>d</del> <strong><em>e</em></strong></p>"
+    ),
+    "snake_case_name 2 * 3 * 4 \\*": "<p>snake_case_name 2 * 3 * 4 *</p>",
+    "1. a\n   - b\n   - c\n2. d": '<ol start="1"><li>a<ul><li>b</li><li>c</li></ul></li><li>d</li></ol>',
+    "- a\n\n- b\n\nend": "<ul><li>a</li><li>b</li></ul><p>end</p>",
+    "3) a\n4) b\n- c": '<ol start="3"><li>a</li><li>b</li></ol><ul><li>c</li></ul>',
+    "- a\n  ```\n  b\n  ```\n- c": None,
+    "> a\n> - b": "<blockquote><p>a</p><ul><li>b</li></ul></blockquote>",
+    "a\nb\n\n---": "<p>a<br>b</p><hr>",
+    "`` a`b `` `open": "<p><code>a`b</code> `open</p>",
+    "|a|b|\n|-|:-:|\n|1|`2`|": (
+        '<div class="wide" tabindex="0"><table><thead><tr><th>a</th><th>b</th></tr></thead>'
+        "<tbody><tr><td>1</td><td><code>2</code></td></tr></tbody></table></div>"
+    ),
+    "&lt;b&gt; <b>": "<p>&amp;lt;b&amp;gt; &lt;b&gt;</p>",
+}
+
+
+@needs_browser
+def test_markdown(tab: Tab) -> None:
+    for text, html in MARKDOWN.items():
+        shown = f"(d => (showMarkdown(d, {json.dumps(text)}), d))(document.createElement('div'))"
+        if html is not None:
+            assert tab.evaluate(f"{shown}.innerHTML") == html
+        else:
+            assert tab.evaluate(f"{shown}.querySelector('ul li:first-child figure code').textContent") == "b"
+
+
+@needs_browser
+def test_hostile_markdown_is_shown_soon(tab: Tab) -> None:
+    texts = ("*a **b " * 3000, ">" * 5000, "- " * 5000, "`" * 4999, "[" * 9000, "_a __b " * 1400, "|-" * 5000,
+             "\n".join(" " * depth + "- x" for depth in range(500)), "#" * 5000, "~~a " * 2500)  # fmt: skip
+    for text in texts:
+        milliseconds = tab.evaluate(
+            f"(t => (showMarkdown(document.createElement('div'), {json.dumps(text)}), performance.now() - t))"
+            "(performance.now())"
+        )
+        assert milliseconds < 1500, text[:20]
+
+
+@needs_browser
+def test_errors_are_told_in_words(tab: Tab, fake: FakeServer) -> None:
+    fake.refusal = JSONResponse({"error": {"message": "the queue is full"}}, 429, {"retry-after": "7"})
+    say(tab, "Hello")
+    tab.wait("!problem.hidden")
+    assert tab.text("#problem p") == "the queue is full Try again in 7 s."
+    assert [problem for problem in tab.problems() if "429" not in problem] == []
+    fake.refusal = None
+    fake.answers("Hi")
+    tab.click("#retry")
+    wait_idle(tab)
+    assert tab.text(ANSWER) == "Hi"
+    assert tab.evaluate("problem.hidden")
+    fake.refusal = Response(
+        'data: {"error": {"message": "a step failed"}}\n\n', media_type="text/event-stream"
+    )
+    say(tab, "Again")
+    tab.wait("!problem.hidden")
+    assert tab.text("#problem p") == "a step failed"
+    tab.call("Network.enable")
+    tab.call(
+        "Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0
+    )
+    tab.click("#retry")
+    tab.wait("problem.innerText.includes('does not answer')")
+    assert all("ERR_INTERNET_DISCONNECTED" in problem for problem in tab.problems())
+
+
+@needs_browser
+def test_a_key_is_asked_for(chromium: Browser, fake: FakeServer) -> None:
+    fake.key = "sesame"
+    tab = Tab(chromium, fake.url)
+    for key in ("wrong", "sesame"):
+        tab.wait("document.activeElement.name === 'key' && document.activeElement.value === ''")
+        assert tab.evaluate("refused.hidden") is (key == "wrong")
+        tab.type(key)
+        tab.press("Enter")
+    tab.wait("model.textContent === 'fake'")
+    fake.answers("Hi")
+    say(tab, "Hello")
+    wait_idle(tab)
+    assert tab.text(ANSWER) == "Hi"
+    assert "sesame" not in tab.evaluate("JSON.stringify(localStorage)")
+    tab.close()
+
+
+@needs_browser
+def test_conversations_are_renamed_deleted_and_edited(tab: Tab, fake: FakeServer) -> None:
+    fake.answers("A")
+    for text in ("first", "second"):
+        tab.click("#new")
+        say(tab, text)
+        wait_idle(tab)
+    titles = "[...document.querySelectorAll('#conversations a')].map(a => a.textContent)"
+    assert tab.evaluate(titles) == ["second", "first"]
+    tab.click("#conversations li:first-child")
+    tab.click("#conversations li:first-child [data-do=rename]")
+    tab.type("renamed")
+    tab.press("Enter")
+    assert tab.evaluate(titles) == ["renamed", "first"]
+    tab.click("#conversations li:last-child [data-do=delete]")
+    assert tab.evaluate(titles) == ["renamed"]
+    tab.click("#undo")
+    assert tab.evaluate(titles) == ["renamed", "first"]
+    tab.click("#conversations li:first-child [data-do=delete]")
+    tab.reload()
+    assert tab.evaluate(titles) == ["first"]
+    tab.click("#conversations li:first-child a")
+    tab.wait("title.textContent === 'first'")
+    tab.click("#input")
+    tab.press("ArrowUp")
+    tab.type(" again")
+    tab.press("Enter")
+    wait_idle(tab)
+    assert [m["content"] for m in fake.bodies[-1]["messages"]] == ["first again"]
+    assert tab.evaluate("document.querySelectorAll('.message').length") == 2
+
+
+@needs_browser
+def test_settings_go_with_requests_and_last(tab: Tab, fake: FakeServer) -> None:
+    tab.click("#open-settings")
+    for name, value in {"system": "Be brief.", "top_p": "7", "temperature": "0", "top_k": "5"}.items():
+        tab.click(f"[name={name}]")
+        tab.type(value)
+    tab.click("[value=dark]")
+    tab.press("Escape")
+    tab.reload()
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 24, 27)"
+    fake.answers("Yes")
+    say(tab, "Hello")
+    wait_idle(tab)
+    body = fake.bodies[0]
+    assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert (body["temperature"], body["top_k"]) == (0, 5)
+    assert body.keys().isdisjoint(["seed", "top_p"])  # 7 is out of its range
+
+
+@needs_browser
+def test_on_a_phone_the_list_is_a_drawer(chromium: Browser, fake: FakeServer) -> None:
+    tab = Tab(chromium, fake.url, width=390, height=844)
+    fake.answers("A")
+    say(tab, "Hello\nthere")
+    assert tab.evaluate("document.getElementById('input').value.trim()") != ""  # Enter is a new line here
+    tab.click("#send")
+    wait_idle(tab)
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    assert not tab.evaluate("document.getElementById('side').checkVisibility({visibilityProperty: true})")
+    tab.click("#menu")
+    tab.wait("document.getElementById('side').getBoundingClientRect().x === 0")
+    tab.click("#new")
+    tab.wait("!document.getElementById('side').checkVisibility({visibilityProperty: true})")
+    assert tab.text("#title") == "New conversation"
+    tab.close()
+
+
+def test_the_page_stands_before_the_key_and_can_be_turned_off(chromium_or_none: Browser | None) -> None:
+    with program("--api-key", "sesame") as running:
+        page = httpx.get(running.url)
+        assert page.status_code == 200
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        policy = dict(part.split(" ", 1) for part in page.headers["content-security-policy"].split("; "))
+        assert policy["default-src"] == "'none'"
+        assert policy["connect-src"] == "'self'"
+        assert policy["script-src"].startswith("'sha256-")
+        known = {"if-none-match": page.headers["etag"]}
+        assert httpx.get(running.url, headers=known).status_code == 304
+        assert httpx.post(running.url).status_code == 405
+        if chromium_or_none is not None:
+            tab = Tab(chromium_or_none, running.url)
+            tab.wait("document.activeElement.name === 'key'")
+            tab.type("sesame")
+            tab.press("Enter")
+            tab.wait("model.textContent !== ''")
+            say(tab, "What is dpkg?")
+            tab.wait("document.querySelector('.message.assistant .note')?.innerText.includes('tokens/s')")
+            wait_idle(tab)
+            tab.close()
+    with program("--no-ui") as running:
+        answer = httpx.get(running.url)
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"] == "GET /: Not Found"
+
+
+@pytest.fixture
+def chromium_or_none(request: pytest.FixtureRequest) -> Browser | None:
+    found: Browser | None = request.getfixturevalue("chromium") if PROGRAM else None
+    return found

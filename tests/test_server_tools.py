@@ -1,0 +1,181 @@
+"""Tool calls and reasoning through the chat endpoint, whole and streamed, and what the model is shown of tools."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("httpx")
+
+from served import Script, check, post, serving, stream
+
+from vllmlite.errors import ParameterError
+from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
+from vllmlite.server.config import ServerConfig
+from vllmlite.server.protocol import chat
+from vllmlite.server.service import Service
+
+CHAT = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "Weather in Oslo?"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+ADD = {"type": "function", "function": {"name": "add"}}
+PIECES = ["<think>", "Hm", ".</thi", "nk>Let me see.\n<tool", '_call>{"name": "wea', 'ther", "argu', 'ments": {"ci',
+          'ty": "Oslo"}', "}</tool_call>\n<tool_call>", '{"name": "add", "arguments": {}}</tool_call>']  # fmt: skip
+EXPECTED = [("weather", {"city": "Oslo"}), ("add", {})]
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with serving(
+        enable_auto_tool_choice=True, tool_call_parser="hermes", reasoning_parser="qwen3",
+        trust_request_chat_template=True,
+    ) as service:  # fmt: skip
+        yield service
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, service: Service, *pieces: str, **end: str) -> Script:
+    script = Script(*pieces, **end)
+    monkeypatch.setattr(service.engine, "submit", script)
+    return script
+
+
+def test_calls_and_reasoning_are_taken_apart(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = scripted(monkeypatch, service, *PIECES)
+    answer = post(service, CHAT, messages=MESSAGES, tools=[WEATHER, ADD])
+    check(chat.ChatCompletion, answer)
+    assert script.request is not None and isinstance(script.request.params, SamplingParams)
+    assert not script.request.params.skip_special_tokens
+    (choice,) = answer["choices"]
+    message = choice["message"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert (message["content"], message["reasoning_content"]) == ("Let me see.", "Hm.")
+    found = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in message["tool_calls"]]
+    assert found == EXPECTED and len({call["id"] for call in message["tool_calls"]}) == 2
+    hidden = post(service, CHAT, messages=MESSAGES, tools=[WEATHER], include_reasoning=False)
+    assert "reasoning_content" not in hidden["choices"][0]["message"]
+
+
+def test_calls_stream_name_first_and_then_in_pieces(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, service, *PIECES)
+    events = [data for _, data in stream(service, CHAT, messages=MESSAGES, tools=[WEATHER, ADD])]
+    assert events.pop() == "[DONE]"
+    for event in events:
+        check(chat.ChatChunk, event)
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("content") or "" for delta in deltas) == "Let me see."
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm."
+    entries = [entry for delta in deltas for entry in delta.get("tool_calls", ())]
+    assert all(len(delta["tool_calls"]) == 1 for delta in deltas if "tool_calls" in delta)
+    arguments = ["", ""]
+    for entry in entries:
+        if "id" in entry:
+            assert entry["type"] == "function" and arguments[entry["index"]] == ""
+            assert entry["function"] == {"name": EXPECTED[entry["index"]][0], "arguments": ""}
+        arguments[entry["index"]] += entry["function"]["arguments"]
+    assert [json.loads(text) for text in arguments] == [arguments for _, arguments in EXPECTED]
+    assert len(entries) > 4  # in pieces, not as a whole
+    assert [event["choices"][0]["finish_reason"] for event in events[-2:]] == [None, "tool_calls"]
+
+
+def test_one_call_none_or_a_cut_one(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, service, *PIECES)
+    alone = post(service, CHAT, messages=MESSAGES, tools=[WEATHER, ADD], parallel_tool_calls=False)
+    assert [c["function"]["name"] for c in alone["choices"][0]["message"]["tool_calls"]] == ["weather"]
+    raw = post(service, CHAT, messages=MESSAGES, tools=[WEATHER], tool_choice="none")["choices"][0]
+    assert "<tool_call>" in raw["message"]["content"] and raw["finish_reason"] == "stop"
+    scripted(monkeypatch, service, *PIECES[3:8], finish_reason="length")
+    cut = post(service, CHAT, messages=MESSAGES, tools=[WEATHER])["choices"][0]
+    assert cut["finish_reason"] == "length"
+    assert cut["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo"}'
+
+
+def test_the_template_sees_tools_and_calls(service: Service) -> None:
+    template = (
+        "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}{% for m in messages %}{{ m.role }}="
+        "{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}{% endfor %}{{ m.content }};{% endfor %}"
+    )
+    call = {
+        "id": "c1",
+        "type": "function",
+        "function": {"name": "weather", "arguments": '{"city": "Oslo"}'},
+    }
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+    ]
+    body = {"messages": messages, "chat_template": template, "tools": [WEATHER]}
+    tokens = post(service, "/tokenize", **body)["tokens"]
+    seen = service.tokenizer.decode(tokens)
+    assert seen == "weather;user=Weather in Oslo?;assistant=Oslo;tool=rain;"
+    for arguments in ("{", "[1]", 5):
+        call["function"] = {"name": "weather", "arguments": arguments}
+        assert "arguments" in post(service, CHAT, 400, messages=messages)["error"]["param"]
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"tools": [WEATHER], "tool_choice": "sometimes"}, "tool_choice"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+    ({"tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "param"), BAD)
+def test_bad_choices_are_named(service: Service, body: dict[str, Any], param: str) -> None:
+    assert post(service, CHAT, 400, messages=MESSAGES, **body)["error"]["param"] == param
+
+
+def test_a_server_without_a_parser_says_so() -> None:
+    with pytest.raises(ParameterError, match="tool_call_parser"):
+        ServerConfig(enable_auto_tool_choice=True)
+    with serving() as plain:
+        error = post(plain, CHAT, 400, messages=MESSAGES, tools=[WEATHER])["error"]
+        assert "--enable-auto-tool-choice" in error["message"]
+        assert post(plain, CHAT, messages=MESSAGES, tools=[WEATHER], tool_choice="none", max_tokens=2)
+
+
+def test_forced_calls_are_held_to_the_tools(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {"type": "function", "function": {"name": "weather"}}
+    if importlib.util.find_spec("xgrammar") is None:
+        error = post(service, CHAT, 400, messages=MESSAGES, tools=[WEATHER], tool_choice=named)["error"]
+        assert "xgrammar" in error["message"]
+        pytest.skip("needs xgrammar (Debian: python3-xgrammar)")
+    body = {"messages": MESSAGES, "tools": [WEATHER], "temperature": 1.5, "seed": 3, "max_tokens": 150}
+    for choice, reason in ((named, "stop"), ("required", "tool_calls")):
+        answer = post(service, CHAT, tool_choice=choice, parallel_tool_calls=False, **body)["choices"][0]
+        assert answer["finish_reason"] == reason and answer["message"]["content"] is None
+        (call,) = answer["message"]["tool_calls"]
+        assert call["function"]["name"] == "weather"
+        assert json.loads(call["function"]["arguments"])["city"] in ("Oslo", "Rome")
+        events = stream(service, CHAT, tool_choice=choice, parallel_tool_calls=False, **body)
+        deltas = [data["choices"][0]["delta"] for _, data in events[:-1]]
+        pieces = [e["function"]["arguments"] for d in deltas for e in d.get("tool_calls", ())]
+        assert "".join(pieces) == call["function"]["arguments"]
+    script = scripted(monkeypatch, service, '[{"name": "add", "parameters": {}}]')
+    post(service, CHAT, messages=MESSAGES, tools=[WEATHER, ADD], tool_choice="required")
+    structure: StructuredOutputsParams = script.request.params.structured_outputs  # type: ignore[assignment, union-attr]
+    names = [each["properties"]["name"]["const"] for each in structure.json["items"]["anyOf"]]  # type: ignore[index]
+    assert names == ["weather", "add"] and "maxItems" not in structure.json  # type: ignore[operator]

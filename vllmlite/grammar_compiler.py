@@ -1,0 +1,196 @@
+"""Grammars compiled by processes of their own, whose time and memory end where a limit says.
+
+A short schema or expression can describe an automaton that no machine holds. The first grammar starts a process that
+imports xgrammar, is given the tokenizer's vocabulary, and forks a child for each grammar, which answers with xgrammar's
+own serialised form or dies at a limit. After a while without work the process ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from vllmlite.errors import ParameterError, VllmliteError
+
+START_SECONDS = 120
+"""For xgrammar to be imported, which may bring torch in."""
+COMPILE_SECONDS = 10
+COMPILE_BYTES = 1 << 30
+"""Of address space, beyond what the process has before it compiles."""
+RESULT_BYTES = 128 << 20
+"""Longest serialised grammar."""
+GRACE_SECONDS = 10
+"""How much later than its child the process itself is given up."""
+IDLE_SECONDS = 300
+
+
+class Vocabulary:
+    """What a grammar is compiled for."""
+
+    def __init__(self, texts: Sequence[str], kind: str, size: int, eos_ids: Sequence[int]) -> None:
+        """``texts`` of ids, as the tokenizer writes them; ``kind``: RAW, BYTE_LEVEL or BYTE_FALLBACK."""
+        self.texts = list(texts)
+        self.kind = kind
+        self.size = size
+        self.eos_ids = list(eos_ids)
+
+    def tokenizer_info(self) -> Any:
+        """xgrammar's form of it."""
+        import xgrammar
+
+        kind = xgrammar.VocabType[self.kind]
+        return xgrammar.TokenizerInfo(
+            self.texts, kind, vocab_size=self.size, stop_token_ids=self.eos_ids or None
+        )
+
+
+class GrammarCompiler:
+    """The process as its user sees it. Not thread-safe."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, seconds: int = COMPILE_SECONDS, memory: int = COMPILE_BYTES
+    ) -> None:
+        """Starts nothing yet."""
+        self._vocabulary = vocabulary
+        self._seconds = seconds
+        self._memory = memory
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+
+    def compile(self, kind: str, source: Any) -> str:
+        """The serialised grammar. Raises :class:`ParameterError` if there is none, or none within the limits."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        connection, process = self._connection, self._process
+        assert connection is not None and process is not None
+        try:
+            connection.send_bytes(json.dumps([kind, source]).encode())
+            if not connection.poll(self._seconds + GRACE_SECONDS):
+                raise TimeoutError
+            found = json.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            self.close()
+            raise VllmliteError("the process that compiles grammars has ended") from None
+        if "error" in found:
+            raise ParameterError("structured_outputs", {kind: source}, found["error"])
+        return str(found["grammar"])
+
+    def close(self) -> None:
+        """End the process."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = self._connection = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        self.close()
+        ours, theirs = socket.socketpair()
+        path = [str(Path(__file__).resolve().parent.parent), *sys.path]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vllmlite.grammar_compiler", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
+                start_new_session=True,  # Ctrl-C is not for it
+            )
+        self._connection = Connection(ours.detach())
+        setting = {**vars(self._vocabulary), "seconds": self._seconds, "memory": self._memory}
+        try:
+            self._connection.send_bytes(json.dumps(setting).encode())
+            ready = self._connection.poll(START_SECONDS) and self._connection.recv_bytes() == b"ready"
+        except (EOFError, OSError):
+            ready = False
+        if not ready:
+            self.close()
+            raise VllmliteError("the process that compiles grammars did not start")
+
+
+def main(descriptor: int) -> None:
+    """The process: compile what comes over the socket ``descriptor``, until it is closed or nothing has come."""
+    connection = Connection(descriptor)
+    setting = json.loads(connection.recv_bytes())
+    seconds, memory = setting.pop("seconds"), setting.pop("memory")
+    vocabulary = Vocabulary(**setting)
+    import xgrammar
+
+    compiler = xgrammar.GrammarCompiler(vocabulary.tokenizer_info(), max_threads=1, cache_enabled=False)
+    connection.send_bytes(b"ready")
+    while connection.poll(IDLE_SECONDS):
+        try:
+            kind, source = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        child = os.fork()
+        if child == 0:
+            # The alarm's own action, to end the process, also reaches into code that is not Python.
+            signal.alarm(seconds)
+            _limit(resource.RLIMIT_AS, _address_space() + memory)
+            answer = json.dumps(_answer(compiler, kind, source)).encode()
+            signal.alarm(0)
+            connection.send_bytes(answer)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        if status:
+            late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+            limit = f"{seconds} s" if late else f"{memory >> 20} MiB"
+            error = {"error": f"takes more than {limit} to compile: simplify it"}
+            connection.send_bytes(json.dumps(error).encode())
+
+
+def _answer(compiler: Any, kind: str, source: Any) -> dict[str, str]:
+    try:
+        grammar = _compile(compiler, kind, source).serialize_json()
+    except MemoryError:
+        os._exit(1)
+    except Exception as error:  # xgrammar's own kinds, and RuntimeError of its C++ part
+        if "bad_alloc" in str(error):
+            os._exit(1)
+        return {"error": f"has no grammar: {' '.join(str(error).split())[-300:]}"}
+    if len(grammar) > RESULT_BYTES:
+        return {
+            "error": f"is compiled to {len(grammar)} bytes, over the limit of {RESULT_BYTES}: simplify it"
+        }
+    return {"grammar": grammar}
+
+
+def _compile(compiler: Any, kind: str, source: Any) -> Any:
+    if kind == "json":
+        free = not isinstance(source, dict) or "properties" not in source
+        return compiler.compile_json_schema(json.dumps(source), any_whitespace=False, strict_mode=not free)
+    if kind == "regex":
+        return compiler.compile_regex(source)
+    if kind == "choice":
+        words = " | ".join(json.dumps(word, ensure_ascii=False) for word in source)
+        return compiler.compile_grammar(f"root ::= {words}")
+    return compiler.compile_grammar(source)
+
+
+def _limit(which: int, value: int) -> None:
+    hard = resource.getrlimit(which)[1]
+    resource.setrlimit(which, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def _address_space() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,104 @@
+"""Find a model: the built-in one, a directory, a GGUF file, a tarball, the Hugging Face cache, a hub id to download."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vllmlite.errors import ModelError, ParameterError
+from vllmlite.hub.snapshot import (
+    BEGUN,
+    TARBALLS,
+    cache_root,
+    cached_snapshot,
+    is_tarball,
+    is_undisturbed,
+    listed,
+    model_in,
+    repository_in,
+    snapshot_in,
+    state,
+)
+
+BUILT_IN = Path(__file__).parent.parent / "data" / "demo"
+"""Directory of the built-in demo model."""
+BUILT_IN_NAME = "vllmlite-demo"
+"""What a server calls it."""
+
+
+def find_model(
+    name: str | None = None,
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    weights: bool = True,
+) -> Path:
+    """The directory or GGUF file of model ``name``, downloaded or unpacked if it has to be; None: the built-in model.
+
+    What is cached is used without asking the network. Without ``weights`` only configuration and tokenizer are
+    wanted. Raises :class:`ModelError` with the reason where there is nothing to return."""
+    if name is None:
+        if not (BUILT_IN / "config.json").is_file():
+            raise ModelError(
+                "this installation has no built-in model: name another one, or reinstall vllmlite"
+            )
+        return BUILT_IN
+    path = Path(name).expanduser()
+    if path.is_file() and is_tarball(path):
+        from vllmlite.hub.tarball import unpack  # not for what is a directory
+
+        path = unpack(path, cache_root(download_dir))
+    if path.is_dir():
+        return _in_directory(path, revision)
+    if path.exists():
+        if revision is not None:
+            raise ParameterError("revision", revision, f"is for models on the hub, and {name} is a file")
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(
+                f"{name}: is a file; a model is a directory with config.json and weights, a *.gguf file, or a tarball "
+                f"({', '.join(TARBALLS)}) of the Hugging Face cache's layout"
+            )
+        return path
+    if not is_hub_id(name):
+        raise ModelError(f"{name}: no such directory, and not a Hugging Face id (owner/name)")
+    return _from_hub(name, revision, download_dir, weights)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` can be the id of a model on the hub."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name, re.ASCII) is not None and ".." not in name
+
+
+def _in_directory(path: Path, revision: str | None) -> Path:
+    """The model of a directory, which may be laid out as a cache of a single model."""
+    snapshot = snapshot_in(path, revision)
+    if snapshot is None:
+        if revision is not None:
+            raise ParameterError("revision", revision, f"is for models on the hub, and {path} is a directory")
+        snapshot = path
+    if (snapshot / "config.json").is_file():
+        return snapshot
+    files = [str(file.relative_to(path)) for file in sorted(snapshot.glob("*.gguf"))]
+    if len(files) > 1:
+        raise ModelError(f"{path}: holds several GGUF files; name one: {listed(files)}")
+    return path / files[0] if files else snapshot
+
+
+def _from_hub(name: str, revision: str | None, download_dir: str | None, weights: bool) -> Path:
+    root = cache_root(download_dir)
+    snapshot = cached_snapshot(repository_in(root, name), revision)
+    cached = None if snapshot is None else model_in(snapshot, weights)
+    if snapshot is not None and cached is not None and is_undisturbed(snapshot):
+        return cached
+    from vllmlite.hub.download import NotReached, download  # not for what is cached
+
+    try:
+        found = model_in(download(name, revision=revision, root=root, weights=weights), weights)
+    except NotReached as error:
+        if snapshot is None or cached is None or state(snapshot) == BEGUN:
+            partly = "" if snapshot is None else " (the copy in the cache is incomplete)"
+            raise ModelError(f"{error}{partly}") from error
+        return cached
+    if found is None:
+        raise ModelError(f"{name}: has no config.json with a complete set of weights that vllmlite reads")
+    return found

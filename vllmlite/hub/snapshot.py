@@ -1,0 +1,168 @@
+"""The Hugging Face cache's layout: ``models--owner--name/{blobs,refs,snapshots}``, and what a snapshot holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from vllmlite.errors import ModelError, ParameterError
+
+CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+"""What describes a model and its tokenizer; never code."""
+INDEX = "model.safetensors.index.json"
+PT_INDEX = "pytorch_model.bin.index.json"
+WEIGHT_FILES = (("*.safetensors",), ("pytorch_model*.bin",), ("*.gguf",))
+"""Formats of weights, the best first."""
+NEVER = ("*/*", "consolidated*", "*.bin.index.json")
+"""Sub-directories, second copies of the weights, and the index of a format that is wanted only for lack of a better."""
+
+TARBALLS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
+"""Suffixes of tarballs (:mod:`vllmlite.hub.tarball`)."""
+
+BEGUN, VERIFIED = "begun", "verified"
+
+
+def is_tarball(path: Path) -> bool:
+    """Whether the name says so."""
+    return path.name.lower().endswith(TARBALLS)
+
+
+def cache_root(download_dir: str | None) -> Path:
+    """``download_dir``, or where Hugging Face's own tools cache models."""
+    if download_dir is not None:
+        return Path(download_dir).expanduser()
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable]).expanduser()
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
+    return Path(home).expanduser() / "hub"
+
+
+def repository_in(root: Path, name: str) -> Path:
+    """Where the cache ``root`` keeps the model ``name``."""
+    return root / f"models--{name.replace('/', '--')}"
+
+
+def cached_snapshot(repository: Path, revision: str | None) -> Path | None:
+    """The directory of a branch, tag or commit (None: ``main``) in a cached repository; None if it has none."""
+    revision = revision or "main"
+    if not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", revision) or ".." in revision:
+        raise ParameterError("revision", revision, "must be the name of a branch or tag, or a commit")
+    try:
+        commit = (repository / "refs" / revision).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        commit = revision
+    if not re.fullmatch(r"[\w.-]+", commit) or commit.strip(".") == "":
+        return None
+    snapshot = repository / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None
+
+
+def snapshot_in(directory: Path, revision: str | None) -> Path | None:
+    """The snapshot of the one model in ``directory``, if that is laid out as a cache or as one repository of it."""
+    repositories = [directory] if (directory / "snapshots").is_dir() else sorted(directory.glob("models--*"))
+    repositories = [path for path in repositories if (path / "snapshots").is_dir()]
+    if not repositories:
+        return None
+    if len(repositories) > 1:
+        raise ModelError(
+            f"{directory}: holds several models: {listed([path.name for path in repositories])}; name one of these "
+            "directories"
+        )
+    snapshot = cached_snapshot(repositories[0], revision)
+    present = sorted((repositories[0] / "snapshots").iterdir())
+    if snapshot is None and revision is None and len(present) == 1:
+        snapshot = present[0]
+    if snapshot is None:
+        raise ModelError(
+            f"{repositories[0]}: has no snapshot of revision {revision or 'main'}; those here are "
+            f"{listed([path.name for path in present]) or 'none'}"
+        )
+    return snapshot
+
+
+def model_in(snapshot: Path, weights: bool = True) -> Path | None:
+    """The model that ``snapshot`` holds completely: itself, or its only GGUF file; None if there is something missing.
+
+    Without ``weights``, a configuration is enough."""
+    if (snapshot / "config.json").is_file() and (not weights or _has_weights(snapshot)):
+        return snapshot
+    files = list(snapshot.glob("*.gguf"))
+    return files[0] if len(files) == 1 and not (snapshot / "config.json").exists() else None
+
+
+def wanted_files(
+    names: Iterable[str], weights: bool = True, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[str]:
+    """Which files of a repository to download: those that describe the model, and with ``weights`` those of the best
+    format there; or those that match a pattern of ``include``. None that matches one of ``exclude``."""
+    names = sorted(names)
+
+    def matching(patterns: Sequence[str]) -> list[str]:
+        return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+    if include:
+        found = matching(include)
+    else:
+        never = set(matching(NEVER))
+        found = [name for name in matching(CONFIG_FILES) if name not in never]
+        formats = [[n for n in matching(patterns) if n not in never] for patterns in WEIGHT_FILES]
+        best = next((files for files in formats if files), []) if weights else []
+        if best == formats[1] and PT_INDEX in names and best:
+            best = [*best, PT_INDEX]
+        found += best
+    excluded = set(matching(exclude))
+    return [name for name in found if name not in excluded]
+
+
+def state(snapshot: Path) -> str | None:
+    """Whether vllmlite has ``BEGUN`` to download a snapshot or has ``VERIFIED`` it; None: another program's."""
+    try:
+        return _state_file(snapshot).read_text(encoding="ascii")
+    except OSError:
+        return None
+
+
+def set_state(snapshot: Path, new: str) -> None:
+    """Record the state of ``snapshot``, which need not exist yet."""
+    file = _state_file(snapshot)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(new, encoding="ascii")
+
+
+def is_undisturbed(snapshot: Path) -> bool:
+    """Whether no download into ``snapshot`` has been interrupted, as far as can be told."""
+    known = state(snapshot)
+    return known == VERIFIED or (known is None and not any(snapshot.parents[1].glob("blobs/*.incomplete")))
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names for a message."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def _state_file(snapshot: Path) -> Path:
+    return snapshot.parents[1] / ".vllmlite" / snapshot.name
+
+
+def _has_weights(directory: Path) -> bool:
+    for single, index in (("*.safetensors", INDEX), ("pytorch_model*.bin", PT_INDEX)):
+        if (directory / index).is_file():
+            return _has_shards(directory, index)
+        if any(directory.glob(single)):
+            return True
+    return False
+
+
+def _has_shards(directory: Path, index: str) -> bool:
+    try:
+        shards = set(json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+        return False
+    return all(isinstance(shard, str) and (directory / shard).is_file() for shard in shards)

@@ -1,0 +1,285 @@
+"""A model as one file: a tarball of the Hugging Face cache's layout, written reproducibly and unpacked safely.
+
+It holds ``version.txt`` (:data:`VERSION`) and ``models--owner--name`` with ``blobs`` (the files, by checksum), ``refs``
+(a file a branch, with its commit) and ``snapshots/COMMIT`` (relative links into ``blobs``).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import hashlib
+import importlib
+import io
+import os
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
+
+from vllmlite.errors import ModelError, ParameterError
+from vllmlite.hub.snapshot import TARBALLS, is_tarball
+
+VERSION = "1\n"
+MAX_MEMBERS = 10_000
+MAX_HEADER = 1 << 20
+"""Most bytes that one read of the archive's own records may ask for."""
+MAX_RATIO = 64
+"""A tarball unpacks to at most this many times its size, or :data:`MIN_ROOM` if that is more."""
+MIN_ROOM = 1 << 30
+CHUNK = 1 << 20
+
+try:
+    _zstd: Any = importlib.import_module("compression.zstd")
+except ImportError:  # before Python 3.14
+    _zstd = None
+_UNREADABLE: tuple[type[Exception], ...] = (
+    *(tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, zlib.error),
+    *((_zstd.ZstdError,) if _zstd else ()),
+)
+"""What tarfile and the decompressors raise on bad data."""
+
+
+def write_tarball(snapshot: Path, target: Path, revision: str | None = None) -> None:
+    """Write the ``snapshot`` of a cached model to ``target``, whose suffix says how it is compressed.
+
+    The bytes depend on the files and on ``revision`` alone. Raises ParameterError if ``target`` exists or its suffix is
+    none of :data:`TARBALLS`."""
+    if not is_tarball(target):
+        raise ParameterError("tarball", str(target), f"must end in one of {', '.join(TARBALLS)}")
+    if target.exists():
+        raise ParameterError("tarball", str(target), "exists already: name a new file")
+    try:
+        descriptor, partial = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+    except OSError as error:
+        raise ModelError(f"{target.parent}: cannot be written to: {error.strerror}") from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            with _compressed(file, target) as stream:
+                _write(stream, snapshot, revision)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(file.fileno(), 0o666 & ~umask)
+        os.rename(partial, target)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def unpack(path: Path, root: Path) -> Path:
+    """The directory of tarball ``path``, unpacked in the cache ``root`` unless that has been done.
+
+    A tarball that has changed is unpacked anew. Only plain files, directories, and links to files of its own are
+    taken, whatever else is in it is a ModelError, as is one that is damaged or larger than it may be."""
+    about = path.stat()
+    stamp = f"{about.st_size} {about.st_mtime_ns} {about.st_ino}"
+    identity = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+    target = root / "vllmlite-tarballs" / f"{path.name.split('.tar')[0]}-{identity}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(
+            target.parent / f"{target.name}.lock", "a+", encoding="ascii"
+        ) as lock:  # says what is unpacked
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.seek(0)
+            if lock.read() == stamp and target.is_dir():
+                return target
+            lock.truncate(0)
+            room = min(max(MAX_RATIO * about.st_size, MIN_ROOM), shutil.disk_usage(target.parent).free)
+            partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+            try:
+                extract(path, partial, room)
+                if target.exists():  # engines that have its files mapped keep them
+                    shutil.rmtree(target)
+                partial.rename(target)
+            except BaseException:
+                shutil.rmtree(partial)
+                raise
+            lock.write(stamp)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be unpacked to {target}: {error.strerror or error}") from error
+    return target
+
+
+def extract(path: Path, target: Path, room: int) -> None:
+    """Unpack tarball ``path`` into the empty directory ``target``, in at most ``room`` bytes. ModelError if it holds
+    anything that does not belong there."""
+    try:
+        with (
+            _decompressed(path) as stream,
+            tarfile.open(fileobj=_Bounded(stream, path, room), mode="r:") as archive,
+        ):
+            _extract(path, archive, target)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be unpacked: {error.strerror or error}") from error
+    except _UNREADABLE as error:
+        raise ModelError(f"{path}: is no readable tarball: {error}") from error
+
+
+def _extract(path: Path, archive: tarfile.TarFile, target: Path) -> None:
+    files: set[PurePosixPath] = set()
+    links: dict[PurePosixPath, PurePosixPath] = {}
+    for count, member in enumerate(_members(archive)):
+        name = _checked_name(path, member.name)
+        if count >= MAX_MEMBERS:
+            raise ModelError(f"{path}: holds more than {MAX_MEMBERS} files")
+        if member.isdir():
+            (target / name).mkdir(parents=True, exist_ok=True)
+        elif name in files or name in links:
+            raise ModelError(f"{path}: {_shown(member.name)}: is in it twice")
+        elif member.issym():
+            links[name] = _checked_link(path, name, member.linkname)
+        elif member.isreg() and not member.issparse():
+            files.add(name)
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            with (target / name).open("xb") as file:
+                shutil.copyfileobj(cast(IO[bytes], archive.extractfile(member)), file, CHUNK)
+                if file.tell() != member.size:
+                    raise ModelError(f"{path}: ends in the middle of {_shown(member.name)}")
+        else:
+            raise ModelError(f"{path}: {_shown(member.name)}: neither a plain file nor a link to one")
+    # Links last, and only to files: nothing is ever written through one.
+    for name, aim in links.items():
+        if aim not in files:
+            raise ModelError(f"{path}: {_shown(str(name))}: a link to what is no plain file of the tarball")
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).symlink_to(os.path.relpath(target / aim, (target / name).parent))
+
+
+class _Bounded(io.RawIOBase):
+    """What :mod:`tarfile` reads from: it goes forward only, in small steps, and not past ``room`` bytes."""
+
+    def __init__(self, stream: IO[bytes], path: Path, room: int) -> None:
+        self._stream, self._path, self._room = stream, path, room
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER:
+            raise ModelError(f"{self._path}: a record of {size} bytes; expected at most {MAX_HEADER}")
+        self._check(self.tell() + size)
+        return self._stream.read(size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence != io.SEEK_SET or offset < self.tell():
+            raise ModelError(f"{self._path}: is no readable tarball: it leads backwards")
+        self._check(offset)
+        return self._stream.seek(offset)
+
+    def _check(self, position: int) -> None:
+        if position > self._room + MAX_HEADER:
+            raise ModelError(f"{self._path}: unpacks to more than the {self._room} bytes that it may take")
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (member := archive.next()) is not None:
+        yield member
+
+
+def _checked_name(path: Path, name: str) -> PurePosixPath:
+    """A member's name: relative, within the target."""
+    parts = PurePosixPath(name).parts
+    if not name or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name or len(name) > 1000:
+        raise ModelError(f"{path}: {_shown(name)}: a name that leads elsewhere")
+    return PurePosixPath(name)
+
+
+def _checked_link(path: Path, name: PurePosixPath, aim: str) -> PurePosixPath:
+    """What a link at ``name`` means, from the target's root."""
+    found = os.path.normpath(os.path.join("/root", name.parent, aim)) if aim and "\0" not in aim else ""
+    if aim.startswith("/") or not found.startswith("/root/"):
+        raise ModelError(f"{path}: {_shown(str(name))}: a link that leads elsewhere, to {_shown(aim)}")
+    return PurePosixPath(found).relative_to("/root")
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def _write(stream: IO[bytes], snapshot: Path, revision: str | None) -> None:
+    repository = snapshot.parents[1].name
+    members: dict[str, Path | bytes | str] = {"version.txt": VERSION.encode()}
+    """Files on disk or in memory, and, as text, links."""
+    if revision != snapshot.name:
+        members[f"{repository}/refs/{revision or 'main'}"] = snapshot.name.encode()
+    for file in sorted(snapshot.rglob("*")):
+        if not file.is_file():
+            continue
+        blob = file.resolve()
+        name = blob.name if blob.parent.name == "blobs" and file.is_symlink() else _sha256(blob)
+        members[f"{repository}/blobs/{name}"] = blob
+        place = f"{repository}/snapshots/{snapshot.name}/{file.relative_to(snapshot).as_posix()}"
+        members[place] = os.path.relpath(f"{repository}/blobs/{name}", os.path.dirname(place))
+    with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as archive:
+        for name in sorted(
+            {str(parent) for place in members for parent in PurePosixPath(place).parents} - {"."}
+        ):
+            archive.addfile(_info(name, tarfile.DIRTYPE, 0o755))
+        for name, content in sorted(members.items()):
+            if isinstance(content, str):
+                info = _info(name, tarfile.SYMTYPE, 0o777)
+                info.linkname = content
+                archive.addfile(info)
+            elif isinstance(content, bytes):
+                archive.addfile(_info(name, tarfile.REGTYPE, 0o644, len(content)), io.BytesIO(content))
+            else:
+                with content.open("rb") as opened:
+                    archive.addfile(_info(name, tarfile.REGTYPE, 0o644, content.stat().st_size), opened)
+
+
+def _info(name: str, kind: bytes, mode: int, size: int = 0) -> tarfile.TarInfo:
+    """A header that says nothing of where and when it was written."""
+    info = tarfile.TarInfo(name)
+    info.type, info.mode, info.size = kind, mode, size
+    return info
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@contextmanager
+def _compressed(file: IO[bytes], target: Path) -> Iterator[IO[bytes]]:
+    suffix = target.name.lower()
+    if suffix.endswith(".zst"):
+        with _zstd_file(target, file, mode="w") as stream:
+            yield stream
+    elif suffix.endswith("gz"):
+        with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=6, mtime=0) as stream:
+            yield cast(IO[bytes], stream)
+    else:
+        yield file
+
+
+@contextmanager
+def _decompressed(path: Path) -> Iterator[IO[bytes]]:
+    """The tar stream in ``path``, by its first bytes rather than by its name."""
+    with path.open("rb") as file:
+        start = file.read(4)
+        file.seek(0)
+        if start == b"\x28\xb5\x2f\xfd":
+            with _zstd_file(path, file) as stream:
+                yield stream
+        elif start.startswith(b"\x1f\x8b"):
+            with gzip.GzipFile(fileobj=file) as stream:
+                yield cast(IO[bytes], stream)
+        else:
+            yield file
+
+
+def _zstd_file(path: Path, *arguments: Any, **options: Any) -> Any:
+    if _zstd is None:
+        raise ModelError(f"{path}: zstd needs Python 3.14: use .tar.gz or .tar")
+    return _zstd.ZstdFile(*arguments, **options)

@@ -1,0 +1,183 @@
+"""``POST /v1/messages``: Anthropic's API, and its counting of tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from vllmlite.errors import ParameterError
+from vllmlite.outputs import CompletionOutput, RequestOutput
+from vllmlite.sampling_params import RequestOutputKind, SamplingParams
+from vllmlite.server.conversation import conversation
+from vllmlite.server.documented import documented
+from vllmlite.server.errors import ANTHROPIC, as_api_error
+from vllmlite.server.message_blocks import Blocks, as_messages
+from vllmlite.server.protocol.messages import (
+    AnthropicAnswer,
+    AnthropicChoice,
+    AnthropicError,
+    AnthropicUsage,
+    Counted,
+    CountRequest,
+    MessagesRequest,
+)
+from vllmlite.server.reading import Reader, reader_for, reads_marks
+from vllmlite.server.service import Generation, Service
+from vllmlite.server.sse import JSON, Stream, named_event
+from vllmlite.server.tools import ToolUse
+
+router = APIRouter()
+
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+"""Anthropic's names of OpenAI's reasons."""
+
+
+@router.post("/v1/messages", responses=documented(AnthropicAnswer, streams=True, error=AnthropicError))
+async def create_message(body: MessagesRequest, request: Request) -> Response:
+    """Answer a conversation, in blocks."""
+    arrival = time.monotonic()
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    tools = _tool_use(body, service)
+    params = _params(body, service, tools)
+    prompt = await _prompt(body, service, tools)
+    generation = await service.generate("msg", [prompt], params, arrival_time=arrival)
+    reader = reader_for(service.config, tools, params, str(prompt.get("prompt") or ""))
+    answer = _Answer(service, generation, reader, Blocks(tools.call_id))
+    if body.stream:
+        return Stream(answer.events(), generation.close, error_event=_error_event)
+    (output,) = await generation.finished(request.receive)
+    return JSON(answer.whole(output))
+
+
+@router.post("/v1/messages/count_tokens", responses=documented(Counted, error=AnthropicError))
+async def count_tokens(body: CountRequest, request: Request) -> Response:
+    """The tokens that a conversation is."""
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    prompt = await _prompt(body, service, _tool_use(body, service))
+    return JSON({"input_tokens": len(prompt["prompt_token_ids"])})
+
+
+async def _prompt(body: CountRequest, service: Service, tools: ToolUse) -> dict[str, Any]:
+    messages = as_messages(body.messages, body.system)
+    talk = conversation(messages, "messages", tools.tools)
+    if body.messages[-1].role == "assistant":  # Anthropic's way to have an answer continued
+        talk = talk.model_copy(update={"add_generation_prompt": False, "continue_final_message": True})
+    return await service.encode_chat(talk)
+
+
+def _tool_use(body: CountRequest, service: Service) -> ToolUse:
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.name,
+                **({"description": tool.description} if tool.description else {}),
+                "parameters": tool.input_schema,
+            },
+        }
+        for tool in body.tools or ()
+    ]
+    choice = body.tool_choice or AnthropicChoice(type="auto" if tools else "none")
+    wanted: Any = {"any": "required"}.get(choice.type, choice.type)
+    if choice.type == "tool":
+        wanted = {"type": "function", "function": {"name": choice.name}}
+    elif choice.name is not None:
+        raise ParameterError("tool_choice.name", choice.name, "goes with type tool")
+    return ToolUse.of(tools, wanted, not choice.disable_parallel_tool_use, service.config)
+
+
+def _params(body: MessagesRequest, service: Service, tools: ToolUse) -> SamplingParams:
+    given = {name: getattr(body, name) for name in ("temperature", "top_k", "top_p")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    changes |= tools.changes(False)
+    if reads_marks(service.config, tools):
+        changes["skip_special_tokens"] = False
+    if body.stop_sequences:
+        changes["stop"] = body.stop_sequences
+    kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
+    return service.default_params.clone(**changes, max_tokens=body.max_tokens, output_kind=kind)
+
+
+def _error_event(error: Exception) -> bytes:
+    return named_event(as_api_error(error).body(ANTHROPIC))
+
+
+class _Answer:
+    """One answer, whole or as it comes."""
+
+    def __init__(self, service: Service, generation: Generation, reader: Reader, blocks: Blocks) -> None:
+        self._service = service
+        self._generation = generation
+        self._reader = reader
+        self._blocks = blocks
+
+    def whole(self, output: RequestOutput) -> AnthropicAnswer:
+        """The answer in one piece."""
+        (completion,) = output.outputs
+        self._take(completion)
+        return self._message(completion)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The documented events, in their order."""
+        begun = False
+        last: CompletionOutput | None = None
+        async for batch in self._generation.outputs():
+            pieces = b""
+            if not begun:  # only now is it known how long the prompt is
+                begun = True
+                message = {**self._message(), "content": []}
+                pieces += named_event({"type": "message_start", "message": message})
+                pieces += named_event({"type": "ping"})
+            for _, output in batch:
+                (last,) = output.outputs
+                pieces += b"".join(map(named_event, self._take(last)))
+            if pieces:
+                yield pieces
+        assert last is not None
+        ended = self._message(last)
+        delta = {"stop_reason": ended["stop_reason"], "stop_sequence": ended["stop_sequence"]}
+        end = named_event({"type": "message_delta", "delta": delta, "usage": ended["usage"]})
+        yield end + named_event({"type": "message_stop"})
+
+    def _take(self, completion: CompletionOutput) -> list[dict[str, Any]]:
+        """The events of what is new."""
+        events = [event for part in self._reader.read(completion) for event in self._blocks.take(part)]
+        if completion.finish_reason is not None:
+            events += self._blocks.end()
+        return events
+
+    def _message(self, completion: CompletionOutput | None = None) -> AnthropicAnswer:
+        """The answer as it stands; ``completion`` is its end."""
+        reason = sequence = None
+        if completion is not None:
+            reason = STOP_REASONS[self._reader.finish_reason(completion.finish_reason) or "stop"]
+            if self._reader.called and reason == "end_turn":
+                reason = "tool_use"
+            if isinstance(completion.stop_reason, str):
+                reason, sequence = "stop_sequence", completion.stop_reason
+        return {
+            "id": self._generation.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._service.model,
+            "content": self._blocks.blocks,
+            "stop_reason": reason,
+            "stop_sequence": sequence,
+            "usage": self._usage(),
+        }
+
+    def _usage(self) -> AnthropicUsage:
+        usage = self._generation.usage()
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        return {
+            "input_tokens": usage["prompt_tokens"] - cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached,
+            "output_tokens": usage["completion_tokens"],
+        }

@@ -1,0 +1,212 @@
+"""Tool calls written as JSON objects, read character by character as they come."""
+
+from __future__ import annotations
+
+import json
+
+ARGUMENTS = ("arguments", "parameters")
+"""Keys that models write arguments under."""
+_SPACE = " \t\r\n"
+_CLOSERS = {"{": "}", "[": "]"}
+
+
+class Nesting:
+    """Where a JSON object or list ends."""
+
+    def __init__(self) -> None:
+        self._closers: list[str] = []
+        self._in_string = False
+        self._escaped = False
+        self.broken = False
+        """Whether a bracket closed what another had opened."""
+
+    def step(self, char: str) -> bool:
+        """Take in the next character; whether it closes the first one."""
+        if self._in_string:
+            if self._escaped:
+                self._escaped = False
+            elif char == "\\":
+                self._escaped = True
+            elif char == '"':
+                self._in_string = False
+        elif char == '"':
+            self._in_string = True
+        elif char in _CLOSERS:
+            self._closers.append(_CLOSERS[char])
+        elif char in "}]":
+            self.broken = self._closers.pop() != char
+            return not self._closers
+        return False
+
+
+class ArgumentsReader:
+    """A call's arguments by themselves: one JSON object."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.broken = False
+        self._nesting = Nesting()
+        self._new = ""
+
+    def feed(self, text: str) -> int:
+        """Take in ``text`` up to the object's end; how many characters. The first must be ``{``."""
+        for at, char in enumerate(text):
+            closed = self._nesting.step(char)
+            if closed or self._nesting.broken:
+                self.ended, self.broken = closed and not self._nesting.broken, self._nesting.broken
+                self._new += text[: at + 1]
+                return at + 1
+        self._new += text
+        return len(text)
+
+    def take_arguments(self) -> str:
+        """What is new of them since the last time."""
+        new, self._new = self._new, ""
+        return new
+
+
+class CallReader:
+    """An object with ``name`` and :data:`ARGUMENTS`, in any order; other keys are passed over.
+
+    The name is known once its string has ended, arguments that are an object from then on piece by piece. A string of
+    JSON counts as what it holds, null and nothing at all as no arguments."""
+
+    def __init__(self, names: frozenset[str] | None = None) -> None:
+        """``names``: those that count; None: every one."""
+        self.name: str | None = None
+        self.ended = False
+        self.broken = False
+        """It is not such an object: of what was fed, nothing more is used."""
+        self._names = names
+        self._step = self._open
+        self._key = ""
+        self._value = ""
+        self._nesting: Nesting | None = None
+        self._escaped = False
+        self._has_arguments = False
+        self._new = ""
+
+    def feed(self, text: str) -> int:
+        """Take in ``text`` up to the object's end, or the character that breaks it; how many characters."""
+        for at, char in enumerate(text):
+            self._step(char)
+            if self.ended or self.broken:
+                return at + (not self.broken)
+        return len(text)
+
+    def take_arguments(self) -> str:
+        """What is new of the arguments since the last time."""
+        new, self._new = self._new, ""
+        return new
+
+    def _open(self, char: str) -> None:
+        if char == "{":
+            self._step = self._before_key
+        else:
+            self.broken = True
+
+    def _before_key(self, char: str) -> None:
+        if char == '"':
+            self._value = char
+            self._step = self._in_key
+        elif char == "}":
+            self._end()
+        elif char not in _SPACE:
+            self.broken = True
+
+    def _in_key(self, char: str) -> None:
+        if self._string_ends(char):
+            self._key = str(self._loaded())
+            self._step = self._colon
+
+    def _colon(self, char: str) -> None:
+        if char == ":":
+            self._step = self._before_value
+        elif char not in _SPACE:
+            self.broken = True
+
+    def _before_value(self, char: str) -> None:
+        if char in _SPACE:
+            return
+        self._value = char
+        if char == '"':
+            self._step = self._in_string
+        elif char in _CLOSERS:
+            self._nesting = Nesting()
+            self._nesting.step(char)
+            self._step = self._in_container
+            if self._gives_arguments():
+                self._new += char
+        elif char in ",:}]":
+            self.broken = True
+        else:
+            self._step = self._in_scalar
+
+    def _in_string(self, char: str) -> None:
+        if self._string_ends(char):
+            self._take_value(self._loaded())
+
+    def _in_container(self, char: str) -> None:
+        assert self._nesting is not None
+        closed = self._nesting.step(char)
+        if self._nesting.broken:
+            self.broken = True
+            return
+        if self._gives_arguments():
+            self._new += char
+        if closed:
+            self._has_arguments |= self._key in ARGUMENTS
+            self._step = self._after_value
+
+    def _in_scalar(self, char: str) -> None:
+        if char in _SPACE or char in ",}":
+            self._take_value(None if self._value == "null" else self._loaded())
+            if not self.broken:
+                self._after_value(char)
+        else:
+            self._value += char
+
+    def _after_value(self, char: str) -> None:
+        if char == ",":
+            self._step = self._before_key
+        elif char == "}":
+            self._end()
+        elif char not in _SPACE:
+            self.broken = True
+
+    def _string_ends(self, char: str) -> bool:
+        self._value += char
+        if self._escaped:
+            self._escaped = False
+        elif char == "\\":
+            self._escaped = True
+        else:
+            return char == '"'
+        return False
+
+    def _gives_arguments(self) -> bool:
+        return self._key in ARGUMENTS and not self._has_arguments
+
+    def _take_value(self, value: object) -> None:
+        self._step = self._after_value
+        if self._key == "name" and self.name is None:
+            if isinstance(value, str) and value and (self._names is None or value in self._names):
+                self.name = value
+            else:
+                self.broken = True
+        elif self._gives_arguments() and value is not None:
+            self._new += value if isinstance(value, str) else json.dumps(value)
+            self._has_arguments = True
+
+    def _loaded(self) -> object:
+        try:
+            return json.loads(self._value, strict=False)
+        except ValueError:
+            self.broken = True
+            return ""
+
+    def _end(self) -> None:
+        self.ended = self.name is not None
+        self.broken = not self.ended
+        if not self._has_arguments:
+            self._new += "{}"

@@ -1,0 +1,33 @@
+"""Llama 3's tool calls: the whole answer is ``{"name": …, "parameters": …}``, or several with semicolons between."""
+
+from __future__ import annotations
+
+from vllmlite.server.parsers.parts import ToolParser
+
+TAG = "<|python_tag|>"
+
+
+class Llama3Json(ToolParser):
+    """Calls, of tools that there are, or content; content may follow calls."""
+
+    def begin(self, ended: bool) -> bool:
+        """The first state: an object, perhaps after the tag, begins a call."""
+        if not self._skip_space():
+            return self._give_back() if ended and self._taken else False
+        if self._takes(TAG, ended) is None:
+            return False
+        return self._go(self._object)
+
+    def _object(self, ended: bool) -> bool:
+        if not self._skip_space():
+            return self._give_back() if ended and self._taken else False
+        if self._text.startswith("{"):
+            return self._read_call(self._between, known=True)
+        return self._give_back()
+
+    def _between(self, ended: bool) -> bool:
+        if not self._skip_space():
+            return self._give_back() if ended and self._taken else False
+        if self._takes(";", ended):
+            return self._go(self._object)
+        return self._give_back()

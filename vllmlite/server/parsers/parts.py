@@ -1,0 +1,223 @@
+"""What an answer is made of, and the state machine that all parsers of answers are.
+
+A parser takes text as it comes and says at once whatever can no longer turn out to be something else. What it says
+depends on the text alone: any split of the text into pieces gives the same parts, once neighbours are merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeAlias
+
+from vllmlite.server.parsers.call_json import CallReader
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Text for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """Text that the model wrote to itself."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegin:
+    """The ``index``-th tool call of the answer begins; its name is known."""
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """The next piece of a call's arguments, a JSON text."""
+
+    index: int
+    text: str
+
+
+Part: TypeAlias = Content | Reasoning | CallBegin | CallArguments
+
+
+class Parser(Protocol):
+    """Text in pieces to parts in pieces."""
+
+    def feed(self, text: str) -> list[Part]:
+        """What more is certain, with ``text`` after what came before."""
+        ...
+
+    def finish(self) -> list[Part]:
+        """The rest, now that nothing more comes."""
+        ...
+
+
+def merged(parts: Iterable[Part]) -> list[Part]:
+    """``parts`` with neighbours of one kind made one, empty ones left out."""
+    found: list[Part] = []
+    for part in parts:
+        if isinstance(part, CallBegin):
+            found.append(part)
+            continue
+        if not part.text:
+            continue
+        last = found[-1] if found else None
+        if type(last) is type(part) and getattr(last, "index", 0) == getattr(part, "index", 0):
+            assert last is not None and not isinstance(last, CallBegin)
+            found[-1] = replace(last, text=last.text + part.text)
+        else:
+            found.append(part)
+    return found
+
+
+State: TypeAlias = Callable[[bool], bool]
+"""A step of a machine: whether it got on. Told whether the text has ended, when it must decide on what there is."""
+
+
+class ToolParser:
+    """What parsers of tool calls share. A subclass has states, the first of which is ``begin``.
+
+    White space between content and a call, or between two calls, belongs to neither. What looks like a call and then
+    is none becomes content again, as it was written."""
+
+    def __init__(self, names: frozenset[str] = frozenset()) -> None:
+        """``names``: the tools that there are."""
+        self._names = names
+        self._text = ""
+        """What has come and is not used up."""
+        self._parts: list[Part] = []
+        self._space = ""
+        """White space after content, which a call would swallow."""
+        self._calls = 0
+        self._reader: CallReader | None = None
+        self._taken = ""
+        """The beginning of what may be a call, to be given back if it is none."""
+        self._after: State = self.content
+        self._state: State = self.begin
+
+    def feed(self, text: str) -> list[Part]:
+        """See :class:`Parser`."""
+        self._text += text
+        while self._state(False):
+            pass
+        return self._take()
+
+    def finish(self) -> list[Part]:
+        """See :class:`Parser`."""
+        while self._state(True):
+            pass
+        if not self._calls:
+            self._parts.append(Content(self._space))
+        return self._take()
+
+    def begin(self, ended: bool) -> bool:
+        """The first state."""
+        return self.content(ended)
+
+    def content(self, ended: bool) -> bool:
+        """A state: everything is content."""
+        self._say(self._text)
+        self._text = ""
+        return False
+
+    def _take(self) -> list[Part]:
+        parts, self._parts = self._parts, []
+        return merged(parts)
+
+    def _go(self, state: State) -> bool:
+        self._state = state
+        return True
+
+    def _say(self, text: str) -> None:
+        text = self._space + text
+        kept = text.rstrip()
+        self._space = text[len(kept) :]
+        self._parts.append(Content(kept))
+
+    def _give_back(self) -> bool:
+        """What was taken for a call is content."""
+        self._say(self._taken)
+        self._taken = ""
+        return self._go(self.content)
+
+    def _content_until(self, marker: str, ended: bool) -> bool:
+        """Say what stands before ``marker``; whether that has come, and is taken."""
+        at = self._text.find(marker)
+        if at < 0:
+            at = len(self._text) - (0 if ended else overlap(self._text, marker))
+            self._say(self._text[:at])
+            self._text = self._text[at:]
+            return False
+        self._say(self._text[:at])
+        self._text = self._text[at + len(marker) :]
+        self._taken = marker
+        return True
+
+    def _skip_space(self) -> bool:
+        """Take white space; whether something else follows."""
+        rest = self._text.lstrip()
+        self._taken += self._text[: len(self._text) - len(rest)]
+        self._text = rest
+        return bool(rest)
+
+    def _takes(self, literal: str, ended: bool) -> bool | None:
+        """Take ``literal`` if it comes next; None while that is open."""
+        if self._text.startswith(literal):
+            self._text = self._text[len(literal) :]
+            self._taken += literal
+            return True
+        return None if literal.startswith(self._text) and not ended else False
+
+    def _read_call(self, after: State, *, known: bool = False) -> bool:
+        """Go and read an object with a name and arguments, then to ``after``. ``known``: its name must be a tool's."""
+        self._reader = CallReader(self._names if known else None)
+        self._after = after
+        return self._go(self._reading)
+
+    def _reading(self, ended: bool) -> bool:
+        reader = self._reader
+        assert reader is not None
+        begun = reader.name is not None
+        count = reader.feed(self._text)
+        if not begun:
+            self._taken += self._text[:count]
+        self._text = self._text[count:]
+        if reader.name is not None:
+            if not begun:
+                self._begin_call(reader.name)
+            self._parts.append(CallArguments(self._calls - 1, reader.take_arguments()))
+        if reader.ended:
+            return self._go(self._after)
+        if reader.broken or ended:
+            return self._go(self.content) if reader.name is not None else self._give_back()
+        return False
+
+    def _begin_call(self, name: str) -> None:
+        self._parts.append(CallBegin(self._calls, name))
+        self._calls += 1
+        self._space = self._taken = ""
+
+    def list_of_calls(self, ended: bool) -> bool:
+        """A state: inside of a JSON list of calls."""
+        if not self._skip_space():
+            return self._give_back() if ended and self._taken else False
+        if self._takes(",", ended):
+            return True
+        if self._takes("]", ended):
+            self._taken = ""
+            return self._go(self.content)
+        return self._read_call(self.list_of_calls)
+
+
+def overlap(text: str, marker: str) -> int:
+    """How many characters at the end of ``text`` may begin ``marker``."""
+    for size in range(min(len(marker) - 1, len(text)), 0, -1):
+        if text.endswith(marker[:size]):
+            return size
+    return 0

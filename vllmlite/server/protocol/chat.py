@@ -1,0 +1,189 @@
+"""Conversations, and ``/v1/chat/completions``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
+from typing_extensions import NotRequired, TypeAliasType, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
+
+from vllmlite.server.protocol.base import Request, Usage
+from vllmlite.server.protocol.logprobs import ChatLogprobs, PromptLogprobs
+from vllmlite.server.protocol.sampling import SamplingRequest
+
+
+class ContentPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: str
+    text: str | None = None
+
+
+Parts = TypeAliasType("Parts", Annotated[list[ContentPart], FailFast()])
+
+
+class Message(BaseModel):
+    """A message of a conversation. What a chat template may want beyond these is handed to it as it came."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: str
+    content: str | Parts | None = None
+
+
+class FunctionDefinition(Request):
+    """A function that the model may have called."""
+
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON Schema of an object.")
+    strict: bool | None = None
+
+
+class Tool(Request):
+    """A tool: a function, of which there is no other kind."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+Tools = TypeAliasType("Tools", Annotated[list[Tool], FailFast()])
+
+_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required", None]},
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "function"},
+                "function": {
+                    "type": "object",
+                    "properties": {"name": {"type": "string"}},
+                    "required": ["name"],
+                    "additionalProperties": False,
+                },
+            },
+            "required": ["type", "function"],
+            "additionalProperties": False,
+        },
+    ]
+}
+
+ToolChoice = Annotated[Any, WithJsonSchema(_CHOICE_SCHEMA)]
+"""``none``, ``auto``, ``required`` or a named function. Checked where it meets the tools."""
+
+
+class ChatPrompt(Request):
+    """The fields that make a conversation a prompt."""
+
+    model: str | None = None
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
+
+
+class ChatCompletionRequest(ChatPrompt, SamplingRequest):
+    """``POST /v1/chat/completions``."""
+
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = Field(None, description="Default: the model's, or up to its context.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
+    include_reasoning: bool = Field(True, description="Answer with what the model thought before.")
+    echo: bool = Field(False, description="Begin with the last message, where the answer continues it.")
+
+
+class FunctionCall(TypedDict):
+    """What is called, with a JSON text; in a delta, the name at first and then the text in pieces."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class ToolCallDelta(TypedDict):
+    """What is new of the ``index``-th call; its first piece has the other fields."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionCall
+
+
+class ChatMessage(TypedDict):
+    """An answer."""
+
+    role: str
+    content: str | None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
+
+
+class ChatDelta(TypedDict):
+    """What is new of an answer."""
+
+    role: NotRequired[str]
+    content: NotRequired[str | None]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
+
+
+class ChatChoice(TypedDict):
+    """One of the ``n`` answers."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    token_ids: NotRequired[list[int]]
+
+
+class ChatCompletion(TypedDict):
+    """Answer of ``/v1/chat/completions``."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_logprobs: NotRequired[PromptLogprobs | None]
+    prompt_token_ids: NotRequired[list[int]]
+
+
+class ChatChunkChoice(TypedDict):
+    """What is new of one of the ``n`` answers."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: NotRequired[int | str | None]
+    token_ids: NotRequired[list[int]]
+
+
+class ChatChunk(TypedDict):
+    """A chunk of a streamed answer."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]

@@ -1,0 +1,153 @@
+"""llama.cpp's server: ``/completion``, ``/infill`` and ``/props``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, WithJsonSchema
+from typing_extensions import NotRequired, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
+
+from vllmlite.config_absent import Absent
+from vllmlite.server.protocol.base import Prompts, Request, Stops
+
+_SAMPLER = "this sampler is not there: see temperature, top_k, top_p, min_p and the penalties"
+_LIMIT = "only the number of tokens limits an answer"
+
+LLAMACPP_REFUSED: Mapping[str, Absent] = {
+    "dynatemp_range": Absent((None, 0, 0.0), _SAMPLER),
+    "dynatemp_exponent": Absent((None, 1, 1.0), _SAMPLER),
+    "typical_p": Absent((None, 1, 1.0), _SAMPLER),
+    "top_n_sigma": Absent((None, -1, -1.0, 0, 0.0), _SAMPLER),
+    "mirostat": Absent((None, 0), _SAMPLER),
+    "mirostat_tau": Absent((None, 5, 5.0), _SAMPLER),
+    "mirostat_eta": Absent((None, 0.1), _SAMPLER),
+    "xtc_probability": Absent((None, 0, 0.0), _SAMPLER),
+    "xtc_threshold": Absent((None, 0.1), _SAMPLER),
+    "dry_multiplier": Absent((None, 0, 0.0), _SAMPLER),
+    "dry_base": Absent((None, 1.75), _SAMPLER),
+    "dry_allowed_length": Absent((None, 2), _SAMPLER),
+    "dry_penalty_last_n": Absent((None, -1), _SAMPLER),
+    "dry_sequence_breakers": Absent((None, ["\n", ":", '"', "*"]), _SAMPLER),
+    "samplers": Absent((None, []), "the order of samplers is fixed"),
+    "repeat_last_n": Absent((None, -1, 64), "penalties see the whole prompt and output"),
+    "n_keep": Absent((None, 0, -1), "nothing is cut from a prompt: one that is too long is refused"),
+    "n_discard": Absent((None, 0), "nothing is cut from a prompt: one that is too long is refused"),
+    "n_indent": Absent((None, 0), _LIMIT),
+    "t_max_predict_ms": Absent((None, 0, -1), _LIMIT),
+    "n_cache_reuse": Absent((None, 0), "cached prefixes are reused as they are"),
+    "id_slot": Absent((None, -1), "the scheduler chooses"),
+    "post_sampling_probs": Absent((None, False), "probabilities are those before sampling"),
+    "min_keep": Absent((None, 0), _SAMPLER),
+    "lora": Absent((None, []), "LoRA adapters are not supported in this version"),
+    "image_data": Absent((None, []), "only text goes in and out"),
+    "response_fields": Absent((None, []), "an answer has all its fields"),
+    "cache_prompt": Absent((None, True, False), "prefixes are cached for all requests or none"),
+}
+"""Parameters of llama.cpp's without their features: refused, except where they ask for nothing."""
+
+_BIAS_SCHEMA = {
+    "anyOf": [
+        {"type": "object", "additionalProperties": {"type": ["number", "boolean"]}},
+        {"type": "array", "items": {"type": "array", "minItems": 2, "maxItems": 2}},
+    ]
+}
+
+
+class LlamaRequest(Request):
+    """What both ways to complete a text take."""
+
+    refused: ClassVar[Mapping[str, Absent]] = LLAMACPP_REFUSED
+
+    model: str | None = None
+    n_predict: int | None = Field(None, ge=-1, description="Most tokens; -1, the default: up to the context.")
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = Field(None, description="-1, the default: another one each time.")
+    ignore_eos: bool | None = None
+    logit_bias: Annotated[Any, WithJsonSchema(_BIAS_SCHEMA)] = None
+    n_probs: int = Field(0, ge=0, description="Likeliest tokens to report with each.")
+    stop: Stops | None = None
+    stream: bool = False
+    grammar: str | None = Field(None, description="GBNF, whose start is root.")
+    json_schema: dict[str, Any] | None = None
+    return_tokens: bool = False
+    timings_per_token: bool = False
+
+
+class LlamaCompletionRequest(LlamaRequest):
+    """``POST /completion``."""
+
+    prompt: Prompts
+
+
+class InfillRequest(LlamaRequest):
+    """``POST /infill``: what comes between two texts."""
+
+    input_prefix: str
+    input_suffix: str
+    prompt: str = Field("", description="Begins the text between.")
+    input_extra: list[InfillFile] = Field(default_factory=list, description="Other files, for context.")
+
+
+class InfillFile(Request):
+    """A file beside the one that is filled in."""
+
+    filename: str = "file"
+    text: str
+
+
+InfillRequest.model_rebuild()
+
+
+class LlamaTimings(TypedDict):
+    """Tokens and milliseconds of a request."""
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    prompt_per_second: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_second: float
+
+
+class LlamaAnswer(TypedDict):
+    """Answer of ``/completion`` and ``/infill``, and a piece of its stream, of which the last has the later fields."""
+
+    index: int
+    content: str
+    tokens: list[int]
+    stop: bool
+    id_slot: int
+    model: NotRequired[str]
+    prompt: NotRequired[str]
+    tokens_predicted: NotRequired[int]
+    tokens_evaluated: NotRequired[int]
+    tokens_cached: NotRequired[int]
+    truncated: NotRequired[bool]
+    has_new_line: NotRequired[bool]
+    stop_type: NotRequired[Literal["eos", "limit", "word", "none"]]
+    stopping_word: NotRequired[str]
+    generation_settings: NotRequired[dict[str, Any]]
+    timings: NotRequired[LlamaTimings]
+    completion_probabilities: NotRequired[list[dict[str, Any]]]
+
+
+class LlamaProps(TypedDict):
+    """Answer of ``/props``."""
+
+    default_generation_settings: dict[str, Any]
+    total_slots: int
+    model_alias: str
+    model_path: str
+    modalities: dict[str, bool]
+    chat_template: str
+    bos_token: str
+    eos_token: str
+    build_info: str

@@ -1,0 +1,128 @@
+"""``/v1/messages``: Anthropic's API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import FailFast, Field
+from typing_extensions import NotRequired, TypeAliasType, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
+
+from vllmlite.config_absent import Absent
+from vllmlite.server.protocol.base import Request, Strings
+
+_BETA = "is a feature of Anthropic's own service"
+
+MESSAGES_REFUSED: Mapping[str, Absent] = {
+    "thinking": Absent((None, {"type": "disabled"}), "the model reasons as it does: see --reasoning-parser"),
+    "container": Absent((None,), _BETA),
+    "mcp_servers": Absent((None, []), _BETA),
+    "context_management": Absent((None,), _BETA),
+    "inference_geo": Absent((None,), _BETA),
+    "output_config": Absent((None, {}), _BETA),
+}
+
+
+class AnthropicTool(Request):
+    """A tool that the model may have called."""
+
+    type: Literal["custom"] | None = None
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    input_schema: dict[str, Any]
+    cache_control: dict[str, Any] | None = None
+
+
+AnthropicTools = TypeAliasType("AnthropicTools", Annotated[list[AnthropicTool], FailFast()])
+
+
+class AnthropicChoice(Request):
+    """How tools may be called."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class AnthropicMessage(Request):
+    """A turn: text, or blocks of text, tool use, tool results and thinking."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | list[dict[str, Any]]
+
+
+class CountRequest(Request):
+    """``POST /v1/messages/count_tokens``."""
+
+    refused: ClassVar[Mapping[str, Absent]] = MESSAGES_REFUSED
+
+    model: str | None = Field(None, description="A served model name.")
+    messages: Annotated[list[AnthropicMessage], FailFast(), Field(min_length=1)]
+    system: str | list[dict[str, Any]] | None = None
+    tools: AnthropicTools | None = None
+    tool_choice: AnthropicChoice | None = None
+
+
+class MessagesRequest(CountRequest):
+    """``POST /v1/messages``."""
+
+    max_tokens: int
+    stop_sequences: Strings | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+class AnthropicUsage(TypedDict):
+    """Tokens of a request; those that the prefix cache knew are not among ``input_tokens``."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class Block(TypedDict):
+    """A piece of an answer: which fields there are goes by ``type``."""
+
+    type: Literal["text", "thinking", "tool_use"]
+    text: NotRequired[str]
+    thinking: NotRequired[str]
+    signature: NotRequired[str]
+    id: NotRequired[str]
+    name: NotRequired[str]
+    input: NotRequired[Any]
+
+
+class AnthropicAnswer(TypedDict):
+    """Answer of ``/v1/messages``."""
+
+    id: str
+    type: Literal["message"]
+    role: str
+    model: str
+    content: list[Block]
+    stop_reason: str | None
+    stop_sequence: str | None
+    usage: AnthropicUsage
+
+
+class Counted(TypedDict):
+    """Answer of ``/v1/messages/count_tokens``."""
+
+    input_tokens: int
+
+
+class AnthropicErrorInfo(TypedDict):
+    """What was wrong."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(TypedDict):
+    """Any answer of Anthropic's endpoints that is an error."""
+
+    type: Literal["error"]
+    error: AnthropicErrorInfo

@@ -1,0 +1,129 @@
+"""The parameters that become :class:`SamplingParams`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from vllmlite.errors import ParameterError
+from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from vllmlite.server.protocol.base import Bias, Ints, Request, Stops, Strings
+
+
+class StreamOptions(Request):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = None
+    """End with a chunk that has the usage."""
+    continuous_usage_stats: bool | None = None
+    """Have the usage so far in every chunk."""
+    include_obfuscation: bool | None = None
+    """OpenAI's padding against traffic analysis; taken, and never done."""
+
+
+class JsonSchema(Request):
+    """OpenAI's wrapping of a JSON Schema."""
+
+    name: str = "schema"
+    description: str | None = None
+    json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Request):
+    """What the output must be, as OpenAI says it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Request):
+    """What the output must be, as vLLM says it: exactly one of these."""
+
+    json_schema: str | dict[str, Any] | bool | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Strings | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class SamplingRequest(Request):
+    """The fields of a request that become :class:`SamplingParams`; None leaves the model's default."""
+
+    SAMPLING: ClassVar[tuple[str, ...]] = (
+        "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+        "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "include_stop_str_in_output",
+        "skip_special_tokens", "spaces_between_special_tokens", "logit_bias", "allowed_token_ids", "bad_words",
+        "truncate_prompt_tokens", "prompt_logprobs",
+    )  # fmt: skip
+
+    model: str | None = Field(None, description="A served model name.")
+    n: int | None = None
+    best_of: int | None = Field(None, description="Refused, unless it is n.")
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: Stops | None = None
+    stop_token_ids: Ints | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    logit_bias: Bias | None = None
+    allowed_token_ids: Ints | None = None
+    bad_words: Strings | None = None
+    truncate_prompt_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: int = Field(0, description="Smaller goes first; needs --scheduling-policy priority.")
+    cache_salt: str | None = Field(
+        None, description="Keeps the prompt's cached prefix apart from other salts'."
+    )
+    request_id: str | None = Field(None, max_length=256, description="Becomes part of the answer's id.")
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+    def sampling_params(self, default: SamplingParams, **changes: Any) -> SamplingParams:
+        """The request's parameters over ``default``, with ``changes``. Raises :class:`ParameterError`."""
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ParameterError("best_of", self.best_of, "completions are not ranked: ask for n, and choose")
+        if self.stream_options is not None and not self.stream:
+            raise ParameterError("stream_options", self.stream_options.model_dump(), "goes with stream=true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ParameterError("prompt_logprobs", self.prompt_logprobs, "does not go with stream=true")
+        given = {name: getattr(self, name) for name in self.SAMPLING if getattr(self, name) is not None}
+        structure = self._structure()
+        if structure is not None:
+            given["structured_outputs"] = structure
+        kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
+        return default.clone(**{**given, "output_kind": kind, **changes})
+
+    def asks_for_structure(self) -> bool:
+        """Whether the output must be anything."""
+        return self._structure() is not None
+
+    def _structure(self) -> StructuredOutputsParams | None:
+        """What the output must be, whichever way it was said."""
+        form = self.response_format
+        if self.structured_outputs is not None:
+            if form is not None and form.type != "text":
+                raise ParameterError("response_format", form.type, "does not go with structured_outputs")
+            wanted = self.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+            return StructuredOutputsParams(**wanted) if wanted else None
+        if form is None or form.type == "text":
+            return None
+        if form.type == "json_object":
+            return StructuredOutputsParams(json_object=True)
+        if form.json_schema is None or form.json_schema.json_schema is None:
+            raise ParameterError("response_format", form.type, "needs json_schema with a schema")
+        return StructuredOutputsParams(json=form.json_schema.json_schema)

@@ -1,0 +1,90 @@
+"""From the outputs of a sequence to the parts of an answer: content, reasoning, tool calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from vllmlite.outputs import CompletionOutput
+from vllmlite.sampling_params import SamplingParams
+from vllmlite.server.config import ServerConfig
+from vllmlite.server.parsers.parts import (
+    CallArguments,
+    CallBegin,
+    Content,
+    Parser,
+    Part,
+    Reasoning,
+    merged,
+)
+from vllmlite.server.parsers.reasoning import STYLES, ThinkParser
+from vllmlite.server.tools import ToolUse
+
+
+class Reader:
+    """Reads one sequence, in one piece or as it comes."""
+
+    def __init__(self, parser: Parser | None, tools: ToolUse) -> None:
+        """Without a ``parser`` all is content."""
+        self.parser = parser
+        self.called = False
+        """Whether there has been a call."""
+        self._tools = tools
+
+    def read(self, completion: CompletionOutput) -> list[Part]:
+        """The parts that are certain now."""
+        if self.parser is None:
+            return [Content(completion.text)] if completion.text else []
+        parts = self.parser.feed(completion.text) if completion.text else []
+        if completion.finish_reason is not None:
+            parts += self.parser.finish()
+        if not self._tools.parallel:
+            parts = [
+                part for part in parts if not isinstance(part, (CallBegin, CallArguments)) or not part.index
+            ]
+        self.called = self.called or any(isinstance(part, CallBegin) for part in parts)
+        return merged(parts)
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """OpenAI's reason: an answer that ends of itself in calls ends for them, unless one was named."""
+        return "tool_calls" if reason == "stop" and self.called and self._tools.choice != "named" else reason
+
+
+@dataclass(slots=True)
+class Reading:
+    """A whole answer."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    """(name, arguments) of each."""
+
+    @classmethod
+    def of(cls, parts: Iterable[Part]) -> Reading:
+        """All of an answer's parts together."""
+        found = cls()
+        for part in parts:
+            match part:
+                case Content(text):
+                    found.content += text
+                case Reasoning(text):
+                    found.reasoning += text
+                case CallBegin(_, name):
+                    found.calls.append((name, ""))
+                case CallArguments(index, text):
+                    name, arguments = found.calls[index]
+                    found.calls[index] = name, arguments + text
+        return found
+
+
+def reader_for(config: ServerConfig, tools: ToolUse, params: SamplingParams, prompt: str) -> Reader:
+    """A reader of one answer to ``prompt``. What a grammar shapes from its first token on holds no reasoning."""
+    parser = tools.parser()
+    if config.reasoning_parser is not None and params.structured_outputs is None:
+        parser = ThinkParser(STYLES[config.reasoning_parser], prompt, parser)
+    return Reader(parser, tools)
+
+
+def reads_marks(config: ServerConfig, tools: ToolUse) -> bool:
+    """Whether a parser looks for marks in answers, which may be special tokens: these must be left in the text."""
+    return config.reasoning_parser is not None or tools.choice == "auto"

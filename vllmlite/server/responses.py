@@ -1,0 +1,221 @@
+"""``POST /v1/responses``: OpenAI's newer API, text in and out, without a memory of its own."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from vllmlite.errors import ParameterError
+from vllmlite.outputs import CompletionOutput, RequestOutput
+from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from vllmlite.server import logprobs
+from vllmlite.server.conversation import conversation
+from vllmlite.server.documented import documented
+from vllmlite.server.errors import as_api_error
+from vllmlite.server.parsers.parts import Content, Reasoning
+from vllmlite.server.protocol.responses import INCLUDABLE, ResponseObject, ResponsesRequest, ResponseUsage
+from vllmlite.server.reading import Reader, reader_for, reads_marks
+from vllmlite.server.response_items import Items, as_messages
+from vllmlite.server.service import Generation, Service
+from vllmlite.server.sse import JSON, Stream, named_event
+from vllmlite.server.tools import ToolUse
+
+router = APIRouter()
+
+SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
+    "stop",
+)  # fmt: skip
+
+
+@router.post("/v1/responses", responses=documented(ResponseObject, streams=True))
+async def create_response(body: ResponsesRequest, request: Request) -> Response:
+    """Answer a conversation, in items."""
+    arrival = time.monotonic()
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    tools = ToolUse.of(_tools(body), _choice(body.tool_choice), body.parallel_tool_calls, service.config)
+    params = _params(body, service, tools)
+    prompt = await service.encode_chat(
+        conversation(as_messages(body.input, body.instructions), "input", tools.tools)
+    )
+    generation = await service.generate(
+        "resp", [prompt], params, request_id=body.request_id, priority=body.priority, cache_salt=body.cache_salt,
+        arrival_time=arrival,
+    )  # fmt: skip
+    reader = reader_for(service.config, tools, params, str(prompt.get("prompt") or ""))
+    answer = _Answer(service, body, generation, params, tools, reader)
+    if body.stream:
+        return Stream(answer.events(), generation.close, error_event=answer.error_event)
+    (output,) = await generation.finished(request.receive)
+    return JSON(answer.whole(output))
+
+
+def _tools(body: ResponsesRequest) -> list[dict[str, Any]]:
+    """The tools as OpenAI's chat has them."""
+    return [
+        {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
+        for tool in body.tools or ()
+    ]
+
+
+def _choice(choice: Any) -> Any:
+    """The choice of a tool as OpenAI's chat has it."""
+    if isinstance(choice, dict) and choice.keys() == {"type", "name"}:
+        return {"type": choice["type"], "function": {"name": choice["name"]}}
+    return choice
+
+
+def _params(body: ResponsesRequest, service: Service, tools: ToolUse) -> SamplingParams:
+    given = {name: getattr(body, name) for name in SAMPLING if getattr(body, name) is not None}
+    structure = _structure(body)
+    if structure is not None:
+        given["structured_outputs"] = structure
+    given |= tools.changes(structure is not None)
+    if reads_marks(service.config, tools):
+        given["skip_special_tokens"] = False
+    for name in body.include or ():
+        if name not in INCLUDABLE:
+            raise ParameterError("include", name, f"must be {' or '.join(INCLUDABLE)}")
+    if body.include:
+        given["logprobs"] = body.top_logprobs or 0
+    elif body.top_logprobs:
+        raise ParameterError("top_logprobs", body.top_logprobs, f"goes with include: {INCLUDABLE[0]}")
+    given["max_tokens"] = service.chat_limit(body.max_output_tokens)
+    kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
+    return service.default_params.clone(**given, output_kind=kind)
+
+
+def _structure(body: ResponsesRequest) -> StructuredOutputsParams | None:
+    form = body.text.format if body.text else None
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    if form.json_schema is None:
+        raise ParameterError("text.format", form.type, "needs a schema")
+    return StructuredOutputsParams(json=form.json_schema)
+
+
+class _Answer:
+    """One answer, whole or as it comes."""
+
+    def __init__(
+        self,
+        service: Service,
+        body: ResponsesRequest,
+        generation: Generation,
+        params: SamplingParams,
+        tools: ToolUse,
+        reader: Reader,
+    ) -> None:
+        self._service = service
+        self._body = body
+        self._generation = generation
+        self._params = params
+        self._tools = tools
+        self._reader = reader
+        self._items = Items(tools.call_id, service.config.response_role)
+        self._numbers = itertools.count()
+        self._reasoning = ""
+
+    def whole(self, output: RequestOutput) -> ResponseObject:
+        """The answer in one piece."""
+        (completion,) = output.outputs
+        self._take(completion)
+        return self._object(completion)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The documented events, in their order, numbered."""
+        for kind in ("response.created", "response.in_progress"):
+            yield self._event({"type": kind, "response": self._object()})
+        last: CompletionOutput | None = None
+        async for batch in self._generation.outputs():
+            pieces = b""
+            for _, output in batch:
+                (last,) = output.outputs
+                pieces += b"".join(map(self._event, self._take(last)))
+            if pieces:
+                yield pieces
+        assert last is not None
+        response = self._object(last)
+        yield self._event({"type": f"response.{response['status']}", "response": response})
+
+    def error_event(self, error: Exception) -> bytes:
+        """The end of a stream that cannot go on."""
+        told = as_api_error(error)
+        failed: ResponseObject = {
+            **self._object(),
+            "status": "failed",
+            "error": {"code": told.type, "message": told.message},
+        }
+        return self._event({"type": "response.failed", "response": failed})
+
+    def _event(self, event: dict[str, Any]) -> bytes:
+        return named_event({**event, "sequence_number": next(self._numbers)})
+
+    def _take(self, completion: CompletionOutput) -> list[dict[str, Any]]:
+        """The events of what is new."""
+        found: list[Any] | None = None
+        if completion.logprobs is not None:
+            count = self._body.top_logprobs or 0
+            found = list(
+                logprobs.for_chat(completion.logprobs, completion.token_ids, count, False)["content"]
+            )
+        parts = self._reader.read(completion)
+        self._reasoning += "".join(part.text for part in parts if isinstance(part, Reasoning))
+        events: list[dict[str, Any]] = []
+        for part in parts:
+            events += self._items.take(part, found if isinstance(part, Content) else None)
+            found = None if isinstance(part, Content) else found
+        if completion.finish_reason is not None:
+            events += self._items.end("incomplete" if completion.finish_reason == "length" else "completed")
+        return events
+
+    def _object(self, completion: CompletionOutput | None = None) -> ResponseObject:
+        """The response as it stands; ``completion`` is its end."""
+        body, params = self._body, self._params
+        cut = completion is not None and completion.finish_reason == "length"
+        form = body.text.format if body.text else None
+        return {
+            "id": self._generation.id,
+            "object": "response",
+            "created_at": self._generation.created,
+            "status": "in_progress" if completion is None else "incomplete" if cut else "completed",
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": self._service.model,
+            "output": list(self._items.items),
+            "parallel_tool_calls": self._tools.parallel,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "store": False,
+            "temperature": params.temperature,
+            "text": {
+                "format": form.model_dump(by_alias=True, exclude_none=True) if form else {"type": "text"}
+            },
+            "tool_choice": body.tool_choice or self._tools.choice,
+            "tools": [tool.model_dump() for tool in body.tools or ()],
+            "top_p": params.top_p,
+            "truncation": "disabled",
+            "usage": None if completion is None else self._usage(),
+        }
+
+    def _usage(self) -> ResponseUsage:
+        usage = self._generation.usage()
+        reasoning = self._service.tokenizer.encode(self._reasoning, False) if self._reasoning else []
+        return {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": usage["prompt_tokens_details"],  # type: ignore[typeddict-item]
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": len(reasoning)},
+            "total_tokens": usage["total_tokens"],
+        }

@@ -1,0 +1,131 @@
+"""Which tools a request offers, how they may be called, and what reads the calls out of the answer."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllmlite.errors import ParameterError
+from vllmlite.sampling_params import StructuredOutputsParams
+from vllmlite.server.config import ServerConfig
+from vllmlite.server.parsers import TOOL_PARSERS
+from vllmlite.server.parsers.forced import NamedCall, RequiredCalls
+from vllmlite.server.parsers.mistral import call_id as mistral_call_id
+from vllmlite.server.parsers.parts import Parser
+
+CHOICES = ("none", "auto", "required")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The tools of a request, in the form of OpenAI's chat, which is the one that chat templates take."""
+
+    tools: Sequence[dict[str, Any]] = ()
+    choice: str = "none"
+    """One of :data:`CHOICES`, or ``named``."""
+    name: str = ""
+    """The function that is named."""
+    parallel: bool = True
+    parser_name: str | None = None
+    """Of :data:`TOOL_PARSERS`: reads calls that the model was free not to make."""
+
+    @classmethod
+    def of(
+        cls, tools: Sequence[dict[str, Any]], choice: Any, parallel: bool | None, config: ServerConfig
+    ) -> ToolUse:
+        """``choice`` as OpenAI has it; None means ``auto`` where there are tools. Raises :class:`ParameterError`."""
+        if choice is None:
+            choice = "auto" if tools else "none"
+        name = ""
+        if isinstance(choice, dict):
+            name = _named(choice)
+            if name not in (tool["function"]["name"] for tool in tools):
+                raise ParameterError("tool_choice", name, "must be one of tools")
+            choice = "named"
+        elif choice not in CHOICES:
+            raise ParameterError("tool_choice", choice, "must be none, auto, required or a named function")
+        if choice == "required" and not tools:
+            raise ParameterError("tool_choice", choice, "needs tools")
+        if choice == "auto" and not tools:
+            choice = "none"
+        if choice == "auto" and not config.enable_auto_tool_choice:
+            raise ParameterError(
+                "tool_choice",
+                choice,
+                "the server reads no calls out of answers: --enable-auto-tool-choice and --tool-call-parser",
+            )
+        return cls(tools, choice, name, parallel is not False, config.tool_call_parser)
+
+    def structure(self) -> StructuredOutputsParams | None:
+        """What the output must be where calls are forced: one call's arguments, or a list of calls."""
+        if self.choice == "named":
+            (schema,) = (_schema(tool) for tool in self.tools if tool["function"]["name"] == self.name)
+            return StructuredOutputsParams(json=schema)
+        if self.choice != "required":
+            return None
+        each = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": tool["function"]["name"]}, "parameters": _schema(tool)},
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+            for tool in self.tools
+        ]
+        calls: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": each}}
+        if not self.parallel:
+            calls["maxItems"] = 1
+        return StructuredOutputsParams(json=calls)
+
+    def changes(self, structured: bool) -> dict[str, Any]:
+        """What the sampling parameters must have besides. Raises :class:`ParameterError` if the request has them
+        ``structured`` in another way."""
+        structure = self.structure()
+        if structure is None:
+            return {}
+        if structured:
+            raise ParameterError(
+                "tool_choice", self.choice, "holds the output to calls, and not to anything else"
+            )
+        return {"structured_outputs": structure}
+
+    def parser(self) -> Parser | None:
+        """A new reader of one answer's calls; None where there are none to read."""
+        if self.choice == "named":
+            return NamedCall(self.name)
+        if self.choice == "required":
+            return RequiredCalls()
+        if self.choice == "none" or self.parser_name is None:
+            return None
+        return TOOL_PARSERS[self.parser_name](frozenset(tool["function"]["name"] for tool in self.tools))
+
+    @property
+    def call_id(self) -> Callable[[], str]:
+        """Makes the id of a call."""
+        return mistral_call_id if self.parser_name == "mistral" else _call_id
+
+
+def _call_id() -> str:
+    return f"call_{uuid.uuid4().hex}"
+
+
+def _schema(tool: dict[str, Any]) -> dict[str, Any]:
+    parameters: dict[str, Any] | None = tool["function"].get("parameters")
+    return parameters or {"type": "object", "properties": {}}
+
+
+def _named(choice: dict[str, Any]) -> str:
+    """The name in ``{"type": "function", "function": {"name": …}}``."""
+    function = choice.get("function")
+    if (
+        choice.keys() != {"type", "function"}
+        or choice["type"] != "function"
+        or not isinstance(function, dict)
+    ):
+        raise ParameterError("tool_choice", choice, 'must be {"type": "function", "function": {"name": …}}')
+    name = function.get("name")
+    if not isinstance(name, str) or len(function) != 1:
+        raise ParameterError("tool_choice.function", function, "must hold a name, and that alone")
+    return name

@@ -1,0 +1,227 @@
+"""GGUF files, versions 2 and 3: read as mapped memory, every number checked before it is used.
+
+A file is a header (magic, version, counts), metadata (keys with typed values), a table of tensors (name, sizes, type,
+offset) and, at a multiple of ``general.alignment``, their data; all little-endian
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Sizes stand in memory order: the first is a row's length.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite.errors import ModelError
+from vllmlite.weights.gguf_blocks import BLOCKS, NAMES
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_DIMS = 4
+MAX_KEY = 65535
+MAX_ALIGNMENT = 1 << 20
+
+_SCALARS = {
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """A tensor as it stands in the file: ``data`` are the bytes of its rows, in blocks of ``type``."""
+
+    type: str
+    shape: tuple[int, ...]
+    """Row-major: the last is a row's length."""
+    data: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Gguf:
+    """A file's metadata (numbers, booleans, text, arrays as numpy arrays or lists of text) and tensors."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
+
+    def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """The value of ``key``, which is of ``kind`` or absent. ModelError if it is something else."""
+        value = self.metadata.get(key, default)
+        if value is not default and (not isinstance(value, kind) or (kind is int and type(value) is bool)):
+            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ModelError(f"{self.path}: metadata {key}: expected {names}; found {_shown(value)}")
+        return value
+
+
+def read_gguf(path: Path) -> Gguf:
+    """The file at ``path``. ModelError if anything in its header, metadata or table of tensors is out of order."""
+    try:
+        about = os.stat(path)
+        return _read(path, about.st_size, about.st_mtime_ns, about.st_ino)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+@lru_cache(maxsize=1)  # specification, tokenizer and weights each ask for it
+def _read(path: Path, *_: int) -> Gguf:
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    return _Reader(path, np.frombuffer(mapped, np.uint8)).read()
+
+
+class _Reader:
+    def __init__(self, path: Path, data: NDArray[np.uint8]) -> None:
+        self.path, self.data, self.bytes = path, data, data.data
+        self.at = 0
+
+    def read(self) -> Gguf:
+        if self.take(4, "the magic").tobytes() != MAGIC:
+            raise self.error(f"starts with {self.bytes[:4].tobytes()!r}; expected {MAGIC!r}")
+        version = self.number("<u4", "the version")
+        if version not in VERSIONS:
+            swapped = int.from_bytes(version.to_bytes(4, "big"), "little")
+            more = ", big-endian" if swapped in VERSIONS else ""
+            raise self.error(f"version {version}{more}; accepted: 2 and 3, little-endian")
+        # The shortest tensor and the shortest pair of key and value bound their numbers.
+        num_tensors = self.count("the number of tensors", 8 + 4 + 4 + 8)
+        num_pairs = self.count("the number of metadata", 8 + 4 + 1)
+        metadata: dict[str, Any] = {}
+        for _ in range(num_pairs):
+            key = self.text("a key", MAX_KEY)
+            if key in metadata:
+                raise self.error(f"metadata {_shown(key)} twice")
+            metadata[key] = self.value(key)
+        entries = [self.entry() for _ in range(num_tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 8 <= alignment <= MAX_ALIGNMENT or alignment % 8:
+            raise self.error(f"general.alignment={_shown(alignment)}; accepted: multiples of 8")
+        start = min(-(-self.at // alignment) * alignment, self.data.size)
+        return Gguf(self.path, metadata, self.tensors(entries, self.data[start:], alignment))
+
+    def tensors(
+        self, entries: list[tuple[str, str, tuple[int, ...], int]], data: NDArray[np.uint8], alignment: int
+    ) -> dict[str, GgufTensor]:
+        found: dict[str, GgufTensor] = {}
+        spans = []
+        for name, kind, shape, offset in entries:
+            if name in found:
+                raise self.error(f"tensor {_shown(name)} twice")
+            elements, block_bytes = BLOCKS[kind]
+            if shape[-1] % elements:
+                raise self.error(
+                    f"tensor {_shown(name)}: rows of {shape[-1]} are no whole blocks of {elements} in {kind}"
+                )
+            end = offset + math.prod(shape) // elements * block_bytes
+            if offset % alignment or end > data.size:
+                raise self.error(
+                    f"tensor {_shown(name)}: bytes {offset} to {end}; expected a multiple of {alignment} and at most "
+                    f"the {data.size} bytes of data"
+                )
+            found[name] = GgufTensor(kind, shape, data[offset:end])
+            spans.append((offset, end, name))
+        spans.sort()
+        for (_, end, _), (begin, _, name) in pairwise(spans):
+            if begin < end:
+                raise self.error(f"tensor {_shown(name)}: overlaps another one")
+        return found
+
+    def entry(self) -> tuple[str, str, tuple[int, ...], int]:
+        """Name, type, shape and offset of a tensor."""
+        name = self.text("the name of a tensor", MAX_KEY)
+        dims = self.number("<u4", f"tensor {_shown(name)}")
+        if not 1 <= dims <= MAX_DIMS:
+            raise self.error(f"tensor {_shown(name)}: {dims} dimensions; accepted: 1 to {MAX_DIMS}")
+        shape = tuple(self.number("<u8", f"tensor {_shown(name)}") for _ in range(dims))[::-1]
+        if min(shape) < 1 or math.prod(shape) >= 1 << 48:
+            raise self.error(f"tensor {_shown(name)}: of shape {_shown(list(shape))}")
+        number = self.number("<u4", f"tensor {_shown(name)}")
+        kind = NAMES.get(number, str(number))
+        if kind not in BLOCKS:
+            raise self.error(
+                f"tensor {_shown(name)}: is in {kind}; accepted: {', '.join(BLOCKS)}: quantise it to one of these"
+            )
+        return name, kind, shape, self.number("<u8", f"tensor {_shown(name)}")
+
+    def value(self, key: str) -> Any:
+        what = f"metadata {_shown(key)}"
+        kind = self.number("<u4", what)
+        if kind == _STRING:
+            return self.text(what)
+        if kind != _ARRAY:
+            return self.scalar(kind, what)
+        kind = self.number("<u4", what)
+        if kind == _STRING:
+            return self.texts(what, self.count(what, 8))
+        dtype = np.dtype(self.dtype(kind, what))
+        count = self.count(what, dtype.itemsize)
+        return self.take(count * dtype.itemsize, what).view("<u1" if kind == _BOOL else dtype)
+
+    def scalar(self, kind: int, what: str) -> Any:
+        number = self.number("<u1" if kind == _BOOL else self.dtype(kind, what), what)
+        return bool(number) if kind == _BOOL else number
+
+    def dtype(self, kind: int, what: str) -> str:
+        if kind not in _SCALARS:
+            raise self.error(f"{what}: a value of type {kind}; accepted: numbers, text, and arrays of these")
+        return _SCALARS[kind]
+
+    def count(self, what: str, least: int) -> int:
+        """A count of things that take at least ``least`` bytes each."""
+        found: int = self.number("<u8", what)
+        if found > (self.data.size - self.at) // least:
+            raise self.error(f"{what}: {found} in a file of {self.data.size} bytes")
+        return found
+
+    def number(self, dtype: str, what: str) -> Any:
+        return self.take(np.dtype(dtype).itemsize, what).view(dtype)[0].item()
+
+    def text(self, what: str, longest: int | None = None) -> str:
+        length = self.count(what, 1)
+        if longest is not None and length > longest:
+            raise self.error(f"{what}: of {length} bytes; accepted: up to {longest}")
+        return self.decoded(self.take(length, what).tobytes(), what)
+
+    def texts(self, what: str, count: int) -> list[str]:
+        """``count`` strings; a vocabulary has a quarter of a million, so this does without the other methods."""
+        from_bytes: Callable[..., int] = int.from_bytes
+        raw, at, size, found = self.bytes, self.at, self.data.size, []
+        for _ in range(count):
+            begin = at + 8
+            at = begin + from_bytes(raw[at:begin], "little")
+            if at > size or begin > size:
+                raise self.error(f"{what}: ends in the middle of a string")
+            found.append(raw[begin:at].tobytes())
+        self.at = at
+        return [self.decoded(text, what) for text in found]
+
+    def decoded(self, text: bytes, what: str) -> str:
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            raise self.error(f"{what}: {_shown(text)} is not UTF-8") from None
+
+    def take(self, size: int, what: str) -> NDArray[np.uint8]:
+        begin, self.at = self.at, self.at + size
+        if self.at > self.data.size:
+            raise self.error(f"{what}: {size} bytes from byte {begin} on, in a file of {self.data.size}")
+        part = self.data[begin : self.at]
+        # Not every CPU can read numbers that are not at multiples of their size.
+        return part if begin % 8 == 0 else part.copy()
+
+    def error(self, text: str) -> ModelError:
+        return ModelError(f"{self.path}: {text}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,46 @@
+"""PyTorch's own files, ``.bin`` and ``.pt``, through torch's weights-only loader, which unpickles only tensors."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from vllmlite.backends.base import ITEM_SIZE, HostTensor
+from vllmlite.errors import ModelError
+
+
+def read_pt(path: Path) -> dict[str, HostTensor]:
+    """The tensors of ``path`` by name, mapped where the file's format (PyTorch 1.6 or newer) allows. ModelError where
+    it holds anything but a mapping of names to dense tensors."""
+    try:
+        import torch
+    except ImportError:
+        raise ModelError(
+            f"{path}: reading PyTorch's files needs torch (Debian: python3-torch); safetensors do not"
+        ) from None
+    try:
+        content: Any = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None
+        )
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ModelError(f"{path}: holds more than tensors, and nothing else is loaded: {reason}") from error
+    except Exception as error:  # a damaged file makes torch raise whatever comes up
+        raise ModelError(f"{path}: cannot be read by torch: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: holds {type(content).__name__}; accepted: a mapping of names to tensors")
+    return {name: _host_tensor(path, name, value) for name, value in content.items()}
+
+
+def _host_tensor(path: Path, name: object, value: Any) -> HostTensor:
+    import torch
+
+    dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
+    if not (isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided):
+        raise ModelError(f"{path}: {str(name)[:80]!r}: is no dense tensor")
+    if dtype not in ITEM_SIZE:
+        raise ModelError(f"{path}: tensor {name[:80]!r}: is of {dtype}; accepted: {', '.join(ITEM_SIZE)}")
+    flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
+    return HostTensor(dtype, tuple(value.shape), flat.numpy())
