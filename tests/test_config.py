@@ -29,6 +29,8 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--tokenizer-revision", "r"], "tokenizer_revision", "r"),
     (["--download-dir", "d"], "download_dir", "d"),
     (["--load-format", "dummy"], "load_format", "dummy"),
+    (["--model-impl", "transformers"], "model_impl", "transformers"),
+    (["--model-impl", "vllm"], "model_impl", "native"),
     (["--dtype", "half"], "dtype", "float16"),
     (["--max-model-len", "4K"], "max_model_len", 4096),
     (["--generation-config", "vllm"], "generation_config", "vllm"),

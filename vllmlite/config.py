@@ -59,6 +59,13 @@ class EngineConfig:
         group="model",
         choices=("auto", "safetensors", "pt", "gguf", "dummy"),
     )
+    model_impl: str = _option(
+        "auto",
+        "native: vllmlite's decoder; transformers: its own code, on torch; auto: native for families that have it",
+        group="model",
+        choices=("auto", "native", "transformers"),
+        synonyms={"vllm": "native"},
+    )
     dtype: str = _option(
         "auto",
         "dtype of weights and activations; auto: the backend's best for the checkpoint's",

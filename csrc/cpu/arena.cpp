@@ -23,8 +23,8 @@ void* get(std::size_t bytes) {
   return memory;
 }
 
-// A free piece of up to this many times the size will do: as steps shrink, they take to the pieces of larger ones, where
-// pieces for every size between would add up to several times the largest step.
+// A free piece of up to this many times the size will do: as steps shrink, they take to the pieces of larger ones,
+// where pieces for every size between would add up to several times the largest step.
 constexpr std::size_t kMostSpare = 8;
 
 // Four sizes to each power of two.

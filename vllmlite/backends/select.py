@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,7 @@ def select_backend(
     ops: frozenset[Op] = frozenset(),
     model: str = "the model",
     batch_invariant: bool = False,
+    only: Collection[str] = (),
 ) -> tuple[Backend, str]:
     """The first candidate that can do what was asked, and a sentence that says which it is and why others declined.
 
@@ -124,9 +125,10 @@ def select_backend(
     ``dtype`` is ``auto`` or one of ``FLOAT_DTYPES``; ``auto`` is ``checkpoint_dtype``, except float16 for bfloat16 on
     GPUs without it, and float32 for float16 on the CPU. ``quantization``, one of ``QUANTIZATIONS`` or None, is of
     products' weights; ``has_blocks`` says that the checkpoint has weights whose kinds a backend may keep, as the native
-    CPU backend does where no ``dtype`` is asked for. ``ops``: what ``model`` needs beyond what every backend has.
-    ``batch_invariant`` asks for rows that are the same to the bit however they are batched, which native backends alone
-    have. ParameterError for anything else; BackendError with every reason where no candidate is left."""
+    CPU backend does where no ``dtype`` is asked for. ``ops``: what ``model`` needs beyond what every backend has, and
+    ``only`` names those that it can run on, all if empty. ``batch_invariant`` asks for rows that are the same to the
+    bit however they are batched, which native backends alone have. ParameterError for anything else; BackendError with
+    every reason where no candidate is left."""
     names = ("auto", *dict.fromkeys(name for name, _, _ in CANDIDATES))
     if backend not in names:
         raise ParameterError("backend", backend, ", ".join(names))
@@ -152,6 +154,9 @@ def select_backend(
     for name, kind, make in CANDIDATES:
         if backend not in ("auto", name):
             declined.append(f"{name} on {kind} declined: backend {backend} was asked for")
+            continue
+        if only and name not in only:
+            declined.append(f"{name} on {kind} declined: {model} runs on {', '.join(only)} alone")
             continue
         try:
             chosen = make(wanted)
