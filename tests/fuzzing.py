@@ -1,4 +1,4 @@
-"""Readers of files from elsewhere, under damaged input: only typed errors, nothing outside the target, no runaway memory.
+"""Readers of files from elsewhere, given damaged ones: only typed errors, nothing written elsewhere, no runaway memory.
 
 A target has seeds and a check; :func:`mutated` damages what it is given. ``scripts/fuzz`` runs this for minutes, keeps
 what reaches new lines, and puts what fails into ``fuzz_seeds``, which the tests replay."""
@@ -117,7 +117,7 @@ def _tarball(directory: Path, content: bytes) -> None:
 
 def _safetensors_seeds() -> list[bytes]:
     header = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
-              "b": {"dtype": "BF16", "shape": [4], "data_offsets": [16, 24]}, "__metadata__": {"format": "pt"}}  # fmt: skip
+              "b": {"dtype": "BF16", "shape": [4], "data_offsets": [16, 24]}, "__metadata__": {"x": "y"}}  # fmt: skip
     text = json.dumps(header).encode()
     return [len(text).to_bytes(8, "little") + text + bytes(24)]
 
@@ -137,8 +137,10 @@ def _gguf_seeds() -> list[bytes]:
     weights: dict[str, tuple[str, tuple[int, ...], bytes]] = {
         "token_embd.weight": ("Q8_0", (4, 32), bytes(4 * 34)), "output_norm.weight": ("F32", (32,), bytes(128)),
         "blk.0.attn_norm.weight": ("F32", (32,), bytes(128)), "blk.0.ffn_norm.weight": ("F32", (32,), bytes(128)),
-        "blk.0.attn_q.weight": ("Q4_0", (32, 32), bytes(32 * 18)), "blk.0.attn_k.weight": ("F16", (16, 32), bytes(1024)),
-        "blk.0.attn_v.weight": ("Q5_1", (16, 32), bytes(16 * 24)), "blk.0.attn_output.weight": ("Q4_1", (32, 32), bytes(640)),
+        "blk.0.attn_q.weight": ("Q4_0", (32, 32), bytes(32 * 18)),
+        "blk.0.attn_k.weight": ("F16", (16, 32), bytes(1024)),
+        "blk.0.attn_v.weight": ("Q5_1", (16, 32), bytes(16 * 24)),
+        "blk.0.attn_output.weight": ("Q4_1", (32, 32), bytes(640)),
         "blk.0.ffn_gate.weight": ("BF16", (32, 32), bytes(2048)), "blk.0.ffn_up.weight": ("Q5_0", (32, 32), bytes(704)),
         "blk.0.ffn_down.weight": ("F32", (32, 32), bytes(4096)),
     }  # fmt: skip
@@ -177,8 +179,9 @@ def _tokenizer_seeds() -> list[bytes]:
     vocab = {token: i for i, token in enumerate(list(base["model"]["vocab"])[:260])}
     base["model"]["vocab"] = vocab
     base["model"]["merges"] = [m for m in base["model"]["merges"] if "".join(m) in vocab][:20]
-    template = {"type": "TemplateProcessing", "pair": [], "special_tokens": {"s": {"id": "s", "ids": [0], "tokens": ["s"]}},
-                "single": [{"SpecialToken": {"id": "s", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}  # fmt: skip
+    special = {"s": {"id": "s", "ids": [0], "tokens": ["s"]}}
+    single = [{"SpecialToken": {"id": "s", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "pair": [], "special_tokens": special, "single": single}
     replace = {"type": "Replace", "pattern": {"Regex": "[0-9]+"}, "content": "0"}
     return [
         json.dumps(base).encode(),

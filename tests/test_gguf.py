@@ -36,9 +36,13 @@ from vllmlite.weights.gguf_blocks import BLOCKS, FLOATS, to_codes, to_floats
 from vllmlite.weights.quantized import unpack
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
-needs_native = pytest.mark.skipif(
-    importlib.util.find_spec("vllmlite._cpu") is None, reason="vllmlite._cpu is not built"
-)
+NATIVE = importlib.util.find_spec("vllmlite._cpu") is not None
+needs_native = pytest.mark.skipif(not NATIVE, reason="vllmlite._cpu is not built")
+
+
+def plain() -> Backend:
+    """A backend in float32, the native one where it is there."""
+    return CpuBackend() if NATIVE else TorchBackend()
 
 
 def random_blocks(kind: str, count: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -224,7 +228,7 @@ def test_a_converted_model_computes_what_its_source_does(family: str, tmp_path: 
     write_checkpoint(tmp_path, family, tie_word_embeddings=family == "Qwen3")
     path = converted(tmp_path, tmp_path / "x.gguf")
     assert read_spec(path).weights() == read_spec(tmp_path).weights()
-    for backend in (CpuBackend(), TorchBackend()):
+    for backend in {plain(), TorchBackend()}:
         assert logits(backend, path).tobytes() == logits(backend, tmp_path).tobytes()
 
 
@@ -238,15 +242,18 @@ def test_types_compute_what_their_floats_do(kind: str, tmp_path: Path) -> None:
         name: ("F32", one.shape, floats(to_floats(one.type, one.shape, one.data, "float32")).tobytes())
         for name, one in stored.items()
     }
-    plain = tmp_path / "plain.gguf"
-    plain.write_bytes(encode(contents(tmp_path)[0], meant))
-    expected = logits(CpuBackend(), plain)
-    assert logits(CpuBackend(), path).tobytes() == expected.tobytes()
+    as_floats = tmp_path / "plain.gguf"
+    as_floats.write_bytes(encode(contents(tmp_path)[0], meant))
+    expected = logits(plain(), as_floats)
+    assert logits(plain(), path).tobytes() == expected.tobytes()
     np.testing.assert_allclose(logits(TorchBackend(), path), expected, atol=1e-4)
+    if not NATIVE:
+        return
     kept = logits(CpuBackend("bfloat16", keeps_blocks=True), path)
     assert np.square(kept - expected).mean() < 0.01 * expected.var()
 
 
+@needs_native
 def test_weights_of_several_types_stand_side_by_side(tmp_path: Path) -> None:
     """q, k and v are one product: where their types differ, all of them are floats."""
     write_checkpoint(tmp_path)
@@ -315,7 +322,7 @@ def test_rotary_divisors_are_llama_3_s(tmp_path: Path) -> None:
     data = np.array(divisors, "<f4")
     path.write_bytes(encode(metadata, {**tensors, "rope_freqs.weight": ("F32", (32,), data.tobytes())}))
     assert read_spec(path) == read_spec(tmp_path)
-    load_model(CpuBackend(), path, max_model_len=64, block_size=16)
+    load_model(plain(), path, max_model_len=64, block_size=16)
     data[20] *= 1.01
     path.write_bytes(encode(metadata, {**tensors, "rope_freqs.weight": ("F32", (32,), data.tobytes())}))
     with pytest.raises(ModelError, match="not Llama 3's"):
@@ -353,7 +360,7 @@ def test_models_that_cannot_run_are_told(changes: dict[str, Any], says: str, tmp
     write_checkpoint(tmp_path)
     path = converted(tmp_path, tmp_path / "x.gguf", **changes)
     with pytest.raises(ModelError, match=says) as caught:
-        load_model(CpuBackend(), path, max_model_len=64, block_size=16)
+        load_model(plain(), path, max_model_len=64, block_size=16)
     assert str(path) in str(caught.value)
 
 

@@ -141,6 +141,30 @@ def test_a_broken_tokenizer_file_is_a_model_error(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
 
 
+def test_a_tokenizer_that_is_only_python(tmp_path: Path) -> None:
+    """Without a form in the tokenizers library, transformers' own is used, with the same ids and texts."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.ByT5Tokenizer()
+    theirs.save_pretrained(tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    ours = Tokenizer(tmp_path)
+    for text in ("Hello, wörld 🙂", "", "a</s>b"):
+        for special in (True, False):
+            ids = ours.encode(text, add_special_tokens=special)
+            assert ids == theirs.encode(text, add_special_tokens=special)
+            assert ours.decode(ids, special) == theirs.decode(ids, skip_special_tokens=special)
+    assert ours.eos_token_id == theirs.eos_token_id and ours.vocab_size == len(theirs)
+    with pytest.raises(ParameterError, match="surrogate"):
+        ours.encode("\ud800")
+    texts, byte_level = ours.vocabulary(300)
+    assert texts[3 + ord("a")] == "a" and texts[1] == "" and not byte_level
+    detokenizer = Detokenizer(ours, [])
+    for token_id in ours.encode("größer", add_special_tokens=False):
+        detokenizer.append(token_id)
+    assert detokenizer.text == "größer"
+
+
 def feed(
     processor: OutputProcessor, request_id: str, ids: list[int], reason: str | None = None
 ) -> tuple[list[RequestOutput], list[tuple[str, str]]]:

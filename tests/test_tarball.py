@@ -156,6 +156,17 @@ def test_unpacking_once_and_again_after_a_change(small: Path, tmp_path: Path) ->
     assert not list(found.parent.glob(".*")), "what could not be unpacked leaves nothing"
 
 
+def test_a_damaged_file_is_found(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text('{"name": "value"}')
+    write_tarball(cached(tmp_path / "cache", tmp_path / "source", links=False), tmp_path / "x.tar")
+    content = (tmp_path / "x.tar").read_bytes()
+    assert content.count(b'"value"') == 1
+    (tmp_path / "x.tar").write_bytes(content.replace(b'"value"', b'"valve"'))
+    with pytest.raises(ModelError, match=r"blobs/[0-9a-f]{64} is damaged"):
+        unpack(tmp_path / "x.tar", tmp_path)
+
+
 def test_two_processes_unpack_once(small: Path, tmp_path: Path) -> None:
     packed = tmp_path / "x.tar"
     write_tarball(small, packed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,29 +13,35 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.gguf_tokenizer import gguf_tokenizer
+from vllmlite.slow_tokenizer import SlowTokenizer
 from vllmlite.weights.json_object import read_object
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
+MAX_IDS = 10_000_000
+"""Ids are below this; the largest vocabularies have a quarter of a million."""
 CONTEXT_TOKENS = 6
 """Prompt tokens decoded along with the output, so that spacing across the seam is right."""
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer (``tokenizer.json``, or a GGUF file's) with its configuration and chat template."""
+    """A tokenizer (``tokenizer.json``, a GGUF file's, or transformers') with its configuration and chat template."""
 
     def __init__(self, path: Path) -> None:
         """Read ``tokenizer.json`` and ``tokenizer_config.json`` of directory ``path``, or what the GGUF file ``path``
         has in their place. Raises ModelError."""
         self._template_file = path / "chat_template.jinja"
+        self._fast: FastTokenizer | SlowTokenizer
         if path.is_file():
             self._fast, self._config = gguf_tokenizer(path)
         else:
             self._config = read_object(path / "tokenizer_config.json", optional=True)
-            self._fast = _load_fast(path)
+            self._fast = _load(path)
+        self._path = path
         self._fast.no_truncation()
         self._fast.no_padding()
+        self.decode(self.encode(""))  # what cannot work at all is found out now
         self.eos_token_id = self._special("eos_token")
 
     @property
@@ -53,12 +60,17 @@ class Tokenizer:
         Raises :class:`ParameterError` if ``text`` is not Unicode (it holds half a surrogate pair)."""
         try:
             return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TypeError:
+        except (TypeError, UnicodeEncodeError):
             raise ParameterError("text", text, "must be Unicode without halves of surrogate pairs") from None
+        except BaseException as error:
+            raise _told(self._path, error) from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; half a character at either end becomes U+FFFD."""
-        return str(self._fast.decode(ids, skip_special_tokens=skip_special_tokens))
+        try:
+            return str(self._fast.decode(ids, skip_special_tokens=skip_special_tokens))
+        except BaseException as error:
+            raise _told(self._path, error) from None
 
     def vocabulary(self, size: int) -> tuple[list[str], bool]:
         """Tokens of ids 0 to ``size`` - 1 as the tokenizer writes them, special and missing ones empty; whether that is
@@ -145,10 +157,16 @@ class Tokenizer:
     @cached_property
     def _chat_template(self) -> str | None:
         if self._template_file.is_file():
-            return self._template_file.read_text(encoding="utf-8")
+            try:
+                return self._template_file.read_text(encoding="utf-8")
+            except ValueError as error:
+                raise ModelError(f"{self._template_file}: is not UTF-8: {error}") from None
         template = self._config.get("chat_template")
         if isinstance(template, list):  # several named templates, as some checkpoints have
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            named = [
+                entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"
+            ]
+            template = named[0].get("template") if named else None
         return template if isinstance(template, str) else None
 
     def _config_text(self, name: str) -> str:
@@ -159,7 +177,10 @@ class Tokenizer:
 
     def _special(self, name: str) -> int | None:
         text = self._config_text(name)
-        return self._fast.token_to_id(text) if text else None
+        try:
+            return self._fast.token_to_id(text) if text else None
+        except BaseException as error:
+            raise _told(self._path, error) from None
 
 
 class Detokenizer:
@@ -244,14 +265,17 @@ class Detokenizer:
         return stop
 
 
-def _load_fast(path: Path) -> FastTokenizer:
+def _load(path: Path) -> FastTokenizer | SlowTokenizer:
     file = path / "tokenizer.json"
     if file.is_file():
+        _check_ids(file)
         try:
             return FastTokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise ModelError(f"{file}: not a usable tokenizer: {error}") from None
-    from transformers import AutoTokenizer  # only for checkpoints without a tokenizer.json
+        except BaseException as error:  # the library raises plain Exception
+            raise _told(file, error) from None
+    from transformers import (
+        AutoTokenizer,  # only for checkpoints without a tokenizer.json: SentencePiece's, slow ones
+    )
 
     try:
         loaded = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -260,11 +284,30 @@ def _load_fast(path: Path) -> FastTokenizer:
             f"{path}: no tokenizer.json, and transformers finds no tokenizer either: {error}"
         ) from None
     if not getattr(loaded, "is_fast", False):
-        raise ModelError(
-            f"{path}: its tokenizer has no tokenizer.json form, which is the one that vllmlite reads"
-        )
+        return SlowTokenizer(loaded)
     fast: FastTokenizer = loaded.backend_tokenizer
     return fast
+
+
+def _check_ids(file: Path) -> None:
+    """ModelError for an id from :data:`MAX_IDS` up, before the library makes a table with a place for each."""
+    if not re.search(rb":\s*\d{8}", file.read_bytes()):
+        return
+    content = read_object(file)
+    model, added = content.get("model"), content.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    largest = max((i for i in ids if type(i) is int), default=0)
+    if largest >= MAX_IDS:
+        raise ModelError(f"{file}: has a token with id {largest}; accepted: ids below {MAX_IDS}")
+
+
+def _told(path: Path, error: BaseException) -> BaseException:
+    """An error of the library's, as ours. Where it panics, that is no Exception; what is neither stays itself."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return ModelError(f"{path}: not a usable tokenizer: {error}")
+    return error
 
 
 class _Refusal(Exception):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import glob
-import hashlib
 import importlib
 import os
 import sys
@@ -18,6 +17,7 @@ from vllmlite.hub.snapshot import (
     BEGUN,
     VERIFIED,
     cached_snapshot,
+    is_damaged,
     is_undisturbed,
     listed,
     model_in,
@@ -26,8 +26,6 @@ from vllmlite.hub.snapshot import (
     state,
     wanted_files,
 )
-
-CHUNK = 1 << 20
 
 
 class NotReached(ModelError):
@@ -142,7 +140,7 @@ def _verify(name: str, snapshot: Path, files: Sequence[Any]) -> None:
         path = snapshot / file.rfilename
         if not path.is_file():
             raise ModelError(f"{name}: {file.rfilename} is missing after the download: try again")
-        if _differs(path, file):
+        if is_damaged(path, file.blob_id if file.lfs is None else file.lfs.sha256):
             damaged.append(file.rfilename)
             blob = path.resolve()
             if blob.parent == (snapshot.parents[1] / "blobs").resolve():
@@ -152,21 +150,6 @@ def _verify(name: str, snapshot: Path, files: Sequence[Any]) -> None:
         raise ModelError(
             f"{name}: damaged on the way, and removed: {listed(damaged)} (the checksum is not the hub's): try again"
         )
-
-
-def _differs(path: Path, file: Any) -> bool:
-    """Whether ``path`` is not what the hub says: by SHA-256 of a large file, or by Git's id of a small one."""
-    size = path.stat().st_size
-    if file.lfs is not None:
-        digest, expected = hashlib.sha256(), file.lfs.sha256
-    elif file.blob_id is not None:
-        digest, expected = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), file.blob_id
-    else:
-        return False
-    with path.open("rb") as opened:
-        while chunk := opened.read(CHUNK):
-            digest.update(chunk)
-    return bool(digest.hexdigest() != expected)
 
 
 def _reason(error: Exception, revision: str | None) -> str:

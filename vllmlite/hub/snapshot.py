@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -139,6 +140,21 @@ def is_undisturbed(snapshot: Path) -> bool:
     """Whether no download into ``snapshot`` has been interrupted, as far as can be told."""
     known = state(snapshot)
     return known == VERIFIED or (known is None and not any(snapshot.parents[1].glob("blobs/*.incomplete")))
+
+
+def is_damaged(file: Path, digest: str | None) -> bool:
+    """Whether ``file`` is not what the hub has under ``digest``: SHA-256 of a large file, Git's id of a small one.
+
+    What is neither says nothing."""
+    if digest is None or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
+        return False
+    found = hashlib.sha256()
+    if len(digest) == 40:
+        found = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
+    with file.open("rb") as opened:
+        while chunk := opened.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest() != digest
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:

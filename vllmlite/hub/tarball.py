@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from vllmlite.errors import ModelError, ParameterError
-from vllmlite.hub.snapshot import TARBALLS, is_tarball
+from vllmlite.hub.snapshot import TARBALLS, is_damaged, is_tarball
 
 VERSION = "1\n"
 MAX_MEMBERS = 10_000
@@ -93,6 +93,11 @@ def unpack(path: Path, root: Path) -> Path:
             partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
             try:
                 extract(path, partial, room)
+                for blob in sorted(partial.glob("models--*/blobs/*")):
+                    if is_damaged(blob, blob.name):
+                        raise ModelError(
+                            f"{path}: blobs/{blob.name} is damaged: its checksum is not its name"
+                        )
                 if target.exists():  # engines that have its files mapped keep them
                     shutil.rmtree(target)
                 partial.rename(target)
@@ -254,7 +259,7 @@ def _sha256(file: Path) -> str:
 def _compressed(file: IO[bytes], target: Path) -> Iterator[IO[bytes]]:
     suffix = target.name.lower()
     if suffix.endswith(".zst"):
-        with _zstd_file(target, file, mode="w") as stream:
+        with _zstd_file(target, file, "w") as stream:
             yield stream
     elif suffix.endswith("gz"):
         with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=6, mtime=0) as stream:
@@ -279,7 +284,8 @@ def _decompressed(path: Path) -> Iterator[IO[bytes]]:
             yield file
 
 
-def _zstd_file(path: Path, *arguments: Any, **options: Any) -> Any:
+def _zstd_file(path: Path, file: IO[bytes], mode: str = "r") -> Any:
     if _zstd is None:
         raise ModelError(f"{path}: zstd needs Python 3.14: use .tar.gz or .tar")
-    return _zstd.ZstdFile(*arguments, **options)
+    checked = {_zstd.CompressionParameter.checksum_flag: 1}
+    return _zstd.ZstdFile(file, mode, options=checked if mode == "w" else None)

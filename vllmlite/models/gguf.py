@@ -56,6 +56,20 @@ ROPE_FACTORS = "rope_freqs.weight"
 """Divisors of the rotary frequencies, which is how Llama 3's scaling is stored."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
+CONTROL = 3
+"""Type of the tokens that are not text."""
+ENDS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "</s>",
+)
+"""Control tokens that end a text or a turn in every model that has them."""
+
 NEUTRAL = {
     "attention.scale": 0.0, "logit_scale": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0, "expert_count": 0,
     "attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0, "attention.max_alibi_bias": 0.0,
@@ -270,8 +284,14 @@ def _dtype(gguf: Gguf) -> str:
 
 
 def _ends(gguf: Gguf) -> list[int]:
+    """Tokens that end a text: those that the file says, and control tokens that are known to by their names."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-    return sorted({gguf.get(key, int) for key in keys if key in gguf.metadata})
+    said = {gguf.get(key, int) for key in keys if key in gguf.metadata}
+    types = gguf.get("tokenizer.ggml.token_type", np.ndarray, np.zeros(0, np.int32))
+    tokens = gguf.get("tokenizer.ggml.tokens", list, [])
+    return sorted(
+        said | {i for i in np.flatnonzero(types[: len(tokens)] == CONTROL).tolist() if tokens[i] in ENDS}
+    )
 
 
 def _gguf_name(name: str) -> str:

@@ -25,6 +25,8 @@ GATED_ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 ACTIVATIONS = GATED_ACTIVATIONS | {"relu": "relu"}
+MOST = {"num_hidden_layers": 4096}
+"""What some keys are at most, lest a damaged file take all memory before anything else is looked at."""
 _REQUIRED: Any = object()
 QUANT_METHOD = "vllmlite"
 
@@ -98,7 +100,7 @@ class HfConfig:
 
     def integer(self, key: str, default: Any = _REQUIRED, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
         """An integer of at least ``minimum`` and at most ``maximum``."""
-        value = self._value(key, default)
+        value, maximum = self._value(key, default), min(maximum, MOST.get(key, maximum))
         if type(value) is not int or not minimum <= value <= maximum:
             most = "2**31 - 1" if maximum == 2**31 - 1 else maximum
             raise self.error(key, f"an integer from {minimum} to {most}")
@@ -329,7 +331,8 @@ def decoder_spec(
     tied: bool = False,
 ) -> DecoderSpec:
     """A spec like Llama's from the fields that all families share. The arguments are a family's defaults, and what
-    its layers all have in common; families replace what else differs."""
+    its layers all have in common; families replace what else differs. ``activation`` is spelled as configurations
+    spell it."""
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     kv_heads = config.integer("num_key_value_heads", heads)
     if heads % kv_heads:

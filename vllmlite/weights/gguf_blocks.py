@@ -66,9 +66,13 @@ def to_codes(kind: str, shape: tuple[int, int], data: Bytes) -> QuantizedTensor:
     """A weight ``[out, in]`` in blocks of a ``kind`` in :data:`KINDS`, whose codes stay what they are."""
     blocks = data.reshape(shape[0], shape[1] // GROUP, -1)
     scales = rounded_to_bf16(_halves(blocks[..., :2])[..., 0])
-    codes = blocks[..., 2:]
-    signed = codes.view(np.int8) if kind == "Q8_0" else _nibbles(codes).astype(np.int8) - np.int8(8)
-    return pack(KINDS[kind], signed, scales)
+    words = blocks[..., 2:].copy().view("<u4")
+    if kind == "Q8_0":
+        words ^= np.uint32(0x80808080)  # code + 128
+    else:
+        nibbles = np.concatenate((words & 0x0F0F0F0F, words >> 4 & 0x0F0F0F0F), axis=-1)  # quads 0 to 7
+        words = nibbles[..., ::2] | nibbles[..., 1::2] << 4
+    return pack(KINDS[kind], shape, words, scales)
 
 
 def _halves(data: Bytes) -> Floats:

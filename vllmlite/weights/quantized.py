@@ -19,7 +19,7 @@ like an int8 weight a row, with float32 scales.
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ GROUP = 32
 STRIP = 16
 ZERO = {"int8": 128, "int4": 8}
 """The stored code of nought, by kind: codes reach from minus this to one less than it."""
+ZERO_WORD = {"int8": 0x80808080, "int4": 0x88888888}
+"""Four, or eight, of them."""
 SCALE_TRIES = 9
 QWEIGHT, SCALES = ".qweight", ".scales"
 """What takes the place of ``.weight`` in a checkpoint's tensor names."""
@@ -57,26 +59,25 @@ def quantize(weight: Floats, kind: str) -> QuantizedTensor:
     )
     scales = _int8_scales(padded) if kind == "int8" else _int4_scales(padded)
     codes = _codes(padded, scales, ZERO[kind])
-    return _arranged(kind, (rows, size), codes, scales)
+    stored = (codes + ZERO[kind]).astype(np.uint8).reshape(-1, scales.shape[-1], GROUP)
+    quads = stored.view("<u4")
+    words = quads if kind == "int8" else quads[..., ::2] | quads[..., 1::2] << 4
+    return pack(kind, (rows, size), words[:rows], scales.reshape(-1, scales.shape[-1])[:rows])
 
 
-def pack(kind: str, codes: NDArray[np.int8], scales: Floats) -> QuantizedTensor:
-    """A weight ``[out, in]`` of whole groups from its codes int8 ``[out, groups, GROUP]`` and scales float32 ``[out,
-    groups]``, which must have no more digits than bfloat16 has."""
-    missing = -len(codes) % STRIP
-    codes = np.pad(codes, ((0, missing), (0, 0), (0, 0))).reshape(-1, STRIP, *codes.shape[1:])
-    padded = np.pad(scales, ((0, missing), (0, 0))).reshape(-1, STRIP, scales.shape[1])
-    return _arranged(kind, (len(scales), codes.shape[2] * GROUP), codes, padded)
-
-
-def _arranged(kind: str, shape: tuple[int, int], codes: NDArray[Any], scales: Floats) -> QuantizedTensor:
-    """From codes ``[strips, STRIP, groups, GROUP]`` and scales ``[strips, STRIP, groups]``."""
-    stored = (codes.astype(np.int16) + ZERO[kind]).astype(np.uint8)
-    quads = stored.reshape(*stored.shape[:3], -1, 4).transpose(0, 2, 3, 1, 4)  # [strip, group, quad, row, 4]
-    packed = (
-        quads if kind == "int8" else quads[:, :, ::2] | np.left_shift(quads[:, :, 1::2], 4, dtype=np.uint8)
-    )
-    return quantized_tensor(kind, shape, packed, scales.transpose(0, 2, 1))
+def pack(kind: str, shape: tuple[int, int], words: NDArray[np.uint32], scales: Floats) -> QuantizedTensor:
+    """A weight ``[out, in]`` from its stored codes, row by row, and its scales float32 ``[out, groups]``, of no more
+    digits than bfloat16 has. ``words [out, groups, words of a group]`` are the layout's ``[4]``, little-endian."""
+    rows, groups, size = words.shape
+    strips = -(-rows // STRIP)
+    codes = np.full((strips, groups * size, STRIP), ZERO_WORD[kind], "<u4")
+    ordered = np.zeros((strips, groups, STRIP), np.float32)
+    for source, target in ((words.reshape(rows, -1), codes), (scales, ordered)):
+        whole = rows // STRIP
+        target[:whole] = source[: whole * STRIP].reshape(whole, STRIP, source.shape[1]).swapaxes(1, 2)
+        if whole < strips:
+            target[whole, :, : rows % STRIP] = source[whole * STRIP :].T
+    return quantized_tensor(kind, shape, codes.view(np.uint8), ordered)
 
 
 def quantized_tensor(
