@@ -102,7 +102,7 @@ class GrammarCompiler:
         path = [str(Path(__file__).resolve().parent.parent), *sys.path]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "vllmlite.grammar_compiler", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "vllmlite.grammar_compiler", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
