@@ -28,7 +28,7 @@ _NO_REMOTE_CODE = "code from a checkpoint is never run: only the model families 
 _HOST_MEMORY = "nothing is moved to host memory: preempted sequences are computed again"
 
 ABSENT: Mapping[str, Absent] = {
-    "tokenizer_mode": Absent(("auto",), "the tokenizer is the one that the model has: there is no other kind to choose"),
+    "tokenizer_mode": Absent(("auto",), "the tokenizer is the one that the model has: there is nothing to choose"),
     "trust_remote_code": Absent((False,), _NO_REMOTE_CODE),
     "hf_config_path": Absent((None,), "config.json is read from the model's directory"),
     "hf_overrides": Absent((None, {}), "edit config.json in a copy of the checkpoint"),
