@@ -6,6 +6,8 @@
 DIR are checkpoints in bfloat16 of llama1b's and llama8b's shapes (``../shared/peers/gpu/mkmodels.py`` writes them);
 without one, its rows stay empty. Read bandwidth and the rate of bfloat16 products are probed first (nvcc is needed).
 Decode rate = B * (n - 1) / (t_n - t_1), 128 tokens in, n = 256 out, greedy, fresh random prompts each round, medians.
+"invariant" rows are what `--batch-invariant` costs, "diverging" ones what it is for: how likely a token of the built-in
+model is another in a batch than alone. "ready" counts from the start of a process, the checkpoint in the page cache.
 The last line is one JSON object: {row: {"ours": ..., "bar": ..., "ratio": ..., "limit": ...}}.
 """
 
@@ -17,6 +19,7 @@ import json
 import random
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -42,6 +45,9 @@ BARS: dict[str, dict[str, float]] = {
 }  # fmt: skip
 """At least this much, or for times at most."""
 DECODED = 256
+OPTIONS: dict[str, Any] = {
+    "device": "cuda", "backend": "cuda", "skip_tokenizer_init": True, "max_model_len": 8192 + 512,
+}  # fmt: skip
 REPLAYS = 10
 """Runs of a graph in a row, so that starting and awaiting it does not count."""
 
@@ -80,17 +86,23 @@ def main() -> None:
         model = getattr(args, which)
         if model is None:
             continue
-        began = time.perf_counter()
-        llm = LLM(
-            str(model), device="cuda", backend="cuda", skip_tokenizer_init=True, max_model_len=8192 + 512
-        )
-        ready = time.perf_counter() - began
+        if wanted(f"{which} ready"):
+            _ready(model)
+            note(f"{which} ready s", _ready(model), BARS[which]["ready s"])
+        llm = LLM(str(model), **OPTIONS)
         for name, value in _rows(llm, args.rounds, lambda row, which=which: wanted(f"{which} {row}")):
             note(f"{which} {name}", value, BARS[which].get(name))
-        if wanted(f"{which} ready"):
-            note(f"{which} ready s", ready, BARS[which]["ready s"])
         del llm
         gc.collect()
+        if wanted(f"{which} invariant"):
+            llm = LLM(str(model), batch_invariant=True, **OPTIONS)
+            for name, value in _invariant_rows(llm, args.rounds):
+                note(f"{which} invariant {name}", value, None)
+            del llm
+            gc.collect()
+    if wanted("diverging"):
+        for name, options in (("default", {}), ("invariant", {"batch_invariant": True})):
+            note(f"diverging tokens, {name} %", 100 * _divergence(**options), None)
     print(json.dumps({"limits": limits, **table}))
 
 
@@ -114,6 +126,48 @@ def _rows(llm: LLM, rounds: int, wanted: Any) -> Iterator[tuple[str, float]]:
         shared = _prompts(draw, 1, 2048)[0]
         prompts = [shared + own for own in _prompts(draw, 256, 128)]
         yield "shared prefix s", _seconds(llm, prompts, 64)
+
+
+def _invariant_rows(llm: LLM, rounds: int) -> Iterator[tuple[str, float]]:
+    draw = random.Random(0)
+    for batch in (1, 8, 64, 256):
+        yield f"decode {batch}", _decode(llm, draw, batch, 128, rounds)
+    taken = [_seconds(llm, _prompts(draw, 16, 2048), 1) for _ in range(rounds + 1)][1:]
+    yield "prefill 16 x 2048", 16 * 2048 / statistics.median(taken)
+
+
+def _ready(model: Path) -> float:
+    """Seconds from the start of a process to an engine that waits for requests."""
+    code = "import sys, json; from vllmlite import LLM; LLM(sys.argv[1], **json.loads(sys.argv[2]))"
+    began = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-c", code + "; print(flush=True)", str(model), json.dumps(OPTIONS)],
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise SystemExit("the engine did not start")
+        return time.perf_counter() - began
+
+
+def _divergence(**options: Any) -> float:
+    """How likely a token of the built-in model in bfloat16 is another in a batch of 128 than alone, as long as what
+    stands before it is the same."""
+    prompts = _prompts(random.Random(0), 128, 64)
+    params = SamplingParams(temperature=0, max_tokens=128, ignore_eos=True)
+    llm = LLM(device="cuda", backend="cuda", dtype="bfloat16", enable_prefix_caching=False, **options)
+    vocabulary = llm.llm_engine.engine.bounds.vocab_size
+    given: list[Any] = [{"prompt_token_ids": [i % vocabulary for i in prompt]} for prompt in prompts]
+    together = [output.outputs[0].token_ids for output in llm.generate(given, params, use_tqdm=False)]
+    seen = parted = 0
+    for prompt, batched in zip(given, together, strict=True):
+        alone = llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids
+        same = next(
+            (i for i, pair in enumerate(zip(alone, batched, strict=True)) if len(set(pair)) > 1), None
+        )
+        seen += len(alone) if same is None else same + 1
+        parted += same is not None
+    return parted / seen
 
 
 def _prompts(draw: random.Random, count: int, length: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 SERVER = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3")
@@ -43,11 +44,12 @@ def main() -> int:
             "--max-examples", str(args.examples), "--seed", str(args.seed), "--request-timeout", "120",
             "--suppress-health-check", "all", *rest,
         ]  # fmt: skip
-        subprocess_status = subprocess.run(fuzz).returncode
+        with tempfile.TemporaryDirectory() as directory:  # for what schemathesis leaves behind
+            fuzzed = subprocess.run(fuzz, cwd=directory).returncode
     finally:
         server.send_signal(signal.SIGTERM)
         status = server.wait(60)
-    return subprocess_status or status
+    return fuzzed or status
 
 
 if __name__ == "__main__":

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import runpy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import write_checkpoint
-from test_models import chunked, device, expected_logits, greedy, paged_model, prompts
+import safetensors.torch
+import torch
+import transformers
+from checkpoints import TINY, write_checkpoint
+from paged import PagedModel
+from test_models import chunked, device, edit_config, expected_logits, greedy, paged_model, prompts
+
+from vllmlite import LLM, SamplingParams
+from vllmlite.backends.base import Op
+from vllmlite.backends.cpu import CpuBackend
+from vllmlite.backends.select import select_backend
+from vllmlite.backends.torch import TorchBackend
+from vllmlite.cli import env
+from vllmlite.errors import BackendError, ModelError
+from vllmlite.models import load_model, open_model, plan_model, read_spec
+from vllmlite.models.families import FAMILIES
+from vllmlite.models.plan import declining
+from vllmlite.quantize import quantize_checkpoint
 
 __all__ = ["device"]
 
@@ -101,7 +119,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_transformers(case: str, tmp_path: Path, device: str) -> None:
-    """Logits of prompts whole and in ragged chunks among others, and greedy text of 64 tokens."""
+    """Logits of prompts whole, one by one, and in ragged chunks among others, and greedy text of 64 tokens. On the
+    native backend they are the same bits however they are cut."""
     family, changes = CASES[case]
     reference = write_checkpoint(tmp_path, family, **changes)
     sequences = prompts()
@@ -110,8 +129,155 @@ def test_equals_transformers(case: str, tmp_path: Path, device: str) -> None:
     expected = [expected_logits(reference, sequence, False) for sequence in sequences]
     scale = max(float(np.abs(logits).max()) for logits in expected)
     paged = paged_model(tmp_path, device)
+    single = [chunked(paged, [sequence], "whole")[0] for sequence in sequences]
     for how in ("whole", "ragged"):
         for row, (found, wanted) in enumerate(zip(chunked(paged, sequences, how), expected, strict=True)):
             assert float(np.abs(found - wanted).max()) <= 1e-4 * scale, f"{how}, row {row}"
-    found, text = greedy(paged, reference, sequences)
-    assert found == text
+            if device == "native":
+                assert found.tobytes() == single[row].tobytes(), f"{how}, row {row}"
+    ours, theirs = greedy(paged, reference, sequences)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("case", ["gemma2", "olmo2", "qwen2-moe", "gpt2", "neox", "falcon-rw"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_preempted_is_calm(case: str, backend: str, tmp_path: Path) -> None:
+    """In an engine whose cache is too small for all requests, text is what it is with room enough."""
+    if backend == "cpu":
+        pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
+    family, changes = CASES[case]
+    write_checkpoint(tmp_path, family, **changes | {"eos_token_id": None})
+    texts = []
+    for blocks in (200, 14):
+        llm = LLM(
+            str(tmp_path),
+            backend=backend,
+            device="cpu",
+            dtype="float32",
+            skip_tokenizer_init=True,
+            num_gpu_blocks_override=blocks,
+            block_size=8,
+            max_model_len=100,
+            max_num_batched_tokens=24,
+        )
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt.tolist()} for prompt in prompts()[:6]],
+            SamplingParams(temperature=0, max_tokens=24, detokenize=False),
+        )
+        texts.append([output.outputs[0].token_ids for output in outputs])
+        preemptions = llm.llm_engine.stats().num_preemptions
+        assert (preemptions > 0) == (blocks == 14)
+    assert texts[0] == texts[1]
+
+
+SIXTEEN = ["gemma", "gemma2", "qwen3-moe", "neox", "granite"]
+
+
+@pytest.mark.parametrize("case", SIXTEEN)
+def test_bfloat16_is_as_exact_as_transformers(case: str, tmp_path: Path, device: str) -> None:
+    family, changes = CASES[case]
+    exact = write_checkpoint(tmp_path, family, dtype="bfloat16", **changes)
+    peer = copy.deepcopy(exact).to(torch.bfloat16)
+    sequences = prompts()
+    wanted = np.concatenate([expected_logits(exact, sequence, False) for sequence in sequences])
+    theirs = np.concatenate([expected_logits(peer, sequence, False) for sequence in sequences])
+    ours = np.concatenate(chunked(paged_model(tmp_path, device, "bfloat16"), sequences, "ragged"))
+    assert np.sqrt(np.mean((ours - wanted) ** 2)) <= 1.1 * np.sqrt(np.mean((theirs - wanted) ** 2))
+
+
+@pytest.mark.parametrize("case", ["gpt2", "neox", "falcon-40b", "phi3", "mixtral", "qwen2-moe"])
+def test_quantised_copies_are_what_quantising_at_load_gives(case: str, tmp_path: Path) -> None:
+    """Fused, transposed and experts' weights too; and the reference computes the same from them, roughly."""
+    pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
+    family, changes = CASES[case]
+    write_checkpoint(tmp_path / "source", family, **changes)
+    quantize_checkpoint(tmp_path / "source", tmp_path / "saved", "int8")
+    found = []
+    for path, backend in (
+        (tmp_path / "source", CpuBackend(quantization="int8")),
+        (tmp_path / "saved", CpuBackend(quantization="int8")),
+        (tmp_path / "saved", TorchBackend(quantization="int8")),
+    ):
+        paged = PagedModel(load_model(backend, path, max_model_len=64, block_size=16))
+        found.append(np.concatenate(chunked(paged, prompts()[:5], "ragged")))
+    assert found[0].tobytes() == found[1].tobytes()
+    assert np.abs(found[0] - found[2]).max() <= 0.02 * np.abs(found[2]).max()
+
+
+def test_a_bare_base_models_checkpoint_is_read_too(tmp_path: Path) -> None:
+    """As those of GPT-2 and BLOOM on the hub, with tables that are computed anyway and a tied head."""
+    reference = write_checkpoint(tmp_path, "GPT2")
+    state = {name.removeprefix("transformer."): value for name, value in reference.state_dict().items()}
+    state["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    state.pop("lm_head.weight", None)
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    paged = paged_model(tmp_path, "cpu")
+    (found,) = chunked(paged, prompts()[5:6], "whole")
+    wanted = expected_logits(reference, prompts()[5], False)
+    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+def test_whole_tensors_are_not_copied(tmp_path: Path) -> None:
+    """Slices of a fused projection lie in the mapped file, as whole tensors do."""
+    write_checkpoint(tmp_path, "Phi3")
+    weights = open_model(tmp_path, read_spec(tmp_path))
+    fused = weights.stored("model.layers.1.self_attn.qkv_proj.weight").data
+    for name in ("1.q.weight", "1.k.weight", "1.v.weight"):
+        assert np.shares_memory(weights(name).data, fused)
+
+
+REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("OPT", {"do_layer_norm_before": False}, ["do_layer_norm_before=False", "OPT-350m"]),
+    ("OPT", {"word_embed_proj_dim": 32}, ["word_embed_proj_dim=32", "OPT-350m"]),
+    ("StableLm", {"qk_layernorm": True}, ["qk_layernorm=True", "12B"]),
+    ("GPT2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
+    ("GPT2", {"n_embd": None}, ["n_embd is absent"]),
+    ("Gemma3", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+    ("Gemma3", {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping=50.0", "null"]),
+    ("Bloom", {"apply_residual_connection_post_layernorm": True}, ["apply_residual_connection"]),
+    ("Mixtral", {"num_experts_per_tok": 9}, ["num_experts_per_tok=9", "from 1 to 8"]),
+    ("Phi3", {"rope_parameters": {"rope_type": "longrope"}}, ["short_factor", "absent"]),
+    ("SmolLM3", {"no_rope_layers": [2, 1, 1]}, ["no_rope_layers", "0 or 1"]),
+    ("Falcon", {"num_ln_in_parallel_attn": 2}, ["num_ln_in_parallel_attn=2"]),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "words"), REFUSED)
+def test_what_would_change_numbers_is_refused(
+    family: str, changes: dict[str, Any], words: list[str], tmp_path: Path
+) -> None:
+    named = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
+    named(**TINY).save_pretrained(tmp_path)
+    edit_config(
+        tmp_path, architectures=[next(name for name in FAMILIES if name.startswith(family))], **changes
+    )
+    with pytest.raises(ModelError) as caught:
+        read_spec(tmp_path)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_backends_say_what_they_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path, "Mixtral", num_local_experts=2)
+    monkeypatch.setattr(CpuBackend, "ops", CpuBackend.ops - {Op.MOE})
+    lacks = "the cpu backend lacks what MixtralForCausalLM needs: moe"
+    with pytest.raises(BackendError, match=lacks):
+        paged_model(tmp_path, "native")
+    plan = plan_model(tmp_path)
+    assert declining(plan) == {
+        "cpu": lacks,
+        "cuda": "the cuda backend lacks what MixtralForCausalLM needs: moe",
+    }
+    backend, why = select_backend(device="cpu", ops=plan.ops, model=plan.architecture)
+    assert backend.name == "torch"
+    assert f"cpu on cpu declined: {lacks}" in why
+    report = env.gather(ask_backends=False, model=str(tmp_path))["model"]
+    assert report["declines"]["cpu"] == lacks
+    assert lacks in env.as_text(env.gather(ask_backends=False, model=str(tmp_path)))
+    assert "does not run" in env.as_text(env.gather(ask_backends=False, model=str(tmp_path / "none")))
+
+
+def test_the_table_in_the_readme_is_the_code() -> None:
+    root = Path(__file__).resolve().parent.parent
+    table = runpy.run_path(str(root / "scripts/model_table.py"))["table"]
+    assert "\n".join(table()) in (root / "README.md").read_text(encoding="utf-8")

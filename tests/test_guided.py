@@ -213,8 +213,7 @@ def test_hostile_grammars_end_within_time_and_memory(
 
 
 def test_a_compiler_that_is_gone_comes_back(compiler: GrammarCompiler) -> None:
-    with pytest.raises(ParameterError, match="takes more than"):
-        compiler.compile(*HOSTILE[0])
+    assert compiler.compile("regex", "a")
     assert compiler._process is not None
     compiler._process.kill()
     compiler._process.wait()

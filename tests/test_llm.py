@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from vllmlite import LLM, EngineArgs, LLMEngine, RequestOutput, SamplingParams
-from vllmlite.errors import ParameterError
+from vllmlite.errors import BackendError, ParameterError
 from vllmlite.sampling_params import RequestOutputKind
 
 PROMPTS = [
@@ -99,6 +99,32 @@ def test_scheduling_changes_nothing(llm: LLM, params: SamplingParams, options: d
         assert other.llm_engine.stats().num_preemptions > 0
     other.llm_engine.engine.scheduler.check_integrity()
     assert other.llm_engine.stats().num_used_blocks == 0
+
+
+def test_batch_invariant_in_bfloat16(params: SamplingParams) -> None:
+    """Batched = single, chunked = whole, preempted = calm, cached = cold: texts and log-probabilities to the bit."""
+    if OPTIONS["backend"] == "torch":
+        with pytest.raises(BackendError, match="batch-invariant"):
+            make(dtype="bfloat16", batch_invariant=True)
+        return
+
+    def found(llm: LLM, prompts: list[str]) -> list[Any]:
+        outputs = llm.generate(prompts, params.clone(logprobs=2))
+        return [(output.outputs[0].token_ids, output.outputs[0].logprobs) for output in outputs]
+
+    def invariant(**options: Any) -> LLM:
+        return make(dtype="bfloat16", batch_invariant=True, **options)
+
+    alone = invariant(enable_prefix_caching=False, max_num_seqs=1)
+    expected = [found(alone, [prompt])[0] for prompt in PROMPTS]
+    whole = invariant()
+    assert found(whole, PROMPTS) == expected
+    assert found(whole, PROMPTS) == expected
+    assert found(invariant(max_num_batched_tokens=16, block_size=4), PROMPTS) == expected
+    assert found(invariant(enforce_eager=True, max_num_batched_tokens=100), PROMPTS) == expected
+    tight = invariant(num_gpu_blocks_override=8, max_model_len=128)
+    assert found(tight, PROMPTS) == expected
+    assert tight.llm_engine.stats().num_preemptions > 0
 
 
 def needs_int8_cache() -> None:

@@ -56,7 +56,15 @@ def cuda(dtype: str) -> Backend:
         pytest.skip(str(error))
 
 
+def invariant(dtype: str) -> Backend:
+    try:
+        return CudaBackend("cuda", dtype, batch_invariant=True)
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
 BACKENDS["cuda"] = cuda
+BACKENDS["cuda-invariant"] = invariant
 if HAS_TORCH:
     import torch
 
@@ -185,6 +193,18 @@ def test_linear(backend: Backend, num_tokens: int, biases: bool) -> None:
     )
     expected = x @ np.concatenate(parts).T + (np.concatenate(bias) if biases else 0)
     check(backend, backend.linear(put(backend, x), weight), expected)
+
+
+@pytest.mark.parametrize("columns", [96, 512, 1032])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_batch_invariant_products(dtype: str, columns: int) -> None:
+    backend = invariant(dtype)
+    x = numbers((300, columns))
+    weight = backend.linear_weight([host(backend, numbers((200, columns), 1, 0.1))])
+    whole = backend.to_host(backend.linear(put(backend, x), weight))
+    for first, last in ((0, 1), (7, 15), (3, 19), (40, 57), (100, 164), (30, 95), (290, 300)):
+        part = backend.to_host(backend.linear(put(backend, x[first:last]), weight))
+        assert (part == whole[first:last]).all()
 
 
 @of_torch

@@ -280,7 +280,7 @@ def test_errors_are_told_in_words(tab: Tab, fake: FakeServer) -> None:
     fake.refusal = JSONResponse({"error": {"message": "the queue is full"}}, 429, {"retry-after": "7"})
     say(tab, "Hello")
     tab.wait("!problem.hidden")
-    assert tab.text("#problem p") == "the queue is full Try again in 7 s."
+    assert tab.text("#problem p") == "the queue is full; try again in 7 s"
     assert [problem for problem in tab.problems() if "429" not in problem] == []
     fake.refusal = None
     fake.answers("Hi")
@@ -341,6 +341,13 @@ def test_conversations_are_renamed_deleted_and_edited(tab: Tab, fake: FakeServer
     assert tab.evaluate(titles) == ["renamed", "first"]
     tab.click("#conversations li:first-child [data-do=delete]")
     tab.reload()
+    assert tab.evaluate(titles) == ["first"]
+    other = {"title": "of another tab", "updated": 1, "messages": []}
+    tab.evaluate(f"localStorage.setItem('vllmlite.chat.x', {json.dumps(json.dumps(other))})")
+    tab.evaluate("dispatchEvent(new StorageEvent('storage', {key: 'vllmlite.chat.x'}))")
+    assert tab.evaluate(titles) == ["first", "of another tab"]
+    tab.evaluate("localStorage.removeItem('vllmlite.chat.x')")
+    tab.evaluate("dispatchEvent(new StorageEvent('storage', {key: 'vllmlite.chat.x'}))")
     assert tab.evaluate(titles) == ["first"]
     tab.click("#conversations li:first-child a")
     tab.wait("title.textContent === 'first'")

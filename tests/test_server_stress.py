@@ -284,8 +284,7 @@ def test_a_crowd_of_which_a_third_leaves(connections: int, requests: int) -> Non
         assert len(ends) == requests and {"answered", "cancelled"} == set(ends)
         await is_empty(service)
 
-    # Eager: graphs, one a number of rows, take memory of their own as the crowd dwindles.
-    config = replace(ENGINE, num_gpu_blocks_override=512, enforce_eager=True)
+    config = replace(ENGINE, num_gpu_blocks_override=512)
     with serving(config, max_queue=2000) as service:
         begin = time.monotonic()
         run(service, work)

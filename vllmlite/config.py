@@ -59,6 +59,13 @@ class EngineConfig:
         group="model",
         choices=("auto", "safetensors", "pt", "gguf", "dummy"),
     )
+    model_impl: str = _option(
+        "auto",
+        "native: vllmlite's decoder; transformers: its own code, on torch; auto: native for families that have it",
+        group="model",
+        choices=("auto", "native", "transformers"),
+        synonyms={"vllm": "native"},
+    )
     dtype: str = _option(
         "auto",
         "dtype of weights and activations; auto: the backend's best for the checkpoint's",
@@ -130,6 +137,9 @@ class EngineConfig:
     )
     async_scheduling: bool | None = _option(
         None, "keep two steps in flight; default: where the backend is asynchronous"
+    )
+    batch_invariant: bool = _option(
+        False, "the same bits however requests are batched, in 16 bits on a GPU too, where that takes time"
     )
     enforce_eager: bool = _option(False, "record no graphs")
     pooling_type: str = _option(

@@ -28,14 +28,13 @@ _NO_REMOTE_CODE = "code from a checkpoint is never run: only the model families 
 _HOST_MEMORY = "nothing is moved to host memory: preempted sequences are computed again"
 
 ABSENT: Mapping[str, Absent] = {
-    "tokenizer_mode": Absent(("auto",), "the tokenizer is the one that the model has: there is nothing to choose"),
+    "tokenizer_mode": Absent(("auto",), "the tokenizer is the one that the model has; there is no other to choose"),
     "trust_remote_code": Absent((False,), _NO_REMOTE_CODE),
     "hf_config_path": Absent((None,), "config.json is read from the model's directory"),
     "hf_overrides": Absent((None, {}), "edit config.json in a copy of the checkpoint"),
     "hf_token": Absent((None,), "set HF_TOKEN in the environment, or run `hf auth login`"),
     "code_revision": Absent((None,), _NO_REMOTE_CODE),
     "config_format": Absent(("auto", "hf"), "only Hugging Face's config.json is read"),
-    "model_impl": Absent(("auto", "vllm"), "there is one implementation of each model family"),
     "task": Absent((None, "auto", "generate"), "only text generation is supported in this version"),
     "runner": Absent(("auto", "generate"), "only text generation is supported in this version"),
     "convert": Absent(("auto", "none"), "only text generation is supported in this version"),

@@ -23,6 +23,10 @@ void* get(std::size_t bytes) {
   return memory;
 }
 
+// A free piece of up to this many times the size will do: as steps shrink, they take to the pieces of larger ones,
+// where pieces for every size between would add up to several times the largest step.
+constexpr std::size_t kMostSpare = 8;
+
 // Four sizes to each power of two.
 std::size_t size_class(std::size_t bytes) {
   if (bytes <= 256) return 256;
@@ -49,14 +53,17 @@ Tensor Arena::make(std::vector<std::int64_t> shape, DType dtype) {
   const std::size_t size = size_class(checked_bytes(shape, dtype));
   tensor.dtype = dtype;
   tensor.shape = std::move(shape);
-  std::vector<void*>& pieces = free_[size];
-  if (pieces.empty()) {
+  auto fit = free_.lower_bound(size);
+  while (fit != free_.end() && fit->first <= kMostSpare * size && fit->second.empty()) ++fit;
+  std::size_t taken = size;
+  if (fit == free_.end() || fit->first > kMostSpare * size) {
     tensor.data = get(size);
   } else {
-    tensor.data = pieces.back();
-    pieces.pop_back();
+    taken = fit->first;
+    tensor.data = fit->second.back();
+    fit->second.pop_back();
   }
-  tensor.owner = std::shared_ptr<void>(tensor.data, Return{shared_from_this(), size});
+  tensor.owner = std::shared_ptr<void>(tensor.data, Return{shared_from_this(), taken});
   return tensor;
 }
 

@@ -1,5 +1,5 @@
-// Memory for what ops return. A piece that is given back goes to the next op that wants its size: ops run in the order
-// in which they were issued, so whoever reads a piece is before whoever overwrites it.
+// Memory for what ops return. A piece that is given back goes to the next op that wants about its size: ops run in the
+// order in which they were issued, so whoever reads a piece is before whoever overwrites it.
 #pragma once
 
 #include <cstddef>

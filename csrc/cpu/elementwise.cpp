@@ -182,7 +182,8 @@ std::pair<Tensor, Tensor> layer_norm(Runtime& runtime, const Tensor& x, const Te
   LayerNormRow row{};
   if (bias) {
     check_shape(*bias, weight.shape, "the bias of layer_norm");
-    if (bias->dtype != weight.dtype) throw TypeError("the bias of layer_norm must be " + std::string(name(weight.dtype)));
+    if (bias->dtype != weight.dtype)
+      throw TypeError("the bias of layer_norm must be " + std::string(name(weight.dtype)));
     row.bias = bias->data;
     runtime.keep(*bias);
   }
@@ -244,13 +245,13 @@ Tensor sigmoid_gate(Runtime& runtime, const Tensor& given, const Tensor& given_g
   const Tensor gate = converted(runtime, given_gate, DType::float32);
   runtime.keep(x);
   runtime.keep(gate);
-  each_piece(runtime, x.shape[0], x.shape[1],
-             [gates = static_cast<const float*>(gate.data), from = static_cast<const float*>(x.data),
-              to = static_cast<float*>(out.data),
-              width = x.shape[1]](std::int64_t row, std::int64_t at, std::int64_t size) {
-               const float factor = 1.0F / (1.0F + std::exp(-gates[row]));
-               for (std::int64_t i = row * width + at; i < row * width + at + size; ++i) to[i] = from[i] * factor;
-             });
+  each_piece(
+      runtime, x.shape[0], x.shape[1],
+      [gates = static_cast<const float*>(gate.data), from = static_cast<const float*>(x.data),
+       to = static_cast<float*>(out.data), width = x.shape[1]](std::int64_t row, std::int64_t at, std::int64_t size) {
+        const float factor = 1.0F / (1.0F + std::exp(-gates[row]));
+        for (std::int64_t i = row * width + at; i < row * width + at + size; ++i) to[i] = from[i] * factor;
+      });
   return out;
 }
 

@@ -268,18 +268,15 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
            [](cpu::Runtime& self, const Tensor& x, const std::string& name) {
              return cpu::gated_activation(self, x, activation_of(name, true));
            })
-      .def("activation",
-           [](cpu::Runtime& self, const Tensor& x, const std::string& name) {
-             return cpu::activation(self, x, activation_of(name, false));
-           })
+      .def("activation", [](cpu::Runtime& self, const Tensor& x,
+                            const std::string& name) { return cpu::activation(self, x, activation_of(name, false)); })
       .def("add", &cpu::add)
       .def("scale", &cpu::scale)
       .def("soft_cap", &cpu::soft_cap)
       .def("sigmoid_gate", &cpu::sigmoid_gate)
       .def("moe",
            [](cpu::Runtime& self, const Tensor& x, const Tensor& router_logits,
-              const std::shared_ptr<cpu::Experts>& experts, int top_k,
-              bool renormalise, const std::string& name) {
+              const std::shared_ptr<cpu::Experts>& experts, int top_k, bool renormalise, const std::string& name) {
              return cpu::moe(self, x, router_logits, experts, {top_k, renormalise, activation_of(name, true)});
            })
       .def("sample",

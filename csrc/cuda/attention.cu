@@ -127,12 +127,24 @@ Tensor paged_attention(Runtime& runtime, const Tensor& q, const KVCache& kv, int
   const DeviceGuard guard(runtime.device());
   Tensor out = runtime.make({q.shape[0], q.shape[1] * q.shape[2]}, q.dtype);
   const Tensor pool = kv.layer(layer);
-  const Attention attention{q.data,         pool.data,       out.data,
-                            batch.view,     scale,           window,
-                            heads,          kv.kv_heads,     kv.head_dim,
-                            kv.width,       kv.block_size,   batch.num_tokens,
-                            batch.num_rows, batch.num_items, {batch.num_tiles[0], batch.num_tiles[1]},
-                            q.dtype,        kv.dtype};
+  const Attention attention{q.data,
+                            pool.data,
+                            out.data,
+                            batch.view,
+                            scale,
+                            window,
+                            heads,
+                            kv.kv_heads,
+                            kv.head_dim,
+                            kv.width,
+                            kv.block_size,
+                            batch.num_tokens,
+                            batch.num_rows,
+                            batch.num_items,
+                            batch.num_shares,
+                            {batch.num_tiles[0], batch.num_tiles[1]},
+                            q.dtype,
+                            kv.dtype};
   if (!takes_tensor_cores(runtime, attention)) {
     attend_in_order(runtime, attention);
   } else {

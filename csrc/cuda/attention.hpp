@@ -15,7 +15,7 @@ struct Attention {
   BatchView batch;
   float scale;
   int window, heads, kv_heads, size, width, block_size;
-  int num_tokens, num_rows, num_items, num_tiles[2];
+  int num_tokens, num_rows, num_items, num_shares, num_tiles[2];
   DType dtype, kv_dtype;
 };
 

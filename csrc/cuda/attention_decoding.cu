@@ -1,7 +1,7 @@
-// Attention of rows that have one token: all the time goes into reading keys and values. Work comes in units, an item of
-// a row for the query heads that share a key/value head. A block goes over units; its warps take tiles of keys in turn,
-// each with stages of its own in shared memory that are filled ahead in the background, across units, and as far as
-// earlier steps wrote the keys from before the kernel that writes the newest is done. Keys are the rows of the tensor
+// Attention of rows that have one token: all the time goes into reading keys and values. A block has a share of the
+// items, for the query heads that share a key/value head; its warps take tiles of keys in turn, each with stages of its
+// own in shared memory that are filled ahead in the background, across items, and as far as earlier steps wrote the
+// keys from before the kernel that writes the newest is done. Keys are the rows of the tensor
 // cores' first operand, heads the columns of the second. The last of a row's blocks puts the items together, as in
 // Dao et al. 2023 (Flash-Decoding).
 #include <algorithm>
@@ -34,16 +34,18 @@ __device__ __forceinline__ int first_key(const Item& item, int window) {
   return item.context - item.begin > window ? item.context - window : item.begin;
 }
 
-// The tiles of keys that a warp takes, in order: those of its block's units, one after another.
+// The tiles of keys that a warp takes, in order: those of its block's items, one after another.
 template <typename T, int kSize, int kWarps>
 class Walk {
  public:
   static constexpr int kKeys = Stage<T, kSize>::kKeys, kStep = kWarps * kKeys, kParts = kKeys / 16;
 
-  __device__ Walk(const Attention& given, int shares, int units, int warp)
-      : given_(given), shares_(shares), units_(units), warp_(warp), unit_(static_cast<int>(blockIdx.x)) {
+  // Of items `first` up to `last`.
+  __device__ Walk(const Attention& given, int kv_head, int first, int last, int warp)
+      : given_(given), warp_(warp), item_(first), last_(last) {
     plane_ = static_cast<std::int64_t>(given.block_size) * given.width;
     whole_ = given.block_size % 16 == 0;
+    cache_ = static_cast<const T*>(given.kv) + kv_head * plane_;
     open();
   }
 
@@ -60,7 +62,7 @@ class Walk {
         const int row = i * (32 / kWords) + lane / kWords, word = lane % kWords, key = tile_ + row;
         const bool there = key >= from_ && key < end_ && word * 8 < given_.width;
         const std::int64_t at =
-            !there ? 0
+            !there   ? 0
             : whole_ ? places_[i * (32 / kWords) / 16] + static_cast<std::int64_t>(row % 16) * given_.width + word * 8
                      : place_of(key) + word * 8;
         copy_async(&stage.keys[row][word * 8], cache_ + at, there);
@@ -70,7 +72,7 @@ class Walk {
       if (tile_ < end_)
         find();
       else
-        next();
+        open();
     }
     commit_copies();
   }
@@ -88,34 +90,25 @@ class Walk {
       places_[part] = whole_ && tile_ + part * 16 < end_ ? place_of(tile_ + part * 16) : 0;
   }
 
-  __device__ void next() {
-    unit_ += static_cast<int>(gridDim.x);
-    open();
-  }
-
   __device__ void open() {
-    for (live_ = false; unit_ < units_; unit_ += static_cast<int>(gridDim.x)) {
-      const Item item = given_.batch.items[unit_ / shares_];
-      if (item.row < 0) return;
+    for (live_ = false; !live_ && item_ < last_; ++item_) {
+      const Item item = given_.batch.items[item_];
       from_ = first_key(item, given_.window);
       end_ = item.end;
       settled_ = item.settled;
       tile_ = from_ / kStep * kStep + warp_ * kKeys;
       if (tile_ >= end_) continue;
-      const int kv_head = unit_ % shares_ / (shares_ / given_.kv_heads);
       table_ = given_.batch.block_table + static_cast<std::int64_t>(item.slot) * given_.batch.max_blocks;
-      cache_ = static_cast<const T*>(given_.kv) + kv_head * plane_;
       live_ = true;
       find();
-      return;
     }
   }
 
   const Attention& given_;
-  const int shares_, units_, warp_;
+  const int warp_;
   std::int64_t plane_;
   bool whole_, live_;  // 16 keys are in one block; there is a next tile
-  int unit_, tile_, from_, end_, settled_;
+  int item_, last_, tile_, from_, end_, settled_;
   const std::int32_t* table_;
   const T* cache_;
   std::int64_t places_[kParts];
@@ -134,8 +127,12 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int group = lane / 4, quad = lane % 4;
   const int sharing = given.heads / given.kv_heads, parts = (sharing + kHeads - 1) / kHeads;
-  const int shares = given.kv_heads * parts, units = given.num_items * shares, size = given.size;
-  Tiles tiles(given, shares, units, warp);
+  const int size = given.size, part_of_heads = static_cast<int>(blockIdx.x), kv_head = part_of_heads / parts;
+  const int first_head = kv_head * sharing + part_of_heads % parts * kHeads;
+  const int num_heads = min(sharing - part_of_heads % parts * kHeads, kHeads);
+  const int first_item = given.batch.starts[blockIdx.y], last_item = given.batch.starts[blockIdx.y + 1];
+  if (first_item == last_item) return;
+  Tiles tiles(given, kv_head, first_item, last_item, warp);
   int filled = 0;
   for (; filled < kStages && tiles.settled(); ++filled) tiles.fetch(room.stages[warp][filled], lane);
   wait_for_previous();
@@ -143,12 +140,8 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
 
   const float scale = given.scale * kLog2E;
   int index = 0;
-  for (int unit = static_cast<int>(blockIdx.x); unit < units; unit += static_cast<int>(gridDim.x)) {
-    const Item item = given.batch.items[unit / shares];
-    if (item.row < 0) break;
-    const int share = unit % shares;
-    const int first_head = share / parts * sharing + share % parts * kHeads;
-    const int num_heads = min(sharing - share % parts * kHeads, kHeads);
+  for (int item_index = first_item; item_index < last_item; ++item_index) {
+    const Item item = given.batch.items[item_index];
     const int from_key = first_key(item, given.window);
     const std::int64_t at_heads = static_cast<std::int64_t>(item.token) * given.heads + first_head;
 
@@ -195,13 +188,14 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
         largest[head] = next[head];
         total[head] *= kept[head];
       }
+      if (__any_sync(kAll, kept[0] != 1 || kept[1] != 1))
 #pragma unroll
-      for (auto& sum : sums)
+        for (auto& sum : sums)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum[i] *= kept[i % 2];
+          for (int i = 0; i < 4; ++i) sum[i] *= kept[i % 2];
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        float(&weights)[4] = scores[part];
+        float (&weights)[4] = scores[part];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           weights[i] = weights[i] == -INFINITY ? 0 : exp2_fast(weights[i] - largest[i % 2]);
@@ -212,7 +206,8 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
 #pragma unroll
         for (int i = 0; i < kSize / 16; ++i) {
           std::uint32_t value[4];
-          load_matrices_transposed(value, &stage.values[part * 16 + lane / 16 * 8 + lane % 8][i * 16 + lane / 8 % 2 * 8]);
+          load_matrices_transposed(value,
+                                   &stage.values[part * 16 + lane / 16 * 8 + lane % 8][i * 16 + lane / 8 % 2 * 8]);
           multiply<T>(sums[i], value, low, high);
         }
       }
@@ -238,7 +233,7 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
       for (int i = 0; i < 4; ++i) room.sums[warp][quad * 2 + i % 2][n * 16 + i / 2 * 8 + group] = sums[n][i];
     __syncthreads();
     T* out = static_cast<T*>(given.out) + at_heads * size;
-    const std::int64_t own = static_cast<std::int64_t>(unit / shares) * given.heads + first_head;
+    const std::int64_t own = static_cast<std::int64_t>(item_index) * given.heads + first_head;
     for (int i = static_cast<int>(threadIdx.x); i < num_heads * size; i += kWarps * 32) {
       const int head = i / size, at = i % size;
       float most = -INFINITY, all = 0, sum = 0;
@@ -261,7 +256,7 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
 
     __threadfence();
     __syncthreads();
-    std::int32_t* counter = counters + static_cast<std::int64_t>(item.row) * shares + share;
+    std::int32_t* counter = counters + static_cast<std::int64_t>(item.row) * gridDim.x + blockIdx.x;
     if (threadIdx.x == 0) {
       room.last = atomicAdd(counter, 1) == item.count - 1;
       if (room.last) *counter = 0;
@@ -296,28 +291,25 @@ bool takes_tensor_cores(const Runtime& runtime, const Attention& attention) {
 }
 
 template <typename T, int kSize, int kWarps>
-static void run(Runtime& runtime, const Attention& attention, int blocks_per_processor) {
+static void run(Runtime& runtime, const Attention& attention) {
   using Shared = Room<T, kSize, kWarps>;
   const int sharing = attention.heads / attention.kv_heads;
-  const int shares = attention.kv_heads * ((sharing + kHeads - 1) / kHeads);
+  const dim3 grid(static_cast<unsigned>(attention.kv_heads * ((sharing + kHeads - 1) / kHeads)),
+                  static_cast<unsigned>(attention.num_shares));
   const std::int64_t items = attention.num_items;
   const Tensor partial = runtime.make({items * attention.heads, attention.size}, DType::float32);
   const Tensor states = runtime.make({items * attention.heads, 2}, DType::float32);
   const auto kernel = decoding_kernel<T, kSize, kWarps>;
   VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                       static_cast<int>(sizeof(Shared)));
-  const auto blocks = static_cast<unsigned>(
-      std::min(items * shares, static_cast<std::int64_t>(runtime.multiprocessors()) * blocks_per_processor));
-  launch(runtime, kernel, blocks, kWarps * 32, sizeof(Shared), attention, static_cast<float*>(partial.data),
-         static_cast<float2*>(states.data),
-         runtime.counters(static_cast<std::size_t>(attention.num_rows) * static_cast<std::size_t>(shares)));
+  launch(runtime, kernel, grid, kWarps * 32, sizeof(Shared), attention, static_cast<float*>(partial.data),
+         static_cast<float2*>(states.data), runtime.counters(static_cast<std::size_t>(attention.num_rows) * grid.x));
 }
 
 template <typename T, int kSize>
 static void run_warps(Runtime& runtime, const Attention& attention) {
   const DecodingBlocks blocks = decoding_blocks(runtime, attention.num_rows, attention.kv_heads);
-  blocks.warps == 2 ? run<T, kSize, 2>(runtime, attention, blocks.per_processor)
-                    : run<T, kSize, 4>(runtime, attention, blocks.per_processor);
+  blocks.warps == 2 ? run<T, kSize, 2>(runtime, attention) : run<T, kSize, 4>(runtime, attention);
 }
 
 template <typename T>

@@ -1,5 +1,6 @@
-// Attention of rows that have several tokens, after Dao 2023 (FlashAttention-2): a block has a tile of a row's queries
-// for one head, and goes over the keys they see in tiles of 64 that are copied ahead in the background.
+// Attention of rows that have several tokens, or of all where a row is to be the same however it is cut, after Dao 2023
+// (FlashAttention-2): a block has a tile of a row's queries for one head, and goes over the keys they see in tiles of
+// 64 that are copied ahead in the background.
 #include <algorithm>
 
 #include "cuda/attention.hpp"
@@ -32,6 +33,7 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
   const int group = lane / 4, quad = lane % 4;
   const int head = static_cast<int>(blockIdx.x);
   const Tile tile = given.batch.tiles[kRowTiles == 2 ? 0 : 1][blockIdx.y];
+  if (tile.row < 0) return;
   const int size = given.size, width = given.width, block_size = given.block_size;
   const int slot = given.batch.slot_ids[tile.row];
   const int first = given.batch.positions[tile.first], last = first + tile.count - 1;
@@ -41,13 +43,19 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
   const T* cache = static_cast<const T*>(given.kv) + head / (given.heads / given.kv_heads) * plane;
   const std::int64_t values_at = given.kv_heads * plane;
 
+  // The block of a thread's key is looked up a tile before its place is needed.
+  std::int32_t block = 0;
+  const auto find_block = [&](int begin) {
+    const int key = begin + thread;
+    if (thread < kKeys && key >= from_key && key <= last) block = table[key / block_size];
+  };
   const auto find_places = [&](int begin, int buffer) {
     if (thread >= kKeys) return;
     const int key = begin + thread;
-    room.places[buffer][thread] = key < from_key || key > last
-                                      ? -1
-                                      : table[key / block_size] * 2 * given.kv_heads * plane +
-                                            static_cast<std::int64_t>(key % block_size) * width;
+    room.places[buffer][thread] =
+        key < from_key || key > last
+            ? -1
+            : block * 2 * given.kv_heads * plane + static_cast<std::int64_t>(key % block_size) * width;
   };
   const auto copy_rows = [&](T(&to)[kKeys][Shared::kStride], const T* from, int buffer) {
 #pragma unroll
@@ -68,7 +76,9 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
     copy_async(&room.q[row][word * 8], q + (there ? word * 8 : 0), there);
   }
   const int begin = from_key / kKeys * kKeys;
+  find_block(begin);
   find_places(begin, 0);
+  find_block(begin + kKeys);
   __syncthreads();
   copy_rows(room.keys[0], cache, 0);
   copy_rows(room.values[0], cache + values_at, 0);
@@ -80,7 +90,10 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
   const int row0 = warp * kRowTiles * 16;
   for (int at = begin, buffer = 0; at <= last; at += kKeys, buffer ^= 1) {
     const bool more = at + kKeys <= last;
-    if (more) find_places(at + kKeys, buffer ^ 1);
+    if (more) {
+      find_places(at + kKeys, buffer ^ 1);
+      find_block(at + 2 * kKeys);
+    }
     wait_for_copies<1>();
     __syncthreads();
     if (more)
@@ -107,26 +120,31 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
       }
     }
 
-    const bool masked = at + kKeys - 1 > first || last - at >= given.window;
+    if (at + kKeys - 1 > first || last - at >= given.window) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int position = first + row0 + i * 16 + e / 2 * 8 + group, key = at + n * 8 + quad * 2 + e % 2;
+            if (key > position || key < position - given.window + 1) scores[i][n][e] = -INFINITY;
+          }
+    }
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int position = first + row0 + i * 16 + half * 8 + group;
         float next = largest[i][half];
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            float& score = scores[i][n][half * 2 + j];
-            const int key = at + n * 8 + quad * 2 + j;
-            if (masked && (key > position || key < position - given.window + 1)) score = -INFINITY;
-            next = fmaxf(next, score);
-          }
+          for (int j = 0; j < 2; ++j) next = fmaxf(next, scores[i][n][half * 2 + j]);
         next = fmaxf(next, __shfl_xor_sync(kAll, next, 1));
         next = fmaxf(next, __shfl_xor_sync(kAll, next, 2));
         const float base = next == -INFINITY ? 0 : next * scale;
-        const float kept = exp2_fast(largest[i][half] * scale - base);
+        // One where a tile has nothing to see, so that it does not matter how many of those there are.
+        const float kept = largest[i][half] == next ? 1 : exp2_fast(largest[i][half] * scale - base);
         largest[i][half] = next;
         float sum = 0;
 #pragma unroll
@@ -138,11 +156,13 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
             sum += score;
           }
         total[i][half] = total[i][half] * kept + sum;
+        // The largest soon stays what it is.
+        if (__any_sync(kAll, kept != 1))
 #pragma unroll
-        for (int n = 0; n < kSize / 8; ++n) {
-          sums[i][n][half * 2] *= kept;
-          sums[i][n][half * 2 + 1] *= kept;
-        }
+          for (int n = 0; n < kSize / 8; ++n) {
+            sums[i][n][half * 2] *= kept;
+            sums[i][n][half * 2 + 1] *= kept;
+          }
       }
 
     wait_for_copies<1>();

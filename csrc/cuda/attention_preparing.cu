@@ -154,12 +154,13 @@ template <typename T, typename Cached>
 static void run(const Runtime& runtime, const Preparation<T, Cached>& given) {
   if constexpr (std::is_same_v<T, Cached>) {
     const int lanes = given.size / (2 * kPack<T>);
-    const bool rotates_halves =
-        given.cos_sin == nullptr || (!given.interleaved && given.rotary_dim == given.size && aligned(given.cos_sin, 16));
+    const bool rotates_halves = given.cos_sin == nullptr ||
+                                (!given.interleaved && given.rotary_dim == given.size && aligned(given.cos_sin, 16));
     if (rotates_halves && given.size == given.width && given.size % (2 * kPack<T>) == 0 && lanes <= 32 &&
-        (lanes & (lanes - 1)) == 0 && aligned(given.qkv, 16) && aligned(given.q_norm, 16) && aligned(given.k_norm, 16)) {
-      launch(runtime, halves_kernel<T>, blocks_for(static_cast<std::int64_t>(given.work) * lanes, kThreads), kThreads, 0,
-             given);
+        (lanes & (lanes - 1)) == 0 && aligned(given.qkv, 16) && aligned(given.q_norm, 16) &&
+        aligned(given.k_norm, 16)) {
+      launch(runtime, halves_kernel<T>, blocks_for(static_cast<std::int64_t>(given.work) * lanes, kThreads), kThreads,
+             0, given);
       return;
     }
   }
@@ -196,23 +197,12 @@ Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::
       const auto norm = [](const std::optional<Tensor>& weight) {
         return weight ? static_cast<const T*>(weight->data) : nullptr;
       };
-      run(runtime, Preparation<T, Cached>{static_cast<const T*>(qkv.data),
-                                          static_cast<T*>(q.data),
-                                          static_cast<Cached*>(pool.data),
-                                          rope ? static_cast<const float*>(rope->cos_sin.data) : nullptr,
-                                          norm(norms.q),
-                                          norm(norms.k),
-                                          batch.view.positions,
-                                          batch.view.cache_slots,
-                                          norms.eps,
-                                          rope ? rope->rotary_dim : 0,
-                                          num_heads,
-                                          kv.kv_heads,
-                                          kv.head_dim,
-                                          kv.width,
-                                          kv.block_size,
-                                          rope && rope->interleaved,
-                                          static_cast<unsigned>(tokens * all)});
+      run(runtime, Preparation<T, Cached>{
+                       static_cast<const T*>(qkv.data), static_cast<T*>(q.data), static_cast<Cached*>(pool.data),
+                       rope ? static_cast<const float*>(rope->cos_sin.data) : nullptr, norm(norms.q), norm(norms.k),
+                       batch.view.positions, batch.view.cache_slots, norms.eps, rope ? rope->rotary_dim : 0, num_heads,
+                       kv.kv_heads, kv.head_dim, kv.width, kv.block_size, rope && rope->interleaved,
+                       static_cast<unsigned>(tokens * all)});
     });
   });
   return q;

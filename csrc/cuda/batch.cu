@@ -11,7 +11,6 @@ namespace vllmlite::cuda {
 constexpr int kKeysOfUnit = 64;   // keys that a block of the decoding kernel takes at a time
 constexpr int kUnitsOfItem = 4;   // that are not worth cutting
 constexpr int kUnitsOfStart = 1;  // that take as long as an item's start and end
-constexpr int kMostCuts = 64;
 constexpr unsigned kThreads = 1024;
 constexpr std::size_t kCountersOfSlot = 256;  // key/value heads that a slot's attention may have
 
@@ -213,7 +212,7 @@ static __global__ void prepare_kernel(BatchView batch, int num_tokens, int block
 }
 
 DecodingBlocks decoding_blocks(const Runtime& runtime, int rows, int kv_heads) {
-  return rows * kv_heads > 2 * runtime.multiprocessors() ? DecodingBlocks{2, 5} : DecodingBlocks{4, 2};
+  return rows * kv_heads > 8 * runtime.multiprocessors() ? DecodingBlocks{2, 5} : DecodingBlocks{4, 2};
 }
 
 static std::int64_t units_of(std::int64_t context) { return (context + kKeysOfUnit - 1) / kKeysOfUnit; }
@@ -222,57 +221,50 @@ static bool has_one_token(const HostBatch& host, std::size_t row) {
   return host.query_start_loc[row + 1] - host.query_start_loc[row] == 1;
 }
 
-// How many units of a row an item should have at most, so that the rounds in which `at_once` items are worked on take
-// least together; half of them read memory as fast as all. There may be `most` items.
-static std::int64_t choose_length(const HostBatch& host, std::int64_t at_once, std::int64_t most) {
-  std::int64_t longest = 0;
+// Cuts the rows that have one token into shares that take about as long, one for each of `shares` slots: a share is
+// some items, `starts` says where each one's begin.
+static void plan_items(const HostBatch& host, int shares, std::vector<Item>& items, std::vector<std::int32_t>& starts) {
+  std::int64_t total = 0;
   for (std::size_t row = 0; row < host.slot_ids.size(); ++row)
-    if (has_one_token(host, row)) longest = std::max(longest, units_of(host.context_lens[row]));
-  std::int64_t best = longest, best_cost = 0;
-  for (std::int64_t cuts = 1; cuts <= kMostCuts; ++cuts) {
-    const std::int64_t length = (longest + cuts - 1) / cuts;
-    if (cuts > 1 && length < kUnitsOfItem) break;
-    std::int64_t items = 0;
-    for (std::size_t row = 0; row < host.slot_ids.size(); ++row)
-      if (has_one_token(host, row)) items += (units_of(host.context_lens[row]) + length - 1) / length;
-    if (items > most) break;
-    const std::int64_t rest = items % at_once;
-    const std::int64_t work = items - rest + (rest == 0 ? 0 : std::max(rest, at_once / 2));
-    const std::int64_t cost = work * (length + kUnitsOfStart);
-    if (cuts == 1 || cost < best_cost) {
-      best = length;
-      best_cost = cost;
-    }
-  }
-  return std::max<std::int64_t>(best, 1);
-}
-
-// Items of rows that have one token, a row's all about as long.
-static void plan_items(const HostBatch& host, std::int64_t at_once, std::int64_t most, std::vector<Item>& items) {
-  const std::int64_t length = choose_length(host, at_once, most);
+    if (has_one_token(host, row)) total += units_of(host.context_lens[row]) + kUnitsOfStart;
+  // Every cut makes another start.
+  const std::int64_t quota = std::max<std::int64_t>((total + shares - 1) / shares + kUnitsOfStart, kUnitsOfItem);
+  std::int64_t left = quota;
+  starts.push_back(0);
   for (std::size_t row = 0; row < host.slot_ids.size(); ++row) {
     if (!has_one_token(host, row)) continue;
-    const std::int64_t context = host.context_lens[row], units = units_of(context);
-    const std::int64_t count = std::max<std::int64_t>((units + length - 1) / length, 1);
-    const std::int64_t each = std::max<std::int64_t>((units + count - 1) / count, 1) * kKeysOfUnit;
-    const auto first = static_cast<std::int32_t>(items.size());
-    const auto real = static_cast<std::int32_t>((context + each - 1) / each);
-    const std::int32_t token = host.query_start_loc[row];
+    const std::int32_t context = host.context_lens[row], token = host.query_start_loc[row];
     // A row that goes on from a sampled id has been here before; another may see keys that this very step writes.
     const bool goes_on = host.token_ids[static_cast<std::size_t>(token)] < 0;
-    for (std::int32_t i = 0; i < real; ++i)
-      items.push_back({static_cast<std::int32_t>(row), static_cast<std::int32_t>(i * each),
-                       static_cast<std::int32_t>(std::min((i + 1) * each, context)), first, real,
-                       token, host.slot_ids[row], host.context_lens[row], goes_on ? host.context_lens[row] - 1 : 0});
+    const auto first = static_cast<std::int32_t>(items.size());
+    for (std::int32_t begin = 0; begin < context;) {
+      const std::int64_t units = units_of(context - begin) + kUnitsOfStart;
+      // A rest that is not worth an item of its own stays.
+      const bool whole = units <= left + kUnitsOfStart || static_cast<int>(starts.size()) == shares;
+      const std::int64_t taken = whole ? units : std::max<std::int64_t>(left, kUnitsOfStart + 1);
+      const std::int32_t end = whole ? context : begin + static_cast<std::int32_t>(taken - kUnitsOfStart) * kKeysOfUnit;
+      items.push_back({static_cast<std::int32_t>(row), begin, end, first, 0, token, host.slot_ids[row], context,
+                       goes_on ? context - 1 : 0});
+      begin = end;
+      left -= taken;
+      if (left <= kUnitsOfStart && static_cast<int>(starts.size()) < shares) {
+        starts.push_back(static_cast<std::int32_t>(items.size()));
+        left += quota;
+      }
+    }
+    for (std::size_t i = static_cast<std::size_t>(first); i < items.size(); ++i)
+      items[i].count = static_cast<std::int32_t>(items.size()) - first;
   }
+  starts.resize(static_cast<std::size_t>(shares) + 1, static_cast<std::int32_t>(items.size()));
 }
 
-static std::vector<Tile> plan_tiles(const HostBatch& host, int queries) {
+// Tiles of rows of several tokens, or of all.
+static std::vector<Tile> plan_tiles(const HostBatch& host, int queries, bool all) {
   std::vector<Tile> tiles;
   for (int row = 0; row < host.num_rows; ++row) {
     const std::int32_t begin = host.query_start_loc[static_cast<std::size_t>(row)];
     const std::int32_t end = host.query_start_loc[static_cast<std::size_t>(row) + 1];
-    if (end - begin == 1) continue;
+    if (end - begin == 1 && !all) continue;
     for (std::int32_t at = begin; at < end; at += queries) tiles.push_back({row, at, std::min(queries, end - at), 0});
   }
   // The longest contexts first, so that no multiprocessor is left alone with one at the end.
@@ -295,12 +287,15 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
 
   const DecodingBlocks blocks = decoding_blocks(runtime, static_cast<int>(rows), cut.kv_heads);
   const int at_once = std::max(runtime.multiprocessors() * blocks.per_processor / std::max(cut.kv_heads, 1), 1);
-  const int spread = 2 * at_once;
   std::vector<Item> items;
-  plan_items(host, at_once, static_cast<std::int64_t>(rows) + spread, items);
-  const std::size_t num_items = decodes ? rows + static_cast<std::size_t>(spread) : items.size();
-  items.resize(num_items, Item{-1, 0, 0, 0, 0, 0, 0, 0, 0});
-  const std::vector<Tile> tiles[] = {plan_tiles(host, kTileQueries[0]), plan_tiles(host, kTileQueries[1])};
+  std::vector<std::int32_t> starts;
+  const bool all_in_tiles = runtime.batch_invariant();
+  if (!all_in_tiles) plan_items(host, at_once, items, starts);
+  const std::size_t num_items = decodes && !all_in_tiles ? rows + static_cast<std::size_t>(at_once) : items.size();
+  std::vector<Tile> tiles[] = {plan_tiles(host, kTileQueries[0], all_in_tiles),
+                               plan_tiles(host, kTileQueries[1], all_in_tiles)};
+  if (decodes && all_in_tiles)
+    for (std::vector<Tile>& list : tiles) list.resize(rows, Tile{-1, 0, 0, 0});
   const bool masked = !host.mask_rows.empty();
 
   auto batch = std::make_shared<Batch>();
@@ -310,6 +305,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   batch->max_context = host.max_context;
   batch->block_size = cut.block_size;
   batch->num_items = static_cast<int>(num_items);
+  batch->num_shares = num_items == 0 ? 0 : at_once;
   batch->features = host.features;
   batch->num_logprobs = host.num_logprobs;
   batch->masked = masked;
@@ -321,9 +317,9 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
                     at_slots = layout.add<std::int32_t>(rows), at_context = layout.add<std::int32_t>(rows),
                     at_logits = layout.add<std::int32_t>(samples), at_sampled = layout.add<std::int32_t>(samples),
                     at_sample_positions = layout.add<std::int64_t>(samples), at_items = layout.add<Item>(num_items),
-                    at_cache = layout.add<std::int32_t>(tokens);
-  batch->bytes = layout.bytes();
+                    at_starts = layout.add<std::int32_t>(starts.size()), at_cache = layout.add<std::int32_t>(tokens);
   const std::size_t at_tiles[] = {layout.add<Tile>(tiles[0].size()), layout.add<Tile>(tiles[1].size())};
+  batch->bytes = layout.bytes();
   const std::size_t at_places = layout.add<std::int32_t>(masked ? samples : 0),
                     at_bits = layout.add<std::int32_t>(host.bitmask.size()),
                     at_appended = layout.add<std::int32_t>(slots->appended.size());
@@ -351,6 +347,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   fill(at_sampled, host.sample_slots, samples, -1);
   fill(at_sample_positions, host.sample_positions, samples, 0);
   std::ranges::copy(items, reinterpret_cast<Item*>(base + at_items));
+  fill(at_starts, starts, 0, 0);
   for (int list = 0; list < 2; ++list) {
     std::ranges::copy(tiles[list], reinterpret_cast<Tile*>(base + at_tiles[list]));
     batch->num_tiles[list] = static_cast<int>(tiles[list].size());
@@ -377,6 +374,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   view.sample_slots = part(at_sampled);
   view.sample_positions = reinterpret_cast<std::int64_t*>(data + at_sample_positions);
   view.items = reinterpret_cast<Item*>(data + at_items);
+  view.starts = part(at_starts);
   view.cache_slots = part(at_cache);
   for (int list = 0; list < 2; ++list) view.tiles[list] = reinterpret_cast<Tile*>(data + at_tiles[list]);
   view.mask_places = masked ? part(at_places) : nullptr;

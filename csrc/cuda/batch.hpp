@@ -62,7 +62,6 @@ struct Slots {
 
 // Keys `begin` up to `end` of a row that decodes, which one block attends to for a head; a row's are `count` items from
 // `first` on. Its token, slot and context are here to be at hand; keys below `settled` were written by earlier steps.
-// Row -1: nothing to do, nor in any item after this.
 struct Item {
   std::int32_t row, begin, end, first, count, token, slot, context, settled;
 };
@@ -73,7 +72,7 @@ struct DecodingBlocks {
 };
 DecodingBlocks decoding_blocks(const Runtime& runtime, int rows, int kv_heads);
 
-// Queries of a row that attend together: tokens `first` up to `first + count` of the step.
+// Queries of a row that attend together: tokens `first` up to `first + count` of the step. Row -1: nothing to do.
 struct Tile {
   std::int32_t row, first, count, unused;
 };
@@ -86,6 +85,7 @@ struct BatchView {
       *sample_slots, *mask_places, *mask_bits, *cache_slots;
   std::int64_t* sample_positions;
   Item* items;
+  std::int32_t* starts;  // [num_shares + 1]: the items of a share of the work
   Tile* tiles[2];
   const std::int32_t* block_table;
   std::int32_t* last_id;
@@ -109,7 +109,7 @@ struct HostBatch {
 };
 
 struct Batch {
-  int num_tokens, num_rows, num_samples, max_context, block_size, num_items, num_tiles[2];
+  int num_tokens, num_rows, num_samples, max_context, block_size, num_items, num_shares, num_tiles[2];
   unsigned features;
   int num_logprobs;
   bool masked;

@@ -1,7 +1,6 @@
 // Ops that go over rows once.
 #include <algorithm>
 
-#include "cuda/activation.cuh"
 #include "cuda/checks.hpp"
 #include "cuda/kernel.cuh"
 #include "cuda/ops.hpp"
@@ -142,6 +141,14 @@ std::pair<Tensor, Tensor> rms_norm(Runtime& runtime, const Tensor& x, const Tens
 
 // ---- Gated activation
 
+template <Gate kGate>
+__device__ __forceinline__ float gate_of(float x) {
+  if constexpr (kGate == Gate::silu) return x / (1 + expf(-x));
+  if constexpr (kGate == Gate::gelu) return 0.5F * x * erfcf(-x * 0.70710678118654752F);
+  constexpr float kFactor = 0.79788456080286536F;  // sqrt(2 / pi)
+  return 0.5F * x * (1 + tanhf(kFactor * fmaf(0.044715F * x * x, x, x)));
+}
+
 // A row of blocks a row.
 template <typename T, int kSize, Gate kGate>
 static __global__ void gated_kernel(const T* x, T* out, int packs) {
@@ -155,7 +162,7 @@ static __global__ void gated_kernel(const T* x, T* out, int packs) {
   const P up = reinterpret_cast<const P*>(x)[2 * row + packs + column];
   P result;
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) result.at[j] = narrow<T>(gate_of(kGate, wide(gate.at[j])) * wide(up.at[j]));
+  for (int j = 0; j < kSize; ++j) result.at[j] = narrow<T>(gate_of<kGate>(wide(gate.at[j])) * wide(up.at[j]));
   reinterpret_cast<P*>(out)[row + column] = result;
 }
 

@@ -270,85 +270,34 @@ bool multiply_by_library(Runtime& runtime, const Product& product) {
   return runtime.products().multiply(runtime, product);
 }
 
-// ---- The ops
+// ---- The op
 
-static Product product_of(const Tensor& x, const LinearWeight& weight, const Tensor& y) {
+Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, DType dtype) {
   check_rank(x, 2, "x of linear");
-  const std::int64_t in = weight.weight.shape[1];
+  const std::int64_t in = weight.weight.shape[1], out = weight.weight.shape[0];
   if (x.shape[1] != in)
     throw std::invalid_argument("linear: x must be [rows, " + std::to_string(in) + "], not " + describe(x));
   check_dtype(x, weight.weight.dtype, "x of linear");
-  return {x.data,
-          weight.weight.data,
-          weight.bias ? weight.bias->data : nullptr,
-          y.data,
-          static_cast<int>(x.shape[0]),
-          static_cast<int>(weight.weight.shape[0]),
-          static_cast<int>(in),
-          x.dtype,
-          y.dtype};
-}
-
-static FewRows few_rows_of(const Product& product) {
-  FewRows few{};
-  few.x = product.x;
-  few.w = product.w;
-  few.bias = product.bias;
-  few.y = product.y;
-  few.m = product.m;
-  few.n = product.n;
-  few.k = product.k;
-  return few;
-}
-
-Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, DType dtype) {
   const DeviceGuard guard(runtime.device());
-  check_rank(x, 2, "x of linear");
-  Tensor y = runtime.make({x.shape[0], weight.weight.shape[0]}, dtype);
-  const Product product = product_of(x, weight, y);
+  Tensor y = runtime.make({x.shape[0], out}, dtype);
   if (y.bytes() == 0) return y;
+  const Product product{x.data,
+                        weight.weight.data,
+                        weight.bias ? weight.bias->data : nullptr,
+                        y.data,
+                        static_cast<int>(x.shape[0]),
+                        static_cast<int>(out),
+                        static_cast<int>(in),
+                        x.dtype,
+                        dtype};
   if (product.dtype == DType::float32)
     multiply_in_order(runtime, product);
+  else if (runtime.batch_invariant())
+    multiply_in_fixed_order(runtime, product);
   else if (takes_few_rows(runtime, product))
-    multiply_few_rows(runtime, few_rows_of(product), product.dtype, dtype);
+    multiply_few_rows(runtime, product);
   else if (!multiply_by_library(runtime, product))
     multiply_in_order(runtime, product);
-  return y;
-}
-
-bool fuses(const Runtime& runtime, const Tensor& x, const LinearWeight& weight) {
-  return x.size() != 0 && x.shape.size() == 2 && takes_few_rows(runtime, product_of(x, weight, x)) &&
-         weight.weight.shape[0] % 16 == 0;
-}
-
-Tensor add_linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, const Tensor& residual) {
-  const DeviceGuard guard(runtime.device());
-  const Product product = product_of(x, weight, residual);
-  check_shape(residual, {x.shape[0], weight.weight.shape[0]}, "the residual of add_linear");
-  check_dtype(residual, x.dtype, "the residual of add_linear");
-  Tensor squares = runtime.make({x.shape[0], squares_of_few_rows(runtime, product.n)}, DType::float32);
-  FewRows few = few_rows_of(product);
-  few.squares_out = static_cast<float*>(squares.data);
-  multiply_few_rows(runtime, few, product.dtype, product.dtype);
-  return squares;
-}
-
-Tensor normed_linear(Runtime& runtime, const Tensor& x, const Tensor& squares, const Tensor& norm, float eps,
-                     const LinearWeight& weight, const std::optional<Gate>& gate) {
-  const DeviceGuard guard(runtime.device());
-  check_shape(norm, {weight.weight.shape[1]}, "the norm of normed_linear");
-  check_dtype(norm, x.dtype, "the norm of normed_linear");
-  check_shape(squares, {x.shape[0], squares.shape[1]}, "the squares of normed_linear");
-  Tensor y = runtime.make({x.shape[0], weight.weight.shape[0] / (gate ? 2 : 1)}, x.dtype);
-  const Product product = product_of(x, weight, y);
-  FewRows few = few_rows_of(product);
-  few.norm = norm.data;
-  few.squares = static_cast<const float*>(squares.data);
-  few.num_squares = static_cast<int>(squares.shape[1]);
-  few.eps = eps;
-  few.gates = gate.has_value();
-  few.gate = gate.value_or(Gate::silu);
-  multiply_few_rows(runtime, few, product.dtype, product.dtype);
   return y;
 }
 

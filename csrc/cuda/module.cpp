@@ -227,13 +227,6 @@ std::vector<Tensor> listed(const cuda::Logprobs& found) { return {found.chosen, 
 
 using RuntimeClass = py::class_<cuda::Runtime, std::shared_ptr<cuda::Runtime>>;
 
-cuda::Gate gate_named(const std::string& name) {
-  if (name == "silu") return cuda::Gate::silu;
-  if (name == "gelu") return cuda::Gate::gelu;
-  if (name == "gelu_tanh") return cuda::Gate::gelu_tanh;
-  throw std::invalid_argument("activation " + name + ": there are silu, gelu and gelu_tanh");
-}
-
 void bind_ops(RuntimeClass& runtime) {
   runtime.def("embedding", &cuda::embedding)
       .def("rows", &cuda::gather_rows)
@@ -242,14 +235,6 @@ void bind_ops(RuntimeClass& runtime) {
                         const cuda::LinearWeight& weight) { return cuda::linear(self, x, weight, self.dtype()); })
       .def("logits", [](cuda::Runtime& self, const Tensor& x,
                         const cuda::LinearWeight& weight) { return cuda::linear(self, x, weight, DType::float32); })
-      .def("fuses", &cuda::fuses)
-      .def("add_linear", &cuda::add_linear)
-      .def("normed_linear",
-           [](cuda::Runtime& self, const Tensor& x, const Tensor& squares, const Tensor& norm, float eps,
-              const cuda::LinearWeight& weight, const std::optional<std::string>& gate) {
-             return cuda::normed_linear(self, x, squares, norm, eps, weight,
-                                        gate ? std::optional(gate_named(*gate)) : std::nullopt);
-           })
       .def("attn_prep",
            [](cuda::Runtime& self, const Tensor& qkv, int num_heads, const std::optional<Tensor>& cos_sin,
               int rotary_dim, bool interleaved, const cuda::KVCache& kv, int layer, const cuda::Batch& batch,
@@ -261,7 +246,10 @@ void bind_ops(RuntimeClass& runtime) {
       .def("paged_attention", &cuda::paged_attention)
       .def("gated_activation",
            [](cuda::Runtime& self, const Tensor& x, const std::string& name) {
-             return cuda::gated_activation(self, x, gate_named(name));
+             if (name == "silu") return cuda::gated_activation(self, x, cuda::Gate::silu);
+             if (name == "gelu") return cuda::gated_activation(self, x, cuda::Gate::gelu);
+             if (name == "gelu_tanh") return cuda::gated_activation(self, x, cuda::Gate::gelu_tanh);
+             throw std::invalid_argument("activation " + name + ": there are silu, gelu and gelu_tanh");
            })
       .def("sample",
            [](cuda::Runtime& self, const Tensor& logits, const cuda::Batch& batch) {
@@ -278,10 +266,10 @@ void bind_ops(RuntimeClass& runtime) {
 void bind_runtime(py::module_& module) {
   RuntimeClass runtime(module, "Runtime", py::module_local(), "A device's stream and memory, and the ops.");
   runtime
-      .def(py::init([](int device, const std::string& dtype) {
-             return std::make_shared<cuda::Runtime>(device, vllmlite::dtype_from_name(dtype));
+      .def(py::init([](int device, const std::string& dtype, bool batch_invariant) {
+             return std::make_shared<cuda::Runtime>(device, vllmlite::dtype_from_name(dtype), batch_invariant);
            }),
-           py::arg("device"), py::arg("dtype"))
+           py::arg("device"), py::arg("dtype"), py::arg("batch_invariant"))
       .def(
           "empty",
           [](cuda::Runtime& self, const std::vector<std::int64_t>& shape, const std::string& dtype) {

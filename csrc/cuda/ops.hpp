@@ -33,16 +33,6 @@ struct LinearWeight {
 // x @ weight.T + bias: [rows, in] -> [rows, out] of `dtype`, the backend's or float32.
 Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, DType dtype);
 
-// Whether a product can be put together with what stands around it, by the next two.
-bool fuses(const Runtime& runtime, const Tensor& x, const LinearWeight& weight);
-
-// Adds the product to `residual`. Returns shares of the sums of the residual's squares, float32 [rows, shares].
-Tensor add_linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, const Tensor& residual);
-
-// linear() of rms_norm(x), given such shares of x; with a gate, gated_activation() of that.
-Tensor normed_linear(Runtime& runtime, const Tensor& x, const Tensor& squares, const Tensor& norm, float eps,
-                     const LinearWeight& weight, const std::optional<Gate>& gate);
-
 // A pool of blocks. A layer's block is [K, V] x [kv heads] x [block_size] x [width], where width is the head size,
 // padded to kHeadUnit.
 struct KVCache {

@@ -74,9 +74,10 @@ struct Runtime::Graph {
   std::vector<std::unique_ptr<Pinned>> uploads;  // what it copies to the device, each time
 };
 
-Runtime::Runtime(int device, DType dtype)
+Runtime::Runtime(int device, DType dtype, bool batch_invariant)
     : device_(device),
       dtype_(dtype),
+      batch_invariant_(batch_invariant),
       pool_(std::make_shared<Pool>(device)),
       graph_pool_(std::make_shared<Pool>(device)),
       landings_(std::make_shared<Landings>()) {

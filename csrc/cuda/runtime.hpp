@@ -34,8 +34,9 @@ class Products;  // cuBLASLt's handle and plans, in linear.cu
 
 class Runtime {
  public:
-  // A backend of activations and weights of `dtype`.
-  Runtime(int device, DType dtype);
+  // A backend of activations and weights of `dtype`, whose rows are the same however many others there are if it is
+  // `batch_invariant`; they always are in float32.
+  Runtime(int device, DType dtype, bool batch_invariant);
   ~Runtime();
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;
@@ -45,6 +46,7 @@ class Runtime {
   int multiprocessors() const { return multiprocessors_; }
   int shared_memory() const { return shared_memory_; }  // bytes that a block may have
   DType dtype() const { return dtype_; }
+  bool batch_invariant() const { return batch_invariant_; }
   CUstream_st* stream() const { return stream_; }
   // Whether the next kernel may be made resident while the one before it is still running: not the first after a
   // fence, so that what came before that is there for all kernels after it from their very start.
@@ -89,6 +91,7 @@ class Runtime {
 
   int device_;
   DType dtype_;
+  bool batch_invariant_;
   int capability_ = 0, multiprocessors_ = 0, shared_memory_ = 0;
   CUstream_st* stream_ = nullptr;
   std::shared_ptr<Pool> pool_, graph_pool_;

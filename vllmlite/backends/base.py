@@ -330,8 +330,8 @@ class Backend(ABC):
         quantised."""
 
     def float_weight(self, weight: HostTensor) -> LinearWeight:
-        """A weight ``[out, in]`` that stays in the backend's dtype whatever its ``quantization``: a router's. Comes with
-        :attr:`Op.MOE`."""
+        """A weight ``[out, in]`` that stays in the backend's dtype whatever its ``quantization``: a router's. Comes
+        with :attr:`Op.MOE`."""
         raise self._lacks(Op.MOE)
 
     def experts(self, experts: Sequence[Expert]) -> Experts:
@@ -407,8 +407,8 @@ class Backend(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Root-mean-square norm (Zhang & Sennrich 2019) of ``s = x + residual`` (``s = x`` without one).
 
-        ``x``, ``residual`` ``[T, hidden]``; the mean is taken in float32. Returns ``(norm(s) * weight, s)``; where there
-        is a residual, both inputs may be overwritten. ``weight`` is of the backend's dtype or, with
+        ``x``, ``residual`` ``[T, hidden]``; the mean is taken in float32. Returns ``(norm(s) * weight, s)``; where
+        there is a residual, both inputs may be overwritten. ``weight`` is of the backend's dtype or, with
         :attr:`Op.FLOAT_NORM`, float32."""
 
     def layer_norm(

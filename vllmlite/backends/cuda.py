@@ -2,7 +2,8 @@
 
 Ops issue kernels on one stream and return at once; :meth:`CudaBackend.to_host` waits, for sampled ids no longer than
 until their own copy has arrived. In float32 an output row is a function of its own input row, bit for bit; 16-bit
-products and attention go through the tensor cores, whose sums depend on how many rows there are.
+products and attention go through the tensor cores, whose sums depend on how many rows there are unless the backend is
+batch-invariant.
 """
 
 # ruff: noqa: D102  (the methods are documented in base.py)
@@ -15,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
-from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,6 @@ from vllmlite.backends.base import (
     Tensor,
     float_parts,
 )
-from vllmlite.backends.cuda_deferred import Normed, Product, now
 from vllmlite.errors import BackendError
 
 HEAD_UNIT = 16
@@ -54,12 +53,18 @@ NATIVE_BFLOAT16 = (8, 0)
 class CudaBackend(Backend):
     """``device``: ``cuda`` or ``cuda:N``. ``dtype``: of activations and dense weights, one of ``FLOAT_DTYPES``, or
     ``auto``: ``checkpoint_dtype``, except float16 for bfloat16 where the chip lacks it. BackendError says what is
-    missing."""
+    missing. ``batch_invariant``: in 16 bits too, an output row is a function of its own input row alone."""
 
     name: ClassVar[str] = "cuda"
     asynchronous = True
 
-    def __init__(self, device: str = "cuda", dtype: str = "auto", checkpoint_dtype: str = "bfloat16") -> None:
+    def __init__(
+        self,
+        device: str = "cuda",
+        dtype: str = "auto",
+        checkpoint_dtype: str = "bfloat16",
+        batch_invariant: bool = False,
+    ) -> None:
         if dtype not in ("auto", *FLOAT_DTYPES):
             raise BackendError(f"dtype {dtype}: the cuda backend computes in {', '.join(FLOAT_DTYPES)}")
         self._native = load_native()
@@ -79,11 +84,10 @@ class CudaBackend(Backend):
         self.device, self.dtype, self._index = device, dtype, index
         self.details = gpu["name"]
         with _out_of_memory("the device has no room for its own context"):
-            self._runtime = self._native.Runtime(index, dtype)
+            self._runtime = self._native.Runtime(index, dtype, batch_invariant)
         self._slots: Any = None
         self._kv_spec = KVSpec(1, 1, HEAD_UNIT, 16, dtype)
         self._graph_rows: tuple[int, ...] = ()
-        self._deferred: WeakSet[Normed | Product] = WeakSet()
 
     # Tensors
 
@@ -99,7 +103,6 @@ class CudaBackend(Backend):
             return self._runtime.tensor(data, source, shape, dtype or source)
 
     def to_host(self, tensor: Tensor) -> NDArray[Any]:
-        tensor = now(tensor)
         array: NDArray[Any] = self._runtime.to_host(tensor)
         if tensor.dtype == "bfloat16":
             return (array.astype(np.uint32) << 16).view(np.float32)
@@ -109,7 +112,7 @@ class CudaBackend(Backend):
         return self._runtime.empty(shape, dtype)
 
     def rows(self, tensor: Tensor, index: Tensor) -> Tensor:
-        return self._runtime.rows(now(tensor), index)
+        return self._runtime.rows(tensor, index)
 
     def memory(self) -> Memory:
         free, total = self._native.memory(self._index)
@@ -190,26 +193,11 @@ class CudaBackend(Backend):
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        residual = now(residual)
-        if residual is not None:
-            for other in [d for d in self._deferred if d is not x and d.reads is residual]:
-                other.now()  # of the residual as it was
-        if residual is not None and isinstance(x, Product) and x.result is None and x.reads is not residual:
-            squares = x.added_to(residual)
-            return self._defer(Normed(self._runtime, residual, squares, weight, eps)), residual
-        x = now(x)
-        return self._runtime.rms_norm(x, weight, eps, residual)[0], x if residual is None else residual
+        found: tuple[Tensor, Tensor] = self._runtime.rms_norm(x, weight, eps, residual)
+        return found
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
-        if not isinstance(x, Normed) or x.result is not None:
-            x = now(x)
-        if self._runtime.fuses(x.reads if isinstance(x, Normed) else x, weight):
-            return self._defer(Product(self._runtime, x, weight))
-        return self._runtime.linear(now(x), weight)
-
-    def _defer(self, op: Normed | Product) -> Normed | Product:
-        self._deferred.add(op)
-        return op
+        return self._runtime.linear(x, weight)
 
     def attn_prep(
         self,
@@ -227,7 +215,7 @@ class CudaBackend(Backend):
             (None, 0, False) if rope is None else (rope.cos_sin, rope.rotary_dim, rope.interleaved)
         )
         return self._runtime.attn_prep(
-            now(qkv), num_heads, table, size, interleaved, kv, layer, batch.backend, q_norm, k_norm, eps
+            qkv, num_heads, table, size, interleaved, kv, layer, batch.backend, q_norm, k_norm, eps
         )
 
     def paged_attention(
@@ -246,22 +234,21 @@ class CudaBackend(Backend):
         if alibi is not None:
             raise self._lacks(Op.ALIBI)
         sees = NO_WINDOW if window is None else min(window, NO_WINDOW)
-        return self._runtime.paged_attention(now(q), kv, layer, batch.backend, scale, sees)
+        return self._runtime.paged_attention(q, kv, layer, batch.backend, scale, sees)
 
     def gated_activation(self, x: Tensor, activation: str) -> Tensor:
         try:
-            gated = x.gated(activation) if isinstance(x, Product) else None
-            return gated or self._runtime.gated_activation(now(x), activation)
+            return self._runtime.gated_activation(x, activation)
         except ValueError as error:
             raise BackendError(str(error)) from error
 
     def logits(self, hidden: Tensor, weight: Any) -> Tensor:
-        return self._runtime.logits(now(hidden), weight)
+        return self._runtime.logits(hidden, weight)
 
     # Sampling
 
     def sample(self, logits: Tensor, slots: Any, batch: ForwardBatch) -> Sampled:
-        return _unpack(self._runtime.sample(now(logits), batch.backend))
+        return _unpack(self._runtime.sample(logits, batch.backend))
 
     def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
         return Logprobs(*self._runtime.logprobs(logits, ids, k))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class Wanted:
     has_blocks: bool = False
     ops: frozenset[Op] = frozenset()
     model: str = "the model"
+    batch_invariant: bool = False
 
 
 GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
@@ -41,10 +42,16 @@ def _cuda(wanted: Wanted) -> Backend:
     if wanted.quantization is not None:
         raise BackendError(f"vllmlite._cuda has no {wanted.quantization} weights")
     CudaBackend.check_ops(wanted.ops, wanted.model)
-    return CudaBackend(device, wanted.dtype, wanted.checkpoint_dtype)
+    return CudaBackend(device, wanted.dtype, wanted.checkpoint_dtype, wanted.batch_invariant)
+
+
+def _refuse_invariance(wanted: Wanted) -> None:
+    if wanted.batch_invariant:
+        raise BackendError("torch's products are not batch-invariant")
 
 
 def _torch_cuda(wanted: Wanted) -> Backend:
+    _refuse_invariance(wanted)
     device = "cuda" if wanted.device == "auto" else wanted.device
     if not device.startswith("cuda"):
         raise BackendError(f"device {device} was asked for")
@@ -67,6 +74,7 @@ def _torch_cuda(wanted: Wanted) -> Backend:
 
 
 def _torch_cpu(wanted: Wanted) -> Backend:
+    _refuse_invariance(wanted)
     torch_module: Any = _import_torch()
     if wanted.device not in ("auto", "cpu"):
         raise BackendError(f"device {wanted.device} was asked for")
@@ -108,6 +116,8 @@ def select_backend(
     has_blocks: bool = False,
     ops: frozenset[Op] = frozenset(),
     model: str = "the model",
+    batch_invariant: bool = False,
+    only: Collection[str] = (),
 ) -> tuple[Backend, str]:
     """The first candidate that can do what was asked, and a sentence that says which it is and why others declined.
 
@@ -115,8 +125,10 @@ def select_backend(
     ``dtype`` is ``auto`` or one of ``FLOAT_DTYPES``; ``auto`` is ``checkpoint_dtype``, except float16 for bfloat16 on
     GPUs without it, and float32 for float16 on the CPU. ``quantization``, one of ``QUANTIZATIONS`` or None, is of
     products' weights; ``has_blocks`` says that the checkpoint has weights whose kinds a backend may keep, as the native
-    CPU backend does where no ``dtype`` is asked for. ``ops``: what ``model`` needs beyond what every backend has.
-    ParameterError for anything else; BackendError with every reason where no candidate is left."""
+    CPU backend does where no ``dtype`` is asked for. ``ops``: what ``model`` needs beyond what every backend has, and
+    ``only`` names those that it can run on, all if empty. ``batch_invariant`` asks for rows that are the same to the
+    bit however they are batched, which native backends alone have. ParameterError for anything else; BackendError with
+    every reason where no candidate is left."""
     names = ("auto", *dict.fromkeys(name for name, _, _ in CANDIDATES))
     if backend not in names:
         raise ParameterError("backend", backend, ", ".join(names))
@@ -126,11 +138,25 @@ def select_backend(
         raise ParameterError("dtype", dtype, ", ".join(("auto", *FLOAT_DTYPES)))
     if quantization not in (None, *QUANTIZATIONS):
         raise ParameterError("quantization", quantization, ", ".join(QUANTIZATIONS))
-    wanted = Wanted(device, dtype, checkpoint_dtype, threads, cpu_isa, quantization, has_blocks, ops, model)
+    wanted = Wanted(
+        device,
+        dtype,
+        checkpoint_dtype,
+        threads,
+        cpu_isa,
+        quantization,
+        has_blocks,
+        ops,
+        model,
+        batch_invariant,
+    )
     declined = []
     for name, kind, make in CANDIDATES:
         if backend not in ("auto", name):
             declined.append(f"{name} on {kind} declined: backend {backend} was asked for")
+            continue
+        if only and name not in only:
+            declined.append(f"{name} on {kind} declined: {model} runs on {', '.join(only)} alone")
             continue
         try:
             chosen = make(wanted)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllmlite import __version__
 from vllmlite.cli import machine, probe
-from vllmlite.hub import BUILT_IN
+from vllmlite.errors import VllmliteError
+from vllmlite.hub import BUILT_IN, find_model
 
 if TYPE_CHECKING:
     import argparse
@@ -35,17 +36,19 @@ def add_arguments(parser: OptionParser) -> None:
     """Declare the options."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="do not ask the backends, which imports torch")
+    parser.add_argument("--model", metavar="DIR|ID", help="say how this model would run")
 
 
 def run(args: argparse.Namespace, parser: OptionParser) -> int:
     """Print the report."""
-    facts = gather(ask_backends=not args.quick)
+    facts = gather(ask_backends=not args.quick, model=args.model)
     print(json.dumps(facts, indent=2) if args.json else as_text(facts))
     return 0
 
 
-def gather(ask_backends: bool = True) -> dict[str, Any]:
-    """All facts, JSON-able."""
+def gather(ask_backends: bool = True, model: str | None = None) -> dict[str, Any]:
+    """All facts, JSON-able; those of ``model`` where one is named."""
+    answers = probe.probe() if ask_backends else []
     return {
         "vllmlite": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
@@ -54,8 +57,9 @@ def gather(ask_backends: bool = True) -> dict[str, Any]:
         "cpu": machine.cpu(),
         "memory": machine.memory(),
         "nvidia": machine.nvidia(),
-        "backends": probe.probe() if ask_backends else [],
+        "backends": answers,
         "built_in_model": _built_in_model(),
+        "model": _model(model, answers) if model is not None else None,
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
@@ -84,6 +88,8 @@ def as_text(facts: dict[str, Any]) -> str:
         name = f"{answer['backend']} on {answer['kind']}" if answer["kind"] else "backends"
         rows[name] = f"{verdict}: {answer['reason']}"
     rows["built-in model"] = ", ".join(f"{k} {v}" for k, v in model.items()) if model else "not installed"
+    if facts["model"] is not None:
+        rows["model"] = _model_text(facts["model"])
     for name, value in facts["environment"].items():
         rows[name] = value
     return "\n".join(f"{name:<15} {value}" for name, value in rows.items())
@@ -106,6 +112,41 @@ def _built_in_model() -> dict[str, Any]:
         "weight_bytes": sum(file.stat().st_size for file in BUILT_IN.glob("*.safetensors")),
         **{k: v for k, v in _json_object("manifest.json").items() if isinstance(v, (str, int, float))},
     }
+
+
+def _model(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """How model ``name`` would run on the backends that gave ``answers``, or why it would not."""
+    from vllmlite.models.plan import declining, plan_model
+
+    try:
+        plan = plan_model(find_model(name, weights=False))
+    except VllmliteError as error:
+        return {"name": name, "error": str(error)}
+    declined = declining(plan)
+    able = [answer for answer in answers if answer["available"] and answer["backend"] not in declined]
+    return {
+        "name": name,
+        "architecture": plan.architecture,
+        "implementation": plan.implementation,
+        "dtype": plan.dtype,
+        "quantization": plan.quantization,
+        "max_model_len": plan.max_position_embeddings,
+        "runs_on": [f"{answer['backend']} on {answer['kind']}" for answer in able],
+        "declines": declined,
+    }
+
+
+def _model_text(model: dict[str, Any]) -> str:
+    if "error" in model:
+        return f"does not run: {model['error']}"
+    weights = model["quantization"] or model["dtype"]
+    facts = [
+        f"{model['name']}: {model['architecture']} in {weights}, {model['implementation']}, "
+        f"{model['max_model_len']} tokens"
+    ]
+    if model["runs_on"]:
+        facts.append(f"runs on {', '.join(model['runs_on'])}")
+    return "; ".join(facts + list(model["declines"].values()))
 
 
 def _json_object(name: str) -> dict[str, Any]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from vllmlite.backends.base import ITEM_SIZE, KV_DTYPES, QUANTIZATIONS, Backend
+from vllmlite.backends.base import ITEM_SIZE, KV_DTYPES, QUANTIZATIONS, Backend, Model
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.models.decoder import Decoder
 from vllmlite.models.families import read_spec
 from vllmlite.models.gguf import open_gguf
+from vllmlite.models.plan import Plan, plan_model
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.weights.checkpoint import open_weights
 from vllmlite.weights.parts import ModelWeights
 from vllmlite.weights.quantized import stored_bytes
 
-__all__ = ["load_model", "open_model", "read_spec"]
+__all__ = ["load_model", "load_planned", "open_model", "plan_model", "read_spec"]
 
 
 def open_model(path: Path, spec: DecoderSpec, load_format: str = "auto", seed: int = 0) -> ModelWeights:
@@ -31,7 +33,7 @@ def open_model(path: Path, spec: DecoderSpec, load_format: str = "auto", seed: i
         spec.quantized_weights(),
         prefix=keys.prefix,
         computed=keys.computed,
-        tied=(f"{keys.head}.weight", sources["embedding.weight"].key) if spec.tied_head else None,
+        tied=(f"{keys.head}.weight", sources["embedding.weight"].key),
     )
     return ModelWeights(sources, stored)
 
@@ -78,6 +80,17 @@ def load_model(
         block_size=block_size,
         kv_dtype=backend.dtype if kv_cache_dtype == "auto" else kv_cache_dtype,
     )
+
+
+def load_planned(plan: Plan, backend: Backend, path: Path, *, max_model_len: int, **options: Any) -> Model:
+    """The model of directory ``path`` in the implementation that ``plan`` says; the other arguments are
+    :func:`load_model`'s."""
+    if plan.implementation == "native":
+        return load_model(backend, path, max_model_len=max_model_len, **options)
+    from vllmlite.models.hf_model import load_hf_model
+
+    del options["seed"]
+    return load_hf_model(backend, path, **options)
 
 
 def _what_fits(weights: ModelWeights, free: int) -> str:

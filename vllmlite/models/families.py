@@ -65,12 +65,36 @@ def read_spec(path: Path) -> DecoderSpec:
     """The spec of the checkpoint in directory ``path``, from its ``config.json`` alone. ModelError if it is not one
     that can run; needs no backend."""
     config = HfConfig.read(path)
+    name = architecture(config)
+    if name not in FAMILIES:
+        raise config.error("architectures", f"{', '.join(FAMILIES)}; or --model-impl transformers")
+    return FAMILIES[name].spec(config, name)
+
+
+def architecture(config: HfConfig) -> str:
+    """What ``architectures`` names, or else the model type stands for. ModelError, which says what kind of model it
+    is instead, for everything that is not a decoder of text."""
+    for section in ("vision_config", "audio_config", "speech_config"):
+        if config.get(section) is not None:
+            raise config.error(section, "none: models of images or sound are not supported, only of text")
+    if config.get("is_encoder_decoder"):
+        raise config.error("is_encoder_decoder", "false: models with an encoder are not supported")
     named = config.get("architectures")
     if not named:
-        by_type = {family.model_type: name for name, family in FAMILIES.items()}
-        name = config.choice("model_type", by_type)
-    elif isinstance(named, list) and isinstance(named[0], str) and named[0] in FAMILIES:
-        name = named[0]
-    else:
-        raise config.error("architectures", ", ".join(FAMILIES))
-    return FAMILIES[name].spec(config, name)
+        return config.choice("model_type", {family.model_type: name for name, family in FAMILIES.items()})
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise config.error("architectures", "a list of names")
+    name = named[0]
+    if not name.endswith(("ForCausalLM", "LMHeadModel")):
+        kinds = {
+            "ForConditionalGeneration": "models of images or sound, or with an encoder,",
+            "ForMaskedLM": "encoders",
+            "Classification": "classifiers",
+            "ForQuestionAnswering": "encoders",
+            "Model": "models without an output layer",
+        }
+        kind = next((kind for end, kind in kinds.items() if name.endswith(end)), "such models")
+        raise config.error(
+            "architectures", f"decoders of text, whose names end in ForCausalLM; {kind} are not supported"
+        )
+    return name

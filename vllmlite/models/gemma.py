@@ -55,7 +55,7 @@ def _spec(config: HfConfig, architecture: str, rotated: bool = True) -> DecoderS
         architecture,
         head_dim=256,
         norm=NormSpec(config.number("rms_norm_eps", 1e-6), unit_offset=True),
-        activation="gelu_tanh",
+        activation="gelu_pytorch_tanh",
         rotated=rotated,
         tied=True,
     )

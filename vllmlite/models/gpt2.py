@@ -46,7 +46,7 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
         architecture,
         norm=layer_norm(config),
         activations=ACTIVATIONS,
-        activation="gelu_tanh",
+        activation="gelu_new",
         rotated=False,
         tied=True,
     )

@@ -331,7 +331,8 @@ def decoder_spec(
     tied: bool = False,
 ) -> DecoderSpec:
     """A spec like Llama's from the fields that all families share. The arguments are a family's defaults, and what
-    its layers all have in common; families replace what else differs."""
+    its layers all have in common; families replace what else differs. ``activation`` is spelled as configurations
+    spell it."""
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     kv_heads = config.integer("num_key_value_heads", heads)
     if heads % kv_heads:

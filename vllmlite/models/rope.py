@@ -45,7 +45,7 @@ def inverse_frequencies(spec: RopeSpec, num_positions: int) -> NDArray[np.float6
         return _llama3(spec, plain)
     if spec.kind == "longrope":  # Ding et al. 2024
         long = num_positions > spec.original_max_position
-        return plain / np.array(spec.long_factors if long else spec.short_factors)
+        return np.asarray(plain / np.array(spec.long_factors if long else spec.short_factors))
     return plain
 
 

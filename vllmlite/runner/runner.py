@@ -7,6 +7,7 @@ stay on the device, where the next step gathers them, so that a step can be laun
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -29,6 +30,9 @@ from vllmlite.backends.base import (
 from vllmlite.engine.engine import StepResult, TokenLogprobs
 from vllmlite.engine.scheduler import Admission, Schedule
 
+MAX_GRAPHS = 512
+"""Graphs that are kept where each number of rows has its own, the latest ones: rows, features and counts of
+log-probabilities, which requests choose, make more than memory holds."""
 PROMPT_LOGPROBS_ROWS = 256
 """Prompt positions whose logits are in memory at a time."""
 
@@ -78,7 +82,7 @@ class ModelRunner:
         max_blocks = -(-max_model_len // model.kv_spec.block_size)
         self._slots = backend.alloc_slots(SlotSpec(max_num_seqs, max_blocks, model.vocab_size, num_blocks))
         self._enforce_eager = enforce_eager
-        self._graphs: dict[tuple[int, int, Feature, int], Step] = {}
+        self._graphs: OrderedDict[tuple[int, int, Feature, int], Step] = OrderedDict()
         self._graph_rows = () if enforce_eager else tuple(backend.graph_rows(max_num_seqs))
         self._known: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * max_num_seqs
         self._num_known = np.zeros(max_num_seqs, np.int32)
@@ -312,6 +316,9 @@ class ModelRunner:
     def _graph(self, key: tuple[int, int, Feature, int]) -> Step:
         if key not in self._graphs:
             self._graphs[key] = self.backend.capture(key, self._step)
+        self._graphs.move_to_end(key)
+        if not self._graph_rows and len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
         return self._graphs[key]
 
     def _step(self, batch: ForwardBatch) -> Sampled:

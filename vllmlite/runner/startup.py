@@ -50,21 +50,21 @@ class Started(Generic[EngineT]):
 def start(config: EngineConfig) -> Started[Engine]:
     """Start an engine. Raises ModelError, BackendError or ParameterError, each saying what to change."""
     from vllmlite.backends.select import select_backend
-    from vllmlite.models import load_model, read_spec
+    from vllmlite.models import load_planned, plan_model
     from vllmlite.models.gguf import has_blocks, treatment
     from vllmlite.models.hf_config import HfConfig
 
     path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
-    spec = read_spec(path)
-    if config.max_model_len is not None and config.max_model_len > spec.max_position_embeddings:
+    plan = plan_model(path, config.model_impl)
+    if config.max_model_len is not None and config.max_model_len > plan.max_position_embeddings:
         raise ParameterError(
             "max_model_len",
             config.max_model_len,
-            f"must be at most the model's {spec.max_position_embeddings}",
+            f"must be at most the model's {plan.max_position_embeddings}",
         )
-    if config.quantization not in (None, spec.quantization) and spec.quantization is not None:
+    if config.quantization not in (None, plan.quantization) and plan.quantization is not None:
         raise ParameterError(
-            "quantization", config.quantization, f"the checkpoint is in {spec.quantization} already"
+            "quantization", config.quantization, f"the checkpoint is in {plan.quantization} already"
         )
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, path)
     generation = _generation_config(config, path)
@@ -72,21 +72,24 @@ def start(config: EngineConfig) -> Started[Engine]:
         config.backend,
         config.device,
         config.dtype,
-        checkpoint_dtype=spec.dtype,
+        checkpoint_dtype=plan.dtype,
         threads=config.threads,
         cpu_isa=config.cpu_isa,
-        quantization=config.quantization or spec.quantization,
+        quantization=config.quantization or plan.quantization,
         has_blocks=path.is_file() and has_blocks(path),
-        ops=spec.required_ops(),
-        model=spec.architecture,
+        ops=plan.ops,
+        model=plan.architecture,
+        only=plan.backends,
+        batch_invariant=config.batch_invariant,
     )
     if path.is_file():
         done = treatment(path, backend.dtype, backend.quantization, backend.keeps_blocks)
         choice += f"; {done}"
         if sys.stderr.isatty():
             print(f"vllmlite: {done}", file=sys.stderr)
-    longest = config.max_model_len or spec.max_position_embeddings
-    model = load_model(
+    longest = config.max_model_len or plan.max_position_embeddings
+    model = load_planned(
+        plan,
         backend,
         path,
         max_model_len=longest,
@@ -139,7 +142,9 @@ def start(config: EngineConfig) -> Started[Engine]:
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     stats.lent_ops = list(backend.lent_ops)
-    return Started(engine, tokenizer, longest, spec.hidden_size, _default_params(config, generation), choice)
+    return Started(
+        engine, tokenizer, longest, plan.hidden_size, _default_params(config, generation), f"{plan}; {choice}"
+    )
 
 
 def start_process(config: EngineConfig) -> Started[EngineProcess]:

@@ -77,15 +77,15 @@ def open_weights(
     *,
     prefix: str = "",
     computed: str = "",
-    tied: tuple[str, str] | None = None,
+    tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight"),
 ) -> Weights:
     """The weights named in ``shapes``, after checking that directory ``path`` holds exactly these, in these shapes and
     a float dtype, or in codes and scales of the kind that ``kinds`` gives. ModelError names the file, the tensor, what
     was expected and found.
 
     ``prefix``: of the base model's names, whose first word a checkpoint of that alone leaves out. ``computed``: a
-    regular expression of tensors that may be there and are computed instead. ``tied``: an output layer that may be there
-    and the embedding that it then must equal.
+    regular expression of tensors that may be there and are computed instead. ``tied``: an output layer that may be
+    there though ``shapes`` has none, and the embedding that it then must equal.
 
     With ``load_format`` ``dummy`` no file is read: norms are one, everything else is floats drawn from ``seed``."""
     if load_format not in LOAD_FORMATS:
@@ -106,7 +106,7 @@ def open_weights(
     unused = [name for name in tensors if name not in expected and not _COMPUTED.search(name)]
     if computed:
         unused = [name for name in unused if not re.search(computed, name)]
-    if tied is not None and tied[0] in unused and _same(tensors[tied[0]], tensors[tied[1]]):
+    if tied[0] in unused and _same(tensors[tied[0]], tensors[tied[1]]):
         unused.remove(tied[0])
     if unused:
         raise ModelError(f"{path}: tensors that the model has no use for: {listed(unused)}")
@@ -200,11 +200,10 @@ def _weight_map(index: Path, suffix: str) -> dict[str, str]:
 
 def _with_prefix(tensors: dict[str, HostTensor], prefix: str) -> dict[str, HostTensor]:
     """The tensors under the names that they have in the whole model, though stored as the bare base model's."""
-    outer, dot, inner = prefix.partition(".")
-    outer += dot
+    outer = prefix[: prefix.find(".") + 1]
     if not outer or any(name.startswith(outer) for name in tensors):
         return tensors
-    return {name if name == "lm_head.weight" else outer + name: tensor for name, tensor in tensors.items()}
+    return {outer + name: tensor for name, tensor in tensors.items()}
 
 
 def _same(one: HostTensor, other: HostTensor) -> bool:

@@ -42,7 +42,7 @@ class Source:
         """The model's tensor out of the stored one: the same memory where its rows lie together, else a copy."""
         if self.rows is None and not self.transposed:
             return tensor
-        elements = tensor.data.view(f"V{ITEM_SIZE[tensor.dtype]}").reshape(self.stored)
+        elements = tensor.data.view(f"u{ITEM_SIZE[tensor.dtype]}").reshape(self.stored)
         if self.transposed:
             elements = elements.T
         if self.rows is not None:

@@ -173,9 +173,9 @@ VLLMLITE_INLINE void activate_row(const float* x, const float* up, typename T::I
     T::store(out + i, times(activated<kKind>(load<F>(x + i)), up == nullptr ? F{} : load<F>(up + i)));
   const int rest = size - i;
   if (rest > 0)
-    store_some<T>(
-        out + i,
-        times(activated<kKind>(load_some<F>(x + i, rest)), up == nullptr ? F{} : load_some<F>(up + i, rest)), rest);
+    store_some<T>(out + i,
+                  times(activated<kKind>(load_some<F>(x + i, rest)), up == nullptr ? F{} : load_some<F>(up + i, rest)),
+                  rest);
 }
 
 inline void activate(Activation kind, const float* x, const float* up, void* out, Float out_type, int size) {

@@ -1,0 +1,124 @@
+"""Models through transformers' own code over the paged cache: the same numbers as transformers', or a refusal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from checkpoints import TINY, write_checkpoint
+from paged import PagedModel
+from test_models import chunked, expected_logits, greedy, prompts
+
+from vllmlite import LLM, SamplingParams
+from vllmlite.backends.cpu import CpuBackend
+from vllmlite.backends.torch import TorchBackend
+from vllmlite.errors import BackendError, ModelError, ParameterError
+from vllmlite.models import load_planned, plan_model
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "starcoder2": ("Starcoder2", {"sliding_window": 11}),
+    "cohere": ("Cohere", {"logit_scale": 0.5}),
+    "phi": ("Phi", {}),
+    "olmo": ("Olmo", {}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 11}),
+}
+
+
+def hf_model(path: Path) -> PagedModel:
+    plan = plan_model(path, "transformers")
+    assert (plan.implementation, plan.backends) == ("transformers", ("torch",))
+    model = load_planned(plan, TorchBackend(), path, max_model_len=128, block_size=4, seed=0)
+    return PagedModel(model, num_blocks=320)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_transformers(case: str, tmp_path: Path) -> None:
+    family, changes = CASES[case]
+    reference = write_checkpoint(tmp_path, family, **changes)
+    sequences = prompts()
+    expected = [expected_logits(reference, sequence, False) for sequence in sequences]
+    scale = max(float(np.abs(logits).max()) for logits in expected)
+    paged = hf_model(tmp_path)
+    for how in ("whole", "ragged"):
+        for row, (found, wanted) in enumerate(zip(chunked(paged, sequences, how), expected, strict=True)):
+            assert float(np.abs(found - wanted).max()) <= 1e-4 * scale, f"{how}, row {row}"
+    ours, theirs = greedy(paged, reference, sequences)
+    assert ours == theirs
+
+
+def test_an_engine_of_either_kind_writes_the_same(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "Llama", eos_token_id=None)
+    options: dict[str, Any] = {"skip_tokenizer_init": True, "dtype": "float32", "num_gpu_blocks_override": 40}
+    texts = []
+    for implementation in ("native", "transformers"):
+        llm = LLM(str(tmp_path), model_impl=implementation, device="cpu", **options)
+        outputs = llm.generate(
+            [{"prompt_token_ids": [5, 6, 7]}, {"prompt_token_ids": list(range(40))}],
+            SamplingParams(temperature=0, max_tokens=12, detokenize=False),
+        )
+        texts.append([output.outputs[0].token_ids for output in outputs])
+        choice = llm.llm_engine.backend_choice
+        assert choice.startswith("LlamaForCausalLM through ")
+        assert ("transformers" in choice.partition(";")[0]) == (implementation == "transformers")
+    assert texts[0] == texts[1]
+    with pytest.raises(BackendError, match=r"cpu on cpu declined: LlamaForCausalLM runs on torch alone"):
+        LLM(str(tmp_path), model_impl="transformers", backend="cpu", **options)
+
+
+def test_which_code_runs(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "Starcoder2")
+    assert plan_model(tmp_path).implementation == "transformers"
+    with pytest.raises(ModelError, match=r"Starcoder2ForCausalLM.*--model-impl transformers"):
+        plan_model(tmp_path, "native")
+    with pytest.raises(ParameterError, match="model_impl"):
+        plan_model(tmp_path, "vllm2")
+    write_checkpoint(tmp_path, "Llama")
+    assert plan_model(tmp_path).implementation == "native"
+    assert plan_model(tmp_path, "transformers").implementation == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("GPTJ", {"rotary_dim": 8}, "cannot run over a paged cache|cannot load"),
+        ("Mamba", {}, "cannot run over a paged cache|max_position_embeddings|cannot load"),
+        (
+            "Llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type=dynamic",
+        ),
+    ],
+)
+def test_models_that_cannot_are_refused(
+    family: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    config = getattr(transformers, f"{family}Config")(**TINY | changes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=words):
+        hf_model(tmp_path)
+
+
+def test_other_backends_and_quantised_weights_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
+    write_checkpoint(tmp_path, "Starcoder2")
+    plan = plan_model(tmp_path)
+    for backend in (TorchBackend(quantization="int8"), CpuBackend()):
+        with pytest.raises(BackendError, match="torch backend alone"):
+            load_planned(plan, backend, tmp_path, max_model_len=64, block_size=4, seed=0)
+
+
+def test_missing_weights_and_code_of_its_own_are_refused(tmp_path: Path) -> None:
+    reference = write_checkpoint(tmp_path, "Starcoder2")
+    state = {name: value for name, value in reference.state_dict().items() if "layers.1" not in name}
+    reference.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ModelError, match="missing keys"):
+        hf_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="never run"):
+        plan_model(tmp_path)
