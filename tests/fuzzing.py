@@ -26,6 +26,7 @@ from vllmlite.gguf_tokenizer import gguf_tokenizer
 from vllmlite.hub import BUILT_IN
 from vllmlite.hub.tarball import extract
 from vllmlite.models import read_spec
+from vllmlite.models.families import FAMILIES
 from vllmlite.models.gguf import open_gguf
 from vllmlite.tokenizer import Tokenizer
 from vllmlite.weights.gguf import read_gguf
@@ -171,7 +172,17 @@ def _config_seeds() -> list[bytes]:
         {"quantization_config": {"quant_method": "vllmlite", "format": "int8", "group_size": 32}},
     ]  # fmt: skip
     base = json.loads((BUILT_IN / "config.json").read_text())
-    return [json.dumps(base | section).encode() for section in sections]
+    other: dict[str, Any] = {
+        "n_layer": 2, "n_head": 4, "n_embd": 64, "hidden_act": "gelu", "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "num_local_experts": 4, "n_positions": 64, "word_embed_proj_dim": 256,
+        "ffn_dim": 64, "rotary_pct": 0.25, "query_pre_attn_scalar": 64, "sliding_window": 16, "alibi": False,
+        "shared_expert_intermediate_size": 32, "norm_topk_prob": True, "no_rope_layer_interval": 2, "multi_query": True,
+    }  # fmt: skip
+    families = [
+        {**other, "architectures": [name], "model_type": family.model_type}
+        for name, family in FAMILIES.items()
+    ]
+    return [json.dumps(base | section).encode() for section in [*sections, *families]]
 
 
 def _tokenizer_seeds() -> list[bytes]:
