@@ -337,6 +337,18 @@ def test_activation(backend: Backend, activation: str) -> None:
     check(backend, backend.activation(put(backend, x), activation), activated(x, activation))
 
 
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_gated_linear(backend: Backend, num_tokens: int) -> None:
+    x, gate, up = numbers((num_tokens, 24)), numbers((10, 24), 1), numbers((10, 24), 2)
+    weight = backend.linear_weight([host(backend, gate), host(backend, up)])
+    sums = x @ gate.T
+    check(
+        backend,
+        backend.gated_linear(put(backend, x), weight, "silu"),
+        sums / (1 + np.exp(-sums)) * (x @ up.T),
+    )
+
+
 def test_unknown_activation_is_an_error(exact: Backend) -> None:
     with pytest.raises(BackendError, match="relu"):
         exact.gated_activation(put(exact, numbers((1, 4))), "relu")

@@ -19,7 +19,7 @@ from vllmlite.sampling_params import MAX_LOGPROBS
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4")
 KV_DTYPES = (*FLOAT_DTYPES, "int8")
-CPU_ISAS = ("auto", "baseline", "avx2", "avx512", "avx512_bf16", "neon")
+CPU_ISAS = ("auto", "baseline", "avx2", "avx512", "avx512_bf16", "amx", "neon")
 DTYPE_SYNONYMS = {"float": "float32", "half": "float16"}
 KV_DTYPE_SYNONYMS = {**DTYPE_SYNONYMS, "int8_per_token_head": "int8"}
 

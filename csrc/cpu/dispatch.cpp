@@ -2,6 +2,14 @@
 
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace vllmlite::cpu {
 
 #if defined(__x86_64__)
@@ -17,6 +25,9 @@ extern const Kernels kernels;
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
+namespace amx {
+extern const Kernels kernels;
+}
 #elif defined(__aarch64__)
 namespace neon {
 extern const Kernels kernels;
@@ -25,6 +36,25 @@ extern const Kernels kernels;
 namespace baseline {
 extern const Kernels kernels;
 }
+#endif
+
+#if defined(__x86_64__)
+namespace {
+
+// Whether the CPU has tiles of bfloat16, and the kernel lets this process have their registers, which it must be asked.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr unsigned kTile = 1U << 24, kBf16 = 1U << 22;  // of leaf 7's EDX
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kTile) != 0 && (d & kBf16) != 0 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 #endif
 
 std::vector<const Kernels*> available_kernels() {
@@ -40,6 +70,7 @@ std::vector<const Kernels*> available_kernels() {
   found.push_back(&avx512::kernels);
   if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return found;
   found.push_back(&avx512_bf16::kernels);
+  if (may_use_tiles()) found.push_back(&amx::kernels);
   return found;
 #elif defined(__aarch64__)
   return {&neon::kernels};
@@ -58,6 +89,15 @@ const Kernels& choose_kernels(const std::string& isa) {
     names += kernels->isa;
   }
   throw std::invalid_argument("instruction set " + isa + ": this CPU and this build have " + names);
+}
+
+bool reads_ahead() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
 }
 
 }  // namespace vllmlite::cpu

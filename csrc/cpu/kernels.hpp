@@ -18,7 +18,7 @@ inline constexpr int kLinearChunk = 2048;
 // With more rows of x than this, w is copied into a better order first.
 inline constexpr int kLinearFew = 32;
 
-// Most rows of w in a block.
+// Most rows of w in a block, or in both.
 inline constexpr int kLinearRows = 96;
 
 // Keys that are weighed together, at multiples of it from position 0: part of the definition of attention's bits.
@@ -33,20 +33,37 @@ inline constexpr int kHeadUnit = 16;
 // Least scale of an int8 cache's head, the smallest normal number: heads of zeros are divided as all others are.
 inline constexpr float kLeastScale = 0x1p-126F;
 
-// y[m][n] = sum over k of x[m][k] * w[n][k], plus bias[n]; strides in elements.
-struct LinearBlock {
-  const void* x;  // of Kernels::linear_input
-  std::ptrdiff_t x_stride;
+// Rows of x that a product takes, in the order in which its kernel goes through them: in panels of a few rows each.
+struct LinearInput {
+  const void* x;  // row-major, of LinearKernel::input
   int m;
-  const void* w;
+  int k;
+  void* panels;  // LinearKernel::packed_bytes
+};
+
+// y[m][n] = sum over k of x[m][k] * w[n][k], plus bias[n]; strides in elements. There may be a second block of w with
+// n rows of its own, whose sums lie n elements behind those of the first.
+struct LinearBlock {
+  const void* x;  // the panels, or where packed_bytes is 0 the rows one after the other
+  int m;
+  const void* w[2];  // the second null: none
   std::ptrdiff_t w_stride;
   int n;
   int k;
   float* y;
   std::ptrdiff_t y_stride;
-  const float* bias;   // null: none
-  const void* next;    // the block that this thread does next, n rows of the same stride; null: none
-  std::byte* scratch;  // for more than kLinearFew rows of x: room for kLinearRows x kLinearChunk elements of w
+  const float* bias[2];  // null: none
+  const void* next[2];   // what this thread does next in the place of w, n rows of the same stride; null: none
+  bool fetch;            // whether to fetch what comes next while at it
+  std::byte* scratch;    // for more than kLinearFew rows of x: room for kLinearRows x kLinearChunk elements of w
+};
+
+struct LinearKernel {
+  Float input;                                // what x must be
+  std::size_t (*packed_bytes)(int m, int k);  // of all panels; 0: rows are taken as they are
+  int (*panels)(int m);
+  void (*pack)(const LinearInput& input, int panel);
+  void (*run)(const LinearBlock& block);
 };
 
 // Elements along k that share a scale, and rows of w that lie together.
@@ -159,10 +176,8 @@ constexpr std::size_t attention_scratch(int head_dim) {
 
 struct Kernels {
   const char* isa;
-  Float linear_input[kFloats];  // what x must be, by the type of w
-  int linear_rows;              // rows of x that share one pass over w
+  LinearKernel linear[kFloats];  // by the type of w
 
-  void (*linear[kFloats])(const LinearBlock&);
   void (*quantized[kCodes])(const QuantizedBlock&);
   void (*quantize_x)(const QuantizedRow&);
   bool (*quantize_strip[kCodes])(const QuantizedStrip&);  // false if a weight is not finite

@@ -268,6 +268,14 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
            [](cpu::Runtime& self, const Tensor& x, const std::string& name) {
              return cpu::gated_activation(self, x, activation_of(name, true));
            })
+      .def("gated_linear",
+           [](cpu::Runtime& self, const Tensor& x, const cpu::LinearWeight& weight, const std::string& name) {
+             return cpu::gated_linear(self, x, weight, activation_of(name, true));
+           })
+      .def("gated_linear",
+           [](cpu::Runtime& self, const Tensor& x, const cpu::QuantizedWeight& weight, const std::string& name) {
+             return cpu::gated_linear(self, x, weight, activation_of(name, true));
+           })
       .def("activation", [](cpu::Runtime& self, const Tensor& x,
                             const std::string& name) { return cpu::activation(self, x, activation_of(name, false)); })
       .def("add", &cpu::add)

@@ -44,6 +44,9 @@ LinearWeight make_weight(std::vector<Tensor> parts, std::optional<Tensor> bias);
 
 Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight);
 
+// gated_activation of linear, a block of rows of w at a time: the sums are not kept.
+Tensor gated_linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, Activation f);
+
 // Rows of a quantised weight [rows, in], in strips: uint8 codes and bfloat16 scales as kernels.hpp has them.
 struct QuantizedPart {
   Tensor codes;   // [strips, groups, bytes of a group]
@@ -71,6 +74,7 @@ QuantizedWeight make_quantized(Codes codes, std::vector<QuantizedPart> parts, st
 
 // The product with x quantised a row at a time.
 Tensor linear(Runtime& runtime, const Tensor& x, const QuantizedWeight& weight);
+Tensor gated_linear(Runtime& runtime, const Tensor& x, const QuantizedWeight& weight, Activation f);
 
 // Which rows of x meet which of several weights. It is filled in by a phase, before the products run.
 struct Groups {

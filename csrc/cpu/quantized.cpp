@@ -160,6 +160,10 @@ Tensor linear(Runtime& runtime, const Tensor& given, const QuantizedWeight& weig
   return y;
 }
 
+Tensor gated_linear(Runtime& runtime, const Tensor& x, const QuantizedWeight& weight, Activation f) {
+  return gated_activation(runtime, linear(runtime, x, weight), f);
+}
+
 Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<QuantizedWeight>& weights,
                       const std::shared_ptr<Groups>& groups) {
   const QuantizedWeight& like = weights.front();

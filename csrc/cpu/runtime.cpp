@@ -27,7 +27,7 @@ DType dtype_of(Float type) {
 
 Runtime::Runtime(const std::string& isa, std::vector<std::vector<int>> places, DType dtype)
     : kernels_(choose_kernels(isa)),
-      product_input_(dtype_of(kernels_.linear_input[static_cast<int>(float_of(dtype))])),
+      product_input_(dtype_of(kernels_.linear[static_cast<int>(float_of(dtype))].input)),
       team_(std::move(places)) {}
 
 void Runtime::keep(const Tensor& tensor) {

@@ -478,6 +478,10 @@ class Backend(ABC):
         """``f(gate) * up`` of ``x = [gate | up] [T, 2 * I]``: ``[T, I]``; ``activation`` is ``silu``, ``gelu``
         or ``gelu_tanh``."""
 
+    def gated_linear(self, x: Tensor, weight: LinearWeight, activation: str) -> Tensor:
+        """:meth:`gated_activation` of :meth:`linear`, whose result a backend need not keep."""
+        return self.gated_activation(self.linear(x, weight), activation)
+
     def activation(self, x: Tensor, activation: str) -> Tensor:
         """``f(x)``, which may overwrite x; ``activation`` is ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``."""
         raise self._lacks(Op.ACTIVATION)

@@ -268,6 +268,12 @@ class CpuBackend(Backend):
         except ValueError as error:
             raise BackendError(str(error)) from error
 
+    def gated_linear(self, x: Tensor, weight: Any, activation: str) -> Tensor:
+        try:
+            return self._runtime.gated_linear(x, weight, activation)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+
     def activation(self, x: Tensor, activation: str) -> Tensor:
         try:
             return self._runtime.activation(x, activation)

@@ -150,10 +150,9 @@ class Decoder:
     def _mlp(self, h: Tensor, mlp: _Mlp | _Moe) -> Tensor:
         ops, spec = self.backend, self.spec
         if isinstance(mlp, _Mlp):
-            up = ops.linear(h, mlp.up)
-            gated = spec.gated_mlp
-            x = ops.gated_activation(up, spec.activation) if gated else ops.activation(up, spec.activation)
-            return ops.linear(x, mlp.down)
+            if spec.gated_mlp:
+                return ops.linear(ops.gated_linear(h, mlp.up, spec.activation), mlp.down)
+            return ops.linear(ops.activation(ops.linear(h, mlp.up), spec.activation), mlp.down)
         routed = ops.moe(
             h, ops.linear(h, mlp.router), mlp.experts, mlp.spec.top_k, mlp.spec.renormalise, spec.activation
         )

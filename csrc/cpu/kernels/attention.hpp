@@ -302,6 +302,13 @@ VLLMLITE_INLINE void add_all_values(const float* weights, const float* factors, 
   for (; at < padded; at += kLanes) add_values<V, N, 1>(weights, factors, chunk, ahead, first, last, at, out, padded);
 }
 
+// Calls body.operator()<N>(row) for rows of queries, as many at a time as N and what is left allow.
+template <int N, typename Body>
+VLLMLITE_INLINE void each_rows(int rows, Body body, int row = 0) {
+  for (; row + N <= rows; row += N) body.template operator()<N>(row);
+  if constexpr (N > 1) each_rows<N - 1>(rows, body, row);
+}
+
 template <typename C>
 void attention(const AttentionTile& tile) {
   using Query = typename C::Query;
@@ -362,14 +369,11 @@ void attention(const AttentionTile& tile) {
     const std::byte* const* keys_ahead = ahead != nullptr && reader.direct() ? ahead->keys : nullptr;
 
     for (int v = 0; v < kKeyVectors; v += 4) {
-      int row = 0;
       const std::byte* const* next = keys_ahead == nullptr ? nullptr : keys_ahead + v;
-      for (; row + kRowTile <= rows; row += kRowTile, next = nullptr)
-        scores<C, kRowTile>(q + row * padded, padded, chunk.keys + v, next, stride, factor, key_scales + v * kLanes,
-                            score + row * kKeyChunk + v * kLanes);
-      for (; row < rows; ++row, next = nullptr)
-        scores<C, 1>(q + row * padded, padded, chunk.keys + v, next, stride, factor, key_scales + v * kLanes,
-                     score + row * kKeyChunk + v * kLanes);
+      each_rows<kRowTile>(rows, [&]<int N>(int row) {
+        scores<C, N>(q + row * padded, padded, chunk.keys + v, row == 0 ? next : nullptr, stride, factor,
+                     key_scales + v * kLanes, score + row * kKeyChunk + v * kLanes);
+      });
     }
     for (int row = 0; row < rows; ++row) {
       const int position = tile.position + row / tile.group;
@@ -380,14 +384,10 @@ void attention(const AttentionTile& tile) {
       factors[row] = weigh<C::kScaled>(score + row * kKeyChunk, from - base, position - base, value_scales, maxima[row],
                                        lane_sums + row * 16);
     }
-    int row = 0;
-    const Chunk* next = ahead;
-    for (; row + kRowTile <= rows; row += kRowTile, next = nullptr)
-      add_all_values<typename C::Values, kRowTile>(score + row * kKeyChunk, factors + row, chunk, next, low, high,
-                                                   out + row * padded, padded);
-    for (; row < rows; ++row, next = nullptr)
-      add_all_values<typename C::Values, 1>(score + row * kKeyChunk, factors + row, chunk, next, low, high,
-                                            out + row * padded, padded);
+    each_rows<kRowTile>(rows, [&]<int N>(int row) {
+      add_all_values<typename C::Values, N>(score + row * kKeyChunk, factors + row, chunk, row == 0 ? ahead : nullptr,
+                                            low, high, out + row * padded, padded);
+    });
   }
 
   for (int row = 0; row < rows; ++row) {

@@ -8,14 +8,13 @@
 
 namespace vllmlite::cpu::VLLMLITE_ISA {
 
-inline constexpr int kRegisterRows = kManyRegisters ? 8 : 4;
+// Rows of x, and of w, in a register tile. Wider tiles of fewer rows of x are slower: four streams of w are what
+// memory is read fastest in.
+inline constexpr int kTileRows = kManyRegisters ? 6 : 4;
+constexpr int tile_width(int rows) { return kManyRegisters || rows <= 2 ? 4 : 3; }
 
-// With many rows, tiles of six by four need fewer loads than those of eight by three.
-inline constexpr int kManyPassRows = kManyRegisters ? 6 : 4;
-
-// Rows of w in a register tile, by rows of x.
-inline constexpr int kTileWidth[9] = {
-    0, 8, kManyRegisters ? 8 : 4, kManyRegisters ? 8 : 3, kManyRegisters ? 6 : 3, 4, 4, 3, 3};
+// With up to this many rows of x, they are taken as they are.
+inline constexpr int kPlainRows = 16;
 
 // w of type T against x in float32.
 template <typename T>
@@ -23,6 +22,7 @@ struct FloatProduct {
   using W = typename T::Item;
   using X = float;
   using V = F;
+  static constexpr Float kInput = Float::f32;
   static constexpr int kVector = kLanes;
   static VLLMLITE_INLINE V load_w(const W* w) { return T::load(w); }
   static VLLMLITE_INLINE V load_x(const X* x) { return load<F>(x); }
@@ -37,6 +37,7 @@ struct Bf16Product {
   using W = std::uint16_t;
   using X = std::uint16_t;
   using V = __m512bh;
+  static constexpr Float kInput = Float::bf16;
   static constexpr int kVector = 2 * kLanes;
   static VLLMLITE_INLINE V load_w(const W* w) { return (V)_mm512_loadu_si512(w); }
   static VLLMLITE_INLINE V load_x(const X* x) { return (V)_mm512_loadu_si512(x); }
@@ -61,29 +62,21 @@ VLLMLITE_INLINE __m512 add_quarters(const F* acc) {
 }
 #endif
 
-// Sums of N accumulators, each by the tree of sum(), many at a time.
+// Puts the sums of N accumulators, each by the tree of sum(), into N elements of y, or adds them.
 template <int N>
-VLLMLITE_INLINE void sums(const F* acc, float* out) {
-  int n = 0;
+VLLMLITE_INLINE void put_sums(const F* acc, float* y, bool add) {
 #if defined(__AVX512F__)
-  for (; n + 16 <= N; n += 16) {
-    const __m512 a = add_quarters(acc + n), b = add_quarters(acc + n + 4);
-    const __m512 c = add_quarters(acc + n + 8), d = add_quarters(acc + n + 12);
-    const __m512 ab = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-    const __m512 cd = _mm512_add_ps(_mm512_shuffle_ps(c, d, 0x44), _mm512_shuffle_ps(c, d, 0xee));
-    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    _mm512_storeu_ps(out + n, _mm512_permutexvar_ps(order, all));
-  }
-  for (; n + 4 <= N; n += 4) {
-    const __m512 four = add_quarters(acc + n);
+  if constexpr (N == 4) {
+    const __m512 four = add_quarters(acc);
     const __m512 two = _mm512_add_ps(four, _mm512_permute_ps(four, 0xee));
     const __m512 one = _mm512_add_ps(two, _mm512_permute_ps(two, 0x55));
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-    _mm_storeu_ps(out + n, _mm512_castps512_ps128(_mm512_permutexvar_ps(order, one)));
+    const __m128 sums = _mm512_castps512_ps128(_mm512_permutexvar_ps(order, one));
+    _mm_storeu_ps(y, add ? _mm_add_ps(_mm_loadu_ps(y), sums) : sums);
+    return;
   }
 #endif
-  for (; n < N; ++n) out[n] = sum(acc[n]);
+  for (int n = 0; n < N; ++n) y[n] = add ? y[n] + sum(acc[n]) : sum(acc[n]);
 }
 
 // Elements in a cache line of w: what a tile goes forward at a time.
@@ -93,17 +86,13 @@ inline constexpr int kLine = 64 / static_cast<int>(sizeof(typename P::W));
 struct Tile {
   int k;
   std::ptrdiff_t x_stride, w_stride, y_stride;  // from row to row
-  std::ptrdiff_t w_step;                        // from line to line of a row of w
+  std::ptrdiff_t x_step, w_step;                // from line to line of a row
   bool packed;                                  // w is in the order of pack()
   bool add;                                     // to what y holds
-  const char* ahead;                            // rows to prefetch while at it
+  const char* ahead;                            // rows to prefetch while at it, one after the other
   std::ptrdiff_t ahead_stride;
   int ahead_rows;
 };
-
-// Rows of x from which on the rows ahead are fetched one after the other, which memory delivers faster beside so much
-// arithmetic; with fewer they are fetched abreast, which costs less.
-inline constexpr int kFetchInTurn = 5;
 
 template <typename P, int M, int N>
 void tile(const typename P::X* x, const typename P::W* w, float* y, const Tile& t) {
@@ -111,16 +100,12 @@ void tile(const typename P::X* x, const typename P::W* w, float* y, const Tile& 
   const int row_bytes = t.k / kLine<P> * 64;
   const char *ahead = t.ahead, *row_end = ahead + row_bytes;
   int k = 0;
-  for (; k + kLine<P> <= t.k; k += kLine<P>, w += t.w_step) {
+  for (; k + kLine<P> <= t.k; k += kLine<P>, x += t.x_step, w += t.w_step) {
     for (int row = 0; row < t.ahead_rows; ++row) {
-      if constexpr (M < kFetchInTurn) {
-        prefetch(t.ahead + row * t.ahead_stride + k * static_cast<int>(sizeof(typename P::W)));
-      } else {
-        prefetch(ahead);
-        if ((ahead += 64) == row_end) {
-          ahead += t.ahead_stride - row_bytes;
-          row_end += t.ahead_stride;
-        }
+      prefetch(ahead);
+      if ((ahead += 64) == row_end) {
+        ahead += t.ahead_stride - row_bytes;
+        row_end += t.ahead_stride;
       }
     }
 #pragma GCC unroll 8
@@ -130,35 +115,36 @@ void tile(const typename P::X* x, const typename P::W* w, float* y, const Tile& 
       for (int n = 0; n < N; ++n) wv[n] = P::load_w(w + n * t.w_stride + step);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const typename P::V xv = P::load_x(x + m * t.x_stride + k + step);
+        const typename P::V xv = P::load_x(x + m * t.x_stride + step);
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) acc[m * N + n] = P::add(acc[m * N + n], xv, wv[n]);
       }
     }
   }
-  for (; k < t.k; k += P::kVector, w += P::kVector) {
+  for (; k < t.k; k += P::kVector, x += P::kVector, w += P::kVector) {
     const int count = smaller(P::kVector, t.k - k);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const typename P::V xv = P::load_some_x(x + m * t.x_stride + k, count);
+      const typename P::V xv = P::load_some_x(x + m * t.x_stride, count);
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n)
         acc[m * N + n] = P::add(acc[m * N + n], xv, P::load_some_w(w + n * t.w_stride, count));
     }
   }
-  float found[M * N];
-  sums<M * N>(acc, found);
-  for (int m = 0; m < M; ++m) {
-    float* row = y + m * t.y_stride;
-    for (int n = 0; n < N; ++n) row[n] = t.add ? row[n] + found[m * N + n] : found[m * N + n];
-  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) put_sums<N>(acc + m * N, y + m * t.y_stride, t.add);
+}
+
+template <typename P>
+constexpr int round_up_to_lines(int k) {
+  return (k + kLine<P> - 1) / kLine<P> * kLine<P>;
 }
 
 // Copies n rows of k elements so that a tile reads them in one stream: line by line, and of each line the rows of the
-// tile, kTileWidth[kManyPassRows] of them, then rows that fill no tile one by one.
+// tile, then rows that fill no tile one by one.
 template <typename P>
 void pack(const typename P::W* w, std::ptrdiff_t stride, int n, int k, typename P::W* to) {
-  constexpr int kWidth = kTileWidth[kManyPassRows];
+  constexpr int kWidth = tile_width(kTileRows);
   for (int row = 0; row < n;) {
     const int width = n - row >= kWidth ? kWidth : 1;
     for (int at = 0; at < k; at += kLine<P>) {
@@ -178,14 +164,15 @@ void pack(const typename P::W* w, std::ptrdiff_t stride, int n, int k, typename 
 template <typename P, int M>
 void pass(const typename P::X* x, const typename P::W* w, int n, float* y, Tile t, const char* next, int index,
           int passes) {
-  constexpr int N = kTileWidth[M];
-  const std::ptrdiff_t row_size = t.packed ? (t.k + kLine<P> - 1) / kLine<P> * kLine<P> : t.w_stride;
+  constexpr int N = tile_width(M);
+  const std::ptrdiff_t row_size = t.packed ? round_up_to_lines<P>(t.k) : t.w_stride;
   const auto row_bytes = t.w_stride * static_cast<std::ptrdiff_t>(sizeof(typename P::W));
   t.ahead_stride = passes * row_bytes;
   const auto look_ahead = [&](int row, int rows) {
     const int first = (row - index + passes - 1) / passes * passes + index;
-    t.ahead = next + first * row_bytes;
-    t.ahead_rows = next == nullptr || first >= row + rows ? 0 : (row + rows - first + passes - 1) / passes;
+    const bool some = next != nullptr && first < row + rows;
+    t.ahead = some ? next + first * row_bytes : reinterpret_cast<const char*>(w);
+    t.ahead_rows = some ? (row + rows - first + passes - 1) / passes : 0;
   };
   if (t.packed) {
     t.w_stride = kLine<P>;
@@ -203,44 +190,86 @@ void pass(const typename P::X* x, const typename P::W* w, int n, float* y, Tile 
   }
 }
 
+// Passes over w that m rows of x need.
+inline int passes_of(int m) { return (m + kTileRows - 1) / kTileRows; }
+
+// The rows of x before a pass: rows are shared out among passes as evenly as can be, the longer passes last.
+inline int rows_before(int m, int pass, int passes) {
+  return m / passes * pass + larger(0, pass - (passes - m % passes));
+}
+
+// Panels are the rows of a pass, line by line.
+template <typename P>
+std::size_t packed_bytes(int m, int k) {
+  if (m <= kPlainRows) return 0;
+  return sizeof(typename P::X) * static_cast<std::size_t>(m) * static_cast<std::size_t>(round_up_to_lines<P>(k));
+}
+
+template <typename P>
+void pack_panel(const LinearInput& input, int panel) {
+  const int passes = passes_of(input.m), first = rows_before(input.m, panel, passes);
+  const int rows = rows_before(input.m, panel + 1, passes) - first;
+  const auto* x = static_cast<const typename P::X*>(input.x) + static_cast<std::ptrdiff_t>(first) * input.k;
+  auto* to =
+      static_cast<typename P::X*>(input.panels) + static_cast<std::ptrdiff_t>(first) * round_up_to_lines<P>(input.k);
+  for (int k = 0; k < input.k; k += kLine<P>) {
+    const auto bytes = static_cast<std::size_t>(smaller(kLine<P>, input.k - k)) * sizeof(typename P::X);
+    for (int row = 0; row < rows; ++row, to += kLine<P>)
+      __builtin_memcpy(to, x + static_cast<std::ptrdiff_t>(row) * input.k + k, bytes);
+  }
+}
+
 template <typename P>
 void linear(const LinearBlock& block) {
+  using W = typename P::W;
   using Pass = decltype(&pass<P, 1>);
   static constexpr Pass kPasses[] = {
       nullptr,    pass<P, 1>, pass<P, 2>, pass<P, 3>, pass<P, 4>,
 #if defined(__AVX512F__) || defined(__aarch64__)
-      pass<P, 5>, pass<P, 6>, pass<P, 7>, pass<P, 8>,
+      pass<P, 5>, pass<P, 6>,
 #endif
   };
-  static_assert(kTileWidth[kManyPassRows] == kTileWidth[kManyPassRows - 1]);
+  static_assert(sizeof kPasses / sizeof *kPasses == kTileRows + 1 &&
+                tile_width(kTileRows) == tile_width(kTileRows - 1));
   const auto* x = static_cast<const typename P::X*>(block.x);
-  const auto* w = static_cast<const typename P::W*>(block.w);
-  auto* const room = reinterpret_cast<typename P::W*>(block.scratch);
-  const bool many = block.m > kLinearFew;
-  const int most = many ? kManyPassRows : kRegisterRows;
-  const int passes = (block.m + most - 1) / most;
+  auto* const room = reinterpret_cast<W*>(block.scratch);
+  const bool many = block.m > kLinearFew, panels = block.m > kPlainRows;
+  const int passes = passes_of(block.m), blocks = block.w[1] == nullptr ? 1 : 2;
+  const int x_size = panels ? round_up_to_lines<P>(block.k) : block.k;
   for (int k = 0; k < block.k; k += kLinearChunk) {
     Tile t{};
     t.k = smaller(kLinearChunk, block.k - k);
-    t.x_stride = block.x_stride;
     t.w_stride = block.w_stride;
     t.w_step = kLine<P>;
     t.y_stride = block.y_stride;
     t.add = k > 0;
     t.packed = many;
-    if (many) pack<P>(w + k, block.w_stride, block.n, t.k, room);
+    const std::ptrdiff_t room_size = static_cast<std::ptrdiff_t>(block.n) * round_up_to_lines<P>(t.k);
+    if (many)
+      for (int i = 0; i < blocks; ++i)
+        pack<P>(static_cast<const W*>(block.w[i]) + k, block.w_stride, block.n, t.k, room + i * room_size);
     const bool last = k + kLinearChunk >= block.k;
-    const void* next = last ? block.next : w + k + kLinearChunk;
-    for (int index = 0, m = 0; index < passes; ++index) {
-      const int rows = (block.m - m + passes - index - 1) / (passes - index);
-      kPasses[rows](x + m * block.x_stride + k, many ? room : w + k, block.n, block.y + m * block.y_stride, t,
-                    static_cast<const char*>(next), index, passes);
-      m += rows;
+    for (int index = 0; index < passes; ++index) {
+      const int first = rows_before(block.m, index, passes), rows = rows_before(block.m, index + 1, passes) - first;
+      t.x_stride = panels ? kLine<P> : block.k;
+      t.x_step = panels ? rows * kLine<P> : kLine<P>;
+      const typename P::X* from =
+          x + static_cast<std::ptrdiff_t>(first) * x_size + (panels ? static_cast<std::ptrdiff_t>(k) * rows : k);
+      for (int i = 0; i < blocks; ++i) {
+        const W* w = static_cast<const W*>(block.w[i]) + k;
+        const void* next = !block.fetch ? nullptr : last ? block.next[i] : w + kLinearChunk;
+        kPasses[rows](from, many ? room + i * room_size : w, block.n, block.y + first * block.y_stride + i * block.n, t,
+                      static_cast<const char*>(next), index, passes);
+      }
     }
   }
-  if (block.bias != nullptr)
-    for (int m = 0; m < block.m; ++m)
-      for (int n = 0; n < block.n; ++n) block.y[m * block.y_stride + n] += block.bias[n];
+  for (int i = 0; i < blocks; ++i)
+    if (block.bias[i] != nullptr)
+      for (int m = 0; m < block.m; ++m)
+        for (int n = 0; n < block.n; ++n) block.y[m * block.y_stride + i * block.n + n] += block.bias[i][n];
 }
+
+template <typename P>
+inline constexpr LinearKernel linear_kernel{P::kInput, packed_bytes<P>, passes_of, pack_panel<P>, linear<P>};
 
 }  // namespace vllmlite::cpu::VLLMLITE_ISA

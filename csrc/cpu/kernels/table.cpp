@@ -1,4 +1,5 @@
 // The table of one instruction set: compiled once for each, with VLLMLITE_ISA its name.
+#include "cpu/kernels/amx.hpp"
 #include "cpu/kernels/attention.hpp"
 #include "cpu/kernels/elementwise.hpp"
 #include "cpu/kernels/linear.hpp"
@@ -13,16 +14,12 @@ extern const Kernels kernels;
 
 constinit const Kernels kernels{
     .isa = VLLMLITE_TEXT(VLLMLITE_ISA),
-#if defined(__AVX512BF16__)
-    .linear_input = {Float::f32, Float::f32, Float::bf16},
+#if defined(__AMX_BF16__)
+    .linear = {linear_kernel<FloatProduct<F32>>, linear_kernel<FloatProduct<F16>>, amx_kernel},
+#elif defined(__AVX512BF16__)
+    .linear = {linear_kernel<FloatProduct<F32>>, linear_kernel<FloatProduct<F16>>, linear_kernel<Bf16Product>},
 #else
-    .linear_input = {Float::f32, Float::f32, Float::f32},
-#endif
-    .linear_rows = kRegisterRows,
-#if defined(__AVX512BF16__)
-    .linear = {linear<FloatProduct<F32>>, linear<FloatProduct<F16>>, linear<Bf16Product>},
-#else
-    .linear = {linear<FloatProduct<F32>>, linear<FloatProduct<F16>>, linear<FloatProduct<BF16>>},
+    .linear = {linear_kernel<FloatProduct<F32>>, linear_kernel<FloatProduct<F16>>, linear_kernel<FloatProduct<BF16>>},
 #endif
     .quantized = {quantized<Int8Codes>, quantized<Int4Codes>},
     .quantize_x = quantize_x,
