@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from vllmlite.backends.base import (
     Tensor,
 )
 from vllmlite.models.rope import cos_sin
-from vllmlite.models.spec import DecoderSpec, MoeSpec
+from vllmlite.models.spec import DecoderSpec, MoeSpec, RopeSpec
 from vllmlite.weights.parts import ModelWeights
 
 
@@ -78,27 +79,27 @@ class Decoder:
         self.backend = backend
         self.vocab_size = spec.vocab_size
         self.kv_spec = KVSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, kv_dtype)
-        self._weights = weights
         self._scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
         self._alibi = backend.tensor(np.array(spec.alibi, np.float32)) if spec.alibi else None
-        ropes = dict.fromkeys(layer.rope for layer in spec.layers if layer.rope is not None)
-        self._ropes = {
-            rope: Rope(backend.tensor(cos_sin(rope, max_model_len)), rope.rotary_dim) for rope in ropes
+        ropes = {
+            rope: Rope(backend.tensor(cos_sin(rope, max_model_len)), rope.rotary_dim)
+            for rope in dict.fromkeys(layer.rope for layer in spec.layers)
+            if rope is not None
         }
+        load = _Loader(spec, backend, weights, ropes)
         self._embed = backend.tensor(weights("embedding.weight"), backend.dtype)
         self._positions = (
             backend.tensor(weights("positions.weight"), backend.dtype) if spec.learned_positions else None
         )
-        self._embedding_norm = self._norm("embedding_norm") if spec.embedding_norm else None
-        self._layers = [self._load_layer(layer) for layer in range(spec.num_layers)]
-        self._final_norm = self._norm("final_norm")
+        self._embedding_norm = load.norm("embedding_norm") if spec.embedding_norm else None
+        self._layers = [load.layer(layer) for layer in range(spec.num_layers)]
+        self._final_norm = load.norm("final_norm")
         if spec.tied_head and weights.is_quantized("embedding.weight"):
             self._head = backend.linear_weight([weights.product("embedding.weight")])
         elif spec.tied_head:
             self._head = backend.tied_weight(self._embed)
         else:
             self._head = backend.linear_weight([weights.product("head.weight")])
-        del self._weights
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Hidden states ``[T, hidden]`` of the uploaded ``batch``, after the last norm; writes its keys and values."""
@@ -176,61 +177,66 @@ class Decoder:
     def _scaled(self, x: Tensor, factor: float) -> Tensor:
         return x if factor == 1.0 else self.backend.scale(x, factor)
 
-    # Loading
 
-    def _load_layer(self, index: int) -> _Layer:
+class _Loader:
+    """Puts the parts of a model on its backend."""
+
+    def __init__(
+        self, spec: DecoderSpec, backend: Backend, weights: ModelWeights, ropes: Mapping[RopeSpec, Rope]
+    ) -> None:
+        self.spec, self.backend, self.weights, self.ropes = spec, backend, weights, ropes
+
+    def layer(self, index: int) -> _Layer:
         spec, layer, name = self.spec, self.spec.layers[index], f"{index}."
         return _Layer(
-            attn_norm=self._norm(f"{name}attn_norm") if spec.attn_norm else None,
-            qkv=self._linear(name, "q", "k", "v"),
-            q_norm=self._norm_weight(f"{name}q_norm.weight") if spec.qk_norm else None,
-            k_norm=self._norm_weight(f"{name}k_norm.weight") if spec.qk_norm else None,
-            rope=None if layer.rope is None else self._ropes[layer.rope],
+            attn_norm=self.norm(f"{name}attn_norm") if spec.attn_norm else None,
+            qkv=self.linear(name, "q", "k", "v"),
+            q_norm=self.norm_weight(f"{name}q_norm.weight") if spec.qk_norm else None,
+            k_norm=self.norm_weight(f"{name}k_norm.weight") if spec.qk_norm else None,
+            rope=None if layer.rope is None else self.ropes[layer.rope],
             window=layer.window,
-            o=self._linear(name, "o"),
-            attn_out_norm=self._norm(f"{name}attn_out_norm") if spec.attn_out_norm else None,
-            mlp_norm=self._norm(f"{name}mlp_norm") if spec.mlp_norm else None,
-            mlp=self._load_mlp(name, spec.gated_mlp)
-            if layer.moe is None
-            else self._load_moe(name, layer.moe),
-            mlp_out_norm=self._norm(f"{name}mlp_out_norm") if spec.mlp_out_norm else None,
+            o=self.linear(name, "o"),
+            attn_out_norm=self.norm(f"{name}attn_out_norm") if spec.attn_out_norm else None,
+            mlp_norm=self.norm(f"{name}mlp_norm") if spec.mlp_norm else None,
+            mlp=self.mlp(name, spec.gated_mlp) if layer.moe is None else self.moe(name, layer.moe),
+            mlp_out_norm=self.norm(f"{name}mlp_out_norm") if spec.mlp_out_norm else None,
         )
 
-    def _load_mlp(self, name: str, gated: bool = True) -> _Mlp:
-        up = self._linear(name, "gate", "up") if gated else self._linear(name, "up")
-        return _Mlp(up, self._linear(name, "down"))
+    def mlp(self, name: str, gated: bool = True) -> _Mlp:
+        up = self.linear(name, "gate", "up") if gated else self.linear(name, "up")
+        return _Mlp(up, self.linear(name, "down"))
 
-    def _load_moe(self, name: str, moe: MoeSpec) -> _Moe:
+    def moe(self, name: str, moe: MoeSpec) -> _Moe:
         shared = bool(moe.shared_intermediate_size)
-        mlps = [self._load_mlp(f"{name}experts.{expert}.") for expert in range(moe.num_experts)]
+        mlps = [self.mlp(f"{name}experts.{expert}.") for expert in range(moe.num_experts)]
         return _Moe(
             spec=moe,
-            router=self.backend.float_weight(self._weights(f"{name}router.weight")),
+            router=self.backend.float_weight(self.weights(f"{name}router.weight")),
             experts=self.backend.experts([Expert(mlp.up, mlp.down) for mlp in mlps]),
-            shared=self._load_mlp(f"{name}shared.") if shared else None,
-            shared_gate=self.backend.float_weight(self._weights(f"{name}shared_gate.weight"))
+            shared=self.mlp(f"{name}shared.") if shared else None,
+            shared_gate=self.backend.float_weight(self.weights(f"{name}shared_gate.weight"))
             if shared
             else None,
         )
 
-    def _linear(self, name: str, *parts: str) -> LinearWeight:
-        weights = self._weights
+    def linear(self, name: str, *parts: str) -> LinearWeight:
+        weights = self.weights
         biases = [weights.optional(f"{name}{part}.bias") for part in parts]
         return self.backend.linear_weight(
             [weights.product(f"{name}{part}.weight") for part in parts],
             [bias for bias in biases if bias is not None],
         )
 
-    def _norm(self, name: str) -> _Norm:
-        bias = self._weights.optional(f"{name}.bias")
+    def norm(self, name: str) -> _Norm:
+        bias = self.weights.optional(f"{name}.bias")
         return _Norm(
-            self._norm_weight(f"{name}.weight"),
+            self.norm_weight(f"{name}.weight"),
             None if bias is None else self.backend.tensor(bias, self.backend.dtype),
         )
 
-    def _norm_weight(self, name: str) -> Tensor:
+    def norm_weight(self, name: str) -> Tensor:
         """In float32 where one is added: near it, 16 bits are too few."""
-        backend, host = self.backend, self._weights(name)
+        backend, host = self.backend, self.weights(name)
         if not self.spec.norm.unit_offset:
             return backend.tensor(host, backend.dtype)
         return backend.tensor(backend.to_host(backend.tensor(host, "float32")) + np.float32(1))
