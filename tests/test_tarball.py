@@ -288,7 +288,11 @@ def many(file: Any) -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(zeros, "more than the 1048576 bytes"), (long_header, "a record of"), (many, "more than 1000 files")],
+    [
+        (zeros, "more than the 1048576 bytes"),
+        (long_header, "a record of|no readable tarball"),  # newer Pythons read it piece by piece
+        (many, "more than 1000 files"),
+    ],
 )
 def test_bombs_do_not_go_off(
     content: Callable[[Any], None], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
