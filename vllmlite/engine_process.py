@@ -21,11 +21,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from vllmlite.config import EngineConfig
 from vllmlite.engine.bounds import RequestBounds
-from vllmlite.engine.engine import EngineOutput
+from vllmlite.engine.engine import EngineOutput, RequestOptions
 from vllmlite.engine.request import Grammar
 from vllmlite.engine.trace import TraceEvent
 from vllmlite.errors import BackendError, EngineDeadError, ParameterError, VllmliteError
@@ -143,30 +143,23 @@ class EngineProcess:
         request_id: str,
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
-        *,
-        bad_words: Sequence[Sequence[int]] = (),
-        grammar: Grammar | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        arrival_time: float | None = None,
-        pooling_type: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> _Asked:
         """Queue a request. Raises :class:`ParameterError`, and takes nothing in, if it can never be served.
 
         Of a ``grammar`` the process gets what was compiled, where it does not have that from earlier."""
         if request_id in self._requests:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
-        prompt = self.bounds.check(prompt_token_ids, params, bad_words, generates=pooling_type is None)
-        arrival = time.monotonic() if arrival_time is None else arrival_time
-        options = {
-            "bad_words": bad_words,
-            "priority": priority,
-            "cache_salt": cache_salt,
-            "arrival_time": arrival,
-            "pooling_type": pooling_type,
-            "grammar": self._to_send(grammar),
-        }
-        self._send(_Command("add_request", (request_id, prompt, params), options))
+        prompt = self.bounds.check(
+            prompt_token_ids,
+            params,
+            options.get("bad_words", ()),
+            generates=options.get("pooling_type") is None,
+        )
+        given = options.get("arrival_time")
+        arrival = time.monotonic() if given is None else given
+        sent = {**options, "arrival_time": arrival, "grammar": self._to_send(options.get("grammar"))}
+        self._send(_Command("add_request", (request_id, prompt, params), sent))
         asked = _Asked(prompt, RequestMetrics(arrival, num_prompt_tokens=len(prompt)))
         self._requests[request_id] = asked
         return asked

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vllmlite.config import EngineConfig
 from vllmlite.engine.engine import Engine, EngineCore, EngineOutput
-from vllmlite.engine_process import EngineProcess
 from vllmlite.errors import ParameterError
 from vllmlite.output_processor import OutputProcessor
 from vllmlite.outputs import EngineStats, RequestOutput
@@ -58,8 +57,7 @@ class LLMEngine:
 
     def close(self) -> None:
         """End the engine's process, if it has one."""
-        if isinstance(self.engine_core, EngineProcess):
-            self.engine_core.close()
+        self.engine_core.close()
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer; ParameterError with ``skip_tokenizer_init``."""

@@ -244,6 +244,11 @@ class Rope:
     interleaved: bool = False
 
 
+def rope_arguments(rope: Rope | None) -> tuple[Tensor | None, int, bool]:
+    """How the native extensions are told of a rotation, or of none: table, elements, interleaved."""
+    return (None, 0, False) if rope is None else (rope.cos_sin, rope.rotary_dim, rope.interleaved)
+
+
 @dataclass(frozen=True, slots=True)
 class Expert:
     """An MLP of :meth:`Backend.moe`: weights ``[2 * I, hidden]``, gate first, and ``[hidden, I]``, without biases."""

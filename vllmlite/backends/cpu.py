@@ -43,6 +43,7 @@ from vllmlite.backends.base import (
     Step,
     Tensor,
     float_parts,
+    rope_arguments,
 )
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.memory import host_memory
@@ -241,11 +242,8 @@ class CpuBackend(Backend):
         k_norm: Tensor | None = None,
         eps: float = 0.0,
     ) -> Tensor:
-        table, size, interleaved = (
-            (None, 0, False) if rope is None else (rope.cos_sin, rope.rotary_dim, rope.interleaved)
-        )
         return self._runtime.attn_prep(
-            qkv, num_heads, table, size, interleaved, kv, layer, batch.backend, q_norm, k_norm, eps
+            qkv, num_heads, *rope_arguments(rope), kv, layer, batch.backend, q_norm, k_norm, eps
         )
 
     def paged_attention(

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 from vllmlite.engine.block_pool import root_digest
 from vllmlite.engine.bounds import RequestBounds
@@ -81,6 +81,17 @@ class EngineOutput:
     """Why ``finish_reason`` is ``error``."""
 
 
+class RequestOptions(TypedDict, total=False):
+    """What :meth:`Engine.add_request` takes by keyword."""
+
+    bad_words: Sequence[Sequence[int]]
+    grammar: Grammar | None
+    priority: int
+    cache_salt: str | None
+    arrival_time: float | None
+    pooling_type: str | None
+
+
 class EngineCore(Protocol):
     """What is asked of an engine, be it here (:class:`Engine`) or in a process of its own."""
 
@@ -93,13 +104,7 @@ class EngineCore(Protocol):
         request_id: str,
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
-        *,
-        bad_words: Sequence[Sequence[int]] = (),
-        grammar: Grammar | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        arrival_time: float | None = None,
-        pooling_type: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Queued:
         """See :meth:`Engine.add_request`."""
         ...
@@ -130,6 +135,10 @@ class EngineCore(Protocol):
 
     def stop_trace(self) -> list[TraceEvent]:
         """See :meth:`Engine.stop_trace`."""
+        ...
+
+    def close(self) -> None:
+        """End what runs elsewhere on its behalf."""
         ...
 
 
@@ -230,6 +239,9 @@ class Engine:
             return False
         self._end(request, reason, stop_reason)
         return True
+
+    def close(self) -> None:
+        """Nothing of it runs elsewhere."""
 
     def start_trace(self) -> None:
         """Begin to record steps, between two of them; what was recorded before is forgotten."""

@@ -108,8 +108,7 @@ def _bytes(weights: ModelWeights, dtype: str, quantization: str | None) -> int:
         kind = weights.stored.kinds.get(source.key) or (quantization if source.product else None)
         if kind is not None:
             total += stored_bytes(kind, source.shape)
-        if (
-            kind is None or not source.product
-        ):  # a table is looked up in floats, whatever a product makes of it
+        # A table is looked up in floats, whatever a product makes of it.
+        if kind is None or not source.product:
             total += math.prod(source.shape) * ITEM_SIZE[dtype]
     return total

@@ -8,19 +8,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from vllmlite.backends.base import Backend, Model
 from vllmlite.config import EngineConfig
 from vllmlite.engine.engine import Engine, EngineCore
 from vllmlite.engine.scheduler import Limits
-from vllmlite.engine_process import EngineProcess
 from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.hub import find_model
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizer import Tokenizer
 from vllmlite.weights.json_object import read_object
+
+if TYPE_CHECKING:
+    from vllmlite.engine_process import EngineProcess
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +151,8 @@ def start(config: EngineConfig) -> Started[Engine]:
 
 def start_process(config: EngineConfig) -> Started[EngineProcess]:
     """Start an engine in a process of its own. Raises what :func:`start` raises there."""
+    from vllmlite.engine_process import EngineProcess
+
     engine = EngineProcess(config)
     try:
         tokenizer = None  # while the other process loads the model
