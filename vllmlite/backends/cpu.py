@@ -34,7 +34,6 @@ from vllmlite.backends.base import (
     KVSpec,
     Logprobs,
     Memory,
-    Op,
     QuantizedTensor,
     Rope,
     Sampled,
@@ -63,7 +62,6 @@ class CpuBackend(Backend):
     name: ClassVar[str] = "cpu"
     device = "cpu"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
-    ops: ClassVar[frozenset[Op]] = frozenset(Op)
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from vllmlite.backends.base import (
     FLOAT_DTYPES,
     ITEM_SIZE,
     Backend,
+    Expert,
     Feature,
     ForwardBatch,
     HostTensor,
@@ -32,7 +33,6 @@ from vllmlite.backends.base import (
     KVSpec,
     Logprobs,
     Memory,
-    Op,
     Rope,
     Sampled,
     SlotParams,
@@ -133,6 +133,14 @@ class CudaBackend(Backend):
                     first += piece.shape[0]
         return made
 
+    def float_weight(self, weight: HostTensor) -> Any:
+        return self.linear_weight([weight])
+
+    def experts(self, experts: Sequence[Expert]) -> Any:
+        return self._runtime.experts(
+            [expert.gate_up for expert in experts], [expert.down for expert in experts]
+        )
+
     def tied_weight(self, table: Tensor) -> Any:
         return self._native.LinearWeight(table)
 
@@ -178,8 +186,10 @@ class CudaBackend(Backend):
         native = self._runtime.upload(
             batch, slots, self._capacity(batch.num_rows), spec.block_size, spec.num_kv_heads
         )
-        token_ids, logits_rows = native.tensors()
-        return replace(batch, token_ids=token_ids, logits_rows=logits_rows, backend=native)
+        token_ids, positions, logits_rows = native.tensors()
+        return replace(
+            batch, token_ids=token_ids, positions=positions, logits_rows=logits_rows, backend=native
+        )
 
     def _capacity(self, rows: int) -> int:
         """Rows of the smallest graph that has room for so many; as many where no graph does."""
@@ -196,6 +206,21 @@ class CudaBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = self._runtime.rms_norm(x, weight, eps, residual)
         return found
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self._runtime.layer_norm(x, weight, bias, eps, residual)
+        return found
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        return self._runtime.add(x, other)
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return self._runtime.scale(x, factor)
+
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        return self._runtime.soft_cap(x, cap)
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
         return self._runtime.linear(x, weight)
@@ -227,18 +252,34 @@ class CudaBackend(Backend):
         soft_cap: float | None = None,
         alibi: Tensor | None = None,
     ) -> Tensor:
-        if soft_cap is not None:
-            raise self._lacks(Op.ATTENTION_SOFT_CAP)
-        if alibi is not None:
-            raise self._lacks(Op.ALIBI)
         sees = NO_WINDOW if window is None else min(window, NO_WINDOW)
-        return self._runtime.paged_attention(q, kv, layer, batch.backend, scale, sees)
+        return self._runtime.paged_attention(q, kv, layer, batch.backend, scale, sees, soft_cap or 0.0, alibi)
 
     def gated_activation(self, x: Tensor, activation: str) -> Tensor:
         try:
             return self._runtime.gated_activation(x, activation)
         except ValueError as error:
             raise BackendError(str(error)) from error
+
+    def activation(self, x: Tensor, activation: str) -> Tensor:
+        try:
+            return self._runtime.activation(x, activation)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+
+    def moe(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        experts: Any,
+        top_k: int,
+        renormalise: bool,
+        activation: str,
+    ) -> Tensor:
+        return self._runtime.moe(x, router_logits, experts, top_k, renormalise, activation)
+
+    def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        return self._runtime.sigmoid_gate(x, gate)
 
     def logits(self, hidden: Tensor, weight: Any) -> Tensor:
         return self._runtime.logits(hidden, weight)
@@ -267,11 +308,11 @@ class CudaBackend(Backend):
         native = self._runtime.padding(
             int(features), num_logprobs, self._slots, rows, spec.block_size, spec.num_kv_heads
         )
-        token_ids, logits_rows = native.tensors()
+        token_ids, positions, logits_rows = native.tensors()
         nobody = np.zeros(0, np.int32)
         batch = ForwardBatch(
             num_tokens=rows, num_rows=rows, max_query_len=1, max_context=1, token_ids=token_ids,
-            positions=nobody, query_start_loc=nobody, slots=nobody, context_lens=nobody, logits_rows=logits_rows,
+            positions=positions, query_start_loc=nobody, slots=nobody, context_lens=nobody, logits_rows=logits_rows,
             sample_slots=nobody, sample_positions=nobody, features=features, num_logprobs=num_logprobs,
             backend=native,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS, Backend, Op
+from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS, Backend
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.errors import BackendError, ParameterError
@@ -26,8 +26,6 @@ class Wanted:
     cpu_isa: str = "auto"
     quantization: str | None = None
     has_blocks: bool = False
-    ops: frozenset[Op] = frozenset()
-    model: str = "the model"
     batch_invariant: bool = False
 
 
@@ -41,7 +39,6 @@ def _cuda(wanted: Wanted) -> Backend:
         raise BackendError(f"device {device} was asked for")
     if wanted.quantization is not None:
         raise BackendError(f"vllmlite._cuda has no {wanted.quantization} weights")
-    CudaBackend.check_ops(wanted.ops, wanted.model)
     return CudaBackend(device, wanted.dtype, wanted.checkpoint_dtype, wanted.batch_invariant)
 
 
@@ -89,7 +86,6 @@ def _torch_cpu(wanted: Wanted) -> Backend:
 def _cpu(wanted: Wanted) -> Backend:
     if wanted.device not in ("auto", "cpu"):
         raise BackendError(f"device {wanted.device} was asked for")
-    CpuBackend.check_ops(wanted.ops, wanted.model)
     dtype = wanted.checkpoint_dtype if wanted.dtype == "auto" else wanted.dtype
     keeps_blocks = wanted.has_blocks and wanted.dtype == "auto" and wanted.quantization is None
     return CpuBackend(dtype, wanted.threads, wanted.cpu_isa, wanted.quantization, keeps_blocks)
@@ -114,7 +110,6 @@ def select_backend(
     cpu_isa: str = "auto",
     quantization: str | None = None,
     has_blocks: bool = False,
-    ops: frozenset[Op] = frozenset(),
     model: str = "the model",
     batch_invariant: bool = False,
     only: Collection[str] = (),
@@ -125,8 +120,8 @@ def select_backend(
     ``dtype`` is ``auto`` or one of ``FLOAT_DTYPES``; ``auto`` is ``checkpoint_dtype``, except float16 for bfloat16 on
     GPUs without it, and float32 for float16 on the CPU. ``quantization``, one of ``QUANTIZATIONS`` or None, is of
     products' weights; ``has_blocks`` says that the checkpoint has weights whose kinds a backend may keep, as the native
-    CPU backend does where no ``dtype`` is asked for. ``ops``: what ``model`` needs beyond what every backend has, and
-    ``only`` names those that it can run on, all if empty. ``batch_invariant`` asks for rows that are the same to the
+    CPU backend does where no ``dtype`` is asked for. ``only`` names those that
+    ``model`` can run on, all if empty. ``batch_invariant`` asks for rows that are the same to the
     bit however they are batched, which native backends alone have. ParameterError for anything else; BackendError with
     every reason where no candidate is left."""
     names = ("auto", *dict.fromkeys(name for name, _, _ in CANDIDATES))
@@ -146,8 +141,6 @@ def select_backend(
         cpu_isa,
         quantization,
         has_blocks,
-        ops,
-        model,
         batch_invariant,
     )
     declined = []
