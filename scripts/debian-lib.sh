@@ -43,7 +43,8 @@ check() {
 
 as_user() {
     runuser -u "$BUILD_USER" -- env -i -C "$SCRATCH" HOME="$SCRATCH/home" TMPDIR="$SCRATCH/tmp" LANG=C.UTF-8 \
-        LOGNAME="$BUILD_USER" USER="$BUILD_USER" PATH=/usr/sbin:/usr/bin:/sbin:/bin "$@"
+        LOGNAME="$BUILD_USER" USER="$BUILD_USER" PATH=/usr/sbin:/usr/bin:/sbin:/bin \
+        ${DEB_BUILD_OPTIONS:+"DEB_BUILD_OPTIONS=$DEB_BUILD_OPTIONS"} "$@"
 }
 
 install_tools() {
