@@ -19,7 +19,7 @@ from test_models import chunked, device, edit_config, expected_logits, greedy, p
 from vllmlite import LLM, SamplingParams
 from vllmlite.backends.base import Op
 from vllmlite.backends.cpu import CpuBackend
-from vllmlite.backends.select import select_backend
+from vllmlite.backends.select import Wanted, select_backend
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.cli import env
 from vllmlite.errors import BackendError, ModelError
@@ -268,7 +268,7 @@ def test_backends_say_what_they_lack(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "cpu": lacks,
         "cuda": "the cuda backend lacks what MixtralForCausalLM needs: moe",
     }
-    backend, why = select_backend(device="cpu", ops=plan.ops, model=plan.architecture)
+    backend, why = select_backend(Wanted(device="cpu", ops=plan.ops, model=plan.architecture))
     assert backend.name == "torch"
     assert f"cpu on cpu declined: {lacks}" in why
     report = env.gather(ask_backends=False, model=str(tmp_path))["model"]
