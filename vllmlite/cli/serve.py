@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
         if (error.name or "vllmlite").partition(".")[0] == "vllmlite":
             raise
         raise VllmliteError(
-            f"the server needs the Python package {error.name}, which is not installed (Debian: vllmlite-server brings it)"
+            f"the Python package {error.name}, which the server needs, is not installed (Debian: vllmlite-server)"
         ) from None
     return serve(engine, server)
 
