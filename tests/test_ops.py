@@ -27,8 +27,9 @@ from vllmlite.backends.base import (
     SlotParams,
     SlotSpec,
 )
-from vllmlite.backends.cpu import CpuBackend, load_native
+from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
+from vllmlite.backends.native import load_extension
 from vllmlite.errors import BackendError
 
 Array = NDArray[Any]
@@ -71,7 +72,7 @@ if HAS_TORCH:
     if torch.cuda.is_available():
         BACKENDS["torch-cuda"] = reference("cuda")
 try:
-    BACKENDS |= {f"cpu-{isa}": native(isa) for isa in load_native().instruction_sets()}
+    BACKENDS |= {f"cpu-{isa}": native(isa) for isa in load_extension("_cpu").instruction_sets()}
 except BackendError as error:
     warnings.warn(f"the cpu backend is not tested: {error}", stacklevel=1)
 
