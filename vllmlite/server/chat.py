@@ -27,7 +27,7 @@ from vllmlite.server.protocol.chat import (
     FunctionCall,
 )
 from vllmlite.server.protocol.logprobs import ChatLogprobs
-from vllmlite.server.reading import Reader, Reading, reader_for, reads_marks
+from vllmlite.server.reading import Reader, Reading, after_reasoning, reader_for, reads_marks
 from vllmlite.server.service import Generation, Service
 from vllmlite.server.sse import DONE, JSON, Stream, event
 from vllmlite.server.tools import ToolUse
@@ -46,11 +46,12 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     params = _params(body, service, tools)
     hidden = tools.choice == "none" and service.config.exclude_tools_when_tool_choice_none
     prompt = await service.encode_chat(body, offer_tools=not hidden)
+    prompt_text = str(prompt.get("prompt") or "")
+    params = after_reasoning(service.config, service.tokenizer, params, prompt_text)
     generation = await service.generate(
         "chatcmpl", [prompt], params, request_id=body.request_id, priority=body.priority, cache_salt=body.cache_salt,
         arrival_time=arrival,
     )  # fmt: skip
-    prompt_text = str(prompt.get("prompt") or "")
     readers = [reader_for(service.config, tools, params, prompt_text) for _ in range(params.n)]
     answer = _Answer(service, body, generation, tools, readers)
     if body.stream:
