@@ -29,7 +29,7 @@ from vllmlite.server.protocol.chat import (
 from vllmlite.server.protocol.logprobs import ChatLogprobs
 from vllmlite.server.reading import Reader, Reading, after_reasoning, reader_for, reads_marks
 from vllmlite.server.service import Generation, Service
-from vllmlite.server.sse import DONE, JSON, Stream, event
+from vllmlite.server.sse import DONE, JSON, Chunks, Stream, event
 from vllmlite.server.tools import ToolUse
 
 router = APIRouter()
@@ -117,6 +117,8 @@ class _Answer:
         usage = self._service.config.enable_force_include_usage or bool(options and options.include_usage)
         continuous = bool(options and options.continuous_usage_stats)
         begun: set[int] = set()
+        frame = self._frame([])
+        chunks = Chunks({**frame, "usage": None} if usage and not continuous else frame)
         async for batch in self._generation.outputs():
             choices: list[ChatChunkChoice] = []
             for completion in (c for _, output in batch for c in output.outputs):
@@ -124,17 +126,14 @@ class _Answer:
                     begun.add(completion.index)
                     choices.append(_delta(completion.index, {"role": self._role, "content": self._begin}))
                 choices += self._chunk_choices(completion)
-            pieces = []
-            for choice in choices:
-                chunk = self._frame([choice])
-                if continuous:
-                    chunk["usage"] = self._generation.usage()
-                elif usage:
-                    chunk["usage"] = None
-                pieces.append(event(chunk))
+            if continuous:
+                counted: ChatChunk = {**frame, "usage": self._generation.usage()}
+                pieces = [event({**counted, "choices": [choice]}) for choice in choices]
+            else:
+                pieces = [chunks.event(choice) for choice in choices]
             if pieces:
                 yield b"".join(pieces)
-        last = event({**self._frame([]), "usage": self._generation.usage()}) if usage else b""
+        last = event({**frame, "usage": self._generation.usage()}) if usage else b""
         yield last + DONE
 
     def _frame(self, choices: list[ChatChunkChoice]) -> ChatChunk:
