@@ -72,6 +72,7 @@ def measure(lengths: Sequence[tuple[int, int]], depth: int) -> dict[str, float]:
     limits = Limits(
         max_num_seqs=len(lengths),
         max_num_batched_tokens=8192,
+        max_mixed_prefill_tokens=2048,
         max_model_len=2048,
         block_size=16,
         num_blocks=128 * len(lengths),
