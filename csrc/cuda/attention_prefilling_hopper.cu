@@ -396,10 +396,12 @@ static void run_sized(const Runtime& runtime, const Attention& given) {
 
 bool takes_hopper(const Runtime& runtime, const Attention& given) {
 #ifdef VLLMLITE_HOPPER
-  return runtime.capability() == 90 && given.block_size % kBox == 0;
+  constexpr bool kBuilt = true;
 #else
-  return false;
+  constexpr bool kBuilt = false;
 #endif
+  return kBuilt && runtime.capability() == 90 && given.block_size % kBox == 0 && given.soft_cap == 0 &&
+         given.alibi == nullptr;
 }
 
 void attend_prefilling_hopper(const Runtime& runtime, const Attention& given) {
