@@ -400,8 +400,8 @@ bool takes_hopper(const Runtime& runtime, const Attention& given) {
 #else
   constexpr bool kBuilt = false;
 #endif
-  return kBuilt && runtime.capability() == 90 && given.block_size % kBox == 0 && given.soft_cap == 0 &&
-         given.alibi == nullptr;
+  return kBuilt && runtime.capability() == 90 && given.width <= 128 && given.block_size % kBox == 0 &&
+         given.soft_cap == 0 && given.alibi == nullptr;
 }
 
 void attend_prefilling_hopper(const Runtime& runtime, const Attention& given) {
