@@ -410,15 +410,14 @@ class _Host:
         if command.name != "add_request":
             return command
         request_id, _, params = command.args
-        packed = command.options["grammar"]
-        if params.structured_outputs is None:
+        packed, structure = command.options["grammar"], params.structured_outputs
+        if structure is None:
             return command
         try:
             if packed is not None:
-                self._grammars.load(params.structured_outputs, packed)
-            command.options["grammar"] = self._grammars.start(
-                self._grammars.compile(params.structured_outputs)
-            )
+                self._grammars.load(structure, packed)
+            compiled = self._grammars.compile(structure)
+            command.options["grammar"] = self._grammars.start(compiled, structure.after)
         except ParameterError as error:
             metrics = RequestMetrics(command.options["arrival_time"])
             return EngineOutput(request_id, [], "error", None, 0, metrics, error=str(error))

@@ -15,8 +15,8 @@ from vllmlite.sampling_params import SamplingParams
 class Grammar(Protocol):
     """Where a sequence is in what its output must be."""
 
-    def mask(self) -> bytes:
-        """Bits of the ids that may come next: bit ``i % 32`` of little-endian word ``i // 32``."""
+    def mask(self) -> bytes | None:
+        """Bits of the ids that may come next: bit ``i % 32`` of little-endian word ``i // 32``; None: any may."""
         ...
 
     def accept(self, token_id: int) -> bool:

@@ -203,8 +203,8 @@ class Scheduler:
                 banned = request.banned_ids()
                 if banned:
                     schedule.banned[len(schedule.slots)] = banned
-            if request.grammar is not None:
-                schedule.masks[len(schedule.slots)] = request.grammar.mask()
+            if request.grammar is not None and (mask := request.grammar.mask()) is not None:
+                schedule.masks[len(schedule.slots)] = mask
         if ends:
             request.num_tokens += 1
             request.num_in_flight += 1
