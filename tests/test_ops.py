@@ -687,7 +687,7 @@ def test_attention_of_many_queries(backend: Backend, size: int, block: int) -> N
     rows.step([2, 0, 1], [260, 70, 1], (None, 150, 20))
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 2, 64), (4, 1, 128)])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 2, 64), (4, 1, 128), (4, 2, 256)])
 def test_attention_over_very_long_contexts(backend: Backend, heads: int, kv_heads: int, size: int) -> None:
     if backend.device == "cpu":
         pytest.skip("too long for a CPU")

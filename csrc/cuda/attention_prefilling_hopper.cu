@@ -400,7 +400,8 @@ bool takes_hopper(const Runtime& runtime, const Attention& given) {
 #else
   constexpr bool kBuilt = false;
 #endif
-  return kBuilt && runtime.capability() == 90 && given.block_size % kBox == 0 && !edits_scores(given);
+  return kBuilt && runtime.capability() == 90 && given.width <= 128 && given.block_size % kBox == 0 &&
+         !edits_scores(given);
 }
 
 void attend_prefilling_hopper(const Runtime& runtime, const Attention& given) {
