@@ -121,7 +121,8 @@ class Walk {
   std::int64_t places_[kParts];
 };
 
-template <typename T, int kSize, int kWarps>
+// `kEdits`: whether scores are edited; see edits_scores.
+template <typename T, int kSize, int kWarps, bool kEdits>
 static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __grid_constant__ Attention given,
                                                                       float* partial, float2* states,
                                                                       std::int32_t* counters) {
@@ -145,8 +146,7 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
   wait_for_previous();
   for (; filled < kStages; ++filled) tiles.fetch(room.stages[warp][filled], lane);
 
-  const bool edits = edits_scores(given);
-  const float scale = edits ? kLog2E : given.scale * kLog2E;
+  const float scale = kEdits ? kLog2E : given.scale * kLog2E;
   int index = 0;
   for (int item_index = first_item; item_index < last_item; ++item_index) {
     const Item item = given.batch.items[item_index];
@@ -177,7 +177,7 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
           load_matrices(key, &stage.keys[part * 16 + lane % 16][i * 16 + lane / 16 * 8]);
           multiply<T>(scores[part], key, q[i][0], q[i][1]);
         }
-      if (edits)
+      if constexpr (kEdits)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float slope = slope_of(given, first_head + min(quad * 2 + i % 2, num_heads - 1));
@@ -318,7 +318,8 @@ static void run(Runtime& runtime, const Attention& attention) {
   const std::int64_t items = attention.num_items;
   const Tensor partial = runtime.make({items * attention.heads, attention.size}, DType::float32);
   const Tensor states = runtime.make({items * attention.heads, 2}, DType::float32);
-  const auto kernel = decoding_kernel<T, kSize, kWarps>;
+  const auto kernel =
+      edits_scores(attention) ? decoding_kernel<T, kSize, kWarps, true> : decoding_kernel<T, kSize, kWarps, false>;
   VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                       static_cast<int>(sizeof(Shared)));
   launch(runtime, kernel, grid, kWarps * 32, sizeof(Shared), attention, static_cast<float*>(partial.data),

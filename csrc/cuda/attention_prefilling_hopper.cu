@@ -5,7 +5,7 @@
 // last needs its queries no more.
 #include <algorithm>
 
-#include "cuda/attention.hpp"
+#include "cuda/attention.cuh"
 #include "cuda/hopper.cuh"
 
 namespace vllmlite::cuda {
@@ -401,7 +401,7 @@ bool takes_hopper(const Runtime& runtime, const Attention& given) {
   constexpr bool kBuilt = false;
 #endif
   return kBuilt && runtime.capability() == 90 && given.width <= 128 && given.block_size % kBox == 0 &&
-         given.soft_cap == 0 && given.alibi == nullptr;
+         !edits_scores(given);
 }
 
 void attend_prefilling_hopper(const Runtime& runtime, const Attention& given) {
