@@ -2,13 +2,14 @@
 """What HTTP costs: concurrent streams of ``vllmlite serve`` beside the same work through ``LLM.generate``.
 
     PYTHONPATH=. scripts/bench_server.py [--streams N] [--output-len N] [--repeat N] [--model DIR]
-        [--config FILE.yaml] [--[no-]engine-process]
+        [--config FILE.yaml] [--[no-]engine-process] [--clients N]
 
 Both run alternately; medians are compared. ``overhead_us_per_token`` is what a streamed token costs the server
 in CPU time over the offline one: HTTP, JSON, queues, and what two threads cost one another. ``api_us_per_token`` is all
 that the process takes that speaks HTTP, text included, where the engine has a process of its own: it does not vary
 with the model's time. ``itl`` is the time from one piece of a stream to the next, be it one token or, from a server
-that falls behind, several. Last line: JSON.
+that falls behind, several. ``--clients`` are processes that share the streams out: one reads about as many pieces a
+second as a server writes. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing import get_context
 
 from vllmlite import LLM, SamplingParams
 from vllmlite.options import read_yaml
@@ -37,6 +41,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--model")
     parser.add_argument("--config", metavar="FILE.yaml", help="options of the engine, here and there")
+    parser.add_argument("--clients", type=int, default=max(1, (os.cpu_count() or 1) // 4))
     parser.add_argument("--engine-process", action=argparse.BooleanOptionalAction, default=None)
     args = parser.parse_args()
     prompts = [f"The Debian Project is number {index}" for index in range(args.streams)]
@@ -57,6 +62,7 @@ def main() -> None:
         options = read_yaml(args.config)
     if args.engine_process is not None:
         command.append("--engine-process" if args.engine_process else "--no-engine-process")
+    clients = ProcessPoolExecutor(args.clients, get_context("spawn"))
     server = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8")
     try:
         assert server.stderr is not None
@@ -72,12 +78,15 @@ def main() -> None:
             begin, cpu = time.perf_counter(), time.process_time()
             llm.generate(prompts, params, use_tqdm=False)
             offline.append((time.perf_counter() - begin, time.process_time() - cpu))
-            begin, before = time.perf_counter(), _cpu_seconds(server.pid)
-            found = asyncio.run(_all(port, prompts, length))
-            gaps += found if index else []
+            before = _cpu_seconds(server.pid)
+            shares = [(port, prompts[first :: args.clients], length) for first in range(args.clients)]
+            found = list(clients.map(_share, *zip(*shares, strict=True)))
+            begin, end = min(client.begin for client in found), max(client.end for client in found)
             after = _cpu_seconds(server.pid)
-            served.append((time.perf_counter() - begin, sum(after) - sum(before), after[0] - before[0]))
+            served.append((end - begin, sum(after) - sum(before), after[0] - before[0]))
+            gaps += [gap for client in found for gap in client.gaps if index]
     finally:
+        clients.shutdown()
         server.send_signal(signal.SIGTERM)
         server.wait(60)
     tokens = args.streams * args.output_len
@@ -98,11 +107,27 @@ def main() -> None:
     print(json.dumps(result))
 
 
-async def _all(port: int, prompts: list[str], length: int) -> list[float]:
-    """Seconds between what came for one stream and what came next, all streams together."""
-    streams = await asyncio.gather(*(_one(port, prompt, length) for prompt in prompts))
-    assert {count for count, _ in streams} == {length}
-    return [later - earlier for _, times in streams for earlier, later in pairwise(times)]
+@dataclass(frozen=True, slots=True)
+class _Client:
+    """What one client saw, in seconds of the clock that all processes share."""
+
+    begin: float
+    end: float
+    gaps: list[float]
+    """Between what came for one stream and what came next, all its streams together."""
+
+
+def _share(port: int, prompts: Sequence[str], length: int) -> _Client:
+    begin = time.monotonic()
+    streams = asyncio.run(_all(port, prompts, length))
+    end = time.monotonic()
+    assert all(count == length for count, _ in streams)
+    gaps = [later - earlier for _, times in streams for earlier, later in pairwise(times)]
+    return _Client(begin, end, gaps)
+
+
+async def _all(port: int, prompts: Sequence[str], length: int) -> list[tuple[int, list[float]]]:
+    return await asyncio.gather(*(_one(port, prompt, length) for prompt in prompts))
 
 
 async def _one(port: int, prompt: str, length: int) -> tuple[int, list[float]]:
@@ -122,7 +147,7 @@ async def _one(port: int, prompt: str, length: int) -> tuple[int, list[float]]:
     last, times = b"", []
     while data := await reader.read(1 << 16):
         last = (last + data)[-1024:]
-        times.append(time.perf_counter())
+        times.append(time.monotonic())
     writer.close()
     count: int = json.loads(last.split(b"data: ")[-2].partition(b"\n")[0])["usage"]["completion_tokens"]
     return count, times[1:-1]  # without the headers, and the usage at the end

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from vllmlite.json_formats import FORMATS
+from vllmlite.json_keywords import SchemaError
 from vllmlite.json_pattern import PatternError, other_than, string_pattern
-from vllmlite.json_schema import SchemaError, exact
+from vllmlite.json_schema import exact
 
 INTEGER = {"type": "integer"}
 NODE = {
@@ -117,7 +118,7 @@ def test_what_is_written_may_refer_to_itself() -> None:
         ({"properties": {"a": INTEGER}, "allOf": [{"additionalProperties": False}]}, "elsewhere"),
         ({"$ref": "https://example.org/x"}, "schemas elsewhere"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "leads back"),
-        ({**NODE["$defs"]["n"], "$ref": "#/$defs/n", "$defs": NODE["$defs"]}, None),  # type: ignore[dict-item, index]
+        ({**NODE["$defs"]["n"], "$ref": "#/$defs/n", "$defs": NODE["$defs"]}, None),  # type: ignore[index]
         ({"type": "integer", "minimum": 10**30}, "over 2"),
         ({"type": "strin"}, "must be of"),
         ({"properties": []}, "must be a JSON object"),
@@ -133,7 +134,7 @@ def test_what_cannot_be_enforced_is_refused(schema: Any, words: str | None) -> N
 
 def test_nonsense_is_refused_and_nothing_else_is_raised() -> None:
     random = Random(1)
-    values = [
+    values: list[Any] = [
         None,
         True,
         False,

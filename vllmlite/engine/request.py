@@ -97,6 +97,16 @@ class Request:
         return self.params.prompt_logprobs is not None or self.pooling_type == "MEAN"
 
     @property
+    def num_missing_tokens(self) -> int:
+        """Known tokens that are not computed yet."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def may_run(self) -> bool:
+        """Whether a step may be launched for it before those in flight are collected."""
+        return self.num_tokens < self.max_total_tokens and not (self.reads_text and self.num_in_flight)
+
+    @property
     def key(self) -> tuple[int, int]:
         """Order of service: smaller first."""
         return (self.priority, self.order)
