@@ -305,7 +305,9 @@ def test_impossible_backends_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         CpuBackend("int8")
     with pytest.raises(BackendError, match="instruction set quantum: this CPU and this build have"):
         CpuBackend(isa="quantum")
-    monkeypatch.setattr("vllmlite.backends.cpu.importlib.import_module", lambda name: SimpleNamespace(API=0))
+    monkeypatch.setattr(
+        "vllmlite.backends.native.importlib.import_module", lambda name: SimpleNamespace(API=0)
+    )
     with pytest.raises(BackendError, match="interface 0, and this is"):
         CpuBackend()
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS, Backend, Op
+from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS, Backend
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.errors import BackendError, ParameterError
@@ -34,8 +34,6 @@ class Wanted:
     has_blocks: bool = False
     """The checkpoint has weights whose kinds a backend may keep, as the native CPU backend does where no ``dtype`` is
     asked for."""
-    ops: frozenset[Op] = frozenset()
-    """What ``model`` needs beyond what every backend has."""
     model: str = "the model"
     only: Collection[str] = ()
     """The backends that ``model`` can run on; empty: all."""
@@ -64,7 +62,6 @@ def _cuda(wanted: Wanted) -> Backend:
         raise BackendError(f"device {device} was asked for")
     if wanted.quantization is not None:
         raise BackendError(f"vllmlite._cuda has no {wanted.quantization} weights")
-    CudaBackend.check_ops(wanted.ops, wanted.model)
     return CudaBackend(device, wanted.dtype, wanted.checkpoint_dtype, wanted.batch_invariant)
 
 
@@ -112,7 +109,6 @@ def _torch_cpu(wanted: Wanted) -> Backend:
 def _cpu(wanted: Wanted) -> Backend:
     if wanted.device not in ("auto", "cpu"):
         raise BackendError(f"device {wanted.device} was asked for")
-    CpuBackend.check_ops(wanted.ops, wanted.model)
     dtype = wanted.checkpoint_dtype if wanted.dtype == "auto" else wanted.dtype
     keeps_blocks = wanted.has_blocks and wanted.dtype == "auto" and wanted.quantization is None
     return CpuBackend(dtype, wanted.threads, wanted.cpu_isa, wanted.quantization, keeps_blocks)

@@ -79,7 +79,6 @@ def start(config: EngineConfig) -> Started[Engine]:
         cpu_isa=config.cpu_isa,
         quantization=config.quantization or plan.quantization,
         has_blocks=path.is_file() and has_blocks(path),
-        ops=plan.ops,
         model=plan.architecture,
         only=plan.backends,
         batch_invariant=config.batch_invariant,
