@@ -133,6 +133,13 @@ def test_the_interface_version_is_the_same_everywhere() -> None:
         assert re.findall(r"vllmlite-backend-api-(\d+)", text(control)) == [module]
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "csrc").glob("**/*.cu*")), ids=lambda file: file.name)
+def test_two_builds_of_cuda_code_are_the_same(file: Path) -> None:
+    assert "namespace {" not in file.read_text(encoding="utf-8"), (
+        "nvcc names it after the path that it builds in"
+    )
+
+
 @needs_dpkg
 def test_the_orig_tarball_depends_on_upstream_alone(checkout: Path, tmp_path: Path) -> None:
     orig = Path(run("scripts/make-orig", str(tmp_path), cwd=checkout).strip())

@@ -45,10 +45,8 @@ Tensor Batch::part(std::int32_t* data, std::int64_t size) const {
   return tensor;
 }
 
-namespace {
-
 // Parts of a batch's memory, first those that the host fills.
-class Layout {
+class BatchLayout {
  public:
   template <typename Element>
   std::size_t add(std::size_t count) {
@@ -61,8 +59,6 @@ class Layout {
  private:
   std::size_t bytes_ = 0;
 };
-
-}  // namespace
 
 // One block, so that what was appended is there before it is looked up.
 static __global__ void prepare_kernel(BatchView batch, int num_tokens, int block_size, std::int32_t* block_table,
@@ -125,7 +121,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   batch->masked = masked;
   batch->slots = slots;
 
-  Layout layout;
+  BatchLayout layout;
   const std::size_t at_ids = layout.add<std::int32_t>(tokens), at_positions = layout.add<std::int32_t>(tokens),
                     at_token_slots = layout.add<std::int32_t>(tokens), at_loc = layout.add<std::int32_t>(rows + 1),
                     at_slots = layout.add<std::int32_t>(rows), at_context = layout.add<std::int32_t>(rows),

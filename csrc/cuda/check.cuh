@@ -1,7 +1,7 @@
 // Every CUDA call goes through VLLMLITE_CUDA_CHECK.
 //
-// What a .cu file has to itself is `static`, not in an anonymous namespace: nvcc names those after the path that it
-// builds in, and no two builds would be the same.
+// What a .cu file has to itself is `static`, or a class whose name no other file has, not in an anonymous namespace:
+// nvcc names those after the path that it builds in, and no two builds would be the same.
 #pragma once
 
 #include <cuda_runtime.h>
