@@ -11,10 +11,11 @@ own input row, bit for bit, whatever else is in the batch.
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from vllmlite.backends.base import (
     KV_DTYPES,
     SCALE_SIZE,
     Backend,
+    BlockTensor,
     Expert,
     Feature,
     ForwardBatch,
@@ -48,11 +50,15 @@ from vllmlite.backends.base import (
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.memory import host_memory
 from vllmlite.errors import BackendError, ModelError
+from vllmlite.weights.gguf_blocks import FLOATS, to_floats
 from vllmlite.weights.quantized import dequantize, quantized_tensor
 
 HEAD_UNIT = 16
 """The cache pads heads to a multiple of this."""
 NO_WINDOW = 2**31 - 1
+
+_Part: TypeAlias = tuple[str, Tensor, Tensor, Tensor | None, int]
+"""Of a quantised weight: its kind, codes, scales, factors and rows."""
 
 
 class CpuBackend(Backend):
@@ -121,12 +127,13 @@ class CpuBackend(Backend):
         if biases:
             flat = [self.to_host(self.tensor(part, "float32")).reshape(-1) for part in biases]
             bias = self.tensor(np.concatenate(flat))
-        kinds = {part.kind if isinstance(part, QuantizedTensor) else None for part in parts}
-        kind = self.quantization or (kinds.pop() if self.keeps_blocks and len(kinds) == 1 else None)
-        if kind is not None:
-            packed = [self._packed(part, kind) for part in parts]
-            return self._native.QuantizedWeight(kind, packed, parts[0].shape[1], bias)
-        dense = list(map(_decoded, parts)) if self.keeps_blocks else float_parts(parts)
+        if self.quantization is not None:
+            return self._quantized_weight(
+                [self._packed(part, self.quantization) for part in parts], parts[0], bias
+            )
+        if self.keeps_blocks and not any(isinstance(part, HostTensor) for part in parts):
+            return self._quantized_weight([self._strips(part) for part in parts], parts[0], bias)
+        dense = list(map(self._decoded, parts)) if self.keeps_blocks else float_parts(parts)
         return self._native.LinearWeight([self.tensor(part, self.dtype) for part in dense], bias)
 
     def float_weight(self, weight: HostTensor) -> Any:
@@ -140,23 +147,53 @@ class CpuBackend(Backend):
     def tied_weight(self, table: Tensor) -> Any:
         if self.quantization is not None:
             part = self._quantize(table, self.quantization)
-            return self._native.QuantizedWeight(self.quantization, [part], table.shape[1])
+            return self._native.QuantizedWeight([part], table.shape[1])
         return self._native.LinearWeight([table])
 
     def quantize(self, weight: HostTensor, kind: str) -> QuantizedTensor:
-        """A weight ``[out, in]`` in ``kind``. ModelError if a value is not finite."""
+        """A weight ``[out, in]`` in ``int8`` or ``int4``. ModelError if a value is not finite."""
         shape = weight.shape[0], weight.shape[1]
-        codes, scales, _ = self._quantize(self.tensor(weight), kind)
+        _, codes, scales, _, _ = self._quantize(self.tensor(weight), kind)
         return quantized_tensor(kind, shape, self.to_host(codes), self.to_host(scales))
 
-    def _packed(self, part: HostWeight, kind: str) -> tuple[Tensor, Tensor, int]:
+    def decode_blocks(self, part: BlockTensor, dtype: str) -> HostTensor:
+        if part.type in FLOATS:
+            return to_floats(part, dtype)
+        out = np.empty(math.prod(part.shape) * ITEM_SIZE[dtype], np.uint8)
+        self._runtime.floats_of_blocks(
+            part.type, self.tensor(part.data), self._native.over(out, dtype, part.shape)
+        )
+        return HostTensor(dtype, part.shape, _native_order(HostTensor(dtype, part.shape, out)))
+
+    def _quantized_weight(self, parts: Sequence[_Part], like: HostWeight, bias: Tensor | None) -> Any:
+        return self._native.QuantizedWeight(parts, like.shape[1], bias)
+
+    def _packed(self, part: HostWeight, kind: str) -> _Part:
         if isinstance(part, HostTensor):
             return self._quantize(self.tensor(part), kind)
-        return self.tensor(part.codes), self.tensor(part.scales), part.shape[0]
+        return self._strips(part)
 
-    def _quantize(self, weight: Tensor, kind: str) -> tuple[Tensor, Tensor, int]:
+    def _strips(self, part: HostWeight) -> _Part:
+        """A part that is quantised already."""
+        if isinstance(part, BlockTensor):
+            rows, size = part.shape
+            found: _Part = self._runtime.strips_of_blocks(part.type, self.tensor(part.data), rows, size)
+            return found
+        assert isinstance(part, QuantizedTensor)
+        factors = None if part.factors is None else self.tensor(part.factors)
+        return part.kind, self.tensor(part.codes), self.tensor(part.scales), factors, part.shape[0]
+
+    def _decoded(self, part: HostWeight) -> HostTensor:
+        """The floats of a part beside others that are floats."""
+        if isinstance(part, HostTensor):
+            return part
+        if isinstance(part, BlockTensor):
+            return self.decode_blocks(part, "float32")
+        return HostTensor("float32", part.shape, dequantize(part).astype("<f4").reshape(-1).view(np.uint8))
+
+    def _quantize(self, weight: Tensor, kind: str) -> _Part:
         try:
-            found: tuple[Tensor, Tensor, int] = self._runtime.quantize(weight, kind)
+            found: _Part = self._runtime.quantize(weight, kind)
         except ValueError as error:
             raise ModelError(f"a weight of shape {list(weight.shape)}: {error}") from error
         return found
@@ -319,13 +356,6 @@ class CpuBackend(Backend):
         return run
 
 
-def _decoded(part: HostWeight) -> HostTensor:
-    """The floats of a part beside others that are not in its kind."""
-    if isinstance(part, HostTensor):
-        return part
-    return HostTensor("float32", part.shape, dequantize(part).astype("<f4").reshape(-1).view(np.uint8))
-
-
 def _pack(sampled: Sampled) -> list[Tensor]:
     found = sampled.logprobs
     return (
@@ -339,7 +369,7 @@ def _unpack(tensors: list[Tensor]) -> Sampled:
 
 
 def _native_order(host: HostTensor) -> NDArray[np.uint8]:
-    """The bytes; a swapped copy where the machine's order is not theirs."""
+    """The bytes; a swapped copy where the machine's order is not the little-endian one."""
     size = ITEM_SIZE[host.dtype]
     if sys.byteorder == "little" or size == 1:
         return host.data

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllmlite.backends.base import BlockTensor
 from vllmlite.errors import ModelError
 from vllmlite.weights.gguf_blocks import BLOCKS, NAMES
 
@@ -36,22 +37,12 @@ _STRING, _ARRAY, _BOOL = 8, 9, 7
 
 
 @dataclass(frozen=True, slots=True)
-class GgufTensor:
-    """A tensor as it stands in the file: ``data`` are the bytes of its rows, in blocks of ``type``."""
-
-    type: str
-    shape: tuple[int, ...]
-    """Row-major: the last is a row's length."""
-    data: NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
 class Gguf:
     """A file's metadata (numbers, booleans, text, arrays as numpy arrays or lists of text) and tensors."""
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, GgufTensor]
+    tensors: Mapping[str, BlockTensor]
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """The value of ``key``, which is of ``kind`` or absent. ModelError if it is something else."""
@@ -110,8 +101,8 @@ class _Reader:
 
     def tensors(
         self, entries: list[tuple[str, str, tuple[int, ...], int]], data: NDArray[np.uint8], alignment: int
-    ) -> dict[str, GgufTensor]:
-        found: dict[str, GgufTensor] = {}
+    ) -> dict[str, BlockTensor]:
+        found: dict[str, BlockTensor] = {}
         spans = []
         for name, kind, shape, offset in entries:
             if name in found:
@@ -127,7 +118,7 @@ class _Reader:
                     f"tensor {_shown(name)}: bytes {offset} to {end}; expected a multiple of {alignment} and at most "
                     f"the {data.size} bytes of data"
                 )
-            found[name] = GgufTensor(kind, shape, data[offset:end])
+            found[name] = BlockTensor(kind, shape, data[offset:end])
             spans.append((offset, end, name))
         spans.sort()
         for (_, end, _), (begin, _, name) in pairwise(spans):
