@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,19 +11,15 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from gguf_families import converted_family
-from numpy.typing import NDArray
-from paged import PagedModel
+from test_gguf import logits, needs_native, plain
 
-from vllmlite.backends.base import Backend
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import ModelError
-from vllmlite.models import load_model, read_spec
+from vllmlite.models import read_spec
 from vllmlite.models.gguf_families import FAMILIES
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.weights.gguf import read_gguf
-
-NATIVE = importlib.util.find_spec("vllmlite._cpu") is not None
 
 MOE: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LONGROPE: dict[str, Any] = {
@@ -69,12 +64,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 """``general.architecture``, transformers' family, and its configuration."""
 
 
-def logits(backend: Backend, path: Path) -> NDArray[np.float32]:
-    paged = PagedModel(load_model(backend, path, max_model_len=64, block_size=16), num_blocks=8, max_slots=2)
-    paged.admit(0)
-    return paged.logits([0], [np.arange(40, dtype=np.int32)])[0]
-
-
 def shortened(spec: DecoderSpec) -> DecoderSpec:
     """``spec`` with the one value that files have in fewer digits than its source rounded."""
     layers = (
@@ -97,7 +86,7 @@ def test_a_converted_model_computes_what_its_source_does(case: str, tmp_path: Pa
     path = converted_family(tmp_path, tmp_path / "x.gguf", name)
     expected = read_spec(tmp_path)
     assert shortened(replace(read_spec(path), keys=expected.keys)) == shortened(expected)
-    for backend in (CpuBackend() if NATIVE else TorchBackend(), TorchBackend()):
+    for backend in (plain(), TorchBackend()):
         found, wanted = logits(backend, path), logits(backend, tmp_path)
         if expected.norm.unit_offset or "longrope" in case:  # one is added and taken away again
             np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())
@@ -117,7 +106,7 @@ def test_tensors_have_the_names_of_the_gguf_package(case: str, tmp_path: Path) -
         assert re.sub(r"^blk\.\d+\.", "blk.{bid}.", tensor.rsplit(".", 1)[0]) in known, tensor
 
 
-@pytest.mark.skipif(not NATIVE, reason="vllmlite._cpu is not built")
+@needs_native
 @pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "phi3", "falcon-40b", "gpt2", "gemma2"])
 def test_blocks_are_kept_where_rows_are_taken_apart(case: str, tmp_path: Path) -> None:
     """Experts, and q, k and v that are stored as one."""

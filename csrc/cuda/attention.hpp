@@ -13,6 +13,8 @@ struct Attention {
   const void* kv;  // a layer's blocks, [num_blocks, 2, kv_heads, block_size, width]
   void* out;       // [tokens, heads, size]
   BatchView batch;
+  const float* alibi;  // slopes by head; null: none
+  float soft_cap;      // 0: none
   float scale;
   int window, heads, kv_heads, size, width, block_size;
   int num_tokens, num_rows, num_items, num_shares, num_tiles[2];

@@ -3,7 +3,7 @@
 // 64 that are copied ahead in the background.
 #include <algorithm>
 
-#include "cuda/attention.hpp"
+#include "cuda/attention.cuh"
 #include "cuda/mma.cuh"
 
 namespace vllmlite::cuda {
@@ -83,7 +83,8 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
   copy_rows(room.keys[0], cache, 0);
   copy_rows(room.values[0], cache + values_at, 0);
 
-  const float scale = given.scale * kLog2E;
+  const bool edits = edits_scores(given);
+  const float scale = edits ? kLog2E : given.scale * kLog2E, slope = slope_of(given, head);
   float largest[kRowTiles][2], total[kRowTiles][2] = {}, sums[kRowTiles][kSize / 8][4] = {};
 #pragma unroll
   for (auto& both : largest) both[0] = both[1] = -INFINITY;
@@ -120,6 +121,15 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
       }
     }
 
+    if (edits)
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            scores[i][n][e] = edited_score(given, scores[i][n][e], slope,
+                                           at + n * 8 + quad * 2 + e % 2 - (first + row0 + i * 16 + e / 2 * 8 + group));
     if (at + kKeys - 1 > first || last - at >= given.window) {
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i)

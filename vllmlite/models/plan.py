@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllmlite.backends.base import Op
-from vllmlite.backends.cpu import CpuBackend
-from vllmlite.backends.cuda import CudaBackend
-from vllmlite.errors import BackendError, ModelError, ParameterError
+from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models.families import FAMILIES, architecture, read_spec
 from vllmlite.models.hf_config import HfConfig, checkpoint_dtype
 
@@ -27,8 +24,6 @@ class Plan:
     max_position_embeddings: int
     hidden_size: int
     quantization: str | None = None
-    ops: frozenset[Op] = frozenset()
-    """What it needs beyond what every backend has."""
 
     def __str__(self) -> str:
         """For the line that is printed at start."""
@@ -43,13 +38,11 @@ class Plan:
 def declining(plan: Plan) -> dict[str, str]:
     """The backends that cannot run it wherever they are, and why."""
     reasons = {}
-    for backend in (CpuBackend, CudaBackend):
-        try:
-            backend.check_ops(plan.ops, plan.architecture)
-        except BackendError as error:
-            reasons[backend.name] = str(error)
-        if plan.backends and backend.name not in plan.backends:
-            reasons[backend.name] = f"{plan.architecture} runs on {', '.join(plan.backends)} alone"
+    if plan.quantization is not None:
+        reasons["cuda"] = f"the cuda backend has no {plan.quantization} weights"
+    if plan.backends:
+        only = f"{plan.architecture} runs on {', '.join(plan.backends)} alone"
+        reasons |= {name: only for name in ("cpu", "cuda") if name not in plan.backends}
     return reasons
 
 
@@ -69,7 +62,6 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
             spec.max_position_embeddings,
             spec.hidden_size,
             spec.quantization,
-            spec.required_ops(),
         )
     if path.is_file():
         raise ModelError(

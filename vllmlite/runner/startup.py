@@ -51,7 +51,7 @@ class Started(Generic[EngineT]):
 
 def start(config: EngineConfig) -> Started[Engine]:
     """Start an engine. Raises ModelError, BackendError or ParameterError, each saying what to change."""
-    from vllmlite.backends.select import select_backend
+    from vllmlite.backends.select import Wanted, select_backend
     from vllmlite.models import load_planned, plan_model
     from vllmlite.models.gguf import has_blocks, treatment
     from vllmlite.models.hf_config import HfConfig
@@ -70,20 +70,20 @@ def start(config: EngineConfig) -> Started[Engine]:
         )
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, path)
     generation = _generation_config(config, path)
-    backend, choice = select_backend(
-        config.backend,
-        config.device,
-        config.dtype,
+    wanted = Wanted(
+        backend=config.backend,
+        device=config.device,
+        dtype=config.dtype,
         checkpoint_dtype=plan.dtype,
         threads=config.threads,
         cpu_isa=config.cpu_isa,
         quantization=config.quantization or plan.quantization,
         has_blocks=path.is_file() and has_blocks(path),
-        ops=plan.ops,
         model=plan.architecture,
         only=plan.backends,
         batch_invariant=config.batch_invariant,
     )
+    backend, choice = select_backend(wanted)
     if path.is_file():
         done = treatment(path, backend)
         choice += f"; {done}"
