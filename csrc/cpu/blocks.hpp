@@ -7,19 +7,23 @@
 
 namespace vllmlite::cpu {
 
-// Scales of a block as they stand there: float16 bits, and what those of its groups are multiplied by.
-struct BlockScales {
-  std::uint16_t floats[2];           // of the scale; of the offset
-  std::int8_t factors[kUnitGroups][2];  // of a group, in the order of the layout
+// QuantizedStrips that are being made.
+struct WritableStrips {
+  std::uint8_t* codes;
+  std::uint16_t* scales;
+  std::int8_t* factors;
 };
 
+// A type of blocks.
 struct BlockType {
   const char* name;
   int elements, bytes;
   Codes kind;
-  // Four codes a word, in the order of elements.
-  void (*read_codes)(const std::uint8_t* block, int group, std::uint32_t* quads);
-  BlockScales (*read_scales)(const std::uint8_t* block);
+  // Writes the strip of `rows` rows, which are `stride` bytes apart and have `count` blocks each.
+  void (*put_strip)(const std::uint8_t* blocks, std::int64_t stride, int rows, std::int64_t count,
+                    const WritableStrips& to);
+  // Writes what a block means.
+  void (*decode)(const std::uint8_t* block, float* to);
 };
 
 // The type of a name. Throws std::invalid_argument for others.

@@ -196,8 +196,9 @@ void bind_data(py::module_& module) {
   py::class_<cpu::LinearWeight>(module, "LinearWeight", py::module_local(),
                                 "Row-major parts of one weight, and a bias.")
       .def(py::init(&cpu::make_weight), py::arg("parts"), py::arg("bias") = py::none());
-  py::class_<cpu::QuantizedWeight>(module, "QuantizedWeight", py::module_local(),
-                                   "Parts (kind, codes, scales, factors, rows) of one weight of `in` columns, and a bias.")
+  py::class_<cpu::QuantizedWeight>(
+      module, "QuantizedWeight", py::module_local(),
+      "Parts (kind, codes, scales, factors, rows) of one weight of `in` columns, and a bias.")
       .def(py::init([](const std::vector<Part>& parts, std::int64_t in, std::optional<Tensor> bias) {
              std::vector<cpu::QuantizedPart> taken;
              for (const auto& [kind, codes, scales, factors, rows] : parts)

@@ -50,8 +50,8 @@ Tensor gated_linear(Runtime& runtime, const Tensor& x, const LinearWeight& weigh
 // Rows of a quantised weight [rows, in] in strips, as vllmlite/weights/quantized.py has them.
 struct QuantizedPart {
   Codes kind;
-  Tensor codes;   // uint8 [strips, groups, bytes of a group]
-  Tensor scales;  // [strips, units, kStripRows], or [strips, units, 2, kStripRows]
+  Tensor codes;                   // uint8 [strips, groups, bytes of a group]
+  Tensor scales;                  // [strips, units, kStripRows], or [strips, units, 2, kStripRows]
   std::optional<Tensor> factors;  // int8 [strips, groups, n, kStripRows]
   std::int64_t rows;
 

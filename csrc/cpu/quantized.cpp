@@ -88,10 +88,10 @@ std::int64_t QuantizedWeight::out() const {
 
 QuantizedStrips QuantizedPart::from(std::int64_t strip) const {
   const Layout layout = layout_of(kind);
-  return {static_cast<const std::uint8_t*>(codes.data) + strip * groups() * layout.group_bytes(),
-          static_cast<const std::uint16_t*>(scales.data) + strip * layout.units(groups()) * layout.unit_floats(),
-          factors ? static_cast<const std::int8_t*>(factors->data) + strip * groups() * layout.group_factors()
-                  : nullptr};
+  return {
+      static_cast<const std::uint8_t*>(codes.data) + strip * groups() * layout.group_bytes(),
+      static_cast<const std::uint16_t*>(scales.data) + strip * layout.units(groups()) * layout.unit_floats(),
+      factors ? static_cast<const std::int8_t*>(factors->data) + strip * groups() * layout.group_factors() : nullptr};
 }
 
 QuantizedPart allocate_strips(Codes kind, std::int64_t rows, std::int64_t in) {
@@ -117,8 +117,8 @@ QuantizedPart quantize(Runtime& runtime, const Tensor& w, Codes kind) {
   strip.scales = static_cast<std::uint16_t*>(part.scales.data);
   std::atomic<bool> finite{true};
   runtime.issue([kernel = runtime.kernels().quantize_strip[static_cast<int>(kind)], strip, rows, strips, groups,
-                 row_bytes = size * static_cast<std::int64_t>(item_size(w.dtype)), bytes = layout_of(kind).group_bytes(),
-                 &finite](Worker& worker) {
+                 row_bytes = size * static_cast<std::int64_t>(item_size(w.dtype)),
+                 bytes = layout_of(kind).group_bytes(), &finite](Worker& worker) {
     for (std::int64_t index; (index = worker.take()) < strips;) {
       QuantizedStrip one = strip;
       one.w = static_cast<const std::byte*>(strip.w) + index * kStripRows * row_bytes;

@@ -1,8 +1,8 @@
 // Products of quantised activations with quantised weights, and how both are quantised.
 //
 // A group is kGroup elements along k, with one or two scales. The integers that share a scale are multiplied and added
-// exactly; these sums, and behind them a group's offset, are added in float32, in ascending order. So a row's result does not depend on the rows beside it, nor on the
-// instruction set's lanes.
+// exactly; these sums, and behind them a group's offset, are added in float32, in ascending order. So a row's result
+// does not depend on the rows beside it, nor on the instruction set's lanes.
 #pragma once
 
 #include "cpu/kernels/simd.hpp"
