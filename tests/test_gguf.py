@@ -417,7 +417,10 @@ def test_stretched_contexts(tmp_path: Path) -> None:
     [
         ({"general.architecture": "mamba"}, r"general\.architecture='mamba'; accepted: llama"),
         ({"split.count": 3}, r"one of 3 parts; expected a name like X-00001-of-00003\.gguf"),
-        ({"llama.expert_count": 8}, r"missing from the file: blk\.0\.ffn_gate_inp\.weight"),
+        (
+            {"llama.expert_count": 8},
+            r"expert_count=8; accepted: the number of experts in blk\.0\.ffn_gate_exps",
+        ),
         ({"llama.block_count": "two"}, r"llama\.block_count='two'; accepted: a whole number"),
         ({"llama.attention.head_count": [4, 2, 4]}, "the same value for every layer"),
         ({"llama.rope.dimension_count": 8}, r"dimension_count=8; accepted: 16"),

@@ -23,7 +23,7 @@ from vllmlite.models.gguf_families import FAMILIES, KEYS, NEUTRAL, GgufFamily
 from vllmlite.models.keys import Keys
 from vllmlite.weights.checkpoint import Weights, listed
 from vllmlite.weights.gguf import Gguf, read_gguf
-from vllmlite.weights.gguf_blocks import FLOATS, KINDS, to_floats
+from vllmlite.weights.gguf_blocks import FLOATS, KINDS
 from vllmlite.weights.quantized import LAYOUTS
 
 if TYPE_CHECKING:
@@ -78,6 +78,9 @@ def gguf_config(path: Path) -> dict[str, Any]:
     if not 0 < rotated <= head_dim or (rotated < head_dim and not family.rotates_part):
         raise fields.error("rope.dimension_count", str(head_dim))
     layers, inner = fields.integer("block_count"), fields.integer("feed_forward_length", 4 * hidden)
+    if layers > len(gguf.tensors):
+        raise fields.error("block_count", f"at most the {len(gguf.tensors)} tensors of the file")
+    _check_experts(fields)
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -114,6 +117,13 @@ def gguf_config(path: Path) -> dict[str, Any]:
             "num_ln_in_parallel_attn": norms,
         }
     return config
+
+
+def _check_experts(fields: _Fields) -> None:
+    """ModelError unless there are as many experts as the metadata say, lest these have us count without end."""
+    count, name = fields.integer("expert_count", 0), f"{KEYS.layer}0.ffn_gate_exps.weight"
+    if count and (name not in fields.gguf.tensors or fields.gguf.tensors[name].shape[0] != count):
+        raise fields.error("expert_count", f"the number of experts in {name}")
 
 
 def gguf_keys(path: Path) -> Keys:
@@ -169,7 +179,9 @@ def open_gguf(path: Path, spec: DecoderSpec, backend: Backend) -> Weights:
             halves = stored.data.reshape(heads, -1, 2, stored.data.size // stored.shape[0])
             return replace(stored, data=np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(-1))
         if spec.norm.unit_offset and name.endswith("norm.weight"):
-            values = to_floats(stored, "float32").data.view("<f4") - np.float32(1)
+            if stored.type != "F32":
+                raise ModelError(f"{path}: tensor {name!r}: is in {stored.type}; accepted: F32")
+            values = stored.data.view("<f4") - np.float32(1)
             return HostTensor("float32", stored.shape, values.view(np.uint8))
         return stored
 
