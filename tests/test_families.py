@@ -138,6 +138,13 @@ def test_equals_transformers(case: str, tmp_path: Path, device: str) -> None:
     assert ours == theirs
 
 
+def need_gpu() -> None:
+    try:
+        CudaBackend()
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.parametrize("case", ["gemma2", "olmo2", "qwen2-moe", "gpt2", "neox", "falcon-rw"])
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "torch"])
 def test_preempted_is_calm(case: str, backend: str, tmp_path: Path) -> None:
@@ -146,10 +153,7 @@ def test_preempted_is_calm(case: str, backend: str, tmp_path: Path) -> None:
     if backend == "cpu":
         pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
     if backend == "cuda":
-        try:
-            CudaBackend()
-        except BackendError as error:
-            pytest.skip(str(error))
+        need_gpu()
     family, changes = CASES[case]
     write_checkpoint(tmp_path, family, **changes | {"eos_token_id": None})
     texts = []
@@ -173,6 +177,34 @@ def test_preempted_is_calm(case: str, backend: str, tmp_path: Path) -> None:
         texts.append([output.outputs[0].token_ids for output in outputs])
         preemptions = llm.llm_engine.stats().num_preemptions
         assert (preemptions > 0) == (blocks == 14)
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gemma3", "qwen2-moe", "gpt2", "falcon-rw", "olmo2"])
+def test_batch_invariant_text(case: str, tmp_path: Path) -> None:
+    """In bfloat16 on a GPU, text is the same whether steps are recorded or not, and one by one."""
+    need_gpu()
+    family, changes = CASES[case]
+    write_checkpoint(tmp_path, family, dtype="bfloat16", **changes | {"eos_token_id": None})
+    texts = []
+    for rows, eager in ((8, False), (8, True), (1, False)):
+        llm = LLM(
+            str(tmp_path),
+            backend="cuda",
+            dtype="bfloat16",
+            batch_invariant=True,
+            enforce_eager=eager,
+            skip_tokenizer_init=True,
+            num_gpu_blocks_override=200,
+            block_size=8,
+            max_model_len=100,
+            max_num_seqs=rows,
+        )
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt.tolist()} for prompt in prompts()],
+            SamplingParams(temperature=0, max_tokens=24, detokenize=False),
+        )
+        texts.append([output.outputs[0].token_ids for output in outputs])
     assert texts[0] == texts[1] == texts[2]
 
 

@@ -678,7 +678,7 @@ def test_attention_over_long_and_short_contexts(exact: Backend, kv_dtype: str) -
     rows.step([3, 2, 1, 0], [2, 1, 50, 60], (None, 20, 256))
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 2, 64), (4, 1, 128)])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 2, 64), (4, 1, 128), (4, 2, 256)])
 def test_attention_over_very_long_contexts(backend: Backend, heads: int, kv_heads: int, size: int) -> None:
     if backend.device == "cpu":
         pytest.skip("too long for a CPU")

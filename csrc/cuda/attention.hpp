@@ -6,7 +6,8 @@
 
 namespace vllmlite::cuda {
 
-constexpr int kMostSize = 256;  // elements of a head
+constexpr int kMostSize = 256;        // elements of a head
+constexpr int kWideRoom = 100 << 10;  // bytes of shared memory that tensor cores need for heads of more than 128
 
 struct Attention {
   const void* q;   // [tokens, heads, size]

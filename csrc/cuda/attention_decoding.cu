@@ -16,7 +16,7 @@ constexpr int kHeads = 8, kStages = 2;
 // Rows are padded by one access, so that eight of them lie in different banks.
 template <typename T, int kSize>
 struct Stage {
-  static constexpr int kKeys = 2048 / kSize, kStride = kSize + 8;
+  static constexpr int kKeys = kSize > 128 ? 16 : 2048 / kSize, kStride = kSize + 8;
   T keys[kKeys][kStride];
   T values[kKeys][kStride];
 };
@@ -297,7 +297,7 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
 
 bool takes_tensor_cores(const Runtime& runtime, const Attention& attention) {
   return runtime.capability() >= 80 && attention.dtype != DType::float32 && attention.dtype == attention.kv_dtype &&
-         attention.size % 8 == 0 && attention.width <= 128;
+         attention.size % 8 == 0 && (attention.width <= 128 || runtime.shared_memory() >= kWideRoom);
 }
 
 template <typename T, int kSize, int kWarps>
@@ -324,7 +324,12 @@ static void run_warps(Runtime& runtime, const Attention& attention) {
 
 template <typename T>
 static void run_sized(Runtime& runtime, const Attention& attention) {
-  attention.width <= 64 ? run_warps<T, 64>(runtime, attention) : run_warps<T, 128>(runtime, attention);
+  if (attention.width <= 64)
+    run_warps<T, 64>(runtime, attention);
+  else if (attention.width <= 128)
+    run_warps<T, 128>(runtime, attention);
+  else
+    run<T, kMostSize, 2>(runtime, attention);
 }
 
 void attend_decoding(Runtime& runtime, const Attention& attention) {

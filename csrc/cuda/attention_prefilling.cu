@@ -1,6 +1,6 @@
 // Attention of rows that have several tokens, or of all where a row is to be the same however it is cut, after Dao 2023
 // (FlashAttention-2): a block has a tile of a row's queries for one head, and goes over the keys they see in tiles of
-// 64 that are copied ahead in the background.
+// 64, or 32 of large heads, that are copied ahead in the background.
 #include <algorithm>
 
 #include "cuda/attention.cuh"
@@ -8,12 +8,12 @@
 
 namespace vllmlite::cuda {
 
-constexpr int kWarps = 4, kKeys = 64;
+constexpr int kWarps = 4;
 
 // A warp has kRowTiles times 16 queries. Rows are padded by one access, so that eight of them lie in different banks.
 template <typename T, int kSize, int kRowTiles>
 struct Room {
-  static constexpr int kStride = kSize + 8, kQueries = kWarps * kRowTiles * 16;
+  static constexpr int kStride = kSize + 8, kQueries = kWarps * kRowTiles * 16, kKeys = kSize > 128 ? 32 : 64;
   T q[kQueries][kStride];
   T keys[2][kKeys][kStride];
   T values[2][kKeys][kStride];
@@ -26,7 +26,7 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
   extern __shared__ __align__(16) char shared[];
   using Shared = Room<T, kSize, kRowTiles>;
   auto& room = *reinterpret_cast<Shared*>(shared);
-  constexpr int kWords = kSize / 8, kQueries = Shared::kQueries;
+  constexpr int kWords = kSize / 8, kQueries = Shared::kQueries, kKeys = Shared::kKeys;
   let_next_begin();
   wait_for_previous();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
@@ -233,7 +233,7 @@ template <typename T, int kSize, int kRowTiles>
 static void run(const Runtime& runtime, const Attention& attention) {
   using Shared = Room<T, kSize, kRowTiles>;
   constexpr int kList = kRowTiles == 2 ? 0 : 1;
-  static_assert(Shared::kQueries == kTileQueries[kList]);
+  static_assert(Shared::kQueries == kTileQueries[kList] && (kSize <= 128 || sizeof(Shared) <= kWideRoom));
   VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, prefilling_kernel<T, kSize, kRowTiles>,
                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sizeof(Shared)));
   const dim3 grid(static_cast<unsigned>(attention.heads), static_cast<unsigned>(attention.num_tiles[kList]));
@@ -244,6 +244,8 @@ template <typename T>
 static void run_sized(const Runtime& runtime, const Attention& attention) {
   if (attention.width <= 64)
     run<T, 64, 2>(runtime, attention);
+  else if (attention.width > 128)
+    run<T, kMostSize, 1>(runtime, attention);
   else if (runtime.shared_memory() >= static_cast<int>(sizeof(Room<T, 128, 2>)))
     run<T, 128, 2>(runtime, attention);
   else
