@@ -25,7 +25,7 @@ GATED_ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 ACTIVATIONS = GATED_ACTIVATIONS | {"relu": "relu"}
-MOST = {"num_hidden_layers": 4096}
+MOST = {"num_hidden_layers": 4096, "num_experts": 1024, "num_local_experts": 1024}
 """What some keys are at most, lest a damaged file take all memory before anything else is looked at."""
 _REQUIRED: Any = object()
 QUANT_METHOD = "vllmlite"
