@@ -99,6 +99,7 @@ class Op(StrEnum):
     POSITIONS = "embedding of positions"
     FLOAT_NORM = "rms_norm with float32 weights"
     WHOLE_QK_NORM = "attn_prep with a norm over all heads"
+    LAYER_QK_NORM = "attn_prep with a layer norm of each head"
     ATTENTION_SOFT_CAP = "paged_attention with a soft cap"
     ALIBI = "paged_attention with linear biases"
     MOE = "moe"
@@ -457,7 +458,8 @@ class Backend(ABC):
         """Split ``qkv [T, (H + 2K) * D]``, norm each head of q and k by RMS where weights ``[D]`` are given, rotate
         q and k, write k and v to the cache at the tokens' positions, and return q as ``[T, H, D]``.
 
-        With :attr:`Op.WHOLE_QK_NORM`, weights ``[H * D]`` and ``[K * D]`` norm all heads as one row."""
+        With :attr:`Op.WHOLE_QK_NORM`, weights ``[H * D]`` and ``[K * D]`` norm all heads as one row; with
+        :attr:`Op.LAYER_QK_NORM`, rows of weights ``[H, D]`` and ``[K, D]`` norm each a head by mean and variance."""
 
     @abstractmethod
     def paged_attention(

@@ -67,7 +67,7 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
             name,
             spec.dtype,
             spec.max_position_embeddings,
-            spec.hidden_size,
+            spec.output_size,
             spec.quantization,
             spec.required_ops(),
         )
