@@ -139,11 +139,7 @@ Tensor linear(Runtime& runtime, const Tensor& given, const QuantizedWeight& weig
   if (weight.bias) runtime.keep(*weight.bias);
   runtime.issue([kernel = runtime.kernels().quantized[static_cast<int>(weight.codes)], block,
                  tasks = std::move(tasks)](Worker& worker) {
-    const auto count = static_cast<std::int64_t>(tasks.size());
-    std::int64_t index = worker.take();
-    while (index < count) {
-      // Taken early, so that its codes can be fetched while this one's are multiplied.
-      const std::int64_t next = worker.take();
+    worker.take_ahead(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t index, std::int64_t following) {
       const Task& task = tasks[static_cast<std::size_t>(index)];
       QuantizedBlock one = block;
       one.codes = task.codes;
@@ -152,10 +148,9 @@ Tensor linear(Runtime& runtime, const Tensor& given, const QuantizedWeight& weig
       one.y += task.row;
       if (one.bias != nullptr) one.bias += task.row;
       // Prefetching past the end of a shorter task's codes is harmless.
-      one.next = next < count ? tasks[static_cast<std::size_t>(next)].codes : nullptr;
+      one.next = following < 0 ? nullptr : tasks[static_cast<std::size_t>(following)].codes;
       kernel(one);
-      index = next;
-    }
+    });
   });
   return y;
 }
@@ -194,23 +189,33 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<Q
   runtime.issue([kernel = runtime.kernels().quantized[static_cast<int>(like.codes)], &weights, groups, block,
                  places = std::move(places), size, bytes = group_bytes(like.codes)](Worker& worker) {
     const auto each = static_cast<std::int64_t>(places.size());
+    const auto group_of = [&](std::int64_t task) {
+      return static_cast<std::size_t>(groups->active[static_cast<std::size_t>(task / each)]);
+    };
+    const auto part_of = [&](std::int64_t task) -> const QuantizedPart& {
+      return weights[group_of(task)].parts[places[static_cast<std::size_t>(task % each)].part];
+    };
+    const auto codes = [&](std::int64_t task) {
+      return static_cast<const std::uint8_t*>(part_of(task).codes.data) +
+             places[static_cast<std::size_t>(task % each)].strip * size * bytes;
+    };
     const std::int64_t tasks = each * static_cast<std::int64_t>(groups->active.size());
-    for (std::int64_t task; (task = worker.take()) < tasks;) {
-      const auto group = static_cast<std::size_t>(groups->active[static_cast<std::size_t>(task / each)]);
+    worker.take_ahead(tasks, [&](std::int64_t task, std::int64_t following) {
+      const std::size_t group = group_of(task);
       const std::int64_t first = groups->first[group];
       const Place& place = places[static_cast<std::size_t>(task % each)];
-      const QuantizedPart& part = weights[group].parts[place.part];
       QuantizedBlock one = block;
       one.x += first * size * kGroup;
       one.x_scales += first * size;
       one.x_sums += first * size;
       one.m = groups->first[group + 1] - static_cast<int>(first);
-      one.codes = static_cast<const std::uint8_t*>(part.codes.data) + place.strip * size * bytes;
-      one.scales = static_cast<const std::uint16_t*>(part.scales.data) + place.strip * size * kStripRows;
+      one.codes = codes(task);
+      one.scales = static_cast<const std::uint16_t*>(part_of(task).scales.data) + place.strip * size * kStripRows;
       one.n = static_cast<int>(place.rows);
       one.y += first * one.y_stride + place.row;
+      one.next = following < 0 ? nullptr : codes(following);
       kernel(one);
-    }
+    });
   });
   return y;
 }
