@@ -27,6 +27,8 @@ GATED_ACTIVATIONS = {
 ACTIVATIONS = GATED_ACTIVATIONS | {"relu": "relu"}
 MOST = {"num_hidden_layers": 4096}
 """What some keys are at most, lest a damaged file take all memory before anything else is looked at."""
+MOST_EXPERTS = 1 << 16
+"""And experts of all layers."""
 _REQUIRED: Any = object()
 QUANT_METHOD = "vllmlite"
 
@@ -140,6 +142,12 @@ class HfConfig:
         if default is _REQUIRED:
             raise self.error(key, "a value")
         return default
+
+
+def expert_count(config: HfConfig, key: str, default: int, minimum: int = 1) -> int:
+    """Experts of a layer, so many at most that all layers together have ``MOST_EXPERTS``."""
+    most = max(1, MOST_EXPERTS // config.integer("num_hidden_layers"))
+    return config.integer(key, default, minimum, most)
 
 
 def checkpoint_dtype(config: HfConfig) -> str:
