@@ -4,7 +4,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from subprocess import check_output
@@ -19,6 +19,16 @@ def roff(text: str) -> str:
     return re.sub(r"^([.'])", r"\\&\1", text, flags=re.MULTILINE)
 
 
+def prose(text: str) -> Iterator[str]:
+    """``text`` as roff input; an indented line is an example, a command and, two blanks on, what it does."""
+    for line in text.splitlines():
+        if line.startswith(" "):
+            command, _, does = line.strip().partition("  ")
+            yield from (".TP", f"\\fB{roff(command)}\\fR", roff(does.strip()) or "\\&")
+        elif line:
+            yield roff(line)
+
+
 def title(command: str) -> str:
     """The name of a subcommand's page."""
     return "vllmlite-" + command.replace(" ", "-")
@@ -30,6 +40,11 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
     return {}
+
+
+def related(command: str, commands: Iterable[str]) -> list[str]:
+    """The pages of the commands that share a word with this one: bench and bench serve."""
+    return [title(other) for other in commands if other != command and {*other.split()} & {*command.split()}]
 
 
 def option(action: argparse.Action, formatter: argparse.HelpFormatter) -> Iterator[str]:
@@ -46,15 +61,15 @@ def option(action: argparse.Action, formatter: argparse.HelpFormatter) -> Iterat
 
 def body(parser: argparse.ArgumentParser) -> Iterator[str]:
     """DESCRIPTION and the options, in the parser's own groups."""
-    yield from (".SH DESCRIPTION", roff(parser.description or ""))
+    yield from (".SH DESCRIPTION", *prose(parser.description or ""))
     formatter = parser._get_formatter()
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if action.help is not argparse.SUPPRESS]
         if not actions or isinstance(actions[0], argparse._SubParsersAction):
             continue
-        yield f".SH {roff((group.title or 'options').upper())}"
-        if group.description:
-            yield roff(group.description)
+        heading = "arguments" if group is parser._positionals else group.title or "options"
+        yield f".SH {roff(heading.upper())}"
+        yield from prose(group.description or "")
         for action in actions:
             yield from option(action, formatter)
 
@@ -63,10 +78,12 @@ def page(name: str, summary: str, synopsis: str, date: str, sections: list[str],
     """A whole manual page."""
     lines = [
         f'.TH {name.upper()} 1 "{date}" "vllmlite {__version__}" "User Commands"',
+        *(".nh", ".ad l"),
         *(".SH NAME", f"{roff(name)} \\- {roff(summary)}"),
         *(".SH SYNOPSIS", f"\\fB{roff(name.replace('-', ' '))}\\fR {roff(synopsis)}"),
         *sections,
-        *(".SH EXIT STATUS", "0 on success, 1 if something failed, 2 if the command line was wrong."),
+        ".SH EXIT STATUS",
+        "0 on success, 1 if something failed, 2 if the command line was wrong, 130 after an interrupt.",
         *(".SH SEE ALSO", ", ".join(f"\\fB{roff(page)}\\fR(1)" for page in also)),
     ]
     return "\n".join(lines) + "\n"
@@ -88,7 +105,9 @@ def main(directory: Path) -> None:
     for name, command in commands.items():
         summary = summaries[name][0].lower() + summaries[name][1:]
         _, _, synopsis = command.format_usage().strip().partition(f" {name} ")
-        text = page(title(name), summary, synopsis, date, [*body(command)], ["vllmlite"])
+        text = page(
+            title(name), summary, synopsis, date, [*body(command)], ["vllmlite", *related(name, commands)]
+        )
         (directory / f"{title(name)}.1").write_text(text, encoding="utf-8")
 
 

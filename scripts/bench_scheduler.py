@@ -62,6 +62,10 @@ class NullBackend:
         """The array as it is."""
         return array
 
+    def graph_rows(self, _most: int) -> tuple[int, ...]:
+        """None ahead of time."""
+        return ()
+
     def capture(self, _key: Any, step: Any) -> Any:
         """The step as it is."""
         return step
@@ -72,6 +76,7 @@ def measure(lengths: Sequence[tuple[int, int]], depth: int) -> dict[str, float]:
     limits = Limits(
         max_num_seqs=len(lengths),
         max_num_batched_tokens=8192,
+        max_mixed_prefill_tokens=2048,
         max_model_len=2048,
         block_size=16,
         num_blocks=128 * len(lengths),

@@ -2,11 +2,14 @@
 """What HTTP costs: concurrent streams of ``vllmlite serve`` beside the same work through ``LLM.generate``.
 
     PYTHONPATH=. scripts/bench_server.py [--streams N] [--output-len N] [--repeat N] [--model DIR]
-        [--config FILE.yaml] [--[no-]engine-process]
+        [--config FILE.yaml] [--[no-]engine-process] [--clients N]
 
 Both run alternately; medians are compared. ``overhead_us_per_token`` is what a streamed token costs the server
-in CPU time over the offline one: HTTP, JSON, queues, and what two threads cost one another; ``itl`` is the time from
-one piece of a stream to the next, be it one token or, from a server that falls behind, several. Last line: JSON.
+in CPU time over the offline one: HTTP, JSON, queues, and what two threads cost one another. ``api_us_per_token`` is all
+that the process takes that speaks HTTP, text included, where the engine has a process of its own: it does not vary
+with the model's time. ``itl`` is the time from one piece of a stream to the next, be it one token or, from a server
+that falls behind, several. ``--clients`` are processes that share the streams out: one reads about as many pieces a
+second as a server writes. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +23,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing import get_context
 
 from vllmlite import LLM, SamplingParams
 from vllmlite.options import read_yaml
@@ -34,6 +41,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--model")
     parser.add_argument("--config", metavar="FILE.yaml", help="options of the engine, here and there")
+    parser.add_argument("--clients", type=int, default=max(1, (os.cpu_count() or 1) // 4))
     parser.add_argument("--engine-process", action=argparse.BooleanOptionalAction, default=None)
     args = parser.parse_args()
     prompts = [f"The Debian Project is number {index}" for index in range(args.streams)]
@@ -54,6 +62,7 @@ def main() -> None:
         options = read_yaml(args.config)
     if args.engine_process is not None:
         command.append("--engine-process" if args.engine_process else "--no-engine-process")
+    clients = ProcessPoolExecutor(args.clients, get_context("spawn"))
     server = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8")
     try:
         assert server.stderr is not None
@@ -61,7 +70,7 @@ def main() -> None:
         port = int(line.split(" at http://")[1].split(",")[0].rsplit(":", 1)[1])
         llm = LLM(args.model, **options)
         offline: list[tuple[float, float]] = []
-        served: list[tuple[float, float]] = []
+        served: list[tuple[float, float, float]] = []
         gaps: list[float] = []
         for index in range(args.repeat + 1):
             length = args.output_len if index else 4  # a round to warm up
@@ -69,15 +78,19 @@ def main() -> None:
             begin, cpu = time.perf_counter(), time.process_time()
             llm.generate(prompts, params, use_tqdm=False)
             offline.append((time.perf_counter() - begin, time.process_time() - cpu))
-            begin, cpu = time.perf_counter(), _cpu_seconds(server.pid)
-            found = asyncio.run(_all(port, prompts, length))
-            gaps += found if index else []
-            served.append((time.perf_counter() - begin, _cpu_seconds(server.pid) - cpu))
+            before = _cpu_seconds(server.pid)
+            shares = [(port, prompts[first :: args.clients], length) for first in range(args.clients)]
+            found = list(clients.map(_share, *zip(*shares, strict=True)))
+            begin, end = min(client.begin for client in found), max(client.end for client in found)
+            after = _cpu_seconds(server.pid)
+            served.append((end - begin, sum(after) - sum(before), after[0] - before[0]))
+            gaps += [gap for client in found for gap in client.gaps if index]
     finally:
+        clients.shutdown()
         server.send_signal(signal.SIGTERM)
         server.wait(60)
     tokens = args.streams * args.output_len
-    (wall_off, cpu_off), (wall_on, cpu_on) = _medians(offline[1:]), _medians(served[1:])
+    (wall_off, cpu_off), (wall_on, cpu_on, cpu_api) = _medians(offline[1:]), _medians(served[1:])
     result = {
         "streams": args.streams,
         "output_len": args.output_len,
@@ -87,17 +100,34 @@ def main() -> None:
         "offline_cpu_seconds": round(cpu_off, 3),
         "served_cpu_seconds": round(cpu_on, 3),
         "overhead_us_per_token": round((cpu_on - cpu_off) / tokens * 1e6, 1),
+        "api_us_per_token": round(cpu_api / tokens * 1e6, 1),
         "itl_p50_ms": round(_percentile(gaps, 50) * 1e3, 2),
         "itl_p99_ms": round(_percentile(gaps, 99) * 1e3, 2),
     }
     print(json.dumps(result))
 
 
-async def _all(port: int, prompts: list[str], length: int) -> list[float]:
-    """Seconds between what came for one stream and what came next, all streams together."""
-    streams = await asyncio.gather(*(_one(port, prompt, length) for prompt in prompts))
-    assert {count for count, _ in streams} == {length}
-    return [later - earlier for _, times in streams for earlier, later in pairwise(times)]
+@dataclass(frozen=True, slots=True)
+class _Client:
+    """What one client saw, in seconds of the clock that all processes share."""
+
+    begin: float
+    end: float
+    gaps: list[float]
+    """Between what came for one stream and what came next, all its streams together."""
+
+
+def _share(port: int, prompts: Sequence[str], length: int) -> _Client:
+    begin = time.monotonic()
+    streams = asyncio.run(_all(port, prompts, length))
+    end = time.monotonic()
+    assert all(count == length for count, _ in streams)
+    gaps = [later - earlier for _, times in streams for earlier, later in pairwise(times)]
+    return _Client(begin, end, gaps)
+
+
+async def _all(port: int, prompts: Sequence[str], length: int) -> list[tuple[int, list[float]]]:
+    return await asyncio.gather(*(_one(port, prompt, length) for prompt in prompts))
 
 
 async def _one(port: int, prompt: str, length: int) -> tuple[int, list[float]]:
@@ -117,28 +147,28 @@ async def _one(port: int, prompt: str, length: int) -> tuple[int, list[float]]:
     last, times = b"", []
     while data := await reader.read(1 << 16):
         last = (last + data)[-1024:]
-        times.append(time.perf_counter())
+        times.append(time.monotonic())
     writer.close()
     count: int = json.loads(last.split(b"data: ")[-2].partition(b"\n")[0])["usage"]["completion_tokens"]
     return count, times[1:-1]  # without the headers, and the usage at the end
 
 
-def _cpu_seconds(pid: int) -> float:
-    """What a process and those it has started have taken."""
+def _cpu_seconds(pid: int) -> list[float]:
+    """What a process has taken, and those it has started, itself first."""
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()
     with open(f"/proc/{pid}/task/{pid}/children") as file:
         children = [int(child) for child in file.read().split()]
     own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return own + sum(map(_cpu_seconds, children))
+    return [own, *(seconds for child in children for seconds in _cpu_seconds(child))]
 
 
 def _percentile(values: list[float], percent: int) -> float:
     return sorted(values)[len(values) * percent // 100]
 
 
-def _medians(rounds: list[tuple[float, float]]) -> tuple[float, float]:
-    return statistics.median(wall for wall, _ in rounds), statistics.median(cpu for _, cpu in rounds)
+def _medians(rounds: Sequence[tuple[float, ...]]) -> list[float]:
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@
 BUILD_USER=vllmlite-build-$$
 # What src:vllmlite's autopkgtests must come to. Nothing runs systemd here: serve does what the unit says without it.
 EXPECTED=('generate-cpu +PASS' 'generate-native +PASS' 'generate-baseline +PASS' 'serve +PASS' 'serve-unit +(PASS|SKIP)')
-PASSED=0
+GROUPS_RUNNING=()
 STARTED=$SECONDS
 
 say() { printf '\n== %s (%d s so far)\n' "$*" $((SECONDS - STARTED)); }
 
+# How many checks have passed, in whatever shell.
+passed() { { [ -z "${SCRATCH:-}" ] || cat "$SCRATCH/passed"; } | wc -l; }
+
 die() {
     printf '\n%s: FAILED: %s\n' "${0##*/}" "$*" >&2
-    printf '%d passed, 1 failed\n' "$PASSED"
+    printf '%d passed, 1 failed\n' "$(passed)"
     exit 1
 }
 
@@ -37,13 +40,29 @@ check() {
         tail -n 100 "$SCRATCH/logs/$name.log" >&2
         die "$name: exit status $STATUS after $((SECONDS - since)) s; the command was: $*"
     fi
-    PASSED=$((PASSED + 1))
+    echo "$name" >> "$SCRATCH/passed"
     printf 'PASS %s (%d s)\n' "$name" $((SECONDS - since))
+}
+
+# together FUNCTION...: each in a group of processes of its own. Stops when all have ended and one has failed.
+together() {
+    local function job failed=0
+    GROUPS_RUNNING=()
+    set -m
+    for function in "$@"; do
+        "$function" &
+        GROUPS_RUNNING+=($!)
+    done
+    set +m
+    for job in "${GROUPS_RUNNING[@]}"; do wait "$job" || failed=1; done
+    GROUPS_RUNNING=()
+    [ "$failed" -eq 0 ] || exit 1
 }
 
 as_user() {
     runuser -u "$BUILD_USER" -- env -i -C "$SCRATCH" HOME="$SCRATCH/home" TMPDIR="$SCRATCH/tmp" LANG=C.UTF-8 \
-        LOGNAME="$BUILD_USER" USER="$BUILD_USER" PATH=/usr/sbin:/usr/bin:/sbin:/bin "$@"
+        LOGNAME="$BUILD_USER" USER="$BUILD_USER" PATH=/usr/sbin:/usr/bin:/sbin:/bin \
+        ${DEB_BUILD_OPTIONS:+"DEB_BUILD_OPTIONS=$DEB_BUILD_OPTIONS"} "$@"
 }
 
 install_tools() {
@@ -86,6 +105,7 @@ prepare() {
 \$run_piuparts = 0;
 1;
 EOF
+    : > "$SCRATCH/passed"
     chown -R "$BUILD_USER:" "$SCRATCH"
     chmod 755 "$SCRATCH"
     chmod 1777 "$SCRATCH/tmp"
@@ -98,6 +118,8 @@ EOF
 
 # What was built and logged is copied to RESULTS first, where the caller set one.
 cleanup() {
+    local group
+    for group in "${GROUPS_RUNNING[@]}"; do kill -- "-$group" 2> /dev/null || true; done
     [ -z "${RESULTS:-}" ] || { mkdir -p "$RESULTS" && cp -a "$SCRATCH"/{logs,source,cpu,cross,cuda} "$RESULTS"; }
     rm -rf "$SCRATCH"
     userdel "$BUILD_USER" 2> /dev/null || true
@@ -161,22 +183,22 @@ with_contrib() { printf -- '--extra-repository=deb %s sid contrib non-free' "$MI
 # autopkgtest_of EXPECTED… -- AUTOPKGTEST ARGUMENT…: run a source's tests in a fresh sid; EXPECTED are patterns of
 # lines of the summary, 'NAME +PASS', that must all be there.
 autopkgtest_of() {
-    local expected=() status=0 pattern
+    local expected=() status=0 output pattern
     while [ "$1" != -- ]; do
         expected+=("$1")
         shift
     done
     shift
-    rm -rf "$SCRATCH/autopkgtest"
-    as_user autopkgtest --apt-upgrade --no-built-binaries --output-dir="$SCRATCH/autopkgtest" "$@" \
+    output=$(as_user mktemp -d "$SCRATCH/tmp/autopkgtest.XXXXXX")
+    as_user autopkgtest --apt-upgrade --no-built-binaries --output-dir="$output" "$@" \
         -- unshare --release sid --tarball "$SCRATCH/sid.tar" || status=$?
     # 2: some test was skipped; whether it may be, EXPECTED says.
     if [ "$status" -ne 0 ] && [ "$status" -ne 2 ]; then
-        tail -n 50 "$SCRATCH"/autopkgtest/*-std{out,err}
+        tail -n 50 "$output"/*-std{out,err}
         return "$status"
     fi
-    cat "$SCRATCH/autopkgtest/summary"
+    cat "$output/summary"
     for pattern in "${expected[@]}"; do
-        grep -Eq "^$pattern" "$SCRATCH/autopkgtest/summary" || return 1
+        grep -Eq "^$pattern" "$output/summary" || return 1
     done
 }

@@ -12,16 +12,21 @@ import torch
 from checkpoints import write_checkpoint
 
 from vllmlite.backends import memory, select
-from vllmlite.backends.base import API, Memory
+from vllmlite.backends.base import API, Backend, Memory
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.models import load_model
+
+
+def choose(**wanted: Any) -> tuple[Backend, str]:
+    return select.select_backend(select.Wanted(**wanted))
+
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 def test_the_cpu_is_chosen_aloud() -> None:
-    backend, why = select.select_backend("torch", device="cpu", checkpoint_dtype="bfloat16")
+    backend, why = choose(backend="torch", device="cpu", checkpoint_dtype="bfloat16")
     assert (backend.name, backend.device, backend.dtype, backend.asynchronous) == (
         "torch",
         "cpu",
@@ -45,18 +50,18 @@ def test_the_cpu_is_chosen_aloud() -> None:
     ],
 )
 def test_dtypes_on_the_cpu(dtype: str, checkpoint: str, found: str) -> None:
-    assert select.select_backend("torch", "cpu", dtype, checkpoint_dtype=checkpoint)[0].dtype == found
+    assert choose(backend="torch", device="cpu", dtype=dtype, checkpoint_dtype=checkpoint)[0].dtype == found
 
 
 @no_gpu
 def test_without_a_gpu_each_candidate_says_why() -> None:
-    _, why = select.select_backend()
+    _, why = choose()
     assert "torch on cuda declined: " in why
     assert "cuda on cuda declined: vllmlite._cuda" in why
     with pytest.raises(
         BackendError, match=r"no backend can run: cuda on cuda declined: .*; torch on cpu declined: "
     ):
-        select.select_backend(device="cuda:3")
+        choose(device="cuda:3")
 
 
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
@@ -86,7 +91,9 @@ def test_dtypes_on_gpus(
 ) -> None:
     fake_gpu(monkeypatch, capability)
     for device in ("auto", "cuda", "cuda:1"):
-        backend, why = select.select_backend("torch", device, dtype, checkpoint_dtype=checkpoint, threads=2)
+        backend, why = choose(
+            backend="torch", device=device, dtype=dtype, checkpoint_dtype=checkpoint, threads=2
+        )
         assert (backend.device, backend.dtype) == ("cuda" if device == "auto" else device, found)
         assert why.startswith(f"torch on {backend.device} in {found}")
 
@@ -119,7 +126,7 @@ def test_the_native_backend_says_why_not(
 ) -> None:
     fake_native(monkeypatch, **members)
     with pytest.raises(BackendError, match=words):
-        select.select_backend("cuda", "cuda:3")
+        choose(backend="cuda", device="cuda:3")
 
 
 @pytest.mark.parametrize(("capability", "found"), [((9, 0), "bfloat16"), ((7, 5), "float16")])
@@ -128,7 +135,7 @@ def test_the_native_backend_is_chosen_before_torch(
 ) -> None:
     fake_native(monkeypatch, probe=lambda: {"devices": [gpu("Chip", capability)], "reason": None})
     for device in ("auto", "cuda", "cuda:0"):
-        backend, why = select.select_backend("auto", device, checkpoint_dtype="bfloat16")
+        backend, why = choose(device=device, checkpoint_dtype="bfloat16")
         assert (backend.name, backend.dtype) == ("cuda", found)
         assert why == f"cuda on {'cuda' if device == 'auto' else device} in {found} (Chip)"
 
@@ -139,7 +146,7 @@ def test_without_torch_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(BackendError, match="torch on cpu declined: torch cannot be imported: No module"):
-        select.select_backend()
+        choose()
 
 
 @pytest.mark.parametrize(
@@ -153,7 +160,7 @@ def test_without_torch_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_unknown_choices_are_named(options: dict[str, Any], field: str) -> None:
     with pytest.raises(ParameterError) as caught:
-        select.select_backend(**options)
+        choose(**options)
     assert caught.value.field == field
 
 

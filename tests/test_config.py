@@ -48,6 +48,7 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--kv_cache_memory_bytes", "2GiB"], "kv_cache_memory_bytes", 2 << 30),
     (["--gpu-memory-utilization=0.5"], "gpu_memory_utilization", 0.5),
     (["--max_num_batched_tokens", "8k"], "max_num_batched_tokens", 8000),
+    (["--max-mixed-prefill-tokens", "512"], "max_mixed_prefill_tokens", 512),
     (["--max-num-seqs", "4"], "max_num_seqs", 4),
     (["--no-enable-prefix-caching"], "enable_prefix_caching", False),
     (["--no_enable_prefix_caching"], "enable_prefix_caching", False),

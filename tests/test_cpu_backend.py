@@ -305,13 +305,17 @@ def test_impossible_backends_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         CpuBackend("int8")
     with pytest.raises(BackendError, match="instruction set quantum: this CPU and this build have"):
         CpuBackend(isa="quantum")
-    monkeypatch.setattr("vllmlite.backends.cpu.importlib.import_module", lambda name: SimpleNamespace(API=0))
+    monkeypatch.setattr(
+        "vllmlite.backends.native.importlib.import_module", lambda name: SimpleNamespace(API=0)
+    )
     with pytest.raises(BackendError, match="interface 0, and this is"):
         CpuBackend()
 
 
 def test_it_is_chosen_before_torch() -> None:
-    backend, why = select.select_backend(device="cpu", checkpoint_dtype="float16", cpu_isa=ISAS[0], threads=1)
+    backend, why = select.select_backend(
+        select.Wanted(device="cpu", checkpoint_dtype="float16", cpu_isa=ISAS[0], threads=1)
+    )
     assert isinstance(backend, CpuBackend)
     assert (backend.dtype, backend.isa, backend.threads) == ("float16", ISAS[0], 1)
     assert why.startswith("cpu on cpu in float16")

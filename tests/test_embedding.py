@@ -10,26 +10,18 @@ import pytest
 
 pytest.importorskip("torch")
 
+from native import needs_native_cpu
+
 from vllmlite import LLM, EngineConfig, LLMEngine, PoolingParams, SamplingParams
-from vllmlite.backends.select import CANDIDATES, Wanted
-from vllmlite.errors import BackendError, ParameterError
+from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 
 TEXTS = ["The Debian Project is an association.", "A package", "To install " * 30, "dpkg"]
 
 
-def _has_native() -> bool:
-    make = next(make for name, kind, make in CANDIDATES if name == "cpu")
-    try:
-        make(Wanted("cpu", "float32", "float32", None))
-    except BackendError:
-        return False
-    return True
-
-
 BACKENDS = [
     "torch",
-    pytest.param("cpu", marks=pytest.mark.skipif(not _has_native(), reason="needs the native CPU backend")),
+    pytest.param("cpu", marks=needs_native_cpu),
 ]
 
 

@@ -10,8 +10,8 @@ from fake_runner import EOS, VOCAB, FakeRunner, expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllmlite.engine.engine import Engine
-from vllmlite.engine.scheduler import Limits
+from vllmlite.engine.engine import Engine, StepResult
+from vllmlite.engine.scheduler import Limits, Schedule
 from vllmlite.errors import ParameterError
 from vllmlite.sampling_params import SamplingParams
 
@@ -22,6 +22,7 @@ def make_engine(
     *,
     max_num_seqs: int = 8,
     budget: int = 64,
+    mixed: int | None = None,
     max_model_len: int | None = None,
     caching: bool = True,
     depth: int = 1,
@@ -30,6 +31,7 @@ def make_engine(
     limits = Limits(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
+        max_mixed_prefill_tokens=mixed or budget,
         max_model_len=max_model_len or num_blocks * block_size,
         block_size=block_size,
         num_blocks=num_blocks,
@@ -93,6 +95,7 @@ arrivals = st.builds(
     block_size=st.sampled_from([1, 2, 4, 16]),
     max_num_seqs=st.integers(1, 6),
     budget=st.integers(1, 40),
+    mixed=st.integers(1, 40),
     caching=st.booleans(),
     depth=st.integers(1, 3),
 )
@@ -102,6 +105,7 @@ def test_any_load_gives_what_each_request_gives_alone(
     block_size: int,
     max_num_seqs: int,
     budget: int,
+    mixed: int,
     caching: bool,
     depth: int,
 ) -> None:
@@ -112,6 +116,7 @@ def test_any_load_gives_what_each_request_gives_alone(
         block_size,
         max_num_seqs=max_num_seqs,
         budget=budget,
+        mixed=mixed,
         max_model_len=max_model_len,
         caching=caching,
         depth=depth,
@@ -179,6 +184,41 @@ def test_priority_overtakes_and_survives() -> None:
     while engine.has_unfinished_requests():
         order += [o.request_id for o in engine.step() if o.finish_reason]
     assert order == ["late but urgent", "first"]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_prompts_go_in_in_pieces_while_texts_grow(depth: int) -> None:
+    engine, runner = make_engine(num_blocks=200, budget=64, mixed=10, depth=depth)
+    sizes: list[tuple[int, ...]] = []
+    launch = runner.launch
+
+    def noted(schedule: Schedule) -> StepResult:
+        sizes.append(tuple(sorted(schedule.counts)))
+        return launch(schedule)
+
+    runner.launch = noted  # type: ignore[method-assign]
+    greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    engine.add_request("text", [5] * 64, greedy)
+    engine.step()
+    assert sizes[0] == (64,), "nothing to hold up"
+    engine.add_request("prompt", [6] * 64, greedy)
+    engine.add_request("other", [7] * 11, greedy)
+    done = run(engine)
+    mixed = [counts for counts in sizes if max(counts) > 1][1:]
+    assert mixed == [*[(1, 10)] * 6, (1, 4, 6), (1, 1, 5)]
+    assert {name: ids for name, (ids, _) in done.items()} == {
+        "text": expected([5] * 64, 40, eos=())[1:],
+        "prompt": expected([6] * 64, 40, eos=()),
+        "other": expected([7] * 11, 40, eos=()),
+    }
+
+
+def test_what_has_its_last_token_in_flight_is_held_up_by_nothing() -> None:
+    engine, runner = make_engine(num_blocks=200, budget=64, mixed=10, depth=2)
+    for name in "ab":
+        engine.add_request(name, [ord(name) % VOCAB] * 64, SamplingParams(temperature=0, max_tokens=1))
+    run(engine)
+    assert runner.steps == 2
 
 
 def test_prefix_is_computed_once() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vllmlite import LLM, AsyncLLM, EngineConfig, LLMEngine, SamplingParams
+from vllmlite import LLM, AsyncLLM, EngineConfig, LLMEngine, SamplingParams, async_llm
 from vllmlite.engine_process import EngineProcess
 from vllmlite.errors import EngineDeadError, ModelError, ParameterError
 from vllmlite.outputs import RequestOutput
@@ -162,6 +162,38 @@ def test_death_is_noticed(busy: bool) -> None:
         time.sleep(0.01)
     assert "signal 9" in str(engine.dead_error)
     engine.shutdown()
+
+
+def test_what_comes_while_the_event_loop_works_is_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_llm, "DELIVERY_SECONDS", 30.0)
+    engine = AsyncLLM(CONFIG, engine_process=True)
+    steps: list[float] = []
+    step = engine.llm_engine.step
+
+    def noted() -> list[RequestOutput]:
+        steps.append(time.monotonic())
+        return step()
+
+    monkeypatch.setattr(engine.llm_engine, "step", noted)
+    params = SamplingParams(
+        temperature=0, max_tokens=100, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
+    pieces: list[int] = []
+
+    async def run() -> None:
+        async for output in engine.generate("Debian is", params, "x"):
+            pieces.append(len(output.outputs[0].token_ids))
+            if len(pieces) == 3:
+                begin = time.monotonic()
+                time.sleep(1)
+                assert sum(at > begin for at in steps) <= 1
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.shutdown()
+    assert sum(pieces) == 100
+    assert max(pieces[3:]) > 5
 
 
 def test_it_ends_when_its_user_is_killed() -> None:

@@ -17,9 +17,8 @@ from paged import PagedModel
 from test_models import chunked, device, edit_config, expected_logits, greedy, paged_model, prompts
 
 from vllmlite import LLM, SamplingParams
-from vllmlite.backends.base import Op
 from vllmlite.backends.cpu import CpuBackend
-from vllmlite.backends.select import select_backend
+from vllmlite.backends.cuda import CudaBackend
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.cli import env
 from vllmlite.errors import BackendError, ModelError
@@ -122,7 +121,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_equals_transformers(case: str, tmp_path: Path, device: str) -> None:
     """Logits of prompts whole, one by one, and in ragged chunks among others, and greedy text of 64 tokens. On the
-    native backend they are the same bits however they are cut."""
+    native backends they are the same bits however they are cut."""
     family, changes = CASES[case]
     reference = write_checkpoint(tmp_path, family, **changes)
     sequences = prompts()
@@ -135,27 +134,38 @@ def test_equals_transformers(case: str, tmp_path: Path, device: str) -> None:
     for how in ("whole", "ragged"):
         for row, (found, wanted) in enumerate(zip(chunked(paged, sequences, how), expected, strict=True)):
             assert float(np.abs(found - wanted).max()) <= 1e-4 * scale, f"{how}, row {row}"
-            if device == "native":
+            if device.startswith("native"):
                 assert found.tobytes() == single[row].tobytes(), f"{how}, row {row}"
     ours, theirs = greedy(paged, reference, sequences)
     assert ours == theirs
 
 
+def need_gpu() -> None:
+    try:
+        CudaBackend()
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.parametrize("case", ["gemma2", "olmo2", "qwen2-moe", "opt-350m", "neox", "falcon-rw"])
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "torch"])
 def test_preempted_is_calm(case: str, backend: str, tmp_path: Path) -> None:
-    """In an engine whose cache is too small for all requests, text is what it is with room enough."""
+    """In an engine whose cache is too small for all requests, text is what it is with room enough, and what it is
+    where no step is recorded."""
     if backend == "cpu":
         pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
+    if backend == "cuda":
+        need_gpu()
     family, changes = CASES[case]
     write_checkpoint(tmp_path, family, **changes | {"eos_token_id": None})
     texts = []
-    for blocks in (200, 14):
+    for blocks, eager in ((200, False), (14, False), (200, True)):
         llm = LLM(
             str(tmp_path),
             backend=backend,
-            device="cpu",
+            device="cuda" if backend == "cuda" else "cpu",
             dtype="float32",
+            enforce_eager=eager,
             skip_tokenizer_init=True,
             num_gpu_blocks_override=blocks,
             block_size=8,
@@ -169,7 +179,35 @@ def test_preempted_is_calm(case: str, backend: str, tmp_path: Path) -> None:
         texts.append([output.outputs[0].token_ids for output in outputs])
         preemptions = llm.llm_engine.stats().num_preemptions
         assert (preemptions > 0) == (blocks == 14)
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gemma3", "qwen2-moe", "gpt2", "falcon-rw", "olmo2"])
+def test_batch_invariant_text(case: str, tmp_path: Path) -> None:
+    """In bfloat16 on a GPU, text is the same whether steps are recorded or not, and one by one."""
+    need_gpu()
+    family, changes = CASES[case]
+    write_checkpoint(tmp_path, family, dtype="bfloat16", **changes | {"eos_token_id": None})
+    texts = []
+    for rows, eager in ((8, False), (8, True), (1, False)):
+        llm = LLM(
+            str(tmp_path),
+            backend="cuda",
+            dtype="bfloat16",
+            batch_invariant=True,
+            enforce_eager=eager,
+            skip_tokenizer_init=True,
+            num_gpu_blocks_override=200,
+            block_size=8,
+            max_model_len=100,
+            max_num_seqs=rows,
+        )
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt.tolist()} for prompt in prompts()],
+            SamplingParams(temperature=0, max_tokens=24, detokenize=False),
+        )
+        texts.append([output.outputs[0].token_ids for output in outputs])
+    assert texts[0] == texts[1] == texts[2]
 
 
 SIXTEEN = ["gemma", "gemma2", "qwen3-moe", "neox", "granite"]
@@ -257,23 +295,18 @@ def test_what_would_change_numbers_is_refused(
         assert word in str(caught.value)
 
 
-def test_backends_say_what_they_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_checkpoint(tmp_path, "Mixtral", num_local_experts=2)
-    monkeypatch.setattr(CpuBackend, "ops", CpuBackend.ops - {Op.MOE})
-    lacks = "the cpu backend lacks what MixtralForCausalLM needs: moe"
-    with pytest.raises(BackendError, match=lacks):
-        paged_model(tmp_path, "native")
-    plan = plan_model(tmp_path)
-    assert declining(plan) == {
-        "cpu": lacks,
-        "cuda": "the cuda backend lacks what MixtralForCausalLM needs: moe",
-    }
-    backend, why = select_backend(device="cpu", ops=plan.ops, model=plan.architecture)
-    assert backend.name == "torch"
-    assert f"cpu on cpu declined: {lacks}" in why
-    report = env.gather(ask_backends=False, model=str(tmp_path))["model"]
-    assert report["declines"]["cpu"] == lacks
-    assert lacks in env.as_text(env.gather(ask_backends=False, model=str(tmp_path)))
+def test_backends_say_what_they_lack(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "floats", "Mixtral", num_local_experts=2)
+    assert declining(plan_model(tmp_path / "floats")) == {}
+    quantize_checkpoint(tmp_path / "floats", tmp_path / "int8", "int8")
+    lacks = "the cuda backend has no int8 weights"
+    assert declining(plan_model(tmp_path / "int8")) == {"cuda": lacks}
+    report = env.gather(ask_backends=False, model=str(tmp_path / "int8"))
+    assert report["model"]["declines"] == {"cuda": lacks}
+    assert lacks in env.as_text(report)
+    plan = plan_model(tmp_path / "floats", "transformers")
+    alone = "MixtralForCausalLM runs on torch alone"
+    assert declining(plan) == {"cpu": alone, "cuda": alone}
     assert "does not run" in env.as_text(env.gather(ask_backends=False, model=str(tmp_path / "none")))
 
 

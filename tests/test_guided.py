@@ -16,6 +16,7 @@ pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar
 from vllmlite import LLM, EngineConfig, SamplingParams, StructuredOutputsParams
 from vllmlite.errors import ParameterError
 from vllmlite.grammar_compiler import GrammarCompiler
+from vllmlite.sampling_params import ThinkingMarks
 
 PROMPT = "The Debian Project is"
 PERSON = {
@@ -94,9 +95,9 @@ def test_two_steps_in_flight_and_several_completions() -> None:
     ("wish", "words"),
     [
         ({"json": False}, "allows nothing"),
-        ({"json": {"not": {}}}, "allows nothing"),
-        ({"json": {"type": "string", "minLength": 5, "maxLength": 2}}, "no grammar"),
-        ({"json": {"$ref": "#/nowhere"}}, "no grammar"),
+        ({"json": {"not": {}}}, "cannot enforce"),
+        ({"json": {"type": "string", "minLength": 5, "maxLength": 2}}, "allows nothing"),
+        ({"json": {"$ref": "#/nowhere"}}, "points to nothing"),
         ({"json": "{"}, "not JSON"),
         ({"json": {"type": "number", "multipleOf": 3}}, "cannot enforce"),
         ({"json": {"type": "array", "items": {"type": "array", "minItems": 10**7}}}, "at most 2048"),
@@ -218,3 +219,34 @@ def test_a_compiler_that_is_gone_comes_back(compiler: GrammarCompiler) -> None:
     compiler._process.kill()
     compiler._process.wait()
     assert compiler.compile("regex", "b")
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_reasoning_comes_first_and_is_free(llm: LLM, begun: bool) -> None:
+    (closing,) = llm.get_tokenizer().encode(" is", add_special_tokens=False)
+    (opening,) = llm.get_tokenizer().encode("The", add_special_tokens=False)
+    marks = ThinkingMarks(closing, None if begun else opening)
+    structure = StructuredOutputsParams(regex="[0-9]{3}", after=marks)
+    bias = {closing: 4.0, opening: 9.0}
+    wanted = SamplingParams(
+        temperature=1, seed=3, max_tokens=200, structured_outputs=structure, logit_bias=bias
+    )
+    (output,) = llm.generate(PROMPT, wanted, use_tqdm=False)
+    (completion,) = output.outputs
+    ids = list(completion.token_ids)
+    assert completion.finish_reason == "stop" and closing in ids
+    if not begun:
+        assert ids[0] == opening
+    answer = ids[ids.index(closing) + 1 :]
+    assert re.fullmatch("[0-9]{3}", llm.get_tokenizer().decode(answer))
+    assert re.fullmatch("[0-9]{3}", llm.get_tokenizer().decode(ids)) is None
+
+
+def test_without_reasoning_the_answer_begins_with_the_grammar(llm: LLM) -> None:
+    marks = ThinkingMarks(5, 6)
+    for temperature in (0.0, 5.0):
+        structure = StructuredOutputsParams(regex="[0-9]{3}", after=marks)
+        wanted = SamplingParams(
+            temperature=temperature, seed=1, max_tokens=9, structured_outputs=structure, logit_bias={6: -100}
+        )
+        assert re.fullmatch("[0-9]{3}", text_of(llm, wanted))

@@ -392,7 +392,7 @@ def test_other_errors_are_plain(
 def test_usage_of_download(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "there.tar").write_bytes(b"")
     for argv, says in (
-        ([], "no REPO"),
+        ([], "required: REPO"),
         (["a/b/c"], "not the id"),
         (["a/b", "--tarball", "x.zip"], "must end in one of .tar"),
         (["a/b", "--tarball", str(tmp_path / "there.tar")], "exists already"),

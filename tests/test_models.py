@@ -16,8 +16,9 @@ from paged import PagedModel
 
 from vllmlite.backends.base import Backend
 from vllmlite.backends.cpu import CpuBackend
+from vllmlite.backends.cuda import CudaBackend
 from vllmlite.backends.torch import TorchBackend
-from vllmlite.errors import ModelError, ParameterError
+from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.models import load_model, read_spec
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -81,7 +82,11 @@ def prompts(seed: int = 0) -> list[NDArray[np.int32]]:
     return [rng.integers(0, 307, length).astype(np.int32) for length in LENGTHS]
 
 
-@pytest.fixture(params=["cpu", "native", "cuda"] if torch.cuda.is_available() else ["cpu", "native"])
+DEVICES = ["cpu", "native", "native-cuda"]
+"""The reference's, and the native backends."""
+
+
+@pytest.fixture(params=[*DEVICES, "cuda"] if torch.cuda.is_available() else DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -91,6 +96,11 @@ def paged_model(path: Path, device: str, dtype: str = "float32") -> PagedModel:
     if device == "native":
         pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
         backend = CpuBackend(dtype)
+    elif device == "native-cuda":
+        try:
+            backend = CudaBackend("cuda", dtype)
+        except BackendError as error:
+            pytest.skip(str(error))
     else:
         backend = TorchBackend(device, dtype)
     return PagedModel(load_model(backend, path, max_model_len=128, block_size=4), num_blocks=320)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import vllmlite
-from vllmlite.cli import serve
+from vllmlite.cli import COMMANDS, main, serve
 from vllmlite.cli.parser import OptionParser
 from vllmlite.config import EngineConfig
 from vllmlite.server.config import ServerConfig
@@ -86,6 +86,23 @@ def test_the_services_file_of_options_shows_every_default(tmp_path: Path) -> Non
     assert configurations_of(tmp_path, re.sub(r"^#(?=\S)", "", shipped, flags=re.MULTILINE)) == defaults
     shown = {name.replace("-", "_") for name in re.findall(r"^#([a-z0-9-]+):", shipped, re.MULTILINE)}
     assert shown == set().union(*(config.__dataclass_fields__ for config in defaults))
+
+
+@needs_dpkg
+def test_a_manual_page_shows_what_help_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(sys.executable, "debian/manpages.py", str(tmp_path), cwd=ROOT, PYTHONPATH=str(ROOT))
+    pages = {path.stem: re.sub(r"\\f[BIR]|\\(?=-)", "", path.read_text()) for path in tmp_path.iterdir()}
+    listed = re.findall(r"see (vllmlite-[a-z-]+)\(1\)", pages.pop("vllmlite"))
+    assert (
+        sorted(listed) == sorted(pages) == sorted(f"vllmlite-{name.replace(' ', '-')}" for name in COMMANDS)
+    )
+    for name in COMMANDS:
+        assert main([*name.split(), "--help"]) == 0
+        said, page = capsys.readouterr().out, pages[f"vllmlite-{name.replace(' ', '-')}"]
+        (usage,) = re.findall(r"^usage: (.*)$", said, re.MULTILINE)
+        assert f".SH SYNOPSIS\n{usage}\n" in page
+        options = r"(?<!\S)--?[a-z][\w-]*"
+        assert {*re.findall(options, said)} == {*re.findall(options, page)}
 
 
 def configurations_of(directory: Path, content: str) -> tuple[EngineConfig, ServerConfig]:

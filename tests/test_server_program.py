@@ -22,11 +22,10 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 
 import httpx
+from native import needs_native_cpu
 from served import ROOT, Program, program
 
 from vllmlite import LLM, SamplingParams
-from vllmlite.backends.select import CANDIDATES, Wanted
-from vllmlite.errors import BackendError
 
 PROMPT = "The Debian Project is"
 MESSAGES = [{"role": "user", "content": "What is dpkg?"}]
@@ -110,16 +109,7 @@ def test_metrics_count_under_vllms_names(server: Program) -> None:
     assert after["vllm:num_requests_running"] == after["vllm:kv_cache_usage_perc"] == 0
 
 
-def _native() -> bool:
-    make = next(make for name, kind, make in CANDIDATES if name == "cpu")
-    try:
-        make(Wanted("cpu", "auto", "bfloat16", None))
-    except BackendError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not _native(), reason="needs the native CPU backend")
+@needs_native_cpu
 def test_serving_imports_neither_torch_nor_transformers() -> None:
     script = (
         "import atexit, sys; from vllmlite.cli import main\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +17,14 @@ pytest.importorskip("httpx")
 from served import Script, check, post, serving, stream
 
 from vllmlite.errors import ParameterError
-from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
+from vllmlite.json_schema import exact
+from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams, ThinkingMarks
 from vllmlite.server.config import ServerConfig
+from vllmlite.server.parsers.reasoning import STYLES, ThinkStyle
 from vllmlite.server.protocol import chat
+from vllmlite.server.reading import after_reasoning
 from vllmlite.server.service import Service
+from vllmlite.server.tools import ToolUse
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Weather in Oslo?"}]
@@ -179,3 +184,68 @@ def test_forced_calls_are_held_to_the_tools(service: Service, monkeypatch: pytes
     structure: StructuredOutputsParams = script.request.params.structured_outputs  # type: ignore[assignment, union-attr]
     names = [each["properties"]["name"]["const"] for each in structure.json["items"]["anyOf"]]  # type: ignore[index]
     assert names == ["weather", "add"] and "maxItems" not in structure.json  # type: ignore[operator]
+
+
+def test_reasoning_comes_before_what_a_grammar_holds(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar)")
+    monkeypatch.setitem(STYLES, "qwen3", ThinkStyle("[", "]", implied=True))
+    (closing,) = service.tokenizer.encode("]", False)
+    (opening,) = service.tokenizer.encode("[", False)
+    never = {str(token): -100 for token in (opening, *service.engine.llm_engine.engine_core.bounds.eos_ids)}
+    bias = {str(closing): 6.0, **never}
+    body = {"messages": MESSAGES, "temperature": 1.0, "seed": 5, "max_tokens": 200, "logit_bias": bias}
+    number = {"structured_outputs": {"regex": "[0-9]{3}"}}
+    named = {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}}
+    required = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
+    for structure in (number, named, required):
+        choice = post(service, CHAT, **body, **structure)["choices"][0]
+        message = choice["message"]
+        assert choice["finish_reason"] in ("stop", "tool_calls") and message["reasoning_content"]
+        if structure is number:
+            assert re.fullmatch("[0-9]{3}", message["content"])
+        else:
+            (call,) = message["tool_calls"]
+            assert json.loads(call["function"]["arguments"])["city"] in ("Oslo", "Rome")
+            assert message["content"] is None
+    deltas = [data["choices"][0]["delta"] for _, data in stream(service, CHAT, **body, **number)[:-1]]
+    assert re.fullmatch("[0-9]{3}", "".join(delta.get("content") or "" for delta in deltas))
+    monkeypatch.setitem(STYLES, "qwen3", ThinkStyle("[", "]", implied=False))
+    body["logit_bias"] = never
+    plain = post(service, CHAT, **body, **number)["choices"][0]["message"]
+    assert re.fullmatch("[0-9]{3}", plain["content"]) and "reasoning_content" not in plain
+
+
+@pytest.mark.parametrize(
+    ("parser", "prompt", "marks"),
+    [
+        ("qwen3", "x", ThinkingMarks(8, 7)),
+        ("qwen3", "x<think>\n", ThinkingMarks(8, None)),
+        ("qwen3", "x<think>\n\n</think>\n\n", None),
+        ("deepseek_r1", "x", ThinkingMarks(8, None)),
+        ("mistral", "x", None),
+        (None, "x", None),
+    ],
+)
+def test_where_reasoning_may_begin(parser: str | None, prompt: str, marks: ThinkingMarks | None) -> None:
+    class Marked:
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            return {"<think>": [7], "</think>": [8]}.get(text, [1, 2])
+
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
+    config = ServerConfig(reasoning_parser=parser)
+    found = after_reasoning(config, Marked(), params, prompt).structured_outputs  # type: ignore[arg-type]
+    assert found is not None and found.after == marks and found.regex == "a"
+
+
+def test_references_of_a_tools_schema_stay_its_own() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {
+        "$defs": {"city": {"enum": ["Oslo"]}}, "type": "object", "properties": {"city": {"$ref": "#/$defs/city"}},
+        "required": ["city"],
+    }}}  # fmt: skip
+    use = ToolUse.of([ADD, tool], "required", True, ServerConfig())
+    structure = use.structure()
+    assert structure is not None and isinstance(structure.json, dict)
+    definitions = exact(structure.json)["$defs"]
+    assert list(definitions.values()) == [{"enum": ["Oslo"]}]

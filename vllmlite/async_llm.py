@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+DELIVERY_SECONDS = 0.05
+"""How long event loops get to deal with outputs before those that have come since are handed over all the same."""
 MAX_FAILED_STEPS = 3
 """After this many failed steps in a row the engine counts as broken: a device error rarely mends itself."""
 
@@ -113,6 +115,8 @@ class AsyncLLM:
         self._check: Callable[[], None] | None = None
         """Raises, once the engine's process has ended."""
         self._streams: dict[str, OutputStream] = {}
+        self._deliveries: list[threading.Event] = []
+        """Of the outputs last handed over: one an event loop, set once its tasks have seen them."""
         self._failed_steps_in_a_row = 0
         self._on_death: Callable[[], object] | None = None
         self._thread = threading.Thread(target=self._run, name="vllmlite-engine", daemon=True)
@@ -304,6 +308,11 @@ class AsyncLLM:
             command()
         if not engine.has_unfinished_requests():
             return True
+        if isinstance(engine.engine_core, EngineProcess):
+            # It steps without being asked. What it gives while the event loops are at work waits for them in one
+            # piece a request, rather than that this thread takes the interpreter from them for each.
+            for delivery in self._deliveries:
+                delivery.wait(DELIVERY_SECONDS)
         failed_before = engine.engine_core.stats.num_failed_steps
         self._publish(engine.step())
         stats = engine.engine_core.stats
@@ -330,8 +339,11 @@ class AsyncLLM:
                 self._streams.pop(output.request_id, None)
             if stream is not None:
                 batches.setdefault(stream.loop, []).append((stream, item))
+        self._deliveries = []
         for loop, batch in batches.items():
-            _call_soon(loop, _deliver, batch)
+            delivery = threading.Event()
+            self._deliveries.append(delivery)
+            _call_soon(loop, _deliver, loop, batch, delivery)
 
     def _fail(self, request_ids: Sequence[str], error: VllmliteError) -> None:
         for request_id in request_ids:
@@ -346,9 +358,14 @@ class AsyncLLM:
                 self._engine.abort_request(request_id)
 
 
-def _deliver(batch: list[tuple[OutputStream, RequestOutput | BaseException]]) -> None:
+def _deliver(
+    loop: asyncio.AbstractEventLoop,
+    batch: list[tuple[OutputStream, RequestOutput | BaseException]],
+    delivery: threading.Event,
+) -> None:
     for stream, item in batch:
         stream.put(item)
+    loop.call_soon(delivery.set)  # after the tasks that this has woken
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:

@@ -130,6 +130,13 @@ class EngineConfig:
         low=1,
         size=True,
     )
+    max_mixed_prefill_tokens: int | None = _option(
+        None,
+        "most tokens of prompts in a step that also continues texts: fewer, and texts flow more evenly; "
+        "default: max_num_batched_tokens on a CPU, else 2048",
+        low=1,
+        size=True,
+    )
     max_num_seqs: int = _option(256, "most sequences in a step", low=1, high=65536)
     enable_prefix_caching: bool = _option(True, "reuse cached blocks of equal prompt beginnings")
     scheduling_policy: str = _option(

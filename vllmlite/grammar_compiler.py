@@ -172,8 +172,7 @@ def _answer(compiler: Any, kind: str, source: Any) -> dict[str, str]:
 
 def _compile(compiler: Any, kind: str, source: Any) -> Any:
     if kind == "json":
-        free = not isinstance(source, dict) or "properties" not in source
-        return compiler.compile_json_schema(json.dumps(source), any_whitespace=False, strict_mode=not free)
+        return compiler.compile_json_schema(json.dumps(source), any_whitespace=False, strict_mode=False)
     if kind == "regex":
         return compiler.compile_regex(source)
     if kind == "choice":

@@ -22,7 +22,9 @@ import numpy as np
 
 from vllmlite.errors import ParameterError
 from vllmlite.grammar_compiler import GrammarCompiler, Vocabulary
-from vllmlite.sampling_params import StructuredOutputsParams
+from vllmlite.json_keywords import SchemaError
+from vllmlite.json_schema import exact
+from vllmlite.sampling_params import StructuredOutputsParams, ThinkingMarks
 from vllmlite.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -34,11 +36,6 @@ MAX_COUNT = 2048
 MAX_KEPT = 256
 """Compiled grammars that are kept for the next request."""
 COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
-UNSUPPORTED = frozenset(
-    "multipleOf uniqueItems contains minContains maxContains not if then else dependentRequired dependentSchemas "
-    "dependencies unevaluatedProperties unevaluatedItems".split()
-)
-"""JSON Schema's keywords that a grammar does not enforce: refused, not ignored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,26 +50,41 @@ class CompiledGrammar:
 
 
 class Matcher:
-    """Where one sequence is in its grammar."""
+    """Where one sequence is in its grammar, or in the reasoning before it."""
 
-    def __init__(self, compiled: CompiledGrammar, matcher: Any, num_words: int) -> None:
+    def __init__(
+        self, compiled: CompiledGrammar, matcher: Any, num_words: int, marks: ThinkingMarks | None
+    ) -> None:
         """Made by :meth:`Grammars.start`."""
+        self._marks = marks
+        self._thinks = marks is not None and marks.opening_id is None
+        self._may_think = marks is not None and not self._thinks
         self.compiled = compiled
         self._matcher = matcher
         self._row = np.zeros((1, num_words), np.int32)
         self.allows_something = self._fill()
 
-    def mask(self) -> bytes:
-        """Bits of the ids that may come next, little-endian words of 32."""
-        return self._row.astype("<i4", copy=False).tobytes()
+    def mask(self) -> bytes | None:
+        """Bits of the ids that may come next, little-endian words of 32; None where any may."""
+        return None if self._thinks else self._row.astype("<i4", copy=False).tobytes()
 
     def accept(self, token_id: int) -> bool:
         """Take in the next id; whether the grammar has come to its end, or nothing may follow."""
+        if self._marks is not None and (self._thinks or self._may_think):
+            begins = self._may_think and token_id == self._marks.opening_id
+            ends = self._thinks and token_id == self._marks.closing_id
+            free, self._may_think = self._thinks or begins, False
+            self._thinks = free and not ends
+            if free:
+                return ends and not self._fill()
         return not self._matcher.accept_token(token_id) or self._matcher.is_terminated() or not self._fill()
 
     def _fill(self) -> bool:
         self._row.fill(-1)
         self._matcher.fill_next_token_bitmask(self._row)
+        if self._may_think and self._marks is not None and self._marks.opening_id is not None:
+            word, bit = divmod(self._marks.opening_id, 32)
+            self._row.view(np.uint32)[0, word] |= np.uint32(1 << bit)
         return bool(self._row.any())
 
 
@@ -99,7 +111,7 @@ class Grammars:
             with self._compiling:
                 found = self._find(key)
                 if found is None:
-                    found = self._keep(key, self._compiler.compile(kind, source).encode())
+                    found = self._keep(key, self._compiler.compile(kind, _form(kind, source)).encode())
         return found
 
     def load(self, params: StructuredOutputsParams, packed: bytes) -> None:
@@ -108,12 +120,14 @@ class Grammars:
         if self._find(key) is None:
             self._keep(key, zlib.decompress(packed), packed)
 
-    def start(self, compiled: CompiledGrammar) -> Matcher:
-        """The beginning of a grammar, for one sequence. Raises :class:`ParameterError` if no token begins it."""
+    def start(self, compiled: CompiledGrammar, after: ThinkingMarks | None = None) -> Matcher:
+        """The beginning of a grammar, ``after`` reasoning perhaps, for one sequence.
+
+        Raises :class:`ParameterError` if no token begins it."""
         import xgrammar
 
         inner = xgrammar.GrammarMatcher(compiled.native, terminate_without_stop_token=not self._eos_ids)
-        matcher = Matcher(compiled, inner, -(-self._vocab_size // 32))
+        matcher = Matcher(compiled, inner, -(-self._vocab_size // 32), after)
         if not matcher.allows_something:
             raise ParameterError("structured_outputs", None, "allows no output that the model could write")
         return matcher
@@ -171,19 +185,23 @@ def _check(kind: str, source: Any) -> None:
                 refuse(count, f"repetitions must be at most {MAX_COUNT}")
     if kind != "json":
         return
-    if source is False or source in ({"enum": []}, {"not": {}}):
-        refuse(source, "allows nothing")
     for keyword, value, depth in _keywords(source, 0):
         if depth > MAX_DEPTH:
             refuse(f"{depth} levels", f"must be at most {MAX_DEPTH} levels deep")
-        if keyword in UNSUPPORTED and value not in (False, None):
-            refuse(keyword, "is a keyword that a grammar cannot enforce")
-        if keyword == "allOf" and isinstance(value, list) and len(value) > 1:
-            refuse("allOf", "can be enforced for one schema alone")
         if keyword in COUNTS and isinstance(value, (int, float)) and value > MAX_COUNT:
             refuse({keyword: value}, f"must be at most {MAX_COUNT}")
         if keyword == "pattern" and isinstance(value, str):
             _check("regex", value)
+
+
+def _form(kind: str, source: Any) -> Any:
+    """``source`` as the compiler enforces it. Raises :class:`ParameterError` if it cannot be enforced."""
+    if kind != "json":
+        return source
+    try:
+        return exact(source)
+    except SchemaError as error:
+        raise ParameterError("structured_outputs.json", source, str(error)) from None
 
 
 def _keywords(schema: Any, depth: int) -> Iterator[tuple[str, Any, int]]:

@@ -103,7 +103,9 @@ class LLMEngine:
                     prompt_ids,
                     child_params,
                     bad_words=bad_words,
-                    grammar=None if compiled is None else self.grammars.start(compiled),
+                    grammar=None
+                    if compiled is None or structure is None
+                    else self.grammars.start(compiled, structure.after),
                     priority=priority,
                     cache_salt=encoded.get("cache_salt"),
                     arrival_time=arrival_time,

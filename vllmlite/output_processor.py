@@ -122,20 +122,26 @@ class OutputProcessor:
             stop = self._take_in(group, group.completions[output.request_id], output)
             if stop is not None and output.finish_reason is None:
                 stopped.append((output.request_id, stop))
-            touched.setdefault(group.request_id, []).append(output.request_id)
+            if len(group.completions) == 1:
+                self._hand_over(group, [output.request_id], ready)
+            else:
+                touched.setdefault(group.request_id, []).append(output.request_id)
         for request_id, children in touched.items():
-            group = self._groups[request_id]
-            finished = group.num_unfinished == 0
-            if finished or group.params.output_kind is not RequestOutputKind.FINAL_ONLY:
-                ready.append(self._request_output(group, children, finished))
-            for child in children:
-                if group.completions[child].output.finish_reason is not None:
-                    del self._group_of[child]
-            if finished:
-                del self._groups[request_id]
-                if group.error is not None:
-                    self.errors[request_id] = group.error
+            self._hand_over(self._groups[request_id], children, ready)
         return ready, stopped
+
+    def _hand_over(self, group: _Group, children: list[str], ready: list[RequestOutput]) -> None:
+        """Tell of the ``children`` that a step gave something, where that is wanted, and forget those that ended."""
+        finished = group.num_unfinished == 0
+        if finished or group.params.output_kind is not RequestOutputKind.FINAL_ONLY:
+            ready.append(self._request_output(group, children, finished))
+        for child in children:
+            if group.completions[child].output.finish_reason is not None:
+                del self._group_of[child]
+        if finished:
+            del self._groups[group.request_id]
+            if group.error is not None:
+                self.errors[group.request_id] = group.error
 
     def _embedding(self, pooling: _Pooling, output: EngineOutput) -> RequestOutput:
         """The vector, cut and scaled; none where a step failed."""

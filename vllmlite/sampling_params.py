@@ -27,6 +27,15 @@ class RequestOutputKind(Enum):
     """One output, when the request has finished."""
 
 
+@dataclass(frozen=True, slots=True)
+class ThinkingMarks:
+    """The tokens between which a model reasons before it writes what is held to a structure."""
+
+    closing_id: int
+    opening_id: int | None
+    """Begins the reasoning, if it is the first token of the output; None where the prompt has begun it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams:
     """What the output must be: exactly one of these. Raises :class:`ParameterError` on bad values."""
@@ -41,10 +50,12 @@ class StructuredOutputsParams:
     """A text of a grammar in EBNF (GBNF), whose start is ``root``."""
     json_object: bool | None = None
     """Any JSON object."""
+    after: ThinkingMarks | None = None
+    """Reasoning that comes first, and is free."""
 
     def __post_init__(self) -> None:
         """Check that one thing is asked for, and its type."""
-        given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
+        given = [f.name for f in fields(self) if f.name != "after" and getattr(self, f.name) is not None]
         if len(given) != 1:
             raise ParameterError("structured_outputs", given, "must ask for exactly one thing")
         self.kind_and_source()

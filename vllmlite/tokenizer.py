@@ -72,6 +72,14 @@ class Tokenizer:
         except BaseException as error:
             raise _told(self._path, error) from None
 
+    @cached_property
+    def is_additive(self) -> bool:
+        """Whether the text of ids is the texts of its parts one after another, where these are whole characters."""
+        if not isinstance(self._fast, FastTokenizer):
+            return False
+        decoder = json.loads(self._fast.to_str())["decoder"]
+        return decoder is not None and decoder["type"] == "ByteLevel"
+
     def vocabulary(self, size: int) -> tuple[list[str], bool]:
         """Tokens of ids 0 to ``size`` - 1 as the tokenizer writes them, special and missing ones empty; whether that is
         byte by byte in GPT-2's alphabet."""
@@ -217,11 +225,13 @@ class Detokenizer:
         if not visible:
             return None
         self._ids.append(token_id)
-        before = self._decode(self._ids[self._prefix : self._read])
+        before = self._decode(self._ids[self._prefix : self._read]) if self._prefix < self._read else ""
         after = self._decode(self._ids[self._prefix :])
         if len(after) <= len(before) or after.endswith("\ufffd"):
             return None
         self._prefix, self._read = self._read, len(self._ids)
+        if self._tokenizer.is_additive:
+            self._prefix = self._read
         return self._add(after[len(before) :])
 
     def finish(self) -> str | None:

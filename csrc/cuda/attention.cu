@@ -1,7 +1,7 @@
 // The cache, the op of attention, and attention that is exact rather than fast.
 #include <algorithm>
 
-#include "cuda/attention.hpp"
+#include "cuda/attention.cuh"
 #include "cuda/checks.hpp"
 #include "cuda/kernel.cuh"
 #include "cuda/ops.hpp"
@@ -59,7 +59,7 @@ static __global__ __launch_bounds__(kTileKeys) void in_order_kernel(const __grid
     for (int i = thread; i < size; i += kTileKeys) out[i] = narrow<T>(0);
     return;
   }
-  for (int i = thread; i < size; i += kTileKeys) query[i] = wide(static_cast<const T*>(given.q)[at + i]) * given.scale;
+  for (int i = thread; i < size; i += kTileKeys) query[i] = wide(static_cast<const T*>(given.q)[at + i]);
   const int position = given.batch.positions[token];
   const int first = given.window > position ? 0 : position - given.window + 1;
   const int kv_head = head / (given.heads / given.kv_heads);
@@ -67,6 +67,7 @@ static __global__ __launch_bounds__(kTileKeys) void in_order_kernel(const __grid
   const std::int32_t* table = given.batch.block_table + static_cast<std::int64_t>(slot) * given.batch.max_blocks;
   const auto* keys = static_cast<const Cached*>(given.kv) + kv_head * plane;
   const Cached* values = keys + given.kv_heads * plane;
+  const float slope = slope_of(given, head);
   float largest = -INFINITY, total = 0, sums[kMostSize / kTileKeys] = {};
   for (int tile = first / kTileKeys * kTileKeys; tile <= position; tile += kTileKeys) {
     const int key = tile + thread;
@@ -78,6 +79,7 @@ static __global__ __launch_bounds__(kTileKeys) void in_order_kernel(const __grid
       places[thread] = place;
       score = 0;
       for (int i = 0; i < size; ++i) score = fmaf(query[i], wide(keys[place + i]), score);
+      score = edited_score(given, score, slope, key - position);
     }
     const float next = fmaxf(largest, block_reduce(score, room, [](float a, float b) { return fmaxf(a, b); }));
     const float weight = score == -INFINITY ? 0 : expf(score - next);
@@ -112,7 +114,7 @@ void attend_in_order(const Runtime& runtime, const Attention& attention) {
 // ---- The op
 
 Tensor paged_attention(Runtime& runtime, const Tensor& q, const KVCache& kv, int layer, const Batch& batch, float scale,
-                       int window) {
+                       int window, const ScoreEdits& edits) {
   check_rank(q, 3, "q of paged_attention");
   check_shape(q, {batch.num_tokens, q.shape[1], kv.head_dim}, "q of paged_attention");
   check_dtype(q, runtime.dtype(), "q of paged_attention");
@@ -124,6 +126,12 @@ Tensor paged_attention(Runtime& runtime, const Tensor& q, const KVCache& kv, int
     throw std::invalid_argument("paged_attention: the batch was uploaded for blocks of " +
                                 std::to_string(batch.block_size) + ", the cache has " + std::to_string(kv.block_size));
   if (window < 1) throw std::invalid_argument("paged_attention: a window of " + std::to_string(window));
+  if (edits.soft_cap < 0)
+    throw std::invalid_argument("paged_attention: a soft cap of " + std::to_string(edits.soft_cap));
+  if (edits.alibi) {
+    check_shape(*edits.alibi, {heads}, "slopes of paged_attention");
+    check_dtype(*edits.alibi, DType::float32, "slopes of paged_attention");
+  }
   const DeviceGuard guard(runtime.device());
   Tensor out = runtime.make({q.shape[0], q.shape[1] * q.shape[2]}, q.dtype);
   const Tensor pool = kv.layer(layer);
@@ -131,6 +139,8 @@ Tensor paged_attention(Runtime& runtime, const Tensor& q, const KVCache& kv, int
                             pool.data,
                             out.data,
                             batch.view,
+                            edits.alibi ? static_cast<const float*>(edits.alibi->data) : nullptr,
+                            edits.soft_cap,
                             scale,
                             window,
                             heads,

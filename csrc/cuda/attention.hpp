@@ -6,13 +6,16 @@
 
 namespace vllmlite::cuda {
 
-constexpr int kMostSize = 256;  // elements of a head
+constexpr int kMostSize = 256;        // elements of a head
+constexpr int kWideRoom = 100 << 10;  // bytes of shared memory that tensor cores need for heads of more than 128
 
 struct Attention {
   const void* q;   // [tokens, heads, size]
   const void* kv;  // a layer's blocks, [num_blocks, 2, kv_heads, block_size, width]
   void* out;       // [tokens, heads, size]
   BatchView batch;
+  const float* alibi;  // slopes by head; null: none
+  float soft_cap;      // 0: none
   float scale;
   int window, heads, kv_heads, size, width, block_size;
   int num_tokens, num_rows, num_items, num_shares, num_tiles[2];

@@ -6,7 +6,7 @@
 // Dao et al. 2023 (Flash-Decoding).
 #include <algorithm>
 
-#include "cuda/attention.hpp"
+#include "cuda/attention.cuh"
 #include "cuda/mma.cuh"
 
 namespace vllmlite::cuda {
@@ -16,7 +16,7 @@ constexpr int kHeads = 8, kStages = 2;
 // Rows are padded by one access, so that eight of them lie in different banks.
 template <typename T, int kSize>
 struct Stage {
-  static constexpr int kKeys = 2048 / kSize, kStride = kSize + 8;
+  static constexpr int kKeys = kSize > 128 ? 16 : 2048 / kSize, kStride = kSize + 8;
   T keys[kKeys][kStride];
   T values[kKeys][kStride];
 };
@@ -138,7 +138,8 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
   wait_for_previous();
   for (; filled < kStages; ++filled) tiles.fetch(room.stages[warp][filled], lane);
 
-  const float scale = given.scale * kLog2E;
+  const bool edits = edits_scores(given);
+  const float scale = edits ? kLog2E : given.scale * kLog2E;
   int index = 0;
   for (int item_index = first_item; item_index < last_item; ++item_index) {
     const Item item = given.batch.items[item_index];
@@ -168,6 +169,15 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
           std::uint32_t key[4];
           load_matrices(key, &stage.keys[part * 16 + lane % 16][i * 16 + lane / 16 * 8]);
           multiply<T>(scores[part], key, q[i][0], q[i][1]);
+        }
+      if (edits)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float slope = slope_of(given, first_head + min(quad * 2 + i % 2, num_heads - 1));
+#pragma unroll
+          for (int part = 0; part < kParts; ++part)
+            scores[part][i] =
+                edited_score(given, scores[part][i], slope, tile + part * 16 + i / 2 * 8 + group - item.context + 1);
         }
       float next[2] = {largest[0], largest[1]}, kept[2];
 #pragma unroll
@@ -287,7 +297,7 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
 
 bool takes_tensor_cores(const Runtime& runtime, const Attention& attention) {
   return runtime.capability() >= 80 && attention.dtype != DType::float32 && attention.dtype == attention.kv_dtype &&
-         attention.size % 8 == 0 && attention.width <= 128;
+         attention.size % 8 == 0 && (attention.width <= 128 || runtime.shared_memory() >= kWideRoom);
 }
 
 template <typename T, int kSize, int kWarps>
@@ -314,7 +324,12 @@ static void run_warps(Runtime& runtime, const Attention& attention) {
 
 template <typename T>
 static void run_sized(Runtime& runtime, const Attention& attention) {
-  attention.width <= 64 ? run_warps<T, 64>(runtime, attention) : run_warps<T, 128>(runtime, attention);
+  if (attention.width <= 64)
+    run_warps<T, 64>(runtime, attention);
+  else if (attention.width <= 128)
+    run_warps<T, 128>(runtime, attention);
+  else
+    run<T, kMostSize, 2>(runtime, attention);
 }
 
 void attend_decoding(Runtime& runtime, const Attention& attention) {

@@ -1,19 +1,19 @@
 // Attention of rows that have several tokens, or of all where a row is to be the same however it is cut, after Dao 2023
 // (FlashAttention-2): a block has a tile of a row's queries for one head, and goes over the keys they see in tiles of
-// 64 that are copied ahead in the background.
+// 64, or 32 of large heads, that are copied ahead in the background.
 #include <algorithm>
 
-#include "cuda/attention.hpp"
+#include "cuda/attention.cuh"
 #include "cuda/mma.cuh"
 
 namespace vllmlite::cuda {
 
-constexpr int kWarps = 4, kKeys = 64;
+constexpr int kWarps = 4;
 
 // A warp has kRowTiles times 16 queries. Rows are padded by one access, so that eight of them lie in different banks.
 template <typename T, int kSize, int kRowTiles>
 struct Room {
-  static constexpr int kStride = kSize + 8, kQueries = kWarps * kRowTiles * 16;
+  static constexpr int kStride = kSize + 8, kQueries = kWarps * kRowTiles * 16, kKeys = kSize > 128 ? 32 : 64;
   T q[kQueries][kStride];
   T keys[2][kKeys][kStride];
   T values[2][kKeys][kStride];
@@ -26,7 +26,7 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
   extern __shared__ __align__(16) char shared[];
   using Shared = Room<T, kSize, kRowTiles>;
   auto& room = *reinterpret_cast<Shared*>(shared);
-  constexpr int kWords = kSize / 8, kQueries = Shared::kQueries;
+  constexpr int kWords = kSize / 8, kQueries = Shared::kQueries, kKeys = Shared::kKeys;
   let_next_begin();
   wait_for_previous();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
@@ -83,7 +83,8 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
   copy_rows(room.keys[0], cache, 0);
   copy_rows(room.values[0], cache + values_at, 0);
 
-  const float scale = given.scale * kLog2E;
+  const bool edits = edits_scores(given);
+  const float scale = edits ? kLog2E : given.scale * kLog2E, slope = slope_of(given, head);
   float largest[kRowTiles][2], total[kRowTiles][2] = {}, sums[kRowTiles][kSize / 8][4] = {};
 #pragma unroll
   for (auto& both : largest) both[0] = both[1] = -INFINITY;
@@ -120,6 +121,15 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
       }
     }
 
+    if (edits)
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            scores[i][n][e] = edited_score(given, scores[i][n][e], slope,
+                                           at + n * 8 + quad * 2 + e % 2 - (first + row0 + i * 16 + e / 2 * 8 + group));
     if (at + kKeys - 1 > first || last - at >= given.window) {
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i)
@@ -223,7 +233,7 @@ template <typename T, int kSize, int kRowTiles>
 static void run(const Runtime& runtime, const Attention& attention) {
   using Shared = Room<T, kSize, kRowTiles>;
   constexpr int kList = kRowTiles == 2 ? 0 : 1;
-  static_assert(Shared::kQueries == kTileQueries[kList]);
+  static_assert(Shared::kQueries == kTileQueries[kList] && (kSize <= 128 || sizeof(Shared) <= kWideRoom));
   VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, prefilling_kernel<T, kSize, kRowTiles>,
                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sizeof(Shared)));
   const dim3 grid(static_cast<unsigned>(attention.heads), static_cast<unsigned>(attention.num_tiles[kList]));
@@ -234,6 +244,8 @@ template <typename T>
 static void run_sized(const Runtime& runtime, const Attention& attention) {
   if (attention.width <= 64)
     run<T, 64, 2>(runtime, attention);
+  else if (attention.width > 128)
+    run<T, kMostSize, 1>(runtime, attention);
   else if (runtime.shared_memory() >= static_cast<int>(sizeof(Room<T, 128, 2>)))
     run<T, 128, 2>(runtime, attention);
   else

@@ -13,12 +13,18 @@ struct Preparation {
   T* q;          // [tokens, heads, size]
   Cached* kv;
   const float* cos_sin;
-  const T *q_norm, *k_norm;
+  const void *q_norm, *k_norm;
+  const float* factors;  // [tokens, 2]: what norms multiply q and k by besides; null where each head has its own
   const std::int32_t *positions, *cache_slots;
   float eps;
   int rotary_dim, heads, kv_heads, size, width, block_size;
-  bool interleaved;
-  unsigned work;  // heads of all tokens
+  bool interleaved, wide_norms;  // whether norms are float32, not T
+  unsigned work;                 // heads of all tokens
+
+  // Where a head's weights begin in its norm's.
+  __device__ __forceinline__ int norm_place(int head) const {
+    return factors == nullptr ? 0 : (head < heads ? head : head - heads) * size;
+  }
 
   // Where a head's key or value goes: a token's head after those of q.
   __device__ __forceinline__ Cached* place(int slot, int head) const {
@@ -28,6 +34,29 @@ struct Preparation {
                width;
   }
 };
+
+// ---- The root mean squares of all heads together: a block a token, for q or for k
+
+constexpr unsigned kWholeThreads = 256;
+
+template <typename T>
+static __global__ void whole_norm_kernel(const T* qkv, float* factors, int heads, int kv_heads, int size, float eps) {
+  __shared__ float room[32];
+  let_next_begin();
+  wait_for_previous();
+  const bool is_k = blockIdx.y == 1;
+  const int count = (is_k ? kv_heads : heads) * size;
+  const T* from =
+      qkv + static_cast<std::int64_t>(blockIdx.x) * (heads + 2 * kv_heads) * size + (is_k ? heads * size : 0);
+  float squares = 0;
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(kWholeThreads)) {
+    const float value = wide(from[i]);
+    squares = fmaf(value, value, squares);
+  }
+  squares = block_sum(squares, room);
+  if (threadIdx.x == 0) factors[2 * blockIdx.x + blockIdx.y] = rsqrtf(squares / static_cast<float>(count) + eps);
+}
 
 // ---- Heads whose halves are rotated, and whose sizes fit: a thread has a pack of either half
 
@@ -63,23 +92,32 @@ static __global__ void halves_kernel(const __grid_constant__ Preparation<T, T> g
     halves[0] = from[lane];
     halves[1] = from[lanes + lane];
   }
-  const T* norm = is_v ? nullptr : is_q ? given.q_norm : given.k_norm;
+  const void* norm = is_v ? nullptr : is_q ? given.q_norm : given.k_norm;
   if (given.q_norm != nullptr || given.k_norm != nullptr) {
-    float squares = 0;
+    float factor;
+    if (given.factors != nullptr) {
+      factor = given.factors[2 * token + (is_q ? 0 : 1)];
+    } else {
+      float squares = 0;
 #pragma unroll
-    for (const P& half : halves)
+      for (const P& half : halves)
 #pragma unroll
-      for (int j = 0; j < kPack<T>; ++j) squares = fmaf(wide(half.at[j]), wide(half.at[j]), squares);
-    for (int offset = lanes / 2; offset > 0; offset /= 2) squares += __shfl_xor_sync(kAll, squares, offset);
-    const float factor = rsqrtf(squares / static_cast<float>(given.size) + given.eps);
-    if (norm != nullptr)
+        for (int j = 0; j < kPack<T>; ++j) squares = fmaf(wide(half.at[j]), wide(half.at[j]), squares);
+      for (int offset = lanes / 2; offset > 0; offset /= 2) squares += __shfl_xor_sync(kAll, squares, offset);
+      factor = rsqrtf(squares / static_cast<float>(given.size) + given.eps);
+    }
+    const auto multiply = [&](const auto* weights) {
+      using Weights = Pack<std::decay_t<decltype(*weights)>, kPack<T>>;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const P scale = reinterpret_cast<const P*>(norm)[half * lanes + lane];
+        const Weights scale = reinterpret_cast<const Weights*>(weights + given.norm_place(head))[half * lanes + lane];
 #pragma unroll
         for (int j = 0; j < kPack<T>; ++j)
           halves[half].at[j] = narrow<T>(wide(halves[half].at[j]) * factor * wide(scale.at[j]));
       }
+    };
+    if (norm != nullptr)
+      given.wide_norms ? multiply(static_cast<const float*>(norm)) : multiply(static_cast<const T*>(norm));
   }
   if (!there || slot < 0) return;
   if (rotates)
@@ -114,13 +152,22 @@ static __global__ void any_kernel(const __grid_constant__ Preparation<T, Cached>
   const T* from = given.qkv + static_cast<std::int64_t>(index) * size;
   for (int i = lane; i < size; i += 32) values[i] = wide(from[i]);
   __syncwarp();
-  const T* norm = is_v ? nullptr : is_q ? given.q_norm : given.k_norm;
+  const void* norm = is_v ? nullptr : is_q ? given.q_norm : given.k_norm;
   if (norm != nullptr) {
-    float squares = 0;
-    for (int i = lane; i < size; i += 32) squares = fmaf(values[i], values[i], squares);
-    const float factor = rsqrtf(warp_sum(squares) / static_cast<float>(size) + given.eps);
-    // Rounded as a norm of its own would be.
-    for (int i = lane; i < size; i += 32) values[i] = wide(narrow<T>(values[i] * factor * wide(norm[i])));
+    float factor;
+    if (given.factors != nullptr) {
+      factor = given.factors[2 * token + (is_q ? 0 : 1)];
+    } else {
+      float squares = 0;
+      for (int i = lane; i < size; i += 32) squares = fmaf(values[i], values[i], squares);
+      factor = rsqrtf(warp_sum(squares) / static_cast<float>(size) + given.eps);
+    }
+    const int place = given.norm_place(head);
+    for (int i = lane; i < size; i += 32) {
+      const float weight =
+          given.wide_norms ? static_cast<const float*>(norm)[place + i] : wide(static_cast<const T*>(norm)[place + i]);
+      values[i] = wide(narrow<T>(values[i] * factor * weight));  // rounded as a norm of its own would be
+    }
     __syncwarp();
   }
   const int rotary_dim = given.rotary_dim, half = rotary_dim / 2;
@@ -157,14 +204,35 @@ static void run(const Runtime& runtime, const Preparation<T, Cached>& given) {
     const bool rotates_halves = given.cos_sin == nullptr ||
                                 (!given.interleaved && given.rotary_dim == given.size && aligned(given.cos_sin, 16));
     if (rotates_halves && given.size == given.width && given.size % (2 * kPack<T>) == 0 && lanes <= 32 &&
-        (lanes & (lanes - 1)) == 0 && aligned(given.qkv, 16) && aligned(given.q_norm, 16) &&
-        aligned(given.k_norm, 16)) {
+        (lanes & (lanes - 1)) == 0 && aligned(given.qkv, 16) && aligned(given.q_norm, 32) &&
+        aligned(given.k_norm, 32)) {
       launch(runtime, halves_kernel<T>, blocks_for(static_cast<std::int64_t>(given.work) * lanes, kThreads), kThreads,
              0, given);
       return;
     }
   }
   launch(runtime, any_kernel<T, Cached>, blocks_for(given.work, kWarps), kWarps * 32, 0, given);
+}
+
+struct NormLayout {
+  bool whole, wide;  // of all heads as one row; in float32
+};
+
+static NormLayout check_norms(const AttentionNorms& norms, int num_heads, const KVCache& kv, DType dtype) {
+  NormLayout layout{};
+  for (const std::optional<Tensor>* norm : {&norms.q, &norms.k})
+    if (*norm) {
+      layout.whole |= (*norm)->shape != std::vector<std::int64_t>{kv.head_dim};
+      layout.wide |= (*norm)->dtype == DType::float32;
+    }
+  const auto check = [&](const std::optional<Tensor>& norm, std::int64_t heads) {
+    if (!norm) return;
+    check_shape(*norm, {layout.whole ? heads * kv.head_dim : kv.head_dim}, "a norm of attn_prep");
+    check_dtype(*norm, layout.wide ? DType::float32 : dtype, "a norm of attn_prep");
+  };
+  check(norms.q, num_heads);
+  check(norms.k, kv.kv_heads);
+  return layout;
 }
 
 Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::optional<Rotation>& rope,
@@ -175,11 +243,7 @@ Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::
   if (num_heads < 1 || num_heads % kv.kv_heads != 0)
     throw std::invalid_argument("attn_prep: " + std::to_string(num_heads) + " query heads do not share " +
                                 std::to_string(kv.kv_heads) + " key/value heads evenly");
-  for (const std::optional<Tensor>* norm : {&norms.q, &norms.k})
-    if (*norm) {
-      check_shape(**norm, {kv.head_dim}, "a norm of attn_prep");
-      check_dtype(**norm, qkv.dtype, "a norm of attn_prep");
-    }
+  const NormLayout layout = check_norms(norms, num_heads, kv, qkv.dtype);
   if (rope) {
     check_dtype(rope->cos_sin, DType::float32, "the rotation of attn_prep");
     check_rank(rope->cos_sin, 2, "the rotation of attn_prep");
@@ -190,19 +254,23 @@ Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::
   const DeviceGuard guard(runtime.device());
   Tensor q = runtime.make({tokens, num_heads, kv.head_dim}, qkv.dtype);
   const Tensor pool = kv.layer(layer);
+  const Tensor factors = runtime.make({layout.whole ? tokens : 0, 2}, DType::float32);
+  const auto optional = [](const std::optional<Tensor>& tensor) { return tensor ? tensor->data : nullptr; };
   with_float(qkv.dtype, [&](auto* from) {
+    using T = Pointee<decltype(from)>;
+    if (layout.whole)
+      launch(runtime, whole_norm_kernel<T>, dim3(static_cast<unsigned>(tokens), 2), kWholeThreads, 0,
+             static_cast<const T*>(qkv.data), static_cast<float*>(factors.data), num_heads, kv.kv_heads, kv.head_dim,
+             norms.eps);
     with_float(kv.dtype, [&](auto* to) {
-      using T = Pointee<decltype(from)>;
       using Cached = Pointee<decltype(to)>;
-      const auto norm = [](const std::optional<Tensor>& weight) {
-        return weight ? static_cast<const T*>(weight->data) : nullptr;
-      };
-      run(runtime, Preparation<T, Cached>{
-                       static_cast<const T*>(qkv.data), static_cast<T*>(q.data), static_cast<Cached*>(pool.data),
-                       rope ? static_cast<const float*>(rope->cos_sin.data) : nullptr, norm(norms.q), norm(norms.k),
-                       batch.view.positions, batch.view.cache_slots, norms.eps, rope ? rope->rotary_dim : 0, num_heads,
-                       kv.kv_heads, kv.head_dim, kv.width, kv.block_size, rope && rope->interleaved,
-                       static_cast<unsigned>(tokens * all)});
+      run(runtime,
+          Preparation<T, Cached>{
+              static_cast<const T*>(qkv.data), static_cast<T*>(q.data), static_cast<Cached*>(pool.data),
+              rope ? static_cast<const float*>(rope->cos_sin.data) : nullptr, optional(norms.q), optional(norms.k),
+              static_cast<const float*>(factors.data), batch.view.positions, batch.view.cache_slots, norms.eps,
+              rope ? rope->rotary_dim : 0, num_heads, kv.kv_heads, kv.head_dim, kv.width, kv.block_size,
+              rope && rope->interleaved, layout.wide, static_cast<unsigned>(tokens * all)});
     });
   });
   return q;

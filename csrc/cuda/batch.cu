@@ -1,138 +1,13 @@
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <numeric>
 
+#include "cuda/attention_plan.hpp"
 #include "cuda/batch.hpp"
+#include "cuda/checks.hpp"
 #include "cuda/kernel.cuh"
 
 namespace vllmlite::cuda {
 
-constexpr int kKeysOfUnit = 64;   // keys that a block of the decoding kernel takes at a time
-constexpr int kUnitsOfItem = 4;   // that are not worth cutting
-constexpr int kUnitsOfStart = 1;  // that take as long as an item's start and end
 constexpr unsigned kThreads = 1024;
-constexpr std::size_t kCountersOfSlot = 256;  // key/value heads that a slot's attention may have
-
-[[noreturn]] static void complain(const std::string& what, std::int64_t value, std::int64_t limit) {
-  throw std::out_of_range(what + " " + std::to_string(value) + " is not within 0 and " + std::to_string(limit - 1));
-}
-
-static void check_all(const char* what, const std::vector<std::int32_t>& values, std::int64_t limit,
-                      std::int32_t least = 0) {
-  for (const std::int32_t value : values)
-    if (value < least || value >= limit) complain(what, value, limit);
-}
-
-// ---- Slots
-
-Slots::Slots(Runtime& the_runtime, int slot_count, int block_count, int vocabulary, int pool)
-    : runtime(the_runtime), max_slots(slot_count), max_blocks(block_count), vocab_size(vocabulary), num_blocks(pool) {
-  block_table = runtime.make({max_slots, max_blocks}, DType::int32);
-  last_id = runtime.make({max_slots}, DType::int32);
-  states = runtime.make({max_slots, static_cast<std::int64_t>(sizeof(SlotState))}, DType::uint8);
-  owned_.resize(static_cast<std::size_t>(max_slots));
-  const DeviceGuard guard(runtime.device());
-  (void)runtime.counters(static_cast<std::size_t>(max_slots) * kCountersOfSlot);  // before any graph wants them
-  for (const Tensor* tensor : {&block_table, &last_id, &states})
-    if (tensor->data != nullptr)
-      VLLMLITE_CUDA_CHECK(cudaMemsetAsync, tensor->data, 0, tensor->bytes(), runtime.stream());
-}
-
-void Slots::check(int slot) const {
-  if (slot < 0 || slot >= max_slots) complain("slot", slot, max_slots);
-}
-
-static __global__ void count_ids_kernel(const std::int32_t* ids, int size, std::int32_t* counts) {
-  wait_for_previous();
-  for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < size;
-       i += static_cast<int>(gridDim.x * blockDim.x))
-    atomicAdd(counts + ids[i], 1);
-}
-
-static __global__ void mark_ids_kernel(const std::int32_t* ids, int size, std::uint8_t* marks) {
-  wait_for_previous();
-  for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < size;
-       i += static_cast<int>(gridDim.x * blockDim.x))
-    marks[ids[i]] = 1;
-}
-
-template <typename Element>
-static Tensor uploaded(Runtime& runtime, const std::vector<Element>& values, DType dtype) {
-  Tensor tensor = runtime.make({static_cast<std::int64_t>(values.size())}, dtype);
-  runtime.upload(tensor.data, values.data(), tensor.bytes());
-  return tensor;
-}
-
-void Slots::set(int slot, const SlotParams& params, const std::vector<std::int32_t>& prompt_ids,
-                const std::vector<std::int32_t>& output_ids) {
-  check(slot);
-  check_all("prompt id", prompt_ids, vocab_size);
-  check_all("output id", output_ids, vocab_size);
-  for (const auto& [id, bias] : params.logit_bias)
-    if (id < 0 || id >= vocab_size) complain("logit_bias id", id, vocab_size);
-  const DeviceGuard guard(runtime.device());
-  std::vector<Tensor> owned;
-  SlotState state{};
-  state.top_p = params.top_p;
-  state.seed = params.seed;
-  state.temperature = params.temperature;
-  state.log_min_p = static_cast<float>(std::log(params.min_p));
-  state.repetition_penalty = params.repetition_penalty;
-  state.presence_penalty = params.presence_penalty;
-  state.frequency_penalty = params.frequency_penalty;
-  state.top_k = params.top_k;
-  if (params.penalised()) {
-    owned.push_back(runtime.make({vocab_size}, DType::int32));
-    owned.push_back(runtime.make({vocab_size}, DType::uint8));
-    for (const Tensor& tensor : owned)
-      VLLMLITE_CUDA_CHECK(cudaMemsetAsync, tensor.data, 0, tensor.bytes(), runtime.stream());
-    state.counts = static_cast<std::int32_t*>(owned[0].data);
-    state.in_prompt = static_cast<std::uint8_t*>(owned[1].data);
-    if (!output_ids.empty()) {
-      const Tensor ids = uploaded(runtime, output_ids, DType::int32);
-      launch(runtime, count_ids_kernel, blocks_for(ids.size(), 256), 256, 0, static_cast<const std::int32_t*>(ids.data),
-             static_cast<int>(ids.size()), state.counts);
-    }
-    if (!prompt_ids.empty()) {
-      const Tensor ids = uploaded(runtime, prompt_ids, DType::int32);
-      launch(runtime, mark_ids_kernel, blocks_for(ids.size(), 256), 256, 0, static_cast<const std::int32_t*>(ids.data),
-             static_cast<int>(ids.size()), state.in_prompt);
-    }
-  }
-  if (!params.logit_bias.empty()) {
-    std::vector<std::int32_t> ids;
-    std::vector<float> biases;
-    for (const auto& [id, bias] : params.logit_bias) {
-      ids.push_back(id);
-      biases.push_back(bias);
-    }
-    owned.push_back(uploaded(runtime, ids, DType::int32));
-    state.bias_ids = static_cast<const std::int32_t*>(owned.back().data);
-    owned.push_back(uploaded(runtime, biases, DType::float32));
-    state.biases = static_cast<const float*>(owned.back().data);
-    state.bias_count = static_cast<std::int32_t>(ids.size());
-  }
-  runtime.upload(static_cast<SlotState*>(states.data) + slot, &state, sizeof state);
-  owned_[static_cast<std::size_t>(slot)] = std::move(owned);
-}
-
-void Slots::append_blocks(std::span<const std::int32_t> slot_ids, std::span<const std::int32_t> columns,
-                          std::span<const std::int32_t> blocks) {
-  if (slot_ids.size() != columns.size() || columns.size() != blocks.size())
-    throw std::invalid_argument("append_blocks: slots, columns and blocks differ in length");
-  for (std::size_t i = 0; i < blocks.size(); ++i) {
-    check(slot_ids[i]);
-    if (columns[i] < 0 || columns[i] >= max_blocks) complain("block table column", columns[i], max_blocks);
-    if (blocks[i] < 0 || blocks[i] >= num_blocks) complain("block", blocks[i], num_blocks);
-  }
-  for (std::size_t i = 0; i < blocks.size(); ++i) {
-    appended.push_back(slot_ids[i] * max_blocks + columns[i]);
-    appended.push_back(blocks[i]);
-  }
-}
-
-// ---- Batches
 
 void HostBatch::check(const Slots& slots) const {
   const auto rows = static_cast<std::size_t>(num_rows), tokens = static_cast<std::size_t>(num_tokens);
@@ -209,68 +84,6 @@ static __global__ void prepare_kernel(BatchView batch, int num_tokens, int block
         block_table[static_cast<std::int64_t>(slot) * batch.max_blocks + position / block_size] * block_size +
         position % block_size;
   }
-}
-
-DecodingBlocks decoding_blocks(const Runtime& runtime, int rows, int kv_heads) {
-  return rows * kv_heads > 8 * runtime.multiprocessors() ? DecodingBlocks{2, 5} : DecodingBlocks{4, 2};
-}
-
-static std::int64_t units_of(std::int64_t context) { return (context + kKeysOfUnit - 1) / kKeysOfUnit; }
-
-static bool has_one_token(const HostBatch& host, std::size_t row) {
-  return host.query_start_loc[row + 1] - host.query_start_loc[row] == 1;
-}
-
-// Cuts the rows that have one token into shares that take about as long, one for each of `shares` slots: a share is
-// some items, `starts` says where each one's begin.
-static void plan_items(const HostBatch& host, int shares, std::vector<Item>& items, std::vector<std::int32_t>& starts) {
-  std::int64_t total = 0;
-  for (std::size_t row = 0; row < host.slot_ids.size(); ++row)
-    if (has_one_token(host, row)) total += units_of(host.context_lens[row]) + kUnitsOfStart;
-  // Every cut makes another start.
-  const std::int64_t quota = std::max<std::int64_t>((total + shares - 1) / shares + kUnitsOfStart, kUnitsOfItem);
-  std::int64_t left = quota;
-  starts.push_back(0);
-  for (std::size_t row = 0; row < host.slot_ids.size(); ++row) {
-    if (!has_one_token(host, row)) continue;
-    const std::int32_t context = host.context_lens[row], token = host.query_start_loc[row];
-    // A row that goes on from a sampled id has been here before; another may see keys that this very step writes.
-    const bool goes_on = host.token_ids[static_cast<std::size_t>(token)] < 0;
-    const auto first = static_cast<std::int32_t>(items.size());
-    for (std::int32_t begin = 0; begin < context;) {
-      const std::int64_t units = units_of(context - begin) + kUnitsOfStart;
-      // A rest that is not worth an item of its own stays.
-      const bool whole = units <= left + kUnitsOfStart || static_cast<int>(starts.size()) == shares;
-      const std::int64_t taken = whole ? units : std::max<std::int64_t>(left, kUnitsOfStart + 1);
-      const std::int32_t end = whole ? context : begin + static_cast<std::int32_t>(taken - kUnitsOfStart) * kKeysOfUnit;
-      items.push_back({static_cast<std::int32_t>(row), begin, end, first, 0, token, host.slot_ids[row], context,
-                       goes_on ? context - 1 : 0});
-      begin = end;
-      left -= taken;
-      if (left <= kUnitsOfStart && static_cast<int>(starts.size()) < shares) {
-        starts.push_back(static_cast<std::int32_t>(items.size()));
-        left += quota;
-      }
-    }
-    for (std::size_t i = static_cast<std::size_t>(first); i < items.size(); ++i)
-      items[i].count = static_cast<std::int32_t>(items.size()) - first;
-  }
-  starts.resize(static_cast<std::size_t>(shares) + 1, static_cast<std::int32_t>(items.size()));
-}
-
-// Tiles of rows of several tokens, or of all.
-static std::vector<Tile> plan_tiles(const HostBatch& host, int queries, bool all) {
-  std::vector<Tile> tiles;
-  for (int row = 0; row < host.num_rows; ++row) {
-    const std::int32_t begin = host.query_start_loc[static_cast<std::size_t>(row)];
-    const std::int32_t end = host.query_start_loc[static_cast<std::size_t>(row) + 1];
-    if (end - begin == 1 && !all) continue;
-    for (std::int32_t at = begin; at < end; at += queries) tiles.push_back({row, at, std::min(queries, end - at), 0});
-  }
-  // The longest contexts first, so that no multiprocessor is left alone with one at the end.
-  std::ranges::stable_sort(tiles, std::ranges::greater{},
-                           [&](const Tile& tile) { return host.positions[static_cast<std::size_t>(tile.first)]; });
-  return tiles;
 }
 
 std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std::shared_ptr<Slots>& slots,

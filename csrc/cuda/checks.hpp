@@ -24,4 +24,14 @@ inline void check_dtype(const Tensor& tensor, DType dtype, const char* what) {
     throw TypeError(std::string(what) + " must be " + std::string(name(dtype)) + ", not " + describe(tensor));
 }
 
+[[noreturn]] inline void complain(const std::string& what, std::int64_t value, std::int64_t limit) {
+  throw std::out_of_range(what + " " + std::to_string(value) + " is not within 0 and " + std::to_string(limit - 1));
+}
+
+inline void check_all(const char* what, const std::vector<std::int32_t>& values, std::int64_t limit,
+                      std::int32_t least = 0) {
+  for (const std::int32_t value : values)
+    if (value < least || value >= limit) complain(what, value, limit);
+}
+
 }  // namespace vllmlite::cuda

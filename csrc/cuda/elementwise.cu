@@ -1,4 +1,4 @@
-// Ops that go over rows once.
+// Ops that go over elements once, each by itself.
 #include <algorithm>
 
 #include "cuda/checks.hpp"
@@ -73,127 +73,108 @@ Tensor embedding(Runtime& runtime, const Tensor& ids, const Tensor& table) {
   return gather_rows(runtime, table, ids);
 }
 
-// ---- Norm
+// ---- Sums and multiples
 
-template <typename T, int kSize>
-static __global__ void rms_norm_kernel(const T* x, const T* weight, T* residual, T* out, int packs, float eps) {
+struct Add {
+  __device__ float operator()(float x, float other) const { return x + other; }
+};
+
+struct Scale {
+  float factor;
+  __device__ float operator()(float x) const { return x * factor; }
+};
+
+struct SoftCap {
+  float cap;
+  __device__ float operator()(float x) const { return cap * tanhf(x / cap); }
+};
+
+// Makes elements of `to` what `function` makes of them, or of those of x and them.
+template <typename T, int kSize, typename Function>
+static __global__ void edit_kernel(const T* x, T* to, std::int64_t packs, Function function) {
   using P = Pack<T, kSize>;
-  __shared__ float room[32];
   let_next_begin();
   wait_for_previous();
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * packs;
-  const P* from = reinterpret_cast<const P*>(x) + row;
-  P* sums = residual == nullptr ? nullptr : reinterpret_cast<P*>(residual) + row;
-  P kept{};
-  float squares = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < packs; i += static_cast<int>(blockDim.x)) {
-    kept = from[i];
-    if (sums != nullptr) {
-      const P other = sums[i];
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < packs; i += stride) {
+    P values = reinterpret_cast<const P*>(to)[i];
+    if constexpr (std::is_invocable_v<Function, float, float>) {
+      const P others = reinterpret_cast<const P*>(x)[i];
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) kept.at[j] = narrow<T>(wide(kept.at[j]) + wide(other.at[j]));
-      sums[i] = kept;
+      for (int j = 0; j < kSize; ++j) values.at[j] = narrow<T>(function(wide(others.at[j]), wide(values.at[j])));
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) values.at[j] = narrow<T>(function(wide(values.at[j])));
     }
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) squares = fmaf(wide(kept.at[j]), wide(kept.at[j]), squares);
-  }
-  const float factor = rsqrtf(block_sum(squares, room) / static_cast<float>(packs * kSize) + eps);
-  const bool once = packs <= static_cast<int>(blockDim.x);
-  for (int i = static_cast<int>(threadIdx.x); i < packs; i += static_cast<int>(blockDim.x)) {
-    if (!once) kept = sums == nullptr ? from[i] : sums[i];
-    const P scale = reinterpret_cast<const P*>(weight)[i];
-    P normed;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) normed.at[j] = narrow<T>(wide(kept.at[j]) * factor * wide(scale.at[j]));
-    reinterpret_cast<P*>(out)[row + i] = normed;
+    reinterpret_cast<P*>(to)[i] = values;
   }
 }
 
-std::pair<Tensor, Tensor> rms_norm(Runtime& runtime, const Tensor& x, const Tensor& weight, float eps,
-                                   const std::optional<Tensor>& residual) {
-  check_rank(x, 2, "x of rms_norm");
-  check_dtype(x, runtime.dtype(), "x of rms_norm");
-  check_shape(weight, {x.shape[1]}, "the weight of rms_norm");
-  check_dtype(weight, x.dtype, "the weight of rms_norm");
-  if (residual) {
-    check_shape(*residual, x.shape, "the residual of rms_norm");
-    check_dtype(*residual, x.dtype, "the residual of rms_norm");
-  }
+template <typename Function>
+static Tensor edit(const Runtime& runtime, const Tensor* x, const Tensor& to, Function function) {
   const DeviceGuard guard(runtime.device());
-  Tensor out = runtime.make(x.shape, x.dtype);
-  if (out.bytes() != 0)
-    with_float(x.dtype, [&](auto* pointer) {
-      using T = Pointee<decltype(pointer)>;
-      const auto run = [&](auto* kernel, std::int64_t size) {
-        const std::int64_t packs = x.shape[1] / size;
-        const auto threads = static_cast<unsigned>(std::clamp<std::int64_t>((packs + 31) / 32 * 32, 32, 1024));
-        launch(runtime, kernel, static_cast<unsigned>(x.shape[0]), threads, 0, static_cast<const T*>(x.data),
-               static_cast<const T*>(weight.data), residual ? static_cast<T*>(residual->data) : nullptr,
-               static_cast<T*>(out.data), static_cast<int>(packs), eps);
-      };
-      if (x.shape[1] % kPack<T> == 0)
-        run(rms_norm_kernel<T, kPack<T>>, kPack<T>);
-      else
-        run(rms_norm_kernel<T, 1>, 1);
-    });
-  return {out, residual ? *residual : x};
+  with_float(to.dtype, [&](auto* pointer) {
+    using T = Pointee<decltype(pointer)>;
+    const auto* from = x == nullptr ? nullptr : static_cast<const T*>(x->data);
+    const auto go = [&](auto* kernel, std::int64_t packs) {
+      launch(runtime, kernel, grid_for(packs, kThreads), kThreads, 0, from, static_cast<T*>(to.data), packs, function);
+    };
+    if (to.size() % kPack<T> == 0 && aligned(to.data, 16) && aligned(from, 16))
+      go(edit_kernel<T, kPack<T>, Function>, to.size() / kPack<T>);
+    else
+      go(edit_kernel<T, 1, Function>, to.size());
+  });
+  return to;
 }
 
-// ---- Gated activation
+Tensor add(Runtime& runtime, const Tensor& x, const Tensor& other) {
+  check_shape(other, x.shape, "the second term of add");
+  check_dtype(other, x.dtype, "the second term of add");
+  return edit(runtime, &x, other, Add{});
+}
 
-template <Gate kGate>
-__device__ __forceinline__ float gate_of(float x) {
-  if constexpr (kGate == Gate::silu) return x / (1 + expf(-x));
-  if constexpr (kGate == Gate::gelu) return 0.5F * x * erfcf(-x * 0.70710678118654752F);
-  constexpr float kFactor = 0.79788456080286536F;  // sqrt(2 / pi)
-  return 0.5F * x * (1 + tanhf(kFactor * fmaf(0.044715F * x * x, x, x)));
+Tensor scale(Runtime& runtime, const Tensor& x, float factor) { return edit(runtime, nullptr, x, Scale{factor}); }
+
+Tensor soft_cap(Runtime& runtime, const Tensor& x, float cap) {
+  check_dtype(x, DType::float32, "x of soft_cap");
+  return edit(runtime, nullptr, x, SoftCap{cap});
 }
 
 // A row of blocks a row.
-template <typename T, int kSize, Gate kGate>
-static __global__ void gated_kernel(const T* x, T* out, int packs) {
+template <typename T, int kSize>
+static __global__ void sigmoid_gate_kernel(T* x, const T* gate, int packs) {
   using P = Pack<T, kSize>;
   let_next_begin();
   wait_for_previous();
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * packs;
   const int column = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
   if (column >= packs) return;
-  const P gate = reinterpret_cast<const P*>(x)[2 * row + column];
-  const P up = reinterpret_cast<const P*>(x)[2 * row + packs + column];
-  P result;
+  const float factor = 1 / (1 + expf(-wide(gate[blockIdx.x])));
+  P& values = reinterpret_cast<P*>(x)[static_cast<std::int64_t>(blockIdx.x) * packs + column];
+  P result = values;
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) result.at[j] = narrow<T>(gate_of<kGate>(wide(gate.at[j])) * wide(up.at[j]));
-  reinterpret_cast<P*>(out)[row + column] = result;
+  for (int j = 0; j < kSize; ++j) result.at[j] = narrow<T>(wide(result.at[j]) * factor);
+  values = result;
 }
 
-template <typename T, Gate kGate>
-static void run_gated(Runtime& runtime, const Tensor& x, const Tensor& out) {
-  const std::int64_t rows = out.shape[0], width = out.shape[1];
-  const auto run = [&](auto* kernel, std::int64_t size) {
-    const dim3 grid(static_cast<unsigned>(rows), blocks_for(width / size, kThreads));
-    launch(runtime, kernel, grid, kThreads, 0, static_cast<const T*>(x.data), static_cast<T*>(out.data),
-           static_cast<int>(width / size));
-  };
-  if (width % kPack<T> == 0)
-    run(gated_kernel<T, kPack<T>, kGate>, kPack<T>);
-  else
-    run(gated_kernel<T, 1, kGate>, 1);
-}
-
-Tensor gated_activation(Runtime& runtime, const Tensor& x, Gate gate) {
-  check_rank(x, 2, "x of gated_activation");
-  check_dtype(x, runtime.dtype(), "x of gated_activation");
-  if (x.shape[1] % 2 != 0) throw std::invalid_argument("gated_activation: the width of x is odd");
+Tensor sigmoid_gate(Runtime& runtime, const Tensor& x, const Tensor& gate) {
+  check_rank(x, 2, "x of sigmoid_gate");
+  check_dtype(x, runtime.dtype(), "x of sigmoid_gate");
+  check_shape(gate, {x.shape[0], 1}, "the gate of sigmoid_gate");
+  check_dtype(gate, x.dtype, "the gate of sigmoid_gate");
   const DeviceGuard guard(runtime.device());
-  Tensor out = runtime.make({x.shape[0], x.shape[1] / 2}, x.dtype);
-  if (out.bytes() != 0)
-    with_float(x.dtype, [&](auto* pointer) {
-      using T = Pointee<decltype(pointer)>;
-      if (gate == Gate::silu) run_gated<T, Gate::silu>(runtime, x, out);
-      if (gate == Gate::gelu) run_gated<T, Gate::gelu>(runtime, x, out);
-      if (gate == Gate::gelu_tanh) run_gated<T, Gate::gelu_tanh>(runtime, x, out);
-    });
-  return out;
+  with_float(x.dtype, [&](auto* pointer) {
+    using T = Pointee<decltype(pointer)>;
+    const auto go = [&](auto* kernel, std::int64_t packs) {
+      const dim3 grid(static_cast<unsigned>(x.shape[0]), blocks_for(packs, kThreads));
+      launch(runtime, kernel, grid, kThreads, 0, static_cast<T*>(x.data), static_cast<const T*>(gate.data),
+             static_cast<int>(packs));
+    };
+    if (x.shape[1] % kPack<T> == 0)
+      go(sigmoid_gate_kernel<T, kPack<T>>, x.shape[1] / kPack<T>);
+    else
+      go(sigmoid_gate_kernel<T, 1>, x.shape[1]);
+  });
+  return x;
 }
 
 }  // namespace vllmlite::cuda

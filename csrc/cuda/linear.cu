@@ -1,6 +1,7 @@
 #include <cublasLt.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <map>
 #include <tuple>
@@ -119,27 +120,24 @@ class Products {
   bool multiply(Runtime& runtime, const Product& product);
 
  private:
-  // m, n, k, dtypes, whether there is a bias, alignments.
+  // m of the plan, n, k, dtypes, whether there is a bias, alignments.
   using Key = std::tuple<int, int, int, DType, DType, bool, std::uint32_t, std::uint32_t, std::uint32_t>;
 
-  // How one shape is multiplied; the library sees columns first, hence y^T = w x^T.
+  // How products of nearly as many rows are multiplied.
   struct Plan {
     Plan() = default;
     ~Plan() {
       if (operation != nullptr) (void)cublasLtMatmulDescDestroy(operation);
-      for (cublasLtMatrixLayout_t layout : {w, x, y})
-        if (layout != nullptr) (void)cublasLtMatrixLayoutDestroy(layout);
     }
     Plan(const Plan&) = delete;
     Plan& operator=(const Plan&) = delete;
 
     cublasLtMatmulDesc_t operation = nullptr;
-    cublasLtMatrixLayout_t w = nullptr, x = nullptr, y = nullptr;
     cublasLtMatmulAlgo_t algorithm{};
-    bool found = false;
+    bool found = false, timed = false;
   };
 
-  void make(Runtime& runtime, Plan& plan, const Product& product);
+  void choose(Runtime& runtime, Plan& plan, const Product& product, int rows);
   cublasStatus_t run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& product,
                      cudaStream_t stream);
   // How long an algorithm takes, in milliseconds, where w is in no cache; infinite if it fails.
@@ -149,7 +147,6 @@ class Products {
   static constexpr std::int64_t kWorkspace = 32 << 20;
   static constexpr std::int64_t kCaches = 64 << 20;  // more than a device's caches hold
   static constexpr int kCandidates = 8;
-  static constexpr std::size_t kMostPlans = 4096;  // prefills have any number of rows
 
   cublasLtHandle_t handle_ = nullptr;
   Tensor workspace_;
@@ -160,28 +157,49 @@ class Products {
 
 std::shared_ptr<Products> make_products(Runtime& runtime) { return std::make_shared<Products>(runtime); }
 
-void Products::make(Runtime& runtime, Plan& plan, const Product& product) {
-  const cudaDataType_t in = type_of(product.dtype), out = type_of(product.out_dtype);
-  check_library(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
+// The rows that a plan is made for: the next of a few numbers. Asking the library takes longer than launching a
+// product, and steps with prompts in them have any number of rows.
+static int planned_rows(int m) {
+  const auto below = static_cast<int>(std::bit_floor(static_cast<unsigned>(std::max(m - 1, 1))));
+  const int step = std::clamp(below / (m <= 256 ? 4 : 8), 8, 64);
+  return (m + step - 1) / step * step;
+}
+
+// The library sees columns first, hence y^T = w x^T.
+struct Layouts {
+  explicit Layouts(const Product& product, int rows) {
+    const cudaDataType_t in = type_of(product.dtype), out = type_of(product.out_dtype);
+    const auto m = static_cast<std::uint64_t>(rows), n = static_cast<std::uint64_t>(product.n),
+               k = static_cast<std::uint64_t>(product.k);
+    const auto set = [](cublasLtMatrixLayoutOpaque_t& layout, cudaDataType_t type, std::uint64_t height,
+                        std::uint64_t width) {
+      check_library(cublasLtMatrixLayoutInit(&layout, type, height, width, static_cast<std::int64_t>(height)),
+                    "cublasLtMatrixLayoutInit");
+    };
+    set(w, in, k, n);
+    set(x, in, k, m);
+    set(y, out, n, m);
+  }
+
+  cublasLtMatrixLayoutOpaque_t w, x, y;
+};
+
+void Products::choose(Runtime& runtime, Plan& plan, const Product& product, int rows) {
   const auto set = [&](cublasLtMatmulDescAttributes_t attribute, const auto& value) {
     check_library(cublasLtMatmulDescSetAttribute(plan.operation, attribute, &value, sizeof value),
                   "cublasLtMatmulDescSetAttribute");
   };
-  set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
-  if (product.bias != nullptr) {
-    set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
-    set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, in);
-    set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, product.bias);
+  if (plan.operation == nullptr) {
+    check_library(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F),
+                  "cublasLtMatmulDescCreate");
+    set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+    if (product.bias != nullptr) {
+      set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+      set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, type_of(product.dtype));
+    }
   }
-  const auto m = static_cast<std::uint64_t>(product.m), n = static_cast<std::uint64_t>(product.n),
-             k = static_cast<std::uint64_t>(product.k);
-  const auto layout = [](cublasLtMatrixLayout_t& made, cudaDataType_t type, std::uint64_t rows, std::uint64_t columns) {
-    check_library(cublasLtMatrixLayoutCreate(&made, type, rows, columns, static_cast<std::int64_t>(rows)),
-                  "cublasLtMatrixLayoutCreate");
-  };
-  layout(plan.w, in, k, n);
-  layout(plan.x, in, k, m);
-  layout(plan.y, out, n, m);
+  if (product.bias != nullptr) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, product.bias);
+  plan.timed = runtime.recording();
   cublasLtMatmulPreference_t preference = nullptr;
   check_library(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
   const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
@@ -193,13 +211,15 @@ void Products::make(Runtime& runtime, Plan& plan, const Product& product) {
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_of(product.x));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(product.y));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_of(product.y));
+  Layouts layouts(product, rows);
   cublasLtMatmulHeuristicResult_t results[kCandidates] = {};
   int count = 0;
   const cublasStatus_t status =
-      cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, plan.w, plan.x, plan.y, plan.y, preference,
-                                     runtime.recording() ? kCandidates : 1, results, &count);
+      cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, &layouts.w, &layouts.x, &layouts.y, &layouts.y,
+                                     preference, plan.timed ? kCandidates : 1, results, &count);
   (void)cublasLtMatmulPreferenceDestroy(preference);
-  if (status == CUBLAS_STATUS_NOT_SUPPORTED || (status == CUBLAS_STATUS_SUCCESS && count == 0)) return;
+  // A bias in 16 bits under sums in 32 counts as an invalid value.
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE || count == 0) return;
   check_library(status, "cublasLtMatmulAlgoGetHeuristic");
   plan.algorithm = results[0].algo;
   plan.found = true;
@@ -216,8 +236,9 @@ void Products::make(Runtime& runtime, Plan& plan, const Product& product) {
 cublasStatus_t Products::run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& product,
                              cudaStream_t stream) {
   const float one = 1, zero = 0;
-  return cublasLtMatmul(handle_, plan.operation, &one, product.w, plan.w, product.x, plan.x, &zero, product.y, plan.y,
-                        product.y, plan.y, &algorithm, workspace_.data, kWorkspace, stream);
+  Layouts layouts(product, product.m);
+  return cublasLtMatmul(handle_, plan.operation, &one, product.w, &layouts.w, product.x, &layouts.x, &zero, product.y,
+                        &layouts.y, product.y, &layouts.y, &algorithm, workspace_.data, kWorkspace, stream);
 }
 
 float Products::time(Runtime& runtime, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& product,
@@ -244,7 +265,8 @@ float Products::time(Runtime& runtime, const Plan& plan, const cublasLtMatmulAlg
 }
 
 bool Products::multiply(Runtime& runtime, const Product& product) {
-  const Key key{product.m,
+  const int rows = planned_rows(product.m);
+  const Key key{rows,
                 product.n,
                 product.k,
                 product.dtype,
@@ -253,10 +275,9 @@ bool Products::multiply(Runtime& runtime, const Product& product) {
                 alignment_of(product.w),
                 alignment_of(product.x),
                 alignment_of(product.y)};
-  if (plans_.size() >= kMostPlans) plans_.clear();
   const auto [place, fresh] = plans_.try_emplace(key);
   Plan& plan = place->second;
-  if (fresh) make(runtime, plan, product);
+  if (fresh || (runtime.recording() && !plan.timed)) choose(runtime, plan, product, rows);
   if (!plan.found) return false;
   if (product.bias != nullptr)
     check_library(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &product.bias,

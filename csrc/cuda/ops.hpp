@@ -21,8 +21,21 @@ Tensor gather_rows(Runtime& runtime, const Tensor& x, const Tensor& index);
 std::pair<Tensor, Tensor> rms_norm(Runtime& runtime, const Tensor& x, const Tensor& weight, float eps,
                                    const std::optional<Tensor>& residual);
 
-enum class Gate { silu, gelu, gelu_tanh };
-Tensor gated_activation(Runtime& runtime, const Tensor& x, Gate gate);
+std::pair<Tensor, Tensor> layer_norm(Runtime& runtime, const Tensor& x, const Tensor& weight,
+                                     const std::optional<Tensor>& bias, float eps,
+                                     const std::optional<Tensor>& residual);
+
+// These overwrite what they return: `other`, or x.
+Tensor add(Runtime& runtime, const Tensor& x, const Tensor& other);
+Tensor scale(Runtime& runtime, const Tensor& x, float factor);
+Tensor soft_cap(Runtime& runtime, const Tensor& x, float cap);
+Tensor sigmoid_gate(Runtime& runtime, const Tensor& x, const Tensor& gate);
+
+enum class Activation { silu, gelu, gelu_tanh, relu };
+// std::invalid_argument for other names than the contract's.
+Activation activation_of(const std::string& name);
+Tensor gated_activation(Runtime& runtime, const Tensor& x, Activation activation);
+Tensor activation(Runtime& runtime, const Tensor& x, Activation activation);
 
 // A weight [out, in], row-major, and a bias [out], both of the backend's dtype.
 struct LinearWeight {
@@ -32,6 +45,19 @@ struct LinearWeight {
 
 // x @ weight.T + bias: [rows, in] -> [rows, out] of `dtype`, the backend's or float32.
 Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, DType dtype);
+
+// Weights of a mixture's experts, each [2 * inner, hidden], the gate's rows first, and [hidden, inner].
+struct Experts {
+  std::vector<Tensor> weights;  // that the addresses are of
+  Tensor gate_up, down;         // int64 [count]: addresses
+  int count, hidden, inner;
+  DType dtype;
+};
+
+std::shared_ptr<Experts> make_experts(Runtime& runtime, const std::vector<LinearWeight>& gate_up,
+                                      const std::vector<LinearWeight>& down);
+Tensor moe(Runtime& runtime, const Tensor& x, const Tensor& router_logits, const Experts& experts, int top_k,
+           bool renormalise, Activation activation);
 
 // A pool of blocks. A layer's block is [K, V] x [kv heads] x [block_size] x [width], where width is the head size,
 // padded to kHeadUnit.
@@ -50,6 +76,7 @@ struct KVCache {
   Tensor memory;
 };
 
+// Weights of the backend's dtype or float32, both of one: of a head, or of all of q's and k's heads as one row.
 struct AttentionNorms {
   std::optional<Tensor> q, k;
   float eps = 0;
@@ -63,8 +90,15 @@ struct Rotation {
 
 Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::optional<Rotation>& rope,
                  const KVCache& kv, int layer, const Batch& batch, const AttentionNorms& norms);
+
+// What becomes of scaled scores before softmax: a cap, 0 for none, and slopes of linear biases, float32 [heads].
+struct ScoreEdits {
+  float soft_cap = 0;
+  std::optional<Tensor> alibi;
+};
+
 Tensor paged_attention(Runtime& runtime, const Tensor& q, const KVCache& kv, int layer, const Batch& batch, float scale,
-                       int window);
+                       int window, const ScoreEdits& edits);
 
 struct Logprobs {
   Tensor chosen, rank, top_ids, top;

@@ -13,9 +13,9 @@ while an earlier step may still be reading it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import IntFlag, StrEnum
+from enum import IntFlag
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
@@ -86,23 +86,6 @@ def float_parts(parts: Sequence[HostWeight]) -> list[HostTensor]:
         if isinstance(part, QuantizedTensor):
             raise BackendError(f"a weight in {part.kind} needs a backend with quantization={part.kind}")
     return [part for part in parts if isinstance(part, HostTensor)]
-
-
-class Op(StrEnum):
-    """Ops, and what ops may be asked to do, that a backend need not have; their values are for messages."""
-
-    LAYER_NORM = "layer_norm"
-    ACTIVATION = "activation"
-    ADD = "add"
-    SCALE = "scale"
-    SOFT_CAP = "soft_cap"
-    POSITIONS = "embedding of positions"
-    FLOAT_NORM = "rms_norm with float32 weights"
-    WHOLE_QK_NORM = "attn_prep with a norm over all heads"
-    LAYER_QK_NORM = "attn_prep with a layer norm of each head"
-    ATTENTION_SOFT_CAP = "paged_attention with a soft cap"
-    ALIBI = "paged_attention with linear biases"
-    MOE = "moe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,21 +271,12 @@ class Backend(ABC):
     """The kind, one of :data:`QUANTIZATIONS`, in which products keep float weights; None: as floats."""
     keeps_blocks: bool = False
     """Whether products keep weights that are quantised already in their kinds; then ``quantization`` is None."""
-    ops: ClassVar[frozenset[Op]] = frozenset()
-    """Which of :class:`Op` it has."""
     lent_ops: tuple[str, ...] = ()
     """Names of the ops that this backend borrows from the reference."""
     details: str = ""
     """What else tells this backend from others of its kind: instruction set, threads."""
     asynchronous: bool = False
     """Whether ops return before they are done, so that two steps in flight pay."""
-
-    @classmethod
-    def check_ops(cls, ops: Collection[Op], model: str) -> None:
-        """BackendError if one of ``ops``, which ``model`` needs, is not there."""
-        missing = sorted(set(ops) - cls.ops)
-        if missing:
-            raise BackendError(f"the {cls.name} backend lacks what {model} needs: {', '.join(missing)}")
 
     # Tensors
 
@@ -335,14 +309,13 @@ class Backend(ABC):
         ``biases`` (none, or one ``[out_i]`` a part) beside it. May alias parts. ModelError for values that cannot be
         quantised."""
 
+    @abstractmethod
     def float_weight(self, weight: HostTensor) -> LinearWeight:
-        """A weight ``[out, in]`` that stays in the backend's dtype whatever its ``quantization``: a router's. Comes
-        with :attr:`Op.MOE`."""
-        raise self._lacks(Op.MOE)
+        """A weight ``[out, in]`` that stays in the backend's dtype whatever its ``quantization``: a router's."""
 
+    @abstractmethod
     def experts(self, experts: Sequence[Expert]) -> Experts:
-        """Pack the experts of a mixture, all of one shape. Comes with :attr:`Op.MOE`."""
-        raise self._lacks(Op.MOE)
+        """Pack the experts of a mixture, all of one shape."""
 
     @abstractmethod
     def tied_weight(self, table: Tensor) -> LinearWeight:
@@ -405,7 +378,7 @@ class Backend(ABC):
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """Rows of ``weight [V, hidden]`` for int32 ``token_ids [T]``: ``[T, hidden]`` in the backend's dtype.
 
-        With :attr:`Op.POSITIONS`, an uploaded batch's ``positions`` are such ids as well."""
+        An uploaded batch's ``positions`` are such ids as well."""
 
     @abstractmethod
     def rms_norm(
@@ -414,27 +387,27 @@ class Backend(ABC):
         """Root-mean-square norm (Zhang & Sennrich 2019) of ``s = x + residual`` (``s = x`` without one).
 
         ``x``, ``residual`` ``[T, hidden]``; the mean is taken in float32. Returns ``(norm(s) * weight, s)``; where
-        there is a residual, both inputs may be overwritten. ``weight`` is of the backend's dtype or, with
-        :attr:`Op.FLOAT_NORM`, float32."""
+        there is a residual, both inputs may be overwritten. ``weight`` is of the backend's dtype or
+        float32."""
 
+    @abstractmethod
     def layer_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Layer norm (Ba, Kiros & Hinton 2016) of ``s = x + residual``, as :meth:`rms_norm` otherwise: the mean is
         subtracted, the variance, about that mean, divided by the number of elements; then ``* weight + bias``."""
-        raise self._lacks(Op.LAYER_NORM)
 
+    @abstractmethod
     def add(self, x: Tensor, other: Tensor) -> Tensor:
         """``x + other``, of one shape. ``other`` may be overwritten."""
-        raise self._lacks(Op.ADD)
 
+    @abstractmethod
     def scale(self, x: Tensor, factor: float) -> Tensor:
         """``x * factor``. ``x`` may be overwritten."""
-        raise self._lacks(Op.SCALE)
 
+    @abstractmethod
     def soft_cap(self, x: Tensor, cap: float) -> Tensor:
         """``cap * tanh(x / cap)`` of float32 ``x``, which may be overwritten."""
-        raise self._lacks(Op.SOFT_CAP)
 
     @abstractmethod
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
@@ -458,8 +431,9 @@ class Backend(ABC):
         """Split ``qkv [T, (H + 2K) * D]``, norm each head of q and k by RMS where weights ``[D]`` are given, rotate
         q and k, write k and v to the cache at the tokens' positions, and return q as ``[T, H, D]``.
 
-        With :attr:`Op.WHOLE_QK_NORM`, weights ``[H * D]`` and ``[K * D]`` norm all heads as one row; with
-        :attr:`Op.LAYER_QK_NORM`, rows of weights ``[H, D]`` and ``[K, D]`` norm each a head by mean and variance."""
+        Weights ``[H * D]`` and ``[K * D]`` norm all heads as one row. Rows of ``[H, D]`` and ``[K, D]`` norm each a head by
+        mean and variance, on backends that :attr:`Plan.backends` names for such models. They are of the backend's dtype
+        or float32."""
 
     @abstractmethod
     def paged_attention(
@@ -477,8 +451,8 @@ class Backend(ABC):
         float32: decode, ragged prefill and both mixed. Query heads ``h`` share key/value head ``h * K // H``.
 
         ``window``: a token sees itself and the ``window - 1`` before it. Scaled scores s become ``soft_cap * tanh(s /
-        soft_cap)`` with :attr:`Op.ATTENTION_SOFT_CAP`; then, with :attr:`Op.ALIBI`, the slope of the head, of float32
-        ``alibi [H]``, times (key's position - query's) is added. Returns ``[T, H * D]``."""
+        soft_cap)``; then the slope of the head, of float32 ``alibi [H]``, times (key's position - query's) is added.
+        Returns ``[T, H * D]``."""
 
     @abstractmethod
     def gated_activation(self, x: Tensor, activation: str) -> Tensor:
@@ -489,10 +463,11 @@ class Backend(ABC):
         """:meth:`gated_activation` of :meth:`linear`, whose result a backend need not keep."""
         return self.gated_activation(self.linear(x, weight), activation)
 
+    @abstractmethod
     def activation(self, x: Tensor, activation: str) -> Tensor:
         """``f(x)``, which may overwrite x; ``activation`` is ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``."""
-        raise self._lacks(Op.ACTIVATION)
 
+    @abstractmethod
     def moe(
         self,
         x: Tensor,
@@ -508,14 +483,10 @@ class Backend(ABC):
         The experts of the largest of ``router_logits [T, E]`` are taken, the first among equals. A weight is the
         softmax over all logits, in float32; ``renormalise`` divides them by their sum. ``activation`` as in
         :meth:`gated_activation`."""
-        raise self._lacks(Op.MOE)
 
+    @abstractmethod
     def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor:
-        """``x [T, hidden]`` times the sigmoid of ``gate [T, 1]``; x may be overwritten. Comes with :attr:`Op.MOE`."""
-        raise self._lacks(Op.MOE)
-
-    def _lacks(self, op: Op) -> BackendError:
-        return BackendError(f"the {self.name} backend has no {op}")
+        """``x [T, hidden]`` times the sigmoid of ``gate [T, 1]``; x may be overwritten."""
 
     @abstractmethod
     def logits(self, hidden: Tensor, weight: LinearWeight) -> Tensor:

@@ -10,7 +10,6 @@ own input row, bit for bit, whatever else is in the batch.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,42 +19,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.backends.base import (
-    API,
     FLOAT_DTYPES,
     ITEM_SIZE,
     KV_DTYPES,
-    SCALE_SIZE,
-    Backend,
     Expert,
     Feature,
     ForwardBatch,
     HostTensor,
     HostWeight,
     KVSpec,
-    Logprobs,
     Memory,
-    Op,
     QuantizedTensor,
-    Rope,
     Sampled,
     SlotParams,
     SlotSpec,
     Step,
     Tensor,
     float_parts,
-    rope_arguments,
 )
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.memory import host_memory
+from vllmlite.backends.native import NativeBackend, load_extension, pack, unpack
 from vllmlite.errors import BackendError, ModelError
 from vllmlite.weights.quantized import dequantize, quantized_tensor
 
-HEAD_UNIT = 16
-"""The cache pads heads to a multiple of this."""
-NO_WINDOW = 2**31 - 1
 
-
-class CpuBackend(Backend):
+class CpuBackend(NativeBackend):
     """``dtype``: of dense weights, one of ``FLOAT_DTYPES``. ``threads``: as many as the process may use where None.
     ``isa``: a name in ``_cpu.instruction_sets()``, or ``auto`` for the best. ``quantization`` and ``keeps_blocks``: of
     products' weights, as the contract has it. BackendError says what is missing."""
@@ -63,7 +52,6 @@ class CpuBackend(Backend):
     name: ClassVar[str] = "cpu"
     device = "cpu"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
-    ops: ClassVar[frozenset[Op]] = frozenset(Op)
 
     def __init__(
         self,
@@ -75,7 +63,7 @@ class CpuBackend(Backend):
     ) -> None:
         if dtype not in FLOAT_DTYPES:
             raise BackendError(f"dtype {dtype}: the cpu backend computes in {', '.join(FLOAT_DTYPES)}")
-        self._native = load_native()
+        self._native = load_extension("_cpu")
         self.dtype, self.quantization, self.keeps_blocks = dtype, quantization, keeps_blocks
         # What is quantised next need not be rounded before.
         weights = dtype if quantization is None and not keeps_blocks else "float32"
@@ -107,9 +95,6 @@ class CpuBackend(Backend):
 
     def empty(self, shape: Sequence[int], dtype: str) -> Tensor:
         return self._native.empty(shape, dtype)
-
-    def rows(self, tensor: Tensor, index: Tensor) -> Tensor:
-        return self._runtime.rows(tensor, index)
 
     def memory(self) -> Memory:
         return host_memory()
@@ -163,12 +148,6 @@ class CpuBackend(Backend):
 
     # Key/value cache
 
-    def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        head = -(-spec.head_dim // HEAD_UNIT) * HEAD_UNIT * ITEM_SIZE[spec.dtype]
-        if spec.dtype == "int8":
-            head += SCALE_SIZE
-        return 2 * spec.num_layers * spec.num_kv_heads * head * spec.block_size
-
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> Any:
         self.check_kv(spec, num_blocks)
         return self._native.KVCache(
@@ -203,105 +182,14 @@ class CpuBackend(Backend):
 
     # Model ops
 
-    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        return self._runtime.embedding(token_ids, weight)
-
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = self._runtime.rms_norm(x, weight, eps, residual)
-        return found
-
-    def layer_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = self._runtime.layer_norm(x, weight, bias, eps, residual)
-        return found
-
-    def add(self, x: Tensor, other: Tensor) -> Tensor:
-        return self._runtime.add(x, other)
-
-    def scale(self, x: Tensor, factor: float) -> Tensor:
-        return self._runtime.scale(x, factor)
-
-    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
-        return self._runtime.soft_cap(x, cap)
-
-    def linear(self, x: Tensor, weight: Any) -> Tensor:
-        return self._runtime.linear(x, weight)
-
-    def attn_prep(
-        self,
-        qkv: Tensor,
-        num_heads: int,
-        rope: Rope | None,
-        kv: Any,
-        layer: int,
-        batch: ForwardBatch,
-        q_norm: Tensor | None = None,
-        k_norm: Tensor | None = None,
-        eps: float = 0.0,
-    ) -> Tensor:
-        return self._runtime.attn_prep(
-            qkv, num_heads, *rope_arguments(rope), kv, layer, batch.backend, q_norm, k_norm, eps
-        )
-
-    def paged_attention(
-        self,
-        q: Tensor,
-        kv: Any,
-        layer: int,
-        batch: ForwardBatch,
-        scale: float,
-        window: int | None = None,
-        soft_cap: float | None = None,
-        alibi: Tensor | None = None,
-    ) -> Tensor:
-        sees = NO_WINDOW if window is None else min(window, NO_WINDOW)
-        return self._runtime.paged_attention(q, kv, layer, batch.backend, scale, sees, soft_cap or 0.0, alibi)
-
-    def gated_activation(self, x: Tensor, activation: str) -> Tensor:
-        try:
-            return self._runtime.gated_activation(x, activation)
-        except ValueError as error:
-            raise BackendError(str(error)) from error
-
     def gated_linear(self, x: Tensor, weight: Any, activation: str) -> Tensor:
         try:
             return self._runtime.gated_linear(x, weight, activation)
         except ValueError as error:
             raise BackendError(str(error)) from error
 
-    def activation(self, x: Tensor, activation: str) -> Tensor:
-        try:
-            return self._runtime.activation(x, activation)
-        except ValueError as error:
-            raise BackendError(str(error)) from error
-
-    def moe(
-        self,
-        x: Tensor,
-        router_logits: Tensor,
-        experts: Any,
-        top_k: int,
-        renormalise: bool,
-        activation: str,
-    ) -> Tensor:
-        return self._runtime.moe(x, router_logits, experts, top_k, renormalise, activation)
-
-    def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor:
-        return self._runtime.sigmoid_gate(x, gate)
-
     def logits(self, hidden: Tensor, weight: Any) -> Tensor:
         return self._runtime.linear(hidden, weight)
-
-    # Sampling
-
-    def sample(self, logits: Tensor, slots: Any, batch: ForwardBatch) -> Sampled:
-        return _unpack(self._runtime.sample(logits, batch.backend))
-
-    def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
-        return Logprobs(*self._runtime.logprobs(logits, ids, k))
 
     # Graphs
 
@@ -312,9 +200,9 @@ class CpuBackend(Backend):
         def run(batch: ForwardBatch) -> Sampled:
             nonlocal graph
             if graph is not None:
-                return _unpack(self._runtime.replay(graph, batch.backend))
-            graph, found = self._runtime.capture(batch.backend, lambda: _pack(step(batch)))
-            return _unpack(found)
+                return unpack(self._runtime.replay(graph, batch.backend))
+            graph, found = self._runtime.capture(batch.backend, lambda: pack(step(batch)))
+            return unpack(found)
 
         return run
 
@@ -326,32 +214,9 @@ def _decoded(part: HostWeight) -> HostTensor:
     return HostTensor("float32", part.shape, dequantize(part).astype("<f4").reshape(-1).view(np.uint8))
 
 
-def _pack(sampled: Sampled) -> list[Tensor]:
-    found = sampled.logprobs
-    return (
-        [sampled.ids] if found is None else [sampled.ids, found.chosen, found.rank, found.top_ids, found.top]
-    )
-
-
-def _unpack(tensors: list[Tensor]) -> Sampled:
-    ids, *logprobs = tensors
-    return Sampled(ids, Logprobs(*logprobs) if logprobs else None)
-
-
 def _native_order(host: HostTensor) -> NDArray[np.uint8]:
     """The bytes; a swapped copy where the machine's order is not theirs."""
     size = ITEM_SIZE[host.dtype]
     if sys.byteorder == "little" or size == 1:
         return host.data
     return np.ascontiguousarray(host.data.reshape(-1, size)[:, ::-1]).reshape(-1)
-
-
-def load_native() -> Any:
-    """``vllmlite._cpu``. BackendError if it is not installed or speaks another version of the contract."""
-    try:
-        native = importlib.import_module("vllmlite._cpu")
-    except ImportError as error:
-        raise BackendError(f"vllmlite._cpu is not installed ({error})") from error
-    if native.API != API:
-        raise BackendError(f"vllmlite._cpu is built for interface {native.API}, and this is {API}")
-    return native

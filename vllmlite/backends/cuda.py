@@ -10,7 +10,6 @@ batch-invariant.
 
 from __future__ import annotations
 
-import importlib
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,37 +20,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.backends.base import (
-    API,
     FLOAT_DTYPES,
-    ITEM_SIZE,
-    Backend,
+    Expert,
     Feature,
     ForwardBatch,
     HostTensor,
     HostWeight,
     KVSpec,
-    Logprobs,
     Memory,
-    Op,
-    Rope,
-    Sampled,
     SlotParams,
     SlotSpec,
     Step,
     Tensor,
     float_parts,
-    rope_arguments,
 )
+from vllmlite.backends.native import HEAD_UNIT, NativeBackend, load_extension, pack, unpack
 from vllmlite.errors import BackendError
 
-HEAD_UNIT = 16
-"""The cache pads heads to a multiple of this."""
-NO_WINDOW = 2**31 - 1
 NATIVE_BFLOAT16 = (8, 0)
 """Compute capability from which on tensor cores multiply bfloat16."""
 
 
-class CudaBackend(Backend):
+class CudaBackend(NativeBackend):
     """``device``: ``cuda`` or ``cuda:N``. ``dtype``: of activations and dense weights, one of ``FLOAT_DTYPES``, or
     ``auto``: ``checkpoint_dtype``, except float16 for bfloat16 where the chip lacks it. BackendError says what is
     missing. ``batch_invariant``: in 16 bits too, an output row is a function of its own input row alone."""
@@ -68,7 +58,7 @@ class CudaBackend(Backend):
     ) -> None:
         if dtype not in ("auto", *FLOAT_DTYPES):
             raise BackendError(f"dtype {dtype}: the cuda backend computes in {', '.join(FLOAT_DTYPES)}")
-        self._native = load_native()
+        self._native = load_extension("_cuda")
         found = self._native.probe()
         if not found["devices"]:
             raise BackendError(f"vllmlite._cuda finds no GPU: {found['reason']}")
@@ -112,9 +102,6 @@ class CudaBackend(Backend):
     def empty(self, shape: Sequence[int], dtype: str) -> Tensor:
         return self._runtime.empty(shape, dtype)
 
-    def rows(self, tensor: Tensor, index: Tensor) -> Tensor:
-        return self._runtime.rows(tensor, index)
-
     def memory(self) -> Memory:
         free, total = self._native.memory(self._index)
         return Memory(total, free)
@@ -133,14 +120,18 @@ class CudaBackend(Backend):
                     first += piece.shape[0]
         return made
 
+    def float_weight(self, weight: HostTensor) -> Any:
+        return self.linear_weight([weight])
+
+    def experts(self, experts: Sequence[Expert]) -> Any:
+        return self._runtime.experts(
+            [expert.gate_up for expert in experts], [expert.down for expert in experts]
+        )
+
     def tied_weight(self, table: Tensor) -> Any:
         return self._native.LinearWeight(table)
 
     # Key/value cache
-
-    def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        head = -(-spec.head_dim // HEAD_UNIT) * HEAD_UNIT * spec.block_size * ITEM_SIZE[spec.dtype]
-        return 2 * spec.num_layers * spec.num_kv_heads * head
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> Any:
         self.check_kv(spec, num_blocks)
@@ -178,8 +169,10 @@ class CudaBackend(Backend):
         native = self._runtime.upload(
             batch, slots, self._capacity(batch.num_rows), spec.block_size, spec.num_kv_heads
         )
-        token_ids, logits_rows = native.tensors()
-        return replace(batch, token_ids=token_ids, logits_rows=logits_rows, backend=native)
+        token_ids, positions, logits_rows = native.tensors()
+        return replace(
+            batch, token_ids=token_ids, positions=positions, logits_rows=logits_rows, backend=native
+        )
 
     def _capacity(self, rows: int) -> int:
         """Rows of the smallest graph that has room for so many; as many where no graph does."""
@@ -188,68 +181,8 @@ class CudaBackend(Backend):
 
     # Model ops
 
-    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        return self._runtime.embedding(token_ids, weight)
-
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = self._runtime.rms_norm(x, weight, eps, residual)
-        return found
-
-    def linear(self, x: Tensor, weight: Any) -> Tensor:
-        return self._runtime.linear(x, weight)
-
-    def attn_prep(
-        self,
-        qkv: Tensor,
-        num_heads: int,
-        rope: Rope | None,
-        kv: Any,
-        layer: int,
-        batch: ForwardBatch,
-        q_norm: Tensor | None = None,
-        k_norm: Tensor | None = None,
-        eps: float = 0.0,
-    ) -> Tensor:
-        return self._runtime.attn_prep(
-            qkv, num_heads, *rope_arguments(rope), kv, layer, batch.backend, q_norm, k_norm, eps
-        )
-
-    def paged_attention(
-        self,
-        q: Tensor,
-        kv: Any,
-        layer: int,
-        batch: ForwardBatch,
-        scale: float,
-        window: int | None = None,
-        soft_cap: float | None = None,
-        alibi: Tensor | None = None,
-    ) -> Tensor:
-        if soft_cap is not None:
-            raise self._lacks(Op.ATTENTION_SOFT_CAP)
-        if alibi is not None:
-            raise self._lacks(Op.ALIBI)
-        sees = NO_WINDOW if window is None else min(window, NO_WINDOW)
-        return self._runtime.paged_attention(q, kv, layer, batch.backend, scale, sees)
-
-    def gated_activation(self, x: Tensor, activation: str) -> Tensor:
-        try:
-            return self._runtime.gated_activation(x, activation)
-        except ValueError as error:
-            raise BackendError(str(error)) from error
-
     def logits(self, hidden: Tensor, weight: Any) -> Tensor:
         return self._runtime.logits(hidden, weight)
-
-    # Sampling
-
-    def sample(self, logits: Tensor, slots: Any, batch: ForwardBatch) -> Sampled:
-        return _unpack(self._runtime.sample(logits, batch.backend))
-
-    def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
-        return Logprobs(*self._runtime.logprobs(logits, ids, k))
 
     # Graphs
 
@@ -267,28 +200,16 @@ class CudaBackend(Backend):
         native = self._runtime.padding(
             int(features), num_logprobs, self._slots, rows, spec.block_size, spec.num_kv_heads
         )
-        token_ids, logits_rows = native.tensors()
+        token_ids, positions, logits_rows = native.tensors()
         nobody = np.zeros(0, np.int32)
         batch = ForwardBatch(
             num_tokens=rows, num_rows=rows, max_query_len=1, max_context=1, token_ids=token_ids,
-            positions=nobody, query_start_loc=nobody, slots=nobody, context_lens=nobody, logits_rows=logits_rows,
+            positions=positions, query_start_loc=nobody, slots=nobody, context_lens=nobody, logits_rows=logits_rows,
             sample_slots=nobody, sample_positions=nobody, features=features, num_logprobs=num_logprobs,
             backend=native,
         )  # fmt: skip
-        graph = self._runtime.capture(native, lambda: _pack(step(batch)))
-        return lambda batch: _unpack(self._runtime.replay(graph, batch.backend))
-
-
-def _pack(sampled: Sampled) -> list[Tensor]:
-    found = sampled.logprobs
-    return (
-        [sampled.ids] if found is None else [sampled.ids, found.chosen, found.rank, found.top_ids, found.top]
-    )
-
-
-def _unpack(tensors: list[Tensor]) -> Sampled:
-    ids, *logprobs = tensors
-    return Sampled(ids, Logprobs(*logprobs) if logprobs else None)
+        graph = self._runtime.capture(native, lambda: pack(step(batch)))
+        return lambda batch: unpack(self._runtime.replay(graph, batch.backend))
 
 
 @contextmanager
@@ -297,14 +218,3 @@ def _out_of_memory(advice: str) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise BackendError(f"{advice} ({error})") from error
-
-
-def load_native() -> Any:
-    """``vllmlite._cuda``. BackendError if it is not installed or speaks another version of the contract."""
-    try:
-        native = importlib.import_module("vllmlite._cuda")
-    except ImportError as error:
-        raise BackendError(f"vllmlite._cuda is not installed ({error})") from error
-    if native.API != API:
-        raise BackendError(f"vllmlite._cuda is built for interface {native.API}, and this is {API}")
-    return native

@@ -9,26 +9,47 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS, Backend, Op
+from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS, Backend
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.errors import BackendError, ParameterError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What was asked for; ``auto`` in ``device`` or ``dtype`` leaves the choice to the candidate."""
+    """What a backend is to do. Raises :class:`ParameterError` for what no backend knows."""
 
-    device: str
-    dtype: str
-    checkpoint_dtype: str
-    threads: int | None
+    backend: str = "auto"
+    """``auto`` or a name in ``CANDIDATES``."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    dtype: str = "auto"
+    """``auto`` or one of ``FLOAT_DTYPES``; ``auto`` is ``checkpoint_dtype``, except float16 for bfloat16 on GPUs
+    without it, and float32 for float16 on the CPU."""
+    checkpoint_dtype: str = "float32"
+    threads: int | None = None
     cpu_isa: str = "auto"
     quantization: str | None = None
+    """One of ``QUANTIZATIONS``, or None: of products' weights."""
     has_blocks: bool = False
-    ops: frozenset[Op] = frozenset()
+    """The checkpoint has weights whose kinds a backend may keep, as the native CPU backend does where no ``dtype`` is
+    asked for."""
     model: str = "the model"
+    only: Collection[str] = ()
+    """The backends that ``model`` can run on; empty: all."""
     batch_invariant: bool = False
+    """Rows are the same to the bit however they are batched, which native backends alone have."""
+
+    def __post_init__(self) -> None:
+        names = ("auto", *dict.fromkeys(name for name, _, _ in CANDIDATES))
+        if self.backend not in names:
+            raise ParameterError("backend", self.backend, ", ".join(names))
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ParameterError("device", self.device, "auto, cpu, cuda or cuda:N")
+        if self.dtype not in ("auto", *FLOAT_DTYPES):
+            raise ParameterError("dtype", self.dtype, ", ".join(("auto", *FLOAT_DTYPES)))
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ParameterError("quantization", self.quantization, ", ".join(QUANTIZATIONS))
 
 
 GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
@@ -41,7 +62,6 @@ def _cuda(wanted: Wanted) -> Backend:
         raise BackendError(f"device {device} was asked for")
     if wanted.quantization is not None:
         raise BackendError(f"vllmlite._cuda has no {wanted.quantization} weights")
-    CudaBackend.check_ops(wanted.ops, wanted.model)
     return CudaBackend(device, wanted.dtype, wanted.checkpoint_dtype, wanted.batch_invariant)
 
 
@@ -89,7 +109,6 @@ def _torch_cpu(wanted: Wanted) -> Backend:
 def _cpu(wanted: Wanted) -> Backend:
     if wanted.device not in ("auto", "cpu"):
         raise BackendError(f"device {wanted.device} was asked for")
-    CpuBackend.check_ops(wanted.ops, wanted.model)
     dtype = wanted.checkpoint_dtype if wanted.dtype == "auto" else wanted.dtype
     keeps_blocks = wanted.has_blocks and wanted.dtype == "auto" and wanted.quantization is None
     return CpuBackend(dtype, wanted.threads, wanted.cpu_isa, wanted.quantization, keeps_blocks)
@@ -104,59 +123,18 @@ CANDIDATES: tuple[tuple[str, str, Callable[[Wanted], Backend]], ...] = (
 """Backend, kind of device, and a function that makes it or says in a BackendError why not; best first."""
 
 
-def select_backend(
-    backend: str = "auto",
-    device: str = "auto",
-    dtype: str = "auto",
-    *,
-    checkpoint_dtype: str = "float32",
-    threads: int | None = None,
-    cpu_isa: str = "auto",
-    quantization: str | None = None,
-    has_blocks: bool = False,
-    ops: frozenset[Op] = frozenset(),
-    model: str = "the model",
-    batch_invariant: bool = False,
-    only: Collection[str] = (),
-) -> tuple[Backend, str]:
+def select_backend(wanted: Wanted) -> tuple[Backend, str]:
     """The first candidate that can do what was asked, and a sentence that says which it is and why others declined.
-
-    ``backend`` is ``auto`` or a name in ``CANDIDATES``; ``device`` is ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-    ``dtype`` is ``auto`` or one of ``FLOAT_DTYPES``; ``auto`` is ``checkpoint_dtype``, except float16 for bfloat16 on
-    GPUs without it, and float32 for float16 on the CPU. ``quantization``, one of ``QUANTIZATIONS`` or None, is of
-    products' weights; ``has_blocks`` says that the checkpoint has weights whose kinds a backend may keep, as the native
-    CPU backend does where no ``dtype`` is asked for. ``ops``: what ``model`` needs beyond what every backend has, and
-    ``only`` names those that it can run on, all if empty. ``batch_invariant`` asks for rows that are the same to the
-    bit however they are batched, which native backends alone have. ParameterError for anything else; BackendError with
-    every reason where no candidate is left."""
-    names = ("auto", *dict.fromkeys(name for name, _, _ in CANDIDATES))
-    if backend not in names:
-        raise ParameterError("backend", backend, ", ".join(names))
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise ParameterError("device", device, "auto, cpu, cuda or cuda:N")
-    if dtype not in ("auto", *FLOAT_DTYPES):
-        raise ParameterError("dtype", dtype, ", ".join(("auto", *FLOAT_DTYPES)))
-    if quantization not in (None, *QUANTIZATIONS):
-        raise ParameterError("quantization", quantization, ", ".join(QUANTIZATIONS))
-    wanted = Wanted(
-        device,
-        dtype,
-        checkpoint_dtype,
-        threads,
-        cpu_isa,
-        quantization,
-        has_blocks,
-        ops,
-        model,
-        batch_invariant,
-    )
+    BackendError with every reason where no candidate is left."""
     declined = []
     for name, kind, make in CANDIDATES:
-        if backend not in ("auto", name):
-            declined.append(f"{name} on {kind} declined: backend {backend} was asked for")
+        if wanted.backend not in ("auto", name):
+            declined.append(f"{name} on {kind} declined: backend {wanted.backend} was asked for")
             continue
-        if only and name not in only:
-            declined.append(f"{name} on {kind} declined: {model} runs on {', '.join(only)} alone")
+        if wanted.only and name not in wanted.only:
+            declined.append(
+                f"{name} on {kind} declined: {wanted.model} runs on {', '.join(wanted.only)} alone"
+            )
             continue
         try:
             chosen = make(wanted)
@@ -164,7 +142,7 @@ def select_backend(
             declined.append(f"{name} on {kind} declined: {error}")
         else:
             details = f" ({chosen.details})" if chosen.details else ""
-            weights = f" with {quantization} weights" if quantization else ""
+            weights = f" with {wanted.quantization} weights" if wanted.quantization else ""
             choice = f"{name} on {chosen.device} in {chosen.dtype}{weights}{details}"
             return chosen, "; ".join((choice, *declined))
     raise BackendError("no backend can run: " + "; ".join(declined))

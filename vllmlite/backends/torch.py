@@ -29,7 +29,6 @@ from vllmlite.backends.base import (
     KVSpec,
     Logprobs,
     Memory,
-    Op,
     QuantizedTensor,
     Rope,
     Sampled,
@@ -90,7 +89,6 @@ class TorchBackend(Backend):
 
     name: ClassVar[str] = "torch"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
-    ops: ClassVar[frozenset[Op]] = frozenset(Op)
 
     def __init__(
         self,

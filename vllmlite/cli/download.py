@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: OptionParser) -> None:
     """Declare the options."""
-    parser.add_argument("repo", nargs="?", metavar="REPO", help="id of a model on the hub: owner/name")
+    parser.add_argument("repo", metavar="REPO", help="id of a model on the hub: owner/name")
     parser.add_argument(
         "--revision", metavar="REVISION", help="branch, tag or commit; default: the main branch"
     )
@@ -54,8 +54,6 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
     )
     from vllmlite.hub.tarball import write_tarball
 
-    if args.repo is None:
-        parser.error("no REPO: name a model on the hub, as owner/name")
     if not is_hub_id(args.repo):
         parser.error(f"{args.repo}: not the id of a model on the hub (owner/name)")
     target = None if args.tarball is None else Path(args.tarball).expanduser()

@@ -65,8 +65,11 @@ class OptionParser(argparse.ArgumentParser):
 
     def _shorten_usage(self) -> None:
         if self.usage is None:
-            places = (a for a in self._actions if not a.option_strings)
-            self.usage = " ".join(["%(prog)s [options]", *(f"[{a.metavar} ...]" for a in places)])
+            formatter = self._get_formatter()
+            places = (
+                formatter._format_args(a, str(a.metavar)) for a in self._actions if not a.option_strings
+            )
+            self.usage = " ".join(["%(prog)s [options]", *places])
 
 
 def _with_dashes(arg: str) -> str:

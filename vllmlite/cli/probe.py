@@ -54,7 +54,7 @@ def ask() -> list[dict[str, Any]]:
     answers = []
     for name, kind, make in CANDIDATES:
         try:
-            backend = make(Wanted("auto", "auto", "bfloat16", None))
+            backend = make(Wanted(checkpoint_dtype="bfloat16"))
         except BackendError as e:
             available, reason = False, str(e)
         else:

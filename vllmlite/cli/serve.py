@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
         if (error.name or "vllmlite").partition(".")[0] == "vllmlite":
             raise
         raise VllmliteError(
-            f"the Python package {error.name} is not installed (Debian: python3-{error.name}): the server needs it"
+            f"the Python package {error.name}, which the server needs, is not installed (Debian: vllmlite-server)"
         ) from None
     return serve(engine, server)
 

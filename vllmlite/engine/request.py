@@ -15,8 +15,8 @@ from vllmlite.sampling_params import SamplingParams
 class Grammar(Protocol):
     """Where a sequence is in what its output must be."""
 
-    def mask(self) -> bytes:
-        """Bits of the ids that may come next: bit ``i % 32`` of little-endian word ``i // 32``."""
+    def mask(self) -> bytes | None:
+        """Bits of the ids that may come next: bit ``i % 32`` of little-endian word ``i // 32``; None: any may."""
         ...
 
     def accept(self, token_id: int) -> bool:
@@ -95,6 +95,16 @@ class Request:
     def needs_every_state(self) -> bool:
         """Whether every position of the prompt has to be computed, so that no prefix can come from the cache."""
         return self.params.prompt_logprobs is not None or self.pooling_type == "MEAN"
+
+    @property
+    def num_missing_tokens(self) -> int:
+        """Known tokens that are not computed yet."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def may_run(self) -> bool:
+        """Whether a step may be launched for it before those in flight are collected."""
+        return self.num_tokens < self.max_total_tokens and not (self.reads_text and self.num_in_flight)
 
     @property
     def key(self) -> tuple[int, int]:

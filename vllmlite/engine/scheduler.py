@@ -24,6 +24,10 @@ class Limits:
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    """Most tokens in a step."""
+    max_mixed_prefill_tokens: int
+    """Most of them that are no sequence's only ones, where any sequence has one: while texts grow, prompts go in in
+    pieces that hold up no text for long, and that carry the texts' tokens along at little cost."""
     max_model_len: int
     block_size: int
     num_blocks: int
@@ -111,18 +115,23 @@ class Scheduler:
         """The next step and the requests of its rows; empty where nothing can run before a step is collected."""
         schedule = Schedule()
         rows: list[Request] = []
-        budget = self.limits.max_num_batched_tokens
+        budget = prefill_budget = self.limits.max_num_batched_tokens
+        running = self.running
+        if any(request.num_missing_tokens == 1 and request.may_run for request in running):
+            prefill_budget = self.limits.max_mixed_prefill_tokens
         preempted = False
         position = 0
-        running = self.running
         while position < len(running) and budget:
             request = running[position]
             position += 1
-            if request.num_tokens >= request.max_total_tokens or (
-                request.reads_text and request.num_in_flight
-            ):
+            if not request.may_run:
                 continue
-            count = min(request.num_tokens - request.num_computed_tokens, budget)
+            count = min(request.num_missing_tokens, budget)
+            if count > 1:
+                count = min(count, prefill_budget)
+                prefill_budget -= count
+            if not count:
+                continue
             missing = self._missing_blocks(request, count)
             if missing > 0:
                 while missing > self.pool.num_free:
@@ -136,7 +145,7 @@ class Scheduler:
             self._append_row(request, count, schedule)
             rows.append(request)
         if not preempted:
-            self._admit(budget, schedule, rows, now)
+            self._admit(min(budget, prefill_budget), schedule, rows, now)
         schedule.num_tokens = sum(schedule.counts)
         return schedule, rows
 
@@ -194,8 +203,8 @@ class Scheduler:
                 banned = request.banned_ids()
                 if banned:
                     schedule.banned[len(schedule.slots)] = banned
-            if request.grammar is not None:
-                schedule.masks[len(schedule.slots)] = request.grammar.mask()
+            if request.grammar is not None and (mask := request.grammar.mask()) is not None:
+                schedule.masks[len(schedule.slots)] = mask
         if ends:
             request.num_tokens += 1
             request.num_in_flight += 1

@@ -56,7 +56,6 @@ def load_model(
     if kv_cache_dtype not in ("auto", *KV_DTYPES):
         raise ParameterError("kv_cache_dtype", kv_cache_dtype, ", ".join(("auto", *KV_DTYPES)))
     spec = read_spec(path)
-    backend.check_ops(spec.required_ops(), spec.architecture)
     if spec.quantization not in (None, backend.quantization):
         raise BackendError(
             f"{path}: its weights are {spec.quantization}, the backend's {backend.quantization}"

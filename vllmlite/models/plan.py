@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllmlite.backends.base import Op
-from vllmlite.backends.cpu import CpuBackend
-from vllmlite.backends.cuda import CudaBackend
-from vllmlite.errors import BackendError, ModelError, ParameterError
+from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models.families import FAMILIES, architecture, read_spec
 from vllmlite.models.hf_config import HfConfig, checkpoint_dtype
 
@@ -27,29 +24,23 @@ class Plan:
     max_position_embeddings: int
     hidden_size: int
     quantization: str | None = None
-    ops: frozenset[Op] = frozenset()
-    """What it needs beyond what every backend has."""
+    backends: tuple[str, ...] = ()
+    """Names of the backends that it is confined to; empty: to none in particular."""
 
     def __str__(self) -> str:
         """For the line that is printed at start."""
-        return f"{self.architecture} through {'transformers' if self.backends else 'the native decoder'}"
-
-    @property
-    def backends(self) -> tuple[str, ...]:
-        """Names of the backends that it is confined to; empty: of none in particular."""
-        return ("torch",) if self.implementation == "transformers" else ()
+        native = self.implementation == "native"
+        return f"{self.architecture} through {'the native decoder' if native else 'transformers'}"
 
 
 def declining(plan: Plan) -> dict[str, str]:
     """The backends that cannot run it wherever they are, and why."""
     reasons = {}
-    for backend in (CpuBackend, CudaBackend):
-        try:
-            backend.check_ops(plan.ops, plan.architecture)
-        except BackendError as error:
-            reasons[backend.name] = str(error)
-        if plan.backends and backend.name not in plan.backends:
-            reasons[backend.name] = f"{plan.architecture} runs on {', '.join(plan.backends)} alone"
+    if plan.quantization is not None:
+        reasons["cuda"] = f"the cuda backend has no {plan.quantization} weights"
+    if plan.backends:
+        only = f"{plan.architecture} runs on {', '.join(plan.backends)} alone"
+        reasons |= {name: only for name in ("cpu", "cuda") if name not in plan.backends}
     return reasons
 
 
@@ -69,7 +60,7 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
             spec.max_position_embeddings,
             spec.output_size,
             spec.quantization,
-            spec.required_ops(),
+            ("cpu", "torch") if spec.qk_norm == "layer" else (),
         )
     if path.is_file():
         raise ModelError(
@@ -83,5 +74,6 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
         if config.get(key) is not None:
             own = {} if config.get("hidden_size") is not None else {"hidden_size": "n_embd"}
             hidden = config.spelling(**own).integer("hidden_size")
-            return Plan("transformers", name, checkpoint_dtype(config), config.integer(key), hidden)
+            length = config.integer(key)
+            return Plan("transformers", name, checkpoint_dtype(config), length, hidden, backends=("torch",))
     raise config.error("max_position_embeddings", "the longest sequence of the model")

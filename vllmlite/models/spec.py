@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vllmlite.backends.base import Op
 from vllmlite.models.keys import LLAMA, Keys
 from vllmlite.models.tensors import sources
 from vllmlite.weights.parts import Source
@@ -175,22 +174,3 @@ class DecoderSpec:
         if self.quantization is None:
             return {}
         return {source.key: self.quantization for source in self.tensors().values() if source.product}
-
-    def required_ops(self) -> frozenset[Op]:
-        """Which of the ops that a backend may lack this model needs."""
-        moes = [layer.moe for layer in self.layers if layer.moe is not None]
-        parts = {
-            Op.LAYER_NORM: self.norm.kind == "layer",
-            Op.ACTIVATION: not self.gated_mlp and len(moes) < len(self.layers),
-            Op.ADD: self.parallel or not self.attn_norm or bool(self.learned_positions),
-            Op.SCALE: {self.embedding_scale, self.residual_scale, self.logit_scale} != {1.0},
-            Op.POSITIONS: bool(self.learned_positions),
-            Op.FLOAT_NORM: self.norm.unit_offset,
-            Op.WHOLE_QK_NORM: self.qk_norm == "whole",
-            Op.LAYER_QK_NORM: self.qk_norm == "layer",
-            Op.ATTENTION_SOFT_CAP: self.attention_soft_cap is not None,
-            Op.ALIBI: bool(self.alibi),
-            Op.SOFT_CAP: self.logit_soft_cap is not None,
-            Op.MOE: bool(moes),
-        }
-        return frozenset(op for op, needed in parts.items() if needed)

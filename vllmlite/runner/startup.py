@@ -30,6 +30,8 @@ CPU_KV_BYTES = 4 << 30
 """Most that the KV pool takes on a CPU unless its size is given; pages that no request reaches are never touched."""
 CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 8192
 """Most tokens in a step unless the number is given: enough to fill the device."""
+GPU_MIXED_PREFILL_TOKENS = 2048
+"""Most tokens of prompts in a step that also continues texts, unless the number is given."""
 
 
 EngineT = TypeVar("EngineT", bound=EngineCore, covariant=True)
@@ -51,7 +53,7 @@ class Started(Generic[EngineT]):
 
 def start(config: EngineConfig) -> Started[Engine]:
     """Start an engine. Raises ModelError, BackendError or ParameterError, each saying what to change."""
-    from vllmlite.backends.select import select_backend
+    from vllmlite.backends.select import Wanted, select_backend
     from vllmlite.models import load_planned, plan_model
     from vllmlite.models.gguf import has_blocks, treatment
     from vllmlite.models.hf_config import HfConfig
@@ -70,20 +72,20 @@ def start(config: EngineConfig) -> Started[Engine]:
         )
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, path)
     generation = _generation_config(config, path)
-    backend, choice = select_backend(
-        config.backend,
-        config.device,
-        config.dtype,
+    wanted = Wanted(
+        backend=config.backend,
+        device=config.device,
+        dtype=config.dtype,
         checkpoint_dtype=plan.dtype,
         threads=config.threads,
         cpu_isa=config.cpu_isa,
         quantization=config.quantization or plan.quantization,
         has_blocks=path.is_file() and has_blocks(path),
-        ops=plan.ops,
         model=plan.architecture,
         only=plan.backends,
         batch_invariant=config.batch_invariant,
     )
+    backend, choice = select_backend(wanted)
     if path.is_file():
         done = treatment(path, backend.dtype, backend.quantization, backend.keeps_blocks)
         choice += f"; {done}"
@@ -129,6 +131,7 @@ def start(config: EngineConfig) -> Started[Engine]:
         Limits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=_batched_tokens(config, backend),
+            max_mixed_prefill_tokens=_mixed_prefill_tokens(config, backend),
             max_model_len=longest,
             block_size=config.block_size,
             num_blocks=num_blocks,
@@ -189,6 +192,12 @@ def _load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:
 def _batched_tokens(config: EngineConfig, backend: Backend) -> int:
     default = CPU_BATCHED_TOKENS if backend.device == "cpu" else GPU_BATCHED_TOKENS
     return config.max_num_batched_tokens or default
+
+
+def _mixed_prefill_tokens(config: EngineConfig, backend: Backend) -> int:
+    batched = _batched_tokens(config, backend)
+    default = batched if backend.device == "cpu" else GPU_MIXED_PREFILL_TOKENS
+    return min(batched, config.max_mixed_prefill_tokens or default)
 
 
 def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_len: int) -> int:

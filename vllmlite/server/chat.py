@@ -27,9 +27,9 @@ from vllmlite.server.protocol.chat import (
     FunctionCall,
 )
 from vllmlite.server.protocol.logprobs import ChatLogprobs
-from vllmlite.server.reading import Reader, Reading, reader_for, reads_marks
+from vllmlite.server.reading import Reader, Reading, after_reasoning, reader_for, reads_marks
 from vllmlite.server.service import Generation, Service
-from vllmlite.server.sse import DONE, JSON, Stream, event
+from vllmlite.server.sse import DONE, JSON, Chunks, Stream, event
 from vllmlite.server.tools import ToolUse
 
 router = APIRouter()
@@ -46,11 +46,12 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     params = _params(body, service, tools)
     hidden = tools.choice == "none" and service.config.exclude_tools_when_tool_choice_none
     prompt = await service.encode_chat(body, offer_tools=not hidden)
+    prompt_text = str(prompt.get("prompt") or "")
+    params = after_reasoning(service.config, service.tokenizer, params, prompt_text)
     generation = await service.generate(
         "chatcmpl", [prompt], params, request_id=body.request_id, priority=body.priority, cache_salt=body.cache_salt,
         arrival_time=arrival,
     )  # fmt: skip
-    prompt_text = str(prompt.get("prompt") or "")
     readers = [reader_for(service.config, tools, params, prompt_text) for _ in range(params.n)]
     answer = _Answer(service, body, generation, tools, readers)
     if body.stream:
@@ -116,6 +117,8 @@ class _Answer:
         usage = self._service.config.enable_force_include_usage or bool(options and options.include_usage)
         continuous = bool(options and options.continuous_usage_stats)
         begun: set[int] = set()
+        frame = self._frame([])
+        chunks = Chunks({**frame, "usage": None} if usage and not continuous else frame)
         async for batch in self._generation.outputs():
             choices: list[ChatChunkChoice] = []
             for completion in (c for _, output in batch for c in output.outputs):
@@ -123,17 +126,14 @@ class _Answer:
                     begun.add(completion.index)
                     choices.append(_delta(completion.index, {"role": self._role, "content": self._begin}))
                 choices += self._chunk_choices(completion)
-            pieces = []
-            for choice in choices:
-                chunk = self._frame([choice])
-                if continuous:
-                    chunk["usage"] = self._generation.usage()
-                elif usage:
-                    chunk["usage"] = None
-                pieces.append(event(chunk))
+            if continuous:
+                counted: ChatChunk = {**frame, "usage": self._generation.usage()}
+                pieces = [event({**counted, "choices": [choice]}) for choice in choices]
+            else:
+                pieces = [chunks.event(choice) for choice in choices]
             if pieces:
                 yield b"".join(pieces)
-        last = event({**self._frame([]), "usage": self._generation.usage()}) if usage else b""
+        last = event({**frame, "usage": self._generation.usage()}) if usage else b""
         yield last + DONE
 
     def _frame(self, choices: list[ChatChunkChoice]) -> ChatChunk:

@@ -22,7 +22,7 @@ from vllmlite.server.protocol.completions import (
     GenerateRequest,
 )
 from vllmlite.server.service import Generation, Service
-from vllmlite.server.sse import DONE, JSON, Stream, event, to_json
+from vllmlite.server.sse import DONE, JSON, Chunks, Stream, event, to_json
 
 router = APIRouter()
 
@@ -81,6 +81,8 @@ class _Answer:
         options = self._body.stream_options
         usage = self._service.config.enable_force_include_usage or bool(options and options.include_usage)
         continuous = bool(options and options.continuous_usage_stats)
+        frame = self._frame([])
+        chunks = Chunks({**frame, "usage": None} if usage and not continuous else frame)
         async for batch in self._generation.outputs():
             pieces = []
             for prompt, output in batch:
@@ -92,15 +94,15 @@ class _Answer:
                         or self._body.return_token_ids
                     ):
                         continue  # half a character, or the beginning of what may be a stop string
-                    chunk = self._frame([self._choice(prompt, output, completion)])
+                    choice = self._choice(prompt, output, completion)
                     if continuous:
-                        chunk["usage"] = self._generation.usage()
-                    elif usage:
-                        chunk["usage"] = None
-                    pieces.append(event(chunk))
+                        chunk: Completion = {**frame, "choices": [choice], "usage": self._generation.usage()}
+                        pieces.append(event(chunk))
+                    else:
+                        pieces.append(chunks.event(choice))
             if pieces:
                 yield b"".join(pieces)
-        last = event({**self._frame([]), "usage": self._generation.usage()}) if usage else b""
+        last = event({**frame, "usage": self._generation.usage()}) if usage else b""
         yield last + DONE
 
     def _frame(self, choices: list[CompletionChoice]) -> Completion:

@@ -25,7 +25,7 @@ from vllmlite.server.protocol.messages import (
     CountRequest,
     MessagesRequest,
 )
-from vllmlite.server.reading import Reader, reader_for, reads_marks
+from vllmlite.server.reading import Reader, after_reasoning, reader_for, reads_marks
 from vllmlite.server.service import Generation, Service
 from vllmlite.server.sse import JSON, Stream, named_event
 from vllmlite.server.tools import ToolUse
@@ -45,8 +45,10 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     tools = _tool_use(body, service)
     params = _params(body, service, tools)
     prompt = await _prompt(body, service, tools)
+    prompt_text = str(prompt.get("prompt") or "")
+    params = after_reasoning(service.config, service.tokenizer, params, prompt_text)
     generation = await service.generate("msg", [prompt], params, arrival_time=arrival)
-    reader = reader_for(service.config, tools, params, str(prompt.get("prompt") or ""))
+    reader = reader_for(service.config, tools, params, prompt_text)
     answer = _Answer(service, generation, reader, Blocks(tools.call_id))
     if body.stream:
         return Stream(answer.events(), generation.close, error_event=_error_event)

@@ -112,11 +112,11 @@ class Metrics:
 
     def observe_step(self, outputs: list[EngineOutput]) -> None:
         """Count what a step gave; in the engine's thread."""
-        if outputs:
-            self.iteration_tokens.observe(sum(len(output.new_token_ids) for output in outputs))
+        sampled = 0
         for output in outputs:
             metrics = output.metrics
             later = len(output.new_token_ids)
+            sampled += later
             if later and metrics.num_generation_tokens == later and metrics.first_token_time is not None:
                 self.ttft.observe(metrics.first_token_time - metrics.arrival_time)
                 later -= 1
@@ -125,6 +125,8 @@ class Metrics:
                     self.itl.observe(metrics.last_token_time - metrics.previous_token_time)
             if metrics.finished_time is not None:
                 self._finish(output)
+        if outputs:
+            self.iteration_tokens.observe(sampled)
 
     def aborted(self, count: int) -> None:
         """``count`` sequences were ended by their clients."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllmlite.outputs import CompletionOutput
-from vllmlite.sampling_params import SamplingParams
+from vllmlite.sampling_params import SamplingParams, ThinkingMarks
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.parsers.parts import (
     CallArguments,
@@ -19,6 +19,7 @@ from vllmlite.server.parsers.parts import (
 )
 from vllmlite.server.parsers.reasoning import STYLES, ThinkParser
 from vllmlite.server.tools import ToolUse
+from vllmlite.tokenizer import Tokenizer
 
 
 class Reader:
@@ -80,9 +81,29 @@ class Reading:
 def reader_for(config: ServerConfig, tools: ToolUse, params: SamplingParams, prompt: str) -> Reader:
     """A reader of one answer to ``prompt``. What a grammar shapes from its first token on holds no reasoning."""
     parser = tools.parser()
-    if config.reasoning_parser is not None and params.structured_outputs is None:
+    structure = params.structured_outputs
+    if config.reasoning_parser is not None and (structure is None or structure.after is not None):
         parser = ThinkParser(STYLES[config.reasoning_parser], prompt, parser)
     return Reader(parser, tools)
+
+
+def after_reasoning(
+    config: ServerConfig, tokenizer: Tokenizer, params: SamplingParams, prompt: str
+) -> SamplingParams:
+    """``params`` whose structure holds after the reasoning that the answer to ``prompt`` may begin with.
+
+    Where the marks of reasoning are no tokens of the model, the answer begins with the structure."""
+    structure = params.structured_outputs
+    if config.reasoning_parser is None or structure is None:
+        return params
+    style = STYLES[config.reasoning_parser]
+    opened = style.opened_by(prompt)
+    opening, closing = (tokenizer.encode(mark, False) for mark in (style.opening, style.closing))
+    begun = style.implied if opened is None else opened
+    if opened is False or len(closing) != 1 or (len(opening) != 1 and not begun):
+        return params
+    marks = ThinkingMarks(closing[0], None if begun else opening[0])
+    return params.clone(structured_outputs=replace(structure, after=marks))
 
 
 def reads_marks(config: ServerConfig, tools: ToolUse) -> bool:

@@ -19,7 +19,7 @@ from vllmlite.server.documented import documented
 from vllmlite.server.errors import as_api_error
 from vllmlite.server.parsers.parts import Content, Reasoning
 from vllmlite.server.protocol.responses import INCLUDABLE, ResponseObject, ResponsesRequest, ResponseUsage
-from vllmlite.server.reading import Reader, reader_for, reads_marks
+from vllmlite.server.reading import Reader, after_reasoning, reader_for, reads_marks
 from vllmlite.server.response_items import Items, as_messages
 from vllmlite.server.service import Generation, Service
 from vllmlite.server.sse import JSON, Stream, named_event
@@ -44,11 +44,13 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     prompt = await service.encode_chat(
         conversation(as_messages(body.input, body.instructions), "input", tools.tools)
     )
+    prompt_text = str(prompt.get("prompt") or "")
+    params = after_reasoning(service.config, service.tokenizer, params, prompt_text)
     generation = await service.generate(
         "resp", [prompt], params, request_id=body.request_id, priority=body.priority, cache_salt=body.cache_salt,
         arrival_time=arrival,
     )  # fmt: skip
-    reader = reader_for(service.config, tools, params, str(prompt.get("prompt") or ""))
+    reader = reader_for(service.config, tools, params, prompt_text)
     answer = _Answer(service, body, generation, params, tools, reader)
     if body.stream:
         return Stream(answer.events(), generation.close, error_event=answer.error_event)

@@ -25,6 +25,7 @@ from uvicorn.config import LOGGING_CONFIG
 
 from vllmlite.async_llm import AsyncLLM
 from vllmlite.config import EngineConfig
+from vllmlite.engine_process import settle_garbage
 from vllmlite.errors import EngineDeadError, ParameterError
 from vllmlite.hub import BUILT_IN_NAME
 from vllmlite.server.app import build_app
@@ -115,6 +116,7 @@ class Server(uvicorn.Server):
         if self._service.engine.dead_error is not None:
             self.stop()
             return
+        settle_garbage()
         logger.info("serving %s, after %.2f s", self._about, time.monotonic() - self._begin)
         notify_systemd("READY=1")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import pydantic_core
@@ -39,6 +39,20 @@ def event(value: Any) -> bytes:
 def named_event(value: Any) -> bytes:
     """The same, named after the ``type`` in ``value``."""
     return b"event: %b\n%b" % (value["type"].encode(), event(value))
+
+
+class Chunks:
+    """Events of one answer that differ in their choice alone: what stands around it is encoded once."""
+
+    def __init__(self, frame: Mapping[str, Any]) -> None:
+        """``frame`` is an event whose ``choices`` are empty."""
+        # In a text that is part of the frame, the quotation marks would have backslashes before them.
+        self._head, empty, self._tail = event(frame).partition(b'"choices":[]')
+        self._head, self._tail = self._head + empty[:-1], empty[-1:] + self._tail
+
+    def event(self, choice: Any) -> bytes:
+        """The event of ``choice``."""
+        return self._head + to_json(choice) + self._tail
 
 
 DONE = b"data: [DONE]\n\n"

@@ -68,11 +68,14 @@ class ToolUse:
         each = [
             {
                 "type": "object",
-                "properties": {"name": {"const": tool["function"]["name"]}, "parameters": _schema(tool)},
+                "properties": {
+                    "name": {"const": tool["function"]["name"]},
+                    "parameters": _below(_schema(tool), f"#/items/anyOf/{index}/properties/parameters"),
+                },
                 "required": ["name", "parameters"],
                 "additionalProperties": False,
             }
-            for tool in self.tools
+            for index, tool in enumerate(self.tools)
         ]
         calls: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": each}}
         if not self.parallel:
@@ -114,6 +117,22 @@ def _call_id() -> str:
 def _schema(tool: dict[str, Any]) -> dict[str, Any]:
     parameters: dict[str, Any] | None = tool["function"].get("parameters")
     return parameters or {"type": "object", "properties": {}}
+
+
+def _below(schema: Any, place: str) -> Any:
+    """``schema``, whose references begin at itself, as it stands at ``place`` of a larger one."""
+    if isinstance(schema, list):
+        return [_below(entry, place) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: place + value[1:]
+        if name == "$ref" and isinstance(value, str) and value[:1] == "#"
+        else value
+        if name in ("enum", "const", "default", "examples")
+        else _below(value, place)
+        for name, value in schema.items()
+    }
 
 
 def _named(choice: dict[str, Any]) -> str:

@@ -16,6 +16,11 @@ class ThinkStyle:
     implied: bool
     """Whether an answer begins with reasoning even where no mark opens it."""
 
+    def opened_by(self, prompt: str) -> bool | None:
+        """Whether a chat template has opened the reasoning in ``prompt``, or closed it; None: neither."""
+        prompt = prompt.rstrip()
+        return True if prompt.endswith(self.opening) else False if prompt.endswith(self.closing) else None
+
 
 STYLES = {
     "deepseek_r1": ThinkStyle("<think>", "</think>", implied=True),
@@ -31,14 +36,9 @@ class ThinkParser:
         """``prompt``: a chat template may have opened the reasoning there, or closed it to have none."""
         self._style = style
         self._then = then
-        prompt = prompt.rstrip()
         self._text = ""
-        self._open: bool | None = None
+        self._open = style.opened_by(prompt)
         """Whether it reasons; None before that is known."""
-        if prompt.endswith(style.opening):
-            self._open = True
-        elif prompt.endswith(style.closing):
-            self._open = False
 
     def feed(self, text: str) -> list[Part]:
         """See :class:`~vllmlite.server.parsers.parts.Parser`."""

@@ -1,0 +1,96 @@
+#include "cuda/activation.cuh"
+#include "cuda/checks.hpp"
+
+namespace vllmlite::cuda {
+
+constexpr unsigned kThreads = 256;
+
+Activation activation_of(const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
+  throw std::invalid_argument("activation " + name + ": there are silu, gelu, gelu_tanh and relu");
+}
+
+// Calls `function` with an activation as a type's value.
+template <typename Function>
+static void with_activation(Activation activation, Function function) {
+  switch (activation) {
+    case Activation::relu:
+      return function(std::integral_constant<Activation, Activation::relu>());
+    case Activation::silu:
+      return function(std::integral_constant<Activation, Activation::silu>());
+    case Activation::gelu:
+      return function(std::integral_constant<Activation, Activation::gelu>());
+    case Activation::gelu_tanh:
+      return function(std::integral_constant<Activation, Activation::gelu_tanh>());
+  }
+}
+
+// A row of blocks a row. Where rows are gated, they are of twice as many packs, the gate's first.
+template <typename T, int kSize, Activation kActivation, bool kGated>
+static __global__ void activation_kernel(const T* x, T* out, int packs) {
+  using P = Pack<T, kSize>;
+  let_next_begin();
+  wait_for_previous();
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * packs;
+  const int column = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
+  if (column >= packs) return;
+  const P* from = reinterpret_cast<const P*>(x) + (kGated ? 2 * row : row);
+  const P values = from[column];
+  P result;
+  if constexpr (kGated) {
+    const P up = from[packs + column];
+#pragma unroll
+    for (int j = 0; j < kSize; ++j)
+      result.at[j] = narrow<T>(activated<kActivation>(wide(values.at[j])) * wide(up.at[j]));
+  } else {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) result.at[j] = narrow<T>(activated<kActivation>(wide(values.at[j])));
+  }
+  reinterpret_cast<P*>(out)[row + column] = result;
+}
+
+template <bool kGated>
+static void run(const Runtime& runtime, const Tensor& x, const Tensor& out, Activation activation) {
+  const std::int64_t rows = out.shape[0], width = out.shape[1];
+  if (out.bytes() == 0) return;
+  with_float(x.dtype, [&](auto* pointer) {
+    with_activation(activation, [&](auto constant) {
+      using T = Pointee<decltype(pointer)>;
+      constexpr Activation kActivation = constant();
+      const auto go = [&](auto* kernel, std::int64_t size) {
+        const dim3 grid(static_cast<unsigned>(rows), blocks_for(width / size, kThreads));
+        launch(runtime, kernel, grid, kThreads, 0, static_cast<const T*>(x.data), static_cast<T*>(out.data),
+               static_cast<int>(width / size));
+      };
+      if (width % kPack<T> == 0)
+        go(activation_kernel<T, kPack<T>, kActivation, kGated>, kPack<T>);
+      else
+        go(activation_kernel<T, 1, kActivation, kGated>, 1);
+    });
+  });
+}
+
+Tensor gated_activation(Runtime& runtime, const Tensor& x, Activation activation) {
+  check_rank(x, 2, "x of gated_activation");
+  check_dtype(x, runtime.dtype(), "x of gated_activation");
+  if (x.shape[1] % 2 != 0) throw std::invalid_argument("gated_activation: the width of x is odd");
+  if (activation == Activation::relu)
+    throw std::invalid_argument("activation relu: gated, there are silu, gelu and gelu_tanh");
+  const DeviceGuard guard(runtime.device());
+  Tensor out = runtime.make({x.shape[0], x.shape[1] / 2}, x.dtype);
+  run<true>(runtime, x, out, activation);
+  return out;
+}
+
+Tensor activation(Runtime& runtime, const Tensor& x, Activation activation) {
+  check_rank(x, 2, "x of activation");
+  check_dtype(x, runtime.dtype(), "x of activation");
+  const DeviceGuard guard(runtime.device());
+  run<false>(runtime, x, x, activation);
+  return x;
+}
+
+}  // namespace vllmlite::cuda

@@ -1,0 +1,312 @@
+#include "cuda/bind_backend.hpp"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+
+#include "cuda/ops.hpp"
+#include "tensor/bind_tensor.hpp"
+
+namespace py = pybind11;
+namespace cuda = vllmlite::cuda;
+using vllmlite::DType;
+using vllmlite::Tensor;
+
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+template <typename T>
+std::span<const T> view(const Array<T>& array) {
+  return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+template <typename T>
+std::vector<T> values(const py::handle& source, const char* name) {
+  const auto array = Array<T>::ensure(source.attr(name));
+  if (!array) throw py::error_already_set();
+  return {array.data(), array.data() + array.size()};
+}
+
+// Rows of a matrix, or all of another tensor, as a tensor of their own.
+Tensor part(const Tensor& whole, std::int64_t first, std::int64_t count) {
+  Tensor rows = whole;
+  rows.shape[0] = count;
+  rows.data =
+      static_cast<char*>(whole.data) +
+      static_cast<std::size_t>(first) * (rows.bytes() / std::max<std::size_t>(static_cast<std::size_t>(count), 1));
+  return rows;
+}
+
+// Host bytes of one dtype into device memory of another.
+void fill(cuda::Runtime& runtime, const Tensor& target, const py::array& bytes, DType dtype) {
+  Tensor source = target;
+  source.dtype = dtype;
+  if (source.bytes() != static_cast<std::size_t>(bytes.nbytes()) || (bytes.flags() & py::array::c_style) == 0)
+    throw std::invalid_argument("expected " + describe(source) + " in contiguous memory, not " +
+                                std::to_string(bytes.nbytes()) + " bytes");
+  const void* data = bytes.data();
+  const py::gil_scoped_release released;
+  if (dtype == target.dtype) {
+    runtime.upload(target.data, data, target.bytes());
+    return;
+  }
+  source = runtime.make(target.shape, dtype);
+  runtime.upload(source.data, data, source.bytes());
+  convert(runtime, source, target);
+}
+
+Tensor tensor(cuda::Runtime& runtime, const py::array& bytes, const std::string& dtype,
+              const std::vector<std::int64_t>& shape, const std::string& wanted) {
+  const Tensor made = runtime.make(shape, vllmlite::dtype_from_name(wanted));
+  fill(runtime, made, bytes, vllmlite::dtype_from_name(dtype));
+  return made;
+}
+
+// A weight [out, in] of `dtype`, to be filled part by part.
+cuda::LinearWeight make_weight(cuda::Runtime& runtime, std::int64_t out, std::int64_t in, bool bias) {
+  cuda::LinearWeight weight{runtime.make({out, in}, runtime.dtype()), std::nullopt};
+  if (bias) weight.bias = runtime.make({out}, runtime.dtype());
+  return weight;
+}
+
+void fill_rows(cuda::Runtime& runtime, const Tensor& target, std::int64_t first, std::int64_t count,
+               const py::array& bytes, const std::string& dtype) {
+  if (first < 0 || count < 0 || first + count > target.shape[0])
+    throw std::out_of_range("rows " + std::to_string(first) + " to " + std::to_string(first + count) + " of " +
+                            describe(target));
+  fill(runtime, part(target, first, count), bytes, vllmlite::dtype_from_name(dtype));
+}
+
+cuda::HostBatch host_batch(const py::object& given) {
+  cuda::HostBatch batch;
+  batch.num_tokens = given.attr("num_tokens").cast<int>();
+  batch.num_rows = given.attr("num_rows").cast<int>();
+  batch.max_context = given.attr("max_context").cast<int>();
+  batch.features = given.attr("features").cast<unsigned>();
+  batch.num_logprobs = given.attr("num_logprobs").cast<int>();
+  batch.token_ids = values<std::int32_t>(given, "token_ids");
+  batch.positions = values<std::int32_t>(given, "positions");
+  batch.query_start_loc = values<std::int32_t>(given, "query_start_loc");
+  batch.slot_ids = values<std::int32_t>(given, "slots");
+  batch.context_lens = values<std::int32_t>(given, "context_lens");
+  batch.logits_rows = values<std::int32_t>(given, "logits_rows");
+  batch.sample_slots = values<std::int32_t>(given, "sample_slots");
+  batch.sample_positions = values<std::int64_t>(given, "sample_positions");
+  if (!given.attr("mask_rows").is_none() && !given.attr("bitmask").is_none()) {
+    batch.mask_rows = values<std::int32_t>(given, "mask_rows");
+    batch.bitmask = values<std::int32_t>(given, "bitmask");
+  }
+  return batch;
+}
+
+cuda::SlotParams slot_params(const py::object& given) {
+  cuda::SlotParams params;
+  params.temperature = given.attr("temperature").cast<float>();
+  params.top_k = given.attr("top_k").cast<int>();
+  params.top_p = given.attr("top_p").cast<double>();
+  params.min_p = given.attr("min_p").cast<double>();
+  params.repetition_penalty = given.attr("repetition_penalty").cast<float>();
+  params.presence_penalty = given.attr("presence_penalty").cast<float>();
+  params.frequency_penalty = given.attr("frequency_penalty").cast<float>();
+  params.seed = given.attr("seed").cast<std::uint64_t>();
+  params.logit_bias = given.attr("logit_bias").cast<std::vector<std::pair<std::int32_t, float>>>();
+  return params;
+}
+
+// The contents as an array; bfloat16, which numpy does not have, as its bits.
+py::array to_host(cuda::Runtime& runtime, const Tensor& tensor) {
+  const std::string format(tensor.dtype == DType::bfloat16 ? "uint16" : name(tensor.dtype));
+  py::array array(py::dtype::from_args(py::str(format)), tensor.shape);
+  void* target = array.mutable_data();
+  const py::gil_scoped_release released;
+  if (const void* early = runtime.landed(tensor); early != nullptr)
+    std::memcpy(target, early, tensor.bytes());
+  else
+    runtime.download(target, tensor.data, tensor.bytes());
+  return array;
+}
+
+// A recorded step, the batch that it reads and the tensors that it writes.
+struct Graph {
+  std::shared_ptr<cuda::Runtime::Graph> recorded;
+  std::shared_ptr<cuda::Batch> batch;
+  std::vector<Tensor> outputs;
+};
+
+Graph capture(cuda::Runtime& runtime, const std::shared_ptr<cuda::Batch>& batch, const py::function& step) {
+  Graph graph;
+  graph.batch = batch;
+  runtime.begin_recording();
+  try {
+    graph.outputs = step().cast<std::vector<Tensor>>();
+  } catch (...) {
+    runtime.abandon_recording();
+    throw;
+  }
+  graph.recorded = runtime.end_recording();
+  return graph;
+}
+
+std::vector<Tensor> replay(cuda::Runtime& runtime, const Graph& graph, const cuda::Batch& batch) {
+  cuda::take_over(runtime, *graph.batch, batch);
+  runtime.replay(*graph.recorded);
+  std::vector<Tensor> results;
+  for (const Tensor& output : graph.outputs) results.push_back(runtime.landing(part(output, 0, batch.num_samples)));
+  return results;
+}
+
+void bind_data(py::module_& module) {
+  py::class_<cuda::LinearWeight>(module, "LinearWeight", py::module_local(), "A weight [out, in], and a bias.")
+      .def(py::init([](const Tensor& weight) { return cuda::LinearWeight{weight, std::nullopt}; }), py::arg("weight"))
+      .def_readonly("weight", &cuda::LinearWeight::weight)
+      .def_readonly("bias", &cuda::LinearWeight::bias);
+  py::class_<cuda::Experts, std::shared_ptr<cuda::Experts>>(module, "Experts", py::module_local(),
+                                                            "Weights of a mixture's experts.");
+  py::class_<cuda::KVCache, std::shared_ptr<cuda::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.")
+      .def("copy_blocks", [](const cuda::KVCache& self, const cuda::KVCache& target, const py::object& pairs) {
+        if (self.layers != target.layers) throw std::invalid_argument("copy_blocks: the pools differ in layers");
+        const Tensor checked = vllmlite::tensor_from_python(pairs);
+        for (int layer = 0; layer < self.layers; ++layer)
+          cuda::copy_blocks(self.layer(layer), target.layer(layer), checked);
+      });
+  py::class_<cuda::Slots, std::shared_ptr<cuda::Slots>>(module, "Slots", py::module_local(), "What lives a slot.")
+      .def("set",
+           [](cuda::Slots& self, int slot, const py::object& params) {
+             self.set(slot, slot_params(params), values<std::int32_t>(params, "prompt_ids"),
+                      values<std::int32_t>(params, "output_ids"));
+           })
+      .def("append_blocks",
+           [](cuda::Slots& self, const Array<std::int32_t>& slots, const Array<std::int32_t>& columns,
+              const Array<std::int32_t>& blocks) { self.append_blocks(view(slots), view(columns), view(blocks)); });
+  py::class_<cuda::Batch, std::shared_ptr<cuda::Batch>>(module, "Batch", py::module_local(), "A step's input.")
+      .def(
+          "tensors",
+          [](const cuda::Batch& self) {
+            return py::make_tuple(self.part(self.view.token_ids, self.num_tokens),
+                                  self.part(self.view.positions, self.num_tokens),
+                                  self.part(self.view.logits_rows, self.num_samples));
+          },
+          "The tensors of token ids, positions and sampled tokens, which ops are given by themselves.");
+  py::class_<Graph>(module, "Graph", py::module_local(), "A recorded step.");
+}
+
+std::vector<Tensor> listed(const cuda::Logprobs& found) { return {found.chosen, found.rank, found.top_ids, found.top}; }
+
+using RuntimeClass = py::class_<cuda::Runtime, std::shared_ptr<cuda::Runtime>>;
+
+void bind_ops(RuntimeClass& runtime) {
+  runtime.def("embedding", &cuda::embedding)
+      .def("rows", &cuda::gather_rows)
+      .def("rms_norm", &cuda::rms_norm)
+      .def("layer_norm", &cuda::layer_norm)
+      .def("add", &cuda::add)
+      .def("scale", &cuda::scale)
+      .def("soft_cap", &cuda::soft_cap)
+      .def("sigmoid_gate", &cuda::sigmoid_gate)
+      .def("linear", [](cuda::Runtime& self, const Tensor& x,
+                        const cuda::LinearWeight& weight) { return cuda::linear(self, x, weight, self.dtype()); })
+      .def("logits", [](cuda::Runtime& self, const Tensor& x,
+                        const cuda::LinearWeight& weight) { return cuda::linear(self, x, weight, DType::float32); })
+      .def("attn_prep",
+           [](cuda::Runtime& self, const Tensor& qkv, int num_heads, const std::optional<Tensor>& cos_sin,
+              int rotary_dim, bool interleaved, const cuda::KVCache& kv, int layer, const cuda::Batch& batch,
+              const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, float eps) {
+             std::optional<cuda::Rotation> rope;
+             if (cos_sin) rope.emplace(*cos_sin, rotary_dim, interleaved);
+             return cuda::attn_prep(self, qkv, num_heads, rope, kv, layer, batch, {q_norm, k_norm, eps});
+           })
+      .def("paged_attention",
+           [](cuda::Runtime& self, const Tensor& q, const cuda::KVCache& kv, int layer, const cuda::Batch& batch,
+              float scale, int window, float soft_cap, const std::optional<Tensor>& alibi) {
+             return cuda::paged_attention(self, q, kv, layer, batch, scale, window, {soft_cap, alibi});
+           })
+      .def("gated_activation",
+           [](cuda::Runtime& self, const Tensor& x, const std::string& name) {
+             return cuda::gated_activation(self, x, cuda::activation_of(name));
+           })
+      .def("activation", [](cuda::Runtime& self, const Tensor& x,
+                            const std::string& name) { return cuda::activation(self, x, cuda::activation_of(name)); })
+      .def("moe",
+           [](cuda::Runtime& self, const Tensor& x, const Tensor& router_logits, const cuda::Experts& experts,
+              int top_k, bool renormalise, const std::string& name) {
+             return cuda::moe(self, x, router_logits, experts, top_k, renormalise, cuda::activation_of(name));
+           })
+      .def("sample",
+           [](cuda::Runtime& self, const Tensor& logits, const cuda::Batch& batch) {
+             const cuda::Sampled found = cuda::sample(self, logits, batch);
+             std::vector<Tensor> tensors{found.ids};
+             if (found.logprobs) std::ranges::copy(listed(*found.logprobs), std::back_inserter(tensors));
+             return tensors;
+           })
+      .def("logprobs", [](cuda::Runtime& self, const Tensor& logits, const Tensor& ids, int k) {
+        return listed(cuda::logprobs(self, logits, ids, k));
+      });
+}
+
+void bind_runtime(py::module_& module) {
+  RuntimeClass runtime(module, "Runtime", py::module_local(), "A device's stream and memory, and the ops.");
+  runtime
+      .def(py::init([](int device, const std::string& dtype, bool batch_invariant) {
+             return std::make_shared<cuda::Runtime>(device, vllmlite::dtype_from_name(dtype), batch_invariant);
+           }),
+           py::arg("device"), py::arg("dtype"), py::arg("batch_invariant"))
+      .def(
+          "empty",
+          [](cuda::Runtime& self, const std::vector<std::int64_t>& shape, const std::string& dtype) {
+            return self.make(shape, vllmlite::dtype_from_name(dtype));
+          },
+          py::arg("shape"), py::arg("dtype"), "Uninitialised memory of the pool.")
+      .def("tensor", &tensor, py::arg("bytes"), py::arg("dtype"), py::arg("shape"), py::arg("wanted"),
+           "A tensor of dtype `wanted` of an array's bytes.")
+      .def("linear_weight", &make_weight, py::arg("out"), py::arg("in"), py::arg("bias"))
+      .def("experts", &cuda::make_experts, py::arg("gate_up"), py::arg("down"))
+      .def("fill_rows", &fill_rows, py::arg("target"), py::arg("first"), py::arg("count"), py::arg("bytes"),
+           py::arg("dtype"), "Write host bytes to rows of a tensor, converted to its dtype.")
+      .def("to_host", &to_host)
+      .def(
+          "kv_cache",
+          [](cuda::Runtime& self, int layers, int kv_heads, int head_dim, int block_size, const std::string& dtype,
+             std::int64_t num_blocks) {
+            return std::make_shared<cuda::KVCache>(self, layers, kv_heads, head_dim, block_size,
+                                                   vllmlite::dtype_from_name(dtype), num_blocks);
+          },
+          py::arg("layers"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("block_size"), py::arg("dtype"),
+          py::arg("num_blocks"))
+      .def(
+          "slots",
+          [](cuda::Runtime& self, int max_slots, int max_blocks, int vocab_size, int num_blocks) {
+            return std::make_shared<cuda::Slots>(self, max_slots, max_blocks, vocab_size, num_blocks);
+          },
+          py::arg("max_slots"), py::arg("max_blocks"), py::arg("vocab_size"), py::arg("num_blocks"),
+          py::keep_alive<0, 1>())
+      .def(
+          "upload",
+          [](cuda::Runtime& self, const py::object& host, const std::shared_ptr<cuda::Slots>& slots, int capacity,
+             int block_size,
+             int kv_heads) { return cuda::upload(self, host_batch(host), slots, {capacity, block_size, kv_heads}); },
+          py::arg("batch"), py::arg("slots"), py::arg("capacity"), py::arg("block_size"), py::arg("kv_heads"))
+      .def(
+          "padding",
+          [](cuda::Runtime& self, unsigned features, int num_logprobs, const std::shared_ptr<cuda::Slots>& slots,
+             int capacity, int block_size, int kv_heads) {
+            return cuda::padding(self, features, num_logprobs, slots, {capacity, block_size, kv_heads});
+          },
+          "A batch of `capacity` rows of nothing, for a graph to be recorded with.")
+      .def("synchronize", &cuda::Runtime::synchronize, py::call_guard<py::gil_scoped_release>())
+      .def("capture", &capture, py::arg("batch"), py::arg("step"),
+           "Record `step`, whose ops read `batch` and which returns a list of tensors, without running it.")
+      .def("replay", &replay, py::arg("graph"), py::arg("batch"), "Run a graph on a batch of at most as many rows.");
+  bind_ops(runtime);
+}
+
+}  // namespace
+
+void vllmlite::cuda::bind_backend(py::module_& module) {
+  bind_data(module);
+  bind_runtime(module);
+}

@@ -1,0 +1,106 @@
+// A tile of a 16-bit product x @ w.T, each output summed up in one order whatever the tile's shape is: the columns one
+// after another, 16 at a time, in one tensor-core accumulator.
+#pragma once
+
+#include "cuda/mma.cuh"
+
+namespace vllmlite::cuda {
+
+// A block has kM rows of x and kN of w; of its kWarpsM x kWarpsN warps each has a part of the tile.
+template <int kTileM, int kTileN, int kOfM, int kOfN, int kDeep>
+struct TileShape {
+  static constexpr int kColumns = 64;  // of x and w in a stage
+  static constexpr int kM = kTileM, kN = kTileN, kWarpsM = kOfM, kWarpsN = kOfN, kStages = kDeep;
+  static constexpr int kThreads = kWarpsM * kWarpsN * 32;
+  static constexpr int kRowTiles = kM / kWarpsM / 16, kColumnTiles = kN / kWarpsN / 16;  // of 16, a warp's
+
+  // The first row of x, and of w, that a warp has.
+  static __device__ __forceinline__ int first_x(int warp) { return warp % kWarpsM * kRowTiles * 16; }
+  static __device__ __forceinline__ int first_w(int warp) { return warp / kWarpsM * kColumnTiles * 16; }
+};
+
+using SmallTile = TileShape<16, 32, 1, 2, 6>;
+using MiddleTile = TileShape<64, 64, 2, 2, 4>;
+using LargeTile = TileShape<128, 128, 2, 4, 2>;
+
+// Rows are padded by one access, so that eight of them lie in different banks.
+template <typename T, typename S>
+struct TileRoom {
+  static constexpr int kStride = S::kColumns + 8;
+  T x[S::kStages][S::kM][kStride];
+  T w[S::kStages][S::kN][kStride];
+};
+
+// A warp's part, as fragments of mma.cuh.
+template <typename S>
+using TileSums = float[S::kRowTiles][2 * S::kColumnTiles][4];
+
+// Adds the products of `k` columns, a multiple of 8, to `sums`. `x_row` and `w_row` say which rows of x and w are those
+// of the tile, of which x has `rows`. Weights are asked for, then `ready` is called, then x is read.
+template <typename S, typename T, typename RowOfX, typename RowOfW, typename Ready>
+__device__ __forceinline__ void multiply_tile(TileRoom<T, S>& room, const T* x, const T* w, int k, int rows,
+                                              RowOfX x_row, RowOfW w_row, Ready ready, TileSums<S>& sums) {
+  constexpr int kWords = S::kColumns / 8, kStep = S::kThreads / kWords;
+  constexpr int kCopiesOfX = S::kM / kStep, kCopiesOfW = S::kN / kStep;
+  static_assert(S::kM % kStep == 0 && S::kN % kStep == 0);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int row = thread / kWords, word = thread % kWords, steps = (k + S::kColumns - 1) / S::kColumns;
+  int of_x[kCopiesOfX], of_w[kCopiesOfW];  // the rows that this thread copies
+  const auto copy_w = [&](int stage, int step) {
+    const int at = step * S::kColumns + word * 8;
+#pragma unroll
+    for (int i = 0; i < kCopiesOfW; ++i)
+      copy_async(&room.w[stage][row + i * kStep][word * 8],
+                 w + static_cast<std::int64_t>(of_w[i]) * k + (at < k ? at : 0), at < k);
+  };
+  const auto copy_x = [&](int stage, int step) {
+    const int at = step * S::kColumns + word * 8;
+#pragma unroll
+    for (int i = 0; i < kCopiesOfX; ++i)
+      copy_async(&room.x[stage][row + i * kStep][word * 8],
+                 x + static_cast<std::int64_t>(of_x[i]) * k + (at < k ? at : 0), at < k && row + i * kStep < rows);
+  };
+#pragma unroll
+  for (int i = 0; i < kCopiesOfW; ++i) of_w[i] = w_row(row + i * kStep);
+#pragma unroll
+  for (int i = 0; i < S::kStages - 1; ++i)
+    if (i < steps) copy_w(i, i);
+  ready();
+#pragma unroll
+  for (int i = 0; i < kCopiesOfX; ++i) of_x[i] = x_row(min(row + i * kStep, rows - 1));
+#pragma unroll
+  for (int i = 0; i < S::kStages - 1; ++i) {
+    if (i < steps) copy_x(i, i);
+    commit_copies();  // with the first, all of w's
+  }
+  const int warp_m = S::first_x(warp), warp_n = S::first_w(warp);
+  for (int step = 0, index = 0; step < steps; ++step, index = index + 1 == S::kStages ? 0 : index + 1) {
+    wait_for_copies<S::kStages - 2>();
+    __syncthreads();
+    if (const int next = step + S::kStages - 1; next < steps) {
+      const int to = index == 0 ? S::kStages - 1 : index - 1;
+      copy_w(to, next);
+      copy_x(to, next);
+    }
+    commit_copies();
+#pragma unroll
+    for (int part = 0; part < S::kColumns / 16; ++part) {
+      std::uint32_t a[S::kRowTiles][4];
+#pragma unroll
+      for (int i = 0; i < S::kRowTiles; ++i)
+        load_matrices(a[i], &room.x[index][warp_m + i * 16 + lane % 16][part * 16 + lane / 16 * 8]);
+#pragma unroll
+      for (int j = 0; j < S::kColumnTiles; ++j) {
+        std::uint32_t b[4];
+        load_matrices(b, &room.w[index][warp_n + j * 16 + lane / 16 * 8 + lane % 8][part * 16 + lane / 8 % 2 * 8]);
+#pragma unroll
+        for (int i = 0; i < S::kRowTiles; ++i) {
+          multiply<T>(sums[i][2 * j], a[i], b[0], b[1]);
+          multiply<T>(sums[i][2 * j + 1], a[i], b[2], b[3]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace vllmlite::cuda

@@ -1,0 +1,254 @@
+// A mixture of experts: tokens choose, their choices are sorted by expert, experts multiply, and a token's results are
+// added in the order of the experts. All of it on the device: nothing waits for the host to see who chose whom.
+#include <algorithm>
+
+#include "cuda/checks.hpp"
+#include "cuda/moe.hpp"
+#include "cuda/select.cuh"
+
+namespace vllmlite::cuda {
+
+constexpr unsigned kThreads = 256, kSortThreads = 1024;
+constexpr int kMostExperts = 4096;  // for which a block has room to count
+constexpr int kFewTokens = 64;      // that one block routes and sorts
+
+struct Routing {
+  int tokens, experts, top_k;
+  bool renormalise;
+  std::int32_t* chosen;  // [tokens, top_k], ascending
+  float* weights;        // [tokens, top_k]
+};
+
+struct Sorting {
+  int pairs, experts, rows_of_group, num_groups;
+  const std::int32_t* chosen;
+  std::int32_t* sorted;
+  Group* groups;
+};
+
+// By one whole warp: the experts of the largest logits, the first among equals, and their softmax over all.
+template <typename T>
+__device__ __forceinline__ void route(const T* all_logits, const Routing& routing, int token) {
+  const int lane = static_cast<int>(threadIdx.x % 32), count = routing.experts;
+  const T* logits = all_logits + static_cast<std::int64_t>(token) * count;
+  std::uint64_t least = 0;
+  float most = 0, total = 0;
+  for (int choice = 0; choice < routing.top_k; ++choice) {
+    std::uint64_t next = 0;
+    for (int expert = lane; expert < count; expert += 32) {
+      const std::uint64_t rank = ranked(wide(logits[expert]), expert);
+      if ((choice == 0 || rank < least) && rank > next) next = rank;
+    }
+    for (int offset = 16; offset > 0; offset /= 2) {
+      const std::uint64_t other = __shfl_xor_sync(kAll, next, offset);
+      if (other > next) next = other;
+    }
+    least = next;
+    if (choice == 0) most = wide(logits[0xffffffffU - static_cast<std::uint32_t>(least)]);
+  }
+  for (int expert = lane; expert < count; expert += 32) {
+    const float logit = wide(logits[expert]);
+    if (!routing.renormalise || ranked(logit, expert) >= least) total += expf(logit - most);
+  }
+  total = warp_sum(total);
+  std::int64_t at = static_cast<std::int64_t>(token) * routing.top_k;
+  for (int base = 0; base < count; base += 32) {
+    const int expert = base + lane;
+    const float logit = expert < count ? wide(logits[expert]) : 0;
+    const bool taken = expert < count && ranked(logit, expert) >= least;
+    const unsigned mask = __ballot_sync(kAll, taken);
+    if (taken) {
+      const std::int64_t place = at + __popc(mask & ((1U << lane) - 1));
+      routing.chosen[place] = expert;
+      routing.weights[place] = expf(logit - most) / total;
+    }
+    at += __popc(mask);
+  }
+}
+
+// By one block, which has room for a number an expert.
+__device__ __forceinline__ void sort(const Sorting& sorting, std::int32_t* places) {
+  __shared__ int num_groups;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), lane = thread % 32;
+  for (int expert = thread; expert < sorting.experts; expert += threads) places[expert] = 0;
+  __syncthreads();
+  for (int pair = thread; pair < sorting.pairs; pair += threads) atomicAdd(places + sorting.chosen[pair], 1);
+  __syncthreads();
+  if (thread < 32) {
+    int first = 0, first_group = 0;
+    for (int base = 0; base < sorting.experts; base += 32) {
+      const int expert = base + lane, count = expert < sorting.experts ? places[expert] : 0;
+      const int groups = (count + sorting.rows_of_group - 1) / sorting.rows_of_group;
+      int places_up_to = count, groups_up_to = groups;
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const int before = __shfl_up_sync(kAll, places_up_to, offset);
+        const int groups_before = __shfl_up_sync(kAll, groups_up_to, offset);
+        if (lane >= offset) {
+          places_up_to += before;
+          groups_up_to += groups_before;
+        }
+      }
+      const int own = first + places_up_to - count;
+      Group* to = sorting.groups + first_group + groups_up_to - groups;
+      for (int i = 0; i < groups; ++i) {
+        const int done = i * sorting.rows_of_group;
+        to[i] = {expert, own + done, min(sorting.rows_of_group, count - done), 0};
+      }
+      if (expert < sorting.experts) places[expert] = own;
+      first += __shfl_sync(kAll, places_up_to, 31);
+      first_group += __shfl_sync(kAll, groups_up_to, 31);
+    }
+    if (lane == 0) num_groups = first_group;
+  }
+  __syncthreads();
+  for (int i = num_groups + thread; i < sorting.num_groups; i += threads) sorting.groups[i] = {-1, 0, 0, 0};
+  // In no order within an expert: it does not matter to a row which others go with it.
+  for (int pair = thread; pair < sorting.pairs; pair += threads)
+    sorting.sorted[atomicAdd(places + sorting.chosen[pair], 1)] = pair;
+}
+
+template <typename T>
+static __global__ void route_kernel(const T* logits, const __grid_constant__ Routing routing) {
+  let_next_begin();
+  wait_for_previous();
+  const int token = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / 32);
+  if (token < routing.tokens) route(logits, routing, token);
+}
+
+static __global__ void sort_kernel(const __grid_constant__ Sorting sorting) {
+  extern __shared__ std::int32_t places[];
+  let_next_begin();
+  wait_for_previous();
+  sort(sorting, places);
+}
+
+template <typename T>
+static __global__ void route_and_sort_kernel(const T* logits, const __grid_constant__ Routing routing,
+                                             const __grid_constant__ Sorting sorting) {
+  extern __shared__ std::int32_t places[];
+  let_next_begin();
+  wait_for_previous();
+  for (int token = static_cast<int>(threadIdx.x / 32); token < routing.tokens;
+       token += static_cast<int>(blockDim.x / 32))
+    route(logits, routing, token);
+  __syncthreads();
+  sort(sorting, places);
+}
+
+// ---- The sum of a token's results: a row of blocks a token
+
+template <typename T, int kSize>
+static __global__ void combine_kernel(const T* results, const float* weights, T* out, int top_k, int packs) {
+  using P = Pack<T, kSize>;
+  let_next_begin();
+  wait_for_previous();
+  const std::int64_t token = blockIdx.x;
+  const int column = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
+  if (column >= packs) return;
+  float sums[kSize] = {};
+  for (std::int64_t pair = token * top_k; pair < (token + 1) * top_k; ++pair) {
+    const P result = reinterpret_cast<const P*>(results)[pair * packs + column];
+    const float weight = weights[pair];
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) sums[j] = fmaf(weight, wide(result.at[j]), sums[j]);
+  }
+  P sum;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) sum.at[j] = narrow<T>(sums[j]);
+  reinterpret_cast<P*>(out)[token * packs + column] = sum;
+}
+
+template <typename T>
+static void combine(const Runtime& runtime, const Tensor& results, const Tensor& weights, const Tensor& out) {
+  const std::int64_t tokens = out.shape[0], hidden = out.shape[1];
+  const auto go = [&](auto* kernel, std::int64_t packs) {
+    const dim3 grid(static_cast<unsigned>(tokens), blocks_for(packs, kThreads));
+    launch(runtime, kernel, grid, kThreads, 0, static_cast<const T*>(results.data),
+           static_cast<const float*>(weights.data), static_cast<T*>(out.data),
+           static_cast<int>(results.shape[0] / tokens), static_cast<int>(packs));
+  };
+  if (hidden % kPack<T> == 0)
+    go(combine_kernel<T, kPack<T>>, hidden / kPack<T>);
+  else
+    go(combine_kernel<T, 1>, hidden);
+}
+
+// ---- The op
+
+std::shared_ptr<Experts> make_experts(Runtime& runtime, const std::vector<LinearWeight>& gate_up,
+                                      const std::vector<LinearWeight>& down) {
+  if (gate_up.empty() || gate_up.size() != down.size() || gate_up.size() > kMostExperts)
+    throw std::invalid_argument("a mixture of " + std::to_string(gate_up.size()) + " and " +
+                                std::to_string(down.size()) + " weights: there are 1 to " +
+                                std::to_string(kMostExperts) + " experts with two each");
+  auto experts = std::make_shared<Experts>();
+  const std::int64_t hidden = gate_up[0].weight.shape[1], inner = down[0].weight.shape[1];
+  const auto collect = [&](const std::vector<LinearWeight>& weights, const std::vector<std::int64_t>& shape) {
+    std::vector<const void*> found;
+    for (const LinearWeight& weight : weights) {
+      check_shape(weight.weight, shape, "an expert's weight");
+      check_dtype(weight.weight, runtime.dtype(), "an expert's weight");
+      if (weight.bias) throw std::invalid_argument("an expert's weight has a bias");
+      experts->weights.push_back(weight.weight);
+      found.push_back(weight.weight.data);
+    }
+    Tensor table = runtime.make({static_cast<std::int64_t>(found.size())}, DType::int64);
+    runtime.upload(table.data, found.data(), table.bytes());
+    return table;
+  };
+  experts->gate_up = collect(gate_up, {2 * inner, hidden});
+  experts->down = collect(down, {hidden, inner});
+  experts->count = static_cast<int>(gate_up.size());
+  experts->hidden = static_cast<int>(hidden);
+  experts->inner = static_cast<int>(inner);
+  experts->dtype = runtime.dtype();
+  return experts;
+}
+
+Tensor moe(Runtime& runtime, const Tensor& x, const Tensor& router_logits, const Experts& experts, int top_k,
+           bool renormalise, Activation activation) {
+  check_rank(x, 2, "x of moe");
+  const std::int64_t tokens = x.shape[0], pairs = tokens * top_k;
+  check_shape(x, {tokens, experts.hidden}, "x of moe");
+  check_dtype(x, experts.dtype, "x of moe");
+  check_shape(router_logits, {tokens, experts.count}, "router logits of moe");
+  check_dtype(router_logits, x.dtype, "router logits of moe");
+  if (top_k < 1 || top_k > experts.count)
+    throw std::invalid_argument("moe: top_k " + std::to_string(top_k) + " is not within 1 and the " +
+                                std::to_string(experts.count) + " experts");
+  const DeviceGuard guard(runtime.device());
+  Tensor out = runtime.make(x.shape, x.dtype);
+  if (out.bytes() == 0) return out;
+  const int rows = rows_of_group(runtime, experts, pairs);
+  // As many as there are at most: a rest for each expert that was chosen.
+  const std::int64_t num_groups = pairs / rows + std::min<std::int64_t>(pairs, experts.count);
+  const Tensor chosen = runtime.make({pairs}, DType::int32), sorted = runtime.make({pairs}, DType::int32);
+  const Tensor weights = runtime.make({pairs}, DType::float32);
+  const Tensor groups = runtime.make({num_groups, static_cast<std::int64_t>(sizeof(Group))}, DType::uint8);
+  const Routing routing{
+      static_cast<int>(tokens),         experts.count, top_k, renormalise, static_cast<std::int32_t*>(chosen.data),
+      static_cast<float*>(weights.data)};
+  const Sorting sorting{static_cast<int>(pairs),         experts.count,  rows,
+                        static_cast<int>(num_groups),    routing.chosen, static_cast<std::int32_t*>(sorted.data),
+                        static_cast<Group*>(groups.data)};
+  const std::size_t room = static_cast<std::size_t>(experts.count) * sizeof(std::int32_t);
+  with_float(x.dtype, [&](auto* pointer) {
+    using T = Pointee<decltype(pointer)>;
+    const auto* logits = static_cast<const T*>(router_logits.data);
+    if (tokens <= kFewTokens) {
+      launch(runtime, route_and_sort_kernel<T>, 1, kSortThreads, room, logits, routing, sorting);
+    } else {
+      launch(runtime, route_kernel<T>, blocks_for(tokens * 32, kThreads), kThreads, 0, logits, routing);
+      launch(runtime, sort_kernel, 1, kSortThreads, room, sorting);
+    }
+  });
+  const Mixture mixture{sorting.sorted, sorting.groups, sorting.num_groups, rows, top_k};
+  const Tensor inner = runtime.make({pairs, experts.inner}, x.dtype);
+  const Tensor results = runtime.make({pairs, experts.hidden}, x.dtype);
+  multiply_up(runtime, mixture, experts, activation, x.data, inner.data);
+  multiply_down(runtime, mixture, experts, inner.data, results.data);
+  with_float(x.dtype, [&](auto* pointer) { combine<Pointee<decltype(pointer)>>(runtime, results, weights, out); });
+  return out;
+}
+
+}  // namespace vllmlite::cuda

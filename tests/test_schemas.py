@@ -1,0 +1,227 @@
+"""JSON Schemas: what is written under one is valid, and what a grammar cannot enforce is refused, not dropped."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from random import Random
+from typing import Any
+
+import pytest
+
+from vllmlite.json_formats import FORMATS
+from vllmlite.json_keywords import SchemaError
+from vllmlite.json_pattern import PatternError, other_than, string_pattern
+from vllmlite.json_schema import exact
+
+INTEGER = {"type": "integer"}
+NODE = {
+    "$defs": {"n": {"type": "object", "properties": {"next": {"$ref": "#/$defs/n"}}}},
+    "$ref": "#/$defs/n",
+}
+
+
+def test_what_random_weights_write_is_valid() -> None:
+    pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar, on amd64 and arm64)")
+    pytest.importorskip("jsonschema", reason="needs jsonschema (Debian: python3-jsonschema)")
+    from schemas import Maker, judge
+
+    from vllmlite import LLM
+
+    maker = Maker(5)
+    llm = LLM(load_format="dummy", max_model_len=1024, max_num_seqs=32, device="cpu")
+    verdict = judge(llm, [maker.schema() for _ in range(12)], max_tokens=400, temperature=1.0)
+    assert verdict.invalid == []
+    assert verdict.num_valid >= 8
+
+
+@pytest.mark.parametrize(
+    ("schema", "written"),
+    [
+        (True, {}),
+        ({"title": "T", "default": 3, "x-order": 1}, {}),
+        ({"type": ["string", "null"]}, {"anyOf": [{"type": "string"}, {"type": "null"}]}),
+        ({"minimum": 3}, {"type": "number", "minimum": 3.0}),
+        ({"type": ["integer", "number"]}, {"type": "number"}),
+        ({"type": "integer", "exclusiveMinimum": 0.5, "maximum": 3.7}, {**INTEGER, "minimum": 1, "maximum": 3}),
+        ({"type": "number", "exclusiveMaximum": 1}, {"type": "number", "maximum": 0.999999}),
+        ({"type": "string", "enum": ["a", 1]}, {"enum": ["a"]}),
+        ({"enum": ["a", "abc"], "maxLength": 1}, {"enum": ["a"]}),
+        ({"const": None}, {"enum": [None]}),
+        ({"allOf": [INTEGER], "minimum": 5}, {**INTEGER, "minimum": 5}),
+        ({"allOf": [{**INTEGER, "minimum": 1}, {"minimum": 3, "maximum": 9}]}, {**INTEGER, "minimum": 3, "maximum": 9}),
+        (
+            {**INTEGER, "anyOf": [{"maximum": 1}, {"minimum": 5}]},
+            {"anyOf": [{**INTEGER, "maximum": 1}, {**INTEGER, "minimum": 5}]},
+        ),
+        ({"oneOf": [INTEGER, {"type": "string"}]}, {"anyOf": [INTEGER, {"type": "string"}]}),
+        ({"anyOf": [False, INTEGER]}, INTEGER),
+        ({"type": "array", "items": [INTEGER], "additionalItems": False},
+         {"type": "array", "prefixItems": [INTEGER], "items": False}),
+        ({"type": "array", "prefixItems": [INTEGER, INTEGER], "maxItems": 1},
+         {"type": "array", "prefixItems": [INTEGER], "items": False}),
+        (
+            {"type": "object", "required": ["z"], "additionalProperties": INTEGER},
+            {"type": "object", "properties": {"z": INTEGER}, "required": ["z"], "additionalProperties": False,
+             "patternProperties": {other_than(["z"]): INTEGER}},
+        ),
+        (
+            {"type": "object", "properties": {"a": INTEGER, "b": False}, "minProperties": 1},
+            {"type": "object", "properties": {"a": INTEGER}, "required": [], "additionalProperties": False,
+             "minProperties": 1},
+        ),
+        ({"type": "object"}, {"type": "object", "additionalProperties": {}}),
+        ({"$ref": "#/definitions/a", "definitions": {"a": INTEGER}},
+         {"$ref": "#/$defs/r0", "$defs": {"r0": INTEGER}}),
+        ({"$ref": "#/$defs/a", "minimum": 3, "$defs": {"a": INTEGER}}, {**INTEGER, "minimum": 3}),
+        ({"items": {"$ref": "#/$defs/a~1b"}, "$defs": {"a/b": INTEGER}},
+         {"type": "array", "items": {"$ref": "#/$defs/r0"}, "$defs": {"r0": INTEGER}}),
+    ],
+)  # fmt: skip
+def test_a_schema_is_written_so_that_all_of_it_holds(schema: Any, written: dict[str, Any]) -> None:
+    assert exact(schema) == written
+
+
+def test_what_is_written_may_refer_to_itself() -> None:
+    written = exact(NODE)
+    assert written["$ref"] == "#/$defs/r0"
+    assert written["$defs"]["r0"]["properties"]["next"] == {"$ref": "#/$defs/r0"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        (False, "allows nothing"),
+        ({"anyOf": [False]}, "allows nothing"),
+        ({"allOf": [{"type": "string"}, INTEGER]}, "allows nothing"),
+        ({"type": "integer", "minimum": 0.5, "maximum": 0.6}, "allows nothing"),
+        ({"enum": ["abc"], "type": "integer"}, "allows nothing"),
+        (
+            {"type": "object", "required": ["z"], "properties": {}, "additionalProperties": False},
+            "allows nothing",
+        ),
+        ({"not": {"type": "string"}}, "cannot enforce"),
+        ({"if": INTEGER, "then": INTEGER}, "cannot enforce"),
+        ({"type": "array", "uniqueItems": True}, "cannot enforce"),
+        ({"type": "number", "multipleOf": 0.5}, "cannot enforce"),
+        ({"oneOf": [INTEGER, {"type": "number"}]}, "two branches may hold at once"),
+        ({"oneOf": [{"type": "object", "properties": {"k": {"const": k}}} for k in "ab"]}, "two branches"),
+        ({"type": "string", "pattern": "(ab)+", "maxLength": 3}, "say the length in the pattern"),
+        ({"type": "string", "pattern": "^(?=a)b$"}, "cannot enforce: assert"),
+        ({"type": "string", "pattern": "["}, "no regular expression"),
+        ({"type": "string", "pattern": '^"$'}, "in another form"),
+        ({"type": "string", "format": "iri"}, "'iri' has no grammar"),
+        ({"type": "string", "format": "email", "maxLength": 9}, "cannot be combined"),
+        ({"type": "object", "properties": {"a": INTEGER}, "patternProperties": {"^a": {}}}, "may match both"),
+        ({"type": "object", "minProperties": 2}, "may come twice"),
+        ({"properties": {"a": INTEGER}, "allOf": [{"additionalProperties": False}]}, "elsewhere"),
+        ({"$ref": "https://example.org/x"}, "schemas elsewhere"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "leads back"),
+        ({**NODE["$defs"]["n"], "$ref": "#/$defs/n", "$defs": NODE["$defs"]}, None),  # type: ignore[index]
+        ({"type": "integer", "minimum": 10**30}, "over 2"),
+        ({"type": "strin"}, "must be of"),
+        ({"properties": []}, "must be a JSON object"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused(schema: Any, words: str | None) -> None:
+    if words is None:
+        assert exact(schema)["type"] == "object"
+        return
+    with pytest.raises(SchemaError, match=words):
+        exact(schema)
+
+
+def test_nonsense_is_refused_and_nothing_else_is_raised() -> None:
+    random = Random(1)
+    values: list[Any] = [
+        None,
+        True,
+        False,
+        -1,
+        0.5,
+        10**400,
+        "x",
+        "#",
+        "#/$defs/a",
+        "^[",
+        [],
+        [1],
+        ["a"],
+        [[]],
+        {},
+        {"a": 1},
+        [{}],
+    ]
+    keywords = (
+        "type enum const $ref allOf anyOf oneOf properties required additionalProperties patternProperties "
+        "propertyNames items prefixItems minItems maxItems minimum exclusiveMaximum multipleOf pattern format "
+        "minLength maxLength minProperties maxProperties uniqueItems $defs"
+    ).split()
+
+    def some(depth: int) -> Any:
+        if not depth or random.random() < 0.3:
+            return random.choice(values)
+        made: Any = {name: some(depth - 1) for name in random.sample(keywords, random.randint(0, 4))}
+        return [made, some(depth - 1)] if random.random() < 0.3 else made
+
+    written = 0
+    for _ in range(20_000):
+        try:
+            exact(some(3))
+            written += 1
+        except SchemaError:
+            pass
+    assert written > 100
+
+
+@pytest.mark.parametrize(
+    ("pattern", "bounds", "matches", "others"),
+    [
+        ("^[a-z]+$", (2, 5), ["ab", "abcde"], ["a", "abcdef"]),
+        (None, (0, 3), ["", "ü🦀x"], ["abcd", '"', "a\n", "\\"]),
+        (r"^\d{3}-\w*$", (0, 6), ["123-", "123-ab"], ["123-abc", "12-"]),
+        ("^.[^a]$", (0, 9), ["xb", "é "], ["xa", 'x"', "x\t"]),
+        ("^a$|^b$", (0, 9), ["a", "b"], ["ab", ""]),
+        ("^(?:foo|ba?r)$", (0, 9), ["foo", "br"], ["baar"]),
+    ],
+)
+def test_patterns_are_for_the_inside_of_a_json_string(
+    pattern: str | None, bounds: tuple[int, int], matches: list[str], others: list[str]
+) -> None:
+    written = re.compile(string_pattern(pattern, *bounds))
+    assert all(written.fullmatch(text) for text in matches)
+    assert not any(written.fullmatch(text) for text in others)
+
+
+def test_every_string_but_some() -> None:
+    written = re.compile(other_than(["a", "ab", "été", 'with "quotes"']))
+    assert not any(written.fullmatch(text) for text in ("a", "ab", "été"))
+    assert all(written.fullmatch(text) for text in ("", "b", "abc", "aé", "ét", "étéé"))
+
+
+def test_formats_have_expressions_of_their_own() -> None:
+    examples = {
+        "date": ["2024-02-29", "1999-12-31"], "time": ["23:59:59Z"], "date-time": ["2024-02-29T00:00:00.5+02:00"],
+        "duration": ["P1Y2M3DT4H5M6S", "PT5M", "P3W"], "email": ["a.b@example.org"], "hostname": ["example.org"],
+        "ipv4": ["255.0.10.1"], "ipv6": ["::1", "1:2:3:4:5:6:7:8", "fe80::1"],
+        "uuid": ["12345678-1234-1234-1234-123456789abc"], "uri": ["https://example.org:80/a?b=c#d"],
+        "uri-reference": ["/a/b"], "json-pointer": ["", "/a/0"],
+    }  # fmt: skip
+    assert examples.keys() == FORMATS.keys()
+    for name, texts in examples.items():
+        written = re.compile(string_pattern(FORMATS[name], 0, math.inf))
+        assert all(written.fullmatch(text) for text in texts)
+    dates = re.compile(string_pattern(FORMATS["date"], 0, 10))
+    assert not any(dates.fullmatch(text) for text in ("2023-02-29", "1900-02-29", "0000-01-01", "2024-04-31"))
+    with pytest.raises(PatternError):
+        string_pattern(FORMATS["email"], 0, 3)
+
+
+def test_a_schema_that_grows_when_it_is_merged_is_refused() -> None:
+    level: dict[str, Any] = {"type": "string"}
+    for _ in range(20):
+        level = {"anyOf": [level, level], "maxLength": 3}
+    with pytest.raises(SchemaError, match="at most 5000 schemas"):
+        exact(level)
+    assert len(json.dumps(exact({"anyOf": [{"type": "string"}] * 50}))) < 10_000

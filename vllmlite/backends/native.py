@@ -1,0 +1,163 @@
+"""What the native backends share: ops of the contract that are calls of one extension's runtime, on either device."""
+
+# ruff: noqa: D102  (the methods are documented in base.py)
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from vllmlite.backends.base import (
+    API,
+    ITEM_SIZE,
+    SCALE_SIZE,
+    Backend,
+    ForwardBatch,
+    KVSpec,
+    Logprobs,
+    Rope,
+    Sampled,
+    Tensor,
+    rope_arguments,
+)
+from vllmlite.errors import BackendError
+
+HEAD_UNIT = 16
+"""The cache pads heads to a multiple of this."""
+NO_WINDOW = 2**31 - 1
+
+
+class NativeBackend(Backend):
+    """A backend whose ops are methods of ``_runtime``, an object of its extension ``_native``."""
+
+    _native: Any
+    _runtime: Any
+
+    # Tensors and the key/value cache
+
+    def rows(self, tensor: Tensor, index: Tensor) -> Tensor:
+        return self._runtime.rows(tensor, index)
+
+    def kv_bytes_per_block(self, spec: KVSpec) -> int:
+        head = -(-spec.head_dim // HEAD_UNIT) * HEAD_UNIT * ITEM_SIZE[spec.dtype]
+        if spec.dtype == "int8":
+            head += SCALE_SIZE
+        return 2 * spec.num_layers * spec.num_kv_heads * head * spec.block_size
+
+    # Model ops
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        return self._runtime.embedding(token_ids, weight)
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self._runtime.rms_norm(x, weight, eps, residual)
+        return found
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self._runtime.layer_norm(x, weight, bias, eps, residual)
+        return found
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        return self._runtime.add(x, other)
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return self._runtime.scale(x, factor)
+
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        return self._runtime.soft_cap(x, cap)
+
+    def linear(self, x: Tensor, weight: Any) -> Tensor:
+        return self._runtime.linear(x, weight)
+
+    def attn_prep(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        rope: Rope | None,
+        kv: Any,
+        layer: int,
+        batch: ForwardBatch,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        return self._runtime.attn_prep(
+            qkv, num_heads, *rope_arguments(rope), kv, layer, batch.backend, q_norm, k_norm, eps
+        )
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        kv: Any,
+        layer: int,
+        batch: ForwardBatch,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        alibi: Tensor | None = None,
+    ) -> Tensor:
+        sees = NO_WINDOW if window is None else min(window, NO_WINDOW)
+        return self._runtime.paged_attention(q, kv, layer, batch.backend, scale, sees, soft_cap or 0.0, alibi)
+
+    def gated_activation(self, x: Tensor, activation: str) -> Tensor:
+        try:
+            return self._runtime.gated_activation(x, activation)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+
+    def activation(self, x: Tensor, activation: str) -> Tensor:
+        try:
+            return self._runtime.activation(x, activation)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+
+    def moe(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        experts: Any,
+        top_k: int,
+        renormalise: bool,
+        activation: str,
+    ) -> Tensor:
+        return self._runtime.moe(x, router_logits, experts, top_k, renormalise, activation)
+
+    def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        return self._runtime.sigmoid_gate(x, gate)
+
+    # Sampling
+
+    def sample(self, logits: Tensor, slots: Any, batch: ForwardBatch) -> Sampled:
+        return unpack(self._runtime.sample(logits, batch.backend))
+
+    def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
+        return Logprobs(*self._runtime.logprobs(logits, ids, k))
+
+
+def pack(sampled: Sampled) -> list[Tensor]:
+    """What a step computes, as a runtime's graph returns it."""
+    found = sampled.logprobs
+    return (
+        [sampled.ids] if found is None else [sampled.ids, found.chosen, found.rank, found.top_ids, found.top]
+    )
+
+
+def unpack(tensors: list[Tensor]) -> Sampled:
+    """The inverse of :func:`pack`."""
+    ids, *logprobs = tensors
+    return Sampled(ids, Logprobs(*logprobs) if logprobs else None)
+
+
+def load_extension(name: str) -> Any:
+    """``vllmlite.NAME``. BackendError if it is not installed or speaks another version of the contract."""
+    try:
+        native = importlib.import_module(f"vllmlite.{name}")
+    except ImportError as error:
+        raise BackendError(f"vllmlite.{name} is not installed ({error})") from error
+    if native.API != API:
+        raise BackendError(f"vllmlite.{name} is built for interface {native.API}, and this is {API}")
+    return native

@@ -1,0 +1,187 @@
+"""What the keywords of JSON Schema are, what they are about, and the values that a schema names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
+KEYWORDS: dict[str, frozenset[str]] = {
+    "string": frozenset("minLength maxLength pattern format".split()),
+    "number": frozenset("minimum maximum exclusiveMinimum exclusiveMaximum multipleOf".split()),
+    "array": frozenset("items prefixItems additionalItems minItems maxItems uniqueItems".split()),
+    "object": frozenset(
+        "properties required additionalProperties patternProperties propertyNames minProperties maxProperties".split()
+    ),
+}
+"""By the type of the values that they say something about."""
+KEYWORDS["integer"] = KEYWORDS["number"]
+APPLICATORS = frozenset("$ref allOf anyOf oneOf enum const type".split())
+KNOWN = APPLICATORS.union(*KEYWORDS.values())
+UNENFORCEABLE = frozenset(
+    "contains minContains maxContains not if then else dependentRequired dependentSchemas dependencies "
+    "unevaluatedProperties unevaluatedItems $dynamicRef $recursiveRef".split()
+)
+LARGER = frozenset("minimum exclusiveMinimum minLength minItems minProperties".split())
+SMALLER = frozenset("maximum exclusiveMaximum maxLength maxItems maxProperties".split())
+MAX_INTEGER = 2**63 - 1
+
+Schema = dict[str, Any]
+
+
+class SchemaError(ValueError):
+    """Why a schema has no grammar."""
+
+
+class Impossible(SchemaError):
+    """A schema that no value satisfies."""
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _are_texts(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and value == int(value)
+
+
+def identity(value: Any) -> str:
+    """Equal for values that JSON Schema calls equal."""
+    return json.dumps(int(value) if _is_whole(value) else value, sort_keys=True)
+
+
+FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys("$ref pattern format".split(), ("a text", lambda value: isinstance(value, str))),
+    **dict.fromkeys(
+        "allOf anyOf oneOf enum".split(),
+        ("a list that is not empty", lambda value: isinstance(value, list) and bool(value)),
+    ),
+    "prefixItems": ("a list", lambda value: isinstance(value, list)),
+    "required": ("a list of names", lambda value: isinstance(value, list) and _are_texts(value)),
+    "type": (
+        f"of {', '.join(TYPES)}",
+        lambda value: _are_texts(_as_list(value)) and {*_as_list(value)} <= {*TYPES},
+    ),
+    **dict.fromkeys(
+        "properties patternProperties".split(), ("a JSON object", lambda value: isinstance(value, Mapping))
+    ),
+    **dict.fromkeys(
+        "minLength maxLength minItems maxItems minProperties maxProperties".split(),
+        ("a whole number, at least 0", lambda value: _is_whole(value) and value >= 0),
+    ),
+    **dict.fromkeys(
+        "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf".split(),
+        ("a number", _is_number),
+    ),
+    "uniqueItems": ("true or false", lambda value: isinstance(value, bool)),
+}
+"""What the value of a keyword must be."""
+CHECKS: dict[str, Callable[[Any, Any], bool]] = {
+    "minLength": lambda value, limit: not isinstance(value, str) or len(value) >= limit,
+    "maxLength": lambda value, limit: not isinstance(value, str) or len(value) <= limit,
+    "minimum": lambda value, limit: not _is_number(value) or value >= limit,
+    "maximum": lambda value, limit: not _is_number(value) or value <= limit,
+    "exclusiveMinimum": lambda value, limit: not _is_number(value) or value > limit,
+    "exclusiveMaximum": lambda value, limit: not _is_number(value) or value < limit,
+}
+"""Of a value, whether it keeps to a limit that is about its type."""
+
+
+def keywords_of(schema: Any) -> Schema:
+    """The keywords of a schema that say something about a value. Raises SchemaError for others than these."""
+    if schema is True:
+        return {}
+    if schema is False:
+        raise Impossible("allows nothing: a schema is false")
+    if not isinstance(schema, Mapping):
+        raise SchemaError(f"{schema!r}: a schema must be a JSON object, true or false")
+    for keyword in UNENFORCEABLE & schema.keys():
+        if schema[keyword] not in (False, None):
+            raise SchemaError(f"has {keyword}, which is a keyword that a grammar cannot enforce")
+    said = {
+        name: value
+        for name, value in schema.items()
+        if (name in KNOWN and value is not None) or name == "const"
+    }
+    for keyword, value in said.items():
+        what, holds = FORMS.get(keyword, ("", None))
+        if holds is not None and not holds(value):
+            raise SchemaError(f"{keyword}={value!r}: must be {what}")
+    return said
+
+
+def literals(schema: Any) -> set[str] | None:
+    """The values that a schema names; None where it does not."""
+    if not isinstance(schema, dict):
+        return None
+    if "const" in schema:
+        return {identity(schema["const"])}
+    values = schema.get("enum")
+    return {identity(value) for value in values} if isinstance(values, list) else None
+
+
+def kinds_of(shape: Schema) -> list[str]:
+    """The types that a schema allows, integers counted as numbers; none where it does not say."""
+    if "type" in shape:
+        return ["number" if kind == "integer" else kind for kind in expanded(shape["type"])]
+    named = shape.get("enum", [shape["const"]] if "const" in shape else [])
+    return [_kind(value) for value in named]
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {bool: "boolean", str: "string", int: "number", float: "number", list: "array", dict: "object"}
+    return names[type(value)]
+
+
+def types_of(said: Schema) -> list[str]:
+    """The types of a schema; where it names none, those that its keywords are about."""
+    if "type" not in said:
+        return [kind for kind in ("string", "number", "array", "object") if KEYWORDS[kind] & said.keys()]
+    kinds = expanded(said["type"])
+    return [kind for kind in TYPES if kind in kinds and not (kind == "integer" and "number" in kinds)]
+
+
+def expanded(given: Any) -> list[str]:
+    """``type`` as a list, with ``integer`` wherever there is ``number``."""
+    kinds = _as_list(given)
+    if not kinds:
+        raise Impossible("allows nothing: no type")
+    return [*kinds, *(["integer"] if "number" in kinds and "integer" not in kinds else [])]
+
+
+def allowed_values(said: Schema) -> list[Any]:
+    """The values of ``enum`` and ``const`` that the keywords beside them allow."""
+    values = said["enum"] if "enum" in said else [said["const"]]
+    if "enum" in said and "const" in said:
+        values = [value for value in values if identity(value) == identity(said["const"])]
+    for keyword in said.keys() - {"enum", "const", "type"}:
+        if keyword not in CHECKS:
+            raise SchemaError(
+                f"has {keyword} beside enum or const, where only type, lengths and bounds are checked"
+            )
+    kinds = expanded(said["type"]) if "type" in said else TYPES
+    found = [
+        value
+        for value in values
+        if (_kind(value) in kinds or (_is_whole(value) and "integer" in kinds))
+        and all(CHECKS[keyword](value, limit) for keyword, limit in said.items() if keyword in CHECKS)
+    ]
+    if not found:
+        raise Impossible("allows nothing: no value of enum or const is left")
+    if any(_is_number(number) and abs(number) > MAX_INTEGER for number in found):
+        raise SchemaError("has a number in enum or const that is over 2^63 - 1")
+    return found

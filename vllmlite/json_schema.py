@@ -1,0 +1,433 @@
+"""JSON Schemas in the few forms that a grammar enforces to the letter, or a reason why there is none.
+
+xgrammar takes nearly any schema and drops what it cannot express: keywords beside ``anyOf`` or ``$ref``, lengths beside
+a pattern, the bounds of what has no type. :func:`exact` writes a schema again (draft 2020-12, and what is left of
+older ones) so that nothing is dropped. The result may allow less than the schema, never more: keys come in the order of
+``properties``, an object that names some has no others unless it says so, a pattern matches the whole string.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from typing import Any
+
+from vllmlite.json_formats import FORMATS, UNSUPPORTED_FORMATS
+from vllmlite.json_keywords import (
+    KEYWORDS,
+    LARGER,
+    MAX_INTEGER,
+    SMALLER,
+    Impossible,
+    Schema,
+    SchemaError,
+    allowed_values,
+    expanded,
+    identity,
+    keywords_of,
+    kinds_of,
+    literals,
+    types_of,
+)
+from vllmlite.json_pattern import PatternError, other_than, string_pattern
+
+MAX_SCHEMAS = 5000
+"""Schemas in a schema, each use of a merged one counted."""
+
+
+def exact(schema: Any) -> Schema:
+    """``schema`` so that xgrammar enforces all of it. Raises :class:`SchemaError` if there is no such form."""
+    writer = _Writer(schema)
+    try:
+        written = writer.write(schema)
+    except RecursionError:
+        raise SchemaError("is too deep") from None
+    return {**written, "$defs": writer.definitions} if writer.definitions else written
+
+
+class _Writer:
+    """Writes the schemas of one document."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._names: dict[str, str] = {}
+        """Pointer of a ``$ref`` → its name in ``definitions``."""
+        self._budget = MAX_SCHEMAS
+        self.definitions: dict[str, Schema] = {}
+
+    def write(self, schema: Any) -> Schema:
+        """One schema, wherever it stands."""
+        self._budget -= 1
+        if self._budget < 0:
+            raise SchemaError(f"must be at most {MAX_SCHEMAS} schemas, with each use of one that is merged")
+        said = keywords_of(schema)
+        if said.keys() == {"$ref"}:
+            return self._reference(said["$ref"])
+        for keyword in ("$ref", "allOf"):
+            if keyword in said:
+                parts = [self._target(said["$ref"])] if keyword == "$ref" else said["allOf"]
+                rest = {name: value for name, value in said.items() if name != keyword}
+                for part in parts:
+                    rest = self._merged(rest, part)
+                return self.write(rest)
+        for keyword in ("anyOf", "oneOf"):
+            if keyword in said:
+                branches = said[keyword]
+                if keyword == "oneOf":
+                    self._check_disjoint(branches)
+                rest = {name: value for name, value in said.items() if name != keyword}
+                return self._any_of(branches, rest)
+        if "enum" in said or "const" in said:
+            return {"enum": allowed_values(said)}
+        types = types_of(said)
+        if not types:
+            return {}
+        if len(types) > 1:
+            return self._any_of([{**said, "type": kind} for kind in types], {})
+        kind = types[0]
+        mine = {name: value for name, value in said.items() if name in KEYWORDS.get(kind, ())}
+        writers: dict[str, Callable[[Schema], Schema]] = {
+            "string": _string,
+            "number": _number,
+            "integer": _integer,
+            "array": self._array,
+            "object": self._object,
+        }
+        return writers[kind](mine) if kind in writers else {"type": kind}
+
+    def _any_of(self, branches: list[Any], rest: Schema) -> Schema:
+        """Any of ``branches``, and ``rest`` too."""
+        written = []
+        for branch in branches:
+            try:
+                written.append(self.write(self._merged(rest, branch) if rest else branch))
+            except Impossible:  # the others remain
+                continue
+        if not written:
+            raise Impossible("allows nothing")
+        return written[0] if len(written) == 1 else {"anyOf": written}
+
+    def _reference(self, pointer: str) -> Schema:
+        if pointer not in self._names:
+            seen: set[str] = set()
+            target, at = self._target(pointer), pointer
+            while keywords_of(target).keys() == {"$ref"}:
+                if at in seen:
+                    raise SchemaError(f"$ref {pointer} leads back to itself")
+                seen.add(at)
+                at = keywords_of(target)["$ref"]
+                target = self._target(at)
+            name = self._names[pointer] = f"r{len(self._names)}"
+            try:
+                self.definitions[name] = self.write(target)
+            except Impossible as error:  # what refers to it may have been written already
+                raise SchemaError(str(error)) from None
+        return {"$ref": f"#/$defs/{self._names[pointer]}"}
+
+    def _target(self, pointer: str) -> Any:
+        """What a JSON pointer (RFC 6901) after ``#`` points to."""
+        if not (pointer == "#" or pointer.startswith("#/")):
+            raise SchemaError(f"$ref {pointer!r} must be # or begin with #/: schemas elsewhere are not read")
+        found = self._root
+        for part in pointer.split("/")[1:]:
+            name = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, dict) and name in found:
+                found = found[name]
+            elif isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+                found = found[int(name)]
+            else:
+                raise SchemaError(f"$ref {pointer} points to nothing")
+        return found
+
+    def _merged(self, first: Any, second: Any) -> Any:
+        """A schema for what satisfies both."""
+        one, two = keywords_of(first), keywords_of(second)
+        if not one or not two:
+            return one or two
+        if "$ref" in one:
+            rest = {name: value for name, value in one.items() if name != "$ref"}
+            return self._merged(self._merged(rest, self._target(one["$ref"])), two)
+        if "$ref" in two:
+            return self._merged(two, one)
+        self._budget -= 1
+        if self._budget < 0:
+            raise SchemaError(f"must be at most {MAX_SCHEMAS} schemas, with each use of one that is merged")
+        _check_same_scope(one, two)
+        both = dict(one)
+        for keyword, value in two.items():
+            both[keyword] = self._both(keyword, one[keyword], value) if keyword in one else value
+        return both
+
+    def _both(self, keyword: str, one: Any, two: Any) -> Any:
+        if one == two and json.dumps(one) == json.dumps(two):
+            return one
+        if keyword == "type":
+            common = sorted(set(expanded(one)) & set(expanded(two)))
+            if not common:
+                raise Impossible(f"allows nothing: type {one!r} and {two!r}")
+            return common
+        if keyword == "required":
+            return [*one, *(name for name in two if name not in one)]
+        if keyword == "properties":
+            return {
+                name: self._merged(one[name], two[name])
+                if name in one and name in two
+                else {**one, **two}[name]
+                for name in {**one, **two}
+            }
+        if keyword == "allOf":
+            return one + two
+        if keyword in LARGER | SMALLER:
+            return (max if keyword in LARGER else min)(one, two)
+        if keyword == "enum":
+            allowed = {identity(value) for value in two}
+            return [value for value in one if identity(value) in allowed]
+        if keyword == "const":
+            raise Impossible(f"allows nothing: const {one!r} and {two!r}")
+        raise SchemaError(f"has {keyword} twice for the same value, which is not combined")
+
+    def _check_disjoint(self, branches: list[Any]) -> None:
+        """``oneOf`` is ``anyOf`` where no value can satisfy two. Raises SchemaError unless that is plain."""
+        shapes = [self._shape(branch) for branch in branches]
+        for index, one in enumerate(shapes):
+            for two in shapes[:index]:
+                if not _are_disjoint(one, two):
+                    raise SchemaError(
+                        "has oneOf, of which two branches may hold at once: use anyOf, or give each a type or a "
+                        "required property with a const of its own"
+                    )
+
+    def _shape(self, branch: Any) -> Schema:
+        """What a branch says at its first level, behind its references."""
+        said: Any = keywords_of(branch)
+        for _ in range(8):
+            if "$ref" not in said:
+                break
+            rest = {name: value for name, value in said.items() if name != "$ref"}
+            said = self._merged(rest, self._target(said["$ref"]))
+        properties = said.get("properties")
+        if properties is not None:
+            shown = {
+                name: self._target(value["$ref"])
+                if isinstance(value, dict) and isinstance(value.get("$ref"), str)
+                else value
+                for name, value in properties.items()
+            }
+            said = {**said, "properties": shown}
+        return dict(said)
+
+    def _array(self, said: Schema) -> Schema:
+        if said.get("uniqueItems"):
+            raise SchemaError("has uniqueItems, which is a keyword that a grammar cannot enforce")
+        least, most = _counts(said, "minItems", "maxItems")
+        first, rest = said.get("prefixItems", []), said.get("items", True)
+        if isinstance(rest, list):  # before draft 2020-12
+            first, rest = rest, said.get("additionalItems", True)
+        if rest is False:
+            most = min(most, len(first))
+        if most <= len(first):
+            first, rest = first[: int(most)], False
+        if least > most:
+            raise Impossible("allows nothing: more items are needed than allowed")
+        written: Schema = {"type": "array"}
+        if first:
+            written["prefixItems"] = [self.write(item) for item in first]
+        written["items"] = False if rest is False else self.write(rest)
+        if least:
+            written["minItems"] = least
+        if rest is not False and most != math.inf:
+            written["maxItems"] = int(most)
+        return written
+
+    def _object(self, said: Schema) -> Schema:
+        given, required = said.get("properties", {}), said.get("required", [])
+        patterns = said.get("patternProperties", {})
+        others = said.get("additionalProperties", not {"properties", "patternProperties"} & said.keys())
+        least, most = _counts(said, "minProperties", "maxProperties")
+        if "propertyNames" in said:
+            if given or patterns:
+                raise SchemaError("has propertyNames beside properties or patternProperties: say one of them")
+            given, patterns, others = self._named(said["propertyNames"], others)
+        if patterns:
+            return self._of_patterns(given, patterns, required, least, most)
+        names = list(dict.fromkeys([*given, *required]))
+        properties: Schema = {}
+        for name in names:
+            schema = given.get(name, others)
+            if schema is False and name in required:
+                raise Impossible(f"allows nothing: property {name!r} is required and must not be")
+            if schema is False:
+                others = False  # or it would be one of them
+                continue
+            try:
+                properties[name] = self.write(schema)
+            except Impossible:
+                if name in required:
+                    raise
+                others = False
+        written: Schema = {
+            "type": "object",
+            "properties": properties,
+            "required": list(dict.fromkeys(required)),
+        }
+        if others is False:
+            written["additionalProperties"] = False
+            most = min(most, len(properties))
+        elif properties:
+            written["patternProperties"] = {other_than(properties): self.write(others)}
+            written["additionalProperties"] = False
+        else:
+            written = {"type": "object", "additionalProperties": self.write(others)}
+        return _counted(written, len(written.get("required", ())), len(properties), others, least, most)
+
+    def _named(self, names: Any, others: Any) -> tuple[Schema, Schema, Any]:
+        """``propertyNames`` as (properties, patternProperties, additionalProperties)."""
+        written = self.write(self._merged(names, {"type": "string"}))
+        if "enum" in written:
+            return {name: others for name in written["enum"]}, {}, False
+        if "pattern" in written:
+            return {}, {written["pattern"]: others}, False
+        raise SchemaError("has propertyNames that are neither an enum nor a pattern")
+
+    def _of_patterns(
+        self, given: Schema, patterns: Schema, required: list[str], least: int, most: float
+    ) -> Schema:
+        """Keys of one pattern alone: of two, a key might match both."""
+        if given or required or len(patterns) > 1:
+            raise SchemaError(
+                "has patternProperties beside properties, required or another pattern: a key may match both"
+            )
+        ((pattern, schema),) = patterns.items()
+        if schema is False:
+            return {"type": "object", "properties": {}, "additionalProperties": False}
+        key = _pattern(pattern, 0, math.inf)
+        written = {
+            "type": "object",
+            "patternProperties": {key: self.write(schema)},
+            "additionalProperties": False,
+        }
+        return _counted(written, 0, 0, True, least, most)
+
+
+def _check_same_scope(one: Schema, two: Schema) -> None:
+    """``additionalProperties`` is about the properties beside it, ``items`` about the prefix beside it."""
+    for mine, other in ((one, two), (two, one)):
+        closes = mine.get("additionalProperties", True) not in (True, {}) or "patternProperties" in mine
+        if closes and other.get("properties", {}).keys() - mine.get("properties", {}).keys():
+            raise SchemaError("combines additionalProperties with properties that stand elsewhere")
+        if "items" in mine and "prefixItems" in other and mine.get("prefixItems") != other["prefixItems"]:
+            raise SchemaError("combines items with prefixItems that stand elsewhere")
+
+
+def _are_disjoint(one: Schema, two: Schema) -> bool:
+    left, right = literals(one), literals(two)
+    if left is not None and right is not None:
+        return not left & right
+    kinds = [set(kinds_of(shape)) for shape in (one, two)]
+    if all(kinds) and not kinds[0] & kinds[1]:
+        return True
+    if kinds != [{"object"}, {"object"}]:
+        return False
+    for name in set(one.get("required", [])) & set(two.get("required", [])):
+        values = [literals(shape.get("properties", {}).get(name)) for shape in (one, two)]
+        if values[0] is not None and values[1] is not None and not values[0] & values[1]:
+            return True
+    return False
+
+
+def _counts(said: Schema, least: str, most: str) -> tuple[int, float]:
+    """The bounds of a count."""
+    return int(said.get(least, 0)), int(said[most]) if most in said else math.inf
+
+
+def _counted(written: Schema, required: int, named: int, others: Any, least: int, most: float) -> Schema:
+    """An object with a number of properties, where names that may come twice cannot spoil the count."""
+    if most < max(required, least):
+        raise Impossible("allows nothing: more properties are needed than allowed")
+    if least > required:
+        if others is not False and (named or least > 1):
+            raise SchemaError("has minProperties beside properties without names: a name may come twice")
+        written["minProperties"] = least
+    if most == 0:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    if most != math.inf and (others is not False or most < named):
+        written["maxProperties"] = int(most)
+    return written
+
+
+def _pattern(pattern: str | None, least: int, most: float) -> str:
+    try:
+        return string_pattern(pattern, least, most)
+    except PatternError as error:
+        about = "a string" if pattern is None else f"pattern {pattern!r}"
+        raise SchemaError(f"{about} {error}") from None
+
+
+def _string(said: Schema) -> Schema:
+    least, most = _counts(said, "minLength", "maxLength")
+    pattern, name = said.get("pattern"), said.get("format")
+    if name in UNSUPPORTED_FORMATS:
+        raise SchemaError(f"format {name!r} has no grammar; accepted: {', '.join(FORMATS)}")
+    if name in FORMATS:
+        if pattern is not None:
+            raise SchemaError(f"has format {name!r} beside a pattern: say one of them")
+        pattern = FORMATS[name]
+    if pattern is None and (least, most) == (0, math.inf):
+        return {"type": "string"}
+    return {"type": "string", "pattern": _pattern(pattern, least, most)}
+
+
+def _bounds(said: Schema, step: Decimal) -> tuple[Decimal | None, Decimal | None]:
+    """The smallest and the largest multiple of ``step`` that a number may be."""
+    limits: dict[str, Decimal] = {}
+    for keyword in KEYWORDS["number"] & said.keys():
+        limits[keyword] = Decimal(repr(said[keyword]))
+    low: Decimal | None = None
+    high: Decimal | None = None
+    if "minimum" in limits:
+        low = _round(limits["minimum"], step, ROUND_CEILING)
+    if "exclusiveMinimum" in limits:
+        above = _round(limits["exclusiveMinimum"], step, ROUND_FLOOR) + step
+        low = above if low is None else max(low, above)
+    if "maximum" in limits:
+        high = _round(limits["maximum"], step, ROUND_FLOOR)
+    if "exclusiveMaximum" in limits:
+        below = _round(limits["exclusiveMaximum"], step, ROUND_CEILING) - step
+        high = below if high is None else min(high, below)
+    if low is not None and high is not None and low > high:
+        raise Impossible(f"allows nothing: no number from {low} to {high}")
+    return low, high
+
+
+def _round(value: Decimal, step: Decimal, rounding: str) -> Decimal:
+    if abs(value) > MAX_INTEGER:
+        raise SchemaError(f"has the bound {value}, which is over 2^63 - 1")
+    return (value / step).to_integral_value(rounding) * step
+
+
+def _integer(said: Schema) -> Schema:
+    if said.get("multipleOf", 1) != 1:
+        raise SchemaError("has multipleOf, which is a keyword that a grammar cannot enforce")
+    low, high = _bounds(said, Decimal(1))
+    written: Schema = {"type": "integer"}
+    if low is not None:
+        written["minimum"] = int(low)
+    if high is not None:
+        written["maximum"] = int(high)
+    return written
+
+
+def _number(said: Schema) -> Schema:
+    if "multipleOf" in said:
+        if said["multipleOf"] == 1:
+            return _integer(said)
+        raise SchemaError("has multipleOf, which is a keyword that a grammar cannot enforce")
+    low, high = _bounds(said, Decimal("0.000001"))
+    written: Schema = {"type": "number"}
+    if low is not None:
+        written["minimum"] = float(low)
+    if high is not None:
+        written["maximum"] = float(high)
+    return written
