@@ -304,6 +304,8 @@ def test_backends_say_what_they_lack(tmp_path: Path) -> None:
     report = env.gather(ask_backends=False, model=str(tmp_path / "int8"))
     assert report["model"]["declines"] == {"cuda": lacks}
     assert lacks in env.as_text(report)
+    write_checkpoint(tmp_path / "12b", "StableLm", qk_layernorm=True)
+    assert declining(plan_model(tmp_path / "12b")) == {"cuda": "StableLmForCausalLM runs on cpu, torch alone"}
     plan = plan_model(tmp_path / "floats", "transformers")
     alone = "MixtralForCausalLM runs on torch alone"
     assert declining(plan) == {"cpu": alone, "cuda": alone}

@@ -24,13 +24,18 @@ class Plan:
     max_position_embeddings: int
     hidden_size: int
     quantization: str | None = None
-    backends: tuple[str, ...] = ()
-    """Names of the backends that it is confined to; empty: to none in particular."""
+    able: tuple[str, ...] = ()
+    """Names of the backends that have what its kind lacks elsewhere; empty: all have."""
 
     def __str__(self) -> str:
         """For the line that is printed at start."""
         native = self.implementation == "native"
         return f"{self.architecture} through {'the native decoder' if native else 'transformers'}"
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Names of the backends that it is confined to; empty: to none in particular."""
+        return self.able if self.implementation == "native" else ("torch",)
 
 
 def declining(plan: Plan) -> dict[str, str]:
@@ -74,6 +79,5 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
         if config.get(key) is not None:
             own = {} if config.get("hidden_size") is not None else {"hidden_size": "n_embd"}
             hidden = config.spelling(**own).integer("hidden_size")
-            length = config.integer(key)
-            return Plan("transformers", name, checkpoint_dtype(config), length, hidden, backends=("torch",))
+            return Plan("transformers", name, checkpoint_dtype(config), config.integer(key), hidden)
     raise config.error("max_position_embeddings", "the longest sequence of the model")
