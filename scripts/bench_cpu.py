@@ -2,7 +2,8 @@
 """The native CPU backend beside vLLM, llama.cpp and the limits of the machine: the table of its bars.
 
     PYTHONPATH=. scripts/bench_cpu.py [MODEL] [--vllm PYTHON] [--llama-bench COMMAND] [--llama-batched-bench COMMAND]
-        [--gguf FILE] [--gguf-q8 FILE] [--gguf-q4 FILE] [--rows 'decode-1-*,start/*'] [--rounds 3] [--scale 0.25]
+        [--gguf FILE] [--gguf-q8 FILE] [--gguf-q4 FILE] [--gguf-q4-k-m FILE] [--rows 'decode-1-*,start/*']
+        [--rounds 3] [--scale 0.25]
 
 MODEL is a checkpoint directory in bfloat16, and the GGUF files hold the same weights; rows that name a shape are of
 random weights made here, and need none of it but the gguf package. In each round every figure that
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--gguf", metavar="FILE", help="bf16")
     parser.add_argument("--gguf-q8", metavar="FILE", help="Q8_0")
     parser.add_argument("--gguf-q4", metavar="FILE", help="Q4_0")
+    parser.add_argument("--gguf-q4-k-m", metavar="FILE", help="Q4_K_M, which is read here, too")
     parser.add_argument("--rows", metavar="GLOB,...", default="*", help="which rows (default: all)")
     parser.add_argument("--list", action="store_true", help="show the rows' names and end")
     parser.add_argument("--rounds", type=int, default=3)
@@ -130,7 +132,14 @@ def _systems(args: argparse.Namespace, directory: Path) -> dict[str, System]:
         for mode, eager in (("eager", True), ("compiled", False)):
             options = {**theirs, "enforce_eager": eager}
             systems[f"vllm {mode}"] = Engine(shlex.split(args.vllm), "vllm", options, VLLM_ENVIRONMENT)
-    for name, gguf in (("bf16", args.gguf), ("Q8_0", args.gguf_q8), ("Q4_0", args.gguf_q4)):
+    if args.gguf_q4_k_m:
+        systems["Q4_K_M"] = Engine(python, "vllmlite", {**ours, "model": args.gguf_q4_k_m, "dtype": "auto"})
+    for name, gguf in (
+        ("bf16", args.gguf),
+        ("Q8_0", args.gguf_q8),
+        ("Q4_0", args.gguf_q4),
+        ("Q4_K_M", args.gguf_q4_k_m),
+    ):
         if gguf:
             systems[f"llama.cpp {name}"] = LlamaBench(single, batched, gguf, threads)
     return systems

@@ -61,7 +61,7 @@ def load_model(
             f"{path}: its weights are {spec.quantization}, the backend's {backend.quantization}"
         )
     if path.is_file() and load_format in ("auto", "gguf"):
-        stored = open_gguf(path, spec.weights(), backend.dtype, backend.quantization, backend.keeps_blocks)
+        stored = open_gguf(path, spec, backend)
         weights = ModelWeights(spec.tensors(), stored)
     else:
         weights = open_model(path, spec, load_format, seed)

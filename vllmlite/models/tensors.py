@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vllmlite.models.spec import DecoderSpec, MoeSpec
 
 Named = Iterator[tuple[str, Source]]
+EXPERT_PARTS = ("gate", "up", "down")
 
 
 def sources(spec: DecoderSpec) -> dict[str, Source]:
@@ -75,20 +76,35 @@ class _Sources:
     def moe(self, name: str, key: str, moe: MoeSpec) -> Named:
         keys, hidden = self.keys, self.spec.hidden_size
         yield f"{name}router.weight", _whole(f"{key}{keys.router}.weight", (moe.num_experts, hidden))
+        inner = moe.intermediate_size
         for expert in range(moe.num_experts):
-            yield from self.expert(
-                f"{name}experts.{expert}.", f"{key}{keys.expert}{expert}.", moe.intermediate_size
-            )
+            if keys.stacked_experts is None:
+                parts = [f"{key}{keys.expert}{expert}.{part}" for part in keys.expert_parts]
+                yield from self.expert(f"{name}experts.{expert}.", parts, inner)
+            else:
+                yield from self.stacked(f"{name}experts.{expert}.", key, expert, moe)
         if moe.shared_intermediate_size:
-            yield from self.expert(f"{name}shared.", key + keys.shared_expert, moe.shared_intermediate_size)
+            parts = [key + keys.shared_expert + part for part in keys.shared_parts]
+            yield from self.expert(f"{name}shared.", parts, moe.shared_intermediate_size)
             yield f"{name}shared_gate.weight", _whole(f"{key}{keys.shared_gate}.weight", (1, hidden))
 
-    def expert(self, name: str, key: str, inner: int) -> Named:
+    def expert(self, name: str, modules: Sequence[str], inner: int) -> Named:
+        for part, module, shape in zip(EXPERT_PARTS, modules, self.expert_shapes(inner), strict=True):
+            yield from self.linear(name + part, module, *shape, False)
+
+    def stacked(self, name: str, key: str, expert: int, moe: MoeSpec) -> Named:
+        """An expert's rows among those of all."""
+        modules, shapes = self.keys.stacked_experts or (), self.expert_shapes(moe.intermediate_size)
+        for part, module, (out, size) in zip(EXPERT_PARTS, modules, shapes, strict=True):
+            rows, total = Rows(1, expert * out, (expert + 1) * out), moe.num_experts * out
+            yield (
+                f"{name}{part}.weight",
+                self.product(f"{key}{module}.weight", (total, size), (out, size), rows),
+            )
+
+    def expert_shapes(self, inner: int) -> tuple[tuple[int, int], ...]:
         hidden = self.spec.hidden_size
-        gate, up, down = (key + part for part in self.keys.expert_parts)
-        yield from self.linear(f"{name}gate", gate, inner, hidden, False)
-        yield from self.linear(f"{name}up", up, inner, hidden, False)
-        yield from self.linear(f"{name}down", down, hidden, inner, False)
+        return (inner, hidden), (inner, hidden), (hidden, inner)
 
     def norm(self, name: str, module: str) -> Named:
         yield f"{name}.weight", _whole(f"{module}.weight", (self.spec.hidden_size,))

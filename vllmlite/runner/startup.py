@@ -87,7 +87,7 @@ def start(config: EngineConfig) -> Started[Engine]:
     )
     backend, choice = select_backend(wanted)
     if path.is_file():
-        done = treatment(path, backend.dtype, backend.quantization, backend.keeps_blocks)
+        done = treatment(path, backend)
         choice += f"; {done}"
         if sys.stderr.isatty():
             print(f"vllmlite: {done}", file=sys.stderr)
