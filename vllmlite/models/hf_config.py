@@ -25,7 +25,7 @@ GATED_ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 ACTIVATIONS = GATED_ACTIVATIONS | {"relu": "relu"}
-MOST = {"num_hidden_layers": 4096}
+MOST = {"num_hidden_layers": 4096, "num_attention_heads": 1 << 16}
 """What some keys are at most, lest a damaged file take all memory before anything else is looked at."""
 MOST_EXPERTS = 1 << 16
 """And experts of all layers."""
@@ -188,8 +188,11 @@ def rope_spec(
                 raise section.error(layer_type, "one set of rotary parameters for all layers")
     rotated = head_dim
     if partial is not None:
-        own = config.number("partial_rotary_factor", partial)
-        rotated = int(head_dim * section.number("partial_rotary_factor", own))
+        source = config if section.get("partial_rotary_factor") is None else section
+        part = source.number("partial_rotary_factor", partial)
+        if part > 1:
+            raise source.error("partial_rotary_factor", "a number up to 1")
+        rotated = int(head_dim * part)
     else:
         for source in (config, section):
             if source.number("partial_rotary_factor", 1.0) != 1.0:
