@@ -176,11 +176,7 @@ Tensor linear(Runtime& runtime, const Tensor& given, const QuantizedWeight& weig
   }
   if (weight.bias) runtime.keep(*weight.bias);
   runtime.issue([&kernels = runtime.kernels().quantized, block, tasks = std::move(tasks)](Worker& worker) {
-    const auto count = static_cast<std::int64_t>(tasks.size());
-    std::int64_t index = worker.take();
-    while (index < count) {
-      // Taken early, so that its codes can be fetched while this one's are multiplied.
-      const std::int64_t next = worker.take();
+    worker.take_ahead(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t index, std::int64_t following) {
       const Task& task = tasks[static_cast<std::size_t>(index)];
       QuantizedBlock one = block;
       one.w = task.w;
@@ -188,10 +184,9 @@ Tensor linear(Runtime& runtime, const Tensor& given, const QuantizedWeight& weig
       one.y += task.row;
       if (one.bias != nullptr) one.bias += task.row;
       // Prefetching past the end of a shorter task's codes is harmless.
-      one.next = next < count ? tasks[static_cast<std::size_t>(next)].w.codes : nullptr;
+      one.next = following < 0 ? nullptr : tasks[static_cast<std::size_t>(following)].w.codes;
       kernels[static_cast<int>(task.kind)](one);
-      index = next;
-    }
+    });
   });
   return y;
 }
@@ -228,20 +223,27 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<Q
   runtime.issue([&kernels = runtime.kernels().quantized, &weights, groups, block, places = std::move(places),
                  size](Worker& worker) {
     const auto each = static_cast<std::int64_t>(places.size());
+    const auto group_of = [&](std::int64_t task) {
+      return static_cast<std::size_t>(groups->active[static_cast<std::size_t>(task / each)]);
+    };
+    const auto strips = [&](std::int64_t task) {
+      const Place& place = places[static_cast<std::size_t>(task % each)];
+      return weights[group_of(task)].parts[place.part].from(place.strip);
+    };
     const std::int64_t tasks = each * static_cast<std::int64_t>(groups->active.size());
-    for (std::int64_t task; (task = worker.take()) < tasks;) {
-      const auto group = static_cast<std::size_t>(groups->active[static_cast<std::size_t>(task / each)]);
+    worker.take_ahead(tasks, [&](std::int64_t task, std::int64_t following) {
+      const std::size_t group = group_of(task);
       const std::int64_t first = groups->first[group];
       const Place& place = places[static_cast<std::size_t>(task % each)];
-      const QuantizedPart& part = weights[group].parts[place.part];
       QuantizedBlock one = block;
       one.x = from_row(block.x, first, size);
       one.m = groups->first[group + 1] - static_cast<int>(first);
-      one.w = part.from(place.strip);
+      one.w = strips(task);
       one.n = static_cast<int>(place.rows);
       one.y += first * one.y_stride + place.row;
-      kernels[static_cast<int>(part.kind)](one);
-    }
+      one.next = following < 0 ? nullptr : strips(following).codes;
+      kernels[static_cast<int>(weights[group].parts[place.part].kind)](one);
+    });
   });
   return y;
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cpu_bench.shapes import FORMATS, SHAPES
+
 LONG, PROMPT = 8192, 512
 """Tokens of context of the attention row, and of the prompt of the prefill rows."""
 
@@ -74,6 +76,18 @@ def table(mixed: tuple[int, int]) -> list[Row]:
         under("step/policy", _figure("step", "step_microseconds"), 150, "µs"),
         under("idle/chat", _figure("programs", "idle", command="chat"), 0.01, "s"),
         under("idle/serve", _figure("programs", "idle", command="serve"), 0.01, "s"),
+        *_shapes(),
+    ]  # fmt: skip
+
+
+def _shapes() -> list[Row]:
+    """Other shapes than Llama's, one sequence and eight."""
+    return [
+        Row(f"{shape}-{batch}-{kind}/llama.cpp", _decode(f"{shape} {kind}", batch),
+            (_decode(f"llama.cpp {shape} {kind}", batch),))
+        for shape in SHAPES
+        for batch in (1, 8)
+        for kind in FORMATS
     ]  # fmt: skip
 
 

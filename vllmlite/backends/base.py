@@ -452,7 +452,8 @@ class Backend(ABC):
         """Split ``qkv [T, (H + 2K) * D]``, norm each head of q and k by RMS where weights ``[D]`` are given, rotate
         q and k, write k and v to the cache at the tokens' positions, and return q as ``[T, H, D]``.
 
-        Weights ``[H * D]`` and ``[K * D]`` norm all heads as one row. They are of the backend's dtype or float32."""
+        Weights ``[H * D]`` and ``[K * D]`` norm all heads as one row. Rows of ``[H, D]`` and ``[K, D]`` norm a head
+        each by mean and variance; the cuda backend has no such norms. Weights are of the backend's dtype or float32."""
 
     @abstractmethod
     def paged_attention(

@@ -352,8 +352,12 @@ class TorchBackend(Backend):
         heads = qkv.view(-1, num_heads + 2 * kv_heads, size)
         for norm, first, last in ((q_norm, 0, num_heads), (k_norm, num_heads, num_heads + kv_heads)):
             if norm is not None:
-                part = qkv[:, first * size : last * size].view(len(qkv), -1, len(norm))
-                part.copy_(_rms_norm(part, norm, eps))
+                part = qkv[:, first * size : last * size].view(len(qkv), -1, norm.shape[-1])
+                part.copy_(
+                    _rms_norm(part, norm, eps)
+                    if norm.dim() == 1
+                    else F.layer_norm(part.float(), (size,), eps=eps).mul_(norm)
+                )
         if rope is not None:
             # In place, so that keys and values stay side by side as the cache has them.
             _rotate(heads[:, : num_heads + kv_heads, : rope.rotary_dim], rope, batch)

@@ -71,6 +71,13 @@ def load_model(
             f"{path}: its weights take {needed} bytes in {backend.quantization or backend.dtype}; {free} are free"
             + (_what_fits(weights, free) if spec.quantization is None else "")
         )
+    position = sum(4 * rope.rotary_dim for rope in {layer.rope for layer in spec.layers} if rope is not None)
+    if position * max_model_len > free:
+        raise ParameterError(
+            "max_model_len",
+            max_model_len,
+            f"its rotations take {position * max_model_len} bytes; {free} are free: lower it to {free // position}",
+        )
     return Decoder(
         spec,
         backend,

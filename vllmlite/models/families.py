@@ -54,7 +54,7 @@ FAMILIES: dict[str, Family] = {
     "SmolLM3ForCausalLM": Family("SmolLM3", "smollm3", smollm3.spec),
     "StableLmForCausalLM": Family("StableLM", "stablelm", stablelm.spec),
     "GPT2LMHeadModel": Family("GPT-2", "gpt2", gpt2.spec),
-    "OPTForCausalLM": Family("OPT, but 350m", "opt", opt.spec),
+    "OPTForCausalLM": Family("OPT", "opt", opt.spec),
     "GPTNeoXForCausalLM": Family("GPT-NeoX, Pythia", "gpt_neox", gpt_neox.spec),
     "FalconForCausalLM": Family("Falcon", "falcon", falcon.spec),
     "BloomForCausalLM": Family("BLOOM", "bloom", bloom.spec),

@@ -27,6 +27,8 @@ class Keys:
     embedding: str = "embed_tokens"
     positions: str = "embed_positions"
     embedding_norm: str = "embed_layernorm"
+    project_in: str = "project_in"
+    project_out: str = "project_out"
     final_norm: str = "norm"
     head: str = "lm_head"
     attn_norm: str = "input_layernorm"

@@ -26,7 +26,7 @@ class _Sources:
 
     def all(self) -> Named:
         spec, keys = self.spec, self.keys
-        table = (spec.vocab_size, spec.hidden_size)
+        table = (spec.vocab_size, spec.output_size)
         yield "embedding.weight", _whole(f"{keys.prefix}{keys.embedding}.weight", table)
         if spec.learned_positions:
             stored = spec.learned_positions + spec.position_offset, spec.hidden_size
@@ -41,9 +41,14 @@ class _Sources:
             )
         if spec.embedding_norm:
             yield from self.norm("embedding_norm", keys.prefix + keys.embedding_norm)
+        if spec.embedding_size is not None:
+            sizes = spec.hidden_size, spec.embedding_size
+            yield from self.linear("project_in", keys.prefix + keys.project_in, *sizes, False)
+            yield from self.linear("project_out", keys.prefix + keys.project_out, *sizes[::-1], False)
         for index in range(spec.num_layers):
             yield from self.layer(index)
-        yield from self.norm("final_norm", keys.prefix + keys.final_norm)
+        if spec.final_norm:
+            yield from self.norm("final_norm", keys.prefix + keys.final_norm)
         if not spec.tied_head:
             yield "head.weight", Source(f"{keys.head}.weight", table, table, product=True)
 
@@ -55,16 +60,8 @@ class _Sources:
                 yield from self.norm(name + norm, key + getattr(keys, norm))
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         yield from self.several(name, key, ("q", "k", "v"), (q, kv, kv), keys.qkv, spec.qkv_bias)
-        if spec.qk_norm is not None:
-            whole = spec.qk_norm == "whole"
-            yield (
-                f"{name}q_norm.weight",
-                _whole(f"{key}{keys.q_norm}.weight", (q if whole else spec.head_dim,)),
-            )
-            yield (
-                f"{name}k_norm.weight",
-                _whole(f"{key}{keys.k_norm}.weight", (kv if whole else spec.head_dim,)),
-            )
+        yield from self.head_norm(f"{name}q_norm", key + keys.q_norm, spec.num_heads)
+        yield from self.head_norm(f"{name}k_norm", key + keys.k_norm, spec.num_kv_heads)
         yield from self.linear(f"{name}o", key + keys.o, spec.hidden_size, q, spec.o_bias)
         moe, inner = spec.layers[index].moe, spec.intermediate_size
         if moe is not None:
@@ -113,6 +110,15 @@ class _Sources:
         yield f"{name}.weight", _whole(f"{module}.weight", (self.spec.hidden_size,))
         if self.spec.norm.bias:
             yield f"{name}.bias", _whole(f"{module}.bias", (self.spec.hidden_size,))
+
+    def head_norm(self, name: str, module: str, heads: int) -> Named:
+        """Of q or k, in one tensor or in one for each head."""
+        kind, size = self.spec.qk_norm, self.spec.head_dim
+        if kind == "layer":
+            for head in range(heads):
+                yield f"{name}.{head}.weight", _whole(f"{module}.{head}.weight", (size,))
+        elif kind is not None:
+            yield f"{name}.weight", _whole(f"{module}.weight", (heads * size if kind == "whole" else size,))
 
     def linear(self, name: str, module: str, out: int, size: int, bias: bool) -> Named:
         yield f"{name}.weight", self.product(f"{module}.weight", (out, size), (out, size), None)
