@@ -15,7 +15,7 @@ pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar
 
 from vllmlite import LLM, EngineConfig, SamplingParams, StructuredOutputsParams
 from vllmlite.errors import ParameterError
-from vllmlite.grammar_compiler import GrammarCompiler
+from vllmlite.guided.compiler import GrammarCompiler
 from vllmlite.sampling_params import ThinkingMarks
 
 PROMPT = "The Debian Project is"

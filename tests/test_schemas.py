@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from vllmlite.json_formats import FORMATS
-from vllmlite.json_keywords import SchemaError
-from vllmlite.json_pattern import PatternError, other_than, string_pattern
-from vllmlite.json_schema import exact
+from vllmlite.guided.json_formats import FORMATS
+from vllmlite.guided.json_keywords import SchemaError
+from vllmlite.guided.json_pattern import PatternError, other_than, string_pattern
+from vllmlite.guided.json_schema import exact
 
 INTEGER = {"type": "integer"}
 NODE = {

@@ -17,7 +17,7 @@ pytest.importorskip("httpx")
 from served import Script, check, post, serving, stream
 
 from vllmlite.errors import ParameterError
-from vllmlite.json_schema import exact
+from vllmlite.guided.json_schema import exact
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams, ThinkingMarks
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.parsers.reasoning import STYLES, ThinkStyle

@@ -30,7 +30,7 @@ from vllmlite.engine.engine import EngineOutput, RequestOptions
 from vllmlite.engine.request import Grammar
 from vllmlite.engine.trace import TraceEvent
 from vllmlite.errors import BackendError, EngineDeadError, ParameterError, VllmliteError
-from vllmlite.guided import MAX_KEPT, Grammars, Matcher
+from vllmlite.guided.grammars import MAX_KEPT, Grammars, Matcher
 from vllmlite.outputs import EngineStats, RequestMetrics
 from vllmlite.sampling_params import SamplingParams
 

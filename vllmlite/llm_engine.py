@@ -18,7 +18,7 @@ from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from vllmlite.guided import Grammars
+    from vllmlite.guided.grammars import Grammars
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids`` and perhaps ``cache_salt``."""
@@ -147,7 +147,7 @@ class LLMEngine:
     @cached_property
     def grammars(self) -> Grammars:
         """The compiled grammars of structured outputs."""
-        from vllmlite.guided import Grammars
+        from vllmlite.guided.grammars import Grammars
 
         bounds = self.engine_core.bounds
         return Grammars(self.get_tokenizer(), bounds.vocab_size, sorted(bounds.eos_ids))

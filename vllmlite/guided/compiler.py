@@ -99,10 +99,10 @@ class GrammarCompiler:
     def _start(self) -> None:
         self.close()
         ours, theirs = socket.socketpair()
-        path = [str(Path(__file__).resolve().parent.parent), *sys.path]
+        path = [str(Path(__file__).resolve().parents[2]), *sys.path]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "vllmlite.grammar_compiler", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "vllmlite.guided.compiler", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
-from vllmlite.json_formats import FORMATS, UNSUPPORTED_FORMATS
-from vllmlite.json_keywords import (
+from vllmlite.guided.json_formats import FORMATS, UNSUPPORTED_FORMATS
+from vllmlite.guided.json_keywords import (
     KEYWORDS,
     LARGER,
     MAX_INTEGER,
@@ -31,7 +31,7 @@ from vllmlite.json_keywords import (
     literals,
     types_of,
 )
-from vllmlite.json_pattern import PatternError, other_than, string_pattern
+from vllmlite.guided.json_pattern import PatternError, other_than, string_pattern
 
 MAX_SCHEMAS = 5000
 """Schemas in a schema, each use of a merged one counted."""

@@ -1,7 +1,7 @@
 """Guided output: grammars from JSON schemas, regular expressions, choices and EBNF, through xgrammar.
 
 xgrammar (Dong et al. 2024) is imported by the first grammar: it may bring torch in. A grammar is compiled once, by
-:mod:`vllmlite.grammar_compiler`, and kept; a sequence walks through it with a :class:`Matcher`, whose mask says which
+:mod:`vllmlite.guided.compiler`, and kept; a sequence walks through it with a :class:`Matcher`, whose mask says which
 token may come next.
 """
 
@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from vllmlite.errors import ParameterError
-from vllmlite.grammar_compiler import GrammarCompiler, Vocabulary
-from vllmlite.json_keywords import SchemaError
-from vllmlite.json_schema import exact
+from vllmlite.guided.compiler import GrammarCompiler, Vocabulary
+from vllmlite.guided.json_keywords import SchemaError
+from vllmlite.guided.json_schema import exact
 from vllmlite.sampling_params import StructuredOutputsParams, ThinkingMarks
 from vllmlite.tokenizer import Tokenizer
 
