@@ -202,9 +202,10 @@ def _nano(llm: LLM) -> float:
 
 
 def _attention(size: int, batch: int, context: int, heads: int = 32, kv_heads: int = 8) -> float:
-    """GB/s of keys and values that decoding reads, over so many layers that no cache holds them."""
+    """GB/s of keys and values that decoding reads, over so many layers that no cache holds them and that starting a
+    graph does not count. Rows go on from sampled ids, as decoding does."""
     backend = CudaBackend("cuda", "bfloat16")
-    layers = max(2, int(2e9 / (2 * kv_heads * size * 2 * batch * context)))
+    layers = max(8, int(2e9 / (2 * kv_heads * size * 2 * batch * context)))
     spec = KVSpec(layers, kv_heads, size, 16, "bfloat16")
     blocks = batch * context // 16
     kv = backend.alloc_kv(spec, blocks)
@@ -220,7 +221,7 @@ def _attention(size: int, batch: int, context: int, heads: int = 32, kv_heads: i
         starts = np.arange(batch + 1, dtype=np.int32) * count
         return ForwardBatch(
             num_tokens=batch * count, num_rows=batch, max_query_len=count, max_context=ends,
-            token_ids=np.zeros(batch * count, np.int32),
+            token_ids=np.full(batch * count, -1 if count == 1 else 0, np.int32),
             positions=np.tile(np.arange(ends - count, ends, dtype=np.int32), batch), query_start_loc=starts,
             slots=rows, context_lens=np.full(batch, ends, np.int32), logits_rows=starts[1:] - 1,
             sample_slots=rows, sample_positions=np.full(batch, ends, np.int64),

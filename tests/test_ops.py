@@ -678,6 +678,15 @@ def test_attention_over_long_and_short_contexts(exact: Backend, kv_dtype: str) -
     rows.step([3, 2, 1, 0], [2, 1, 50, 60], (None, 20, 256))
 
 
+@pytest.mark.parametrize(("size", "block"), [(64, 16), (80, 32), (128, 16)])
+def test_attention_of_many_queries(backend: Backend, size: int, block: int) -> None:
+    rows = Rows(backend, 4, 2, size, block, num_blocks=96)
+    for slot in range(3):
+        rows.admit(slot)
+    rows.step([0, 1, 2], [1, 300, 129], (None, 150))
+    rows.step([2, 0, 1], [260, 70, 1], (None, 150, 20))
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 2, 64), (4, 1, 128), (4, 2, 256)])
 def test_attention_over_very_long_contexts(backend: Backend, heads: int, kv_heads: int, size: int) -> None:
     if backend.device == "cpu":

@@ -115,8 +115,9 @@ class AsyncLLM:
         self._check: Callable[[], None] | None = None
         """Raises, once the engine's process has ended."""
         self._streams: dict[str, OutputStream] = {}
-        self._deliveries: list[threading.Event] = []
-        """Of the outputs last handed over: one an event loop, set once its tasks have seen them."""
+        self._busy_loops: set[asyncio.AbstractEventLoop] = set()
+        """Those whose tasks have not seen the outputs that were last handed over."""
+        self._patience_ends = 0.0
         self._failed_steps_in_a_row = 0
         self._on_death: Callable[[], object] | None = None
         self._thread = threading.Thread(target=self._run, name="vllmlite-engine", daemon=True)
@@ -296,9 +297,8 @@ class AsyncLLM:
         """Wait for work, do the commands, run a step; False once the engine is to shut down."""
         engine = self._engine
         with self._wake:
-            self._wake.wait_for(
-                lambda: self._commands or self._closed or self._check or engine.has_unfinished_requests()
-            )
+            while not self._wake.wait_for(self._has_to_act, self._patience()):
+                self._busy_loops.clear()
             if self._closed:
                 return False
             commands, self._commands = self._commands, deque()
@@ -306,13 +306,8 @@ class AsyncLLM:
             self._check()
         for command in commands:
             command()
-        if not engine.has_unfinished_requests():
+        if self._busy_loops or not engine.has_unfinished_requests():
             return True
-        if isinstance(engine.engine_core, EngineProcess):
-            # It steps without being asked. What it gives while the event loops are at work waits for them in one
-            # piece a request, rather than that this thread takes the interpreter from them for each.
-            for delivery in self._deliveries:
-                delivery.wait(DELIVERY_SECONDS)
         failed_before = engine.engine_core.stats.num_failed_steps
         self._publish(engine.step())
         stats = engine.engine_core.stats
@@ -323,6 +318,14 @@ class AsyncLLM:
             if self._failed_steps_in_a_row >= MAX_FAILED_STEPS:
                 raise VllmliteError(f"{MAX_FAILED_STEPS} steps in a row failed: {stats.last_error}")
         return True
+
+    def _has_to_act(self) -> bool:
+        if self._commands or self._closed or self._check is not None:
+            return True
+        return self._engine.has_unfinished_requests() and not self._busy_loops
+
+    def _patience(self) -> float | None:
+        return max(self._patience_ends - time.monotonic(), 0) if self._busy_loops else None
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
         """Hand a step's outputs over, waking each event loop once."""
@@ -339,11 +342,25 @@ class AsyncLLM:
                 self._streams.pop(output.request_id, None)
             if stream is not None:
                 batches.setdefault(stream.loop, []).append((stream, item))
-        self._deliveries = []
+        if isinstance(self._engine.engine_core, EngineProcess):
+            # It steps without being asked. What it gives while the event loops are at work waits for them in one
+            # piece a request, rather than that this thread takes the interpreter from them for each.
+            self._busy_loops.update(batches)
+            self._patience_ends = time.monotonic() + DELIVERY_SECONDS
         for loop, batch in batches.items():
-            delivery = threading.Event()
-            self._deliveries.append(delivery)
-            _call_soon(loop, _deliver, loop, batch, delivery)
+            _call_soon(loop, self._deliver, loop, batch)
+
+    def _deliver(
+        self, loop: asyncio.AbstractEventLoop, batch: list[tuple[OutputStream, RequestOutput | BaseException]]
+    ) -> None:
+        for stream, item in batch:
+            stream.put(item)
+        loop.call_soon(self._delivered, loop)  # after the tasks that this has woken
+
+    def _delivered(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._wake:
+            self._busy_loops.discard(loop)
+            self._wake.notify()
 
     def _fail(self, request_ids: Sequence[str], error: VllmliteError) -> None:
         for request_id in request_ids:
@@ -356,16 +373,6 @@ class AsyncLLM:
         for request_id in request_ids:
             if self._streams.pop(request_id, None) is not None:
                 self._engine.abort_request(request_id)
-
-
-def _deliver(
-    loop: asyncio.AbstractEventLoop,
-    batch: list[tuple[OutputStream, RequestOutput | BaseException]],
-    delivery: threading.Event,
-) -> None:
-    for stream, item in batch:
-        stream.put(item)
-    loop.call_soon(delivery.set)  # after the tasks that this has woken
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:

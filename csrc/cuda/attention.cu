@@ -148,18 +148,21 @@ Tensor paged_attention(Runtime& runtime, const Tensor& q, const KVCache& kv, int
                             kv.head_dim,
                             kv.width,
                             kv.block_size,
+                            kv.num_blocks,
                             batch.num_tokens,
                             batch.num_rows,
                             batch.num_items,
                             batch.num_shares,
-                            {batch.num_tiles[0], batch.num_tiles[1]},
+                            {batch.num_tiles[0], batch.num_tiles[1], batch.num_tiles[2]},
                             q.dtype,
                             kv.dtype};
   if (!takes_tensor_cores(runtime, attention)) {
     attend_in_order(runtime, attention);
   } else {
     if (attention.num_items > 0) attend_decoding(runtime, attention);
-    if (attention.num_tiles[0] > 0) attend_prefilling(runtime, attention);
+    if (attention.num_tiles[0] > 0)
+      takes_hopper(runtime, attention) ? attend_prefilling_hopper(runtime, attention)
+                                       : attend_prefilling(runtime, attention);
   }
   return out;
 }

@@ -6,7 +6,7 @@
 
 namespace vllmlite::cuda {
 
-__device__ __forceinline__ bool edits_scores(const Attention& given) {
+__host__ __device__ __forceinline__ bool edits_scores(const Attention& given) {
   return given.soft_cap > 0 || given.alibi != nullptr;
 }
 

@@ -18,7 +18,8 @@ struct Attention {
   float soft_cap;      // 0: none
   float scale;
   int window, heads, kv_heads, size, width, block_size;
-  int num_tokens, num_rows, num_items, num_shares, num_tiles[2];
+  std::int64_t num_blocks;
+  int num_tokens, num_rows, num_items, num_shares, num_tiles[kTileLists];
   DType dtype, kv_dtype;
 };
 
@@ -29,5 +30,9 @@ void attend_in_order(const Runtime& runtime, const Attention& attention);
 bool takes_tensor_cores(const Runtime& runtime, const Attention& attention);
 void attend_decoding(Runtime& runtime, const Attention& attention);
 void attend_prefilling(const Runtime& runtime, const Attention& attention);
+
+// The latter where sm_90a's own instructions serve; the first says whether they do for what takes_tensor_cores.
+bool takes_hopper(const Runtime& runtime, const Attention& attention);
+void attend_prefilling_hopper(const Runtime& runtime, const Attention& attention);
 
 }  // namespace vllmlite::cuda

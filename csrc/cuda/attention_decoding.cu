@@ -57,16 +57,23 @@ class Walk {
     constexpr int kWords = kSize / 8;  // of 16 bytes in a key
     if (live_) {
       const std::int64_t values_at = given_.kv_heads * plane_;
+      if (whole_ && given_.width == kSize && tile_ >= from_ && tile_ + kKeys <= end_) {
 #pragma unroll
-      for (int i = 0; i < kKeys * kWords / 32; ++i) {
-        const int row = i * (32 / kWords) + lane / kWords, word = lane % kWords, key = tile_ + row;
-        const bool there = key >= from_ && key < end_ && word * 8 < given_.width;
-        const std::int64_t at =
-            !there   ? 0
-            : whole_ ? places_[i * (32 / kWords) / 16] + static_cast<std::int64_t>(row % 16) * given_.width + word * 8
-                     : place_of(key) + word * 8;
-        copy_async(&stage.keys[row][word * 8], cache_ + at, there);
-        copy_async(&stage.values[row][word * 8], cache_ + (there ? at + values_at : 0), there);
+        for (int i = 0; i < kKeys * kWords / 32; ++i) {
+          const int row = i * (32 / kWords) + lane / kWords, word = lane % kWords;
+          const T* from = cache_ + places_[i / (kWords / 2)] + lane * 8 + i % (kWords / 2) * 256;
+          copy_async(&stage.keys[row][word * 8], from, true);
+          copy_async(&stage.values[row][word * 8], from + values_at, true);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kKeys * kWords / 32; ++i) {
+          const int row = i * (32 / kWords) + lane / kWords, word = lane % kWords, key = tile_ + row;
+          const bool there = key >= from_ && key < end_ && word * 8 < given_.width;
+          const std::int64_t at = there ? place_of(key) + word * 8 : 0;
+          copy_async(&stage.keys[row][word * 8], cache_ + at, there);
+          copy_async(&stage.values[row][word * 8], cache_ + (there ? at + values_at : 0), there);
+        }
       }
       tile_ += kStep;
       if (tile_ < end_)
@@ -114,7 +121,8 @@ class Walk {
   std::int64_t places_[kParts];
 };
 
-template <typename T, int kSize, int kWarps>
+// `kEdits`: whether scores are edited; see edits_scores.
+template <typename T, int kSize, int kWarps, bool kEdits>
 static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __grid_constant__ Attention given,
                                                                       float* partial, float2* states,
                                                                       std::int32_t* counters) {
@@ -138,8 +146,7 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
   wait_for_previous();
   for (; filled < kStages; ++filled) tiles.fetch(room.stages[warp][filled], lane);
 
-  const bool edits = edits_scores(given);
-  const float scale = edits ? kLog2E : given.scale * kLog2E;
+  const float scale = kEdits ? kLog2E : given.scale * kLog2E;
   int index = 0;
   for (int item_index = first_item; item_index < last_item; ++item_index) {
     const Item item = given.batch.items[item_index];
@@ -170,7 +177,7 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
           load_matrices(key, &stage.keys[part * 16 + lane % 16][i * 16 + lane / 16 * 8]);
           multiply<T>(scores[part], key, q[i][0], q[i][1]);
         }
-      if (edits)
+      if constexpr (kEdits)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float slope = slope_of(given, first_head + min(quad * 2 + i % 2, num_heads - 1));
@@ -179,23 +186,25 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
             scores[part][i] =
                 edited_score(given, scores[part][i], slope, tile + part * 16 + i / 2 * 8 + group - item.context + 1);
         }
-      float next[2] = {largest[0], largest[1]}, kept[2];
+      if (tile < from_key || tile + kKeys > item.end) {
 #pragma unroll
-      for (int part = 0; part < kParts; ++part)
+        for (int part = 0; part < kParts; ++part)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int key = tile + part * 16 + i / 2 * 8 + group;
-          float& score = scores[part][i];
-          score = key >= from_key && key < item.end ? score * scale : -INFINITY;
-          next[i % 2] = fmaxf(next[i % 2], score);
-        }
+          for (int i = 0; i < 4; ++i)
+            if (const int key = tile + part * 16 + i / 2 * 8 + group; key < from_key || key >= item.end)
+              scores[part][i] = -INFINITY;
+      }
+      float base[2], kept[2];
 #pragma unroll
       for (int head = 0; head < 2; ++head) {
+        float next = largest[head];
 #pragma unroll
-        for (int offset = 4; offset < 32; offset *= 2)
-          next[head] = fmaxf(next[head], __shfl_xor_sync(kAll, next[head], offset));
-        kept[head] = next[head] == -INFINITY ? 1 : exp2_fast(largest[head] - next[head]);
-        largest[head] = next[head];
+        for (int part = 0; part < kParts; ++part) next = fmaxf(next, fmaxf(scores[part][head], scores[part][head + 2]));
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2) next = fmaxf(next, __shfl_xor_sync(kAll, next, offset));
+        base[head] = next == -INFINITY ? 0 : next * scale;
+        kept[head] = largest[head] == next ? 1 : exp2_fast(largest[head] * scale - base[head]);
+        largest[head] = next;
         total[head] *= kept[head];
       }
       if (__any_sync(kAll, kept[0] != 1 || kept[1] != 1))
@@ -208,7 +217,7 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
         float (&weights)[4] = scores[part];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          weights[i] = weights[i] == -INFINITY ? 0 : exp2_fast(weights[i] - largest[i % 2]);
+          weights[i] = exp2_fast(fmaf(weights[i], scale, -base[i % 2]));
           total[i % 2] += weights[i];
         }
         const std::uint32_t low = transposed(pair<T>(weights[0], weights[1])),
@@ -233,7 +242,7 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
 #pragma unroll
       for (int offset = 4; offset < 32; offset *= 2) total[head] += __shfl_xor_sync(kAll, total[head], offset);
       if (group == 0) {
-        room.largest[warp][quad * 2 + head] = largest[head];
+        room.largest[warp][quad * 2 + head] = largest[head] * scale;
         room.total[warp][quad * 2 + head] = total[head];
       }
     }
@@ -309,7 +318,8 @@ static void run(Runtime& runtime, const Attention& attention) {
   const std::int64_t items = attention.num_items;
   const Tensor partial = runtime.make({items * attention.heads, attention.size}, DType::float32);
   const Tensor states = runtime.make({items * attention.heads, 2}, DType::float32);
-  const auto kernel = decoding_kernel<T, kSize, kWarps>;
+  const auto kernel =
+      edits_scores(attention) ? decoding_kernel<T, kSize, kWarps, true> : decoding_kernel<T, kSize, kWarps, false>;
   VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                       static_cast<int>(sizeof(Shared)));
   launch(runtime, kernel, grid, kWarps * 32, sizeof(Shared), attention, static_cast<float*>(partial.data),

@@ -101,10 +101,11 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   const bool all_in_tiles = runtime.batch_invariant();
   if (!all_in_tiles) plan_items(host, at_once, items, starts);
   const std::size_t num_items = decodes && !all_in_tiles ? rows + static_cast<std::size_t>(at_once) : items.size();
-  std::vector<Tile> tiles[] = {plan_tiles(host, kTileQueries[0], all_in_tiles),
-                               plan_tiles(host, kTileQueries[1], all_in_tiles)};
-  if (decodes && all_in_tiles)
-    for (std::vector<Tile>& list : tiles) list.resize(rows, Tile{-1, 0, 0, 0});
+  std::vector<Tile> tiles[kTileLists];
+  for (int list = 0; list < kTileLists; ++list) {
+    tiles[list] = plan_tiles(host, kTileQueries[list], all_in_tiles);
+    if (decodes && all_in_tiles) tiles[list].resize(rows, Tile{-1, 0, 0, 0});
+  }
   const bool masked = !host.mask_rows.empty();
 
   auto batch = std::make_shared<Batch>();
@@ -127,7 +128,8 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
                     at_logits = layout.add<std::int32_t>(samples), at_sampled = layout.add<std::int32_t>(samples),
                     at_sample_positions = layout.add<std::int64_t>(samples), at_items = layout.add<Item>(num_items),
                     at_starts = layout.add<std::int32_t>(starts.size()), at_cache = layout.add<std::int32_t>(tokens);
-  const std::size_t at_tiles[] = {layout.add<Tile>(tiles[0].size()), layout.add<Tile>(tiles[1].size())};
+  std::size_t at_tiles[kTileLists];
+  for (int list = 0; list < kTileLists; ++list) at_tiles[list] = layout.add<Tile>(tiles[list].size());
   batch->bytes = layout.bytes();
   const std::size_t at_places = layout.add<std::int32_t>(masked ? samples : 0),
                     at_bits = layout.add<std::int32_t>(host.bitmask.size()),
@@ -157,7 +159,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   fill(at_sample_positions, host.sample_positions, samples, 0);
   std::ranges::copy(items, reinterpret_cast<Item*>(base + at_items));
   fill(at_starts, starts, 0, 0);
-  for (int list = 0; list < 2; ++list) {
+  for (int list = 0; list < kTileLists; ++list) {
     std::ranges::copy(tiles[list], reinterpret_cast<Tile*>(base + at_tiles[list]));
     batch->num_tiles[list] = static_cast<int>(tiles[list].size());
   }
@@ -185,7 +187,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   view.items = reinterpret_cast<Item*>(data + at_items);
   view.starts = part(at_starts);
   view.cache_slots = part(at_cache);
-  for (int list = 0; list < 2; ++list) view.tiles[list] = reinterpret_cast<Tile*>(data + at_tiles[list]);
+  for (int list = 0; list < kTileLists; ++list) view.tiles[list] = reinterpret_cast<Tile*>(data + at_tiles[list]);
   view.mask_places = masked ? part(at_places) : nullptr;
   view.mask_bits = part(at_bits);
   view.block_table = static_cast<const std::int32_t*>(slots->block_table.data);

@@ -77,7 +77,8 @@ struct Tile {
   std::int32_t row, first, count, unused;
 };
 
-constexpr int kTileQueries[] = {128, 64};  // by list of tiles, what a tile holds at most
+constexpr int kTileQueries[] = {128, 64, 192};  // by list of tiles, what a tile holds at most
+constexpr int kTileLists = 3;
 
 // What kernels are given of a batch. A padding row has slot -1, context 0 and no place in the cache.
 struct BatchView {
@@ -86,7 +87,7 @@ struct BatchView {
   std::int64_t* sample_positions;
   Item* items;
   std::int32_t* starts;  // [num_shares + 1]: the items of a share of the work
-  Tile* tiles[2];
+  Tile* tiles[kTileLists];
   const std::int32_t* block_table;
   std::int32_t* last_id;
   SlotState* states;
@@ -109,7 +110,7 @@ struct HostBatch {
 };
 
 struct Batch {
-  int num_tokens, num_rows, num_samples, max_context, block_size, num_items, num_shares, num_tiles[2];
+  int num_tokens, num_rows, num_samples, max_context, block_size, num_items, num_shares, num_tiles[kTileLists];
   unsigned features;
   int num_logprobs;
   bool masked;

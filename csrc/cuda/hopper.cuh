@@ -1,0 +1,185 @@
+// What sm_90a alone has: products that a warpgroup (four warps) issues over shared memory, barriers that count bytes,
+// copies of boxes that one thread starts, and registers that warps hand to each other. Empty for other chips.
+//
+// Shared operands lie in rows of 128 bytes whose 16-byte words are swizzled over eight rows, as boxes that are 64
+// numbers of 16 bits wide arrive. The fragments of A and of the sums are those of mma.cuh, with warp w of the group at
+// rows 16 w; `sums` has kColumns / 2 floats a thread, four for every 8 columns.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "cuda/mma.cuh"
+
+namespace vllmlite::cuda {
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// ---- Barriers
+
+__device__ __forceinline__ void barrier_init(std::uint64_t& barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers known to copies; then the block synchronises.
+__device__ __forceinline__ void barriers_made() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void arrive(std::uint64_t& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+
+__device__ __forceinline__ void arrive_expecting(std::uint64_t& barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Until the phase of this parity has completed; that before the first counts as one of parity 1.
+__device__ __forceinline__ void wait(std::uint64_t& barrier, int parity) {
+  std::uint32_t done = 0;
+  while (done == 0)
+    asm volatile(
+        "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+        : "=r"(done)
+        : "r"(shared_address(&barrier)), "r"(parity)
+        : "memory");
+}
+
+// Barriers that threads name: `threads` of them, in whole warps, meet; or some only say that they were there.
+__device__ __forceinline__ void meet(int name, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void announce(int name, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+// What this thread stored in shared memory is there for products that are issued after the next barrier.
+__device__ __forceinline__ void stores_made() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- Copies
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// A box whose first element has these coordinates, innermost first.
+__device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, std::uint64_t& barrier, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(x), "r"(y)
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, std::uint64_t& barrier, int x, int y,
+                                         int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+          "r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
+// ---- Registers
+
+template <int kCount>
+__device__ __forceinline__ void give_registers_up() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// ---- Products
+
+constexpr std::uint64_t kSwizzled = std::uint64_t{1} << 62;
+
+// Eight rows apart by `group_bytes`; 64 columns apart by `part_bytes`, where the operand's rows are the products' sum
+// (of a transposed operand, that is), which others do not read.
+__device__ __forceinline__ std::uint64_t operand(const void* at, int group_bytes, int part_bytes) {
+  return kSwizzled | static_cast<std::uint64_t>(group_bytes / 16) << 32 |
+         static_cast<std::uint64_t>(part_bytes / 16) << 16 | (shared_address(at) & 0x3ffffU) >> 4;
+}
+
+// Before the first product after its sums or fragments were written.
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving what reads or writes these past this point.
+template <int kCount>
+__device__ __forceinline__ void hold(float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+#define VLLMLITE_4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define VLLMLITE_16(c, i) VLLMLITE_4(c, i), VLLMLITE_4(c, i + 4), VLLMLITE_4(c, i + 8), VLLMLITE_4(c, i + 12)
+#define VLLMLITE_32(c) VLLMLITE_16(c, 0), VLLMLITE_16(c, 16)
+#define VLLMLITE_64(c) VLLMLITE_32(c), VLLMLITE_16(c, 32), VLLMLITE_16(c, 48)
+#define VLLMLITE_NAMES_32                                                                                          \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+  "%30,%31"
+#define VLLMLITE_NAMES_64                                                                                          \
+  VLLMLITE_NAMES_32                                                                                                \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%" \
+  "59,%60,%61,%62,%63"
+
+// sums (64 x 128) = a b, or += unless `first`; a is 64 x 16, b 128 x 16, both with the sum's terms along their rows.
+template <typename T>
+__device__ __forceinline__ void multiply_rows(float (&sums)[64], std::uint64_t a, std::uint64_t b, bool first) {
+#define VLLMLITE_MULTIPLY(type)                                                                                    \
+  asm volatile("{\n.reg .pred adds;\nsetp.eq.u32 adds, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." type \
+               " {" VLLMLITE_NAMES_64 "}, %64, %65, adds, 1, 1, 0, 0;\n}"                                          \
+               : VLLMLITE_64(sums)                                                                                 \
+               : "l"(a), "l"(b), "r"(static_cast<std::uint32_t>(first)))
+  if constexpr (std::is_same_v<T, f16>)
+    VLLMLITE_MULTIPLY("f16.f16");
+  else
+    VLLMLITE_MULTIPLY("bf16.bf16");
+#undef VLLMLITE_MULTIPLY
+}
+
+// sums (64 x kCount * 2) += a b; a is a fragment, 64 x 16, b 16 x kCount * 2.
+template <typename T, int kCount>
+__device__ __forceinline__ void multiply_columns(float (&sums)[kCount], const std::uint32_t (&a)[4], std::uint64_t b) {
+  static_assert(kCount == 32 || kCount == 64);
+#define VLLMLITE_MULTIPLY(type, columns, names, all, a0, a1, a2, a3, at_b)                                           \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type " {" names "}, {" a0 "," a1 "," a2 "," a3 \
+               "}, " at_b ", 1, 1, 1, 1;"                                                                            \
+               : all(sums)                                                                                           \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define VLLMLITE_MULTIPLY_64(type) \
+  VLLMLITE_MULTIPLY(type, "64", VLLMLITE_NAMES_32, VLLMLITE_32, "%32", "%33", "%34", "%35", "%36")
+#define VLLMLITE_MULTIPLY_128(type) \
+  VLLMLITE_MULTIPLY(type, "128", VLLMLITE_NAMES_64, VLLMLITE_64, "%64", "%65", "%66", "%67", "%68")
+  if constexpr (kCount == 32 && std::is_same_v<T, f16>)
+    VLLMLITE_MULTIPLY_64("f16.f16");
+  else if constexpr (kCount == 32)
+    VLLMLITE_MULTIPLY_64("bf16.bf16");
+  else if constexpr (std::is_same_v<T, f16>)
+    VLLMLITE_MULTIPLY_128("f16.f16");
+  else
+    VLLMLITE_MULTIPLY_128("bf16.bf16");
+#undef VLLMLITE_MULTIPLY_128
+#undef VLLMLITE_MULTIPLY_64
+#undef VLLMLITE_MULTIPLY
+}
+
+#undef VLLMLITE_NAMES_64
+#undef VLLMLITE_NAMES_32
+#undef VLLMLITE_64
+#undef VLLMLITE_32
+#undef VLLMLITE_16
+#undef VLLMLITE_4
+
+#endif
+
+}  // namespace vllmlite::cuda
