@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """The native CPU backend beside vLLM, llama.cpp and the limits of the machine: the table of its bars.
 
-    PYTHONPATH=. scripts/bench_cpu.py MODEL [--vllm PYTHON] [--llama-bench COMMAND] [--llama-batched-bench COMMAND]
-        [--gguf FILE] [--gguf-q8 FILE] [--gguf-q4 FILE] [--rows 'decode-1-*,start/*'] [--rounds 3] [--scale 0.25]
+    PYTHONPATH=. scripts/bench_cpu.py [MODEL] [--vllm PYTHON] [--llama-bench COMMAND] [--llama-batched-bench COMMAND]
+        [--gguf FILE] [--gguf-q8 FILE] [--gguf-q4 FILE] [--gguf-q4-k-m FILE] [--rows 'decode-1-*,start/*']
+        [--rounds 3] [--scale 0.25]
 
-MODEL is a checkpoint directory in bfloat16, and the GGUF files hold the same weights. In each round every figure that
+MODEL is a checkpoint directory in bfloat16, and the GGUF files hold the same weights; rows that name a shape are of
+random weights made here, and need none of it but the gguf package. In each round every figure that
 the chosen rows need is measured once, ours and the peers' in turn; medians of the rounds are compared, and of vLLM's
 two modes (eager, compiled) the faster counts. A row whose peer is not given, or cannot do it, stays without a ratio.
 ``--scale`` shortens the 64 mixed requests of 64 to 512 tokens, which take minutes. ``--around`` names a command that
@@ -26,19 +28,23 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cpu_bench.models import Models
 from cpu_bench.programs import programs, step_model
 from cpu_bench.rows import LONG, Figure, Row, table
-from cpu_bench.systems import Engine, Limits, LlamaBench, Step, System
+from cpu_bench.shapes import SHAPES, Shape
+from cpu_bench.systems import Engine, Limits, LlamaBench, Made, Step, System
 
 from vllmlite.backends.cores import usable_cores
 
 POOL_GIB = 3
 COMMON = {"skip_tokenizer_init": True, "dtype": "bfloat16", "max_num_seqs": 64}
 OURS = {"backend": "cpu", "max_model_len": LONG + 64, "kv_cache_memory_bytes": POOL_GIB << 30}
+OURS_SHAPES = {"backend": "cpu", "max_model_len": 512, "kv_cache_memory_bytes": 1 << 30}
+QUANTIZATIONS = {"bf16": {}, "q8": {"quantization": "int8"}}
 VLLM = {"max_model_len": 1040}
 VLLM_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": str(POOL_GIB),
@@ -54,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument(
         "--vllm", metavar="COMMAND", help="the Python of an environment with vLLM for the CPU"
     )
@@ -63,6 +69,7 @@ def main() -> None:
     parser.add_argument("--gguf", metavar="FILE", help="bf16")
     parser.add_argument("--gguf-q8", metavar="FILE", help="Q8_0")
     parser.add_argument("--gguf-q4", metavar="FILE", help="Q4_0")
+    parser.add_argument("--gguf-q4-k-m", metavar="FILE", help="Q4_K_M, which is read here, too")
     parser.add_argument("--rows", metavar="GLOB,...", default="*", help="which rows (default: all)")
     parser.add_argument("--list", action="store_true", help="show the rows' names and end")
     parser.add_argument("--rounds", type=int, default=3)
@@ -97,26 +104,42 @@ def main() -> None:
 def _systems(args: argparse.Namespace, directory: Path) -> dict[str, System]:
     """What can be measured, by the names that the rows use."""
     threads = usable_cores()
+    python = [sys.executable]
+    systems: dict[str, System] = {"step": Step(python, step_model(directory))}
+    single, batched = (
+        shlex.split(command) if command else None for command in (args.llama_bench, args.llama_batched_bench)
+    )
+    for name in SHAPES:
+        shape = Shape(name, directory)
+        for kind, quantization in QUANTIZATIONS.items():
+            options = {**COMMON, **OURS_SHAPES, **quantization, "model": str(shape.path)}
+            systems[f"{name} {kind}"] = Made(shape.checkpoint, Engine(python, "vllmlite", options))
+            peer = LlamaBench(single, batched, str(shape.gguf_path(kind)), threads)
+            systems[f"llama.cpp {name} {kind}"] = Made(partial(shape.gguf, kind), peer)
+    if args.model is None:
+        return systems
     models = Models(args.model, directory)
     ours = {"model": str(models.base), **COMMON, **OURS}
-    python = [sys.executable]
-    systems: dict[str, System] = {
+    systems |= {
         "bf16": Engine(python, "vllmlite", ours),
         "int8": Engine(python, "vllmlite", {**ours, "quantization": "int8"}),
         "int4": Engine(python, "vllmlite", {**ours, "quantization": "int4"}),
         "limits": Limits(models, threads, directory),
         "programs": programs(models),
-        "step": Step(python, step_model(directory)),
     }
     if args.vllm:
         theirs = {"model": str(models.base), **COMMON, **VLLM}
         for mode, eager in (("eager", True), ("compiled", False)):
             options = {**theirs, "enforce_eager": eager}
             systems[f"vllm {mode}"] = Engine(shlex.split(args.vllm), "vllm", options, VLLM_ENVIRONMENT)
-    single, batched = (
-        shlex.split(command) if command else None for command in (args.llama_bench, args.llama_batched_bench)
-    )
-    for name, gguf in (("bf16", args.gguf), ("Q8_0", args.gguf_q8), ("Q4_0", args.gguf_q4)):
+    if args.gguf_q4_k_m:
+        systems["Q4_K_M"] = Engine(python, "vllmlite", {**ours, "model": args.gguf_q4_k_m, "dtype": "auto"})
+    for name, gguf in (
+        ("bf16", args.gguf),
+        ("Q8_0", args.gguf_q8),
+        ("Q4_0", args.gguf_q4),
+        ("Q4_K_M", args.gguf_q4_k_m),
+    ):
         if gguf:
             systems[f"llama.cpp {name}"] = LlamaBench(single, batched, gguf, threads)
     return systems

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from vllmlite.models.families import FAMILIES
-from vllmlite.models.gguf import ARCHITECTURES
+from vllmlite.models.gguf_families import FAMILIES as GGUF_FAMILIES
 from vllmlite.models.plan import Plan, declining
 
 
 def table() -> list[str]:
     """The lines of the table; the last row is of models that run through transformers' code."""
-    in_gguf = {architecture for architecture, _ in ARCHITECTURES.values()}
+    in_gguf = {family.architecture for family in GGUF_FAMILIES.values()}
     lines = ["| family | `architectures` | formats | backends |", "|---|---|---|---|"]
     for name, family in FAMILIES.items():
         formats = "safetensors, PyTorch" + ", GGUF" * (name in in_gguf)

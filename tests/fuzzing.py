@@ -6,22 +6,28 @@ what reaches new lines, and puts what fails into ``fuzz_seeds``, which the tests
 from __future__ import annotations
 
 import gzip
+import importlib
 import io
 import json
+import math
 import random
 import shutil
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from gguf_files import Typed, encode
 
-from vllmlite.errors import ModelError
+from vllmlite.backends.base import Backend
+from vllmlite.backends.cpu import CpuBackend
+from vllmlite.errors import BackendError, ModelError
 from vllmlite.gguf_tokenizer import gguf_tokenizer
 from vllmlite.hub import BUILT_IN
 from vllmlite.hub.tarball import extract
@@ -30,6 +36,7 @@ from vllmlite.models.families import FAMILIES
 from vllmlite.models.gguf import open_gguf
 from vllmlite.tokenizer import Tokenizer
 from vllmlite.weights.gguf import read_gguf
+from vllmlite.weights.parts import ModelWeights
 from vllmlite.weights.safetensors import read_safetensors
 
 KEPT = Path(__file__).parent / "fuzz_seeds"
@@ -79,10 +86,21 @@ def _gguf(directory: Path, content: bytes) -> None:
     assert sum(tensor.data.size for tensor in found.tensors.values()) <= len(content)
     with suppress(ModelError):
         gguf_tokenizer(path)[0].encode("a b")
-    weights = open_gguf(path, read_spec(path).weights(), "float32", None, True)
-    for name in weights.shapes:
-        assert weights(name).shape == weights.shapes[name]
-        weights.product(name)
+    spec, backend = read_spec(path), _backend()
+    weights = ModelWeights(spec.tensors(), open_gguf(path, spec, backend))
+    for name, source in weights.sources.items():
+        assert weights(name).shape == source.shape
+        if len(source.shape) == 2:
+            backend.linear_weight([weights.product(name)])
+
+
+@cache
+def _backend() -> Backend:
+    """One that keeps blocks, where it is there."""
+    try:
+        return CpuBackend(threads=1, keeps_blocks=True)
+    except BackendError:
+        return importlib.import_module("vllmlite.backends.torch").TorchBackend()  # type: ignore[no-any-return]
 
 
 def _config(directory: Path, content: bytes) -> None:
@@ -148,7 +166,48 @@ def _gguf_seeds() -> list[bytes]:
     return [
         encode({**model, **{f"tokenizer.ggml.{key}": value for key, value in tokenizer.items()}}, weights)
         for tokenizer in (gpt2, pieces)
-    ]
+    ] + [_family_seed(*family) for family in _FAMILIES]
+
+
+_FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"expert_count": 2, "expert_used_count": 1}),
+    ("qwen2moe", {"expert_count": 2, "expert_used_count": 1, "expert_feed_forward_length": 32,
+                  "expert_shared_feed_forward_length": 32}),
+    ("phi3", {"rope.dimension_count": 16}),
+    ("gemma3", {"attention.key_length": 32, "attention.sliding_window": 8}),
+    ("falcon", {}),
+    ("gpt2", {}),
+    ("bloom", {}),
+    ("stablelm", {"use_parallel_residual": True}),
+]  # fmt: skip
+
+
+def _family_seed(name: str, values: dict[str, Any]) -> bytes:
+    """A model of noughts."""
+    rms = name in ("llama", "qwen2moe", "phi3", "gemma3")
+    metadata = {
+        "context_length": 64, "embedding_length": 64, "block_count": 1, "feed_forward_length": 256,
+        "attention.head_count": 2, "attention.head_count_kv": 1 if name == "falcon" else 2,
+        f"attention.layer_norm_{'rms_' * rms}epsilon": 1e-5, **values,
+    }  # fmt: skip
+    said = {"general.architecture": name, **{f"{name}.{key}": value for key, value in metadata.items()}}
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {
+        "token_embd.weight": ("Q8_0", (4, 64), bytes(8 * 34))
+    }
+    if "expert_count" in values:
+        inner = values.get("expert_feed_forward_length", 256)
+        tensors |= {
+            f"blk.0.ffn_{part}_exps.weight": ("Q8_0", (2, *shape), bytes(2 * inner * 2 * 34))
+            for part, shape in (("gate", (inner, 64)), ("up", (inner, 64)), ("down", (64, inner)))
+        }
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "x.gguf"
+        path.write_bytes(encode(said, tensors))
+        shapes = read_spec(path).weights()
+    for tensor, shape in shapes.items():
+        kind, size = ("Q8_0", 34) if len(shape) == 2 else ("F32", 128)
+        tensors.setdefault(tensor, (kind, shape, bytes(math.prod(shape) // 32 * size)))
+    return encode(said, tensors)
 
 
 def _tar_seeds() -> list[bytes]:

@@ -7,6 +7,7 @@ import math
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from paged import PagedModel
 
 from vllmlite import LLM, SamplingParams
-from vllmlite.backends.base import Backend
+from vllmlite.backends.base import FLOAT_DTYPES, ITEM_SIZE, Backend, BlockTensor, HostTensor
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.cli import main
@@ -30,10 +31,11 @@ from vllmlite.gguf_tokenizer import SPLITS, gguf_tokenizer
 from vllmlite.hub import BUILT_IN, find_model
 from vllmlite.models import load_model, read_spec
 from vllmlite.models.gguf import gguf_config
+from vllmlite.models.keys import LLAMA
 from vllmlite.tokenizer import Tokenizer
 from vllmlite.weights.gguf import read_gguf
-from vllmlite.weights.gguf_blocks import BLOCKS, FLOATS, to_codes, to_floats
-from vllmlite.weights.quantized import unpack
+from vllmlite.weights.gguf_blocks import BLOCKS, FLOATS, KINDS, to_floats, to_strips
+from vllmlite.weights.quantized import dequantize, stored_bytes, unpack
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
 NATIVE = importlib.util.find_spec("vllmlite._cpu") is not None
@@ -61,31 +63,114 @@ def random_blocks(kind: str, count: int, seed: int = 0) -> NDArray[np.uint8]:
 def test_blocks_mean_what_the_gguf_package_says(kind: str) -> None:
     gguf = pytest.importorskip("gguf", reason="python3-gguf is not installed")
     data = random_blocks(kind, 40)
-    shape = (4, 10 * BLOCKS[kind][0])
+    part = BlockTensor(kind, (4, 10 * BLOCKS[kind][0]), data.reshape(-1))
     expected = gguf.quants.dequantize(data.reshape(4, -1), gguf.GGMLQuantizationType[kind])
-    found = floats(to_floats(kind, shape, data.reshape(-1), "float32"))
+    found = floats(to_floats(part, "float32"))
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     for dtype, digits in (("bfloat16", 8), ("float16", 11)):
-        rounded = floats(to_floats(kind, shape, data.reshape(-1), dtype))
+        rounded = floats(to_floats(part, dtype))
         np.testing.assert_allclose(rounded, expected, rtol=2.0**-digits, atol=1e-6)
 
 
 def test_many_blocks_are_decoded_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = random_blocks("Q6_K", 33).reshape(-1)
-    whole = to_floats("Q6_K", (33, 256), data, "float32")
+    part = BlockTensor("Q6_K", (33, 256), random_blocks("Q6_K", 33).reshape(-1))
+    whole = to_floats(part, "float32")
     monkeypatch.setattr("vllmlite.weights.gguf_blocks.CHUNK", 1024)
-    assert to_floats("Q6_K", (33, 256), data, "float32").data.tobytes() == whole.data.tobytes()
+    assert to_floats(part, "float32").data.tobytes() == whole.data.tobytes()
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_codes_stay_what_they_are(kind: str) -> None:
-    data = random_blocks(kind, 37 * 3)
-    shape = (37, 96)
-    codes, scales = unpack(to_codes(kind, shape, data.reshape(-1)))
-    exact = floats(to_floats(kind, shape, data.reshape(-1), "float32")).reshape(37, 3, 32)
-    halves = data[:, :2].copy().view("<f2").astype(np.float32).reshape(37, 3)
-    np.testing.assert_allclose(scales, halves, rtol=2.0**-8)
-    np.testing.assert_array_equal(codes * halves[..., None], exact)
+def random_weight(kind: str, rows: int = 37, blocks: int = 3) -> BlockTensor:
+    """A weight with rows of some blocks, of a group at least."""
+    size = blocks * BLOCKS[kind][0]
+    return BlockTensor(kind, (rows, size), random_blocks(kind, rows * blocks).reshape(-1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strips_mean_what_blocks_do(kind: str) -> None:
+    part = random_weight(kind)
+    made, exact = to_strips(part), floats(to_floats(part, "float32"))
+    if kind in ("Q8_0", "Q4_0"):
+        halves = part.data.reshape(-1, BLOCKS[kind][1])[:, :2].copy().view("<f2").astype(np.float32)
+        codes, scales, _ = unpack(made)
+        np.testing.assert_allclose(scales, halves.reshape(37, 3), rtol=2.0**-8)
+        np.testing.assert_array_equal(codes * halves.reshape(37, 3, 1), exact.reshape(37, 3, 32))
+    else:
+        np.testing.assert_array_equal(dequantize(made), exact)
+    arrays = [one for one in (made.codes, made.scales, made.factors) if one is not None]
+    assert stored_bytes(KINDS[kind], part.shape) == sum(one.data.nbytes for one in arrays)
+    assert all(math.prod(one.shape) * ITEM_SIZE[one.dtype] == one.data.nbytes for one in arrays)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_strips_and_floats_are_the_references(kind: str) -> None:
+    backend, part = CpuBackend(keeps_blocks=True), random_weight(kind)
+    expected = to_strips(part)
+    found_kind, codes, scales, factors, rows = backend._strips(part)
+    assert (found_kind, rows) == (KINDS[kind], 37)
+    assert backend.to_host(codes).tobytes() == expected.codes.data.tobytes()
+    np.testing.assert_array_equal(backend.to_host(scales), backend.to_host(backend.tensor(expected.scales)))
+    assert (factors is None) == (expected.factors is None)
+    if expected.factors is not None:
+        assert backend.to_host(factors).tobytes() == expected.factors.data.tobytes()
+    for dtype in FLOAT_DTYPES:
+        assert backend.decode_blocks(part, dtype).data.tobytes() == to_floats(part, dtype).data.tobytes()
+
+
+def of_8_bits(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """x as a product sees it: 8 bits in groups of 32, float32 scales."""
+    groups = x.reshape(len(x), -1, 32)
+    extremes = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)
+    inverse = np.divide(-128, extremes, out=np.zeros_like(extremes), where=extremes != 0)
+    codes = np.clip(np.rint(groups * inverse), -128, 127)
+    return (codes * (extremes / -128)).reshape(len(x), -1).astype(np.float64)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_the_references_and_the_same_in_every_batch(kind: str) -> None:
+    from vllmlite import _cpu
+
+    part = random_weight(kind, rows=53)
+    x = np.random.default_rng(1).standard_normal((19, part.shape[1])).astype(np.float32)
+    expected = of_8_bits(x) @ dequantize(to_strips(part)).T.astype(np.float64)
+    for isa in _cpu.instruction_sets():
+        backend = CpuBackend(threads=2, isa=isa, keeps_blocks=True)
+        weight = backend.linear_weight([part])
+        together = backend.to_host(backend.linear(backend.tensor(x), weight))
+        np.testing.assert_allclose(together, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+        alone = [backend.to_host(backend.linear(backend.tensor(row[None]), weight)) for row in x]
+        assert together.tobytes() == np.concatenate(alone).tobytes(), isa
+
+
+@needs_native
+def test_parts_of_several_kinds_are_one_weight() -> None:
+    """q, k and v of llama.cpp's usual mixture of types."""
+    backend = CpuBackend(threads=2, keeps_blocks=True)
+    parts = [random_weight(kind, rows, 768 // BLOCKS[kind][0]) for kind, rows in
+             (("Q4_K", 53), ("Q8_0", 16), ("Q6_K", 37), ("Q5_0", 5))]  # fmt: skip
+    x = backend.tensor(np.random.default_rng(1).standard_normal((11, 768)).astype(np.float32))
+    bias = HostTensor("float32", (111,), np.arange(111, dtype="<f4").view(np.uint8))
+    together = backend.to_host(backend.linear(x, backend.linear_weight(parts, [bias])))
+    apart = [backend.to_host(backend.linear(x, backend.linear_weight([part]))) for part in parts]
+    np.testing.assert_array_equal(together, np.concatenate(apart, axis=1) + np.arange(111, dtype=np.float32))
+
+
+@needs_native
+def test_blocks_that_do_not_fit_are_refused() -> None:
+    backend = CpuBackend(keeps_blocks=True)
+    part = random_weight("Q4_K")
+    with pytest.raises(ValueError, match="there are no blocks of type Q3_K"):
+        backend.linear_weight([replace(part, type="Q3_K")])
+    with pytest.raises(ValueError, match="whole blocks of 256"):
+        backend.linear_weight([replace(part, shape=(37 * 3, 255))])
+    with pytest.raises(ValueError, match="are not uint8"):
+        backend.decode_blocks(replace(part, shape=(38, 768)), "float32")
+    kind, codes, scales, factors, rows = backend._strips(part)
+    with pytest.raises(ValueError, match="factors must be given"):
+        backend._native.QuantizedWeight([(kind, codes, scales, None, rows)], 768)
+    with pytest.raises(ValueError, match="no quantised weights of kind q3_k"):
+        backend._native.QuantizedWeight([("q3_k", codes, scales, factors, rows)], 768)
 
 
 # ---- Files
@@ -227,7 +312,7 @@ def logits(backend: Backend, path: Path, count: int = 40) -> NDArray[np.float32]
 def test_a_converted_model_computes_what_its_source_does(family: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, family, tie_word_embeddings=family == "Qwen3")
     path = converted(tmp_path, tmp_path / "x.gguf")
-    assert read_spec(path).weights() == read_spec(tmp_path).weights()
+    assert replace(read_spec(path), keys=LLAMA) == read_spec(tmp_path)
     for backend in {plain(), TorchBackend()}:
         assert logits(backend, path).tobytes() == logits(backend, tmp_path).tobytes()
 
@@ -239,8 +324,7 @@ def test_types_compute_what_their_floats_do(kind: str, tmp_path: Path) -> None:
     path = converted(tmp_path, tmp_path / "x.gguf", lambda name: kind)
     stored = read_gguf(path).tensors
     meant = {
-        name: ("F32", one.shape, floats(to_floats(one.type, one.shape, one.data, "float32")).tobytes())
-        for name, one in stored.items()
+        name: ("F32", one.shape, floats(to_floats(one, "float32")).tobytes()) for name, one in stored.items()
     }
     as_floats = tmp_path / "plain.gguf"
     as_floats.write_bytes(encode(contents(tmp_path)[0], meant))
@@ -321,7 +405,7 @@ def test_rotary_divisors_are_llama_3_s(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     data = np.array(divisors, "<f4")
     path.write_bytes(encode(metadata, {**tensors, "rope_freqs.weight": ("F32", (32,), data.tobytes())}))
-    assert read_spec(path) == read_spec(tmp_path)
+    assert replace(read_spec(path), keys=LLAMA) == read_spec(tmp_path)
     load_model(plain(), path, max_model_len=64, block_size=16)
     data[20] *= 1.01
     path.write_bytes(encode(metadata, {**tensors, "rope_freqs.weight": ("F32", (32,), data.tobytes())}))
@@ -345,8 +429,11 @@ def test_stretched_contexts(tmp_path: Path) -> None:
     ("changes", "says"),
     [
         ({"general.architecture": "mamba"}, r"general\.architecture='mamba'; accepted: llama"),
-        ({"split.count": 3}, "one of 3 parts"),
-        ({"llama.expert_count": 8}, r"llama\.expert_count=8; accepted: 0"),
+        ({"split.count": 3}, r"one of 3 parts; expected a name like X-00001-of-00003\.gguf"),
+        (
+            {"llama.expert_count": 8},
+            r"expert_count=8; accepted: the number of experts in blk\.0\.ffn_gate_exps",
+        ),
         ({"llama.block_count": "two"}, r"llama\.block_count='two'; accepted: a whole number"),
         ({"llama.attention.head_count": [4, 2, 4]}, "the same value for every layer"),
         ({"llama.rope.dimension_count": 8}, r"dimension_count=8; accepted: 16"),
@@ -401,6 +488,43 @@ def test_a_directory_of_one_file(built_in: dict[str, Path], tmp_path: Path) -> N
     (tmp_path / "y.gguf").symlink_to(built_in["BF16"])
     with pytest.raises(ModelError, match=r"several GGUF files; name one: x\.gguf, y\.gguf"):
         find_model(str(tmp_path))
+
+
+def in_parts(source: Path, base: Path, count: int) -> list[Path]:
+    """The checkpoint of directory ``source`` as files that are parts of one model."""
+    metadata, tensors = contents(source)
+    paths = [base / f"x-{number + 1:05}-of-{count:05}.gguf" for number in range(count)]
+    for number, path in enumerate(paths):
+        split = {"split.no": number, "split.count": count, "split.tensors.count": len(tensors)}
+        some = dict(list(tensors.items())[number::count])
+        path.write_bytes(encode({**(metadata if number == 0 else {}), **split}, some))
+    return paths
+
+
+def test_a_model_in_parts(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source")
+    paths = in_parts(tmp_path / "source", tmp_path, 3)
+    assert find_model(str(tmp_path)) == paths[0]
+    expected = logits(plain(), tmp_path / "source")
+    for path in paths:
+        assert logits(plain(), path).tobytes() == expected.tobytes()
+    content = paths[2].read_bytes()
+    paths[2].unlink()
+    with pytest.raises(ModelError, match=r"one of 3 parts, of which 1 are missing: x-00003-of-00003\.gguf"):
+        read_gguf(paths[0])
+    paths[2].write_bytes(paths[1].read_bytes())
+    with pytest.raises(ModelError, match=r"x-00003.*split.no, split.count=\(1, 3\); expected \(2, 3\)"):
+        read_gguf(paths[0])
+    split = {"split.no": 2, "split.count": 3}
+    paths[2].write_bytes(encode(split, {}))
+    with pytest.raises(ModelError, match="tensors in all parts; expected"):
+        read_gguf(paths[0])
+    paths[2].write_bytes(encode(split, {"token_embd.weight": ("F32", (1, 4), bytes(16))}))
+    with pytest.raises(ModelError, match=r"'token_embd\.weight' is in another part, too"):
+        read_gguf(paths[0])
+    paths[2].write_bytes(content[:100])
+    with pytest.raises(ModelError, match="x-00003-of-00003"):
+        read_gguf(paths[0])
 
 
 def test_random_weights_need_only_the_metadata(built_in: dict[str, Path]) -> None:

@@ -554,7 +554,9 @@ class Rows:
         new_q, new_k, new_v = np.split(qkv, [heads, heads + kv_heads], 1)
         if self.norms is not None:
             new_q, new_k = (
-                rms(part.reshape(len(part), -1, len(weight)), weight, 1e-5).reshape(part.shape)
+                (part - part.mean(-1, keepdims=True)) / np.sqrt(part.var(-1, keepdims=True) + 1e-5) * weight
+                if weight.ndim == 2
+                else rms(part.reshape(len(part), -1, len(weight)), weight, 1e-5).reshape(part.shape)
                 for part, weight in zip((new_q, new_k), self.norms, strict=True)
             )
         if self.table is not None:
@@ -756,6 +758,20 @@ def test_norms_over_all_heads(backend: Backend, size: int) -> None:
     rows.table = np.concatenate((np.cos(angles), np.sin(angles)), 1)
     rows.rope = Rope(backend.tensor(rows.table.astype(np.float32)), size)
     rows.norms = (numbers((6 * size,), 100), numbers((2 * size,), 101))
+    for slot in range(3):
+        rows.admit(slot)
+    rows.step([0, 2], [3, 11])
+    rows.step([2, 1, 0], [1, 20, 1])
+
+
+def test_layer_norms_of_heads(backend: Backend) -> None:
+    if backend.name == "cuda":
+        pytest.skip("the cuda backend has no layer norms of heads")
+    rows = Rows(backend, 6, 2, 32, 4)
+    angles = np.arange(60)[:, None] / 3 ** np.arange(16)
+    rows.table = np.concatenate((np.cos(angles), np.sin(angles)), 1)
+    rows.rope = Rope(backend.tensor(rows.table.astype(np.float32)), 32)
+    rows.norms = (numbers((6, 32), 100), numbers((2, 32), 101))
     for slot in range(3):
         rows.admit(slot)
     rows.step([0, 2], [3, 11])

@@ -26,7 +26,15 @@ from vllmlite.hub import BUILT_IN
 from vllmlite.models import load_model, read_spec
 from vllmlite.quantize import quantize_checkpoint
 from vllmlite.sampling_params import SamplingParams
-from vllmlite.weights.quantized import GROUP, STRIP, ZERO, dequantize, quantize, stored_bytes, stored_shapes
+from vllmlite.weights.quantized import (
+    GROUP,
+    LAYOUTS,
+    STRIP,
+    dequantize,
+    quantize,
+    stored_bytes,
+    stored_shapes,
+)
 
 if TYPE_CHECKING:
     from vllmlite import LLM
@@ -119,7 +127,7 @@ def test_every_element_is_as_near_as_its_code_can_be(
     groups = np.pad(weight, ((0, 0), (0, -columns % GROUP))).reshape(rows, -1, GROUP)
     largest = np.repeat(np.abs(groups).max(-1), GROUP, -1)[:, :columns]
     # Half a step; one and a half for what is as large as the largest and has the other sign; int4's step is fitted.
-    assert (np.abs(made - weight) <= largest * (1.6 if kind == "int8" else 1.2) / ZERO[kind]).all()
+    assert (np.abs(made - weight) <= largest * (1.6 if kind == "int8" else 1.2) / LAYOUTS[kind].zero).all()
 
 
 def test_eight_bits_err_less_than_four() -> None:

@@ -79,6 +79,19 @@ def test_sizes_that_are_offered_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             load_model(quantised, tmp_path, max_model_len=64, block_size=16)
 
 
+def test_positions_whose_rotations_do_not_fit(tmp_path: Path) -> None:
+    """They are refused before anything is made for them."""
+    write_checkpoint(tmp_path, max_position_embeddings=2**31 - 1)
+    backend = TorchBackend("cpu")
+    with pytest.raises(
+        ParameterError, match=r"max_model_len=.*rotations take \d+ bytes.*lower it to \d+"
+    ) as raised:
+        load_model(backend, tmp_path, max_model_len=2**31 - 1, block_size=16)
+    fits = int(re.findall(r"lower it to (\d+)", str(raised.value))[0])
+    assert fits < 2**31 - 1
+    load_model(backend, tmp_path, max_model_len=1000, block_size=16)
+
+
 def test_a_context_that_does_not_fit(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     options = {"skip_tokenizer_init": True, "num_gpu_blocks_override": 4, "backend": "torch"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -225,3 +227,20 @@ def test_a_schema_that_grows_when_it_is_merged_is_refused() -> None:
     with pytest.raises(SchemaError, match="at most 5000 schemas"):
         exact(level)
     assert len(json.dumps(exact({"anyOf": [{"type": "string"}] * 50}))) < 10_000
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"oneOf": [{"const": number} for number in range(4000)]},
+        {"type": "string", "pattern": f"^[{''.join(map(chr, range(0x400, 0xD000, 2)))}]$"},
+        {"allOf": [{"enum": list(range(100))}] * 400},
+        {"type": "object", "properties": {"x" * 5000: {}}, "additionalProperties": True},
+        {"type": "string", "pattern": "(" * 3000 + ")" * 3000},
+    ],
+)
+def test_a_schema_takes_no_long_time_to_write_or_refuse(schema: dict[str, Any]) -> None:
+    begin = time.process_time()
+    with suppress(SchemaError):
+        exact(schema)
+    assert time.process_time() - begin < 2

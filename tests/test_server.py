@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +14,10 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 
 import httpx
+from fastapi import Request
 from served import ENGINE, ask, check, client_of, post, serving
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllmlite import SamplingParams, __version__
 from vllmlite.server.protocol import base, chat, completions, operations
@@ -361,6 +364,51 @@ def test_the_documentation_names_every_endpoint(service: Service) -> None:
                 assert {"200", "400", "401", "413", "429", "500", "503"} <= operation["responses"].keys(), (
                     path
                 )
+
+
+class Marked:
+    """ASGI middleware that marks answers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-marked", b"class")]
+            await send(message)
+
+        await self._app(scope, receive, marked)
+
+
+async def marks(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    """The same as a function of FastAPI's kind."""
+    answer = await call_next(request)
+    answer.headers["x-marked-too"] = "function"
+    return answer
+
+
+def test_middleware_template_and_role() -> None:
+    config: dict[str, Any] = {
+        "middleware": (f"{__name__}.Marked", f"{__name__}.marks"),
+        "response_role": "helper",
+        "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    }
+    with serving(**config) as other:
+
+        async def run() -> None:
+            async with client_of(other) as client:
+                for stream in (False, True):
+                    body = {"messages": MESSAGES, "max_tokens": 2, "stream": stream}
+                    answer = await client.post(CHAT, json=body)
+                    assert answer.headers["x-marked"] == "class"
+                    assert answer.headers["x-marked-too"] == "function"
+                    assert '"role":"helper"' in answer.text
+                tokens = await client.post("/tokenize", json={"messages": MESSAGES})
+                text = other.tokenizer.decode(tokens.json()["tokens"])
+                assert text == "".join(message["content"] for message in MESSAGES)
+
+        asyncio.run(run())
 
 
 def test_options_of_the_server(service: Service) -> None:

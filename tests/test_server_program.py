@@ -256,6 +256,12 @@ def test_tls(tmp_path: Path) -> None:
         assert running.url.startswith("https://")
         trusted = ssl.create_default_context(cafile=str(certificate))
         assert httpx.get(f"{running.url}/health", verify=trusted).status_code == 200
+    asked = ("--ssl-ca-certs", str(certificate), "--ssl-cert-reqs", "2")
+    with program("--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), *asked) as running:
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{running.url}/health", verify=trusted)
+        trusted.load_cert_chain(certificate, key)
+        assert httpx.get(f"{running.url}/health", verify=trusted).status_code == 200
 
 
 @pytest.fixture

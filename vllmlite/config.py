@@ -132,8 +132,8 @@ class EngineConfig:
     )
     max_mixed_prefill_tokens: int | None = _option(
         None,
-        "most tokens of prompts in a step that also continues texts: fewer, and texts flow more evenly; "
-        "default: max_num_batched_tokens on a CPU, else 2048",
+        "most tokens of prompts in a step that also continues texts: with fewer, texts flow more evenly and prompts "
+        "take longer; default: max_num_batched_tokens",
         low=1,
         size=True,
     )

@@ -186,15 +186,27 @@ def _members(items: Iterable[Any]) -> Ranges:
 
 
 def _without(ranges: Ranges, removed: Ranges) -> Ranges:
-    """``ranges``, in order, less what is ``removed``."""
-    for low, high in removed:
-        ranges = [
-            part
-            for first, last in ranges
-            for part in ((first, min(last, low - 1)), (max(first, high + 1), last))
-            if part[0] <= part[1]
-        ]
-    return sorted(set(ranges))
+    """``ranges``, which are disjoint and in order, less what is ``removed``."""
+    gaps: Ranges = []
+    for low, high in sorted(removed):
+        if gaps and low <= gaps[-1][1] + 1:
+            gaps[-1] = (gaps[-1][0], max(gaps[-1][1], high))
+        else:
+            gaps.append((low, high))
+    found: Ranges = []
+    at = 0
+    for first, last in ranges:
+        while at < len(gaps) and gaps[at][0] <= last:
+            low, high = gaps[at]
+            if low > first:
+                found.append((first, low - 1))
+            first = max(first, high + 1)
+            if high > last:
+                break  # it may reach into the next range
+            at += 1
+        if first <= last:
+            found.append((first, last))
+    return found
 
 
 def _within(code: int) -> bool:

@@ -59,9 +59,7 @@ class _Writer:
 
     def write(self, schema: Any) -> Schema:
         """One schema, wherever it stands."""
-        self._budget -= 1
-        if self._budget < 0:
-            raise SchemaError(f"must be at most {MAX_SCHEMAS} schemas, with each use of one that is merged")
+        self._spend(1)
         said = keywords_of(schema)
         if said.keys() == {"$ref"}:
             return self._reference(said["$ref"])
@@ -96,6 +94,12 @@ class _Writer:
             "object": self._object,
         }
         return writers[kind](mine) if kind in writers else {"type": kind}
+
+    def _spend(self, work: int) -> None:
+        """Count what is done, so that a short schema cannot have much done."""
+        self._budget -= work
+        if self._budget < 0:
+            raise SchemaError(f"must be at most {MAX_SCHEMAS} schemas, with each use of one that is merged")
 
     def _any_of(self, branches: list[Any], rest: Schema) -> Schema:
         """Any of ``branches``, and ``rest`` too."""
@@ -151,9 +155,7 @@ class _Writer:
             return self._merged(self._merged(rest, self._target(one["$ref"])), two)
         if "$ref" in two:
             return self._merged(two, one)
-        self._budget -= 1
-        if self._budget < 0:
-            raise SchemaError(f"must be at most {MAX_SCHEMAS} schemas, with each use of one that is merged")
+        self._spend(1)
         _check_same_scope(one, two)
         both = dict(one)
         for keyword, value in two.items():
@@ -170,6 +172,8 @@ class _Writer:
             return common
         if keyword == "required":
             return [*one, *(name for name in two if name not in one)]
+        if keyword in ("properties", "required", "enum"):
+            self._spend((len(one) + len(two)) // 10)
         if keyword == "properties":
             return {
                 name: self._merged(one[name], two[name])
@@ -190,6 +194,7 @@ class _Writer:
 
     def _check_disjoint(self, branches: list[Any]) -> None:
         """``oneOf`` is ``anyOf`` where no value can satisfy two. Raises SchemaError unless that is plain."""
+        self._spend(len(branches) ** 2 // 20)
         shapes = [self._shape(branch) for branch in branches]
         for index, one in enumerate(shapes):
             for two in shapes[:index]:
@@ -254,9 +259,10 @@ class _Writer:
             return self._of_patterns(given, patterns, required, least, most)
         names = list(dict.fromkeys([*given, *required]))
         properties: Schema = {}
+        needed = frozenset(required)
         for name in names:
             schema = given.get(name, others)
-            if schema is False and name in required:
+            if schema is False and name in needed:
                 raise Impossible(f"allows nothing: property {name!r} is required and must not be")
             if schema is False:
                 others = False  # or it would be one of them
@@ -264,7 +270,7 @@ class _Writer:
             try:
                 properties[name] = self.write(schema)
             except Impossible:
-                if name in required:
+                if name in needed:
                     raise
                 others = False
         written: Schema = {

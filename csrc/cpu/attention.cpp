@@ -92,6 +92,42 @@ void copy_blocks(KVCache& source, KVCache& target, std::span<const std::int64_t>
                   source.layer(layer) + static_cast<std::size_t>(pairs[i]) * bytes, bytes);
 }
 
+namespace {
+
+// What is done to the heads of q, or of k, before they are rotated.
+struct HeadNorm {
+  HeadRow row;
+  LayerNormRow layer;  // of the first head; without a weight: none
+  std::ptrdiff_t layer_bytes;
+};
+
+HeadNorm head_norm(Runtime& runtime, const HeadRow& head, const std::optional<Tensor>& weight, int heads) {
+  HeadNorm norm{head, {}, 0};
+  if (!weight) return norm;
+  const bool each = weight->shape == std::vector<std::int64_t>{heads, head.size};
+  if (!each && weight->shape != std::vector<std::int64_t>{head.size} &&
+      weight->shape != std::vector<std::int64_t>{static_cast<std::int64_t>(heads) * head.size})
+    throw std::invalid_argument("a norm must have " + std::to_string(head.size) + " weights, or as many for each of " +
+                                std::to_string(heads) + " heads, not " + describe(*weight));
+  const Float type = float_of(weight->dtype);
+  runtime.keep(*weight);
+  if (each) {
+    norm.layer.weight = weight->data;
+    norm.layer.weight_type = type;
+    norm.layer.out_type = Float::f32;
+    norm.layer.size = head.size;
+    norm.layer.eps = head.eps;
+    norm.layer_bytes = head.size * static_cast<std::ptrdiff_t>(item_size(weight->dtype));
+  } else {
+    norm.row.size = static_cast<int>(weight->size());
+    norm.row.weight = weight->data;
+    norm.row.weight_type = type;
+  }
+  return norm;
+}
+
+}  // namespace
+
 Tensor attn_prep(Runtime& runtime, const Tensor& given, int num_heads, const std::optional<Rotation>& rope,
                  const std::shared_ptr<KVCache>& kv, int layer, const std::shared_ptr<Batch>& batch,
                  const AttentionNorms& norms) {
@@ -115,18 +151,8 @@ Tensor attn_prep(Runtime& runtime, const Tensor& given, int num_heads, const std
     head.cos_sin = static_cast<const float*>(rope->cos_sin.data);
     runtime.keep(rope->cos_sin);
   }
-  HeadRow query = head, key = head;
-  for (const auto& [norm, row] : {std::pair(&norms.q, &query), std::pair(&norms.k, &key)}) {
-    if (!*norm) continue;
-    const int heads = row == &query ? num_heads : kv->kv_heads;
-    if ((*norm)->size() != size && (*norm)->size() != heads * size)
-      throw std::invalid_argument("a norm must have " + std::to_string(size) + " weights, or as many for each of " +
-                                  std::to_string(heads) + " heads");
-    row->size = static_cast<int>((*norm)->size());
-    row->weight = (*norm)->data;
-    row->weight_type = float_of((*norm)->dtype);
-    runtime.keep(**norm);
-  }
+  const HeadNorm query = head_norm(runtime, head, norms.q, num_heads),
+                 key = head_norm(runtime, head, norms.k, kv->kv_heads);
   runtime.keep(qkv);
   const std::size_t keys = static_cast<std::size_t>(kv->kv_heads * size) * sizeof(float);
   runtime.reserve_scratch(keys + static_cast<std::size_t>(padded_head(size)) * sizeof(float));
@@ -139,8 +165,16 @@ Tensor attn_prep(Runtime& runtime, const Tensor& given, int num_heads, const std
     for (std::int64_t token; (token = worker.take()) < batch->num_tokens;) {
       const auto index = static_cast<std::size_t>(token);
       const int position = batch->positions[index];
-      // Norms of all heads as one row come first; what is left is a matter of each head.
-      const auto prepare = [&](HeadRow row, float* x, int heads) {
+      // Norms of all heads as one row and layer norms come first; what is left is a matter of each head.
+      const auto prepare = [&](const HeadNorm& norm, float* x, int heads) {
+        HeadRow row = norm.row;
+        for (int h = 0; norm.layer.weight != nullptr && h < heads; ++h) {
+          LayerNormRow one = norm.layer;
+          one.x = x + h * size;
+          one.out = x + h * size;
+          one.weight = static_cast<const std::byte*>(one.weight) + h * norm.layer_bytes;
+          kernels.layer_norm(one);
+        }
         if (row.size != size) {
           HeadRow whole = row;
           whole.x = x;

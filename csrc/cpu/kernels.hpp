@@ -66,26 +66,77 @@ struct LinearKernel {
   void (*run)(const LinearBlock& block);
 };
 
-// Elements along k that share a scale, and rows of w that lie together.
+// Elements along k that x has a scale for, and rows of w that lie together.
 inline constexpr int kGroup = 32;
 inline constexpr int kStripRows = 16;
+// Groups of w that share a scale which factors multiply.
+inline constexpr int kUnitGroups = 8;
 
-// Quantised weights are strips of kStripRows rows; codes of a strip are [groups][kGroup / 4][row][4], unsigned bytes
-// around 128, or [groups][kGroup / 8][row][4] with an even and an odd quad around 8 in the low and the high nibbles.
-// Scales are bfloat16 [groups][row].
-enum class Codes : std::uint8_t { int8, int4 };
-inline constexpr int kCodes = 2;
+// Kinds of quantised weights. vllmlite/weights/quantized.py has their layout, of strips of kStripRows rows.
+enum class Codes : std::uint8_t { int8, int4, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k };
+inline constexpr int kCodes = 8;
 
-constexpr int group_bytes(Codes codes) { return kGroup * kStripRows / (codes == Codes::int4 ? 2 : 1); }
+// What tells kinds apart: an element is its scale times (code - zero), plus its offset where there are such. Scales and
+// offsets are floats a group, in float16 unless `bf16`; or floats a unit of kUnitGroups groups times signed bytes.
+struct Layout {
+  int bits, zero;
+  bool bf16 = false;
+  bool offsets = false;
+  bool factors = false;
+  int sharing = kGroup;  // elements with one scale
 
-// y[m][n] = sum over groups of x_scale * scale * (sum over k of x * (code - zero)), plus bias[n].
-struct QuantizedBlock {
-  const std::int8_t* x;        // [m][groups][kGroup]
-  const float* x_scales;       // [m][groups]
-  const std::int32_t* x_sums;  // [m][groups]: of x
-  int m;
-  const std::uint8_t* codes;  // of the first strip
+  constexpr int scales_a_group() const { return kGroup / sharing; }
+  constexpr int group_bytes() const { return kGroup * kStripRows * bits / 8; }
+  constexpr std::int64_t units(std::int64_t groups) const {
+    return factors ? (groups + kUnitGroups - 1) / kUnitGroups : groups;
+  }
+  constexpr int unit_floats() const { return kStripRows * (offsets ? 2 : 1); }  // of scales and offsets
+  constexpr int group_factors() const { return factors ? kStripRows * (scales_a_group() + (offsets ? 1 : 0)) : 0; }
+};
+
+constexpr Layout layout_of(Codes codes) {
+  switch (codes) {
+    case Codes::int8:
+      return {.bits = 8, .zero = 128, .bf16 = true};
+    case Codes::int4:
+      return {.bits = 4, .zero = 8, .bf16 = true};
+    case Codes::q4_1:
+      return {.bits = 4, .zero = 0, .offsets = true};
+    case Codes::q5_0:
+      return {.bits = 5, .zero = 16};
+    case Codes::q5_1:
+      return {.bits = 5, .zero = 0, .offsets = true};
+    case Codes::q4_k:
+      return {.bits = 4, .zero = 0, .offsets = true, .factors = true};
+    case Codes::q5_k:
+      return {.bits = 5, .zero = 0, .offsets = true, .factors = true};
+    case Codes::q6_k:
+      break;
+  }
+  return {.bits = 6, .zero = 32, .factors = true, .sharing = kGroup / 2};
+}
+
+// Strips of a quantised weight.
+struct QuantizedStrips {
+  const std::uint8_t* codes;
   const std::uint16_t* scales;
+  const std::int8_t* factors;  // null: the kind has none
+};
+
+// A row of x, or rows of it: what products with it need.
+struct QuantizedX {
+  std::int8_t* codes;   // [m][groups][kGroup]
+  float* scales;        // [m][groups]
+  std::int32_t* sums;   // [m][groups]: of codes
+  std::int32_t* first;  // [m][groups]: of the first half of a group's codes
+  float* totals;        // [m][groups]: scales times sums
+};
+
+// y[m][n] = sum over groups of x_scale * (scale * sum of x * (code - zero) + offset * sum of x), plus bias[n].
+struct QuantizedBlock {
+  QuantizedX x;
+  int m;
+  QuantizedStrips w;
   int n;  // rows of w
   int groups;
   float* y;
@@ -98,10 +149,11 @@ struct QuantizedBlock {
 struct QuantizedRow {
   const float* x;
   int size;
-  std::int8_t* codes;
-  float* scales;
-  std::int32_t* sums;
+  QuantizedX to;
 };
+
+// The kinds that floats are quantised to.
+inline constexpr int kMadeCodes = 2;
 
 // Rows of w, at most kStripRows, quantised into a strip, which is filled up with zeros.
 struct QuantizedStrip {
@@ -180,7 +232,7 @@ struct Kernels {
 
   void (*quantized[kCodes])(const QuantizedBlock&);
   void (*quantize_x)(const QuantizedRow&);
-  bool (*quantize_strip[kCodes])(const QuantizedStrip&);  // false if a weight is not finite
+  bool (*quantize_strip[kMadeCodes])(const QuantizedStrip&);  // false if a weight is not finite
   void (*convert)(const void* from, Float from_type, void* to, Float to_type, std::int64_t count);
   void (*rms_norm)(const NormRow&);
   void (*layer_norm)(const LayerNormRow&);

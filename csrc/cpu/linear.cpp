@@ -150,18 +150,14 @@ Tensor product(Runtime& runtime, const Tensor& given, const LinearWeight& weight
                  bias = weight.bias ? static_cast<const float*>(weight.bias->data) : nullptr,
                  out = static_cast<std::byte*>(y.data), type = float_of(y.dtype),
                  item = item_size(y.dtype)](Worker& worker) {
-    const auto count = static_cast<std::int64_t>(tasks.size());
-    std::int64_t index = worker.take();
-    while (index < count) {
-      // Taken early, so that its weights can be fetched while this one's are multiplied.
-      const std::int64_t following = worker.take();
+    worker.take_ahead(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t index, std::int64_t following) {
       const Task& task = tasks[static_cast<std::size_t>(index)];
       LinearBlock block = all;
       block.n = task.rows;
       block.scratch = worker.scratch();
       for (int i = 0; i < 2; ++i) {
         block.w[i] = task.w[i];
-        block.next[i] = following < count ? tasks[static_cast<std::size_t>(following)].w[i] : nullptr;
+        block.next[i] = following < 0 ? nullptr : tasks[static_cast<std::size_t>(following)].w[i];
         block.bias[i] = bias == nullptr ? nullptr : bias + task.row + i * width;
       }
       if (gate) {
@@ -178,8 +174,7 @@ Tensor product(Runtime& runtime, const Tensor& given, const LinearWeight& weight
         block.y_stride = width;
         run(block);
       }
-      index = following;
-    }
+    });
   });
   return y;
 }
@@ -244,9 +239,7 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<L
     const auto start = [&](std::int64_t task) {
       return Rows{weights[group_of(task)]}.at(own[static_cast<std::size_t>(task % each_own)].row).first;
     };
-    std::int64_t index = worker.take();
-    while (index < count) {
-      const std::int64_t following = worker.take();
+    worker.take_ahead(count, [&](std::int64_t index, std::int64_t following) {
       const std::size_t group = group_of(index);
       const Task& task = own[static_cast<std::size_t>(index % each_own)];
       LinearBlock block = all;
@@ -255,12 +248,11 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<L
       block.w[0] = start(index);
       block.n = task.rows;
       block.y = out_rows + groups->first[group] * block.y_stride + task.row;
-      block.next[0] = following < count ? start(following) : nullptr;
+      block.next[0] = following < 0 ? nullptr : start(following);
       block.fetch = !alone || panels(block.m) > 1;
       block.scratch = worker.scratch();
       run(block);
-      index = following;
-    }
+    });
   });
   return y;
 }

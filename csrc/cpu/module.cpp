@@ -7,6 +7,7 @@
 #include <cstring>
 #include <iterator>
 
+#include "cpu/blocks.hpp"
 #include "cpu/dispatch.hpp"
 #include "cpu/ops.hpp"
 #include "tensor/bind_tensor.hpp"
@@ -93,10 +94,19 @@ std::shared_ptr<cpu::Batch> upload(cpu::Runtime& runtime, const py::object& host
   return batch;
 }
 
+// The kind, and what of it vllmlite/backends/cpu.py calls a part: codes, scales, factors or None, rows.
+using Part = std::tuple<std::string, Tensor, Tensor, std::optional<Tensor>, std::int64_t>;
+
+constexpr const char* kKinds[cpu::kCodes] = {"int8", "int4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"};
+
 cpu::Codes codes_of(const std::string& name) {
-  if (name == "int8") return cpu::Codes::int8;
-  if (name == "int4") return cpu::Codes::int4;
-  throw std::invalid_argument("quantization " + name + ": there are int8 and int4");
+  const auto found = std::find(std::begin(kKinds), std::end(kKinds), name);
+  if (found == std::end(kKinds)) throw std::invalid_argument("there are no quantised weights of kind " + name);
+  return static_cast<cpu::Codes>(found - std::begin(kKinds));
+}
+
+Part part_of(const cpu::QuantizedPart& part) {
+  return {kKinds[static_cast<int>(part.kind)], part.codes, part.scales, part.factors, part.rows};
 }
 
 cpu::Activation activation_of(const std::string& name, bool gated) {
@@ -186,15 +196,16 @@ void bind_data(py::module_& module) {
   py::class_<cpu::LinearWeight>(module, "LinearWeight", py::module_local(),
                                 "Row-major parts of one weight, and a bias.")
       .def(py::init(&cpu::make_weight), py::arg("parts"), py::arg("bias") = py::none());
-  py::class_<cpu::QuantizedWeight>(module, "QuantizedWeight", py::module_local(),
-                                   "Parts (codes, scales, rows) of one weight of `in` columns, and a bias.")
-      .def(py::init([](const std::string& codes, const std::vector<std::tuple<Tensor, Tensor, std::int64_t>>& parts,
-                       std::int64_t in, std::optional<Tensor> bias) {
+  py::class_<cpu::QuantizedWeight>(
+      module, "QuantizedWeight", py::module_local(),
+      "Parts (kind, codes, scales, factors, rows) of one weight of `in` columns, and a bias.")
+      .def(py::init([](const std::vector<Part>& parts, std::int64_t in, std::optional<Tensor> bias) {
              std::vector<cpu::QuantizedPart> taken;
-             for (const auto& [part, scales, rows] : parts) taken.push_back({part, scales, rows});
-             return cpu::make_quantized(codes_of(codes), std::move(taken), in, std::move(bias));
+             for (const auto& [kind, codes, scales, factors, rows] : parts)
+               taken.push_back({codes_of(kind), codes, scales, factors, rows});
+             return cpu::make_quantized(std::move(taken), in, std::move(bias));
            }),
-           py::arg("codes"), py::arg("parts"), py::arg("in"), py::arg("bias") = py::none());
+           py::arg("parts"), py::arg("in"), py::arg("bias") = py::none());
   py::class_<cpu::Experts, std::shared_ptr<cpu::Experts>>(module, "Experts", py::module_local(),
                                                           "The weights of a mixture, an expert's at one place.")
       .def(py::init(&cpu::make_experts), py::arg("gate_up"), py::arg("down"));
@@ -244,10 +255,21 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
       .def(
           "quantize",
           [](cpu::Runtime& self, const Tensor& weight, const std::string& codes) {
-            cpu::QuantizedPart part = cpu::quantize(self, weight, codes_of(codes));
-            return std::make_tuple(std::move(part.codes), std::move(part.scales), part.rows);
+            return part_of(cpu::quantize(self, weight, codes_of(codes)));
           },
           py::call_guard<py::gil_scoped_release>(), "A part of a QuantizedWeight from float rows [out, in].")
+      .def(
+          "strips_of_blocks",
+          [](cpu::Runtime& self, const std::string& type, const Tensor& blocks, std::int64_t rows, std::int64_t in) {
+            return part_of(cpu::strips_of_blocks(self, cpu::block_type(type), blocks, rows, in));
+          },
+          py::call_guard<py::gil_scoped_release>(), "A part of a QuantizedWeight from ggml's blocks.")
+      .def(
+          "floats_of_blocks",
+          [](cpu::Runtime& self, const std::string& type, const Tensor& blocks, const Tensor& to) {
+            cpu::floats_of_blocks(self, cpu::block_type(type), blocks, to);
+          },
+          py::call_guard<py::gil_scoped_release>(), "Writes what ggml's blocks mean.")
       .def("attn_prep",
            [](cpu::Runtime& self, const Tensor& qkv, int num_heads, const std::optional<Tensor>& cos_sin,
               int rotary_dim, bool interleaved, const std::shared_ptr<cpu::KVCache>& kv, int layer,

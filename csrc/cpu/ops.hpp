@@ -47,30 +47,36 @@ Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight);
 // gated_activation of linear, a block of rows of w at a time: the sums are not kept.
 Tensor gated_linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, Activation f);
 
-// Rows of a quantised weight [rows, in], in strips: uint8 codes and bfloat16 scales as kernels.hpp has them.
+// Rows of a quantised weight [rows, in] in strips, as vllmlite/weights/quantized.py has them.
 struct QuantizedPart {
-  Tensor codes;   // [strips, groups, bytes of a group]
-  Tensor scales;  // [strips, groups, kStripRows]
+  Codes kind;
+  Tensor codes;                   // uint8 [strips, groups, bytes of a group]
+  Tensor scales;                  // [strips, units, kStripRows], or [strips, units, 2, kStripRows]
+  std::optional<Tensor> factors;  // int8 [strips, groups, n, kStripRows]
   std::int64_t rows;
+
+  std::int64_t groups() const { return codes.shape[1]; }
+  QuantizedStrips from(std::int64_t strip) const;
 };
 
-// Parts one after the other, as LinearWeight's.
+// Parts one after the other, as LinearWeight's; their kinds may differ.
 struct QuantizedWeight {
-  Codes codes;
   std::vector<QuantizedPart> parts;
   std::int64_t in;
   std::optional<Tensor> bias;  // float32 [out]
 
-  std::int64_t groups() const { return parts.front().codes.shape[1]; }
+  std::int64_t groups() const { return parts.front().groups(); }
   std::int64_t out() const;
 };
 
-// Quantises float rows [out, in]; their values must be finite.
-QuantizedPart quantize(Runtime& runtime, const Tensor& w, Codes codes);
+// Uninitialised strips for a weight [rows, in].
+QuantizedPart allocate_strips(Codes kind, std::int64_t rows, std::int64_t in);
+
+// Quantises float rows [out, in], whose values must be finite, to one of the kMadeCodes first kinds.
+QuantizedPart quantize(Runtime& runtime, const Tensor& w, Codes kind);
 
 // Checks that the parts fit one another, `in`, and the bias.
-QuantizedWeight make_quantized(Codes codes, std::vector<QuantizedPart> parts, std::int64_t in,
-                               std::optional<Tensor> bias);
+QuantizedWeight make_quantized(std::vector<QuantizedPart> parts, std::int64_t in, std::optional<Tensor> bias);
 
 // The product with x quantised a row at a time.
 Tensor linear(Runtime& runtime, const Tensor& x, const QuantizedWeight& weight);

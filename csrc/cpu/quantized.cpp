@@ -16,36 +16,44 @@ constexpr std::int64_t kTaskStrips = 6;
 constexpr std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 struct Task {
-  const std::uint8_t* codes;
-  const std::uint16_t* scales;
+  Codes kind;
+  QuantizedStrips w;
   std::int64_t row, rows;  // of the whole weight
 };
 
-struct QuantizedX {
-  Tensor codes, scales, sums;
+constexpr QuantizedX from_row(const QuantizedX& x, std::int64_t row, std::int64_t groups) {
+  return {x.codes + row * groups * kGroup, x.scales + row * groups, x.sums + row * groups, x.first + row * groups,
+          x.totals + row * groups};
+}
+
+// A quantised x and its memory, which is another op's as soon as nobody holds it.
+struct HeldX {
+  QuantizedX x;
+  std::vector<Tensor> memory;
 };
 
-QuantizedX quantize_x(Runtime& runtime, const Tensor& x, std::int64_t groups) {
+HeldX quantize_x(Runtime& runtime, const Tensor& x, std::int64_t groups) {
   const std::int64_t rows = x.shape[0], size = x.shape[1];
-  QuantizedX found{runtime.make({rows, groups * kGroup}, DType::int8), runtime.make({rows, groups}, DType::float32),
-                   runtime.make({rows, groups}, DType::int32)};
+  HeldX found;
+  const auto make = [&](std::int64_t each, DType dtype) {
+    return found.memory.emplace_back(runtime.make({rows, groups * each}, dtype)).data;
+  };
   QuantizedRow row{};
   row.x = static_cast<const float*>(x.data);
   row.size = static_cast<int>(size);
-  row.codes = static_cast<std::int8_t*>(found.codes.data);
-  row.scales = static_cast<float*>(found.scales.data);
-  row.sums = static_cast<std::int32_t*>(found.sums.data);
+  row.to = {static_cast<std::int8_t*>(make(kGroup, DType::int8)), static_cast<float*>(make(1, DType::float32)),
+            static_cast<std::int32_t*>(make(1, DType::int32)), static_cast<std::int32_t*>(make(1, DType::int32)),
+            static_cast<float*>(make(1, DType::float32))};
   runtime.keep(x);
   runtime.issue([&kernels = runtime.kernels(), row, rows, size, groups](Worker& worker) {
     for (std::int64_t index; (index = worker.take()) < rows;) {
       QuantizedRow one = row;
       one.x += index * size;
-      one.codes += index * groups * kGroup;
-      one.scales += index * groups;
-      one.sums += index * groups;
+      one.to = from_row(row.to, index, groups);
       kernels.quantize_x(one);
     }
   });
+  found.x = row.to;
   return found;
 }
 
@@ -53,6 +61,21 @@ void check(const Tensor& tensor, DType dtype, const std::vector<std::int64_t>& s
   if (tensor.dtype != dtype || tensor.shape != shape)
     throw std::invalid_argument(std::string(what) + " must be " + std::string(name(dtype)) + describe(shape) +
                                 ", not " + describe(tensor));
+}
+
+struct Shapes {
+  std::vector<std::int64_t> codes, scales, factors;
+  DType dtype;  // of scales
+};
+
+Shapes shapes_of(Codes kind, std::int64_t rows, std::int64_t in) {
+  const Layout layout = layout_of(kind);
+  const std::int64_t strips = divided_up(rows, kStripRows), groups = divided_up(in, kGroup);
+  Shapes shapes{{strips, groups, layout.group_bytes()}, {strips, layout.units(groups), kStripRows}, {}, DType::float16};
+  if (layout.bf16) shapes.dtype = DType::bfloat16;
+  if (layout.offsets) shapes.scales.insert(shapes.scales.begin() + 2, 2);
+  if (layout.factors) shapes.factors = {strips, groups, layout.group_factors() / kStripRows, kStripRows};
+  return shapes;
 }
 
 }  // namespace
@@ -63,13 +86,28 @@ std::int64_t QuantizedWeight::out() const {
   return rows;
 }
 
-QuantizedPart quantize(Runtime& runtime, const Tensor& w, Codes codes) {
+QuantizedStrips QuantizedPart::from(std::int64_t strip) const {
+  const Layout layout = layout_of(kind);
+  return {
+      static_cast<const std::uint8_t*>(codes.data) + strip * groups() * layout.group_bytes(),
+      static_cast<const std::uint16_t*>(scales.data) + strip * layout.units(groups()) * layout.unit_floats(),
+      factors ? static_cast<const std::int8_t*>(factors->data) + strip * groups() * layout.group_factors() : nullptr};
+}
+
+QuantizedPart allocate_strips(Codes kind, std::int64_t rows, std::int64_t in) {
+  const Shapes shapes = shapes_of(kind, rows, in);
+  QuantizedPart part{kind, allocate(shapes.codes, DType::uint8), allocate(shapes.scales, shapes.dtype), {}, rows};
+  if (!shapes.factors.empty()) part.factors = allocate(shapes.factors, DType::int8);
+  return part;
+}
+
+QuantizedPart quantize(Runtime& runtime, const Tensor& w, Codes kind) {
   if (w.shape.size() != 2 || w.size() == 0)
     throw std::invalid_argument("a weight must be [out, in], not " + describe(w));
+  if (static_cast<int>(kind) >= kMadeCodes) throw std::invalid_argument("floats are quantised to int8 or int4 alone");
   const std::int64_t rows = w.shape[0], size = w.shape[1];
   const std::int64_t strips = divided_up(rows, kStripRows), groups = divided_up(size, kGroup);
-  QuantizedPart part{allocate({strips, groups, group_bytes(codes)}, DType::uint8),
-                     allocate({strips, groups, kStripRows}, DType::bfloat16), rows};
+  QuantizedPart part = allocate_strips(kind, rows, size);
   QuantizedStrip strip{};
   strip.w = w.data;
   strip.type = float_of(w.dtype);
@@ -78,13 +116,14 @@ QuantizedPart quantize(Runtime& runtime, const Tensor& w, Codes codes) {
   strip.codes = static_cast<std::uint8_t*>(part.codes.data);
   strip.scales = static_cast<std::uint16_t*>(part.scales.data);
   std::atomic<bool> finite{true};
-  runtime.issue([kernel = runtime.kernels().quantize_strip[static_cast<int>(codes)], strip, rows, strips, groups,
-                 row_bytes = size * static_cast<std::int64_t>(item_size(w.dtype)), codes, &finite](Worker& worker) {
+  runtime.issue([kernel = runtime.kernels().quantize_strip[static_cast<int>(kind)], strip, rows, strips, groups,
+                 row_bytes = size * static_cast<std::int64_t>(item_size(w.dtype)),
+                 bytes = layout_of(kind).group_bytes(), &finite](Worker& worker) {
     for (std::int64_t index; (index = worker.take()) < strips;) {
       QuantizedStrip one = strip;
       one.w = static_cast<const std::byte*>(strip.w) + index * kStripRows * row_bytes;
       one.rows = static_cast<int>(std::min<std::int64_t>(kStripRows, rows - index * kStripRows));
-      one.codes += index * groups * group_bytes(codes);
+      one.codes += index * groups * bytes;
       one.scales += index * groups * kStripRows;
       if (!kernel(one)) finite = false;
     }
@@ -94,15 +133,17 @@ QuantizedPart quantize(Runtime& runtime, const Tensor& w, Codes codes) {
   return part;
 }
 
-QuantizedWeight make_quantized(Codes codes, std::vector<QuantizedPart> parts, std::int64_t in,
-                               std::optional<Tensor> bias) {
+QuantizedWeight make_quantized(std::vector<QuantizedPart> parts, std::int64_t in, std::optional<Tensor> bias) {
   if (parts.empty()) throw std::invalid_argument("a weight needs at least one part");
-  QuantizedWeight weight{codes, std::move(parts), in, std::move(bias)};
+  QuantizedWeight weight{std::move(parts), in, std::move(bias)};
   for (const QuantizedPart& part : weight.parts) {
-    const std::int64_t strips = divided_up(part.rows, kStripRows), groups = divided_up(in, kGroup);
     if (part.rows < 1 || in < 1) throw std::invalid_argument("a weight must have rows and columns");
-    check(part.codes, DType::uint8, {strips, groups, group_bytes(codes)}, "codes");
-    check(part.scales, DType::bfloat16, {strips, groups, kStripRows}, "scales");
+    const Shapes shapes = shapes_of(part.kind, part.rows, in);
+    check(part.codes, DType::uint8, shapes.codes, "codes");
+    check(part.scales, shapes.dtype, shapes.scales, "scales");
+    if (part.factors.has_value() != !shapes.factors.empty())
+      throw std::invalid_argument("factors must be given for the kinds that have them, and for no other");
+    if (part.factors) check(*part.factors, DType::int8, shapes.factors, "factors");
   }
   if (weight.bias) check(*weight.bias, DType::float32, {weight.out()}, "the bias");
   return weight;
@@ -114,12 +155,9 @@ Tensor linear(Runtime& runtime, const Tensor& given, const QuantizedWeight& weig
   const std::int64_t rows = given.shape[0], out = weight.out(), groups = weight.groups();
   const Tensor y = runtime.make({rows, out}, DType::float32);
   if (rows == 0) return y;
-  const QuantizedX x = quantize_x(runtime, converted(runtime, given, DType::float32), groups);
-
   QuantizedBlock block{};
-  block.x = static_cast<const std::int8_t*>(x.codes.data);
-  block.x_scales = static_cast<const float*>(x.scales.data);
-  block.x_sums = static_cast<const std::int32_t*>(x.sums.data);
+  const HeldX x = quantize_x(runtime, converted(runtime, given, DType::float32), groups);
+  block.x = x.x;
   block.m = static_cast<int>(rows);
   block.groups = static_cast<int>(groups);
   block.y = static_cast<float*>(y.data);
@@ -129,33 +167,26 @@ Tensor linear(Runtime& runtime, const Tensor& given, const QuantizedWeight& weig
   std::int64_t first = 0;
   for (const QuantizedPart& part : weight.parts) {
     for (std::int64_t strip = 0; strip * kStripRows < part.rows; strip += kTaskStrips)
-      tasks.push_back({static_cast<const std::uint8_t*>(part.codes.data) + strip * groups * group_bytes(weight.codes),
-                       static_cast<const std::uint16_t*>(part.scales.data) + strip * groups * kStripRows,
-                       first + strip * kStripRows, std::min(kTaskStrips * kStripRows, part.rows - strip * kStripRows)});
+      tasks.push_back({part.kind, part.from(strip), first + strip * kStripRows,
+                       std::min(kTaskStrips * kStripRows, part.rows - strip * kStripRows)});
     first += part.rows;
     runtime.keep(part.codes);
     runtime.keep(part.scales);
+    if (part.factors) runtime.keep(*part.factors);
   }
   if (weight.bias) runtime.keep(*weight.bias);
-  runtime.issue([kernel = runtime.kernels().quantized[static_cast<int>(weight.codes)], block,
-                 tasks = std::move(tasks)](Worker& worker) {
-    const auto count = static_cast<std::int64_t>(tasks.size());
-    std::int64_t index = worker.take();
-    while (index < count) {
-      // Taken early, so that its codes can be fetched while this one's are multiplied.
-      const std::int64_t next = worker.take();
+  runtime.issue([&kernels = runtime.kernels().quantized, block, tasks = std::move(tasks)](Worker& worker) {
+    worker.take_ahead(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t index, std::int64_t following) {
       const Task& task = tasks[static_cast<std::size_t>(index)];
       QuantizedBlock one = block;
-      one.codes = task.codes;
-      one.scales = task.scales;
+      one.w = task.w;
       one.n = static_cast<int>(task.rows);
       one.y += task.row;
       if (one.bias != nullptr) one.bias += task.row;
       // Prefetching past the end of a shorter task's codes is harmless.
-      one.next = next < count ? tasks[static_cast<std::size_t>(next)].codes : nullptr;
-      kernel(one);
-      index = next;
-    }
+      one.next = following < 0 ? nullptr : tasks[static_cast<std::size_t>(following)].w.codes;
+      kernels[static_cast<int>(task.kind)](one);
+    });
   });
   return y;
 }
@@ -169,11 +200,9 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<Q
   const QuantizedWeight& like = weights.front();
   const std::int64_t rows = given.shape[0], out = like.out(), size = like.groups();
   const Tensor y = runtime.make({rows, out}, DType::float32);
-  const QuantizedX x = quantize_x(runtime, converted(runtime, given, DType::float32), size);
   QuantizedBlock block{};
-  block.x = static_cast<const std::int8_t*>(x.codes.data);
-  block.x_scales = static_cast<const float*>(x.scales.data);
-  block.x_sums = static_cast<const std::int32_t*>(x.sums.data);
+  const HeldX x = quantize_x(runtime, converted(runtime, given, DType::float32), size);
+  block.x = x.x;
   block.groups = static_cast<int>(size);
   block.y = static_cast<float*>(y.data);
   block.y_stride = out;
@@ -191,26 +220,30 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<Q
                         std::min(kTaskStrips * kStripRows, part_rows - strip * kStripRows)});
     first_row += part_rows;
   }
-  runtime.issue([kernel = runtime.kernels().quantized[static_cast<int>(like.codes)], &weights, groups, block,
-                 places = std::move(places), size, bytes = group_bytes(like.codes)](Worker& worker) {
+  runtime.issue([&kernels = runtime.kernels().quantized, &weights, groups, block, places = std::move(places),
+                 size](Worker& worker) {
     const auto each = static_cast<std::int64_t>(places.size());
+    const auto group_of = [&](std::int64_t task) {
+      return static_cast<std::size_t>(groups->active[static_cast<std::size_t>(task / each)]);
+    };
+    const auto strips = [&](std::int64_t task) {
+      const Place& place = places[static_cast<std::size_t>(task % each)];
+      return weights[group_of(task)].parts[place.part].from(place.strip);
+    };
     const std::int64_t tasks = each * static_cast<std::int64_t>(groups->active.size());
-    for (std::int64_t task; (task = worker.take()) < tasks;) {
-      const auto group = static_cast<std::size_t>(groups->active[static_cast<std::size_t>(task / each)]);
+    worker.take_ahead(tasks, [&](std::int64_t task, std::int64_t following) {
+      const std::size_t group = group_of(task);
       const std::int64_t first = groups->first[group];
       const Place& place = places[static_cast<std::size_t>(task % each)];
-      const QuantizedPart& part = weights[group].parts[place.part];
       QuantizedBlock one = block;
-      one.x += first * size * kGroup;
-      one.x_scales += first * size;
-      one.x_sums += first * size;
+      one.x = from_row(block.x, first, size);
       one.m = groups->first[group + 1] - static_cast<int>(first);
-      one.codes = static_cast<const std::uint8_t*>(part.codes.data) + place.strip * size * bytes;
-      one.scales = static_cast<const std::uint16_t*>(part.scales.data) + place.strip * size * kStripRows;
+      one.w = strips(task);
       one.n = static_cast<int>(place.rows);
       one.y += first * one.y_stride + place.row;
-      kernel(one);
-    }
+      one.next = following < 0 ? nullptr : strips(following).codes;
+      kernels[static_cast<int>(weights[group].parts[place.part].kind)](one);
+    });
   });
   return y;
 }

@@ -21,6 +21,17 @@ class Worker {
   // The next task's number, each one given out once in a phase.
   std::int64_t take();
 
+  // Takes tasks below `count` and does each by body(task, following). The following one, -1 where there is none, is
+  // taken early, so that what it reads can be fetched while this one computes.
+  template <typename Body>
+  void take_ahead(std::int64_t count, Body body) {
+    for (std::int64_t task = take(); task < count;) {
+      const std::int64_t following = take();
+      body(task, following < count ? following : -1);
+      task = following;
+    }
+  }
+
   // Private memory of at least what Team::reserve asked for, 64-byte aligned, contents undefined.
   std::byte* scratch() const { return scratch_.get(); }
 

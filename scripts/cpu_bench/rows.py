@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cpu_bench.shapes import FORMATS, SHAPES
+
 LONG, PROMPT = 8192, 512
 """Tokens of context of the attention row, and of the prompt of the prefill rows."""
 
@@ -43,6 +45,7 @@ def table(mixed: tuple[int, int]) -> list[Row]:
         Row("decode-1-bf16/llama.cpp", _decode("bf16", 1), (_decode("llama.cpp bf16", 1),), 0.97),
         Row("decode-1-int8/llama.cpp", _decode("int8", 1), (_decode("llama.cpp Q8_0", 1),), 0.97),
         Row("decode-1-int4/llama.cpp", _decode("int4", 1), (_decode("llama.cpp Q4_0", 1),), 0.97),
+        Row("decode-1-Q4_K_M/llama.cpp", _decode("Q4_K_M", 1), (_decode("llama.cpp Q4_K_M", 1),), 0.97),
         Row("decode-1-bf16/bandwidth", _decode("bf16", 1), (_bandwidth("bf16"),), 0.90),
         Row("decode-1-int8/bandwidth", _decode("int8", 1), (_bandwidth("int8"),), 0.90),
         Row("decode-1-int4/bandwidth", _decode("int4", 1), (_bandwidth("int4"),), 0.90),
@@ -60,6 +63,7 @@ def table(mixed: tuple[int, int]) -> list[Row]:
         Row("prefill-bf16/llama.cpp", _prefill("bf16"), (_prefill("llama.cpp bf16"),), 4.0),
         Row("prefill-bf16/arithmetic", _prefill("bf16"), (_prefill("limits"),), 0.85),
         Row("prefill-int8/bf16", _prefill("int8"), (_prefill("bf16"),), 1.6),
+        Row("prefill-Q4_K_M/llama.cpp", _prefill("Q4_K_M"), (_prefill("llama.cpp Q4_K_M"),), 1.0),
         Row("attention/bandwidth", attention, (_figure("limits", "attention", context=LONG),), 0.80, unit="/s"),
         Row("mixed-bf16/vllm", _figure("bf16", "mixed", **together), _vllm("mixed", **together), 1.3),
         under("start/built-in", _figure("programs", "first_token"), 0.6, "s"),
@@ -72,6 +76,18 @@ def table(mixed: tuple[int, int]) -> list[Row]:
         under("step/policy", _figure("step", "step_microseconds"), 150, "µs"),
         under("idle/chat", _figure("programs", "idle", command="chat"), 0.01, "s"),
         under("idle/serve", _figure("programs", "idle", command="serve"), 0.01, "s"),
+        *_shapes(),
+    ]  # fmt: skip
+
+
+def _shapes() -> list[Row]:
+    """Other shapes than Llama's, one sequence and eight."""
+    return [
+        Row(f"{shape}-{batch}-{kind}/llama.cpp", _decode(f"{shape} {kind}", batch),
+            (_decode(f"llama.cpp {shape} {kind}", batch),))
+        for shape in SHAPES
+        for batch in (1, 8)
+        for kind in FORMATS
     ]  # fmt: skip
 
 

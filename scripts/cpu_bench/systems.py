@@ -135,6 +135,30 @@ class LlamaBench(System):
         )
 
 
+class Made(System):
+    """A system whose files ``make`` makes, where there are none yet."""
+
+    def __init__(self, make: Callable[[], object], system: System) -> None:
+        self._make, self._system = make, system
+
+    def prepare(self, work: str, **options: Any) -> None:
+        """Make the files first."""
+        self._make()
+        self._system.prepare(work, **options)
+
+    def rest(self) -> None:
+        """As the system does."""
+        self._system.rest()
+
+    def measure(self, work: str, **options: Any) -> float:
+        """What the system says."""
+        return self._system.measure(work, **options)
+
+    def close(self) -> None:
+        """As the system does."""
+        self._system.close()
+
+
 class Limits(System):
     """Tokens a second that the machine's memory and arithmetic allow the model, by ``cpu_probe.cpp``."""
 

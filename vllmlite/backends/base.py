@@ -63,20 +63,33 @@ class HostTensor:
 
 
 QUANTIZATIONS = ("int8", "int4")
-"""Kinds of quantised weights; :mod:`vllmlite.weights.quantized` has their layout."""
+"""Kinds that weights can be quantised to; :mod:`vllmlite.weights.quantized` has their layout, and that of others."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
-    """A weight ``[out, in]`` of a ``kind`` in :data:`QUANTIZATIONS`: uint8 ``codes`` and bfloat16 ``scales``."""
+    """A weight ``[out, in]`` of a kind in ``weights.quantized.LAYOUTS``, which says what codes, scales and factors
+    are."""
 
     kind: str
     shape: tuple[int, int]
     codes: HostTensor
     scales: HostTensor
+    factors: HostTensor | None = None
 
 
-HostWeight: TypeAlias = HostTensor | QuantizedTensor
+@dataclass(frozen=True, slots=True)
+class BlockTensor:
+    """A tensor in ggml's blocks of a ``type`` in ``weights.gguf_blocks.BLOCKS``, as it stands in a GGUF file: row by
+    row."""
+
+    type: str
+    shape: tuple[int, ...]
+    """Row-major: the last is a row's length, of whole blocks."""
+    data: NDArray[np.uint8]
+
+
+HostWeight: TypeAlias = HostTensor | QuantizedTensor | BlockTensor
 """A weight of a product, as a checkpoint has it."""
 
 
@@ -85,6 +98,8 @@ def float_parts(parts: Sequence[HostWeight]) -> list[HostTensor]:
     for part in parts:
         if isinstance(part, QuantizedTensor):
             raise BackendError(f"a weight in {part.kind} needs a backend with quantization={part.kind}")
+        if isinstance(part, BlockTensor):
+            raise BackendError(f"a weight in blocks of {part.type} needs a backend that keeps them")
     return [part for part in parts if isinstance(part, HostTensor)]
 
 
@@ -309,6 +324,12 @@ class Backend(ABC):
         ``biases`` (none, or one ``[out_i]`` a part) beside it. May alias parts. ModelError for values that cannot be
         quantised."""
 
+    def decode_blocks(self, part: BlockTensor, dtype: str) -> HostTensor:
+        """The values of ``part`` as ``dtype``, one of :data:`FLOAT_DTYPES`; those that are floats stay as they are."""
+        from vllmlite.weights.gguf_blocks import to_floats
+
+        return to_floats(part, dtype)
+
     @abstractmethod
     def float_weight(self, weight: HostTensor) -> LinearWeight:
         """A weight ``[out, in]`` that stays in the backend's dtype whatever its ``quantization``: a router's."""
@@ -431,7 +452,8 @@ class Backend(ABC):
         """Split ``qkv [T, (H + 2K) * D]``, norm each head of q and k by RMS where weights ``[D]`` are given, rotate
         q and k, write k and v to the cache at the tokens' positions, and return q as ``[T, H, D]``.
 
-        Weights ``[H * D]`` and ``[K * D]`` norm all heads as one row. They are of the backend's dtype or float32."""
+        Weights ``[H * D]`` and ``[K * D]`` norm all heads as one row. Rows of ``[H, D]`` and ``[K, D]`` norm a head
+        each by mean and variance; the cuda backend has no such norms. Weights are of the backend's dtype or float32."""
 
     @abstractmethod
     def paged_attention(

@@ -10,10 +10,11 @@ own input row, bit for bit, whatever else is in the batch.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from vllmlite.backends.base import (
     FLOAT_DTYPES,
     ITEM_SIZE,
     KV_DTYPES,
+    BlockTensor,
     Expert,
     Feature,
     ForwardBatch,
@@ -41,7 +43,11 @@ from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.memory import host_memory
 from vllmlite.backends.native import NativeBackend, load_extension, pack, unpack
 from vllmlite.errors import BackendError, ModelError
+from vllmlite.weights.gguf_blocks import FLOATS, to_floats
 from vllmlite.weights.quantized import dequantize, quantized_tensor
+
+_Part: TypeAlias = tuple[str, Tensor, Tensor, Tensor | None, int]
+"""Of a quantised weight: its kind, codes, scales, factors and rows."""
 
 
 class CpuBackend(NativeBackend):
@@ -106,12 +112,14 @@ class CpuBackend(NativeBackend):
         if biases:
             flat = [self.to_host(self.tensor(part, "float32")).reshape(-1) for part in biases]
             bias = self.tensor(np.concatenate(flat))
-        kinds = {part.kind if isinstance(part, QuantizedTensor) else None for part in parts}
-        kind = self.quantization or (kinds.pop() if self.keeps_blocks and len(kinds) == 1 else None)
-        if kind is not None:
-            packed = [self._packed(part, kind) for part in parts]
-            return self._native.QuantizedWeight(kind, packed, parts[0].shape[1], bias)
-        dense = list(map(_decoded, parts)) if self.keeps_blocks else float_parts(parts)
+        strips = None
+        if self.quantization is not None:
+            strips = [self._packed(part, self.quantization) for part in parts]
+        elif self.keeps_blocks and not any(isinstance(part, HostTensor) for part in parts):
+            strips = [self._strips(part) for part in parts]
+        if strips is not None:
+            return self._native.QuantizedWeight(strips, parts[0].shape[1], bias)
+        dense = list(map(self._decoded, parts)) if self.keeps_blocks else float_parts(parts)
         return self._native.LinearWeight([self.tensor(part, self.dtype) for part in dense], bias)
 
     def float_weight(self, weight: HostTensor) -> Any:
@@ -125,23 +133,50 @@ class CpuBackend(NativeBackend):
     def tied_weight(self, table: Tensor) -> Any:
         if self.quantization is not None:
             part = self._quantize(table, self.quantization)
-            return self._native.QuantizedWeight(self.quantization, [part], table.shape[1])
+            return self._native.QuantizedWeight([part], table.shape[1])
         return self._native.LinearWeight([table])
 
     def quantize(self, weight: HostTensor, kind: str) -> QuantizedTensor:
-        """A weight ``[out, in]`` in ``kind``. ModelError if a value is not finite."""
+        """A weight ``[out, in]`` in ``int8`` or ``int4``. ModelError if a value is not finite."""
         shape = weight.shape[0], weight.shape[1]
-        codes, scales, _ = self._quantize(self.tensor(weight), kind)
+        _, codes, scales, _, _ = self._quantize(self.tensor(weight), kind)
         return quantized_tensor(kind, shape, self.to_host(codes), self.to_host(scales))
 
-    def _packed(self, part: HostWeight, kind: str) -> tuple[Tensor, Tensor, int]:
+    def decode_blocks(self, part: BlockTensor, dtype: str) -> HostTensor:
+        if part.type in FLOATS:
+            return to_floats(part, dtype)
+        out = np.empty(math.prod(part.shape) * ITEM_SIZE[dtype], np.uint8)
+        self._runtime.floats_of_blocks(
+            part.type, self.tensor(part.data), self._native.over(out, dtype, part.shape)
+        )
+        return HostTensor(dtype, part.shape, _native_order(HostTensor(dtype, part.shape, out)))
+
+    def _packed(self, part: HostWeight, kind: str) -> _Part:
         if isinstance(part, HostTensor):
             return self._quantize(self.tensor(part), kind)
-        return self.tensor(part.codes), self.tensor(part.scales), part.shape[0]
+        return self._strips(part)
 
-    def _quantize(self, weight: Tensor, kind: str) -> tuple[Tensor, Tensor, int]:
+    def _strips(self, part: HostWeight) -> _Part:
+        """A part that is quantised already."""
+        if isinstance(part, BlockTensor):
+            rows, size = part.shape
+            found: _Part = self._runtime.strips_of_blocks(part.type, self.tensor(part.data), rows, size)
+            return found
+        assert isinstance(part, QuantizedTensor)
+        factors = None if part.factors is None else self.tensor(part.factors)
+        return part.kind, self.tensor(part.codes), self.tensor(part.scales), factors, part.shape[0]
+
+    def _decoded(self, part: HostWeight) -> HostTensor:
+        """The floats of a part beside others that are floats."""
+        if isinstance(part, HostTensor):
+            return part
+        if isinstance(part, BlockTensor):
+            return self.decode_blocks(part, "float32")
+        return HostTensor("float32", part.shape, dequantize(part).astype("<f4").reshape(-1).view(np.uint8))
+
+    def _quantize(self, weight: Tensor, kind: str) -> _Part:
         try:
-            found: tuple[Tensor, Tensor, int] = self._runtime.quantize(weight, kind)
+            found: _Part = self._runtime.quantize(weight, kind)
         except ValueError as error:
             raise ModelError(f"a weight of shape {list(weight.shape)}: {error}") from error
         return found
@@ -207,15 +242,8 @@ class CpuBackend(NativeBackend):
         return run
 
 
-def _decoded(part: HostWeight) -> HostTensor:
-    """The floats of a part beside others that are not in its kind."""
-    if isinstance(part, HostTensor):
-        return part
-    return HostTensor("float32", part.shape, dequantize(part).astype("<f4").reshape(-1).view(np.uint8))
-
-
 def _native_order(host: HostTensor) -> NDArray[np.uint8]:
-    """The bytes; a swapped copy where the machine's order is not theirs."""
+    """The bytes; a swapped copy where the machine's order is not the little-endian one."""
     size = ITEM_SIZE[host.dtype]
     if sys.byteorder == "little" or size == 1:
         return host.data

@@ -22,6 +22,7 @@ from vllmlite.backends.base import (
     ITEM_SIZE,
     KV_DTYPES,
     Backend,
+    BlockTensor,
     Expert,
     ForwardBatch,
     HostTensor,
@@ -41,6 +42,7 @@ from vllmlite.backends.torch_attention import Group, Rows, Scores, TorchKV, atte
 from vllmlite.backends.torch_sampling import SamplePlan, TorchSlots
 from vllmlite.errors import BackendError, ModelError
 from vllmlite.weights import quantized
+from vllmlite.weights.gguf_blocks import to_strips
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_SIZE}
 
@@ -175,6 +177,8 @@ class TorchBackend(Backend):
         return self._linear(table, None)
 
     def _packed(self, part: HostWeight, kind: str) -> QuantizedTensor:
+        if isinstance(part, BlockTensor):
+            return to_strips(part)
         return quantized.quantize(self._finite(_alias(part)), kind) if isinstance(part, HostTensor) else part
 
     def _finite(self, weight: torch.Tensor) -> NDArray[np.float32]:
@@ -186,7 +190,7 @@ class TorchBackend(Backend):
         return array
 
     def _quantized(self, parts: list[QuantizedTensor], bias: torch.Tensor | None) -> TorchQuantized:
-        codes, scales = zip(*(quantized.unpack(part) for part in parts), strict=True)
+        codes, scales, _ = zip(*(quantized.unpack(part) for part in parts), strict=True)
         return TorchQuantized(
             parts[0].shape[1], bias, *self._put(np.concatenate(codes), np.concatenate(scales))
         )
@@ -348,8 +352,12 @@ class TorchBackend(Backend):
         heads = qkv.view(-1, num_heads + 2 * kv_heads, size)
         for norm, first, last in ((q_norm, 0, num_heads), (k_norm, num_heads, num_heads + kv_heads)):
             if norm is not None:
-                part = qkv[:, first * size : last * size].view(len(qkv), -1, len(norm))
-                part.copy_(_rms_norm(part, norm, eps))
+                part = qkv[:, first * size : last * size].view(len(qkv), -1, norm.shape[-1])
+                part.copy_(
+                    _rms_norm(part, norm, eps)
+                    if norm.dim() == 1
+                    else F.layer_norm(part.float(), (size,), eps=eps).mul_(norm)
+                )
         if rope is not None:
             # In place, so that keys and values stay side by side as the cache has them.
             _rotate(heads[:, : num_heads + kv_heads, : rope.rotary_dim], rope, batch)

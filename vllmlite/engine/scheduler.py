@@ -27,7 +27,7 @@ class Limits:
     """Most tokens in a step."""
     max_mixed_prefill_tokens: int
     """Most of them that are no sequence's only ones, where any sequence has one: while texts grow, prompts go in in
-    pieces that hold up no text for long, and that carry the texts' tokens along at little cost."""
+    pieces that hold up no text for long."""
     max_model_len: int
     block_size: int
     num_blocks: int

@@ -11,6 +11,7 @@ from vllmlite.hub.snapshot import (
     TARBALLS,
     cache_root,
     cached_snapshot,
+    gguf_files,
     is_tarball,
     is_undisturbed,
     listed,
@@ -78,7 +79,7 @@ def _in_directory(path: Path, revision: str | None) -> Path:
         snapshot = path
     if (snapshot / "config.json").is_file():
         return snapshot
-    files = [str(file.relative_to(path)) for file in sorted(snapshot.glob("*.gguf"))]
+    files = [str(file.relative_to(path)) for file in gguf_files(snapshot)]
     if len(files) > 1:
         raise ModelError(f"{path}: holds several GGUF files; name one: {listed(files)}")
     return path / files[0] if files else snapshot

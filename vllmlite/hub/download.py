@@ -26,6 +26,7 @@ from vllmlite.hub.snapshot import (
     state,
     wanted_files,
 )
+from vllmlite.weights.gguf_parts import is_later_part
 
 
 class NotReached(ModelError):
@@ -111,7 +112,7 @@ def _checked_choice(
 ) -> list[str]:
     """The files to download. ModelError where there are none, or several models to choose from."""
     wanted = wanted_files(files, weights, include, exclude)
-    models = [file for file in wanted if file.endswith(".gguf")]
+    models = [file for file in wanted if file.endswith(".gguf") and not is_later_part(Path(file).name)]
     if len(models) > 1 and not include:
         raise ModelError(
             f"{name}: has several GGUF files ({listed(models)}): choose one with "

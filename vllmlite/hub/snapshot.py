@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from vllmlite.errors import ModelError, ParameterError
+from vllmlite.weights.gguf_parts import is_later_part
 
 CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 """What describes a model and its tokenizer; never code."""
@@ -93,8 +94,13 @@ def model_in(snapshot: Path, weights: bool = True) -> Path | None:
     Without ``weights``, a configuration is enough."""
     if (snapshot / "config.json").is_file() and (not weights or _has_weights(snapshot)):
         return snapshot
-    files = list(snapshot.glob("*.gguf"))
+    files = gguf_files(snapshot)
     return files[0] if len(files) == 1 and not (snapshot / "config.json").exists() else None
+
+
+def gguf_files(directory: Path) -> list[Path]:
+    """The GGUF models of ``directory``: of those in several files, the first."""
+    return [file for file in sorted(directory.glob("*.gguf")) if not is_later_part(file.name)]
 
 
 def wanted_files(

@@ -61,7 +61,7 @@ def load_model(
             f"{path}: its weights are {spec.quantization}, the backend's {backend.quantization}"
         )
     if path.is_file() and load_format in ("auto", "gguf"):
-        stored = open_gguf(path, spec.weights(), backend.dtype, backend.quantization, backend.keeps_blocks)
+        stored = open_gguf(path, spec, backend)
         weights = ModelWeights(spec.tensors(), stored)
     else:
         weights = open_model(path, spec, load_format, seed)
@@ -70,6 +70,13 @@ def load_model(
         raise BackendError(
             f"{path}: its weights take {needed} bytes in {backend.quantization or backend.dtype}; {free} are free"
             + (_what_fits(weights, free) if spec.quantization is None else "")
+        )
+    position = sum(4 * rope.rotary_dim for rope in {layer.rope for layer in spec.layers} if rope is not None)
+    if position * max_model_len > free:
+        raise ParameterError(
+            "max_model_len",
+            max_model_len,
+            f"its rotations take {position * max_model_len} bytes; {free} are free: lower it to {free // position}",
         )
     return Decoder(
         spec,

@@ -92,8 +92,11 @@ class Decoder:
             backend.tensor(weights("positions.weight"), backend.dtype) if spec.learned_positions else None
         )
         self._embedding_norm = load.norm("embedding_norm") if spec.embedding_norm else None
+        projected = spec.embedding_size is not None
+        self._project_in = load.linear("", "project_in") if projected else None
+        self._project_out = load.linear("", "project_out") if projected else None
         self._layers = [load.layer(layer) for layer in range(spec.num_layers)]
-        self._final_norm = load.norm("final_norm")
+        self._final_norm = load.norm("final_norm") if spec.final_norm else None
         if spec.tied_head and weights.is_quantized("embedding.weight"):
             self._head = backend.linear_weight([weights.product("embedding.weight")])
         elif spec.tied_head:
@@ -102,10 +105,15 @@ class Decoder:
             self._head = backend.linear_weight([weights.product("head.weight")])
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
-        """Hidden states ``[T, hidden]`` of the uploaded ``batch``, after the last norm; writes its keys and values."""
+        """Hidden states ``[T, output_size]`` of the uploaded ``batch``, as the output layer takes them; writes its keys
+        and values."""
         ops, parallel = self.backend, self.spec.parallel
         x, residual = self._embedded(batch), None
         for index, layer in enumerate(self._layers):
+            if self.spec.post_norm:
+                x = self._normed(self._attention(x, index, layer, batch, kv), layer.attn_norm, x)[0]
+                x = self._normed(self._mlp(x, layer.mlp), layer.mlp_norm, x)[0]
+                continue
             h, residual = self._normed(x, layer.attn_norm, residual)
             x = self._output(self._attention(h, index, layer, batch, kv), layer.attn_out_norm)
             if parallel:
@@ -115,7 +123,8 @@ class Decoder:
                 continue
             h, residual = self._normed(x, layer.mlp_norm, residual)
             x = self._output(self._mlp(h, layer.mlp), layer.mlp_out_norm)
-        return self._normed(x, self._final_norm, residual)[0]
+        x = self._normed(x, self._final_norm, residual)[0]
+        return x if self._project_out is None else ops.linear(x, self._project_out)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits ``[N, V]`` of hidden states ``[N, hidden]``."""
@@ -126,6 +135,8 @@ class Decoder:
     def _embedded(self, batch: ForwardBatch) -> Tensor:
         ops = self.backend
         x = self._scaled(ops.embedding(batch.token_ids, self._embed), self.spec.embedding_scale)
+        if self._project_in is not None:
+            x = ops.linear(x, self._project_in)
         if self._positions is not None:
             x = ops.add(ops.embedding(batch.positions, self._positions), x)
         return x if self._embedding_norm is None else self._normed(x, self._embedding_norm)[0]
@@ -191,8 +202,8 @@ class _Loader:
         return _Layer(
             attn_norm=self.norm(f"{name}attn_norm") if spec.attn_norm else None,
             qkv=self.linear(name, "q", "k", "v"),
-            q_norm=self.norm_weight(f"{name}q_norm.weight") if spec.qk_norm else None,
-            k_norm=self.norm_weight(f"{name}k_norm.weight") if spec.qk_norm else None,
+            q_norm=self.head_norm(f"{name}q_norm", spec.num_heads) if spec.qk_norm else None,
+            k_norm=self.head_norm(f"{name}k_norm", spec.num_kv_heads) if spec.qk_norm else None,
             rope=None if layer.rope is None else self.ropes[layer.rope],
             window=layer.window,
             o=self.linear(name, "o"),
@@ -233,6 +244,14 @@ class _Loader:
             self.norm_weight(f"{name}.weight"),
             None if bias is None else self.backend.tensor(bias, self.backend.dtype),
         )
+
+    def head_norm(self, name: str, heads: int) -> Tensor:
+        """Weights for q or k, ``[heads, D]`` where each head has its own."""
+        if self.spec.qk_norm != "layer":
+            return self.norm_weight(f"{name}.weight")
+        backend = self.backend
+        rows = [backend.tensor(self.weights(f"{name}.{head}.weight"), "float32") for head in range(heads)]
+        return backend.tensor(np.stack(list(map(backend.to_host, rows))), backend.dtype)
 
     def norm_weight(self, name: str) -> Tensor:
         """In float32 where one is added: near it, 16 bits are too few."""

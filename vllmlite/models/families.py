@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllmlite.models import (
@@ -23,6 +23,7 @@ from vllmlite.models import (
     smollm3,
     stablelm,
 )
+from vllmlite.models.gguf import gguf_keys
 from vllmlite.models.hf_config import HfConfig
 from vllmlite.models.spec import DecoderSpec
 
@@ -53,7 +54,7 @@ FAMILIES: dict[str, Family] = {
     "SmolLM3ForCausalLM": Family("SmolLM3", "smollm3", smollm3.spec),
     "StableLmForCausalLM": Family("StableLM", "stablelm", stablelm.spec),
     "GPT2LMHeadModel": Family("GPT-2", "gpt2", gpt2.spec),
-    "OPTForCausalLM": Family("OPT, but 350m", "opt", opt.spec),
+    "OPTForCausalLM": Family("OPT", "opt", opt.spec),
     "GPTNeoXForCausalLM": Family("GPT-NeoX, Pythia", "gpt_neox", gpt_neox.spec),
     "FalconForCausalLM": Family("Falcon", "falcon", falcon.spec),
     "BloomForCausalLM": Family("BLOOM", "bloom", bloom.spec),
@@ -62,13 +63,14 @@ FAMILIES: dict[str, Family] = {
 
 
 def read_spec(path: Path) -> DecoderSpec:
-    """The spec of the checkpoint in directory ``path``, from its ``config.json`` alone. ModelError if it is not one
-    that can run; needs no backend."""
+    """The spec of the checkpoint in directory ``path``, from its ``config.json`` alone, or of the GGUF file ``path``.
+    ModelError if it is not one that can run; needs no backend."""
     config = HfConfig.read(path)
     name = architecture(config)
     if name not in FAMILIES:
         raise config.error("architectures", f"{', '.join(FAMILIES)}; or --model-impl transformers")
-    return FAMILIES[name].spec(config, name)
+    spec = FAMILIES[name].spec(config, name)
+    return replace(spec, keys=gguf_keys(path)) if path.is_file() else spec
 
 
 def architecture(config: HfConfig) -> str:

@@ -1,59 +1,41 @@
 """GGUF files as checkpoints: their metadata as a Hugging Face configuration, their tensors under its names.
 
-What llama.cpp's converter did to a checkpoint is undone: it renames tensors, and reorders the rows of q and k of the
-``llama`` architecture, whose rotary embedding it computes on neighbouring elements.
+What llama.cpp's converter did to a checkpoint is undone: for some families it reorders the rows of q and k, whose
+rotary embedding it computes on neighbouring elements; and to norms' weights that are stored less one it adds that.
+:mod:`vllmlite.models.gguf_families` has its names.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import HostTensor, QuantizedTensor
+from vllmlite.backends.base import Backend, BlockTensor, HostTensor, HostWeight
 from vllmlite.errors import ModelError
+from vllmlite.models.gguf_families import FAMILIES, KEYS, NEUTRAL, GgufFamily
+from vllmlite.models.keys import Keys
 from vllmlite.weights.checkpoint import Weights, listed
 from vllmlite.weights.gguf import Gguf, read_gguf
-from vllmlite.weights.gguf_blocks import FLOATS, KINDS, to_codes, to_floats
+from vllmlite.weights.gguf_blocks import FLOATS, KINDS
+from vllmlite.weights.quantized import LAYOUTS
 
-ARCHITECTURES = {
-    "llama": ("LlamaForCausalLM", "llama"),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
-}
-"""What ``general.architecture`` may name: Hugging Face's architecture and ``model_type``."""
+if TYPE_CHECKING:
+    from vllmlite.models.spec import DecoderSpec
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-REORDERED = ("llama",)
-"""Architectures whose q and k have their rows reordered."""
-
-NAMES = {
-    EMBEDDING: "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    HEAD: "output.weight",
-}
-LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-"""GGUF's names of a layer's tensors, by Hugging Face's."""
 ROPE_FACTORS = "rope_freqs.weight"
 """Divisors of the rotary frequencies, which is how Llama 3's scaling is stored."""
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+"""Those of longrope."""
+UNUSED = re.compile(r"^rope_(freqs|factors_(long|short))\.weight$|\.attn_rot_embd\.weight$")
+"""Tensors that are read with the metadata, or not at all."""
+SECOND_NORM = "attn_norm_2"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 CONTROL = 3
@@ -70,116 +52,154 @@ ENDS = (
 )
 """Control tokens that end a text or a turn in every model that has them."""
 
-NEUTRAL = {
-    "attention.scale": 0.0, "logit_scale": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0, "expert_count": 0,
-    "attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0, "attention.max_alibi_bias": 0.0,
-    "attention.causal": True, "use_parallel_residual": False, "rope.scaling.finetuned": None,
-}  # fmt: skip
-"""Metadata that change what is computed, and their values that do not."""
+LARGEST_GEMMA_LAYERS = {"gemma2": 46, "gemma3": 62}
+"""Layers of the models that scale scores by what heads would share of the hidden size, instead of their own size."""
 
 
 def gguf_config(path: Path) -> dict[str, Any]:
     """What a ``config.json`` of the model in the file at ``path`` would say. ModelError where it cannot be said."""
     gguf = read_gguf(path)
-    if gguf.get("split.count", int, 1) > 1:
-        raise ModelError(
-            f"{path}: is one of {gguf.metadata['split.count']} parts: join them with llama-gguf-split --merge"
-        )
-    name = gguf.get("general.architecture", str)
-    if name not in ARCHITECTURES:
-        raise ModelError(f"{path}: general.architecture={name!r}; accepted: {', '.join(ARCHITECTURES)}")
-    fields = _Fields(gguf, name)
-    embedding = gguf.tensors.get(NAMES[EMBEDDING])
+    name, family = _family(gguf)
+    fields = _Fields(gguf, gguf.metadata["general.architecture"])
+    embedding = gguf.tensors.get(f"{KEYS.embedding}.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise ModelError(f"{path}: has no table {NAMES[EMBEDDING]}")
+        raise ModelError(f"{path}: has no table {KEYS.embedding}.weight")
     for key, neutral in NEUTRAL.items():
         value = fields.get(key, neutral)
-        if value != neutral and neutral is not None:
-            raise ModelError(f"{path}: metadata {name}.{key}={value}; accepted: {neutral}")
+        if key not in family.values.values() and value != neutral and neutral is not None:
+            raise fields.error(key, repr(neutral))
     hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
     head_dim = fields.integer(
         "attention.key_length", hidden // heads if heads and not hidden % heads else None
     )
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if fields.integer(key, head_dim) != head_dim:
-            raise ModelError(f"{path}: metadata {name}.{key}={fields.integer(key)}; accepted: {head_dim}")
-    architecture, model_type = ARCHITECTURES[name]
+    rotated = fields.integer("rope.dimension_count", head_dim)
+    if fields.integer("attention.value_length", head_dim) != head_dim:
+        raise fields.error("attention.value_length", str(head_dim))
+    if not 0 < rotated <= head_dim or (rotated < head_dim and not family.rotates_part):
+        raise fields.error("rope.dimension_count", str(head_dim))
+    layers, inner = fields.integer("block_count"), fields.integer("feed_forward_length", 4 * hidden)
+    if layers > len(gguf.tensors):
+        raise fields.error("block_count", f"at most the {len(gguf.tensors)} tensors of the file")
+    _check_experts(fields)
     config: dict[str, Any] = {
-        "architectures": [architecture],
-        "model_type": model_type,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": fields.integer("feed_forward_length"),
-        "num_hidden_layers": fields.integer("block_count"),
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": fields.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": fields.integer("context_length"),
-        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": fields.number("rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(fields, head_dim),
-        "tie_word_embeddings": NAMES[HEAD] not in gguf.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in gguf.tensors,
+        "rope_scaling": _rope_scaling(fields, rotated),
+        "tie_word_embeddings": f"{KEYS.head}.weight" not in gguf.tensors,
         "torch_dtype": _dtype(gguf),
         "eos_token_id": _ends(gguf),
+        **{key: fields.plain(metadata) for key, metadata in family.values.items() if fields.get(metadata)},
+        **{key: stored in gguf.tensors for key, stored in family.biases.items()},
+        **family.fixed,
     }
-    window = fields.integer("attention.sliding_window", 0)
-    if window and name == "llama":
-        config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
-    elif window:
-        raise ModelError(f"{path}: metadata {name}.attention.sliding_window={window}; accepted: 0")
+    if family.rotates_part:
+        config["partial_rotary_factor"] = rotated / head_dim
+    if name in LARGEST_GEMMA_LAYERS:
+        largest = layers == LARGEST_GEMMA_LAYERS[name]
+        config["query_pre_attn_scalar"] = hidden / heads if largest else head_dim
+    if name == "gpt2":
+        config["n_inner"] = inner
+    if name == "falcon":
+        norms = 2 if _has_second_norm(gguf) else 1
+        newer = norms == 2 or config["num_key_value_heads"] > 1
+        config |= {
+            "ffn_hidden_size": inner,
+            "new_decoder_architecture": newer,
+            "num_ln_in_parallel_attn": norms,
+        }
     return config
 
 
-def open_gguf(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: str,
-    quantization: str | None,
-    keeps_blocks: bool,
-) -> Weights:
-    """The weights named in ``shapes``, after checking that the file at ``path`` holds exactly these.
+def _check_experts(fields: _Fields) -> None:
+    """ModelError unless there are as many experts as the metadata say, lest these have us count without end."""
+    count, name = fields.integer("expert_count", 0), f"{KEYS.layer}0.ffn_gate_exps.weight"
+    if count and (name not in fields.gguf.tensors or fields.gguf.tensors[name].shape[0] != count):
+        raise fields.error("expert_count", f"the number of experts in {name}")
 
-    For a backend with weights in ``dtype`` and ``quantization``. Blocks whose codes are of that kind stay codes, with
-    ``keeps_blocks`` those of any kind of ours; the others are decoded."""
+
+def gguf_keys(path: Path) -> Keys:
+    """How the file at ``path`` names a model's tensors."""
     gguf = read_gguf(path)
-    names = {name: _gguf_name(name) for name in shapes}
-    missing = [stored for stored in names.values() if stored not in gguf.tensors]
+    keys = _family(gguf)[1].keys
+    if _has_second_norm(gguf):
+        return replace(keys, attn_norm=SECOND_NORM, mlp_norm=KEYS.attn_norm)
+    return keys
+
+
+def _family(gguf: Gguf) -> tuple[str, GgufFamily]:
+    """What the file's architecture is, and its name in ``FAMILIES``."""
+    name = gguf.get("general.architecture", str)
+    if name not in FAMILIES:
+        raise ModelError(f"{gguf.path}: general.architecture={name!r}; accepted: {', '.join(FAMILIES)}")
+    if name == "llama":
+        fields = _Fields(gguf, name)
+        if fields.integer("expert_count", 0):
+            name = "mixtral"
+        elif fields.integer("attention.sliding_window", 0):
+            name = "mistral"
+    return name, FAMILIES[name]
+
+
+def _has_second_norm(gguf: Gguf) -> bool:
+    """Whether attention has a norm of its own, and the usual one is the MLP's."""
+    return f"{KEYS.layer}0.{SECOND_NORM}.weight" in gguf.tensors
+
+
+def open_gguf(path: Path, spec: DecoderSpec, backend: Backend) -> Weights:
+    """The weights of ``spec``, after checking that the file at ``path`` holds exactly these.
+
+    Blocks that ``backend`` keeps, or whose codes are of its ``quantization``, stay blocks; it decodes the others."""
+    gguf, shapes = read_gguf(path), spec.weights()
+    missing = [name for name in shapes if name not in gguf.tensors]
     if missing:
         raise ModelError(f"{path}: tensors missing from the file: {listed(missing)}")
-    unused = [stored for stored in gguf.tensors if stored not in {*names.values(), ROPE_FACTORS}]
+    unused = [name for name in gguf.tensors if name not in shapes and not UNUSED.search(name)]
     if unused:
         raise ModelError(f"{path}: tensors that the model has no use for: {listed(unused)}")
-    for name, stored in names.items():
-        if gguf.tensors[stored].shape != shapes[name]:
+    for name, shape in shapes.items():
+        if _matrix(gguf.tensors[name].shape) != _matrix(shape):
             raise ModelError(
-                f"{path}: tensor {stored!r}: expected {list(shapes[name])}; found {list(gguf.tensors[stored].shape)}"
+                f"{path}: tensor {name!r}: expected {list(shape)}; found {list(gguf.tensors[name].shape)}"
             )
-    reordered = gguf.metadata["general.architecture"] in REORDERED
-    fields = _Fields(gguf, gguf.metadata["general.architecture"])
+    reordered = _family(gguf)[1].reordered
 
-    def rows(name: str) -> NDArray[np.uint8]:
-        tensor = gguf.tensors[names[name]]
-        if not (reordered and re.search(r"\.self_attn\.[qk]_proj\.", name)):
-            return tensor.data
-        key = "attention.head_count" if ".q_proj." in name else "attention.head_count_kv"
-        heads = fields.integer(key, fields.integer("attention.head_count"))
-        halves = tensor.data.reshape(heads, -1, 2, tensor.data.size // tensor.shape[0])
-        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(-1)
+    def tensor(name: str) -> HostWeight:
+        stored = replace(gguf.tensors[name], shape=shapes[name])
+        if reordered and (match := re.search(r"\.attn_([qk])\.", name)):
+            heads = spec.num_heads if match[1] == "q" else spec.num_kv_heads
+            halves = stored.data.reshape(heads, -1, 2, stored.data.size // stored.shape[0])
+            return replace(stored, data=np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(-1))
+        if spec.norm.unit_offset and name.endswith("norm.weight"):
+            if stored.type != "F32":
+                raise ModelError(f"{path}: tensor {name!r}: is in {stored.type}; accepted: F32")
+            values = stored.data.view("<f4") - np.float32(1)
+            return HostTensor("float32", stored.shape, values.view(np.uint8))
+        return stored
 
-    def floats(name: str) -> HostTensor:
-        tensor = gguf.tensors[names[name]]
-        return to_floats(tensor.type, tensor.shape, rows(name), "float32" if quantization else dtype)
+    def floats(stored: HostWeight) -> HostTensor:
+        if isinstance(stored, HostTensor):
+            return stored
+        assert isinstance(stored, BlockTensor)
+        return backend.decode_blocks(stored, "float32" if backend.quantization else backend.dtype)
 
-    def codes(name: str) -> QuantizedTensor:
-        tensor = gguf.tensors[names[name]]
-        return to_codes(tensor.type, (tensor.shape[0], tensor.shape[1]), rows(name))
-
-    kept = _kept(quantization, keeps_blocks)
-    types = {name: gguf.tensors[stored].type for name, stored in names.items() if len(shapes[name]) == 2}
+    kept = _kept(backend)
+    types = {name: gguf.tensors[name].type for name, shape in shapes.items() if len(shape) == 2}
     kinds = {name: KINDS[kind] for name, kind in types.items() if KINDS.get(kind) in kept}
-    return Weights(floats, shapes, kinds, codes)
+    return Weights(tensor, shapes, kinds, floats)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and their length: a stack of matrices is one, and a vector a row."""
+    return math.prod(shape[:-1]), shape[-1]
 
 
 def has_blocks(path: Path) -> bool:
@@ -187,24 +207,27 @@ def has_blocks(path: Path) -> bool:
     return any(tensor.type in KINDS for tensor in read_gguf(path).tensors.values())
 
 
-def treatment(path: Path, dtype: str, quantization: str | None, keeps_blocks: bool) -> str:
-    """What :func:`open_gguf` makes of the file's matrices, in words."""
+def treatment(path: Path, backend: Backend) -> str:
+    """What ``backend`` makes of the matrices of the file at ``path``, in words."""
     counts = Counter(tensor.type for tensor in read_gguf(path).tensors.values() if len(tensor.shape) > 1)
-    kept = _kept(quantization, keeps_blocks)
+    kept = _kept(backend)
     parts = []
     for kind, count in sorted(counts.items()):
-        done = f"in {dtype}" if kind in FLOATS else f"decoded to {dtype}"
+        done = f"in {backend.dtype}" if kind in FLOATS else f"decoded to {backend.dtype}"
         if KINDS.get(kind) in kept:
-            done = f"kept as {KINDS[kind]} with scales rounded to bfloat16"
-        elif quantization is not None:
-            done = f"quantised to {quantization}"
+            layout = LAYOUTS[KINDS[kind]]
+            done = "kept"
+            if layout.dtype == "bfloat16":
+                done += f" as {KINDS[kind]} with scales rounded to bfloat16"
+        elif backend.quantization is not None:
+            done = f"quantised to {backend.quantization}"
         parts.append(f"{count} {kind} {done}")
     return "GGUF matrices: " + ", ".join(parts)
 
 
-def _kept(quantization: str | None, keeps_blocks: bool) -> list[str]:
+def _kept(backend: Backend) -> list[str]:
     """The kinds of codes that are kept."""
-    return list(KINDS.values()) if keeps_blocks else [kind for kind in KINDS.values() if kind == quantization]
+    return [kind for kind in KINDS.values() if backend.keeps_blocks or kind == backend.quantization]
 
 
 class _Fields:
@@ -227,6 +250,11 @@ class _Fields:
             raise self.error(key, "a whole number")
         return value
 
+    def plain(self, key: str) -> Any:
+        """A value of any kind."""
+        value = self.get(key)
+        return self.number(key) if type(value) is float else value
+
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
         if type(value) not in (int, float):
@@ -243,9 +271,17 @@ class _Fields:
 
 def _rope_scaling(fields: _Fields, head_dim: int) -> dict[str, Any] | None:
     kind = fields.get("rope.scaling.type", "none")
-    factors = fields.gguf.tensors.get(ROPE_FACTORS)
-    if factors is not None:
-        return _llama3(fields, factors.type, factors.data, head_dim)
+    tensors = fields.gguf.tensors
+    if LONG_FACTORS in tensors and SHORT_FACTORS in tensors:
+        factors = {"short_factor": SHORT_FACTORS, "long_factor": LONG_FACTORS}
+        longrope: dict[str, Any] = {key: _factors(fields.gguf, name) for key, name in factors.items()}
+        attention = fields.get("rope.scaling.attn_factor")
+        return {"rope_type": "longrope", **longrope} | (
+            {} if attention is None else {"attention_factor": attention}
+        )
+    divisors = tensors.get(ROPE_FACTORS)
+    if divisors is not None:
+        return _llama3(fields, divisors.type, divisors.data, head_dim)
     if kind in ("none", "linear") and fields.get("rope.scaling.factor", 1.0) in (0.0, 1.0):
         return None
     if kind not in ("linear", "yarn"):
@@ -256,6 +292,12 @@ def _rope_scaling(fields: _Fields, head_dim: int) -> dict[str, Any] | None:
         if fields.get("rope.scaling.attn_factor", 1.0) != 1.0:
             raise fields.error("rope.scaling.attn_factor", "1")
     return scaling
+
+
+def _factors(gguf: Gguf, name: str) -> list[float]:
+    if gguf.tensors[name].type != "F32":
+        raise ModelError(f"{gguf.path}: tensor {name}: is in {gguf.tensors[name].type}; accepted: F32")
+    return [float(str(value)) for value in gguf.tensors[name].data.view("<f4")]
 
 
 def _llama3(fields: _Fields, kind: str, data: NDArray[np.uint8], head_dim: int) -> dict[str, Any]:
@@ -292,12 +334,3 @@ def _ends(gguf: Gguf) -> list[int]:
     return sorted(
         said | {i for i in np.flatnonzero(types[: len(tokens)] == CONTROL).tolist() if tokens[i] in ENDS}
     )
-
-
-def _gguf_name(name: str) -> str:
-    """GGUF's name of a tensor, or the name itself where GGUF has none."""
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-    if match is None:
-        return NAMES.get(name, name)
-    layer, module, part = match.groups()
-    return f"blk.{layer}.{LAYER_NAMES[module]}.{part}" if module in LAYER_NAMES else name

@@ -25,8 +25,10 @@ GATED_ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 ACTIVATIONS = GATED_ACTIVATIONS | {"relu": "relu"}
-MOST = {"num_hidden_layers": 4096}
+MOST = {"num_hidden_layers": 4096, "num_attention_heads": 1 << 16}
 """What some keys are at most, lest a damaged file take all memory before anything else is looked at."""
+MOST_EXPERTS = 1 << 16
+"""And experts of all layers."""
 _REQUIRED: Any = object()
 QUANT_METHOD = "vllmlite"
 
@@ -142,6 +144,12 @@ class HfConfig:
         return default
 
 
+def expert_count(config: HfConfig, key: str, default: int, minimum: int = 1) -> int:
+    """Experts of a layer, so many at most that all layers together have ``MOST_EXPERTS``."""
+    most = max(1, MOST_EXPERTS // config.integer("num_hidden_layers"))
+    return config.integer(key, default, minimum, most)
+
+
 def checkpoint_dtype(config: HfConfig) -> str:
     """The dtype that the checkpoint names; float32, as everywhere in this format, where it names none."""
     key = "dtype" if config.get("dtype") is not None else "torch_dtype"
@@ -180,8 +188,11 @@ def rope_spec(
                 raise section.error(layer_type, "one set of rotary parameters for all layers")
     rotated = head_dim
     if partial is not None:
-        own = config.number("partial_rotary_factor", partial)
-        rotated = int(head_dim * section.number("partial_rotary_factor", own))
+        source = config if section.get("partial_rotary_factor") is None else section
+        part = source.number("partial_rotary_factor", partial)
+        if part > 1:
+            raise source.error("partial_rotary_factor", "a number up to 1")
+        rotated = int(head_dim * part)
     else:
         for source in (config, section):
             if source.number("partial_rotary_factor", 1.0) != 1.0:

@@ -27,6 +27,8 @@ class Keys:
     embedding: str = "embed_tokens"
     positions: str = "embed_positions"
     embedding_norm: str = "embed_layernorm"
+    project_in: str = "project_in"
+    project_out: str = "project_out"
     final_norm: str = "norm"
     head: str = "lm_head"
     attn_norm: str = "input_layernorm"
@@ -45,7 +47,11 @@ class Keys:
     expert: str = "mlp.experts."
     """With its number and a dot behind it, of an expert's modules."""
     expert_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    stacked_experts: tuple[str, str, str] | None = None
+    """Modules with the parts of all experts of a layer, one expert's rows after the other's; None: ``expert`` has
+    them."""
     shared_expert: str = "mlp.shared_expert."
+    shared_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared_gate: str = "mlp.shared_expert_gate"
     transposed: bool = False
     """Whether layers' weights of products are stored ``[in, out]``."""

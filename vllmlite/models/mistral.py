@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vllmlite.models.hf_config import HfConfig, decoder_spec
+from vllmlite.models.hf_config import HfConfig, decoder_spec, expert_count
 from vllmlite.models.keys import Keys
 from vllmlite.models.spec import DecoderSpec, MoeSpec
 
@@ -19,7 +19,7 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
 def mixtral(config: HfConfig, architecture: str) -> DecoderSpec:
     """Experts in every layer, of the size that others give their MLP."""
     base = spec(config, architecture)
-    experts = config.integer("num_local_experts", 8)
+    experts = expert_count(config, "num_local_experts", 8)
     moe = MoeSpec(
         num_experts=experts,
         top_k=config.integer("num_experts_per_tok", 2, maximum=experts),

@@ -21,12 +21,10 @@ OFFSET = 2
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """Not OPT-350m, alone in its norms behind the residual and its narrower embeddings."""
-    config.require("do_layer_norm_before", True, "norms behind the residual, as in OPT-350m, are not there")
-    config.require("_remove_final_layer_norm", False)
+    """OPT-350m is alone in its norms behind the residual, without a last one, and in its narrower embeddings."""
     config.require("layer_norm_elementwise_affine", True)
-    width = config.integer("hidden_size")
-    config.require("word_embed_proj_dim", width, "projected embeddings, as in OPT-350m, are not there")
+    width, before = config.integer("hidden_size"), config.boolean("do_layer_norm_before", True)
+    embedded = config.integer("word_embed_proj_dim", width)
     config = config.spelling(intermediate_size="ffn_dim", hidden_act="activation_function").fixed(
         num_key_value_heads=config.get("num_attention_heads")
     )
@@ -44,6 +42,9 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
         base,
         learned_positions=base.max_position_embeddings,
         position_offset=OFFSET,
+        post_norm=not before,
+        final_norm=before and not config.boolean("_remove_final_layer_norm", False),
+        embedding_size=None if embedded == width else embedded,
         gated_mlp=False,
         qkv_bias=bias,
         o_bias=bias,

@@ -24,15 +24,18 @@ class Plan:
     max_position_embeddings: int
     hidden_size: int
     quantization: str | None = None
+    able: tuple[str, ...] = ()
+    """Names of the backends that have what its kind lacks elsewhere; empty: all have."""
 
     def __str__(self) -> str:
         """For the line that is printed at start."""
-        return f"{self.architecture} through {'transformers' if self.backends else 'the native decoder'}"
+        native = self.implementation == "native"
+        return f"{self.architecture} through {'the native decoder' if native else 'transformers'}"
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Names of the backends that it is confined to; empty: of none in particular."""
-        return ("torch",) if self.implementation == "transformers" else ()
+        """Names of the backends that it is confined to; empty: to none in particular."""
+        return self.able if self.implementation == "native" else ("torch",)
 
 
 def declining(plan: Plan) -> dict[str, str]:
@@ -60,8 +63,9 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
             name,
             spec.dtype,
             spec.max_position_embeddings,
-            spec.hidden_size,
+            spec.output_size,
             spec.quantization,
+            ("cpu", "torch") if spec.qk_norm == "layer" else (),
         )
     if path.is_file():
         raise ModelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.hf_config import HfConfig, expert_count
 from vllmlite.models.spec import DecoderSpec, MoeSpec
 
 
@@ -15,7 +15,7 @@ def with_experts(
     numbers are the family's defaults."""
     if config.get("num_local_experts") is not None:
         config = config.spelling(num_experts="num_local_experts")
-    experts = config.integer("num_experts", num_experts, minimum=0)
+    experts = expert_count(config, "num_experts", num_experts, minimum=0)
     plain = config.get("mlp_only_layers") or []
     if not isinstance(plain, list) or any(type(layer) is not int for layer in plain):
         raise config.error("mlp_only_layers", "a list of layers' numbers")

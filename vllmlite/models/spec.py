@@ -106,6 +106,8 @@ class DecoderSpec:
     """Whether one stands behind it."""
     parallel: bool = False
     """Whether attention and MLP read the same residual, instead of the MLP what attention left."""
+    post_norm: bool = False
+    """Whether ``attn_norm`` and ``mlp_norm`` stand behind the residual, and become it."""
 
     qkv_bias: bool = False
     o_bias: bool = False
@@ -113,7 +115,8 @@ class DecoderSpec:
     gated_mlp: bool = True
     """Whether the MLP's input meets two weights, one of which gates the other."""
     qk_norm: str | None = None
-    """``head`` or ``whole``: whether each head of q and k, or all heads as one, are normed before rotation."""
+    """``head``, ``whole`` or ``layer``: whether each head of q and k, or all heads as one, are normed by RMS before
+    rotation, or each head by a layer norm of its own."""
     alibi: tuple[float, ...] = ()
     """Linear biases (Press et al. 2021): a head's slope, as added to scaled scores."""
     learned_positions: int = 0
@@ -122,6 +125,11 @@ class DecoderSpec:
     """Its row of position 0."""
     embedding_norm: bool = False
     """Whether embeddings are normed."""
+    embedding_size: int | None = None
+    """Of embeddings that are projected to ``hidden_size``, as what the output layer meets is from it; None: they have
+    that size."""
+    final_norm: bool = True
+    """Whether one stands behind the last block."""
 
     embedding_scale: float = 1.0
     attention_scale: float | None = None
@@ -142,6 +150,11 @@ class DecoderSpec:
     def num_layers(self) -> int:
         """Blocks."""
         return len(self.layers)
+
+    @property
+    def output_size(self) -> int:
+        """Elements of what the output layer meets."""
+        return self.embedding_size or self.hidden_size
 
     @property
     def tied_head(self) -> bool:

@@ -1,4 +1,4 @@
-"""StableLM 2 and StableLM 3B (Bellagente et al. 2024): Llama with layer norms, a quarter of each head rotated and, as
+"""StableLM 3B and StableLM 2 (Bellagente et al. 2024): Llama with layer norms, a quarter of each head rotated and, as
 an option, attention and MLP side by side."""
 
 from __future__ import annotations
@@ -6,12 +6,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vllmlite.models.hf_config import HfConfig, decoder_spec, head_size, layer_norm, rope_spec
+from vllmlite.models.keys import Keys
 from vllmlite.models.spec import DecoderSpec
+
+KEYS = Keys(q_norm="self_attn.q_layernorm.norms", k_norm="self_attn.k_layernorm.norms")
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """Side by side, both read one norm."""
-    config.require("qk_layernorm", False, "layer norms of q and k, as in the 12B model, are not there yet")
+    """Side by side, both read one norm. The 12B model has layer norms of each head of q and k as well."""
     parallel = config.boolean("use_parallel_residual", False)
     base = decoder_spec(
         config,
@@ -20,5 +22,10 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
         rope=rope_spec(config, head_size(config), partial=0.25),
     )
     return replace(
-        base, parallel=parallel, mlp_norm=not parallel, qkv_bias=config.boolean("use_qkv_bias", False)
+        base,
+        parallel=parallel,
+        mlp_norm=not parallel,
+        qkv_bias=config.boolean("use_qkv_bias", False),
+        qk_norm="layer" if config.boolean("qk_layernorm", False) else None,
+        keys=KEYS,
     )

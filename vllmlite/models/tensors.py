@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vllmlite.models.spec import DecoderSpec, MoeSpec
 
 Named = Iterator[tuple[str, Source]]
+EXPERT_PARTS = ("gate", "up", "down")
 
 
 def sources(spec: DecoderSpec) -> dict[str, Source]:
@@ -25,7 +26,7 @@ class _Sources:
 
     def all(self) -> Named:
         spec, keys = self.spec, self.keys
-        table = (spec.vocab_size, spec.hidden_size)
+        table = (spec.vocab_size, spec.output_size)
         yield "embedding.weight", _whole(f"{keys.prefix}{keys.embedding}.weight", table)
         if spec.learned_positions:
             stored = spec.learned_positions + spec.position_offset, spec.hidden_size
@@ -40,9 +41,14 @@ class _Sources:
             )
         if spec.embedding_norm:
             yield from self.norm("embedding_norm", keys.prefix + keys.embedding_norm)
+        if spec.embedding_size is not None:
+            sizes = spec.hidden_size, spec.embedding_size
+            yield from self.linear("project_in", keys.prefix + keys.project_in, *sizes, False)
+            yield from self.linear("project_out", keys.prefix + keys.project_out, *sizes[::-1], False)
         for index in range(spec.num_layers):
             yield from self.layer(index)
-        yield from self.norm("final_norm", keys.prefix + keys.final_norm)
+        if spec.final_norm:
+            yield from self.norm("final_norm", keys.prefix + keys.final_norm)
         if not spec.tied_head:
             yield "head.weight", Source(f"{keys.head}.weight", table, table, product=True)
 
@@ -54,16 +60,8 @@ class _Sources:
                 yield from self.norm(name + norm, key + getattr(keys, norm))
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         yield from self.several(name, key, ("q", "k", "v"), (q, kv, kv), keys.qkv, spec.qkv_bias)
-        if spec.qk_norm is not None:
-            whole = spec.qk_norm == "whole"
-            yield (
-                f"{name}q_norm.weight",
-                _whole(f"{key}{keys.q_norm}.weight", (q if whole else spec.head_dim,)),
-            )
-            yield (
-                f"{name}k_norm.weight",
-                _whole(f"{key}{keys.k_norm}.weight", (kv if whole else spec.head_dim,)),
-            )
+        yield from self.head_norm(f"{name}q_norm", key + keys.q_norm, spec.num_heads)
+        yield from self.head_norm(f"{name}k_norm", key + keys.k_norm, spec.num_kv_heads)
         yield from self.linear(f"{name}o", key + keys.o, spec.hidden_size, q, spec.o_bias)
         moe, inner = spec.layers[index].moe, spec.intermediate_size
         if moe is not None:
@@ -78,25 +76,49 @@ class _Sources:
     def moe(self, name: str, key: str, moe: MoeSpec) -> Named:
         keys, hidden = self.keys, self.spec.hidden_size
         yield f"{name}router.weight", _whole(f"{key}{keys.router}.weight", (moe.num_experts, hidden))
+        inner = moe.intermediate_size
         for expert in range(moe.num_experts):
-            yield from self.expert(
-                f"{name}experts.{expert}.", f"{key}{keys.expert}{expert}.", moe.intermediate_size
-            )
+            if keys.stacked_experts is None:
+                parts = [f"{key}{keys.expert}{expert}.{part}" for part in keys.expert_parts]
+                yield from self.expert(f"{name}experts.{expert}.", parts, inner)
+            else:
+                yield from self.stacked(f"{name}experts.{expert}.", key, expert, moe)
         if moe.shared_intermediate_size:
-            yield from self.expert(f"{name}shared.", key + keys.shared_expert, moe.shared_intermediate_size)
+            parts = [key + keys.shared_expert + part for part in keys.shared_parts]
+            yield from self.expert(f"{name}shared.", parts, moe.shared_intermediate_size)
             yield f"{name}shared_gate.weight", _whole(f"{key}{keys.shared_gate}.weight", (1, hidden))
 
-    def expert(self, name: str, key: str, inner: int) -> Named:
+    def expert(self, name: str, modules: Sequence[str], inner: int) -> Named:
+        for part, module, shape in zip(EXPERT_PARTS, modules, self.expert_shapes(inner), strict=True):
+            yield from self.linear(name + part, module, *shape, False)
+
+    def stacked(self, name: str, key: str, expert: int, moe: MoeSpec) -> Named:
+        """An expert's rows among those of all."""
+        modules, shapes = self.keys.stacked_experts or (), self.expert_shapes(moe.intermediate_size)
+        for part, module, (out, size) in zip(EXPERT_PARTS, modules, shapes, strict=True):
+            rows, total = Rows(1, expert * out, (expert + 1) * out), moe.num_experts * out
+            yield (
+                f"{name}{part}.weight",
+                self.product(f"{key}{module}.weight", (total, size), (out, size), rows),
+            )
+
+    def expert_shapes(self, inner: int) -> tuple[tuple[int, int], ...]:
         hidden = self.spec.hidden_size
-        gate, up, down = (key + part for part in self.keys.expert_parts)
-        yield from self.linear(f"{name}gate", gate, inner, hidden, False)
-        yield from self.linear(f"{name}up", up, inner, hidden, False)
-        yield from self.linear(f"{name}down", down, hidden, inner, False)
+        return (inner, hidden), (inner, hidden), (hidden, inner)
 
     def norm(self, name: str, module: str) -> Named:
         yield f"{name}.weight", _whole(f"{module}.weight", (self.spec.hidden_size,))
         if self.spec.norm.bias:
             yield f"{name}.bias", _whole(f"{module}.bias", (self.spec.hidden_size,))
+
+    def head_norm(self, name: str, module: str, heads: int) -> Named:
+        """Of q or k, in one tensor or in one for each head."""
+        kind, size = self.spec.qk_norm, self.spec.head_dim
+        if kind == "layer":
+            for head in range(heads):
+                yield f"{name}.{head}.weight", _whole(f"{module}.{head}.weight", (size,))
+        elif kind is not None:
+            yield f"{name}.weight", _whole(f"{module}.weight", (heads * size if kind == "whole" else size,))
 
     def linear(self, name: str, module: str, out: int, size: int, bias: bool) -> Named:
         yield f"{name}.weight", self.product(f"{module}.weight", (out, size), (out, size), None)

@@ -30,8 +30,6 @@ CPU_KV_BYTES = 4 << 30
 """Most that the KV pool takes on a CPU unless its size is given; pages that no request reaches are never touched."""
 CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 8192
 """Most tokens in a step unless the number is given: enough to fill the device."""
-GPU_MIXED_PREFILL_TOKENS = 2048
-"""Most tokens of prompts in a step that also continues texts, unless the number is given."""
 
 
 EngineT = TypeVar("EngineT", bound=EngineCore, covariant=True)
@@ -87,7 +85,7 @@ def start(config: EngineConfig) -> Started[Engine]:
     )
     backend, choice = select_backend(wanted)
     if path.is_file():
-        done = treatment(path, backend.dtype, backend.quantization, backend.keeps_blocks)
+        done = treatment(path, backend)
         choice += f"; {done}"
         if sys.stderr.isatty():
             print(f"vllmlite: {done}", file=sys.stderr)
@@ -127,11 +125,12 @@ def start(config: EngineConfig) -> Started[Engine]:
     )
     _capture_graphs(runner)
     two_steps = backend.asynchronous if config.async_scheduling is None else config.async_scheduling
+    batched = _batched_tokens(config, backend)
     engine = Engine(
         Limits(
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=_batched_tokens(config, backend),
-            max_mixed_prefill_tokens=_mixed_prefill_tokens(config, backend),
+            max_num_batched_tokens=batched,
+            max_mixed_prefill_tokens=min(batched, config.max_mixed_prefill_tokens or batched),
             max_model_len=longest,
             block_size=config.block_size,
             num_blocks=num_blocks,
@@ -192,12 +191,6 @@ def _load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:
 def _batched_tokens(config: EngineConfig, backend: Backend) -> int:
     default = CPU_BATCHED_TOKENS if backend.device == "cpu" else GPU_BATCHED_TOKENS
     return config.max_num_batched_tokens or default
-
-
-def _mixed_prefill_tokens(config: EngineConfig, backend: Backend) -> int:
-    batched = _batched_tokens(config, backend)
-    default = batched if backend.device == "cpu" else GPU_MIXED_PREFILL_TOKENS
-    return min(batched, config.max_mixed_prefill_tokens or default)
 
 
 def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_len: int) -> int:

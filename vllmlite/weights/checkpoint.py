@@ -46,26 +46,26 @@ _FORMATS = (
 """What ``auto`` tries in turn."""
 
 
+def _as_floats(stored: HostWeight) -> HostTensor:
+    assert isinstance(stored, HostTensor), "a tensor that is quantised has no floats"
+    return stored
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """The weights of a model by name."""
 
-    tensor: Callable[[str], HostTensor]
+    tensor: Callable[[str], HostWeight]
+    """As it is stored."""
     shapes: Mapping[str, tuple[int, ...]]
     kinds: Mapping[str, str]
     """Which of them are quantised, and how."""
-    quantized: Callable[[str], QuantizedTensor] | None = None
-    """Those of ``kinds``."""
+    floats: Callable[[HostWeight], HostTensor] = _as_floats
+    """What a stored tensor, or a part of one, means."""
 
     def __call__(self, name: str) -> HostTensor:
         """A tensor of floats."""
-        return self.tensor(name)
-
-    def product(self, name: str) -> HostWeight:
-        """The weight of a product, which may be quantised."""
-        if self.quantized is None or name not in self.kinds:
-            return self.tensor(name)
-        return self.quantized(name)
+        return self.floats(self.tensor(name))
 
 
 def open_weights(
@@ -118,12 +118,14 @@ def open_weights(
                 f"found {list(found.shape)} of {found.dtype}"
             )
 
-    def quantized(name: str) -> QuantizedTensor:
+    def tensor(name: str) -> HostWeight:
+        if not kinds or name not in kinds:
+            return tensors[name]
         rows, columns = shapes[name]
         codes, scales = stored_names(name)
-        return QuantizedTensor((kinds or {})[name], (rows, columns), tensors[codes], tensors[scales])
+        return QuantizedTensor(kinds[name], (rows, columns), tensors[codes], tensors[scales])
 
-    return Weights(tensors.__getitem__, shapes, kinds or {}, quantized)
+    return Weights(tensor, shapes, kinds or {})
 
 
 def stored_names(name: str) -> tuple[str, str]:

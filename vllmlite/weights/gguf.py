@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllmlite.backends.base import BlockTensor
 from vllmlite.errors import ModelError
 from vllmlite.weights.gguf_blocks import BLOCKS, NAMES
+from vllmlite.weights.gguf_parts import part_paths
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -36,22 +38,12 @@ _STRING, _ARRAY, _BOOL = 8, 9, 7
 
 
 @dataclass(frozen=True, slots=True)
-class GgufTensor:
-    """A tensor as it stands in the file: ``data`` are the bytes of its rows, in blocks of ``type``."""
-
-    type: str
-    shape: tuple[int, ...]
-    """Row-major: the last is a row's length."""
-    data: NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
 class Gguf:
-    """A file's metadata (numbers, booleans, text, arrays as numpy arrays or lists of text) and tensors."""
+    """A model's metadata (numbers, booleans, text, arrays as numpy arrays or lists of text) and tensors."""
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, GgufTensor]
+    tensors: Mapping[str, BlockTensor]
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """The value of ``key``, which is of ``kind`` or absent. ModelError if it is something else."""
@@ -63,7 +55,8 @@ class Gguf:
 
 
 def read_gguf(path: Path) -> Gguf:
-    """The file at ``path``. ModelError if anything in its header, metadata or table of tensors is out of order."""
+    """The file at ``path``, with the other parts of the model where it is one of several. ModelError if anything in a
+    header, metadata or table of tensors is out of order, or a part is missing."""
     try:
         about = os.stat(path)
         return _read(path, about.st_size, about.st_mtime_ns, about.st_ino)
@@ -73,10 +66,37 @@ def read_gguf(path: Path) -> Gguf:
 
 @lru_cache(maxsize=1)  # specification, tokenizer and weights each ask for it
 def _read(path: Path, *_: int) -> Gguf:
+    first = _read_part(path)
+    count = first.get("split.count", int, 1)
+    if count <= 1:
+        return first
+    return _joined([first if part == path else _read_part(part) for part in part_paths(path, count)])
+
+
+def _read_part(path: Path) -> Gguf:
     with path.open("rb") as file:
         size = file.seek(0, 2)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     return _Reader(path, np.frombuffer(mapped, np.uint8)).read()
+
+
+def _joined(parts: list[Gguf]) -> Gguf:
+    """The whole of a model: the first part's metadata, and everybody's tensors."""
+    tensors: dict[str, BlockTensor] = {}
+    for number, part in enumerate(parts):
+        found = part.get("split.no", int), part.get("split.count", int)
+        if found != (number, len(parts)):
+            raise ModelError(
+                f"{part.path}: metadata split.no, split.count={found}; expected {(number, len(parts))}"
+            )
+        twice = [name for name in part.tensors if name in tensors]
+        if twice:
+            raise ModelError(f"{part.path}: tensor {_shown(twice[0])} is in another part, too")
+        tensors |= part.tensors
+    expected = parts[0].get("split.tensors.count", int, len(tensors))
+    if len(tensors) != expected:
+        raise ModelError(f"{parts[0].path}: {len(tensors)} tensors in all parts; expected {expected}")
+    return Gguf(parts[0].path, parts[0].metadata, tensors)
 
 
 class _Reader:
@@ -110,8 +130,8 @@ class _Reader:
 
     def tensors(
         self, entries: list[tuple[str, str, tuple[int, ...], int]], data: NDArray[np.uint8], alignment: int
-    ) -> dict[str, GgufTensor]:
-        found: dict[str, GgufTensor] = {}
+    ) -> dict[str, BlockTensor]:
+        found: dict[str, BlockTensor] = {}
         spans = []
         for name, kind, shape, offset in entries:
             if name in found:
@@ -127,7 +147,7 @@ class _Reader:
                     f"tensor {_shown(name)}: bytes {offset} to {end}; expected a multiple of {alignment} and at most "
                     f"the {data.size} bytes of data"
                 )
-            found[name] = GgufTensor(kind, shape, data[offset:end])
+            found[name] = BlockTensor(kind, shape, data[offset:end])
             spans.append((offset, end, name))
         spans.sort()
         for (_, end, _), (begin, _, name) in pairwise(spans):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vllmlite.backends.base import ITEM_SIZE, HostTensor, HostWeight
+from vllmlite.backends.base import ITEM_SIZE, BlockTensor, HostTensor, HostWeight, QuantizedTensor
+from vllmlite.errors import ModelError
 from vllmlite.weights.checkpoint import Weights
 
 
@@ -38,17 +39,24 @@ class Source:
     product: bool = False
     """Whether it is the weight of a product, which is what quantisation applies to."""
 
-    def take(self, tensor: HostTensor) -> HostTensor:
+    def take(self, tensor: HostWeight) -> HostWeight:
         """The model's tensor out of the stored one: the same memory where its rows lie together, else a copy."""
         if self.rows is None and not self.transposed:
             return tensor
-        elements = tensor.data.view(f"u{ITEM_SIZE[tensor.dtype]}").reshape(self.stored)
+        if isinstance(tensor, QuantizedTensor) or (self.transposed and isinstance(tensor, BlockTensor)):
+            raise ModelError(f"tensor {self.key!r}: its rows cannot be taken apart where they are quantised")
+        if isinstance(tensor, BlockTensor):
+            elements = tensor.data.reshape(self.stored[0], -1)
+        else:
+            elements = tensor.data.view(f"u{ITEM_SIZE[tensor.dtype]}").reshape(self.stored)
         if self.transposed:
             elements = elements.T
         if self.rows is not None:
             blocked = elements.reshape(self.rows.blocks, -1, *elements.shape[1:])
-            elements = blocked[:, self.rows.first : self.rows.last].reshape(self.shape)
-        return HostTensor(tensor.dtype, self.shape, np.ascontiguousarray(elements).reshape(-1).view(np.uint8))
+            elements = blocked[:, self.rows.first : self.rows.last].reshape(-1, *elements.shape[1:])
+        return replace(
+            tensor, shape=self.shape, data=np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +67,14 @@ class ModelWeights:
     stored: Weights
 
     def __call__(self, name: str) -> HostTensor:
-        """A tensor of floats. A quantised one has none."""
+        """A tensor of floats. One that is quantised as a product has none unless it is of blocks."""
         source = self.sources[name]
-        return source.take(self.stored(source.key))
+        return self.stored.floats(source.take(self.stored.tensor(source.key)))
 
     def product(self, name: str) -> HostWeight:
         """The weight of a product, which may be quantised."""
         source = self.sources[name]
-        return self.stored.product(source.key) if self.is_quantized(name) else self(name)
+        return source.take(self.stored.tensor(source.key)) if self.is_quantized(name) else self(name)
 
     def is_quantized(self, name: str) -> bool:
         """Whether the checkpoint has it quantised, as a product at least."""

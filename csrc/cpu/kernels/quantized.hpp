@@ -1,8 +1,8 @@
 // Products of quantised activations with quantised weights, and how both are quantised.
 //
-// A group is kGroup elements along k with one scale. The integers of a group are multiplied and added exactly; groups
-// are added in float32, in ascending order. So a row's result does not depend on the rows beside it, nor on the
-// instruction set's lanes.
+// A group is kGroup elements along k, with one or two scales. The integers that share a scale are multiplied and added
+// exactly; these sums, and behind them a group's offset, are added in float32, in ascending order. So a row's result
+// does not depend on the rows beside it, nor on the instruction set's lanes.
 #pragma once
 
 #include "cpu/kernels/simd.hpp"
@@ -94,23 +94,61 @@ struct Dot {
 };
 #endif
 
-// ---- Codes of a group of a strip: [quad][row][4], one a byte, or two of neighbouring quads.
+// ---- Codes of a group of a strip, as unsigned bytes: vectors of quads
 
-struct Int8Codes {
-  static constexpr int kZero = 128;
-  static constexpr int kGroupBytes = kGroup * kStripRows;
-  static constexpr int kQuadsLoaded = 1;
-  static VLLMLITE_INLINE void load(const std::uint8_t* codes, U* quads) { quads[0] = VLLMLITE_ISA::load<U>(codes); }
+inline constexpr int kQuadBytes = 4 * kStripRows;
+
+// One quad, or two neighbouring ones whose lowest bits lie together.
+template <int kBits>
+struct Quads {
+  static constexpr int kLoaded = kBits == 8 ? 1 : 2;
+
+  static VLLMLITE_INLINE void load(const std::uint8_t* group, int quad, U* quads) {
+    const U both = VLLMLITE_ISA::load<U>(group + quad / kLoaded * kQuadBytes);
+    if constexpr (kBits == 8) {
+      quads[0] = both;
+    } else {
+      quads[0] = both & 0x0f0f0f0f;
+      quads[1] = (both >> 4) & 0x0f0f0f0f;
+    }
+    if constexpr (kBits == 5 || kBits == 6) {
+      constexpr int kHigh = kBits - 4, kEach = 8 / kHigh;  // bits, and quads in a byte
+      constexpr std::uint32_t kMask = ((1U << kHigh) - 1) * 0x10101010U;
+#pragma GCC unroll 2
+      for (int i = 0; i < kLoaded; ++i) {
+        const U high = VLLMLITE_ISA::load<U>(group + (kQuads / 2 + (quad + i) / kEach) * kQuadBytes);
+        const int at = (quad + i) % kEach * kHigh;
+        quads[i] |= (at < 4 ? high << (4 - at) : high >> (at - 4)) & kMask;
+      }
+    }
+  }
 };
 
-struct Int4Codes {
-  static constexpr int kZero = 8;
-  static constexpr int kGroupBytes = kGroup * kStripRows / 2;
-  static constexpr int kQuadsLoaded = 2;
-  static VLLMLITE_INLINE void load(const std::uint8_t* codes, U* quads) {
-    const U both = VLLMLITE_ISA::load<U>(codes);
-    quads[0] = both & 0x0f0f0f0f;
-    quads[1] = (both >> 4) & 0x0f0f0f0f;
+// ---- Scales and offsets of some rows of a strip, from the row `lane` on
+
+template <Codes C>
+struct Scaling {
+  static constexpr Layout kLayout = layout_of(C);
+  const std::uint16_t* floats;
+  const std::int8_t* factors;
+
+  VLLMLITE_INLINE F float_at(int group, int index) const {
+    const std::uint16_t* at = floats + (kLayout.factors ? group / kUnitGroups : group) * kLayout.unit_floats();
+    if constexpr (kLayout.bf16)
+      return BF16::load(at + index * kStripRows);
+    else
+      return F16::load(at + index * kStripRows);
+  }
+  VLLMLITE_INLINE F factor_at(int group, int index) const {
+    return from_i8(factors + group * kLayout.group_factors() + index * kStripRows);
+  }
+  VLLMLITE_INLINE F scale(int group, int part) const {
+    if constexpr (kLayout.factors) return float_at(group, 0) * factor_at(group, part);
+    return float_at(group, 0);
+  }
+  VLLMLITE_INLINE F offset(int group) const {
+    if constexpr (kLayout.factors) return float_at(group, 1) * factor_at(group, kLayout.scales_a_group());
+    return float_at(group, 1);
   }
 };
 
@@ -131,67 +169,87 @@ VLLMLITE_INLINE F load_up_to(const float* from, int count) {
 }
 
 // M rows of x by V columns.
-template <typename C, int M, int V>
+template <Codes C, int M, int V>
 VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, Share share) {
   constexpr int kParts = kStripRows / kLanes;
+  constexpr Layout kLayout = layout_of(C);
+  constexpr int kScales = kLayout.scales_a_group(), kScaledQuads = kQuads / kScales;
+  using Stored = Quads<kLayout.bits>;
   const std::uint8_t* codes[V];
-  const std::uint16_t* scales[V];
+  Scaling<C> scaling[V];
   for (int v = 0; v < V; ++v) {
-    const std::ptrdiff_t strip = (column + v) / kParts * static_cast<std::ptrdiff_t>(b.groups);
+    const std::ptrdiff_t strip = (column + v) / kParts;
     const int lane = (column + v) % kParts * kLanes;
-    codes[v] = b.codes + strip * C::kGroupBytes + lane * 4;
-    scales[v] = b.scales + strip * kStripRows + lane;
+    codes[v] = b.w.codes + strip * b.groups * kLayout.group_bytes() + lane * 4;
+    scaling[v].floats = b.w.scales + strip * kLayout.units(b.groups) * kLayout.unit_floats() + lane;
+    if (kLayout.factors) scaling[v].factors = b.w.factors + strip * b.groups * kLayout.group_factors() + lane;
   }
   const std::ptrdiff_t x_stride = static_cast<std::ptrdiff_t>(b.groups) * kGroup;
-  const std::int8_t* x = b.x + row * x_stride;
-  const float* x_scales = b.x_scales + static_cast<std::ptrdiff_t>(row) * b.groups;
-  const std::int32_t* x_sums = b.x_sums + static_cast<std::ptrdiff_t>(row) * b.groups;
+  const std::ptrdiff_t first = static_cast<std::ptrdiff_t>(row) * b.groups;  // of x's groups
+  const std::int8_t* x = b.x.codes + row * x_stride;
   float* y = b.y + row * b.y_stride + column * kLanes;
   F sums[M][V] = {};
   for (int g = 0; g < b.groups; ++g) {
     if (b.next != nullptr && g % share.passes == share.index)
       for (int v = 0; v < V; ++v)
         if ((column + v) % kParts == 0)
-          for (int byte = 0; byte < C::kGroupBytes; byte += 64)
-            prefetch(b.next + (codes[v] - b.codes) + g * C::kGroupBytes + byte);
-    I acc[M][V];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const I start = I{} + x_sums[m * b.groups + g] * (Dot::kOffset - C::kZero);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[m][v] = start;
-    }
-#pragma GCC unroll 8
-    for (int quad = 0; quad < kQuads; quad += C::kQuadsLoaded) {
-      typename Dot::W w[C::kQuadsLoaded][V];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        U quads[C::kQuadsLoaded];
-        C::load(codes[v] + g * C::kGroupBytes + quad / C::kQuadsLoaded * kStripRows * 4, quads);
+          for (int byte = 0; byte < kLayout.group_bytes(); byte += 64)
+            prefetch(b.next + (codes[v] - b.w.codes) + g * kLayout.group_bytes() + byte);
 #pragma GCC unroll 2
-        for (int i = 0; i < C::kQuadsLoaded; ++i) w[i][v] = Dot::widen(quads[i]);
+    for (int part = 0; part < kScales; ++part) {
+      I acc[M][V];
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const std::ptrdiff_t at = first + m * b.groups + g;
+        std::int32_t total = kScales == 1 ? b.x.sums[at] : b.x.first[at];
+        if (part == 1) total = b.x.sums[at] - total;
+        const I start = I{} + total * (Dot::kOffset - kLayout.zero);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) acc[m][v] = start;
       }
+#pragma GCC unroll 8
+      for (int quad = part * kScaledQuads; quad < (part + 1) * kScaledQuads; quad += Stored::kLoaded) {
+        typename Dot::W w[Stored::kLoaded][V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) {
+          U quads[Stored::kLoaded];
+          Stored::load(codes[v] + g * kLayout.group_bytes(), quad, quads);
 #pragma GCC unroll 2
-      for (int i = 0; i < C::kQuadsLoaded; ++i) {
+          for (int i = 0; i < Stored::kLoaded; ++i) w[i][v] = Dot::widen(quads[i]);
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < Stored::kLoaded; ++i) {
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-          std::int32_t bytes;
-          __builtin_memcpy(&bytes, x + m * x_stride + g * kGroup + (quad + i) * 4, 4);
-          const typename Dot::X spread = Dot::spread(bytes);
+          for (int m = 0; m < M; ++m) {
+            std::int32_t bytes;
+            __builtin_memcpy(&bytes, x + m * x_stride + g * kGroup + (quad + i) * 4, 4);
+            const typename Dot::X spread = Dot::spread(bytes);
 #pragma GCC unroll 8
-          for (int v = 0; v < V; ++v) acc[m][v] = Dot::add(acc[m][v], w[i][v], spread);
+            for (int v = 0; v < V; ++v) acc[m][v] = Dot::add(acc[m][v], w[i][v], spread);
+          }
         }
       }
+      F scale[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) scale[v] = scaling[v].scale(g, part);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const float x_scale = b.x.scales[first + m * b.groups + g];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v)
+          sums[m][v] = fma(__builtin_convertvector(acc[m][v], F), scale[v] * x_scale, sums[m][v]);
+      }
     }
-    F scale[V];
+    if constexpr (kLayout.offsets) {
+      F offset[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) scale[v] = BF16::load(scales[v] + g * kStripRows);
+      for (int v = 0; v < V; ++v) offset[v] = scaling[v].offset(g);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const float x_scale = x_scales[m * b.groups + g];
+      for (int m = 0; m < M; ++m) {
+        const F total = set(b.x.totals[first + m * b.groups + g]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v)
-        sums[m][v] = fma(__builtin_convertvector(acc[m][v], F), scale[v] * x_scale, sums[m][v]);
+        for (int v = 0; v < V; ++v) sums[m][v] = fma(offset[v], total, sums[m][v]);
+      }
     }
   }
   for (int m = 0; m < M; ++m)
@@ -206,7 +264,7 @@ VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, S
     }
 }
 
-template <typename C, int M>
+template <Codes C, int M>
 void column_pass(const QuantizedBlock& b, int row, Share share) {
   const int columns = (b.n + kLanes - 1) / kLanes;
   int column = 0;
@@ -215,7 +273,7 @@ void column_pass(const QuantizedBlock& b, int row, Share share) {
   for (; column < columns; ++column) column_tile<C, M, 1>(b, row, column, share);
 }
 
-template <typename C>
+template <Codes C>
 void quantized(const QuantizedBlock& b) {
   using Pass = decltype(&column_pass<C, 1>);
   static constexpr Pass kPasses[] = {
@@ -273,14 +331,17 @@ inline void quantize_x(const QuantizedRow& row) {
   for (int g = 0; g * kGroup < row.size; ++g) {
     const Group group = Group::read<F32>(row.x + g * kGroup, smaller(kGroup, row.size - g * kGroup));
     const float inverse = group.extreme == 0 ? 0 : -128.0F / group.extreme;
-    F total{};
+    F total{}, first{};
     for (int i = 0; i < kGroupVectors; ++i) {
       const F q = whole(group.x[i] * inverse, -128, 127);
       total += q;
-      store(row.codes + g * kGroup + i * kLanes, __builtin_convertvector(__builtin_convertvector(q, I), B));
+      if (i * 2 * kLanes < kGroup) first += q;
+      store(row.to.codes + g * kGroup + i * kLanes, __builtin_convertvector(__builtin_convertvector(q, I), B));
     }
-    row.scales[g] = group.extreme * (-1.0F / 128);
-    row.sums[g] = static_cast<std::int32_t>(sum(total));
+    row.to.scales[g] = group.extreme * (-1.0F / 128);
+    row.to.sums[g] = static_cast<std::int32_t>(sum(total));
+    row.to.first[g] = static_cast<std::int32_t>(sum(first));
+    row.to.totals[g] = row.to.scales[g] * static_cast<float>(row.to.sums[g]);
   }
 }
 

@@ -21,7 +21,8 @@ constinit const Kernels kernels{
 #else
     .linear = {linear_kernel<FloatProduct<F32>>, linear_kernel<FloatProduct<F16>>, linear_kernel<FloatProduct<BF16>>},
 #endif
-    .quantized = {quantized<Int8Codes>, quantized<Int4Codes>},
+    .quantized = {quantized<Codes::int8>, quantized<Codes::int4>, quantized<Codes::q4_1>, quantized<Codes::q5_0>,
+                  quantized<Codes::q5_1>, quantized<Codes::q4_k>, quantized<Codes::q5_k>, quantized<Codes::q6_k>},
     .quantize_x = quantize_x,
     .quantize_strip = {quantize_strip<Int8Group, false>, quantize_strip<Int4Group, true>},
     .convert = convert,

@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""What guided decoding costs: steps of a batch held to a JSON schema beside steps of the same batch without.
+
+    PYTHONPATH=. scripts/bench_guided.py [--model DIR] [--batch N] [--output-len N] [--repeat N]
+
+Both run alternately, with the same number of tokens and seeds; medians are compared. Last line: JSON, where ``cost`` is
+the part of a step that the grammar adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+from vllmlite import LLM, SamplingParams, StructuredOutputsParams
+
+SCHEMA = {
+    "type": "array",
+    "minItems": 1000,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "minLength": 1, "maxLength": 20},
+            "kind": {"enum": ["file", "directory", "link"]},
+            "size": {"type": "integer", "minimum": 0},
+            "owner": {"anyOf": [{"type": "string", "pattern": "^[a-z]{1,8}$"}, {"type": "null"}]},
+        },
+        "required": ["name", "kind", "size", "owner"],
+    },
+}
+"""Longer than any output here, so that no sequence ends before the others."""
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--output-len", type=int, default=48)
+    parser.add_argument("--repeat", type=int, default=5)
+    args = parser.parse_args()
+    llm = LLM(args.model, max_model_len=1024, max_num_seqs=args.batch)
+    structures = {"free": None, "guided": StructuredOutputsParams(json=SCHEMA)}
+    seconds: dict[str, list[float]] = {name: [] for name in structures}
+    for index in range(args.repeat + 1):
+        for name, structure in structures.items():
+            params = [
+                SamplingParams(
+                    temperature=1.0,
+                    seed=seed,
+                    max_tokens=args.output_len,
+                    ignore_eos=structure is None,
+                    structured_outputs=structure,
+                )
+                for seed in range(args.batch)
+            ]
+            begin = time.perf_counter()
+            outputs = llm.generate(["A list of files:"] * args.batch, params, use_tqdm=False)
+            taken = time.perf_counter() - begin
+            if any(len(output.outputs[0].token_ids) != args.output_len for output in outputs):
+                raise SystemExit(f"{name}: an output ended early")
+            if index:  # the first round compiles the grammar and fills caches
+                seconds[name].append(taken)
+    free, guided = (statistics.median(seconds[name]) for name in structures)
+    result = {
+        "batch": args.batch,
+        "output_len": args.output_len,
+        "free_ms_per_step": round(free / args.output_len * 1e3, 3),
+        "guided_ms_per_step": round(guided / args.output_len * 1e3, 3),
+        "cost": round(guided / free - 1, 4),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Checkpoints of every family as llama.cpp's converter writes them: what it calls tensors and metadata, and what it
+does to rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf_files import Stored, blocks, encode, floats, reordered
+from numpy.typing import NDArray
+
+from vllmlite.models import open_model, read_spec
+from vllmlite.models.spec import DecoderSpec
+
+TOP = {
+    "embedding": "token_embd", "positions": "position_embd", "embedding_norm": "token_embd_norm",
+    "final_norm": "output_norm", "head": "output",
+}  # fmt: skip
+LAYER = {
+    "attn_norm": "attn_norm", "attn_out_norm": "post_attention_norm", "mlp_norm": "ffn_norm",
+    "mlp_out_norm": "post_ffw_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+    "router": "ffn_gate_inp", "shared.gate": "ffn_gate_shexp", "shared.up": "ffn_up_shexp",
+    "shared.down": "ffn_down_shexp", "shared_gate": "ffn_gate_inp_shexp",
+}  # fmt: skip
+NEIGHBOURS = ("llama", "granite", "smollm3")
+FUSED = ("gpt2", "gptneox", "falcon", "bloom", "phi3")
+
+
+def tensors_of(source: Path, name: str, kind: str = "F32") -> dict[str, Stored]:
+    """Those of the checkpoint in directory ``source`` as architecture ``name``, matrices in ``kind``."""
+    spec = read_spec(source)
+    weights = open_model(source, spec)
+    found: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
+    for ours in weights.sources:
+        values = floats(weights(ours))
+        module, part = ours.rsplit(".", 1)
+        if module in TOP:
+            stored = TOP[module]
+        else:
+            layer, module = module.split(".", 1)
+            if name in NEIGHBOURS and module in ("q", "k"):
+                values = reordered(values, spec.num_heads if module == "q" else spec.num_kv_heads)
+            if name in FUSED and module in ("q", "k", "v"):
+                stored = "attn_qkv"
+            elif name == "phi3" and module == "gate":
+                stored = "ffn_up"
+            elif name == "falcon" and spec.mlp_norm and spec.parallel and module.endswith("_norm"):
+                stored = {"attn_norm": "attn_norm_2", "mlp_norm": "attn_norm"}[module]
+            elif module.startswith("experts."):
+                stored, values = f"ffn_{module.rsplit('.', 1)[1]}_exps", values[None]
+            else:
+                stored = LAYER[module]
+            stored = f"blk.{layer}.{stored}"
+        if spec.norm.unit_offset and module.endswith("norm"):
+            values = values + np.float32(1)
+        found[f"{stored}.{part}"].append(values[0] if module == "shared_gate" else values)
+    made = {stored: np.concatenate(parts) for stored, parts in found.items()}
+    return {
+        stored: (of_kind := kind if values.ndim > 1 else "F32", values.shape, blocks(of_kind, values))
+        for stored, values in made.items()
+    }
+
+
+def metadata_of(spec: DecoderSpec, name: str) -> dict[str, Any]:
+    """Those that say what ``spec`` does."""
+    layer, inner = spec.layers[0], spec.intermediate_size
+    moes = [one.moe for one in spec.layers if one.moe is not None]
+    ropes = [one.rope for one in spec.layers if one.rope is not None and one.window is None]
+    found: dict[str, Any] = {
+        "context_length": spec.max_position_embeddings,
+        "embedding_length": spec.hidden_size,
+        "block_count": spec.num_layers,
+        "feed_forward_length": inner,
+        "attention.head_count": spec.num_heads,
+        "attention.head_count_kv": spec.num_kv_heads,
+        "attention.layer_norm_rms_epsilon"
+        if spec.norm.kind == "rms"
+        else "attention.layer_norm_epsilon": spec.norm.eps,
+    }
+    if spec.head_dim * spec.num_heads != spec.hidden_size or name.startswith(("gemma", "qwen3")):
+        found |= {"attention.key_length": spec.head_dim, "attention.value_length": spec.head_dim}
+    if ropes:
+        found |= {"rope.freq_base": ropes[0].theta, "rope.dimension_count": ropes[0].rotary_dim}
+        if ropes[0].kind == "linear":
+            found |= {"rope.scaling.type": "linear", "rope.scaling.factor": ropes[0].factor}
+        if ropes[0].kind == "longrope":
+            found |= {
+                "rope.scaling.original_context_length": ropes[0].original_max_position,
+                "rope.scaling.attn_factor": ropes[0].attention_factor,
+            }
+    if layer.window is not None:
+        found["attention.sliding_window"] = layer.window
+    if name in ("stablelm", "gptneox"):
+        found["use_parallel_residual"] = spec.parallel
+    if name == "granite":
+        found |= {
+            "attention.scale": spec.attention_scale, "embedding_scale": spec.embedding_scale,
+            "residual_scale": spec.residual_scale, "logit_scale": 1 / spec.logit_scale,
+        }  # fmt: skip
+    if name == "gemma2":
+        found["attn_logit_softcapping"] = spec.attention_soft_cap
+    if spec.logit_soft_cap is not None:
+        found["final_logit_softcapping"] = spec.logit_soft_cap
+    if moes:
+        found |= {"expert_count": moes[0].num_experts, "expert_used_count": moes[0].top_k}
+        if name != "llama":
+            found["expert_feed_forward_length"] = moes[0].intermediate_size
+        if moes[0].shared_intermediate_size:
+            found["expert_shared_feed_forward_length"] = moes[0].shared_intermediate_size
+    return {"general.architecture": name, **{f"{name}.{key}": value for key, value in found.items()}}
+
+
+def converted_family(source: Path, target: Path, name: str, kind: str = "F32", **metadata: Any) -> Path:
+    """The checkpoint of directory ``source`` as the GGUF file ``target``."""
+    spec, tensors = read_spec(source), tensors_of(source, name, kind)
+    for part in ("long", "short"):
+        factors = getattr(spec.layers[0].rope, f"{part}_factors", ())
+        if factors:
+            tensors[f"rope_factors_{part}.weight"] = (
+                "F32",
+                (len(factors),),
+                np.array(factors, "<f4").tobytes(),
+            )
+    target.write_bytes(encode({**metadata_of(spec, name), **metadata}, tensors))
+    return target

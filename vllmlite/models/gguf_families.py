@@ -1,0 +1,162 @@
+"""GGUF's architectures, as data: which family each is, how its metadata name a configuration's values, and how
+llama.cpp's converter names and leaves the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vllmlite.models.keys import Fused, Keys
+
+KEYS = Keys(
+    prefix="",
+    layer="blk.",
+    embedding="token_embd",
+    positions="position_embd",
+    embedding_norm="token_embd_norm",
+    final_norm="output_norm",
+    head="output",
+    attn_norm="attn_norm",
+    attn_out_norm="post_attention_norm",
+    mlp_norm="ffn_norm",
+    mlp_out_norm="post_ffw_norm",
+    qkv=("attn_q", "attn_k", "attn_v"),
+    o="attn_output",
+    q_norm="attn_q_norm",
+    k_norm="attn_k_norm",
+    gate_up=("ffn_gate", "ffn_up"),
+    up="ffn_up",
+    down="ffn_down",
+    router="ffn_gate_inp",
+    stacked_experts=("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+    shared_expert="",
+    shared_parts=("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"),
+    shared_gate="ffn_gate_inp_shexp",
+)
+FUSED = replace(KEYS, qkv=Fused("attn_qkv"))
+"""Also of families whose q, k and v alternate by head: the converter puts them one after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFamily:
+    """What ``general.architecture`` names."""
+
+    architecture: str
+    """Hugging Face's."""
+    model_type: str
+    values: Mapping[str, str] = field(default_factory=dict)
+    """Values of a configuration, and what metadata have them; those that are absent are left out."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Values that llama.cpp has for every such model."""
+    biases: Mapping[str, str] = field(default_factory=dict)
+    """Values that say whether there is a tensor, and its name."""
+    keys: Keys = KEYS
+    reordered: bool = False
+    """Whether q and k have their rows reordered for a rotary embedding of neighbouring elements."""
+    rotates_part: bool = False
+    """Whether ``rope.dimension_count`` may be less than a head."""
+
+
+_RMS = {"rms_norm_eps": "attention.layer_norm_rms_epsilon"}
+_LAYER = {
+    "layer_norm_epsilon": "attention.layer_norm_epsilon",
+    "layer_norm_eps": "attention.layer_norm_epsilon",
+}
+_EXPERTS = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+}
+_WINDOW = {"sliding_window": "attention.sliding_window"}
+_CAPS = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_ATTENTION_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
+_LLAMA_BIASES = {**_ATTENTION_BIAS, "mlp_bias": "blk.0.ffn_gate.bias"}
+
+FAMILIES: dict[str, GgufFamily] = {
+    "llama": GgufFamily("LlamaForCausalLM", "llama", _RMS, biases=_LLAMA_BIASES, reordered=True),
+    "mistral": GgufFamily("MistralForCausalLM", "mistral", {**_RMS, **_WINDOW}, reordered=True),
+    "mixtral": GgufFamily(
+        "MixtralForCausalLM",
+        "mixtral",
+        {**_RMS, **_WINDOW, "num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+        reordered=True,
+    ),
+    "qwen2": GgufFamily("Qwen2ForCausalLM", "qwen2", _RMS),
+    "qwen2moe": GgufFamily(
+        "Qwen2MoeForCausalLM",
+        "qwen2_moe",
+        {**_RMS, **_EXPERTS, "shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
+        fixed={"norm_topk_prob": False},
+        biases={"qkv_bias": "blk.0.attn_q.bias"},
+    ),
+    "qwen3": GgufFamily("Qwen3ForCausalLM", "qwen3", _RMS, biases=_ATTENTION_BIAS),
+    "qwen3moe": GgufFamily(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        {**_RMS, **_EXPERTS},
+        fixed={"norm_topk_prob": True},
+        biases=_ATTENTION_BIAS,
+    ),
+    "phi3": GgufFamily(
+        "Phi3ForCausalLM",
+        "phi3",
+        {**_RMS, **_WINDOW, "original_max_position_embeddings": "rope.scaling.original_context_length"},
+        keys=replace(FUSED, gate_up=Fused("ffn_up")),
+        rotates_part=True,
+    ),
+    "gemma": GgufFamily("GemmaForCausalLM", "gemma", _RMS),
+    "gemma2": GgufFamily("Gemma2ForCausalLM", "gemma2", {**_RMS, **_WINDOW, **_CAPS}),
+    "gemma3": GgufFamily("Gemma3ForCausalLM", "gemma3_text", {**_RMS, **_WINDOW, **_CAPS}),
+    "olmo2": GgufFamily("Olmo2ForCausalLM", "olmo2", _RMS, biases=_ATTENTION_BIAS),
+    "granite": GgufFamily(
+        "GraniteForCausalLM",
+        "granite",
+        {
+            **_RMS,
+            "embedding_multiplier": "embedding_scale",
+            "attention_multiplier": "attention.scale",
+            "residual_multiplier": "residual_scale",
+            "logits_scaling": "logit_scale",
+        },
+        biases=_LLAMA_BIASES,
+        reordered=True,
+    ),
+    "smollm3": GgufFamily("SmolLM3ForCausalLM", "smollm3", _RMS, biases=_LLAMA_BIASES, reordered=True),
+    "stablelm": GgufFamily(
+        "StableLmForCausalLM",
+        "stablelm",
+        {**_LAYER, "use_parallel_residual": "use_parallel_residual"},
+        biases={"use_qkv_bias": "blk.0.attn_q.bias", "qk_layernorm": "blk.0.attn_q_norm.weight"},
+        rotates_part=True,
+    ),
+    "gpt2": GgufFamily("GPT2LMHeadModel", "gpt2", _LAYER, keys=FUSED),
+    "gptneox": GgufFamily(
+        "GPTNeoXForCausalLM",
+        "gpt_neox",
+        {**_LAYER, "use_parallel_residual": "use_parallel_residual"},
+        biases={"attention_bias": "blk.0.attn_qkv.bias"},
+        keys=FUSED,
+        rotates_part=True,
+    ),
+    "falcon": GgufFamily(
+        "FalconForCausalLM",
+        "falcon",
+        {**_LAYER, "num_kv_heads": "attention.head_count_kv"},
+        biases={"bias": "blk.0.attn_qkv.bias"},
+        keys=FUSED,
+    ),
+    "bloom": GgufFamily("BloomForCausalLM", "bloom", _LAYER, keys=FUSED),
+}
+"""By ``general.architecture``; files of ``mistral`` and ``mixtral`` say ``llama``."""
+
+NEUTRAL = {
+    "attention.scale": 0.0, "logit_scale": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0, "expert_count": 0,
+    "attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0, "attention.max_alibi_bias": 0.0,
+    "attention.sliding_window": 0, "attention.causal": True, "use_parallel_residual": False,
+    "rope.scaling.finetuned": None,
+}  # fmt: skip
+"""Metadata that change what is computed, and their values that do not, for families that have no other use for them."""
