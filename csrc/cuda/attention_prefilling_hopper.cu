@@ -324,15 +324,11 @@ static __global__ __launch_bounds__((kGroups + 1) * kGroup,
 
 // ---- The host's part
 
-namespace {
-
-struct Dimension {
+struct TensorMapDimension {
   std::int64_t size;
   std::int64_t stride;  // in elements; of the first, 1
   int box;
 };
-
-}  // namespace
 
 // The driver's function, which no link to the driver's library is needed for.
 static decltype(&cuTensorMapEncodeTiled) find_encoder() {
@@ -350,7 +346,7 @@ static decltype(&cuTensorMapEncodeTiled) find_encoder() {
 }
 
 template <std::size_t kRank>
-static CUtensorMap map_of(const void* data, DType dtype, const Dimension (&dimensions)[kRank]) {
+static CUtensorMap map_of(const void* data, DType dtype, const TensorMapDimension (&dimensions)[kRank]) {
   static const auto encode = find_encoder();
   CUtensorMap map;
   cuuint64_t sizes[kRank], strides[kRank];
