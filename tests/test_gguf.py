@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from paged import PagedModel
 
 from vllmlite import LLM, SamplingParams
-from vllmlite.backends.base import FLOAT_DTYPES, ITEM_SIZE, Backend, BlockTensor
+from vllmlite.backends.base import FLOAT_DTYPES, ITEM_SIZE, Backend, BlockTensor, HostTensor
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.cli import main
@@ -141,6 +141,19 @@ def test_products_are_the_references_and_the_same_in_every_batch(kind: str) -> N
         np.testing.assert_allclose(together, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
         alone = [backend.to_host(backend.linear(backend.tensor(row[None]), weight)) for row in x]
         assert together.tobytes() == np.concatenate(alone).tobytes(), isa
+
+
+@needs_native
+def test_parts_of_several_kinds_are_one_weight() -> None:
+    """q, k and v of llama.cpp's usual mixture of types."""
+    backend = CpuBackend(threads=2, keeps_blocks=True)
+    parts = [random_weight(kind, rows, 768 // BLOCKS[kind][0]) for kind, rows in
+             (("Q4_K", 53), ("Q8_0", 16), ("Q6_K", 37), ("Q5_0", 5))]  # fmt: skip
+    x = backend.tensor(np.random.default_rng(1).standard_normal((11, 768)).astype(np.float32))
+    bias = HostTensor("float32", (111,), np.arange(111, dtype="<f4").view(np.uint8))
+    together = backend.to_host(backend.linear(x, backend.linear_weight(parts, [bias])))
+    apart = [backend.to_host(backend.linear(x, backend.linear_weight([part]))) for part in parts]
+    np.testing.assert_array_equal(together, np.concatenate(apart, axis=1) + np.arange(111, dtype=np.float32))
 
 
 @needs_native

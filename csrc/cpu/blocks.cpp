@@ -178,7 +178,7 @@ void put_strip(const std::uint8_t* blocks, std::int64_t stride, int rows, std::i
   for (std::int64_t i = 0; i < count; ++i, blocks += Type::kBytes) {
     for (int row = 0; row < kStripRows; ++row) {
       const bool there = row < rows;
-      const std::uint8_t* const block = blocks + row * stride;
+      const std::uint8_t* const block = there ? blocks + row * stride : nullptr;
       const Scales scales = there ? Type::scales(block) : Scales{};
       for (int n = 0; n < kFloats; ++n)
         to.scales[n * kStripRows + row] = kLayout.bf16 ? bf16_of_half(scales.floats[n]) : scales.floats[n];
