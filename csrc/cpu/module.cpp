@@ -20,7 +20,7 @@ using vllmlite::Tensor;
 namespace {
 
 // What the Python side and this module agree on; vllmlite/backends compares it. Debian's vllmlite-backend-api-N is it.
-constexpr int kInterfaceVersion = 1;
+constexpr int kInterfaceVersion = 2;
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;

@@ -14,7 +14,7 @@ using vllmlite::Tensor;
 namespace {
 
 // What the Python side and this module agree on; vllmlite/backends compares it. Debian's vllmlite-backend-api-N is it.
-constexpr int kInterfaceVersion = 1;
+constexpr int kInterfaceVersion = 2;
 
 std::pair<int, int> version(int packed) { return {packed / 1000, packed % 1000 / 10}; }
 

@@ -34,7 +34,7 @@ KVCache: TypeAlias = Any
 Slots: TypeAlias = Any
 """What lives a slot in the backend (:meth:`Backend.alloc_slots`), opaque outside it."""
 
-API = 1
+API = 2
 """Version of this contract; a separately built extension declines to load beside another one."""
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
