@@ -239,6 +239,23 @@ def test_where_reasoning_may_begin(parser: str | None, prompt: str, marks: Think
     assert found is not None and found.after == marks and found.regex == "a"
 
 
+def test_a_property_may_be_named_like_a_keyword() -> None:
+    names = ("default", "enum", "const", "examples", "properties", "$ref")
+    parameters = {
+        "$defs": {"const": {"enum": [{"$ref": "#/kept"}]}},
+        "type": "object",
+        "properties": {name: {"$ref": "#/$defs/const"} for name in names},
+    }
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    structure = ToolUse.of([tool], "required", True, ServerConfig()).structure()
+    assert structure is not None and isinstance(structure.json, dict)
+    place = "#/items/anyOf/0/properties/parameters"
+    found = structure.json["items"]["anyOf"][0]["properties"]["parameters"]
+    assert found["properties"] == {name: {"$ref": f"{place}/$defs/const"} for name in names}
+    assert found["$defs"] == parameters["$defs"]
+    assert len(exact(structure.json)["$defs"]) == 1
+
+
 def test_references_of_a_tools_schema_stay_its_own() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {
         "$defs": {"city": {"enum": ["Oslo"]}}, "type": "object", "properties": {"city": {"$ref": "#/$defs/city"}},

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
+
+from vllmlite.guided.json_formats import FORMATS, UNSUPPORTED_FORMATS
 
 TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
 KEYWORDS: dict[str, frozenset[str]] = {
@@ -21,9 +24,18 @@ KEYWORDS["integer"] = KEYWORDS["number"]
 APPLICATORS = frozenset("$ref allOf anyOf oneOf enum const type".split())
 KNOWN = APPLICATORS.union(*KEYWORDS.values())
 UNENFORCEABLE = frozenset(
-    "contains minContains maxContains not if then else dependentRequired dependentSchemas dependencies "
-    "unevaluatedProperties unevaluatedItems $dynamicRef $recursiveRef".split()
+    "contains not if dependentRequired dependentSchemas dependencies unevaluatedProperties unevaluatedItems "
+    "$dynamicRef $recursiveRef".split()
 )
+"""Some say nothing without one of these (``then``, ``minContains``), and need not be here."""
+VACUOUS = {"not": False, "unevaluatedProperties": True, "unevaluatedItems": True}
+"""The values with which they say nothing."""
+IN_PLACE = frozenset("$ref allOf anyOf oneOf".split())
+"""Their schemas are about the same value, and may name its properties and items."""
+NAMED = frozenset("properties patternProperties $defs definitions".split())
+"""Map names, which are no keywords, to schemas."""
+LITERAL = frozenset("enum const default examples".split())
+"""Hold values, and no schemas."""
 LARGER = frozenset("minimum exclusiveMinimum minLength minItems minProperties".split())
 SMALLER = frozenset("maximum exclusiveMaximum maxLength maxItems maxProperties".split())
 MAX_INTEGER = 2**63 - 1
@@ -57,6 +69,11 @@ def _is_whole(value: Any) -> bool:
     return _is_number(value) and value == int(value)
 
 
+def _fraction(number: float) -> Fraction:
+    """As it is written in decimals."""
+    return Fraction(repr(number))
+
+
 def identity(value: Any) -> str:
     """Equal for values that JSON Schema calls equal."""
     return json.dumps(int(value) if _is_whole(value) else value, sort_keys=True)
@@ -82,9 +99,10 @@ FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("a whole number, at least 0", lambda value: _is_whole(value) and value >= 0),
     ),
     **dict.fromkeys(
-        "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf".split(),
+        "minimum maximum exclusiveMinimum exclusiveMaximum".split(),
         ("a number", _is_number),
     ),
+    "multipleOf": ("a number over 0", lambda value: _is_number(value) and value > 0),
     "uniqueItems": ("true or false", lambda value: isinstance(value, bool)),
 }
 """What the value of a keyword must be."""
@@ -95,6 +113,7 @@ CHECKS: dict[str, Callable[[Any, Any], bool]] = {
     "maximum": lambda value, limit: not _is_number(value) or value <= limit,
     "exclusiveMinimum": lambda value, limit: not _is_number(value) or value > limit,
     "exclusiveMaximum": lambda value, limit: not _is_number(value) or value < limit,
+    "multipleOf": lambda value, step: not _is_number(value) or _fraction(value) % _fraction(step) == 0,
 }
 """Of a value, whether it keeps to a limit that is about its type."""
 
@@ -107,9 +126,6 @@ def keywords_of(schema: Any) -> Schema:
         raise Impossible("allows nothing: a schema is false")
     if not isinstance(schema, Mapping):
         raise SchemaError(f"{schema!r}: a schema must be a JSON object, true or false")
-    for keyword in UNENFORCEABLE & schema.keys():
-        if schema[keyword] not in (False, None):
-            raise SchemaError(f"has {keyword}, which is a keyword that a grammar cannot enforce")
     said = {
         name: value
         for name, value in schema.items()
@@ -119,6 +135,18 @@ def keywords_of(schema: Any) -> Schema:
         what, holds = FORMS.get(keyword, ("", None))
         if holds is not None and not holds(value):
             raise SchemaError(f"{keyword}={value!r}: must be {what}")
+    if said.get("format") not in (None, *FORMATS, *UNSUPPORTED_FORMATS):
+        del said["format"]
+    for keyword in UNENFORCEABLE & schema.keys():
+        value = schema[keyword]
+        if value is None or value is VACUOUS.get(keyword):
+            continue
+        if value is not False or not keyword.startswith("unevaluated") or IN_PLACE & said.keys():
+            raise SchemaError(f"has {keyword}, which is a keyword that a grammar cannot enforce")
+        if keyword == "unevaluatedProperties":
+            said.setdefault("additionalProperties", False)
+        else:
+            said.setdefault("additionalItems" if isinstance(said.get("items"), list) else "items", False)
     return said
 
 
@@ -171,7 +199,7 @@ def allowed_values(said: Schema) -> list[Any]:
     for keyword in said.keys() - {"enum", "const", "type"}:
         if keyword not in CHECKS:
             raise SchemaError(
-                f"has {keyword} beside enum or const, where only type, lengths and bounds are checked"
+                f"has {keyword} beside enum or const, where only type, lengths, bounds and multipleOf are checked"
             )
     kinds = expanded(said["type"]) if "type" in said else TYPES
     found = [

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllmlite.errors import ParameterError
+from vllmlite.guided.json_keywords import LITERAL, NAMED
 from vllmlite.sampling_params import StructuredOutputsParams
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.parsers import TOOL_PARSERS
@@ -125,14 +126,15 @@ def _below(schema: Any, place: str) -> Any:
         return [_below(entry, place) for entry in schema]
     if not isinstance(schema, dict):
         return schema
-    return {
-        name: place + value[1:]
-        if name == "$ref" and isinstance(value, str) and value[:1] == "#"
-        else value
-        if name in ("enum", "const", "default", "examples")
-        else _below(value, place)
-        for name, value in schema.items()
-    }
+    found: dict[str, Any] = {}
+    for keyword, value in schema.items():
+        if keyword == "$ref" and isinstance(value, str) and value[:1] == "#":
+            found[keyword] = place + value[1:]
+        elif keyword in NAMED and isinstance(value, dict):
+            found[keyword] = {name: _below(entry, place) for name, entry in value.items()}
+        else:
+            found[keyword] = value if keyword in LITERAL else _below(value, place)
+    return found
 
 
 def _named(choice: dict[str, Any]) -> str:
