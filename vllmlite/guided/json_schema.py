@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
@@ -18,8 +19,10 @@ from vllmlite.guided.json_formats import FORMATS, UNSUPPORTED_FORMATS
 from vllmlite.guided.json_keywords import (
     KEYWORDS,
     LARGER,
+    LITERAL,
     MAX_INTEGER,
     SMALLER,
+    TYPES,
     Impossible,
     Schema,
     SchemaError,
@@ -31,7 +34,7 @@ from vllmlite.guided.json_keywords import (
     literals,
     types_of,
 )
-from vllmlite.guided.json_pattern import PatternError, other_than, string_pattern
+from vllmlite.guided.json_pattern import MAX_COUNT, PatternError, other_than, string_pattern
 
 MAX_SCHEMAS = 5000
 """Schemas in a schema, each use of a merged one counted."""
@@ -47,13 +50,26 @@ def exact(schema: Any) -> Schema:
     return {**written, "$defs": writer.definitions} if writer.definitions else written
 
 
+@dataclass(slots=True)
+class _Shape:
+    """What tells a branch of ``oneOf`` from others."""
+
+    said: Schema
+    kinds: frozenset[str]
+    values: set[str] | None
+    """Those that it names."""
+    tags: dict[str, set[str]]
+    """The values of its properties that name theirs."""
+    required: frozenset[str]
+
+
 class _Writer:
     """Writes the schemas of one document."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._names: dict[str, str] = {}
-        """Pointer of a ``$ref`` → its name in ``definitions``."""
+        self._names: dict[tuple[str, ...], str] = {}
+        """Pointer of a ``$ref``, and the names that it requires besides → its name in ``definitions``."""
         self._budget = MAX_SCHEMAS
         self.definitions: dict[str, Schema] = {}
 
@@ -63,6 +79,8 @@ class _Writer:
         said = keywords_of(schema)
         if said.keys() == {"$ref"}:
             return self._reference(said["$ref"])
+        if said.keys() == {"$ref", "required"}:
+            return self._reference(said["$ref"], tuple(said["required"]))
         for keyword in ("$ref", "allOf"):
             if keyword in said:
                 parts = [self._target(said["$ref"])] if keyword == "$ref" else said["allOf"]
@@ -74,7 +92,7 @@ class _Writer:
             if keyword in said:
                 branches = said[keyword]
                 if keyword == "oneOf":
-                    self._check_disjoint(branches)
+                    branches = self._apart(branches)
                 rest = {name: value for name, value in said.items() if name != keyword}
                 return self._any_of(branches, rest)
         if "enum" in said or "const" in said:
@@ -113,8 +131,9 @@ class _Writer:
             raise Impossible("allows nothing")
         return written[0] if len(written) == 1 else {"anyOf": written}
 
-    def _reference(self, pointer: str) -> Schema:
-        if pointer not in self._names:
+    def _reference(self, pointer: str, required: tuple[str, ...] = ()) -> Schema:
+        key = (pointer, *required)
+        if key not in self._names:
             seen: set[str] = set()
             target, at = self._target(pointer), pointer
             while keywords_of(target).keys() == {"$ref"}:
@@ -123,12 +142,14 @@ class _Writer:
                 seen.add(at)
                 at = keywords_of(target)["$ref"]
                 target = self._target(at)
-            name = self._names[pointer] = f"r{len(self._names)}"
+            name = self._names[key] = f"r{len(self._names)}"
             try:
+                if required:
+                    target = self._merged(target, {"required": [*required]})
                 self.definitions[name] = self.write(target)
             except Impossible as error:  # what refers to it may have been written already
                 raise SchemaError(str(error)) from None
-        return {"$ref": f"#/$defs/{self._names[pointer]}"}
+        return {"$ref": f"#/$defs/{self._names[key]}"}
 
     def _target(self, pointer: str) -> Any:
         """What a JSON pointer (RFC 6901) after ``#`` points to."""
@@ -155,7 +176,7 @@ class _Writer:
             return self._merged(self._merged(rest, self._target(one["$ref"])), two)
         if "$ref" in two:
             return self._merged(two, one)
-        self._spend(1)
+        self._spend(1 + _weight(one) + _weight(two))
         _check_same_scope(one, two)
         both = dict(one)
         for keyword, value in two.items():
@@ -171,16 +192,10 @@ class _Writer:
                 raise Impossible(f"allows nothing: type {one!r} and {two!r}")
             return common
         if keyword == "required":
-            return [*one, *(name for name in two if name not in one)]
-        if keyword in ("properties", "required", "enum"):
-            self._spend((len(one) + len(two)) // 10)
+            return list(dict.fromkeys([*one, *two]))
         if keyword == "properties":
-            return {
-                name: self._merged(one[name], two[name])
-                if name in one and name in two
-                else {**one, **two}[name]
-                for name in {**one, **two}
-            }
+            shared = {name: self._merged(one[name], two[name]) for name in one if name in two}
+            return {**one, **two, **shared}
         if keyword == "allOf":
             return one + two
         if keyword in LARGER | SMALLER:
@@ -192,36 +207,47 @@ class _Writer:
             raise Impossible(f"allows nothing: const {one!r} and {two!r}")
         raise SchemaError(f"has {keyword} twice for the same value, which is not combined")
 
-    def _check_disjoint(self, branches: list[Any]) -> None:
-        """``oneOf`` is ``anyOf`` where no value can satisfy two. Raises SchemaError unless that is plain."""
-        self._spend(len(branches) ** 2 // 20)
-        shapes = [self._shape(branch) for branch in branches]
-        for index, one in enumerate(shapes):
-            for two in shapes[:index]:
-                if not _are_disjoint(one, two):
-                    raise SchemaError(
-                        "has oneOf, of which two branches may hold at once: use anyOf, or give each a type or a "
-                        "required property with a const of its own"
-                    )
+    def _apart(self, branches: list[Any]) -> list[Any]:
+        """``branches`` so that no value can satisfy two, which makes ``oneOf`` an ``anyOf``.
 
-    def _shape(self, branch: Any) -> Schema:
+        Raises SchemaError unless that is plain: of those that allow the same type, each has values of its own, or a
+        property with values of its own, which it is made to require."""
+        shapes = [self._shape(branch) for branch in branches]
+        for kind in dict.fromkeys(kind for shape in shapes for kind in shape.kinds):
+            group = [shape for shape in shapes if kind in shape.kinds]
+            values = [shape.values for shape in group if shape.values is not None]
+            if len(group) == 1 or (len(values) == len(group) and _are_disjoint(values)):
+                continue
+            tag = _tag(group) if kind == "object" else None
+            if tag is None:
+                raise SchemaError(
+                    "has oneOf, of which two branches may hold at once: use anyOf, or give each a type or a "
+                    "property with a const of its own"
+                )
+            for shape in group:
+                if tag not in shape.required:
+                    shape.said = {**shape.said, "required": [*shape.said.get("required", []), tag]}
+        return [shape.said for shape in shapes]
+
+    def _shape(self, branch: Any) -> _Shape:
         """What a branch says at its first level, behind its references."""
-        said: Any = keywords_of(branch)
+        said = seen = keywords_of(branch)
         for _ in range(8):
-            if "$ref" not in said:
+            if "$ref" not in seen:
                 break
-            rest = {name: value for name, value in said.items() if name != "$ref"}
-            said = self._merged(rest, self._target(said["$ref"]))
-        properties = said.get("properties")
-        if properties is not None:
-            shown = {
-                name: self._target(value["$ref"])
-                if isinstance(value, dict) and isinstance(value.get("$ref"), str)
-                else value
-                for name, value in properties.items()
-            }
-            said = {**said, "properties": shown}
-        return dict(said)
+            rest = {name: value for name, value in seen.items() if name != "$ref"}
+            seen = keywords_of(self._merged(rest, self._target(seen["$ref"])))
+        self._spend(_weight(seen))
+        tags = {}
+        for name, value in seen.get("properties", {}).items():
+            if isinstance(value, dict) and isinstance(value.get("$ref"), str):
+                value = self._target(value["$ref"])
+            if isinstance(value, dict):
+                self._spend(_weight(value))
+            if (values := literals(value)) is not None:
+                tags[name] = values
+        kinds = kinds_of(seen) or [kind for kind in TYPES if kind != "integer"]
+        return _Shape(said, frozenset(kinds), literals(seen), tags, frozenset(seen.get("required", [])))
 
     def _array(self, said: Schema) -> Schema:
         if said.get("uniqueItems"):
@@ -251,16 +277,18 @@ class _Writer:
         patterns = said.get("patternProperties", {})
         others = said.get("additionalProperties", not {"properties", "patternProperties"} & said.keys())
         least, most = _counts(said, "minProperties", "maxProperties")
+        names = any_name = {"type": "string"}
         if "propertyNames" in said:
+            names = self.write(self._merged(said["propertyNames"], any_name))
+        if names != any_name:
             if given or patterns:
                 raise SchemaError("has propertyNames beside properties or patternProperties: say one of them")
-            given, patterns, others = self._named(said["propertyNames"], others)
+            given, patterns, others = _named(names, others)
         if patterns:
             return self._of_patterns(given, patterns, required, least, most)
-        names = list(dict.fromkeys([*given, *required]))
         properties: Schema = {}
         needed = frozenset(required)
-        for name in names:
+        for name in dict.fromkeys([*given, *required]):
             schema = given.get(name, others)
             if schema is False and name in needed:
                 raise Impossible(f"allows nothing: property {name!r} is required and must not be")
@@ -288,15 +316,6 @@ class _Writer:
             written = {"type": "object", "additionalProperties": self.write(others)}
         return _counted(written, len(written.get("required", ())), len(properties), others, least, most)
 
-    def _named(self, names: Any, others: Any) -> tuple[Schema, Schema, Any]:
-        """``propertyNames`` as (properties, patternProperties, additionalProperties)."""
-        written = self.write(self._merged(names, {"type": "string"}))
-        if "enum" in written:
-            return {name: others for name in written["enum"]}, {}, False
-        if "pattern" in written:
-            return {}, {written["pattern"]: others}, False
-        raise SchemaError("has propertyNames that are neither an enum nor a pattern")
-
     def _of_patterns(
         self, given: Schema, patterns: Schema, required: list[str], least: int, most: float
     ) -> Schema:
@@ -317,6 +336,13 @@ class _Writer:
         return _counted(written, 0, 0, True, least, most)
 
 
+def _weight(said: Schema) -> int:
+    """How long it takes to read the names and the literal values of a schema, where merging it is 1."""
+    names = sum(len(value) for value in said.values() if isinstance(value, (list, dict)))
+    values = sum(len(json.dumps(said[keyword])) for keyword in LITERAL & said.keys())
+    return names // 10 + values // 100
+
+
 def _check_same_scope(one: Schema, two: Schema) -> None:
     """``additionalProperties`` is about the properties beside it, ``items`` about the prefix beside it."""
     for mine, other in ((one, two), (two, one)):
@@ -327,24 +353,38 @@ def _check_same_scope(one: Schema, two: Schema) -> None:
             raise SchemaError("combines items with prefixItems that stand elsewhere")
 
 
-def _are_disjoint(one: Schema, two: Schema) -> bool:
-    left, right = literals(one), literals(two)
-    if left is not None and right is not None:
-        return not left & right
-    kinds = [set(kinds_of(shape)) for shape in (one, two)]
-    if all(kinds) and not kinds[0] & kinds[1]:
-        return True
-    if kinds != [{"object"}, {"object"}]:
-        return False
-    for name in set(one.get("required", [])) & set(two.get("required", [])):
-        values = [literals(shape.get("properties", {}).get(name)) for shape in (one, two)]
-        if values[0] is not None and values[1] is not None and not values[0] & values[1]:
-            return True
-    return False
+def _tag(group: list[_Shape]) -> str | None:
+    """The property that has other values in each of ``group``, one that all require if there is such."""
+    found = [
+        name
+        for name in group[0].tags
+        if all(name in shape.tags for shape in group) and _are_disjoint([shape.tags[name] for shape in group])
+    ]
+    return max(found, key=lambda name: all(name in shape.required for shape in group), default=None)
+
+
+def _are_disjoint(sets: list[set[str]]) -> bool:
+    return len(set().union(*sets)) == sum(map(len, sets))
+
+
+def _named(names: Schema, others: Any) -> tuple[Schema, Schema, Any]:
+    """``propertyNames``, as written, in (properties, patternProperties, additionalProperties)."""
+    if "enum" in names:
+        return dict.fromkeys(names["enum"], others), {}, False
+    if "pattern" in names:
+        return {}, {names["pattern"]: others}, False
+    raise SchemaError("has propertyNames that are neither an enum nor a pattern")
 
 
 def _counts(said: Schema, least: str, most: str) -> tuple[int, float]:
-    """The bounds of a count."""
+    """The bounds of a count that is written. Raises SchemaError if it counts too far."""
+    for keyword in (least, most):
+        if said.get(keyword, 0) > MAX_COUNT:
+            raise SchemaError(f"{keyword}={said[keyword]}: must be at most {MAX_COUNT}")
+    return _limits(said, least, most)
+
+
+def _limits(said: Schema, least: str, most: str) -> tuple[int, float]:
     return int(said.get(least, 0)), int(said[most]) if most in said else math.inf
 
 
@@ -372,7 +412,7 @@ def _pattern(pattern: str | None, least: int, most: float) -> str:
 
 
 def _string(said: Schema) -> Schema:
-    least, most = _counts(said, "minLength", "maxLength")
+    least, most = _limits(said, "minLength", "maxLength")
     pattern, name = said.get("pattern"), said.get("format")
     if name in UNSUPPORTED_FORMATS:
         raise SchemaError(f"format {name!r} has no grammar; accepted: {', '.join(FORMATS)}")
@@ -403,7 +443,8 @@ def _bounds(said: Schema, step: Decimal) -> tuple[Decimal | None, Decimal | None
         below = _round(limits["exclusiveMaximum"], step, ROUND_CEILING) - step
         high = below if high is None else min(high, below)
     if low is not None and high is not None and low > high:
-        raise Impossible(f"allows nothing: no number from {low} to {high}")
+        reason = "" if step == 1 else ", and no number is written with more than six decimals"
+        raise Impossible(f"allows nothing: no multiple of {step} is within its bounds{reason}")
     return low, high
 
 
@@ -433,7 +474,9 @@ def _number(said: Schema) -> Schema:
     low, high = _bounds(said, Decimal("0.000001"))
     written: Schema = {"type": "number"}
     if low is not None:
-        written["minimum"] = float(low)
+        least = float(low)
+        written["minimum"] = least if Decimal(repr(least)) >= low else math.nextafter(least, math.inf)
     if high is not None:
-        written["maximum"] = float(high)
+        most = float(high)
+        written["maximum"] = most if Decimal(repr(most)) <= high else math.nextafter(most, -math.inf)
     return written
