@@ -18,6 +18,9 @@ from vllmlite.guided.json_pattern import PatternError, other_than, string_patter
 from vllmlite.guided.json_schema import exact
 
 INTEGER = {"type": "integer"}
+MANY: dict[str, Any] = {f"p{i}": {} for i in range(4000)}
+SPACES = " \xa0\x85\u1680\u2000\u2005\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+"""White space in ECMA 262 or in Python."""
 NODE = {
     "$defs": {"n": {"type": "object", "properties": {"next": {"$ref": "#/$defs/n"}}}},
     "$ref": "#/$defs/n",
@@ -51,6 +54,9 @@ def test_what_random_weights_write_is_valid() -> None:
         ({"type": "string", "enum": ["a", 1]}, {"enum": ["a"]}),
         ({"enum": ["a", "abc"], "maxLength": 1}, {"enum": ["a"]}),
         ({"const": None}, {"enum": [None]}),
+        ({**INTEGER, "format": "int32", "enum": [1, 2, 4], "multipleOf": 2}, {"enum": [2, 4]}),
+        ({"enum": [0.3, 0.35, "a"], "multipleOf": 0.1}, {"enum": [0.3, "a"]}),
+        ({**INTEGER, "format": "int32", "not": False, "unevaluatedItems": True}, INTEGER),
         ({"allOf": [INTEGER], "minimum": 5}, {**INTEGER, "minimum": 5}),
         ({"allOf": [{**INTEGER, "minimum": 1}, {"minimum": 3, "maximum": 9}]}, {**INTEGER, "minimum": 3, "maximum": 9}),
         (
@@ -74,6 +80,19 @@ def test_what_random_weights_write_is_valid() -> None:
              "minProperties": 1},
         ),
         ({"type": "object"}, {"type": "object", "additionalProperties": {}}),
+        ({"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": INTEGER},
+         {"type": "object", "additionalProperties": INTEGER}),
+        ({"type": "object", "propertyNames": {"type": "string"}, "properties": {"a": INTEGER}},
+         {"type": "object", "properties": {"a": INTEGER}, "required": [], "additionalProperties": False}),
+        ({"type": "object", "unevaluatedProperties": False},
+         {"type": "object", "properties": {}, "additionalProperties": False}),
+        ({"type": "array", "prefixItems": [INTEGER], "unevaluatedItems": False},
+         {"type": "array", "prefixItems": [INTEGER], "items": False}),
+        ({"type": "array", "items": [INTEGER], "unevaluatedItems": False},
+         {"type": "array", "prefixItems": [INTEGER], "items": False}),
+        ({"type": "array", "items": INTEGER, "unevaluatedItems": False}, {"type": "array", "items": INTEGER}),
+        ({"type": "number", "minimum": 0.1, "exclusiveMaximum": 2**53 + 2},
+         {"type": "number", "minimum": 0.1, "maximum": float(2**53)}),
         ({"$ref": "#/definitions/a", "definitions": {"a": INTEGER}},
          {"$ref": "#/$defs/r0", "$defs": {"r0": INTEGER}}),
         ({"$ref": "#/$defs/a", "minimum": 3, "$defs": {"a": INTEGER}}, {**INTEGER, "minimum": 3}),
@@ -103,12 +122,21 @@ def test_what_is_written_may_refer_to_itself() -> None:
             {"type": "object", "required": ["z"], "properties": {}, "additionalProperties": False},
             "allows nothing",
         ),
+        ({"type": "number", "minimum": 1e-7, "maximum": 2e-7}, "more than six decimals"),
+        ({"type": "number", "multipleOf": 0}, "a number over 0"),
+        ({"type": "array", "contains": False}, "has contains"),
+        ({"allOf": [{"type": "object"}], "unevaluatedProperties": False}, "has unevaluatedProperties"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {}}, "unevaluatedItems": False}, "has unevaluatedItems"),
+        ({"type": "array", "unevaluatedItems": INTEGER}, "has unevaluatedItems"),
+        ({"type": "string", "maxLength": 2049}, "at most 2048"),
+        ({"type": "array", "maxItems": 2049}, "at most 2048"),
+        ({"type": "object", "propertyNames": {"maxLength": 3}, "properties": {"a": {}}}, "beside properties"),
         ({"not": {"type": "string"}}, "cannot enforce"),
         ({"if": INTEGER, "then": INTEGER}, "cannot enforce"),
         ({"type": "array", "uniqueItems": True}, "cannot enforce"),
         ({"type": "number", "multipleOf": 0.5}, "cannot enforce"),
         ({"oneOf": [INTEGER, {"type": "number"}]}, "two branches may hold at once"),
-        ({"oneOf": [{"type": "object", "properties": {"k": {"const": k}}} for k in "ab"]}, "two branches"),
+        ({"oneOf": [{"type": "object", "properties": {"k": {"type": "string"}}}] * 2}, "two branches"),
         ({"type": "string", "pattern": "(ab)+", "maxLength": 3}, "say the length in the pattern"),
         ({"type": "string", "pattern": "^(?=a)b$"}, "cannot enforce: assert"),
         ({"type": "string", "pattern": "["}, "no regular expression"),
@@ -186,6 +214,9 @@ def test_nonsense_is_refused_and_nothing_else_is_raised() -> None:
         ("^.[^a]$", (0, 9), ["xb", "é "], ["xa", 'x"', "x\t"]),
         ("^a$|^b$", (0, 9), ["a", "b"], ["ab", ""]),
         ("^(?:foo|ba?r)$", (0, 9), ["foo", "br"], ["baar"]),
+        (r"^\S[^\s]$", (0, 9), ["ab", "éü"], [a + b for s in SPACES for a, b in ((s, "a"), ("a", s))]),
+        (r"^[^\S][\s]$", (0, 9), ["  "], ["a ", " a", "\x85 "]),
+        ("^.$", (0, 9), ["a", "\u3000"], ["\u2028", "\u2029"]),
     ],
 )
 def test_patterns_are_for_the_inside_of_a_json_string(
@@ -216,8 +247,37 @@ def test_formats_have_expressions_of_their_own() -> None:
         assert all(written.fullmatch(text) for text in texts)
     dates = re.compile(string_pattern(FORMATS["date"], 0, 10))
     assert not any(dates.fullmatch(text) for text in ("2023-02-29", "1900-02-29", "0000-01-01", "2024-04-31"))
+    durations = re.compile(string_pattern(FORMATS["duration"], 0, math.inf))
+    assert not any(durations.fullmatch(text) for text in ("P1Y2D", "PT1H2S", "P", "PT", "P1DT"))
     with pytest.raises(PatternError):
         string_pattern(FORMATS["email"], 0, 3)
+    for name, longest in (("email", 254), ("hostname", 253), ("uri", 2083), ("json-pointer", 2048)):
+        bounded = string_pattern(FORMATS[name], 0, longest)
+        assert bounded == string_pattern(FORMATS[name], 0, math.inf)
+
+
+def test_branches_of_one_of_are_told_apart_by_a_tag_that_they_come_to_require() -> None:
+    def branch(kind: str) -> dict[str, Any]:
+        tag = {"const": kind, "default": kind, "type": "string"}
+        return {
+            "type": "object",
+            "properties": {"kind": tag, "below": {"type": "array", "items": union}, "size": INTEGER},
+            "required": ["size"],
+        }
+
+    union: dict[str, Any] = {"oneOf": [{"$ref": f"#/$defs/{name}"} for name in "ab"]}
+    union["discriminator"] = {"propertyName": "kind"}
+    written = exact({**union, "$defs": {name: branch(name) for name in "ab"}})
+    one, two = (written["$defs"][each["$ref"].removeprefix("#/$defs/")] for each in written["anyOf"])
+    assert one["required"] == two["required"] == ["size", "kind"]
+    assert [each["properties"]["kind"] for each in (one, two)] == [{"enum": ["a"]}, {"enum": ["b"]}]
+    assert one["properties"]["below"]["items"] == {"anyOf": written["anyOf"]}
+    assert len(written["$defs"]) == 2
+    asked = {"type": "object", "properties": {"v": {"const": 1}, "k": {"const": "x"}}, "required": ["k"]}
+    other = {**asked, "properties": {"v": {"const": 2}, "k": {"const": "y"}}}
+    assert exact({"oneOf": [asked, other]})["anyOf"][0]["required"] == ["k"]
+    with pytest.raises(SchemaError, match="two branches"):
+        exact({"oneOf": [asked, other, asked]})
 
 
 def test_a_schema_that_grows_when_it_is_merged_is_refused() -> None:
@@ -237,6 +297,17 @@ def test_a_schema_that_grows_when_it_is_merged_is_refused() -> None:
         {"allOf": [{"enum": list(range(100))}] * 400},
         {"type": "object", "properties": {"x" * 5000: {}}, "additionalProperties": True},
         {"type": "string", "pattern": "(" * 3000 + ")" * 3000},
+        {
+            "allOf": [{"$ref": f"#/$defs/{i % 2}"} for i in range(2000)],
+            "$defs": {i: {"required": [f"{i}{j}" for j in range(2000)]} for i in "01"},
+        },
+        {"required": [str(i) for i in range(5000)], "allOf": [{"minLength": 1}] * 2000},
+        {"oneOf": [{"$ref": "#/$defs/a"}] * 2000, "$defs": {"a": {"type": "object", "properties": MANY}}},
+        {
+            "oneOf": [{"$ref": "#/$defs/a"}] * 2000,
+            "$defs": {"a": {"type": "object", "properties": {"k": {"enum": [*range(8000)]}}}},
+        },
+        {"allOf": [{"properties": MANY}, {"properties": {name + "x": {} for name in MANY}}]},
     ],
 )
 def test_a_schema_takes_no_long_time_to_write_or_refuse(schema: dict[str, Any]) -> None:

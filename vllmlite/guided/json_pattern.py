@@ -20,17 +20,26 @@ Ranges = list[tuple[int, int]]
 
 SAFE: Ranges = [(0x20, 0x21), (0x23, 0x5B), (0x5D, 0xD7FF), (0xE000, 0x10FFFF)]
 """What stands in a JSON string as itself: no quotation mark, backslash, control character, half of a surrogate pair."""
+LINE_ENDS: Ranges = [(0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029)]
+"""What ``.`` does not match."""
 CATEGORIES: dict[Any, Ranges] = {
     syntax.CATEGORY_DIGIT: [(0x30, 0x39)],
     syntax.CATEGORY_WORD: [(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)],
     syntax.CATEGORY_SPACE: [(0x20, 0x20), (0xA0, 0xA0)],
 }
-"""ECMA 262's classes, of which Python's are no smaller."""
+"""ECMA 262's classes, of which Python's are no smaller; of white space, what is written is a plain one."""
+WHITE_SPACE: Ranges = [
+    (0x09, 0x0D), (0x1C, 0x20), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029),
+    (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF),
+]  # fmt: skip
+"""All that ECMA 262 or Python calls so: none of it is written where there must be none."""
 NEGATED = {
     syntax.CATEGORY_NOT_DIGIT: syntax.CATEGORY_DIGIT,
     syntax.CATEGORY_NOT_WORD: syntax.CATEGORY_WORD,
     syntax.CATEGORY_NOT_SPACE: syntax.CATEGORY_SPACE,
 }
+MAX_COUNT = 2048
+"""Of repetitions: an automaton has a state for each."""
 SPECIAL = frozenset("\\^$.|?*+()[]{}-/")
 
 
@@ -119,7 +128,7 @@ def _piece(operation: Any, value: Any) -> Piece:
     if operation is syntax.NOT_LITERAL:
         return Piece(_class(_without(SAFE, [(value, value)])), 1, 1)
     if operation is syntax.ANY:
-        return Piece(_class(SAFE), 1, 1)
+        return Piece(_class(_without(SAFE, LINE_ENDS)), 1, 1)
     if operation is syntax.IN:
         return Piece(_class(_members(value)), 1, 1)
     if operation is syntax.BRANCH:
@@ -171,16 +180,17 @@ def _members(items: Iterable[Any]) -> Ranges:
     found: Ranges = []
     negate = False
     for operation, value in items:
-        if operation is syntax.NEGATE:
+        if operation is syntax.NEGATE:  # it comes first
             negate = True
         elif operation is syntax.LITERAL:
             found.append((value, value))
         elif operation is syntax.RANGE:
             found.append(value)
-        elif value in CATEGORIES:
-            found += CATEGORIES[value]
         else:
-            found += _without([(0, 0x10FFFF)], CATEGORIES[NEGATED[value]])
+            kind = NEGATED.get(value, value)
+            removed = negate != (value in NEGATED)
+            ranges = WHITE_SPACE if removed and kind is syntax.CATEGORY_SPACE else CATEGORIES[kind]
+            found += _without([(0, 0x10FFFF)], ranges) if value in NEGATED else ranges
     inside = _without(SAFE, found)
     return inside if negate else _without(SAFE, inside)
 
@@ -228,6 +238,9 @@ def _literal(character: str) -> str:
 
 
 def _times(one: str, least: int, most: float) -> str:
+    count = least if most == math.inf else most
+    if count > MAX_COUNT:
+        raise PatternError(f"has the length or count {count}, which must be at most {MAX_COUNT}")
     if most == math.inf:
         return one + ("*" if least == 0 else "+" if least == 1 else f"{{{least},}}")
     return one if least == most == 1 else f"{one}{{{least},{int(most)}}}"
