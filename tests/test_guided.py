@@ -242,6 +242,21 @@ def test_reasoning_comes_first_and_is_free(llm: LLM, begun: bool) -> None:
     assert re.fullmatch("[0-9]{3}", llm.get_tokenizer().decode(ids)) is None
 
 
+def test_marks_of_reasoning_must_be_ids_of_the_model(llm: LLM) -> None:
+    with pytest.raises(ParameterError, match="must be ThinkingMarks or None"):
+        StructuredOutputsParams(regex="a", after={"closing_id": 5})  # type: ignore[arg-type]
+    for field, marks in (
+        ("closing_id", ThinkingMarks(10**6, None)),
+        ("opening_id", ThinkingMarks(5, -1)),
+        ("closing_id", ThinkingMarks("5", 6)),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ParameterError, match="must be an id from 0 to") as caught:
+            structure = StructuredOutputsParams(regex="a", after=marks)
+            llm.generate(PROMPT, SamplingParams(structured_outputs=structure), use_tqdm=False)
+        assert caught.value.field == f"structured_outputs.after.{field}"
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
 def test_without_reasoning_the_answer_begins_with_the_grammar(llm: LLM) -> None:
     marks = ThinkingMarks(5, 6)
     for temperature in (0.0, 5.0):

@@ -58,6 +58,8 @@ class StructuredOutputsParams:
         given = [f.name for f in fields(self) if f.name != "after" and getattr(self, f.name) is not None]
         if len(given) != 1:
             raise ParameterError("structured_outputs", given, "must ask for exactly one thing")
+        if self.after is not None and not isinstance(self.after, ThinkingMarks):
+            raise ParameterError("structured_outputs.after", self.after, "must be ThinkingMarks or None")
         self.kind_and_source()
 
     def kind_and_source(self) -> tuple[str, Any]:

@@ -22,7 +22,8 @@ import numpy as np
 
 from vllmlite.errors import ParameterError
 from vllmlite.guided.compiler import GrammarCompiler, Vocabulary
-from vllmlite.guided.json_keywords import SchemaError
+from vllmlite.guided.json_keywords import LITERAL, NAMED, SchemaError
+from vllmlite.guided.json_pattern import MAX_COUNT
 from vllmlite.guided.json_schema import exact
 from vllmlite.sampling_params import StructuredOutputsParams, ThinkingMarks
 from vllmlite.tokenizer import Tokenizer
@@ -31,11 +32,9 @@ logger = logging.getLogger(__name__)
 
 MAX_CHARACTERS = 64 << 10
 MAX_DEPTH = 32
-MAX_COUNT = 2048
-"""Of schemas and expressions: what is longer, deeper or counts further is refused before it is compiled."""
+"""Of schemas and expressions: what is longer or deeper is refused before it is compiled."""
 MAX_KEPT = 256
 """Compiled grammars that are kept for the next request."""
-COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +122,26 @@ class Grammars:
     def start(self, compiled: CompiledGrammar, after: ThinkingMarks | None = None) -> Matcher:
         """The beginning of a grammar, ``after`` reasoning perhaps, for one sequence.
 
-        Raises :class:`ParameterError` if no token begins it."""
+        Raises :class:`ParameterError` if no token begins it, or if ``after`` has ids that the model has not."""
         import xgrammar
 
+        if after is not None:
+            self._check_id("closing_id", after.closing_id)
+            if after.opening_id is not None:
+                self._check_id("opening_id", after.opening_id)
         inner = xgrammar.GrammarMatcher(compiled.native, terminate_without_stop_token=not self._eos_ids)
         matcher = Matcher(compiled, inner, -(-self._vocab_size // 32), after)
         if not matcher.allows_something:
             raise ParameterError("structured_outputs", None, "allows no output that the model could write")
         return matcher
+
+    def _check_id(self, field: str, token_id: object) -> None:
+        if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
+            raise ParameterError(
+                f"structured_outputs.after.{field}",
+                token_id,
+                f"must be an id from 0 to {self._vocab_size - 1}",
+            )
 
     def _find(self, key: str) -> CompiledGrammar | None:
         with self._lock:
@@ -183,15 +194,8 @@ def _check(kind: str, source: Any) -> None:
         for count in _quantifiers(source):
             if count > MAX_COUNT:
                 refuse(count, f"repetitions must be at most {MAX_COUNT}")
-    if kind != "json":
-        return
-    for keyword, value, depth in _keywords(source, 0):
-        if depth > MAX_DEPTH:
-            refuse(f"{depth} levels", f"must be at most {MAX_DEPTH} levels deep")
-        if keyword in COUNTS and isinstance(value, (int, float)) and value > MAX_COUNT:
-            refuse({keyword: value}, f"must be at most {MAX_COUNT}")
-        if keyword == "pattern" and isinstance(value, str):
-            _check("regex", value)
+    if kind == "json" and (depth := _depth(source)) > MAX_DEPTH:
+        refuse(f"{depth} levels", f"must be at most {MAX_DEPTH} levels deep")
 
 
 def _form(kind: str, source: Any) -> Any:
@@ -204,23 +208,22 @@ def _form(kind: str, source: Any) -> Any:
         raise ParameterError("structured_outputs.json", source, str(error)) from None
 
 
-def _keywords(schema: Any, depth: int) -> Iterator[tuple[str, Any, int]]:
-    """(keyword, value, depth) of every schema in ``schema``, its names of properties and literal values left out."""
-    pending = [(schema, depth)]
-    while pending:
-        schema, depth = pending.pop()
-        if isinstance(schema, list):
-            pending += [(entry, depth + 1) for entry in schema]
-        if not isinstance(schema, dict):
-            continue
-        for keyword, value in schema.items():
-            yield keyword, value, depth
-            if keyword in ("properties", "patternProperties", "$defs", "definitions") and isinstance(
-                value, dict
-            ):
-                pending += [(entry, depth + 1) for entry in value.values()]
-            elif keyword not in ("enum", "const", "default", "examples", "required"):
-                pending.append((value, depth + 1))
+def _depth(schema: Any) -> int:
+    """The levels of ``schema``, its names of properties and literal values left out."""
+    depth, level = 0, [schema]
+    while level:
+        below: list[Any] = []
+        for entry in level:
+            if isinstance(entry, list):
+                below += entry
+            for keyword, value in entry.items() if isinstance(entry, dict) else ():
+                if keyword in NAMED and isinstance(value, dict):
+                    below += value.values()
+                elif keyword not in LITERAL:
+                    below.append(value)
+        level = [entry for entry in below if isinstance(entry, (list, dict))]
+        depth += bool(level)
+    return depth
 
 
 def _quantifiers(regex: str) -> Iterator[int]:
