@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
-from vllmlite.guided.json_formats import FORMATS, UNSUPPORTED_FORMATS
+from vllmlite.guided.json_formats import FORMATS, UNSUPPORTED_FORMATS, format_expression
 from vllmlite.guided.json_keywords import (
     KEYWORDS,
     LARGER,
@@ -419,7 +419,7 @@ def _string(said: Schema) -> Schema:
     if name in FORMATS:
         if pattern is not None:
             raise SchemaError(f"has format {name!r} beside a pattern: say one of them")
-        pattern = FORMATS[name]
+        pattern = format_expression(name, most)
     if pattern is None and (least, most) == (0, math.inf):
         return {"type": "string"}
     return {"type": "string", "pattern": _pattern(pattern, least, most)}
