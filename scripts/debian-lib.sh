@@ -120,8 +120,9 @@ EOF
 cleanup() {
     local group
     for group in "${GROUPS_RUNNING[@]}"; do kill -- "-$group" 2> /dev/null || true; done
+    for group in "${GROUPS_RUNNING[@]}"; do wait "$group" || true; done
     [ -z "${RESULTS:-}" ] || { mkdir -p "$RESULTS" && cp -a "$SCRATCH"/{logs,source,cpu,cross,cuda} "$RESULTS"; }
-    rm -rf "$SCRATCH"
+    rm -rf "$SCRATCH" || true
     userdel "$BUILD_USER" 2> /dev/null || true
 }
 

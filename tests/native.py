@@ -1,4 +1,4 @@
-"""The mark of tests that need the native CPU backend, which a build without its extension lacks."""
+"""Whether the native CPU backend is there, and a mark for tests that need it: a build may lack its extension."""
 
 from __future__ import annotations
 
@@ -16,4 +16,7 @@ def _missing() -> str:
     return ""
 
 
-needs_native_cpu = pytest.mark.skipif(bool(_missing()), reason=f"needs the native CPU backend: {_missing()}")
+HAS_NATIVE_CPU = not _missing()
+needs_native_cpu = pytest.mark.skipif(
+    not HAS_NATIVE_CPU, reason=f"needs the native CPU backend: {_missing()}"
+)

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 import transformers
 from checkpoints import TINY, write_checkpoint
+from native import needs_native_cpu
 from paged import PagedModel
 from test_models import chunked, device, edit_config, expected_logits, greedy, paged_model, prompts
 
@@ -295,6 +296,7 @@ def test_what_would_change_numbers_is_refused(
         assert word in str(caught.value)
 
 
+@needs_native_cpu
 def test_backends_say_what_they_lack(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "floats", "Mixtral", num_local_experts=2)
     assert declining(plan_model(tmp_path / "floats")) == {}

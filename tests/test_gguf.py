@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import struct
 import subprocess
@@ -18,6 +17,7 @@ from checkpoints import write_checkpoint
 from gguf_files import Typed, contents, encode, floats, tokenizer_metadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native import HAS_NATIVE_CPU, needs_native_cpu
 from numpy.typing import NDArray
 from paged import PagedModel
 
@@ -38,13 +38,11 @@ from vllmlite.weights.gguf_blocks import BLOCKS, FLOATS, KINDS, to_floats, to_st
 from vllmlite.weights.quantized import dequantize, stored_bytes, unpack
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
-NATIVE = importlib.util.find_spec("vllmlite._cpu") is not None
-needs_native = pytest.mark.skipif(not NATIVE, reason="vllmlite._cpu is not built")
 
 
 def plain() -> Backend:
     """A backend in float32, the native one where it is there."""
-    return CpuBackend() if NATIVE else TorchBackend()
+    return CpuBackend() if HAS_NATIVE_CPU else TorchBackend()
 
 
 def random_blocks(kind: str, count: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -101,7 +99,7 @@ def test_strips_mean_what_blocks_do(kind: str) -> None:
     assert all(math.prod(one.shape) * ITEM_SIZE[one.dtype] == one.data.nbytes for one in arrays)
 
 
-@needs_native
+@needs_native_cpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_native_strips_and_floats_are_the_references(kind: str) -> None:
     backend, part = CpuBackend(keeps_blocks=True), random_weight(kind)
@@ -126,7 +124,7 @@ def of_8_bits(x: NDArray[np.float32]) -> NDArray[np.float64]:
     return (codes * (extremes / -128)).reshape(len(x), -1).astype(np.float64)
 
 
-@needs_native
+@needs_native_cpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_the_references_and_the_same_in_every_batch(kind: str) -> None:
     from vllmlite import _cpu
@@ -143,7 +141,7 @@ def test_products_are_the_references_and_the_same_in_every_batch(kind: str) -> N
         assert together.tobytes() == np.concatenate(alone).tobytes(), isa
 
 
-@needs_native
+@needs_native_cpu
 def test_parts_of_several_kinds_are_one_weight() -> None:
     """q, k and v of llama.cpp's usual mixture of types."""
     backend = CpuBackend(threads=2, keeps_blocks=True)
@@ -156,7 +154,7 @@ def test_parts_of_several_kinds_are_one_weight() -> None:
     np.testing.assert_array_equal(together, np.concatenate(apart, axis=1) + np.arange(111, dtype=np.float32))
 
 
-@needs_native
+@needs_native_cpu
 def test_blocks_that_do_not_fit_are_refused() -> None:
     backend = CpuBackend(keeps_blocks=True)
     part = random_weight("Q4_K")
@@ -331,13 +329,13 @@ def test_types_compute_what_their_floats_do(kind: str, tmp_path: Path) -> None:
     expected = logits(plain(), as_floats)
     assert logits(plain(), path).tobytes() == expected.tobytes()
     np.testing.assert_allclose(logits(TorchBackend(), path), expected, atol=1e-4)
-    if not NATIVE:
+    if not HAS_NATIVE_CPU:
         return
     kept = logits(CpuBackend("bfloat16", keeps_blocks=True), path)
     assert np.square(kept - expected).mean() < 0.01 * expected.var()
 
 
-@needs_native
+@needs_native_cpu
 def test_weights_of_several_types_stand_side_by_side(tmp_path: Path) -> None:
     """q, k and v are one product: where their types differ, all of them are floats."""
     write_checkpoint(tmp_path)
@@ -372,7 +370,7 @@ def test_the_built_in_model_writes_the_same_from_a_gguf_file(built_in: dict[str,
         assert texts(built_in["BF16"], dtype=dtype) == texts(None, dtype=dtype)
 
 
-@needs_native
+@needs_native_cpu
 @pytest.mark.parametrize(("kind", "ours"), [("Q8_0", "int8"), ("Q4_0", "int4")])
 def test_codes_are_kept_unless_a_dtype_is_asked_for(built_in: dict[str, Path], kind: str, ours: str) -> None:
     llm = LLM(str(built_in[kind]), max_model_len=128)
@@ -667,7 +665,7 @@ def test_a_file_without_a_tokenizer(tmp_path: Path) -> None:
     assert len(output.outputs[0].token_ids) == 16
 
 
-@needs_native
+@needs_native_cpu
 def test_neither_torch_nor_transformers_is_needed(built_in: dict[str, Path]) -> None:
     code = (
         "import sys; from vllmlite import LLM; LLM(sys.argv[1], backend='cpu', max_model_len=64)\n"

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
-from gguf_families import converted_family
-from test_gguf import logits, needs_native, plain
+from gguf_families import converted_family, metadata_of, tensors_of
+from gguf_files import encode
+from native import needs_native_cpu
+from test_gguf import logits, plain
 
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.torch import TorchBackend
@@ -55,6 +57,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "stablelm-parallel": ("stablelm", "StableLm", {"use_parallel_residual": True}),
     "gpt2": ("gpt2", "GPT2", {"n_inner": None}),
     "gptneox": ("gptneox", "GPTNeoX", {}),
+    "gptneox-serial": ("gptneox", "GPTNeoX", {"use_parallel_residual": False}),
     "falcon-7b": ("falcon", "Falcon", {}),
     "falcon-40b": ("falcon", "Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-11b": ("falcon", "Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2,
@@ -106,7 +109,7 @@ def test_tensors_have_the_names_of_the_gguf_package(case: str, tmp_path: Path) -
         assert re.sub(r"^blk\.\d+\.", "blk.{bid}.", tensor.rsplit(".", 1)[0]) in known, tensor
 
 
-@needs_native
+@needs_native_cpu
 @pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "phi3", "falcon-40b", "gpt2", "gemma2"])
 def test_blocks_are_kept_where_rows_are_taken_apart(case: str, tmp_path: Path) -> None:
     """Experts, and q, k and v that are stored as one."""
@@ -115,6 +118,16 @@ def test_blocks_are_kept_where_rows_are_taken_apart(case: str, tmp_path: Path) -
     path = converted_family(tmp_path, tmp_path / "x.gguf", name, "Q8_0")
     kept, exact = logits(CpuBackend("bfloat16", keeps_blocks=True), path), logits(CpuBackend(), path)
     assert np.square(kept - exact).mean() < 0.01 * exact.var()
+
+
+def test_stacked_norms_of_heads_are_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "StableLm")
+    path = converted_family(tmp_path, tmp_path / "x.gguf", "stablelm")
+    spec, tensors = read_spec(tmp_path), tensors_of(tmp_path, "stablelm")
+    tensors["blk.0.attn_q_norm.weight"] = "F32", (1, 1), bytes(4)
+    path.write_bytes(encode(metadata_of(spec, "stablelm"), tensors))
+    with pytest.raises(ModelError, match="StableLM 12B"):
+        read_spec(path)
 
 
 @pytest.mark.parametrize(

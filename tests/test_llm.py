@@ -339,6 +339,11 @@ def test_bad_requests_are_refused_and_the_engine_serves_on(
     assert texts(llm.generate("Debian is", GREEDY)) == before
 
 
+def test_a_mixed_step_is_no_larger_than_a_whole_one() -> None:
+    with pytest.raises(ParameterError, match=r"max_mixed_prefill_tokens=17.*at most the 16"):
+        LLM(**OPTIONS | {"max_num_batched_tokens": 16, "max_mixed_prefill_tokens": 17})
+
+
 def test_vllms_engine_loop() -> None:
     """vLLM's documented engine example, with only the import changed."""
     engine = LLMEngine.from_engine_args(EngineArgs(**OPTIONS))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import vllmlite
+from vllmlite.backends.base import API
 from vllmlite.cli import COMMANDS, main, serve
 from vllmlite.cli.parser import OptionParser
 from vllmlite.config import EngineConfig
@@ -128,9 +129,10 @@ def test_the_changelog_has_the_programs_version() -> None:
 
 
 def test_the_interface_version_is_the_same_everywhere() -> None:
-    (module,) = re.findall(r"kInterfaceVersion = (\d+);", text("csrc/cuda/module.cpp"))
+    for module in ("csrc/cpu/module.cpp", "csrc/cuda/module.cpp"):
+        assert re.findall(r"kInterfaceVersion = (\d+);", text(module)) == [str(API)]
     for control in ("debian/control", "debian/control.cuda"):
-        assert re.findall(r"vllmlite-backend-api-(\d+)", text(control)) == [module]
+        assert re.findall(r"vllmlite-backend-api-(\d+)", text(control)) == [str(API)]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "csrc").glob("**/*.cu*")), ids=lambda file: file.name)

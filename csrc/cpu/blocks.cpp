@@ -3,10 +3,10 @@
 #include "cpu/blocks.hpp"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
 #include <stdexcept>
-#include <vector>
 
 namespace vllmlite::cpu {
 
@@ -279,14 +279,14 @@ void floats_of_blocks(Runtime& runtime, const BlockType& type, const Tensor& blo
   check(type, blocks, to.size(), to.shape.back());
   const std::int64_t count = to.size();
   const auto item = static_cast<std::int64_t>(item_size(to.dtype));
+  const Float target = float_of(to.dtype);
   runtime.issue([&](Worker& worker) {
-    std::vector<float> wide(kDecoded);
+    std::array<float, kDecoded> wide;
     for (std::int64_t first; (first = worker.take() * kDecoded) < count;) {
       const std::int64_t some = std::min(kDecoded, count - first);
       const auto* block = static_cast<const std::uint8_t*>(blocks.data) + first / type.elements * type.bytes;
       for (std::int64_t i = 0; i < some; i += type.elements, block += type.bytes) type.decode(block, wide.data() + i);
-      runtime.kernels().convert(wide.data(), Float::f32, static_cast<std::byte*>(to.data) + first * item,
-                                float_of(to.dtype), some);
+      runtime.kernels().convert(wide.data(), Float::f32, static_cast<std::byte*>(to.data) + first * item, target, some);
     }
   });
   runtime.flush();

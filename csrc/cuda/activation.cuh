@@ -8,7 +8,7 @@ namespace vllmlite::cuda {
 
 template <Activation kActivation>
 __device__ __forceinline__ float activated(float x) {
-  if constexpr (kActivation == Activation::relu) return fmaxf(x, 0);
+  if constexpr (kActivation == Activation::relu) return x < 0 ? 0 : x;
   if constexpr (kActivation == Activation::silu) return x / (1 + expf(-x));
   if constexpr (kActivation == Activation::gelu) return 0.5F * x * erfcf(-x * 0.70710678118654752F);
   constexpr float kFactor = 0.79788456080286536F;  // sqrt(2 / pi)

@@ -22,7 +22,7 @@ struct Stage {
 };
 
 template <typename T, int kSize, int kWarps>
-struct Room {
+struct DecodingRoom {
   Stage<T, kSize> stages[kWarps][kStages];
   float sums[kWarps][kHeads][kSize + 4];
   float largest[kWarps][kHeads], total[kWarps][kHeads];
@@ -128,7 +128,7 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
                                                                       std::int32_t* counters) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) char shared[];
-  auto& room = *reinterpret_cast<Room<T, kSize, kWarps>*>(shared);
+  auto& room = *reinterpret_cast<DecodingRoom<T, kSize, kWarps>*>(shared);
   using Tiles = Walk<T, kSize, kWarps>;
   constexpr int kKeys = Tiles::kKeys, kParts = Tiles::kParts;
   let_next_begin();
@@ -139,7 +139,7 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
   const int first_head = kv_head * sharing + part_of_heads % parts * kHeads;
   const int num_heads = min(sharing - part_of_heads % parts * kHeads, kHeads);
   const int first_item = given.batch.starts[blockIdx.y], last_item = given.batch.starts[blockIdx.y + 1];
-  if (first_item == last_item) return;
+  if (first_item == last_item) return;  // never all blocks, or the next kernel would not wait for the previous
   Tiles tiles(given, kv_head, first_item, last_item, warp);
   int filled = 0;
   for (; filled < kStages && tiles.settled(); ++filled) tiles.fetch(room.stages[warp][filled], lane);
@@ -311,7 +311,7 @@ bool takes_tensor_cores(const Runtime& runtime, const Attention& attention) {
 
 template <typename T, int kSize, int kWarps>
 static void run(Runtime& runtime, const Attention& attention) {
-  using Shared = Room<T, kSize, kWarps>;
+  using Shared = DecodingRoom<T, kSize, kWarps>;
   const int sharing = attention.heads / attention.kv_heads;
   const dim3 grid(static_cast<unsigned>(attention.kv_heads * ((sharing + kHeads - 1) / kHeads)),
                   static_cast<unsigned>(attention.num_shares));

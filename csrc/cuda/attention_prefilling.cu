@@ -12,7 +12,7 @@ constexpr int kWarps = 4;
 
 // A warp has kRowTiles times 16 queries. Rows are padded by one access, so that eight of them lie in different banks.
 template <typename T, int kSize, int kRowTiles>
-struct Room {
+struct PrefillingRoom {
   static constexpr int kStride = kSize + 8, kQueries = kWarps * kRowTiles * 16, kKeys = kSize > 128 ? 32 : 64;
   T q[kQueries][kStride];
   T keys[2][kKeys][kStride];
@@ -24,7 +24,7 @@ template <typename T, int kSize, int kRowTiles>
 static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const __grid_constant__ Attention given) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) char shared[];
-  using Shared = Room<T, kSize, kRowTiles>;
+  using Shared = PrefillingRoom<T, kSize, kRowTiles>;
   auto& room = *reinterpret_cast<Shared*>(shared);
   constexpr int kWords = kSize / 8, kQueries = Shared::kQueries, kKeys = Shared::kKeys;
   let_next_begin();
@@ -231,7 +231,7 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
 
 template <typename T, int kSize, int kRowTiles>
 static void run(const Runtime& runtime, const Attention& attention) {
-  using Shared = Room<T, kSize, kRowTiles>;
+  using Shared = PrefillingRoom<T, kSize, kRowTiles>;
   constexpr int kList = kRowTiles == 2 ? 0 : 1;
   static_assert(Shared::kQueries == kTileQueries[kList] && (kSize <= 128 || sizeof(Shared) <= kWideRoom));
   VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, prefilling_kernel<T, kSize, kRowTiles>,
@@ -246,7 +246,7 @@ static void run_sized(const Runtime& runtime, const Attention& attention) {
     run<T, 64, 2>(runtime, attention);
   else if (attention.width > 128)
     run<T, kMostSize, 1>(runtime, attention);
-  else if (runtime.shared_memory() >= static_cast<int>(sizeof(Room<T, 128, 2>)))
+  else if (runtime.shared_memory() >= static_cast<int>(sizeof(PrefillingRoom<T, 128, 2>)))
     run<T, 128, 2>(runtime, attention);
   else
     run<T, 128, 1>(runtime, attention);

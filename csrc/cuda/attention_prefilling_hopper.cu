@@ -14,7 +14,7 @@ constexpr int kKeys = 128, kBox = 16, kColumns = 64, kRows = 64, kGroup = 128;
 
 // What a block shares: rows of 64 columns, as they are swizzled. `keys` and `values` are rings.
 template <typename T, int kSize, int kGroups>
-struct Room {
+struct HopperRoom {
   static constexpr int kParts = kSize / kColumns, kStages = kSize == 64 ? 4 : 2, kQueries = kGroups * kRows;
   T q[kParts][kQueries][kColumns];
   T keys[kStages][kParts][kKeys][kColumns];
@@ -290,7 +290,7 @@ static __global__ __launch_bounds__((kGroups + 1) * kGroup,
                                                                      const Tile* tiles, int num_tiles) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char shared[];
-  using Shared = Room<T, kSize, kGroups>;
+  using Shared = HopperRoom<T, kSize, kGroups>;
   auto& room = *reinterpret_cast<Shared*>(shared);
   // Of 65536 registers, by the whole of a block's threads at first.
   constexpr int kWarps = kGroups * kGroup / 32, kCopying = kGroups == 2 ? 24 : 32,
@@ -319,6 +319,8 @@ static __global__ __launch_bounds__((kGroups + 1) * kGroup,
     take_registers<kMultiplying>();
     attend_all<T, Shared, kSize, kGroups>(room, given, tiles, num_tiles, group - 1);
   }
+#else
+  __trap();  // takes_hopper() asks for the chip, and a driver may be told to take code for another
 #endif
 }
 
@@ -367,7 +369,7 @@ static CUtensorMap map_of(const void* data, DType dtype, const TensorMapDimensio
 
 template <typename T, int kSize, int kGroups>
 static void run(const Runtime& runtime, const Attention& given) {
-  using Shared = Room<T, kSize, kGroups>;
+  using Shared = HopperRoom<T, kSize, kGroups>;
   constexpr int kList = kGroups == 2 ? 0 : 2;
   static_assert(Shared::kQueries == kTileQueries[kList]);
   const auto kernel = prefilling_hopper_kernel<T, kSize, kGroups>;

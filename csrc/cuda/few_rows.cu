@@ -17,7 +17,7 @@ constexpr int kMostRows = 8;
 
 // In rows of odd number the two halves are exchanged, so that neighbouring rows lie in different banks.
 template <int kRows>
-struct Room {
+struct FewRowsRoom {
   uint4 stages[kWarps][kStages][kRows][kChunks];
   float sums[2][kWarps][kMostRows][kRows + 1];
 };
@@ -28,7 +28,7 @@ static __global__ __launch_bounds__(kWarps * 32, kBlocksPerProcessor) void few_r
                                                                                            int n, int k) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) char shared[];
-  auto& room = *reinterpret_cast<Room<kRows>*>(shared);
+  auto& room = *reinterpret_cast<FewRowsRoom<kRows>*>(shared);
   constexpr int kAhead = 4;  // stages for which x is asked for at a time
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int group = lane / 4, quad = lane % 4;
@@ -115,7 +115,7 @@ bool takes_few_rows(const Runtime& runtime, const Product& product) {
 
 template <typename T, typename Out, int kRows>
 static void run(const Runtime& runtime, const Product& product) {
-  using Shared = Room<kRows>;
+  using Shared = FewRowsRoom<kRows>;
   const auto kernel = few_rows_kernel<T, Out, kRows>;
   VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                       static_cast<int>(sizeof(Shared)));

@@ -8,7 +8,7 @@
 
 namespace vllmlite::cuda {
 
-struct Room {
+struct LogprobsRoom {
   SelectRoom select;
   double sums[32];
   float largest[32];
@@ -21,7 +21,7 @@ static __global__ __launch_bounds__(kSelectThreads) void logprobs_kernel(const f
                                                                          std::uint64_t* sort_room, float* chosen,
                                                                          std::int32_t* rank, std::int32_t* top_ids,
                                                                          float* top) {
-  __shared__ Room room;
+  __shared__ LogprobsRoom room;
   let_next_begin();
   wait_for_previous();
   const std::int64_t row = blockIdx.x;

@@ -115,7 +115,7 @@ static __global__ void route_kernel(const T* logits, const __grid_constant__ Rou
   if (token < routing.tokens) route(logits, routing, token);
 }
 
-static __global__ void sort_kernel(const __grid_constant__ Sorting sorting) {
+static __global__ __launch_bounds__(kSortThreads) void sort_kernel(const __grid_constant__ Sorting sorting) {
   extern __shared__ std::int32_t places[];
   let_next_begin();
   wait_for_previous();
@@ -123,8 +123,9 @@ static __global__ void sort_kernel(const __grid_constant__ Sorting sorting) {
 }
 
 template <typename T>
-static __global__ void route_and_sort_kernel(const T* logits, const __grid_constant__ Routing routing,
-                                             const __grid_constant__ Sorting sorting) {
+static __global__ __launch_bounds__(kSortThreads) void route_and_sort_kernel(const T* logits,
+                                                                             const __grid_constant__ Routing routing,
+                                                                             const __grid_constant__ Sorting sorting) {
   extern __shared__ std::int32_t places[];
   let_next_begin();
   wait_for_previous();

@@ -9,8 +9,8 @@ namespace vllmlite::cuda {
 
 // By root mean square, or by mean and variance. W is T or float; sums are rounded to T before they are normed.
 template <typename T, typename W, int kSize, bool kCentred>
-static __global__ void norm_kernel(const T* x, const W* weight, const T* bias, T* residual, T* out, int packs,
-                                   float eps) {
+static __global__ __launch_bounds__(1024) void norm_kernel(const T* x, const W* weight, const T* bias, T* residual,
+                                                           T* out, int packs, float eps) {
   using P = Pack<T, kSize>;
   __shared__ float room[32];
   let_next_begin();

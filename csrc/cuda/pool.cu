@@ -39,7 +39,7 @@ Pool::Block* Pool::segment(std::size_t bytes, bool small) {
   std::size_t size = small ? kSmallSegment : std::max(round_up(bytes, 2U << 20), kLargeSegment);
   void* data = nullptr;
   cudaError_t status = cudaMalloc(&data, size);
-  if (status == cudaErrorMemoryAllocation && give_back_segments()) status = cudaMalloc(&data, size);
+  if (status == cudaErrorMemoryAllocation && !recorded_ && give_back_segments()) status = cudaMalloc(&data, size);
   if (status == cudaErrorMemoryAllocation && !small) status = cudaMalloc(&data, size = round_up(bytes, 2U << 20));
   if (status == cudaErrorMemoryAllocation) {
     (void)cudaGetLastError();

@@ -13,7 +13,8 @@ namespace vllmlite::cuda {
 
 class Pool : public std::enable_shared_from_this<Pool> {
  public:
-  explicit Pool(int device) : device_(device) {}
+  // Memory of recorded steps is never given back: they keep addresses of blocks that nobody owns any more.
+  explicit Pool(int device, bool recorded = false) : device_(device), recorded_(recorded) {}
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -41,6 +42,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   void give(Block* block);
 
   int device_;
+  bool recorded_;
   std::mutex mutex_;
   Idle idle_[2];  // large blocks, small blocks
 };

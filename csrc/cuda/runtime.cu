@@ -79,7 +79,7 @@ Runtime::Runtime(int device, DType dtype, bool batch_invariant)
       dtype_(dtype),
       batch_invariant_(batch_invariant),
       pool_(std::make_shared<Pool>(device)),
-      graph_pool_(std::make_shared<Pool>(device)),
+      graph_pool_(std::make_shared<Pool>(device, true)),
       landings_(std::make_shared<Landings>()) {
   const DeviceGuard guard(device);
   cudaDeviceProp properties;
@@ -124,7 +124,7 @@ void Runtime::send(Pinned& staged, void* target, std::size_t bytes) {
 
 static void copy_by_threads(void* target, const void* source, std::size_t bytes) {
   const std::size_t share = bytes / kCopyThreads;
-  std::vector<std::thread> threads;
+  std::vector<std::jthread> threads;
   for (int i = 1; i < kCopyThreads; ++i)
     threads.emplace_back([=] {
       const std::size_t begin = share * static_cast<std::size_t>(i);
@@ -132,7 +132,6 @@ static void copy_by_threads(void* target, const void* source, std::size_t bytes)
                   i == kCopyThreads - 1 ? bytes - begin : share);
     });
   std::memcpy(target, source, share);
-  for (std::thread& thread : threads) thread.join();
 }
 
 void Runtime::upload(void* target, const void* source, std::size_t bytes) {

@@ -124,9 +124,10 @@ class CudaBackend(NativeBackend):
         return self.linear_weight([weight])
 
     def experts(self, experts: Sequence[Expert]) -> Any:
-        return self._runtime.experts(
-            [expert.gate_up for expert in experts], [expert.down for expert in experts]
-        )
+        with _out_of_memory("the experts do not fit: choose a smaller model or dtype"):
+            return self._runtime.experts(
+                [expert.gate_up for expert in experts], [expert.down for expert in experts]
+            )
 
     def tied_weight(self, table: Tensor) -> Any:
         return self._native.LinearWeight(table)

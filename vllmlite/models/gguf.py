@@ -77,6 +77,8 @@ def gguf_config(path: Path) -> dict[str, Any]:
         raise fields.error("attention.value_length", str(head_dim))
     if not 0 < rotated <= head_dim or (rotated < head_dim and not family.rotates_part):
         raise fields.error("rope.dimension_count", str(head_dim))
+    if name == "stablelm" and f"{KEYS.layer}0.{KEYS.q_norm}.weight" in gguf.tensors:
+        raise ModelError(f"{path}: norms of single heads (StableLM 12B) are read from directories alone")
     layers, inner = fields.integer("block_count"), fields.integer("feed_forward_length", 4 * hidden)
     if layers > len(gguf.tensors):
         raise fields.error("block_count", f"at most the {len(gguf.tensors)} tensors of the file")
@@ -97,7 +99,7 @@ def gguf_config(path: Path) -> dict[str, Any]:
         "tie_word_embeddings": f"{KEYS.head}.weight" not in gguf.tensors,
         "torch_dtype": _dtype(gguf),
         "eos_token_id": _ends(gguf),
-        **{key: fields.plain(metadata) for key, metadata in family.values.items() if fields.get(metadata)},
+        **{key: fields.plain(metadata) for key, metadata in family.values.items() if fields.says(metadata)},
         **{key: stored in gguf.tensors for key, stored in family.biases.items()},
         **family.fixed,
     }
@@ -243,6 +245,11 @@ class _Fields:
                 raise self.error(key, "the same value for every layer")
             return value[0].item()
         return value
+
+    def says(self, key: str) -> bool:
+        """Whether there is a value: zero stands for none, and false for itself."""
+        value = self.get(key)
+        return value is False or bool(value)
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.get(key, default)

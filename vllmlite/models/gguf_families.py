@@ -130,7 +130,7 @@ FAMILIES: dict[str, GgufFamily] = {
         "StableLmForCausalLM",
         "stablelm",
         {**_LAYER, "use_parallel_residual": "use_parallel_residual"},
-        biases={"use_qkv_bias": "blk.0.attn_q.bias", "qk_layernorm": "blk.0.attn_q_norm.weight"},
+        biases={"use_qkv_bias": "blk.0.attn_q.bias"},
         rotates_part=True,
     ),
     "gpt2": GgufFamily("GPT2LMHeadModel", "gpt2", _LAYER, keys=FUSED),

@@ -130,7 +130,7 @@ def start(config: EngineConfig) -> Started[Engine]:
         Limits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=batched,
-            max_mixed_prefill_tokens=min(batched, config.max_mixed_prefill_tokens or batched),
+            max_mixed_prefill_tokens=_mixed_tokens(config, batched),
             max_model_len=longest,
             block_size=config.block_size,
             num_blocks=num_blocks,
@@ -191,6 +191,13 @@ def _load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:
 def _batched_tokens(config: EngineConfig, backend: Backend) -> int:
     default = CPU_BATCHED_TOKENS if backend.device == "cpu" else GPU_BATCHED_TOKENS
     return config.max_num_batched_tokens or default
+
+
+def _mixed_tokens(config: EngineConfig, batched: int) -> int:
+    mixed = config.max_mixed_prefill_tokens
+    if mixed is not None and mixed > batched:
+        raise ParameterError("max_mixed_prefill_tokens", mixed, f"must be at most the {batched} of a whole step")
+    return mixed or batched
 
 
 def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_len: int) -> int:
