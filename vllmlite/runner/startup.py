@@ -196,7 +196,9 @@ def _batched_tokens(config: EngineConfig, backend: Backend) -> int:
 def _mixed_tokens(config: EngineConfig, batched: int) -> int:
     mixed = config.max_mixed_prefill_tokens
     if mixed is not None and mixed > batched:
-        raise ParameterError("max_mixed_prefill_tokens", mixed, f"must be at most the {batched} of a whole step")
+        raise ParameterError(
+            "max_mixed_prefill_tokens", mixed, f"must be at most the {batched} of a whole step"
+        )
     return mixed or batched
 
 
