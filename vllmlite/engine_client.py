@@ -9,7 +9,6 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from select import select
 from typing import Any, Unpack
 
 from vllmlite.engine.bounds import RequestBounds
@@ -21,7 +20,7 @@ from vllmlite.guided.grammars import MAX_KEPT, Matcher
 from vllmlite.outputs import EngineStats, RequestMetrics
 from vllmlite.sampling_params import SamplingParams
 
-RECEIVED_BYTES = 1 << 18
+RECEIVED_BYTES = 1 << 16
 """Most that is read from the socket at once."""
 
 
@@ -70,7 +69,7 @@ class EngineClient:
         self._loop = loop
         loop.add_reader(self._connection, on_arrival)
         if self._unsent:
-            loop.add_writer(self._connection, self._flush)
+            loop.call_soon(self._flush)
 
     def leave(self) -> None:
         """End what :meth:`attend` began."""
@@ -137,8 +136,7 @@ class EngineClient:
         Raises EngineDeadError if the host has ended."""
         while not self._inbox:
             self.check()
-            select([self._connection], [], [])
-            self.receive()
+            self.receive(wait=True)
         given: dict[str, EngineOutput] = {}
         while self._inbox and _joins(self._inbox[0], given):
             self._take_in(self._inbox.popleft(), given)
@@ -148,16 +146,18 @@ class EngineClient:
         """Whether :meth:`step` would give something without waiting."""
         return bool(self._inbox)
 
-    def receive(self) -> None:
-        """Take in what has come, without waiting."""
+    def receive(self, wait: bool = False) -> None:
+        """Take in what has come, after waiting for something if told to."""
+        flags = 0 if wait else socket.MSG_DONTWAIT
         try:
             while self._end is None:
-                data = self._connection.recv(RECEIVED_BYTES, socket.MSG_DONTWAIT)
-                self._received += data
+                data = self._connection.recv(RECEIVED_BYTES, flags)
                 if not data:
                     self._notice_end()
+                self._received += data
                 if len(data) < RECEIVED_BYTES:
                     break
+                flags = socket.MSG_DONTWAIT
         except BlockingIOError:
             pass
         except ConnectionError:
@@ -172,6 +172,7 @@ class EngineClient:
     def close(self) -> None:
         """End the host."""
         self.leave()
+        self._unsent.clear()
         self._connection.close()
         if self._end is None:
             self._notice_end()
@@ -198,24 +199,31 @@ class EngineClient:
 
     def _send(self, command: Command) -> None:
         self.check()
+        if self._loop is None:
+            self._unsent += pack(command)
+            self._flush()
+            return
+        if not self._unsent:
+            self._loop.call_soon(
+                self._flush
+            )  # once for all that the loop's tasks ask now: each send wakes the host
         self._unsent += pack(command)
-        self._flush()
 
     def _flush(self) -> None:
-        """Send what the socket takes; an event loop sends the rest later, where one attends."""
+        """Send what has not been sent: without waiting where an event loop attends, which sends the rest later."""
+        loop = self._loop
         try:
             while self._unsent:
-                try:
-                    del self._unsent[: self._connection.send(self._unsent, socket.MSG_DONTWAIT)]
-                except BlockingIOError:
-                    if self._loop is not None:
-                        self._loop.add_writer(self._connection, self._flush)
-                        return
-                    select([], [self._connection], [])
+                flags = 0 if loop is None else socket.MSG_DONTWAIT
+                del self._unsent[: self._connection.send(self._unsent, flags)]
+        except BlockingIOError:
+            assert loop is not None
+            loop.add_writer(self._connection, self._flush)
+            return
         except ConnectionError:
             self._unsent.clear()  # nobody takes it; who receives finds out
-        if self._loop is not None:
-            self._loop.remove_writer(self._connection)
+        if loop is not None:
+            loop.remove_writer(self._connection)
 
     def _unpack(self) -> None:
         """Sort the whole messages out of what has come."""
