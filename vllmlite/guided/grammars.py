@@ -60,12 +60,13 @@ class Matcher:
         self._may_think = marks is not None and not self._thinks
         self.compiled = compiled
         self._matcher = matcher
-        self._row = np.zeros((1, num_words), np.int32)
+        self._row = np.empty((1, num_words), np.int32)
+        self._mask: bytes | None = None
         self.allows_something = self._fill()
 
     def mask(self) -> bytes | None:
         """Bits of the ids that may come next, little-endian words of 32; None where any may."""
-        return None if self._thinks else self._row.astype("<i4", copy=False).tobytes()
+        return None if self._thinks else self._mask
 
     def accept(self, token_id: int) -> bool:
         """Take in the next id; whether the grammar has come to its end, or nothing may follow."""
@@ -79,12 +80,15 @@ class Matcher:
         return not self._matcher.accept_token(token_id) or self._matcher.is_terminated() or not self._fill()
 
     def _fill(self) -> bool:
-        self._row.fill(-1)
-        self._matcher.fill_next_token_bitmask(self._row)
+        """Find the next mask; whether it allows anything."""
+        if not self._matcher.fill_next_token_bitmask(self._row):
+            self._mask = None
+            return True
         if self._may_think and self._marks is not None and self._marks.opening_id is not None:
             word, bit = divmod(self._marks.opening_id, 32)
             self._row.view(np.uint32)[0, word] |= np.uint32(1 << bit)
-        return bool(self._row.any())
+        self._mask = self._row.astype("<i4", copy=False).tobytes()
+        return self._mask != bytes(len(self._mask))
 
 
 class Grammars:
