@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmlite.errors import ParameterError, VllmliteError
+from vllmlite.guided.json_grammar import grammar_of
 
 START_SECONDS = 120
 """For xgrammar to be imported, which may bring torch in."""
@@ -172,7 +173,7 @@ def _answer(compiler: Any, kind: str, source: Any) -> dict[str, str]:
 
 def _compile(compiler: Any, kind: str, source: Any) -> Any:
     if kind == "json":
-        return compiler.compile_json_schema(json.dumps(source), any_whitespace=False, strict_mode=False)
+        return compiler.compile_grammar(grammar_of(source))
     if kind == "regex":
         return compiler.compile_regex(source)
     if kind == "choice":
