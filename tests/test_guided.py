@@ -107,6 +107,7 @@ def test_two_steps_in_flight_and_several_completions() -> None:
         ({"regex": "(a{100000}){100000}"}, "at most 2048"),
         ({"grammar": "root ::= missing"}, "no grammar"),
         ({"choice": []}, "no grammar"),
+        ({"grammar": 'root ::= [^\\0-\\U0010ffff] "a"'}, "allows no output"),
         ({}, "exactly one"),
         ({"regex": "a", "choice": ["a"]}, "exactly one"),
     ],

@@ -157,7 +157,10 @@ def main(descriptor: int) -> None:
 
 def _answer(compiler: Any, kind: str, source: Any) -> dict[str, str]:
     try:
-        grammar = _compile(compiler, kind, source).serialize_json()
+        compiled = _compile(compiler, kind, source)
+        if not _begins(compiled):
+            return {"error": "allows no output that the model could write"}
+        grammar = compiled.serialize_json()
     except MemoryError:
         os._exit(1)
     except Exception as error:  # xgrammar's own kinds, and RuntimeError of its C++ part
@@ -180,6 +183,17 @@ def _compile(compiler: Any, kind: str, source: Any) -> Any:
         words = " | ".join(json.dumps(word, ensure_ascii=False) for word in source)
         return compiler.compile_grammar(f"root ::= {words}")
     return compiler.compile_grammar(source)
+
+
+def _begins(compiled: Any) -> bool:
+    """Whether any token may come first."""
+    import numpy as np
+    import xgrammar
+
+    info = compiled.tokenizer_info
+    mask = np.empty((1, -(-info.vocab_size // 32)), np.int32)
+    matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=not info.stop_token_ids)
+    return bool(not matcher.fill_next_token_bitmask(mask) or mask.any())
 
 
 def _limit(which: int, value: int) -> None:
