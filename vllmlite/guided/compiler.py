@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmlite.errors import ParameterError, VllmliteError
-from vllmlite.guided.json_grammar import grammar_of
+from vllmlite.guided.json_grammar import grammar_of, with_grammars
 
 START_SECONDS = 120
 """For xgrammar to be imported, which may bring torch in."""
@@ -182,7 +182,13 @@ def _compile(compiler: Any, kind: str, source: Any) -> Any:
     if kind == "choice":
         words = " | ".join(json.dumps(word, ensure_ascii=False) for word in source)
         return compiler.compile_grammar(f"root ::= {words}")
-    return compiler.compile_grammar(source)
+    if kind == "structural_tag":
+        return compiler.compile_structural_tag(json.dumps(with_grammars(source)))
+    if "::=" in source:
+        return compiler.compile_grammar(source)
+    if hasattr(compiler, "compile_lark"):
+        return compiler.compile_lark(source)
+    raise ValueError("has no rule name ::= ..., and this version of xgrammar does not read Lark's form")
 
 
 def _begins(compiled: Any) -> bool:

@@ -205,18 +205,52 @@ def _check(kind: str, source: Any) -> None:
         for count in _quantifiers(source):
             if count > MAX_COUNT:
                 refuse(count, f"repetitions must be at most {MAX_COUNT}")
-    if kind == "json" and (depth := _depth(source)) > MAX_DEPTH:
+    if kind in ("json", "structural_tag") and (depth := _depth(source)) > MAX_DEPTH:
         refuse(f"{depth} levels", f"must be at most {MAX_DEPTH} levels deep")
 
 
 def _form(kind: str, source: Any) -> Any:
     """``source`` as the compiler enforces it. Raises :class:`ParameterError` if it cannot be enforced."""
-    if kind != "json":
-        return source
     try:
-        return exact(source)
+        if kind == "json":
+            return exact(source)
+        if kind == "structural_tag":
+            return _with_exact_schemas(_in_new_form(source))
     except SchemaError as error:
-        raise ParameterError("structured_outputs.json", source, str(error)) from None
+        raise ParameterError(f"structured_outputs.{kind}", source, str(error)) from None
+    return source
+
+
+def _in_new_form(tag: dict[str, Any]) -> dict[str, Any]:
+    """A structural tag; what vLLM calls its deprecated form as xgrammar has it now."""
+    if "structures" not in tag:
+        return {"type": "structural_tag", **tag}
+    try:
+        tags = [
+            {
+                "begin": structure["begin"],
+                "content": {"type": "json_schema", "json_schema": structure["schema"]},
+                "end": structure["end"],
+            }
+            for structure in tag["structures"]
+        ]
+    except (TypeError, KeyError):
+        reason = "must have structures with begin, schema and end"
+        raise ParameterError("structured_outputs.structural_tag", tag, reason) from None
+    form = {"type": "triggered_tags", "triggers": tag.get("triggers"), "tags": tags}
+    return {"type": "structural_tag", "format": form}
+
+
+def _with_exact_schemas(tag: Any) -> Any:
+    """A part of a structural tag with its JSON Schemas as the compiler enforces them."""
+    if isinstance(tag, list):
+        return [_with_exact_schemas(entry) for entry in tag]
+    if not isinstance(tag, dict):
+        return tag
+    return {
+        name: exact(value) if name == "json_schema" else _with_exact_schemas(value)
+        for name, value in tag.items()
+    }
 
 
 def _depth(schema: Any) -> int:

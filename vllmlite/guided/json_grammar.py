@@ -44,6 +44,17 @@ def grammar_of(schema: Schema) -> Any:
     return Grammar.from_ebnf("\n".join([text, *strings.rules.values()]))
 
 
+def with_grammars(tag: Any) -> Any:
+    """A part of a structural tag, where grammars take the place of written schemas."""
+    if isinstance(tag, list):
+        return [with_grammars(entry) for entry in tag]
+    if not isinstance(tag, dict):
+        return tag
+    if tag.keys() == {"type", "json_schema"}:
+        return {"type": "grammar", "grammar": _readable(str(grammar_of(tag["json_schema"])))}
+    return {name: with_grammars(value) for name, value in tag.items()}
+
+
 def _readable(text: str) -> str:
     """A text of a grammar that xgrammar has written, so that it reads the same: an escape of two hexadecimal digits
     would take in those that follow."""
