@@ -155,7 +155,8 @@ def test_a_grammar_in_the_form_of_lark(llm: LLM) -> None:
         ({"json": {"type": "string", "minLength": 5, "maxLength": 2}}, "allows nothing"),
         ({"json": {"$ref": "#/nowhere"}}, "points to nothing"),
         ({"json": "{"}, "not JSON"),
-        ({"json": {"type": "number", "multipleOf": 3}}, "cannot enforce"),
+        ({"json": {"type": "number", "multipleOf": 3}}, "at most 1000 numbers"),
+        ({"json": {"enum": ["b"], "pattern": "a"}}, "allows nothing"),
         ({"json": {"type": "array", "items": {"type": "array", "minItems": 10**7}}}, "at most 2048"),
         ({"json": {"type": "string", "pattern": "a{99999}"}}, "at most 2048"),
         ({"json": {"enum": ["x" * 70_000]}}, "at most 65536"),
@@ -258,6 +259,7 @@ RULES = "\n".join(f'r{i} ::= "x{i}" root' for i in range(1500))
 HOSTILE: list[tuple[str, Any]] = [
     ("regex", "(((((a{1,2000}){1,2000}){1,2000}){1,2000}){1,2000}){1,2000}"),
     ("regex", "(.*a){2000}(.*b){2000}(.*c){2000}"),
+    ("json", {"enum": ["a" * 64], "pattern": "^(a|aa)+b$"}),
     ("json", {"anyOf": [{"type": "object", "properties": keys} for keys in KEYS]}),
     ("grammar", "root ::= " + " ".join(f"r{i}?" for i in range(1500)) + "\n" + RULES),
 ]

@@ -112,3 +112,10 @@ def test_other_texts_survive_beside_a_counted_string(character: str) -> None:
     wrong = [{**value, name: name}, {**value, "class": "xàf"}, {**value, "short": "long"}]
     texts = [json.dumps(each, ensure_ascii=False) for each in (value, *wrong)]
     assert accepts(grammar_of(exact(schema)), texts) == [True, False, False, False]
+
+
+def test_an_enum_keeps_what_its_pattern_finds() -> None:
+    schema = exact({"type": ["string", "integer"], "enum": ["ab", 1, "12", "xa"], "pattern": "a"})
+    assert accepts(grammar_of(schema), ['"ab"', "1", '"12"', '"xa"']) == [True, True, False, True]
+    with pytest.raises(ValueError, match="allows nothing"):
+        grammar_of(exact({"enum": ["ab"], "pattern": "c"}))

@@ -22,7 +22,7 @@ _COUNTED = re.compile(r"\^\[((?:\\.|[^\\\]])+)\](?:(\*)|(\+)|\{(\d+),(\d*)\})\$"
 
 
 def grammar_of(schema: Schema) -> Any:
-    """An ``xgrammar.Grammar`` of ``schema``. Raises xgrammar's RuntimeError if there is none."""
+    """An ``xgrammar.Grammar`` of ``schema``. Raises ValueError or xgrammar's RuntimeError if there is none."""
     from xgrammar import Grammar
 
     def native(schema: Schema) -> Any:
@@ -32,6 +32,7 @@ def grammar_of(schema: Schema) -> Any:
     while marker in json.dumps(schema):
         marker += "@"
     strings = _Strings(marker)
+    schema = _filtered(schema)
     marked = native(strings.marked(schema))
     if not strings.names:
         return marked
@@ -61,6 +62,23 @@ def _readable(text: str) -> str:
     return re.sub(
         r"\\(x[0-9a-f]{2}|.)", lambda found: rf"\u00{found[1][1:]}" if len(found[1]) == 3 else found[0], text
     )
+
+
+def _filtered(schema: Any) -> Any:
+    """``schema`` with the values of each ``enum`` that match the pattern beside it.
+
+    That is looked for here, where a pattern that takes for ever meets a limit. Raises ValueError where none do."""
+    if isinstance(schema, list):
+        return [_filtered(entry) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if isinstance(values := schema.get("enum"), list):
+        pattern = re.compile(schema.get("pattern", ""))
+        matching = [value for value in values if not isinstance(value, str) or pattern.search(value)]
+        if not matching:
+            raise ValueError("allows nothing: no value of enum or const matches the pattern")
+        return {"enum": matching}
+    return {key: _filtered(value) for key, value in schema.items()}
 
 
 class _Strings:
