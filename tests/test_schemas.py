@@ -133,17 +133,17 @@ def test_what_pydantic_generates_is_taken() -> None:
     from datetime import date, datetime, timedelta
     from decimal import Decimal
     from enum import Enum
-    from typing import Annotated, Literal, Union
+    from typing import Annotated, Literal
     from uuid import UUID
 
     make, limits = pydantic.create_model, pydantic.Field
     cat = make("Cat", kind=(Literal["cat"], ...), lives=(int, 9))
     dog = make("Dog", kind=(Literal["dog", "puppy"], "dog"), name=(str, ...))
-    pet = Annotated[Union[cat, dog], limits(discriminator="kind")]  # type: ignore[valid-type]
-    colour = Enum("Colour", {"red": "red", "blue": "blue"})
+    pet = Annotated[cat | dog, limits(discriminator="kind")]  # type: ignore[valid-type]
+    colour = Enum("colour", {"red": "red", "blue": "blue"})
     for kind in (
         colour, str | None, list[list[int]], dict[str, list[cat]], tuple[int, str], tuple[int, ...],  # type: ignore[valid-type]
-        dict[colour, int], datetime, date, timedelta, UUID, Decimal, bytes, pydantic.AnyUrl, pet, list[pet],  # type: ignore[valid-type]
+        dict[colour, int], datetime, date, timedelta, UUID, Decimal, bytes, pydantic.AnyUrl, pet, list[pet],
         Annotated[int, limits(ge=0, lt=100, multiple_of=5)], Annotated[str, limits(min_length=1, max_length=50)],
         Annotated[str, limits(pattern=r"^\d{3}-\d{4}$")], Annotated[list[cat], limits(min_length=1, max_length=3)],  # type: ignore[valid-type]
     ):  # fmt: skip

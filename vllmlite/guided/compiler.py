@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmlite.errors import ParameterError, VllmliteError
+from vllmlite.guided import gbnf
 from vllmlite.guided.json_grammar import grammar_of, with_grammars
 
 START_SECONDS = 120
@@ -185,7 +186,7 @@ def _compile(compiler: Any, kind: str, source: Any) -> Any:
     if kind == "structural_tag":
         return compiler.compile_structural_tag(json.dumps(with_grammars(source)))
     if "::=" in source:
-        return compiler.compile_grammar(source)
+        return compiler.compile_grammar(gbnf.readable(source))
     if hasattr(compiler, "compile_lark"):
         return compiler.compile_lark(source)
     raise ValueError("has no rule name ::= ..., and this version of xgrammar does not read Lark's form")
