@@ -349,7 +349,7 @@ def test_llamacpps_grammars(service: Service) -> None:
         {"json_schema": {"not": {}}},
         {"grammar": "x", "json_schema": schema},
     ):
-        assert post(service, "/completion", 400, **body, **bad)["error"]["message"]
+        assert post(service, "/completion", 400, **body, **wrong)["error"]["message"]
 
 
 def test_llamacpps_props_and_infill(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
