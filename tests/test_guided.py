@@ -91,6 +91,62 @@ def test_two_steps_in_flight_and_several_completions() -> None:
     llm.llm_engine.engine.scheduler.check_integrity()
 
 
+TOOL = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 7, "maximum": 9}},
+    "required": ["n"],
+}
+TAGS: list[dict[str, Any]] = [
+    {
+        "format": {
+            "type": "triggered_tags",
+            "triggers": ["<f="],
+            "tags": [
+                {"begin": "<f=a>", "content": {"type": "json_schema", "json_schema": TOOL}, "end": "</f>"}
+            ],
+        }
+    },
+    {
+        "type": "structural_tag",
+        "structures": [{"begin": "<f=a>", "schema": TOOL, "end": "</f>"}],
+        "triggers": ["<f="],
+    },
+]
+
+
+@pytest.mark.parametrize("tag", [*TAGS, json.dumps(TAGS[0])])
+def test_structural_tags(llm: LLM, tag: Any) -> None:
+    import xgrammar
+
+    compiled = llm.llm_engine.grammars.compile(StructuredOutputsParams(structural_tag=tag))
+    for text, fits in (
+        ('I call <f=a>{"n": 8}</f>', True),
+        ('<f=a>{"n": 6', False),
+        ('<f=a>{"n":', True),
+        ('<f=a>{"n":\n', False),
+        ("<f=b", False),
+        ("< f=b", True),
+    ):
+        assert xgrammar.GrammarMatcher(compiled.native).accept_string(text) == fits, text
+
+
+def test_what_a_structural_tag_forces_is_written(llm: LLM) -> None:
+    forced = {**TAGS[0]["format"], "at_least_one": True, "stop_after_first": True}
+    text = text_of(llm, params({"structural_tag": {"format": forced}}, temperature=1.0, seed=5))
+    assert re.fullmatch(r'<f=a>\{"n": [789]\}</f>', text)
+
+
+def test_a_grammar_in_the_form_of_lark(llm: LLM) -> None:
+    import xgrammar
+
+    wish = {"grammar": 'start: "yes" | "no" DIGIT\nDIGIT: /[0-9]/'}
+    if hasattr(xgrammar.GrammarCompiler, "compile_lark"):
+        assert re.fullmatch("yes|no[0-9]", text_of(llm, params(wish, temperature=2.0, seed=1)))
+        return
+    with pytest.raises(ParameterError, match="does not read Lark"):
+        text_of(llm, params(wish))
+
+
 @pytest.mark.parametrize(
     ("wish", "words"),
     [
@@ -99,7 +155,8 @@ def test_two_steps_in_flight_and_several_completions() -> None:
         ({"json": {"type": "string", "minLength": 5, "maxLength": 2}}, "allows nothing"),
         ({"json": {"$ref": "#/nowhere"}}, "points to nothing"),
         ({"json": "{"}, "not JSON"),
-        ({"json": {"type": "number", "multipleOf": 3}}, "cannot enforce"),
+        ({"json": {"type": "number", "multipleOf": 3}}, "at most 1000 numbers"),
+        ({"json": {"enum": ["b"], "pattern": "a"}}, "allows nothing"),
         ({"json": {"type": "array", "items": {"type": "array", "minItems": 10**7}}}, "at most 2048"),
         ({"json": {"type": "string", "pattern": "a{99999}"}}, "at most 2048"),
         ({"json": {"enum": ["x" * 70_000]}}, "at most 65536"),
@@ -107,6 +164,15 @@ def test_two_steps_in_flight_and_several_completions() -> None:
         ({"regex": "(a{100000}){100000}"}, "at most 2048"),
         ({"grammar": "root ::= missing"}, "no grammar"),
         ({"choice": []}, "no grammar"),
+        ({"grammar": 'root ::= [^\\0-\\U0010ffff] "a"'}, "allows no output"),
+        ({"structural_tag": {"format": {"type": "nothing"}}}, "no grammar"),
+        ({"structural_tag": {"structures": [{"begin": "x"}], "triggers": ["x"]}}, "begin, schema and end"),
+        ({"structural_tag": {"structures": [{"begin": "x", "schema": {"not": {}}, "end": "y"}]}}, "cannot"),
+        ({"structural_tag": "["}, "not JSON"),
+        ({"structural_tag": "[]"}, "a JSON object"),
+        ({"json": {}, "whitespace_pattern": " *"}, "must be None"),
+        ({"json": {}, "disable_any_whitespace": 1}, "True or False"),
+        ({"disable_any_whitespace": True}, "exactly one"),
         ({}, "exactly one"),
         ({"regex": "a", "choice": ["a"]}, "exactly one"),
     ],
@@ -155,13 +221,18 @@ def test_the_server_takes_both_ways_to_say_it() -> None:
         for wish, body in (
             (WISHES[0], {"response_format": schema}),
             *((wish, {"structured_outputs": wish}) for wish in WISHES),
+            (WISHES[0], {"structured_outputs": {**WISHES[0], **NEUTRAL}}),
         ):
             assert holds(wish, (await ask(200, **body))["choices"][0]["message"]["content"])
         anything = await ask(
             200, response_format={"type": "json_object"}, stop=["}"], include_stop_str_in_output=True
         )
         assert anything["choices"][0]["message"]["content"].startswith("{")
+        tagged = await ask(200, response_format={"type": "structural_tag", **TAGS[1]}, temperature=0)
+        assert "<f=" not in tagged["choices"][0]["message"]["content"]
         bad: list[dict[str, Any]] = [
+            {"response_format": {"type": "structural_tag"}},
+            {"structured_outputs": {**WISHES[0], "whitespace_pattern": " "}},
             {"response_format": {"type": "json_schema"}},
             {"response_format": {"type": "xml"}},
             {"response_format": schema, "structured_outputs": WISHES[2]},
@@ -182,11 +253,13 @@ def test_the_server_takes_both_ways_to_say_it() -> None:
         asyncio.run(run())
 
 
+NEUTRAL = dict.fromkeys(("disable_any_whitespace", "disable_additional_properties", "disable_fallback"), True)
 KEYS = [{f"k{i}{j}": {"enum": [i]} for j in range(40)} for i in range(60)]
 RULES = "\n".join(f'r{i} ::= "x{i}" root' for i in range(1500))
 HOSTILE: list[tuple[str, Any]] = [
     ("regex", "(((((a{1,2000}){1,2000}){1,2000}){1,2000}){1,2000}){1,2000}"),
     ("regex", "(.*a){2000}(.*b){2000}(.*c){2000}"),
+    ("json", {"enum": ["a" * 64], "pattern": "^(a|aa)+b$"}),
     ("json", {"anyOf": [{"type": "object", "properties": keys} for keys in KEYS]}),
     ("grammar", "root ::= " + " ".join(f"r{i}?" for i in range(1500)) + "\n" + RULES),
 ]

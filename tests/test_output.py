@@ -180,6 +180,27 @@ def test_a_tokenizer_that_is_only_python(tmp_path: Path) -> None:
     assert detokenizer.text == "größer"
 
 
+def test_bytes_are_seen_wherever_they_are_decoded(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import decoders, models, pre_tokenizers
+
+    of_bytes = decoders.ByteLevel()
+    for decoder, pre_tokenizer, byte_level, additive in (
+        (None, None, False, False),
+        (of_bytes, None, True, True),
+        (decoders.Sequence([decoders.Fuse(), of_bytes]), None, True, False),
+        (decoders.WordPiece(), pre_tokenizers.Sequence([pre_tokenizers.ByteLevel()]), True, False),
+        (decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]), None, False, False),
+        (decoders.Replace("ByteLevel", " "), pre_tokenizers.Whitespace(), False, False),
+    ):
+        fast = FastTokenizer(models.BPE({"a": 0, "b": 1}, []))
+        fast.decoder, fast.pre_tokenizer = decoder, pre_tokenizer
+        fast.save(str(tmp_path / "tokenizer.json"))
+        ours = Tokenizer(tmp_path)
+        assert ours.vocabulary(3) == (["a", "b", ""], byte_level)
+        assert ours.is_additive == additive
+
+
 def feed(
     processor: OutputProcessor, request_id: str, ids: list[int], reason: str | None = None
 ) -> tuple[list[RequestOutput], list[tuple[str, str]]]:

@@ -21,6 +21,8 @@ INTEGER = {"type": "integer"}
 MANY: dict[str, Any] = {f"p{i}": {} for i in range(4000)}
 SPACES = " \xa0\x85\u1680\u2000\u2005\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
 """White space in ECMA 262 or in Python."""
+LEFT = {"type": "object", "properties": {"a": INTEGER}, "required": ["a"]}
+RIGHT = {"type": "object", "properties": {"b": INTEGER}, "required": ["b"]}
 NODE = {
     "$defs": {"n": {"type": "object", "properties": {"next": {"$ref": "#/$defs/n"}}}},
     "$ref": "#/$defs/n",
@@ -54,6 +56,28 @@ def test_what_random_weights_write_is_valid() -> None:
         ({"type": "string", "enum": ["a", 1]}, {"enum": ["a"]}),
         ({"enum": ["a", "abc"], "maxLength": 1}, {"enum": ["a"]}),
         ({"const": None}, {"enum": [None]}),
+        ({"enum": ["ab", 1, "12"], "pattern": "^[a-z]"}, {"enum": ["ab", 1, "12"], "pattern": "^[a-z]"}),
+        ({"enum": ["2024-02-29", "2023-02-29", 3], "format": "date"}, {"enum": ["2024-02-29", 3]}),
+        ({"enum": [[], [1, 2], {}, {"a": 1}], "minItems": 1, "required": ["a"]}, {"enum": [[1, 2], {"a": 1}]}),
+        ({"type": "number", "multipleOf": 0.1, "minimum": -0.1, "exclusiveMaximum": 0.35},
+         {"enum": [-0.1, 0, 0.1, 0.2, 0.3]}),
+        ({**INTEGER, "multipleOf": 2.5, "minimum": 1, "maximum": 10}, {"enum": [5, 10]}),
+        ({"allOf": [{"$ref": "#/$defs/a"}, RIGHT], "unevaluatedProperties": False, "$defs": {"a": LEFT}},
+         {"type": "object", "properties": {"a": INTEGER, "b": INTEGER}, "required": ["a", "b"],
+          "additionalProperties": False}),
+        ({"$ref": "#/$defs/a", "properties": {"b": INTEGER}, "unevaluatedProperties": False, "$defs": {"a": LEFT}},
+         {"type": "object", "properties": {"b": INTEGER, "a": INTEGER}, "required": ["a"],
+          "additionalProperties": False}),
+        ({"properties": {"c": INTEGER}, "anyOf": [LEFT, {}], "unevaluatedProperties": False},
+         {"anyOf": [
+             {"type": "object", "properties": {"c": INTEGER, "a": INTEGER}, "required": ["a"],
+              "additionalProperties": False},
+             {"type": "object", "properties": {"c": INTEGER}, "required": [], "additionalProperties": False}]}),
+        ({"oneOf": [LEFT, {**RIGHT, "additionalProperties": False}]},
+         {"anyOf": [{**LEFT, "additionalProperties": False}, {**RIGHT, "additionalProperties": False}]}),
+        ({"oneOf": [LEFT, RIGHT, {"type": "null"}]},
+         {"anyOf": [{**LEFT, "additionalProperties": False}, {**RIGHT, "additionalProperties": False},
+                    {"type": "null"}]}),
         ({**INTEGER, "format": "int32", "enum": [1, 2, 4], "multipleOf": 2}, {"enum": [2, 4]}),
         ({"enum": [0.3, 0.35, "a"], "multipleOf": 0.1}, {"enum": [0.3, "a"]}),
         ({**INTEGER, "format": "int32", "not": False, "unevaluatedItems": True}, INTEGER),
@@ -104,6 +128,29 @@ def test_a_schema_is_written_so_that_all_of_it_holds(schema: Any, written: dict[
     assert exact(schema) == written
 
 
+def test_what_pydantic_generates_is_taken() -> None:
+    pydantic = pytest.importorskip("pydantic", reason="needs pydantic (Debian: python3-pydantic)")
+    from datetime import date, datetime, timedelta
+    from decimal import Decimal
+    from enum import Enum
+    from typing import Annotated, Literal
+    from uuid import UUID
+
+    make, limits = pydantic.create_model, pydantic.Field
+    cat = make("Cat", kind=(Literal["cat"], ...), lives=(int, 9))
+    dog = make("Dog", kind=(Literal["dog", "puppy"], "dog"), name=(str, ...))
+    pet = Annotated[cat | dog, limits(discriminator="kind")]  # type: ignore[valid-type]
+    colour = Enum("colour", {"red": "red", "blue": "blue"})
+    for kind in (
+        colour, str | None, list[list[int]], dict[str, list[cat]], tuple[int, str], tuple[int, ...],  # type: ignore[valid-type]
+        dict[colour, int], datetime, date, timedelta, UUID, Decimal, bytes, pydantic.AnyUrl, pet, list[pet],
+        Annotated[int, limits(ge=0, lt=100, multiple_of=5)], Annotated[str, limits(min_length=1, max_length=50)],
+        Annotated[str, limits(pattern=r"^\d{3}-\d{4}$")], Annotated[list[cat], limits(min_length=1, max_length=3)],  # type: ignore[valid-type]
+    ):  # fmt: skip
+        for mode in ("validation", "serialization"):
+            assert exact(pydantic.TypeAdapter(kind).json_schema(mode=mode))
+
+
 def test_what_is_written_may_refer_to_itself() -> None:
     written = exact(NODE)
     assert written["$ref"] == "#/$defs/r0"
@@ -125,7 +172,7 @@ def test_what_is_written_may_refer_to_itself() -> None:
         ({"type": "number", "minimum": 1e-7, "maximum": 2e-7}, "more than six decimals"),
         ({"type": "number", "multipleOf": 0}, "a number over 0"),
         ({"type": "array", "contains": False}, "has contains"),
-        ({"allOf": [{"type": "object"}], "unevaluatedProperties": False}, "has unevaluatedProperties"),
+        ({"allOf": [{"allOf": [{}], "unevaluatedProperties": False}]}, "is combined with others"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {}}, "unevaluatedItems": False}, "has unevaluatedItems"),
         ({"type": "array", "unevaluatedItems": INTEGER}, "has unevaluatedItems"),
         ({"type": "string", "maxLength": 2049}, "at most 2048"),
@@ -134,7 +181,16 @@ def test_what_is_written_may_refer_to_itself() -> None:
         ({"not": {"type": "string"}}, "cannot enforce"),
         ({"if": INTEGER, "then": INTEGER}, "cannot enforce"),
         ({"type": "array", "uniqueItems": True}, "cannot enforce"),
-        ({"type": "number", "multipleOf": 0.5}, "cannot enforce"),
+        ({"type": "number", "multipleOf": 0.5}, "at most 1000 numbers"),
+        ({"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 5000}, "at most 1000 numbers"),
+        ({"type": "integer", "multipleOf": 0.4, "minimum": 1, "maximum": 1.5}, "allows nothing"),
+        ({"enum": [{"a": 1}], "properties": {"a": {}}}, "has properties beside enum"),
+        ({"enum": ["a"], "format": "iri"}, "has format 'iri' beside enum"),
+        ({"enum": ["x"], "format": "date"}, "allows nothing"),
+        ({"propertyNames": {"enum": ["a"], "pattern": "b"}}, "neither an enum nor a pattern"),
+        ({"oneOf": [LEFT, {**RIGHT, "required": []}]}, "two branches may hold at once"),
+        ({"oneOf": [LEFT, {**RIGHT, "additionalProperties": True}]}, "two branches may hold at once"),
+        ({"oneOf": [LEFT, RIGHT], "properties": {"b": {}}}, "two branches may hold at once"),
         ({"oneOf": [INTEGER, {"type": "number"}]}, "two branches may hold at once"),
         ({"oneOf": [{"type": "object", "properties": {"k": {"type": "string"}}}] * 2}, "two branches"),
         ({"type": "string", "pattern": "(ab)+", "maxLength": 3}, "say the length in the pattern"),

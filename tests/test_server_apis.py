@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -329,6 +330,26 @@ def test_llamacpps_completion(service: Service) -> None:
     ):
         assert post(service, "/completion", 400, **{**body, field: value})["error"]["param"] == field
     assert post(service, "/completion", **body, mirostat=0, cache_prompt=True, samplers=[])["content"]
+
+
+def test_llamacpps_grammars(service: Service) -> None:
+    pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar, on amd64 and arm64)")
+    body = {"prompt": PROMPT, "n_predict": 60, "temperature": 1, "seed": 1}
+    answer = post(service, "/completion", **body, grammar='root ::= [a-c]{,3} end # .\nend ::= | "."')
+    assert re.fullmatch("[a-c]{0,3}[.]?", answer["content"]) and answer["stop_type"] == "eos"
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}},
+        "required": ["n"],
+    }
+    found = json.loads(post(service, "/completion", **body, json_schema=schema)["content"])
+    assert found.keys() == {"n"} and 0 <= found["n"] <= 9
+    for bad in (
+        {"grammar": "root ::= none"},
+        {"json_schema": {"not": {}}},
+        {"grammar": "x", "json_schema": schema},
+    ):
+        assert post(service, "/completion", 400, **body, **wrong)["error"]["message"]
 
 
 def test_llamacpps_props_and_infill(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,8 @@ class LLMEngine:
         from vllmlite.guided.grammars import Grammars
 
         bounds = self.engine_core.bounds
-        return Grammars(self.get_tokenizer(), bounds.vocab_size, sorted(bounds.eos_ids))
+        here = isinstance(self.engine_core, Engine)
+        return Grammars(self.get_tokenizer(), bounds.vocab_size, sorted(bounds.eos_ids), loads=here)
 
     def encode(self, prompt: Prompt) -> dict[str, Any]:
         """``prompt`` as a mapping that has ``prompt_token_ids``, a new list. Raises :class:`ParameterError`."""

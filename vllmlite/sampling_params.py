@@ -36,9 +36,13 @@ class ThinkingMarks:
     """Begins the reasoning, if it is the first token of the output; None where the prompt has begun it."""
 
 
+KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+"""Fields of :class:`StructuredOutputsParams` that say what the output must be."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams:
-    """What the output must be: exactly one of these. Raises :class:`ParameterError` on bad values."""
+    """What the output must be: exactly one of :data:`KINDS`. Raises :class:`ParameterError` on bad values."""
 
     json: str | dict[str, Any] | bool | None = None
     """A value that a JSON Schema (a mapping, or its text) describes."""
@@ -47,39 +51,56 @@ class StructuredOutputsParams:
     choice: list[str] | None = None
     """One of these texts."""
     grammar: str | None = None
-    """A text of a grammar in EBNF (GBNF), whose start is ``root``."""
+    """A text of a grammar in EBNF (GBNF), whose start is ``root``; or in Lark's form, if xgrammar reads that."""
     json_object: bool | None = None
     """Any JSON object."""
+    structural_tag: str | dict[str, Any] | None = None
+    """Text with parts of some form in it, as xgrammar's structural tags say (a mapping, or its text)."""
+    disable_any_whitespace: bool = False
+    """JSON has no white space but one after each comma and colon: it has not, either way."""
+    disable_additional_properties: bool = False
+    """Objects that name properties have no others: they have not, either way, unless the schema says so."""
+    whitespace_pattern: str | None = None
+    """Must be None."""
     after: ThinkingMarks | None = None
     """Reasoning that comes first, and is free."""
 
     def __post_init__(self) -> None:
         """Check that one thing is asked for, and its type."""
-        given = [f.name for f in fields(self) if f.name != "after" and getattr(self, f.name) is not None]
+        given = [name for name in KINDS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ParameterError("structured_outputs", given, "must ask for exactly one thing")
         if self.after is not None and not isinstance(self.after, ThinkingMarks):
             raise ParameterError("structured_outputs.after", self.after, "must be ThinkingMarks or None")
+        for name in ("disable_any_whitespace", "disable_additional_properties"):
+            if not isinstance(getattr(self, name), bool):
+                raise ParameterError(
+                    f"structured_outputs.{name}", getattr(self, name), "must be True or False"
+                )
+        if self.whitespace_pattern is not None:
+            raise ParameterError(
+                "structured_outputs.whitespace_pattern",
+                self.whitespace_pattern,
+                "must be None: JSON is written with one space after each comma and colon, and no others",
+            )
         self.kind_and_source()
 
     def kind_and_source(self) -> tuple[str, Any]:
-        """``json`` (the schema parsed), ``regex``, ``choice`` or ``grammar``, and what describes it."""
+        """``json`` or ``structural_tag`` (parsed), ``regex``, ``choice`` or ``grammar``, and what describes it."""
         if self.json_object:
             return "json", {"type": "object"}
         if self.json_object is not None:
             raise ParameterError("structured_outputs.json_object", self.json_object, "must be True")
         if self.json is not None:
-            schema: Any = self.json
-            if isinstance(schema, str):
-                try:
-                    schema = loads(schema)
-                except (ValueError, RecursionError) as error:
-                    raise ParameterError(
-                        "structured_outputs.json", self.json, f"is not JSON: {error}"
-                    ) from None
+            schema = _parsed("json", self.json)
             if not isinstance(schema, (dict, bool)):
                 raise ParameterError("structured_outputs.json", schema, "must be a JSON Schema")
             return "json", schema
+        if self.structural_tag is not None:
+            tag = _parsed("structural_tag", self.structural_tag)
+            if not isinstance(tag, dict):
+                raise ParameterError("structured_outputs.structural_tag", tag, "must be a JSON object")
+            return "structural_tag", tag
         if self.choice is not None:
             if not isinstance(self.choice, list) or not all(isinstance(c, str) and c for c in self.choice):
                 raise ParameterError(
@@ -90,6 +111,16 @@ class StructuredOutputsParams:
         if not isinstance(source, str) or not source:
             raise ParameterError(f"structured_outputs.{kind}", source, "must be a non-empty text")
         return kind, source
+
+
+def _parsed(name: str, given: Any) -> Any:
+    """A mapping or, if it is a text, what it says in JSON."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return loads(given)
+    except (ValueError, RecursionError) as error:
+        raise ParameterError(f"structured_outputs.{name}", given, f"is not JSON: {error}") from None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,6 +13,9 @@ class SlowTokenizer:
     """A ``PreTrainedTokenizer`` as a ``tokenizers.Tokenizer``."""
 
     inner: Any
+    decoder: None = None
+    pre_tokenizer: None = None
+    """Nothing that could be told apart."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
         """``ids`` of ``text``."""
@@ -46,10 +48,6 @@ class SlowTokenizer:
     def token_to_id(self, token: str) -> int | None:
         """The id of ``token``, if it is one."""
         return self.get_vocab().get(token)
-
-    def to_str(self) -> str:
-        """A description that names neither decoder nor pre-tokenizer."""
-        return json.dumps({"decoder": None, "pre_tokenizer": None})
 
     def no_truncation(self) -> None:
         """Encode texts whole, as it does."""

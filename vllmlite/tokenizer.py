@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.decoders import ByteLevel
 
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.gguf_tokenizer import gguf_tokenizer
@@ -75,10 +76,7 @@ class Tokenizer:
     @cached_property
     def is_additive(self) -> bool:
         """Whether the text of ids is the texts of its parts one after another, where these are whole characters."""
-        if not isinstance(self._fast, FastTokenizer):
-            return False
-        decoder = json.loads(self._fast.to_str())["decoder"]
-        return decoder is not None and decoder["type"] == "ByteLevel"
+        return isinstance(self._fast.decoder, ByteLevel)
 
     def vocabulary(self, size: int) -> tuple[list[str], bool]:
         """Tokens of ids 0 to ``size`` - 1 as the tokenizer writes them, special and missing ones empty; whether that is
@@ -88,11 +86,8 @@ class Tokenizer:
         for text, token_id in self._fast.get_vocab(with_added_tokens=True).items():
             if token_id < size and token_id not in special:
                 texts[token_id] = text
-        parts = json.loads(self._fast.to_str())
-        byte_level = any(
-            '"type": "ByteLevel"' in json.dumps(parts[name]) for name in ("decoder", "pre_tokenizer")
-        )
-        return texts, byte_level
+        parts = (self._fast.decoder, self._fast.pre_tokenizer)
+        return texts, any(part is not None and _is_byte_level(part) for part in parts)
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise :class:`ParameterError` unless all of ``ids`` can be ids."""
@@ -304,6 +299,11 @@ def _load(path: Path) -> FastTokenizer | SlowTokenizer:
         return SlowTokenizer(loaded)
     fast: FastTokenizer = loaded.backend_tokenizer
     return fast
+
+
+def _is_byte_level(part: Any) -> bool:
+    """Whether a decoder or pre-tokenizer, or one in it, is ByteLevel: what it is pickled as is its JSON."""
+    return '"type": "ByteLevel"' in json.dumps(json.loads(part.__getstate__()))
 
 
 def _check_ids(file: Path) -> None:

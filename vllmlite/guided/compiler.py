@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from vllmlite.errors import ParameterError, VllmliteError
+from vllmlite.guided import gbnf
+from vllmlite.guided.json_grammar import grammar_of, with_grammars
 
 START_SECONDS = 120
 """For xgrammar to be imported, which may bring torch in."""
@@ -156,7 +158,10 @@ def main(descriptor: int) -> None:
 
 def _answer(compiler: Any, kind: str, source: Any) -> dict[str, str]:
     try:
-        grammar = _compile(compiler, kind, source).serialize_json()
+        compiled = _compile(compiler, kind, source)
+        if not _begins(compiled):
+            return {"error": "allows no output that the model could write"}
+        grammar = compiled.serialize_json()
     except MemoryError:
         os._exit(1)
     except Exception as error:  # xgrammar's own kinds, and RuntimeError of its C++ part
@@ -172,13 +177,30 @@ def _answer(compiler: Any, kind: str, source: Any) -> dict[str, str]:
 
 def _compile(compiler: Any, kind: str, source: Any) -> Any:
     if kind == "json":
-        return compiler.compile_json_schema(json.dumps(source), any_whitespace=False, strict_mode=False)
+        return compiler.compile_grammar(grammar_of(source))
     if kind == "regex":
         return compiler.compile_regex(source)
     if kind == "choice":
         words = " | ".join(json.dumps(word, ensure_ascii=False) for word in source)
         return compiler.compile_grammar(f"root ::= {words}")
-    return compiler.compile_grammar(source)
+    if kind == "structural_tag":
+        return compiler.compile_structural_tag(json.dumps(with_grammars(source)))
+    if "::=" in source:
+        return compiler.compile_grammar(gbnf.readable(source))
+    if hasattr(compiler, "compile_lark"):
+        return compiler.compile_lark(source)
+    raise ValueError("has no rule name ::= ..., and this version of xgrammar does not read Lark's form")
+
+
+def _begins(compiled: Any) -> bool:
+    """Whether any token may come first."""
+    import numpy as np
+    import xgrammar
+
+    info = compiled.tokenizer_info
+    mask = np.empty((1, -(-info.vocab_size // 32)), np.int32)
+    matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=not info.stop_token_ids)
+    return bool(not matcher.fill_next_token_bitmask(mask) or mask.any())
 
 
 def _limit(which: int, value: int) -> None:

@@ -1,8 +1,8 @@
 """Guided output: grammars from JSON schemas, regular expressions, choices and EBNF, through xgrammar.
 
-xgrammar (Dong et al. 2024) is imported by the first grammar: it may bring torch in. A grammar is compiled once, by
-:mod:`vllmlite.guided.compiler`, and kept; a sequence walks through it with a :class:`Matcher`, whose mask says which
-token may come next.
+A grammar is compiled once, by :mod:`vllmlite.guided.compiler`, and kept; a sequence walks through it with a
+:class:`Matcher`, whose mask says which token may come next. xgrammar (Dong et al. 2024) is imported by the first
+grammar, where the engine is and in the process that compiles: it may bring torch in, which takes seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -37,35 +36,47 @@ MAX_KEPT = 256
 """Compiled grammars that are kept for the next request."""
 
 
-@dataclass(frozen=True, slots=True)
 class CompiledGrammar:
     """A grammar of one model."""
 
-    key: str
-    """Tells it from others."""
-    native: Any
-    packed: bytes
-    """Its serialised form, compressed, for another process that has the same model."""
+    def __init__(self, key: str, packed: bytes) -> None:
+        """``key`` tells it from others; ``packed`` is its serialised form, compressed."""
+        self.key = key
+        self.packed = packed
+        self.native: Any = None
+        """xgrammar's form of it, once it is needed in this process."""
+
+    def load(self, tokenizer_info: Any) -> None:
+        """Make it usable here."""
+        import xgrammar
+
+        text = zlib.decompress(self.packed).decode()
+        self.native = xgrammar.CompiledGrammar.deserialize_json(text, tokenizer_info)
 
 
 class Matcher:
     """Where one sequence is in its grammar, or in the reasoning before it."""
 
     def __init__(
-        self, compiled: CompiledGrammar, matcher: Any, num_words: int, marks: ThinkingMarks | None
+        self, compiled: CompiledGrammar, num_words: int, marks: ThinkingMarks | None, *, needs_end_id: bool
     ) -> None:
-        """Made by :meth:`Grammars.start`."""
+        """Made by :meth:`Grammars.start`. A grammar that is not loaded is walked through in another process."""
         self._marks = marks
         self._thinks = marks is not None and marks.opening_id is None
         self._may_think = marks is not None and not self._thinks
         self.compiled = compiled
-        self._matcher = matcher
-        self._row = np.zeros((1, num_words), np.int32)
-        self.allows_something = self._fill()
+        if compiled.native is not None:
+            import xgrammar
+
+            self._row = np.empty((1, num_words), np.int32)
+            self._matcher = xgrammar.GrammarMatcher(
+                compiled.native, terminate_without_stop_token=not needs_end_id
+            )
+            self._fill()
 
     def mask(self) -> bytes | None:
         """Bits of the ids that may come next, little-endian words of 32; None where any may."""
-        return None if self._thinks else self._row.astype("<i4", copy=False).tobytes()
+        return None if self._thinks else self._mask
 
     def accept(self, token_id: int) -> bool:
         """Take in the next id; whether the grammar has come to its end, or nothing may follow."""
@@ -79,19 +90,25 @@ class Matcher:
         return not self._matcher.accept_token(token_id) or self._matcher.is_terminated() or not self._fill()
 
     def _fill(self) -> bool:
-        self._row.fill(-1)
-        self._matcher.fill_next_token_bitmask(self._row)
+        """Find the next mask; whether it allows anything."""
+        self._mask: bytes | None = None
+        if not self._matcher.fill_next_token_bitmask(self._row):
+            return True
         if self._may_think and self._marks is not None and self._marks.opening_id is not None:
             word, bit = divmod(self._marks.opening_id, 32)
             self._row.view(np.uint32)[0, word] |= np.uint32(1 << bit)
-        return bool(self._row.any())
+        self._mask = self._row.astype("<i4", copy=False).tobytes()
+        return self._mask != bytes(len(self._mask))
 
 
 class Grammars:
     """The compiled grammars of one model."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
-        """Compiles nothing yet, and imports nothing."""
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int], *, loads: bool = True
+    ) -> None:
+        """Compiles nothing yet, and imports nothing; nor later, unless it ``loads`` grammars to use them here."""
+        self._loads = loads
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
@@ -110,30 +127,25 @@ class Grammars:
             with self._compiling:
                 found = self._find(key)
                 if found is None:
-                    found = self._keep(key, self._compiler.compile(kind, _form(kind, source)).encode())
+                    text = self._compiler.compile(kind, _form(kind, source))
+                    found = self._keep(key, zlib.compress(text.encode(), 1))
         return found
 
     def load(self, params: StructuredOutputsParams, packed: bytes) -> None:
         """Keep a grammar that another process has compiled from ``params``."""
         key = json.dumps(params.kind_and_source())
         if self._find(key) is None:
-            self._keep(key, zlib.decompress(packed), packed)
+            self._keep(key, packed)
 
     def start(self, compiled: CompiledGrammar, after: ThinkingMarks | None = None) -> Matcher:
         """The beginning of a grammar, ``after`` reasoning perhaps, for one sequence.
 
-        Raises :class:`ParameterError` if no token begins it, or if ``after`` has ids that the model has not."""
-        import xgrammar
-
+        Raises :class:`ParameterError` if ``after`` has ids that the model has not."""
         if after is not None:
             self._check_id("closing_id", after.closing_id)
             if after.opening_id is not None:
                 self._check_id("opening_id", after.opening_id)
-        inner = xgrammar.GrammarMatcher(compiled.native, terminate_without_stop_token=not self._eos_ids)
-        matcher = Matcher(compiled, inner, -(-self._vocab_size // 32), after)
-        if not matcher.allows_something:
-            raise ParameterError("structured_outputs", None, "allows no output that the model could write")
-        return matcher
+        return Matcher(compiled, -(-self._vocab_size // 32), after, needs_end_id=bool(self._eos_ids))
 
     def _check_id(self, field: str, token_id: object) -> None:
         if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
@@ -149,11 +161,10 @@ class Grammars:
                 self._kept.move_to_end(key)
             return self._kept.get(key)
 
-    def _keep(self, key: str, serialized: bytes, packed: bytes | None = None) -> CompiledGrammar:
-        import xgrammar
-
-        native = xgrammar.CompiledGrammar.deserialize_json(serialized.decode(), self._tokenizer_info)
-        compiled = CompiledGrammar(key, native, packed or zlib.compress(serialized, 1))
+    def _keep(self, key: str, packed: bytes) -> CompiledGrammar:
+        compiled = CompiledGrammar(key, packed)
+        if self._loads:
+            compiled.load(self._tokenizer_info)
         with self._lock:
             self._kept[key] = compiled
             if len(self._kept) > MAX_KEPT:
@@ -194,18 +205,52 @@ def _check(kind: str, source: Any) -> None:
         for count in _quantifiers(source):
             if count > MAX_COUNT:
                 refuse(count, f"repetitions must be at most {MAX_COUNT}")
-    if kind == "json" and (depth := _depth(source)) > MAX_DEPTH:
+    if kind in ("json", "structural_tag") and (depth := _depth(source)) > MAX_DEPTH:
         refuse(f"{depth} levels", f"must be at most {MAX_DEPTH} levels deep")
 
 
 def _form(kind: str, source: Any) -> Any:
     """``source`` as the compiler enforces it. Raises :class:`ParameterError` if it cannot be enforced."""
-    if kind != "json":
-        return source
     try:
-        return exact(source)
+        if kind == "json":
+            return exact(source)
+        if kind == "structural_tag":
+            return _with_exact_schemas(_in_new_form(source))
     except SchemaError as error:
-        raise ParameterError("structured_outputs.json", source, str(error)) from None
+        raise ParameterError(f"structured_outputs.{kind}", source, str(error)) from None
+    return source
+
+
+def _in_new_form(tag: dict[str, Any]) -> dict[str, Any]:
+    """A structural tag; what vLLM calls its deprecated form as xgrammar has it now."""
+    if "structures" not in tag:
+        return {"type": "structural_tag", **tag}
+    try:
+        tags = [
+            {
+                "begin": structure["begin"],
+                "content": {"type": "json_schema", "json_schema": structure["schema"]},
+                "end": structure["end"],
+            }
+            for structure in tag["structures"]
+        ]
+    except (TypeError, KeyError):
+        reason = "must have structures with begin, schema and end"
+        raise ParameterError("structured_outputs.structural_tag", tag, reason) from None
+    form = {"type": "triggered_tags", "triggers": tag.get("triggers"), "tags": tags}
+    return {"type": "structural_tag", "format": form}
+
+
+def _with_exact_schemas(tag: Any) -> Any:
+    """A part of a structural tag with its JSON Schemas as the compiler enforces them."""
+    if isinstance(tag, list):
+        return [_with_exact_schemas(entry) for entry in tag]
+    if not isinstance(tag, dict):
+        return tag
+    return {
+        name: exact(value) if name == "json_schema" else _with_exact_schemas(value)
+        for name, value in tag.items()
+    }
 
 
 def _depth(schema: Any) -> int:

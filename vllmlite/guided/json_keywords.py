@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -30,6 +31,7 @@ UNENFORCEABLE = frozenset(
 """Some say nothing without one of these (``then``, ``minContains``), and need not be here."""
 VACUOUS = {"not": False, "unevaluatedProperties": True, "unevaluatedItems": True}
 """The values with which they say nothing."""
+CLOSED = "unevaluatedProperties"
 IN_PLACE = frozenset("$ref allOf anyOf oneOf".split())
 """Their schemas are about the same value, and may name its properties and items."""
 NAMED = frozenset("properties patternProperties $defs definitions".split())
@@ -114,6 +116,12 @@ CHECKS: dict[str, Callable[[Any, Any], bool]] = {
     "exclusiveMinimum": lambda value, limit: not _is_number(value) or value > limit,
     "exclusiveMaximum": lambda value, limit: not _is_number(value) or value < limit,
     "multipleOf": lambda value, step: not _is_number(value) or _fraction(value) % _fraction(step) == 0,
+    "format": lambda value, name: not isinstance(value, str) or bool(re.fullmatch(FORMATS[name], value)),
+    "minItems": lambda value, limit: not isinstance(value, list) or len(value) >= limit,
+    "maxItems": lambda value, limit: not isinstance(value, list) or len(value) <= limit,
+    "minProperties": lambda value, limit: not isinstance(value, dict) or len(value) >= limit,
+    "maxProperties": lambda value, limit: not isinstance(value, dict) or len(value) <= limit,
+    "required": lambda value, names: not isinstance(value, dict) or {*names} <= value.keys(),
 }
 """Of a value, whether it keeps to a limit that is about its type."""
 
@@ -141,9 +149,12 @@ def keywords_of(schema: Any) -> Schema:
         value = schema[keyword]
         if value is None or value is VACUOUS.get(keyword):
             continue
-        if value is not False or not keyword.startswith("unevaluated") or IN_PLACE & said.keys():
+        in_place = bool(IN_PLACE & said.keys())
+        if value is not False or not keyword.startswith("unevaluated") or (in_place and keyword != CLOSED):
             raise SchemaError(f"has {keyword}, which is a keyword that a grammar cannot enforce")
-        if keyword == "unevaluatedProperties":
+        if in_place:
+            said[CLOSED] = False  # about what the merged schemas do not name
+        elif keyword == CLOSED:
             said.setdefault("additionalProperties", False)
         else:
             said.setdefault("additionalItems" if isinstance(said.get("items"), list) else "items", False)
@@ -192,15 +203,15 @@ def expanded(given: Any) -> list[str]:
 
 
 def allowed_values(said: Schema) -> list[Any]:
-    """The values of ``enum`` and ``const`` that the keywords beside them allow."""
+    """The values of ``enum`` and ``const`` that the keywords beside them allow, a pattern left out."""
     values = said["enum"] if "enum" in said else [said["const"]]
     if "enum" in said and "const" in said:
         values = [value for value in values if identity(value) == identity(said["const"])]
-    for keyword in said.keys() - {"enum", "const", "type"}:
-        if keyword not in CHECKS:
-            raise SchemaError(
-                f"has {keyword} beside enum or const, where only type, lengths, bounds and multipleOf are checked"
-            )
+    for keyword in said:
+        if keyword not in {"enum", "const", "type", "pattern", *CHECKS}:
+            raise SchemaError(f"has {keyword} beside enum or const, where that is not checked")
+    if said.get("format") in UNSUPPORTED_FORMATS:
+        raise SchemaError(f"has format {said['format']!r} beside enum or const, where that is not checked")
     kinds = expanded(said["type"]) if "type" in said else TYPES
     found = [
         value

@@ -17,6 +17,8 @@ from typing import Any
 
 from vllmlite.guided.json_formats import FORMATS, UNSUPPORTED_FORMATS, format_expression
 from vllmlite.guided.json_keywords import (
+    CLOSED,
+    IN_PLACE,
     KEYWORDS,
     LARGER,
     LITERAL,
@@ -38,6 +40,8 @@ from vllmlite.guided.json_pattern import MAX_COUNT, PatternError, other_than, st
 
 MAX_SCHEMAS = 5000
 """Schemas in a schema, each use of a merged one counted."""
+MAX_MULTIPLES = 1000
+"""Numbers of a ``multipleOf`` that are written one by one."""
 
 
 def exact(schema: Any) -> Schema:
@@ -61,6 +65,16 @@ class _Shape:
     tags: dict[str, set[str]]
     """The values of its properties that name theirs."""
     required: frozenset[str]
+    names: frozenset[str] | None
+    """Of its properties, where no others are written."""
+    shut: bool
+    """Whether others are forbidden, too."""
+
+    def excludes(self, other: _Shape) -> bool:
+        """Whether no object that is written for this can satisfy ``other``."""
+        without = self.names is not None and bool(other.required - self.names)
+        refused = other.shut and other.names is not None and bool(self.required - other.names)
+        return without or refused
 
 
 class _Writer:
@@ -81,27 +95,29 @@ class _Writer:
             return self._reference(said["$ref"])
         if said.keys() == {"$ref", "required"}:
             return self._reference(said["$ref"], tuple(said["required"]))
+        closed = {CLOSED: False} if said.pop(CLOSED, True) is False else {}
         for keyword in ("$ref", "allOf"):
             if keyword in said:
                 parts = [self._target(said["$ref"])] if keyword == "$ref" else said["allOf"]
                 rest = {name: value for name, value in said.items() if name != keyword}
                 for part in parts:
                     rest = self._merged(rest, part)
-                return self.write(rest)
+                return self.write({**rest, **closed})
         for keyword in ("anyOf", "oneOf"):
             if keyword in said:
                 branches = said[keyword]
-                if keyword == "oneOf":
-                    branches = self._apart(branches)
                 rest = {name: value for name, value in said.items() if name != keyword}
-                return self._any_of(branches, rest)
+                if keyword == "oneOf":
+                    branches = self._apart(branches, not KEYWORDS["object"] & rest.keys())
+                return self._any_of(branches, rest, closed)
         if "enum" in said or "const" in said:
-            return {"enum": allowed_values(said)}
+            about = {"pattern": said["pattern"]} if "pattern" in said else {}
+            return {"enum": allowed_values(said), **about}
         types = types_of(said)
         if not types:
             return {}
         if len(types) > 1:
-            return self._any_of([{**said, "type": kind} for kind in types], {})
+            return self._any_of([{**said, "type": kind} for kind in types], {}, {})
         kind = types[0]
         mine = {name: value for name, value in said.items() if name in KEYWORDS.get(kind, ())}
         writers: dict[str, Callable[[Schema], Schema]] = {
@@ -111,7 +127,9 @@ class _Writer:
             "array": self._array,
             "object": self._object,
         }
-        return writers[kind](mine) if kind in writers else {"type": kind}
+        written = writers[kind](mine) if kind in writers else {"type": kind}
+        self._spend(len(written.get("enum", ())) // 10)
+        return written
 
     def _spend(self, work: int) -> None:
         """Count what is done, so that a short schema cannot have much done."""
@@ -119,12 +137,13 @@ class _Writer:
         if self._budget < 0:
             raise SchemaError(f"must be at most {MAX_SCHEMAS} schemas, with each use of one that is merged")
 
-    def _any_of(self, branches: list[Any], rest: Schema) -> Schema:
-        """Any of ``branches``, and ``rest`` too."""
+    def _any_of(self, branches: list[Any], rest: Schema, closed: Schema) -> Schema:
+        """Any of ``branches``, and ``rest`` too; ``closed`` is about both together."""
         written = []
         for branch in branches:
             try:
-                written.append(self.write(self._merged(rest, branch) if rest else branch))
+                both = self._merged(rest, branch) if rest else branch
+                written.append(self.write({**keywords_of(both), **closed} if closed else both))
             except Impossible:  # the others remain
                 continue
         if not written:
@@ -169,6 +188,8 @@ class _Writer:
     def _merged(self, first: Any, second: Any) -> Any:
         """A schema for what satisfies both."""
         one, two = keywords_of(first), keywords_of(second)
+        if CLOSED in one or CLOSED in two:
+            raise SchemaError(f"has {CLOSED} in a schema that is combined with others")
         if not one or not two:
             return one or two
         if "$ref" in one:
@@ -207,22 +228,25 @@ class _Writer:
             raise Impossible(f"allows nothing: const {one!r} and {two!r}")
         raise SchemaError(f"has {keyword} twice for the same value, which is not combined")
 
-    def _apart(self, branches: list[Any]) -> list[Any]:
-        """``branches`` so that no value can satisfy two, which makes ``oneOf`` an ``anyOf``.
+    def _apart(self, branches: list[Any], alone: bool) -> list[Any]:
+        """``branches`` so that no value can satisfy two, which makes ``oneOf`` an ``anyOf``; ``alone``: nothing beside
+        them is about objects.
 
         Raises SchemaError unless that is plain: of those that allow the same type, each has values of its own, or a
-        property with values of its own, which it is made to require."""
+        property with values of its own, which it is made to require, or requires a property that the others lack."""
         shapes = [self._shape(branch) for branch in branches]
         for kind in dict.fromkeys(kind for shape in shapes for kind in shape.kinds):
             group = [shape for shape in shapes if kind in shape.kinds]
             values = [shape.values for shape in group if shape.values is not None]
             if len(group) == 1 or (len(values) == len(group) and _are_disjoint(values)):
                 continue
+            if alone and kind == "object" and all(a.excludes(b) for a in group for b in group if a is not b):
+                continue
             tag = _tag(group) if kind == "object" else None
             if tag is None:
                 raise SchemaError(
-                    "has oneOf, of which two branches may hold at once: use anyOf, or give each a type or a "
-                    "property with a const of its own"
+                    "has oneOf, of which two branches may hold at once: use anyOf, or give each a type, a property "
+                    "with a const of its own, or a required property that the others have not"
                 )
             for shape in group:
                 if tag not in shape.required:
@@ -235,7 +259,7 @@ class _Writer:
         for _ in range(8):
             if "$ref" not in seen:
                 break
-            rest = {name: value for name, value in seen.items() if name != "$ref"}
+            rest = {name: value for name, value in seen.items() if name not in ("$ref", CLOSED)}
             seen = keywords_of(self._merged(rest, self._target(seen["$ref"])))
         self._spend(_weight(seen))
         tags = {}
@@ -247,7 +271,13 @@ class _Writer:
             if (values := literals(value)) is not None:
                 tags[name] = values
         kinds = kinds_of(seen) or [kind for kind in TYPES if kind != "integer"]
-        return _Shape(said, frozenset(kinds), literals(seen), tags, frozenset(seen.get("required", [])))
+        required = frozenset(seen.get("required", []))
+        names, shut = None, seen.get("additionalProperties") is False
+        if (shut or ("properties" in seen and "additionalProperties" not in seen)) and not (
+            {"patternProperties", "propertyNames"} | IN_PLACE
+        ) & seen.keys():
+            names = frozenset(seen.get("properties", {})) | (frozenset() if shut else required)
+        return _Shape(said, frozenset(kinds), literals(seen), tags, required, names, shut)
 
     def _array(self, said: Schema) -> Schema:
         if said.get("uniqueItems"):
@@ -369,9 +399,9 @@ def _are_disjoint(sets: list[set[str]]) -> bool:
 
 def _named(names: Schema, others: Any) -> tuple[Schema, Schema, Any]:
     """``propertyNames``, as written, in (properties, patternProperties, additionalProperties)."""
-    if "enum" in names:
+    if "enum" in names and "pattern" not in names:
         return dict.fromkeys(names["enum"], others), {}, False
-    if "pattern" in names:
+    if "enum" not in names and "pattern" in names:
         return {}, {names["pattern"]: others}, False
     raise SchemaError("has propertyNames that are neither an enum nor a pattern")
 
@@ -454,9 +484,26 @@ def _round(value: Decimal, step: Decimal, rounding: str) -> Decimal:
     return (value / step).to_integral_value(rounding) * step
 
 
+def _multiples(said: Schema, step: Decimal) -> Schema:
+    """The numbers themselves, where bounds leave few."""
+    low, high = _bounds(said, step)
+    if low is None or high is None or (high - low) / step >= MAX_MULTIPLES:
+        raise SchemaError(
+            f"has multipleOf, which a grammar can enforce where bounds leave at most {MAX_MULTIPLES} numbers"
+        )
+    values = [low + step * index for index in range(int((high - low) / step) + 1)]
+    return {"enum": [int(value) if value == int(value) else float(value) for value in values]}
+
+
 def _integer(said: Schema) -> Schema:
-    if said.get("multipleOf", 1) != 1:
-        raise SchemaError("has multipleOf, which is a keyword that a grammar cannot enforce")
+    step = Decimal(repr(said.get("multipleOf", 1)))
+    if step != int(step):
+        whole = [value for value in _multiples(said, step)["enum"] if value == int(value)]
+        if not whole:
+            raise Impossible("allows nothing: no multiple is whole")
+        return {"enum": whole}
+    if step != 1:
+        return _multiples(said, step)
     low, high = _bounds(said, Decimal(1))
     written: Schema = {"type": "integer"}
     if low is not None:
@@ -467,10 +514,10 @@ def _integer(said: Schema) -> Schema:
 
 
 def _number(said: Schema) -> Schema:
+    if said.get("multipleOf", 0) == 1:
+        return _integer(said)
     if "multipleOf" in said:
-        if said["multipleOf"] == 1:
-            return _integer(said)
-        raise SchemaError("has multipleOf, which is a keyword that a grammar cannot enforce")
+        return _multiples(said, Decimal(repr(said["multipleOf"])))
     low, high = _bounds(said, Decimal("0.000001"))
     written: Schema = {"type": "number"}
     if low is not None:

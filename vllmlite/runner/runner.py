@@ -281,28 +281,24 @@ class ModelRunner:
 
     def _mask(self, batch: ForwardBatch, schedule: Schedule, sampling: NDArray[np.intp]) -> None:
         """Turn allowed and banned ids and grammars of the sampling rows into bitmasks."""
-        rows, masks = [], []
-        for index, row in enumerate(sampling.tolist()):
-            allowed = self._allowed.get(schedule.slots[row])
-            banned = schedule.banned.get(row)
-            grammar = schedule.masks.get(row)
-            if allowed is None and banned is None and grammar is None:
-                continue
-            mask = (
-                np.full(-(-self.model.vocab_size // 32), 2**32 - 1, np.uint32)
-                if allowed is None
-                else allowed.copy()
-            )
-            if grammar is not None:
-                mask &= np.frombuffer(grammar, "<u4")
-            if banned is not None:
+        restricted = [
+            index
+            for index, row in enumerate(sampling.tolist())
+            if row in schedule.masks or row in schedule.banned or schedule.slots[row] in self._allowed
+        ]
+        if not restricted:
+            return
+        bitmask = np.full((len(restricted), -(-self.model.vocab_size // 32)), 2**32 - 1, np.uint32)
+        for mask, row in zip(bitmask, sampling[restricted].tolist(), strict=True):
+            if (grammar := schedule.masks.get(row)) is not None:
+                mask[:] = np.frombuffer(grammar, "<u4")
+            if (allowed := self._allowed.get(schedule.slots[row])) is not None:
+                mask &= allowed
+            if (banned := schedule.banned.get(row)) is not None:
                 mask &= ~pack_bits(np.array(banned), self.model.vocab_size)
-            rows.append(index)
-            masks.append(mask)
-        if rows:
-            batch.features |= Feature.MASK
-            batch.mask_rows = np.array(rows, np.int32)
-            batch.bitmask = np.stack(masks).view(np.int32)
+        batch.features |= Feature.MASK
+        batch.mask_rows = np.array(restricted, np.int32)
+        batch.bitmask = bitmask.view(np.int32)
 
     def _step_for(self, batch: ForwardBatch) -> Step:
         """The whole step as one function: a captured one where every row decodes, unless eager is enforced."""

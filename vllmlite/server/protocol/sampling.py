@@ -34,18 +34,26 @@ class JsonSchema(Request):
 class ResponseFormat(Request):
     """What the output must be, as OpenAI says it."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    format: dict[str, Any] | None = Field(None, description="Of a structural_tag, as xgrammar has them.")
+    structures: list[dict[str, Any]] | None = Field(None, description="Of a structural_tag's older form.")
+    triggers: Strings | None = Field(None, description="Of a structural_tag's older form.")
 
 
 class StructuredOutputs(Request):
-    """What the output must be, as vLLM says it: exactly one of these."""
+    """What the output must be, as vLLM says it: exactly one of the first six."""
 
     json_schema: str | dict[str, Any] | bool | None = Field(None, alias="json")
     regex: str | None = None
     choice: Strings | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    disable_fallback: bool | None = Field(None, description="There is nothing to fall back to.")
+    whitespace_pattern: str | None = Field(None, description="Refused.")
 
 
 class SamplingRequest(Request):
@@ -118,12 +126,17 @@ class SamplingRequest(Request):
         if self.structured_outputs is not None:
             if form is not None and form.type != "text":
                 raise ParameterError("response_format", form.type, "does not go with structured_outputs")
-            wanted = self.structured_outputs.model_dump(by_alias=True, exclude_none=True)
+            wanted = self.structured_outputs.model_dump(
+                by_alias=True, exclude_none=True, exclude={"disable_fallback"}
+            )
             return StructuredOutputsParams(**wanted) if wanted else None
         if form is None or form.type == "text":
             return None
         if form.type == "json_object":
             return StructuredOutputsParams(json_object=True)
+        if form.type == "structural_tag":
+            tag = form.model_dump(exclude_none=True, exclude={"json_schema"})
+            return StructuredOutputsParams(structural_tag=tag)
         if form.json_schema is None or form.json_schema.json_schema is None:
             raise ParameterError("response_format", form.type, "needs json_schema with a schema")
         return StructuredOutputsParams(json=form.json_schema.json_schema)
