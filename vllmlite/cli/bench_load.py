@@ -43,6 +43,8 @@ class Load:
     requests: list[dict[str, Any]]
     times: list[float]
     max_concurrency: int | None
+    warmups: list[dict[str, Any]]
+    """Sent before, as many at a time."""
 
 
 @dataclass(slots=True)
@@ -52,7 +54,7 @@ class Timing:
     ttft: float = 0.0
     latency: float = 0.0
     gaps: list[float] = field(default_factory=list)
-    """Between pieces that brought text."""
+    """Between pieces, each a token or more."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     error: str | None = None
@@ -68,8 +70,8 @@ def plan(args: argparse.Namespace) -> Load:
     draw = random.Random(args.seed)
     prefix = _words(draw, args.random_prefix_len)
     texts = _from_file(args.dataset_path, draw) if args.dataset_path is not None else None
-    requests = []
-    for _ in range(args.num_prompts):
+    bodies = []
+    for _ in range(args.num_warmups + args.num_prompts):
         text = prefix + _words(draw, draw.randint(*args.random_input_len)) if texts is None else next(texts)
         body: dict[str, Any] = (
             {"messages": [{"role": "user", "content": text}]} if args.chat else {"prompt": text}
@@ -77,13 +79,14 @@ def plan(args: argparse.Namespace) -> Load:
         body |= {"max_tokens": draw.randint(*args.random_output_len), "temperature": args.temperature}
         if args.ignore_eos:
             body["ignore_eos"] = True
-        requests.append({**body, "stream": True, "stream_options": {"include_usage": True}})
+        bodies.append({**body, "stream": True, "stream_options": {"include_usage": True}, **args.extra_body})
+    warmups, requests = bodies[: args.num_warmups], bodies[args.num_warmups :]
     times, now = [], 0.0
     for _ in requests:
         times.append(now)
         if args.request_rate is not None:
             now += draw.gammavariate(args.burstiness, 1 / (args.request_rate * args.burstiness))
-    return Load(requests, times, args.max_concurrency)
+    return Load(requests, times, args.max_concurrency, warmups)
 
 
 async def measure(target: Target, load: Load, done: Callable[[], None]) -> tuple[str, list[Timing], float]:
@@ -96,13 +99,18 @@ async def measure(target: Target, load: Load, done: Callable[[], None]) -> tuple
     ) as client:
         model = target.model or await _first_model(client, url)
         path = "/v1/chat/completions" if target.chat else "/v1/completions"
-        room = asyncio.Semaphore(load.max_concurrency or len(load.requests))
+        room = asyncio.Semaphore(load.max_concurrency or max(len(load.requests), len(load.warmups)))
+
+        async def send(body: dict[str, Any]) -> Timing:
+            async with room:
+                return await _request(client, path, {"model": model, **body})
+
+        await asyncio.gather(*map(send, load.warmups))
         begin = time.perf_counter()
 
         async def one(body: dict[str, Any], at: float) -> Timing:
             await asyncio.sleep(begin + at - time.perf_counter())
-            async with room:
-                timing = await _request(client, path, {"model": model, **body})
+            timing = await send(body)
             done()
             return timing
 
@@ -147,7 +155,7 @@ async def _request(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -
                     if usage:
                         timing.prompt_tokens = usage["prompt_tokens"]
                         timing.output_tokens = usage["completion_tokens"]
-                    if any(_text(choice) for choice in chunk["choices"]):
+                    if any(brings_tokens(choice) for choice in chunk["choices"]):
                         pieces += 1
                         if pieces == 1:
                             timing.ttft = now - begin
@@ -156,16 +164,19 @@ async def _request(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -
                         last = now
     except (httpx.HTTPError, OSError, ValueError, LookupError) as error:
         timing.error = f"{type(error).__name__}: {error}"
-    if not pieces and timing.error is None:
-        timing.error = "the answer holds no text"
+    if not pieces:
+        timing.error = timing.error or "the answer holds no token"
     timing.latency = last - begin
     timing.output_tokens = timing.output_tokens or pieces
     return timing
 
 
-def _text(choice: dict[str, Any]) -> str:
+def brings_tokens(choice: dict[str, Any]) -> bool:
+    """Whether tokens came: text, or none of it yet (half a character, a special token), but neither a chat's
+    opening, which names the role, nor an end by itself."""
     delta = choice.get("delta") or {}
-    return choice.get("text") or delta.get("content") or delta.get("reasoning_content") or ""
+    text = (choice.get("text"), delta.get("content"), delta.get("reasoning_content"), delta.get("reasoning"))
+    return any(text) or not ("role" in delta or choice.get("finish_reason"))
 
 
 def _words(draw: random.Random, count: int) -> str:
