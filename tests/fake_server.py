@@ -30,6 +30,7 @@ class FakeServer:
         self.left = threading.Event()
         """The client went before the answer's end."""
         self._go_on = threading.Semaphore(0)
+        self._broken = False
         models = Route("/v1/models", self._models)
         chat = Route("/v1/chat/completions", self._chat, methods=["POST"])
         app = Starlette(routes=[page_route(), models, chat])
@@ -43,10 +44,16 @@ class FakeServer:
         """What the next answers are made of."""
         self.pieces = [*pieces]
         self.left.clear()
+        self._broken = False
 
     def go_on(self) -> None:
         """Send what comes after the next None."""
         self._go_on.release()
+
+    def break_off(self) -> None:
+        """Break the connection at the next None, as a server that ends does."""
+        self._broken = True
+        self.go_on()
 
     def close(self) -> None:
         self._go_on.release(100)
@@ -75,6 +82,8 @@ class FakeServer:
             for count, piece in enumerate(self.pieces):
                 while piece is None and not self._go_on.acquire(blocking=False):
                     await asyncio.sleep(0.005)
+                if piece is None and self._broken:
+                    raise ConnectionAbortedError
                 yield self._event(piece or "", count + 1, thought=None if count else self.reasoning)
                 await asyncio.sleep(0.002)
             yield self._event("", len(self.pieces), "stop") + b"data: [DONE]\n\n"

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from vllmlite.cli.chat_remote import refusal
 from vllmlite.errors import ParameterError, VllmliteError
 
 WORDS = (
@@ -138,7 +139,7 @@ async def _request(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -
         async with client.stream("POST", path, json=body) as answer:
             if answer.status_code != 200:
                 await answer.aread()
-                timing.error = f"{answer.status_code}: {answer.text[:200]}"
+                timing.error = refusal(answer)
                 return timing
             buffer = b""
             async for data in answer.aiter_raw():

@@ -45,7 +45,7 @@ class Server:
         try:
             answer = self._client.get("/v1/models")
             if answer.status_code != 200:
-                raise VllmliteError(f"{self._url}: {_message(answer)}")
+                raise VllmliteError(f"{self._url}: {refusal(answer)}")
             return str(answer.json()["data"][0]["id"])
         except (httpx.HTTPError, OSError) as error:
             raise VllmliteError(f"{self._url}: {error}") from None
@@ -59,7 +59,7 @@ class Server:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
                 if answer.status_code != 200:
                     answer.read()
-                    raise ParameterError("url", self._url, _message(answer))
+                    raise ParameterError("url", self._url, refusal(answer))
                 for line in _lines(answer.iter_bytes()):
                     if line.startswith(b"data:") and line[5:].lstrip().startswith(b"{"):
                         yield from self._parts(json.loads(line[5:]))
@@ -87,7 +87,7 @@ def _lines(pieces: Iterable[bytes]) -> Generator[bytes, None, None]:
         yield from lines
 
 
-def _message(answer: httpx.Response) -> str:
+def refusal(answer: httpx.Response) -> str:
     """What an answer that is an error says."""
     try:
         text = answer.json()["error"]["message"]
