@@ -314,6 +314,14 @@ def test_turns_of_several_lines_and_answers_made_anew(
     assert prompts() == ["user: a\nb\n"] * 2 + ["user: a\nb\nassistant:  w0 w1\nuser: c\n"]
 
 
+def test_one_message_is_answered_without_a_conversation(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert converse(monkeypatch, capsys, "never\n", "--system-prompt", "be", "-q", "/a") == (" w0 w1\n", "")
+    assert prompts() == ["system: be\nuser: /a\n"]
+    assert "shorter" in converse(monkeypatch, capsys, "", "--quick", "word " * CONTEXT, status=1)[1]
+
+
 def test_thoughts_are_kept_apart(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["<think>", "well", "\x1b]0;title\x07", "</thi", "nk>", "\n\n", "yes"]
     monkeypatch.setattr(FakeEngine, "words", words)

@@ -53,7 +53,10 @@ def add_arguments(parser: OptionParser) -> None:
         help="talk to a server with OpenAI's API; --model is then its name for a model",
     )
     conversation.add_argument("--api-key", metavar="KEY", help="for --url; default: $OPENAI_API_KEY")
-    conversation.add_argument("--system", metavar="TEXT", help="system message")
+    conversation.add_argument("--system", "--system-prompt", metavar="TEXT", help="system message")
+    conversation.add_argument(
+        "-q", "--quick", metavar="MESSAGE", help="say this alone, print the answer, and end"
+    )
     conversation.add_argument(
         "--chat-template", metavar="FILE", help="Jinja template in place of the model's"
     )
@@ -70,13 +73,16 @@ def add_arguments(parser: OptionParser) -> None:
 
 
 def run(args: argparse.Namespace, parser: OptionParser) -> int:
-    """Talk until the input ends."""
+    """Talk until the input ends; 1 where a message of a pipe or of the command line had no answer."""
     session.checked_params(SamplingParams(), given_sampling(args), parser)
     template = session.read_chat_template(args.chat_template, parser)
     answerer = _local(args, template, parser) if args.url is None else _remote(args, template, parser)
-    interactive = sys.stdin.isatty()
+    interactive = args.quick is None and sys.stdin.isatty()
     with closing(answerer):
-        all_answered = _talk(Conversation(answerer, args.system), interactive)
+        conversation = Conversation(answerer, args.system)
+        all_answered = (
+            _talk(conversation, interactive) if args.quick is None else conversation.say(args.quick)
+        )
     if args.stats and isinstance(answerer, Engine):
         print(report.table(answerer.tally.statistics()), file=sys.stderr)
     return 0 if interactive or all_answered else 1
