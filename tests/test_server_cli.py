@@ -6,6 +6,7 @@ import io
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 
+from fake_server import FakeServer
 from served import Program, program
+from starlette.responses import Response
 
 from vllmlite.cli import main
 from vllmlite.cli.bench_load import brings_tokens
@@ -112,6 +115,23 @@ def test_plots_have_readable_axes() -> None:
     assert first[5:] == ["0", "10", "20", "30", "TTFT, s"]
     assert [text for text in texts if text.startswith("p50")] == ["p50 17.0", "p50 4.20"]
     assert texts[texts.index("ITL, ms") - 1] == "5" and texts[-1] == "E2E, ms"
+
+
+def test_bench_with_a_server_of_few_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with closing(FakeServer()) as fake:
+        fake.answers("a", "b", "c")
+        common = ["bench", "serve", "--chat", "--num-prompts", "3", "--base-url", fake.url]
+        assert main(common) == 0
+        out, err = capsys.readouterr()
+        result = json.loads(out.splitlines()[-1])
+        assert (result["prompt_tokens"], result["output_tokens"], result["completed"]) == (0, 9, 3)
+        assert f"[{'#' * 30}] 3 of 3 prompts done\n" in err
+        fake.refusal = Response('data: {"error": {"message": "a step failed"}}\n\n')
+        assert main(common) == 1
+        assert json.loads(capsys.readouterr().out)["first_error"] == "a step failed"
 
 
 def test_bench_tells_what_failed(capsys: pytest.CaptureFixture[str], server: Program) -> None:

@@ -150,12 +150,13 @@ async def _request(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -
                         continue
                     chunk = json.loads(line[6:])
                     if "error" in chunk:
-                        timing.error = str(chunk["error"])
+                        said = chunk["error"]
+                        timing.error = str(said.get("message", said) if isinstance(said, dict) else said)
                         return timing
                     usage = chunk.get("usage")
                     if usage:
-                        timing.prompt_tokens = usage["prompt_tokens"]
-                        timing.output_tokens = usage["completion_tokens"]
+                        timing.prompt_tokens = usage.get("prompt_tokens") or 0
+                        timing.output_tokens = usage.get("completion_tokens") or 0
                     if any(brings_tokens(choice) for choice in chunk["choices"]):
                         pieces += 1
                         if pieces == 1:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from vllmlite.outputs import RequestMetrics, RequestOutput
 
 
+BAR = 30
+"""Characters of a whole bar of progress."""
+
+
 class Run:
     """Counts the requests that finished from now on; times are those of the requests' own metrics."""
 
@@ -78,7 +82,7 @@ class Run:
 
 
 class Progress:
-    """A line on standard error that counts up, where that is a terminal."""
+    """A bar on standard error, where that is a terminal."""
 
     def __init__(self, total: int, beside_output: bool = True) -> None:
         """Nothing of ``total`` is done. ``beside_output``: not where output comes meanwhile on the same terminal."""
@@ -91,9 +95,10 @@ class Progress:
         """``count`` more are done."""
         self._done += count
         if self._shown:
+            bar = "#" * (BAR * self._done // self._total)
             end = "\n" if self._done == self._total else ""
             print(
-                f"\rvllmlite: {self._done} of {self._total} prompts done",
+                f"\rvllmlite: [{bar:<{BAR}}] {self._done} of {self._total} prompts done",
                 end=end,
                 file=sys.stderr,
                 flush=True,
