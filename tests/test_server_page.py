@@ -338,6 +338,11 @@ def test_an_earlier_message_is_edited_and_had_back(tab: Tab, fake: FakeServer) -
     tab.click("#undo")
     assert fake.left.wait(10)
     wait_idle(tab)
+    fake.answers(None)
+    tab.evaluate("[...document.querySelectorAll('button')].find(b => b.innerText === 'Regenerate').click()")
+    tab.wait("!document.getElementById('stop').hidden")
+    tab.press("Escape")  # before a token: the earlier answer stays
+    wait_idle(tab)
     tab.reload()
     assert tab.evaluate(contents) == ["first", "A", "second", "A"]
     assert tab.text(ANSWER) == "A"
@@ -413,7 +418,11 @@ def test_conversations_are_exported_and_imported(tab: Tab, fake: FakeServer, tmp
     tab.press("Escape")
     tab.click("#conversations li:first-child")
     tab.click("[data-do=delete]")
-    for content, says in ((file.read_text(), "Imported 1"), ('[{"title": 1}]', "not what Export writes")):
+    for content, says in (
+        (file.read_text(), "Imported 1 of 1"),
+        (file.read_text(), "Imported 0 of 1"),
+        ('[{"title": 1}]', "not what Export writes"),
+    ):
         file.write_text(content)
         tab.click("#open-settings")
         node = tab.call(
