@@ -24,6 +24,8 @@ class FakeServer:
     def __init__(self) -> None:
         self.pieces: list[str | None] = []
         self.reasoning: str | None = None
+        self.last_wait = 0.0
+        """Seconds between the last piece and the end."""
         self.refusal: Response | None = None
         self.key: str | None = None
         self.bodies: list[dict[str, Any]] = []
@@ -86,6 +88,7 @@ class FakeServer:
                     raise ConnectionAbortedError
                 yield self._event(piece or "", count + 1, thought=None if count else self.reasoning)
                 await asyncio.sleep(0.002)
+            await asyncio.sleep(self.last_wait)
             yield self._event("", len(self.pieces), "stop") + b"data: [DONE]\n\n"
             done = True
         finally:

@@ -123,11 +123,13 @@ def test_bench_with_a_server_of_few_words(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with closing(FakeServer()) as fake:
         fake.answers("a", "b", "c")
+        fake.last_wait = 0.4
         common = ["bench", "serve", "--chat", "--num-prompts", "3", "--base-url", fake.url]
         assert main(common) == 0
         out, err = capsys.readouterr()
         result = json.loads(out.splitlines()[-1])
         assert (result["prompt_tokens"], result["output_tokens"], result["completed"]) == (0, 9, 3)
+        assert result["e2e_seconds"]["mean"] >= 0.4 and result["tpot_seconds"]["mean"] >= 0.15
         assert f"[{'#' * 30}] 3 of 3 prompts done\n" in err
         fake.refusal = Response('data: {"error": {"message": "a step failed"}}\n\n')
         assert main(common) == 1

@@ -133,7 +133,7 @@ async def _first_model(client: httpx.AsyncClient, url: str) -> str:
 
 async def _request(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Timing:
     timing = Timing()
-    begin = last = time.perf_counter()
+    begin = last = end = time.perf_counter()
     pieces = 0
     try:
         async with client.stream("POST", path, json=body) as answer:
@@ -157,6 +157,10 @@ async def _request(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -
                     if usage:
                         timing.prompt_tokens = usage.get("prompt_tokens") or 0
                         timing.output_tokens = usage.get("completion_tokens") or 0
+                    if chunk["choices"]:
+                        end = (
+                            now  # also at a piece that only says why it is the last: it may stand for tokens
+                        )
                     if any(brings_tokens(choice) for choice in chunk["choices"]):
                         pieces += 1
                         if pieces == 1:
@@ -164,11 +168,11 @@ async def _request(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -
                         else:
                             timing.gaps.append(now - last)
                         last = now
-    except (httpx.HTTPError, OSError, ValueError, LookupError) as error:
+    except (httpx.HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         timing.error = f"{type(error).__name__}: {error}"
     if not pieces:
         timing.error = timing.error or "the answer holds no token"
-    timing.latency = last - begin
+    timing.latency = end - begin
     timing.output_tokens = timing.output_tokens or pieces
     return timing
 
