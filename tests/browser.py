@@ -10,7 +10,7 @@ import select
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,8 @@ class Tab:
     ) -> None:
         """Open ``url``; ``media`` are media features, with underscores: prefers_color_scheme="dark"."""
         self._browser = browser
-        self._context = browser.call("Target.createBrowserContext")["browserContextId"]
-        target = browser.call("Target.createTarget", url="about:blank", browserContextId=self._context)
+        self.context = browser.call("Target.createBrowserContext")["browserContextId"]
+        target = browser.call("Target.createTarget", url="about:blank", browserContextId=self.context)
         attached = browser.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
@@ -131,6 +131,14 @@ class Tab:
                 raise TimeoutError(f"never came true: {condition}")
             time.sleep(0.02)
         return value
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until something outside of the page is true."""
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"never came true: {condition}")
+            time.sleep(0.02)
 
     def text(self, selector: str) -> str:
         """What an element shows."""
@@ -185,7 +193,7 @@ class Tab:
 
     def close(self) -> None:
         """Close it, and forget what it stored."""
-        self._browser.call("Target.disposeBrowserContext", browserContextId=self._context)
+        self._browser.call("Target.disposeBrowserContext", browserContextId=self.context)
 
 
 @contextmanager

@@ -38,6 +38,8 @@ class FakeEngine:
 
     made: list[FakeEngine] = []  # noqa: RUF012
     interrupt_at: int | None = None
+    words: list[str] | None = None
+    """What it says in place of these."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -96,7 +98,9 @@ class FakeEngine:
             assert output.metrics is not None
             output.metrics.first_token_time = output.metrics.first_token_time or time.monotonic()
             for completion in output.outputs:
-                word = f" {'wW'[completion.index]}{count - 1}"
+                word = (
+                    f" {'wW'[completion.index]}{count - 1}" if self.words is None else self.words[count - 1]
+                )
                 completion.text = word if delta else completion.text + word
                 completion.token_ids = [count] if delta else [*completion.token_ids, count]
                 if params.logprobs is not None:

@@ -270,10 +270,14 @@ def test_verbose_says_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def converse(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, *argv: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    *argv: str,
+    status: int = 0,
 ) -> tuple[str, str]:
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    return run(capsys, "chat", "--max-tokens", "2", *argv)
+    return run(capsys, "chat", "--max-tokens", "2", *argv, status=status)
 
 
 def prompts() -> list[str]:
@@ -302,10 +306,40 @@ def test_commands_of_a_conversation(
         assert said in err
 
 
+def test_turns_of_several_lines_and_answers_made_anew(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, err = converse(monkeypatch, capsys, "/retry\na\\\nb\n/retry\nc\\\n")
+    assert (out, err) == (" w0 w1\n" * 3, "there is no answer yet\n")
+    assert prompts() == ["user: a\nb\n"] * 2 + ["user: a\nb\nassistant:  w0 w1\nuser: c\n"]
+
+
+def test_one_message_is_answered_without_a_conversation(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert converse(monkeypatch, capsys, "never\n", "--system-prompt", "be", "-q", "/a") == (" w0 w1\n", "")
+    assert prompts() == ["system: be\nuser: /a\n"]
+    assert "shorter" in converse(monkeypatch, capsys, "", "--quick", "word " * CONTEXT, status=1)[1]
+
+
+def test_thoughts_are_kept_apart(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["<think>", "well", "\x1b]0;title\x07", "</thi", "nk>", "\n\n", "yes"]
+    monkeypatch.setattr(FakeEngine, "words", words)
+    options = ("--reasoning-parser", "qwen3", "--max-tokens", str(len(words)))
+    out, _ = converse(monkeypatch, capsys, "a\nb\n", *options)
+    assert out == "\n\nyes\n" * 2
+    assert prompts()[1] == "user: a\nassistant: \n\nyes\nuser: b\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    out, _ = converse(monkeypatch, capsys, "a\n", *options)
+    assert out.replace("\x1b[22m\x1b[2m", "") == "\x1b[2mwell␛]0;title␇\x1b[22m\n\nyes\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert converse(monkeypatch, capsys, "a\n", *options)[0] == "well␛]0;title␇\n\nyes\n"
+
+
 def test_a_turn_that_does_not_fit_is_taken_back(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, err = converse(monkeypatch, capsys, "a\n" + "word " * CONTEXT + "\nb\n")
+    out, err = converse(monkeypatch, capsys, "a\n" + "word " * CONTEXT + "\nb\n", status=1)
     assert out == " w0 w1\n" * 2
     assert "/reset forgets" in err
     assert prompts()[-1] == "user: a\nassistant:  w0 w1\nuser: b\n"

@@ -6,6 +6,7 @@ import io
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,13 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 
+from fake_server import FakeServer
 from served import Program, program
+from starlette.responses import Response
 
 from vllmlite.cli import main
+from vllmlite.cli.bench_load import brings_tokens
+from vllmlite.cli.bench_plot import distributions
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,9 @@ def bench(
     return result
 
 
-@pytest.mark.parametrize("options", [[], ["--chat", "--max-concurrency", "2"], ["--request-rate", "50"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--chat", "--max-concurrency", "2"], ["--request-rate", "50", "--num-warmups", "3"]]
+)
 def test_bench_counts_what_was_done(
     capsys: pytest.CaptureFixture[str], server: Program, options: list[str]
 ) -> None:
@@ -65,6 +72,68 @@ def test_bench_reads_files_and_draws(
     root = ET.parse(tmp_path / "plot.svg").getroot()
     assert sum(element.get("class") == "curve" for element in root.iter()) == 3
     assert [entry["output_tokens"] for entry in json.loads(saved.read_text())["requests"]] == [4, 4, 4]
+
+
+def test_bench_holds_requests_to_goals(capsys: pytest.CaptureFixture[str], server: Program) -> None:
+    small = ["--num-prompts", "4", "--input-len", "8", "--output-len", "3", "--metric-percentiles", "25,99.9"]
+    fast = bench(capsys, server, *small, "--goodput", "ttft:60000", "e2el:60000")
+    assert fast["goodput_requests_per_second"] == fast["requests_per_second"]
+    assert fast["ttft_seconds"].keys() == {"mean", "p25", "p99.9"}  # type: ignore[attr-defined]
+    slow = bench(capsys, server, *small, "--goodput", "ttft:60000", "tpot:0.000001")
+    assert (slow["goodput_requests_per_second"], slow["completed"]) == (0, 4)
+    refused = bench(capsys, server, *small, "--extra-body", '{"no_such_field": 1}', status=1)
+    assert "no_such_field" in str(refused["first_error"])
+    for wrong in (["--goodput", "itl:5"], ["--extra-body", "[]"], ["--metric-percentiles", "50,101"]):
+        assert main(["bench", "serve", *wrong]) == 2
+        assert wrong[1] in capsys.readouterr().err
+
+
+PIECES = (
+    ({"text": "", "finish_reason": None}, True),  # half a character
+    ({"text": "", "finish_reason": "length"}, False),
+    ({"text": "a", "finish_reason": "length"}, True),
+    ({"delta": {"role": "assistant", "content": ""}, "finish_reason": None}, False),
+    ({"delta": {"role": "assistant", "content": "a"}}, True),
+    ({"delta": {"reasoning_content": "a"}}, True),
+    ({"delta": {"content": ""}}, True),
+    ({"delta": {}, "finish_reason": "stop"}, False),
+)
+
+
+@pytest.mark.parametrize(("choice", "counts"), PIECES)
+def test_bench_knows_what_brings_tokens(choice: dict[str, object], counts: bool) -> None:
+    assert brings_tokens(choice) is counts
+
+
+def test_plots_have_readable_axes() -> None:
+    plot = distributions("a <model>", {"TTFT": [12.0, 17.02, 26.4], "ITL": [0.0042], "E2E": []})
+    texts = [
+        "".join(element.itertext()) for element in ET.fromstring(plot).iter() if element.tag.endswith("text")
+    ]
+    assert texts[:2] == ["a <model>", "share of all"]
+    first = texts[texts.index("0%") : texts.index("TTFT, s") + 1]
+    assert first[5:] == ["0", "10", "20", "30", "TTFT, s"]
+    assert [text for text in texts if text.startswith("p50")] == ["p50 17.0", "p50 4.20"]
+    assert texts[texts.index("ITL, ms") - 1] == "5" and texts[-1] == "E2E, ms"
+
+
+def test_bench_with_a_server_of_few_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with closing(FakeServer()) as fake:
+        fake.answers("a", "b", "c")
+        fake.last_wait = 0.4
+        common = ["bench", "serve", "--chat", "--num-prompts", "3", "--base-url", fake.url]
+        assert main(common) == 0
+        out, err = capsys.readouterr()
+        result = json.loads(out.splitlines()[-1])
+        assert (result["prompt_tokens"], result["output_tokens"], result["completed"]) == (0, 9, 3)
+        assert result["e2e_seconds"]["mean"] >= 0.4 and result["tpot_seconds"]["mean"] >= 0.15
+        assert f"[{'#' * 30}] 3 of 3 prompts done\n" in err
+        fake.refusal = Response('data: {"error": {"message": "a step failed"}}\n\n')
+        assert main(common) == 1
+        assert json.loads(capsys.readouterr().out)["first_error"] == "a step failed"
 
 
 def test_bench_tells_what_failed(capsys: pytest.CaptureFixture[str], server: Program) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from vllmlite.cli.chat_remote import refusal
 from vllmlite.errors import ParameterError, VllmliteError
 
 WORDS = (
@@ -43,6 +44,8 @@ class Load:
     requests: list[dict[str, Any]]
     times: list[float]
     max_concurrency: int | None
+    warmups: list[dict[str, Any]]
+    """Sent before, as many at a time."""
 
 
 @dataclass(slots=True)
@@ -52,7 +55,7 @@ class Timing:
     ttft: float = 0.0
     latency: float = 0.0
     gaps: list[float] = field(default_factory=list)
-    """Between pieces that brought text."""
+    """Between pieces, each a token or more."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     error: str | None = None
@@ -68,8 +71,8 @@ def plan(args: argparse.Namespace) -> Load:
     draw = random.Random(args.seed)
     prefix = _words(draw, args.random_prefix_len)
     texts = _from_file(args.dataset_path, draw) if args.dataset_path is not None else None
-    requests = []
-    for _ in range(args.num_prompts):
+    bodies = []
+    for _ in range(args.num_warmups + args.num_prompts):
         text = prefix + _words(draw, draw.randint(*args.random_input_len)) if texts is None else next(texts)
         body: dict[str, Any] = (
             {"messages": [{"role": "user", "content": text}]} if args.chat else {"prompt": text}
@@ -77,13 +80,14 @@ def plan(args: argparse.Namespace) -> Load:
         body |= {"max_tokens": draw.randint(*args.random_output_len), "temperature": args.temperature}
         if args.ignore_eos:
             body["ignore_eos"] = True
-        requests.append({**body, "stream": True, "stream_options": {"include_usage": True}})
+        bodies.append({**body, "stream": True, "stream_options": {"include_usage": True}, **args.extra_body})
+    warmups, requests = bodies[: args.num_warmups], bodies[args.num_warmups :]
     times, now = [], 0.0
     for _ in requests:
         times.append(now)
         if args.request_rate is not None:
             now += draw.gammavariate(args.burstiness, 1 / (args.request_rate * args.burstiness))
-    return Load(requests, times, args.max_concurrency)
+    return Load(requests, times, args.max_concurrency, warmups)
 
 
 async def measure(target: Target, load: Load, done: Callable[[], None]) -> tuple[str, list[Timing], float]:
@@ -96,13 +100,18 @@ async def measure(target: Target, load: Load, done: Callable[[], None]) -> tuple
     ) as client:
         model = target.model or await _first_model(client, url)
         path = "/v1/chat/completions" if target.chat else "/v1/completions"
-        room = asyncio.Semaphore(load.max_concurrency or len(load.requests))
+        room = asyncio.Semaphore(load.max_concurrency or max(len(load.requests), len(load.warmups)))
+
+        async def send(body: dict[str, Any]) -> Timing:
+            async with room:
+                return await _request(client, path, {"model": model, **body})
+
+        await asyncio.gather(*map(send, load.warmups))
         begin = time.perf_counter()
 
         async def one(body: dict[str, Any], at: float) -> Timing:
             await asyncio.sleep(begin + at - time.perf_counter())
-            async with room:
-                timing = await _request(client, path, {"model": model, **body})
+            timing = await send(body)
             done()
             return timing
 
@@ -124,13 +133,13 @@ async def _first_model(client: httpx.AsyncClient, url: str) -> str:
 
 async def _request(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Timing:
     timing = Timing()
-    begin = last = time.perf_counter()
+    begin = last = end = time.perf_counter()
     pieces = 0
     try:
         async with client.stream("POST", path, json=body) as answer:
             if answer.status_code != 200:
                 await answer.aread()
-                timing.error = f"{answer.status_code}: {answer.text[:200]}"
+                timing.error = refusal(answer)
                 return timing
             buffer = b""
             async for data in answer.aiter_raw():
@@ -141,31 +150,39 @@ async def _request(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -
                         continue
                     chunk = json.loads(line[6:])
                     if "error" in chunk:
-                        timing.error = str(chunk["error"])
+                        said = chunk["error"]
+                        timing.error = str(said.get("message", said) if isinstance(said, dict) else said)
                         return timing
                     usage = chunk.get("usage")
                     if usage:
-                        timing.prompt_tokens = usage["prompt_tokens"]
-                        timing.output_tokens = usage["completion_tokens"]
-                    if any(_text(choice) for choice in chunk["choices"]):
+                        timing.prompt_tokens = usage.get("prompt_tokens") or 0
+                        timing.output_tokens = usage.get("completion_tokens") or 0
+                    if chunk["choices"]:
+                        end = (
+                            now  # also at a piece that only says why it is the last: it may stand for tokens
+                        )
+                    if any(brings_tokens(choice) for choice in chunk["choices"]):
                         pieces += 1
                         if pieces == 1:
                             timing.ttft = now - begin
                         else:
                             timing.gaps.append(now - last)
                         last = now
-    except (httpx.HTTPError, OSError, ValueError, LookupError) as error:
+    except (httpx.HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         timing.error = f"{type(error).__name__}: {error}"
-    if not pieces and timing.error is None:
-        timing.error = "the answer holds no text"
-    timing.latency = last - begin
+    if not pieces:
+        timing.error = timing.error or "the answer holds no token"
+    timing.latency = end - begin
     timing.output_tokens = timing.output_tokens or pieces
     return timing
 
 
-def _text(choice: dict[str, Any]) -> str:
+def brings_tokens(choice: dict[str, Any]) -> bool:
+    """Whether tokens came: text, or none of it yet (half a character, a special token), but neither a chat's
+    opening, which names the role, nor an end by itself."""
     delta = choice.get("delta") or {}
-    return choice.get("text") or delta.get("content") or delta.get("reasoning_content") or ""
+    text = (choice.get("text"), delta.get("content"), delta.get("reasoning_content"), delta.get("reasoning"))
+    return any(text) or not ("role" in delta or choice.get("finish_reason"))
 
 
 def _words(draw: random.Random, count: int) -> str:

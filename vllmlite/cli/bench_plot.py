@@ -1,4 +1,4 @@
-"""Distributions of latencies as an SVG drawing."""
+"""Distributions of latencies as an SVG drawing, in the colours that the reader's system prefers."""
 
 from __future__ import annotations
 
@@ -6,56 +6,81 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-WIDTH, HEIGHT, MARGIN = 320, 240, 48
+PANEL, HEIGHT, GAP = 300, 200, 64
+"""Width and height of what is between a panel's axes, and the room beside it, in pixels."""
+TOP = 56
 STYLE = """\
-text { font: 12px sans-serif; fill: #555 } .title { font-size: 14px; font-weight: bold }
-.grid { stroke: #8884 } .curve { fill: none; stroke: #c62a5b; stroke-width: 2 }
-.mark { stroke: #8888; stroke-dasharray: 3 }
+svg { background: #fff; --text: #333; --grid: #ddd; --curve: #b0124a }
+@media (prefers-color-scheme: dark) { svg { background: #17181b; --text: #ddd; --grid: #3a3d44; --curve: #ff7ea6 } }
+text { font: 12px sans-serif; fill: var(--text) } .title { font-size: 14px; font-weight: bold }
+.grid { stroke: var(--grid) } .curve { fill: none; stroke: var(--curve); stroke-width: 2 }
+.mark { fill: var(--curve) } .right { text-anchor: end } .middle { text-anchor: middle }
 """
 
 
 def distributions(title: str, panels: Mapping[str, Sequence[float]]) -> str:
     """A drawing with a panel for each of ``panels``: what share of the values, in seconds, is at most x."""
     drawn = [_panel(index, name, sorted(values)) for index, (name, values) in enumerate(panels.items())]
-    width, height = len(panels) * WIDTH, HEIGHT + 24
+    width, height = len(panels) * (PANEL + GAP) + GAP, TOP + HEIGHT + GAP
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">\n'
         f"<style>{STYLE}</style>\n"
-        f'<text class="title" x="{MARGIN}" y="18">{escape(title)}</text>\n' + "".join(drawn) + "</svg>\n"
+        f'<text class="title" x="{GAP}" y="24">{escape(title)}</text>\n'
+        f'<text class="middle" transform="translate(14 {TOP + HEIGHT // 2}) rotate(-90)">share of all</text>\n'
+        + "".join(drawn)
+        + "</svg>\n"
     )
 
 
 def _panel(index: int, name: str, values: Sequence[float]) -> str:
-    left, top = index * WIDTH + MARGIN, MARGIN
-    width, height = WIDTH - MARGIN - 16, HEIGHT - 2 * MARGIN + 16
-    parts = [f'<text x="{left}" y="{top - 8}">{escape(name)}, ms</text>\n']
-    for share in (0.0, 0.5, 1.0):
-        y = top + height * (1 - share)
-        parts.append(f'<path class="grid" d="M{left} {y:.1f}h{width}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{share:.0%}</text>\n')
+    left, bottom = index * (PANEL + GAP) + GAP, TOP + HEIGHT
+    step = _nice_step(values[-1] if values else 0.0)
+    highest = step * max(math.ceil(values[-1] / step - 1e-9) if values else 1, 1)
+    unit, scale = ("s", 1) if highest >= 10 else ("ms", 1000)
+
+    def place(value: float, share: float) -> tuple[float, float]:
+        return left + PANEL * value / highest, bottom - HEIGHT * share
+
+    parts = []
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        y = place(0, share)[1]
+        parts.append(f'<path class="grid" d="M{left} {y:.1f}h{PANEL}"/>')
+        parts.append(f'<text class="right" x="{left - 6}" y="{y + 4:.1f}">{share:.0%}</text>\n')
+    for tick in range(round(highest / step) + 1):
+        x = place(tick * step, 0)[0]
+        parts.append(f'<path class="grid" d="M{x:.1f} {TOP}v{HEIGHT}"/>')
+        parts.append(f'<text class="middle" x="{x:.1f}" y="{bottom + 18}">{scale * tick * step:.6g}</text>\n')
+    middle = left + PANEL // 2
+    parts.append(f'<text class="middle" x="{middle}" y="{bottom + 38}">{escape(name)}, {unit}</text>\n')
     if not values:
         return "".join(parts)
-    highest = _round_up(values[-1])
-    for tick in range(5):
-        x = left + width * tick / 4
-        label = f"{1000 * highest * tick / 4:.4g}"
-        parts.append(f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="middle">{label}</text>\n')
-    points = []
-    for step in range(201):
-        value = values[max(math.ceil(step / 200 * len(values)) - 1, 0)]
-        points.append(f"{left + width * value / highest:.1f} {top + height * (1 - step / 200):.1f}")
+    points = [f"{left} {bottom}"]
+    for share in (step / 200 for step in range(201)):
+        x, y = place(_at(values, share), share)
+        points.append(f"{x:.1f} {y:.1f}")
     parts.append(f'<path class="curve" d="M{" L".join(points)}"/>\n')
-    for share in (0.5, 0.99):
-        value = values[math.ceil(share * len(values)) - 1]
-        x = left + width * value / highest
-        parts.append(f'<path class="mark" d="M{x:.1f} {top}v{height}"/>')
-        parts.append(f'<text x="{x + 3:.1f}" y="{top + 12}">p{100 * share:.0f} {1000 * value:.4g}</text>\n')
+    for share in (0.5, 0.9, 0.99):
+        value = _at(values, share)
+        x, y = place(value, share)
+        parts.append(f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
+        label = f"p{100 * share:.0f} {_figures(scale * value)}"  # below and to the right, where the curve never is
+        parts.append(f'<text x="{x + 8:.1f}" y="{y + 18:.1f}">{label}</text>\n')
     return "".join(parts)
 
 
-def _round_up(value: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
-    if value <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(m * power for m in (1, 2, 5, 10) if m * power >= value * (1 - 1e-9))
+def _at(values: Sequence[float], share: float) -> float:
+    """The value of sorted ``values`` that a share of them does not exceed."""
+    return values[max(math.ceil(share * len(values)) - 1, 0)]
+
+
+def _nice_step(highest: float) -> float:
+    """The smallest of 1, 2, 2.5, 5 times a power of ten of which five reach ``highest``."""
+    if highest <= 0:
+        return 0.001
+    power = 10.0 ** math.floor(math.log10(highest / 5))
+    return next(m * power for m in (1, 2, 2.5, 5, 10) if 5 * m * power >= highest * (1 - 1e-9))
+
+
+def _figures(value: float) -> str:
+    """Three figures of it at least, and no power of ten."""
+    return f"{value:.{max(2 - math.floor(math.log10(value)), 0) if value > 0 else 0}f}"

@@ -26,7 +26,11 @@ standard error; the last line of standard output is a JSON object.
   vllmlite bench serve                                all at once, on port 8000
   vllmlite bench serve --max-concurrency 16           sixteen at a time
   vllmlite bench serve --request-rate 4 --plot x.svg  four a second, at random
-  vllmlite bench serve --dataset-path talk.json       ShareGPT's conversations"""
+  vllmlite bench serve --dataset-path talk.json       ShareGPT's conversations
+  vllmlite bench serve --goodput ttft:300 tpot:50     requests that are fast enough"""
+
+GOODPUT = {"ttft": "ttft", "tpot": "tpot", "e2el": "latency"}
+"""vLLM's names of what a request may be held to, and those of :class:`Timing`."""
 
 
 def add_arguments(parser: OptionParser) -> None:
@@ -47,6 +51,9 @@ def add_arguments(parser: OptionParser) -> None:
         "--num-prompts", type=_positive, default=100, metavar="N", help="requests (default: 100)"
     )
     work.add_argument(
+        "--num-warmups", type=int, default=0, metavar="N", help="requests before, not counted (default: 0)"
+    )
+    work.add_argument(
         "--request-rate",
         type=float,
         metavar="R",
@@ -59,11 +66,11 @@ def add_arguments(parser: OptionParser) -> None:
     work.add_argument("--max-concurrency", type=_positive, metavar="N", help="most requests at a time")
     work.add_argument("--dataset-path", metavar="FILE", help="ShareGPT's JSON, or JSON lines with prompt")
     work.add_argument(
-        "--random-input-len", type=length_range, default=(128, 128), metavar="N",
+        "--random-input-len", "--input-len", type=length_range, default=(128, 128), metavar="N",
         help="words a random prompt, about a token each, or FROM:TO (default: 128)",
     )  # fmt: skip
     work.add_argument(
-        "--random-output-len", type=length_range, default=(128, 128), metavar="N",
+        "--random-output-len", "--output-len", type=length_range, default=(128, 128), metavar="N",
         help="tokens to generate, or FROM:TO (default: 128)",
     )  # fmt: skip
     work.add_argument(
@@ -75,7 +82,19 @@ def add_arguments(parser: OptionParser) -> None:
     )  # fmt: skip
     work.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy")
     work.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and times (default: 0)")
+    work.add_argument(
+        "--extra-body", type=_json_object, default={}, metavar="JSON",
+        help='more of each request: \'{"top_p": 0.9, "cache_prompt": false}\'',
+    )  # fmt: skip
     output = parser.add_argument_group("output options")
+    output.add_argument(
+        "--metric-percentiles", type=_percentiles, default=(50.0, 90.0, 99.0), metavar="P,...",
+        help="of every latency (default: 50,90,99)",
+    )  # fmt: skip
+    output.add_argument(
+        "--goodput", nargs="+", type=_objective, default=[], metavar="NAME:MS",
+        help="count the requests whose ttft, tpot and e2el are at most so many milliseconds",
+    )  # fmt: skip
     output.add_argument("--save-result", metavar="FILE", help="write the object with every request's timing")
     output.add_argument("--plot", metavar="FILE", help="draw the distributions of latencies as SVG")
 
@@ -98,7 +117,7 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
     key = args.api_key or os.environ.get("OPENAI_API_KEY")
     target = bench_load.Target(args.base_url, args.uds, args.model, key, args.chat, args.timeout)
     load = bench_load.plan(args)
-    progress = report.Progress(len(load.requests))
+    progress = report.Progress(len(load.requests), beside_output=False)
     model, timings, seconds = asyncio.run(bench_load.measure(target, load, progress.advance))
     result = statistics(args, model, load, timings, seconds)
     for path, text in _files(args, result, timings):
@@ -118,15 +137,22 @@ def statistics(
     good = [timing for timing in timings if timing.error is None]
     first = next((timing.error for timing in timings if timing.error is not None), None)
     prompt_tokens, output_tokens = sum(t.prompt_tokens for t in good), sum(t.output_tokens for t in good)
+    fast = [t for t in good if all(getattr(t, GOODPUT[name]) <= most for name, most in args.goodput)]
+
+    def quantiles(values: list[float]) -> dict[str, float]:
+        return report.quantiles(values, args.metric_percentiles)
+
     return {
         "benchmark": {
             "model": model,
             "chat": args.chat,
             "num_prompts": len(load.requests),
+            "num_warmups": args.num_warmups,
             "request_rate": args.request_rate,
             "burstiness": args.burstiness,
             "max_concurrency": args.max_concurrency,
             "dataset": args.dataset_path or "random",
+            "goodput": {name: round(1000 * most, 6) for name, most in args.goodput},
         },
         "seconds": round(seconds, 4),
         "completed": len(good),
@@ -135,12 +161,13 @@ def statistics(
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
         "requests_per_second": report.rate(len(good), seconds),
+        "goodput_requests_per_second": report.rate(len(fast), seconds) or 0.0 if args.goodput else None,
         "output_tokens_per_second": report.rate(output_tokens, seconds),
         "total_tokens_per_second": report.rate(prompt_tokens + output_tokens, seconds),
-        "ttft_seconds": report.quantiles([t.ttft for t in good]),
-        "tpot_seconds": report.quantiles([t.tpot for t in good if t.output_tokens > 1]),
-        "itl_seconds": report.quantiles([gap for t in good for gap in t.gaps]),
-        "e2e_seconds": report.quantiles([t.latency for t in good]),
+        "ttft_seconds": quantiles([t.ttft for t in good]),
+        "tpot_seconds": quantiles([t.tpot for t in good if t.output_tokens > 1]),
+        "itl_seconds": quantiles([gap for t in good for gap in t.gaps]),
+        "e2e_seconds": quantiles([t.latency for t in good]),
     }
 
 
@@ -156,11 +183,15 @@ def table(result: dict[str, Any]) -> str:
         "tokens": f"{result['prompt_tokens']} in, {result['output_tokens']} out",
         "throughput": f"{shown('requests_per_second')} requests/s, {shown('output_tokens_per_second')} "
         f"output tokens/s, {shown('total_tokens_per_second')} tokens/s in all",
+        "goodput": f"{shown('goodput_requests_per_second')} requests/s within "
+        + ", ".join(f"{name} {most:g} ms" for name, most in result["benchmark"]["goodput"].items()),
         "TTFT": report.milliseconds(result["ttft_seconds"]),
         "TPOT": report.milliseconds(result["tpot_seconds"]),
         "ITL": report.milliseconds(result["itl_seconds"]),
         "E2E": report.milliseconds(result["e2e_seconds"]),
     }
+    if not result["benchmark"]["goodput"]:
+        del rows["goodput"]
     return "\n".join(f"{name:<13} {value}" for name, value in rows.items())
 
 
@@ -174,9 +205,9 @@ def _files(args: argparse.Namespace, result: dict[str, Any], timings: list[Timin
 
         good = [timing for timing in timings if timing.error is None]
         panels = {
-            "time to first token": [timing.ttft for timing in good],
-            "between tokens": [gap for timing in good for gap in timing.gaps],
-            "whole request": [timing.latency for timing in good],
+            "time to first token (TTFT)": [timing.ttft for timing in good],
+            "time between tokens (ITL)": [gap for timing in good for gap in timing.gaps],
+            "whole request (E2E)": [timing.latency for timing in good],
         }
         rate = result["output_tokens_per_second"] or 0
         about = f"{result['benchmark']['model']}: {result['completed']} requests, {rate:.0f} tokens/s"
@@ -188,3 +219,37 @@ def _positive(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _percentiles(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value <= 100 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of percentiles such as 50,90,99.9")
+    return values
+
+
+def _objective(text: str) -> tuple[str, float]:
+    """``NAME:MS`` as a name of :data:`GOODPUT` and seconds."""
+    name, _, limit = text.partition(":")
+    try:
+        seconds = float(limit) / 1000
+    except ValueError:
+        seconds = 0.0
+    if name not in GOODPUT or not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not {', '.join(GOODPUT)} and milliseconds, such as ttft:300"
+        )
+    return name, seconds

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from vllmlite.cli import report, session
 from vllmlite.cli.sampling import add_sampling_arguments, given_sampling
+from vllmlite.cli.screen import Screen
 from vllmlite.config import EngineConfig
-from vllmlite.errors import ParameterError
+from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.options import given
 from vllmlite.sampling_params import SamplingParams
+from vllmlite.server.parsers.parts import Content, Part
+from vllmlite.server.parsers.reasoning import STYLES, ThinkParser
 
 if TYPE_CHECKING:
     import argparse
@@ -20,17 +23,21 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from vllmlite.cli.parser import OptionParser
+    from vllmlite.server.parsers.reasoning import ThinkStyle
 
 ABOUT = """\
 Each turn sends the whole conversation, whose earlier turns are in the prefix
-cache. Standard input may be a pipe: a line is a turn."""
+cache. Standard input may be a pipe: a line is a turn. What a model thinks is
+dim on a terminal, and no part of what a pipe gets or of later turns."""
 
 HELP = """\
 /help          this text
 /system TEXT   set the system message, and start again; without TEXT, show it
+/retry         have the last answer made anew
 /reset         forget the conversation
 /quit          leave (or Ctrl-D)
-Ctrl-C stops an answer. Anything else is said to the model; a line that begins with // says one with /."""
+Ctrl-C stops an answer. Anything else is said to the model; a line that ends
+with \\ goes on in the next, and one that begins with // says one with /."""
 
 NOT_HERE = {"n", "logprobs", "prompt_logprobs", "detokenize", "truncate_prompt_tokens"}
 """Sampling flags that have no use in a conversation."""
@@ -46,41 +53,61 @@ def add_arguments(parser: OptionParser) -> None:
         help="talk to a server with OpenAI's API; --model is then its name for a model",
     )
     conversation.add_argument("--api-key", metavar="KEY", help="for --url; default: $OPENAI_API_KEY")
-    conversation.add_argument("--system", metavar="TEXT", help="system message")
+    conversation.add_argument("--system", "--system-prompt", metavar="TEXT", help="system message")
+    conversation.add_argument(
+        "-q", "--quick", metavar="MESSAGE", help="say this alone, print the answer, and end"
+    )
     conversation.add_argument(
         "--chat-template", metavar="FILE", help="Jinja template in place of the model's"
     )
-    session.add_session_arguments(parser)
+    conversation.add_argument(
+        "--reasoning-parser",
+        metavar="NAME",
+        choices=STYLES,
+        help="tell what the model thinks from what it says, by the marks of: " + ", ".join(STYLES),
+    )
+    session.add_session_arguments(parser, leave_out={"reasoning_parser"})
     add_sampling_arguments(parser, max_tokens=512, exclude=NOT_HERE)
     output = parser.add_argument_group("output options")
     output.add_argument("--stats", action="store_true", help="statistics on standard error at the end")
 
 
 def run(args: argparse.Namespace, parser: OptionParser) -> int:
-    """Talk until the input ends."""
+    """Talk until the input ends; 1 where a message of a pipe or of the command line had no answer."""
     session.checked_params(SamplingParams(), given_sampling(args), parser)
     template = session.read_chat_template(args.chat_template, parser)
     answerer = _local(args, template, parser) if args.url is None else _remote(args, template, parser)
+    interactive = args.quick is None and sys.stdin.isatty()
     with closing(answerer):
-        _talk(Conversation(answerer, args.system))
+        conversation = Conversation(answerer, args.system)
+        all_answered = (
+            _talk(conversation, interactive) if args.quick is None else conversation.say(args.quick)
+        )
     if args.stats and isinstance(answerer, Engine):
         print(report.table(answerer.tally.statistics()), file=sys.stderr)
-    return 0
+    return 0 if interactive or all_answered else 1
 
 
-def _talk(conversation: Conversation) -> None:
-    interactive = sys.stdin.isatty()
+def _talk(conversation: Conversation, interactive: bool) -> bool:
+    """Take turns until the input ends; whether each was answered. Ctrl-C between them drops what was typed."""
     if interactive:
         _edit_lines()
         print("/help tells what there is to say beside the conversation.", file=sys.stderr)
-    while (line := _read_line(interactive)) is not None:
-        text = line.strip()
-        if text in ("/quit", "/exit"):
-            break
-        if text.startswith("/") and not text.startswith("//"):
-            conversation.command(text)
-        elif text:
-            conversation.say(text.removeprefix("/"))
+    all_answered = True
+    while True:
+        try:
+            turn = _read_turn(interactive)
+            text = turn and turn.strip()
+            if text is None or text in ("/quit", "/exit"):
+                return all_answered
+            if text.startswith("/") and not text.startswith("//"):
+                all_answered &= conversation.command(text)
+            elif text:
+                all_answered &= conversation.say(text.removeprefix("/"))
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print("\nCtrl-D or /quit leaves.", file=sys.stderr)
 
 
 def _local(args: argparse.Namespace, template: str | None, parser: OptionParser) -> Engine:
@@ -91,14 +118,15 @@ def _local(args: argparse.Namespace, template: str | None, parser: OptionParser)
     params = session.checked_params(started.engine.default_sampling_params, given_sampling(args), parser)
     if template is None and not started.engine.get_tokenizer().has_chat_template:
         raise ParameterError("model", config.model, "has no chat template: give --chat-template FILE")
-    return Engine(started, params, template)
+    style = STYLES[args.reasoning_parser] if args.reasoning_parser is not None else None
+    return Engine(started, params, template, style)
 
 
 def _remote(args: argparse.Namespace, template: str | None, parser: OptionParser) -> Answerer:
     from vllmlite.cli.chat_remote import Server
 
     here = [*(given(args, EngineConfig).keys() - {"model"})]
-    for name in here + [name for name in ("config", "stats") if getattr(args, name)]:
+    for name in here + [name for name in ("config", "stats", "reasoning_parser") if getattr(args, name)]:
         parser.error(
             f"--{name.replace('_', '-')} is for an engine in this process: it does not go with --url"
         )
@@ -109,8 +137,9 @@ def _remote(args: argparse.Namespace, template: str | None, parser: OptionParser
 class Answerer(Protocol):
     """What a conversation is held with."""
 
-    def answer(self, messages: list[dict[str, str]]) -> Generator[str, None, None]:
-        """Pieces of the answer to ``messages``; closing the generator ends it. Raises VllmliteError."""
+    def answer(self, messages: list[dict[str, str]]) -> Generator[Part, None, None]:
+        """Parts of the answer to ``messages``; closing the generator ends it. Raises VllmliteError, and
+        KeyboardInterrupt where Ctrl-C ended it."""
         ...
 
     def close(self) -> None:
@@ -121,26 +150,37 @@ class Answerer(Protocol):
 class Engine:
     """An engine in this process."""
 
-    def __init__(self, started: session.Session, params: SamplingParams, template: str | None) -> None:
-        """Answer with ``params``, through ``template`` or the model's own."""
+    def __init__(
+        self, started: session.Session, params: SamplingParams, template: str | None, style: ThinkStyle | None
+    ) -> None:
+        """Answer with ``params``, through ``template`` or the model's own; ``style``: how it marks its reasoning."""
         self.tally = report.Run(started)
         self._engine = started.engine
         self._params = params
         self._template = template
+        self._style = style
         self._num_turns = 0
 
-    def answer(self, messages: list[dict[str, str]]) -> Generator[str, None, None]:
+    def answer(self, messages: list[dict[str, str]]) -> Generator[Part, None, None]:
         """See :class:`Answerer`."""
         prompt = session.chat_prompt(self._engine, messages, self._template)
         request_id = str(self._num_turns)
         self._num_turns += 1
+        parser = None if self._style is None else ThinkParser(self._style, prompt["prompt"])
         count, output = 0, None
-        with closing(session.stream(self._engine, request_id, prompt, self._params)) as outputs:
+        with _interruptible() as interrupted:
+            outputs = session.stream(self._engine, request_id, prompt, self._params, interrupted=interrupted)
             try:
                 for output in outputs:
                     count += len(output.outputs[0].token_ids)
-                    yield output.outputs[0].text
+                    text = output.outputs[0].text
+                    yield from [Content(text)] if parser is None else parser.feed(text)
+                if parser is not None:
+                    yield from parser.finish()
+                if interrupted:
+                    raise KeyboardInterrupt
             finally:
+                outputs.close()
                 if output is not None:
                     self.tally.add(output, count)
 
@@ -162,10 +202,18 @@ class Conversation:
         """Forget all but the system message."""
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
-    def command(self, line: str) -> None:
-        """Do what a line that begins with a slash says."""
+    def command(self, line: str) -> bool:
+        """Do what a line that begins with a slash says; False if the model did not answer."""
         name, _, rest = line.partition(" ")
-        if name == "/help":
+        if name == "/retry" and self.messages and self.messages[-1]["role"] == "assistant":
+            before = self.messages
+            self.messages = before[:-2]
+            if not self.say(before[-2]["content"]):
+                self.messages = before
+                return False
+        elif name == "/retry":
+            print("there is no answer yet", file=sys.stderr)
+        elif name == "/help":
             print(HELP, file=sys.stderr)
         elif name == "/reset":
             self.reset()
@@ -176,35 +224,43 @@ class Conversation:
             print(f"system: {self._system or 'none'}", file=sys.stderr)
         else:
             print(f"no command {name}; /help lists them", file=sys.stderr)
+        return True
 
-    def say(self, text: str) -> None:
-        """Add a turn and print the answer as it comes; a turn that cannot be answered is taken back."""
+    def say(self, text: str) -> bool:
+        """Add a turn and print the answer as it comes; a turn without one is taken back. False if that is for an
+        error."""
         self.messages.append({"role": "user", "content": text})
-        answer = ""
+        answer, screen, error = "", Screen(), None
         try:
-            with _interruptible() as interrupted, closing(self._answerer.answer(self.messages)) as pieces:
-                for piece in pieces:
-                    answer += piece
-                    print(piece, end="", flush=True)
-                    if interrupted:
-                        break
-            print(flush=True)
-        except ParameterError as e:
+            with closing(self._answerer.answer(self.messages)) as parts:
+                for part in parts:
+                    if isinstance(part, Content):
+                        answer += part.text
+                    screen.write(part)
+        except KeyboardInterrupt:
+            pass  # the answer ends here
+        except VllmliteError as e:
+            error = e
+        if error is None or screen.has_text:
+            screen.end()
+        if error is not None:
+            print(f"vllmlite: error: {error}", end="", file=sys.stderr)
+            print("; /reset forgets the conversation" if len(self.messages) > 1 else "", file=sys.stderr)
+        if error is not None or not answer:
             self.messages.pop()
-            hint = "; /reset forgets the conversation" if len(self.messages) > 1 else ""
-            print(f"vllmlite: error: {e}{hint}", file=sys.stderr)
-            return
-        self.messages.append({"role": "assistant", "content": answer})
+        else:
+            self.messages.append({"role": "assistant", "content": answer})
+        return error is None
 
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """A list that fills at Ctrl-C, so that a step is never cut short; the second Ctrl-C is a KeyboardInterrupt."""
+    """A list that fills at Ctrl-C, so that a step is never cut short; the second Ctrl-C ends the program."""
     caught: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         if caught:
-            raise KeyboardInterrupt
+            raise SystemExit(130)
         caught.append(number)
 
     before = signal.signal(signal.SIGINT, note)
@@ -214,19 +270,19 @@ def _interruptible() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _read_line(interactive: bool) -> str | None:
-    """The next line; None at the end of input. Ctrl-C at the prompt drops what was typed."""
-    while True:
-        try:
-            return input("> " if interactive else "")
-        except EOFError:
-            if interactive:
-                print(file=sys.stderr)
-            return None
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
-            print("\nCtrl-D or /quit leaves.", file=sys.stderr)
+def _read_turn(interactive: bool) -> str | None:
+    """What is said next, of lines all but the last of which end in a backslash; None at the end of input."""
+    lines: list[str] = []
+    try:
+        while True:
+            line = input(("... " if lines else "> ") if interactive else "")
+            lines.append(line.removesuffix("\\"))
+            if not line.endswith("\\"):
+                return "\n".join(lines)
+    except EOFError:
+        if interactive:
+            print(file=sys.stderr)
+        return "\n".join(lines) if lines else None
 
 
 def _edit_lines() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 from vllmlite.errors import ParameterError, VllmliteError
+from vllmlite.server.parsers.parts import Content, Part, Reasoning
 
 try:
     import httpx
@@ -44,37 +45,49 @@ class Server:
         try:
             answer = self._client.get("/v1/models")
             if answer.status_code != 200:
-                raise VllmliteError(f"{self._url}: {_message(answer)}")
+                raise VllmliteError(f"{self._url}: {refusal(answer)}")
             return str(answer.json()["data"][0]["id"])
         except (httpx.HTTPError, OSError) as error:
             raise VllmliteError(f"{self._url}: {error}") from None
         except (ValueError, LookupError, TypeError):
             raise VllmliteError(f"{self._url}: names no model: give --model") from None
 
-    def answer(self, messages: list[dict[str, str]]) -> Generator[str, None, None]:
-        """Pieces of the answer as they come. What the server refuses is a ParameterError."""
+    def answer(self, messages: list[dict[str, str]]) -> Generator[Part, None, None]:
+        """Parts of the answer as they come. What the server refuses is a ParameterError."""
         body = {"model": self._model, "messages": messages, "stream": True, **self._options}
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
                 if answer.status_code != 200:
                     answer.read()
-                    raise ParameterError("url", self._url, _message(answer))
-                for line in answer.iter_lines():
-                    if line.startswith("data: {"):
-                        yield from self._texts(json.loads(line.removeprefix("data: ")))
+                    raise ParameterError("url", self._url, refusal(answer))
+                for line in _lines(answer.iter_bytes()):
+                    if line.startswith(b"data:") and line[5:].lstrip().startswith(b"{"):
+                        yield from self._parts(json.loads(line[5:]))
         except (httpx.HTTPError, OSError, ValueError, LookupError, TypeError) as error:
             if isinstance(error, ParameterError):
                 raise
             raise ParameterError("url", self._url, f"{type(error).__name__}: {error}") from None
 
-    def _texts(self, chunk: dict[str, Any]) -> Generator[str, None, None]:
+    def _parts(self, chunk: dict[str, Any]) -> Generator[Part, None, None]:
         if "error" in chunk:
             raise ParameterError("url", self._url, str(chunk["error"].get("message")))
         for choice in chunk["choices"]:
-            yield choice["delta"].get("content") or ""
+            delta = choice["delta"]
+            if thought := delta.get("reasoning_content") or delta.get("reasoning"):
+                yield Reasoning(thought)
+            if text := delta.get("content"):
+                yield Content(text)
 
 
-def _message(answer: httpx.Response) -> str:
+def _lines(pieces: Iterable[bytes]) -> Generator[bytes, None, None]:
+    """Lines of server-sent events. httpx's own also end at U+2028 and such, which may stand in a JSON string."""
+    rest = b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
+
+
+def refusal(answer: httpx.Response) -> str:
     """What an answer that is an error says."""
     try:
         text = answer.json()["error"]["message"]

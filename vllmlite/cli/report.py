@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from vllmlite.outputs import RequestMetrics, RequestOutput
 
 
+BAR = 30
+"""Characters of a whole bar of progress."""
+
+
 class Run:
     """Counts the requests that finished from now on; times are those of the requests' own metrics."""
 
@@ -78,22 +82,23 @@ class Run:
 
 
 class Progress:
-    """A line on standard error that counts up, where that is a terminal and the output goes elsewhere."""
+    """A bar on standard error, where that is a terminal."""
 
-    def __init__(self, total: int) -> None:
-        """Nothing of ``total`` is done."""
+    def __init__(self, total: int, beside_output: bool = True) -> None:
+        """Nothing of ``total`` is done. ``beside_output``: not where output comes meanwhile on the same terminal."""
         self._total = total
         self._done = 0
-        self._shown = total > 1 and sys.stderr.isatty() and not sys.stdout.isatty()
+        self._shown = total > 1 and sys.stderr.isatty() and not (beside_output and sys.stdout.isatty())
         self.advance(0)
 
     def advance(self, count: int = 1) -> None:
         """``count`` more are done."""
         self._done += count
         if self._shown:
+            bar = "#" * (BAR * self._done // self._total)
             end = "\n" if self._done == self._total else ""
             print(
-                f"\rvllmlite: {self._done} of {self._total} prompts done",
+                f"\rvllmlite: [{bar:<{BAR}}] {self._done} of {self._total} prompts done",
                 end=end,
                 file=sys.stderr,
                 flush=True,
@@ -120,16 +125,17 @@ def table(statistics: dict[str, Any]) -> str:
     return "\n".join(f"{name:<13} {value}" for name, value in rows.items())
 
 
-def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Mean, and the median, 90th and 99th percentile by nearest rank; empty of nothing."""
+def quantiles(values: Sequence[float], percentiles: Sequence[float] = (50, 90, 99)) -> dict[str, float]:
+    """Mean, and percentiles by nearest rank; empty of nothing."""
     if not values:
         return {}
     ordered = sorted(values)
 
-    def at(q: float) -> float:
-        return round(ordered[math.ceil(q * len(ordered)) - 1], 6)
+    def at(percentile: float) -> float:
+        return round(ordered[max(math.ceil(percentile / 100 * len(ordered)) - 1, 0)], 6)
 
-    return {"mean": round(sum(ordered) / len(ordered), 6), "p50": at(0.5), "p90": at(0.9), "p99": at(0.99)}
+    mean = round(sum(ordered) / len(ordered), 6)
+    return {"mean": mean, **{f"p{percentile:g}": at(percentile) for percentile in percentiles}}
 
 
 def milliseconds(seconds: dict[str, float]) -> str:

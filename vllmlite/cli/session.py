@@ -15,7 +15,7 @@ from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Generator
+    from collections.abc import Collection, Generator, Sequence
 
     from vllmlite.cli.parser import OptionParser
     from vllmlite.llm_engine import LLMEngine, Prompt
@@ -31,9 +31,9 @@ class Session:
     load_seconds: float
 
 
-def add_session_arguments(parser: argparse.ArgumentParser) -> None:
-    """The engine's flags, and ``--verbose``."""
-    add_engine_arguments(parser)
+def add_session_arguments(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
+    """The engine's flags but those in ``leave_out``, and ``--verbose``."""
+    add_engine_arguments(parser, leave_out)
     parser.add_argument("-v", "--verbose", action="store_true", help="say what happens on standard error")
 
 
@@ -77,7 +77,9 @@ def start(config: EngineConfig, verbose: bool) -> Session:
     return session
 
 
-def chat_prompt(engine: LLMEngine, messages: list[dict[str, str]], chat_template: str | None) -> Prompt:
+def chat_prompt(
+    engine: LLMEngine, messages: list[dict[str, str]], chat_template: str | None
+) -> dict[str, Any]:
     """``messages`` through the chat template, as a prompt whose special tokens are already in it."""
     tokenizer = engine.get_tokenizer()
     text = tokenizer.apply_chat_template(messages, chat_template=chat_template)
@@ -96,14 +98,20 @@ def read_chat_template(path: str | None, parser: OptionParser) -> str | None:
 
 
 def stream(
-    engine: LLMEngine, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
+    engine: LLMEngine,
+    request_id: str,
+    prompt: Prompt,
+    params: SamplingParams,
+    priority: int = 0,
+    interrupted: Sequence[object] = (),
 ) -> Generator[RequestOutput, None, None]:
-    """Outputs of one request as they come, each with what is new; closing the generator drops the request."""
+    """Outputs of one request as they come, each with what is new. Closing the generator drops the request; so does,
+    before the next step, anything in ``interrupted``."""
     delta = params.clone(output_kind=RequestOutputKind.DELTA)
     engine.add_request(request_id, prompt, delta, priority=priority)
     finished = False
     try:
-        while not finished and engine.has_unfinished_requests():
+        while not finished and not interrupted and engine.has_unfinished_requests():
             for output in engine.step():
                 finished = output.finished
                 yield output

@@ -1,0 +1,106 @@
+"""A server for tests of its clients, which answers as the test says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from vllmlite.server.page import page_route
+
+
+class FakeServer:
+    """The chat page, and chat completions made of :attr:`pieces`, a piece a token; None waits for :meth:`go_on`."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str | None] = []
+        self.reasoning: str | None = None
+        self.last_wait = 0.0
+        """Seconds between the last piece and the end."""
+        self.refusal: Response | None = None
+        self.key: str | None = None
+        self.bodies: list[dict[str, Any]] = []
+        self.left = threading.Event()
+        """The client went before the answer's end."""
+        self._go_on = threading.Semaphore(0)
+        self._broken = False
+        models = Route("/v1/models", self._models)
+        chat = Route("/v1/chat/completions", self._chat, methods=["POST"])
+        app = Starlette(routes=[page_route(), models, chat])
+        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]})
+        self._thread.start()
+
+    def answers(self, *pieces: str | None) -> None:
+        """What the next answers are made of."""
+        self.pieces = [*pieces]
+        self.left.clear()
+        self._broken = False
+
+    def go_on(self) -> None:
+        """Send what comes after the next None."""
+        self._go_on.release()
+
+    def break_off(self) -> None:
+        """Break the connection at the next None, as a server that ends does."""
+        self._broken = True
+        self.go_on()
+
+    def close(self) -> None:
+        self._go_on.release(100)
+        self._server.should_exit = True
+        self._thread.join()
+        self._listener.close()
+
+    def _refused(self, request: Request) -> Response | None:
+        if self.key is not None and request.headers.get("authorization") != f"Bearer {self.key}":
+            return JSONResponse({"error": {"message": "this server needs an API key"}}, 401)
+        return None
+
+    async def _models(self, request: Request) -> Response:
+        return self._refused(request) or JSONResponse({"data": [{"id": "fake"}]})
+
+    async def _chat(self, request: Request) -> Response:
+        refused = self._refused(request)
+        if refused is not None:
+            return refused
+        self.bodies.append(await request.json())
+        return self.refusal or StreamingResponse(self._stream(request), media_type="text/event-stream")
+
+    async def _stream(self, request: Request) -> AsyncGenerator[bytes, None]:
+        done = False
+        try:
+            for count, piece in enumerate(self.pieces):
+                while piece is None and not self._go_on.acquire(blocking=False):
+                    await asyncio.sleep(0.005)
+                if piece is None and self._broken:
+                    raise ConnectionAbortedError
+                yield self._event(piece or "", count + 1, thought=None if count else self.reasoning)
+                await asyncio.sleep(0.002)
+            await asyncio.sleep(self.last_wait)
+            yield self._event("", len(self.pieces), "stop") + b"data: [DONE]\n\n"
+            done = True
+        finally:
+            if not done:
+                self.left.set()
+
+    @staticmethod
+    def _event(text: str, count: int, finish: str | None = None, thought: str | None = None) -> bytes:
+        choice = {
+            "index": 0,
+            "delta": {"content": text, "reasoning_content": thought},
+            "finish_reason": finish,
+        }
+        chunk = {"choices": [choice], "usage": {"completion_tokens": count}}
+        return f"data: {json.dumps(chunk)}\n\n".encode()

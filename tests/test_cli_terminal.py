@@ -1,0 +1,157 @@
+"""``vllmlite chat`` as it is at a terminal: editing, Ctrl-C, Ctrl-D, and what a server may do meanwhile."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("uvicorn")
+pytest.importorskip("httpx")
+
+from fake_server import FakeServer
+from served import ROOT
+
+SECONDS = 30
+"""How long anything may take before the test fails."""
+CTRL_C, CTRL_D = b"\x03", b"\x04"
+
+
+class Terminal:
+    """``vllmlite chat`` on a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        """Start it, and wait for its prompt."""
+        command = [sys.executable, "-m", "vllmlite", "chat", *arguments]
+        self._process, self._terminal = pty.fork()
+        if self._process == 0:
+            os.execve(
+                sys.executable,
+                command,
+                {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "NO_COLOR": "1"},
+            )
+        self.seen = b""
+        self._at = 0
+        self.expect("> ")
+
+    def expect(self, text: str) -> str:
+        """Wait until it shows ``text``; what it showed before."""
+        deadline = time.monotonic() + SECONDS
+        while (at := self.seen.find(text.encode(), self._at)) < 0:
+            if time.monotonic() > deadline or not self._read(0.2):
+                raise AssertionError(f"no {text!r} in {self.seen[self._at :]!r}")
+        before, self._at = self.seen[self._at : at], at + len(text.encode())
+        return before.decode()
+
+    def send(self, keys: str | bytes) -> None:
+        """Type."""
+        os.write(self._terminal, keys.encode() if isinstance(keys, str) else keys)
+
+    def end(self) -> int:
+        """Type Ctrl-D; the exit status."""
+        self.send(CTRL_D)
+        while self._read(SECONDS):
+            pass
+        os.close(self._terminal)
+        return os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+
+    def _read(self, seconds: float) -> bool:
+        """Take in what it shows within a time; False at its end."""
+        if not select.select([self._terminal], [], [], seconds)[0]:
+            return seconds < SECONDS
+        try:
+            piece = os.read(self._terminal, 1 << 16)
+        except OSError:  # what Linux says when nobody holds the other end
+            return False
+        self.seen += piece
+        return bool(piece)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    server = FakeServer()
+    yield server
+    server.close()
+
+
+def turns(fake: FakeServer) -> list[str]:
+    """What the last request said, turn by turn."""
+    return [message["content"] for message in fake.bodies[-1]["messages"]]
+
+
+def test_interrupt_stops_the_answer_of_a_server(fake: FakeServer) -> None:
+    terminal = Terminal("--url", fake.url)
+    fake.answers(None)
+    terminal.send("first\n")
+    while not fake.bodies:
+        time.sleep(0.01)
+    terminal.send(CTRL_C)  # before any token
+    terminal.expect("> ")
+    assert fake.left.wait(SECONDS)
+    fake.answers("half\u2028", "é", None)
+    terminal.send("second\n")
+    terminal.expect("é")
+    terminal.send(CTRL_C)
+    terminal.expect("> ")
+    assert fake.left.wait(SECONDS)
+    fake.answers("whole")
+    terminal.send("third\n")
+    terminal.expect("whole")
+    terminal.expect("> ")
+    assert turns(fake) == ["second", "half\u2028é", "third"]
+    terminal.send(CTRL_C)
+    terminal.expect("leaves.")
+    assert terminal.end() == 0
+
+
+def test_turns_of_several_lines(fake: FakeServer) -> None:
+    terminal = Terminal("--url", fake.url)
+    fake.answers("yes")
+    terminal.send("a\\\n")
+    terminal.expect("... ")
+    terminal.send("b\n")
+    terminal.expect("yes")
+    terminal.expect("> ")
+    assert turns(fake) == ["a\nb"]
+    terminal.send("/retry\n")
+    terminal.expect("yes")
+    terminal.expect("> ")
+    assert turns(fake) == ["a\nb"] and len(fake.bodies) == 2
+    assert terminal.end() == 0
+
+
+def test_thoughts_of_a_server_are_shown_and_not_sent(fake: FakeServer) -> None:
+    terminal = Terminal("--url", fake.url)
+    fake.reasoning = "hm"
+    fake.answers("\n\nyes")
+    for text in ("a", "b"):
+        terminal.send(f"{text}\n")
+        assert terminal.expect("> ").endswith("hm\r\n\r\nyes\r\n")
+    assert turns(fake) == ["a", "\n\nyes", "b"]
+    assert terminal.end() == 0
+
+
+def test_a_server_that_goes_away_is_an_error_and_not_the_end(fake: FakeServer) -> None:
+    terminal = Terminal("--url", fake.url)
+    fake.close()
+    terminal.send("anyone?\n")
+    assert "error: url=" in terminal.expect("> ")
+    assert terminal.end() == 0
+
+
+def test_interrupt_stops_the_answer_of_an_engine() -> None:
+    terminal = Terminal("--max-tokens", "400", "--ignore-eos", "--dtype", "float32", "--device", "cpu")
+    terminal.send("What is dpkg?\n")
+    terminal.expect("dpkg?\r\n")
+    terminal.expect(" ")
+    terminal.send(CTRL_C)
+    terminal.expect("> ")
+    terminal.send("/help\n")
+    terminal.expect("Ctrl-C stops an answer.")
+    terminal.expect("> ")
+    assert terminal.end() == 0

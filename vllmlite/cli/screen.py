@@ -1,0 +1,53 @@
+"""What a model writes, as a terminal may see it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from vllmlite.server.parsers.parts import Part, Reasoning
+
+CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
+CONTROLS |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\N{REPLACEMENT CHARACTER}")
+"""Pictures of the characters with which text could move the cursor, or set the window's title or the clipboard."""
+
+
+class Screen:
+    """An answer on standard output. On a terminal what the model thinks is dim, and control characters are pictures;
+    elsewhere the answer stands alone, as it was written."""
+
+    def __init__(self) -> None:
+        """Nothing is written."""
+        self._is_terminal = sys.stdout.isatty()
+        self._colours = "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        self._thinks = False
+        self._text = ""
+
+    def write(self, part: Part) -> None:
+        """The next part of the answer; tool calls are none."""
+        text = getattr(part, "text", "")
+        thinks = isinstance(part, Reasoning)
+        if thinks and not self._is_terminal:
+            return
+        if self._thinks and not thinks:
+            text = text.lstrip("\n")
+            if not text:
+                return
+            self._put("\n" * (2 - self._text.endswith("\n")))
+        self._thinks = thinks
+        shown = text.translate(CONTROLS) if self._is_terminal else text
+        self._put(f"\x1b[2m{shown}\x1b[22m" if thinks and self._colours else shown)
+        self._text = text
+
+    @property
+    def has_text(self) -> bool:
+        """Whether anything is written."""
+        return bool(self._text)
+
+    def end(self) -> None:
+        """The answer has ended."""
+        self._put("\n")
+
+    @staticmethod
+    def _put(text: str) -> None:
+        print(text, end="", flush=True)
