@@ -206,7 +206,7 @@ struct AttentionTile {
   const std::int32_t* table;  // blocks of the sequence
   const std::byte* keys;      // the key/value head's in block 0
   const std::byte* values;
-  std::ptrdiff_t block_bytes;
+  std::ptrdiff_t block_stride;  // bytes from block to block
   int block_size;
   int head_dim;
   float scale;
