@@ -8,6 +8,7 @@ from pathlib import Path
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models.families import FAMILIES, architecture, read_spec
 from vllmlite.models.hf_config import HfConfig, checkpoint_dtype
+from vllmlite.models.spec import DecoderSpec
 
 IMPLEMENTATIONS = ("auto", "native", "transformers")
 _LENGTHS = ("max_position_embeddings", "n_positions", "seq_length", "n_ctx", "max_sequence_length")
@@ -26,6 +27,8 @@ class Plan:
     quantization: str | None = None
     able: tuple[str, ...] = ()
     """Names of the backends that have what its kind lacks elsewhere; empty: all have."""
+    spec: DecoderSpec | None = None
+    """What the native decoder makes of it."""
 
     def __str__(self) -> str:
         """For the line that is printed at start."""
@@ -66,6 +69,7 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
             spec.output_size,
             spec.quantization,
             ("cpu", "torch") if spec.qk_norm == "layer" else (),
+            spec,
         )
     if path.is_file():
         raise ModelError(
