@@ -243,11 +243,6 @@ class Rope:
     interleaved: bool = False
 
 
-def rope_arguments(rope: Rope | None) -> tuple[Tensor | None, int, bool]:
-    """How the native extensions are told of a rotation, or of none: table, elements, interleaved."""
-    return (None, 0, False) if rope is None else (rope.cos_sin, rope.rotary_dim, rope.interleaved)
-
-
 @dataclass(frozen=True, slots=True)
 class Expert:
     """An MLP of :meth:`Backend.moe`: weights ``[2 * I, hidden]``, gate first, and ``[hidden, I]``, without biases."""
@@ -286,8 +281,8 @@ class Backend(ABC):
     """The kind, one of :data:`QUANTIZATIONS`, in which products keep float weights; None: as floats."""
     keeps_blocks: bool = False
     """Whether products keep weights that are quantised already in their kinds; then ``quantization`` is None."""
-    lent_ops: tuple[str, ...] = ()
-    """Names of the ops that this backend borrows from the reference."""
+    lent_ops: ClassVar[tuple[str, ...]] = ()
+    """Names of the ops below that this backend borrows from the reference, for statistics and ``env`` to show."""
     details: str = ""
     """What else tells this backend from others of its kind: instruction set, threads."""
     asynchronous: bool = False
@@ -408,8 +403,7 @@ class Backend(ABC):
         """Root-mean-square norm (Zhang & Sennrich 2019) of ``s = x + residual`` (``s = x`` without one).
 
         ``x``, ``residual`` ``[T, hidden]``; the mean is taken in float32. Returns ``(norm(s) * weight, s)``; where
-        there is a residual, both inputs may be overwritten. ``weight`` is of the backend's dtype or
-        float32."""
+        there is a residual, both inputs may be overwritten. ``weight`` is of the backend's dtype or float32."""
 
     @abstractmethod
     def layer_norm(
