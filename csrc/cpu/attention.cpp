@@ -16,8 +16,7 @@ void check_batch(const KVCache& kv, int layer, const Batch& batch, const Tensor&
   if (batch.slots->num_blocks > kv.num_blocks)
     throw std::invalid_argument("the slots are those of a pool of " + std::to_string(batch.slots->num_blocks) +
                                 " blocks, and this one has " + std::to_string(kv.num_blocks));
-  if (batch.max_context > static_cast<std::int64_t>(batch.slots->max_blocks) * kv.block_size)
-    throw std::out_of_range("a context of " + std::to_string(batch.max_context) + " is more than a block table holds");
+  batch.slots->check_context(batch.max_context, kv.block_size);
   if (tensor.shape.empty() || tensor.shape[0] != batch.num_tokens)
     throw std::invalid_argument(std::string(what) + " must have a row for each of " + std::to_string(batch.num_tokens) +
                                 " tokens, not shape " + describe(tensor.shape));

@@ -137,17 +137,6 @@ struct KVCache {
 
 void copy_blocks(KVCache& source, KVCache& target, std::span<const std::int64_t> pairs);
 
-struct AttentionNorms {
-  std::optional<Tensor> q, k;
-  float eps = 0;
-};
-
-struct Rotation {
-  Tensor cos_sin;  // float32 [positions, rotary_dim]
-  int rotary_dim;
-  bool interleaved;
-};
-
 Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::optional<Rotation>& rope,
                  const std::shared_ptr<KVCache>& kv, int layer, const std::shared_ptr<Batch>& batch,
                  const AttentionNorms& norms);
@@ -162,15 +151,6 @@ struct Scores {
 
 Tensor paged_attention(Runtime& runtime, const Tensor& q, const std::shared_ptr<KVCache>& kv, int layer,
                        const std::shared_ptr<Batch>& batch, const Scores& scores);
-
-struct Logprobs {
-  Tensor chosen, rank, top_ids, top;
-};
-
-struct Sampled {
-  Tensor ids;
-  std::optional<Logprobs> logprobs;
-};
 
 Sampled sample(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Batch>& batch);
 Logprobs logprobs(Runtime& runtime, const Tensor& logits, const Tensor& ids, int k);
