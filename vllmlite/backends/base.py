@@ -317,10 +317,11 @@ class Backend(ABC):
         """Pack ``parts`` (each ``[out_i, in]``) into one weight ``[sum of out_i, in]`` of the backend's dtype or of
         its ``quantization``, in which alone parts may be quantised already (with ``keeps_blocks``, in any kind); and
         ``biases`` (none, or one ``[out_i]`` a part) beside it. May alias parts. ModelError for values that cannot be
-        quantised."""
+        quantised, and for scales of blocks that are not finite."""
 
     def decode_blocks(self, part: BlockTensor, dtype: str) -> HostTensor:
-        """The values of ``part`` as ``dtype``, one of :data:`FLOAT_DTYPES`; those that are floats stay as they are."""
+        """The values of ``part`` as ``dtype``, one of :data:`FLOAT_DTYPES`; those that are floats stay as they are.
+        ModelError for scales that are not finite."""
         from vllmlite.weights.gguf_blocks import to_floats
 
         return to_floats(part, dtype)
