@@ -312,6 +312,7 @@ bool takes_tensor_cores(const Runtime& runtime, const Attention& attention) {
 template <typename T, int kSize, int kWarps>
 static void run(Runtime& runtime, const Attention& attention) {
   using Shared = DecodingRoom<T, kSize, kWarps>;
+  static_assert(kSize <= 128 || sizeof(Shared) <= kWideRoom);
   const int sharing = attention.heads / attention.kv_heads;
   const dim3 grid(static_cast<unsigned>(attention.kv_heads * ((sharing + kHeads - 1) / kHeads)),
                   static_cast<unsigned>(attention.num_shares));
