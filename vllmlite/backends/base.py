@@ -497,7 +497,7 @@ class Backend(ABC):
 
         The experts of the largest of ``router_logits [T, E]`` are taken, the first among equals. A weight is the
         softmax over all logits, in float32; ``renormalise`` divides them by their sum. ``activation`` as in
-        :meth:`gated_activation`."""
+        :meth:`gated_activation`. The cuda backend takes up to 4096 experts."""
 
     @abstractmethod
     def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor:

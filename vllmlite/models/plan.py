@@ -14,6 +14,10 @@ IMPLEMENTATIONS = ("auto", "native", "transformers")
 _LENGTHS = ("max_position_embeddings", "n_positions", "seq_length", "n_ctx", "max_sequence_length")
 
 
+CUDA_EXPERTS = 4096
+"""Most experts of a layer that the cuda backend has room to count (``kMostExperts`` in ``csrc/cuda/moe.cu``)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is known of a model before a backend is chosen."""
@@ -52,6 +56,12 @@ def declining(plan: Plan) -> dict[str, str]:
     return reasons
 
 
+def _on_cuda(spec: DecoderSpec) -> bool:
+    """Whether the cuda backend has all that it takes."""
+    experts = max(0 if layer.moe is None else layer.moe.num_experts for layer in spec.layers)
+    return spec.qk_norm != "layer" and experts <= CUDA_EXPERTS
+
+
 def plan_model(path: Path, model_impl: str = "auto") -> Plan:
     """The plan for the checkpoint in directory ``path``; ``auto`` takes transformers' code where there is no family
     for it. ModelError or ParameterError say why there is none; torch is not imported."""
@@ -68,7 +78,7 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
             spec.max_position_embeddings,
             spec.output_size,
             spec.quantization,
-            ("cpu", "torch") if spec.qk_norm == "layer" else (),
+            () if _on_cuda(spec) else ("cpu", "torch"),
             spec,
         )
     if path.is_file():
