@@ -321,8 +321,6 @@ static void run(Runtime& runtime, const Attention& attention) {
   const Tensor states = runtime.make({items * attention.heads, 2}, DType::float32);
   const auto kernel =
       edits_scores(attention) ? decoding_kernel<T, kSize, kWarps, true> : decoding_kernel<T, kSize, kWarps, false>;
-  VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                      static_cast<int>(sizeof(Shared)));
   launch(runtime, kernel, grid, kWarps * 32, sizeof(Shared), attention, static_cast<float*>(partial.data),
          static_cast<float2*>(states.data), runtime.counters(static_cast<std::size_t>(attention.num_rows) * grid.x));
 }

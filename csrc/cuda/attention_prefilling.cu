@@ -237,8 +237,6 @@ static void run(const Runtime& runtime, const Attention& attention) {
   using Shared = PrefillingRoom<T, kSize, kRowTiles>;
   constexpr int kList = kRowTiles == 2 ? 0 : 1;
   static_assert(Shared::kQueries == kTileQueries[kList] && (kSize <= 128 || sizeof(Shared) <= kWideRoom));
-  VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, prefilling_kernel<T, kSize, kRowTiles>,
-                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sizeof(Shared)));
   const dim3 grid(static_cast<unsigned>(attention.heads), static_cast<unsigned>(attention.num_tiles[kList]));
   launch(runtime, prefilling_kernel<T, kSize, kRowTiles>, grid, kWarps * 32, sizeof(Shared), attention);
 }
