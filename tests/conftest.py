@@ -1,7 +1,16 @@
-"""Settings that must stand before any test module is imported."""
+"""Settings that must stand before any test module is imported, and what test modules share."""
+
+from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from vllmlite.server.service import Service
 
 # Tiny models on a busy machine: OpenMP threads that wait by spinning take minutes of it. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -11,3 +20,15 @@ os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 
 # A shell that starts the tests in the background has them ignore what the tests of Ctrl-C send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    """A service that takes reasoning and tool calls apart; modules that need another define their own."""
+    from served import serving
+
+    with serving(
+        enable_auto_tool_choice=True, tool_call_parser="hermes", reasoning_parser="qwen3",
+        trust_request_chat_template=True,
+    ) as service:  # fmt: skip
+        yield service

@@ -13,6 +13,9 @@ from checkpoints import write_checkpoint
 
 from vllmlite.backends import memory, select
 from vllmlite.backends.base import API, Backend, Memory
+from vllmlite.backends.cpu import CpuBackend
+from vllmlite.backends.cuda import CudaBackend
+from vllmlite.backends.native import NativeBackend
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.models import load_model
@@ -108,6 +111,13 @@ def fake_native(monkeypatch: pytest.MonkeyPatch, **members: Any) -> None:
 
 def gpu(name: str, capability: tuple[int, int]) -> dict[str, Any]:
     return {"name": name, "compute_capability": capability}
+
+
+@pytest.mark.parametrize("native", [CpuBackend, CudaBackend])
+def test_native_backends_name_the_ops_that_are_not_their_own(native: type[NativeBackend]) -> None:
+    own = (native.__module__, NativeBackend.__module__)
+    lent = {op for op in Backend.__abstractmethods__ if getattr(native, op).__module__ not in own}
+    assert lent == set(native.lent_ops)
 
 
 @pytest.mark.parametrize(

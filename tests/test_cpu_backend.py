@@ -30,6 +30,7 @@ _cpu: Any = pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not bu
 
 Array = NDArray[Any]
 ISAS: list[str] = _cpu.instruction_sets()
+STATUS = Path("/proc/self/status")
 each_isa = pytest.mark.parametrize("isa", ISAS)
 each_dtype = pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 
@@ -276,6 +277,28 @@ def test_weights_are_used_where_they_lie(checkpoint: Path) -> None:
     tensor = backend.tensor(host)
     host.data[:2] = 0
     assert backend.to_host(tensor)[0, 0] == 0
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="the system does not say what memory is touched")
+def test_a_blocks_layers_lie_together() -> None:
+    """The first token of a block touches its own memory, not a huge page in every layer."""
+
+    def resident() -> int:
+        (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmRSS:"))
+        return int(line.split()[1]) << 10
+
+    backend = CpuBackend(threads=1)
+    kv, slots = (
+        backend.alloc_kv(KVSpec(32, 2, 64, 16, "float32"), 512),
+        backend.alloc_slots(SlotSpec(1, 1, 8, 512)),
+    )
+    backend.append_blocks(slots, *np.array([[0], [0], [100]], np.int32))
+    batch = backend.upload(host_batch([0], [0], [1]), slots)
+    qkv = backend.tensor(random(1, 6 * 64))
+    before = resident()
+    for layer in range(32):
+        backend.to_host(backend.attn_prep(qkv, 2, None, kv, layer, batch))
+    assert resident() - before < 8 << 20
 
 
 def test_wrong_shapes_are_named() -> None:

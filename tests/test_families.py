@@ -308,6 +308,12 @@ def test_backends_say_what_they_lack(tmp_path: Path) -> None:
     assert lacks in env.as_text(report)
     write_checkpoint(tmp_path / "12b", "StableLm", qk_layernorm=True)
     assert declining(plan_model(tmp_path / "12b")) == {"cuda": "StableLmForCausalLM runs on cpu, torch alone"}
+    edit_config(tmp_path / "floats", num_local_experts=4096, num_hidden_layers=1)
+    assert declining(plan_model(tmp_path / "floats")) == {}
+    edit_config(tmp_path / "floats", num_local_experts=4097)
+    assert declining(plan_model(tmp_path / "floats")) == {
+        "cuda": "MixtralForCausalLM runs on cpu, torch alone"
+    }
     plan = plan_model(tmp_path / "floats", "transformers")
     alone = "MixtralForCausalLM runs on torch alone"
     assert declining(plan) == {"cpu": alone, "cuda": alone}

@@ -154,15 +154,34 @@ def test_parts_of_several_kinds_are_one_weight() -> None:
     np.testing.assert_array_equal(together, np.concatenate(apart, axis=1) + np.arange(111, dtype=np.float32))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [0x7C00, 0xFC00, 0x7E01, 0x7FFF])
+def test_scales_must_be_finite(kind: str, bits: int) -> None:
+    part = random_weight(kind)
+    at = 208 if kind == "Q6_K" else 0 if kind in ("Q8_0", "Q4_0", "Q5_0") else 2
+    part.data.reshape(-1, BLOCKS[kind][1])[-1, at : at + 2] = np.array([bits], "<u2").view(np.uint8)
+    refused = pytest.raises(ModelError, match=r"a weight of shape \[37, \d+\]: a block's scale is not finite")
+    with refused:
+        to_strips(part)
+    with refused:
+        to_floats(part, "float32")
+    if HAS_NATIVE_CPU:
+        backend = CpuBackend(keeps_blocks=True)
+        with refused:
+            backend.linear_weight([part])
+        with refused:
+            backend.decode_blocks(part, "bfloat16")
+
+
 @needs_native_cpu
 def test_blocks_that_do_not_fit_are_refused() -> None:
     backend = CpuBackend(keeps_blocks=True)
     part = random_weight("Q4_K")
-    with pytest.raises(ValueError, match="there are no blocks of type Q3_K"):
+    with pytest.raises(ModelError, match="there are no blocks of type Q3_K"):
         backend.linear_weight([replace(part, type="Q3_K")])
-    with pytest.raises(ValueError, match="whole blocks of 256"):
+    with pytest.raises(ModelError, match="whole blocks of 256"):
         backend.linear_weight([replace(part, shape=(37 * 3, 255))])
-    with pytest.raises(ValueError, match="are not uint8"):
+    with pytest.raises(ModelError, match="are not uint8"):
         backend.decode_blocks(replace(part, shape=(38, 768)), "float32")
     kind, codes, scales, factors, rows = backend._strips(part)
     with pytest.raises(ValueError, match="factors must be given"):

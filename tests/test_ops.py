@@ -924,6 +924,30 @@ def test_blocks_outside_the_pool_are_refused(
 # Steps
 
 
+@pytest.mark.parametrize(
+    ("field", "values", "complaint"),
+    [
+        ("token_ids", [3, -2, 5], "token id -2 is not within -1 and 9"),
+        ("positions", [0, 1, 4], "position 4 is not within 0 and 3"),
+        ("positions", [-1, 1, 0], "position -1 is not within 0 and 1"),
+        ("context_lens", [2, 5], "context length 5 is not within 0 and 4"),
+        ("query_start_loc", [0, 4, 3], "query_start_loc 4 is not within 0 and 3"),
+        ("query_start_loc", [0, 2, 2], "query_start_loc does not run from 0 to num_tokens"),
+    ],
+)
+def test_batches_that_point_elsewhere_are_refused(
+    exact: Backend, field: str, values: list[int], complaint: str
+) -> None:
+    if exact.name == "torch":
+        pytest.skip("the reference trusts its caller")
+    slots = exact.alloc_slots(SlotSpec(2, 8, 10, 8))
+    batch = host_batch([0, 1], [0, 3], [2, 1])
+    exact.upload(batch, slots)
+    setattr(batch, field, np.array(values, np.int32))
+    with pytest.raises((IndexError, ValueError), match=complaint):
+        exact.upload(batch, slots)
+
+
 def test_upload_fills_in_last_ids(exact: Backend) -> None:
     slots = exact.alloc_slots(SlotSpec(4, 8, 10, 8))
     for slot in range(4):

@@ -7,7 +7,6 @@ import base64
 import json
 import re
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 
 import httpx
-from served import Script, ask, check, post, serving, stream
+from served import Script, ask, check, post, stream
 
 from vllmlite import LLM, PoolingParams, SamplingParams
 from vllmlite.server.protocol import embeddings, llamacpp, messages, responses
@@ -38,15 +37,6 @@ THINKING = [
     '"Oslo"}}',
     "</tool_call>",
 ]
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    with serving(
-        enable_auto_tool_choice=True, tool_call_parser="hermes", reasoning_parser="qwen3",
-        trust_request_chat_template=True,
-    ) as service:  # fmt: skip
-        yield service
 
 
 def chat_text(service: Service, **options: Any) -> str:

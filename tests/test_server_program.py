@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -109,6 +110,16 @@ def test_metrics_count_under_vllms_names(server: Program) -> None:
     assert after["vllm:num_requests_running"] == after["vllm:kv_cache_usage_perc"] == 0
 
 
+def serve(script: str) -> tuple[subprocess.Popen[str], IO[str]]:
+    """``script`` as a program that is told to serve, and what it writes to its log."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "serve", "--port", "0", "--no-engine-process"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8", cwd=ROOT,
+    )  # fmt: skip
+    assert process.stderr is not None
+    return process, process.stderr
+
+
 @needs_native_cpu
 def test_serving_imports_neither_torch_nor_transformers() -> None:
     script = (
@@ -117,13 +128,9 @@ def test_serving_imports_neither_torch_nor_transformers() -> None:
         "atexit.register(lambda: print('loaded', [name for name in heavy if name in sys.modules], file=sys.stderr))\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, "serve", "--port", "0", "--no-engine-process"],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8", cwd=ROOT,
-    )  # fmt: skip
-    assert process.stderr is not None
+    process, log = serve(script)
     lines = []
-    for line in process.stderr:
+    for line in log:
         lines.append(line)
         if " at http" in line:
             url = line.split(" at ")[1].split(",")[0]
@@ -132,7 +139,7 @@ def test_serving_imports_neither_torch_nor_transformers() -> None:
             assert httpx.get(f"{url}/metrics").status_code == 200
             process.terminate()
     assert process.wait(30) == 0, lines
-    process.stderr.close()
+    log.close()
     assert lines[-1] == "loaded []\n"
 
 
@@ -142,14 +149,10 @@ def test_an_engine_that_is_dead_ends_the_program() -> None:
         "def fail(self, schedule): raise RuntimeError('the device is on fire')\n"
         "ModelRunner.launch = fail; sys.exit(main(sys.argv[1:]))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, "serve", "--port", "0", "--no-engine-process"],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8", cwd=ROOT,
-    )  # fmt: skip
-    assert process.stderr is not None
-    line = next(line for line in process.stderr if " at http" in line)
+    process, log = serve(script)
+    line = next(line for line in log if " at http" in line)
     url = line.split(" at ")[1].split(",")[0]
-    reader = threading.Thread(target=process.stderr.read)
+    reader = threading.Thread(target=log.read)
     reader.start()
     try:
         for _ in range(3):
@@ -159,7 +162,7 @@ def test_an_engine_that_is_dead_ends_the_program() -> None:
     finally:
         process.kill()
         reader.join()
-        process.stderr.close()
+        log.close()
 
 
 def test_an_engine_process_that_is_killed_ends_the_program() -> None:

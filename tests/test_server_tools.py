@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -45,15 +44,6 @@ ADD = {"type": "function", "function": {"name": "add"}}
 PIECES = ["<think>", "Hm", ".</thi", "nk>Let me see.\n<tool", '_call>{"name": "wea', 'ther", "argu', 'ments": {"ci',
           'ty": "Oslo"}', "}</tool_call>\n<tool_call>", '{"name": "add", "arguments": {}}</tool_call>']  # fmt: skip
 EXPECTED = [("weather", {"city": "Oslo"}), ("add", {})]
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    with serving(
-        enable_auto_tool_choice=True, tool_call_parser="hermes", reasoning_parser="qwen3",
-        trust_request_chat_template=True,
-    ) as service:  # fmt: skip
-        yield service
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, service: Service, *pieces: str, **end: str) -> Script:

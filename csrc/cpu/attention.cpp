@@ -16,8 +16,7 @@ void check_batch(const KVCache& kv, int layer, const Batch& batch, const Tensor&
   if (batch.slots->num_blocks > kv.num_blocks)
     throw std::invalid_argument("the slots are those of a pool of " + std::to_string(batch.slots->num_blocks) +
                                 " blocks, and this one has " + std::to_string(kv.num_blocks));
-  if (batch.max_context > static_cast<std::int64_t>(batch.slots->max_blocks) * kv.block_size)
-    throw std::out_of_range("a context of " + std::to_string(batch.max_context) + " is more than a block table holds");
+  batch.slots->check_context(batch.max_context, kv.block_size);
   if (tensor.shape.empty() || tensor.shape[0] != batch.num_tokens)
     throw std::invalid_argument(std::string(what) + " must have a row for each of " + std::to_string(batch.num_tokens) +
                                 " tokens, not shape " + describe(tensor.shape));
@@ -60,7 +59,7 @@ struct Writer {
 KVCache::KVCache(int layer_count, int heads, int head_size, int tokens, DType type, std::int64_t blocks)
     : layers(layer_count), kv_heads(heads), head_dim(head_size), block_size(tokens), dtype(type), num_blocks(blocks) {
   if (!quantized()) float_of(dtype);
-  memory = allocate({layers, num_blocks, static_cast<std::int64_t>(block_bytes())}, DType::uint8);
+  memory = allocate({num_blocks, layers, static_cast<std::int64_t>(block_bytes())}, DType::uint8);
 }
 
 std::size_t KVCache::scales_at() const {
@@ -73,11 +72,6 @@ std::size_t KVCache::head_bytes() const {
 
 std::size_t KVCache::block_bytes() const { return 2 * static_cast<std::size_t>(kv_heads) * head_bytes(); }
 
-std::byte* KVCache::layer(int index) const {
-  return static_cast<std::byte*>(memory.data) +
-         static_cast<std::size_t>(index) * static_cast<std::size_t>(num_blocks) * block_bytes();
-}
-
 void copy_blocks(KVCache& source, KVCache& target, std::span<const std::int64_t> pairs) {
   if (source.layers != target.layers || source.kv_heads != target.kv_heads || source.head_dim != target.head_dim ||
       source.block_size != target.block_size || source.dtype != target.dtype)
@@ -85,11 +79,9 @@ void copy_blocks(KVCache& source, KVCache& target, std::span<const std::int64_t>
   for (std::size_t i = 0; i + 1 < pairs.size(); i += 2)
     if (pairs[i] < 0 || pairs[i] >= source.num_blocks || pairs[i + 1] < 0 || pairs[i + 1] >= target.num_blocks)
       throw std::out_of_range("copy_blocks: a block is outside its pool");
-  const std::size_t bytes = source.block_bytes();
-  for (int layer = 0; layer < source.layers; ++layer)
-    for (std::size_t i = 0; i + 1 < pairs.size(); i += 2)
-      std::memcpy(target.layer(layer) + static_cast<std::size_t>(pairs[i + 1]) * bytes,
-                  source.layer(layer) + static_cast<std::size_t>(pairs[i]) * bytes, bytes);
+  for (std::size_t i = 0; i + 1 < pairs.size(); i += 2)
+    std::memcpy(target.layer(0) + static_cast<std::size_t>(pairs[i + 1]) * target.stride(),
+                source.layer(0) + static_cast<std::size_t>(pairs[i]) * source.stride(), source.stride());
 }
 
 namespace {
@@ -199,7 +191,7 @@ Tensor attn_prep(Runtime& runtime, const Tensor& given, int num_heads, const std
       x += kv->kv_heads * size;
       const std::int32_t slot = batch->slot_ids[static_cast<std::size_t>(batch->token_rows[index])];
       const std::int32_t id = batch->slots->table(slot)[position / kv->block_size];
-      std::byte* block = pool + static_cast<std::size_t>(id) * kv->block_bytes();
+      std::byte* block = pool + static_cast<std::size_t>(id) * kv->stride();
       for (int h = 0; h < kv->kv_heads; ++h, block += kv->head_bytes())
         writer.keys(copy + h * size, block, position % kv->block_size, packed);
       for (int h = 0; h < kv->kv_heads; ++h, block += kv->head_bytes())
@@ -228,7 +220,7 @@ Tensor paged_attention(Runtime& runtime, const Tensor& given, const std::shared_
   tile.q_stride = tile.out_stride = heads * size;
   tile.group = group;
   tile.window = scores.window;
-  tile.block_bytes = static_cast<std::ptrdiff_t>(kv->block_bytes());
+  tile.block_stride = static_cast<std::ptrdiff_t>(kv->stride());
   tile.block_size = kv->block_size;
   tile.head_dim = size;
   tile.scale = scores.scale;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cstring>
 #include <stdexcept>
@@ -16,6 +17,7 @@ constexpr int kQuads = kGroup / 4;
 constexpr std::uint32_t kNibbles = 0x0f0f0f0f;
 // Elements that a thread decodes at a time.
 constexpr std::int64_t kDecoded = 1 << 14;
+constexpr const char* kNotFinite = "a block's scale is not finite";
 
 std::uint32_t word(const std::uint8_t* from) {
   std::uint32_t value;
@@ -168,18 +170,24 @@ std::uint16_t bf16_of_half(std::uint16_t half_bits) {
   return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+bool is_finite(const Scales& scales) {
+  return std::ranges::all_of(scales.floats, [](std::uint16_t bits) { return (bits & 0x7c00) != 0x7c00; });
+}
+
 template <typename Type>
-void put_strip(const std::uint8_t* blocks, std::int64_t stride, int rows, std::int64_t count,
+bool put_strip(const std::uint8_t* blocks, std::int64_t stride, int rows, std::int64_t count,
                const WritableStrips& strip) {
   constexpr Layout kLayout = layout_of(Type::kKind);
   constexpr int kGroups = Type::kElements / kGroup, kFloats = kLayout.unit_floats() / kStripRows;
   constexpr int kFactors = kLayout.group_factors() / kStripRows;
   WritableStrips to = strip;
+  bool finite = true;
   for (std::int64_t i = 0; i < count; ++i, blocks += Type::kBytes) {
     for (int row = 0; row < kStripRows; ++row) {
       const bool there = row < rows;
       const std::uint8_t* const block = there ? blocks + row * stride : nullptr;
       const Scales scales = there ? Type::scales(block) : Scales{};
+      finite &= is_finite(scales);
       for (int n = 0; n < kFloats; ++n)
         to.scales[n * kStripRows + row] = kLayout.bf16 ? bf16_of_half(scales.floats[n]) : scales.floats[n];
       for (int group = 0; group < kGroups; ++group) {
@@ -197,12 +205,13 @@ void put_strip(const std::uint8_t* blocks, std::int64_t stride, int rows, std::i
     to.scales += kLayout.unit_floats();
     if constexpr (kLayout.factors) to.factors += kGroups * kLayout.group_factors();
   }
+  return finite;
 }
 
 // ---- Floats
 
 template <typename Type>
-void decode(const std::uint8_t* block, float* to) {
+bool decode(const std::uint8_t* block, float* to) {
   constexpr Layout kLayout = layout_of(Type::kKind);
   const Scales scales = Type::scales(block);
   const float whole = float_of_half(scales.floats[0]), least = float_of_half(scales.floats[1]);
@@ -220,6 +229,7 @@ void decode(const std::uint8_t* block, float* to) {
         for (int i = 0; i < kLayout.sharing; ++i) to[i] += offset;
     }
   }
+  return is_finite(scales);
 }
 
 template <typename Type>
@@ -260,17 +270,20 @@ QuantizedPart strips_of_blocks(Runtime& runtime, const BlockType& type, const Te
   QuantizedPart part = allocate_strips(type.kind, rows, in);
   const std::int64_t strips = part.codes.shape[0], row_blocks = in / type.elements;
   const std::int64_t stride = row_blocks * type.bytes;
+  std::atomic<bool> finite = true;
   runtime.issue([&](Worker& worker) {
     for (std::int64_t strip; (strip = worker.take()) < strips;) {
       const QuantizedStrips to = part.from(strip);
       const std::int64_t first = strip * kStripRows;
-      type.put_strip(static_cast<const std::uint8_t*>(blocks.data) + first * stride, stride,
-                     static_cast<int>(std::min<std::int64_t>(kStripRows, rows - first)), row_blocks,
-                     {const_cast<std::uint8_t*>(to.codes), const_cast<std::uint16_t*>(to.scales),
-                      const_cast<std::int8_t*>(to.factors)});
+      if (!type.put_strip(static_cast<const std::uint8_t*>(blocks.data) + first * stride, stride,
+                          static_cast<int>(std::min<std::int64_t>(kStripRows, rows - first)), row_blocks,
+                          {const_cast<std::uint8_t*>(to.codes), const_cast<std::uint16_t*>(to.scales),
+                           const_cast<std::int8_t*>(to.factors)}))
+        finite = false;
     }
   });
   runtime.flush();
+  if (!finite) throw std::invalid_argument(kNotFinite);
   return part;
 }
 
@@ -280,16 +293,19 @@ void floats_of_blocks(Runtime& runtime, const BlockType& type, const Tensor& blo
   const std::int64_t count = to.size();
   const auto item = static_cast<std::int64_t>(item_size(to.dtype));
   const Float target = float_of(to.dtype);
+  std::atomic<bool> finite = true;
   runtime.issue([&](Worker& worker) {
     std::array<float, kDecoded> wide;
     for (std::int64_t first; (first = worker.take() * kDecoded) < count;) {
       const std::int64_t some = std::min(kDecoded, count - first);
       const auto* block = static_cast<const std::uint8_t*>(blocks.data) + first / type.elements * type.bytes;
-      for (std::int64_t i = 0; i < some; i += type.elements, block += type.bytes) type.decode(block, wide.data() + i);
+      for (std::int64_t i = 0; i < some; i += type.elements, block += type.bytes)
+        if (!type.decode(block, wide.data() + i)) finite = false;
       runtime.kernels().convert(wide.data(), Float::f32, static_cast<std::byte*>(to.data) + first * item, target, some);
     }
   });
   runtime.flush();
+  if (!finite) throw std::invalid_argument(kNotFinite);
 }
 
 }  // namespace vllmlite::cpu

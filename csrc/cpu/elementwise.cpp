@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/ops.hpp"
+#include "tensor/checks.hpp"
 
 namespace vllmlite::cpu {
 
@@ -13,25 +14,11 @@ namespace {
 
 constexpr std::int64_t kPiece = 2048;  // elements of a row that are one task where rows need not be whole
 
-void check_rank(const Tensor& tensor, std::size_t rank, const char* what) {
-  if (tensor.shape.size() != rank)
-    throw std::invalid_argument(std::string(what) + " must have " + std::to_string(rank) + " dimensions, not shape " +
-                                describe(tensor.shape));
-}
-
-void check_shape(const Tensor& tensor, const std::vector<std::int64_t>& shape, const char* what) {
-  if (tensor.shape != shape)
-    throw std::invalid_argument(std::string(what) + " must be " + describe(shape) + ", not " + describe(tensor.shape));
-}
-
 const std::int32_t* indices(const Tensor& tensor, std::int64_t limit, const char* what) {
   check_rank(tensor, 1, what);
-  if (tensor.dtype != DType::int32) throw TypeError(std::string(what) + " must be int32, not " + describe(tensor));
+  check_dtype(tensor, DType::int32, what);
   const auto* values = static_cast<const std::int32_t*>(tensor.data);
-  for (std::int64_t i = 0; i < tensor.shape[0]; ++i)
-    if (values[i] < 0 || values[i] >= limit)
-      throw std::out_of_range(std::string(what) + " " + std::to_string(values[i]) + " is not within 0 and " +
-                              std::to_string(limit - 1));
+  check_indices(what, {values, static_cast<std::size_t>(tensor.size())}, limit);
   return values;
 }
 

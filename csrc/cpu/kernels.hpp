@@ -5,12 +5,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "contract/activation.hpp"
+
 namespace vllmlite::cpu {
 
 enum class Float : std::uint8_t { f32, f16, bf16 };
 inline constexpr int kFloats = 3;
-
-enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu };
 
 // Elements of x and w that are summed before the sum is added to y: part of the definition of a product's bits.
 inline constexpr int kLinearChunk = 2048;
@@ -206,7 +206,7 @@ struct AttentionTile {
   const std::int32_t* table;  // blocks of the sequence
   const std::byte* keys;      // the key/value head's in block 0
   const std::byte* values;
-  std::ptrdiff_t block_bytes;
+  std::ptrdiff_t block_stride;  // bytes from block to block
   int block_size;
   int head_dim;
   float scale;

@@ -1,12 +1,9 @@
 // vllmlite._cpu: the CPU backend's extension module.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <cstring>
 #include <iterator>
 
+#include "contract/bind.hpp"
 #include "cpu/blocks.hpp"
 #include "cpu/dispatch.hpp"
 #include "cpu/ops.hpp"
@@ -19,34 +16,12 @@ using vllmlite::Tensor;
 
 namespace {
 
-// What the Python side and this module agree on; vllmlite/backends compares it. Debian's vllmlite-backend-api-N is it.
-constexpr int kInterfaceVersion = 2;
-
-template <typename T>
-using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
-
-template <typename T>
-std::span<const T> view(const Array<T>& array) {
-  return {array.data(), static_cast<std::size_t>(array.size())};
-}
-
-template <typename T>
-std::vector<T> values(const py::handle& source, const char* name) {
-  const auto array = Array<T>::ensure(source.attr(name));
-  if (!array) throw py::error_already_set();
-  return {array.data(), array.data() + array.size()};
-}
-
 // A tensor over the bytes of a numpy array, which it keeps alive.
 Tensor over(const py::array& bytes, const std::string& dtype, const std::vector<std::int64_t>& shape) {
   Tensor tensor;
   tensor.dtype = vllmlite::dtype_from_name(dtype);
   tensor.shape = shape;
-  if (vllmlite::checked_bytes(shape, tensor.dtype) != static_cast<std::size_t>(bytes.nbytes()) ||
-      (bytes.flags() & py::array::c_style) == 0)
-    throw std::invalid_argument("expected " + describe(tensor) + " in contiguous memory, not " +
-                                std::to_string(bytes.nbytes()) + " bytes");
-  tensor.data = const_cast<void*>(bytes.data());
+  tensor.data = const_cast<void*>(vllmlite::bytes_for(tensor, bytes));
   tensor.readonly = !bytes.writeable();
   tensor.owner = std::shared_ptr<void>(new py::array(bytes), [](void* held) {
     const py::gil_scoped_acquire gil;
@@ -71,27 +46,7 @@ std::shared_ptr<cpu::Batch> upload(cpu::Runtime& runtime, const py::object& host
     const py::gil_scoped_release released;
     runtime.flush();  // it may hold the step that samples what this one begins with
   }
-  auto batch = std::make_shared<cpu::Batch>();
-  batch->slots = slots;
-  batch->num_tokens = host.attr("num_tokens").cast<int>();
-  batch->num_rows = host.attr("num_rows").cast<int>();
-  batch->max_context = host.attr("max_context").cast<int>();
-  batch->features = host.attr("features").cast<unsigned>();
-  batch->num_logprobs = host.attr("num_logprobs").cast<int>();
-  batch->token_ids = values<std::int32_t>(host, "token_ids");
-  batch->positions = values<std::int32_t>(host, "positions");
-  batch->query_start_loc = values<std::int32_t>(host, "query_start_loc");
-  batch->slot_ids = values<std::int32_t>(host, "slots");
-  batch->context_lens = values<std::int32_t>(host, "context_lens");
-  batch->logits_rows = values<std::int32_t>(host, "logits_rows");
-  batch->sample_slots = values<std::int32_t>(host, "sample_slots");
-  batch->sample_positions = values<std::int64_t>(host, "sample_positions");
-  if (!host.attr("mask_rows").is_none() && !host.attr("bitmask").is_none()) {
-    batch->mask_rows = values<std::int32_t>(host, "mask_rows");
-    batch->bitmask = values<std::int32_t>(host, "bitmask");
-  }
-  batch->complete();
-  return batch;
+  return std::make_shared<cpu::Batch>(vllmlite::host_batch(host), slots);
 }
 
 // The kind, and what of it vllmlite/backends/cpu.py calls a part: codes, scales, factors or None, rows.
@@ -107,29 +62,6 @@ cpu::Codes codes_of(const std::string& name) {
 
 Part part_of(const cpu::QuantizedPart& part) {
   return {kKinds[static_cast<int>(part.kind)], part.codes, part.scales, part.factors, part.rows};
-}
-
-cpu::Activation activation_of(const std::string& name, bool gated) {
-  if (name == "silu") return cpu::Activation::silu;
-  if (name == "gelu") return cpu::Activation::gelu;
-  if (name == "gelu_tanh") return cpu::Activation::gelu_tanh;
-  if (name == "relu" && !gated) return cpu::Activation::relu;
-  throw std::invalid_argument("activation " + name + ": there are silu, gelu" +
-                              (gated ? " and gelu_tanh" : ", gelu_tanh and relu"));
-}
-
-cpu::SlotParams slot_params(const py::object& given) {
-  cpu::SlotParams params;
-  params.temperature = given.attr("temperature").cast<float>();
-  params.top_k = given.attr("top_k").cast<int>();
-  params.top_p = given.attr("top_p").cast<double>();
-  params.min_p = given.attr("min_p").cast<double>();
-  params.repetition_penalty = given.attr("repetition_penalty").cast<float>();
-  params.presence_penalty = given.attr("presence_penalty").cast<float>();
-  params.frequency_penalty = given.attr("frequency_penalty").cast<float>();
-  params.seed = given.attr("seed").cast<std::uint64_t>();
-  params.logit_bias = given.attr("logit_bias").cast<std::vector<std::pair<std::int32_t, float>>>();
-  return params;
 }
 
 py::array to_host(cpu::Runtime& runtime, const Tensor& tensor) {
@@ -217,20 +149,14 @@ void bind_data(py::module_& module) {
            }),
            py::arg("layers"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("block_size"), py::arg("dtype"),
            py::arg("num_blocks"))
-      .def("copy_blocks", [](cpu::KVCache& self, cpu::KVCache& target, const Array<std::int64_t>& pairs) {
-        cpu::copy_blocks(self, target, view(pairs));
+      .def("copy_blocks", [](cpu::KVCache& self, cpu::KVCache& target, const vllmlite::Array<std::int64_t>& pairs) {
+        cpu::copy_blocks(self, target, vllmlite::view(pairs));
       });
-  py::class_<cpu::Slots, std::shared_ptr<cpu::Slots>>(module, "Slots", py::module_local(), "What lives a slot.")
-      .def(py::init<int, int, int, std::int64_t>(), py::arg("max_slots"), py::arg("max_blocks"), py::arg("vocab_size"),
-           py::arg("num_blocks"))
-      .def("set",
-           [](cpu::Slots& self, int slot, const py::object& params) {
-             self.set(slot, slot_params(params), values<std::int32_t>(params, "prompt_ids"),
-                      values<std::int32_t>(params, "output_ids"));
-           })
-      .def("append_blocks",
-           [](cpu::Slots& self, const Array<std::int32_t>& slots, const Array<std::int32_t>& columns,
-              const Array<std::int32_t>& blocks) { self.append_blocks(view(slots), view(columns), view(blocks)); });
+  vllmlite::bind_slots<cpu::Slots>(module).def(
+      py::init([](int max_slots, int max_blocks, int vocab_size, std::int64_t num_blocks) {
+        return std::make_shared<cpu::Slots>(vllmlite::SlotSpec{max_slots, max_blocks, vocab_size, num_blocks});
+      }),
+      py::arg("max_slots"), py::arg("max_blocks"), py::arg("vocab_size"), py::arg("num_blocks"));
   py::class_<cpu::Batch, std::shared_ptr<cpu::Batch>>(module, "Batch", py::module_local(), "A step's input.")
       .def(
           "tensors",
@@ -241,8 +167,6 @@ void bind_data(py::module_& module) {
           "The tensors of token ids, positions and sampled tokens, which ops are given by themselves.");
   py::class_<Graph>(module, "Graph", py::module_local(), "A recorded step.");
 }
-
-std::vector<Tensor> listed(const cpu::Logprobs& found) { return {found.chosen, found.rank, found.top_ids, found.top}; }
 
 void bind_ops(py::class_<cpu::Runtime>& runtime) {
   runtime.def("embedding", &cpu::embedding)
@@ -275,9 +199,8 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
               int rotary_dim, bool interleaved, const std::shared_ptr<cpu::KVCache>& kv, int layer,
               const std::shared_ptr<cpu::Batch>& batch, const std::optional<Tensor>& q_norm,
               const std::optional<Tensor>& k_norm, float eps) {
-             std::optional<cpu::Rotation> rope;
-             if (cos_sin) rope.emplace(*cos_sin, rotary_dim, interleaved);
-             return cpu::attn_prep(self, qkv, num_heads, rope, kv, layer, batch, {q_norm, k_norm, eps});
+             return cpu::attn_prep(self, qkv, num_heads, vllmlite::rotation(cos_sin, rotary_dim, interleaved), kv,
+                                   layer, batch, {q_norm, k_norm, eps});
            })
       .def("paged_attention",
            [](cpu::Runtime& self, const Tensor& q, const std::shared_ptr<cpu::KVCache>& kv, int layer,
@@ -288,18 +211,20 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
       .def("layer_norm", &cpu::layer_norm)
       .def("gated_activation",
            [](cpu::Runtime& self, const Tensor& x, const std::string& name) {
-             return cpu::gated_activation(self, x, activation_of(name, true));
+             return cpu::gated_activation(self, x, vllmlite::activation_of(name, true));
            })
       .def("gated_linear",
            [](cpu::Runtime& self, const Tensor& x, const cpu::LinearWeight& weight, const std::string& name) {
-             return cpu::gated_linear(self, x, weight, activation_of(name, true));
+             return cpu::gated_linear(self, x, weight, vllmlite::activation_of(name, true));
            })
       .def("gated_linear",
            [](cpu::Runtime& self, const Tensor& x, const cpu::QuantizedWeight& weight, const std::string& name) {
-             return cpu::gated_linear(self, x, weight, activation_of(name, true));
+             return cpu::gated_linear(self, x, weight, vllmlite::activation_of(name, true));
            })
-      .def("activation", [](cpu::Runtime& self, const Tensor& x,
-                            const std::string& name) { return cpu::activation(self, x, activation_of(name, false)); })
+      .def("activation",
+           [](cpu::Runtime& self, const Tensor& x, const std::string& name) {
+             return cpu::activation(self, x, vllmlite::activation_of(name, false));
+           })
       .def("add", &cpu::add)
       .def("scale", &cpu::scale)
       .def("soft_cap", &cpu::soft_cap)
@@ -307,17 +232,15 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
       .def("moe",
            [](cpu::Runtime& self, const Tensor& x, const Tensor& router_logits,
               const std::shared_ptr<cpu::Experts>& experts, int top_k, bool renormalise, const std::string& name) {
-             return cpu::moe(self, x, router_logits, experts, {top_k, renormalise, activation_of(name, true)});
+             return cpu::moe(self, x, router_logits, experts,
+                             {top_k, renormalise, vllmlite::activation_of(name, true)});
            })
       .def("sample",
            [](cpu::Runtime& self, const Tensor& logits, const std::shared_ptr<cpu::Batch>& batch) {
-             const cpu::Sampled found = cpu::sample(self, logits, batch);
-             std::vector<Tensor> tensors{found.ids};
-             if (found.logprobs) std::ranges::copy(listed(*found.logprobs), std::back_inserter(tensors));
-             return tensors;
+             return vllmlite::listed(cpu::sample(self, logits, batch));
            })
       .def("logprobs", [](cpu::Runtime& self, const Tensor& logits, const Tensor& ids, int k) {
-        return listed(cpu::logprobs(self, logits, ids, k));
+        return vllmlite::listed(cpu::logprobs(self, logits, ids, k));
       });
 }
 
@@ -325,7 +248,7 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "The CPU backend of vllmlite.";
-  module.attr("API") = kInterfaceVersion;
+  module.attr("API") = vllmlite::kInterfaceVersion;
   vllmlite::bind_tensor(module);
   bind_data(module);
 

@@ -116,6 +116,7 @@ Tensor moe(Runtime& runtime, const Tensor& x, const Tensor& router_logits, const
 
 // A pool of blocks. A layer's block is [K, V] x [kv heads] x a head's keys ([D / n][block_size][n], n elements in four
 // bytes) or values ([block_size][D]), D padded to kHeadUnit; in int8, behind them, their scales (float32 [block_size]).
+// Those of all layers lie together: memory is touched first as blocks are first used, and little of it in any one step.
 struct KVCache {
   KVCache(int layers, int kv_heads, int head_dim, int block_size, DType dtype, std::int64_t num_blocks);
 
@@ -123,7 +124,10 @@ struct KVCache {
   std::size_t scales_at() const;    // where they begin among a head's bytes
   std::size_t head_bytes() const;   // of the keys, or of the values, of a head in a block
   std::size_t block_bytes() const;  // of a layer's block
-  std::byte* layer(int index) const;
+  std::size_t stride() const { return static_cast<std::size_t>(layers) * block_bytes(); }  // from block to block
+  std::byte* layer(int index) const {
+    return static_cast<std::byte*>(memory.data) + static_cast<std::size_t>(index) * block_bytes();
+  }
 
   int layers, kv_heads, head_dim, block_size;
   DType dtype;
@@ -132,17 +136,6 @@ struct KVCache {
 };
 
 void copy_blocks(KVCache& source, KVCache& target, std::span<const std::int64_t> pairs);
-
-struct AttentionNorms {
-  std::optional<Tensor> q, k;
-  float eps = 0;
-};
-
-struct Rotation {
-  Tensor cos_sin;  // float32 [positions, rotary_dim]
-  int rotary_dim;
-  bool interleaved;
-};
 
 Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::optional<Rotation>& rope,
                  const std::shared_ptr<KVCache>& kv, int layer, const std::shared_ptr<Batch>& batch,
@@ -158,15 +151,6 @@ struct Scores {
 
 Tensor paged_attention(Runtime& runtime, const Tensor& q, const std::shared_ptr<KVCache>& kv, int layer,
                        const std::shared_ptr<Batch>& batch, const Scores& scores);
-
-struct Logprobs {
-  Tensor chosen, rank, top_ids, top;
-};
-
-struct Sampled {
-  Tensor ids;
-  std::optional<Logprobs> logprobs;
-};
 
 Sampled sample(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Batch>& batch);
 Logprobs logprobs(Runtime& runtime, const Tensor& logits, const Tensor& ids, int k);

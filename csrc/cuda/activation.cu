@@ -1,17 +1,9 @@
 #include "cuda/activation.cuh"
-#include "cuda/checks.hpp"
+#include "tensor/checks.hpp"
 
 namespace vllmlite::cuda {
 
 constexpr unsigned kThreads = 256;
-
-Activation activation_of(const std::string& name) {
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  throw std::invalid_argument("activation " + name + ": there are silu, gelu, gelu_tanh and relu");
-}
 
 // Calls `function` with an activation as a type's value.
 template <typename Function>

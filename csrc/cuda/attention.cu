@@ -2,9 +2,9 @@
 #include <algorithm>
 
 #include "cuda/attention.cuh"
-#include "cuda/checks.hpp"
 #include "cuda/kernel.cuh"
 #include "cuda/ops.hpp"
+#include "tensor/checks.hpp"
 
 namespace vllmlite::cuda {
 

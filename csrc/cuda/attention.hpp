@@ -6,8 +6,8 @@
 
 namespace vllmlite::cuda {
 
-constexpr int kMostSize = 256;        // elements of a head
-constexpr int kWideRoom = 100 << 10;  // bytes of shared memory that tensor cores need for heads of more than 128
+constexpr int kMostSize = 256;       // elements of a head
+constexpr int kWideRoom = 99 << 10;  // bytes of shared memory for heads of more than 128 on tensor cores: sm_86 has it
 
 struct Attention {
   const void* q;   // [tokens, heads, size]

@@ -312,6 +312,7 @@ bool takes_tensor_cores(const Runtime& runtime, const Attention& attention) {
 template <typename T, int kSize, int kWarps>
 static void run(Runtime& runtime, const Attention& attention) {
   using Shared = DecodingRoom<T, kSize, kWarps>;
+  static_assert(kSize <= 128 || sizeof(Shared) <= kWideRoom);
   const int sharing = attention.heads / attention.kv_heads;
   const dim3 grid(static_cast<unsigned>(attention.kv_heads * ((sharing + kHeads - 1) / kHeads)),
                   static_cast<unsigned>(attention.num_shares));
@@ -320,8 +321,6 @@ static void run(Runtime& runtime, const Attention& attention) {
   const Tensor states = runtime.make({items * attention.heads, 2}, DType::float32);
   const auto kernel =
       edits_scores(attention) ? decoding_kernel<T, kSize, kWarps, true> : decoding_kernel<T, kSize, kWarps, false>;
-  VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                      static_cast<int>(sizeof(Shared)));
   launch(runtime, kernel, grid, kWarps * 32, sizeof(Shared), attention, static_cast<float*>(partial.data),
          static_cast<float2*>(states.data), runtime.counters(static_cast<std::size_t>(attention.num_rows) * grid.x));
 }

@@ -10,14 +10,18 @@ namespace vllmlite::cuda {
 
 constexpr int kWarps = 4;
 
-// A warp has kRowTiles times 16 queries. Rows are padded by one access, so that eight of them lie in different banks.
+// A warp has kRowTiles times 16 queries. Rows are padded by one access, so that eight of them lie in different banks;
+// in what pads a key is its place in the cache, -1 where it is not to be read.
 template <typename T, int kSize, int kRowTiles>
 struct PrefillingRoom {
   static constexpr int kStride = kSize + 8, kQueries = kWarps * kRowTiles * 16, kKeys = kSize > 128 ? 32 : 64;
   T q[kQueries][kStride];
   T keys[2][kKeys][kStride];
   T values[2][kKeys][kStride];
-  std::int64_t places[2][kKeys];  // of keys in the cache; -1: not to be read
+
+  __device__ std::int64_t& place(int buffer, int row) {
+    return *reinterpret_cast<std::int64_t*>(&keys[buffer][row][kSize]);
+  }
 };
 
 template <typename T, int kSize, int kRowTiles>
@@ -52,16 +56,15 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
   const auto find_places = [&](int begin, int buffer) {
     if (thread >= kKeys) return;
     const int key = begin + thread;
-    room.places[buffer][thread] =
-        key < from_key || key > last
-            ? -1
-            : block * 2 * given.kv_heads * plane + static_cast<std::int64_t>(key % block_size) * width;
+    room.place(buffer, thread) = key < from_key || key > last ? -1
+                                                              : block * 2 * given.kv_heads * plane +
+                                                                    static_cast<std::int64_t>(key % block_size) * width;
   };
   const auto copy_rows = [&](T(&to)[kKeys][Shared::kStride], const T* from, int buffer) {
 #pragma unroll
     for (int i = thread; i < kKeys * kWords; i += kWarps * 32) {
       const int row = i / kWords, word = i % kWords;
-      const std::int64_t place = room.places[buffer][row];
+      const std::int64_t place = room.place(buffer, row);
       const bool there = place >= 0 && word * 8 < width;
       copy_async(&to[row][word * 8], there ? from + place + word * 8 : from, there);
     }
@@ -234,8 +237,6 @@ static void run(const Runtime& runtime, const Attention& attention) {
   using Shared = PrefillingRoom<T, kSize, kRowTiles>;
   constexpr int kList = kRowTiles == 2 ? 0 : 1;
   static_assert(Shared::kQueries == kTileQueries[kList] && (kSize <= 128 || sizeof(Shared) <= kWideRoom));
-  VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, prefilling_kernel<T, kSize, kRowTiles>,
-                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sizeof(Shared)));
   const dim3 grid(static_cast<unsigned>(attention.heads), static_cast<unsigned>(attention.num_tiles[kList]));
   launch(runtime, prefilling_kernel<T, kSize, kRowTiles>, grid, kWarps * 32, sizeof(Shared), attention);
 }

@@ -373,8 +373,6 @@ static void run(const Runtime& runtime, const Attention& given) {
   constexpr int kList = kGroups == 2 ? 0 : 2;
   static_assert(Shared::kQueries == kTileQueries[kList]);
   const auto kernel = prefilling_hopper_kernel<T, kSize, kGroups>;
-  VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                      static_cast<int>(sizeof(Shared)));
   const std::int64_t size = given.size, width = given.width;
   const CUtensorMap q_map =
       map_of(given.q, given.dtype,

@@ -1,8 +1,8 @@
 // What becomes of a product before attention: norms of heads, rotation, and keys and values into the cache.
 #include "cuda/attention.hpp"
-#include "cuda/checks.hpp"
 #include "cuda/kernel.cuh"
 #include "cuda/ops.hpp"
+#include "tensor/checks.hpp"
 
 namespace vllmlite::cuda {
 

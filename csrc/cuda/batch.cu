@@ -2,37 +2,18 @@
 
 #include "cuda/attention_plan.hpp"
 #include "cuda/batch.hpp"
-#include "cuda/checks.hpp"
 #include "cuda/kernel.cuh"
 
 namespace vllmlite::cuda {
 
 constexpr unsigned kThreads = 1024;
 
-void HostBatch::check(const Slots& slots) const {
-  const auto rows = static_cast<std::size_t>(num_rows), tokens = static_cast<std::size_t>(num_tokens);
-  if (token_ids.size() != tokens || positions.size() != tokens || query_start_loc.size() != rows + 1 ||
-      slot_ids.size() != rows || context_lens.size() != rows || sample_slots.size() != logits_rows.size() ||
-      sample_positions.size() != logits_rows.size())
-    throw std::invalid_argument("batch: arrays do not fit num_tokens and num_rows");
-  check_all("token id", token_ids, slots.vocab_size, -1);
-  check_all("slot", slot_ids, slots.max_slots);
-  check_all("sampled slot", sample_slots, slots.max_slots);
-  check_all("sampled token", logits_rows, num_tokens);
-  check_all("mask row", mask_rows, static_cast<std::int64_t>(logits_rows.size()));
-  const std::size_t words = (static_cast<std::size_t>(slots.vocab_size) + 31) / 32;
-  if (bitmask.size() != mask_rows.size() * words) throw std::invalid_argument("batch: bitmask is not [rows, V / 32]");
-  if (query_start_loc[0] != 0 || query_start_loc[rows] != num_tokens)
-    throw std::invalid_argument("batch: query_start_loc does not run from 0 to num_tokens");
-  for (std::size_t row = 0; row < rows; ++row)
-    if (query_start_loc[row + 1] < query_start_loc[row])
-      throw std::invalid_argument("batch: query_start_loc does not ascend");
-}
-
-bool HostBatch::decodes() const {
-  if (num_tokens != num_rows || logits_rows.size() != static_cast<std::size_t>(num_rows)) return false;
-  for (int row = 0; row < num_rows; ++row)
-    if (query_start_loc[static_cast<std::size_t>(row)] != row || logits_rows[static_cast<std::size_t>(row)] != row)
+// Whether every row has one token, and is sampled.
+static bool decodes_alone(const HostBatch& host) {
+  if (host.num_tokens != host.num_rows || host.logits_rows.size() != host.slot_ids.size()) return false;
+  for (int row = 0; row < host.num_rows; ++row)
+    if (host.query_start_loc[static_cast<std::size_t>(row)] != row ||
+        host.logits_rows[static_cast<std::size_t>(row)] != row)
       return false;
   return true;
 }
@@ -85,11 +66,12 @@ static __global__ void prepare_kernel(BatchView batch, int num_tokens, int block
 std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std::shared_ptr<Slots>& slots,
                               const Cut& cut) {
   host.check(*slots);
+  slots->check_context(host.max_context, cut.block_size);
   const DeviceGuard guard(runtime.device());
   const auto real_tokens = static_cast<std::size_t>(host.num_tokens);
   const auto real_rows = static_cast<std::size_t>(host.num_rows);
   const std::size_t real_samples = host.logits_rows.size();
-  const bool decodes = host.decodes();
+  const bool decodes = decodes_alone(host);
   const std::size_t room = decodes ? static_cast<std::size_t>(std::max(cut.capacity, host.num_rows)) : 0;
   const std::size_t tokens = std::max(real_tokens, room), rows = std::max(real_rows, room);
   const std::size_t samples = std::max(real_samples, room);

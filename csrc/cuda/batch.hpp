@@ -7,26 +7,12 @@
 #include <utility>
 #include <vector>
 
+#include "contract/data.hpp"
 #include "cuda/runtime.hpp"
 
 namespace vllmlite::cuda {
 
-// Sampling parameters of a slot; the fields are those of SlotParams in vllmlite/backends/base.py.
-struct SlotParams {
-  float temperature = 0;
-  int top_k = 0;
-  double top_p = 1;
-  double min_p = 0;
-  float repetition_penalty = 1;
-  float presence_penalty = 0;
-  float frequency_penalty = 0;
-  std::uint64_t seed = 0;
-  std::vector<std::pair<std::int32_t, float>> logit_bias;
-
-  bool penalised() const { return repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0; }
-};
-
-// The same as kernels read them.
+// SlotParams as kernels read them.
 struct SlotState {
   double top_p;
   std::uint64_t seed;
@@ -38,25 +24,21 @@ struct SlotState {
   std::int32_t top_k, bias_count;
 };
 
-struct Slots {
-  Slots(Runtime& runtime, int max_slots, int max_blocks, int vocab_size, int num_blocks);
+struct Slots : SlotSpec {
+  Slots(Runtime& runtime, const SlotSpec& spec);
 
-  void set(int slot, const SlotParams& params, const std::vector<std::int32_t>& prompt_ids,
-           const std::vector<std::int32_t>& output_ids);
+  void set(int slot, const SlotParams& params);
   // Takes effect with the next upload, which carries it.
   void append_blocks(std::span<const std::int32_t> slot_ids, std::span<const std::int32_t> columns,
                      std::span<const std::int32_t> blocks);
 
   Runtime& runtime;
-  int max_slots, max_blocks, vocab_size, num_blocks;
   Tensor block_table;                  // int32 [max_slots, max_blocks]
   Tensor last_id;                      // int32 [max_slots]
   Tensor states;                       // SlotState [max_slots]
   std::vector<std::int32_t> appended;  // place in block_table, block, place, block, ...
 
  private:
-  void check(int slot) const;
-
   std::vector<std::vector<Tensor>> owned_;  // by slot, what its state points to
 };
 
@@ -92,21 +74,6 @@ struct BatchView {
   std::int32_t* last_id;
   SlotState* states;
   int max_blocks;
-};
-
-// A step's input as the host has it; see ForwardBatch in vllmlite/backends/base.py.
-struct HostBatch {
-  int num_tokens = 0, num_rows = 0, max_context = 0;
-  unsigned features = 0;
-  int num_logprobs = -1;
-  std::vector<std::int32_t> token_ids, positions, query_start_loc, slot_ids, context_lens, logits_rows, sample_slots;
-  std::vector<std::int64_t> sample_positions;
-  std::vector<std::int32_t> mask_rows, bitmask;
-
-  // Checks every index.
-  void check(const Slots& slots) const;
-  // Whether every row has one token, and is sampled.
-  bool decodes() const;
 };
 
 struct Batch {

@@ -1,12 +1,9 @@
 #include "cuda/bind_backend.hpp"
 
-#include <pybind11/numpy.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <cstring>
-#include <iterator>
 
+#include "contract/bind.hpp"
 #include "cuda/ops.hpp"
 #include "tensor/bind_tensor.hpp"
 
@@ -16,21 +13,6 @@ using vllmlite::DType;
 using vllmlite::Tensor;
 
 namespace {
-
-template <typename T>
-using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
-
-template <typename T>
-std::span<const T> view(const Array<T>& array) {
-  return {array.data(), static_cast<std::size_t>(array.size())};
-}
-
-template <typename T>
-std::vector<T> values(const py::handle& source, const char* name) {
-  const auto array = Array<T>::ensure(source.attr(name));
-  if (!array) throw py::error_already_set();
-  return {array.data(), array.data() + array.size()};
-}
 
 // Rows of a matrix, or all of another tensor, as a tensor of their own.
 Tensor part(const Tensor& whole, std::int64_t first, std::int64_t count) {
@@ -46,10 +28,7 @@ Tensor part(const Tensor& whole, std::int64_t first, std::int64_t count) {
 void fill(cuda::Runtime& runtime, const Tensor& target, const py::array& bytes, DType dtype) {
   Tensor source = target;
   source.dtype = dtype;
-  if (source.bytes() != static_cast<std::size_t>(bytes.nbytes()) || (bytes.flags() & py::array::c_style) == 0)
-    throw std::invalid_argument("expected " + describe(source) + " in contiguous memory, not " +
-                                std::to_string(bytes.nbytes()) + " bytes");
-  const void* data = bytes.data();
+  const void* data = vllmlite::bytes_for(source, bytes);
   const py::gil_scoped_release released;
   if (dtype == target.dtype) {
     runtime.upload(target.data, data, target.bytes());
@@ -80,42 +59,6 @@ void fill_rows(cuda::Runtime& runtime, const Tensor& target, std::int64_t first,
     throw std::out_of_range("rows " + std::to_string(first) + " to " + std::to_string(first + count) + " of " +
                             describe(target));
   fill(runtime, part(target, first, count), bytes, vllmlite::dtype_from_name(dtype));
-}
-
-cuda::HostBatch host_batch(const py::object& given) {
-  cuda::HostBatch batch;
-  batch.num_tokens = given.attr("num_tokens").cast<int>();
-  batch.num_rows = given.attr("num_rows").cast<int>();
-  batch.max_context = given.attr("max_context").cast<int>();
-  batch.features = given.attr("features").cast<unsigned>();
-  batch.num_logprobs = given.attr("num_logprobs").cast<int>();
-  batch.token_ids = values<std::int32_t>(given, "token_ids");
-  batch.positions = values<std::int32_t>(given, "positions");
-  batch.query_start_loc = values<std::int32_t>(given, "query_start_loc");
-  batch.slot_ids = values<std::int32_t>(given, "slots");
-  batch.context_lens = values<std::int32_t>(given, "context_lens");
-  batch.logits_rows = values<std::int32_t>(given, "logits_rows");
-  batch.sample_slots = values<std::int32_t>(given, "sample_slots");
-  batch.sample_positions = values<std::int64_t>(given, "sample_positions");
-  if (!given.attr("mask_rows").is_none() && !given.attr("bitmask").is_none()) {
-    batch.mask_rows = values<std::int32_t>(given, "mask_rows");
-    batch.bitmask = values<std::int32_t>(given, "bitmask");
-  }
-  return batch;
-}
-
-cuda::SlotParams slot_params(const py::object& given) {
-  cuda::SlotParams params;
-  params.temperature = given.attr("temperature").cast<float>();
-  params.top_k = given.attr("top_k").cast<int>();
-  params.top_p = given.attr("top_p").cast<double>();
-  params.min_p = given.attr("min_p").cast<double>();
-  params.repetition_penalty = given.attr("repetition_penalty").cast<float>();
-  params.presence_penalty = given.attr("presence_penalty").cast<float>();
-  params.frequency_penalty = given.attr("frequency_penalty").cast<float>();
-  params.seed = given.attr("seed").cast<std::uint64_t>();
-  params.logit_bias = given.attr("logit_bias").cast<std::vector<std::pair<std::int32_t, float>>>();
-  return params;
 }
 
 // The contents as an array; bfloat16, which numpy does not have, as its bits.
@@ -174,15 +117,7 @@ void bind_data(py::module_& module) {
         for (int layer = 0; layer < self.layers; ++layer)
           cuda::copy_blocks(self.layer(layer), target.layer(layer), checked);
       });
-  py::class_<cuda::Slots, std::shared_ptr<cuda::Slots>>(module, "Slots", py::module_local(), "What lives a slot.")
-      .def("set",
-           [](cuda::Slots& self, int slot, const py::object& params) {
-             self.set(slot, slot_params(params), values<std::int32_t>(params, "prompt_ids"),
-                      values<std::int32_t>(params, "output_ids"));
-           })
-      .def("append_blocks",
-           [](cuda::Slots& self, const Array<std::int32_t>& slots, const Array<std::int32_t>& columns,
-              const Array<std::int32_t>& blocks) { self.append_blocks(view(slots), view(columns), view(blocks)); });
+  vllmlite::bind_slots<cuda::Slots>(module);
   py::class_<cuda::Batch, std::shared_ptr<cuda::Batch>>(module, "Batch", py::module_local(), "A step's input.")
       .def(
           "tensors",
@@ -194,8 +129,6 @@ void bind_data(py::module_& module) {
           "The tensors of token ids, positions and sampled tokens, which ops are given by themselves.");
   py::class_<Graph>(module, "Graph", py::module_local(), "A recorded step.");
 }
-
-std::vector<Tensor> listed(const cuda::Logprobs& found) { return {found.chosen, found.rank, found.top_ids, found.top}; }
 
 using RuntimeClass = py::class_<cuda::Runtime, std::shared_ptr<cuda::Runtime>>;
 
@@ -216,9 +149,8 @@ void bind_ops(RuntimeClass& runtime) {
            [](cuda::Runtime& self, const Tensor& qkv, int num_heads, const std::optional<Tensor>& cos_sin,
               int rotary_dim, bool interleaved, const cuda::KVCache& kv, int layer, const cuda::Batch& batch,
               const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, float eps) {
-             std::optional<cuda::Rotation> rope;
-             if (cos_sin) rope.emplace(*cos_sin, rotary_dim, interleaved);
-             return cuda::attn_prep(self, qkv, num_heads, rope, kv, layer, batch, {q_norm, k_norm, eps});
+             return cuda::attn_prep(self, qkv, num_heads, vllmlite::rotation(cos_sin, rotary_dim, interleaved), kv,
+                                    layer, batch, {q_norm, k_norm, eps});
            })
       .def("paged_attention",
            [](cuda::Runtime& self, const Tensor& q, const cuda::KVCache& kv, int layer, const cuda::Batch& batch,
@@ -227,24 +159,21 @@ void bind_ops(RuntimeClass& runtime) {
            })
       .def("gated_activation",
            [](cuda::Runtime& self, const Tensor& x, const std::string& name) {
-             return cuda::gated_activation(self, x, cuda::activation_of(name));
+             return cuda::gated_activation(self, x, vllmlite::activation_of(name, true));
            })
-      .def("activation", [](cuda::Runtime& self, const Tensor& x,
-                            const std::string& name) { return cuda::activation(self, x, cuda::activation_of(name)); })
+      .def("activation",
+           [](cuda::Runtime& self, const Tensor& x, const std::string& name) {
+             return cuda::activation(self, x, vllmlite::activation_of(name, false));
+           })
       .def("moe",
            [](cuda::Runtime& self, const Tensor& x, const Tensor& router_logits, const cuda::Experts& experts,
               int top_k, bool renormalise, const std::string& name) {
-             return cuda::moe(self, x, router_logits, experts, top_k, renormalise, cuda::activation_of(name));
+             return cuda::moe(self, x, router_logits, experts, top_k, renormalise, vllmlite::activation_of(name, true));
            })
-      .def("sample",
-           [](cuda::Runtime& self, const Tensor& logits, const cuda::Batch& batch) {
-             const cuda::Sampled found = cuda::sample(self, logits, batch);
-             std::vector<Tensor> tensors{found.ids};
-             if (found.logprobs) std::ranges::copy(listed(*found.logprobs), std::back_inserter(tensors));
-             return tensors;
-           })
+      .def("sample", [](cuda::Runtime& self, const Tensor& logits,
+                        const cuda::Batch& batch) { return vllmlite::listed(cuda::sample(self, logits, batch)); })
       .def("logprobs", [](cuda::Runtime& self, const Tensor& logits, const Tensor& ids, int k) {
-        return listed(cuda::logprobs(self, logits, ids, k));
+        return vllmlite::listed(cuda::logprobs(self, logits, ids, k));
       });
 }
 
@@ -279,16 +208,18 @@ void bind_runtime(py::module_& module) {
           py::arg("num_blocks"))
       .def(
           "slots",
-          [](cuda::Runtime& self, int max_slots, int max_blocks, int vocab_size, int num_blocks) {
-            return std::make_shared<cuda::Slots>(self, max_slots, max_blocks, vocab_size, num_blocks);
+          [](cuda::Runtime& self, int max_slots, int max_blocks, int vocab_size, std::int64_t num_blocks) {
+            return std::make_shared<cuda::Slots>(self,
+                                                 vllmlite::SlotSpec{max_slots, max_blocks, vocab_size, num_blocks});
           },
           py::arg("max_slots"), py::arg("max_blocks"), py::arg("vocab_size"), py::arg("num_blocks"),
           py::keep_alive<0, 1>())
       .def(
           "upload",
           [](cuda::Runtime& self, const py::object& host, const std::shared_ptr<cuda::Slots>& slots, int capacity,
-             int block_size,
-             int kv_heads) { return cuda::upload(self, host_batch(host), slots, {capacity, block_size, kv_heads}); },
+             int block_size, int kv_heads) {
+            return cuda::upload(self, vllmlite::host_batch(host), slots, {capacity, block_size, kv_heads});
+          },
           py::arg("batch"), py::arg("slots"), py::arg("capacity"), py::arg("block_size"), py::arg("kv_heads"))
       .def(
           "padding",

@@ -1,9 +1,9 @@
 // Ops that go over elements once, each by itself.
 #include <algorithm>
 
-#include "cuda/checks.hpp"
 #include "cuda/kernel.cuh"
 #include "cuda/ops.hpp"
+#include "tensor/checks.hpp"
 
 namespace vllmlite::cuda {
 

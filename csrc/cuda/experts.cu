@@ -79,8 +79,6 @@ static __global__ __launch_bounds__(S::kThreads) void tile_kernel(const __grid_c
 template <typename T, typename S, bool kGated>
 static void run_tiles(const Runtime& runtime, const ExpertProduct& product) {
   const auto kernel = tile_kernel<T, S, kGated>;
-  VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                      static_cast<int>(sizeof(TileRoom<T, S>)));
   const dim3 grid(static_cast<unsigned>(product.mixture.num_groups), blocks_for(product.n, kGated ? S::kN / 2 : S::kN));
   launch(runtime, kernel, grid, S::kThreads, sizeof(TileRoom<T, S>), product);
 }

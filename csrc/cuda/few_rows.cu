@@ -117,8 +117,6 @@ template <typename T, typename Out, int kRows>
 static void run(const Runtime& runtime, const Product& product) {
   using Shared = FewRowsRoom<kRows>;
   const auto kernel = few_rows_kernel<T, Out, kRows>;
-  VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                      static_cast<int>(sizeof(Shared)));
   const unsigned blocks =
       std::min(blocks_for(product.n, kRows), static_cast<unsigned>(runtime.multiprocessors() * kBlocksPerProcessor));
   launch(runtime, kernel, blocks, kWarps * 32, sizeof(Shared), static_cast<const T*>(product.x),

@@ -36,8 +36,6 @@ static __global__ __launch_bounds__(S::kThreads) void fixed_order_kernel(const T
 template <typename T, typename Out, typename S>
 static void run(const Runtime& runtime, const Product& product) {
   const auto kernel = fixed_order_kernel<T, Out, S>;
-  VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                      static_cast<int>(sizeof(TileRoom<T, S>)));
   launch(runtime, kernel, dim3(blocks_for(product.n, S::kN), blocks_for(product.m, S::kM)), S::kThreads,
          sizeof(TileRoom<T, S>), static_cast<const T*>(product.x), static_cast<const T*>(product.w),
          static_cast<const T*>(product.bias), static_cast<Out*>(product.y), product.m, product.n, product.k);

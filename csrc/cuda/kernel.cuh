@@ -97,10 +97,15 @@ __device__ __forceinline__ void let_next_begin() {
 #endif
 }
 
+constexpr std::size_t kUsualRoom = 48 << 10;  // bytes of shared memory that a kernel may have without being told
+
 template <typename... Parameters, typename... Arguments>
 void launch(const Runtime& runtime, void (*kernel)(Parameters...), dim3 grid, unsigned threads, std::size_t shared,
             Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared > kUsualRoom)
+    VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                        static_cast<int>(shared));
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);

@@ -6,10 +6,10 @@
 #include <map>
 #include <tuple>
 
-#include "cuda/checks.hpp"
 #include "cuda/kernel.cuh"
 #include "cuda/linear.hpp"
 #include "cuda/ops.hpp"
+#include "tensor/checks.hpp"
 
 namespace vllmlite::cuda {
 

@@ -1,10 +1,10 @@
 // Log-probabilities of ids and of the most likely ones, a block a row.
 #include <algorithm>
 
-#include "cuda/checks.hpp"
 #include "cuda/kernel.cuh"
 #include "cuda/ops.hpp"
 #include "cuda/select.cuh"
+#include "tensor/checks.hpp"
 
 namespace vllmlite::cuda {
 

@@ -1,7 +1,5 @@
 // vllmlite._cuda: the CUDA backend's extension module. Importing it asks nothing of the driver.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "contract/bind.hpp"
 #include "cuda/bind_backend.hpp"
 #include "cuda/device.hpp"
 #include "tensor/bind_tensor.hpp"
@@ -12,9 +10,6 @@ using vllmlite::DType;
 using vllmlite::Tensor;
 
 namespace {
-
-// What the Python side and this module agree on; vllmlite/backends compares it. Debian's vllmlite-backend-api-N is it.
-constexpr int kInterfaceVersion = 2;
 
 std::pair<int, int> version(int packed) { return {packed / 1000, packed % 1000 / 10}; }
 
@@ -45,7 +40,7 @@ py::dict probe() {
 
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "The CUDA backend of vllmlite.";
-  module.attr("API") = kInterfaceVersion;
+  module.attr("API") = vllmlite::kInterfaceVersion;
 
   static py::exception<cuda::Error> cuda_error(module, "CudaError", PyExc_RuntimeError);
   py::register_local_exception_translator([](std::exception_ptr error) {

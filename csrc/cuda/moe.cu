@@ -2,9 +2,9 @@
 // added in the order of the experts. All of it on the device: nothing waits for the host to see who chose whom.
 #include <algorithm>
 
-#include "cuda/checks.hpp"
 #include "cuda/moe.hpp"
 #include "cuda/select.cuh"
+#include "tensor/checks.hpp"
 
 namespace vllmlite::cuda {
 

@@ -1,9 +1,9 @@
 // Norms of rows, of a sum with a residual where there is one: a block a row.
 #include <algorithm>
 
-#include "cuda/checks.hpp"
 #include "cuda/kernel.cuh"
 #include "cuda/ops.hpp"
+#include "tensor/checks.hpp"
 
 namespace vllmlite::cuda {
 

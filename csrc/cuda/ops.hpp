@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "contract/activation.hpp"
 #include "cuda/batch.hpp"
 #include "cuda/runtime.hpp"
 
@@ -31,9 +32,6 @@ Tensor scale(Runtime& runtime, const Tensor& x, float factor);
 Tensor soft_cap(Runtime& runtime, const Tensor& x, float cap);
 Tensor sigmoid_gate(Runtime& runtime, const Tensor& x, const Tensor& gate);
 
-enum class Activation { silu, gelu, gelu_tanh, relu };
-// std::invalid_argument for other names than the contract's.
-Activation activation_of(const std::string& name);
 Tensor gated_activation(Runtime& runtime, const Tensor& x, Activation activation);
 Tensor activation(Runtime& runtime, const Tensor& x, Activation activation);
 
@@ -76,18 +74,6 @@ struct KVCache {
   Tensor memory;
 };
 
-// Weights of the backend's dtype or float32, both of one: of a head, or of all of q's and k's heads as one row.
-struct AttentionNorms {
-  std::optional<Tensor> q, k;
-  float eps = 0;
-};
-
-struct Rotation {
-  Tensor cos_sin;  // float32 [positions, rotary_dim]
-  int rotary_dim;
-  bool interleaved;
-};
-
 Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::optional<Rotation>& rope,
                  const KVCache& kv, int layer, const Batch& batch, const AttentionNorms& norms);
 
@@ -99,15 +85,6 @@ struct ScoreEdits {
 
 Tensor paged_attention(Runtime& runtime, const Tensor& q, const KVCache& kv, int layer, const Batch& batch, float scale,
                        int window, const ScoreEdits& edits);
-
-struct Logprobs {
-  Tensor chosen, rank, top_ids, top;
-};
-
-struct Sampled {
-  Tensor ids;
-  std::optional<Logprobs> logprobs;
-};
 
 Sampled sample(Runtime& runtime, const Tensor& logits, const Batch& batch);
 Logprobs logprobs(Runtime& runtime, const Tensor& logits, const Tensor& ids, int k);

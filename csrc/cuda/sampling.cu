@@ -2,10 +2,10 @@
 // the same whatever else is in the batch.
 #include <algorithm>
 
-#include "cuda/checks.hpp"
 #include "cuda/kernel.cuh"
 #include "cuda/ops.hpp"
 #include "cuda/select.cuh"
+#include "tensor/checks.hpp"
 
 namespace vllmlite::cuda {
 

@@ -2,15 +2,13 @@
 #include <cmath>
 
 #include "cuda/batch.hpp"
-#include "cuda/checks.hpp"
 #include "cuda/kernel.cuh"
 
 namespace vllmlite::cuda {
 
 constexpr std::size_t kCountersOfSlot = 256;  // key/value heads that a slot's attention may have
 
-Slots::Slots(Runtime& the_runtime, int slot_count, int block_count, int vocabulary, int pool)
-    : runtime(the_runtime), max_slots(slot_count), max_blocks(block_count), vocab_size(vocabulary), num_blocks(pool) {
+Slots::Slots(Runtime& the_runtime, const SlotSpec& spec) : SlotSpec(spec), runtime(the_runtime) {
   block_table = runtime.make({max_slots, max_blocks}, DType::int32);
   last_id = runtime.make({max_slots}, DType::int32);
   states = runtime.make({max_slots, static_cast<std::int64_t>(sizeof(SlotState))}, DType::uint8);
@@ -20,10 +18,6 @@ Slots::Slots(Runtime& the_runtime, int slot_count, int block_count, int vocabula
   for (const Tensor* tensor : {&block_table, &last_id, &states})
     if (tensor->data != nullptr)
       VLLMLITE_CUDA_CHECK(cudaMemsetAsync, tensor->data, 0, tensor->bytes(), runtime.stream());
-}
-
-void Slots::check(int slot) const {
-  if (slot < 0 || slot >= max_slots) complain("slot", slot, max_slots);
 }
 
 static __global__ void count_ids_kernel(const std::int32_t* ids, int size, std::int32_t* counts) {
@@ -47,13 +41,8 @@ static Tensor uploaded(Runtime& runtime, const std::vector<Element>& values, DTy
   return tensor;
 }
 
-void Slots::set(int slot, const SlotParams& params, const std::vector<std::int32_t>& prompt_ids,
-                const std::vector<std::int32_t>& output_ids) {
-  check(slot);
-  check_all("prompt id", prompt_ids, vocab_size);
-  check_all("output id", output_ids, vocab_size);
-  for (const auto& [id, bias] : params.logit_bias)
-    if (id < 0 || id >= vocab_size) complain("logit_bias id", id, vocab_size);
+void Slots::set(int slot, const SlotParams& params) {
+  check_params(slot, params);
   const DeviceGuard guard(runtime.device());
   std::vector<Tensor> owned;
   SlotState state{};
@@ -72,13 +61,13 @@ void Slots::set(int slot, const SlotParams& params, const std::vector<std::int32
       VLLMLITE_CUDA_CHECK(cudaMemsetAsync, tensor.data, 0, tensor.bytes(), runtime.stream());
     state.counts = static_cast<std::int32_t*>(owned[0].data);
     state.in_prompt = static_cast<std::uint8_t*>(owned[1].data);
-    if (!output_ids.empty()) {
-      const Tensor ids = uploaded(runtime, output_ids, DType::int32);
+    if (!params.output_ids.empty()) {
+      const Tensor ids = uploaded(runtime, params.output_ids, DType::int32);
       launch(runtime, count_ids_kernel, blocks_for(ids.size(), 256), 256, 0, static_cast<const std::int32_t*>(ids.data),
              static_cast<int>(ids.size()), state.counts);
     }
-    if (!prompt_ids.empty()) {
-      const Tensor ids = uploaded(runtime, prompt_ids, DType::int32);
+    if (!params.prompt_ids.empty()) {
+      const Tensor ids = uploaded(runtime, params.prompt_ids, DType::int32);
       launch(runtime, mark_ids_kernel, blocks_for(ids.size(), 256), 256, 0, static_cast<const std::int32_t*>(ids.data),
              static_cast<int>(ids.size()), state.in_prompt);
     }
@@ -102,13 +91,7 @@ void Slots::set(int slot, const SlotParams& params, const std::vector<std::int32
 
 void Slots::append_blocks(std::span<const std::int32_t> slot_ids, std::span<const std::int32_t> columns,
                           std::span<const std::int32_t> blocks) {
-  if (slot_ids.size() != columns.size() || columns.size() != blocks.size())
-    throw std::invalid_argument("append_blocks: slots, columns and blocks differ in length");
-  for (std::size_t i = 0; i < blocks.size(); ++i) {
-    check(slot_ids[i]);
-    if (columns[i] < 0 || columns[i] >= max_blocks) complain("block table column", columns[i], max_blocks);
-    if (blocks[i] < 0 || blocks[i] >= num_blocks) complain("block", blocks[i], num_blocks);
-  }
+  check_blocks(slot_ids, columns, blocks);
   for (std::size_t i = 0; i < blocks.size(); ++i) {
     appended.push_back(slot_ids[i] * max_blocks + columns[i]);
     appended.push_back(blocks[i]);

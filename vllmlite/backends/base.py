@@ -243,11 +243,6 @@ class Rope:
     interleaved: bool = False
 
 
-def rope_arguments(rope: Rope | None) -> tuple[Tensor | None, int, bool]:
-    """How the native extensions are told of a rotation, or of none: table, elements, interleaved."""
-    return (None, 0, False) if rope is None else (rope.cos_sin, rope.rotary_dim, rope.interleaved)
-
-
 @dataclass(frozen=True, slots=True)
 class Expert:
     """An MLP of :meth:`Backend.moe`: weights ``[2 * I, hidden]``, gate first, and ``[hidden, I]``, without biases."""
@@ -286,8 +281,8 @@ class Backend(ABC):
     """The kind, one of :data:`QUANTIZATIONS`, in which products keep float weights; None: as floats."""
     keeps_blocks: bool = False
     """Whether products keep weights that are quantised already in their kinds; then ``quantization`` is None."""
-    lent_ops: tuple[str, ...] = ()
-    """Names of the ops that this backend borrows from the reference."""
+    lent_ops: ClassVar[tuple[str, ...]] = ()
+    """Names of the ops below that this backend borrows from the reference, for statistics and ``env`` to show."""
     details: str = ""
     """What else tells this backend from others of its kind: instruction set, threads."""
     asynchronous: bool = False
@@ -322,10 +317,11 @@ class Backend(ABC):
         """Pack ``parts`` (each ``[out_i, in]``) into one weight ``[sum of out_i, in]`` of the backend's dtype or of
         its ``quantization``, in which alone parts may be quantised already (with ``keeps_blocks``, in any kind); and
         ``biases`` (none, or one ``[out_i]`` a part) beside it. May alias parts. ModelError for values that cannot be
-        quantised."""
+        quantised, and for scales of blocks that are not finite."""
 
     def decode_blocks(self, part: BlockTensor, dtype: str) -> HostTensor:
-        """The values of ``part`` as ``dtype``, one of :data:`FLOAT_DTYPES`; those that are floats stay as they are."""
+        """The values of ``part`` as ``dtype``, one of :data:`FLOAT_DTYPES`; those that are floats stay as they are.
+        ModelError for scales that are not finite."""
         from vllmlite.weights.gguf_blocks import to_floats
 
         return to_floats(part, dtype)
@@ -408,8 +404,7 @@ class Backend(ABC):
         """Root-mean-square norm (Zhang & Sennrich 2019) of ``s = x + residual`` (``s = x`` without one).
 
         ``x``, ``residual`` ``[T, hidden]``; the mean is taken in float32. Returns ``(norm(s) * weight, s)``; where
-        there is a residual, both inputs may be overwritten. ``weight`` is of the backend's dtype or
-        float32."""
+        there is a residual, both inputs may be overwritten. ``weight`` is of the backend's dtype or float32."""
 
     @abstractmethod
     def layer_norm(
@@ -502,7 +497,7 @@ class Backend(ABC):
 
         The experts of the largest of ``router_logits [T, E]`` are taken, the first among equals. A weight is the
         softmax over all logits, in float32; ``renormalise`` divides them by their sum. ``activation`` as in
-        :meth:`gated_activation`."""
+        :meth:`gated_activation`. The cuda backend takes up to 4096 experts."""
 
     @abstractmethod
     def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, TypeAlias
 
@@ -146,9 +147,9 @@ class CpuBackend(NativeBackend):
         if part.type in FLOATS:
             return to_floats(part, dtype)
         out = np.empty(math.prod(part.shape) * ITEM_SIZE[dtype], np.uint8)
-        self._runtime.floats_of_blocks(
-            part.type, self.tensor(part.data), self._native.over(out, dtype, part.shape)
-        )
+        floats = self._native.over(out, dtype, part.shape)
+        with _refusing(part.shape):
+            self._runtime.floats_of_blocks(part.type, self.tensor(part.data), floats)
         return HostTensor(dtype, part.shape, _native_order(HostTensor(dtype, part.shape, out)))
 
     def _packed(self, part: HostWeight, kind: str) -> _Part:
@@ -160,7 +161,8 @@ class CpuBackend(NativeBackend):
         """A part that is quantised already."""
         if isinstance(part, BlockTensor):
             rows, size = part.shape
-            found: _Part = self._runtime.strips_of_blocks(part.type, self.tensor(part.data), rows, size)
+            with _refusing(part.shape):
+                found: _Part = self._runtime.strips_of_blocks(part.type, self.tensor(part.data), rows, size)
             return found
         assert isinstance(part, QuantizedTensor)
         factors = None if part.factors is None else self.tensor(part.factors)
@@ -175,10 +177,8 @@ class CpuBackend(NativeBackend):
         return HostTensor("float32", part.shape, dequantize(part).astype("<f4").reshape(-1).view(np.uint8))
 
     def _quantize(self, weight: Tensor, kind: str) -> _Part:
-        try:
+        with _refusing(weight.shape):
             found: _Part = self._runtime.quantize(weight, kind)
-        except ValueError as error:
-            raise ModelError(f"a weight of shape {list(weight.shape)}: {error}") from error
         return found
 
     # Key/value cache
@@ -240,6 +240,15 @@ class CpuBackend(NativeBackend):
             return unpack(found)
 
         return run
+
+
+@contextmanager
+def _refusing(shape: Sequence[int]) -> Iterator[None]:
+    """What the extension cannot take of a weight is the model's fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise ModelError(f"a weight of shape {list(shape)}: {error}") from error
 
 
 def _native_order(host: HostTensor) -> NDArray[np.uint8]:

@@ -18,7 +18,6 @@ from vllmlite.backends.base import (
     Rope,
     Sampled,
     Tensor,
-    rope_arguments,
 )
 from vllmlite.errors import BackendError
 
@@ -86,7 +85,7 @@ class NativeBackend(Backend):
         eps: float = 0.0,
     ) -> Tensor:
         return self._runtime.attn_prep(
-            qkv, num_heads, *rope_arguments(rope), kv, layer, batch.backend, q_norm, k_norm, eps
+            qkv, num_heads, *_rope_arguments(rope), kv, layer, batch.backend, q_norm, k_norm, eps
         )
 
     def paged_attention(
@@ -136,6 +135,11 @@ class NativeBackend(Backend):
 
     def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
         return Logprobs(*self._runtime.logprobs(logits, ids, k))
+
+
+def _rope_arguments(rope: Rope | None) -> tuple[Tensor | None, int, bool]:
+    """How an extension is told of a rotation, or of none: table, elements, interleaved."""
+    return (None, 0, False) if rope is None else (rope.cos_sin, rope.rotary_dim, rope.interleaved)
 
 
 def pack(sampled: Sampled) -> list[Tensor]:

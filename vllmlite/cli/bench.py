@@ -33,20 +33,14 @@ A table goes to standard error; the last line of standard output is a JSON objec
 def add_arguments(parser: OptionParser) -> None:
     """Declare the options."""
     work = parser.add_argument_group("benchmark options", ABOUT)
-    work.add_argument(
-        "--input-len",
-        type=length_range,
-        default=(128, 128),
-        metavar="N",
-        help="tokens a prompt, or FROM:TO (default: 128)",
-    )
-    work.add_argument(
-        "--output-len",
-        type=length_range,
-        default=(128, 128),
-        metavar="N",
-        help="tokens to generate, or FROM:TO (default: 128)",
-    )
+    for flag, what in (("--input-len", "tokens a prompt"), ("--output-len", "tokens to generate")):
+        work.add_argument(
+            flag,
+            type=length_range,
+            default=(128, 128),
+            metavar="N",
+            help=f"{what}, or FROM:TO (default: 128)",
+        )
     work.add_argument(
         "--prefix-len",
         type=int,

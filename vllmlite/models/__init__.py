@@ -47,15 +47,17 @@ def load_model(
     kv_cache_dtype: str = "auto",
     load_format: str = "auto",
     seed: int = 0,
+    spec: DecoderSpec | None = None,
 ) -> Decoder:
     """The model of directory ``path`` on ``backend``, for sequences of up to ``max_model_len`` tokens.
 
     ``kv_cache_dtype``: ``auto`` (the backend's) or one of ``KV_DTYPES``. ``load_format``: one of
     ``LOAD_FORMATS``: ``auto`` takes what is there; ``dummy`` needs only the configuration, and draws weights from
-    ``seed``. ModelError, ParameterError or BackendError say what is wrong."""
+    ``seed``. ``spec``: what :func:`read_spec` finds, where that has been called. ModelError, ParameterError or
+    BackendError say what is wrong."""
     if kv_cache_dtype not in ("auto", *KV_DTYPES):
         raise ParameterError("kv_cache_dtype", kv_cache_dtype, ", ".join(("auto", *KV_DTYPES)))
-    spec = read_spec(path)
+    spec = spec or read_spec(path)
     if spec.quantization not in (None, backend.quantization):
         raise BackendError(
             f"{path}: its weights are {spec.quantization}, the backend's {backend.quantization}"
@@ -92,7 +94,7 @@ def load_planned(plan: Plan, backend: Backend, path: Path, *, max_model_len: int
     """The model of directory ``path`` in the implementation that ``plan`` says; the other arguments are
     :func:`load_model`'s."""
     if plan.implementation == "native":
-        return load_model(backend, path, max_model_len=max_model_len, **options)
+        return load_model(backend, path, max_model_len=max_model_len, spec=plan.spec, **options)
     from vllmlite.models.hf_model import load_hf_model
 
     del options["seed"]

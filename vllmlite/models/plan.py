@@ -8,9 +8,14 @@ from pathlib import Path
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models.families import FAMILIES, architecture, read_spec
 from vllmlite.models.hf_config import HfConfig, checkpoint_dtype
+from vllmlite.models.spec import DecoderSpec
 
 IMPLEMENTATIONS = ("auto", "native", "transformers")
 _LENGTHS = ("max_position_embeddings", "n_positions", "seq_length", "n_ctx", "max_sequence_length")
+
+
+CUDA_EXPERTS = 4096
+"""Most experts of a layer that the cuda backend has room to count (``kMostExperts`` in ``csrc/cuda/moe.cu``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,8 @@ class Plan:
     quantization: str | None = None
     able: tuple[str, ...] = ()
     """Names of the backends that have what its kind lacks elsewhere; empty: all have."""
+    spec: DecoderSpec | None = None
+    """What the native decoder makes of it."""
 
     def __str__(self) -> str:
         """For the line that is printed at start."""
@@ -49,6 +56,12 @@ def declining(plan: Plan) -> dict[str, str]:
     return reasons
 
 
+def _on_cuda(spec: DecoderSpec) -> bool:
+    """Whether the cuda backend has all that it takes."""
+    experts = max(0 if layer.moe is None else layer.moe.num_experts for layer in spec.layers)
+    return spec.qk_norm != "layer" and experts <= CUDA_EXPERTS
+
+
 def plan_model(path: Path, model_impl: str = "auto") -> Plan:
     """The plan for the checkpoint in directory ``path``; ``auto`` takes transformers' code where there is no family
     for it. ModelError or ParameterError say why there is none; torch is not imported."""
@@ -65,7 +78,8 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
             spec.max_position_embeddings,
             spec.output_size,
             spec.quantization,
-            ("cpu", "torch") if spec.qk_norm == "layer" else (),
+            () if _on_cuda(spec) else ("cpu", "torch"),
+            spec,
         )
     if path.is_file():
         raise ModelError(

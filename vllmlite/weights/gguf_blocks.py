@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.backends.base import BlockTensor, HostTensor, QuantizedTensor
+from vllmlite.errors import ModelError
 from vllmlite.weights.quantized import GROUP, LAYOUTS, Floats, pack, rounded_to_bf16
 
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -55,7 +56,7 @@ CHUNK = 1 << 20
 
 def to_floats(part: BlockTensor, dtype: str) -> HostTensor:
     """The values of a tensor in blocks as ``dtype``: float32, or rounded to bfloat16 or float16. Those of a type in
-    :data:`FLOATS` stay what they are."""
+    :data:`FLOATS` stay what they are. ModelError for scales that are not finite."""
     if part.type in FLOATS:
         return HostTensor(FLOATS[part.type], part.shape, part.data)
     elements, block_bytes = BLOCKS[part.type]
@@ -63,7 +64,7 @@ def to_floats(part: BlockTensor, dtype: str) -> HostTensor:
     out = np.empty((len(blocks), elements), {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}[dtype])
     step = CHUNK // elements
     for start in range(0, len(blocks), step):
-        values = _decoded(part.type, blocks[start : start + step])
+        values = _decoded(part, blocks[start : start + step])
         if dtype == "bfloat16":
             values = (rounded_to_bf16(values).view(np.uint32) >> 16).astype(np.uint16)
         out[start : start + step] = values
@@ -71,12 +72,12 @@ def to_floats(part: BlockTensor, dtype: str) -> HostTensor:
 
 
 def to_strips(part: BlockTensor) -> QuantizedTensor:
-    """A weight ``[out, in]`` in blocks of a type in :data:`KINDS`, whose codes stay what they are."""
+    """A weight ``[out, in]`` in blocks of a type in :data:`KINDS`, whose codes stay what they are. ModelError for
+    scales that are not finite."""
     rows, size = part.shape
     kind = KINDS[part.type]
     blocks = part.data.reshape(rows * size // BLOCKS[part.type][0], -1)
-    codes, (whole, factors) = _CODES[part.type](blocks), _SCALES[part.type](blocks)
-    halves = _halves(whole)
+    codes, (halves, factors) = _CODES[part.type](blocks), _scales(part, blocks)
     return pack(
         kind,
         (rows, size),
@@ -88,11 +89,11 @@ def to_strips(part: BlockTensor) -> QuantizedTensor:
     )
 
 
-def _decoded(kind: str, blocks: Bytes) -> Floats:
-    """The values ``[n, elements]`` of blocks ``[n, bytes]``."""
-    layout = LAYOUTS[KINDS[kind]]
-    whole, factors = _SCALES[kind](blocks)
-    scales = _halves(whole)[:, None]
+def _decoded(part: BlockTensor, blocks: Bytes) -> Floats:
+    """The values ``[n, elements]`` of blocks ``[n, bytes]`` of a tensor."""
+    layout = LAYOUTS[KINDS[part.type]]
+    whole, factors = _scales(part, blocks)
+    scales = whole[:, None]
     if factors is not None:
         split = layout.scales_a_group
         scales = np.concatenate(
@@ -102,15 +103,20 @@ def _decoded(kind: str, blocks: Bytes) -> Floats:
             ),
             axis=-1,
         )
-    codes = _CODES[kind](blocks).reshape(len(blocks), -1, layout.sharing).astype(np.float32)
+    codes = _CODES[part.type](blocks).reshape(len(blocks), -1, layout.sharing).astype(np.float32)
     values = scales[..., :1] * (codes - np.float32(layout.zero))
     if layout.offsets:
         values += scales[..., 1:]
     return values.reshape(len(blocks), -1)
 
 
-def _halves(data: Bytes) -> Floats:
-    return np.ascontiguousarray(data).view("<f2").astype(np.float32)
+def _scales(part: BlockTensor, blocks: Bytes) -> tuple[Floats, NDArray[np.int8] | None]:
+    """Those of blocks of a tensor, and what they are multiplied by."""
+    halves, factors = _SCALES[part.type](blocks)
+    whole = np.ascontiguousarray(halves).view("<f2").astype(np.float32)
+    if not np.isfinite(whole).all():
+        raise ModelError(f"a weight of shape {list(part.shape)}: a block's scale is not finite")
+    return whole, factors
 
 
 # ---- Codes: uint8 [n, elements] from blocks [n, bytes]

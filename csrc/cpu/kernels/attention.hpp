@@ -129,7 +129,7 @@ struct Reader {
     for (int j = first, count; j <= last; j += count) {
       const int key = base + j, at = key % tile.block_size;
       count = smaller(last + 1 - j, tile.block_size - at);
-      body(j, tile.table[key / tile.block_size] * tile.block_bytes, at, count);
+      body(j, tile.table[key / tile.block_size] * tile.block_stride, at, count);
     }
   }
 
@@ -152,7 +152,7 @@ struct Reader {
     if (!direct()) return;
     for (int v = 0; v < kKeyVectors; ++v) {
       const int j = smaller(larger(v * kLanes, first / kLanes * kLanes), last / kLanes * kLanes), key = base + j;
-      chunk.keys[v] = tile.keys + tile.table[key / tile.block_size] * tile.block_bytes +
+      chunk.keys[v] = tile.keys + tile.table[key / tile.block_size] * tile.block_stride +
                       static_cast<std::ptrdiff_t>(key % tile.block_size) * C::kDims * kItem;
     }
   }
@@ -163,7 +163,7 @@ struct Reader {
     const int unit = C::kDims * kItem;
     for (int j = first; j <= last; ++j) {
       const int key = base + j;
-      const std::byte* from = tile.keys + tile.table[key / tile.block_size] * tile.block_bytes +
+      const std::byte* from = tile.keys + tile.table[key / tile.block_size] * tile.block_stride +
                               static_cast<std::ptrdiff_t>(key % tile.block_size) * unit;
       for (int d = 0; d < padded / C::kDims; ++d)
         __builtin_memcpy(gathered + static_cast<std::ptrdiff_t>(d * kKeyChunk + j) * unit,

@@ -1,12 +1,13 @@
 // What ops check of their arguments.
 #pragma once
 
+#include <span>
 #include <string>
 #include <vector>
 
 #include "tensor/tensor.hpp"
 
-namespace vllmlite::cuda {
+namespace vllmlite {
 
 inline void check_rank(const Tensor& tensor, std::size_t rank, const char* what) {
   if (tensor.shape.size() != rank)
@@ -24,14 +25,15 @@ inline void check_dtype(const Tensor& tensor, DType dtype, const char* what) {
     throw TypeError(std::string(what) + " must be " + std::string(name(dtype)) + ", not " + describe(tensor));
 }
 
-[[noreturn]] inline void complain(const std::string& what, std::int64_t value, std::int64_t limit) {
-  throw std::out_of_range(what + " " + std::to_string(value) + " is not within 0 and " + std::to_string(limit - 1));
+inline void check_index(const char* what, std::int64_t value, std::int64_t limit, std::int64_t least = 0) {
+  if (value < least || value >= limit)
+    throw std::out_of_range(std::string(what) + " " + std::to_string(value) + " is not within " +
+                            std::to_string(least) + " and " + std::to_string(limit - 1));
 }
 
-inline void check_all(const char* what, const std::vector<std::int32_t>& values, std::int64_t limit,
-                      std::int32_t least = 0) {
-  for (const std::int32_t value : values)
-    if (value < least || value >= limit) complain(what, value, limit);
+inline void check_indices(const char* what, std::span<const std::int32_t> values, std::int64_t limit,
+                          std::int64_t least = 0) {
+  for (const std::int32_t value : values) check_index(what, value, limit, least);
 }
 
-}  // namespace vllmlite::cuda
+}  // namespace vllmlite

@@ -1,0 +1,90 @@
+#include "contract/bind.hpp"
+
+#include <algorithm>
+#include <iterator>
+#include <stdexcept>
+
+namespace vllmlite {
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+std::vector<T> values(const py::handle& source, const char* name) {
+  const auto array = Array<T>::ensure(source.attr(name));
+  if (!array) throw py::error_already_set();
+  return {array.data(), array.data() + array.size()};
+}
+
+}  // namespace
+
+SlotParams slot_params(const py::object& given) {
+  SlotParams params;
+  params.temperature = given.attr("temperature").cast<float>();
+  params.top_k = given.attr("top_k").cast<int>();
+  params.top_p = given.attr("top_p").cast<double>();
+  params.min_p = given.attr("min_p").cast<double>();
+  params.repetition_penalty = given.attr("repetition_penalty").cast<float>();
+  params.presence_penalty = given.attr("presence_penalty").cast<float>();
+  params.frequency_penalty = given.attr("frequency_penalty").cast<float>();
+  params.seed = given.attr("seed").cast<std::uint64_t>();
+  params.logit_bias = given.attr("logit_bias").cast<std::vector<std::pair<std::int32_t, float>>>();
+  params.prompt_ids = values<std::int32_t>(given, "prompt_ids");
+  params.output_ids = values<std::int32_t>(given, "output_ids");
+  return params;
+}
+
+HostBatch host_batch(const py::object& given) {
+  HostBatch batch;
+  batch.num_tokens = given.attr("num_tokens").cast<int>();
+  batch.num_rows = given.attr("num_rows").cast<int>();
+  batch.max_context = given.attr("max_context").cast<int>();
+  batch.features = given.attr("features").cast<unsigned>();
+  batch.num_logprobs = given.attr("num_logprobs").cast<int>();
+  batch.token_ids = values<std::int32_t>(given, "token_ids");
+  batch.positions = values<std::int32_t>(given, "positions");
+  batch.query_start_loc = values<std::int32_t>(given, "query_start_loc");
+  batch.slot_ids = values<std::int32_t>(given, "slots");
+  batch.context_lens = values<std::int32_t>(given, "context_lens");
+  batch.logits_rows = values<std::int32_t>(given, "logits_rows");
+  batch.sample_slots = values<std::int32_t>(given, "sample_slots");
+  batch.sample_positions = values<std::int64_t>(given, "sample_positions");
+  if (!given.attr("mask_rows").is_none() && !given.attr("bitmask").is_none()) {
+    batch.mask_rows = values<std::int32_t>(given, "mask_rows");
+    batch.bitmask = values<std::int32_t>(given, "bitmask");
+  }
+  return batch;
+}
+
+Activation activation_of(const std::string& name, bool gated) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu" && !gated) return Activation::relu;
+  throw std::invalid_argument("activation " + name + ": there are silu, gelu" +
+                              (gated ? " and gelu_tanh" : ", gelu_tanh and relu"));
+}
+
+std::optional<Rotation> rotation(const std::optional<Tensor>& cos_sin, int rotary_dim, bool interleaved) {
+  if (!cos_sin) return std::nullopt;
+  return Rotation{*cos_sin, rotary_dim, interleaved};
+}
+
+std::vector<Tensor> listed(const Logprobs& found) { return {found.chosen, found.rank, found.top_ids, found.top}; }
+
+std::vector<Tensor> listed(const Sampled& found) {
+  std::vector<Tensor> tensors{found.ids};
+  if (found.logprobs) std::ranges::copy(listed(*found.logprobs), std::back_inserter(tensors));
+  return tensors;
+}
+
+const void* bytes_for(const Tensor& tensor, const py::array& bytes) {
+  if (checked_bytes(tensor.shape, tensor.dtype) != static_cast<std::size_t>(bytes.nbytes()) ||
+      (bytes.flags() & py::array::c_style) == 0)
+    throw std::invalid_argument("expected " + describe(tensor) + " in contiguous memory, not " +
+                                std::to_string(bytes.nbytes()) + " bytes");
+  return bytes.data();
+}
+
+}  // namespace vllmlite
