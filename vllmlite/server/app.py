@@ -134,6 +134,13 @@ async def _tell_validation(request: Request, error: Exception) -> Response:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ParameterError):
         return error_response(as_api_error(cause), request.scope)
+    if first["type"] == "json_invalid":
+        message = f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
+        return error_response(ApiError(HTTPStatus.BAD_REQUEST, message), request.scope)
+    if isinstance(first.get("input"), bytes):
+        given = request.headers.get("content-type", "missing")
+        message = f"content-type must be application/json, and is {given}"
+        return error_response(ApiError(HTTPStatus.BAD_REQUEST, message), request.scope)
     place = ".".join(str(part) for part in first["loc"][1:] if part not in TOKENIZABLE_TAGS)
     message = f"{place or 'body'}: {first['msg']}"
     return error_response(ApiError(HTTPStatus.BAD_REQUEST, message, param=place or None), request.scope)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vllmlite.errors import ParameterError
 from vllmlite.options import check_fields, option
@@ -38,6 +40,12 @@ class ServerConfig:
         "Jinja template in place of the model's: a file, or the text itself",
         group="server",
         metavar="FILE|TEXT",
+    )
+    default_chat_template_kwargs: Mapping[str, Any] = option(
+        None,
+        'variables of the chat template where a request has none, such as {"enable_thinking": false}',
+        group="server",
+        metavar="JSON",
     )
     trust_request_chat_template: bool = option(
         False,

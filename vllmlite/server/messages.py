@@ -26,7 +26,7 @@ from vllmlite.server.protocol.messages import (
     MessagesRequest,
 )
 from vllmlite.server.reading import Reader, after_reasoning, reader_for, reads_marks
-from vllmlite.server.service import Generation, Service
+from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import JSON, Stream, named_event
 from vllmlite.server.tools import ToolUse
 
@@ -47,7 +47,10 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     prompt = await _prompt(body, service, tools)
     prompt_text = str(prompt.get("prompt") or "")
     params = after_reasoning(service.config, service.tokenizer, params, prompt_text)
-    generation = await service.generate("msg", [prompt], params, arrival_time=arrival)
+    generation = await service.generate(
+        "msg_", [prompt], params, request_id=request_id(None, request), cache_salt=body.cache_salt,
+        arrival_time=arrival,
+    )  # fmt: skip
     reader = reader_for(service.config, tools, params, prompt_text)
     answer = _Answer(service, generation, reader, Blocks(tools.call_id))
     if body.stream:

@@ -17,11 +17,11 @@ from vllmlite.server import logprobs
 from vllmlite.server.conversation import conversation
 from vllmlite.server.documented import documented
 from vllmlite.server.errors import as_api_error
-from vllmlite.server.parsers.parts import Content, Reasoning
+from vllmlite.server.parsers.parts import Content
 from vllmlite.server.protocol.responses import INCLUDABLE, ResponseObject, ResponsesRequest, ResponseUsage
 from vllmlite.server.reading import Reader, after_reasoning, reader_for, reads_marks
 from vllmlite.server.response_items import Items, as_messages
-from vllmlite.server.service import Generation, Service
+from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import JSON, Stream, named_event
 from vllmlite.server.tools import ToolUse
 
@@ -47,8 +47,8 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     prompt_text = str(prompt.get("prompt") or "")
     params = after_reasoning(service.config, service.tokenizer, params, prompt_text)
     generation = await service.generate(
-        "resp", [prompt], params, request_id=body.request_id, priority=body.priority, cache_salt=body.cache_salt,
-        arrival_time=arrival,
+        "resp_", [prompt], params, request_id=request_id(body.request_id, request), priority=body.priority,
+        cache_salt=body.cache_salt, arrival_time=arrival,
     )  # fmt: skip
     reader = reader_for(service.config, tools, params, prompt_text)
     answer = _Answer(service, body, generation, params, tools, reader)
@@ -124,7 +124,6 @@ class _Answer:
         self._reader = reader
         self._items = Items(tools.call_id, service.config.response_role)
         self._numbers = itertools.count()
-        self._reasoning = ""
 
     def whole(self, output: RequestOutput) -> ResponseObject:
         """The answer in one piece."""
@@ -170,7 +169,6 @@ class _Answer:
                 logprobs.for_chat(completion.logprobs, completion.token_ids, count, False)["content"]
             )
         parts = self._reader.read(completion)
-        self._reasoning += "".join(part.text for part in parts if isinstance(part, Reasoning))
         events: list[dict[str, Any]] = []
         for part in parts:
             events += self._items.take(part, found if isinstance(part, Content) else None)
@@ -213,11 +211,12 @@ class _Answer:
 
     def _usage(self) -> ResponseUsage:
         usage = self._generation.usage()
-        reasoning = self._service.tokenizer.encode(self._reasoning, False) if self._reasoning else []
         return {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": usage["prompt_tokens_details"],  # type: ignore[typeddict-item]
             "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": len(reasoning)},
+            "output_tokens_details": {
+                "reasoning_tokens": self._reader.reasoning_tokens(self._service.tokenizer)
+            },
             "total_tokens": usage["total_tokens"],
         }

@@ -19,6 +19,7 @@ class ContentPart(BaseModel):
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 Parts = TypeAliasType("Parts", Annotated[list[ContentPart], FailFast()])
@@ -85,7 +86,24 @@ class ChatPrompt(Request):
     add_special_tokens: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = Field(
+        default=None, description="For chat templates that show them."
+    )
+    reasoning_effort: str | None = Field(
+        default=None,
+        description="For chat templates that ask for it; none: those that can have the model not think.",
+    )
     tools: Tools | None = None
+
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is told besides messages and tools: vLLM's names; the request's own win."""
+        found: dict[str, Any] = {}
+        if self.documents is not None:
+            found["documents"] = self.documents
+        if self.reasoning_effort is not None:
+            found["reasoning_effort"] = self.reasoning_effort
+            found["enable_thinking"] = self.reasoning_effort != "none"
+        return found | (self.chat_template_kwargs or {})
 
 
 class ChatCompletionRequest(ChatPrompt, SamplingRequest):
@@ -126,10 +144,11 @@ class ToolCallDelta(TypedDict):
 
 
 class ChatMessage(TypedDict):
-    """An answer."""
+    """An answer. Its reasoning stands under vLLM's name, and under the older one, which is llama.cpp's too."""
 
     role: str
     content: str | None
+    reasoning: NotRequired[str]
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCall]]
 
@@ -139,6 +158,7 @@ class ChatDelta(TypedDict):
 
     role: NotRequired[str]
     content: NotRequired[str | None]
+    reasoning: NotRequired[str]
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCallDelta]]
 
@@ -187,3 +207,4 @@ class ChatChunk(TypedDict):
     model: str
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
+    prompt_token_ids: NotRequired[list[int]]

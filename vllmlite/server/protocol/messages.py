@@ -61,6 +61,7 @@ class CountRequest(Request):
     system: str | list[dict[str, Any]] | None = None
     tools: AnthropicTools | None = None
     tool_choice: AnthropicChoice | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class MessagesRequest(CountRequest):
@@ -72,6 +73,7 @@ class MessagesRequest(CountRequest):
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    cache_salt: str | None = None
 
 
 class AnthropicUsage(TypedDict):

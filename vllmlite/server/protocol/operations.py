@@ -17,13 +17,13 @@ class TokenizeRequest(Request):
     model: str | None = None
     prompt: str
     add_special_tokens: bool = True
-    return_token_strs: bool = False
+    return_token_strs: bool | None = None
 
 
 class TokenizeChatRequest(ChatPrompt):
     """``POST /tokenize`` of a conversation."""
 
-    return_token_strs: bool = False
+    return_token_strs: bool | None = None
 
 
 TOKENIZABLE_TAGS = ("a text", "a conversation")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from vllmlite.config_absent import Absent
 from vllmlite.errors import ParameterError
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllmlite.server.protocol.base import Bias, Ints, Request, Stops, Strings
@@ -36,10 +38,22 @@ class ResponseFormat(Request):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    plain_schema: dict[str, Any] | None = Field(
+        None, alias="schema", description="With json_object: which objects, as llama.cpp takes it."
+    )
 
 
 class StructuredOutputs(Request):
     """What the output must be, as vLLM says it: exactly one of these."""
+
+    refused: ClassVar[Mapping[str, Absent]] = {
+        "structural_tag": Absent((None,), "is not supported: see tools, or a grammar"),
+        "disable_any_whitespace": Absent((None, False), "what white space JSON may have is fixed"),
+        "whitespace_pattern": Absent((None,), "what white space JSON may have is fixed"),
+        "disable_additional_properties": Absent((None, False), "a schema is enforced as it is"),
+        "disable_fallback": Absent((None, True, False), "there is one way to enforce a grammar"),
+        "backend": Absent((None, "auto", "xgrammar"), "grammars are xgrammar's"),
+    }
 
     json_schema: str | dict[str, Any] | bool | None = Field(None, alias="json")
     regex: str | None = None
@@ -123,6 +137,8 @@ class SamplingRequest(Request):
         if form is None or form.type == "text":
             return None
         if form.type == "json_object":
+            if form.plain_schema:
+                return StructuredOutputsParams(json=form.plain_schema)
             return StructuredOutputsParams(json_object=True)
         if form.json_schema is None or form.json_schema.json_schema is None:
             raise ParameterError("response_format", form.type, "needs json_schema with a schema")
