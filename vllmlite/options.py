@@ -24,6 +24,13 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, "group": "engine", **metadata})
 
 
+def mapping_option(help: str, **metadata: Any) -> Any:
+    """The same for a mapping, which no hash sees."""
+    return field(
+        default=None, hash=False, metadata={"help": help, "group": "engine", "metavar": "JSON", **metadata}
+    )
+
+
 def did_you_mean(name: str, candidates: Collection[str]) -> str:
     """``; did you mean …?`` with the candidate closest to ``name``, or nothing."""
     close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
