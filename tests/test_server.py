@@ -254,7 +254,7 @@ def test_tokens(service: Service) -> None:
     check(operations.Tokenized, answer)
     assert answer["tokens"] == service.tokenizer.encode(PROMPT) and answer["max_model_len"] == 256
     assert "".join(answer["token_strs"]) == PROMPT
-    assert post(service, "/detokenize", tokens=answer["tokens"]) == {"prompt": PROMPT}
+    assert post(service, "/detokenize", tokens=answer["tokens"]) == {"prompt": PROMPT, "content": PROMPT}
     chat = post(service, "/tokenize", messages=MESSAGES)
     assert chat["tokens"] == service.tokenizer.encode(service.tokenizer.apply_chat_template(MESSAGES), False)
 

@@ -29,6 +29,7 @@ from vllmlite.server.protocol.chat import (
 )
 from vllmlite.server.protocol.logprobs import ChatLogprobs
 from vllmlite.server.reading import Reader, Reading, after_reasoning, reader_for, reads_marks
+from vllmlite.server.samplers import turned_off
 from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import DONE, JSON, Chunks, Stream, event
 from vllmlite.server.tools import ToolUse
@@ -37,6 +38,7 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions", responses=documented(ChatCompletion, streams=True))
+@router.post("/chat/completions", responses=documented(ChatCompletion, streams=True), include_in_schema=False)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
     """Answer a conversation."""
     arrival = time.monotonic()
@@ -74,6 +76,7 @@ def _params(body: ChatCompletionRequest, service: Service, tools: ToolUse) -> Sa
         changes["logprobs"] = body.top_logprobs or 0
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     changes["max_tokens"] = service.chat_limit(limit)
+    changes |= turned_off(body.samplers)
     return body.sampling_params(default, **changes)
 
 

@@ -16,7 +16,7 @@ from vllmlite.server.errors import ApiError
 from vllmlite.server.service import MAX_REQUEST_ID, Service
 from vllmlite.server.sse import JSON
 
-OPEN_PATHS = frozenset({"/", "/health", "/ping", "/version", "/metrics"})
+OPEN_PATHS = frozenset({"/", "/health", "/v1/health", "/ping", "/version", "/metrics"})
 """Need no key."""
 MAX_DISCARDED = 64 << 20
 """Bytes of a body over the limit that are read and forgotten before it is answered."""

@@ -73,6 +73,8 @@ class Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
     refused: ClassVar[Mapping[str, Absent]] = REFUSED
     """What the API has and the server has not."""
+    bookkeeping: ClassVar[frozenset[str]] = BOOKKEEPING
+    """What could change no answer."""
 
     @model_validator(mode="before")
     @classmethod
@@ -87,7 +89,7 @@ class Request(BaseModel):
             elif name in cls.refused:
                 if not cls.refused[name].accepts(value):
                     raise ParameterError(name, value, cls.refused[name].reason)
-            elif name not in BOOKKEEPING:
+            elif name not in cls.bookkeeping:
                 raise ParameterError(name, value, "no such parameter" + did_you_mean(name, list(names)))
         return known
 

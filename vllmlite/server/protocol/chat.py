@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
 from typing_extensions import NotRequired, TypeAliasType, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
 
-from vllmlite.server.protocol.base import Request, Usage
+from vllmlite.config_absent import Absent
+from vllmlite.server.protocol.base import REFUSED, Request, Strings, Usage
+from vllmlite.server.protocol.llamacpp import LLAMACPP_BOOKKEEPING, LLAMACPP_REFUSED
 from vllmlite.server.protocol.logprobs import ChatLogprobs, PromptLogprobs
 from vllmlite.server.protocol.sampling import SamplingRequest
 
@@ -107,7 +110,14 @@ class ChatPrompt(Request):
 
 
 class ChatCompletionRequest(ChatPrompt, SamplingRequest):
-    """``POST /v1/chat/completions``."""
+    """``POST /v1/chat/completions``; llama.cpp's parameters are known, for its clients come here too."""
+
+    refused: ClassVar[Mapping[str, Absent]] = {
+        **REFUSED,
+        **LLAMACPP_REFUSED,
+        "timings_per_token": Absent((None, False), "see /metrics"),
+    }
+    bookkeeping: ClassVar[frozenset[str]] = LLAMACPP_BOOKKEEPING
 
     max_tokens: int | None = None
     max_completion_tokens: int | None = Field(None, description="Default: the model's, or up to its context.")
@@ -116,6 +126,7 @@ class ChatCompletionRequest(ChatPrompt, SamplingRequest):
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
     include_reasoning: bool = Field(True, description="Answer with what the model thought before.")
+    samplers: Strings | None = Field(None, description="llama.cpp's list of those to use; default: all.")
     echo: bool = Field(False, description="Begin with the last message, where the answer continues it.")
 
 
