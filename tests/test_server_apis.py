@@ -163,7 +163,7 @@ def test_items_become_the_conversation(service: Service) -> None:
         ({"input": [{"role": 5, "content": "x"}]}, "input.role"),
         ({"input": "x", "previous_response_id": "resp_1"}, "previous_response_id"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools.0.type"),
-        ({"input": "x", "include": ["reasoning.encrypted_content"]}, "include"),
+        ({"input": "x", "include": ["web_search_call.results"]}, "include"),
         ({"input": "x", "text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
     ]
     for body, param in bad:
@@ -267,7 +267,7 @@ def test_blocks_become_the_conversation(service: Service) -> None:
         {"messages": CHAT},
         {"messages": [], "max_tokens": 5},
         {"messages": [{"role": "user", "content": [{"type": "image"}]}], "max_tokens": 5},
-        {"messages": CHAT, "max_tokens": 5, "thinking": {"type": "enabled", "budget_tokens": 1024}},
+        {"messages": CHAT, "max_tokens": 5, "thinking": {"type": "enabled", "budget_tokens": 5}},
         {"messages": CHAT, "max_tokens": 5, "tool_choice": {"type": "tool", "name": "x"}},
     ]
     for body in bad:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, RequestOutput
-from vllmlite.sampling_params import RequestOutputKind, SamplingParams
+from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllmlite.server.conversation import conversation
 from vllmlite.server.documented import documented
 from vllmlite.server.errors import ANTHROPIC, as_api_error
@@ -52,7 +52,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
         arrival_time=arrival,
     )  # fmt: skip
     reader = reader_for(service.config, tools, params, prompt_text)
-    answer = _Answer(service, generation, reader, Blocks(tools.call_id))
+    answer = _Answer(service, body, generation, reader, Blocks(tools.call_id))
     if body.stream:
         return Stream(answer.events(), generation.close, error_event=_error_event)
     (output,) = await generation.finished(request.receive)
@@ -70,10 +70,24 @@ async def count_tokens(body: CountRequest, request: Request) -> Response:
 
 async def _prompt(body: CountRequest, service: Service, tools: ToolUse) -> dict[str, Any]:
     messages = as_messages(body.messages, body.system)
-    talk = conversation(messages, "messages", tools.tools)
+    talk = conversation(messages, "messages", tools.tools).model_copy(update=_wishes(body))
     if body.messages[-1].role == "assistant":  # Anthropic's way to have an answer continued
         talk = talk.model_copy(update={"add_generation_prompt": False, "continue_final_message": True})
     return await service.encode_chat(talk)
+
+
+def _wishes(body: CountRequest) -> dict[str, Any]:
+    """What the chat template is told of thinking."""
+    variables = dict(body.chat_template_kwargs or {})
+    if body.thinking is not None:
+        variables.setdefault("enable_thinking", body.thinking.type != "disabled")
+    effort = body.output_config.effort if body.output_config else None
+    return {"reasoning_effort": effort, "chat_template_kwargs": variables}
+
+
+def _structure(body: CountRequest) -> StructuredOutputsParams | None:
+    form = (body.output_config.format if body.output_config else None) or body.output_format
+    return StructuredOutputsParams(json=form.json_schema) if form else None
 
 
 def _tool_use(body: CountRequest, service: Service) -> ToolUse:
@@ -84,6 +98,7 @@ def _tool_use(body: CountRequest, service: Service) -> ToolUse:
                 "name": tool.name,
                 **({"description": tool.description} if tool.description else {}),
                 "parameters": tool.input_schema,
+                **({"strict": tool.strict} if tool.strict is not None else {}),
             },
         }
         for tool in body.tools or ()
@@ -100,7 +115,10 @@ def _tool_use(body: CountRequest, service: Service) -> ToolUse:
 def _params(body: MessagesRequest, service: Service, tools: ToolUse) -> SamplingParams:
     given = {name: getattr(body, name) for name in ("temperature", "top_k", "top_p")}
     changes = {name: value for name, value in given.items() if value is not None}
-    changes |= tools.changes(False)
+    structure = _structure(body)
+    if structure is not None:
+        changes["structured_outputs"] = structure
+    changes |= tools.changes(structure is not None)
     if reads_marks(service.config, tools):
         changes["skip_special_tokens"] = False
     if body.stop_sequences:
@@ -116,8 +134,13 @@ def _error_event(error: Exception) -> bytes:
 class _Answer:
     """One answer, whole or as it comes."""
 
-    def __init__(self, service: Service, generation: Generation, reader: Reader, blocks: Blocks) -> None:
+    def __init__(
+        self, service: Service, body: MessagesRequest, generation: Generation, reader: Reader, blocks: Blocks
+    ) -> None:
         self._service = service
+        self._edits: dict[str, Any] = {}
+        if body.context_management is not None:
+            self._edits["context_management"] = {"applied_edits": []}
         self._generation = generation
         self._reader = reader
         self._blocks = blocks
@@ -147,7 +170,7 @@ class _Answer:
         assert last is not None
         ended = self._message(last)
         delta = {"stop_reason": ended["stop_reason"], "stop_sequence": ended["stop_sequence"]}
-        end = named_event({"type": "message_delta", "delta": delta, "usage": ended["usage"]})
+        end = named_event({"type": "message_delta", "delta": delta, "usage": ended["usage"], **self._edits})
         yield end + named_event({"type": "message_stop"})
 
     def _take(self, completion: CompletionOutput) -> list[dict[str, Any]]:
@@ -175,6 +198,7 @@ class _Answer:
             "stop_reason": reason,
             "stop_sequence": sequence,
             "usage": self._usage(),
+            **self._edits,  # type: ignore[typeddict-item]
         }
 
     def _usage(self) -> AnthropicUsage:

@@ -61,6 +61,11 @@ class StructuredOutputs(Request):
     grammar: str | None = None
     json_object: bool | None = None
 
+    def params(self) -> StructuredOutputsParams | None:
+        """What it asks for. Raises :class:`ParameterError`."""
+        wanted = self.model_dump(by_alias=True, exclude_none=True)
+        return StructuredOutputsParams(**wanted) if wanted else None
+
 
 class SamplingRequest(Request):
     """The fields of a request that become :class:`SamplingParams`; None leaves the model's default."""
@@ -132,8 +137,7 @@ class SamplingRequest(Request):
         if self.structured_outputs is not None:
             if form is not None and form.type != "text":
                 raise ParameterError("response_format", form.type, "does not go with structured_outputs")
-            wanted = self.structured_outputs.model_dump(by_alias=True, exclude_none=True)
-            return StructuredOutputsParams(**wanted) if wanted else None
+            return self.structured_outputs.params()
         if form is None or form.type == "text":
             return None
         if form.type == "json_object":
