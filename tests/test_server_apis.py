@@ -69,6 +69,7 @@ def test_embeddings_are_the_engines(service: Service) -> None:
     for form in (tokens, [tokens[0]], tokens[0], texts[0]):
         alone = post(service, "/v1/embeddings", input=form)["data"][0]["embedding"]
         assert alone == pytest.approx(expected[0], abs=1e-5)
+    assert post(service, "/v1/embeddings", input=texts[0], encoding_format=None)["data"] == answer["data"][:1]
     packed = post(service, "/v1/embeddings", input=texts[0], encoding_format="base64", dimensions=16)
     raw = base64.b64decode(packed["data"][0]["embedding"])
     (short,) = llm.embed(texts[0], pooling_params=PoolingParams(dimensions=16), use_tqdm=False)

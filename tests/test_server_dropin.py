@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,6 +160,12 @@ def test_bodies_that_are_no_json_are_told_apart(service: Service) -> None:
             answer = await client.post(COMPLETIONS, content=content, headers={"content-type": kind})
             assert answer.status_code == 400
             assert answer.json()["error"]["message"] == words and answer.json()["error"]["param"] is None
+        for coding in ("gzip", "br"):
+            headers = {"content-type": "application/json", "content-encoding": coding}
+            answer = await client.post(COMPLETIONS, content=gzip.compress(b"{}"), headers=headers)
+            assert answer.status_code == 400 and f"content-encoding {coding}" in answer.text
+        for path in ("/health", "/ping"):
+            assert (await client.head(path)).status_code == 200
         headers = {"content-type": "application/json; charset=utf-8"}
         answer = await client.post(COMPLETIONS, content=b'{"prompt": "x", "max_tokens": 1}', headers=headers)
         assert answer.status_code == 200

@@ -122,8 +122,13 @@ async def _tell_nobody(request: Request, error: Exception) -> Response:
 
 async def _tell_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    known = error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
-    message = f"{request.method} {request.url.path}: {error.detail}" if known else str(error.detail)
+    message = str(error.detail)
+    if error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+        message = f"{request.method} {request.url.path}: {message}"
+    elif "content-encoding" in request.headers:
+        message += (
+            f"; content-encoding {request.headers['content-encoding']} is not understood: send it as it is"
+        )
     return error_response(ApiError(error.status_code, message, headers=error.headers), request.scope)
 
 

@@ -54,7 +54,7 @@ async def create_embedding(body: EmbeddingRequest, request: Request) -> Response
     return JSON(answer)
 
 
-def _entry(index: int, vector: list[float], encoding: str) -> Embedding:
+def _entry(index: int, vector: list[float], encoding: str | None) -> Embedding:
     found: list[float] | str = vector
     if encoding == "base64":
         found = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -98,6 +98,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
 
 
 @router.get("/health", responses=documented(Health))
+@router.head("/health", include_in_schema=False)
 @router.get("/v1/health", responses=documented(Health), include_in_schema=False)
 async def health(request: Request) -> Response:
     """200 while the engine lives, with what its steps have failed of; 503 once it is dead or the server goes down."""
@@ -118,6 +119,7 @@ async def health(request: Request) -> Response:
 
 
 @router.get("/ping", responses=documented(Health))
+@router.head("/ping", include_in_schema=False)
 @router.post("/ping", responses=documented(Health), include_in_schema=False)
 async def ping(request: Request) -> Response:
     """The same, under SageMaker's name."""

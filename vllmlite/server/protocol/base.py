@@ -90,7 +90,8 @@ class Request(BaseModel):
                 if not cls.refused[name].accepts(value):
                     raise ParameterError(name, value, cls.refused[name].reason)
             elif name not in cls.bookkeeping:
-                raise ParameterError(name, value, "no such parameter" + did_you_mean(name, list(names)))
+                shown = str(name)[:80].encode("utf-8", "backslashreplace").decode()
+                raise ParameterError(shown, value, "no such parameter" + did_you_mean(shown, list(names)))
         return known
 
 

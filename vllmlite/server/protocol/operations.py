@@ -47,7 +47,9 @@ TOKENIZABLE_TAGS = ("a text", "a conversation", "llama.cpp's")
 
 def _form(body: Any) -> str:
     names = body.keys() if isinstance(body, dict) else ()
-    return TOKENIZABLE_TAGS[1 if "messages" in names else 2 if "content" in names else 0]
+    return TOKENIZABLE_TAGS[
+        1 if "messages" in names else 2 if "content" in names and "prompt" not in names else 0
+    ]
 
 
 Tokenizable = Annotated[
