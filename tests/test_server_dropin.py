@@ -65,6 +65,10 @@ def test_the_template_is_told_vllms_variables(service: Service) -> None:
     own = {"enable_thinking": True, "tone": "wet"}
     told = prompt_of(service, **template, reasoning_effort="none", chat_template_kwargs=own)
     assert told == "What is dpkg?;none;True;;wet"
+    clashing = {"source": 1, "variables": 2, "namespace": 3, "loop": 4}
+    assert prompt_of(service, **template, chat_template_kwargs=clashing) == "What is dpkg?;;;;dry"
+    bad = post(service, CHAT, 400, messages=MESSAGES, chat_template="{{ 1 // 0 }}")
+    assert bad["error"]["param"] == "messages"
     assert (
         "the chat template shows none"
         in post(service, CHAT, 400, messages=MESSAGES, documents=[{"text": "a"}])["error"]["message"]
