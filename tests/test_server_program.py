@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -105,7 +106,12 @@ def test_metrics_count_under_vllms_names(server: Program) -> None:
         == 3
     )
     assert grown["vllm:inter_token_latency_seconds_count"] == 18
-    assert grown["vllm:request_generation_tokens_sum"] == 21
+    assert grown["vllm:request_generation_tokens_sum"] == grown["vllm:request_params_max_tokens_sum"] == 21
+    assert grown["vllm:request_params_n_count"] == grown["vllm:request_params_n_sum"] == 3
+    bounds = set(re.findall(r'le="([^"]*)"', httpx.get(f"{server.url}/metrics").text))
+    assert "16384.0" in bounds and all(
+        "." in bound for bound in bounds - {"+Inf"}
+    )  # as prometheus_client has them
     assert after["vllm:num_requests_running"] == after["vllm:kv_cache_usage_perc"] == 0
 
 

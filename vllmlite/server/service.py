@@ -81,6 +81,8 @@ class Generation:
             self._service.release(self._unfinished)
             self._unfinished = 0
             raise
+        if isinstance(self.params, SamplingParams):
+            self._service.metrics.requested(self.params, len(self.prompts))
 
     async def outputs(self) -> AsyncIterator[list[tuple[int, RequestOutput]]]:
         """Batches of (index of the prompt, output), as they come."""
