@@ -165,5 +165,34 @@ def test_messages_say_how_to_think_and_what_to_write(service: Service, script: S
         {"tools": [{**CLAUDE["tools"][0], "defer_loading": True}]},
         {"tools": CLAUDE["tools"], "tool_choice": {"type": "any"}, "output_format": form},
     ]
+    refused = post(service, MESSAGES, 400, **plain, thread={"type": "create"})["error"]
+    assert refused["details"]["error_code"] == "thread_unsupported_request"
     for wish in bad:
         check(messages.AnthropicError, post(service, MESSAGES, 400, **plain, **wish))
+
+
+def test_anthropics_tool_runner_goes_on_without_threads(service: Service, script: Script) -> None:
+    anthropic = pytest.importorskip("anthropic", reason="needs Anthropic's client")
+    if not hasattr(anthropic, "beta_async_tool"):
+        pytest.skip("needs a newer client of Anthropic's")
+
+    async def work(client: httpx.AsyncClient) -> None:
+        ran: list[str] = []
+
+        async def shell(command: str) -> str:
+            """Runs."""
+            ran.append(command)
+            return "a.py"
+
+        async with anthropic.AsyncAnthropic(
+            base_url=str(client.base_url), api_key="none", max_retries=0
+        ) as api:
+            runner = api.beta.messages.tool_runner(
+                model="demo", max_tokens=50, messages=CLAUDE["messages"], tools=[anthropic.beta_async_tool(shell)],
+                max_iterations=2,
+            )  # fmt: skip
+            assert [message.stop_reason async for message in runner] == ["tool_use", "tool_use"]
+        assert ran and set(ran) == {"ls"}
+        assert prompt_of(script) == "a.py;;;"
+
+    ask(service, work)

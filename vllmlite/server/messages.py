@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,7 +15,7 @@ from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllmlite.server.conversation import conversation
 from vllmlite.server.documented import documented
-from vllmlite.server.errors import ANTHROPIC, as_api_error
+from vllmlite.server.errors import ANTHROPIC, ApiError, as_api_error
 from vllmlite.server.message_blocks import Blocks, as_messages
 from vllmlite.server.protocol.messages import (
     AnthropicAnswer,
@@ -34,6 +35,8 @@ router = APIRouter()
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 """Anthropic's names of OpenAI's reasons."""
+NO_THREADS = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+"""By which Anthropic's tool runner, which asks for a thread at first, knows to go on without one."""
 
 
 @router.post("/v1/messages", responses=documented(AnthropicAnswer, streams=True, error=AnthropicError))
@@ -42,6 +45,12 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     arrival = time.monotonic()
     service: Service = request.app.state.service
     service.check_model(body.model)
+    if body.thread is not None:
+        raise ApiError(
+            HTTPStatus.BAD_REQUEST,
+            "thread: nothing is kept between requests: give the whole conversation",
+            details=NO_THREADS,
+        )
     tools = _tool_use(body, service)
     params = _params(body, service, tools)
     prompt = await _prompt(body, service, tools)

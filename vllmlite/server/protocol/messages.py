@@ -17,6 +17,10 @@ MESSAGES_REFUSED: Mapping[str, Absent] = {
     "container": Absent((None,), _BETA),
     "mcp_servers": Absent((None, []), _BETA),
     "inference_geo": Absent((None,), _BETA),
+    "compaction": Absent((None,), _BETA),
+    "fallbacks": Absent((None, []), _BETA),
+    "fallback_credit_token": Absent((None,), _BETA),
+    "speed": Absent((None, "standard"), _BETA),
 }
 
 
@@ -109,6 +113,7 @@ class MessagesRequest(CountRequest):
     top_k: int | None = None
     top_p: float | None = None
     cache_salt: str | None = None
+    thread: dict[str, Any] | None = Field(None, description="Refused: nothing is kept between requests.")
 
 
 class AnthropicUsage(TypedDict):
@@ -157,6 +162,7 @@ class AnthropicErrorInfo(TypedDict):
 
     type: str
     message: str
+    details: NotRequired[dict[str, Any]]
 
 
 class AnthropicError(TypedDict):
