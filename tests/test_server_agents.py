@@ -109,6 +109,15 @@ def test_responses_take_vllms_parameters(service: Service, script: Script) -> No
     assert post(service, RESPONSES, 400, input="x", **both)["error"]["param"] == "text.format"
 
 
+def test_input_is_counted(service: Service, script: Script) -> None:
+    answer = post(service, RESPONSES + "/input_tokens", **CODEX)
+    check(responses.InputTokens, answer)
+    post(service, RESPONSES, **CODEX)
+    assert script.request is not None
+    given: Any = script.request.prompt
+    assert answer["input_tokens"] == len(given["prompt_token_ids"])
+
+
 def test_no_response_is_kept(service: Service) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/cancel")):

@@ -56,6 +56,24 @@ def test_fields_that_ask_for_nothing_more_are_taken(service: Service) -> None:
         assert post(service, CHAT, 400, messages=MESSAGES, **{field: value})["error"]["param"] == field
 
 
+def test_null_is_nothing_and_whole_numbers_may_have_a_point(service: Service) -> None:
+    plain = post(service, CHAT, messages=MESSAGES, **SHORT)["choices"]
+    nulls = dict.fromkeys(("add_generation_prompt", "echo", "include_reasoning", "priority", "stop", "tools"))
+    assert post(service, CHAT, messages=MESSAGES, **nulls, temperature=0, max_tokens=2.0)["choices"] == plain
+    assert (
+        post(service, "/completion", prompt="x", n_predict=2.0, n_probs=None, stream=None)["tokens_predicted"]
+        == 2
+    )
+    for value, words in ((2.5, "valid integer"), (1e300, "at most"), ("2", "valid integer")):
+        assert (
+            words
+            in post(service, CHAT, 400, messages=MESSAGES, top_logprobs=value, logprobs=True)["error"][
+                "message"
+            ]
+        )
+    assert post(service, CHAT, 400, messages=None)["error"]["param"] == "messages"
+
+
 def test_the_template_is_told_vllms_variables(service: Service) -> None:
     template = {"chat_template": VARIABLES}
     assert prompt_of(service, **template) == "What is dpkg?;;;;dry"

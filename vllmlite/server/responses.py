@@ -23,6 +23,7 @@ from vllmlite.server.protocol.responses import (
     INCLUDABLE,
     LOGPROBS,
     STATELESS,
+    InputTokens,
     ResponseObject,
     ResponsesRequest,
     ResponseUsage,
@@ -47,12 +48,9 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     arrival = time.monotonic()
     service: Service = request.app.state.service
     service.check_model(body.model)
-    tools = ToolUse.of(_tools(body), _choice(body.tool_choice), body.parallel_tool_calls, service.config)
+    tools = _tool_use(body, service)
     params = _params(body, service, tools)
-    talk = conversation(as_messages(body.input, body.instructions), "input", tools.tools)
-    effort = body.reasoning.effort if body.reasoning else None
-    wishes = {"reasoning_effort": effort, "chat_template_kwargs": body.chat_template_kwargs}
-    prompt = await service.encode_chat(talk.model_copy(update=wishes))
+    prompt = await _prompt(body, service, tools)
     prompt_text = str(prompt.get("prompt") or "")
     params = after_reasoning(service.config, service.tokenizer, params, prompt_text)
     generation = await service.generate(
@@ -67,12 +65,33 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     return JSON(answer.whole(output))
 
 
+@router.post("/v1/responses/input_tokens", responses=documented(InputTokens))
+async def count_input_tokens(body: ResponsesRequest, request: Request) -> Response:
+    """The tokens that a request's input is."""
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    prompt = await _prompt(body, service, _tool_use(body, service))
+    answer: InputTokens = {"object": "response.input_tokens", "input_tokens": len(prompt["prompt_token_ids"])}
+    return JSON(answer)
+
+
 @router.get("/v1/responses/{response_id}", include_in_schema=False)
 @router.delete("/v1/responses/{response_id}", include_in_schema=False)
 @router.post("/v1/responses/{response_id}/cancel", include_in_schema=False)
 async def find_response(response_id: str) -> Response:
     """Nothing, for nothing is kept."""
     raise ApiError(HTTPStatus.NOT_FOUND, f"no response {response_id!r}: {STATELESS}", param="response_id")
+
+
+async def _prompt(body: ResponsesRequest, service: Service, tools: ToolUse) -> dict[str, Any]:
+    talk = conversation(as_messages(body.input, body.instructions), "input", tools.tools)
+    effort = body.reasoning.effort if body.reasoning else None
+    wishes = {"reasoning_effort": effort, "chat_template_kwargs": body.chat_template_kwargs}
+    return await service.encode_chat(talk.model_copy(update=wishes))
+
+
+def _tool_use(body: ResponsesRequest, service: Service) -> ToolUse:
+    return ToolUse.of(_tools(body), _choice(body.tool_choice), body.parallel_tool_calls, service.config)
 
 
 def _tools(body: ResponsesRequest) -> list[dict[str, Any]]:

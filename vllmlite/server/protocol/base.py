@@ -85,7 +85,10 @@ class Request(BaseModel):
         known: dict[str, Any] = {}
         for name, value in data.items():
             if name in names:
-                known[name] = value
+                if value is not None:  # null asks for nothing
+                    # JSON has one kind of numbers: 5.0 is whole too.
+                    whole = type(value) is float and value.is_integer()
+                    known[name] = int(value) if whole else value
             elif name in cls.refused:
                 if not cls.refused[name].accepts(value):
                     raise ParameterError(name, value, cls.refused[name].reason)

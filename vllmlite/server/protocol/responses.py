@@ -174,3 +174,10 @@ class ResponseObject(TypedDict):
     top_p: float
     truncation: Literal["disabled"]
     usage: ResponseUsage | None
+
+
+class InputTokens(TypedDict):
+    """Answer of ``/v1/responses/input_tokens``."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int
