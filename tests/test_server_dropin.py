@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ pytest.importorskip("httpx")
 import httpx
 from served import Script, ask, check, post, serving, stream
 
+from vllmlite.outputs import RequestOutput
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.server.conversation import as_mapping
 from vllmlite.server.protocol import chat
@@ -193,3 +195,36 @@ def test_bodies_that_are_no_json_are_told_apart(service: Service) -> None:
         assert answer.status_code == 200
 
     ask(service, work)
+
+
+class Slow(Script):
+    """The same, after a while each time."""
+
+    async def take(self) -> list[RequestOutput]:
+        await asyncio.sleep(0.2)
+        return await super().take()
+
+
+def test_comments_keep_a_slow_stream_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(sse_keep_alive_interval=0.05) as service:
+        monkeypatch.setattr(service.engine, "submit", Slow("Yes", "."))
+
+        async def work(client: httpx.AsyncClient) -> None:
+            for path, body in (
+                (CHAT, {"messages": MESSAGES}),
+                ("/v1/messages", {"messages": MESSAGES, "max_tokens": 5}),
+            ):
+                answer = await client.post(path, json={**body, "stream": True})
+                blocks = answer.text.removesuffix("\n\n").split("\n\n")
+                events = [block for block in blocks if block != ": keep-alive"]
+                assert blocks[0] == ": keep-alive" and len(blocks) - len(events) >= 4
+                assert "Yes" in answer.text and all("data: " in event for event in events)
+            lines = await client.post("/generate", json={"prompt": "x", "stream": True})
+            assert ": keep-alive" not in lines.text
+            async with client.stream("POST", CHAT, json={"messages": MESSAGES, "stream": True}) as leaving:
+                assert await anext(leaving.aiter_lines()) == ": keep-alive"
+            while service._unfinished:
+                await asyncio.sleep(0.01)
+
+        ask(service, work)
+    assert service.metrics.finished["abort"] == 1

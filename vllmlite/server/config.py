@@ -69,6 +69,13 @@ class ServerConfig:
         False, "name tokens token_id:N in log-probabilities, for text that JSON cannot hold", group="server"
     )
     enable_force_include_usage: bool = option(False, "end every stream with its usage", group="server")
+    sse_keep_alive_interval: float = option(
+        0.0,
+        "seconds after which a stream that has nothing to say brings a comment, so that proxies keep it; 0: never",
+        group="server",
+        low=0,
+        high=3600,
+    )
     ui: bool = option(True, "serve a page to chat in at /", group="server")
     shutdown_timeout: int = option(
         30, "seconds that running requests get to finish after SIGTERM", group="server", low=0, high=86400
