@@ -121,6 +121,8 @@ ABSENT: Mapping[str, Absent] = {
     "allowed_media_domains": Absent((None, []), _TEXT_ONLY),
     "logprobs_mode": Absent(("raw_logprobs",), "log-probabilities are those before sampling"),
     "stream_interval": Absent((1,), "a stream brings each token as it comes"),
+    "max_num_queued_reqs": Absent((None,), "see max_queue, which counts what waits beyond max_num_seqs"),
+    "max_num_queued_tokens": Absent((None,), "see max_queue"),
     "api_server_count": Absent((None, 1), "one process serves HTTP"),
     "disable_frontend_multiprocessing": Absent((False,), "see --no-engine-process"),
     "enable_reasoning": Absent((False, True), "reasoning_parser alone says it"),
