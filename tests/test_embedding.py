@@ -15,6 +15,7 @@ from native import needs_native_cpu
 from vllmlite import LLM, EngineConfig, LLMEngine, PoolingParams, SamplingParams
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
+from vllmlite.runner.startup import start_process
 
 TEXTS = ["The Debian Project is an association.", "A package", "To install " * 30, "dpkg"]
 
@@ -62,7 +63,7 @@ def test_a_vector_does_not_depend_on_what_else_runs(backend: str, kind: str) -> 
 
 def test_an_engine_in_a_process_of_its_own_gives_the_same() -> None:
     config = EngineConfig(dtype="float32", device="cpu", max_model_len=256, num_gpu_blocks_override=64)
-    elsewhere = LLMEngine(config, engine_process=True)
+    elsewhere = LLMEngine(config, start_process)
     try:
         for index, text in enumerate(TEXTS):
             elsewhere.add_request(str(index), text, PoolingParams(pooling_type="MEAN"))

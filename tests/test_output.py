@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -40,11 +42,18 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(path)
 
 
-def stream(detokenizer: Detokenizer, ids: list[int]) -> tuple[list[str], str | None]:
-    """Deltas after each id and at the end, and the stop string."""
+SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=3)
+
+
+def stream(
+    detokenizer: Detokenizer, ids: list[int], sizes: Sequence[int] = (1,)
+) -> tuple[list[str], str | None]:
+    """Deltas after each piece of ids, ``sizes`` long in turn, and at the end; and the stop string."""
     deltas = []
-    for token_id in ids:
-        stop = detokenizer.append(token_id)
+    turn = cycle(sizes)
+    while ids:
+        piece, ids = ids[: (size := next(turn))], ids[size:]
+        _, stop = detokenizer.extend(piece)
         deltas.append(detokenizer.delta())
         if stop is not None:
             return deltas, stop
@@ -54,12 +63,14 @@ def stream(detokenizer: Detokenizer, ids: list[int]) -> tuple[list[str], str | N
 
 
 @settings(max_examples=100, deadline=None)
-@given(prompt=st.text(max_size=8), text=st.text(max_size=40))
-def test_streamed_is_whole_and_never_half_a_character(tokenizer: Tokenizer, prompt: str, text: str) -> None:
+@given(prompt=st.text(max_size=8), text=st.text(max_size=40), sizes=SIZES)
+def test_streamed_is_whole_and_never_half_a_character(
+    tokenizer: Tokenizer, prompt: str, text: str, sizes: list[int]
+) -> None:
     text = text.replace("\ufffd", "?")
     ids = tokenizer.encode(text)
     detokenizer = Detokenizer(tokenizer, tokenizer.encode(prompt.replace("\ufffd", "?")))
-    deltas, _ = stream(detokenizer, ids)
+    deltas, _ = stream(detokenizer, ids, sizes)
     assert "".join(deltas) == text == detokenizer.text
     assert not any("\ufffd" in delta for delta in deltas)
 
@@ -70,14 +81,18 @@ def test_an_incomplete_character_shows_at_the_end_only(tokenizer: Tokenizer) -> 
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=st.text("ab", max_size=12), stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+@given(
+    text=st.text("ab", max_size=12),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    sizes=SIZES,
+)
 def test_stop_strings_cut_where_a_search_of_the_text_would(
-    tokenizer: Tokenizer, text: str, stops: list[str]
+    tokenizer: Tokenizer, text: str, stops: list[str], sizes: list[int]
 ) -> None:
     ends = [(text.find(s) + len(s), text.find(s), s) for s in stops if s in text]
     for include in (False, True):
         detokenizer = Detokenizer(tokenizer, [], stop=stops, include_stop=include)
-        deltas, stop = stream(detokenizer, tokenizer.encode(text))
+        deltas, stop = stream(detokenizer, tokenizer.encode(text), sizes)
         if ends:
             end, start, _ = min(ends)
             assert stop in stops
@@ -161,7 +176,7 @@ def test_a_tokenizer_that_is_only_python(tmp_path: Path) -> None:
     assert texts[3 + ord("a")] == "a" and texts[1] == "" and not byte_level
     detokenizer = Detokenizer(ours, [])
     for token_id in ours.encode("größer", add_special_tokens=False):
-        detokenizer.append(token_id)
+        detokenizer.extend([token_id])
     assert detokenizer.text == "größer"
 
 

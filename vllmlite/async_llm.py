@@ -1,32 +1,26 @@
-"""AsyncLLM: one engine in a thread of its own, streams of outputs to any number of asyncio tasks."""
+"""AsyncLLM: an engine elsewhere, and streams of its outputs to any number of tasks of one event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TypeVar
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from vllmlite.config import EngineConfig
-from vllmlite.engine_process import EngineProcess
+from vllmlite.engine_client import EngineClient
 from vllmlite.errors import EngineDeadError, VllmliteError
 from vllmlite.llm_engine import LLMEngine, Prompt
 from vllmlite.outputs import EngineStats, RequestOutput
 from vllmlite.pooling_params import PoolingParams
+from vllmlite.runner.startup import start_process, start_thread
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-DELIVERY_SECONDS = 0.05
-"""How long event loops get to deal with outputs before those that have come since are handed over all the same."""
 MAX_FAILED_STEPS = 3
 """After this many failed steps in a row the engine counts as broken: a device error rarely mends itself."""
 
@@ -43,14 +37,13 @@ class NewRequest:
 
 
 class OutputStream:
-    """Outputs of requests that were submitted together, for one task of the event loop that submitted them.
+    """Outputs of requests that were submitted together, for one task.
 
     A reader that falls behind finds all that has come since in its next :meth:`take`, in one output a request; it
     holds up nobody."""
 
     def __init__(self, engine: AsyncLLM, requests: Sequence[NewRequest]) -> None:
         """Made by :meth:`AsyncLLM.submit`."""
-        self.loop = asyncio.get_running_loop()
         self._engine = engine
         self._unfinished = {request.request_id for request in requests}
         self._deltas = {
@@ -73,7 +66,7 @@ class OutputStream:
                 raise self._error
             if not self._unfinished:
                 return []
-            self._waiter = self.loop.create_future()
+            self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         items, self._items = list(self._items.values()), {}
         for item in items:
@@ -84,11 +77,11 @@ class OutputStream:
     def close(self) -> None:
         """Abort what has not finished; its blocks are free before the engine's next step."""
         if self._unfinished:
-            self._engine._drop(list(self._unfinished))
+            self._engine._forget(self._unfinished)
             self._unfinished.clear()
 
     def put(self, item: RequestOutput | BaseException) -> None:
-        """Hand over an output or the end of it all; called on the event loop."""
+        """Hand over an output or the end of it all."""
         if isinstance(item, RequestOutput):
             earlier = self._items.get(item.request_id)
             if earlier is not None and item.request_id in self._deltas:
@@ -102,29 +95,25 @@ class OutputStream:
 
 
 class AsyncLLM:
-    """The engine for servers: :meth:`generate` from any number of tasks; the thread sleeps while there is no work."""
+    """The engine for servers: :meth:`generate` from any number of tasks. Belongs to the event loop that runs when it
+    is first asked something, or to a later one once that is closed.
+
+    The loop reads what the engine's steps gave as soon as it has dealt with what they gave before: while it is busy
+    the engine goes on, and its next outputs have several tokens."""
 
     def __init__(self, config: EngineConfig, *, engine_process: bool = False) -> None:
-        """Load the model and start the thread that steps the engine, or that hears from its process."""
-        self._engine = LLMEngine(config, engine_process=engine_process)
-        self._commands: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
-        self._closed = False
+        """Load the model and start the engine's thread or, with ``engine_process``, its process."""
+        self._engine = LLMEngine(config, start_process if engine_process else start_thread)
+        core = self._engine.engine_core
+        assert isinstance(core, EngineClient)
+        self._core = core
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._end: EngineDeadError | None = None
         self._death: EngineDeadError | None = None
-        self._check: Callable[[], None] | None = None
-        """Raises, once the engine's process has ended."""
         self._streams: dict[str, OutputStream] = {}
-        self._busy_loops: set[asyncio.AbstractEventLoop] = set()
-        """Those whose tasks have not seen the outputs that were last handed over."""
-        self._patience_ends = 0.0
+        self._num_failed_steps = 0
         self._failed_steps_in_a_row = 0
         self._on_death: Callable[[], object] | None = None
-        self._thread = threading.Thread(target=self._run, name="vllmlite-engine", daemon=True)
-        core = self._engine.engine_core
-        if isinstance(core, EngineProcess):
-            core.on_end = partial(self._notice_end, core)
-        self._thread.start()
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineConfig) -> AsyncLLM:
@@ -133,12 +122,12 @@ class AsyncLLM:
 
     @property
     def llm_engine(self) -> LLMEngine:
-        """The engine; what it does belongs to its thread, what does not change may be read from any."""
+        """The engine's near end."""
         return self._engine
 
     @property
     def dead_error(self) -> EngineDeadError | None:
-        """Why the engine's thread has ended by itself; None while it lives."""
+        """Why the engine has ended by itself; None while it lives."""
         return self._death
 
     @property
@@ -151,32 +140,26 @@ class AsyncLLM:
         return self._engine.get_tokenizer()
 
     async def submit(self, requests: Sequence[NewRequest]) -> OutputStream:
-        """Add requests, all or none; returns once the engine has taken them in.
-
-        Raises :class:`ParameterError` if one can never be served."""
+        """Add requests, all or none. Raises :class:`ParameterError` if one can never be served."""
+        self._attend()
+        for request in requests:
+            if isinstance(request.params, SamplingParams) and request.params.structured_outputs is not None:
+                await asyncio.to_thread(self._engine.grammars.compile, request.params.structured_outputs)
         stream = OutputStream(self, requests)
-
-        def add() -> None:
-            added: list[str] = []
-            try:
-                for request in requests:
-                    self._engine.add_request(
-                        request.request_id,
-                        request.prompt,
-                        request.params,
-                        arrival_time=request.arrival_time,
-                        priority=request.priority,
-                    )
-                    added.append(request.request_id)
-                    self._streams[request.request_id] = stream
-            except Exception:
-                self._forget(added)
-                raise
-
+        added: list[str] = []
         try:
-            await self.call(add)
-        except asyncio.CancelledError:
-            stream.close()
+            for request in requests:
+                self._engine.add_request(
+                    request.request_id,
+                    request.prompt,
+                    request.params,
+                    arrival_time=request.arrival_time,
+                    priority=request.priority,
+                )
+                added.append(request.request_id)
+                self._streams[request.request_id] = stream
+        except Exception:
+            self._forget(added)
             raise
         return stream
 
@@ -186,11 +169,8 @@ class AsyncLLM:
         """Outputs of a request as its ``output_kind`` says. Leaving the iteration early aborts the request.
 
         Raises :class:`ParameterError` if it can never be served, VllmliteError if a step failed."""
-        encoded = self._engine.encode(
-            prompt
-        )  # here, so that a long text does not hold up the engine's thread
         stream = await self.submit(
-            [NewRequest(request_id, encoded, sampling_params, priority, time.monotonic())]
+            [NewRequest(request_id, prompt, sampling_params, priority, time.monotonic())]
         )
         try:
             while outputs := await stream.take():
@@ -201,182 +181,105 @@ class AsyncLLM:
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream raises VllmliteError."""
-        await self.call(lambda: self._fail([request_id], VllmliteError(f"request {request_id} was aborted")))
+        self._fail([request_id], VllmliteError(f"request {request_id} was aborted"))
 
     async def abort_all(self, reason: str) -> None:
         """End every request; their streams raise VllmliteError with ``reason``."""
-        await self.call(lambda: self._fail(list(self._streams), VllmliteError(reason)))
+        self._fail(list(self._streams), VllmliteError(reason))
 
     async def stats(self) -> EngineStats:
         """The engine's counters."""
-        return await self.call(lambda: replace(self._engine.stats()))
+        stats: EngineStats = await self.ask("current_stats")
+        return stats
 
     async def reset_prefix_cache(self) -> None:
         """Forget every cached prefix."""
-        await self.call(self._engine.reset_prefix_cache)
+        await self.ask("reset_prefix_cache")
 
-    async def call(self, function: Callable[[], T]) -> T:
-        """Run ``function`` in the engine's thread, between two steps; its result or its exception."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def answer(result: T | None, error: Exception | None) -> None:
-            if future.done():
-                return
-            if error is None:
-                future.set_result(result)  # type: ignore[arg-type]
-            else:
-                future.set_exception(error)
-
-        def run() -> None:
-            try:
-                if self._end is not None:
-                    raise self._end
-                result = function()
-            except Exception as error:
-                _call_soon(loop, answer, None, error)
-            else:
-                _call_soon(loop, answer, result, None)
-
-        self._post(run)
-        return await future
+    async def ask(self, name: str, *args: object) -> Any:
+        """Have the engine's method ``name`` called between two of its steps; what it returns."""
+        self._attend()
+        return await self._core.ask(name, *args)
 
     def on_death(self, callback: Callable[[], object]) -> None:
-        """Have ``callback`` called, in the engine's thread, if that ends by itself."""
+        """Have ``callback`` called if the engine ends by itself while the running event loop runs."""
         self._on_death = callback
+        self._attend()
 
-    def shutdown(self, timeout: float | None = None) -> None:
-        """Stop the thread after its current step, for which ``timeout`` seconds are waited; open streams raise."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._thread.join(timeout)
-        self._engine.close()
+    def shutdown(self) -> None:
+        """End the engine; open streams raise."""
+        self._finish(EngineDeadError("the engine has been shut down"))
 
-    def _notice_end(self, engine: EngineProcess) -> None:
-        """Have the thread find out that the engine's process has ended, though it may have nothing to wait for."""
-        with self._wake:
-            self._check = engine.check
-            self._wake.notify()
-
-    def _post(self, command: Callable[[], None]) -> None:
-        with self._wake:
-            if self._end is not None:
-                raise self._end
-            if self._closed:
-                raise EngineDeadError("the engine has been shut down")
-            self._commands.append(command)
-            self._wake.notify()
-
-    def _drop(self, request_ids: list[str]) -> None:
-        """Have requests forgotten that nobody waits for any more; nothing to do where the engine is gone."""
-        try:
-            self._post(lambda: self._forget(request_ids))
-        except EngineDeadError:
+    def _attend(self) -> None:
+        """Have the running event loop take in what the engine gives. Raises EngineDeadError where there is none."""
+        if self._end is not None:
+            raise self._end
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
             return
+        if self._loop is not None and not self._loop.is_closed():
+            raise VllmliteError("the engine belongs to another event loop")
+        self._loop = loop
+        self._core.attend(loop, self._take_in)
 
-    def _run(self) -> None:
-        end = EngineDeadError("the engine has been shut down")
+    def _take_in(self) -> None:
+        """Hand out what has come of the engine."""
         try:
-            while self._turn():
-                pass
-        except BaseException as error:
-            logger.exception("the engine's thread ends")
-            end = self._death = EngineDeadError(f"the engine is dead: {type(error).__name__}: {error}")
-        with self._wake:
-            self._end = end
-        for stream in set(self._streams.values()):
-            _call_soon(stream.loop, stream.put, end)
-        self._streams.clear()
-        for command in self._commands:  # that came too late: each tells its caller so
-            command()
-        if self._death is not None and self._on_death is not None:
-            self._on_death()
+            self._core.receive()
+            while self._core.has_outputs():
+                outputs = self._engine.step()
+                self._watch_failures()
+                self._publish(outputs)
+            self._core.check()
+        except Exception as error:
+            logger.exception("the engine is dead")
+            self._death = EngineDeadError(f"the engine is dead: {type(error).__name__}: {error}")
+            self._finish(self._death)
+            if self._on_death is not None:
+                self._on_death()
 
-    def _turn(self) -> bool:
-        """Wait for work, do the commands, run a step; False once the engine is to shut down."""
-        engine = self._engine
-        with self._wake:
-            while not self._wake.wait_for(self._has_to_act, self._patience()):
-                self._busy_loops.clear()
-            if self._closed:
-                return False
-            commands, self._commands = self._commands, deque()
-        if self._check is not None:
-            self._check()
-        for command in commands:
-            command()
-        if self._busy_loops or not engine.has_unfinished_requests():
-            return True
-        failed_before = engine.engine_core.stats.num_failed_steps
-        self._publish(engine.step())
-        stats = engine.engine_core.stats
-        if stats.num_failed_steps == failed_before:
-            self._failed_steps_in_a_row = 0
-        else:
-            self._failed_steps_in_a_row += stats.num_failed_steps - failed_before
-            if self._failed_steps_in_a_row >= MAX_FAILED_STEPS:
-                raise VllmliteError(f"{MAX_FAILED_STEPS} steps in a row failed: {stats.last_error}")
-        return True
-
-    def _has_to_act(self) -> bool:
-        if self._commands or self._closed or self._check is not None:
-            return True
-        return self._engine.has_unfinished_requests() and not self._busy_loops
-
-    def _patience(self) -> float | None:
-        return max(self._patience_ends - time.monotonic(), 0) if self._busy_loops else None
+    def _watch_failures(self) -> None:
+        stats = self._core.stats
+        failed, self._num_failed_steps = (
+            stats.num_failed_steps - self._num_failed_steps,
+            stats.num_failed_steps,
+        )
+        self._failed_steps_in_a_row = self._failed_steps_in_a_row + failed if failed else 0
+        if self._failed_steps_in_a_row >= MAX_FAILED_STEPS:
+            raise VllmliteError(f"{MAX_FAILED_STEPS} steps in a row failed: {stats.last_error}")
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
-        """Hand a step's outputs over, waking each event loop once."""
-        batches: dict[
-            asyncio.AbstractEventLoop, list[tuple[OutputStream, RequestOutput | BaseException]]
-        ] = {}
         for output in outputs:
-            stream = self._streams.get(output.request_id)
+            request_id = output.request_id
             item: RequestOutput | BaseException = output
             if output.finished:
-                error = self._engine.take_error(output.request_id)
+                stream = self._streams.pop(request_id, None)
+                error = self._engine.take_error(request_id)
                 if error is not None:
                     item = VllmliteError(f"a step failed: {error}")
-                self._streams.pop(output.request_id, None)
+            else:
+                stream = self._streams.get(request_id)
             if stream is not None:
-                batches.setdefault(stream.loop, []).append((stream, item))
-        if isinstance(self._engine.engine_core, EngineProcess):
-            # It steps without being asked. What it gives while the event loops are at work waits for them in one
-            # piece a request, rather than that this thread takes the interpreter from them for each.
-            self._busy_loops.update(batches)
-            self._patience_ends = time.monotonic() + DELIVERY_SECONDS
-        for loop, batch in batches.items():
-            _call_soon(loop, self._deliver, loop, batch)
-
-    def _deliver(
-        self, loop: asyncio.AbstractEventLoop, batch: list[tuple[OutputStream, RequestOutput | BaseException]]
-    ) -> None:
-        for stream, item in batch:
-            stream.put(item)
-        loop.call_soon(self._delivered, loop)  # after the tasks that this has woken
-
-    def _delivered(self, loop: asyncio.AbstractEventLoop) -> None:
-        with self._wake:
-            self._busy_loops.discard(loop)
-            self._wake.notify()
+                stream.put(item)
 
     def _fail(self, request_ids: Sequence[str], error: VllmliteError) -> None:
         for request_id in request_ids:
             stream = self._streams.get(request_id)
             if stream is not None:
-                _call_soon(stream.loop, stream.put, error)
+                stream.put(error)
         self._forget(request_ids)
 
-    def _forget(self, request_ids: Sequence[str]) -> None:
+    def _forget(self, request_ids: Iterable[str]) -> None:
+        """Drop requests that nobody waits for any more; there is nothing to do where the engine is gone."""
         for request_id in request_ids:
-            if self._streams.pop(request_id, None) is not None:
+            if self._streams.pop(request_id, None) is not None and self._end is None:
                 self._engine.abort_request(request_id)
 
-
-def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
-    try:
-        loop.call_soon_threadsafe(function, *args)
-    except RuntimeError:  # the caller's event loop is closed: nobody is left to tell
-        return
+    def _finish(self, end: EngineDeadError) -> None:
+        if self._end is not None:
+            return
+        self._end = end
+        streams, self._streams = set(self._streams.values()), {}
+        for stream in streams:
+            stream.put(end)
+        self._engine.close()

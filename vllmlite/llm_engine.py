@@ -13,7 +13,7 @@ from vllmlite.errors import ParameterError
 from vllmlite.output_processor import OutputProcessor
 from vllmlite.outputs import EngineStats, RequestOutput
 from vllmlite.pooling_params import PoolingParams
-from vllmlite.runner.startup import start, start_process
+from vllmlite.runner.startup import Started, start
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizer import Tokenizer
 
@@ -27,13 +27,15 @@ Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 class LLMEngine:
     """Requests in, :class:`~vllmlite.outputs.RequestOutput` out, one step at a time. Not thread-safe."""
 
-    def __init__(self, config: EngineConfig, *, engine_process: bool = False) -> None:
+    def __init__(
+        self, config: EngineConfig, start: Callable[[EngineConfig], Started[EngineCore]] = start
+    ) -> None:
         """Load the model and allocate the cache. Raises ModelError, BackendError or ParameterError.
 
-        With ``engine_process`` the engine runs in a process of its own, until :meth:`close`."""
+        ``start`` says where the engine runs: here, or until :meth:`close` in a thread or process of its own."""
         self.config = config
-        started = start_process(config) if engine_process else start(config)
-        self.engine_core: EngineCore = started.engine
+        started = start(config)
+        self.engine_core = started.engine
         self.tokenizer = started.tokenizer
         self.max_model_len = started.max_model_len
         self.hidden_size = started.hidden_size
@@ -51,12 +53,10 @@ class LLMEngine:
     @property
     def engine(self) -> Engine:
         """The engine itself. AttributeError if it has a process of its own."""
-        if not isinstance(self.engine_core, Engine):
-            raise AttributeError("the engine is in a process of its own")
-        return self.engine_core
+        return self.engine_core.engine
 
     def close(self) -> None:
-        """End the engine's process, if it has one."""
+        """End the engine's thread or process, if it has one."""
         self.engine_core.close()
 
     def get_tokenizer(self) -> Tokenizer:

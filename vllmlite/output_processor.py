@@ -192,13 +192,12 @@ class OutputProcessor:
             group.prompt_logprobs = [None, *(self._logprobs(entry, k) for entry in output.prompt_logprobs)]
         stop: str | None = None
         ended_by_token = output.finish_reason == "stop" and not group.params.include_stop_str_in_output
-        last = len(output.new_token_ids) - 1
-        for index, token_id in enumerate(output.new_token_ids):
-            state.token_ids.append(token_id)
-            if detokenizer is not None:
-                stop = detokenizer.append(token_id, visible=not (ended_by_token and index == last))
-                if stop is not None:
-                    break  # what the engine did before it knew does not count
+        token_ids = output.new_token_ids
+        if detokenizer is not None:
+            taken, stop = detokenizer.extend(token_ids[:-1] if ended_by_token else token_ids)
+            if stop is not None:
+                token_ids = token_ids[:taken]  # what the engine did before it knew does not count
+        state.token_ids += token_ids
         if (
             output.logprobs is not None
             and state.logprobs is not None

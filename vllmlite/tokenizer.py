@@ -217,13 +217,20 @@ class Detokenizer:
         self._min_tokens = min_tokens
         self._sent = 0
 
-    def append(self, token_id: int, *, visible: bool = True) -> str | None:
-        """Take in an id; return the stop string that it completes, if any (``text`` is cut accordingly).
+    def extend(self, token_ids: Sequence[int]) -> tuple[int, str | None]:
+        """Take in ids, up to one that completes a stop string (``text`` is cut accordingly).
 
-        An id that is not ``visible`` (one that ended the output) counts but adds no text."""
-        if not visible:
-            return None
-        self._ids.append(token_id)
+        Returns how many were taken in, and the stop string, if any."""
+        at_once = 1 if self._stop else len(token_ids)
+        for start in range(0, len(token_ids), at_once or 1):
+            self._ids += token_ids[start : start + at_once]
+            stop = self._release()
+            if stop is not None:
+                return start + at_once, stop
+        return len(token_ids), None
+
+    def _release(self) -> str | None:
+        """Add the text of the ids that have come, if it is whole characters; returns a stop string that ends it."""
         before = self._decode(self._ids[self._prefix : self._read]) if self._prefix < self._read else ""
         after = self._decode(self._ids[self._prefix :])
         if len(after) <= len(before) or after.endswith("\ufffd"):

@@ -93,11 +93,16 @@ class RequestOptions(TypedDict, total=False):
 
 
 class EngineCore(Protocol):
-    """What is asked of an engine, be it here (:class:`Engine`) or in a process of its own."""
+    """What is asked of an engine, be it here (:class:`Engine`) or elsewhere."""
 
     bounds: RequestBounds
     stats: EngineStats
-    """Counters as of the last step that was taken in; :meth:`current_stats` may know more."""
+    """Counters as of the last step; :meth:`current_stats` may know more."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine itself. AttributeError if it is in another process."""
+        ...
 
     def add_request(
         self,
@@ -127,14 +132,6 @@ class EngineCore(Protocol):
 
     def current_stats(self) -> EngineStats:
         """See :meth:`Engine.current_stats`."""
-        ...
-
-    def start_trace(self) -> None:
-        """See :meth:`Engine.start_trace`."""
-        ...
-
-    def stop_trace(self) -> list[TraceEvent]:
-        """See :meth:`Engine.stop_trace`."""
         ...
 
     def close(self) -> None:
@@ -177,6 +174,11 @@ class Engine:
         self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         self._in_flight: deque[tuple[Schedule, list[Request], Any]] = deque()
         self._num_added = 0
+
+    @property
+    def engine(self) -> Engine:
+        """Itself."""
+        return self
 
     def add_request(
         self,

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -22,7 +22,7 @@ from vllmlite.tokenizer import Tokenizer
 from vllmlite.weights.json_object import read_object
 
 if TYPE_CHECKING:
-    from vllmlite.engine_process import EngineProcess
+    from vllmlite.engine_client import EngineClient
 
 logger = logging.getLogger(__name__)
 
@@ -151,22 +151,41 @@ def start(config: EngineConfig) -> Started[Engine]:
     )
 
 
-def start_process(config: EngineConfig) -> Started[EngineProcess]:
-    """Start an engine in a process of its own. Raises what :func:`start` raises there."""
-    from vllmlite.engine_process import EngineProcess
+def start_thread(config: EngineConfig) -> Started[EngineClient]:
+    """Start an engine in a thread of its own. Raises what :func:`start` raises."""
+    from vllmlite.engine_client import EngineClient
+    from vllmlite.engine_host import EngineThread
 
-    engine = EngineProcess(config)
+    started = start(config)
+    stats = replace(started.engine.stats)
+    client = EngineClient(EngineThread(started), started.engine.bounds, stats)
+    return Started(
+        client,
+        started.tokenizer,
+        started.max_model_len,
+        started.hidden_size,
+        started.default_sampling_params,
+        started.backend_choice,
+    )
+
+
+def start_process(config: EngineConfig) -> Started[EngineClient]:
+    """Start an engine in a process of its own. Raises what :func:`start` raises there."""
+    from vllmlite.engine_client import EngineClient
+    from vllmlite.engine_host import EngineProcess
+
+    process = EngineProcess(config)
     try:
         tokenizer = None  # while the other process loads the model
         if not config.skip_tokenizer_init:
             path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
             tokenizer = _load_tokenizer(config, path)
-        ready = engine.wait()
+        ready = process.wait_until_ready()
     except BaseException:
-        engine.close()
+        process.close()
         raise
     return Started(
-        engine,
+        EngineClient(process, ready.bounds, ready.stats),
         tokenizer,
         ready.max_model_len,
         ready.hidden_size,

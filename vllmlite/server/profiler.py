@@ -25,14 +25,14 @@ class Profiler:
         if self._recording:
             raise ApiError(HTTPStatus.CONFLICT, "a profile is being recorded")
         self._recording = True
-        await self._engine.call(self._engine.llm_engine.engine_core.start_trace)
+        await self._engine.ask("start_trace")
 
     async def stop(self) -> Path:
         """End, and write the trace; its file. Raises ApiError if nothing is being recorded."""
         if not self._recording:
             raise ApiError(HTTPStatus.CONFLICT, "no profile is being recorded")
         self._recording = False
-        events = await self._engine.call(self._engine.llm_engine.engine_core.stop_trace)
+        events = await self._engine.ask("stop_trace")
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"vllmlite-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns()}.json"
         write_trace(events, path)

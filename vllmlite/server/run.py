@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from uvicorn.config import LOGGING_CONFIG
 
 from vllmlite.async_llm import AsyncLLM
 from vllmlite.config import EngineConfig
-from vllmlite.engine_process import settle_garbage
+from vllmlite.engine_host import settle_garbage
 from vllmlite.errors import EngineDeadError, ParameterError
 from vllmlite.hub import BUILT_IN_NAME
 from vllmlite.server.app import build_app
@@ -82,7 +81,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             server.run(sockets=[listener])
             return 1 if engine.dead_error is not None else 0
         finally:
-            engine.shutdown(timeout=10)
+            engine.shutdown()
 
 
 class Server(uvicorn.Server):
@@ -112,7 +111,7 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
-        self._service.engine.on_death(partial(loop.call_soon_threadsafe, self.stop))
+        self._service.engine.on_death(self.stop)
         await super().startup(sockets=sockets)
         if self._service.engine.dead_error is not None:
             self.stop()
