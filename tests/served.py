@@ -48,8 +48,8 @@ class Program:
     def __init__(self, *arguments: str, **environment: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vllmlite", "serve", "--port", "0", "--dtype", "float32", *arguments],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             encoding="utf-8",
             env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         )
@@ -72,12 +72,12 @@ class Program:
         self.process.kill()
         self.process.wait()
         self._reader.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
             self.log.append(line)
             found = re.search(r"serving .* at (https?://\S+|unix:\S+), after ", line)
             if found:

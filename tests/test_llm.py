@@ -306,6 +306,15 @@ def test_generation_config_gives_the_defaults(llm: LLM) -> None:
     defaults = llm.get_default_sampling_params()
     assert (defaults.temperature, defaults.max_tokens) == (0.0, 256)  # do_sample false, max_new_tokens 256
     assert make(generation_config="vllm").get_default_sampling_params() == SamplingParams()
+    over = make(generation_config="vllm", override_generation_config={"top_k": 5, "max_new_tokens": 9})
+    assert over.get_default_sampling_params() == SamplingParams(top_k=5, max_tokens=9)
+    for override, field in (
+        ({"top_p": 5}, "override_generation_config.top_p"),
+        ({"stop": "x"}, "override_generation_config"),
+    ):
+        with pytest.raises(ParameterError) as error:
+            make(override_generation_config=override)
+        assert error.value.field == field
     changed = llm.get_default_sampling_params()
     changed.temperature = 1.75
     assert llm.get_default_sampling_params().temperature == defaults.temperature

@@ -254,7 +254,7 @@ def test_tokens(service: Service) -> None:
     check(operations.Tokenized, answer)
     assert answer["tokens"] == service.tokenizer.encode(PROMPT) and answer["max_model_len"] == 256
     assert "".join(answer["token_strs"]) == PROMPT
-    assert post(service, "/detokenize", tokens=answer["tokens"]) == {"prompt": PROMPT}
+    assert post(service, "/detokenize", tokens=answer["tokens"]) == {"prompt": PROMPT, "content": PROMPT}
     chat = post(service, "/tokenize", messages=MESSAGES)
     assert chat["tokens"] == service.tokenizer.encode(service.tokenizer.apply_chat_template(MESSAGES), False)
 
@@ -302,6 +302,8 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, {"prompt": "x", "temperature": -1}, 400, "temperature", "at least 0"),
     (COMPLETIONS, {"prompt": "x", "temperature": "hot"}, 400, "temperature", "valid number"),
     (COMPLETIONS, {"prompt": "x", "temprature": 1}, 400, "temprature", "did you mean temperature"),
+    (COMPLETIONS, {"prompt": "x", "\ud800" * 99: 1}, 400, "\\ud800" * 80, "no such parameter"),
+    (COMPLETIONS, {"prompt": "x", "top_k": 10**20}, 400, "top_k", "2147483647"),
     (COMPLETIONS, {"prompt": "x", "best_of": 4}, 400, "best_of", "not ranked"),
     (COMPLETIONS, {"prompt": "x", "suffix": "y"}, 400, "suffix", "filled in"),
     (COMPLETIONS, {"prompt": "x", "logprobs": 21}, 400, "logprobs", "max_logprobs"),

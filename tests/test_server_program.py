@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -106,7 +107,12 @@ def test_metrics_count_under_vllms_names(server: Program) -> None:
         == 3
     )
     assert grown["vllm:inter_token_latency_seconds_count"] == 18
-    assert grown["vllm:request_generation_tokens_sum"] == 21
+    assert grown["vllm:request_generation_tokens_sum"] == grown["vllm:request_params_max_tokens_sum"] == 21
+    assert grown["vllm:request_params_n_count"] == grown["vllm:request_params_n_sum"] == 3
+    bounds = set(re.findall(r'le="([^"]*)"', httpx.get(f"{server.url}/metrics").text))
+    assert "16384.0" in bounds and all(
+        "." in bound for bound in bounds - {"+Inf"}
+    )  # as prometheus_client has them
     assert after["vllm:num_requests_running"] == after["vllm:kv_cache_usage_perc"] == 0
 
 
@@ -276,6 +282,20 @@ def same_logging() -> Iterator[None]:
         logging.getLogger(name).propagate = True
 
 
+def test_a_key_in_the_environment_and_paths_without_a_line() -> None:
+    arguments = ("--disable-access-log-for-endpoints", "/health, /ping", "--max-model-len", "128")
+    with program(*arguments, VLLM_API_KEY="sesame") as running:
+        assert httpx.get(running.url + "/v1/models").status_code == 401
+        key = {"authorization": "Bearer sesame"}
+        assert httpx.get(running.url + "/v1/models", headers=key).status_code == 200
+        for path in ("/health?x=1", "/ping", "/version"):
+            assert httpx.get(running.url + path).status_code == 200
+        assert running.stop() == 0
+        running.close()
+        lines = "".join(running.log)
+    assert "GET /version" in lines and "GET /health" not in lines and "GET /ping" not in lines
+
+
 @pytest.mark.usefixtures("same_logging")
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
@@ -284,6 +304,9 @@ def same_logging() -> Iterator[None]:
         (["--port", "99999"], 2, "port=99999"),
         (["a", "--model", "b"], 2, "named twice"),
         (["--ssl-keyfile", "/dev/null"], 2, "ssl_certfile"),
+        (["--ssl-ciphers", "AES"], 2, "ssl_certfile"),
+        (["--ssl-ciphers", "none", "--ssl-certfile", "x"], 2, "names no cipher"),
+        (["--default-chat-template-kwargs", "[1]"], 2, "must be a mapping"),
         (["--api-key-file", "/nowhere"], 1, "api_key_file='/nowhere': cannot be read"),
         (["--chat-template", "/nowhere"], 1, "neither a template nor a readable file"),
         (["--middleware", "vllmlite.nothing.Here"], 1, "cannot be imported"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllmlite.config_absent import ABSENT
 from vllmlite.errors import ParameterError
-from vllmlite.options import add_fields, check_fields, did_you_mean, flag, given, read_yaml
+from vllmlite.options import add_fields, check_fields, did_you_mean, flag, given, mapping_option, read_yaml
 from vllmlite.options import option as _option
 from vllmlite.pooling_params import POOLING_TYPES
 from vllmlite.sampling_params import MAX_LOGPROBS
@@ -91,6 +91,10 @@ class EngineConfig:
         "default sampling parameters: auto, the model's generation_config.json; vllm, the engine's own; or a directory",
         group="model",
         metavar="auto|vllm|DIR",
+    )
+    override_generation_config: Mapping[str, Any] = mapping_option(
+        'default sampling parameters over those, such as {"temperature": 0.6}',
+        group="model",
     )
     served_model_name: str | None = _option(
         None, "name to show for the model; default: as it was given", group="model", metavar="NAME"
@@ -234,6 +238,14 @@ def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
+SHORT = {
+    "tensor_parallel_size": ("-tp",),
+    "pipeline_parallel_size": ("-pp",),
+    "data_parallel_size": ("-dp",),
+}
+"""vLLM's other names of options that are absent."""
+
+
 def add_engine_arguments(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
     """Give ``parser`` a flag for each field, ``--config``, and hidden ones for what is in :data:`ABSENT`.
 
@@ -246,7 +258,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser, leave_out: Collection[
             continue
         action = _AbsentFlag if any(isinstance(n, bool) for n in absent.neutral) else _AbsentValue
         parser.add_argument(
-            flag(name), dest=name, action=action, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            *SHORT.get(name, ()),
+            flag(name),
+            dest=name,
+            action=action,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
         )
 
 

@@ -1,4 +1,4 @@
-"""vLLM's engine options whose features are not here: each is refused by its name, with the reason."""
+"""vLLM's options whose features are not here: each is refused by its name, with the reason."""
 
 from __future__ import annotations
 
@@ -22,14 +22,19 @@ class Absent:
 _ONE_DEVICE = "an engine runs on one device in this version"
 _NO_LORA = "LoRA adapters are not supported in this version: merge the adapter into the checkpoint"
 _TEXT_ONLY = "only text models are supported in this version"
-_NO_GUIDED = "structured output is not supported in this version"
+_ONE_GRAMMAR = "grammars are xgrammar's"
+_NO_PLUGINS = "parsers are those that are built in"
+_NO_SPECULATION = "speculative decoding is not supported in this version"
+_NO_CACHE_TIERS = "the key/value cache stays on the device in this version"
+_MAPPED = "weights are mapped from their files: there is nothing to choose"
+_PARSER_LIMITS = "uvicorn's own limits of a request's head are kept"
 _NO_GRAPH_CHOICE = "there is no compiler to configure: enforce_eager alone chooses between graphs and none"
 _NO_REMOTE_CODE = "code from a checkpoint is never run: only the model families built in are supported"
 _HOST_MEMORY = "nothing is moved to host memory: preempted sequences are computed again"
 
 ABSENT: Mapping[str, Absent] = {
     "tokenizer_mode": Absent(("auto",), "the tokenizer is the one that the model has; there is no other to choose"),
-    "trust_remote_code": Absent((False,), _NO_REMOTE_CODE),
+    "trust_remote_code": Absent((False, True), _NO_REMOTE_CODE),
     "hf_config_path": Absent((None,), "config.json is read from the model's directory"),
     "hf_overrides": Absent((None, {}), "edit config.json in a copy of the checkpoint"),
     "hf_token": Absent((None,), "set HF_TOKEN in the environment, or run `hf auth login`"),
@@ -41,7 +46,6 @@ ABSENT: Mapping[str, Absent] = {
     "allowed_local_media_path": Absent((None, ""), _TEXT_ONLY),
     "limit_mm_per_prompt": Absent((None, {}), _TEXT_ONLY),
     "mm_processor_kwargs": Absent((None, {}), _TEXT_ONLY),
-    "override_generation_config": Absent((None, {}), "give these values as sampling parameters"),
     "rope_scaling": Absent((None, {}), "edit rope_scaling in config.json of a copy of the checkpoint"),
     "rope_theta": Absent((None,), "edit rope_theta in config.json of a copy of the checkpoint"),
     "disable_sliding_window": Absent((False,), "a model's sliding window is part of what it computes"),
@@ -56,9 +60,12 @@ ABSENT: Mapping[str, Absent] = {
     "max_loras": Absent((1,), _NO_LORA),
     "max_lora_rank": Absent((16,), _NO_LORA),
     "lora_modules": Absent((None,), _NO_LORA),
-    "speculative_config": Absent((None, {}), "speculative decoding is not supported in this version"),
-    "guided_decoding_backend": Absent((None, "auto"), _NO_GUIDED),
-    "structured_outputs_config": Absent((None, {}), _NO_GUIDED),
+    "speculative_config": Absent((None, {}), _NO_SPECULATION),
+    "spec_method": Absent((None,), _NO_SPECULATION),
+    "spec_model": Absent((None,), _NO_SPECULATION),
+    "spec_tokens": Absent((None, 0), _NO_SPECULATION),
+    "guided_decoding_backend": Absent((None, "auto", "xgrammar"), _ONE_GRAMMAR),
+    "structured_outputs_config": Absent((None, {}, {"backend": "auto"}, {"backend": "xgrammar"}), _ONE_GRAMMAR),
     "reasoning_parser": Absent((None, ""), "the server alone takes reasoning out of the text: see serve"),
     "logits_processors": Absent((None, []), "custom logits processors are not supported: see logit_bias, bad_words"),
     "compilation_config": Absent((None, {}, 0), _NO_GRAPH_CHOICE),
@@ -76,5 +83,68 @@ ABSENT: Mapping[str, Absent] = {
     "use_v2_block_manager": Absent((True,), "there is one block manager"),
     "disable_log_stats": Absent((True, False), "statistics are counted in any case and logged in none"),
     "disable_log_requests": Absent((True,), "requests are not logged"),
+    "attention_backend": Absent((None, "auto"), "each backend has its own attention: see backend"),
+    "moe_backend": Absent((None, "auto"), "each backend has its own kernels: see backend"),
+    "linear_backend": Absent((None, "auto"), "each backend has its own kernels: see backend"),
+    "cudagraph_capture_sizes": Absent((None, []), _NO_GRAPH_CHOICE),
+    "max_cudagraph_capture_size": Absent((None,), _NO_GRAPH_CHOICE),
+    "max_seq_len_to_capture": Absent((None, 8192), _NO_GRAPH_CHOICE),
+    "optimization_level": Absent((None, 0, 1, 2, 3), _NO_GRAPH_CHOICE),
+    "performance_mode": Absent((None, "balanced"), "see max_num_batched_tokens and max_num_seqs"),
+    "prefill_context_parallel_size": Absent((1,), _ONE_DEVICE),
+    "decode_context_parallel_size": Absent((1,), _ONE_DEVICE),
+    "nnodes": Absent((1,), _ONE_DEVICE),
+    "node_rank": Absent((0,), _ONE_DEVICE),
+    "headless": Absent((False,), _ONE_DEVICE),
+    "enable_eplb": Absent((False,), _ONE_DEVICE),
+    "enable_dbo": Absent((False,), _ONE_DEVICE),
+    "worker_extension_cls": Absent((None, ""), "workers cannot be replaced"),
+    "max_cpu_loras": Absent((None,), _NO_LORA),
+    "fully_sharded_loras": Absent((False,), _NO_LORA),
+    "quantization_config": Absent((None, {}), "see quantization"),
+    "kv_cache_dtype_skip_layers": Absent((None, []), "the key/value cache has one type: see kv_cache_dtype"),
+    "kv_offloading_size": Absent((None,), _NO_CACHE_TIERS),
+    "kv_events_config": Absent((None, {}), "the key/value cache sends no events"),
+    "disable_hybrid_kv_cache_manager": Absent((None, False, True), "each model's cache has one layout"),
+    "disable_cascade_attn": Absent((None, False, True), "there is no cascade attention"),
+    "enable_sleep_mode": Absent((False,), "an engine keeps its memory until it ends"),
+    "enable_prompt_embeds": Absent((False,), "prompts are text or token ids"),
+    "model_loader_extra_config": Absent((None, {}), _MAPPED),
+    "safetensors_load_strategy": Absent((None, "lazy"), _MAPPED),
+    "max_parallel_loading_workers": Absent((None,), _MAPPED),
+    "use_tqdm_on_load": Absent((True, False), "a terminal sees progress, and nothing else does"),
+    "language_model_only": Absent((False, True), _TEXT_ONLY),
+    "enable_mm_embeds": Absent((False,), _TEXT_ONLY),
+    "mm_processor_cache_gb": Absent((None, 0, 4), _TEXT_ONLY),
+    "disable_mm_preprocessor_cache": Absent((False, True), _TEXT_ONLY),
+    "media_io_kwargs": Absent((None, {}), _TEXT_ONLY),
+    "allowed_media_domains": Absent((None, []), _TEXT_ONLY),
+    "logprobs_mode": Absent(("raw_logprobs",), "log-probabilities are those before sampling"),
+    "stream_interval": Absent((1,), "a stream brings each token as it comes"),
+    "max_num_queued_reqs": Absent((None,), "see max_queue, which counts what waits beyond max_num_seqs"),
+    "max_num_queued_tokens": Absent((None,), "see max_queue"),
+    "api_server_count": Absent((None, 1), "one process serves HTTP"),
+    "disable_frontend_multiprocessing": Absent((False,), "see --no-engine-process"),
+    "enable_reasoning": Absent((False, True), "reasoning_parser alone says it"),
+    "reasoning_parser_plugin": Absent((None, ""), _NO_PLUGINS),
+    "tool_parser_plugin": Absent((None, ""), _NO_PLUGINS),
+    "tool_server": Absent((None, ""), "tools are run by clients"),
+    "chat_template_content_format": Absent(("auto", "string"), "templates are shown content as text"),
+    "enable_server_load_tracking": Absent((False, True), "/load counts in any case"),
+    "enable_prompt_tokens_details": Absent((False, True), "usage has its details in any case"),
+    "enable_per_request_metrics": Absent((False,), "see /metrics"),
+    "enable_tokenizer_info_endpoint": Absent((False,), "see /props, which has the chat template"),
+    "enable_log_outputs": Absent((False,), "answers are not logged"),
+    "enable_log_deltas": Absent((False, True), "answers are not logged"),
+    "enable_offline_docs": Absent((False,), "see /openapi.json"),
+    "enable_ssl_refresh": Absent((False,), "restart the server for another certificate"),
+    "log_error_stack": Absent((False, True), "the log has the trace of every error that is not the client's"),
+    "h11_max_header_count": Absent((None, 256), _PARSER_LIMITS),
+    "h11_max_incomplete_event_size": Absent((None, 4194304), _PARSER_LIMITS),
+    "otlp_traces_endpoint": Absent((None,), "there is no tracing: see --profile-dir"),
+    "collect_detailed_traces": Absent((None,), "there is no tracing: see --profile-dir"),
+    "show_hidden_metrics_for_version": Absent((None,), "no metric is hidden"),
+    "kv_cache_metrics": Absent((False,), "see /metrics"),
+    "fail_on_environ_validation": Absent((False, True), "no variable of the environment configures an engine"),
 }  # fmt: skip
-"""vLLM's engine options that are not fields of :class:`EngineConfig`."""
+"""vLLM's options that are fields of neither :class:`EngineConfig` nor the server's configuration."""

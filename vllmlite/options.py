@@ -1,8 +1,8 @@
 """Configurations whose fields are options: flags, YAML and ``--help`` derive from a frozen dataclass's fields.
 
-A field's type is ``str``, ``int``, ``float`` or ``bool``, any of them or None, or ``tuple[str, ...]``. Its metadata
-hold ``help`` and ``group``; ``choices`` and ``synonyms`` of a string; ``low`` and ``high`` of a number; ``size`` for
-whole numbers that take a suffix; ``metavar``.
+A field's type is ``str``, ``int``, ``float`` or ``bool``, any of them or None, ``tuple[str, ...]``, or
+``Mapping[str, Any]``, which is JSON in a flag. Its metadata hold ``help`` and ``group``; ``choices`` and ``synonyms``
+of a string; ``low`` and ``high`` of a number; ``size`` for whole numbers that take a suffix; ``metavar``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ from vllmlite.errors import ParameterError
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A field with its ``help`` and other ``metadata``."""
     return field(default=default, metadata={"help": help, "group": "engine", **metadata})
+
+
+def mapping_option(help: str, **metadata: Any) -> Any:
+    """The same for a mapping, which no hash sees."""
+    return field(
+        default=None, hash=False, metadata={"help": help, "group": "engine", "metavar": "JSON", **metadata}
+    )
 
 
 def did_you_mean(name: str, candidates: Collection[str]) -> str:
@@ -110,7 +117,7 @@ def flag(name: str) -> str:
 
 
 def normalised(f: Field[Any], value: Any) -> Any:
-    """``value`` as the field keeps it: paths as text, sizes as numbers, synonyms resolved, lists as tuples."""
+    """``value`` as a field keeps it: paths as text, sizes as numbers, synonyms resolved, lists as tuples, JSON read."""
     if f.type == "tuple[str, ...]":
         return _tuple(f, value)
     if "str" in f.type:
@@ -119,6 +126,8 @@ def normalised(f: Field[Any], value: Any) -> Any:
         if "synonyms" in f.metadata and value is not None:
             text = str(value).removeprefix("torch.")
             return f.metadata["synonyms"].get(text, text)
+    if f.type == "Mapping[str, Any]":
+        return _mapping(f, value)
     if f.metadata.get("size") and isinstance(value, str):
         try:
             return parse_size(value)
@@ -139,7 +148,7 @@ _TYPES = {
 
 def check(f: Field[Any], value: Any) -> None:
     """Raise :class:`ParameterError` unless ``value`` suits the field."""
-    if f.type == "tuple[str, ...]":
+    if f.type in ("tuple[str, ...]", "Mapping[str, Any]"):
         return
     type_name, _, optional = str(f.type).partition(" | ")
     if value is None and optional:
@@ -186,6 +195,19 @@ def add_fields(parser: argparse.ArgumentParser, config: type[Any], leave_out: Co
 def given(namespace: argparse.Namespace, config: type[Any]) -> dict[str, Any]:
     """The fields of ``config`` that flags gave."""
     return {f.name: getattr(namespace, f.name) for f in fields(config) if hasattr(namespace, f.name)}
+
+
+def _mapping(f: Field[Any], value: Any) -> dict[str, Any]:
+    """A mapping, or the text of a JSON object; None is an empty one."""
+    found = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ParameterError(f.name, value, "is not JSON") from None
+    if not isinstance(found, dict | None):
+        raise ParameterError(f.name, value, "must be a mapping, as a JSON object where it is a flag")
+    return dict(found or {})
 
 
 def _tuple(f: Field[Any], value: Any) -> tuple[str, ...]:

@@ -187,8 +187,8 @@ class SamplingParams:
         _at_least("temperature", self.temperature, 0.0)
         if not 0.0 < self.top_p <= 1.0:
             raise ParameterError("top_p", self.top_p, "must be over 0 and at most 1")
-        if self.top_k < -1:
-            raise ParameterError("top_k", self.top_k, "must be 0 or -1 (all), or at least 1")
+        if not -1 <= self.top_k < 2**31:
+            raise ParameterError("top_k", self.top_k, "must be 0 or -1 (all), or from 1 to 2147483647")
         self.top_k = max(self.top_k, 0)
         _within("min_p", self.min_p, 0.0, 1.0)
         if not (self.repetition_penalty > 0.0 and math.isfinite(self.repetition_penalty)):

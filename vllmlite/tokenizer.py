@@ -144,9 +144,8 @@ class Tokenizer:
         if continue_final_message and add_generation_prompt:
             raise ParameterError("continue_final_message", True, "goes with add_generation_prompt=False")
         variables |= {name: self._config_text(name) for name in ("bos_token", "eos_token")}
-        text = _render(
-            source, messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
-        )
+        variables |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        text = _render(source, variables)
         if continue_final_message:
             final = str(messages[-1].get("content") or "").strip()
             end = text.rfind(final)
@@ -356,14 +355,16 @@ def _compile(source: str) -> Template:
     return environment.from_string(source)
 
 
-def _render(source: str, **variables: Any) -> str:
+def _render(source: str, variables: Mapping[str, Any]) -> str:
     from jinja2 import TemplateError
 
     try:
-        return _compile(source).render(**variables)
+        return _compile(source).render(variables)
     except _Refusal as refusal:
         raise ParameterError("messages", variables["messages"], str(refusal)) from None
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+    except (
+        TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
+    ) as error:  # fmt: skip
         raise ParameterError(
             "messages", variables["messages"], f"the chat template refuses them: {error}"
         ) from None

@@ -301,9 +301,13 @@ def _eos_ids(
 
 def _default_params(config: EngineConfig, generation: dict[str, Any]) -> SamplingParams:
     """What a request gets that names no sampling parameters."""
-    if config.generation_config == "vllm":
-        return SamplingParams()
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    override = config.override_generation_config
+    for name in override.keys() - {*names, "do_sample", "max_new_tokens"}:
+        raise ParameterError(
+            "override_generation_config", name, f"may hold {', '.join(names)}, do_sample and max_new_tokens"
+        )
+    generation = {**({} if config.generation_config == "vllm" else generation), **override}
     given = {name: generation[name] for name in names if generation.get(name) is not None}
     if generation.get("do_sample") is False:
         given["temperature"] = 0.0
@@ -312,4 +316,8 @@ def _default_params(config: EngineConfig, generation: dict[str, Any]) -> Samplin
     try:
         return SamplingParams(**given)
     except ParameterError as error:
+        if error.field in override:
+            raise ParameterError(
+                f"override_generation_config.{error.field}", error.value, error.accepted
+            ) from None
         raise ModelError(f"generation_config.json: {error}") from None

@@ -122,8 +122,13 @@ async def _tell_nobody(request: Request, error: Exception) -> Response:
 
 async def _tell_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    known = error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
-    message = f"{request.method} {request.url.path}: {error.detail}" if known else str(error.detail)
+    message = str(error.detail)
+    if error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+        message = f"{request.method} {request.url.path}: {message}"
+    elif "content-encoding" in request.headers:
+        message += (
+            f"; content-encoding {request.headers['content-encoding']} is not understood: send it as it is"
+        )
     return error_response(ApiError(error.status_code, message, headers=error.headers), request.scope)
 
 
@@ -134,6 +139,13 @@ async def _tell_validation(request: Request, error: Exception) -> Response:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ParameterError):
         return error_response(as_api_error(cause), request.scope)
+    if first["type"] == "json_invalid":
+        message = f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
+        return error_response(ApiError(HTTPStatus.BAD_REQUEST, message), request.scope)
+    if isinstance(first.get("input"), bytes):
+        given = request.headers.get("content-type", "missing")
+        message = f"content-type must be application/json, and is {given}"
+        return error_response(ApiError(HTTPStatus.BAD_REQUEST, message), request.scope)
     place = ".".join(str(part) for part in first["loc"][1:] if part not in TOKENIZABLE_TAGS)
     message = f"{place or 'body'}: {first['msg']}"
     return error_response(ApiError(HTTPStatus.BAD_REQUEST, message, param=place or None), request.scope)

@@ -16,6 +16,7 @@ from vllmlite.server import logprobs
 from vllmlite.server.conversation import content_text
 from vllmlite.server.documented import documented
 from vllmlite.server.parsers.parts import CallArguments, CallBegin, Content, Part, Reasoning
+from vllmlite.server.protocol.base import Usage
 from vllmlite.server.protocol.chat import (
     ChatChoice,
     ChatChunk,
@@ -28,7 +29,8 @@ from vllmlite.server.protocol.chat import (
 )
 from vllmlite.server.protocol.logprobs import ChatLogprobs
 from vllmlite.server.reading import Reader, Reading, after_reasoning, reader_for, reads_marks
-from vllmlite.server.service import Generation, Service
+from vllmlite.server.samplers import turned_off
+from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import DONE, JSON, Chunks, Stream, event
 from vllmlite.server.tools import ToolUse
 
@@ -36,6 +38,7 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions", responses=documented(ChatCompletion, streams=True))
+@router.post("/chat/completions", responses=documented(ChatCompletion, streams=True), include_in_schema=False)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
     """Answer a conversation."""
     arrival = time.monotonic()
@@ -49,8 +52,8 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     prompt_text = str(prompt.get("prompt") or "")
     params = after_reasoning(service.config, service.tokenizer, params, prompt_text)
     generation = await service.generate(
-        "chatcmpl", [prompt], params, request_id=body.request_id, priority=body.priority, cache_salt=body.cache_salt,
-        arrival_time=arrival,
+        "chatcmpl-", [prompt], params, request_id=request_id(body.request_id, request), priority=body.priority,
+        cache_salt=body.cache_salt, arrival_time=arrival,
     )  # fmt: skip
     readers = [reader_for(service.config, tools, params, prompt_text) for _ in range(params.n)]
     answer = _Answer(service, body, generation, tools, readers)
@@ -65,7 +68,7 @@ def _params(body: ChatCompletionRequest, service: Service, tools: ToolUse) -> Sa
     changes: dict[str, Any] = tools.changes(body.asks_for_structure())
     if reads_marks(service.config, tools) and body.skip_special_tokens is None:
         changes["skip_special_tokens"] = False
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ParameterError("top_logprobs", body.top_logprobs, "goes with logprobs=true")
     if body.logprobs:
         if body.top_logprobs is not None and body.top_logprobs < 0:
@@ -73,6 +76,7 @@ def _params(body: ChatCompletionRequest, service: Service, tools: ToolUse) -> Sa
         changes["logprobs"] = body.top_logprobs or 0
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     changes["max_tokens"] = service.chat_limit(limit)
+    changes |= turned_off(body.samplers)
     return body.sampling_params(default, **changes)
 
 
@@ -104,7 +108,7 @@ class _Answer:
             "created": self._generation.created,
             "model": self._service.model,
             "choices": [self._choice(completion) for completion in output.outputs],
-            "usage": self._generation.usage(),
+            "usage": self._usage(),
         }
         if self._body.prompt_logprobs is not None:
             answer["prompt_logprobs"] = logprobs.for_prompt(output.prompt_logprobs)
@@ -121,20 +125,34 @@ class _Answer:
         chunks = Chunks({**frame, "usage": None} if usage and not continuous else frame)
         async for batch in self._generation.outputs():
             choices: list[ChatChunkChoice] = []
-            for completion in (c for _, output in batch for c in output.outputs):
+            counted: ChatChunk = {**frame, "usage": self._generation.usage()} if continuous else frame
+            pieces: list[bytes] = []
+            for output, completion in ((out, c) for _, out in batch for c in out.outputs):
                 if completion.index not in begun:
                     begun.add(completion.index)
-                    choices.append(_delta(completion.index, {"role": self._role, "content": self._begin}))
+                    first = _delta(completion.index, {"role": self._role, "content": self._begin})
+                    if self._body.return_token_ids:
+                        ids = output.prompt_token_ids
+                        pieces.append(event({**counted, "choices": [first], "prompt_token_ids": ids}))
+                    else:
+                        choices.append(first)
                 choices += self._chunk_choices(completion)
             if continuous:
-                counted: ChatChunk = {**frame, "usage": self._generation.usage()}
-                pieces = [event({**counted, "choices": [choice]}) for choice in choices]
+                pieces += [event({**counted, "choices": [choice]}) for choice in choices]
             else:
-                pieces = [chunks.event(choice) for choice in choices]
+                pieces += [chunks.event(choice) for choice in choices]
             if pieces:
                 yield b"".join(pieces)
-        last = event({**frame, "usage": self._generation.usage()}) if usage else b""
+        last = event({**frame, "usage": self._usage()}) if usage else b""
         yield last + DONE
+
+    def _usage(self) -> Usage:
+        """Tokens of the whole."""
+        usage = self._generation.usage()
+        if self._service.config.reasoning_parser is not None:
+            count = sum(reader.reasoning_tokens(self._service.tokenizer) for reader in self._readers)
+            usage["completion_tokens_details"] = {"reasoning_tokens": count}
+        return usage
 
     def _frame(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         return {
@@ -151,7 +169,7 @@ class _Answer:
         content = self._begin + reading.content
         message: ChatMessage = {"role": self._role, "content": content}
         if reading.reasoning and self._body.include_reasoning:
-            message["reasoning_content"] = reading.reasoning
+            message["reasoning"] = message["reasoning_content"] = reading.reasoning
         if reading.calls:
             message["content"] = content or None
             message["tool_calls"] = [
@@ -194,7 +212,8 @@ class _Answer:
             case Content(text):
                 return {"content": text}
             case Reasoning(text):
-                return {"reasoning_content": text} if self._body.include_reasoning else None
+                both: ChatDelta = {"reasoning": text, "reasoning_content": text}
+                return both if self._body.include_reasoning else None
             case CallBegin(index, name):
                 function: FunctionCall = {"name": name, "arguments": ""}
                 return {

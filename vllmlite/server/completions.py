@@ -21,7 +21,7 @@ from vllmlite.server.protocol.completions import (
     Generated,
     GenerateRequest,
 )
-from vllmlite.server.service import Generation, Service
+from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import DONE, JSON, Chunks, Stream, event, to_json
 
 router = APIRouter()
@@ -44,8 +44,8 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     params = body.sampling_params(service.default_params, **changes)
     prompts = await service.encode_all(body.prompt, body.add_special_tokens)
     generation = await service.generate(
-        "cmpl", prompts, params, request_id=body.request_id, priority=body.priority, cache_salt=body.cache_salt,
-        arrival_time=arrival,
+        "cmpl-", prompts, params, request_id=request_id(body.request_id, request), priority=body.priority,
+        cache_salt=body.cache_salt, arrival_time=arrival,
     )  # fmt: skip
     answer = _Answer(service, body, generation, scored)
     if body.stream:
@@ -164,8 +164,8 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     if len(prompts) > 1:
         raise ParameterError("prompt", len(prompts), "must be one prompt")
     generation = await service.generate(
-        "gen", prompts, params, request_id=body.request_id, priority=body.priority, cache_salt=body.cache_salt,
-        arrival_time=arrival,
+        "gen-", prompts, params, request_id=request_id(body.request_id, request), priority=body.priority,
+        cache_salt=body.cache_salt, arrival_time=arrival,
     )  # fmt: skip
     if body.stream:
         return Stream(_lines(service, generation, params), generation.close, "application/x-ndjson")

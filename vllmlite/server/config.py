@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vllmlite.errors import ParameterError
-from vllmlite.options import check_fields, option
+from vllmlite.options import check_fields, mapping_option, option
 from vllmlite.server.parsers import TOOL_PARSERS
 from vllmlite.server.parsers.reasoning import STYLES
 
@@ -39,6 +41,10 @@ class ServerConfig:
         group="server",
         metavar="FILE|TEXT",
     )
+    default_chat_template_kwargs: Mapping[str, Any] = mapping_option(
+        'variables of the chat template where a request has none, such as {"enable_thinking": false}',
+        group="server",
+    )
     trust_request_chat_template: bool = option(
         False,
         "let requests bring chat templates of their own, which can keep the server busy",
@@ -63,6 +69,13 @@ class ServerConfig:
         False, "name tokens token_id:N in log-probabilities, for text that JSON cannot hold", group="server"
     )
     enable_force_include_usage: bool = option(False, "end every stream with its usage", group="server")
+    sse_keep_alive_interval: float = option(
+        0.0,
+        "seconds after which a stream that has nothing to say brings a comment, so that proxies keep it; 0: never",
+        group="server",
+        low=0,
+        high=3600,
+    )
     ui: bool = option(True, "serve a page to chat in at /", group="server")
     shutdown_timeout: int = option(
         30, "seconds that running requests get to finish after SIGTERM", group="server", low=0, high=86400
@@ -78,8 +91,8 @@ class ServerConfig:
     )
 
     api_key: tuple[str, ...] = option(
-        (), "keys, one of which a request must bring; other users see flags: prefer api-key-file", group="security",
-        metavar="KEY",
+        (), "keys, one of which a request must bring; other users see flags: prefer api-key-file, or $VLLM_API_KEY",
+        group="security", metavar="KEY",
     )  # fmt: skip
     api_key_file: str | None = option(None, "file with a key a line", group="security", metavar="FILE")
     ssl_keyfile: str | None = option(None, "TLS private key", group="security", metavar="FILE")
@@ -95,6 +108,9 @@ class ServerConfig:
         group="security",
         low=0,
         high=2,
+    )
+    ssl_ciphers: str | None = option(
+        None, "OpenSSL's list of ciphers for TLS up to 1.2", group="security", metavar="LIST"
     )
     allowed_origins: tuple[str, ...] = option(
         (), "web origins whose pages may use the server; * for all (CORS)", group="security", metavar="ORIGIN"
@@ -118,6 +134,12 @@ class ServerConfig:
 
     uvicorn_log_level: str = option("info", "what uvicorn logs", group="log", choices=LOG_LEVELS)
     disable_uvicorn_access_log: bool = option(False, "log no line a request", group="log")
+    disable_access_log_for_endpoints: str | None = option(
+        None,
+        "paths whose requests have no line, such as /health,/metrics",
+        group="log",
+        metavar="PATH,...",
+    )
     enable_log_requests: bool = option(False, "log prompts and parameters", group="log")
     max_log_len: int | None = option(
         None, "characters of a prompt that are logged; default: all", group="log", low=0
@@ -134,8 +156,15 @@ class ServerConfig:
     def __post_init__(self) -> None:
         """Check every field, then the fields against one another."""
         check_fields(self)
-        if (self.ssl_keyfile or self.ssl_ca_certs) and not self.ssl_certfile:
+        if (self.ssl_keyfile or self.ssl_ca_certs or self.ssl_ciphers) and not self.ssl_certfile:
             raise ParameterError("ssl_certfile", None, "must be given for TLS")
+        if self.ssl_ciphers is not None:
+            try:
+                ssl.create_default_context().set_ciphers(self.ssl_ciphers)
+            except ssl.SSLError:
+                raise ParameterError(
+                    "ssl_ciphers", self.ssl_ciphers, "names no cipher that OpenSSL has"
+                ) from None
         if not self.log_stats_interval > 0:
             raise ParameterError("log_stats_interval", self.log_stats_interval, "must be over 0")
         if self.enable_auto_tool_choice and self.tool_call_parser is None:
@@ -148,11 +177,12 @@ class ServerConfig:
 
     def api_keys(self) -> tuple[str, ...]:
         """The keys of ``api_key``, of ``api_key_file``, and of the credential ``vllmlite.api-key`` where systemd hands
-        one over; empty where none is needed. Raises ParameterError."""
+        one over; VLLM_API_KEY's, where there is none of these; empty where none is needed. Raises ParameterError."""
         keys = self.api_key
         for path in (self.api_key_file, _credential("vllmlite.api-key")):
             keys += _read_keys(path) if path is not None else ()
-        return keys
+        from_environment = os.environ.get("VLLM_API_KEY", "")
+        return keys or ((from_environment,) if from_environment else ())
 
 
 def _credential(name: str) -> str | None:

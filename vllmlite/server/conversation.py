@@ -9,26 +9,34 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllmlite.errors import ParameterError
-from vllmlite.server.protocol.chat import ChatPrompt, Message, Tool
+from vllmlite.server.protocol.chat import ChatPrompt, ContentPart, Message, Tool
 
 
 def content_text(message: Message) -> str | None:
     """A message's content as text. Raises :class:`ParameterError` if a part of it is something else."""
     if not isinstance(message.content, list):
         return message.content
-    for part in message.content:
-        if part.text is None or part.type not in ("text", "input_text", "output_text"):
-            raise ParameterError(
-                "messages", part.model_dump(), "content must be text: only text models are served"
-            )
-    return "\n".join(part.text or "" for part in message.content)
+    return "\n".join(_part_text(part) for part in message.content)
+
+
+def _part_text(part: ContentPart) -> str:
+    text = part.refusal if part.type == "refusal" else part.text
+    if text is None or part.type not in ("text", "input_text", "output_text", "refusal"):
+        raise ParameterError(
+            "messages", part.model_dump(), "content must be text: only text models are served"
+        )
+    return text
 
 
 def as_mapping(message: Message) -> dict[str, Any]:
     """A message for a chat template: content as text, arguments of tool calls as mappings, the rest as it came."""
     found = {"role": message.role, "content": content_text(message), **(message.model_extra or {})}
+    reasoning = found.get("reasoning") or found.get("reasoning_content")
+    if reasoning is not None:  # templates know the one name or the other
+        found["reasoning"] = found["reasoning_content"] = reasoning
     if found.get("tool_calls"):
         found["tool_calls"] = _parsed(found["tool_calls"])
+    if message.role == "assistant":  # one that called tools, or only thought
         found["content"] = found["content"] or ""
     return found
 

@@ -13,7 +13,7 @@ from vllmlite.errors import ParameterError
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.server.documented import documented
 from vllmlite.server.protocol.embeddings import Embedding, EmbeddingRequest, Embeddings
-from vllmlite.server.service import Service
+from vllmlite.server.service import Service, request_id
 from vllmlite.server.sse import JSON
 
 router = APIRouter()
@@ -37,8 +37,8 @@ async def create_embedding(body: EmbeddingRequest, request: Request) -> Response
             "input" if error.field == "prompt" else error.field, error.value, error.accepted
         ) from None
     generation = await service.generate(
-        "embd", prompts, params, request_id=body.request_id, priority=body.priority, cache_salt=body.cache_salt,
-        arrival_time=arrival,
+        "embd-", prompts, params, request_id=request_id(body.request_id, request), priority=body.priority,
+        cache_salt=body.cache_salt, arrival_time=arrival,
     )  # fmt: skip
     outputs = await generation.finished(request.receive)
     data = [_entry(index, out.embedding or [], body.encoding_format) for index, out in enumerate(outputs)]
@@ -54,7 +54,7 @@ async def create_embedding(body: EmbeddingRequest, request: Request) -> Response
     return JSON(answer)
 
 
-def _entry(index: int, vector: list[float], encoding: str) -> Embedding:
+def _entry(index: int, vector: list[float], encoding: str | None) -> Embedding:
     found: list[float] | str = vector
     if encoding == "base64":
         found = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -33,14 +33,17 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> None:
-        """``param`` names the field that is wrong, ``code`` the kind of error where OpenAI has a name for it."""
+        """``param`` names the field that is wrong, ``code`` the kind of error where OpenAI has a name for it,
+        ``details`` what Anthropic's clients go by."""
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+        self.details = details
 
     @property
     def type(self) -> str:
@@ -53,7 +56,8 @@ class ApiError(Exception):
             kind = ANTHROPIC_TYPES.get(
                 self.status, "invalid_request_error" if self.status < 500 else "api_error"
             )
-            return {"type": "error", "error": {"type": kind, "message": self.message}}
+            more = {} if self.details is None else {"details": self.details}
+            return {"type": "error", "error": {"type": kind, "message": self.message, **more}}
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 

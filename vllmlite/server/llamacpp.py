@@ -1,9 +1,9 @@
-"""llama.cpp's own endpoints: ``POST /completion``, ``POST /infill`` and ``GET /props``."""
+"""llama.cpp's own endpoints: ``/completion``, ``/infill``, ``/embedding``, ``/apply-template`` and ``/props``."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,20 +12,27 @@ from starlette.responses import Response
 from vllmlite import __version__
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllmlite.server import logprobs
 from vllmlite.server.documented import documented
 from vllmlite.server.infill import infill_ids
+from vllmlite.server.line_limits import LineLimits
+from vllmlite.server.protocol.chat import ChatPrompt
 from vllmlite.server.protocol.llamacpp import (
+    AppliedTemplate,
     InfillRequest,
     LlamaAnswer,
     LlamaCompletionRequest,
+    LlamaEmbedding,
+    LlamaEmbeddingRequest,
     LlamaProps,
     LlamaRequest,
     LlamaTimings,
 )
-from vllmlite.server.service import Generation, Service
-from vllmlite.server.sse import JSON, Stream, event
+from vllmlite.server.samplers import turned_off, used
+from vllmlite.server.service import Generation, Service, request_id
+from vllmlite.server.sse import JSON, Stream, event, unless_gone
 
 router = APIRouter()
 
@@ -37,6 +44,7 @@ SAMPLING = {
 """llama.cpp's names of sampling parameters, and vLLM's."""
 STOP_TYPES = {"length": "limit", "stop": "eos"}
 NO_BIAS = -100.0
+_MISSING = object()
 
 
 @router.post("/completion", responses=documented(LlamaAnswer, streams=True))
@@ -58,6 +66,31 @@ async def infill(body: InfillRequest, request: Request) -> Response:
     return await _answer(service, body, await service.encode(ids), request)
 
 
+@router.post("/embedding", responses=documented(list[LlamaEmbedding]))
+async def embed(body: LlamaEmbeddingRequest, request: Request) -> Response:
+    """A vector of each text."""
+    arrival = time.monotonic()
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    prompts = await service.encode_all(body.content)
+    generation = await service.generate("embd-", prompts, PoolingParams(), arrival_time=arrival)
+    outputs = await generation.finished(request.receive)
+    answer: list[LlamaEmbedding] = [
+        {"index": index, "embedding": [output.embedding or []]} for index, output in enumerate(outputs)
+    ]
+    return JSON(answer)
+
+
+@router.post("/apply-template", responses=documented(AppliedTemplate))
+async def apply_template(body: ChatPrompt, request: Request) -> Response:
+    """The prompt that a conversation becomes."""
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    encoded = await service.encode_chat(body)
+    answer: AppliedTemplate = {"prompt": encoded["prompt"]}
+    return JSON(answer)
+
+
 @router.get("/props", responses=documented(LlamaProps))
 async def props(request: Request) -> Response:
     """What the server is and how it samples where a request says nothing."""
@@ -66,7 +99,7 @@ async def props(request: Request) -> Response:
     answer: LlamaProps = {
         "default_generation_settings": {
             "n_ctx": service.max_model_len,
-            "params": _settings(service.default_params.clone(max_tokens=None)),
+            "params": _settings(service.default_params.clone(max_tokens=None), None),
         },
         "total_slots": config.max_num_seqs,
         "model_alias": service.model,
@@ -84,12 +117,16 @@ async def _answer(service: Service, body: LlamaRequest, prompt: dict[str, Any], 
     arrival = time.monotonic()
     service.check_model(body.model)
     params = _params(body, service.default_params)
-    generation = await service.generate("cmpl", [prompt], params, arrival_time=arrival)
+    generation = await service.generate(
+        "cmpl-", [prompt], params, request_id=request_id(None, request), arrival_time=arrival
+    )
     answer = _Answer(service, body, params, generation)
     if body.stream:
         return Stream(answer.events(), generation.close)
-    (output,) = await generation.finished(request.receive)
-    return JSON(answer.piece(output, output.outputs[0]))
+    try:
+        return JSON(await unless_gone(request.receive, answer.whole()))
+    finally:
+        generation.close()
 
 
 def _params(body: LlamaRequest, default: SamplingParams) -> SamplingParams:
@@ -108,8 +145,10 @@ def _params(body: LlamaRequest, default: SamplingParams) -> SamplingParams:
         given["structured_outputs"] = StructuredOutputsParams(grammar=body.grammar)
     if body.json_schema is not None:
         given["structured_outputs"] = StructuredOutputsParams(json=body.json_schema)
-    limit = None if body.n_predict in (None, -1) else body.n_predict
-    kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
+    given |= turned_off(body.samplers)
+    limit = None if body.n_predict in (None, -1) else max(body.n_predict or 0, 1)
+    by_lines = body.n_indent > 0 or body.t_max_predict_ms > 0
+    kind = RequestOutputKind.DELTA if body.stream or by_lines else RequestOutputKind.FINAL_ONLY
     return default.clone(**given, max_tokens=limit, output_kind=kind)
 
 
@@ -132,11 +171,17 @@ def _bias(given: Any) -> dict[int, float]:
     return found
 
 
-def _settings(params: SamplingParams) -> dict[str, Any]:
+def _settings(params: SamplingParams, samplers: Sequence[str] | None) -> dict[str, Any]:
     settings = {ours: getattr(params, theirs) for ours, theirs in SAMPLING.items()}
     limit = -1 if params.max_tokens is None else params.max_tokens
     seed = -1 if params.seed is None else params.seed
-    return {**settings, "stop": params.stop or [], "n_predict": limit, "seed": seed}
+    return {
+        **settings,
+        "stop": params.stop or [],
+        "n_predict": limit,
+        "seed": seed,
+        "samplers": used(samplers),
+    }
 
 
 class _Answer:
@@ -149,62 +194,102 @@ class _Answer:
         self._body = body
         self._params = params
         self._generation = generation
-        self._has_line = False
+        self._limits = LineLimits(body.n_indent, max(body.t_max_predict_ms, 0) / 1000)
+        self._tokens: list[int] = []
+        """Those that no piece has had yet."""
+
+    async def whole(self) -> dict[str, Any]:
+        """The pieces as one."""
+        content = ""
+        tokens: list[int] = []
+        probabilities: list[dict[str, Any]] = []
+        piece: LlamaAnswer = {}
+        async for piece in self._pieces():
+            content += piece["content"]
+            tokens += piece["tokens"]
+            probabilities += piece.get("completion_probabilities", ())
+        whole: LlamaAnswer = {
+            **piece,
+            "content": content,
+            "tokens": tokens if self._body.return_tokens else [],
+        }
+        if self._body.n_probs:
+            whole["completion_probabilities"] = probabilities
+        return self._selected(whole)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Pieces; the last has no text of its own unless the end brought some."""
-        async for batch in self._generation.outputs():
-            pieces = [
-                event(self.piece(output, completion))
-                for _, output in batch
-                for completion in output.outputs
-                if completion.text
-                or completion.finish_reason
-                or completion.logprobs
-                or self._body.return_tokens
-            ]
-            if pieces:
-                yield b"".join(pieces)
+        """Every piece as an event."""
+        async for piece in self._pieces():
+            yield event(self._selected(piece) if piece["stop"] else piece)
 
-    def piece(self, output: RequestOutput, completion: CompletionOutput) -> LlamaAnswer:
-        """What is new; with the end, what there is to say of the whole."""
-        ended = completion.finish_reason is not None
-        self._has_line = self._has_line or "\n" in completion.text
-        answer: LlamaAnswer = {
-            "index": 0,
-            "content": completion.text,
-            "tokens": completion.token_ids if self._body.return_tokens else [],
-            "stop": ended,
-            "id_slot": -1,
-        }
+    async def _pieces(self) -> AsyncGenerator[LlamaAnswer, None]:
+        """What is new, and at the end what there is to say of the whole."""
+        async for batch in self._generation.outputs():
+            for _, output in batch:
+                (completion,) = output.outputs
+                text, ended = self._limits.take(completion.text)
+                if self._body.n_predict != 0:  # the token that was computed anyway is not part of the answer
+                    self._tokens += completion.token_ids
+                    if text or completion.logprobs or self._body.return_tokens:
+                        yield self._piece(output, text, completion)
+                if ended or completion.finish_reason is not None:
+                    yield self._end(output, completion, ended)
+                    return
+
+    def _piece(self, output: RequestOutput, text: str, completion: CompletionOutput) -> LlamaAnswer:
+        answer = self._begin(text, stop=False)
         if completion.logprobs:
-            content = logprobs.for_chat(completion.logprobs, completion.token_ids, self._body.n_probs, False)[
-                "content"
-            ]
-            answer["completion_probabilities"] = [
-                {"id": token_id, **entry}
-                for token_id, entry in zip(completion.token_ids, content, strict=True)
-            ]
-        if self._body.timings_per_token or ended:
-            answer["timings"] = self._timings(output.metrics)
-        if ended:
-            usage, word = self._generation.usage(), completion.stop_reason
-            answer["model"] = self._service.model
-            answer["prompt"] = (
-                self._service.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
-                if output.prompt is None
-                else output.prompt
+            answer["completion_probabilities"] = logprobs.for_llamacpp(
+                completion.logprobs, completion.token_ids, self._body.n_probs
             )
-            answer["tokens_predicted"] = usage["completion_tokens"]
-            answer["tokens_evaluated"] = usage["prompt_tokens"]
-            answer["tokens_cached"] = usage["prompt_tokens_details"]["cached_tokens"]
-            answer["truncated"] = False
-            answer["has_new_line"] = self._has_line
-            answer["stopping_word"] = word if isinstance(word, str) else ""
-            kind = "word" if isinstance(word, str) else STOP_TYPES.get(completion.finish_reason or "", "none")
-            answer["stop_type"] = kind  # type: ignore[typeddict-item]
-            answer["generation_settings"] = _settings(self._params)
+        if self._body.timings_per_token:
+            answer["timings"] = self._timings(output.metrics)
         return answer
+
+    def _begin(self, text: str, stop: bool) -> LlamaAnswer:
+        usage, tokens = self._generation.usage(), self._tokens
+        self._tokens = []
+        return {
+            "index": 0,
+            "content": text,
+            "tokens": tokens,
+            "stop": stop,
+            "id_slot": -1,
+            "tokens_predicted": usage["completion_tokens"],
+            "tokens_evaluated": usage["prompt_tokens"],
+        }
+
+    def _end(self, output: RequestOutput, completion: CompletionOutput, by_lines: bool) -> LlamaAnswer:
+        word = completion.stop_reason
+        kind = "word" if isinstance(word, str) else STOP_TYPES.get(completion.finish_reason or "", "none")
+        prompt = output.prompt
+        if prompt is None:
+            prompt = self._service.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+        return {
+            **self._begin("", stop=True),
+            "model": self._service.model,
+            "prompt": prompt,
+            "tokens_cached": self._generation.usage()["prompt_tokens_details"]["cached_tokens"],
+            "truncated": False,
+            "has_new_line": self._limits.has_line,
+            "stop_type": "limit" if by_lines else kind,  # type: ignore[typeddict-item]
+            "stopping_word": word if isinstance(word, str) else "",
+            "generation_settings": _settings(self._params, self._body.samplers),
+            "timings": self._timings(output.metrics),
+        }
+
+    def _selected(self, answer: LlamaAnswer) -> dict[str, Any]:
+        """What ``response_fields`` ask for, under the names that they have there."""
+        if not self._body.response_fields:
+            return dict(answer)
+        found: dict[str, Any] = {}
+        for path in self._body.response_fields:
+            value: Any = answer
+            for name in path.split("/"):
+                value = value.get(name, _MISSING) if isinstance(value, dict) else _MISSING
+            if value is not _MISSING:
+                found[path] = value
+        return found
 
     def _timings(self, metrics: RequestMetrics | None) -> LlamaTimings:
         usage = self._generation.usage()
@@ -219,8 +304,10 @@ class _Answer:
             "cache_n": cached,
             "prompt_n": prompt,
             "prompt_ms": prompt_ms,
+            "prompt_per_token_ms": prompt_ms / prompt if prompt else 0.0,
             "prompt_per_second": prompt / prompt_ms * 1000 if prompt_ms else 0.0,
             "predicted_n": predicted,
             "predicted_ms": predicted_ms,
+            "predicted_per_token_ms": predicted_ms / predicted if predicted else 0.0,
             "predicted_per_second": predicted / predicted_ms * 1000 if predicted_ms else 0.0,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from vllmlite.outputs import Logprob
 from vllmlite.server.protocol.logprobs import (
@@ -57,13 +58,22 @@ def for_chat(entries: Entries, token_ids: Sequence[int], count: int, names_are_i
     for token_id, entry in zip(token_ids, entries, strict=True):
         if entry is None:
             continue
-        likeliest = sorted(
-            ((e.rank or 0, i, e) for i, e in entry.items() if e.rank is not None and e.rank <= count),
-            key=lambda item: item[0],
-        )
-        top = [_top(i, e, names_are_ids) for _, i, e in likeliest]
+        top = [_top(i, e, names_are_ids) for i, e in _likeliest(entry, count)]
         content.append({**_top(token_id, entry[token_id], names_are_ids), "top_logprobs": top})
     return {"content": content}
+
+
+def for_llamacpp(entries: Entries, token_ids: Sequence[int], count: int) -> list[dict[str, Any]]:
+    """llama.cpp's ``completion_probabilities``: the same with the tokens' ids."""
+    return [
+        {
+            "id": token_id,
+            **_top(token_id, entry[token_id], False),
+            "top_logprobs": [{"id": i, **_top(i, e, False)} for i, e in _likeliest(entry, count)],
+        }
+        for token_id, entry in zip(token_ids, entries, strict=True)
+        if entry is not None
+    ]
 
 
 def for_prompt(entries: Entries | None) -> PromptLogprobs | None:
@@ -79,6 +89,12 @@ def for_prompt(entries: Entries | None) -> PromptLogprobs | None:
         }
         for entry in entries
     ]
+
+
+def _likeliest(entry: Mapping[int, Logprob], count: int) -> list[tuple[int, Logprob]]:
+    """The ``count`` likeliest tokens, best first; the token itself may be another."""
+    found = [(i, e) for i, e in entry.items() if e.rank is not None and e.rank <= count]
+    return sorted(found, key=lambda item: item[1].rank or 0)
 
 
 def _top(token_id: int, entry: Logprob, names_are_ids: bool) -> TopLogprob:

@@ -35,6 +35,8 @@ def _of_blocks(role: str, blocks: list[dict[str, Any]]) -> Iterator[dict[str, An
         match block.get("type"):
             case "text":
                 texts.append(_text([block]))
+            case "redacted_thinking":
+                pass  # nobody but its author can read it
             case "thinking":
                 message["reasoning_content"] = _string(block, "thinking")
             case "tool_use":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,10 +12,10 @@ from starlette.responses import Response
 
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, RequestOutput
-from vllmlite.sampling_params import RequestOutputKind, SamplingParams
+from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllmlite.server.conversation import conversation
 from vllmlite.server.documented import documented
-from vllmlite.server.errors import ANTHROPIC, as_api_error
+from vllmlite.server.errors import ANTHROPIC, ApiError, as_api_error
 from vllmlite.server.message_blocks import Blocks, as_messages
 from vllmlite.server.protocol.messages import (
     AnthropicAnswer,
@@ -26,7 +27,7 @@ from vllmlite.server.protocol.messages import (
     MessagesRequest,
 )
 from vllmlite.server.reading import Reader, after_reasoning, reader_for, reads_marks
-from vllmlite.server.service import Generation, Service
+from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import JSON, Stream, named_event
 from vllmlite.server.tools import ToolUse
 
@@ -34,6 +35,8 @@ router = APIRouter()
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 """Anthropic's names of OpenAI's reasons."""
+NO_THREADS = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+"""By which Anthropic's tool runner, which asks for a thread at first, knows to go on without one."""
 
 
 @router.post("/v1/messages", responses=documented(AnthropicAnswer, streams=True, error=AnthropicError))
@@ -42,14 +45,23 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     arrival = time.monotonic()
     service: Service = request.app.state.service
     service.check_model(body.model)
+    if body.thread is not None:
+        raise ApiError(
+            HTTPStatus.BAD_REQUEST,
+            "thread: nothing is kept between requests: give the whole conversation",
+            details=NO_THREADS,
+        )
     tools = _tool_use(body, service)
     params = _params(body, service, tools)
     prompt = await _prompt(body, service, tools)
     prompt_text = str(prompt.get("prompt") or "")
     params = after_reasoning(service.config, service.tokenizer, params, prompt_text)
-    generation = await service.generate("msg", [prompt], params, arrival_time=arrival)
+    generation = await service.generate(
+        "msg_", [prompt], params, request_id=request_id(None, request), cache_salt=body.cache_salt,
+        arrival_time=arrival,
+    )  # fmt: skip
     reader = reader_for(service.config, tools, params, prompt_text)
-    answer = _Answer(service, generation, reader, Blocks(tools.call_id))
+    answer = _Answer(service, body, generation, reader, Blocks(tools.call_id))
     if body.stream:
         return Stream(answer.events(), generation.close, error_event=_error_event)
     (output,) = await generation.finished(request.receive)
@@ -67,10 +79,24 @@ async def count_tokens(body: CountRequest, request: Request) -> Response:
 
 async def _prompt(body: CountRequest, service: Service, tools: ToolUse) -> dict[str, Any]:
     messages = as_messages(body.messages, body.system)
-    talk = conversation(messages, "messages", tools.tools)
+    talk = conversation(messages, "messages", tools.tools).model_copy(update=_wishes(body))
     if body.messages[-1].role == "assistant":  # Anthropic's way to have an answer continued
         talk = talk.model_copy(update={"add_generation_prompt": False, "continue_final_message": True})
     return await service.encode_chat(talk)
+
+
+def _wishes(body: CountRequest) -> dict[str, Any]:
+    """What the chat template is told of thinking."""
+    variables = dict(body.chat_template_kwargs or {})
+    if body.thinking is not None:
+        variables.setdefault("enable_thinking", body.thinking.type != "disabled")
+    effort = body.output_config.effort if body.output_config else None
+    return {"reasoning_effort": effort, "chat_template_kwargs": variables}
+
+
+def _structure(body: CountRequest) -> StructuredOutputsParams | None:
+    form = (body.output_config.format if body.output_config else None) or body.output_format
+    return StructuredOutputsParams(json=form.json_schema) if form else None
 
 
 def _tool_use(body: CountRequest, service: Service) -> ToolUse:
@@ -81,6 +107,7 @@ def _tool_use(body: CountRequest, service: Service) -> ToolUse:
                 "name": tool.name,
                 **({"description": tool.description} if tool.description else {}),
                 "parameters": tool.input_schema,
+                **({"strict": tool.strict} if tool.strict is not None else {}),
             },
         }
         for tool in body.tools or ()
@@ -97,7 +124,10 @@ def _tool_use(body: CountRequest, service: Service) -> ToolUse:
 def _params(body: MessagesRequest, service: Service, tools: ToolUse) -> SamplingParams:
     given = {name: getattr(body, name) for name in ("temperature", "top_k", "top_p")}
     changes = {name: value for name, value in given.items() if value is not None}
-    changes |= tools.changes(False)
+    structure = _structure(body)
+    if structure is not None:
+        changes["structured_outputs"] = structure
+    changes |= tools.changes(structure is not None)
     if reads_marks(service.config, tools):
         changes["skip_special_tokens"] = False
     if body.stop_sequences:
@@ -113,8 +143,13 @@ def _error_event(error: Exception) -> bytes:
 class _Answer:
     """One answer, whole or as it comes."""
 
-    def __init__(self, service: Service, generation: Generation, reader: Reader, blocks: Blocks) -> None:
+    def __init__(
+        self, service: Service, body: MessagesRequest, generation: Generation, reader: Reader, blocks: Blocks
+    ) -> None:
         self._service = service
+        self._edits: dict[str, Any] = {}
+        if body.context_management is not None:
+            self._edits["context_management"] = {"applied_edits": []}
         self._generation = generation
         self._reader = reader
         self._blocks = blocks
@@ -144,7 +179,7 @@ class _Answer:
         assert last is not None
         ended = self._message(last)
         delta = {"stop_reason": ended["stop_reason"], "stop_sequence": ended["stop_sequence"]}
-        end = named_event({"type": "message_delta", "delta": delta, "usage": ended["usage"]})
+        end = named_event({"type": "message_delta", "delta": delta, "usage": ended["usage"], **self._edits})
         yield end + named_event({"type": "message_stop"})
 
     def _take(self, completion: CompletionOutput) -> list[dict[str, Any]]:
@@ -172,6 +207,7 @@ class _Answer:
             "stop_reason": reason,
             "stop_sequence": sequence,
             "usage": self._usage(),
+            **self._edits,  # type: ignore[typeddict-item]
         }
 
     def _usage(self) -> AnthropicUsage:

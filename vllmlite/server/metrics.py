@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllmlite.engine.engine import EngineOutput
 from vllmlite.outputs import EngineStats
+from vllmlite.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -40,6 +41,8 @@ LATENCY_BUCKETS = [
     120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 ]  # fmt: skip
 """Upper bounds in seconds: vLLM's, with some more at the fast end."""
+PARAMS_N = [1, 2, 5, 10, 20]
+"""Of ``n``: vLLM's."""
 
 
 @dataclass(slots=True)
@@ -64,7 +67,7 @@ class Histogram:
     def cumulative(self) -> list[tuple[str, float]]:
         """Prometheus' buckets: (upper bound, values up to it)."""
         total, found = 0, []
-        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
+        for bound, count in zip([*(str(float(b)) for b in self.bounds), "+Inf"], self.counts, strict=True):
             total += count
             found.append((bound, float(total)))
         return found
@@ -99,10 +102,16 @@ class Metrics:
         self.generation_tokens = Histogram(
             "vllm:request_generation_tokens", "Generated tokens a request.", lengths
         )
+        self.params_n = Histogram(
+            "vllm:request_params_n", "Completions a prompt that were asked for.", PARAMS_N
+        )
+        self.params_max_tokens = Histogram(
+            "vllm:request_params_max_tokens", "Most tokens of a completion that were asked for.", lengths
+        )
         self.iteration_tokens = Histogram(
             "vllm:iteration_tokens_total",
             "Tokens sampled in a step.",
-            [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048],
+            [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384],
         )
 
     @property
@@ -127,6 +136,13 @@ class Metrics:
                 self._finish(output)
         if outputs:
             self.iteration_tokens.observe(sampled)
+
+    def requested(self, params: SamplingParams, prompts: int) -> None:
+        """Count what was asked of ``prompts``; an answer up to the context has no limit of its own."""
+        for _ in range(prompts):
+            self.params_n.observe(params.n)
+            if params.max_tokens is not None:
+                self.params_max_tokens.observe(params.max_tokens)
 
     def aborted(self, count: int) -> None:
         """``count`` sequences were ended by their clients."""

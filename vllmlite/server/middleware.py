@@ -13,10 +13,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllmlite.server.errors import ApiError
-from vllmlite.server.service import Service
+from vllmlite.server.service import MAX_REQUEST_ID, Service
 from vllmlite.server.sse import JSON
 
-OPEN_PATHS = frozenset({"/", "/health", "/ping", "/version", "/metrics"})
+OPEN_PATHS = frozenset({"/", "/health", "/v1/health", "/ping", "/version", "/metrics"})
 """Need no key."""
 MAX_DISCARDED = 64 << 20
 """Bytes of a body over the limit that are read and forgotten before it is answered."""
@@ -55,7 +55,7 @@ def _path(scope: Scope) -> str:
 
 
 def _with_id(scope: Scope, send: Send) -> Send:
-    name = Headers(scope=scope).get("x-request-id", uuid.uuid4().hex)[:256]
+    name = Headers(scope=scope).get("x-request-id", uuid.uuid4().hex)[:MAX_REQUEST_ID]
 
     async def send_with_id(message: Message) -> None:
         if message["type"] == "http.response.start":

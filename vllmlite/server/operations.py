@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -14,6 +15,8 @@ from vllmlite.server.protocol.operations import (
     Detokenized,
     DetokenizeRequest,
     Health,
+    LlamaTokenized,
+    LlamaTokenizeRequest,
     Load,
     ModelCard,
     ModelList,
@@ -31,6 +34,7 @@ profiling = APIRouter()
 
 
 @router.get("/v1/models", responses=documented(ModelList))
+@router.get("/models", responses=documented(ModelList), include_in_schema=False)
 async def list_models(request: Request) -> Response:
     """The served model names."""
     service: Service = request.app.state.service
@@ -57,11 +61,13 @@ def _card(service: Service, name: str) -> ModelCard:
     }
 
 
-@router.post("/tokenize", responses=documented(Tokenized))
+@router.post("/tokenize", responses=documented(Tokenized | LlamaTokenized))
 async def tokenize(body: Tokenizable, request: Request) -> Response:
-    """Token ids of a text or a conversation."""
+    """Token ids of a text or a conversation, as vLLM or as llama.cpp has it."""
     service: Service = request.app.state.service
     service.check_model(body.model)
+    if isinstance(body, LlamaTokenizeRequest):
+        return JSON({"tokens": await _llamacpp_tokens(service, body)})
     if isinstance(body, TokenizeRequest):
         encoded = await service.encode(body.prompt, body.add_special_tokens)
     else:
@@ -73,16 +79,27 @@ async def tokenize(body: Tokenizable, request: Request) -> Response:
     )
 
 
+async def _llamacpp_tokens(service: Service, body: LlamaTokenizeRequest) -> list[Any]:
+    encoded = await service.encode(body.content, body.add_special)
+    tokens: list[int] = encoded["prompt_token_ids"]
+    if not body.with_pieces:
+        return list(tokens)
+    return [{"id": token, "piece": service.tokenizer.token_text(token)} for token in tokens]
+
+
 @router.post("/detokenize", responses=documented(Detokenized))
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of token ids."""
     service: Service = request.app.state.service
     service.check_model(body.model)
     service.tokenizer.check_ids(body.tokens)
-    return JSON({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+    text = service.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    return JSON({"prompt": text, "content": text})
 
 
 @router.get("/health", responses=documented(Health))
+@router.head("/health", include_in_schema=False)
+@router.get("/v1/health", responses=documented(Health), include_in_schema=False)
 async def health(request: Request) -> Response:
     """200 while the engine lives, with what its steps have failed of; 503 once it is dead or the server goes down."""
     service: Service = request.app.state.service
@@ -102,6 +119,7 @@ async def health(request: Request) -> Response:
 
 
 @router.get("/ping", responses=documented(Health))
+@router.head("/ping", include_in_schema=False)
 @router.post("/ping", responses=documented(Health), include_in_schema=False)
 async def ping(request: Request) -> Response:
     """The same, under SageMaker's name."""

@@ -31,6 +31,7 @@ class Reader:
         self.called = False
         """Whether there has been a call."""
         self._tools = tools
+        self._reasoning: list[str] = []
 
     def read(self, completion: CompletionOutput) -> list[Part]:
         """The parts that are certain now."""
@@ -44,7 +45,13 @@ class Reader:
                 part for part in parts if not isinstance(part, (CallBegin, CallArguments)) or not part.index
             ]
         self.called = self.called or any(isinstance(part, CallBegin) for part in parts)
+        self._reasoning += [part.text for part in parts if isinstance(part, Reasoning)]
         return merged(parts)
+
+    def reasoning_tokens(self, tokenizer: Tokenizer) -> int:
+        """Tokens of the reasoning so far."""
+        text = "".join(self._reasoning)
+        return len(tokenizer.encode(text, False)) if text else 0
 
     def finish_reason(self, reason: str | None) -> str | None:
         """OpenAI's reason: an answer that ends of itself in calls ends for them, unless one was named."""

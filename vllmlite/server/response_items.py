@@ -10,8 +10,11 @@ from vllmlite.errors import ParameterError
 from vllmlite.server.parsers.parts import CallArguments, CallBegin, Content, Part, Reasoning
 from vllmlite.server.protocol.responses import OutputItem
 
-TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
-"""Types of content that are text."""
+TEXTS = {
+    **dict.fromkeys(("input_text", "output_text", "text", "reasoning_text", "summary_text"), "text"),
+    "refusal": "refusal",
+}
+"""Types of content that are text, and the field that it stands in."""
 
 
 def as_messages(given: str | list[dict[str, Any]], instructions: str | None) -> list[dict[str, Any]]:
@@ -81,14 +84,15 @@ def _text(content: Any) -> str:
         return content
     if not isinstance(content, list):
         raise ParameterError("input.content", content, "must be text, or a list of parts")
-    for part in content:
-        if (
-            not isinstance(part, dict)
-            or part.get("type") not in TEXTS
-            or not isinstance(part.get("text"), str)
-        ):
-            raise ParameterError("input.content", part, "must be text: only text models are served")
-    return "\n".join(part["text"] for part in content)
+    return "\n".join(map(_part_text, content))
+
+
+def _part_text(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    text = part.get(TEXTS[kind]) if isinstance(kind, str) and kind in TEXTS else None
+    if not isinstance(text, str):
+        raise ParameterError("input.content", part, "must be text: only text models are served")
+    return text
 
 
 class Items:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import AsyncGenerator
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,12 +17,20 @@ from vllmlite.sampling_params import RequestOutputKind, SamplingParams, Structur
 from vllmlite.server import logprobs
 from vllmlite.server.conversation import conversation
 from vllmlite.server.documented import documented
-from vllmlite.server.errors import as_api_error
+from vllmlite.server.errors import ApiError, as_api_error
 from vllmlite.server.parsers.parts import Content, Reasoning
-from vllmlite.server.protocol.responses import INCLUDABLE, ResponseObject, ResponsesRequest, ResponseUsage
+from vllmlite.server.protocol.responses import (
+    INCLUDABLE,
+    LOGPROBS,
+    STATELESS,
+    InputTokens,
+    ResponseObject,
+    ResponsesRequest,
+    ResponseUsage,
+)
 from vllmlite.server.reading import Reader, after_reasoning, reader_for, reads_marks
 from vllmlite.server.response_items import Items, as_messages
-from vllmlite.server.service import Generation, Service
+from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import JSON, Stream, named_event
 from vllmlite.server.tools import ToolUse
 
@@ -29,7 +38,7 @@ router = APIRouter()
 
 SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
-    "stop",
+    "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "logit_bias",
 )  # fmt: skip
 
 
@@ -39,16 +48,14 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     arrival = time.monotonic()
     service: Service = request.app.state.service
     service.check_model(body.model)
-    tools = ToolUse.of(_tools(body), _choice(body.tool_choice), body.parallel_tool_calls, service.config)
+    tools = _tool_use(body, service)
     params = _params(body, service, tools)
-    prompt = await service.encode_chat(
-        conversation(as_messages(body.input, body.instructions), "input", tools.tools)
-    )
+    prompt = await _prompt(body, service, tools)
     prompt_text = str(prompt.get("prompt") or "")
     params = after_reasoning(service.config, service.tokenizer, params, prompt_text)
     generation = await service.generate(
-        "resp", [prompt], params, request_id=body.request_id, priority=body.priority, cache_salt=body.cache_salt,
-        arrival_time=arrival,
+        "resp_", [prompt], params, request_id=request_id(body.request_id, request), priority=body.priority,
+        cache_salt=body.cache_salt, arrival_time=arrival,
     )  # fmt: skip
     reader = reader_for(service.config, tools, params, prompt_text)
     answer = _Answer(service, body, generation, params, tools, reader)
@@ -56,6 +63,35 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
         return Stream(answer.events(), generation.close, error_event=answer.error_event)
     (output,) = await generation.finished(request.receive)
     return JSON(answer.whole(output))
+
+
+@router.post("/v1/responses/input_tokens", responses=documented(InputTokens))
+async def count_input_tokens(body: ResponsesRequest, request: Request) -> Response:
+    """The tokens that a request's input is."""
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    prompt = await _prompt(body, service, _tool_use(body, service))
+    answer: InputTokens = {"object": "response.input_tokens", "input_tokens": len(prompt["prompt_token_ids"])}
+    return JSON(answer)
+
+
+@router.get("/v1/responses/{response_id}", include_in_schema=False)
+@router.delete("/v1/responses/{response_id}", include_in_schema=False)
+@router.post("/v1/responses/{response_id}/cancel", include_in_schema=False)
+async def find_response(response_id: str) -> Response:
+    """Nothing, for nothing is kept."""
+    raise ApiError(HTTPStatus.NOT_FOUND, f"no response {response_id!r}: {STATELESS}", param="response_id")
+
+
+async def _prompt(body: ResponsesRequest, service: Service, tools: ToolUse) -> dict[str, Any]:
+    talk = conversation(as_messages(body.input, body.instructions), "input", tools.tools)
+    effort = body.reasoning.effort if body.reasoning else None
+    wishes = {"reasoning_effort": effort, "chat_template_kwargs": body.chat_template_kwargs}
+    return await service.encode_chat(talk.model_copy(update=wishes))
+
+
+def _tool_use(body: ResponsesRequest, service: Service) -> ToolUse:
+    return ToolUse.of(_tools(body), _choice(body.tool_choice), body.parallel_tool_calls, service.config)
 
 
 def _tools(body: ResponsesRequest) -> list[dict[str, Any]]:
@@ -79,15 +115,15 @@ def _params(body: ResponsesRequest, service: Service, tools: ToolUse) -> Samplin
     if structure is not None:
         given["structured_outputs"] = structure
     given |= tools.changes(structure is not None)
-    if reads_marks(service.config, tools):
+    if reads_marks(service.config, tools) and body.skip_special_tokens is None:
         given["skip_special_tokens"] = False
     for name in body.include or ():
         if name not in INCLUDABLE:
             raise ParameterError("include", name, f"must be {' or '.join(INCLUDABLE)}")
-    if body.include:
+    if LOGPROBS in (body.include or ()):
         given["logprobs"] = body.top_logprobs or 0
     elif body.top_logprobs:
-        raise ParameterError("top_logprobs", body.top_logprobs, f"goes with include: {INCLUDABLE[0]}")
+        raise ParameterError("top_logprobs", body.top_logprobs, f"goes with include: {LOGPROBS}")
     given["max_tokens"] = service.chat_limit(body.max_output_tokens)
     kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
     return service.default_params.clone(**given, output_kind=kind)
@@ -95,6 +131,10 @@ def _params(body: ResponsesRequest, service: Service, tools: ToolUse) -> Samplin
 
 def _structure(body: ResponsesRequest) -> StructuredOutputsParams | None:
     form = body.text.format if body.text else None
+    if body.structured_outputs is not None:
+        if form is not None and form.type != "text":
+            raise ParameterError("text.format", form.type, "does not go with structured_outputs")
+        return body.structured_outputs.params()
     if form is None or form.type == "text":
         return None
     if form.type == "json_object":
@@ -124,7 +164,6 @@ class _Answer:
         self._reader = reader
         self._items = Items(tools.call_id, service.config.response_role)
         self._numbers = itertools.count()
-        self._reasoning = ""
 
     def whole(self, output: RequestOutput) -> ResponseObject:
         """The answer in one piece."""
@@ -170,7 +209,8 @@ class _Answer:
                 logprobs.for_chat(completion.logprobs, completion.token_ids, count, False)["content"]
             )
         parts = self._reader.read(completion)
-        self._reasoning += "".join(part.text for part in parts if isinstance(part, Reasoning))
+        if not self._body.include_reasoning:
+            parts = [part for part in parts if not isinstance(part, Reasoning)]
         events: list[dict[str, Any]] = []
         for part in parts:
             events += self._items.take(part, found if isinstance(part, Content) else None)
@@ -198,7 +238,7 @@ class _Answer:
             "output": list(self._items.items),
             "parallel_tool_calls": self._tools.parallel,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
             "store": False,
             "temperature": params.temperature,
             "text": {
@@ -213,11 +253,12 @@ class _Answer:
 
     def _usage(self) -> ResponseUsage:
         usage = self._generation.usage()
-        reasoning = self._service.tokenizer.encode(self._reasoning, False) if self._reasoning else []
         return {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": usage["prompt_tokens_details"],  # type: ignore[typeddict-item]
             "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": len(reasoning)},
+            "output_tokens_details": {
+                "reasoning_tokens": self._reader.reasoning_tokens(self._service.tokenizer)
+            },
             "total_tokens": usage["total_tokens"],
         }

@@ -70,6 +70,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
                 ssl_certfile=config.ssl_certfile,
                 ssl_ca_certs=config.ssl_ca_certs,
                 ssl_cert_reqs=config.ssl_cert_reqs,
+                ssl_ciphers=config.ssl_ciphers,
                 backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=config.shutdown_timeout + CLOSING_SECONDS,
@@ -221,8 +222,24 @@ def _address(config: ServerConfig, listener: socket.socket) -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
+class _Unlogged(logging.Filter):
+    """Takes requests of some paths out of uvicorn's access log."""
+
+    def __init__(self, paths: str) -> None:
+        """``paths`` are separated by commas."""
+        super().__init__()
+        self._paths = frozenset(path.strip() for path in paths.split(","))
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is to be written: its arguments are the client, the method, the path, …"""
+        path = str(record.args[2]) if isinstance(record.args, tuple) and len(record.args) > 2 else ""
+        return path.partition("?")[0] not in self._paths
+
+
 def _logging(config: ServerConfig) -> dict[str, Any]:
     """uvicorn's logging with ours beside it, or what the file says; ours is in effect at once."""
+    if config.disable_access_log_for_endpoints is not None:
+        logging.getLogger("uvicorn.access").addFilter(_Unlogged(config.disable_access_log_for_endpoints))
     if config.log_config_file is not None:
         try:
             with open(config.log_config_file, encoding="utf-8") as file:

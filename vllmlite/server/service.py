@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
+from starlette.requests import HTTPConnection
 from starlette.types import Receive
 
 from vllmlite.async_llm import AsyncLLM, NewRequest, OutputStream
@@ -33,6 +34,9 @@ INLINE_CHARACTERS = 4096
 """Texts up to this length are tokenised on the event loop; longer ones in a thread, while others are served."""
 
 
+MAX_REQUEST_ID = 256
+"""Characters of a request's name that are kept."""
+
 COMPILE_SECONDS = 60
 """For a grammar, and those that came before it, to be compiled."""
 
@@ -49,7 +53,7 @@ class Generation:
         params: SamplingParams | PoolingParams,
     ) -> None:
         """``kind`` begins the answer's id."""
-        self.id = f"{kind}-{request_id or uuid.uuid4().hex}"
+        self.id = kind + (request_id or uuid.uuid4().hex)
         self.created = int(time.time())
         self.prompts = prompts
         self.params = params
@@ -77,6 +81,8 @@ class Generation:
             self._service.release(self._unfinished)
             self._unfinished = 0
             raise
+        if isinstance(self.params, SamplingParams):
+            self._service.metrics.requested(self.params, len(self.prompts))
 
     async def outputs(self) -> AsyncIterator[list[tuple[int, RequestOutput]]]:
         """Batches of (index of the prompt, output), as they come."""
@@ -159,7 +165,7 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raise a 404 unless ``name`` is served; no name means the one that is."""
-        if name is not None and name not in self.model_names:
+        if name and name not in self.model_names:
             served = ", ".join(self.model_names)
             raise ApiError(
                 HTTPStatus.NOT_FOUND,
@@ -286,9 +292,13 @@ class Service:
                     "the server takes none from requests: --trust-request-chat-template",
                 )
             template = body.chat_template
-        variables = body.chat_template_kwargs or {}
+        variables = {**self.config.default_chat_template_kwargs, **body.template_variables()}
         for name in _TEMPLATE_ARGUMENTS & variables.keys():
             raise ParameterError("chat_template_kwargs", name, "is an argument of its own")
+        if body.documents and "documents" not in (template or self.tokenizer.chat_template or ""):
+            raise ParameterError(
+                "documents", len(body.documents), "the chat template shows none: put them into the messages"
+            )
         text = self.tokenizer.apply_chat_template(
             [as_mapping(message) for message in body.messages],
             tools=_definitions(body.tools) if offer_tools else None,
@@ -298,6 +308,11 @@ class Service:
             **variables,
         )
         return await self.encode(text, body.add_special_tokens)
+
+
+def request_id(given: str | None, request: HTTPConnection) -> str | None:
+    """The name of a request: what its body has as ``request_id``, or its X-Request-Id."""
+    return given or request.headers.get("x-request-id", "")[:MAX_REQUEST_ID] or None
 
 
 def _definitions(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:

@@ -55,7 +55,10 @@ class Chunks:
         return self._head + to_json(choice) + self._tail
 
 
+EVENTS = "text/event-stream"
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which no client takes for an event."""
 
 
 def error_event(error: Exception) -> bytes:
@@ -76,7 +79,7 @@ class JSON(Response):
 class Stream(Response):
     """An answer that is sent piece by piece. When the client goes, ``pieces`` is closed at once."""
 
-    media_type = "text/event-stream"
+    media_type = EVENTS
 
     def __init__(
         self,
@@ -95,26 +98,48 @@ class Stream(Response):
         self._error_event = error_event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the pieces."""
+        """Send the pieces, and comments between them where the server is to."""
+        interval: float = scope["app"].state.service.config.sse_keep_alive_interval
+        pieces = self._pieces
+        if interval and self.media_type == EVENTS:
+            pieces = _kept_alive(pieces, interval)
         try:
-            await unless_gone(receive, self._send(send))
+            await unless_gone(receive, self._send(send, pieces))
         except ClientGone:
             return
         finally:
             self._close()
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, pieces: AsyncGenerator[bytes, None]) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            async for piece in self._pieces:
+            async for piece in pieces:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
         except Exception as error:
             if as_api_error(error).status == 500:
                 logger.exception("a stream ends with an error")
             await send({"type": "http.response.body", "body": self._error_event(error), "more_body": True})
         finally:
+            await pieces.aclose()
             await self._pieces.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _kept_alive(pieces: AsyncGenerator[bytes, None], interval: float) -> AsyncGenerator[bytes, None]:
+    """``pieces``, with a comment wherever the next is not there after ``interval`` seconds."""
+    while True:
+        task = asyncio.ensure_future(anext(pieces, None))
+        try:
+            while not (await asyncio.wait((task,), timeout=interval))[0]:
+                yield KEEP_ALIVE
+            piece = task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        if piece is None:
+            return
+        yield piece
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

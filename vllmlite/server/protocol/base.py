@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, WithJsonSchema, model_validator
-from typing_extensions import TypeAliasType, TypedDict
+from typing_extensions import NotRequired, TypeAliasType, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
 
 from vllmlite.config_absent import Absent
 from vllmlite.errors import ParameterError
@@ -24,13 +24,25 @@ REFUSED: Mapping[str, Absent] = {
     "early_stopping": Absent((None, False), "belongs to beam search, which is not supported"),
     "logits_processors": Absent((None, []), "custom logits processors are not supported: see logit_bias"),
     "prompt_embeds": Absent(_UNUSED, "prompts are text or token ids"),
-    "documents": Absent((None, []), "put documents into the messages"),
     "mm_processor_kwargs": Absent((None, {}), _TEXT_ONLY),
+    "media_io_kwargs": Absent((None, {}), _TEXT_ONLY),
     "audio": Absent(_UNUSED, _TEXT_ONLY),
     "modalities": Absent((None, ["text"]), _TEXT_ONLY),
     "prediction": Absent(_UNUSED, "predicted outputs are not supported"),
     "web_search_options": Absent(_UNUSED, "there is no web search"),
     "kv_transfer_params": Absent(_UNUSED, "the key/value cache is not shared between engines"),
+    "ec_transfer_params": Absent(_UNUSED, _TEXT_ONLY),
+    "thinking_token_budget": Absent(_UNUSED, "reasoning has no limit of its own: see max_tokens"),
+    "truncation_side": Absent((None, "left"), "truncate_prompt_tokens keeps the end of a prompt"),
+    "logprob_token_ids": Absent(
+        (None, []), "log-probabilities are those of the likeliest tokens: see logprobs"
+    ),
+    "repetition_detection": Absent(
+        _UNUSED, "an answer that repeats itself is not ended: see repetition_penalty"
+    ),
+    "watermarking": Absent((None, False), "nothing is watermarked"),
+    "stream_interval": Absent((None, 1), "a stream brings each token as it comes"),
+    "routed_experts_prompt_start": Absent((None, 0), "a model's choice of experts is not told"),
     "vllm_xargs": Absent((None, {}), "there are no extensions to pass arguments to"),
     "functions": Absent((None, []), "deprecated by OpenAI: see tools"),
     "function_call": Absent((None, "none"), "deprecated by OpenAI: see tool_choice"),
@@ -41,15 +53,16 @@ REFUSED: Mapping[str, Absent] = {
     "guided_regex": Absent(_UNUSED, _OLD_NAME),
     "guided_choice": Absent(_UNUSED, _OLD_NAME),
     "guided_grammar": Absent(_UNUSED, _OLD_NAME),
-    "reasoning_effort": Absent((None, "none"), "the model's effort cannot be chosen"),
+    "guided_decoding_backend": Absent(_UNUSED, _OLD_NAME),
+    "guided_whitespace_pattern": Absent(_UNUSED, _OLD_NAME),
     "moderation": Absent(_UNUSED, "nothing is moderated"),
     "verbosity": Absent((None, "medium"), "the model's verbosity cannot be chosen"),
 }
 """Parameters of OpenAI's and vLLM's without their features: refused by name, except where they ask for nothing."""
 
 BOOKKEEPING = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options "
-    "cache_control diagnostics user_profile_id workspace_id".split()
+    "user metadata store service_tier safety_identifier session_id prompt_cache_key prompt_cache_retention "
+    "prompt_cache_options cache_control diagnostics user_profile_id workspace_id".split()
 )
 """Parameters that could change no answer: taken, and of no effect."""
 
@@ -60,6 +73,8 @@ class Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
     refused: ClassVar[Mapping[str, Absent]] = REFUSED
     """What the API has and the server has not."""
+    bookkeeping: ClassVar[frozenset[str]] = BOOKKEEPING
+    """What could change no answer."""
 
     @model_validator(mode="before")
     @classmethod
@@ -70,12 +85,16 @@ class Request(BaseModel):
         known: dict[str, Any] = {}
         for name, value in data.items():
             if name in names:
-                known[name] = value
+                if value is not None:  # null asks for nothing
+                    # JSON has one kind of numbers: 5.0 is whole too.
+                    whole = type(value) is float and value.is_integer()
+                    known[name] = int(value) if whole else value
             elif name in cls.refused:
                 if not cls.refused[name].accepts(value):
                     raise ParameterError(name, value, cls.refused[name].reason)
-            elif name not in BOOKKEEPING:
-                raise ParameterError(name, value, "no such parameter" + did_you_mean(name, list(names)))
+            elif name not in cls.bookkeeping:
+                shown = str(name)[:80].encode("utf-8", "backslashreplace").decode()
+                raise ParameterError(shown, value, "no such parameter" + did_you_mean(shown, list(names)))
         return known
 
 
@@ -116,12 +135,19 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: TokensDetails
+    completion_tokens_details: NotRequired[CompletionDetails]
 
 
 class TokensDetails(TypedDict):
     """Prompt tokens that the prefix cache knew."""
 
     cached_tokens: int
+
+
+class CompletionDetails(TypedDict):
+    """Tokens of what a model thought before it answered."""
+
+    reasoning_tokens: int
 
 
 class ErrorInfo(TypedDict):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
 from typing_extensions import NotRequired, TypeAliasType, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
 
-from vllmlite.server.protocol.base import Request, Usage
+from vllmlite.config_absent import Absent
+from vllmlite.server.protocol.base import REFUSED, Request, Strings, Usage
+from vllmlite.server.protocol.llamacpp import LLAMACPP_BOOKKEEPING, LLAMACPP_REFUSED
 from vllmlite.server.protocol.logprobs import ChatLogprobs, PromptLogprobs
 from vllmlite.server.protocol.sampling import SamplingRequest
 
@@ -19,6 +22,7 @@ class ContentPart(BaseModel):
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 Parts = TypeAliasType("Parts", Annotated[list[ContentPart], FailFast()])
@@ -85,11 +89,35 @@ class ChatPrompt(Request):
     add_special_tokens: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = Field(
+        default=None, description="For chat templates that show them."
+    )
+    reasoning_effort: str | None = Field(
+        default=None,
+        description="For chat templates that ask for it; none: those that can have the model not think.",
+    )
     tools: Tools | None = None
+
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is told besides messages and tools: vLLM's names; the request's own win."""
+        found: dict[str, Any] = {}
+        if self.documents is not None:
+            found["documents"] = self.documents
+        if self.reasoning_effort is not None:
+            found["reasoning_effort"] = self.reasoning_effort
+            found["enable_thinking"] = self.reasoning_effort != "none"
+        return found | (self.chat_template_kwargs or {})
 
 
 class ChatCompletionRequest(ChatPrompt, SamplingRequest):
-    """``POST /v1/chat/completions``."""
+    """``POST /v1/chat/completions``; llama.cpp's parameters are known, for its clients come here too."""
+
+    refused: ClassVar[Mapping[str, Absent]] = {
+        **REFUSED,
+        **LLAMACPP_REFUSED,
+        "timings_per_token": Absent((None, False), "see /metrics"),
+    }
+    bookkeeping: ClassVar[frozenset[str]] = LLAMACPP_BOOKKEEPING
 
     max_tokens: int | None = None
     max_completion_tokens: int | None = Field(None, description="Default: the model's, or up to its context.")
@@ -98,6 +126,7 @@ class ChatCompletionRequest(ChatPrompt, SamplingRequest):
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
     include_reasoning: bool = Field(True, description="Answer with what the model thought before.")
+    samplers: Strings | None = Field(None, description="llama.cpp's list of those to use; default: all.")
     echo: bool = Field(False, description="Begin with the last message, where the answer continues it.")
 
 
@@ -126,10 +155,11 @@ class ToolCallDelta(TypedDict):
 
 
 class ChatMessage(TypedDict):
-    """An answer."""
+    """An answer. Its reasoning stands under vLLM's name, and under the older one, which is llama.cpp's too."""
 
     role: str
     content: str | None
+    reasoning: NotRequired[str]
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCall]]
 
@@ -139,6 +169,7 @@ class ChatDelta(TypedDict):
 
     role: NotRequired[str]
     content: NotRequired[str | None]
+    reasoning: NotRequired[str]
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCallDelta]]
 
@@ -187,3 +218,4 @@ class ChatChunk(TypedDict):
     model: str
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
+    prompt_token_ids: NotRequired[list[int]]

@@ -15,7 +15,7 @@ class EmbeddingRequest(Request):
 
     model: str | None = Field(None, description="A served model name.")
     input: Prompts
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, description="Keep the first this many, scaled again.")
     normalize: bool | None = Field(None, description="Default: --pooling-normalize.")
     truncate_prompt_tokens: int | None = None

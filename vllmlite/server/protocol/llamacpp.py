@@ -1,4 +1,4 @@
-"""llama.cpp's server: ``/completion``, ``/infill`` and ``/props``."""
+"""llama.cpp's server: ``/completion``, ``/infill``, ``/embedding``, ``/apply-template`` and ``/props``."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, WithJsonSchema
-from typing_extensions import NotRequired, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
+from typing_extensions import TypedDict
 
 from vllmlite.config_absent import Absent
-from vllmlite.server.protocol.base import Prompts, Request, Stops
+from vllmlite.server.protocol.base import BOOKKEEPING, Prompts, Request, Stops, Strings
 
 _SAMPLER = "this sampler is not there: see temperature, top_k, top_p, min_p and the penalties"
-_LIMIT = "only the number of tokens limits an answer"
 
 LLAMACPP_REFUSED: Mapping[str, Absent] = {
     "dynatemp_range": Absent((None, 0, 0.0), _SAMPLER),
     "dynatemp_exponent": Absent((None, 1, 1.0), _SAMPLER),
     "typical_p": Absent((None, 1, 1.0), _SAMPLER),
+    "typ_p": Absent((None, 1, 1.0), _SAMPLER),
+    "adaptive_target": Absent((None, -1, -1.0), _SAMPLER),
+    "adaptive_decay": Absent((None, 0.9), _SAMPLER),
     "top_n_sigma": Absent((None, -1, -1.0, 0, 0.0), _SAMPLER),
     "mirostat": Absent((None, 0), _SAMPLER),
     "mirostat_tau": Absent((None, 5, 5.0), _SAMPLER),
@@ -29,22 +31,21 @@ LLAMACPP_REFUSED: Mapping[str, Absent] = {
     "dry_allowed_length": Absent((None, 2), _SAMPLER),
     "dry_penalty_last_n": Absent((None, -1), _SAMPLER),
     "dry_sequence_breakers": Absent((None, ["\n", ":", '"', "*"]), _SAMPLER),
-    "samplers": Absent((None, []), "the order of samplers is fixed"),
     "repeat_last_n": Absent((None, -1, 64), "penalties see the whole prompt and output"),
     "n_keep": Absent((None, 0, -1), "nothing is cut from a prompt: one that is too long is refused"),
     "n_discard": Absent((None, 0), "nothing is cut from a prompt: one that is too long is refused"),
-    "n_indent": Absent((None, 0), _LIMIT),
-    "t_max_predict_ms": Absent((None, 0, -1), _LIMIT),
     "n_cache_reuse": Absent((None, 0), "cached prefixes are reused as they are"),
-    "id_slot": Absent((None, -1), "the scheduler chooses"),
+    "return_progress": Absent((None, False), "an answer begins with its first token"),
     "post_sampling_probs": Absent((None, False), "probabilities are those before sampling"),
     "min_keep": Absent((None, 0), _SAMPLER),
     "lora": Absent((None, []), "LoRA adapters are not supported in this version"),
     "image_data": Absent((None, []), "only text goes in and out"),
-    "response_fields": Absent((None, []), "an answer has all its fields"),
     "cache_prompt": Absent((None, True, False), "prefixes are cached for all requests or none"),
 }
 """Parameters of llama.cpp's without their features: refused, except where they ask for nothing."""
+
+LLAMACPP_BOOKKEEPING = BOOKKEEPING | {"id_slot", "t_max_prompt_ms"}
+"""A slot to keep a prompt in, where any prompt's prefix is kept; a limit that llama.cpp itself only plans."""
 
 _BIAS_SCHEMA = {
     "anyOf": [
@@ -58,9 +59,19 @@ class LlamaRequest(Request):
     """What both ways to complete a text take."""
 
     refused: ClassVar[Mapping[str, Absent]] = LLAMACPP_REFUSED
+    bookkeeping: ClassVar[frozenset[str]] = LLAMACPP_BOOKKEEPING
 
     model: str | None = None
-    n_predict: int | None = Field(None, ge=-1, description="Most tokens; -1, the default: up to the context.")
+    n_predict: int | None = Field(
+        None,
+        ge=-1,
+        description="Most tokens; -1, the default: up to the context; 0: the prompt is cached, that is all.",
+    )
+    n_indent: int = Field(0, ge=0, description="Ends before a line, but the first, that is indented by less.")
+    t_max_predict_ms: int = Field(
+        0, ge=-1, description="Ends at the end of a line after this time; -1, 0: never."
+    )
+    samplers: Strings | None = Field(None, description="Those to use; default: all that have a parameter.")
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -78,6 +89,9 @@ class LlamaRequest(Request):
     json_schema: dict[str, Any] | None = None
     return_tokens: bool = False
     timings_per_token: bool = False
+    response_fields: Strings | None = Field(
+        None, description="Of the answer, or of a stream's last piece, give these alone: a field, or a/field."
+    )
 
 
 class LlamaCompletionRequest(LlamaRequest):
@@ -98,11 +112,34 @@ class InfillRequest(LlamaRequest):
 class InfillFile(Request):
     """A file beside the one that is filled in."""
 
+    bookkeeping: ClassVar[frozenset[str]] = frozenset({"time"})
+    """When an editor saw it."""
+
     filename: str = "file"
     text: str
 
 
 InfillRequest.model_rebuild()
+
+
+class LlamaEmbeddingRequest(Request):
+    """``POST /embedding``."""
+
+    model: str | None = None
+    content: Prompts
+
+
+class LlamaEmbedding(TypedDict):
+    """An entry of the answer of ``/embedding``: one vector, in a list, for there may be one a token elsewhere."""
+
+    index: int
+    embedding: list[list[float]]
+
+
+class AppliedTemplate(TypedDict):
+    """Answer of ``/apply-template``."""
+
+    prompt: str
 
 
 class LlamaTimings(TypedDict):
@@ -111,32 +148,35 @@ class LlamaTimings(TypedDict):
     cache_n: int
     prompt_n: int
     prompt_ms: float
+    prompt_per_token_ms: float
     prompt_per_second: float
     predicted_n: int
     predicted_ms: float
+    predicted_per_token_ms: float
     predicted_per_second: float
 
 
-class LlamaAnswer(TypedDict):
-    """Answer of ``/completion`` and ``/infill``, and a piece of its stream, of which the last has the later fields."""
+class LlamaAnswer(TypedDict, total=False):
+    """Answer of ``/completion`` and ``/infill``, and a piece of its stream. The later fields are the last piece's,
+    which has no text; ``response_fields`` leave out others."""
 
     index: int
     content: str
     tokens: list[int]
     stop: bool
     id_slot: int
-    model: NotRequired[str]
-    prompt: NotRequired[str]
-    tokens_predicted: NotRequired[int]
-    tokens_evaluated: NotRequired[int]
-    tokens_cached: NotRequired[int]
-    truncated: NotRequired[bool]
-    has_new_line: NotRequired[bool]
-    stop_type: NotRequired[Literal["eos", "limit", "word", "none"]]
-    stopping_word: NotRequired[str]
-    generation_settings: NotRequired[dict[str, Any]]
-    timings: NotRequired[LlamaTimings]
-    completion_probabilities: NotRequired[list[dict[str, Any]]]
+    tokens_predicted: int
+    tokens_evaluated: int
+    timings: LlamaTimings
+    completion_probabilities: list[dict[str, Any]]
+    model: str
+    prompt: str
+    tokens_cached: int
+    truncated: bool
+    has_new_line: bool
+    stop_type: Literal["eos", "limit", "word", "none"]
+    stopping_word: str
+    generation_settings: dict[str, Any]
 
 
 class LlamaProps(TypedDict):

@@ -14,22 +14,32 @@ from vllmlite.server.protocol.base import Request, Strings
 _BETA = "is a feature of Anthropic's own service"
 
 MESSAGES_REFUSED: Mapping[str, Absent] = {
-    "thinking": Absent((None, {"type": "disabled"}), "the model reasons as it does: see --reasoning-parser"),
     "container": Absent((None,), _BETA),
     "mcp_servers": Absent((None, []), _BETA),
-    "context_management": Absent((None,), _BETA),
     "inference_geo": Absent((None,), _BETA),
-    "output_config": Absent((None, {}), _BETA),
+    "compaction": Absent((None,), _BETA),
+    "fallbacks": Absent((None, []), _BETA),
+    "fallback_credit_token": Absent((None,), _BETA),
+    "speed": Absent((None, "standard"), _BETA),
 }
 
 
 class AnthropicTool(Request):
     """A tool that the model may have called."""
 
+    refused: ClassVar[Mapping[str, Absent]] = {
+        "defer_loading": Absent((None, False), "a model sees its tools from the beginning"),
+        "allowed_callers": Absent((None, [], ["direct"]), "there is no code that could call tools"),
+        "input_examples": Absent((None, []), "put examples into the description"),
+    }
+    bookkeeping: ClassVar[frozenset[str]] = frozenset({"eager_input_streaming"})
+    """What is done in any case."""
+
     type: Literal["custom"] | None = None
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = None
     cache_control: dict[str, Any] | None = None
 
 
@@ -42,6 +52,29 @@ class AnthropicChoice(Request):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
+
+
+class AnthropicThinking(Request):
+    """Whether the model is to think first, where its chat template leaves the choice."""
+
+    type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: int | None = Field(None, ge=1024, description="A wish, which no model can be given.")
+    display: str | None = None
+    """What is thought is always told."""
+
+
+class AnthropicFormat(Request):
+    """What the output must be."""
+
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class AnthropicOutputConfig(Request):
+    """How the output is to be."""
+
+    effort: str | None = Field(None, description="For chat templates that ask for it.")
+    format: AnthropicFormat | None = None
 
 
 class AnthropicMessage(Request):
@@ -61,6 +94,13 @@ class CountRequest(Request):
     system: str | list[dict[str, Any]] | None = None
     tools: AnthropicTools | None = None
     tool_choice: AnthropicChoice | None = None
+    thinking: AnthropicThinking | None = None
+    output_config: AnthropicOutputConfig | None = None
+    output_format: AnthropicFormat | None = Field(None, description="The older name of output_config.format.")
+    context_management: dict[str, Any] | None = Field(
+        None, description="Edits of long conversations; none is done, as the answer's own says."
+    )
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class MessagesRequest(CountRequest):
@@ -72,6 +112,8 @@ class MessagesRequest(CountRequest):
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    cache_salt: str | None = None
+    thread: dict[str, Any] | None = Field(None, description="Refused: nothing is kept between requests.")
 
 
 class AnthropicUsage(TypedDict):
@@ -106,6 +148,7 @@ class AnthropicAnswer(TypedDict):
     stop_reason: str | None
     stop_sequence: str | None
     usage: AnthropicUsage
+    context_management: NotRequired[dict[str, Any]]
 
 
 class Counted(TypedDict):
@@ -119,6 +162,7 @@ class AnthropicErrorInfo(TypedDict):
 
     type: str
     message: str
+    details: NotRequired[dict[str, Any]]
 
 
 class AnthropicError(TypedDict):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Tag
 from typing_extensions import TypedDict
 
+from vllmlite.config_absent import Absent
 from vllmlite.server.protocol.base import Ints, Request
 from vllmlite.server.protocol.chat import ChatPrompt
 
@@ -17,22 +19,44 @@ class TokenizeRequest(Request):
     model: str | None = None
     prompt: str
     add_special_tokens: bool = True
-    return_token_strs: bool = False
+    return_token_strs: bool | None = None
 
 
 class TokenizeChatRequest(ChatPrompt):
     """``POST /tokenize`` of a conversation."""
 
-    return_token_strs: bool = False
+    return_token_strs: bool | None = None
 
 
-TOKENIZABLE_TAGS = ("a text", "a conversation")
-"""Names of the two forms, which pydantic puts into the places of errors."""
+class LlamaTokenizeRequest(Request):
+    """``POST /tokenize`` of a text, in llama.cpp's words."""
+
+    refused: ClassVar[Mapping[str, Absent]] = {
+        "parse_special": Absent((None, True), "special tokens in a text are always read as such")
+    }
+
+    model: str | None = None
+    content: str
+    add_special: bool = False
+    with_pieces: bool = False
+
+
+TOKENIZABLE_TAGS = ("a text", "a conversation", "llama.cpp's")
+"""Names of the forms, which pydantic puts into the places of errors."""
+
+
+def _form(body: Any) -> str:
+    names = body.keys() if isinstance(body, dict) else ()
+    return TOKENIZABLE_TAGS[
+        1 if "messages" in names else 2 if "content" in names and "prompt" not in names else 0
+    ]
+
 
 Tokenizable = Annotated[
     Annotated[TokenizeRequest, Tag(TOKENIZABLE_TAGS[0])]
-    | Annotated[TokenizeChatRequest, Tag(TOKENIZABLE_TAGS[1])],
-    Discriminator(lambda body: TOKENIZABLE_TAGS[isinstance(body, dict) and "messages" in body]),
+    | Annotated[TokenizeChatRequest, Tag(TOKENIZABLE_TAGS[1])]
+    | Annotated[LlamaTokenizeRequest, Tag(TOKENIZABLE_TAGS[2])],
+    Discriminator(_form),
 ]
 
 
@@ -71,10 +95,17 @@ class Tokenized(TypedDict):
     token_strs: list[str] | None
 
 
+class LlamaTokenized(TypedDict):
+    """Answer of ``/tokenize`` to llama.cpp's form: ids, or with their pieces of text."""
+
+    tokens: list[Any]
+
+
 class Detokenized(TypedDict):
-    """Answer of ``/detokenize``."""
+    """Answer of ``/detokenize``: the text under vLLM's name and llama.cpp's."""
 
     prompt: str
+    content: str
 
 
 class Health(TypedDict):

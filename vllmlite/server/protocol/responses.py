@@ -9,23 +9,28 @@ from pydantic import FailFast, Field
 from typing_extensions import NotRequired, TypeAliasType, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
 
 from vllmlite.config_absent import Absent
-from vllmlite.server.protocol.base import Request, Stops, Strings
+from vllmlite.server.protocol.base import BOOKKEEPING, Bias, Ints, Request, Stops, Strings
+from vllmlite.server.protocol.sampling import StructuredOutputs
 
-_STATELESS = "nothing is kept between requests: give what was said before as input"
+STATELESS = "nothing is kept between requests: give what was said before as input"
 
 RESPONSES_REFUSED: Mapping[str, Absent] = {
-    "previous_response_id": Absent((None,), _STATELESS),
-    "conversation": Absent((None,), _STATELESS),
-    "background": Absent((None, False), _STATELESS),
+    "previous_response_id": Absent((None,), STATELESS),
+    "conversation": Absent((None,), STATELESS),
+    "background": Absent((None, False), STATELESS),
     "prompt": Absent((None,), "there are no stored prompts: give instructions"),
     "context_management": Absent((None, []), "there is nothing that compacts a conversation"),
-    "max_tool_calls": Absent((None,), "belongs to OpenAI's own tools, of which there are none"),
     "truncation": Absent((None, "disabled"), "a conversation that is too long is refused, not cut"),
     "moderation": Absent((None,), "nothing is moderated"),
 }
 """Parameters of OpenAI's without their features."""
 
-INCLUDABLE = ("message.output_text.logprobs",)
+RESPONSES_BOOKKEEPING = BOOKKEEPING | {"max_tool_calls"}
+"""A limit for OpenAI's own tools, of which there are none."""
+
+LOGPROBS, ENCRYPTED = "message.output_text.logprobs", "reasoning.encrypted_content"
+INCLUDABLE = (LOGPROBS, ENCRYPTED)
+"""Reasoning stands in answers as it is, so that there is nothing to encrypt: clients without a memory ask for it."""
 
 
 class FunctionTool(Request):
@@ -55,15 +60,18 @@ class TextOptions(Request):
     """How the text is to be."""
 
     format: TextFormat | None = None
+    verbosity: str | None = None
+    """Taken, and of no effect: the answer's own has none."""
 
 
 class ReasoningOptions(Request):
-    """OpenAI's wishes about reasoning, none of which a model can be given here."""
+    """OpenAI's wishes about reasoning."""
 
-    refused: ClassVar[Mapping[str, Absent]] = {
-        name: Absent((None,), "the model's reasoning cannot be chosen")
-        for name in ("effort", "summary", "generate_summary")
-    }
+    effort: str | None = None
+    """For chat templates that ask for it; none: those that can have the model not think."""
+    summary: str | None = None
+    generate_summary: str | None = None
+    """Taken, and never done: reasoning comes whole, and the answer's own ``summary`` is null."""
 
 
 class ResponsesStreamOptions(Request):
@@ -77,6 +85,7 @@ class ResponsesRequest(Request):
     """``POST /v1/responses``."""
 
     refused: ClassVar[Mapping[str, Absent]] = RESPONSES_REFUSED
+    bookkeeping: ClassVar[frozenset[str]] = RESPONSES_BOOKKEEPING
 
     model: str | None = Field(None, description="A served model name.")
     input: str | list[dict[str, Any]] = Field(
@@ -93,6 +102,14 @@ class ResponsesRequest(Request):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: Stops | None = None
+    stop_token_ids: Ints | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    logit_bias: Bias | None = None
+    structured_outputs: StructuredOutputs | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool = Field(True, description="Answer with what the model thought before.")
     top_logprobs: int | None = Field(None, ge=0, description="With include.")
     include: Strings | None = None
     text: TextOptions | None = None
@@ -157,3 +174,10 @@ class ResponseObject(TypedDict):
     top_p: float
     truncation: Literal["disabled"]
     usage: ResponseUsage | None
+
+
+class InputTokens(TypedDict):
+    """Answer of ``/v1/responses/input_tokens``."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int

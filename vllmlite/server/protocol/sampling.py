@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from vllmlite.config_absent import Absent
 from vllmlite.errors import ParameterError
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllmlite.server.protocol.base import Bias, Ints, Request, Stops, Strings
@@ -39,10 +41,17 @@ class ResponseFormat(Request):
     format: dict[str, Any] | None = Field(None, description="Of a structural_tag, as xgrammar has them.")
     structures: list[dict[str, Any]] | None = Field(None, description="Of a structural_tag's older form.")
     triggers: Strings | None = Field(None, description="Of a structural_tag's older form.")
+    plain_schema: dict[str, Any] | None = Field(
+        None, alias="schema", description="With json_object: which objects, as llama.cpp takes it."
+    )
 
 
 class StructuredOutputs(Request):
     """What the output must be, as vLLM says it: exactly one of the first six."""
+
+    refused: ClassVar[Mapping[str, Absent]] = {
+        "backend": Absent((None, "auto", "xgrammar"), "grammars are xgrammar's"),
+    }
 
     json_schema: str | dict[str, Any] | bool | None = Field(None, alias="json")
     regex: str | None = None
@@ -54,6 +63,11 @@ class StructuredOutputs(Request):
     disable_additional_properties: bool | None = None
     disable_fallback: bool | None = Field(None, description="There is nothing to fall back to.")
     whitespace_pattern: str | None = Field(None, description="Refused.")
+
+    def params(self) -> StructuredOutputsParams | None:
+        """What it asks for. Raises :class:`ParameterError`."""
+        wanted = self.model_dump(by_alias=True, exclude_none=True, exclude={"disable_fallback"})
+        return StructuredOutputsParams(**wanted) if wanted else None
 
 
 class SamplingRequest(Request):
@@ -126,13 +140,12 @@ class SamplingRequest(Request):
         if self.structured_outputs is not None:
             if form is not None and form.type != "text":
                 raise ParameterError("response_format", form.type, "does not go with structured_outputs")
-            wanted = self.structured_outputs.model_dump(
-                by_alias=True, exclude_none=True, exclude={"disable_fallback"}
-            )
-            return StructuredOutputsParams(**wanted) if wanted else None
+            return self.structured_outputs.params()
         if form is None or form.type == "text":
             return None
         if form.type == "json_object":
+            if form.plain_schema:
+                return StructuredOutputsParams(json=form.plain_schema)
             return StructuredOutputsParams(json_object=True)
         if form.type == "structural_tag":
             tag = form.model_dump(exclude_none=True, exclude={"json_schema"})

@@ -1,0 +1,167 @@
+"""What llama.cpp's clients send, editors among them, and what they read of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("httpx")
+
+import httpx
+from served import Script, ask, check, post, serving, stream
+
+from vllmlite.sampling_params import RequestOutputKind, SamplingParams
+from vllmlite.server import line_limits
+from vllmlite.server.line_limits import LineLimits
+from vllmlite.server.protocol import llamacpp
+from vllmlite.server.service import Service
+
+PROMPT = "The Debian Project is"
+MESSAGES = [{"role": "user", "content": "What is dpkg?"}]
+GREEDY = {"prompt": PROMPT, "temperature": 0, "n_predict": 6, "ignore_eos": True}
+FILL_IN = {"<fim_prefix>": 1, "<fim_suffix>": 2, "<fim_middle>": 3, "<file_sep>": 4}
+TIMINGS = [
+    f"timings/{name}"
+    for of in ("prompt", "predicted")
+    for name in (f"{of}_n", f"{of}_ms", f"{of}_per_token_ms", f"{of}_per_second")
+]
+EDITOR: dict[str, Any] = {
+    "id_slot": 0, "input_prefix": "def f(x):\n", "input_suffix": "\n", "prompt": "    if",
+    "input_extra": [{"text": "y = 1\n", "time": 12.5, "filename": "b.py"}], "n_predict": 64, "n_indent": 4, "top_k": 40,
+    "top_p": 0.9, "stream": False, "samplers": ["top_k", "top_p", "infill"], "cache_prompt": True, "stop": [],
+    "t_max_prompt_ms": 500, "t_max_predict_ms": 1000, "lora": [],
+    "response_fields": ["content", *TIMINGS, "truncated", "tokens_cached"],
+}  # fmt: skip
+"""A request of llama.vim's and llama.vscode's."""
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with serving() as service:
+        yield service
+
+
+def params_of(script: Script) -> SamplingParams:
+    assert script.request is not None and isinstance(script.request.params, SamplingParams)
+    return script.request.params
+
+
+def test_editors_have_texts_filled_in(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service.tokenizer, "token_id", FILL_IN.get)
+    script = Script(" x:\n        re", "turn y\n", "  else", ":\n    return", " 5")
+    monkeypatch.setattr(service.engine, "submit", script)
+    answer = post(service, "/infill", **EDITOR)
+    assert answer.keys() == {*EDITOR["response_fields"]}
+    assert answer["content"] == " x:\n        return y\n  " and answer["truncated"] is False
+    params = params_of(script)
+    assert (params.top_k, params.top_p, params.temperature, params.min_p) == (40, 0.9, 1.0, 0.0)
+    whole = post(service, "/infill", **{**EDITOR, "response_fields": None})
+    assert (whole["stop_type"], whole["has_new_line"]) == ("limit", True)
+    assert whole["generation_settings"]["samplers"] == ["top_k", "top_p"]
+    pieces = [data for _, data in stream(service, "/infill", **{**EDITOR, "response_fields": None})]
+    assert "".join(piece["content"] for piece in pieces) == answer["content"]
+    assert pieces[-1]["content"] == "" and pieces[-1]["stop"] and not any(p["stop"] for p in pieces[:-1])
+    assert service._unfinished == 0
+    warming = {"n_predict": 0, "samplers": [], "t_max_predict_ms": 1, "response_fields": [""]}
+    assert post(service, "/infill", **{**EDITOR, **warming}) == {}
+    assert params_of(script).max_tokens == 1
+    assert post(service, "/infill", **{**EDITOR, **warming, "response_fields": []})["content"] == ""
+
+
+def test_lines_end_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [5.0]
+    monkeypatch.setattr(line_limits, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def kept(limits: LineLimits, text: str) -> str:
+        """All that is kept of a text, the same in one piece and in pieces of a character."""
+        found = ""
+        for piece in text:
+            more, ended = limits.take(piece)
+            found += more
+            if ended:
+                break
+        return found
+
+    for text, expected in (
+        ("a\n    b\n      c\n  d", "a\n    b\n      c\n  "), ("a\n\n    b", "a\n"),
+        ("a\n\t\t\t\tb\nc", "a\n\t\t\t\tb\n"), ("  a", "  a"), ("a\n    ", "a\n    "),
+    ):  # fmt: skip
+        whole = LineLimits(4, 0)
+        assert whole.take(text)[0] == kept(LineLimits(4, 0), text) == expected
+        assert whole.has_line == ("\n" in text)
+    assert LineLimits(0, 0).take("a\nb\n") == ("a\nb\n", False)
+    timed = LineLimits(0, 1.5)
+    assert timed.take("a") == ("a", False)
+    now[0] += 2
+    assert timed.take("b") == ("b", False)  # not within a first line
+    assert timed.take("\n") == ("\n", True)
+
+
+def test_samplers_that_are_not_named_are_off(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script("x")
+    monkeypatch.setattr(service.engine, "submit", script)
+    given = {"temperature": 0.5, "min_p": 0.1, "top_k": 7, "top_p": 0.5, "repeat_penalty": 1.5, "prompt": "x"}
+    post(service, "/completion", **given)
+    params = params_of(script)
+    assert (params.temperature, params.min_p, params.top_k, params.repetition_penalty) == (0.5, 0.1, 7, 1.5)
+    assert params.output_kind is RequestOutputKind.FINAL_ONLY
+    post(service, "/completion", **given, samplers=["min_p", "temperature", "dry"])
+    params = params_of(script)
+    assert (params.temperature, params.min_p, params.top_k, params.top_p) == (0.5, 0.1, 0, 1.0)
+    assert params.repetition_penalty == 1.0
+    chat = {"messages": MESSAGES, "min_p": 0.1, "top_k": 7, "id_slot": 0, "cache_prompt": True}
+    post(service, "/chat/completions", **chat, samplers=["min_p"])
+    assert (params_of(script).min_p, params_of(script).top_k, params_of(script).temperature) == (0.1, 0, 1.0)
+    for path, body in (("/completion", given), ("/v1/chat/completions", chat)):
+        assert post(service, path, 400, **body, samplers=["nothing"])["error"]["param"] == "samplers"
+        assert post(service, path, 400, **body, mirostat=2)["error"]["param"] == "mirostat"
+
+
+def test_pieces_and_probabilities_carry_ids(service: Service) -> None:
+    whole = post(service, "/completion", **GREEDY, return_tokens=True, n_probs=2)
+    pieces = [data for _, data in stream(service, "/completion", **GREEDY, n_probs=2)]
+    for piece in (whole, *pieces):
+        check(llamacpp.LlamaAnswer, piece)
+    assert [token for piece in pieces for token in piece["tokens"]] == whole["tokens"]
+    assert "".join(piece["content"] for piece in pieces) == whole["content"]
+    assert (pieces[-1]["content"], pieces[-1]["tokens"]) == ("", [])
+    assert [piece["tokens_predicted"] for piece in pieces[:-1]] == list(range(1, 7))
+    told = [entry for piece in pieces[:-1] for entry in piece["completion_probabilities"]]
+    assert told == whole["completion_probabilities"] and "completion_probabilities" not in pieces[-1]
+    for entry in told:
+        assert entry["id"] == entry["top_logprobs"][0]["id"] != entry["top_logprobs"][1]["id"]
+    assert post(service, "/completion", **GREEDY)["tokens"] == []
+    assert post(service, "/completion", **{**GREEDY, "n_predict": 0})["content"] == ""
+    limited = post(service, "/completion", **GREEDY, return_tokens=True, t_max_predict_ms=60000, n_probs=2)
+    for name in ("content", "tokens", "completion_probabilities", "stop_type", "tokens_predicted"):
+        assert limited[name] == whole[name]
+    chosen = ["content", "timings/predicted_n", "timings/none", "none", "content/x"]
+    last = [data for _, data in stream(service, "/completion", **GREEDY, response_fields=chosen)][-1]
+    assert last == {"content": "", "timings/predicted_n": 6}
+
+
+def test_tokens_templates_vectors_and_names(service: Service) -> None:
+    ids = service.tokenizer.encode(PROMPT, False)
+    assert post(service, "/tokenize", content=PROMPT) == {"tokens": ids}
+    pieces = post(service, "/tokenize", content=PROMPT, with_pieces=True, parse_special=True)["tokens"]
+    assert [piece["id"] for piece in pieces] == ids
+    assert "".join(piece["piece"] for piece in pieces) == PROMPT
+    assert post(service, "/tokenize", 400, content=5)["error"]["param"] == "content"
+    assert post(service, "/detokenize", tokens=ids)["content"] == PROMPT
+    expected = service.tokenizer.apply_chat_template(MESSAGES)
+    assert post(service, "/apply-template", messages=MESSAGES) == {"prompt": expected}
+    vectors = post(service, "/embedding", content=[PROMPT, "x"])
+    check(list[llamacpp.LlamaEmbedding], vectors)
+    plain = post(service, "/v1/embeddings", input=[PROMPT, "x"])["data"]
+    assert [entry["embedding"][0] for entry in vectors] == [entry["embedding"] for entry in plain]
+
+    async def work(client: httpx.AsyncClient) -> None:
+        for path, other in (("/models", "/v1/models"), ("/v1/health", "/health")):
+            assert (await client.get(path)).json() == (await client.get(other)).json()
+
+    ask(service, work)
