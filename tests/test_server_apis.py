@@ -335,11 +335,12 @@ def test_llamacpps_grammars(service: Service) -> None:
     }
     found = json.loads(post(service, "/completion", **body, json_schema=schema)["content"])
     assert found.keys() == {"n"} and 0 <= found["n"] <= 9
-    for bad in (
+    bad_ones: list[dict[str, Any]] = [
         {"grammar": "root ::= none"},
         {"json_schema": {"not": {}}},
         {"grammar": "x", "json_schema": schema},
-    ):
+    ]
+    for bad in bad_ones:
         assert post(service, "/completion", 400, **body, **bad)["error"]["message"]
 
 

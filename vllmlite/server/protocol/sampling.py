@@ -59,14 +59,16 @@ class StructuredOutputs(Request):
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | dict[str, Any] | None = None
-    disable_any_whitespace: bool | None = None
-    disable_additional_properties: bool | None = None
+    disable_any_whitespace: bool | None = False
+    disable_additional_properties: bool | None = False
     disable_fallback: bool | None = Field(None, description="There is nothing to fall back to.")
     whitespace_pattern: str | None = Field(None, description="Refused.")
 
     def params(self) -> StructuredOutputsParams | None:
         """What it asks for. Raises :class:`ParameterError`."""
-        wanted = self.model_dump(by_alias=True, exclude_none=True, exclude={"disable_fallback"})
+        wanted = self.model_dump(
+            by_alias=True, exclude_none=True, exclude_defaults=True, exclude={"disable_fallback"}
+        )
         return StructuredOutputsParams(**wanted) if wanted else None
 
 
