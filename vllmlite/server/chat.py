@@ -123,7 +123,7 @@ class _Answer:
         begun: set[int] = set()
         frame = self._frame([])
         chunks = Chunks({**frame, "usage": None} if usage and not continuous else frame)
-        async for batch in self._generation.outputs():
+        while batch := await self._generation.take():
             choices: list[ChatChunkChoice] = []
             counted: ChatChunk = {**frame, "usage": self._generation.usage()} if continuous else frame
             pieces: list[bytes] = []

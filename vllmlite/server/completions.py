@@ -83,7 +83,7 @@ class _Answer:
         continuous = bool(options and options.continuous_usage_stats)
         frame = self._frame([])
         chunks = Chunks({**frame, "usage": None} if usage and not continuous else frame)
-        async for batch in self._generation.outputs():
+        while batch := await self._generation.take():
             pieces = []
             for prompt, output in batch:
                 for completion in output.outputs:
@@ -178,7 +178,7 @@ async def _lines(
     service: Service, generation: Generation, params: SamplingParams
 ) -> AsyncGenerator[bytes, None]:
     texts: list[str] = []
-    async for batch in generation.outputs():
+    while batch := await generation.take():
         for _, output in batch:
             texts = texts or [_prompt_text(service, output)] * params.n
             for completion in output.outputs:

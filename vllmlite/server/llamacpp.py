@@ -224,7 +224,7 @@ class _Answer:
 
     async def _pieces(self) -> AsyncGenerator[LlamaAnswer, None]:
         """What is new, and at the end what there is to say of the whole."""
-        async for batch in self._generation.outputs():
+        while batch := await self._generation.take():
             for _, output in batch:
                 (completion,) = output.outputs
                 text, ended = self._limits.take(completion.text)

@@ -164,7 +164,7 @@ class _Answer:
         """The documented events, in their order."""
         begun = False
         last: CompletionOutput | None = None
-        async for batch in self._generation.outputs():
+        while batch := await self._generation.take():
             pieces = b""
             if not begun:  # only now is it known how long the prompt is
                 begun = True

@@ -176,7 +176,7 @@ class _Answer:
         for kind in ("response.created", "response.in_progress"):
             yield self._event({"type": kind, "response": self._object()})
         last: CompletionOutput | None = None
-        async for batch in self._generation.outputs():
+        while batch := await self._generation.take():
             pieces = b""
             for _, output in batch:
                 (last,) = output.outputs

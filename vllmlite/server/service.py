@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
@@ -84,31 +84,30 @@ class Generation:
         if isinstance(self.params, SamplingParams):
             self._service.metrics.requested(self.params, len(self.prompts))
 
-    async def outputs(self) -> AsyncIterator[list[tuple[int, RequestOutput]]]:
-        """Batches of (index of the prompt, output), as they come."""
+    async def take(self) -> list[tuple[int, RequestOutput]]:
+        """What has come since the last call: (index of the prompt, output). Empty once all have finished."""
         assert self._stream is not None
-        while batch := await self._stream.take():
-            found = []
-            ended = 0
-            for output in batch:
-                index = self._index[output.request_id]
-                self._prompt_tokens[index] = len(output.prompt_token_ids)
-                self._cached_tokens[index] = output.num_cached_tokens
-                for completion in output.outputs:
-                    self._completion_tokens += len(completion.token_ids)
-                    ended += completion.finish_reason is not None
-                ended += output.embedding is not None
-                found.append((index, output))
-            self._service.release(ended)
-            self._unfinished -= ended
-            yield found
+        found = []
+        ended = 0
+        for output in await self._stream.take():
+            index = self._index[output.request_id]
+            self._prompt_tokens[index] = len(output.prompt_token_ids)
+            self._cached_tokens[index] = output.num_cached_tokens
+            for completion in output.outputs:
+                self._completion_tokens += len(completion.token_ids)
+                ended += completion.finish_reason is not None
+            ended += output.embedding is not None
+            found.append((index, output))
+        self._service.release(ended)
+        self._unfinished -= ended
+        return found
 
     async def finished(self, receive: Receive) -> list[RequestOutput]:
         """The final output of each prompt, in order. Raises ClientGone, and ends the requests, if nobody waits."""
 
         async def gather() -> list[RequestOutput]:
             last: dict[int, RequestOutput] = {}
-            async for batch in self.outputs():
+            while batch := await self.take():
                 last.update(batch)
             return [last[index] for index in range(len(self.prompts))]
 
