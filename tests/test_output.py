@@ -67,7 +67,8 @@ def stream(
 def test_streamed_is_whole_and_never_half_a_character(
     tokenizer: Tokenizer, prompt: str, text: str, sizes: list[int]
 ) -> None:
-    text = text.replace("\ufffd", "?")
+    # hypothesis tries strings of the sources too, among them special tokens, which no text shows
+    text = text.replace("\ufffd", "?").replace("<|", "<")
     ids = tokenizer.encode(text)
     detokenizer = Detokenizer(tokenizer, tokenizer.encode(prompt.replace("\ufffd", "?")))
     deltas, _ = stream(detokenizer, ids, sizes)
