@@ -344,12 +344,13 @@ def test_llamacpps_grammars(service: Service) -> None:
     }
     found = json.loads(post(service, "/completion", **body, json_schema=schema)["content"])
     assert found.keys() == {"n"} and 0 <= found["n"] <= 9
-    for bad in (
+    wrong: list[dict[str, Any]] = [
         {"grammar": "root ::= none"},
         {"json_schema": {"not": {}}},
         {"grammar": "x", "json_schema": schema},
-    ):
-        assert post(service, "/completion", 400, **body, **wrong)["error"]["message"]
+    ]
+    for given in wrong:
+        assert post(service, "/completion", 400, **body, **given)["error"]["message"]
 
 
 def test_llamacpps_props_and_infill(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
