@@ -61,6 +61,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             service = Service(engine, config, names, metrics)
             uvicorn_config = uvicorn.Config(
                 build_app(service, keys),
+                loop="asyncio",  # uvloop takes one new connection a turn: a crowd waits while others are written to
                 log_level=config.uvicorn_log_level,
                 access_log=not config.disable_uvicorn_access_log,
                 log_config=logging_config,
