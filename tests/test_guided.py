@@ -85,10 +85,28 @@ def test_the_output_is_what_was_asked_for(llm: LLM, temperature: float) -> None:
 
 
 def test_two_steps_in_flight_and_several_completions() -> None:
-    llm = LLM(dtype="float32", max_model_len=256, device="cpu", async_scheduling=True, backend="torch")
-    (output,) = llm.generate(PROMPT, params(WISHES[0], temperature=2.0, n=4), use_tqdm=False)
-    assert all(holds(WISHES[0], completion.text) for completion in output.outputs)
-    llm.llm_engine.engine.scheduler.check_integrity()
+    texts = []
+    for two in (False, True):
+        llm = LLM(dtype="float32", max_model_len=256, device="cpu", async_scheduling=two, backend="torch")
+        wanted = [
+            params(WISHES[0], temperature=2.0, n=4, seed=3),
+            SamplingParams(temperature=0, max_tokens=30),
+        ]
+        guided, free = llm.generate([PROMPT] * 2, wanted, use_tqdm=False)
+        assert all(holds(WISHES[0], completion.text) for completion in guided.outputs)
+        llm.llm_engine.engine.scheduler.check_integrity()
+        texts.append([completion.text for output in (guided, free) for completion in output.outputs])
+    assert texts[0] == texts[1]
+
+
+def test_a_preempted_sequence_goes_on_where_its_grammar_was(llm: LLM) -> None:
+    schema = {"type": "array", "items": PERSON, "minItems": 3}
+    wanted = [params({"json": schema}, seed=seed).clone(max_tokens=200) for seed in range(4)]
+    calm = llm.generate([PROMPT] * 4, wanted, use_tqdm=False)
+    tight = LLM(dtype="float32", max_model_len=512, device="cpu", num_gpu_blocks_override=33)
+    pressed = tight.generate([PROMPT] * 4, wanted, use_tqdm=False)
+    assert tight.llm_engine.engine.current_stats().num_preemptions > 0
+    assert [o.outputs[0].token_ids for o in pressed] == [o.outputs[0].token_ids for o in calm]
 
 
 TOOL = {
