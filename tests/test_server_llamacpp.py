@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,7 +131,9 @@ def test_pieces_and_probabilities_carry_ids(service: Service) -> None:
     assert [token for piece in pieces for token in piece["tokens"]] == whole["tokens"]
     assert "".join(piece["content"] for piece in pieces) == whole["content"]
     assert (pieces[-1]["content"], pieces[-1]["tokens"]) == ("", [])
-    assert [piece["tokens_predicted"] for piece in pieces[:-1]] == list(range(1, 7))
+    counts = [len(piece["tokens"]) for piece in pieces[:-1]]
+    assert [piece["tokens_predicted"] for piece in pieces[:-1]] == list(accumulate(counts))
+    assert sum(counts) == 6
     told = [entry for piece in pieces[:-1] for entry in piece["completion_probabilities"]]
     assert told == whole["completion_probabilities"] and "completion_probabilities" not in pieces[-1]
     for entry in told:
