@@ -75,7 +75,7 @@ ABSENT: Mapping[str, Absent] = {
     "preemption_mode": Absent((None, "recompute"), _HOST_MEMORY),
     "kv_transfer_config": Absent((None,), "the key/value cache is not shared between engines in this version"),
     "calculate_kv_scales": Absent((False,), "the key/value cache has no scales in this version"),
-    "prefix_caching_hash_algo": Absent(("builtin", "sha256"), "a hit compares the tokens themselves: any hash is safe"),
+    "prefix_caching_hash_algo": Absent(("builtin", "sha256"), "blocks are named by SHA-256"),
     "enable_chunked_prefill": Absent((True, None), "long prompts are always computed in chunks"),
     "max_num_partial_prefills": Absent((1,), "the token budget alone limits prompts that are being computed"),
     "long_prefill_token_threshold": Absent((0,), "the token budget alone limits prompts that are being computed"),
