@@ -212,7 +212,7 @@ def test_hostile_markdown_is_shown_soon(tab: Tab) -> None:
              "**a " * 2490, "\\(" * 4990, "$$" * 4999,
              ">" * 10000, "> " * 10000, "|" * 100 + "\n" + "|-" * 99 + "|" + ("\n" + "|" * 100) * 100,
              "|" * 5000 + "\n" + "|-" * 4999 + "|" + "\n|x" * 5000, "a" + " " * 200000 + "b",
-             "# a" + " " * 200000 + "b", "```" + " " * 200000 + "`", "~" * 200000 + "`",
+             "# a" + " " * 200000 + "b", "```" + " " * 200000 + "`", "~" * 200000 + "`", "~" * 200000 + "\nx",
              "a|b\n|" + " " * 200000 + "-|x")  # fmt: skip
     for text in texts:
         milliseconds = tab.evaluate(
@@ -220,6 +220,12 @@ def test_hostile_markdown_is_shown_soon(tab: Tab) -> None:
             "(performance.now())"
         )
         assert milliseconds < 1500, text[:20]
+    for text in (
+        "|a|b|\n|-|-|\n" + "|\n" * 130000,
+        "> ---\n" * 130000,
+    ):  # more children than a call has arguments
+        shown = f"(d => (showMarkdown(d, {json.dumps(text)}), d))(document.createElement('div'))"
+        assert tab.evaluate(f"{shown}.querySelectorAll('tr, hr').length") > 100000
 
 
 @needs_browser
