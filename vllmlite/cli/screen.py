@@ -17,6 +17,11 @@ def visible(text: str) -> str:
     return text.translate(CONTROLS)
 
 
+def for_output(text: str) -> str:
+    """``text`` as standard output gets it: :func:`visible` on a terminal, elsewhere as it is."""
+    return visible(text) if sys.stdout.isatty() else text
+
+
 class Screen:
     """An answer on standard output. On a terminal what the model thinks is dim, and control characters are pictures;
     elsewhere the answer stands alone, as it was written."""
@@ -40,7 +45,7 @@ class Screen:
                 return
             self._put("\n" * (2 - self._text.endswith("\n")))
         self._thinks = thinks
-        shown = visible(text) if self._is_terminal else text
+        shown = for_output(text)
         self._put(f"\x1b[2m{shown}\x1b[22m" if thinks and self._colours else shown)
         self._text = text
 
