@@ -40,6 +40,19 @@ def test_one_prompt_reads_as_one_text(capsys: pytest.CaptureFixture[str]) -> Non
     assert (params.temperature, params.output_kind) == (0.7, RequestOutputKind.DELTA)
 
 
+def test_a_terminal_gets_no_control_characters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "words", ["\x1b]0;title", "\x9b\x7f"])
+    options = ("--no-echo", "--max-tokens", "2")
+    assert run(capsys, "generate", "a", *options)[0] == "\x1b]0;title\x9b\x7f\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert run(capsys, "generate", "a", *options)[0] == "␛]0;title\ufffd␡\n"
+    out, _ = run(capsys, "generate", "a", "b", *options)
+    assert out.count("␛]0;title\ufffd␡\n") == 2 and "\x1b" not in out
+    assert "\x9b" not in run(capsys, "generate", "a", "--json", *options)[0]
+
+
 def test_flags_win_over_the_models_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = run(
         capsys,

@@ -16,6 +16,7 @@ pytest.importorskip("httpx")
 
 from fake_server import FakeServer
 from served import ROOT
+from starlette.responses import Response
 
 SECONDS = 30
 """How long anything may take before the test fails."""
@@ -79,6 +80,14 @@ def fake() -> Iterator[FakeServer]:
     server.close()
 
 
+def wait_for_requests(fake: FakeServer, count: int) -> None:
+    """Wait until ``fake`` has had so many."""
+    deadline = time.monotonic() + SECONDS
+    while len(fake.bodies) < count:
+        assert time.monotonic() < deadline, f"{len(fake.bodies)} requests"
+        time.sleep(0.01)
+
+
 def turns(fake: FakeServer) -> list[str]:
     """What the last request said, turn by turn."""
     return [message["content"] for message in fake.bodies[-1]["messages"]]
@@ -88,8 +97,7 @@ def test_interrupt_stops_the_answer_of_a_server(fake: FakeServer) -> None:
     terminal = Terminal("--url", fake.url)
     fake.answers(None)
     terminal.send("first\n")
-    while not fake.bodies:
-        time.sleep(0.01)
+    wait_for_requests(fake, 1)
     terminal.send(CTRL_C)  # before any token
     terminal.expect("> ")
     assert fake.left.wait(SECONDS)
@@ -122,6 +130,17 @@ def test_turns_of_several_lines(fake: FakeServer) -> None:
     terminal.expect("yes")
     terminal.expect("> ")
     assert turns(fake) == ["a\nb"] and len(fake.bodies) == 2
+    fake.answers(None)
+    terminal.send("/retry\n")
+    wait_for_requests(fake, 3)
+    terminal.send(CTRL_C)  # the earlier answer stays, and can be had anew
+    terminal.expect("> ")
+    assert fake.left.wait(SECONDS)
+    fake.answers("yes")
+    terminal.send("/retry\n")
+    terminal.expect("yes")
+    terminal.expect("> ")
+    assert turns(fake) == ["a\nb"] and len(fake.bodies) == 4
     assert terminal.end() == 0
 
 
@@ -138,6 +157,9 @@ def test_thoughts_of_a_server_are_shown_and_not_sent(fake: FakeServer) -> None:
 
 def test_a_server_that_goes_away_is_an_error_and_not_the_end(fake: FakeServer) -> None:
     terminal = Terminal("--url", fake.url)
+    fake.refusal = Response('data: {"error": "no \\u001b[2Jmore"}\n\n')
+    terminal.send("more?\n")
+    assert "no \N{SYMBOL FOR ESCAPE}[2Jmore" in terminal.expect("> ")
     fake.close()
     terminal.send("anyone?\n")
     assert "error: url=" in terminal.expect("> ")

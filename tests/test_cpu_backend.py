@@ -308,6 +308,8 @@ def test_wrong_shapes_are_named() -> None:
         backend.linear(backend.tensor(random(2, 9)), weight)
     with pytest.raises(ValueError, match="parts of a weight differ"):
         backend.linear_weight([host_tensor(random(4, 8)), host_tensor(random(4, 7))])
+    with pytest.raises(ValueError, match="invalid literal"):
+        backend.set_slot(backend.alloc_slots(SlotSpec(1, 1, 8, 4)), 0, SlotParams(prompt_ids="x"))  # type: ignore[arg-type]
     with pytest.raises(IndexError, match="token id 9"):
         backend.embedding(backend.tensor(np.array([9], np.int32)), backend.tensor(random(4, 8)))
 

@@ -20,8 +20,9 @@ from served import Program, program
 from starlette.responses import Response
 
 from vllmlite.cli import main
-from vllmlite.cli.bench_load import brings_tokens
+from vllmlite.cli.bench_load import Timing, brings_tokens
 from vllmlite.cli.bench_plot import distributions
+from vllmlite.cli.report import quantiles
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +107,11 @@ def test_bench_knows_what_brings_tokens(choice: dict[str, object], counts: bool)
 
 
 def test_plots_have_readable_axes() -> None:
-    plot = distributions("a <model>", {"TTFT": [12.0, 17.02, 26.4], "ITL": [0.0042], "E2E": []})
+    plot = distributions("a <model>\x1b\ud800", {"TTFT": [12.0, 17.02, 26.4], "ITL": [0.0042], "E2E": []})
     texts = [
         "".join(element.itertext()) for element in ET.fromstring(plot).iter() if element.tag.endswith("text")
     ]
-    assert texts[:2] == ["a <model>", "share of all"]
+    assert texts[:2] == ["a <model>\ufffd\ufffd", "share of all"]
     first = texts[texts.index("0%") : texts.index("TTFT, s") + 1]
     assert first[5:] == ["0", "10", "20", "30", "TTFT, s"]
     assert [text for text in texts if text.startswith("p50")] == ["p50 17.0", "p50 4.20"]
@@ -141,6 +142,15 @@ def test_bench_tells_what_failed(capsys: pytest.CaptureFixture[str], server: Pro
     assert result["failed"] == 2 and str(result["first_error"]).startswith("400: ")
     assert main(["bench", "serve", "--base-url", "http://127.0.0.1:9"]) == 1
     assert main(["bench", "serve", "--request-rate", "0"]) == 2
+    assert main(["bench", "serve", "--num-warmups", "-1"]) == 2
+    assert main(["bench", "serve", "--random-prefix-len", "-1"]) == 2
+
+
+def test_percentiles_are_by_nearest_rank() -> None:
+    found = quantiles([*range(1, 1001)], (55, 99.9, 100))
+    assert found == {"mean": 500.5, "p55": 550, "p99.9": 999, "p100": 1000}
+    assert Timing(ttft=0.1, latency=0.3, output_tokens=1).tpot == 0
+    assert Timing(ttft=0.1, latency=0.3, output_tokens=3).tpot == pytest.approx(0.1)
 
 
 def test_chat_with_a_server(

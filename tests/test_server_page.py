@@ -167,7 +167,7 @@ MARKDOWN = {
     "|a|b|c|\n|-|:-:|-:|\n|1|`2\\|`|": (
         '<div class="wide" tabindex="0"><table><thead><tr><th class="start">a</th><th class="center">b</th>'
         '<th class="end">c</th></tr></thead><tbody><tr><td class="start">1</td><td class="center"><code>2|</code></td>'
-        '<td class="end"></td></tr></tbody></table></div>'
+        "</tr></tbody></table></div>"
     ),
     "\\(x_1 * y_2\\) $$\na*b*c$$": "<p><code>\\(x_1 * y_2\\)</code> <code>$$\na*b*c$$</code></p>",
     "a | b\n-|-|-": "<p>a | b<br>-|-|-</p>",
@@ -210,13 +210,22 @@ def test_hostile_markdown_is_shown_soon(tab: Tab) -> None:
     texts = ("*a **b " * 3000, ">" * 5000, "- " * 5000, "`" * 4999, "[" * 9000, "_a __b " * 1400, "|-" * 5000,
                   "\n".join(" " * depth + "- x" for depth in range(500)), "#" * 5000, "~~a " * 2400,
              "**a " * 2490, "\\(" * 4990, "$$" * 4999,
-             ">" * 10000, "> " * 10000, "|" * 100 + "\n" + "|-" * 99 + "|" + ("\n" + "|" * 100) * 100)  # fmt: skip
+             ">" * 10000, "> " * 10000, "|" * 100 + "\n" + "|-" * 99 + "|" + ("\n" + "|" * 100) * 100,
+             "|" * 5000 + "\n" + "|-" * 4999 + "|" + "\n|x" * 5000, "a" + " " * 200000 + "b",
+             "# a" + " " * 200000 + "b", "```" + " " * 200000 + "`", "~" * 200000 + "`", "~" * 200000 + "\nx",
+             "a|b\n|" + " " * 200000 + "-|x")  # fmt: skip
     for text in texts:
         milliseconds = tab.evaluate(
             f"(t => (showMarkdown(document.createElement('div'), {json.dumps(text)}), performance.now() - t))"
             "(performance.now())"
         )
         assert milliseconds < 1500, text[:20]
+    for text in (
+        "|a|b|\n|-|-|\n" + "|\n" * 130000,
+        "> ---\n" * 130000,
+    ):  # more children than a call has arguments
+        shown = f"(d => (showMarkdown(d, {json.dumps(text)}), d))(document.createElement('div'))"
+        assert tab.evaluate(f"{shown}.querySelectorAll('tr, hr').length") > 100000
 
 
 @needs_browser
@@ -225,13 +234,17 @@ def test_errors_are_told_in_words(tab: Tab, fake: FakeServer) -> None:
     say(tab, "Hello")
     tab.wait("!problem.hidden")
     assert tab.text("#problem p") == "the queue is full; try again in 7 s"
+    fake.refusal = JSONResponse({"error": {"message": "the queue is still full"}}, 429)
+    tab.click("#retry")
+    tab.wait("problem.innerText.includes('still')")
+    assert tab.evaluate("document.querySelectorAll('.message').length === 1")
     assert [problem for problem in tab.problems() if "429" not in problem] == []
     fake.refusal = None
     fake.answers("Hi")
     tab.click("#retry")
     wait_idle(tab)
     assert tab.text(ANSWER) == "Hi"
-    assert tab.evaluate("problem.hidden")
+    assert tab.evaluate("problem.hidden && document.querySelectorAll('.assistant').length === 1")
     fake.refusal = Response(
         'data: {"error": {"message": "a step failed"}}\n\n', media_type="text/event-stream"
     )
@@ -400,6 +413,18 @@ def test_enter_of_an_input_method_does_not_send(tab: Tab, fake: FakeServer) -> N
     assert fake.bodies[0]["messages"] == [{"role": "user", "content": "日本"}]
 
 
+def pick(tab: Tab, file: Path, content: str, says: str) -> None:
+    """Import ``content`` by way of a file; what the page says of it."""
+    file.write_text(content)
+    tab.evaluate("(undo.previousElementSibling.textContent = '').length")
+    tab.click("#open-settings")
+    node = tab.call(
+        "DOM.querySelector", nodeId=tab.call("DOM.getDocument")["root"]["nodeId"], selector="#file"
+    )
+    tab.call("DOM.setFileInputFiles", files=[str(file)], **node)
+    tab.wait(f"undo.previousElementSibling.textContent.includes({json.dumps(says)})")
+
+
 @needs_browser
 def test_conversations_are_exported_and_imported(tab: Tab, fake: FakeServer, tmp_path: Path) -> None:
     fake.answers("A")
@@ -418,18 +443,24 @@ def test_conversations_are_exported_and_imported(tab: Tab, fake: FakeServer, tmp
     tab.press("Escape")
     tab.click("#conversations li:first-child")
     tab.click("[data-do=delete]")
-    for content, says in (
-        (file.read_text(), "Imported 1 of 1"),
-        (file.read_text(), "Imported 0 of 1"),
-        ('[{"title": 1}]', "not what Export writes"),
-    ):
-        file.write_text(content)
-        tab.click("#open-settings")
-        node = tab.call(
-            "DOM.querySelector", nodeId=tab.call("DOM.getDocument")["root"]["nodeId"], selector="#file"
-        )
-        tab.call("DOM.setFileInputFiles", files=[str(file)], **node)
-        tab.wait(f"document.getElementById('toast').innerText.includes('{says}')")
+    exported = file.read_text()
+    (kept,) = json.loads(exported)
+    strange = (
+        {"title": 1},
+        {**kept, "id": ["x"]},
+        {**kept, "messages": [{**kept["messages"][0], "rate": "x"}]},
+    )
+    fill_up = (
+        "keeps = Storage.prototype.setItem, Storage.prototype.setItem = () => { throw new Error('full') }"
+    )
+    tab.evaluate(f"[{fill_up}].length")
+    pick(tab, file, exported, "storage is full")
+    tab.evaluate("[Storage.prototype.setItem = keeps].length")
+    pick(tab, file, json.dumps([{**kept, "updated": kept["updated"] + 1}]), "Imported 1 of 1")
+    pick(tab, file, exported, "Imported 0 of 1")
+    for value in strange:
+        pick(tab, file, json.dumps([value]), "not what Export writes")
+    assert tab.evaluate("Object.keys(settings).length") == 0
     tab.reload()
     tab.click("#conversations a")
     tab.wait("title.textContent === 'first'")

@@ -12,8 +12,7 @@ namespace {
 
 template <typename T>
 std::vector<T> values(const py::handle& source, const char* name) {
-  const auto array = Array<T>::ensure(source.attr(name));
-  if (!array) throw py::error_already_set();
+  const Array<T> array(py::object(source.attr(name)));
   return {array.data(), array.data() + array.size()};
 }
 

@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except VllmliteError as e:
-        print(f"vllmlite: error: {' '.join(str(e).split())}", file=sys.stderr)
+        from vllmlite.cli.screen import visible
+
+        print(f"vllmlite: error: {visible(' '.join(str(e).split()))}", file=sys.stderr)
         return EXIT_FAILURE
     except KeyboardInterrupt:
         if sys.stderr.isatty():

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from vllmlite.cli.chat_remote import refusal
+from vllmlite.cli.chat_remote import refusal, said
 from vllmlite.errors import ParameterError, VllmliteError
 
 WORDS = (
@@ -62,8 +62,8 @@ class Timing:
 
     @property
     def tpot(self) -> float:
-        """Mean time a token after the first."""
-        return (self.latency - self.ttft) / max(self.output_tokens - 1, 1)
+        """Mean time a token after the first; 0 where there is none."""
+        return (self.latency - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else 0.0
 
 
 def plan(args: argparse.Namespace) -> Load:
@@ -150,17 +150,14 @@ async def _request(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -
                         continue
                     chunk = json.loads(line[6:])
                     if "error" in chunk:
-                        said = chunk["error"]
-                        timing.error = str(said.get("message", said) if isinstance(said, dict) else said)
+                        timing.error = said(chunk["error"])
                         return timing
                     usage = chunk.get("usage")
                     if usage:
                         timing.prompt_tokens = usage.get("prompt_tokens") or 0
                         timing.output_tokens = usage.get("completion_tokens") or 0
                     if chunk["choices"]:
-                        end = (
-                            now  # also at a piece that only says why it is the last: it may stand for tokens
-                        )
+                        end = now  # also where a piece only says why it is the last: it may stand for tokens
                     if any(brings_tokens(choice) for choice in chunk["choices"]):
                         pieces += 1
                         if pieces == 1:

@@ -25,7 +25,7 @@ def distributions(title: str, panels: Mapping[str, Sequence[float]]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">\n'
         f"<style>{STYLE}</style>\n"
-        f'<text class="title" x="{GAP}" y="24">{escape(title)}</text>\n'
+        f'<text class="title" x="{GAP}" y="24">{escape(_printable(title))}</text>\n'
         f'<text class="middle" transform="translate(14 {TOP + HEIGHT // 2}) rotate(-90)">share of all</text>\n'
         + "".join(drawn)
         + "</svg>\n"
@@ -79,6 +79,11 @@ def _nice_step(highest: float) -> float:
         return 0.001
     power = 10.0 ** math.floor(math.log10(highest / 5))
     return next(m * power for m in (1, 2, 2.5, 5, 10) if 5 * m * power >= highest * (1 - 1e-9))
+
+
+def _printable(text: str) -> str:
+    """``text`` without what XML and UTF-8 cannot hold: control characters, and halves of surrogate pairs."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _figures(value: float) -> str:

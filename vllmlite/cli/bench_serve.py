@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllmlite.cli import report
 from vllmlite.cli.bench import length_range
+from vllmlite.cli.screen import visible
 from vllmlite.errors import VllmliteError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def add_arguments(parser: OptionParser) -> None:
         "--num-prompts", type=_positive, default=100, metavar="N", help="requests (default: 100)"
     )
     work.add_argument(
-        "--num-warmups", type=int, default=0, metavar="N", help="requests before, not counted (default: 0)"
+        "--num-warmups", type=_whole, default=0, metavar="N", help="requests before, not counted (default: 0)"
     )
     work.add_argument(
         "--request-rate",
@@ -74,7 +75,11 @@ def add_arguments(parser: OptionParser) -> None:
         help="tokens to generate, or FROM:TO (default: 128)",
     )  # fmt: skip
     work.add_argument(
-        "--random-prefix-len", type=int, default=0, metavar="N", help="more words in front, the same for all"
+        "--random-prefix-len",
+        type=_whole,
+        default=0,
+        metavar="N",
+        help="more words in front, the same for all",
     )
     work.add_argument(
         "--ignore-eos", action=argparse.BooleanOptionalAction, default=True,
@@ -179,7 +184,7 @@ def table(result: dict[str, Any]) -> str:
 
     rows = {
         "requests": f"{result['completed']} in {result['seconds']:.2f} s, {result['failed']} failed"
-        + (f" ({result['first_error']})" if result["first_error"] else ""),
+        + (f" ({visible(result['first_error'])})" if result["first_error"] else ""),
         "tokens": f"{result['prompt_tokens']} in, {result['output_tokens']} out",
         "throughput": f"{shown('requests_per_second')} requests/s, {shown('output_tokens_per_second')} "
         f"output tokens/s, {shown('total_tokens_per_second')} tokens/s in all",
@@ -215,10 +220,14 @@ def _files(args: argparse.Namespace, result: dict[str, Any], timings: list[Timin
     return files
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+def _whole(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
     return int(text)
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1)
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vllmlite.cli import report, session
 from vllmlite.cli.sampling import add_sampling_arguments, given_sampling
-from vllmlite.cli.screen import Screen
+from vllmlite.cli.screen import Screen, visible
 from vllmlite.config import EngineConfig
 from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.options import given
@@ -208,9 +208,10 @@ class Conversation:
         if name == "/retry" and self.messages and self.messages[-1]["role"] == "assistant":
             before = self.messages
             self.messages = before[:-2]
-            if not self.say(before[-2]["content"]):
+            answered = self.say(before[-2]["content"])
+            if len(self.messages) < len(before):  # nothing takes the place of what there was
                 self.messages = before
-                return False
+            return answered
         elif name == "/retry":
             print("there is no answer yet", file=sys.stderr)
         elif name == "/help":
@@ -244,7 +245,7 @@ class Conversation:
         if error is None or screen.has_text:
             screen.end()
         if error is not None:
-            print(f"vllmlite: error: {error}", end="", file=sys.stderr)
+            print(f"vllmlite: error: {visible(str(error))}", end="", file=sys.stderr)
             print("; /reset forgets the conversation" if len(self.messages) > 1 else "", file=sys.stderr)
         if error is not None or not answer:
             self.messages.pop()

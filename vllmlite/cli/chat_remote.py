@@ -63,14 +63,14 @@ class Server:
                 for line in _lines(answer.iter_bytes()):
                     if line.startswith(b"data:") and line[5:].lstrip().startswith(b"{"):
                         yield from self._parts(json.loads(line[5:]))
-        except (httpx.HTTPError, OSError, ValueError, LookupError, TypeError) as error:
+        except (httpx.HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             if isinstance(error, ParameterError):
                 raise
             raise ParameterError("url", self._url, f"{type(error).__name__}: {error}") from None
 
     def _parts(self, chunk: dict[str, Any]) -> Generator[Part, None, None]:
         if "error" in chunk:
-            raise ParameterError("url", self._url, str(chunk["error"].get("message")))
+            raise ParameterError("url", self._url, said(chunk["error"]))
         for choice in chunk["choices"]:
             delta = choice["delta"]
             if thought := delta.get("reasoning_content") or delta.get("reasoning"):
@@ -90,7 +90,12 @@ def _lines(pieces: Iterable[bytes]) -> Generator[bytes, None, None]:
 def refusal(answer: httpx.Response) -> str:
     """What an answer that is an error says."""
     try:
-        text = answer.json()["error"]["message"]
+        text = said(answer.json()["error"])
     except (ValueError, LookupError, TypeError):
         text = answer.text[:200]
     return f"{answer.status_code}: {text}"
+
+
+def said(error: object) -> str:
+    """The message of an ``error`` in an answer: OpenAI's object, or the words alone."""
+    return str(error.get("message", error) if isinstance(error, dict) else error)

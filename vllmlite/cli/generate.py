@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllmlite.cli import report, session
 from vllmlite.cli.prompts import Wish, add_prompt_arguments, read_wishes
 from vllmlite.cli.sampling import add_sampling_arguments, given_sampling, sampling_from_mapping
+from vllmlite.cli.screen import for_output
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -97,9 +98,9 @@ def _stream(engine: LLMEngine, job: Job, echo: bool, tally: report.Run) -> None:
     count = 0
     for number, output in enumerate(session.stream(engine, "0", job.prompt, job.params, job.priority)):
         if echo and number == 0:
-            print(_prompt_text(engine, output), end="")
+            print(for_output(_prompt_text(engine, output)), end="")
         count += len(output.outputs[0].token_ids)
-        print(output.outputs[0].text, end="", flush=True)
+        print(for_output(output.outputs[0].text), end="", flush=True)
     print(flush=True)
     tally.add(output, count)
 
@@ -111,7 +112,10 @@ def _run_all(engine: LLMEngine, jobs: list[Job], args: argparse.Namespace, tally
         tally.add(output, sum(len(c.token_ids) for c in output.outputs))
         for completion in output.outputs:
             if args.json:
-                print(json.dumps(_as_json(index, output, completion), ensure_ascii=False), flush=True)
+                print(
+                    for_output(json.dumps(_as_json(index, output, completion), ensure_ascii=False)),
+                    flush=True,
+                )
                 continue
             if headings:
                 if index or completion.index:
@@ -120,7 +124,8 @@ def _run_all(engine: LLMEngine, jobs: list[Job], args: argparse.Namespace, tally
                 if len(output.outputs) > 1:
                     number += f", completion {completion.index + 1}/{len(output.outputs)}"
                 print(f"==> {number} <==")
-            print((_prompt_text(engine, output) if _echo(args) else "") + completion.text, flush=True)
+            text = (_prompt_text(engine, output) if _echo(args) else "") + completion.text
+            print(for_output(text), flush=True)
 
 
 def _prompt_text(engine: LLMEngine, output: RequestOutput) -> str:

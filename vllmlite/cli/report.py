@@ -132,7 +132,7 @@ def quantiles(values: Sequence[float], percentiles: Sequence[float] = (50, 90, 9
     ordered = sorted(values)
 
     def at(percentile: float) -> float:
-        return round(ordered[max(math.ceil(percentile / 100 * len(ordered)) - 1, 0)], 6)
+        return round(ordered[max(math.ceil(percentile * len(ordered) / 100) - 1, 0)], 6)
 
     mean = round(sum(ordered) / len(ordered), 6)
     return {"mean": mean, **{f"p{percentile:g}": at(percentile) for percentile in percentiles}}

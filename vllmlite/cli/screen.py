@@ -12,6 +12,16 @@ CONTROLS |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\N{REPLACEMENT 
 """Pictures of the characters with which text could move the cursor, or set the window's title or the clipboard."""
 
 
+def visible(text: str) -> str:
+    """``text`` from elsewhere, with pictures of its control characters."""
+    return text.translate(CONTROLS)
+
+
+def for_output(text: str) -> str:
+    """``text`` as standard output gets it: :func:`visible` on a terminal, elsewhere as it is."""
+    return visible(text) if sys.stdout.isatty() else text
+
+
 class Screen:
     """An answer on standard output. On a terminal what the model thinks is dim, and control characters are pictures;
     elsewhere the answer stands alone, as it was written."""
@@ -27,7 +37,7 @@ class Screen:
         """The next part of the answer; tool calls are none."""
         text = getattr(part, "text", "")
         thinks = isinstance(part, Reasoning)
-        if thinks and not self._is_terminal:
+        if not text or (thinks and not self._is_terminal):
             return
         if self._thinks and not thinks:
             text = text.lstrip("\n")
@@ -35,7 +45,7 @@ class Screen:
                 return
             self._put("\n" * (2 - self._text.endswith("\n")))
         self._thinks = thinks
-        shown = text.translate(CONTROLS) if self._is_terminal else text
+        shown = for_output(text)
         self._put(f"\x1b[2m{shown}\x1b[22m" if thinks and self._colours else shown)
         self._text = text
 
