@@ -138,15 +138,18 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
 def statistics(
     args: argparse.Namespace, model: str, load: Load, timings: list[Timing], seconds: float
 ) -> dict[str, Any]:
-    """What the timings say, JSON-able."""
+    """What the timings say, JSON-able, under the names that vLLM's ``bench serve`` gives them."""
     good = [timing for timing in timings if timing.error is None]
     first = next((timing.error for timing in timings if timing.error is not None), None)
     prompt_tokens, output_tokens = sum(t.prompt_tokens for t in good), sum(t.output_tokens for t in good)
     fast = [t for t in good if all(getattr(t, GOODPUT[name]) <= most for name, most in args.goodput)]
 
-    def quantiles(values: list[float]) -> dict[str, float]:
-        return report.quantiles(values, args.metric_percentiles)
-
+    times = {
+        "ttft": [t.ttft for t in good],
+        "tpot": [t.tpot for t in good if t.output_tokens > 1],
+        "itl": [gap for t in good for gap in t.gaps],
+        "e2el": [t.latency for t in good],
+    }
     return {
         "benchmark": {
             "model": model,
@@ -159,20 +162,20 @@ def statistics(
             "dataset": args.dataset_path or "random",
             "goodput": {name: round(1000 * most, 6) for name, most in args.goodput},
         },
-        "seconds": round(seconds, 4),
+        "duration": round(seconds, 4),
         "completed": len(good),
         "failed": len(timings) - len(good),
         "first_error": first,
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
-        "requests_per_second": report.rate(len(good), seconds),
-        "goodput_requests_per_second": report.rate(len(fast), seconds) or 0.0 if args.goodput else None,
-        "output_tokens_per_second": report.rate(output_tokens, seconds),
-        "total_tokens_per_second": report.rate(prompt_tokens + output_tokens, seconds),
-        "ttft_seconds": quantiles([t.ttft for t in good]),
-        "tpot_seconds": quantiles([t.tpot for t in good if t.output_tokens > 1]),
-        "itl_seconds": quantiles([gap for t in good for gap in t.gaps]),
-        "e2e_seconds": quantiles([t.latency for t in good]),
+        "total_input_tokens": prompt_tokens,
+        "total_output_tokens": output_tokens,
+        "request_throughput": report.rate(len(good), seconds),
+        "request_goodput": report.rate(len(fast), seconds) or 0.0 if args.goodput else None,
+        "output_throughput": report.rate(output_tokens, seconds),
+        "total_token_throughput": report.rate(prompt_tokens + output_tokens, seconds),
+    } | {
+        f"{'median' if statistic == 'p50' else statistic}_{name}_ms": round(1000 * value, 3)
+        for name, values in times.items()
+        for statistic, value in report.quantiles(values, (50, *args.metric_percentiles)).items()
     }
 
 
@@ -182,18 +185,22 @@ def table(result: dict[str, Any]) -> str:
     def shown(name: str) -> str:
         return "-" if result[name] is None else f"{result[name]:.1f}"
 
+    def times(name: str) -> str:
+        found = {key: value for key, value in result.items() if key.endswith(f"_{name}_ms")}
+        return ", ".join(f"{key.split('_')[0]} {value:.1f} ms" for key, value in found.items()) or "-"
+
     rows = {
-        "requests": f"{result['completed']} in {result['seconds']:.2f} s, {result['failed']} failed"
+        "requests": f"{result['completed']} in {result['duration']:.2f} s, {result['failed']} failed"
         + (f" ({visible(result['first_error'])})" if result["first_error"] else ""),
-        "tokens": f"{result['prompt_tokens']} in, {result['output_tokens']} out",
-        "throughput": f"{shown('requests_per_second')} requests/s, {shown('output_tokens_per_second')} "
-        f"output tokens/s, {shown('total_tokens_per_second')} tokens/s in all",
-        "goodput": f"{shown('goodput_requests_per_second')} requests/s within "
+        "tokens": f"{result['total_input_tokens']} in, {result['total_output_tokens']} out",
+        "throughput": f"{shown('request_throughput')} requests/s, {shown('output_throughput')} "
+        f"output tokens/s, {shown('total_token_throughput')} tokens/s in all",
+        "goodput": f"{shown('request_goodput')} requests/s within "
         + ", ".join(f"{name} {most:g} ms" for name, most in result["benchmark"]["goodput"].items()),
-        "TTFT": report.milliseconds(result["ttft_seconds"]),
-        "TPOT": report.milliseconds(result["tpot_seconds"]),
-        "ITL": report.milliseconds(result["itl_seconds"]),
-        "E2E": report.milliseconds(result["e2e_seconds"]),
+        "TTFT": times("ttft"),
+        "TPOT": times("tpot"),
+        "ITL": times("itl"),
+        "E2E": times("e2el"),
     }
     if not result["benchmark"]["goodput"]:
         del rows["goodput"]
@@ -214,7 +221,7 @@ def _files(args: argparse.Namespace, result: dict[str, Any], timings: list[Timin
             "time between tokens (ITL)": [gap for timing in good for gap in timing.gaps],
             "whole request (E2E)": [timing.latency for timing in good],
         }
-        rate = result["output_tokens_per_second"] or 0
+        rate = result["output_throughput"] or 0
         about = f"{result['benchmark']['model']}: {result['completed']} requests, {rate:.0f} tokens/s"
         files.append((args.plot, distributions(about, panels)))
     return files
