@@ -32,7 +32,7 @@ from vllmlite.server.protocol.llamacpp import (
 )
 from vllmlite.server.samplers import turned_off, used
 from vllmlite.server.service import Generation, Service, request_id
-from vllmlite.server.sse import JSON, Stream, event, unless_gone
+from vllmlite.server.sse import JSON, Stream, event, plain_error_event, unless_gone
 
 router = APIRouter()
 
@@ -62,7 +62,9 @@ async def complete(body: LlamaCompletionRequest, request: Request) -> Response:
 async def infill(body: InfillRequest, request: Request) -> Response:
     """Fill in what is between two texts."""
     service: Service = request.app.state.service
-    ids = infill_ids(service.tokenizer, body.input_prefix, body.input_suffix, body.prompt, body.input_extra)
+    texts = body.input_prefix, body.input_suffix, body.prompt
+    length = sum(map(len, texts)) + sum(len(file.filename) + len(file.text) for file in body.input_extra)
+    ids = await service.tokenised(length, infill_ids, service.tokenizer, *texts, body.input_extra)
     return await _answer(service, body, await service.encode(ids), request)
 
 
@@ -122,7 +124,7 @@ async def _answer(service: Service, body: LlamaRequest, prompt: dict[str, Any], 
     )
     answer = _Answer(service, body, params, generation)
     if body.stream:
-        return Stream(answer.events(), generation.close)
+        return Stream(answer.events(), generation.close, error_event=plain_error_event)
     try:
         return JSON(await unless_gone(request.receive, answer.whole()))
     finally:
@@ -165,9 +167,12 @@ def _bias(given: Any) -> dict[int, float]:
             token_id = token if type(token) is int else int(token if isinstance(given, dict) else "")
         except (TypeError, ValueError):
             raise ParameterError("logit_bias", token, "must be a token id") from None
-        if bias is not False and type(bias) not in (int, float):
-            raise ParameterError("logit_bias", bias, "must be a number, or false to ban the token")
-        found[token_id] = NO_BIAS if bias is False else float(bias)
+        try:
+            if bias is not False and type(bias) not in (int, float):
+                raise TypeError
+            found[token_id] = NO_BIAS if bias is False else float(bias)
+        except (TypeError, OverflowError):
+            raise ParameterError("logit_bias", bias, "must be a number, or false to ban the token") from None
     return found
 
 
