@@ -67,6 +67,8 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, ParameterError):
         return ApiError(HTTPStatus.BAD_REQUEST, str(error), param=error.field)
+    if isinstance(error, RecursionError):
+        return ApiError(HTTPStatus.BAD_REQUEST, "the body is nested too deeply")
     if isinstance(error, EngineDeadError):
         return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
     if isinstance(error, VllmliteError):
