@@ -16,8 +16,10 @@ pytest.importorskip("httpx")
 import httpx
 from served import Script, ask, check, post, serving, stream
 
+from vllmlite.errors import ParameterError
 from vllmlite.outputs import RequestOutput
 from vllmlite.sampling_params import SamplingParams
+from vllmlite.server.config import ServerConfig
 from vllmlite.server.conversation import as_mapping
 from vllmlite.server.protocol import chat
 from vllmlite.server.service import Service
@@ -87,6 +89,16 @@ def test_the_template_is_told_vllms_variables(service: Service) -> None:
     assert told == "What is dpkg?;none;True;;wet"
     clashing = {"source": 1, "variables": 2, "namespace": 3, "loop": 4}
     assert prompt_of(service, **template, chat_template_kwargs=clashing) == "What is dpkg?;;;;dry"
+    tokens = {
+        "chat_template": "{{ bos_token }} {{ eos_token }}",
+        "chat_template_kwargs": {"bos_token": "begin"},
+    }
+    assert prompt_of(service, **tokens) == f"begin {service.tokenizer.special_text('eos_token')}"
+    for name in ("messages", "tools"):
+        answer = post(service, CHAT, 400, messages=MESSAGES, chat_template_kwargs={name: []})
+        assert answer["error"]["param"] == "chat_template_kwargs"
+        with pytest.raises(ParameterError, match="default_chat_template_kwargs"):
+            ServerConfig(default_chat_template_kwargs={name: []})
     bad = post(service, CHAT, 400, messages=MESSAGES, chat_template="{{ 1 // 0 }}")
     assert bad["error"]["param"] == "messages"
     assert (

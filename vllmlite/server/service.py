@@ -20,7 +20,7 @@ from vllmlite.errors import ParameterError
 from vllmlite.outputs import RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
-from vllmlite.server.config import ServerConfig
+from vllmlite.server.config import ServerConfig, check_template_variables
 from vllmlite.server.conversation import as_mapping
 from vllmlite.server.errors import ApiError
 from vllmlite.server.metrics import Metrics
@@ -295,8 +295,7 @@ class Service:
                 )
             template = body.chat_template
         variables = {**self.config.default_chat_template_kwargs, **body.template_variables()}
-        for name in _TEMPLATE_ARGUMENTS & variables.keys():
-            raise ParameterError("chat_template_kwargs", name, "is an argument of its own")
+        check_template_variables("chat_template_kwargs", variables)
         if body.documents and "documents" not in (template or self.tokenizer.chat_template or ""):
             raise ParameterError(
                 "documents", len(body.documents), "the chat template shows none: put them into the messages"
@@ -319,8 +318,3 @@ def request_id(given: str | None, request: HTTPConnection) -> str | None:
 
 def _definitions(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
     return [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
-
-
-_TEMPLATE_ARGUMENTS = frozenset(
-    "messages conversation chat_template add_generation_prompt continue_final_message tools self".split()
-)
