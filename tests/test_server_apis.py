@@ -71,12 +71,12 @@ def test_embeddings_are_the_engines(service: Service) -> None:
     ("body", "param"),
     [
         ({"input": []}, "input"),
-        ({"input": ""}, "prompt"),
+        ({"input": ""}, "input"),
         ({"input": 5}, "input"),
         ({"input": PROMPT, "dimensions": 10**6}, "dimensions"),
         ({"input": PROMPT, "encoding_format": "hex"}, "encoding_format"),
-        ({"input": [[10**9]]}, "prompt_token_ids"),
-        ({"input": "x " * 400}, "prompt"),
+        ({"input": [[10**9]]}, "input"),
+        ({"input": "x " * 400}, "input"),
     ],
 )
 def test_bad_embedding_requests(service: Service, body: dict[str, Any], param: str) -> None:
@@ -125,6 +125,19 @@ def test_responses_stream_the_documented_events(service: Service, monkeypatch: p
     whole = post(service, "/v1/responses", **body)
     assert [item["type"] for item in whole["output"]] == ["reasoning", "message", "function_call"]
     assert whole["usage"]["output_tokens_details"]["reasoning_tokens"] > 0
+
+
+def test_errors_name_fields_as_the_api_does(service: Service) -> None:
+    for path, body, param in (
+        ("/v1/responses", {"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
+        ("/v1/responses", {"input": "x " * 400}, "input"),
+        ("/completion", {"prompt": "x", "repeat_penalty": -1}, "repeat_penalty"),
+        ("/completion", {"prompt": "x", "n_probs": 10**6}, "n_probs"),
+        ("/embedding", {"content": ""}, "content"),
+    ):
+        assert post(service, path, 400, **body)["error"]["param"] == param
+    stops = post(service, "/v1/messages", 400, messages=CHAT, max_tokens=1, stop_sequences=[""])
+    assert stops["error"]["message"].startswith("stop_sequences")
 
 
 def test_a_stream_of_a_response_has_every_logprob(service: Service) -> None:

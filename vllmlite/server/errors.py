@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -59,6 +60,15 @@ class ApiError(Exception):
             more = {} if self.details is None else {"details": self.details}
             return {"type": "error", "error": {"type": kind, "message": self.message, **more}}
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+@contextmanager
+def renamed(**names: str) -> Iterator[None]:
+    """Name fields in a :class:`ParameterError` as the request has them: ours to an API's."""
+    try:
+        yield
+    except ParameterError as error:
+        raise ParameterError(names.get(error.field, error.field), error.value, error.accepted) from None
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -16,6 +16,7 @@ from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllmlite.server import logprobs
 from vllmlite.server.documented import documented
+from vllmlite.server.errors import renamed
 from vllmlite.server.infill import infill_ids
 from vllmlite.server.line_limits import LineLimits
 from vllmlite.server.protocol.chat import ChatPrompt
@@ -74,8 +75,9 @@ async def embed(body: LlamaEmbeddingRequest, request: Request) -> Response:
     arrival = time.monotonic()
     service: Service = request.app.state.service
     service.check_model(body.model)
-    prompts = await service.encode_all(body.content)
-    generation = await service.generate("embd-", prompts, PoolingParams(), arrival_time=arrival)
+    with renamed(prompt="content", prompt_token_ids="content"):
+        prompts = await service.encode_all(body.content)
+        generation = await service.generate("embd-", prompts, PoolingParams(), arrival_time=arrival)
     outputs = await generation.finished(request.receive)
     answer: list[LlamaEmbedding] = [
         {"index": index, "embedding": [output.embedding or []]} for index, output in enumerate(outputs)
@@ -118,10 +120,11 @@ async def props(request: Request) -> Response:
 async def _answer(service: Service, body: LlamaRequest, prompt: dict[str, Any], request: Request) -> Response:
     arrival = time.monotonic()
     service.check_model(body.model)
-    params = _params(body, service.default_params)
-    generation = await service.generate(
-        "cmpl-", [prompt], params, request_id=request_id(None, request), arrival_time=arrival
-    )
+    with renamed(repetition_penalty="repeat_penalty", logprobs="n_probs", max_tokens="n_predict"):
+        params = _params(body, service.default_params)
+        generation = await service.generate(
+            "cmpl-", [prompt], params, request_id=request_id(None, request), arrival_time=arrival
+        )
     answer = _Answer(service, body, params, generation)
     if body.stream:
         return Stream(answer.events(), generation.close, error_event=plain_error_event)

@@ -15,7 +15,7 @@ from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllmlite.server.conversation import conversation
 from vllmlite.server.documented import documented
-from vllmlite.server.errors import ANTHROPIC, ApiError, as_api_error
+from vllmlite.server.errors import ANTHROPIC, ApiError, as_api_error, renamed
 from vllmlite.server.message_blocks import Blocks, as_messages
 from vllmlite.server.protocol.chat import ChatPrompt
 from vllmlite.server.protocol.messages import (
@@ -53,7 +53,8 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
             details=NO_THREADS,
         )
     tools = _tool_use(body, service)
-    params = _params(body, service, tools)
+    with renamed(stop="stop_sequences"):
+        params = _params(body, service, tools)
     generation, (reader,) = await begin(
         service, "msg_", _talk(body, tools), params, tools, request_id=request_id(None, request),
         cache_salt=body.cache_salt, arrival_time=arrival,

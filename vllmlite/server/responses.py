@@ -17,7 +17,7 @@ from vllmlite.sampling_params import RequestOutputKind, SamplingParams, Structur
 from vllmlite.server import logprobs
 from vllmlite.server.conversation import conversation
 from vllmlite.server.documented import documented
-from vllmlite.server.errors import ApiError, as_api_error
+from vllmlite.server.errors import ApiError, as_api_error, renamed
 from vllmlite.server.parsers.parts import Content, Reasoning
 from vllmlite.server.protocol.chat import ChatPrompt
 from vllmlite.server.protocol.responses import (
@@ -50,11 +50,12 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_model(body.model)
     tools = _tool_use(body, service)
-    params = _params(body, service, tools)
-    generation, (reader,) = await begin(
-        service, "resp_", _talk(body, tools), params, tools, request_id=request_id(body.request_id, request),
-        priority=body.priority, cache_salt=body.cache_salt, arrival_time=arrival,
-    )  # fmt: skip
+    with renamed(max_tokens="max_output_tokens", logprobs="top_logprobs", prompt="input"):
+        params = _params(body, service, tools)
+        generation, (reader,) = await begin(
+            service, "resp_", _talk(body, tools), params, tools, request_id=request_id(body.request_id, request),
+            priority=body.priority, cache_salt=body.cache_salt, arrival_time=arrival,
+        )  # fmt: skip
     answer = _Answer(service, body, generation, params, tools, reader)
     if body.stream:
         return Stream(answer.events(), generation.close, error_event=answer.error_event)
