@@ -299,7 +299,7 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, {"prompt": "x " * 400}, 400, "prompt", "max_model_len"),
     (COMPLETIONS, {"prompt": "x " * 400, "stream": True}, 400, "prompt", "max_model_len"),
     (COMPLETIONS, {"prompt": "x" * 1_000_000}, 400, "prompt", "cannot fit"),
-    (COMPLETIONS, {"prompt": "\ud800"}, 400, "text", "Unicode"),
+    (COMPLETIONS, {"prompt": "\ud800"}, 400, "prompt", "Unicode"),
     (COMPLETIONS, {"prompt": "x", "temperature": -1}, 400, "temperature", "at least 0"),
     (COMPLETIONS, {"prompt": "x", "temperature": "hot"}, 400, "temperature", "valid number"),
     (COMPLETIONS, {"prompt": "x", "temprature": 1}, 400, "temprature", "did you mean temperature"),

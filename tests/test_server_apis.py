@@ -131,6 +131,9 @@ def test_errors_name_fields_as_the_api_does(service: Service) -> None:
     for path, body, param in (
         ("/v1/responses", {"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
         ("/v1/responses", {"input": "x " * 400}, "input"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x " * 400}]}, "messages"),
+        ("/v1/chat/completions", {"messages": CHAT, "logprobs": True, "top_logprobs": 10**6}, "top_logprobs"),
+        ("/v1/chat/completions", {"messages": CHAT, "max_completion_tokens": 0}, "max_completion_tokens"),
         ("/completion", {"prompt": "x", "repeat_penalty": -1}, "repeat_penalty"),
         ("/completion", {"prompt": "x", "n_probs": 10**6}, "n_probs"),
         ("/embedding", {"content": ""}, "content"),

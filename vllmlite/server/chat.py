@@ -15,6 +15,7 @@ from vllmlite.sampling_params import SamplingParams
 from vllmlite.server import logprobs
 from vllmlite.server.conversation import content_text
 from vllmlite.server.documented import documented
+from vllmlite.server.errors import renamed
 from vllmlite.server.parsers.parts import CallArguments, CallBegin, Content, Part, Reasoning
 from vllmlite.server.protocol.base import Usage
 from vllmlite.server.protocol.chat import (
@@ -46,11 +47,13 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     service.check_model(body.model)
     offered = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     tools = ToolUse.of(offered, body.tool_choice, body.parallel_tool_calls, service.config)
-    params = _params(body, service, tools)
-    generation, readers = await begin(
-        service, "chatcmpl-", body, params, tools, request_id=request_id(body.request_id, request),
-        priority=body.priority, cache_salt=body.cache_salt, arrival_time=arrival,
-    )  # fmt: skip
+    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    with renamed(max_tokens=limit, logprobs="top_logprobs", prompt="messages"):
+        params = _params(body, service, tools)
+        generation, readers = await begin(
+            service, "chatcmpl-", body, params, tools, request_id=request_id(body.request_id, request),
+            priority=body.priority, cache_salt=body.cache_salt, arrival_time=arrival,
+        )  # fmt: skip
     answer = _Answer(service, body, generation, tools, readers)
     if body.stream:
         return Stream(answer.events(), generation.close)

@@ -53,12 +53,12 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
             details=NO_THREADS,
         )
     tools = _tool_use(body, service)
-    with renamed(stop="stop_sequences"):
+    with renamed(stop="stop_sequences", prompt="messages"):
         params = _params(body, service, tools)
-    generation, (reader,) = await begin(
-        service, "msg_", _talk(body, tools), params, tools, request_id=request_id(None, request),
-        cache_salt=body.cache_salt, arrival_time=arrival,
-    )  # fmt: skip
+        generation, (reader,) = await begin(
+            service, "msg_", _talk(body, tools), params, tools, request_id=request_id(None, request),
+            cache_salt=body.cache_salt, arrival_time=arrival,
+        )  # fmt: skip
     answer = _Answer(service, body, generation, reader, Blocks(tools.call_id))
     if body.stream:
         return Stream(answer.events(), generation.close, error_event=_error_event)

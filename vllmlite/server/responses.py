@@ -50,7 +50,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_model(body.model)
     tools = _tool_use(body, service)
-    with renamed(max_tokens="max_output_tokens", logprobs="top_logprobs", prompt="input"):
+    with renamed(max_tokens="max_output_tokens", logprobs="top_logprobs", prompt="input", messages="input"):
         params = _params(body, service, tools)
         generation, (reader,) = await begin(
             service, "resp_", _talk(body, tools), params, tools, request_id=request_id(body.request_id, request),

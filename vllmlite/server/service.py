@@ -22,7 +22,7 @@ from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
 from vllmlite.server.config import ServerConfig, check_template_variables
 from vllmlite.server.conversation import as_mapping
-from vllmlite.server.errors import ApiError
+from vllmlite.server.errors import ApiError, renamed
 from vllmlite.server.metrics import Metrics
 from vllmlite.server.protocol.base import Usage
 from vllmlite.server.protocol.chat import ChatPrompt, Tool
@@ -260,7 +260,8 @@ class Service:
     async def encode(self, prompt: Any, add_special_tokens: bool = True) -> dict[str, Any]:
         """A prompt with its ids. A text that cannot fit is refused before it is tokenised."""
         if isinstance(prompt, str):
-            ids = await self.tokenised(len(prompt), self.tokenizer.encode, prompt, add_special_tokens)
+            with renamed(text="prompt"):
+                ids = await self.tokenised(len(prompt), self.tokenizer.encode, prompt, add_special_tokens)
             return {"prompt": prompt, "prompt_token_ids": ids}
         if not isinstance(prompt, list):
             raise ParameterError("prompt", prompt, "must be text or token ids")
