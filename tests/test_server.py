@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllmlite import SamplingParams, __version__
+from vllmlite.server.errors import as_api_error
 from vllmlite.server.protocol import base, chat, completions, operations
 from vllmlite.server.service import Service
 
@@ -298,7 +299,7 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, {"prompt": "x " * 400}, 400, "prompt", "max_model_len"),
     (COMPLETIONS, {"prompt": "x " * 400, "stream": True}, 400, "prompt", "max_model_len"),
     (COMPLETIONS, {"prompt": "x" * 1_000_000}, 400, "prompt", "cannot fit"),
-    (COMPLETIONS, {"prompt": "\ud800"}, 400, "text", "Unicode"),
+    (COMPLETIONS, {"prompt": "\ud800"}, 400, "prompt", "Unicode"),
     (COMPLETIONS, {"prompt": "x", "temperature": -1}, 400, "temperature", "at least 0"),
     (COMPLETIONS, {"prompt": "x", "temperature": "hot"}, 400, "temperature", "valid number"),
     (COMPLETIONS, {"prompt": "x", "temprature": 1}, 400, "temprature", "did you mean temperature"),
@@ -321,6 +322,7 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, {"messages": MESSAGES, "chat_template": "{% if %}"}, 400, "messages", "template"),
     (CHAT, {"messages": MESSAGES, "modalities": ["audio"]}, 400, "modalities", "only text"),
     (CHAT, {"messages": MESSAGES, "functions": [{}]}, 400, "functions", "tools"),
+    (COMPLETIONS, {"prompt": "x", "model": "m" * 10_000}, 404, "model", "mmm...: not served here; demo is"),
     ("/tokenize", {"prompt": 1}, 400, "prompt", "string"),
     ("/detokenize", {"tokens": [-1]}, 400, "tokens", "from 0"),
 ]  # fmt: skip
@@ -349,6 +351,29 @@ def test_bad_requests_are_told_what_is_wrong(service: Service) -> None:
 
     ask(service, work)
     assert post(service, COMPLETIONS, prompt=PROMPT, **GREEDY)["choices"]
+
+
+def test_bodies_nested_to_the_interpreters_limit(service: Service) -> None:
+    def nested(depth: int) -> bytes:
+        return b'{"a":' * depth + b"1" + b"}" * depth
+
+    bodies = (
+        ("/v1/responses", b'{"input": "x", "max_output_tokens": 1, "metadata": %b}'),
+        (COMPLETIONS, b'{"max_tokens": 1, "prompt": %b}'),
+        ("/v1/messages", b'{"max_tokens": 1, "messages": [{"role": "user", "content": "x", "z": %b}]}'),
+    )
+
+    async def work(client: httpx.AsyncClient) -> None:
+        for path, body in bodies:
+            for depth in (300, *range(900, 1000, 10), 5000):
+                content = body % nested(depth)
+                answer = await client.post(
+                    path, content=content, headers={"content-type": "application/json"}
+                )
+                assert answer.status_code in (200, 400), (path, depth, answer.text)
+
+    ask(service, work)
+    assert as_api_error(RecursionError()).status == 400
 
 
 def test_parameters_that_ask_for_nothing_are_taken(service: Service) -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 
 import httpx
-from served import Script, ask, check, post, stream
+from served import Script, ask, check, post, serving, stream
 
 from vllmlite import LLM, PoolingParams, SamplingParams
 from vllmlite.server.protocol import embeddings, llamacpp, messages, responses
@@ -71,12 +71,12 @@ def test_embeddings_are_the_engines(service: Service) -> None:
     ("body", "param"),
     [
         ({"input": []}, "input"),
-        ({"input": ""}, "prompt"),
+        ({"input": ""}, "input"),
         ({"input": 5}, "input"),
         ({"input": PROMPT, "dimensions": 10**6}, "dimensions"),
         ({"input": PROMPT, "encoding_format": "hex"}, "encoding_format"),
-        ({"input": [[10**9]]}, "prompt_token_ids"),
-        ({"input": "x " * 400}, "prompt"),
+        ({"input": [[10**9]]}, "input"),
+        ({"input": "x " * 400}, "input"),
     ],
 )
 def test_bad_embedding_requests(service: Service, body: dict[str, Any], param: str) -> None:
@@ -125,6 +125,39 @@ def test_responses_stream_the_documented_events(service: Service, monkeypatch: p
     whole = post(service, "/v1/responses", **body)
     assert [item["type"] for item in whole["output"]] == ["reasoning", "message", "function_call"]
     assert whole["usage"]["output_tokens_details"]["reasoning_tokens"] > 0
+
+
+def test_errors_name_fields_as_the_api_does(service: Service) -> None:
+    for path, body, param in (
+        ("/v1/responses", {"input": "x", "max_output_tokens": 0}, "max_output_tokens"),
+        ("/v1/responses", {"input": "x " * 400}, "input"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x " * 400}]}, "messages"),
+        ("/v1/chat/completions", {"messages": CHAT, "logprobs": True, "top_logprobs": 10**6}, "top_logprobs"),
+        ("/v1/chat/completions", {"messages": CHAT, "max_completion_tokens": 0}, "max_completion_tokens"),
+        ("/completion", {"prompt": "x", "repeat_penalty": -1}, "repeat_penalty"),
+        ("/completion", {"prompt": "x", "n_probs": 10**6}, "n_probs"),
+        ("/embedding", {"content": ""}, "content"),
+    ):
+        assert post(service, path, 400, **body)["error"]["param"] == param
+    stops = post(service, "/v1/messages", 400, messages=CHAT, max_tokens=1, stop_sequences=[""])
+    assert stops["error"]["message"].startswith("stop_sequences")
+
+
+def test_a_stream_of_a_response_has_every_logprob(service: Service) -> None:
+    # Bytes of half a character have no text of their own, and the end has none either.
+    body = {
+        "input": "What is dpkg?", "temperature": 0, "max_output_tokens": 6, "top_logprobs": 1,
+        "include": ["message.output_text.logprobs"],
+        "logit_bias": {str(service.tokenizer.token_id("Ã")): 100},
+    }  # fmt: skip
+    whole = post(service, "/v1/responses", **body)
+    (expected,) = whole["output"][0]["content"]
+    assert len(expected["logprobs"]) == whole["usage"]["output_tokens"] == 6
+    streamed = stream(service, "/v1/responses", **body)
+    (content,) = streamed[-1][1]["response"]["output"][0]["content"]
+    assert content == expected
+    (done,) = (data for name, data in streamed if name == "response.output_text.done")
+    assert done["logprobs"] == expected["logprobs"]
 
 
 def test_items_become_the_conversation(service: Service) -> None:
@@ -231,6 +264,37 @@ def test_messages_stream_blocks(service: Service, monkeypatch: pytest.MonkeyPatc
     whole = post(service, "/v1/messages", **body)
     assert [block["type"] for block in whole["content"]] == ["thinking", "text", "tool_use"]
     assert whole["content"][2]["input"] == {"city": "Oslo"} and whole["stop_reason"] == "tool_use"
+
+
+def test_tools_that_may_not_be_called_are_hidden_where_that_is_wanted() -> None:
+    schema = {"type": "object", "properties": {}}
+    function = {"name": "secret", "parameters": schema}
+    template = "{{ messages[0].content }} {{ tools }}"
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {
+            "messages": CHAT, "max_tokens": 1, "tools": [{"type": "function", "function": function}],
+            "tool_choice": "none",
+        },
+        "/v1/responses": {
+            "input": "Hi", "max_output_tokens": 1, "tools": [{"type": "function", **function}], "tool_choice": "none",
+        },
+        "/v1/messages": {
+            "messages": CHAT, "max_tokens": 1, "tools": [{"name": "secret", "input_schema": schema}],
+            "tool_choice": {"type": "none"},
+        },
+    }  # fmt: skip
+    for hides in (False, True):
+        with serving(chat_template=template, exclude_tools_when_tool_choice_none=hides) as service:
+            for path, body in bodies.items():
+                script = Script("x")
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(service.engine, "submit", script)
+                    post(service, path, **body)
+                assert script.request is not None
+                prompt: Any = script.request.prompt
+                assert ("secret" in prompt["prompt"]) is not hides
+            counted = post(service, "/v1/responses/input_tokens", **bodies["/v1/responses"])
+            assert (counted["input_tokens"] < 10) is hides
 
 
 def test_blocks_become_the_conversation(service: Service) -> None:

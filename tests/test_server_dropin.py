@@ -16,8 +16,10 @@ pytest.importorskip("httpx")
 import httpx
 from served import Script, ask, check, post, serving, stream
 
+from vllmlite.errors import ParameterError
 from vllmlite.outputs import RequestOutput
 from vllmlite.sampling_params import SamplingParams
+from vllmlite.server.config import ServerConfig
 from vllmlite.server.conversation import as_mapping
 from vllmlite.server.protocol import chat
 from vllmlite.server.service import Service
@@ -87,6 +89,16 @@ def test_the_template_is_told_vllms_variables(service: Service) -> None:
     assert told == "What is dpkg?;none;True;;wet"
     clashing = {"source": 1, "variables": 2, "namespace": 3, "loop": 4}
     assert prompt_of(service, **template, chat_template_kwargs=clashing) == "What is dpkg?;;;;dry"
+    tokens = {
+        "chat_template": "{{ bos_token }} {{ eos_token }}",
+        "chat_template_kwargs": {"bos_token": "begin"},
+    }
+    assert prompt_of(service, **tokens) == f"begin {service.tokenizer.special_text('eos_token')}"
+    for name in ("messages", "tools"):
+        answer = post(service, CHAT, 400, messages=MESSAGES, chat_template_kwargs={name: []})
+        assert answer["error"]["param"] == "chat_template_kwargs"
+        with pytest.raises(ParameterError, match="default_chat_template_kwargs"):
+            ServerConfig(default_chat_template_kwargs={name: []})
     bad = post(service, CHAT, 400, messages=MESSAGES, chat_template="{{ 1 // 0 }}")
     assert bad["error"]["param"] == "messages"
     assert (
@@ -197,30 +209,47 @@ def test_bodies_that_are_no_json_are_told_apart(service: Service) -> None:
     ask(service, work)
 
 
-class Slow(Script):
-    """The same, after a while each time."""
+class Held(Script):
+    """The same, a piece each time that it is let go on."""
+
+    def __init__(self, *pieces: str) -> None:
+        super().__init__(*pieces)
+        self.permits = asyncio.Semaphore(0)
 
     async def take(self) -> list[RequestOutput]:
-        await asyncio.sleep(0.2)
+        await self.permits.acquire()
         return await super().take()
 
 
 def test_comments_keep_a_slow_stream_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(sse_keep_alive_interval=0.05) as service:
-        monkeypatch.setattr(service.engine, "submit", Slow("Yes", "."))
+    with serving(sse_keep_alive_interval=0.01) as service:
 
         async def work(client: httpx.AsyncClient) -> None:
             for path, body in (
                 (CHAT, {"messages": MESSAGES}),
                 ("/v1/messages", {"messages": MESSAGES, "max_tokens": 5}),
             ):
-                answer = await client.post(path, json={**body, "stream": True})
-                blocks = answer.text.removesuffix("\n\n").split("\n\n")
-                events = [block for block in blocks if block != ": keep-alive"]
-                assert blocks[0] == ": keep-alive" and len(blocks) - len(events) >= 4
-                assert "Yes" in answer.text and all("data: " in event for event in events)
-            lines = await client.post("/generate", json={"prompt": "x", "stream": True})
-            assert ": keep-alive" not in lines.text
+                held = Held("Yes", ".")
+                monkeypatch.setattr(service.engine, "submit", held)
+                blocks, comments = "", 0
+                async with client.stream("POST", path, json={**body, "stream": True}) as answer:
+                    async for line in answer.aiter_lines():
+                        comments += line == ": keep-alive"
+                        blocks += line + "\n"
+                        if line == ": keep-alive" and comments % 2 == 0:
+                            held.permits.release()
+                assert blocks.startswith(": keep-alive\n\n: keep-alive\n\n") and comments >= 6
+                events = [
+                    block for block in blocks.removesuffix("\n\n").split("\n\n") if block != ": keep-alive"
+                ]
+                assert "Yes" in blocks and all("data: " in event for event in events)
+            held = Held("Yes", ".")
+            monkeypatch.setattr(service.engine, "submit", held)
+            async with client.stream("POST", "/generate", json={"prompt": "x", "stream": True}) as lines:
+                await asyncio.sleep(0.05)
+                for _ in range(3):
+                    held.permits.release()
+                assert b": keep-alive" not in await lines.aread()
             async with client.stream("POST", CHAT, json={"messages": MESSAGES, "stream": True}) as leaving:
                 assert await anext(leaving.aiter_lines()) == ": keep-alive"
             while service._unfinished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import accumulate
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ pytest.importorskip("httpx")
 import httpx
 from served import Script, ask, check, post, serving, stream
 
+from vllmlite.errors import VllmliteError
+from vllmlite.outputs import RequestOutput
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.server import line_limits
 from vllmlite.server.line_limits import LineLimits
@@ -39,6 +42,17 @@ EDITOR: dict[str, Any] = {
     "response_fields": ["content", *TIMINGS, "truncated", "tokens_cached"],
 }  # fmt: skip
 """A request of llama.vim's and llama.vscode's."""
+
+
+class Failing(Script):
+    """An engine that fails once the text is out."""
+
+    async def take(self) -> list[RequestOutput]:
+        if len(self._outputs) == 0:
+            raise VllmliteError("it broke")
+        output = self._outputs.pop(0)
+        output.outputs[0].finish_reason = None
+        return [output]
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +160,39 @@ def test_pieces_and_probabilities_carry_ids(service: Service) -> None:
     chosen = ["content", "timings/predicted_n", "timings/none", "none", "content/x"]
     last = [data for _, data in stream(service, "/completion", **GREEDY, response_fields=chosen)][-1]
     assert last == {"content": "", "timings/predicted_n": 6}
+
+
+def test_texts_that_cannot_fit_are_not_tokenised(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service.tokenizer, "token_id", FILL_IN.get)
+    long = "a" * (service.max_model_len * service.tokenizer.max_token_length)
+
+    def encode(text: str, add_special_tokens: bool = True) -> list[int]:
+        raise AssertionError("a text is tokenised")
+
+    monkeypatch.setattr(service.tokenizer, "encode", encode)
+    for body in (
+        {"input_prefix": long, "input_suffix": "b"},
+        {"input_prefix": "", "input_suffix": "", "input_extra": [{"filename": "x", "text": long}]},
+    ):
+        assert "cannot fit" in post(service, "/infill", 400, **body)["error"]["message"]
+
+
+def test_huge_numbers_are_refused(service: Service) -> None:
+    for field, value in (("logit_bias", [[1, 10**400]]), ("t_max_predict_ms", 10**400)):
+        assert post(service, "/completion", 400, prompt="x", **{field: value})["error"]["param"] == field
+
+
+def test_a_stream_that_fails_ends_as_its_kind_does(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        for path in ("/completion", "/generate"):
+            monkeypatch.setattr(service.engine, "submit", Failing("Yes"))
+            text = (await client.post(path, json={"prompt": "x", "stream": True})).text
+            last = text.splitlines() if path == "/generate" else text.removesuffix("\n\n").split("\n\n")
+            told = json.loads(last[-1].removeprefix("data: " if path == "/completion" else ""))
+            assert told["error"]["message"] == "it broke"
+
+    ask(service, work)
+    assert service._unfinished == 0
 
 
 def test_tokens_templates_vectors_and_names(service: Service) -> None:

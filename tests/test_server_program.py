@@ -214,6 +214,7 @@ def test_the_deadline_ends_what_is_left() -> None:
         assert time.monotonic() - begin < 20
         assert rest[-1] == "data: [DONE]"
         assert "shutting down" in json.loads(rest[-2].removeprefix("data: "))["error"]["message"]
+        assert not any("Traceback" in line for line in running.log)
 
 
 def test_a_unix_socket_systemd_and_a_file_of_options(tmp_path: Path) -> None:

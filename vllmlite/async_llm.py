@@ -184,8 +184,8 @@ class AsyncLLM:
         self._fail([request_id], VllmliteError(f"request {request_id} was aborted"))
 
     async def abort_all(self, reason: str) -> None:
-        """End every request; their streams raise VllmliteError with ``reason``."""
-        self._fail(list(self._streams), VllmliteError(reason))
+        """End every request; their streams raise EngineDeadError with ``reason``."""
+        self._fail(list(self._streams), EngineDeadError(reason))
 
     async def stats(self) -> EngineStats:
         """The engine's counters."""

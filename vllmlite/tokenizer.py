@@ -143,7 +143,7 @@ class Tokenizer:
             raise ParameterError("messages", messages, "must hold at least one message")
         if continue_final_message and add_generation_prompt:
             raise ParameterError("continue_final_message", True, "goes with add_generation_prompt=False")
-        variables |= {name: self._config_text(name) for name in ("bos_token", "eos_token")}
+        variables = {name: self._config_text(name) for name in ("bos_token", "eos_token")} | variables
         variables |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         text = _render(source, variables)
         if continue_final_message:

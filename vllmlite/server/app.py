@@ -76,6 +76,7 @@ def build_app(service: Service, keys: tuple[str, ...] = ()) -> FastAPI:
         HTTPException: _tell_http,
         ApiError: _tell,
         VllmliteError: _tell,
+        RecursionError: _tell,
         ClientGone: _tell_nobody,
         Exception: _tell,
     }.items():

@@ -15,6 +15,7 @@ from vllmlite.sampling_params import SamplingParams
 from vllmlite.server import logprobs
 from vllmlite.server.conversation import content_text
 from vllmlite.server.documented import documented
+from vllmlite.server.errors import renamed
 from vllmlite.server.parsers.parts import CallArguments, CallBegin, Content, Part, Reasoning
 from vllmlite.server.protocol.base import Usage
 from vllmlite.server.protocol.chat import (
@@ -28,7 +29,7 @@ from vllmlite.server.protocol.chat import (
     FunctionCall,
 )
 from vllmlite.server.protocol.logprobs import ChatLogprobs
-from vllmlite.server.reading import Reader, Reading, after_reasoning, reader_for, reads_marks
+from vllmlite.server.reading import Reader, Reading, begin, reads_marks
 from vllmlite.server.samplers import turned_off
 from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import DONE, JSON, Chunks, Stream, event
@@ -46,16 +47,13 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     service.check_model(body.model)
     offered = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     tools = ToolUse.of(offered, body.tool_choice, body.parallel_tool_calls, service.config)
-    params = _params(body, service, tools)
-    hidden = tools.choice == "none" and service.config.exclude_tools_when_tool_choice_none
-    prompt = await service.encode_chat(body, offer_tools=not hidden)
-    prompt_text = str(prompt.get("prompt") or "")
-    params = after_reasoning(service.config, service.tokenizer, params, prompt_text)
-    generation = await service.generate(
-        "chatcmpl-", [prompt], params, request_id=request_id(body.request_id, request), priority=body.priority,
-        cache_salt=body.cache_salt, arrival_time=arrival,
-    )  # fmt: skip
-    readers = [reader_for(service.config, tools, params, prompt_text) for _ in range(params.n)]
+    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    with renamed(max_tokens=limit, logprobs="top_logprobs", prompt="messages"):
+        params = _params(body, service, tools)
+        generation, readers = await begin(
+            service, "chatcmpl-", body, params, tools, request_id=request_id(body.request_id, request),
+            priority=body.priority, cache_salt=body.cache_salt, arrival_time=arrival,
+        )  # fmt: skip
     answer = _Answer(service, body, generation, tools, readers)
     if body.stream:
         return Stream(answer.events(), generation.close)

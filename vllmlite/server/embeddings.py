@@ -9,9 +9,9 @@ import time
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from vllmlite.errors import ParameterError
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.server.documented import documented
+from vllmlite.server.errors import renamed
 from vllmlite.server.protocol.embeddings import Embedding, EmbeddingRequest, Embeddings
 from vllmlite.server.service import Service, request_id
 from vllmlite.server.sse import JSON
@@ -30,16 +30,12 @@ async def create_embedding(body: EmbeddingRequest, request: Request) -> Response
         normalize=body.normalize,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
     )
-    try:
+    with renamed(prompt="input", prompt_token_ids="input"):
         prompts = await service.encode_all(body.input, body.add_special_tokens)
-    except ParameterError as error:
-        raise ParameterError(
-            "input" if error.field == "prompt" else error.field, error.value, error.accepted
-        ) from None
-    generation = await service.generate(
-        "embd-", prompts, params, request_id=request_id(body.request_id, request), priority=body.priority,
-        cache_salt=body.cache_salt, arrival_time=arrival,
-    )  # fmt: skip
+        generation = await service.generate(
+            "embd-", prompts, params, request_id=request_id(body.request_id, request), priority=body.priority,
+            cache_salt=body.cache_salt, arrival_time=arrival,
+        )  # fmt: skip
     outputs = await generation.finished(request.receive)
     data = [_entry(index, out.embedding or [], body.encoding_format) for index, out in enumerate(outputs)]
     count = generation.usage()["prompt_tokens"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -61,12 +62,23 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
+@contextmanager
+def renamed(**names: str) -> Iterator[None]:
+    """Name fields in a :class:`ParameterError` as the request has them: ours to an API's."""
+    try:
+        yield
+    except ParameterError as error:
+        raise ParameterError(names.get(error.field, error.field), error.value, error.accepted) from None
+
+
 def as_api_error(error: Exception) -> ApiError:
     """The answer to an exception; one that is a bug tells the client nothing of its inside."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ParameterError):
         return ApiError(HTTPStatus.BAD_REQUEST, str(error), param=error.field)
+    if isinstance(error, RecursionError):
+        return ApiError(HTTPStatus.BAD_REQUEST, "the body is nested too deeply")
     if isinstance(error, EngineDeadError):
         return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
     if isinstance(error, VllmliteError):

@@ -16,6 +16,7 @@ from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllmlite.server import logprobs
 from vllmlite.server.documented import documented
+from vllmlite.server.errors import renamed
 from vllmlite.server.infill import infill_ids
 from vllmlite.server.line_limits import LineLimits
 from vllmlite.server.protocol.chat import ChatPrompt
@@ -32,7 +33,7 @@ from vllmlite.server.protocol.llamacpp import (
 )
 from vllmlite.server.samplers import turned_off, used
 from vllmlite.server.service import Generation, Service, request_id
-from vllmlite.server.sse import JSON, Stream, event, unless_gone
+from vllmlite.server.sse import JSON, Stream, event, plain_error_event, unless_gone
 
 router = APIRouter()
 
@@ -62,7 +63,9 @@ async def complete(body: LlamaCompletionRequest, request: Request) -> Response:
 async def infill(body: InfillRequest, request: Request) -> Response:
     """Fill in what is between two texts."""
     service: Service = request.app.state.service
-    ids = infill_ids(service.tokenizer, body.input_prefix, body.input_suffix, body.prompt, body.input_extra)
+    texts = body.input_prefix, body.input_suffix, body.prompt
+    length = sum(map(len, texts)) + sum(len(file.filename) + len(file.text) for file in body.input_extra)
+    ids = await service.tokenised(length, infill_ids, service.tokenizer, *texts, body.input_extra)
     return await _answer(service, body, await service.encode(ids), request)
 
 
@@ -72,8 +75,9 @@ async def embed(body: LlamaEmbeddingRequest, request: Request) -> Response:
     arrival = time.monotonic()
     service: Service = request.app.state.service
     service.check_model(body.model)
-    prompts = await service.encode_all(body.content)
-    generation = await service.generate("embd-", prompts, PoolingParams(), arrival_time=arrival)
+    with renamed(prompt="content", prompt_token_ids="content"):
+        prompts = await service.encode_all(body.content)
+        generation = await service.generate("embd-", prompts, PoolingParams(), arrival_time=arrival)
     outputs = await generation.finished(request.receive)
     answer: list[LlamaEmbedding] = [
         {"index": index, "embedding": [output.embedding or []]} for index, output in enumerate(outputs)
@@ -116,13 +120,14 @@ async def props(request: Request) -> Response:
 async def _answer(service: Service, body: LlamaRequest, prompt: dict[str, Any], request: Request) -> Response:
     arrival = time.monotonic()
     service.check_model(body.model)
-    params = _params(body, service.default_params)
-    generation = await service.generate(
-        "cmpl-", [prompt], params, request_id=request_id(None, request), arrival_time=arrival
-    )
+    with renamed(repetition_penalty="repeat_penalty", logprobs="n_probs", max_tokens="n_predict"):
+        params = _params(body, service.default_params)
+        generation = await service.generate(
+            "cmpl-", [prompt], params, request_id=request_id(None, request), arrival_time=arrival
+        )
     answer = _Answer(service, body, params, generation)
     if body.stream:
-        return Stream(answer.events(), generation.close)
+        return Stream(answer.events(), generation.close, error_event=plain_error_event)
     try:
         return JSON(await unless_gone(request.receive, answer.whole()))
     finally:
@@ -165,9 +170,12 @@ def _bias(given: Any) -> dict[int, float]:
             token_id = token if type(token) is int else int(token if isinstance(given, dict) else "")
         except (TypeError, ValueError):
             raise ParameterError("logit_bias", token, "must be a token id") from None
-        if bias is not False and type(bias) not in (int, float):
-            raise ParameterError("logit_bias", bias, "must be a number, or false to ban the token")
-        found[token_id] = NO_BIAS if bias is False else float(bias)
+        try:
+            if bias is not False and type(bias) not in (int, float):
+                raise TypeError
+            found[token_id] = NO_BIAS if bias is False else float(bias)
+        except (TypeError, OverflowError):
+            raise ParameterError("logit_bias", bias, "must be a number, or false to ban the token") from None
     return found
 
 

@@ -15,8 +15,9 @@ from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllmlite.server.conversation import conversation
 from vllmlite.server.documented import documented
-from vllmlite.server.errors import ANTHROPIC, ApiError, as_api_error
+from vllmlite.server.errors import ANTHROPIC, ApiError, as_api_error, renamed
 from vllmlite.server.message_blocks import Blocks, as_messages
+from vllmlite.server.protocol.chat import ChatPrompt
 from vllmlite.server.protocol.messages import (
     AnthropicAnswer,
     AnthropicChoice,
@@ -26,7 +27,7 @@ from vllmlite.server.protocol.messages import (
     CountRequest,
     MessagesRequest,
 )
-from vllmlite.server.reading import Reader, after_reasoning, reader_for, reads_marks
+from vllmlite.server.reading import Reader, begin, reads_marks
 from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import JSON, Stream, named_event
 from vllmlite.server.tools import ToolUse
@@ -52,15 +53,12 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
             details=NO_THREADS,
         )
     tools = _tool_use(body, service)
-    params = _params(body, service, tools)
-    prompt = await _prompt(body, service, tools)
-    prompt_text = str(prompt.get("prompt") or "")
-    params = after_reasoning(service.config, service.tokenizer, params, prompt_text)
-    generation = await service.generate(
-        "msg_", [prompt], params, request_id=request_id(None, request), cache_salt=body.cache_salt,
-        arrival_time=arrival,
-    )  # fmt: skip
-    reader = reader_for(service.config, tools, params, prompt_text)
+    with renamed(stop="stop_sequences", prompt="messages"):
+        params = _params(body, service, tools)
+        generation, (reader,) = await begin(
+            service, "msg_", _talk(body, tools), params, tools, request_id=request_id(None, request),
+            cache_salt=body.cache_salt, arrival_time=arrival,
+        )  # fmt: skip
     answer = _Answer(service, body, generation, reader, Blocks(tools.call_id))
     if body.stream:
         return Stream(answer.events(), generation.close, error_event=_error_event)
@@ -73,16 +71,17 @@ async def count_tokens(body: CountRequest, request: Request) -> Response:
     """The tokens that a conversation is."""
     service: Service = request.app.state.service
     service.check_model(body.model)
-    prompt = await _prompt(body, service, _tool_use(body, service))
+    tools = _tool_use(body, service)
+    prompt = await service.encode_chat(_talk(body, tools), tools.shown)
     return JSON({"input_tokens": len(prompt["prompt_token_ids"])})
 
 
-async def _prompt(body: CountRequest, service: Service, tools: ToolUse) -> dict[str, Any]:
+def _talk(body: CountRequest, tools: ToolUse) -> ChatPrompt:
     messages = as_messages(body.messages, body.system)
     talk = conversation(messages, "messages", tools.tools).model_copy(update=_wishes(body))
     if body.messages[-1].role == "assistant":  # Anthropic's way to have an answer continued
         talk = talk.model_copy(update={"add_generation_prompt": False, "continue_final_message": True})
-    return await service.encode_chat(talk)
+    return talk
 
 
 def _wishes(body: CountRequest) -> dict[str, Any]:

@@ -92,8 +92,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of token ids."""
     service: Service = request.app.state.service
     service.check_model(body.model)
-    service.tokenizer.check_ids(body.tokens)
-    text = service.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    text = await service.decode(body.tokens)
     return JSON({"prompt": text, "content": text})
 
 

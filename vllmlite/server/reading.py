@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from vllmlite.outputs import CompletionOutput
 from vllmlite.sampling_params import SamplingParams, ThinkingMarks
@@ -18,6 +19,8 @@ from vllmlite.server.parsers.parts import (
     merged,
 )
 from vllmlite.server.parsers.reasoning import STYLES, ThinkParser
+from vllmlite.server.protocol.chat import ChatPrompt
+from vllmlite.server.service import Generation, Service
 from vllmlite.server.tools import ToolUse
 from vllmlite.tokenizer import Tokenizer
 
@@ -83,6 +86,18 @@ class Reading:
                     name, arguments = found.calls[index]
                     found.calls[index] = name, arguments + text
         return found
+
+
+async def begin(
+    service: Service, kind: str, talk: ChatPrompt, params: SamplingParams, tools: ToolUse, **details: Any
+) -> tuple[Generation, list[Reader]]:
+    """Have a conversation answered: its generation, and a reader of each answer. ``details`` are the service's."""
+    config = service.config
+    prompt = await service.encode_chat(talk, tools.shown)
+    params = after_reasoning(config, service.tokenizer, params, prompt["prompt"])
+    generation = await service.generate(kind, [prompt], params, **details)
+    readers = [reader_for(config, tools, params, prompt["prompt"]) for _ in range(params.n)]
+    return generation, readers
 
 
 def reader_for(config: ServerConfig, tools: ToolUse, params: SamplingParams, prompt: str) -> Reader:

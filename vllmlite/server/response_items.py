@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vllmlite.errors import ParameterError
@@ -105,7 +105,7 @@ class Items:
         self._role = role
         self._open: OutputItem | None = None
 
-    def take(self, part: Part, logprobs: list[Any] | None = None) -> Iterator[dict[str, Any]]:
+    def take(self, part: Part, logprobs: Sequence[Any] = ()) -> Iterator[dict[str, Any]]:
         """The events of a part. ``logprobs`` are those of the tokens that brought it."""
         match part:
             case Content(text):
@@ -116,8 +116,8 @@ class Items:
                     )
                 content = self._content()
                 content["text"] += text
-                content["logprobs"] += logprobs or []
-                yield self._part_event("response.output_text.delta", delta=text, logprobs=logprobs or [])
+                content["logprobs"] += logprobs
+                yield self._part_event("response.output_text.delta", delta=text, logprobs=logprobs)
             case Reasoning(text):
                 if self._open is None or self._open["type"] != "reasoning":
                     yield from self._begin({"type": "reasoning", "summary": [], "content": []}, "rs")
@@ -132,8 +132,8 @@ class Items:
                 self._open["arguments"] += text
                 yield self._event("response.function_call_arguments.delta", delta=text)
 
-    def end(self, status: str = "completed") -> Iterator[dict[str, Any]]:
-        """The events that end the item that is open."""
+    def end(self, status: str = "completed", logprobs: Sequence[Any] = ()) -> Iterator[dict[str, Any]]:
+        """The events that end the item that is open. ``logprobs`` are those of last tokens without a text."""
         item = self._open
         if item is None:
             return
@@ -146,6 +146,7 @@ class Items:
             content = self._content()
             told = {"text": content["text"]}
             if item["type"] == "message":
+                content["logprobs"] += logprobs
                 told["logprobs"] = content["logprobs"]
             yield self._part_event(f"response.{content['type']}.done", **told)
             yield self._part_event("response.content_part.done", part=content)

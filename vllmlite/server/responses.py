@@ -17,8 +17,9 @@ from vllmlite.sampling_params import RequestOutputKind, SamplingParams, Structur
 from vllmlite.server import logprobs
 from vllmlite.server.conversation import conversation
 from vllmlite.server.documented import documented
-from vllmlite.server.errors import ApiError, as_api_error
+from vllmlite.server.errors import ApiError, as_api_error, renamed
 from vllmlite.server.parsers.parts import Content, Reasoning
+from vllmlite.server.protocol.chat import ChatPrompt
 from vllmlite.server.protocol.responses import (
     INCLUDABLE,
     LOGPROBS,
@@ -28,7 +29,7 @@ from vllmlite.server.protocol.responses import (
     ResponsesRequest,
     ResponseUsage,
 )
-from vllmlite.server.reading import Reader, after_reasoning, reader_for, reads_marks
+from vllmlite.server.reading import Reader, begin, reads_marks
 from vllmlite.server.response_items import Items, as_messages
 from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import JSON, Stream, named_event
@@ -49,15 +50,12 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     service.check_model(body.model)
     tools = _tool_use(body, service)
-    params = _params(body, service, tools)
-    prompt = await _prompt(body, service, tools)
-    prompt_text = str(prompt.get("prompt") or "")
-    params = after_reasoning(service.config, service.tokenizer, params, prompt_text)
-    generation = await service.generate(
-        "resp_", [prompt], params, request_id=request_id(body.request_id, request), priority=body.priority,
-        cache_salt=body.cache_salt, arrival_time=arrival,
-    )  # fmt: skip
-    reader = reader_for(service.config, tools, params, prompt_text)
+    with renamed(max_tokens="max_output_tokens", logprobs="top_logprobs", prompt="input", messages="input"):
+        params = _params(body, service, tools)
+        generation, (reader,) = await begin(
+            service, "resp_", _talk(body, tools), params, tools, request_id=request_id(body.request_id, request),
+            priority=body.priority, cache_salt=body.cache_salt, arrival_time=arrival,
+        )  # fmt: skip
     answer = _Answer(service, body, generation, params, tools, reader)
     if body.stream:
         return Stream(answer.events(), generation.close, error_event=answer.error_event)
@@ -70,7 +68,8 @@ async def count_input_tokens(body: ResponsesRequest, request: Request) -> Respon
     """The tokens that a request's input is."""
     service: Service = request.app.state.service
     service.check_model(body.model)
-    prompt = await _prompt(body, service, _tool_use(body, service))
+    tools = _tool_use(body, service)
+    prompt = await service.encode_chat(_talk(body, tools), tools.shown)
     answer: InputTokens = {"object": "response.input_tokens", "input_tokens": len(prompt["prompt_token_ids"])}
     return JSON(answer)
 
@@ -83,11 +82,11 @@ async def find_response(response_id: str) -> Response:
     raise ApiError(HTTPStatus.NOT_FOUND, f"no response {response_id!r}: {STATELESS}", param="response_id")
 
 
-async def _prompt(body: ResponsesRequest, service: Service, tools: ToolUse) -> dict[str, Any]:
+def _talk(body: ResponsesRequest, tools: ToolUse) -> ChatPrompt:
     talk = conversation(as_messages(body.input, body.instructions), "input", tools.tools)
     effort = body.reasoning.effort if body.reasoning else None
     wishes = {"reasoning_effort": effort, "chat_template_kwargs": body.chat_template_kwargs}
-    return await service.encode_chat(talk.model_copy(update=wishes))
+    return talk.model_copy(update=wishes)
 
 
 def _tool_use(body: ResponsesRequest, service: Service) -> ToolUse:
@@ -164,6 +163,8 @@ class _Answer:
         self._reader = reader
         self._items = Items(tools.call_id, service.config.response_role)
         self._numbers = itertools.count()
+        self._logprobs: list[Any] = []
+        """Those of tokens whose text is still to come."""
 
     def whole(self, output: RequestOutput) -> ResponseObject:
         """The answer in one piece."""
@@ -202,21 +203,22 @@ class _Answer:
 
     def _take(self, completion: CompletionOutput) -> list[dict[str, Any]]:
         """The events of what is new."""
-        found: list[Any] | None = None
         if completion.logprobs is not None:
             count = self._body.top_logprobs or 0
-            found = list(
-                logprobs.for_chat(completion.logprobs, completion.token_ids, count, False)["content"]
-            )
+            found = logprobs.for_chat(completion.logprobs, completion.token_ids, count, False)
+            self._logprobs += found["content"]
         parts = self._reader.read(completion)
         if not self._body.include_reasoning:
             parts = [part for part in parts if not isinstance(part, Reasoning)]
         events: list[dict[str, Any]] = []
         for part in parts:
-            events += self._items.take(part, found if isinstance(part, Content) else None)
-            found = None if isinstance(part, Content) else found
+            told: list[Any] = []
+            if isinstance(part, Content):
+                told, self._logprobs = self._logprobs, told
+            events += self._items.take(part, told)
         if completion.finish_reason is not None:
-            events += self._items.end("incomplete" if completion.finish_reason == "length" else "completed")
+            status = "incomplete" if completion.finish_reason == "length" else "completed"
+            events += self._items.end(status, self._logprobs)
         return events
 
     def _object(self, completion: CompletionOutput | None = None) -> ResponseObject:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
@@ -20,9 +20,9 @@ from vllmlite.errors import ParameterError
 from vllmlite.outputs import RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
-from vllmlite.server.config import ServerConfig
+from vllmlite.server.config import ServerConfig, check_template_variables
 from vllmlite.server.conversation import as_mapping
-from vllmlite.server.errors import ApiError
+from vllmlite.server.errors import ApiError, renamed
 from vllmlite.server.metrics import Metrics
 from vllmlite.server.protocol.base import Usage
 from vllmlite.server.protocol.chat import ChatPrompt, Tool
@@ -31,7 +31,7 @@ from vllmlite.server.sse import unless_gone
 logger = logging.getLogger(__name__)
 
 INLINE_CHARACTERS = 4096
-"""Texts up to this length are tokenised on the event loop; longer ones in a thread, while others are served."""
+"""Texts up to this length, and as many ids, are read on the event loop; more in a thread, while others are served."""
 
 
 MAX_REQUEST_ID = 256
@@ -166,12 +166,8 @@ class Service:
         """Raise a 404 unless ``name`` is served; no name means the one that is."""
         if name and name not in self.model_names:
             served = ", ".join(self.model_names)
-            raise ApiError(
-                HTTPStatus.NOT_FOUND,
-                f"model={name!r}: not served here; {served} is",
-                param="model",
-                code="model_not_found",
-            )
+            message = str(ParameterError("model", name, f"not served here; {served} is"))
+            raise ApiError(HTTPStatus.NOT_FOUND, message, param="model", code="model_not_found")
 
     def chat_limit(self, wanted: int | None) -> int | None:
         """The most tokens of an answer in a conversation; None: up to the context, where the checkpoint names no
@@ -264,21 +260,29 @@ class Service:
     async def encode(self, prompt: Any, add_special_tokens: bool = True) -> dict[str, Any]:
         """A prompt with its ids. A text that cannot fit is refused before it is tokenised."""
         if isinstance(prompt, str):
-            longest = self.max_model_len * self.tokenizer.max_token_length
-            if len(prompt) > longest:
-                raise ParameterError(
-                    "prompt",
-                    f"{len(prompt)} characters",
-                    f"cannot fit the context of {self.max_model_len} tokens",
-                )
-            if len(prompt) <= INLINE_CHARACTERS:
-                ids = self.tokenizer.encode(prompt, add_special_tokens)
-            else:
-                ids = await asyncio.to_thread(self.tokenizer.encode, prompt, add_special_tokens)
+            with renamed(text="prompt"):
+                ids = await self.tokenised(len(prompt), self.tokenizer.encode, prompt, add_special_tokens)
             return {"prompt": prompt, "prompt_token_ids": ids}
         if not isinstance(prompt, list):
             raise ParameterError("prompt", prompt, "must be text or token ids")
         return self.engine.llm_engine.encode({"prompt_token_ids": prompt})
+
+    async def tokenised(self, characters: int, encode: Callable[..., list[int]], *args: Any) -> list[int]:
+        """What ``encode(*args)`` makes of so many characters. Raises :class:`ParameterError` if they cannot fit."""
+        if characters > self.max_model_len * self.tokenizer.max_token_length:
+            raise ParameterError(
+                "prompt", f"{characters} characters", f"cannot fit the context of {self.max_model_len} tokens"
+            )
+        if characters <= INLINE_CHARACTERS:
+            return encode(*args)
+        return await asyncio.to_thread(encode, *args)
+
+    async def decode(self, ids: list[int]) -> str:
+        """The text of ``ids``, special tokens included. Raises :class:`ParameterError` on what is no id."""
+        self.tokenizer.check_ids(ids)
+        if len(ids) <= INLINE_CHARACTERS:
+            return self.tokenizer.decode(ids, skip_special_tokens=False)
+        return await asyncio.to_thread(self.tokenizer.decode, ids, skip_special_tokens=False)
 
     async def encode_chat(self, body: ChatPrompt, offer_tools: bool = True) -> dict[str, Any]:
         """The prompt of a conversation, through the chat template, which is told of tools if ``offer_tools``."""
@@ -292,8 +296,7 @@ class Service:
                 )
             template = body.chat_template
         variables = {**self.config.default_chat_template_kwargs, **body.template_variables()}
-        for name in _TEMPLATE_ARGUMENTS & variables.keys():
-            raise ParameterError("chat_template_kwargs", name, "is an argument of its own")
+        check_template_variables("chat_template_kwargs", variables)
         if body.documents and "documents" not in (template or self.tokenizer.chat_template or ""):
             raise ParameterError(
                 "documents", len(body.documents), "the chat template shows none: put them into the messages"
@@ -316,8 +319,3 @@ def request_id(given: str | None, request: HTTPConnection) -> str | None:
 
 def _definitions(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
     return [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
-
-
-_TEMPLATE_ARGUMENTS = frozenset(
-    "messages conversation chat_template add_generation_prompt continue_final_message tools self".split()
-)

@@ -63,7 +63,17 @@ KEEP_ALIVE = b": keep-alive\n\n"
 
 def error_event(error: Exception) -> bytes:
     """The end of a stream that cannot go on."""
-    return event(as_api_error(error).body()) + DONE
+    return plain_error_event(error) + DONE
+
+
+def plain_error_event(error: Exception) -> bytes:
+    """The same for streams that end without a mark."""
+    return event(as_api_error(error).body())
+
+
+def error_line(error: Exception) -> bytes:
+    """The same for streams of lines."""
+    return to_json(as_api_error(error).body()) + b"\n"
 
 
 class JSON(Response):

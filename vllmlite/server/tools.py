@@ -31,6 +31,8 @@ class ToolUse:
     parallel: bool = True
     parser_name: str | None = None
     """Of :data:`TOOL_PARSERS`: reads calls that the model was free not to make."""
+    shown: bool = True
+    """Whether the chat template is told of them."""
 
     @classmethod
     def of(
@@ -57,7 +59,8 @@ class ToolUse:
                 choice,
                 "the server reads no calls out of answers: --enable-auto-tool-choice and --tool-call-parser",
             )
-        return cls(tools, choice, name, parallel is not False, config.tool_call_parser)
+        shown = choice != "none" or not config.exclude_tools_when_tool_choice_none
+        return cls(tools, choice, name, parallel is not False, config.tool_call_parser, shown)
 
     def structure(self) -> StructuredOutputsParams | None:
         """What the output must be where calls are forced: one call's arguments, or a list of calls."""

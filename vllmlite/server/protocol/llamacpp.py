@@ -69,7 +69,7 @@ class LlamaRequest(Request):
     )
     n_indent: int = Field(0, ge=0, description="Ends before a line, but the first, that is indented by less.")
     t_max_predict_ms: int = Field(
-        0, ge=-1, description="Ends at the end of a line after this time; -1, 0: never."
+        0, ge=-1, le=2**53, description="Ends at the end of a line after this time; -1, 0: never."
     )
     samplers: Strings | None = Field(None, description="Those to use; default: all that have a parameter.")
     temperature: float | None = None
