@@ -45,6 +45,8 @@ SAMPLING = {
 """llama.cpp's names of sampling parameters, and vLLM's."""
 STOP_TYPES = {"length": "limit", "stop": "eos"}
 NO_BIAS = -100.0
+RANDOM_SEEDS = (-1, 2**32 - 1)
+"""Seeds with which llama.cpp draws one."""
 _MISSING = object()
 
 
@@ -138,7 +140,7 @@ def _params(body: LlamaRequest, default: SamplingParams) -> SamplingParams:
     given: dict[str, Any] = {
         theirs: getattr(body, ours) for ours, theirs in SAMPLING.items() if getattr(body, ours) is not None
     }
-    if body.seed is not None and body.seed != -1:
+    if body.seed not in (None, *RANDOM_SEEDS):
         given["seed"] = body.seed
     if body.logit_bias is not None:
         given["logit_bias"] = _bias(body.logit_bias)

@@ -255,7 +255,12 @@ class Service:
             raise ParameterError("prompt", prompts, "must be text, token ids, or a list with some of either")
         if len(prompts) > self.config.max_prompts:
             raise ParameterError("prompt", len(prompts), f"must be at most {self.config.max_prompts} prompts")
-        return [await self.encode(prompt, add_special_tokens) for prompt in prompts]
+        encoded = []
+        for index, prompt in enumerate(prompts):
+            if index:
+                await asyncio.sleep(0)  # a turn for others
+            encoded.append(await self.encode(prompt, add_special_tokens))
+        return encoded
 
     async def encode(self, prompt: Any, add_special_tokens: bool = True) -> dict[str, Any]:
         """A prompt with its ids. A text that cannot fit is refused before it is tokenised."""

@@ -79,7 +79,7 @@ class LlamaRequest(Request):
     repeat_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    seed: int | None = Field(None, description="-1, the default: another one each time.")
+    seed: int | None = Field(None, description="-1, the default, or 4294967295: another one each time.")
     ignore_eos: bool | None = None
     logit_bias: Annotated[Any, WithJsonSchema(_BIAS_SCHEMA)] = None
     n_probs: int = Field(0, ge=0, description="Likeliest tokens to report with each.")
