@@ -148,6 +148,25 @@ def test_structural_tags(llm: LLM, tag: Any) -> None:
         assert xgrammar.GrammarMatcher(compiled.native).accept_string(text) == fits, text
 
 
+XML = {
+    "type": "object",
+    "properties": {"n": {"enum": ["ab", "12"], "pattern": "a"}, "s": {"type": "string", "maxLength": 3}},
+    "required": ["n", "s"],
+}
+
+
+@pytest.mark.parametrize("form", [{"type": "qwen_xml_parameter"}, {"type": "json_schema", "style": "qwen_xml"}])
+def test_schemas_of_another_style_are_enforced_too(llm: LLM, form: dict[str, Any]) -> None:
+    import xgrammar
+
+    tag = StructuredOutputsParams(structural_tag={"format": {**form, "json_schema": XML}})
+    compiled = llm.llm_engine.grammars.compile(tag)
+    for n, s, fits in (("ab", "abc", True), ("12", "abc", False), ("ab", "abcd", False)):
+        text = f"<parameter=n>{n}</parameter><parameter=s>{s}</parameter>"
+        assert xgrammar.GrammarMatcher(compiled.native).accept_string(text) == fits, text
+    assert not xgrammar.GrammarMatcher(compiled.native).accept_string("{")
+
+
 def test_what_a_structural_tag_forces_is_written(llm: LLM) -> None:
     forced = {**TAGS[0]["format"], "at_least_one": True, "stop_after_first": True}
     text = text_of(llm, params({"structural_tag": {"format": forced}}, temperature=1.0, seed=5))
