@@ -100,7 +100,11 @@ def unpack(stream: BinaryIO) -> Any:
     head = stream.read(LENGTH.size)
     if len(head) < LENGTH.size:
         raise EOFError
-    return pickle.loads(stream.read(*LENGTH.unpack(head)))
+    (length,) = LENGTH.unpack(head)
+    content = stream.read(length)
+    if len(content) < length:
+        raise EOFError  # who wrote it was killed
+    return pickle.loads(content)
 
 
 class Place(Protocol):
@@ -273,20 +277,17 @@ class Host:
         return True
 
     def _receive(self) -> None:
-        with self._connection.makefile("rb") as stream:
-            while True:
-                try:
+        try:
+            with self._connection.makefile("rb") as stream, suppress(EOFError, OSError):
+                while True:
                     command = self._with_grammar(unpack(stream))
-                except (EOFError, OSError):
-                    command = None
-                with self._wake:
-                    if command is None:
-                        self._closed = True
-                    else:
+                    with self._wake:
                         self._commands.append(command)
-                    self._wake.notify()
-                if command is None:
-                    return
+                        self._wake.notify()
+        finally:  # nobody listens any more, be it for an error here
+            with self._wake:
+                self._closed = True
+                self._wake.notify()
 
     def _send(self) -> None:
         try:
@@ -308,7 +309,9 @@ class Host:
                 self._grammars.load(structure, packed)
             compiled = self._grammars.compile(structure)
             command.options["grammar"] = self._grammars.start(compiled, structure.after)
-        except ParameterError as error:
+        except Exception as error:  # of xgrammar too, which is another's
+            if not isinstance(error, ParameterError):
+                logger.exception("a grammar cannot be used; its request ends with an error")
             metrics = RequestMetrics(command.options["arrival_time"])
             return EngineOutput(request_id, [], "error", None, 0, metrics, error=str(error))
         return command
