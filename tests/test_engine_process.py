@@ -265,11 +265,11 @@ def test_what_the_socket_does_not_take_at_once_is_sent_later() -> None:
     async def run() -> None:
         client.attend(asyncio.get_running_loop(), client.receive)
         for index in range(20):
-            client.add_request(str(index), prompt, SamplingParams(max_tokens=1))
+            client.add_request(str(index), [index, *prompt], SamplingParams(max_tokens=1))
         with place.theirs.makefile("rb") as stream:
             for index in range(20):
                 command = await asyncio.to_thread(unpack, stream)
-                assert command.args[1] == prompt
+                assert command.args[1] == [index, *prompt]
         client.close()
 
     with place.theirs:
