@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -177,6 +178,8 @@ class EngineThread:
             target=self._run, args=(theirs, started), name="vllmlite-engine", daemon=True
         )
         self._thread.start()
+        # Python would end the thread amid a step when the program ends, which native code answers with an abort.
+        weakref.finalize(self, _end, self.connection, self._thread)
 
     def wait_for_end(self) -> str:
         """See :class:`Place`."""
@@ -190,6 +193,13 @@ class EngineThread:
         except BaseException as error:
             logger.exception("the engine's thread ends")
             self._error = error
+
+
+def _end(connection: socket.socket, thread: threading.Thread) -> None:
+    """Have a host's thread end, if it has not, and wait for that."""
+    with suppress(OSError):  # closed already
+        connection.shutdown(socket.SHUT_RDWR)
+    thread.join(CLOSING_SECONDS)
 
 
 def main() -> None:
