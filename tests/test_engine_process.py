@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from vllmlite import LLM, AsyncLLM, EngineConfig, LLMEngine, SamplingParams
+from vllmlite.async_llm import NewRequest, OutputStream
 from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.trace import TraceEvent
 from vllmlite.engine_client import EngineClient
@@ -297,6 +298,22 @@ def test_an_engine_serves_one_event_loop_at_a_time() -> None:
         assert len(errors) == 1 and "another event loop" in str(errors[0])
         asyncio.run(elsewhere())
         assert len(errors) == 1
+    finally:
+        engine.shutdown()
+
+
+def test_what_is_asked_between_two_event_loops_is_done() -> None:
+    engine = AsyncLLM(CONFIG)
+    endless = SamplingParams(max_tokens=200, ignore_eos=True)
+
+    async def begin() -> OutputStream:
+        stream = await engine.submit([NewRequest("x", "Debian is", endless)])
+        await stream.take()
+        return stream
+
+    try:
+        asyncio.run(begin()).close()
+        assert asyncio.run(engine.stats()).num_running == 0
     finally:
         engine.shutdown()
 

@@ -210,14 +210,15 @@ class EngineClient:
 
     def _send(self, command: Command) -> None:
         self.check()
+        if self._loop is not None and self._loop.is_closed():
+            self.leave()
         if self._loop is None:
             self._unsent += pack(command)
             self._flush()
             return
         if not self._unsent:
-            self._loop.call_soon(
-                self._flush
-            )  # once for all that the loop's tasks ask now: each send wakes the host
+            # once for all that the loop's tasks ask now: each send wakes the host
+            self._loop.call_soon(self._flush)
         self._unsent += pack(command)
 
     def _flush(self) -> None:

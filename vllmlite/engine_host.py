@@ -197,8 +197,7 @@ class EngineThread:
 
 def _end(connection: socket.socket, thread: threading.Thread) -> None:
     """Have a host's thread end, if it has not, and wait for that."""
-    with suppress(OSError):  # closed already
-        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
     thread.join(CLOSING_SECONDS)
 
 
