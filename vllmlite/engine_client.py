@@ -130,6 +130,10 @@ class EngineClient:
         """Forget every cached prefix."""
         self._send(Command("reset_prefix_cache"))
 
+    def expect_grammars(self) -> None:
+        """Have the host import what it needs for them."""
+        self._send(Command("expect_grammars"))
+
     def current_stats(self) -> EngineStats:
         """Counters as the host last told them."""
         return self.stats

@@ -307,6 +307,8 @@ class Host:
 
     def _with_grammar(self, command: Command) -> Command | EngineOutput:
         """A request with its grammar, made while the engine steps; or its end, if there is none."""
+        if command.name == "expect_grammars":
+            threading.Thread(target=_import_xgrammar, name="vllmlite-import").start()
         if command.name != "add_request":
             return command
         request_id, _, params = command.args
@@ -355,6 +357,12 @@ class Host:
             else:
                 self._introduced.discard(request_id)
         self._messages.put(message)
+
+
+def _import_xgrammar() -> None:
+    """So that the first grammar does not wait for it; who needs it finds out if that is in vain."""
+    with suppress(ImportError):
+        import xgrammar  # noqa: F401
 
 
 def says_more(output: EngineOutput) -> bool:

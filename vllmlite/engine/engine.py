@@ -136,6 +136,10 @@ class EngineCore(Protocol):
         """See :meth:`Engine.current_stats`."""
         ...
 
+    def expect_grammars(self) -> None:
+        """Make ready for requests with a grammar, the first of which is being compiled."""
+        ...
+
     def close(self) -> None:
         """End what runs elsewhere on its behalf."""
         ...
@@ -243,6 +247,9 @@ class Engine:
             return False
         self._end(request, reason, stop_reason)
         return True
+
+    def expect_grammars(self) -> None:
+        """They come ready for use."""
 
     def close(self) -> None:
         """Nothing of it runs elsewhere."""
