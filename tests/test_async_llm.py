@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +93,21 @@ def test_shutdown_ends_open_streams() -> None:
         asyncio.run(cut_off())
     with pytest.raises(VllmliteError, match="shut down"):
         asyncio.run(text_of(engine, "Debian is", "late"))
+
+
+def test_a_program_that_ends_amid_a_step_ends_well() -> None:
+    script = (
+        "import asyncio\n"
+        "from vllmlite import AsyncLLM, EngineConfig, SamplingParams\n"
+        "from vllmlite.async_llm import NewRequest\n"
+        "engine = AsyncLLM(EngineConfig(device='cpu', max_model_len=256))\n"
+        "params = SamplingParams(max_tokens=200, ignore_eos=True)\n"
+        "async def run():\n"
+        "    stream = await engine.submit([NewRequest(str(i), 'Debian is', params) for i in range(8)])\n"
+        "    await stream.take()\n"
+        "asyncio.run(run())"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert ended.returncode == 0, ended.stderr

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from vllmlite import LLM, AsyncLLM, EngineConfig, LLMEngine, SamplingParams
+from vllmlite.async_llm import NewRequest, OutputStream
 from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.trace import TraceEvent
 from vllmlite.engine_client import EngineClient
-from vllmlite.engine_host import EngineProcess, unpack
+from vllmlite.engine_host import Command, EngineProcess, pack, unpack
 from vllmlite.errors import EngineDeadError, ModelError, ParameterError, VllmliteError
 from vllmlite.outputs import EngineStats, RequestOutput
 from vllmlite.pooling_params import PoolingParams
@@ -129,6 +130,39 @@ def test_a_grammar_is_made_where_the_engine_is(engine: LLMEngine) -> None:
     assert text in ("tar", "dpkg")
 
 
+def test_an_id_that_is_used_again_gets_nothing_of_the_request_before(engine: LLMEngine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    engine.add_request("x", "Debian is", params.clone(max_tokens=200))
+    engine.step()
+    engine.abort_request("x")
+    engine.add_request("x", "The kernel", params)
+    last: list[RequestOutput] = []
+    while engine.has_unfinished_requests():
+        last = engine.step() or last
+    at_home = LLM(dtype="float32", max_model_len=256, device="cpu").generate("The kernel", params)
+    assert last[0].request_id == "x"
+    assert last[0].outputs[0].token_ids == at_home[0].outputs[0].token_ids
+
+
+def test_a_grammar_that_cannot_be_used_ends_its_request_alone(engine: LLMEngine) -> None:
+    pytest.importorskip("xgrammar")
+    choice = StructuredOutputsParams(choice=["tar", "dpkg", "apt"])
+    compiled = engine.grammars.compile(choice)
+    compiled.packed, whole = b"damaged on the way", compiled.packed
+    params = SamplingParams(temperature=0, max_tokens=20, structured_outputs=choice)
+    try:
+        engine.add_request("bad", "A tool:", params)
+    finally:
+        compiled.packed = whole
+    engine.add_request("good", "Debian is", SamplingParams(max_tokens=4))
+    reasons = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            reasons[output.request_id] = output.outputs[0].finish_reason
+    assert reasons == {"bad": "error", "good": "length"}
+    assert engine.take_error("bad")
+
+
 def test_what_is_aborted_frees_its_blocks(engine: LLMEngine) -> None:
     engine.add_request("gone", "Debian is", SamplingParams(max_tokens=200, ignore_eos=True))
     engine.step()
@@ -232,11 +266,11 @@ def test_what_the_socket_does_not_take_at_once_is_sent_later() -> None:
     async def run() -> None:
         client.attend(asyncio.get_running_loop(), client.receive)
         for index in range(20):
-            client.add_request(str(index), prompt, SamplingParams(max_tokens=1))
+            client.add_request(str(index), [index, *prompt], SamplingParams(max_tokens=1))
         with place.theirs.makefile("rb") as stream:
             for index in range(20):
                 command = await asyncio.to_thread(unpack, stream)
-                assert command.args[:2] == (str(index), prompt)
+                assert command.args[1] == [index, *prompt]
         client.close()
 
     with place.theirs:
@@ -266,6 +300,30 @@ def test_an_engine_serves_one_event_loop_at_a_time() -> None:
         assert len(errors) == 1
     finally:
         engine.shutdown()
+
+
+def test_what_is_asked_between_two_event_loops_is_done() -> None:
+    engine = AsyncLLM(CONFIG)
+    endless = SamplingParams(max_tokens=200, ignore_eos=True)
+
+    async def begin() -> OutputStream:
+        stream = await engine.submit([NewRequest("x", "Debian is", endless)])
+        await stream.take()
+        return stream
+
+    try:
+        asyncio.run(begin()).close()
+        assert asyncio.run(engine.stats()).num_running == 0
+    finally:
+        engine.shutdown()
+
+
+def test_it_ends_when_its_user_is_killed_amid_a_message() -> None:
+    place = EngineProcess(CONFIG)
+    place.wait_until_ready()
+    place.connection.sendall(pack(Command("reset_prefix_cache"))[:-1])
+    place.connection.close()
+    assert place.process.wait(30) == 0
 
 
 def test_it_ends_when_its_user_is_killed() -> None:

@@ -84,6 +84,14 @@ def test_the_output_is_what_was_asked_for(llm: LLM, temperature: float) -> None:
     assert [output.outputs[0].text for output in together] == [*alone, calm]
 
 
+def test_without_an_end_of_text_the_last_token_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllmlite.runner.startup._eos_ids", lambda *_: [])
+    endless = LLM(dtype="float32", max_model_len=256, device="cpu")
+    assert not endless.llm_engine.engine_core.bounds.eos_ids
+    for wish in WISHES[2:]:
+        assert holds(wish, text_of(endless, params(wish, temperature=1.0, seed=7))), wish
+
+
 def test_two_steps_in_flight_and_several_completions() -> None:
     texts = []
     for two in (False, True):
@@ -146,6 +154,30 @@ def test_structural_tags(llm: LLM, tag: Any) -> None:
         ("< f=b", True),
     ):
         assert xgrammar.GrammarMatcher(compiled.native).accept_string(text) == fits, text
+
+
+XML = {
+    "type": "object",
+    "properties": {"n": {"enum": ["ab", "12"], "pattern": "a"}, "s": {"type": "string", "maxLength": 3}},
+    "required": ["n", "s"],
+}
+
+
+@pytest.mark.parametrize(
+    "form", [{"type": "qwen_xml_parameter"}, {"type": "json_schema", "style": "qwen_xml"}]
+)
+def test_schemas_of_another_style_are_enforced_too(llm: LLM, form: dict[str, Any]) -> None:
+    import xgrammar
+    from xgrammar.structural_tag import JSONSchemaFormat
+
+    if "style" in form and "style" not in JSONSchemaFormat.model_fields:
+        pytest.skip("this version of xgrammar knows no styles")
+    tag = StructuredOutputsParams(structural_tag={"format": {**form, "json_schema": XML}})
+    compiled = llm.llm_engine.grammars.compile(tag)
+    for n, s, fits in (("ab", "abc", True), ("12", "abc", False), ("ab", "abcd", False)):
+        text = f"<parameter=n>{n}</parameter><parameter=s>{s}</parameter>"
+        assert xgrammar.GrammarMatcher(compiled.native).accept_string(text) == fits, text
+    assert not xgrammar.GrammarMatcher(compiled.native).accept_string("{")
 
 
 def test_what_a_structural_tag_forces_is_written(llm: LLM) -> None:

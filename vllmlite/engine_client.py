@@ -28,6 +28,9 @@ RECEIVED_BYTES = 1 << 16
 class _Asked:
     """A request that the host is at."""
 
+    request_id: str
+    name: str
+    """What the host calls it: of an id that is used again, it may still tell about the request that had it before."""
     prompt_token_ids: list[int]
     metrics: RequestMetrics
     num_cached_tokens: int = 0
@@ -49,6 +52,10 @@ class EngineClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._received, self._unsent = bytearray(), bytearray()
         self._requests: dict[str, _Asked] = {}
+        """By their ids."""
+        self._named: dict[str, _Asked] = {}
+        """The same, by their names."""
+        self._num_added = 0
         self._questions: deque[asyncio.Future[Any]] = deque()
         self._sent: OrderedDict[str, None] = OrderedDict()
         """Keys of grammars that the host has, the oldest first: it forgets them in the same order."""
@@ -99,16 +106,20 @@ class EngineClient:
         given = options.get("arrival_time")
         arrival = time.monotonic() if given is None else given
         sent = {**options, "arrival_time": arrival, "grammar": self._to_send(options.get("grammar"))}
-        self._send(Command("add_request", (request_id, prompt, params), sent))
-        asked = _Asked(prompt, RequestMetrics(arrival, num_prompt_tokens=len(prompt)))
-        self._requests[request_id] = asked
+        name = str(self._num_added)
+        self._send(Command("add_request", (name, prompt, params), sent))
+        self._num_added += 1
+        asked = _Asked(request_id, name, prompt, RequestMetrics(arrival, num_prompt_tokens=len(prompt)))
+        self._requests[request_id] = self._named[name] = asked
         return asked
 
     def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> bool:
         """End a request from outside; its blocks are free before the engine's next step."""
-        if self._requests.pop(request_id, None) is None:
+        asked = self._requests.pop(request_id, None)
+        if asked is None:
             return False
-        self._send(Command("finish", (request_id, reason, stop_reason)))
+        del self._named[asked.name]
+        self._send(Command("finish", (asked.name, reason, stop_reason)))
         return True
 
     def has_unfinished_requests(self) -> bool:
@@ -118,6 +129,10 @@ class EngineClient:
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix."""
         self._send(Command("reset_prefix_cache"))
+
+    def expect_grammars(self) -> None:
+        """Have the host import what it needs for them."""
+        self._send(Command("expect_grammars"))
 
     def current_stats(self) -> EngineStats:
         """Counters as the host last told them."""
@@ -199,14 +214,15 @@ class EngineClient:
 
     def _send(self, command: Command) -> None:
         self.check()
+        if self._loop is not None and self._loop.is_closed():
+            self.leave()
         if self._loop is None:
             self._unsent += pack(command)
             self._flush()
             return
         if not self._unsent:
-            self._loop.call_soon(
-                self._flush
-            )  # once for all that the loop's tasks ask now: each send wakes the host
+            # once for all that the loop's tasks ask now: each send wakes the host
+            self._loop.call_soon(self._flush)
         self._unsent += pack(command)
 
     def _flush(self) -> None:
@@ -245,30 +261,32 @@ class EngineClient:
         del received[:start]
 
     def _take_in(self, message: Given, given: dict[str, EngineOutput]) -> None:
-        """Add a step to what is ``given``, by request."""
-        for request_id, token_id in zip(message.request_ids, message.token_ids, strict=True):
-            asked = self._requests.get(request_id)
+        """Add a step to what is ``given``, by the host's names."""
+        for name, token_id in zip(message.request_ids, message.token_ids, strict=True):
+            asked = self._named.get(name)
             if asked is None:
                 continue  # ended from here; the host does not know yet
             asked.metrics.count_token(message.time)
-            earlier = given.get(request_id)
+            earlier = given.get(name)
             if earlier is None:
-                given[request_id] = EngineOutput(
-                    request_id, [token_id], None, None, asked.num_cached_tokens, asked.metrics
+                given[name] = EngineOutput(
+                    asked.request_id, [token_id], None, None, asked.num_cached_tokens, asked.metrics
                 )
             else:
                 earlier.new_token_ids.append(token_id)
         for output in message.outputs:
-            asked = self._requests.get(output.request_id)
+            name = output.request_id
+            asked = self._named.get(name)
             if asked is None:
                 continue
+            output.request_id = asked.request_id
             asked.metrics, asked.num_cached_tokens = output.metrics, output.num_cached_tokens
-            earlier = given.get(output.request_id)
+            earlier = given.get(name)
             if earlier is not None:
                 output.new_token_ids[:0] = earlier.new_token_ids
-            given[output.request_id] = output
+            given[name] = output
             if output.finish_reason is not None:
-                del self._requests[output.request_id]
+                del self._requests[asked.request_id], self._named[name]
 
 
 def _joins(message: Given, given: dict[str, EngineOutput]) -> bool:

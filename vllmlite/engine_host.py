@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -100,7 +101,11 @@ def unpack(stream: BinaryIO) -> Any:
     head = stream.read(LENGTH.size)
     if len(head) < LENGTH.size:
         raise EOFError
-    return pickle.loads(stream.read(*LENGTH.unpack(head)))
+    (length,) = LENGTH.unpack(head)
+    content = stream.read(length)
+    if len(content) < length:
+        raise EOFError  # who wrote it was killed
+    return pickle.loads(content)
 
 
 class Place(Protocol):
@@ -173,6 +178,8 @@ class EngineThread:
             target=self._run, args=(theirs, started), name="vllmlite-engine", daemon=True
         )
         self._thread.start()
+        # Python would end the thread amid a step when the program ends, which native code answers with an abort.
+        weakref.finalize(self, _end, self.connection, self._thread)
 
     def wait_for_end(self) -> str:
         """See :class:`Place`."""
@@ -186,6 +193,12 @@ class EngineThread:
         except BaseException as error:
             logger.exception("the engine's thread ends")
             self._error = error
+
+
+def _end(connection: socket.socket, thread: threading.Thread) -> None:
+    """Have a host's thread end, if it has not, and wait for that."""
+    connection.close()
+    thread.join(CLOSING_SECONDS)
 
 
 def main() -> None:
@@ -273,20 +286,17 @@ class Host:
         return True
 
     def _receive(self) -> None:
-        with self._connection.makefile("rb") as stream:
-            while True:
-                try:
+        try:
+            with self._connection.makefile("rb") as stream, suppress(EOFError, OSError):
+                while True:
                     command = self._with_grammar(unpack(stream))
-                except (EOFError, OSError):
-                    command = None
-                with self._wake:
-                    if command is None:
-                        self._closed = True
-                    else:
+                    with self._wake:
                         self._commands.append(command)
-                    self._wake.notify()
-                if command is None:
-                    return
+                        self._wake.notify()
+        finally:  # nobody listens any more, be it for an error here
+            with self._wake:
+                self._closed = True
+                self._wake.notify()
 
     def _send(self) -> None:
         try:
@@ -297,6 +307,8 @@ class Host:
 
     def _with_grammar(self, command: Command) -> Command | EngineOutput:
         """A request with its grammar, made while the engine steps; or its end, if there is none."""
+        if command.name == "expect_grammars":
+            threading.Thread(target=_import_xgrammar, name="vllmlite-import").start()
         if command.name != "add_request":
             return command
         request_id, _, params = command.args
@@ -308,7 +320,9 @@ class Host:
                 self._grammars.load(structure, packed)
             compiled = self._grammars.compile(structure)
             command.options["grammar"] = self._grammars.start(compiled, structure.after)
-        except ParameterError as error:
+        except Exception as error:  # of xgrammar too, which is another's
+            if not isinstance(error, ParameterError):
+                logger.exception("a grammar cannot be used; its request ends with an error")
             metrics = RequestMetrics(command.options["arrival_time"])
             return EngineOutput(request_id, [], "error", None, 0, metrics, error=str(error))
         return command
@@ -343,6 +357,12 @@ class Host:
             else:
                 self._introduced.discard(request_id)
         self._messages.put(message)
+
+
+def _import_xgrammar() -> None:
+    """So that the first grammar does not wait for it; who needs it finds out if that is in vain."""
+    with suppress(ImportError):
+        import xgrammar  # noqa: F401
 
 
 def says_more(output: EngineOutput) -> bool:

@@ -151,6 +151,7 @@ class LLMEngine:
 
         bounds = self.engine_core.bounds
         here = isinstance(self.engine_core, Engine)
+        self.engine_core.expect_grammars()
         return Grammars(self.get_tokenizer(), bounds.vocab_size, sorted(bounds.eos_ids), loads=here)
 
     def encode(self, prompt: Prompt) -> dict[str, Any]:

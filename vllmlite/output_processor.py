@@ -191,7 +191,11 @@ class OutputProcessor:
             k = group.params.prompt_logprobs or 0
             group.prompt_logprobs = [None, *(self._logprobs(entry, k) for entry in output.prompt_logprobs)]
         stop: str | None = None
-        ended_by_token = output.finish_reason == "stop" and not group.params.include_stop_str_in_output
+        ended_by_token = (
+            output.finish_reason == "stop"
+            and not output.ends_in_text
+            and not group.params.include_stop_str_in_output
+        )
         token_ids = output.new_token_ids
         if detokenizer is not None:
             taken, stop = detokenizer.extend(token_ids[:-1] if ended_by_token else token_ids)

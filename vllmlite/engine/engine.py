@@ -75,6 +75,8 @@ class EngineOutput:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Set once, when the whole prompt's are known: positions 1 up to its length."""
+    ends_in_text: bool = False
+    """Whether a ``stop`` is the end of a grammar that no token stands for: the last one is text like the others."""
     pooled: list[float] | None = None
     """The vector of a pooling request, which is all that comes of it."""
     error: str | None = None
@@ -132,6 +134,10 @@ class EngineCore(Protocol):
 
     def current_stats(self) -> EngineStats:
         """See :meth:`Engine.current_stats`."""
+        ...
+
+    def expect_grammars(self) -> None:
+        """Make ready for requests with a grammar, the first of which is being compiled."""
         ...
 
     def close(self) -> None:
@@ -242,6 +248,9 @@ class Engine:
         self._end(request, reason, stop_reason)
         return True
 
+    def expect_grammars(self) -> None:
+        """They come ready for use."""
+
     def close(self) -> None:
         """Nothing of it runs elsewhere."""
 
@@ -339,6 +348,7 @@ class Engine:
             output = EngineOutput(
                 request.request_id, [token_id], reason, stop_reason, request.num_cached_tokens or 0, metrics
             )
+            output.ends_in_text = complete and token_id not in request.stop_ids
             if logprobs is not None and request.params.logprobs is not None:
                 output.logprobs = logprobs[sampled - 1]
             if request.params.prompt_logprobs is not None:

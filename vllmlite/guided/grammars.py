@@ -2,7 +2,7 @@
 
 A grammar is compiled once, by :mod:`vllmlite.guided.compiler`, and kept; a sequence walks through it with a
 :class:`Matcher`, whose mask says which token may come next. xgrammar (Dong et al. 2024) is imported by the first
-grammar, where the engine is and in the process that compiles: it may bring torch in, which takes seconds.
+grammar, at once where the engine is and in the process that compiles: it may bring torch in, which takes seconds.
 """
 
 from __future__ import annotations

@@ -46,14 +46,22 @@ def grammar_of(schema: Schema) -> Any:
 
 
 def with_grammars(tag: Any) -> Any:
-    """A part of a structural tag, where grammars take the place of written schemas."""
+    """A part of a structural tag, where grammars take the place of written schemas, but for those of another style
+    than JSON, or with more to say."""
+    from xgrammar import Grammar
+
     if isinstance(tag, list):
         return [with_grammars(entry) for entry in tag]
     if not isinstance(tag, dict):
         return tag
-    if tag.keys() == {"type", "json_schema"}:
-        return {"type": "grammar", "grammar": _readable(str(grammar_of(tag["json_schema"])))}
-    return {name: with_grammars(value) for name, value in tag.items()}
+    if tag.keys() == {"type", "json_schema"} and tag["type"] == "json_schema":
+        grammar = str(grammar_of(tag["json_schema"]))
+        if str(Grammar.from_ebnf(text := _readable(grammar))) == grammar:
+            return {"type": "grammar", "grammar": text}
+    return {
+        name: _filtered(value) if name == "json_schema" else with_grammars(value)
+        for name, value in tag.items()
+    }
 
 
 def _readable(text: str) -> str:
