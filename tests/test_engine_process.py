@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,27 @@ def test_what_can_never_be_served_is_refused_at_once(engine: LLMEngine) -> None:
     with pytest.raises(ParameterError, match="max_logprobs"):
         engine.add_request("wide", [1], SamplingParams(logprobs=100))
     assert not engine.has_unfinished_requests()
+
+
+def test_a_request_that_cannot_be_sent_leaves_nothing(
+    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, calls = engine.engine_core.add_request, []
+
+    def fail(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise TypeError("cannot be pickled")
+        return add(*args, **options)
+
+    monkeypatch.setattr(engine.engine_core, "add_request", fail)
+    params = SamplingParams(n=2, temperature=1, max_tokens=2)
+    with pytest.raises(TypeError):
+        engine.add_request("again", "Debian is", params)
+    assert not engine.has_unfinished_requests()
+    engine.add_request("again", "Debian is", params)
+    while engine.has_unfinished_requests():
+        engine.step()
 
 
 def test_embeddings_are_those_of_an_engine_at_home(engine: LLMEngine) -> None:

@@ -111,7 +111,7 @@ class LLMEngine:
                     arrival_time=arrival_time,
                 )
                 added.append(child)
-        except ParameterError:
+        except Exception:
             self._processor.forget(request_id)
             for child in added:
                 self.engine_core.finish(child)
