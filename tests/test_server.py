@@ -240,10 +240,14 @@ def test_plain_generate(service: Service) -> None:
     text = direct(service, PROMPT, **GREEDY).outputs[0].text
     assert post(service, "/generate", prompt=PROMPT, **GREEDY) == {"text": [PROMPT + text]}
 
+    paths = get(service, "/openapi.json").json()["paths"]
+    documented = paths["/generate"]["post"]["responses"]
+
     async def lines(client: httpx.AsyncClient) -> list[Any]:
         async with client.stream(
             "POST", "/generate", json={"prompt": PROMPT, "stream": True, **GREEDY}
         ) as answer:
+            assert answer.headers["content-type"].partition(";")[0] in documented["200"]["content"]
             return [json.loads(line) async for line in answer.aiter_lines()]
 
     found = ask(service, lines)

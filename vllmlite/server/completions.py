@@ -22,7 +22,7 @@ from vllmlite.server.protocol.completions import (
     GenerateRequest,
 )
 from vllmlite.server.service import Generation, Service, request_id
-from vllmlite.server.sse import DONE, JSON, Chunks, Stream, error_line, event, to_json
+from vllmlite.server.sse import DONE, JSON, LINES, Chunks, Stream, error_line, event, to_json
 
 router = APIRouter()
 
@@ -150,7 +150,7 @@ class _Answer:
         return choice
 
 
-@router.post("/generate", responses=documented(Generated, streams=True))
+@router.post("/generate", responses=documented(Generated, lines=True))
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """Complete one prompt; the answer repeats it. A stream is lines of JSON, each with all the text so far."""
     arrival = time.monotonic()
@@ -168,9 +168,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
         cache_salt=body.cache_salt, arrival_time=arrival,
     )  # fmt: skip
     if body.stream:
-        return Stream(
-            _lines(service, generation, params), generation.close, "application/x-ndjson", error_line
-        )
+        return Stream(_lines(service, generation, params), generation.close, LINES, error_line)
     (output,) = await generation.finished(request.receive)
     before = _prompt_text(service, output)
     return JSON({"text": [before + completion.text for completion in output.outputs]})

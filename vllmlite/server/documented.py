@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllmlite.server.protocol.base import ErrorAnswer
+from vllmlite.server.sse import LINES
 
 ERRORS = {
     400: "A field is wrong: `param` names it.",
@@ -19,15 +20,15 @@ ERRORS = {
 
 
 def documented(
-    answer: Any = None, *, streams: bool = False, error: Any = ErrorAnswer
+    answer: Any = None, *, streams: bool = False, lines: bool = False, error: Any = ErrorAnswer
 ) -> dict[int | str, dict[str, Any]]:
-    """FastAPI's ``responses``: ``answer``, None for an empty one (also as server-sent events), and every error,
-    in the shape ``error``."""
+    """FastAPI's ``responses``: ``answer``, None for an empty one (also as server-sent events, or as lines of JSON),
+    and every error, in the shape ``error``."""
     good: dict[str, Any] = {"description": "The answer."}
     if answer is not None:
         good["model"] = answer
-    if streams:
-        good["content"] = {"text/event-stream": {"schema": {}}}
+    if streams or lines:
+        good["content"] = {LINES if lines else "text/event-stream": {"schema": {}}}
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": error, "description": text} for status, text in ERRORS.items()
     }

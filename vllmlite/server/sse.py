@@ -56,6 +56,8 @@ class Chunks:
 
 
 EVENTS = "text/event-stream"
+LINES = "application/x-ndjson"
+"""The type of a stream that is a line of JSON a piece."""
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 """A comment, which no client takes for an event."""
