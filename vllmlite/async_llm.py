@@ -107,7 +107,6 @@ class AsyncLLM:
         core = self._engine.engine_core
         assert isinstance(core, EngineClient)
         self._core = core
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._end: EngineDeadError | None = None
         self._death: EngineDeadError | None = None
         self._streams: dict[str, OutputStream] = {}
@@ -140,11 +139,10 @@ class AsyncLLM:
         return self._engine.get_tokenizer()
 
     async def submit(self, requests: Sequence[NewRequest]) -> OutputStream:
-        """Add requests, all or none. Raises :class:`ParameterError` if one can never be served."""
+        """Add requests, all or none. Raises :class:`ParameterError` if one can never be served.
+
+        A grammar that has not been compiled yet is now, while nothing else moves."""
         self._attend()
-        for request in requests:
-            if isinstance(request.params, SamplingParams) and request.params.structured_outputs is not None:
-                await asyncio.to_thread(self._engine.grammars.compile, request.params.structured_outputs)
         stream = OutputStream(self, requests)
         added: list[str] = []
         try:
@@ -169,6 +167,9 @@ class AsyncLLM:
         """Outputs of a request as its ``output_kind`` says. Leaving the iteration early aborts the request.
 
         Raises :class:`ParameterError` if it can never be served, VllmliteError if a step failed."""
+        structure = sampling_params.structured_outputs
+        if structure is not None:
+            await asyncio.to_thread(self._engine.grammars.compile, structure)
         stream = await self.submit(
             [NewRequest(request_id, prompt, sampling_params, priority, time.monotonic())]
         )
@@ -214,13 +215,7 @@ class AsyncLLM:
         """Have the running event loop take in what the engine gives. Raises EngineDeadError where there is none."""
         if self._end is not None:
             raise self._end
-        loop = asyncio.get_running_loop()
-        if self._loop is loop:
-            return
-        if self._loop is not None and not self._loop.is_closed():
-            raise VllmliteError("the engine belongs to another event loop")
-        self._loop = loop
-        self._core.attend(loop, self._take_in)
+        self._core.attend(asyncio.get_running_loop(), self._take_in)
 
     def _take_in(self) -> None:
         """Hand out what has come of the engine."""

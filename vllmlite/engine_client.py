@@ -15,7 +15,7 @@ from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.engine import Engine, EngineOutput, RequestOptions
 from vllmlite.engine.request import Grammar
 from vllmlite.engine_host import LENGTH, Answer, Command, EngineThread, Given, Place, pack, says_more
-from vllmlite.errors import EngineDeadError, ParameterError
+from vllmlite.errors import EngineDeadError, ParameterError, VllmliteError
 from vllmlite.guided.grammars import MAX_KEPT, Matcher
 from vllmlite.outputs import EngineStats, RequestMetrics
 from vllmlite.sampling_params import SamplingParams
@@ -71,8 +71,11 @@ class EngineClient:
 
     def attend(self, loop: asyncio.AbstractEventLoop, on_arrival: Callable[[], object]) -> None:
         """Have ``loop`` send what cannot be sent at once, and call ``on_arrival``, who is to :meth:`receive`, whenever
-        something has come."""
-        self.leave()
+        something has come. Raises VllmliteError if another one that is not closed attends."""
+        if self._loop is loop:
+            return
+        if self._loop is not None and not self._loop.is_closed():
+            raise VllmliteError("the engine belongs to another event loop")
         self._loop = loop
         loop.add_reader(self._connection, on_arrival)
         if self._unsent:
@@ -216,14 +219,12 @@ class EngineClient:
         self.check()
         if self._loop is not None and self._loop.is_closed():
             self.leave()
-        if self._loop is None:
-            self._unsent += pack(command)
-            self._flush()
-            return
-        if not self._unsent:
-            # once for all that the loop's tasks ask now: each send wakes the host
-            self._loop.call_soon(self._flush)
+        is_first = not self._unsent
         self._unsent += pack(command)
+        if self._loop is None:
+            self._flush()
+        elif is_first:  # once for all that the loop's tasks ask now: each send wakes the host
+            self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         """Send what has not been sent: without waiting where an event loop attends, which sends the rest later."""
