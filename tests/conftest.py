@@ -25,10 +25,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     """A service that takes reasoning and tool calls apart; modules that need another define their own."""
-    from served import serving
+    from served import TAKES_APART, serving
 
-    with serving(
-        enable_auto_tool_choice=True, tool_call_parser="hermes", reasoning_parser="qwen3",
-        trust_request_chat_template=True,
-    ) as service:  # fmt: skip
+    with serving(**TAKES_APART, trust_request_chat_template=True) as service:
         yield service

@@ -42,6 +42,14 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINE = EngineConfig(dtype="float32", max_model_len=256, device="cpu", num_gpu_blocks_override=256)
 
 
+TAKES_APART: dict[str, Any] = {
+    "enable_auto_tool_choice": True,
+    "tool_call_parser": "hermes",
+    "reasoning_parser": "qwen3",
+}
+"""Options of a server that takes reasoning and tool calls out of answers."""
+
+
 class Program:
     """A running ``vllmlite serve``."""
 

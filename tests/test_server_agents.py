@@ -13,7 +13,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 
 import httpx
-from served import Script, ask, check, post, serving, stream
+from served import TAKES_APART, Script, ask, check, post, serving, stream
 
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.server.protocol import messages, responses
@@ -43,10 +43,7 @@ CLAUDE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    with serving(
-        enable_auto_tool_choice=True, tool_call_parser="hermes", reasoning_parser="qwen3",
-        chat_template=TEMPLATE,
-    ) as service:  # fmt: skip
+    with serving(**TAKES_APART, chat_template=TEMPLATE) as service:
         yield service
 
 

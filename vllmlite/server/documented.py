@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllmlite.server.protocol.base import ErrorAnswer
-from vllmlite.server.sse import LINES
+from vllmlite.server.sse import LINES, Stream
 
 ERRORS = {
     400: "A field is wrong: `param` names it.",
@@ -28,7 +28,7 @@ def documented(
     if answer is not None:
         good["model"] = answer
     if streams or lines:
-        good["content"] = {LINES if lines else "text/event-stream": {"schema": {}}}
+        good["content"] = {LINES if lines else Stream.media_type: {"schema": {}}}
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": error, "description": text} for status, text in ERRORS.items()
     }
