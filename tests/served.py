@@ -159,33 +159,35 @@ def ask(service: Service, work: Callable[[httpx.AsyncClient], Awaitable[T]]) -> 
     return asyncio.run(run())
 
 
-def post(service: Service, path: str, status: int = 200, /, **body: Any) -> Any:
+async def posted(client: httpx.AsyncClient, path: str, status: int = 200, /, **body: Any) -> Any:
     """The JSON that a request is answered with."""
+    answer = await client.post(path, json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
 
-    async def work(client: httpx.AsyncClient) -> Any:
-        answer = await client.post(path, json=body)
-        assert answer.status_code == status, answer.text
-        return answer.json()
 
-    return ask(service, work)
+async def streamed(client: httpx.AsyncClient, path: str, /, **body: Any) -> list[tuple[str, Any]]:
+    """The server-sent events of a request: (name, data), the name empty where there is none."""
+    async with client.stream("POST", path, json={**body, "stream": True}) as answer:
+        text = (await answer.aread()).decode()
+        assert answer.status_code == 200, text
+        assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    found = []
+    for block in text.removesuffix("\n\n").split("\n\n"):
+        name, _, data = block.rpartition("data: ")
+        name = name.removeprefix("event: ").rstrip("\n")
+        found.append((name, data if data == "[DONE]" else json.loads(data)))
+    return found
+
+
+def post(service: Service, path: str, status: int = 200, /, **body: Any) -> Any:
+    """:func:`posted` with a client of its own."""
+    return ask(service, lambda client: posted(client, path, status, **body))
 
 
 def stream(service: Service, path: str, /, **body: Any) -> list[tuple[str, Any]]:
-    """The server-sent events of a request: (name, data), the name empty where there is none."""
-
-    async def work(client: httpx.AsyncClient) -> list[tuple[str, Any]]:
-        async with client.stream("POST", path, json={**body, "stream": True}) as answer:
-            text = (await answer.aread()).decode()
-            assert answer.status_code == 200, text
-            assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
-        found = []
-        for block in text.removesuffix("\n\n").split("\n\n"):
-            name, _, data = block.rpartition("data: ")
-            name = name.removeprefix("event: ").rstrip("\n")
-            found.append((name, data if data == "[DONE]" else json.loads(data)))
-        return found
-
-    return ask(service, work)
+    """:func:`streamed` with a client of its own."""
+    return ask(service, lambda client: streamed(client, path, **body))
 
 
 def check(kind: Any, value: Any) -> None:

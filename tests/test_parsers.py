@@ -85,12 +85,12 @@ CASES: list[tuple[str, str, list[Part]]] = [
 ]
 
 
-def parts_of(kind: str, pieces: list[str]) -> list[Part]:
+def parts_of(kind: str, pieces: list[str], cut: bool = False) -> list[Part]:
     parser = MAKE[kind]()
     found: list[Part] = []
     for piece in pieces:
         found += parser.feed(piece)
-    return merged([*found, *parser.finish()])
+    return merged([*found, *parser.finish(cut)])
 
 
 @pytest.mark.parametrize(("kind", "text", "expected"), CASES)
@@ -99,6 +99,8 @@ def test_text_is_taken_apart(kind: str, text: str, expected: list[Part]) -> None
     assert parts_of(kind, list(text)) == expected
 
 
+MARKS = ("<tool_call>", "[TOOL_CALLS]", "</think>", "<think>", '{"name": "', '<|python_tag|>{"name": "')
+"""What opens a call or ends reasoning."""
 WORDS = (
     '<tool_call> </tool_call> [TOOL_CALLS] [ARGS] <think> </think> <|python_tag|> {"name": "add" "arguments" '
     '"parameters": {"name":"add","arguments":{"a":[1]}} {} { } [ ] , ; : " \\ null 5 <tool <'
@@ -112,14 +114,49 @@ FRAGMENTS = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(kind=st.sampled_from(sorted(MAKE)), text=FRAGMENTS, data=st.data())
-def test_any_split_gives_the_same_parts(kind: str, text: str, data: st.DataObject) -> None:
+@given(kind=st.sampled_from(sorted(MAKE)), text=FRAGMENTS, cut=st.booleans(), data=st.data())
+def test_any_split_gives_the_same_parts(kind: str, text: str, cut: bool, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    whole = parts_of(kind, [text])
-    assert parts_of(kind, pieces) == whole == parts_of(kind, list(text))
+    whole = parts_of(kind, [text], cut)
+    assert parts_of(kind, pieces, cut) == whole == parts_of(kind, list(text), cut)
     begun = [part.index for part in whole if isinstance(part, CallBegin)]
     assert begun == list(range(len(begun)))
+
+
+def told(parts: list[Part], kind: type) -> str:
+    return "".join(part.text for part in parts if isinstance(part, kind) and not isinstance(part, CallBegin))
+
+
+@pytest.mark.parametrize(("kind", "text", "expected"), CASES)
+def test_an_answer_that_is_cut_tells_a_beginning_of_the_whole(
+    kind: str, text: str, expected: list[Part]
+) -> None:
+    """At every position: the calls and contents are those of the whole answer up to there. What only belongs to a
+    call's form is not content; a part of an opening mark, which might be content, is."""
+    calls = [(part.index, part.name) for part in expected if isinstance(part, CallBegin)]
+    for end in range(len(text)):
+        found = parts_of(kind, [text[:end]], cut=True)
+        begun = [(part.index, part.name) for part in found if isinstance(part, CallBegin)]
+        assert begun == calls[: len(begun)]
+        for index, _ in begun:
+            arguments = [
+                told([p for p in parts if getattr(p, "index", None) == index], CallArguments)
+                for parts in (found, expected)
+            ]
+            assert arguments[1].startswith(arguments[0])
+        assert told(expected, Reasoning).startswith(told(found, Reasoning)) or kind in ("think", "implied")
+        content, whole = told(found, Content).strip(), told(expected, Content).strip()
+        same = max(end for end in range(len(content) + 1) if whole.startswith(content[:end]))
+        leaked = content[same:].strip()
+        assert not calls or not leaked or any(mark.startswith(leaked) and mark != leaked for mark in MARKS)
+
+
+def test_forced_calls_that_are_cut_leak_nothing() -> None:
+    text = f"[{call('weather', WEATHER, 'parameters')}, {call('add', '{}', 'parameters')}]"
+    for end in range(len(text)):
+        parts = parts_of("required", [text[:end]], cut=True)
+        assert not any(isinstance(part, Content) for part in parts)
 
 
 @settings(max_examples=50, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import re
@@ -13,7 +14,9 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 
-from served import Script, check, post, serving, stream
+import httpx
+from pydantic_core import from_json
+from served import Script, ask, check, post, posted, serving, stream, streamed
 
 from vllmlite.errors import ParameterError
 from vllmlite.guided.json_schema import exact
@@ -27,7 +30,7 @@ from vllmlite.server.tools import ToolUse
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Weather in Oslo?"}]
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -40,6 +43,7 @@ WEATHER = {
         },
     },
 }
+NAMED = {"type": "function", "function": {"name": "weather"}}
 ADD = {"type": "function", "function": {"name": "add"}}
 PIECES = ["<think>", "Hm", ".</thi", "nk>Let me see.\n<tool", '_call>{"name": "wea', 'ther", "argu', 'ments": {"ci',
           'ty": "Oslo"}', "}</tool_call>\n<tool_call>", '{"name": "add", "arguments": {}}</tool_call>']  # fmt: skip
@@ -153,13 +157,12 @@ def test_a_server_without_a_parser_says_so() -> None:
 
 
 def test_forced_calls_are_held_to_the_tools(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    named = {"type": "function", "function": {"name": "weather"}}
     if importlib.util.find_spec("xgrammar") is None:
-        error = post(service, CHAT, 400, messages=MESSAGES, tools=[WEATHER], tool_choice=named)["error"]
+        error = post(service, CHAT, 400, messages=MESSAGES, tools=[WEATHER], tool_choice=NAMED)["error"]
         assert "xgrammar" in error["message"]
         pytest.skip("needs xgrammar (Debian: python3-xgrammar)")
     body = {"messages": MESSAGES, "tools": [WEATHER], "temperature": 1.5, "seed": 3, "max_tokens": 150}
-    for choice, reason in ((named, "stop"), ("required", "tool_calls")):
+    for choice, reason in ((NAMED, "stop"), ("required", "tool_calls")):
         answer = post(service, CHAT, tool_choice=choice, parallel_tool_calls=False, **body)["choices"][0]
         assert answer["finish_reason"] == reason and answer["message"]["content"] is None
         (call,) = answer["message"]["tool_calls"]
@@ -176,6 +179,87 @@ def test_forced_calls_are_held_to_the_tools(service: Service, monkeypatch: pytes
     assert names == ["weather", "add"] and "maxItems" not in structure.json  # type: ignore[operator]
 
 
+CUT_CALLS: list[tuple[Any, str, list[tuple[str, str]]]] = [
+    (NAMED, "{", []),
+    (NAMED, '{"ci', [("weather", '{"ci')]),
+    ("required", "[", []),
+    ("required", '[{"name": "wea', []),
+    ("required", '[{"name": "weather", "parameters": {', []),
+    ("required", '[{"name": "weather", "parameters": {"city": "Os', [("weather", '{"city": "Os')]),
+    (
+        "required",
+        '[{"name": "weather", "parameters": {"city": "Oslo"}}, {"na',
+        [("weather", '{"city": "Oslo"}')],
+    ),
+    ("auto", '<tool_call>{"name": "weather", "argu', []),
+    ("auto", '<tool_call>{"name": "weather", "arguments": {"city": "Os', [("weather", '{"city": "Os')]),
+]
+
+
+def test_a_call_cut_by_the_limit_is_marked_so_in_every_api(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No API shows the beginning of a call as content, or a call whose arguments have not begun."""
+    monkeypatch.setattr(service, "_compile", lambda structure: asyncio.sleep(0))
+
+    async def work(client: httpx.AsyncClient) -> None:
+        for choice, text, calls in CUT_CALLS:
+            pieces = [text[at : at + 3] for at in range(0, len(text), 3)]
+            scripted(monkeypatch, service, *pieces, finish_reason="length")
+            await chat_tells(client, choice, calls)
+            await responses_tell(client, choice, calls)
+            await messages_tell(client, choice, calls)
+
+    ask(service, work)
+
+
+async def chat_tells(client: httpx.AsyncClient, choice: Any, calls: list[tuple[str, str]]) -> None:
+    body = {"messages": MESSAGES, "tools": [WEATHER], "tool_choice": choice}
+    found = (await posted(client, CHAT, **body))["choices"][0]
+    told = [call["function"] for call in found["message"].get("tool_calls") or ()]
+    assert [(function["name"], function["arguments"]) for function in told] == calls
+    assert not found["message"]["content"] and found["finish_reason"] == "length"
+    chunks = [data["choices"][0] for _, data in (await streamed(client, CHAT, **body))[:-1]]
+    assert "".join(chunk["delta"].get("content") or "" for chunk in chunks) == ""
+    entries = [e["function"] for chunk in chunks for e in chunk["delta"].get("tool_calls") or ()]
+    assert [entry["name"] for entry in entries if "name" in entry] == [name for name, _ in calls]
+    assert "".join(entry["arguments"] for entry in entries) == "".join(text for _, text in calls)
+    assert chunks[-1]["finish_reason"] == "length"
+
+
+async def responses_tell(client: httpx.AsyncClient, choice: Any, calls: list[tuple[str, str]]) -> None:
+    tool = {"type": "function", **WEATHER["function"]}
+    picked = {"type": "function", "name": "weather"} if choice == NAMED else choice
+    found = await posted(client, "/v1/responses", input="Weather?", tools=[tool], tool_choice=picked)
+    assert found["status"] == "incomplete"
+    assert found["incomplete_details"]["reason"] == "max_output_tokens"
+    assert [(item["name"], item["arguments"]) for item in found["output"]] == calls
+    assert [item["status"] for item in found["output"]] == ["incomplete"] * len(calls)
+
+
+async def messages_tell(client: httpx.AsyncClient, choice: Any, calls: list[tuple[str, str]]) -> None:
+    tool = {"name": "weather", "input_schema": WEATHER["function"]["parameters"]}
+    picked = {"type": "any" if choice == "required" else choice}
+    if choice == NAMED:
+        picked = {"type": "tool", "name": "weather"}
+    body = {"messages": MESSAGES, "tools": [tool], "tool_choice": picked, "max_tokens": 5}
+    found = await posted(client, "/v1/messages", **body)
+    assert found["stop_reason"] == "max_tokens"
+    inputs = [from_json(arguments, allow_partial=True) for _, arguments in calls]
+    assert [block["input"] for block in found["content"]] == inputs
+    deltas = [data.get("delta", {}) for _, data in await streamed(client, "/v1/messages", **body)]
+    assert "".join(delta.get("partial_json", "") for delta in deltas) == "".join(text for _, text in calls)
+
+
+def test_a_forced_call_of_one_token_is_no_call(service: Service) -> None:
+    pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar)")
+    for choice in (NAMED, "required"):
+        body = {"messages": MESSAGES, "tools": [WEATHER], "tool_choice": choice, "max_completion_tokens": 1}
+        found = post(service, CHAT, **body)["choices"][0]
+        assert found["finish_reason"] == "length"
+        assert not found["message"]["content"] and "tool_calls" not in found["message"]
+
+
 def test_reasoning_comes_before_what_a_grammar_holds(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +271,7 @@ def test_reasoning_comes_before_what_a_grammar_holds(
     bias = {str(closing): 6.0, **never}
     body = {"messages": MESSAGES, "temperature": 1.0, "seed": 5, "max_tokens": 200, "logit_bias": bias}
     number = {"structured_outputs": {"regex": "[0-9]{3}"}}
-    named = {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}}
+    named = {"tools": [WEATHER], "tool_choice": NAMED}
     required = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
     for structure in (number, named, required):
         choice = post(service, CHAT, **body, **structure)["choices"][0]

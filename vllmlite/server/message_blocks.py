@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pydantic_core
+
 from vllmlite.errors import ParameterError
 from vllmlite.server.parsers.parts import CallArguments, CallBegin, Content, Part, Reasoning
 from vllmlite.server.protocol.messages import AnthropicMessage, Block
@@ -128,8 +130,11 @@ class Blocks:
 
 
 def _loaded(arguments: str) -> Any:
-    """A tool's input; what was cut off or is no JSON goes through as text, for Anthropic's form has no other place."""
+    """Return a tool's input.
+
+    Of arguments that were cut off, what is complete: Anthropic's own clients make the same of the stream. What is no
+    JSON goes through as text in the object that Anthropic's documentation has for it."""
     try:
-        return json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        return {"partial_json": arguments}
+        return pydantic_core.from_json(arguments or "{}", allow_partial=True)
+    except ValueError:
+        return {"INVALID_JSON": arguments}

@@ -35,21 +35,47 @@ class Reader:
         """Whether there has been a call."""
         self._tools = tools
         self._reasoning: list[str] = []
+        self._announced: list[Part] = []
+        """A call whose arguments have not begun: it is told with their first key, or with the end of its braces."""
 
     def read(self, completion: CompletionOutput) -> list[Part]:
         """The parts that are certain now."""
         if self.parser is None:
             return [Content(completion.text)] if completion.text else []
         parts = self.parser.feed(completion.text) if completion.text else []
-        if completion.finish_reason is not None:
-            parts += self.parser.finish()
+        ended = completion.finish_reason is not None
+        cut = ended and completion.finish_reason != "stop"
+        if ended:
+            parts += self.parser.finish(cut)
         if not self._tools.parallel:
             parts = [
                 part for part in parts if not isinstance(part, (CallBegin, CallArguments)) or not part.index
             ]
+        parts = self._begun(parts)
+        if ended and not cut:
+            parts += self._announced
         self.called = self.called or any(isinstance(part, CallBegin) for part in parts)
         self._reasoning += [part.text for part in parts if isinstance(part, Reasoning)]
         return merged(parts)
+
+    def _begun(self, parts: list[Part]) -> list[Part]:
+        """Return ``parts`` without a call at their end whose arguments are still nothing or an opening brace.
+
+        A client might take a call that is cut there for a call without arguments, and it would tell nothing else."""
+        found: list[Part] = []
+        for part in parts:
+            if isinstance(part, CallBegin):
+                found += self._announced
+                self._announced = [part]
+                continue
+            if isinstance(part, CallArguments) and self._announced:
+                self._announced.append(part)
+                if _arguments(self._announced).strip() in ("", "{"):
+                    continue
+                part = self._announced.pop()
+            found += [*self._announced, part]
+            self._announced = []
+        return found
 
     def reasoning_tokens(self, tokenizer: Tokenizer) -> int:
         """Tokens of the reasoning so far."""
@@ -86,6 +112,10 @@ class Reading:
                     name, arguments = found.calls[index]
                     found.calls[index] = name, arguments + text
         return found
+
+
+def _arguments(parts: Iterable[Part]) -> str:
+    return "".join(part.text for part in parts if isinstance(part, CallArguments))
 
 
 async def begin(

@@ -94,6 +94,16 @@ class CallReader:
                 return at + (not self.broken)
         return len(text)
 
+    @property
+    def begins_name(self) -> bool:
+        """Whether a name is known, or what has come of one may still be among those that count."""
+        if self.name is not None:
+            return True
+        begun = self._value[1:] if self._step == self._in_string and self._key == "name" else None
+        return begun is not None and (
+            self._names is None or any(name.startswith(begun) for name in self._names)
+        )
+
     def take_arguments(self) -> str:
         """What is new of the arguments since the last time."""
         new, self._new = self._new, ""

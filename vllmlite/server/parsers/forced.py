@@ -26,7 +26,7 @@ class NamedCall:
         parts, self._parts = self._parts, []
         return [*parts, CallArguments(0, text)]
 
-    def finish(self) -> list[Part]:
+    def finish(self, cut: bool = False) -> list[Part]:
         """See :class:`~vllmlite.server.parsers.parts.Parser`."""
         parts, self._parts = self._parts, []
         return parts

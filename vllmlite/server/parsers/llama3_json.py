@@ -18,6 +18,10 @@ class Llama3Json(ToolParser):
             return False
         return self._go(self._object)
 
+    def _begins_call(self) -> bool:
+        named = self._reader is not None and self._reader.begins_name
+        return super()._begins_call() and (named or self._calls > 0 or TAG in self._taken)
+
     def _object(self, ended: bool) -> bool:
         if not self._skip_space():
             return self._give_back() if ended and self._taken else False

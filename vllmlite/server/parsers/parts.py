@@ -53,8 +53,8 @@ class Parser(Protocol):
         """What more is certain, with ``text`` after what came before."""
         ...
 
-    def finish(self) -> list[Part]:
-        """The rest, now that nothing more comes."""
+    def finish(self, cut: bool = False) -> list[Part]:
+        """Return the rest, now that nothing more comes. ``cut``: the model had not ended, a limit ended the text."""
         ...
 
 
@@ -83,8 +83,9 @@ State: TypeAlias = Callable[[bool], bool]
 class ToolParser:
     """What parsers of tool calls share. A subclass has states, the first of which is ``begin``.
 
-    White space between content and a call, or between two calls, belongs to neither. What looks like a call and then
-    is none becomes content again, as it was written."""
+    White space between content and a call, or between two calls, belongs to neither. Text that begins like a call and
+    turns out to be none becomes content, as it was written. If the text is cut inside what begins like a call, that
+    beginning is left out: it is neither content nor a call."""
 
     def __init__(self, names: frozenset[str] = frozenset()) -> None:
         """``names``: the tools that there are."""
@@ -108,13 +109,19 @@ class ToolParser:
             pass
         return self._take()
 
-    def finish(self) -> list[Part]:
+    def finish(self, cut: bool = False) -> list[Part]:
         """See :class:`Parser`."""
+        if cut and self._begins_call():
+            self._text = self._taken = ""
         while self._state(True):
             pass
         if not self._calls:
             self._parts.append(Content(self._space))
         return self._take()
+
+    def _begins_call(self) -> bool:
+        """Return whether the text that is held back can only belong to a call, which a whole mark has opened."""
+        return self._state not in (self.begin, self.content)
 
     def begin(self, ended: bool) -> bool:
         """The first state."""

@@ -44,10 +44,10 @@ class ThinkParser:
         """See :class:`~vllmlite.server.parsers.parts.Parser`."""
         return merged(self._pass_on(self._split(text, False)))
 
-    def finish(self) -> list[Part]:
+    def finish(self, cut: bool = False) -> list[Part]:
         """See :class:`~vllmlite.server.parsers.parts.Parser`."""
         parts = self._pass_on(self._split("", True))
-        return merged(parts if self._then is None else [*parts, *self._then.finish()])
+        return merged(parts if self._then is None else [*parts, *self._then.finish(cut)])
 
     def _split(self, text: str, ended: bool) -> list[Part]:
         self._text += text
