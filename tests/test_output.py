@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
+from vllmlite.detokenizer import Detokenizer
 from vllmlite.engine.engine import EngineOutput, TokenLogprobs
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.output_processor import OutputProcessor
-from vllmlite.outputs import RequestMetrics, RequestOutput
+from vllmlite.outputs import Logprob, RequestMetrics, RequestOutput
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
-from vllmlite.tokenizer import Detokenizer, Tokenizer
+from vllmlite.server import logprobs
+from vllmlite.tokenizer import Tokenizer
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TEMPLATE = (
@@ -39,6 +41,29 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     fast.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
     (path / "chat_template.jinja").write_text(TEMPLATE)
+    return Tokenizer(path)
+
+
+_later = iter(c for c in ALPHABET if ord(c) > 255)
+BYTES = [chr(byte) if chr(byte) in ALPHABET else next(_later) for byte in range(256)]
+"""How byte-level tokenizers write each byte."""
+LETTERS = ["a", "b", "\u2581", "\u2581a", "\u2581ab", "\ufffd"]
+
+
+@pytest.fixture(scope="module")
+def fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """SentencePiece's kind, as Llama 2 has it: what is no word comes as tokens of one byte each."""
+    path = tmp_path_factory.mktemp("fallback")
+    words = [*LETTERS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    fast = FastTokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], byte_fallback=True))
+    fast.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast.add_special_tokens([AddedToken("</s>", special=True)])
+    fast.save(str(path / "tokenizer.json"))
     return Tokenizer(path)
 
 
@@ -79,6 +104,82 @@ def test_streamed_is_whole_and_never_half_a_character(
 def test_an_incomplete_character_shows_at_the_end_only(tokenizer: Tokenizer) -> None:
     deltas, _ = stream(Detokenizer(tokenizer, []), tokenizer.encode("a€")[:-1])
     assert deltas == ["a", "", "", "\ufffd"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), sizes=SIZES, kind=st.sampled_from(["byte level", "fallback"]), skip=st.booleans())
+def test_ids_that_are_not_utf8_give_the_text_of_the_whole(
+    tokenizer: Tokenizer, fallback: Tokenizer, data: st.DataObject, sizes: list[int], kind: str, skip: bool
+) -> None:
+    """Whatever ids arrive, in pieces of whatever size: the text is what one decoding of all of them gives."""
+    one = tokenizer if kind == "byte level" else fallback
+    ids = data.draw(st.lists(st.integers(0, one.vocab_size + 1), max_size=24))
+    detokenizer = Detokenizer(one, [], skip_special_tokens=skip)
+    assert "".join(stream(detokenizer, ids, sizes)[0]) == one.decode(ids, skip) == detokenizer.text
+
+
+EURO = "\u20ac".encode()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "output", "byte_level", "fallback_text"),
+    [
+        (b"a" + EURO, b"b", "b", "b"),  # the prompt ends in a whole character
+        (b"a" + EURO, b"\xff", "\ufffd", "\ufffd"),
+        (b"a" + EURO[:2], EURO[2:] + b"b", "\u20acb", "\u20acb"),  # the output completes a character
+        (b"a" + EURO[:2], b"b", "b", "b"),  # or not, and the prompt's own text shows that
+        (b"a" + EURO[:2], b"", "", ""),
+        (b"a" + EURO[:1], EURO[1:2], "", "\ufffd"),
+        (EURO[:1], b"\xffb", "\ufffdb", "\ufffdb"),
+    ],
+)
+def test_a_prompt_may_end_within_a_character(
+    tokenizer: Tokenizer,
+    fallback: Tokenizer,
+    prompt: bytes,
+    output: bytes,
+    byte_level: str,
+    fallback_text: str,
+) -> None:
+    def text(one: Tokenizer, ids: dict[int, int]) -> str:
+        detokenizer = Detokenizer(one, [ids[byte] for byte in prompt])
+        return "".join(stream(detokenizer, [ids[byte] for byte in output])[0])
+
+    assert text(tokenizer, {byte: ALPHABET.index(BYTES[byte]) for byte in range(256)}) == byte_level
+    ids = {byte: len(LETTERS) + byte for byte in range(256)} | {ord("a"): 0, ord("b"): 1}
+    assert text(fallback, ids) == fallback_text
+
+
+def test_positions_count_whole_characters(tokenizer: Tokenizer, fallback: Tokenizer) -> None:
+    for one, ids in (
+        (tokenizer, tokenizer.encode("a\U0001f600b")),
+        (fallback, fallback.encode("a\U0001f600b")),
+    ):
+        detokenizer = Detokenizer(one, [1], stop=["bcd"])
+        positions = []
+        for token_id in ids:
+            positions.append(detokenizer.position)
+            detokenizer.extend([token_id])
+        skipped = positions[-6]  # the space that SentencePiece puts before a text
+        assert [at - skipped for at in positions[-6:]] == [0, 1, 1, 1, 1, 2]
+        assert detokenizer.position == skipped + 3
+
+
+def test_tokens_have_their_own_text_and_bytes(tokenizer: Tokenizer, fallback: Tokenizer) -> None:
+    def of(one: Tokenizer, token: str) -> tuple[str, bytes]:
+        token_id = one.token_id(token)
+        assert token_id is not None
+        return one.token_text(token_id), one.token_bytes(token_id)
+
+    assert of(fallback, "\u2581") == (" ", b" ")
+    assert of(fallback, "\u2581a") == (" a", b" a")
+    assert of(fallback, "a") == ("a", b"a")
+    assert of(fallback, "<0xE2>") == ("\ufffd", b"\xe2")
+    assert of(fallback, "<0x41>") == ("A", b"A")
+    assert of(fallback, "</s>") == ("</s>", b"</s>")
+    assert of(tokenizer, BYTES[0xE2]) == ("\ufffd", b"\xe2")
+    assert of(tokenizer, BYTES[0x20]) == (" ", b" ")
+    assert of(tokenizer, "<|im_end|>") == ("<|im_end|>", b"<|im_end|>")
 
 
 @settings(max_examples=100, deadline=None)
@@ -186,7 +287,7 @@ def test_bytes_are_seen_wherever_they_are_decoded(tmp_path: Path) -> None:
     from tokenizers import decoders, models, pre_tokenizers
 
     of_bytes = decoders.ByteLevel()
-    for decoder, pre_tokenizer, byte_level, additive in (
+    for decoder, pre_tokenizer, byte_level, only_bytes in (
         (None, None, False, False),
         (of_bytes, None, True, True),
         (decoders.Sequence([decoders.Fuse(), of_bytes]), None, True, False),
@@ -199,7 +300,7 @@ def test_bytes_are_seen_wherever_they_are_decoded(tmp_path: Path) -> None:
         fast.save(str(tmp_path / "tokenizer.json"))
         ours = Tokenizer(tmp_path)
         assert ours.vocabulary(3) == (["a", "b", ""], byte_level)
-        assert ours.is_additive == additive
+        assert ours.is_byte_level == only_bytes
 
 
 def feed(
@@ -246,6 +347,29 @@ def test_completions_of_one_request_end_together(tokenizer: Tokenizer) -> None:
     assert [c.text for c in final.outputs] == ["a", "b"]
 
 
+def test_prompt_logprobs_of_one_token_are_a_list(tokenizer: Tokenizer) -> None:
+    processor = OutputProcessor(tokenizer)
+    processor.add("r", "p", [1], SamplingParams(prompt_logprobs=1))
+    assert feed(processor, "r", [5], "length")[0][0].prompt_logprobs == [None]
+
+
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_text_offsets_count_the_whole_text(tokenizer: Tokenizer, kind: RequestOutputKind) -> None:
+    """Whether or not it is held back for a stop string, and however many bytes or UTF-16 units characters have."""
+    processor = OutputProcessor(tokenizer)
+    processor.add("r", "p", [1], SamplingParams(logprobs=0, stop="bcd", output_kind=kind))
+    ids = tokenizer.encode("a\U0001f600b")
+    offsets: list[int] = []
+    for at, token_id in enumerate(ids):
+        output = EngineOutput("r", [token_id], "length" if at == 5 else None, None, 0, RequestMetrics(0.0))
+        output.logprobs = TokenLogprobs(token_id, -1.0, 1, [], [])
+        for found in processor.process([output])[0]:
+            assert found.outputs[0].text_offsets is not None
+            delta = kind is RequestOutputKind.DELTA
+            offsets = (offsets if delta else []) + found.outputs[0].text_offsets
+    assert offsets == [0, 1, 1, 1, 1, 2]
+
+
 def test_logprobs_hold_the_chosen_token_and_the_top(tokenizer: Tokenizer) -> None:
     processor = OutputProcessor(tokenizer)
     processor.add("r", "p", [1], SamplingParams(logprobs=2))
@@ -257,3 +381,58 @@ def test_logprobs_hold_the_chosen_token_and_the_top(tokenizer: Tokenizer) -> Non
         5: (-3.0, 4), 1: (-0.1, 1), 2: (-0.2, 2)
     }  # fmt: skip
     assert completion.cumulative_logprob == -3.0
+
+
+# ---- Log-probabilities in the shapes of the server's APIs
+
+
+def entry_of(one: Tokenizer, *tokens: str) -> dict[int, Logprob]:
+    """Tokens from the likeliest on; the first is the one that was chosen."""
+    ids = [one.token_id(token) for token in tokens]
+    return {
+        i: Logprob(-float(rank), rank, one.token_text(i))
+        for rank, i in enumerate(ids, start=1)
+        if i is not None
+    }
+
+
+def test_tokens_of_the_same_text_are_told_apart(fallback: Tokenizer) -> None:
+    """``top_logprobs`` of completions go by text: as many come back as were asked for, none in another's place."""
+    entry = entry_of(fallback, "\u2581a", "a", "<0x61>", "<0xE2>", "<0xE3>")
+    (chosen, *_), e3 = entry, fallback.token_id("<0xE3>")
+    found = logprobs.for_completion([entry], [chosen], [0], 5, False, fallback)
+    assert found["tokens"] == [" a"]
+    assert found["top_logprobs"] == [
+        {
+            " a": -1.0,
+            "a": -2.0,
+            f"token_id:{fallback.token_id('<0x61>')}": -3.0,
+            "\ufffd": -4.0,
+            f"token_id:{e3}": -5.0,
+        }
+    ]
+
+
+def test_bytes_are_the_tokens_own(tokenizer: Tokenizer, fallback: Tokenizer) -> None:
+    for one, token, expected in (
+        (fallback, "<0xE2>", b"\xe2"),
+        (fallback, "\u2581a", b" a"),
+        (tokenizer, BYTES[0xE2], b"\xe2"),
+        (tokenizer, BYTES[0x20], b" "),
+    ):
+        entry = entry_of(one, token)
+        ids = list(entry)
+        (chat,) = logprobs.for_chat([entry], ids, 1, False, one)["content"]
+        (llamacpp,) = logprobs.for_llamacpp([entry], ids, 1, one)
+        for found in (chat, llamacpp, chat["top_logprobs"][0], llamacpp["top_logprobs"][0]):
+            assert bytes(found["bytes"]) == expected
+
+
+def test_offsets_of_a_prompt(tokenizer: Tokenizer, fallback: Tokenizer) -> None:
+    """Special tokens take the room that they have in the text: none for what the tokenizer adds."""
+    text = "a<|im_end|>\U0001f600b"
+    assert logprobs.prompt_offsets(tokenizer, tokenizer.encode(text), text) == [0, 1, 11, 11, 11, 11, 12]
+    end = fallback.token_id("</s>")
+    assert end is not None
+    ids = [end, *fallback.encode("a b")]
+    assert logprobs.prompt_offsets(fallback, ids, "a b") == [0, 0, 0, 1, 2]

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from vllmlite.detokenizer import Detokenizer
 from vllmlite.engine.engine import EngineOutput, TokenLogprobs
 from vllmlite.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
-from vllmlite.tokenizer import Detokenizer, Tokenizer
+from vllmlite.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)
@@ -72,6 +73,8 @@ class OutputProcessor:
     ) -> dict[str, SamplingParams]:
         """Expect a request; returns the engine's requests that make it up: id → parameters of one sequence."""
         group = _Group(request_id, prompt, prompt_token_ids, params, num_unfinished=params.n)
+        if params.prompt_logprobs is not None and len(prompt_token_ids) == 1:
+            group.prompt_logprobs = [None]  # the engine has nothing to say of a first token
         children: dict[str, SamplingParams] = {}
         for index in range(params.n):
             if params.n == 1:
@@ -167,7 +170,12 @@ class OutputProcessor:
     def _empty_output(self, index: int, params: SamplingParams) -> CompletionOutput:
         wanted = params.logprobs is not None
         return CompletionOutput(
-            index, "", [], cumulative_logprob=0.0 if wanted else None, logprobs=[] if wanted else None
+            index,
+            "",
+            [],
+            cumulative_logprob=0.0 if wanted else None,
+            logprobs=[] if wanted else None,
+            text_offsets=[] if wanted else None,
         )
 
     def _detokenizer(self, group: _Group) -> Detokenizer | None:
@@ -197,6 +205,7 @@ class OutputProcessor:
             and not group.params.include_stop_str_in_output
         )
         token_ids = output.new_token_ids
+        position = 0 if detokenizer is None else detokenizer.position
         if detokenizer is not None:
             taken, stop = detokenizer.extend(token_ids[:-1] if ended_by_token else token_ids)
             if stop is not None:
@@ -205,8 +214,10 @@ class OutputProcessor:
         if (
             output.logprobs is not None
             and state.logprobs is not None
+            and state.text_offsets is not None
             and state.cumulative_logprob is not None
         ):
+            state.text_offsets.append(position)
             state.logprobs.append(self._logprobs(output.logprobs, group.params.logprobs or 0))
             state.cumulative_logprob += output.logprobs.logprob
         reason, stop_reason = output.finish_reason, output.stop_reason
@@ -259,6 +270,7 @@ def _whole(completion: _Completion) -> CompletionOutput:
         token_ids=list(state.token_ids),
         cumulative_logprob=state.cumulative_logprob,
         logprobs=None if state.logprobs is None else list(state.logprobs),
+        text_offsets=None if state.text_offsets is None else list(state.text_offsets),
         finish_reason=state.finish_reason,
         stop_reason=state.stop_reason,
     )
@@ -273,6 +285,7 @@ def _delta(completion: _Completion) -> CompletionOutput:
         token_ids=state.token_ids[first:],
         cumulative_logprob=state.cumulative_logprob,
         logprobs=None if state.logprobs is None else state.logprobs[first:],
+        text_offsets=None if state.text_offsets is None else state.text_offsets[first:],
         finish_reason=state.finish_reason,
         stop_reason=state.stop_reason,
     )

@@ -19,7 +19,8 @@ class CompletionOutput:
     """One completion of a prompt.
 
     ``finish_reason`` is None while it runs, then ``stop``, ``length``, ``abort`` or ``error``; ``stop_reason`` is the
-    stop string or stop token id that ended it, None for end of text.
+    stop string or stop token id that ended it, None for end of text. ``text_offsets`` come with ``logprobs``: where
+    each token begins, in characters of the whole text.
     """
 
     index: int
@@ -29,6 +30,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    text_offsets: list[int] | None = None
 
     def finished(self) -> bool:
         """Whether this completion has ended."""
@@ -40,6 +42,8 @@ class CompletionOutput:
         self.token_ids += later.token_ids
         if self.logprobs is not None and later.logprobs is not None:
             self.logprobs += later.logprobs
+        if self.text_offsets is not None and later.text_offsets is not None:
+            self.text_offsets += later.text_offsets
         self.cumulative_logprob = later.cumulative_logprob
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
 

@@ -45,6 +45,14 @@ class SlowTokenizer:
             i: SimpleNamespace(special=i in special) for i in {*self.inner.added_tokens_decoder, *special}
         }
 
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token with that id, if there is one."""
+        try:
+            token: str | None = self.inner.convert_ids_to_tokens(token_id)
+        except (LookupError, ValueError):  # beyond the vocabulary, which each class tells in its own way
+            return None
+        return token
+
     def token_to_id(self, token: str) -> int | None:
         """The id of ``token``, if it is one."""
         return self.get_vocab().get(token)

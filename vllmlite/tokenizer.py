@@ -1,4 +1,4 @@
-"""Text to ids and back: encoding, chat templates, incremental detokenisation, stop strings."""
+"""Text to ids and back: encoding, decoding, chat templates."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 MAX_IDS = 10_000_000
 """Ids are below this; the largest vocabularies have a quarter of a million."""
-CONTEXT_TOKENS = 6
-"""Prompt tokens decoded along with the output, so that spacing across the seam is right."""
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""A token of one byte, in vocabularies with byte fallback."""
 
 
 class Tokenizer:
@@ -74,20 +74,43 @@ class Tokenizer:
             raise _told(self._path, error) from None
 
     @cached_property
-    def is_additive(self) -> bool:
-        """Whether the text of ids is the texts of its parts one after another, where these are whole characters."""
+    def is_byte_level(self) -> bool:
+        """Whether tokens are bytes in GPT-2's alphabet, and their text is those bytes one after another."""
         return isinstance(self._fast.decoder, ByteLevel)
+
+    def is_hidden(self, token_id: int, skip_special_tokens: bool) -> bool:
+        """Whether decoding passes over ``token_id``: a special token that is skipped, or no token at all."""
+        if skip_special_tokens and token_id in self._special_ids:
+            return True
+        return self._fast.id_to_token(token_id) is None
+
+    def byte_of(self, token_id: int) -> int | None:
+        """The byte that ``token_id`` stands for where the vocabulary falls back to bytes; None for other tokens."""
+        if not self._falls_back_to_bytes:
+            return None
+        match = BYTE_TOKEN.fullmatch(self._fast.id_to_token(token_id) or "")
+        return int(match[1], 16) if match else None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 of one token's text in the middle of a text; its own bytes if it is a part of a character."""
+        token = self._fast.id_to_token(token_id)
+        if self.is_byte_level and token is not None:
+            try:
+                return bytes(_BYTE_OF[character] for character in token)
+            except KeyError:  # an added token, which is text
+                return token.encode()
+        byte = self.byte_of(token_id)
+        return self.token_text(token_id).encode() if byte is None else bytes((byte,))
 
     def vocabulary(self, size: int) -> tuple[list[str], bool]:
         """Tokens of ids 0 to ``size`` - 1 as the tokenizer writes them, special and missing ones empty; whether that is
         byte by byte in GPT-2's alphabet."""
         texts = [""] * size
-        special = {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
         for text, token_id in self._fast.get_vocab(with_added_tokens=True).items():
-            if token_id < size and token_id not in special:
+            if token_id < size and token_id not in self._special_ids:
                 texts[token_id] = text
         parts = (self._fast.decoder, self._fast.pre_tokenizer)
-        return texts, any(part is not None and _is_byte_level(part) for part in parts)
+        return texts, any(part is not None and _has_part(part, "ByteLevel") for part in parts)
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise :class:`ParameterError` unless all of ``ids`` can be ids."""
@@ -96,8 +119,12 @@ class Tokenizer:
                 raise ParameterError("tokens", token_id, "must be token ids: whole numbers from 0")
 
     def token_text(self, token_id: int) -> str:
-        """Text of one id alone, special tokens included."""
-        return self.decode([token_id], skip_special_tokens=False)
+        """Text of one token in the middle of a text, special tokens included; a part of a character is U+FFFD."""
+        if self.is_byte_level:
+            return self.token_bytes(token_id).decode("utf-8", "replace")
+        first, both = (self.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
+        # Decoders take a space from the beginning of a text: the second of two shows it.
+        return both[len(first) :] if both.startswith(first) else first
 
     def token_id(self, text: str) -> int | None:
         """The id of the token that is written ``text``; None if there is none."""
@@ -157,6 +184,14 @@ class Tokenizer:
         return text
 
     @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self._fast.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def _falls_back_to_bytes(self) -> bool:
+        return self._fast.decoder is not None and _has_part(self._fast.decoder, "ByteFallback")
+
+    @cached_property
     def _chat_template(self) -> str | None:
         if self._template_file.is_file():
             try:
@@ -185,97 +220,6 @@ class Tokenizer:
             raise _told(self._path, error) from None
 
 
-class Detokenizer:
-    """Text of one growing sequence of ids, released only in whole characters and clear of stop strings."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt_ids: Sequence[int],
-        *,
-        stop: Sequence[str] = (),
-        include_stop: bool = False,
-        skip_special_tokens: bool = True,
-        min_tokens: int = 0,
-    ) -> None:
-        """Start after ``prompt_ids``; ``stop`` strings count once ``min_tokens`` ids have come."""
-        self.text = ""
-        self._tokenizer = tokenizer
-        self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
-        self._num_context = len(self._ids)
-        self._skip_special = skip_special_tokens
-        self._prefix = 0
-        self._read = len(self._ids)
-        self._stop = list(stop)
-        self._include_stop = include_stop
-        self._hold_back = max((len(s) for s in self._stop), default=1) - 1 if not include_stop else 0
-        self._min_tokens = min_tokens
-        self._sent = 0
-
-    def extend(self, token_ids: Sequence[int]) -> tuple[int, str | None]:
-        """Take in ids, up to one that completes a stop string (``text`` is cut accordingly).
-
-        Returns how many were taken in, and the stop string, if any."""
-        at_once = 1 if self._stop else len(token_ids)
-        for start in range(0, len(token_ids), at_once or 1):
-            self._ids += token_ids[start : start + at_once]
-            stop = self._release()
-            if stop is not None:
-                return start + at_once, stop
-        return len(token_ids), None
-
-    def _release(self) -> str | None:
-        """Add the text of the ids that have come, if it is whole characters; returns a stop string that ends it."""
-        before = self._decode(self._ids[self._prefix : self._read]) if self._prefix < self._read else ""
-        after = self._decode(self._ids[self._prefix :])
-        if len(after) <= len(before) or after.endswith("\ufffd"):
-            return None
-        self._prefix, self._read = self._read, len(self._ids)
-        if self._tokenizer.is_additive:
-            self._prefix = self._read
-        return self._add(after[len(before) :])
-
-    def finish(self) -> str | None:
-        """Release what was held back, an incomplete character as U+FFFD; may complete a stop string too."""
-        before = self._decode(self._ids[self._prefix : self._read])
-        after = self._decode(self._ids[self._prefix :])
-        self._prefix = self._read = len(self._ids)
-        stopped = self._add(after[len(before) :])
-        self._hold_back = 0
-        return stopped
-
-    @property
-    def released_text(self) -> str:
-        """The text so far, without an end that may yet become a stop string."""
-        return self.text[: max(len(self.text) - self._hold_back, 0)] if self._hold_back else self.text
-
-    def delta(self) -> str:
-        """The part of :attr:`released_text` that is new since the last call."""
-        text = self.released_text
-        start, self._sent = self._sent, max(len(text), self._sent)
-        return text[start:]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, self._skip_special)
-
-    def _add(self, new: str) -> str | None:
-        start = len(self.text)
-        self.text += new
-        if not self._stop or len(self._ids) - self._num_context <= self._min_tokens - 1:
-            return None
-        found = []
-        for stop in self._stop:
-            at = self.text.find(stop, max(0, start - len(stop) + 1))
-            if at >= 0:
-                found.append((at, stop))
-        if not found:
-            return None
-        at, stop = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
-        self.text = self.text[: at + len(stop) if self._include_stop else at]
-        self._hold_back = 0
-        return stop
-
-
 def _load(path: Path) -> FastTokenizer | SlowTokenizer:
     file = path / "tokenizer.json"
     if file.is_file():
@@ -300,9 +244,19 @@ def _load(path: Path) -> FastTokenizer | SlowTokenizer:
     return fast
 
 
-def _is_byte_level(part: Any) -> bool:
-    """Whether a decoder or pre-tokenizer, or one in it, is ByteLevel: what it is pickled as is its JSON."""
-    return '"type": "ByteLevel"' in json.dumps(json.loads(part.__getstate__()))
+def _has_part(component: Any, kind: str) -> bool:
+    """Whether a decoder or pre-tokenizer, or one in it, is of ``kind``: what it is pickled as is its JSON."""
+    return f'"type": "{kind}"' in json.dumps(json.loads(component.__getstate__()))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet of bytes: printable Latin-1 characters are themselves, the others follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
 
 
 def _check_ids(file: Path) -> None:

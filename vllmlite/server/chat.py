@@ -231,7 +231,9 @@ class _Answer:
         if completion.logprobs is None:
             return None
         count = self._body.top_logprobs or 0
-        return logprobs.for_chat(completion.logprobs, completion.token_ids, count, self._ids)
+        return logprobs.for_chat(
+            completion.logprobs, completion.token_ids, count, self._ids, self._service.tokenizer
+        )
 
 
 def _delta(index: int, delta: ChatDelta) -> ChatChunkChoice:

@@ -64,7 +64,8 @@ class _Answer:
         self._generation = generation
         self._scored = scored
         self._ids = service.config.return_tokens_as_token_ids or bool(body.return_tokens_as_token_ids)
-        self._offsets: dict[int, int] = {}
+        self._begun: dict[int, int] = {}
+        """Choices that have begun, and the characters of the prompt that stand before their completions."""
 
     def whole(self, outputs: list[RequestOutput]) -> Completion:
         choices = [
@@ -116,28 +117,28 @@ class _Answer:
 
     def _choice(self, prompt: int, output: RequestOutput, completion: CompletionOutput) -> CompletionChoice:
         body, index = self._body, prompt * self._generation.n + completion.index
-        first = index not in self._offsets
-        offset = self._offsets.get(index, 0)
+        first, tokenizer = index not in self._begun, self._service.tokenizer
         text, token_ids, entries = completion.text, completion.token_ids, completion.logprobs
+        offsets = completion.text_offsets or [0] * len(token_ids)
         if self._scored:
-            text, token_ids, entries = "", [], entries and []
+            text, token_ids, entries, offsets = "", [], entries and [], []
         if body.echo and first:
             before = output.prompt
             if before is None or body.truncate_prompt_tokens is not None:
-                before = self._service.tokenizer.decode(output.prompt_token_ids)
+                before = tokenizer.decode(output.prompt_token_ids)
             text = before + text
-            if entries is not None:
-                entries = [*(output.prompt_logprobs or [None] * len(output.prompt_token_ids)), *entries]  # type: ignore[list-item]
-                token_ids = [*output.prompt_token_ids, *token_ids]
-        self._offsets[index] = offset + len(text)
+            self._begun[index] = len(before)
+        offsets = [self._begun.setdefault(index, 0) + offset for offset in offsets]
+        if body.echo and first and entries is not None:
+            entries = [*(output.prompt_logprobs or [None] * len(output.prompt_token_ids)), *entries]  # type: ignore[list-item]
+            offsets = [*logprobs.prompt_offsets(tokenizer, output.prompt_token_ids, before or ""), *offsets]
+            token_ids = [*output.prompt_token_ids, *token_ids]
         choice: CompletionChoice = {
             "index": index,
             "text": text,
             "logprobs": None
             if entries is None or body.logprobs is None
-            else logprobs.for_completion(
-                entries, token_ids, body.logprobs, offset, self._ids, self._service.tokenizer.token_text
-            ),
+            else logprobs.for_completion(entries, token_ids, offsets, body.logprobs, self._ids, tokenizer),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }

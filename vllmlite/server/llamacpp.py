@@ -250,7 +250,7 @@ class _Answer:
         answer = self._begin(text, stop=False)
         if completion.logprobs:
             answer["completion_probabilities"] = logprobs.for_llamacpp(
-                completion.logprobs, completion.token_ids, self._body.n_probs
+                completion.logprobs, completion.token_ids, self._body.n_probs, self._service.tokenizer
             )
         if self._body.timings_per_token:
             answer["timings"] = self._timings(output.metrics)

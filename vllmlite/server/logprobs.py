@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllmlite.detokenizer import Detokenizer
 from vllmlite.outputs import Logprob
 from vllmlite.server.protocol.logprobs import (
     ChatLogprobs,
@@ -13,6 +14,7 @@ from vllmlite.server.protocol.logprobs import (
     TokenLogprob,
     TopLogprob,
 )
+from vllmlite.tokenizer import Tokenizer
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON has not; vLLM's number."""
@@ -24,56 +26,70 @@ Entries = Sequence[Mapping[int, Logprob] | None]
 def for_completion(
     entries: Entries,
     token_ids: Sequence[int],
+    text_offsets: Sequence[int],
     count: int,
-    offset: int,
     names_are_ids: bool,
-    text_of: Callable[[int], str],
+    tokenizer: Tokenizer,
 ) -> CompletionLogprobs:
-    """The columns of ``/v1/completions``: the ``count`` likeliest and the token itself; texts begin at ``offset``.
-
-    ``text_of`` tells a token's text where there is no entry to tell it."""
-    found: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    """The columns of ``/v1/completions``: the ``count`` likeliest and the token itself. ``text_offsets`` say where the
+    tokens begin, in characters of the choice's text."""
+    found: CompletionLogprobs = {
+        "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": list(text_offsets),
+    }  # fmt: skip
     for token_id, entry in zip(token_ids, entries, strict=True):
-        found["text_offset"].append(offset)
         if entry is None:
-            text = text_of(token_id)
-            offset += len(text)
+            text = tokenizer.token_text(token_id)
             found["tokens"].append(f"token_id:{token_id}" if names_are_ids else text)
             found["token_logprobs"].append(None)
             found["top_logprobs"].append(None)
             continue
         chosen = entry[token_id]
-        offset += len(chosen.decoded_token or "")
         found["tokens"].append(_name(token_id, chosen, names_are_ids))
         found["token_logprobs"].append(_finite(chosen.logprob))
-        found["top_logprobs"].append(
-            {_name(i, e, names_are_ids): _finite(e.logprob) for i, e in list(entry.items())[: count + 1]}
-        )
+        found["top_logprobs"].append(_by_name(list(entry.items())[: count + 1], names_are_ids))
     return found
 
 
-def for_chat(entries: Entries, token_ids: Sequence[int], count: int, names_are_ids: bool) -> ChatLogprobs:
+def for_chat(
+    entries: Entries, token_ids: Sequence[int], count: int, names_are_ids: bool, tokenizer: Tokenizer
+) -> ChatLogprobs:
     """The entries of ``/v1/chat/completions``: each token with the ``count`` likeliest of its place, best first."""
     content: list[TokenLogprob] = []
     for token_id, entry in zip(token_ids, entries, strict=True):
         if entry is None:
             continue
-        top = [_top(i, e, names_are_ids) for i, e in _likeliest(entry, count)]
-        content.append({**_top(token_id, entry[token_id], names_are_ids), "top_logprobs": top})
+        top = [_top(i, e, names_are_ids, tokenizer) for i, e in _likeliest(entry, count)]
+        content.append({**_top(token_id, entry[token_id], names_are_ids, tokenizer), "top_logprobs": top})
     return {"content": content}
 
 
-def for_llamacpp(entries: Entries, token_ids: Sequence[int], count: int) -> list[dict[str, Any]]:
+def for_llamacpp(
+    entries: Entries, token_ids: Sequence[int], count: int, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
     """llama.cpp's ``completion_probabilities``: the same with the tokens' ids."""
     return [
         {
             "id": token_id,
-            **_top(token_id, entry[token_id], False),
-            "top_logprobs": [{"id": i, **_top(i, e, False)} for i, e in _likeliest(entry, count)],
+            **_top(token_id, entry[token_id], False, tokenizer),
+            "top_logprobs": [{"id": i, **_top(i, e, False, tokenizer)} for i, e in _likeliest(entry, count)],
         }
         for token_id, entry in zip(token_ids, entries, strict=True)
         if entry is not None
     ]
+
+
+def prompt_offsets(tokenizer: Tokenizer, token_ids: Sequence[int], text: str) -> list[int]:
+    """Where each of a prompt's tokens begins in its ``text``, in characters. A special token takes room where the text
+    spells it out."""
+    offsets: list[int] = []
+    detokenizer, spelled = Detokenizer(tokenizer, []), 0
+    for token_id in token_ids:
+        at = detokenizer.position + spelled
+        offsets.append(at)
+        if tokenizer.is_hidden(token_id, True) and text.startswith(tokenizer.token_text(token_id), at):
+            spelled += len(tokenizer.token_text(token_id))
+        detokenizer.extend([token_id])
+    return offsets
 
 
 def for_prompt(entries: Entries | None) -> PromptLogprobs | None:
@@ -97,13 +113,21 @@ def _likeliest(entry: Mapping[int, Logprob], count: int) -> list[tuple[int, Logp
     return sorted(found, key=lambda item: item[1].rank or 0)
 
 
-def _top(token_id: int, entry: Logprob, names_are_ids: bool) -> TopLogprob:
-    text = entry.decoded_token or ""
+def _top(token_id: int, entry: Logprob, names_are_ids: bool, tokenizer: Tokenizer) -> TopLogprob:
     return {
         "token": _name(token_id, entry, names_are_ids),
         "logprob": _finite(entry.logprob),
-        "bytes": list(text.encode("utf-8", "replace")),
+        "bytes": list(tokenizer.token_bytes(token_id)),
     }
+
+
+def _by_name(entries: Sequence[tuple[int, Logprob]], names_are_ids: bool) -> dict[str, float]:
+    """Log-probabilities by the tokens' texts; of several with the same text, all but the first go by their ids."""
+    found: dict[str, float] = {}
+    for token_id, entry in entries:
+        name = _name(token_id, entry, names_are_ids)
+        found[f"token_id:{token_id}" if name in found else name] = _finite(entry.logprob)
+    return found
 
 
 def _name(token_id: int, entry: Logprob, names_are_ids: bool) -> str:

@@ -28,6 +28,7 @@ from vllmlite.server.protocol.operations import (
 )
 from vllmlite.server.service import Service
 from vllmlite.server.sse import JSON
+from vllmlite.tokenizer import Tokenizer
 
 router = APIRouter()
 profiling = APIRouter()
@@ -84,7 +85,16 @@ async def _llamacpp_tokens(service: Service, body: LlamaTokenizeRequest) -> list
     tokens: list[int] = encoded["prompt_token_ids"]
     if not body.with_pieces:
         return list(tokens)
-    return [{"id": token, "piece": service.tokenizer.token_text(token)} for token in tokens]
+    return [{"id": token, "piece": _piece(service.tokenizer, token)} for token in tokens]
+
+
+def _piece(tokenizer: Tokenizer, token_id: int) -> str | list[int]:
+    """The text of a token, or its bytes where they are a part of a character."""
+    piece = tokenizer.token_bytes(token_id)
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return list(piece)
 
 
 @router.post("/detokenize", responses=documented(Detokenized))

@@ -205,7 +205,9 @@ class _Answer:
         """The events of what is new."""
         if completion.logprobs is not None:
             count = self._body.top_logprobs or 0
-            found = logprobs.for_chat(completion.logprobs, completion.token_ids, count, False)
+            found = logprobs.for_chat(
+                completion.logprobs, completion.token_ids, count, False, self._service.tokenizer
+            )
             self._logprobs += found["content"]
         parts = self._reader.read(completion)
         if not self._body.include_reasoning:
