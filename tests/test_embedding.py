@@ -114,6 +114,6 @@ def test_what_is_asked_for_of_a_vector() -> None:
     ):
         with pytest.raises(ParameterError, match=field):
             vectors(llm, TEXTS, **options)
-    with pytest.raises(ParameterError, match="at most max_model_len"):
+    with pytest.raises(ParameterError, match="maximum context length"):
         vectors(llm, [[5] * 257])
     assert not llm.llm_engine.has_unfinished_requests()

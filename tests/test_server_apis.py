@@ -413,7 +413,7 @@ def test_llamacpps_props_and_infill(service: Service, monkeypatch: pytest.Monkey
     check(llamacpp.LlamaProps, props)
     assert props["default_generation_settings"]["n_ctx"] == 256 and "im_start" in props["chat_template"]
     body = {"input_prefix": "def f(", "input_suffix": "return x", "prompt": "x", "n_predict": 4}
-    assert "fill-in tokens" in post(service, "/infill", 400, **body)["error"]["message"]
+    assert "fill-in tokens" in post(service, "/infill", 501, **body)["error"]["message"]
     ids = {"<fim_prefix>": 1, "<fim_suffix>": 2, "<fim_middle>": 3, "<file_sep>": 4}
     monkeypatch.setattr(service.tokenizer, "token_id", ids.get)
     script = Script("x)")

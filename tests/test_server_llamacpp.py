@@ -174,7 +174,7 @@ def test_texts_that_cannot_fit_are_not_tokenised(service: Service, monkeypatch: 
         {"input_prefix": long, "input_suffix": "b"},
         {"input_prefix": "", "input_suffix": "", "input_extra": [{"filename": "x", "text": long}]},
     ):
-        assert "cannot fit" in post(service, "/infill", 400, **body)["error"]["message"]
+        assert post(service, "/infill", 400, **body)["error"]["type"] == "exceed_context_size_error"
 
 
 def test_huge_numbers_are_refused(service: Service) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class VllmliteError(Exception):
     """Base of every error that is the caller's or the machine's to mend; anything else is a bug."""
@@ -20,9 +22,47 @@ class ParameterError(VllmliteError, ValueError):
         self.value = value
         self.accepted = accepted
 
-    def __reduce__(self) -> tuple[type[ParameterError], tuple[str, object, str]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """For pickle: errors cross from the engine's process to its user's."""
         return type(self), (self.field, self.value, self.accepted)
+
+    def renamed(self, field: str) -> ParameterError:
+        """The same error of a field of another name."""
+        return type(self)(field, self.value, self.accepted)
+
+
+class ContextLengthError(ParameterError):
+    """A prompt is longer than the model's context. Clients look for it, and shorten their conversation."""
+
+    def __init__(
+        self, field: str, num_tokens: int, max_prompt_tokens: int, max_model_len: int, exact: bool = True
+    ) -> None:
+        """The prompt has ``num_tokens``, or at least so many unless ``exact``; ``max_prompt_tokens`` would fit."""
+        least = "" if exact else "at least "
+        super().__init__(
+            field,
+            f"{least}{num_tokens} tokens",
+            f"must be at most {max_prompt_tokens} tokens: the maximum context length is {max_model_len} tokens "
+            "(max_model_len)",
+        )
+        self.num_tokens = num_tokens
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_model_len = max_model_len
+        self.exact = exact
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle."""
+        return type(self), (
+            self.field,
+            self.num_tokens,
+            self.max_prompt_tokens,
+            self.max_model_len,
+            self.exact,
+        )
+
+    def renamed(self, field: str) -> ContextLengthError:
+        """The same error of a field of another name."""
+        return type(self)(field, self.num_tokens, self.max_prompt_tokens, self.max_model_len, self.exact)
 
 
 class ModelError(VllmliteError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllmlite.errors import ParameterError
+from vllmlite.errors import ContextLengthError, ParameterError
 from vllmlite.sampling_params import SamplingParams
 
 
@@ -51,11 +51,9 @@ class RequestBounds:
             prompt = prompt[-(max(room, 1) if keep == -1 else keep) :]
         if not prompt:
             raise ParameterError("prompt", "", "must hold at least one token")
-        if len(prompt) >= longest + (not generates):
-            limit = "shorter than" if generates else "at most"
-            raise ParameterError(
-                "prompt", f"{len(prompt)} tokens", f"must be {limit} max_model_len, {longest} tokens"
-            )
+        max_prompt = longest - 1 if generates else longest
+        if len(prompt) > max_prompt:
+            raise ContextLengthError("prompt", len(prompt), max_prompt, longest)
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             wrong = min(prompt) if min(prompt) < 0 else max(prompt)
             raise ParameterError("prompt_token_ids", wrong, f"must be ids from 0 to {self.vocab_size - 1}")

@@ -15,6 +15,7 @@ ERRORS = {
     413: "The body is longer than the server takes.",
     429: "The queue is full; Retry-After says when to come back.",
     500: "A step failed, or the server has a bug.",
+    501: "The model cannot do what is asked.",
     503: "The server is shutting down, or its engine is dead.",
 }
 

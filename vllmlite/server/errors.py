@@ -1,4 +1,4 @@
-"""What goes wrong, in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}`` and a status code."""
+"""Errors as answers: a status code, and a JSON object in the form of the API that was called."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
-from vllmlite.errors import EngineDeadError, ParameterError, VllmliteError
+from vllmlite.errors import ContextLengthError, EngineDeadError, ParameterError, VllmliteError
+from vllmlite.server.apis import Api
 
-TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-"""OpenAI's error type of a status; other 4xx are invalid_request_error, 5xx are server_error."""
-
-ANTHROPIC = "/v1/messages"
+OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
+    **OPENAI_TYPES,
     404: "not_found_error",
     413: "request_too_large",
-    429: "rate_limit_error",
     503: "overloaded_error",
 }
+LLAMACPP_TYPES = {
+    **OPENAI_TYPES,
+    404: "not_found_error",
+    501: "not_supported_error",
+    503: "unavailable_error",
+}
+"""Each API's error type of a status; other 4xx are invalid_request_error."""
 
 
 class ApiError(Exception):
@@ -35,9 +38,11 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
         details: Mapping[str, Any] | None = None,
+        overflow: ContextLengthError | None = None,
     ) -> None:
         """``param`` names the field that is wrong, ``code`` the kind of error where OpenAI has a name for it,
-        ``details`` what Anthropic's clients go by."""
+        ``details`` are Anthropic's; ``overflow`` is the cause where a prompt is too long, which every API tells in
+        words of its own."""
         super().__init__(message)
         self.status = status
         self.message = message
@@ -45,21 +50,71 @@ class ApiError(Exception):
         self.code = code
         self.headers = dict(headers or {})
         self.details = details
+        self.overflow = overflow
 
     @property
     def type(self) -> str:
         """OpenAI's name for the class of errors."""
-        return TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return self._type(OPENAI_TYPES, "server_error")
 
-    def body(self, path: str = "") -> dict[str, Any]:
-        """The JSON object to answer with: OpenAI's, or Anthropic's at Anthropic's ``path``."""
-        if path.startswith(ANTHROPIC):
-            kind = ANTHROPIC_TYPES.get(
-                self.status, "invalid_request_error" if self.status < 500 else "api_error"
+    def body(self, api: Api = Api.OPENAI) -> dict[str, Any]:
+        """The JSON object to answer with, in the form of ``api``."""
+        match api:
+            case Api.OPENAI:
+                return self._openai()
+            case Api.ANTHROPIC:
+                return self._anthropic()
+            case Api.LLAMACPP:
+                return self._llamacpp()
+
+    def _openai(self) -> dict[str, Any]:
+        """OpenAI's form. Clients know a prompt that is too long by vLLM's sentence about the maximum context length,
+        or by the code, which langchain-openai looks for in the text."""
+        message = self.message
+        if self.overflow is not None:
+            message = (
+                f"This model's maximum context length is {self.overflow.max_model_len} tokens. However, your request "
+                f"has {_count(self.overflow)} input tokens, and at most {self.overflow.max_prompt_tokens} fit. "
+                f"Please shorten {self.param} ({self.code})."
             )
-            more = {} if self.details is None else {"details": self.details}
-            return {"type": "error", "error": {"type": kind, "message": self.message, **more}}
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def _anthropic(self) -> dict[str, Any]:
+        message = self.message
+        if self.overflow is not None:
+            count, most = _count(self.overflow), self.overflow.max_prompt_tokens
+            message = f"prompt is too long: {count} tokens > {most} maximum"
+        error = {"type": self._type(ANTHROPIC_TYPES, "api_error"), "message": message}
+        if self.details is not None:
+            error["details"] = self.details  # type: ignore[assignment]
+        return {"type": "error", "error": error}
+
+    def _llamacpp(self) -> dict[str, Any]:
+        """llama-server's form, and the name of the field, which it does not tell."""
+        error: dict[str, Any] = {
+            "code": int(self.status),
+            "message": self.message,
+            "type": self._type(LLAMACPP_TYPES, "server_error"),
+            "param": self.param,
+        }
+        if self.overflow is not None:
+            count, limit = _count(self.overflow), self.overflow.max_model_len
+            error |= {
+                "message": f"request ({count} tokens) exceeds the available context size ({limit} tokens): "
+                f"shorten {self.param}, or serve with a larger --max-model-len",
+                "type": "exceed_context_size_error",
+                "n_prompt_tokens": self.overflow.num_tokens,
+                "n_ctx": limit,
+            }
+        return {"error": error}
+
+    def _type(self, types: Mapping[int, str], server: str) -> str:
+        return types.get(self.status, "invalid_request_error" if self.status < 500 else server)
+
+
+def _count(overflow: ContextLengthError) -> str:
+    """The tokens of a prompt that is too long; a text that cannot fit in any case is not tokenised."""
+    return f"{'' if overflow.exact else 'at least '}{overflow.num_tokens}"
 
 
 @contextmanager
@@ -68,13 +123,21 @@ def renamed(**names: str) -> Iterator[None]:
     try:
         yield
     except ParameterError as error:
-        raise ParameterError(names.get(error.field, error.field), error.value, error.accepted) from None
+        raise error.renamed(names.get(error.field, error.field)) from None
 
 
 def as_api_error(error: Exception) -> ApiError:
     """The answer to an exception; one that is a bug tells the client nothing of its inside."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ContextLengthError):
+        return ApiError(
+            HTTPStatus.BAD_REQUEST,
+            str(error),
+            param=error.field,
+            code="context_length_exceeded",
+            overflow=error,
+        )
     if isinstance(error, ParameterError):
         return ApiError(HTTPStatus.BAD_REQUEST, str(error), param=error.field)
     if isinstance(error, RecursionError):

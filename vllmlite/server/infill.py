@@ -68,7 +68,6 @@ def _marks(tokenizer: Tokenizer) -> Marks:
         if all(tokenizer.token_id(mark) is not None for mark in (marks.prefix, marks.suffix, marks.middle)):
             return marks
     raise ApiError(
-        HTTPStatus.BAD_REQUEST,
+        HTTPStatus.NOT_IMPLEMENTED,
         "the model cannot fill in text: its tokenizer has no fill-in tokens",
-        code="not_supported_error",
     )

@@ -27,13 +27,14 @@ from vllmlite.server.protocol.llamacpp import (
     LlamaCompletionRequest,
     LlamaEmbedding,
     LlamaEmbeddingRequest,
+    LlamaError,
     LlamaProps,
     LlamaRequest,
     LlamaTimings,
 )
 from vllmlite.server.samplers import turned_off, used
 from vllmlite.server.service import Generation, Service, request_id
-from vllmlite.server.sse import JSON, Stream, event, plain_error_event, unless_gone
+from vllmlite.server.sse import JSON, Stream, event, llamacpp_error_event, unless_gone
 
 router = APIRouter()
 
@@ -50,8 +51,10 @@ RANDOM_SEEDS = (-1, 2**32 - 1)
 _MISSING = object()
 
 
-@router.post("/completion", responses=documented(LlamaAnswer, streams=True))
-@router.post("/completions", responses=documented(LlamaAnswer, streams=True), include_in_schema=False)
+@router.post("/completion", responses=documented(LlamaAnswer, streams=True, error=LlamaError))
+@router.post(
+    "/completions", responses=documented(LlamaAnswer, streams=True, error=LlamaError), include_in_schema=False
+)
 async def complete(body: LlamaCompletionRequest, request: Request) -> Response:
     """Complete one prompt."""
     service: Service = request.app.state.service
@@ -61,7 +64,7 @@ async def complete(body: LlamaCompletionRequest, request: Request) -> Response:
     return await _answer(service, body, prompts[0], request)
 
 
-@router.post("/infill", responses=documented(LlamaAnswer, streams=True))
+@router.post("/infill", responses=documented(LlamaAnswer, streams=True, error=LlamaError))
 async def infill(body: InfillRequest, request: Request) -> Response:
     """Fill in what is between two texts."""
     service: Service = request.app.state.service
@@ -71,7 +74,7 @@ async def infill(body: InfillRequest, request: Request) -> Response:
     return await _answer(service, body, await service.encode(ids), request)
 
 
-@router.post("/embedding", responses=documented(list[LlamaEmbedding]))
+@router.post("/embedding", responses=documented(list[LlamaEmbedding], error=LlamaError))
 async def embed(body: LlamaEmbeddingRequest, request: Request) -> Response:
     """A vector of each text."""
     arrival = time.monotonic()
@@ -87,7 +90,7 @@ async def embed(body: LlamaEmbeddingRequest, request: Request) -> Response:
     return JSON(answer)
 
 
-@router.post("/apply-template", responses=documented(AppliedTemplate))
+@router.post("/apply-template", responses=documented(AppliedTemplate, error=LlamaError))
 async def apply_template(body: ChatPrompt, request: Request) -> Response:
     """The prompt that a conversation becomes."""
     service: Service = request.app.state.service
@@ -97,7 +100,7 @@ async def apply_template(body: ChatPrompt, request: Request) -> Response:
     return JSON(answer)
 
 
-@router.get("/props", responses=documented(LlamaProps))
+@router.get("/props", responses=documented(LlamaProps, error=LlamaError))
 async def props(request: Request) -> Response:
     """What the server is and how it samples where a request says nothing."""
     service: Service = request.app.state.service
@@ -129,7 +132,7 @@ async def _answer(service: Service, body: LlamaRequest, prompt: dict[str, Any], 
         )
     answer = _Answer(service, body, params, generation)
     if body.stream:
-        return Stream(answer.events(), generation.close, error_event=plain_error_event)
+        return Stream(answer.events(), generation.close, error_event=llamacpp_error_event)
     try:
         return JSON(await unless_gone(request.receive, answer.whole()))
     finally:

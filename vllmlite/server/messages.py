@@ -13,9 +13,10 @@ from starlette.responses import Response
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from vllmlite.server.apis import Api
 from vllmlite.server.conversation import conversation
 from vllmlite.server.documented import documented
-from vllmlite.server.errors import ANTHROPIC, ApiError, as_api_error, renamed
+from vllmlite.server.errors import ApiError, as_api_error, renamed
 from vllmlite.server.message_blocks import Blocks, as_messages
 from vllmlite.server.protocol.chat import ChatPrompt
 from vllmlite.server.protocol.messages import (
@@ -136,7 +137,7 @@ def _params(body: MessagesRequest, service: Service, tools: ToolUse) -> Sampling
 
 
 def _error_event(error: Exception) -> bytes:
-    return named_event(as_api_error(error).body(ANTHROPIC))
+    return named_event(as_api_error(error).body(Api.ANTHROPIC))
 
 
 class _Answer:

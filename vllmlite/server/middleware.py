@@ -12,6 +12,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vllmlite.server.apis import api_of
 from vllmlite.server.errors import ApiError
 from vllmlite.server.service import MAX_REQUEST_ID, Service
 from vllmlite.server.sse import JSON
@@ -24,7 +25,7 @@ MAX_DISCARDED = 64 << 20
 
 def error_response(error: ApiError, scope: Scope) -> JSON:
     """The answer to the request of ``scope`` that an error is."""
-    return JSON(error.body(_path(scope)), status_code=error.status, headers=error.headers)
+    return JSON(error.body(api_of(_path(scope))), status_code=error.status, headers=error.headers)
 
 
 class Count:

@@ -16,7 +16,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Receive
 
 from vllmlite.async_llm import AsyncLLM, NewRequest, OutputStream
-from vllmlite.errors import ParameterError
+from vllmlite.errors import ContextLengthError, ParameterError
 from vllmlite.outputs import RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
@@ -274,10 +274,9 @@ class Service:
 
     async def tokenised(self, characters: int, encode: Callable[..., list[int]], *args: Any) -> list[int]:
         """What ``encode(*args)`` makes of so many characters. Raises :class:`ParameterError` if they cannot fit."""
-        if characters > self.max_model_len * self.tokenizer.max_token_length:
-            raise ParameterError(
-                "prompt", f"{characters} characters", f"cannot fit the context of {self.max_model_len} tokens"
-            )
+        least = -(-characters // self.tokenizer.max_token_length)
+        if least > self.max_model_len:
+            raise ContextLengthError("prompt", least, self.max_model_len - 1, self.max_model_len, exact=False)
         if characters <= INLINE_CHARACTERS:
             return encode(*args)
         return await asyncio.to_thread(encode, *args)

@@ -12,6 +12,7 @@ import pydantic_core
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from vllmlite.server.apis import Api
 from vllmlite.server.errors import as_api_error
 
 logger = logging.getLogger(__name__)
@@ -65,12 +66,12 @@ KEEP_ALIVE = b": keep-alive\n\n"
 
 def error_event(error: Exception) -> bytes:
     """The end of a stream that cannot go on."""
-    return plain_error_event(error) + DONE
+    return event(as_api_error(error).body()) + DONE
 
 
-def plain_error_event(error: Exception) -> bytes:
-    """The same for streams that end without a mark."""
-    return event(as_api_error(error).body())
+def llamacpp_error_event(error: Exception) -> bytes:
+    """The same for llama.cpp's streams, which end without a mark."""
+    return event(as_api_error(error).body(Api.LLAMACPP))
 
 
 def error_line(error: Exception) -> bytes:

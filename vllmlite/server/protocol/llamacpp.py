@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, WithJsonSchema
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
 
 from vllmlite.config_absent import Absent
 from vllmlite.server.protocol.base import BOOKKEEPING, Prompts, Request, Stops, Strings
@@ -177,6 +177,23 @@ class LlamaAnswer(TypedDict, total=False):
     stop_type: Literal["eos", "limit", "word", "none"]
     stopping_word: str
     generation_settings: dict[str, Any]
+
+
+class LlamaErrorInfo(TypedDict):
+    """What was wrong. The last two are those of a prompt that is too long."""
+
+    code: int
+    message: str
+    type: str
+    param: str | None
+    n_prompt_tokens: NotRequired[int]
+    n_ctx: NotRequired[int]
+
+
+class LlamaError(TypedDict):
+    """Any answer of llama.cpp's endpoints that is an error."""
+
+    error: LlamaErrorInfo
 
 
 class LlamaProps(TypedDict):
