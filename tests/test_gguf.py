@@ -27,7 +27,8 @@ from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.cli import main
 from vllmlite.errors import ModelError, ParameterError
-from vllmlite.gguf_tokenizer import SPLITS, gguf_tokenizer
+from vllmlite.gguf_splits import SPLITS
+from vllmlite.gguf_tokenizer import gguf_tokenizer
 from vllmlite.hub import BUILT_IN, find_model
 from vllmlite.models import load_model, read_spec
 from vllmlite.models.gguf import gguf_config
@@ -35,6 +36,7 @@ from vllmlite.models.keys import LLAMA
 from vllmlite.tokenizer import Tokenizer
 from vllmlite.weights.gguf import read_gguf
 from vllmlite.weights.gguf_blocks import BLOCKS, FLOATS, KINDS, to_floats, to_strips
+from vllmlite.weights.gguf_tokens import end_ids
 from vllmlite.weights.quantized import dequantize, stored_bytes, unpack
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
@@ -592,6 +594,32 @@ def test_every_way_to_cut_text(tmp_path: Path) -> None:
     assert numbers["smollm"] == ["x", "Ġ", *"12345"]
     assert numbers["qwen2"] == ["x", "Ġ", *"12345"]
     assert numbers["llama-bpe"] == ["x", "Ġ", "123", "45"]
+
+
+CHAT_TOKENS = [*"abc", "<|im_end|>", "<|endoftext|>", "<|fim_prefix|>", "</s>", "<|end|>"]
+
+
+def test_tokens_known_by_name_end_a_text_whatever_their_type(tmp_path: Path) -> None:
+    """They are typed as ordinary text here, as converters often do."""
+    path = tokenizer_file(
+        tmp_path / "x.gguf", model="gpt2", pre="gpt-2", tokens=CHAT_TOKENS, token_type=[1, 1, 1, 1, 4, 4, 1, 4],
+        eos_token_id=0,
+    )  # fmt: skip
+    tokenizer = Tokenizer(path)
+    assert tokenizer.encode("a<|im_end|>b<|endoftext|>") == [0, 3, 1, 4]
+    assert tokenizer.decode([0, 3, 1, 4, 5, 6, 2, 7]) == "ab</s>c"
+    assert end_ids(read_gguf(path)) == [0, 3, 4, 7]
+
+
+def test_an_end_of_a_message_is_none_of_a_text(tmp_path: Path) -> None:
+    """gpt-oss goes on after ``<|end|>``, which its parsers look for; and ``</s>`` ends a text if it is typed so."""
+    for extra, ends in ((["<|return|>", "<|call|>"], [6, 8, 9]), (["<|return|>", "x"], [6, 7, 8])):
+        path = tokenizer_file(
+            tmp_path / f"{extra[1]}.gguf", model="gpt2", pre="gpt-4o", tokens=[*CHAT_TOKENS[:3], "d", "e", "f",
+            "</s>", "<|end|>", *extra], token_type=[1, 1, 1, 1, 1, 1, 3, 3, 3, 3 if extra[1] != "x" else 1],
+        )  # fmt: skip
+        assert end_ids(read_gguf(path)) == ends
+        assert Tokenizer(path).decode([0, 7]) == ("a<|end|>" if 7 not in ends else "a")
 
 
 def by_scores(text: str, scores: dict[str, float]) -> list[str]:

@@ -9,45 +9,10 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from vllmlite.errors import ModelError
+from vllmlite.gguf_splits import BEGIN, SPLITS, WHOLE_WORDS
 from vllmlite.weights.gguf import Gguf, read_gguf
+from vllmlite.weights.gguf_tokens import CONTROL, USER_DEFINED, token_types
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_NUMBERS = r"\p{N}"
-_AFTER_LLAMA3 = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _AFTER_LLAMA3
-_QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _AFTER_LLAMA3
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_DEFAULT = (
-    r"[\p{P}\$\+<=>\^~\|]+",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
-    r"\p{N}+",
-    r"[0-9][0-9][0-9]",
-)
-_FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")
-_BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
-
-SPLITS: dict[str, tuple[str, ...]] = {
-    "default": _DEFAULT,
-    **dict.fromkeys(("gpt-2", "olmo", "mpt", "jais", "phi-2", "trillion", "gigachat"), (_GPT2,)),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), (_NUMBERS, _GPT2)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), (_LLAMA3,)),
-    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "hunyuan", "megrez"), (_QWEN2,)),
-    **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), (_BLOOM,)),
-    "falcon": _FALCON,
-    "tekken": (_TEKKEN,),
-}
-"""How ``tokenizer.ggml.pre`` has text cut before merges: expressions applied in turn, each to what the last left."""
-
-WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
-"""Those that take a piece that is a token as that token, whatever merges would make of it."""
-BEGIN = ("llama-bpe", "llama3", "llama-v3", "tekken")
-"""Those that begin a text with the beginning-of-text token where the file does not say."""
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _SPACE = "\u2581"
 
 
@@ -69,9 +34,7 @@ def gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise ModelError(f"{path}: tokenizer.ggml.tokens has a token twice")
-    types = gguf.get("tokenizer.ggml.token_type", np.ndarray, np.full(len(tokens), NORMAL))
-    if len(types) != len(tokens):
-        raise ModelError(f"{path}: {len(types)} types of {len(tokens)} tokens")
+    types = token_types(gguf)
     try:
         made = _MAKERS[kind](gguf, vocab, tokens)
     except ModelError:

@@ -24,6 +24,7 @@ from vllmlite.models.keys import Keys
 from vllmlite.weights.checkpoint import Weights, listed
 from vllmlite.weights.gguf import Gguf, read_gguf
 from vllmlite.weights.gguf_blocks import FLOATS, KINDS
+from vllmlite.weights.gguf_tokens import end_ids
 from vllmlite.weights.quantized import LAYOUTS
 
 if TYPE_CHECKING:
@@ -37,20 +38,6 @@ UNUSED = re.compile(r"^rope_(freqs|factors_(long|short))\.weight$|\.attn_rot_emb
 """Tensors that are read with the metadata, or not at all."""
 SECOND_NORM = "attn_norm_2"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-CONTROL = 3
-"""Type of the tokens that are not text."""
-ENDS = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<end_of_turn>",
-    "<|end|>",
-    "</s>",
-)
-"""Control tokens that end a text or a turn in every model that has them."""
 
 LARGEST_GEMMA_LAYERS = {"gemma2": 46, "gemma3": 62}
 """Layers of the models that scale scores by what heads would share of the hidden size, instead of their own size."""
@@ -98,7 +85,7 @@ def gguf_config(path: Path) -> dict[str, Any]:
         "rope_scaling": _rope_scaling(fields, rotated),
         "tie_word_embeddings": f"{KEYS.head}.weight" not in gguf.tensors,
         "torch_dtype": _dtype(gguf),
-        "eos_token_id": _ends(gguf),
+        "eos_token_id": end_ids(gguf),
         **{key: fields.plain(metadata) for key, metadata in family.values.items() if fields.says(metadata)},
         **{key: stored in gguf.tensors for key, stored in family.biases.items()},
         **family.fixed,
@@ -330,14 +317,3 @@ def _dtype(gguf: Gguf) -> str:
         if len(tensor.shape) > 1:
             sizes[FLOATS.get(tensor.type, "bfloat16")] += tensor.data.size
     return sizes.most_common(1)[0][0]
-
-
-def _ends(gguf: Gguf) -> list[int]:
-    """Tokens that end a text: those that the file says, and control tokens that are known to by their names."""
-    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-    said = {gguf.get(key, int) for key in keys if key in gguf.metadata}
-    types = gguf.get("tokenizer.ggml.token_type", np.ndarray, np.zeros(0, np.int32))
-    tokens = gguf.get("tokenizer.ggml.tokens", list, [])
-    return sorted(
-        said | {i for i in np.flatnonzero(types[: len(tokens)] == CONTROL).tolist() if tokens[i] in ENDS}
-    )
