@@ -228,7 +228,7 @@ def test_chat_template(tokenizer: Tokenizer) -> None:
     assert tokenizer.apply_chat_template([message]).endswith("Hi<|im_end|>\n<|im_start|>assistant\n")
     open_end = [message, {"role": "assistant", "content": "Well, "}]
     text = tokenizer.apply_chat_template(open_end, add_generation_prompt=False, continue_final_message=True)
-    assert text.endswith("<|im_start|>assistant\nWell,")
+    assert text.endswith("<|im_start|>assistant\nWell, ")
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,6 @@ def test_chat_template(tokenizer: Tokenizer) -> None:
     [
         "{{ raise_exception('only users') }}",
         "{{ messages[0].missing.deeper }}",
-        "{% if %}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
     ],

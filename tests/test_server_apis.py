@@ -178,8 +178,9 @@ def test_items_become_the_conversation(service: Service) -> None:
         {"type": "function_call_output", "call_id": "c", "output": "rain"},
     ]
     found = as_messages(items, "Speak English.")
-    assert [message["role"] for message in found] == ["system", "system", "user", "assistant", "tool"]
-    assert found[3]["content"] == "Let me see." and found[3]["reasoning_content"] == "Hm"
+    assert [message["role"] for message in found] == ["system", "developer", "user", "assistant", "tool"]
+    assert found[3]["content"] == [{"type": "text", "text": "Let me see."}]
+    assert found[3]["reasoning_content"] == "Hm"
     assert found[3]["tool_calls"][0]["function"]["name"] == "weather" and found[4]["content"] == "rain"
     bad: list[tuple[dict[str, Any], str]] = [
         ({"input": []}, "input"),
@@ -317,7 +318,8 @@ def test_blocks_become_the_conversation(service: Service) -> None:
         [{"type": "text", "text": "Be brief."}],
     )
     assert [message["role"] for message in found] == ["system", "user", "assistant", "tool"]
-    assert found[2]["reasoning_content"] == "Hm" and found[3]["content"] == "rain"
+    thought, said = found[2]["content"]
+    assert thought["thinking"] == "Hm" and said["text"] == "Let me see." and found[3]["content"] == "rain"
     assert json.loads(found[2]["tool_calls"][0]["function"]["arguments"]) == {"city": "Oslo"}
     bad: list[dict[str, Any]] = [
         {"messages": CHAT},

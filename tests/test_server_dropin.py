@@ -20,7 +20,6 @@ from vllmlite.errors import ParameterError
 from vllmlite.outputs import RequestOutput
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.server.config import ServerConfig
-from vllmlite.server.conversation import as_mapping
 from vllmlite.server.protocol import chat
 from vllmlite.server.service import Service
 
@@ -105,17 +104,6 @@ def test_the_template_is_told_vllms_variables(service: Service) -> None:
         "the chat template shows none"
         in post(service, CHAT, 400, messages=MESSAGES, documents=[{"text": "a"}])["error"]["message"]
     )
-
-
-def test_messages_as_answers_have_them() -> None:
-    def mapped(**fields: Any) -> dict[str, Any]:
-        return as_mapping(chat.Message(role="assistant", **fields))
-
-    assert mapped(content=None, reasoning="Hm")["content"] == ""
-    for name in ("reasoning", "reasoning_content"):
-        found = mapped(content="Yes", **{name: "Hm"})
-        assert found["reasoning"] == found["reasoning_content"] == "Hm"
-    assert mapped(content=[{"type": "refusal", "refusal": "No."}])["content"] == "No."
 
 
 def test_json_objects_of_a_schema(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,6 @@ ABSENT: Mapping[str, Absent] = {
     "reasoning_parser_plugin": Absent((None, ""), _NO_PLUGINS),
     "tool_parser_plugin": Absent((None, ""), _NO_PLUGINS),
     "tool_server": Absent((None, ""), "tools are run by clients"),
-    "chat_template_content_format": Absent(("auto", "string"), "templates are shown content as text"),
     "enable_server_load_tracking": Absent((False, True), "/load counts in any case"),
     "enable_prompt_tokens_details": Absent((False, True), "usage has its details in any case"),
     "enable_per_request_metrics": Absent((False,), "see /metrics"),

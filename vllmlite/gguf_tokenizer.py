@@ -50,10 +50,20 @@ def gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
             for i in np.flatnonzero(types == USER_DEFINED)
         ]
     )
-    config = {f"{name}_token": _token(gguf, tokens, name) for name in ("bos", "eos", "unk", "pad")}
+    config: dict[str, Any] = {
+        f"{name}_token": _token(gguf, tokens, name) for name in ("bos", "eos", "unk", "pad")
+    }
     _add_ends(gguf, made, kind, config)
-    config["chat_template"] = gguf.get("tokenizer.chat_template", str)
+    config["chat_template"] = _chat_templates(gguf)
     return made, config
+
+
+def _chat_templates(gguf: Gguf) -> dict[str, str]:
+    """The chat templates by name: ``tokenizer.chat_template`` is the default one, and others have theirs behind it."""
+    key = "tokenizer.chat_template"
+    named = {name.removeprefix(f"{key}."): name for name in gguf.metadata if name.startswith(f"{key}.")}
+    found = {name: gguf.get(place, str) for name, place in {"default": key, **named}.items()}
+    return {name: text for name, text in found.items() if text is not None}
 
 
 def _gpt2(gguf: Gguf, vocab: dict[str, int], tokens: list[str]) -> Tokenizer:

@@ -103,7 +103,7 @@ class LLM:
         prompts: list[Prompt] = []
         for conversation in conversations:
             text = tokenizer.apply_chat_template(
-                conversation,  # type: ignore[arg-type]
+                conversation,
                 chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import ByteLevel
 
+from vllmlite.chat.sources import DEFAULT, choose, read_templates
+from vllmlite.chat.special_tokens import read_special_tokens
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.gguf_tokenizer import gguf_tokenizer
 from vllmlite.slow_tokenizer import SlowTokenizer
 from vllmlite.weights.json_object import read_object
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from vllmlite.chat.template import ChatTemplate
 
 MAX_IDS = 10_000_000
 """Ids are below this; the largest vocabularies have a quarter of a million."""
@@ -32,7 +34,6 @@ class Tokenizer:
     def __init__(self, path: Path) -> None:
         """Read ``tokenizer.json`` and ``tokenizer_config.json`` of directory ``path``, or what the GGUF file ``path``
         has in their place. Raises ModelError."""
-        self._template_file = path / "chat_template.jinja"
         self._fast: FastTokenizer | SlowTokenizer
         if path.is_file():
             self._fast, self._config = gguf_tokenizer(path)
@@ -42,6 +43,8 @@ class Tokenizer:
         self._path = path
         self._fast.no_truncation()
         self._fast.no_padding()
+        self.special_tokens = read_special_tokens(path, self._config)
+        """Special tokens by name, and lists of those without one: variables of every chat template."""
         self.decode(self.encode(""))  # what cannot work at all is found out now
         self.eos_token_id = self._special("eos_token")
 
@@ -133,55 +136,50 @@ class Tokenizer:
 
     def special_text(self, name: str) -> str:
         """The text of ``bos_token`` or another special token; empty if there is none."""
-        return self._config_text(name)
+        text = self.special_tokens.get(name)
+        return text if isinstance(text, str) else ""
 
     @property
     def chat_template(self) -> str | None:
-        """The chat template that the checkpoint brings."""
-        return self._chat_template
+        """The checkpoint's chat template for conversations without tools, if it brings one of no other name."""
+        return self.chat_templates.get(DEFAULT)
+
+    @cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """The chat templates that the checkpoint brings, by name."""
+        return read_templates(self._path, self._config)
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the checkpoint brings a chat template."""
-        return self._chat_template is not None
+        return bool(self.chat_templates)
+
+    def find_chat_template(self, wanted: str | None = None, *, with_tools: bool = False) -> ChatTemplate:
+        """The chat template that is ``wanted``: the name of one of the checkpoint's or of a built-in one, or its text;
+        None: the checkpoint's own, which may be another one ``with_tools``. Raises :class:`ParameterError`."""
+        return self._made(choose(self.chat_templates, wanted, with_tools=with_tools, begins=self._begins))
 
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Any,
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_content_format: str = "auto",
         **variables: Any,
     ) -> str:
-        """The prompt for ``messages`` (each with ``role`` and ``content``), by Jinja in its sandbox.
+        """The prompt for ``messages`` (see :mod:`vllmlite.chat.messages`), through a chat template that
+        :meth:`find_chat_template` finds.
 
-        ``continue_final_message`` leaves the last message open. Raises ParameterError on unusable messages."""
-        source = chat_template or self._chat_template
-        if source is None:
-            raise ParameterError(
-                "messages", messages, "the model has no chat template: give one, or a plain prompt"
-            )
-        for message in messages:
-            if not isinstance(message, Mapping) or "role" not in message:
-                raise ParameterError("messages", message, "must be mappings with a role and content")
-        if not messages:
-            raise ParameterError("messages", messages, "must hold at least one message")
-        if continue_final_message and add_generation_prompt:
-            raise ParameterError("continue_final_message", True, "goes with add_generation_prompt=False")
-        variables = {name: self._config_text(name) for name in ("bos_token", "eos_token")} | variables
-        variables |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        text = _render(source, variables)
-        if continue_final_message:
-            final = str(messages[-1].get("content") or "").strip()
-            end = text.rfind(final)
-            if end < 0:
-                raise ParameterError(
-                    "continue_final_message", True, "the chat template does not repeat that message"
-                )
-            text = text[: end + len(final)]
-        return text
+        ``continue_final_message`` leaves the last message open for the model to go on with it; ``variables`` are the
+        template's. Raises :class:`ParameterError`."""
+        from vllmlite.chat.template import Wishes
+
+        wishes = Wishes(add_generation_prompt, continue_final_message, chat_template_content_format)
+        template = self.find_chat_template(chat_template, with_tools=bool(tools))
+        return template.prompt(messages, wishes, tools, variables)
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -192,28 +190,21 @@ class Tokenizer:
         return self._fast.decoder is not None and _has_part(self._fast.decoder, "ByteFallback")
 
     @cached_property
-    def _chat_template(self) -> str | None:
-        if self._template_file.is_file():
-            try:
-                return self._template_file.read_text(encoding="utf-8")
-            except ValueError as error:
-                raise ModelError(f"{self._template_file}: is not UTF-8: {error}") from None
-        template = self._config.get("chat_template")
-        if isinstance(template, list):  # several named templates, as some checkpoints have
-            named = [
-                entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"
-            ]
-            template = named[0].get("template") if named else None
-        return template if isinstance(template, str) else None
+    def _made(self) -> Callable[[str], ChatTemplate]:
+        """Chat templates by their text; a few are kept, with what was found out about them."""
+        from vllmlite.chat.template import ChatTemplate
 
-    def _config_text(self, name: str) -> str:
-        token = self._config.get(name)
-        if isinstance(token, Mapping):
-            token = token.get("content")
-        return token if isinstance(token, str) else ""
+        special = {"bos_token": "", "eos_token": "", **self.special_tokens}
+        return lru_cache(maxsize=16)(lambda source: ChatTemplate(source, special))
+
+    @cached_property
+    def _begins(self) -> str:
+        """The bos token if the tokenizer begins every text with it, else nothing."""
+        bos = self.special_text("bos_token")
+        return bos if bos and self.encode("")[:1] == [self.token_id(bos)] else ""
 
     def _special(self, name: str) -> int | None:
-        text = self._config_text(name)
+        text = self.special_text(name)
         try:
             return self._fast.token_to_id(text) if text else None
         except BaseException as error:
@@ -278,47 +269,3 @@ def _told(path: Path, error: BaseException) -> BaseException:
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
         return ModelError(f"{path}: not a usable tokenizer: {error}")
     return error
-
-
-class _Refusal(Exception):
-    """A chat template called ``raise_exception``."""
-
-
-@lru_cache(maxsize=32)
-def _compile(source: str) -> Template:
-    """A chat template with what transformers offers templates, in Jinja's immutable sandbox."""
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise _Refusal(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-    def strftime_now(form: str) -> str:
-        import time
-
-        return time.strftime(form)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment.from_string(source)
-
-
-def _render(source: str, variables: Mapping[str, Any]) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return _compile(source).render(variables)
-    except _Refusal as refusal:
-        raise ParameterError("messages", variables["messages"], str(refusal)) from None
-    except (
-        TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
-    ) as error:  # fmt: skip
-        raise ParameterError(
-            "messages", variables["messages"], f"the chat template refuses them: {error}"
-        ) from None

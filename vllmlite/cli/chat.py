@@ -58,7 +58,9 @@ def add_arguments(parser: OptionParser) -> None:
         "-q", "--quick", metavar="MESSAGE", help="say this alone, print the answer, and end"
     )
     conversation.add_argument(
-        "--chat-template", metavar="FILE", help="Jinja template in place of the model's"
+        "--chat-template",
+        metavar="FILE|NAME",
+        help="chat template in place of the model's: a file, or a name",
     )
     conversation.add_argument(
         "--reasoning-parser",

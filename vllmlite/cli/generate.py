@@ -27,7 +27,11 @@ def add_arguments(parser: OptionParser) -> None:
     prompts = add_prompt_arguments(parser)
     prompts.add_argument("--chat", action="store_true", help="prompts are questions: apply the chat template")
     prompts.add_argument("--system", metavar="TEXT", help="system message, with --chat")
-    prompts.add_argument("--chat-template", metavar="FILE", help="Jinja template in place of the model's")
+    prompts.add_argument(
+        "--chat-template",
+        metavar="FILE|NAME",
+        help="chat template in place of the model's: a file, or a name",
+    )
     session.add_session_arguments(parser)
     add_sampling_arguments(parser, max_tokens=128)
     output = parser.add_argument_group("output options")

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllmlite.chat.sources import read_template
 from vllmlite.config import EngineConfig, add_engine_arguments
 from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
@@ -86,15 +87,12 @@ def chat_prompt(
     return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
 
-def read_chat_template(path: str | None, parser: OptionParser) -> str | None:
-    """The template in file ``path``."""
-    if path is None:
-        return None
+def read_chat_template(given: str | None, parser: OptionParser) -> str | None:
+    """The chat template in the file ``given``, or ``given`` itself: a template's text or name."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as e:
-        parser.error(f"--chat-template {path}: {getattr(e, 'strerror', None) or e}")
+        return read_template(given)
+    except ParameterError as e:
+        parser.error(str(e))
 
 
 def stream(

@@ -9,11 +9,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from vllmlite.chat.messages import content_of, text_of
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.server import logprobs
-from vllmlite.server.conversation import content_text
 from vllmlite.server.documented import documented
 from vllmlite.server.errors import renamed
 from vllmlite.server.parsers.parts import CallArguments, CallBegin, Content, Part, Reasoning
@@ -97,7 +97,8 @@ class _Answer:
         self._ids = service.config.return_tokens_as_token_ids or bool(body.return_tokens_as_token_ids)
         last = body.messages[-1]
         self._role = service.config.response_role if body.add_generation_prompt else last.role
-        self._begin = content_text(last) or "" if body.echo and last.role == self._role else ""
+        echoed = content_of(last.content, "messages.content") if body.echo and last.role == self._role else ""
+        self._begin = text_of(echoed) or ""
 
     def whole(self, output: RequestOutput) -> ChatCompletion:
         answer: ChatCompletion = {

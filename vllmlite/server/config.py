@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllmlite.chat.messages import CONTENT_FORMATS
 from vllmlite.errors import ParameterError
 from vllmlite.options import check_fields, mapping_option, option
 from vllmlite.server.parsers import TOOL_PARSERS
@@ -37,9 +38,16 @@ class ServerConfig:
     )
     chat_template: str | None = option(
         None,
-        "Jinja template in place of the model's: a file, or the text itself",
+        "chat template in place of the model's default: a Jinja file, the text itself, or the name of another one of "
+        "the model's or of a built-in one, such as chatml",
         group="server",
-        metavar="FILE|TEXT",
+        metavar="FILE|TEXT|NAME",
+    )
+    chat_template_content_format: str = option(
+        "auto",
+        "show the chat template content as text (string), as a list of parts (openai), or as it can take it",
+        group="server",
+        choices=CONTENT_FORMATS,
     )
     default_chat_template_kwargs: Mapping[str, Any] = mapping_option(
         'variables of the chat template where a request has none, such as {"enable_thinking": false}',

@@ -8,6 +8,7 @@ from typing import Any
 
 import pydantic_core
 
+from vllmlite.chat.messages import content_of
 from vllmlite.errors import ParameterError
 from vllmlite.server.parsers.parts import CallArguments, CallBegin, Content, Part, Reasoning
 from vllmlite.server.protocol.messages import AnthropicMessage, Block
@@ -19,7 +20,7 @@ def as_messages(
     """The conversation in the form of OpenAI's chat. Raises :class:`ParameterError`."""
     messages: list[dict[str, Any]] = []
     if system is not None:
-        messages.append({"role": "system", "content": _text(system)})
+        messages.append({"role": "system", "content": content_of(system, "system")})
     for turn in turns:
         if isinstance(turn.content, str):
             messages.append({"role": turn.role, "content": turn.content})
@@ -30,44 +31,30 @@ def as_messages(
 
 def _of_blocks(role: str, blocks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """A turn as messages: results of tools, each a message of its own, then the rest as one."""
-    texts: list[str] = []
-    message: dict[str, Any] = {"role": role, "content": ""}
+    parts: list[Any] = []
+    message: dict[str, Any] = {"role": role, "content": None}
     results = 0
     for block in blocks:
         match block.get("type"):
-            case "text":
-                texts.append(_text([block]))
+            case "text" | "thinking":
+                parts.append(block)
             case "redacted_thinking":
                 pass  # nobody but its author can read it
-            case "thinking":
-                message["reasoning_content"] = _string(block, "thinking")
             case "tool_use":
                 function = {"name": _string(block, "name"), "arguments": json.dumps(block.get("input", {}))}
                 call = {"id": _string(block, "id"), "type": "function", "function": function}
                 message.setdefault("tool_calls", []).append(call)
             case "tool_result":
                 results += 1
-                content = _text(block.get("content") or "")
+                content = content_of(block.get("content"), "messages.content")
                 yield {"role": "tool", "tool_call_id": _string(block, "tool_use_id"), "content": content}
             case kind:
                 raise ParameterError(
                     "messages.content", kind, "must be blocks of type text, thinking, tool_use or tool_result"
                 )
-    message["content"] = "\n".join(texts)
-    if texts or not results or len(message) > 2:
+    message["content"] = content_of(parts, "messages.content")
+    if parts or not results or len(message) > 2:
         yield message
-
-
-def _text(content: Any) -> str:
-    """Text, or the text of text blocks."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ParameterError("messages.content", content, "must be text, or a list of blocks")
-    for block in content:
-        if not isinstance(block, dict) or block.get("type") != "text":
-            raise ParameterError("messages.content", block, "must be text: only text models are served")
-    return "\n".join(_string(block, "text") for block in content)
 
 
 def _string(block: dict[str, Any], name: str) -> str:

@@ -6,15 +6,10 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from vllmlite.chat.messages import content_of, text_of
 from vllmlite.errors import ParameterError
 from vllmlite.server.parsers.parts import CallArguments, CallBegin, Content, Part, Reasoning
 from vllmlite.server.protocol.responses import OutputItem
-
-TEXTS = {
-    **dict.fromkeys(("input_text", "output_text", "text", "reasoning_text", "summary_text"), "text"),
-    "refusal": "refusal",
-}
-"""Types of content that are text, and the field that it stands in."""
 
 
 def as_messages(given: str | list[dict[str, Any]], instructions: str | None) -> list[dict[str, Any]]:
@@ -27,17 +22,20 @@ def as_messages(given: str | list[dict[str, Any]], instructions: str | None) -> 
     for item in given:
         kind = item.get("type", "message")
         if kind == "message":
-            messages.append({"role": _role(item), "content": _text(item.get("content"))})
+            messages.append(
+                {"role": _string(item, "role"), "content": content_of(item.get("content"), "input.content")}
+            )
         elif kind == "function_call":
             call = {"name": _string(item, "name"), "arguments": _string(item, "arguments")}
             entry = {"id": _string(item, "call_id"), "type": "function", "function": call}
             _assistant(messages).setdefault("tool_calls", []).append(entry)
         elif kind == "function_call_output":
-            text = _text(item.get("output"))
-            messages.append({"role": "tool", "tool_call_id": _string(item, "call_id"), "content": text})
+            output = content_of(item.get("output"), "input.output")
+            messages.append({"role": "tool", "tool_call_id": _string(item, "call_id"), "content": output})
         elif kind == "reasoning":
-            text = _text(item.get("content") or item.get("summary") or "")
-            messages.append({"role": "assistant", "content": "", "reasoning_content": text})
+            thought = content_of(item.get("content") or item.get("summary") or "", "input.content")
+            text = text_of(thought, "thinking") or text_of(thought) or ""
+            messages.append({"role": "assistant", "content": None, "reasoning_content": text})
         else:
             raise ParameterError(
                 "input",
@@ -53,7 +51,7 @@ def as_messages(given: str | list[dict[str, Any]], instructions: str | None) -> 
 def _assistant(messages: list[dict[str, Any]]) -> dict[str, Any]:
     """The assistant's message that a call belongs to: the last one, or a new one."""
     if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": ""})
+        messages.append({"role": "assistant", "content": None})
     return messages[-1]
 
 
@@ -67,32 +65,11 @@ def _join_reasoning(messages: list[dict[str, Any]]) -> None:
         messages[-2:] = [{**last, "reasoning_content": before["reasoning_content"]}]
 
 
-def _role(item: dict[str, Any]) -> str:
-    role = _string(item, "role")
-    return "system" if role == "developer" else role
-
-
 def _string(item: dict[str, Any], name: str) -> str:
     value = item.get(name)
     if not isinstance(value, str):
         raise ParameterError(f"input.{name}", value, "must be text")
     return value
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ParameterError("input.content", content, "must be text, or a list of parts")
-    return "\n".join(map(_part_text, content))
-
-
-def _part_text(part: Any) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get(TEXTS[kind]) if isinstance(kind, str) and kind in TEXTS else None
-    if not isinstance(text, str):
-        raise ParameterError("input.content", part, "must be text: only text models are served")
-    return text
 
 
 class Items:

@@ -23,6 +23,7 @@ import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 
 from vllmlite.async_llm import AsyncLLM
+from vllmlite.chat.sources import read_template
 from vllmlite.config import EngineConfig
 from vllmlite.engine_host import settle_garbage
 from vllmlite.errors import EngineDeadError, ParameterError
@@ -155,21 +156,6 @@ def notify_systemd(state: str) -> None:
             channel.sendto(state.encode(), address)
     except OSError as error:
         logger.warning("cannot tell %s to NOTIFY_SOCKET=%s: %s", state, address, error.strerror)
-
-
-def read_template(given: str | None) -> str | None:
-    """The chat template that a file or, where it has braces, a text is. Raises ParameterError."""
-    if given is None:
-        return None
-    try:
-        return Path(given).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        if "{" in given:
-            return given
-        reason = getattr(error, "strerror", None) or error
-        raise ParameterError(
-            "chat_template", given, f"is neither a template nor a readable file: {reason}"
-        ) from None
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from starlette.requests import HTTPConnection
 from starlette.types import Receive
 
 from vllmlite.async_llm import AsyncLLM, NewRequest, OutputStream
+from vllmlite.chat.builtin import BUILT_IN
+from vllmlite.chat.template import Wishes
 from vllmlite.errors import ContextLengthError, ParameterError
 from vllmlite.outputs import RequestOutput
 from vllmlite.pooling_params import PoolingParams
@@ -154,6 +156,10 @@ class Service:
         """HTTP requests that are being answered: vLLM's server load."""
         inner = engine.llm_engine
         self.tokenizer = inner.get_tokenizer()
+        if config.chat_template is not None:
+            self.tokenizer.find_chat_template(
+                config.chat_template
+            )  # what is wrong with it shows at the start
         self.max_model_len = inner.max_model_len
         self.default_params = inner.default_sampling_params
         self._capacity = inner.config.max_num_seqs + config.max_queue
@@ -290,30 +296,31 @@ class Service:
 
     async def encode_chat(self, body: ChatPrompt, offer_tools: bool = True) -> dict[str, Any]:
         """The prompt of a conversation, through the chat template, which is told of tools if ``offer_tools``."""
-        template = self.config.chat_template
-        if body.chat_template is not None:
-            if not self.config.trust_request_chat_template:
-                raise ParameterError(
-                    "chat_template",
-                    body.chat_template,
-                    "the server takes none from requests: --trust-request-chat-template",
-                )
-            template = body.chat_template
         variables = {**self.config.default_chat_template_kwargs, **body.template_variables()}
         check_template_variables("chat_template_kwargs", variables)
-        if body.documents and "documents" not in (template or self.tokenizer.chat_template or ""):
+        tools = _definitions(body.tools) if offer_tools else None
+        wanted = self._template_wanted(body.chat_template)
+        template = self.tokenizer.find_chat_template(wanted, with_tools=bool(tools))
+        if body.documents and "documents" not in template.variables:
             raise ParameterError(
                 "documents", len(body.documents), "the chat template shows none: put them into the messages"
             )
-        text = self.tokenizer.apply_chat_template(
-            [as_mapping(message) for message in body.messages],
-            tools=_definitions(body.tools) if offer_tools else None,
-            chat_template=template,
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            **variables,
+        wishes = Wishes(
+            body.add_generation_prompt, body.continue_final_message, self.config.chat_template_content_format
         )
+        text = template.prompt([as_mapping(message) for message in body.messages], wishes, tools, variables)
         return await self.encode(text, body.add_special_tokens)
+
+    def _template_wanted(self, requested: str | None) -> str | None:
+        """The chat template that a request asks for, or else the server's; None: the model's own. A request may name
+        any that is here; its own text needs ``trust_request_chat_template``. Raises :class:`ParameterError`."""
+        known = requested in self.tokenizer.chat_templates or requested in BUILT_IN
+        if requested is not None and not known and not self.config.trust_request_chat_template:
+            raise ParameterError(
+                "chat_template", requested,
+                "is the name of none, and the server takes no others: --trust-request-chat-template",
+            )  # fmt: skip
+        return self.config.chat_template if requested is None else requested
 
 
 def request_id(given: str | None, request: HTTPConnection) -> str | None:

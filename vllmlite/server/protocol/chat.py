@@ -14,22 +14,12 @@ from vllmlite.server.protocol.llamacpp import LLAMACPP_BOOKKEEPING, LLAMACPP_REF
 from vllmlite.server.protocol.logprobs import ChatLogprobs, PromptLogprobs
 from vllmlite.server.protocol.sampling import SamplingRequest
 
-
-class ContentPart(BaseModel):
-    """A part of a message's content."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-
-
-Parts = TypeAliasType("Parts", Annotated[list[ContentPart], FailFast()])
+Parts = TypeAliasType("Parts", Annotated[list[str | dict[str, Any]], FailFast()])
+"""Parts of a message's content: text, or objects whose type says which field has it."""
 
 
 class Message(BaseModel):
-    """A message of a conversation. What a chat template may want beyond these is handed to it as it came."""
+    """A message of a conversation, with any more fields; :mod:`vllmlite.chat.messages` says what becomes of them."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 

@@ -1,0 +1,70 @@
+"""continue_final_message: the prompt ends where the last message's text ends, whatever that text is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from chat_templates import AFTER_CONTENT, PARTS_ALONE, PREFILLS, SPECIAL, TEMPLATES, assistant, user
+
+from vllmlite.chat.template import ChatTemplate, Wishes
+from vllmlite.errors import ParameterError
+
+WHOLE = Wishes(add_generation_prompt=False)
+OPEN = Wishes(add_generation_prompt=False, continue_final_message=True)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_it_is_what_the_template_renders_without_the_end(name: str) -> None:
+    template, after = ChatTemplate(TEMPLATES[name], SPECIAL), AFTER_CONTENT[name]
+    for prefill in PREFILLS:
+        messages = [user("Hi"), assistant(prefill)]
+        whole = template.prompt(messages, WHOLE)
+        assert whole.endswith(after)
+        expected = whole.removesuffix(after)
+        assert template.prompt(messages, OPEN) == expected, prefill
+        parts = [{"type": "text", "text": prefill}]
+        assert template.prompt([user("Hi"), assistant(parts)], OPEN) == expected, prefill
+        if name != PARTS_ALONE and "think" not in prefill:
+            assert expected.rstrip().endswith(prefill.strip()), prefill
+
+
+def test_parts_of_content_are_continued_at_the_last_text() -> None:
+    template = ChatTemplate(TEMPLATES["chatml"], {})
+    messages = [user("Hi"), assistant([{"type": "text", "text": "One"}, "Two "])]
+    assert template.prompt(messages, OPEN).endswith("<|im_start|>assistant\nOne\nTwo ")
+
+
+def test_content_may_be_absent_after_reasoning() -> None:
+    template = ChatTemplate(TEMPLATES["qwen 3: reasoning of the last turn alone, loop controls"], {})
+    messages = [user("1+1?"), assistant(None, reasoning="One and one.")]
+    assert template.prompt(messages, OPEN).endswith("<think>\nOne and one.\n</think>\n\n")
+
+
+def test_a_message_that_the_template_leaves_out_when_empty_is_begun() -> None:
+    template = ChatTemplate("{% for m in messages if m.content %}[{{ m.content }}]{% endfor %}", {})
+    assert template.prompt([user("Hi"), assistant("")], OPEN) == "[Hi]["
+
+
+@pytest.mark.parametrize(
+    ("source", "last", "why"),
+    [
+        ("{{ messages[0].content }}", assistant("x"), "does not show"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", assistant("x"), "repeats"),
+        (
+            "{{ messages[1].content | length }}: {{ messages[1].content }}",
+            assistant("abcd"),
+            "changes",
+        ),
+        (TEMPLATES["chatml"], assistant("x", tool_calls=[{"function": {"name": "f"}}]), "tool calls"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(source: str, last: dict[str, Any], why: str) -> None:
+    with pytest.raises(ParameterError, match=why) as caught:
+        ChatTemplate(source, {}).prompt([user("Hi"), last], OPEN)
+    assert caught.value.field == "continue_final_message"
+
+
+def test_it_does_not_go_with_a_generation_prompt() -> None:
+    with pytest.raises(ParameterError, match="add_generation_prompt"):
+        ChatTemplate(TEMPLATES["chatml"], {}).prompt([user("Hi")], Wishes(continue_final_message=True))

@@ -1,0 +1,77 @@
+"""Chat templates against transformers: the same text, or a refusal."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from typing import Any
+
+import pytest
+from chat_templates import CONVERSATIONS, PARTS_ALONE, SPECIAL, TEMPLATES, TOOLS
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models
+
+from vllmlite.chat.template import ChatTemplate, Wishes
+from vllmlite.errors import ParameterError
+
+transformers = pytest.importorskip("transformers", reason="needs transformers, to compare with")
+
+DATE = "01 Feb 2025"
+DOCUMENTS = [{"title": "dpkg", "text": "Installs packages."}]
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    inner = FastTokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3}, unk_token="<unk>"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **SPECIAL)
+
+
+def expected(theirs: Any, template: str, messages: list[dict[str, Any]], **options: Any) -> str | None:
+    """What transformers renders; None where it fails."""
+    try:
+        text = theirs.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
+    except Exception:
+        return None
+    assert isinstance(text, str)
+    return text
+
+
+def as_clients_send_them(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with arguments of calls as JSON texts."""
+    sent = deepcopy(messages)
+    for message in sent:
+        for made in message.get("tool_calls", ()):
+            made["function"]["arguments"] = json.dumps(made["function"]["arguments"], ensure_ascii=False)
+    return sent
+
+
+def in_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with their content as lists of one part."""
+    return [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_text_is_that_of_transformers(theirs: Any, name: str) -> None:
+    ours = ChatTemplate(TEMPLATES[name], SPECIAL)
+    asks: list[tuple[bool, Any, dict[str, Any]]] = [
+        (True, None, {"date_string": DATE}),
+        (True, TOOLS, {"date_string": DATE, "enable_thinking": False, "controls": {"length": "long"}}),
+        (False, None, {"date_string": DATE, "documents": DOCUMENTS}),
+    ]
+    refused = 0
+    for conversation, messages in CONVERSATIONS.items():
+        sent = as_clients_send_them(messages)
+        if name == PARTS_ALONE:
+            messages = in_parts(messages)
+        for prompted, tools, variables in asks:
+            wanted = expected(
+                theirs, TEMPLATES[name], messages, add_generation_prompt=prompted, tools=tools, **variables
+            )
+            try:
+                found = ours.prompt(sent, Wishes(prompted), tools, variables)
+            except ParameterError as error:
+                assert wanted is None and error.field == "messages", (conversation, error)
+                refused += 1
+            else:
+                assert wanted in (None, found), conversation
+    assert refused < len(asks) * len(CONVERSATIONS)

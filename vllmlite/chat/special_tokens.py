@@ -1,0 +1,45 @@
+"""Special tokens that a checkpoint names, as variables of its chat templates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllmlite.weights.json_object import read_object
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Names that transformers gives to special tokens of every model."""
+LISTS = ("additional_special_tokens", "extra_special_tokens")
+"""Lists of further ones; the second is the newer name, under which some models have names for them."""
+
+
+def read_special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The special tokens of the checkpoint at ``path`` by name, as text, and lists of those without a name.
+
+    ``tokenizer_config.json``, which is ``config``, goes before ``special_tokens_map.json``. ModelError if the latter
+    is not an object."""
+    found: dict[str, Any] = {}
+    listed: dict[str, str] = {}
+    mapped = read_object(path / "special_tokens_map.json", optional=True) if path.is_dir() else {}
+    for source in (mapped, config):
+        for name in NAMED:
+            if (text := _text(source.get(name))) is not None:
+                found[name] = text
+        for name in LISTS:
+            entries = source.get(name)
+            if isinstance(entries, Mapping):  # a model's own names, such as image_token
+                found |= {
+                    str(key): text for key, entry in entries.items() if (text := _text(entry)) is not None
+                }
+                entries = list(entries.values())
+            if isinstance(entries, list):
+                listed.update((text, text) for entry in entries if (text := _text(entry)) is not None)
+    return found | {name: list(listed) for name in LISTS}
+
+
+def _text(token: Any) -> str | None:
+    """The text of a token that stands as text or as an object with ``content``."""
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
