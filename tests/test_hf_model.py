@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from architectures import tiny_model
 from checkpoints import TINY, write_checkpoint
 from paged import PagedModel
 from test_models import chunked, expected_logits, greedy, prompts
@@ -16,14 +17,12 @@ from test_models import chunked, expected_logits, greedy, prompts
 from vllmlite import LLM, SamplingParams
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.torch import TorchBackend
+from vllmlite.cli import env, probe
 from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.models import load_planned, plan_model
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2", {"sliding_window": 11}),
-    "cohere": ("Cohere", {"logit_scale": 0.5}),
-    "phi": ("Phi", {}),
-    "olmo": ("Olmo", {}),
     "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 11}),
     "gptj": ("GPTJ", {"rotary_dim": 8}),
 }
@@ -124,3 +123,26 @@ def test_missing_weights_and_code_of_its_own_are_refused(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="never run"):
         plan_model(tmp_path)
+
+
+def test_env_tries_the_model_as_a_server_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the weights are there; else it says that the model has not been tried."""
+    answers = [{"backend": "torch", "kind": "cpu", "available": True, "reason": ""}]
+    monkeypatch.setattr(probe, "probe", lambda: answers)
+    monkeypatch.setattr(probe, "probe_model", lambda path: probe.load(str(path))[0])
+    write_checkpoint(tmp_path, "Starcoder2")
+    assert "runs on torch on cpu" in env.as_text(env.gather(model=str(tmp_path)))
+    assert "has not been tried" in env.as_text(env.gather(ask_backends=False, model=str(tmp_path)))
+    (tmp_path / "model.safetensors").unlink()
+    assert "has not been tried" in env.as_text(env.gather(model=str(tmp_path)))
+    tiny_model("diffllama").save_pretrained(tmp_path)
+    refused = "DiffLlamaForCausalLM cannot run over a paged cache: layer 0 attends more than once"
+    assert refused in env.as_text(env.gather(model=str(tmp_path)))
+
+
+@pytest.mark.slow
+def test_models_are_probed_in_a_process_of_their_own(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "runs", "Starcoder2")
+    assert not probe.probe_model(tmp_path / "runs")
+    tiny_model("diffllama").save_pretrained(tmp_path / "refused")
+    assert "layer 0 attends more than once" in probe.probe_model(tmp_path / "refused")

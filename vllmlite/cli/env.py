@@ -119,9 +119,14 @@ def _model(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
     from vllmlite.models.plan import declining, plan_model
 
     try:
-        plan = plan_model(find_model(name, weights=False))
+        path = find_model(name, weights=False)
+        plan = plan_model(path)
     except VllmliteError as error:
         return {"name": name, "error": str(error)}
+    # transformers' code is known to run only once it has been tried with the weights.
+    untried = plan.implementation == "transformers" and not (answers and any(path.glob("*.safetensors")))
+    if plan.implementation == "transformers" and not untried and (reason := probe.probe_model(path)):
+        return {"name": name, "error": reason}
     declined = declining(plan)
     able = [answer for answer in answers if answer["available"] and answer["backend"] not in declined]
     return {
@@ -133,6 +138,7 @@ def _model(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
         "max_model_len": plan.max_position_embeddings,
         "runs_on": [f"{answer['backend']} on {answer['kind']}" for answer in able],
         "declines": declined,
+        "untried": untried,
     }
 
 
@@ -144,7 +150,9 @@ def _model_text(model: dict[str, Any]) -> str:
         f"{model['name']}: {model['architecture']} in {weights}, {model['implementation']}, "
         f"{model['max_model_len']} tokens"
     ]
-    if model["runs_on"]:
+    if model["untried"]:
+        facts.append("transformers' code has not been tried with its weights")
+    elif model["runs_on"]:
         facts.append(f"runs on {', '.join(model['runs_on'])}")
     return "; ".join(facts + list(model["declines"].values()))
 

@@ -1,6 +1,7 @@
 """``python3 -m vllmlite.cli.probe``: ask every backend whether it can run here, and print its answers as JSON.
+With the directory of a model: load it as a server would, and print why that fails.
 
-It is a program of its own because asking imports torch and starts drivers, which may take time, or crash."""
+It is a program of its own because this imports torch and starts drivers, which may take time, or crash."""
 
 from __future__ import annotations
 
@@ -12,38 +13,62 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 120
-"""Seconds after which a probe has failed."""
+TIMEOUT, MODEL_TIMEOUT = 120, 1800
+"""Seconds after which a probe of the backends, or of a model, has failed."""
 
 
 def probe() -> list[dict[str, Any]]:
     """One answer a candidate, best first: ``backend``, ``kind``, ``available``, and a ``reason`` in words.
 
     Where nothing answers, the only one is of backend ``none``."""
-    program = [sys.executable, "-m", __name__]
+    answer = _asked(TIMEOUT)
+    if isinstance(answer, str):
+        return [{"backend": "none", "kind": None, "available": False, "reason": answer}]
+    return list(answer)
+
+
+def probe_model(path: Path) -> str:
+    """Why the model in directory ``path`` cannot be loaded; empty if it can."""
+    answer = _asked(MODEL_TIMEOUT, str(path))
+    return answer if isinstance(answer, str) else str(answer[0])
+
+
+def _asked(timeout: float, *arguments: str) -> list[Any] | str:
+    """What the program prints, or why it prints nothing."""
     home = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
     try:
         done = subprocess.run(
-            program,
+            [sys.executable, "-m", __name__, *arguments],
             env={**os.environ, "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT,
+            timeout=timeout,
         )
-        answers: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+        answers: list[Any] = json.loads(done.stdout.splitlines()[-1])
         return answers
     except subprocess.TimeoutExpired:
-        reason = f"gave no answer in {TIMEOUT} seconds"
+        return f"gave no answer in {timeout} seconds"
     except OSError as e:
-        reason = f"cannot be asked: {e}"
+        return f"cannot be asked: {e}"
     except (ValueError, IndexError):
         if done.returncode < 0:
-            reason = f"died of {signal.Signals(-done.returncode).name} while being asked"
-        else:
-            reason = (done.stderr.strip().splitlines() or ["gave no answer"])[-1]
-    return [{"backend": "none", "kind": None, "available": False, "reason": reason}]
+            return f"died of {signal.Signals(-done.returncode).name} while being asked"
+        return (done.stderr.strip().splitlines() or ["gave no answer"])[-1]
+
+
+def load(path: str) -> list[str]:
+    """Why the model cannot be loaded, tried in this process; empty if it can."""
+    from vllmlite.config import EngineConfig
+    from vllmlite.errors import VllmliteError
+    from vllmlite.runner.startup import start
+
+    try:
+        start(EngineConfig(model=path, skip_tokenizer_init=True, num_gpu_blocks_override=16, max_num_seqs=1))
+    except VllmliteError as error:
+        return [str(error)]
+    return [""]
 
 
 def ask() -> list[dict[str, Any]]:
@@ -65,4 +90,4 @@ def ask() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(ask()))
+    print(json.dumps(load(sys.argv[1]) if len(sys.argv) > 1 else ask()))

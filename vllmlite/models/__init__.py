@@ -98,7 +98,7 @@ def load_planned(plan: Plan, backend: Backend, path: Path, *, max_model_len: int
     from vllmlite.models.hf_model import load_hf_model
 
     del options["seed"]
-    return load_hf_model(backend, path, **options)
+    return load_hf_model(backend, path, max_positions=plan.max_position_embeddings, **options)
 
 
 def _what_fits(weights: ModelWeights, free: int) -> str:

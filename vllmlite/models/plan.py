@@ -11,7 +11,15 @@ from vllmlite.models.hf_config import HfConfig, checkpoint_dtype
 from vllmlite.models.spec import DecoderSpec
 
 IMPLEMENTATIONS = ("auto", "native", "transformers")
-_LENGTHS = ("max_position_embeddings", "n_positions", "seq_length", "n_ctx", "max_sequence_length")
+_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "seq_length",
+    "n_ctx",
+    "max_sequence_length",
+    "max_seq_len",
+)
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
 
 
 CUDA_EXPERTS = 4096
@@ -91,7 +99,7 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
         raise config.error("quantization_config", "none where transformers' code runs")
     for key in _LENGTHS:
         if config.get(key) is not None:
-            own = {} if config.get("hidden_size") is not None else {"hidden_size": "n_embd"}
-            hidden = config.spelling(**own).integer("hidden_size")
+            own = next((name for name in _WIDTHS if config.get(name) is not None), _WIDTHS[0])
+            hidden = config.integer(own)
             return Plan("transformers", name, checkpoint_dtype(config), config.integer(key), hidden)
     raise config.error("max_position_embeddings", "the longest sequence of the model")
