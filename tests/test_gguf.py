@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -31,14 +33,19 @@ from vllmlite.gguf_splits import SPLITS
 from vllmlite.gguf_tokenizer import gguf_tokenizer
 from vllmlite.hub import BUILT_IN, find_model
 from vllmlite.models import load_model, read_spec
-from vllmlite.models.gguf import gguf_config
+from vllmlite.models.gguf import gguf_config, treatment
 from vllmlite.models.keys import LLAMA
 from vllmlite.tokenizer import Tokenizer
 from vllmlite.weights.gguf import read_gguf
 from vllmlite.weights.gguf_blocks import BLOCKS, FLOATS, KINDS, to_floats, to_strips
+from vllmlite.weights.gguf_grids import grid
 from vllmlite.weights.gguf_tokens import end_ids
 from vllmlite.weights.quantized import dequantize, stored_bytes, unpack
 
+TYPES_DECODED = {
+    "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "MXFP4",
+    "TQ1_0", "TQ2_0",
+}  # fmt: skip
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
 
 
@@ -47,12 +54,24 @@ def plain() -> Backend:
     return CpuBackend() if HAS_NATIVE_CPU else TorchBackend()
 
 
+SCALES = {
+    "Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
+    "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "IQ1_M": (),
+}  # fmt: skip
+"""Where the float16 numbers of blocks are, if there are others than one at byte 0."""
+
+
 def random_blocks(kind: str, count: int, seed: int = 0) -> NDArray[np.uint8]:
     """Blocks of random codes whose scales are finite."""
     rng = np.random.default_rng(seed)
     data = rng.integers(0, 256, (count, BLOCKS[kind][1]), np.uint8)
-    for at in {"Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,)}.get(kind, (0, 2)):
+    for at in SCALES.get(kind, (0,)):
         data[:, at : at + 2] = rng.normal(0, 0.1, count).astype("<f2").view(np.uint8).reshape(-1, 2)
+    if kind == "MXFP4":
+        data[:, 0] = rng.integers(118, 124, count)
+        data[:3, 0] = 0, 1, 2  # the least, which are no normal numbers
+    if kind == "IQ1_M":  # its float16 is in the highest nibbles of four words
+        data[:, 55] = data[:, 55] & 15 | rng.choice((32, 160), count).astype(np.uint8)
     return data
 
 
@@ -154,6 +173,41 @@ def test_parts_of_several_kinds_are_one_weight() -> None:
     together = backend.to_host(backend.linear(x, backend.linear_weight(parts, [bias])))
     apart = [backend.to_host(backend.linear(x, backend.linear_weight([part]))) for part in parts]
     np.testing.assert_array_equal(together, np.concatenate(apart, axis=1) + np.arange(111, dtype=np.float32))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BLOCKS if kind not in FLOATS and kind not in KINDS])
+def test_codes_that_no_product_takes_are_decoded_on_every_backend(kind: str) -> None:
+    part = random_weight(kind, rows=5, blocks=8)
+    assert kind in TYPES_DECODED
+    for dtype in FLOAT_DTYPES:
+        expected = to_floats(part, dtype)
+        assert plain().decode_blocks(part, dtype).data.tobytes() == expected.data.tobytes()
+    bad = random_weight(kind, rows=2, blocks=8)
+    blocks = bad.data.reshape(-1, BLOCKS[kind][1])
+    if kind == "MXFP4":
+        blocks[-1] = 254, *[0x77] * 16  # 12 times 2 to the 126
+    elif kind == "IQ1_M":
+        blocks[-1, 48:56] |= 0xF0
+    else:
+        at = SCALES.get(kind, (0,))[0]
+        blocks[-1, at : at + 2] = 0, 0x7C
+    with pytest.raises(ModelError, match="a block's scale is not finite"):
+        to_floats(bad, "float32")
+
+
+def test_grids_are_ggml_s() -> None:
+    """By their digests, which were made of the gguf package's tables."""
+    for name, size, digest in (
+        ("IQ2_XXS", 256, "05826b5d3e472a3a"),
+        ("IQ2_XS", 512, "06e47aaca60b4dc1"),
+        ("IQ2_S", 1024, "e1aa1473412b0552"),
+        ("IQ3_XXS", 256, "46e35f5a997efdee"),
+        ("IQ3_S", 512, "bd1af4945a1717c6"),
+        ("IQ1_S", 2048, "07540ffc1aeaf6ad"),
+    ):
+        points = grid(name)
+        assert len(points) == size, name
+        assert hashlib.sha256(points.astype(np.int8).tobytes()).hexdigest()[:16] == digest, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -260,7 +314,7 @@ MALFORMED = {
     "alignment of nothing": (encode({"general.alignment": 0}, {}), "multiples of 8"),
     "alignment of seven": (encode({"general.alignment": 7}, {}), "multiples of 8"),
     "alignment a text": (encode({"general.alignment": "32"}, {}), "multiples of 8"),
-    "unknown type of tensor": (with_tensor(kind="IQ2_XS"), "'t': is in IQ2_XS; accepted: F32"),
+    "unknown type of tensor": (with_tensor(kind="NVFP4"), "'t': is in NVFP4; accepted: F32"),
     "no dimensions": (with_tensor(shape=()), "0 dimensions"),
     "five dimensions": (with_tensor(shape=(1,) * 5), "5 dimensions"),
     "an empty dimension": (with_tensor(shape=(0, 4)), "of shape [0, 4]"),
@@ -354,6 +408,40 @@ def test_types_compute_what_their_floats_do(kind: str, tmp_path: Path) -> None:
         return
     kept = logits(CpuBackend("bfloat16", keeps_blocks=True), path)
     assert np.square(kept - expected).mean() < 0.01 * expected.var()
+
+
+@pytest.mark.parametrize("kind", ["IQ4_XS", "Q2_K", "IQ1_S"])
+def test_a_model_of_decoded_types_computes_what_its_floats_do(kind: str, tmp_path: Path) -> None:
+    """Beside a type that is kept, as mixtures of llama.cpp have it; the start line says what becomes of each."""
+    write_checkpoint(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64)
+    metadata, tensors = contents(tmp_path)
+    for name, (_, shape, _) in tensors.items():
+        if len(shape) == 2:
+            stored = "Q6_K" if name == "token_embd.weight" or "attn_v" in name else kind
+            blocks = random_blocks(stored, math.prod(shape) // 256, seed=len(name))
+            for at in SCALES.get(stored, (0,)):
+                blocks[:, at : at + 2] = np.full((len(blocks), 1), 0.01, "<f2").view(np.uint8)
+            tensors[name] = stored, shape, blocks.tobytes()
+    path, as_floats = tmp_path / "x.gguf", tmp_path / "plain.gguf"
+    path.write_bytes(encode(metadata, tensors))
+    stored_tensors = read_gguf(path).tensors
+    meant = {
+        name: ("F32", one.shape, floats(to_floats(one, "float32")).tobytes())
+        for name, one in stored_tensors.items()
+    }
+    as_floats.write_bytes(encode(metadata, meant))
+    for backend in {plain(), TorchBackend()}:
+        np.testing.assert_array_equal(logits(backend, path), logits(backend, as_floats))
+        assert re.search(rf"\d+ {kind} decoded to float32", treatment(path, backend))
+    if HAS_NATIVE_CPU:
+        backend = CpuBackend("bfloat16", keeps_blocks=True)
+        assert re.search(
+            rf"\d+ {kind} decoded to bfloat16, \d+ Q6_K kept|\d+ Q6_K kept, ", treatment(path, backend)
+        )
+        found, expected = logits(backend, path), logits(plain(), as_floats)
+        assert np.square(found - expected).mean() < 0.01 * expected.var()
+        assert f"{kind} quantised to int8" in treatment(path, CpuBackend(quantization="int8"))
+        assert np.isfinite(logits(CpuBackend(quantization="int8"), path)).all()
 
 
 @needs_native_cpu

@@ -44,7 +44,7 @@ from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.memory import host_memory
 from vllmlite.backends.native import NativeBackend, load_extension, pack, unpack
 from vllmlite.errors import BackendError, ModelError
-from vllmlite.weights.gguf_blocks import FLOATS, to_floats
+from vllmlite.weights.gguf_blocks import KINDS, to_floats
 from vllmlite.weights.quantized import dequantize, quantized_tensor
 
 _Part: TypeAlias = tuple[str, Tensor, Tensor, Tensor | None, int]
@@ -144,7 +144,7 @@ class CpuBackend(NativeBackend):
         return quantized_tensor(kind, shape, self.to_host(codes), self.to_host(scales))
 
     def decode_blocks(self, part: BlockTensor, dtype: str) -> HostTensor:
-        if part.type in FLOATS:
+        if part.type not in KINDS:
             return to_floats(part, dtype)
         out = np.empty(math.prod(part.shape) * ITEM_SIZE[dtype], np.uint8)
         floats = self._native.over(out, dtype, part.shape)

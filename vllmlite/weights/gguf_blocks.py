@@ -9,7 +9,8 @@ https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h). In bytes:
   which the minimum is taken away;
 - ``Q6_K``: 256 elements of 6 bits (code + 32) in 16 groups with scales of 8 bits, multiplied by d.
 
-``csrc/cpu/blocks.cpp`` does the same, faster; this is its reference.
+``csrc/cpu/blocks.cpp`` does the same, faster; this is its reference. Types whose codes no product takes are decoded in
+:mod:`vllmlite.weights.gguf_lattices`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from vllmlite.backends.base import BlockTensor, HostTensor, QuantizedTensor
 from vllmlite.errors import ModelError
+from vllmlite.weights.gguf_lattices import DECODERS
 from vllmlite.weights.quantized import GROUP, LAYOUTS, Floats, pack, rounded_to_bf16
 
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -30,13 +32,16 @@ NAMES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
     12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
-    29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 """What the format's numbers of types are called."""
 
 BLOCKS = {
     "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20),
     "Q5_0": (32, 22), "Q5_1": (32, 24), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "Q2_K": (256, 84), "Q3_K": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "MXFP4": (32, 17),
+    "IQ3_S": (256, 110), "IQ3_XXS": (256, 98), "IQ2_S": (256, 82), "IQ2_XS": (256, 74), "IQ2_XXS": (256, 66),
+    "IQ1_M": (256, 56), "IQ1_S": (256, 50), "TQ1_0": (256, 54), "TQ2_0": (256, 66),
 }  # fmt: skip
 """Elements and bytes of a block of each type that is read here."""
 
@@ -50,7 +55,7 @@ KINDS = {
 """Our own kinds with the codes of a type. Scales stay what they are but for int8 and int4, whose scales are bfloat16
 and so off by at most 2**-8 of them."""
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Elements that are decoded at a time."""
 
 
@@ -91,6 +96,12 @@ def to_strips(part: BlockTensor) -> QuantizedTensor:
 
 def _decoded(part: BlockTensor, blocks: Bytes) -> Floats:
     """The values ``[n, elements]`` of blocks ``[n, bytes]`` of a tensor."""
+    if part.type in DECODERS:
+        with np.errstate(invalid="ignore", over="ignore"):
+            values = DECODERS[part.type](blocks).reshape(len(blocks), -1)
+        if not np.isfinite(values).all():
+            raise _not_finite(part)
+        return values
     layout = LAYOUTS[KINDS[part.type]]
     whole, factors = _scales(part, blocks)
     scales = whole[:, None]
@@ -115,8 +126,12 @@ def _scales(part: BlockTensor, blocks: Bytes) -> tuple[Floats, NDArray[np.int8] 
     halves, factors = _SCALES[part.type](blocks)
     whole = np.ascontiguousarray(halves).view("<f2").astype(np.float32)
     if not np.isfinite(whole).all():
-        raise ModelError(f"a weight of shape {list(part.shape)}: a block's scale is not finite")
+        raise _not_finite(part)
     return whole, factors
+
+
+def _not_finite(part: BlockTensor) -> ModelError:
+    return ModelError(f"a weight of shape {list(part.shape)}: a block's scale is not finite")
 
 
 # ---- Codes: uint8 [n, elements] from blocks [n, bytes]
