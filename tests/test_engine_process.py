@@ -185,6 +185,20 @@ def test_a_grammar_that_cannot_be_used_ends_its_request_alone(engine: LLMEngine)
     assert engine.take_error("bad")
 
 
+def test_what_is_aborted_while_its_grammar_is_made_never_runs(engine: LLMEngine) -> None:
+    pytest.importorskip("xgrammar")
+    structure = StructuredOutputsParams(json={"type": "array", "items": {"type": "string", "maxLength": 99}})
+    engine.add_request("gone", "Debian is", SamplingParams(max_tokens=200, structured_outputs=structure))
+    engine.abort_request("gone")
+    engine.add_request("good", "Debian is", SamplingParams(max_tokens=4))
+    engine.add_request("next", "Debian is", SamplingParams(max_tokens=4, structured_outputs=structure))
+    seen = set()
+    while engine.has_unfinished_requests():
+        seen |= {output.request_id for output in engine.step()}
+    assert seen == {"good", "next"}
+    assert engine.stats().num_running == 0
+
+
 def test_what_is_aborted_frees_its_blocks(engine: LLMEngine) -> None:
     engine.add_request("gone", "Debian is", SamplingParams(max_tokens=200, ignore_eos=True))
     engine.step()

@@ -15,8 +15,11 @@ pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar
 
 from vllmlite import LLM, EngineConfig, SamplingParams, StructuredOutputsParams
 from vllmlite.errors import ParameterError
-from vllmlite.guided.compiler import GrammarCompiler
+from vllmlite.guided.compiler import COMPILE_BYTES, GrammarCompiler, compile_prepared
+from vllmlite.guided.json_schema import exact
 from vllmlite.sampling_params import ThinkingMarks
+from vllmlite.server.config import ServerConfig
+from vllmlite.server.tools import ToolUse
 
 PROMPT = "The Debian Project is"
 PERSON = {
@@ -207,11 +210,11 @@ def test_a_grammar_in_the_form_of_lark(llm: LLM) -> None:
         ({"json": "{"}, "not JSON"),
         ({"json": {"type": "number", "multipleOf": 3}}, "at most 1000 numbers"),
         ({"json": {"enum": ["b"], "pattern": "a"}}, "allows nothing"),
-        ({"json": {"type": "array", "items": {"type": "array", "minItems": 10**7}}}, "at most 2048"),
-        ({"json": {"type": "string", "pattern": "a{99999}"}}, "at most 2048"),
+        ({"json": {"type": "array", "items": {"type": "array", "minItems": 10**7}}}, "at most 1048576"),
+        ({"json": {"type": "string", "pattern": "a{9999999}"}}, "at most 1048576"),
         ({"json": {"enum": ["x" * 70_000]}}, "at most 65536"),
         ({"regex": "["}, "no grammar"),
-        ({"regex": "(a{100000}){100000}"}, "at most 2048"),
+        ({"regex": "(a{10000000}){10}"}, "at most 1048576"),
         ({"grammar": "root ::= missing"}, "no grammar"),
         ({"choice": []}, "no grammar"),
         ({"grammar": 'root ::= [^\\0-\\U0010ffff] "a"'}, "allows no output"),
@@ -334,6 +337,57 @@ def test_hostile_grammars_end_within_time_and_memory(
         assert error.field == "structured_outputs"
     assert time.monotonic() - begin < 6
     assert compiler.compile("regex", "b")
+
+
+def required(parameters: dict[str, Any], count: int) -> Any:
+    """What the output must be where one of ``count`` tools has to be called."""
+    tools = [
+        {"type": "function", "function": {"name": f"tool_{i}", "parameters": parameters}}
+        for i in range(count)
+    ]
+    structure = ToolUse.of(tools, "required", True, ServerConfig()).structure()
+    assert structure is not None
+    return structure.json
+
+
+def strings(count: int, **limits: Any) -> dict[str, Any]:
+    properties = {f"p{index}": {"type": "string", **limits} for index in range(count)}
+    return {"type": "object", "properties": properties, "required": [*properties]}
+
+
+NESTED = {"type": "object", "properties": {name: {**strings(4), "required": []} for name in "ab"}}
+LARGE: dict[str, tuple[Any, str]] = {
+    "60 tools of 6 optional strings": (
+        required({**strings(6), "required": []}, 60), '[{"name": "tool_59", "parameters": {"p1": "x", "p5": ""}}]',
+    ),
+    "20 tools with two nested objects": (
+        required(NESTED, 20), '[{"name": "tool_7", "parameters": {"a": {"p3": "x"}, "b": {}}}]',
+    ),
+    "25 tools with a long maxLength": (
+        required(strings(1, maxLength=10_000), 25),
+        f'[{{"name": "tool_3", "parameters": {{"p0": "{"x" * 10_000}"}}}}]',
+    ),
+    "500 short strings": (
+        strings(500, maxLength=3), json.dumps({f"p{index}": "abc" for index in range(500)}),
+    ),
+}  # fmt: skip
+
+
+def test_large_schemas_compile_in_little_memory(llm: LLM) -> None:
+    """A sixteenth of the limit is enough, and what they allow is exact."""
+    import xgrammar
+
+    vocabulary = llm.llm_engine.grammars._vocabulary
+    compiler = GrammarCompiler(vocabulary, memory=COMPILE_BYTES // 16)
+    try:
+        prepared = {name: compiler.compile("json", exact(schema)) for name, (schema, _) in LARGE.items()}
+    finally:
+        compiler.close()
+    for name, (_, text) in LARGE.items():
+        compiled = compile_prepared(vocabulary.compiler(), prepared[name])
+        assert xgrammar.GrammarMatcher(compiled).accept_string(text), name
+        too_long = text.replace("abc", "abcd").replace("x" * 10_000, "x" * 10_001)
+        assert too_long == text or not xgrammar.GrammarMatcher(compiled).accept_string(too_long), name
 
 
 def test_a_compiler_that_is_gone_comes_back(compiler: GrammarCompiler) -> None:

@@ -252,6 +252,10 @@ class Host:
         self._commands: deque[Command | EngineOutput] = deque()
         self._wake = threading.Condition()
         self._closed = False
+        self._preparing: SimpleQueue[Command | None] = SimpleQueue()
+        """Requests whose grammars are still to be compiled."""
+        self._behind: dict[str, list[Command]] = {}
+        """Of each of them, the commands about it that have come meanwhile. Guarded by ``_wake``."""
         self._messages: SimpleQueue[Given | Answer | None] = SimpleQueue()
         self._introduced: set[str] = set()
         """Requests of which the other side has seen an output whole."""
@@ -259,12 +263,14 @@ class Host:
     def run(self) -> None:
         """Until the other side is gone."""
         threading.Thread(target=self._receive, name="vllmlite-commands", daemon=True).start()
+        threading.Thread(target=self._prepare, name="vllmlite-grammars", daemon=True).start()
         sender = threading.Thread(target=self._send, name="vllmlite-outputs", daemon=True)
         sender.start()
         try:
             while self._turn():
                 pass
         finally:
+            self._preparing.put(None)
             self._messages.put(None)
             sender.join(CLOSING_SECONDS)
             with suppress(OSError):  # the other end may be gone already
@@ -289,10 +295,7 @@ class Host:
         try:
             with self._connection.makefile("rb") as stream, suppress(EOFError, OSError):
                 while True:
-                    command = self._with_grammar(unpack(stream))
-                    with self._wake:
-                        self._commands.append(command)
-                        self._wake.notify()
+                    self._take(unpack(stream))
         finally:  # nobody listens any more, be it for an error here
             with self._wake:
                 self._closed = True
@@ -305,16 +308,34 @@ class Host:
         except OSError:
             return  # nobody is left to tell: the thread that receives finds out too
 
-    def _with_grammar(self, command: Command) -> Command | EngineOutput:
-        """A request with its grammar, made while the engine steps; or its end, if there is none."""
+    def _take(self, command: Command) -> None:
+        """Queue a command for the engine, after those about the same request."""
         if command.name == "expect_grammars":
             threading.Thread(target=_import_xgrammar, name="vllmlite-import").start()
-        if command.name != "add_request":
-            return command
+        waits = command.name == "add_request" and command.args[2].structured_outputs is not None
+        with self._wake:
+            behind = self._behind.get(command.args[0]) if command.args else None
+            if behind is not None:
+                behind.append(command)
+            elif waits:
+                self._behind[command.args[0]] = []
+                self._preparing.put(command)
+            else:
+                self._commands.append(command)
+                self._wake.notify()
+
+    def _prepare(self) -> None:
+        """Make the grammars of requests, in their order, while the engine steps and other commands come."""
+        while (command := self._preparing.get()) is not None:
+            ready = self._with_grammar(command)
+            with self._wake:
+                self._commands += [ready, *self._behind.pop(command.args[0])]
+                self._wake.notify()
+
+    def _with_grammar(self, command: Command) -> Command | EngineOutput:
+        """Return a request with its grammar; or its end, if there is none."""
         request_id, _, params = command.args
         packed, structure = command.options["grammar"], params.structured_outputs
-        if structure is None:
-            return command
         try:
             if packed is not None:
                 self._grammars.load(structure, packed)

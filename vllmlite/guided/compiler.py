@@ -1,8 +1,11 @@
-"""Grammars compiled by processes of their own, whose time and memory end where a limit says.
+"""Grammars tried by processes of their own, whose time and memory end where a limit says.
 
 A short schema or expression can describe an automaton that no machine holds. The first grammar starts a process that
-imports xgrammar, is given the tokenizer's vocabulary, and forks a child for each grammar, which answers with xgrammar's
-own serialised form or dies at a limit. After a while without work the process ends.
+imports xgrammar, is given the tokenizer's vocabulary, and forks a child for each grammar. The child compiles it, and
+either dies at a limit or answers with a :class:`Prepared` grammar. Whoever uses that compiles it once more with
+:func:`compile_prepared`, which is known to end within the limits. xgrammar's serialised form of a compiled grammar is
+not sent: it holds the whole automaton once for each rule, so its size grows with the square of the grammar's, and
+reading it takes longer than compiling. After a while without work the process ends.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,13 +30,36 @@ from vllmlite.guided.json_grammar import grammar_of, with_grammars
 START_SECONDS = 120
 """For xgrammar to be imported, which may bring torch in."""
 COMPILE_SECONDS = 10
+"""Of processor time, so that what can be compiled does not depend on what else the machine does."""
+WAIT_FACTOR = 4
+"""How many times as long a child may take by the clock."""
 COMPILE_BYTES = 1 << 30
 """Of address space, beyond what the process has before it compiles."""
 RESULT_BYTES = 128 << 20
-"""Longest serialised grammar."""
+"""Largest compiled grammar, in memory."""
 GRACE_SECONDS = 10
 """How much later than its child the process itself is given up."""
 IDLE_SECONDS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A grammar that has been compiled within the limits, in a form that is compiled again without further checks."""
+
+    kind: str
+    """``grammar`` (serialised by xgrammar, not compiled), ``structural_tag`` or ``lark``."""
+    text: str
+
+
+def compile_prepared(compiler: Any, prepared: Prepared) -> Any:
+    """Return xgrammar's compiled form of ``prepared``, by an ``xgrammar.GrammarCompiler``."""
+    from xgrammar import Grammar
+
+    if prepared.kind == "grammar":
+        return compiler.compile_grammar(Grammar.deserialize_json(prepared.text))
+    if prepared.kind == "structural_tag":
+        return compiler.compile_structural_tag(prepared.text)
+    return compiler.compile_lark(prepared.text)
 
 
 class Vocabulary:
@@ -54,6 +81,12 @@ class Vocabulary:
             self.texts, kind, vocab_size=self.size, stop_token_ids=self.eos_ids or None
         )
 
+    def compiler(self) -> Any:
+        """Return an ``xgrammar.GrammarCompiler`` for it, which keeps nothing."""
+        import xgrammar
+
+        return xgrammar.GrammarCompiler(self.tokenizer_info(), max_threads=1, cache_enabled=False)
+
 
 class GrammarCompiler:
     """The process as its user sees it. Not thread-safe."""
@@ -68,15 +101,15 @@ class GrammarCompiler:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
-    def compile(self, kind: str, source: Any) -> str:
-        """The serialised grammar. Raises :class:`ParameterError` if there is none, or none within the limits."""
+    def compile(self, kind: str, source: Any) -> Prepared:
+        """Return the grammar, tried. Raises :class:`ParameterError` if there is none, or none within the limits."""
         if self._process is None or self._process.poll() is not None:
             self._start()
         connection, process = self._connection, self._process
         assert connection is not None and process is not None
         try:
             connection.send_bytes(json.dumps([kind, source]).encode())
-            if not connection.poll(self._seconds + GRACE_SECONDS):
+            if not connection.poll(self._seconds * WAIT_FACTOR + GRACE_SECONDS):
                 raise TimeoutError
             found = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
@@ -84,7 +117,7 @@ class GrammarCompiler:
             raise VllmliteError("the process that compiles grammars has ended") from None
         if "error" in found:
             raise ParameterError("structured_outputs", {kind: source}, found["error"])
-        return str(found["grammar"])
+        return Prepared(found["kind"], found["text"])
 
     def close(self) -> None:
         """End the process."""
@@ -129,10 +162,7 @@ def main(descriptor: int) -> None:
     connection = Connection(descriptor)
     setting = json.loads(connection.recv_bytes())
     seconds, memory = setting.pop("seconds"), setting.pop("memory")
-    vocabulary = Vocabulary(**setting)
-    import xgrammar
-
-    compiler = xgrammar.GrammarCompiler(vocabulary.tokenizer_info(), max_threads=1, cache_enabled=False)
+    compiler = Vocabulary(**setting).compiler()
     connection.send_bytes(b"ready")
     while connection.poll(IDLE_SECONDS):
         try:
@@ -141,16 +171,18 @@ def main(descriptor: int) -> None:
             return
         child = os.fork()
         if child == 0:
-            # The alarm's own action, to end the process, also reaches into code that is not Python.
-            signal.alarm(seconds)
+            # The signals' own action, to end the process, also reaches into code that is not Python.
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            signal.alarm(seconds * WAIT_FACTOR)
             _limit(resource.RLIMIT_AS, _address_space() + memory)
             answer = json.dumps(_answer(compiler, kind, source)).encode()
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
             connection.send_bytes(answer)
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         if status:
-            late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+            late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM)
             limit = f"{seconds} s" if late else f"{memory >> 20} MiB"
             error = {"error": f"takes more than {limit} to compile: simplify it"}
             connection.send_bytes(json.dumps(error).encode())
@@ -158,38 +190,41 @@ def main(descriptor: int) -> None:
 
 def _answer(compiler: Any, kind: str, source: Any) -> dict[str, str]:
     try:
-        compiled = _compile(compiler, kind, source)
+        prepared = _prepared(compiler, kind, source)
+        compiled = compile_prepared(compiler, prepared)
         if not _begins(compiled):
             return {"error": "allows no output that the model could write"}
-        grammar = compiled.serialize_json()
     except MemoryError:
         os._exit(1)
     except Exception as error:  # xgrammar's own kinds, and RuntimeError of its C++ part
         if "bad_alloc" in str(error):
             os._exit(1)
         return {"error": f"has no grammar: {' '.join(str(error).split())[-300:]}"}
-    if len(grammar) > RESULT_BYTES:
-        return {
-            "error": f"is compiled to {len(grammar)} bytes, over the limit of {RESULT_BYTES}: simplify it"
-        }
-    return {"grammar": grammar}
+    size = compiled.memory_size_bytes
+    if size > RESULT_BYTES:
+        return {"error": f"is compiled to {size} bytes, over the limit of {RESULT_BYTES}: simplify it"}
+    return {"kind": prepared.kind, "text": prepared.text}
 
 
-def _compile(compiler: Any, kind: str, source: Any) -> Any:
-    if kind == "json":
-        return compiler.compile_grammar(grammar_of(source))
-    if kind == "regex":
-        return compiler.compile_regex(source)
-    if kind == "choice":
-        words = " | ".join(json.dumps(word, ensure_ascii=False) for word in source)
-        return compiler.compile_grammar(f"root ::= {words}")
+def _prepared(compiler: Any, kind: str, source: Any) -> Prepared:
+    from xgrammar import Grammar
+
     if kind == "structural_tag":
-        return compiler.compile_structural_tag(json.dumps(with_grammars(source)))
-    if "::=" in source:
-        return compiler.compile_grammar(gbnf.readable(source))
-    if hasattr(compiler, "compile_lark"):
-        return compiler.compile_lark(source)
-    raise ValueError("has no rule name ::= ..., and this version of xgrammar does not read Lark's form")
+        return Prepared(kind, json.dumps(with_grammars(source)))
+    if kind == "grammar" and "::=" not in source:
+        if hasattr(compiler, "compile_lark"):
+            return Prepared("lark", source)
+        raise ValueError("has no rule name ::= ..., and this version of xgrammar does not read Lark's form")
+    if kind == "json":
+        grammar = grammar_of(source)
+    elif kind == "regex":
+        grammar = Grammar.from_regex(source)
+    elif kind == "choice":
+        words = " | ".join(json.dumps(word, ensure_ascii=False) for word in source)
+        grammar = Grammar.from_ebnf(f"root ::= {words}")
+    else:
+        grammar = Grammar.from_ebnf(gbnf.readable(source))
+    return Prepared("grammar", grammar.serialize_json())
 
 
 def _begins(compiled: Any) -> bool:

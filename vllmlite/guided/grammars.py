@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from vllmlite.errors import ParameterError
-from vllmlite.guided.compiler import GrammarCompiler, Vocabulary
+from vllmlite.guided.compiler import GrammarCompiler, Prepared, Vocabulary, compile_prepared
 from vllmlite.guided.json_keywords import LITERAL, NAMED, SchemaError
 from vllmlite.guided.json_pattern import MAX_COUNT
 from vllmlite.guided.json_schema import exact
@@ -40,18 +40,21 @@ class CompiledGrammar:
     """A grammar of one model."""
 
     def __init__(self, key: str, packed: bytes) -> None:
-        """``key`` tells it from others; ``packed`` is its serialised form, compressed."""
+        """``key`` tells it from others; ``packed`` is its :class:`Prepared` form, compressed."""
         self.key = key
         self.packed = packed
         self.native: Any = None
         """xgrammar's form of it, once it is needed in this process."""
 
-    def load(self, tokenizer_info: Any) -> None:
-        """Make it usable here."""
-        import xgrammar
+    @classmethod
+    def of(cls, key: str, prepared: Prepared) -> CompiledGrammar:
+        """Return the grammar ``key`` in a form that can be sent to another process."""
+        return cls(key, zlib.compress(json.dumps([prepared.kind, prepared.text]).encode(), 1))
 
-        text = zlib.decompress(self.packed).decode()
-        self.native = xgrammar.CompiledGrammar.deserialize_json(text, tokenizer_info)
+    def load(self, compiler: Any) -> None:
+        """Make it usable here, by an ``xgrammar.GrammarCompiler``; other threads run meanwhile."""
+        kind, text = json.loads(zlib.decompress(self.packed))
+        self.native = compile_prepared(compiler, Prepared(kind, text))
 
 
 class Matcher:
@@ -127,15 +130,15 @@ class Grammars:
             with self._compiling:
                 found = self._find(key)
                 if found is None:
-                    text = self._compiler.compile(kind, _form(kind, source))
-                    found = self._keep(key, zlib.compress(text.encode(), 1))
+                    found = CompiledGrammar.of(key, self._compiler.compile(kind, _form(kind, source)))
+                    self._keep(found)
         return found
 
     def load(self, params: StructuredOutputsParams, packed: bytes) -> None:
         """Keep a grammar that another process has compiled from ``params``."""
         key = json.dumps(params.kind_and_source())
         if self._find(key) is None:
-            self._keep(key, packed)
+            self._keep(CompiledGrammar(key, packed))
 
     def start(self, compiled: CompiledGrammar, after: ThinkingMarks | None = None) -> Matcher:
         """The beginning of a grammar, ``after`` reasoning perhaps, for one sequence.
@@ -161,15 +164,13 @@ class Grammars:
                 self._kept.move_to_end(key)
             return self._kept.get(key)
 
-    def _keep(self, key: str, packed: bytes) -> CompiledGrammar:
-        compiled = CompiledGrammar(key, packed)
+    def _keep(self, compiled: CompiledGrammar) -> None:
         if self._loads:
-            compiled.load(self._tokenizer_info)
+            compiled.load(self._loader)
         with self._lock:
-            self._kept[key] = compiled
+            self._kept[compiled.key] = compiled
             if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
-        return compiled
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
@@ -178,8 +179,8 @@ class Grammars:
         return Vocabulary(texts, kind, self._vocab_size, self._eos_ids)
 
     @cached_property
-    def _tokenizer_info(self) -> Any:
-        return self._vocabulary.tokenizer_info()
+    def _loader(self) -> Any:
+        return self._vocabulary.compiler()
 
     @cached_property
     def _compiler(self) -> GrammarCompiler:

@@ -2,7 +2,9 @@
 
 xgrammar finds ahead of time which tokens may follow in a rule, unless they run over its end. Those it tries one by one
 at every step, which takes milliseconds where a string has a length: the quotation mark that ends it is outside the rule
-that counts, and most tokens run over the end of that. Here each remaining length is a rule that holds the mark too.
+that counts, and most tokens run over the end of that. Here each remaining length is a rule that holds the mark too, and
+longer strings are counted by xgrammar within such a rule. Strings of one kind share a rule wherever they stand, so that
+many of them take no longer to compile than one.
 """
 
 from __future__ import annotations
@@ -112,7 +114,7 @@ class _Strings:
         return {key: value if key in LITERAL else self.marked(value) for key, value in schema.items()}
 
     def _rule(self, pattern: str) -> str | None:
-        """The name of the rule of a pattern; None if it is of another form, or too long."""
+        """Return the name of the rule of a pattern; None if it is of another form, or its class is too long."""
         found = _COUNTED.fullmatch(pattern)
         if found is None:
             return None
@@ -120,13 +122,19 @@ class _Strings:
         low = 0 if star else 1 if plus else int(least)
         high = int(most) if most else None
         longest = max(low, high or 0)
-        if longest > MAX_RULES or longest * len(members) > MAX_CHARACTERS:
+        by_rules = longest <= MAX_RULES
+        if (longest if by_rules else 1) * len(members) > MAX_CHARACTERS:
             return None
         kind = self._classes.setdefault(members, len(self._classes))
         one = _class(members)
-        end = f'{one}* "\\""' if high is None else self._rest(kind, one, high - low)
+        if not by_rules:
+            text = f'{one}{{{low},{"" if high is None else high}}} "\\""'
+        elif high is None:
+            text = f'{(one + " ") * low}{one}* "\\""'
+        else:
+            text = f"{(one + ' ') * low}{self._rest(kind, one, high - low)}"
         name = f"counted_{kind}_{low}_{'' if high is None else high}"
-        self.rules[name] = f'{name} ::= "\\"" {(one + " ") * low}{end}'
+        self.rules[name] = f'{name} ::= "\\"" {text}'
         self.names.setdefault(name, f"{self._marker}{len(self.names)}.")
         return name
 

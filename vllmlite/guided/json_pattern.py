@@ -38,8 +38,8 @@ NEGATED = {
     syntax.CATEGORY_NOT_WORD: syntax.CATEGORY_WORD,
     syntax.CATEGORY_NOT_SPACE: syntax.CATEGORY_SPACE,
 }
-MAX_COUNT = 2048
-"""Of repetitions: an automaton has a state for each."""
+MAX_COUNT = 1 << 20
+"""Of repetitions, which xgrammar counts: a larger number takes it no longer."""
 SPECIAL = frozenset("\\^$.|?*+()[]{}-/")
 
 
