@@ -55,7 +55,7 @@ def test_fields_that_ask_for_nothing_more_are_taken(service: Service) -> None:
     assert post(service, CHAT, messages=MESSAGES, **SHORT, **unused)["model"] == "demo"
     assert post(service, COMPLETIONS, model="", prompt="x", **SHORT)["choices"]
     assert post(service, "/tokenize", prompt="x", return_token_strs=None)["token_strs"] is None
-    for field, value in (("thinking_token_budget", 5), ("truncation_side", "right"), ("guided_json", {})):
+    for field, value in (("thinking_token_budget", 5), ("guided_json", {})):
         assert post(service, CHAT, 400, messages=MESSAGES, **{field: value})["error"]["param"] == field
 
 

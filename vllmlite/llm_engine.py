@@ -16,6 +16,7 @@ from vllmlite.pooling_params import PoolingParams
 from vllmlite.runner.startup import Started, start
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizer import Tokenizer
+from vllmlite.truncation import Truncation
 
 if TYPE_CHECKING:
     from vllmlite.guided.grammars import Grammars
@@ -84,7 +85,7 @@ class LLMEngine:
             raise ParameterError("params", params, "must be SamplingParams or PoolingParams")
         if priority and self.config.scheduling_policy != "priority":
             raise ParameterError("priority", priority, "needs scheduling_policy=priority")
-        encoded = self.encode(prompt)
+        encoded = self.encode(prompt, self.truncation(params))
         prompt_ids = encoded["prompt_token_ids"]
         if isinstance(params, PoolingParams):
             self._add_pooling(request_id, encoded, params, arrival_time, priority)
@@ -135,7 +136,7 @@ class LLMEngine:
         request = self.engine_core.add_request(
             request_id,
             encoded["prompt_token_ids"],
-            SamplingParams(truncate_prompt_tokens=params.truncate_prompt_tokens),
+            _truncating(params),
             priority=priority,
             cache_salt=encoded.get("cache_salt"),
             arrival_time=arrival_time,
@@ -154,8 +155,15 @@ class LLMEngine:
         self.engine_core.expect_grammars()
         return Grammars(self.get_tokenizer(), bounds.vocab_size, sorted(bounds.eos_ids), loads=here)
 
-    def encode(self, prompt: Prompt) -> dict[str, Any]:
-        """``prompt`` as a mapping that has ``prompt_token_ids``, a new list. Raises :class:`ParameterError`."""
+    def truncation(self, params: SamplingParams | PoolingParams) -> Truncation | None:
+        """How ``params`` have a prompt truncated; None: not at all."""
+        generates = isinstance(params, SamplingParams)
+        return self.engine_core.bounds.truncation(_truncating(params), generates=generates)
+
+    def encode(self, prompt: Prompt, truncation: Truncation | None = None) -> dict[str, Any]:
+        """``prompt`` as a mapping that has ``prompt_token_ids``, a new list; those of a text after ``truncation``.
+
+        Raises :class:`ParameterError`."""
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
         elif not isinstance(prompt, Mapping):
@@ -173,7 +181,7 @@ class LLMEngine:
         if ids is None:
             if text is None:
                 raise ParameterError("prompt", encoded, "must hold prompt or prompt_token_ids")
-            ids = self.get_tokenizer().encode(text)
+            ids = self.get_tokenizer().encode(text, truncation=truncation)
         elif (
             isinstance(ids, (str, bytes))
             or not isinstance(ids, Sequence)
@@ -224,3 +232,12 @@ class LLMEngine:
                 if ids and ids not in found:
                     found.append(ids)
         return found
+
+
+def _truncating(params: SamplingParams | PoolingParams) -> SamplingParams:
+    """Parameters that truncate a prompt as ``params`` do."""
+    if isinstance(params, SamplingParams):
+        return params
+    return SamplingParams(
+        truncate_prompt_tokens=params.truncate_prompt_tokens, truncation_side=params.truncation_side
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllmlite.errors import ParameterError
+from vllmlite.truncation import check_truncation
 
 POOLING_TYPES = ("LAST", "MEAN")
 """How a prompt's hidden states become one vector: the last token's, or the mean of all."""
@@ -21,7 +22,9 @@ class PoolingParams:
     dimensions: int | None = None
     """Keep the first this many elements (Matryoshka embeddings, Kusupati et al. 2022), before it is scaled."""
     truncate_prompt_tokens: int | None = None
-    """Keep only the last this many tokens of the prompt; -1: as many as fit the model's context."""
+    """Keep only this many tokens of the prompt; -1: as many as fit the model's context."""
+    truncation_side: str | None = None
+    """Where ``truncate_prompt_tokens`` drops tokens: left, the default, keeps the prompt's end, right its start."""
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -31,6 +34,4 @@ class PoolingParams:
             raise ParameterError("normalize", self.normalize, "must be True or False")
         if self.dimensions is not None and (type(self.dimensions) is not int or self.dimensions < 1):
             raise ParameterError("dimensions", self.dimensions, "must be a whole number, at least 1")
-        count = self.truncate_prompt_tokens
-        if count is not None and (type(count) is not int or (count < 1 and count != -1)):
-            raise ParameterError("truncate_prompt_tokens", count, "must be at least 1, or -1")
+        check_truncation(self.truncate_prompt_tokens, self.truncation_side)

@@ -9,6 +9,7 @@ from json import loads
 from typing import Any
 
 from vllmlite.errors import ParameterError
+from vllmlite.truncation import check_truncation
 
 MAX_LOGPROBS = 20
 """Default of ``EngineConfig.max_logprobs``."""
@@ -174,7 +175,9 @@ class SamplingParams:
     detokenize: bool = True
     """Turn ids into text; without it, ``text`` stays empty and stop strings are refused."""
     truncate_prompt_tokens: int | None = None
-    """Keep only the last this many tokens of the prompt; -1: as many as fit the model's context."""
+    """Keep only this many tokens of the prompt; -1: as many as fit the model's context beside ``max_tokens``."""
+    truncation_side: str | None = None
+    """Where ``truncate_prompt_tokens`` drops tokens: left, the default, keeps the prompt's end, right its start."""
     structured_outputs: StructuredOutputsParams | None = None
     """What the output must be: a value of a JSON Schema, a match of a regular expression, a choice, a grammar."""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
@@ -209,8 +212,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 _at_least(name, value, -1)
-        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
-            _at_least("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
+        check_truncation(self.truncate_prompt_tokens, self.truncation_side)
         if self.temperature == 0.0 and self.n > 1:
             raise ParameterError(
                 "n", self.n, "must be 1 with temperature 0: greedy completions are all the same"
@@ -243,7 +245,7 @@ class SamplingParams:
         for name in ("n", "top_k", "min_tokens"):
             if type(getattr(self, name)) is not int:
                 raise ParameterError(name, getattr(self, name), "must be a whole number")
-        for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"):
+        for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None and type(getattr(self, name)) is not int:
                 raise ParameterError(name, getattr(self, name), "must be a whole number or None")
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):

@@ -21,6 +21,7 @@ from vllmlite.weights.json_object import read_object
 
 if TYPE_CHECKING:
     from vllmlite.chat.template import ChatTemplate
+    from vllmlite.truncation import Truncation
 
 MAX_IDS = 10_000_000
 """Ids are below this; the largest vocabularies have a quarter of a million."""
@@ -58,16 +59,22 @@ class Tokenizer:
         """Characters of the longest token: no text of more than n times as many fits into n tokens."""
         return max(map(len, self._fast.get_vocab(with_added_tokens=True)), default=1)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of ``text``, with what the tokenizer adds of itself (say, a beginning-of-text id).
+    def encode(
+        self, text: str, add_special_tokens: bool = True, truncation: Truncation | None = None
+    ) -> list[int]:
+        """Ids of ``text``, with what the tokenizer adds of itself (say, a beginning-of-text id), which ``truncation``
+        spares.
 
         Raises :class:`ParameterError` if ``text`` is not Unicode (it holds half a surrogate pair)."""
         try:
-            return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+            ids = list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
         except (TypeError, UnicodeEncodeError):
             raise ParameterError("text", text, "must be Unicode without halves of surrogate pairs") from None
         except BaseException as error:
             raise _told(self._path, error) from None
+        if truncation is None:
+            return ids
+        return truncation.of(ids, *(self._num_added if add_special_tokens else (0, 0)))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; half a character at either end becomes U+FFFD."""
@@ -196,6 +203,14 @@ class Tokenizer:
 
         special = {"bos_token": "", "eos_token": "", **self.special_tokens}
         return lru_cache(maxsize=16)(lambda source: ChatTemplate(source, special))
+
+    @cached_property
+    def _num_added(self) -> tuple[int, int]:
+        """Ids that the tokenizer adds before and after a text."""
+        whole, bare = self.encode("a"), self.encode("a", add_special_tokens=False)
+        spare = len(whole) - len(bare)
+        before = next((n for n in range(spare + 1) if whole[n : n + len(bare)] == bare), 0)
+        return before, spare - before
 
     @cached_property
     def _begins(self) -> str:

@@ -39,7 +39,7 @@ HELP = """\
 Ctrl-C stops an answer. Anything else is said to the model; a line that ends
 with \\ goes on in the next, and one that begins with // says one with /."""
 
-NOT_HERE = {"n", "logprobs", "prompt_logprobs", "detokenize", "truncate_prompt_tokens"}
+NOT_HERE = {"n", "logprobs", "prompt_logprobs", "detokenize", "truncate_prompt_tokens", "truncation_side"}
 """Sampling flags that have no use in a conversation."""
 
 

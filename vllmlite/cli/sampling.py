@@ -83,6 +83,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "int | None": {"type": _int_or_none, "metavar": "N"},
     "float": {"type": float, "metavar": "X"},
     "bool": {"action": argparse.BooleanOptionalAction},
+    "str | None": {"metavar": "NAME"},
     "str | list[str] | None": {"action": "append", "metavar": "TEXT"},
     "list[str] | None": {"action": "append", "metavar": "TEXT"},
     "list[int] | None": {"type": _id_list, "metavar": "ID,ID"},

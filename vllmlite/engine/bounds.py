@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vllmlite.errors import ContextLengthError, ParameterError
 from vllmlite.sampling_params import SamplingParams
+from vllmlite.truncation import Truncation
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +39,26 @@ class RequestBounds:
         self._check_something_is_allowed(params, bad_words)
         return prompt
 
+    def truncation(self, params: SamplingParams, *, generates: bool = True) -> Truncation | None:
+        """How ``params`` have a prompt truncated; None: not at all."""
+        keep = params.truncate_prompt_tokens
+        if keep is None:
+            return None
+        if keep == -1:
+            room = self.max_model_len - (params.max_tokens or 1) if generates else self.max_model_len
+            keep = max(room, 1)
+        return Truncation(keep, params.truncation_side or "left")
+
     def stop_ids(self, params: SamplingParams) -> frozenset[int]:
         """The ids that end this request's output."""
         listed = frozenset(params.stop_token_ids or ())
         return listed if params.ignore_eos else listed | self.eos_ids
 
     def _checked_prompt(self, prompt: list[int], params: SamplingParams, generates: bool) -> list[int]:
+        truncation = self.truncation(params, generates=generates)
+        if truncation is not None:
+            prompt = truncation.of(prompt)
         longest = self.max_model_len
-        if params.truncate_prompt_tokens is not None:
-            keep = params.truncate_prompt_tokens
-            room = longest - (params.max_tokens or 1) if generates else longest
-            prompt = prompt[-(max(room, 1) if keep == -1 else keep) :]
         if not prompt:
             raise ParameterError("prompt", "", "must hold at least one token")
         max_prompt = longest - 1 if generates else longest

@@ -42,7 +42,8 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
             raise ParameterError("echo", True, "with logprobs does not go with stream=true")
         changes["prompt_logprobs"] = body.logprobs
     params = body.sampling_params(service.default_params, **changes)
-    prompts = await service.encode_all(body.prompt, body.add_special_tokens)
+    truncation = service.engine.llm_engine.truncation(params)
+    prompts = await service.encode_all(body.prompt, body.add_special_tokens, truncation)
     generation = await service.generate(
         "cmpl-", prompts, params, request_id=request_id(body.request_id, request), priority=body.priority,
         cache_salt=body.cache_salt, arrival_time=arrival,
@@ -161,7 +162,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     if body.max_tokens is not None:
         changes["max_tokens"] = body.max_tokens
     params = body.sampling_params(service.default_params, **changes)
-    prompts = await service.encode_all(body.prompt)
+    prompts = await service.encode_all(body.prompt, truncation=service.engine.llm_engine.truncation(params))
     if len(prompts) > 1:
         raise ParameterError("prompt", len(prompts), "must be one prompt")
     generation = await service.generate(

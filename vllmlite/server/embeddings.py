@@ -29,9 +29,11 @@ async def create_embedding(body: EmbeddingRequest, request: Request) -> Response
         dimensions=body.dimensions,
         normalize=body.normalize,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
+        truncation_side=body.truncation_side,
     )
     with renamed(prompt="input", prompt_token_ids="input"):
-        prompts = await service.encode_all(body.input, body.add_special_tokens)
+        truncation = service.engine.llm_engine.truncation(params)
+        prompts = await service.encode_all(body.input, body.add_special_tokens, truncation)
         generation = await service.generate(
             "embd-", prompts, params, request_id=request_id(body.request_id, request), priority=body.priority,
             cache_salt=body.cache_salt, arrival_time=arrival,

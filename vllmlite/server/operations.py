@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from vllmlite import __version__
+from vllmlite.pooling_params import PoolingParams
 from vllmlite.server.documented import CONFLICT, documented
 from vllmlite.server.errors import ApiError
 from vllmlite.server.protocol.operations import (
@@ -69,10 +70,14 @@ async def tokenize(body: Tokenizable, request: Request) -> Response:
     service.check_model(body.model)
     if isinstance(body, LlamaTokenizeRequest):
         return JSON({"tokens": await _llamacpp_tokens(service, body)})
+    limits = PoolingParams(
+        truncate_prompt_tokens=body.truncate_prompt_tokens, truncation_side=body.truncation_side
+    )
+    truncation = service.engine.llm_engine.truncation(limits)
     if isinstance(body, TokenizeRequest):
-        encoded = await service.encode(body.prompt, body.add_special_tokens)
+        encoded = await service.encode(body.prompt, body.add_special_tokens, truncation)
     else:
-        encoded = await service.encode_chat(body)
+        encoded = await service.encode_chat(body, truncation=truncation)
     tokens = encoded["prompt_token_ids"]
     texts = [service.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
     return JSON(

@@ -123,7 +123,8 @@ async def begin(
 ) -> tuple[Generation, list[Reader]]:
     """Have a conversation answered: its generation, and a reader of each answer. ``details`` are the service's."""
     config = service.config
-    prompt = await service.encode_chat(talk, tools.shown)
+    truncation = service.engine.llm_engine.truncation(params)
+    prompt = await service.encode_chat(talk, tools.shown, truncation)
     params = after_reasoning(config, service.tokenizer, params, prompt["prompt"])
     generation = await service.generate(kind, [prompt], params, **details)
     readers = [reader_for(config, tools, params, prompt["prompt"]) for _ in range(params.n)]

@@ -29,6 +29,7 @@ from vllmlite.server.metrics import Metrics
 from vllmlite.server.protocol.base import Usage
 from vllmlite.server.protocol.chat import ChatPrompt, Tool
 from vllmlite.server.sse import unless_gone
+from vllmlite.truncation import Truncation
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +254,9 @@ class Service:
                 headers={"retry-after": "10"},
             ) from None
 
-    async def encode_all(self, prompts: Any, add_special_tokens: bool = True) -> list[dict[str, Any]]:
+    async def encode_all(
+        self, prompts: Any, add_special_tokens: bool = True, truncation: Truncation | None = None
+    ) -> list[dict[str, Any]]:
         """Every prompt of a request's ``prompt``: a text, ids, or a list of either. Raises :class:`ParameterError`."""
         if isinstance(prompts, str) or (isinstance(prompts, list) and prompts and type(prompts[0]) is int):
             prompts = [prompts]
@@ -265,23 +268,35 @@ class Service:
         for index, prompt in enumerate(prompts):
             if index:
                 await asyncio.sleep(0)  # a turn for others
-            encoded.append(await self.encode(prompt, add_special_tokens))
+            encoded.append(await self.encode(prompt, add_special_tokens, truncation))
         return encoded
 
-    async def encode(self, prompt: Any, add_special_tokens: bool = True) -> dict[str, Any]:
-        """A prompt with its ids. A text that cannot fit is refused before it is tokenised."""
+    async def encode(
+        self, prompt: Any, add_special_tokens: bool = True, truncation: Truncation | None = None
+    ) -> dict[str, Any]:
+        """A prompt with its ids, after ``truncation``. A text that cannot fit is refused before it is tokenised, unless
+        it is to be truncated."""
         if isinstance(prompt, str):
             with renamed(text="prompt"):
-                ids = await self.tokenised(len(prompt), self.tokenizer.encode, prompt, add_special_tokens)
+                ids = await self.tokenised(
+                    len(prompt), self.tokenizer.encode, prompt, add_special_tokens, truncation,
+                    may_be_too_long=truncation is not None,
+                )  # fmt: skip
             return {"prompt": prompt, "prompt_token_ids": ids}
         if not isinstance(prompt, list):
             raise ParameterError("prompt", prompt, "must be text or token ids")
-        return self.engine.llm_engine.encode({"prompt_token_ids": prompt})
+        encoded = self.engine.llm_engine.encode({"prompt_token_ids": prompt})
+        if truncation is not None:
+            encoded["prompt_token_ids"] = truncation.of(encoded["prompt_token_ids"])
+        return encoded
 
-    async def tokenised(self, characters: int, encode: Callable[..., list[int]], *args: Any) -> list[int]:
-        """What ``encode(*args)`` makes of so many characters. Raises :class:`ParameterError` if they cannot fit."""
+    async def tokenised(
+        self, characters: int, encode: Callable[..., list[int]], *args: Any, may_be_too_long: bool = False
+    ) -> list[int]:
+        """What ``encode(*args)`` makes of so many characters. Raises :class:`ParameterError` if they cannot fit, unless
+        they ``may_be_too_long``."""
         least = -(-characters // self.tokenizer.max_token_length)
-        if least > self.max_model_len:
+        if least > self.max_model_len and not may_be_too_long:
             raise ContextLengthError("prompt", least, self.max_model_len - 1, self.max_model_len, exact=False)
         if characters <= INLINE_CHARACTERS:
             return encode(*args)
@@ -294,7 +309,9 @@ class Service:
             return self.tokenizer.decode(ids, skip_special_tokens=False)
         return await asyncio.to_thread(self.tokenizer.decode, ids, skip_special_tokens=False)
 
-    async def encode_chat(self, body: ChatPrompt, offer_tools: bool = True) -> dict[str, Any]:
+    async def encode_chat(
+        self, body: ChatPrompt, offer_tools: bool = True, truncation: Truncation | None = None
+    ) -> dict[str, Any]:
         """The prompt of a conversation, through the chat template, which is told of tools if ``offer_tools``."""
         variables = {**self.config.default_chat_template_kwargs, **body.template_variables()}
         check_template_variables("chat_template_kwargs", variables)
@@ -309,7 +326,7 @@ class Service:
             body.add_generation_prompt, body.continue_final_message, self.config.chat_template_content_format
         )
         text = template.prompt([as_mapping(message) for message in body.messages], wishes, tools, variables)
-        return await self.encode(text, body.add_special_tokens)
+        return await self.encode(text, body.add_special_tokens, truncation)
 
     def _template_wanted(self, requested: str | None) -> str | None:
         """The chat template that a request asks for, or else the server's; None: the model's own. A request may name

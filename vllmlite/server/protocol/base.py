@@ -33,7 +33,6 @@ REFUSED: Mapping[str, Absent] = {
     "kv_transfer_params": Absent(_UNUSED, "the key/value cache is not shared between engines"),
     "ec_transfer_params": Absent(_UNUSED, _TEXT_ONLY),
     "thinking_token_budget": Absent(_UNUSED, "reasoning has no limit of its own: see max_tokens"),
-    "truncation_side": Absent((None, "left"), "truncate_prompt_tokens keeps the end of a prompt"),
     "logprob_token_ids": Absent(
         (None, []), "log-probabilities are those of the likeliest tokens: see logprobs"
     ),

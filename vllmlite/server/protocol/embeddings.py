@@ -19,6 +19,7 @@ class EmbeddingRequest(Request):
     dimensions: int | None = Field(None, description="Keep the first this many, scaled again.")
     normalize: bool | None = Field(None, description="Default: --pooling-normalize.")
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = Field(None, description="Where tokens are dropped.")
     add_special_tokens: bool = True
     priority: int = Field(0, description="Smaller goes first; needs --scheduling-policy priority.")
     cache_salt: str | None = None

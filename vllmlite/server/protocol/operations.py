@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Field, Tag
 from typing_extensions import TypedDict
 
 from vllmlite.config_absent import Absent
@@ -13,19 +13,24 @@ from vllmlite.server.protocol.base import Ints, Request
 from vllmlite.server.protocol.chat import ChatPrompt
 
 
-class TokenizeRequest(Request):
+class TokenizeFields(Request):
+    """What both forms of ``POST /tokenize`` have."""
+
+    return_token_strs: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = Field(None, description="Where tokens are dropped.")
+
+
+class TokenizeRequest(TokenizeFields):
     """``POST /tokenize`` of a text."""
 
     model: str | None = None
     prompt: str
     add_special_tokens: bool = True
-    return_token_strs: bool | None = None
 
 
-class TokenizeChatRequest(ChatPrompt):
+class TokenizeChatRequest(ChatPrompt, TokenizeFields):
     """``POST /tokenize`` of a conversation."""
-
-    return_token_strs: bool | None = None
 
 
 class LlamaTokenizeRequest(Request):

@@ -79,7 +79,7 @@ class SamplingRequest(Request):
         "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
         "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "include_stop_str_in_output",
         "skip_special_tokens", "spaces_between_special_tokens", "logit_bias", "allowed_token_ids", "bad_words",
-        "truncate_prompt_tokens", "prompt_logprobs",
+        "truncate_prompt_tokens", "truncation_side", "prompt_logprobs",
     )  # fmt: skip
 
     model: str | None = Field(None, description="A served model name.")
@@ -104,6 +104,7 @@ class SamplingRequest(Request):
     allowed_token_ids: Ints | None = None
     bad_words: Strings | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = Field(None, description="Where tokens are dropped.")
     prompt_logprobs: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
