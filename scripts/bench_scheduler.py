@@ -102,7 +102,7 @@ def measure(lengths: Sequence[tuple[int, int]], depth: int) -> dict[str, float]:
         waiting = engine.scheduler.num_waiting
         start = time.perf_counter()
         outputs = engine.step()
-        processor.process(outputs)
+        processor.settle(processor.process(outputs))
         took = time.perf_counter() - start
         if not waiting:
             spent += took

@@ -306,7 +306,9 @@ def feed(
     processor: OutputProcessor, request_id: str, ids: list[int], reason: str | None = None
 ) -> tuple[list[RequestOutput], list[tuple[str, str]]]:
     """One step that gives one sequence ``ids``."""
-    return processor.process([EngineOutput(request_id, ids, reason, None, 0, RequestMetrics(0.0))])
+    step = processor.process([EngineOutput(request_id, ids, reason, None, 0, RequestMetrics(0.0))])
+    processor.settle(step)
+    return step.ready, step.stopped
 
 
 def test_output_kinds(tokenizer: Tokenizer) -> None:
@@ -374,7 +376,7 @@ def test_logprobs_hold_the_chosen_token_and_the_top(tokenizer: Tokenizer) -> Non
     processor.add("r", "p", [1], SamplingParams(logprobs=2))
     entry = TokenLogprobs(5, -3.0, 4, [1, 2, 3], [-0.1, -0.2, -0.3])
     output = EngineOutput("r", [5], "length", None, 0, RequestMetrics(0.0), logprobs=entry)
-    completion = processor.process([output])[0][0].outputs[0]
+    completion = processor.process([output]).ready[0].outputs[0]
     assert completion.logprobs is not None
     assert {i: (lp.logprob, lp.rank) for i, lp in completion.logprobs[0].items()} == {
         5: (-3.0, 4), 1: (-0.1, 1), 2: (-0.2, 2)

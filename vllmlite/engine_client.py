@@ -148,17 +148,20 @@ class EngineClient:
         self._questions.append(answer)
         return answer
 
-    def step(self) -> list[EngineOutput]:
-        """What the host's steps have given since the last call, after waiting for something.
+    def step(self, outputs: list[EngineOutput] | None = None) -> list[EngineOutput]:
+        """What the host's steps have given since the last call, after waiting for something; see :meth:`Engine.step`.
 
         Raises EngineDeadError if the host has ended."""
+        if outputs is None:
+            outputs = []
         while not self._inbox:
             self.check()
             self.receive(wait=True)
         given: dict[str, EngineOutput] = {}
         while self._inbox and _joins(self._inbox[0], given):
             self._take_in(self._inbox.popleft(), given)
-        return list(given.values())
+        outputs.extend(given.values())
+        return outputs
 
     def has_outputs(self) -> bool:
         """Whether :meth:`step` would give something without waiting."""

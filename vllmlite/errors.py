@@ -75,3 +75,7 @@ class BackendError(VllmliteError):
 
 class EngineDeadError(VllmliteError):
     """The engine has been shut down, or has failed for good: it takes no more requests."""
+
+
+class EngineUseError(VllmliteError):
+    """An engine was called where it cannot be: within a call of the same thread, or in a forked process."""

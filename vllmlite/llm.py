@@ -13,6 +13,7 @@ from vllmlite.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOut
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.tokenizer import Tokenizer
+from vllmlite.turns import Turns, takes_turn
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -23,7 +24,10 @@ class LLM:
     def __init__(self, model: str | None = None, **options: Any) -> None:
         """Load ``model`` (default: the built-in one); ``options`` are :class:`EngineConfig`'s fields."""
         self.llm_engine = LLMEngine(EngineConfig.from_kwargs(model=model, **options))
+        self.turns = Turns("LLM")
         self._ids = count()
+        self._unfinished: set[str] = set()
+        """Requests of the call that runs, or of one that was interrupted and could not drop them."""
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
@@ -128,6 +132,7 @@ class LLM:
             )
         return params
 
+    @takes_turn
     def _run(
         self,
         batch: Sequence[Prompt],
@@ -136,24 +141,29 @@ class LLM:
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         """Add requests, all or none, and step until they are done; outputs in their order."""
-        request_ids: list[str] = []
+        self._abort_unfinished()
+        request_ids = [str(next(self._ids)) for _ in batch]
         try:
+            self._unfinished.update(request_ids)
             for index, (prompt, its_params) in enumerate(zip(batch, params, strict=True)):
-                request_id = str(next(self._ids))
                 self.llm_engine.add_request(
-                    request_id, prompt, its_params, priority=priority[index] if priority else 0
+                    request_ids[index], prompt, its_params, priority=priority[index] if priority else 0
                 )
-                request_ids.append(request_id)
             return self._finish(request_ids, use_tqdm)
-        except BaseException:
-            self.llm_engine.abort_request(request_ids)
-            raise
+        finally:
+            self._abort_unfinished()
+
+    def _abort_unfinished(self) -> None:
+        self.llm_engine.abort_request(self._unfinished)
+        self._unfinished.clear()
 
     def _finish(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
         progress = _progress_bar(len(request_ids)) if use_tqdm else None
         finished: dict[str, RequestOutput] = {}
-        while self.llm_engine.has_unfinished_requests():
+        while len(finished) < len(request_ids) and self.llm_engine.has_unfinished_requests():
             for output in self.llm_engine.step():
+                if output.request_id not in self._unfinished:
+                    continue  # a request that was added to the engine itself
                 finished[output.request_id] = output
                 if progress is not None:
                     progress.update(1)
@@ -163,6 +173,8 @@ class LLM:
             error = self.llm_engine.take_error(request_id)
             if error is not None:
                 raise VllmliteError(f"request {request_id}: a step failed: {error}")
+            if request_id not in finished:
+                raise VllmliteError(f"request {request_id} was aborted while it ran")
         return [finished[request_id] for request_id in request_ids]
 
 

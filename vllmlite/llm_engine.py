@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vllmlite.config import EngineConfig
 from vllmlite.engine.engine import Engine, EngineCore, EngineOutput
 from vllmlite.errors import ParameterError
-from vllmlite.output_processor import OutputProcessor
+from vllmlite.output_processor import OutputProcessor, ProcessedStep
 from vllmlite.outputs import EngineStats, RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.runner.startup import Started, start
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizer import Tokenizer
 from vllmlite.truncation import Truncation
+from vllmlite.turns import Turns, takes_turn
 
 if TYPE_CHECKING:
     from vllmlite.guided.grammars import Grammars
@@ -26,7 +28,11 @@ Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 
 
 class LLMEngine:
-    """Requests in, :class:`~vllmlite.outputs.RequestOutput` out, one step at a time. Not thread-safe."""
+    """Requests in, :class:`~vllmlite.outputs.RequestOutput` out, one step at a time.
+
+    Threads take turns. Every call is atomic: an exception that a signal handler raises in the middle of one, such as
+    KeyboardInterrupt, loses no output of any request and leaves the engine as it was before the call or as it would be
+    after it."""
 
     def __init__(
         self, config: EngineConfig, start: Callable[[EngineConfig], Started[EngineCore]] = start
@@ -44,7 +50,18 @@ class LLMEngine:
         self.backend_choice = started.backend_choice
         self.observer: Callable[[list[EngineOutput]], None] | None = None
         """Sees what each step gave each sequence; for metrics."""
+        self.turns = Turns("LLMEngine")
         self._processor = OutputProcessor(self.tokenizer)
+        self._given: list[EngineOutput] = []
+        """Outputs of the last step of the engine, until they are processed and settled."""
+        self._processed: tuple[int, ProcessedStep] | None = None
+        """What they came to, until it is settled, and the thread that asked for it."""
+        self._undelivered: dict[int, list[RequestOutput]] = {}
+        """Thread → what its last call of :meth:`step` has still to return."""
+        self._adding: str | None = None
+        """The request that is being added."""
+        self._unwanted: set[str] = set()
+        """Requests to drop."""
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineConfig) -> LLMEngine:
@@ -66,6 +83,7 @@ class LLMEngine:
             raise ParameterError("skip_tokenizer_init", True, "leaves no tokenizer: text needs one")
         return self.tokenizer
 
+    @takes_turn
     def add_request(
         self,
         request_id: str,
@@ -77,6 +95,7 @@ class LLMEngine:
         """Queue a request, with :class:`PoolingParams` for an embedding.
 
         Raises :class:`ParameterError`, and takes nothing in, if it can never be served."""
+        self._drop()
         if not isinstance(request_id, str) or not request_id:
             raise ParameterError("request_id", request_id, "must be a non-empty string")
         if self._processor.knows(request_id):
@@ -86,37 +105,45 @@ class LLMEngine:
         if priority and self.config.scheduling_policy != "priority":
             raise ParameterError("priority", priority, "needs scheduling_policy=priority")
         encoded = self.encode(prompt, self.truncation(params))
-        prompt_ids = encoded["prompt_token_ids"]
-        if isinstance(params, PoolingParams):
-            self._add_pooling(request_id, encoded, params, arrival_time, priority)
-            return
+        try:
+            self._adding = request_id
+            if isinstance(params, PoolingParams):
+                self._add_pooling(request_id, encoded, params, arrival_time, priority)
+            else:
+                self._add_generation(request_id, encoded, params, arrival_time, priority)
+            self._adding = None
+        except BaseException:
+            self._drop()
+            raise
+
+    def _add_generation(
+        self,
+        request_id: str,
+        encoded: dict[str, Any],
+        params: SamplingParams,
+        arrival_time: float | None,
+        priority: int,
+    ) -> None:
         if self.tokenizer is None and params.stop:
             raise ParameterError("stop", params.stop, "stop strings need a tokenizer")
+        prompt_ids = encoded["prompt_token_ids"]
         bad_words = self._bad_word_ids(params.bad_words or ())
         structure = params.structured_outputs
         compiled = None if structure is None else self.grammars.compile(structure)
-        added: list[str] = []
         children = self._processor.add(request_id, encoded.get("prompt"), prompt_ids, params)
-        try:
-            for child, child_params in children.items():
-                request = self.engine_core.add_request(
-                    child,
-                    prompt_ids,
-                    child_params,
-                    bad_words=bad_words,
-                    grammar=None
-                    if compiled is None or structure is None
-                    else self.grammars.start(compiled, structure.after),
-                    priority=priority,
-                    cache_salt=encoded.get("cache_salt"),
-                    arrival_time=arrival_time,
-                )
-                added.append(child)
-        except Exception:
-            self._processor.forget(request_id)
-            for child in added:
-                self.engine_core.finish(child)
-            raise
+        for child, child_params in children.items():
+            request = self.engine_core.add_request(
+                child,
+                prompt_ids,
+                child_params,
+                bad_words=bad_words,
+                grammar=None
+                if compiled is None or structure is None
+                else self.grammars.start(compiled, structure.after),
+                priority=priority,
+                cache_salt=encoded.get("cache_salt"),
+                arrival_time=arrival_time,
+            )
         prompt_ids[:] = request.prompt_token_ids  # as truncated
 
     def _add_pooling(
@@ -133,17 +160,19 @@ class LLMEngine:
             )
         kind = params.pooling_type or self.config.pooling_type
         normalize = self.config.pooling_normalize if params.normalize is None else params.normalize
+        prompt_ids = encoded["prompt_token_ids"]
+        complete = replace(params, pooling_type=kind, normalize=normalize)
+        self._processor.add_pooling(request_id, encoded.get("prompt"), prompt_ids, complete)
         request = self.engine_core.add_request(
             request_id,
-            encoded["prompt_token_ids"],
+            prompt_ids,
             _truncating(params),
             priority=priority,
             cache_salt=encoded.get("cache_salt"),
             arrival_time=arrival_time,
             pooling_type=kind,
         )
-        complete = replace(params, pooling_type=kind, normalize=normalize)
-        self._processor.add_pooling(request_id, encoded.get("prompt"), request.prompt_token_ids, complete)
+        prompt_ids[:] = request.prompt_token_ids  # as truncated
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -192,29 +221,72 @@ class LLMEngine:
         return encoded
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; outputs of the requests that it gave something, as their ``output_kind`` says."""
-        given = self.engine_core.step()
-        outputs, stopped = self._processor.process(given)
-        for child, stop in stopped:
-            self.engine_core.finish(child, "stop", stop)
-        if self.observer is not None:
-            self.observer(given)
+        """Run one step; outputs of the requests that it gave something, as their ``output_kind`` says.
+
+        If the call is interrupted, the next one returns what it would have."""
+        thread = get_ident()
+        self._run_step(thread)
+        outputs = self._undelivered[thread]
+        del self._undelivered[thread]
         return outputs
+
+    @takes_turn
+    def _run_step(self, thread: int) -> None:
+        """Run a step for ``thread``, unless an interrupted one has left something for it.
+
+        A step goes through stages: the engine's outputs, what they came to, what is to be returned. Each stage stores
+        its result at its end, and can be done again until then."""
+        self._drop()
+        if self._processed is not None:
+            self._settle(*self._processed)
+        if thread in self._undelivered:
+            return
+        if not self._given:
+            self.engine_core.step(self._given)
+        self._processed = (thread, self._processor.process(self._given))
+        self._settle(*self._processed)
+
+    def _settle(self, thread: int, step: ProcessedStep) -> None:
+        for child, stop in step.stopped:
+            self.engine_core.finish(child, "stop", stop)
+        self._processor.settle(step)
+        if self.observer is not None:
+            self.observer(self._given)
+        self._undelivered[thread] = step.ready
+        self._given, self._processed = [], None
 
     def has_unfinished_requests(self) -> bool:
         """Whether any request has not finished."""
         return self.engine_core.has_unfinished_requests()
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
-        """Drop requests; nothing more comes of them. Unknown ids are passed over."""
-        for request_id in [request_ids] if isinstance(request_ids, str) else list(request_ids):
-            for child in self._processor.forget(request_id):
+        """Drop requests; nothing more comes of them. Unknown ids are passed over.
+
+        In a signal handler or callback that runs within another call, they are dropped before the next step."""
+        self._unwanted.update([request_ids] if isinstance(request_ids, str) else request_ids)
+        if not self.turns.is_mine():
+            self._drop_in_turn()
+
+    @takes_turn
+    def _drop_in_turn(self) -> None:
+        self._drop()
+
+    def _drop(self) -> None:
+        """Drop unwanted requests, and one whose addition was interrupted."""
+        if self._adding is not None:
+            self._unwanted.add(self._adding)
+            self._adding = None
+        for request_id in list(self._unwanted):
+            for child in self._processor.children(request_id):
                 self.engine_core.finish(child)
+            self._processor.forget(request_id)
+            self._unwanted.discard(request_id)
 
     def take_error(self, request_id: str) -> str | None:
         """Why a request ended with finish reason ``error``; None if it did not. Asked once."""
         return self._processor.errors.pop(request_id, None)
 
+    @takes_turn
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix."""
         self.engine_core.reset_prefix_cache()

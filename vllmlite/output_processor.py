@@ -22,6 +22,15 @@ class _Completion:
     detokenizer: Detokenizer | None
     num_sent_ids: int = 0
     """Ids that went out with earlier deltas."""
+    num_sent_characters: int = 0
+    num_ids_before: int = 0
+    """Ids before the output that is being taken in."""
+    taking: EngineOutput | None = None
+    """The last output that was begun to be taken in."""
+    taken: EngineOutput | None = None
+    """The last output that was taken in whole; another one than ``taking`` while that is under way."""
+    stop: str | None = None
+    """The stop string that it completed."""
 
 
 @dataclass(slots=True)
@@ -34,7 +43,6 @@ class _Group:
     params: SamplingParams
     completions: dict[str, _Completion] = field(default_factory=dict)
     """By the engine's request id."""
-    num_unfinished: int = 0
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     metrics: RequestMetrics | None = None
@@ -50,8 +58,26 @@ class _Pooling:
     params: PoolingParams
 
 
+@dataclass(slots=True)
+class ProcessedStep:
+    """What the outputs of an engine's step mean to the users."""
+
+    ready: list[RequestOutput] = field(default_factory=list)
+    """What to hand to them."""
+    stopped: list[tuple[str, str]] = field(default_factory=list)
+    """(Engine request id, stop string) of sequences that the engine has to end: their text reached a stop string."""
+    sent: list[tuple[_Completion, int, int]] = field(default_factory=list)
+    """Completions with a delta in ``ready``, and how many of their ids and characters are then out."""
+    ended: list[str] = field(default_factory=list)
+    """Engine request ids, and pooling requests, of which nothing more will come."""
+    finished: list[_Group] = field(default_factory=list)
+
+
 class OutputProcessor:
-    """Keeps what the engine does not: prompts as text, detokenisers, and which sequences belong together."""
+    """Keeps what the engine does not: prompts as text, detokenisers, and which sequences belong together.
+
+    A step's outputs go through :meth:`process`, then :meth:`settle`. Each can be repeated with the same argument if it
+    was interrupted, and then does what remains."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         """Without a ``tokenizer``, outputs carry ids alone."""
@@ -72,7 +98,7 @@ class OutputProcessor:
         self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams
     ) -> dict[str, SamplingParams]:
         """Expect a request; returns the engine's requests that make it up: id → parameters of one sequence."""
-        group = _Group(request_id, prompt, prompt_token_ids, params, num_unfinished=params.n)
+        group = _Group(request_id, prompt, prompt_token_ids, params)
         if params.prompt_logprobs is not None and len(prompt_token_ids) == 1:
             group.prompt_logprobs = [None]  # the engine has nothing to say of a first token
         children: dict[str, SamplingParams] = {}
@@ -97,54 +123,68 @@ class OutputProcessor:
         """Whether ``request_id`` is expected and unfinished."""
         return request_id in self._groups or request_id in self._poolings
 
-    def forget(self, request_id: str) -> list[str]:
-        """Drop a request; returns the engine's requests that made it up."""
-        if self._poolings.pop(request_id, None) is not None:
+    def children(self, request_id: str) -> list[str]:
+        """The engine's requests that make up a request; none if it is not expected."""
+        if request_id in self._poolings:
             return [request_id]
-        group = self._groups.pop(request_id, None)
-        if group is None:
-            return []
-        for child in group.completions:
+        group = self._groups.get(request_id)
+        return [] if group is None else list(group.completions)
+
+    def forget(self, request_id: str) -> None:
+        """Drop a request."""
+        for child in self.children(request_id):
             self._group_of.pop(child, None)
-        return list(group.completions)
+        self._poolings.pop(request_id, None)
+        self._groups.pop(request_id, None)
 
-    def process(self, outputs: Iterable[EngineOutput]) -> tuple[list[RequestOutput], list[tuple[str, str]]]:
-        """Take in a step's outputs.
-
-        Returns what to hand the users, and (engine request id, stop string) of sequences that the engine has to
-        end because their text reached a stop string."""
+    def process(self, outputs: Iterable[EngineOutput]) -> ProcessedStep:
+        """Take in a step's outputs and find out what they mean to the users."""
+        step = ProcessedStep()
         touched: dict[str, list[str]] = {}
-        stopped: list[tuple[str, str]] = []
-        ready: list[RequestOutput] = []
         for output in outputs:
             group = self._group_of.get(output.request_id)
             if group is None:
-                if output.request_id in self._poolings:
-                    ready.append(self._embedding(self._poolings.pop(output.request_id), output))
+                pooling = self._poolings.get(output.request_id)
+                if pooling is not None:
+                    step.ready.append(self._embedding(pooling, output))
+                    step.ended.append(output.request_id)
                 continue
-            stop = self._take_in(group, group.completions[output.request_id], output)
-            if stop is not None and output.finish_reason is None:
-                stopped.append((output.request_id, stop))
+            completion = group.completions[output.request_id]
+            if completion.taken is not output:
+                self._take_in(group, completion, output)
+            if completion.stop is not None and output.finish_reason is None:
+                step.stopped.append((output.request_id, completion.stop))
             if len(group.completions) == 1:
-                self._hand_over(group, [output.request_id], ready)
+                self._hand_over(group, [output.request_id], step)
             else:
                 touched.setdefault(group.request_id, []).append(output.request_id)
         for request_id, children in touched.items():
-            self._hand_over(self._groups[request_id], children, ready)
-        return ready, stopped
+            self._hand_over(self._groups[request_id], children, step)
+        return step
 
-    def _hand_over(self, group: _Group, children: list[str], ready: list[RequestOutput]) -> None:
-        """Tell of the ``children`` that a step gave something, where that is wanted, and forget those that ended."""
-        finished = group.num_unfinished == 0
-        if finished or group.params.output_kind is not RequestOutputKind.FINAL_ONLY:
-            ready.append(self._request_output(group, children, finished))
-        for child in children:
-            if group.completions[child].output.finish_reason is not None:
-                del self._group_of[child]
-        if finished:
-            del self._groups[group.request_id]
+    def settle(self, step: ProcessedStep) -> None:
+        """Note what has been handed over, and forget what has ended."""
+        for completion, num_ids, num_characters in step.sent:
+            completion.num_sent_ids, completion.num_sent_characters = num_ids, num_characters
+        for request_id in step.ended:
+            self._group_of.pop(request_id, None)
+            self._poolings.pop(request_id, None)
+        for group in step.finished:
+            self._groups.pop(group.request_id, None)
             if group.error is not None:
                 self.errors[group.request_id] = group.error
+
+    def _hand_over(self, group: _Group, children: list[str], step: ProcessedStep) -> None:
+        """Tell of the ``children`` that a step gave something, where that is wanted."""
+        ended = [child for child in children if group.completions[child].output.finish_reason is not None]
+        finished = bool(ended) and all(
+            completion.output.finish_reason is not None for completion in group.completions.values()
+        )
+        if finished or group.params.output_kind is not RequestOutputKind.FINAL_ONLY:
+            step.ready.append(self._request_output(group, children, finished, step))
+        step.ended += ended
+        if finished:
+            step.finished.append(group)
 
     def _embedding(self, pooling: _Pooling, output: EngineOutput) -> RequestOutput:
         """The vector, cut and scaled; none where a step failed."""
@@ -178,6 +218,20 @@ class OutputProcessor:
             text_offsets=[] if wanted else None,
         )
 
+    def _undo(self, group: _Group, completion: _Completion) -> None:
+        """Take back what an interrupted :meth:`_take_in` did."""
+        state, kept = completion.output, completion.num_ids_before
+        del state.token_ids[kept:]
+        if state.logprobs is not None and state.text_offsets is not None:
+            del state.logprobs[kept:], state.text_offsets[kept:]
+            chosen = zip(state.logprobs, state.token_ids, strict=True)
+            state.cumulative_logprob = sum((entry[token_id].logprob for entry, token_id in chosen), 0.0)
+        state.finish_reason = state.stop_reason = None
+        completion.detokenizer = self._detokenizer(group)
+        if completion.detokenizer is not None:
+            for token_id in state.token_ids:
+                completion.detokenizer.extend([token_id])
+
     def _detokenizer(self, group: _Group) -> Detokenizer | None:
         params = group.params
         if self._tokenizer is None or not params.detokenize:
@@ -191,8 +245,12 @@ class OutputProcessor:
             min_tokens=params.min_tokens,
         )
 
-    def _take_in(self, group: _Group, completion: _Completion, output: EngineOutput) -> str | None:
+    def _take_in(self, group: _Group, completion: _Completion, output: EngineOutput) -> None:
+        if completion.taking is output:
+            self._undo(group, completion)
         state, detokenizer = completion.output, completion.detokenizer
+        completion.num_ids_before = len(state.token_ids)
+        completion.taking = output
         group.num_cached_tokens = output.num_cached_tokens
         group.metrics = output.metrics
         if output.prompt_logprobs is not None:
@@ -227,9 +285,9 @@ class OutputProcessor:
             reason, stop_reason = "stop", stop
         if reason is not None:
             state.finish_reason, state.stop_reason = reason, stop_reason
-            group.num_unfinished -= 1
             group.error = output.error or group.error
-        return stop
+        completion.stop = stop
+        completion.taken = output
 
     def _logprobs(self, entry: TokenLogprobs, k: int) -> dict[int, Logprob]:
         """The chosen token first, then the ``k`` most likely (all, for -1)."""
@@ -244,10 +302,11 @@ class OutputProcessor:
     def _token_text(self, token_id: int) -> str | None:
         return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
-    def _request_output(self, group: _Group, children: list[str], finished: bool) -> RequestOutput:
-        delta = group.params.output_kind is RequestOutputKind.DELTA
-        if delta:
-            outputs = [_delta(group.completions[child]) for child in children]
+    def _request_output(
+        self, group: _Group, children: list[str], finished: bool, step: ProcessedStep
+    ) -> RequestOutput:
+        if group.params.output_kind is RequestOutputKind.DELTA:
+            outputs = [_delta(group.completions[child], step) for child in children]
         else:
             outputs = [_whole(completion) for completion in group.completions.values()]
         return RequestOutput(
@@ -276,12 +335,14 @@ def _whole(completion: _Completion) -> CompletionOutput:
     )
 
 
-def _delta(completion: _Completion) -> CompletionOutput:
+def _delta(completion: _Completion, step: ProcessedStep) -> CompletionOutput:
+    """What is new since the last delta, noted in ``step``."""
     state, first = completion.output, completion.num_sent_ids
-    completion.num_sent_ids = len(state.token_ids)
+    text = "" if completion.detokenizer is None else completion.detokenizer.released_text
+    step.sent.append((completion, len(state.token_ids), max(len(text), completion.num_sent_characters)))
     return CompletionOutput(
         index=state.index,
-        text="" if completion.detokenizer is None else completion.detokenizer.delta(),
+        text=text[completion.num_sent_characters :],
         token_ids=state.token_ids[first:],
         cumulative_logprob=state.cumulative_logprob,
         logprobs=None if state.logprobs is None else state.logprobs[first:],

@@ -34,10 +34,14 @@ class BlockPool:
         """All blocks free, none named."""
         self.num_blocks = num_blocks
         self.peak_used = 0
-        self._references = [0] * num_blocks
-        self._names: list[bytes | None] = [None] * num_blocks
+        self.reset()
+
+    def reset(self) -> None:
+        """Free every block and forget every name, whatever state an interrupted call has left."""
+        self._references = [0] * self.num_blocks
+        self._names: list[bytes | None] = [None] * self.num_blocks
         self._by_name: dict[bytes, int] = {}
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.num_blocks))
 
     @property
     def num_free(self) -> int:

@@ -124,7 +124,7 @@ class EngineCore(Protocol):
         """See :meth:`Engine.has_unfinished_requests`."""
         ...
 
-    def step(self) -> list[EngineOutput]:
+    def step(self, outputs: list[EngineOutput] | None = None) -> list[EngineOutput]:
         """See :meth:`Engine.step`."""
         ...
 
@@ -154,8 +154,24 @@ class Queued(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _StepLog:
+    """The step whose results are being applied: with the outputs it has decided, enough to finish applying it."""
+
+    outputs: list[EngineOutput]
+    first: int
+    """Index of the step's first output; those before it are of earlier steps."""
+    positions: dict[str, int]
+    """Request id → index in the request's output of the id that the step sampled."""
+
+
 class Engine:
-    """Admits requests, drives steps, applies stop conditions."""
+    """Admits requests, drives steps, applies stop conditions. Not thread-safe.
+
+    Every call is atomic, whatever interrupts it. What counts is in the requests: their prompts, their output ids and
+    whether they have finished. Everything else (queues, slots, blocks, the names of cached prefixes, steps in flight)
+    follows from it. A call that was interrupted leaves ``_changing`` set; the next one then computes the rest anew
+    (:meth:`_restore`), which costs the prefix cache and the recomputation of what was running."""
 
     def __init__(
         self,
@@ -180,6 +196,9 @@ class Engine:
         self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         self._in_flight: deque[tuple[Schedule, list[Request], Any]] = deque()
         self._num_added = 0
+        self._changing = False
+        """Set while a call changes the engine; still set by the next one if that call was interrupted."""
+        self._log: _StepLog | None = None
 
     @property
     def engine(self) -> Engine:
@@ -203,6 +222,7 @@ class Engine:
 
         ``bad_words`` are token sequences; ``grammar`` is this sequence's own; ``cache_salt`` keeps its blocks in the
         prefix cache apart from other salts'; with ``pooling_type`` a vector of the prompt is all that comes of it."""
+        self._restore_if_interrupted()
         if request_id in self._requests:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
         bounds = self.bounds
@@ -230,10 +250,12 @@ class Engine:
             priority=priority,
             order=self._num_added,
         )
+        self._changing = True
         self._num_added += 1
         self._requests[request_id] = request
         self.scheduler.add(request)
         self.stats.num_prompt_tokens += len(prompt)
+        self._changing = False
         return request
 
     def has_unfinished_requests(self) -> bool:
@@ -242,10 +264,13 @@ class Engine:
 
     def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> bool:
         """End a request from outside: ``abort``, or ``stop`` for a stop string. False if it is not there (any more)."""
+        self._restore_if_interrupted()
         request = self._requests.get(request_id)
         if request is None:
             return False
-        self._end(request, reason, stop_reason)
+        self._changing = True
+        self._end(request, reason, stop_reason, time.monotonic())
+        self._changing = False
         return True
 
     def expect_grammars(self) -> None:
@@ -267,17 +292,25 @@ class Engine:
         self.runner, trace, self._trace = self.runner.runner, self._trace, None
         return trace.events
 
-    def step(self) -> list[EngineOutput]:
+    def step(self, outputs: list[EngineOutput] | None = None) -> list[EngineOutput]:
         """Launch steps until ``steps_in_flight`` are, collect the oldest, and report what it gave each request.
 
-        A step that raises ends the requests that it and any other step in flight held with ``error``; the engine
-        and the waiting requests go on."""
+        What it gave is added to ``outputs``, a new list by default, and that list is returned. A caller that keeps the
+        list has every id that counts, even if the call is interrupted: an id counts once its output is in the list,
+        and the others are sampled again, with the same result. A step that raises ends the requests that it and any
+        other step in flight held with ``error``; the engine and the waiting requests go on."""
+        if outputs is None:
+            outputs = []
         if self._trace is None:
-            return self._step()
-        with self._trace.span("step", running=len(self.scheduler.running)):
-            return self._step()
+            self._step(outputs)
+        else:
+            with self._trace.span("step", running=len(self.scheduler.running)):
+                self._step(outputs)
+        return outputs
 
-    def _step(self) -> list[EngineOutput]:
+    def _step(self, outputs: list[EngineOutput]) -> None:
+        self._restore_if_interrupted()
+        self._changing = True
         try:
             while len(self._in_flight) < self._steps_in_flight:
                 schedule, rows = self.scheduler.schedule(time.monotonic())
@@ -286,19 +319,22 @@ class Engine:
                 self._in_flight.append((schedule, rows, None))
                 self._in_flight[-1] = (schedule, rows, self.runner.launch(schedule))
                 self.stats.num_steps += 1
-            if not self._in_flight:
-                return []
-            schedule, rows, handle = self._in_flight[0]
-            result = self.runner.collect(handle)
+            if self._in_flight:
+                schedule, rows, handle = self._in_flight[0]
+                result = self.runner.collect(handle)
+                self._in_flight.popleft()
+                self._take_in(schedule, rows, result, outputs)
         except Exception as error:
             logger.exception("a step failed; its requests end with an error")
-            return self._fail(error)
-        self._in_flight.popleft()
-        return self._take_in(schedule, rows, result)
+            self._fail(error, outputs)
+        self._changing = False
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix."""
+        self._restore_if_interrupted()
+        self._changing = True
         self.scheduler.pool.forget_all()
+        self._changing = False
 
     def current_stats(self) -> EngineStats:
         """Counters up to now."""
@@ -315,9 +351,14 @@ class Engine:
     def _derive_seed(self) -> int:
         return int.from_bytes(sha256(f"{self._seed}/{self._num_added}".encode()).digest()[:8], "little")
 
-    def _take_in(self, schedule: Schedule, rows: list[Request], result: StepResult) -> list[EngineOutput]:
+    def _take_in(
+        self, schedule: Schedule, rows: list[Request], result: StepResult, outputs: list[EngineOutput]
+    ) -> None:
+        """Apply a step's result, row by row: first the output, by which the id counts, then the change."""
         now = time.monotonic()
-        outputs: list[EngineOutput] = []
+        first = len(outputs)
+        self._log = _StepLog(outputs, first, {})
+        positions = self._log.positions
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(schedule, rows, result.prompt_logprobs)
         logprobs = result.logprobs
@@ -330,9 +371,6 @@ class Engine:
             request = rows[row]
             if request.status is Status.FINISHED:
                 continue
-            self.scheduler.collected(request, token_id)
-            metrics = request.metrics
-            metrics.count_token(now)
             reason: str | None = None
             stop_reason: int | None = None
             complete = request.grammar is not None and request.grammar.accept(token_id)
@@ -343,31 +381,41 @@ class Engine:
                 )
             elif complete:
                 reason = "stop"
-            elif request.num_tokens - request.num_in_flight >= request.max_total_tokens:
+            elif request.num_known_ids + 1 >= request.max_total_tokens:
                 reason = "length"
             output = EngineOutput(
-                request.request_id, [token_id], reason, stop_reason, request.num_cached_tokens or 0, metrics
+                request.request_id,
+                [token_id],
+                reason,
+                stop_reason,
+                request.num_cached_tokens or 0,
+                request.metrics,
             )
             output.ends_in_text = complete and token_id not in request.stop_ids
             if logprobs is not None and request.params.logprobs is not None:
                 output.logprobs = logprobs[sampled - 1]
             if request.params.prompt_logprobs is not None:
-                output.prompt_logprobs = self._prompt_logprobs.pop(request.request_id, None)
+                output.prompt_logprobs = self._prompt_logprobs.get(request.request_id)
+            positions[request.request_id] = len(request.output_token_ids)
+            outputs.append(output)
+            self.scheduler.collected(request, token_id)
+            request.metrics.count_token(now)
+            if output.prompt_logprobs is not None:
+                del self._prompt_logprobs[request.request_id]
             if reason is not None:
                 self._end(request, reason, stop_reason, now)
-            outputs.append(output)
-        self.stats.num_generation_tokens += len(outputs)
+        self.stats.num_generation_tokens += len(outputs) - first
         for row, vector in result.pooled.items():
             request = rows[row]
             if request.status is not Status.FINISHED:
-                self._end(request, "stop", None, now)
                 outputs.append(
                     EngineOutput(
                         request.request_id, [], "stop", None, request.num_cached_tokens or 0, request.metrics,
                         pooled=vector,
                     )
                 )  # fmt: skip
-        return outputs
+                self._end(request, "stop", None, now)
+        self._log = None
 
     def _keep_prompt_logprobs(
         self, schedule: Schedule, rows: list[Request], found: dict[int, list[TokenLogprobs]]
@@ -377,30 +425,62 @@ class Engine:
                 kept = self._prompt_logprobs.setdefault(rows[row].request_id, [])
                 kept[schedule.starts[row] :] = entries
 
-    def _end(
-        self, request: Request, reason: str, stop_reason: int | str | None, now: float | None = None
-    ) -> None:
-        self.scheduler.finish(request, reason, stop_reason, time.monotonic() if now is None else now)
+    def _end(self, request: Request, reason: str, stop_reason: int | str | None, now: float) -> None:
+        self.scheduler.finish(request, reason, stop_reason, now)
         del self._requests[request.request_id]
         self._prompt_logprobs.pop(request.request_id, None)
 
-    def _fail(self, error: Exception) -> list[EngineOutput]:
-        """End every request of the steps in flight; their blocks hold nobody knows what, so no prefix survives."""
-        outputs = []
+    def _fail(self, error: Exception, outputs: list[EngineOutput]) -> None:
+        """End the requests of the steps in flight; if there are none, those that run, else all: never nothing, so that
+        a step that fails every time ends too. No cached prefix survives, since nobody knows what the blocks hold."""
         reason = f"{type(error).__name__}: {error}"
         self.stats.num_failed_steps += 1
         self.stats.last_error = reason
-        for _, rows, _ in self._in_flight:
-            for request in rows:
-                if request.status is Status.FINISHED:
-                    continue
-                self._end(request, "error", None)
+        self._restore_requests()
+        in_flight = {id(request): request for _, rows, _ in self._in_flight for request in rows}
+        failed = list(in_flight.values()) or self.scheduler.running or list(self._requests.values())
+        self._log = _StepLog(outputs, len(outputs), {})
+        for request in failed:
+            if request.status is not Status.FINISHED:
                 outputs.append(
                     EngineOutput(
                         request.request_id, [], "error", None, request.num_cached_tokens or 0, request.metrics,
                         error=reason,
                     )
                 )  # fmt: skip
+        self._restore()
+
+    def _restore_if_interrupted(self) -> None:
+        if self._changing:
+            self._restore()
+
+    def _restore(self) -> None:
+        """Rebuild everything from the requests, as if all that have not finished had just been preempted.
+
+        May itself be interrupted anywhere: the next call begins it again."""
+        self._restore_requests()
         self._in_flight.clear()
-        self.scheduler.pool.forget_all()
-        return outputs
+        self._prompt_logprobs = {}
+        self._requests = {
+            request_id: request
+            for request_id, request in self._requests.items()
+            if request.status is not Status.FINISHED
+        }
+        for request in self._requests.values():
+            request.restart()
+        self.scheduler.restart(self._requests.values())
+        self._changing = False
+
+    def _restore_requests(self) -> None:
+        """Apply those outputs of an interrupted step that have not been applied."""
+        if self._log is None:
+            return
+        for output in self._log.outputs[self._log.first :]:
+            request = self._requests.get(output.request_id)
+            if request is None:
+                continue
+            if output.new_token_ids:
+                request.output_token_ids[self._log.positions[output.request_id] :] = output.new_token_ids
+            if output.finish_reason is not None:
+                request.finish(output.finish_reason, output.stop_reason, time.monotonic())
+        self._log = None

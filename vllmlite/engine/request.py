@@ -23,6 +23,10 @@ class Grammar(Protocol):
         """Take in the next id; whether the output is complete."""
         ...
 
+    def restart(self) -> None:
+        """Go back to the beginning, before the first id."""
+        ...
+
 
 class Status(Enum):
     """Where a request is. Only RUNNING ones hold a slot and blocks."""
@@ -136,6 +140,23 @@ class Request:
             if not prefix or output[-len(prefix) :] == prefix:
                 banned.append(word[-1])
         return banned
+
+    def restart(self) -> None:
+        """Go back to waiting, with nothing computed and nothing in flight; prompt and output stay."""
+        self.status = Status.WAITING
+        self.slot = -1
+        self.blocks = []
+        self.names = []
+        self.num_named = 0
+        self.next_name_at = sys.maxsize
+        self.num_computed_tokens = 0
+        self.num_in_flight = 0
+        self.num_tokens = len(self.prompt_token_ids) + len(self.output_token_ids)
+        self.metrics.num_generation_tokens = len(self.output_token_ids)
+        if self.grammar is not None:
+            self.grammar.restart()
+            for token_id in self.output_token_ids:
+                self.grammar.accept(token_id)
 
     def finish(self, reason: str, stop_reason: int | str | None, now: float) -> None:
         """Record how the request ended."""

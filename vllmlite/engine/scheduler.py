@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from vllmlite.engine.block_pool import BlockPool, chain_digest
@@ -148,6 +148,14 @@ class Scheduler:
             self._admit(min(budget, prefill_budget), schedule, rows, now)
         schedule.num_tokens = sum(schedule.counts)
         return schedule, rows
+
+    def restart(self, requests: Iterable[Request]) -> None:
+        """Forget all queues, slots, blocks and cached prefixes, and queue ``requests``, which are waiting."""
+        self.pool.reset()
+        self.running = []
+        self._free_slots = list(range(self.limits.max_num_seqs - 1, -1, -1))
+        self._waiting = sorted((request.key, request) for request in requests)
+        self.num_waiting = len(self._waiting)
 
     def collected(self, request: Request, token_id: int) -> None:
         """Take in an id that a launched row of ``request`` has sampled."""

@@ -65,8 +65,6 @@ class Matcher:
     ) -> None:
         """Made by :meth:`Grammars.start`. A grammar that is not loaded is walked through in another process."""
         self._marks = marks
-        self._thinks = marks is not None and marks.opening_id is None
-        self._may_think = marks is not None and not self._thinks
         self.compiled = compiled
         if compiled.native is not None:
             import xgrammar
@@ -75,7 +73,14 @@ class Matcher:
             self._matcher = xgrammar.GrammarMatcher(
                 compiled.native, terminate_without_stop_token=not needs_end_id
             )
-            self._fill()
+            self.restart()
+
+    def restart(self) -> None:
+        """Go back to the beginning, before the first id."""
+        self._thinks = self._marks is not None and self._marks.opening_id is None
+        self._may_think = self._marks is not None and not self._thinks
+        self._matcher.reset()
+        self._fill()
 
     def mask(self) -> bytes | None:
         """Bits of the ids that may come next, little-endian words of 32; None where any may."""
