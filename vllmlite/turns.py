@@ -77,7 +77,7 @@ def takes_turn(
         turns.check()
         try:
             turns.lock.acquire()
-            return method(self, *args, **kwargs)
+            result = method(self, *args, **kwargs)
         finally:
             # CPython interrupts code after a call, at the start of a function and where it jumps back: never between
             # the start of this block and the release.
@@ -85,5 +85,6 @@ def takes_turn(
                 turns.lock.release()
             except RuntimeError:
                 pass  # interrupted while it waited for its turn
+        return result
 
     return run
