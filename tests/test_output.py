@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from vllmlite.detokenizer import Detokenizer
 from vllmlite.engine.engine import EngineOutput, TokenLogprobs
 from vllmlite.errors import ModelError, ParameterError
-from vllmlite.output_processor import OutputProcessor
+from vllmlite.output_processor import OutputProcessor, ProcessedStep
 from vllmlite.outputs import Logprob, RequestMetrics, RequestOutput
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.server import logprobs
@@ -74,16 +74,16 @@ def stream(
     detokenizer: Detokenizer, ids: list[int], sizes: Sequence[int] = (1,)
 ) -> tuple[list[str], str | None]:
     """Deltas after each piece of ids, ``sizes`` long in turn, and at the end; and the stop string."""
-    deltas = []
+    deltas: list[str] = []
     turn = cycle(sizes)
-    while ids:
+    stop = None
+    while ids and stop is None:
         piece, ids = ids[: (size := next(turn))], ids[size:]
         _, stop = detokenizer.extend(piece)
-        deltas.append(detokenizer.delta())
-        if stop is not None:
-            return deltas, stop
-    stop = detokenizer.finish()
-    deltas.append(detokenizer.delta())
+        deltas.append(detokenizer.released_text[len("".join(deltas)) :])
+    if stop is None:
+        stop = detokenizer.finish()
+        deltas.append(detokenizer.released_text[len("".join(deltas)) :])
     return deltas, stop
 
 
@@ -306,9 +306,15 @@ def feed(
     processor: OutputProcessor, request_id: str, ids: list[int], reason: str | None = None
 ) -> tuple[list[RequestOutput], list[tuple[str, str]]]:
     """One step that gives one sequence ``ids``."""
-    step = processor.process([EngineOutput(request_id, ids, reason, None, 0, RequestMetrics(0.0))])
-    processor.settle(step)
+    step = take(processor, EngineOutput(request_id, ids, reason, None, 0, RequestMetrics(0.0)))
     return step.ready, step.stopped
+
+
+def take(processor: OutputProcessor, output: EngineOutput) -> ProcessedStep:
+    """Process and settle one output."""
+    step = processor.process([output])
+    processor.settle(step)
+    return step
 
 
 def test_output_kinds(tokenizer: Tokenizer) -> None:
@@ -364,7 +370,7 @@ def test_text_offsets_count_the_whole_text(tokenizer: Tokenizer, kind: RequestOu
     for at, token_id in enumerate(ids):
         output = EngineOutput("r", [token_id], "length" if at == 5 else None, None, 0, RequestMetrics(0.0))
         output.logprobs = TokenLogprobs(token_id, -1.0, 1, [], [])
-        for found in processor.process([output])[0]:
+        for found in take(processor, output).ready:
             assert found.outputs[0].text_offsets is not None
             delta = kind is RequestOutputKind.DELTA
             offsets = (offsets if delta else []) + found.outputs[0].text_offsets
@@ -376,7 +382,7 @@ def test_logprobs_hold_the_chosen_token_and_the_top(tokenizer: Tokenizer) -> Non
     processor.add("r", "p", [1], SamplingParams(logprobs=2))
     entry = TokenLogprobs(5, -3.0, 4, [1, 2, 3], [-0.1, -0.2, -0.3])
     output = EngineOutput("r", [5], "length", None, 0, RequestMetrics(0.0), logprobs=entry)
-    completion = processor.process([output]).ready[0].outputs[0]
+    completion = take(processor, output).ready[0].outputs[0]
     assert completion.logprobs is not None
     assert {i: (lp.logprob, lp.rank) for i, lp in completion.logprobs[0].items()} == {
         5: (-3.0, 4), 1: (-0.1, 1), 2: (-0.2, 2)

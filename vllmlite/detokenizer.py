@@ -41,7 +41,6 @@ class Detokenizer:
         self._include_stop = include_stop
         self._hold_back = max((len(s) for s in self._stop), default=1) - 1 if not include_stop else 0
         self._min_tokens = min_tokens
-        self._sent = 0
 
     def extend(self, token_ids: Sequence[int]) -> tuple[int, str | None]:
         """Take in ids, up to one that completes a stop string (``text`` is cut accordingly).
@@ -69,12 +68,6 @@ class Detokenizer:
     def released_text(self) -> str:
         """The text so far, without an end that may yet become a stop string."""
         return self.text[: max(len(self.text) - self._hold_back, 0)] if self._hold_back else self.text
-
-    def delta(self) -> str:
-        """The part of :attr:`released_text` that is new since the last call."""
-        text = self.released_text
-        start, self._sent = self._sent, max(len(text), self._sent)
-        return text[start:]
 
     def _add(self, new: str) -> str | None:
         """Append ``new`` to the text; returns the stop string that this completes, at which the text is cut."""
