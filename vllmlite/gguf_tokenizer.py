@@ -34,6 +34,8 @@ def gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise ModelError(f"{path}: tokenizer.ggml.tokens has a token twice")
+    if gguf.get("tokenizer.ggml.add_sep_token", bool, False):
+        raise ModelError(f"{path}: tokenizer.ggml.add_sep_token=True; accepted: False")
     types = token_types(gguf)
     try:
         made = _MAKERS[kind](gguf, vocab, tokens)

@@ -7,6 +7,7 @@ rotary embedding it computes on neighbouring elements; and to norms' weights tha
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import Counter
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from vllmlite.backends.base import Backend, BlockTensor, HostTensor, HostWeight
 from vllmlite.errors import ModelError
-from vllmlite.models.gguf_families import FAMILIES, KEYS, NEUTRAL, GgufFamily
+from vllmlite.models.gguf_families import FAMILIES, KEYS, NEUTRAL, WITHOUT_EFFECT, GgufFamily
 from vllmlite.models.keys import Keys
 from vllmlite.weights.checkpoint import Weights, listed
 from vllmlite.weights.gguf import Gguf, read_gguf
@@ -29,6 +30,8 @@ from vllmlite.weights.quantized import LAYOUTS
 
 if TYPE_CHECKING:
     from vllmlite.models.spec import DecoderSpec
+
+logger = logging.getLogger(__name__)
 
 ROPE_FACTORS = "rope_freqs.weight"
 """Divisors of the rotary frequencies, which is how Llama 3's scaling is stored."""
@@ -46,15 +49,17 @@ LARGEST_GEMMA_LAYERS = {"gemma2": 46, "gemma3": 62}
 def gguf_config(path: Path) -> dict[str, Any]:
     """What a ``config.json`` of the model in the file at ``path`` would say. ModelError where it cannot be said."""
     gguf = read_gguf(path)
+    kind = gguf.get("general.type", str, "model")
+    if kind != "model":
+        raise ModelError(f"{path}: is no language model: metadata general.type={kind!r}; accepted: 'model'")
     name, family = _family(gguf)
     fields = _Fields(gguf, gguf.metadata["general.architecture"])
     embedding = gguf.tensors.get(f"{KEYS.embedding}.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelError(f"{path}: has no table {KEYS.embedding}.weight")
     for key, neutral in NEUTRAL.items():
-        value = fields.get(key, neutral)
-        if key not in family.values.values() and value != neutral and neutral is not None:
-            raise fields.error(key, repr(neutral))
+        if key not in family.values.values() and fields.get(key, neutral[0]) not in neutral:
+            raise fields.error(key, " or ".join(map(repr, neutral)))
     hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
     head_dim = fields.integer(
         "attention.key_length", hidden // heads if heads and not hidden % heads else None
@@ -66,6 +71,13 @@ def gguf_config(path: Path) -> dict[str, Any]:
         raise fields.error("rope.dimension_count", str(head_dim))
     if name == "stablelm" and f"{KEYS.layer}0.{KEYS.q_norm}.weight" in gguf.tensors:
         raise ModelError(f"{path}: norms of single heads (StableLM 12B) are read from directories alone")
+    for key, same in (
+        ("attention.key_length_swa", head_dim),
+        ("attention.value_length_swa", head_dim),
+        ("rope.dimension_count_swa", rotated),
+    ):
+        if fields.integer(key, same) != same:
+            raise fields.error(key, str(same))
     layers, inner = fields.integer("block_count"), fields.integer("feed_forward_length", 4 * hidden)
     if layers > len(gguf.tensors):
         raise fields.error("block_count", f"at most the {len(gguf.tensors)} tensors of the file")
@@ -90,6 +102,7 @@ def gguf_config(path: Path) -> dict[str, Any]:
         **{key: stored in gguf.tensors for key, stored in family.biases.items()},
         **family.fixed,
     }
+    _check_windows(fields, family, config)
     if family.rotates_part:
         config["partial_rotary_factor"] = rotated / head_dim
     if name in LARGEST_GEMMA_LAYERS:
@@ -105,7 +118,32 @@ def gguf_config(path: Path) -> dict[str, Any]:
             "new_decoder_architecture": newer,
             "num_ln_in_parallel_attn": norms,
         }
+    unknown = fields.unread() - WITHOUT_EFFECT
+    if unknown:
+        logger.warning(
+            "%s: metadata that are not known and have no effect: %s", path, listed(sorted(unknown))
+        )
     return config
+
+
+def _check_windows(fields: _Fields, family: GgufFamily, config: dict[str, Any]) -> None:
+    """Add to ``config`` which layers have a window, where the file says. ModelError where the family differs."""
+    theta = fields.number("rope.freq_base_swa", config["rope_theta"])
+    if "rope_local_base_freq" not in config and theta != config["rope_theta"]:
+        raise fields.error("rope.freq_base_swa", str(config["rope_theta"]))
+    key, layers = "attention.sliding_window_pattern", config["num_hidden_layers"]
+    pattern = fields.layers(key)
+    if pattern is None:
+        return
+    if len(pattern) == 1:  # in every so many layers, the last has no window
+        every = pattern[0]
+        pattern = [every == 0 or layer % every < every - 1 or every == 1 for layer in range(layers)]
+    if len(pattern) != layers:
+        raise fields.error(key, f"a number, or one for each of {layers} layers")
+    if family.alternates:
+        config["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+    elif not all(pattern) and config.get("sliding_window"):
+        raise fields.error(key, "a window in every layer")
 
 
 def _check_experts(fields: _Fields) -> None:
@@ -224,8 +262,26 @@ class _Fields:
 
     def __init__(self, gguf: Gguf, architecture: str) -> None:
         self.gguf, self.architecture = gguf, architecture
+        self._read: set[str] = set()
+
+    def unread(self) -> set[str]:
+        """The architecture's metadata that nobody has asked for."""
+        prefix = f"{self.architecture}."
+        return {key.removeprefix(prefix) for key in self.gguf.metadata if key.startswith(prefix)} - self._read
+
+    def layers(self, key: str) -> list[Any] | None:
+        """A value for each layer, or one; None where there is none."""
+        self._read.add(key)
+        value = self.gguf.metadata.get(f"{self.architecture}.{key}")
+        if value is None:
+            return None
+        found: list[Any] = value.tolist() if isinstance(value, np.ndarray) else [value]
+        if not found or any(type(item) not in (int, bool) or item < 0 for item in found):
+            raise self.error(key, "whole numbers or booleans")
+        return found
 
     def get(self, key: str, default: Any = None) -> Any:
+        self._read.add(key)
         value = self.gguf.metadata.get(f"{self.architecture}.{key}", default)
         if isinstance(value, np.ndarray):
             if not value.size or (value != value[0]).any():
@@ -264,7 +320,7 @@ class _Fields:
 
 
 def _rope_scaling(fields: _Fields, head_dim: int) -> dict[str, Any] | None:
-    kind = fields.get("rope.scaling.type", "none")
+    kind = fields.get("rope.scaling.type", "linear")
     tensors = fields.gguf.tensors
     if LONG_FACTORS in tensors and SHORT_FACTORS in tensors:
         factors = {"short_factor": SHORT_FACTORS, "long_factor": LONG_FACTORS}
@@ -273,18 +329,27 @@ def _rope_scaling(fields: _Fields, head_dim: int) -> dict[str, Any] | None:
         return {"rope_type": "longrope", **longrope} | (
             {} if attention is None else {"attention_factor": attention}
         )
+    if fields.get("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise fields.error("rope.scaling.attn_factor", "1")
+    if kind not in ("none", "linear", "yarn"):
+        raise fields.error("rope.scaling.type", "none, linear or yarn")
+    extrapolated = fields.get("rope.scaling.yarn_ext_factor", -1.0)
+    if extrapolated not in (-1.0, float(kind == "yarn")):
+        raise fields.error("rope.scaling.yarn_ext_factor", str(float(kind == "yarn")))
+    factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 0.0))
+    scaled = kind == "yarn" or (kind == "linear" and factor not in (0.0, 1.0))
     divisors = tensors.get(ROPE_FACTORS)
+    if divisors is not None and scaled:
+        raise fields.error("rope.scaling.type", f"none with a tensor {ROPE_FACTORS}")
     if divisors is not None:
         return _llama3(fields, divisors.type, divisors.data, head_dim)
-    if kind in ("none", "linear") and fields.get("rope.scaling.factor", 1.0) in (0.0, 1.0):
+    if not scaled:
         return None
-    if kind not in ("linear", "yarn"):
-        raise fields.error("rope.scaling.type", "none, linear or yarn")
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": fields.number("rope.scaling.factor")}
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = fields.integer("rope.scaling.original_context_length")
-        if fields.get("rope.scaling.attn_factor", 1.0) != 1.0:
-            raise fields.error("rope.scaling.attn_factor", "1")
+        scaling["beta_fast"] = fields.number("rope.scaling.yarn_beta_fast", 32.0)
+        scaling["beta_slow"] = fields.number("rope.scaling.yarn_beta_slow", 1.0)
     return scaling
 
 

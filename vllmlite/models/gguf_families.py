@@ -56,6 +56,8 @@ class GgufFamily:
     """Whether q and k have their rows reordered for a rotary embedding of neighbouring elements."""
     rotates_part: bool = False
     """Whether ``rope.dimension_count`` may be less than a head."""
+    alternates: bool = False
+    """Whether some layers have the window and others not, which ``attention.sliding_window_pattern`` may say."""
 
 
 _RMS = {"rms_norm_eps": "attention.layer_norm_rms_epsilon"}
@@ -109,8 +111,13 @@ FAMILIES: dict[str, GgufFamily] = {
         rotates_part=True,
     ),
     "gemma": GgufFamily("GemmaForCausalLM", "gemma", _RMS),
-    "gemma2": GgufFamily("Gemma2ForCausalLM", "gemma2", {**_RMS, **_WINDOW, **_CAPS}),
-    "gemma3": GgufFamily("Gemma3ForCausalLM", "gemma3_text", {**_RMS, **_WINDOW, **_CAPS}),
+    "gemma2": GgufFamily("Gemma2ForCausalLM", "gemma2", {**_RMS, **_WINDOW, **_CAPS}, alternates=True),
+    "gemma3": GgufFamily(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        {**_RMS, **_WINDOW, **_CAPS, "rope_local_base_freq": "rope.freq_base_swa"},
+        alternates=True,
+    ),
     "olmo2": GgufFamily("Olmo2ForCausalLM", "olmo2", _RMS, biases=_ATTENTION_BIAS),
     "granite": GgufFamily(
         "GraniteForCausalLM",
@@ -153,10 +160,32 @@ FAMILIES: dict[str, GgufFamily] = {
 }
 """By ``general.architecture``; files of ``mistral`` and ``mixtral`` say ``llama``."""
 
-NEUTRAL = {
-    "attention.scale": 0.0, "logit_scale": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0, "expert_count": 0,
-    "attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0, "attention.max_alibi_bias": 0.0,
-    "attention.sliding_window": 0, "attention.causal": True, "use_parallel_residual": False,
-    "rope.scaling.finetuned": None,
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "activation_sparsity_scale": (0.0,), "altup.num_inputs": (0,), "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,), "attention.group_norm_groups": (0,), "attention.indexer.head_count": (0,),
+    "attention.indexer.top_k": (0,), "attention.key_length_mla": (0,), "attention.kv_lora_rank": (0,),
+    "attention.max_alibi_bias": (0.0,), "attention.output_scale": (0.0, 1.0), "attention.q_lora_rank": (0,),
+    "attention.relative_buckets_count": (0,), "attention.scale": (0.0,), "attention.shared_kv_layers": (0,),
+    "attention.sliding_window": (0,), "attention.temperature_length": (0,), "attention.temperature_scale": (0.0,),
+    "attention.value_length_mla": (0,), "attn_logit_softcapping": (0.0,), "decoder_block_count": (0,),
+    "embedding_length_out": (0,), "embedding_length_per_layer_input": (0,), "embedding_scale": (0.0, 1.0),
+    "expert_count": (0,), "expert_gating_func": (0, 1), "expert_group_count": (0, 1), "expert_group_scale": (0.0, 1.0),
+    "expert_group_used_count": (0, 1), "expert_weights_scale": (0.0, 1.0), "experts_per_group": (0,),
+    "final_logit_softcapping": (0.0,), "full_attention_interval": (0,), "interleave_moe_layer_step": (0, 1),
+    "leading_dense_block_count": (0,), "logit_scale": (0.0, 1.0), "moe_every_n_layers": (0, 1), "moe_latent_size": (0,),
+    "n_deepstack_layers": (0,), "nextn_predict_layers": (0,), "rescale_every_n_layers": (0,),
+    "residual_scale": (0.0, 1.0), "rope.scaling.alpha": (0.0, 1.0), "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,), "router_logit_softcapping": (0.0,), "swiglu_clamp_exp": (0.0,),
+    "swiglu_clamp_shexp": (0.0,), "swin_norm": (False,), "token_shift_count": (0,), "use_parallel_residual": (False,),
 }  # fmt: skip
-"""Metadata that change what is computed, and their values that do not, for families that have no other use for them."""
+"""Metadata that change what is computed, and their values that do not: other values are refused unless the family has a
+use for them. (An ``expert_gating_func`` of 1 is softmax.)"""
+
+WITHOUT_EFFECT = frozenset((
+    "vocab_size", "tensor_data_layout", "pooling_type", "decoder_start_token_id", "expert_shared_count",
+    "expert_feed_forward_length", "expert_shared_feed_forward_length", "expert_used_count", "rope.scaling.finetuned",
+    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scale_linear",
+    "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.freq_base",
+    "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "attention.group_norm_epsilon",
+))  # fmt: skip
+"""Metadata that change nothing where a model does not read them."""
