@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from gguf_files import Typed, encode
+from paged import stored_data
 
 from vllmlite.backends.base import Backend
 from vllmlite.backends.cpu import CpuBackend
@@ -36,6 +37,7 @@ from vllmlite.models.families import FAMILIES
 from vllmlite.models.gguf import open_gguf
 from vllmlite.tokenizer import Tokenizer
 from vllmlite.weights.gguf import read_gguf
+from vllmlite.weights.packing import Packing
 from vllmlite.weights.parts import ModelWeights
 from vllmlite.weights.safetensors import read_safetensors
 
@@ -83,22 +85,22 @@ def _gguf(directory: Path, content: bytes) -> None:
     path = directory / "x.gguf"
     path.write_bytes(content)
     found = read_gguf(path)
-    assert sum(tensor.data.size for tensor in found.tensors.values()) <= len(content)
+    assert sum(stored_data(tensor).size for tensor in found.tensors.values()) <= len(content)
     with suppress(ModelError):
         gguf_tokenizer(path)[0].encode("a b")
     spec, backend = read_spec(path), _backend()
-    weights = ModelWeights(spec.tensors(), open_gguf(path, spec, backend))
+    weights = ModelWeights(spec.tensors(), open_gguf(path, spec), Packing(backend, keep_blocks=True))
     for name, source in weights.sources.items():
-        assert weights(name).shape == source.shape
+        assert weights.floats(name).shape == source.shape
         if len(source.shape) == 2:
-            backend.linear_weight([weights.product(name)])
+            backend.linear_weight(weights.products([name]))
 
 
 @cache
 def _backend() -> Backend:
     """One that keeps blocks, where it is there."""
     try:
-        return CpuBackend(threads=1, keeps_blocks=True)
+        return CpuBackend(threads=1, packed=True)
     except BackendError:
         return importlib.import_module("vllmlite.backends.torch").TorchBackend()  # type: ignore[no-any-return]
 

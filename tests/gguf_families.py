@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf_files import Stored, blocks, encode, floats, reordered
+from gguf_files import Stored, blocks, encode, reordered
 from numpy.typing import NDArray
 
+from vllmlite.backends.cpu import CpuBackend
 from vllmlite.models import open_model, read_spec
 from vllmlite.models.spec import DecoderSpec
+from vllmlite.weights.host import float_values
+from vllmlite.weights.packing import Packing
 
 TOP = {
     "embedding": "token_embd", "positions": "position_embd", "embedding_norm": "token_embd_norm",
@@ -32,10 +35,10 @@ FUSED = ("gpt2", "gptneox", "falcon", "bloom", "phi3")
 def tensors_of(source: Path, name: str, kind: str = "F32") -> dict[str, Stored]:
     """Those of the checkpoint in directory ``source`` as architecture ``name``, matrices in ``kind``."""
     spec = read_spec(source)
-    weights = open_model(source, spec)
+    weights = open_model(source, spec, Packing(CpuBackend()))
     found: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
     for ours in weights.sources:
-        values = floats(weights(ours))
+        values = float_values(weights.floats(ours))
         module, part = ours.rsplit(".", 1)
         if module in TOP:
             stored = TOP[module]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import HostTensor
-from vllmlite.weights.gguf_blocks import NAMES
+from vllmlite.weights.host import float_values
 from vllmlite.weights.safetensors import read_safetensors
+from vllmlite.weights.schemes.gguf_blocks import BLOCKS, NAMES
 
 TYPES = {name: number for number, name in NAMES.items()}
 SCALARS = {
@@ -72,16 +72,6 @@ def encode(
         head += struct.pack("<IQ", TYPES[kind], len(data))
         data += content
     return head + bytes(-len(head) % alignment) + data
-
-
-def floats(tensor: HostTensor) -> NDArray[np.float32]:
-    if tensor.dtype == "bfloat16":
-        return (tensor.data.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
-    return (
-        tensor.data.view("<f4" if tensor.dtype == "float32" else "<f2")
-        .astype(np.float32)
-        .reshape(tensor.shape)
-    )
 
 
 def blocks(kind: str, values: NDArray[np.float32]) -> bytes:
@@ -144,7 +134,7 @@ def contents(
     }
     tensors: dict[str, Stored] = {}
     for key, tensor in read_safetensors(source / "model.safetensors").items():
-        values, (stem, part) = floats(tensor), key.rsplit(".", 1)
+        values, (stem, part) = float_values(tensor), key.rsplit(".", 1)
         if stem in TOP:
             stored = f"{TOP[stem]}.{part}"
         else:
@@ -173,3 +163,24 @@ def tokenizer_metadata(source: Path, pre: str) -> dict[str, Any]:
         "tokenizer.ggml.eos_token_id": vocab[config["eos_token"]],
         "tokenizer.chat_template": config["chat_template"],
     }
+
+
+SCALE_OFFSETS = {
+    "Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
+    "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "IQ1_M": (),
+}  # fmt: skip
+"""Where the float16 numbers of blocks are, if there are others than one at byte 0."""
+
+
+def random_blocks(kind: str, count: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Blocks of random codes whose scales are finite."""
+    rng = np.random.default_rng(seed)
+    data = rng.integers(0, 256, (count, BLOCKS[kind][1]), np.uint8)
+    for at in SCALE_OFFSETS.get(kind, (0,)):
+        data[:, at : at + 2] = rng.normal(0, 0.1, count).astype("<f2").view(np.uint8).reshape(-1, 2)
+    if kind == "MXFP4":
+        data[:, 0] = rng.integers(118, 124, count)
+        data[:3, 0] = 0, 1, 2  # the least, which are no normal numbers
+    if kind == "IQ1_M":  # its float16 is in the highest nibbles of four words
+        data[:, 55] = data[:, 55] & 15 | rng.choice((32, 160), count).astype(np.uint8)
+    return data

@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import (
-    Backend,
-    Feature,
-    ForwardBatch,
-    HostTensor,
-    KVSpec,
-    Sampled,
-    SlotParams,
-    SlotSpec,
-)
+from vllmlite.backends.base import Backend, Feature, ForwardBatch, KVSpec, Sampled, SlotParams, SlotSpec
+from vllmlite.weights.host import HostTensor, HostWeight, PackedWeight
 
 
 def host_batch(slots: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> ForwardBatch:
@@ -139,3 +131,14 @@ def host_tensor(values: NDArray[Any], dtype: str = "float32") -> HostTensor:
     else:
         data = np.ascontiguousarray(values).astype(np.dtype(dtype).newbyteorder("<"))
     return HostTensor(dtype, values.shape, data.reshape(-1).view(np.uint8))
+
+
+def stored_data(tensor: HostWeight) -> NDArray[np.uint8]:
+    """The bytes of a tensor as its checkpoint stores them; a packed weight has one part."""
+    if isinstance(tensor, PackedWeight):
+        (tensor,) = tensor.parts.values()
+    return tensor.data
+
+
+def same_bytes(one: HostWeight, other: HostWeight) -> bool:
+    return stored_data(one).tobytes() == stored_data(other).tobytes()

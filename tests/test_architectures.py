@@ -20,6 +20,7 @@ from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import ModelError
 from vllmlite.models import load_planned, plan_model
 from vllmlite.models.hf_attention import Refusal, sliding_window_of
+from vllmlite.weights.packing import Packing
 
 RUN = """
     afmoe apertus arcee biogpt bitnet cohere cohere2 cohere2_moe cwm ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo
@@ -31,8 +32,10 @@ RUN = """
 
 
 def hf_model(path: Path, dtype: str = "float32") -> PagedModel:
-    plan = plan_model(path, "transformers")
-    model = load_planned(plan, TorchBackend("cpu", dtype), path, max_model_len=128, block_size=4, seed=0)
+    plan, backend = plan_model(path, "transformers"), TorchBackend("cpu", dtype)
+    model = load_planned(
+        plan, backend, path, max_model_len=128, packing=Packing(backend), block_size=4, seed=0
+    )
     return PagedModel(model, num_blocks=320)
 
 

@@ -73,7 +73,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> No
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(
         "vllmlite.backends.torch.TorchBackend",
-        lambda device, dtype, threads, quantization: SimpleNamespace(
+        lambda device, dtype, threads: SimpleNamespace(
             device=device, dtype=dtype, threads=threads, details=""
         ),
     )

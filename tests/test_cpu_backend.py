@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from paged import Paged, PagedModel, host_batch, host_tensor
 
 from vllmlite.backends import select
-from vllmlite.backends.base import FLOAT_DTYPES, KV_DTYPES, Feature, KVSpec, SlotParams, SlotSpec
+from vllmlite.backends.base import KV_DTYPES, Feature, KVSpec, SlotParams, SlotSpec
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.errors import BackendError
 from vllmlite.models import load_model
+from vllmlite.weights.host import FLOAT_DTYPES
 
 _cpu: Any = pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
 

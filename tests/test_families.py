@@ -14,7 +14,7 @@ import torch
 import transformers
 from checkpoints import TINY, write_checkpoint
 from native import needs_native_cpu
-from paged import PagedModel
+from paged import PagedModel, stored_data
 from test_models import chunked, device, edit_config, expected_logits, greedy, paged_model, prompts
 
 from vllmlite import LLM, SamplingParams
@@ -27,6 +27,7 @@ from vllmlite.models import load_model, open_model, plan_model, read_spec
 from vllmlite.models.families import FAMILIES
 from vllmlite.models.plan import declining
 from vllmlite.quantize import quantize_checkpoint
+from vllmlite.weights.packing import Packing
 
 __all__ = ["device"]
 
@@ -237,11 +238,12 @@ def test_quantised_copies_are_what_quantising_at_load_gives(case: str, tmp_path:
     quantize_checkpoint(tmp_path / "source", tmp_path / "saved", "int8")
     found = []
     for path, backend in (
-        (tmp_path / "source", CpuBackend(quantization="int8")),
-        (tmp_path / "saved", CpuBackend(quantization="int8")),
-        (tmp_path / "saved", TorchBackend(quantization="int8")),
+        (tmp_path / "source", CpuBackend(packed=True)),
+        (tmp_path / "saved", CpuBackend(packed=True)),
+        (tmp_path / "saved", TorchBackend()),
     ):
-        paged = PagedModel(load_model(backend, path, max_model_len=64, block_size=16))
+        packing = Packing(backend, "int8")
+        paged = PagedModel(load_model(backend, path, max_model_len=64, block_size=16, packing=packing))
         found.append(np.concatenate(chunked(paged, prompts()[:5], "ragged")))
     assert found[0].tobytes() == found[1].tobytes()
     assert np.abs(found[0] - found[2]).max() <= 0.02 * np.abs(found[2]).max()
@@ -263,10 +265,10 @@ def test_a_bare_base_models_checkpoint_is_read_too(tmp_path: Path) -> None:
 def test_whole_tensors_are_not_copied(tmp_path: Path) -> None:
     """Slices of a fused projection lie in the mapped file, as whole tensors do."""
     write_checkpoint(tmp_path, "Phi3")
-    weights = open_model(tmp_path, read_spec(tmp_path))
-    fused = weights.stored("model.layers.1.self_attn.qkv_proj.weight").data
+    weights = open_model(tmp_path, read_spec(tmp_path), Packing(TorchBackend()))
+    fused = stored_data(weights.stored.tensor("model.layers.1.self_attn.qkv_proj.weight"))
     for name in ("1.q.weight", "1.k.weight", "1.v.weight"):
-        assert np.shares_memory(weights(name).data, fused)
+        assert np.shares_memory(weights.floats(name).data, fused)
 
 
 REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
@@ -303,13 +305,13 @@ def test_backends_say_what_they_lack(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "floats", "Mixtral", num_local_experts=2)
     assert declining(plan_model(tmp_path / "floats")) == {}
     quantize_checkpoint(tmp_path / "floats", tmp_path / "int8", "int8")
-    lacks = "the cuda backend has no int8 weights"
-    assert declining(plan_model(tmp_path / "int8")) == {"cuda": lacks}
-    report = env.gather(ask_backends=False, model=str(tmp_path / "int8"))
+    assert declining(plan_model(tmp_path / "int8")) == {}
+    write_checkpoint(tmp_path / "12b", "StableLm", qk_layernorm=True)
+    lacks = "StableLmForCausalLM runs on cpu, torch alone"
+    assert declining(plan_model(tmp_path / "12b")) == {"cuda": lacks}
+    report = env.gather(ask_backends=False, model=str(tmp_path / "12b"))
     assert report["model"]["declines"] == {"cuda": lacks}
     assert lacks in env.as_text(report)
-    write_checkpoint(tmp_path / "12b", "StableLm", qk_layernorm=True)
-    assert declining(plan_model(tmp_path / "12b")) == {"cuda": "StableLmForCausalLM runs on cpu, torch alone"}
     edit_config(tmp_path / "floats", num_local_experts=4096, num_hidden_layers=1)
     assert declining(plan_model(tmp_path / "floats")) == {}
     edit_config(tmp_path / "floats", num_local_experts=4097)

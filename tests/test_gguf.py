@@ -16,19 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
-from gguf_files import Typed, contents, encode, floats, tokenizer_metadata
+from gguf_files import SCALE_OFFSETS, Typed, contents, encode, random_blocks, tokenizer_metadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native import HAS_NATIVE_CPU, needs_native_cpu
 from numpy.typing import NDArray
-from paged import PagedModel
+from paged import PagedModel, stored_data
 
 from vllmlite import LLM, SamplingParams
-from vllmlite.backends.base import FLOAT_DTYPES, ITEM_SIZE, Backend, BlockTensor, HostTensor
+from vllmlite.backends.base import Backend
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.cli import main
-from vllmlite.errors import ModelError, ParameterError
+from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.gguf_splits import SPLITS
 from vllmlite.gguf_tokenizer import gguf_tokenizer
 from vllmlite.hub import BUILT_IN, find_model
@@ -37,15 +37,19 @@ from vllmlite.models.gguf import gguf_config, treatment
 from vllmlite.models.keys import LLAMA
 from vllmlite.tokenizer import Tokenizer
 from vllmlite.weights.gguf import read_gguf
-from vllmlite.weights.gguf_blocks import BLOCKS, FLOATS, KINDS, to_floats, to_strips
-from vllmlite.weights.gguf_grids import grid
 from vllmlite.weights.gguf_tokens import end_ids
-from vllmlite.weights.quantized import dequantize, stored_bytes, unpack
+from vllmlite.weights.host import FLOAT_DTYPES, ITEM_SIZE, HostTensor, PackedWeight, dequantized, float_values
+from vllmlite.weights.packing import Packing
+from vllmlite.weights.schemes.gguf_blocks import BLOCK_SCHEMES, BLOCKS, block_data, to_tiles, type_name
+from vllmlite.weights.schemes.gguf_grids import grid
+from vllmlite.weights.schemes.tiles import unpack
 
 TYPES_DECODED = {
     "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "MXFP4",
     "TQ1_0", "TQ2_0",
 }  # fmt: skip
+CODES = [name for name, scheme in BLOCK_SCHEMES.items() if scheme.tiles is not None]
+"""Types whose codes products take."""
 GREEDY = SamplingParams(temperature=0, max_tokens=16)
 
 
@@ -54,86 +58,66 @@ def plain() -> Backend:
     return CpuBackend() if HAS_NATIVE_CPU else TorchBackend()
 
 
-SCALES = {
-    "Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
-    "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "IQ1_M": (),
-}  # fmt: skip
-"""Where the float16 numbers of blocks are, if there are others than one at byte 0."""
-
-
-def random_blocks(kind: str, count: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Blocks of random codes whose scales are finite."""
-    rng = np.random.default_rng(seed)
-    data = rng.integers(0, 256, (count, BLOCKS[kind][1]), np.uint8)
-    for at in SCALES.get(kind, (0,)):
-        data[:, at : at + 2] = rng.normal(0, 0.1, count).astype("<f2").view(np.uint8).reshape(-1, 2)
-    if kind == "MXFP4":
-        data[:, 0] = rng.integers(118, 124, count)
-        data[:3, 0] = 0, 1, 2  # the least, which are no normal numbers
-    if kind == "IQ1_M":  # its float16 is in the highest nibbles of four words
-        data[:, 55] = data[:, 55] & 15 | rng.choice((32, 160), count).astype(np.uint8)
-    return data
-
-
 # ---- Blocks
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BLOCKS if kind not in FLOATS])
+@pytest.mark.parametrize("kind", [kind for kind in BLOCK_SCHEMES])
 def test_blocks_mean_what_the_gguf_package_says(kind: str) -> None:
     gguf = pytest.importorskip("gguf", reason="python3-gguf is not installed")
     data = random_blocks(kind, 40)
-    part = BlockTensor(kind, (4, 10 * BLOCKS[kind][0]), data.reshape(-1))
+    part = BLOCK_SCHEMES[kind].pack((4, 10 * BLOCKS[kind][0]), data.reshape(-1))
     expected = gguf.quants.dequantize(data.reshape(4, -1), gguf.GGMLQuantizationType[kind])
-    found = floats(to_floats(part, "float32"))
+    found = part.scheme.dequantize(part)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     for dtype, digits in (("bfloat16", 8), ("float16", 11)):
-        rounded = floats(to_floats(part, dtype))
+        rounded = float_values(dequantized(part, dtype))
         np.testing.assert_allclose(rounded, expected, rtol=2.0**-digits, atol=1e-6)
 
 
 def test_many_blocks_are_decoded_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    part = BlockTensor("Q6_K", (33, 256), random_blocks("Q6_K", 33).reshape(-1))
-    whole = to_floats(part, "float32")
-    monkeypatch.setattr("vllmlite.weights.gguf_blocks.CHUNK", 1024)
-    assert to_floats(part, "float32").data.tobytes() == whole.data.tobytes()
+    part = random_weight("Q6_K", 33, 1)
+    whole = dequantized(part, "float32")
+    monkeypatch.setattr("vllmlite.weights.host.CHUNK", 1024)
+    assert dequantized(part, "float32").data.tobytes() == whole.data.tobytes()
 
 
-def random_weight(kind: str, rows: int = 37, blocks: int = 3) -> BlockTensor:
+def random_weight(kind: str, rows: int = 37, blocks: int = 3) -> PackedWeight:
     """A weight with rows of some blocks, of a group at least."""
     size = blocks * BLOCKS[kind][0]
-    return BlockTensor(kind, (rows, size), random_blocks(kind, rows * blocks).reshape(-1))
+    return BLOCK_SCHEMES[kind].pack((rows, size), random_blocks(kind, rows * blocks).reshape(-1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_strips_mean_what_blocks_do(kind: str) -> None:
+@pytest.mark.parametrize("kind", CODES)
+def test_tiles_mean_what_blocks_do(kind: str) -> None:
     part = random_weight(kind)
-    made, exact = to_strips(part), floats(to_floats(part, "float32"))
+    made, exact = to_tiles(part), part.scheme.dequantize(part)
     if kind in ("Q8_0", "Q4_0"):
-        halves = part.data.reshape(-1, BLOCKS[kind][1])[:, :2].copy().view("<f2").astype(np.float32)
+        halves = block_data(part).reshape(-1, BLOCKS[kind][1])[:, :2].copy().view("<f2").astype(np.float32)
         codes, scales, _ = unpack(made)
         np.testing.assert_allclose(scales, halves.reshape(37, 3), rtol=2.0**-8)
         np.testing.assert_array_equal(codes * halves.reshape(37, 3, 1), exact.reshape(37, 3, 32))
     else:
-        np.testing.assert_array_equal(dequantize(made), exact)
-    arrays = [one for one in (made.codes, made.scales, made.factors) if one is not None]
-    assert stored_bytes(KINDS[kind], part.shape) == sum(one.data.nbytes for one in arrays)
+        np.testing.assert_array_equal(made.scheme.dequantize(made), exact)
+    arrays = made.parts.values()
+    assert made.scheme is BLOCK_SCHEMES[kind].tiles
+    assert made.scheme.num_bytes(part.shape) == sum(one.data.nbytes for one in arrays)
     assert all(math.prod(one.shape) * ITEM_SIZE[one.dtype] == one.data.nbytes for one in arrays)
 
 
 @needs_native_cpu
-@pytest.mark.parametrize("kind", KINDS)
-def test_native_strips_and_floats_are_the_references(kind: str) -> None:
-    backend, part = CpuBackend(keeps_blocks=True), random_weight(kind)
-    expected = to_strips(part)
-    found_kind, codes, scales, factors, rows = backend._strips(part)
-    assert (found_kind, rows) == (KINDS[kind], 37)
-    assert backend.to_host(codes).tobytes() == expected.codes.data.tobytes()
-    np.testing.assert_array_equal(backend.to_host(scales), backend.to_host(backend.tensor(expected.scales)))
-    assert (factors is None) == (expected.factors is None)
-    if expected.factors is not None:
-        assert backend.to_host(factors).tobytes() == expected.factors.data.tobytes()
+@pytest.mark.parametrize("kind", CODES)
+def test_native_tiles_and_floats_are_the_references(kind: str) -> None:
+    backend, part = CpuBackend(packed=True), random_weight(kind)
+    expected = to_tiles(part)
+    name, *found, rows = backend._tiles(part)
+    assert (name, rows) == (expected.scheme.name, 37)
+    for suffix, tensor in zip(("qweight", "scales", "sub_scales"), found, strict=True):
+        stored = expected.parts.get(suffix)
+        assert (tensor is None) == (stored is None)
+        if stored is not None:
+            np.testing.assert_array_equal(backend.to_host(tensor), backend.to_host(backend.tensor(stored)))
     for dtype in FLOAT_DTYPES:
-        assert backend.decode_blocks(part, dtype).data.tobytes() == to_floats(part, dtype).data.tobytes()
+        assert backend.dequantize(part, dtype).data.tobytes() == dequantized(part, dtype).data.tobytes()
 
 
 def of_8_bits(x: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -146,15 +130,16 @@ def of_8_bits(x: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 @needs_native_cpu
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODES)
 def test_products_are_the_references_and_the_same_in_every_batch(kind: str) -> None:
     from vllmlite import _cpu
 
     part = random_weight(kind, rows=53)
     x = np.random.default_rng(1).standard_normal((19, part.shape[1])).astype(np.float32)
-    expected = of_8_bits(x) @ dequantize(to_strips(part)).T.astype(np.float64)
+    tiles = to_tiles(part)
+    expected = of_8_bits(x) @ tiles.scheme.dequantize(tiles).T.astype(np.float64)
     for isa in _cpu.instruction_sets():
-        backend = CpuBackend(threads=2, isa=isa, keeps_blocks=True)
+        backend = CpuBackend(threads=2, isa=isa, packed=True)
         weight = backend.linear_weight([part])
         together = backend.to_host(backend.linear(backend.tensor(x), weight))
         np.testing.assert_allclose(together, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
@@ -165,7 +150,7 @@ def test_products_are_the_references_and_the_same_in_every_batch(kind: str) -> N
 @needs_native_cpu
 def test_parts_of_several_kinds_are_one_weight() -> None:
     """q, k and v of llama.cpp's usual mixture of types."""
-    backend = CpuBackend(threads=2, keeps_blocks=True)
+    backend = CpuBackend(threads=2, packed=True)
     parts = [random_weight(kind, rows, 768 // BLOCKS[kind][0]) for kind, rows in
              (("Q4_K", 53), ("Q8_0", 16), ("Q6_K", 37), ("Q5_0", 5))]  # fmt: skip
     x = backend.tensor(np.random.default_rng(1).standard_normal((11, 768)).astype(np.float32))
@@ -175,24 +160,24 @@ def test_parts_of_several_kinds_are_one_weight() -> None:
     np.testing.assert_array_equal(together, np.concatenate(apart, axis=1) + np.arange(111, dtype=np.float32))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in BLOCKS if kind not in FLOATS and kind not in KINDS])
+@pytest.mark.parametrize("kind", [kind for kind in BLOCK_SCHEMES if kind not in CODES])
 def test_codes_that_no_product_takes_are_decoded_on_every_backend(kind: str) -> None:
     part = random_weight(kind, rows=5, blocks=8)
     assert kind in TYPES_DECODED
     for dtype in FLOAT_DTYPES:
-        expected = to_floats(part, dtype)
-        assert plain().decode_blocks(part, dtype).data.tobytes() == expected.data.tobytes()
+        expected = dequantized(part, dtype)
+        assert plain().dequantize(part, dtype).data.tobytes() == expected.data.tobytes()
     bad = random_weight(kind, rows=2, blocks=8)
-    blocks = bad.data.reshape(-1, BLOCKS[kind][1])
+    blocks = block_data(bad).reshape(-1, BLOCKS[kind][1])
     if kind == "MXFP4":
         blocks[-1] = 254, *[0x77] * 16  # 12 times 2 to the 126
     elif kind == "IQ1_M":
         blocks[-1, 48:56] |= 0xF0
     else:
-        at = SCALES.get(kind, (0,))[0]
+        at = SCALE_OFFSETS.get(kind, (0,))[0]
         blocks[-1, at : at + 2] = 0, 0x7C
     with pytest.raises(ModelError, match="a block's scale is not finite"):
-        to_floats(bad, "float32")
+        dequantized(bad, "float32")
 
 
 def test_grids_are_ggml_s() -> None:
@@ -210,36 +195,39 @@ def test_grids_are_ggml_s() -> None:
         assert hashlib.sha256(points.astype(np.int8).tobytes()).hexdigest()[:16] == digest, name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODES)
 @pytest.mark.parametrize("bits", [0x7C00, 0xFC00, 0x7E01, 0x7FFF])
 def test_scales_must_be_finite(kind: str, bits: int) -> None:
     part = random_weight(kind)
     at = 208 if kind == "Q6_K" else 0 if kind in ("Q8_0", "Q4_0", "Q5_0") else 2
-    part.data.reshape(-1, BLOCKS[kind][1])[-1, at : at + 2] = np.array([bits], "<u2").view(np.uint8)
+    block_data(part).reshape(-1, BLOCKS[kind][1])[-1, at : at + 2] = np.array([bits], "<u2").view(np.uint8)
     refused = pytest.raises(ModelError, match=r"a weight of shape \[37, \d+\]: a block's scale is not finite")
     with refused:
-        to_strips(part)
+        to_tiles(part)
     with refused:
-        to_floats(part, "float32")
+        dequantized(part, "float32")
     if HAS_NATIVE_CPU:
-        backend = CpuBackend(keeps_blocks=True)
+        backend = CpuBackend(packed=True)
         with refused:
             backend.linear_weight([part])
         with refused:
-            backend.decode_blocks(part, "bfloat16")
+            backend.dequantize(part, "bfloat16")
 
 
 @needs_native_cpu
 def test_blocks_that_do_not_fit_are_refused() -> None:
-    backend = CpuBackend(keeps_blocks=True)
+    backend = CpuBackend(packed=True)
     part = random_weight("Q4_K")
+    unknown = replace(BLOCK_SCHEMES["Q4_K"], name="Q3_K")
+    with pytest.raises(BackendError, match="a weight in Q3_K: the cpu backend multiplies Q4_0, "):
+        backend.linear_weight([replace(part, scheme=unknown)])
     with pytest.raises(ModelError, match="there are no blocks of type Q3_K"):
-        backend.linear_weight([replace(part, type="Q3_K")])
+        backend.dequantize(replace(part, scheme=unknown), "float32")
     with pytest.raises(ModelError, match="whole blocks of 256"):
         backend.linear_weight([replace(part, shape=(37 * 3, 255))])
     with pytest.raises(ModelError, match="are not uint8"):
-        backend.decode_blocks(replace(part, shape=(38, 768)), "float32")
-    kind, codes, scales, factors, rows = backend._strips(part)
+        backend.dequantize(replace(part, shape=(38, 768)), "float32")
+    kind, codes, scales, factors, rows = backend._tiles(part)
     with pytest.raises(ValueError, match="factors must be given"):
         backend._native.QuantizedWeight([(kind, codes, scales, None, rows)], 768)
     with pytest.raises(ValueError, match="no quantised weights of kind q3_k"):
@@ -275,11 +263,11 @@ def test_a_file_of_the_gguf_package(tmp_path: Path) -> None:
         "a.text": "größer", "a.texts": ["x", "", "▁y"],
     }  # fmt: skip
     assert found.metadata["a.floats"].tolist() == [0.5, -1.0]
-    assert (found.tensors["dense"].type, found.tensors["dense"].shape) == ("F32", (3, 64))
-    assert found.tensors["dense"].data.tobytes() == dense.tobytes()
+    assert (type_name(found.tensors["dense"]), found.tensors["dense"].shape) == ("F32", (3, 64))
+    assert stored_data(found.tensors["dense"]).tobytes() == dense.tobytes()
     assert found.tensors["quantised"].shape == (3, 64)
-    assert found.tensors["quantised"].data.tobytes() == quantised.tobytes()
-    assert not found.tensors["dense"].data.flags.writeable, "a copy, not a view of the file"
+    assert stored_data(found.tensors["quantised"]).tobytes() == quantised.tobytes()
+    assert not stored_data(found.tensors["dense"]).flags.writeable, "a copy, not a view of the file"
 
 
 GOOD_METADATA: dict[str, Any] = {"general.architecture": "llama", "b": [1, 2], "c": ["x", "y"]}
@@ -362,7 +350,7 @@ def test_damaged_files_are_refused_or_read(
         found = read_gguf(path)
     except ModelError:
         return
-    assert sum(tensor.data.size for tensor in found.tensors.values()) <= len(content)
+    assert sum(stored_data(tensor).size for tensor in found.tensors.values()) <= len(content)
 
 
 # ---- Models
@@ -374,8 +362,9 @@ def converted(source: Path, target: Path, kind_of: Any = lambda name: "F32", **m
     return target
 
 
-def logits(backend: Backend, path: Path, count: int = 40) -> NDArray[np.float32]:
-    model = load_model(backend, path, max_model_len=64, block_size=16)
+def logits(backend: Backend, path: Path, count: int = 40, **options: Any) -> NDArray[np.float32]:
+    packing = Packing(backend, **options)
+    model = load_model(backend, path, max_model_len=64, block_size=16, packing=packing)
     paged = PagedModel(model, num_blocks=8, max_slots=2)
     paged.admit(0)
     return paged.logits([0], [np.arange(count, dtype=np.int32)])[0]
@@ -397,7 +386,12 @@ def test_types_compute_what_their_floats_do(kind: str, tmp_path: Path) -> None:
     path = converted(tmp_path, tmp_path / "x.gguf", lambda name: kind)
     stored = read_gguf(path).tensors
     meant = {
-        name: ("F32", one.shape, floats(to_floats(one, "float32")).tobytes()) for name, one in stored.items()
+        name: (
+            "F32",
+            one.shape,
+            float_values(Packing(plain()).floats(one, "float32")).astype("<f4").tobytes(),
+        )
+        for name, one in stored.items()
     }
     as_floats = tmp_path / "plain.gguf"
     as_floats.write_bytes(encode(contents(tmp_path)[0], meant))
@@ -406,7 +400,7 @@ def test_types_compute_what_their_floats_do(kind: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(logits(TorchBackend(), path), expected, atol=1e-4)
     if not HAS_NATIVE_CPU:
         return
-    kept = logits(CpuBackend("bfloat16", keeps_blocks=True), path)
+    kept = logits(CpuBackend("bfloat16", packed=True), path, keep_blocks=True)
     assert np.square(kept - expected).mean() < 0.01 * expected.var()
 
 
@@ -419,29 +413,34 @@ def test_a_model_of_decoded_types_computes_what_its_floats_do(kind: str, tmp_pat
         if len(shape) == 2:
             stored = "Q6_K" if name == "token_embd.weight" or "attn_v" in name else kind
             blocks = random_blocks(stored, math.prod(shape) // 256, seed=len(name))
-            for at in SCALES.get(stored, (0,)):
+            for at in SCALE_OFFSETS.get(stored, (0,)):
                 blocks[:, at : at + 2] = np.full((len(blocks), 1), 0.01, "<f2").view(np.uint8)
             tensors[name] = stored, shape, blocks.tobytes()
     path, as_floats = tmp_path / "x.gguf", tmp_path / "plain.gguf"
     path.write_bytes(encode(metadata, tensors))
     stored_tensors = read_gguf(path).tensors
     meant = {
-        name: ("F32", one.shape, floats(to_floats(one, "float32")).tobytes())
+        name: (
+            "F32",
+            one.shape,
+            float_values(Packing(plain()).floats(one, "float32")).astype("<f4").tobytes(),
+        )
         for name, one in stored_tensors.items()
     }
     as_floats.write_bytes(encode(metadata, meant))
     for backend in {plain(), TorchBackend()}:
         np.testing.assert_array_equal(logits(backend, path), logits(backend, as_floats))
-        assert re.search(rf"\d+ {kind} decoded to float32", treatment(path, backend))
+        assert re.search(rf"\d+ {kind} dequantised to float32", treatment(path, Packing(backend)))
     if HAS_NATIVE_CPU:
-        backend = CpuBackend("bfloat16", keeps_blocks=True)
+        packed = CpuBackend("bfloat16", packed=True)
         assert re.search(
-            rf"\d+ {kind} decoded to bfloat16, \d+ Q6_K kept|\d+ Q6_K kept, ", treatment(path, backend)
+            rf"\d+ {kind} dequantised to bfloat16, \d+ Q6_K kept|\d+ Q6_K kept, ",
+            treatment(path, Packing(packed, keep_blocks=True)),
         )
-        found, expected = logits(backend, path), logits(plain(), as_floats)
+        found, expected = logits(packed, path, keep_blocks=True), logits(plain(), as_floats)
         assert np.square(found - expected).mean() < 0.01 * expected.var()
-        assert f"{kind} quantised to int8" in treatment(path, CpuBackend(quantization="int8"))
-        assert np.isfinite(logits(CpuBackend(quantization="int8"), path)).all()
+        assert f"{kind} quantised to int8" in treatment(path, Packing(packed, "int8"))
+        assert np.isfinite(logits(packed, path, quantization="int8")).all()
 
 
 @needs_native_cpu
@@ -454,7 +453,10 @@ def test_weights_of_several_types_stand_side_by_side(tmp_path: Path) -> None:
         tmp_path / "x.gguf",
         lambda name: next((k for part, k in kinds.items() if part in name), "F32"),
     )
-    exact, kept = logits(CpuBackend(), path), logits(CpuBackend("bfloat16", keeps_blocks=True), path)
+    exact, kept = (
+        logits(CpuBackend(), path),
+        logits(CpuBackend("bfloat16", packed=True), path, keep_blocks=True),
+    )
     assert np.square(kept - exact).mean() < 0.01 * exact.var()
 
 
@@ -485,7 +487,7 @@ def test_codes_are_kept_unless_a_dtype_is_asked_for(built_in: dict[str, Path], k
     llm = LLM(str(built_in[kind]), max_model_len=128)
     assert f"57 {kind} kept as {ours} with scales rounded to bfloat16" in llm.llm_engine.backend_choice
     llm = LLM(str(built_in[kind]), max_model_len=128, dtype="bfloat16")
-    assert f"57 {kind} decoded to bfloat16" in llm.llm_engine.backend_choice
+    assert f"57 {kind} dequantised to bfloat16" in llm.llm_engine.backend_choice
     other = "int4" if ours == "int8" else "int8"
     llm = LLM(str(built_in[kind]), max_model_len=128, quantization=other)
     assert f"57 {kind} quantised to {other}" in llm.llm_engine.backend_choice

@@ -116,7 +116,10 @@ def test_blocks_are_kept_where_rows_are_taken_apart(case: str, tmp_path: Path) -
     name, family, changes = CASES[case]
     write_checkpoint(tmp_path, family, **changes)
     path = converted_family(tmp_path, tmp_path / "x.gguf", name, "Q8_0")
-    kept, exact = logits(CpuBackend("bfloat16", keeps_blocks=True), path), logits(CpuBackend(), path)
+    kept, exact = (
+        logits(CpuBackend("bfloat16", packed=True), path, keep_blocks=True),
+        logits(CpuBackend(), path),
+    )
     assert np.square(kept - exact).mean() < 0.01 * exact.var()
 
 

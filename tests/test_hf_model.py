@@ -20,6 +20,7 @@ from vllmlite.backends.torch import TorchBackend
 from vllmlite.cli import env, probe
 from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.models import load_planned, plan_model
+from vllmlite.weights.packing import Packing
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2", {"sliding_window": 11}),
@@ -29,9 +30,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def hf_model(path: Path) -> PagedModel:
-    plan = plan_model(path, "transformers")
+    plan, backend = plan_model(path, "transformers"), TorchBackend()
     assert (plan.implementation, plan.backends) == ("transformers", ("torch",))
-    model = load_planned(plan, TorchBackend(), path, max_model_len=128, block_size=4, seed=0)
+    model = load_planned(
+        plan, backend, path, max_model_len=128, packing=Packing(backend), block_size=4, seed=0
+    )
     return PagedModel(model, num_blocks=320)
 
 
@@ -107,9 +110,13 @@ def test_other_backends_and_quantised_weights_are_refused(tmp_path: Path) -> Non
     pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
     write_checkpoint(tmp_path, "Starcoder2")
     plan = plan_model(tmp_path)
-    for backend in (TorchBackend(quantization="int8"), CpuBackend()):
-        with pytest.raises(BackendError, match="torch backend alone"):
-            load_planned(plan, backend, tmp_path, max_model_len=64, block_size=4, seed=0)
+    for backend, quantization, words in (
+        (TorchBackend(), "int8", "float weights alone"),
+        (CpuBackend(), None, "torch backend alone"),
+    ):
+        packing = Packing(backend, quantization)
+        with pytest.raises(BackendError, match=words):
+            load_planned(plan, backend, tmp_path, max_model_len=64, packing=packing, block_size=4, seed=0)
 
 
 def test_missing_weights_and_code_of_its_own_are_refused(tmp_path: Path) -> None:

@@ -17,20 +17,12 @@ import pytest
 from numpy.typing import NDArray
 from paged import Paged, host_batch, host_tensor
 
-from vllmlite.backends.base import (
-    FLOAT_DTYPES,
-    Backend,
-    Expert,
-    HostTensor,
-    KVSpec,
-    Rope,
-    SlotParams,
-    SlotSpec,
-)
+from vllmlite.backends.base import Backend, Expert, KVSpec, Rope, SlotParams, SlotSpec
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.backends.native import load_extension
 from vllmlite.errors import BackendError
+from vllmlite.weights.host import FLOAT_DTYPES, HostTensor
 
 Array = NDArray[Any]
 
@@ -440,9 +432,9 @@ def test_equal_experts_are_taken_in_order(exact: Backend) -> None:
     check(exact, found, mixture(x, logits, gate_up, down, 2, True))
 
 
-def test_sigmoid_gate_and_float_weight(backend: Backend) -> None:
+def test_sigmoid_gate(backend: Backend) -> None:
     x, weight = numbers((5, 40)), numbers((1, 40), 1)
-    gate = backend.linear(put(backend, x), backend.float_weight(host(backend, weight)))
+    gate = backend.linear(put(backend, x), backend.linear_weight([host(backend, weight)]))
     check(backend, gate, x @ weight.T)
     gate = numbers((5, 1), 2)
     check(backend, backend.sigmoid_gate(put(backend, x), put(backend, gate)), x / (1 + np.exp(-gate)))

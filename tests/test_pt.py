@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
+from paged import same_bytes
 
 from vllmlite import LLM, SamplingParams
 from vllmlite.errors import ModelError, ParameterError
@@ -36,7 +37,7 @@ def tensors(source: Path) -> dict[str, torch.Tensor]:
 def same(one: Path, other: Path) -> bool:
     shapes = read_spec(one).weights()
     found, expected = open_weights(one, shapes), open_weights(other, shapes)
-    return all(found(name).data.tobytes() == expected(name).data.tobytes() for name in shapes)
+    return all(same_bytes(found.tensor(name), expected.tensor(name)) for name in shapes)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])

@@ -18,6 +18,7 @@ from vllmlite.backends.base import Memory
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.models import load_model, read_spec
+from vllmlite.weights.packing import Packing
 
 LLAMA = {**TINY, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
@@ -71,12 +72,13 @@ def test_sizes_that_are_offered_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load_model(backend, tmp_path, max_model_len=64, block_size=16)
     offered = dict(re.findall(r"--quantization (\w+) takes (\d+)", str(raised.value)))
     for kind, size in offered.items():
-        quantised = TorchBackend("cpu", "bfloat16", quantization=kind)
+        quantised = TorchBackend("cpu", "bfloat16")
+        packing = Packing(quantised, kind)
         monkeypatch.setattr(quantised, "memory", lambda size=size: Memory(1 << 30, int(size)))
-        load_model(quantised, tmp_path, max_model_len=64, block_size=16)
+        load_model(quantised, tmp_path, max_model_len=64, block_size=16, packing=packing)
         monkeypatch.setattr(quantised, "memory", lambda size=size: Memory(1 << 30, int(size) - 1))
         with pytest.raises(BackendError, match=f"take {size} bytes in {kind}"):
-            load_model(quantised, tmp_path, max_model_len=64, block_size=16)
+            load_model(quantised, tmp_path, max_model_len=64, block_size=16, packing=packing)
 
 
 def test_positions_whose_rotations_do_not_fit(tmp_path: Path) -> None:

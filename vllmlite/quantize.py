@@ -9,17 +9,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from vllmlite.backends.base import HostTensor, QuantizedTensor
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.hub.snapshot import CONFIG_FILES, INDEX
 from vllmlite.models import open_model, read_spec
 from vllmlite.models.hf_config import quantization_config
-from vllmlite.weights.checkpoint import stored_names
+from vllmlite.weights.checkpoint import part_name
+from vllmlite.weights.host import HostTensor, PackedWeight, Part, Shape
 from vllmlite.weights.json_object import read_object
-from vllmlite.weights.parts import ModelWeights
-from vllmlite.weights.quantized import stored_shapes
+from vllmlite.weights.packing import Packing
+from vllmlite.weights.parts import TABLE, ModelWeights
 from vllmlite.weights.safetensors import Layout, write_safetensors
+from vllmlite.weights.schemes.tiles import QWEIGHT, SCALES, TILES
 
 
 def quantize_checkpoint(source: Path, target: Path, kind: str, threads: int | None = None) -> None:
@@ -35,32 +36,39 @@ def quantize_checkpoint(source: Path, target: Path, kind: str, threads: int | No
         raise ModelError(f"{source}: its weights are {spec.quantization} already")
     if target.exists():
         raise ParameterError("output", str(target), "exists already: name a new directory")
-    weights = open_model(source, spec)
+    backend, scheme = CpuBackend(threads=threads), TILES[kind]
+    weights = open_model(source, spec, Packing(backend))
     made = replace(spec, quantization=kind)
     shapes = made.weights()
-    kinds = {source.key: name for name, source in made.tensors().items() if source.product}
-    floats = [name for name in shapes if name not in kinds]
+    names = {source.key: name for name, source in made.tensors().items() if source.product}
+    floats = [key for key in shapes if key not in names]
+
+    def stored_float(key: str) -> HostTensor:
+        stored = weights.stored.tensor(key)
+        assert isinstance(stored, HostTensor)
+        return stored
+
+    parts = {key: scheme.parts(shapes[key]) for key in names}
     # Codes first: their sizes keep every tensor up to the scales at multiples of 64 bytes.
-    stored = {name: (stored_names(name), stored_shapes(kind, shapes[name])) for name in kinds}
     layout: Layout = {
-        **{names[0]: ("uint8", its_shapes[0]) for names, its_shapes in stored.values()},
-        **{name: (weights.stored(name).dtype, shapes[name]) for name in floats},
-        **{names[1]: ("bfloat16", its_shapes[1]) for names, its_shapes in stored.values()},
+        **{part_name(key, QWEIGHT): _entry(parts[key][QWEIGHT]) for key in names},
+        **{key: (stored_float(key).dtype, shapes[key]) for key in floats},
+        **{part_name(key, SCALES): _entry(parts[key][SCALES]) for key in names},
     }
 
-    def tensors(backend: CpuBackend) -> Iterator[HostTensor]:
+    def tensors() -> Iterator[HostTensor]:
         scales = []
-        for key, name in kinds.items():
-            quantized = _quantize(backend, weights, name, key, kind)
-            scales.append(quantized.scales)
-            yield quantized.codes
-        yield from map(weights.stored, floats)
+        for key, name in names.items():
+            packed = _quantize(backend, weights, name, key, kind)
+            scales.append(packed.parts[SCALES])
+            yield packed.parts[QWEIGHT]
+        yield from map(stored_float, floats)
         yield from scales
 
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        write_safetensors(partial / "model.safetensors", tensors(CpuBackend(threads=threads)), layout)
+        write_safetensors(partial / "model.safetensors", tensors(), layout)
         for pattern in CONFIG_FILES:
             for file in source.glob(pattern):
                 if file.is_file() and file.name != INDEX:
@@ -74,8 +82,12 @@ def quantize_checkpoint(source: Path, target: Path, kind: str, threads: int | No
         raise
 
 
-def _quantize(backend: CpuBackend, weights: ModelWeights, name: str, key: str, kind: str) -> QuantizedTensor:
+def _entry(part: Part) -> tuple[str, Shape]:
+    return part.dtype, part.shape
+
+
+def _quantize(backend: CpuBackend, weights: ModelWeights, name: str, key: str, kind: str) -> PackedWeight:
     try:
-        return backend.quantize(weights(name if name in weights.sources else "embedding.weight"), kind)
+        return backend.quantize(weights.floats(name if name in weights.sources else TABLE), kind)
     except ModelError as error:
         raise ModelError(f"tensor {key!r}: {error}") from error

@@ -1,4 +1,4 @@
-// ggml's blocks, of which the weights in GGUF files are made. vllmlite/weights/gguf_blocks.py says what is in them.
+// The blocks of ggml that GGUF files store weights in; vllmlite/weights/schemes/gguf_blocks.py documents their layout.
 #pragma once
 
 #include <string>

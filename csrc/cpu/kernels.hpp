@@ -72,7 +72,7 @@ inline constexpr int kStripRows = 16;
 // Groups of w that share a scale which factors multiply.
 inline constexpr int kUnitGroups = 8;
 
-// Kinds of quantised weights. vllmlite/weights/quantized.py has their layout, of strips of kStripRows rows.
+// Kinds of quantised weights. vllmlite/weights/schemes/tiles.py has their layout, of strips of kStripRows rows.
 enum class Codes : std::uint8_t { int8, int4, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k };
 inline constexpr int kCodes = 8;
 

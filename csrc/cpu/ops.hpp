@@ -47,7 +47,7 @@ Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight);
 // gated_activation of linear, a block of rows of w at a time: the sums are not kept.
 Tensor gated_linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, Activation f);
 
-// Rows of a quantised weight [rows, in] in strips, as vllmlite/weights/quantized.py has them.
+// Rows of a quantised weight [rows, in] in strips, as vllmlite/weights/schemes/tiles.py has them.
 struct QuantizedPart {
   Codes kind;
   Tensor codes;                   // uint8 [strips, groups, bytes of a group]

@@ -21,7 +21,17 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.errors import BackendError
+from vllmlite.errors import BackendError, ModelError
+from vllmlite.weights.host import (
+    FLOAT_DTYPES,
+    ITEM_SIZE,
+    HostTensor,
+    HostWeight,
+    PackedWeight,
+    dequantized,
+    float_values,
+)
+from vllmlite.weights.schemes import tiles
 
 Tensor: TypeAlias = Any
 """A backend's tensor, opaque outside it."""
@@ -37,70 +47,10 @@ Slots: TypeAlias = Any
 API = 2
 """Version of this contract; a separately built extension declines to load beside another one."""
 
-FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 KV_DTYPES = (*FLOAT_DTYPES, "int8")
 """Dtypes that a key/value cache may have; :class:`KVSpec` says what int8 is."""
-ITEM_SIZE = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
-    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
-}  # fmt: skip
-"""Bytes an element, by dtype name as the contract spells it."""
 SCALE_SIZE = ITEM_SIZE["float32"]
 """Bytes of the scale of a head in an int8 key/value cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class HostTensor:
-    """A tensor in host memory, usually a view of a mapped checkpoint file.
-
-    ``data`` is a flat uint8 array over the little-endian, row-major elements (numpy has no bfloat16 of its own);
-    it may be read-only and must outlive every zero-copy view that a backend makes of it, which holding it ensures.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: NDArray[np.uint8]
-
-
-QUANTIZATIONS = ("int8", "int4")
-"""Kinds that weights can be quantised to; :mod:`vllmlite.weights.quantized` has their layout, and that of others."""
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedTensor:
-    """A weight ``[out, in]`` of a kind in ``weights.quantized.LAYOUTS``, which says what codes, scales and factors
-    are."""
-
-    kind: str
-    shape: tuple[int, int]
-    codes: HostTensor
-    scales: HostTensor
-    factors: HostTensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BlockTensor:
-    """A tensor in ggml's blocks of a ``type`` in ``weights.gguf_blocks.BLOCKS``, as it stands in a GGUF file: row by
-    row."""
-
-    type: str
-    shape: tuple[int, ...]
-    """Row-major: the last is a row's length, of whole blocks."""
-    data: NDArray[np.uint8]
-
-
-HostWeight: TypeAlias = HostTensor | QuantizedTensor | BlockTensor
-"""A weight of a product, as a checkpoint has it."""
-
-
-def float_parts(parts: Sequence[HostWeight]) -> list[HostTensor]:
-    """``parts``, none of which is quantised. BackendError if one is, for a backend that was not told so."""
-    for part in parts:
-        if isinstance(part, QuantizedTensor):
-            raise BackendError(f"a weight in {part.kind} needs a backend with quantization={part.kind}")
-        if isinstance(part, BlockTensor):
-            raise BackendError(f"a weight in blocks of {part.type} needs a backend that keeps them")
-    return [part for part in parts if isinstance(part, HostTensor)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +201,16 @@ class Expert:
     down: LinearWeight
 
 
+def unusable(part: HostWeight, backend: Backend) -> BackendError:
+    """The error for a part that :meth:`Backend.linear_weight` cannot take beside the others."""
+    if isinstance(part, HostTensor):
+        return BackendError(
+            f"a weight {list(part.shape)} of {part.dtype} beside packed ones: dequantise those"
+        )
+    schemes = ", ".join(sorted(backend.schemes)) or "none"
+    return BackendError(f"a weight in {part.scheme.name}: the {backend.name} backend multiplies {schemes}")
+
+
 Step: TypeAlias = Callable[[ForwardBatch], Sampled]
 
 
@@ -277,10 +237,8 @@ class Backend(ABC):
     """The device as the user would write it: ``cpu``, ``cuda``, ``cuda:1``."""
     dtype: str
     """Dtype of activations and dense weights, one of :data:`FLOAT_DTYPES`."""
-    quantization: str | None = None
-    """The kind, one of :data:`QUANTIZATIONS`, in which products keep float weights; None: as floats."""
-    keeps_blocks: bool = False
-    """Whether products keep weights that are quantised already in their kinds; then ``quantization`` is None."""
+    schemes: ClassVar[frozenset[str]] = frozenset()
+    """Names of the quantisation schemes whose weights :meth:`linear` multiplies without dequantising them."""
     lent_ops: ClassVar[tuple[str, ...]] = ()
     """Names of the ops below that this backend borrows from the reference, for statistics and ``env`` to show."""
     details: str = ""
@@ -314,21 +272,24 @@ class Backend(ABC):
 
     @abstractmethod
     def linear_weight(self, parts: Sequence[HostWeight], biases: Sequence[HostTensor] = ()) -> LinearWeight:
-        """Pack ``parts`` (each ``[out_i, in]``) into one weight ``[sum of out_i, in]`` of the backend's dtype or of
-        its ``quantization``, in which alone parts may be quantised already (with ``keeps_blocks``, in any kind); and
-        ``biases`` (none, or one ``[out_i]`` a part) beside it. May alias parts. ModelError for values that cannot be
-        quantised, and for scales of blocks that are not finite."""
+        """Put ``parts`` (each ``[out_i, in]``) and ``biases`` (none, or one ``[out_i]`` per part) on the device as one
+        weight ``[sum of out_i, in]``: in the backend's dtype if all parts are floats, or packed if all are in some of
+        its :attr:`schemes`. May alias parts. BackendError for other parts, ModelError for scales that are not finite.
+        """
 
-    def decode_blocks(self, part: BlockTensor, dtype: str) -> HostTensor:
-        """The values of ``part`` as ``dtype``, one of :data:`FLOAT_DTYPES`; those that are floats stay as they are.
-        ModelError for scales that are not finite."""
-        from vllmlite.weights.gguf_blocks import to_floats
+    def dequantize(self, weight: PackedWeight, dtype: str) -> HostTensor:
+        """The values of ``weight``, in any scheme, as ``dtype``, one of :data:`FLOAT_DTYPES`. ModelError for scales
+        that are not finite."""
+        return dequantized(weight, dtype)
 
-        return to_floats(part, dtype)
-
-    @abstractmethod
-    def float_weight(self, weight: HostTensor) -> LinearWeight:
-        """A weight ``[out, in]`` that stays in the backend's dtype whatever its ``quantization``: a router's."""
+    def quantize(self, weight: HostTensor, scheme: str) -> PackedWeight:
+        """``weight [out, in]`` in the scheme ``int8`` or ``int4``. ModelError if a value is not finite."""
+        values = float_values(weight)
+        if not np.isfinite(values).all():
+            raise ModelError(
+                f"a weight of shape {list(weight.shape)}: values that are not finite cannot be quantised"
+            )
+        return tiles.quantize(values, scheme)
 
     @abstractmethod
     def experts(self, experts: Sequence[Expert]) -> Experts:

@@ -21,59 +21,52 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.backends.base import (
-    FLOAT_DTYPES,
-    ITEM_SIZE,
     KV_DTYPES,
-    BlockTensor,
     Expert,
     Feature,
     ForwardBatch,
-    HostTensor,
-    HostWeight,
     KVSpec,
     Memory,
-    QuantizedTensor,
     Sampled,
     SlotParams,
     SlotSpec,
     Step,
     Tensor,
-    float_parts,
+    unusable,
 )
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.memory import host_memory
 from vllmlite.backends.native import NativeBackend, load_extension, pack, unpack
 from vllmlite.errors import BackendError, ModelError
-from vllmlite.weights.gguf_blocks import KINDS, to_floats
-from vllmlite.weights.quantized import dequantize, quantized_tensor
+from vllmlite.weights.host import FLOAT_DTYPES, ITEM_SIZE, HostTensor, HostWeight, PackedWeight, float_parts
+from vllmlite.weights.schemes.gguf_blocks import BLOCK_SCHEMES, BlockScheme, block_data
+from vllmlite.weights.schemes.tiles import QWEIGHT, SCALES, SUB_SCALES, TILES, packed_weight
 
-_Part: TypeAlias = tuple[str, Tensor, Tensor, Tensor | None, int]
-"""Of a quantised weight: its kind, codes, scales, factors and rows."""
+_Tiles: TypeAlias = tuple[str, Tensor, Tensor, Tensor | None, int]
+"""A part of the extension's ``QuantizedWeight``: scheme, codes, scales, sub-scales, rows."""
 
 
 class CpuBackend(NativeBackend):
-    """``dtype``: of dense weights, one of ``FLOAT_DTYPES``. ``threads``: as many as the process may use where None.
-    ``isa``: a name in ``_cpu.instruction_sets()``, or ``auto`` for the best. ``quantization`` and ``keeps_blocks``: of
-    products' weights, as the contract has it. BackendError says what is missing."""
+    """``dtype``: of float weights, one of ``FLOAT_DTYPES``. ``threads``: None for as many as the process may use.
+    ``isa``: a name in ``_cpu.instruction_sets()``, or ``auto`` for the best. ``packed``: most products have packed
+    weights, so that ops hand them activations in float32, which they quantise, and not rounded to the dtype that
+    products of float weights take. BackendError says what is missing."""
 
     name: ClassVar[str] = "cpu"
     device = "cpu"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
+    schemes: ClassVar[frozenset[str]] = frozenset(
+        (*TILES, *(name for name, scheme in BLOCK_SCHEMES.items() if scheme.tiles is not None))
+    )
 
     def __init__(
-        self,
-        dtype: str = "float32",
-        threads: int | None = None,
-        isa: str = "auto",
-        quantization: str | None = None,
-        keeps_blocks: bool = False,
+        self, dtype: str = "float32", threads: int | None = None, isa: str = "auto", packed: bool = False
     ) -> None:
         if dtype not in FLOAT_DTYPES:
             raise BackendError(f"dtype {dtype}: the cpu backend computes in {', '.join(FLOAT_DTYPES)}")
         self._native = load_extension("_cpu")
-        self.dtype, self.quantization, self.keeps_blocks = dtype, quantization, keeps_blocks
-        # What is quantised next need not be rounded before.
-        weights = dtype if quantization is None and not keeps_blocks else "float32"
+        self.dtype = dtype
+        weights = "float32" if packed else dtype
         try:
             self._runtime = self._native.Runtime(isa, thread_places(threads or usable_cores()), weights)
         except ValueError as error:
@@ -113,18 +106,10 @@ class CpuBackend(NativeBackend):
         if biases:
             flat = [self.to_host(self.tensor(part, "float32")).reshape(-1) for part in biases]
             bias = self.tensor(np.concatenate(flat))
-        strips = None
-        if self.quantization is not None:
-            strips = [self._packed(part, self.quantization) for part in parts]
-        elif self.keeps_blocks and not any(isinstance(part, HostTensor) for part in parts):
-            strips = [self._strips(part) for part in parts]
-        if strips is not None:
-            return self._native.QuantizedWeight(strips, parts[0].shape[1], bias)
-        dense = list(map(self._decoded, parts)) if self.keeps_blocks else float_parts(parts)
-        return self._native.LinearWeight([self.tensor(part, self.dtype) for part in dense], bias)
-
-    def float_weight(self, weight: HostTensor) -> Any:
-        return self._native.LinearWeight([self.tensor(weight, self.dtype)])
+        floats = float_parts(parts)
+        if floats is not None:
+            return self._native.LinearWeight([self.tensor(part, self.dtype) for part in floats], bias)
+        return self._native.QuantizedWeight(list(map(self._tiles, parts)), parts[0].shape[1], bias)
 
     def experts(self, experts: Sequence[Expert]) -> Any:
         return self._native.Experts(
@@ -132,54 +117,35 @@ class CpuBackend(NativeBackend):
         )
 
     def tied_weight(self, table: Tensor) -> Any:
-        if self.quantization is not None:
-            part = self._quantize(table, self.quantization)
-            return self._native.QuantizedWeight([part], table.shape[1])
         return self._native.LinearWeight([table])
 
-    def quantize(self, weight: HostTensor, kind: str) -> QuantizedTensor:
-        """A weight ``[out, in]`` in ``int8`` or ``int4``. ModelError if a value is not finite."""
+    def quantize(self, weight: HostTensor, scheme: str) -> PackedWeight:
         shape = weight.shape[0], weight.shape[1]
-        _, codes, scales, _, _ = self._quantize(self.tensor(weight), kind)
-        return quantized_tensor(kind, shape, self.to_host(codes), self.to_host(scales))
+        with _refusing(shape):
+            _, codes, scales, _, _ = self._runtime.quantize(self.tensor(weight), scheme)
+        return packed_weight(TILES[scheme], shape, self.to_host(codes), self.to_host(scales))
 
-    def decode_blocks(self, part: BlockTensor, dtype: str) -> HostTensor:
-        if part.type not in KINDS:
-            return to_floats(part, dtype)
-        out = np.empty(math.prod(part.shape) * ITEM_SIZE[dtype], np.uint8)
-        floats = self._native.over(out, dtype, part.shape)
-        with _refusing(part.shape):
-            self._runtime.floats_of_blocks(part.type, self.tensor(part.data), floats)
-        return HostTensor(dtype, part.shape, _native_order(HostTensor(dtype, part.shape, out)))
-
-    def _packed(self, part: HostWeight, kind: str) -> _Part:
-        if isinstance(part, HostTensor):
-            return self._quantize(self.tensor(part), kind)
-        return self._strips(part)
-
-    def _strips(self, part: HostWeight) -> _Part:
-        """A part that is quantised already."""
-        if isinstance(part, BlockTensor):
-            rows, size = part.shape
-            with _refusing(part.shape):
-                found: _Part = self._runtime.strips_of_blocks(part.type, self.tensor(part.data), rows, size)
-            return found
-        assert isinstance(part, QuantizedTensor)
-        factors = None if part.factors is None else self.tensor(part.factors)
-        return part.kind, self.tensor(part.codes), self.tensor(part.scales), factors, part.shape[0]
-
-    def _decoded(self, part: HostWeight) -> HostTensor:
-        """The floats of a part beside others that are floats."""
-        if isinstance(part, HostTensor):
-            return part
-        if isinstance(part, BlockTensor):
-            return self.decode_blocks(part, "float32")
-        return HostTensor("float32", part.shape, dequantize(part).astype("<f4").reshape(-1).view(np.uint8))
-
-    def _quantize(self, weight: Tensor, kind: str) -> _Part:
+    def dequantize(self, weight: PackedWeight, dtype: str) -> HostTensor:
+        if not isinstance(weight.scheme, BlockScheme) or weight.scheme.tiles is None:
+            return super().dequantize(weight, dtype)
+        out = np.empty(math.prod(weight.shape) * ITEM_SIZE[dtype], np.uint8)
+        floats = self._native.over(out, dtype, weight.shape)
         with _refusing(weight.shape):
-            found: _Part = self._runtime.quantize(weight, kind)
-        return found
+            self._runtime.floats_of_blocks(weight.scheme.name, self.tensor(block_data(weight)), floats)
+        return HostTensor(dtype, weight.shape, _native_order(HostTensor(dtype, weight.shape, out)))
+
+    def _tiles(self, part: HostWeight) -> _Tiles:
+        if isinstance(part, HostTensor) or part.scheme.name not in self.schemes:
+            raise unusable(part, self)
+        rows, columns = part.shape
+        if isinstance(part.scheme, BlockScheme):
+            with _refusing(part.shape):
+                found: _Tiles = self._runtime.strips_of_blocks(
+                    part.scheme.name, self.tensor(block_data(part)), rows, columns
+                )
+            return found
+        stored = {suffix: self.tensor(tensor) for suffix, tensor in part.parts.items()}
+        return part.scheme.name, stored[QWEIGHT], stored[SCALES], stored.get(SUB_SCALES), rows
 
     # Key/value cache
 

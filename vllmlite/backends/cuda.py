@@ -20,22 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.backends.base import (
-    FLOAT_DTYPES,
     Expert,
     Feature,
     ForwardBatch,
-    HostTensor,
-    HostWeight,
     KVSpec,
     Memory,
     SlotParams,
     SlotSpec,
     Step,
     Tensor,
-    float_parts,
+    unusable,
 )
 from vllmlite.backends.native import HEAD_UNIT, NativeBackend, load_extension, pack, unpack
 from vllmlite.errors import BackendError
+from vllmlite.weights.host import FLOAT_DTYPES, HostTensor, HostWeight, float_parts
 
 NATIVE_BFLOAT16 = (8, 0)
 """Compute capability from which on tensor cores multiply bfloat16."""
@@ -110,6 +108,8 @@ class CudaBackend(NativeBackend):
 
     def linear_weight(self, parts: Sequence[HostWeight], biases: Sequence[HostTensor] = ()) -> Any:
         floats = float_parts(parts)
+        if floats is None:
+            raise unusable(next(part for part in parts if not isinstance(part, HostTensor)), self)
         out = sum(part.shape[0] for part in floats)
         with _out_of_memory("the weights do not fit: choose a smaller model or dtype"):
             made = self._runtime.linear_weight(out, parts[0].shape[1], bool(biases))
@@ -119,9 +119,6 @@ class CudaBackend(NativeBackend):
                     self._runtime.fill_rows(target, first, piece.shape[0], piece.data, piece.dtype)
                     first += piece.shape[0]
         return made
-
-    def float_weight(self, weight: HostTensor) -> Any:
-        return self.linear_weight([weight])
 
     def experts(self, experts: Sequence[Expert]) -> Any:
         with _out_of_memory("the experts do not fit: choose a smaller model or dtype"):

@@ -9,7 +9,6 @@ from typing import Any
 
 from vllmlite.backends.base import (
     API,
-    ITEM_SIZE,
     SCALE_SIZE,
     Backend,
     ForwardBatch,
@@ -20,6 +19,7 @@ from vllmlite.backends.base import (
     Tensor,
 )
 from vllmlite.errors import BackendError
+from vllmlite.weights.host import ITEM_SIZE
 
 HEAD_UNIT = 16
 """The cache pads heads to a multiple of this."""

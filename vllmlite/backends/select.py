@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS, Backend
+from vllmlite.backends.base import Backend
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
+from vllmlite.config import FLOAT_DTYPES, QUANTIZATIONS
 from vllmlite.errors import BackendError, ParameterError
 
 
@@ -30,10 +31,9 @@ class Wanted:
     threads: int | None = None
     cpu_isa: str = "auto"
     quantization: str | None = None
-    """One of ``QUANTIZATIONS``, or None: of products' weights."""
-    has_blocks: bool = False
-    """The checkpoint has weights whose kinds a backend may keep, as the native CPU backend does where no ``dtype`` is
-    asked for."""
+    """One of ``QUANTIZATIONS``, the scheme in which float weights are quantised at load; None: they are not."""
+    packed: bool = False
+    """Most products will have packed weights if the backend multiplies their schemes."""
     model: str = "the model"
     only: Collection[str] = ()
     """The backends that ``model`` can run on; empty: all."""
@@ -60,8 +60,8 @@ def _cuda(wanted: Wanted) -> Backend:
     device = "cuda" if wanted.device == "auto" else wanted.device
     if not device.startswith("cuda"):
         raise BackendError(f"device {device} was asked for")
-    if wanted.quantization is not None:
-        raise BackendError(f"vllmlite._cuda has no {wanted.quantization} weights")
+    if wanted.quantization is not None and wanted.quantization not in CudaBackend.schemes:
+        raise BackendError(f"vllmlite._cuda does not multiply {wanted.quantization} weights")
     return CudaBackend(device, wanted.dtype, wanted.checkpoint_dtype, wanted.batch_invariant)
 
 
@@ -89,7 +89,7 @@ def _torch_cuda(wanted: Wanted) -> Backend:
     native = torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
     if wanted.dtype == "auto" and dtype == "bfloat16" and not native:
         dtype = "float16"
-    backend: Backend = torch_module.TorchBackend(device, dtype, wanted.threads, wanted.quantization)
+    backend: Backend = torch_module.TorchBackend(device, dtype, wanted.threads)
     return backend
 
 
@@ -102,7 +102,7 @@ def _torch_cpu(wanted: Wanted) -> Backend:
     if wanted.dtype == "auto" and dtype == "float16":
         # CPUs rarely compute in float16: torch emulates it, several times slower than float32, and less exactly.
         dtype = "float32"
-    backend: Backend = torch_module.TorchBackend("cpu", dtype, wanted.threads, wanted.quantization)
+    backend: Backend = torch_module.TorchBackend("cpu", dtype, wanted.threads)
     return backend
 
 
@@ -110,8 +110,7 @@ def _cpu(wanted: Wanted) -> Backend:
     if wanted.device not in ("auto", "cpu"):
         raise BackendError(f"device {wanted.device} was asked for")
     dtype = wanted.checkpoint_dtype if wanted.dtype == "auto" else wanted.dtype
-    keeps_blocks = wanted.has_blocks and wanted.dtype == "auto" and wanted.quantization is None
-    return CpuBackend(dtype, wanted.threads, wanted.cpu_isa, wanted.quantization, keeps_blocks)
+    return CpuBackend(dtype, wanted.threads, wanted.cpu_isa, wanted.packed)
 
 
 CANDIDATES: tuple[tuple[str, str, Callable[[Wanted], Backend]], ...] = (
@@ -142,8 +141,7 @@ def select_backend(wanted: Wanted) -> tuple[Backend, str]:
             declined.append(f"{name} on {kind} declined: {error}")
         else:
             details = f" ({chosen.details})" if chosen.details else ""
-            weights = f" with {wanted.quantization} weights" if wanted.quantization else ""
-            choice = f"{name} on {chosen.device} in {chosen.dtype}{weights}{details}"
+            choice = f"{name} on {chosen.device} in {chosen.dtype}{details}"
             return chosen, "; ".join((choice, *declined))
     raise BackendError("no backend can run: " + "; ".join(declined))
 

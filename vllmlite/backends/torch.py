@@ -18,31 +18,25 @@ from numpy.typing import NDArray
 
 from vllmlite.backends import torch_sampling
 from vllmlite.backends.base import (
-    FLOAT_DTYPES,
-    ITEM_SIZE,
     KV_DTYPES,
     Backend,
-    BlockTensor,
     Expert,
     ForwardBatch,
-    HostTensor,
-    HostWeight,
     KVSpec,
     Logprobs,
     Memory,
-    QuantizedTensor,
     Rope,
     Sampled,
     SlotParams,
     SlotSpec,
-    float_parts,
+    unusable,
 )
 from vllmlite.backends.memory import host_memory
 from vllmlite.backends.torch_attention import Group, Rows, Scores, TorchKV, attend, plan_groups, token_width
 from vllmlite.backends.torch_sampling import SamplePlan, TorchSlots
-from vllmlite.errors import BackendError, ModelError
-from vllmlite.weights import quantized
-from vllmlite.weights.gguf_blocks import to_strips
+from vllmlite.errors import BackendError
+from vllmlite.weights.host import FLOAT_DTYPES, ITEM_SIZE, HostTensor, HostWeight, float_parts
+from vllmlite.weights.schemes import tiles
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_SIZE}
 
@@ -91,14 +85,9 @@ class TorchBackend(Backend):
 
     name: ClassVar[str] = "torch"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
+    schemes: ClassVar[frozenset[str]] = frozenset(("int8", "int4"))
 
-    def __init__(
-        self,
-        device: str = "cpu",
-        dtype: str = "float32",
-        threads: int | None = None,
-        quantization: str | None = None,
-    ) -> None:
+    def __init__(self, device: str = "cpu", dtype: str = "float32", threads: int | None = None) -> None:
         if dtype not in FLOAT_DTYPES:
             raise BackendError(f"dtype {dtype}: the torch backend computes in {', '.join(FLOAT_DTYPES)}")
         try:
@@ -106,7 +95,7 @@ class TorchBackend(Backend):
             torch.empty(0, device=self._device)
         except (RuntimeError, AssertionError) as error:
             raise BackendError(f"device {device}: {error}") from error
-        self.device, self.dtype, self.quantization = device, dtype, quantization
+        self.device, self.dtype = device, dtype
         self.asynchronous = self._device.type == "cuda"
         self._dtype = _DTYPES[dtype]
         self._blocked = self._device.type == "cpu" and _blocked_layout_runs(self._dtype)
@@ -156,41 +145,28 @@ class TorchBackend(Backend):
         self, parts: Sequence[HostWeight], biases: Sequence[HostTensor] = ()
     ) -> TorchLinear | TorchQuantized:
         bias = torch.cat([self.tensor(part, self.dtype) for part in biases]) if biases else None
-        if self.quantization is not None:
-            return self._quantized([self._packed(part, self.quantization) for part in parts], bias)
-        weight, *others = (self.tensor(part, self.dtype) for part in float_parts(parts))
+        floats = float_parts(parts)
+        if floats is None:
+            return self._packed(parts, bias)
+        weight, *others = (self.tensor(part, self.dtype) for part in floats)
         if others:
             weight = torch.cat((weight, *others))
         return self._linear(weight, bias)
-
-    @torch.inference_mode()
-    def float_weight(self, weight: HostTensor) -> TorchLinear:
-        return self._linear(self.tensor(weight, self.dtype), None)
 
     def experts(self, experts: Sequence[Expert]) -> Sequence[Expert]:
         return experts
 
     @torch.inference_mode()
-    def tied_weight(self, table: torch.Tensor) -> TorchLinear | TorchQuantized:
-        if self.quantization is not None:
-            return self._quantized([quantized.quantize(self._finite(table), self.quantization)], None)
+    def tied_weight(self, table: torch.Tensor) -> TorchLinear:
         return self._linear(table, None)
 
-    def _packed(self, part: HostWeight, kind: str) -> QuantizedTensor:
-        if isinstance(part, BlockTensor):
-            return to_strips(part)
-        return quantized.quantize(self._finite(_alias(part)), kind) if isinstance(part, HostTensor) else part
-
-    def _finite(self, weight: torch.Tensor) -> NDArray[np.float32]:
-        array: NDArray[np.float32] = weight.float().cpu().numpy()
-        if not np.isfinite(array).all():
-            raise ModelError(
-                f"a weight of shape {list(array.shape)}: values that are not finite cannot be quantised"
-            )
-        return array
-
-    def _quantized(self, parts: list[QuantizedTensor], bias: torch.Tensor | None) -> TorchQuantized:
-        codes, scales, _ = zip(*(quantized.unpack(part) for part in parts), strict=True)
+    def _packed(self, parts: Sequence[HostWeight], bias: torch.Tensor | None) -> TorchQuantized:
+        unpacked = []
+        for part in parts:
+            if isinstance(part, HostTensor) or part.scheme.name not in self.schemes:
+                raise unusable(part, self)
+            unpacked.append(tiles.unpack(part))
+        codes, scales, _ = zip(*unpacked, strict=True)
         return TorchQuantized(
             parts[0].shape[1], bias, *self._put(np.concatenate(codes), np.concatenate(scales))
         )
@@ -541,8 +517,8 @@ def _widened_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 def _quantized_linear(x: torch.Tensor, weight: TorchQuantized) -> torch.Tensor:
     """The product in float32, part by part of the weight, of x rounded as its 8 bits a group have it."""
-    groups = F.pad(x.float(), (0, -weight.size % quantized.GROUP)).view(
-        len(x), weight.scales.shape[1], quantized.GROUP
+    groups = F.pad(x.float(), (0, -weight.size % tiles.GROUP)).view(
+        len(x), weight.scales.shape[1], tiles.GROUP
     )
     high, low = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
     extremes = torch.where(high > -low, high, low)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllmlite.backends.base import ITEM_SIZE, KV_DTYPES, QUANTIZATIONS, Backend, Model
+from vllmlite.backends.base import KV_DTYPES, Backend, Model
+from vllmlite.config import QUANTIZATIONS
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.models.decoder import Decoder
 from vllmlite.models.families import read_spec
@@ -15,27 +15,29 @@ from vllmlite.models.gguf import open_gguf
 from vllmlite.models.plan import Plan, plan_model
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.weights.checkpoint import open_weights
+from vllmlite.weights.packing import Packing
 from vllmlite.weights.parts import ModelWeights
-from vllmlite.weights.quantized import stored_bytes
 
 __all__ = ["load_model", "load_planned", "open_model", "plan_model", "read_spec"]
 
 
-def open_model(path: Path, spec: DecoderSpec, load_format: str = "auto", seed: int = 0) -> ModelWeights:
-    """The weights of ``spec`` in directory ``path``, after checking that it holds exactly these. ModelError or
-    ParameterError as :func:`open_weights` has them."""
+def open_model(
+    path: Path, spec: DecoderSpec, packing: Packing, load_format: str = "auto", seed: int = 0
+) -> ModelWeights:
+    """The weights of ``spec`` in directory ``path``, after checking that it holds exactly these. Raises ModelError or
+    ParameterError as :func:`open_weights` does."""
     sources, keys = spec.tensors(), spec.keys
     stored = open_weights(
         path,
         spec.weights(),
         load_format,
         seed,
-        spec.quantized_weights(),
+        spec.schemes(),
         prefix=keys.prefix,
         computed=keys.computed,
         tied=(f"{keys.head}.weight", sources["embedding.weight"].key),
     )
-    return ModelWeights(sources, stored)
+    return ModelWeights(sources, stored, packing)
 
 
 def load_model(
@@ -48,29 +50,26 @@ def load_model(
     load_format: str = "auto",
     seed: int = 0,
     spec: DecoderSpec | None = None,
+    packing: Packing | None = None,
 ) -> Decoder:
     """The model of directory ``path`` on ``backend``, for sequences of up to ``max_model_len`` tokens.
 
     ``kv_cache_dtype``: ``auto`` (the backend's) or one of ``KV_DTYPES``. ``load_format``: one of
     ``LOAD_FORMATS``: ``auto`` takes what is there; ``dummy`` needs only the configuration, and draws weights from
-    ``seed``. ``spec``: what :func:`read_spec` finds, where that has been called. ModelError, ParameterError or
-    BackendError say what is wrong."""
+    ``seed``. ``spec``: what :func:`read_spec` returns, if it has been called. ``packing``: the form of weights;
+    default: ``Packing(backend)``. ModelError, ParameterError or BackendError say what is wrong."""
     if kv_cache_dtype not in ("auto", *KV_DTYPES):
         raise ParameterError("kv_cache_dtype", kv_cache_dtype, ", ".join(("auto", *KV_DTYPES)))
     spec = spec or read_spec(path)
-    if spec.quantization not in (None, backend.quantization):
-        raise BackendError(
-            f"{path}: its weights are {spec.quantization}, the backend's {backend.quantization}"
-        )
+    packing = packing or Packing(backend)
     if path.is_file() and load_format in ("auto", "gguf"):
-        stored = open_gguf(path, spec, backend)
-        weights = ModelWeights(spec.tensors(), stored)
+        weights = ModelWeights(spec.tensors(), open_gguf(path, spec), packing)
     else:
-        weights = open_model(path, spec, load_format, seed)
-    needed, free = _bytes(weights, backend.dtype, backend.quantization), backend.memory().free
+        weights = open_model(path, spec, packing, load_format, seed)
+    needed, free = weights.num_bytes(), backend.memory().free
     if needed > free:
         raise BackendError(
-            f"{path}: its weights take {needed} bytes in {backend.quantization or backend.dtype}; {free} are free"
+            f"{path}: its weights take {needed} bytes in {packing.quantization or backend.dtype}; {free} are free"
             + (_what_fits(weights, free) if spec.quantization is None else "")
         )
     position = sum(4 * rope.rotary_dim for rope in {layer.rope for layer in spec.layers} if rope is not None)
@@ -90,11 +89,19 @@ def load_model(
     )
 
 
-def load_planned(plan: Plan, backend: Backend, path: Path, *, max_model_len: int, **options: Any) -> Model:
+def load_planned(
+    plan: Plan, backend: Backend, path: Path, *, max_model_len: int, packing: Packing, **options: Any
+) -> Model:
     """The model of directory ``path`` in the implementation that ``plan`` says; the other arguments are
     :func:`load_model`'s."""
     if plan.implementation == "native":
-        return load_model(backend, path, max_model_len=max_model_len, spec=plan.spec, **options)
+        return load_model(
+            backend, path, max_model_len=max_model_len, spec=plan.spec, packing=packing, **options
+        )
+    if packing.quantization is not None:
+        raise BackendError(
+            f"quantization {packing.quantization}: transformers' models run with float weights alone"
+        )
     from vllmlite.models.hf_model import load_hf_model
 
     del options["seed"]
@@ -102,21 +109,12 @@ def load_planned(plan: Plan, backend: Backend, path: Path, *, max_model_len: int
 
 
 def _what_fits(weights: ModelWeights, free: int) -> str:
-    """Which quantisations of ``weights`` take at most ``free`` bytes, in words."""
-    floats = replace(weights, stored=replace(weights.stored, kinds={}))
-    sizes = {kind: _bytes(floats, "bfloat16", kind) for kind in QUANTIZATIONS}
-    fitting = [f"--quantization {kind} takes {size}" for kind, size in sizes.items() if size <= free]
+    """Which quantisations at load make ``weights`` take at most ``free`` bytes, in words."""
+    backend = weights.packing.backend
+    sizes = {
+        name: replace(weights, packing=Packing(backend, name)).num_bytes()
+        for name in QUANTIZATIONS
+        if name in backend.schemes
+    }
+    fitting = [f"--quantization {name} takes {size}" for name, size in sizes.items() if size <= free]
     return ": " + ", ".join(fitting) if fitting else ", and too few for any quantisation"
-
-
-def _bytes(weights: ModelWeights, dtype: str, quantization: str | None) -> int:
-    """What the weights take on a backend with dense ones in ``dtype``, and those of products in ``quantization``."""
-    total = 0
-    for source in weights.sources.values():
-        kind = weights.stored.kinds.get(source.key) or (quantization if source.product else None)
-        if kind is not None:
-            total += stored_bytes(kind, source.shape)
-        # A table is looked up in floats, whatever a product makes of it.
-        if kind is None or not source.product:
-            total += math.prod(source.shape) * ITEM_SIZE[dtype]
-    return total

@@ -20,7 +20,7 @@ from vllmlite.backends.base import (
 )
 from vllmlite.models.rope import cos_sin
 from vllmlite.models.spec import DecoderSpec, MoeSpec, RopeSpec
-from vllmlite.weights.parts import ModelWeights
+from vllmlite.weights.parts import HEAD, TABLE, ModelWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +87,11 @@ class Decoder:
             if rope is not None
         }
         load = _Loader(spec, backend, weights, ropes)
-        self._embed = backend.tensor(weights("embedding.weight"), backend.dtype)
+        self._embed = backend.tensor(weights.floats(TABLE), backend.dtype)
         self._positions = (
-            backend.tensor(weights("positions.weight"), backend.dtype) if spec.learned_positions else None
+            backend.tensor(weights.floats("positions.weight"), backend.dtype)
+            if spec.learned_positions
+            else None
         )
         self._embedding_norm = load.norm("embedding_norm") if spec.embedding_norm else None
         projected = spec.embedding_size is not None
@@ -97,12 +99,10 @@ class Decoder:
         self._project_out = load.linear("", "project_out") if projected else None
         self._layers = [load.layer(layer) for layer in range(spec.num_layers)]
         self._final_norm = load.norm("final_norm") if spec.final_norm else None
-        if spec.tied_head and weights.is_quantized("embedding.weight"):
-            self._head = backend.linear_weight([weights.product("embedding.weight")])
-        elif spec.tied_head:
+        if spec.tied_head and weights.packed_head is None:
             self._head = backend.tied_weight(self._embed)
         else:
-            self._head = backend.linear_weight([weights.product("head.weight")])
+            self._head = backend.linear_weight(weights.products([TABLE if spec.tied_head else HEAD]))
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Hidden states ``[T, output_size]`` of the uploaded ``batch``, as the output layer takes them; writes its keys
@@ -222,21 +222,23 @@ class _Loader:
         mlps = [self.mlp(f"{name}experts.{expert}.") for expert in range(moe.num_experts)]
         return _Moe(
             spec=moe,
-            router=self.backend.float_weight(self.weights(f"{name}router.weight")),
+            router=self.float_weight(f"{name}router.weight"),
             experts=self.backend.experts([Expert(mlp.up, mlp.down) for mlp in mlps]),
             shared=self.mlp(f"{name}shared.") if shared else None,
-            shared_gate=self.backend.float_weight(self.weights(f"{name}shared_gate.weight"))
-            if shared
-            else None,
+            shared_gate=self.float_weight(f"{name}shared_gate.weight") if shared else None,
         )
 
     def linear(self, name: str, *parts: str) -> LinearWeight:
         weights = self.weights
         biases = [weights.optional(f"{name}{part}.bias") for part in parts]
         return self.backend.linear_weight(
-            [weights.product(f"{name}{part}.weight") for part in parts],
+            weights.products([f"{name}{part}.weight" for part in parts]),
             [bias for bias in biases if bias is not None],
         )
+
+    def float_weight(self, name: str) -> LinearWeight:
+        """A weight that stays in floats whatever the others are: a router's or a gate's."""
+        return self.backend.linear_weight([self.weights.floats(name)])
 
     def norm(self, name: str) -> _Norm:
         bias = self.weights.optional(f"{name}.bias")
@@ -250,12 +252,14 @@ class _Loader:
         if self.spec.qk_norm != "layer":
             return self.norm_weight(f"{name}.weight")
         backend = self.backend
-        rows = [backend.tensor(self.weights(f"{name}.{head}.weight"), "float32") for head in range(heads)]
+        rows = [
+            backend.tensor(self.weights.floats(f"{name}.{head}.weight"), "float32") for head in range(heads)
+        ]
         return backend.tensor(np.stack(list(map(backend.to_host, rows))), backend.dtype)
 
     def norm_weight(self, name: str) -> Tensor:
         """In float32 where one is added: near it, 16 bits are too few."""
-        backend, host = self.backend, self.weights(name)
+        backend, host = self.backend, self.weights.floats(name)
         if not self.spec.norm.unit_offset:
             return backend.tensor(host, backend.dtype)
         return backend.tensor(backend.to_host(backend.tensor(host, "float32")) + np.float32(1))

@@ -13,20 +13,20 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import Backend, BlockTensor, HostTensor, HostWeight
 from vllmlite.errors import ModelError
 from vllmlite.models.gguf_families import FAMILIES, KEYS, NEUTRAL, WITHOUT_EFFECT, GgufFamily
 from vllmlite.models.keys import Keys
 from vllmlite.weights.checkpoint import Weights, listed
 from vllmlite.weights.gguf import Gguf, read_gguf
-from vllmlite.weights.gguf_blocks import FLOATS, KINDS
 from vllmlite.weights.gguf_tokens import end_ids
-from vllmlite.weights.quantized import LAYOUTS
+from vllmlite.weights.host import HostTensor, HostWeight, PackedWeight, float_values
+from vllmlite.weights.packing import Packing
+from vllmlite.weights.schemes.gguf_blocks import BlockScheme, block_data, type_name
 
 if TYPE_CHECKING:
     from vllmlite.models.spec import DecoderSpec
@@ -181,10 +181,8 @@ def _has_second_norm(gguf: Gguf) -> bool:
     return f"{KEYS.layer}0.{SECOND_NORM}.weight" in gguf.tensors
 
 
-def open_gguf(path: Path, spec: DecoderSpec, backend: Backend) -> Weights:
-    """The weights of ``spec``, after checking that the file at ``path`` holds exactly these.
-
-    Blocks that ``backend`` keeps, or whose codes are of its ``quantization``, stay blocks; it decodes the others."""
+def open_gguf(path: Path, spec: DecoderSpec) -> Weights:
+    """The weights of ``spec``, after checking that the file at ``path`` holds exactly these."""
     gguf, shapes = read_gguf(path), spec.weights()
     missing = [name for name in shapes if name not in gguf.tensors]
     if missing:
@@ -202,26 +200,37 @@ def open_gguf(path: Path, spec: DecoderSpec, backend: Backend) -> Weights:
     def tensor(name: str) -> HostWeight:
         stored = replace(gguf.tensors[name], shape=shapes[name])
         if reordered and (match := re.search(r"\.attn_([qk])\.", name)):
-            heads = spec.num_heads if match[1] == "q" else spec.num_kv_heads
-            halves = stored.data.reshape(heads, -1, 2, stored.data.size // stored.shape[0])
-            return replace(stored, data=np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(-1))
+            return _in_halves(stored, spec.num_heads if match[1] == "q" else spec.num_kv_heads)
         if spec.norm.unit_offset and name.endswith("norm.weight"):
-            if stored.type != "F32":
-                raise ModelError(f"{path}: tensor {name!r}: is in {stored.type}; accepted: F32")
-            values = stored.data.view("<f4") - np.float32(1)
+            values = _float32(gguf, name) - np.float32(1)
             return HostTensor("float32", stored.shape, values.view(np.uint8))
         return stored
 
-    def floats(stored: HostWeight) -> HostTensor:
-        if isinstance(stored, HostTensor):
-            return stored
-        assert isinstance(stored, BlockTensor)
-        return backend.decode_blocks(stored, "float32" if backend.quantization else backend.dtype)
+    schemes = {
+        name: stored.scheme
+        for name, shape in shapes.items()
+        if len(shape) == 2 and isinstance(stored := gguf.tensors[name], PackedWeight)
+    }
+    return Weights(tensor, shapes, schemes)
 
-    kept = _kept(backend)
-    types = {name: gguf.tensors[name].type for name, shape in shapes.items() if len(shape) == 2}
-    kinds = {name: KINDS[kind] for name, kind in types.items() if KINDS.get(kind) in kept}
-    return Weights(tensor, shapes, kinds, floats)
+
+def _in_halves(weight: HostWeight, heads: int) -> HostWeight:
+    """``weight`` with the rows of each head as the Hugging Face format orders them: those of even index first."""
+    data = block_data(weight) if isinstance(weight, PackedWeight) else weight.data
+    pairs = data.reshape(heads, -1, 2, data.size // weight.shape[0])
+    ordered = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)
+    if isinstance(weight, PackedWeight):
+        assert isinstance(weight.scheme, BlockScheme)
+        return weight.scheme.pack(weight.shape, ordered)
+    return replace(weight, data=ordered)
+
+
+def _float32(gguf: Gguf, name: str) -> NDArray[np.float32]:
+    """The elements of a tensor that must be stored as F32."""
+    stored = gguf.tensors[name]
+    if type_name(stored) != "F32":
+        raise ModelError(f"{gguf.path}: tensor {name!r}: is in {type_name(stored)}; accepted: F32")
+    return float_values(cast(HostTensor, stored)).reshape(-1)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -230,31 +239,17 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def has_blocks(path: Path) -> bool:
-    """Whether the file at ``path`` has blocks whose codes a backend can keep."""
-    return any(tensor.type in KINDS for tensor in read_gguf(path).tensors.values())
+    """Whether the file at ``path`` holds quantised weights."""
+    return any(isinstance(tensor, PackedWeight) for tensor in read_gguf(path).tensors.values())
 
 
-def treatment(path: Path, backend: Backend) -> str:
-    """What ``backend`` makes of the matrices of the file at ``path``, in words."""
-    counts = Counter(tensor.type for tensor in read_gguf(path).tensors.values() if len(tensor.shape) > 1)
-    kept = _kept(backend)
-    parts = []
-    for kind, count in sorted(counts.items()):
-        done = f"in {backend.dtype}" if kind in FLOATS else f"decoded to {backend.dtype}"
-        if KINDS.get(kind) in kept:
-            layout = LAYOUTS[KINDS[kind]]
-            done = "kept"
-            if layout.dtype == "bfloat16":
-                done += f" as {KINDS[kind]} with scales rounded to bfloat16"
-        elif backend.quantization is not None:
-            done = f"quantised to {backend.quantization}"
-        parts.append(f"{count} {kind} {done}")
+def treatment(path: Path, packing: Packing) -> str:
+    """What becomes of the matrices of the file at ``path``, in words."""
+    matrices = [tensor for tensor in read_gguf(path).tensors.values() if len(tensor.shape) > 1]
+    counts = Counter(type_name(tensor) for tensor in matrices)
+    schemes = {type_name(tensor): getattr(tensor, "scheme", None) for tensor in matrices}
+    parts = [f"{count} {name} {packing.treatment(schemes[name])}" for name, count in sorted(counts.items())]
     return "GGUF matrices: " + ", ".join(parts)
-
-
-def _kept(backend: Backend) -> list[str]:
-    """The kinds of codes that are kept."""
-    return [kind for kind in KINDS.values() if backend.keeps_blocks or kind == backend.quantization]
 
 
 class _Fields:
@@ -342,7 +337,7 @@ def _rope_scaling(fields: _Fields, head_dim: int) -> dict[str, Any] | None:
     if divisors is not None and scaled:
         raise fields.error("rope.scaling.type", f"none with a tensor {ROPE_FACTORS}")
     if divisors is not None:
-        return _llama3(fields, divisors.type, divisors.data, head_dim)
+        return _llama3(fields, _float32(fields.gguf, ROPE_FACTORS), head_dim)
     if not scaled:
         return None
     scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
@@ -354,14 +349,11 @@ def _rope_scaling(fields: _Fields, head_dim: int) -> dict[str, Any] | None:
 
 
 def _factors(gguf: Gguf, name: str) -> list[float]:
-    if gguf.tensors[name].type != "F32":
-        raise ModelError(f"{gguf.path}: tensor {name}: is in {gguf.tensors[name].type}; accepted: F32")
-    return [float(str(value)) for value in gguf.tensors[name].data.view("<f4")]
+    return [float(str(value)) for value in _float32(gguf, name)]
 
 
-def _llama3(fields: _Fields, kind: str, data: NDArray[np.uint8], head_dim: int) -> dict[str, Any]:
+def _llama3(fields: _Fields, values: NDArray[np.float32], head_dim: int) -> dict[str, Any]:
     """The scaling whose divisors are in the file, if it is that of the models that have it."""
-    values = data.view("<f4") if kind == "F32" else np.zeros(0, np.float32)
     factor = float(values.max(initial=0))
     theta = fields.number("rope.freq_base", 10000.0)
     low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
@@ -380,5 +372,8 @@ def _dtype(gguf: Gguf) -> str:
     sizes: Counter[str] = Counter()
     for tensor in gguf.tensors.values():
         if len(tensor.shape) > 1:
-            sizes[FLOATS.get(tensor.type, "bfloat16")] += tensor.data.size
+            if isinstance(tensor, PackedWeight):
+                sizes["bfloat16"] += tensor.scheme.num_bytes(tensor.shape)
+            else:
+                sizes[tensor.dtype] += tensor.data.size
     return sizes.most_common(1)[0][0]

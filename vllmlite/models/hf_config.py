@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllmlite.backends.base import FLOAT_DTYPES, QUANTIZATIONS
+from vllmlite.config import QUANTIZATIONS
 from vllmlite.errors import ModelError
 from vllmlite.models.gguf import gguf_config
 from vllmlite.models.rope import KINDS
 from vllmlite.models.spec import DecoderSpec, LayerSpec, NormSpec, RopeSpec
+from vllmlite.weights.host import FLOAT_DTYPES
 from vllmlite.weights.json_object import read_object
-from vllmlite.weights.quantized import GROUP
+from vllmlite.weights.schemes.tiles import GROUP
 
 GATED_ACTIVATIONS = {
     "silu": "silu",
@@ -168,7 +169,7 @@ def quantization(config: HfConfig) -> str | None:
 
 
 def quantization_config(kind: str) -> dict[str, Any]:
-    """The ``quantization_config`` of a checkpoint whose weights are ``kind`` (:mod:`vllmlite.weights.quantized`)."""
+    """The ``quantization_config`` of a checkpoint in our own scheme ``kind``, ``int8`` or ``int4``."""
     return {"quant_method": QUANT_METHOD, "format": kind, "group_size": GROUP}
 
 

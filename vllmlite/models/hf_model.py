@@ -118,8 +118,8 @@ def load_hf_model(
 ) -> HfModel:
     """The model of directory ``path`` through transformers, on the torch backend; ``max_positions`` is the longest
     sequence of its configuration. ModelError or BackendError say what is wrong."""
-    if not isinstance(backend, TorchBackend) or backend.quantization is not None:
-        raise BackendError("transformers' models run on the torch backend alone, with float weights")
+    if not isinstance(backend, TorchBackend):
+        raise BackendError("transformers' models run on the torch backend alone")
     if load_format not in ("auto", "safetensors"):
         raise BackendError(f"load_format {load_format}: transformers' models are read from safetensors")
     dtype = backend.dtype if kv_cache_dtype == "auto" else kv_cache_dtype

@@ -55,9 +55,7 @@ class Plan:
 
 def declining(plan: Plan) -> dict[str, str]:
     """The backends that cannot run it wherever they are, and why."""
-    reasons = {}
-    if plan.quantization is not None:
-        reasons["cuda"] = f"the cuda backend has no {plan.quantization} weights"
+    reasons: dict[str, str] = {}
     if plan.backends:
         only = f"{plan.architecture} runs on {', '.join(plan.backends)} alone"
         reasons |= {name: only for name in ("cpu", "cuda") if name not in plan.backends}

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from vllmlite.models.keys import LLAMA, Keys
 from vllmlite.models.tensors import sources
+from vllmlite.weights.host import Scheme
 from vllmlite.weights.parts import Source
+from vllmlite.weights.schemes.tiles import TILES
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ class DecoderSpec:
     keys: Keys = field(default=LLAMA)
     """Names of the checkpoint's tensors."""
     quantization: str | None = None
-    """In which of ``backends.base.QUANTIZATIONS`` the checkpoint has the weights of products; None: as floats."""
+    """The scheme, ``int8`` or ``int4``, in which the checkpoint stores the weights of products; None: as floats."""
 
     @property
     def num_layers(self) -> int:
@@ -169,8 +171,8 @@ class DecoderSpec:
         """Name and shape of every tensor that a checkpoint of this model holds, or of the floats it was made of."""
         return {source.key: source.stored for source in self.tensors().values()}
 
-    def quantized_weights(self) -> dict[str, str]:
-        """The tensors of :meth:`weights` that the checkpoint has quantised, and their kind: those of products."""
+    def schemes(self) -> dict[str, Scheme]:
+        """The tensors of :meth:`weights` that the checkpoint stores quantised, and the scheme of each."""
         if self.quantization is None:
             return {}
-        return {source.key: self.quantization for source in self.tensors().values() if source.product}
+        return {source.key: TILES[self.quantization] for source in self.tensors().values() if source.product}

@@ -55,6 +55,8 @@ def start(config: EngineConfig) -> Started[Engine]:
     from vllmlite.models import load_planned, plan_model
     from vllmlite.models.gguf import has_blocks, treatment
     from vllmlite.models.hf_config import HfConfig
+    from vllmlite.weights.packing import Packing
+    from vllmlite.weights.schemes.tiles import TILES
 
     path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
     plan = plan_model(path, config.model_impl)
@@ -70,6 +72,7 @@ def start(config: EngineConfig) -> Started[Engine]:
         )
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, path)
     generation = _generation_config(config, path)
+    keep_blocks = config.dtype == "auto"
     wanted = Wanted(
         backend=config.backend,
         device=config.device,
@@ -77,18 +80,23 @@ def start(config: EngineConfig) -> Started[Engine]:
         checkpoint_dtype=plan.dtype,
         threads=config.threads,
         cpu_isa=config.cpu_isa,
-        quantization=config.quantization or plan.quantization,
-        has_blocks=path.is_file() and has_blocks(path),
+        quantization=config.quantization if plan.quantization is None else None,
+        packed=bool(config.quantization or plan.quantization)
+        or (keep_blocks and path.is_file() and has_blocks(path)),
         model=plan.architecture,
         only=plan.backends,
         batch_invariant=config.batch_invariant,
     )
     backend, choice = select_backend(wanted)
+    packing = Packing(backend, config.quantization, keep_blocks)
     if path.is_file():
-        done = treatment(path, backend)
+        done = treatment(path, packing)
         choice += f"; {done}"
         if sys.stderr.isatty():
             print(f"vllmlite: {done}", file=sys.stderr)
+    elif plan.quantization or config.quantization:
+        stored = TILES[plan.quantization] if plan.quantization else None
+        choice += f"; {plan.quantization or plan.dtype} weights {packing.treatment(stored)}"
     longest = config.max_model_len or plan.max_position_embeddings
     model = load_planned(
         plan,
@@ -99,6 +107,7 @@ def start(config: EngineConfig) -> Started[Engine]:
         kv_cache_dtype=config.kv_cache_dtype,
         load_format=config.load_format,
         seed=config.seed,
+        packing=packing,
     )
     num_blocks = _num_blocks(config, backend, model, longest)
     capacity = num_blocks * config.block_size

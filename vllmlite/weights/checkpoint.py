@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vllmlite.backends.base import FLOAT_DTYPES, HostTensor, HostWeight, QuantizedTensor
 from vllmlite.errors import ModelError, ParameterError
+from vllmlite.weights.host import FLOAT_DTYPES, HostTensor, HostWeight, PackedWeight, Scheme
 from vllmlite.weights.json_object import read_object
 from vllmlite.weights.pt import read_pt
-from vllmlite.weights.quantized import QWEIGHT, SCALES, stored_shapes
 from vllmlite.weights.safetensors import read_safetensors
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
@@ -46,26 +45,15 @@ _FORMATS = (
 """What ``auto`` tries in turn."""
 
 
-def _as_floats(stored: HostWeight) -> HostTensor:
-    assert isinstance(stored, HostTensor), "a tensor that is quantised has no floats"
-    return stored
-
-
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The weights of a model by name."""
+    """The weights of a model by their names in the checkpoint."""
 
     tensor: Callable[[str], HostWeight]
-    """As it is stored."""
+    """A tensor as it is stored."""
     shapes: Mapping[str, tuple[int, ...]]
-    kinds: Mapping[str, str]
-    """Which of them are quantised, and how."""
-    floats: Callable[[HostWeight], HostTensor] = _as_floats
-    """What a stored tensor, or a part of one, means."""
-
-    def __call__(self, name: str) -> HostTensor:
-        """A tensor of floats."""
-        return self.floats(self.tensor(name))
+    schemes: Mapping[str, Scheme]
+    """The quantised ones, and the scheme of each."""
 
 
 def open_weights(
@@ -73,14 +61,14 @@ def open_weights(
     shapes: Mapping[str, tuple[int, ...]],
     load_format: str = "auto",
     seed: int = 0,
-    kinds: Mapping[str, str] | None = None,
+    schemes: Mapping[str, Scheme] | None = None,
     *,
     prefix: str = "",
     computed: str = "",
     tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight"),
 ) -> Weights:
     """The weights named in ``shapes``, after checking that directory ``path`` holds exactly these, in these shapes and
-    a float dtype, or in codes and scales of the kind that ``kinds`` gives. ModelError names the file, the tensor, what
+    a float dtype, or packed in the scheme that ``schemes`` gives. ModelError names the file, the tensor, what
     was expected and found.
 
     ``prefix``: of the base model's names, whose first word a checkpoint of that alone leaves out. ``computed``: a
@@ -99,7 +87,8 @@ def open_weights(
             "load_format", load_format, f"{path} is a directory: auto, safetensors, pt or dummy"
         )
     tensors = _with_prefix(_read(path, load_format), prefix)
-    expected = _expected(shapes, kinds or {})
+    schemes = schemes or {}
+    expected = _expected(shapes, schemes)
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise ModelError(f"{path}: tensors missing from the checkpoint: {listed(missing)}")
@@ -119,34 +108,31 @@ def open_weights(
             )
 
     def tensor(name: str) -> HostWeight:
-        if not kinds or name not in kinds:
+        if name not in schemes:
             return tensors[name]
-        rows, columns = shapes[name]
-        codes, scales = stored_names(name)
-        return QuantizedTensor(kinds[name], (rows, columns), tensors[codes], tensors[scales])
+        scheme, shape = schemes[name], shapes[name]
+        stored = {suffix: tensors[part_name(name, suffix)] for suffix in scheme.parts(shape)}
+        return PackedWeight(scheme, shape, stored)
 
-    return Weights(tensor, shapes, kinds or {})
+    return Weights(tensor, shapes, schemes)
 
 
-def stored_names(name: str) -> tuple[str, str]:
-    """Names of the codes and of the scales of a quantised weight."""
-    stem = name.removesuffix(".weight")
-    return stem + QWEIGHT, stem + SCALES
+def part_name(name: str, suffix: str) -> str:
+    """The name under which a checkpoint stores one part of the quantised weight ``name``."""
+    return f"{name.removesuffix('weight')}{suffix}"
 
 
 def _expected(
-    shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]], schemes: Mapping[str, Scheme]
 ) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """Shape and accepted dtypes of every stored tensor."""
     expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
     for name, shape in shapes.items():
-        if name not in kinds:
+        if name not in schemes:
             expected[name] = (shape, FLOAT_DTYPES)
             continue
-        for stored, its_shape, dtype in zip(
-            stored_names(name), stored_shapes(kinds[name], shape), ("uint8", "bfloat16"), strict=True
-        ):
-            expected[stored] = (its_shape, (dtype,))
+        for suffix, part in schemes[name].parts(shape).items():
+            expected[part_name(name, suffix)] = (part.shape, (part.dtype,))
     return expected
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import BlockTensor
 from vllmlite.errors import ModelError
-from vllmlite.weights.gguf_blocks import BLOCKS, NAMES
 from vllmlite.weights.gguf_parts import part_paths
+from vllmlite.weights.host import HostTensor, HostWeight
+from vllmlite.weights.schemes.gguf_blocks import BLOCK_SCHEMES, BLOCKS, FLOATS, NAMES
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -43,7 +43,7 @@ class Gguf:
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, BlockTensor]
+    tensors: Mapping[str, HostWeight]
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """The value of ``key``, which is of ``kind`` or absent. ModelError if it is something else."""
@@ -82,7 +82,7 @@ def _read_part(path: Path) -> Gguf:
 
 def _joined(parts: list[Gguf]) -> Gguf:
     """The whole of a model: the first part's metadata, and everybody's tensors."""
-    tensors: dict[str, BlockTensor] = {}
+    tensors: dict[str, HostWeight] = {}
     for number, part in enumerate(parts):
         found = part.get("split.no", int), part.get("split.count", int)
         if found != (number, len(parts)):
@@ -130,8 +130,8 @@ class _Reader:
 
     def tensors(
         self, entries: list[tuple[str, str, tuple[int, ...], int]], data: NDArray[np.uint8], alignment: int
-    ) -> dict[str, BlockTensor]:
-        found: dict[str, BlockTensor] = {}
+    ) -> dict[str, HostWeight]:
+        found: dict[str, HostWeight] = {}
         spans = []
         for name, kind, shape, offset in entries:
             if name in found:
@@ -147,7 +147,12 @@ class _Reader:
                     f"tensor {_shown(name)}: bytes {offset} to {end}; expected a multiple of {alignment} and at most "
                     f"the {data.size} bytes of data"
                 )
-            found[name] = BlockTensor(kind, shape, data[offset:end])
+            stored = data[offset:end]
+            found[name] = (
+                HostTensor(FLOATS[kind], shape, stored)
+                if kind in FLOATS
+                else BLOCK_SCHEMES[kind].pack(shape, stored)
+            )
             spans.append((offset, end, name))
         spans.sort()
         for (_, end, _), (begin, _, name) in pairwise(spans):

@@ -7,8 +7,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from vllmlite.backends.base import ITEM_SIZE, HostTensor
 from vllmlite.errors import ModelError
+from vllmlite.weights.host import ITEM_SIZE, HostTensor
 
 
 def read_pt(path: Path) -> dict[str, HostTensor]:

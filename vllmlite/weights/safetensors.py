@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import ITEM_SIZE, HostTensor
 from vllmlite.errors import ModelError
+from vllmlite.weights.host import ITEM_SIZE, HostTensor
 
 MAX_HEADER = 100_000_000
 """Longest header that the format allows, in bytes."""

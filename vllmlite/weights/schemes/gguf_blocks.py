@@ -1,4 +1,4 @@
-"""What GGUF's tensors are made of: blocks of codes with scales, to floats, or to the strips that products take.
+"""Schemes of GGUF files: rows of ggml's blocks, decoded to floats, or repacked into tiles without decoding.
 
 A row is a sequence of blocks. ``d`` is a block's scale and ``m`` its minimum, both float16 (the layouts are ggml's:
 https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h). In bytes:
@@ -10,21 +10,32 @@ https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h). In bytes:
 - ``Q6_K``: 256 elements of 6 bits (code + 32) in 16 groups with scales of 8 bits, multiplied by d.
 
 ``csrc/cpu/blocks.cpp`` does the same, faster; this is its reference. Types whose codes no product takes are decoded in
-:mod:`vllmlite.weights.gguf_lattices`.
+:mod:`vllmlite.weights.schemes.gguf_lattices`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import BlockTensor, HostTensor, QuantizedTensor
 from vllmlite.errors import ModelError
-from vllmlite.weights.gguf_lattices import DECODERS
-from vllmlite.weights.quantized import GROUP, LAYOUTS, Floats, pack, rounded_to_bf16
+from vllmlite.weights.host import (
+    Floats,
+    HostTensor,
+    HostWeight,
+    PackedWeight,
+    Part,
+    Scheme,
+    Shape,
+    rounded_to_bf16,
+)
+from vllmlite.weights.schemes.gguf_lattices import DECODERS
+from vllmlite.weights.schemes.tiles import GROUP, TILES, TileScheme, pack
 
 Bytes: TypeAlias = NDArray[np.uint8]
 
@@ -48,65 +59,117 @@ BLOCKS = {
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types that need no decoding, and their dtypes."""
 
-KINDS = {
+_FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+
+BLOCK_DATA = "blocks"
+"""Suffix of the one tensor that a GGUF file stores for a weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScheme(Scheme):
+    """Rows of ggml's blocks of one type."""
+
+    name: str
+    """The type's name."""
+    tiles: TileScheme | None
+    """The scheme with the same codes that products multiply; None if there is none. Its scales are the blocks' own, but
+    those of int8 and int4 are bfloat16, and so differ by at most 2**-8 of their value."""
+    column_unit: int
+    """Elements of a block."""
+    block_bytes: int
+    row_unit: int = 1
+
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """See :class:`Scheme`."""
+        row_bytes = shape[-1] // self.column_unit * self.block_bytes
+        return {BLOCK_DATA: Part((math.prod(shape[:-1]), row_bytes), "uint8")}
+
+    def pack(self, shape: Shape, data: Bytes) -> PackedWeight:
+        """The weight whose blocks are the flat bytes ``data``."""
+        return PackedWeight(
+            self, shape, {BLOCK_DATA: HostTensor("uint8", self.parts(shape)[BLOCK_DATA].shape, data)}
+        )
+
+    def dequantize(self, weight: PackedWeight) -> Floats:
+        """See :class:`Scheme`."""
+        blocks = block_data(weight).reshape(-1, self.block_bytes)
+        return _decoded(weight, blocks).reshape(weight.shape)
+
+    def take_rows(self, weight: PackedWeight, spans: Sequence[tuple[int, int]]) -> PackedWeight:
+        """See :class:`Scheme`."""
+        rows = block_data(weight).reshape(weight.parts[BLOCK_DATA].shape)
+        taken = [rows[first:last] for first, last in spans]
+        chosen = taken[0] if len(taken) == 1 else np.concatenate(taken)
+        return self.pack((len(chosen), weight.shape[-1]), chosen.reshape(-1))
+
+    def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
+        """See :class:`Scheme`."""
+        rows = block_data(weight).reshape(weight.parts[BLOCK_DATA].shape)
+        begin, end = (column // self.column_unit * self.block_bytes for column in (first, last))
+        return self.pack(
+            (*weight.shape[:-1], last - first), np.ascontiguousarray(rows[:, begin:end]).reshape(-1)
+        )
+
+
+_TILES = {
     "Q8_0": "int8", "Q4_0": "int4", "Q4_1": "q4_1", "Q5_0": "q5_0", "Q5_1": "q5_1", "Q4_K": "q4_k", "Q5_K": "q5_k",
     "Q6_K": "q6_k",
 }  # fmt: skip
-"""Our own kinds with the codes of a type. Scales stay what they are but for int8 and int4, whose scales are bfloat16
-and so off by at most 2**-8 of them."""
-
-CHUNK = 1 << 18
-"""Elements that are decoded at a time."""
-
-
-def to_floats(part: BlockTensor, dtype: str) -> HostTensor:
-    """The values of a tensor in blocks as ``dtype``: float32, or rounded to bfloat16 or float16. Those of a type in
-    :data:`FLOATS` stay what they are. ModelError for scales that are not finite."""
-    if part.type in FLOATS:
-        return HostTensor(FLOATS[part.type], part.shape, part.data)
-    elements, block_bytes = BLOCKS[part.type]
-    blocks = part.data.reshape(-1, block_bytes)
-    out = np.empty((len(blocks), elements), {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}[dtype])
-    step = CHUNK // elements
-    for start in range(0, len(blocks), step):
-        values = _decoded(part, blocks[start : start + step])
-        if dtype == "bfloat16":
-            values = (rounded_to_bf16(values).view(np.uint32) >> 16).astype(np.uint16)
-        out[start : start + step] = values
-    return HostTensor(dtype, part.shape, out.reshape(-1).view(np.uint8))
+BLOCK_SCHEMES = {
+    name: BlockScheme(name, TILES[_TILES[name]] if name in _TILES else None, *sizes)
+    for name, sizes in BLOCKS.items()
+    if name not in FLOATS
+}
+"""Types whose blocks hold codes, by their names."""
 
 
-def to_strips(part: BlockTensor) -> QuantizedTensor:
-    """A weight ``[out, in]`` in blocks of a type in :data:`KINDS`, whose codes stay what they are. ModelError for
-    scales that are not finite."""
-    rows, size = part.shape
-    kind = KINDS[part.type]
-    blocks = part.data.reshape(rows * size // BLOCKS[part.type][0], -1)
-    codes, (halves, factors) = _CODES[part.type](blocks), _scales(part, blocks)
+def type_name(weight: HostWeight) -> str:
+    """GGUF's name of the type of a tensor."""
+    return weight.scheme.name if isinstance(weight, PackedWeight) else _FLOAT_NAMES[weight.dtype]
+
+
+def block_data(weight: PackedWeight) -> Bytes:
+    """The blocks of a weight in a scheme of this module, flat."""
+    return weight.parts[BLOCK_DATA].data
+
+
+def to_tiles(weight: PackedWeight) -> PackedWeight:
+    """The weight ``[out, in]`` with the same codes in :attr:`BlockScheme.tiles`. ModelError for scales that are not
+    finite."""
+    scheme, tiles = weight.scheme, _tiles(weight)
+    rows, size = weight.shape
+    blocks = block_data(weight).reshape(rows * size // scheme.column_unit, -1)
+    codes, (halves, sub_scales) = _CODES[scheme.name](blocks), _scales(weight, blocks)
     return pack(
-        kind,
+        tiles,
         (rows, size),
         codes.reshape(rows, -1, GROUP),
-        (rounded_to_bf16(halves) if LAYOUTS[kind].dtype == "bfloat16" else halves).reshape(
+        (rounded_to_bf16(halves) if tiles.scale_dtype == "bfloat16" else halves).reshape(
             rows, -1, halves.shape[-1]
         ),
-        None if factors is None else factors.reshape(rows, size // GROUP, -1),
+        None if sub_scales is None else sub_scales.reshape(rows, size // GROUP, -1),
     )
 
 
-def _decoded(part: BlockTensor, blocks: Bytes) -> Floats:
-    """The values ``[n, elements]`` of blocks ``[n, bytes]`` of a tensor."""
-    if part.type in DECODERS:
+def _tiles(weight: PackedWeight) -> TileScheme:
+    assert isinstance(weight.scheme, BlockScheme) and weight.scheme.tiles is not None
+    return weight.scheme.tiles
+
+
+def _decoded(weight: PackedWeight, blocks: Bytes) -> Floats:
+    """The values ``[n, elements]`` of blocks ``[n, bytes]`` of ``weight``."""
+    name = weight.scheme.name
+    if name in DECODERS:
         with np.errstate(invalid="ignore", over="ignore"):
-            values = DECODERS[part.type](blocks).reshape(len(blocks), -1)
+            values = DECODERS[name](blocks).reshape(len(blocks), -1)
         if not np.isfinite(values).all():
-            raise _not_finite(part)
+            raise _not_finite(weight)
         return values
-    layout = LAYOUTS[KINDS[part.type]]
-    whole, factors = _scales(part, blocks)
+    layout = _tiles(weight)
+    whole, factors = _scales(weight, blocks)
     scales = whole[:, None]
     if factors is not None:
-        split = layout.scales_a_group
+        split = layout.scales_per_group
         scales = np.concatenate(
             (
                 (scales[..., :1] * factors[..., :split]).reshape(len(blocks), -1, 1),
@@ -114,24 +177,24 @@ def _decoded(part: BlockTensor, blocks: Bytes) -> Floats:
             ),
             axis=-1,
         )
-    codes = _CODES[part.type](blocks).reshape(len(blocks), -1, layout.sharing).astype(np.float32)
+    codes = _CODES[name](blocks).reshape(len(blocks), -1, layout.elements_per_scale).astype(np.float32)
     values = scales[..., :1] * (codes - np.float32(layout.zero))
     if layout.offsets:
         values += scales[..., 1:]
     return values.reshape(len(blocks), -1)
 
 
-def _scales(part: BlockTensor, blocks: Bytes) -> tuple[Floats, NDArray[np.int8] | None]:
-    """Those of blocks of a tensor, and what they are multiplied by."""
-    halves, factors = _SCALES[part.type](blocks)
+def _scales(weight: PackedWeight, blocks: Bytes) -> tuple[Floats, NDArray[np.int8] | None]:
+    """The scales of blocks of ``weight``, and the whole numbers that multiply them."""
+    halves, factors = _SCALES[weight.scheme.name](blocks)
     whole = np.ascontiguousarray(halves).view("<f2").astype(np.float32)
     if not np.isfinite(whole).all():
-        raise _not_finite(part)
+        raise _not_finite(weight)
     return whole, factors
 
 
-def _not_finite(part: BlockTensor) -> ModelError:
-    return ModelError(f"a weight of shape {list(part.shape)}: a block's scale is not finite")
+def _not_finite(weight: PackedWeight) -> ModelError:
+    return ModelError(f"a weight of shape {list(weight.shape)}: a block's scale is not finite")
 
 
 # ---- Codes: uint8 [n, elements] from blocks [n, bytes]

@@ -1,0 +1,149 @@
+"""Tensors in host memory as checkpoints store them: plain ones, and weights that are packed by a scheme."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+ITEM_SIZE = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+"""Bytes per element, by dtype name as the backend contract spells it."""
+
+CHUNK = 1 << 18
+"""Elements that :func:`dequantized` makes at a time."""
+
+Floats: TypeAlias = NDArray[np.float32]
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HostTensor:
+    """A tensor in host memory, usually a view of a mapped checkpoint file.
+
+    ``data`` is a flat uint8 array over the little-endian, row-major elements (numpy has no bfloat16 of its own).
+    It may be read-only. A backend that makes a zero-copy view must hold ``data`` for as long as the view lives.
+    """
+
+    dtype: str
+    shape: Shape
+    data: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Shape and dtype of one tensor that a scheme stores for a weight."""
+
+    shape: Shape
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+class Scheme(ABC):
+    """How a checkpoint stores a quantised weight ``[out, in]``: which tensors, and what they mean."""
+
+    name: str
+    """Unique among all schemes; :attr:`Backend.schemes` names those that a backend multiplies natively."""
+    row_unit: int
+    """Rows can be sliced at multiples of this number."""
+    column_unit: int
+    """Columns can be sliced at multiples of this number."""
+
+    @abstractmethod
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """The tensors stored for a weight of ``shape``, by their suffix, which takes the place of ``weight`` in the
+        weight's name."""
+
+    @abstractmethod
+    def dequantize(self, weight: PackedWeight) -> Floats:
+        """The values of ``weight``, float32 of its shape. ModelError for scales that are not finite."""
+
+    @abstractmethod
+    def take_rows(self, weight: PackedWeight, spans: Sequence[tuple[int, int]]) -> PackedWeight:
+        """The rows ``first`` up to ``last`` of each span, one span after the other. Every bound is a multiple of
+        :attr:`row_unit`, or the number of rows."""
+
+    @abstractmethod
+    def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
+        """The columns ``first`` up to ``last``, both multiples of :attr:`column_unit`, or the number of columns."""
+
+    def num_bytes(self, shape: Shape) -> int:
+        """Bytes that a weight of ``shape`` takes."""
+        return sum(part.num_bytes for part in self.parts(shape).values())
+
+    def can_slice(self, size: int, unit: int, spans: Sequence[tuple[int, int]]) -> bool:
+        """Whether every bound of ``spans`` is a multiple of ``unit``, or ``size``."""
+        return all(bound % unit == 0 or bound == size for span in spans for bound in span)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A quantised weight ``[out, in]``: its scheme and the tensors that :meth:`Scheme.parts` names.
+
+    GGUF files also stack the weights of several experts: their shape has more than two dimensions, of which the last
+    is the row's length."""
+
+    scheme: Scheme
+    shape: Shape
+    parts: Mapping[str, HostTensor]
+
+
+HostWeight: TypeAlias = HostTensor | PackedWeight
+"""The weight of a matrix product, as a checkpoint stores it."""
+
+
+def rounded_to_bf16(values: Floats) -> Floats:
+    """Round finite or infinite numbers to the nearest bfloat16, ties to even."""
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return rounded.view(np.float32)
+
+
+def float_values(tensor: HostTensor) -> Floats:
+    """The elements of a float tensor as float32."""
+    if tensor.dtype == "bfloat16":
+        return (tensor.data.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
+    elements = tensor.data.view({"float32": "<f4", "float16": "<f2"}[tensor.dtype])
+    return elements.astype(np.float32, copy=False).reshape(tensor.shape)
+
+
+def float_tensor(values: Floats, dtype: str) -> HostTensor:
+    """``values`` rounded to ``dtype``, one of :data:`FLOAT_DTYPES`."""
+    if dtype == "bfloat16":
+        elements: NDArray[np.generic] = (rounded_to_bf16(values).view(np.uint32) >> 16).astype("<u2")
+    else:
+        elements = values.astype({"float32": "<f4", "float16": "<f2"}[dtype])
+    return HostTensor(dtype, values.shape, np.ascontiguousarray(elements).reshape(-1).view(np.uint8))
+
+
+def dequantized(weight: PackedWeight, dtype: str) -> HostTensor:
+    """The values of ``weight`` as ``dtype``, one of :data:`FLOAT_DTYPES`, made :data:`CHUNK` elements at a time.
+    ModelError for scales that are not finite."""
+    scheme, columns = weight.scheme, weight.shape[-1]
+    rows = math.prod(weight.shape[:-1])
+    step = max(CHUNK // columns // scheme.row_unit, 1) * scheme.row_unit
+    row_bytes = columns * ITEM_SIZE[dtype]
+    data = np.empty(rows * row_bytes, np.uint8)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        values = scheme.dequantize(scheme.take_rows(weight, [(first, last)]))
+        data[first * row_bytes : last * row_bytes] = float_tensor(values, dtype).data
+    return HostTensor(dtype, weight.shape, data)
+
+
+def float_parts(parts: Sequence[HostWeight]) -> list[HostTensor] | None:
+    """``parts`` if all of them are floats, else None."""
+    floats = [part for part in parts if isinstance(part, HostTensor)]
+    return floats if len(floats) == len(parts) else None

@@ -1,0 +1,66 @@
+"""The form in which the weights of products reach a backend: as stored, repacked, quantised at load, or as floats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllmlite.backends.base import Backend
+from vllmlite.weights.host import HostTensor, HostWeight, PackedWeight, Scheme
+from vllmlite.weights.schemes.gguf_blocks import BlockScheme, to_tiles
+from vllmlite.weights.schemes.tiles import TILES
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Decide the form of each weight, and bring it into that form."""
+
+    backend: Backend
+    quantization: str | None = None
+    """The scheme, ``int8`` or ``int4``, in which weights stored as floats are quantised at load."""
+    keep_blocks: bool = False
+    """Leave ggml's blocks packed if the backend multiplies them; otherwise they become floats."""
+
+    def scheme(self, stored: Scheme | None) -> Scheme | None:
+        """The scheme in which the backend gets a weight that is stored in ``stored``; None means as floats."""
+        native = stored is not None and stored.name in self.backend.schemes
+        if isinstance(stored, BlockScheme):
+            if self.quantization is None:
+                return stored if native and self.keep_blocks else None
+            if stored.tiles is not None and stored.tiles.name == self.quantization:
+                return stored if native else stored.tiles
+        elif stored is not None:
+            return stored if native else None
+        return None if self.quantization is None else TILES[self.quantization]
+
+    def treatment(self, stored: Scheme | None) -> str:
+        """What becomes of weights that are stored in ``stored``, or as floats where it is None, in words."""
+        scheme = self.scheme(stored)
+        if scheme is None:
+            return f"in {self.backend.dtype}" if stored is None else f"dequantised to {self.backend.dtype}"
+        if isinstance(stored, BlockScheme) and stored.tiles is not None and scheme in (stored, stored.tiles):
+            rounded = f" as {stored.tiles.name} with scales rounded to bfloat16"
+            return "kept" + rounded * (stored.tiles.scale_dtype == "bfloat16")
+        return "kept" if scheme is stored else f"quantised to {scheme.name}"
+
+    def __call__(self, weight: HostWeight) -> HostWeight:
+        """``weight`` in the form that :meth:`scheme` says. ModelError for values that cannot be quantised, and for
+        scales that are not finite."""
+        stored = weight.scheme if isinstance(weight, PackedWeight) else None
+        scheme = self.scheme(stored)
+        if scheme is None:
+            return self.floats(weight)
+        if isinstance(weight, PackedWeight):
+            if scheme is stored:
+                return weight
+            if isinstance(stored, BlockScheme) and scheme is stored.tiles:
+                return to_tiles(weight)
+        return self.backend.quantize(self.floats(weight), scheme.name)
+
+    def floats(self, weight: HostWeight, dtype: str | None = None) -> HostTensor:
+        """``weight`` as it is if it has float elements, else dequantised to ``dtype``: by default the backend's, or
+        float32 where floats are quantised next."""
+        if isinstance(weight, HostTensor):
+            return weight
+        return self.backend.dequantize(
+            weight, dtype or (self.backend.dtype if self.quantization is None else "float32")
+        )

@@ -1,0 +1,1 @@
+"""Quantisation schemes, one file each: what a checkpoint stores for a weight, how it is sliced, what it means."""
