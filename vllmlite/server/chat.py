@@ -173,11 +173,11 @@ class _Answer:
             message["content"] = content or None
             message["tool_calls"] = [
                 {
-                    "id": self._tools.call_id(),
+                    "id": self._tools.call_id(begun),
                     "type": "function",
-                    "function": {"name": name, "arguments": arguments},
+                    "function": {"name": begun.name, "arguments": arguments},
                 }
-                for name, arguments in reading.calls
+                for begun, arguments in reading.calls
             ]
         choice: ChatChoice = {
             "index": completion.index,
@@ -213,13 +213,13 @@ class _Answer:
             case Reasoning(text):
                 both: ChatDelta = {"reasoning": text, "reasoning_content": text}
                 return both if self._body.include_reasoning else None
-            case CallBegin(index, name):
+            case CallBegin(index, name) as begun:
                 function: FunctionCall = {"name": name, "arguments": ""}
                 return {
                     "tool_calls": [
                         {
                             "index": index,
-                            "id": self._tools.call_id(),
+                            "id": self._tools.call_id(begun),
                             "type": "function",
                             "function": function,
                         }

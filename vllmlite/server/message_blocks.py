@@ -67,7 +67,7 @@ def _string(block: dict[str, Any], name: str) -> str:
 class Blocks:
     """The blocks of one answer as its parts come; each part becomes events, of which a stream consists."""
 
-    def __init__(self, call_id: Callable[[], str]) -> None:
+    def __init__(self, call_id: Callable[[CallBegin], str]) -> None:
         self.blocks: list[Block] = []
         self._call_id = call_id
         self._arguments: list[str] = []
@@ -87,8 +87,10 @@ class Blocks:
                     yield from self._begin({"type": "thinking", "thinking": "", "signature": ""})
                 self.blocks[-1]["thinking"] += text
                 yield self._delta({"type": "thinking_delta", "thinking": text})
-            case CallBegin(_, name):
-                yield from self._begin({"type": "tool_use", "id": self._call_id(), "name": name, "input": {}})
+            case CallBegin(_, name) as begun:
+                yield from self._begin(
+                    {"type": "tool_use", "id": self._call_id(begun), "name": name, "input": {}}
+                )
             case CallArguments(_, text):
                 self._arguments.append(text)
                 yield self._delta({"type": "input_json_delta", "partial_json": text})

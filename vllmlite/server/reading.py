@@ -9,6 +9,7 @@ from typing import Any
 from vllmlite.outputs import CompletionOutput
 from vllmlite.sampling_params import SamplingParams, ThinkingMarks
 from vllmlite.server.config import ServerConfig
+from vllmlite.server.parsers.harmony import Harmony
 from vllmlite.server.parsers.parts import (
     CallArguments,
     CallBegin,
@@ -93,8 +94,8 @@ class Reading:
 
     content: str = ""
     reasoning: str = ""
-    calls: list[tuple[str, str]] = field(default_factory=list)
-    """(name, arguments) of each."""
+    calls: list[tuple[CallBegin, str]] = field(default_factory=list)
+    """(beginning, arguments) of each."""
 
     @classmethod
     def of(cls, parts: Iterable[Part]) -> Reading:
@@ -106,11 +107,11 @@ class Reading:
                     found.content += text
                 case Reasoning(text):
                     found.reasoning += text
-                case CallBegin(_, name):
-                    found.calls.append((name, ""))
+                case CallBegin() as begun:
+                    found.calls.append((begun, ""))
                 case CallArguments(index, text):
-                    name, arguments = found.calls[index]
-                    found.calls[index] = name, arguments + text
+                    begun, arguments = found.calls[index]
+                    found.calls[index] = begun, arguments + text
         return found
 
 
@@ -135,7 +136,9 @@ def reader_for(config: ServerConfig, tools: ToolUse, params: SamplingParams, pro
     """A reader of one answer to ``prompt``. What a grammar shapes from its first token on holds no reasoning."""
     parser = tools.parser()
     structure = params.structured_outputs
-    if config.reasoning_parser is not None and (structure is None or structure.after is not None):
+    if config.reasoning_parser == "openai_gptoss" and structure is None:
+        parser = Harmony()
+    elif config.reasoning_parser is not None and (structure is None or structure.after is not None):
         parser = ThinkParser(STYLES[config.reasoning_parser], prompt, parser)
     return Reader(parser, tools)
 

@@ -75,7 +75,7 @@ def _string(item: dict[str, Any], name: str) -> str:
 class Items:
     """The items of one answer as its parts come; each part becomes events, of which a stream consists."""
 
-    def __init__(self, call_id: Callable[[], str], role: str) -> None:
+    def __init__(self, call_id: Callable[[CallBegin], str], role: str) -> None:
         """``role`` is that of messages."""
         self.items: list[OutputItem] = []
         self._call_id = call_id
@@ -101,8 +101,13 @@ class Items:
                     yield from self._begin_part({"type": "reasoning_text", "text": ""})
                 self._content()["text"] += text
                 yield self._part_event("response.reasoning_text.delta", delta=text)
-            case CallBegin(_, name):
-                call = {"type": "function_call", "call_id": self._call_id(), "name": name, "arguments": ""}
+            case CallBegin(_, name) as begun:
+                call = {
+                    "type": "function_call",
+                    "call_id": self._call_id(begun),
+                    "name": name,
+                    "arguments": "",
+                }
                 yield from self._begin(call, "fc")
             case CallArguments(_, text):
                 assert self._open is not None

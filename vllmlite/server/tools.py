@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from vllmlite.server.config import ServerConfig
 from vllmlite.server.parsers import TOOL_PARSERS
 from vllmlite.server.parsers.forced import NamedCall, RequiredCalls
 from vllmlite.server.parsers.mistral import call_id as mistral_call_id
-from vllmlite.server.parsers.parts import Parser
+from vllmlite.server.parsers.parts import CallBegin, Parser
 
 CHOICES = ("none", "auto", "required")
 
@@ -106,16 +106,19 @@ class ToolUse:
             return RequiredCalls()
         if self.choice == "none" or self.parser_name is None:
             return None
-        return TOOL_PARSERS[self.parser_name](frozenset(tool["function"]["name"] for tool in self.tools))
+        return TOOL_PARSERS[self.parser_name](
+            {tool["function"]["name"]: tool["function"].get("parameters") for tool in self.tools}
+        )
 
-    @property
-    def call_id(self) -> Callable[[], str]:
-        """Makes the id of a call."""
-        return mistral_call_id if self.parser_name == "mistral" else _call_id
-
-
-def _call_id() -> str:
-    return f"call_{uuid.uuid4().hex}"
+    def call_id(self, call: CallBegin) -> str:
+        """Return the id of a call: the model's own, or a new one in the form that its chat template wants."""
+        if call.id:
+            return call.id
+        if self.parser_name == "mistral":
+            return mistral_call_id()
+        if self.parser_name == "kimi_k2":
+            return f"functions.{call.name}:{call.index}"
+        return f"call_{uuid.uuid4().hex}"
 
 
 def _schema(tool: dict[str, Any]) -> dict[str, Any]:

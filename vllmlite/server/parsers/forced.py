@@ -8,6 +8,9 @@ from vllmlite.server.parsers.parts import CallArguments, CallBegin, Part, ToolPa
 class RequiredCalls(ToolParser):
     """A JSON list of calls: ``tool_choice`` ``required``."""
 
+    def __init__(self) -> None:
+        super().__init__({})
+
     def begin(self, ended: bool) -> bool:
         """The first state: the list opens."""
         if not self._skip_space():

@@ -8,7 +8,7 @@ import secrets
 import string
 
 from vllmlite.server.parsers.call_json import ArgumentsReader
-from vllmlite.server.parsers.parts import CallArguments, ToolParser
+from vllmlite.server.parsers.parts import CallArguments, ToolParser, Tools
 
 MARKER, ARGS = "[TOOL_CALLS]", "[ARGS]"
 _NAME = re.compile(r"[\w.-]*")
@@ -23,15 +23,15 @@ def call_id() -> str:
 class Mistral(ToolParser):
     """Content, then calls."""
 
-    def __init__(self, names: frozenset[str] = frozenset()) -> None:
+    def __init__(self, tools: Tools) -> None:
         """See :class:`ToolParser`."""
-        super().__init__(names)
+        super().__init__(tools)
         self._name = ""
         self._arguments = ArgumentsReader()
 
     def content(self, ended: bool) -> bool:
         """A state: content, until calls come."""
-        return self._content_until(MARKER, ended) and self._go(self._opened)
+        return self._content_until((MARKER,), ended) and self._go(self._opened)
 
     def _opened(self, ended: bool) -> bool:
         if not self._skip_space():

@@ -6,9 +6,9 @@ depends on the text alone: any split of the text into pieces gives the same part
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from vllmlite.server.parsers.call_json import CallReader
 
@@ -33,6 +33,8 @@ class CallBegin:
 
     index: int
     name: str
+    id: str = ""
+    """The id that the model has given it, if its format has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ def merged(parts: Iterable[Part]) -> list[Part]:
     return found
 
 
+Tools: TypeAlias = Mapping[str, Any]
+"""The JSON Schemas of the parameters of each tool, by its name."""
 State: TypeAlias = Callable[[bool], bool]
 """A step of a machine: whether it got on. Told whether the text has ended, when it must decide on what there is."""
 
@@ -87,9 +91,9 @@ class ToolParser:
     turns out to be none becomes content, as it was written. If the text is cut inside what begins like a call, that
     beginning is left out: it is neither content nor a call."""
 
-    def __init__(self, names: frozenset[str] = frozenset()) -> None:
-        """``names``: the tools that there are."""
-        self._names = names
+    def __init__(self, tools: Tools) -> None:
+        """``tools``: those that there are."""
+        self._tools = tools
         self._text = ""
         """What has come and is not used up."""
         self._parts: list[Part] = []
@@ -100,6 +104,7 @@ class ToolParser:
         self._taken = ""
         """The beginning of what may be a call, to be given back if it is none."""
         self._after: State = self.content
+        self._after_list: State = self.content
         self._state: State = self.begin
 
     def feed(self, text: str) -> list[Part]:
@@ -153,18 +158,12 @@ class ToolParser:
         self._taken = ""
         return self._go(self.content)
 
-    def _content_until(self, marker: str, ended: bool) -> bool:
-        """Say what stands before ``marker``; whether that has come, and is taken."""
-        at = self._text.find(marker)
-        if at < 0:
-            at = len(self._text) - (0 if ended else overlap(self._text, marker))
-            self._say(self._text[:at])
-            self._text = self._text[at:]
-            return False
-        self._say(self._text[:at])
-        self._text = self._text[at + len(marker) :]
-        self._taken = marker
-        return True
+    def _content_until(self, marks: Iterable[str], ended: bool) -> bool:
+        """Say what stands before the first of ``marks``; whether one has come, and is taken."""
+        before, mark, self._text = split_at(self._text, marks, ended)
+        self._say(before)
+        self._taken = mark
+        return bool(mark)
 
     def _skip_space(self) -> bool:
         """Take white space; whether something else follows."""
@@ -183,7 +182,7 @@ class ToolParser:
 
     def _read_call(self, after: State, *, known: bool = False) -> bool:
         """Go and read an object with a name and arguments, then to ``after``. ``known``: its name must be a tool's."""
-        self._reader = CallReader(self._names if known else None)
+        self._reader = CallReader(frozenset(self._tools) if known else None)
         self._after = after
         return self._go(self._reading)
 
@@ -205,8 +204,8 @@ class ToolParser:
             return self._go(self.content) if reader.name is not None else self._give_back()
         return False
 
-    def _begin_call(self, name: str) -> None:
-        self._parts.append(CallBegin(self._calls, name))
+    def _begin_call(self, name: str, call_id: str = "") -> None:
+        self._parts.append(CallBegin(self._calls, name, call_id))
         self._calls += 1
         self._space = self._taken = ""
 
@@ -218,8 +217,20 @@ class ToolParser:
             return True
         if self._takes("]", ended):
             self._taken = ""
-            return self._go(self.content)
+            return self._go(self._after_list)
         return self._read_call(self.list_of_calls)
+
+
+def split_at(text: str, marks: Iterable[str], ended: bool) -> tuple[str, str, str]:
+    """Split ``text`` at the first of ``marks``: (what stands before it, the mark, the rest).
+
+    Without a mark, the rest is what may be the beginning of one, unless the text has ``ended``."""
+    found = min(((at, mark) for mark in marks if (at := text.find(mark)) >= 0), default=None)
+    if found is not None:
+        at, mark = found
+        return text[:at], mark, text[at + len(mark) :]
+    at = len(text) - (0 if ended else max(overlap(text, mark) for mark in marks))
+    return text[:at], "", text[at:]
 
 
 def overlap(text: str, marker: str) -> int:

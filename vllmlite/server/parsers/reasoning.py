@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllmlite.server.parsers.parts import Content, Parser, Part, Reasoning, merged, overlap
+from vllmlite.server.parsers.parts import Content, Parser, Part, Reasoning, merged, split_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +15,11 @@ class ThinkStyle:
     closing: str
     implied: bool
     """Whether an answer begins with reasoning even where no mark opens it."""
+    other_openings: tuple[str, ...] = ()
+    other_closings: tuple[str, ...] = ()
+    """Marks that some models write instead."""
+    ends_before: tuple[str, ...] = ()
+    """Marks of tool calls, which end reasoning that no mark has closed."""
 
     def opened_by(self, prompt: str) -> bool | None:
         """Whether a chat template has opened the reasoning in ``prompt``, or closed it; None: neither."""
@@ -22,11 +27,28 @@ class ThinkStyle:
         return True if prompt.endswith(self.opening) else False if prompt.endswith(self.closing) else None
 
 
+_THINK = ("<think>", "</think>")
 STYLES = {
-    "deepseek_r1": ThinkStyle("<think>", "</think>", implied=True),
+    "deepseek_r1": ThinkStyle(*_THINK, implied=True),
+    "deepseek_v3": ThinkStyle(*_THINK, implied=False),
+    "glm45": ThinkStyle(*_THINK, implied=False),
+    "glm47": ThinkStyle(*_THINK, implied=False),
+    "granite": ThinkStyle(
+        "Here is my thought process:",
+        "Here is my response:",
+        implied=False,
+        other_openings=("Here's my thought process:",),
+        other_closings=("Here's my response:",),
+    ),
+    "kimi_k2": ThinkStyle(*_THINK, implied=False, ends_before=("<|tool_calls_section_begin|>",)),
+    "minimax_m2": ThinkStyle(*_THINK, implied=True),
     "mistral": ThinkStyle("[THINK]", "[/THINK]", implied=False),
-    "qwen3": ThinkStyle("<think>", "</think>", implied=False),
+    "olmo3": ThinkStyle(*_THINK, implied=True),
+    "openai_gptoss": ThinkStyle("<|channel|>analysis<|message|>", "<|end|>", implied=False),
+    "qwen3": ThinkStyle(*_THINK, implied=False),
+    "seed_oss": ThinkStyle("<seed:think>", "</seed:think>", implied=False),
 }
+"""vLLM's names of styles."""
 
 
 class ThinkParser:
@@ -57,26 +79,27 @@ class ThinkParser:
                 return []
         parts: list[Part] = []
         if self._open:
-            closing = self._style.closing
-            at = self._text.find(closing)
-            if at < 0:
-                at = len(self._text) - (0 if ended else overlap(self._text, closing))
-                parts.append(Reasoning(self._text[:at]))
-                self._text = self._text[at:]
+            style = self._style
+            closings = (style.closing, *style.other_closings, *style.ends_before)
+            text, mark, self._text = split_at(self._text, closings, ended)
+            parts.append(Reasoning(text))
+            if not mark:
                 return parts
-            parts.append(Reasoning(self._text[:at]))
-            self._text = self._text[at + len(closing) :]
+            if mark in style.ends_before:
+                self._text = mark + self._text
             self._open = False
         parts.append(Content(self._text))
         self._text = ""
         return parts
 
     def _opens(self, ended: bool) -> bool | None:
-        text, opening = self._text.lstrip(), self._style.opening
-        if text.startswith(opening):
-            self._text = text[len(opening) :]
-            return True
-        if opening.startswith(text) and not ended:
+        text = self._text.lstrip()
+        openings = (self._style.opening, *self._style.other_openings)
+        for opening in openings:
+            if text.startswith(opening):
+                self._text = text[len(opening) :]
+                return True
+        if any(opening.startswith(text) for opening in openings) and not ended:
             return None
         return self._style.implied
 

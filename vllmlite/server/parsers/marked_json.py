@@ -1,0 +1,67 @@
+"""Tool calls as JSON objects between marks: ``<tool_call>{"name": …, "arguments": …}</tool_call>`` and its kin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vllmlite.server.parsers.parts import ToolParser, Tools
+
+
+@dataclass(frozen=True, slots=True)
+class JsonMarks:
+    """The marks of a family of models."""
+
+    opening: tuple[str, ...]
+    """Each of them opens an object, or a list of objects."""
+    closing: str
+
+
+class MarkedJson(ToolParser):
+    """Content and calls in any order. A subclass names its marks."""
+
+    marks: ClassVar[JsonMarks]
+
+    def __init__(self, tools: Tools) -> None:
+        """See :class:`ToolParser`."""
+        super().__init__(tools)
+        self._after_list = self._close
+
+    def content(self, ended: bool) -> bool:
+        """A state: content, until a call opens."""
+        return self._content_until(self.marks.opening, ended) and self._go(self._opened)
+
+    def _opened(self, ended: bool) -> bool:
+        if not self._skip_space():
+            return self._give_back() if ended else False
+        if self._takes("[", ended):
+            return self._go(self.list_of_calls)
+        return self._read_call(self._close)
+
+    def _close(self, ended: bool) -> bool:
+        if not self._skip_space() and not ended:
+            return False
+        closes = self._takes(self.marks.closing, ended)
+        if closes is None:
+            return False
+        if closes:
+            self._taken = ""
+        return self._give_back()
+
+
+class Hermes(MarkedJson):
+    """Hermes, Qwen 2.5 and 3, Granite 4."""
+
+    marks = JsonMarks(("<tool_call>",), "</tool_call>")
+
+
+class Granite(MarkedJson):
+    """Granite 3: a list of calls after either mark, without an end."""
+
+    marks = JsonMarks(("<|tool_call|>", "<tool_call>"), "</tool_call>")
+
+
+class Jamba(MarkedJson):
+    """Jamba: a list of calls."""
+
+    marks = JsonMarks(("<tool_calls>",), "</tool_calls>")
