@@ -130,8 +130,11 @@ def test_the_changelog_has_the_programs_version() -> None:
 
 def test_the_interface_version_is_the_same_everywhere() -> None:
     assert re.findall(r"kInterfaceVersion = (\d+);", text("csrc/contract/bind.hpp")) == [str(API)]
+    show = ("--eval", "show: ; @echo $(API)", "show")
+    assert run("make", "-sf", "debian/rules", *show, cwd=ROOT).split() == [str(API)]
     for control in ("debian/control", "debian/control.cuda"):
-        assert re.findall(r"vllmlite-backend-api-(\d+)", text(control)) == [str(API)]
+        versions = re.findall(r"vllmlite-\w+-api-(\S+?)[ ,]", text(control))
+        assert versions and {*versions} == {"${vllmlite:API}"}
 
 
 def test_what_demo_and_test_install_is_pinned() -> None:

@@ -79,3 +79,19 @@ class EngineDeadError(VllmliteError):
 
 class EngineUseError(VllmliteError):
     """An engine was called where it cannot be: within a call of the same thread, or in a forked process."""
+
+
+EXTRAS = {
+    "torch": ("torch", "transformers"),
+    "server": ("fastapi", "uvicorn", "prometheus_client", "httpx"),
+    "guided": ("xgrammar",),
+}
+"""Modules that pip installs with an extra of vllmlite, by the extra."""
+
+
+def not_installed(module: str) -> str:
+    """Say that a Python ``module`` is not installed, and how Debian and pip install it."""
+    distribution = module.replace("_", "-")
+    extra = next((extra for extra, modules in EXTRAS.items() if module in modules), None)
+    pip = f"vllmlite[{extra}]" if extra else distribution
+    return f"the Python package {module} is not installed (Debian: python3-{distribution}; pip: {pip})"

@@ -14,7 +14,7 @@ from tokenizers.decoders import ByteLevel
 
 from vllmlite.chat.sources import DEFAULT, choose, read_templates
 from vllmlite.chat.special_tokens import read_special_tokens
-from vllmlite.errors import ModelError, ParameterError
+from vllmlite.errors import ModelError, ParameterError, not_installed
 from vllmlite.gguf_tokenizer import gguf_tokenizer
 from vllmlite.slow_tokenizer import SlowTokenizer
 from vllmlite.weights.json_object import read_object
@@ -234,10 +234,10 @@ def _load(path: Path) -> FastTokenizer | SlowTokenizer:
             return FastTokenizer.from_file(str(file))
         except BaseException as error:  # the library raises plain Exception
             raise _told(file, error) from None
-    from transformers import (
-        AutoTokenizer,  # only for checkpoints without a tokenizer.json: SentencePiece's, slow ones
-    )
-
+    try:
+        from transformers import AutoTokenizer  # SentencePiece's, and slow ones
+    except ModuleNotFoundError as error:
+        raise ModelError(f"{path}: no tokenizer.json, and {not_installed(str(error.name))}") from None
     try:
         loaded = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:

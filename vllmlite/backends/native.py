@@ -160,8 +160,13 @@ def load_extension(name: str) -> Any:
     """``vllmlite.NAME``. BackendError if it is not installed or speaks another version of the contract."""
     try:
         native = importlib.import_module(f"vllmlite.{name}")
+    except ModuleNotFoundError:
+        raise BackendError(
+            f"vllmlite.{name} is not installed (Debian: python3-vllmlite{name.replace('_', '-')}; "
+            f"pip: VLLMLITE{name.upper()}=1)"
+        ) from None
     except ImportError as error:
-        raise BackendError(f"vllmlite.{name} is not installed ({error})") from error
+        raise BackendError(f"vllmlite.{name} cannot be imported: {error}") from error
     if native.API != API:
         raise BackendError(f"vllmlite.{name} is built for interface {native.API}, and this is {API}")
     return native

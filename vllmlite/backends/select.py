@@ -13,7 +13,7 @@ from vllmlite.backends.base import Backend
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.config import FLOAT_DTYPES, QUANTIZATIONS
-from vllmlite.errors import BackendError, ParameterError
+from vllmlite.errors import BackendError, ParameterError, not_installed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,5 +149,7 @@ def select_backend(wanted: Wanted) -> tuple[Backend, str]:
 def _import_torch() -> object:
     try:
         return importlib.import_module("vllmlite.backends.torch")
+    except ModuleNotFoundError as error:
+        raise BackendError(not_installed(str(error.name))) from None
     except ImportError as error:
         raise BackendError(f"torch cannot be imported: {error}") from error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllmlite.cli import report
 from vllmlite.cli.bench import length_range
 from vllmlite.cli.screen import visible
-from vllmlite.errors import VllmliteError
+from vllmlite.errors import VllmliteError, not_installed
 
 if TYPE_CHECKING:
     from vllmlite.cli.bench_load import Load, Timing
@@ -116,9 +116,7 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
     try:
         from vllmlite.cli import bench_load
     except ModuleNotFoundError as error:
-        raise VllmliteError(
-            f"the Python package {error.name} is not installed (Debian: python3-{error.name})"
-        ) from None
+        raise VllmliteError(not_installed(str(error.name))) from None
     key = args.api_key or os.environ.get("OPENAI_API_KEY")
     target = bench_load.Target(args.base_url, args.uds, args.model, key, args.chat, args.timeout)
     load = bench_load.plan(args)

@@ -7,13 +7,13 @@ import os
 from collections.abc import Generator, Iterable
 from typing import Any
 
-from vllmlite.errors import ParameterError, VllmliteError
+from vllmlite.errors import ParameterError, VllmliteError, not_installed
 from vllmlite.server.parsers.parts import Content, Part, Reasoning
 
 try:
     import httpx
 except ModuleNotFoundError as error:
-    raise VllmliteError(f"the Python package {error.name} is not installed (Debian: python3-httpx)") from None
+    raise VllmliteError(not_installed(str(error.name))) from None
 
 
 class Server:

@@ -40,7 +40,8 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
         if (error.name or "vllmlite").partition(".")[0] == "vllmlite":
             raise
         raise VllmliteError(
-            f"the Python package {error.name}, which the server needs, is not installed (Debian: vllmlite-server)"
+            f"the Python package {error.name}, which the server needs, is not installed (Debian: vllmlite-server; "
+            "pip: vllmlite[server])"
         ) from None
     return serve(engine, server)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllmlite.chat.sources import read_template
 from vllmlite.config import EngineConfig, add_engine_arguments
-from vllmlite.errors import ParameterError, VllmliteError
+from vllmlite.errors import ParameterError, VllmliteError, not_installed
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ def start(config: EngineConfig, verbose: bool) -> Session:
     except ModuleNotFoundError as e:
         if (e.name or "vllmlite").partition(".")[0] == "vllmlite":
             raise
-        raise VllmliteError(
-            f"the Python package {e.name} is not installed (Debian: python3-{e.name}); 'vllmlite env' lists what is"
-        ) from None
+        raise VllmliteError(f"{not_installed(str(e.name))}; 'vllmlite env' lists what is") from None
     session = Session(
         engine, config.served_model_name or config.model or "built-in model", time.monotonic() - begin
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from vllmlite.errors import ParameterError
+from vllmlite.errors import ParameterError, not_installed
 from vllmlite.guided.compiler import GrammarCompiler, Prepared, Vocabulary, compile_prepared
 from vllmlite.guided.json_keywords import LITERAL, NAMED, SchemaError
 from vllmlite.guided.json_pattern import MAX_COUNT
@@ -190,11 +190,7 @@ class Grammars:
     @cached_property
     def _compiler(self) -> GrammarCompiler:
         if find_spec("xgrammar") is None:
-            raise ParameterError(
-                "structured_outputs",
-                None,
-                "needs xgrammar, which is not installed (Debian: python3-xgrammar)",
-            )
+            raise ParameterError("structured_outputs", None, not_installed("xgrammar"))
         return GrammarCompiler(self._vocabulary)
 
 

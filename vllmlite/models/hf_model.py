@@ -18,7 +18,7 @@ from torch import nn
 
 from vllmlite.backends.base import Backend, ForwardBatch, KVCache, KVSpec
 from vllmlite.backends.torch import TorchBackend
-from vllmlite.errors import BackendError, ModelError, VllmliteError
+from vllmlite.errors import BackendError, ModelError, VllmliteError, not_installed
 from vllmlite.models import hf_trial
 from vllmlite.models.hf_attention import ATTENTION, PROBE, STEP, Layer, Probe, Refusal, Step, register
 
@@ -180,6 +180,8 @@ def _refusing(path: Path, what: str) -> Iterator[None]:
 def _load(path: Path, dtype: torch.dtype) -> Any:
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
+    except ModuleNotFoundError as error:
+        raise ModelError(f"{path}: {not_installed(str(error.name))}") from None
     except ImportError as error:
         raise ModelError(f"{path}: transformers cannot be imported: {error}") from error
     register()

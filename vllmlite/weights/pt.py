@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from vllmlite.errors import ModelError
+from vllmlite.errors import ModelError, not_installed
 from vllmlite.weights.host import ITEM_SIZE, HostTensor
 
 
@@ -17,9 +17,7 @@ def read_pt(path: Path) -> dict[str, HostTensor]:
     try:
         import torch
     except ImportError:
-        raise ModelError(
-            f"{path}: reading PyTorch's files needs torch (Debian: python3-torch); safetensors do not"
-        ) from None
+        raise ModelError(f"{path}: {not_installed('torch')}; safetensors need no torch") from None
     try:
         content: Any = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None
