@@ -117,7 +117,10 @@ setup(
     entry_points={"console_scripts": ["vllmlite = vllmlite.__main__:main"]},
     install_requires=["huggingface-hub", "jinja2", "numpy", "pyyaml", "tokenizers"],
     extras_require={
-        "torch": ["torch", "transformers"],  # the reference backend; models and tokenizers of transformers' own
+        "torch": [
+            "torch",
+            "transformers",
+        ],  # the reference backend; models and tokenizers of transformers' own
         "server": ["fastapi", "uvicorn", "prometheus-client", "httpx"],
         "guided": ["xgrammar"],
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,12 +151,27 @@ def test_the_native_backend_is_chosen_before_torch(
         assert why == f"cuda on {'cuda' if device == 'auto' else device} in {found} (Chip)"
 
 
-def test_without_torch_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> Any:
-        raise ImportError(f"No module named {name!r}")
+def test_without_a_backend_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", "vllmlite._cpu", "vllmlite._cuda"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "vllmlite.backends.torch")
+    torch_reason = "the Python package torch is not installed (Debian: python3-torch; pip: vllmlite[torch])"
+    cpu_reason = "vllmlite._cpu is not installed (Debian: python3-vllmlite-cpu; pip: VLLMLITE_CPU=1)"
+    with pytest.raises(BackendError) as caught:
+        choose(device="cpu")
+    assert f"cpu on cpu declined: {cpu_reason}; torch on cpu declined: {torch_reason}" in str(caught.value)
+    with pytest.raises(BackendError) as caught:
+        choose(device="cpu", model="MptForCausalLM", only=("torch",))
+    assert "cpu on cpu declined: MptForCausalLM runs on torch alone" in str(caught.value)
+    assert torch_reason in str(caught.value)
 
-    monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(BackendError, match="torch on cpu declined: torch cannot be imported: No module"):
+
+def test_a_torch_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise ImportError("libtorch.so: cannot open shared object file")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(BackendError, match="torch on cpu declined: torch cannot be imported: libtorch"):
         choose()
 
 

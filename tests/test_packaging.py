@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from vllmlite.backends.base import API
 from vllmlite.cli import COMMANDS, main, serve
 from vllmlite.cli.parser import OptionParser
 from vllmlite.config import EngineConfig
+from vllmlite.errors import EXTRAS
 from vllmlite.server.config import ServerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,6 +146,21 @@ def test_what_demo_and_test_install_is_pinned() -> None:
     )
     needs = run("bash", "-c", shell, cwd=ROOT).split()
     assert {need.partition("==")[0].lower() for need in needs} <= {name for name, _ in pinned}
+
+
+def test_what_pip_installs_is_what_demo_and_errors_name() -> None:
+    (call,) = (
+        node
+        for node in ast.walk(ast.parse(text("setup.py")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "setup"
+    )
+    arguments = {keyword.arg: keyword.value for keyword in call.keywords}
+    needs = run("bash", "-c", '. scripts/venv.sh; echo "${RUN_NEEDS[@]}"', cwd=ROOT).split()
+    assert sorted(needs) == ast.literal_eval(arguments["install_requires"])
+    extras = ast.literal_eval(arguments["extras_require"])
+    assert extras == {
+        extra: [name.replace("_", "-") for name in modules] for extra, modules in EXTRAS.items()
+    }
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "csrc").glob("**/*.cu*")), ids=lambda file: file.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,16 @@ def test_what_is_no_mapping_of_tensors(content: Any, says: str, tmp_path: Path) 
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ModelError, match=says):
         read_pt(tmp_path / "x.pt")
+
+
+def test_without_torch_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(
+        ModelError, match=r"torch is not installed .*vllmlite\[torch\].*; safetensors need no torch"
+    ):
+        read_pt(tmp_path / "pytorch_model.bin")
 
 
 def test_views_and_shared_storage(tmp_path: Path) -> None:

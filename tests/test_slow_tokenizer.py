@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,4 +73,14 @@ def test_no_tokenizer_is_said(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ModelError, match=r"no tokenizer\.json, and transformers finds no tokenizer either"):
+        Tokenizer(tmp_path)
+
+
+def test_without_transformers_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        ModelError, match=r"no tokenizer\.json, and .* transformers is not .*vllmlite\[torch\]"
+    ):
         Tokenizer(tmp_path)
