@@ -156,7 +156,7 @@ class AsyncLLM:
                 )
                 added.append(request.request_id)
                 self._streams[request.request_id] = stream
-        except Exception:
+        except BaseException:
             self._forget(added)
             raise
         return stream
@@ -215,6 +215,7 @@ class AsyncLLM:
         """Have the running event loop take in what the engine gives. Raises EngineDeadError where there is none."""
         if self._end is not None:
             raise self._end
+        self._engine.turns.check()
         self._core.attend(asyncio.get_running_loop(), self._take_in)
 
     def _take_in(self) -> None:
@@ -226,12 +227,15 @@ class AsyncLLM:
                 self._watch_failures()
                 self._publish(outputs)
             self._core.check()
-        except Exception as error:
+        except BaseException as error:
+            # An exception of a signal handler too: outputs that were not handed out are lost with it.
             logger.exception("the engine is dead")
             self._death = EngineDeadError(f"the engine is dead: {type(error).__name__}: {error}")
             self._finish(self._death)
             if self._on_death is not None:
                 self._on_death()
+            if not isinstance(error, Exception):
+                raise
 
     def _watch_failures(self) -> None:
         stats = self._core.stats

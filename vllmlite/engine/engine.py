@@ -23,6 +23,7 @@ from vllmlite.engine.trace import Trace, TracedRunner, TraceEvent
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import EngineStats, RequestMetrics
 from vllmlite.sampling_params import SamplingParams
+from vllmlite.signals import came_from_handler
 
 logger = logging.getLogger(__name__)
 
@@ -297,8 +298,9 @@ class Engine:
 
         What it gave is added to ``outputs``, a new list by default, and that list is returned. A caller that keeps the
         list has every id that counts, even if the call is interrupted: an id counts once its output is in the list,
-        and the others are sampled again, with the same result. A step that raises ends the requests that it and any
-        other step in flight held with ``error``; the engine and the waiting requests go on."""
+        and the others are sampled again, with the same result. A step that raises an Exception, unless a signal
+        handler raised it, ends the requests that it and any other step in flight held with ``error``; the engine and
+        the waiting requests go on."""
         if outputs is None:
             outputs = []
         if self._trace is None:
@@ -325,6 +327,8 @@ class Engine:
                 self._in_flight.popleft()
                 self._take_in(schedule, rows, result, outputs)
         except Exception as error:
+            if came_from_handler(error):
+                raise
             logger.exception("a step failed; its requests end with an error")
             self._fail(error, outputs)
         self._changing = False
