@@ -26,6 +26,7 @@ from vllmlite.server.protocol.chat import (
     ChatCompletionRequest,
     ChatDelta,
     ChatMessage,
+    Counted,
     FunctionCall,
 )
 from vllmlite.server.protocol.logprobs import ChatLogprobs
@@ -45,8 +46,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     arrival = time.monotonic()
     service: Service = request.app.state.service
     service.check_model(body.model)
-    offered = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-    tools = ToolUse.of(offered, body.tool_choice, body.parallel_tool_calls, service.config)
+    tools = _tool_use(body, service)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     with renamed(max_tokens=limit, logprobs="top_logprobs", prompt="messages"):
         params = _params(body, service, tools)
@@ -59,6 +59,22 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
         return Stream(answer.events(), generation.close)
     (output,) = await generation.finished(request.receive)
     return JSON(answer.whole(output))
+
+
+@router.post("/v1/chat/completions/input_tokens", responses=documented(Counted))
+@router.post("/chat/completions/input_tokens", responses=documented(Counted), include_in_schema=False)
+async def count_input_tokens(body: ChatCompletionRequest, request: Request) -> Response:
+    """Count the prompt tokens of a conversation, as llama.cpp does."""
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    prompt = await service.encode_chat(body, _tool_use(body, service).shown)
+    answer: Counted = {"input_tokens": len(prompt["prompt_token_ids"])}
+    return JSON(answer)
+
+
+def _tool_use(body: ChatCompletionRequest, service: Service) -> ToolUse:
+    offered = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    return ToolUse.of(offered, body.tool_choice, body.parallel_tool_calls, service.config)
 
 
 def _params(body: ChatCompletionRequest, service: Service, tools: ToolUse) -> SamplingParams:

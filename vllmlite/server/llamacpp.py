@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from vllmlite import __version__
+from vllmlite.chat.sources import TOOL_USE
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from vllmlite.pooling_params import PoolingParams
@@ -114,11 +115,13 @@ async def props(request: Request) -> Response:
         "model_alias": service.model,
         "model_path": config.model or service.model,
         "modalities": {"vision": False, "audio": False},
-        "chat_template": service.config.chat_template or service.tokenizer.chat_template or "",
+        "chat_template": service.chat_template(),
         "bos_token": service.tokenizer.special_text("bos_token"),
         "eos_token": service.tokenizer.special_text("eos_token"),
         "build_info": f"vllmlite {__version__}",
     }
+    if service.config.chat_template is None and TOOL_USE in service.tokenizer.chat_templates:
+        answer["chat_template_tool_use"] = service.tokenizer.chat_templates[TOOL_USE]
     return JSON(answer)
 
 

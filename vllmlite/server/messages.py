@@ -18,13 +18,12 @@ from vllmlite.server.conversation import conversation
 from vllmlite.server.documented import documented
 from vllmlite.server.errors import ApiError, as_api_error, renamed
 from vllmlite.server.message_blocks import Blocks, as_messages
-from vllmlite.server.protocol.chat import ChatPrompt
+from vllmlite.server.protocol.chat import ChatPrompt, Counted
 from vllmlite.server.protocol.messages import (
     AnthropicAnswer,
     AnthropicChoice,
     AnthropicError,
     AnthropicUsage,
-    Counted,
     CountRequest,
     MessagesRequest,
 )

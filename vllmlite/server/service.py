@@ -328,6 +328,13 @@ class Service:
         text = template.prompt([as_mapping(message) for message in body.messages], wishes, tools, variables)
         return await self.encode(text, body.add_special_tokens, truncation)
 
+    def chat_template(self) -> str:
+        """The text of the chat template for conversations without tools; empty if there is none."""
+        wanted = self.config.chat_template
+        if wanted is None:
+            return self.tokenizer.chat_template or ""
+        return self.tokenizer.find_chat_template(wanted).source
+
     def _template_wanted(self, requested: str | None) -> str | None:
         """The chat template that a request asks for, or else the server's; None: the model's own. A request may name
         any that is here; its own text needs ``trust_request_chat_template``. Raises :class:`ParameterError`."""

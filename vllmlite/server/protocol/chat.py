@@ -120,6 +120,12 @@ class ChatCompletionRequest(ChatPrompt, SamplingRequest):
     echo: bool = Field(False, description="Begin with the last message, where the answer continues it.")
 
 
+class Counted(TypedDict):
+    """Answer of ``/v1/chat/completions/input_tokens`` and ``/v1/messages/count_tokens``."""
+
+    input_tokens: int
+
+
 class FunctionCall(TypedDict):
     """What is called, with a JSON text; in a delta, the name at first and then the text in pieces."""
 

@@ -205,6 +205,7 @@ class LlamaProps(TypedDict):
     model_path: str
     modalities: dict[str, bool]
     chat_template: str
+    chat_template_tool_use: NotRequired[str]
     bos_token: str
     eos_token: str
     build_info: str

@@ -151,12 +151,6 @@ class AnthropicAnswer(TypedDict):
     context_management: NotRequired[dict[str, Any]]
 
 
-class Counted(TypedDict):
-    """Answer of ``/v1/messages/count_tokens``."""
-
-    input_tokens: int
-
-
 class AnthropicErrorInfo(TypedDict):
     """What was wrong."""
 
