@@ -109,7 +109,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["vllmlite", "vllmlite.*"]),
-    package_data={"vllmlite": ["py.typed", "data/**", "server/page.html"]},
+    package_data={"vllmlite": ["py.typed", "data/**", "models/config_keys.json", "server/page.html"]},
     setup_requires=["cmake>=3.25", "ninja", "pybind11>=2.12"] if modules else [],
     # An optional module that was not built is none: nothing looks for its file.
     ext_modules=[Extension(f"vllmlite.{name}", sources=[], optional=not asked_for(name)) for name in modules],

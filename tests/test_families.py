@@ -92,6 +92,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_hidden_layers": 4, "mlp_only_layers": [3]},
     ),
     "qwen3-moe": ("Qwen3Moe", MOE | {"norm_topk_prob": True}),
+    "qwen2-moe-sliding": (
+        "Qwen2Moe",
+        MOE
+        | {"shared_expert_intermediate_size": 56, "use_sliding_window": True, "sliding_window": 7}
+        | {"num_hidden_layers": 4, "max_window_layers": 3},
+    ),
+    "qwen3-moe-sliding": ("Qwen3Moe", MOE | {"use_sliding_window": True, "sliding_window": 7}),
     "gpt2": ("GPT2", {"n_inner": None}),
     "gpt2-untied": ("GPT2", {"n_inner": 80, "tie_word_embeddings": False}),
     "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
@@ -274,7 +281,6 @@ def test_whole_tensors_are_not_copied(tmp_path: Path) -> None:
 REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
     ("OPT", {"layer_norm_elementwise_affine": False}, ["layer_norm_elementwise_affine=False"]),
     ("GPT2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
-    ("GPT2", {"n_embd": None}, ["n_embd is absent"]),
     ("Gemma3", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
     ("Gemma3", {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping=50.0", "null"]),
     ("Bloom", {"apply_residual_connection_post_layernorm": True}, ["apply_residual_connection"]),

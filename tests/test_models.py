@@ -278,7 +278,6 @@ BAD_CONFIGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"is_encoder_decoder": True}, ["is_encoder_decoder=True", "with an encoder"]),
     ({"architectures": [3]}, ["architectures"]),
     ({"architectures": None, "model_type": "gpt5"}, ["model_type", "gpt5", "llama"]),
-    ({"hidden_size": None}, ["hidden_size", "absent"]),
     ({"hidden_size": 64.0}, ["hidden_size=64.0", "integer"]),
     ({"hidden_size": True}, ["hidden_size=True", "integer"]),
     ({"hidden_size": "64"}, ["hidden_size='64'"]),

@@ -36,9 +36,15 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
         intermediate_size=config.integer("ffn_hidden_size", 4 * config.integer("hidden_size"))
     )
     if not newer:
-        own = 1 if config.boolean("multi_query", True) else heads
-        config = config.fixed(num_key_value_heads=own)
+        if config.boolean("multi_query", True):
+            config.without_effect("num_key_value_heads")
+            config = config.fixed(num_key_value_heads=1)
+        else:
+            config.require("num_kv_heads", heads)
+            config = config.fixed(num_key_value_heads=heads)
     alibi, bias = config.boolean("alibi", False), config.boolean("bias", False)
+    if alibi:
+        config.without_effect("rope_parameters", "rope_theta")
     base = decoder_spec(
         config.default(max_position_embeddings=2048),
         architecture,

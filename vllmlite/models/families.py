@@ -23,6 +23,7 @@ from vllmlite.models import (
     smollm3,
     stablelm,
 )
+from vllmlite.models.config_table import check_remaining, with_defaults
 from vllmlite.models.gguf import gguf_keys
 from vllmlite.models.hf_config import HfConfig
 from vllmlite.models.spec import DecoderSpec
@@ -69,8 +70,12 @@ def read_spec(path: Path) -> DecoderSpec:
     name = architecture(config)
     if name not in FAMILIES:
         raise config.error("architectures", f"{', '.join(FAMILIES)}; or --model-impl transformers")
-    spec = FAMILIES[name].spec(config, name)
-    return replace(spec, keys=gguf_keys(path)) if path.is_file() else spec
+    family = FAMILIES[name]
+    if path.is_file():
+        return replace(family.spec(config, name), keys=gguf_keys(path))
+    spec = family.spec(with_defaults(config, family.model_type), name)
+    check_remaining(config, family.model_type)
+    return spec
 
 
 def architecture(config: HfConfig) -> str:

@@ -15,6 +15,7 @@ from vllmlite.models.spec import DecoderSpec, LayerSpec, NormSpec
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
     """The first Gemma computes its ``gelu`` by tanh, whatever its configuration calls it."""
     if config.get("hidden_activation") is not None:
+        config.without_effect("hidden_act")
         config = config.spelling(hidden_act="hidden_activation")
     base = _spec(config, architecture)
     return replace(base, activation="gelu_tanh" if base.activation == "gelu" else base.activation)

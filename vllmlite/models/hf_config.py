@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,20 @@ class HfConfig:
     and what is accepted. A key whose value is null counts as absent."""
 
     def __init__(
-        self, values: Mapping[str, Any], where: str, spelled: Mapping[str, str] | None = None
+        self,
+        values: Mapping[str, Any],
+        where: str,
+        spelled: Mapping[str, str] | None = None,
+        read: set[str] | None = None,
+        unread: frozenset[str] = frozenset(),
     ) -> None:
         self._values = values
-        self._where = where
+        self.where = where
         self._spelled = spelled or {}
+        self._read = set() if read is None else read
+        """Keys that have been read, of this and of all that were made from one object."""
+        self._unread = unread
+        """Keys whose values are not the object's own."""
 
     @classmethod
     def read(cls, path: Path) -> HfConfig:
@@ -56,17 +65,26 @@ class HfConfig:
     def spelling(self, **keys: str) -> HfConfig:
         """The same values, where a family spells what all others call ``hidden_size`` in a way of its own; the common
         name is read where the own one is absent."""
-        return HfConfig(self._values, self._where, {**self._spelled, **keys})
+        return HfConfig(self._values, self.where, {**self._spelled, **keys}, self._read, self._unread)
 
     def default(self, **values: Any) -> HfConfig:
         """The same, with values for what is absent."""
         absent = {key: value for key, value in values.items() if self.get(key) is None}
-        return HfConfig({**self._values, **absent}, self._where, self._spelled)
+        return HfConfig({**self._values, **absent}, self.where, self._spelled, self._read, self._unread)
 
     def fixed(self, **values: Any) -> HfConfig:
         """The same, with values that a family has instead of any given."""
         spelled = {key: own for key, own in self._spelled.items() if key not in values}
-        return HfConfig({**self._values, **values}, self._where, spelled)
+        unread = self._unread | values.keys()
+        return HfConfig({**self._values, **values}, self.where, spelled, self._read, unread)
+
+    def without_effect(self, *keys: str) -> None:
+        """Note that the values of ``keys``, whatever they are, do not matter beside the others."""
+        self._read.update(map(self._key, keys))
+
+    def remaining(self) -> dict[str, Any]:
+        """The values that have not been read so far."""
+        return {key: value for key, value in self._values.items() if key not in self._read}
 
     def _key(self, key: str) -> str:
         own = self._spelled.get(key, key)
@@ -76,15 +94,18 @@ class HfConfig:
         """The complaint about ``key``, to be raised."""
         key = self._key(key)
         if key not in self._values:
-            return ModelError(f"{self._where}: {key} is absent; accepted: {accepted}")
+            return ModelError(f"{self.where}: {key} is absent; accepted: {accepted}")
         shown = repr(self._values[key])
         if len(shown) > 80:
             shown = shown[:77] + "..."
-        return ModelError(f"{self._where}: {key}={shown}; accepted: {accepted}")
+        return ModelError(f"{self.where}: {key}={shown}; accepted: {accepted}")
 
     def get(self, key: str) -> Any:
         """The value as it stands, None where absent."""
-        return self._values.get(self._key(key))
+        key = self._key(key)
+        if key not in self._unread:
+            self._read.add(key)
+        return self._values.get(key)
 
     def require(self, key: str, expected: Any, why: str = "") -> None:
         """Refuse any value but ``expected``, which is also the default: another would change the numbers."""
@@ -99,7 +120,7 @@ class HfConfig:
             return None
         if not isinstance(value, dict):
             raise self.error(key, "an object")
-        return HfConfig(value, f"{self._where}: {key}")
+        return HfConfig(value, f"{self.where}: {key}")
 
     def integer(self, key: str, default: Any = _REQUIRED, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
         """An integer of at least ``minimum`` and at most ``maximum``."""
@@ -204,6 +225,7 @@ def rope_spec(
     key = "rope_type" if section.get("rope_type") is not None else "type"
     kind = section.choice(key, {name: name for name in KINDS}, "default")
     if kind == "default":
+        config.without_effect("original_max_position_embeddings")
         return RopeSpec(rotary_dim=rotated, theta=theta)
     trained = config.integer("max_position_embeddings")
     if kind in ("yarn", "llama3", "longrope"):
@@ -274,19 +296,28 @@ def _yarn_spec(config: HfConfig, section: HfConfig, head_dim: int, theta: float,
     )
 
 
-def layer_windows(config: HfConfig) -> tuple[int | None, ...]:
-    """Sliding windows as Qwen spells them: only with ``use_sliding_window``, on the layers that ``layer_types`` names
-    or, without it, on those from ``max_window_layers`` up."""
-    layers = config.integer("num_hidden_layers")
-    used = config.boolean("use_sliding_window", False) and config.get("sliding_window") is not None
-    first = config.integer("max_window_layers", 28, minimum=0)
+def used_window(config: HfConfig) -> int | None:
+    """The sliding window as Qwen spells it: only with ``use_sliding_window``."""
+    if config.boolean("use_sliding_window", False) and config.get("sliding_window") is not None:
+        return config.integer("sliding_window")
+    config.without_effect("sliding_window")
+    return None
+
+
+def layer_windows(
+    config: HfConfig, slides: Callable[[int, int], bool] = lambda layer, first: layer >= first
+) -> tuple[int | None, ...]:
+    """Sliding windows of Qwen's layers: of those that ``layer_types`` names or, without it, of those that ``slides``
+    says of a layer and ``max_window_layers``."""
+    window, first = used_window(config), config.integer("max_window_layers", 28, minimum=0)
     default = [
-        "sliding_attention" if used and layer >= first else "full_attention" for layer in range(layers)
+        "sliding_attention" if window is not None and slides(layer, first) else "full_attention"
+        for layer in range(config.integer("num_hidden_layers"))
     ]
     types = layer_types(config, default)
-    if not used and "sliding_attention" in types:
+    if window is None and "sliding_attention" in types:
         raise config.error("sliding_window", "a window with use_sliding_window, which layer_types asks for")
-    return tuple(config.integer("sliding_window") if name == "sliding_attention" else None for name in types)
+    return tuple(window if name == "sliding_attention" else None for name in types)
 
 
 def layer_types(config: HfConfig, default: Sequence[str]) -> Sequence[str]:

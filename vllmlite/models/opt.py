@@ -38,12 +38,13 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
         tied=True,
     )
     bias = config.boolean("enable_bias", True)
+    last = not config.boolean("_remove_final_layer_norm", False)
     return replace(
         base,
         learned_positions=base.max_position_embeddings,
         position_offset=OFFSET,
         post_norm=not before,
-        final_norm=before and not config.boolean("_remove_final_layer_norm", False),
+        final_norm=before and last,
         embedding_size=None if embedded == width else embedded,
         gated_mlp=False,
         qkv_bias=bias,

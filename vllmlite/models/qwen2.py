@@ -15,6 +15,8 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
 
 
 def moe(config: HfConfig, architecture: str) -> DecoderSpec:
-    """An expert that all tokens go through stands beside the others."""
-    base = replace(spec(config, architecture), qkv_bias=config.boolean("qkv_bias", True))
+    """An expert that all tokens go through stands beside the others; windows are in every other of the lower layers."""
+    windows = layer_windows(config, lambda layer, first: layer % 2 == 0 and layer < first)
+    base = decoder_spec(config, architecture, windows=windows)
+    base = replace(base, qkv_bias=config.boolean("qkv_bias", True))
     return with_experts(base, config, config.integer("shared_expert_intermediate_size", 5632), 60, 4)

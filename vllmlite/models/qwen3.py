@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from vllmlite.models.hf_config import HfConfig, decoder_spec, layer_windows
+from vllmlite.models.hf_config import HfConfig, decoder_spec, layer_windows, used_window
 from vllmlite.models.qwen_moe import with_experts
 from vllmlite.models.spec import DecoderSpec
 
 
-def spec(config: HfConfig, architecture: str, head_dim: int | None = 128) -> DecoderSpec:
-    """The head size is a number of its own, ``head_dim`` unless given."""
+def spec(config: HfConfig, architecture: str) -> DecoderSpec:
+    """The head size is a number of its own."""
+    return _spec(config, architecture, layer_windows(config), head_dim=128)
+
+
+def moe(config: HfConfig, architecture: str) -> DecoderSpec:
+    """Experts only, in most layers; a window is in all of them."""
+    windows = (used_window(config),) * config.integer("num_hidden_layers")
+    return with_experts(_spec(config, architecture, windows, None), config, 0, 128, 8)
+
+
+def _spec(
+    config: HfConfig, architecture: str, windows: Sequence[int | None], head_dim: int | None
+) -> DecoderSpec:
     bias = config.boolean("attention_bias", False)
     return replace(
-        decoder_spec(config, architecture, windows=layer_windows(config), head_dim=head_dim),
+        decoder_spec(config, architecture, windows=windows, head_dim=head_dim),
         qkv_bias=bias,
         o_bias=bias,
         qk_norm="head",
     )
-
-
-def moe(config: HfConfig, architecture: str) -> DecoderSpec:
-    """Experts only, in most layers."""
-    return with_experts(spec(config, architecture, None), config, 0, 128, 8)

@@ -20,6 +20,8 @@ def with_experts(
     if not isinstance(plain, list) or any(type(layer) is not int for layer in plain):
         raise config.error("mlp_only_layers", "a list of layers' numbers")
     if not experts:
+        config.without_effect("decoder_sparse_step", "num_experts_per_tok", "moe_intermediate_size")
+        config.without_effect("norm_topk_prob")
         return base
     step = config.integer("decoder_sparse_step", 1)
     moe = MoeSpec(

@@ -18,6 +18,7 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
     used = config.boolean("use_sliding_window", False) and config.get("sliding_window") is not None
     default = ["sliding_attention" if used and not flag else "full_attention" for flag in rotates[:count]]
     types = layer_types(config, default)
+    config.without_effect("sliding_window")  # where no layer has one
     window = config.integer("sliding_window") if "sliding_attention" in types else None
     rope = rope_spec(config, head_size(config), theta=2e6)
     return replace(
