@@ -15,10 +15,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import httpx
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from vllmlite import EngineConfig
@@ -117,13 +119,26 @@ def serving(engine_config: EngineConfig = ENGINE, **options: Any) -> Iterator[Se
         engine.shutdown()
 
 
+_APPS: WeakKeyDictionary[Service, tuple[tuple[ServerConfig, tuple[str, ...]], FastAPI]] = WeakKeyDictionary()
+
+
+def app_of(service: Service, keys: tuple[str, ...] = ()) -> FastAPI:
+    """The application of ``service``, built again only for another configuration: FastAPI takes 0.2 s for that."""
+    wanted = service.config, keys
+    built, app = _APPS.get(service, (None, None))
+    if app is None or built != wanted:
+        app = build_app(service, keys)
+        _APPS[service] = wanted, app
+    return app
+
+
 @asynccontextmanager
 async def client_of(
     service: Service, keys: tuple[str, ...] = (), send_buffer: int | None = None
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of ``service``, through uvicorn and a socket, on this event loop."""
     config = uvicorn.Config(
-        build_app(service, keys),
+        app_of(service, keys),
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=5,

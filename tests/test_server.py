@@ -309,8 +309,6 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, {"prompt": "\ud800"}, 400, "prompt", "Unicode"),
     (COMPLETIONS, {"prompt": "x", "temperature": -1}, 400, "temperature", "at least 0"),
     (COMPLETIONS, {"prompt": "x", "temperature": "hot"}, 400, "temperature", "valid number"),
-    (COMPLETIONS, {"prompt": "x", "temprature": 1}, 400, "temprature", "did you mean temperature"),
-    (COMPLETIONS, {"prompt": "x", "\ud800" * 99: 1}, 400, "\\ud800" * 80, "no such parameter"),
     (COMPLETIONS, {"prompt": "x", "top_k": 10**20}, 400, "top_k", "2147483647"),
     (COMPLETIONS, {"prompt": "x", "best_of": 4}, 400, "best_of", "not ranked"),
     (COMPLETIONS, {"prompt": "x", "suffix": "y"}, 400, "suffix", "filled in"),

@@ -168,7 +168,7 @@ def test_messages_say_how_to_think_and_what_to_write(service: Service, script: S
         assert structure is not None and json.dumps(structure.json) == json.dumps(PARAMETERS)
     bad: list[dict[str, Any]] = [
         {"thinking": {"type": "sometimes"}},
-        {"tools": [{**CLAUDE["tools"][0], "defer_loading": True}]},
+        {"tools": [{**CLAUDE["tools"][0], "allowed_callers": ["code_execution_20250825"]}]},
         {"tools": CLAUDE["tools"], "tool_choice": {"type": "any"}, "output_format": form},
     ]
     refused = post(service, MESSAGES, 400, **plain, thread={"type": "create"})["error"]

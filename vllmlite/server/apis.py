@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from starlette.types import Scope
+
 
 class Api(Enum):
     """Whose clients a path is for."""
@@ -18,6 +20,12 @@ LLAMACPP_PATHS = frozenset(
     "/chat/completions /responses /embeddings".split()
 )
 """llama-server's own paths, and its names without /v1 of OpenAI's endpoints, which vLLM does not have."""
+
+
+def path_of(scope: Scope) -> str:
+    """The path of a request without the one under which a proxy shows the server."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) or "/"
 
 
 def api_of(path: str) -> Api:

@@ -26,6 +26,7 @@ from vllmlite.server.metrics import StatsLog
 from vllmlite.server.middleware import Count, LimitBody, RequireKey, error_response
 from vllmlite.server.page import page_route
 from vllmlite.server.profiler import Profiler
+from vllmlite.server.protocol.base import FUNCTION_TAG, OTHER_TAG
 from vllmlite.server.protocol.operations import TOKENIZABLE_TAGS
 from vllmlite.server.service import Service
 from vllmlite.server.sse import ClientGone
@@ -33,6 +34,9 @@ from vllmlite.server.sse import ClientGone
 logger = logging.getLogger(__name__)
 
 ENDPOINTS = (completions, chat, embeddings, responses, messages, llamacpp, operations)
+
+TAGS = (*TOKENIZABLE_TAGS, FUNCTION_TAG, OTHER_TAG)
+"""What pydantic puts into the places of errors besides names of fields."""
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for the log of an answer that nobody waited for."""
@@ -147,6 +151,6 @@ async def _tell_validation(request: Request, error: Exception) -> Response:
         given = request.headers.get("content-type", "missing")
         message = f"content-type must be application/json, and is {given}"
         return error_response(ApiError(HTTPStatus.BAD_REQUEST, message), request.scope)
-    place = ".".join(str(part) for part in first["loc"][1:] if part not in TOKENIZABLE_TAGS)
+    place = ".".join(str(part) for part in first["loc"][1:] if part not in TAGS)
     message = f"{place or 'body'}: {first['msg']}"
     return error_response(ApiError(HTTPStatus.BAD_REQUEST, message, param=place or None), request.scope)

@@ -45,14 +45,15 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     """Answer a conversation."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
-    service.check_model(body.model)
+    service.check(body, request)
     tools = _tool_use(body, service)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     with renamed(max_tokens=limit, logprobs="top_logprobs", prompt="messages"):
         params = _params(body, service, tools)
         generation, readers = await begin(
-            service, "chatcmpl-", body, params, tools, request_id=request_id(body.request_id, request),
-            priority=body.priority, cache_salt=body.cache_salt, arrival_time=arrival,
+            service, "chatcmpl-", body, params, tools, body.reasoning_format in ("none", "raw"),
+            request_id=request_id(body.request_id, request), priority=body.priority, cache_salt=body.cache_salt,
+            arrival_time=arrival,
         )  # fmt: skip
     answer = _Answer(service, body, generation, tools, readers)
     if body.stream:
@@ -66,15 +67,14 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
 async def count_input_tokens(body: ChatCompletionRequest, request: Request) -> Response:
     """Count the prompt tokens of a conversation, as llama.cpp does."""
     service: Service = request.app.state.service
-    service.check_model(body.model)
+    service.check(body, request)
     prompt = await service.encode_chat(body, _tool_use(body, service).shown)
     answer: Counted = {"input_tokens": len(prompt["prompt_token_ids"])}
     return JSON(answer)
 
 
 def _tool_use(body: ChatCompletionRequest, service: Service) -> ToolUse:
-    offered = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-    return ToolUse.of(offered, body.tool_choice, body.parallel_tool_calls, service.config)
+    return ToolUse.of(body.functions(), body.tool_choice, body.parallel_tool_calls, service.config)
 
 
 def _params(body: ChatCompletionRequest, service: Service, tools: ToolUse) -> SamplingParams:
@@ -110,6 +110,7 @@ class _Answer:
         self._generation = generation
         self._tools = tools
         self._readers = readers
+        self._shows_reasoning = body.shows_reasoning()
         self._ids = service.config.return_tokens_as_token_ids or bool(body.return_tokens_as_token_ids)
         last = body.messages[-1]
         self._role = service.config.response_role if body.add_generation_prompt else last.role
@@ -183,7 +184,7 @@ class _Answer:
         reading = Reading.of(reader.read(completion))
         content = self._begin + reading.content
         message: ChatMessage = {"role": self._role, "content": content}
-        if reading.reasoning and self._body.include_reasoning:
+        if reading.reasoning and self._shows_reasoning:
             message["reasoning"] = message["reasoning_content"] = reading.reasoning
         if reading.calls:
             message["content"] = content or None
@@ -228,7 +229,7 @@ class _Answer:
                 return {"content": text}
             case Reasoning(text):
                 both: ChatDelta = {"reasoning": text, "reasoning_content": text}
-                return both if self._body.include_reasoning else None
+                return both if self._shows_reasoning else None
             case CallBegin(index, name) as begun:
                 function: FunctionCall = {"name": name, "arguments": ""}
                 return {

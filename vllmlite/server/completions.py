@@ -21,6 +21,7 @@ from vllmlite.server.protocol.completions import (
     Generated,
     GenerateRequest,
 )
+from vllmlite.server.protocol.sampling import token_limit
 from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import DONE, JSON, LINES, Chunks, Stream, error_line, event, to_json
 
@@ -32,11 +33,11 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     """Complete one prompt or several."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
-    service.check_model(body.model)
+    service.check(body, request)
     scored = bool(body.echo) and body.max_tokens == 0
     changes: dict[str, Any] = {"logprobs": body.logprobs}
     if body.max_tokens is not None:
-        changes["max_tokens"] = 1 if scored else body.max_tokens
+        changes["max_tokens"] = 1 if scored else token_limit(body.max_tokens)
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         if body.stream:
             raise ParameterError("echo", True, "with logprobs does not go with stream=true")
@@ -157,10 +158,10 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     """Complete one prompt; the answer repeats it. A stream is lines of JSON, each with all the text so far."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
-    service.check_model(body.model)
+    service.check(body, request)
     changes: dict[str, Any] = {"logprobs": body.logprobs}
     if body.max_tokens is not None:
-        changes["max_tokens"] = body.max_tokens
+        changes["max_tokens"] = token_limit(body.max_tokens)
     params = body.sampling_params(service.default_params, **changes)
     prompts = await service.encode_all(body.prompt, truncation=service.engine.llm_engine.truncation(params))
     if len(prompts) > 1:

@@ -84,6 +84,11 @@ class ServerConfig:
         low=0,
         high=3600,
     )
+    strict_requests: bool = option(
+        False,
+        "refuse requests with fields that have no effect, in place of logging each once",
+        group="server",
+    )
     ui: bool = option(True, "serve a page to chat in at /", group="server")
     shutdown_timeout: int = option(
         30, "seconds that running requests get to finish after SIGTERM", group="server", low=0, high=86400

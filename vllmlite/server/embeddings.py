@@ -24,7 +24,7 @@ async def create_embedding(body: EmbeddingRequest, request: Request) -> Response
     """A vector of each input."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
-    service.check_model(body.model)
+    service.check(body, request)
     params = PoolingParams(
         dimensions=body.dimensions,
         normalize=body.normalize,

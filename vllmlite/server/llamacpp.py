@@ -80,7 +80,7 @@ async def embed(body: LlamaEmbeddingRequest, request: Request) -> Response:
     """A vector of each text."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
-    service.check_model(body.model)
+    service.check(body, request)
     with renamed(prompt="content", prompt_token_ids="content"):
         prompts = await service.encode_all(body.content)
         generation = await service.generate("embd-", prompts, PoolingParams(), arrival_time=arrival)
@@ -95,7 +95,7 @@ async def embed(body: LlamaEmbeddingRequest, request: Request) -> Response:
 async def apply_template(body: ChatPrompt, request: Request) -> Response:
     """The prompt that a conversation becomes."""
     service: Service = request.app.state.service
-    service.check_model(body.model)
+    service.check(body, request)
     encoded = await service.encode_chat(body)
     answer: AppliedTemplate = {"prompt": encoded["prompt"]}
     return JSON(answer)
@@ -127,7 +127,7 @@ async def props(request: Request) -> Response:
 
 async def _answer(service: Service, body: LlamaRequest, prompt: dict[str, Any], request: Request) -> Response:
     arrival = time.monotonic()
-    service.check_model(body.model)
+    service.check(body, request)
     with renamed(repetition_penalty="repeat_penalty", logprobs="n_probs", max_tokens="n_predict"):
         params = _params(body, service.default_params)
         generation = await service.generate(

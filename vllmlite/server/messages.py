@@ -18,7 +18,7 @@ from vllmlite.server.conversation import conversation
 from vllmlite.server.documented import documented
 from vllmlite.server.errors import ApiError, as_api_error, renamed
 from vllmlite.server.message_blocks import Blocks, as_messages
-from vllmlite.server.protocol.chat import ChatPrompt, Counted
+from vllmlite.server.protocol.chat import ChatPrompt, Counted, thinking_variables
 from vllmlite.server.protocol.messages import (
     AnthropicAnswer,
     AnthropicChoice,
@@ -45,7 +45,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     """Answer a conversation, in blocks."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
-    service.check_model(body.model)
+    service.check(body, request)
     if body.thread is not None:
         raise ApiError(
             HTTPStatus.BAD_REQUEST,
@@ -70,7 +70,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
 async def count_tokens(body: CountRequest, request: Request) -> Response:
     """The tokens that a conversation is."""
     service: Service = request.app.state.service
-    service.check_model(body.model)
+    service.check(body, request)
     tools = _tool_use(body, service)
     prompt = await service.encode_chat(_talk(body, tools), tools.shown)
     return JSON({"input_tokens": len(prompt["prompt_token_ids"])})
@@ -88,7 +88,7 @@ def _wishes(body: CountRequest) -> dict[str, Any]:
     """What the chat template is told of thinking."""
     variables = dict(body.chat_template_kwargs or {})
     if body.thinking is not None:
-        variables.setdefault("enable_thinking", body.thinking.type != "disabled")
+        variables = thinking_variables(body.thinking.type != "disabled") | variables
     effort = body.output_config.effort if body.output_config else None
     return {"reasoning_effort": effort, "chat_template_kwargs": variables}
 
@@ -109,7 +109,7 @@ def _tool_use(body: CountRequest, service: Service) -> ToolUse:
                 **({"strict": tool.strict} if tool.strict is not None else {}),
             },
         }
-        for tool in body.tools or ()
+        for tool in body.functions()
     ]
     choice = body.tool_choice or AnthropicChoice(type="auto" if tools else "none")
     wanted: Any = {"any": "required"}.get(choice.type, choice.type)

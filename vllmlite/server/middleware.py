@@ -12,7 +12,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllmlite.server.apis import api_of
+from vllmlite.server.apis import api_of, path_of
 from vllmlite.server.errors import ApiError
 from vllmlite.server.service import MAX_REQUEST_ID, Service
 from vllmlite.server.sse import JSON
@@ -25,7 +25,7 @@ MAX_DISCARDED = 64 << 20
 
 def error_response(error: ApiError, scope: Scope) -> JSON:
     """The answer to the request of ``scope`` that an error is."""
-    return JSON(error.body(api_of(_path(scope))), status_code=error.status, headers=error.headers)
+    return JSON(error.body(api_of(path_of(scope))), status_code=error.status, headers=error.headers)
 
 
 class Count:
@@ -49,12 +49,6 @@ class Count:
             self._service.num_answering -= 1
 
 
-def _path(scope: Scope) -> str:
-    """The path without the one under which a proxy shows the server."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", "")) or "/"
-
-
 def _with_id(scope: Scope, send: Send) -> Send:
     name = Headers(scope=scope).get("x-request-id", uuid.uuid4().hex)[:MAX_REQUEST_ID]
 
@@ -76,7 +70,7 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or answer 401."""
-        if scope["type"] != "http" or _path(scope) in OPEN_PATHS or self._has_key(scope):
+        if scope["type"] != "http" or path_of(scope) in OPEN_PATHS or self._has_key(scope):
             await self._app(scope, receive, send)
             return
         error = ApiError(

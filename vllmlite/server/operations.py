@@ -67,7 +67,7 @@ def _card(service: Service, name: str) -> ModelCard:
 async def tokenize(body: Tokenizable, request: Request) -> Response:
     """Token ids of a text or a conversation, as vLLM or as llama.cpp has it."""
     service: Service = request.app.state.service
-    service.check_model(body.model)
+    service.check(body, request)
     if isinstance(body, LlamaTokenizeRequest):
         return JSON({"tokens": await _llamacpp_tokens(service, body)})
     limits = PoolingParams(
@@ -106,7 +106,7 @@ def _piece(tokenizer: Tokenizer, token_id: int) -> str | list[int]:
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of token ids."""
     service: Service = request.app.state.service
-    service.check_model(body.model)
+    service.check(body, request)
     text = await service.decode(body.tokens)
     return JSON({"prompt": text, "content": text})
 

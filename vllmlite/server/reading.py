@@ -120,15 +120,25 @@ def _arguments(parts: Iterable[Part]) -> str:
 
 
 async def begin(
-    service: Service, kind: str, talk: ChatPrompt, params: SamplingParams, tools: ToolUse, **details: Any
+    service: Service,
+    kind: str,
+    talk: ChatPrompt,
+    params: SamplingParams,
+    tools: ToolUse,
+    raw_reasoning: bool = False,
+    **details: Any,
 ) -> tuple[Generation, list[Reader]]:
-    """Have a conversation answered: its generation, and a reader of each answer. ``details`` are the service's."""
+    """Have a conversation answered: its generation, and a reader of each answer. ``raw_reasoning`` leaves reasoning in
+    the content, with its marks; ``details`` are the service's."""
     config = service.config
     truncation = service.engine.llm_engine.truncation(params)
     prompt = await service.encode_chat(talk, tools.shown, truncation)
     params = after_reasoning(config, service.tokenizer, params, prompt["prompt"])
     generation = await service.generate(kind, [prompt], params, **details)
-    readers = [reader_for(config, tools, params, prompt["prompt"]) for _ in range(params.n)]
+    if raw_reasoning:
+        readers = [Reader(tools.parser(), tools) for _ in range(params.n)]
+    else:
+        readers = [reader_for(config, tools, params, prompt["prompt"]) for _ in range(params.n)]
     return generation, readers
 
 

@@ -21,7 +21,6 @@ from vllmlite.server.errors import ApiError, as_api_error, renamed
 from vllmlite.server.parsers.parts import Content, Reasoning
 from vllmlite.server.protocol.chat import ChatPrompt
 from vllmlite.server.protocol.responses import (
-    INCLUDABLE,
     LOGPROBS,
     STATELESS,
     InputTokens,
@@ -48,7 +47,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation, in items."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
-    service.check_model(body.model)
+    service.check(body, request)
     tools = _tool_use(body, service)
     with renamed(max_tokens="max_output_tokens", logprobs="top_logprobs", prompt="input", messages="input"):
         params = _params(body, service, tools)
@@ -67,7 +66,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
 async def count_input_tokens(body: ResponsesRequest, request: Request) -> Response:
     """The tokens that a request's input is."""
     service: Service = request.app.state.service
-    service.check_model(body.model)
+    service.check(body, request)
     tools = _tool_use(body, service)
     prompt = await service.encode_chat(_talk(body, tools), tools.shown)
     answer: InputTokens = {"object": "response.input_tokens", "input_tokens": len(prompt["prompt_token_ids"])}
@@ -97,7 +96,7 @@ def _tools(body: ResponsesRequest) -> list[dict[str, Any]]:
     """The tools as OpenAI's chat has them."""
     return [
         {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
-        for tool in body.tools or ()
+        for tool in body.functions()
     ]
 
 
@@ -116,9 +115,6 @@ def _params(body: ResponsesRequest, service: Service, tools: ToolUse) -> Samplin
     given |= tools.changes(structure is not None)
     if reads_marks(service.config, tools) and body.skip_special_tokens is None:
         given["skip_special_tokens"] = False
-    for name in body.include or ():
-        if name not in INCLUDABLE:
-            raise ParameterError("include", name, f"must be {' or '.join(INCLUDABLE)}")
     if LOGPROBS in (body.include or ()):
         given["logprobs"] = body.top_logprobs or 0
     elif body.top_logprobs:
@@ -249,7 +245,7 @@ class _Answer:
                 "format": form.model_dump(by_alias=True, exclude_none=True) if form else {"type": "text"}
             },
             "tool_choice": body.tool_choice or self._tools.choice,
-            "tools": [tool.model_dump() for tool in body.tools or ()],
+            "tools": [tool.model_dump() for tool in body.functions()],
             "top_p": params.top_p,
             "truncation": "disabled",
             "usage": None if completion is None else self._usage(),

@@ -19,15 +19,19 @@ from vllmlite.async_llm import AsyncLLM, NewRequest, OutputStream
 from vllmlite.chat.builtin import BUILT_IN
 from vllmlite.chat.template import Wishes
 from vllmlite.errors import ContextLengthError, ParameterError
+from vllmlite.options import did_you_mean
 from vllmlite.outputs import RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
+from vllmlite.server.apis import Api, api_of, path_of
 from vllmlite.server.config import ServerConfig, check_template_variables
 from vllmlite.server.conversation import as_mapping
 from vllmlite.server.errors import ApiError, renamed
 from vllmlite.server.metrics import Metrics
-from vllmlite.server.protocol.base import Usage
-from vllmlite.server.protocol.chat import ChatPrompt, Tool
+from vllmlite.server.notes import Notes
+from vllmlite.server.protocol.base import Request, Usage
+from vllmlite.server.protocol.chat import ChatPrompt
+from vllmlite.server.protocol.sampling import token_limit
 from vllmlite.server.sse import unless_gone
 from vllmlite.truncation import Truncation
 
@@ -153,6 +157,7 @@ class Service:
         self.model = self.model_names[0]
         self.created = int(time.time())
         self.draining = False
+        self.notes = Notes()
         self.num_answering = 0
         """HTTP requests that are being answered: vLLM's server load."""
         inner = engine.llm_engine
@@ -169,6 +174,25 @@ class Service:
         self._compiling = ThreadPoolExecutor(1, "vllmlite-grammars")
         """One grammar at a time, so that hostile ones keep nothing but others from being compiled."""
 
+    def check(self, body: Request, connection: HTTPConnection) -> None:
+        """Check what all requests have: the model's name, and fields without an effect.
+
+        llama-server takes any model's name, so its own endpoints do. Raises :class:`ApiError`, or
+        :class:`ParameterError` where ``strict_requests`` refuses a field."""
+        path = path_of(connection.scope)
+        if api_of(path) is not Api.LLAMACPP:
+            self.check_model(getattr(body, "model", None))
+        for field in body.unknown_fields():
+            if self.config.strict_requests:
+                reason = field.reason + did_you_mean(field.place, field.names)
+                raise ParameterError(field.place, field.value, reason)
+            self.notes.once(
+                f"{path} {field.place}",
+                lambda field=field: (  # type: ignore[misc]
+                    f"{path}: {field.place!r} is ignored: {field.reason}{did_you_mean(field.place, field.names)}"
+                ),
+            )
+
     def check_model(self, name: str | None) -> None:
         """Raise a 404 unless ``name`` is served; no name means the one that is."""
         if name and name not in self.model_names:
@@ -177,12 +201,12 @@ class Service:
             raise ApiError(HTTPStatus.NOT_FOUND, message, param="model", code="model_not_found")
 
     def chat_limit(self, wanted: int | None) -> int | None:
-        """The most tokens of an answer in a conversation; None: up to the context, where the checkpoint names no
-        limit."""
+        """The most tokens of an answer in a conversation: those ``wanted``, or the checkpoint's limit, if it has one;
+        None: up to the context."""
         limit = self.default_params.max_tokens
-        if wanted is not None or limit == SamplingParams().max_tokens:
-            return wanted
-        return limit
+        if wanted is not None:
+            return token_limit(wanted)
+        return None if limit == SamplingParams().max_tokens else limit
 
     def admit(self, count: int) -> None:
         """Count ``count`` sequences in; raises ApiError if the queue is full or the server is going down."""
@@ -315,12 +339,20 @@ class Service:
         """The prompt of a conversation, through the chat template, which is told of tools if ``offer_tools``."""
         variables = {**self.config.default_chat_template_kwargs, **body.template_variables()}
         check_template_variables("chat_template_kwargs", variables)
-        tools = _definitions(body.tools) if offer_tools else None
+        tools = body.functions() or None if offer_tools else None
         wanted = self._template_wanted(body.chat_template)
         template = self.tokenizer.find_chat_template(wanted, with_tools=bool(tools))
         if body.documents and "documents" not in template.variables:
             raise ParameterError(
                 "documents", len(body.documents), "the chat template shows none: put them into the messages"
+            )
+        thinking = body.thinking_wishes()
+        if thinking and not any(name in template.source for name in thinking):
+            self.notes.once(
+                "thinking",
+                lambda: (
+                    f"the chat template reads none of {', '.join(thinking)}: what requests say of it is ignored"
+                ),
             )
         wishes = Wishes(
             body.add_generation_prompt, body.continue_final_message, self.config.chat_template_content_format
@@ -350,7 +382,3 @@ class Service:
 def request_id(given: str | None, request: HTTPConnection) -> str | None:
     """The name of a request: what its body has as ``request_id``, or its X-Request-Id."""
     return given or request.headers.get("x-request-id", "")[:MAX_REQUEST_ID] or None
-
-
-def _definitions(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
-    return [tool.model_dump(exclude_none=True) for tool in tools] if tools else None

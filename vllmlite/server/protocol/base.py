@@ -1,100 +1,131 @@
-"""What all requests and answers share: strictness, names without features, lists, errors, usage."""
+"""What all requests and answers share: strictness, fields that are no endpoint's own, lists, errors, usage."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, WithJsonSchema, model_validator
-from typing_extensions import NotRequired, TypeAliasType, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    WithJsonSchema,
+    model_validator,
+)
+from typing_extensions import NotRequired, Self, TypeAliasType, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
 
 from vllmlite.config_absent import Absent
 from vllmlite.errors import ParameterError
 from vllmlite.options import did_you_mean
+from vllmlite.server.protocol.fields import BOOKKEEPING, synonym
 
-_UNUSED = (None,)
-_TEXT_ONLY = "only text goes in and out"
-_TOOLS = "tools go with conversations: see /v1/chat/completions"
-_OLD_NAME = "vLLM's old name: see structured_outputs"
 
-REFUSED: Mapping[str, Absent] = {
-    "suffix": Absent((None, ""), "text is only continued, not filled in: see /infill for models that can"),
-    "use_beam_search": Absent((None, False), "beam search is not supported: see n"),
-    "length_penalty": Absent((None, 1.0), "belongs to beam search, which is not supported"),
-    "early_stopping": Absent((None, False), "belongs to beam search, which is not supported"),
-    "logits_processors": Absent((None, []), "custom logits processors are not supported: see logit_bias"),
-    "prompt_embeds": Absent(_UNUSED, "prompts are text or token ids"),
-    "mm_processor_kwargs": Absent((None, {}), _TEXT_ONLY),
-    "media_io_kwargs": Absent((None, {}), _TEXT_ONLY),
-    "audio": Absent(_UNUSED, _TEXT_ONLY),
-    "modalities": Absent((None, ["text"]), _TEXT_ONLY),
-    "prediction": Absent(_UNUSED, "predicted outputs are not supported"),
-    "web_search_options": Absent(_UNUSED, "there is no web search"),
-    "kv_transfer_params": Absent(_UNUSED, "the key/value cache is not shared between engines"),
-    "ec_transfer_params": Absent(_UNUSED, _TEXT_ONLY),
-    "thinking_token_budget": Absent(_UNUSED, "reasoning has no limit of its own: see max_tokens"),
-    "logprob_token_ids": Absent(
-        (None, []), "log-probabilities are those of the likeliest tokens: see logprobs"
-    ),
-    "repetition_detection": Absent(
-        _UNUSED, "an answer that repeats itself is not ended: see repetition_penalty"
-    ),
-    "watermarking": Absent((None, False), "nothing is watermarked"),
-    "stream_interval": Absent((None, 1), "a stream brings each token as it comes"),
-    "routed_experts_prompt_start": Absent((None, 0), "a model's choice of experts is not told"),
-    "vllm_xargs": Absent((None, {}), "there are no extensions to pass arguments to"),
-    "functions": Absent((None, []), "deprecated by OpenAI: see tools"),
-    "function_call": Absent((None, "none"), "deprecated by OpenAI: see tool_choice"),
-    "tools": Absent((None, []), _TOOLS),
-    "tool_choice": Absent((None, "none", "auto"), _TOOLS),
-    "parallel_tool_calls": Absent((None, True, False), _TOOLS),
-    "guided_json": Absent(_UNUSED, _OLD_NAME),
-    "guided_regex": Absent(_UNUSED, _OLD_NAME),
-    "guided_choice": Absent(_UNUSED, _OLD_NAME),
-    "guided_grammar": Absent(_UNUSED, _OLD_NAME),
-    "guided_decoding_backend": Absent(_UNUSED, _OLD_NAME),
-    "guided_whitespace_pattern": Absent(_UNUSED, _OLD_NAME),
-    "moderation": Absent(_UNUSED, "nothing is moderated"),
-    "verbosity": Absent((None, "medium"), "the model's verbosity cannot be chosen"),
-}
-"""Parameters of OpenAI's and vLLM's without their features: refused by name, except where they ask for nothing."""
+class Unknown(NamedTuple):
+    """A field that has no effect, for it is none of its object's."""
 
-BOOKKEEPING = frozenset(
-    "user metadata store service_tier safety_identifier session_id prompt_cache_key prompt_cache_retention "
-    "prompt_cache_options cache_control diagnostics user_profile_id workspace_id".split()
-)
-"""Parameters that could change no answer: taken, and of no effect."""
+    place: str
+    """Where it is, such as stream_options.name."""
+    value: Any
+    reason: str = "no such parameter"
+    names: Collection[str] = ()
+    """The fields that there are."""
 
 
 class Request(BaseModel):
-    """A request body: strict types, known names."""
+    """A request body, or an object in one: strict types; :mod:`.fields` says which other names do what."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
-    refused: ClassVar[Mapping[str, Absent]] = REFUSED
-    """What the API has and the server has not."""
-    bookkeeping: ClassVar[frozenset[str]] = BOOKKEEPING
-    """What could change no answer."""
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+    text_changing: ClassVar[Mapping[str, Absent]] = {}
+    """Names that are refused unless they ask for nothing."""
+    closed: ClassVar[bool] = False
+    """Refuse other names, for any would change the text."""
 
-    @model_validator(mode="before")
+    _unknown: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _known_names(cls, data: Any) -> Any:
+    def _known_names(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(data, dict):
-            return data
-        names = {field.alias or name for name, field in cls.model_fields.items()}
+            return handler(data)
+        names = cls._names()
         known: dict[str, Any] = {}
+        unknown: dict[str, Any] = {}
         for name, value in data.items():
             if name in names:
-                if value is not None:  # null asks for nothing
-                    # JSON has one kind of numbers: 5.0 is whole too.
-                    whole = type(value) is float and value.is_integer()
-                    known[name] = int(value) if whole else value
-            elif name in cls.refused:
-                if not cls.refused[name].accepts(value):
-                    raise ParameterError(name, value, cls.refused[name].reason)
-            elif name not in cls.bookkeeping:
-                shown = str(name)[:80].encode("utf-8", "backslashreplace").decode()
-                raise ParameterError(shown, value, "no such parameter" + did_you_mean(shown, list(names)))
-        return known
+                target = name
+            elif name in cls.text_changing and cls.text_changing[name].accepts(value):
+                continue
+            elif (other := synonym(name, names)) is not None:
+                target = other
+            elif name in cls.text_changing:
+                raise ParameterError(name, value, cls.text_changing[name].reason)
+            elif name in BOOKKEEPING:
+                continue
+            elif cls.closed:
+                raise ParameterError(shown_name(name), value, "no such parameter" + did_you_mean(name, names))
+            else:
+                unknown[name] = value
+                continue
+            if value is not None:  # null asks for nothing
+                # JSON has one kind of numbers: 5.0 is whole too.
+                value = int(value) if type(value) is float and value.is_integer() else value
+                if target in known and known[target] != value:
+                    raise ParameterError(name, value, f"is another name of {target}, which has another value")
+                known[target] = value
+        if cls.model_config.get("extra") == "allow":
+            return handler({**known, **unknown})
+        found = handler(known)
+        found._unknown = unknown
+        return found
+
+    @classmethod
+    def _names(cls) -> set[str]:
+        """The names of the fields in JSON."""
+        return {field.alias or name for name, field in cls.model_fields.items()}
+
+    def unknown_fields(self, place: str = "") -> Iterator[Unknown]:
+        """The fields without an effect, of this object at ``place`` and of those in it."""
+        for name, value in self._unknown.items():
+            yield Unknown(place + shown_name(name), value, names=self._names())
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for entry in value if isinstance(value, list) else [value]:
+                if not isinstance(entry, Request):
+                    break
+                yield from entry.unknown_fields(f"{place}{name}.")
+
+
+class OtherTool(Request):
+    """A tool of a type that cannot be called here. It is left out, and logged as a field without an effect."""
+
+    type: str
+
+    def unknown_fields(self, place: str = "") -> Iterator[Unknown]:
+        """The tool itself."""
+        yield Unknown(
+            f"{place}type={shown_name(self.type)}", self.type, "tools of this type cannot be called here"
+        )
+
+
+FUNCTION_TAG, OTHER_TAG = "a function", "another tool"
+
+
+def tool_tag(*functions: str | None) -> Callable[[Any], str]:
+    """A discriminator of tools: a function, or any other one. ``functions`` are the types of the former."""
+
+    def tag(tool: Any) -> str:
+        kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+        return OTHER_TAG if isinstance(kind, str) and kind not in functions else FUNCTION_TAG
+
+    return tag
+
+
+def shown_name(name: object) -> str:
+    """A name that a client chose, shortened, for messages."""
+    return str(name)[:80].encode("utf-8", "backslashreplace").decode()
 
 
 _PROMPT_SCHEMA = {

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, WithJsonSchema
 from typing_extensions import NotRequired, TypeAliasType, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
 
 from vllmlite.config_absent import Absent
-from vllmlite.server.protocol.base import REFUSED, Request, Strings, Usage
-from vllmlite.server.protocol.llamacpp import LLAMACPP_BOOKKEEPING, LLAMACPP_REFUSED
+from vllmlite.errors import ParameterError
+from vllmlite.server.protocol.base import (
+    FUNCTION_TAG,
+    OTHER_TAG,
+    OtherTool,
+    Request,
+    Strings,
+    Usage,
+    tool_tag,
+)
+from vllmlite.server.protocol.fields import PROMPT_CHANGING, TEXT_CHANGING
 from vllmlite.server.protocol.logprobs import ChatLogprobs, PromptLogprobs
 from vllmlite.server.protocol.sampling import SamplingRequest
 
@@ -28,7 +37,9 @@ class Message(BaseModel):
 
 
 class FunctionDefinition(Request):
-    """A function that the model may have called."""
+    """A function that the model may have called. Chat templates are shown all its fields, such as ``return``."""
+
+    model_config = ConfigDict(extra="allow")
 
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
@@ -37,13 +48,24 @@ class FunctionDefinition(Request):
 
 
 class Tool(Request):
-    """A tool: a function, of which there is no other kind."""
+    """A tool that is a function."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
 
-Tools = TypeAliasType("Tools", Annotated[list[Tool], FailFast()])
+Tools = TypeAliasType(
+    "Tools",
+    Annotated[
+        list[
+            Annotated[
+                Annotated[Tool, Tag(FUNCTION_TAG)] | Annotated[OtherTool, Tag(OTHER_TAG)],
+                Discriminator(tool_tag("function")),
+            ]
+        ],
+        FailFast(),
+    ],
+)
 
 _CHOICE_SCHEMA = {
     "anyOf": [
@@ -69,8 +91,31 @@ ToolChoice = Annotated[Any, WithJsonSchema(_CHOICE_SCHEMA)]
 """``none``, ``auto``, ``required`` or a named function. Checked where it meets the tools."""
 
 
+class ThinkingOptions(Request):
+    """Whether the model is to think first, as DeepSeek and Anthropic say it."""
+
+    type: Literal["enabled", "adaptive", "auto", "disabled"]
+    budget_tokens: int | None = Field(None, description="A wish, which no model can be given.")
+
+
+class ReasoningOptions(Request):
+    """How the model is to think first, as OpenRouter says it."""
+
+    enabled: bool | None = None
+    effort: str | None = None
+    max_tokens: int | None = Field(None, description="A wish, which no model can be given.")
+    exclude: bool = Field(False, description="Leave what it thought out of the answer.")
+
+
+def thinking_variables(enabled: bool) -> dict[str, Any]:
+    """The variables by which chat templates have a model think first or not; each template knows one of them."""
+    return {"enable_thinking": enabled, "thinking": enabled}
+
+
 class ChatPrompt(Request):
     """The fields that make a conversation a prompt."""
+
+    text_changing: ClassVar[Mapping[str, Absent]] = PROMPT_CHANGING
 
     model: str | None = None
     messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
@@ -86,28 +131,63 @@ class ChatPrompt(Request):
         default=None,
         description="For chat templates that ask for it; none: those that can have the model not think.",
     )
+    enable_thinking: bool | None = Field(
+        default=None, description="For chat templates that leave the choice."
+    )
+    thinking: bool | str | ThinkingOptions | None = Field(
+        default=None,
+        description="The same as DeepSeek and Anthropic say it, or Ollama: true, false or an effort.",
+    )
+    reasoning: ReasoningOptions | None = Field(default=None, description="The same as OpenRouter says it.")
     tools: Tools | None = None
+
+    def functions(self) -> list[dict[str, Any]]:
+        """The tools that are functions, as chat templates are shown them."""
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or () if isinstance(tool, Tool)]
 
     def template_variables(self) -> dict[str, Any]:
         """What the chat template is told besides messages and tools: vLLM's names; the request's own win."""
         found: dict[str, Any] = {}
         if self.documents is not None:
             found["documents"] = self.documents
-        if self.reasoning_effort is not None:
-            found["reasoning_effort"] = self.reasoning_effort
-            found["enable_thinking"] = self.reasoning_effort != "none"
-        return found | (self.chat_template_kwargs or {})
+        return found | self.thinking_wishes() | (self.chat_template_kwargs or {})
+
+    def thinking_wishes(self) -> dict[str, Any]:
+        """What the chat template is told of reasoning. Raises :class:`ParameterError` where wishes differ."""
+        efforts = {"reasoning_effort": self.reasoning_effort}
+        choices = {"enable_thinking": self.enable_thinking}
+        if isinstance(self.thinking, ThinkingOptions):
+            choices["thinking"] = self.thinking.type != "disabled"
+        elif isinstance(self.thinking, str):
+            efforts["thinking"] = self.thinking
+        else:
+            choices["thinking"] = self.thinking
+        if self.reasoning is not None:
+            efforts["reasoning.effort"] = self.reasoning.effort
+            choices["reasoning.enabled"] = self.reasoning.enabled
+        effort, enabled = _agreed(efforts), _agreed(choices)
+        found: dict[str, Any] = {}
+        if effort is not None:
+            found["reasoning_effort"] = effort
+        if effort is not None or enabled is not None:
+            found |= thinking_variables(effort != "none" if enabled is None else enabled)
+        return found
+
+
+def _agreed(wishes: Mapping[str, Any]) -> Any:
+    """The value that one field or several ask for; None if none does."""
+    given = {name: value for name, value in wishes.items() if value is not None}
+    found = next(iter(given.values()), None)
+    for name, value in given.items():
+        if value != found:
+            raise ParameterError(name, value, f"contradicts {next(iter(given))}={found!r}")
+    return found
 
 
 class ChatCompletionRequest(ChatPrompt, SamplingRequest):
     """``POST /v1/chat/completions``; llama.cpp's parameters are known, for its clients come here too."""
 
-    refused: ClassVar[Mapping[str, Absent]] = {
-        **REFUSED,
-        **LLAMACPP_REFUSED,
-        "timings_per_token": Absent((None, False), "see /metrics"),
-    }
-    bookkeeping: ClassVar[frozenset[str]] = LLAMACPP_BOOKKEEPING
+    text_changing: ClassVar[Mapping[str, Absent]] = TEXT_CHANGING
 
     max_tokens: int | None = None
     max_completion_tokens: int | None = Field(None, description="Default: the model's, or up to its context.")
@@ -116,8 +196,20 @@ class ChatCompletionRequest(ChatPrompt, SamplingRequest):
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
     include_reasoning: bool = Field(True, description="Answer with what the model thought before.")
+    reasoning_format: Literal["auto", "deepseek", "deepseek-legacy", "parsed", "none", "raw", "hidden"] = (
+        Field(
+            "auto",
+            description="llama.cpp's and Groq's: none, raw: reasoning stays in content, with its marks; hidden: "
+            "it is left out; others: as --reasoning-parser says.",
+        )
+    )
     samplers: Strings | None = Field(None, description="llama.cpp's list of those to use; default: all.")
     echo: bool = Field(False, description="Begin with the last message, where the answer continues it.")
+
+    def shows_reasoning(self) -> bool:
+        """Whether answers have a field with what the model thought."""
+        excluded = self.reasoning is not None and self.reasoning.exclude
+        return self.include_reasoning and not excluded and self.reasoning_format != "hidden"
 
 
 class Counted(TypedDict):

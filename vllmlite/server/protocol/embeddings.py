@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from vllmlite.config_absent import Absent
 from vllmlite.server.protocol.base import Prompts, Request
+from vllmlite.server.protocol.fields import VECTOR_CHANGING
 
 
 class EmbeddingRequest(Request):
     """``POST /v1/embeddings``."""
+
+    text_changing: ClassVar[Mapping[str, Absent]] = VECTOR_CHANGING
 
     model: str | None = Field(None, description="A served model name.")
     input: Prompts

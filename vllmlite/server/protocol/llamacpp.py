@@ -9,43 +9,8 @@ from pydantic import Field, WithJsonSchema
 from typing_extensions import NotRequired, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
 
 from vllmlite.config_absent import Absent
-from vllmlite.server.protocol.base import BOOKKEEPING, Prompts, Request, Stops, Strings
-
-_SAMPLER = "this sampler is not there: see temperature, top_k, top_p, min_p and the penalties"
-
-LLAMACPP_REFUSED: Mapping[str, Absent] = {
-    "dynatemp_range": Absent((None, 0, 0.0), _SAMPLER),
-    "dynatemp_exponent": Absent((None, 1, 1.0), _SAMPLER),
-    "typical_p": Absent((None, 1, 1.0), _SAMPLER),
-    "typ_p": Absent((None, 1, 1.0), _SAMPLER),
-    "adaptive_target": Absent((None, -1, -1.0), _SAMPLER),
-    "adaptive_decay": Absent((None, 0.9), _SAMPLER),
-    "top_n_sigma": Absent((None, -1, -1.0, 0, 0.0), _SAMPLER),
-    "mirostat": Absent((None, 0), _SAMPLER),
-    "mirostat_tau": Absent((None, 5, 5.0), _SAMPLER),
-    "mirostat_eta": Absent((None, 0.1), _SAMPLER),
-    "xtc_probability": Absent((None, 0, 0.0), _SAMPLER),
-    "xtc_threshold": Absent((None, 0.1), _SAMPLER),
-    "dry_multiplier": Absent((None, 0, 0.0), _SAMPLER),
-    "dry_base": Absent((None, 1.75), _SAMPLER),
-    "dry_allowed_length": Absent((None, 2), _SAMPLER),
-    "dry_penalty_last_n": Absent((None, -1), _SAMPLER),
-    "dry_sequence_breakers": Absent((None, ["\n", ":", '"', "*"]), _SAMPLER),
-    "repeat_last_n": Absent((None, -1, 64), "penalties see the whole prompt and output"),
-    "n_keep": Absent((None, 0, -1), "nothing is cut from a prompt: one that is too long is refused"),
-    "n_discard": Absent((None, 0), "nothing is cut from a prompt: one that is too long is refused"),
-    "n_cache_reuse": Absent((None, 0), "cached prefixes are reused as they are"),
-    "return_progress": Absent((None, False), "an answer begins with its first token"),
-    "post_sampling_probs": Absent((None, False), "probabilities are those before sampling"),
-    "min_keep": Absent((None, 0), _SAMPLER),
-    "lora": Absent((None, []), "LoRA adapters are not supported in this version"),
-    "image_data": Absent((None, []), "only text goes in and out"),
-    "cache_prompt": Absent((None, True, False), "prefixes are cached for all requests or none"),
-}
-"""Parameters of llama.cpp's without their features: refused, except where they ask for nothing."""
-
-LLAMACPP_BOOKKEEPING = BOOKKEEPING | {"id_slot", "t_max_prompt_ms"}
-"""A slot to keep a prompt in, where any prompt's prefix is kept; a limit that llama.cpp itself only plans."""
+from vllmlite.server.protocol.base import Prompts, Request, Stops, Strings
+from vllmlite.server.protocol.fields import TEXT_CHANGING, VECTOR_CHANGING
 
 _BIAS_SCHEMA = {
     "anyOf": [
@@ -58,8 +23,7 @@ _BIAS_SCHEMA = {
 class LlamaRequest(Request):
     """What both ways to complete a text take."""
 
-    refused: ClassVar[Mapping[str, Absent]] = LLAMACPP_REFUSED
-    bookkeeping: ClassVar[frozenset[str]] = LLAMACPP_BOOKKEEPING
+    text_changing: ClassVar[Mapping[str, Absent]] = TEXT_CHANGING
 
     model: str | None = None
     n_predict: int | None = Field(
@@ -112,9 +76,7 @@ class InfillRequest(LlamaRequest):
 class InfillFile(Request):
     """A file beside the one that is filled in."""
 
-    bookkeeping: ClassVar[frozenset[str]] = frozenset({"time"})
-    """When an editor saw it."""
-
+    time: float | None = Field(None, description="When an editor saw it; has no effect.")
     filename: str = "file"
     text: str
 
@@ -124,6 +86,8 @@ InfillRequest.model_rebuild()
 
 class LlamaEmbeddingRequest(Request):
     """``POST /embedding``."""
+
+    text_changing: ClassVar[Mapping[str, Absent]] = VECTOR_CHANGING
 
     model: str | None = None
     content: Prompts

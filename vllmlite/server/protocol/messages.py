@@ -5,35 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import FailFast, Field
+from pydantic import Discriminator, FailFast, Field, Tag
 from typing_extensions import NotRequired, TypeAliasType, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
 
 from vllmlite.config_absent import Absent
-from vllmlite.server.protocol.base import Request, Strings
-
-_BETA = "is a feature of Anthropic's own service"
-
-MESSAGES_REFUSED: Mapping[str, Absent] = {
-    "container": Absent((None,), _BETA),
-    "mcp_servers": Absent((None, []), _BETA),
-    "inference_geo": Absent((None,), _BETA),
-    "compaction": Absent((None,), _BETA),
-    "fallbacks": Absent((None, []), _BETA),
-    "fallback_credit_token": Absent((None,), _BETA),
-    "speed": Absent((None, "standard"), _BETA),
-}
+from vllmlite.server.protocol.base import FUNCTION_TAG, OTHER_TAG, OtherTool, Request, Strings, tool_tag
+from vllmlite.server.protocol.fields import MESSAGES_PROMPT_CHANGING, MESSAGES_TEXT_CHANGING
 
 
 class AnthropicTool(Request):
     """A tool that the model may have called."""
 
-    refused: ClassVar[Mapping[str, Absent]] = {
-        "defer_loading": Absent((None, False), "a model sees its tools from the beginning"),
+    text_changing: ClassVar[Mapping[str, Absent]] = {
         "allowed_callers": Absent((None, [], ["direct"]), "there is no code that could call tools"),
         "input_examples": Absent((None, []), "put examples into the description"),
     }
-    bookkeeping: ClassVar[frozenset[str]] = frozenset({"eager_input_streaming"})
-    """What is done in any case."""
 
     type: Literal["custom"] | None = None
     name: str = Field(min_length=1, max_length=256)
@@ -43,7 +29,18 @@ class AnthropicTool(Request):
     cache_control: dict[str, Any] | None = None
 
 
-AnthropicTools = TypeAliasType("AnthropicTools", Annotated[list[AnthropicTool], FailFast()])
+AnthropicTools = TypeAliasType(
+    "AnthropicTools",
+    Annotated[
+        list[
+            Annotated[
+                Annotated[AnthropicTool, Tag(FUNCTION_TAG)] | Annotated[OtherTool, Tag(OTHER_TAG)],
+                Discriminator(tool_tag("custom")),
+            ]
+        ],
+        FailFast(),
+    ],
+)
 
 
 class AnthropicChoice(Request):
@@ -87,7 +84,7 @@ class AnthropicMessage(Request):
 class CountRequest(Request):
     """``POST /v1/messages/count_tokens``."""
 
-    refused: ClassVar[Mapping[str, Absent]] = MESSAGES_REFUSED
+    text_changing: ClassVar[Mapping[str, Absent]] = MESSAGES_PROMPT_CHANGING
 
     model: str | None = Field(None, description="A served model name.")
     messages: Annotated[list[AnthropicMessage], FailFast(), Field(min_length=1)]
@@ -102,9 +99,15 @@ class CountRequest(Request):
     )
     chat_template_kwargs: dict[str, Any] | None = None
 
+    def functions(self) -> list[AnthropicTool]:
+        """The tools that are functions."""
+        return [tool for tool in self.tools or () if isinstance(tool, AnthropicTool)]
+
 
 class MessagesRequest(CountRequest):
     """``POST /v1/messages``."""
+
+    text_changing: ClassVar[Mapping[str, Absent]] = MESSAGES_TEXT_CHANGING
 
     max_tokens: int
     stop_sequences: Strings | None = None

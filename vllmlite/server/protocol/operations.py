@@ -36,11 +36,10 @@ class TokenizeChatRequest(ChatPrompt, TokenizeFields):
 class LlamaTokenizeRequest(Request):
     """``POST /tokenize`` of a text, in llama.cpp's words."""
 
-    refused: ClassVar[Mapping[str, Absent]] = {
+    text_changing: ClassVar[Mapping[str, Absent]] = {
         "parse_special": Absent((None, True), "special tokens in a text are always read as such")
     }
 
-    model: str | None = None
     content: str
     add_special: bool = False
     with_pieces: bool = False

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import FailFast, Field
+from pydantic import ConfigDict, Discriminator, FailFast, Field, Tag
 from typing_extensions import NotRequired, TypeAliasType, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
 
 from vllmlite.config_absent import Absent
-from vllmlite.server.protocol.base import BOOKKEEPING, Bias, Ints, Request, Stops, Strings
+from vllmlite.server.protocol.base import (
+    FUNCTION_TAG,
+    OTHER_TAG,
+    Bias,
+    Ints,
+    OtherTool,
+    Request,
+    Stops,
+    Strings,
+    Unknown,
+    shown_name,
+    tool_tag,
+)
+from vllmlite.server.protocol.fields import RESPONSES_TEXT_CHANGING
 from vllmlite.server.protocol.sampling import StructuredOutputs
 
 STATELESS = "nothing is kept between requests: give what was said before as input"
-
-RESPONSES_REFUSED: Mapping[str, Absent] = {
-    "previous_response_id": Absent((None,), STATELESS),
-    "conversation": Absent((None,), STATELESS),
-    "background": Absent((None, False), STATELESS),
-    "prompt": Absent((None,), "there are no stored prompts: give instructions"),
-    "context_management": Absent((None, []), "there is nothing that compacts a conversation"),
-    "truncation": Absent((None, "disabled"), "a conversation that is too long is refused, not cut"),
-    "moderation": Absent((None,), "nothing is moderated"),
-}
-"""Parameters of OpenAI's without their features."""
-
-RESPONSES_BOOKKEEPING = BOOKKEEPING | {"max_tool_calls"}
-"""A limit for OpenAI's own tools, of which there are none."""
 
 LOGPROBS, ENCRYPTED = "message.output_text.logprobs", "reasoning.encrypted_content"
 INCLUDABLE = (LOGPROBS, ENCRYPTED)
@@ -34,7 +33,9 @@ INCLUDABLE = (LOGPROBS, ENCRYPTED)
 
 
 class FunctionTool(Request):
-    """A function that the model may have called; there is no other kind of tool."""
+    """A function that the model may have called. Chat templates are shown all its fields."""
+
+    model_config = ConfigDict(extra="allow")
 
     type: Literal["function"]
     name: str = Field(min_length=1, max_length=256)
@@ -43,7 +44,18 @@ class FunctionTool(Request):
     strict: bool | None = None
 
 
-FunctionTools = TypeAliasType("FunctionTools", Annotated[list[FunctionTool], FailFast()])
+ResponseTools = TypeAliasType(
+    "ResponseTools",
+    Annotated[
+        list[
+            Annotated[
+                Annotated[FunctionTool, Tag(FUNCTION_TAG)] | Annotated[OtherTool, Tag(OTHER_TAG)],
+                Discriminator(tool_tag("function")),
+            ]
+        ],
+        FailFast(),
+    ],
+)
 
 
 class TextFormat(Request):
@@ -84,8 +96,12 @@ class ResponsesStreamOptions(Request):
 class ResponsesRequest(Request):
     """``POST /v1/responses``."""
 
-    refused: ClassVar[Mapping[str, Absent]] = RESPONSES_REFUSED
-    bookkeeping: ClassVar[frozenset[str]] = RESPONSES_BOOKKEEPING
+    text_changing: ClassVar[Mapping[str, Absent]] = {
+        **RESPONSES_TEXT_CHANGING,
+        "previous_response_id": Absent((None,), STATELESS),
+        "conversation": Absent((None,), STATELESS),
+        "background": Absent((None, False), STATELESS),
+    }
 
     model: str | None = Field(None, description="A served model name.")
     input: str | list[dict[str, Any]] = Field(
@@ -114,7 +130,7 @@ class ResponsesRequest(Request):
     include: Strings | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    tools: FunctionTools | None = None
+    tools: ResponseTools | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
@@ -123,6 +139,19 @@ class ResponsesRequest(Request):
     priority: int = Field(0, description="Smaller goes first; needs --scheduling-policy priority.")
     cache_salt: str | None = None
     request_id: str | None = Field(None, max_length=256)
+
+    def unknown_fields(self, place: str = "") -> Iterator[Unknown]:
+        """The fields without an effect, and what ``include`` asks for that no answer has."""
+        yield from super().unknown_fields(place)
+        for name in self.include or ():
+            if name not in INCLUDABLE:
+                yield Unknown(
+                    f"include={shown_name(name)}", name, f"answers can include {' and '.join(INCLUDABLE)}"
+                )
+
+    def functions(self) -> list[FunctionTool]:
+        """The tools that are functions."""
+        return [tool for tool in self.tools or () if isinstance(tool, FunctionTool)]
 
 
 class ResponseUsage(TypedDict):

@@ -11,6 +11,12 @@ from vllmlite.config_absent import Absent
 from vllmlite.errors import ParameterError
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllmlite.server.protocol.base import Bias, Ints, Request, Stops, Strings
+from vllmlite.server.protocol.fields import TEXT_CHANGING
+
+
+def token_limit(given: int | None) -> int | None:
+    """The most tokens of an answer; -1 asks for no limit, as clients of llama.cpp and LM Studio do."""
+    return None if given == -1 else given
 
 
 class StreamOptions(Request):
@@ -42,16 +48,35 @@ class ResponseFormat(Request):
     structures: list[dict[str, Any]] | None = Field(None, description="Of a structural_tag's older form.")
     triggers: Strings | None = Field(None, description="Of a structural_tag's older form.")
     plain_schema: dict[str, Any] | None = Field(
-        None, alias="schema", description="With json_object: which objects, as llama.cpp takes it."
+        None, alias="schema", description="llama.cpp's place of a schema, with json_object or json_schema."
     )
+
+    def params(self) -> StructuredOutputsParams | None:
+        """What it asks for; None: any text. Raises :class:`ParameterError`."""
+        match self.type:
+            case "text":
+                return None
+            case "json_object" if self.plain_schema:
+                return StructuredOutputsParams(json=self.plain_schema)
+            case "json_object":
+                return StructuredOutputsParams(json_object=True)
+            case "structural_tag":
+                tag = self.model_dump(exclude_none=True, exclude={"json_schema"})
+                return StructuredOutputsParams(structural_tag=tag)
+            case "json_schema":
+                schema = self.json_schema.json_schema if self.json_schema is not None else self.plain_schema
+                if schema is None:
+                    raise ParameterError("response_format", self.type, "needs json_schema with a schema")
+                return StructuredOutputsParams(json=schema)
 
 
 class StructuredOutputs(Request):
     """What the output must be, as vLLM says it: exactly one of the first six."""
 
-    refused: ClassVar[Mapping[str, Absent]] = {
+    text_changing: ClassVar[Mapping[str, Absent]] = {
         "backend": Absent((None, "auto", "xgrammar"), "grammars are xgrammar's"),
     }
+    closed: ClassVar[bool] = True
 
     json_schema: str | dict[str, Any] | bool | None = Field(None, alias="json")
     regex: str | None = None
@@ -74,6 +99,8 @@ class StructuredOutputs(Request):
 
 class SamplingRequest(Request):
     """The fields of a request that become :class:`SamplingParams`; None leaves the model's default."""
+
+    text_changing: ClassVar[Mapping[str, Absent]] = TEXT_CHANGING
 
     SAMPLING: ClassVar[tuple[str, ...]] = (
         "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -115,6 +142,8 @@ class SamplingRequest(Request):
     request_id: str | None = Field(None, max_length=256, description="Becomes part of the answer's id.")
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    grammar: str | None = Field(None, description="llama.cpp's: GBNF, whose start is root.")
+    json_schema: dict[str, Any] | None = Field(None, description="llama.cpp's.")
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
@@ -138,21 +167,19 @@ class SamplingRequest(Request):
         return self._structure() is not None
 
     def _structure(self) -> StructuredOutputsParams | None:
-        """What the output must be, whichever way it was said."""
-        form = self.response_format
-        if self.structured_outputs is not None:
-            if form is not None and form.type != "text":
-                raise ParameterError("response_format", form.type, "does not go with structured_outputs")
-            return self.structured_outputs.params()
-        if form is None or form.type == "text":
-            return None
-        if form.type == "json_object":
-            if form.plain_schema:
-                return StructuredOutputsParams(json=form.plain_schema)
-            return StructuredOutputsParams(json_object=True)
-        if form.type == "structural_tag":
-            tag = form.model_dump(exclude_none=True, exclude={"json_schema"})
-            return StructuredOutputsParams(structural_tag=tag)
-        if form.json_schema is None or form.json_schema.json_schema is None:
-            raise ParameterError("response_format", form.type, "needs json_schema with a schema")
-        return StructuredOutputsParams(json=form.json_schema.json_schema)
+        """What the output must be, whichever way it was said. Raises :class:`ParameterError`."""
+        given = {
+            "structured_outputs": None
+            if self.structured_outputs is None
+            else self.structured_outputs.params(),
+            "response_format": None if self.response_format is None else self.response_format.params(),
+            "grammar": StructuredOutputsParams(grammar=self.grammar) if self.grammar else None,
+            "json_schema": None
+            if self.json_schema is None
+            else StructuredOutputsParams(json=self.json_schema),
+        }
+        found = {name: structure for name, structure in given.items() if structure is not None}
+        if len(found) > 1:
+            first, second = list(found)[:2]
+            raise ParameterError(second, getattr(self, second), f"does not go with {first}")
+        return next(iter(found.values()), None)

@@ -1,0 +1,227 @@
+"""Names of request fields without features here, by one rule: a field that changes the text is honoured or refused.
+
+The tables name what is known to change the text, or to have no effect. An endpoint's own fields come first. Any other
+field is not known to change the text: it is ignored, and logged once; ``--strict-requests`` refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from vllmlite.config_absent import Absent
+
+BOOKKEEPING = frozenset(
+    "user metadata store service_tier safety_identifier session_id prompt_cache_key prompt_cache_retention "
+    "prompt_cache_options cache_control diagnostics user_profile_id workspace_id client_metadata "
+    "max_tool_calls id_slot t_max_prompt_ms model".split()
+)
+"""Parameters of the served APIs that have no effect on an answer. ``max_tool_calls`` limits OpenAI's own tools, of
+which there are none; ``id_slot`` chooses where llama.cpp keeps a prompt's cache, ``t_max_prompt_ms`` is a limit that it
+does not enforce; llama-server takes any ``model``."""
+
+SYNONYMS = (
+    (
+        "max_tokens",
+        "n_predict",
+        "max_output_tokens",
+        "max_completion_tokens",
+        "max_new_tokens",
+        "num_predict",
+    ),
+    ("min_tokens", "min_new_tokens"),
+    ("repetition_penalty", "repeat_penalty"),
+    ("seed", "random_seed"),
+    ("stop", "stop_sequences"),
+    ("ignore_eos", "ban_eos_token"),
+    ("include_stop_str_in_output", "no_stop_trim"),
+    ("thinking", "think"),
+)
+"""Names of one parameter in several APIs. An endpoint takes each for the first one that it has as a field."""
+
+
+def synonym(name: str, fields: Collection[str]) -> str | None:
+    """The one of ``fields`` that another API calls ``name``."""
+    for names in SYNONYMS:
+        if name in names:
+            return next((other for other in names if other in fields), None)
+    return None
+
+
+_UNUSED = (None,)
+_SAMPLER = "this sampler is not available: use temperature, top_k, top_p, min_p and the penalties"
+_TEXT_ONLY = "only text goes in and out"
+_TOOLS = "tools go with conversations: see /v1/chat/completions"
+_OLD_NAME = "vLLM's old name: see structured_outputs"
+_BEAM = "belongs to beam search, which is not supported"
+_NO_LORA = "LoRA adapters are not supported in this version: merge the adapter into the checkpoint"
+_ELSEWHERE = "this endpoint has no such parameter: see /v1/chat/completions and /v1/completions"
+_NO_SEARCH = "there is no web search"
+_OLLAMA = "Ollama's own API is not served: options are fields of their own, such as temperature"
+
+PROMPT_CHANGING: Mapping[str, Absent] = {
+    "functions": Absent((None, []), "deprecated by OpenAI: see tools"),
+    "function_call": Absent((None, "none"), "deprecated by OpenAI: see tool_choice"),
+    "system": Absent((None, ""), "put a system message into messages"),
+    "template": Absent((None, ""), "see chat_template"),
+    "prompt_embeds": Absent(_UNUSED, "prompts are text or token ids"),
+    "images": Absent((None, []), _TEXT_ONLY),
+}
+"""What is known to change a prompt."""
+
+_SAMPLERS: Mapping[str, Absent] = {
+    # llama.cpp
+    "dynatemp_range": Absent((None, 0, 0.0), _SAMPLER),
+    "dynatemp_exponent": Absent((None, 1, 1.0), _SAMPLER),
+    "typical_p": Absent((None, 1, 1.0), _SAMPLER),
+    "typ_p": Absent((None, 1, 1.0), _SAMPLER),
+    "adaptive_target": Absent((None, -1, -1.0), _SAMPLER),
+    "adaptive_decay": Absent((None, 0.9), _SAMPLER),
+    "top_n_sigma": Absent((None, -1, -1.0, 0, 0.0), _SAMPLER),
+    "mirostat": Absent((None, 0), _SAMPLER),
+    "mirostat_tau": Absent((None, 5, 5.0), _SAMPLER),
+    "mirostat_eta": Absent((None, 0.1), _SAMPLER),
+    "xtc_probability": Absent((None, 0, 0.0), _SAMPLER),
+    "xtc_threshold": Absent((None, 0.1), _SAMPLER),
+    "dry_multiplier": Absent((None, 0, 0.0), _SAMPLER),
+    "dry_base": Absent((None, 1.75), _SAMPLER),
+    "dry_allowed_length": Absent((None, 2), _SAMPLER),
+    "dry_penalty_last_n": Absent((None, -1), _SAMPLER),
+    "dry_sequence_breakers": Absent((None, ["\n", ":", '"', "*"]), _SAMPLER),
+    "min_keep": Absent((None, 0), _SAMPLER),
+    "repeat_last_n": Absent((None, -1, 64), "penalties see the whole prompt and output"),
+    # text-generation-webui, KoboldCpp, TabbyAPI, Aphrodite
+    "top_a": Absent((None, 0, 0.0), _SAMPLER),
+    "tfs": Absent((None, 1, 1.0), _SAMPLER),
+    "tfs_z": Absent((None, 1, 1.0), _SAMPLER),
+    "typical": Absent((None, 1, 1.0), _SAMPLER),
+    "epsilon_cutoff": Absent((None, 0, 0.0), _SAMPLER),
+    "eta_cutoff": Absent((None, 0, 0.0), _SAMPLER),
+    "smoothing_factor": Absent((None, 0, 0.0), _SAMPLER),
+    "smoothing_curve": Absent((None, 1, 1.0), _SAMPLER),
+    "skew": Absent((None, 0, 0.0), _SAMPLER),
+    "nsigma": Absent((None, 0, 0.0), _SAMPLER),
+    "dynamic_temperature": Absent((None, False), _SAMPLER),
+    "temperature_last": Absent((None, False), "temperature comes before the other samplers"),
+    "sampler_priority": Absent((None, []), "the order of samplers cannot be chosen: see samplers"),
+    "sampler_order": Absent((None, []), "the order of samplers cannot be chosen: see samplers"),
+    "mirostat_mode": Absent((None, 0), _SAMPLER),
+    "no_repeat_ngram_size": Absent((None, 0), _SAMPLER),
+    "encoder_repetition_penalty": Absent((None, 1, 1.0), _SAMPLER),
+    "repetition_penalty_range": Absent((None, 0, -1), "penalties see the whole prompt and output"),
+    "repetition_decay": Absent((None, 0), _SAMPLER),
+    "penalty_alpha": Absent((None, 0, 0.0), _SAMPLER),
+    "guidance_scale": Absent((None, 1, 1.0), "guidance by a second prompt is not supported"),
+    "cfg_scale": Absent((None, 1, 1.0), "guidance by a second prompt is not supported"),
+    "negative_prompt": Absent((None, ""), "guidance by a second prompt is not supported"),
+    "banned_strings": Absent((None, [], ""), "see bad_words"),
+    "banned_tokens": Absent((None, [], ""), "see bad_words and logit_bias"),
+    "custom_token_bans": Absent((None, [], ""), "see logit_bias"),
+    # text-generation-inference, SGLang, OpenVINO, transformers
+    "do_sample": Absent((None, True), "temperature 0 is greedy"),
+    "num_beams": Absent((None, 1), "beam search is not supported: see n"),
+    "min_length": Absent((None, 0), "see min_tokens"),
+    "watermark": Absent((None, False), "nothing is watermarked"),
+    "truncate": Absent(_UNUSED, "see truncate_prompt_tokens"),
+    "return_full_text": Absent((None, False), "see echo"),
+    "stop_regex": Absent((None, []), "see stop"),
+    "regex": Absent(_UNUSED, "see structured_outputs"),
+    "ebnf": Absent(_UNUSED, "see structured_outputs"),
+    "custom_logit_processor": Absent(_UNUSED, "custom logits processors are not supported: see logit_bias"),
+    "separate_reasoning": Absent((None, True), "see reasoning_format"),
+}
+"""Ways to choose tokens that other servers have."""
+
+_FEATURES: Mapping[str, Absent] = {
+    "suffix": Absent((None, ""), "text is only continued, not filled in: see /infill for models that can"),
+    "use_beam_search": Absent((None, False), "beam search is not supported: see n"),
+    "length_penalty": Absent((None, 1.0), _BEAM),
+    "early_stopping": Absent((None, False), _BEAM),
+    "logits_processors": Absent((None, []), "custom logits processors are not supported: see logit_bias"),
+    "audio": Absent(_UNUSED, _TEXT_ONLY),
+    "modalities": Absent((None, ["text"]), _TEXT_ONLY),
+    "image_data": Absent((None, []), _TEXT_ONLY),
+    "multimodal_data": Absent((None, []), _TEXT_ONLY),
+    "web_search_options": Absent(_UNUSED, _NO_SEARCH),
+    "web_search": Absent((None, False), _NO_SEARCH),
+    "enable_search": Absent((None, False), _NO_SEARCH),
+    "search_parameters": Absent((None, {"mode": "off"}), _NO_SEARCH),
+    "plugins": Absent((None, []), "there are no plugins"),
+    "thinking_token_budget": Absent(_UNUSED, "reasoning has no limit of its own: see max_tokens"),
+    "thinking_budget": Absent(_UNUSED, "see thinking_token_budget"),
+    "logprob_token_ids": Absent(
+        (None, []), "log-probabilities are those of the likeliest tokens: see logprobs"
+    ),
+    "post_sampling_probs": Absent((None, False), "probabilities are those before sampling"),
+    "repetition_detection": Absent(
+        _UNUSED, "an answer that repeats itself is not ended: see repetition_penalty"
+    ),
+    "watermarking": Absent((None, False), "nothing is watermarked"),
+    "vllm_xargs": Absent((None, {}), "there are no extensions to pass arguments to"),
+    "lora": Absent((None, []), _NO_LORA),
+    "lora_path": Absent(_UNUSED, _NO_LORA),
+    "adapter_id": Absent(_UNUSED, _NO_LORA),
+    "safe_prompt": Absent((None, False), "put a system message into messages"),
+    "prompt_mode": Absent(_UNUSED, "see reasoning_effort"),
+    "tools": Absent((None, []), _TOOLS),
+    "tool_choice": Absent((None, "none", "auto"), _TOOLS),
+    "parallel_tool_calls": Absent((None, True, False), _TOOLS),
+    "guided_json": Absent(_UNUSED, _OLD_NAME),
+    "guided_regex": Absent(_UNUSED, _OLD_NAME),
+    "guided_choice": Absent(_UNUSED, _OLD_NAME),
+    "guided_grammar": Absent(_UNUSED, _OLD_NAME),
+    "guided_decoding_backend": Absent(_UNUSED, _OLD_NAME),
+    "guided_whitespace_pattern": Absent(_UNUSED, _OLD_NAME),
+    "moderation": Absent(_UNUSED, "nothing is moderated"),
+    "verbosity": Absent((None, "medium"), "the model's verbosity cannot be chosen"),
+    "options": Absent((None, {}), _OLLAMA),
+    "format": Absent((None, ""), "see response_format"),
+}
+"""Features that other servers, OpenAI and vLLM have."""
+
+_OTHER_ENDPOINTS: Mapping[str, Absent] = {
+    **dict.fromkeys(
+        (
+            "n", "best_of", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+            "frequency_penalty", "seed", "max_tokens", "max_completion_tokens", "min_tokens", "stop_token_ids",
+            "allowed_token_ids", "bad_words", "logit_bias", "response_format", "structured_outputs", "grammar",
+            "json_schema", "chat_template", "chat_template_kwargs", "reasoning_effort", "documents", "thinking",
+            "enable_thinking", "samplers",
+        ),
+        Absent(_UNUSED, _ELSEWHERE),
+    ),
+    "stop": Absent((None, []), _ELSEWHERE),
+    "ignore_eos": Absent((None, False), _ELSEWHERE),
+    "include_stop_str_in_output": Absent((None, False), _ELSEWHERE),
+    "truncate_prompt_tokens": Absent(_UNUSED, _ELSEWHERE),
+    "truncation_side": Absent((None, "left"), _ELSEWHERE),
+    "echo": Absent((None, False), _ELSEWHERE),
+    "continue_final_message": Absent((None, False), _ELSEWHERE),
+}  # fmt: skip
+"""What other endpoints of this server honour."""
+
+TEXT_CHANGING: Mapping[str, Absent] = {**_OTHER_ENDPOINTS, **PROMPT_CHANGING, **_SAMPLERS, **_FEATURES}
+"""What is known to change the text: refused by an endpoint that does not have it, unless it asks for nothing."""
+
+RESPONSES_TEXT_CHANGING: Mapping[str, Absent] = {
+    **TEXT_CHANGING,
+    "prompt": Absent(_UNUSED, "there are no stored prompts: give instructions"),
+    "context_management": Absent((None, []), "there is nothing that compacts a conversation"),
+    "messages": Absent(_UNUSED, "see input"),
+}
+
+_ANTHROPICS = "is a feature of Anthropic's own service"
+MESSAGES_PROMPT_CHANGING: Mapping[str, Absent] = {
+    "container": Absent(_UNUSED, _ANTHROPICS),
+    "mcp_servers": Absent((None, []), _ANTHROPICS),
+    "compaction": Absent(_UNUSED, _ANTHROPICS),
+}
+MESSAGES_TEXT_CHANGING: Mapping[str, Absent] = {**TEXT_CHANGING, **MESSAGES_PROMPT_CHANGING}
+
+VECTOR_CHANGING: Mapping[str, Absent] = {
+    name: Absent((None, ""), "put the instruction before each input: the model's prompts have no names here")
+    for name in ("input_type", "prompt_name", "instruction", "prompt", "task", "query_instruction")
+} | {
+    "truncate": Absent((None, "NONE", "none"), "see truncate_prompt_tokens"),
+    "images": Absent(_UNUSED, _TEXT_ONLY),
+}
+"""What changes the numbers of a vector."""
