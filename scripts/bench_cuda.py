@@ -209,7 +209,7 @@ def _attention(size: int, batch: int, context: int, heads: int = 32, kv_heads: i
     spec = KVSpec(layers, kv_heads, size, 16, "bfloat16")
     blocks = batch * context // 16
     kv = backend.alloc_kv(spec, blocks)
-    slots = backend.alloc_slots(SlotSpec(batch, context // 16, 1000, batch * context // 16))
+    slots = backend.alloc_slots(SlotSpec(batch, context // 16, context, 1000, batch * context // 16))
     order = np.random.default_rng(0).permutation(blocks).astype(np.int32)
     for slot in range(batch):
         backend.set_slot(slots, slot, SlotParams())
@@ -231,10 +231,10 @@ def _attention(size: int, batch: int, context: int, heads: int = 32, kv_heads: i
     noise = np.random.default_rng(1).standard_normal((batch * 256, width)).astype(np.float32)
     qkv = backend.tensor(noise, "bfloat16")
     for end in range(256, context + 1, 256):
-        piece = backend.upload(host(256, end), slots)
+        piece = backend.upload(host(256, end), slots, spec)
         for layer in range(layers):
             backend.attn_prep(qkv, heads, None, kv, layer, piece)
-    one = backend.upload(host(1, context), slots)
+    one = backend.upload(host(1, context), slots, spec)
     q = backend.attn_prep(backend.tensor(noise[:batch], "bfloat16"), heads, None, kv, 0, one)
 
     def attend() -> list[Any]:

@@ -50,7 +50,7 @@ class NullBackend:
         """Any op."""
         return lambda *_args, **_kwargs: None
 
-    def upload(self, batch: ForwardBatch, _slots: Any) -> ForwardBatch:
+    def upload(self, batch: ForwardBatch, *_args: Any) -> ForwardBatch:
         """The batch as it is."""
         return batch
 
@@ -63,12 +63,8 @@ class NullBackend:
         return array
 
     def graph_rows(self, _most: int) -> tuple[int, ...]:
-        """None ahead of time."""
+        """No step is captured."""
         return ()
-
-    def capture(self, _key: Any, step: Any) -> Any:
-        """The step as it is."""
-        return step
 
 
 def measure(lengths: Sequence[tuple[int, int]], depth: int) -> dict[str, float]:

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import Backend, Feature, ForwardBatch, KVSpec, Sampled, SlotParams, SlotSpec
+from vllmlite.backends.base import (
+    Backend,
+    ForwardBatch,
+    GraphKey,
+    KVSpec,
+    Sampled,
+    SlotParams,
+    SlotSpec,
+    Step,
+)
 from vllmlite.weights.host import HostTensor, HostWeight, PackedWeight
 
 
@@ -48,27 +57,37 @@ class Paged:
         vocab_size: int = 8,
         num_blocks: int = 128,
         max_slots: int = 10,
+        max_context: int | None = None,
     ) -> None:
         if spec.dtype not in backend.kv_dtypes:
             pytest.skip(f"the {backend.name} backend has no {spec.dtype} cache")
         self.backend, self.spec = backend, spec
         self.num_blocks = num_blocks
         self.kv = backend.alloc_kv(spec, num_blocks)
-        self.slots = backend.alloc_slots(SlotSpec(max_slots, num_blocks, vocab_size, num_blocks))
+        self.max_context = max_context or num_blocks * spec.block_size
+        max_blocks = -(-self.max_context // spec.block_size)
+        self.slots = backend.alloc_slots(
+            SlotSpec(max_slots, max_blocks, self.max_context, vocab_size, num_blocks)
+        )
         self.free = np.random.default_rng(7).permutation(num_blocks).tolist()
         self.owned: list[list[int]] = [[] for _ in range(max_slots)]
         self.lengths = [0] * max_slots
         self._poison(max_slots - 1)
 
     def _poison(self, slot: int) -> None:
-        blocks = np.arange(self.num_blocks, dtype=np.int32)
-        self.backend.append_blocks(self.slots, np.full_like(blocks, slot), blocks, blocks)
-        count = self.num_blocks * self.spec.block_size
-        batch = self.backend.upload(host_batch([slot], [0], [count]), self.slots)
-        width = 3 * self.spec.num_kv_heads * self.spec.head_dim
-        for layer in range(self.spec.num_layers):
-            rubbish = self.backend.tensor(np.full((count, width), np.nan, np.float32), self.backend.dtype)
-            self.backend.attn_prep(rubbish, self.spec.num_kv_heads, None, self.kv, layer, batch)
+        whole = max(1, self.max_context // self.spec.block_size)
+        for begin in range(0, self.num_blocks, whole):
+            blocks = np.arange(begin, min(begin + whole, self.num_blocks), dtype=np.int32)
+            self.backend.append_blocks(self.slots, np.full_like(blocks, slot), blocks - begin, blocks)
+            count = min(len(blocks) * self.spec.block_size, self.max_context)
+            batch = self.upload(host_batch([slot], [0], [count]))
+            width = 3 * self.spec.num_kv_heads * self.spec.head_dim
+            for layer in range(self.spec.num_layers):
+                rubbish = self.backend.tensor(np.full((count, width), np.nan, np.float32), self.backend.dtype)
+                self.backend.attn_prep(rubbish, self.spec.num_kv_heads, None, self.kv, layer, batch)
+
+    def upload(self, batch: ForwardBatch, key: GraphKey | None = None) -> ForwardBatch:
+        return self.backend.upload(batch, self.slots, self.spec, key)
 
     def admit(self, slot: int, params: SlotParams | None = None) -> None:
         self.backend.set_slot(self.slots, slot, params or SlotParams())
@@ -97,14 +116,16 @@ class PagedModel(Paged):
     """:class:`Paged` with a model in it."""
 
     def __init__(self, model: Any, **options: Any) -> None:
+        options = {"max_context": 128} | options  # what the models of the tests are loaded for
         super().__init__(model.backend, model.kv_spec, vocab_size=model.vocab_size, **options)
         self.model = model
+        self.captured: dict[GraphKey, Step] = {}
 
     def logits(self, slots: Sequence[int], chunks: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
         """Feed ``chunks`` to ``slots`` in one step: logits of every token, a row each."""
         batch = self.batch(slots, [len(chunk) for chunk in chunks])
         batch.token_ids = np.concatenate(chunks).astype(np.int32)
-        device = self.backend.upload(batch, self.slots)
+        device = self.upload(batch)
         logits = self.backend.to_host(self.model.logits(self.model.forward(device, self.kv)))
         return np.split(logits, batch.query_start_loc[1:-1])
 
@@ -112,16 +133,26 @@ class PagedModel(Paged):
         self,
         slots: Sequence[int],
         chunks: Sequence[NDArray[np.int32]] | None = None,
-        features: Feature = Feature.NONE,
+        *,
+        captured: bool = False,
+        num_logprobs: int = -1,
     ) -> Sampled:
         """A step as the runner makes it; without ``chunks`` the ids sampled last are fed, from the device."""
         batch = self.batch(slots, [1] * len(slots) if chunks is None else [len(chunk) for chunk in chunks])
         if chunks is not None:
             batch.token_ids = np.concatenate(chunks).astype(np.int32)
-        batch.features = features
-        device = self.backend.upload(batch, self.slots)
-        hidden = self.backend.rows(self.model.forward(device, self.kv), device.logits_rows)
-        return self.backend.sample(self.model.logits(hidden), self.slots, device)
+        batch.num_logprobs = num_logprobs
+        key = (len(slots), 1) if captured else None
+        if key is not None and key not in self.captured:
+            self.captured[key] = self.backend.capture(key, self.step, self.slots, self.spec)
+        device = self.upload(batch, key)
+        (logits,) = self.step(device) if key is None else self.captured[key](device)
+        sampled = self.backend.sample(logits, self.slots, device)
+        self.backend.accept(sampled.ids, self.slots, device)
+        return sampled
+
+    def step(self, batch: ForwardBatch) -> list[Any]:
+        return [self.model.logits(self.backend.rows(self.model.forward(batch, self.kv), batch.logits_rows))]
 
 
 def host_tensor(values: NDArray[Any], dtype: str = "float32") -> HostTensor:

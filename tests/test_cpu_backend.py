@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from paged import Paged, PagedModel, host_batch, host_tensor
 
 from vllmlite.backends import select
-from vllmlite.backends.base import KV_DTYPES, Feature, KVSpec, SlotParams, SlotSpec
+from vllmlite.backends.base import KV_DTYPES, KVSpec, SlotParams, SlotSpec
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.errors import BackendError
@@ -117,7 +117,7 @@ def attention(
     paged.admit(0)
     found = []
     for start, end in zip([0, *cuts[:-1]], cuts, strict=True):
-        batch = backend.upload(paged.batch([0], [end - start]), paged.slots)
+        batch = paged.upload(paged.batch([0], [end - start]))
         q = backend.attn_prep(backend.tensor(qkv[start:end]), heads, None, paged.kv, 0, batch)
         found.append(backend.to_host(backend.paged_attention(q, paged.kv, 0, batch, 0.3, window)))
     return np.concatenate(found)
@@ -212,46 +212,29 @@ def test_instruction_sets_agree(checkpoint: Path, dtype: str) -> None:
         assert float(np.abs(logits - found[0]).max()) <= tolerance * scale, isa
 
 
-@pytest.mark.parametrize("features", [Feature.NONE, Feature.RANDOM | Feature.TOP_K_TOP_P | Feature.PENALTIES])
+@pytest.mark.parametrize("random", [False, True])
 @pytest.mark.parametrize("num_logprobs", [-1, 3])
-def test_replayed_is_eager(checkpoint: Path, features: Feature, num_logprobs: int) -> None:
-    """Ids and log-probabilities of a recorded step, over steps that come and go, and each step's own stay."""
-    params = (
-        SlotParams(temperature=0.8, top_k=20, top_p=0.9, seed=5, frequency_penalty=0.5)
-        if features
-        else SlotParams()
-    )
+def test_replayed_is_eager(checkpoint: Path, random: bool, num_logprobs: int) -> None:
+    """Ids and log-probabilities of captured steps, of two sizes in turn, are those of steps that are not; each step's
+    own stay."""
+    params = SlotParams(temperature=0.8, top_k=20, top_p=0.9, seed=5, frequency_penalty=0.5)
     found: list[list[bytes]] = []
-    for graphs in (False, True):
+    for captured in (False, True):
         paged = paged_model(checkpoint)
-        backend, model = paged.backend, paged.model
         for slot in range(3):
-            paged.admit(slot, params)
-        paged.sample([0, 1, 2], PROMPTS[:3], features)
-
-        def plain(batch: Any, paged: PagedModel = paged) -> Any:
-            backend, model = paged.backend, paged.model
-            hidden = backend.rows(model.forward(batch, paged.kv), batch.logits_rows)
-            return backend.sample(model.logits(hidden), paged.slots, batch)
-
-        assert model.backend is backend
-        step = backend.capture((3, 1, features, num_logprobs), plain) if graphs else plain
-        kept = []
-        for _ in range(20):
-            batch = paged.batch([2, 0, 1], [1, 1, 1])
-            batch.features, batch.num_logprobs = features, num_logprobs
-            kept.append(step(backend.upload(batch, paged.slots)))
+            paged.admit(slot, params if random else SlotParams())
+        paged.sample([0, 1, 2], PROMPTS[:3])
+        kept = [
+            paged.sample([2, 0, 1][: 3 - step % 2], captured=captured, num_logprobs=num_logprobs)
+            for step in range(20)
+        ]
         found.append([])
         for sampled in kept:
             parts = [sampled.ids]
             if sampled.logprobs is not None:
-                parts += [
-                    sampled.logprobs.chosen,
-                    sampled.logprobs.rank,
-                    sampled.logprobs.top_ids,
-                    sampled.logprobs.top,
-                ]
-            found[-1] += [backend.to_host(part).tobytes() for part in parts]
+                top = sampled.logprobs
+                parts += [top.chosen, top.rank, top.top_ids, top.top]
+            found[-1] += [paged.backend.to_host(part).tobytes() for part in parts]
     assert found[0] == found[1]
 
 
@@ -263,9 +246,9 @@ def test_a_failed_recording_leaves_the_backend_whole(checkpoint: Path) -> None:
         paged.model.forward(batch, paged.kv)
         raise RuntimeError("on purpose")
 
-    step = paged.backend.capture((1, 1, Feature.NONE, -1), broken)
+    step = paged.backend.capture((1, 1), broken, paged.slots, paged.spec)
     with pytest.raises(RuntimeError, match="on purpose"):
-        step(paged.backend.upload(paged.batch([0], [1]), paged.slots))
+        step(paged.upload(paged.batch([0], [1]), (1, 1)))
     assert paged.logits([0], [PROMPTS[1]])[0].shape == (5, paged.model.vocab_size)
 
 
@@ -289,12 +272,10 @@ def test_a_blocks_layers_lie_together() -> None:
         return int(line.split()[1]) << 10
 
     backend = CpuBackend(threads=1)
-    kv, slots = (
-        backend.alloc_kv(KVSpec(32, 2, 64, 16, "float32"), 512),
-        backend.alloc_slots(SlotSpec(1, 1, 8, 512)),
-    )
+    spec = KVSpec(32, 2, 64, 16, "float32")
+    kv, slots = backend.alloc_kv(spec, 512), backend.alloc_slots(SlotSpec(1, 1, 16, 8, 512))
     backend.append_blocks(slots, *np.array([[0], [0], [100]], np.int32))
-    batch = backend.upload(host_batch([0], [0], [1]), slots)
+    batch = backend.upload(host_batch([0], [0], [1]), slots, spec)
     qkv = backend.tensor(random(1, 6 * 64))
     before = resident()
     for layer in range(32):
@@ -310,20 +291,9 @@ def test_wrong_shapes_are_named() -> None:
     with pytest.raises(ValueError, match="parts of a weight differ"):
         backend.linear_weight([host_tensor(random(4, 8)), host_tensor(random(4, 7))])
     with pytest.raises(ValueError, match="invalid literal"):
-        backend.set_slot(backend.alloc_slots(SlotSpec(1, 1, 8, 4)), 0, SlotParams(prompt_ids="x"))  # type: ignore[arg-type]
+        backend.set_slot(backend.alloc_slots(SlotSpec(1, 1, 16, 8, 4)), 0, SlotParams(prompt_ids="x"))  # type: ignore[arg-type]
     with pytest.raises(IndexError, match="token id 9"):
         backend.embedding(backend.tensor(np.array([9], np.int32)), backend.tensor(random(4, 8)))
-
-
-def test_slots_of_a_larger_pool_are_refused() -> None:
-    backend = CpuBackend()
-    kv, slots = (
-        backend.alloc_kv(KVSpec(1, 1, 8, 16, "float32"), 3),
-        backend.alloc_slots(SlotSpec(1, 4, 10, 4)),
-    )
-    batch = backend.upload(host_batch([0], [0], [1]), slots)
-    with pytest.raises(ValueError, match="of a pool of 4 blocks, and this one has 3"):
-        backend.attn_prep(backend.tensor(random(1, 24)), 1, None, kv, 0, batch)
 
 
 def test_impossible_backends_say_why(monkeypatch: pytest.MonkeyPatch) -> None:

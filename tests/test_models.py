@@ -14,7 +14,7 @@ from checkpoints import write_checkpoint
 from numpy.typing import NDArray
 from paged import PagedModel
 
-from vllmlite.backends.base import Backend
+from vllmlite.backends.base import Backend, SlotParams
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.backends.torch import TorchBackend
@@ -91,19 +91,59 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def paged_model(path: Path, device: str, dtype: str = "float32") -> PagedModel:
-    backend: Backend
+def a_backend(device: str, dtype: str = "float32") -> Backend:
     if device == "native":
         pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
-        backend = CpuBackend(dtype)
-    elif device == "native-cuda":
+        return CpuBackend(dtype)
+    if device == "native-cuda":
         try:
-            backend = CudaBackend("cuda", dtype)
+            return CudaBackend("cuda", dtype)
         except BackendError as error:
             pytest.skip(str(error))
-    else:
-        backend = TorchBackend(device, dtype)
-    return PagedModel(load_model(backend, path, max_model_len=128, block_size=4), num_blocks=320)
+    return TorchBackend(device, dtype)
+
+
+def paged_model(path: Path, device: str, dtype: str = "float32") -> PagedModel:
+    model = load_model(a_backend(device, dtype), path, max_model_len=128, block_size=4)
+    return PagedModel(model, num_blocks=320)
+
+
+def test_two_models_on_one_backend(tmp_path: Path, device: str) -> None:
+    """Each with a pool and slots of its own, of other sizes, and captured steps, where there are any: steps in turn
+    give what the models give alone."""
+    shapes: list[dict[str, Any]] = [
+        {"num_attention_heads": 4, "num_key_value_heads": 1},
+        {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2, "vocab_size": 401},
+    ]
+    for index, shape in enumerate(shapes):
+        write_checkpoint(tmp_path / str(index), "Llama", seed=index, **shape)
+
+    def load(backend: Backend, index: int) -> PagedModel:
+        model = load_model(
+            backend, tmp_path / str(index), max_model_len=(100, 128)[index], block_size=(4, 16)[index]
+        )
+        paged = PagedModel(model, num_blocks=(300, 80)[index], max_context=(100, 128)[index])
+        for slot in range(len(LENGTHS)):
+            paged.admit(slot, SlotParams(temperature=0.9 * (slot % 2), seed=slot, frequency_penalty=0.5))
+        return paged
+
+    captures = bool(a_backend(device).graph_rows(8))
+
+    def step(paged: PagedModel, number: int) -> list[int]:
+        if number == 0:
+            sampled = paged.sample(range(len(LENGTHS)), prompts())
+        else:
+            rows = range(number % 2, len(LENGTHS))
+            sampled = paged.sample(rows, captured=captures and number % 5 > 0)
+        ids: list[int] = paged.backend.to_host(sampled.ids).tolist()
+        return ids
+
+    alone = [load(a_backend(device), index) for index in range(2)]
+    wanted = [[step(paged, number) for number in range(24)] for paged in alone]
+    backend = a_backend(device)
+    together = [load(backend, index) for index in range(2)]
+    found = [[step(paged, number) for paged in together] for number in range(24)]
+    assert [list(steps) for steps in zip(*found, strict=True)] == wanted
 
 
 def chunked(paged: PagedModel, sequences: list[NDArray[np.int32]], how: str) -> list[NDArray[np.float32]]:

@@ -524,7 +524,7 @@ class Rows:
         """A step's keys and values: its batch, and its queries as found and as they should be."""
         backend, heads, kv_heads, size = self.backend, self.heads, self.kv_heads, self.size
         host_side = self.paged.batch(slots, counts)
-        batch = backend.upload(host_side, self.paged.slots)
+        batch = self.paged.upload(host_side)
         self.seed += 1
         qkv = numbers((host_side.num_tokens, heads + 2 * kv_heads, size), self.seed)
         q_norm, k_norm = (
@@ -728,7 +728,7 @@ def test_a_reused_slot_forgets(exact: Backend) -> None:
 @pytest.mark.parametrize("rotary_dim", [32, 12])
 @pytest.mark.parametrize("norms", [None, "backend", "float32"])
 def test_attn_prep(backend: Backend, interleaved: bool, rotary_dim: int, norms: str | None) -> None:
-    rows = Rows(backend, 6, 2, 32, 4)
+    rows = Rows(backend, 6, 2, 32, 4, max_context=60)
     if norms == "float32":
         rows.norm_dtype = norms
     angles = np.arange(60)[:, None] / 3 ** np.arange(rotary_dim // 2)
@@ -745,7 +745,7 @@ def test_attn_prep(backend: Backend, interleaved: bool, rotary_dim: int, norms: 
 
 @pytest.mark.parametrize("size", [32, 24])
 def test_norms_over_all_heads(backend: Backend, size: int) -> None:
-    rows = Rows(backend, 6, 2, size, 4)
+    rows = Rows(backend, 6, 2, size, 4, max_context=60)
     angles = np.arange(60)[:, None] / 3 ** np.arange(size // 2)
     rows.table = np.concatenate((np.cos(angles), np.sin(angles)), 1)
     rows.rope = Rope(backend.tensor(rows.table.astype(np.float32)), size)
@@ -759,7 +759,7 @@ def test_norms_over_all_heads(backend: Backend, size: int) -> None:
 def test_layer_norms_of_heads(backend: Backend) -> None:
     if backend.name == "cuda":
         pytest.skip("the cuda backend has no layer norms of heads")
-    rows = Rows(backend, 6, 2, 32, 4)
+    rows = Rows(backend, 6, 2, 32, 4, max_context=60)
     angles = np.arange(60)[:, None] / 3 ** np.arange(16)
     rows.table = np.concatenate((np.cos(angles), np.sin(angles)), 1)
     rows.rope = Rope(backend.tensor(rows.table.astype(np.float32)), 32)
@@ -776,16 +776,16 @@ def test_embedding_of_positions(exact: Backend) -> None:
     for slot, count in ((0, 3), (1, 7)):
         rows.admit(slot)
         rows.step([slot], [count])
-    batch = exact.upload(rows.paged.batch([1, 0], [2, 4]), rows.paged.slots)
+    batch = rows.paged.upload(rows.paged.batch([1, 0], [2, 4]))
     found = exact.embedding(batch.positions, exact.tensor(table.astype(np.float32)))
     check(exact, found, table[[7, 8, 3, 4, 5, 6]])
 
 
 def test_two_ropes_in_one_step(exact: Backend) -> None:
-    rows = Rows(exact, 4, 2, 16, 4)
+    rows = Rows(exact, 4, 2, 16, 4, max_context=5)
     rows.admit(0)
     host_side = rows.paged.batch([0], [5])
-    batch = exact.upload(host_side, rows.paged.slots)
+    batch = rows.paged.upload(host_side)
     qkv = numbers((5, 8, 16))
     for base in (3.0, 7.0, 3.0):
         angles = np.arange(5)[:, None] / base ** np.arange(8)
@@ -807,7 +807,7 @@ def test_cache_in_sixteen_bits(exact: Backend, kv_dtype: str) -> None:
 
 def test_int8_is_made_of_rotated_keys(exact: Backend) -> None:
     """By a table that rotates nothing and doubles some elements, so that every code is known exactly."""
-    rows = Rows(exact, 6, 2, 32, 4, kv_dtype="int8")
+    rows = Rows(exact, 6, 2, 32, 4, kv_dtype="int8", max_context=60)
     rows.table = np.concatenate(
         (2.0 ** (np.arange(60)[:, None] % 3 * np.arange(16) % 4), np.zeros((60, 16))), 1
     )
@@ -826,7 +826,7 @@ def test_int8_of_extreme_heads(exact: Backend) -> None:
     values[6, 0, 5], values[6, 1, 9] = np.nan, -np.inf
     for slot in range(7):
         paged.admit(slot)
-    batch = exact.upload(paged.batch(range(7), [1] * 7), paged.slots)
+    batch = paged.upload(paged.batch(range(7), [1] * 7))
     qkv = np.concatenate((numbers((7, 4, 24), 1), values), 1)
     q = exact.attn_prep(put(exact, qkv.reshape(7, -1)), 2, None, paged.kv, 0, batch)
     found = exact.to_host(exact.paged_attention(q, paged.kv, 0, batch, 0.25)).reshape(7, 2, 24)
@@ -893,14 +893,14 @@ def test_blocks_outside_the_pool_are_refused(
     exact: Backend, slot: int, column: int, block: int, complaint: str
 ) -> None:
     """And nothing of the call is written: the row's own block stays where it was."""
-    kv = exact.alloc_kv(KVSpec(1, 2, 16, 4, "float32"), 40)
-    slots = exact.alloc_slots(SlotSpec(4, 8, 10, 40))
+    spec = KVSpec(1, 2, 16, 4, "float32")
+    kv, slots = exact.alloc_kv(spec, 40), exact.alloc_slots(SlotSpec(4, 8, 32, 10, 40))
 
     def append(*entries: tuple[int, int, int]) -> None:
         exact.append_blocks(slots, *(np.array(part, np.int32) for part in zip(*entries, strict=True)))
 
     def attend(start: int, count: int) -> Array:
-        batch = exact.upload(host_batch([0], [start], [count]), slots)
+        batch = exact.upload(host_batch([0], [start], [count]), slots, spec)
         qkv = numbers((3, 6 * 16))[start : start + count]
         q = exact.attn_prep(put(exact, qkv), 2, None, kv, 0, batch)
         return exact.to_host(exact.paged_attention(q, kv, 0, batch, 0.25))
@@ -914,6 +914,8 @@ def test_blocks_outside_the_pool_are_refused(
 
 
 # Steps
+
+SPEC = KVSpec(1, 1, 16, 4, "float32")
 
 
 @pytest.mark.parametrize(
@@ -932,31 +934,78 @@ def test_batches_that_point_elsewhere_are_refused(
 ) -> None:
     if exact.name == "torch":
         pytest.skip("the reference trusts its caller")
-    slots = exact.alloc_slots(SlotSpec(2, 8, 10, 8))
+    slots = exact.alloc_slots(SlotSpec(2, 8, 32, 10, 8))
     batch = host_batch([0, 1], [0, 3], [2, 1])
-    exact.upload(batch, slots)
+    exact.upload(batch, slots, SPEC)
     setattr(batch, field, np.array(values, np.int32))
     with pytest.raises((IndexError, ValueError), match=complaint):
-        exact.upload(batch, slots)
+        exact.upload(batch, slots, SPEC)
+
+
+@pytest.mark.parametrize(("max_context", "accepted"), [(11, 11), (40, 32)])
+def test_contexts_that_slots_do_not_hold_are_refused(exact: Backend, max_context: int, accepted: int) -> None:
+    if exact.name == "torch":
+        pytest.skip("the reference trusts its caller")
+    slots = exact.alloc_slots(SlotSpec(2, 8, max_context, 10, 8))
+    exact.upload(host_batch([0], [accepted - 1], [1]), slots, SPEC)
+    with pytest.raises(IndexError, match=f"max_context {accepted + 1} is not within 0 and {accepted}"):
+        exact.upload(host_batch([0], [accepted], [1]), slots, SPEC)
+
+
+def test_ropes_and_pools_that_do_not_fit_the_slots_are_refused(exact: Backend) -> None:
+    if exact.name == "torch":
+        pytest.skip("the reference trusts its caller")
+    slots = exact.alloc_slots(SlotSpec(2, 8, 32, 10, 8))
+    kv, batch = exact.alloc_kv(SPEC, 8), exact.upload(host_batch([0], [0], [1]), slots, SPEC)
+    qkv = put(exact, numbers((1, 3 * 16)))
+
+    def rope(positions: int) -> Rope:
+        return Rope(exact.tensor(np.ones((positions, 16), np.float32)), 16)
+
+    q = exact.attn_prep(qkv, 1, rope(32), kv, 0, batch)
+    exact.paged_attention(q, kv, 0, batch, 1.0)
+    with pytest.raises(ValueError, match="32 positions or more"):
+        exact.attn_prep(qkv, 1, rope(31), kv, 0, batch)
+    few, large = exact.alloc_kv(SPEC, 7), exact.alloc_kv(KVSpec(1, 1, 16, 8, "float32"), 8)
+    for pool, complaint in (
+        (few, "of a pool of 8 blocks, and this one has 7"),
+        (large, "caches of blocks of 4 tokens, and this one's hold 8"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            exact.attn_prep(qkv, 1, None, pool, 0, batch)
+        with pytest.raises(ValueError, match=complaint):
+            exact.paged_attention(q, pool, 0, batch, 1.0)
 
 
 def test_upload_fills_in_last_ids(exact: Backend) -> None:
-    slots = exact.alloc_slots(SlotSpec(4, 8, 10, 8))
+    slots = exact.alloc_slots(SlotSpec(4, 8, 32, 10, 8))
     for slot in range(4):
         exact.set_slot(slots, slot, SlotParams())
-    first = exact.upload(host_batch([2, 0], [0, 0], [1, 1]), slots)
+    first = exact.upload(host_batch([2, 0], [0, 0], [1, 1]), slots, SPEC)
     sampled = exact.sample(put(exact, np.eye(10)[[7, 4]]), slots, first)
+    exact.accept(sampled.ids, slots, first)
     assert exact.to_host(sampled.ids).tolist() == [7, 4]
     batch = host_batch([0, 1, 2], [1, 0, 1], [1, 3, 1])
     batch.token_ids = np.array([-1, 5, 6, 8, -1], np.int32)
-    assert exact.to_host(exact.upload(batch, slots).token_ids).tolist() == [4, 5, 6, 8, 7]
+    assert exact.to_host(exact.upload(batch, slots, SPEC).token_ids).tolist() == [4, 5, 6, 8, 7]
     assert batch.token_ids.tolist() == [-1, 5, 6, 8, -1]
 
 
-def test_capture_gives_an_equal_step(exact: Backend) -> None:
-    slots = exact.alloc_slots(SlotSpec(2, 8, 10, 8))
-    batch = host_batch([0, 1], [0, 0], [1, 1])
-    step = exact.capture(
-        (2, 1, batch.features, -1), lambda one: exact.sample(put(exact, np.eye(10)[[7, 4]]), slots, one)
-    )
-    assert exact.to_host(step(exact.upload(batch, slots)).ids).tolist() == [7, 4]
+def test_a_captured_step_equals_the_step(exact: Backend) -> None:
+    """For each number of rows up to its own, as often as it is called, whatever other steps ran in between."""
+    if not exact.graph_rows(8):
+        pytest.skip("the backend captures nothing")
+    slots = exact.alloc_slots(SlotSpec(8, 8, 32, 10, 8))
+    table = numbers((10, 16), 3)
+    weight = exact.tensor(table.astype(np.float32))
+
+    def step(batch: Any) -> list[Any]:
+        return [exact.rows(exact.embedding(batch.token_ids, weight), batch.logits_rows)]
+
+    steps = {rows: exact.capture((rows, 1), step, slots, SPEC) for rows in exact.graph_rows(8)}
+    for rows in (1, 5, 8, 2, 8, 5):
+        size = min(size for size in steps if size >= rows)
+        batch = host_batch(list(range(rows)), [0] * rows, [1] * rows)
+        batch.token_ids = (np.arange(rows) * 3 % 10).astype(np.int32)
+        (found,) = steps[size](exact.upload(batch, slots, SPEC, (size, 1)))
+        check(exact, found, table[batch.token_ids])

@@ -14,9 +14,21 @@ from numpy.typing import NDArray
 from paged import host_batch
 from test_ops import BACKENDS, of_torch
 
-from vllmlite.backends.base import Backend, Feature, Logprobs, Sampled, SlotParams, SlotSpec, uniform
+from vllmlite.backends.base import (
+    Backend,
+    ForwardBatch,
+    KVSpec,
+    Logprobs,
+    Sampled,
+    SlotParams,
+    SlotSpec,
+    uniform,
+)
 
 Array = NDArray[Any]
+
+
+SPEC = KVSpec(1, 1, 16, 16, "float32")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -30,20 +42,26 @@ class Sampler:
     def __init__(self, backend: Backend, params: Sequence[SlotParams], vocab_size: int) -> None:
         self.backend = backend
         self.params = list(params)
-        self.slots = backend.alloc_slots(SlotSpec(len(params), 1, vocab_size, 1))
+        self.slots = backend.alloc_slots(SlotSpec(len(params), 1, 16, vocab_size, 1))
         for slot, one in enumerate(params):
             backend.set_slot(self.slots, slot, one)
 
-    def features(self) -> Feature:
-        features = Feature.NONE
-        for one in self.params:
-            features |= Feature.RANDOM * (one.temperature > 0) | Feature.MIN_P * (one.min_p > 0)
-            features |= Feature.TOP_K_TOP_P * (one.top_k > 0 or one.top_p < 1)
-            penalties = (one.repetition_penalty, one.presence_penalty, one.frequency_penalty)
-            features |= Feature.PENALTIES * (penalties != (1, 0, 0)) | Feature.LOGIT_BIAS * bool(
-                one.logit_bias
-            )
-        return features
+    def upload(
+        self,
+        rows: Sequence[int],
+        positions: Sequence[int] | Array | int,
+        drafts: Sequence[Sequence[int]] | None = None,
+    ) -> ForwardBatch:
+        """A step that samples from every token of ``rows``: id 0, then the row's drafts."""
+        drafts = [()] * len(rows) if drafts is None else drafts
+        counts = [1 + len(draft) for draft in drafts]
+        batch = host_batch(rows, [0] * len(rows), counts)
+        ids = np.concatenate([[0, *draft] for draft in drafts])
+        batch.token_ids = ids.astype(np.int32)
+        batch.logits_rows = np.arange(len(ids), dtype=np.int32)
+        batch.sample_slots = np.repeat(np.asarray(rows, np.int32), counts)
+        batch.sample_positions = np.broadcast_to(np.asarray(positions, np.int64), len(ids)).copy()
+        return batch
 
     def sample(
         self,
@@ -51,27 +69,33 @@ class Sampler:
         positions: Sequence[int] | Array | int = 1,
         *,
         rows: Sequence[int] | None = None,
+        drafts: Sequence[Sequence[int]] | None = None,
         masks: dict[int, Array] | None = None,
         num_logprobs: int = -1,
-        features: Feature | None = None,
-    ) -> Sampled:
-        slots = list(range(len(self.params))) if rows is None else list(rows)
-        batch = host_batch(slots, [0] * len(slots), [1] * len(slots))
-        batch.token_ids = np.zeros(len(slots), np.int32)
-        batch.sample_positions = np.broadcast_to(np.asarray(positions, np.int64), len(slots)).copy()
+    ) -> tuple[Sampled, Array]:
+        """What is sampled, and which of it is accepted."""
+        batch = self.upload(list(range(len(self.params))) if rows is None else list(rows), positions, drafts)
         batch.num_logprobs = num_logprobs
-        batch.features = self.features() if features is None else features
         if masks:
-            batch.features |= Feature.MASK
             batch.mask_rows = np.array(list(masks), np.int32)
             batch.bitmask = np.stack([bits(allowed) for allowed in masks.values()])
-        device = self.backend.upload(batch, self.slots)
-        given = np.broadcast_to(np.asarray(logits, np.float32), (len(slots), np.shape(logits)[-1]))
-        return self.backend.sample(self.backend.tensor(given.copy()), self.slots, device)
+        device = self.backend.upload(batch, self.slots, SPEC)
+        count = len(batch.logits_rows)
+        given = np.broadcast_to(np.asarray(logits, np.float32), (count, np.shape(logits)[-1]))
+        sampled = self.backend.sample(self.backend.tensor(given.copy()), self.slots, device)
+        return sampled, self.backend.to_host(self.backend.accept(sampled.ids, self.slots, device))
 
     def ids(self, logits: Array, positions: Sequence[int] | Array | int = 1, **options: Any) -> list[int]:
-        found: list[int] = self.backend.to_host(self.sample(logits, positions, **options).ids).tolist()
+        sampled, _ = self.sample(logits, positions, **options)
+        found: list[int] = self.backend.to_host(sampled.ids).tolist()
         return found
+
+    def last_ids(self) -> list[int]:
+        """The last accepted id of each slot, as the next step would read it."""
+        rows = list(range(len(self.params)))
+        batch = host_batch(rows, [1] * len(rows), [1] * len(rows))
+        ids: list[int] = self.backend.to_host(self.backend.upload(batch, self.slots, SPEC).token_ids).tolist()
+        return ids
 
 
 def bits(allowed: Array) -> NDArray[np.int32]:
@@ -204,11 +228,6 @@ def test_the_edges_of_the_random_numbers(backend: Backend) -> None:
 def test_greedy_takes_the_lowest_of_equals(backend: Backend) -> None:
     logits = np.array([[0, 3, 3, 1], [5, 5, 5, 5], [-np.inf, -np.inf, -2, -2]])
     assert Sampler(backend, [SlotParams()] * 3, 4).ids(logits) == [1, 0, 2]
-
-
-def test_what_no_row_needs_is_skipped(backend: Backend) -> None:
-    params = SlotParams(temperature=9.0, repetition_penalty=9.0, prompt_ids=[7], logit_bias=((0, 99.0),))
-    assert set(Sampler(backend, [params] * 50, 11).ids(LOGITS, np.arange(50), features=Feature.NONE)) == {7}
 
 
 def test_extreme_temperatures(backend: Backend) -> None:
@@ -391,6 +410,146 @@ def test_sampled_logprobs_are_of_the_untouched_logits(backend: Backend) -> None:
         SlotParams(),
     ]
     logits = np.random.default_rng(1).standard_normal((4, 20)).astype(np.float32)
-    sampled = Sampler(backend, params, 20).sample(logits, num_logprobs=4, masks={3: np.arange(20) % 2 == 1})
+    masks = {3: np.arange(20) % 2 == 1}
+    sampled, _ = Sampler(backend, params, 20).sample(logits, num_logprobs=4, masks=masks)
     check_logprobs(logits, backend.to_host(sampled.ids).tolist(), 4, read(backend, sampled.logprobs))
-    assert Sampler(backend, params, 20).sample(logits).logprobs is None
+    assert Sampler(backend, params, 20).sample(logits)[0].logprobs is None
+
+
+# Several positions of a slot
+
+
+@pytest.mark.parametrize("num_logprobs", [-1, 3])
+def test_the_positions_of_a_slot_are_sampled_as_in_steps_of_their_own(
+    backend: Backend, num_logprobs: int
+) -> None:
+    """Ids and log-probabilities of a position are those of a step in which the drafts before it are in the text."""
+    rng = np.random.default_rng(5)
+    params = [
+        SlotParams(),
+        SlotParams(presence_penalty=1.5, frequency_penalty=0.7, output_ids=[3, 3, 9]),
+        SlotParams(repetition_penalty=1.8, prompt_ids=[1, 4], temperature=0.9, seed=3),
+        SlotParams(temperature=1.2, top_k=6, top_p=0.9, seed=8, logit_bias=((2, 1.5),)),
+        SlotParams(frequency_penalty=-0.4, temperature=0.7, min_p=0.05, seed=1),
+    ]
+    drafts = [[5, 5, 2], [7, 3, 7, 7], [], [0], [6, 6, 6, 1, 6, 2, 2, 6]]
+    counts = [1 + len(draft) for draft in drafts]
+    logits = rng.standard_normal((sum(counts), 12)).astype(np.float32)
+    positions = np.concatenate([40 + row + np.arange(count) for row, count in enumerate(counts)])
+    masks = {index: rng.random(12) < 0.5 for index in range(0, sum(counts), 4)}
+    for allowed in masks.values():
+        allowed[11] = True
+    sampled, _ = Sampler(backend, params, 12).sample(
+        logits, positions, drafts=drafts, masks=masks, num_logprobs=num_logprobs
+    )
+    ids, index = backend.to_host(sampled.ids).tolist(), 0
+    together = read(backend, sampled.logprobs) if num_logprobs >= 0 else ()
+    for one, draft in zip(params, drafts, strict=True):
+        for before in range(len(draft) + 1):
+            alone = replace(one, output_ids=[*one.output_ids, *draft[:before]])
+            mask = {0: masks[index]} if index in masks else None
+            found, _ = Sampler(backend, [alone], 12).sample(
+                logits[index : index + 1], positions[index], masks=mask, num_logprobs=num_logprobs
+            )
+            assert backend.to_host(found.ids).tolist() == [ids[index]]
+            if num_logprobs >= 0:
+                for whole, part in zip(together, read(backend, found.logprobs), strict=True):
+                    np.testing.assert_array_equal(whole[index], part[0])
+            index += 1
+
+
+def test_drafts_are_accepted_up_to_the_first_that_differs(backend: Backend) -> None:
+    params = SlotParams(presence_penalty=100.0)
+    sampler = Sampler(backend, [params] * 5, 20)
+    drafts = [[1, 2, 3], [1, 9, 3], [], [9, 2], [1, 1, 1]]
+    wanted = [[1, 2, 3, 4], [1, 2, 3, 4], [7], [1, 2, 3], [1, 1, 1, 5]]
+    chosen = [token for row in wanted for token in row]
+    logits = np.full((len(chosen), 20), -500.0)
+    logits[np.arange(len(chosen)), chosen] = 500
+    sampled, accepted = sampler.sample(logits, drafts=drafts)
+    assert backend.to_host(sampled.ids).tolist() == chosen
+    assert accepted.tolist() == [1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1]
+    assert sampler.last_ids() == [4, 2, 7, 1, 5]
+    # What was accepted is now penalised, and nothing else.
+    found = sampler.ids(-np.arange(20.0))
+    assert found == [0, 0, 0, 0, 0]
+    allowed = np.arange(20) != 0
+    assert sampler.ids(-np.arange(20.0), masks=dict.fromkeys(range(5), allowed)) == [5, 3, 1, 2, 2]
+
+
+def test_sampling_leaves_the_slots_alone(backend: Backend) -> None:
+    sampler = Sampler(backend, [SlotParams(presence_penalty=9.0), SlotParams()], 6)
+    assert sampler.ids(np.eye(6)[[4, 2]]) == [4, 2]
+    batch = sampler.upload([0, 1], 1)
+    logits = np.array([[0, 1, 0, 0, 9.5, 0], [0, 3, 0, 0, 0, 0]], np.float32)
+    for _ in range(3):
+        device = backend.upload(batch, sampler.slots, SPEC)
+        sampled = backend.sample(backend.tensor(logits.copy()), sampler.slots, device)
+        assert backend.to_host(sampled.ids).tolist() == [1, 1]
+        assert sampler.last_ids() == [4, 2]
+
+
+def test_sampled_positions_of_a_slot_must_be_in_a_row(backend: Backend) -> None:
+    if backend.name == "torch":
+        pytest.skip("the reference trusts its caller")
+    sampler = Sampler(backend, [SlotParams()] * 2, 6)
+    batch = sampler.upload([0, 1], 1, [[1], [2]])
+    batch.sample_slots = np.array([0, 1, 0, 1], np.int32)
+    with pytest.raises(ValueError, match="sampled positions of slot 0 are not in a row"):
+        backend.upload(batch, sampler.slots, SPEC)
+
+
+# What is not finite
+
+
+def test_a_nan_counts_as_minus_infinity(backend: Backend) -> None:
+    """Wherever it stands and whatever its sign, for ids as for log-probabilities; and so in a row of nothing else."""
+    rng = np.random.default_rng(2)
+    params = [
+        SlotParams(),
+        SlotParams(temperature=1.0, seed=1),
+        SlotParams(temperature=1.0, top_k=3, seed=2),
+        SlotParams(temperature=1.0, top_p=0.8, seed=3),
+        SlotParams(temperature=1.0, min_p=0.1, seed=4),
+        SlotParams(repetition_penalty=2.0, prompt_ids=[0, 1, 2], temperature=1.0, top_k=2, top_p=0.5, seed=5),
+        SlotParams(temperature=1.0, seed=6),
+        SlotParams(),
+    ]
+    for size in (37, 4096):
+        logits = rng.standard_normal((8, size)).astype(np.float32)
+        holes = rng.random(logits.shape) < 0.4
+        holes[:, 0], holes[6:] = True, True
+        with_nan, without = logits.copy(), logits.copy()
+        with_nan[holes] = np.where(rng.random(holes.sum()) < 0.5, np.float32(np.nan), -np.float32(np.nan))
+        without[holes] = -np.inf
+        for position in range(20):
+            found, wanted = (
+                Sampler(backend, params, size).sample(given, position, num_logprobs=size)[0]
+                for given in (with_nan, without)
+            )
+            ids = backend.to_host(found.ids)
+            assert ids.tolist() == backend.to_host(wanted.ids).tolist()
+            assert not holes[np.arange(6), ids[:6]].any()
+            assert ids[6:].tolist() == [0, 0]
+            for one, other in zip(read(backend, found.logprobs), read(backend, wanted.logprobs), strict=True):
+                np.testing.assert_array_equal(one, other)
+        chosen, rank, top_ids, top = read(backend, found.logprobs)
+        assert (chosen[6:] == -np.inf).all()
+        assert rank[6:].tolist() == [1, 1]
+        assert top_ids[7].tolist() == list(range(size))
+        assert not np.isnan(top).any()
+
+
+def test_an_infinite_logit_is_taken(backend: Backend) -> None:
+    logits = np.random.default_rng(3).standard_normal((4, 50)).astype(np.float32)
+    logits[:, [20, 30]] = np.inf
+    params = [SlotParams(temperature=2.0, top_k=top_k, top_p=top_p) for top_k, top_p in ((0, 1.0), (5, 0.9))]
+    sampled, _ = Sampler(backend, [*params, SlotParams(), SlotParams(temperature=1.0, min_p=0.5)], 50).sample(
+        logits, num_logprobs=4
+    )
+    assert backend.to_host(sampled.ids).tolist() == [20] * 4
+    chosen, rank, top_ids, top = read(backend, sampled.logprobs)
+    assert chosen.tolist() == [0] * 4
+    assert rank.tolist() == [1] * 4
+    assert top_ids[:, :2].tolist() == [[20, 30]] * 4
+    assert top.tolist() == [[0, 0, -np.inf, -np.inf]] * 4

@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <iterator>
+#include <limits>
 #include <stdexcept>
+
+#include "tensor/checks.hpp"
 
 namespace vllmlite {
 
@@ -17,6 +20,15 @@ std::vector<T> values(const py::handle& source, const char* name) {
 }
 
 }  // namespace
+
+SlotSpec slot_spec(const py::object& given) {
+  const auto value = [&](const char* name) { return given.attr(name).cast<std::int64_t>(); };
+  const auto small = [&](const char* name) {
+    check_index(name, value(name), std::numeric_limits<int>::max());
+    return static_cast<int>(value(name));
+  };
+  return {small("max_slots"), small("max_blocks"), small("max_context"), small("vocab_size"), value("num_blocks")};
+}
 
 SlotParams slot_params(const py::object& given) {
   SlotParams params;
@@ -39,7 +51,6 @@ HostBatch host_batch(const py::object& given) {
   batch.num_tokens = given.attr("num_tokens").cast<int>();
   batch.num_rows = given.attr("num_rows").cast<int>();
   batch.max_context = given.attr("max_context").cast<int>();
-  batch.features = given.attr("features").cast<unsigned>();
   batch.num_logprobs = given.attr("num_logprobs").cast<int>();
   batch.token_ids = values<std::int32_t>(given, "token_ids");
   batch.positions = values<std::int32_t>(given, "positions");

@@ -17,7 +17,7 @@ namespace vllmlite {
 
 // Version of what the Python side and the modules agree on; vllmlite/backends compares it. Debian's
 // vllmlite-backend-api-N is it.
-inline constexpr int kInterfaceVersion = 2;
+inline constexpr int kInterfaceVersion = 3;
 
 template <typename T>
 using Array = pybind11::array_t<T, pybind11::array::c_style | pybind11::array::forcecast>;
@@ -27,6 +27,7 @@ std::span<const T> view(const Array<T>& array) {
   return {array.data(), static_cast<std::size_t>(array.size())};
 }
 
+SlotSpec slot_spec(const pybind11::object& given);
 SlotParams slot_params(const pybind11::object& given);
 HostBatch host_batch(const pybind11::object& given);
 

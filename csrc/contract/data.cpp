@@ -1,5 +1,6 @@
 #include "contract/data.hpp"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -23,12 +24,21 @@ void SlotSpec::check_blocks(std::span<const std::int32_t> slot_ids, std::span<co
   check_indices("block", blocks, num_blocks);
 }
 
-void SlotSpec::check_context(int max_context, int block_size) const {
-  if (max_context > static_cast<std::int64_t>(max_blocks) * block_size)
-    throw std::out_of_range("a context of " + std::to_string(max_context) + " is more than a block table holds");
+void SlotSpec::check_pool(std::int64_t blocks_of_pool) const {
+  if (num_blocks > blocks_of_pool)
+    throw std::invalid_argument("the slots are those of a pool of " + std::to_string(num_blocks) +
+                                " blocks, and this one has " + std::to_string(blocks_of_pool));
 }
 
-void HostBatch::check(const SlotSpec& slots) const {
+void Rotation::check(int head_dim, const SlotSpec& slots) const {
+  if (cos_sin.dtype != DType::float32 || cos_sin.shape.size() != 2 || cos_sin.shape[1] != rotary_dim ||
+      cos_sin.shape[0] < slots.max_context || rotary_dim < 0 || rotary_dim > head_dim || rotary_dim % 2 != 0)
+    throw std::invalid_argument("rope: a float32 table [" + std::to_string(slots.max_context) + " positions or more, " +
+                                std::to_string(rotary_dim) + "] for heads of " + std::to_string(head_dim) +
+                                " is needed, not " + describe(cos_sin));
+}
+
+void HostBatch::check(const SlotSpec& slots, int block_size) const {
   const auto rows = static_cast<std::size_t>(num_rows), tokens = static_cast<std::size_t>(num_tokens);
   if (token_ids.size() != tokens || positions.size() != tokens || query_start_loc.size() != rows + 1 ||
       slot_ids.size() != rows || context_lens.size() != rows || sample_slots.size() != logits_rows.size() ||
@@ -37,6 +47,8 @@ void HostBatch::check(const SlotSpec& slots) const {
   check_indices("token id", token_ids, slots.vocab_size, -1);
   check_indices("slot", slot_ids, slots.max_slots);
   check_indices("context length", context_lens, static_cast<std::int64_t>(max_context) + 1);
+  check_index("max_context", max_context,
+              std::min<std::int64_t>(slots.max_context, std::int64_t{slots.max_blocks} * block_size) + 1);
   check_indices("sampled slot", sample_slots, slots.max_slots);
   check_indices("sampled token", logits_rows, num_tokens);
   check_indices("mask row", mask_rows, static_cast<std::int64_t>(logits_rows.size()));
@@ -50,6 +62,20 @@ void HostBatch::check(const SlotSpec& slots) const {
     const std::span own(positions.data() + first, static_cast<std::size_t>(last - first));
     check_indices("position", own, context_lens[row]);
   }
+  std::vector<bool> seen(static_cast<std::size_t>(slots.max_slots));
+  for (std::size_t i = 0; i < sample_slots.size(); ++i) {
+    const auto slot = static_cast<std::size_t>(sample_slots[i]);
+    if (seen[slot] && (sample_slots[i - 1] != sample_slots[i] || logits_rows[i - 1] + 1 != logits_rows[i]))
+      throw std::invalid_argument("batch: sampled positions of slot " + std::to_string(slot) + " are not in a row");
+    seen[slot] = true;
+  }
+}
+
+std::vector<std::int32_t> HostBatch::first_sampled() const {
+  std::vector<std::int32_t> first = logits_rows;
+  for (std::size_t i = 1; i < first.size(); ++i)
+    if (sample_slots[i] == sample_slots[i - 1]) first[i] = first[i - 1];
+  return first;
 }
 
 }  // namespace vllmlite

@@ -28,30 +28,32 @@ struct SlotParams {
   bool penalised() const { return repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0; }
 };
 
-// Sizes of what lives a slot.
+// Sizes of the per-slot state.
 struct SlotSpec {
-  int max_slots, max_blocks, vocab_size;
+  int max_slots, max_blocks, max_context, vocab_size;
   std::int64_t num_blocks;  // of the pool
 
   void check_params(int slot, const SlotParams& params) const;
   void check_blocks(std::span<const std::int32_t> slot_ids, std::span<const std::int32_t> columns,
                     std::span<const std::int32_t> blocks) const;
-  // Whether a block table of blocks of `block_size` tokens holds a context.
-  void check_context(int max_context, int block_size) const;
+  // Checks that a pool has the blocks that block tables may point to.
+  void check_pool(std::int64_t blocks_of_pool) const;
 };
 
 // A step's input as the host has it: a ForwardBatch.
 struct HostBatch {
   int num_tokens = 0, num_rows = 0, max_context = 0;
-  unsigned features = 0;
   int num_logprobs = -1;
   std::vector<std::int32_t> token_ids, positions, query_start_loc, slot_ids, context_lens, logits_rows, sample_slots;
   std::vector<std::int64_t> sample_positions;
   std::vector<std::int32_t> mask_rows;
   std::vector<std::int32_t> bitmask;  // [mask_rows, (vocab_size + 31) / 32]
 
-  // Checks sizes and every index.
-  void check(const SlotSpec& slots) const;
+  // Checks sizes, every index, and that contexts fit block tables of blocks of `block_size` tokens.
+  void check(const SlotSpec& slots, int block_size) const;
+
+  // By sampled position, the token of the first sampled position of its slot: drafts are the tokens behind it.
+  std::vector<std::int32_t> first_sampled() const;
 };
 
 // Of a head's elements in pairs, by position.
@@ -59,6 +61,9 @@ struct Rotation {
   Tensor cos_sin;  // float32 [positions, rotary_dim]
   int rotary_dim;
   bool interleaved;
+
+  // Checks that it is for heads of `head_dim`, and for the positions of the longest sequence.
+  void check(int head_dim, const SlotSpec& slots) const;
 };
 
 // Weights of norms of q's and k's heads, as attn_prep has them.

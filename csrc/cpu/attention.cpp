@@ -13,10 +13,10 @@ namespace {
 
 void check_batch(const KVCache& kv, int layer, const Batch& batch, const Tensor& tensor, const char* what) {
   if (layer < 0 || layer >= kv.layers) throw std::out_of_range("the cache has no layer " + std::to_string(layer));
-  if (batch.slots->num_blocks > kv.num_blocks)
-    throw std::invalid_argument("the slots are those of a pool of " + std::to_string(batch.slots->num_blocks) +
-                                " blocks, and this one has " + std::to_string(kv.num_blocks));
-  batch.slots->check_context(batch.max_context, kv.block_size);
+  batch.slots->check_pool(kv.num_blocks);
+  if (batch.block_size != kv.block_size)
+    throw std::invalid_argument("the batch is for caches of blocks of " + std::to_string(batch.block_size) +
+                                " tokens, and this one's hold " + std::to_string(kv.block_size));
   if (tensor.shape.empty() || tensor.shape[0] != batch.num_tokens)
     throw std::invalid_argument(std::string(what) + " must have a row for each of " + std::to_string(batch.num_tokens) +
                                 " tokens, not shape " + describe(tensor.shape));
@@ -127,11 +127,7 @@ Tensor attn_prep(Runtime& runtime, const Tensor& given, int num_heads, const std
   const int size = kv->head_dim, width = (num_heads + 2 * kv->kv_heads) * size;
   if (given.shape.size() != 2 || given.shape[1] != width)
     throw std::invalid_argument("qkv must be [tokens, " + std::to_string(width) + "], not " + describe(given.shape));
-  if (rope && (rope->cos_sin.dtype != DType::float32 || rope->rotary_dim > size || rope->rotary_dim % 2 != 0 ||
-               rope->cos_sin.shape.size() != 2 || rope->cos_sin.shape[1] != rope->rotary_dim ||
-               rope->cos_sin.shape[0] < batch->max_context))
-    throw std::invalid_argument("rope: a table [" + std::to_string(batch->max_context) + " positions or more, " +
-                                std::to_string(rope->rotary_dim) + "] is needed, not " + describe(rope->cos_sin));
+  if (rope) rope->check(size, *batch->slots);
   const Tensor qkv = converted(runtime, given, DType::float32);
   const Tensor q = runtime.make({batch->num_tokens, num_heads, size}, DType::float32);
   HeadRow head{};

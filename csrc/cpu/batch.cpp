@@ -36,9 +36,10 @@ void Slots::append_blocks(std::span<const std::int32_t> slot_ids, std::span<cons
                 static_cast<std::size_t>(columns[i])] = blocks[i];
 }
 
-Batch::Batch(HostBatch host, std::shared_ptr<Slots> the_slots)
-    : HostBatch(std::move(host)), slots(std::move(the_slots)) {
-  check(*slots);
+Batch::Batch(HostBatch host, std::shared_ptr<Slots> the_slots, int tokens_of_block)
+    : HostBatch(std::move(host)), slots(std::move(the_slots)), block_size(tokens_of_block) {
+  check(*slots, block_size);
+  first_sampled = HostBatch::first_sampled();
   token_rows.resize(token_ids.size());
   for (std::size_t row = 0; row < slot_ids.size(); ++row)
     std::fill(token_rows.begin() + query_start_loc[row], token_rows.begin() + query_start_loc[row + 1],
@@ -54,26 +55,22 @@ Batch::Batch(HostBatch host, std::shared_ptr<Slots> the_slots)
   }
 }
 
-void Batch::replace(Batch other) {
+void Batch::replace(const Batch& other) {
   const auto copy = [](auto& to, const auto& from) {
     if (to.size() != from.size())
       throw std::invalid_argument("graph: the batch has other shapes than the recorded one");
     std::copy(from.begin(), from.end(), to.begin());
   };
-  if (other.slots != slots) throw std::invalid_argument("graph: the batch belongs to other slots");
+  if (other.slots != slots || other.block_size != block_size)
+    throw std::invalid_argument("graph: the batch belongs to other slots or another cache");
   copy(token_ids, other.token_ids);
   copy(positions, other.positions);
   copy(query_start_loc, other.query_start_loc);
   copy(slot_ids, other.slot_ids);
   copy(context_lens, other.context_lens);
   copy(logits_rows, other.logits_rows);
-  copy(sample_slots, other.sample_slots);
-  copy(sample_positions, other.sample_positions);
   copy(token_rows, other.token_rows);
   max_context = other.max_context;
-  mask_rows = std::move(other.mask_rows);
-  bitmask = std::move(other.bitmask);
-  mask_places = std::move(other.mask_places);
 }
 
 std::vector<QueryTile> Batch::tiles(int queries) const {

@@ -36,14 +36,22 @@ struct QueryTile {
 
 struct Batch : HostBatch {
   // Checks the step's input and derives the rest; ids of -1 become the slots' last ones.
-  Batch(HostBatch host, std::shared_ptr<Slots> slots);
+  Batch(HostBatch host, std::shared_ptr<Slots> slots, int block_size);
 
-  std::vector<std::int32_t> token_rows;   // row of each token
-  std::vector<std::int32_t> mask_places;  // by sampled row, its place in mask_rows or -1; empty: no masks
+  std::vector<std::int32_t> token_rows;     // row of each token
+  std::vector<std::int32_t> first_sampled;  // see HostBatch
+  std::vector<std::int32_t> mask_places;    // by sampled position, its place in mask_rows or -1; empty: no masks
   std::shared_ptr<Slots> slots;
+  int block_size;  // of the caches that it is for
 
-  // Takes over another step's values, of the same shape, so that recorded phases see them.
-  void replace(Batch other);
+  // The ids drafted before a sampled position.
+  std::span<const std::int32_t> drafts(std::size_t sampled) const {
+    return std::span(token_ids).subspan(static_cast<std::size_t>(first_sampled[sampled]) + 1,
+                                        static_cast<std::size_t>(logits_rows[sampled] - first_sampled[sampled]));
+  }
+
+  // Takes over what recorded phases read of another step, of the same shape.
+  void replace(const Batch& other);
 
   // Rows cut into tiles of at most `queries`.
   std::vector<QueryTile> tiles(int queries) const;

@@ -41,12 +41,12 @@ Tensor part_of(const std::shared_ptr<cpu::Batch>& batch, std::vector<std::int32_
 
 // The batch of a ForwardBatch of numpy arrays.
 std::shared_ptr<cpu::Batch> upload(cpu::Runtime& runtime, const py::object& host,
-                                   const std::shared_ptr<cpu::Slots>& slots) {
+                                   const std::shared_ptr<cpu::Slots>& slots, int block_size) {
   {
     const py::gil_scoped_release released;
     runtime.flush();  // it may hold the step that samples what this one begins with
   }
-  return std::make_shared<cpu::Batch>(vllmlite::host_batch(host), slots);
+  return std::make_shared<cpu::Batch>(vllmlite::host_batch(host), slots, block_size);
 }
 
 // The kind, and what of it vllmlite/backends/cpu.py calls a part: codes, scales, factors or None, rows.
@@ -76,25 +76,15 @@ py::array to_host(cpu::Runtime& runtime, const Tensor& tensor) {
   return array;
 }
 
-// A recorded step: its phases, the batch that they read and the tensors that they write.
+// A recorded step: its phases, the batch that they read and the tensors that they write, in memory that all recordings
+// share.
 struct Graph {
   std::shared_ptr<cpu::Recording> recording;
   std::shared_ptr<cpu::Batch> batch;
   std::vector<Tensor> outputs;
-
-  // Copies, because the next replay overwrites what this one found.
-  std::vector<Tensor> results(cpu::Runtime& runtime) const {
-    std::vector<Tensor> copies;
-    for (const Tensor& output : outputs) {
-      copies.push_back(runtime.make(output.shape, output.dtype));
-      std::memcpy(copies.back().data, output.data, output.bytes());
-    }
-    return copies;
-  }
 };
 
-std::pair<Graph, std::vector<Tensor>> capture(cpu::Runtime& runtime, const std::shared_ptr<cpu::Batch>& batch,
-                                              const py::function& step) {
+Graph capture(cpu::Runtime& runtime, const std::shared_ptr<cpu::Batch>& batch, const py::function& step) {
   {
     const py::gil_scoped_release released;
     runtime.begin_recording();
@@ -111,17 +101,15 @@ std::pair<Graph, std::vector<Tensor>> capture(cpu::Runtime& runtime, const std::
     const py::gil_scoped_release released;
     graph.recording = runtime.end_recording();
   }
-  std::vector<Tensor> found = graph.results(runtime);
-  return {std::move(graph), std::move(found)};
+  for (Tensor& output : graph.outputs) output.owner = graph.recording->arena;
+  return graph;
 }
 
-std::vector<Tensor> replay(cpu::Runtime& runtime, const Graph& graph, const cpu::Batch& batch) {
+void replay(cpu::Runtime& runtime, const Graph& graph, const cpu::Batch& batch) {
+  const py::gil_scoped_release released;
+  runtime.flush();  // it may still read the last replay's batch and outputs
   graph.batch->replace(batch);
-  {
-    const py::gil_scoped_release released;
-    runtime.replay(*graph.recording);
-  }
-  return graph.results(runtime);
+  runtime.replay(*graph.recording);
 }
 
 void bind_data(py::module_& module) {
@@ -153,10 +141,8 @@ void bind_data(py::module_& module) {
         cpu::copy_blocks(self, target, vllmlite::view(pairs));
       });
   vllmlite::bind_slots<cpu::Slots>(module).def(
-      py::init([](int max_slots, int max_blocks, int vocab_size, std::int64_t num_blocks) {
-        return std::make_shared<cpu::Slots>(vllmlite::SlotSpec{max_slots, max_blocks, vocab_size, num_blocks});
-      }),
-      py::arg("max_slots"), py::arg("max_blocks"), py::arg("vocab_size"), py::arg("num_blocks"));
+      py::init([](const py::object& spec) { return std::make_shared<cpu::Slots>(vllmlite::slot_spec(spec)); }),
+      py::arg("spec"));
   py::class_<cpu::Batch, std::shared_ptr<cpu::Batch>>(module, "Batch", py::module_local(), "A step's input.")
       .def(
           "tensors",
@@ -165,7 +151,8 @@ void bind_data(py::module_& module) {
                                   part_of(self, self->logits_rows));
           },
           "The tensors of token ids, positions and sampled tokens, which ops are given by themselves.");
-  py::class_<Graph>(module, "Graph", py::module_local(), "A recorded step.");
+  py::class_<Graph>(module, "Graph", py::module_local(), "A recorded step.")
+      .def_readonly("outputs", &Graph::outputs, "What it computes, until another recorded step runs.");
 }
 
 void bind_ops(py::class_<cpu::Runtime>& runtime) {
@@ -239,6 +226,7 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
            [](cpu::Runtime& self, const Tensor& logits, const std::shared_ptr<cpu::Batch>& batch) {
              return vllmlite::listed(cpu::sample(self, logits, batch));
            })
+      .def("accept", &cpu::accept)
       .def("logprobs", [](cpu::Runtime& self, const Tensor& logits, const Tensor& ids, int k) {
         return vllmlite::listed(cpu::logprobs(self, logits, ids, k));
       });
@@ -295,7 +283,7 @@ PYBIND11_MODULE(_cpu, module) {
              self.flush();
            })
       .def("capture", &capture, py::arg("batch"), py::arg("step"),
-           "Record and run `step`, whose ops read `batch` and which returns a list of tensors: the graph, and theirs.")
+           "Record and run `step`, whose ops read `batch` and which returns a list of tensors.")
       .def("replay", &replay, py::arg("graph"), py::arg("batch"), "Run a graph on another batch of the same shape.");
   bind_ops(runtime);
 }

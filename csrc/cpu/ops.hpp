@@ -153,6 +153,7 @@ Tensor paged_attention(Runtime& runtime, const Tensor& q, const std::shared_ptr<
                        const std::shared_ptr<Batch>& batch, const Scores& scores);
 
 Sampled sample(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Batch>& batch);
+Tensor accept(Runtime& runtime, const Tensor& ids, const std::shared_ptr<Batch>& batch);
 Logprobs logprobs(Runtime& runtime, const Tensor& logits, const Tensor& ids, int k);
 
 }  // namespace vllmlite::cpu

@@ -12,9 +12,6 @@ namespace vllmlite::cpu {
 
 namespace {
 
-// Bits of Feature in vllmlite/backends/base.py.
-constexpr unsigned kRandom = 1, kTopKTopP = 2, kMinP = 4, kPenalties = 8, kLogitBias = 16, kMask = 32;
-
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 std::uint64_t mix(std::uint64_t z) {
@@ -38,27 +35,29 @@ double total(std::span<const float> weights) {
 
 // ---- Bias, mask and penalties, in this order
 
-void edit(std::span<float> logits, const Batch& batch, std::size_t row) {
-  const auto slot = static_cast<std::size_t>(batch.sample_slots[row]);
+// The bits of the ids that a sampled position may have; null: any.
+const std::int32_t* mask_of(const Batch& batch, std::size_t sampled, std::size_t vocab_size) {
+  if (batch.mask_places.empty() || batch.mask_places[sampled] < 0) return nullptr;
+  return batch.bitmask.data() + static_cast<std::size_t>(batch.mask_places[sampled]) * ((vocab_size + 31) / 32);
+}
+
+void edit(std::span<float> logits, const Batch& batch, std::size_t sampled) {
+  const auto slot = static_cast<std::size_t>(batch.sample_slots[sampled]);
   const SlotParams& params = batch.slots->params[slot];
-  if ((batch.features & kLogitBias) != 0)
-    for (const auto& [id, bias] : params.logit_bias) logits[static_cast<std::size_t>(id)] += bias;
-  if ((batch.features & kMask) != 0 && !batch.mask_places.empty() && batch.mask_places[row] >= 0) {
-    const std::size_t words = (logits.size() + 31) / 32;
-    const std::int32_t* bits = batch.bitmask.data() + static_cast<std::size_t>(batch.mask_places[row]) * words;
+  for (const auto& [id, bias] : params.logit_bias) logits[static_cast<std::size_t>(id)] += bias;
+  if (const std::int32_t* bits = mask_of(batch, sampled, logits.size()))
     for (std::size_t id = 0; id < logits.size(); ++id)
       if ((static_cast<std::uint32_t>(bits[id / 32]) >> id % 32 & 1) == 0) logits[id] = -kInfinity;
-  }
-  if ((batch.features & kPenalties) != 0 && params.penalised()) {
-    const std::vector<std::int32_t>& counts = batch.slots->counts[slot];
-    const std::vector<std::uint8_t>& in_prompt = batch.slots->in_prompt[slot];
-    for (std::size_t id = 0; id < logits.size(); ++id) {
-      float& logit = logits[id];
-      const std::int32_t count = counts[id];
-      if (in_prompt[id] != 0 || count > 0)
-        logit = logit > 0 ? logit / params.repetition_penalty : logit * params.repetition_penalty;
-      if (count > 0) logit = logit - params.frequency_penalty * static_cast<float>(count) - params.presence_penalty;
-    }
+  if (!params.penalised()) return;
+  const std::vector<std::int32_t>& counts = batch.slots->counts[slot];
+  const std::vector<std::uint8_t>& in_prompt = batch.slots->in_prompt[slot];
+  const std::span<const std::int32_t> drafts = batch.drafts(sampled);
+  for (std::size_t id = 0; id < logits.size(); ++id) {
+    float& logit = logits[id];
+    const auto count = counts[id] + std::ranges::count(drafts, static_cast<std::int32_t>(id));
+    if (in_prompt[id] != 0 || count > 0)
+      logit = logit > 0 ? logit / params.repetition_penalty : logit * params.repetition_penalty;
+    if (count > 0) logit = logit - params.frequency_penalty * static_cast<float>(count) - params.presence_penalty;
   }
 }
 
@@ -91,17 +90,16 @@ float nucleus(std::span<const float> logits, std::span<const float> weights, flo
   return std::max(cut, least);
 }
 
-std::int64_t draw(const Kernels& kernels, std::span<const float> logits, const SlotParams& params, unsigned features,
-                  double number, std::span<float> weights, float* room) {
+std::int64_t draw(const Kernels& kernels, std::span<const float> logits, const SlotParams& params, double number,
+                  std::span<float> weights, float* room) {
   const auto size = static_cast<std::int64_t>(logits.size());
   const std::int64_t best = kernels.argmax(logits.data(), size);
   const float largest = logits[static_cast<std::size_t>(best)];
   if (!std::isfinite(largest)) return best;
   const float factor = std::min(1 / params.temperature, 1e30F);
   float least = -kInfinity;
-  if ((features & kMinP) != 0 && params.min_p > 0)
-    least = largest + static_cast<float>(std::log(params.min_p)) / factor;
-  if ((features & kTopKTopP) != 0 && params.top_k > 0 && params.top_k < size) {
+  if (params.min_p > 0) least = largest + static_cast<float>(std::log(params.min_p)) / factor;
+  if (params.top_k > 0 && params.top_k < size) {
     float* end = std::copy_if(logits.begin(), logits.end(), room, [&](float logit) { return logit >= least; });
     float* kth = room + params.top_k - 1;
     if (kth < end) {
@@ -111,7 +109,7 @@ std::int64_t draw(const Kernels& kernels, std::span<const float> logits, const S
   }
   kernels.weights(logits.data(), largest, factor, least, weights.data(), size);
   double sum = total(weights);
-  if ((features & kTopKTopP) != 0 && params.top_p < 1) {
+  if (params.top_p < 1) {
     least = nucleus(logits, weights, least, largest, factor, sum * params.top_p, room);
     kernels.weights(logits.data(), largest, factor, least, weights.data(), size);
     sum = total(weights);
@@ -151,14 +149,24 @@ struct LogprobRows {
 void find_logprobs(const Kernels& kernels, std::span<const float> logits, std::int32_t id, const LogprobRow& out,
                    std::span<float> room) {
   const auto size = static_cast<std::int64_t>(logits.size());
-  const float largest = logits[static_cast<std::size_t>(kernels.argmax(logits.data(), size))];
-  kernels.weights(logits.data(), largest, 1, -kInfinity, room.data(), size);
-  const double log_sum = static_cast<double>(largest) + std::log(total(room));
-  const auto logprob = [&](float logit) { return static_cast<float>(static_cast<double>(logit) - log_sum); };
-  const float own = logits[static_cast<std::size_t>(id)];
+  const auto logit_of = [&](std::int32_t at) {
+    const float logit = logits[static_cast<std::size_t>(at)];
+    return std::isnan(logit) ? -kInfinity : logit;
+  };
+  const float largest = logit_of(static_cast<std::int32_t>(kernels.argmax(logits.data(), size)));
+  double log_sum = static_cast<double>(largest);
+  if (std::isfinite(largest)) {
+    kernels.weights(logits.data(), largest, 1, -kInfinity, room.data(), size);
+    log_sum += std::log(total(room));
+  }
+  const auto logprob = [&](float logit) {
+    if (std::isinf(logit)) return logit > 0 ? 0 : logit;
+    return static_cast<float>(static_cast<double>(logit) - log_sum);
+  };
+  const float own = logit_of(id);
   std::int32_t above = 0;
   for (std::int32_t other = 0; other < static_cast<std::int32_t>(size); ++other) {
-    const float logit = logits[static_cast<std::size_t>(other)];
+    const float logit = logit_of(other);
     above += static_cast<std::int32_t>(logit > own) + static_cast<std::int32_t>(logit == own && other < id);
   }
   *out.chosen = logprob(own);
@@ -166,21 +174,20 @@ void find_logprobs(const Kernels& kernels, std::span<const float> logits, std::i
   if (out.k == 0) return;
 
   // The k-th largest value, then its betters and as many of its equals as are needed, by ascending id.
-  std::ranges::copy(logits, room.begin());
+  for (std::int32_t at = 0; at < static_cast<std::int32_t>(size); ++at)
+    room[static_cast<std::size_t>(at)] = logit_of(at);
   float* const kth = room.data() + out.k - 1;
   std::nth_element(room.data(), kth, room.data() + size, std::greater<>());
   const float cut = *kth;
   auto equals = out.k - std::count_if(room.data(), kth, [&](float logit) { return logit > cut; });
   int count = 0;
-  for (std::int32_t other = 0; other < static_cast<std::int32_t>(size) && count < out.k; ++other) {
-    const float logit = logits[static_cast<std::size_t>(other)];
+  for (std::int32_t other = 0; count < out.k; ++other) {
+    const float logit = logit_of(other);
     if (logit > cut || (logit == cut && equals-- > 0)) out.top_ids[count++] = other;
   }
-  for (; count < out.k; ++count) out.top_ids[count] = 0;  // not-a-numbers have no order
-  std::stable_sort(out.top_ids, out.top_ids + out.k, [&](std::int32_t a, std::int32_t b) {
-    return logits[static_cast<std::size_t>(a)] > logits[static_cast<std::size_t>(b)];
-  });
-  for (int i = 0; i < out.k; ++i) out.top[i] = logprob(logits[static_cast<std::size_t>(out.top_ids[i])]);
+  std::stable_sort(out.top_ids, out.top_ids + out.k,
+                   [&](std::int32_t a, std::int32_t b) { return logit_of(a) > logit_of(b); });
+  for (int i = 0; i < out.k; ++i) out.top[i] = logprob(logit_of(out.top_ids[i]));
 }
 
 Logprobs make_logprobs(Runtime& runtime, std::int64_t rows, int k) {
@@ -242,23 +249,44 @@ Sampled sample(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Bat
       const SlotParams& params = batch->slots->params[slot];
       const std::span original(from + row * size, width);
       std::span used = original;
-      if ((batch->features & (kLogitBias | kMask | kPenalties)) != 0) {
+      if (!params.logit_bias.empty() || params.penalised() || mask_of(*batch, index, width) != nullptr) {
         const std::span edited(memory, width);
         std::ranges::copy(original, edited.begin());
         edit(edited, *batch, index);
         used = edited;
       }
       std::int64_t id;
-      if ((batch->features & kRandom) != 0 && params.temperature > 0)
-        id = draw(kernels, used, params, batch->features, uniform(params.seed, batch->sample_positions[index]),
-                  {memory + width, width}, memory + 2 * width);
+      if (params.temperature > 0)
+        id = draw(kernels, used, params, uniform(params.seed, batch->sample_positions[index]), {memory + width, width},
+                  memory + 2 * width);
       else
         id = kernels.argmax(used.data(), size);
       ids[row] = static_cast<std::int32_t>(id);
-      batch->slots->last_id[slot] = ids[row];
-      if ((batch->features & kPenalties) != 0 && params.penalised())
-        ++batch->slots->counts[slot][static_cast<std::size_t>(id)];
       if (tops) find_logprobs(kernels, original, ids[row], (*tops)[row], {memory + width, width});
+    }
+  });
+  return out;
+}
+
+Tensor accept(Runtime& runtime, const Tensor& ids, const std::shared_ptr<Batch>& batch) {
+  const auto count = static_cast<std::int64_t>(batch->sample_slots.size());
+  if (ids.dtype != DType::int32 || ids.shape != std::vector<std::int64_t>{count})
+    throw std::invalid_argument("ids must be int32 [" + std::to_string(count) + "], not " + describe(ids));
+  const Tensor out = runtime.make({count}, DType::int32);
+  runtime.keep(ids);
+  runtime.issue([from = static_cast<const std::int32_t*>(ids.data), to = static_cast<std::int32_t*>(out.data), batch,
+                 count](Worker& worker) {
+    if (worker.take() != 0) return;
+    Slots& slots = *batch->slots;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const auto index = static_cast<std::size_t>(i);
+      const std::int32_t token = batch->logits_rows[index];
+      to[i] = token == batch->first_sampled[index] ||
+              (to[i - 1] != 0 && from[i - 1] == batch->token_ids[static_cast<std::size_t>(token)]);
+      if (to[i] == 0) continue;
+      const auto slot = static_cast<std::size_t>(batch->sample_slots[index]);
+      slots.last_id[slot] = from[i];
+      if (slots.params[slot].penalised()) ++slots.counts[slot][static_cast<std::size_t>(from[i])];
     }
   });
   return out;

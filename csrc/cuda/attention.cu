@@ -1,5 +1,6 @@
 // The cache, the op of attention, and attention that is exact rather than fast.
 #include <algorithm>
+#include <limits>
 
 #include "cuda/attention.cuh"
 #include "cuda/kernel.cuh"
@@ -23,7 +24,19 @@ KVCache::KVCache(Runtime& runtime, int layer_count, int heads, int size, int blo
   if (head_dim > kMostSize)
     throw std::invalid_argument("head size " + std::to_string(head_dim) + ": the CUDA backend has heads of up to " +
                                 std::to_string(kMostSize));
+  // Kernels and the bulk tensor copy engine count a layer's rows, one for each token, head, and key or value, in int32.
+  const std::int64_t rows = std::int64_t{2} * kv_heads * block_size;
+  if (num_blocks > std::numeric_limits<std::int32_t>::max() / rows)
+    throw std::invalid_argument(std::to_string(num_blocks) + " blocks: the CUDA backend has pools of up to " +
+                                std::to_string(std::numeric_limits<std::int32_t>::max() / rows) + " of this size");
   memory = runtime.make({layers, num_blocks, block_elements()}, dtype);
+}
+
+void check_pool(const KVCache& kv, const Batch& batch) {
+  batch.slots->check_pool(kv.num_blocks);
+  if (batch.cut.block_size != kv.block_size)
+    throw std::invalid_argument("the batch is for caches of blocks of " + std::to_string(batch.cut.block_size) +
+                                " tokens, and this one's hold " + std::to_string(kv.block_size));
 }
 
 std::int64_t KVCache::block_elements() const { return std::int64_t{2} * kv_heads * block_size * width; }
@@ -122,9 +135,7 @@ Tensor paged_attention(Runtime& runtime, const Tensor& q, const KVCache& kv, int
   if (heads < 1 || heads % kv.kv_heads != 0)
     throw std::invalid_argument("paged_attention: " + std::to_string(heads) + " query heads do not share " +
                                 std::to_string(kv.kv_heads) + " key/value heads evenly");
-  if (kv.block_size != batch.block_size)
-    throw std::invalid_argument("paged_attention: the batch was uploaded for blocks of " +
-                                std::to_string(batch.block_size) + ", the cache has " + std::to_string(kv.block_size));
+  check_pool(kv, batch);
   if (window < 1) throw std::invalid_argument("paged_attention: a window of " + std::to_string(window));
   if (edits.soft_cap < 0)
     throw std::invalid_argument("paged_attention: a soft cap of " + std::to_string(edits.soft_cap));

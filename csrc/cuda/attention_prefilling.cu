@@ -35,8 +35,8 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
   wait_for_previous();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int group = lane / 4, quad = lane % 4;
-  const int head = static_cast<int>(blockIdx.x);
-  const Tile tile = given.batch.tiles[kRowTiles == 2 ? 0 : 1][blockIdx.y];
+  const int head = static_cast<int>(blockIdx.x) % given.heads;
+  const Tile tile = given.batch.tiles[kRowTiles == 2 ? 0 : 1][static_cast<int>(blockIdx.x) / given.heads];
   if (tile.row < 0) return;
   const int size = given.size, width = given.width, block_size = given.block_size;
   const int slot = given.batch.slot_ids[tile.row];
@@ -237,8 +237,8 @@ static void run(const Runtime& runtime, const Attention& attention) {
   using Shared = PrefillingRoom<T, kSize, kRowTiles>;
   constexpr int kList = kRowTiles == 2 ? 0 : 1;
   static_assert(Shared::kQueries == kTileQueries[kList] && (kSize <= 128 || sizeof(Shared) <= kWideRoom));
-  const dim3 grid(static_cast<unsigned>(attention.heads), static_cast<unsigned>(attention.num_tiles[kList]));
-  launch(runtime, prefilling_kernel<T, kSize, kRowTiles>, grid, kWarps * 32, sizeof(Shared), attention);
+  const auto blocks = static_cast<unsigned>(attention.heads * attention.num_tiles[kList]);
+  launch(runtime, prefilling_kernel<T, kSize, kRowTiles>, blocks, kWarps * 32, sizeof(Shared), attention);
 }
 
 template <typename T>

@@ -244,13 +244,8 @@ Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::
     throw std::invalid_argument("attn_prep: " + std::to_string(num_heads) + " query heads do not share " +
                                 std::to_string(kv.kv_heads) + " key/value heads evenly");
   const NormLayout layout = check_norms(norms, num_heads, kv, qkv.dtype);
-  if (rope) {
-    check_dtype(rope->cos_sin, DType::float32, "the rotation of attn_prep");
-    check_rank(rope->cos_sin, 2, "the rotation of attn_prep");
-    if (rope->cos_sin.shape[1] != rope->rotary_dim || rope->rotary_dim % 2 != 0 || rope->rotary_dim > kv.head_dim ||
-        rope->cos_sin.shape[0] < batch.max_context)
-      throw std::invalid_argument("attn_prep: a rotation " + describe(rope->cos_sin.shape) + " does not fit");
-  }
+  check_pool(kv, batch);
+  if (rope) rope->check(kv.head_dim, *batch.slots);
   const DeviceGuard guard(runtime.device());
   Tensor q = runtime.make({tokens, num_heads, kv.head_dim}, qkv.dtype);
   const Tensor pool = kv.layer(layer);

@@ -65,8 +65,7 @@ static __global__ void prepare_kernel(BatchView batch, int num_tokens, int block
 
 std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std::shared_ptr<Slots>& slots,
                               const Cut& cut) {
-  host.check(*slots);
-  slots->check_context(host.max_context, cut.block_size);
+  host.check(*slots, cut.block_size);
   const DeviceGuard guard(runtime.device());
   const auto real_tokens = static_cast<std::size_t>(host.num_tokens);
   const auto real_rows = static_cast<std::size_t>(host.num_rows);
@@ -74,7 +73,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   const bool decodes = decodes_alone(host);
   const std::size_t room = decodes ? static_cast<std::size_t>(std::max(cut.capacity, host.num_rows)) : 0;
   const std::size_t tokens = std::max(real_tokens, room), rows = std::max(real_rows, room);
-  const std::size_t samples = std::max(real_samples, room);
+  const std::size_t samples = std::max(real_samples, room);  // with padding, of which nothing is sampled
 
   const DecodingBlocks blocks = decoding_blocks(runtime, static_cast<int>(rows), cut.kv_heads);
   const int at_once = std::max(runtime.multiprocessors() * blocks.per_processor / std::max(cut.kv_heads, 1), 1);
@@ -94,26 +93,27 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   batch->num_tokens = host.num_tokens;
   batch->num_rows = host.num_rows;
   batch->num_samples = static_cast<int>(real_samples);
-  batch->max_context = host.max_context;
-  batch->block_size = cut.block_size;
   batch->num_items = static_cast<int>(num_items);
   batch->num_shares = num_items == 0 ? 0 : at_once;
-  batch->features = host.features;
+  batch->needs = masked ? kEditing : 0U;
+  for (const std::int32_t slot : host.sample_slots) batch->needs |= slots->needs[static_cast<std::size_t>(slot)];
   batch->num_logprobs = host.num_logprobs;
-  batch->masked = masked;
+  batch->cut = cut;
   batch->slots = slots;
 
   BatchLayout layout;
   const std::size_t at_ids = layout.add<std::int32_t>(tokens), at_positions = layout.add<std::int32_t>(tokens),
                     at_token_slots = layout.add<std::int32_t>(tokens), at_loc = layout.add<std::int32_t>(rows + 1),
                     at_slots = layout.add<std::int32_t>(rows), at_context = layout.add<std::int32_t>(rows),
-                    at_logits = layout.add<std::int32_t>(samples), at_sampled = layout.add<std::int32_t>(samples),
-                    at_sample_positions = layout.add<std::int64_t>(samples), at_items = layout.add<Item>(num_items),
+                    at_logits = layout.add<std::int32_t>(samples), at_items = layout.add<Item>(num_items),
                     at_starts = layout.add<std::int32_t>(starts.size()), at_cache = layout.add<std::int32_t>(tokens);
   std::size_t at_tiles[kTileLists];
   for (int list = 0; list < kTileLists; ++list) at_tiles[list] = layout.add<Tile>(tiles[list].size());
   batch->bytes = layout.bytes();
-  const std::size_t at_places = layout.add<std::int32_t>(masked ? samples : 0),
+  const std::size_t at_sampled = layout.add<std::int32_t>(real_samples),
+                    at_first = layout.add<std::int32_t>(real_samples),
+                    at_sample_positions = layout.add<std::int64_t>(real_samples),
+                    at_places = layout.add<std::int32_t>(masked ? real_samples : 0),
                     at_bits = layout.add<std::int32_t>(host.bitmask.size()),
                     at_appended = layout.add<std::int32_t>(slots->appended.size());
 
@@ -137,8 +137,9 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   fill(at_logits, host.logits_rows, samples, 0);
   for (std::size_t i = real_samples; i < samples; ++i)
     reinterpret_cast<std::int32_t*>(base + at_logits)[i] = static_cast<std::int32_t>(i);
-  fill(at_sampled, host.sample_slots, samples, -1);
-  fill(at_sample_positions, host.sample_positions, samples, 0);
+  fill(at_sampled, host.sample_slots, 0, 0);
+  fill(at_first, host.first_sampled(), 0, 0);
+  fill(at_sample_positions, host.sample_positions, 0, 0);
   std::ranges::copy(items, reinterpret_cast<Item*>(base + at_items));
   fill(at_starts, starts, 0, 0);
   for (int list = 0; list < kTileLists; ++list) {
@@ -147,7 +148,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   }
   if (masked) {
     auto* places = reinterpret_cast<std::int32_t*>(base + at_places);
-    std::fill(places, places + samples, -1);
+    std::fill(places, places + real_samples, -1);
     for (std::size_t i = 0; i < host.mask_rows.size(); ++i) places[host.mask_rows[i]] = static_cast<std::int32_t>(i);
     fill(at_bits, host.bitmask, 0, 0);
   }
@@ -165,6 +166,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   view.context_lens = part(at_context);
   view.logits_rows = part(at_logits);
   view.sample_slots = part(at_sampled);
+  view.first_sampled = part(at_first);
   view.sample_positions = reinterpret_cast<std::int64_t*>(data + at_sample_positions);
   view.items = reinterpret_cast<Item*>(data + at_items);
   view.starts = part(at_starts);
@@ -186,11 +188,8 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   return batch;
 }
 
-std::shared_ptr<Batch> padding(Runtime& runtime, unsigned features, int num_logprobs,
-                               const std::shared_ptr<Slots>& slots, const Cut& cut) {
+std::shared_ptr<Batch> padding(Runtime& runtime, const std::shared_ptr<Slots>& slots, const Cut& cut) {
   HostBatch none;
-  none.features = features;
-  none.num_logprobs = num_logprobs;
   none.query_start_loc = {0};
   std::shared_ptr<Batch> batch = upload(runtime, none, slots, cut);
   batch->num_tokens = batch->num_rows = batch->num_samples = cut.capacity;
@@ -198,9 +197,9 @@ std::shared_ptr<Batch> padding(Runtime& runtime, unsigned features, int num_logp
 }
 
 void take_over(Runtime& runtime, Batch& target, const Batch& source) {
-  if (&target == &source) return;
-  if (target.bytes != source.bytes || target.slots != source.slots)
+  if (target.bytes != source.bytes || target.cut != source.cut)
     throw std::invalid_argument("graph: the batch has other shapes than the recorded one");
+  if (target.slots != source.slots) throw std::invalid_argument("graph: the batch belongs to other slots");
   const DeviceGuard guard(runtime.device());
   VLLMLITE_CUDA_CHECK(cudaMemcpyAsync, target.memory.data, source.memory.data, source.bytes, cudaMemcpyDeviceToDevice,
                       runtime.stream());

@@ -24,6 +24,9 @@ struct SlotState {
   std::int32_t top_k, bias_count;
 };
 
+// Parts of sampling that a slot's parameters ask for; the host chooses kernels by them.
+enum Needs : unsigned { kDrawing = 1, kEditing = 2 };
+
 struct Slots : SlotSpec {
   Slots(Runtime& runtime, const SlotSpec& spec);
 
@@ -36,6 +39,7 @@ struct Slots : SlotSpec {
   Tensor block_table;                  // int32 [max_slots, max_blocks]
   Tensor last_id;                      // int32 [max_slots]
   Tensor states;                       // SlotState [max_slots]
+  std::vector<unsigned> needs;         // by slot, bits of Needs
   std::vector<std::int32_t> appended;  // place in block_table, block, place, block, ...
 
  private:
@@ -62,10 +66,11 @@ struct Tile {
 constexpr int kTileQueries[] = {128, 64, 192};  // by list of tiles, what a tile holds at most
 constexpr int kTileLists = 3;
 
-// What kernels are given of a batch. A padding row has slot -1, context 0 and no place in the cache.
+// What kernels are given of a batch. A padding row has slot -1, context 0 and no place in the cache. What sampling
+// reads (sample_slots, sample_positions, first_sampled and masks) has no padding.
 struct BatchView {
   std::int32_t *token_ids, *positions, *token_slots, *query_start_loc, *slot_ids, *context_lens, *logits_rows,
-      *sample_slots, *mask_places, *mask_bits, *cache_slots;
+      *sample_slots, *first_sampled, *mask_places, *mask_bits, *cache_slots;
   std::int64_t* sample_positions;
   Item* items;
   std::int32_t* starts;  // [num_shares + 1]: the items of a share of the work
@@ -76,24 +81,26 @@ struct BatchView {
   int max_blocks;
 };
 
-struct Batch {
-  int num_tokens, num_rows, num_samples, max_context, block_size, num_items, num_shares, num_tiles[kTileLists];
-  unsigned features;
-  int num_logprobs;
-  bool masked;
-  std::shared_ptr<Slots> slots;
-  Tensor memory;
-  std::size_t bytes;  // of `memory`, what another batch of as many rows can take over
-  BatchView view;
-
-  Tensor part(std::int32_t* data, std::int64_t size) const;
-};
-
-// Sizes that the work of decoding is cut by.
+// Sizes that a batch is laid out by.
 struct Cut {
   int capacity;    // rows to make room for, where every row decodes: as many as its graph has
   int block_size;  // of the cache
   int kv_heads;
+
+  bool operator==(const Cut&) const = default;
+};
+
+struct Batch {
+  int num_tokens, num_rows, num_samples, num_items, num_shares, num_tiles[kTileLists];
+  unsigned needs;  // bits of Needs, of any of the sampled slots
+  int num_logprobs;
+  Cut cut;
+  std::shared_ptr<Slots> slots;
+  Tensor memory;
+  std::size_t bytes;  // of `memory`, what a graph reads and takes over of another batch
+  BatchView view;
+
+  Tensor part(std::int32_t* data, std::int64_t size) const;
 };
 
 // One copy of pinned memory and one kernel, which fills in last ids, cache slots and what was appended to block tables.
@@ -101,8 +108,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
                               const Cut& cut);
 
 // A batch of padding alone, for a graph to be recorded with.
-std::shared_ptr<Batch> padding(Runtime& runtime, unsigned features, int num_logprobs,
-                               const std::shared_ptr<Slots>& slots, const Cut& cut);
+std::shared_ptr<Batch> padding(Runtime& runtime, const std::shared_ptr<Slots>& slots, const Cut& cut);
 
 // Makes `target`, which was uploaded with room for as many rows, hold what `source` does.
 void take_over(Runtime& runtime, Batch& target, const Batch& source);

@@ -67,14 +67,14 @@ py::array to_host(cuda::Runtime& runtime, const Tensor& tensor) {
   py::array array(py::dtype::from_args(py::str(format)), tensor.shape);
   void* target = array.mutable_data();
   const py::gil_scoped_release released;
-  if (const void* early = runtime.landed(tensor); early != nullptr)
+  if (const void* early = runtime.host_copy(tensor); early != nullptr)
     std::memcpy(target, early, tensor.bytes());
   else
     runtime.download(target, tensor.data, tensor.bytes());
   return array;
 }
 
-// A recorded step, the batch that it reads and the tensors that it writes.
+// A recorded step, the batch that it reads and the tensors that it writes, in memory that all recordings share.
 struct Graph {
   std::shared_ptr<cuda::Runtime::Graph> recorded;
   std::shared_ptr<cuda::Batch> batch;
@@ -92,6 +92,7 @@ Graph capture(cuda::Runtime& runtime, const std::shared_ptr<cuda::Batch>& batch,
     throw;
   }
   graph.recorded = runtime.end_recording();
+  for (Tensor& output : graph.outputs) output.owner = graph.recorded;
   return graph;
 }
 
@@ -99,7 +100,7 @@ std::vector<Tensor> replay(cuda::Runtime& runtime, const Graph& graph, const cud
   cuda::take_over(runtime, *graph.batch, batch);
   runtime.replay(*graph.recorded);
   std::vector<Tensor> results;
-  for (const Tensor& output : graph.outputs) results.push_back(runtime.landing(part(output, 0, batch.num_samples)));
+  for (const Tensor& output : graph.outputs) results.push_back(part(output, 0, batch.num_samples));
   return results;
 }
 
@@ -172,6 +173,7 @@ void bind_ops(RuntimeClass& runtime) {
            })
       .def("sample", [](cuda::Runtime& self, const Tensor& logits,
                         const cuda::Batch& batch) { return vllmlite::listed(cuda::sample(self, logits, batch)); })
+      .def("accept", &cuda::accept)
       .def("logprobs", [](cuda::Runtime& self, const Tensor& logits, const Tensor& ids, int k) {
         return vllmlite::listed(cuda::logprobs(self, logits, ids, k));
       });
@@ -208,12 +210,10 @@ void bind_runtime(py::module_& module) {
           py::arg("num_blocks"))
       .def(
           "slots",
-          [](cuda::Runtime& self, int max_slots, int max_blocks, int vocab_size, std::int64_t num_blocks) {
-            return std::make_shared<cuda::Slots>(self,
-                                                 vllmlite::SlotSpec{max_slots, max_blocks, vocab_size, num_blocks});
+          [](cuda::Runtime& self, const py::object& spec) {
+            return std::make_shared<cuda::Slots>(self, vllmlite::slot_spec(spec));
           },
-          py::arg("max_slots"), py::arg("max_blocks"), py::arg("vocab_size"), py::arg("num_blocks"),
-          py::keep_alive<0, 1>())
+          py::arg("spec"), py::keep_alive<0, 1>())
       .def(
           "upload",
           [](cuda::Runtime& self, const py::object& host, const std::shared_ptr<cuda::Slots>& slots, int capacity,
@@ -223,10 +223,8 @@ void bind_runtime(py::module_& module) {
           py::arg("batch"), py::arg("slots"), py::arg("capacity"), py::arg("block_size"), py::arg("kv_heads"))
       .def(
           "padding",
-          [](cuda::Runtime& self, unsigned features, int num_logprobs, const std::shared_ptr<cuda::Slots>& slots,
-             int capacity, int block_size, int kv_heads) {
-            return cuda::padding(self, features, num_logprobs, slots, {capacity, block_size, kv_heads});
-          },
+          [](cuda::Runtime& self, const std::shared_ptr<cuda::Slots>& slots, int capacity, int block_size,
+             int kv_heads) { return cuda::padding(self, slots, {capacity, block_size, kv_heads}); },
           "A batch of `capacity` rows of nothing, for a graph to be recorded with.")
       .def("synchronize", &cuda::Runtime::synchronize, py::call_guard<py::gil_scoped_release>())
       .def("capture", &capture, py::arg("batch"), py::arg("step"),

@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "cuda/check.cuh"
@@ -97,12 +99,16 @@ __device__ __forceinline__ void let_next_begin() {
 #endif
 }
 
+constexpr unsigned kMostOfAxis = 65535;       // blocks of a grid in its second and in its third dimension
 constexpr std::size_t kUsualRoom = 48 << 10;  // bytes of shared memory that a kernel may have without being told
 
 template <typename... Parameters, typename... Arguments>
 void launch(const Runtime& runtime, void (*kernel)(Parameters...), dim3 grid, unsigned threads, std::size_t shared,
             Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (grid.y > kMostOfAxis || grid.z > kMostOfAxis)
+    throw std::invalid_argument("a step of this size takes more blocks of threads than a launch has: lower " +
+                                std::string("max_num_batched_tokens or max_num_seqs"));
   if (shared > kUsualRoom)
     VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                         static_cast<int>(shared));

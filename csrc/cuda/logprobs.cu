@@ -37,12 +37,19 @@ static __global__ __launch_bounds__(kSelectThreads) void logprobs_kernel(const f
   });
   largest = block_reduce(largest, room.largest, [](float a, float b) { return fmaxf(a, b); });
   above = block_reduce(above, room.counts, [](int a, int b) { return a + b; });
-  double sum = 0;
-  for_each(from, size, [&](int, float logit) { sum += static_cast<double>(expf(logit - largest)); });
-  sum = block_reduce(sum, room.sums, [](double a, double b) { return a + b; });
-  const double log_sum = static_cast<double>(largest) + log(sum);
+  double log_sum = static_cast<double>(largest);
+  if (isfinite(largest)) {
+    double sum = 0;
+    for_each(from, size, [&](int, float logit) { sum += static_cast<double>(expf(logit - largest)); });
+    log_sum += log(block_reduce(sum, room.sums, [](double a, double b) { return a + b; }));
+  }
+  const auto logprob = [&](float logit) {
+    logit = without_nan(logit);
+    if (isinf(logit)) return logit > 0 ? 0.0F : logit;
+    return static_cast<float>(static_cast<double>(logit) - log_sum);
+  };
   if (thread == 0) {
-    chosen[row] = static_cast<float>(static_cast<double>(from[own]) - log_sum);
+    chosen[row] = logprob(from[own]);
     rank[row] = above + 1;
     room.taken = 0;
   }
@@ -59,7 +66,7 @@ static __global__ __launch_bounds__(kSelectThreads) void logprobs_kernel(const f
   for (int i = thread; i < k; i += kSelectThreads) {
     const int id = static_cast<int>(0xffffffffU - static_cast<std::uint32_t>(keys[i]));
     top_ids[row * k + i] = id;
-    top[row * k + i] = static_cast<float>(static_cast<double>(from[id]) - log_sum);
+    top[row * k + i] = logprob(from[id]);
   }
 }
 

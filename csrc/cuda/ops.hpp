@@ -74,6 +74,9 @@ struct KVCache {
   Tensor memory;
 };
 
+// Checks that the batch is for this pool.
+void check_pool(const KVCache& kv, const Batch& batch);
+
 Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::optional<Rotation>& rope,
                  const KVCache& kv, int layer, const Batch& batch, const AttentionNorms& norms);
 
@@ -87,6 +90,7 @@ Tensor paged_attention(Runtime& runtime, const Tensor& q, const KVCache& kv, int
                        int window, const ScoreEdits& edits);
 
 Sampled sample(Runtime& runtime, const Tensor& logits, const Batch& batch);
+Tensor accept(Runtime& runtime, const Tensor& ids, const Batch& batch);
 Logprobs logprobs(Runtime& runtime, const Tensor& logits, const Tensor& ids, int k);
 
 }  // namespace vllmlite::cuda

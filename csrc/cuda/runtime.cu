@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <thread>
 #include <unordered_set>
 
@@ -39,30 +40,35 @@ void* Pinned::reserve(std::size_t bytes) {
   return data;
 }
 
-struct Runtime::Landings {
+// The tensors that are copied to the host, by their owners' addresses. Tensors come and go in any thread.
+struct Runtime::HostCopies {
+  std::mutex mutex;
   std::unordered_set<const void*> live;
   std::vector<std::unique_ptr<Pinned>> spare;
 };
 
-// What keeps a result's memory and its copy on the host together; found again by its address, the tensor's owner.
-struct Runtime::Landed {
-  Landed(std::shared_ptr<Landings> the_landings, std::shared_ptr<void> the_memory)
-      : landings(std::move(the_landings)), memory(std::move(the_memory)) {
-    if (landings->spare.empty()) {
+// Owner of a tensor that is copied to the host: its memory, and that of the copy.
+struct Runtime::HostCopy {
+  HostCopy(std::shared_ptr<HostCopies> the_copies, const Tensor& tensor)
+      : copies(std::move(the_copies)), memory(tensor.owner), begin(static_cast<const char*>(tensor.data)) {
+    const std::lock_guard lock(copies->mutex);
+    if (copies->spare.empty()) {
       pinned = std::make_unique<Pinned>();
     } else {
-      pinned = std::move(landings->spare.back());
-      landings->spare.pop_back();
+      pinned = std::move(copies->spare.back());
+      copies->spare.pop_back();
     }
-    landings->live.insert(this);
+    copies->live.insert(this);
   }
-  ~Landed() {
-    landings->live.erase(this);
-    landings->spare.push_back(std::move(pinned));
+  ~HostCopy() {
+    const std::lock_guard lock(copies->mutex);
+    copies->live.erase(this);
+    copies->spare.push_back(std::move(pinned));
   }
 
-  std::shared_ptr<Landings> landings;
+  std::shared_ptr<HostCopies> copies;
   std::shared_ptr<void> memory;
+  const char* begin;
   std::unique_ptr<Pinned> pinned;
 };
 
@@ -71,6 +77,7 @@ struct Runtime::Graph {
     if (executable != nullptr) (void)cudaGraphExecDestroy(executable);
   }
   cudaGraphExec_t executable = nullptr;
+  std::shared_ptr<Pool> memory;
   std::vector<std::unique_ptr<Pinned>> uploads;  // what it copies to the device, each time
 };
 
@@ -80,7 +87,7 @@ Runtime::Runtime(int device, DType dtype, bool batch_invariant)
       batch_invariant_(batch_invariant),
       pool_(std::make_shared<Pool>(device)),
       graph_pool_(std::make_shared<Pool>(device, true)),
-      landings_(std::make_shared<Landings>()) {
+      host_copies_(std::make_shared<HostCopies>()) {
   const DeviceGuard guard(device);
   cudaDeviceProp properties;
   VLLMLITE_CUDA_CHECK(cudaGetDeviceProperties, &properties, device);
@@ -166,25 +173,26 @@ void Runtime::download(void* target, const void* source, std::size_t bytes) {
 
 void Runtime::synchronize() { VLLMLITE_CUDA_CHECK(cudaStreamSynchronize, stream_); }
 
-Tensor Runtime::landing(const Tensor& tensor) {
+Tensor Runtime::copied_to_host(const Tensor& tensor) {
   if (recording_ || tensor.bytes() == 0) return tensor;
   const DeviceGuard guard(device_);
-  Tensor copy = make(tensor.shape, tensor.dtype);
-  auto landed = std::make_shared<Landed>(landings_, copy.owner);
-  landed->pinned->reserve(tensor.bytes());
-  VLLMLITE_CUDA_CHECK(cudaMemcpyAsync, copy.data, tensor.data, tensor.bytes(), cudaMemcpyDeviceToDevice, stream_);
-  VLLMLITE_CUDA_CHECK(cudaMemcpyAsync, landed->pinned->data, tensor.data, tensor.bytes(), cudaMemcpyDeviceToHost,
-                      stream_);
-  VLLMLITE_CUDA_CHECK(cudaEventRecord, landed->pinned->done, stream_);
-  copy.owner = landed;
-  return copy;
+  auto copy = std::make_shared<HostCopy>(host_copies_, tensor);
+  void* target = copy->pinned->reserve(tensor.bytes());
+  VLLMLITE_CUDA_CHECK(cudaMemcpyAsync, target, tensor.data, tensor.bytes(), cudaMemcpyDeviceToHost, stream_);
+  VLLMLITE_CUDA_CHECK(cudaEventRecord, copy->pinned->done, stream_);
+  Tensor found = tensor;
+  found.owner = copy;
+  return found;
 }
 
-const void* Runtime::landed(const Tensor& tensor) {
-  if (!landings_->live.contains(tensor.owner.get())) return nullptr;
-  const auto* found = static_cast<const Landed*>(tensor.owner.get());
-  VLLMLITE_CUDA_CHECK(cudaEventSynchronize, found->pinned->done);
-  return found->pinned->data;
+const void* Runtime::host_copy(const Tensor& tensor) {
+  {
+    const std::lock_guard lock(host_copies_->mutex);
+    if (!host_copies_->live.contains(tensor.owner.get())) return nullptr;
+  }
+  const auto* copy = static_cast<const HostCopy*>(tensor.owner.get());
+  VLLMLITE_CUDA_CHECK(cudaEventSynchronize, copy->pinned->done);
+  return static_cast<const char*>(copy->pinned->data) + (static_cast<const char*>(tensor.data) - copy->begin);
 }
 
 std::int32_t* Runtime::counters(std::size_t count) {
@@ -210,6 +218,7 @@ std::shared_ptr<Runtime::Graph> Runtime::end_recording() {
   cudaGraph_t recorded = nullptr;
   VLLMLITE_CUDA_CHECK(cudaStreamEndCapture, stream_, &recorded);
   auto graph = std::make_shared<Graph>();
+  graph->memory = graph_pool_;
   graph->uploads = std::move(recorded_uploads_);
   const cudaError_t status = cudaGraphInstantiate(&graph->executable, recorded, 0);
   (void)cudaGraphDestroy(recorded);

@@ -66,10 +66,10 @@ class Runtime {
   void download(void* target, const void* source, std::size_t bytes);
   void synchronize();
 
-  // A copy of `tensor` in memory of its own, which starts its way to the host at once.
-  Tensor landing(const Tensor& tensor);
-  // Where such a tensor's contents are on the host, once they are there; null for other tensors.
-  const void* landed(const Tensor& tensor);
+  // The tensor, whose copy to pinned memory starts at once: host_copy() does not wait for what is issued later.
+  Tensor copied_to_host(const Tensor& tensor);
+  // Where the contents of such a tensor, or of a part of it, are on the host, once they are there; null for others.
+  const void* host_copy(const Tensor& tensor);
 
   // `count` ints that are zero whenever no kernel is using them.
   std::int32_t* counters(std::size_t count);
@@ -86,8 +86,8 @@ class Runtime {
   void replay(const Graph& graph);
 
  private:
-  struct Landed;
-  struct Landings;
+  struct HostCopy;
+  struct HostCopies;
 
   int device_;
   DType dtype_;
@@ -99,7 +99,7 @@ class Runtime {
   mutable bool fenced_ = false;
   std::vector<std::unique_ptr<Pinned>> ring_, large_, recorded_uploads_;
   std::size_t next_ring_ = 0, next_large_ = 0;
-  std::shared_ptr<Landings> landings_;
+  std::shared_ptr<HostCopies> host_copies_;
   std::vector<Tensor> counters_;
   std::shared_ptr<Products> products_;
 };

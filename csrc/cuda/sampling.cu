@@ -9,43 +9,42 @@
 
 namespace vllmlite::cuda {
 
-// Bits of Feature in vllmlite/backends/base.py.
-constexpr unsigned kRandom = 1, kTopKTopP = 2, kMinP = 4, kPenalties = 8, kLogitBias = 16, kMask = 32;
-
 constexpr unsigned kThreads = 256;
 constexpr unsigned kParts = 16;  // blocks that look for a row's largest logit
 
 // ---- Bias, mask and penalties, in this order
 
-static __global__ void edit_kernel(const float* from, float* to, int size, unsigned features,
-                                   const __grid_constant__ BatchView batch) {
+// Grid: rows, blocks of ids. `from` and `to` may be the same.
+static __global__ void edit_kernel(const float* from, float* to, int size, const __grid_constant__ BatchView batch) {
   let_next_begin();
   wait_for_previous();
-  const int row = static_cast<int>(blockIdx.y), slot = batch.sample_slots[row];
-  if (slot < 0) return;
-  const SlotState state = batch.states[slot];
-  const bool biased = (features & kLogitBias) != 0 && state.bias_count > 0;
-  const int place = (features & kMask) != 0 && batch.mask_places != nullptr ? batch.mask_places[row] : -1;
+  const int row = static_cast<int>(blockIdx.x);
+  const SlotState state = batch.states[batch.sample_slots[row]];
+  const int place = batch.mask_places != nullptr ? batch.mask_places[row] : -1;
   const std::int32_t* bits = batch.mask_bits + static_cast<std::int64_t>(place) * ((size + 31) / 32);
-  const bool penalised = (features & kPenalties) != 0 && state.counts != nullptr;
+  const bool penalised = state.counts != nullptr;
+  if (from == to && state.bias_count == 0 && place < 0 && !penalised) return;
   from += static_cast<std::int64_t>(row) * size;
   to += static_cast<std::int64_t>(row) * size;
   // A block's ids are its own, so that its biases, which come first, are added by itself.
-  const int begin = static_cast<int>(blockIdx.x * blockDim.x * 8),
+  const int begin = static_cast<int>(blockIdx.y * blockDim.x * 8),
             end = min(begin + static_cast<int>(blockDim.x * 8), size);
   for (int id = begin + static_cast<int>(threadIdx.x); id < end; id += static_cast<int>(blockDim.x)) to[id] = from[id];
-  if (biased) {
+  if (state.bias_count > 0) {
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < state.bias_count; i += static_cast<int>(blockDim.x))
       if (const int id = state.bias_ids[i]; id >= begin && id < end) to[id] += state.biases[i];
     __syncthreads();
   }
   if (place < 0 && !penalised) return;
+  const int first_draft = batch.first_sampled[row] + 1, last_draft = batch.logits_rows[row];
   for (int id = begin + static_cast<int>(threadIdx.x); id < end; id += static_cast<int>(blockDim.x)) {
     float logit = to[id];
     if (place >= 0 && (static_cast<std::uint32_t>(bits[id / 32]) >> id % 32 & 1) == 0) logit = -INFINITY;
     if (penalised) {
-      const std::int32_t count = state.counts[id];
+      std::int32_t count = state.counts[id];
+      for (int draft = first_draft; draft <= last_draft; ++draft)
+        count += static_cast<int>(batch.token_ids[draft] == id);
       if (state.in_prompt[id] != 0 || count > 0)
         logit = logit > 0 ? logit / state.repetition_penalty : logit * state.repetition_penalty;
       if (count > 0) logit = logit - state.frequency_penalty * static_cast<float>(count) - state.presence_penalty;
@@ -62,47 +61,37 @@ __device__ __forceinline__ int id_of(std::uint64_t rank) {
   return static_cast<int>(0xffffffffU - static_cast<std::uint32_t>(rank));
 }
 
-// What a chosen id leaves behind.
-__device__ __forceinline__ void remember(const BatchView& batch, unsigned features, int row, int id,
-                                         std::int32_t* ids) {
-  const int slot = batch.sample_slots[row];
-  ids[row] = id;
-  if (slot < 0) return;
-  batch.last_id[slot] = id;
-  if ((features & kPenalties) != 0)
-    if (std::int32_t* counts = batch.states[slot].counts) atomicAdd(counts + id, 1);
-}
-
-static __global__ void greedy_kernel(const float* logits, int size, unsigned features,
-                                     const __grid_constant__ BatchView batch, std::uint64_t* best,
-                                     std::int32_t* counters, std::int32_t* ids) {
+// Grid: rows, parts of a row.
+static __global__ void greedy_kernel(const float* logits, int size, std::uint64_t* best, std::int32_t* counters,
+                                     std::int32_t* ids) {
   __shared__ std::uint64_t room[32];
   let_next_begin();
   wait_for_previous();
-  const int row = static_cast<int>(blockIdx.y);
+  const int row = static_cast<int>(blockIdx.x), parts = static_cast<int>(gridDim.y);
   const float* from = logits + static_cast<std::int64_t>(row) * size;
   std::uint64_t rank = 0;
-  const int stride = static_cast<int>(gridDim.x * blockDim.x);
+  const int begin = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x),
+            stride = parts * static_cast<int>(blockDim.x);
   if (size % 4 == 0) {
     const auto* packs = reinterpret_cast<const float4*>(from);
-    for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < size / 4; i += stride) {
+    for (int i = begin; i < size / 4; i += stride) {
       const float4 pack = packs[i];
       rank = larger(larger(larger(rank, ranked(pack.x, 4 * i)), ranked(pack.y, 4 * i + 1)),
                     larger(ranked(pack.z, 4 * i + 2), ranked(pack.w, 4 * i + 3)));
     }
   } else {
-    for (int id = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); id < size; id += stride)
-      rank = larger(rank, ranked(from[id], id));
+    for (int id = begin; id < size; id += stride) rank = larger(rank, ranked(from[id], id));
   }
   rank = block_reduce(rank, room, [](std::uint64_t a, std::uint64_t b) { return larger(a, b); });
   if (threadIdx.x != 0) return;
-  best[row * gridDim.x + blockIdx.x] = rank;
+  best += static_cast<std::int64_t>(row) * parts;
+  best[blockIdx.y] = rank;
   __threadfence();
-  if (atomicAdd(counters + row, 1) != static_cast<int>(gridDim.x) - 1) return;
+  if (atomicAdd(counters + row, 1) != parts - 1) return;
   counters[row] = 0;
   __threadfence();
-  for (unsigned part = 0; part < gridDim.x; ++part) rank = larger(rank, __ldcg(best + row * gridDim.x + part));
-  remember(batch, features, row, id_of(rank), ids);
+  for (int part = 0; part < parts; ++part) rank = larger(rank, __ldcg(best + part));
+  ids[row] = id_of(rank);
 }
 
 // ---- Drawing
@@ -156,7 +145,7 @@ struct Numbers {
   float largest, factor;
 
   __device__ __forceinline__ float of(float logit) const { return fminf((logit - largest) * factor, 0.0F); }
-  __device__ __forceinline__ float at(int place) const { return of(logits[place]); }
+  __device__ __forceinline__ float at(int place) const { return of(without_nan(logits[place])); }
 };
 
 // The largest number such that the masses of those not less reach `aim`; the least that has a mass if none does.
@@ -224,33 +213,28 @@ __device__ bool list(Numbers& numbers, float least, DrawRoom& room) {
 }
 
 // A block a row. Every filter becomes a least number, so that equals stay together.
-static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float* logits, int size, unsigned features,
+static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float* logits, int size,
                                                                      const __grid_constant__ BatchView batch,
                                                                      std::int32_t* ids) {
   __shared__ DrawRoom room;
   let_next_begin();
   wait_for_previous();
   const int row = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
-  const int slot = batch.sample_slots[row];
-  if (slot < 0) {
-    if (thread == 0) ids[row] = 0;
-    return;
-  }
-  const SlotState& state = batch.states[slot];
+  const SlotState& state = batch.states[batch.sample_slots[row]];
   Numbers numbers{logits + static_cast<std::int64_t>(row) * size, size, 0, 0};
   std::uint64_t rank = 0;
   for_each(numbers.logits, size, [&](int id, float logit) { rank = larger(rank, ranked(logit, id)); });
   rank = block_reduce(rank, room.ranks, [](std::uint64_t a, std::uint64_t b) { return larger(a, b); });
   const int best = id_of(rank);
-  numbers.largest = numbers.logits[best];
+  numbers.largest = without_nan(numbers.logits[best]);
   if (state.temperature <= 0 || !isfinite(numbers.largest)) {
-    if (thread == 0) remember(batch, features, row, best, ids);
+    if (thread == 0) ids[row] = best;
     return;
   }
   numbers.factor = fminf(1 / state.temperature, 1e30F);
-  float least = (features & kMinP) != 0 ? state.log_min_p : -INFINITY;
+  float least = state.log_min_p;
   bool listed = false;
-  if ((features & kTopKTopP) != 0 && state.top_k > 0 && state.top_k < size) {
+  if (state.top_k > 0 && state.top_k < size) {
     const auto aim = static_cast<unsigned long long>(state.top_k);
     least = fmaxf(least, cut(numbers, aim, [](float) { return 1ULL; }, room));
     listed = list(numbers, least, room);
@@ -262,7 +246,7 @@ static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float
     return block_reduce(sum, room.sums, [](unsigned long long a, unsigned long long b) { return a + b; });
   };
   unsigned long long total = sum_up();
-  if ((features & kTopKTopP) != 0 && state.top_p < 1) {
+  if (state.top_p < 1) {
     const auto aim = static_cast<unsigned long long>(__double2ull_ru(static_cast<double>(total) * state.top_p));
     least = fmaxf(least, cut(numbers, aim, mass, room));
     total = sum_up();
@@ -302,7 +286,29 @@ static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float
   __syncthreads();
   if (thread != 0) return;
   const int place = room.place;
-  remember(batch, features, row, place < 0 ? best : listed ? room.ids[place] : place, ids);
+  ids[row] = place < 0 ? best : listed ? room.ids[place] : place;
+}
+
+// ---- What is accepted: a thread a slot, at its first sampled position
+
+static __global__ void accept_kernel(const std::int32_t* ids, int count, const __grid_constant__ BatchView batch,
+                                     std::int32_t* accepted) {
+  let_next_begin();
+  wait_for_previous();
+  const int first = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (first >= count) return;
+  const std::int32_t token = batch.first_sampled[first];
+  if (batch.logits_rows[first] != token) return;
+  const int slot = batch.sample_slots[first];
+  std::int32_t* counts = batch.states[slot].counts;
+  bool goes_on = true;
+  for (int i = first; i < count && batch.first_sampled[i] == token; ++i) {
+    goes_on = goes_on && (i == first || ids[i - 1] == batch.token_ids[batch.logits_rows[i]]);
+    accepted[i] = static_cast<int>(goes_on);
+    if (!goes_on) continue;
+    batch.last_id[slot] = ids[i];
+    if (counts != nullptr) ++counts[ids[i]];
+  }
 }
 
 // ---- The op
@@ -326,28 +332,38 @@ Sampled sample(Runtime& runtime, const Tensor& logits, const Batch& batch) {
   const bool wanted = batch.num_logprobs >= 0;
   Tensor edited = logits;
   if (rows > 0) {
-    if ((batch.features & (kLogitBias | kMask | kPenalties)) != 0) {
+    const auto count = static_cast<unsigned>(rows);
+    if ((batch.needs & kEditing) != 0) {
       if (wanted) edited = runtime.make(logits.shape, logits.dtype);
-      const dim3 grid(blocks_for(size, kThreads * 8), static_cast<unsigned>(rows));
-      launch(runtime, edit_kernel, grid, kThreads, 0, static_cast<const float*>(logits.data),
-             static_cast<float*>(edited.data), size, batch.features, batch.view);
+      launch(runtime, edit_kernel, dim3(count, blocks_for(size, kThreads * 8)), kThreads, 0,
+             static_cast<const float*>(logits.data), static_cast<float*>(edited.data), size, batch.view);
     }
     const auto* from = static_cast<const float*>(edited.data);
-    if ((batch.features & kRandom) != 0) {
-      launch(runtime, draw_kernel, static_cast<unsigned>(rows), kSelectThreads, 0, from, size, batch.features,
-             batch.view, ids);
+    if ((batch.needs & kDrawing) != 0) {
+      launch(runtime, draw_kernel, count, kSelectThreads, 0, from, size, batch.view, ids);
     } else {
       const Tensor best = runtime.make({rows, kParts}, DType::int64);
-      launch(runtime, greedy_kernel, dim3(kParts, static_cast<unsigned>(rows)), kThreads, 0, from, size, batch.features,
-             batch.view, static_cast<std::uint64_t*>(best.data), runtime.counters(static_cast<std::size_t>(rows)), ids);
+      launch(runtime, greedy_kernel, dim3(count, kParts), kThreads, 0, from, size,
+             static_cast<std::uint64_t*>(best.data), runtime.counters(static_cast<std::size_t>(rows)), ids);
     }
   }
   if (wanted) out.logprobs = logprobs(runtime, logits, out.ids, batch.num_logprobs);
-  out.ids = runtime.landing(out.ids);
+  out.ids = runtime.copied_to_host(out.ids);
   if (out.logprobs)
     for (Tensor* tensor : {&out.logprobs->chosen, &out.logprobs->rank, &out.logprobs->top_ids, &out.logprobs->top})
-      *tensor = runtime.landing(*tensor);
+      *tensor = runtime.copied_to_host(*tensor);
   return out;
+}
+
+Tensor accept(Runtime& runtime, const Tensor& ids, const Batch& batch) {
+  check_dtype(ids, DType::int32, "ids of accept");
+  check_shape(ids, {batch.num_samples}, "ids of accept");
+  const DeviceGuard guard(runtime.device());
+  Tensor accepted = runtime.make(ids.shape, DType::int32);
+  launch(runtime, accept_kernel, blocks_for(batch.num_samples, kThreads), kThreads, 0,
+         static_cast<const std::int32_t*>(ids.data), batch.num_samples, batch.view,
+         static_cast<std::int32_t*>(accepted.data));
+  return accepted;
 }
 
 }  // namespace vllmlite::cuda

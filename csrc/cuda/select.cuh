@@ -9,9 +9,12 @@ namespace vllmlite::cuda {
 constexpr int kSelectThreads = 1024;
 constexpr int kDigits = 256;
 
-// Ascending as the numbers do; -0 is 0.
+// A logit, or -inf for a NaN.
+__device__ __forceinline__ float without_nan(float x) { return fmaxf(x, -INFINITY); }
+
+// Ascending as the numbers do; -0 is 0, and a NaN is -inf.
 __device__ __forceinline__ std::uint32_t ordered(float x) {
-  const auto bits = __float_as_uint(x + 0.0F);
+  const auto bits = __float_as_uint(without_nan(x) + 0.0F);
   return (bits & 0x80000000U) != 0 ? ~bits : bits | 0x80000000U;
 }
 
@@ -20,21 +23,21 @@ __device__ __forceinline__ std::uint64_t ranked(float x, int id) {
   return static_cast<std::uint64_t>(ordered(x)) << 32 | (0xffffffffU - static_cast<std::uint32_t>(id));
 }
 
-// Calls visit(id, number) for a row's numbers, by all threads of the block.
+// Calls visit(id, number) for a row's numbers, by all threads of the block; for a NaN with -inf.
 template <typename Visit>
 __device__ __forceinline__ void for_each(const float* row, int size, Visit visit) {
   if (size % 4 != 0) {
-    for (int id = static_cast<int>(threadIdx.x); id < size; id += kSelectThreads) visit(id, row[id]);
+    for (int id = static_cast<int>(threadIdx.x); id < size; id += kSelectThreads) visit(id, without_nan(row[id]));
     return;
   }
   const auto* packs = reinterpret_cast<const float4*>(row);
 #pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x); i < size / 4; i += kSelectThreads) {
     const float4 pack = packs[i];
-    visit(4 * i, pack.x);
-    visit(4 * i + 1, pack.y);
-    visit(4 * i + 2, pack.z);
-    visit(4 * i + 3, pack.w);
+    visit(4 * i, without_nan(pack.x));
+    visit(4 * i + 1, without_nan(pack.y));
+    visit(4 * i + 2, without_nan(pack.z));
+    visit(4 * i + 3, without_nan(pack.w));
   }
 }
 

@@ -1,5 +1,7 @@
 // What lives a slot from step to step: block tables, sampling parameters, counts of ids.
 #include <cmath>
+#include <limits>
+#include <string>
 
 #include "cuda/batch.hpp"
 #include "cuda/kernel.cuh"
@@ -9,9 +11,13 @@ namespace vllmlite::cuda {
 constexpr std::size_t kCountersOfSlot = 256;  // key/value heads that a slot's attention may have
 
 Slots::Slots(Runtime& the_runtime, const SlotSpec& spec) : SlotSpec(spec), runtime(the_runtime) {
+  if (std::int64_t{max_slots} * max_blocks > std::numeric_limits<std::int32_t>::max())
+    throw std::invalid_argument("block tables of " + std::to_string(max_slots) + " slots for " +
+                                std::to_string(max_blocks) + " blocks each are more than 32 bits count");
   block_table = runtime.make({max_slots, max_blocks}, DType::int32);
   last_id = runtime.make({max_slots}, DType::int32);
   states = runtime.make({max_slots, static_cast<std::int64_t>(sizeof(SlotState))}, DType::uint8);
+  needs.resize(static_cast<std::size_t>(max_slots));
   owned_.resize(static_cast<std::size_t>(max_slots));
   const DeviceGuard guard(runtime.device());
   (void)runtime.counters(static_cast<std::size_t>(max_slots) * kCountersOfSlot);  // before any graph wants them
@@ -85,6 +91,8 @@ void Slots::set(int slot, const SlotParams& params) {
     state.biases = static_cast<const float*>(owned.back().data);
     state.bias_count = static_cast<std::int32_t>(ids.size());
   }
+  needs[static_cast<std::size_t>(slot)] =
+      (params.temperature > 0 ? kDrawing : 0U) | (params.penalised() || !params.logit_bias.empty() ? kEditing : 0U);
   runtime.upload(static_cast<SlotState*>(states.data) + slot, &state, sizeof state);
   owned_[static_cast<std::size_t>(slot)] = std::move(owned);
 }

@@ -15,7 +15,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import IntFlag
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
@@ -44,7 +43,7 @@ KVCache: TypeAlias = Any
 Slots: TypeAlias = Any
 """What lives a slot in the backend (:meth:`Backend.alloc_slots`), opaque outside it."""
 
-API = 2
+API = 3
 """Version of this contract; a separately built extension declines to load beside another one."""
 
 KV_DTYPES = (*FLOAT_DTYPES, "int8")
@@ -79,13 +78,16 @@ class KVSpec:
 
 @dataclass(frozen=True, slots=True)
 class SlotSpec:
-    """Sizes of the per-slot state: at most ``max_slots`` sequences of ``max_blocks`` blocks each, out of a pool of
-    ``num_blocks``."""
+    """Sizes of the per-slot state."""
 
     max_slots: int
     max_blocks: int
+    """Blocks that the block table of one sequence holds."""
+    max_context: int
+    """Tokens of the longest sequence; a longer one is refused at :meth:`Backend.upload`."""
     vocab_size: int
     num_blocks: int
+    """Blocks of the pool that block tables point into."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,24 +111,15 @@ class SlotParams:
     output_ids: Sequence[int] = ()
 
 
-class Feature(IntFlag):
-    """Parts of sampling that at least one row of a step needs; a step without a bit skips that part."""
-
-    NONE = 0
-    RANDOM = 1
-    TOP_K_TOP_P = 2
-    MIN_P = 4
-    PENALTIES = 8
-    LOGIT_BIAS = 16
-    MASK = 32
-
-
 @dataclass(slots=True)
 class ForwardBatch:
     """One step's input. The runner fills it with numpy arrays; :meth:`Backend.upload` returns the backend's own.
 
     Rows are sequences; tokens of a row are adjacent and their positions consecutive. A row's keys and values of
     positions below ``context_lens[r]`` are in the cache once the step's own have been written.
+
+    A slot has one sampled position, or several in a row: those of the last token that is known and of the draft
+    tokens behind it. They are adjacent among the N, and so are their tokens.
     """
 
     num_tokens: int
@@ -138,7 +131,7 @@ class ForwardBatch:
     max_context: int
     """Largest of ``context_lens``."""
     token_ids: Tensor
-    """[T] int32; -1 stands for the id that the slot's last sampling left on the device."""
+    """[T] int32; -1 stands for the slot's last accepted id, which is on the device."""
     positions: Tensor
     """[T] int32."""
     query_start_loc: Tensor
@@ -153,11 +146,10 @@ class ForwardBatch:
     """[N] int32: the slots that they belong to."""
     sample_positions: Tensor
     """[N] int64: the positions that the sampled ids will have; the random numbers' counter."""
-    features: Feature = Feature.NONE
     num_logprobs: int = -1
     """Most likely ids to report with each sampled id; -1: none, 0: the sampled id's own log-probability only."""
     mask_rows: Tensor | None = None
-    """[M] int32: rows of N that ``bitmask`` restricts (``Feature.MASK``)."""
+    """[M] int32: those of the N that ``bitmask`` restricts."""
     bitmask: Tensor | None = None
     """[M, ceil(V / 32)] int32: bit ``v % 32`` of word ``v // 32`` is set where id v may be sampled."""
     backend: Any = field(default=None, repr=False)
@@ -177,7 +169,7 @@ class Logprobs:
 
 @dataclass(slots=True)
 class Sampled:
-    """What a step leaves behind: int32 ``ids [N]`` and, where asked for, their log-probabilities."""
+    """The int32 ``ids [N]`` of a step and, where asked for, their log-probabilities."""
 
     ids: Tensor
     logprobs: Logprobs | None = None
@@ -211,7 +203,10 @@ def unusable(part: HostWeight, backend: Backend) -> BackendError:
     return BackendError(f"a weight in {part.scheme.name}: the {backend.name} backend multiplies {schemes}")
 
 
-Step: TypeAlias = Callable[[ForwardBatch], Sampled]
+GraphKey: TypeAlias = tuple[int, int]
+"""What tells one captured step from another: rows, and tokens of each row."""
+Step: TypeAlias = Callable[[ForwardBatch], Sequence[Tensor]]
+"""Maps an uploaded batch to tensors whose first dimension is N, such as the logits."""
 
 
 class Model(Protocol):
@@ -332,7 +327,7 @@ class Backend(ABC):
 
     @abstractmethod
     def alloc_slots(self, spec: SlotSpec) -> Slots:
-        """State of ``max_slots`` sequences: block tables, last sampled id, sampling parameters, token counts."""
+        """State of ``max_slots`` sequences: block tables, last accepted id, sampling parameters, token counts."""
 
     @abstractmethod
     def set_slot(self, slots: Slots, slot: int, params: SlotParams) -> None:
@@ -347,8 +342,12 @@ class Backend(ABC):
         IndexError, and nothing written, if a slot, a column or a block is not one of the slots' spec."""
 
     @abstractmethod
-    def upload(self, batch: ForwardBatch, slots: Slots) -> ForwardBatch:
-        """The device's copy of a host ``batch``, its -1 token ids replaced by the slots' last sampled ids."""
+    def upload(
+        self, batch: ForwardBatch, slots: Slots, spec: KVSpec, key: GraphKey | None = None
+    ) -> ForwardBatch:
+        """The device's copy of a host ``batch``, its -1 token ids replaced by the slots' last accepted ids.
+
+        It is for pools of ``spec``, and for the captured step of ``key`` where one is given."""
 
     # Model ops
 
@@ -472,7 +471,7 @@ class Backend(ABC):
 
     @abstractmethod
     def sample(self, logits: Tensor, slots: Slots, batch: ForwardBatch) -> Sampled:
-        """Choose an id for each of the N rows of float32 ``logits [N, V]`` (may be overwritten), in this order:
+        """Choose an id for each of the N positions of float32 ``logits [N, V]`` (may be overwritten), in this order:
 
         1. log-probabilities of the untouched logits, where ``batch.num_logprobs >= 0``;
         2. logit bias added; ids outside the bitmask set to -inf;
@@ -482,13 +481,25 @@ class Backend(ABC):
         5. the others divide by temperature, drop ids whose probability is below ``min_p`` times the largest, keep
            the ``top_k`` largest, then the smallest set of largest probabilities that reaches ``top_p`` (equal logits
            are kept together at either cut), and take the first id, in ascending order, at which the cumulative
-           probability exceeds u * total, u = :func:`uniform` (seed, position).
+           probability exceeds u * total, u = :func:`uniform` (seed, position). Where the largest logit is infinite,
+           it is taken as in 4.
 
-        Leaves the ids in the slots' last id and, for slots with penalties, in their counts."""
+        A NaN counts as -inf. The drafts of a slot up to a position count as output ids there: they are the token ids
+        behind that of the slot's first sampled position. The slots stay as they are; see :meth:`accept`."""
+
+    @abstractmethod
+    def accept(self, ids: Tensor, slots: Slots, batch: ForwardBatch) -> Tensor:
+        """Compare int32 ``ids [N]``, sampled from ``batch``, with its drafts, and note in the slots what is accepted.
+
+        The id of a slot's first position is accepted; that of a further one if the id before it was accepted and
+        equals the token id at the position, which is the draft. The last accepted id becomes the slot's last id; all
+        that are accepted are added to the counts of slots with penalties. Returns int32 ``[N]``: 1 for accepted."""
 
     @abstractmethod
     def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
-        """Log-softmax of float32 ``logits [N, V]`` at int32 ``ids [N]`` with the ``k`` most likely ids."""
+        """Log-softmax of float32 ``logits [N, V]`` at int32 ``ids [N]`` with the ``k`` most likely ids.
+
+        A NaN counts as -inf, of which the log-probability is -inf; that of +inf is 0."""
 
     # Pooling
 
@@ -509,15 +520,14 @@ class Backend(ABC):
     # Graphs
 
     def graph_rows(self, most: int) -> Sequence[int]:
-        """Ascending, the numbers of rows, up to ``most``, for which :meth:`capture` is to be called ahead of time: a
-        step of fewer rows is replayed in the next larger one. Empty: each number has its own, as it first comes."""
+        """Numbers of rows, ascending and up to ``most``, of the steps that are to be captured. A step of fewer rows is
+        replayed in that of the next larger number. Empty: the backend captures nothing."""
         return ()
 
-    def capture(self, key: tuple[int, int, Feature, int], step: Step) -> Step:
-        """A function equivalent to ``step`` for batches of ``key`` = (rows, query length, features, num_logprobs),
-        replayed without Python where the backend can. The default is ``step`` itself. Where the backend names
-        :meth:`graph_rows`, also for batches of fewer rows."""
-        return step
+    def capture(self, key: GraphKey, step: Step, slots: Slots, spec: KVSpec) -> Step:
+        """A function equivalent to ``step``, replayed without Python, for batches that :meth:`upload` was given with
+        ``key``, ``slots`` and ``spec``. What it returns holds until the next call of any captured step is issued."""
+        raise BackendError(f"the {self.name} backend captures no steps")
 
 
 def uniform(seed: int, position: int) -> float:

@@ -14,7 +14,6 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -23,11 +22,10 @@ from numpy.typing import NDArray
 from vllmlite.backends.base import (
     KV_DTYPES,
     Expert,
-    Feature,
     ForwardBatch,
+    GraphKey,
     KVSpec,
     Memory,
-    Sampled,
     SlotParams,
     SlotSpec,
     Step,
@@ -36,7 +34,7 @@ from vllmlite.backends.base import (
 )
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.memory import host_memory
-from vllmlite.backends.native import NativeBackend, load_extension, pack, unpack
+from vllmlite.backends.native import NativeBackend, load_extension, uploaded
 from vllmlite.errors import BackendError, ModelError
 from vllmlite.weights.host import FLOAT_DTYPES, ITEM_SIZE, HostTensor, HostWeight, PackedWeight, float_parts
 from vllmlite.weights.schemes.gguf_blocks import BLOCK_SCHEMES, BlockScheme, block_data
@@ -162,7 +160,7 @@ class CpuBackend(NativeBackend):
     # Slots
 
     def alloc_slots(self, spec: SlotSpec) -> Any:
-        return self._native.Slots(spec.max_slots, spec.max_blocks, spec.vocab_size, spec.num_blocks)
+        return self._native.Slots(spec)
 
     def set_slot(self, slots: Any, slot: int, params: SlotParams) -> None:
         self._runtime.flush()
@@ -174,12 +172,10 @@ class CpuBackend(NativeBackend):
         self._runtime.flush()
         slots.append_blocks(slot_ids, columns, blocks)
 
-    def upload(self, batch: ForwardBatch, slots: Any) -> ForwardBatch:
-        native = self._runtime.upload(batch, slots)
-        token_ids, positions, logits_rows = native.tensors()
-        return replace(
-            batch, token_ids=token_ids, positions=positions, logits_rows=logits_rows, backend=native
-        )
+    def upload(
+        self, batch: ForwardBatch, slots: Any, spec: KVSpec, key: GraphKey | None = None
+    ) -> ForwardBatch:
+        return uploaded(batch, self._runtime.upload(batch, slots, spec.block_size))
 
     # Model ops
 
@@ -194,16 +190,21 @@ class CpuBackend(NativeBackend):
 
     # Graphs
 
-    def capture(self, key: tuple[int, int, Feature, int], step: Step) -> Step:
+    def graph_rows(self, most: int) -> Sequence[int]:
+        return range(1, most + 1)
+
+    def capture(self, key: GraphKey, step: Step, slots: Any, spec: KVSpec) -> Step:
         """Records at the first call; later ones replay."""
         graph: Any = None
 
-        def run(batch: ForwardBatch) -> Sampled:
+        def run(batch: ForwardBatch) -> Sequence[Tensor]:
             nonlocal graph
-            if graph is not None:
-                return unpack(self._runtime.replay(graph, batch.backend))
-            graph, found = self._runtime.capture(batch.backend, lambda: pack(step(batch)))
-            return unpack(found)
+            if graph is None:
+                graph = self._runtime.capture(batch.backend, lambda: list(step(batch)))
+            else:
+                self._runtime.replay(graph, batch.backend)
+            outputs: Sequence[Tensor] = graph.outputs
+            return outputs
 
         return run
 

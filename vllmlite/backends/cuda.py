@@ -10,10 +10,8 @@ batch-invariant.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,8 +19,8 @@ from numpy.typing import NDArray
 
 from vllmlite.backends.base import (
     Expert,
-    Feature,
     ForwardBatch,
+    GraphKey,
     KVSpec,
     Memory,
     SlotParams,
@@ -31,7 +29,7 @@ from vllmlite.backends.base import (
     Tensor,
     unusable,
 )
-from vllmlite.backends.native import HEAD_UNIT, NativeBackend, load_extension, pack, unpack
+from vllmlite.backends.native import NativeBackend, load_extension, uploaded
 from vllmlite.errors import BackendError
 from vllmlite.weights.host import FLOAT_DTYPES, HostTensor, HostWeight, float_parts
 
@@ -74,9 +72,6 @@ class CudaBackend(NativeBackend):
         self.details = gpu["name"]
         with _out_of_memory("the device has no room for its own context"):
             self._runtime = self._native.Runtime(index, dtype, batch_invariant)
-        self._slots: Any = None
-        self._kv_spec = KVSpec(1, 1, HEAD_UNIT, 16, dtype)
-        self._graph_rows: tuple[int, ...] = ()
 
     # Tensors
 
@@ -133,14 +128,16 @@ class CudaBackend(NativeBackend):
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> Any:
         self.check_kv(spec, num_blocks)
-        self._kv_spec = spec
         with _out_of_memory(
             f"{num_blocks} blocks of key/value cache do not fit: lower gpu_memory_utilization, "
             "kv_cache_memory_bytes or num_gpu_blocks_override"
         ):
-            return self._runtime.kv_cache(
-                spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype, num_blocks
-            )
+            try:
+                return self._runtime.kv_cache(
+                    spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype, num_blocks
+                )
+            except ValueError as error:
+                raise BackendError(str(error)) from error
 
     def copy_blocks(self, src: Any, dst: Any, pairs: NDArray[np.int64]) -> None:
         src.copy_blocks(dst, np.ascontiguousarray(pairs, np.int64))
@@ -149,10 +146,7 @@ class CudaBackend(NativeBackend):
 
     def alloc_slots(self, spec: SlotSpec) -> Any:
         with _out_of_memory("the slots do not fit: lower max_num_seqs or max_model_len"):
-            self._slots = self._runtime.slots(
-                spec.max_slots, spec.max_blocks, spec.vocab_size, spec.num_blocks
-            )
-        return self._slots
+            return self._runtime.slots(spec)
 
     def set_slot(self, slots: Any, slot: int, params: SlotParams) -> None:
         slots.set(slot, params)
@@ -162,20 +156,12 @@ class CudaBackend(NativeBackend):
     ) -> None:
         slots.append_blocks(slot_ids, columns, blocks)
 
-    def upload(self, batch: ForwardBatch, slots: Any) -> ForwardBatch:
-        spec = self._kv_spec
-        native = self._runtime.upload(
-            batch, slots, self._capacity(batch.num_rows), spec.block_size, spec.num_kv_heads
-        )
-        token_ids, positions, logits_rows = native.tensors()
-        return replace(
-            batch, token_ids=token_ids, positions=positions, logits_rows=logits_rows, backend=native
-        )
-
-    def _capacity(self, rows: int) -> int:
-        """Rows of the smallest graph that has room for so many; as many where no graph does."""
-        at = bisect_left(self._graph_rows, rows)
-        return self._graph_rows[at] if at < len(self._graph_rows) else rows
+    def upload(
+        self, batch: ForwardBatch, slots: Any, spec: KVSpec, key: GraphKey | None = None
+    ) -> ForwardBatch:
+        rows = batch.num_rows if key is None else key[0]
+        native = self._runtime.upload(batch, slots, rows, spec.block_size, spec.num_kv_heads)
+        return uploaded(batch, native)
 
     # Model ops
 
@@ -186,28 +172,28 @@ class CudaBackend(NativeBackend):
 
     def graph_rows(self, most: int) -> Sequence[int]:
         sizes = {1, 2, 4, *range(8, min(most, 256), 8), *range(256, min(most, 1024), 32), most}
-        self._graph_rows = tuple(sorted(size for size in sizes if size <= most))
-        return self._graph_rows
+        return sorted(size for size in sizes if size <= most)
 
-    def capture(self, key: tuple[int, int, Feature, int], step: Step) -> Step:
-        """Records at once, with rows that are nobody's. Masks are of any size, hence not recorded."""
-        rows, _, features, num_logprobs = key
-        if features & Feature.MASK:
-            return step
-        spec = self._kv_spec
-        native = self._runtime.padding(
-            int(features), num_logprobs, self._slots, rows, spec.block_size, spec.num_kv_heads
-        )
-        token_ids, positions, logits_rows = native.tensors()
-        nobody = np.zeros(0, np.int32)
-        batch = ForwardBatch(
-            num_tokens=rows, num_rows=rows, max_query_len=1, max_context=1, token_ids=token_ids,
-            positions=positions, query_start_loc=nobody, slots=nobody, context_lens=nobody, logits_rows=logits_rows,
-            sample_slots=nobody, sample_positions=nobody, features=features, num_logprobs=num_logprobs,
-            backend=native,
+    def capture(self, key: GraphKey, step: Step, slots: Any, spec: KVSpec) -> Step:
+        """Records at once, on a batch of padding."""
+        rows, query_len = key
+        if query_len != 1:
+            raise BackendError(f"the cuda backend captures steps of one token a row, not of {query_len}")
+        native = self._runtime.padding(slots, rows, spec.block_size, spec.num_kv_heads)
+        none = np.zeros(0, np.int32)
+        padding = ForwardBatch(
+            num_tokens=rows, num_rows=rows, max_query_len=1, max_context=1, token_ids=none, positions=none,
+            query_start_loc=none, slots=none, context_lens=none, logits_rows=none, sample_slots=none,
+            sample_positions=none,
         )  # fmt: skip
-        graph = self._runtime.capture(native, lambda: pack(step(batch)))
-        return lambda batch: unpack(self._runtime.replay(graph, batch.backend))
+        batch = uploaded(padding, native)
+        graph = self._runtime.capture(native, lambda: list(step(batch)))
+
+        def run(batch: ForwardBatch) -> Sequence[Tensor]:
+            outputs: Sequence[Tensor] = self._runtime.replay(graph, batch.backend)
+            return outputs
+
+        return run
 
 
 @contextmanager

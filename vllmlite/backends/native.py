@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 from vllmlite.backends.base import (
@@ -131,7 +132,11 @@ class NativeBackend(Backend):
     # Sampling
 
     def sample(self, logits: Tensor, slots: Any, batch: ForwardBatch) -> Sampled:
-        return unpack(self._runtime.sample(logits, batch.backend))
+        ids, *logprobs = self._runtime.sample(logits, batch.backend)
+        return Sampled(ids, Logprobs(*logprobs) if logprobs else None)
+
+    def accept(self, ids: Tensor, slots: Any, batch: ForwardBatch) -> Tensor:
+        return self._runtime.accept(ids, batch.backend)
 
     def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
         return Logprobs(*self._runtime.logprobs(logits, ids, k))
@@ -142,18 +147,10 @@ def _rope_arguments(rope: Rope | None) -> tuple[Tensor | None, int, bool]:
     return (None, 0, False) if rope is None else (rope.cos_sin, rope.rotary_dim, rope.interleaved)
 
 
-def pack(sampled: Sampled) -> list[Tensor]:
-    """What a step computes, as a runtime's graph returns it."""
-    found = sampled.logprobs
-    return (
-        [sampled.ids] if found is None else [sampled.ids, found.chosen, found.rank, found.top_ids, found.top]
-    )
-
-
-def unpack(tensors: list[Tensor]) -> Sampled:
-    """The inverse of :func:`pack`."""
-    ids, *logprobs = tensors
-    return Sampled(ids, Logprobs(*logprobs) if logprobs else None)
+def uploaded(batch: ForwardBatch, native: Any) -> ForwardBatch:
+    """``batch`` with the tensors of ``native``, the extension's copy of it."""
+    token_ids, positions, logits_rows = native.tensors()
+    return replace(batch, token_ids=token_ids, positions=positions, logits_rows=logits_rows, backend=native)
 
 
 def load_extension(name: str) -> Any:

@@ -22,6 +22,7 @@ from vllmlite.backends.base import (
     Backend,
     Expert,
     ForwardBatch,
+    GraphKey,
     KVSpec,
     Logprobs,
     Memory,
@@ -216,7 +217,9 @@ class TorchBackend(Backend):
         slots.block_table.index_put_((rows, places), values)
 
     @torch.inference_mode()
-    def upload(self, batch: ForwardBatch, slots: TorchSlots) -> ForwardBatch:
+    def upload(
+        self, batch: ForwardBatch, slots: TorchSlots, spec: KVSpec, key: GraphKey | None = None
+    ) -> ForwardBatch:
         start = np.asarray(batch.query_start_loc, np.int64)
         length = np.diff(start)
         rows = Rows(
@@ -421,11 +424,12 @@ class TorchBackend(Backend):
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, slots: TorchSlots, batch: ForwardBatch) -> Sampled:
         wanted = batch.num_logprobs >= 0
+        logits = torch_sampling.without_nan(logits)
         edited = logits
         if batch.backend.sampling.edits:
             edited = logits.clone() if wanted else logits
             torch_sampling.edit(edited, slots, batch)
-        ids = torch_sampling.choose(edited, slots, batch)
+        ids = torch_sampling.choose(edited, batch)
         if self.asynchronous:
             # On its way at once, so that reading it need not wait for a step that is launched before it is read.
             copy = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True).copy_(ids, non_blocking=True)
@@ -433,8 +437,12 @@ class TorchBackend(Backend):
         return Sampled(ids, torch_sampling.logprobs(logits, ids, batch.num_logprobs) if wanted else None)
 
     @torch.inference_mode()
+    def accept(self, ids: torch.Tensor, slots: TorchSlots, batch: ForwardBatch) -> torch.Tensor:
+        return torch_sampling.accept(ids, slots, batch)
+
+    @torch.inference_mode()
     def logprobs(self, logits: torch.Tensor, ids: torch.Tensor, k: int) -> Logprobs:
-        return torch_sampling.logprobs(logits, ids, k)
+        return torch_sampling.logprobs(torch_sampling.without_nan(logits), ids, k)
 
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import Feature, ForwardBatch, Logprobs, SlotParams, SlotSpec
+from vllmlite.backends.base import ForwardBatch, Logprobs, SlotParams, SlotSpec
 from vllmlite.backends.torch_attention import Put
 
 _HEAD = 1024  # up to so many largest logits are looked for; for more, all are sorted
@@ -76,9 +76,33 @@ class SamplePlan:
     """Whether logits are changed before ids are chosen."""
     bias: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     """Rows, ids and what is added to their logits."""
-    penalties: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    """Rows [P], their slots [P], and repetition, frequency and presence penalties [3, P, 1]."""
+    penalties: PenaltyPlan | None = None
     random: RandomPlan | None = None
+    drafts: DraftPlan | None = None
+
+
+@dataclass(slots=True)
+class PenaltyPlan:
+    """Rows with penalties."""
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    strength: torch.Tensor
+    """float32 [3, rows, 1]: repetition, frequency and presence penalties."""
+    drafted: tuple[torch.Tensor, torch.Tensor] | None
+    """Pairs of a place among ``rows`` and a token of the batch that was drafted before it."""
+
+
+@dataclass(slots=True)
+class DraftPlan:
+    """The sampled positions by slot, where a slot has several."""
+
+    starts: torch.Tensor
+    """int64 [N]: the first row of each row's slot."""
+    firsts: torch.Tensor
+    """int64 [S]: the first row of each slot."""
+    slot_of_row: torch.Tensor
+    """int64 [N]: places among ``firsts``."""
 
 
 @dataclass(slots=True)
@@ -97,34 +121,53 @@ class RandomPlan:
 
 def plan(batch: ForwardBatch, slots: TorchSlots, put: Put) -> SamplePlan:
     """The plan of a host ``batch``; ``put`` moves arrays to the device."""
-    features = batch.features
-    made = SamplePlan(bool(features & (Feature.LOGIT_BIAS | Feature.MASK | Feature.PENALTIES)))
-    if not features & (Feature.RANDOM | Feature.LOGIT_BIAS | Feature.PENALTIES):
-        return made
     params = [slots.params[slot] for slot in batch.sample_slots.tolist()]
-    if features & Feature.LOGIT_BIAS:
-        entries = [(row, *entry) for row, one in enumerate(params) for entry in one.logit_bias]
-        if entries:
-            columns = [np.array(column) for column in zip(*entries, strict=True)]
-            rows, ids, values = put(*columns[:2], columns[2].astype(np.float32))
-            made.bias = (rows, ids, values)
-    if features & Feature.PENALTIES:
-        which = [row for row, one in enumerate(params) if penalised(one)]
-        if which:
-            kinds = [
-                [getattr(params[row], f"{kind}_penalty") for row in which]
-                for kind in ("repetition", "frequency", "presence")
-            ]
-            strength = np.array(kinds, np.float32)[:, :, None]
-            rows, slot_ids, values = put(
-                np.array(which), batch.sample_slots[which].astype(np.int64), strength
-            )
-            made.penalties = (rows, slot_ids, values)
-    if features & Feature.RANDOM:
-        which = [row for row, one in enumerate(params) if one.temperature > 0]
-        if which:
-            made.random = _plan_random([params[row] for row in which], which, batch, put)
+    made = SamplePlan(edits=batch.mask_rows is not None)
+    starts = _starts(batch)
+    if (starts != np.arange(len(starts))).any():
+        firsts, slot_of_row = np.unique(starts, return_inverse=True)
+        made.drafts = DraftPlan(*put(starts, firsts, slot_of_row))
+    entries = [(row, *entry) for row, one in enumerate(params) for entry in one.logit_bias]
+    if entries:
+        columns = [np.array(column) for column in zip(*entries, strict=True)]
+        rows, ids, values = put(*columns[:2], columns[2].astype(np.float32))
+        made.bias = (rows, ids, values)
+    penalties = [row for row, one in enumerate(params) if penalised(one)]
+    if penalties:
+        made.penalties = _plan_penalties(params, penalties, starts, batch, put)
+    which = [row for row, one in enumerate(params) if one.temperature > 0]
+    if which:
+        made.random = _plan_random([params[row] for row in which], which, batch, put)
+    made.edits |= bool(entries or penalties)
     return made
+
+
+def _starts(batch: ForwardBatch) -> NDArray[np.int64]:
+    """The first row of each row's slot."""
+    slots = np.asarray(batch.sample_slots)
+    begins = np.ones(len(slots), np.bool_)
+    begins[1:] = slots[1:] != slots[:-1]
+    return np.maximum.accumulate(np.where(begins, np.arange(len(slots)), 0))
+
+
+def _plan_penalties(
+    params: list[SlotParams], which: list[int], starts: NDArray[np.int64], batch: ForwardBatch, put: Put
+) -> PenaltyPlan:
+    kinds = ("repetition", "frequency", "presence")
+    strength = [[getattr(params[row], f"{kind}_penalty") for row in which] for kind in kinds]
+    drafted = [
+        (place, token)
+        for place, row in enumerate(which)
+        for token in range(batch.logits_rows[starts[row]] + 1, batch.logits_rows[row] + 1)
+    ]
+    pairs = np.array(drafted, np.int64).reshape(-1, 2)
+    rows, slot_ids, values, places, tokens = put(
+        np.array(which),
+        batch.sample_slots[which].astype(np.int64),
+        np.array(strength, np.float32)[:, :, None],
+        *pairs.T,
+    )
+    return PenaltyPlan(rows, slot_ids, values, (places, tokens) if drafted else None)
 
 
 def _plan_random(params: list[SlotParams], which: list[int], batch: ForwardBatch, put: Put) -> RandomPlan:
@@ -134,12 +177,11 @@ def _plan_random(params: list[SlotParams], which: list[int], batch: ForwardBatch
     numbers = np.ones((4, len(which), 1))
     numbers[0, :, 0] = [one.temperature for one in params]
     with np.errstate(divide="ignore"):
-        numbers[1, :, 0] = np.log([one.min_p if batch.features & Feature.MIN_P else 0 for one in params])
+        numbers[1, :, 0] = np.log([one.min_p for one in params])
     numbers[3, :, 0] = draws
     top_k = np.zeros((len(which), 1), np.int64)
-    if batch.features & Feature.TOP_K_TOP_P:
-        numbers[2, :, 0] = [one.top_p for one in params]
-        top_k[:, 0] = [one.top_k for one in params]
+    numbers[2, :, 0] = [one.top_p for one in params]
+    top_k[:, 0] = [one.top_k for one in params]
     placed = put(np.array(which), numbers, top_k)
     return RandomPlan(
         rows=None if len(which) == len(batch.sample_slots) else placed[0],
@@ -169,35 +211,58 @@ def edit(logits: torch.Tensor, slots: TorchSlots, batch: ForwardBatch) -> None:
     if made.bias is not None:
         rows, ids, values = made.bias
         logits.index_put_((rows, ids), values, accumulate=True)
-    if batch.features & Feature.MASK and batch.mask_rows is not None and batch.bitmask is not None:
+    if batch.mask_rows is not None and batch.bitmask is not None:
         bits = torch.arange(32, dtype=torch.int32, device=logits.device)
         allowed = (batch.bitmask[:, :, None] >> bits & 1).bool().flatten(1)[:, : logits.shape[1]]
         rows = batch.mask_rows.long()
         logits[rows] = logits[rows].masked_fill_(~allowed, -torch.inf)
     if made.penalties is not None and slots.counts is not None and slots.prompt is not None:
-        rows, slot_ids, (repetition, frequency, presence) = made.penalties
+        rows, slot_ids = made.penalties.rows, made.penalties.slots
+        repetition, frequency, presence = made.penalties.strength
         some, counts = logits[rows], slots.counts[slot_ids]
+        if made.penalties.drafted is not None:
+            places, tokens = made.penalties.drafted
+            ids = batch.token_ids[tokens].long()
+            counts.index_put_((places, ids), torch.ones_like(ids, dtype=torch.int32), accumulate=True)
         seen = slots.prompt[slot_ids] | (counts > 0)
         some = torch.where(seen, torch.where(some > 0, some / repetition, some * repetition), some)
         logits[rows] = some - frequency * counts - presence * (counts > 0)
 
 
-def choose(logits: torch.Tensor, slots: TorchSlots, batch: ForwardBatch) -> torch.Tensor:
-    """int32 ids [N] from edited ``logits``; remembered as the slots' last ids and in their counts."""
+def without_nan(logits: torch.Tensor) -> torch.Tensor:
+    """``logits`` with -inf in place of NaN."""
+    return logits.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+
+
+def choose(logits: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    """int32 ids [N] from edited ``logits``."""
     made: SamplePlan = batch.backend.sampling
-    if made.random is None:
-        ids = logits.argmax(-1)
-    elif made.random.rows is None:
-        ids = draw(logits, made.random)
-    else:
-        ids = logits.argmax(-1)
-        ids[made.random.rows] = draw(logits[made.random.rows], made.random)
-    ids = ids.int()
-    slots.last_id[batch.sample_slots.long()] = ids
+    ids = logits.argmax(-1)
+    if made.random is not None:
+        rows = slice(None) if made.random.rows is None else made.random.rows
+        some = logits[rows]
+        # Where the largest is infinite, nothing is drawn.
+        ids[rows] = torch.where(some.amax(-1).isfinite(), draw(some, made.random), ids[rows])
+    return ids.int()
+
+
+def accept(ids: torch.Tensor, slots: TorchSlots, batch: ForwardBatch) -> torch.Tensor:
+    """``Backend.accept``."""
+    made: SamplePlan = batch.backend.sampling
+    accepted, sample_slots, last = torch.ones_like(ids), batch.sample_slots.long(), ids
+    if made.drafts is not None:
+        starts, firsts, slot_of_row = made.drafts.starts, made.drafts.firsts, made.drafts.slot_of_row
+        rows = torch.arange(len(ids), device=ids.device)
+        wrong = (rows != starts) & (ids.roll(1) != batch.token_ids[batch.logits_rows.long()])
+        wrongs = wrong.cumsum(0)
+        accepted = (wrongs == wrongs[starts]).int()
+        counts = torch.zeros_like(firsts).index_add_(0, slot_of_row, accepted.long())
+        last, sample_slots = ids[firsts + counts - 1], sample_slots[firsts]
+    slots.last_id[sample_slots] = last
     if made.penalties is not None and slots.counts is not None:
-        rows, slot_ids, _ = made.penalties
-        slots.counts[slot_ids, ids[rows].long()] += 1
-    return ids
+        rows = made.penalties.rows
+        slots.counts.index_put_((made.penalties.slots, ids[rows].long()), accepted[rows], accumulate=True)
+    return accepted
 
 
 def draw(logits: torch.Tensor, random: RandomPlan) -> torch.Tensor:
@@ -268,11 +333,15 @@ def logprobs(logits: torch.Tensor, ids: torch.Tensor, k: int) -> Logprobs:
 def _logprobs(logits: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
     index = ids.long()[:, None]
     total = logits.logsumexp(-1, keepdim=True)
+
+    def logprob(logit: torch.Tensor) -> torch.Tensor:
+        return torch.where(logit.isinf(), torch.where(logit > 0, 0, logit), logit - total)
+
     # An integer order of (logit, descending id) makes ranks and ties exact. Adding zero makes -0 into 0.
     bits = (logits + 0.0).view(torch.int32)
     keys = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32
     keys -= torch.arange(logits.shape[1], device=logits.device)
     rank = (keys > keys.gather(1, index)).sum(-1) + 1
     top_ids = keys.topk(k, dim=-1).indices
-    chosen = (logits.gather(1, index) - total)[:, 0]
-    return chosen, rank.int(), top_ids.int(), logits.gather(1, top_ids) - total
+    chosen = logprob(logits.gather(1, index))[:, 0]
+    return chosen, rank.int(), top_ids.int(), logprob(logits.gather(1, top_ids))

@@ -39,14 +39,17 @@ def paged_logits(backend: TorchBackend, model: Model, ids: torch.Tensor) -> list
     spec = replace(model.kv_spec, block_size=_BLOCK_SIZE, dtype=backend.dtype)
     num_blocks = sum(map(len, _BLOCKS))
     cache = backend.alloc_kv(spec, num_blocks)
-    slots = backend.alloc_slots(SlotSpec(len(_BLOCKS), max(map(len, _BLOCKS)), model.vocab_size, num_blocks))
+    max_blocks = max(map(len, _BLOCKS))
+    slots = backend.alloc_slots(
+        SlotSpec(len(_BLOCKS), max_blocks, max_blocks * _BLOCK_SIZE, model.vocab_size, num_blocks)
+    )
     for slot, blocks in enumerate(_BLOCKS):
         backend.set_slot(slots, slot, SlotParams())
         columns = np.arange(len(blocks), dtype=np.int32)
         backend.append_blocks(slots, np.full_like(columns, slot), columns, np.array(blocks, np.int32))
     found: list[torch.Tensor] = []
     for rows in _STEPS:
-        batch = backend.upload(_batch(rows, ids.cpu().numpy()), slots)
+        batch = backend.upload(_batch(rows, ids.cpu().numpy()), slots, spec)
         found += model.logits(model.forward(batch, cache)).split([count for _, _, count in rows])
     return found
 

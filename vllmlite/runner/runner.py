@@ -7,8 +7,7 @@ stay on the device, where the next step gathers them, so that a step can be laun
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +15,8 @@ from numpy.typing import NDArray
 
 from vllmlite.backends.base import (
     Backend,
-    Feature,
     ForwardBatch,
+    GraphKey,
     KVCache,
     Logprobs,
     Model,
@@ -30,9 +29,6 @@ from vllmlite.backends.base import (
 from vllmlite.engine.engine import StepResult, TokenLogprobs
 from vllmlite.engine.scheduler import Admission, Schedule
 
-MAX_GRAPHS = 512
-"""Graphs that are kept where each number of rows has its own, the latest ones: rows, features and counts of
-log-probabilities, which requests choose, make more than memory holds."""
 PROMPT_LOGPROBS_ROWS = 256
 """Prompt positions whose logits are in memory at a time."""
 
@@ -80,14 +76,15 @@ class ModelRunner:
         self.model = model
         self.kv: KVCache = backend.alloc_kv(model.kv_spec, num_blocks)
         max_blocks = -(-max_model_len // model.kv_spec.block_size)
-        self._slots = backend.alloc_slots(SlotSpec(max_num_seqs, max_blocks, model.vocab_size, num_blocks))
-        self._enforce_eager = enforce_eager
-        self._graphs: OrderedDict[tuple[int, int, Feature, int], Step] = OrderedDict()
+        self._slots = backend.alloc_slots(
+            SlotSpec(max_num_seqs, max_blocks, max_model_len, model.vocab_size, num_blocks)
+        )
         self._graph_rows = () if enforce_eager else tuple(backend.graph_rows(max_num_seqs))
+        self.graphs: dict[GraphKey, Step] = {}
+        """The captured steps, by rows and tokens of each row."""
         self._known: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * max_num_seqs
         self._num_known = np.zeros(max_num_seqs, np.int32)
         self._num_prompt = np.zeros(max_num_seqs, np.int32)
-        self._features = np.zeros(max_num_seqs, np.int32)
         self._num_logprobs = np.full(max_num_seqs, -1, np.int32)
         self._num_prompt_logprobs = np.zeros(max_num_seqs, np.int32)
         self._allowed: dict[int, NDArray[np.uint32]] = {}
@@ -121,14 +118,16 @@ class ModelRunner:
         columns = -(-int(counts.max()) // self.model.kv_spec.block_size)
         places = np.tile(np.arange(columns, dtype=np.int32), num_rows)
         self.backend.append_blocks(self._slots, np.repeat(rows, columns), places, np.zeros_like(places))
-        sampled = self._step(self.backend.upload(batch, self._slots))
+        device_batch = self.backend.upload(batch, self._slots, self.model.kv_spec)
+        sampled = self._sample(self._logits(device_batch)[0], device_batch)
         self.backend.to_host(sampled.ids)
 
     def capture_graphs(self) -> Iterator[int]:
-        """Record the graphs of greedy decoding that the backend wants ahead of time, the largest first; yields each
-        one's rows once it is there. Others are recorded as their features first come."""
+        """Capture the decoding steps that the backend replays, the largest first; yields the rows of each. There are no
+        others: nothing that a request chooses makes another graph."""
         for rows in reversed(self._graph_rows):
-            self._graph((rows, 1, Feature.NONE, -1))
+            key = (rows, 1)
+            self.graphs[key] = self.backend.capture(key, self._logits, self._slots, self.model.kv_spec)
             yield rows
 
     def launch(self, schedule: Schedule) -> Launched:
@@ -139,11 +138,14 @@ class ModelRunner:
             columns = (schedule.block_slots, schedule.block_columns, schedule.block_ids)
             self.backend.append_blocks(self._slots, *(np.array(column, np.int32) for column in columns))
         batch, starts = self._batch(schedule)
-        device_batch = self.backend.upload(batch, self._slots)
-        if not schedule.prompt_logprobs and not schedule.pools and len(batch.logits_rows):
-            return Launched(self._step_for(batch)(device_batch), {})
+        key = None if schedule.prompt_logprobs or schedule.pools else self._graph_key(batch)
+        device_batch = self.backend.upload(batch, self._slots, self.model.kv_spec, key)
+        if key is not None:
+            return Launched(self._sample(self.graphs[key](device_batch)[0], device_batch), {})
         hidden = self.model.forward(device_batch, self.kv)
-        sampled = self._sample(hidden, device_batch) if len(batch.logits_rows) else None
+        sampled = None
+        if len(batch.logits_rows):
+            sampled = self._sample(self._output(hidden, device_batch), device_batch)
         wanted = {
             row: self._row_logprobs(hidden, batch, row, starts[row]) for row in schedule.prompt_logprobs
         }
@@ -193,22 +195,11 @@ class ModelRunner:
     def _admit(self, admission: Admission) -> None:
         slot, params = admission.slot, admission.params
         known = np.array(admission.token_ids, np.int32)
-        features = Feature.NONE
-        if params.temperature > 0:
-            features |= Feature.RANDOM
-            if params.top_k > 0 or params.top_p < 1:
-                features |= Feature.TOP_K_TOP_P
-            if params.min_p > 0:
-                features |= Feature.MIN_P
         penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (
             1.0,
             0.0,
             0.0,
         )
-        if penalised:
-            features |= Feature.PENALTIES
-        if params.logit_bias:
-            features |= Feature.LOGIT_BIAS
         slot_params = SlotParams(
             temperature=params.temperature,
             top_k=params.top_k,
@@ -226,7 +217,6 @@ class ModelRunner:
         self._known[slot] = known
         self._num_known[slot] = len(known)
         self._num_prompt[slot] = admission.num_prompt_tokens
-        self._features[slot] = features
         self._num_logprobs[slot] = self._top(params.logprobs)
         self._num_prompt_logprobs[slot] = self._top(params.prompt_logprobs)
         self._pooling_type[slot] = admission.pooling_type
@@ -273,7 +263,6 @@ class ModelRunner:
             sample_positions=context_lens[sampling].astype(np.int64),
         )
         if len(sampling):
-            batch.features = Feature(int(np.bitwise_or.reduce(self._features[sample_slots])))
             batch.num_logprobs = int(self._num_logprobs[sample_slots].max())
             if schedule.banned or schedule.masks or self._allowed:
                 self._mask(batch, schedule, sampling)
@@ -296,33 +285,26 @@ class ModelRunner:
                 mask &= allowed
             if (banned := schedule.banned.get(row)) is not None:
                 mask &= ~pack_bits(np.array(banned), self.model.vocab_size)
-        batch.features |= Feature.MASK
         batch.mask_rows = np.array(restricted, np.int32)
         batch.bitmask = bitmask.view(np.int32)
 
-    def _step_for(self, batch: ForwardBatch) -> Step:
-        """The whole step as one function: a captured one where every row decodes, unless eager is enforced."""
-        if self._enforce_eager or batch.max_query_len > 1 or len(batch.logits_rows) < batch.num_rows:
-            return self._step
-        rows = batch.num_rows
-        if self._graph_rows:
-            rows = self._graph_rows[bisect_left(self._graph_rows, rows)]
-        return self._graph((rows, 1, batch.features, batch.num_logprobs))
+    def _graph_key(self, batch: ForwardBatch) -> GraphKey | None:
+        """The captured step that ``batch`` runs in: one in which every row has one token, which is sampled from."""
+        if batch.max_query_len > 1 or len(batch.logits_rows) < batch.num_rows or not self.graphs:
+            return None
+        return self._graph_rows[bisect_left(self._graph_rows, batch.num_rows)], 1
 
-    def _graph(self, key: tuple[int, int, Feature, int]) -> Step:
-        if key not in self._graphs:
-            self._graphs[key] = self.backend.capture(key, self._step)
-        self._graphs.move_to_end(key)
-        if not self._graph_rows and len(self._graphs) > MAX_GRAPHS:
-            self._graphs.popitem(last=False)
-        return self._graphs[key]
+    def _logits(self, batch: ForwardBatch) -> Sequence[Tensor]:
+        """The step as it is captured: all that nothing but the number of rows decides."""
+        return [self._output(self.model.forward(batch, self.kv), batch)]
 
-    def _step(self, batch: ForwardBatch) -> Sampled:
-        return self._sample(self.model.forward(batch, self.kv), batch)
+    def _output(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
+        return self.model.logits(self.backend.rows(hidden, batch.logits_rows))
 
-    def _sample(self, hidden: Tensor, batch: ForwardBatch) -> Sampled:
-        logits = self.model.logits(self.backend.rows(hidden, batch.logits_rows))
-        return self.backend.sample(logits, self._slots, batch)
+    def _sample(self, logits: Tensor, batch: ForwardBatch) -> Sampled:
+        sampled = self.backend.sample(logits, self._slots, batch)
+        self.backend.accept(sampled.ids, self._slots, batch)
+        return sampled
 
     def _row_logprobs(
         self, hidden: Tensor, batch: ForwardBatch, row: int, start: int

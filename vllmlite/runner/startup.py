@@ -274,16 +274,16 @@ def _largest_step(config: EngineConfig, backend: Backend, model: Model, max_mode
 
 
 def _capture_graphs(runner: ModelRunner) -> None:
-    """Record what the backend wants ahead of time, with a line of progress on a terminal."""
-    began, recorded, shown = time.perf_counter(), 0, sys.stderr.isatty()
+    """Capture the decoding steps, with a line of progress on a terminal where it takes a while."""
+    began, captured, shown = time.perf_counter(), 0, False
     for rows in runner.capture_graphs():
-        recorded += 1
-        if shown:
-            print(f"\rrecording decoding steps: {rows} rows \x1b[K", end="", file=sys.stderr, flush=True)
-    if recorded:
-        if shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        logger.info("recorded %d decoding steps in %.1f s", recorded, time.perf_counter() - began)
+        captured += 1
+        if sys.stderr.isatty() and time.perf_counter() - began > 0.1:
+            print(f"\rcapturing decoding steps: {rows} rows \x1b[K", end="", file=sys.stderr, flush=True)
+            shown = True
+    if shown:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    logger.info("decoding steps of %d sizes captured in %.1f s", captured, time.perf_counter() - began)
 
 
 def _generation_config(config: EngineConfig, path: Path) -> dict[str, Any]:

@@ -214,7 +214,7 @@ inline std::int64_t argmax(const float* x, std::int64_t size) {
   for (; i + kLanes <= size; i += kLanes) best = max(load<F>(x + i), best);  // a NaN leaves `best`
   float top = largest(best);
   for (; i < size; ++i) top = x[i] > top ? x[i] : top;
-  for (i = 0; i < size; ++i)
+  for (i = 0; i < size && top > -__builtin_inff(); ++i)
     if (x[i] == top) return i;
   return 0;
 }
@@ -222,7 +222,7 @@ inline std::int64_t argmax(const float* x, std::int64_t size) {
 inline void weights(const float* x, float largest, float factor, float least, float* out, std::int64_t size) {
   const auto weigh = [&](F v) {
     const F w = exp((v - largest) * factor);
-    return v < least ? F{} : w;
+    return v >= least ? w : F{};  // nothing for a NaN
   };
   std::int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) store(out + i, weigh(load<F>(x + i)));
