@@ -12,31 +12,18 @@
 
 namespace vllmlite::cpu {
 
-#if defined(__x86_64__)
-namespace baseline {
-extern const Kernels kernels;
-}
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
-namespace avx512_bf16 {
-extern const Kernels kernels;
-}
-namespace amx {
-extern const Kernels kernels;
-}
-#elif defined(__aarch64__)
-namespace neon {
-extern const Kernels kernels;
-}
-#else
-namespace baseline {
-extern const Kernels kernels;
-}
-#endif
+// The kernels of each instruction set. The address is null if the build has none for it.
+#define VLLMLITE_TABLE(isa)                           \
+  namespace isa {                                     \
+  extern const Kernels kernels __attribute__((weak)); \
+  }
+VLLMLITE_TABLE(baseline)
+VLLMLITE_TABLE(avx2)
+VLLMLITE_TABLE(avx512)
+VLLMLITE_TABLE(avx512_bf16)
+VLLMLITE_TABLE(amx)
+VLLMLITE_TABLE(neon)
+#undef VLLMLITE_TABLE
 
 #if defined(__x86_64__)
 namespace {
@@ -61,16 +48,19 @@ std::vector<const Kernels*> available_kernels() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   std::vector<const Kernels*> found{&baseline::kernels};
+  const auto add = [&found](const Kernels* kernels) {
+    if (kernels != nullptr) found.push_back(kernels);
+  };
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
     return found;
-  found.push_back(&avx2::kernels);
+  add(&avx2::kernels);
   for (const bool has : {__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
                          __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl")})
     if (!has) return found;
-  found.push_back(&avx512::kernels);
+  add(&avx512::kernels);
   if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return found;
-  found.push_back(&avx512_bf16::kernels);
-  if (may_use_tiles()) found.push_back(&amx::kernels);
+  add(&avx512_bf16::kernels);
+  if (may_use_tiles()) add(&amx::kernels);
   return found;
 #elif defined(__aarch64__)
   return {&neon::kernels};
