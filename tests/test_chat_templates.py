@@ -75,3 +75,41 @@ def test_the_text_is_that_of_transformers(theirs: Any, name: str) -> None:
             else:
                 assert wanted in (None, found), conversation
     assert refused < len(asks) * len(CONVERSATIONS)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ tools | tojson(separators=(',', ':')) }}{{ tools | tojson(sort_keys=true, indent=1) }}",
+        "{{ messages | tojson(ensure_ascii=true) }}{{ dict(a=1) }}{{ dict([('a', 2)]).items() | list }}",
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+        "{% for m in messages %}{%- generation -%} {{ m.content }}{{ loop.index }} {%- endgeneration -%}{% endfor %}",
+        "{% set ns = namespace(a=1) %}{% set ns.a = ns.a + 1 %}{{ ns.a }}{{ namespace({'self': 3}, b=4).b }}",
+        "{{ raise_exception('No.') }}",
+        "{% set ns = namespace() %}{% set ns._x = 1 %}{{ ns._x }}",
+        "{{ namespace(__call__=1) }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(a=1) }}",
+        "{{ ''.__class__ }}",
+        "{% include 'x' %}",
+        "{{ messages[0].content.format_map({}) }}",
+        "{{ strftime_now('%Y') | length }}{{ none is none }}{{ x is defined }}{{ x is undefined }}{{ 1 is none }}",
+    ],
+)
+def test_the_environment_is_that_of_transformers(theirs: Any, source: str) -> None:
+    messages = CONVERSATIONS["characters beyond ASCII"]
+    wanted = expected(theirs, source, messages, add_generation_prompt=False, tools=TOOLS)
+    if wanted is None:
+        with pytest.raises(ParameterError):
+            ChatTemplate(source, SPECIAL).prompt(messages, Wishes(False), TOOLS)
+    else:
+        assert ChatTemplate(source, SPECIAL).prompt(messages, Wishes(False), TOOLS) == wanted
+
+
+def test_tools_that_the_template_does_not_show_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    template = ChatTemplate(TEMPLATES["chatml"], SPECIAL)
+    for _ in range(2):
+        template.prompt(CONVERSATIONS["a question"], tools=TOOLS)
+    assert [record.message for record in caplog.records].count(caplog.records[0].message) == 1
+    assert "shows the model no tools" in caplog.text

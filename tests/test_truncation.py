@@ -15,7 +15,7 @@ from vllmlite import LLM, SamplingParams
 from vllmlite.errors import ParameterError
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.server.service import Service
-from vllmlite.tokenizer import Tokenizer
+from vllmlite.tokenizer import LONG_TEXT, Tokenizer
 from vllmlite.truncation import Truncation
 
 
@@ -148,3 +148,12 @@ def test_without_truncation_they_are_refused(service: Service, too_long: str) ->
         service, "/v1/completions", 400, prompt="x", truncate_prompt_tokens=3, truncation_side="middle"
     )
     assert wrong["error"]["param"] == "truncation_side"
+
+
+def test_long_texts_have_the_ids_of_short_ones() -> None:
+    tokenizer = Tokenizer(Path(__file__).resolve().parent.parent / "vllmlite" / "data" / "demo")
+    text = "dpkg \u00e4\u6771 <|im_end|>\n  x1234 " * (LONG_TEXT // 20)
+    assert len(text) > LONG_TEXT
+    assert tokenizer.encode(text) == tokenizer._fast.encode(text).ids
+    with pytest.raises(ParameterError, match="surrogate"):
+        tokenizer.encode("\ud800" * (LONG_TEXT + 1))

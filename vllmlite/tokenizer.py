@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MAX_IDS = 10_000_000
 """Ids are below this; the largest vocabularies have a quarter of a million."""
+LONG_TEXT = 4096
+"""Texts of more characters are encoded while other threads run."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """A token of one byte, in vocabularies with byte fallback."""
 
@@ -67,7 +69,7 @@ class Tokenizer:
 
         Raises :class:`ParameterError` if ``text`` is not Unicode (it holds half a surrogate pair)."""
         try:
-            ids = list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+            ids = self._encoded(text, add_special_tokens)
         except (TypeError, UnicodeEncodeError):
             raise ParameterError("text", text, "must be Unicode without halves of surrogate pairs") from None
         except BaseException as error:
@@ -203,6 +205,13 @@ class Tokenizer:
 
         special = {"bos_token": "", "eos_token": "", **self.special_tokens}
         return lru_cache(maxsize=16)(lambda source: ChatTemplate(source, special))
+
+    def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) > LONG_TEXT and not isinstance(self._fast, SlowTokenizer):
+            # ``encode`` keeps Python's lock for as long as it takes: no other thread would run.
+            (encoded,) = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return list(encoded.ids)
+        return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
 
     @cached_property
     def _num_added(self) -> tuple[int, int]:

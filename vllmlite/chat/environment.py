@@ -9,9 +9,11 @@ from functools import lru_cache
 from typing import Any
 
 from jinja2 import Template, TemplateError, Undefined, nodes, pass_eval_context
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from vllmlite.chat.values import NoContent
 from vllmlite.errors import ParameterError
@@ -35,6 +37,26 @@ class Generation(Extension):
     @pass_eval_context
     def _body(self, context: nodes.EvalContext, caller: Callable[[], str]) -> str:
         return caller()
+
+
+class PublicNamespace(Namespace):
+    """``namespace()`` without names that begin with an underscore, by which Python's own functions find methods."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        """Jinja's own arguments: mappings, and values by name, ``self`` included."""
+        for name in dict(*args[1:], **kwargs):
+            _check_public(name)
+        Namespace.__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """``{% set namespace.name = value %}``."""
+        _check_public(name)
+        super().__setitem__(name, value)
+
+
+def _check_public(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace takes no name that begins with an underscore: {name}")
 
 
 def _raise_exception(message: str) -> None:
@@ -70,7 +92,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     made.filters["tojson"] = _tojson
-    made.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    made.globals.update(
+        raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=PublicNamespace
+    )
     made.tests.update(none=_is_none, undefined=_is_undefined, defined=lambda value: not _is_undefined(value))
     return made
 

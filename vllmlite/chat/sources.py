@@ -42,7 +42,9 @@ def choose(templates: Mapping[str, str], wanted: str | None, *, with_tools: bool
             return templates[name]
         if not templates:
             raise ParameterError(
-                "chat_template", None, "the model has no chat template: give one, or a plain prompt"
+                "chat_template",
+                None,
+                "the model has no chat template: give one, such as chatml, or a plain prompt",
             )
         raise ParameterError("chat_template", None, f"the model has several: choose {_either(templates)}")
     if wanted in templates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from vllmlite.chat.messages import CONTENT_FORMATS, Content, normalised, plain, 
 from vllmlite.chat.prefill import mark, open_ended
 from vllmlite.chat.values import NO_CONTENT, Arguments
 from vllmlite.errors import ParameterError
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 
@@ -52,12 +55,13 @@ class ChatTemplate:
         self.source = source
         self._special_tokens = special_tokens
         self._template = compiled(source)
+        self._warned = False
         self._forms = lru_cache(maxsize=16)(self._probe_forms)
 
     @cached_property
     def variables(self) -> frozenset[str]:
         """Names that the template reads and does not set itself."""
-        return frozenset(meta.find_undeclared_variables(self._syntax))
+        return frozenset(meta.find_undeclared_variables(ENVIRONMENT.parse(self.source)))
 
     def names(self, word: str) -> bool:
         """Whether ``word`` is one of the constants in the template's expressions, as names of roles and types are."""
@@ -84,6 +88,11 @@ class ChatTemplate:
             "tools": plain(tools, "tools") or None,
             "add_generation_prompt": wishes.add_generation_prompt,
         }
+        if given["tools"] and "tools" not in self.variables and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the chat template shows the model no tools: those of requests are not in its prompts"
+            )
         found = self._with_known_roles(normalised(messages))
         found = self._with_systems_in_place(found, wishes.content_format, given)
         if not wishes.continue_final_message:
@@ -98,12 +107,9 @@ class ChatTemplate:
         return open_ended(ending_in, _last_text(last["content"]))
 
     @cached_property
-    def _syntax(self) -> nodes.Template:
-        return ENVIRONMENT.parse(self.source)
-
-    @cached_property
-    def _constants(self) -> frozenset[Any]:
-        return frozenset(node.value for node in self._syntax.find_all(nodes.Const))
+    def _constants(self) -> frozenset[str]:
+        constants = (node.value for node in ENVIRONMENT.parse(self.source).find_all(nodes.Const))
+        return frozenset(value for value in constants if isinstance(value, str))
 
     def _render(self, messages: list[Message], form: str, variables: Mapping[str, Any]) -> str:
         fitted = [{**each, "content": self._fitted(each, form)} for each in messages]

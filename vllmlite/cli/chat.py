@@ -119,7 +119,9 @@ def _local(args: argparse.Namespace, template: str | None, parser: OptionParser)
     started = session.start(config, args.verbose)
     params = session.checked_params(started.engine.default_sampling_params, given_sampling(args), parser)
     if template is None and not started.engine.get_tokenizer().has_chat_template:
-        raise ParameterError("model", config.model, "has no chat template: give --chat-template FILE")
+        raise ParameterError(
+            "model", config.model, "has no chat template: give one with --chat-template, such as chatml"
+        )
     style = STYLES[args.reasoning_parser] if args.reasoning_parser is not None else None
     return Engine(started, params, template, style)
 

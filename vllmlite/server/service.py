@@ -163,14 +163,14 @@ class Service:
         inner = engine.llm_engine
         self.tokenizer = inner.get_tokenizer()
         if config.chat_template is not None:
-            self.tokenizer.find_chat_template(
-                config.chat_template
-            )  # what is wrong with it shows at the start
+            self.tokenizer.find_chat_template(config.chat_template)  # refuse a bad one before any request
         self.max_model_len = inner.max_model_len
         self.default_params = inner.default_sampling_params
         self._capacity = inner.config.max_num_seqs + config.max_queue
         self._max_num_seqs = inner.config.max_num_seqs
         self._unfinished = 0
+        self._truncating = ThreadPoolExecutor(1, "vllmlite-long-texts")
+        """Texts that are too long before they are truncated, one at a time: they keep nothing but others waiting."""
         self._compiling = ThreadPoolExecutor(1, "vllmlite-grammars")
         """One grammar at a time, so that hostile ones keep nothing but others from being compiled."""
 
@@ -324,7 +324,8 @@ class Service:
             raise ContextLengthError("prompt", least, self.max_model_len - 1, self.max_model_len, exact=False)
         if characters <= INLINE_CHARACTERS:
             return encode(*args)
-        return await asyncio.to_thread(encode, *args)
+        where = self._truncating if least > self.max_model_len else None
+        return await asyncio.get_running_loop().run_in_executor(where, encode, *args)
 
     async def decode(self, ids: list[int]) -> str:
         """The text of ``ids``, special tokens included. Raises :class:`ParameterError` on what is no id."""
