@@ -224,6 +224,36 @@ class Model(Protocol):
         ...
 
 
+class Comm(Protocol):
+    """Collective operations among the ranks that compute one model together. Every rank calls them in one order."""
+
+    rank: int
+    world: int
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of the ranks' ``x``, added in rank order, the same on all of them. May overwrite ``x``."""
+        ...
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """The ranks' ``x [N, n_rank]`` side by side in rank order: ``[N, sum of n_rank]``."""
+        ...
+
+
+class SingleRank:
+    """The :class:`Comm` of a model on one rank."""
+
+    rank = 0
+    world = 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """``x`` itself."""
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """``x`` itself."""
+        return x
+
+
 class Backend(ABC):
     """A place to compute: tensors, weights, the KV cache, model ops and sampling, on one device."""
 
@@ -238,6 +268,8 @@ class Backend(ABC):
     """Names of the ops below that this backend borrows from the reference, for statistics and ``env`` to show."""
     details: str = ""
     """What else tells this backend from others of its kind: instruction set, threads."""
+    comm: Comm = SingleRank()
+    """Joins the ranks that compute a model together."""
     asynchronous: bool = False
     """Whether ops return before they are done, so that two steps in flight pay."""
 

@@ -128,7 +128,8 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits ``[N, V]`` of hidden states ``[N, hidden]``."""
-        logits = self._scaled(self.backend.logits(hidden, self._head), self.spec.logit_scale)
+        own = self.backend.logits(hidden, self._head)
+        logits = self._scaled(self.backend.comm.all_gather(own), self.spec.logit_scale)
         cap = self.spec.logit_soft_cap
         return logits if cap is None else self.backend.soft_cap(logits, cap)
 
@@ -157,9 +158,13 @@ class Decoder:
         x = ops.paged_attention(
             q, kv, index, batch, self._scale, layer.window, spec.attention_soft_cap, self._alibi
         )
-        return ops.linear(x, layer.o)
+        return ops.comm.all_reduce(ops.linear(x, layer.o))
 
     def _mlp(self, h: Tensor, mlp: _Mlp | _Moe) -> Tensor:
+        return self.backend.comm.all_reduce(self._own_mlp(h, mlp))
+
+    def _own_mlp(self, h: Tensor, mlp: _Mlp | _Moe) -> Tensor:
+        """The share of this rank in the sum that is the MLP's result."""
         ops, spec = self.backend, self.spec
         if isinstance(mlp, _Mlp):
             if spec.gated_mlp:
@@ -170,7 +175,7 @@ class Decoder:
         )
         if mlp.shared is None or mlp.shared_gate is None:
             return routed
-        return ops.add(ops.sigmoid_gate(self._mlp(h, mlp.shared), ops.linear(h, mlp.shared_gate)), routed)
+        return ops.add(ops.sigmoid_gate(self._own_mlp(h, mlp.shared), ops.linear(h, mlp.shared_gate)), routed)
 
     def _normed(self, x: Tensor, norm: _Norm | None, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What stands behind the norm of ``x + residual``, and that sum."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vllmlite.models.keys import LLAMA, Keys
+from vllmlite.models.shard import Shard
 from vllmlite.models.tensors import sources
 from vllmlite.weights.host import Scheme
 from vllmlite.weights.parts import Source
@@ -147,6 +148,10 @@ class DecoderSpec:
     """Names of the checkpoint's tensors."""
     quantization: str | None = None
     """The scheme, ``int8`` or ``int4``, in which the checkpoint stores the weights of products; None: as floats."""
+    shard: Shard | None = None
+    """The part of the model that this spec describes; None: all of it."""
+    whole: DecoderSpec | None = None
+    """The spec of the whole model, if this is a part of it."""
 
     @property
     def num_layers(self) -> int:
@@ -160,8 +165,8 @@ class DecoderSpec:
 
     @property
     def tied_head(self) -> bool:
-        """Whether the output layer is the embedding table itself, which a quantised one cannot be."""
-        return self.tie_word_embeddings and self.quantization is None
+        """Whether the output layer is the embedding table itself, neither quantised nor a part of it."""
+        return self.tie_word_embeddings and self.quantization is None and self.shard is None
 
     def tensors(self) -> dict[str, Source]:
         """Where in the checkpoint each tensor of the model is, by the names that ``models/decoder.py`` uses."""
@@ -169,10 +174,11 @@ class DecoderSpec:
 
     def weights(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that a checkpoint of this model holds, or of the floats it was made of."""
-        return {source.key: source.stored for source in self.tensors().values()}
+        return {source.key: source.stored for source in (self.whole or self).tensors().values()}
 
     def schemes(self) -> dict[str, Scheme]:
         """The tensors of :meth:`weights` that the checkpoint stores quantised, and the scheme of each."""
         if self.quantization is None:
             return {}
-        return {source.key: TILES[self.quantization] for source in self.tensors().values() if source.product}
+        sources = (self.whole or self).tensors().values()
+        return {source.key: TILES[self.quantization] for source in sources if source.product}

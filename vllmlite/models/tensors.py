@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vllmlite.models.keys import Fused
-from vllmlite.weights.parts import Rows, Source
+from vllmlite.models.shard import Shard, Span, whole
+from vllmlite.weights.parts import Source
 
 if TYPE_CHECKING:
     from vllmlite.models.spec import DecoderSpec, MoeSpec
@@ -21,8 +22,12 @@ def sources(spec: DecoderSpec) -> dict[str, Source]:
 
 
 class _Sources:
+    """Sources of the tensors of ``spec``, which may be a rank's share of the whole model ``stored``."""
+
     def __init__(self, spec: DecoderSpec) -> None:
         self.spec, self.keys = spec, spec.keys
+        self.stored: DecoderSpec = spec.whole or spec
+        self.shard: Shard = spec.shard or whole(spec)
 
     def all(self) -> Named:
         spec, keys = self.spec, self.keys
@@ -36,7 +41,7 @@ class _Sources:
                     f"{keys.prefix}{keys.positions}.weight",
                     stored,
                     (spec.learned_positions, spec.hidden_size),
-                    Rows(1, spec.position_offset, stored[0]) if spec.position_offset else None,
+                    ((spec.position_offset, stored[0]),) if spec.position_offset else None,
                 ),
             )
         if spec.embedding_norm:
@@ -50,7 +55,10 @@ class _Sources:
         if spec.final_norm:
             yield from self.norm("final_norm", keys.prefix + keys.final_norm)
         if not spec.tied_head:
-            yield "head.weight", Source(f"{keys.head}.weight", table, table, product=True)
+            key = f"{keys.prefix}{keys.embedding}" if self.stored.tied_head else keys.head
+            part = self.shard.uneven_part(spec.vocab_size)
+            shape = _size(part), table[1]
+            yield "head.weight", Source(f"{key}.weight", table, shape, _rows(part, table[0]), product=True)
 
     def layer(self, index: int) -> Named:
         spec, keys = self.spec, self.keys
@@ -58,20 +66,78 @@ class _Sources:
         for norm in ("attn_norm", "attn_out_norm", "mlp_norm", "mlp_out_norm"):
             if getattr(spec, norm):
                 yield from self.norm(name + norm, key + getattr(keys, norm))
-        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        yield from self.several(name, key, ("q", "k", "v"), (q, kv, kv), keys.qkv, spec.qkv_bias)
-        yield from self.head_norm(f"{name}q_norm", key + keys.q_norm, spec.num_heads)
-        yield from self.head_norm(f"{name}k_norm", key + keys.k_norm, spec.num_kv_heads)
-        yield from self.linear(f"{name}o", key + keys.o, spec.hidden_size, q, spec.o_bias)
-        moe, inner = spec.layers[index].moe, spec.intermediate_size
+        yield from self.attention_input(name, key)
+        yield from self.head_norm(f"{name}q_norm", key + keys.q_norm, self.shard.heads)
+        yield from self.head_norm(f"{name}k_norm", key + keys.k_norm, self.shard.kv_heads)
+        head, stored = spec.head_dim, self.stored
+        columns = self.shard.heads[0] * head, self.shard.heads[1] * head
+        attended = stored.num_heads * head
+        yield from self.output(f"{name}o", key + keys.o, attended, columns, spec.o_bias)
+        moe, inner = stored.layers[index].moe, stored.intermediate_size
         if moe is not None:
             yield from self.moe(name, key, moe)
             return
+        part = self.shard.part(inner)
         if spec.gated_mlp:
-            yield from self.several(name, key, ("gate", "up"), (inner, inner), keys.gate_up, spec.mlp_bias)
+            yield from self.gate_up(name, key, inner, part)
         else:
-            yield from self.linear(f"{name}up", key + keys.up, inner, spec.hidden_size, spec.mlp_bias)
-        yield from self.linear(f"{name}down", key + keys.down, spec.hidden_size, inner, spec.mlp_bias)
+            yield from self.linear(
+                f"{name}up", key + keys.up, inner, spec.hidden_size, spec.mlp_bias, _rows(part, inner)
+            )
+        yield from self.output(f"{name}down", key + keys.down, inner, part, spec.mlp_bias)
+
+    def attention_input(self, name: str, key: str) -> Named:
+        """q, k and v, which a family stores apart, one after the other, or interleaved by key/value head."""
+        size, stored, modules = self.spec.head_dim, self.stored, self.keys.qkv
+        counts = stored.num_heads, stored.num_kv_heads, stored.num_kv_heads
+        heads = self.shard.heads, self.shard.kv_heads, self.shard.kv_heads
+        if not isinstance(modules, Fused):
+            for part, module, count, own in zip("qkv", modules, counts, heads, strict=True):
+                rows = _rows((own[0] * size, own[1] * size), count * size)
+                yield from self.linear(
+                    name + part, key + module, count * size, self.spec.hidden_size, self.spec.qkv_bias, rows
+                )
+            return
+        group = counts[0] // counts[1]
+        for index, part in enumerate("qkv"):
+            if modules.by_group:
+                spans = self.in_groups(group, index)
+            else:
+                first = sum(counts[:index])
+                spans = [(first + heads[index][0], first + heads[index][1])]
+            rows = tuple((first * size, last * size) for first, last in spans)
+            yield from self.fused(name, key, modules, part, sum(counts) * size, rows, self.spec.qkv_bias)
+
+    def in_groups(self, group: int, part: int) -> list[Span]:
+        """The heads of q (``part`` 0), k (1) or v (2) among all heads, where those of each key/value head are adjacent:
+        its ``group`` query heads, its key and its value."""
+        spans = []
+        for kv_head in range(*self.shard.kv_heads):
+            begin = kv_head * (group + 2)
+            if part:
+                spans.append((begin + group + part - 1, begin + group + part))
+                continue
+            first = max(self.shard.heads[0] - kv_head * group, 0)
+            last = min(self.shard.heads[1] - kv_head * group, group)
+            spans.append((begin + first, begin + last))
+        return spans
+
+    def gate_up(self, name: str, key: str, inner: int, part: Span) -> Named:
+        modules = self.keys.gate_up
+        if not isinstance(modules, Fused):
+            for own, module in zip(("gate", "up"), modules, strict=True):
+                yield from self.linear(
+                    name + own,
+                    key + module,
+                    inner,
+                    self.spec.hidden_size,
+                    self.spec.mlp_bias,
+                    _rows(part, inner),
+                )
+            return
+        for own, first in (("gate", 0), ("up", inner)):
+            rows = ((first + part[0], first + part[1]),)
+            yield from self.fused(name, key, modules, own, 2 * inner, rows, self.spec.mlp_bias)
 
     def moe(self, name: str, key: str, moe: MoeSpec) -> Named:
         keys, hidden = self.keys, self.spec.hidden_size
@@ -82,81 +148,125 @@ class _Sources:
                 parts = [f"{key}{keys.expert}{expert}.{part}" for part in keys.expert_parts]
                 yield from self.expert(f"{name}experts.{expert}.", parts, inner)
             else:
-                yield from self.stacked(f"{name}experts.{expert}.", key, expert, moe)
+                parts = [key + module for module in keys.stacked_experts]
+                yield from self.expert(f"{name}experts.{expert}.", parts, inner, expert, moe.num_experts)
         if moe.shared_intermediate_size:
             parts = [key + keys.shared_expert + part for part in keys.shared_parts]
             yield from self.expert(f"{name}shared.", parts, moe.shared_intermediate_size)
             yield f"{name}shared_gate.weight", _whole(f"{key}{keys.shared_gate}.weight", (1, hidden))
 
-    def expert(self, name: str, modules: Sequence[str], inner: int) -> Named:
-        for part, module, shape in zip(EXPERT_PARTS, modules, self.expert_shapes(inner), strict=True):
-            yield from self.linear(name + part, module, *shape, False)
-
-    def stacked(self, name: str, key: str, expert: int, moe: MoeSpec) -> Named:
-        """An expert's rows among those of all."""
-        modules, shapes = self.keys.stacked_experts or (), self.expert_shapes(moe.intermediate_size)
-        for part, module, (out, size) in zip(EXPERT_PARTS, modules, shapes, strict=True):
-            rows, total = Rows(1, expert * out, (expert + 1) * out), moe.num_experts * out
+    def expert(
+        self, name: str, modules: Sequence[str], inner: int, index: int = 0, stacked: int = 1
+    ) -> Named:
+        """Gate, up and down of expert ``index`` of those that are ``stacked`` in one tensor each."""
+        hidden, part = self.spec.hidden_size, self.shard.part(inner)
+        for own, module in zip(EXPERT_PARTS, modules, strict=True):
+            out, size, columns = (hidden, inner, part) if own == "down" else (inner, hidden, None)
+            rows = (0, out) if own == "down" else part
+            own_rows = index * out + rows[0], index * out + rows[1]
             yield (
-                f"{name}{part}.weight",
-                self.product(f"{key}{module}.weight", (total, size), (out, size), rows),
+                f"{name}{own}.weight",
+                self.product(
+                    f"{module}.weight",
+                    (stacked * out, size),
+                    _rows(own_rows, stacked * out),
+                    _columns(columns, size),
+                ),
             )
-
-    def expert_shapes(self, inner: int) -> tuple[tuple[int, int], ...]:
-        hidden = self.spec.hidden_size
-        return (inner, hidden), (inner, hidden), (hidden, inner)
 
     def norm(self, name: str, module: str) -> Named:
         yield f"{name}.weight", _whole(f"{module}.weight", (self.spec.hidden_size,))
         if self.spec.norm.bias:
             yield f"{name}.bias", _whole(f"{module}.bias", (self.spec.hidden_size,))
 
-    def head_norm(self, name: str, module: str, heads: int) -> Named:
-        """Of q or k, in one tensor or in one for each head."""
+    def head_norm(self, name: str, module: str, heads: Span) -> Named:
+        """The norm of q or k, in one tensor or in one for each of ``heads``."""
         kind, size = self.spec.qk_norm, self.spec.head_dim
         if kind == "layer":
-            for head in range(heads):
-                yield f"{name}.{head}.weight", _whole(f"{module}.{head}.weight", (size,))
+            for index, head in enumerate(range(*heads)):
+                yield f"{name}.{index}.weight", _whole(f"{module}.{head}.weight", (size,))
         elif kind is not None:
-            yield f"{name}.weight", _whole(f"{module}.weight", (heads * size if kind == "whole" else size,))
+            width = _size(heads) * size if kind == "whole" else size
+            yield f"{name}.weight", _whole(f"{module}.weight", (width,))
 
-    def linear(self, name: str, module: str, out: int, size: int, bias: bool) -> Named:
-        yield f"{name}.weight", self.product(f"{module}.weight", (out, size), (out, size), None)
-        if bias:
-            yield f"{name}.bias", _whole(f"{module}.bias", (out,))
-
-    def several(
-        self,
-        name: str,
-        key: str,
-        parts: Sequence[str],
-        sizes: Sequence[int],
-        modules: Fused | Sequence[str],
-        bias: bool,
+    def linear(
+        self, name: str, module: str, out: int, size: int, bias: bool, rows: tuple[Span, ...] | None = None
     ) -> Named:
-        """Products of one input, which a family keeps apart or together."""
-        hidden = self.spec.hidden_size
-        if not isinstance(modules, Fused):
-            for part, size, module in zip(parts, sizes, modules, strict=True):
-                yield from self.linear(name + part, key + module, size, hidden, bias)
-            return
-        blocks = self.spec.num_kv_heads if modules.by_group else 1
-        total, first, module = sum(sizes), 0, key + modules.module
-        for part, size in zip(parts, sizes, strict=True):
-            rows = Rows(blocks, first, first + size // blocks)
-            quantized = f"{module}.{part}.weight" if self.spec.quantization else f"{module}.weight"
-            yield f"{name}{part}.weight", self.product(quantized, (total, hidden), (size, hidden), rows)
-            if bias:
-                yield f"{name}{part}.bias", Source(f"{module}.bias", (total,), (size,), rows)
-            first += size // blocks
+        """A weight ``[out, size]``, or some of its rows, and its bias."""
+        yield f"{name}.weight", self.product(f"{module}.weight", (out, size), rows)
+        if bias:
+            yield f"{name}.bias", self.bias(f"{module}.bias", out, rows)
 
-    def product(self, key: str, stored: tuple[int, int], shape: tuple[int, int], rows: Rows | None) -> Source:
-        """Quantised ones are stored as the model has them, whatever they were made of."""
-        if self.spec.quantization is not None:
-            return Source(key, shape, shape, product=True)
-        transposed = self.keys.transposed
-        return Source(key, stored[::-1] if transposed else stored, shape, rows, transposed, product=True)
+    def output(self, name: str, module: str, size: int, columns: Span, bias: bool) -> Named:
+        """The weight of a product whose results the ranks add up; the bias is added by the first rank alone."""
+        hidden = self.spec.hidden_size
+        yield (
+            f"{name}.weight",
+            self.product(f"{module}.weight", (hidden, size), None, _columns(columns, size)),
+        )
+        if bias and self.shard.rank == 0:
+            yield f"{name}.bias", self.bias(f"{module}.bias", hidden, None)
+
+    def fused(
+        self, name: str, key: str, modules: Fused, part: str, total: int, rows: tuple[Span, ...], bias: bool
+    ) -> Named:
+        """One of the weights of a fused module of ``total`` rows."""
+        module = key + modules.module
+        if self.spec.quantization is None:
+            yield from self.linear(name + part, module, total, self.spec.hidden_size, False, rows)
+        else:  # our own quantised checkpoints store the parts of a fused weight apart
+            rows_of_part = self.own_rows(part, rows)
+            yield from self.linear(
+                name + part,
+                f"{module}.{part}",
+                rows_of_part[1],
+                self.spec.hidden_size,
+                False,
+                rows_of_part[0],
+            )
+        if bias:
+            yield f"{name}{part}.bias", self.bias(f"{module}.bias", total, rows)
+
+    def own_rows(self, part: str, rows: tuple[Span, ...]) -> tuple[tuple[Span, ...] | None, int]:
+        """The rows that this rank takes of a part of a fused weight which is stored by itself, and how many it has."""
+        if part in ("gate", "up"):
+            own, total = self.shard.part(self.stored.intermediate_size), self.stored.intermediate_size
+        else:
+            heads, count = (
+                (self.shard.heads, self.stored.num_heads)
+                if part == "q"
+                else (self.shard.kv_heads, self.stored.num_kv_heads)
+            )
+            size = self.spec.head_dim
+            own, total = (heads[0] * size, heads[1] * size), count * size
+        return _rows(own, total), total
+
+    def bias(self, key: str, size: int, rows: tuple[Span, ...] | None) -> Source:
+        return Source(key, (size,), (sum(map(_size, rows)) if rows else size,), rows)
+
+    def product(
+        self, key: str, stored: tuple[int, int], rows: tuple[Span, ...] | None, columns: Span | None = None
+    ) -> Source:
+        """The weight of a product. Our own quantised checkpoints store it ``[out, in]`` whatever it was made of."""
+        shape = sum(map(_size, rows)) if rows else stored[0], _size(columns) if columns else stored[1]
+        transposed = self.keys.transposed and self.spec.quantization is None
+        return Source(
+            key, stored[::-1] if transposed else stored, shape, rows, columns, transposed, product=True
+        )
 
 
 def _whole(key: str, shape: tuple[int, ...]) -> Source:
     return Source(key, shape, shape)
+
+
+def _size(span: Span) -> int:
+    return span[1] - span[0]
+
+
+def _rows(span: Span, total: int) -> tuple[Span, ...] | None:
+    """``span`` as the rows of a source, None if it is all ``total`` of them."""
+    return None if span == (0, total) else (span,)
+
+
+def _columns(span: Span | None, total: int) -> Span | None:
+    return None if span == (0, total) else span

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 
@@ -16,14 +17,8 @@ from vllmlite.weights.packing import Packing
 TABLE, HEAD = "embedding.weight", "head.weight"
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Which rows of a stored tensor are meant: of each of ``blocks`` equal runs of rows, those from ``first`` up to
-    ``last``. One block is a plain slice; more are a projection whose parts alternate by head."""
-
-    blocks: int
-    first: int
-    last: int
+Span: TypeAlias = tuple[int, int]
+"""First row or column, and the one after the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,41 +31,51 @@ class Source:
     """Its shape, as stored."""
     shape: tuple[int, ...]
     """The model's tensor, ``[out, in]`` if it is the weight of a product."""
-    rows: Rows | None = None
-    """None: all rows."""
+    rows: tuple[Span, ...] | None = None
+    """The rows of the stored tensor that the model's consists of, one span after the other; None: all rows."""
+    columns: Span | None = None
+    """The columns of the stored tensor that the model's consists of; None: all columns."""
     transposed: bool = False
-    """Whether a weight is stored ``[in, out]``; ``rows`` are then its columns."""
+    """The weight is stored ``[in, out]``; ``rows`` and ``columns`` are those of the transposed tensor."""
     product: bool = False
     """It is the weight of a matrix product, which quantisation applies to."""
 
     def take(self, tensor: HostWeight) -> HostWeight:
-        """The model's tensor out of the stored one: the same memory where its rows are adjacent, else a copy."""
-        if self.rows is None and not self.transposed:
+        """The model's tensor out of the stored one: the same memory where its elements are adjacent, else a copy."""
+        if self.rows is None and self.columns is None and not self.transposed:
             return tensor
         if isinstance(tensor, PackedWeight):
-            return self._take_packed(tensor, self.rows)
+            return self._take_packed(tensor)
         elements = tensor.data.view(f"u{ITEM_SIZE[tensor.dtype]}").reshape(self.stored)
         if self.transposed:
             elements = elements.T
         if self.rows is not None:
-            blocked = elements.reshape(self.rows.blocks, -1, *elements.shape[1:])
-            elements = blocked[:, self.rows.first : self.rows.last].reshape(-1, *elements.shape[1:])
+            taken = [elements[first:last] for first, last in self.rows]
+            elements = taken[0] if len(taken) == 1 else np.concatenate(taken)
+        if self.columns is not None:
+            elements = elements[:, slice(*self.columns)]
         return replace(
             tensor, shape=self.shape, data=np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
         )
 
-    def _take_packed(self, weight: PackedWeight, rows: Rows | None) -> PackedWeight:
-        if rows is None or self.transposed:
-            raise ModelError(f"tensor {self.key!r}: is stored transposed, and {weight.scheme.name} is not")
-        height = self.stored[0] // rows.blocks
-        spans = [(block * height + rows.first, block * height + rows.last) for block in range(rows.blocks)]
+    def _take_packed(self, weight: PackedWeight) -> PackedWeight:
         scheme = weight.scheme
-        if not scheme.can_slice(self.stored[0], scheme.row_unit, spans):
+        if self.transposed:
+            raise ModelError(f"tensor {self.key!r}: is stored transposed, and {scheme.name} is not")
+        if self.rows is not None:
+            self._check_slices(scheme, "rows", self.stored[0], scheme.row_unit, self.rows)
+            weight = scheme.take_rows(weight, self.rows)
+        if self.columns is not None:
+            self._check_slices(scheme, "columns", self.stored[-1], scheme.column_unit, [self.columns])
+            weight = scheme.take_columns(weight, *self.columns)
+        return replace(weight, shape=self.shape)
+
+    def _check_slices(self, scheme: Scheme, what: str, size: int, unit: int, spans: Sequence[Span]) -> None:
+        if not scheme.can_slice(size, unit, spans):
             raise ModelError(
-                f"tensor {self.key!r}: {scheme.name} can be sliced at multiples of {scheme.row_unit} rows; "
-                f"the model needs {spans[0]}"
+                f"tensor {self.key!r}: {what} {spans[0][0]} to {spans[0][1]} of {size} cannot be taken from a weight "
+                f"in {scheme.name}, which is sliced at multiples of {unit}"
             )
-        return replace(scheme.take_rows(weight, spans), shape=self.shape)
 
 
 @dataclass(frozen=True, slots=True)

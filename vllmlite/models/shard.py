@@ -1,0 +1,102 @@
+"""Tensor parallelism (Shoeybi et al. 2019): which heads and which part of the MLPs each rank computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from vllmlite.errors import ParameterError
+
+if TYPE_CHECKING:
+    from vllmlite.models.spec import DecoderSpec
+
+Span = tuple[int, int]
+"""First index, and the one after the last."""
+
+
+VOCAB_UNIT = 16
+"""Rows of the output layer are given to ranks in multiples of this number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The part of a model that rank ``rank`` of ``world`` computes, in terms of the whole model's sizes."""
+
+    rank: int
+    world: int
+    heads: Span
+    """Query heads."""
+    kv_heads: Span
+    """Key/value heads; where there are fewer than ranks, several ranks have the same one."""
+
+    def part(self, size: int) -> Span:
+        """The part of this rank of ``size`` elements, of which every rank gets the same number."""
+        return self.rank * size // self.world, (self.rank + 1) * size // self.world
+
+    def uneven_part(self, size: int) -> Span:
+        """The part of this rank of ``size`` elements. The first ranks get the same multiple of :data:`VOCAB_UNIT`, at
+        which our quantisation schemes can be sliced, and the last ones what is left."""
+        most = -(-size // (self.world * VOCAB_UNIT)) * VOCAB_UNIT
+        return min(self.rank * most, size), min((self.rank + 1) * most, size)
+
+
+def whole(spec: DecoderSpec) -> Shard:
+    """The only shard of a model on one rank."""
+    return Shard(0, 1, (0, spec.num_heads), (0, spec.num_kv_heads))
+
+
+def sharded(spec: DecoderSpec, rank: int, world: int) -> DecoderSpec:
+    """The spec of what rank ``rank`` of ``world`` computes: sizes are the rank's own, :attr:`DecoderSpec.whole` is
+    ``spec``. ParameterError for a number of ranks that the model cannot be split over."""
+    if world == 1:
+        return spec
+    accepted = [count for count in range(1, spec.num_heads + 1) if _splits(spec, count)]
+    if world not in accepted:
+        raise ParameterError(
+            "tensor_parallel_size",
+            world,
+            f"{spec.architecture} can be split over {', '.join(map(str, accepted))}",
+        )
+    if spec.qk_norm == "whole":
+        raise ParameterError(
+            "tensor_parallel_size", world, f"{spec.architecture} norms all heads as one: only 1 rank"
+        )
+    heads, kv = spec.num_heads // world, spec.num_kv_heads
+    first_kv = rank * kv // world
+    num_kv = max(kv // world, 1)
+    shard = Shard(rank, world, (rank * heads, (rank + 1) * heads), (first_kv, first_kv + num_kv))
+    layers = tuple(
+        layer
+        if layer.moe is None
+        else replace(
+            layer,
+            moe=replace(
+                layer.moe,
+                intermediate_size=layer.moe.intermediate_size // world,
+                shared_intermediate_size=layer.moe.shared_intermediate_size // world,
+            ),
+        )
+        for layer in spec.layers
+    )
+    return replace(
+        spec,
+        num_heads=heads,
+        num_kv_heads=num_kv,
+        intermediate_size=spec.intermediate_size // world,
+        layers=layers,
+        alibi=spec.alibi[slice(*shard.heads)],
+        shard=shard,
+        whole=spec,
+    )
+
+
+def _splits(spec: DecoderSpec, world: int) -> bool:
+    """Whether heads and MLPs can be split over ``world`` ranks."""
+    sizes = [spec.num_heads]
+    for layer in spec.layers:
+        if layer.moe is None:
+            sizes.append(spec.intermediate_size)
+        else:
+            sizes += [layer.moe.intermediate_size, layer.moe.shared_intermediate_size]
+    kv = spec.num_kv_heads
+    return all(size % world == 0 for size in sizes) and (kv % world == 0 or world % kv == 0)
