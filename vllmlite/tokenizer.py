@@ -17,6 +17,7 @@ from vllmlite.chat.special_tokens import read_special_tokens
 from vllmlite.errors import ModelError, ParameterError, not_installed
 from vllmlite.gguf_tokenizer import gguf_tokenizer
 from vllmlite.slow_tokenizer import SlowTokenizer
+from vllmlite.weights.foreign import refuse_foreign_file
 from vllmlite.weights.json_object import read_object
 
 if TYPE_CHECKING:
@@ -242,6 +243,7 @@ def _load(path: Path) -> FastTokenizer | SlowTokenizer:
         try:
             return FastTokenizer.from_file(str(file))
         except BaseException as error:  # the library raises plain Exception
+            refuse_foreign_file(file)
             raise _told(file, error) from None
     try:
         from transformers import AutoTokenizer  # SentencePiece's, and slow ones

@@ -20,6 +20,7 @@ from vllmlite.hub.snapshot import (
     snapshot_in,
     state,
 )
+from vllmlite.weights.foreign import what_directory_is, what_it_is
 
 BUILT_IN = Path(__file__).parent.parent / "data" / "demo"
 """Directory of the built-in demo model."""
@@ -55,6 +56,11 @@ def find_model(
         if revision is not None:
             raise ParameterError("revision", revision, f"is for models on the hub, and {name} is a file")
         if path.suffix.lower() != ".gguf":
+            told = what_it_is(path)
+            if told is not None and told[0] == "gguf":  # as Ollama keeps them
+                return path
+            if told is not None and path.suffix not in (".safetensors", ".bin", ".pt"):
+                raise ModelError(f"{name}: is {told[1]}")
             raise ModelError(
                 f"{name}: is a file; a model is a directory with config.json and weights, a *.gguf file, or a tarball "
                 f"({', '.join(TARBALLS)}) of the Hugging Face cache's layout"
@@ -82,6 +88,9 @@ def _in_directory(path: Path, revision: str | None) -> Path:
     files = [str(file.relative_to(path)) for file in gguf_files(snapshot)]
     if len(files) > 1:
         raise ModelError(f"{path}: holds several GGUF files; name one: {listed(files)}")
+    instead = None if files else what_directory_is(snapshot)
+    if instead is not None:
+        raise ModelError(f"{path}: {instead}")
     return path / files[0] if files else snapshot
 
 

@@ -25,6 +25,9 @@ NEVER = ("*/*", "consolidated*", "*.bin.index.json")
 TARBALLS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 """Suffixes of tarballs (:mod:`vllmlite.hub.tarball`)."""
 
+_BESIDE = re.compile(r"mmproj|^imatrix\b", re.IGNORECASE)
+"""In names of GGUF files that come with a model: projectors of images, matrices of importance."""
+
 BEGUN, VERIFIED = "begun", "verified"
 
 
@@ -99,8 +102,9 @@ def model_in(snapshot: Path, weights: bool = True) -> Path | None:
 
 
 def gguf_files(directory: Path) -> list[Path]:
-    """The GGUF models of ``directory``: of those in several files, the first."""
-    return [file for file in sorted(directory.glob("*.gguf")) if not is_later_part(file.name)]
+    """The GGUF models of ``directory``: of those in several files, the first; without what comes with a model."""
+    files = [file for file in sorted(directory.glob("*.gguf")) if not is_later_part(file.name)]
+    return [file for file in files if not _BESIDE.search(file.name)]
 
 
 def wanted_files(

@@ -21,6 +21,14 @@ KEYS = Keys(
 )
 
 
+def refined_web(config: HfConfig) -> HfConfig:
+    """The configuration of Falcon's first files (``RWForCausalLM``), in the keys that Falcon has had since."""
+    renamed = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
+    values = {renamed.get(key, key): value for key, value in config.remaining().items()}
+    newer = values.get("model_type") == "RefinedWeb"
+    return HfConfig({"new_decoder_architecture": newer, **values}, config.where)
+
+
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
     """The newer layout, 40B's, has several key/value heads and, unless told otherwise, two norms side by side."""
     newer = config.boolean("new_decoder_architecture", False)

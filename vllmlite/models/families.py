@@ -61,6 +61,10 @@ FAMILIES: dict[str, Family] = {
     "BloomForCausalLM": Family("BLOOM", "bloom", bloom.spec),
 }
 """What ``architectures`` of a ``config.json`` may name."""
+RENAMED: dict[str, tuple[str, Callable[[HfConfig], HfConfig]]] = {
+    "RWForCausalLM": ("FalconForCausalLM", falcon.refined_web),
+}
+"""Old names in ``architectures``: today's, and what makes today's configuration of theirs."""
 
 
 def read_spec(path: Path) -> DecoderSpec:
@@ -71,6 +75,9 @@ def read_spec(path: Path) -> DecoderSpec:
     if name not in FAMILIES:
         raise config.error("architectures", f"{', '.join(FAMILIES)}; or --model-impl transformers")
     family = FAMILIES[name]
+    for old, (_, renewed) in RENAMED.items():
+        if config.get("architectures") == [old]:
+            config = renewed(config)
     if path.is_file():
         return replace(family.spec(config, name), keys=gguf_keys(path))
     spec = family.spec(with_defaults(config, family.model_type), name)
@@ -91,7 +98,7 @@ def architecture(config: HfConfig) -> str:
         return config.choice("model_type", {family.model_type: name for name, family in FAMILIES.items()})
     if not isinstance(named, list) or not isinstance(named[0], str):
         raise config.error("architectures", "a list of names")
-    name = named[0]
+    name = RENAMED[named[0]][0] if named[0] in RENAMED else named[0]
     if not name.endswith(("ForCausalLM", "LMHeadModel")):
         kinds = {
             "ForConditionalGeneration": "models of images or sound, or with an encoder,",

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vllmlite.errors import ModelError, ParameterError
+from vllmlite.weights.foreign import quantization_of, what_directory_is
 from vllmlite.weights.host import FLOAT_DTYPES, HostTensor, HostWeight, PackedWeight, Scheme
 from vllmlite.weights.json_object import read_object
 from vllmlite.weights.pt import read_pt
@@ -91,6 +92,9 @@ def open_weights(
     expected = _expected(shapes, schemes)
     missing = [name for name in expected if name not in tensors]
     if missing:
+        stored = quantization_of(name for name in tensors if name not in expected)
+        if stored is not None:
+            raise ModelError(f"{path}: its weights are stored as {stored}, which is not read")
         raise ModelError(f"{path}: tensors missing from the checkpoint: {listed(missing)}")
     unused = [name for name in tensors if name not in expected and not _COMPUTED.search(name)]
     if computed:
@@ -145,10 +149,49 @@ def _read(path: Path, load_format: str) -> dict[str, HostTensor]:
             return form.read(path / form.single)
         if (path / form.index).exists():
             return _read_shards(path, form)
+        if shards := _numbered_shards(path, form):
+            return _joined(shards, form)
     names = [
         name for form in _FORMATS if load_format in ("auto", form.name) for name in (form.single, form.index)
     ]
-    raise ModelError(f"{path}: holds none of {', '.join(names)}")
+    raise ModelError(f"{path}: {what_directory_is(path) or 'holds none of ' + ', '.join(names)}")
+
+
+def _numbered_shards(path: Path, form: _Format) -> list[Path]:
+    """The shards of a directory without an index, in order. ModelError if there are some, but not all of them."""
+    stem = form.single.removesuffix(form.suffix)
+    found: dict[int, list[Path]] = {}
+    for file in sorted(path.glob(f"{stem}-*-of-*{form.suffix}")):
+        if match := re.fullmatch(
+            rf"{re.escape(stem)}-(\d{{5}})-of-(\d{{5}}){re.escape(form.suffix)}", file.name
+        ):
+            found.setdefault(int(match[2]), []).append(file)
+    if not found:
+        return []
+    if len(found) > 1:
+        raise ModelError(f"{path}: holds shards of several models, and no {form.index}")
+    ((count, files),) = found.items()
+    expected = [f"{stem}-{number:05}-of-{count:05}{form.suffix}" for number in range(1, count + 1)]
+    missing = [name for name in expected if not (path / name).exists()]
+    if missing:
+        raise ModelError(
+            f"{path}: {len(missing)} of {count} shards missing, and {form.index}: {listed(missing)}"
+        )
+    return files
+
+
+def _joined(files: list[Path], form: _Format) -> dict[str, HostTensor]:
+    """Every tensor of shards without an index, each in one of them alone."""
+    tensors: dict[str, HostTensor] = {}
+    for file in files:
+        shard = form.read(file)
+        for name in shard:
+            if name in tensors:
+                raise ModelError(
+                    f"{file}: tensor {name!r}: is in another shard, too, and there is no {form.index}"
+                )
+        tensors |= shard
+    return tensors
 
 
 def _read_shards(path: Path, form: _Format) -> dict[str, HostTensor]:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError
+from vllmlite.weights.foreign import refuse_foreign_file
 from vllmlite.weights.gguf_parts import part_paths
 from vllmlite.weights.host import HostTensor, HostWeight
 from vllmlite.weights.schemes.gguf_blocks import BLOCK_SCHEMES, BLOCKS, FLOATS, NAMES
@@ -74,6 +75,7 @@ def _read(path: Path, *_: int) -> Gguf:
 
 
 def _read_part(path: Path) -> Gguf:
+    refuse_foreign_file(path, ("gguf",))
     with path.open("rb") as file:
         size = file.seek(0, 2)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
@@ -145,7 +147,7 @@ class _Reader:
             if offset % alignment or end > data.size:
                 raise self.error(
                     f"tensor {_shown(name)}: bytes {offset} to {end}; expected a multiple of {alignment} and at most "
-                    f"the {data.size} bytes of data"
+                    f"the {data.size} bytes of data" + (": the file is cut short" if end > data.size else "")
                 )
             stored = data[offset:end]
             found[name] = (

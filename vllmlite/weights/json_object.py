@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmlite.errors import ModelError
+from vllmlite.weights.foreign import refuse_foreign_file
 
 
 def read_object(file: Path, *, optional: bool = False) -> dict[str, Any]:
@@ -18,6 +19,7 @@ def read_object(file: Path, *, optional: bool = False) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
+        refuse_foreign_file(file)
         raise ModelError(f"{file}: is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{file}: holds {type(content).__name__}; accepted: a JSON object")

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from vllmlite.errors import ModelError, not_installed
+from vllmlite.weights.foreign import refuse_foreign_file
 from vllmlite.weights.host import ITEM_SIZE, HostTensor
 
 
 def read_pt(path: Path) -> dict[str, HostTensor]:
     """The tensors of ``path`` by name, mapped where the file's format (PyTorch 1.6 or newer) allows. ModelError where
     it holds anything but a mapping of names to dense tensors."""
+    refuse_foreign_file(path, ("zip", "pickle", "tar"))
     try:
         import torch
     except ImportError:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError
+from vllmlite.weights.foreign import refuse_foreign_file
 from vllmlite.weights.host import ITEM_SIZE, HostTensor
 
 MAX_HEADER = 100_000_000
@@ -44,6 +45,7 @@ def read_safetensors(path: Path) -> dict[str, HostTensor]:
         raise ModelError(f"{path}: {data.size} bytes; expected at least the 8 of the header's length")
     length = int.from_bytes(data[:8].tobytes(), "little")
     if length > min(MAX_HEADER, data.size - 8):
+        refuse_foreign_file(path)
         raise ModelError(
             f"{path}: a header of {length} bytes; expected at most {MAX_HEADER} in a file of {data.size} bytes"
         )
@@ -102,6 +104,7 @@ def _header(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
+        refuse_foreign_file(path)
         raise ModelError(f"{path}: the header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise ModelError(f"{path}: the header is a JSON {type(header).__name__}; expected an object")
@@ -120,9 +123,13 @@ def _entry(path: Path, name: str, entry: Any, size: int) -> tuple[str, tuple[int
         raise _complaint(path, name, f"dtype {', '.join(_DTYPES)}", dtype)
     if not _counts(shape):
         raise _complaint(path, name, "a shape of whole numbers from 0 up", shape)
-    if not _counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size:
+    if not _counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1]:
         raise _complaint(path, name, f"data_offsets, ascending, within the {size} bytes of data", offsets)
     begin, end = offsets
+    if end > size:
+        raise _complaint(
+            path, name, f"bytes {begin} to {end}", f"{size} bytes of data: the file is cut short"
+        )
     dtype = _DTYPES[dtype]
     bytes_needed = math.prod(shape) * ITEM_SIZE[dtype]
     if end - begin != bytes_needed:
