@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import ByteLevel
 
+from vllmlite.added_tokens import add_tokens
 from vllmlite.chat.sources import DEFAULT, choose, read_templates
 from vllmlite.chat.special_tokens import read_special_tokens
 from vllmlite.errors import ModelError, ParameterError, not_installed
@@ -28,6 +29,8 @@ MAX_IDS = 10_000_000
 """Ids are below this; the largest vocabularies have a quarter of a million."""
 LONG_TEXT = 4096
 """Texts of more characters are encoded while other threads run."""
+LEAST_TOKENS = 64
+"""A tokenizer of fewer has read nothing but the names of special tokens."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """A token of one byte, in vocabularies with byte fallback."""
 
@@ -49,6 +52,8 @@ class Tokenizer:
         self._fast.no_padding()
         self.special_tokens = read_special_tokens(path, self._config)
         """Special tokens by name, and lists of those without one: variables of every chat template."""
+        if isinstance(self._fast, FastTokenizer) and path.is_dir():
+            add_tokens(self._fast, self._config, self.special_tokens, path / "tokenizer_config.json")
         self.decode(self.encode(""))  # what cannot work at all is found out now
         self.eos_token_id = self._special("eos_token")
 
@@ -255,6 +260,10 @@ def _load(path: Path) -> FastTokenizer | SlowTokenizer:
         raise ModelError(
             f"{path}: no tokenizer.json, and transformers finds no tokenizer either: {error}"
         ) from None
+    files = sorted(set(loaded.vocab_files_names.values()))
+    # transformers makes an empty tokenizer of some families where there is no file to read.
+    if len(loaded) < LEAST_TOKENS and files and not any((path / name).exists() for name in files):
+        raise ModelError(f"{path}: has no tokenizer: none of {', '.join(files)}; name one with --tokenizer")
     if not getattr(loaded, "is_fast", False):
         return SlowTokenizer(loaded)
     fast: FastTokenizer = loaded.backend_tokenizer
