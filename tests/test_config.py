@@ -34,6 +34,11 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--dtype", "half"], "dtype", "float16"),
     (["--max-model-len", "4K"], "max_model_len", 4096),
     (["--generation-config", "vllm"], "generation_config", "vllm"),
+    (
+        ["--reasoning-config", '{"reasoning_start_str": "<a>", "reasoning_end_str": "</a>"}'],
+        "reasoning_config",
+        {"reasoning_start_str": "<a>", "reasoning_end_str": "</a>"},
+    ),
     (["--override-generation-config", '{"top_k": 5}'], "override_generation_config", {"top_k": 5}),
     (["--served-model-name", "n"], "served_model_name", "n"),
     (["--backend", "torch"], "backend", "torch"),

@@ -251,6 +251,27 @@ async def messages_tell(client: httpx.AsyncClient, choice: Any, calls: list[tupl
     assert "".join(delta.get("partial_json", "") for delta in deltas) == "".join(text for _, text in calls)
 
 
+def test_every_api_can_limit_the_reasoning(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = scripted(monkeypatch, service, "Yes.")
+    monkeypatch.setattr(service, "knows_reasoning", True)
+    bodies: dict[str, dict[str, Any]] = {
+        CHAT: {"messages": MESSAGES, "thinking_token_budget": 2000},
+        "/v1/responses": {"input": "Weather?", "thinking_token_budget": 2000},
+        "/v1/messages": {
+            "messages": MESSAGES,
+            "max_tokens": 9,
+            "thinking": {"type": "enabled", "budget_tokens": 2000},
+        },
+    }
+    for path, body in bodies.items():
+        post(service, path, **body)
+        assert script.request is not None and isinstance(script.request.params, SamplingParams)
+        assert script.request.params.thinking_token_budget == 2000
+    monkeypatch.undo()
+    error = post(service, CHAT, 400, messages=MESSAGES, thinking_token_budget=5)["error"]
+    assert error["param"] == "thinking_token_budget" and "--reasoning-parser" in error["message"]
+
+
 def test_a_forced_call_of_one_token_is_no_call(service: Service) -> None:
     pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar)")
     for choice in (NAMED, "required"):

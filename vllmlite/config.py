@@ -21,6 +21,7 @@ QUANTIZATIONS = ("int8", "int4")
 KV_DTYPES = (*FLOAT_DTYPES, "int8")
 CPU_ISAS = ("auto", "baseline", "avx2", "avx512", "avx512_bf16", "amx", "neon")
 DTYPE_SYNONYMS = {"float": "float32", "half": "float16"}
+REASONING_KEYS = ("reasoning_start_str", "reasoning_end_str")
 KV_DTYPE_SYNONYMS = {**DTYPE_SYNONYMS, "int8_per_token_head": "int8"}
 
 
@@ -94,6 +95,11 @@ class EngineConfig:
     )
     override_generation_config: Mapping[str, Any] = mapping_option(
         'default sampling parameters over those, such as {"temperature": 0.6}',
+        group="model",
+    )
+    reasoning_config: Mapping[str, Any] = mapping_option(
+        'marks of the model\'s reasoning, for thinking_token_budget: {"reasoning_start_str": "<think>", '
+        '"reasoning_end_str": "</think>"}; the server knows them from reasoning-parser',
         group="model",
     )
     served_model_name: str | None = _option(
@@ -179,6 +185,13 @@ class EngineConfig:
                 "num_gpu_blocks_override",
                 self.num_gpu_blocks_override,
                 "says the size of the key/value cache, and so does kv_cache_memory_bytes: give one of them",
+            )
+        marks = self.reasoning_config
+        if marks and (
+            marks.keys() != {*REASONING_KEYS} or not all(isinstance(m, str) and m for m in marks.values())
+        ):
+            raise ParameterError(
+                "reasoning_config", marks, f"must hold {' and '.join(REASONING_KEYS)}, and nothing else"
             )
         for name in ("tokenizer", "tokenizer_revision"):
             if self.skip_tokenizer_init and getattr(self, name) is not None:

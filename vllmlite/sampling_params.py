@@ -178,6 +178,8 @@ class SamplingParams:
     """Keep only this many tokens of the prompt; -1: as many as fit the model's context beside ``max_tokens``."""
     truncation_side: str | None = None
     """Where ``truncate_prompt_tokens`` drops tokens: left, the default, keeps the prompt's end, right its start."""
+    thinking_token_budget: int | None = None
+    """End a section of reasoning after this many tokens; None or -1: no limit. Needs the model's marks of reasoning."""
     structured_outputs: StructuredOutputsParams | None = None
     """What the output must be: a value of a JSON Schema, a match of a regular expression, a choice, a grammar."""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
@@ -213,6 +215,10 @@ class SamplingParams:
             if value is not None:
                 _at_least(name, value, -1)
         check_truncation(self.truncate_prompt_tokens, self.truncation_side)
+        if self.thinking_token_budget == -1:
+            self.thinking_token_budget = None
+        if self.thinking_token_budget is not None:
+            _at_least("thinking_token_budget", self.thinking_token_budget, 0)
         if self.temperature == 0.0 and self.n > 1:
             raise ParameterError(
                 "n", self.n, "must be 1 with temperature 0: greedy completions are all the same"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vllmlite.config import EngineConfig, add_engine_arguments
+from vllmlite.config import REASONING_KEYS, EngineConfig, add_engine_arguments
 from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.options import add_fields, given, read_yaml
 from vllmlite.server.config import ServerConfig
+from vllmlite.server.parsers.reasoning import STYLES
 
 if TYPE_CHECKING:
     import argparse
@@ -58,4 +60,8 @@ def configurations(args: argparse.Namespace) -> tuple[EngineConfig, ServerConfig
     names = ServerConfig.__dataclass_fields__
     server = ServerConfig(**{name: value for name, value in options.items() if name in names})
     engine = EngineConfig.from_kwargs(**{name: value for name, value in options.items() if name not in names})
+    if server.reasoning_parser is not None and not engine.reasoning_config:
+        style = STYLES[server.reasoning_parser]
+        marks = dict(zip(REASONING_KEYS, (style.opening, style.closing), strict=True))
+        engine = replace(engine, reasoning_config=marks)
     return engine, server

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vllmlite.engine.thinking import ReasoningMarks
 from vllmlite.errors import ContextLengthError, ParameterError
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.truncation import Truncation
@@ -22,6 +23,8 @@ class RequestBounds:
     """Longest sequence in tokens, prompt and output together."""
     max_logprobs: int
     """Most log-probabilities a token; -1: no limit."""
+    reasoning: ReasoningMarks | None = None
+    """The ids around the model's reasoning, if they are known."""
 
     def check(
         self,
@@ -37,6 +40,8 @@ class RequestBounds:
         params.check_vocabulary(self.vocab_size, self.max_logprobs)
         prompt = self._checked_prompt(list(prompt_token_ids), params, generates)
         self._check_something_is_allowed(params, bad_words)
+        if params.thinking_token_budget is not None:
+            self._check_thinking(params, bad_words)
         return prompt
 
     def truncation(self, params: SamplingParams, *, generates: bool = True) -> Truncation | None:
@@ -68,6 +73,27 @@ class RequestBounds:
             wrong = min(prompt) if min(prompt) < 0 else max(prompt)
             raise ParameterError("prompt_token_ids", wrong, f"must be ids from 0 to {self.vocab_size - 1}")
         return prompt
+
+    def _check_thinking(self, params: SamplingParams, bad_words: Sequence[Sequence[int]]) -> None:
+        """Refuse a limit of reasoning that could not be kept."""
+        budget = params.thinking_token_budget
+        if self.reasoning is None:
+            raise ParameterError(
+                "thinking_token_budget",
+                budget,
+                "needs the marks of the model's reasoning: --reasoning-parser or reasoning_config",
+            )
+        closing = set(self.reasoning.closing)
+        banned = {word[-1] for word in bad_words}
+        if params.min_tokens > 0:
+            banned |= self.stop_ids(params) | self.eos_ids
+        allowed = closing if params.allowed_token_ids is None else set(params.allowed_token_ids)
+        if closing & banned or not closing <= allowed:
+            raise ParameterError(
+                "thinking_token_budget",
+                budget,
+                "must be able to end the reasoning: allowed_token_ids, bad_words or min_tokens forbid its closing mark",
+            )
 
     def _check_something_is_allowed(self, params: SamplingParams, bad_words: Sequence[Sequence[int]]) -> None:
         """Refuse an ``allowed_token_ids`` of which bad words or ``min_tokens`` leave nothing."""

@@ -19,6 +19,7 @@ from vllmlite.engine.block_pool import root_digest
 from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.request import Grammar, Request, Status
 from vllmlite.engine.scheduler import Limits, Schedule, Scheduler
+from vllmlite.engine.thinking import ReasoningMarks, ThinkingBudget
 from vllmlite.engine.trace import Trace, TracedRunner, TraceEvent
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import EngineStats, RequestMetrics
@@ -184,12 +185,15 @@ class Engine:
         steps_in_flight: int = 1,
         seed: int = 0,
         max_logprobs: int = -1,
+        reasoning: ReasoningMarks | None = None,
     ) -> None:
         """An engine without requests; ``seed`` is what requests without a seed of their own derive theirs from."""
         self.scheduler = Scheduler(limits)
         self.stats = EngineStats(num_blocks=limits.num_blocks, block_size=limits.block_size)
         self.runner = runner
-        self.bounds = RequestBounds(vocab_size, frozenset(eos_ids), limits.max_model_len, max_logprobs)
+        self.bounds = RequestBounds(
+            vocab_size, frozenset(eos_ids), limits.max_model_len, max_logprobs, reasoning
+        )
         self._steps_in_flight = steps_in_flight
         self._seed = seed
         self._trace: Trace | None = None
@@ -233,6 +237,10 @@ class Engine:
             longest = min(longest, len(prompt) + params.max_tokens)
         if pooling_type is not None:
             longest = len(prompt) + 1
+        if params.thinking_token_budget is not None and bounds.reasoning is not None:
+            grammar = ThinkingBudget(
+                bounds.reasoning, params.thinking_token_budget, prompt, bounds.vocab_size, grammar
+            )
         request = Request(
             request_id=request_id,
             prompt_token_ids=prompt,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from vllmlite.backends.base import Backend, Model
-from vllmlite.config import EngineConfig
+from vllmlite.config import REASONING_KEYS, EngineConfig
 from vllmlite.engine.engine import Engine, EngineCore
 from vllmlite.engine.scheduler import Limits
+from vllmlite.engine.thinking import ReasoningMarks
 from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.hub import find_model
 from vllmlite.runner.runner import ModelRunner
@@ -150,6 +151,7 @@ def start(config: EngineConfig) -> Started[Engine]:
         eos_ids=_eos_ids(generation, HfConfig.read(path).get("eos_token_id"), path, tokenizer),
         steps_in_flight=2 if two_steps else 1,
         seed=config.seed,
+        reasoning=_reasoning_marks(config.reasoning_config, tokenizer),
         max_logprobs=config.max_logprobs,
     )
     stats = engine.stats
@@ -330,3 +332,17 @@ def _default_params(config: EngineConfig, generation: dict[str, Any]) -> Samplin
                 f"override_generation_config.{error.field}", error.value, error.accepted
             ) from None
         raise ModelError(f"generation_config.json: {error}") from None
+
+
+def _reasoning_marks(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> ReasoningMarks | None:
+    """Return the ids of the marks that ``reasoning_config`` names. Raises :class:`ParameterError`."""
+    if not config:
+        return None
+    if tokenizer is None:
+        raise ParameterError(
+            "reasoning_config", dict(config), "needs a tokenizer: leave skip_tokenizer_init out"
+        )
+    opening, closing = (tuple(tokenizer.encode(config[name], False)) for name in REASONING_KEYS)
+    if not opening or not closing:
+        raise ParameterError("reasoning_config", dict(config), "must name marks that the tokenizer can write")
+    return ReasoningMarks(opening, closing)

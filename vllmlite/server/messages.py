@@ -129,6 +129,9 @@ def _params(body: MessagesRequest, service: Service, tools: ToolUse) -> Sampling
     changes |= tools.changes(structure is not None)
     if reads_marks(service.config, tools):
         changes["skip_special_tokens"] = False
+    thinking = body.thinking
+    if thinking is not None and thinking.type == "enabled" and service.knows_reasoning:
+        changes["thinking_token_budget"] = thinking.budget_tokens
     if body.stop_sequences:
         changes["stop"] = body.stop_sequences
     kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY

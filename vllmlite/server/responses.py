@@ -39,6 +39,7 @@ router = APIRouter()
 SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
     "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "logit_bias",
+    "thinking_token_budget",
 )  # fmt: skip
 
 

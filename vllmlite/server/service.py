@@ -166,6 +166,8 @@ class Service:
             self.tokenizer.find_chat_template(config.chat_template)  # refuse a bad one before any request
         self.max_model_len = inner.max_model_len
         self.default_params = inner.default_sampling_params
+        self.knows_reasoning = inner.engine_core.bounds.reasoning is not None
+        """Whether a request may limit its reasoning."""
         self._capacity = inner.config.max_num_seqs + config.max_queue
         self._max_num_seqs = inner.config.max_num_seqs
         self._unfinished = 0

@@ -35,6 +35,7 @@ SYNONYMS = (
     ("ignore_eos", "ban_eos_token"),
     ("include_stop_str_in_output", "no_stop_trim"),
     ("thinking", "think"),
+    ("thinking_token_budget", "thinking_budget"),
 )
 """Names of one parameter in several APIs. An endpoint takes each for the first one that it has as a field."""
 
@@ -146,8 +147,6 @@ _FEATURES: Mapping[str, Absent] = {
     "enable_search": Absent((None, False), _NO_SEARCH),
     "search_parameters": Absent((None, {"mode": "off"}), _NO_SEARCH),
     "plugins": Absent((None, []), "there are no plugins"),
-    "thinking_token_budget": Absent(_UNUSED, "reasoning has no limit of its own: see max_tokens"),
-    "thinking_budget": Absent(_UNUSED, "see thinking_token_budget"),
     "logprob_token_ids": Absent(
         (None, []), "log-probabilities are those of the likeliest tokens: see logprobs"
     ),
@@ -185,7 +184,7 @@ _OTHER_ENDPOINTS: Mapping[str, Absent] = {
             "frequency_penalty", "seed", "max_tokens", "max_completion_tokens", "min_tokens", "stop_token_ids",
             "allowed_token_ids", "bad_words", "logit_bias", "response_format", "structured_outputs", "grammar",
             "json_schema", "chat_template", "chat_template_kwargs", "reasoning_effort", "documents", "thinking",
-            "enable_thinking", "samplers",
+            "enable_thinking", "samplers", "thinking_token_budget", "thinking_budget",
         ),
         Absent(_UNUSED, _ELSEWHERE),
     ),

@@ -55,7 +55,9 @@ class AnthropicThinking(Request):
     """Whether the model is to think first, where its chat template leaves the choice."""
 
     type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: int | None = Field(None, ge=1024, description="A wish, which no model can be given.")
+    budget_tokens: int | None = Field(
+        None, ge=1024, description="Most tokens of thinking, where the server knows its marks."
+    )
     display: str | None = None
     """What is thought is always told."""
 

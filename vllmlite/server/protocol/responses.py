@@ -123,6 +123,7 @@ class ResponsesRequest(Request):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     logit_bias: Bias | None = None
+    thinking_token_budget: int | None = Field(None, description="Most tokens of reasoning; -1: no limit.")
     structured_outputs: StructuredOutputs | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     include_reasoning: bool = Field(True, description="Answer with what the model thought before.")

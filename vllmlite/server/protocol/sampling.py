@@ -106,7 +106,7 @@ class SamplingRequest(Request):
         "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
         "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "include_stop_str_in_output",
         "skip_special_tokens", "spaces_between_special_tokens", "logit_bias", "allowed_token_ids", "bad_words",
-        "truncate_prompt_tokens", "truncation_side", "prompt_logprobs",
+        "thinking_token_budget", "truncate_prompt_tokens", "truncation_side", "prompt_logprobs",
     )  # fmt: skip
 
     model: str | None = Field(None, description="A served model name.")
@@ -130,6 +130,7 @@ class SamplingRequest(Request):
     logit_bias: Bias | None = None
     allowed_token_ids: Ints | None = None
     bad_words: Strings | None = None
+    thinking_token_budget: int | None = Field(None, description="Most tokens of reasoning; -1: no limit.")
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = Field(None, description="Where tokens are dropped.")
     prompt_logprobs: int | None = None

@@ -1,0 +1,82 @@
+"""A limit on the tokens between a model's marks of reasoning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllmlite.engine.request import Grammar
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningMarks:
+    """The ids that open and close a model's reasoning."""
+
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
+
+
+class ThinkingBudget:
+    """Grammar that forces the closing mark once a section of reasoning has used its tokens.
+
+    Where it forces nothing, another grammar may restrict the ids. The state follows from the prompt and the output
+    ids alone, so that batches, chunks and preemption change nothing."""
+
+    def __init__(
+        self,
+        marks: ReasoningMarks,
+        budget: int,
+        prompt: Sequence[int],
+        vocab_size: int,
+        inner: Grammar | None = None,
+    ) -> None:
+        """Count from the last opening mark in ``prompt`` on, if no closing mark follows it there."""
+        self._marks = marks
+        self._budget = budget
+        self._vocab_size = vocab_size
+        self._inner = inner
+        self._thinks = False
+        self._count = 0
+        """Tokens of the open section, those of an incomplete closing mark left out."""
+        self._matched = 0
+        """Ids of the next mark that the last tokens are."""
+        for token_id in prompt:
+            self._take(token_id)
+        self._start = (self._thinks, self._count, self._matched)
+
+    def mask(self) -> bytes | None:
+        """See :class:`~vllmlite.engine.request.Grammar`."""
+        if self._thinks and self._count + self._matched >= self._budget:
+            return self._bit(self._marks.closing[self._matched])
+        return None if self._inner is None else self._inner.mask()
+
+    def accept(self, token_id: int) -> bool:
+        """See :class:`~vllmlite.engine.request.Grammar`."""
+        self._take(token_id)
+        return self._inner is not None and self._inner.accept(token_id)
+
+    def restart(self) -> None:
+        """See :class:`~vllmlite.engine.request.Grammar`."""
+        self._thinks, self._count, self._matched = self._start
+        if self._inner is not None:
+            self._inner.restart()
+
+    def _take(self, token_id: int) -> None:
+        mark = self._marks.closing if self._thinks else self._marks.opening
+        before = self._matched
+        self._matched = _matched(mark, before, token_id) if before or token_id == mark[0] else 0
+        self._count += before + 1 - self._matched
+        if self._matched == len(mark):
+            self._thinks = not self._thinks
+            self._count = self._matched = 0
+
+    def _bit(self, token_id: int) -> bytes:
+        words = bytearray(4 * -(-self._vocab_size // 32))
+        words[token_id // 8] |= 1 << token_id % 8
+        return bytes(words)
+
+
+def _matched(mark: Sequence[int], matched: int, token_id: int) -> int:
+    """Return how many ids of ``mark`` the last tokens are, where ``matched`` were before ``token_id``."""
+    recent = [*mark[:matched], token_id]
+    return max(size for size in range(len(recent) + 1) if list(mark[:size]) == recent[len(recent) - size :])
