@@ -20,6 +20,7 @@ from paged import same_bytes
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models import read_spec
 from vllmlite.weights.checkpoint import open_weights
+from vllmlite.weights.host import HostTensor
 from vllmlite.weights.safetensors import MAX_HEADER, read_safetensors
 
 Header = dict[str, Any]
@@ -246,8 +247,21 @@ def test_stored_tables_and_a_stored_tied_head_are_harmless(
     edit(
         path / "model.safetensors", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})
     )
-    with pytest.raises(ModelError, match=r"no use for: lm_head\.weight"):
-        open_weights(path, shapes, tied=tied)
+    stored = open_weights(path, shapes, tied=tied)
+    assert stored.shapes["lm_head.weight"] == shapes["model.embed_tokens.weight"]
+
+
+def test_a_tensor_in_two_shards_must_be_the_same_in_both(sharded: Path, copy: Callable[[Path], Path]) -> None:
+    path, name = copy(sharded), "model.norm.weight"
+    shapes, files = read_spec(path).weights(), json.loads((path / INDEX).read_text())["weight_map"]
+    other = next(file for file in files.values() if file != files[name])
+    weight = open_weights(path, shapes).tensor(name)
+    assert isinstance(weight, HostTensor)
+    values = weight.data.view(np.float32).copy()
+    edit(path / other, lambda tensors: tensors.update({name: values}))
+    open_weights(path, shapes)
+    edit(path / other, lambda tensors: tensors.update({name: values + 1}))
+    refused(path, shapes, other, repr(name), f"differs from the one in {files[name]}")
 
 
 def test_directories_without_weights(tmp_path: Path) -> None:

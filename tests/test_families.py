@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -256,16 +257,72 @@ def test_quantised_copies_are_what_quantising_at_load_gives(case: str, tmp_path:
     assert np.abs(found[0] - found[2]).max() <= 0.02 * np.abs(found[2]).max()
 
 
-def test_a_bare_base_models_checkpoint_is_read_too(tmp_path: Path) -> None:
-    """As those of GPT-2 and BLOOM on the hub, with tables that are computed anyway and a tied head."""
-    reference = write_checkpoint(tmp_path, "GPT2")
-    state = {name.removeprefix("transformer."): value for name, value in reference.state_dict().items()}
-    state["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
-    state.pop("lm_head.weight", None)
-    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
-    paged = paged_model(tmp_path, "cpu")
-    (found,) = chunked(paged, prompts()[5:6], "whole")
-    wanted = expected_logits(reference, prompts()[5], False)
+def _without_prefix(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value.clone() for name, value in state.items()}
+
+
+OTHER_NAMES: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "gpt2": (
+        "GPT2",
+        {},
+        lambda state: {
+            **_without_prefix(state, "transformer."),
+            "h.0.attn.bias": torch.ones(1, 1, 8, 8),
+            "h.1.attn.masked_bias": torch.tensor(-1e4),
+        },
+    ),
+    "gpt2-without-head": (
+        "GPT2",
+        {},
+        lambda state: {
+            name: value
+            for name, value in _without_prefix(state, "transformer.").items()
+            if name != "lm_head.weight"
+        },
+    ),
+    "gpt2-untied": (
+        "GPT2",
+        {"tie_word_embeddings": False},
+        lambda state: _without_prefix(state, "transformer."),
+    ),
+    "bloom": ("Bloom", {}, lambda state: _without_prefix(state, "transformer.")),
+    "opt": (
+        "OPT",
+        {"ffn_dim": 96, "word_embed_proj_dim": 64},
+        lambda state: _without_prefix(state, "model.") | {"decoder.version": torch.tensor([3.0])},
+    ),
+    "opt-version": (
+        "OPT",
+        {"ffn_dim": 96, "word_embed_proj_dim": 64},
+        lambda state: {**state, "model.decoder.version": torch.tensor([3.0])},
+    ),
+    "tied-with-a-head-of-its-own": (
+        "Llama",
+        {"tie_word_embeddings": True},
+        lambda state: {**state, "lm_head.weight": state["model.embed_tokens.weight"].flip(0) * 2},
+    ),
+    "tied-with-the-head-alone": (
+        "Llama",
+        {"tie_word_embeddings": True},
+        lambda state: {
+            name.replace("model.embed_tokens", "lm_head"): value
+            for name, value in state.items()
+            if name != "lm_head.weight"
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_NAMES)
+def test_checkpoints_with_other_names_are_what_transformers_makes_of_them(case: str, tmp_path: Path) -> None:
+    """Saved from the base model, with tables that are computed anyway, with an output layer that should be tied."""
+    family, changes, change = OTHER_NAMES[case]
+    state = write_checkpoint(tmp_path, family, **changes).state_dict()
+    tensors = {name: value.clone().contiguous() for name, value in change(state).items()}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    (found,) = chunked(paged_model(tmp_path, "cpu"), prompts()[5:6], "whole")
+    wanted = expected_logits(reference.eval(), prompts()[5], False)
     assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 

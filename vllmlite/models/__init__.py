@@ -16,7 +16,7 @@ from vllmlite.models.plan import Plan, plan_model
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.weights.checkpoint import open_weights
 from vllmlite.weights.packing import Packing
-from vllmlite.weights.parts import ModelWeights
+from vllmlite.weights.parts import HEAD, TABLE, ModelWeights
 
 __all__ = ["load_model", "load_planned", "open_model", "plan_model", "read_spec"]
 
@@ -24,9 +24,11 @@ __all__ = ["load_model", "load_planned", "open_model", "plan_model", "read_spec"
 def open_model(
     path: Path, spec: DecoderSpec, packing: Packing, load_format: str = "auto", seed: int = 0
 ) -> ModelWeights:
-    """The weights of ``spec`` in directory ``path``, after checking that it holds exactly these. Raises ModelError or
-    ParameterError as :func:`open_weights` does."""
+    """The weights of ``spec`` in directory ``path``, after checking that it holds exactly these. An output layer that
+    is stored and differs from the embedding it should be tied to is one of them, as in transformers. Raises ModelError
+    or ParameterError as :func:`open_weights` does."""
     sources, keys = spec.tensors(), spec.keys
+    head = f"{keys.head}.weight"
     stored = open_weights(
         path,
         spec.weights(),
@@ -34,9 +36,12 @@ def open_model(
         seed,
         spec.schemes(),
         prefix=keys.prefix,
-        computed=keys.computed,
-        tied=(f"{keys.head}.weight", sources["embedding.weight"].key),
+        renames=keys.renames,
+        unread=keys.unread,
+        tied=(head, sources[TABLE].key),
     )
+    if head in stored.shapes:
+        sources[HEAD] = replace(sources.get(HEAD, sources[TABLE]), key=head, product=True)
     return ModelWeights(sources, stored, packing)
 
 

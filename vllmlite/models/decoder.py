@@ -99,10 +99,12 @@ class Decoder:
         self._project_out = load.linear("", "project_out") if projected else None
         self._layers = [load.layer(layer) for layer in range(spec.num_layers)]
         self._final_norm = load.norm("final_norm") if spec.final_norm else None
-        if spec.tied_head and weights.packed_head is None:
-            self._head = backend.tied_weight(self._embed)
+        if HEAD in weights.sources:
+            self._head = backend.linear_weight(weights.products([HEAD]))
+        elif weights.packed_head is not None:
+            self._head = backend.linear_weight(weights.products([TABLE]))
         else:
-            self._head = backend.linear_weight(weights.products([TABLE if spec.tied_head else HEAD]))
+            self._head = backend.tied_weight(self._embed)
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Hidden states ``[T, output_size]`` of the uploaded ``batch``, as the output layer takes them; writes its keys

@@ -21,7 +21,7 @@ KEYS = Keys(
     up="mlp.c_fc",
     down="mlp.c_proj",
     transposed=True,
-    computed=r"\.attn\.(masked_)?bias$",
+    unread=r"\.attn\.(masked_)?bias$",
 )
 
 

@@ -18,7 +18,7 @@ KEYS = Keys(
     o="attention.dense",
     up="mlp.dense_h_to_4h",
     down="mlp.dense_4h_to_h",
-    computed=r"\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$",
+    unread=r"\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$",
 )
 
 

@@ -21,7 +21,7 @@ class Keys:
     """Names of modules, to which ``.weight`` and ``.bias`` are added. Only those that a model has are asked for."""
 
     prefix: str = "model."
-    """Of all but the output layer, and left out by checkpoints of the bare base model."""
+    """Of all but the output layer. Checkpoints of the base model leave it out, or its first word."""
     layer: str = "layers."
     """With its number and a dot behind it, of a layer's modules."""
     embedding: str = "embed_tokens"
@@ -55,8 +55,11 @@ class Keys:
     shared_gate: str = "mlp.shared_expert_gate"
     transposed: bool = False
     """Whether layers' weights of products are stored ``[in, out]``."""
-    computed: str = ""
-    """A regular expression of tensors that old checkpoints store and every loader computes."""
+    unread: str = ""
+    """A regular expression of tensors that checkpoints may have and that are not needed: every loader computes them, or
+    they belong to another part of the model."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Regular expressions of other names that checkpoints have, and what they are here; the first match counts."""
 
 
 LLAMA = Keys()

@@ -16,6 +16,7 @@ KEYS = Keys(
     o="self_attn.out_proj",
     up="fc1",
     down="fc2",
+    unread=r"(^|\.)decoder\.version$",
 )
 OFFSET = 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,16 +65,18 @@ def open_weights(
     schemes: Mapping[str, Scheme] | None = None,
     *,
     prefix: str = "",
-    computed: str = "",
+    renames: Sequence[tuple[str, str]] = (),
+    unread: str = "",
     tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight"),
 ) -> Weights:
     """The weights named in ``shapes``, after checking that directory ``path`` holds exactly these, in these shapes and
     a float dtype, or packed in the scheme that ``schemes`` gives. ModelError names the file, the tensor, what
     was expected and found.
 
-    ``prefix``: of the base model's names, whose first word a checkpoint of that alone leaves out. ``computed``: a
-    regular expression of tensors that may be there and are computed instead. ``tied``: an output layer that may be
-    there though ``shapes`` has none, and the embedding that it then must equal.
+    ``prefix``: of the base model's names, whose first word a checkpoint may leave out. ``renames``: regular expressions
+    of stored names and what stands for them in ``shapes``. ``unread``: a regular expression of tensors that may be
+    there and are not needed. ``tied``: an output layer that may be there though ``shapes`` has none, and the embedding
+    that it is tied to; where it differs from that, it is one of the weights.
 
     With ``load_format`` ``dummy`` no file is read: norms are one, everything else is floats drawn from ``seed``."""
     if load_format not in LOAD_FORMATS:
@@ -87,8 +89,14 @@ def open_weights(
         raise ParameterError(
             "load_format", load_format, f"{path} is a directory: auto, safetensors, pt or dummy"
         )
-    tensors = _with_prefix(_read(path, load_format), prefix)
+    tensors = _renamed(_read(path, load_format), prefix, renames, tied[0])
     schemes = schemes or {}
+    head, table = tied
+    if head in tensors and head not in shapes:
+        if not _same(tensors[head], tensors.setdefault(table, tensors[head])):
+            shapes = {**shapes, head: shapes[table]}
+        else:
+            del tensors[head]
     expected = _expected(shapes, schemes)
     missing = [name for name in expected if name not in tensors]
     if missing:
@@ -97,10 +105,8 @@ def open_weights(
             raise ModelError(f"{path}: its weights are stored as {stored}, which is not read")
         raise ModelError(f"{path}: tensors missing from the checkpoint: {listed(missing)}")
     unused = [name for name in tensors if name not in expected and not _COMPUTED.search(name)]
-    if computed:
-        unused = [name for name in unused if not re.search(computed, name)]
-    if tied[0] in unused and _same(tensors[tied[0]], tensors[tied[1]]):
-        unused.remove(tied[0])
+    if unread:
+        unused = [name for name in unused if not re.search(unread, name)]
     if unused:
         raise ModelError(f"{path}: tensors that the model has no use for: {listed(unused)}")
     for name, (shape, dtypes) in expected.items():
@@ -203,14 +209,20 @@ def _read_shards(path: Path, form: _Format) -> dict[str, HostTensor]:
             f"{path}: {len(missing)} of {len(files)} files missing that {form.index} names: {listed(missing)}"
         )
     tensors: dict[str, HostTensor] = {}
+    elsewhere: list[tuple[str, str, HostTensor]] = []
     for file in files:
-        shard = form.read(path / file)
-        for name in shard:
-            if weight_map.get(name) != file:
-                raise ModelError(
-                    f"{path / file}: tensor {name!r}: expected in {weight_map.get(name)} by {form.index}; found here"
-                )
-        tensors |= shard
+        for name, tensor in form.read(path / file).items():
+            if weight_map.get(name) == file:
+                tensors[name] = tensor
+            else:
+                elsewhere.append((file, name, tensor))
+    for file, name, tensor in elsewhere:
+        if name not in tensors:
+            raise ModelError(
+                f"{path / file}: tensor {name!r}: expected in {weight_map.get(name)} by {form.index}; found here"
+            )
+        if not _same(tensor, tensors[name]):
+            raise ModelError(f"{path / file}: tensor {name!r}: differs from the one in {weight_map[name]}")
     for name, file in weight_map.items():
         if name not in tensors:
             raise ModelError(f"{path / file}: tensor {name!r}: expected by {form.index}; found none")
@@ -229,16 +241,27 @@ def _weight_map(index: Path, suffix: str) -> dict[str, str]:
     return weight_map
 
 
-def _with_prefix(tensors: dict[str, HostTensor], prefix: str) -> dict[str, HostTensor]:
-    """The tensors under the names that they have in the whole model, though stored as the bare base model's."""
+def _renamed(
+    tensors: dict[str, HostTensor], prefix: str, renames: Sequence[tuple[str, str]], head: str
+) -> dict[str, HostTensor]:
+    """The tensors under the names that the model has for them. Without the first word of ``prefix`` anywhere, the
+    checkpoint leaves it out of all names but the output layer's."""
+
+    def rename(name: str) -> str:
+        for pattern, replacement in renames:
+            if re.search(pattern, name):
+                return re.sub(pattern, replacement, name)
+        return name
+
+    tensors = {rename(name): tensor for name, tensor in tensors.items()}
     outer = prefix[: prefix.find(".") + 1]
     if not outer or any(name.startswith(outer) for name in tensors):
         return tensors
-    return {outer + name: tensor for name, tensor in tensors.items()}
+    return {name if name == head else outer + name: tensor for name, tensor in tensors.items()}
 
 
 def _same(one: HostTensor, other: HostTensor) -> bool:
-    """Whether a tied head that was stored as well is the embedding indeed."""
+    """Whether two tensors are equal, bit by bit."""
     return one.shape == other.shape and one.dtype == other.dtype and np.array_equal(one.data, other.data)
 
 
