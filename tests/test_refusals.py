@@ -8,12 +8,16 @@ import re
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import TINY, write_checkpoint
+from paged import PagedModel
 
-from vllmlite import LLM
+from vllmlite import LLM, SamplingParams
 from vllmlite.backends.base import Memory
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import BackendError, ModelError, ParameterError
@@ -104,3 +108,33 @@ def test_a_context_that_does_not_fit(tmp_path: Path) -> None:
     needed, there = map(int, re.findall(r"(?:takes|the) (\d+)", str(raised.value)))
     assert needed * 4 == there * 7
     LLM(str(tmp_path), max_model_len=64, **options)
+
+
+def test_rotations_are_made_for_what_the_cache_holds(tmp_path: Path) -> None:
+    """Not for the million positions of a model whose cache holds a few: numbers are those of a table for all."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+    }
+    longrope: dict[str, Any] = {"rope_parameters": rope, "original_max_position_embeddings": 64}
+    for changes in ({}, longrope):
+        write_checkpoint(
+            tmp_path, "Phi3" if changes else "Llama", max_position_embeddings=1_024_000, **changes
+        )
+        tracemalloc.start()
+        llm = LLM(
+            str(tmp_path), skip_tokenizer_init=True, num_gpu_blocks_override=8, block_size=16, backend="torch"
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 32 << 20, peak
+        prompt = {"prompt_token_ids": list(range(5, 100))}
+        (output,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+        whole = load_model(TorchBackend("cpu"), tmp_path, max_model_len=1_024_000, block_size=16)
+        paged = PagedModel(whole, num_blocks=8, max_slots=1)
+        paged.admit(0)
+        ids = np.array([*prompt["prompt_token_ids"], *output.outputs[0].token_ids], np.int32)
+        expected = paged.logits([0], [ids])[0].argmax(-1)[94:-1]
+        assert list(output.outputs[0].token_ids) == expected.tolist()

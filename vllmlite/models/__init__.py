@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllmlite.backends.base import KV_DTYPES, Backend, Model
+from vllmlite.backends.base import KV_DTYPES, Backend, KVSpec, Model
 from vllmlite.config import QUANTIZATIONS
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.models.decoder import Decoder
@@ -56,16 +56,18 @@ def load_model(
     seed: int = 0,
     spec: DecoderSpec | None = None,
     packing: Packing | None = None,
+    num_positions: int | None = None,
 ) -> Decoder:
-    """The model of directory ``path`` on ``backend``, for sequences of up to ``max_model_len`` tokens.
+    """The model of directory ``path`` on ``backend``, for sequences of up to ``max_model_len`` tokens, of which the
+    first ``num_positions`` can be computed (default: all).
 
     ``kv_cache_dtype``: ``auto`` (the backend's) or one of ``KV_DTYPES``. ``load_format``: one of
     ``LOAD_FORMATS``: ``auto`` takes what is there; ``dummy`` needs only the configuration, and draws weights from
     ``seed``. ``spec``: what :func:`read_spec` returns, if it has been called. ``packing``: the form of weights;
     default: ``Packing(backend)``. ModelError, ParameterError or BackendError say what is wrong."""
-    if kv_cache_dtype not in ("auto", *KV_DTYPES):
-        raise ParameterError("kv_cache_dtype", kv_cache_dtype, ", ".join(("auto", *KV_DTYPES)))
     spec = spec or read_spec(path)
+    cache = kv_spec(spec, backend, block_size, kv_cache_dtype)
+    num_positions = max_model_len if num_positions is None else num_positions
     packing = packing or Packing(backend)
     if path.is_file() and load_format in ("auto", "gguf"):
         weights = ModelWeights(spec.tensors(), open_gguf(path, spec), packing)
@@ -78,30 +80,52 @@ def load_model(
             + (_what_fits(weights, free) if spec.quantization is None else "")
         )
     position = sum(4 * rope.rotary_dim for rope in {layer.rope for layer in spec.layers} if rope is not None)
-    if position * max_model_len > free:
+    if position * num_positions > free:
         raise ParameterError(
             "max_model_len",
             max_model_len,
-            f"its rotations take {position * max_model_len} bytes; {free} are free: lower it to {free // position}",
+            f"its rotations take {position * num_positions} bytes; {free} are free: lower it to {free // position}",
         )
     return Decoder(
         spec,
         backend,
         weights,
         max_model_len=max_model_len,
-        block_size=block_size,
-        kv_dtype=backend.dtype if kv_cache_dtype == "auto" else kv_cache_dtype,
+        num_positions=num_positions,
+        kv_spec=cache,
     )
 
 
+def kv_spec(spec: DecoderSpec, backend: Backend, block_size: int, kv_cache_dtype: str) -> KVSpec:
+    """The key/value cache of ``spec`` on ``backend``; ``kv_cache_dtype`` is :func:`load_model`'s. ParameterError if
+    that is not one."""
+    if kv_cache_dtype not in ("auto", *KV_DTYPES):
+        raise ParameterError("kv_cache_dtype", kv_cache_dtype, ", ".join(("auto", *KV_DTYPES)))
+    dtype = backend.dtype if kv_cache_dtype == "auto" else kv_cache_dtype
+    return KVSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, dtype)
+
+
 def load_planned(
-    plan: Plan, backend: Backend, path: Path, *, max_model_len: int, packing: Packing, **options: Any
+    plan: Plan,
+    backend: Backend,
+    path: Path,
+    *,
+    max_model_len: int,
+    packing: Packing,
+    num_positions: int | None = None,
+    **options: Any,
 ) -> Model:
     """The model of directory ``path`` in the implementation that ``plan`` says; the other arguments are
     :func:`load_model`'s."""
     if plan.implementation == "native":
         return load_model(
-            backend, path, max_model_len=max_model_len, spec=plan.spec, packing=packing, **options
+            backend,
+            path,
+            max_model_len=max_model_len,
+            spec=plan.spec,
+            packing=packing,
+            num_positions=num_positions,
+            **options,
         )
     if packing.quantization is not None:
         raise BackendError(

@@ -63,7 +63,8 @@ class _Layer:
 class Decoder:
     """A model on a backend: the runner's ``Model``.
 
-    ``weights`` holds what ``spec.tensors()`` names; positions run up to ``max_model_len``."""
+    ``weights`` holds what ``spec.tensors()`` names. The model is one for sequences of up to ``max_model_len`` tokens,
+    of which positions below ``num_positions`` can be used."""
 
     def __init__(
         self,
@@ -72,17 +73,17 @@ class Decoder:
         weights: ModelWeights,
         *,
         max_model_len: int,
-        block_size: int,
-        kv_dtype: str,
+        num_positions: int,
+        kv_spec: KVSpec,
     ) -> None:
         self.spec = spec
         self.backend = backend
         self.vocab_size = spec.vocab_size
-        self.kv_spec = KVSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, kv_dtype)
+        self.kv_spec = kv_spec
         self._scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
         self._alibi = backend.tensor(np.array(spec.alibi, np.float32)) if spec.alibi else None
         ropes = {
-            rope: Rope(backend.tensor(cos_sin(rope, max_model_len)), rope.rotary_dim)
+            rope: Rope(backend.tensor(cos_sin(rope, num_positions, max_model_len)), rope.rotary_dim)
             for rope in dict.fromkeys(layer.rope for layer in spec.layers)
             if rope is not None
         }

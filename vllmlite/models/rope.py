@@ -2,8 +2,8 @@
 
 The table's row for a position depends on that position alone, so numbers do not depend on how a prompt was cut into
 chunks or on what the prefix cache held. For ``dynamic`` that is a choice: position p is rotated with the base of a
-sequence of max(p + 1, original_max_position) tokens, as decoding token by token would. For ``longrope`` the table's
-length decides: an engine for more positions than the original ones uses the long factors for all.
+sequence of max(p + 1, original_max_position) tokens, as decoding token by token would. For ``longrope`` the
+longest sequence decides: an engine for more positions than the original ones uses the long factors for all.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 _CHUNK = 8192  # positions at a time: bounds the float64 temporaries
 
 
-def cos_sin(spec: RopeSpec, num_positions: int) -> NDArray[np.float32]:
-    """float32 ``[num_positions, rotary_dim]``: cosines in the first half, sines in the second, for positions from 0."""
+def cos_sin(spec: RopeSpec, num_positions: int, max_model_len: int) -> NDArray[np.float32]:
+    """float32 ``[num_positions, rotary_dim]``: cosines in the first half, sines in the second, for positions from 0,
+    in an engine for sequences of up to ``max_model_len`` tokens."""
     half = spec.rotary_dim // 2
     table = np.empty((num_positions, 2 * half), np.float32)
-    frequencies = None if spec.kind == "dynamic" else inverse_frequencies(spec, num_positions)
+    frequencies = None if spec.kind == "dynamic" else inverse_frequencies(spec, max_model_len)
     for start in range(0, num_positions, _CHUNK):
         positions = np.arange(start, min(start + _CHUNK, num_positions), dtype=np.float64)[:, None]
         angles = positions * (_dynamic(spec, positions) if frequencies is None else frequencies)
@@ -34,7 +35,7 @@ def cos_sin(spec: RopeSpec, num_positions: int) -> NDArray[np.float32]:
     return table
 
 
-def inverse_frequencies(spec: RopeSpec, num_positions: int) -> NDArray[np.float64]:
+def inverse_frequencies(spec: RopeSpec, max_model_len: int) -> NDArray[np.float64]:
     """Radians a position for each of the ``rotary_dim / 2`` pairs; not for ``dynamic``, where they vary."""
     plain = spec.theta ** -(np.arange(0, spec.rotary_dim, 2, dtype=np.float64) / spec.rotary_dim)
     if spec.kind == "linear":
@@ -44,7 +45,7 @@ def inverse_frequencies(spec: RopeSpec, num_positions: int) -> NDArray[np.float6
     if spec.kind == "llama3":
         return _llama3(spec, plain)
     if spec.kind == "longrope":  # Ding et al. 2024
-        long = num_positions > spec.original_max_position
+        long = max_model_len > spec.original_max_position
         return np.asarray(plain / np.array(spec.long_factors if long else spec.short_factors))
     return plain
 

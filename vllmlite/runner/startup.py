@@ -24,6 +24,7 @@ from vllmlite.weights.json_object import read_object
 
 if TYPE_CHECKING:
     from vllmlite.engine_client import EngineClient
+    from vllmlite.models.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -99,19 +100,21 @@ def start(config: EngineConfig) -> Started[Engine]:
         stored = TILES[plan.quantization] if plan.quantization else None
         choice += f"; {plan.quantization or plan.dtype} weights {packing.treatment(stored)}"
     longest = config.max_model_len or plan.max_position_embeddings
+    num_positions = _most_positions(config, backend, plan, longest)
     model = load_planned(
         plan,
         backend,
         path,
         max_model_len=longest,
+        num_positions=num_positions,
         block_size=config.block_size,
         kv_cache_dtype=config.kv_cache_dtype,
         load_format=config.load_format,
         seed=config.seed,
         packing=packing,
     )
-    num_blocks = _num_blocks(config, backend, model, longest)
-    capacity = num_blocks * config.block_size
+    num_blocks = _num_blocks(config, backend, model, num_positions)
+    capacity = min(num_blocks * config.block_size, num_positions)
     if longest > capacity:
         if config.max_model_len is not None:
             block_bytes = backend.kv_bytes_per_block(model.kv_spec)
@@ -230,6 +233,24 @@ def _mixed_tokens(config: EngineConfig, batched: int) -> int:
             "max_mixed_prefill_tokens", mixed, f"must be at most the {batched} of a whole step"
         )
     return mixed or batched
+
+
+def _most_positions(config: EngineConfig, backend: Backend, plan: Plan, longest: int) -> int:
+    """Tokens of the longest sequence that the key/value cache can hold, before the weights take their memory: no
+    rotations are made for more positions."""
+    from vllmlite.models import kv_spec
+
+    if plan.spec is None:  # transformers' models compute them as they go
+        return longest
+    cache = kv_spec(plan.spec, backend, config.block_size, config.kv_cache_dtype)
+    if config.num_gpu_blocks_override is not None:
+        num_blocks = config.num_gpu_blocks_override
+    else:
+        memory = backend.memory()
+        most = CPU_KV_BYTES if backend.device == "cpu" else memory.total
+        room = config.kv_cache_memory_bytes or min(most, int(memory.total * config.gpu_memory_utilization))
+        num_blocks = room // backend.kv_bytes_per_block(cache)
+    return min(longest, max(num_blocks, 1) * config.block_size)
 
 
 def _num_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_len: int) -> int:
