@@ -215,3 +215,52 @@ def test_tokens_templates_vectors_and_names(service: Service) -> None:
             assert (await client.get(path)).json() == (await client.get(other)).json()
 
     ask(service, work)
+
+
+def test_several_prompts_are_answered_with_a_list(service: Service) -> None:
+    ids = service.tokenizer.encode(PROMPT)
+    one = post(service, "/completion", **GREEDY)
+    other = post(service, "/completion", **{**GREEDY, "prompt": "A package"})
+    for form in (PROMPT, ids, [PROMPT], [ids], {"prompt_string": PROMPT}, [{"prompt_string": PROMPT}]):
+        answer = post(service, "/completion", **{**GREEDY, "prompt": form})
+        check(llamacpp.LlamaAnswer, answer)
+        assert answer["content"] == one["content"], form
+    head, tail = service.tokenizer.decode(ids[:2], skip_special_tokens=False), ids[2:]
+    mixed = [head, *tail]
+    assert post(service, "/completion", **{**GREEDY, "prompt": mixed})["content"] == one["content"]
+    several = [PROMPT, ids, mixed, {"prompt_string": "A package"}]
+    answers = post(service, "/completion", **{**GREEDY, "prompt": several})
+    assert [answer["index"] for answer in answers] == [0, 1, 2, 3]
+    assert [answer["content"] for answer in answers] == [*[one["content"]] * 3, other["content"]]
+    for answer in answers:
+        check(llamacpp.LlamaAnswer, answer)
+        assert answer["tokens_predicted"] == answer["timings"]["predicted_n"] == 6
+        assert answer["tokens_evaluated"] in (one["tokens_evaluated"], other["tokens_evaluated"])
+    pieces = [data for _, data in stream(service, "/completion", **{**GREEDY, "prompt": several})]
+    for index, answer in enumerate(answers):
+        mine = [piece for piece in pieces if piece["index"] == index]
+        assert "".join(piece["content"] for piece in mine) == answer["content"]
+        assert [piece["stop"] for piece in mine] == [False] * (len(mine) - 1) + [True]
+    vectors = post(service, "/embedding", content=[PROMPT, mixed])
+    assert vectors[0]["embedding"][0] == pytest.approx(vectors[1]["embedding"][0], abs=1e-5)
+    malformed: list[Any] = [[], [[]], [None], {}, {"prompt_string": 5}, [True], [["a", "b"]], [PROMPT, 1.5]]
+    for wrong in malformed:
+        assert post(service, "/completion", 400, prompt=wrong)["error"]["param"].startswith("prompt"), wrong
+    image = {"prompt_string": "x", "multimodal_data": ["aGk="]}
+    assert "only text" in post(service, "/completion", 400, prompt=image)["error"]["message"]
+    assert service._unfinished == 0
+
+
+def test_speeds_count_the_time_between_tokens(service: Service) -> None:
+    timings = post(service, "/completion", **GREEDY)["timings"]
+    assert timings["predicted_n"] == 6
+    assert timings["predicted_per_token_ms"] == pytest.approx(timings["predicted_ms"] / 5)
+    assert timings["predicted_per_second"] == pytest.approx(5000 / timings["predicted_ms"])
+    single = post(service, "/completion", **{**GREEDY, "n_predict": 1})["timings"]
+    assert (single["predicted_n"], single["predicted_per_second"], single["predicted_per_token_ms"]) == (
+        1,
+        0,
+        0,
+    )
+    none = post(service, "/completion", **{**GREEDY, "n_predict": 0})
+    assert none["tokens_predicted"] == none["timings"]["predicted_n"] == 0

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from vllmlite import __version__
 from vllmlite.chat.sources import TOOL_USE
 from vllmlite.errors import ParameterError
-from vllmlite.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllmlite.server import logprobs
@@ -20,6 +20,7 @@ from vllmlite.server.documented import documented
 from vllmlite.server.errors import renamed
 from vllmlite.server.infill import infill_ids
 from vllmlite.server.line_limits import LineLimits
+from vllmlite.server.llamacpp_prompts import encode_prompts
 from vllmlite.server.protocol.chat import ChatPrompt
 from vllmlite.server.protocol.llamacpp import (
     AppliedTemplate,
@@ -52,17 +53,15 @@ RANDOM_SEEDS = (-1, 2**32 - 1)
 _MISSING = object()
 
 
-@router.post("/completion", responses=documented(LlamaAnswer, streams=True, error=LlamaError))
-@router.post(
-    "/completions", responses=documented(LlamaAnswer, streams=True, error=LlamaError), include_in_schema=False
-)
+COMPLETED = documented(LlamaAnswer | list[LlamaAnswer], streams=True, error=LlamaError)
+
+
+@router.post("/completion", responses=COMPLETED)
+@router.post("/completions", responses=COMPLETED, include_in_schema=False)
 async def complete(body: LlamaCompletionRequest, request: Request) -> Response:
-    """Complete one prompt."""
+    """Complete a prompt, or several: a list of them is answered with a list."""
     service: Service = request.app.state.service
-    prompts = await service.encode_all(body.prompt)
-    if len(prompts) > 1:
-        raise ParameterError("prompt", len(prompts), "must be one prompt")
-    return await _answer(service, body, prompts[0], request)
+    return await _answer(service, body, await encode_prompts(service, body.prompt), request)
 
 
 @router.post("/infill", responses=documented(LlamaAnswer, streams=True, error=LlamaError))
@@ -72,7 +71,7 @@ async def infill(body: InfillRequest, request: Request) -> Response:
     texts = body.input_prefix, body.input_suffix, body.prompt
     length = sum(map(len, texts)) + sum(len(file.filename) + len(file.text) for file in body.input_extra)
     ids = await service.tokenised(length, infill_ids, service.tokenizer, *texts, body.input_extra)
-    return await _answer(service, body, await service.encode(ids), request)
+    return await _answer(service, body, [await service.encode(ids)], request)
 
 
 @router.post("/embedding", responses=documented(list[LlamaEmbedding], error=LlamaError))
@@ -82,7 +81,7 @@ async def embed(body: LlamaEmbeddingRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     service.check(body, request)
     with renamed(prompt="content", prompt_token_ids="content"):
-        prompts = await service.encode_all(body.content)
+        prompts = await encode_prompts(service, body.content)
         generation = await service.generate("embd-", prompts, PoolingParams(), arrival_time=arrival)
     outputs = await generation.finished(request.receive)
     answer: list[LlamaEmbedding] = [
@@ -125,13 +124,15 @@ async def props(request: Request) -> Response:
     return JSON(answer)
 
 
-async def _answer(service: Service, body: LlamaRequest, prompt: dict[str, Any], request: Request) -> Response:
+async def _answer(
+    service: Service, body: LlamaRequest, prompts: list[dict[str, Any]], request: Request
+) -> Response:
     arrival = time.monotonic()
     service.check(body, request)
     with renamed(repetition_penalty="repeat_penalty", logprobs="n_probs", max_tokens="n_predict"):
         params = _params(body, service.default_params)
         generation = await service.generate(
-            "cmpl-", [prompt], params, request_id=request_id(None, request), arrival_time=arrival
+            "cmpl-", prompts, params, request_id=request_id(None, request), arrival_time=arrival
         )
     answer = _Answer(service, body, params, generation)
     if body.stream:
@@ -201,78 +202,105 @@ def _settings(params: SamplingParams, samplers: Sequence[str] | None) -> dict[st
 
 
 class _Answer:
-    """One answer, whole or as it comes."""
+    """The answers to the prompts of one request, whole or as they come."""
 
     def __init__(
         self, service: Service, body: LlamaRequest, params: SamplingParams, generation: Generation
     ) -> None:
+        self._generation = generation
+        self._sequences = [
+            _Sequence(service, body, params, index) for index in range(len(generation.prompts))
+        ]
+
+    async def whole(self) -> Any:
+        """The answer to the prompt, or the list of the answers to several."""
+        pieces: dict[int, list[LlamaAnswer]] = {}
+        async for index, piece in self._pieces():
+            pieces.setdefault(index, []).append(piece)
+        answers = [sequence.joined(pieces[index]) for index, sequence in enumerate(self._sequences)]
+        return answers[0] if len(answers) == 1 else answers
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Every piece as an event; ``index`` says which prompt it answers."""
+        async for index, piece in self._pieces():
+            yield event(self._sequences[index].selected(piece) if piece["stop"] else piece)
+
+    async def _pieces(self) -> AsyncGenerator[tuple[int, LlamaAnswer], None]:
+        """Each piece, with the index of its prompt."""
+        while not all(sequence.ended for sequence in self._sequences):
+            batch = await self._generation.take()
+            if not batch:
+                return
+            for index, output in batch:
+                for piece in self._sequences[index].take(output):
+                    yield index, piece
+
+
+class _Sequence:
+    """The answer to one prompt, in pieces."""
+
+    def __init__(self, service: Service, body: LlamaRequest, params: SamplingParams, index: int) -> None:
+        self.ended = False
         self._service = service
         self._body = body
         self._params = params
-        self._generation = generation
+        self._index = index
         self._limits = LineLimits(body.n_indent, max(body.t_max_predict_ms, 0) / 1000)
+        self._num_tokens = 0
         self._tokens: list[int] = []
         """Those that no piece has had yet."""
 
-    async def whole(self) -> dict[str, Any]:
-        """The pieces as one."""
-        content = ""
-        tokens: list[int] = []
-        probabilities: list[dict[str, Any]] = []
-        piece: LlamaAnswer = {}
-        async for piece in self._pieces():
-            content += piece["content"]
-            tokens += piece["tokens"]
-            probabilities += piece.get("completion_probabilities", ())
+    def take(self, output: RequestOutput) -> list[LlamaAnswer]:
+        """What is new, and at the end what there is to say of the whole."""
+        if self.ended:
+            return []
+        (completion,) = output.outputs
+        text, by_lines = self._limits.take(completion.text)
+        found: list[LlamaAnswer] = []
+        if self._body.n_predict != 0:  # the token that was computed anyway is not part of the answer
+            self._num_tokens += len(completion.token_ids)
+            self._tokens += completion.token_ids
+            if text or completion.logprobs or self._body.return_tokens:
+                found.append(self._piece(output, text, completion))
+        if by_lines or completion.finish_reason is not None:
+            self.ended = True
+            found.append(self._end(output, completion, by_lines))
+        return found
+
+    def joined(self, pieces: Sequence[LlamaAnswer]) -> dict[str, Any]:
+        """All ``pieces`` as one."""
+        tokens = [token for piece in pieces for token in piece["tokens"]]
         whole: LlamaAnswer = {
-            **piece,
-            "content": content,
+            **pieces[-1],
+            "content": "".join(piece["content"] for piece in pieces),
             "tokens": tokens if self._body.return_tokens else [],
         }
         if self._body.n_probs:
-            whole["completion_probabilities"] = probabilities
-        return self._selected(whole)
-
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Every piece as an event."""
-        async for piece in self._pieces():
-            yield event(self._selected(piece) if piece["stop"] else piece)
-
-    async def _pieces(self) -> AsyncGenerator[LlamaAnswer, None]:
-        """What is new, and at the end what there is to say of the whole."""
-        while batch := await self._generation.take():
-            for _, output in batch:
-                (completion,) = output.outputs
-                text, ended = self._limits.take(completion.text)
-                if self._body.n_predict != 0:  # the token that was computed anyway is not part of the answer
-                    self._tokens += completion.token_ids
-                    if text or completion.logprobs or self._body.return_tokens:
-                        yield self._piece(output, text, completion)
-                if ended or completion.finish_reason is not None:
-                    yield self._end(output, completion, ended)
-                    return
+            whole["completion_probabilities"] = [
+                entry for piece in pieces for entry in piece.get("completion_probabilities", ())
+            ]
+        return self.selected(whole)
 
     def _piece(self, output: RequestOutput, text: str, completion: CompletionOutput) -> LlamaAnswer:
-        answer = self._begin(text, stop=False)
+        answer = self._begin(output, text, stop=False)
         if completion.logprobs:
             answer["completion_probabilities"] = logprobs.for_llamacpp(
                 completion.logprobs, completion.token_ids, self._body.n_probs, self._service.tokenizer
             )
         if self._body.timings_per_token:
-            answer["timings"] = self._timings(output.metrics)
+            answer["timings"] = self._timings(output)
         return answer
 
-    def _begin(self, text: str, stop: bool) -> LlamaAnswer:
-        usage, tokens = self._generation.usage(), self._tokens
-        self._tokens = []
+    def _begin(self, output: RequestOutput, text: str, stop: bool) -> LlamaAnswer:
+        tokens, self._tokens = self._tokens, []
         return {
-            "index": 0,
+            "index": self._index,
             "content": text,
             "tokens": tokens,
             "stop": stop,
             "id_slot": -1,
-            "tokens_predicted": usage["completion_tokens"],
-            "tokens_evaluated": usage["prompt_tokens"],
+            "tokens_predicted": self._num_tokens,
+            "tokens_evaluated": len(output.prompt_token_ids),
         }
 
     def _end(self, output: RequestOutput, completion: CompletionOutput, by_lines: bool) -> LlamaAnswer:
@@ -282,19 +310,19 @@ class _Answer:
         if prompt is None:
             prompt = self._service.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
         return {
-            **self._begin("", stop=True),
+            **self._begin(output, "", stop=True),
             "model": self._service.model,
             "prompt": prompt,
-            "tokens_cached": self._generation.usage()["prompt_tokens_details"]["cached_tokens"],
+            "tokens_cached": output.num_cached_tokens,
             "truncated": False,
             "has_new_line": self._limits.has_line,
             "stop_type": "limit" if by_lines else kind,  # type: ignore[typeddict-item]
             "stopping_word": word if isinstance(word, str) else "",
             "generation_settings": _settings(self._params, self._body.samplers),
-            "timings": self._timings(output.metrics),
+            "timings": self._timings(output),
         }
 
-    def _selected(self, answer: LlamaAnswer) -> dict[str, Any]:
+    def selected(self, answer: LlamaAnswer) -> dict[str, Any]:
         """What ``response_fields`` ask for, under the names that they have there."""
         if not self._body.response_fields:
             return dict(answer)
@@ -307,10 +335,11 @@ class _Answer:
                 found[path] = value
         return found
 
-    def _timings(self, metrics: RequestMetrics | None) -> LlamaTimings:
-        usage = self._generation.usage()
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
-        prompt, predicted = usage["prompt_tokens"] - cached, usage["completion_tokens"]
+    def _timings(self, output: RequestOutput) -> LlamaTimings:
+        """Times of the prompt, and of the tokens after the first: n tokens have n - 1 intervals between them."""
+        metrics, cached = output.metrics, output.num_cached_tokens
+        prompt, predicted = len(output.prompt_token_ids) - cached, self._num_tokens
+        intervals = max(predicted - 1, 0)
         prompt_ms = predicted_ms = 0.0
         if metrics is not None and metrics.first_token_time and metrics.last_token_time:
             begun = metrics.first_scheduled_time or metrics.arrival_time
@@ -324,6 +353,6 @@ class _Answer:
             "prompt_per_second": prompt / prompt_ms * 1000 if prompt_ms else 0.0,
             "predicted_n": predicted,
             "predicted_ms": predicted_ms,
-            "predicted_per_token_ms": predicted_ms / predicted if predicted else 0.0,
-            "predicted_per_second": predicted / predicted_ms * 1000 if predicted_ms else 0.0,
+            "predicted_per_token_ms": predicted_ms / intervals if intervals else 0.0,
+            "predicted_per_second": intervals / predicted_ms * 1000 if predicted_ms else 0.0,
         }

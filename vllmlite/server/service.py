@@ -280,6 +280,11 @@ class Service:
                 headers={"retry-after": "10"},
             ) from None
 
+    def check_num_prompts(self, count: int) -> None:
+        """Raise :class:`ParameterError` if one request has too many prompts."""
+        if count > self.config.max_prompts:
+            raise ParameterError("prompt", count, f"must be at most {self.config.max_prompts} prompts")
+
     async def encode_all(
         self, prompts: Any, add_special_tokens: bool = True, truncation: Truncation | None = None
     ) -> list[dict[str, Any]]:
@@ -288,8 +293,7 @@ class Service:
             prompts = [prompts]
         if not isinstance(prompts, list) or not prompts:
             raise ParameterError("prompt", prompts, "must be text, token ids, or a list with some of either")
-        if len(prompts) > self.config.max_prompts:
-            raise ParameterError("prompt", len(prompts), f"must be at most {self.config.max_prompts} prompts")
+        self.check_num_prompts(len(prompts))
         encoded = []
         for index, prompt in enumerate(prompts):
             if index:
