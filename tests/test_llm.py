@@ -308,7 +308,18 @@ def test_generation_config_gives_the_defaults(llm: LLM) -> None:
     assert make(generation_config="vllm").get_default_sampling_params() == SamplingParams()
     over = make(generation_config="vllm", override_generation_config={"top_k": 5, "max_new_tokens": 9})
     assert over.get_default_sampling_params() == SamplingParams(top_k=5, max_tokens=9)
+    for changes, temperature in (
+        ({"temperature": 0.8}, 0.8),  # over the file's do_sample: false
+        ({"top_k": 5}, 0.0),
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": True, "temperature": 0.5}, 0.5),
+        ({"do_sample": False}, 0.0),
+        ({"do_sample": False, "temperature": 0}, 0.0),
+    ):
+        sampled = make(override_generation_config=changes).get_default_sampling_params()
+        assert (sampled.temperature, sampled.max_tokens) == (temperature, 256), changes
     for override, field in (
+        ({"do_sample": False, "temperature": 0.8}, "override_generation_config.temperature"),
         ({"top_p": 5}, "override_generation_config.top_p"),
         ({"stop": "x"}, "override_generation_config"),
     ):

@@ -339,9 +339,16 @@ def _default_params(config: EngineConfig, generation: dict[str, Any]) -> Samplin
         raise ParameterError(
             "override_generation_config", name, f"may hold {', '.join(names)}, do_sample and max_new_tokens"
         )
-    generation = {**({} if config.generation_config == "vllm" else generation), **override}
+    if override.get("do_sample") is False and override.get("temperature"):
+        raise ParameterError(
+            "override_generation_config.temperature", override["temperature"], "contradicts do_sample: false"
+        )
+    generation = {} if config.generation_config == "vllm" else generation
+    if generation.get("do_sample") is False and override.get("do_sample") is None:
+        generation = {**generation, "temperature": 0.0}
+    generation = {**generation, **override}
     given = {name: generation[name] for name in names if generation.get(name) is not None}
-    if generation.get("do_sample") is False:
+    if override.get("do_sample") is False:
         given["temperature"] = 0.0
     if generation.get("max_new_tokens") is not None:
         given["max_tokens"] = generation["max_new_tokens"]
