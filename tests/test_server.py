@@ -261,7 +261,7 @@ def test_tokens(service: Service) -> None:
     answer = post(service, "/tokenize", prompt=PROMPT, return_token_strs=True)
     check(operations.Tokenized, answer)
     assert answer["tokens"] == service.tokenizer.encode(PROMPT) and answer["max_model_len"] == 256
-    assert "".join(answer["token_strs"]) == PROMPT
+    assert "".join(answer["token_strs"]).replace("Ġ", " ") == PROMPT
     assert post(service, "/detokenize", tokens=answer["tokens"]) == {"prompt": PROMPT, "content": PROMPT}
     chat = post(service, "/tokenize", messages=MESSAGES)
     assert chat["tokens"] == service.tokenizer.encode(service.tokenizer.apply_chat_template(MESSAGES), False)
@@ -275,7 +275,7 @@ def test_models_and_operations(service: Service) -> None:
     assert get(service, "/version").json() == {"version": __version__}
     for path in ("/health", "/ping"):
         assert get(service, path).json() == {"status": "ok", "failed_steps": 0, "last_error": None}
-    assert get(service, "/load").json() == {"server_load": 1}  # this one
+    assert get(service, "/load").json() == {"server_load": 0}
     assert get(service, "/v1/models/other").status_code == 404
 
 

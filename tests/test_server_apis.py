@@ -382,7 +382,7 @@ def test_llamacpps_completion(service: Service) -> None:
         ("mirostat", 2),
         ("logit_bias", [["x", 1]]),
         ("n_predict", -2),
-        ("prompt", ["a", "b"]),
+        ("prompt", ["a", None]),
     ):
         assert post(service, "/completion", 400, **{**body, field: value})["error"]["param"] == field
     assert post(service, "/completion", **body, mirostat=0, cache_prompt=True, samplers=[])["content"]

@@ -60,6 +60,7 @@ class RequestMetrics:
     last_token_time: float | None = None
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
+    num_preemptions: int = 0
 
     def count_token(self, now: float) -> None:
         """Another token has come."""

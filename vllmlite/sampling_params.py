@@ -219,11 +219,6 @@ class SamplingParams:
             self.thinking_token_budget = None
         if self.thinking_token_budget is not None:
             _at_least("thinking_token_budget", self.thinking_token_budget, 0)
-        if self.temperature == 0.0 and self.n > 1:
-            raise ParameterError(
-                "n", self.n, "must be 1 with temperature 0: greedy completions are all the same"
-            )
-
         if self.structured_outputs is not None:
             self._check_structure(self.structured_outputs)
 

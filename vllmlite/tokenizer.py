@@ -136,6 +136,10 @@ class Tokenizer:
             if not 0 <= token_id < 2**31:
                 raise ParameterError("tokens", token_id, "must be token ids: whole numbers from 0")
 
+    def token_string(self, token_id: int) -> str:
+        """The vocabulary's string of a token, such as ``Ġdpkg`` or ``▁dpkg``; empty if there is none."""
+        return self._fast.id_to_token(token_id) or ""
+
     def token_text(self, token_id: int) -> str:
         """Text of one token in the middle of a text, special tokens included; a part of a character is U+FFFD."""
         if self.is_byte_level:

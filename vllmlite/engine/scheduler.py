@@ -290,6 +290,7 @@ class Scheduler:
         self._vacate(request)
         request.status = Status.WAITING
         self.num_preemptions += 1
+        request.metrics.num_preemptions += 1
         self.num_waiting += 1
         heapq.heappush(self._waiting, (request.key, request))
         return request

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -23,7 +24,7 @@ from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.server import chat, completions, embeddings, llamacpp, messages, operations, responses
 from vllmlite.server.errors import ApiError, as_api_error
 from vllmlite.server.metrics import StatsLog
-from vllmlite.server.middleware import Count, LimitBody, RequireKey, error_response
+from vllmlite.server.middleware import Count, LimitBody, RequireKey, RootPath, error_response
 from vllmlite.server.page import page_route
 from vllmlite.server.profiler import Profiler
 from vllmlite.server.protocol.base import FUNCTION_TAG, OTHER_TAG
@@ -74,7 +75,11 @@ def build_app(service: Service, keys: tuple[str, ...] = ()) -> FastAPI:
             allow_methods=config.allowed_methods,
             allow_headers=config.allowed_headers,
         )
-    app.add_middleware(Count, service=service, name_them=config.enable_request_id_headers)
+    app.add_middleware(
+        Count, service=service, paths=_computing_paths(), name_them=config.enable_request_id_headers
+    )
+    if config.root_path:
+        app.add_middleware(RootPath, root_path=config.root_path)
     for kind, handler in {
         RequestValidationError: _tell_validation,
         HTTPException: _tell_http,
@@ -86,6 +91,14 @@ def build_app(service: Service, keys: tuple[str, ...] = ()) -> FastAPI:
     }.items():
         app.add_exception_handler(kind, handler)
     return app
+
+
+def _computing_paths() -> frozenset[str]:
+    """The paths of endpoints other than :mod:`.operations`."""
+    routes = [
+        route for endpoints in ENDPOINTS if endpoints is not operations for route in endpoints.router.routes
+    ]
+    return frozenset(route.path for route in routes if isinstance(route, APIRoute))
 
 
 @asynccontextmanager

@@ -30,6 +30,7 @@ from vllmlite.server.protocol.chat import (
     FunctionCall,
 )
 from vllmlite.server.protocol.logprobs import ChatLogprobs
+from vllmlite.server.protocol.sampling import stream_usage
 from vllmlite.server.reading import Reader, Reading, begin, reads_marks
 from vllmlite.server.samplers import turned_off
 from vllmlite.server.service import Generation, Service, request_id
@@ -85,8 +86,6 @@ def _params(body: ChatCompletionRequest, service: Service, tools: ToolUse) -> Sa
     if body.top_logprobs and not body.logprobs:
         raise ParameterError("top_logprobs", body.top_logprobs, "goes with logprobs=true")
     if body.logprobs:
-        if body.top_logprobs is not None and body.top_logprobs < 0:
-            raise ParameterError("top_logprobs", body.top_logprobs, "must be at least 0")
         changes["logprobs"] = body.top_logprobs or 0
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     changes["max_tokens"] = service.chat_limit(limit)
@@ -118,42 +117,45 @@ class _Answer:
         self._begin = text_of(echoed) or ""
 
     def whole(self, output: RequestOutput) -> ChatCompletion:
-        answer: ChatCompletion = {
+        return {
             "id": self._generation.id,
             "object": "chat.completion",
             "created": self._generation.created,
             "model": self._service.model,
             "choices": [self._choice(completion) for completion in output.outputs],
             "usage": self._usage(),
+            "service_tier": None,
+            "system_fingerprint": None,
+            "prompt_logprobs": logprobs.for_prompt(output.prompt_logprobs),
+            "prompt_token_ids": output.prompt_token_ids if self._body.return_token_ids else None,
+            "kv_transfer_params": None,
         }
-        if self._body.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = logprobs.for_prompt(output.prompt_logprobs)
-        if self._body.return_token_ids:
-            answer["prompt_token_ids"] = output.prompt_token_ids
-        return answer
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        options = self._body.stream_options
-        usage = self._service.config.enable_force_include_usage or bool(options and options.include_usage)
-        continuous = bool(options and options.continuous_usage_stats)
+        forced = self._service.config.enable_force_include_usage
+        usage, continuous = stream_usage(self._body.stream_options, forced)
         begun: set[int] = set()
         frame = self._frame([])
-        chunks = Chunks({**frame, "usage": None} if usage and not continuous else frame)
+        if usage and not continuous:
+            frame["usage"] = None
+        chunks = Chunks(frame)
         while batch := await self._generation.take():
             choices: list[ChatChunkChoice] = []
-            counted: ChatChunk = {**frame, "usage": self._generation.usage()} if continuous else frame
             pieces: list[bytes] = []
-            for output, completion in ((out, c) for _, out in batch for c in out.outputs):
+            outputs = [(output, completion) for _, output in batch for completion in output.outputs]
+            for output, completion in outputs:
                 if completion.index not in begun:
                     begun.add(completion.index)
-                    first = _delta(completion.index, {"role": self._role, "content": self._begin})
+                    first: ChatChunk = {**frame, "choices": [self._opening(completion.index)]}
+                    if continuous:
+                        new = sum(len(later.token_ids) for _, later in outputs)
+                        first["usage"] = self._generation.usage(without=new)
                     if self._body.return_token_ids:
-                        ids = output.prompt_token_ids
-                        pieces.append(event({**counted, "choices": [first], "prompt_token_ids": ids}))
-                    else:
-                        choices.append(first)
+                        first["prompt_token_ids"] = output.prompt_token_ids
+                    pieces.append(event(first))
                 choices += self._chunk_choices(completion)
             if continuous:
+                counted: ChatChunk = {**frame, "usage": self._generation.usage()}
                 pieces += [event({**counted, "choices": [choice]}) for choice in choices]
             else:
                 pieces += [chunks.event(choice) for choice in choices]
@@ -161,6 +163,10 @@ class _Answer:
                 yield b"".join(pieces)
         last = event({**frame, "usage": self._usage()}) if usage else b""
         yield last + DONE
+
+    def _opening(self, index: int) -> ChatChunkChoice:
+        """The beginning of an answer, before any of its tokens."""
+        return _delta(index, {"role": self._role, "content": self._begin})
 
     def _usage(self) -> Usage:
         """Tokens of the whole."""
@@ -183,9 +189,14 @@ class _Answer:
         reader = self._readers[completion.index]
         reading = Reading.of(reader.read(completion))
         content = self._begin + reading.content
-        message: ChatMessage = {"role": self._role, "content": content}
-        if reading.reasoning and self._shows_reasoning:
-            message["reasoning"] = message["reasoning_content"] = reading.reasoning
+        reasoning = reading.reasoning if reading.reasoning and self._shows_reasoning else None
+        message: ChatMessage = {
+            "role": self._role,
+            "content": content,
+            "reasoning": reasoning,
+            "reasoning_content": reasoning,
+            "refusal": None,
+        }
         if reading.calls:
             message["content"] = content or None
             message["tool_calls"] = [
@@ -196,16 +207,14 @@ class _Answer:
                 }
                 for begun, arguments in reading.calls
             ]
-        choice: ChatChoice = {
+        return {
             "index": completion.index,
             "message": message,
             "logprobs": self._logprobs(completion),
             "finish_reason": reader.finish_reason(completion.finish_reason),
             "stop_reason": completion.stop_reason,
+            "token_ids": completion.token_ids if self._body.return_token_ids else None,
         }
-        if self._body.return_token_ids:
-            choice["token_ids"] = completion.token_ids
-        return choice
 
     def _chunk_choices(self, completion: CompletionOutput) -> list[ChatChunkChoice]:
         """What is new, a part a chunk; none of half a character, or the beginning of what may be a stop string."""

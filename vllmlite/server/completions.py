@@ -14,6 +14,7 @@ from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.server import logprobs
 from vllmlite.server.documented import documented
+from vllmlite.server.protocol.base import Usage
 from vllmlite.server.protocol.completions import (
     Completion,
     CompletionChoice,
@@ -21,7 +22,7 @@ from vllmlite.server.protocol.completions import (
     Generated,
     GenerateRequest,
 )
-from vllmlite.server.protocol.sampling import token_limit
+from vllmlite.server.protocol.sampling import stream_usage, token_limit
 from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import DONE, JSON, LINES, Chunks, Stream, error_line, event, to_json
 
@@ -75,15 +76,18 @@ class _Answer:
             for prompt, output in enumerate(outputs)
             for completion in output.outputs
         ]
-        if self._scored:  # the one token that was generated is not part of the answer
-            for choice in choices:
-                choice["finish_reason"] = "length"
-        return {**self._frame(choices), "usage": self._generation.usage()}
+        nulls: dict[str, Any] = dict.fromkeys(("token_ids", "prompt_token_ids", "prompt_logprobs"))
+        return {
+            **self._frame([{**nulls, **choice} for choice in choices]),  # type: ignore[typeddict-item]
+            "usage": self._usage(),
+            "service_tier": None,
+            "system_fingerprint": None,
+            "kv_transfer_params": None,
+        }
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        options = self._body.stream_options
-        usage = self._service.config.enable_force_include_usage or bool(options and options.include_usage)
-        continuous = bool(options and options.continuous_usage_stats)
+        forced = self._service.config.enable_force_include_usage
+        usage, continuous = stream_usage(self._body.stream_options, forced)
         frame = self._frame([])
         chunks = Chunks({**frame, "usage": None} if usage and not continuous else frame)
         while batch := await self._generation.take():
@@ -99,14 +103,21 @@ class _Answer:
                         continue  # half a character, or the beginning of what may be a stop string
                     choice = self._choice(prompt, output, completion)
                     if continuous:
-                        chunk: Completion = {**frame, "choices": [choice], "usage": self._generation.usage()}
+                        chunk: Completion = {**frame, "choices": [choice], "usage": self._usage()}
                         pieces.append(event(chunk))
                     else:
                         pieces.append(chunks.event(choice))
             if pieces:
                 yield b"".join(pieces)
-        last = event({**frame, "usage": self._generation.usage()}) if usage else b""
+        last = event({**frame, "usage": self._usage()}) if usage else b""
         yield last + DONE
+
+    def _usage(self) -> Usage:
+        """Tokens so far; a prompt that is scored has one token generated that is not part of the answer."""
+        usage = self._generation.usage()
+        if self._scored:
+            usage["completion_tokens"], usage["total_tokens"] = 0, usage["prompt_tokens"]
+        return usage
 
     def _frame(self, choices: list[CompletionChoice]) -> Completion:
         return {
@@ -122,8 +133,11 @@ class _Answer:
         first, tokenizer = index not in self._begun, self._service.tokenizer
         text, token_ids, entries = completion.text, completion.token_ids, completion.logprobs
         offsets = completion.text_offsets or [0] * len(token_ids)
+        finish_reason, stop_reason = completion.finish_reason, completion.stop_reason
         if self._scored:
             text, token_ids, entries, offsets = "", [], entries and [], []
+            finish_reason, stop_reason = finish_reason and "length", None
+        generated = token_ids
         if body.echo and first:
             before = output.prompt
             if before is None or body.truncate_prompt_tokens is not None:
@@ -141,11 +155,11 @@ class _Answer:
             "logprobs": None
             if entries is None or body.logprobs is None
             else logprobs.for_completion(entries, token_ids, offsets, body.logprobs, self._ids, tokenizer),
-            "finish_reason": completion.finish_reason,
-            "stop_reason": completion.stop_reason,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
         }
         if body.return_token_ids:
-            choice["token_ids"] = completion.token_ids
+            choice["token_ids"] = generated
             if first:
                 choice["prompt_token_ids"] = output.prompt_token_ids
         if body.prompt_logprobs is not None:

@@ -76,7 +76,9 @@ class ServerConfig:
     return_tokens_as_token_ids: bool = option(
         False, "name tokens token_id:N in log-probabilities, for text that JSON cannot hold", group="server"
     )
-    enable_force_include_usage: bool = option(False, "end every stream with its usage", group="server")
+    enable_force_include_usage: bool = option(
+        False, "tell the usage in every chunk of every stream", group="server"
+    )
     sse_keep_alive_interval: float = option(
         0.0,
         "seconds after which a stream that has nothing to say brings a comment, so that proxies keep it; 0: never",

@@ -20,6 +20,7 @@ router = APIRouter()
 
 
 @router.post("/v1/embeddings", responses=documented(Embeddings))
+@router.post("/embeddings", responses=documented(Embeddings), include_in_schema=False)
 async def create_embedding(body: EmbeddingRequest, request: Request) -> Response:
     """A vector of each input."""
     arrival = time.monotonic()

@@ -19,6 +19,9 @@ from vllmlite.tokenizer import Tokenizer
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON has not; vLLM's number."""
 
+ALL = -1
+"""A count of the likeliest tokens that asks for the whole vocabulary."""
+
 Entries = Sequence[Mapping[int, Logprob] | None]
 """One mapping a token, the token itself first; None where there is none (the first of a prompt)."""
 
@@ -46,7 +49,8 @@ def for_completion(
         chosen = entry[token_id]
         found["tokens"].append(_name(token_id, chosen, names_are_ids))
         found["token_logprobs"].append(_finite(chosen.logprob))
-        found["top_logprobs"].append(_by_name(list(entry.items())[: count + 1], names_are_ids))
+        shown = list(entry.items()) if count == ALL else list(entry.items())[: count + 1]
+        found["top_logprobs"].append(_by_name(shown, names_are_ids))
     return found
 
 
@@ -109,7 +113,7 @@ def for_prompt(entries: Entries | None) -> PromptLogprobs | None:
 
 def _likeliest(entry: Mapping[int, Logprob], count: int) -> list[tuple[int, Logprob]]:
     """The ``count`` likeliest tokens, best first; the token itself may be another."""
-    found = [(i, e) for i, e in entry.items() if e.rank is not None and e.rank <= count]
+    found = [(i, e) for i, e in entry.items() if e.rank is not None and (count == ALL or e.rank <= count)]
     return sorted(found, key=lambda item: item[1].rank or 0)
 
 

@@ -170,7 +170,8 @@ class _Answer:
             pieces = b""
             if not begun:  # only now is it known how long the prompt is
                 begun = True
-                message = {**self._message(), "content": []}
+                usage = {**self._usage(), "output_tokens": 0}
+                message = {**self._message(), "content": [], "usage": usage}
                 pieces += named_event({"type": "message_start", "message": message})
                 pieces += named_event({"type": "ping"})
             for _, output in batch:
@@ -214,10 +215,14 @@ class _Answer:
 
     def _usage(self) -> AnthropicUsage:
         usage = self._generation.usage()
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        prompt, cached = usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+        config = self._service.engine.llm_engine.config
+        # The same prompt would find its full blocks again, but always computes its last token.
+        kept = (prompt - 1) // config.block_size * config.block_size if config.enable_prefix_caching else 0
+        created = max(kept - cached, 0)
         return {
-            "input_tokens": usage["prompt_tokens"] - cached,
-            "cache_creation_input_tokens": 0,
+            "input_tokens": prompt - cached - created,
+            "cache_creation_input_tokens": created,
             "cache_read_input_tokens": cached,
             "output_tokens": usage["completion_tokens"],
         }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
+REJECTION_REASONS = ("queue_full", "shutting_down")
 
 
 def _up_to(highest: int) -> list[float]:
@@ -81,6 +82,7 @@ class Metrics:
         self._labels = {"model_name": model, "engine": "0"}
         self._stats = stats
         self.finished = dict.fromkeys(FINISH_REASONS, 0)
+        self.rejections = dict.fromkeys(REJECTION_REASONS, 0)
         lengths = _up_to(max_model_len)
         self.ttft = Histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
         self.itl = Histogram("vllm:inter_token_latency_seconds", "One token to the next.", ITL_BUCKETS)
@@ -110,8 +112,17 @@ class Metrics:
         )
         self.iteration_tokens = Histogram(
             "vllm:iteration_tokens_total",
-            "Tokens sampled in a step.",
+            "Prompt tokens taken in and tokens generated in a step.",
             [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384],
+        )
+
+        self.max_generation_tokens = Histogram(
+            "vllm:request_max_num_generation_tokens",
+            "Generated tokens of a request's longest completion.",
+            lengths,
+        )
+        self.preemptions = Histogram(
+            "vllm:request_num_preemptions", "Preemptions of a request.", [1, 2, 3, 4, 5, 10, 20]
         )
 
     @property
@@ -120,12 +131,14 @@ class Metrics:
         return [value for value in vars(self).values() if isinstance(value, Histogram)]
 
     def observe_step(self, outputs: list[EngineOutput]) -> None:
-        """Count what a step gave; in the engine's thread."""
-        sampled = 0
+        """Count what a step gave; in the engine's thread. A prompt counts in the step that ends it."""
+        tokens = 0
         for output in outputs:
             metrics = output.metrics
             later = len(output.new_token_ids)
-            sampled += later
+            tokens += later
+            if output.pooled is not None or (later and metrics.num_generation_tokens == later):
+                tokens += metrics.num_prompt_tokens
             if later and metrics.num_generation_tokens == later and metrics.first_token_time is not None:
                 self.ttft.observe(metrics.first_token_time - metrics.arrival_time)
                 later -= 1
@@ -135,7 +148,7 @@ class Metrics:
             if metrics.finished_time is not None:
                 self._finish(output)
         if outputs:
-            self.iteration_tokens.observe(sampled)
+            self.iteration_tokens.observe(tokens)
 
     def requested(self, params: SamplingParams, prompts: int) -> None:
         """Count what was asked of ``prompts``; an answer up to the context has no limit of its own."""
@@ -143,6 +156,14 @@ class Metrics:
             self.params_n.observe(params.n)
             if params.max_tokens is not None:
                 self.params_max_tokens.observe(params.max_tokens)
+
+    def completed(self, num_tokens: int) -> None:
+        """Count the tokens of the longest completion of a prompt all of whose completions have ended."""
+        self.max_generation_tokens.observe(num_tokens)
+
+    def rejected(self, reason: str) -> None:
+        """A request was not let in."""
+        self.rejections[reason] += 1
 
     def aborted(self, count: int) -> None:
         """``count`` sequences were ended by their clients."""
@@ -166,6 +187,7 @@ class Metrics:
         self.inference.observe(end - begun)
         self.prefill.observe(first - begun)
         self.decode.observe(end - first)
+        self.preemptions.observe(metrics.num_preemptions)
         self.prompt_tokens.observe(metrics.num_prompt_tokens)
         self.generation_tokens.observe(metrics.num_generation_tokens)
         if metrics.num_generation_tokens > 1:
@@ -204,16 +226,26 @@ class Metrics:
             counter = CounterMetricFamily(name, help, labels=names)
             counter.add_metric(values, value)
             yield counter
-        ends = CounterMetricFamily(
-            "vllm:request_success", "Sequences that ended, by how.", labels=[*names, "finished_reason"]
+        waiting = GaugeMetricFamily(
+            "vllm:num_requests_waiting_by_reason",
+            "The same, by what they wait for.",
+            labels=[*names, "reason"],
         )
-        for reason, count in self.finished.items():
-            ends.add_metric([*values, reason], count)
-        yield ends
-        for histogram in self.histograms:
-            family = HistogramMetricFamily(histogram.name, histogram.help, labels=names)
-            family.add_metric(values, histogram.cumulative(), histogram.sum)
+        waiting.add_metric([*values, "capacity"], stats.num_waiting)
+        waiting.add_metric([*values, "deferred"], 0)
+        yield waiting
+        for name, help, label, counts in (
+            ("vllm:request_success", "Sequences that ended, by how.", "finished_reason", self.finished),
+            ("vllm:admission_rejections", "Requests that were not let in.", "reason", self.rejections),
+        ):
+            family = CounterMetricFamily(name, help, labels=[*names, label])
+            for reason, count in counts.items():
+                family.add_metric([*values, reason], count)
             yield family
+        for histogram in self.histograms:
+            buckets = HistogramMetricFamily(histogram.name, histogram.help, labels=names)
+            buckets.add_metric(values, histogram.cumulative(), histogram.sum)
+            yield buckets
         config = GaugeMetricFamily(
             "vllm:cache_config_info", "The KV cache.", labels=[*names, "block_size", "num_gpu_blocks"]
         )

@@ -28,13 +28,31 @@ def error_response(error: ApiError, scope: Scope) -> JSON:
     return JSON(error.body(api_of(path_of(scope))), status_code=error.status, headers=error.headers)
 
 
+class RootPath:
+    """Serves requests under the path at which a proxy shows the server, whether or not the proxy strips it."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path.rstrip("/")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        if scope["type"] in ("http", "websocket"):
+            path, root = scope["path"], self._root_path
+            whole = path if path == root or path.startswith(root + "/") else root + path
+            scope = {**scope, "path": whole, "root_path": root}
+        await self._app(scope, receive, send)
+
+
 class Count:
     """Counts the requests that are being answered; names them where that is wanted."""
 
-    def __init__(self, app: ASGIApp, service: Service, name_them: bool) -> None:
-        """``name_them`` answers with X-Request-Id: the client's, or a new one."""
+    def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str], name_them: bool) -> None:
+        """POST requests of ``paths`` are counted. ``name_them`` answers with X-Request-Id: the client's, or a new
+        one."""
         self._app = app
         self._service = service
+        self._paths = paths
         self._name_them = name_them
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,11 +60,12 @@ class Count:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        self._service.num_answering += 1
+        counted = scope["method"] == "POST" and path_of(scope) in self._paths
+        self._service.num_answering += counted
         try:
             await self._app(scope, receive, _with_id(scope, send) if self._name_them else send)
         finally:
-            self._service.num_answering -= 1
+            self._service.num_answering -= counted
 
 
 def _with_id(scope: Scope, send: Send) -> Send:

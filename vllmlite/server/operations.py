@@ -36,6 +36,7 @@ profiling = APIRouter()
 
 
 @router.get("/v1/models", responses=documented(ModelList))
+@router.get("/v1/models/", responses=documented(ModelList), include_in_schema=False)
 @router.get("/models", responses=documented(ModelList), include_in_schema=False)
 async def list_models(request: Request) -> Response:
     """The served model names."""
@@ -79,9 +80,14 @@ async def tokenize(body: Tokenizable, request: Request) -> Response:
     else:
         encoded = await service.encode_chat(body, truncation=truncation)
     tokens = encoded["prompt_token_ids"]
-    texts = [service.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+    strings = [service.tokenizer.token_string(token) for token in tokens] if body.return_token_strs else None
     return JSON(
-        {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens, "token_strs": texts}
+        {
+            "count": len(tokens),
+            "max_model_len": service.max_model_len,
+            "tokens": tokens,
+            "token_strs": strings,
+        }
     )
 
 
@@ -148,7 +154,7 @@ async def version() -> Response:
 
 @router.get("/load", responses=documented(Load))
 async def load(request: Request) -> Response:
-    """Requests that are being answered."""
+    """Requests to endpoints that compute something which are being answered."""
     service: Service = request.app.state.service
     return JSON({"server_load": service.num_answering})
 

@@ -44,6 +44,7 @@ SAMPLING = (
 
 
 @router.post("/v1/responses", responses=documented(ResponseObject, streams=True))
+@router.post("/responses", responses=documented(ResponseObject, streams=True), include_in_schema=False)
 async def create_response(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation, in items."""
     arrival = time.monotonic()

@@ -66,7 +66,6 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
                 log_level=config.uvicorn_log_level,
                 access_log=not config.disable_uvicorn_access_log,
                 log_config=logging_config,
-                root_path=config.root_path,
                 ssl_keyfile=config.ssl_keyfile,
                 ssl_certfile=config.ssl_certfile,
                 ssl_ca_certs=config.ssl_ca_certs,

@@ -72,6 +72,10 @@ class Generation:
         self._prompt_tokens = [0] * len(prompts)
         self._cached_tokens = [0] * len(prompts)
         self._completion_tokens = 0
+        self._lengths = [[0] * self.n for _ in prompts]
+        """Tokens of each completion of each prompt."""
+        self._running = [self.n] * len(prompts)
+        """Completions of each prompt that have not ended."""
         self._unfinished = len(prompts) * self.n
 
     async def start(self, priority: int, arrival_time: float) -> None:
@@ -102,7 +106,12 @@ class Generation:
             self._cached_tokens[index] = output.num_cached_tokens
             for completion in output.outputs:
                 self._completion_tokens += len(completion.token_ids)
-                ended += completion.finish_reason is not None
+                self._lengths[index][completion.index] += len(completion.token_ids)
+                if completion.finish_reason is not None:
+                    ended += 1
+                    self._running[index] -= 1
+                    if not self._running[index]:
+                        self._service.metrics.completed(max(self._lengths[index]))
             ended += output.embedding is not None
             found.append((index, output))
         self._service.release(ended)
@@ -123,9 +132,9 @@ class Generation:
         finally:
             self.close()
 
-    def usage(self) -> Usage:
-        """Tokens so far."""
-        prompt, completion = sum(self._prompt_tokens), self._completion_tokens
+    def usage(self, without: int = 0) -> Usage:
+        """Tokens so far, ``without`` the last ones of the completions."""
+        prompt, completion = sum(self._prompt_tokens), self._completion_tokens - without
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -159,7 +168,7 @@ class Service:
         self.draining = False
         self.notes = Notes()
         self.num_answering = 0
-        """HTTP requests that are being answered: vLLM's server load."""
+        """HTTP requests being answered by endpoints that compute something: vLLM's server load."""
         inner = engine.llm_engine
         self.tokenizer = inner.get_tokenizer()
         if config.chat_template is not None:
@@ -213,6 +222,7 @@ class Service:
     def admit(self, count: int) -> None:
         """Count ``count`` sequences in; raises ApiError if the queue is full or the server is going down."""
         if self.draining:
+            self.metrics.rejected("shutting_down")
             raise ApiError(
                 HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", headers={"retry-after": "5"}
             )
@@ -222,6 +232,7 @@ class Service:
             )
         waiting = self._unfinished - self._max_num_seqs
         if self._unfinished + count > self._capacity:
+            self.metrics.rejected("queue_full")
             wait = self.metrics.mean_latency() * (waiting + count) / self._max_num_seqs
             raise ApiError(
                 HTTPStatus.TOO_MANY_REQUESTS,

@@ -247,8 +247,9 @@ class ChatMessage(TypedDict):
 
     role: str
     content: str | None
-    reasoning: NotRequired[str]
-    reasoning_content: NotRequired[str]
+    reasoning: str | None
+    reasoning_content: str | None
+    refusal: None
     tool_calls: NotRequired[list[ToolCall]]
 
 
@@ -270,11 +271,11 @@ class ChatChoice(TypedDict):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: int | str | None
-    token_ids: NotRequired[list[int]]
+    token_ids: list[int] | None
 
 
 class ChatCompletion(TypedDict):
-    """Answer of ``/v1/chat/completions``."""
+    """Answer of ``/v1/chat/completions``. What is null is there for clients that read vLLM's answers."""
 
     id: str
     object: Literal["chat.completion"]
@@ -282,8 +283,11 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    prompt_logprobs: NotRequired[PromptLogprobs | None]
-    prompt_token_ids: NotRequired[list[int]]
+    service_tier: None
+    system_fingerprint: None
+    prompt_logprobs: PromptLogprobs | None
+    prompt_token_ids: list[int] | None
+    kv_transfer_params: None
 
 
 class ChatChunkChoice(TypedDict):

@@ -40,13 +40,14 @@ class CompletionChoice(TypedDict):
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
     stop_reason: int | str | None
-    token_ids: NotRequired[list[int]]
-    prompt_token_ids: NotRequired[list[int]]
+    token_ids: NotRequired[list[int] | None]
+    prompt_token_ids: NotRequired[list[int] | None]
     prompt_logprobs: NotRequired[PromptLogprobs | None]
 
 
 class Completion(TypedDict):
-    """Answer of ``/v1/completions``, and a chunk of its stream."""
+    """Answer of ``/v1/completions``, and a chunk of its stream. What is null is there for clients that read vLLM's
+    answers."""
 
     id: str
     object: Literal["text_completion"]
@@ -54,6 +55,9 @@ class Completion(TypedDict):
     model: str
     choices: list[CompletionChoice]
     usage: NotRequired[Usage | None]
+    service_tier: NotRequired[None]
+    system_fingerprint: NotRequired[None]
+    kv_transfer_params: NotRequired[None]
 
 
 class Generated(TypedDict):

@@ -122,7 +122,7 @@ class MessagesRequest(CountRequest):
 
 
 class AnthropicUsage(TypedDict):
-    """Tokens of a request; those that the prefix cache knew are not among ``input_tokens``."""
+    """Tokens of a request; ``input_tokens`` are those that neither came from the prefix cache nor went into it."""
 
     input_tokens: int
     cache_creation_input_tokens: int

@@ -127,7 +127,7 @@ class ResponsesRequest(Request):
     structured_outputs: StructuredOutputs | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     include_reasoning: bool = Field(True, description="Answer with what the model thought before.")
-    top_logprobs: int | None = Field(None, ge=0, description="With include.")
+    top_logprobs: int | None = Field(None, ge=-1, description="With include.")
     include: Strings | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None

@@ -25,9 +25,15 @@ class StreamOptions(Request):
     include_usage: bool | None = None
     """End with a chunk that has the usage."""
     continuous_usage_stats: bool | None = None
-    """Have the usage so far in every chunk."""
+    """Have the usage so far in every chunk; goes with include_usage."""
     include_obfuscation: bool | None = None
     """OpenAI's padding against traffic analysis; taken, and never done."""
+
+
+def stream_usage(options: StreamOptions | None, forced: bool) -> tuple[bool, bool]:
+    """Whether a stream ends with its usage, and whether every chunk has the usage so far. ``forced`` is both."""
+    at_end = forced or bool(options and options.include_usage)
+    return at_end, forced or (at_end and bool(options and options.continuous_usage_stats))
 
 
 class JsonSchema(Request):
