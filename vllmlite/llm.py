@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
@@ -12,6 +13,7 @@ from vllmlite.llm_engine import LLMEngine, Prompt
 from vllmlite.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
+from vllmlite.terminal import is_terminal
 from vllmlite.tokenizer import Tokenizer
 from vllmlite.turns import Turns, takes_turn
 
@@ -192,4 +194,4 @@ def _progress_bar(total: int) -> Any:
         from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         return None
-    return tqdm(total=total, desc="Prompts", disable=None)
+    return tqdm(total=total, desc="Prompts", disable=not is_terminal(sys.stderr))

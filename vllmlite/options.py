@@ -61,7 +61,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
             "config", str(path), "reading YAML needs PyYAML (Debian: python3-yaml)"
         ) from None
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             content = yaml.safe_load(file)
     except OSError as e:
         raise ParameterError("config", str(path), f"cannot be read: {e.strerror}") from None

@@ -66,7 +66,7 @@ def read_template(given: str | None) -> str | None:
     if given is None:
         return None
     try:
-        return Path(given).read_text(encoding="utf-8")
+        return Path(given).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         if "{" in given or given in BUILT_IN or re.fullmatch(r"[\w-]+", given):
             return given

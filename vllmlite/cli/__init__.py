@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from vllmlite.cli.parser import OptionParser
 from vllmlite.errors import VllmliteError
 from vllmlite.options import did_you_mean
+from vllmlite.terminal import is_terminal, note, open_closed_streams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,21 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A terminal that cannot show a character is no reason to fail.
         sys.stdout.reconfigure(errors="replace")
     try:
+        if open_closed_streams() and argv[:1] != ["serve"]:
+            raise VllmliteError("standard output is closed")
         try:
             status = _dispatch(argv)
         except SystemExit as e:  # argparse ends --help and errors this way
             status = e.code if isinstance(e.code, int) else EXIT_FAILURE
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return status
     except VllmliteError as e:
         from vllmlite.cli.screen import visible
 
-        print(f"vllmlite: error: {visible(' '.join(str(e).split()))}", file=sys.stderr)
+        note(f"vllmlite: error: {visible(' '.join(str(e).split()))}")
         return EXIT_FAILURE
     except KeyboardInterrupt:
-        if sys.stderr.isatty():
-            print(file=sys.stderr)  # after the terminal's ^C
+        if is_terminal(sys.stderr):
+            note("")  # after the terminal's ^C
         return EXIT_INTERRUPTED
     except OSError as e:
         if e.errno not in (errno.EPIPE, errno.ENOSPC):
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if e.errno == errno.EPIPE:
             return EXIT_BROKEN_PIPE
-        print(f"vllmlite: error: writing the output: {e.strerror}", file=sys.stderr)
+        note(f"vllmlite: error: writing the output: {e.strerror}")
         return EXIT_FAILURE
 
 

@@ -189,9 +189,11 @@ def _words(draw: random.Random, count: int) -> str:
 def _from_file(path: str, draw: random.Random) -> Iterator[str]:
     """The prompts of a file, over and over: ShareGPT's first human turns, or ``prompt`` of JSON lines."""
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_text(encoding="utf-8-sig")
         entries = (
-            json.loads(content) if content.lstrip().startswith("[") else map(json.loads, content.splitlines())
+            json.loads(content)
+            if content.lstrip().startswith("[")
+            else map(json.loads, content.strip().split("\n"))
         )
         texts = [
             entry["prompt"] if "prompt" in entry else entry["conversations"][0]["value"]

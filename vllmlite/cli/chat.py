@@ -16,6 +16,7 @@ from vllmlite.options import given
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.server.parsers.parts import Content, Part
 from vllmlite.server.parsers.reasoning import STYLES, ThinkParser
+from vllmlite.terminal import is_terminal
 
 if TYPE_CHECKING:
     import argparse
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
     session.checked_params(SamplingParams(), given_sampling(args), parser)
     template = session.read_chat_template(args.chat_template, parser)
     answerer = _local(args, template, parser) if args.url is None else _remote(args, template, parser)
-    interactive = args.quick is None and sys.stdin.isatty()
+    interactive = args.quick is None and is_terminal(sys.stdin)
     with closing(answerer):
         conversation = Conversation(answerer, args.system)
         all_answered = (
@@ -281,6 +282,7 @@ def _read_turn(interactive: bool) -> str | None:
     try:
         while True:
             line = input(("... " if lines else "> ") if interactive else "")
+            line = line.removeprefix("\ufeff").removesuffix("\r")
             lines.append(line.removesuffix("\\"))
             if not line.endswith("\\"):
                 return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllmlite.cli.sampling import sampling_from_mapping
 from vllmlite.errors import ParameterError
+from vllmlite.terminal import is_terminal
 
 if TYPE_CHECKING:
     import argparse
@@ -54,7 +55,7 @@ def read_wishes(args: argparse.Namespace, base: SamplingParams, parser: OptionPa
         parser.error("standard input can be read once")
     prompts = list(args.prompts)
     if not prompts and args.prompts_file is None:
-        if sys.stdin is None or sys.stdin.isatty():
+        if is_terminal(sys.stdin):
             parser.error("no prompt: give one, or --prompts-file FILE")
         prompts = ["-"]
     wishes = [Wish(_read("-", parser).removesuffix("\n") if text == "-" else text) for text in prompts]
@@ -92,18 +93,21 @@ def _is_utf8(text: str) -> bool:
 
 
 def _read(name: str, parser: OptionParser) -> str:
+    """The text of a file, without a byte-order mark and with lines that end as they do on Unix."""
     try:
         if name == "-":
-            return sys.stdin.read()
-        with open(name, encoding="utf-8") as file:
-            return file.read()
+            text = sys.stdin.read()
+        else:
+            with open(name, encoding="utf-8", newline="") as file:
+                text = file.read()
+        return text.removeprefix("\ufeff").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as e:
         shown = "standard input" if name == "-" else name
         parser.error(f"{shown}: {getattr(e, 'strerror', None) or e}")
 
 
 def _read_file(name: str, parser: OptionParser) -> list[Wish]:
-    lines = [(n, line) for n, line in enumerate(_read(name, parser).splitlines(), 1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(_read(name, parser).split("\n"), 1) if line.strip()]
     if not lines:
         parser.error(f"{name}: holds no prompt")
     if _from_json(lines[0][1]) is None:

@@ -8,6 +8,8 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from vllmlite.terminal import is_terminal
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -88,7 +90,8 @@ class Progress:
         """Nothing of ``total`` is done. ``beside_output``: not where output comes meanwhile on the same terminal."""
         self._total = total
         self._done = 0
-        self._shown = total > 1 and sys.stderr.isatty() and not (beside_output and sys.stdout.isatty())
+        output_is_seen = beside_output and is_terminal(sys.stdout)
+        self._shown = total > 1 and is_terminal(sys.stderr) and not output_is_seen
         self.advance(0)
 
     def advance(self, count: int = 1) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 
 from vllmlite.server.parsers.parts import Part, Reasoning
+from vllmlite.terminal import is_terminal
 
 CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
 CONTROLS |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\N{REPLACEMENT CHARACTER}")
@@ -19,7 +20,7 @@ def visible(text: str) -> str:
 
 def for_output(text: str) -> str:
     """``text`` as standard output gets it: :func:`visible` on a terminal, elsewhere as it is."""
-    return visible(text) if sys.stdout.isatty() else text
+    return visible(text) if is_terminal(sys.stdout) else text
 
 
 class Screen:
@@ -28,7 +29,7 @@ class Screen:
 
     def __init__(self) -> None:
         """Nothing is written."""
-        self._is_terminal = sys.stdout.isatty()
+        self._is_terminal = is_terminal(sys.stdout)
         self._colours = "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
         self._thinks = False
         self._text = ""

@@ -13,6 +13,7 @@ from vllmlite.chat.sources import read_template
 from vllmlite.config import EngineConfig, add_engine_arguments
 from vllmlite.errors import ParameterError, VllmliteError, not_installed
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
+from vllmlite.terminal import is_terminal
 
 if TYPE_CHECKING:
     import argparse
@@ -64,7 +65,7 @@ def start(config: EngineConfig, verbose: bool) -> Session:
     session = Session(
         engine, config.served_model_name or config.model or "built-in model", time.monotonic() - begin
     )
-    if verbose or sys.stderr.isatty():
+    if verbose or is_terminal(sys.stderr):
         stats = engine.stats()
         print(
             f"vllmlite: {session.model_name} on {stats.backend} ({stats.device}, {stats.dtype}), "

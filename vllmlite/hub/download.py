@@ -6,7 +6,6 @@ import fcntl
 import glob
 import importlib
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from vllmlite.hub.snapshot import (
     state,
     wanted_files,
 )
+from vllmlite.terminal import note
 from vllmlite.weights.gguf_parts import is_later_part
 
 
@@ -129,9 +129,7 @@ def _announce(name: str, snapshot: Path, files: Sequence[Any]) -> None:
     if missing:
         size = sum(file.size or 0 for file in missing) / 1e6
         count = f"{len(missing)} file{'s' * (len(missing) != 1)}"
-        print(
-            f"vllmlite: downloading {name}: {count}, {size:.1f} MB, to {snapshot.parents[2]}", file=sys.stderr
-        )
+        note(f"vllmlite: downloading {name}: {count}, {size:.1f} MB, to {snapshot.parents[2]}")
 
 
 def _verify(name: str, snapshot: Path, files: Sequence[Any]) -> None:

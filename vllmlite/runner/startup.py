@@ -19,6 +19,7 @@ from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.hub import find_model
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.sampling_params import SamplingParams
+from vllmlite.terminal import is_terminal, note
 from vllmlite.tokenizer import Tokenizer
 from vllmlite.weights.json_object import read_object
 
@@ -94,8 +95,8 @@ def start(config: EngineConfig) -> Started[Engine]:
     if path.is_file():
         done = treatment(path, packing)
         choice += f"; {done}"
-        if sys.stderr.isatty():
-            print(f"vllmlite: {done}", file=sys.stderr)
+        if is_terminal(sys.stderr):
+            note(f"vllmlite: {done}")
     elif plan.quantization or config.quantization:
         stored = TILES[plan.quantization] if plan.quantization else None
         choice += f"; {plan.quantization or plan.dtype} weights {packing.treatment(stored)}"
@@ -301,11 +302,11 @@ def _capture_graphs(runner: ModelRunner) -> None:
     began, captured, shown = time.perf_counter(), 0, False
     for rows in runner.capture_graphs():
         captured += 1
-        if sys.stderr.isatty() and time.perf_counter() - began > 0.1:
-            print(f"\rcapturing decoding steps: {rows} rows \x1b[K", end="", file=sys.stderr, flush=True)
+        if is_terminal(sys.stderr) and time.perf_counter() - began > 0.1:
+            note(f"\rcapturing decoding steps: {rows} rows \x1b[K", end="")
             shown = True
     if shown:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        note("\r\x1b[K", end="")
     logger.info("decoding steps of %d sizes captured in %.1f s", captured, time.perf_counter() - began)
 
 

@@ -224,7 +224,7 @@ def _credential(name: str) -> str | None:
 def _read_keys(path: str) -> tuple[str, ...]:
     """The lines of a file."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             keys = tuple(line.strip() for line in file if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise ParameterError("api_key_file", path, f"cannot be read: {error}") from None

@@ -32,6 +32,7 @@ from vllmlite.server.app import build_app
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.metrics import Metrics
 from vllmlite.server.service import Service
+from vllmlite.terminal import is_terminal
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +228,7 @@ def _logging(config: ServerConfig) -> dict[str, Any]:
         logging.getLogger("uvicorn.access").addFilter(_Unlogged(config.disable_access_log_for_endpoints))
     if config.log_config_file is not None:
         try:
-            with open(config.log_config_file, encoding="utf-8") as file:
+            with open(config.log_config_file, encoding="utf-8-sig") as file:
                 settings: dict[str, Any] = json.load(file)
             logging.config.dictConfig(settings)
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -237,6 +238,6 @@ def _logging(config: ServerConfig) -> dict[str, Any]:
         return settings
     settings = copy.deepcopy(LOGGING_CONFIG)
     settings["loggers"]["vllmlite"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
-    settings["formatters"]["default"]["use_colors"] = sys.stderr.isatty()
+    settings["formatters"]["default"]["use_colors"] = is_terminal(sys.stderr)
     logging.config.dictConfig(settings)
     return settings
