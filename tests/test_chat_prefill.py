@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 from chat_templates import AFTER_CONTENT, PARTS_ALONE, PREFILLS, SPECIAL, TEMPLATES, assistant, user
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vllmlite.chat.template import ChatTemplate, Wishes
 from vllmlite.errors import ParameterError
@@ -27,6 +29,20 @@ def test_it_is_what_the_template_renders_without_the_end(name: str) -> None:
         assert template.prompt([user("Hi"), assistant(parts)], OPEN) == expected, prefill
         if name != PARTS_ALONE and "think" not in prefill:
             assert expected.rstrip().endswith(prefill.strip()), prefill
+
+
+COMPILED = {name: ChatTemplate(source, SPECIAL) for name, source in TEMPLATES.items()}
+PIECES = st.sampled_from(
+    ["<", "|", ">", "im_end", "</s>", "<think>", "</think>", " ", "\n", "\t", "Hi", "assistant", "\u3000"]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(TEMPLATES)), st.lists(PIECES | st.text(max_size=3), max_size=6).map("".join))
+def test_any_text_is_continued_at_its_end(name: str, prefill: str) -> None:
+    messages = [user("Hi"), assistant(prefill)]
+    whole = COMPILED[name].prompt(messages, WHOLE)
+    assert COMPILED[name].prompt(messages, OPEN) + AFTER_CONTENT[name] == whole
 
 
 def test_parts_of_content_are_continued_at_the_last_text() -> None:
@@ -57,6 +73,7 @@ def test_a_message_that_the_template_leaves_out_when_empty_is_begun() -> None:
             "changes",
         ),
         (TEMPLATES["chatml"], assistant("x", tool_calls=[{"function": {"name": "f"}}]), "tool calls"),
+        (TEMPLATES["chatml"], {"role": "system", "content": "x"}, "instructions"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(source: str, last: dict[str, Any], why: str) -> None:

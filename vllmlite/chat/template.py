@@ -94,12 +94,16 @@ class ChatTemplate:
                 "the chat template shows the model no tools: those of requests are not in its prompts"
             )
         found = self._with_known_roles(normalised(messages))
+        if wishes.continue_final_message and ("tool_calls" in found[-1] or found[-1]["role"] in INSTRUCTING):
+            raise ParameterError(
+                "continue_final_message",
+                True,
+                "the last message must be a text, neither tool calls nor instructions",
+            )
         found = self._with_systems_in_place(found, wishes.content_format, given)
         if not wishes.continue_final_message:
             return self._render(found, wishes.content_format, given)
         *before, last = found
-        if "tool_calls" in last:
-            raise ParameterError("continue_final_message", True, "the last message ends in tool calls")
 
         def ending_in(text: str) -> str:
             return self._render([*before, _with_last_text(last, text)], wishes.content_format, given)
