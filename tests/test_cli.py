@@ -385,7 +385,7 @@ def test_every_sampling_field_has_a_flag_and_help() -> None:
         "--presence-penalty=-1", "--frequency-penalty", "-1.5", "--max-tokens=none", "--min-tokens=1", "--stop=s",
         "--stop-token-ids=1,2", "--ignore-eos", "--include-stop-str-in-output", "--logprobs=1", "--prompt-logprobs=-1",
         "--logit-bias={\"3\": -100}", "--allowed-token-ids=4", "--bad-words=b", "--no-skip-special-tokens",
-        "--detokenize", "--truncate-prompt-tokens=9",
+        "--detokenize", "--truncate-prompt-tokens=9", "--truncation-side=right", "--thinking-token-budget=5",
     ]  # fmt: skip
     given = given_sampling(parser.parse(argv))
     assert given.keys() == set(SamplingParams.__slots__) - NO_FLAG
