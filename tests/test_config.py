@@ -160,6 +160,13 @@ def test_absent_features_are_refused_by_name(name: str) -> None:
     assert error.value.accepted == ABSENT[name].reason
 
 
+def test_trust_in_code_is_said_to_be_without_effect(caplog: pytest.LogCaptureFixture) -> None:
+    EngineConfig.from_kwargs(trust_remote_code=False)
+    assert not caplog.records
+    EngineConfig.from_kwargs(trust_remote_code=True)
+    assert "trust_remote_code has no effect: code from a checkpoint is never run" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("argv", "accepted"),
     [

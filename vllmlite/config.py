@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -15,6 +16,8 @@ from vllmlite.options import add_fields, check_fields, did_you_mean, flag, given
 from vllmlite.options import option as _option
 from vllmlite.pooling_params import POOLING_TYPES
 from vllmlite.sampling_params import MAX_LOGPROBS
+
+logger = logging.getLogger(__name__)
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4")
@@ -248,6 +251,8 @@ def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
             raise ParameterError(name, value, "no such option" + did_you_mean(name, [*names, *ABSENT]))
         elif not ABSENT[name].accepts(value):
             raise ParameterError(name, value, ABSENT[name].reason)
+        elif name == "trust_remote_code" and value:
+            logger.warning("trust_remote_code has no effect: %s", ABSENT[name].reason)
     return known
 
 

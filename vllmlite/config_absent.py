@@ -29,7 +29,7 @@ _NO_CACHE_TIERS = "the key/value cache stays on the device in this version"
 _MAPPED = "weights are mapped from their files: there is nothing to choose"
 _PARSER_LIMITS = "uvicorn's own limits of a request's head are kept"
 _NO_GRAPH_CHOICE = "there is no compiler to configure: enforce_eager alone chooses between graphs and none"
-_NO_REMOTE_CODE = "code from a checkpoint is never run: only the model families built in are supported"
+_NO_REMOTE_CODE = "code from a checkpoint is never run: only vllmlite's own and transformers' is"
 _HOST_MEMORY = "nothing is moved to host memory: preempted sequences are computed again"
 
 ABSENT: Mapping[str, Absent] = {
