@@ -311,7 +311,7 @@ BAD_CONFIGS: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"architectures": ["BertForMaskedLM"]}, ["BertForMaskedLM", "encoders are not supported"]),
     ({"architectures": ["BertForSequenceClassification"]}, ["classifiers are not supported"]),
-    ({"architectures": ["Gemma3ForConditionalGeneration"]}, ["images or sound"]),
+    ({"architectures": ["LlavaForConditionalGeneration"]}, ["images or sound"]),
     ({"architectures": ["BertModel"]}, ["without an output layer"]),
     ({"architectures": ["Gibberish"]}, ["Gibberish", "such models are not supported"]),
     ({"vision_config": {"depth": 3}}, ["vision_config", "only of text"]),

@@ -26,6 +26,7 @@ from vllmlite.models import (
 from vllmlite.models.config_table import check_remaining, with_defaults
 from vllmlite.models.gguf import gguf_keys
 from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.shells import SHELLS, text_config, text_keys
 from vllmlite.models.spec import DecoderSpec
 
 
@@ -72,6 +73,8 @@ def read_spec(path: Path) -> DecoderSpec:
     ModelError if it is not one that can run; needs no backend."""
     config = HfConfig.read(path)
     name = architecture(config)
+    if name in SHELLS:
+        return _text_spec(config, name)
     if name not in FAMILIES:
         raise config.error("architectures", f"{', '.join(FAMILIES)}; or --model-impl transformers")
     family = FAMILIES[name]
@@ -80,20 +83,34 @@ def read_spec(path: Path) -> DecoderSpec:
             config = renewed(config)
     if path.is_file():
         return replace(family.spec(config, name), keys=gguf_keys(path))
-    spec = family.spec(with_defaults(config, family.model_type), name)
-    check_remaining(config, family.model_type)
+    return _checked_spec(config, name, family, family.model_type)
+
+
+def _text_spec(config: HfConfig, name: str) -> DecoderSpec:
+    """The spec of the language model in a model of text and images."""
+    shell = SHELLS[name]
+    text = text_config(config, shell)
+    spec = _checked_spec(text, name, FAMILIES[shell.family], shell.model_type)
+    return replace(spec, keys=text_keys(spec.keys))
+
+
+def _checked_spec(config: HfConfig, name: str, family: Family, model_type: str) -> DecoderSpec:
+    spec = family.spec(with_defaults(config, model_type), name)
+    check_remaining(config, model_type)
     return spec
 
 
 def architecture(config: HfConfig) -> str:
     """What ``architectures`` names, or else the model type stands for. ModelError, which says what kind of model it
     is instead, for everything that is not a decoder of text."""
+    named = config.get("architectures")
+    if isinstance(named, list) and named and named[0] in SHELLS:
+        return str(named[0])
     for section in ("vision_config", "audio_config", "speech_config"):
         if config.get(section) is not None:
             raise config.error(section, "none: models of images or sound are not supported, only of text")
     if config.get("is_encoder_decoder"):
         raise config.error("is_encoder_decoder", "false: models with an encoder are not supported")
-    named = config.get("architectures")
     if not named:
         return config.choice("model_type", {family.model_type: name for name, family in FAMILIES.items()})
     if not isinstance(named, list) or not isinstance(named[0], str):

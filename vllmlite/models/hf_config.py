@@ -107,6 +107,11 @@ class HfConfig:
             self._read.add(key)
         return self._values.get(key)
 
+    def text_value(self, key: str) -> Any:
+        """The value as it stands, or else that of the language model's own section; None where both are absent."""
+        section = self.section("text_config")
+        return section.get(key) if self.get(key) is None and section is not None else self.get(key)
+
     def require(self, key: str, expected: Any, why: str = "") -> None:
         """Refuse any value but ``expected``, which is also the default: another would change the numbers."""
         value = self.get(key)

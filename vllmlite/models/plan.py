@@ -8,6 +8,7 @@ from pathlib import Path
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models.families import FAMILIES, architecture, read_spec
 from vllmlite.models.hf_config import HfConfig, checkpoint_dtype
+from vllmlite.models.shells import SHELLS
 from vllmlite.models.spec import DecoderSpec
 
 IMPLEMENTATIONS = ("auto", "native", "transformers")
@@ -75,7 +76,7 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
         raise ParameterError("model_impl", model_impl, ", ".join(IMPLEMENTATIONS))
     config = HfConfig.read(path)
     name = architecture(config)
-    if model_impl == "native" or (model_impl == "auto" and name in FAMILIES):
+    if model_impl == "native" or (model_impl == "auto" and name in FAMILIES | SHELLS):
         spec = read_spec(path)
         return Plan(
             "native",
@@ -91,8 +92,8 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
         raise ModelError(
             f"{path}: {name} has no native family, and transformers' code runs from directories alone"
         )
-    if config.get("auto_map") is not None:
-        raise ModelError(f"{path}: {name} needs code of its own (auto_map), which is never run")
+    if name in SHELLS:
+        raise ParameterError("model_impl", model_impl, f"{name} runs natively alone")
     if config.get("quantization_config") is not None:
         raise config.error("quantization_config", "none where transformers' code runs")
     for key in _LENGTHS:

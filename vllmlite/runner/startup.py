@@ -152,7 +152,7 @@ def start(config: EngineConfig) -> Started[Engine]:
         ),
         runner,
         vocab_size=model.vocab_size,
-        eos_ids=_eos_ids(generation, HfConfig.read(path).get("eos_token_id"), path, tokenizer),
+        eos_ids=_eos_ids(generation, HfConfig.read(path).text_value("eos_token_id"), path, tokenizer),
         steps_in_flight=2 if two_steps else 1,
         seed=config.seed,
         reasoning=_reasoning_marks(config.reasoning_config, tokenizer),

@@ -1,0 +1,77 @@
+"""Text out of models of text and images: the architectures whose language model is one of the families here.
+
+Their vision tower is neither loaded nor counted. For text alone, rotary positions in several sections (Qwen2-VL) are
+ordinary ones: all sections have the same position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.keys import Keys
+
+
+@dataclass(frozen=True, slots=True)
+class Shell:
+    """A model of text and images around a language model."""
+
+    title: str
+    family: str
+    """Architecture of the language model."""
+    model_type: str
+    """Model type of the language model, as ``text_config`` and the table of defaults have it."""
+    tied: bool
+    """transformers' default of ``tie_word_embeddings``."""
+    flat: bool = False
+    """Whether old configurations have the language model's values beside ``vision_config``."""
+
+
+SHELLS: dict[str, Shell] = {
+    "Gemma3ForConditionalGeneration": Shell("Gemma 3 with images", "Gemma3ForCausalLM", "gemma3_text", True),
+    "Mistral3ForConditionalGeneration": Shell("Mistral Small 3", "MistralForCausalLM", "mistral", True),
+    "Qwen2VLForConditionalGeneration": Shell(
+        "Qwen2-VL", "Qwen2ForCausalLM", "qwen2_vl_text", False, flat=True
+    ),
+    "Qwen2_5_VLForConditionalGeneration": Shell(
+        "Qwen2.5-VL", "Qwen2ForCausalLM", "qwen2_5_vl_text", False, flat=True
+    ),
+}
+"""What ``architectures`` may name besides the families."""
+
+_RENAMES = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(model\.)?language_model\.(model\.)?", "model."),
+)
+_VISION = r"^(model\.)?(vision_tower|multi_modal_projector|visual)\."
+
+
+def text_config(config: HfConfig, shell: Shell) -> HfConfig:
+    """The configuration of the language model in that of the whole model."""
+    text = config.section("text_config")
+    if text is not None:
+        text.choice("model_type", {shell.model_type: shell.model_type}, shell.model_type)
+    elif shell.flat:
+        text = config
+    else:
+        text = HfConfig({}, f"{config.where}: text_config")
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if text.get("torch_dtype") is None and dtype is not None:
+        text = text.default(dtype=dtype)
+    tied = config.boolean("tie_word_embeddings", shell.tied) or text.boolean("tie_word_embeddings", False)
+    return _without_sections(text.fixed(tie_word_embeddings=tied))
+
+
+def text_keys(keys: Keys) -> Keys:
+    """Names of the language model's tensors where a vision tower stands beside it, in old and new checkpoints."""
+    return replace(keys, renames=_RENAMES, unread=_VISION)
+
+
+def _without_sections(text: HfConfig) -> HfConfig:
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = text.get(key)
+        if isinstance(rope, dict) and "mrope_section" in rope:
+            plain = {name: value for name, value in rope.items() if name not in ("mrope_section", "type")}
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            text = text.fixed(**{key: {**plain, "rope_type": "default" if kind == "mrope" else kind}})
+    return text
