@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import transformers
 from architectures import tiny_model
 from checkpoints import TINY, write_checkpoint
 from paged import PagedModel
-from test_models import chunked, expected_logits, greedy, prompts
+from test_models import chunked, edit_config, expected_logits, greedy, prompts
 
 from vllmlite import LLM, SamplingParams
 from vllmlite.backends.cpu import CpuBackend
@@ -119,17 +118,33 @@ def test_other_backends_and_quantised_weights_are_refused(tmp_path: Path) -> Non
             load_planned(plan, backend, tmp_path, max_model_len=64, packing=packing, block_size=4, seed=0)
 
 
-def test_missing_weights_and_code_of_its_own_are_refused(tmp_path: Path) -> None:
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
     reference = write_checkpoint(tmp_path, "Starcoder2")
     state = {name: value for name, value in reference.state_dict().items() if "layers.1" not in name}
     reference.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ModelError, match="missing keys"):
         hf_model(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="never run"):
-        plan_model(tmp_path)
+
+
+def test_code_of_a_checkpoint_is_not_needed_where_transformers_has_the_model(tmp_path: Path) -> None:
+    """It is never run: another architecture is refused, though transformers knows the model type."""
+    write_checkpoint(tmp_path, "Starcoder2")
+    edit_config(tmp_path, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    hf_model(tmp_path)
+    edit_config(tmp_path, architectures=["OwnForCausalLM"])
+    with pytest.raises(
+        ModelError, match=r"auto_map\), which is never run.*starcoder2 is Starcoder2ForCausalLM"
+    ):
+        hf_model(tmp_path)
+    edit_config(tmp_path, model_type="own")
+    with pytest.raises(ModelError, match=r"auto_map\), which is never run.*do not include model_type=own"):
+        hf_model(tmp_path)
+    edit_config(tmp_path, auto_map=None)
+    with pytest.raises(ModelError, match="transformers cannot load it"):
+        hf_model(tmp_path)
+    write_checkpoint(tmp_path, "Llama")
+    edit_config(tmp_path, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    assert plan_model(tmp_path).implementation == "native"
 
 
 def test_env_tries_the_model_as_a_server_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,9 @@ from vllmlite.backends.base import Backend, ForwardBatch, KVCache, KVSpec
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import BackendError, ModelError, VllmliteError, not_installed
 from vllmlite.models import hf_trial
+from vllmlite.models.families import architecture
 from vllmlite.models.hf_attention import ATTENTION, PROBE, STEP, Layer, Probe, Refusal, Step, register
+from vllmlite.models.hf_config import HfConfig
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +187,7 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
     except ImportError as error:
         raise ModelError(f"{path}: transformers cannot be imported: {error}") from error
     register()
+    _need_known_code(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     text = config.get_text_config()
     kinds = {str(part.get("rope_type")) for part in _parts(getattr(text, "rope_parameters", None))}
@@ -208,6 +211,21 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
             listed = ", ".join(str(key) for key in sorted(found[what])[:5])
             raise ModelError(f"{path}: {what.replace('_', ' ')} in the checkpoint: {listed}")
     return model.eval()
+
+
+def _need_known_code(path: Path) -> None:
+    """Refuse a model whose code comes with the checkpoint, unless transformers has the same architecture itself."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = HfConfig.read(path)
+    name, model_type = architecture(config), config.get("model_type")
+    own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if model_type in CONFIG_MAPPING_NAMES else None
+    if config.get("auto_map") is not None and own != name:
+        raise ModelError(
+            f"{path}: {name} needs code of its own (auto_map), which is never run; transformers' own "
+            f"{f'{model_type} is {own}' if own else f'models do not include model_type={model_type}'}"
+        )
 
 
 def _parts(parameters: Any) -> list[dict[str, Any]]:
