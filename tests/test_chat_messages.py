@@ -11,7 +11,7 @@ import pytest
 from chat_templates import PARTS_ALONE, SPECIAL, TEMPLATES, assistant, call, system, tool, user
 
 from vllmlite.chat.messages import content_of, normalised, text_of
-from vllmlite.chat.template import ChatTemplate, Wishes
+from vllmlite.chat.template import ChatTemplate, PromptOptions
 from vllmlite.errors import ParameterError
 
 DEEPSEEK = "deepseek: reasoning cut off, absent content is none, arguments are text"
@@ -19,9 +19,9 @@ MISTRAL = "mistral: strict alternation"
 ROLES = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
 
 
-def shown(source: str, *messages: dict[str, Any], **wishes: Any) -> str:
+def shown(source: str, *messages: dict[str, Any], **options: Any) -> str:
     """What a template makes of messages that it is not asked to answer."""
-    return ChatTemplate(source, SPECIAL).prompt(list(messages), Wishes(False, **wishes))
+    return ChatTemplate(source, SPECIAL).prompt(list(messages), PromptOptions(False, **options))
 
 
 @pytest.mark.parametrize("calls", [{}, {"tool_calls": None}, {"tool_calls": []}])
@@ -189,7 +189,7 @@ def test_a_developer_is_a_system_message_where_the_template_knows_none() -> None
                 shown(source, developer, user("Hi"))
         elif name.startswith("gpt-oss"):
             template = ChatTemplate(source, SPECIAL)
-            assert "messages" in template.variables and template.names("developer")
+            assert "messages" in template.variables and template.mentions("developer")
             assert "developer<|message|># Instructions\n\nBe brief." in template.prompt(
                 [developer, user("Hi")]
             )

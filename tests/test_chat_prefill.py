@@ -9,11 +9,11 @@ from chat_templates import AFTER_CONTENT, PARTS_ALONE, PREFILLS, SPECIAL, TEMPLA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllmlite.chat.template import ChatTemplate, Wishes
+from vllmlite.chat.template import ChatTemplate, PromptOptions
 from vllmlite.errors import ParameterError
 
-WHOLE = Wishes(add_generation_prompt=False)
-OPEN = Wishes(add_generation_prompt=False, continue_final_message=True)
+WHOLE = PromptOptions(add_generation_prompt=False)
+OPEN = PromptOptions(add_generation_prompt=False, continue_final_message=True)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -84,4 +84,4 @@ def test_what_cannot_be_continued_is_refused(source: str, last: dict[str, Any], 
 
 def test_it_does_not_go_with_a_generation_prompt() -> None:
     with pytest.raises(ParameterError, match="add_generation_prompt"):
-        ChatTemplate(TEMPLATES["chatml"], {}).prompt([user("Hi")], Wishes(continue_final_message=True))
+        ChatTemplate(TEMPLATES["chatml"], {}).prompt([user("Hi")], PromptOptions(continue_final_message=True))

@@ -14,7 +14,7 @@ from gguf_files import encode, tokenizer_metadata
 
 from vllmlite.chat.builtin import BUILT_IN, built_in
 from vllmlite.chat.sources import read_template
-from vllmlite.chat.template import ChatTemplate, Wishes
+from vllmlite.chat.template import ChatTemplate, PromptOptions
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.tokenizer import Tokenizer
 
@@ -203,7 +203,7 @@ def test_built_in_formats_begin_with_bos_once() -> None:
         "gigachat": "<s>user",
     }
     for name, first in begun.items():
-        text = ChatTemplate(built_in(name, "<s>"), {}).prompt(HI, Wishes(add_generation_prompt=False))
+        text = ChatTemplate(built_in(name, "<s>"), {}).prompt(HI, PromptOptions(add_generation_prompt=False))
         assert text.startswith(first) and text.count("<s>") == 1
 
 

@@ -11,7 +11,7 @@ from chat_templates import CONVERSATIONS, PARTS_ALONE, SPECIAL, TEMPLATES, TOOLS
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
 
-from vllmlite.chat.template import ChatTemplate, Wishes
+from vllmlite.chat.template import ChatTemplate, PromptOptions
 from vllmlite.errors import ParameterError
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, to compare with")
@@ -68,7 +68,7 @@ def test_the_text_is_that_of_transformers(theirs: Any, name: str) -> None:
                 theirs, TEMPLATES[name], messages, add_generation_prompt=prompted, tools=tools, **variables
             )
             try:
-                found = ours.prompt(sent, Wishes(prompted), tools, variables)
+                found = ours.prompt(sent, PromptOptions(prompted), tools, variables)
             except ParameterError as error:
                 assert wanted is None and error.field == "messages", (conversation, error)
                 refused += 1
@@ -102,9 +102,9 @@ def test_the_environment_is_that_of_transformers(theirs: Any, source: str) -> No
     wanted = expected(theirs, source, messages, add_generation_prompt=False, tools=TOOLS)
     if wanted is None:
         with pytest.raises(ParameterError):
-            ChatTemplate(source, SPECIAL).prompt(messages, Wishes(False), TOOLS)
+            ChatTemplate(source, SPECIAL).prompt(messages, PromptOptions(False), TOOLS)
     else:
-        assert ChatTemplate(source, SPECIAL).prompt(messages, Wishes(False), TOOLS) == wanted
+        assert ChatTemplate(source, SPECIAL).prompt(messages, PromptOptions(False), TOOLS) == wanted
 
 
 def test_tools_that_the_template_does_not_show_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:

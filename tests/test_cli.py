@@ -213,7 +213,7 @@ def test_ids_without_a_tokenizer(capsys: pytest.CaptureFixture[str], tmp_path: P
         (["x", "--temperature", "-1"], "temperature=-1.0: must be at least 0"),
         (["x", "--temperature", "warm"], "invalid float value"),
         (["x", "--top-p", "0"], "top_p=0.0"),
-        (["x", "--n", "2", "--temperature", "0"], "n=2: must be 1"),
+        (["x", "--n", "129"], "n=129: must be from 1 to 128"),
         (["x", "--logit-bias", "7"], "JSON object"),
         (["x", "--stop-token-ids", "1,b"], "1,2,3"),
         (["x", "--logprobs", "2"], "--json"),

@@ -194,11 +194,11 @@ class Tokenizer:
 
         ``continue_final_message`` leaves the last message open for the model to go on with it; ``variables`` are the
         template's. Raises :class:`ParameterError`."""
-        from vllmlite.chat.template import Wishes
+        from vllmlite.chat.template import PromptOptions
 
-        wishes = Wishes(add_generation_prompt, continue_final_message, chat_template_content_format)
+        options = PromptOptions(add_generation_prompt, continue_final_message, chat_template_content_format)
         template = self.find_chat_template(chat_template, with_tools=bool(tools))
-        return template.prompt(messages, wishes, tools, variables)
+        return template.prompt(messages, options, tools, variables)
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:

@@ -27,8 +27,8 @@ INSTRUCTING = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What a prompt is to be, besides the messages."""
+class PromptOptions:
+    """How to make a prompt of messages; the names are vLLM's."""
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -48,7 +48,7 @@ class ChatTemplate:
       Thinking parts stay only in lists of a template that names them; they are in ``reasoning_content`` as well.
     - Absent content is empty; see :class:`~vllmlite.chat.values.NoContent`.
 
-    A template is asked by rendering small conversations with marks in them, not by reading its text."""
+    Which of these a template can do is found out by rendering conversations with marks in their content."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
         """``special_tokens`` are variables of every rendering. Raises :class:`ParameterError` for bad syntax."""
@@ -63,30 +63,32 @@ class ChatTemplate:
         """Names that the template reads and does not set itself."""
         return frozenset(meta.find_undeclared_variables(ENVIRONMENT.parse(self.source)))
 
-    def names(self, word: str) -> bool:
+    def mentions(self, word: str) -> bool:
         """Whether ``word`` is one of the constants in the template's expressions, as names of roles and types are."""
         return word in self._constants
 
     def prompt(
         self,
         messages: Any,
-        wishes: Wishes = Wishes(),
+        options: PromptOptions = PromptOptions(),
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt for ``messages``. Raises :class:`ParameterError` where they, or the template, are unusable."""
-        if wishes.continue_final_message and wishes.add_generation_prompt:
+        if options.continue_final_message and options.add_generation_prompt:
             raise ParameterError("continue_final_message", True, "goes with add_generation_prompt=False")
-        if wishes.content_format not in CONTENT_FORMATS:
+        if options.content_format not in CONTENT_FORMATS:
             raise ParameterError(
-                "chat_template_content_format", wishes.content_format, f"must be {', '.join(CONTENT_FORMATS)}"
+                "chat_template_content_format",
+                options.content_format,
+                f"must be {', '.join(CONTENT_FORMATS)}",
             )
         given = {
             **self._special_tokens,
             **_clock(),
             **plain(variables or {}, "chat_template_kwargs"),
             "tools": plain(tools, "tools") or None,
-            "add_generation_prompt": wishes.add_generation_prompt,
+            "add_generation_prompt": options.add_generation_prompt,
         }
         if given["tools"] and "tools" not in self.variables and not self._warned:
             self._warned = True
@@ -94,19 +96,19 @@ class ChatTemplate:
                 "the chat template shows the model no tools: those of requests are not in its prompts"
             )
         found = self._with_known_roles(normalised(messages))
-        if wishes.continue_final_message and ("tool_calls" in found[-1] or found[-1]["role"] in INSTRUCTING):
+        if options.continue_final_message and ("tool_calls" in found[-1] or found[-1]["role"] in INSTRUCTING):
             raise ParameterError(
                 "continue_final_message",
                 True,
                 "the last message must be a text, neither tool calls nor instructions",
             )
-        found = self._with_systems_in_place(found, wishes.content_format, given)
-        if not wishes.continue_final_message:
-            return self._render(found, wishes.content_format, given)
+        found = self._with_systems_in_place(found, options.content_format, given)
+        if not options.continue_final_message:
+            return self._render(found, options.content_format, given)
         *before, last = found
 
         def ending_in(text: str) -> str:
-            return self._render([*before, _with_last_text(last, text)], wishes.content_format, given)
+            return self._render([*before, _with_last_text(last, text)], options.content_format, given)
 
         return open_ended(ending_in, _last_text(last["content"]))
 
@@ -120,7 +122,7 @@ class ChatTemplate:
         return render(self._template, {**variables, "messages": fitted})
 
     def _with_known_roles(self, messages: list[Message]) -> list[Message]:
-        if self.names("developer"):
+        if self.mentions("developer"):
             return messages
         return [{**each, "role": "system"} if each["role"] == "developer" else each for each in messages]
 
@@ -152,7 +154,7 @@ class ChatTemplate:
         content: Content = message["content"]
         as_text, as_parts = self._takes(message["role"], form)
         if isinstance(content, list) and as_parts:
-            kinds = ("text", "thinking") if self.names("thinking") else ("text",)
+            kinds = ("text", "thinking") if self.mentions("thinking") else ("text",)
             return [part for part in content if part["type"] in kinds]
         text = text_of(content)
         if as_text:

@@ -17,7 +17,7 @@ from starlette.types import Receive
 
 from vllmlite.async_llm import AsyncLLM, NewRequest, OutputStream
 from vllmlite.chat.builtin import BUILT_IN
-from vllmlite.chat.template import Wishes
+from vllmlite.chat.template import PromptOptions
 from vllmlite.errors import ContextLengthError, ParameterError
 from vllmlite.options import did_you_mean
 from vllmlite.outputs import RequestOutput
@@ -372,10 +372,10 @@ class Service:
                     f"the chat template reads none of {', '.join(thinking)}: what requests say of it is ignored"
                 ),
             )
-        wishes = Wishes(
+        options = PromptOptions(
             body.add_generation_prompt, body.continue_final_message, self.config.chat_template_content_format
         )
-        text = template.prompt([as_mapping(message) for message in body.messages], wishes, tools, variables)
+        text = template.prompt([as_mapping(message) for message in body.messages], options, tools, variables)
         return await self.encode(text, body.add_special_tokens, truncation)
 
     def chat_template(self) -> str:
