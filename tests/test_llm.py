@@ -241,6 +241,41 @@ def test_min_tokens_hold_back_the_end(llm: LLM) -> None:
     assert len(llm.generate("Debian is", force_end.clone(min_tokens=5))[0].outputs[0].token_ids) == 6
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_logprobs_of_named_ids_are_those_of_the_whole_vocabulary(chunk: int | None) -> None:
+    llm = LLM(
+        dtype="float32",
+        device="cpu",
+        max_model_len=64,
+        max_logprobs=-1,
+        max_num_batched_tokens=chunk,
+        max_num_seqs=4,
+    )
+    ids = [7, 3, 6143, 7]
+    prompts = ["Debian is", "A package manager", "The"]
+    wishes = [
+        GREEDY.clone(max_tokens=6, logprobs=-1),
+        GREEDY.clone(max_tokens=6, logprob_token_ids=ids),
+        GREEDY.clone(max_tokens=6, logprobs=2, logprob_token_ids=ids, temperature=1.0, seed=4),
+    ]
+    for prompt in prompts:
+        whole, named, both = (llm.generate(prompt, wish, use_tqdm=False)[0].outputs[0] for wish in wishes)
+        assert whole.logprobs is not None and named.logprobs is not None and both.logprobs is not None
+        assert named.token_ids == whole.token_ids
+        for all_of_them, entry, token_id in zip(whole.logprobs, named.logprobs, named.token_ids, strict=True):
+            assert entry == {i: all_of_them[i] for i in dict.fromkeys([token_id, 7, 3, 6143])}
+        for entry, token_id in zip(both.logprobs, both.token_ids, strict=True):
+            assert {token_id, 7, 3, 6143} <= entry.keys() and len(entry) <= 6
+        together = llm.generate([prompt] * 3, wishes, use_tqdm=False)[1].outputs[0]
+        assert together.token_ids == named.token_ids and together.logprobs is not None
+        for entry, alone in zip(together.logprobs, named.logprobs, strict=True):
+            assert [*entry] == [*alone]
+            assert all(entry[i].logprob == pytest.approx(alone[i].logprob, abs=1e-3) for i in entry)
+    for wrong in ([6144], [-1], list(range(129)), "7"):
+        with pytest.raises(ParameterError, match="logprob_token_ids"):
+            llm.generate("x", SamplingParams(logprob_token_ids=wrong), use_tqdm=False)  # type: ignore[arg-type]
+
+
 def test_logprobs_are_those_of_the_greedy_path(llm: LLM) -> None:
     params = GREEDY.clone(logprobs=3, prompt_logprobs=2, max_tokens=4)
     plain = llm.generate("Debian is a free operating system", params)[0]

@@ -141,6 +141,22 @@ def test_echo_and_scoring(service: Service) -> None:
     assert "".join(e["choices"][0]["text"] for e in events) == longer["text"]
 
 
+def test_logprobs_of_named_ids(service: Service) -> None:
+    ids, names = [3, 7], {"token_id:3", "token_id:7"}
+    named = {"logprob_token_ids": ids, "return_tokens_as_token_ids": True, "max_tokens": 2}
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True}
+    for top in (None, 2):
+        found = post(service, "/v1/chat/completions", **chat, **named, top_logprobs=top)["choices"][0]
+        for entry in found["logprobs"]["content"]:
+            assert names <= {other["token"] for other in entry["top_logprobs"]}
+            assert len(entry["top_logprobs"]) <= 2 + (top or 0)
+    found = post(service, "/v1/completions", prompt="Hi", logprobs=0, **named)["choices"][0]
+    for token, top in zip(found["logprobs"]["tokens"], found["logprobs"]["top_logprobs"], strict=True):
+        assert top.keys() == {token, *names}
+    error = post(service, "/v1/completions", 400, prompt="Hi", **named)["error"]
+    assert error["param"] == "logprob_token_ids" and "logprobs" in error["message"]
+
+
 def test_logprobs_of_both_endpoints(service: Service) -> None:
     columns = post(service, "/v1/completions", prompt=PROMPT, logprobs=3, **GREEDY)["choices"][0]["logprobs"]
     for chosen, top in zip(columns["token_logprobs"], columns["top_logprobs"], strict=True):

@@ -376,11 +376,20 @@ def test_llamacpps_completion(service: Service) -> None:
     assert (stopped["stop_type"], stopped["stopping_word"]) == ("word", word)
     told = post(service, "/completion", **body, n_probs=2)["completion_probabilities"]
     assert [entry["id"] for entry in told] == whole["tokens"] and len(told[0]["top_logprobs"]) == 2
-    for bias in ([[whole["tokens"][0], False]], {str(whole["tokens"][0]): -100}):
+    begin = service.tokenizer.decode(whole["tokens"][:1])
+    assert service.tokenizer.encode(begin, False) == whole["tokens"][:1]
+    for bias in (
+        [[whole["tokens"][0], False]],
+        {str(whole["tokens"][0]): -100},
+        [[begin, -100]],
+        {begin: False},
+    ):
         assert post(service, "/completion", **body, logit_bias=bias)["tokens"][0] != whole["tokens"][0]
     for field, value in (
         ("mirostat", 2),
-        ("logit_bias", [["x", 1]]),
+        ("logit_bias", [[None, 1]]),
+        ("logit_bias", {"x": None}),
+        ("logit_bias", [[5, 10**400]]),
         ("n_predict", -2),
         ("prompt", ["a", None]),
     ):

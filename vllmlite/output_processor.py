@@ -208,7 +208,7 @@ class OutputProcessor:
         )
 
     def _empty_output(self, index: int, params: SamplingParams) -> CompletionOutput:
-        wanted = params.logprobs is not None
+        wanted = params.num_logprobs is not None
         return CompletionOutput(
             index,
             "",
@@ -276,7 +276,7 @@ class OutputProcessor:
             and state.cumulative_logprob is not None
         ):
             state.text_offsets.append(position)
-            state.logprobs.append(self._logprobs(output.logprobs, group.params.logprobs or 0))
+            state.logprobs.append(self._logprobs(output.logprobs, group.params.num_logprobs or 0))
             state.cumulative_logprob += output.logprobs.logprob
         reason, stop_reason = output.finish_reason, output.stop_reason
         if reason is not None and detokenizer is not None and stop is None:
@@ -290,12 +290,14 @@ class OutputProcessor:
         completion.taken = output
 
     def _logprobs(self, entry: TokenLogprobs, k: int) -> dict[int, Logprob]:
-        """The chosen token first, then the ``k`` most likely (all, for -1)."""
+        """The chosen token first, then the ``k`` most likely (all, for -1), then those that the request names."""
         count = len(entry.top_ids) if k == -1 else k
         found = {entry.token_id: Logprob(entry.logprob, entry.rank, self._token_text(entry.token_id))}
         for rank, (token_id, logprob) in enumerate(
             zip(entry.top_ids[:count], entry.top, strict=False), start=1
         ):
+            found.setdefault(token_id, Logprob(logprob, rank, self._token_text(token_id)))
+        for token_id, logprob, rank in entry.named:
             found.setdefault(token_id, Logprob(logprob, rank, self._token_text(token_id)))
         return found
 

@@ -15,6 +15,7 @@ MAX_LOGPROBS = 20
 """Default of ``EngineConfig.max_logprobs``."""
 MAX_LOGIT_BIAS = 300
 MAX_BAD_WORDS = 1024
+MAX_LOGPROB_TOKEN_IDS = 128
 
 
 class RequestOutputKind(Enum):
@@ -162,6 +163,8 @@ class SamplingParams:
     """Report the log-probabilities of this many most likely tokens and of the sampled one; -1: the whole vocabulary."""
     prompt_logprobs: int | None = None
     """The same for each token of the prompt."""
+    logprob_token_ids: list[int] | None = None
+    """Report the log-probabilities of these ids, too, with each sampled one (at most 128)."""
     logit_bias: dict[int, float] | None = None
     """Added to the logits of these token ids (-100 to 100 each, at most 300)."""
     allowed_token_ids: list[int] | None = None
@@ -263,12 +266,16 @@ class SamplingParams:
             raise ParameterError(
                 "stop", self.stop, "stop strings are looked for in the text: they need detokenize"
             )
-        for name in ("stop_token_ids", "allowed_token_ids"):
+        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
             value = getattr(self, name)
             if value is not None and not all(type(i) is int and i >= 0 for i in value):
                 raise ParameterError(name, value, "must be token ids: whole numbers from 0")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ParameterError("allowed_token_ids", self.allowed_token_ids, "must allow at least one id")
+        if self.logprob_token_ids is not None and len(self.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS:
+            raise ParameterError(
+                "logprob_token_ids", len(self.logprob_token_ids), f"takes at most {MAX_LOGPROB_TOKEN_IDS} ids"
+            )
         if self.bad_words and not all(isinstance(w, str) and w for w in self.bad_words):
             raise ParameterError("bad_words", self.bad_words, "must be non-empty strings")
         if self.bad_words and len(self.bad_words) > MAX_BAD_WORDS:
@@ -280,7 +287,7 @@ class SamplingParams:
                 )
             try:
                 self.logit_bias = {int(i): float(b) for i, b in self.logit_bias.items()}
-            except (TypeError, ValueError, AttributeError):
+            except (TypeError, ValueError, AttributeError, OverflowError):
                 raise ParameterError("logit_bias", self.logit_bias, "must map token ids to numbers") from None
             for i, bias in self.logit_bias.items():
                 if i < 0 or not -100.0 <= bias <= 100.0:
@@ -290,7 +297,7 @@ class SamplingParams:
 
     def check_vocabulary(self, vocab_size: int, max_logprobs: int) -> None:
         """Check what depends on the model: ids below ``vocab_size``, log-probabilities at most ``max_logprobs``."""
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids"):
             for i in getattr(self, name) or ():
                 if i >= vocab_size:
                     raise ParameterError(name, i, f"must be below the vocabulary size, {vocab_size}")
@@ -299,6 +306,11 @@ class SamplingParams:
             wanted = vocab_size if value == -1 else value
             if wanted is not None and max_logprobs != -1 and wanted > max_logprobs:
                 raise ParameterError(name, value, f"must be at most max_logprobs, {max_logprobs}")
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Likeliest tokens to report with each sampled one; None: report nothing."""
+        return 0 if self.logprobs is None and self.logprob_token_ids else self.logprobs
 
     def clone(self, **changes: Any) -> SamplingParams:
         """A checked copy with ``changes`` applied."""

@@ -38,6 +38,8 @@ class TokenLogprobs:
     rank: int
     top_ids: list[int]
     top: list[float]
+    named: list[tuple[int, float, int]] = field(default_factory=list)
+    """Id, log-probability and rank of each id that the request names."""
 
 
 @dataclass(slots=True)
@@ -404,7 +406,7 @@ class Engine:
                 request.metrics,
             )
             output.ends_in_text = complete and token_id not in request.stop_ids
-            if logprobs is not None and request.params.logprobs is not None:
+            if logprobs is not None and request.params.num_logprobs is not None:
                 output.logprobs = logprobs[sampled - 1]
             if request.params.prompt_logprobs is not None:
                 output.prompt_logprobs = self._prompt_logprobs.get(request.request_id)

@@ -29,8 +29,8 @@ from vllmlite.backends.base import (
 from vllmlite.engine.engine import StepResult, TokenLogprobs
 from vllmlite.engine.scheduler import Admission, Schedule
 
-PROMPT_LOGPROBS_ROWS = 256
-"""Prompt positions whose logits are in memory at a time."""
+LOGPROBS_ROWS = 256
+"""Rows of logits that are copied for log-probabilities at a time."""
 
 
 @dataclass(slots=True)
@@ -39,9 +39,20 @@ class Launched:
 
     sampled: Sampled | None
     prompt_logprobs: dict[int, list[tuple[NDArray[np.int32], Logprobs]]]
+    named: list[NamedLogprobs] = field(default_factory=list)
     pools: list[Pool] = field(default_factory=list)
     hidden: Tensor | None = None
     """Of the whole step, where ``pools`` need it."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedLogprobs:
+    """Log-probabilities of ids that requests name."""
+
+    rows: NDArray[np.int32]
+    """Of the rows that sampled, one for each id."""
+    ids: NDArray[np.int32]
+    logprobs: Logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +98,8 @@ class ModelRunner:
         self._num_prompt = np.zeros(max_num_seqs, np.int32)
         self._num_logprobs = np.full(max_num_seqs, -1, np.int32)
         self._num_prompt_logprobs = np.zeros(max_num_seqs, np.int32)
+        self._named_ids: dict[int, list[int]] = {}
+        """Slot → the ids whose log-probabilities its request wants."""
         self._allowed: dict[int, NDArray[np.uint32]] = {}
         self._pooling_type: list[str | None] = [None] * max_num_seqs
         self._sums: dict[int, NDArray[np.float64]] = {}
@@ -141,16 +154,20 @@ class ModelRunner:
         key = None if schedule.prompt_logprobs or schedule.pools else self._graph_key(batch)
         device_batch = self.backend.upload(batch, self._slots, self.model.kv_spec, key)
         if key is not None:
-            return Launched(self._sample(self.graphs[key](device_batch)[0], device_batch), {})
+            logits = self.graphs[key](device_batch)[0]
+            named = self._named(logits, batch)
+            return Launched(self._sample(logits, device_batch), {}, named)
         hidden = self.model.forward(device_batch, self.kv)
-        sampled = None
+        sampled, named = None, []
         if len(batch.logits_rows):
-            sampled = self._sample(self._output(hidden, device_batch), device_batch)
+            logits = self._output(hidden, device_batch)
+            named = self._named(logits, batch)
+            sampled = self._sample(logits, device_batch)
         wanted = {
             row: self._row_logprobs(hidden, batch, row, starts[row]) for row in schedule.prompt_logprobs
         }
         pools = [self._pool(schedule, batch, row) for row in schedule.pools]
-        return Launched(sampled, wanted, pools, hidden if pools else None)
+        return Launched(sampled, wanted, named, pools, hidden if pools else None)
 
     def collect(self, handle: Launched) -> StepResult:
         """Wait for a step and read what it sampled."""
@@ -160,6 +177,12 @@ class ModelRunner:
             result.token_ids = ids.tolist()
             if handle.sampled.logprobs is not None:
                 result.logprobs = self._read_logprobs(ids, handle.sampled.logprobs)
+                for found in handle.named:
+                    values = [
+                        self.backend.to_host(x).tolist() for x in (found.logprobs.chosen, found.logprobs.rank)
+                    ]
+                    for row, *entry in zip(found.rows.tolist(), found.ids.tolist(), *values, strict=True):
+                        result.logprobs[row].named.append(tuple(entry))
         for row, chunks in handle.prompt_logprobs.items():
             result.prompt_logprobs[row] = [
                 entry for ids, logprobs in chunks for entry in self._read_logprobs(ids, logprobs)
@@ -217,10 +240,13 @@ class ModelRunner:
         self._known[slot] = known
         self._num_known[slot] = len(known)
         self._num_prompt[slot] = admission.num_prompt_tokens
-        self._num_logprobs[slot] = self._top(params.logprobs)
+        self._num_logprobs[slot] = self._top(params.num_logprobs)
         self._num_prompt_logprobs[slot] = self._top(params.prompt_logprobs)
         self._pooling_type[slot] = admission.pooling_type
         self._allowed.pop(slot, None)
+        self._named_ids.pop(slot, None)
+        if params.logprob_token_ids:
+            self._named_ids[slot] = list(dict.fromkeys(params.logprob_token_ids))
         if params.allowed_token_ids is not None:
             self._allowed[slot] = pack_bits(np.array(params.allowed_token_ids), self.model.vocab_size)
 
@@ -306,6 +332,19 @@ class ModelRunner:
         self.backend.accept(sampled.ids, self._slots, batch)
         return sampled
 
+    def _named(self, logits: Tensor, batch: ForwardBatch) -> list[NamedLogprobs]:
+        """Log-probabilities of the ids that the requests of sampling rows name, of logits that are as yet untouched."""
+        wanted = [(row, self._named_ids.get(slot)) for row, slot in enumerate(batch.sample_slots.tolist())]
+        pairs = np.array([(row, i) for row, ids in wanted if ids is not None for i in ids], np.int32).reshape(
+            -1, 2
+        )
+        found = []
+        for at in range(0, len(pairs), LOGPROBS_ROWS):
+            rows, ids = np.ascontiguousarray(pairs[at : at + LOGPROBS_ROWS].T)
+            copied = self.backend.rows(logits, self.backend.tensor(rows))
+            found.append(NamedLogprobs(rows, ids, self.backend.logprobs(copied, self.backend.tensor(ids), 0)))
+        return found
+
     def _row_logprobs(
         self, hidden: Tensor, batch: ForwardBatch, row: int, start: int
     ) -> list[tuple[NDArray[np.int32], Logprobs]]:
@@ -314,8 +353,8 @@ class ModelRunner:
         first, last = batch.query_start_loc[row], batch.query_start_loc[row + 1]
         targets = self._known[slot][start + 1 : min(start + 1 + last - first, self._num_prompt[slot])]
         chunks = []
-        for at in range(0, len(targets), PROMPT_LOGPROBS_ROWS):
-            ids = targets[at : at + PROMPT_LOGPROBS_ROWS]
+        for at in range(0, len(targets), LOGPROBS_ROWS):
+            ids = targets[at : at + LOGPROBS_ROWS]
             index = np.arange(first + at, first + at + len(ids), dtype=np.int32)
             logits = self.model.logits(self.backend.rows(hidden, self.backend.tensor(index)))
             k = int(self._num_prompt_logprobs[slot])

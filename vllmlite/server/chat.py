@@ -259,7 +259,12 @@ class _Answer:
             return None
         count = self._body.top_logprobs or 0
         return logprobs.for_chat(
-            completion.logprobs, completion.token_ids, count, self._ids, self._service.tokenizer
+            completion.logprobs,
+            completion.token_ids,
+            count,
+            self._ids,
+            self._service.tokenizer,
+            self._body.logprob_token_ids or (),
         )
 
 

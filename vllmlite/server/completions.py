@@ -154,7 +154,9 @@ class _Answer:
             "text": text,
             "logprobs": None
             if entries is None or body.logprobs is None
-            else logprobs.for_completion(entries, token_ids, offsets, body.logprobs, self._ids, tokenizer),
+            else logprobs.for_completion(
+                entries, token_ids, offsets, body.logprobs, self._ids, tokenizer, body.logprob_token_ids or ()
+            ),
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -37,6 +38,7 @@ from vllmlite.server.protocol.llamacpp import (
 from vllmlite.server.samplers import turned_off, used
 from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import JSON, Stream, event, llamacpp_error_event, unless_gone
+from vllmlite.tokenizer import Tokenizer
 
 router = APIRouter()
 
@@ -130,7 +132,7 @@ async def _answer(
     arrival = time.monotonic()
     service.check(body, request)
     with renamed(repetition_penalty="repeat_penalty", logprobs="n_probs", max_tokens="n_predict"):
-        params = _params(body, service.default_params)
+        params = _params(body, service)
         generation = await service.generate(
             "cmpl-", prompts, params, request_id=request_id(None, request), arrival_time=arrival
         )
@@ -143,14 +145,14 @@ async def _answer(
         generation.close()
 
 
-def _params(body: LlamaRequest, default: SamplingParams) -> SamplingParams:
+def _params(body: LlamaRequest, service: Service) -> SamplingParams:
     given: dict[str, Any] = {
         theirs: getattr(body, ours) for ours, theirs in SAMPLING.items() if getattr(body, ours) is not None
     }
     if body.seed not in (None, *RANDOM_SEEDS):
         given["seed"] = body.seed
     if body.logit_bias is not None:
-        given["logit_bias"] = _bias(body.logit_bias)
+        given["logit_bias"] = _bias(body.logit_bias, service.tokenizer)
     if body.n_probs:
         given["logprobs"] = body.n_probs
     if body.grammar and body.json_schema is not None:
@@ -163,28 +165,33 @@ def _params(body: LlamaRequest, default: SamplingParams) -> SamplingParams:
     limit = None if body.n_predict in (None, -1) else max(body.n_predict or 0, 1)
     by_lines = body.n_indent > 0 or body.t_max_predict_ms > 0
     kind = RequestOutputKind.DELTA if body.stream or by_lines else RequestOutputKind.FINAL_ONLY
-    return default.clone(**given, max_tokens=limit, output_kind=kind)
+    return service.default_params.clone(**given, max_tokens=limit, output_kind=kind)
 
 
-def _bias(given: Any) -> dict[int, float]:
-    """Biases as a mapping or as pairs of an id and a number, or false to ban. Raises :class:`ParameterError`."""
+def _bias(given: Any, tokenizer: Tokenizer) -> dict[int, float]:
+    """Return biases by token id. Raises :class:`ParameterError`.
+
+    ``given`` is a mapping or a list of pairs: from an id, or a text each of whose tokens is meant, to a number, or
+    false to ban. A key of a mapping that is a whole number is an id."""
     pairs = list(given.items()) if isinstance(given, dict) else given
     if not isinstance(pairs, list) or not all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs
     ):
-        raise ParameterError("logit_bias", given, "must be pairs of a token id and a number")
+        raise ParameterError("logit_bias", given, "must be pairs of a token id or a text and a number")
     found = {}
     for token, bias in pairs:
-        try:
-            token_id = token if type(token) is int else int(token if isinstance(given, dict) else "")
-        except (TypeError, ValueError):
-            raise ParameterError("logit_bias", token, "must be a token id") from None
-        try:
-            if bias is not False and type(bias) not in (int, float):
-                raise TypeError
-            found[token_id] = NO_BIAS if bias is False else float(bias)
-        except (TypeError, OverflowError):
-            raise ParameterError("logit_bias", bias, "must be a number, or false to ban the token") from None
+        if isinstance(given, dict) and re.fullmatch(r"\d{1,18}", token):
+            ids = [int(token)]
+        elif isinstance(token, str) and token:
+            ids = tokenizer.encode(token, False)
+        elif type(token) is int:
+            ids = [token]
+        else:
+            raise ParameterError("logit_bias", token, "must be a token id or a text")
+        if bias is not False and type(bias) not in (int, float):
+            raise ParameterError("logit_bias", bias, "must be a number, or false to ban the token")
+        for token_id in ids:
+            found[token_id] = NO_BIAS if bias is False else bias
     return found
 
 

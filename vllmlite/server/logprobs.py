@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from vllmlite.detokenizer import Detokenizer
@@ -33,9 +33,10 @@ def for_completion(
     count: int,
     names_are_ids: bool,
     tokenizer: Tokenizer,
+    named: Collection[int] = (),
 ) -> CompletionLogprobs:
-    """The columns of ``/v1/completions``: the ``count`` likeliest and the token itself. ``text_offsets`` say where the
-    tokens begin, in characters of the choice's text."""
+    """The columns of ``/v1/completions``: the ``count`` likeliest, the token itself and the ``named`` ids.
+    ``text_offsets`` say where the tokens begin, in characters of the choice's text."""
     found: CompletionLogprobs = {
         "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": list(text_offsets),
     }  # fmt: skip
@@ -49,20 +50,28 @@ def for_completion(
         chosen = entry[token_id]
         found["tokens"].append(_name(token_id, chosen, names_are_ids))
         found["token_logprobs"].append(_finite(chosen.logprob))
-        shown = list(entry.items()) if count == ALL else list(entry.items())[: count + 1]
+        shown = [
+            (i, e) for at, (i, e) in enumerate(entry.items()) if count == ALL or at <= count or i in named
+        ]
         found["top_logprobs"].append(_by_name(shown, names_are_ids))
     return found
 
 
 def for_chat(
-    entries: Entries, token_ids: Sequence[int], count: int, names_are_ids: bool, tokenizer: Tokenizer
+    entries: Entries,
+    token_ids: Sequence[int],
+    count: int,
+    names_are_ids: bool,
+    tokenizer: Tokenizer,
+    named: Collection[int] = (),
 ) -> ChatLogprobs:
-    """The entries of ``/v1/chat/completions``: each token with the ``count`` likeliest of its place, best first."""
+    """The entries of ``/v1/chat/completions``: each token with the ``count`` likeliest of its place and the ``named``
+    ids, best first."""
     content: list[TokenLogprob] = []
     for token_id, entry in zip(token_ids, entries, strict=True):
         if entry is None:
             continue
-        top = [_top(i, e, names_are_ids, tokenizer) for i, e in _likeliest(entry, count)]
+        top = [_top(i, e, names_are_ids, tokenizer) for i, e in _likeliest(entry, count, named)]
         content.append({**_top(token_id, entry[token_id], names_are_ids, tokenizer), "top_logprobs": top})
     return {"content": content}
 
@@ -111,9 +120,15 @@ def for_prompt(entries: Entries | None) -> PromptLogprobs | None:
     ]
 
 
-def _likeliest(entry: Mapping[int, Logprob], count: int) -> list[tuple[int, Logprob]]:
-    """The ``count`` likeliest tokens, best first; the token itself may be another."""
-    found = [(i, e) for i, e in entry.items() if e.rank is not None and (count == ALL or e.rank <= count)]
+def _likeliest(
+    entry: Mapping[int, Logprob], count: int, named: Collection[int] = ()
+) -> list[tuple[int, Logprob]]:
+    """The ``count`` likeliest tokens and the ``named`` ones, best first; the token itself may be another."""
+    found = [
+        (i, e)
+        for i, e in entry.items()
+        if i in named or (e.rank is not None and (count == ALL or e.rank <= count))
+    ]
     return sorted(found, key=lambda item: item[1].rank or 0)
 
 

@@ -147,9 +147,6 @@ _FEATURES: Mapping[str, Absent] = {
     "enable_search": Absent((None, False), _NO_SEARCH),
     "search_parameters": Absent((None, {"mode": "off"}), _NO_SEARCH),
     "plugins": Absent((None, []), "there are no plugins"),
-    "logprob_token_ids": Absent(
-        (None, []), "log-probabilities are those of the likeliest tokens: see logprobs"
-    ),
     "post_sampling_probs": Absent((None, False), "probabilities are those before sampling"),
     "repetition_detection": Absent(
         _UNUSED, "an answer that repeats itself is not ended: see repetition_penalty"
@@ -184,7 +181,7 @@ _OTHER_ENDPOINTS: Mapping[str, Absent] = {
             "frequency_penalty", "seed", "max_tokens", "max_completion_tokens", "min_tokens", "stop_token_ids",
             "allowed_token_ids", "bad_words", "logit_bias", "response_format", "structured_outputs", "grammar",
             "json_schema", "chat_template", "chat_template_kwargs", "reasoning_effort", "documents", "thinking",
-            "enable_thinking", "samplers", "thinking_token_budget", "thinking_budget",
+            "enable_thinking", "logprob_token_ids", "samplers", "thinking_token_budget", "thinking_budget",
         ),
         Absent(_UNUSED, _ELSEWHERE),
     ),

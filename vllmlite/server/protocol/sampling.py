@@ -112,7 +112,7 @@ class SamplingRequest(Request):
         "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
         "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "include_stop_str_in_output",
         "skip_special_tokens", "spaces_between_special_tokens", "logit_bias", "allowed_token_ids", "bad_words",
-        "thinking_token_budget", "truncate_prompt_tokens", "truncation_side", "prompt_logprobs",
+        "thinking_token_budget", "truncate_prompt_tokens", "truncation_side", "prompt_logprobs", "logprob_token_ids",
     )  # fmt: skip
 
     model: str | None = Field(None, description="A served model name.")
@@ -140,6 +140,7 @@ class SamplingRequest(Request):
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = Field(None, description="Where tokens are dropped.")
     prompt_logprobs: int | None = None
+    logprob_token_ids: Ints | None = Field(None, description="With logprobs: report those of these ids, too.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: int = Field(0, description="Smaller goes first; needs --scheduling-policy priority.")
@@ -162,6 +163,8 @@ class SamplingRequest(Request):
             raise ParameterError("stream_options", self.stream_options.model_dump(), "goes with stream=true")
         if self.prompt_logprobs is not None and self.stream:
             raise ParameterError("prompt_logprobs", self.prompt_logprobs, "does not go with stream=true")
+        if self.logprob_token_ids and changes.get("logprobs") is None:
+            raise ParameterError("logprob_token_ids", self.logprob_token_ids, "goes with logprobs")
         given = {name: getattr(self, name) for name in self.SAMPLING if getattr(self, name) is not None}
         structure = self._structure()
         if structure is not None:
