@@ -29,6 +29,7 @@ from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.server.app import build_app
 from vllmlite.server.config import ServerConfig
+from vllmlite.server.http10 import use_h11_for_http10
 from vllmlite.server.metrics import Metrics
 from vllmlite.server.run import KEEP_ALIVE_SECONDS
 from vllmlite.server.service import Service
@@ -145,6 +146,7 @@ async def client_of(
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         lifespan="on",
     )
+    use_h11_for_http10(config)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         if send_buffer is not None:

@@ -252,3 +252,30 @@ def test_proxies_that_keep_the_root_path(service: Service) -> None:
         asyncio.run(work())
     finally:
         service.config = config
+
+
+def test_streams_to_http10_clients_end_with_the_connection(service: Service) -> None:
+    body = json.dumps({**BODIES[COMPLETIONS], "stream": True}).encode()
+    head = b"POST /v1/completions HTTP/%b\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+    async def ask_raw(port: int, version: bytes) -> tuple[bytes, bytes]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head % (version, len(body)) + body)
+        answer = b""
+        while not answer.endswith((b"data: [DONE]\n\n", b"0\r\n\r\n")):
+            answer += await asyncio.wait_for(reader.read(1 << 16), 30)
+        if version == b"1.0":
+            assert await asyncio.wait_for(reader.read(), 30) == b""
+        writer.close()
+        return answer.partition(b"\r\n\r\n")[::2]
+
+    async def work(client: httpx.AsyncClient) -> None:
+        assert client.base_url.port is not None
+        headers, text = await ask_raw(client.base_url.port, b"1.0")
+        assert b"chunked" not in headers.lower() and b"connection: close" in headers.lower()
+        events = text.decode().removesuffix("\n\n").split("\n\n")
+        assert events[-1] == "data: [DONE]" and all(event.startswith("data: ") for event in events)
+        headers, text = await ask_raw(client.base_url.port, b"1.1")
+        assert b"transfer-encoding: chunked" in headers.lower() and text.endswith(b"0\r\n\r\n")
+
+    ask(service, work)

@@ -30,6 +30,7 @@ from vllmlite.errors import EngineDeadError, ParameterError
 from vllmlite.hub import BUILT_IN_NAME
 from vllmlite.server.app import build_app
 from vllmlite.server.config import ServerConfig
+from vllmlite.server.http10 import use_h11_for_http10
 from vllmlite.server.metrics import Metrics
 from vllmlite.server.service import Service
 from vllmlite.terminal import is_terminal
@@ -77,6 +78,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
                 timeout_graceful_shutdown=config.shutdown_timeout + CLOSING_SECONDS,
                 server_header=False,
             )
+            use_h11_for_http10(uvicorn_config)
             stats = inner.stats()
             about = f"{', '.join(names)} on {stats.backend} ({stats.device}, {stats.dtype})"
             server = Server(uvicorn_config, service, f"{about} at {_address(config, listener)}", begin)
