@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -27,6 +28,8 @@ from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.guided import gbnf
 from vllmlite.guided.json_grammar import grammar_of, with_grammars
 
+PLACE_IN_SOURCE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
+"""What xgrammar's C++ part writes before its errors: the time, and a line of its own source."""
 START_SECONDS = 120
 """For xgrammar to be imported, which may bring torch in."""
 COMPILE_SECONDS = 10
@@ -199,7 +202,7 @@ def _answer(compiler: Any, kind: str, source: Any) -> dict[str, str]:
     except Exception as error:  # xgrammar's own kinds, and RuntimeError of its C++ part
         if "bad_alloc" in str(error):
             os._exit(1)
-        return {"error": f"has no grammar: {' '.join(str(error).split())[-300:]}"}
+        return {"error": f"has no grammar: {' '.join(PLACE_IN_SOURCE.sub('', str(error)).split())[-300:]}"}
     size = compiled.memory_size_bytes
     if size > RESULT_BYTES:
         return {"error": f"is compiled to {size} bytes, over the limit of {RESULT_BYTES}: simplify it"}
