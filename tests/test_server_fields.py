@@ -272,6 +272,20 @@ def test_wishes_that_the_template_cannot_grant_are_logged(
     assert caplog.text.count("reads none of enable_thinking, thinking") == 1
 
 
+def test_budgets_of_reasoning_are_honoured(showing: Service, script: Script) -> None:
+    for body in (
+        {"thinking_token_budget": 9},
+        {"thinking_budget": 9},
+        {"thinking": {"type": "enabled", "budget_tokens": 9}},
+        {"reasoning": {"max_tokens": 9}},
+    ):
+        post(showing, CHAT, messages=TALK, **body)
+        expected = 9 if showing.knows_reasoning or len(body.keys() & {"thinking", "reasoning"}) == 0 else None
+        assert params_of(script).thinking_token_budget == expected, body
+    both = {"thinking_token_budget": 9, "thinking": {"type": "enabled", "budget_tokens": 8}}
+    assert "contradicts" in post(showing, CHAT, 400, messages=TALK, **both)["error"]["message"]
+
+
 def test_wishes_about_thinking_must_agree(showing: Service) -> None:
     body = {"enable_thinking": True, "thinking": {"type": "disabled"}}
     error = post(showing, CHAT, 400, messages=TALK, **body)["error"]

@@ -90,6 +90,9 @@ def _params(body: ChatCompletionRequest, service: Service, tools: ToolUse) -> Sa
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     changes["max_tokens"] = service.chat_limit(limit)
     changes |= turned_off(body.samplers)
+    budget = body.reasoning_budget()
+    if budget is not None and (service.knows_reasoning or body.thinking_token_budget is not None):
+        changes["thinking_token_budget"] = budget
     return body.sampling_params(default, **changes)
 
 

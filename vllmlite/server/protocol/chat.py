@@ -95,7 +95,7 @@ class ThinkingOptions(Request):
     """Whether the model is to think first, as DeepSeek and Anthropic say it."""
 
     type: Literal["enabled", "adaptive", "auto", "disabled"]
-    budget_tokens: int | None = Field(None, description="A wish, which no model can be given.")
+    budget_tokens: int | None = Field(None, description="Most tokens of reasoning, as thinking_token_budget.")
 
 
 class ReasoningOptions(Request):
@@ -103,7 +103,7 @@ class ReasoningOptions(Request):
 
     enabled: bool | None = None
     effort: str | None = None
-    max_tokens: int | None = Field(None, description="A wish, which no model can be given.")
+    max_tokens: int | None = Field(None, description="Most tokens of reasoning, as thinking_token_budget.")
     exclude: bool = Field(False, description="Leave what it thought out of the answer.")
 
 
@@ -205,6 +205,16 @@ class ChatCompletionRequest(ChatPrompt, SamplingRequest):
     )
     samplers: Strings | None = Field(None, description="llama.cpp's list of those to use; default: all.")
     echo: bool = Field(False, description="Begin with the last message, where the answer continues it.")
+
+    def reasoning_budget(self) -> int | None:
+        """The most tokens of reasoning, however it was said. Raises :class:`ParameterError` where wishes differ."""
+        budgets = {"thinking_token_budget": self.thinking_token_budget}
+        if isinstance(self.thinking, ThinkingOptions):
+            budgets["thinking.budget_tokens"] = self.thinking.budget_tokens
+        if self.reasoning is not None:
+            budgets["reasoning.max_tokens"] = self.reasoning.max_tokens
+        found: int | None = _agreed(budgets)
+        return found
 
     def shows_reasoning(self) -> bool:
         """Whether answers have a field with what the model thought."""
