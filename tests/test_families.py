@@ -251,7 +251,9 @@ def test_quantised_copies_are_what_quantising_at_load_gives(case: str, tmp_path:
         (tmp_path / "saved", TorchBackend()),
     ):
         packing = Packing(backend, "int8")
-        paged = PagedModel(load_model(backend, path, max_model_len=64, block_size=16, packing=packing))
+        paged = PagedModel(
+            load_model(backend, path, max_model_len=64, block_size=16, packing=packing), max_context=64
+        )
         found.append(np.concatenate(chunked(paged, prompts()[:5], "ragged")))
     assert found[0].tobytes() == found[1].tobytes()
     assert np.abs(found[0] - found[2]).max() <= 0.02 * np.abs(found[2]).max()

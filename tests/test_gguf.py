@@ -365,7 +365,7 @@ def converted(source: Path, target: Path, kind_of: Any = lambda name: "F32", **m
 def logits(backend: Backend, path: Path, count: int = 40, **options: Any) -> NDArray[np.float32]:
     packing = Packing(backend, **options)
     model = load_model(backend, path, max_model_len=64, block_size=16, packing=packing)
-    paged = PagedModel(model, num_blocks=8, max_slots=2)
+    paged = PagedModel(model, num_blocks=8, max_slots=2, max_context=64)
     paged.admit(0)
     return paged.logits([0], [np.arange(count, dtype=np.int32)])[0]
 

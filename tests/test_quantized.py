@@ -423,7 +423,7 @@ def test_every_family_and_sharded_sources(kind: str, family: str, tmp_path: Path
     for path in (tmp_path / "source", tmp_path / "saved"):
         packing = Packing(CpuBackend(packed=True), kind)
         model = load_model(packing.backend, path, max_model_len=64, block_size=16, packing=packing)
-        paged = PagedModel(model, num_blocks=8, max_slots=2)
+        paged = PagedModel(model, num_blocks=8, max_slots=2, max_context=64)
         paged.admit(0)
         found.append(paged.logits([0], [tokens])[0])
     assert found[0].tobytes() == found[1].tobytes()
@@ -442,11 +442,11 @@ def test_a_backend_without_the_scheme_dequantises_at_load(kind: str, tmp_path: P
     model = load_model(backend, tmp_path / "saved", max_model_len=64, block_size=16, packing=packing)
     weights = open_model(tmp_path / "saved", read_spec(tmp_path / "saved"), packing)
     assert all(isinstance(weights.products([name])[0], HostTensor) for name in ("0.q.weight", "head.weight"))
-    paged = PagedModel(model, num_blocks=8, max_slots=2)
+    paged = PagedModel(model, num_blocks=8, max_slots=2, max_context=64)
     paged.admit(0)
     found = paged.logits([0], [np.arange(40, dtype=np.int32)])[0]
     packed = load_model(CpuBackend(packed=True), tmp_path / "saved", max_model_len=64, block_size=16)
-    kept = PagedModel(packed, num_blocks=8, max_slots=2)
+    kept = PagedModel(packed, num_blocks=8, max_slots=2, max_context=64)
     kept.admit(0)
     expected = kept.logits([0], [np.arange(40, dtype=np.int32)])[0]
     assert np.square(found - expected).mean() < 0.01 * expected.var()

@@ -97,7 +97,7 @@ def logits(path: Path, world: int, *, native: bool = False, quantization: str | 
                 backend, path, max_model_len=64, block_size=16, packing=Packing(backend, quantization),
                 spec=sharded(read_spec(path), rank, world),
             )  # fmt: skip
-            paged = PagedModel(model, num_blocks=8, max_slots=2)
+            paged = PagedModel(model, num_blocks=8, max_slots=2, max_context=64)
             paged.admit(0)
             chunks = TOKENS[:25], TOKENS[25:39], TOKENS[39:]
             return np.concatenate([paged.logits([0], [chunk])[0] for chunk in chunks])
