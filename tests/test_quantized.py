@@ -15,8 +15,8 @@ from gguf_files import random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from op_backends import HAS_TORCH, of_torch
 from paged import PagedModel, host_tensor
-from test_ops import HAS_TORCH, of_torch
 
 from vllmlite.backends.base import Backend
 from vllmlite.backends.cpu import CpuBackend

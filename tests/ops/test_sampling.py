@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from op_backends import BACKENDS, of_torch
 from paged import host_batch
-from test_ops import BACKENDS, of_torch
 
 from vllmlite.backends.base import (
     Backend,

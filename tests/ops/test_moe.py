@@ -1,0 +1,112 @@
+"""Mixtures of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from op_backends import Array, check, host, invariant, numbers, put
+from op_formulas import activated
+
+from vllmlite.backends.base import Backend, Expert
+from vllmlite.weights.host import FLOAT_DTYPES
+
+
+def mixture(
+    x: Array, logits: Array, gate_up: list[Array], down: list[Array], top_k: int, renormalise: bool
+) -> Array:
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    out = np.zeros_like(x)
+    for token, row in enumerate(x):
+        chosen = sorted(np.argsort(-logits[token], kind="stable")[:top_k])
+        total = weights[token, chosen].sum() if renormalise else 1.0
+        for expert in chosen:
+            gate, up = np.split(gate_up[expert] @ row, 2)
+            out[token] += weights[token, expert] / total * (down[expert] @ (activated(gate, "silu") * up))
+    return out
+
+
+def experts_of(backend: Backend, gate_up: list[Array], down: list[Array]) -> Any:
+    return backend.experts(
+        [
+            Expert(
+                backend.linear_weight([host(backend, part) for part in np.split(first, 2)]),
+                backend.linear_weight([host(backend, second)]),
+            )
+            for first, second in zip(gate_up, down, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "count", "hidden", "inner"),
+    [
+        (1, 1, 7, 48, 40),
+        (3, 2, 7, 48, 40),
+        (17, 4, 7, 48, 40),
+        (150, 3, 7, 48, 40),
+        (300, 4, 7, 136, 72),
+        (17, 3, 7, 45, 21),
+        (70, 9, 67, 24, 16),
+    ],
+)
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_moe(
+    backend: Backend, tokens: int, top_k: int, count: int, hidden: int, inner: int, renormalise: bool
+) -> None:
+    x, logits, gate_up, down = a_mixture(tokens, count, hidden, inner)
+    found = backend.moe(
+        put(backend, x),
+        put(backend, logits),
+        experts_of(backend, gate_up, down),
+        top_k,
+        renormalise,
+        "silu",
+    )
+    check(backend, found, mixture(x, logits, gate_up, down, top_k, renormalise))
+
+
+def a_mixture(
+    tokens: int, count: int, hidden: int, inner: int
+) -> tuple[Array, Array, list[Array], list[Array]]:
+    x, logits = numbers((tokens, hidden)), numbers((tokens, count), 1, 2)
+    logits[:, 5] = -100  # an expert that nobody asks
+    gate_up = [numbers((2 * inner, hidden), 10 + expert, 0.2) for expert in range(count)]
+    down = [numbers((hidden, inner), 20 + expert, 0.2) for expert in range(count)]
+    return x, logits, gate_up, down
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(136, 72), (45, 21)])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_batch_invariant_mixtures(dtype: str, hidden: int, inner: int) -> None:
+    backend = invariant(dtype)
+    x, logits, gate_up, down = a_mixture(600, 7, hidden, inner)
+    experts = experts_of(backend, gate_up, down)
+
+    def mixed(rows: slice) -> Array:
+        return backend.to_host(
+            backend.moe(put(backend, x[rows]), put(backend, logits[rows]), experts, 3, True, "gelu_tanh")
+        )
+
+    whole = mixed(slice(None))
+    for first, last in ((0, 1), (7, 15), (3, 19), (40, 57), (100, 230), (30, 95), (590, 600)):
+        assert (mixed(slice(first, last)) == whole[first:last]).all()
+
+
+def test_equal_experts_are_taken_in_order(exact: Backend) -> None:
+    x, logits = numbers((4, 16)), np.zeros((4, 5))
+    gate_up = [numbers((16, 16), 10 + expert) for expert in range(5)]
+    down = [numbers((16, 8), 20 + expert) for expert in range(5)]
+    experts = experts_of(exact, gate_up, down)
+    found = exact.moe(put(exact, x), put(exact, logits), experts, 2, True, "silu")
+    check(exact, found, mixture(x, logits, gate_up, down, 2, True))
+
+
+def test_sigmoid_gate(backend: Backend) -> None:
+    x, weight = numbers((5, 40)), numbers((1, 40), 1)
+    gate = backend.linear(put(backend, x), backend.linear_weight([host(backend, weight)]))
+    check(backend, gate, x @ weight.T)
+    gate = numbers((5, 1), 2)
+    check(backend, backend.sigmoid_gate(put(backend, x), put(backend, gate)), x / (1 + np.exp(-gate)))
