@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+from paged import host_batch
 
-from vllmlite.backends.base import API
+from vllmlite.backends.base import API, KVSpec, SlotParams, SlotSpec
+from vllmlite.backends.cuda import CudaBackend
+from vllmlite.errors import BackendError
 
 _cuda: Any = pytest.importorskip("vllmlite._cuda", reason="vllmlite._cuda is not built")
 
@@ -271,6 +275,52 @@ def test_copy_blocks_checks_its_pools() -> None:
         _cuda.copy_blocks(pool, _cuda.empty([4, 9], "float32"), pairs)
     with pytest.raises(ValueError, match="one CUDA device"):
         _cuda.copy_blocks(pool, np.zeros((4, 8), "f4"), pairs)
+
+
+@needs_gpu
+def test_more_rows_than_a_grid_has_in_its_second_dimension() -> None:
+    backend, rows = CudaBackend("cuda", "float32"), 70_000
+    spec = KVSpec(1, 1, 16, 16, "float32")
+    slots = backend.alloc_slots(SlotSpec(rows, 1, 16, 8, 1))
+    for slot in range(rows - 3, rows):
+        backend.set_slot(slots, slot, SlotParams(temperature=1e-9, frequency_penalty=1.0))
+    batch = backend.upload(host_batch(range(rows), [0] * rows, [1] * rows), slots, spec)
+    for first, last in ((0, rows), (rows - 3, rows)):
+        part = host_batch(range(first, last), [0] * (last - first), [1] * (last - first))
+        batch = backend.upload(part, slots, spec)
+        chosen = np.arange(first, last) % 8
+        sampled = backend.sample(backend.tensor(np.eye(8, dtype=np.float32)[chosen]), slots, batch)
+        backend.accept(sampled.ids, slots, batch)
+        assert (backend.to_host(sampled.ids)[:-3] == chosen[:-3]).all()
+        assert (backend.to_host(backend.upload(part, slots, spec).token_ids)[:-3] == chosen[:-3]).all()
+
+
+@needs_gpu
+def test_pools_and_slots_that_32_bits_do_not_count_are_refused() -> None:
+    backend = CudaBackend("cuda", "float16")
+    if backend.memory().free < 80 << 30:
+        pytest.skip("the GPU has less memory than such a pool takes")
+    with pytest.raises(BackendError, match="has pools of up to 8388607 of this size"):
+        backend.alloc_kv(KVSpec(1, 8, 16, 16, "float16"), 2**23)
+    with pytest.raises(ValueError, match="more than 32 bits count"):
+        backend.alloc_slots(SlotSpec(2**16, 2**15, 2**19, 8, 8))
+
+
+@needs_gpu
+def test_results_are_read_in_many_threads() -> None:
+    """While others come and go, each thread reads what belongs to its own tensor."""
+    backend = CudaBackend("cuda", "float32")
+    spec = KVSpec(1, 1, 16, 16, "float32")
+    slots = backend.alloc_slots(SlotSpec(8, 1, 16, 1000, 1))
+    with ThreadPoolExecutor(8) as pool:
+        reads = []
+        for step in range(500):
+            chosen = (np.arange(8) * 7 + step) % 1000
+            batch = backend.upload(host_batch(range(8), [0] * 8, [1] * 8), slots, spec)
+            logits = backend.tensor(np.eye(1000, dtype=np.float32)[chosen])
+            reads.append((chosen, pool.submit(backend.to_host, backend.sample(logits, slots, batch).ids)))
+        for chosen, read in reads:
+            assert (read.result() == chosen).all()
 
 
 @needs_gpu
