@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def test_unknown_names_get_the_closest() -> None:
 
 @pytest.mark.parametrize("name", ABSENT)
 def test_absent_features_are_refused_by_name(name: str) -> None:
-    for value in ABSENT[name].neutral:
+    for value in (*ABSENT[name].neutral, *ABSENT[name].logged):
         assert EngineConfig.from_kwargs(**{name: value}) == EngineConfig()
     with pytest.raises(ParameterError) as error:
         EngineConfig.from_kwargs(**{name: "something else"})
@@ -164,7 +165,7 @@ def test_trust_in_code_is_said_to_be_without_effect(caplog: pytest.LogCaptureFix
     EngineConfig.from_kwargs(trust_remote_code=False)
     assert not caplog.records
     EngineConfig.from_kwargs(trust_remote_code=True)
-    assert "trust_remote_code has no effect: code from a checkpoint is never run" in caplog.text
+    assert "trust_remote_code=True has no effect: code from a checkpoint is never run" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -180,6 +181,23 @@ def test_trust_in_code_is_said_to_be_without_effect(caplog: pytest.LogCaptureFix
         (["--hf-overrides", "{}"], True),
         (["--hf-overrides", '{"a": 1}'], False),
         (["--swap-space", "0"], True),
+        (["--structured-outputs-config.backend", "xgrammar"], True),
+        (["--structured_outputs_config.backend=guidance"], False),
+        (
+            ["--structured-outputs-config", '{"backend": "auto"}', "--structured-outputs-config.a.b", "1"],
+            False,
+        ),
+        (["--compilation-config", "3"], True),
+        (["--compilation-config.mode", "3", "-O3"], True),
+        (["-cc.level=3", "-O", "2", "--disable-log-requests"], True),
+        (["--compilation-config", '{"cudagraph_mode": "NONE"}'], False),
+        (["--runner", "pooling", "--task", "embed", "--convert", "embed"], True),
+        (["--task", "classify"], False),
+        (["--limit-mm-per-prompt", '{"image": 0, "video": {"count": 0}}'], True),
+        (["--limit-mm-per-prompt.image", "0"], True),
+        (["--limit-mm-per-prompt.image", "1"], False),
+        (["--enable-per-request-metrics", "--enable-tokenizer-info-endpoint"], True),
+        (["--calculate-kv-scales"], True),
     ],
 )
 def test_absent_features_on_the_command_line(
@@ -190,8 +208,46 @@ def test_absent_features_on_the_command_line(
         return
     with pytest.raises(SystemExit, match="2"):
         from_flags(*argv)
-    name = argv[0].partition("=")[0].removeprefix("--no-").removeprefix("--").replace("-", "_")
+    name = (
+        argv[0].partition("=")[0].partition(".")[0].removeprefix("--no-").removeprefix("--").replace("-", "_")
+    )
     assert ABSENT[name].reason in capsys.readouterr().err
+
+
+def test_dotted_flags_are_the_keys_of_a_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = OptionParser(prog="x")
+    parser.add_argument("--kwargs")
+    parser.add_argument("-n")
+    parser.add_argument("words", nargs="*")
+
+    def parsed(*argv: str) -> Any:
+        found = parser.parse(argv)
+        return json.loads(found.kwargs), found.words
+
+    assert parsed("--kwargs.a_b.c", "1", "word", "--kwargs.d=x=y") == (
+        {"a_b": {"c": 1}, "d": "x=y"},
+        ["word"],
+    )
+    assert parsed("--kwargs", '{"a": {"b": 1}, "c": 2}', "--kwargs.a.d", "[3]", "--kwargs.c=4") == (
+        {"a": {"b": 1, "d": [3]}, "c": 4},
+        [],
+    )
+    assert parsed("--kwargs.a", "1", "--", "--kwargs.b") == ({"a": 1}, ["--kwargs.b"])
+    for argv, says in (
+        (["--kwargs", "3", "--kwargs.a", "1"], "--kwargs: 3 is not a JSON object"),
+        (["--kwarg.a", "1"], "no option --kwarg.a; did you mean --kwargs?"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse(argv)
+        assert says in capsys.readouterr().err
+
+
+def test_options_without_effect_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    from_flags("--trust-remote-code")
+    EngineConfig.from_kwargs(trust_remote_code=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"trust_remote_code=True has no effect: {ABSENT['trust_remote_code'].reason}"
+    ] * 2
 
 
 def test_dtype_may_be_torchs() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import json
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -16,8 +16,6 @@ from vllmlite.options import add_fields, check_fields, did_you_mean, flag, given
 from vllmlite.options import option as _option
 from vllmlite.pooling_params import POOLING_TYPES
 from vllmlite.sampling_params import MAX_LOGPROBS
-
-logger = logging.getLogger(__name__)
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4")
@@ -249,10 +247,8 @@ def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
             known[name] = value
         elif name not in ABSENT:
             raise ParameterError(name, value, "no such option" + did_you_mean(name, [*names, *ABSENT]))
-        elif not ABSENT[name].accepts(value):
-            raise ParameterError(name, value, ABSENT[name].reason)
-        elif name == "trust_remote_code" and value:
-            logger.warning("trust_remote_code has no effect: %s", ABSENT[name].reason)
+        else:
+            ABSENT[name].check(name, value)
     return known
 
 
@@ -260,6 +256,8 @@ SHORT = {
     "tensor_parallel_size": ("-tp",),
     "pipeline_parallel_size": ("-pp",),
     "data_parallel_size": ("-dp",),
+    "compilation_config": ("-cc",),
+    "optimization_level": ("-O",),
 }
 """vLLM's other names of options that are absent."""
 
@@ -295,14 +293,12 @@ class _AbsentValue(argparse.Action):
         values: Any,
         flag: str | None = None,
     ) -> None:
-        try:
-            import json
-
-            value = json.loads(values)
-        except ValueError:
-            value = values
         absent = ABSENT[self.dest]
-        if not (absent.accepts(value) or absent.accepts(values)):
+        if absent.accepts(values):
+            return
+        try:
+            absent.check(self.dest, json.loads(values))
+        except ValueError:
             parser.error(f"{flag}={values}: {absent.reason}")
 
 
@@ -317,5 +313,8 @@ class _AbsentFlag(argparse.BooleanOptionalAction):
         flag: str | None = None,
     ) -> None:
         absent = ABSENT[self.dest]
-        if flag is not None and not absent.accepts(not flag.startswith("--no-")):
-            parser.error(f"{flag}: {absent.reason}")
+        if flag is not None:
+            try:
+                absent.check(self.dest, not flag.startswith("--no-"))
+            except ParameterError:
+                parser.error(f"{flag}: {absent.reason}")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from vllmlite.errors import ParameterError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,15 +18,32 @@ class Absent:
 
     neutral: tuple[Any, ...]
     reason: str
+    keys: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """A mapping asks for nothing if each of its keys is here, with one of these values."""
+    logged: tuple[Any, ...] = ()
+    """Values that change no text: they are accepted, and the log has the reason why they do nothing."""
 
     def accepts(self, value: object) -> bool:
         """Whether ``value`` asks for nothing."""
+        if isinstance(value, Mapping) and value:
+            return all(entry in self.keys.get(key, ()) for key, entry in value.items())
         return value in self.neutral
+
+    def check(self, name: str, value: object) -> None:
+        """Raise :class:`ParameterError` unless the option ``name`` may have ``value``."""
+        if value in self.logged:
+            logger.warning("%s=%s has no effect: %s", name, value, self.reason)
+        elif not self.accepts(value):
+            raise ParameterError(name, value, self.reason)
 
 
 _ONE_DEVICE = "an engine runs on one device in this version"
 _NO_LORA = "LoRA adapters are not supported in this version: merge the adapter into the checkpoint"
 _TEXT_ONLY = "only text models are supported in this version"
+_ONE_RUNNER = (
+    "an engine writes text and makes embeddings in any case; it neither scores, ranks nor classifies"
+)
+_LEVELS = (0, 1, 2, 3)
 _ONE_GRAMMAR = "grammars are xgrammar's"
 _NO_PLUGINS = "parsers are those that are built in"
 _NO_SPECULATION = "speculative decoding is not supported in this version"
@@ -34,17 +56,19 @@ _HOST_MEMORY = "nothing is moved to host memory: preempted sequences are compute
 
 ABSENT: Mapping[str, Absent] = {
     "tokenizer_mode": Absent(("auto",), "the tokenizer is the one that the model has; there is no other to choose"),
-    "trust_remote_code": Absent((False, True), _NO_REMOTE_CODE),
+    "trust_remote_code": Absent((False,), _NO_REMOTE_CODE, logged=(True,)),
     "hf_config_path": Absent((None,), "config.json is read from the model's directory"),
     "hf_overrides": Absent((None, {}), "edit config.json in a copy of the checkpoint"),
     "hf_token": Absent((None,), "set HF_TOKEN in the environment, or run `hf auth login`"),
     "code_revision": Absent((None,), _NO_REMOTE_CODE),
     "config_format": Absent(("auto", "hf"), "only Hugging Face's config.json is read"),
-    "task": Absent((None, "auto", "generate"), "only text generation is supported in this version"),
-    "runner": Absent(("auto", "generate"), "only text generation is supported in this version"),
-    "convert": Absent(("auto", "none"), "only text generation is supported in this version"),
+    "task": Absent((None, "auto", "generate", "embed", "embedding"), _ONE_RUNNER),
+    "runner": Absent(("auto", "generate", "pooling"), _ONE_RUNNER),
+    "convert": Absent(("auto", "none", "embed"), _ONE_RUNNER),
     "allowed_local_media_path": Absent((None, ""), _TEXT_ONLY),
-    "limit_mm_per_prompt": Absent((None, {}), _TEXT_ONLY),
+    "limit_mm_per_prompt": Absent(
+        (None, {}), _TEXT_ONLY, keys=dict.fromkeys(("image", "video", "audio"), (0, {"count": 0}))
+    ),
     "mm_processor_kwargs": Absent((None, {}), _TEXT_ONLY),
     "rope_scaling": Absent((None, {}), "edit rope_scaling in config.json of a copy of the checkpoint"),
     "rope_theta": Absent((None,), "edit rope_theta in config.json of a copy of the checkpoint"),
@@ -65,16 +89,22 @@ ABSENT: Mapping[str, Absent] = {
     "spec_model": Absent((None,), _NO_SPECULATION),
     "spec_tokens": Absent((None, 0), _NO_SPECULATION),
     "guided_decoding_backend": Absent((None, "auto", "xgrammar"), _ONE_GRAMMAR),
-    "structured_outputs_config": Absent((None, {}, {"backend": "auto"}, {"backend": "xgrammar"}), _ONE_GRAMMAR),
+    "structured_outputs_config": Absent(
+        (None, {}),
+        _ONE_GRAMMAR,
+        keys={"backend": ("auto", "xgrammar"), "disable_fallback": (False, True), "reasoning_parser": ("",)},
+    ),
     "reasoning_parser": Absent((None, ""), "the server alone takes reasoning out of the text: see serve"),
     "logits_processors": Absent((None, []), "custom logits processors are not supported: see logit_bias, bad_words"),
-    "compilation_config": Absent((None, {}, 0), _NO_GRAPH_CHOICE),
+    "compilation_config": Absent(
+        (None, {}, *_LEVELS), _NO_GRAPH_CHOICE, keys={"level": _LEVELS, "mode": _LEVELS}
+    ),
     "cuda_graph_sizes": Absent((None, []), _NO_GRAPH_CHOICE),
     "cpu_offload_gb": Absent((0,), "weights stay on the device in this version"),
     "swap_space": Absent((0, 4), _HOST_MEMORY),
     "preemption_mode": Absent((None, "recompute"), _HOST_MEMORY),
     "kv_transfer_config": Absent((None,), "the key/value cache is not shared between engines in this version"),
-    "calculate_kv_scales": Absent((False,), "the key/value cache has no scales in this version"),
+    "calculate_kv_scales": Absent((False, True), "an int8 cache has a scale for each token and head in any case"),
     "prefix_caching_hash_algo": Absent(("builtin", "sha256"), "blocks are named by SHA-256"),
     "enable_chunked_prefill": Absent((True, None), "long prompts are always computed in chunks"),
     "max_num_partial_prefills": Absent((1,), "the token budget alone limits prompts that are being computed"),
@@ -89,7 +119,7 @@ ABSENT: Mapping[str, Absent] = {
     "cudagraph_capture_sizes": Absent((None, []), _NO_GRAPH_CHOICE),
     "max_cudagraph_capture_size": Absent((None,), _NO_GRAPH_CHOICE),
     "max_seq_len_to_capture": Absent((None, 8192), _NO_GRAPH_CHOICE),
-    "optimization_level": Absent((None, 0, 1, 2, 3), _NO_GRAPH_CHOICE),
+    "optimization_level": Absent((None, *_LEVELS), _NO_GRAPH_CHOICE),
     "performance_mode": Absent((None, "balanced"), "see max_num_batched_tokens and max_num_seqs"),
     "prefill_context_parallel_size": Absent((1,), _ONE_DEVICE),
     "decode_context_parallel_size": Absent((1,), _ONE_DEVICE),
@@ -131,8 +161,10 @@ ABSENT: Mapping[str, Absent] = {
     "tool_server": Absent((None, ""), "tools are run by clients"),
     "enable_server_load_tracking": Absent((False, True), "/load counts in any case"),
     "enable_prompt_tokens_details": Absent((False, True), "usage has its details in any case"),
-    "enable_per_request_metrics": Absent((False,), "see /metrics"),
-    "enable_tokenizer_info_endpoint": Absent((False,), "see /props, which has the chat template"),
+    "enable_per_request_metrics": Absent((False,), "see /metrics", logged=(True,)),
+    "enable_tokenizer_info_endpoint": Absent(
+        (False,), "see /props, which has the chat template", logged=(True,)
+    ),
     "enable_log_outputs": Absent((False,), "answers are not logged"),
     "enable_log_deltas": Absent((False, True), "answers are not logged"),
     "enable_offline_docs": Absent((False,), "see /openapi.json"),

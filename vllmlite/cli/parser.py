@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import textwrap
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -33,7 +34,7 @@ class OptionParser(argparse.ArgumentParser):
 
     def parse(self, args: Sequence[str]) -> argparse.Namespace:
         """Parse all of ``args``; what is unknown is an error that names the closest option."""
-        argv = [*map(_with_dashes, args)]
+        argv = self._join_dotted([*map(_with_dashes, args)])
         split = argv.index("--") if "--" in argv else len(argv)
         parsed, rest = self.parse_known_intermixed_args(argv[:split])
         unknown = next((arg for arg in rest if arg.startswith("-")), None)
@@ -48,6 +49,33 @@ class OptionParser(argparse.ArgumentParser):
         if rest:
             self.error(f"unexpected argument {rest[0]!r}")
         return parsed
+
+    def _join_dotted(self, args: list[str]) -> list[str]:
+        """Make ``--option '{"key": {"name": value}}'`` of ``--option.key.name value``, as vLLM does. A JSON object that
+        the same option has gets the keys beside its own."""
+        end = args.index("--") if "--" in args else len(args)
+        dotted = {
+            _with_dashes(arg.partition(".")[0]) for arg in args[:end] if re.match(r"--?[a-zA-Z][\w-]*\.", arg)
+        }
+        objects: dict[str, dict[str, Any]] = {
+            option: {} for option in dotted & {*self._option_string_actions}
+        }
+        rest: list[str] = []
+        given = iter(args[:end])
+        for arg in given:
+            name, equals, text = arg.partition("=")
+            option, *keys = name.split(".")
+            option = _with_dashes(option)
+            if option not in objects:
+                rest.append(arg)
+                continue
+            part = _value(text if equals else next(given, ""))
+            for key in reversed(keys):
+                part = {key: part}
+            if not isinstance(part, dict):
+                self.error(f"argument {option}: {part!r} is not a JSON object")
+            _merge(objects[option], part)
+        return [*(f"{option}={json.dumps(found)}" for option, found in objects.items()), *rest, *args[end:]]
 
     def format_usage(self) -> str:
         """The usage line, short."""
@@ -76,3 +104,19 @@ def _with_dashes(arg: str) -> str:
     """``--max_tokens=a_b`` as ``--max-tokens=a_b``; anything that is no long option as it is."""
     match = re.match(r"--\w[\w-]*(?==|$)", arg)
     return arg if match is None else match.group().replace("_", "-") + arg[match.end() :]
+
+
+def _value(text: str) -> Any:
+    """The JSON value that ``text`` is; ``text`` itself if it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _merge(into: dict[str, Any], part: dict[str, Any]) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
