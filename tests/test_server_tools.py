@@ -272,6 +272,30 @@ def test_every_api_can_limit_the_reasoning(service: Service, monkeypatch: pytest
     assert error["param"] == "thinking_token_budget" and "--reasoning-parser" in error["message"]
 
 
+def test_a_batch_of_conversations_is_answered_as_one_by_one(service: Service) -> None:
+    talks = [[{"role": "user", "content": text}] for text in ("Hi", "What is dpkg?", "Hi")]
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "logprobs": True, "return_token_ids": True}
+
+    async def work(client: httpx.AsyncClient) -> None:
+        found = await posted(client, f"{CHAT}/batch", messages=talks, **options)
+        check(chat.ChatCompletion, found)
+        alone = [await posted(client, CHAT, messages=talk, **options) for talk in talks]
+        assert [choice["index"] for choice in found["choices"]] == [0, 1, 2]
+        for choice, one in zip(found["choices"], alone, strict=True):
+            expected = one["choices"][0]
+            assert choice["message"] == expected["message"] and choice["token_ids"] == expected["token_ids"]
+        for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+            assert found["usage"][name] == sum(one["usage"][name] for one in alone)
+        for name, value in (("stream", True), ("n", 2), ("tools", [WEATHER]), ("prompt_logprobs", 1)):
+            error = await posted(client, f"{CHAT}/batch", 400, messages=talks, **{name: value})
+            assert error["error"]["param"] == name
+        wrongs: list[Any] = [[], [[]], talks[0]]
+        for wrong in wrongs:
+            await posted(client, f"{CHAT}/batch", 400, messages=wrong)
+
+    ask(service, work)
+
+
 def test_a_forced_call_of_one_token_is_no_call(service: Service) -> None:
     pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar)")
     for choice in (NAMED, "required"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,6 +19,7 @@ from vllmlite.server.errors import renamed
 from vllmlite.server.parsers.parts import CallArguments, CallBegin, Content, Part, Reasoning
 from vllmlite.server.protocol.base import Usage
 from vllmlite.server.protocol.chat import (
+    BatchChatRequest,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -31,7 +32,7 @@ from vllmlite.server.protocol.chat import (
 )
 from vllmlite.server.protocol.logprobs import ChatLogprobs
 from vllmlite.server.protocol.sampling import stream_usage
-from vllmlite.server.reading import Reader, Reading, begin, reads_marks
+from vllmlite.server.reading import Reader, Reading, begin, begin_batch, reads_marks
 from vllmlite.server.samplers import turned_off
 from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import DONE, JSON, Chunks, Stream, event
@@ -61,6 +62,57 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
         return Stream(answer.events(), generation.close)
     (output,) = await generation.finished(request.receive)
     return JSON(answer.whole(output))
+
+
+@router.post("/v1/chat/completions/batch", responses=documented(ChatCompletion))
+async def create_chat_batch(body: BatchChatRequest, request: Request) -> Response:
+    """Answer several conversations, as vLLM does: choice i answers the i-th."""
+    arrival = time.monotonic()
+    service: Service = request.app.state.service
+    service.check(body, request)
+    for name, value in (
+        ("stream", body.stream),
+        ("tools", body.tools),
+        ("prompt_logprobs", body.prompt_logprobs),
+    ):
+        if value:
+            raise ParameterError(
+                name, value, "does not go with a batch of conversations: send them one by one"
+            )
+    if body.n not in (None, 1):
+        raise ParameterError("n", body.n, "must be 1: each conversation of a batch is answered once")
+    bodies = body.each()
+    if len(bodies) > service.config.max_prompts:
+        raise ParameterError(
+            "messages", len(bodies), f"must be at most {service.config.max_prompts} conversations"
+        )
+    tools = ToolUse()
+    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    with renamed(max_tokens=limit, logprobs="top_logprobs", prompt="messages"):
+        params = _params(bodies[0], service, tools)
+        generation, readers = await begin_batch(
+            service, "chatcmpl-", bodies, params, tools, body.reasoning_format in ("none", "raw"),
+            request_id=request_id(body.request_id, request), priority=body.priority, cache_salt=body.cache_salt,
+            arrival_time=arrival,
+        )  # fmt: skip
+    answers = [
+        _Answer(service, one, generation, tools, [reader])
+        for one, reader in zip(bodies, readers, strict=True)
+    ]
+    whole: ChatCompletion | None = None
+    for index, (answer, output) in enumerate(
+        zip(answers, await generation.finished(request.receive), strict=True)
+    ):
+        found = answer.whole(output)
+        found["choices"][0]["index"] = index
+        if whole is None:
+            whole = found
+        else:
+            whole["choices"] += found["choices"]
+    assert whole is not None
+    whole["prompt_token_ids"] = None
+    whole["usage"] = usage_of(service, generation, readers)
+    return JSON(whole)
 
 
 @router.post("/v1/chat/completions/input_tokens", responses=documented(Counted))
@@ -173,11 +225,7 @@ class _Answer:
 
     def _usage(self) -> Usage:
         """Tokens of the whole."""
-        usage = self._generation.usage()
-        if self._service.config.reasoning_parser is not None:
-            count = sum(reader.reasoning_tokens(self._service.tokenizer) for reader in self._readers)
-            usage["completion_tokens_details"] = {"reasoning_tokens": count}
-        return usage
+        return usage_of(self._service, self._generation, self._readers)
 
     def _frame(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         return {
@@ -269,6 +317,15 @@ class _Answer:
             self._service.tokenizer,
             self._body.logprob_token_ids or (),
         )
+
+
+def usage_of(service: Service, generation: Generation, readers: Sequence[Reader]) -> Usage:
+    """Return the tokens of a whole answer, those of reasoning apart where the server knows them."""
+    usage = generation.usage()
+    if service.config.reasoning_parser is not None:
+        count = sum(reader.reasoning_tokens(service.tokenizer) for reader in readers)
+        usage["completion_tokens_details"] = {"reasoning_tokens": count}
+    return usage
 
 
 def _delta(index: int, delta: ChatDelta) -> ChatChunkChoice:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput
 from vllmlite.sampling_params import SamplingParams, ThinkingMarks
 from vllmlite.server.config import ServerConfig
@@ -135,17 +137,47 @@ async def begin(
     prompt = await service.encode_chat(talk, tools.shown, truncation)
     params = after_reasoning(config, service.tokenizer, params, prompt["prompt"])
     generation = await service.generate(kind, [prompt], params, **details)
-    if raw_reasoning:
-        readers = [Reader(tools.parser(), tools) for _ in range(params.n)]
-    else:
-        readers = [reader_for(config, tools, params, prompt["prompt"]) for _ in range(params.n)]
+    readers = [reader_for(config, tools, params, prompt["prompt"], raw_reasoning) for _ in range(params.n)]
     return generation, readers
 
 
-def reader_for(config: ServerConfig, tools: ToolUse, params: SamplingParams, prompt: str) -> Reader:
+async def begin_batch(
+    service: Service,
+    kind: str,
+    talks: Sequence[ChatPrompt],
+    params: SamplingParams,
+    tools: ToolUse,
+    raw_reasoning: bool,
+    **details: Any,
+) -> tuple[Generation, list[Reader]]:
+    """:func:`begin` for several conversations, each answered once with the same ``params``."""
+    config = service.config
+    truncation = service.engine.llm_engine.truncation(params)
+    prompts = []
+    for talk in talks:
+        prompts.append(await service.encode_chat(talk, tools.shown, truncation))
+        await asyncio.sleep(0)  # a turn for others
+    each = [after_reasoning(config, service.tokenizer, params, prompt["prompt"]) for prompt in prompts]
+    if any(one != each[0] for one in each):
+        raise ParameterError(
+            "messages",
+            len(talks),
+            "some conversations have their reasoning opened or closed and others have not: with a structure of the "
+            "output, send them one by one",
+        )
+    generation = await service.generate(kind, prompts, each[0], **details)
+    readers = [reader_for(config, tools, each[0], prompt["prompt"], raw_reasoning) for prompt in prompts]
+    return generation, readers
+
+
+def reader_for(
+    config: ServerConfig, tools: ToolUse, params: SamplingParams, prompt: str, raw_reasoning: bool = False
+) -> Reader:
     """A reader of one answer to ``prompt``. What a grammar shapes from its first token on holds no reasoning."""
     parser = tools.parser()
     structure = params.structured_outputs
+    if raw_reasoning:
+        return Reader(parser, tools)
     if config.reasoning_parser == "openai_gptoss" and structure is None:
         parser = Harmony()
     elif config.reasoning_parser is not None and (structure is None or structure.after is not None):

@@ -112,6 +112,9 @@ def thinking_variables(enabled: bool) -> dict[str, Any]:
     return {"enable_thinking": enabled, "thinking": enabled}
 
 
+Conversation = TypeAliasType("Conversation", Annotated[list[Message], FailFast(), Field(min_length=1)])
+
+
 class ChatPrompt(Request):
     """The fields that make a conversation a prompt."""
 
@@ -220,6 +223,17 @@ class ChatCompletionRequest(ChatPrompt, SamplingRequest):
         """Whether answers have a field with what the model thought."""
         excluded = self.reasoning is not None and self.reasoning.exclude
         return self.include_reasoning and not excluded and self.reasoning_format != "hidden"
+
+
+class BatchChatRequest(ChatCompletionRequest):
+    """``POST /v1/chat/completions/batch``: conversations with the same parameters, each answered once."""
+
+    messages: Annotated[list[Conversation], FailFast(), Field(min_length=1)]  # type: ignore[assignment]
+
+    def each(self) -> list[ChatCompletionRequest]:
+        """Return a request for each conversation."""
+        fields = dict(self)
+        return [ChatCompletionRequest.model_construct(**{**fields, "messages": one}) for one in self.messages]
 
 
 class Counted(TypedDict):
