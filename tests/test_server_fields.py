@@ -261,6 +261,18 @@ def test_thinking_is_told_to_the_template(
     assert prompt_of(script) == f"What is dpkg?{told};null"
 
 
+def test_thinking_is_told_by_every_api(showing: Service, script: Script) -> None:
+    for path, body in (
+        (RESPONSES, {"enable_thinking": False}),
+        (RESPONSES, {"thinking": {"type": "disabled"}}),
+        (RESPONSES, {"think": False}),
+        (MESSAGES, {"enable_thinking": False}),
+        (MESSAGES, {"thinking": {"type": "disabled"}}),
+    ):
+        post(showing, path, **BODIES[path], **body)
+        assert prompt_of(script) == "What is dpkg?;;False;False;null", (path, body)
+
+
 def test_wishes_that_the_template_cannot_grant_are_logged(
     service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -90,7 +90,11 @@ def _wishes(body: CountRequest) -> dict[str, Any]:
     if body.thinking is not None:
         variables = thinking_variables(body.thinking.type != "disabled") | variables
     effort = body.output_config.effort if body.output_config else None
-    return {"reasoning_effort": effort, "chat_template_kwargs": variables}
+    return {
+        "reasoning_effort": effort,
+        "enable_thinking": body.enable_thinking,
+        "chat_template_kwargs": variables,
+    }
 
 
 def _structure(body: CountRequest) -> StructuredOutputsParams | None:

@@ -86,7 +86,12 @@ async def find_response(response_id: str) -> Response:
 def _talk(body: ResponsesRequest, tools: ToolUse) -> ChatPrompt:
     talk = conversation(as_messages(body.input, body.instructions), "input", tools.tools)
     effort = body.reasoning.effort if body.reasoning else None
-    wishes = {"reasoning_effort": effort, "chat_template_kwargs": body.chat_template_kwargs}
+    wishes = {
+        "reasoning_effort": effort,
+        "enable_thinking": body.enable_thinking,
+        "thinking": body.thinking,
+        "chat_template_kwargs": body.chat_template_kwargs,
+    }
     return talk.model_copy(update=wishes)
 
 

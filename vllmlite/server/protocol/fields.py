@@ -13,11 +13,12 @@ from vllmlite.config_absent import Absent
 BOOKKEEPING = frozenset(
     "user metadata store service_tier safety_identifier session_id prompt_cache_key prompt_cache_retention "
     "prompt_cache_options cache_control diagnostics user_profile_id workspace_id client_metadata "
-    "max_tool_calls id_slot t_max_prompt_ms model".split()
+    "max_tool_calls truncation id_slot t_max_prompt_ms model".split()
 )
 """Parameters of the served APIs that have no effect on an answer. ``max_tool_calls`` limits OpenAI's own tools, of
-which there are none; ``id_slot`` chooses where llama.cpp keeps a prompt's cache, ``t_max_prompt_ms`` is a limit that it
-does not enforce; llama-server takes any ``model``."""
+which there are none; ``truncation`` is OpenAI's, of a conversation that is too long, which is refused in any case;
+``id_slot`` chooses where llama.cpp keeps a prompt's cache, and ``t_max_prompt_ms`` is a limit that it does not enforce;
+llama-server takes any ``model``."""
 
 SYNONYMS = (
     (
@@ -175,24 +176,29 @@ _FEATURES: Mapping[str, Absent] = {
 """Features that other servers, OpenAI and vLLM have."""
 
 _OTHER_ENDPOINTS: Mapping[str, Absent] = {
-    **dict.fromkeys(
+    name: Absent((None, *neutral), _ELSEWHERE)
+    for neutral, names in (
         (
-            "n", "best_of", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-            "frequency_penalty", "seed", "max_tokens", "max_completion_tokens", "min_tokens", "stop_token_ids",
-            "allowed_token_ids", "bad_words", "logit_bias", "response_format", "structured_outputs", "grammar",
-            "json_schema", "chat_template", "chat_template_kwargs", "reasoning_effort", "documents", "thinking",
-            "enable_thinking", "logprob_token_ids", "samplers", "thinking_token_budget", "thinking_budget",
+            (),
+            "temperature max_tokens max_completion_tokens allowed_token_ids structured_outputs grammar json_schema",
         ),
-        Absent(_UNUSED, _ELSEWHERE),
-    ),
-    "stop": Absent((None, []), _ELSEWHERE),
-    "ignore_eos": Absent((None, False), _ELSEWHERE),
-    "include_stop_str_in_output": Absent((None, False), _ELSEWHERE),
-    "truncate_prompt_tokens": Absent(_UNUSED, _ELSEWHERE),
-    "truncation_side": Absent((None, "left"), _ELSEWHERE),
-    "echo": Absent((None, False), _ELSEWHERE),
-    "continue_final_message": Absent((None, False), _ELSEWHERE),
-}  # fmt: skip
+        (
+            (),
+            "chat_template reasoning_effort thinking enable_thinking thinking_token_budget thinking_budget samplers",
+        ),
+        ((), "truncate_prompt_tokens"),
+        ((1, 1.0), "n best_of top_p repetition_penalty"),
+        ((0, 0.0), "min_p presence_penalty frequency_penalty min_tokens"),
+        ((0, -1), "top_k"),
+        ((-1,), "seed"),
+        (([],), "stop stop_token_ids bad_words documents logprob_token_ids"),
+        (({},), "logit_bias chat_template_kwargs"),
+        (({"type": "text"},), "response_format"),
+        ((False,), "ignore_eos include_stop_str_in_output echo continue_final_message"),
+        (("left",), "truncation_side"),
+    )
+    for name in names.split()
+}
 """What other endpoints of this server honour."""
 
 TEXT_CHANGING: Mapping[str, Absent] = {**_OTHER_ENDPOINTS, **PROMPT_CHANGING, **_SAMPLERS, **_FEATURES}

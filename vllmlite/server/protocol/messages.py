@@ -99,6 +99,7 @@ class CountRequest(Request):
     context_management: dict[str, Any] | None = Field(
         None, description="Edits of long conversations; none is done, as the answer's own says."
     )
+    enable_thinking: bool | None = Field(None, description="vLLM's name of a choice that thinking makes too.")
     chat_template_kwargs: dict[str, Any] | None = None
 
     def functions(self) -> list[AnthropicTool]:

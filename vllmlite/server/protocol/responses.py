@@ -22,6 +22,7 @@ from vllmlite.server.protocol.base import (
     shown_name,
     tool_tag,
 )
+from vllmlite.server.protocol.chat import ThinkingOptions
 from vllmlite.server.protocol.fields import RESPONSES_TEXT_CHANGING
 from vllmlite.server.protocol.sampling import StructuredOutputs
 
@@ -126,6 +127,8 @@ class ResponsesRequest(Request):
     thinking_token_budget: int | None = Field(None, description="Most tokens of reasoning; -1: no limit.")
     structured_outputs: StructuredOutputs | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = Field(None, description="For chat templates that leave the choice.")
+    thinking: bool | str | ThinkingOptions | None = Field(None, description="The same, as for chat.")
     include_reasoning: bool = Field(True, description="Answer with what the model thought before.")
     top_logprobs: int | None = Field(None, ge=-1, description="With include.")
     include: Strings | None = None
