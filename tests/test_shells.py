@@ -12,12 +12,15 @@ import safetensors.numpy
 import torch
 import transformers
 from checkpoints import TINY
+from native import needs_native_cpu
 from paged import PagedModel
 from test_models import chunked, expected_logits, prompts
 
+from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models import load_model, open_model, plan_model, read_spec
+from vllmlite.quantize import quantize_checkpoint
 from vllmlite.weights.packing import Packing
 
 SIGLIP = {"model_type": "siglip_vision_model", "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -112,6 +115,19 @@ def test_the_vision_tower_is_not_counted(tmp_path: Path) -> None:
     )
     assert weights.num_bytes() == 4 * text
     assert not [source.key for source in weights.sources.values() if "vision" in source.key]
+
+
+@needs_native_cpu
+def test_quantised_copies_are_of_the_text_alone(tmp_path: Path) -> None:
+    reference = write_shell(tmp_path / "source", "mistral3")
+    quantize_checkpoint(tmp_path / "source", tmp_path / "int8", "int8")
+    assert read_spec(tmp_path / "int8").quantization == "int8"
+    paged = PagedModel(
+        load_model(CpuBackend(), tmp_path / "int8", max_model_len=128, block_size=4), num_blocks=320
+    )
+    (found,) = chunked(paged, prompts()[5:6], "whole")
+    wanted = expected_logits(reference, prompts()[5], False)
+    assert np.abs(found - wanted).max() <= 0.05 * np.abs(wanted).max()
 
 
 def test_text_configurations_have_transformers_defaults(tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def text_config(config: HfConfig, shell: Shell) -> HfConfig:
     dtype = config.get("dtype") or config.get("torch_dtype")
     if text.get("torch_dtype") is None and dtype is not None:
         text = text.default(dtype=dtype)
+    if config.get("quantization_config") is not None:
+        text = text.default(quantization_config=config.get("quantization_config"))
     tied = config.boolean("tie_word_embeddings", shell.tied) or text.boolean("tie_word_embeddings", False)
     return _without_sections(text.fixed(tie_word_embeddings=tied))
 
