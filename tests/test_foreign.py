@@ -174,11 +174,16 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
         ("qzeros", "AWQ or GPTQ"),
         ("weight_packed", "compressed-tensors"),
         ("SCB", "bitsandbytes"),
+        ("biases", "MLX's quantisation"),
+        ("weight_scale_2", r"NVFP4 \(ModelOpt\)"),
     ],
 )
 def test_quantised_weights_without_a_configuration_are_named(part: str, says: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
-    save_file({f"model.layers.0.mlp.up_proj.{part}": np.zeros(3, np.int32)}, tmp_path / "model.safetensors")
+    file = tmp_path / "model.safetensors"
+    tensors = {name: one.data.view("<f4").reshape(one.shape) for name, one in read_safetensors(file).items()}
+    added = {f"model.layers.0.mlp.up_proj.{part}": np.zeros(3, np.int32)}
+    save_file({name: tensor.copy() for name, tensor in tensors.items()} | added, file)
     with pytest.raises(ModelError, match=rf"its weights are stored as {says}, which is not read"):
         open_model(tmp_path, read_spec(tmp_path), PACKING)
 

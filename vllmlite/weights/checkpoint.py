@@ -99,14 +99,14 @@ def open_weights(
             del tensors[head]
     expected = _expected(shapes, schemes)
     missing = [name for name in expected if name not in tensors]
-    if missing:
-        stored = quantization_of(name for name in tensors if name not in expected)
-        if stored is not None:
-            raise ModelError(f"{path}: its weights are stored as {stored}, which is not read")
-        raise ModelError(f"{path}: tensors missing from the checkpoint: {listed(missing)}")
     unused = [name for name in tensors if name not in expected and not _COMPUTED.search(name)]
     if unread:
         unused = [name for name in unused if not re.search(unread, name)]
+    stored = quantization_of(unused)
+    if stored is not None:
+        raise ModelError(f"{path}: its weights are stored as {stored}, which is not read")
+    if missing:
+        raise ModelError(f"{path}: tensors missing from the checkpoint: {listed(missing)}")
     if unused:
         raise ModelError(f"{path}: tensors that the model has no use for: {listed(unused)}")
     for name, (shape, dtypes) in expected.items():
