@@ -177,7 +177,12 @@ class EngineThread:
         self._thread = threading.Thread(
             target=self._run, args=(theirs, started), name="vllmlite-engine", daemon=True
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self.connection.close()
+            theirs.close()
+            raise BackendError(f"the engine's thread: {error}: raise the limit of processes") from error
         # Python would end the thread amid a step when the program ends, which native code answers with an abort.
         weakref.finalize(self, _end, self.connection, self._thread)
 
@@ -262,17 +267,18 @@ class Host:
 
     def run(self) -> None:
         """Until the other side is gone."""
-        threading.Thread(target=self._receive, name="vllmlite-commands", daemon=True).start()
-        threading.Thread(target=self._prepare, name="vllmlite-grammars", daemon=True).start()
         sender = threading.Thread(target=self._send, name="vllmlite-outputs", daemon=True)
-        sender.start()
         try:
+            sender.start()
+            threading.Thread(target=self._prepare, name="vllmlite-grammars", daemon=True).start()
+            threading.Thread(target=self._receive, name="vllmlite-commands", daemon=True).start()
             while self._turn():
                 pass
         finally:
             self._preparing.put(None)
             self._messages.put(None)
-            sender.join(CLOSING_SECONDS)
+            if sender.ident is not None:  # it has been started
+                sender.join(CLOSING_SECONDS)
             with suppress(OSError):  # the other end may be gone already
                 self._connection.shutdown(socket.SHUT_RDWR)
             self._connection.close()

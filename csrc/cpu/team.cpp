@@ -5,7 +5,10 @@
 #include <sched.h>
 #endif
 
+#include <exception>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace vllmlite::cpu {
@@ -44,11 +47,20 @@ std::int64_t Worker::take() { return team_->next_.fetch_add(1, std::memory_order
 Team::Team(std::vector<std::vector<int>> places) : workers_(places.size()) {
   for (Worker& worker : workers_) worker.team_ = this;
   threads_.reserve(workers_.size() - 1);
-  for (std::size_t index = 1; index < places.size(); ++index)
-    threads_.emplace_back([this, index, place = std::move(places[index])] { member(static_cast<int>(index), place); });
+  try {
+    for (std::size_t index = 1; index < places.size(); ++index)
+      threads_.emplace_back(
+          [this, index, place = std::move(places[index])] { member(static_cast<int>(index), place); });
+  } catch (const std::exception& error) {
+    dismiss();  // those that have started would wait for a round while they are joined
+    throw std::runtime_error("thread " + std::to_string(threads_.size() + 1) + " of " + std::to_string(size() - 1) +
+                             " cannot be started: " + error.what());
+  }
 }
 
-Team::~Team() {
+Team::~Team() { dismiss(); }
+
+void Team::dismiss() {
   stop_ = true;
   round_.fetch_add(1, std::memory_order_release);
   round_.notify_all();

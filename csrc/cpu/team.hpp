@@ -51,7 +51,7 @@ using Phase = std::function<void(Worker&)>;
 class Team {
  public:
   // As many members as there are `places`: the CPUs that each is bound to, none for any. The caller, who is the first
-  // member, stays where it is.
+  // member, stays where it is. Throws std::runtime_error if the system starts no more threads.
   explicit Team(std::vector<std::vector<int>> places);
   ~Team();
   Team(const Team&) = delete;
@@ -71,6 +71,8 @@ class Team {
   void work(Worker& worker);
   void member(int index, const std::vector<int>& place);
   void meet();
+  // Lets every member end.
+  void dismiss();
 
   std::vector<Worker> workers_;
   std::size_t scratch_bytes_ = 0;

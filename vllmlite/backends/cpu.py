@@ -69,6 +69,8 @@ class CpuBackend(NativeBackend):
             self._runtime = self._native.Runtime(isa, thread_places(threads or usable_cores()), weights)
         except ValueError as error:
             raise BackendError(str(error)) from error
+        except RuntimeError as error:
+            raise BackendError(f"{error}: lower threads, or raise the limit of processes") from error
         self.isa: str = self._runtime.isa
         self.threads: int = self._runtime.threads
         self.details = f"{self.isa}, {self.threads} thread{'s' * (self.threads != 1)}"
