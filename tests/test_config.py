@@ -269,7 +269,7 @@ def test_configuration_is_a_value() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 4  # type: ignore[misc]
     with pytest.raises(ParameterError):
-        dataclasses.replace(config, seed=-1)
+        dataclasses.replace(config, seed=-2)
 
 
 def test_engine_args_are_vllms() -> None:

@@ -196,6 +196,20 @@ def test_a_seed_is_enough_and_needed(llm: LLM) -> None:
     assert one == again != other
 
 
+def test_seed_minus_one_is_another_one_each_time(llm: LLM) -> None:
+    hot = SamplingParams(temperature=1.5, seed=-1, max_tokens=12, ignore_eos=True)
+    first, second = (texts(llm.generate("Debian", hot))[0] for _ in range(2))
+    assert first != second
+    last = llm.generate("Debian", hot.clone(n=2, seed=2**64 - 1))[0].outputs
+    assert last[0].text == texts(llm.generate("Debian", hot.clone(seed=2**64 - 1)))[0][0]
+    assert last[1].text == texts(llm.generate("Debian", hot.clone(seed=0)))[0][0]
+
+
+def test_an_engine_of_seed_minus_one_starts_anew() -> None:
+    hot = SamplingParams(temperature=1.5, max_tokens=12, ignore_eos=True)
+    assert texts(make(seed=-1).generate("Debian", hot)) != texts(make(seed=-1).generate("Debian", hot))
+
+
 def test_completions_differ_and_repeat(llm: LLM) -> None:
     params = SamplingParams(n=3, temperature=1.5, seed=5, max_tokens=12, ignore_eos=True)
     first, second = llm.generate("Debian is", params), llm.generate("Debian is", params)

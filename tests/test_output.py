@@ -354,6 +354,26 @@ def test_completions_of_one_request_end_together(tokenizer: Tokenizer) -> None:
     assert [c.text for c in final.outputs] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("seed", "seeds"),
+    [(None, [None] * 3), (-1, [None] * 3), (-2, [2**64 - 2, 2**64 - 1, 0]), (2**64 - 1, [2**64 - 1, 0, 1])],
+)
+def test_seeds_of_completions_wrap(tokenizer: Tokenizer, seed: int | None, seeds: list[int | None]) -> None:
+    children = OutputProcessor(tokenizer).add("r", "p", [1], SamplingParams(n=3, seed=seed))
+    assert [params.seed for params in children.values()] == seeds
+
+
+def test_completions_do_not_share_ids_with_other_requests(tokenizer: Tokenizer) -> None:
+    processor = OutputProcessor(tokenizer)
+    processor.add("1_r", "p", [1], SamplingParams())
+    with pytest.raises(ParameterError, match="request_id='1_r'"):
+        processor.add("r", "p", [1], SamplingParams(n=2))
+    assert not processor.knows("r") and not processor.children("r")
+    processor.add("s", "p", [1], SamplingParams(n=2))
+    assert processor.knows("0_s")
+    assert [output.request_id for output in feed(processor, "1_r", [5], "length")[0]] == ["1_r"]
+
+
 def test_prompt_logprobs_of_one_token_are_a_list(tokenizer: Tokenizer) -> None:
     processor = OutputProcessor(tokenizer)
     processor.add("r", "p", [1], SamplingParams(prompt_logprobs=1))

@@ -167,7 +167,9 @@ class EngineConfig:
         synonyms={name.lower(): name for name in POOLING_TYPES},
     )
     pooling_normalize: bool = _option(True, "scale embeddings to length 1")
-    seed: int = _option(0, "sampling is reproducible from this", low=0, high=2**64 - 1)
+    seed: int = _option(
+        0, "sampling is reproducible from this; -1: another one at each start", low=-1, high=2**64 - 1
+    )
     max_logprobs: int = _option(
         MAX_LOGPROBS, "most log-probabilities a request may ask for; -1: no limit", low=-1
     )

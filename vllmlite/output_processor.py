@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from vllmlite.detokenizer import Detokenizer
 from vllmlite.engine.engine import EngineOutput, TokenLogprobs
+from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
@@ -97,31 +98,26 @@ class OutputProcessor:
     def add(
         self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams
     ) -> dict[str, SamplingParams]:
-        """Expect a request; returns the engine's requests that make it up: id → parameters of one sequence."""
+        """Expect a request; returns the engine's requests that make it up: id → parameters of one sequence.
+
+        Raises :class:`ParameterError` if one of their ids is in use."""
         group = _Group(request_id, prompt, prompt_token_ids, params)
         if params.prompt_logprobs is not None and len(prompt_token_ids) == 1:
             group.prompt_logprobs = [None]  # the engine has nothing to say of a first token
-        children: dict[str, SamplingParams] = {}
-        for index in range(params.n):
-            if params.n == 1:
-                child, child_params = request_id, params
-            else:
-                child = f"{index}_{request_id}"
-                seed = None if params.seed is None else params.seed + index
-                child_params = params.clone(
-                    n=1, seed=seed, prompt_logprobs=None if index else params.prompt_logprobs
-                )
-            children[child] = child_params
+        children = {request_id: params} if params.n == 1 else _children(request_id, params)
+        for index, child in enumerate(children):
+            if self.knows(child):
+                raise ParameterError("request_id", child, "is in use by a request that has not finished")
             group.completions[child] = _Completion(
                 self._empty_output(index, params), self._detokenizer(group)
             )
-            self._group_of[child] = group
+        self._group_of.update(dict.fromkeys(children, group))
         self._groups[request_id] = group
         return children
 
     def knows(self, request_id: str) -> bool:
-        """Whether ``request_id`` is expected and unfinished."""
-        return request_id in self._groups or request_id in self._poolings
+        """Whether a request or a sequence of one has the id ``request_id`` and is unfinished."""
+        return any(request_id in known for known in (self._groups, self._group_of, self._poolings))
 
     def children(self, request_id: str) -> list[str]:
         """The engine's requests that make up a request; none if it is not expected."""
@@ -321,6 +317,18 @@ class OutputProcessor:
             num_cached_tokens=group.num_cached_tokens,
             metrics=group.metrics,
         )
+
+
+def _children(request_id: str, params: SamplingParams) -> dict[str, SamplingParams]:
+    """The sequences of a request for several, each with a seed of its own: engine request id → parameters."""
+    return {
+        f"{index}_{request_id}": params.clone(
+            n=1,
+            seed=None if params.seed is None else (params.seed + index) % 2**64,
+            prompt_logprobs=None if index else params.prompt_logprobs,
+        )
+        for index in range(params.n)
+    }
 
 
 def _whole(completion: _Completion) -> CompletionOutput:

@@ -146,7 +146,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit for each time that it has been generated (-2 to 2)."""
     seed: int | None = None
-    """Makes sampling reproducible whatever else runs; None derives one from the engine's seed."""
+    """Makes sampling reproducible whatever else runs; None or -1: another one each time, from the engine's seed."""
     max_tokens: int | None = 16
     """Most tokens to generate; None: up to the model's context."""
     min_tokens: int = 0
@@ -189,7 +189,7 @@ class SamplingParams:
     """What outputs carry."""
 
     def __post_init__(self) -> None:
-        """Check every field; normalise ``stop`` to a list and ``top_k`` -1 to 0."""
+        """Check every field; normalise ``stop`` to a list, ``top_k`` -1 to 0 and ``seed`` -1 to None."""
         self._check_types()
         _within("n", self.n, 1, 128)
         _at_least("temperature", self.temperature, 0.0)
@@ -205,6 +205,7 @@ class SamplingParams:
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
             _within("seed", self.seed, -(2**63), 2**64 - 1)
+            self.seed = None if self.seed == -1 else self.seed
         if self.max_tokens is not None:
             _at_least("max_tokens", self.max_tokens, 1)
         _at_least("min_tokens", self.min_tokens, 0)

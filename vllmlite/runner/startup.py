@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -100,6 +101,7 @@ def start(config: EngineConfig) -> Started[Engine]:
     elif plan.quantization or config.quantization:
         stored = TILES[plan.quantization] if plan.quantization else None
         choice += f"; {plan.quantization or plan.dtype} weights {packing.treatment(stored)}"
+    seed = secrets.randbits(64) if config.seed == -1 else config.seed
     longest = config.max_model_len or plan.max_position_embeddings
     num_positions = _most_positions(config, backend, plan, longest)
     model = load_planned(
@@ -111,7 +113,7 @@ def start(config: EngineConfig) -> Started[Engine]:
         block_size=config.block_size,
         kv_cache_dtype=config.kv_cache_dtype,
         load_format=config.load_format,
-        seed=config.seed,
+        seed=seed,
         packing=packing,
     )
     num_blocks = _num_blocks(config, backend, model, num_positions)
@@ -154,7 +156,7 @@ def start(config: EngineConfig) -> Started[Engine]:
         vocab_size=model.vocab_size,
         eos_ids=_eos_ids(generation, HfConfig.read(path).text_value("eos_token_id"), path, tokenizer),
         steps_in_flight=2 if two_steps else 1,
-        seed=config.seed,
+        seed=seed,
         reasoning=_reasoning_marks(config.reasoning_config, tokenizer),
         max_logprobs=config.max_logprobs,
     )
