@@ -28,6 +28,7 @@ for number in range(1, 6):
         assert "cannot be started" in str(error) and "lower threads" in str(error), error
         print(str(error).split(":")[0])
     os.environ["FAIL_THREAD"] = "0"
+    CpuBackend(threads=2)
 print(CpuBackend(threads=6).threads)
 """
 

@@ -10,12 +10,16 @@ __version__ = "0.1.0"
 _HOME = {
     "LLM": "llm",
     "AsyncLLM": "async_llm",
+    "AsyncLLMEngine": "async_llm",
     "LLMEngine": "llm_engine",
+    "AsyncEngineArgs": "config",
     "EngineArgs": "config",
     "EngineConfig": "config",
     "SamplingParams": "sampling_params",
     "StructuredOutputsParams": "sampling_params",
     "PoolingParams": "pooling_params",
+    "TextPrompt": "inputs",
+    "TokensPrompt": "inputs",
     "RequestOutput": "outputs",
     "EmbeddingRequestOutput": "outputs",
     "CompletionOutput": "outputs",
@@ -23,7 +27,9 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "AsyncEngineArgs",
     "AsyncLLM",
+    "AsyncLLMEngine",
     "CompletionOutput",
     "EmbeddingRequestOutput",
     "EngineArgs",
@@ -33,12 +39,15 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
     "__version__",
 ]
 
 if TYPE_CHECKING:
-    from vllmlite.async_llm import AsyncLLM
-    from vllmlite.config import EngineArgs, EngineConfig
+    from vllmlite.async_llm import AsyncLLM, AsyncLLMEngine
+    from vllmlite.config import AsyncEngineArgs, EngineArgs, EngineConfig
+    from vllmlite.inputs import TextPrompt, TokensPrompt
     from vllmlite.llm import LLM
     from vllmlite.llm_engine import LLMEngine
     from vllmlite.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput

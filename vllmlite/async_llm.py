@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllmlite.config import EngineConfig
 from vllmlite.engine_client import EngineClient
-from vllmlite.errors import EngineDeadError, VllmliteError
+from vllmlite.errors import EngineDeadError, ParameterError, VllmliteError
+from vllmlite.inputs import refuse
 from vllmlite.llm_engine import LLMEngine, Prompt
 from vllmlite.outputs import EngineStats, RequestOutput
 from vllmlite.pooling_params import PoolingParams
@@ -115,8 +116,8 @@ class AsyncLLM:
         self._on_death: Callable[[], object] | None = None
 
     @classmethod
-    def from_engine_args(cls, engine_args: EngineConfig) -> AsyncLLM:
-        """vLLM's way to make one."""
+    def from_engine_args(cls, engine_args: EngineConfig, **_absent: object) -> AsyncLLM:
+        """vLLM's way to make one; ``usage_context`` and the like have no effect."""
         return cls(engine_args)
 
     @property
@@ -162,11 +163,23 @@ class AsyncLLM:
         return stream
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams, request_id: str, *, priority: int = 0
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        lora_request: object = None,
+        trace_headers: Mapping[str, str] | None = None,
+        priority: int = 0,
+        **absent: object,
     ) -> AsyncIterator[RequestOutput]:
         """Outputs of a request as its ``output_kind`` says. Leaving the iteration early aborts the request.
 
-        Raises :class:`ParameterError` if it can never be served, VllmliteError if a step failed."""
+        ``trace_headers`` have no effect; the other arguments of vLLM's must be None. Raises :class:`ParameterError` if
+        it can never be served, VllmliteError if a step failed."""
+        refuse({"lora_request": lora_request, **absent})
+        if not isinstance(sampling_params, SamplingParams):
+            raise ParameterError("sampling_params", sampling_params, "must be SamplingParams")
         structure = sampling_params.structured_outputs
         if structure is not None:
             await asyncio.to_thread(self._engine.grammars.compile, structure)
@@ -180,9 +193,10 @@ class AsyncLLM:
         finally:
             stream.close()
 
-    async def abort(self, request_id: str) -> None:
-        """End a request; its stream raises VllmliteError."""
-        self._fail([request_id], VllmliteError(f"request {request_id} was aborted"))
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End a request, or several; their streams raise VllmliteError."""
+        for each in [request_id] if isinstance(request_id, str) else list(request_id):
+            self._fail([each], VllmliteError(f"request {each} was aborted"))
 
     async def abort_all(self, reason: str) -> None:
         """End every request; their streams raise EngineDeadError with ``reason``."""
@@ -193,9 +207,13 @@ class AsyncLLM:
         stats: EngineStats = await self.ask("current_stats")
         return stats
 
-    async def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix."""
+    async def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """Forget every cached prefix; True, as vLLM says where that has been done. vLLM's arguments must be False."""
+        refuse({"reset_running_requests": reset_running_requests, "reset_connector": reset_connector})
         await self.ask("reset_prefix_cache")
+        return True
 
     async def ask(self, name: str, *args: object) -> Any:
         """Have the engine's method ``name`` called between two of its steps; what it returns."""
@@ -282,3 +300,7 @@ class AsyncLLM:
         for stream in streams:
             stream.put(end)
         self._engine.close()
+
+
+AsyncLLMEngine = AsyncLLM
+"""vLLM's older name."""

@@ -240,6 +240,10 @@ class EngineArgs(EngineConfig):
     from_cli_args = EngineConfig.from_namespace
 
 
+AsyncEngineArgs = EngineArgs
+"""vLLM's name for the options of an AsyncLLM, which are the same here."""
+
+
 def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The ``options`` that are fields; raises where one is unknown, or asks for something that is absent."""
     names = {f.name for f in fields(EngineConfig)}

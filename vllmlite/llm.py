@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from vllmlite.config import EngineConfig
 from vllmlite.errors import ParameterError, VllmliteError
+from vllmlite.inputs import as_batch, refuse
 from vllmlite.llm_engine import LLMEngine, Prompt
 from vllmlite.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
-from vllmlite.terminal import is_terminal
 from vllmlite.tokenizer import Tokenizer
 from vllmlite.turns import Turns, takes_turn
 
-Messages = Sequence[Mapping[str, Any]]
+Messages: TypeAlias = Iterable[Mapping[str, Any]]
+Prompts: TypeAlias = Prompt | Iterable[Prompt]
+T = TypeVar("T")
 
 
 class LLM:
@@ -41,19 +42,23 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompts,
+        sampling_params: SamplingParams | Mapping[str, Any] | Iterable[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: object = None,
         priority: Sequence[int] | None = None,
+        **absent: object,
     ) -> list[RequestOutput]:
         """Run prompts to their end; outputs in the order of the prompts.
 
         A prompt is text, token ids, or a mapping of either (``prompt``, ``prompt_token_ids``). One
-        :class:`SamplingParams` serves all prompts, or each has its own. Raises :class:`ParameterError` before
-        anything runs if a prompt or parameter is unusable; ``use_tqdm`` shows progress on a terminal.
+        :class:`SamplingParams`, or a mapping of its fields, serves all prompts, or each has its own. Raises
+        :class:`ParameterError` before anything runs if a prompt or parameter is unusable; ``use_tqdm`` shows progress
+        on a terminal, or is called to make the bar. Other arguments of vLLM's must be None.
         """
-        batch = _as_batch(prompts)
+        refuse({"lora_request": lora_request, **absent})
+        batch = as_batch(prompts)
         params = self._params_for(batch, sampling_params)
         if priority is not None and len(priority) != len(batch):
             raise ParameterError("priority", len(priority), f"must have one entry a prompt, {len(batch)}")
@@ -62,20 +67,21 @@ class LLM:
 
     def embed(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         *,
-        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
-        use_tqdm: bool = True,
+        pooling_params: PoolingParams | Iterable[PoolingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: object = None,
+        **absent: object,
     ) -> list[EmbeddingRequestOutput]:
         """A vector of each prompt, of the model's hidden states after its last norm, as ``pooling_params`` say.
 
         Prompts are as :meth:`generate` takes them; raises as it does."""
-        batch = _as_batch(prompts)
+        refuse({"lora_request": lora_request, **absent})
+        batch = as_batch(prompts)
         if pooling_params is None:
             pooling_params = PoolingParams()
-        params = (
-            [pooling_params] * len(batch) if isinstance(pooling_params, PoolingParams) else pooling_params
-        )
+        params = _listed("pooling_params", pooling_params, PoolingParams, len(batch))
         if len(params) != len(batch):
             raise ParameterError("pooling_params", len(params), f"must be one, or one a prompt, {len(batch)}")
         return [
@@ -91,20 +97,26 @@ class LLM:
 
     def chat(
         self,
-        messages: Messages | Sequence[Messages],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
+        messages: Messages | Iterable[Messages],
+        sampling_params: SamplingParams | Mapping[str, Any] | Iterable[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: object = None,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        use_tqdm: bool = True,
+        **absent: object,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several, through the model's chat template."""
-        if not messages:
-            raise ParameterError("messages", messages, "must hold at least one message")
-        conversations = [messages] if isinstance(messages[0], Mapping) else messages
+        refuse({"lora_request": lora_request, **absent})
+        if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
+            raise ParameterError("messages", messages, "must be a list of messages, or a list of such lists")
+        listed: list[Any] = list(messages)
+        if not listed:
+            raise ParameterError("messages", listed, "must hold at least one message")
+        conversations = [listed] if isinstance(listed[0], Mapping) else listed
         tokenizer = self.get_tokenizer()
         prompts: list[Prompt] = []
         for conversation in conversations:
@@ -114,6 +126,7 @@ class LLM:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,
+                chat_template_content_format=chat_template_content_format,
                 **(chat_template_kwargs or {}),
             )
             prompts.append(
@@ -121,18 +134,31 @@ class LLM:
             )
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """See :meth:`LLMEngine.reset_prefix_cache`."""
+        return self.llm_engine.reset_prefix_cache(reset_running_requests, reset_connector)
+
+    def beam_search(self, *_arguments: object, **_absent: object) -> NoReturn:
+        """Raise VllmliteError: there is no beam search."""
+        raise VllmliteError(
+            "beam search is not supported: sample several completions with SamplingParams(n=...)"
+        )
+
     def _params_for(
-        self, batch: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> Iterable[SamplingParams]:
+        self,
+        batch: Sequence[Prompt],
+        params: SamplingParams | Mapping[str, Any] | Iterable[SamplingParams] | None,
+    ) -> Sequence[SamplingParams]:
         if params is None:
             params = self.llm_engine.default_sampling_params
-        if isinstance(params, SamplingParams):
-            return [params] * len(batch)
-        if len(params) != len(batch):
+        if isinstance(params, Mapping):
+            params = SamplingParams.from_optional(**params)
+        listed = _listed("sampling_params", params, SamplingParams, len(batch))
+        if len(listed) != len(batch):
             raise ParameterError(
-                "sampling_params", len(params), f"must be one, or one a prompt, {len(batch)}"
+                "sampling_params", len(listed), f"must be one, or one a prompt, {len(batch)}"
             )
-        return params
+        return listed
 
     @takes_turn
     def _run(
@@ -140,7 +166,7 @@ class LLM:
         batch: Sequence[Prompt],
         params: Sequence[SamplingParams | PoolingParams],
         priority: Sequence[int] | None,
-        use_tqdm: bool,
+        use_tqdm: bool | Callable[..., Any],
     ) -> list[RequestOutput]:
         """Add requests, all or none, and step until they are done; outputs in their order."""
         self._abort_unfinished()
@@ -159,8 +185,8 @@ class LLM:
         self.llm_engine.abort_request(self._unfinished)
         self._unfinished.clear()
 
-    def _finish(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
-        progress = _progress_bar(len(request_ids)) if use_tqdm else None
+    def _finish(self, request_ids: Sequence[str], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
+        progress = _progress_bar(len(request_ids), use_tqdm) if use_tqdm else None
         finished: dict[str, RequestOutput] = {}
         while len(finished) < len(request_ids) and self.llm_engine.has_unfinished_requests():
             for output in self.llm_engine.step():
@@ -180,18 +206,23 @@ class LLM:
         return [finished[request_id] for request_id in request_ids]
 
 
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    if prompts and all(type(entry) is int for entry in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
+def _listed(name: str, given: Any, kind: type[T], count: int) -> list[T]:
+    """One value of ``kind`` for each of ``count`` prompts, or the values that are given."""
+    if isinstance(given, kind):
+        return [given] * count
+    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Mapping)) else [given]
+    for entry in listed:
+        if not isinstance(entry, kind):
+            raise ParameterError(name, entry, f"must be {kind.__name__}, or one for each prompt")
+    return listed
 
 
-def _progress_bar(total: int) -> Any:
+def _progress_bar(total: int, make: bool | Callable[..., Any]) -> Any:
     """A bar on standard error if that is a terminal; None where tqdm is not installed."""
+    if callable(make):
+        return make(total=total, desc="Prompts")
     try:
         from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         return None
-    return tqdm(total=total, desc="Prompts", disable=not is_terminal(sys.stderr))
+    return tqdm(total=total, desc="Prompts", disable=None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from vllmlite.config import EngineConfig
 from vllmlite.engine.engine import Engine, EngineCore, EngineOutput
 from vllmlite.errors import ParameterError
+from vllmlite.inputs import PROMPT_KEYS, refuse, token_ids
 from vllmlite.output_processor import OutputProcessor, ProcessedStep
 from vllmlite.outputs import EngineStats, RequestOutput
 from vllmlite.pooling_params import PoolingParams
@@ -64,8 +65,8 @@ class LLMEngine:
         """Requests to drop."""
 
     @classmethod
-    def from_engine_args(cls, engine_args: EngineConfig) -> LLMEngine:
-        """vLLM's way to make one."""
+    def from_engine_args(cls, engine_args: EngineConfig, **_absent: object) -> LLMEngine:
+        """vLLM's way to make one; ``usage_context`` and the like have no effect."""
         return cls(engine_args)
 
     @property
@@ -90,11 +91,17 @@ class LLMEngine:
         prompt: Prompt,
         params: SamplingParams | PoolingParams,
         arrival_time: float | None = None,
+        lora_request: object = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        trace_headers: Mapping[str, str] | None = None,
         priority: int = 0,
+        prompt_text: str | None = None,
     ) -> None:
-        """Queue a request, with :class:`PoolingParams` for an embedding.
+        """Queue a request, with :class:`PoolingParams` for an embedding. ``prompt_text`` is what outputs report as the
+        text of a prompt of ids; ``trace_headers`` have no effect; vLLM's other arguments must be None.
 
         Raises :class:`ParameterError`, and takes nothing in, if it can never be served."""
+        refuse({"lora_request": lora_request, "tokenization_kwargs": tokenization_kwargs})
         self._drop()
         if not isinstance(request_id, str) or not request_id:
             raise ParameterError("request_id", request_id, "must be a non-empty string")
@@ -105,6 +112,7 @@ class LLMEngine:
         if priority and self.config.scheduling_policy != "priority":
             raise ParameterError("priority", priority, "needs scheduling_policy=priority")
         encoded = self.encode(prompt, self.truncation(params))
+        encoded.setdefault("prompt", prompt_text)
         try:
             self._adding = request_id
             if isinstance(params, PoolingParams):
@@ -197,10 +205,8 @@ class LLMEngine:
             prompt = {"prompt": prompt}
         elif not isinstance(prompt, Mapping):
             prompt = {"prompt_token_ids": prompt}
-        encoded = dict(prompt)
-        for name in encoded:
-            if name not in ("prompt", "prompt_token_ids", "cache_salt"):
-                raise ParameterError("prompt", encoded, f"must not hold {name!r}")
+        encoded = {name: prompt[name] for name in PROMPT_KEYS if name in prompt}
+        refuse({name: value for name, value in prompt.items() if name not in PROMPT_KEYS})
         salt = encoded.get("cache_salt")
         if salt is not None and (not isinstance(salt, str) or not salt):
             raise ParameterError("cache_salt", salt, "must be a non-empty string")
@@ -211,12 +217,8 @@ class LLMEngine:
             if text is None:
                 raise ParameterError("prompt", encoded, "must hold prompt or prompt_token_ids")
             ids = self.get_tokenizer().encode(text, truncation=truncation)
-        elif (
-            isinstance(ids, (str, bytes))
-            or not isinstance(ids, Sequence)
-            or not all(type(i) is int for i in ids)
-        ):
-            raise ParameterError("prompt_token_ids", ids, "must be a list of whole numbers")
+        else:
+            ids = token_ids(ids)
         encoded["prompt_token_ids"] = list(ids)
         return encoded
 
@@ -259,6 +261,10 @@ class LLMEngine:
         """Whether any request has not finished."""
         return self.engine_core.has_unfinished_requests()
 
+    def get_num_unfinished_requests(self) -> int:
+        """How many requests have not finished."""
+        return self._processor.num_requests
+
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
         """Drop requests; nothing more comes of them. Unknown ids are passed over.
 
@@ -287,9 +293,11 @@ class LLMEngine:
         return self._processor.errors.pop(request_id, None)
 
     @takes_turn
-    def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix."""
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forget every cached prefix; True, as vLLM says where that has been done. vLLM's arguments must be False."""
+        refuse({"reset_running_requests": reset_running_requests, "reset_connector": reset_connector})
         self.engine_core.reset_prefix_cache()
+        return True
 
     def stats(self) -> EngineStats:
         """Counters since the start, and what is running now."""

@@ -119,6 +119,11 @@ class OutputProcessor:
         """Whether a request or a sequence of one has the id ``request_id`` and is unfinished."""
         return any(request_id in known for known in (self._groups, self._group_of, self._poolings))
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that are expected and unfinished."""
+        return len(self._groups) + len(self._poolings)
+
     def children(self, request_id: str) -> list[str]:
         """The engine's requests that make up a request; none if it is not expected."""
         if request_id in self._poolings:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from json import loads
+from numbers import Integral, Real
 from typing import Any
 
 from vllmlite.errors import ParameterError
+from vllmlite.inputs import refuse, token_ids
 from vllmlite.truncation import check_truncation
 
 MAX_LOGPROBS = 20
@@ -243,23 +246,33 @@ class SamplingParams:
             "frequency_penalty",
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+            if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
                 raise ParameterError(name, value, "must be a number")
             if math.isinf(value):
                 raise ParameterError(name, value, "must be finite")
+            if not isinstance(value, (int, float)):
+                setattr(self, name, float(value))
         for name in ("n", "top_k", "min_tokens"):
-            if type(getattr(self, name)) is not int:
-                raise ParameterError(name, getattr(self, name), "must be a whole number")
+            self._check_whole(name, "must be a whole number")
         for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None and type(getattr(self, name)) is not int:
-                raise ParameterError(name, getattr(self, name), "must be a whole number or None")
+            if getattr(self, name) is not None:
+                self._check_whole(name, "must be a whole number or None")
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
             if not isinstance(getattr(self, name), bool):
                 raise ParameterError(name, getattr(self, name), "must be True or False")
         if not isinstance(self.output_kind, RequestOutputKind):
             raise ParameterError("output_kind", self.output_kind, "must be a RequestOutputKind")
 
+    def _check_whole(self, name: str, accepted: str) -> None:
+        value = getattr(self, name)
+        if type(value) is not int:
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise ParameterError(name, value, accepted)
+            setattr(self, name, int(value))
+
     def _check_lists(self) -> None:
+        if not isinstance(self.stop, (str, Sequence, type(None))):
+            raise ParameterError("stop", self.stop, "must be a string or a list of strings")
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
         if not all(isinstance(s, str) and s for s in self.stop):
             raise ParameterError("stop", self.stop, "must be non-empty strings")
@@ -269,19 +282,30 @@ class SamplingParams:
             )
         for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
             value = getattr(self, name)
-            if value is not None and not all(type(i) is int and i >= 0 for i in value):
+            if value is None:
+                continue
+            try:
+                ids = token_ids(value)
+            except ParameterError:
+                ids = [-1]
+            if ids and min(ids) < 0:
                 raise ParameterError(name, value, "must be token ids: whole numbers from 0")
+            setattr(self, name, ids)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ParameterError("allowed_token_ids", self.allowed_token_ids, "must allow at least one id")
         if self.logprob_token_ids is not None and len(self.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS:
             raise ParameterError(
                 "logprob_token_ids", len(self.logprob_token_ids), f"takes at most {MAX_LOGPROB_TOKEN_IDS} ids"
             )
+        if not isinstance(self.bad_words, (list, tuple, type(None))):
+            raise ParameterError("bad_words", self.bad_words, "must be a list of strings")
         if self.bad_words and not all(isinstance(w, str) and w for w in self.bad_words):
             raise ParameterError("bad_words", self.bad_words, "must be non-empty strings")
         if self.bad_words and len(self.bad_words) > MAX_BAD_WORDS:
             raise ParameterError("bad_words", len(self.bad_words), f"takes at most {MAX_BAD_WORDS} words")
         if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise ParameterError("logit_bias", self.logit_bias, "must map token ids to numbers")
             if len(self.logit_bias) > MAX_LOGIT_BIAS:
                 raise ParameterError(
                     "logit_bias", len(self.logit_bias), f"takes at most {MAX_LOGIT_BIAS} ids"
@@ -312,6 +336,13 @@ class SamplingParams:
     def num_logprobs(self) -> int | None:
         """Likeliest tokens to report with each sampled one; None: report nothing."""
         return 0 if self.logprobs is None and self.logprob_token_ids else self.logprobs
+
+    @classmethod
+    def from_optional(cls, **given: Any) -> SamplingParams:
+        """Parameters from some of the fields, of which None leaves the default. Raises :class:`ParameterError`."""
+        names = {field.name for field in fields(cls)}
+        refuse({name: value for name, value in given.items() if name not in names})
+        return cls(**{name: value for name, value in given.items() if name in names and value is not None})
 
     def clone(self, **changes: Any) -> SamplingParams:
         """A checked copy with ``changes`` applied."""

@@ -1,0 +1,72 @@
+"""Prompts and arguments in the forms that vLLM takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from typing import Any, NotRequired, TypedDict
+
+from vllmlite.errors import ParameterError
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+    cache_salt: NotRequired[str | None]
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids."""
+
+    prompt_token_ids: list[int]
+    prompt: NotRequired[str | None]
+    cache_salt: NotRequired[str | None]
+
+
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+REASONS = {
+    "lora_request": "LoRA adapters are not supported: leave it out or None",
+    "multi_modal_data": "only text is supported: leave it out or None",
+    "multi_modal_uuids": "only text is supported: leave it out or None",
+    "mm_processor_kwargs": "only text is supported: leave it out or None",
+    "prompt_embeds": "only text and token ids are supported: leave it out or None",
+    "truncate_prompt_tokens": "is a field of SamplingParams and PoolingParams",
+}
+"""Why arguments of vLLM's are refused where they ask for something."""
+
+
+def refuse(arguments: Mapping[str, Any]) -> None:
+    """Raise :class:`ParameterError` for an argument of vLLM's that asks for what is not here; None asks for nothing."""
+    for name, value in arguments.items():
+        if value is not None and value is not False and value != {}:
+            raise ParameterError(name, value, REASONS.get(name, "is not supported: leave it out or None"))
+
+
+def token_ids(value: Any) -> list[int]:
+    """Token ids from a sequence, an array of numpy or a tensor of torch. Raises :class:`ParameterError`."""
+    ids = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(ids, Iterable) and not isinstance(ids, (str, bytes, Mapping)):
+        ids = list(ids)
+        if all(type(i) is int for i in ids):
+            return ids
+        if all(_is_id(i) for i in ids):
+            return [int(i) for i in ids]
+    raise ParameterError("prompt_token_ids", value, "must be a list of whole numbers")
+
+
+def as_batch(prompts: Any) -> list[Any]:
+    """The prompts of a call: one prompt, or several in anything that can be iterated over."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    entries = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if not isinstance(entries, Iterable) or isinstance(entries, bytes):
+        raise ParameterError(
+            "prompts", prompts, "must be a text, token ids, a mapping of either, or a list of these"
+        )
+    batch = list(entries)
+    return [batch] if batch and all(_is_id(entry) for entry in batch) else batch
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
