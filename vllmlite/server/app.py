@@ -21,7 +21,16 @@ from starlette.responses import Response
 
 from vllmlite import __version__
 from vllmlite.errors import ParameterError, VllmliteError
-from vllmlite.server import chat, completions, embeddings, llamacpp, messages, operations, responses
+from vllmlite.server import (
+    chat,
+    completions,
+    embeddings,
+    llamacpp,
+    messages,
+    operations,
+    responses,
+    stored_responses,
+)
 from vllmlite.server.errors import ApiError, as_api_error
 from vllmlite.server.metrics import StatsLog
 from vllmlite.server.middleware import Count, LimitBody, RequireKey, RootPath, error_response
@@ -34,7 +43,7 @@ from vllmlite.server.sse import ClientGone
 
 logger = logging.getLogger(__name__)
 
-ENDPOINTS = (completions, chat, embeddings, responses, messages, llamacpp, operations)
+ENDPOINTS = (completions, chat, embeddings, responses, stored_responses, messages, llamacpp, operations)
 
 TAGS = (*TOKENIZABLE_TAGS, FUNCTION_TAG, OTHER_TAG)
 """What pydantic puts into the places of errors besides names of fields."""

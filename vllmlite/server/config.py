@@ -145,6 +145,10 @@ class ServerConfig:
         32 << 20, "longest body of a request in bytes, or 32M; longer ones are answered 413", group="limit",
         low=1024, size=True, metavar="SIZE",
     )  # fmt: skip
+    max_stored_responses: int = option(
+        0, "responses of /v1/responses to keep in memory, for requests that continue or fetch them; 0: none",
+        group="limit", low=0, high=100_000,
+    )  # fmt: skip
     max_prompts: int = option(1024, "most prompts in one request", group="limit", low=1)
 
     uvicorn_log_level: str = option("info", "what uvicorn logs", group="log", choices=LOG_LEVELS)

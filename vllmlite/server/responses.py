@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
 from collections.abc import AsyncGenerator
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -22,7 +22,6 @@ from vllmlite.server.parsers.parts import Content, Reasoning
 from vllmlite.server.protocol.chat import ChatPrompt
 from vllmlite.server.protocol.responses import (
     LOGPROBS,
-    STATELESS,
     InputTokens,
     ResponseObject,
     ResponsesRequest,
@@ -30,6 +29,7 @@ from vllmlite.server.protocol.responses import (
 )
 from vllmlite.server.reading import Reader, begin, reads_marks
 from vllmlite.server.response_items import Items, as_messages
+from vllmlite.server.response_store import StoredResponse, input_items
 from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import JSON, Stream, named_event
 from vllmlite.server.tools import ToolUse
@@ -51,13 +51,23 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     service: Service = request.app.state.service
     service.check(body, request)
     tools = _tool_use(body, service)
+    store = service.responses
+    keeps = store.keeps(body.store)
+    if body.background and not keeps:
+        raise ParameterError("background", True, "needs store, and a server with --max-stored-responses")
+    if body.background and body.stream:
+        raise ParameterError("stream", True, "does not go with background: fetch the response by its id")
+    earlier = store.before(body.previous_response_id)
     with renamed(max_tokens="max_output_tokens", logprobs="top_logprobs", prompt="input", messages="input"):
         params = _params(body, service, tools)
         generation, (reader,) = await begin(
-            service, "resp_", _talk(body, tools), params, tools, request_id=request_id(body.request_id, request),
-            priority=body.priority, cache_salt=body.cache_salt, arrival_time=arrival,
+            service, "resp_", _talk(body, tools, earlier), params, tools,
+            request_id=request_id(body.request_id, request), priority=body.priority, cache_salt=body.cache_salt,
+            arrival_time=arrival,
         )  # fmt: skip
-    answer = _Answer(service, body, generation, params, tools, reader)
+    answer = _Answer(service, body, generation, params, tools, reader, earlier if keeps else None)
+    if body.background:
+        return JSON(answer.begin_in_background())
     if body.stream:
         return Stream(answer.events(), generation.close, error_event=answer.error_event)
     (output,) = await generation.finished(request.receive)
@@ -70,21 +80,16 @@ async def count_input_tokens(body: ResponsesRequest, request: Request) -> Respon
     service: Service = request.app.state.service
     service.check(body, request)
     tools = _tool_use(body, service)
-    prompt = await service.encode_chat(_talk(body, tools), tools.shown)
+    earlier = service.responses.before(body.previous_response_id)
+    prompt = await service.encode_chat(_talk(body, tools, earlier), tools.shown)
     answer: InputTokens = {"object": "response.input_tokens", "input_tokens": len(prompt["prompt_token_ids"])}
     return JSON(answer)
 
 
-@router.get("/v1/responses/{response_id}", include_in_schema=False)
-@router.delete("/v1/responses/{response_id}", include_in_schema=False)
-@router.post("/v1/responses/{response_id}/cancel", include_in_schema=False)
-async def find_response(response_id: str) -> Response:
-    """Nothing, for nothing is kept."""
-    raise ApiError(HTTPStatus.NOT_FOUND, f"no response {response_id!r}: {STATELESS}", param="response_id")
-
-
-def _talk(body: ResponsesRequest, tools: ToolUse) -> ChatPrompt:
-    talk = conversation(as_messages(body.input, body.instructions), "input", tools.tools)
+def _talk(body: ResponsesRequest, tools: ToolUse, earlier: list[dict[str, Any]]) -> ChatPrompt:
+    """The conversation so far: ``earlier`` items of responses that this one continues, then the request's own."""
+    given = [*earlier, *input_items(body.input)] if earlier else body.input
+    talk = conversation(as_messages(given, body.instructions), "input", tools.tools)
     effort = body.reasoning.effort if body.reasoning else None
     wishes = {
         "reasoning_effort": effort,
@@ -157,7 +162,9 @@ class _Answer:
         params: SamplingParams,
         tools: ToolUse,
         reader: Reader,
+        earlier: list[dict[str, Any]] | None = None,
     ) -> None:
+        """``earlier`` are the items that a response which is to be stored continues; None: it is not to be."""
         self._service = service
         self._body = body
         self._generation = generation
@@ -168,12 +175,57 @@ class _Answer:
         self._numbers = itertools.count()
         self._logprobs: list[Any] = []
         """Those of tokens whose text is still to come."""
+        self._stored: StoredResponse | None = None
+        if earlier is not None:
+            own = input_items(body.input)
+            self._stored = StoredResponse(self._object(), [*earlier, *own], len(own))
+
+    def begin_in_background(self) -> ResponseObject:
+        """Have the response made without a client that waits; the response as it stands."""
+        assert self._stored is not None
+        stored = self._stored
+        try:
+            self._service.responses.begin(stored)
+        except ApiError:
+            self._generation.close()
+            raise
+        stored.task = asyncio.get_running_loop().create_task(self._make())
+        stored.task.add_done_callback(self._made)
+        return stored.response
+
+    async def _make(self) -> ResponseObject:
+        last: RequestOutput | None = None
+        while batch := await self._generation.take():
+            ((_, last),) = batch[-1:]
+        assert last is not None
+        return self.whole(last)
+
+    def _made(self, task: asyncio.Task[ResponseObject]) -> None:
+        """Keep what has become of a response that was made in the background."""
+        assert self._stored is not None
+        if task.cancelled():
+            self._stored.response = {**self._stored.response, "status": "cancelled"}
+        elif isinstance(error := task.exception(), Exception):
+            self._stored.response = self._failed(error)
+        else:
+            self._stored.response = task.result()
+        self._stored.task = None
+        self._generation.close()
+        if self._service.responses.has(self._stored):
+            self._service.responses.keep(self._stored)
+
+    def _keep(self, response: ResponseObject) -> ResponseObject:
+        """Store a response that has finished, if it is to be."""
+        if self._stored is not None and not self._body.background:
+            self._stored.response = response
+            self._service.responses.keep(self._stored)
+        return response
 
     def whole(self, output: RequestOutput) -> ResponseObject:
         """The answer in one piece."""
         (completion,) = output.outputs
         self._take(completion)
-        return self._object(completion)
+        return self._keep(self._object(completion))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The documented events, in their order, numbered."""
@@ -188,18 +240,16 @@ class _Answer:
             if pieces:
                 yield pieces
         assert last is not None
-        response = self._object(last)
+        response = self._keep(self._object(last))
         yield self._event({"type": f"response.{response['status']}", "response": response})
 
     def error_event(self, error: Exception) -> bytes:
         """The end of a stream that cannot go on."""
+        return self._event({"type": "response.failed", "response": self._failed(error)})
+
+    def _failed(self, error: Exception) -> ResponseObject:
         told = as_api_error(error)
-        failed: ResponseObject = {
-            **self._object(),
-            "status": "failed",
-            "error": {"code": told.type, "message": told.message},
-        }
-        return self._event({"type": "response.failed", "response": failed})
+        return {**self._object(), "status": "failed", "error": {"code": told.type, "message": told.message}}
 
     def _event(self, event: dict[str, Any]) -> bytes:
         return named_event({**event, "sequence_number": next(self._numbers)})
@@ -244,9 +294,10 @@ class _Answer:
             "model": self._service.model,
             "output": list(self._items.items),
             "parallel_tool_calls": self._tools.parallel,
-            "previous_response_id": None,
+            "previous_response_id": body.previous_response_id,
+            "background": bool(body.background),
             "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
-            "store": False,
+            "store": self._service.responses.keeps(body.store),
             "temperature": params.temperature,
             "text": {
                 "format": form.model_dump(by_alias=True, exclude_none=True) if form else {"type": "text"}

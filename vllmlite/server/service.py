@@ -32,6 +32,7 @@ from vllmlite.server.notes import Notes
 from vllmlite.server.protocol.base import Request, Usage
 from vllmlite.server.protocol.chat import ChatPrompt
 from vllmlite.server.protocol.sampling import token_limit
+from vllmlite.server.response_store import ResponseStore
 from vllmlite.server.sse import unless_gone
 from vllmlite.truncation import Truncation
 
@@ -174,6 +175,7 @@ class Service:
         if config.chat_template is not None:
             self.tokenizer.find_chat_template(config.chat_template)  # refuse a bad one before any request
         self.max_model_len = inner.max_model_len
+        self.responses = ResponseStore(config.max_stored_responses)
         self.default_params = inner.default_sampling_params
         self.knows_reasoning = inner.engine_core.bounds.reasoning is not None
         """Whether a request may limit its reasoning."""

@@ -99,15 +99,18 @@ class ResponsesRequest(Request):
 
     text_changing: ClassVar[Mapping[str, Absent]] = {
         **RESPONSES_TEXT_CHANGING,
-        "previous_response_id": Absent((None,), STATELESS),
         "conversation": Absent((None,), STATELESS),
-        "background": Absent((None, False), STATELESS),
     }
 
     model: str | None = Field(None, description="A served model name.")
     input: str | list[dict[str, Any]] = Field(
         description="A text, or items: messages, function calls and their outputs, reasoning."
     )
+    previous_response_id: str | None = Field(None, description="A stored response that this one continues.")
+    store: bool | None = Field(
+        None, description="False: not to be stored; else it is, if the server stores any."
+    )
+    background: bool | None = Field(None, description="Answer at once, and make the response meanwhile.")
     instructions: str | None = Field(None, description="A system message before the input.")
     max_output_tokens: int | None = Field(None, description="Default: the model's, or up to its context.")
     temperature: float | None = None
@@ -188,7 +191,7 @@ class ResponseObject(TypedDict):
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
     error: dict[str, Any] | None
     incomplete_details: dict[str, str] | None
     instructions: str | None
@@ -197,7 +200,8 @@ class ResponseObject(TypedDict):
     model: str
     output: list[OutputItem]
     parallel_tool_calls: bool
-    previous_response_id: None
+    previous_response_id: str | None
+    background: bool
     reasoning: dict[str, Any]
     store: bool
     temperature: float
@@ -207,6 +211,24 @@ class ResponseObject(TypedDict):
     top_p: float
     truncation: Literal["disabled"]
     usage: ResponseUsage | None
+
+
+class DeletedResponse(TypedDict):
+    """Answer to the deletion of a response."""
+
+    id: str
+    object: Literal["response"]
+    deleted: bool
+
+
+class InputItems(TypedDict):
+    """A page of a stored response's input."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class InputTokens(TypedDict):
