@@ -25,9 +25,13 @@ class Absent:
 
     def accepts(self, value: object) -> bool:
         """Whether ``value`` asks for nothing."""
-        if isinstance(value, Mapping) and value:
-            return all(entry in self.keys.get(key, ()) for key, entry in value.items())
-        return value in self.neutral
+        if value in self.neutral:
+            return True
+        return (
+            isinstance(value, Mapping)
+            and bool(value)
+            and all(entry in self.keys.get(key, ()) for key, entry in value.items())
+        )
 
     def check(self, name: str, value: object) -> None:
         """Raise :class:`ParameterError` unless the option ``name`` may have ``value``."""
