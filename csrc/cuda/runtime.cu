@@ -44,13 +44,17 @@ void* Pinned::reserve(std::size_t bytes) {
 struct Runtime::HostCopies {
   std::mutex mutex;
   std::unordered_set<const void*> live;
+  std::vector<HostCopy*> waiting;  // for start_host_copies()
   std::vector<std::unique_ptr<Pinned>> spare;
 };
 
 // Owner of a tensor that is copied to the host: its memory, and that of the copy.
 struct Runtime::HostCopy {
   HostCopy(std::shared_ptr<HostCopies> the_copies, const Tensor& tensor)
-      : copies(std::move(the_copies)), memory(tensor.owner), begin(static_cast<const char*>(tensor.data)) {
+      : copies(std::move(the_copies)),
+        memory(tensor.owner),
+        begin(static_cast<const char*>(tensor.data)),
+        bytes(tensor.bytes()) {
     const std::lock_guard lock(copies->mutex);
     if (copies->spare.empty()) {
       pinned = std::make_unique<Pinned>();
@@ -58,17 +62,21 @@ struct Runtime::HostCopy {
       pinned = std::move(copies->spare.back());
       copies->spare.pop_back();
     }
+    pinned->reserve(bytes);
     copies->live.insert(this);
+    copies->waiting.push_back(this);
   }
   ~HostCopy() {
     const std::lock_guard lock(copies->mutex);
     copies->live.erase(this);
+    std::erase(copies->waiting, this);
     copies->spare.push_back(std::move(pinned));
   }
 
   std::shared_ptr<HostCopies> copies;
   std::shared_ptr<void> memory;
   const char* begin;
+  std::size_t bytes;
   std::unique_ptr<Pinned> pinned;
 };
 
@@ -176,13 +184,19 @@ void Runtime::synchronize() { VLLMLITE_CUDA_CHECK(cudaStreamSynchronize, stream_
 Tensor Runtime::copied_to_host(const Tensor& tensor) {
   if (recording_ || tensor.bytes() == 0) return tensor;
   const DeviceGuard guard(device_);
-  auto copy = std::make_shared<HostCopy>(host_copies_, tensor);
-  void* target = copy->pinned->reserve(tensor.bytes());
-  VLLMLITE_CUDA_CHECK(cudaMemcpyAsync, target, tensor.data, tensor.bytes(), cudaMemcpyDeviceToHost, stream_);
-  VLLMLITE_CUDA_CHECK(cudaEventRecord, copy->pinned->done, stream_);
   Tensor found = tensor;
-  found.owner = copy;
+  found.owner = std::make_shared<HostCopy>(host_copies_, tensor);
   return found;
+}
+
+void Runtime::start_host_copies() {
+  const DeviceGuard guard(device_);
+  const std::lock_guard lock(host_copies_->mutex);
+  for (const HostCopy* copy : host_copies_->waiting) {
+    VLLMLITE_CUDA_CHECK(cudaMemcpyAsync, copy->pinned->data, copy->begin, copy->bytes, cudaMemcpyDeviceToHost, stream_);
+    VLLMLITE_CUDA_CHECK(cudaEventRecord, copy->pinned->done, stream_);
+  }
+  host_copies_->waiting.clear();
 }
 
 const void* Runtime::host_copy(const Tensor& tensor) {
@@ -190,6 +204,7 @@ const void* Runtime::host_copy(const Tensor& tensor) {
     const std::lock_guard lock(host_copies_->mutex);
     if (!host_copies_->live.contains(tensor.owner.get())) return nullptr;
   }
+  start_host_copies();
   const auto* copy = static_cast<const HostCopy*>(tensor.owner.get());
   VLLMLITE_CUDA_CHECK(cudaEventSynchronize, copy->pinned->done);
   return static_cast<const char*>(copy->pinned->data) + (static_cast<const char*>(tensor.data) - copy->begin);
@@ -235,6 +250,9 @@ void Runtime::abandon_recording() {
   (void)cudaGetLastError();
 }
 
-void Runtime::replay(const Graph& graph) { VLLMLITE_CUDA_CHECK(cudaGraphLaunch, graph.executable, stream_); }
+void Runtime::replay(const Graph& graph) {
+  VLLMLITE_CUDA_CHECK(cudaGraphLaunch, graph.executable, stream_);
+  fence();
+}
 
 }  // namespace vllmlite::cuda

@@ -66,8 +66,10 @@ class Runtime {
   void download(void* target, const void* source, std::size_t bytes);
   void synchronize();
 
-  // The tensor, whose copy to pinned memory starts at once: host_copy() does not wait for what is issued later.
+  // The tensor, which is to be copied to pinned memory. start_host_copies() issues such copies, together and after the
+  // kernels that need not wait for them; host_copy() then does not wait for what is issued later.
   Tensor copied_to_host(const Tensor& tensor);
+  void start_host_copies();
   // Where the contents of such a tensor, or of a part of it, are on the host, once they are there; null for others.
   const void* host_copy(const Tensor& tensor);
 

@@ -363,6 +363,7 @@ Tensor accept(Runtime& runtime, const Tensor& ids, const Batch& batch) {
   launch(runtime, accept_kernel, blocks_for(batch.num_samples, kThreads), kThreads, 0,
          static_cast<const std::int32_t*>(ids.data), batch.num_samples, batch.view,
          static_cast<std::int32_t*>(accepted.data));
+  runtime.start_host_copies();
   return accepted;
 }
 
