@@ -158,7 +158,7 @@ def test_env_tries_the_model_as_a_server_would(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "model.safetensors").unlink()
     assert "has not been tried" in env.as_text(env.gather(model=str(tmp_path)))
     tiny_model("diffllama").save_pretrained(tmp_path)
-    refused = "DiffLlamaForCausalLM cannot run over a paged cache: layer 0 attends more than once"
+    refused = "DiffLlamaForCausalLM cannot run over a paged cache: "
     assert refused in env.as_text(env.gather(model=str(tmp_path)))
 
 
@@ -167,4 +167,4 @@ def test_models_are_probed_in_a_process_of_their_own(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "runs", "Starcoder2")
     assert not probe.probe_model(tmp_path / "runs")
     tiny_model("diffllama").save_pretrained(tmp_path / "refused")
-    assert "layer 0 attends more than once" in probe.probe_model(tmp_path / "refused")
+    assert "DiffLlamaForCausalLM cannot run" in probe.probe_model(tmp_path / "refused")

@@ -44,7 +44,7 @@ class HfModel:
             expected = model(input_ids=ids[None], use_cache=False).logits[0].float()
             name, self._body = _body(model)
             model.set_attn_implementation(PROBE)
-            layers = self._probe(ids, max_positions, model.config.get_text_config())
+            layers = self._probe(ids[:2], max_positions, model.config.get_text_config())
             self._windows = tuple(layer.window for layer in layers)
             heads, size = layers[0].num_kv_heads, layers[0].head_dim
             self.kv_spec = KVSpec(len(layers), heads, size, block_size, kv_dtype)

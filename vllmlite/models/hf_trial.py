@@ -18,10 +18,10 @@ from vllmlite.backends.base import ForwardBatch, Model, SlotParams, SlotSpec
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.models.hf_attention import Refusal
 
-_STEPS = (((0, 0, 4),), ((0, 4, 2), (1, 0, 2)), ((0, 6, 1), (1, 2, 1)), ((0, 7, 1), (1, 3, 1)))
+_STEPS = (((0, 0, 2),), ((0, 2, 2), (1, 0, 2)), ((0, 4, 1), (1, 2, 1)), ((0, 5, 1), (1, 3, 1)))
 """Rows of each step: slot, first token, tokens."""
-NUM_TOKENS = 8
-_BLOCK_SIZE, _BLOCKS = 2, ((5, 0, 3, 2), (1, 4))
+NUM_TOKENS = 6
+_BLOCK_SIZE, _BLOCKS = 2, ((4, 0, 3), (2, 1))
 """Blocks of each slot."""
 TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.1}
 """Largest difference of a token's logits, relative to the largest logit, by dtype."""
