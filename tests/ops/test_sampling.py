@@ -1,8 +1,7 @@
-"""Sampling on the device: exact distributions, the same bits everywhere, and penalties, masks and log-probabilities."""
+"""Sampling on the device: exact distributions, the same bits everywhere, penalties and masks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,98 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from op_backends import BACKENDS, of_torch
-from paged import host_batch
+from op_backends import of_torch
+from op_sampling import Array, Sampler, read
 
 from vllmlite.backends.base import (
     Backend,
-    ForwardBatch,
-    KVSpec,
-    Logprobs,
-    Sampled,
     SlotParams,
-    SlotSpec,
     uniform,
 )
 
-Array = NDArray[Any]
 
-
-SPEC = KVSpec(1, 1, 16, 16, "float32")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Backend:
-    return BACKENDS[request.param]("float32")
-
-
-class Sampler:
-    """Slots whose rows are all sampled, in one step, from logits that the test gives."""
-
-    def __init__(self, backend: Backend, params: Sequence[SlotParams], vocab_size: int) -> None:
-        self.backend = backend
-        self.params = list(params)
-        self.slots = backend.alloc_slots(SlotSpec(len(params), 1, 16, vocab_size, 1))
-        for slot, one in enumerate(params):
-            backend.set_slot(self.slots, slot, one)
-
-    def upload(
-        self,
-        rows: Sequence[int],
-        positions: Sequence[int] | Array | int,
-        drafts: Sequence[Sequence[int]] | None = None,
-    ) -> ForwardBatch:
-        """A step that samples from every token of ``rows``: id 0, then the row's drafts."""
-        drafts = [()] * len(rows) if drafts is None else drafts
-        counts = [1 + len(draft) for draft in drafts]
-        batch = host_batch(rows, [0] * len(rows), counts)
-        ids = np.concatenate([[0, *draft] for draft in drafts])
-        batch.token_ids = ids.astype(np.int32)
-        batch.logits_rows = np.arange(len(ids), dtype=np.int32)
-        batch.sample_slots = np.repeat(np.asarray(rows, np.int32), counts)
-        batch.sample_positions = np.broadcast_to(np.asarray(positions, np.int64), len(ids)).copy()
-        return batch
-
-    def sample(
-        self,
-        logits: Array,
-        positions: Sequence[int] | Array | int = 1,
-        *,
-        rows: Sequence[int] | None = None,
-        drafts: Sequence[Sequence[int]] | None = None,
-        masks: dict[int, Array] | None = None,
-        num_logprobs: int = -1,
-    ) -> tuple[Sampled, Array]:
-        """What is sampled, and which of it is accepted."""
-        batch = self.upload(list(range(len(self.params))) if rows is None else list(rows), positions, drafts)
-        batch.num_logprobs = num_logprobs
-        if masks:
-            batch.mask_rows = np.array(list(masks), np.int32)
-            batch.bitmask = np.stack([bits(allowed) for allowed in masks.values()])
-        device = self.backend.upload(batch, self.slots, SPEC)
-        count = len(batch.logits_rows)
-        given = np.broadcast_to(np.asarray(logits, np.float32), (count, np.shape(logits)[-1]))
-        sampled = self.backend.sample(self.backend.tensor(given.copy()), self.slots, device)
-        return sampled, self.backend.to_host(self.backend.accept(sampled.ids, self.slots, device))
-
-    def ids(self, logits: Array, positions: Sequence[int] | Array | int = 1, **options: Any) -> list[int]:
-        sampled, _ = self.sample(logits, positions, **options)
-        found: list[int] = self.backend.to_host(sampled.ids).tolist()
-        return found
-
-    def last_ids(self) -> list[int]:
-        """The last accepted id of each slot, as the next step would read it."""
-        rows = list(range(len(self.params)))
-        batch = host_batch(rows, [1] * len(rows), [1] * len(rows))
-        ids: list[int] = self.backend.to_host(self.backend.upload(batch, self.slots, SPEC).token_ids).tolist()
-        return ids
-
-
-def bits(allowed: Array) -> NDArray[np.int32]:
-    """A bool vector as the bitmask of the contract."""
-    padded = np.zeros(-(-len(allowed) // 32) * 32, np.bool_)
-    padded[: len(allowed)] = allowed
-    return np.packbits(padded, bitorder="little").view("<i4").astype(np.int32)
+@pytest.fixture
+def backend(exact: Backend) -> Backend:
+    return exact
 
 
 def distribution(logits: Array, params: SlotParams) -> NDArray[np.float64]:
@@ -130,7 +50,10 @@ def pick(logits: Array, params: SlotParams, position: int) -> int:
 ZERO, HALF, ALL_BUT_ONE = 7925055, 37045082, 26683238
 """Positions whose random numbers under seed 0 are the least, the middle and the greatest."""
 
+
 LOGITS = np.array([2.0, 1.0, 1.0, 0.5, 0.0, -0.5, -1.0, 2.5, 0.25, -3.0, 1.5])
+
+
 CASES = {
     "plain": SlotParams(temperature=1.0),
     "cold": SlotParams(temperature=0.4),
@@ -341,165 +264,6 @@ def test_bias_mask_and_penalties_come_in_order(backend: Backend) -> None:
     sampler = Sampler(backend, [params], 4)
     # Id 1: (1 + 4) / 4 = 1.25, below id 0. Id 2 would gain 9, were it not masked.
     assert sampler.ids(logits, masks={0: np.array([True, True, False, True])}) == [0]
-
-
-# Log-probabilities
-
-
-def read(backend: Backend, logprobs: Logprobs | None) -> tuple[Array, ...]:
-    assert logprobs is not None
-    return tuple(backend.to_host(x) for x in (logprobs.chosen, logprobs.rank, logprobs.top_ids, logprobs.top))
-
-
-def check_logprobs(logits: Array, ids: Sequence[int], k: int, found: tuple[Array, ...]) -> None:
-    chosen, rank, top_ids, top = found
-    exact = logits.astype(np.float64)
-    exact = (
-        exact
-        - np.log(np.exp(exact - exact.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        - exact.max(-1, keepdims=True)
-    )
-    order = np.argsort(-exact, axis=-1, kind="stable")
-    rows = np.arange(len(ids))
-    np.testing.assert_allclose(chosen, exact[rows, list(ids)], atol=2e-5)
-    assert rank.tolist() == [order[row].tolist().index(token) + 1 for row, token in enumerate(ids)]
-    assert top_ids.tolist() == order[:, :k].tolist()
-    np.testing.assert_allclose(top, np.take_along_axis(exact, order[:, :k], -1), atol=2e-5)
-    assert [array.dtype.name for array in found] == ["float32", "int32", "int32", "float32"]
-
-
-@pytest.mark.parametrize("k", [0, 1, 5, 60])
-def test_logprobs(backend: Backend, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(k)
-    logits = (rng.integers(-6, 7, (37, 60)) / 2).astype(np.float32)  # full of equals
-    logits[3, :9] = -0.0
-    ids = rng.integers(0, 60, 37).astype(np.int32)
-    for chunk in (2**22, 500):
-        if backend.name == "torch":
-            monkeypatch.setattr("vllmlite.backends.torch_sampling._CHUNK", chunk)
-        check_logprobs(
-            logits,
-            ids.tolist(),
-            k,
-            read(backend, backend.logprobs(backend.tensor(logits), backend.tensor(ids), k)),
-        )
-
-
-def test_logprobs_of_more_than_there_are(backend: Backend) -> None:
-    logits = np.random.default_rng(0).standard_normal((2, 9)).astype(np.float32)
-    check_logprobs(
-        logits,
-        [3, 8],
-        9,
-        read(
-            backend, backend.logprobs(backend.tensor(logits), backend.tensor(np.array([3, 8], np.int32)), 20)
-        ),
-    )
-
-
-def test_logprobs_of_no_rows(backend: Backend) -> None:
-    found = read(backend, backend.logprobs(backend.empty((0, 9), "float32"), backend.empty((0,), "int32"), 3))
-    assert [array.shape for array in found] == [(0,), (0,), (0, 3), (0, 3)]
-
-
-def test_sampled_logprobs_are_of_the_untouched_logits(backend: Backend) -> None:
-    params = [
-        SlotParams(logit_bias=((3, 50.0),)),
-        SlotParams(repetition_penalty=5.0, prompt_ids=list(range(9))),
-        SlotParams(temperature=0.5, top_k=2, seed=4),
-        SlotParams(),
-    ]
-    logits = np.random.default_rng(1).standard_normal((4, 20)).astype(np.float32)
-    masks = {3: np.arange(20) % 2 == 1}
-    sampled, _ = Sampler(backend, params, 20).sample(logits, num_logprobs=4, masks=masks)
-    check_logprobs(logits, backend.to_host(sampled.ids).tolist(), 4, read(backend, sampled.logprobs))
-    assert Sampler(backend, params, 20).sample(logits)[0].logprobs is None
-
-
-# Several positions of a slot
-
-
-@pytest.mark.parametrize("num_logprobs", [-1, 3])
-def test_the_positions_of_a_slot_are_sampled_as_in_steps_of_their_own(
-    backend: Backend, num_logprobs: int
-) -> None:
-    """Ids and log-probabilities of a position are those of a step in which the drafts before it are in the text."""
-    rng = np.random.default_rng(5)
-    params = [
-        SlotParams(),
-        SlotParams(presence_penalty=1.5, frequency_penalty=0.7, output_ids=[3, 3, 9]),
-        SlotParams(repetition_penalty=1.8, prompt_ids=[1, 4], temperature=0.9, seed=3),
-        SlotParams(temperature=1.2, top_k=6, top_p=0.9, seed=8, logit_bias=((2, 1.5),)),
-        SlotParams(frequency_penalty=-0.4, temperature=0.7, min_p=0.05, seed=1),
-    ]
-    drafts = [[5, 5, 2], [7, 3, 7, 7], [], [0], [6, 6, 6, 1, 6, 2, 2, 6]]
-    counts = [1 + len(draft) for draft in drafts]
-    logits = rng.standard_normal((sum(counts), 12)).astype(np.float32)
-    positions = np.concatenate([40 + row + np.arange(count) for row, count in enumerate(counts)])
-    masks = {index: rng.random(12) < 0.5 for index in range(0, sum(counts), 4)}
-    for allowed in masks.values():
-        allowed[11] = True
-    sampled, _ = Sampler(backend, params, 12).sample(
-        logits, positions, drafts=drafts, masks=masks, num_logprobs=num_logprobs
-    )
-    ids, index = backend.to_host(sampled.ids).tolist(), 0
-    together = read(backend, sampled.logprobs) if num_logprobs >= 0 else ()
-    for one, draft in zip(params, drafts, strict=True):
-        for before in range(len(draft) + 1):
-            alone = replace(one, output_ids=[*one.output_ids, *draft[:before]])
-            mask = {0: masks[index]} if index in masks else None
-            found, _ = Sampler(backend, [alone], 12).sample(
-                logits[index : index + 1], positions[index], masks=mask, num_logprobs=num_logprobs
-            )
-            assert backend.to_host(found.ids).tolist() == [ids[index]]
-            if num_logprobs >= 0:
-                for whole, part in zip(together, read(backend, found.logprobs), strict=True):
-                    np.testing.assert_array_equal(whole[index], part[0])
-            index += 1
-
-
-def test_drafts_are_accepted_up_to_the_first_that_differs(backend: Backend) -> None:
-    params = SlotParams(presence_penalty=100.0)
-    sampler = Sampler(backend, [params] * 5, 20)
-    drafts = [[1, 2, 3], [1, 9, 3], [], [9, 2], [1, 1, 1]]
-    wanted = [[1, 2, 3, 4], [1, 2, 3, 4], [7], [1, 2, 3], [1, 1, 1, 5]]
-    chosen = [token for row in wanted for token in row]
-    logits = np.full((len(chosen), 20), -500.0)
-    logits[np.arange(len(chosen)), chosen] = 500
-    sampled, accepted = sampler.sample(logits, drafts=drafts)
-    assert backend.to_host(sampled.ids).tolist() == chosen
-    assert accepted.tolist() == [1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1]
-    assert sampler.last_ids() == [4, 2, 7, 1, 5]
-    # What was accepted is now penalised, and nothing else.
-    found = sampler.ids(-np.arange(20.0))
-    assert found == [0, 0, 0, 0, 0]
-    allowed = np.arange(20) != 0
-    assert sampler.ids(-np.arange(20.0), masks=dict.fromkeys(range(5), allowed)) == [5, 3, 1, 2, 2]
-
-
-def test_sampling_leaves_the_slots_alone(backend: Backend) -> None:
-    sampler = Sampler(backend, [SlotParams(presence_penalty=9.0), SlotParams()], 6)
-    assert sampler.ids(np.eye(6)[[4, 2]]) == [4, 2]
-    batch = sampler.upload([0, 1], 1)
-    logits = np.array([[0, 1, 0, 0, 9.5, 0], [0, 3, 0, 0, 0, 0]], np.float32)
-    for _ in range(3):
-        device = backend.upload(batch, sampler.slots, SPEC)
-        sampled = backend.sample(backend.tensor(logits.copy()), sampler.slots, device)
-        assert backend.to_host(sampled.ids).tolist() == [1, 1]
-        assert sampler.last_ids() == [4, 2]
-
-
-def test_sampled_positions_of_a_slot_must_be_in_a_row(backend: Backend) -> None:
-    if backend.name == "torch":
-        pytest.skip("the reference trusts its caller")
-    sampler = Sampler(backend, [SlotParams()] * 2, 6)
-    batch = sampler.upload([0, 1], 1, [[1], [2]])
-    batch.sample_slots = np.array([0, 1, 0, 1], np.int32)
-    with pytest.raises(ValueError, match="sampled positions of slot 0 are not in a row"):
-        backend.upload(batch, sampler.slots, SPEC)
-
-
-# What is not finite
 
 
 def test_a_nan_counts_as_minus_infinity(backend: Backend) -> None:
