@@ -69,7 +69,7 @@ def test_calls_and_reasoning_are_taken_apart(service: Service, monkeypatch: pyte
     found = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in message["tool_calls"]]
     assert found == EXPECTED and len({call["id"] for call in message["tool_calls"]}) == 2
     hidden = post(service, CHAT, messages=MESSAGES, tools=[WEATHER], include_reasoning=False)
-    assert "reasoning_content" not in hidden["choices"][0]["message"]
+    assert hidden["choices"][0]["message"]["reasoning_content"] is None
 
 
 def test_calls_stream_name_first_and_then_in_pieces(
@@ -333,7 +333,7 @@ def test_reasoning_comes_before_what_a_grammar_holds(
     monkeypatch.setitem(STYLES, "qwen3", ThinkStyle("[", "]", implied=False))
     body["logit_bias"] = never
     plain = post(service, CHAT, **body, **number)["choices"][0]["message"]
-    assert re.fullmatch("[0-9]{3}", plain["content"]) and "reasoning_content" not in plain
+    assert re.fullmatch("[0-9]{3}", plain["content"]) and plain["reasoning_content"] is None
 
 
 @pytest.mark.parametrize(
