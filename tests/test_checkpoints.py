@@ -97,7 +97,7 @@ MALFORMED: dict[str, tuple[Header | bytes, dict[str, Any], list[str]]] = {
     "entry a list": (GOOD | {"b": [1]}, {}, ["'b'", "dtype, shape and data_offsets", "[1]"]),
     "entry without offsets": (GOOD | {"b": {"dtype": "F32", "shape": []}}, {}, ["'b'", "data_offsets"]),
     "entry with more": (entry("b", strides=[1]), {}, ["'b'", "strides"]),
-    "unknown dtype": (entry("b", dtype="F8_E4M3"), {}, ["'b'", "F8_E4M3", "BF16"]),
+    "unknown dtype": (entry("b", dtype="F6_E2M3"), {}, ["'b'", "F6_E2M3", "BF16"]),
     "dtype a list": (entry("b", dtype=["F32"]), {}, ["'b'", "F32"]),
     "negative size": (entry("b", shape=[-4]), {}, ["'b'", "[-4]"]),
     "fractional size": (entry("b", shape=[4.0]), {}, ["'b'", "[4.0]"]),

@@ -184,7 +184,9 @@ def test_quantised_weights_without_a_configuration_are_named(part: str, says: st
     tensors = {name: one.data.view("<f4").reshape(one.shape) for name, one in read_safetensors(file).items()}
     added = {f"model.layers.0.mlp.up_proj.{part}": np.zeros(3, np.int32)}
     save_file({name: tensor.copy() for name, tensor in tensors.items()} | added, file)
-    with pytest.raises(ModelError, match=rf"its weights are stored as {says}, which is not read"):
+    with pytest.raises(
+        ModelError, match=rf"its weights are stored as {says}, which its configuration does not say"
+    ):
         open_model(tmp_path, read_spec(tmp_path), PACKING)
 
 

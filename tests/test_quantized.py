@@ -29,6 +29,7 @@ from vllmlite.quantize import quantize_checkpoint
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.weights.host import HostTensor, PackedWeight, Scheme
 from vllmlite.weights.packing import Packing
+from vllmlite.weights.safetensors import read_safetensors, write_safetensors
 from vllmlite.weights.schemes.gguf_blocks import BLOCK_SCHEMES, BlockScheme
 from vllmlite.weights.schemes.tiles import GROUP, QWEIGHT, SCALES, TILE_ROWS, TILES, quantize
 
@@ -340,7 +341,7 @@ def test_codes_and_scales_must_fit() -> None:
 
 
 def test_an_unknown_scheme_is_refused() -> None:
-    with pytest.raises(ParameterError, match="int8 or int4"):
+    with pytest.raises(ParameterError, match="must be int8, int4, awq"):
         EngineConfig(quantization="int3")
 
 
@@ -493,7 +494,7 @@ def edited(path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"quant_method": "awq"}, "quant_method='awq'; accepted: vllmlite"),
+        ({"quant_method": "aqlm"}, "quant_method='aqlm'; accepted: awq"),
         ({}, None),
         ({"format": "int8"}, "quant_method is absent"),
         ({"quant_method": "vllmlite", "group_size": 64, "format": "int8"}, "group_size=64; accepted: 32"),
@@ -515,10 +516,19 @@ def test_what_a_config_says_of_quantisation(section: Any, words: str | None, tmp
 
 
 def test_a_checkpoint_must_hold_what_its_config_says(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path)
-    edited(tmp_path, quantization_config={"quant_method": "vllmlite", "group_size": 32, "format": "int8"})
-    with pytest.raises(ModelError, match=r"missing.*q_proj.qweight"):
-        load_model(CpuBackend(), tmp_path, max_model_len=64, block_size=16)
+    """All parts of a quantised weight, or the weight as floats."""
+    write_checkpoint(tmp_path / "floats")
+    quantize_checkpoint(tmp_path / "floats", tmp_path / "saved", "int8")
+    section = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    edited(tmp_path / "floats", quantization_config=section)
+    load_model(CpuBackend(), tmp_path / "floats", max_model_len=64, block_size=16)
+    tensors = read_safetensors(tmp_path / "saved" / "model.safetensors")
+    del tensors["model.layers.0.self_attn.q_proj.scales"]
+    (tmp_path / "saved" / "model.safetensors").unlink()
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write_safetensors(tmp_path / "saved" / "model.safetensors", tensors.values(), layout)
+    with pytest.raises(ModelError, match=r"missing.*q_proj.scales"):
+        load_model(CpuBackend(), tmp_path / "saved", max_model_len=64, block_size=16)
 
 
 def test_dummy_weights_are_quantised_too(tmp_path: Path) -> None:

@@ -121,7 +121,8 @@ def test_the_vision_tower_is_not_counted(tmp_path: Path) -> None:
 def test_quantised_copies_are_of_the_text_alone(tmp_path: Path) -> None:
     reference = write_shell(tmp_path / "source", "mistral3")
     quantize_checkpoint(tmp_path / "source", tmp_path / "int8", "int8")
-    assert read_spec(tmp_path / "int8").quantization == "int8"
+    quantization = read_spec(tmp_path / "int8").quantization
+    assert quantization is not None and quantization.method == "int8"
     paged = PagedModel(
         load_model(CpuBackend(), tmp_path / "int8", max_model_len=128, block_size=4), num_blocks=320
     )

@@ -19,6 +19,11 @@ from vllmlite.sampling_params import MAX_LOGPROBS
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4")
+CHECKPOINT_METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "modelopt")
+METHOD_SYNONYMS = {
+    "awq_marlin": "awq", "gptq_marlin": "gptq", "modelopt_fp4": "modelopt", "modelopt_fp8": "modelopt"
+}  # fmt: skip
+"""Names of vLLM for its kernels of a method."""
 KV_DTYPES = (*FLOAT_DTYPES, "int8")
 CPU_ISAS = ("auto", "baseline", "avx2", "avx512", "avx512_bf16", "amx", "neon")
 DTYPE_SYNONYMS = {"float": "float32", "half": "float16"}
@@ -77,9 +82,11 @@ class EngineConfig:
     )
     quantization: str | None = _option(
         None,
-        "keep weights in 8 or 4 bits; default: as the checkpoint has them",
+        "int8, int4: quantise float weights at load; others: the method that the checkpoint must have; default: as the "
+        "checkpoint has them",
         group="model",
-        choices=QUANTIZATIONS,
+        choices=(*QUANTIZATIONS, *CHECKPOINT_METHODS),
+        synonyms=METHOD_SYNONYMS,
     )
     max_model_len: int | None = _option(
         None,

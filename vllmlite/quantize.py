@@ -13,7 +13,7 @@ from vllmlite.backends.cpu import CpuBackend
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.hub.snapshot import CONFIG_FILES, INDEX
 from vllmlite.models import open_model, read_spec
-from vllmlite.models.hf_config import quantization_config
+from vllmlite.models.quantization import own_config, own_quantization
 from vllmlite.weights.checkpoint import part_name
 from vllmlite.weights.host import HostTensor, PackedWeight, Part, Shape
 from vllmlite.weights.json_object import read_object
@@ -33,12 +33,12 @@ def quantize_checkpoint(source: Path, target: Path, kind: str, threads: int | No
         raise ModelError(f"{source}: is a GGUF file; accepted: a directory with a checkpoint")
     spec = read_spec(source)
     if spec.quantization is not None:
-        raise ModelError(f"{source}: its weights are {spec.quantization} already")
+        raise ModelError(f"{source}: its weights are {spec.quantization.method} already")
     if target.exists():
         raise ParameterError("output", str(target), "exists already: name a new directory")
     backend, scheme = CpuBackend(threads=threads), TILES[kind]
     weights = open_model(source, spec, Packing(backend))
-    made = replace(spec, quantization=kind)
+    made = replace(spec, quantization=own_quantization(kind))
     shapes = made.weights()
     names = {source.key: name for name, source in made.tensors().items() if source.product}
     floats = [key for key in shapes if key not in names]
@@ -73,7 +73,7 @@ def quantize_checkpoint(source: Path, target: Path, kind: str, threads: int | No
             for file in source.glob(pattern):
                 if file.is_file() and file.name != INDEX:
                     shutil.copyfile(file, partial / file.name)
-        config = read_object(source / "config.json") | {"quantization_config": quantization_config(kind)}
+        config = read_object(source / "config.json") | {"quantization_config": own_config(kind)}
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         partial.chmod(0o755)
         partial.rename(target)

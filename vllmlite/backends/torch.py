@@ -39,7 +39,9 @@ from vllmlite.errors import BackendError
 from vllmlite.weights.host import FLOAT_DTYPES, ITEM_SIZE, HostTensor, HostWeight, float_parts
 from vllmlite.weights.schemes import tiles
 
-_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_SIZE}
+_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in ITEM_SIZE if not name.startswith("float8")
+}
 
 _EARLY = "copied_to_host"  # attribute of sampled ids: their copy, and the event after which it is complete
 _WIDEN_ROWS = 16  # from so many rows on, weights that the CPU cannot multiply well are widened first

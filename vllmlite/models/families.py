@@ -26,6 +26,7 @@ from vllmlite.models import (
 from vllmlite.models.config_table import check_remaining, with_defaults
 from vllmlite.models.gguf import gguf_keys
 from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.quantization import Quantization, read_quantization
 from vllmlite.models.shells import SHELLS, text_config, text_keys
 from vllmlite.models.spec import DecoderSpec
 
@@ -74,7 +75,7 @@ def read_spec(path: Path) -> DecoderSpec:
     config = HfConfig.read(path)
     name = architecture(config)
     if name in SHELLS:
-        return _text_spec(config, name)
+        return _text_spec(config, name, path)
     if name not in FAMILIES:
         raise config.error("architectures", f"{', '.join(FAMILIES)}; or --model-impl transformers")
     family = FAMILIES[name]
@@ -83,19 +84,22 @@ def read_spec(path: Path) -> DecoderSpec:
             config = renewed(config)
     if path.is_file():
         return replace(family.spec(config, name), keys=gguf_keys(path))
-    return _checked_spec(config, name, family, family.model_type)
+    return _checked_spec(config, name, family, family.model_type, read_quantization(config, path))
 
 
-def _text_spec(config: HfConfig, name: str) -> DecoderSpec:
+def _text_spec(config: HfConfig, name: str, path: Path) -> DecoderSpec:
     """The spec of the language model in a model of text and images."""
     shell = SHELLS[name]
     text = text_config(config, shell)
-    spec = _checked_spec(text, name, FAMILIES[shell.family], shell.model_type)
+    quantization = read_quantization(text, path)
+    spec = _checked_spec(text, name, FAMILIES[shell.family], shell.model_type, quantization)
     return replace(spec, keys=text_keys(spec.keys))
 
 
-def _checked_spec(config: HfConfig, name: str, family: Family, model_type: str) -> DecoderSpec:
-    spec = family.spec(with_defaults(config, model_type), name)
+def _checked_spec(
+    config: HfConfig, name: str, family: Family, model_type: str, quantization: Quantization | None
+) -> DecoderSpec:
+    spec = replace(family.spec(with_defaults(config, model_type), name), quantization=quantization)
     check_remaining(config, model_type)
     return spec
 

@@ -8,14 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllmlite.config import QUANTIZATIONS
 from vllmlite.errors import ModelError
 from vllmlite.models.gguf import gguf_config
 from vllmlite.models.rope import KINDS
 from vllmlite.models.spec import DecoderSpec, LayerSpec, NormSpec, RopeSpec
 from vllmlite.weights.host import FLOAT_DTYPES
 from vllmlite.weights.json_object import read_object
-from vllmlite.weights.schemes.tiles import GROUP
 
 GATED_ACTIVATIONS = {
     "silu": "silu",
@@ -31,7 +29,6 @@ MOST = {"num_hidden_layers": 4096, "num_attention_heads": 1 << 16}
 MOST_EXPERTS = 1 << 16
 """And experts of all layers."""
 _REQUIRED: Any = object()
-QUANT_METHOD = "vllmlite"
 
 
 class HfConfig:
@@ -59,7 +56,11 @@ class HfConfig:
         """``config.json`` of the model directory ``path``, or what the GGUF file ``path`` says in its place."""
         if path.is_file():
             return cls(gguf_config(path), str(path))
-        file = path / "config.json"
+        return cls.of_file(path / "config.json")
+
+    @classmethod
+    def of_file(cls, file: Path) -> HfConfig:
+        """The JSON object in ``file``."""
         return cls(read_object(file), str(file))
 
     def spelling(self, **keys: str) -> HfConfig:
@@ -181,22 +182,6 @@ def checkpoint_dtype(config: HfConfig) -> str:
     """The dtype that the checkpoint names; float32, as everywhere in this format, where it names none."""
     key = "dtype" if config.get("dtype") is not None else "torch_dtype"
     return config.choice(key, {name: name for name in FLOAT_DTYPES}, "float32")
-
-
-def quantization(config: HfConfig) -> str | None:
-    """The kind in which ``quantization_config`` says that weights are, as :func:`quantization_config` writes it."""
-    section = config.section("quantization_config")
-    if section is None:
-        return None
-    section.choice("quant_method", {QUANT_METHOD: QUANT_METHOD})
-    if section.integer("group_size") != GROUP:
-        raise section.error("group_size", str(GROUP))
-    return section.choice("format", {kind: kind for kind in QUANTIZATIONS})
-
-
-def quantization_config(kind: str) -> dict[str, Any]:
-    """The ``quantization_config`` of a checkpoint in our own scheme ``kind``, ``int8`` or ``int4``."""
-    return {"quant_method": QUANT_METHOD, "format": kind, "group_size": GROUP}
 
 
 def rope_spec(
@@ -404,5 +389,4 @@ def decoder_spec(
         activation=config.choice("hidden_act", activations, activation),
         layers=tuple(LayerSpec(window, rope) for window in windows),
         tie_word_embeddings=config.boolean("tie_word_embeddings", tied),
-        quantization=quantization(config),
     )

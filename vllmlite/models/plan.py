@@ -84,7 +84,7 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
             spec.dtype,
             spec.max_position_embeddings,
             spec.output_size,
-            spec.quantization,
+            None if spec.quantization is None else spec.quantization.method,
             () if _on_cuda(spec) else ("cpu", "torch"),
             spec,
         )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from vllmlite.models.keys import LLAMA, Keys
 from vllmlite.models.shard import Shard
 from vllmlite.models.tensors import sources
 from vllmlite.weights.host import Scheme
 from vllmlite.weights.parts import Source
-from vllmlite.weights.schemes.tiles import TILES
+
+if TYPE_CHECKING:
+    from vllmlite.models.quantization import Quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +149,8 @@ class DecoderSpec:
 
     keys: Keys = field(default=LLAMA)
     """Names of the checkpoint's tensors."""
-    quantization: str | None = None
-    """The scheme, ``int8`` or ``int4``, in which the checkpoint stores the weights of products; None: as floats."""
+    quantization: Quantization | None = None
+    """In which schemes the checkpoint stores the weights of products; None: all of them are floats."""
     shard: Shard | None = None
     """The part of the model that this spec describes; None: all of it."""
     whole: DecoderSpec | None = None
@@ -166,7 +169,8 @@ class DecoderSpec:
     @property
     def tied_head(self) -> bool:
         """Whether the output layer is the embedding table itself, neither quantised nor a part of it."""
-        return self.tie_word_embeddings and self.quantization is None and self.shard is None
+        own = self.quantization is not None and self.quantization.own
+        return self.tie_word_embeddings and not own and self.shard is None
 
     def tensors(self) -> dict[str, Source]:
         """Where in the checkpoint each tensor of the model is, by the names that ``models/decoder.py`` uses."""
@@ -180,5 +184,6 @@ class DecoderSpec:
         """The tensors of :meth:`weights` that the checkpoint stores quantised, and the scheme of each."""
         if self.quantization is None:
             return {}
-        sources = (self.whole or self).tensors().values()
-        return {source.key: TILES[self.quantization] for source in sources if source.product}
+        keys = {source.key for source in (self.whole or self).tensors().values() if source.product}
+        found = {key: self.quantization.scheme(key) for key in keys}
+        return {key: scheme for key, scheme in found.items() if scheme is not None}

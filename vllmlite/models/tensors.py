@@ -212,7 +212,7 @@ class _Sources:
     ) -> Named:
         """One of the weights of a fused module of ``total`` rows."""
         module = key + modules.module
-        if self.spec.quantization is None:
+        if self.spec.quantization is None or not self.spec.quantization.own:
             yield from self.linear(name + part, module, total, self.spec.hidden_size, False, rows)
         else:  # our own quantised checkpoints store the parts of a fused weight apart
             rows_of_part = self.own_rows(part, rows)
@@ -247,9 +247,10 @@ class _Sources:
     def product(
         self, key: str, stored: tuple[int, int], rows: tuple[Span, ...] | None, columns: Span | None = None
     ) -> Source:
-        """The weight of a product. Our own quantised checkpoints store it ``[out, in]`` whatever it was made of."""
+        """The weight of a product. A quantised one is stored as of ``[out, in]`` whatever it was made of."""
         shape = sum(map(_size, rows)) if rows else stored[0], _size(columns) if columns else stored[1]
-        transposed = self.keys.transposed and self.spec.quantization is None
+        quantization = self.spec.quantization
+        transposed = self.keys.transposed and (quantization is None or quantization.scheme(key) is None)
         return Source(
             key, stored[::-1] if transposed else stored, shape, rows, columns, transposed, product=True
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from vllmlite.backends.base import Backend, Model
-from vllmlite.config import REASONING_KEYS, EngineConfig
+from vllmlite.config import QUANTIZATIONS, REASONING_KEYS, EngineConfig
 from vllmlite.engine.engine import Engine, EngineCore
 from vllmlite.engine.scheduler import Limits
 from vllmlite.engine.thinking import ReasoningMarks
@@ -60,7 +60,6 @@ def start(config: EngineConfig) -> Started[Engine]:
     from vllmlite.models.gguf import has_blocks, treatment
     from vllmlite.models.hf_config import HfConfig
     from vllmlite.weights.packing import Packing
-    from vllmlite.weights.schemes.tiles import TILES
 
     path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
     plan = plan_model(path, config.model_impl)
@@ -70,10 +69,18 @@ def start(config: EngineConfig) -> Started[Engine]:
             config.max_model_len,
             f"must be at most the model's {plan.max_position_embeddings}",
         )
-    if config.quantization not in (None, plan.quantization) and plan.quantization is not None:
-        raise ParameterError(
-            "quantization", config.quantization, f"the checkpoint is in {plan.quantization} already"
-        )
+    if config.quantization not in (None, plan.quantization):
+        if plan.quantization is not None:
+            raise ParameterError(
+                "quantization", config.quantization, f"the checkpoint is in {plan.quantization} already"
+            )
+        if config.quantization not in QUANTIZATIONS:
+            raise ParameterError(
+                "quantization",
+                config.quantization,
+                f"the checkpoint's weights are floats; {' or '.join(QUANTIZATIONS)} quantises them at load",
+            )
+    at_load = config.quantization if plan.quantization is None else None
     tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, path)
     generation = _generation_config(config, path)
     keep_blocks = config.dtype == "auto"
@@ -84,23 +91,25 @@ def start(config: EngineConfig) -> Started[Engine]:
         checkpoint_dtype=plan.dtype,
         threads=config.threads,
         cpu_isa=config.cpu_isa,
-        quantization=config.quantization if plan.quantization is None else None,
-        packed=bool(config.quantization or plan.quantization)
+        quantization=at_load,
+        packed=at_load is not None
+        or plan.quantization in QUANTIZATIONS
         or (keep_blocks and path.is_file() and has_blocks(path)),
         model=plan.architecture,
         only=plan.backends,
         batch_invariant=config.batch_invariant,
     )
     backend, choice = select_backend(wanted)
-    packing = Packing(backend, config.quantization, keep_blocks)
+    packing = Packing(backend, at_load, keep_blocks)
     if path.is_file():
         done = treatment(path, packing)
         choice += f"; {done}"
         if is_terminal(sys.stderr):
             note(f"vllmlite: {done}")
-    elif plan.quantization or config.quantization:
-        stored = TILES[plan.quantization] if plan.quantization else None
-        choice += f"; {plan.quantization or plan.dtype} weights {packing.treatment(stored)}"
+    elif plan.spec is not None and (plan.quantization or at_load):
+        for scheme in dict.fromkeys(plan.spec.schemes().values()) or [None]:
+            stored = plan.dtype if scheme is None else scheme.name
+            choice += f"; {stored} weights {packing.treatment(scheme)}"
     seed = secrets.randbits(64) if config.seed == -1 else config.seed
     longest = config.max_model_len or plan.max_position_embeddings
     num_positions = _most_positions(config, backend, plan, longest)

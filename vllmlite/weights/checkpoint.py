@@ -13,15 +13,23 @@ import numpy as np
 
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.weights.foreign import quantization_of, what_directory_is
-from vllmlite.weights.host import FLOAT_DTYPES, HostTensor, HostWeight, PackedWeight, Scheme
+from vllmlite.weights.host import (
+    FLOAT_DTYPES,
+    HostTensor,
+    HostWeight,
+    PackedWeight,
+    Part,
+    Scheme,
+    float_values,
+)
 from vllmlite.weights.json_object import read_object
 from vllmlite.weights.pt import read_pt
 from vllmlite.weights.safetensors import read_safetensors
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 
-_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-"""Tables that old checkpoints store and every loader computes."""
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$|\.[kvq]_(scale|zero_point)$")
+"""Tables that old checkpoints store and every loader computes, and scales of key/value caches of 8 bits."""
 _DUMMY_PERIOD = (1 << 20) + 7
 
 
@@ -90,30 +98,36 @@ def open_weights(
             "load_format", load_format, f"{path} is a directory: auto, safetensors, pt or dummy"
         )
     tensors = _renamed(_read(path, load_format), prefix, renames, tied[0])
-    schemes = schemes or {}
+    # A weight that its configuration calls quantised is stored as floats in some checkpoints, which is just as exact.
+    schemes = {
+        name: scheme
+        for name, scheme in (schemes or {}).items()
+        if name not in tensors or tensors[name].dtype not in FLOAT_DTYPES
+    }
     head, table = tied
     if head in tensors and head not in shapes:
         if not _same(tensors[head], tensors.setdefault(table, tensors[head])):
             shapes = {**shapes, head: shapes[table]}
         else:
             del tensors[head]
-    expected = _expected(shapes, schemes)
-    missing = [name for name in expected if name not in tensors]
+    expected = _expected(path, shapes, schemes)
+    missing = [name for name, part in expected.items() if name not in tensors and not part.optional]
     unused = [name for name in tensors if name not in expected and not _COMPUTED.search(name)]
     if unread:
         unused = [name for name in unused if not re.search(unread, name)]
+    unused = [name for name in unused if not _is_zero_bias(name, tensors[name], schemes)]
     stored = quantization_of(unused)
     if stored is not None:
-        raise ModelError(f"{path}: its weights are stored as {stored}, which is not read")
+        raise ModelError(f"{path}: its weights are stored as {stored}, which its configuration does not say")
     if missing:
         raise ModelError(f"{path}: tensors missing from the checkpoint: {listed(missing)}")
     if unused:
         raise ModelError(f"{path}: tensors that the model has no use for: {listed(unused)}")
-    for name, (shape, dtypes) in expected.items():
-        found = tensors[name]
-        if found.shape != shape or found.dtype not in dtypes:
+    for name, part in expected.items():
+        if name in tensors and not part.accepts(tensors[name]):
+            found = tensors[name]
             raise ModelError(
-                f"{path}: tensor {name!r}: expected {list(shape)} of {', '.join(dtypes)}; "
+                f"{path}: tensor {name!r}: expected {list(part.shape)} of {', '.join(part.dtypes)}; "
                 f"found {list(found.shape)} of {found.dtype}"
             )
 
@@ -121,7 +135,8 @@ def open_weights(
         if name not in schemes:
             return tensors[name]
         scheme, shape = schemes[name], shapes[name]
-        stored = {suffix: tensors[part_name(name, suffix)] for suffix in scheme.parts(shape)}
+        names = {suffix: part_name(name, suffix) for suffix in scheme.parts(shape)}
+        stored = {suffix: tensors[part] for suffix, part in names.items() if part in tensors}
         return PackedWeight(scheme, shape, stored)
 
     return Weights(tensor, shapes, schemes)
@@ -133,17 +148,27 @@ def part_name(name: str, suffix: str) -> str:
 
 
 def _expected(
-    shapes: Mapping[str, tuple[int, ...]], schemes: Mapping[str, Scheme]
-) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Shape and accepted dtypes of every stored tensor."""
-    expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+    path: Path, shapes: Mapping[str, tuple[int, ...]], schemes: Mapping[str, Scheme]
+) -> dict[str, Part]:
+    """What every stored tensor must be."""
+    expected: dict[str, Part] = {}
     for name, shape in shapes.items():
         if name not in schemes:
-            expected[name] = (shape, FLOAT_DTYPES)
+            expected[name] = Part(shape, FLOAT_DTYPES[0], FLOAT_DTYPES[1:])
             continue
-        for suffix, part in schemes[name].parts(shape).items():
-            expected[part_name(name, suffix)] = (part.shape, (part.dtype,))
+        try:
+            parts = schemes[name].parts(shape)
+        except ModelError as error:
+            raise ModelError(f"{path}: tensor {name!r}: {error}") from error
+        for suffix, part in parts.items():
+            expected[part_name(name, suffix)] = part
     return expected
+
+
+def _is_zero_bias(name: str, tensor: HostTensor, schemes: Mapping[str, Scheme]) -> bool:
+    """Whether ``name`` is a bias that a quantised weight was given though its model has none: AutoGPTQ writes zeros."""
+    weight = f"{name.removesuffix('bias')}weight"
+    return name.endswith(".bias") and weight in schemes and not float_values(tensor).any()
 
 
 def _read(path: Path, load_format: str) -> dict[str, HostTensor]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 ITEM_SIZE = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+    "float8_e4m3": 1, "float8_e5m2": 1, "float8_e8m0": 1,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
 """Bytes per element, by dtype name as the backend contract spells it."""
@@ -44,11 +45,29 @@ class Part:
 
     shape: Shape
     dtype: str
+    other_dtypes: tuple[str, ...] = ()
+    """Dtypes that some programs write instead."""
+    other_shapes: tuple[Shape, ...] = ()
+    """Shapes of as many elements that some programs write instead."""
+    any_shape: bool = False
+    """The size of the tensor says nothing, and ``shape`` has no meaning."""
+    optional: bool = False
+    """Some checkpoints do without this tensor."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensor."""
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+    def accepts(self, tensor: HostTensor) -> bool:
+        """Whether ``tensor`` has an accepted shape and dtype."""
+        fits = self.any_shape or tensor.shape in (self.shape, *self.other_shapes)
+        return fits and tensor.dtype in self.dtypes
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The accepted dtypes."""
+        return (self.dtype, *self.other_dtypes)
 
 
 class Scheme(ABC):
@@ -56,10 +75,16 @@ class Scheme(ABC):
 
     name: str
     """Unique among all schemes; :attr:`Backend.schemes` names those that a backend multiplies natively."""
-    row_unit: int
-    """Rows can be sliced at multiples of this number."""
-    column_unit: int
-    """Columns can be sliced at multiples of this number."""
+
+    @property
+    def row_unit(self) -> int | None:
+        """Rows can be sliced at multiples of this number; None: they cannot."""
+        return 1
+
+    @property
+    def column_unit(self) -> int | None:
+        """Columns can be sliced at multiples of this number; None: they cannot."""
+        return 1
 
     @abstractmethod
     def parts(self, shape: Shape) -> dict[str, Part]:
@@ -81,11 +106,7 @@ class Scheme(ABC):
 
     def num_bytes(self, shape: Shape) -> int:
         """Bytes that a weight of ``shape`` takes."""
-        return sum(part.num_bytes for part in self.parts(shape).values())
-
-    def can_slice(self, size: int, unit: int, spans: Sequence[tuple[int, int]]) -> bool:
-        """Whether every bound of ``spans`` is a multiple of ``unit``, or ``size``."""
-        return all(bound % unit == 0 or bound == size for span in spans for bound in span)
+        return sum(part.num_bytes for part in self.parts(shape).values() if not part.optional)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +125,30 @@ HostWeight: TypeAlias = HostTensor | PackedWeight
 """The weight of a matrix product, as a checkpoint stores it."""
 
 
+def _float8_values(exponent_bits: int, mantissa_bits: int, bias: int, finite: bool) -> Floats:
+    """The values of all 256 codes of an 8-bit float (Micikevicius et al. 2022). ``finite``: the largest exponent has no
+    infinities, and its last mantissa alone is NaN."""
+    codes = np.arange(256)
+    exponent = codes >> mantissa_bits & ((1 << exponent_bits) - 1)
+    mantissa = codes & ((1 << mantissa_bits) - 1)
+    scale = 2.0 ** (np.maximum(exponent, 1) - bias - mantissa_bits)
+    values = (mantissa + np.where(exponent > 0, 1 << mantissa_bits, 0)) * scale
+    largest = exponent == (1 << exponent_bits) - 1
+    if finite:
+        values[largest & (mantissa == (1 << mantissa_bits) - 1)] = np.nan
+    else:
+        values[largest] = np.where(mantissa[largest] == 0, np.inf, np.nan)
+    signed: Floats = np.where(codes < 128, values, -values).astype(np.float32)
+    return signed
+
+
+_FLOAT8_VALUES = {
+    "float8_e4m3": _float8_values(4, 3, 7, finite=True),
+    "float8_e5m2": _float8_values(5, 2, 15, finite=False),
+    "float8_e8m0": np.append(2.0 ** (np.arange(255) - 127.0), np.nan).astype(np.float32),
+}
+
+
 def rounded_to_bf16(values: Floats) -> Floats:
     """Round finite or infinite numbers to the nearest bfloat16, ties to even."""
     bits = values.view(np.uint32)
@@ -112,7 +157,10 @@ def rounded_to_bf16(values: Floats) -> Floats:
 
 
 def float_values(tensor: HostTensor) -> Floats:
-    """The elements of a float tensor as float32."""
+    """The elements of a float tensor, of 8 bits too, as float32."""
+    if tensor.dtype in _FLOAT8_VALUES:
+        values: Floats = _FLOAT8_VALUES[tensor.dtype][tensor.data].reshape(tensor.shape)
+        return values
     if tensor.dtype == "bfloat16":
         return (tensor.data.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
     elements = tensor.data.view({"float32": "<f4", "float16": "<f2"}[tensor.dtype])
@@ -132,8 +180,10 @@ def dequantized(weight: PackedWeight, dtype: str) -> HostTensor:
     """The values of ``weight`` as ``dtype``, one of :data:`FLOAT_DTYPES`, made :data:`CHUNK` elements at a time.
     ModelError for scales that are not finite."""
     scheme, columns = weight.scheme, weight.shape[-1]
-    rows = math.prod(weight.shape[:-1])
-    step = max(CHUNK // columns // scheme.row_unit, 1) * scheme.row_unit
+    rows, unit = math.prod(weight.shape[:-1]), scheme.row_unit
+    if unit is None:
+        return float_tensor(scheme.dequantize(weight), dtype)
+    step = max(CHUNK // columns // unit, 1) * unit
     row_bytes = columns * ITEM_SIZE[dtype]
     data = np.empty(rows * row_bytes, np.uint8)
     for first in range(0, rows, step):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -70,11 +71,15 @@ class Source:
             weight = scheme.take_columns(weight, *self.columns)
         return replace(weight, shape=self.shape)
 
-    def _check_slices(self, scheme: Scheme, what: str, size: int, unit: int, spans: Sequence[Span]) -> None:
-        if not scheme.can_slice(size, unit, spans):
+    def _check_slices(
+        self, scheme: Scheme, what: str, size: int, unit: int | None, spans: Sequence[Span]
+    ) -> None:
+        bounds = [bound for span in spans for bound in span]
+        if unit is None or any(bound % unit and bound != size for bound in bounds):
             raise ModelError(
                 f"tensor {self.key!r}: {what} {spans[0][0]} to {spans[0][1]} of {size} cannot be taken from a weight "
-                f"in {scheme.name}, which is sliced at multiples of {unit}"
+                f"in {scheme.name}, which "
+                + ("cannot be sliced" if unit is None else f"is sliced at multiples of {unit}")
             )
 
 
@@ -88,7 +93,8 @@ class ModelWeights:
 
     def floats(self, name: str) -> HostTensor:
         """A tensor of floats; a quantised one is dequantised."""
-        return self.packing.floats(self._taken(name))
+        with self._naming(name):
+            return self.packing.floats(self._taken(name))
 
     def optional(self, name: str) -> HostTensor | None:
         """A tensor of floats, None if the model has no tensor of that name."""
@@ -96,7 +102,10 @@ class ModelWeights:
 
     def products(self, names: Sequence[str]) -> list[HostWeight]:
         """The weights of products that are computed as one: all of them packed, or all of them floats."""
-        parts = [self.packing(self._taken(name)) for name in names]
+        parts = []
+        for name in names:
+            with self._naming(name):
+                parts.append(self.packing(self._taken(name)))
         if float_parts(parts) is None and any(isinstance(part, HostTensor) for part in parts):
             return [self.packing.floats(part, "float32") for part in parts]
         return parts
@@ -122,6 +131,16 @@ class ModelWeights:
     def packed_head(self) -> Scheme | None:
         """The scheme of an output layer that is made of the embedding table but packed; None if there is none."""
         return None if HEAD in self.sources else self.packed_scheme(TABLE)
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Name the stored tensor in a ModelError about its values."""
+        key = self.sources[name].key
+        try:
+            yield
+        except ModelError as error:
+            text = str(error)
+            raise error if repr(key) in text else ModelError(f"tensor {key!r}: {text}") from error
 
     def _taken(self, name: str) -> HostWeight:
         source = self.sources[name]

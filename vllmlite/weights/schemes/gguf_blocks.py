@@ -74,14 +74,18 @@ class BlockScheme(Scheme):
     tiles: TileScheme | None
     """The scheme with the same codes that products multiply; None if there is none. Its scales are the blocks' own, but
     those of int8 and int4 are bfloat16, and so differ by at most 2**-8 of their value."""
-    column_unit: int
+    elements: int
     """Elements of a block."""
     block_bytes: int
-    row_unit: int = 1
+
+    @property
+    def column_unit(self) -> int:
+        """A block."""
+        return self.elements
 
     def parts(self, shape: Shape) -> dict[str, Part]:
         """See :class:`Scheme`."""
-        row_bytes = shape[-1] // self.column_unit * self.block_bytes
+        row_bytes = shape[-1] // self.elements * self.block_bytes
         return {BLOCK_DATA: Part((math.prod(shape[:-1]), row_bytes), "uint8")}
 
     def pack(self, shape: Shape, data: Bytes) -> PackedWeight:
@@ -105,7 +109,7 @@ class BlockScheme(Scheme):
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
         """See :class:`Scheme`."""
         rows = block_data(weight).reshape(weight.parts[BLOCK_DATA].shape)
-        begin, end = (column // self.column_unit * self.block_bytes for column in (first, last))
+        begin, end = (column // self.elements * self.block_bytes for column in (first, last))
         return self.pack(
             (*weight.shape[:-1], last - first), np.ascontiguousarray(rows[:, begin:end]).reshape(-1)
         )
@@ -138,7 +142,7 @@ def to_tiles(weight: PackedWeight) -> PackedWeight:
     finite."""
     scheme, tiles = weight.scheme, _tiles(weight)
     rows, size = weight.shape
-    blocks = block_data(weight).reshape(rows * size // scheme.column_unit, -1)
+    blocks = block_data(weight).reshape(-1, BLOCKS[scheme.name][1])
     codes, (halves, sub_scales) = _CODES[scheme.name](blocks), _scales(weight, blocks)
     return pack(
         tiles,

@@ -1,0 +1,78 @@
+"""AWQ (Lin et al. 2023), as AutoAWQ's ``gemm`` version stores it: 4-bit codes, packed along the rows of a weight.
+
+For a weight ``[N, K]`` in groups of g: ``qweight`` int32 ``[K, N / 8]``, ``qzeros`` int32 ``[K / g, N / 8]`` and
+``scales`` float16 ``[K / g, N]``. A word holds eight rows' codes, in nibbles from the low end those of rows 0, 2, 4,
+6, 1, 3, 5, 7. An element is (code - zero) * scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite.weights.host import Floats, PackedWeight, Part, Shape, float_values
+from vllmlite.weights.schemes.bits import unpack_rows, words
+from vllmlite.weights.schemes.groups import (
+    Axes,
+    SlicedScheme,
+    check_shape,
+    group_count,
+    group_indices,
+    scaled,
+)
+
+NIBBLE_OF_ROW = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where in a word the code of each of its eight rows is."""
+PER_WORD = 8
+
+
+@dataclass(frozen=True, slots=True)
+class AwqScheme(SlicedScheme):
+    """``group_size`` None: a row is one group."""
+
+    group_size: int | None
+    name: str = "awq"
+    row_unit: int = PER_WORD
+
+    @property
+    def column_unit(self) -> int:
+        """A group."""
+        return self.group_size or 1
+
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """See :class:`Scheme`."""
+        check_shape(shape, "AWQ", PER_WORD, self.group_size or 1)
+        rows, columns = shape
+        groups = group_count(columns, self.group_size)
+        return {
+            "qweight": Part((columns, rows // PER_WORD), "int32"),
+            "qzeros": Part((groups, rows // PER_WORD), "int32"),
+            "scales": Part((groups, rows), "float16", ("bfloat16", "float32")),
+        }
+
+    def axes(self) -> dict[str, Axes]:
+        """See :class:`SlicedScheme`."""
+        grouped, group = (0, self.group_size) if self.group_size else (None, 1)
+        return {
+            "qweight": Axes(1, 0, per_row=Fraction(PER_WORD)),
+            "qzeros": Axes(1, grouped, per_row=Fraction(PER_WORD), per_column=Fraction(group)),
+            "scales": Axes(1, grouped, per_column=Fraction(group)),
+        }
+
+    def dequantize(self, weight: PackedWeight) -> Floats:
+        """See :class:`Scheme`."""
+        scales = float_values(weight.parts["scales"]).T
+        index = group_indices(weight, "g_idx", self.group_size, scales.shape[1])
+        codes, zeros = (
+            _codes(words(weight.parts[suffix]), weight.shape[0]) for suffix in ("qweight", "qzeros")
+        )
+        return scaled(codes, zeros, scales, index)
+
+
+def _codes(packed: NDArray[np.uint32], rows: int) -> NDArray[np.uint8]:
+    """Codes ``[rows, n]`` of words ``[n, rows / 8]``."""
+    nibbles = unpack_rows(packed, 4, rows).reshape(len(packed), -1, PER_WORD)
+    return nibbles[..., NIBBLE_OF_ROW].reshape(len(packed), rows).T

@@ -1,0 +1,132 @@
+"""bitsandbytes: 4 bits by table in blocks (QLoRA; Dettmers et al. 2023), and 8 bits with a scale for each row.
+
+4 bits: ``weight`` uint8 ``[N * K / 2, 1]``, two codes in a byte, the first in the high nibble, over the flattened
+weight; ``weight.absmax``, a scale for each block; ``weight.quant_map`` float32 ``[16]``, what the codes mean; and
+``weight.quant_state.bitsandbytes__nf4`` (or ``fp4``), JSON in bytes. With double quantisation, absmax are uint8 codes
+of ``weight.nested_quant_map`` float32 ``[256]``, times ``weight.nested_absmax`` for each nested block, plus the
+JSON's ``nested_offset``. 8 bits: ``weight`` int8 ``[N, K]`` and ``SCB`` float32 ``[N]``; an element is code * SCB /
+127.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vllmlite.errors import ModelError
+from vllmlite.weights.host import Floats, HostTensor, PackedWeight, Part, Scheme, Shape, float_values
+from vllmlite.weights.schemes.groups import Axes, SlicedScheme
+
+STATE = "weight.quant_state.bitsandbytes__"
+NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
+
+
+@dataclass(frozen=True, slots=True)
+class Bnb4Scheme(Scheme):
+    """``kind``: ``nf4`` or ``fp4``; ``block``: elements with one scale; ``nested``: scales are quantised too, in nested
+    blocks of as many."""
+
+    kind: str
+    block: int = 64
+    nested: int | None = None
+    name: str = "bitsandbytes"
+
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """See :class:`Scheme`."""
+        size = math.prod(shape)
+        blocks = -(-size // self.block)
+        parts = {
+            "weight": Part((-(-size // 2), 1), "uint8"),
+            "weight.absmax": Part((blocks,), "float32" if self.nested is None else "uint8"),
+            "weight.quant_map": Part((16,), "float32"),
+            STATE + self.kind: Part((), "uint8", any_shape=True),
+        }
+        if self.nested is not None:
+            parts[NESTED[0]] = Part((-(-blocks // self.nested),), "float32")
+            parts[NESTED[1]] = Part((256,), "float32")
+        return parts
+
+    @property
+    def row_unit(self) -> None:
+        """None: blocks lie across rows."""
+
+    @property
+    def column_unit(self) -> None:
+        """None: blocks lie across rows."""
+
+    def take_rows(self, weight: PackedWeight, spans: Sequence[tuple[int, int]]) -> PackedWeight:
+        """See :class:`Scheme`."""
+        raise NotImplementedError
+
+    def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
+        """See :class:`Scheme`."""
+        raise NotImplementedError
+
+    def dequantize(self, weight: PackedWeight) -> Floats:
+        """See :class:`Scheme`."""
+        parts, size = weight.parts, math.prod(weight.shape)
+        state = _state(parts[STATE + self.kind])
+        if state.get("blocksize") != self.block or tuple(state.get("shape") or ()) != weight.shape:
+            raise ModelError(
+                f"{STATE}{self.kind}: expected blocks of {self.block} of a weight {list(weight.shape)}"
+            )
+        scales = float_values(parts["weight.absmax"]) if self.nested is None else self._nested(weight, state)
+        data = parts["weight"].data
+        codes = np.stack((data >> np.uint8(4), data & np.uint8(15)), axis=-1).reshape(-1)[:size]
+        values = float_values(parts["weight.quant_map"])[codes] * np.repeat(scales, self.block)[:size]
+        if not np.isfinite(values).all():
+            raise ModelError("a scale is not finite")
+        return values.reshape(weight.shape)
+
+    def _nested(self, weight: PackedWeight, state: dict[str, Any]) -> Floats:
+        codes = weight.parts["weight.absmax"].data
+        absmax, table = (float_values(weight.parts[suffix]) for suffix in NESTED)
+        assert self.nested is not None
+        return table[codes] * np.repeat(absmax, self.nested)[: codes.size] + np.float32(
+            state.get("nested_offset", 0)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Bnb8Scheme(SlicedScheme):
+    """``LLM.int8()`` (Dettmers et al. 2022); outliers need no treatment where activations stay floats."""
+
+    name: str = "bitsandbytes"
+
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """See :class:`Scheme`."""
+        return {
+            "weight": Part(shape, "int8"),
+            "SCB": Part((shape[0],), "float32"),
+            "weight_format": Part((), "uint8", optional=True),
+        }
+
+    def axes(self) -> dict[str, Axes]:
+        """See :class:`SlicedScheme`."""
+        return {"weight": Axes(0, 1), "SCB": Axes(0), "weight_format": Axes()}
+
+    def dequantize(self, weight: PackedWeight) -> Floats:
+        """See :class:`Scheme`."""
+        layout = weight.parts.get("weight_format")
+        if layout is not None and layout.data.any():
+            raise ModelError("weight_format is not that of plain rows (0)")
+        scales = float_values(weight.parts["SCB"]) / np.float32(127)
+        if not np.isfinite(scales).all():
+            raise ModelError("a scale is not finite")
+        codes = weight.parts["weight"].data.view(np.int8).reshape(weight.shape)
+        return codes.astype(np.float32) * scales[:, None]
+
+
+def _state(part: HostTensor) -> dict[str, Any]:
+    try:
+        state = json.loads(part.data.tobytes().decode())
+    except (ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise ModelError("quant_state is no JSON object")
+    return state

@@ -1,0 +1,112 @@
+"""What the schemes of integers in groups share: a scale, and perhaps a zero, for each group of a row's elements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite.errors import ModelError
+from vllmlite.weights.host import Floats, HostTensor, PackedWeight, Scheme, Shape
+
+Codes = NDArray[np.integer]
+
+
+def group_count(columns: int, group_size: int | None) -> int:
+    """Groups of a row of ``columns`` elements; the last may be short. ``group_size`` None: the row is one group."""
+    return 1 if group_size is None else -(-columns // group_size)
+
+
+def group_indices(
+    weight: PackedWeight, suffix: str, group_size: int | None, groups: int
+) -> NDArray[np.int64]:
+    """The group of each column: as the part ``suffix`` says, where it is stored (``desc_act``), else in order.
+    ModelError for indices out of range."""
+    stored = weight.parts.get(suffix)
+    if stored is None or stored.shape == (0,):
+        size = weight.shape[1] if group_size is None else group_size
+        return np.arange(weight.shape[1]) // size
+    found = stored.data.view("<i4").astype(np.int64)
+    if found.min(initial=0) < 0 or found.max(initial=0) >= groups:
+        raise ModelError(
+            f"{suffix} holds groups from {found.min()} to {found.max()}; accepted: 0 to {groups - 1}"
+        )
+    return found
+
+
+def scaled(codes: Codes, zeros: Codes | int, scales: Floats, index: NDArray[np.int64]) -> Floats:
+    """``(codes - zeros) * scales`` float32 ``[out, in]``, from codes ``[out, in]``, and zeros and scales
+    ``[out, groups]`` of the groups ``index [in]``. ModelError for scales that are not finite."""
+    if not np.isfinite(scales).all():
+        raise ModelError("a scale is not finite")
+    shifted = codes.astype(np.int32) - (zeros if isinstance(zeros, int) else zeros.astype(np.int32)[:, index])
+    values: Floats = shifted.astype(np.float32) * scales.astype(np.float32)[:, index]
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """How a part is cut when a weight is: the axis of its rows and that of its columns, and how many rows and columns
+    an element of the part stands for. None: the part is not cut along that axis."""
+
+    rows: int | None = None
+    columns: int | None = None
+    per_row: Fraction = Fraction(1)
+    per_column: Fraction = Fraction(1)
+
+
+class SlicedScheme(Scheme):
+    """A scheme whose parts are cut along axes of their own."""
+
+    def axes(self) -> dict[str, Axes]:
+        """The axes of every part, by suffix."""
+        raise NotImplementedError
+
+    def take_rows(self, weight: PackedWeight, spans: Sequence[tuple[int, int]]) -> PackedWeight:
+        """See :class:`Scheme`."""
+        axes, parts = self.axes(), {}
+        for suffix, part in weight.parts.items():
+            axis, per = axes[suffix].rows, axes[suffix].per_row
+            cut = [_cut(part, axis, first, last, per) for first, last in spans]
+            parts[suffix] = cut[0] if len(cut) == 1 or axis is None else _joined(cut, axis)
+        return PackedWeight(self, (sum(last - first for first, last in spans), weight.shape[1]), parts)
+
+    def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
+        """See :class:`Scheme`."""
+        axes = self.axes()
+        parts = {
+            suffix: _cut(part, axes[suffix].columns, first, last, axes[suffix].per_column)
+            for suffix, part in weight.parts.items()
+        }
+        return PackedWeight(self, (weight.shape[0], last - first), parts)
+
+
+def _elements(part: HostTensor) -> NDArray[np.uint8]:
+    item = part.data.size // max(math.prod(part.shape), 1)
+    return part.data.reshape(*part.shape, item)
+
+
+def _cut(part: HostTensor, axis: int | None, first: int, last: int, per: Fraction) -> HostTensor:
+    if axis is None or len(part.shape) <= axis:
+        return part
+    cut = _elements(part)[(slice(None),) * axis + (slice(first // per, -(-last // per)),)]
+    return HostTensor(part.dtype, cut.shape[:-1], np.ascontiguousarray(cut).reshape(-1))
+
+
+def _joined(cut: Sequence[HostTensor], axis: int) -> HostTensor:
+    if len(cut[0].shape) <= axis:
+        return cut[0]
+    joined = np.concatenate([_elements(part) for part in cut], axis=axis)
+    return HostTensor(cut[0].dtype, joined.shape[:-1], joined.reshape(-1))
+
+
+def check_shape(shape: Shape, what: str, rows: int = 1, columns: int = 1) -> None:
+    """ModelError unless the rows and columns of a weight are multiples of the numbers given."""
+    if shape[0] % rows or shape[1] % columns:
+        raise ModelError(
+            f"a weight {list(shape)} in {what}: accepted: multiples of {rows} rows and {columns} columns"
+        )
