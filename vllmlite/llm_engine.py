@@ -238,7 +238,8 @@ class LLMEngine:
 
         A step goes through stages: the engine's outputs, what they came to, what is to be returned. Each stage stores
         its result at its end, and can be done again until then."""
-        self._drop()
+        if self._unwanted or self._adding is not None:
+            self._drop()
         if self._processed is not None:
             self._settle(*self._processed)
         if thread in self._undelivered:

@@ -63,15 +63,15 @@ class _Pooling:
 class ProcessedStep:
     """What the outputs of an engine's step mean to the users."""
 
-    ready: list[RequestOutput] = field(default_factory=list)
+    ready: list[RequestOutput]
     """What to hand to them."""
-    stopped: list[tuple[str, str]] = field(default_factory=list)
+    stopped: list[tuple[str, str]]
     """(Engine request id, stop string) of sequences that the engine has to end: their text reached a stop string."""
-    sent: list[tuple[_Completion, int, int]] = field(default_factory=list)
+    sent: list[tuple[_Completion, int, int]]
     """Completions with a delta in ``ready``, and how many of their ids and characters are then out."""
-    ended: list[str] = field(default_factory=list)
+    ended: list[str]
     """Engine request ids, and pooling requests, of which nothing more will come."""
-    finished: list[_Group] = field(default_factory=list)
+    finished: list[_Group]
 
 
 class OutputProcessor:
@@ -140,7 +140,7 @@ class OutputProcessor:
 
     def process(self, outputs: Iterable[EngineOutput]) -> ProcessedStep:
         """Take in a step's outputs and find out what they mean to the users."""
-        step = ProcessedStep()
+        step = ProcessedStep([], [], [], [], [])
         touched: dict[str, list[str]] = {}
         for output in outputs:
             group = self._group_of.get(output.request_id)
@@ -177,13 +177,13 @@ class OutputProcessor:
 
     def _hand_over(self, group: _Group, children: list[str], step: ProcessedStep) -> None:
         """Tell of the ``children`` that a step gave something, where that is wanted."""
-        ended = [child for child in children if group.completions[child].output.finish_reason is not None]
-        finished = bool(ended) and all(
-            completion.output.finish_reason is not None for completion in group.completions.values()
-        )
+        completions = group.completions
+        ended = [child for child in children if completions[child].output.finish_reason is not None]
+        finished = bool(ended) and all(c.output.finish_reason is not None for c in completions.values())
         if finished or group.params.output_kind is not RequestOutputKind.FINAL_ONLY:
             step.ready.append(self._request_output(group, children, finished, step))
-        step.ended += ended
+        if ended:
+            step.ended += ended
         if finished:
             step.finished.append(group)
 

@@ -32,11 +32,11 @@ class Turns:
         """``owner`` is what error messages call the object."""
         self.lock = threading.RLock()
         self._owner = owner
-        self._num_forks = _num_forks
+        self.num_forks = _num_forks
 
     def check(self) -> None:
         """Raise :class:`EngineUseError` where waiting for a turn would be in vain."""
-        if self._num_forks != _num_forks:
+        if self.num_forks != _num_forks:
             raise EngineUseError(
                 f"this {self._owner} was made in the parent of this process, and its threads and devices did not come "
                 f"along: make the {self._owner} in the child, or start the child with multiprocessing's 'spawn'"
@@ -74,15 +74,17 @@ def takes_turn(
     @wraps(method)
     def run(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         turns = self.turns
-        turns.check()
+        lock = turns.lock
+        if turns.num_forks != _num_forks or lock._is_owned():  # type: ignore[attr-defined]
+            turns.check()
         try:
-            turns.lock.acquire()
+            lock.acquire()
             result = method(self, *args, **kwargs)
         finally:
             # CPython interrupts code after a call, at the start of a function and where it jumps back: never between
             # the start of this block and the release.
             try:  # noqa: SIM105  (to enter suppress() is a call)
-                turns.lock.release()
+                lock.release()
             except RuntimeError:
                 pass  # interrupted while it waited for its turn
         return result

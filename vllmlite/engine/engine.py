@@ -158,7 +158,7 @@ class Queued(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _StepLog:
     """The step whose results are being applied: with the outputs it has decided, enough to finish applying it."""
 
