@@ -62,10 +62,24 @@ if HAS_TORCH:
     BACKENDS["torch-cpu"] = reference("cpu")
     if torch.cuda.is_available():
         BACKENDS["torch-cuda"] = reference("cuda")
+SLOW: set[str] = set()
+"""Backends whose tests are marked slow: instruction sets between the baseline and the best that this CPU has."""
 try:
-    BACKENDS |= {f"cpu-{isa}": native(isa) for isa in load_extension("_cpu").instruction_sets()}
+    names = [f"cpu-{isa}" for isa in load_extension("_cpu").instruction_sets()]
+    BACKENDS |= {name: native(name.removeprefix("cpu-")) for name in names}
+    SLOW |= {*names[1:-1]}
 except BackendError as error:
     warnings.warn(f"the cpu backend is not tested: {error}", stacklevel=1)
+
+
+def parameters(*dtypes: str) -> list[Any]:
+    """The names of all backends as parameters of a test, each with ``-`` and each of ``dtypes`` if there are any."""
+    return [
+        pytest.param(name + suffix, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in BACKENDS
+        for suffix in ([f"-{dtype}" for dtype in dtypes] or [""])
+    ]
+
 
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Largest relative error of rounding to a dtype."""

@@ -101,6 +101,7 @@ def test_scheduling_changes_nothing(llm: LLM, params: SamplingParams, options: d
     assert other.llm_engine.stats().num_used_blocks == 0
 
 
+@pytest.mark.slow
 def test_batch_invariant_in_bfloat16(params: SamplingParams) -> None:
     """Batched = single, chunked = whole, preempted = calm, cached = cold: texts and log-probabilities to the bit."""
     if OPTIONS["backend"] == "torch":
@@ -132,6 +133,7 @@ def needs_int8_cache() -> None:
         pytest.skip("the cuda backend has no int8 cache")
 
 
+@pytest.mark.slow
 def test_an_int8_cache_changes_nothing_of_that(params: SamplingParams) -> None:
     """Batched = single, chunked = whole, preempted = calm, cached = cold."""
     needs_int8_cache()

@@ -136,7 +136,7 @@ def test_bench_with_a_server_of_few_words(
         out, err = capsys.readouterr()
         result = json.loads(out.splitlines()[-1])
         assert (result["total_input_tokens"], result["total_output_tokens"], result["completed"]) == (0, 9, 3)
-        assert result["mean_e2el_ms"] >= 400 and result["mean_tpot_ms"] >= 150
+        assert result["mean_e2el_ms"] >= 400 and 0 < 2 * result["mean_tpot_ms"] <= result["mean_e2el_ms"]
         assert f"[{'#' * 30}] 3 of 3 prompts done\n" in err
         fake.refusal = Response('data: {"error": {"message": "a step failed"}}\n\n')
         assert main(common) == 1

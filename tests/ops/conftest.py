@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from op_backends import BACKENDS
+from op_backends import BACKENDS, parameters
 
 from vllmlite.backends.base import Backend
 from vllmlite.weights.host import FLOAT_DTYPES
 
 
-@pytest.fixture(params=[f"{name}-{dtype}" for name in BACKENDS for dtype in FLOAT_DTYPES])
+@pytest.fixture(params=parameters(*FLOAT_DTYPES))
 def backend(request: pytest.FixtureRequest) -> Backend:
     name, dtype = request.param.rsplit("-", 1)
     return BACKENDS[name](dtype)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=parameters())
 def exact(request: pytest.FixtureRequest) -> Backend:
     """Each backend in float32 alone, for what has no rounding to speak of."""
     return BACKENDS[request.param]("float32")
