@@ -309,7 +309,7 @@ def test_a_key_in_the_environment_and_paths_without_a_line() -> None:
         (["--ssl-ciphers", "none", "--ssl-certfile", "x"], 2, "names no cipher"),
         (["--default-chat-template-kwargs", "[1]"], 2, "must be a mapping"),
         (["--api-key-file", "/nowhere"], 1, "api_key_file='/nowhere': cannot be read"),
-        (["--chat-template", "/nowhere"], 1, "neither a template nor a readable file"),
+        (["--chat-template", "/nowhere"], 1, "neither a template, nor the name of one, nor a readable file"),
         (["--middleware", "vllmlite.nothing.Here"], 1, "cannot be imported"),
         (["--tensor-parallel-size", "2"], 2, "one device"),
     ],

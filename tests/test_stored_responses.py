@@ -13,7 +13,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 
 import httpx
-from served import ask, check, posted, serving, streamed
+from served import ask, check, client_of, posted, serving, streamed
 
 from vllmlite.server.protocol.responses import ResponseObject
 from vllmlite.server.service import Service
@@ -117,6 +117,42 @@ def test_a_response_is_made_in_the_background(keeping: Service) -> None:
 
     ask(keeping, work)
     assert keeping._unfinished == 0
+
+
+def test_only_the_key_that_made_a_response_can_read_it(keeping: Service) -> None:
+    async def work() -> None:
+        async with client_of(keeping, ("a", "b")) as client:
+            client.headers["authorization"] = "Bearer a"
+            path = f"{PATH}/{(await posted(client, PATH, input='Hi', **SHORT))['id']}"
+            client.headers["authorization"] = "Bearer b"
+            for url in (path, f"{path}/input_items"):
+                await got(client, url, 404)
+            assert (await client.delete(path)).status_code == 404
+            await posted(client, f"{path}/cancel", 404)
+            for url in (PATH, f"{PATH}/input_tokens"):
+                await posted(client, url, 404, input="x", previous_response_id=path.rpartition("/")[2])
+            client.headers["authorization"] = "Bearer a"
+            await got(client, path)
+
+    asyncio.run(work())
+
+
+def test_no_client_chooses_the_id_of_a_stored_response(keeping: Service) -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        client.headers["x-request-id"] = "7"
+        first = await posted(client, PATH, input="Hi", **SHORT)
+        second = await posted(client, PATH, input="Why?", request_id="7", **SHORT)
+        assert first["id"] != second["id"] and await got(client, f"{PATH}/{first['id']}") == first
+        running = [
+            await posted(client, PATH, input="Hi", background=True, request_id="7", **LONG) for _ in range(3)
+        ]
+        error = await posted(client, PATH, 429, input="Hi", background=True, request_id="7", **LONG)
+        assert error["error"]["code"] == "queue_full"
+        for response in running:
+            await posted(client, f"{PATH}/{response['id']}/cancel")
+        assert (await posted(client, PATH, input="Hi", store=False, **SHORT))["id"] == "resp_7"
+
+    ask(keeping, work)
 
 
 def test_nothing_is_stored_unless_the_server_is_told_to() -> None:

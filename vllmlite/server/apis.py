@@ -22,6 +22,10 @@ LLAMACPP_PATHS = frozenset(
 """llama-server's own paths, and its names without /v1 of OpenAI's endpoints, which vLLM does not have."""
 
 
+KEY_DIGEST = "key_digest"
+"""Entry of the state of a request's scope: the digest of the API key that let it in, if one had to."""
+
+
 def path_of(scope: Scope) -> str:
     """The path of a request without the one under which a proxy shows the server."""
     path: str = scope["path"]

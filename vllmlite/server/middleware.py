@@ -12,7 +12,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllmlite.server.apis import api_of, path_of
+from vllmlite.server.apis import KEY_DIGEST, api_of, path_of
 from vllmlite.server.errors import ApiError
 from vllmlite.server.service import MAX_REQUEST_ID, Service
 from vllmlite.server.sse import JSON
@@ -89,8 +89,13 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or answer 401."""
-        if scope["type"] != "http" or path_of(scope) in OPEN_PATHS or self._has_key(scope):
+        if scope["type"] != "http" or path_of(scope) in OPEN_PATHS:
             await self._app(scope, receive, send)
+            return
+        digest = self._known_digest(scope)
+        if digest is not None:
+            state = {**scope.get("state", {}), KEY_DIGEST: digest}
+            await self._app({**scope, "state": state}, receive, send)
             return
         error = ApiError(
             HTTPStatus.UNAUTHORIZED,
@@ -100,7 +105,8 @@ class RequireKey:
         )
         await error_response(error, scope)(scope, receive, send)
 
-    def _has_key(self, scope: Scope) -> bool:
+    def _known_digest(self, scope: Scope) -> bytes | None:
+        """Return the digest of the request's key; None if it brings none of those that are let in."""
         headers = Headers(scope=scope)
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
@@ -109,7 +115,7 @@ class RequireKey:
         found = False
         for known in self._digests:
             found |= hmac.compare_digest(digest, known)
-        return found
+        return digest if found else None
 
 
 class LimitBody:

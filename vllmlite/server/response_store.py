@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+from starlette.requests import HTTPConnection
+
 from vllmlite.errors import ParameterError
+from vllmlite.server.apis import KEY_DIGEST
 from vllmlite.server.errors import ApiError
 from vllmlite.server.protocol.responses import STATELESS, ResponseObject
 from vllmlite.server.sse import to_json
@@ -23,6 +26,8 @@ class StoredResponse:
     """A response, and what it answered."""
 
     response: ResponseObject
+    owner: bytes
+    """See :func:`owner_of`: no one else finds it."""
     items: list[dict[str, Any]]
     """The input, that of the responses before it included."""
     own: int
@@ -50,26 +55,29 @@ class ResponseStore:
         """Return whether a response is kept whose request says ``wanted`` as ``store``."""
         return self._limit > 0 and wanted is not False
 
-    def find(self, response_id: str, param: str = "response_id") -> StoredResponse:
-        """Return a response. Raises :class:`ApiError` if it is not there (any more)."""
-        if response_id not in self._kept:
+    def find(self, owner: bytes, response_id: str, param: str = "response_id") -> StoredResponse:
+        """Return a response of ``owner``. Raises :class:`ApiError` if there is none, or no longer."""
+        found = self._kept.get(response_id)
+        if found is None or found.owner != owner:
             why = (
                 "it was not stored, or is older than the responses that are kept"
                 if self._limit
                 else STATELESS
             )
             raise ApiError(HTTPStatus.NOT_FOUND, f"no response {response_id!r}: {why}", param=param)
-        return self._kept[response_id]
+        return found
 
-    def before(self, response_id: str | None) -> list[dict[str, Any]]:
-        """Return the conversation that a request continues. Raises :class:`ApiError` or :class:`ParameterError`."""
+    def before(self, owner: bytes, response_id: str | None) -> list[dict[str, Any]]:
+        """Return the conversation that a request of ``owner`` continues.
+
+        Raises :class:`ApiError` or :class:`ParameterError`."""
         if response_id is None:
             return []
         if not self._limit:
             raise ParameterError(
                 "previous_response_id", response_id, f"{STATELESS}, or use --max-stored-responses"
             )
-        found = self.find(response_id, "previous_response_id")
+        found = self.find(owner, response_id, "previous_response_id")
         if found.task is not None and found.response["status"] in ("queued", "in_progress"):
             raise ParameterError("previous_response_id", response_id, "has not finished")
         return found.conversation
@@ -99,9 +107,9 @@ class ResponseStore:
             )
         self.keep(stored)
 
-    def delete(self, response_id: str) -> None:
-        """Forget a response, and stop making it. Raises :class:`ApiError`."""
-        task = self.find(response_id).task
+    def delete(self, owner: bytes, response_id: str) -> None:
+        """Forget a response of ``owner``, and stop making it. Raises :class:`ApiError`."""
+        task = self.find(owner, response_id).task
         self._forget(response_id)
         if task is not None:
             task.cancel()
@@ -113,6 +121,12 @@ class ResponseStore:
     def _forget(self, response_id: str) -> None:
         if (entry := self._kept.pop(response_id, None)) is not None:
             self._bytes -= entry.size
+
+
+def owner_of(request: HTTPConnection) -> bytes:
+    """Return whose responses a request may read: the digest of its API key, empty on a server without keys."""
+    owner: bytes = request.scope.get("state", {}).get(KEY_DIGEST, b"")
+    return owner
 
 
 def input_items(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:

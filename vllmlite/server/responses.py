@@ -29,7 +29,7 @@ from vllmlite.server.protocol.responses import (
 )
 from vllmlite.server.reading import Reader, begin, reads_marks
 from vllmlite.server.response_items import Items, as_messages
-from vllmlite.server.response_store import StoredResponse, input_items
+from vllmlite.server.response_store import StoredResponse, input_items, owner_of
 from vllmlite.server.service import Generation, Service, request_id
 from vllmlite.server.sse import JSON, Stream, named_event
 from vllmlite.server.tools import ToolUse
@@ -57,15 +57,20 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
         raise ParameterError("background", True, "needs store, and a server with --max-stored-responses")
     if body.background and body.stream:
         raise ParameterError("stream", True, "does not go with background: fetch the response by its id")
-    earlier = store.before(body.previous_response_id)
+    owner = owner_of(request)
+    earlier = store.before(owner, body.previous_response_id)
+    # A stored response can be read by its id, so no client chooses one.
+    name = None if keeps else request_id(body.request_id, request)
     with renamed(max_tokens="max_output_tokens", logprobs="top_logprobs", prompt="input", messages="input"):
         params = _params(body, service, tools)
         generation, (reader,) = await begin(
             service, "resp_", _talk(body, tools, earlier), params, tools,
-            request_id=request_id(body.request_id, request), priority=body.priority, cache_salt=body.cache_salt,
+            request_id=name, priority=body.priority, cache_salt=body.cache_salt,
             arrival_time=arrival,
         )  # fmt: skip
-    answer = _Answer(service, body, generation, params, tools, reader, earlier if keeps else None)
+    answer = _Answer(service, body, generation, params, tools, reader)
+    if keeps:
+        answer.store(owner, earlier)
     if body.background:
         return JSON(answer.begin_in_background())
     if body.stream:
@@ -80,7 +85,7 @@ async def count_input_tokens(body: ResponsesRequest, request: Request) -> Respon
     service: Service = request.app.state.service
     service.check(body, request)
     tools = _tool_use(body, service)
-    earlier = service.responses.before(body.previous_response_id)
+    earlier = service.responses.before(owner_of(request), body.previous_response_id)
     prompt = await service.encode_chat(_talk(body, tools, earlier), tools.shown)
     answer: InputTokens = {"object": "response.input_tokens", "input_tokens": len(prompt["prompt_token_ids"])}
     return JSON(answer)
@@ -162,9 +167,7 @@ class _Answer:
         params: SamplingParams,
         tools: ToolUse,
         reader: Reader,
-        earlier: list[dict[str, Any]] | None = None,
     ) -> None:
-        """``earlier`` are the items that a response which is to be stored continues; None: it is not to be."""
         self._service = service
         self._body = body
         self._generation = generation
@@ -176,9 +179,11 @@ class _Answer:
         self._logprobs: list[Any] = []
         """Those of tokens whose text is still to come."""
         self._stored: StoredResponse | None = None
-        if earlier is not None:
-            own = input_items(body.input)
-            self._stored = StoredResponse(self._object(), [*earlier, *own], len(own))
+
+    def store(self, owner: bytes, earlier: list[dict[str, Any]]) -> None:
+        """Have the response stored for ``owner``, once it has finished; it continues ``earlier`` items."""
+        own = input_items(self._body.input)
+        self._stored = StoredResponse(self._object(), owner, [*earlier, *own], len(own))
 
     def begin_in_background(self) -> ResponseObject:
         """Have the response made without a client that waits; the response as it stands."""

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from vllmlite.errors import ParameterError
 from vllmlite.server.documented import documented
 from vllmlite.server.protocol.responses import DeletedResponse, InputItems, ResponseObject
-from vllmlite.server.response_store import ResponseStore
+from vllmlite.server.response_store import ResponseStore, owner_of
 from vllmlite.server.sse import JSON
 
 router = APIRouter()
@@ -27,20 +27,20 @@ async def get_response(response_id: str, request: Request, stream: bool = False)
     """Tell a response as it stands."""
     if stream:
         raise ParameterError("stream", stream, "a stored response is told whole")
-    return JSON(_store(request).find(response_id).response)
+    return JSON(_store(request).find(owner_of(request), response_id).response)
 
 
 @router.delete("/v1/responses/{response_id}", responses=documented(DeletedResponse))
 async def delete_response(response_id: str, request: Request) -> Response:
     """Forget a response; one that is being made ends."""
-    _store(request).delete(response_id)
+    _store(request).delete(owner_of(request), response_id)
     return JSON({"id": response_id, "object": "response", "deleted": True})
 
 
 @router.post("/v1/responses/{response_id}/cancel", responses=documented(ResponseObject))
 async def cancel_response(response_id: str, request: Request) -> Response:
     """End a response that is being made in the background; one that has finished stays as it is."""
-    stored = _store(request).find(response_id)
+    stored = _store(request).find(owner_of(request), response_id)
     if not stored.response["background"]:
         raise ParameterError("response_id", response_id, "is not a response that is made in the background")
     if stored.task is not None:
@@ -58,7 +58,7 @@ async def list_input_items(
     after: str | None = None,
 ) -> Response:
     """List the items of a response's own input, a page at a time."""
-    stored = _store(request).find(response_id)
+    stored = _store(request).find(owner_of(request), response_id)
     items: list[Any] = stored.items[len(stored.items) - stored.own :]
     if order == "desc":
         items = items[::-1]

@@ -145,7 +145,9 @@ class ResponsesRequest(Request):
     metadata: dict[str, Any] | None = None
     priority: int = Field(0, description="Smaller goes first; needs --scheduling-policy priority.")
     cache_salt: str | None = None
-    request_id: str | None = Field(None, max_length=256)
+    request_id: str | None = Field(
+        None, max_length=256, description="Becomes part of the id of a response that is not stored."
+    )
 
     def unknown_fields(self, place: str = "") -> Iterator[Unknown]:
         """The fields without an effect, and what ``include`` asks for that no answer has."""
