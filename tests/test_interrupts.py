@@ -205,7 +205,6 @@ def run_interrupted(depth: int, numbers: Sequence[int | None]) -> tuple[list[Any
     while engine.has_unfinished_requests():
         call(engine.step)
         assert len(counts) < 500, "starved"
-    put(engine.step(), whole)  # what an interrupt at the end has left
     core = engine.engine
     assert core.scheduler.pool.num_used == 0
     core.scheduler.check_integrity()
@@ -231,6 +230,67 @@ def test_no_output_is_lost_wherever_one_call_is_interrupted(depth: int) -> None:
     for call, count in enumerate(counts[:14]):
         for number in range(1 + call % 5, count + 1, 5):
             assert run_interrupted(depth, [None] * call + [number])[0] == want, (call, number)
+
+
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_a_request_is_dropped_whole_wherever_a_step_was_interrupted(kind: RequestOutputKind) -> None:
+    """Another request with the same id gets nothing of it, neither ids nor an error."""
+    params = SamplingParams(temperature=0, max_tokens=2, output_kind=kind)
+    point = 1
+    while True:
+        engine = Fake.make(1)
+        engine.add_request("same", [5, 6, 7], params)
+        engine.step()
+        if tries(point, engine.step):
+            break
+        engine.abort_request("same")
+        engine.add_request("same", [9, 8], params)
+        ids: list[int] = []
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                (completion,) = output.outputs
+                ids = (
+                    [*ids, *completion.token_ids] if kind is RequestOutputKind.DELTA else completion.token_ids
+                )
+        assert ids == expected([9, 8], 2), point
+        assert engine.get_num_unfinished_requests() == 0
+        assert engine.engine.scheduler.pool.num_used == 0
+        point += 3
+    assert point > 100
+
+
+def test_an_addition_is_dropped_whole_wherever_it_was_interrupted() -> None:
+    engine = Fake.make(1)
+    point = 1
+    while not tries(point, engine.add_request, "same", [5, 6, 7], SamplingParams(n=2)):
+        engine.abort_request("same")
+        assert not any(map(engine._processor.knows, ("same", "0_same", "1_same"))), point
+        assert not engine.has_unfinished_requests()
+        point += 1
+    assert point > 50
+
+
+def test_an_error_is_dropped_with_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Fake.make(1)
+    engine.add_request("same", [5, 6, 7], SamplingParams())
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeRunner, "launch", lambda *_: 1 / 0)
+        engine.step()
+    engine.abort_request("same")
+    assert engine.take_error("same") is None
+
+
+def test_dropping_a_request_leaves_another_that_has_the_id_of_an_ended_sequence() -> None:
+    engine = Fake.make(1)
+    engine.add_request("a", [9, 8], SamplingParams(temperature=0, max_tokens=20, n=2))
+    engine.engine.finish("0_a")  # as if a step had ended it
+    engine._processor._group_of.pop("0_a")
+    engine.add_request("0_a", [5, 6], SamplingParams(temperature=0, max_tokens=4))
+    engine.abort_request("a")
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            ids = output.outputs[0].token_ids
+    assert ids == expected([5, 6], 4)
 
 
 PROMPTS = ["The kernel " * 20, "Debian is", "The kernel " * 20 + "and", "A package manager"]

@@ -98,6 +98,12 @@ def test_the_engine_truncates_texts_and_ids() -> None:
         use_tqdm=False,
     )
     assert output.prompt_token_ids == ids[:54]
+    with pytest.raises(ParameterError, match="max_tokens=64: leaves no room"):
+        llm.generate(text, SamplingParams(max_tokens=64, truncate_prompt_tokens=-1), use_tqdm=False)
+    (one,) = llm.generate(
+        ids, SamplingParams(max_tokens=1, truncate_prompt_tokens=1, prompt_logprobs=0), use_tqdm=False
+    )
+    assert one.prompt_logprobs == [None]
     (embedded,) = llm.embed(
         text, pooling_params=PoolingParams(truncate_prompt_tokens=-1, truncation_side="right"), use_tqdm=False
     )

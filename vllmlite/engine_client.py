@@ -94,7 +94,7 @@ class EngineClient:
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         **options: Unpack[RequestOptions],
-    ) -> _Asked:
+    ) -> None:
         """Queue a request. Raises :class:`ParameterError`, and takes nothing in, if it can never be served.
 
         Of a ``grammar`` the host gets what was compiled, where it does not have that from earlier."""
@@ -114,7 +114,6 @@ class EngineClient:
         self._num_added += 1
         asked = _Asked(request_id, name, prompt, RequestMetrics(arrival, num_prompt_tokens=len(prompt)))
         self._requests[request_id] = self._named[name] = asked
-        return asked
 
     def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> bool:
         """End a request from outside; its blocks are free before the engine's next step."""

@@ -140,7 +140,7 @@ class LLMEngine:
         compiled = None if structure is None else self.grammars.compile(structure)
         children = self._processor.add(request_id, encoded.get("prompt"), prompt_ids, params)
         for child, child_params in children.items():
-            request = self.engine_core.add_request(
+            self.engine_core.add_request(
                 child,
                 prompt_ids,
                 child_params,
@@ -152,7 +152,6 @@ class LLMEngine:
                 cache_salt=encoded.get("cache_salt"),
                 arrival_time=arrival_time,
             )
-        prompt_ids[:] = request.prompt_token_ids  # as truncated
 
     def _add_pooling(
         self,
@@ -171,7 +170,7 @@ class LLMEngine:
         prompt_ids = encoded["prompt_token_ids"]
         complete = replace(params, pooling_type=kind, normalize=normalize)
         self._processor.add_pooling(request_id, encoded.get("prompt"), prompt_ids, complete)
-        request = self.engine_core.add_request(
+        self.engine_core.add_request(
             request_id,
             prompt_ids,
             _truncating(params),
@@ -180,7 +179,6 @@ class LLMEngine:
             arrival_time=arrival_time,
             pooling_type=kind,
         )
-        prompt_ids[:] = request.prompt_token_ids  # as truncated
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -198,7 +196,7 @@ class LLMEngine:
         return self.engine_core.bounds.truncation(_truncating(params), generates=generates)
 
     def encode(self, prompt: Prompt, truncation: Truncation | None = None) -> dict[str, Any]:
-        """``prompt`` as a mapping that has ``prompt_token_ids``, a new list; those of a text after ``truncation``.
+        """Return ``prompt`` as a mapping that has ``prompt_token_ids``: a new list, after ``truncation``.
 
         Raises :class:`ParameterError`."""
         if isinstance(prompt, str):
@@ -219,7 +217,9 @@ class LLMEngine:
             ids = self.get_tokenizer().encode(text, truncation=truncation)
         else:
             ids = token_ids(ids)
-        encoded["prompt_token_ids"] = list(ids)
+            self.engine_core.bounds.check_ids(ids)
+            ids = list(ids) if truncation is None else truncation.of(ids)
+        encoded["prompt_token_ids"] = ids
         return encoded
 
     def step(self) -> list[RequestOutput]:
@@ -259,8 +259,12 @@ class LLMEngine:
         self._given, self._processed = [], None
 
     def has_unfinished_requests(self) -> bool:
-        """Whether any request has not finished."""
-        return self.engine_core.has_unfinished_requests()
+        """Return whether :meth:`step` has anything to return to this thread, now or later."""
+        return (
+            self.engine_core.has_unfinished_requests()
+            or bool(self._given)
+            or get_ident() in self._undelivered
+        )
 
     def get_num_unfinished_requests(self) -> int:
         """How many requests have not finished."""
@@ -279,12 +283,19 @@ class LLMEngine:
         self._drop()
 
     def _drop(self) -> None:
-        """Drop unwanted requests, and one whose addition was interrupted."""
+        """Drop unwanted requests, and one whose addition was interrupted, with their outputs that an interrupted step
+        has left: their ids may be used again."""
         if self._adding is not None:
             self._unwanted.add(self._adding)
             self._adding = None
+        if self._unwanted and self._processed is not None:
+            self._settle(*self._processed)
         for request_id in list(self._unwanted):
-            for child in self._processor.children(request_id):
+            children = self._processor.children(request_id)
+            self._given = [output for output in self._given if output.request_id not in children]
+            for thread, outputs in list(self._undelivered.items()):
+                self._undelivered[thread] = [o for o in outputs if o.request_id != request_id]
+            for child in children:
                 self.engine_core.finish(child)
             self._processor.forget(request_id)
             self._unwanted.discard(request_id)

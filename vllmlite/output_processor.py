@@ -111,8 +111,8 @@ class OutputProcessor:
             group.completions[child] = _Completion(
                 self._empty_output(index, params), self._detokenizer(group)
             )
-        self._group_of.update(dict.fromkeys(children, group))
         self._groups[request_id] = group
+        self._group_of.update(dict.fromkeys(children, group))
         return children
 
     def knows(self, request_id: str) -> bool:
@@ -125,14 +125,17 @@ class OutputProcessor:
         return len(self._groups) + len(self._poolings)
 
     def children(self, request_id: str) -> list[str]:
-        """The engine's requests that make up a request; none if it is not expected."""
+        """The engine's requests that make up a request and have not ended; none if it is not expected."""
         if request_id in self._poolings:
             return [request_id]
         group = self._groups.get(request_id)
-        return [] if group is None else list(group.completions)
+        if group is None:
+            return []
+        return [child for child in group.completions if self._group_of.get(child) is group]
 
     def forget(self, request_id: str) -> None:
-        """Drop a request."""
+        """Drop a request, and the error that it ended with."""
+        self.errors.pop(request_id, None)
         for child in self.children(request_id):
             self._group_of.pop(child, None)
         self._poolings.pop(request_id, None)

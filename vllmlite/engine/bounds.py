@@ -45,14 +45,29 @@ class RequestBounds:
         return prompt
 
     def truncation(self, params: SamplingParams, *, generates: bool = True) -> Truncation | None:
-        """How ``params`` have a prompt truncated; None: not at all."""
+        """Return how ``params`` have a prompt truncated; None: not at all.
+
+        Raises :class:`ParameterError` if ``max_tokens`` leaves no room for a prompt that is to fit beside it."""
         keep = params.truncate_prompt_tokens
         if keep is None:
             return None
         if keep == -1:
-            room = self.max_model_len - (params.max_tokens or 1) if generates else self.max_model_len
-            keep = max(room, 1)
+            keep = self.max_model_len - ((params.max_tokens or 1) if generates else 0)
+            if keep < 1:
+                raise ParameterError(
+                    "max_tokens",
+                    params.max_tokens,
+                    f"leaves no room for a prompt with truncate_prompt_tokens=-1: must be below {self.max_model_len}",
+                )
         return Truncation(keep, params.truncation_side or "left")
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise :class:`ParameterError` unless all of ``ids`` are in the vocabulary."""
+        for wrong in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= wrong < self.vocab_size:
+                raise ParameterError(
+                    "prompt_token_ids", wrong, f"must be ids from 0 to {self.vocab_size - 1}"
+                )
 
     def stop_ids(self, params: SamplingParams) -> frozenset[int]:
         """The ids that end this request's output."""
@@ -69,9 +84,7 @@ class RequestBounds:
         max_prompt = longest - 1 if generates else longest
         if len(prompt) > max_prompt:
             raise ContextLengthError("prompt", len(prompt), max_prompt, longest)
-        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
-            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
-            raise ParameterError("prompt_token_ids", wrong, f"must be ids from 0 to {self.vocab_size - 1}")
+        self.check_ids(prompt)
         return prompt
 
     def _check_thinking(self, params: SamplingParams, bad_words: Sequence[Sequence[int]]) -> None:

@@ -116,7 +116,7 @@ class EngineCore(Protocol):
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         **options: Unpack[RequestOptions],
-    ) -> Queued:
+    ) -> object:
         """See :meth:`Engine.add_request`."""
         ...
 
@@ -146,15 +146,6 @@ class EngineCore(Protocol):
 
     def close(self) -> None:
         """End what runs elsewhere on its behalf."""
-        ...
-
-
-class Queued(Protocol):
-    """A request that was taken in."""
-
-    @property
-    def prompt_token_ids(self) -> list[int]:
-        """The prompt, as truncated."""
         ...
 
 
