@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from vllmlite.config import METHOD_SYNONYMS, QUANTIZATIONS
 from vllmlite.errors import ModelError
@@ -27,7 +28,31 @@ OWN = "vllmlite"
 """Our own ``quant_method``, of ``vllmlite quantize``."""
 FILES = {"quant_config.json": "awq", "quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}
 """Files that hold what config.json lacks in older checkpoints, and the method that they mean."""
-HEAD = r"(^|\.)lm_head$"
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """A set of modules, by what their dotted names contain."""
+
+    names: frozenset[str] = frozenset()
+    """Modules, and parts of names between dots: ``mlp.gate`` is in ``layers.1.mlp.gate``, but not in
+    ``layers.1.mlp.gate_proj``."""
+    patterns: tuple[re.Pattern[str], ...] = ()
+    """Regular expressions that are found in the names."""
+
+    def __contains__(self, module: str) -> bool:
+        if self.names:
+            words = module.split(".")
+            bounds = combinations(range(len(words) + 1), 2)
+            if any(".".join(words[first:last]) in self.names for first, last in bounds):
+                return True
+        return any(pattern.search(module) for pattern in self.patterns)
+
+
+ALL = Modules(patterns=(re.compile(""),))
+HEAD = Modules(frozenset({"lm_head"}))
+
+Rule: TypeAlias = tuple[Modules, Scheme | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +61,9 @@ class Quantization:
 
     method: str
     """The ``quant_method``, or the scheme of our own format."""
-    rules: tuple[tuple[str, Scheme | None], ...]
-    """Regular expressions of module names and the schemes of their weights. The first that is found in a name holds; a
-    name that none is found in has float weights."""
+    rules: tuple[Rule, ...]
+    """Modules and the scheme of their weights; None means floats. The first rule that applies to a module counts; the
+    weights of a module without a rule are floats."""
     own: bool = False
     """Our own format: parts of fused weights are stored apart, none is transposed, and a tied output layer has a weight
     of its own."""
@@ -46,12 +71,12 @@ class Quantization:
     def scheme(self, key: str) -> Scheme | None:
         """The scheme of the weight ``key``; None if it is stored as floats."""
         module = key.removesuffix(".weight")
-        return next((scheme for pattern, scheme in self.rules if re.search(pattern, module)), None)
+        return next((scheme for modules, scheme in self.rules if module in modules), None)
 
 
 def own_quantization(kind: str) -> Quantization:
     """Our own format with the weights of all products in ``kind``."""
-    return Quantization(kind, (("", TILES[kind]),), own=True)
+    return Quantization(kind, ((ALL, TILES[kind]),), own=True)
 
 
 def own_config(kind: str) -> dict[str, Any]:
@@ -70,8 +95,10 @@ def read_quantization(config: HfConfig, path: Path) -> Quantization | None:
             return None
         section, method = HfConfig.of_file(file), FILES[file.name]
         section = section.section("quantization") or section
-    if section.get("quant_method") is not None or method is None:
+    if section.get("quant_method") is not None:
         method = section.get("quant_method")
+    elif section.get("load_in_4bit") is not None or section.get("load_in_8bit") is not None:
+        method = "bitsandbytes"  # before methods had names, this was the only one
     name = str(method).lower()
     name = METHOD_SYNONYMS.get(name, name)
     if name not in _READERS:
@@ -107,24 +134,25 @@ def _awq(section: HfConfig) -> Quantization:
         raise section.error("version", '"gemm"; others order the codes for one kernel each')
     key = "group_size" if section.get("group_size") is not None else "q_group_size"
     scheme = AwqScheme(_group_size(section, key))
-    return Quantization("awq", (*_floats(section, "modules_to_not_convert"), (HEAD, None), ("", scheme)))
+    return Quantization("awq", (_floats(section, "modules_to_not_convert"), (HEAD, None), (ALL, scheme)))
 
 
 def _gptq(section: HfConfig) -> Quantization:
     section.require("is_marlin_format", False, "Marlin orders the codes for one kernel")
     form = section.choice("checkpoint_format", {"gptq": "gptq", "gptq_v2": "gptq_v2"}, "gptq")
     scheme = _gptq_scheme(section, {}, form)
-    rules: list[tuple[str, Scheme | None]] = []
+    rules: list[Rule] = []
     dynamic = section.get("dynamic") or {}
-    if not isinstance(dynamic, dict):
-        raise section.error("dynamic", "an object")
+    if not isinstance(dynamic, dict) or not all(isinstance(own or {}, dict) for own in dynamic.values()):
+        raise section.error("dynamic", "an object of objects")
     for pattern, overrides in dynamic.items():
-        expression = _expression(section, "dynamic", pattern.removeprefix("+:").removeprefix("-:"))
         left_out = pattern.startswith("-:")
-        rules.append((expression, None if left_out else _gptq_scheme(section, overrides or {}, form)))
+        expression = pattern.removeprefix("+:").removeprefix("-:")
+        modules = _matching(section, "dynamic", [expression])
+        rules.append((modules, None if left_out else _gptq_scheme(section, overrides or {}, form)))
     if section.get("lm_head") is not True:
         rules.append((HEAD, None))
-    return Quantization("gptq", (*rules, *_floats(section, "modules_to_not_convert"), ("", scheme)))
+    return Quantization("gptq", (*rules, _floats(section, "modules_to_not_convert"), (ALL, scheme)))
 
 
 def _gptq_scheme(section: HfConfig, overrides: dict[str, Any], form: str) -> Scheme:
@@ -148,8 +176,8 @@ def _float8(section: HfConfig) -> Quantization:
         scheme = Float8Scheme("tensor")
     else:
         scheme = Float8Scheme("block", _block(section, "weight_block_size"), "weight_scale_inv")
-    names = (*_floats(section, "modules_to_not_convert"), *_floats(section, "ignored_layers"))
-    return Quantization("fp8", (*names, (HEAD, None), ("", scheme)))
+    names = _floats(section, "modules_to_not_convert"), _floats(section, "ignored_layers")
+    return Quantization("fp8", (*names, (HEAD, None), (ALL, scheme)))
 
 
 def _block(section: HfConfig, key: str) -> tuple[int, int]:
@@ -169,47 +197,47 @@ def _modelopt(section: HfConfig) -> Quantization:
     if name == "NVFP4":
         section.require("group_size", 16)
     section.without_effect("kv_cache_quant_algo", "kv_cache_scheme", "producer")
-    names = (*_floats(section, "exclude_modules", globs=True), *_floats(section, "ignore", globs=True))
-    return Quantization("modelopt", (*names, (HEAD, None), ("", schemes[name])))
+    names = _floats(section, "exclude_modules"), _floats(section, "ignore")
+    return Quantization("modelopt", (*names, (HEAD, None), (ALL, schemes[name])))
 
 
 def _bitsandbytes(section: HfConfig) -> Quantization:
-    names = (*_floats(section, "llm_int8_skip_modules"), (HEAD, None))
+    names = _floats(section, "llm_int8_skip_modules"), (HEAD, None)
     if section.get("load_in_8bit") is True:
-        return Quantization("bitsandbytes", (*names, ("", Bnb8Scheme())))
+        return Quantization("bitsandbytes", (*names, (ALL, Bnb8Scheme())))
     if section.get("load_in_4bit") is not True:
         raise section.error("load_in_4bit", "true, or load_in_8bit")
     kind = section.choice("bnb_4bit_quant_type", {"nf4": "nf4", "fp4": "fp4"}, "fp4")
     section.require("bnb_4bit_quant_storage", "uint8")
     nested = 256 if section.boolean("bnb_4bit_use_double_quant", False) else None
-    return Quantization("bitsandbytes", (*names, ("", Bnb4Scheme(kind, nested=nested))))
+    return Quantization("bitsandbytes", (*names, (ALL, Bnb4Scheme(kind, nested=nested))))
 
 
 def _compressed(section: HfConfig) -> Quantization:
     status = section.get("quantization_status")
-    if status not in (None, "compressed"):
-        raise section.error("quantization_status", '"compressed"')
-    for key in ("sparsity_config", "transform_config"):
-        value = section.get(key)
-        if value and not (key == "sparsity_config" and value.get("format") == "dense"):
-            raise section.error(key, "none")
+    if status not in (None, "compressed", "frozen"):
+        raise section.error("quantization_status", '"compressed" or "frozen"')
+    sparsity = section.section("sparsity_config")
+    if sparsity is not None:
+        sparsity.require("format", "dense")
+    if section.get("transform_config"):
+        raise section.error("transform_config", "none")
     section.without_effect("kv_cache_scheme", "global_compression_ratio")
     form = section.get("format")
     groups = section.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise section.error("config_groups", "an object of groups")
-    rules: list[tuple[str, Scheme | None]] = [*_floats(section, "ignore", regular=True)]
-    catch_all: list[tuple[str, Scheme | None]] = []
+    rules: list[Rule] = [_floats(section, "ignore")]
+    catch_all: list[Rule] = []
     for name, values in groups.items():
         if not isinstance(values, dict):
             raise section.error("config_groups", f"an object as {name}")
         group = HfConfig(values, f"{section.where}: config_groups: {name}")
         scheme = _compressed_scheme(group, str(group.get("format") or form))
-        for target in group.get("targets") or ["Linear"]:
-            if target == "Linear":
-                catch_all.append(("", scheme))
-            else:
-                rules.append((_name_pattern(group, "targets", target, regular=True), scheme))
+        targets = _names(group, "targets") or ["Linear"]
+        rules.append((_modules(group, "targets", [name for name in targets if name != "Linear"]), scheme))
+        if "Linear" in targets:
+            catch_all.append((ALL, scheme))
     return Quantization("compressed-tensors", (*rules, *catch_all))
 
 
@@ -255,35 +283,38 @@ def _compressed_scheme(group: HfConfig, form: str) -> Scheme:
     )
 
 
-def _floats(
-    section: HfConfig, key: str, *, regular: bool = False, globs: bool = False
-) -> tuple[tuple[str, None], ...]:
-    """Rules for the modules that a list names: their weights are floats."""
+def _floats(section: HfConfig, key: str) -> Rule:
+    """The rule for the modules that a list names: their weights are floats."""
+    return _modules(section, key, _names(section, key)), None
+
+
+def _names(section: HfConfig, key: str) -> list[str]:
     names = section.get(key)
     if names is None:
-        return ()
+        return []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise section.error(key, "a list of module names")
-    return tuple((_name_pattern(section, key, name, regular=regular, globs=globs), None) for name in names)
+    return names
 
 
-def _name_pattern(
-    section: HfConfig, key: str, name: str, *, regular: bool = False, globs: bool = False
-) -> str:
-    """A regular expression of the modules that ``name`` means: one with ``re:`` before it (``regular``), a pattern with
-    stars (``globs``), or a part of the module's name between dots."""
-    if regular and name.startswith("re:"):
-        return "^(?:" + _expression(section, key, name[3:]) + ")"
-    escaped = re.escape(name).replace(r"\*", ".*") if globs else re.escape(name)
-    return rf"(^|\.){escaped}($|\.)"
+def _modules(section: HfConfig, key: str, names: Sequence[str]) -> Modules:
+    """The modules that ``names`` mean: regular expressions after ``re:``, names with stars, and other names."""
+    expressions = [name[3:] for name in names if name.startswith("re:")]
+    plain = {name for name in names if not name.startswith("re:")}
+    starred = sorted(name for name in plain if "*" in name)
+    expressions += [rf"(?:.*\.)?{re.escape(name)}(?:$|\.)".replace(r"\*", ".*") for name in starred]
+    return replace(_matching(section, key, expressions), names=frozenset(plain.difference(starred)))
 
 
-def _expression(section: HfConfig, key: str, text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise section.error(key, f"regular expressions ({text[:80]!r}: {error})") from None
-    return text
+def _matching(section: HfConfig, key: str, expressions: Sequence[str]) -> Modules:
+    """The modules whose names begin with what one of ``expressions`` matches."""
+    patterns = []
+    for expression in expressions:
+        try:
+            patterns.append(re.compile(f"^(?:{expression})"))
+        except re.error as error:
+            raise section.error(key, f"regular expressions ({expression[:80]!r}: {error})") from None
+    return Modules(patterns=tuple(patterns))
 
 
 _READERS: dict[str, Callable[[HfConfig], Quantization]] = {
