@@ -157,3 +157,21 @@ def test_text_configurations_have_transformers_defaults(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"text_config: model_type='gemma4_text'; accepted: gemma3_text"):
         read_spec(tmp_path)
+
+
+@pytest.mark.parametrize("outer", [None, False, True])
+@pytest.mark.parametrize("inner", [None, False, True])
+@pytest.mark.parametrize(
+    "architecture", ["Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"]
+)
+def test_either_section_ties_the_output_layer(
+    architecture: str, inner: bool | None, outer: bool | None, tmp_path: Path
+) -> None:
+    """Neither, as Mistral Small 3.1 has it, means that it is tied unless one is stored."""
+    model_type = "gemma3_text" if architecture.startswith("Gemma") else "mistral"
+    config = {"architectures": [architecture], "text_config": {"model_type": model_type}, "vision_config": {}}
+    for section, value in ((config, outer), (config["text_config"], inner)):
+        if value is not None:
+            section["tie_word_embeddings"] = value  # type: ignore[index, call-overload]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_spec(tmp_path).tie_word_embeddings == (outer is not False or inner is True)

@@ -53,7 +53,7 @@ def with_defaults(config: HfConfig, model_type: str) -> HfConfig:
     names = {key: {key} for key in family["keys"]}
     for alias, key in family["aliases"].items():
         names.get(key, set()).add(alias)
-    given = config.remaining().keys()
+    given = config.keys()
     absent = {key: value for key, value in family["keys"].items() if not names[key] & given}
     return config.fixed(**{key: value for key, value in absent.items() if value is not None})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,10 @@ class HfConfig:
     def without_effect(self, *keys: str) -> None:
         """Note that the values of ``keys``, whatever they are, do not matter beside the others."""
         self._read.update(map(self._key, keys))
+
+    def keys(self) -> Set[str]:
+        """The keys that have values, null included."""
+        return self._values.keys()
 
     def remaining(self) -> dict[str, Any]:
         """The values that have not been read so far."""

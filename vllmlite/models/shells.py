@@ -60,8 +60,10 @@ def text_config(config: HfConfig, shell: Shell) -> HfConfig:
         text = text.default(dtype=dtype)
     if config.get("quantization_config") is not None:
         text = text.default(quantization_config=config.get("quantization_config"))
-    tied = config.boolean("tie_word_embeddings", shell.tied) or text.boolean("tie_word_embeddings", False)
-    return _without_sections(text.fixed(tie_word_embeddings=tied))
+    tied = [
+        config.boolean("tie_word_embeddings", shell.tied), text.boolean("tie_word_embeddings", False)
+    ]  # fmt: skip
+    return _without_sections(text.fixed(tie_word_embeddings=any(tied)))
 
 
 def text_keys(keys: Keys) -> Keys:
