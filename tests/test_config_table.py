@@ -169,6 +169,7 @@ REAL: dict[str, tuple[str, dict[str, Any]]] = {
         | {"n_inner": None, "n_layer": 24, "n_embed": 1024, "num_attention_heads": 16, "offset_alibi": 100}
         | {"pretraining_tp": 1, "skip_bias_add": True, "slow_but_exact": False, "seq_length": 2048},
     ),
+    "bloom, saved again": ("BloomForCausalLM", {"hidden_size": 1024, "n_embed": 1024, "n_head": 16}),
     "pythia-70m": (
         "GPTNeoXForCausalLM",
         {
@@ -202,3 +203,18 @@ def test_real_configurations_are_read(name: str, tmp_path: Path) -> None:
         transformers_version="4.40.0",
         use_cache=True,
     )
+
+
+@pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
+def test_phi3_has_older_names_of_longrope(name: str, tmp_path: Path) -> None:
+    """The first Phi-3 files with 128k positions call it ``su``."""
+    scaling = {"type": name, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    found = spec(
+        tmp_path,
+        "Phi3ForCausalLM",
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_scaling=scaling,
+    )
+    rope = found.layers[0].rope
+    assert rope is not None and (rope.kind, rope.long_factors) == ("longrope", (2.0,) * 48)

@@ -169,9 +169,7 @@ def test_either_section_ties_the_output_layer(
 ) -> None:
     """Neither, as Mistral Small 3.1 has it, means that it is tied unless one is stored."""
     model_type = "gemma3_text" if architecture.startswith("Gemma") else "mistral"
-    config = {"architectures": [architecture], "text_config": {"model_type": model_type}, "vision_config": {}}
-    for section, value in ((config, outer), (config["text_config"], inner)):
-        if value is not None:
-            section["tie_word_embeddings"] = value  # type: ignore[index, call-overload]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    text: dict[str, Any] = {"model_type": model_type, "tie_word_embeddings": inner}
+    config = {"architectures": [architecture], "text_config": text, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": outer}))
     assert read_spec(tmp_path).tie_word_embeddings == (outer is not False or inner is True)

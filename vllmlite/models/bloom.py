@@ -27,6 +27,7 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
     """The MLP is four times as wide as the rest."""
     config.require("apply_residual_connection_post_layernorm", False)
     if config.get("n_embed") is not None:
+        config.without_effect("hidden_size")
         config = config.spelling(hidden_size="n_embed")
     config = config.spelling(
         num_hidden_layers="n_layer", num_attention_heads="n_head", max_position_embeddings="seq_length"

@@ -14,6 +14,7 @@ KEYS = Keys(qkv=Fused("self_attn.qkv_proj"), gate_up=Fused("mlp.gate_up_proj"))
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
     """``sliding_window`` may be null: full attention."""
+    config = _with_longrope(config)
     window = None if config.get("sliding_window") is None else config.integer("sliding_window")
     base = decoder_spec(
         config,
@@ -22,3 +23,12 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
         rope=rope_spec(config, head_size(config), partial=1.0),
     )
     return replace(base, keys=KEYS)
+
+
+def _with_longrope(config: HfConfig) -> HfConfig:
+    """``config`` with today's name of LongRoPE, which the first Phi-3 files call ``su`` or ``yarn``."""
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key)
+        if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("su", "yarn"):
+            config = config.fixed(**{key: rope | {"rope_type": "longrope"}})
+    return config
