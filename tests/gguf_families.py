@@ -11,7 +11,7 @@ import numpy as np
 from gguf_files import Stored, blocks, encode, reordered
 from numpy.typing import NDArray
 
-from vllmlite.backends.cpu import CpuBackend
+from vllmlite.backends.torch import TorchBackend
 from vllmlite.models import open_model, read_spec
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.weights.host import float_values
@@ -35,7 +35,7 @@ FUSED = ("gpt2", "gptneox", "falcon", "bloom", "phi3")
 def tensors_of(source: Path, name: str, kind: str = "F32") -> dict[str, Stored]:
     """Those of the checkpoint in directory ``source`` as architecture ``name``, matrices in ``kind``."""
     spec = read_spec(source)
-    weights = open_model(source, spec, Packing(CpuBackend()))
+    weights = open_model(source, spec, Packing(TorchBackend()))
     found: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
     for ours in weights.sources:
         values = float_values(weights.floats(ours))
