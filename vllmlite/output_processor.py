@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from vllmlite.detokenizer import Detokenizer
@@ -159,11 +159,18 @@ class OutputProcessor:
             if completion.stop is not None and output.finish_reason is None:
                 step.stopped.append((output.request_id, completion.stop))
             if len(group.completions) == 1:
-                self._hand_over(group, [output.request_id], step)
+                ended = completion.output.finish_reason is not None
+                children = [output.request_id]
+                self._hand_over(group, children, children if ended else (), ended, step)
             else:
                 touched.setdefault(group.request_id, []).append(output.request_id)
         for request_id, children in touched.items():
-            self._hand_over(self._groups[request_id], children, step)
+            group = self._groups[request_id]
+            unfinished = {
+                child for child, one in group.completions.items() if one.output.finish_reason is None
+            }
+            of_step = [child for child in children if child not in unfinished]
+            self._hand_over(group, children, of_step, not unfinished, step)
         return step
 
     def settle(self, step: ProcessedStep) -> None:
@@ -178,11 +185,16 @@ class OutputProcessor:
             if group.error is not None:
                 self.errors[group.request_id] = group.error
 
-    def _hand_over(self, group: _Group, children: list[str], step: ProcessedStep) -> None:
-        """Tell of the ``children`` that a step gave something, where that is wanted."""
-        completions = group.completions
-        ended = [child for child in children if completions[child].output.finish_reason is not None]
-        finished = bool(ended) and all(c.output.finish_reason is not None for c in completions.values())
+    def _hand_over(
+        self,
+        group: _Group,
+        children: Sequence[str],
+        ended: Sequence[str],
+        finished: bool,
+        step: ProcessedStep,
+    ) -> None:
+        """Report on the ``children`` that a step gave something, where that is wanted. ``ended``: those of them that
+        have ended; ``finished``: all of the group have."""
         if finished or group.params.output_kind is not RequestOutputKind.FINAL_ONLY:
             step.ready.append(self._request_output(group, children, finished, step))
         if ended:
@@ -309,10 +321,12 @@ class OutputProcessor:
         return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
     def _request_output(
-        self, group: _Group, children: list[str], finished: bool, step: ProcessedStep
+        self, group: _Group, children: Sequence[str], finished: bool, step: ProcessedStep
     ) -> RequestOutput:
         if group.params.output_kind is RequestOutputKind.DELTA:
-            outputs = [_delta(group.completions[child], step) for child in children]
+            outputs = []
+            for child in children:
+                outputs.append(_delta(group.completions[child], step))
         else:
             outputs = [_whole(completion) for completion in group.completions.values()]
         return RequestOutput(
