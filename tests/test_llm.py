@@ -387,7 +387,7 @@ def test_generation_config_gives_the_defaults(llm: LLM) -> None:
     [
         ("", {}, "prompt"),
         ([], {}, "prompt"),
-        ({"text": "x"}, {}, "prompt"),
+        ({"text": "x"}, {}, "text"),
         ({"prompt": 3}, {}, "prompt"),
         ([1.5], {}, "prompt_token_ids"),
         ({"prompt_token_ids": ["1"]}, {}, "prompt_token_ids"),
