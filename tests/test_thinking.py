@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -119,6 +120,23 @@ def test_a_budget_goes_with_a_structure() -> None:
     ids = list(completion.token_ids)
     assert ids.index(closing) == 6 and completion.finish_reason == "stop"
     assert llm.get_tokenizer().decode(ids[7:]).isdigit()
+
+
+@pytest.mark.parametrize("prompt", ["The Project", "The thing"])
+def test_no_mark_is_forced_into_a_structure(prompt: str) -> None:
+    pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar)")
+    from vllmlite import StructuredOutputsParams
+
+    llm = LLM(dtype="float32", device="cpu", max_model_len=64, reasoning_config=MARKS)
+    (opening,) = llm.get_tokenizer().encode(MARKS["reasoning_start_str"], False)
+    for regex in ("[0-9]{12}", " Project[0-9]{12}"):
+        structure = StructuredOutputsParams(regex=regex)
+        params = SamplingParams(
+            temperature=1, seed=2, max_tokens=40, structured_outputs=structure, thinking_token_budget=6,
+            logit_bias={opening: 100.0},
+        )  # fmt: skip
+        (completion,) = llm.generate(prompt, params, use_tqdm=False)[0].outputs
+        assert re.fullmatch(regex, completion.text) and completion.finish_reason == "stop"
 
 
 def test_what_cannot_be_kept_is_refused() -> None:

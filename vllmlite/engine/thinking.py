@@ -19,8 +19,8 @@ class ReasoningMarks:
 class ThinkingBudget:
     """Grammar that forces the closing mark once a section of reasoning has used its tokens.
 
-    Where it forces nothing, another grammar may restrict the ids. The state follows from the prompt and the output
-    ids alone, so that batches, chunks and preemption change nothing."""
+    Another grammar may restrict the ids; where it does, nothing is forced: what it shapes is no reasoning. The state
+    follows from the prompt and the output ids alone, so that batches, chunks and preemption change nothing."""
 
     def __init__(
         self,
@@ -46,9 +46,10 @@ class ThinkingBudget:
 
     def mask(self) -> bytes | None:
         """See :class:`~vllmlite.engine.request.Grammar`."""
-        if self._thinks and self._count + self._matched >= self._budget:
+        mask = None if self._inner is None else self._inner.mask()
+        if mask is None and self._thinks and self._count + self._matched >= self._budget:
             return self._bit(self._marks.closing[self._matched])
-        return None if self._inner is None else self._inner.mask()
+        return mask
 
     def accept(self, token_id: int) -> bool:
         """See :class:`~vllmlite.engine.request.Grammar`."""
