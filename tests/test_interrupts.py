@@ -293,6 +293,19 @@ def test_dropping_a_request_leaves_another_that_has_the_id_of_an_ended_sequence(
     assert ids == expected([5, 6], 4)
 
 
+def test_the_tokenizer_passes_on_what_a_signal_handler_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handler(*_: object) -> None:
+        raise TimeoutError("time is up")
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        monkeypatch.setattr(Tokenizer, "_encoded", lambda *_: signal.raise_signal(signal.SIGUSR1))
+        with pytest.raises(TimeoutError, match="time is up"):
+            Fake.tokenizer.encode("a text")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 PROMPTS = ["The kernel " * 20, "Debian is", "The kernel " * 20 + "and", "A package manager"]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 

@@ -118,6 +118,27 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Any]]] = {
         lambda llm: llm.generate({"prompt": "x", "multi_modal_data": {"image": 1}}),
     ),
     "embeddings": ("prompt_embeds", lambda llm: llm.generate({"prompt_embeds": [[0.5]]})),
+    "embeddings of numpy": (
+        "prompt_embeds",
+        lambda llm: llm.generate({"prompt_embeds": np.zeros((2, 3)), "prompt": "x"}),
+    ),
+    "an id that is too large": ("prompt_token_ids", lambda llm: llm.generate([10**30], GREEDY)),
+    "an id below 0": ("prompt_token_ids", lambda llm: llm.generate([1, -1], GREEDY)),
+    "a number for priorities": ("priority", lambda llm: llm.generate("x", GREEDY, priority=5)),
+    "names of parameters that are none": ("sampling_params", lambda llm: llm.generate("x", {1: 2})),
+    "template variables that are arguments": (
+        "chat_template_kwargs",
+        lambda llm: llm.chat(MESSAGES, GREEDY, chat_template_kwargs={"messages": []}),
+    ),
+    "a list of template variables": (
+        "chat_template_kwargs",
+        lambda llm: llm.chat(MESSAGES, GREEDY, chat_template_kwargs=[1]),
+    ),
+    "a text as tools": ("tools", lambda llm: llm.chat(MESSAGES, GREEDY, tools="search")),
+    "a template that fills the memory": (
+        "messages",
+        lambda llm: llm.chat(MESSAGES, GREEDY, chat_template="{{ messages[0].role * 10 ** 14 }}"),
+    ),
     "an unknown argument": ("nonsense", lambda llm: llm.generate("x", GREEDY, nonsense=1)),
     "an unknown parameter": ("best_of", lambda llm: llm.generate("x", {"best_of": 3})),
     "no prompt": ("prompts", lambda llm: llm.generate(None)),

@@ -39,7 +39,7 @@ REASONS = {
 def refuse(arguments: Mapping[str, Any]) -> None:
     """Raise :class:`ParameterError` for an argument of vLLM's that asks for what is not here; None asks for nothing."""
     for name, value in arguments.items():
-        if value is not None and value is not False and value != {}:
+        if value is not None and value is not False and not (isinstance(value, Mapping) and not value):
             raise ParameterError(name, value, REASONS.get(name, "is not supported: leave it out or None"))
 
 

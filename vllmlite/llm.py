@@ -60,8 +60,8 @@ class LLM:
         refuse({"lora_request": lora_request, **absent})
         batch = as_batch(prompts)
         params = self._params_for(batch, sampling_params)
-        if priority is not None and len(priority) != len(batch):
-            raise ParameterError("priority", len(priority), f"must have one entry a prompt, {len(batch)}")
+        if priority is not None and (not isinstance(priority, Sequence) or len(priority) != len(batch)):
+            raise ParameterError("priority", priority, f"must have one entry a prompt, {len(batch)}")
         finals = [each.clone(output_kind=RequestOutputKind.FINAL_ONLY) for each in params]
         return self._run(batch, finals, priority, use_tqdm)
 
@@ -118,17 +118,13 @@ class LLM:
             raise ParameterError("messages", listed, "must hold at least one message")
         conversations = [listed] if isinstance(listed[0], Mapping) else listed
         tokenizer = self.get_tokenizer()
+        template = tokenizer.find_chat_template(chat_template, with_tools=bool(tools))
+        from vllmlite.chat.template import PromptOptions  # imports Jinja, which native generate does without
+
+        options = PromptOptions(add_generation_prompt, continue_final_message, chat_template_content_format)
         prompts: list[Prompt] = []
         for conversation in conversations:
-            text = tokenizer.apply_chat_template(
-                conversation,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                chat_template_content_format=chat_template_content_format,
-                **(chat_template_kwargs or {}),
-            )
+            text = template.prompt(conversation, options, tools, chat_template_kwargs)
             prompts.append(
                 {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
             )
@@ -152,6 +148,8 @@ class LLM:
         if params is None:
             params = self.llm_engine.default_sampling_params
         if isinstance(params, Mapping):
+            if not all(isinstance(name, str) for name in params):
+                raise ParameterError("sampling_params", params, "must map names of parameters to values")
             params = SamplingParams.from_optional(**params)
         listed = _listed("sampling_params", params, SamplingParams, len(batch))
         if len(listed) != len(batch):

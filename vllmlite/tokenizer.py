@@ -17,6 +17,7 @@ from vllmlite.chat.sources import DEFAULT, choose, read_templates
 from vllmlite.chat.special_tokens import read_special_tokens
 from vllmlite.errors import ModelError, ParameterError, not_installed
 from vllmlite.gguf_tokenizer import gguf_tokenizer
+from vllmlite.signals import came_from_handler
 from vllmlite.slow_tokenizer import SlowTokenizer
 from vllmlite.weights.foreign import refuse_foreign_file
 from vllmlite.weights.json_object import read_object
@@ -304,7 +305,10 @@ def _check_ids(file: Path) -> None:
 
 
 def _told(path: Path, error: BaseException) -> BaseException:
-    """An error of the library's, as ours. Where it panics, that is no Exception; what is neither stays itself."""
+    """An error of the library's, as ours; a panic of its is no Exception. What signal handlers raise stays itself, and
+    so does KeyboardInterrupt."""
+    if came_from_handler(error):
+        return error
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
         return ModelError(f"{path}: not a usable tokenizer: {error}")
     return error

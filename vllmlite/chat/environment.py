@@ -103,6 +103,7 @@ ENVIRONMENT = _environment()
 
 _FAILURES = (
     TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
+    MemoryError,
 )  # fmt: skip
 """What a template raises that meets values which it does not expect."""
 

@@ -34,6 +34,11 @@ Content: TypeAlias = str | list[Part] | None
 CONTENT_FORMATS = ("auto", "string", "openai")
 """How content reaches templates: text alone, always a list of parts, or (auto) as the template can take it."""
 
+ARGUMENTS = frozenset(
+    "messages conversation chat_template add_generation_prompt continue_final_message tools self".split()
+)
+"""Names that variables of a template cannot have: a request says these elsewhere."""
+
 PART_FIELDS = {
     **dict.fromkeys(("text", "input_text", "output_text"), "text"),
     "refusal": "refusal",
@@ -66,6 +71,15 @@ def plain(value: Any, field: str) -> Any:
         return _plain(value, field)
     except RecursionError:
         raise ParameterError(field, type(value).__name__, "is nested too deeply") from None
+
+
+def check_variables(field: str, variables: Any) -> None:
+    """Raise :class:`ParameterError` unless ``variables`` maps names to values, none of which is an argument of its
+    own."""
+    if not isinstance(variables, Mapping):
+        raise ParameterError(field, variables, "must map names of variables to values")
+    for name in sorted(ARGUMENTS & variables.keys()):
+        raise ParameterError(field, name, "is an argument of its own")
 
 
 def content_of(given: Any, field: str) -> Content:

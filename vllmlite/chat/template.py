@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import meta, nodes
 
 from vllmlite.chat.environment import ENVIRONMENT, compiled, render
-from vllmlite.chat.messages import CONTENT_FORMATS, Content, normalised, plain, text_of
+from vllmlite.chat.messages import CONTENT_FORMATS, Content, check_variables, normalised, plain, text_of
 from vllmlite.chat.prefill import mark, open_ended
 from vllmlite.chat.values import NO_CONTENT, Arguments
 from vllmlite.errors import ParameterError
@@ -83,11 +83,12 @@ class ChatTemplate:
                 options.content_format,
                 f"must be {', '.join(CONTENT_FORMATS)}",
             )
+        check_variables("chat_template_kwargs", variables or {})
         given = {
             **self._special_tokens,
             **_clock(),
             **plain(variables or {}, "chat_template_kwargs"),
-            "tools": plain(tools, "tools") or None,
+            "tools": _tools(tools),
             "add_generation_prompt": options.add_generation_prompt,
         }
         if given["tools"] and "tools" not in self.variables and not self._warned:
@@ -197,6 +198,14 @@ class ChatTemplate:
             return render(self._template, {**variables, "messages": messages})
         except ParameterError:
             return ""
+
+
+def _tools(given: Any) -> list[Any] | None:
+    """Tools as a template is given them; None if there are none. Raises :class:`ParameterError`."""
+    tools = plain(given, "tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(each, dict) for each in tools)):
+        raise ParameterError("tools", given, "must be a list of mappings")
+    return tools or None
 
 
 def _clock() -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllmlite.chat.messages import CONTENT_FORMATS
+from vllmlite.chat.messages import CONTENT_FORMATS, check_variables
 from vllmlite.errors import ParameterError
 from vllmlite.options import check_fields, mapping_option, option
 from vllmlite.server.parsers import TOOL_PARSERS
@@ -190,7 +190,7 @@ class ServerConfig:
             raise ParameterError("enable_auto_tool_choice", True, "needs tool_call_parser")
         if self.root_path and not self.root_path.startswith("/"):
             raise ParameterError("root_path", self.root_path, "must begin with /")
-        check_template_variables("default_chat_template_kwargs", self.default_chat_template_kwargs)
+        check_variables("default_chat_template_kwargs", self.default_chat_template_kwargs)
         for name in self.middleware:
             if "." not in name:
                 raise ParameterError("middleware", name, "must be package.module.Class")
@@ -203,17 +203,6 @@ class ServerConfig:
             keys += _read_keys(path) if path is not None else ()
         from_environment = os.environ.get("VLLM_API_KEY", "")
         return keys or ((from_environment,) if from_environment else ())
-
-
-_TEMPLATE_ARGUMENTS = frozenset(
-    "messages conversation chat_template add_generation_prompt continue_final_message tools self".split()
-)
-
-
-def check_template_variables(field: str, variables: Mapping[str, Any]) -> None:
-    """Raise :class:`ParameterError` where one of a chat template's ``variables`` is an argument of its own."""
-    for name in sorted(_TEMPLATE_ARGUMENTS & variables.keys()):
-        raise ParameterError(field, name, "is an argument of its own")
 
 
 def _credential(name: str) -> str | None:

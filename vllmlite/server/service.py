@@ -24,7 +24,7 @@ from vllmlite.outputs import RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
 from vllmlite.server.apis import Api, api_of, path_of
-from vllmlite.server.config import ServerConfig, check_template_variables
+from vllmlite.server.config import ServerConfig
 from vllmlite.server.conversation import as_mapping
 from vllmlite.server.errors import ApiError, renamed
 from vllmlite.server.metrics import Metrics
@@ -358,7 +358,6 @@ class Service:
     ) -> dict[str, Any]:
         """The prompt of a conversation, through the chat template, which is told of tools if ``offer_tools``."""
         variables = {**self.config.default_chat_template_kwargs, **body.template_variables()}
-        check_template_variables("chat_template_kwargs", variables)
         tools = body.functions() or None if offer_tools else None
         wanted = self._template_wanted(body.chat_template)
         template = self.tokenizer.find_chat_template(wanted, with_tools=bool(tools))
