@@ -150,17 +150,13 @@ def test_the_native_backend_gets_floats(name: str, tmp_path: Path) -> None:
     assert logits(packed, CpuBackend()).tobytes() == logits(floats, CpuBackend()).tobytes()
 
 
-@pytest.mark.parametrize("name", [name for name in PACKERS if name not in ("bitsandbytes nf4",)])
+@pytest.mark.parametrize("name", PACKERS)
 def test_slices_mean_what_slices_of_the_whole_do(name: str, tmp_path: Path) -> None:
     """As two ranks take them: rows of q and the MLP, columns of o and down."""
     changes: dict[str, Any] = {"vocab_size": 320} if PACKERS[name].head else {}
     packed, floats = quantised(
         tmp_path, PACKERS[name], num_attention_heads=4, num_key_value_heads=4, hidden_size=128, **changes
     )
-    if name.startswith("bitsandbytes fp4"):
-        with pytest.raises(ModelError, match=r"rows 0 to 64 of 128 cannot be taken .*which cannot be sliced"):
-            open_model(packed, sharded(read_spec(packed), 0, 2), Packing(TorchBackend())).floats("0.q.weight")
-        return
     for rank in range(2):
         found, expected = (
             open_model(path, sharded(read_spec(path), rank, 2), Packing(TorchBackend()))
@@ -369,3 +365,51 @@ def test_parts_are_views_of_the_file(tmp_path: Path) -> None:
     weight = stored.tensor("model.layers.0.self_attn.q_proj.weight")
     assert isinstance(weight, PackedWeight)
     assert all(not part.data.flags.writeable for part in weight.parts.values())
+
+
+@pytest.mark.parametrize("family", ["Phi3", "GPT2"])
+def test_blocks_across_rows_and_fused_weights(family: str, tmp_path: Path) -> None:
+    """Rows of 96 elements are no whole number of bitsandbytes' blocks, and Phi-3's q is a slice of one weight."""
+    changes: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 6, "n_embd": 96, "n_head": 6}
+    packed, floats = quantised(tmp_path, packers.bnb4("nf4", nested=True), family, **changes)
+    expected = logits(floats, TorchBackend())
+    np.testing.assert_allclose(
+        logits(packed, TorchBackend()), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shape": [64, 32]}, r"expected blocks of 64 of a weight \[64, 64\]"),
+        ({"shape": 64}, r"expected blocks of 64 of a weight \[64, 64\]"),
+        ({"nested_blocksize": 128}, "nested blocks of 256"),
+        ({"nested_offset": "x"}, "expected a nested_offset"),
+    ],
+)
+def test_damaged_states_are_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    packed, _ = quantised(tmp_path, packers.bnb4("nf4", nested=True))
+
+    def changed(values: NDArray[Any]) -> NDArray[Any]:
+        text = json.dumps(json.loads(values.tobytes()) | change).encode()
+        return np.frombuffer(text, np.uint8)
+
+    edited(packed, "weight.quant_state.bitsandbytes__nf4", changed)
+    with pytest.raises(ModelError, match=f"q_proj.weight'.*{words}"):
+        load_model(TorchBackend(), packed, max_model_len=64, block_size=16)
+
+
+def test_the_order_of_columns_must_be_what_the_configuration_says(tmp_path: Path) -> None:
+    """desc_act needs g_idx, and without it a slice of columns could not follow another order."""
+    sizes: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 128}
+    packed, _ = quantised(tmp_path, packers.gptq(4, 32, order=True), **sizes)
+    config = json.loads((packed / "config.json").read_text())
+    kept = {name: value for name, value in tensors_of(packed).items() if not name.endswith("q_proj.g_idx")}
+    write(packed, kept)
+    with pytest.raises(ModelError, match=r"tensors missing from the checkpoint: .*q_proj\.g_idx"):
+        load_model(TorchBackend(), packed, max_model_len=64, block_size=16)
+    config["quantization_config"]["desc_act"] = False
+    (packed / "config.json").write_text(json.dumps(config))
+    weights = open_model(packed, sharded(read_spec(packed), 1, 2), Packing(TorchBackend()))
+    with pytest.raises(ModelError, match=r"o_proj.weight'.*g_idx is in no order; accepted: runs of columns"):
+        weights.floats("0.o.weight")

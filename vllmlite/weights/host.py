@@ -77,13 +77,13 @@ class Scheme(ABC):
     """Unique among all schemes; :attr:`Backend.schemes` names those that a backend multiplies natively."""
 
     @property
-    def row_unit(self) -> int | None:
-        """Rows can be sliced at multiples of this number; None: they cannot."""
+    def row_unit(self) -> int:
+        """Rows can be sliced at multiples of this number."""
         return 1
 
     @property
-    def column_unit(self) -> int | None:
-        """Columns can be sliced at multiples of this number; None: they cannot."""
+    def column_unit(self) -> int:
+        """Columns can be sliced at multiples of this number."""
         return 1
 
     @abstractmethod
@@ -103,6 +103,10 @@ class Scheme(ABC):
     @abstractmethod
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
         """The columns ``first`` up to ``last``, both multiples of :attr:`column_unit`, or the number of columns."""
+
+    def in_rows(self, weight: PackedWeight) -> PackedWeight:
+        """The same values in a form whose rows can be sliced cheaply, again and again."""
+        return weight
 
     def num_bytes(self, shape: Shape) -> int:
         """Bytes that a weight of ``shape`` takes."""
@@ -151,15 +155,23 @@ _FLOAT8_VALUES = {
 
 def rounded_to_bf16(values: Floats) -> Floats:
     """Round finite or infinite numbers to the nearest bfloat16, ties to even."""
+    return (_bf16_bits(values) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def _bf16_bits(values: Floats) -> NDArray[np.uint32]:
+    """The nearest bfloat16 of each value, in the high half of a word; the low half has no meaning."""
     bits = values.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
-    return rounded.view(np.float32)
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    return rounded
 
 
 def float_values(tensor: HostTensor) -> Floats:
     """The elements of a float tensor, of 8 bits too, as float32."""
     if tensor.dtype in _FLOAT8_VALUES:
-        values: Floats = _FLOAT8_VALUES[tensor.dtype][tensor.data].reshape(tensor.shape)
+        values: Floats = _FLOAT8_VALUES[tensor.dtype].take(tensor.data).reshape(tensor.shape)
         return values
     if tensor.dtype == "bfloat16":
         return (tensor.data.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
@@ -170,7 +182,7 @@ def float_values(tensor: HostTensor) -> Floats:
 def float_tensor(values: Floats, dtype: str) -> HostTensor:
     """``values`` rounded to ``dtype``, one of :data:`FLOAT_DTYPES`."""
     if dtype == "bfloat16":
-        elements: NDArray[np.generic] = (rounded_to_bf16(values).view(np.uint32) >> 16).astype("<u2")
+        elements: NDArray[np.generic] = (_bf16_bits(values) >> np.uint32(16)).astype("<u2")
     else:
         elements = values.astype({"float32": "<f4", "float16": "<f2"}[dtype])
     return HostTensor(dtype, values.shape, np.ascontiguousarray(elements).reshape(-1).view(np.uint8))
@@ -179,11 +191,9 @@ def float_tensor(values: Floats, dtype: str) -> HostTensor:
 def dequantized(weight: PackedWeight, dtype: str) -> HostTensor:
     """The values of ``weight`` as ``dtype``, one of :data:`FLOAT_DTYPES`, made :data:`CHUNK` elements at a time.
     ModelError for scales that are not finite."""
-    scheme, columns = weight.scheme, weight.shape[-1]
-    rows, unit = math.prod(weight.shape[:-1]), scheme.row_unit
-    if unit is None:
-        return float_tensor(scheme.dequantize(weight), dtype)
-    step = max(CHUNK // columns // unit, 1) * unit
+    weight = weight.scheme.in_rows(weight)
+    scheme, columns, rows = weight.scheme, weight.shape[-1], math.prod(weight.shape[:-1])
+    step = max(CHUNK // columns // scheme.row_unit, 1) * scheme.row_unit
     row_bytes = columns * ITEM_SIZE[dtype]
     data = np.empty(rows * row_bytes, np.uint8)
     for first in range(0, rows, step):

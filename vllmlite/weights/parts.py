@@ -71,15 +71,12 @@ class Source:
             weight = scheme.take_columns(weight, *self.columns)
         return replace(weight, shape=self.shape)
 
-    def _check_slices(
-        self, scheme: Scheme, what: str, size: int, unit: int | None, spans: Sequence[Span]
-    ) -> None:
+    def _check_slices(self, scheme: Scheme, what: str, size: int, unit: int, spans: Sequence[Span]) -> None:
         bounds = [bound for span in spans for bound in span]
-        if unit is None or any(bound % unit and bound != size for bound in bounds):
+        if any(bound % unit and bound != size for bound in bounds):
             raise ModelError(
                 f"tensor {self.key!r}: {what} {spans[0][0]} to {spans[0][1]} of {size} cannot be taken from a weight "
-                f"in {scheme.name}, which "
-                + ("cannot be sliced" if unit is None else f"is sliced at multiples of {unit}")
+                f"in {scheme.name}, which is sliced at multiples of {unit}"
             )
 
 

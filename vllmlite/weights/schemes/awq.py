@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.weights.host import Floats, PackedWeight, Part, Shape, float_values
-from vllmlite.weights.schemes.bits import unpack_rows, words
+from vllmlite.weights.schemes.bits import words
 from vllmlite.weights.schemes.groups import (
     Axes,
     SlicedScheme,
@@ -74,5 +74,8 @@ class AwqScheme(SlicedScheme):
 
 def _codes(packed: NDArray[np.uint32], rows: int) -> NDArray[np.uint8]:
     """Codes ``[rows, n]`` of words ``[n, rows / 8]``."""
-    nibbles = unpack_rows(packed, 4, rows).reshape(len(packed), -1, PER_WORD)
-    return nibbles[..., NIBBLE_OF_ROW].reshape(len(packed), rows).T
+    by_row = np.ascontiguousarray(packed.T)
+    codes = np.empty((len(by_row), PER_WORD, len(packed)), np.uint8)
+    for row, nibble in enumerate(NIBBLE_OF_ROW):
+        codes[:, row] = by_row >> np.uint32(4 * nibble) & np.uint32(15)
+    return codes.reshape(rows, len(packed))

@@ -14,13 +14,15 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from vllmlite.errors import ModelError
 from vllmlite.weights.host import Floats, HostTensor, PackedWeight, Part, Scheme, Shape, float_values
-from vllmlite.weights.schemes.groups import Axes, SlicedScheme
+from vllmlite.weights.schemes.bits import table_values
+from vllmlite.weights.schemes.groups import Axes, SlicedScheme, check_shape
 
 STATE = "weight.quant_state.bitsandbytes__"
 NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
@@ -29,7 +31,7 @@ NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 @dataclass(frozen=True, slots=True)
 class Bnb4Scheme(Scheme):
     """``kind``: ``nf4`` or ``fp4``; ``block``: elements with one scale; ``nested``: scales are quantised too, in nested
-    blocks of as many."""
+    blocks of as many. Blocks may begin in one row and end in the next."""
 
     kind: str
     block: int = 64
@@ -52,44 +54,94 @@ class Bnb4Scheme(Scheme):
         return parts
 
     @property
-    def row_unit(self) -> None:
-        """None: blocks lie across rows."""
+    def column_unit(self) -> int:
+        """A block."""
+        return self.block
 
-    @property
-    def column_unit(self) -> None:
-        """None: blocks lie across rows."""
+    def in_rows(self, weight: PackedWeight) -> PackedWeight:
+        """See :class:`Scheme`."""
+        parts, (rows, columns) = weight.parts, weight.shape
+        state = _state(parts[STATE + self.kind])
+        if state.get("blocksize") != self.block or state.get("shape") != [rows, columns]:
+            raise ModelError(
+                f"{STATE}{self.kind}: expected blocks of {self.block} of a weight {[rows, columns]}"
+            )
+        scales = float_values(parts["weight.absmax"]) if self.nested is None else self._nested(weight, state)
+        scheme = _TableScheme(math.gcd(self.block, columns))
+        check_shape(weight.shape, "bitsandbytes' 4 bits", columns=2)
+        repeated = np.repeat(scales, self.block // scheme.block)[: rows * columns // scheme.block]
+        arrays = parts["weight"].data, repeated.view(np.uint8), parts["weight.quant_map"].data
+        stored = {
+            suffix: HostTensor(part.dtype, part.shape, array)
+            for (suffix, part), array in zip(scheme.parts(weight.shape).items(), arrays, strict=True)
+        }
+        return PackedWeight(scheme, weight.shape, stored)
 
     def take_rows(self, weight: PackedWeight, spans: Sequence[tuple[int, int]]) -> PackedWeight:
         """See :class:`Scheme`."""
-        raise NotImplementedError
+        weight = self.in_rows(weight)
+        return weight.scheme.take_rows(weight, spans)
 
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
         """See :class:`Scheme`."""
-        raise NotImplementedError
+        weight = self.in_rows(weight)
+        return weight.scheme.take_columns(weight, first, last)
 
     def dequantize(self, weight: PackedWeight) -> Floats:
         """See :class:`Scheme`."""
-        parts, size = weight.parts, math.prod(weight.shape)
-        state = _state(parts[STATE + self.kind])
-        if state.get("blocksize") != self.block or tuple(state.get("shape") or ()) != weight.shape:
-            raise ModelError(
-                f"{STATE}{self.kind}: expected blocks of {self.block} of a weight {list(weight.shape)}"
-            )
-        scales = float_values(parts["weight.absmax"]) if self.nested is None else self._nested(weight, state)
-        data = parts["weight"].data
-        codes = np.stack((data >> np.uint8(4), data & np.uint8(15)), axis=-1).reshape(-1)[:size]
-        values = float_values(parts["weight.quant_map"])[codes] * np.repeat(scales, self.block)[:size]
-        if not np.isfinite(values).all():
-            raise ModelError("a scale is not finite")
-        return values.reshape(weight.shape)
+        weight = self.in_rows(weight)
+        return weight.scheme.dequantize(weight)
 
     def _nested(self, weight: PackedWeight, state: dict[str, Any]) -> Floats:
         codes = weight.parts["weight.absmax"].data
         absmax, table = (float_values(weight.parts[suffix]) for suffix in NESTED)
         assert self.nested is not None
-        return table[codes] * np.repeat(absmax, self.nested)[: codes.size] + np.float32(
-            state.get("nested_offset", 0)
-        )
+        offset = state.get("nested_offset", 0)
+        if type(offset) not in (int, float) or state.get("nested_blocksize") != self.nested:
+            raise ModelError(
+                f"{STATE}{self.kind}: expected a nested_offset, and nested blocks of {self.nested}"
+            )
+        return table[codes] * np.repeat(absmax, self.nested)[: codes.size] + np.float32(offset)
+
+
+@dataclass(frozen=True, slots=True)
+class _TableScheme(SlicedScheme):
+    """What a 4-bit weight is made into to be sliced: rows of codes, and rows of plain scales for ``block`` elements
+    each. No checkpoint stores it."""
+
+    block: int
+    name: str = "bitsandbytes"
+
+    @property
+    def column_unit(self) -> int:
+        """A block."""
+        return self.block
+
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """See :class:`Scheme`."""
+        rows, columns = shape
+        return {
+            "codes": Part((rows, columns // 2), "uint8"),
+            "scales": Part((rows, columns // self.block), "float32"),
+            "table": Part((16,), "float32"),
+        }
+
+    def axes(self) -> dict[str, Axes]:
+        """See :class:`SlicedScheme`."""
+        return {
+            "codes": Axes(0, 1, per_column=Fraction(2)),
+            "scales": Axes(0, 1, per_column=Fraction(self.block)),
+            "table": Axes(),
+        }
+
+    def dequantize(self, weight: PackedWeight) -> Floats:
+        """See :class:`Scheme`."""
+        scales, table = (float_values(weight.parts[suffix]) for suffix in ("scales", "table"))
+        if not (np.isfinite(scales).all() and np.isfinite(table).all()):
+            raise ModelError("a scale is not finite")
+        values = table_values(weight.parts["codes"].data, table, high_first=True)
+        scaled = values.reshape(*scales.shape, self.block) * scales[..., None]
+        return scaled.reshape(weight.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from vllmlite.errors import ModelError
 from vllmlite.weights.host import Floats, HostTensor, PackedWeight, Part, Shape, float_values
+from vllmlite.weights.schemes.bits import table_values
 from vllmlite.weights.schemes.groups import Axes, SlicedScheme, check_shape
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -62,7 +63,6 @@ class Float4Scheme(SlicedScheme):
 
     def dequantize(self, weight: PackedWeight) -> Floats:
         """See :class:`Scheme`."""
-        rows, columns = weight.shape
         stored = weight.parts[self.scale]
         if stored.dtype == "uint8":
             stored = HostTensor("float8_e8m0", stored.shape, stored.data)
@@ -72,9 +72,9 @@ class Float4Scheme(SlicedScheme):
             scales = scales / total if self.divides else scales * total
         if not np.isfinite(scales).all():
             raise ModelError("a scale is not finite")
-        data = weight.parts[self.codes].data.reshape(rows, columns // 2)
-        codes = np.stack((data & np.uint8(15), data >> np.uint8(4)), axis=-1).reshape(rows, columns)
-        return np.asarray(VALUES[codes] * np.repeat(scales, self.block, axis=1), np.float32)
+        values = table_values(weight.parts[self.codes].data, VALUES, high_first=False)
+        scaled = values.reshape(*scales.shape, self.block) * scales[..., None]
+        return scaled.reshape(weight.shape)
 
 
 MXFP4 = Float4Scheme(32, "weight_packed", "weight_scale", "", False, "mxfp4")

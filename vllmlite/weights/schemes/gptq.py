@@ -65,7 +65,7 @@ class GptqScheme(SlicedScheme):
             "qweight": Part((columns * self.bits // WORD_BITS, rows), "int32"),
             "qzeros": Part((groups, rows * self.bits // WORD_BITS), "int32"),
             "scales": Part((groups, rows), "float16", ("bfloat16", "float32")),
-            "g_idx": Part((columns,), "int32", optional=True),
+            "g_idx": Part((columns,), "int32", optional=self.ordered),
         }
 
     def axes(self) -> dict[str, Axes]:
@@ -83,6 +83,9 @@ class GptqScheme(SlicedScheme):
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
         """See :class:`Scheme`."""
         if self.ordered:  # what is left of g_idx would number the groups of the whole weight
+            groups = group_count(weight.shape[1], self.group_size)
+            if group_indices(weight, "g_idx", self.group_size, groups) is not None:
+                raise ModelError("g_idx is in no order; accepted: runs of columns, as desc_act=false means")
             parts = {suffix: part for suffix, part in weight.parts.items() if suffix != "g_idx"}
             weight = PackedWeight(self, weight.shape, parts)
         return SlicedScheme.take_columns(self, weight, first, last)

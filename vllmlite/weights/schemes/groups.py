@@ -23,29 +23,36 @@ def group_count(columns: int, group_size: int | None) -> int:
 
 def group_indices(
     weight: PackedWeight, suffix: str, group_size: int | None, groups: int
-) -> NDArray[np.int64]:
-    """The group of each column: as the part ``suffix`` says, where it is stored (``desc_act``), else in order.
-    ModelError for indices out of range."""
-    stored = weight.parts.get(suffix)
-    if stored is None or stored.shape == (0,):
-        size = weight.shape[1] if group_size is None else group_size
-        return np.arange(weight.shape[1]) // size
-    found = stored.data.view("<i4").astype(np.int64)
+) -> NDArray[np.int64] | None:
+    """The group of each column: as the part ``suffix`` says, where it is stored (``desc_act``), else in order. None if
+    the groups are runs of as many columns each. ModelError for indices out of range."""
+    stored, columns = weight.parts.get(suffix), weight.shape[1]
+    size = columns if group_size is None else group_size
+    in_order = np.arange(columns) // size
+    found = in_order if stored is None else stored.data.view("<i4").astype(np.int64)
     if found.min(initial=0) < 0 or found.max(initial=0) >= groups:
         raise ModelError(
             f"{suffix} holds groups from {found.min()} to {found.max()}; accepted: 0 to {groups - 1}"
         )
-    return found
+    return None if columns == size * groups and np.array_equal(found, in_order) else found
 
 
-def scaled(codes: Codes, zeros: Codes | int, scales: Floats, index: NDArray[np.int64]) -> Floats:
+def scaled(codes: Codes, zeros: Codes | int, scales: Floats, index: NDArray[np.int64] | None) -> Floats:
     """``(codes - zeros) * scales`` float32 ``[out, in]``, from codes ``[out, in]``, and zeros and scales
-    ``[out, groups]`` of the groups ``index [in]``. ModelError for scales that are not finite."""
+    ``[out, groups]`` of the groups ``index [in]``, which is :func:`group_indices`'. ModelError for scales that are not
+    finite."""
     if not np.isfinite(scales).all():
         raise ModelError("a scale is not finite")
-    shifted = codes.astype(np.int32) - (zeros if isinstance(zeros, int) else zeros.astype(np.int32)[:, index])
-    values: Floats = shifted.astype(np.float32) * scales.astype(np.float32)[:, index]
-    return values
+
+    def by_column(values: Floats) -> Floats:
+        return values[..., None] if index is None else values[:, index]
+
+    values = codes.astype(np.float32)
+    if index is None:
+        values = values.reshape(len(codes), scales.shape[1], -1)
+    values -= zeros if isinstance(zeros, int) else by_column(zeros.astype(np.float32))
+    values *= by_column(scales)
+    return values.reshape(codes.shape)
 
 
 @dataclass(frozen=True, slots=True)
