@@ -413,3 +413,27 @@ def test_the_order_of_columns_must_be_what_the_configuration_says(tmp_path: Path
     weights = open_model(packed, sharded(read_spec(packed), 1, 2), Packing(TorchBackend()))
     with pytest.raises(ModelError, match=r"o_proj.weight'.*g_idx is in no order; accepted: runs of columns"):
         weights.floats("0.o.weight")
+
+
+def test_a_weight_that_may_be_transposed_must_be_what_the_configuration_says(tmp_path: Path) -> None:
+    """GPT-2 stores floats transposed, and the shape of a square weight does not tell."""
+    packed, floats = quantised(tmp_path, packers.awq(32), "GPT2", n_embd=64, n_inner=128)
+    name = "transformer.h.1.attn.c_proj"
+    kept = {key: value for key, value in tensors_of(packed).items() if not key.startswith(f"{name}.q")}
+    kept.pop(f"{name}.scales")
+    write(packed, kept | {f"{name}.weight": tensors_of(floats)[f"{name}.weight"]})
+    with pytest.raises(ModelError, match=rf"tensor '{name}.weight': is stored as floats; expected awq"):
+        load_model(TorchBackend(), packed, max_model_len=64, block_size=16)
+
+
+def test_scales_of_the_cache_are_not_needed_and_other_biases_are_refused(tmp_path: Path) -> None:
+    packed, floats = quantised(tmp_path, packers.fp8("tensor"))
+    name, tensors = "model.layers.1.self_attn", tensors_of(packed)
+    one = "F32", np.ones(1, np.float32)
+    scales = {f"{name}.{scale}": one for scale in ("kv_scale", "k_proj.k_scale", "attn.v_scale")}
+    write(packed, tensors | scales)
+    assert logits(packed, TorchBackend()).tobytes() == logits(floats, TorchBackend()).tobytes()
+    for bias in (("F16", np.ones(64, np.float16)), ("I8", np.zeros(64, np.int8))):
+        write(packed, tensors | {f"{name}.o_proj.bias": bias})
+        with pytest.raises(ModelError, match=r"has no use for: model\.layers\.1\.self_attn\.o_proj\.bias"):
+            load_model(TorchBackend(), packed, max_model_len=64, block_size=16)

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllmlite.backends.base import KV_DTYPES, Backend, KVSpec, Model
 from vllmlite.config import QUANTIZATIONS
-from vllmlite.errors import BackendError, ParameterError
+from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.models.decoder import Decoder
 from vllmlite.models.families import read_spec
 from vllmlite.models.gguf import open_gguf
@@ -28,18 +28,25 @@ def open_model(
     is stored and differs from the embedding it should be tied to is one of them, as in transformers. Raises ModelError
     or ParameterError as :func:`open_weights` does."""
     sources, keys = spec.tensors(), spec.keys
-    head = f"{keys.head}.weight"
+    head, schemes = f"{keys.head}.weight", spec.schemes()
     stored = open_weights(
         path,
         spec.weights(),
         load_format,
         seed,
-        spec.schemes(),
+        schemes,
         prefix=keys.prefix,
         renames=keys.renames,
         unread=keys.unread,
         tied=(head, sources[TABLE].key),
     )
+    lost = [] if load_format == "dummy" else sorted(schemes.keys() - stored.schemes.keys())
+    if keys.transposed and lost:
+        # Whether such a weight is transposed cannot be told from a square shape.
+        expected = schemes[lost[0]].name
+        raise ModelError(
+            f"{path}: tensor {lost[0]!r}: is stored as floats; expected {expected}, as its configuration says"
+        )
     if head in stored.shapes:
         sources[HEAD] = replace(sources.get(HEAD, sources[TABLE]), key=head, product=True)
     return ModelWeights(sources, stored, packing)

@@ -28,7 +28,7 @@ from vllmlite.weights.safetensors import read_safetensors
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 
-_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$|\.[kvq]_(scale|zero_point)$")
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$|\.([kvq]|kv)_(scale|zero_point)$")
 """Tables that old checkpoints store and every loader computes, and scales of key/value caches of 8 bits."""
 _DUMMY_PERIOD = (1 << 20) + 7
 
@@ -168,7 +168,9 @@ def _expected(
 def _is_zero_bias(name: str, tensor: HostTensor, schemes: Mapping[str, Scheme]) -> bool:
     """Whether ``name`` is a bias that a quantised weight was given though its model has none: AutoGPTQ writes zeros."""
     weight = f"{name.removesuffix('bias')}weight"
-    return name.endswith(".bias") and weight in schemes and not float_values(tensor).any()
+    if not name.endswith(".bias") or weight not in schemes or tensor.dtype not in FLOAT_DTYPES:
+        return False
+    return not float_values(tensor).any()
 
 
 def _read(path: Path, load_format: str) -> dict[str, HostTensor]:

@@ -83,19 +83,19 @@ def _q3_k(blocks: Bytes) -> Floats:
 
 
 def _iq4_nl(blocks: Bytes) -> Floats:
-    return _half(blocks, 0) * IQ4[_rows(blocks[:, 2:], 4, 16).reshape(-1, 1, 32)]
+    return _half(blocks, 0) * IQ4.take(_rows(blocks[:, 2:], 4, 16).reshape(-1, 1, 32))
 
 
 def _iq4_xs(blocks: Bytes) -> Floats:
     low = _fields(blocks[:, 4:8], 4, 2).reshape(-1, 8)
     high = _fields(_words(blocks[:, 2:4], "<u2"), 2, 8).reshape(-1, 8)
     scales = (low | high << 4).astype(np.float32)[..., None] - 32
-    return _half(blocks, 0) * scales * IQ4[_rows(blocks[:, 8:], 4, 16).reshape(-1, 8, 32)]
+    return _half(blocks, 0) * scales * IQ4.take(_rows(blocks[:, 8:], 4, 16).reshape(-1, 8, 32))
 
 
 def _mxfp4(blocks: Bytes) -> Floats:
     scales = np.ldexp(np.float32(1), blocks[:, :1, None].astype(np.int32) - 128)
-    return scales * E2M1[_rows(blocks[:, 1:], 4, 16).reshape(-1, 1, 32)]
+    return scales * E2M1.take(_rows(blocks[:, 1:], 4, 16).reshape(-1, 1, 32))
 
 
 def _iq2_xxs(blocks: Bytes) -> Floats:
