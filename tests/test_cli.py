@@ -16,12 +16,15 @@ from fake_engine import CONTEXT, FakeEngine, FakeTokenizer, install, run
 
 import vllmlite
 from vllmlite import cli
+from vllmlite.cli.chat import Conversation
 from vllmlite.cli.parser import OptionParser
 from vllmlite.cli.sampling import NO_FLAG, add_sampling_arguments, given_sampling
+from vllmlite.cli.screen import Screen
 from vllmlite.config import EngineConfig
 from vllmlite.errors import ModelError
 from vllmlite.hub import BUILT_IN
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
+from vllmlite.server.parsers.parts import Content
 
 ROOT = Path(__file__).parents[1]
 
@@ -327,6 +330,31 @@ def test_turns_of_several_lines_and_answers_made_anew(
     assert prompts() == ["user: a\nb\n"] * 2 + ["user: a\nb\nassistant:  w0 w1\nuser: c\n"]
 
 
+@pytest.mark.parametrize("line", ["/retry", "second"])
+def test_a_turn_that_is_interrupted_at_its_end_leaves_the_conversation(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after the answer, before it is noted: no message is left without an answer."""
+
+    class Echo:
+        def answer(self, messages: list[dict[str, str]]) -> Any:
+            yield Content(messages[-1]["content"])
+
+        def close(self) -> None: ...
+
+    def interrupted(_screen: Screen) -> None:
+        raise KeyboardInterrupt
+
+    conversation = Conversation(Echo(), None)
+    assert conversation.say("first")
+    before = list(conversation.messages)
+    assert [message["role"] for message in before] == ["user", "assistant"]
+    monkeypatch.setattr(Screen, "end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        conversation.command(line) if line.startswith("/") else conversation.say(line)
+    assert conversation.messages == before
+
+
 def test_one_message_is_answered_without_a_conversation(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,6 +412,7 @@ def test_every_sampling_field_has_a_flag_and_help() -> None:
         "--n=2", "--temperature=1", "--top-p=.5", "--top-k=3", "--min-p=.1", "--repetition-penalty=2",
         "--presence-penalty=-1", "--frequency-penalty", "-1.5", "--max-tokens=none", "--min-tokens=1", "--stop=s",
         "--stop-token-ids=1,2", "--ignore-eos", "--include-stop-str-in-output", "--logprobs=1", "--prompt-logprobs=-1",
+            "--logprob-token-ids=5",
         "--logit-bias={\"3\": -100}", "--allowed-token-ids=4", "--bad-words=b", "--no-skip-special-tokens",
         "--detokenize", "--truncate-prompt-tokens=9", "--truncation-side=right", "--thinking-token-budget=5",
     ]  # fmt: skip

@@ -114,6 +114,7 @@ def test_interrupt_stops_the_answer_of_a_server(fake: FakeServer) -> None:
     assert turns(fake) == ["second", "half\u2028é", "third"]
     terminal.send(CTRL_C)
     terminal.expect("leaves.")
+    terminal.expect("> ")
     assert terminal.end() == 0
 
 

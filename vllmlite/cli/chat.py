@@ -40,7 +40,10 @@ HELP = """\
 Ctrl-C stops an answer. Anything else is said to the model; a line that ends
 with \\ goes on in the next, and one that begins with // says one with /."""
 
-NOT_HERE = {"n", "logprobs", "prompt_logprobs", "detokenize", "truncate_prompt_tokens", "truncation_side"}
+NOT_HERE = {
+    "n", "logprobs", "prompt_logprobs", "logprob_token_ids", "detokenize", "truncate_prompt_tokens",
+    "truncation_side",
+}  # fmt: skip
 """Sampling flags that have no use in a conversation."""
 
 
@@ -211,12 +214,8 @@ class Conversation:
         """Do what a line that begins with a slash says; False if the model did not answer."""
         name, _, rest = line.partition(" ")
         if name == "/retry" and self.messages and self.messages[-1]["role"] == "assistant":
-            before = self.messages
-            self.messages = before[:-2]
-            answered = self.say(before[-2]["content"])
-            if len(self.messages) < len(before):  # nothing takes the place of what there was
-                self.messages = before
-            return answered
+            *earlier, asked, _ = self.messages
+            return self._ask([*earlier, asked])
         elif name == "/retry":
             print("there is no answer yet", file=sys.stderr)
         elif name == "/help":
@@ -233,12 +232,15 @@ class Conversation:
         return True
 
     def say(self, text: str) -> bool:
-        """Add a turn and print the answer as it comes; a turn without one is taken back. False if that is for an
-        error."""
-        self.messages.append({"role": "user", "content": text})
+        """Say ``text`` and print the answer as it comes. Without an answer the conversation stays as it is; returns
+        False if that is because of an error."""
+        return self._ask([*self.messages, {"role": "user", "content": text}])
+
+    def _ask(self, messages: list[dict[str, str]]) -> bool:
+        """Have ``messages`` answered; they and the answer become the conversation, at the end and at once."""
         answer, screen, error = "", Screen(), None
         try:
-            with closing(self._answerer.answer(self.messages)) as parts:
+            with closing(self._answerer.answer(messages)) as parts:
                 for part in parts:
                     if isinstance(part, Content):
                         answer += part.text
@@ -251,11 +253,9 @@ class Conversation:
             screen.end()
         if error is not None:
             print(f"vllmlite: error: {visible(str(error))}", end="", file=sys.stderr)
-            print("; /reset forgets the conversation" if len(self.messages) > 1 else "", file=sys.stderr)
-        if error is not None or not answer:
-            self.messages.pop()
-        else:
-            self.messages.append({"role": "assistant", "content": answer})
+            print("; /reset forgets the conversation" if len(messages) > 1 else "", file=sys.stderr)
+        elif answer:
+            self.messages = [*messages, {"role": "assistant", "content": answer}]
         return error is None
 
 
