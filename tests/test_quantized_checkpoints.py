@@ -430,7 +430,10 @@ def test_scales_of_the_cache_are_not_needed_and_other_biases_are_refused(tmp_pat
     packed, floats = quantised(tmp_path, packers.fp8("tensor"))
     name, tensors = "model.layers.1.self_attn", tensors_of(packed)
     one = "F32", np.ones(1, np.float32)
-    scales = {f"{name}.{scale}": one for scale in ("kv_scale", "k_proj.k_scale", "attn.v_scale")}
+    scales = {
+        f"{name}.{scale}": one
+        for scale in ("kv_scale", "k_proj.k_scale", "attn.v_scale", "v_proj.output_scale")
+    }
     write(packed, tensors | scales)
     assert logits(packed, TorchBackend()).tobytes() == logits(floats, TorchBackend()).tobytes()
     for bias in (("F16", np.ones(64, np.float16)), ("I8", np.zeros(64, np.int8))):

@@ -28,7 +28,10 @@ from vllmlite.weights.safetensors import read_safetensors
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 
-_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$|\.([kvq]|kv)_(scale|zero_point)$")
+_COMPUTED = re.compile(
+    r"(^|\.)rotary_emb\.inv_freq$|\.([kvq]|kv)_(scale|zero_point)$"
+    r"|\.([kvq]_proj\.|prob_)output_scale$"
+)
 """Tables that old checkpoints store and every loader computes, and scales of key/value caches of 8 bits."""
 _DUMMY_PERIOD = (1 << 20) + 7
 

@@ -38,12 +38,3 @@ def table_values(codes: NDArray[np.uint8], table: Floats, *, high_first: bool) -
     pairs = np.stack((high, low) if high_first else (low, high), axis=-1).view(np.complex64)[:, 0]
     values: Floats = pairs.take(codes).view(np.float32)
     return values
-
-
-def pack_rows(codes: NDArray[np.integer], bits: int) -> NDArray[np.uint32]:
-    """The inverse of :func:`unpack_rows`: uint32 ``[rows, words]``; the last word of a row is padded with zeros."""
-    rows, count = codes.shape
-    single = (codes[..., None] >> np.arange(bits) & 1).astype(np.uint8).reshape(rows, count * bits)
-    padded = np.pad(single, ((0, 0), (0, -single.shape[1] % 32)))
-    packed: NDArray[np.uint32] = np.packbits(padded, axis=1, bitorder="little").view("<u4")
-    return packed
