@@ -218,3 +218,23 @@ def test_phi3_has_older_names_of_longrope(name: str, tmp_path: Path) -> None:
     )
     rope = found.layers[0].rope
     assert rope is not None and (rope.kind, rope.long_factors) == ("longrope", (2.0,) * 48)
+
+
+def test_two_sets_of_rotary_parameters_must_agree(tmp_path: Path) -> None:
+    """Files of transformers 5 have ``rope_parameters``, and model cards say to add ``rope_scaling`` for YaRN."""
+    newer = {"rope_type": "default", "rope_theta": 1e6}
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    with pytest.raises(
+        ModelError, match=r"rope_scaling=.*accepted: what rope_parameters says; change that instead"
+    ):
+        spec(tmp_path, "Qwen2ForCausalLM", rope_parameters=newer, rope_scaling=yarn)
+    both = {"rope_type": "yarn", **yarn, "rope_theta": 1e6}
+    rope = spec(tmp_path, "Qwen2ForCausalLM", rope_parameters=both, rope_scaling=yarn).layers[0].rope
+    assert rope is not None and (rope.kind, rope.factor, rope.theta) == ("yarn", 4.0, 1e6)
+    kinds = {"sliding_attention": newer, "full_attention": {"rope_type": "linear", "factor": 8.0}}
+    spec(
+        tmp_path,
+        "Gemma3ForCausalLM",
+        rope_parameters=kinds,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    )

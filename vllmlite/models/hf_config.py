@@ -195,6 +195,7 @@ def rope_spec(
 
     ``theta``: the family's default. ``partial``: of ``partial_rotary_factor``, for families that rotate a part of a
     head. ``kind``: of the layers meant, where the parameters are given for each kind of layer."""
+    _check_one_rope(config)
     section = config.section("rope_parameters") or config.section("rope_scaling") or HfConfig({}, "")
     if kind:
         section = section.section(kind) or HfConfig({}, "")
@@ -238,6 +239,17 @@ def rope_spec(
     if high <= low:
         raise section.error("high_freq_factor", f"a number above low_freq_factor, {low:g}")
     return RopeSpec(rotated, theta, kind, factor, trained, low_freq_factor=low, high_freq_factor=high)
+
+
+def _check_one_rope(config: HfConfig) -> None:
+    """Refuse ``rope_scaling`` beside ``rope_parameters`` that say something else, as where one was added by hand."""
+    newer, older = config.get("rope_parameters"), config.get("rope_scaling")
+    if not newer or not older or not isinstance(newer, dict) or not isinstance(older, dict):
+        return
+    wanted = {"rope_type" if key == "type" else key: value for key, value in older.items()}
+    by_kind = [part for part in newer.values() if isinstance(part, dict)]
+    if not any(wanted.items() <= part.items() for part in by_kind or [newer]):
+        raise config.error("rope_scaling", "what rope_parameters says; change that instead, or leave it out")
 
 
 def _longrope_spec(config: HfConfig, section: HfConfig, size: int, theta: float, trained: int) -> RopeSpec:

@@ -30,5 +30,6 @@ def _with_longrope(config: HfConfig) -> HfConfig:
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key)
         if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("su", "yarn"):
-            config = config.fixed(**{key: rope | {"rope_type": "longrope"}})
+            renamed = {name: value for name, value in rope.items() if name != "type"}
+            config = config.fixed(**{key: renamed | {"rope_type": "longrope"}})
     return config
