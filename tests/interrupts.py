@@ -30,7 +30,9 @@ def interruptible(code: CodeType) -> frozenset[int]:
         if looks:
             found.add(instruction.offset)
         name = instruction.opname
-        looks = name.startswith("CALL") or name == "RESUME" or "JUMP_BACKWARD" in name
+        looks = name.startswith("CALL") or name == "RESUME"
+        if "JUMP_BACKWARD" in name:
+            found.add(instruction.argval)
     return frozenset(found)
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from cpu_time import least_cpu_seconds
+from interrupts import Interrupt, interrupt
 
 from vllmlite import LLM, AsyncLLM, EngineConfig, SamplingParams
+from vllmlite.async_llm import NewRequest
 from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.sampling_params import RequestOutputKind
 
@@ -58,6 +60,29 @@ def test_abort_ends_the_stream(engine: AsyncLLM) -> None:
 
     with pytest.raises(VllmliteError, match="aborted"):
         asyncio.run(abort())
+
+
+def test_the_next_request_is_answered_wherever_a_submission_was_interrupted(engine: AsyncLLM) -> None:
+    """An event loop that goes on after Ctrl-C, as a notebook's does."""
+
+    params = PARAMS.clone(max_tokens=2)
+
+    async def interrupted() -> int:
+        want = await text_of(engine, "Debian is", "same", params)
+        point = 1
+        while True:
+            try:
+                with interrupt(point):
+                    stream = await engine.submit([NewRequest("same", "Debian is", params)])
+            except Interrupt:
+                assert await asyncio.wait_for(text_of(engine, "Debian is", "same", params), 60) == want, point
+                point += 4
+            else:
+                stream.close()
+                return point
+
+    assert asyncio.run(interrupted()) > 100
+    assert not engine._core._requests and not engine._streams
 
 
 def test_bad_requests_disturb_nobody(engine: AsyncLLM) -> None:

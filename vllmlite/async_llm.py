@@ -148,6 +148,12 @@ class AsyncLLM:
         added: list[str] = []
         try:
             for request in requests:
+                if request.request_id in self._streams:
+                    raise ParameterError(
+                        "request_id", request.request_id, "is in use by a request that has not finished"
+                    )
+                added.append(request.request_id)
+                self._streams[request.request_id] = stream
                 self._engine.add_request(
                     request.request_id,
                     request.prompt,
@@ -155,8 +161,6 @@ class AsyncLLM:
                     arrival_time=request.arrival_time,
                     priority=request.priority,
                 )
-                added.append(request.request_id)
-                self._streams[request.request_id] = stream
         except BaseException:
             self._forget(added)
             raise

@@ -109,11 +109,11 @@ class EngineClient:
         given = options.get("arrival_time")
         arrival = time.monotonic() if given is None else given
         sent = {**options, "arrival_time": arrival, "grammar": self._to_send(options.get("grammar"))}
+        self._num_added += 1  # first: a name is never used again, even if this call is interrupted
         name = str(self._num_added)
-        self._send(Command("add_request", (name, prompt, params), sent))
-        self._num_added += 1
         asked = _Asked(request_id, name, prompt, RequestMetrics(arrival, num_prompt_tokens=len(prompt)))
-        self._requests[request_id] = self._named[name] = asked
+        self._named[name] = self._requests[request_id] = asked
+        self._send(Command("add_request", (name, prompt, params), sent))
 
     def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> bool:
         """End a request from outside; its blocks are free before the engine's next step."""
@@ -221,12 +221,14 @@ class EngineClient:
         self.check()
         if self._loop is not None and self._loop.is_closed():
             self.leave()
-        is_first = not self._unsent
-        self._unsent += pack(command)
+        packed = pack(command)
+        # Once for all that the loop's tasks ask now, for each send wakes the host; and before there is anything to
+        # send, so that an interrupt in between leaves nothing unsent for ever.
+        if self._loop is not None and not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent += packed
         if self._loop is None:
             self._flush()
-        elif is_first:  # once for all that the loop's tasks ask now: each send wakes the host
-            self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         """Send what has not been sent: without waiting where an event loop attends, which sends the rest later."""
