@@ -16,6 +16,11 @@ from vllmlite.errors import ParameterError
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, to compare with")
 
+of_newer_transformers = pytest.mark.skipif(
+    tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 24),
+    reason="transformers before 5.24 renders it otherwise",
+)
+
 DATE = "01 Feb 2025"
 DOCUMENTS = [{"title": "dpkg", "text": "Installs packages."}]
 
@@ -50,7 +55,10 @@ def in_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=of_newer_transformers if "gpt-oss" in name else ()) for name in TEMPLATES],
+)
 def test_the_text_is_that_of_transformers(theirs: Any, name: str) -> None:
     ours = ChatTemplate(TEMPLATES[name], SPECIAL)
     asks: list[tuple[bool, Any, dict[str, Any]]] = [
@@ -87,8 +95,8 @@ def test_the_text_is_that_of_transformers(theirs: Any, name: str) -> None:
         "{% for m in messages %}{%- generation -%} {{ m.content }}{{ loop.index }} {%- endgeneration -%}{% endfor %}",
         "{% set ns = namespace(a=1) %}{% set ns.a = ns.a + 1 %}{{ ns.a }}{{ namespace({'self': 3}, b=4).b }}",
         "{{ raise_exception('No.') }}",
-        "{% set ns = namespace() %}{% set ns._x = 1 %}{{ ns._x }}",
-        "{{ namespace(__call__=1) }}",
+        pytest.param("{% set ns = namespace() %}{% set ns._x = 1 %}{{ ns._x }}", marks=of_newer_transformers),
+        pytest.param("{{ namespace(__call__=1) }}", marks=of_newer_transformers),
         "{{ messages.append(1) }}",
         "{{ messages[0].update(a=1) }}",
         "{{ ''.__class__ }}",

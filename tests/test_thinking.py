@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from native import needs_native_cpu
 
 from vllmlite import LLM, SamplingParams
 from vllmlite.engine.thinking import ReasoningMarks, ThinkingBudget
@@ -78,6 +79,7 @@ def texts(llm: LLM, **options: Any) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+@needs_native_cpu
 def test_the_same_alone_in_batches_chunks_and_after_preemption() -> None:
     options: dict[str, Any] = {
         "dtype": "float32",

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from vllmlite.chat.special_tokens import LISTS, NAMED
+from vllmlite.chat.special_tokens import LISTS, NAMED, is_unicode
 from vllmlite.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,10 @@ def add_tokens(fast: Tokenizer, config: Mapping[str, Any], special: Mapping[str,
 def _token(key: str, entry: Any, file: Path) -> AddedToken:
     content = entry.get("content") if isinstance(entry, dict) else None
     flags = {name: entry[name] for name in FLAGS if name in entry} if isinstance(entry, dict) else {}
-    if not isinstance(content, str) or not all(isinstance(value, bool) for value in flags.values()):
+    if (
+        not isinstance(content, str)
+        or not is_unicode(content)
+        or not all(isinstance(value, bool) for value in flags.values())
+    ):
         raise ModelError(f"{file}: added_tokens_decoder: {key}: expected a token with its content and flags")
     return AddedToken(content, **flags)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any, NoReturn, TypeAlias, TypeVar
@@ -13,6 +14,7 @@ from vllmlite.llm_engine import LLMEngine, Prompt
 from vllmlite.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
+from vllmlite.terminal import is_terminal
 from vllmlite.tokenizer import Tokenizer
 from vllmlite.turns import Turns, takes_turn
 
@@ -223,4 +225,4 @@ def _progress_bar(total: int, make: bool | Callable[..., Any]) -> Any:
         from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         return None
-    return tqdm(total=total, desc="Prompts", disable=None)
+    return tqdm(total=total, desc="Prompts", disable=not is_terminal(sys.stderr))

@@ -42,4 +42,13 @@ def _text(token: Any) -> str | None:
     """The text of a token that stands as text or as an object with ``content``."""
     if isinstance(token, Mapping):
         token = token.get("content")
-    return token if isinstance(token, str) else None
+    return token if isinstance(token, str) and is_unicode(token) else None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be encoded: JSON may hold halves of surrogate pairs, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
