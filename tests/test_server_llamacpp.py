@@ -182,6 +182,12 @@ def test_huge_numbers_are_refused(service: Service) -> None:
         assert post(service, "/completion", 400, prompt="x", **{field: value})["error"]["param"] == field
 
 
+def test_biases_that_would_take_long_are_refused(service: Service) -> None:
+    for bias in ([["x", 1]] * 301, {"x" * 5000: 1}):
+        error = post(service, "/completion", 400, prompt="x", logit_bias=bias)["error"]
+        assert error["param"] == "logit_bias" and "at most" in error["message"]
+
+
 def test_a_stream_that_fails_ends_as_its_kind_does(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         for path in ("/completion", "/generate"):

@@ -18,6 +18,9 @@ MAX_LOGPROBS = 20
 """Default of ``EngineConfig.max_logprobs``."""
 MAX_LOGIT_BIAS = 300
 MAX_BAD_WORDS = 1024
+MAX_STOPS = 1024
+MAX_CHARACTERS = 32 << 10
+"""Most characters of all ``stop`` strings, which are looked for after every token; and of all ``bad_words``."""
 MAX_LOGPROB_TOKEN_IDS = 128
 
 
@@ -276,6 +279,7 @@ class SamplingParams:
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
         if not all(isinstance(s, str) and s for s in self.stop):
             raise ParameterError("stop", self.stop, "must be non-empty strings")
+        _check_strings("stop", self.stop, MAX_STOPS)
         if self.stop and not self.detokenize:
             raise ParameterError(
                 "stop", self.stop, "stop strings are looked for in the text: they need detokenize"
@@ -301,8 +305,7 @@ class SamplingParams:
             raise ParameterError("bad_words", self.bad_words, "must be a list of strings")
         if self.bad_words and not all(isinstance(w, str) and w for w in self.bad_words):
             raise ParameterError("bad_words", self.bad_words, "must be non-empty strings")
-        if self.bad_words and len(self.bad_words) > MAX_BAD_WORDS:
-            raise ParameterError("bad_words", len(self.bad_words), f"takes at most {MAX_BAD_WORDS} words")
+        _check_strings("bad_words", self.bad_words or (), MAX_BAD_WORDS)
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise ParameterError("logit_bias", self.logit_bias, "must map token ids to numbers")
@@ -364,3 +367,11 @@ def _within(field: str, value: float, low: float, high: float) -> None:
 def _at_least(field: str, value: float, low: float) -> None:
     if not value >= low:
         raise ParameterError(field, value, f"must be at least {low}")
+
+
+def _check_strings(name: str, strings: Sequence[str], most: int) -> None:
+    """Raise :class:`ParameterError` for more than ``most`` strings, or more characters than MAX_CHARACTERS in all."""
+    characters = sum(map(len, strings))
+    for count, limit, unit in ((len(strings), most, "strings"), (characters, MAX_CHARACTERS, "characters")):
+        if count > limit:
+            raise ParameterError(name, f"{count} {unit}", f"takes at most {limit}")

@@ -15,7 +15,12 @@ from vllmlite.chat.sources import TOOL_USE
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.pooling_params import PoolingParams
-from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from vllmlite.sampling_params import (
+    MAX_LOGIT_BIAS,
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from vllmlite.server import logprobs
 from vllmlite.server.documented import documented
 from vllmlite.server.errors import renamed
@@ -36,7 +41,7 @@ from vllmlite.server.protocol.llamacpp import (
     LlamaTimings,
 )
 from vllmlite.server.samplers import turned_off, used
-from vllmlite.server.service import Generation, Service, request_id
+from vllmlite.server.service import INLINE_CHARACTERS, Generation, Service, request_id
 from vllmlite.server.sse import JSON, Stream, event, llamacpp_error_event, unless_gone
 from vllmlite.tokenizer import Tokenizer
 
@@ -178,6 +183,12 @@ def _bias(given: Any, tokenizer: Tokenizer) -> dict[int, float]:
         isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs
     ):
         raise ParameterError("logit_bias", given, "must be pairs of a token id or a text and a number")
+    for count, limit, unit in (
+        (len(pairs), MAX_LOGIT_BIAS, "pairs"),
+        (sum(len(token) for token, _ in pairs if isinstance(token, str)), INLINE_CHARACTERS, "characters"),
+    ):
+        if count > limit:
+            raise ParameterError("logit_bias", f"{count} {unit}", f"takes at most {limit}")
     found = {}
     for token, bias in pairs:
         if isinstance(given, dict) and re.fullmatch(r"\d{1,18}", token):
