@@ -17,11 +17,16 @@ class Notes:
     def __init__(self) -> None:
         self._noted: set[str] = set()
 
+    @property
+    def are_full(self) -> bool:
+        """Whether no more lines are written."""
+        return len(self._noted) >= MAX_NOTES
+
     def once(self, key: str, line: Callable[[], str]) -> None:
         """Log ``line`` unless ``key`` has been noted."""
-        if key in self._noted or len(self._noted) >= MAX_NOTES:
+        if key in self._noted or self.are_full:
             return
         self._noted.add(key)
         logger.warning("%s", line())
-        if len(self._noted) == MAX_NOTES:
+        if self.are_full:
             logger.warning("%d such lines have been logged: there will be no more", MAX_NOTES)

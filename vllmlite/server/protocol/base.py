@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import (
@@ -82,9 +83,10 @@ class Request(BaseModel):
         return found
 
     @classmethod
-    def _names(cls) -> set[str]:
-        """The names of the fields in JSON."""
-        return {field.alias or name for name, field in cls.model_fields.items()}
+    @cache
+    def _names(cls) -> frozenset[str]:
+        """Return the names of the fields in JSON."""
+        return frozenset(field.alias or name for name, field in cls.model_fields.items())
 
     def unknown_fields(self, place: str = "") -> Iterator[Unknown]:
         """The fields without an effect, of this object at ``place`` and of those in it."""

@@ -41,12 +41,12 @@ SYNONYMS = (
 """Names of one parameter in several APIs. An endpoint takes each for the first one that it has as a field."""
 
 
+_NAMES_OF = {name: names for names in SYNONYMS for name in names}
+
+
 def synonym(name: str, fields: Collection[str]) -> str | None:
     """The one of ``fields`` that another API calls ``name``."""
-    for names in SYNONYMS:
-        if name in names:
-            return next((other for other in names if other in fields), None)
-    return None
+    return next((other for other in _NAMES_OF.get(name, ()) if other in fields), None)
 
 
 _UNUSED = (None,)
