@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from chat_templates import TEMPLATES
 from served import Script, post, serving
 
+from vllmlite.chat.template import ChatTemplate
 from vllmlite.errors import ParameterError
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.service import Service
@@ -97,6 +99,27 @@ def test_the_same_conversation_in_every_api(service: Service) -> None:
     counted = post(service, f"{CHAT}/input_tokens", messages=openai, **chosen, temperature=0)
     assert counted == post(service, "/chat/completions/input_tokens", messages=openai, **chosen)
     assert counted["input_tokens"] == post(service, "/tokenize", messages=openai, tools=tools)["count"]
+
+
+def test_long_conversations_are_rendered_while_others_are_served(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+    render = ChatTemplate.prompt
+
+    def prompt(*args: Any) -> str:
+        threads.append(threading.current_thread())
+        return render(*args)
+
+    monkeypatch.setattr(ChatTemplate, "prompt", prompt)
+    parts = [{"type": "text", "text": "x"}] * 100
+    for content, status in (
+        ("x", 200),
+        ("x" * 10_000, 400),
+        (parts, 200),
+    ):  # the context is shorter than the second
+        post(service, APPLY, status, messages=[{"role": "user", "content": content}])
+    assert [thread is threading.main_thread() for thread in threads] == [True, False, False]
 
 
 def test_names_of_chat_templates(service: Service) -> None:

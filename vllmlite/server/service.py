@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -196,6 +197,8 @@ class Service:
         if api_of(path) is not Api.LLAMACPP:
             self.check_model(getattr(body, "model", None))
         for field in body.unknown_fields():
+            if self.notes.are_full and not self.config.strict_requests:
+                return
             if self.config.strict_requests:
                 reason = field.reason + did_you_mean(field.place, field.names)
                 raise ParameterError(field.place, field.value, reason)
@@ -376,7 +379,13 @@ class Service:
         options = PromptOptions(
             body.add_generation_prompt, body.continue_final_message, self.config.chat_template_content_format
         )
-        text = template.prompt([as_mapping(message) for message in body.messages], options, tools, variables)
+        render = partial(
+            template.prompt, [as_mapping(message) for message in body.messages], options, tools, variables
+        )
+        if _work(body) <= INLINE_CHARACTERS:
+            text = render()
+        else:
+            text = await asyncio.get_running_loop().run_in_executor(None, render)
         return await self.encode(text, body.add_special_tokens, truncation)
 
     def chat_template(self) -> str:
@@ -396,6 +405,14 @@ class Service:
                 "is the name of none, and the server takes no others: --trust-request-chat-template",
             )  # fmt: skip
         return self.config.chat_template if requested is None else requested
+
+
+def _work(body: ChatPrompt) -> int:
+    """Estimate how many characters a chat template goes through; an object counts as some, whatever is in it."""
+    contents = [message.content or "" for message in body.messages]
+    texts = sum(len(content) for content in contents if isinstance(content, str))
+    parts = sum(len(content) for content in contents if not isinstance(content, str))
+    return texts + 64 * (parts + len(contents) + len(body.tools or ()) + len(body.documents or ()))
 
 
 def request_id(given: str | None, request: HTTPConnection) -> str | None:
