@@ -33,7 +33,8 @@ class LLMEngine:
 
     Threads take turns. Every call is atomic: an exception that a signal handler raises in the middle of one, such as
     KeyboardInterrupt, loses no output of any request and leaves the engine as it was before the call or as it would be
-    after it."""
+    after it. Of an engine in a thread or process of its own only the additions are: an interrupted step may lose
+    outputs, after which :class:`~vllmlite.async_llm.AsyncLLM` ends it."""
 
     def __init__(
         self, config: EngineConfig, start: Callable[[EngineConfig], Started[EngineCore]] = start
