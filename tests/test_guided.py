@@ -217,6 +217,7 @@ def test_a_grammar_in_the_form_of_lark(llm: LLM) -> None:
         ({"regex": "["}, "no grammar"),
         ({"regex": "(a{10000000}){10}"}, "at most 1048576"),
         ({"grammar": "root ::= missing"}, "no grammar"),
+        ({"regex": "((.{0,50}){0,50}){0,50}"}, "takes more than"),
         ({"choice": []}, "no grammar"),
         ({"grammar": 'root ::= [^\\0-\\U0010ffff] "a"'}, "allows no output"),
         ({"structural_tag": {"format": {"type": "nothing"}}}, "no grammar"),

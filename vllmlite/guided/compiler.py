@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -40,6 +41,9 @@ COMPILE_BYTES = 1 << 30
 """Of address space, beyond what the process has before it compiles."""
 RESULT_BYTES = 128 << 20
 """Largest compiled grammar, in memory."""
+TRIED_TOKENS = 8
+MASK_SECONDS = 0.1
+"""Of processor time, on the average of the first TRIED_TOKENS."""
 GRACE_SECONDS = 10
 """How much later than its child the process itself is given up."""
 IDLE_SECONDS = 300
@@ -187,7 +191,7 @@ def main(descriptor: int) -> None:
         if status:
             late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM)
             limit = f"{seconds} s" if late else f"{memory >> 20} MiB"
-            error = {"error": f"takes more than {limit} to compile: simplify it"}
+            error = {"error": f"takes more than {limit} to compile and try: simplify it"}
             connection.send_bytes(json.dumps(error).encode())
 
 
@@ -195,8 +199,8 @@ def _answer(compiler: Any, kind: str, source: Any) -> dict[str, str]:
     try:
         prepared = _prepared(compiler, kind, source)
         compiled = compile_prepared(compiler, prepared)
-        if not _begins(compiled):
-            return {"error": "allows no output that the model could write"}
+        if (fault := _fault(compiled)) is not None:
+            return {"error": fault}
     except MemoryError:
         os._exit(1)
     except Exception as error:  # xgrammar's own kinds, and RuntimeError of its C++ part
@@ -230,15 +234,30 @@ def _prepared(compiler: Any, kind: str, source: Any) -> Prepared:
     return Prepared("grammar", grammar.serialize_json())
 
 
-def _begins(compiled: Any) -> bool:
-    """Whether any token may come first."""
+def _fault(compiled: Any) -> str | None:
+    """Return why a grammar is refused: it allows no first token, or the masks of its first tokens take too long.
+
+    The engine computes a mask a token, and every other request waits for it."""
     import numpy as np
     import xgrammar
 
     info = compiled.tokenizer_info
     mask = np.empty((1, -(-info.vocab_size // 32)), np.int32)
     matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=not info.stop_token_ids)
-    return bool(not matcher.fill_next_token_bitmask(mask) or mask.any())
+    begun = time.process_time()
+    for number in range(TRIED_TOKENS):
+        if not matcher.fill_next_token_bitmask(mask):
+            mask[:] = -1
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[: info.vocab_size])
+        if not number and not allowed.size:
+            return "allows no output that the model could write"
+        if time.process_time() - begun > MASK_SECONDS * TRIED_TOKENS:
+            return f"takes more than {MASK_SECONDS} s a token to follow: simplify it"
+        if not allowed.size or not matcher.accept_token(int(allowed[allowed.size // 2])):
+            break
+        if matcher.is_terminated():
+            break
+    return None
 
 
 def _limit(which: int, value: int) -> None:
