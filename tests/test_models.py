@@ -334,6 +334,7 @@ BAD_CONFIGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"rms_norm_eps": "small"}, ["rms_norm_eps='small'"]),
     ({"tie_word_embeddings": 1}, ["tie_word_embeddings=1", "true or false"]),
     ({"dtype": "float8_e4m3fn"}, ["dtype='float8_e4m3fn'", "bfloat16"]),
+    ({"architectures": [["LlamaForCausalLM"]]}, ["architectures", "a list of names"]),
     ({"quantization_config": {"quant_method": "aqlm"}}, ["quantization_config", "aqlm"]),
     ({"rope_parameters": {"rope_type": "shortrope", "factor": 2.0}}, ["rope_type='shortrope'", "yarn"]),
     ({"rope_parameters": {"rope_type": "linear"}}, ["rope_parameters", "factor", "absent"]),

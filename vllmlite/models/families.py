@@ -108,8 +108,8 @@ def architecture(config: HfConfig) -> str:
     """What ``architectures`` names, or else the model type stands for. ModelError, which says what kind of model it
     is instead, for everything that is not a decoder of text."""
     named = config.get("architectures")
-    if isinstance(named, list) and named and named[0] in SHELLS:
-        return str(named[0])
+    if isinstance(named, list) and named and isinstance(named[0], str) and named[0] in SHELLS:
+        return named[0]
     for section in ("vision_config", "audio_config", "speech_config"):
         if config.get(section) is not None:
             raise config.error(section, "none: models of images or sound are not supported, only of text")
