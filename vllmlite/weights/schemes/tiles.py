@@ -108,7 +108,7 @@ class TileScheme(Scheme):
             )
             for suffix, part in weight.parts.items()
         }
-        return self._made((rows, weight.shape[1]), parts)
+        return self.assembled((rows, weight.shape[1]), parts)
 
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
         """See :class:`Scheme`."""
@@ -118,9 +118,10 @@ class TileScheme(Scheme):
             suffix: _elements(part)[:, slice(*(units if self.sub_scales and suffix == SCALES else groups))]
             for suffix, part in weight.parts.items()
         }
-        return self._made((weight.shape[0], last - first), parts)
+        return self.assembled((weight.shape[0], last - first), parts)
 
-    def _made(self, shape: tuple[int, int], parts: dict[str, NDArray[Any]]) -> PackedWeight:
+    def assembled(self, shape: tuple[int, int], parts: dict[str, NDArray[Any]]) -> PackedWeight:
+        """The weight of ``shape`` whose parts have the elements ``parts``, bfloat16 as unsigned integers."""
         return PackedWeight(
             self,
             shape,
@@ -193,13 +194,7 @@ def packed_weight(
     else:
         bits = scales.astype("<f2").view("<u2")
     arrays = {QWEIGHT: codes, SCALES: bits} | ({} if sub_scales is None else {SUB_SCALES: sub_scales})
-    parts = {
-        suffix: HostTensor(
-            part.dtype, part.shape, np.ascontiguousarray(arrays[suffix]).reshape(-1).view(np.uint8)
-        )
-        for suffix, part in scheme.parts(shape).items()
-    }
-    return PackedWeight(scheme, shape, parts)
+    return scheme.assembled(shape, arrays)
 
 
 def unpack(weight: PackedWeight) -> tuple[NDArray[np.int8], Floats, Floats | None]:
