@@ -132,7 +132,7 @@ class _Answer:
         body, index = self._body, prompt * self._generation.n + completion.index
         first, tokenizer = index not in self._begun, self._service.tokenizer
         text, token_ids, entries = completion.text, completion.token_ids, completion.logprobs
-        offsets = completion.text_offsets or [0] * len(token_ids)
+        offsets = completion.text_offsets or []
         finish_reason, stop_reason = completion.finish_reason, completion.stop_reason
         if self._scored:
             text, token_ids, entries, offsets = "", [], entries and [], []
@@ -144,7 +144,9 @@ class _Answer:
                 before = tokenizer.decode(output.prompt_token_ids)
             text = before + text
             self._begun[index] = len(before)
-        offsets = [self._begun.setdefault(index, 0) + offset for offset in offsets]
+        begun = self._begun.setdefault(index, 0)
+        if offsets:
+            offsets = [begun + offset for offset in offsets]
         if body.echo and first and entries is not None:
             entries = [*(output.prompt_logprobs or [None] * len(output.prompt_token_ids)), *entries]  # type: ignore[list-item]
             offsets = [*logprobs.prompt_offsets(tokenizer, output.prompt_token_ids, before or ""), *offsets]
