@@ -81,7 +81,7 @@ def test_the_next_request_is_answered_wherever_a_submission_was_interrupted(engi
                 stream.close()
                 return point
 
-    assert asyncio.run(interrupted()) > 40  # Python 3.14 reports fewer points
+    assert asyncio.run(interrupted()) > 100
     assert not engine._core._requests and not engine._streams
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -233,10 +232,6 @@ def test_no_output_is_lost_wherever_one_call_is_interrupted(depth: int) -> None:
             assert run_interrupted(depth, [None] * call + [number])[0] == want, (call, number)
 
 
-@pytest.mark.skipif(
-    sys.version_info >= (3, 14),
-    reason="since Python 3.14 sys.settrace reports no opcodes of calls that ran before",
-)
 @pytest.mark.parametrize("kind", RequestOutputKind)
 def test_a_request_is_dropped_whole_wherever_a_step_was_interrupted(kind: RequestOutputKind) -> None:
     """Another request with the same id gets nothing of it, neither ids nor an error."""
