@@ -39,14 +39,7 @@ class MarkedJson(ToolParser):
         return self._read_call(self._close)
 
     def _close(self, ended: bool) -> bool:
-        if not self._skip_space() and not ended:
-            return False
-        closes = self._takes(self.marks.closing, ended)
-        if closes is None:
-            return False
-        if closes:
-            self._taken = ""
-        return self._give_back()
+        return self._read_closing(self.marks.closing, ended)
 
 
 class Hermes(MarkedJson):

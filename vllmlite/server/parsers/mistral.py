@@ -8,7 +8,7 @@ import secrets
 import string
 
 from vllmlite.server.parsers.call_json import ArgumentsReader
-from vllmlite.server.parsers.parts import CallArguments, ToolParser, Tools
+from vllmlite.server.parsers.parts import ToolParser, Tools
 
 MARKER, ARGS = "[TOOL_CALLS]", "[ARGS]"
 _NAME = re.compile(r"[\w.-]*")
@@ -64,7 +64,5 @@ class Mistral(ToolParser):
         return self._go(self._object)
 
     def _object(self, ended: bool) -> bool:
-        count = self._arguments.feed(self._text)
-        self._text = self._text[count:]
-        self._parts.append(CallArguments(self._calls - 1, self._arguments.take_arguments()))
+        self._read_arguments(self._arguments)
         return (self._arguments.ended or self._arguments.broken) and self._go(self.content)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vllmlite.server.parsers.call_json import ArgumentsReader
-from vllmlite.server.parsers.parts import CallArguments, ToolParser, Tools
+from vllmlite.server.parsers.parts import ToolParser, Tools
 
 MAX_HEADER = 512
 """Most characters between a call's opening mark and its arguments."""
@@ -71,9 +71,7 @@ class NamedJson(ToolParser):
         return self._go(self._object)
 
     def _object(self, ended: bool) -> bool:
-        count = self._arguments.feed(self._text)
-        self._text = self._text[count:]
-        self._parts.append(CallArguments(self._calls - 1, self._arguments.take_arguments()))
+        self._read_arguments(self._arguments)
         if self._arguments.broken:
             return self._go(self.content)
         return self._arguments.ended and self._go(self._close)

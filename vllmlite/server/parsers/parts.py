@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
-from vllmlite.server.parsers.call_json import CallReader
+from vllmlite.server.parsers.call_json import ArgumentsReader, CallReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +179,23 @@ class ToolParser:
             self._taken += literal
             return True
         return None if literal.startswith(self._text) and not ended else False
+
+    def _read_closing(self, mark: str, ended: bool) -> bool:
+        """Take the ``mark`` that ends calls, if it comes next; what follows is content."""
+        if not self._skip_space() and not ended:
+            return False
+        closes = self._takes(mark, ended)
+        if closes is None:
+            return False
+        if closes:
+            self._taken = ""
+        return self._give_back()
+
+    def _read_arguments(self, reader: ArgumentsReader) -> None:
+        """Hand on the arguments of the last call as far as ``reader`` finds them in the text, which it takes."""
+        count = reader.feed(self._text)
+        self._text = self._text[count:]
+        self._parts.append(CallArguments(self._calls - 1, reader.take_arguments()))
 
     def _read_call(self, after: State, *, known: bool = False) -> bool:
         """Go and read an object with a name and arguments, then to ``after``. ``known``: its name must be a tool's."""

@@ -109,14 +109,7 @@ class Pythonic(ToolParser):
     def _close(self, ended: bool) -> bool:
         if not self.marks.closing:
             return self._go(self.content)
-        if not self._skip_space() and not ended:
-            return False
-        closes = self._takes(self.marks.closing, ended)
-        if closes is None:
-            return False
-        if closes:
-            self._taken = ""
-        return self._give_back()
+        return self._read_closing(self.marks.closing, ended)
 
 
 class _Scan:
