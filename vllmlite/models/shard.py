@@ -6,13 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vllmlite.errors import ParameterError
+from vllmlite.weights.parts import Span
 
 if TYPE_CHECKING:
     from vllmlite.models.spec import DecoderSpec
-
-Span = tuple[int, int]
-"""First index, and the one after the last."""
-
 
 VOCAB_UNIT = 16
 """Rows of the output layer are given to ranks in multiples of this number."""

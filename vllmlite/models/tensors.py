@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vllmlite.models.keys import Fused
-from vllmlite.models.shard import Shard, Span, whole
-from vllmlite.weights.parts import Source
+from vllmlite.models.shard import Shard, whole
+from vllmlite.weights.parts import Source, Span
 
 if TYPE_CHECKING:
     from vllmlite.models.spec import DecoderSpec, MoeSpec
@@ -106,7 +106,11 @@ class _Sources:
                 first = sum(counts[:index])
                 spans = [(first + heads[index][0], first + heads[index][1])]
             rows = tuple((first * size, last * size) for first, last in spans)
-            yield from self.fused(name, key, modules, part, sum(counts) * size, rows, self.spec.qkv_bias)
+            own_rows = _rows((heads[index][0] * size, heads[index][1] * size), counts[index] * size)
+            alone = counts[index] * size, own_rows
+            yield from self.fused(
+                name, key, modules, part, (sum(counts) * size, rows), alone, self.spec.qkv_bias
+            )
 
     def in_groups(self, group: int, part: int) -> list[Span]:
         """The heads of q (``part`` 0), k (1) or v (2) among all heads, where those of each key/value head are adjacent:
@@ -137,7 +141,8 @@ class _Sources:
             return
         for own, first in (("gate", 0), ("up", inner)):
             rows = ((first + part[0], first + part[1]),)
-            yield from self.fused(name, key, modules, own, 2 * inner, rows, self.spec.mlp_bias)
+            alone = inner, _rows(part, inner)
+            yield from self.fused(name, key, modules, own, (2 * inner, rows), alone, self.spec.mlp_bias)
 
     def moe(self, name: str, key: str, moe: MoeSpec) -> Named:
         keys, hidden = self.keys, self.spec.hidden_size
@@ -208,38 +213,24 @@ class _Sources:
             yield f"{name}.bias", self.bias(f"{module}.bias", hidden, None)
 
     def fused(
-        self, name: str, key: str, modules: Fused, part: str, total: int, rows: tuple[Span, ...], bias: bool
+        self,
+        name: str,
+        key: str,
+        modules: Fused,
+        part: str,
+        together: tuple[int, tuple[Span, ...]],
+        alone: tuple[int, tuple[Span, ...] | None],
+        bias: bool,
     ) -> Named:
-        """One of the weights of a fused module of ``total`` rows."""
-        module = key + modules.module
-        if self.spec.quantization is None or not self.spec.quantization.own:
-            yield from self.linear(name + part, module, total, self.spec.hidden_size, False, rows)
-        else:  # our own quantised checkpoints store the parts of a fused weight apart
-            rows_of_part = self.own_rows(part, rows)
-            yield from self.linear(
-                name + part,
-                f"{module}.{part}",
-                rows_of_part[1],
-                self.spec.hidden_size,
-                False,
-                rows_of_part[0],
-            )
+        """One of the weights of a fused module: ``together`` is the module's number of rows and those that are meant,
+        ``alone`` the same of a tensor that holds this part alone, as our own quantised checkpoints store it."""
+        module, quantization = key + modules.module, self.spec.quantization
+        apart = quantization is not None and quantization.own
+        total, rows = alone if apart else together
+        stored = f"{module}.{part}" if apart else module
+        yield from self.linear(name + part, stored, total, self.spec.hidden_size, False, rows)
         if bias:
-            yield f"{name}{part}.bias", self.bias(f"{module}.bias", total, rows)
-
-    def own_rows(self, part: str, rows: tuple[Span, ...]) -> tuple[tuple[Span, ...] | None, int]:
-        """The rows that this rank takes of a part of a fused weight which is stored by itself, and how many it has."""
-        if part in ("gate", "up"):
-            own, total = self.shard.part(self.stored.intermediate_size), self.stored.intermediate_size
-        else:
-            heads, count = (
-                (self.shard.heads, self.stored.num_heads)
-                if part == "q"
-                else (self.shard.kv_heads, self.stored.num_kv_heads)
-            )
-            size = self.spec.head_dim
-            own, total = (heads[0] * size, heads[1] * size), count * size
-        return _rows(own, total), total
+            yield f"{name}{part}.bias", self.bias(f"{module}.bias", *together)
 
     def bias(self, key: str, size: int, rows: tuple[Span, ...] | None) -> Source:
         return Source(key, (size,), (sum(map(_size, rows)) if rows else size,), rows)

@@ -74,7 +74,8 @@ class Scheme(ABC):
     """How a checkpoint stores a quantised weight ``[out, in]``: which tensors, and what they mean."""
 
     name: str
-    """Unique among all schemes; :attr:`Backend.schemes` names those that a backend multiplies natively."""
+    """What the scheme is called. :attr:`Backend.schemes` holds the names of those that a backend multiplies natively,
+    so two schemes share a name only if a backend treats them alike."""
 
     @property
     def row_unit(self) -> int:

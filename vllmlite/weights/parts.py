@@ -17,9 +17,8 @@ from vllmlite.weights.packing import Packing
 
 TABLE, HEAD = "embedding.weight", "head.weight"
 
-
 Span: TypeAlias = tuple[int, int]
-"""First row or column, and the one after the last."""
+"""The first of some rows, columns or heads, and the one after the last."""
 
 
 @dataclass(frozen=True, slots=True)

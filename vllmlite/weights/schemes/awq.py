@@ -65,7 +65,7 @@ class AwqScheme(SlicedScheme):
     def dequantize(self, weight: PackedWeight) -> Floats:
         """See :class:`Scheme`."""
         scales = float_values(weight.parts["scales"]).T
-        index = group_indices(weight, "g_idx", self.group_size, scales.shape[1])
+        index = group_indices(weight, self.group_size, scales.shape[1])
         codes, zeros = (
             _codes(words(weight.parts[suffix]), weight.shape[0]) for suffix in ("qweight", "qzeros")
         )

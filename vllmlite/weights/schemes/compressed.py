@@ -1,11 +1,15 @@
 """compressed-tensors' integers: ``pack-quantized`` (several codes in a word) and ``int-quantized`` (an int8 each).
 
-For a weight ``[N, K]`` with G groups in a row (one, if scales are per channel): ``weight_packed`` int32 ``[N, ceil(K
-* bits / 32)]``, ``weight_scale`` ``[N, G]``, ``weight_zero_point`` int32 ``[ceil(N * bits / 32), G]`` where the
-weight is asymmetric, ``weight_g_idx`` int32 ``[K]`` where groups are in no order (``actorder``), and ``weight_shape``
-int64 ``[2]``. Codes and zeros are stored plus 2 ** (bits - 1), low bits first. ``int-quantized`` stores ``weight``
-int8 ``[N, K]`` and ``weight_zero_point`` int8 ``[N, G]``. An element is (code - zero) * scale. What is stored for
-activations has no effect: they stay floats.
+For a weight ``[N, K]`` with G groups in a row (one, if scales are per channel), ``pack-quantized`` stores
+
+- ``weight_packed`` int32 ``[N, ceil(K * bits / 32)]``: signed codes plus 2 ** (bits - 1), low bits first;
+- ``weight_scale`` ``[N, G]``;
+- ``weight_zero_point`` int32 ``[ceil(N * bits / 32), G]``, packed like the codes, if the weight is asymmetric;
+- ``weight_g_idx`` int32 ``[K]``, the group of each column, if groups are in no order (``actorder``);
+- ``weight_shape`` int64 ``[2]``.
+
+``int-quantized`` stores ``weight`` int8 ``[N, K]``, the same scales, and ``weight_zero_point`` int8 ``[N, G]``. An
+element is (code - zero) * scale. What is stored for activations has no effect: they stay floats.
 """
 
 from __future__ import annotations
@@ -44,9 +48,9 @@ def scale_part(shape: Shape, group_size: int | None, per_tensor: bool) -> Part:
     return Part((shape[0], groups), "bfloat16", SCALE_DTYPES, ((shape[0],),) if groups == 1 else ())
 
 
-def scales_of(weight: PackedWeight, suffix: str = "weight_scale") -> Floats:
+def scales_of(weight: PackedWeight) -> Floats:
     """Scales ``[N, G]`` of a weight ``[N, K]``."""
-    scales = float_values(weight.parts[suffix])
+    scales = float_values(weight.parts["weight_scale"])
     if scales.size == 1:
         return np.broadcast_to(scales.reshape(1, 1), (weight.shape[0], 1))
     return scales.reshape(weight.shape[0], -1)
@@ -109,7 +113,7 @@ class PackedIntScheme(SlicedScheme):
         """See :class:`Scheme`."""
         rows, columns = weight.shape
         scales = scales_of(weight)
-        index = group_indices(weight, "weight_g_idx", self.group_size, scales.shape[1])
+        index = group_indices(weight, self.group_size, scales.shape[1], "weight_g_idx")
         codes = unpack_rows(words(weight.parts["weight_packed"]), self.bits, columns)
         if self.symmetric:
             return scaled(codes, 1 << (self.bits - 1), scales, index)
@@ -152,7 +156,7 @@ class IntScheme(SlicedScheme):
         """See :class:`Scheme`."""
         scales = scales_of(weight)
         codes = weight.parts["weight"].data.view(np.int8).reshape(weight.shape)
-        index = group_indices(weight, "g_idx", self.group_size, scales.shape[1])
+        index = group_indices(weight, self.group_size, scales.shape[1])
         stored = weight.parts.get("weight_zero_point")
         if stored is None:
             return scaled(codes, 0, scales, index)

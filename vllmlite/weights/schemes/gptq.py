@@ -84,7 +84,7 @@ class GptqScheme(SlicedScheme):
         """See :class:`Scheme`."""
         if self.ordered:  # what is left of g_idx would number the groups of the whole weight
             groups = group_count(weight.shape[1], self.group_size)
-            if group_indices(weight, "g_idx", self.group_size, groups) is not None:
+            if group_indices(weight, self.group_size, groups, "g_idx") is not None:
                 raise ModelError("g_idx is in no order; accepted: runs of columns, as desc_act=false means")
             parts = {suffix: part for suffix, part in weight.parts.items() if suffix != "g_idx"}
             weight = PackedWeight(self, weight.shape, parts)
@@ -95,7 +95,7 @@ class GptqScheme(SlicedScheme):
         rows, columns = weight.shape
         scales = float_values(weight.parts["scales"]).T
         groups = scales.shape[1]
-        index = group_indices(weight, "g_idx", self.group_size, groups)
+        index = group_indices(weight, self.group_size, groups, "g_idx")
         codes = unpack_rows(words(weight.parts["qweight"]).T, self.bits, columns)
         stored = unpack_rows(words(weight.parts["qzeros"]), self.bits, rows).T
         return scaled(codes, self._zeros(stored), scales, index)

@@ -22,10 +22,10 @@ def group_count(columns: int, group_size: int | None) -> int:
 
 
 def group_indices(
-    weight: PackedWeight, suffix: str, group_size: int | None, groups: int
+    weight: PackedWeight, group_size: int | None, groups: int, suffix: str = ""
 ) -> NDArray[np.int64] | None:
-    """The group of each column: as the part ``suffix`` says, where it is stored (``desc_act``), else in order. None if
-    the groups are runs of as many columns each. ModelError for indices out of range."""
+    """The group of each column: what the part ``suffix`` holds, if it is stored (``desc_act``), else groups in order.
+    None if the groups are runs of as many columns each. ModelError for indices out of range."""
     stored, columns = weight.parts.get(suffix), weight.shape[1]
     size = columns if group_size is None else group_size
     in_order = np.arange(columns) // size
