@@ -8,7 +8,7 @@ from textwrap import wrap
 from typing import Any
 
 from vllmlite.cli.serve import OWN
-from vllmlite.config import EngineConfig
+from vllmlite.config.engine_config import EngineConfig
 from vllmlite.server.config import ServerConfig
 
 HEAD = """\

@@ -30,7 +30,7 @@ from itertools import pairwise
 from multiprocessing import get_context
 
 from vllmlite import LLM, SamplingParams
-from vllmlite.options import read_yaml
+from vllmlite.config.options import read_yaml
 
 
 def main() -> None:

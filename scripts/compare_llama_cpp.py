@@ -3,9 +3,9 @@
 
 PYTHONPATH=. scripts/compare_llama_cpp.py [--root DIR] [--types TYPE...] [--max-tokens N]
 
-The files are made by tests/gguf_files.py (BF16) and llama-quantize. Both programs are Debian's llama.cpp-tools; with
---root they run in that directory as their root (as root). Exit status 1 if a text differs in a type whose weights both
-compute in floats; where weights stay codes, sums are rounded elsewhere, and the first difference is shown."""
+The files are made by tests/support/gguf_files.py (BF16) and llama-quantize. Both programs are Debian's llama.cpp-tools;
+with --root they run in that directory as their root (as root). Exit status 1 if a text differs in a type whose weights
+both compute in floats; where weights stay quantised, rounding differs, and the first difference is shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/support"))
 
 from gguf_files import contents, encode, tokenizer_metadata
 

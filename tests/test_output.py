@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from vllmlite.detokenizer import Detokenizer
 from vllmlite.engine.engine import EngineOutput, TokenLogprobs
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.output_processor import OutputProcessor, ProcessedStep
 from vllmlite.outputs import Logprob, RequestMetrics, RequestOutput
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
-from vllmlite.server import logprobs
-from vllmlite.tokenizer import Tokenizer
+from vllmlite.server.openai import logprobs
+from vllmlite.tokenizers.detokenizer import Detokenizer
+from vllmlite.tokenizers.tokenizer import Tokenizer
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TEMPLATE = (

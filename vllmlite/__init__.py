@@ -46,7 +46,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from vllmlite.async_llm import AsyncLLM, AsyncLLMEngine
-    from vllmlite.config import AsyncEngineArgs, EngineArgs, EngineConfig
+    from vllmlite.config.engine_config import AsyncEngineArgs, EngineArgs, EngineConfig
     from vllmlite.inputs import TextPrompt, TokensPrompt
     from vllmlite.llm import LLM
     from vllmlite.llm_engine import LLMEngine

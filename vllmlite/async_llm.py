@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllmlite.config import EngineConfig
-from vllmlite.engine_client import EngineClient
+from vllmlite.config.engine_config import EngineConfig
+from vllmlite.engine_process.client import EngineClient
 from vllmlite.errors import EngineDeadError, ParameterError, VllmliteError
 from vllmlite.inputs import refuse
 from vllmlite.llm_engine import LLMEngine, Prompt
@@ -18,7 +18,7 @@ from vllmlite.outputs import EngineStats, RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.runner.startup import start_process, start_thread
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
-from vllmlite.tokenizer import Tokenizer
+from vllmlite.tokenizers.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
-from vllmlite.config import EngineConfig
+from vllmlite.config.engine_config import EngineConfig
 from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.inputs import as_batch, refuse
 from vllmlite.llm_engine import LLMEngine, Prompt
@@ -15,7 +15,7 @@ from vllmlite.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOut
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.terminal import is_terminal
-from vllmlite.tokenizer import Tokenizer
+from vllmlite.tokenizers.tokenizer import Tokenizer
 from vllmlite.turns import Turns, takes_turn
 
 Messages: TypeAlias = Iterable[Mapping[str, Any]]

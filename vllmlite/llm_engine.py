@@ -8,7 +8,7 @@ from functools import cached_property
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from vllmlite.config import EngineConfig
+from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.engine import Engine, EngineCore, EngineOutput
 from vllmlite.errors import ParameterError
 from vllmlite.inputs import PROMPT_KEYS, refuse, token_ids
@@ -17,8 +17,8 @@ from vllmlite.outputs import EngineStats, RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.runner.startup import Started, start
 from vllmlite.sampling_params import SamplingParams
-from vllmlite.tokenizer import Tokenizer
-from vllmlite.truncation import Truncation
+from vllmlite.tokenizers.tokenizer import Tokenizer
+from vllmlite.tokenizers.truncation import Truncation
 from vllmlite.turns import Turns, takes_turn
 
 if TYPE_CHECKING:

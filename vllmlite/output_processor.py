@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from vllmlite.detokenizer import Detokenizer
 from vllmlite.engine.engine import EngineOutput, TokenLogprobs
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
-from vllmlite.tokenizer import Tokenizer
+from vllmlite.tokenizers.detokenizer import Detokenizer
+from vllmlite.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllmlite.errors import ParameterError
-from vllmlite.truncation import check_truncation
+from vllmlite.tokenizers.truncation import check_truncation
 
 POOLING_TYPES = ("LAST", "MEAN")
 """How a prompt's hidden states become one vector: the last token's, or the mean of all."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllmlite.errors import ParameterError
 from vllmlite.inputs import refuse, token_ids
-from vllmlite.truncation import check_truncation
+from vllmlite.tokenizers.truncation import check_truncation
 
 MAX_LOGPROBS = 20
 """Default of ``EngineConfig.max_logprobs``."""

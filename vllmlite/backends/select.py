@@ -12,7 +12,7 @@ from typing import Any
 from vllmlite.backends.base import Backend
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
-from vllmlite.config import FLOAT_DTYPES, QUANTIZATIONS
+from vllmlite.config.engine_config import FLOAT_DTYPES, QUANTIZATIONS
 from vllmlite.errors import BackendError, ParameterError, not_installed
 
 

@@ -12,8 +12,8 @@ import sys
 from typing import TYPE_CHECKING, Protocol, cast
 
 from vllmlite.cli.parser import OptionParser
+from vllmlite.config.options import did_you_mean
 from vllmlite.errors import VllmliteError
-from vllmlite.options import did_you_mean
 from vllmlite.terminal import is_terminal, note, open_closed_streams
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 from vllmlite.cli import report, session
 from vllmlite.cli.sampling import add_sampling_arguments, given_sampling
 from vllmlite.cli.screen import Screen, visible
-from vllmlite.config import EngineConfig
+from vllmlite.config.engine_config import EngineConfig
+from vllmlite.config.options import given
 from vllmlite.errors import ParameterError, VllmliteError
-from vllmlite.options import given
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.server.parsers.parts import Content, Part
 from vllmlite.server.parsers.reasoning import STYLES, ThinkParser

@@ -8,7 +8,7 @@ import re
 import textwrap
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vllmlite.options import did_you_mean
+from vllmlite.config.options import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -60,7 +60,7 @@ def _asked(timeout: float, *arguments: str) -> list[Any] | str:
 
 def load(path: str) -> list[str]:
     """Why the model cannot be loaded, tried in this process; empty if it can."""
-    from vllmlite.config import EngineConfig
+    from vllmlite.config.engine_config import EngineConfig
     from vllmlite.errors import VllmliteError
     from vllmlite.runner.startup import start
 

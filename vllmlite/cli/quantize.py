@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllmlite.config import QUANTIZATIONS
+from vllmlite.config.engine_config import QUANTIZATIONS
 
 if TYPE_CHECKING:
     import argparse

@@ -10,8 +10,8 @@ from collections.abc import Set
 from dataclasses import fields
 from typing import Any
 
+from vllmlite.config.options import did_you_mean
 from vllmlite.errors import ParameterError
-from vllmlite.options import did_you_mean
 from vllmlite.sampling_params import SamplingParams
 
 NO_FLAG = {"output_kind", "seed", "spaces_between_special_tokens", "structured_outputs"}

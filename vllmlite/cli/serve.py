@@ -6,9 +6,9 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vllmlite.config import REASONING_KEYS, EngineConfig, add_engine_arguments
+from vllmlite.config.engine_config import REASONING_KEYS, EngineConfig, add_engine_arguments
+from vllmlite.config.options import add_fields, given, read_yaml
 from vllmlite.errors import ParameterError, VllmliteError
-from vllmlite.options import add_fields, given, read_yaml
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.parsers.reasoning import STYLES
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from vllmlite.engine.thinking import ReasoningMarks
 from vllmlite.errors import ContextLengthError, ParameterError
 from vllmlite.sampling_params import SamplingParams
-from vllmlite.truncation import Truncation
+from vllmlite.tokenizers.truncation import Truncation
 
 
 @dataclass(frozen=True, slots=True)

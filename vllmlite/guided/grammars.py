@@ -25,7 +25,7 @@ from vllmlite.guided.json_keywords import LITERAL, NAMED, SchemaError
 from vllmlite.guided.json_pattern import MAX_COUNT
 from vllmlite.guided.json_schema import exact
 from vllmlite.sampling_params import StructuredOutputsParams, ThinkingMarks
-from vllmlite.tokenizer import Tokenizer
+from vllmlite.tokenizers.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

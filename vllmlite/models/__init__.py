@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmlite.backends.base import KV_DTYPES, Backend, KVSpec, Model
-from vllmlite.config import QUANTIZATIONS
+from vllmlite.config.engine_config import QUANTIZATIONS
 from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.models.decoder import Decoder
 from vllmlite.models.families import read_spec

@@ -10,7 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vllmlite.config import METHOD_SYNONYMS, QUANTIZATIONS
+from vllmlite.config.engine_config import METHOD_SYNONYMS, QUANTIZATIONS
 from vllmlite.errors import ModelError
 from vllmlite.models.hf_config import HfConfig
 from vllmlite.weights.host import Scheme

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from vllmlite.backends.base import Backend, Model
-from vllmlite.config import QUANTIZATIONS, REASONING_KEYS, EngineConfig
+from vllmlite.config.engine_config import QUANTIZATIONS, REASONING_KEYS, EngineConfig
 from vllmlite.engine.engine import Engine, EngineCore
 from vllmlite.engine.scheduler import Limits
 from vllmlite.engine.thinking import ReasoningMarks
@@ -21,11 +21,11 @@ from vllmlite.hub import find_model
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.terminal import is_terminal, note
-from vllmlite.tokenizer import Tokenizer
+from vllmlite.tokenizers.tokenizer import Tokenizer
 from vllmlite.weights.json_object import read_object
 
 if TYPE_CHECKING:
-    from vllmlite.engine_client import EngineClient
+    from vllmlite.engine_process.client import EngineClient
     from vllmlite.models.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -179,8 +179,8 @@ def start(config: EngineConfig) -> Started[Engine]:
 
 def start_thread(config: EngineConfig) -> Started[EngineClient]:
     """Start an engine in a thread of its own. Raises what :func:`start` raises."""
-    from vllmlite.engine_client import EngineClient
-    from vllmlite.engine_host import EngineThread
+    from vllmlite.engine_process.client import EngineClient
+    from vllmlite.engine_process.host import EngineThread
 
     started = start(config)
     stats = replace(started.engine.stats)
@@ -197,8 +197,8 @@ def start_thread(config: EngineConfig) -> Started[EngineClient]:
 
 def start_process(config: EngineConfig) -> Started[EngineClient]:
     """Start an engine in a process of its own. Raises what :func:`start` raises there."""
-    from vllmlite.engine_client import EngineClient
-    from vllmlite.engine_host import EngineProcess
+    from vllmlite.engine_process.client import EngineClient
+    from vllmlite.engine_process.host import EngineProcess
 
     process = EngineProcess(config)
     try:

@@ -21,29 +21,25 @@ from starlette.responses import Response
 
 from vllmlite import __version__
 from vllmlite.errors import ParameterError, VllmliteError
-from vllmlite.server import (
-    chat,
-    completions,
-    embeddings,
-    llamacpp,
-    messages,
-    operations,
-    responses,
-    stored_responses,
-)
+from vllmlite.server import operations
+from vllmlite.server.anthropic import routes as anthropic
 from vllmlite.server.errors import ApiError, as_api_error
+from vllmlite.server.llamacpp import routes as llamacpp
 from vllmlite.server.metrics import StatsLog
 from vllmlite.server.middleware import Count, LimitBody, RequireKey, RootPath, error_response
+from vllmlite.server.openai import chat, completions, embeddings
+from vllmlite.server.operations_protocol import TOKENIZABLE_TAGS
 from vllmlite.server.page import page_route
 from vllmlite.server.profiler import Profiler
 from vllmlite.server.protocol.base import FUNCTION_TAG, OTHER_TAG
-from vllmlite.server.protocol.operations import TOKENIZABLE_TAGS
+from vllmlite.server.responses import routes as responses
+from vllmlite.server.responses import stored as stored_responses
 from vllmlite.server.service import Service
 from vllmlite.server.sse import ClientGone
 
 logger = logging.getLogger(__name__)
 
-ENDPOINTS = (completions, chat, embeddings, responses, stored_responses, messages, llamacpp, operations)
+ENDPOINTS = (completions, chat, embeddings, responses, stored_responses, anthropic, llamacpp, operations)
 
 TAGS = (*TOKENIZABLE_TAGS, FUNCTION_TAG, OTHER_TAG)
 """What pydantic puts into the places of errors besides names of fields."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllmlite.chat.messages import CONTENT_FORMATS, check_variables
+from vllmlite.config.options import check_fields, mapping_option, option
 from vllmlite.errors import ParameterError
-from vllmlite.options import check_fields, mapping_option, option
 from vllmlite.server.parsers import TOOL_PARSERS
 from vllmlite.server.parsers.reasoning import STYLES
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllmlite.errors import ParameterError
-from vllmlite.server.protocol.chat import ChatPrompt, Message, Tool
+from vllmlite.server.openai.chat_protocol import ChatPrompt, Message, Tool
 
 
 def as_mapping(message: Message) -> dict[str, Any]:

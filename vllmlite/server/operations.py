@@ -12,7 +12,7 @@ from vllmlite import __version__
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.server.documented import CONFLICT, documented
 from vllmlite.server.errors import ApiError
-from vllmlite.server.protocol.operations import (
+from vllmlite.server.operations_protocol import (
     Detokenized,
     DetokenizeRequest,
     Health,
@@ -29,7 +29,7 @@ from vllmlite.server.protocol.operations import (
 )
 from vllmlite.server.service import Service
 from vllmlite.server.sse import JSON
-from vllmlite.tokenizer import Tokenizer
+from vllmlite.tokenizers.tokenizer import Tokenizer
 
 router = APIRouter()
 profiling = APIRouter()

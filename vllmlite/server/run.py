@@ -24,8 +24,8 @@ from uvicorn.config import LOGGING_CONFIG
 
 from vllmlite.async_llm import AsyncLLM
 from vllmlite.chat.sources import read_template
-from vllmlite.config import EngineConfig
-from vllmlite.engine_host import settle_garbage
+from vllmlite.config.engine_config import EngineConfig
+from vllmlite.engine_process.host import settle_garbage
 from vllmlite.errors import EngineDeadError, ParameterError
 from vllmlite.hub import BUILT_IN_NAME
 from vllmlite.server.app import build_app

@@ -19,8 +19,8 @@ from starlette.types import Receive
 from vllmlite.async_llm import AsyncLLM, NewRequest, OutputStream
 from vllmlite.chat.builtin import BUILT_IN
 from vllmlite.chat.template import PromptOptions
+from vllmlite.config.options import did_you_mean
 from vllmlite.errors import ContextLengthError, ParameterError
-from vllmlite.options import did_you_mean
 from vllmlite.outputs import RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
@@ -30,12 +30,12 @@ from vllmlite.server.conversation import as_mapping
 from vllmlite.server.errors import ApiError, renamed
 from vllmlite.server.metrics import Metrics
 from vllmlite.server.notes import Notes
+from vllmlite.server.openai.chat_protocol import ChatPrompt
 from vllmlite.server.protocol.base import Request, Usage
-from vllmlite.server.protocol.chat import ChatPrompt
 from vllmlite.server.protocol.sampling import token_limit
-from vllmlite.server.response_store import ResponseStore
+from vllmlite.server.responses.store import ResponseStore
 from vllmlite.server.sse import unless_gone
-from vllmlite.truncation import Truncation
+from vllmlite.tokenizers.truncation import Truncation
 
 logger = logging.getLogger(__name__)
 

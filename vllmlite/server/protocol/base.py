@@ -18,9 +18,9 @@ from pydantic import (
 )
 from typing_extensions import NotRequired, Self, TypeAliasType, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
 
-from vllmlite.config_absent import Absent
+from vllmlite.config.options import did_you_mean
+from vllmlite.config.refused import Absent
 from vllmlite.errors import ParameterError
-from vllmlite.options import did_you_mean
 from vllmlite.server.protocol.fields import BOOKKEEPING, synonym
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from vllmlite.config_absent import Absent
+from vllmlite.config.refused import Absent
 
 BOOKKEEPING = frozenset(
     "user metadata store service_tier safety_identifier session_id prompt_cache_key prompt_cache_retention "

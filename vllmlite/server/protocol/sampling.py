@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from vllmlite.config_absent import Absent
+from vllmlite.config.refused import Absent
 from vllmlite.errors import ParameterError
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllmlite.server.protocol.base import Bias, Ints, Request, Stops, Strings

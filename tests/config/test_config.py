@@ -1,0 +1,350 @@
+"""EngineConfig: one set of fields behind keywords, flags and YAML, and nothing ignored on the way."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllmlite.cli.parser import OptionParser
+from vllmlite.config.engine_config import EngineArgs, EngineConfig, add_engine_arguments
+from vllmlite.config.options import parse_size
+from vllmlite.config.refused import ABSENT
+from vllmlite.errors import ParameterError
+
+FLAGS: list[tuple[list[str], str, Any]] = [
+    (["--model", "m"], "model", "m"),
+    (["-m", "m"], "model", "m"),
+    (["--tokenizer", "t"], "tokenizer", "t"),
+    (["--pooling-type", "mean"], "pooling_type", "MEAN"),
+    (["--no-pooling-normalize"], "pooling_normalize", False),
+    (["--skip-tokenizer-init"], "skip_tokenizer_init", True),
+    (["--model", "m", "--revision", "r"], "revision", "r"),
+    (["--tokenizer-revision", "r"], "tokenizer_revision", "r"),
+    (["--download-dir", "d"], "download_dir", "d"),
+    (["--load-format", "dummy"], "load_format", "dummy"),
+    (["--model-impl", "transformers"], "model_impl", "transformers"),
+    (["--model-impl", "vllm"], "model_impl", "native"),
+    (["--dtype", "half"], "dtype", "float16"),
+    (["--max-model-len", "4K"], "max_model_len", 4096),
+    (["--generation-config", "vllm"], "generation_config", "vllm"),
+    (
+        ["--reasoning-config", '{"reasoning_start_str": "<a>", "reasoning_end_str": "</a>"}'],
+        "reasoning_config",
+        {"reasoning_start_str": "<a>", "reasoning_end_str": "</a>"},
+    ),
+    (["--override-generation-config", '{"top_k": 5}'], "override_generation_config", {"top_k": 5}),
+    (["--served-model-name", "n"], "served_model_name", "n"),
+    (["--backend", "torch"], "backend", "torch"),
+    (["--device", "cuda:1"], "device", "cuda:1"),
+    (["--threads", "3"], "threads", 3),
+    (["--cpu-isa", "avx2"], "cpu_isa", "avx2"),
+    (["--quantization", "int4"], "quantization", "int4"),
+    (["--kv-cache-dtype", "float"], "kv_cache_dtype", "float32"),
+    (["--kv-cache-dtype", "int8"], "kv_cache_dtype", "int8"),
+    (["--kv-cache-dtype", "int8_per_token_head"], "kv_cache_dtype", "int8"),
+    (["--block-size", "32"], "block_size", 32),
+    (["--num-gpu-blocks-override", "9"], "num_gpu_blocks_override", 9),
+    (["--kv_cache_memory_bytes", "2GiB"], "kv_cache_memory_bytes", 2 << 30),
+    (["--gpu-memory-utilization=0.5"], "gpu_memory_utilization", 0.5),
+    (["--max_num_batched_tokens", "8k"], "max_num_batched_tokens", 8000),
+    (["--max-mixed-prefill-tokens", "512"], "max_mixed_prefill_tokens", 512),
+    (["--max-num-seqs", "4"], "max_num_seqs", 4),
+    (["--no-enable-prefix-caching"], "enable_prefix_caching", False),
+    (["--no_enable_prefix_caching"], "enable_prefix_caching", False),
+    (["--scheduling-policy", "priority"], "scheduling_policy", "priority"),
+    (["--no-async-scheduling"], "async_scheduling", False),
+    (["--batch-invariant"], "batch_invariant", True),
+    (["--enforce-eager"], "enforce_eager", True),
+    (["--seed", "7"], "seed", 7),
+    (["--max-logprobs", "-1"], "max_logprobs", -1),
+]
+
+
+def parser() -> OptionParser:
+    made = OptionParser(prog="x")
+    add_engine_arguments(made)
+    return made
+
+
+def from_flags(*argv: str) -> EngineConfig:
+    return EngineConfig.from_namespace(parser().parse(argv))
+
+
+def test_no_flags_are_the_defaults() -> None:
+    assert from_flags() == EngineConfig() == EngineConfig.from_kwargs()
+
+
+def test_every_field_is_documented_and_has_a_tested_flag() -> None:
+    names = {f.name for f in dataclasses.fields(EngineConfig)}
+    assert names == {name for _, name, _ in FLAGS}
+    text = parser().format_help()
+    for f in dataclasses.fields(EngineConfig):
+        assert "--" + f.name.replace("_", "-") in text
+        assert f.metadata["help"]
+    assert not names & ABSENT.keys()
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"), FLAGS, ids=lambda v: v[0] if isinstance(v, list) else None
+)
+def test_flag(argv: list[str], name: str, value: Any) -> None:
+    assert getattr(from_flags(*argv), name) == value
+    model = {"model": "m"} if name == "revision" else {}
+    assert getattr(EngineConfig(**{**model, name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "says"),
+    [
+        ({"dtype": "int8"}, "dtype", "float32"),
+        ({"dtype": "bfloat61"}, "dtype", "did you mean bfloat16?"),
+        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype", "auto, float32, bfloat16, float16 or int8"),
+        ({"override_generation_config": "{"}, "override_generation_config", "is not JSON"),
+        ({"override_generation_config": [1]}, "override_generation_config", "a mapping"),
+        ({"block_size": 0}, "block_size", "at least 1"),
+        ({"block_size": True}, "block_size", "whole number"),
+        ({"block_size": 16.0}, "block_size", "whole number"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens", "at least 1"),
+        ({"max_num_seqs": 10**6}, "max_num_seqs", "at most"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization", "over 0"),
+        ({"gpu_memory_utilization": 1.01}, "gpu_memory_utilization", "at most 1"),
+        ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization", "over 0"),
+        ({"gpu_memory_utilization": "0.5"}, "gpu_memory_utilization", "number"),
+        ({"kv_cache_memory_bytes": "much"}, "kv_cache_memory_bytes", "4G"),
+        ({"device": "cuda:x"}, "device", "cuda:N"),
+        ({"device": "tpu"}, "device", "cuda:N"),
+        ({"model": 3}, "model", "string"),
+        ({"model": ""}, "model", "empty"),
+        ({"enforce_eager": 1}, "enforce_eager", "True or False"),
+        ({"async_scheduling": "yes"}, "async_scheduling", "or None"),
+        ({"seed": None}, "seed", "whole number"),
+        ({"max_logprobs": -2}, "max_logprobs", "at least -1"),
+        ({"threads": 0}, "threads", "at least 1"),
+        ({"revision": "main"}, "revision", "built-in"),
+        ({"skip_tokenizer_init": True, "tokenizer": "t"}, "tokenizer", "leave one out"),
+        (
+            {"num_gpu_blocks_override": 4, "kv_cache_memory_bytes": 4},
+            "num_gpu_blocks_override",
+            "one of them",
+        ),
+    ],
+)
+def test_bad_values_are_named(options: dict[str, Any], field: str, says: str) -> None:
+    with pytest.raises(ParameterError, match=f"^{field}=") as error:
+        EngineConfig.from_kwargs(**options)
+    assert error.value.field == field
+    assert says in str(error.value)
+
+
+def test_unknown_names_get_the_closest() -> None:
+    with pytest.raises(ParameterError, match=r"did you mean max_model_len\?"):
+        EngineConfig.from_kwargs(max_model_length=3)
+    with pytest.raises(ParameterError, match=r"no such option$"):
+        EngineConfig.from_kwargs(zzz=3)
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_absent_features_are_refused_by_name(name: str) -> None:
+    for value in (*ABSENT[name].neutral, *ABSENT[name].logged):
+        assert EngineConfig.from_kwargs(**{name: value}) == EngineConfig()
+    with pytest.raises(ParameterError) as error:
+        EngineConfig.from_kwargs(**{name: "something else"})
+    assert error.value.field == name
+    assert error.value.accepted == ABSENT[name].reason
+
+
+def test_trust_in_code_is_said_to_be_without_effect(caplog: pytest.LogCaptureFixture) -> None:
+    EngineConfig.from_kwargs(trust_remote_code=False)
+    assert not caplog.records
+    EngineConfig.from_kwargs(trust_remote_code=True)
+    assert "trust_remote_code=True has no effect: code from a checkpoint is never run" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("argv", "accepted"),
+    [
+        (["--tensor-parallel-size", "1"], True),
+        (["--tensor_parallel_size=2"], False),
+        (["--trust-remote-code"], True),
+        (["-tp", "1", "--attention-backend", "auto", "-pp=1"], True),
+        (["--structured-outputs-config", '{"backend": "xgrammar"}'], True),
+        (["--enable-chunked-prefill"], True),
+        (["--no-enable-chunked-prefill"], False),
+        (["--hf-overrides", "{}"], True),
+        (["--hf-overrides", '{"a": 1}'], False),
+        (["--swap-space", "0"], True),
+        (["--structured-outputs-config.backend", "xgrammar"], True),
+        (["--structured_outputs_config.backend=guidance"], False),
+        (
+            ["--structured-outputs-config", '{"backend": "auto"}', "--structured-outputs-config.a.b", "1"],
+            False,
+        ),
+        (["--compilation-config", "3"], True),
+        (["--compilation-config.mode", "3", "-O3"], True),
+        (["-cc.level=3", "-O", "2", "--disable-log-requests"], True),
+        (["--compilation-config", '{"cudagraph_mode": "NONE"}'], False),
+        (["--runner", "pooling", "--task", "embed", "--convert", "embed"], True),
+        (["--task", "classify"], False),
+        (["--limit-mm-per-prompt", '{"image": 0, "video": {"count": 0}}'], True),
+        (["--limit-mm-per-prompt.image", "0"], True),
+        (["--limit-mm-per-prompt.image", "1"], False),
+        (["--enable-per-request-metrics", "--enable-tokenizer-info-endpoint"], True),
+        (["--calculate-kv-scales"], True),
+    ],
+)
+def test_absent_features_on_the_command_line(
+    argv: list[str], accepted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if accepted:
+        assert from_flags(*argv) == EngineConfig()
+        return
+    with pytest.raises(SystemExit, match="2"):
+        from_flags(*argv)
+    name = (
+        argv[0].partition("=")[0].partition(".")[0].removeprefix("--no-").removeprefix("--").replace("-", "_")
+    )
+    assert ABSENT[name].reason in capsys.readouterr().err
+
+
+def test_dotted_flags_are_the_keys_of_a_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = OptionParser(prog="x")
+    parser.add_argument("--kwargs")
+    parser.add_argument("-n")
+    parser.add_argument("words", nargs="*")
+
+    def parsed(*argv: str) -> Any:
+        found = parser.parse(argv)
+        return json.loads(found.kwargs), found.words
+
+    assert parsed("--kwargs.a_b.c", "1", "word", "--kwargs.d=x=y") == (
+        {"a_b": {"c": 1}, "d": "x=y"},
+        ["word"],
+    )
+    assert parsed("--kwargs", '{"a": {"b": 1}, "c": 2}', "--kwargs.a.d", "[3]", "--kwargs.c=4") == (
+        {"a": {"b": 1, "d": [3]}, "c": 4},
+        [],
+    )
+    assert parsed("--kwargs.a", "1", "--", "--kwargs.b") == ({"a": 1}, ["--kwargs.b"])
+    for argv, says in (
+        (["--kwargs", "3", "--kwargs.a", "1"], "--kwargs: 3 is not a JSON object"),
+        (["--kwarg.a", "1"], "no option --kwarg.a; did you mean --kwargs?"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse(argv)
+        assert says in capsys.readouterr().err
+
+
+def test_options_without_effect_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    from_flags("--trust-remote-code")
+    EngineConfig.from_kwargs(trust_remote_code=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"trust_remote_code=True has no effect: {ABSENT['trust_remote_code'].reason}"
+    ] * 2
+
+
+def test_dtype_may_be_torchs() -> None:
+    class Like:
+        def __str__(self) -> str:
+            return "torch.bfloat16"
+
+    assert EngineConfig.from_kwargs(dtype=Like()).dtype == "bfloat16"
+
+
+def test_paths_become_text() -> None:
+    assert EngineConfig.from_kwargs(model=Path("a") / "b").model == "a/b"
+
+
+def test_configuration_is_a_value() -> None:
+    config = EngineConfig(model="m", seed=3)
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert hash(config) == hash(dataclasses.replace(config))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 4  # type: ignore[misc]
+    with pytest.raises(ParameterError):
+        dataclasses.replace(config, seed=-2)
+
+
+def test_engine_args_are_vllms() -> None:
+    args = EngineArgs("m", tensor_parallel_size=1, dtype="half")
+    assert isinstance(args, EngineConfig)
+    assert (args.model, args.dtype) == ("m", "float16")
+    with pytest.raises(ParameterError, match="enable_lora"):
+        EngineArgs("m", enable_lora=True)
+    made = EngineArgs.add_cli_args(argparse.ArgumentParser())
+    assert EngineArgs.from_cli_args(made.parse_args(["--seed", "2"])).seed == 2
+
+
+def test_yaml_is_between_flags_and_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "engine.yaml"
+    file.write_text("model: m\nblock-size: 8\nseed: 5\nkv_cache_memory_bytes: 1M\ntensor-parallel-size: 1\n")
+    config = EngineConfig(model="m", block_size=8, seed=6, kv_cache_memory_bytes=1 << 20)
+    assert from_flags("--config", str(file), "--seed", "6") == config
+    assert EngineConfig.from_yaml(file, seed=6) == config
+    file.write_text("")
+    assert EngineConfig.from_yaml(file) == EngineConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("block_sise: 8", "did you mean block_size?"),
+        ("block-size: 8\nblock_size: 8", "twice"),
+        ("- 1", "one mapping"),
+        ("1: 2", "one mapping"),
+        ("a: [", "is not YAML"),
+        ("enable-lora: true", "LoRA"),
+        ("block-size: eight", "whole number"),
+        ("!!python/object/apply:os.system [true]", "is not YAML"),
+    ],
+)
+def test_bad_yaml(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "engine.yaml"
+    file.write_text(text)
+    with pytest.raises(ParameterError) as error:
+        EngineConfig.from_yaml(file)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_yaml(tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match="No such file"):
+        EngineConfig.from_yaml(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("17", 17),
+        ("17B", 17),
+        ("1k", 1000),
+        ("1K", 1024),
+        ("1kib", 1024),
+        ("1KB", 1000),
+        ("1.5G", 3 << 29),
+        ("512M", 1 << 29),
+        ("2GiB", 2 << 30),
+        ("2GB", 2 * 10**9),
+        ("1 TiB", 1 << 40),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1", "1.5", "1X", "1e3", "1.0001K", "0x10", "1 2"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a"):
+        parse_size(text)
+
+
+@given(st.integers(0, 2**60))
+def test_plain_sizes_are_exact(number: int) -> None:
+    assert parse_size(str(number)) == number

@@ -1,0 +1,392 @@
+"""An engine in a thread or process of its own gives what one at home gives, is refused the same, and ends with its
+user."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllmlite import LLM, AsyncLLM, EngineConfig, LLMEngine, SamplingParams
+from vllmlite.async_llm import NewRequest, OutputStream
+from vllmlite.engine.bounds import RequestBounds
+from vllmlite.engine.trace import TraceEvent
+from vllmlite.engine_process.client import EngineClient
+from vllmlite.engine_process.host import Command, EngineProcess, pack, unpack
+from vllmlite.errors import EngineDeadError, ModelError, ParameterError, VllmliteError
+from vllmlite.outputs import EngineStats, RequestOutput
+from vllmlite.pooling_params import PoolingParams
+from vllmlite.runner.startup import start_process, start_thread
+from vllmlite.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+CONFIG = EngineConfig(dtype="float32", max_model_len=256, device="cpu", max_num_seqs=8)
+PROMPTS = ["Debian is", "The kernel", "A package", "To install", "What"]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
+    SamplingParams(temperature=1, seed=3, n=2, max_tokens=20),
+    SamplingParams(temperature=0, max_tokens=12, logprobs=2, prompt_logprobs=1),
+    SamplingParams(temperature=0, max_tokens=40, stop=[" the"]),
+    SamplingParams(temperature=0.8, seed=5, presence_penalty=0.5, max_tokens=16, bad_words=["Debian"]),
+]
+
+
+@pytest.fixture(scope="module", params=[start_thread, start_process], ids=["thread", "process"])
+def engine(request: pytest.FixtureRequest) -> Iterator[LLMEngine]:
+    engine = LLMEngine(CONFIG, request.param)
+    yield engine
+    engine.close()
+
+
+def core(engine: LLMEngine) -> EngineClient:
+    assert isinstance(engine.engine_core, EngineClient)
+    return engine.engine_core
+
+
+def pid_of(engine: LLMEngine) -> int:
+    place = core(engine).place
+    assert isinstance(place, EngineProcess)
+    return place.process.pid
+
+
+def run(engine: LLMEngine, params: list[SamplingParams], pause: float) -> tuple[list[RequestOutput], int]:
+    """Every prompt's outputs, deltas put together, and the most tokens that came at once."""
+    whole: dict[str, RequestOutput] = {}
+    most = 0
+    for index, prompt in enumerate(PROMPTS):
+        engine.add_request(str(index), prompt, params[index])
+    while engine.has_unfinished_requests():
+        time.sleep(pause)
+        for output in engine.step():
+            most = max(most, *(len(completion.token_ids) for completion in output.outputs))
+            if output.request_id in whole:
+                whole[output.request_id].extend(output)
+            else:
+                whole[output.request_id] = output
+    return [whole[str(index)] for index in range(len(PROMPTS))], most
+
+
+def take_logprobs(output: RequestOutput) -> list[float]:
+    """Log-probabilities, which are zero afterwards: in torch their last digits depend on what else is in a step."""
+    found = []
+    entries = [*(output.prompt_logprobs or ()), *(e for c in output.outputs for e in c.logprobs or ())]
+    for logprob in (logprob for entry in entries for logprob in (entry or {}).values()):
+        found.append(logprob.logprob)
+        logprob.logprob = 0.0
+    for completion in output.outputs:
+        found.append(completion.cumulative_logprob or 0.0)
+        completion.cumulative_logprob = None
+    return found
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.05], ids=["prompt reader", "slow reader"])
+def test_the_text_is_that_of_an_engine_at_home(engine: LLMEngine, pause: float) -> None:
+    at_home = LLM(dtype="float32", max_model_len=256, device="cpu", max_num_seqs=8).generate(PROMPTS, PARAMS)
+    deltas = [params.clone(output_kind=RequestOutputKind.DELTA) for params in PARAMS]
+    apart, most = run(engine, deltas, pause)
+    for here, there in zip(at_home, apart, strict=True):
+        there.outputs.sort(key=lambda completion: completion.index)
+        there.request_id, there.metrics, there.num_cached_tokens = here.request_id, here.metrics, 0
+        here.num_cached_tokens = 0
+        assert take_logprobs(there) == pytest.approx(take_logprobs(here), abs=1e-4)
+        assert there == here
+    assert most > 1 or not pause  # who is slow finds several tokens at once
+
+
+def test_what_can_never_be_served_is_refused_at_once(engine: LLMEngine) -> None:
+    with pytest.raises(ParameterError, match="max_model_len"):
+        engine.add_request("long", [1] * 300, SamplingParams())
+    with pytest.raises(ParameterError, match="max_logprobs"):
+        engine.add_request("wide", [1], SamplingParams(logprobs=100))
+    assert not engine.has_unfinished_requests()
+
+
+def test_a_request_that_cannot_be_sent_leaves_nothing(
+    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, calls = engine.engine_core.add_request, []
+
+    def fail(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise TypeError("cannot be pickled")
+        return add(*args, **options)
+
+    monkeypatch.setattr(engine.engine_core, "add_request", fail)
+    params = SamplingParams(n=2, temperature=1, max_tokens=2)
+    with pytest.raises(TypeError):
+        engine.add_request("again", "Debian is", params)
+    assert not engine.has_unfinished_requests()
+    engine.add_request("again", "Debian is", params)
+    while engine.has_unfinished_requests():
+        engine.step()
+
+
+def test_embeddings_are_those_of_an_engine_at_home(engine: LLMEngine) -> None:
+    (at_home,) = LLM(dtype="float32", max_model_len=256, device="cpu").embed("Debian is")
+    engine.add_request("vector", "Debian is", PoolingParams())
+    given: list[RequestOutput] = []
+    while not given:
+        given = engine.step()
+    (apart,) = given
+    assert apart.finished and apart.embedding == at_home.outputs.embedding
+
+
+def test_a_grammar_is_made_where_the_engine_is(engine: LLMEngine) -> None:
+    pytest.importorskip("xgrammar")
+    choice = StructuredOutputsParams(choice=["tar", "dpkg"])
+    params = SamplingParams(temperature=0, max_tokens=20, structured_outputs=choice)
+    engine.add_request("choice", "A tool:", params)
+    text = ""
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            text = output.outputs[0].text
+    assert text in ("tar", "dpkg")
+
+
+def test_an_id_that_is_used_again_gets_nothing_of_the_request_before(engine: LLMEngine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    engine.add_request("x", "Debian is", params.clone(max_tokens=200))
+    engine.step()
+    engine.abort_request("x")
+    engine.add_request("x", "The kernel", params)
+    last: list[RequestOutput] = []
+    while engine.has_unfinished_requests():
+        last = engine.step() or last
+    at_home = LLM(dtype="float32", max_model_len=256, device="cpu").generate("The kernel", params)
+    assert last[0].request_id == "x"
+    assert last[0].outputs[0].token_ids == at_home[0].outputs[0].token_ids
+
+
+def test_a_grammar_that_cannot_be_used_ends_its_request_alone(engine: LLMEngine) -> None:
+    pytest.importorskip("xgrammar")
+    choice = StructuredOutputsParams(choice=["tar", "dpkg", "apt"])
+    compiled = engine.grammars.compile(choice)
+    compiled.packed, whole = b"damaged on the way", compiled.packed
+    params = SamplingParams(temperature=0, max_tokens=20, structured_outputs=choice)
+    try:
+        engine.add_request("bad", "A tool:", params)
+    finally:
+        compiled.packed = whole
+    engine.add_request("good", "Debian is", SamplingParams(max_tokens=4))
+    reasons = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            reasons[output.request_id] = output.outputs[0].finish_reason
+    assert reasons == {"bad": "error", "good": "length"}
+    assert engine.take_error("bad")
+
+
+def test_what_is_aborted_while_its_grammar_is_made_never_runs(engine: LLMEngine) -> None:
+    pytest.importorskip("xgrammar")
+    structure = StructuredOutputsParams(json={"type": "array", "items": {"type": "string", "maxLength": 99}})
+    engine.add_request("gone", "Debian is", SamplingParams(max_tokens=200, structured_outputs=structure))
+    engine.abort_request("gone")
+    engine.add_request("good", "Debian is", SamplingParams(max_tokens=4))
+    engine.add_request("next", "Debian is", SamplingParams(max_tokens=4, structured_outputs=structure))
+    seen = set()
+    while engine.has_unfinished_requests():
+        seen |= {output.request_id for output in engine.step()}
+    assert seen == {"good", "next"}
+    assert engine.stats().num_running == 0
+
+
+def test_what_is_aborted_frees_its_blocks(engine: LLMEngine) -> None:
+    engine.add_request("gone", "Debian is", SamplingParams(max_tokens=200, ignore_eos=True))
+    engine.step()
+    engine.abort_request("gone")
+    assert not engine.has_unfinished_requests()
+    deadline = time.monotonic() + 10
+    while engine.stats().num_used_blocks and time.monotonic() < deadline:
+        time.sleep(0.01)
+        core(engine).receive()
+    assert engine.stats().num_used_blocks == engine.stats().num_running == 0
+
+
+def test_steps_are_traced_over_there() -> None:
+    engine = AsyncLLM(CONFIG, engine_process=True)
+
+    async def run() -> list[list[TraceEvent]]:
+        await engine.ask("start_trace")
+        async for _ in engine.generate("Debian is", SamplingParams(temperature=0, max_tokens=4), "traced"):
+            pass
+        return [await engine.ask("stop_trace"), await engine.ask("stop_trace")]
+
+    events, later = asyncio.run(run())
+    engine.shutdown()
+    assert {event["name"] for event in events} == {"step", "launch", "collect"}
+    assert {event["pid"] for event in events} == {pid_of(engine.llm_engine)}
+    assert later == []
+
+
+def test_a_model_that_is_not_there_is_the_same_error() -> None:
+    with pytest.raises(ModelError, match="no-such-model"):
+        LLMEngine(EngineConfig(model="./no-such-model"), start_process)
+    with pytest.raises(ParameterError, match="max_model_len"):
+        LLMEngine(EngineConfig(max_model_len=1 << 20), start_process)
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_death_is_noticed(busy: bool) -> None:
+    engine = AsyncLLM(CONFIG, engine_process=True)
+
+    async def run() -> None:
+        died = asyncio.Event()
+        engine.on_death(died.set)
+        if busy:
+            params = SamplingParams(max_tokens=200, ignore_eos=True)
+            with pytest.raises(EngineDeadError, match="signal 9"):
+                async for _ in engine.generate("Debian is", params, "x"):
+                    os.kill(pid_of(engine.llm_engine), signal.SIGKILL)
+        else:
+            question = engine.ask("current_stats")
+            os.kill(pid_of(engine.llm_engine), signal.SIGKILL)
+            with pytest.raises(EngineDeadError, match="signal 9"):
+                while True:
+                    await question
+                    question = engine.ask("current_stats")
+        await asyncio.wait_for(died.wait(), 10)
+        with pytest.raises(EngineDeadError, match="signal 9"):
+            await engine.stats()
+
+    asyncio.run(run())
+    assert "signal 9" in str(engine.dead_error)
+    engine.shutdown()
+
+
+@pytest.mark.parametrize("process", [False, True])
+def test_what_comes_while_the_event_loop_works_is_one_piece(process: bool) -> None:
+    engine = AsyncLLM(CONFIG, engine_process=process)
+    params = SamplingParams(
+        temperature=0, max_tokens=100, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
+    pieces: list[int] = []
+
+    async def run() -> None:
+        async for output in engine.generate("Debian is", params, "x"):
+            pieces.append(len(output.outputs[0].token_ids))
+            if len(pieces) >= 3 and max(pieces) <= 5:
+                time.sleep(0.1 * len(pieces))  # longer each time: another program may have the machine
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.shutdown()
+    assert sum(pieces) == 100
+    assert max(pieces) > 5
+
+
+class Deaf:
+    """A place whose host listens when the test does."""
+
+    def __init__(self) -> None:
+        self.connection, self.theirs = socket.socketpair()
+
+    def wait_for_end(self) -> str:
+        return "it was never there"
+
+
+def test_what_the_socket_does_not_take_at_once_is_sent_later() -> None:
+    place = Deaf()
+    client = EngineClient(place, RequestBounds(512, frozenset(), 1 << 20, -1), EngineStats())
+    prompt = list(range(3, 500)) * 100
+
+    async def run() -> None:
+        client.attend(asyncio.get_running_loop(), client.receive)
+        for index in range(20):
+            client.add_request(str(index), [index, *prompt], SamplingParams(max_tokens=1))
+        with place.theirs.makefile("rb") as stream:
+            for index in range(20):
+                command = await asyncio.to_thread(unpack, stream)
+                assert command.args[1] == [index, *prompt]
+        client.close()
+
+    with place.theirs:
+        asyncio.run(asyncio.wait_for(run(), 60))
+    with pytest.raises(EngineDeadError, match="never there"):
+        client.reset_prefix_cache()
+
+
+def test_an_engine_serves_one_event_loop_at_a_time() -> None:
+    engine = AsyncLLM(CONFIG)
+    errors: list[BaseException] = []
+
+    async def elsewhere() -> None:
+        try:
+            await engine.stats()
+        except VllmliteError as error:
+            errors.append(error)
+
+    async def run() -> None:
+        await engine.stats()
+        await asyncio.to_thread(asyncio.run, elsewhere())
+
+    try:
+        asyncio.run(run())
+        assert len(errors) == 1 and "another event loop" in str(errors[0])
+        asyncio.run(elsewhere())
+        assert len(errors) == 1
+    finally:
+        engine.shutdown()
+
+
+def test_what_is_asked_between_two_event_loops_is_done() -> None:
+    engine = AsyncLLM(CONFIG)
+    endless = SamplingParams(max_tokens=200, ignore_eos=True)
+
+    async def begin() -> OutputStream:
+        stream = await engine.submit([NewRequest("x", "Debian is", endless)])
+        await stream.take()
+        return stream
+
+    try:
+        asyncio.run(begin()).close()
+        assert asyncio.run(engine.stats()).num_running == 0
+    finally:
+        engine.shutdown()
+
+
+def test_it_ends_when_its_user_is_killed_amid_a_message() -> None:
+    place = EngineProcess(CONFIG)
+    place.wait_until_ready()
+    place.connection.sendall(pack(Command("reset_prefix_cache"))[:-1])
+    place.connection.close()
+    assert place.process.wait(30) == 0
+
+
+def test_it_ends_when_its_user_is_killed() -> None:
+    script = (
+        "from vllmlite import LLMEngine, EngineConfig\n"
+        "from vllmlite.runner.startup import start_process\n"
+        "engine = LLMEngine(EngineConfig(device='cpu', max_model_len=64), start_process)\n"
+        "print(engine.engine_core.place.process.pid, flush=True); input()"
+    )
+    user = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert user.stdout is not None
+    pid = int(user.stdout.readline())
+    user.kill()
+    user.communicate()
+    deadline = time.monotonic() + 10
+    while _runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process is there and no zombie, which nobody may be there to bury."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"

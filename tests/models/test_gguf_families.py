@@ -1,0 +1,231 @@
+"""GGUF files of every family that llama.cpp has: what its converter does to a checkpoint is undone, bit for bit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+from gguf_families import converted_family, metadata_of, tensors_of
+from gguf_files import encode
+from model_runs import first_logits, float32_backend
+from native import needs_native_cpu
+
+from vllmlite.backends.cpu import CpuBackend
+from vllmlite.backends.torch import TorchBackend
+from vllmlite.errors import ModelError
+from vllmlite.models import read_spec
+from vllmlite.models.gguf_families import FAMILIES, NEUTRAL
+from vllmlite.models.spec import DecoderSpec
+from vllmlite.weights.gguf import read_gguf
+
+MOE: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LONGROPE: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0],
+        "long_factor": [1.0, 1.5, 2.0, 4.0, 6.0, 8.0, 9.0, 10.0],
+    },
+    "max_position_embeddings": 512,
+    "original_max_position_embeddings": 64,
+}
+GEMMA: dict[str, Any] = {"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 11}
+
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("llama", "Llama", {}),
+    "mistral": ("llama", "Mistral", {"sliding_window": 9}),
+    "mixtral": ("llama", "Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen2": ("qwen2", "Qwen2", {}),
+    "qwen2moe": ("qwen2moe", "Qwen2Moe", MOE | {"shared_expert_intermediate_size": 96, "norm_topk_prob": False}),
+    "qwen3": ("qwen3", "Qwen3", {}),
+    "qwen3moe": ("qwen3moe", "Qwen3Moe", MOE | {"norm_topk_prob": True}),
+    "phi3": ("phi3", "Phi3", {"sliding_window": 9}),
+    "phi3-longrope": ("phi3", "Phi3", LONGROPE),
+    "gemma": ("gemma", "Gemma", {"head_dim": 24, "num_key_value_heads": 1}),
+    "gemma2": ("gemma2", "Gemma2", GEMMA),
+    "gemma3": ("gemma3", "Gemma3", GEMMA | {"num_hidden_layers": 7}),
+    "olmo2": ("olmo2", "Olmo2", {}),
+    "granite": ("granite", "Granite", {"embedding_multiplier": 12.0, "attention_multiplier": 0.25,
+                                       "residual_multiplier": 0.22, "logits_scaling": 8.0}),
+    "smollm3": ("smollm3", "SmolLM3", {"num_hidden_layers": 5}),
+    "stablelm": ("stablelm", "StableLm", {"use_qkv_bias": True}),
+    "stablelm-parallel": ("stablelm", "StableLm", {"use_parallel_residual": True}),
+    "gpt2": ("gpt2", "GPT2", {"n_inner": None}),
+    "gptneox": ("gptneox", "GPTNeoX", {}),
+    "gptneox-serial": ("gptneox", "GPTNeoX", {"use_parallel_residual": False}),
+    "falcon-7b": ("falcon", "Falcon", {}),
+    "falcon-40b": ("falcon", "Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": ("falcon", "Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2,
+                                        "num_ln_in_parallel_attn": 1}),
+    "bloom": ("bloom", "Bloom", {}),
+}  # fmt: skip
+"""``general.architecture``, transformers' family, and its configuration."""
+
+
+def shortened(spec: DecoderSpec) -> DecoderSpec:
+    """``spec`` with the one value that files have in fewer digits than its source rounded."""
+    layers = (
+        layer
+        if layer.rope is None
+        else replace(layer, rope=replace(layer.rope, attention_factor=round(layer.rope.attention_factor, 5)))
+        for layer in spec.layers
+    )
+    return replace(spec, layers=tuple(layers))
+
+
+def test_there_is_a_case_for_every_architecture() -> None:
+    assert {name for name, _, _ in CASES.values()} | {"mistral", "mixtral"} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_converted_model_computes_what_its_source_does(case: str, tmp_path: Path) -> None:
+    name, family, changes = CASES[case]
+    write_checkpoint(tmp_path, family, **changes)
+    path = converted_family(tmp_path, tmp_path / "x.gguf", name)
+    expected = read_spec(tmp_path)
+    assert shortened(replace(read_spec(path), keys=expected.keys)) == shortened(expected)
+    for backend in (float32_backend(), TorchBackend()):
+        found, wanted = first_logits(backend, path), first_logits(backend, tmp_path)
+        if expected.norm.unit_offset or "longrope" in case:  # one is added and taken away again
+            np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())
+        else:
+            assert found.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensors_have_the_names_of_the_gguf_package(case: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="python3-gguf is not installed")
+    name, family, changes = CASES[case]
+    write_checkpoint(tmp_path, family, **changes)
+    path = converted_family(tmp_path, tmp_path / "x.gguf", name)
+    architecture = next(arch for arch, its_name in gguf.MODEL_ARCH_NAMES.items() if its_name == name)
+    known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[architecture]}
+    for tensor in read_gguf(path).tensors:
+        assert re.sub(r"^blk\.\d+\.", "blk.{bid}.", tensor.rsplit(".", 1)[0]) in known, tensor
+
+
+@needs_native_cpu
+@pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "phi3", "falcon-40b", "gpt2", "gemma2"])
+def test_blocks_are_kept_where_rows_are_taken_apart(case: str, tmp_path: Path) -> None:
+    """Experts, and q, k and v that are stored as one."""
+    name, family, changes = CASES[case]
+    write_checkpoint(tmp_path, family, **changes)
+    path = converted_family(tmp_path, tmp_path / "x.gguf", name, "Q8_0")
+    kept, exact = (
+        first_logits(CpuBackend("bfloat16", packed=True), path, keep_blocks=True),
+        first_logits(CpuBackend(), path),
+    )
+    assert np.square(kept - exact).mean() < 0.01 * exact.var()
+
+
+def test_stacked_norms_of_heads_are_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "StableLm")
+    path = converted_family(tmp_path, tmp_path / "x.gguf", "stablelm")
+    spec, tensors = read_spec(tmp_path), tensors_of(tmp_path, "stablelm")
+    tensors["blk.0.attn_q_norm.weight"] = "F32", (1, 1), bytes(4)
+    path.write_bytes(encode(metadata_of(spec, "stablelm"), tensors))
+    with pytest.raises(ModelError, match="StableLM 12B"):
+        read_spec(path)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "says"),
+    [
+        ("llama", {"llama.logit_scale": 2.0}, r"llama\.logit_scale=2.0; accepted: 0.0 or 1.0"),
+        ("qwen2", {"qwen2.attention.sliding_window": 8}, r"sliding_window=8; accepted: 0"),
+        ("phi3", {"phi3.rope.dimension_count": 24}, r"dimension_count=24; accepted: 16"),
+        ("stablelm", {"stablelm.rope.dimension_count": 3}, "even"),
+        ("granite", {"granite.residual_scale": "x"}, "residual_multiplier='x'"),
+        ("bloom", {"bloom.feed_forward_length": "x"}, "feed_forward_length='x'; accepted: a whole number"),
+        ("gpt2", {"gpt2.attention.layer_norm_epsilon": -1.0}, "above 0"),
+        ("mixtral", {"llama.expert_used_count": 9}, "num_experts_per_tok=9"),
+        ("llama", {"llama.attention.causal": False}, "causal=False; accepted: True"),
+        ("llama", {"llama.rope.freq_base_swa": 5.0}, "freq_base_swa=5.0; accepted: 10000.0"),
+        (
+            "mistral",
+            {"llama.attention.sliding_window_pattern": 2},
+            "pattern=2; accepted: a window in every layer",
+        ),
+        ("gemma3", {"gemma3.attention.sliding_window_pattern": [1, 0]}, "one for each of 7 layers"),
+        ("gemma3", {"gemma3.attention.key_length_swa": 32}, "key_length_swa=32; accepted: 24"),
+        ("llama", {"llama.rope.scaling.yarn_ext_factor": 1.0}, "yarn_ext_factor=1.0; accepted: 0.0"),
+        ("llama", {"llama.rope.scaling.attn_factor": 2.0}, "attn_factor=2.0; accepted: 1"),
+        ("llama", {"general.type": "mmproj"}, "no language model: metadata general.type='mmproj'"),
+    ],
+)
+def test_bad_metadata_are_told(case: str, changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    name, family, config = CASES[case]
+    write_checkpoint(tmp_path, family, **config)
+    with pytest.raises(ModelError, match=says):
+        read_spec(converted_family(tmp_path, tmp_path / "x.gguf", name, **changes))
+
+
+def test_metadata_that_change_numbers_are_never_passed_over(tmp_path: Path) -> None:
+    """Each has a value that changes nothing, and any other is refused by name."""
+    write_checkpoint(tmp_path, "Qwen2")
+    spec, tensors = read_spec(tmp_path), tensors_of(tmp_path, "qwen2")
+    path, plain_metadata = tmp_path / "x.gguf", metadata_of(spec, "qwen2")
+    for key, neutral in NEUTRAL.items():
+        for value in neutral:
+            path.write_bytes(encode({**plain_metadata, f"qwen2.{key}": value}, tensors))
+            assert read_spec(path).layers == spec.layers
+        other = False if neutral[0] is True else True if neutral[0] is False else type(neutral[0])(7)
+        path.write_bytes(encode({**plain_metadata, f"qwen2.{key}": other}, tensors))
+        with pytest.raises(ModelError, match=re.escape(f"qwen2.{key}={other!r}; accepted: ")):
+            read_spec(path)
+
+
+ROPE: dict[str, Any] = {"rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "rope"),
+    [
+        ({"rope.scale_linear": 4.0}, {**ROPE, "rope_type": "linear"}),
+        ({"rope.scaling.factor": 4.0}, {**ROPE, "rope_type": "linear"}),
+        ({"rope.scaling.factor": 4.0, "rope.scale_linear": 2.0}, {**ROPE, "rope_type": "linear"}),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {"rope_theta": 10000.0}),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64,
+             "rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 2.0,
+             "rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.yarn_attn_factor": 1.0},
+            {**ROPE, "rope_type": "yarn", "original_max_position_embeddings": 64, "beta_fast": 16.0, "beta_slow": 2.0},
+        ),
+    ],
+)  # fmt: skip
+def test_scalings_of_rotations_are_honoured(
+    metadata: dict[str, Any], rope: dict[str, Any], tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path, "Llama", rope_parameters=rope)
+    changes = {f"llama.{key}": value for key, value in metadata.items()}
+    (tmp_path / "plain").mkdir()
+    write_checkpoint(tmp_path / "plain", "Llama")
+    path = converted_family(tmp_path / "plain", tmp_path / "x.gguf", "llama", **changes)
+    assert read_spec(path).layers == read_spec(tmp_path).layers
+
+
+@pytest.mark.parametrize("pattern", [3, [1, 1, 0, 1, 1, 0, 1]])
+def test_layers_with_a_window_are_those_that_the_file_says(pattern: int | list[int], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "Gemma3", **GEMMA, num_hidden_layers=7)
+    changes: dict[str, Any] = {
+        "gemma3.attention.sliding_window_pattern": pattern,
+        "gemma3.rope.freq_base_swa": 500.0,
+    }
+    path = converted_family(tmp_path, tmp_path / "x.gguf", "gemma3", **changes)
+    layers = read_spec(path).layers
+    assert [layer.window for layer in layers] == [11, 11, None, 11, 11, None, 11]
+    assert {layer.rope.theta for layer in layers if layer.window and layer.rope} == {500.0}
+
+
+def test_unknown_metadata_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_checkpoint(tmp_path, "Llama")
+    changes: dict[str, Any] = {"llama.unheard.of": 1, "llama.vocab_size": 7, "general.name": "x"}
+    read_spec(converted_family(tmp_path, tmp_path / "x.gguf", "llama", **changes))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'x.gguf'}: metadata that are not known and have no effect: unheard.of"
+    ]

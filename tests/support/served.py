@@ -1,0 +1,253 @@
+"""Servers for tests: ``vllmlite serve`` as a program of its own, and an application on an event loop of the test's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from pydantic import TypeAdapter
+
+from vllmlite import EngineConfig
+from vllmlite.async_llm import AsyncLLM, NewRequest
+from vllmlite.outputs import CompletionOutput, RequestOutput
+from vllmlite.sampling_params import RequestOutputKind, SamplingParams
+from vllmlite.server.app import build_app
+from vllmlite.server.config import ServerConfig
+from vllmlite.server.http10 import use_h11_for_http10
+from vllmlite.server.metrics import Metrics
+from vllmlite.server.run import KEEP_ALIVE_SECONDS
+from vllmlite.server.service import Service
+
+try:
+    with socket.create_server(("127.0.0.1", 0)) as _listening:
+        socket.create_connection(_listening.getsockname(), 5).close()
+except OSError as error:  # in a build's sandbox without any network
+    pytest.skip(f"no loopback interface: {error}", allow_module_level=True)
+
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE = EngineConfig(dtype="float32", max_model_len=256, device="cpu", num_gpu_blocks_override=256)
+
+
+TAKES_APART: dict[str, Any] = {
+    "enable_auto_tool_choice": True,
+    "tool_call_parser": "hermes",
+    "reasoning_parser": "qwen3",
+}
+"""Options of a server that takes reasoning and tool calls out of answers."""
+
+
+class Program:
+    """A running ``vllmlite serve``."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vllmlite", "serve", "--port", "0", "--dtype", "float32", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        )
+        self.log: list[str] = []
+        self.url = ""
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if not self._ready.wait(60) or self.process.poll() is not None:
+            self.process.kill()
+            raise RuntimeError("the server did not start:\n" + "".join(self.log))
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 60) -> int:
+        """Send a signal; the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout)
+
+    def close(self) -> None:
+        """Kill it if it still runs."""
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.log.append(line)
+            found = re.search(r"serving .* at (https?://\S+|unix:\S+), after ", line)
+            if found:
+                self.url = found.group(1)
+                self._ready.set()
+        self._ready.set()
+
+
+@contextmanager
+def program(*arguments: str, **environment: str) -> Iterator[Program]:
+    """A server that is killed at the end if it still runs."""
+    running = Program(*arguments, **environment)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+@contextmanager
+def serving(engine_config: EngineConfig = ENGINE, **options: Any) -> Iterator[Service]:
+    """A service on an engine of its own."""
+    engine = AsyncLLM(engine_config)
+    try:
+        inner = engine.llm_engine
+        metrics = Metrics("demo", inner.max_model_len, inner.stats)
+        inner.observer = metrics.observe_step
+        yield Service(engine, ServerConfig(**options), ["demo"], metrics)
+    finally:
+        engine.shutdown()
+
+
+_APPS: WeakKeyDictionary[Service, tuple[tuple[ServerConfig, tuple[str, ...]], FastAPI]] = WeakKeyDictionary()
+
+
+def app_of(service: Service, keys: tuple[str, ...] = ()) -> FastAPI:
+    """The application of ``service``, built again only for another configuration: FastAPI takes 0.2 s for that."""
+    wanted = service.config, keys
+    built, app = _APPS.get(service, (None, None))
+    if app is None or built != wanted:
+        app = build_app(service, keys)
+        _APPS[service] = wanted, app
+    return app
+
+
+@asynccontextmanager
+async def client_of(
+    service: Service, keys: tuple[str, ...] = (), send_buffer: int | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of ``service``, through uvicorn and a socket, on this event loop."""
+    config = uvicorn.Config(
+        app_of(service, keys),
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        lifespan="on",
+    )
+    use_h11_for_http10(config)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        task = asyncio.ensure_future(server._serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0.005)
+            if task.done():
+                task.result()
+        port = listener.getsockname()[1]
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits
+        ) as client:
+            yield client
+        server.should_exit = True
+        await task
+
+
+def ask(service: Service, work: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
+    """What ``work`` finds with a client of ``service``."""
+
+    async def run() -> T:
+        async with client_of(service) as client:
+            return await work(client)
+
+    return asyncio.run(run())
+
+
+async def posted(client: httpx.AsyncClient, path: str, status: int = 200, /, **body: Any) -> Any:
+    """The JSON that a request is answered with."""
+    answer = await client.post(path, json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+async def streamed(client: httpx.AsyncClient, path: str, /, **body: Any) -> list[tuple[str, Any]]:
+    """The server-sent events of a request: (name, data), the name empty where there is none."""
+    async with client.stream("POST", path, json={**body, "stream": True}) as answer:
+        text = (await answer.aread()).decode()
+        assert answer.status_code == 200, text
+        assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    found = []
+    for block in text.removesuffix("\n\n").split("\n\n"):
+        name, _, data = block.rpartition("data: ")
+        name = name.removeprefix("event: ").rstrip("\n")
+        found.append((name, data if data == "[DONE]" else json.loads(data)))
+    return found
+
+
+def post(service: Service, path: str, status: int = 200, /, **body: Any) -> Any:
+    """:func:`posted` with a client of its own."""
+    return ask(service, lambda client: posted(client, path, status, **body))
+
+
+def stream(service: Service, path: str, /, **body: Any) -> list[tuple[str, Any]]:
+    """:func:`streamed` with a client of its own."""
+    return ask(service, lambda client: streamed(client, path, **body))
+
+
+def check(kind: Any, value: Any) -> None:
+    """Raise unless ``value`` has the documented shape."""
+    TypeAdapter(kind).validate_python(value, strict=True)
+
+
+class Script:
+    """An engine's outputs as a test writes them: every request is answered with ``pieces`` of text, one a step.
+
+    It stands in for ``service.engine.submit``, and keeps the last request that came."""
+
+    def __init__(self, *pieces: str, finish_reason: str = "stop", stop_reason: str | None = None) -> None:
+        self.request: NewRequest | None = None
+        self._pieces = pieces
+        self._finish_reason = finish_reason
+        self._stop_reason = stop_reason
+
+    async def __call__(self, requests: Sequence[NewRequest]) -> Any:
+        (self.request,) = requests
+        prompt: Any = self.request.prompt
+        texts = list(self._pieces)
+        params = self.request.params
+        assert isinstance(params, SamplingParams)
+        if params.output_kind is RequestOutputKind.FINAL_ONLY:
+            texts = ["".join(texts)]
+        self._outputs = [
+            RequestOutput(
+                self.request.request_id,
+                None,
+                prompt["prompt_token_ids"],
+                [CompletionOutput(0, text, [7], None, None, *self._end(number == len(texts)))],
+                finished=number == len(texts),
+            )
+            for number, text in enumerate(texts, 1)
+        ]
+        return self
+
+    def _end(self, last: bool) -> tuple[str | None, str | None]:
+        return (self._finish_reason, self._stop_reason) if last else (None, None)
+
+    async def take(self) -> list[RequestOutput]:
+        return [self._outputs.pop(0)] if self._outputs else []
+
+    def close(self) -> None:
+        self._outputs = []

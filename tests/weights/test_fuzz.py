@@ -1,0 +1,57 @@
+"""A few seconds of ``scripts/fuzz``, and everything that it ever found."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fuzzing import KEPT, TARGETS, check, lines_of, mutated
+
+SECONDS = 0.6
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_most_seeds_are_accepted(name: str, tmp_path: Path) -> None:
+    seeds = TARGETS[name].seeds()
+    accepted = [check(TARGETS[name], tmp_path / "x", seed) for seed in seeds]
+    assert sum(accepted) > 0.8 * len(seeds)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_damaged_input_is_read_or_refused(name: str, tmp_path: Path) -> None:
+    target, rng = TARGETS[name], random.Random(name)
+    seeds = target.seeds()
+    end, done = time.monotonic() + SECONDS, 0
+    while time.monotonic() < end or done < 20:
+        check(target, tmp_path / "x", mutated(rng.choice(seeds), seeds, rng, target.is_json))
+        done += 1
+
+
+@pytest.mark.parametrize(
+    "path", sorted(KEPT.glob("*/*")), ids=lambda path: f"{path.parent.name}-{path.name[:8]}"
+)
+def test_what_was_found_stays_mended(path: Path, tmp_path: Path) -> None:
+    check(TARGETS[path.parent.name], tmp_path / "x", path.read_bytes())
+
+
+def test_the_program(tmp_path: Path) -> None:
+    program = Path(__file__).parents[2] / "scripts" / "fuzz"
+    if not program.exists():
+        pytest.skip("the tests are apart from the source")
+    run = subprocess.run(
+        [sys.executable, program, "--minutes", "0.01", "--target", "gguf", "--found", tmp_path],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "gguf: " in run.stdout and " inputs, 0 failures" in run.stdout
+
+
+def test_lines_are_seen(tmp_path: Path) -> None:
+    target = TARGETS["safetensors"]
+    seen = lines_of(lambda: check(target, tmp_path / "x", target.seeds()[0]))
+    assert any(name.endswith("weights/safetensors.py") for name, _ in seen)

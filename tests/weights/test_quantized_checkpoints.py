@@ -1,0 +1,442 @@
+"""Quantised checkpoints of other programs: read, sliced, and refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import packers
+import pytest
+from checkpoints import write_checkpoint
+from native import needs_native_cpu
+from numpy.typing import NDArray
+from packers import Packer
+from paged import PagedModel
+from safetensors.numpy import load_file
+
+from vllmlite.backends.base import Backend
+from vllmlite.backends.cpu import CpuBackend
+from vllmlite.backends.torch import TorchBackend
+from vllmlite.config.engine_config import CHECKPOINT_METHODS, EngineConfig
+from vllmlite.errors import ModelError, ParameterError
+from vllmlite.models import load_model, open_model, read_spec
+from vllmlite.models.quantization import read_quantization
+from vllmlite.models.shard import sharded
+from vllmlite.weights.host import HostTensor, PackedWeight, float_values
+from vllmlite.weights.packing import Packing
+from vllmlite.weights.safetensors import write_safetensors
+
+PACKERS: dict[str, Packer] = {
+    "awq g32": packers.awq(32),
+    "awq channel": packers.awq(-1),
+    "gptq 4 bits": packers.gptq(4, 32),
+    "gptq 4 bits, version 2": packers.gptq(4, 32, version=2),
+    "gptq version 2 that says 1": packers.gptq(4, 32, version=2, said=1),
+    "gptq asymmetric": packers.gptq(4, 32, symmetric=False),
+    "gptq asymmetric, version 2": packers.gptq(4, 32, symmetric=False, version=2),
+    "gptq desc_act": packers.gptq(4, 32, order=True),
+    "gptq 2 bits": packers.gptq(2, 32, symmetric=False),
+    "gptq 3 bits": packers.gptq(3, 32, order=True),
+    "gptq 8 bits by channel": packers.gptq(8, -1),
+    "gptq output layer, biases of zeros": packers.gptq(4, 32, head=True, bias=True),
+    "pack-quantized g32": packers.packed_ints(4, 32),
+    "pack-quantized by channel": packers.packed_ints(8, None),
+    "pack-quantized asymmetric": packers.packed_ints(4, 32, symmetric=False),
+    "pack-quantized actorder": packers.packed_ints(4, 32, order=True),
+    "int-quantized": packers.ints("channel"),
+    "int-quantized, static": packers.ints("tensor", static=True),
+    "fp8 blocks": packers.fp8("block", scale="weight_scale_inv"),
+    "fp8 blocks, scales in bfloat16": packers.fp8("block", scale="weight_scale_inv", scale_dtype="BF16"),
+    "fp8 by tensor": packers.fp8("tensor"),
+    "float-quantized by channel": packers.fp8("channel", "compressed"),
+    "float-quantized by block": packers.fp8("block", "compressed"),
+    "modelopt fp8": packers.fp8("tensor", "modelopt"),
+    "modelopt nvfp4": packers.fp4("modelopt"),
+    "nvfp4-pack-quantized": packers.fp4("compressed"),
+    "mxfp4-pack-quantized": packers.fp4("mxfp4"),
+    "bitsandbytes nf4": packers.bnb4("nf4", nested=False),
+    "bitsandbytes fp4, double quantised": packers.bnb4("fp4", nested=True),
+    "bitsandbytes int8": packers.bnb8(),
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "fused": ("Phi3", {}),
+    "mixture": ("Mixtral", {"num_local_experts": 2}),
+    "transposed": ("GPT2", {"n_embd": 64, "n_inner": 128}),
+}
+_DTYPES = {
+    "I32": "int32", "I64": "int64", "I8": "int8", "U8": "uint8", "F16": "float16", "F32": "float32",
+    "BF16": "bfloat16", "F8_E4M3": "float8_e4m3",
+}  # fmt: skip
+
+
+def write(path: Path, tensors: dict[str, tuple[str, NDArray[Any]]], **config: Any) -> None:
+    """A checkpoint of ``tensors`` beside the configuration that is there."""
+    held = {
+        name: HostTensor(_DTYPES[dtype], array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        for name, (dtype, array) in tensors.items()
+    }
+    (path / "model.safetensors").unlink(missing_ok=True)
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in held.items()}
+    write_safetensors(path / "model.safetensors", held.values(), layout)
+    stored = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(stored | config))
+
+
+def quantised(base: Path, packer: Packer, family: str = "Llama", **changes: Any) -> tuple[Path, Path]:
+    """A checkpoint with packed products, and one in float32 of what they mean."""
+    packed, floats = base / "packed", base / "floats"
+    for path in (packed, floats):
+        write_checkpoint(path, family, **{"intermediate_size": 128} | changes)
+    spec = read_spec(floats)
+    stored = load_file(floats / "model.safetensors")
+    products = {source.key: source for source in spec.tensors().values() if source.product}
+    tensors: dict[str, tuple[str, NDArray[Any]]] = {}
+    meant: dict[str, tuple[str, NDArray[Any]]] = {}
+    for name, values in stored.items():
+        is_head = name == "lm_head.weight"
+        if name not in products or (is_head and not packer.head):
+            tensors[name] = meant[name] = "F32", values
+            continue
+        if is_head:  # a number of rows that words can hold
+            assert values.shape[0] % 32 == 0
+        transposed = products[name].transposed
+        parts, value = packer.pack(values.T if transposed else values)
+        meant[name] = "F32", np.ascontiguousarray((value.T if transposed else value).astype(np.float32))
+        stem = name.removesuffix("weight")
+        tensors |= {stem + suffix: part for suffix, part in parts.items()}
+        if packer.bias and f"{stem}bias" not in stored:
+            tensors[f"{stem}bias"] = "F16", np.zeros(values.shape[0], np.float16)
+    write(packed, tensors, quantization_config=packer.config)
+    write(floats, meant)
+    return packed, floats
+
+
+def logits(path: Path, backend: Backend) -> NDArray[np.float32]:
+    paged = PagedModel(
+        load_model(backend, path, max_model_len=64, block_size=16), num_blocks=8, max_slots=2, max_context=64
+    )
+    paged.admit(0)
+    return paged.logits([0], [np.arange(3, 40, dtype=np.int32)])[0]
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_a_quantised_checkpoint_computes_what_its_values_do(name: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"vocab_size": 320} if PACKERS[name].head else {}
+    packed, floats = quantised(tmp_path, PACKERS[name], **changes)
+    expected = logits(floats, TorchBackend())
+    np.testing.assert_allclose(
+        logits(packed, TorchBackend()), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["awq g32", "gptq asymmetric", "pack-quantized asymmetric", "fp8 blocks"])
+def test_every_shape_of_family_is_read(name: str, family: str, tmp_path: Path) -> None:
+    architecture, changes = FAMILIES[family]
+    packed, floats = quantised(tmp_path, PACKERS[name], architecture, **changes)
+    expected = logits(floats, TorchBackend())
+    np.testing.assert_allclose(
+        logits(packed, TorchBackend()), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+    )
+
+
+@needs_native_cpu
+@pytest.mark.parametrize("name", ["awq g32", "gptq 3 bits", "int-quantized", "modelopt nvfp4"])
+def test_the_native_backend_gets_floats(name: str, tmp_path: Path) -> None:
+    packed, floats = quantised(tmp_path, PACKERS[name])
+    assert logits(packed, CpuBackend()).tobytes() == logits(floats, CpuBackend()).tobytes()
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_slices_mean_what_slices_of_the_whole_do(name: str, tmp_path: Path) -> None:
+    """As two ranks take them: rows of q and the MLP, columns of o and down."""
+    changes: dict[str, Any] = {"vocab_size": 320} if PACKERS[name].head else {}
+    packed, floats = quantised(
+        tmp_path, PACKERS[name], num_attention_heads=4, num_key_value_heads=4, hidden_size=128, **changes
+    )
+    for rank in range(2):
+        found, expected = (
+            open_model(path, sharded(read_spec(path), rank, 2), Packing(TorchBackend()))
+            for path in (packed, floats)
+        )
+        for part in ("q", "k", "o", "gate", "down"):
+            one, other = (weights.floats(f"0.{part}.weight") for weights in (found, expected))
+            np.testing.assert_allclose(float_values(one), float_values(other), rtol=1e-6, atol=1e-9)
+
+
+def test_modules_are_left_out_by_name_substring_and_expression(tmp_path: Path) -> None:
+    packer = packers.packed_ints(4, 32)
+    config = packer.config | {"ignore": ["lm_head", "model.layers.1.mlp.down_proj", "re:.*layers\\.2\\..*"]}
+    quantization = read(tmp_path, config)
+    left_out = [
+        "model.layers.1.mlp.down_proj.weight",
+        "model.layers.2.self_attn.q_proj.weight",
+        "lm_head.weight",
+    ]
+    assert [quantization.scheme(name) for name in left_out] == [None, None, None]
+    assert quantization.scheme("model.layers.1.mlp.up_proj.weight") is not None
+    awq = read(tmp_path, packers.awq(32).config | {"modules_to_not_convert": ["mlp.gate", "layers.0"]})
+    assert awq.scheme("model.layers.0.self_attn.q_proj.weight") is None
+    assert awq.scheme("model.layers.10.mlp.gate.weight") is None
+    assert awq.scheme("model.layers.10.mlp.gate_proj.weight") is not None
+
+
+def read(path: Path, config: dict[str, Any]) -> Any:
+    from vllmlite.models.hf_config import HfConfig
+
+    return read_quantization(HfConfig({"quantization_config": config}, "config.json"), path)
+
+
+def test_gptq_overrides_by_module(tmp_path: Path) -> None:
+    dynamic = {r"-:.*layers\.0\..*": {}, r"+:.*down_proj": {"bits": 8, "group_size": 64}}
+    quantization = read(tmp_path, packers.gptq(4, 32).config | {"dynamic": dynamic})
+    assert quantization.scheme("model.layers.0.mlp.up_proj.weight") is None
+    assert quantization.scheme("model.layers.1.mlp.down_proj.weight").bits == 8
+    assert quantization.scheme("model.layers.1.mlp.up_proj.weight").bits == 4
+
+
+def test_a_weight_that_is_floats_after_all_is_read_as_floats(tmp_path: Path) -> None:
+    """Some programs leave layers out without saying so in the configuration."""
+    packed, floats = quantised(tmp_path, packers.awq(32))
+    name = "model.layers.1.mlp.down_proj"
+    kept = {key: value for key, value in tensors_of(packed).items() if not key.startswith(f"{name}.")} | {
+        f"{name}.weight": tensors_of(floats)[f"{name}.weight"]
+    }
+    write(packed, kept)
+    expected = logits(floats, TorchBackend())
+    np.testing.assert_allclose(
+        logits(packed, TorchBackend()), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+    )
+
+
+def tensors_of(path: Path) -> dict[str, tuple[str, NDArray[Any]]]:
+    from vllmlite.weights.safetensors import read_safetensors
+
+    codes = {name: code for code, name in _DTYPES.items()}
+    kinds = {"bfloat16": "uint16", "float8_e4m3": "uint8"}
+    return {
+        name: (
+            codes[tensor.dtype],
+            tensor.data.view(kinds.get(tensor.dtype, tensor.dtype)).reshape(tensor.shape),
+        )
+        for name, tensor in read_safetensors(path / "model.safetensors").items()
+    }
+
+
+def test_older_files_beside_config_json_are_read(tmp_path: Path) -> None:
+    packed, _ = quantised(tmp_path, packers.gptq(4, 32))
+    config = json.loads((packed / "config.json").read_text())
+    section = config.pop("quantization_config")
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="stored as AWQ or GPTQ, which its configuration does not say"):
+        load_model(TorchBackend(), packed, max_model_len=64, block_size=16)
+    section.pop("quant_method")
+    (packed / "quantize_config.json").write_text(json.dumps(section))
+    assert logits(packed, TorchBackend()).shape == (37, 307)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"quant_method": "exl2"}, "quant_method='exl2'; accepted: awq, .*take another quantisation"),
+        ({"quant_method": "quark"}, "quant_method='quark'.*export it as fp8"),
+        ({"quant_method": ["awq"]}, "quant_method=.*accepted: awq"),
+        ({"quant_method": "awq", "bits": 8}, "bits=8; accepted: 4"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "version='gemv'; accepted: \"gemm\""),
+        ({"quant_method": "gptq", "bits": 5, "group_size": 128}, "bits=5; accepted: 2, 3, 4 or 8"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size=0; accepted: an integer from 1"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"+:(": {}}}, "dynamic=.*regular expr"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "marlin"}, "gptq, gptq_v2"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size=.*two whole numbers"),
+        ({"quant_method": "modelopt", "quant_algo": "INT4"}, "quant_algo='INT4'; accepted: FP8, NVFP4"),
+        ({"quant_method": "bitsandbytes"}, "load_in_4bit is absent|bnb_4bit_quant_type|load_in_4bit"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, "config_groups=.*an object of groups"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "marlin-24",
+                "config_groups": {"g": {"weights": {"num_bits": 4}}},
+            },
+            "format='marlin-24' with 4-bit int weights by channel; accepted: pack-quantized",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R1": {}}}},
+            "transform_config=.*accepted: none",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_is_refused_by_name(config: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=words):
+        read(tmp_path, config)
+
+
+def edited(path: Path, suffix: str, change: Any) -> None:
+    """Change the elements of the q projection's part of layer 1."""
+    tensors = tensors_of(path)
+    name = f"model.layers.1.self_attn.q_proj.{suffix}"
+    code, values = tensors[name]
+    tensors[name] = code, change(values.copy())
+    write(path, tensors)
+
+
+def filled(value: Any) -> Any:
+    def change(values: NDArray[Any]) -> NDArray[Any]:
+        values.reshape(-1)[-1] = value
+        return values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "change", "words"),
+    [
+        (
+            "gptq 4 bits",
+            "g_idx",
+            filled(2),
+            "q_proj.weight'.*g_idx holds groups from 0 to 2; accepted: 0 to 1",
+        ),
+        ("gptq 4 bits", "g_idx", filled(-1), "groups from -1"),
+        ("gptq 4 bits", "qzeros", filled(0), "q_proj.weight'.*qzeros of a symmetric weight hold"),
+        ("awq g32", "scales", filled(np.inf), "q_proj.weight'.*a scale is not finite"),
+        (
+            "awq g32",
+            "scales",
+            lambda values: values[:1],
+            r"scales': expected \[2, 64\] of float16.*found \[1, 64\]",
+        ),
+        ("fp8 by tensor", "weight_scale", filled(np.nan), "q_proj.weight'.*a scale is not finite"),
+        ("bitsandbytes nf4", "weight.absmax", filled(np.inf), "q_proj.weight'.*a scale is not finite"),
+        (
+            "bitsandbytes nf4",
+            "weight.quant_state.bitsandbytes__nf4",
+            lambda values: values[:5],
+            "no JSON object",
+        ),
+        (
+            "bitsandbytes int8",
+            "weight_format",
+            lambda values: values + 1,
+            "weight_format is not that of plain rows",
+        ),
+    ],
+)
+def test_damaged_weights_are_named(name: str, suffix: str, change: Any, words: str, tmp_path: Path) -> None:
+    packed, _ = quantised(tmp_path, PACKERS[name])
+    edited(packed, suffix, change)
+    with pytest.raises(ModelError, match=words):
+        load_model(TorchBackend(), packed, max_model_len=64, block_size=16)
+
+
+def test_groups_must_divide_a_row(tmp_path: Path) -> None:
+    packed, _ = quantised(tmp_path, packers.awq(32))
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"]["group_size"] = 48
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"q_proj.weight': a weight \[64, 64\] in AWQ: .* of 8 rows and 48"):
+        load_model(TorchBackend(), packed, max_model_len=64, block_size=16)
+
+
+def test_the_method_is_checked_and_told(tmp_path: Path) -> None:
+    from vllmlite import LLM
+
+    packed, floats = quantised(tmp_path, packers.awq(32))
+    options: dict[str, Any] = {"skip_tokenizer_init": True, "backend": "torch", "max_model_len": 64}
+    llm = LLM(str(packed), quantization="awq_marlin", **options)
+    assert "awq weights dequantised to float32" in llm.llm_engine.backend_choice
+    with pytest.raises(ParameterError, match=r"quantization='gptq'.*the checkpoint is in awq already"):
+        LLM(str(packed), quantization="gptq", **options)
+    with pytest.raises(
+        ParameterError, match=r"quantization='awq'.*weights are floats; int8 or int4 quantises them"
+    ):
+        LLM(str(floats), quantization="awq", **options)
+    assert {EngineConfig(quantization=method).quantization for method in CHECKPOINT_METHODS} == {
+        *CHECKPOINT_METHODS
+    }
+
+
+def test_parts_are_views_of_the_file(tmp_path: Path) -> None:
+    """A packed weight takes no memory before it is dequantised."""
+    packed, _ = quantised(tmp_path, packers.awq(32))
+    stored = open_model(packed, read_spec(packed), Packing(TorchBackend())).stored
+    weight = stored.tensor("model.layers.0.self_attn.q_proj.weight")
+    assert isinstance(weight, PackedWeight)
+    assert all(not part.data.flags.writeable for part in weight.parts.values())
+
+
+@pytest.mark.parametrize("family", ["Phi3", "GPT2"])
+def test_blocks_across_rows_and_fused_weights(family: str, tmp_path: Path) -> None:
+    """Rows of 96 elements are no whole number of bitsandbytes' blocks, and Phi-3's q is a slice of one weight."""
+    changes: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 6, "n_embd": 96, "n_head": 6}
+    packed, floats = quantised(tmp_path, packers.bnb4("nf4", nested=True), family, **changes)
+    expected = logits(floats, TorchBackend())
+    np.testing.assert_allclose(
+        logits(packed, TorchBackend()), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shape": [64, 32]}, r"expected blocks of 64 of a weight \[64, 64\]"),
+        ({"shape": 64}, r"expected blocks of 64 of a weight \[64, 64\]"),
+        ({"nested_blocksize": 128}, "nested blocks of 256"),
+        ({"nested_offset": "x"}, "expected a nested_offset"),
+    ],
+)
+def test_damaged_states_are_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    packed, _ = quantised(tmp_path, packers.bnb4("nf4", nested=True))
+
+    def changed(values: NDArray[Any]) -> NDArray[Any]:
+        text = json.dumps(json.loads(values.tobytes()) | change).encode()
+        return np.frombuffer(text, np.uint8)
+
+    edited(packed, "weight.quant_state.bitsandbytes__nf4", changed)
+    with pytest.raises(ModelError, match=f"q_proj.weight'.*{words}"):
+        load_model(TorchBackend(), packed, max_model_len=64, block_size=16)
+
+
+def test_the_order_of_columns_must_be_what_the_configuration_says(tmp_path: Path) -> None:
+    """desc_act needs g_idx, and without it a slice of columns could not follow another order."""
+    sizes: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 128}
+    packed, _ = quantised(tmp_path, packers.gptq(4, 32, order=True), **sizes)
+    config = json.loads((packed / "config.json").read_text())
+    kept = {name: value for name, value in tensors_of(packed).items() if not name.endswith("q_proj.g_idx")}
+    write(packed, kept)
+    with pytest.raises(ModelError, match=r"tensors missing from the checkpoint: .*q_proj\.g_idx"):
+        load_model(TorchBackend(), packed, max_model_len=64, block_size=16)
+    config["quantization_config"]["desc_act"] = False
+    (packed / "config.json").write_text(json.dumps(config))
+    weights = open_model(packed, sharded(read_spec(packed), 1, 2), Packing(TorchBackend()))
+    with pytest.raises(ModelError, match=r"o_proj.weight'.*g_idx is in no order; accepted: runs of columns"):
+        weights.floats("0.o.weight")
+
+
+def test_a_weight_that_may_be_transposed_must_be_what_the_configuration_says(tmp_path: Path) -> None:
+    """GPT-2 stores floats transposed, and the shape of a square weight does not tell."""
+    packed, floats = quantised(tmp_path, packers.awq(32), "GPT2", n_embd=64, n_inner=128)
+    name = "transformer.h.1.attn.c_proj"
+    kept = {key: value for key, value in tensors_of(packed).items() if not key.startswith(f"{name}.q")}
+    kept.pop(f"{name}.scales")
+    write(packed, kept | {f"{name}.weight": tensors_of(floats)[f"{name}.weight"]})
+    with pytest.raises(ModelError, match=rf"tensor '{name}.weight': is stored as floats; expected awq"):
+        load_model(TorchBackend(), packed, max_model_len=64, block_size=16)
+
+
+def test_scales_of_the_cache_are_not_needed_and_other_biases_are_refused(tmp_path: Path) -> None:
+    packed, floats = quantised(tmp_path, packers.fp8("tensor"))
+    name, tensors = "model.layers.1.self_attn", tensors_of(packed)
+    one = "F32", np.ones(1, np.float32)
+    scales = {
+        f"{name}.{scale}": one
+        for scale in ("kv_scale", "k_proj.k_scale", "attn.v_scale", "v_proj.output_scale")
+    }
+    write(packed, tensors | scales)
+    assert logits(packed, TorchBackend()).tobytes() == logits(floats, TorchBackend()).tobytes()
+    for bias in (("F16", np.ones(64, np.float16)), ("I8", np.zeros(64, np.int8))):
+        write(packed, tensors | {f"{name}.o_proj.bias": bias})
+        with pytest.raises(ModelError, match=r"has no use for: model\.layers\.1\.self_attn\.o_proj\.bias"):
+            load_model(TorchBackend(), packed, max_model_len=64, block_size=16)

@@ -1,0 +1,1 @@
+"""The configuration of an engine, and the options of vLLM that are refused."""

@@ -1,0 +1,56 @@
+"""llama.cpp's prompts: text, token ids, both mixed, or an object with a text; one of them, or a list."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllmlite.errors import ParameterError
+from vllmlite.server.service import Service
+from vllmlite.tokenizers.tokenizer import Tokenizer
+
+FORMS = 'must be text, token ids, both mixed, {"prompt_string": text}, or a list with some of these'
+
+
+async def encode_prompts(service: Service, given: Any) -> list[dict[str, Any]]:
+    """Every prompt of a request, with its ids. Raises :class:`ParameterError`."""
+    prompts = [_plain(prompt) for prompt in (given if _is_list_of_prompts(given) else [given])]
+    service.check_num_prompts(len(prompts))
+    ready = []
+    for prompt in prompts:
+        if isinstance(prompt, list) and any(isinstance(part, str) for part in prompt):
+            characters = sum(len(part) for part in prompt if isinstance(part, str))
+            prompt = await service.tokenised(characters, _mixed_ids, service.tokenizer, prompt)
+        ready.append(prompt)
+    return await service.encode_all(ready)
+
+
+def _is_list_of_prompts(given: Any) -> bool:
+    """Whether ``given`` is a list that is not one prompt of ids, or of ids and texts."""
+    return isinstance(given, list) and not _is_tokens(given)
+
+
+def _is_tokens(given: list[Any]) -> bool:
+    return any(type(part) is int for part in given) and all(type(part) in (int, str) for part in given)
+
+
+def _plain(prompt: Any) -> str | list[Any]:
+    """A prompt without an object around it."""
+    if isinstance(prompt, dict):
+        if prompt.get("multimodal_data"):
+            raise ParameterError(
+                "prompt.multimodal_data", prompt["multimodal_data"], "only text goes in and out"
+            )
+        prompt = prompt.get("prompt_string")
+        if not isinstance(prompt, str):
+            raise ParameterError("prompt.prompt_string", prompt, "must be text")
+    if isinstance(prompt, str) or (isinstance(prompt, list) and _is_tokens(prompt)):
+        return prompt
+    raise ParameterError("prompt", prompt, FORMS)
+
+
+def _mixed_ids(tokenizer: Tokenizer, parts: list[int | str]) -> list[int]:
+    """The ids of texts and of ids between them; special tokens are added to a text at the beginning alone."""
+    ids: list[int] = []
+    for index, part in enumerate(parts):
+        ids += tokenizer.encode(part, index == 0) if isinstance(part, str) else [part]
+    return ids

@@ -1,0 +1,138 @@
+"""Everything that is not generation: tokens, models, health, metrics, profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag
+from typing_extensions import TypedDict
+
+from vllmlite.config.refused import Absent
+from vllmlite.server.openai.chat_protocol import ChatPrompt
+from vllmlite.server.protocol.base import Ints, Request
+
+
+class TokenizeFields(Request):
+    """What both forms of ``POST /tokenize`` have."""
+
+    return_token_strs: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = Field(None, description="Where tokens are dropped.")
+
+
+class TokenizeRequest(TokenizeFields):
+    """``POST /tokenize`` of a text."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+
+
+class TokenizeChatRequest(ChatPrompt, TokenizeFields):
+    """``POST /tokenize`` of a conversation."""
+
+
+class LlamaTokenizeRequest(Request):
+    """``POST /tokenize`` of a text, in llama.cpp's words."""
+
+    text_changing: ClassVar[Mapping[str, Absent]] = {
+        "parse_special": Absent((None, True), "special tokens in a text are always read as such")
+    }
+
+    content: str
+    add_special: bool = False
+    with_pieces: bool = False
+
+
+TOKENIZABLE_TAGS = ("a text", "a conversation", "llama.cpp's")
+"""Names of the forms, which pydantic puts into the places of errors."""
+
+
+def _form(body: Any) -> str:
+    names = body.keys() if isinstance(body, dict) else ()
+    return TOKENIZABLE_TAGS[
+        1 if "messages" in names else 2 if "content" in names and "prompt" not in names else 0
+    ]
+
+
+Tokenizable = Annotated[
+    Annotated[TokenizeRequest, Tag(TOKENIZABLE_TAGS[0])]
+    | Annotated[TokenizeChatRequest, Tag(TOKENIZABLE_TAGS[1])]
+    | Annotated[LlamaTokenizeRequest, Tag(TOKENIZABLE_TAGS[2])],
+    Discriminator(_form),
+]
+
+
+class DetokenizeRequest(Request):
+    """``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: Ints
+
+
+class ModelCard(TypedDict):
+    """A served model name."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int
+
+
+class ModelList(TypedDict):
+    """Answer of ``/v1/models``."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Tokenized(TypedDict):
+    """Answer of ``/tokenize``."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class LlamaTokenized(TypedDict):
+    """Answer of ``/tokenize`` to llama.cpp's form: ids, or with their pieces of text."""
+
+    tokens: list[Any]
+
+
+class Detokenized(TypedDict):
+    """Answer of ``/detokenize``: the text under vLLM's name and llama.cpp's."""
+
+    prompt: str
+    content: str
+
+
+class Health(TypedDict):
+    """Answer of ``/health``."""
+
+    status: Literal["ok", "degraded"]
+    failed_steps: int
+    last_error: str | None
+
+
+class ProfileFile(TypedDict):
+    """Answer of ``/stop_profile``: a file on the server."""
+
+    file: str
+
+
+class Version(TypedDict):
+    """Answer of ``/version``."""
+
+    version: str
+
+
+class Load(TypedDict):
+    """Answer of ``/load``."""
+
+    server_load: int

@@ -1,0 +1,181 @@
+"""Incremental detokenization: the text of a growing sequence of ids, and stop strings in it.
+
+The text is what the tokenizer makes of all ids at once, however many arrive at a time. A token may be a part of a
+character, and a decoder with byte fallback (SentencePiece's) reads a run of byte tokens as UTF-8 only if all of it is
+valid; otherwise each byte becomes U+FFFD. So the text of a character, or of such a run, is given out once it is whole.
+"""
+
+from __future__ import annotations
+
+from codecs import getincrementaldecoder
+from collections.abc import Sequence
+from itertools import takewhile
+
+from vllmlite.tokenizers.tokenizer import Tokenizer
+
+CONTEXT_TOKENS = 6
+"""Prompt tokens decoded along with the output, so that spacing across the seam is right."""
+REPLACEMENT = "\ufffd"
+_utf8_decoder = getincrementaldecoder("utf-8")
+
+
+class Detokenizer:
+    """Text of one growing sequence of ids, released only in whole characters and clear of stop strings."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        *,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
+    ) -> None:
+        """Start after ``prompt_ids``; ``stop`` strings count once ``min_tokens`` ids have come."""
+        self.text = ""
+        decoder = _ByteLevelDecoder if tokenizer.is_byte_level else _TextDecoder
+        self._decoder = decoder(tokenizer, prompt_ids, skip_special_tokens)
+        self._num_ids = 0
+        self._stop = list(stop)
+        self._include_stop = include_stop
+        self._hold_back = max((len(s) for s in self._stop), default=1) - 1 if not include_stop else 0
+        self._min_tokens = min_tokens
+
+    def extend(self, token_ids: Sequence[int]) -> tuple[int, str | None]:
+        """Take in ids, up to one that completes a stop string (``text`` is cut accordingly).
+
+        Returns how many were taken in, and the stop string, if any."""
+        for count, token_id in enumerate(token_ids, start=1):
+            self._num_ids += 1
+            stop = self._add(self._decoder.feed(token_id))
+            if stop is not None:
+                return count, stop
+        return len(token_ids), None
+
+    def finish(self) -> str | None:
+        """Release what was held back, an incomplete character as U+FFFD; may complete a stop string too."""
+        stopped = self._add(self._decoder.finish())
+        self._hold_back = 0
+        return stopped
+
+    @property
+    def position(self) -> int:
+        """Where the text of the next id begins: the number of whole characters so far, released or not."""
+        return len(self.text) + self._decoder.num_held
+
+    @property
+    def released_text(self) -> str:
+        """The text so far, without an end that may yet become a stop string."""
+        return self.text[: max(len(self.text) - self._hold_back, 0)] if self._hold_back else self.text
+
+    def _add(self, new: str) -> str | None:
+        """Append ``new`` to the text; returns the stop string that this completes, at which the text is cut."""
+        start = len(self.text)
+        self.text += new
+        if not new or not self._stop or self._num_ids < self._min_tokens:
+            return None
+        found = []
+        for stop in self._stop:
+            at = self.text.find(stop, max(0, start - len(stop) + 1))
+            if at >= 0:
+                found.append((at, stop))
+        if not found:
+            return None
+        at, stop = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
+        self.text = self.text[: at + len(stop) if self._include_stop else at]
+        self._hold_back = 0
+        return stop
+
+
+class _ByteLevelDecoder:
+    """Decodes tokens that are bytes of UTF-8 text, one after another."""
+
+    num_held = 0
+    """Whole characters that have not been given out: none."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special: bool) -> None:
+        """Start within the character, if any, that the prompt ends in the middle of."""
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = _utf8_decoder("replace")
+        for token_id in prompt_ids[-CONTEXT_TOKENS:]:
+            self._decode(token_id)
+        self._prompt_is_open = bool(self._utf8.getstate()[0])
+
+    def feed(self, token_id: int) -> str:
+        """The characters that ``token_id`` completes."""
+        return self._after_prompt(self._decode(token_id))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for an incomplete character of the output."""
+        return self._after_prompt(self._utf8.decode(b"", final=True))
+
+    def _decode(self, token_id: int) -> str:
+        if self._tokenizer.is_hidden(token_id, self._skip_special):
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+
+    def _after_prompt(self, text: str) -> str:
+        """``text`` without the U+FFFD of a prompt's last character, which the prompt's own text shows already."""
+        if text and self._prompt_is_open:
+            self._prompt_is_open = False
+            return text.removeprefix(REPLACEMENT)
+        return text
+
+
+class _TextDecoder:
+    """Decodes tokens of any other kind: a few tokens of context with the new ones, less the context's text."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special: bool) -> None:
+        """Start after ``prompt_ids``: behind the bytes of whole characters at its end, which are no part of a run in
+        the output, but with those of the incomplete one that the output may complete."""
+        self.num_held = 0
+        """Whole characters of a run of bytes that has not ended."""
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = _utf8_decoder("replace")
+        run = [b for b in takewhile(lambda b: b is not None, map(tokenizer.byte_of, reversed(prompt_ids)))]
+        self._utf8.decode(bytes(b for b in reversed(run) if b is not None))
+        self._num_open = len(self._utf8.getstate()[0])
+        before = prompt_ids[: len(prompt_ids) - len(run)][-CONTEXT_TOKENS:]
+        self._ids = [*before, *prompt_ids[len(prompt_ids) - self._num_open :]]
+        self._read = len(before)
+        """Ids whose text has been given out: context of the others."""
+
+    def feed(self, token_id: int) -> str:
+        """The text that is certain now."""
+        self._ids.append(token_id)
+        if self._tokenizer.is_hidden(token_id, self._skip_special):
+            return ""
+        byte = self._tokenizer.byte_of(token_id)
+        if byte is not None:
+            self.num_held += len(self._utf8.decode(bytes((byte,))))
+            return ""
+        before, after = self._texts()
+        whole = after.rstrip(REPLACEMENT)
+        self.num_held = max(len(whole) - len(before), 0)
+        if len(after) <= len(before) or len(whole) < len(after):
+            return ""
+        return self._give(before, after)
+
+    def finish(self) -> str:
+        """What is left."""
+        return self._give(*self._texts())
+
+    def _texts(self) -> tuple[str, str]:
+        decode = self._tokenizer.decode
+        context = decode(self._ids[: self._read], self._skip_special) if self._read else ""
+        return context, decode(self._ids, self._skip_special)
+
+    def _give(self, before: str, after: str) -> str:
+        new = after[len(before) :]
+        if self._num_open and new.startswith(
+            REPLACEMENT * self._num_open
+        ):  # the prompt's own text shows these
+            new = new[self._num_open :]
+        self._num_open = self.num_held = 0
+        self._utf8.reset()
+        self._ids = self._ids[self._read :]
+        self._read = len(self._ids)
+        return new

@@ -1,0 +1,314 @@
+"""Text to ids and back: encoding, decoding, chat templates."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.decoders import ByteLevel
+
+from vllmlite.chat.sources import DEFAULT, choose, read_templates
+from vllmlite.chat.special_tokens import read_special_tokens
+from vllmlite.errors import ModelError, ParameterError, not_installed
+from vllmlite.signals import came_from_handler
+from vllmlite.tokenizers.added_tokens import add_tokens
+from vllmlite.tokenizers.gguf import gguf_tokenizer
+from vllmlite.tokenizers.slow import SlowTokenizer
+from vllmlite.weights.foreign import refuse_foreign_file
+from vllmlite.weights.json_object import read_object
+
+if TYPE_CHECKING:
+    from vllmlite.chat.template import ChatTemplate
+    from vllmlite.tokenizers.truncation import Truncation
+
+MAX_IDS = 10_000_000
+"""Ids are below this; the largest vocabularies have a quarter of a million."""
+LONG_TEXT = 4096
+"""Texts of more characters are encoded while other threads run."""
+LEAST_TOKENS = 64
+"""A tokenizer of fewer has read nothing but the names of special tokens."""
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""A token of one byte, in vocabularies with byte fallback."""
+
+
+class Tokenizer:
+    """A tokenizer (``tokenizer.json``, a GGUF file's, or transformers') with its configuration and chat template."""
+
+    def __init__(self, path: Path) -> None:
+        """Read ``tokenizer.json`` and ``tokenizer_config.json`` of directory ``path``, or what the GGUF file ``path``
+        has in their place. Raises ModelError."""
+        self._fast: FastTokenizer | SlowTokenizer
+        if path.is_file():
+            self._fast, self._config = gguf_tokenizer(path)
+        else:
+            self._config = read_object(path / "tokenizer_config.json", optional=True)
+            self._fast = _load(path)
+        self._path = path
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self.special_tokens = read_special_tokens(path, self._config)
+        """Special tokens by name, and lists of those without one: variables of every chat template."""
+        if isinstance(self._fast, FastTokenizer) and path.is_dir():
+            add_tokens(self._fast, self._config, self.special_tokens, path / "tokenizer_config.json")
+        self.decode(self.encode(""))  # what cannot work at all is found out now
+        self.eos_token_id = self._special("eos_token")
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the tokenizer knows, added tokens included."""
+        return int(self._fast.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def max_token_length(self) -> int:
+        """Characters of the longest token: no text of more than n times as many fits into n tokens."""
+        return max(map(len, self._fast.get_vocab(with_added_tokens=True)), default=1)
+
+    def encode(
+        self, text: str, add_special_tokens: bool = True, truncation: Truncation | None = None
+    ) -> list[int]:
+        """Ids of ``text``, with what the tokenizer adds of itself (say, a beginning-of-text id), which ``truncation``
+        spares.
+
+        Raises :class:`ParameterError` if ``text`` is not Unicode (it holds half a surrogate pair)."""
+        try:
+            ids = self._encoded(text, add_special_tokens)
+        except (TypeError, UnicodeEncodeError):
+            raise ParameterError("text", text, "must be Unicode without halves of surrogate pairs") from None
+        except BaseException as error:
+            raise _told(self._path, error) from None
+        if truncation is None:
+            return ids
+        return truncation.of(ids, *(self._num_added if add_special_tokens else (0, 0)))
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``; half a character at either end becomes U+FFFD."""
+        try:
+            return str(self._fast.decode(ids, skip_special_tokens=skip_special_tokens))
+        except BaseException as error:
+            raise _told(self._path, error) from None
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether tokens are bytes in GPT-2's alphabet, and their text is those bytes one after another."""
+        return isinstance(self._fast.decoder, ByteLevel)
+
+    def is_hidden(self, token_id: int, skip_special_tokens: bool) -> bool:
+        """Whether decoding passes over ``token_id``: a special token that is skipped, or no token at all."""
+        if skip_special_tokens and token_id in self._special_ids:
+            return True
+        return self._fast.id_to_token(token_id) is None
+
+    def byte_of(self, token_id: int) -> int | None:
+        """The byte that ``token_id`` stands for where the vocabulary falls back to bytes; None for other tokens."""
+        if not self._falls_back_to_bytes:
+            return None
+        match = BYTE_TOKEN.fullmatch(self._fast.id_to_token(token_id) or "")
+        return int(match[1], 16) if match else None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 of one token's text in the middle of a text; its own bytes if it is a part of a character."""
+        token = self._fast.id_to_token(token_id)
+        if self.is_byte_level and token is not None:
+            try:
+                return bytes(_BYTE_OF[character] for character in token)
+            except KeyError:  # an added token, which is text
+                return token.encode()
+        byte = self.byte_of(token_id)
+        return self.token_text(token_id).encode() if byte is None else bytes((byte,))
+
+    def vocabulary(self, size: int) -> tuple[list[str], bool]:
+        """Tokens of ids 0 to ``size`` - 1 as the tokenizer writes them, special and missing ones empty; whether that is
+        byte by byte in GPT-2's alphabet."""
+        texts = [""] * size
+        for text, token_id in self._fast.get_vocab(with_added_tokens=True).items():
+            if token_id < size and token_id not in self._special_ids:
+                texts[token_id] = text
+        parts = (self._fast.decoder, self._fast.pre_tokenizer)
+        return texts, any(part is not None and _has_part(part, "ByteLevel") for part in parts)
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise :class:`ParameterError` unless all of ``ids`` can be ids."""
+        for token_id in ids:
+            if not 0 <= token_id < 2**31:
+                raise ParameterError("tokens", token_id, "must be token ids: whole numbers from 0")
+
+    def token_string(self, token_id: int) -> str:
+        """The vocabulary's string of a token, such as ``Ġdpkg`` or ``▁dpkg``; empty if there is none."""
+        return self._fast.id_to_token(token_id) or ""
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token in the middle of a text, special tokens included; a part of a character is U+FFFD."""
+        if self.is_byte_level:
+            return self.token_bytes(token_id).decode("utf-8", "replace")
+        first, both = (self.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
+        # Decoders take a space from the beginning of a text: the second of two shows it.
+        return both[len(first) :] if both.startswith(first) else first
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is written ``text``; None if there is none."""
+        found: int | None = self._fast.token_to_id(text)
+        return found
+
+    def special_text(self, name: str) -> str:
+        """The text of ``bos_token`` or another special token; empty if there is none."""
+        text = self.special_tokens.get(name)
+        return text if isinstance(text, str) else ""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's chat template for conversations without tools, if it brings one of no other name."""
+        return self.chat_templates.get(DEFAULT)
+
+    @cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """The chat templates that the checkpoint brings, by name."""
+        return read_templates(self._path, self._config)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint brings a chat template."""
+        return bool(self.chat_templates)
+
+    def find_chat_template(self, wanted: str | None = None, *, with_tools: bool = False) -> ChatTemplate:
+        """The chat template that is ``wanted``: the name of one of the checkpoint's or of a built-in one, or its text;
+        None: the checkpoint's own, which may be another one ``with_tools``. Raises :class:`ParameterError`."""
+        return self._made(choose(self.chat_templates, wanted, with_tools=with_tools, begins=self._begins))
+
+    def apply_chat_template(
+        self,
+        messages: Any,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_content_format: str = "auto",
+        **variables: Any,
+    ) -> str:
+        """The prompt for ``messages`` (see :mod:`vllmlite.chat.messages`), through a chat template that
+        :meth:`find_chat_template` finds.
+
+        ``continue_final_message`` leaves the last message open for the model to go on with it; ``variables`` are the
+        template's. Raises :class:`ParameterError`."""
+        from vllmlite.chat.template import PromptOptions
+
+        options = PromptOptions(add_generation_prompt, continue_final_message, chat_template_content_format)
+        template = self.find_chat_template(chat_template, with_tools=bool(tools))
+        return template.prompt(messages, options, tools, variables)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self._fast.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def _falls_back_to_bytes(self) -> bool:
+        return self._fast.decoder is not None and _has_part(self._fast.decoder, "ByteFallback")
+
+    @cached_property
+    def _made(self) -> Callable[[str], ChatTemplate]:
+        """Chat templates by their text; a few are kept, with what was found out about them."""
+        from vllmlite.chat.template import ChatTemplate
+
+        special = {"bos_token": "", "eos_token": "", **self.special_tokens}
+        return lru_cache(maxsize=16)(lambda source: ChatTemplate(source, special))
+
+    def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) > LONG_TEXT and not isinstance(self._fast, SlowTokenizer):
+            # ``encode`` keeps Python's lock for as long as it takes: no other thread would run.
+            (encoded,) = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return list(encoded.ids)
+        return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    @cached_property
+    def _num_added(self) -> tuple[int, int]:
+        """Ids that the tokenizer adds before and after a text."""
+        whole, bare = self.encode("a"), self.encode("a", add_special_tokens=False)
+        spare = len(whole) - len(bare)
+        before = next((n for n in range(spare + 1) if whole[n : n + len(bare)] == bare), 0)
+        return before, spare - before
+
+    @cached_property
+    def _begins(self) -> str:
+        """The bos token if the tokenizer begins every text with it, else nothing."""
+        bos = self.special_text("bos_token")
+        return bos if bos and self.encode("")[:1] == [self.token_id(bos)] else ""
+
+    def _special(self, name: str) -> int | None:
+        text = self.special_text(name)
+        try:
+            return self._fast.token_to_id(text) if text else None
+        except BaseException as error:
+            raise _told(self._path, error) from None
+
+
+def _load(path: Path) -> FastTokenizer | SlowTokenizer:
+    file = path / "tokenizer.json"
+    if file.is_file():
+        _check_ids(file)
+        try:
+            return FastTokenizer.from_file(str(file))
+        except BaseException as error:  # the library raises plain Exception
+            refuse_foreign_file(file)
+            raise _told(file, error) from None
+    try:
+        from transformers import AutoTokenizer  # SentencePiece's, and slow ones
+    except ModuleNotFoundError as error:
+        raise ModelError(f"{path}: no tokenizer.json, and {not_installed(str(error.name))}") from None
+    try:
+        loaded = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(
+            f"{path}: no tokenizer.json, and transformers finds no tokenizer either: {error}"
+        ) from None
+    files = sorted(set(loaded.vocab_files_names.values()))
+    # transformers makes an empty tokenizer of some families where there is no file to read.
+    if len(loaded) < LEAST_TOKENS and files and not any((path / name).exists() for name in files):
+        raise ModelError(f"{path}: has no tokenizer: none of {', '.join(files)}; name one with --tokenizer")
+    if not getattr(loaded, "is_fast", False):
+        return SlowTokenizer(loaded)
+    fast: FastTokenizer = loaded.backend_tokenizer
+    return fast
+
+
+def _has_part(component: Any, kind: str) -> bool:
+    """Whether a decoder or pre-tokenizer, or one in it, is of ``kind``: what it is pickled as is its JSON."""
+    return f'"type": "{kind}"' in json.dumps(json.loads(component.__getstate__()))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet of bytes: printable Latin-1 characters are themselves, the others follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _check_ids(file: Path) -> None:
+    """ModelError for an id from :data:`MAX_IDS` up, before the library makes a table with a place for each."""
+    if not re.search(rb":\s*\d{8}", file.read_bytes()):
+        return
+    content = read_object(file)
+    model, added = content.get("model"), content.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    largest = max((i for i in ids if type(i) is int), default=0)
+    if largest >= MAX_IDS:
+        raise ModelError(f"{file}: has a token with id {largest}; accepted: ids below {MAX_IDS}")
+
+
+def _told(path: Path, error: BaseException) -> BaseException:
+    """An error of the library's, as ours; a panic of its is no Exception. What signal handlers raise stays itself, and
+    so does KeyboardInterrupt."""
+    if came_from_handler(error):
+        return error
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return ModelError(f"{path}: not a usable tokenizer: {error}")
+    return error
