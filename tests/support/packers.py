@@ -301,3 +301,37 @@ def bnb8() -> Packer:
         return tensors, codes.astype(np.float32) * (scales / np.float32(127))[:, None]
 
     return Packer({"quant_method": "bitsandbytes", "load_in_8bit": True}, pack)
+
+
+PACKERS: dict[str, Packer] = {
+    "awq g32": awq(32),
+    "awq channel": awq(-1),
+    "gptq 4 bits": gptq(4, 32),
+    "gptq 4 bits, version 2": gptq(4, 32, version=2),
+    "gptq version 2 that says 1": gptq(4, 32, version=2, said=1),
+    "gptq asymmetric": gptq(4, 32, symmetric=False),
+    "gptq asymmetric, version 2": gptq(4, 32, symmetric=False, version=2),
+    "gptq desc_act": gptq(4, 32, order=True),
+    "gptq 2 bits": gptq(2, 32, symmetric=False),
+    "gptq 3 bits": gptq(3, 32, order=True),
+    "gptq 8 bits by channel": gptq(8, -1),
+    "gptq output layer, biases of zeros": gptq(4, 32, head=True, bias=True),
+    "pack-quantized g32": packed_ints(4, 32),
+    "pack-quantized by channel": packed_ints(8, None),
+    "pack-quantized asymmetric": packed_ints(4, 32, symmetric=False),
+    "pack-quantized actorder": packed_ints(4, 32, order=True),
+    "int-quantized": ints("channel"),
+    "int-quantized, static": ints("tensor", static=True),
+    "fp8 blocks": fp8("block", scale="weight_scale_inv"),
+    "fp8 blocks, scales in bfloat16": fp8("block", scale="weight_scale_inv", scale_dtype="BF16"),
+    "fp8 by tensor": fp8("tensor"),
+    "float-quantized by channel": fp8("channel", "compressed"),
+    "float-quantized by block": fp8("block", "compressed"),
+    "modelopt fp8": fp8("tensor", "modelopt"),
+    "modelopt nvfp4": fp4("modelopt"),
+    "nvfp4-pack-quantized": fp4("compressed"),
+    "mxfp4-pack-quantized": fp4("mxfp4"),
+    "bitsandbytes nf4": bnb4("nf4", nested=False),
+    "bitsandbytes fp4, double quantised": bnb4("fp4", nested=True),
+    "bitsandbytes int8": bnb8(),
+}

@@ -12,7 +12,7 @@ import pytest
 from checkpoints import write_checkpoint
 from native import needs_native_cpu
 from numpy.typing import NDArray
-from packers import Packer
+from packers import PACKERS, Packer
 from paged import PagedModel
 from safetensors.numpy import load_file
 
@@ -28,38 +28,6 @@ from vllmlite.weights.host import HostTensor, PackedWeight, float_values
 from vllmlite.weights.packing import Packing
 from vllmlite.weights.safetensors import write_safetensors
 
-PACKERS: dict[str, Packer] = {
-    "awq g32": packers.awq(32),
-    "awq channel": packers.awq(-1),
-    "gptq 4 bits": packers.gptq(4, 32),
-    "gptq 4 bits, version 2": packers.gptq(4, 32, version=2),
-    "gptq version 2 that says 1": packers.gptq(4, 32, version=2, said=1),
-    "gptq asymmetric": packers.gptq(4, 32, symmetric=False),
-    "gptq asymmetric, version 2": packers.gptq(4, 32, symmetric=False, version=2),
-    "gptq desc_act": packers.gptq(4, 32, order=True),
-    "gptq 2 bits": packers.gptq(2, 32, symmetric=False),
-    "gptq 3 bits": packers.gptq(3, 32, order=True),
-    "gptq 8 bits by channel": packers.gptq(8, -1),
-    "gptq output layer, biases of zeros": packers.gptq(4, 32, head=True, bias=True),
-    "pack-quantized g32": packers.packed_ints(4, 32),
-    "pack-quantized by channel": packers.packed_ints(8, None),
-    "pack-quantized asymmetric": packers.packed_ints(4, 32, symmetric=False),
-    "pack-quantized actorder": packers.packed_ints(4, 32, order=True),
-    "int-quantized": packers.ints("channel"),
-    "int-quantized, static": packers.ints("tensor", static=True),
-    "fp8 blocks": packers.fp8("block", scale="weight_scale_inv"),
-    "fp8 blocks, scales in bfloat16": packers.fp8("block", scale="weight_scale_inv", scale_dtype="BF16"),
-    "fp8 by tensor": packers.fp8("tensor"),
-    "float-quantized by channel": packers.fp8("channel", "compressed"),
-    "float-quantized by block": packers.fp8("block", "compressed"),
-    "modelopt fp8": packers.fp8("tensor", "modelopt"),
-    "modelopt nvfp4": packers.fp4("modelopt"),
-    "nvfp4-pack-quantized": packers.fp4("compressed"),
-    "mxfp4-pack-quantized": packers.fp4("mxfp4"),
-    "bitsandbytes nf4": packers.bnb4("nf4", nested=False),
-    "bitsandbytes fp4, double quantised": packers.bnb4("fp4", nested=True),
-    "bitsandbytes int8": packers.bnb8(),
-}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("Qwen2", {"tie_word_embeddings": True}),
     "fused": ("Phi3", {}),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 
 from vllmlite.backends.base import Backend
 from vllmlite.weights.host import HostTensor, HostWeight, PackedWeight, Scheme
 from vllmlite.weights.schemes.gguf_blocks import BlockScheme, to_tiles
+from vllmlite.weights.schemes.grouped import IntegerScheme
 from vllmlite.weights.schemes.tiles import TILES
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,8 @@ class Packing:
                 return stored if native and self.keep_blocks else None
             if stored.tiles is not None and stored.tiles.name == self.quantization:
                 return stored if native else stored.tiles
+        elif isinstance(stored, IntegerScheme) and stored.grouped.name in self.backend.schemes:
+            return stored.grouped
         elif stored is not None:
             return stored if native else None
         return None if self.quantization is None else TILES[self.quantization]
@@ -40,7 +47,8 @@ class Packing:
         if isinstance(stored, BlockScheme) and stored.tiles is not None and scheme in (stored, stored.tiles):
             rounded = f" as {stored.tiles.name} with scales rounded to bfloat16"
             return "kept" + rounded * (stored.tiles.scale_dtype == "bfloat16")
-        return "kept" if scheme is stored else f"quantised to {scheme.name}"
+        kept = scheme is stored or isinstance(stored, IntegerScheme)
+        return "kept" if kept else f"quantised to {scheme.name}"
 
     def __call__(self, weight: HostWeight) -> HostWeight:
         """``weight`` in the form that :meth:`scheme` says. ModelError for values that cannot be quantised, and for
@@ -54,6 +62,8 @@ class Packing:
                 return weight
             if isinstance(stored, BlockScheme) and scheme is stored.tiles:
                 return to_tiles(weight)
+            if isinstance(stored, IntegerScheme):
+                return stored.to_grouped(weight) or self._ungrouped(weight)
         return self.backend.quantize(self.floats(weight), scheme.name)
 
     def floats(self, weight: HostWeight, dtype: str | None = None) -> HostTensor:
@@ -64,3 +74,14 @@ class Packing:
         return self.backend.dequantize(
             weight, dtype or (self.backend.dtype if self.quantization is None else "float32")
         )
+
+    def _ungrouped(self, weight: PackedWeight) -> HostTensor:
+        _tell_of_floats(weight.scheme.name, self.backend.dtype)
+        return self.floats(weight)
+
+
+@cache
+def _tell_of_floats(name: str, dtype: str) -> None:
+    logger.warning(
+        "%s weights whose groups have different numbers of columns are dequantised to %s", name, dtype
+    )

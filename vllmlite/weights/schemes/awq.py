@@ -13,16 +13,10 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.weights.host import Floats, PackedWeight, Part, Shape, float_values
-from vllmlite.weights.schemes.bits import words
-from vllmlite.weights.schemes.groups import (
-    Axes,
-    SlicedScheme,
-    check_shape,
-    group_count,
-    group_indices,
-    scaled,
-)
+from vllmlite.weights.host import HostTensor, PackedWeight, Part, Shape
+from vllmlite.weights.schemes.bits import pack_rows, words
+from vllmlite.weights.schemes.grouped import Bytes, IntegerScheme, transposed
+from vllmlite.weights.schemes.groups import Axes, check_shape, group_count
 
 NIBBLE_OF_ROW = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word the code of each of its eight rows is."""
@@ -30,12 +24,14 @@ PER_WORD = 8
 
 
 @dataclass(frozen=True, slots=True)
-class AwqScheme(SlicedScheme):
+class AwqScheme(IntegerScheme):
     """``group_size`` None: a row is one group."""
 
     group_size: int | None
     name: str = "awq"
     row_unit: int = PER_WORD
+    bits: int = 4
+    symmetric: bool = False
 
     @property
     def column_unit(self) -> int:
@@ -62,17 +58,20 @@ class AwqScheme(SlicedScheme):
             "scales": Axes(1, grouped, per_column=Fraction(group)),
         }
 
-    def dequantize(self, weight: PackedWeight) -> Floats:
-        """See :class:`Scheme`."""
-        scales = float_values(weight.parts["scales"]).T
-        index = group_indices(weight, self.group_size, scales.shape[1])
-        codes, zeros = (
-            _codes(words(weight.parts[suffix]), weight.shape[0]) for suffix in ("qweight", "qzeros")
-        )
-        return scaled(codes, zeros, scales, index)
+    def codes(self, weight: PackedWeight) -> Bytes:
+        """See :class:`IntegerScheme`."""
+        return pack_rows(_codes(words(weight.parts["qweight"]), weight.shape[0]), 4)
+
+    def zeros(self, weight: PackedWeight) -> Bytes:
+        """See :class:`IntegerScheme`."""
+        return _codes(words(weight.parts["qzeros"]), weight.shape[0])
+
+    def scales(self, weight: PackedWeight) -> HostTensor:
+        """See :class:`IntegerScheme`."""
+        return transposed(weight.parts["scales"])
 
 
-def _codes(packed: NDArray[np.uint32], rows: int) -> NDArray[np.uint8]:
+def _codes(packed: NDArray[np.uint32], rows: int) -> Bytes:
     """Codes ``[rows, n]`` of words ``[n, rows / 8]``."""
     by_row = np.ascontiguousarray(packed.T)
     codes = np.empty((len(by_row), PER_WORD, len(packed)), np.uint8)

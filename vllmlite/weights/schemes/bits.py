@@ -13,10 +13,23 @@ def words(tensor: HostTensor) -> NDArray[np.uint32]:
     return tensor.data.view("<u4").reshape(tensor.shape)
 
 
-def unpack_rows(packed: NDArray[np.uint32], bits: int, count: int) -> NDArray[np.uint8]:
-    """The first ``count`` codes of each row of ``packed [rows, words]``: uint8 ``[rows, count]``. Codes of 3 bits lie
-    across the bounds of words."""
-    data = np.ascontiguousarray(packed, "<u4").view(np.uint8).reshape(len(packed), -1)
+def row_bytes(packed: NDArray[np.uint32]) -> NDArray[np.uint8]:
+    """The bytes ``[rows, 4 * words]`` of rows of words."""
+    return np.ascontiguousarray(packed, "<u4").view(np.uint8).reshape(len(packed), -1)
+
+
+def pack_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Codes ``[rows, count]`` of 4 or 8 bits in bytes, low bits first."""
+    if bits == 8:
+        return codes
+    even = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
+    packed: NDArray[np.uint8] = even[:, ::2] | even[:, 1::2] << np.uint8(4)
+    return packed
+
+
+def unpack_rows(data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
+    """The first ``count`` codes of each row of ``data [rows, bytes]``: uint8 ``[rows, count]``. Codes of 3 bits lie
+    across the bounds of bytes."""
     if bits == 8:
         return np.ascontiguousarray(data[:, :count])
     if bits == 4:

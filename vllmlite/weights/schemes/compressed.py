@@ -14,22 +14,18 @@ element is (code - zero) * scale. What is stored for activations has no effect: 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError
-from vllmlite.weights.host import Floats, PackedWeight, Part, Shape, float_values
-from vllmlite.weights.schemes.bits import unpack_rows, words
-from vllmlite.weights.schemes.groups import (
-    Axes,
-    SlicedScheme,
-    check_shape,
-    group_count,
-    group_indices,
-    scaled,
-)
+from vllmlite.weights.host import HostTensor, PackedWeight, Part, Shape
+from vllmlite.weights.schemes.bits import row_bytes, unpack_rows, words
+from vllmlite.weights.schemes.grouped import Bytes, IntegerScheme
+from vllmlite.weights.schemes.groups import Axes, check_shape, group_count, group_indices
 
 SCALE_DTYPES = ("float16", "float32")
 """Beside bfloat16."""
@@ -48,16 +44,17 @@ def scale_part(shape: Shape, group_size: int | None, per_tensor: bool) -> Part:
     return Part((shape[0], groups), "bfloat16", SCALE_DTYPES, ((shape[0],),) if groups == 1 else ())
 
 
-def scales_of(weight: PackedWeight) -> Floats:
+def scales_of(weight: PackedWeight) -> HostTensor:
     """Scales ``[N, G]`` of a weight ``[N, K]``."""
-    scales = float_values(weight.parts["weight_scale"])
-    if scales.size == 1:
-        return np.broadcast_to(scales.reshape(1, 1), (weight.shape[0], 1))
-    return scales.reshape(weight.shape[0], -1)
+    stored, rows = weight.parts["weight_scale"], weight.shape[0]
+    elements = stored.data.reshape(math.prod(stored.shape), -1)
+    if len(elements) == 1:
+        elements = np.repeat(elements, rows, axis=0)
+    return HostTensor(stored.dtype, (rows, len(elements) // rows), elements.reshape(-1))
 
 
 @dataclass(frozen=True, slots=True)
-class PackedIntScheme(SlicedScheme):
+class PackedIntScheme(IntegerScheme):
     """``pack-quantized``. ``group_size`` None: scales are per channel."""
 
     bits: int
@@ -109,26 +106,35 @@ class PackedIntScheme(SlicedScheme):
             **{suffix: Axes() for suffix in ACTIVATIONS},
         }
 
-    def dequantize(self, weight: PackedWeight) -> Floats:
-        """See :class:`Scheme`."""
-        rows, columns = weight.shape
-        scales = scales_of(weight)
-        index = group_indices(weight, self.group_size, scales.shape[1], "weight_g_idx")
-        codes = unpack_rows(words(weight.parts["weight_packed"]), self.bits, columns)
+    def codes(self, weight: PackedWeight) -> Bytes:
+        """See :class:`IntegerScheme`."""
+        return row_bytes(words(weight.parts["weight_packed"]))
+
+    def zeros(self, weight: PackedWeight) -> Bytes | None:
+        """See :class:`IntegerScheme`."""
         if self.symmetric:
-            return scaled(codes, 1 << (self.bits - 1), scales, index)
+            return None
         stored = words(weight.parts["weight_zero_point"])
-        return scaled(codes, unpack_rows(stored.T, self.bits, rows).T, scales, index)
+        return unpack_rows(row_bytes(stored.T), self.bits, weight.shape[0]).T
+
+    def scales(self, weight: PackedWeight) -> HostTensor:
+        """See :class:`IntegerScheme`."""
+        return scales_of(weight)
+
+    def groups(self, weight: PackedWeight) -> NDArray[np.int64] | None:
+        """See :class:`IntegerScheme`."""
+        return group_indices(weight, self.group_size, scales_of(weight).shape[1], "weight_g_idx")
 
 
 @dataclass(frozen=True, slots=True)
-class IntScheme(SlicedScheme):
+class IntScheme(IntegerScheme):
     """``int-quantized``. ``group_size`` None: scales are per channel, or one number with ``per_tensor``."""
 
     group_size: int | None
     symmetric: bool
     per_tensor: bool = False
     name: str = "int-quantized"
+    bits: int = 8
 
     @property
     def column_unit(self) -> int:
@@ -152,17 +158,24 @@ class IntScheme(SlicedScheme):
             **{suffix: Axes() for suffix in ACTIVATIONS},
         }  # fmt: skip
 
-    def dequantize(self, weight: PackedWeight) -> Floats:
-        """See :class:`Scheme`."""
-        scales = scales_of(weight)
-        codes = weight.parts["weight"].data.view(np.int8).reshape(weight.shape)
-        index = group_indices(weight, self.group_size, scales.shape[1])
+    def codes(self, weight: PackedWeight) -> Bytes:
+        """See :class:`IntegerScheme`."""
+        return weight.parts["weight"].data.reshape(weight.shape) ^ np.uint8(128)
+
+    def zeros(self, weight: PackedWeight) -> Bytes | None:
+        """See :class:`IntegerScheme`."""
         stored = weight.parts.get("weight_zero_point")
         if stored is None:
-            return scaled(codes, 0, scales, index)
-        zeros = stored.data.view({"int8": "i1", "int32": "<i4", "int64": "<i8"}[stored.dtype]).reshape(
-            stored.shape
-        )
+            return None
+        zeros = stored.data.view({"int8": "i1", "int32": "<i4", "int64": "<i8"}[stored.dtype])
         if self.symmetric and zeros.any():
             raise ModelError("weight_zero_point of a symmetric weight is not 0")
-        return scaled(codes, np.broadcast_to(zeros.reshape(-1, scales.shape[1]), scales.shape), scales, index)
+        if zeros.min() < -128 or zeros.max() > 127:
+            raise ModelError(f"weight_zero_point holds {zeros.min()} to {zeros.max()}; accepted: -128 to 127")
+        unsigned = zeros.astype(np.int8).view(np.uint8) ^ np.uint8(128)
+        groups = scales_of(weight).shape
+        return None if self.symmetric else np.broadcast_to(unsigned.reshape(-1, groups[1]), groups)
+
+    def scales(self, weight: PackedWeight) -> HostTensor:
+        """See :class:`IntegerScheme`."""
+        return scales_of(weight)

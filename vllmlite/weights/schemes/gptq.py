@@ -18,16 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError
-from vllmlite.weights.host import Floats, PackedWeight, Part, Shape, float_values
-from vllmlite.weights.schemes.bits import unpack_rows, words
-from vllmlite.weights.schemes.groups import (
-    Axes,
-    SlicedScheme,
-    check_shape,
-    group_count,
-    group_indices,
-    scaled,
-)
+from vllmlite.weights.host import HostTensor, PackedWeight, Part, Shape
+from vllmlite.weights.schemes.bits import row_bytes, unpack_rows, words
+from vllmlite.weights.schemes.grouped import Bytes, IntegerScheme, transposed
+from vllmlite.weights.schemes.groups import Axes, SlicedScheme, check_shape, group_count, group_indices
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +29,7 @@ WORD_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class GptqScheme(SlicedScheme):
+class GptqScheme(IntegerScheme):
     """``group_size`` None: a row is one group. ``version``: of the format, 1 or 2. ``symmetric``: all zeros are the
     middle code, which tells the version whatever the configuration says. ``ordered``: groups are runs of columns."""
 
@@ -83,43 +77,41 @@ class GptqScheme(SlicedScheme):
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
         """See :class:`Scheme`."""
         if self.ordered:  # what is left of g_idx would number the groups of the whole weight
-            groups = group_count(weight.shape[1], self.group_size)
-            if group_indices(weight, self.group_size, groups, "g_idx") is not None:
+            if self.groups(weight) is not None:
                 raise ModelError("g_idx is in no order; accepted: runs of columns, as desc_act=false means")
             parts = {suffix: part for suffix, part in weight.parts.items() if suffix != "g_idx"}
             weight = PackedWeight(self, weight.shape, parts)
         return SlicedScheme.take_columns(self, weight, first, last)
 
-    def dequantize(self, weight: PackedWeight) -> Floats:
-        """See :class:`Scheme`."""
-        rows, columns = weight.shape
-        scales = float_values(weight.parts["scales"]).T
-        groups = scales.shape[1]
-        index = group_indices(weight, self.group_size, groups, "g_idx")
-        codes = unpack_rows(words(weight.parts["qweight"]).T, self.bits, columns)
-        stored = unpack_rows(words(weight.parts["qzeros"]), self.bits, rows).T
-        return scaled(codes, self._zeros(stored), scales, index)
+    def codes(self, weight: PackedWeight) -> Bytes:
+        """See :class:`IntegerScheme`."""
+        return row_bytes(words(weight.parts["qweight"]).T)
 
-    def _zeros(self, stored: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """The zeros ``[N, groups]`` that ``stored`` ones mean."""
-        version = self.version
-        if self.symmetric:
-            middle = 1 << (self.bits - 1)
-            shown = set(np.unique(stored).tolist())
-            if shown not in ({middle - 1}, {middle}):
-                raise ModelError(
-                    f"qzeros of a symmetric weight hold {sorted(shown)[:4]}; accepted: {middle - 1} (version 1 of the "
-                    f"format) or {middle} (version 2) alone"
-                )
-            version = 2 if shown == {middle} else 1
-            if version != self.version:
-                _tell_of_version(version, self.version)
-        # A version 1 zero of -1 is stored as the largest code.
-        return (
-            stored.astype(np.int32)
-            if version == 2
-            else (stored.astype(np.int32) + 1) & ((1 << self.bits) - 1)
-        )
+    def scales(self, weight: PackedWeight) -> HostTensor:
+        """See :class:`IntegerScheme`."""
+        return transposed(weight.parts["scales"])
+
+    def groups(self, weight: PackedWeight) -> NDArray[np.int64] | None:
+        """See :class:`IntegerScheme`."""
+        return group_indices(weight, self.group_size, weight.parts["scales"].shape[0], "g_idx")
+
+    def zeros(self, weight: PackedWeight) -> Bytes | None:
+        """See :class:`IntegerScheme`."""
+        stored = unpack_rows(row_bytes(words(weight.parts["qzeros"])), self.bits, weight.shape[0]).T
+        if not self.symmetric:
+            # A version 1 zero of -1 is stored as the largest code.
+            return stored if self.version == 2 else (stored + np.uint8(1)) & np.uint8((1 << self.bits) - 1)
+        middle = 1 << (self.bits - 1)
+        shown = set(np.unique(stored).tolist())
+        if shown not in ({middle - 1}, {middle}):
+            raise ModelError(
+                f"qzeros of a symmetric weight hold {sorted(shown)[:4]}; accepted: {middle - 1} (version 1 of the "
+                f"format) or {middle} (version 2) alone"
+            )
+        version = 2 if shown == {middle} else 1
+        if version != self.version:
+            _tell_of_version(version, self.version)
+        return None
 
 
 @cache

@@ -1,0 +1,171 @@
+"""Integer weights with a scale for each group of a row: one form for AWQ, GPTQ and compressed-tensors.
+
+A weight ``[N, K]`` with G groups in a row (one, if ``group_size`` is None; the last one may be short) has
+
+- ``qweight``, unsigned codes: uint8 ``[N, ceil(K / 2)]`` for 4 bits, the code of column 2i in the low nibble of byte i;
+  uint8 ``[N, K]`` for 8 bits;
+- ``scales`` float16 ``[N, G]``, or the dtype that the checkpoint stores;
+- ``zeros`` uint8 ``[N, G]`` if the weight is asymmetric; otherwise all zeros are 2 ** (bits - 1);
+- ``order`` int32 ``[K]`` if groups are not runs of columns in the checkpoint: the codes in column j of ``qweight`` are
+  those of the weight's column ``order[j]``, so that groups are runs of packed columns.
+
+An element is (code - zero) * scale. No conversion to this form rounds.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite.errors import ModelError
+from vllmlite.weights.host import Floats, HostTensor, PackedWeight, Part, Shape, float_values
+from vllmlite.weights.schemes.bits import pack_rows, unpack_rows
+from vllmlite.weights.schemes.groups import Axes, SlicedScheme, group_count, group_indices, scaled
+
+QWEIGHT, SCALES, ZEROS, ORDER = "qweight", "scales", "zeros", "order"
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedScheme(SlicedScheme):
+    """``bits``: 4 or 8. ``group_size`` None: a row is one group."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """``w4a16`` or ``w8a16``: products leave activations in the backend's dtype."""
+        return f"w{self.bits}a16"
+
+    @property
+    def column_unit(self) -> int:
+        """Columns whose codes fill bytes, and a group."""
+        return int(np.lcm(8 // self.bits, self.group_size or 1))
+
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """See :class:`Scheme`."""
+        rows, columns = shape
+        groups = rows, group_count(columns, self.group_size)
+        parts = {
+            QWEIGHT: Part((rows, -(-columns * self.bits // 8)), "uint8"),
+            SCALES: Part(groups, "float16", ("bfloat16", "float32")),
+            ORDER: Part((columns,), "int32", optional=True),
+        }
+        return parts if self.symmetric else parts | {ZEROS: Part(groups, "uint8")}
+
+    def axes(self) -> dict[str, Axes]:
+        """See :class:`SlicedScheme`."""
+        groups = Axes(0) if self.group_size is None else Axes(0, 1, per_column=Fraction(self.group_size))
+        codes = Axes(0, 1, per_column=Fraction(8, self.bits))
+        return {QWEIGHT: codes, SCALES: groups, ZEROS: groups, ORDER: Axes()}
+
+    def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
+        """See :class:`Scheme`. ModelError for a weight with an order: its packed columns are others."""
+        if ORDER in weight.parts:
+            raise ModelError("columns cannot be taken from a weight whose columns are permuted")
+        return SlicedScheme.take_columns(self, weight, first, last)
+
+    def dequantize(self, weight: PackedWeight) -> Floats:
+        """See :class:`Scheme`."""
+        rows, columns = weight.shape
+        scales, zeros = weight.parts[SCALES], weight.parts.get(ZEROS)
+        codes = unpack_rows(weight.parts[QWEIGHT].data.reshape(rows, -1), self.bits, columns)
+        packed = scaled(
+            codes,
+            1 << (self.bits - 1) if zeros is None else zeros.data.reshape(zeros.shape),
+            float_values(scales),
+            group_indices(weight, self.group_size, scales.shape[1]),
+        )
+        if ORDER not in weight.parts:
+            return packed
+        values = np.empty_like(packed)
+        values[:, weight.parts[ORDER].data.view("<i4")] = packed
+        return values
+
+
+class IntegerScheme(SlicedScheme):
+    """A scheme of a checkpoint whose elements are (code - zero) * scale, with unsigned codes of 2 to 8 bits, and a zero
+    and a scale for each group of a row."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+    @abstractmethod
+    def codes(self, weight: PackedWeight) -> Bytes:
+        """The codes of each row ``[N, bytes]``, low bits first, which more bytes may follow."""
+
+    @abstractmethod
+    def zeros(self, weight: PackedWeight) -> Bytes | None:
+        """The zeros ``[N, G]``; None if all are the middle code. ModelError for zeros that the scheme does not have."""
+
+    @abstractmethod
+    def scales(self, weight: PackedWeight) -> HostTensor:
+        """The scales ``[N, G]``."""
+
+    def groups(self, weight: PackedWeight) -> NDArray[np.int64] | None:
+        """The group of each column; None if groups are runs of as many columns each."""
+        return group_indices(weight, self.group_size, group_count(weight.shape[1], self.group_size))
+
+    def dequantize(self, weight: PackedWeight) -> Floats:
+        """See :class:`Scheme`."""
+        zeros = self.zeros(weight)
+        return scaled(
+            unpack_rows(self.codes(weight), self.bits, weight.shape[1]),
+            1 << (self.bits - 1) if zeros is None else zeros,
+            float_values(self.scales(weight)),
+            self.groups(weight),
+        )
+
+    @property
+    def grouped(self) -> GroupedScheme:
+        """The scheme of :meth:`to_grouped`."""
+        return GroupedScheme(8 if self.bits == 8 else 4, self.group_size, self.symmetric)
+
+    def to_grouped(self, weight: PackedWeight) -> PackedWeight | None:
+        """``weight`` in the scheme :attr:`grouped`. None if the columns of its groups are not as many each, as in some
+        of the columns of a weight with ``desc_act``. ModelError for scales that are not finite."""
+        scheme, columns = self.grouped, weight.shape[1]
+        groups, codes, zeros, scales = (
+            self.groups(weight), self.codes(weight), self.zeros(weight), self.scales(weight)
+        )  # fmt: skip
+        if not np.isfinite(float_values(scales)).all():
+            raise ModelError("a scale is not finite")
+        order = None if groups is None else np.argsort(groups, kind="stable").astype("<i4")
+        if groups is not None and order is not None:
+            runs = np.arange(columns) // (self.group_size or columns)
+            if not np.array_equal(groups[order], runs):
+                return None
+            order = None if np.array_equal(groups, runs) else order
+        if order is not None or scheme.bits != self.bits:
+            unpacked = unpack_rows(codes, self.bits, columns)
+            if zeros is None:  # the middle code is another
+                unpacked = unpacked + np.uint8((1 << (scheme.bits - 1)) - (1 << (self.bits - 1)))
+            codes = pack_rows(unpacked if order is None else unpacked[:, order], scheme.bits)
+        parts = {
+            QWEIGHT: _tensor(codes[:, : -(-columns * scheme.bits // 8)]),
+            SCALES: scales,
+        }
+        if zeros is not None:
+            parts[ZEROS] = _tensor(zeros)
+        if order is not None:
+            parts[ORDER] = HostTensor("int32", order.shape, order.view(np.uint8))
+        return PackedWeight(scheme, weight.shape, parts)
+
+
+def _tensor(values: Bytes) -> HostTensor:
+    return HostTensor("uint8", values.shape, np.ascontiguousarray(values).reshape(-1))
+
+
+def transposed(tensor: HostTensor) -> HostTensor:
+    """A matrix with its axes exchanged."""
+    rows, columns = tensor.shape
+    elements = tensor.data.reshape(rows, columns, -1).transpose(1, 0, 2)
+    return HostTensor(tensor.dtype, (columns, rows), np.ascontiguousarray(elements).reshape(-1))
