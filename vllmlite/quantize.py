@@ -13,7 +13,8 @@ from vllmlite.backends.cpu import CpuBackend
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.hub.snapshot import CONFIG_FILES, INDEX
 from vllmlite.models import open_model, read_spec
-from vllmlite.models.quantization import own_config, own_quantization
+from vllmlite.models.quantization_config import own_config, own_quantization
+from vllmlite.models.tensors import sources, stored_shapes
 from vllmlite.weights.checkpoint import part_name
 from vllmlite.weights.host import HostTensor, PackedWeight, Part, Shape
 from vllmlite.weights.json_object import read_object
@@ -39,8 +40,8 @@ def quantize_checkpoint(source: Path, target: Path, kind: str, threads: int | No
     backend, scheme = CpuBackend(threads=threads), TILES[kind]
     weights = open_model(source, spec, Packing(backend))
     made = replace(spec, quantization=own_quantization(kind))
-    shapes = made.weights()
-    names = {source.key: name for name, source in made.tensors().items() if source.product}
+    shapes = stored_shapes(made)
+    names = {source.key: name for name, source in sources(made).items() if source.product}
     floats = [key for key in shapes if key not in names]
 
     def stored_float(key: str) -> HostTensor:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.models.families import read_spec
+from vllmlite.models.tensors import stored_shapes
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mixtral": {
@@ -94,7 +95,7 @@ class Shape:
         partial.rename(path)
 
     def _shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        return list(read_spec(self.path).weights().items())
+        return list(stored_shapes(read_spec(self.path)).items())
 
     def _add_metadata(self, writer: Any) -> None:
         spec = read_spec(self.path)

@@ -34,6 +34,7 @@ from vllmlite.hub.tarball import extract
 from vllmlite.models import read_spec
 from vllmlite.models.families import FAMILIES
 from vllmlite.models.gguf import open_gguf
+from vllmlite.models.tensors import sources, stored_shapes
 from vllmlite.tokenizers.gguf import gguf_tokenizer
 from vllmlite.tokenizers.tokenizer import Tokenizer
 from vllmlite.weights.gguf import read_gguf
@@ -89,7 +90,7 @@ def _gguf(directory: Path, content: bytes) -> None:
     with suppress(ModelError):
         gguf_tokenizer(path)[0].encode("a b")
     spec, backend = read_spec(path), _backend()
-    weights = ModelWeights(spec.tensors(), open_gguf(path, spec), Packing(backend, keep_blocks=True))
+    weights = ModelWeights(sources(spec), open_gguf(path, spec), Packing(backend, keep_blocks=True))
     for name, source in weights.sources.items():
         assert weights.floats(name).shape == source.shape
         if len(source.shape) == 2:
@@ -107,7 +108,7 @@ def _backend() -> Backend:
 
 def _config(directory: Path, content: bytes) -> None:
     (directory / "config.json").write_bytes(content)
-    read_spec(directory).weights()
+    stored_shapes(read_spec(directory))
 
 
 def _tokenizer(directory: Path, content: bytes) -> None:
@@ -205,7 +206,7 @@ def _family_seed(name: str, values: dict[str, Any]) -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "x.gguf"
         path.write_bytes(encode(said, tensors))
-        shapes = read_spec(path).weights()
+        shapes = stored_shapes(read_spec(path))
     for tensor, shape in shapes.items():
         kind, size = ("Q8_0", 34) if len(shape) == 2 else ("F32", 128)
         tensors.setdefault(tensor, (kind, shape, bytes(math.prod(shape) // 32 * size)))

@@ -19,6 +19,7 @@ from paged import same_bytes
 
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models import read_spec
+from vllmlite.models.tensors import stored_shapes
 from vllmlite.weights.checkpoint import open_weights
 from vllmlite.weights.host import HostTensor
 from vllmlite.weights.safetensors import MAX_HEADER, read_safetensors
@@ -200,7 +201,7 @@ def edit(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def test_shards_hold_what_a_single_file_does(sharded: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "Llama")
-    shapes = read_spec(sharded).weights()
+    shapes = stored_shapes(read_spec(sharded))
     assert len(list(sharded.glob("*.safetensors"))) > 2
     one, other = open_weights(sharded, shapes), open_weights(tmp_path, shapes)
     for name in shapes:
@@ -209,7 +210,7 @@ def test_shards_hold_what_a_single_file_does(sharded: Path, tmp_path: Path) -> N
 
 def test_links_into_a_blob_store_are_followed(single: Path, tmp_path: Path) -> None:
     os.symlink(single / "model.safetensors", tmp_path / "model.safetensors")
-    open_weights(tmp_path, read_spec(single).weights())
+    open_weights(tmp_path, stored_shapes(read_spec(single)))
 
 
 def refused(path: Path, shapes: dict[str, tuple[int, ...]], *words: str) -> None:
@@ -220,7 +221,7 @@ def refused(path: Path, shapes: dict[str, tuple[int, ...]], *words: str) -> None
 
 
 def test_tensors_must_be_those_of_the_model(single: Path, copy: Callable[[Path], Path]) -> None:
-    shapes = read_spec(single).weights()
+    shapes = stored_shapes(read_spec(single))
     refused(single, shapes | {"lm_head.bias": (7,), "x": (1,)}, "missing", "lm_head.bias, x")
     without = {name: shape for name, shape in shapes.items() if "norm" not in name}
     refused(single, without, "no use for", "norm.weight and 2 more")
@@ -234,7 +235,7 @@ def test_tensors_must_be_those_of_the_model(single: Path, copy: Callable[[Path],
 def test_stored_tables_and_a_stored_tied_head_are_harmless(
     single: Path, copy: Callable[[Path], Path]
 ) -> None:
-    shapes, path = read_spec(single).weights(), copy(single)
+    shapes, path = stored_shapes(read_spec(single)), copy(single)
     tables = {
         f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32) for layer in range(3)
     }
@@ -253,7 +254,7 @@ def test_stored_tables_and_a_stored_tied_head_are_harmless(
 
 def test_a_tensor_in_two_shards_must_be_the_same_in_both(sharded: Path, copy: Callable[[Path], Path]) -> None:
     path, name = copy(sharded), "model.norm.weight"
-    shapes, files = read_spec(path).weights(), json.loads((path / INDEX).read_text())["weight_map"]
+    shapes, files = stored_shapes(read_spec(path)), json.loads((path / INDEX).read_text())["weight_map"]
     other = next(file for file in files.values() if file != files[name])
     weight = open_weights(path, shapes).tensor(name)
     assert isinstance(weight, HostTensor)
@@ -299,7 +300,7 @@ def test_indices_that_are_none(content: bytes, tmp_path: Path) -> None:
 
 
 def test_shards_and_index_must_agree(sharded: Path, copy: Callable[[Path], Path]) -> None:
-    shapes, path = read_spec(sharded).weights(), copy(sharded)
+    shapes, path = stored_shapes(read_spec(sharded)), copy(sharded)
     index = json.loads((path / INDEX).read_text())
     files = index["weight_map"]
     name, other = "model.norm.weight", "model.embed_tokens.weight"
@@ -328,8 +329,9 @@ def test_unknown_load_format(single: Path) -> None:
 def test_neither_specs_nor_weights_need_torch(single: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from vllmlite.models import read_spec\n"
+        "from vllmlite.models.tensors import stored_shapes\n"
         "from vllmlite.weights.checkpoint import open_weights\n"
-        f"path = Path({str(single)!r}); spec = read_spec(path); open_weights(path, spec.weights())\n"
+        f"path = Path({str(single)!r}); spec = read_spec(path); open_weights(path, stored_shapes(spec))\n"
         "import vllmlite.models, vllmlite.backends.select\n"
         "assert not {'torch', 'transformers', 'safetensors'} & set(sys.modules)"
     )

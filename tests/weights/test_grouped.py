@@ -14,7 +14,7 @@ from packers import PACKERS, Packer
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import ModelError
 from vllmlite.models.hf_config import HfConfig
-from vllmlite.models.quantization import read_quantization
+from vllmlite.models.quantization_config import read_quantization
 from vllmlite.weights.host import HostTensor, PackedWeight, float_values
 from vllmlite.weights.packing import Packing
 from vllmlite.weights.schemes.grouped import ORDER, ZEROS, GroupedScheme, IntegerScheme

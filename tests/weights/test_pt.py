@@ -18,6 +18,7 @@ from paged import same_bytes
 from vllmlite import LLM, SamplingParams
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models import read_spec
+from vllmlite.models.tensors import stored_shapes
 from vllmlite.weights.checkpoint import open_weights
 from vllmlite.weights.pt import read_pt
 
@@ -36,7 +37,7 @@ def tensors(source: Path) -> dict[str, torch.Tensor]:
 
 
 def same(one: Path, other: Path) -> bool:
-    shapes = read_spec(one).weights()
+    shapes = stored_shapes(read_spec(one))
     found, expected = open_weights(one, shapes), open_weights(other, shapes)
     return all(same_bytes(found.tensor(name), expected.tensor(name)) for name in shapes)
 
@@ -72,11 +73,11 @@ def test_shards(source: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"2 of 3 files missing .*pytorch_model-2-of-3\.bin, pytorch_model-3-of-3"
     ):
-        open_weights(tmp_path, read_spec(source).weights())
+        open_weights(tmp_path, stored_shapes(read_spec(source)))
     files[next(iter(files))] = "../x.bin"
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
     with pytest.raises(ModelError, match=r"expected a \*\.bin file beside the index"):
-        open_weights(tmp_path, read_spec(source).weights())
+        open_weights(tmp_path, stored_shapes(read_spec(source)))
 
 
 def test_safetensors_come_first(source: Path, tmp_path: Path) -> None:
@@ -87,12 +88,12 @@ def test_safetensors_come_first(source: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"pytorch_model\.bin: cannot be read by torch|holds more than tensors"
     ):
-        open_weights(tmp_path, read_spec(source).weights(), "pt")
+        open_weights(tmp_path, stored_shapes(read_spec(source)), "pt")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(
         ModelError, match=r"holds none of model\.safetensors, model\.safetensors\.index\.json$"
     ):
-        open_weights(tmp_path, read_spec(source).weights(), "safetensors")
+        open_weights(tmp_path, stored_shapes(read_spec(source)), "safetensors")
     with pytest.raises(ParameterError, match=r"load_format='gguf'.*is a directory"):
         open_weights(tmp_path, {}, "gguf")
 

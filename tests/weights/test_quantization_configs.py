@@ -9,7 +9,8 @@ import pytest
 
 from vllmlite.errors import ModelError
 from vllmlite.models.hf_config import HfConfig
-from vllmlite.models.quantization import Quantization, read_quantization
+from vllmlite.models.quantization import Quantization
+from vllmlite.models.quantization_config import read_quantization
 from vllmlite.weights.host import Scheme
 from vllmlite.weights.schemes.awq import AwqScheme
 from vllmlite.weights.schemes.bitsandbytes import Bnb4Scheme, Bnb8Scheme

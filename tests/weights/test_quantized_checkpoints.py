@@ -22,8 +22,9 @@ from vllmlite.backends.torch import TorchBackend
 from vllmlite.config.engine_config import CHECKPOINT_METHODS, EngineConfig
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models import load_model, open_model, read_spec
-from vllmlite.models.quantization import read_quantization
+from vllmlite.models.quantization_config import read_quantization
 from vllmlite.models.shard import sharded
+from vllmlite.models.tensors import sources
 from vllmlite.weights.host import HostTensor, PackedWeight, float_values
 from vllmlite.weights.packing import Packing
 from vllmlite.weights.safetensors import write_safetensors
@@ -60,7 +61,7 @@ def quantised(base: Path, packer: Packer, family: str = "Llama", **changes: Any)
         write_checkpoint(path, family, **{"intermediate_size": 128} | changes)
     spec = read_spec(floats)
     stored = load_file(floats / "model.safetensors")
-    products = {source.key: source for source in spec.tensors().values() if source.product}
+    products = {source.key: source for source in sources(spec).values() if source.product}
     tensors: dict[str, tuple[str, NDArray[Any]]] = {}
     meant: dict[str, tuple[str, NDArray[Any]]] = {}
     for name, values in stored.items():

@@ -14,6 +14,7 @@ from vllmlite.models.families import read_spec
 from vllmlite.models.gguf import open_gguf
 from vllmlite.models.plan import Plan, plan_model
 from vllmlite.models.spec import DecoderSpec
+from vllmlite.models.tensors import sources, stored_schemes, stored_shapes
 from vllmlite.weights.checkpoint import open_weights
 from vllmlite.weights.packing import Packing
 from vllmlite.weights.parts import HEAD, TABLE, ModelWeights
@@ -27,18 +28,18 @@ def open_model(
     """The weights of ``spec`` in directory ``path``, after checking that it holds exactly these. An output layer that
     is stored and differs from the embedding it should be tied to is one of them, as in transformers. Raises ModelError
     or ParameterError as :func:`open_weights` does."""
-    sources, keys = spec.tensors(), spec.keys
-    head, schemes = f"{keys.head}.weight", spec.schemes()
+    tensors, keys = sources(spec), spec.keys
+    head, schemes = f"{keys.head}.weight", stored_schemes(spec)
     stored = open_weights(
         path,
-        spec.weights(),
+        stored_shapes(spec),
         load_format,
         seed,
         schemes,
         prefix=keys.prefix,
         renames=keys.renames,
         unread=keys.unread,
-        tied=(head, sources[TABLE].key),
+        tied=(head, tensors[TABLE].key),
     )
     lost = [] if load_format == "dummy" else sorted(schemes.keys() - stored.schemes.keys())
     if keys.transposed and lost:
@@ -48,8 +49,8 @@ def open_model(
             f"{path}: tensor {lost[0]!r}: is stored as floats; expected {expected}, as its configuration says"
         )
     if head in stored.shapes:
-        sources[HEAD] = replace(sources.get(HEAD, sources[TABLE]), key=head, product=True)
-    return ModelWeights(sources, stored, packing)
+        tensors[HEAD] = replace(tensors.get(HEAD, tensors[TABLE]), key=head, product=True)
+    return ModelWeights(tensors, stored, packing)
 
 
 def load_model(
@@ -77,7 +78,7 @@ def load_model(
     num_positions = max_model_len if num_positions is None else num_positions
     packing = packing or Packing(backend)
     if path.is_file() and load_format in ("auto", "gguf"):
-        weights = ModelWeights(spec.tensors(), open_gguf(path, spec), packing)
+        weights = ModelWeights(sources(spec), open_gguf(path, spec), packing)
     else:
         weights = open_model(path, spec, packing, load_format, seed)
     needed, free = weights.num_bytes(), backend.memory().free

@@ -63,8 +63,8 @@ class _Layer:
 class Decoder:
     """A model on a backend: the runner's ``Model``.
 
-    ``weights`` holds what ``spec.tensors()`` names. The model is one for sequences of up to ``max_model_len`` tokens,
-    of which positions below ``num_positions`` can be used."""
+    ``weights`` holds the tensors that ``models.tensors.sources(spec)`` names. The model runs sequences of up to
+    ``max_model_len`` tokens, at positions below ``num_positions``."""
 
     def __init__(
         self,

@@ -26,7 +26,8 @@ from vllmlite.models import (
 from vllmlite.models.config_table import check_remaining, with_defaults
 from vllmlite.models.gguf import gguf_keys
 from vllmlite.models.hf_config import HfConfig
-from vllmlite.models.quantization import Quantization, read_quantization
+from vllmlite.models.quantization import Quantization
+from vllmlite.models.quantization_config import read_quantization
 from vllmlite.models.shells import SHELLS, text_config, text_keys
 from vllmlite.models.spec import DecoderSpec
 

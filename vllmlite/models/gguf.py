@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,15 +21,14 @@ from numpy.typing import NDArray
 from vllmlite.errors import ModelError
 from vllmlite.models.gguf_families import FAMILIES, KEYS, NEUTRAL, WITHOUT_EFFECT, GgufFamily
 from vllmlite.models.keys import Keys
+from vllmlite.models.spec import DecoderSpec
+from vllmlite.models.tensors import stored_shapes
 from vllmlite.weights.checkpoint import Weights, listed
 from vllmlite.weights.gguf import Gguf, read_gguf
 from vllmlite.weights.gguf_tokens import end_ids
 from vllmlite.weights.host import HostTensor, HostWeight, PackedWeight, float_values
 from vllmlite.weights.packing import Packing
 from vllmlite.weights.schemes.gguf_blocks import BlockScheme, block_data, type_name
-
-if TYPE_CHECKING:
-    from vllmlite.models.spec import DecoderSpec
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +182,7 @@ def _has_second_norm(gguf: Gguf) -> bool:
 
 def open_gguf(path: Path, spec: DecoderSpec) -> Weights:
     """The weights of ``spec``, after checking that the file at ``path`` holds exactly these."""
-    gguf, shapes = read_gguf(path), spec.weights()
+    gguf, shapes = read_gguf(path), stored_shapes(spec)
     missing = [name for name in shapes if name not in gguf.tensors]
     if missing:
         raise ModelError(f"{path}: tensors missing from the file: {listed(missing)}")

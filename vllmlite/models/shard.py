@@ -2,39 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from vllmlite.errors import ParameterError
-from vllmlite.weights.parts import Span
-
-if TYPE_CHECKING:
-    from vllmlite.models.spec import DecoderSpec
-
-VOCAB_UNIT = 16
-"""Rows of the output layer are given to ranks in multiples of this number."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """The part of a model that rank ``rank`` of ``world`` computes, in terms of the whole model's sizes."""
-
-    rank: int
-    world: int
-    heads: Span
-    """Query heads."""
-    kv_heads: Span
-    """Key/value heads; where there are fewer than ranks, several ranks have the same one."""
-
-    def part(self, size: int) -> Span:
-        """The part of this rank of ``size`` elements, of which every rank gets the same number."""
-        return self.rank * size // self.world, (self.rank + 1) * size // self.world
-
-    def uneven_part(self, size: int) -> Span:
-        """The part of this rank of ``size`` elements. The first ranks get the same multiple of :data:`VOCAB_UNIT`, at
-        which our quantisation schemes can be sliced, and the last ones what is left."""
-        most = -(-size // (self.world * VOCAB_UNIT)) * VOCAB_UNIT
-        return min(self.rank * most, size), min((self.rank + 1) * most, size)
+from vllmlite.models.spec import DecoderSpec, Shard
 
 
 def whole(spec: DecoderSpec) -> Shard:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from vllmlite.models.keys import LLAMA, Keys
-from vllmlite.models.shard import Shard
-from vllmlite.models.tensors import sources
-from vllmlite.weights.host import Scheme
-from vllmlite.weights.parts import Source
+from vllmlite.models.quantization import Quantization
+from vllmlite.weights.parts import Span
 
-if TYPE_CHECKING:
-    from vllmlite.models.quantization import Quantization
+VOCAB_UNIT = 16
+"""Rows of the output layer are given to ranks in multiples of this number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +78,28 @@ class LayerSpec:
     """None: q and k are not rotated."""
     moe: MoeSpec | None = None
     """None: the layer has an MLP."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The part of a model that rank ``rank`` of ``world`` computes, in terms of the whole model's sizes."""
+
+    rank: int
+    world: int
+    heads: Span
+    """Query heads."""
+    kv_heads: Span
+    """Key/value heads; where there are fewer than ranks, several ranks have the same one."""
+
+    def part(self, size: int) -> Span:
+        """The part of this rank of ``size`` elements, of which every rank gets the same number."""
+        return self.rank * size // self.world, (self.rank + 1) * size // self.world
+
+    def uneven_part(self, size: int) -> Span:
+        """The part of this rank of ``size`` elements. The first ranks get the same multiple of :data:`VOCAB_UNIT`, at
+        which our quantisation schemes can be sliced, and the last ones what is left."""
+        most = -(-size // (self.world * VOCAB_UNIT)) * VOCAB_UNIT
+        return min(self.rank * most, size), min((self.rank + 1) * most, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,19 +190,3 @@ class DecoderSpec:
         """Whether the output layer is the embedding table itself, neither quantised nor a part of it."""
         own = self.quantization is not None and self.quantization.own
         return self.tie_word_embeddings and not own and self.shard is None
-
-    def tensors(self) -> dict[str, Source]:
-        """Where in the checkpoint each tensor of the model is, by the names that ``models/decoder.py`` uses."""
-        return sources(self)
-
-    def weights(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that a checkpoint of this model holds, or of the floats it was made of."""
-        return {source.key: source.stored for source in (self.whole or self).tensors().values()}
-
-    def schemes(self) -> dict[str, Scheme]:
-        """The tensors of :meth:`weights` that the checkpoint stores quantised, and the scheme of each."""
-        if self.quantization is None:
-            return {}
-        keys = {source.key for source in (self.whole or self).tensors().values() if source.product}
-        found = {key: self.quantization.scheme(key) for key in keys}
-        return {key: scheme for key, scheme in found.items() if scheme is not None}

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from vllmlite.models.keys import Fused
-from vllmlite.models.shard import Shard, whole
+from vllmlite.models.shard import whole
+from vllmlite.models.spec import DecoderSpec, MoeSpec, Shard
+from vllmlite.weights.host import Scheme
 from vllmlite.weights.parts import Source, Span
-
-if TYPE_CHECKING:
-    from vllmlite.models.spec import DecoderSpec, MoeSpec
 
 Named = Iterator[tuple[str, Source]]
 EXPERT_PARTS = ("gate", "up", "down")
 
 
 def sources(spec: DecoderSpec) -> dict[str, Source]:
-    """By the model's own names; those of layer 3 begin with ``3.``."""
+    """Return where the checkpoint has each tensor of the model, by the names that ``models/decoder.py`` uses; those of
+    layer 3 begin with ``3.``."""
     return dict(_Sources(spec).all())
+
+
+def stored_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor in a checkpoint of the whole model, as if its weights were floats."""
+    return {source.key: source.stored for source in sources(spec.whole or spec).values()}
+
+
+def stored_schemes(spec: DecoderSpec) -> dict[str, Scheme]:
+    """Return the tensors of :func:`stored_shapes` that the checkpoint stores quantised, with the scheme of each."""
+    if spec.quantization is None:
+        return {}
+    keys = {source.key for source in sources(spec.whole or spec).values() if source.product}
+    found = {key: spec.quantization.scheme(key) for key in keys}
+    return {key: scheme for key, scheme in found.items() if scheme is not None}
 
 
 class _Sources:

@@ -59,6 +59,7 @@ def start(config: EngineConfig) -> Started[Engine]:
     from vllmlite.models import load_planned, plan_model
     from vllmlite.models.gguf import has_blocks, treatment
     from vllmlite.models.hf_config import HfConfig
+    from vllmlite.models.tensors import stored_schemes
     from vllmlite.weights.packing import Packing
 
     path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
@@ -107,7 +108,7 @@ def start(config: EngineConfig) -> Started[Engine]:
         if is_terminal(sys.stderr):
             note(f"vllmlite: {done}")
     elif plan.spec is not None and (plan.quantization or at_load):
-        for scheme in dict.fromkeys(plan.spec.schemes().values()) or [None]:
+        for scheme in dict.fromkeys(stored_schemes(plan.spec).values()) or [None]:
             stored = plan.dtype if scheme is None else scheme.name
             choice += f"; {stored} weights {packing.treatment(scheme)}"
     seed = secrets.randbits(64) if config.seed == -1 else config.seed
