@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from vllmlite.engine.engine import EngineOutput, TokenLogprobs
+from vllmlite.engine.engine import EngineOutput
+from vllmlite.engine.runner_protocol import TokenLogprobs
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from vllmlite.pooling_params import PoolingParams

@@ -10,7 +10,8 @@ from fake_runner import EOS, VOCAB, FakeRunner, expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllmlite.engine.engine import Engine, StepResult
+from vllmlite.engine.engine import Engine
+from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.scheduler import Limits, Schedule
 from vllmlite.errors import ParameterError
 from vllmlite.sampling_params import SamplingParams

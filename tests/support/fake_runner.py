@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from zlib import crc32
 
-from vllmlite.engine.engine import StepResult
+from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.scheduler import Limits, Schedule
 
 VOCAB = 97

@@ -11,13 +11,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Protocol, TypedDict, Unpack
 
 from vllmlite.engine.block_pool import root_digest
 from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.request import Grammar, Request, Status
+from vllmlite.engine.runner_protocol import Runner, StepResult, TokenLogprobs
 from vllmlite.engine.scheduler import Limits, Schedule, Scheduler
 from vllmlite.engine.thinking import ReasoningMarks, ThinkingBudget
 from vllmlite.engine.trace import Trace, TracedRunner, TraceEvent
@@ -27,43 +28,6 @@ from vllmlite.sampling_params import SamplingParams
 from vllmlite.signals import came_from_handler
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class TokenLogprobs:
-    """Log-probability and rank of a token, and the most likely ids of its position, descending."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    top_ids: list[int]
-    top: list[float]
-    named: list[tuple[int, float, int]] = field(default_factory=list)
-    """Id, log-probability and rank of each id that the request names."""
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What a step left: entry i belongs to the i-th row that sampled."""
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    """Row → the prompt tokens that follow the row's tokens, in order."""
-    pooled: dict[int, list[float]] = field(default_factory=dict)
-    """Row that ends a prompt → the vector of the prompt."""
-
-
-class Runner(Protocol):
-    """Runs schedules on a model. Steps are launched and collected in the same order."""
-
-    def launch(self, schedule: Schedule) -> Any:
-        """Start a step; the handle goes to :meth:`collect`."""
-        ...
-
-    def collect(self, handle: Any) -> StepResult:
-        """Wait for a step and return what it sampled."""
-        ...
 
 
 @dataclass(slots=True)

@@ -10,11 +10,10 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
-if TYPE_CHECKING:
-    from vllmlite.engine.engine import Runner, StepResult
-    from vllmlite.engine.scheduler import Schedule
+from vllmlite.engine.runner_protocol import Runner, StepResult
+from vllmlite.engine.scheduler import Schedule
 
 TraceEvent: TypeAlias = dict[str, Any]
 """One event of the format, ready for JSON."""

@@ -26,7 +26,7 @@ from vllmlite.backends.base import (
     Step,
     Tensor,
 )
-from vllmlite.engine.engine import StepResult, TokenLogprobs
+from vllmlite.engine.runner_protocol import StepResult, TokenLogprobs
 from vllmlite.engine.scheduler import Admission, Schedule
 
 LOGPROBS_ROWS = 256

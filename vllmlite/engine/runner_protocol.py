@@ -1,0 +1,45 @@
+"""The engine's contract with a runner: a :class:`~vllmlite.engine.scheduler.Schedule` in, a :class:`StepResult` out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from vllmlite.engine.scheduler import Schedule
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log-probability and rank of a token, and the most likely ids of its position, descending."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top: list[float]
+    named: list[tuple[int, float, int]] = field(default_factory=list)
+    """Id, log-probability and rank of each id that the request names."""
+
+
+@dataclass(slots=True)
+class StepResult:
+    """Results of a step: entry i belongs to the i-th row that sampled."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """Row → entries of the prompt tokens that follow the row's tokens, in order."""
+    pooled: dict[int, list[float]] = field(default_factory=dict)
+    """Row that ends a prompt → the prompt's embedding."""
+
+
+class Runner(Protocol):
+    """Runs schedules on a model. Steps are launched and collected in the same order."""
+
+    def launch(self, schedule: Schedule) -> Any:
+        """Start a step; the handle goes to :meth:`collect`."""
+        ...
+
+    def collect(self, handle: Any) -> StepResult:
+        """Wait for a step and return its results."""
+        ...
