@@ -13,9 +13,9 @@ pytest.importorskip("torch")
 from native import needs_native_cpu
 
 from vllmlite import LLM, EngineConfig, LLMEngine, PoolingParams, SamplingParams
+from vllmlite.engine_process.start import start_process
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
-from vllmlite.runner.startup import start_process
 
 TEXTS = ["The Debian Project is an association.", "A package", "To install " * 30, "dpkg"]
 

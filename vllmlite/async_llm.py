@@ -11,12 +11,12 @@ from typing import Any
 
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine_process.client import EngineClient
+from vllmlite.engine_process.start import start_process, start_thread
 from vllmlite.errors import EngineDeadError, ParameterError, VllmliteError
 from vllmlite.inputs import refuse
 from vllmlite.llm_engine import LLMEngine, Prompt
 from vllmlite.outputs import EngineStats, RequestOutput
 from vllmlite.pooling_params import PoolingParams
-from vllmlite.runner.startup import start_process, start_thread
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.tokenizers.tokenizer import Tokenizer
 

@@ -21,11 +21,12 @@ from vllmlite.async_llm import NewRequest, OutputStream
 from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.trace import TraceEvent
 from vllmlite.engine_process.client import EngineClient
-from vllmlite.engine_process.host import Command, EngineProcess, pack, unpack
+from vllmlite.engine_process.host import EngineProcess
+from vllmlite.engine_process.start import start_process, start_thread
+from vllmlite.engine_process.wire import EngineCall, pack, unpack
 from vllmlite.errors import EngineDeadError, ModelError, ParameterError, VllmliteError
 from vllmlite.outputs import EngineStats, RequestOutput
 from vllmlite.pooling_params import PoolingParams
-from vllmlite.runner.startup import start_process, start_thread
 from vllmlite.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 CONFIG = EngineConfig(dtype="float32", max_model_len=256, device="cpu", max_num_seqs=8)
@@ -52,9 +53,9 @@ def core(engine: LLMEngine) -> EngineClient:
 
 
 def pid_of(engine: LLMEngine) -> int:
-    place = core(engine).place
-    assert isinstance(place, EngineProcess)
-    return place.process.pid
+    handle = core(engine).handle
+    assert isinstance(handle, EngineProcess)
+    return handle.process.pid
 
 
 def run(engine: LLMEngine, params: list[SamplingParams], pause: float) -> tuple[list[RequestOutput], int]:
@@ -285,7 +286,7 @@ def test_what_comes_while_the_event_loop_works_is_one_piece(process: bool) -> No
 
 
 class Deaf:
-    """A place whose host listens when the test does."""
+    """A handle whose host listens when the test does."""
 
     def __init__(self) -> None:
         self.connection, self.theirs = socket.socketpair()
@@ -295,21 +296,21 @@ class Deaf:
 
 
 def test_what_the_socket_does_not_take_at_once_is_sent_later() -> None:
-    place = Deaf()
-    client = EngineClient(place, RequestBounds(512, frozenset(), 1 << 20, -1), EngineStats())
+    deaf = Deaf()
+    client = EngineClient(deaf, RequestBounds(512, frozenset(), 1 << 20, -1), EngineStats())
     prompt = list(range(3, 500)) * 100
 
     async def run() -> None:
         client.attend(asyncio.get_running_loop(), client.receive)
         for index in range(20):
             client.add_request(str(index), [index, *prompt], SamplingParams(max_tokens=1))
-        with place.theirs.makefile("rb") as stream:
+        with deaf.theirs.makefile("rb") as stream:
             for index in range(20):
                 command = await asyncio.to_thread(unpack, stream)
                 assert command.args[1] == [index, *prompt]
         client.close()
 
-    with place.theirs:
+    with deaf.theirs:
         asyncio.run(asyncio.wait_for(run(), 60))
     with pytest.raises(EngineDeadError, match="never there"):
         client.reset_prefix_cache()
@@ -355,19 +356,19 @@ def test_what_is_asked_between_two_event_loops_is_done() -> None:
 
 
 def test_it_ends_when_its_user_is_killed_amid_a_message() -> None:
-    place = EngineProcess(CONFIG)
-    place.wait_until_ready()
-    place.connection.sendall(pack(Command("reset_prefix_cache"))[:-1])
-    place.connection.close()
-    assert place.process.wait(30) == 0
+    host = EngineProcess(CONFIG)
+    host.wait_until_ready()
+    host.connection.sendall(pack(EngineCall("reset_prefix_cache"))[:-1])
+    host.connection.close()
+    assert host.process.wait(30) == 0
 
 
 def test_it_ends_when_its_user_is_killed() -> None:
     script = (
         "from vllmlite import LLMEngine, EngineConfig\n"
-        "from vllmlite.runner.startup import start_process\n"
+        "from vllmlite.engine_process.start import start_process\n"
         "engine = LLMEngine(EngineConfig(device='cpu', max_model_len=64), start_process)\n"
-        "print(engine.engine_core.place.process.pid, flush=True); input()"
+        "print(engine.engine_core.handle.process.pid, flush=True); input()"
     )
     user = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,

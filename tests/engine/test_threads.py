@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from vllmlite import EngineConfig, LLMEngine
+from vllmlite.engine_process.start import start_thread
 from vllmlite.errors import BackendError, EngineDeadError
-from vllmlite.runner.startup import start_thread
 from vllmlite.sampling_params import SamplingParams
 
 CONFIG = EngineConfig(dtype="float32", max_model_len=64, device="cpu")
@@ -50,7 +50,7 @@ def test_a_team_that_cannot_be_completed_is_dismissed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fails", ["vllmlite-engine", "vllmlite-outputs", "vllmlite-grammars", "vllmlite-commands"]
+    "fails", ["vllmlite-engine", "vllmlite-outputs", "vllmlite-grammars", "vllmlite-calls"]
 )
 def test_an_engine_without_its_threads_is_an_error(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start

@@ -1,8 +1,7 @@
-"""The engine at the far end of a socket pair: in a process of its own, or in a thread.
+"""Host of an engine in another thread or process: it steps the engine and serves a client over a socket pair.
 
-Pickled values go both ways, each after its length: commands, and what each step gave. The client
-(:class:`~vllmlite.engine_process.client.EngineClient`) has the text side, the host (:class:`Host`) has the model. Both
-trust each other as parts of one program do. The host ends when its client does, however that happens.
+The client (:class:`~vllmlite.engine_process.client.EngineClient`) has the text side, the host (:class:`Host`) has the
+model. They trust each other as parts of one program do. The host ends when its client ends, however that happens.
 """
 
 from __future__ import annotations
@@ -10,10 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import pickle
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -21,14 +18,15 @@ import time
 import weakref
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING
 
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.engine import Engine, EngineOutput
+from vllmlite.engine_process.wire import Answer, EngineCall, StepOutputs, has_logprobs, pack, unpack
 from vllmlite.errors import BackendError, ParameterError, VllmliteError
 from vllmlite.guided.grammars import Grammars
 from vllmlite.outputs import EngineStats, RequestMetrics
@@ -40,11 +38,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLOSING_SECONDS = 10.0
-"""What a host gets to end by itself once nobody asks it any more."""
+"""How long a host may take to end by itself once its client has closed the connection."""
 GARBAGE_THRESHOLDS = (10_000, 20, 10)
-"""Of :func:`gc.set_threshold`: some fifty requests more than ended make it look at them."""
-LENGTH = struct.Struct("!Q")
-"""What stands before each message: its bytes."""
+"""For :func:`gc.set_threshold`: the youngest generation is collected at some fifty requests more than ended."""
 PROGRAM = "from vllmlite.engine_process.host import main; main()"
 
 
@@ -60,70 +56,11 @@ class Ready:
     stats: EngineStats
 
 
-@dataclass(slots=True)
-class Given:
-    """What a step gave: a token each to ``request_ids``, of which there is no more to say, and ``outputs``."""
-
-    time: float
-    """Of the step's end, by :func:`time.monotonic`, which is one clock for all processes."""
-    stats: EngineStats
-    request_ids: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    outputs: list[EngineOutput] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A call of a method of the engine."""
-
-    name: str
-    args: tuple[Any, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-    answered: bool = False
-    """Whether to send back what it returns."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a command returned that was to be answered."""
-
-    value: Any
-
-
-def pack(message: object) -> bytes:
-    """``message`` as it goes over the socket."""
-    content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-    return LENGTH.pack(len(content)) + content
-
-
-def unpack(stream: BinaryIO) -> Any:
-    """The next message, once it is there. Raises EOFError after the last."""
-    head = stream.read(LENGTH.size)
-    if len(head) < LENGTH.size:
-        raise EOFError
-    (length,) = LENGTH.unpack(head)
-    content = stream.read(length)
-    if len(content) < length:
-        raise EOFError  # who wrote it was killed
-    return pickle.loads(content)
-
-
-class Place(Protocol):
-    """Where a host runs."""
-
-    connection: socket.socket
-    """The client's end."""
-
-    def wait_for_end(self) -> str:
-        """Wait for the host to end, which it does by itself once the connection is closed; says how it did."""
-        ...
-
-
 class EngineProcess:
     """A process with an engine."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Start a process that loads ``config``'s model. :meth:`wait_until_ready` before anything is asked."""
+        """Start a process that loads ``config``'s model. Call :meth:`wait_until_ready` before anything else."""
         self.connection, theirs = socket.socketpair()
         paths = [path or os.getcwd() for path in sys.path]
         with theirs:
@@ -132,13 +69,13 @@ class EngineProcess:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-                process_group=0,  # what a terminal sends is for its user's side, which ends this one in order
+                process_group=0,  # a terminal's signals are for the client, which ends the host in order
             )
-        with suppress(BrokenPipeError):  # it has ended: who waits is told how
+        with suppress(BrokenPipeError):  # it has ended: wait_until_ready says how
             self.connection.sendall(pack((config, logging.getLogger("vllmlite").getEffectiveLevel())))
 
     def wait_until_ready(self) -> Ready:
-        """Until the engine runs. Raises what its start raised, BackendError if the process ended."""
+        """Wait for the engine to run. Raises what its start raised, BackendError if the process ended."""
         try:
             with self.connection.makefile("rb") as stream:
                 message = unpack(stream)
@@ -156,7 +93,7 @@ class EngineProcess:
         self.wait_for_end()
 
     def wait_for_end(self) -> str:
-        """See :class:`Place`."""
+        """See :class:`HostHandle`."""
         try:
             status = self.process.wait(CLOSING_SECONDS)
         except subprocess.TimeoutExpired:
@@ -187,7 +124,7 @@ class EngineThread:
         weakref.finalize(self, _end, self.connection, self._thread)
 
     def wait_for_end(self) -> str:
-        """See :class:`Place`."""
+        """See :class:`HostHandle`."""
         self._thread.join(CLOSING_SECONDS)
         error = self._error
         return "the engine's thread has ended" + (f": {type(error).__name__}: {error}" if error else "")
@@ -207,8 +144,8 @@ def _end(connection: socket.socket, thread: threading.Thread) -> None:
 
 
 def main() -> None:
-    """The process: load the model that the first message configures, then serve commands until nobody asks."""
-    # A service manager tells every process of a service to stop: this one stops when its user's side has.
+    """Run the process: load the model that the first message configures, then serve calls until the client ends."""
+    # A service manager signals every process of a service to stop; this one stops when the client has.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
     with connection.makefile("rb") as stream:
@@ -232,47 +169,49 @@ def main() -> None:
         started.backend_choice,
         started.engine.stats,
     )
-    with suppress(BrokenPipeError):  # nobody waits any more
+    with suppress(BrokenPipeError):  # the client has ended
         connection.sendall(pack(ready))
         Host(connection, started).run()
 
 
 def settle_garbage() -> None:
-    """Take what a program's start has made out of the garbage collector's sight, and have it look at the rest seldom:
-    to go over the objects of 256 streams takes tens of milliseconds, in which nothing else moves, and finds next to
-    nothing, since what serves a request leaves no cycles but a few a connection."""
+    """Exempt the objects made so far from garbage collection, and collect the others seldom.
+
+    A collection with 256 streams takes tens of milliseconds, in which nothing else runs, and frees next to nothing:
+    serving a request leaves no reference cycles but a few for each connection."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GARBAGE_THRESHOLDS)
 
 
 class Host:
-    """The engine's side. One thread takes in commands, one sends, and the caller's steps, waiting for neither."""
+    """Serves one client. A thread receives calls, a thread sends outputs, and the caller's thread steps the engine
+    without waiting for either."""
 
     def __init__(self, connection: socket.socket, started: Started[Engine]) -> None:
         """Serve ``started`` over ``connection``, which is closed at the end."""
         self._connection = connection
         self._engine = started.engine
         self._tokenizer = started.tokenizer
-        self._commands: deque[Command | EngineOutput] = deque()
+        self._calls: deque[EngineCall | EngineOutput] = deque()
         self._wake = threading.Condition()
         self._closed = False
-        self._preparing: SimpleQueue[Command | None] = SimpleQueue()
+        self._preparing: SimpleQueue[EngineCall | None] = SimpleQueue()
         """Requests whose grammars are still to be compiled."""
-        self._behind: dict[str, list[Command]] = {}
-        """Of each of them, the commands about it that have come meanwhile. Guarded by ``_wake``."""
-        self._messages: SimpleQueue[Given | Answer | None] = SimpleQueue()
+        self._held: dict[str, list[EngineCall]] = {}
+        """Request being prepared → later calls about it, which wait for its grammar. Guarded by ``_wake``."""
+        self._messages: SimpleQueue[StepOutputs | Answer | None] = SimpleQueue()
         self._introduced: set[str] = set()
-        """Requests of which the other side has seen an output whole."""
+        """Requests of which the client has got a complete output, with metrics."""
 
     def run(self) -> None:
-        """Until the other side is gone."""
+        """Serve until the client ends."""
         sender = threading.Thread(target=self._send, name="vllmlite-outputs", daemon=True)
         try:
             sender.start()
             threading.Thread(target=self._prepare, name="vllmlite-grammars", daemon=True).start()
-            threading.Thread(target=self._receive, name="vllmlite-commands", daemon=True).start()
-            while self._turn():
+            threading.Thread(target=self._receive, name="vllmlite-calls", daemon=True).start()
+            while self._serve_once():
                 pass
         finally:
             self._preparing.put(None)
@@ -283,26 +222,26 @@ class Host:
                 self._connection.shutdown(socket.SHUT_RDWR)
             self._connection.close()
 
-    def _turn(self) -> bool:
-        """Wait for work, do the commands, run a step; False once the other side is gone."""
+    def _serve_once(self) -> bool:
+        """Wait for work, execute the calls that have come, run a step; return False once the client has ended."""
         engine = self._engine
         with self._wake:
-            self._wake.wait_for(lambda: self._commands or self._closed or engine.has_unfinished_requests())
+            self._wake.wait_for(lambda: self._calls or self._closed or engine.has_unfinished_requests())
             if self._closed:
                 return False
-            commands, self._commands = self._commands, deque()
-        outputs = [output for command in commands if (output := self._do(command)) is not None]
+            calls, self._calls = self._calls, deque()
+        outputs = [output for call in calls if (output := self._execute(call)) is not None]
         if engine.has_unfinished_requests():
             outputs += engine.step()
-        self._tell(outputs)
+        self._send_outputs(outputs)
         return True
 
     def _receive(self) -> None:
         try:
             with self._connection.makefile("rb") as stream, suppress(EOFError, OSError):
                 while True:
-                    self._take(unpack(stream))
-        finally:  # nobody listens any more, be it for an error here
+                    self._queue(unpack(stream))
+        finally:  # whether the client has ended or an error ended this thread
             with self._wake:
                 self._closed = True
                 self._wake.notify()
@@ -312,55 +251,55 @@ class Host:
             while (message := self._messages.get()) is not None:
                 self._connection.sendall(pack(message))
         except OSError:
-            return  # nobody is left to tell: the thread that receives finds out too
+            return  # the client has ended: the receiving thread finds out too
 
-    def _take(self, command: Command) -> None:
-        """Queue a command for the engine, after those about the same request."""
-        if command.name == "expect_grammars":
+    def _queue(self, call: EngineCall) -> None:
+        """Queue a call for the engine, after those about the same request."""
+        if call.name == "expect_grammars":
             threading.Thread(target=_import_xgrammar, name="vllmlite-import").start()
-        waits = command.name == "add_request" and command.args[2].structured_outputs is not None
+        needs_grammar = call.name == "add_request" and call.args[2].structured_outputs is not None
         with self._wake:
-            behind = self._behind.get(command.args[0]) if command.args else None
-            if behind is not None:
-                behind.append(command)
-            elif waits:
-                self._behind[command.args[0]] = []
-                self._preparing.put(command)
+            held = self._held.get(call.args[0]) if call.args else None
+            if held is not None:
+                held.append(call)
+            elif needs_grammar:
+                self._held[call.args[0]] = []
+                self._preparing.put(call)
             else:
-                self._commands.append(command)
+                self._calls.append(call)
                 self._wake.notify()
 
     def _prepare(self) -> None:
-        """Make the grammars of requests, in their order, while the engine steps and other commands come."""
-        while (command := self._preparing.get()) is not None:
-            ready = self._with_grammar(command)
+        """Compile the grammars of requests in order, while the engine steps and other calls come."""
+        while (call := self._preparing.get()) is not None:
+            ready = self._with_grammar(call)
             with self._wake:
-                self._commands += [ready, *self._behind.pop(command.args[0])]
+                self._calls += [ready, *self._held.pop(call.args[0])]
                 self._wake.notify()
 
-    def _with_grammar(self, command: Command) -> Command | EngineOutput:
+    def _with_grammar(self, call: EngineCall) -> EngineCall | EngineOutput:
         """Return a request with its grammar; or its end, if there is none."""
-        request_id, _, params = command.args
-        packed, structure = command.options["grammar"], params.structured_outputs
+        request_id, _, params = call.args
+        packed, structure = call.options["grammar"], params.structured_outputs
         try:
             if packed is not None:
                 self._grammars.load(structure, packed)
             compiled = self._grammars.compile(structure)
-            command.options["grammar"] = self._grammars.start(compiled, structure.after)
-        except Exception as error:  # of xgrammar too, which is another's
+            call.options["grammar"] = self._grammars.start(compiled, structure.after)
+        except Exception as error:  # xgrammar's own, too
             if not isinstance(error, ParameterError):
                 logger.exception("a grammar cannot be used; its request ends with an error")
-            metrics = RequestMetrics(command.options["arrival_time"])
+            metrics = RequestMetrics(call.options["arrival_time"])
             return EngineOutput(request_id, [], "error", None, 0, metrics, error=str(error))
-        return command
+        return call
 
-    def _do(self, command: Command | EngineOutput) -> EngineOutput | None:
-        if isinstance(command, EngineOutput):
-            return command
-        if command.name == "finish":
-            self._introduced.discard(command.args[0])
-        value = getattr(self._engine, command.name)(*command.args, **command.options)
-        if command.answered:
+    def _execute(self, call: EngineCall | EngineOutput) -> EngineOutput | None:
+        if isinstance(call, EngineOutput):
+            return call
+        if call.name == "finish":
+            self._introduced.discard(call.args[0])
+        value = getattr(self._engine, call.name)(*call.args, **call.options)
+        if call.answered:
             self._messages.put(Answer(value))
         return None
 
@@ -370,11 +309,11 @@ class Host:
         bounds = self._engine.bounds
         return Grammars(self._tokenizer, bounds.vocab_size, sorted(bounds.eos_ids))
 
-    def _tell(self, outputs: list[EngineOutput]) -> None:
-        message = Given(time.monotonic(), replace(self._engine.current_stats()))
+    def _send_outputs(self, outputs: list[EngineOutput]) -> None:
+        message = StepOutputs(time.monotonic(), replace(self._engine.current_stats()))
         for output in outputs:
             request_id = output.request_id
-            if request_id in self._introduced and _is_a_token(output):
+            if request_id in self._introduced and _is_one_token(output):
                 message.request_ids.append(request_id)
                 message.token_ids.append(output.new_token_ids[0])
                 continue
@@ -387,16 +326,11 @@ class Host:
 
 
 def _import_xgrammar() -> None:
-    """So that the first grammar does not wait for it; who needs it finds out if that is in vain."""
+    """Import xgrammar early, so that the first grammar does not wait for it; a failure is reported at its use."""
     with suppress(ImportError):
         import xgrammar  # noqa: F401
 
 
-def says_more(output: EngineOutput) -> bool:
-    """Whether there is more to an output than tokens and perhaps an end."""
-    return output.logprobs is not None or output.prompt_logprobs is not None
-
-
-def _is_a_token(output: EngineOutput) -> bool:
-    """Whether a token is all there is to tell."""
-    return len(output.new_token_ids) == 1 and output.finish_reason is None and not says_more(output)
+def _is_one_token(output: EngineOutput) -> bool:
+    """Whether an output is one token and nothing else."""
+    return len(output.new_token_ids) == 1 and output.finish_reason is None and not has_logprobs(output)

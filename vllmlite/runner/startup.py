@@ -7,7 +7,7 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -25,7 +25,6 @@ from vllmlite.tokenizers.tokenizer import Tokenizer
 from vllmlite.weights.json_object import read_object
 
 if TYPE_CHECKING:
-    from vllmlite.engine_process.client import EngineClient
     from vllmlite.models.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ def start(config: EngineConfig) -> Started[Engine]:
                 f"the checkpoint's weights are floats; {' or '.join(QUANTIZATIONS)} quantises them at load",
             )
     at_load = config.quantization if plan.quantization is None else None
-    tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, path)
+    tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, path)
     generation = _generation_config(config, path)
     keep_blocks = config.dtype == "auto"
     wanted = Wanted(
@@ -178,50 +177,8 @@ def start(config: EngineConfig) -> Started[Engine]:
     )
 
 
-def start_thread(config: EngineConfig) -> Started[EngineClient]:
-    """Start an engine in a thread of its own. Raises what :func:`start` raises."""
-    from vllmlite.engine_process.client import EngineClient
-    from vllmlite.engine_process.host import EngineThread
-
-    started = start(config)
-    stats = replace(started.engine.stats)
-    client = EngineClient(EngineThread(started), started.engine.bounds, stats)
-    return Started(
-        client,
-        started.tokenizer,
-        started.max_model_len,
-        started.hidden_size,
-        started.default_sampling_params,
-        started.backend_choice,
-    )
-
-
-def start_process(config: EngineConfig) -> Started[EngineClient]:
-    """Start an engine in a process of its own. Raises what :func:`start` raises there."""
-    from vllmlite.engine_process.client import EngineClient
-    from vllmlite.engine_process.host import EngineProcess
-
-    process = EngineProcess(config)
-    try:
-        tokenizer = None  # while the other process loads the model
-        if not config.skip_tokenizer_init:
-            path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
-            tokenizer = _load_tokenizer(config, path)
-        ready = process.wait_until_ready()
-    except BaseException:
-        process.close()
-        raise
-    return Started(
-        EngineClient(process, ready.bounds, ready.stats),
-        tokenizer,
-        ready.max_model_len,
-        ready.hidden_size,
-        ready.default_sampling_params,
-        ready.backend_choice,
-    )
-
-
-def _load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:
+def load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:
+    """Load the tokenizer that ``config`` names, by default that of the model at ``path``."""
     if config.tokenizer is None:
         return Tokenizer(path)
     return Tokenizer(

@@ -1,0 +1,48 @@
+"""Starting an engine in a thread or process of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vllmlite.config.engine_config import EngineConfig
+from vllmlite.engine_process.client import EngineClient
+from vllmlite.engine_process.host import EngineProcess, EngineThread
+from vllmlite.hub import find_model
+from vllmlite.runner.startup import Started, load_tokenizer, start
+
+
+def start_thread(config: EngineConfig) -> Started[EngineClient]:
+    """Start an engine in a thread of its own. Raises what :func:`start` raises."""
+    started = start(config)
+    stats = replace(started.engine.stats)
+    client = EngineClient(EngineThread(started), started.engine.bounds, stats)
+    return Started(
+        client,
+        started.tokenizer,
+        started.max_model_len,
+        started.hidden_size,
+        started.default_sampling_params,
+        started.backend_choice,
+    )
+
+
+def start_process(config: EngineConfig) -> Started[EngineClient]:
+    """Start an engine in a process of its own. Raises what :func:`start` raises there."""
+    process = EngineProcess(config)
+    try:
+        tokenizer = None  # while the other process loads the model
+        if not config.skip_tokenizer_init:
+            path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
+            tokenizer = load_tokenizer(config, path)
+        ready = process.wait_until_ready()
+    except BaseException:
+        process.close()
+        raise
+    return Started(
+        EngineClient(process, ready.bounds, ready.stats),
+        tokenizer,
+        ready.max_model_len,
+        ready.hidden_size,
+        ready.default_sampling_params,
+        ready.backend_choice,
+    )
