@@ -314,6 +314,48 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(depth: int) -> N
     assert_idle(engine)
 
 
+class Broken:
+    """A grammar that fails at its third id."""
+
+    def __init__(self) -> None:
+        self.num_ids = 0
+
+    def restart(self) -> None:
+        self.num_ids = 0
+
+    def mask(self) -> None:
+        return None
+
+    def accept(self, _token_id: int) -> bool:
+        self.num_ids += 1
+        if self.num_ids == 3:
+            raise RuntimeError("broken")
+        return False
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_broken_grammar_ends_no_request_that_has_its_output_of_the_step(depth: int) -> None:
+    """A step gives a request one output: an error does not follow its id."""
+    engine, _ = make_engine(depth=depth)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    prompts = {"before": [1, 2, 3], "broken": [4, 5], "after": [6, 7, 8]}
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, params, grammar=Broken() if name == "broken" else None)
+    ids: dict[str, list[int]] = {name: [] for name in prompts}
+    reasons = {}
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        assert len({output.request_id for output in outputs}) == len(outputs)
+        for output in outputs:
+            ids[output.request_id] += output.new_token_ids
+            reasons[output.request_id] = output.finish_reason
+        engine.scheduler.check_integrity()
+    assert reasons == {"before": "length", "broken": "error", "after": "error"}
+    assert ids["before"] == expected(prompts["before"], 8, eos=())
+    assert ids["broken"] == expected(prompts["broken"], 2, eos=())
+    assert_idle(engine)
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "field"),
     [

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import compress
 from typing import Any, Protocol, TypedDict, Unpack
 
 from vllmlite.engine.block_pool import root_digest
@@ -115,13 +116,19 @@ class EngineCore(Protocol):
 
 @dataclass(slots=True)
 class _StepLog:
-    """The step whose results are being applied: with the outputs it has decided, enough to finish applying it."""
+    """A step whose results are being applied: enough to finish applying them after an interrupt."""
 
     outputs: list[EngineOutput]
     first: int
-    """Index of the step's first output; those before it are of earlier steps."""
-    positions: dict[str, int]
-    """Request id → index in the request's output of the id that the step sampled."""
+    """Index in ``outputs`` of the step's first output; those before it belong to earlier steps."""
+    schedule: Schedule
+    rows: list[Request]
+
+    def positions(self) -> dict[str, int]:
+        """Request id → where the id that the step samples stands in the request's output."""
+        schedule = self.schedule
+        columns = zip(self.rows, schedule.starts, schedule.counts, strict=True)
+        return {r.request_id: start + count - len(r.prompt_token_ids) for r, start, count in columns}
 
 
 class Engine:
@@ -290,7 +297,7 @@ class Engine:
                 schedule, rows, handle = self._in_flight[0]
                 result = self.runner.collect(handle)
                 self._in_flight.popleft()
-                self._take_in(schedule, rows, result, outputs)
+                self._apply(schedule, rows, result, outputs)
         except Exception as error:
             if came_from_handler(error):
                 raise
@@ -320,37 +327,33 @@ class Engine:
     def _derive_seed(self) -> int:
         return int.from_bytes(sha256(f"{self._seed}/{self._num_added}".encode()).digest()[:8], "little")
 
-    def _take_in(
+    def _apply(
         self, schedule: Schedule, rows: list[Request], result: StepResult, outputs: list[EngineOutput]
     ) -> None:
-        """Apply a step's result, row by row: first the output, by which the id counts, then the change."""
+        """Apply a step's result, one request after the other: first the output, by which the id counts, then the
+        change of the request."""
         now = time.monotonic()
         first = len(outputs)
-        self._log = _StepLog(outputs, first, {})
-        positions = self._log.positions
+        finished, scheduler = Status.FINISHED, self.scheduler
+        self._log = _StepLog(outputs, first, schedule, rows)
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(schedule, rows, result.prompt_logprobs)
-        logprobs = result.logprobs
-        sampled = 0
-        for row, samples in enumerate(schedule.samples):
-            if not samples:
-                continue
-            token_id = result.token_ids[sampled]
-            sampled += 1
-            request = rows[row]
-            if request.status is Status.FINISHED:
+        token_ids = result.token_ids
+        logprobs: Sequence[TokenLogprobs | None] = result.logprobs or [None] * len(token_ids)
+        sampling = compress(rows, schedule.samples)
+        for request, token_id, entry in zip(sampling, token_ids, logprobs, strict=True):
+            if request.status is finished:
                 continue
             reason: str | None = None
             stop_reason: int | None = None
             complete = request.grammar is not None and request.grammar.accept(token_id)
             if token_id in request.stop_ids:
                 reason = "stop"
-                stop_reason = (
-                    None if token_id in request.eos_ids and not request.params.ignore_eos else token_id
-                )
+                if token_id not in request.eos_ids or request.params.ignore_eos:
+                    stop_reason = token_id
             elif complete:
                 reason = "stop"
-            elif request.num_known_ids + 1 >= request.max_total_tokens:
+            elif request.num_tokens - request.num_in_flight + 1 >= request.max_total_tokens:
                 reason = "length"
             output = EngineOutput(
                 request.request_id,
@@ -360,14 +363,14 @@ class Engine:
                 request.num_cached_tokens or 0,
                 request.metrics,
             )
-            output.ends_in_text = complete and token_id not in request.stop_ids
-            if logprobs is not None and request.params.num_logprobs is not None:
-                output.logprobs = logprobs[sampled - 1]
-            if request.params.prompt_logprobs is not None:
+            if complete:
+                output.ends_in_text = token_id not in request.stop_ids
+            if entry is not None and request.params.num_logprobs is not None:
+                output.logprobs = entry
+            if self._prompt_logprobs:
                 output.prompt_logprobs = self._prompt_logprobs.get(request.request_id)
-            positions[request.request_id] = len(request.output_token_ids)
             outputs.append(output)
-            self.scheduler.collected(request, token_id)
+            scheduler.collected(request, token_id)
             request.metrics.count_token(now)
             if output.prompt_logprobs is not None:
                 del self._prompt_logprobs[request.request_id]
@@ -401,16 +404,19 @@ class Engine:
 
     def _fail(self, error: Exception, outputs: list[EngineOutput]) -> None:
         """End the requests of the steps in flight; if there are none, those that run, else all: never nothing, so that
-        a step that fails every time ends too. No cached prefix survives, since nobody knows what the blocks hold."""
+        a step that fails every time ends too. Requests that the step has given an output go on. No cached prefix
+        survives, since nobody knows what the blocks hold."""
         reason = f"{type(error).__name__}: {error}"
         self.stats.num_failed_steps += 1
         self.stats.last_error = reason
+        first = len(outputs) if self._log is None else self._log.first
+        served = {output.request_id for output in outputs[first:]}
         self._restore_requests()
         in_flight = {id(request): request for _, rows, _ in self._in_flight for request in rows}
         failed = list(in_flight.values()) or self.scheduler.running or list(self._requests.values())
-        self._log = _StepLog(outputs, len(outputs), {})
+        self._log = _StepLog(outputs, len(outputs), Schedule(), [])
         for request in failed:
-            if request.status is not Status.FINISHED:
+            if request.status is not Status.FINISHED and request.request_id not in served:
                 outputs.append(
                     EngineOutput(
                         request.request_id, [], "error", None, request.num_cached_tokens or 0, request.metrics,
@@ -444,12 +450,13 @@ class Engine:
         """Apply those outputs of an interrupted step that have not been applied."""
         if self._log is None:
             return
+        positions = self._log.positions()
         for output in self._log.outputs[self._log.first :]:
             request = self._requests.get(output.request_id)
             if request is None:
                 continue
             if output.new_token_ids:
-                request.output_token_ids[self._log.positions[output.request_id] :] = output.new_token_ids
+                request.output_token_ids[positions[output.request_id] :] = output.new_token_ids
             if output.finish_reason is not None:
                 request.finish(output.finish_reason, output.stop_reason, time.monotonic())
         self._log = None

@@ -88,12 +88,20 @@ class Request:
     """Whether the next mask depends on the ids of the output, so that a step must wait for the one before."""
     has_bans: bool = False
     """Whether :meth:`banned_ids` can be other than empty."""
+    has_extras: bool = False
+    """Whether a row of it can come with anything beside its tokens: bans, a mask, log-probabilities, a vector."""
 
     def __post_init__(self) -> None:
         """Derive counters and flags."""
         self.num_tokens = len(self.prompt_token_ids)
         self.reads_text = self.grammar is not None or any(len(word) > 1 for word in self.bad_words)
         self.has_bans = bool(self.bad_words) or self.params.min_tokens > 0
+        self.has_extras = (
+            self.has_bans
+            or self.grammar is not None
+            or self.pooling_type is not None
+            or self.params.prompt_logprobs is not None
+        )
 
     @property
     def needs_every_state(self) -> bool:

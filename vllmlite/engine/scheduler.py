@@ -116,6 +116,7 @@ class Scheduler:
         schedule = Schedule()
         rows: list[Request] = []
         budget = prefill_budget = self.limits.max_num_batched_tokens
+        block_size = self.limits.block_size
         running = self.running
         if any(request.num_missing_tokens == 1 and request.may_run for request in running):
             prefill_budget = self.limits.max_mixed_prefill_tokens
@@ -126,14 +127,14 @@ class Scheduler:
             position += 1
             if not request.may_run:
                 continue
-            count = min(request.num_missing_tokens, budget)
+            count = request.num_tokens - request.num_computed_tokens
             if count > 1:
-                count = min(count, prefill_budget)
+                count = min(count, budget, prefill_budget)
                 prefill_budget -= count
             if not count:
                 continue
-            missing = self._missing_blocks(request, count)
-            if missing > 0:
+            if request.num_computed_tokens + count > len(request.blocks) * block_size:
+                missing = self._missing_blocks(request, count)
                 while missing > self.pool.num_free:
                     preempted = True
                     if self._preempt_last() is request:
@@ -199,20 +200,11 @@ class Scheduler:
 
     def _append_row(self, request: Request, count: int, schedule: Schedule) -> None:
         start = request.num_computed_tokens
-        request.num_computed_tokens = start + count
-        ends = start + count == request.num_tokens
-        samples = ends and request.pooling_type is None
-        if request.pooling_type == "MEAN" or (ends and request.pooling_type is not None):
-            schedule.pools.append(len(schedule.slots))
-        if request.params.prompt_logprobs is not None and start + 1 < len(request.prompt_token_ids):
-            schedule.prompt_logprobs.append(len(schedule.slots))
-        if samples:
-            if request.has_bans:
-                banned = request.banned_ids()
-                if banned:
-                    schedule.banned[len(schedule.slots)] = banned
-            if request.grammar is not None and (mask := request.grammar.mask()) is not None:
-                schedule.masks[len(schedule.slots)] = mask
+        end = request.num_computed_tokens = start + count
+        samples = ends = end == request.num_tokens
+        if request.has_extras:
+            samples = ends and request.pooling_type is None
+            self._append_extras(request, start, ends, schedule)
         if ends:
             request.num_tokens += 1
             request.num_in_flight += 1
@@ -220,8 +212,22 @@ class Scheduler:
         schedule.starts.append(start)
         schedule.counts.append(count)
         schedule.samples.append(samples)
-        if start + count >= request.next_name_at:
+        if end >= request.next_name_at:
             self._name_full_blocks(request)
+
+    def _append_extras(self, request: Request, start: int, ends: bool, schedule: Schedule) -> None:
+        """Add what a request wants beside its next id, or restricts it by, to the row that is being appended."""
+        row = len(schedule.slots)
+        if request.params.prompt_logprobs is not None and start + 1 < len(request.prompt_token_ids):
+            schedule.prompt_logprobs.append(row)
+        if request.pooling_type is not None:
+            if ends or request.pooling_type == "MEAN":
+                schedule.pools.append(row)
+        elif ends:
+            if request.has_bans and (banned := request.banned_ids()):
+                schedule.banned[row] = banned
+            if request.grammar is not None and (mask := request.grammar.mask()) is not None:
+                schedule.masks[row] = mask
 
     def _admit(self, budget: int, schedule: Schedule, rows: list[Request], now: float) -> None:
         while budget and self._free_slots:

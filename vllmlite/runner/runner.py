@@ -334,6 +334,8 @@ class ModelRunner:
 
     def _named(self, logits: Tensor, batch: ForwardBatch) -> list[NamedLogprobs]:
         """Log-probabilities of the ids that the requests of sampling rows name, of logits that are as yet untouched."""
+        if not self._named_ids:
+            return []
         wanted = [(row, self._named_ids.get(slot)) for row, slot in enumerate(batch.sample_slots.tolist())]
         pairs = np.array([(row, i) for row, ids in wanted if ids is not None for i in ids], np.int32).reshape(
             -1, 2
