@@ -238,10 +238,10 @@ class AsyncLLM:
         if self._end is not None:
             raise self._end
         self._engine.turns.check()
-        self._core.attend(asyncio.get_running_loop(), self._take_in)
+        self._core.attend(asyncio.get_running_loop(), self._receive_outputs)
 
-    def _take_in(self) -> None:
-        """Hand out what has come of the engine."""
+    def _receive_outputs(self) -> None:
+        """Receive what the engine has sent, and hand it to the streams."""
         try:
             self._core.receive()
             while self._core.has_outputs():
