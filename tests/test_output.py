@@ -81,10 +81,10 @@ def stream(
     while ids and stop is None:
         piece, ids = ids[: (size := next(turn))], ids[size:]
         _, stop = detokenizer.extend(piece)
-        deltas.append(detokenizer.released_text[len("".join(deltas)) :])
+        deltas.append(detokenizer.text[: detokenizer.num_released][len("".join(deltas)) :])
     if stop is None:
         stop = detokenizer.finish()
-        deltas.append(detokenizer.released_text[len("".join(deltas)) :])
+        deltas.append(detokenizer.text[: detokenizer.num_released][len("".join(deltas)) :])
     return deltas, stop
 
 

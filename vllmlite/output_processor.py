@@ -16,26 +16,26 @@ from vllmlite.tokenizers.detokenizer import Detokenizer
 from vllmlite.tokenizers.tokenizer import Tokenizer
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Completion:
     """One sequence of a request while it grows."""
 
+    group: _Group
     output: CompletionOutput
     detokenizer: Detokenizer | None
-    num_sent_ids: int = 0
-    """Ids that went out with earlier deltas."""
-    num_sent_characters: int = 0
-    num_ids_before: int = 0
-    """Ids before the output that is being taken in."""
-    taking: EngineOutput | None = None
-    """The last output that was begun to be taken in."""
-    taken: EngineOutput | None = None
-    """The last output that was taken in whole; another one than ``taking`` while that is under way."""
+    first_id: int = 0
+    """Ids before the newest engine output, which is what the next delta begins with."""
+    first_character: int = 0
+    """Characters that were released before it."""
+    begun: EngineOutput | None = None
+    """The newest engine output whose addition was begun."""
+    added: EngineOutput | None = None
+    """The newest one that was added whole; another one than ``begun`` while that is being added."""
     stop: str | None = None
     """The stop string that it completed."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Group:
     """A user's request: its prompt, its completions, what it was promised."""
 
@@ -49,6 +49,21 @@ class _Group:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     metrics: RequestMetrics | None = None
     error: str | None = None
+    is_delta: bool = False
+    """Whether each step's news are wanted alone."""
+    is_final_only: bool = False
+
+    def __post_init__(self) -> None:
+        """Derive the flags, which are read for every token."""
+        self.is_delta = self.params.output_kind is RequestOutputKind.DELTA
+        self.is_final_only = self.params.output_kind is RequestOutputKind.FINAL_ONLY
+
+    def has_finished(self) -> bool:
+        """Whether every completion has ended."""
+        for completion in self.completions.values():  # noqa: SIM110  (a generator costs more than the loop)
+            if completion.output.finish_reason is None:
+                return False
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +83,6 @@ class ProcessedStep:
     """What to hand to them."""
     stopped: list[tuple[str, str]]
     """(Engine request id, stop string) of sequences that the engine has to end: their text reached a stop string."""
-    sent: list[tuple[_Completion, int, int]]
-    """Completions with a delta in ``ready``, and how many of their ids and characters are then out."""
     ended: list[str]
     """Engine request ids, and pooling requests, of which nothing more will come."""
     finished: list[_Group]
@@ -78,8 +91,8 @@ class ProcessedStep:
 class OutputProcessor:
     """Keeps what the engine does not: prompts as text, detokenisers, and which sequences belong together.
 
-    A step's outputs go through :meth:`process`, then :meth:`settle`. Each can be repeated with the same argument if it
-    was interrupted, and then does what remains."""
+    A step's outputs, one of each sequence, go through :meth:`process`, then :meth:`settle`. Each can be repeated with
+    the same argument if it was interrupted, and then does what remains."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         """Without a ``tokenizer``, outputs carry ids alone."""
@@ -87,7 +100,8 @@ class OutputProcessor:
         """Request id → why it ended with ``error``; taken out by whoever reports it."""
         self._tokenizer = tokenizer
         self._groups: dict[str, _Group] = {}
-        self._group_of: dict[str, _Group] = {}
+        self._completions: dict[str, _Completion] = {}
+        """Sequences that have not ended, by the engine's request id."""
         self._poolings: dict[str, _Pooling] = {}
 
     def add_pooling(
@@ -110,15 +124,15 @@ class OutputProcessor:
             if self.knows(child):
                 raise ParameterError("request_id", child, "is in use by a request that has not finished")
             group.completions[child] = _Completion(
-                self._empty_output(index, params), self._detokenizer(group)
+                group, self._empty_output(index, params), self._detokenizer(group)
             )
         self._groups[request_id] = group
-        self._group_of.update(dict.fromkeys(children, group))
+        self._completions.update(group.completions)
         return children
 
     def knows(self, request_id: str) -> bool:
         """Whether a request or a sequence of one has the id ``request_id`` and is unfinished."""
-        return any(request_id in known for known in (self._groups, self._group_of, self._poolings))
+        return any(request_id in known for known in (self._groups, self._completions, self._poolings))
 
     @property
     def num_requests(self) -> int:
@@ -132,76 +146,76 @@ class OutputProcessor:
         group = self._groups.get(request_id)
         if group is None:
             return []
-        return [child for child in group.completions if self._group_of.get(child) is group]
+        return [child for child, one in group.completions.items() if self._completions.get(child) is one]
 
     def forget(self, request_id: str) -> None:
         """Drop a request, and the error that it ended with."""
         self.errors.pop(request_id, None)
         for child in self.children(request_id):
-            self._group_of.pop(child, None)
+            self._completions.pop(child, None)
         self._poolings.pop(request_id, None)
         self._groups.pop(request_id, None)
 
     def process(self, outputs: Iterable[EngineOutput]) -> ProcessedStep:
-        """Take in a step's outputs and find out what they mean to the users."""
-        step = ProcessedStep([], [], [], [], [])
-        touched: dict[str, list[str]] = {}
+        """Add a step's outputs to their requests and find out what they mean to the users."""
+        step = ProcessedStep([], [], [], [])
+        of_several: dict[str, list[_Completion]] = {}
         for output in outputs:
-            group = self._group_of.get(output.request_id)
-            if group is None:
-                pooling = self._poolings.get(output.request_id)
+            request_id = output.request_id
+            completion = self._completions.get(request_id)
+            if completion is None:
+                pooling = self._poolings.get(request_id)
                 if pooling is not None:
                     step.ready.append(self._embedding(pooling, output))
-                    step.ended.append(output.request_id)
+                    step.ended.append(request_id)
                 continue
-            completion = group.completions[output.request_id]
-            if completion.taken is not output:
-                self._take_in(group, completion, output)
+            if completion.added is not output:
+                self._add_output(completion, output)
             if completion.stop is not None and output.finish_reason is None:
-                step.stopped.append((output.request_id, completion.stop))
+                step.stopped.append((request_id, completion.stop))
+            if completion.output.finish_reason is not None:
+                step.ended.append(request_id)
+            group = completion.group
             if len(group.completions) == 1:
-                ended = completion.output.finish_reason is not None
-                children = [output.request_id]
-                self._hand_over(group, children, children if ended else (), ended, step)
+                self._report(group, [completion], step)
             else:
-                touched.setdefault(group.request_id, []).append(output.request_id)
-        for request_id, children in touched.items():
-            group = self._groups[request_id]
-            unfinished = {
-                child for child, one in group.completions.items() if one.output.finish_reason is None
-            }
-            of_step = [child for child in children if child not in unfinished]
-            self._hand_over(group, children, of_step, not unfinished, step)
+                of_several.setdefault(group.request_id, []).append(completion)
+        for request_id, completions in of_several.items():
+            self._report(self._groups[request_id], completions, step)
         return step
 
     def settle(self, step: ProcessedStep) -> None:
-        """Note what has been handed over, and forget what has ended."""
-        for completion, num_ids, num_characters in step.sent:
-            completion.num_sent_ids, completion.num_sent_characters = num_ids, num_characters
+        """Forget what has ended."""
         for request_id in step.ended:
-            self._group_of.pop(request_id, None)
+            self._completions.pop(request_id, None)
             self._poolings.pop(request_id, None)
         for group in step.finished:
             self._groups.pop(group.request_id, None)
             if group.error is not None:
                 self.errors[group.request_id] = group.error
 
-    def _hand_over(
-        self,
-        group: _Group,
-        children: Sequence[str],
-        ended: Sequence[str],
-        finished: bool,
-        step: ProcessedStep,
-    ) -> None:
-        """Report on the ``children`` that a step gave something, where that is wanted. ``ended``: those of them that
-        have ended; ``finished``: all of the group have."""
-        if finished or group.params.output_kind is not RequestOutputKind.FINAL_ONLY:
-            step.ready.append(self._request_output(group, children, finished, step))
-        if ended:
-            step.ended += ended
+    def _report(self, group: _Group, completions: Sequence[_Completion], step: ProcessedStep) -> None:
+        """Report on a request's ``completions`` that a step gave something, where that is wanted."""
+        finished = group.has_finished()
         if finished:
             step.finished.append(group)
+        elif group.is_final_only:
+            return
+        if not group.is_delta:
+            completions = list(group.completions.values())
+        outputs = [_delta(one) if group.is_delta else _whole(one) for one in completions]
+        step.ready.append(
+            RequestOutput(
+                group.request_id,
+                group.prompt,
+                group.prompt_token_ids,
+                outputs,
+                finished,
+                group.prompt_logprobs,
+                group.num_cached_tokens,
+                group.metrics,
+            )
+        )
 
     def _embedding(self, pooling: _Pooling, output: EngineOutput) -> RequestOutput:
         """The vector, cut and scaled; none where a step failed."""
@@ -235,19 +249,18 @@ class OutputProcessor:
             text_offsets=[] if wanted else None,
         )
 
-    def _undo(self, group: _Group, completion: _Completion) -> None:
-        """Take back what an interrupted :meth:`_take_in` did."""
-        state, kept = completion.output, completion.num_ids_before
+    def _undo(self, completion: _Completion) -> None:
+        """Take back what an interrupted :meth:`_add_output` did."""
+        state, kept = completion.output, completion.first_id
         del state.token_ids[kept:]
         if state.logprobs is not None and state.text_offsets is not None:
             del state.logprobs[kept:], state.text_offsets[kept:]
             chosen = zip(state.logprobs, state.token_ids, strict=True)
             state.cumulative_logprob = sum((entry[token_id].logprob for entry, token_id in chosen), 0.0)
         state.finish_reason = state.stop_reason = None
-        completion.detokenizer = self._detokenizer(group)
+        completion.detokenizer = self._detokenizer(completion.group)
         if completion.detokenizer is not None:
-            for token_id in state.token_ids:
-                completion.detokenizer.extend([token_id])
+            completion.detokenizer.extend(state.token_ids)
 
     def _detokenizer(self, group: _Group) -> Detokenizer | None:
         params = group.params
@@ -262,49 +275,48 @@ class OutputProcessor:
             min_tokens=params.min_tokens,
         )
 
-    def _take_in(self, group: _Group, completion: _Completion, output: EngineOutput) -> None:
-        if completion.taking is output:
-            self._undo(group, completion)
-        state, detokenizer = completion.output, completion.detokenizer
-        completion.num_ids_before = len(state.token_ids)
-        completion.taking = output
+    def _add_output(self, completion: _Completion, output: EngineOutput) -> None:
+        """Add what the engine gave a sequence, after taking back what an interrupted call has added of it."""
+        if completion.begun is output:
+            self._undo(completion)
+        group, state, detokenizer = completion.group, completion.output, completion.detokenizer
+        completion.first_id = len(state.token_ids)
+        if detokenizer is not None:
+            completion.first_character = detokenizer.num_released
+        completion.begun = output
         group.num_cached_tokens = output.num_cached_tokens
         group.metrics = output.metrics
         if output.prompt_logprobs is not None:
             k = group.params.prompt_logprobs or 0
             group.prompt_logprobs = [None, *(self._logprobs(entry, k) for entry in output.prompt_logprobs)]
-        stop: str | None = None
-        ended_by_token = (
-            output.finish_reason == "stop"
-            and not output.ends_in_text
-            and not group.params.include_stop_str_in_output
-        )
-        token_ids = output.new_token_ids
-        position = 0 if detokenizer is None else detokenizer.position
-        if detokenizer is not None:
-            taken, stop = detokenizer.extend(token_ids[:-1] if ended_by_token else token_ids)
-            if stop is not None:
-                token_ids = token_ids[:taken]  # what the engine did before it knew does not count
-        state.token_ids += token_ids
         if (
             output.logprobs is not None
             and state.logprobs is not None
             and state.text_offsets is not None
             and state.cumulative_logprob is not None
         ):
-            state.text_offsets.append(position)
+            state.text_offsets.append(0 if detokenizer is None else detokenizer.position)
             state.logprobs.append(self._logprobs(output.logprobs, group.params.num_logprobs or 0))
             state.cumulative_logprob += output.logprobs.logprob
-        reason, stop_reason = output.finish_reason, output.stop_reason
-        if reason is not None and detokenizer is not None and stop is None:
-            stop = detokenizer.finish()
+        token_ids, reason, stop_reason = output.new_token_ids, output.finish_reason, output.stop_reason
+        stop: str | None = None
+        if detokenizer is not None:
+            shown = token_ids
+            if reason == "stop" and not output.ends_in_text and not group.params.include_stop_str_in_output:
+                shown = token_ids[:-1]
+            count, stop = detokenizer.extend(shown)
+            if stop is not None:
+                token_ids = token_ids[:count]  # what the engine did before it knew does not count
+            elif reason is not None:
+                stop = detokenizer.finish()
+        state.token_ids += token_ids
         if stop is not None:
             reason, stop_reason = "stop", stop
         if reason is not None:
             state.finish_reason, state.stop_reason = reason, stop_reason
             group.error = output.error or group.error
         completion.stop = stop
-        completion.taken = output
+        completion.added = output
 
     def _logprobs(self, entry: TokenLogprobs, k: int) -> dict[int, Logprob]:
         """The chosen token first, then the ``k`` most likely (all, for -1), then those that the request names."""
@@ -321,26 +333,6 @@ class OutputProcessor:
     def _token_text(self, token_id: int) -> str | None:
         return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
-    def _request_output(
-        self, group: _Group, children: Sequence[str], finished: bool, step: ProcessedStep
-    ) -> RequestOutput:
-        if group.params.output_kind is RequestOutputKind.DELTA:
-            outputs = []
-            for child in children:
-                outputs.append(_delta(group.completions[child], step))
-        else:
-            outputs = [_whole(completion) for completion in group.completions.values()]
-        return RequestOutput(
-            request_id=group.request_id,
-            prompt=group.prompt,
-            prompt_token_ids=group.prompt_token_ids,
-            outputs=outputs,
-            finished=finished,
-            prompt_logprobs=group.prompt_logprobs,
-            num_cached_tokens=group.num_cached_tokens,
-            metrics=group.metrics,
-        )
-
 
 def _children(request_id: str, params: SamplingParams) -> dict[str, SamplingParams]:
     """The sequences of a request for several, each with a seed of its own: engine request id → parameters."""
@@ -355,31 +347,33 @@ def _children(request_id: str, params: SamplingParams) -> dict[str, SamplingPara
 
 
 def _whole(completion: _Completion) -> CompletionOutput:
-    state = completion.output
+    """All of a completion."""
+    state, detokenizer = completion.output, completion.detokenizer
     return CompletionOutput(
-        index=state.index,
-        text="" if completion.detokenizer is None else completion.detokenizer.released_text,
-        token_ids=list(state.token_ids),
-        cumulative_logprob=state.cumulative_logprob,
-        logprobs=None if state.logprobs is None else list(state.logprobs),
-        text_offsets=None if state.text_offsets is None else list(state.text_offsets),
-        finish_reason=state.finish_reason,
-        stop_reason=state.stop_reason,
+        state.index,
+        "" if detokenizer is None else detokenizer.text[: detokenizer.num_released],
+        list(state.token_ids),
+        state.cumulative_logprob,
+        None if state.logprobs is None else list(state.logprobs),
+        state.finish_reason,
+        state.stop_reason,
+        None if state.text_offsets is None else list(state.text_offsets),
     )
 
 
-def _delta(completion: _Completion, step: ProcessedStep) -> CompletionOutput:
-    """What is new since the last delta, noted in ``step``."""
-    state, first = completion.output, completion.num_sent_ids
-    text = "" if completion.detokenizer is None else completion.detokenizer.released_text
-    step.sent.append((completion, len(state.token_ids), max(len(text), completion.num_sent_characters)))
+def _delta(completion: _Completion) -> CompletionOutput:
+    """What the newest engine output has added to a completion."""
+    state, detokenizer, first = completion.output, completion.detokenizer, completion.first_id
+    text = ""
+    if detokenizer is not None:
+        text = detokenizer.text[completion.first_character : detokenizer.num_released]
     return CompletionOutput(
-        index=state.index,
-        text=text[completion.num_sent_characters :],
-        token_ids=state.token_ids[first:],
-        cumulative_logprob=state.cumulative_logprob,
-        logprobs=None if state.logprobs is None else state.logprobs[first:],
-        text_offsets=None if state.text_offsets is None else state.text_offsets[first:],
-        finish_reason=state.finish_reason,
-        stop_reason=state.stop_reason,
+        state.index,
+        text,
+        state.token_ids[first:],
+        state.cumulative_logprob,
+        None if state.logprobs is None else state.logprobs[first:],
+        state.finish_reason,
+        state.stop_reason,
+        None if state.text_offsets is None else state.text_offsets[first:],
     )

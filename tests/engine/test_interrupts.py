@@ -208,7 +208,7 @@ def run_interrupted(depth: int, numbers: Sequence[int | None]) -> tuple[list[Any
     core = engine.engine
     assert core.scheduler.pool.num_used == 0
     core.scheduler.check_integrity()
-    assert not engine._undelivered and not engine._processor._groups and not engine._processor._group_of
+    assert not engine._undelivered and not engine._processor._groups and not engine._processor._completions
     return final(whole), counts
 
 
@@ -284,7 +284,7 @@ def test_dropping_a_request_leaves_another_that_has_the_id_of_an_ended_sequence(
     engine = Fake.make(1)
     engine.add_request("a", [9, 8], SamplingParams(temperature=0, max_tokens=20, n=2))
     engine.engine.finish("0_a")  # as if a step had ended it
-    engine._processor._group_of.pop("0_a")
+    engine._processor._completions.pop("0_a")
     engine.add_request("0_a", [5, 6], SamplingParams(temperature=0, max_tokens=4))
     engine.abort_request("a")
     while engine.has_unfinished_requests():

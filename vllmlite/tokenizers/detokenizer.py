@@ -7,7 +7,7 @@ valid; otherwise each byte becomes U+FFFD. So the text of a character, or of suc
 
 from __future__ import annotations
 
-from codecs import getincrementaldecoder
+from codecs import getincrementaldecoder, utf_8_decode
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -16,7 +16,6 @@ from vllmlite.tokenizers.tokenizer import Tokenizer
 CONTEXT_TOKENS = 6
 """Prompt tokens decoded along with the output, so that spacing across the seam is right."""
 REPLACEMENT = "\ufffd"
-_utf8_decoder = getincrementaldecoder("utf-8")
 
 
 class Detokenizer:
@@ -34,6 +33,8 @@ class Detokenizer:
     ) -> None:
         """Start after ``prompt_ids``; ``stop`` strings count once ``min_tokens`` ids have come."""
         self.text = ""
+        self.num_released = 0
+        """Characters of the text that are certain; those behind them may yet become a stop string."""
         decoder = _ByteLevelDecoder if tokenizer.is_byte_level else _TextDecoder
         self._decoder = decoder(tokenizer, prompt_ids, skip_special_tokens)
         self._num_ids = 0
@@ -43,49 +44,48 @@ class Detokenizer:
         self._min_tokens = min_tokens
 
     def extend(self, token_ids: Sequence[int]) -> tuple[int, str | None]:
-        """Take in ids, up to one that completes a stop string (``text`` is cut accordingly).
+        """Add ids, up to one that completes a stop string (``text`` is cut accordingly).
 
-        Returns how many were taken in, and the stop string, if any."""
+        Returns how many were added, and the stop string, if any."""
+        if not self._stop:
+            self.text += self._decoder.feed(token_ids)
+            self.num_released = len(self.text)
+            return len(token_ids), None
         for count, token_id in enumerate(token_ids, start=1):
             self._num_ids += 1
-            stop = self._add(self._decoder.feed(token_id))
+            stop = self._add(self._decoder.feed((token_id,)))
             if stop is not None:
                 return count, stop
         return len(token_ids), None
 
     def finish(self) -> str | None:
         """Release what was held back, an incomplete character as U+FFFD; may complete a stop string too."""
-        stopped = self._add(self._decoder.finish())
-        self._hold_back = 0
-        return stopped
+        stop = self._add(self._decoder.finish())
+        self.num_released = len(self.text)
+        return stop
 
     @property
     def position(self) -> int:
         """Where the text of the next id begins: the number of whole characters so far, released or not."""
         return len(self.text) + self._decoder.num_held
 
-    @property
-    def released_text(self) -> str:
-        """The text so far, without an end that may yet become a stop string."""
-        return self.text[: max(len(self.text) - self._hold_back, 0)] if self._hold_back else self.text
-
     def _add(self, new: str) -> str | None:
         """Append ``new`` to the text; returns the stop string that this completes, at which the text is cut."""
         start = len(self.text)
         self.text += new
-        if not new or not self._stop or self._num_ids < self._min_tokens:
-            return None
-        found = []
-        for stop in self._stop:
-            at = self.text.find(stop, max(0, start - len(stop) + 1))
-            if at >= 0:
-                found.append((at, stop))
-        if not found:
-            return None
-        at, stop = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
-        self.text = self.text[: at + len(stop) if self._include_stop else at]
-        self._hold_back = 0
-        return stop
+        if new and self._stop and self._num_ids >= self._min_tokens:
+            found = []
+            for stop in self._stop:
+                at = self.text.find(stop, max(0, start - len(stop) + 1))
+                if at >= 0:
+                    found.append((at, stop))
+            if found:
+                at, stop = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
+                self.text = self.text[: at + len(stop) if self._include_stop else at]
+                self.num_released = len(self.text)
+                return stop
+        self.num_released = max(len(self.text) - self._hold_back, 0)
+        return None
 
 
 class _ByteLevelDecoder:
@@ -96,32 +96,31 @@ class _ByteLevelDecoder:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special: bool) -> None:
         """Start within the character, if any, that the prompt ends in the middle of."""
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._utf8 = _utf8_decoder("replace")
-        for token_id in prompt_ids[-CONTEXT_TOKENS:]:
-            self._decode(token_id)
-        self._prompt_is_open = bool(self._utf8.getstate()[0])
+        self._bytes_of = tokenizer.shown_bytes(skip_special)
+        self._incomplete = b""
+        """The beginning of a character."""
+        self._prompt_is_open = False
+        self.feed(prompt_ids[-CONTEXT_TOKENS:])
+        self._prompt_is_open = bool(self._incomplete)
 
-    def feed(self, token_id: int) -> str:
-        """The characters that ``token_id`` completes."""
-        return self._after_prompt(self._decode(token_id))
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """The characters that ``token_ids`` complete."""
+        data = self._incomplete + b"".join([self._bytes_of[token_id] for token_id in token_ids])
+        text, used = utf_8_decode(data, "replace", False)
+        self._incomplete = data[used:]
+        return self._after_prompt(text) if self._prompt_is_open else text
 
     def finish(self) -> str:
         """What is left: U+FFFD for an incomplete character of the output."""
-        return self._after_prompt(self._utf8.decode(b"", final=True))
-
-    def _decode(self, token_id: int) -> str:
-        if self._tokenizer.is_hidden(token_id, self._skip_special):
-            return ""
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        text = self._incomplete.decode(errors="replace")
+        self._incomplete = b""
+        return self._after_prompt(text) if self._prompt_is_open else text
 
     def _after_prompt(self, text: str) -> str:
         """``text`` without the U+FFFD of a prompt's last character, which the prompt's own text shows already."""
-        if text and self._prompt_is_open:
+        if text:
             self._prompt_is_open = False
-            return text.removeprefix(REPLACEMENT)
-        return text
+        return text.removeprefix(REPLACEMENT)
 
 
 class _TextDecoder:
@@ -134,7 +133,7 @@ class _TextDecoder:
         """Whole characters of a run of bytes that has not ended."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._utf8 = _utf8_decoder("replace")
+        self._utf8 = getincrementaldecoder("utf-8")("replace")
         run = [b for b in takewhile(lambda b: b is not None, map(tokenizer.byte_of, reversed(prompt_ids)))]
         self._utf8.decode(bytes(b for b in reversed(run) if b is not None))
         self._num_open = len(self._utf8.getstate()[0])
@@ -143,8 +142,11 @@ class _TextDecoder:
         self._read = len(before)
         """Ids whose text has been given out: context of the others."""
 
-    def feed(self, token_id: int) -> str:
-        """The text that is certain now."""
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """The text that ``token_ids`` make certain."""
+        return "".join([self._feed(token_id) for token_id in token_ids])
+
+    def _feed(self, token_id: int) -> str:
         self._ids.append(token_id)
         if self._tokenizer.is_hidden(token_id, self._skip_special):
             return ""

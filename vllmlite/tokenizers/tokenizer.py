@@ -121,6 +121,11 @@ class Tokenizer:
         byte = self.byte_of(token_id)
         return self.token_text(token_id).encode() if byte is None else bytes((byte,))
 
+    def shown_bytes(self, skip_special_tokens: bool) -> Mapping[int, bytes]:
+        """The bytes that each id adds to a byte-level text, none where decoding passes over it; for any number of
+        readers."""
+        return self._shown_bytes[skip_special_tokens]
+
     def vocabulary(self, size: int) -> tuple[list[str], bool]:
         """Tokens of ids 0 to ``size`` - 1 as the tokenizer writes them, special and missing ones empty; whether that is
         byte by byte in GPT-2's alphabet."""
@@ -202,6 +207,10 @@ class Tokenizer:
         return template.prompt(messages, options, tools, variables)
 
     @cached_property
+    def _shown_bytes(self) -> tuple[_ShownBytes, _ShownBytes]:
+        return _ShownBytes(self, False), _ShownBytes(self, True)
+
+    @cached_property
     def _special_ids(self) -> frozenset[int]:
         return frozenset(i for i, token in self._fast.get_added_tokens_decoder().items() if token.special)
 
@@ -244,6 +253,21 @@ class Tokenizer:
             return self._fast.token_to_id(text) if text else None
         except BaseException as error:
             raise _told(self._path, error) from None
+
+
+class _ShownBytes(dict[int, bytes]):
+    """See :meth:`Tokenizer.shown_bytes`; an id's are found when it is first looked up."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+
+    def __missing__(self, token_id: int) -> bytes:
+        tokenizer = self._tokenizer
+        hidden = tokenizer.is_hidden(token_id, self._skip_special_tokens)
+        found = self[token_id] = b"" if hidden else tokenizer.token_bytes(token_id)
+        return found
 
 
 def _load(path: Path) -> FastTokenizer | SlowTokenizer:
