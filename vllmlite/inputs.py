@@ -48,7 +48,7 @@ def token_ids(value: Any) -> list[int]:
     ids = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(ids, Iterable) and not isinstance(ids, (str, bytes, Mapping)):
         ids = list(ids)
-        if all(type(i) is int for i in ids):
+        if set(map(type, ids)) <= {int}:
             return ids
         if all(_is_id(i) for i in ids):
             return [int(i) for i in ids]

@@ -277,8 +277,6 @@ class SamplingParams:
         if not isinstance(self.stop, (str, Sequence, type(None))):
             raise ParameterError("stop", self.stop, "must be a string or a list of strings")
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        if not all(isinstance(s, str) and s for s in self.stop):
-            raise ParameterError("stop", self.stop, "must be non-empty strings")
         _check_strings("stop", self.stop, MAX_STOPS)
         if self.stop and not self.detokenize:
             raise ParameterError(
@@ -303,8 +301,6 @@ class SamplingParams:
             )
         if not isinstance(self.bad_words, (list, tuple, type(None))):
             raise ParameterError("bad_words", self.bad_words, "must be a list of strings")
-        if self.bad_words and not all(isinstance(w, str) and w for w in self.bad_words):
-            raise ParameterError("bad_words", self.bad_words, "must be non-empty strings")
         _check_strings("bad_words", self.bad_words or (), MAX_BAD_WORDS)
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
@@ -370,8 +366,11 @@ def _at_least(field: str, value: float, low: float) -> None:
 
 
 def _check_strings(name: str, strings: Sequence[str], most: int) -> None:
-    """Raise :class:`ParameterError` for more than ``most`` strings, or more characters than MAX_CHARACTERS in all."""
-    characters = sum(map(len, strings))
-    for count, limit, unit in ((len(strings), most, "strings"), (characters, MAX_CHARACTERS, "characters")):
-        if count > limit:
-            raise ParameterError(name, f"{count} {unit}", f"takes at most {limit}")
+    """Raise :class:`ParameterError` unless there are at most ``most`` strings, none empty, of at most MAX_CHARACTERS
+    in all."""
+    if len(strings) > most:
+        raise ParameterError(name, f"{len(strings)} strings", f"takes at most {most}")
+    if not all(isinstance(each, str) and each for each in strings):
+        raise ParameterError(name, strings, "must be non-empty strings")
+    if (characters := sum(map(len, strings))) > MAX_CHARACTERS:
+        raise ParameterError(name, f"{characters} characters", f"takes at most {MAX_CHARACTERS}")

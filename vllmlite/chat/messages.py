@@ -50,6 +50,8 @@ THINKING = ("thinking", "reasoning_text", "summary_text")
 """Types of parts that are reasoning when they stand in a message."""
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names under which templates and clients know a message's reasoning, the most usual first."""
+MAX_ARGUMENTS = 1 << 20
+"""Characters of a call's arguments: reading more of them as JSON keeps all threads of a server waiting."""
 PART_SEPARATOR = "\n"
 """Stands between the parts of content where a template takes text alone."""
 
@@ -170,6 +172,8 @@ def _arguments(given: Any, field: str) -> Arguments:
     text, value = None, given
     if isinstance(given, str):
         text = given
+        if len(text) > MAX_ARGUMENTS:
+            raise ParameterError(field, len(text), f"must be at most {MAX_ARGUMENTS} characters")
         try:
             value = json.loads(given) if given.strip() else None
         except (ValueError, RecursionError) as error:

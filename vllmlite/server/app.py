@@ -23,10 +23,11 @@ from vllmlite import __version__
 from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.server import operations
 from vllmlite.server.anthropic import routes as anthropic
+from vllmlite.server.body import LimitBody
 from vllmlite.server.errors import ApiError, as_api_error
 from vllmlite.server.llamacpp import routes as llamacpp
 from vllmlite.server.metrics import StatsLog
-from vllmlite.server.middleware import Count, LimitBody, RequireKey, RootPath, error_response
+from vllmlite.server.middleware import Count, RequireKey, RootPath, error_response
 from vllmlite.server.openai import chat, completions, embeddings
 from vllmlite.server.operations_protocol import TOKENIZABLE_TAGS
 from vllmlite.server.page import page_route

@@ -10,10 +10,32 @@ from pydantic import ValidationError
 from vllmlite.errors import ParameterError
 from vllmlite.server.openai.chat_protocol import ChatPrompt, Message, Tool
 
+VALUE_CHARACTERS = 16
+"""What a value costs a chat template, in characters of text."""
+
 
 def as_mapping(message: Message) -> dict[str, Any]:
-    """A message as plain data."""
+    """Return a message as plain data."""
     return {"role": message.role, "content": message.content, **(message.model_extra or {})}
+
+
+def is_small(data: Any, most: int) -> bool:
+    """Return whether JSON data has at most ``most`` characters of text, where a value in an object or array counts as
+    :data:`VALUE_CHARACTERS`. It stops counting as soon as it has more."""
+    waiting, count = [data], 0
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            count += len(value)
+        elif isinstance(value, (dict, list)):
+            count += VALUE_CHARACTERS * len(value)
+        if count > most:
+            return False
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return True
 
 
 def conversation(

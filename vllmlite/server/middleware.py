@@ -1,13 +1,12 @@
-"""What stands before the endpoints: counting, keys, the limit of a body. Plain ASGI: nothing is added to a token."""
+"""Middleware before the endpoints: root path, counting, API keys. Plain ASGI: a streamed token costs nothing."""
 
 from __future__ import annotations
 
 import hmac
 import uuid
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from http import HTTPStatus
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,8 +18,6 @@ from vllmlite.server.sse import JSON
 
 OPEN_PATHS = frozenset({"/", "/health", "/v1/health", "/ping", "/version", "/metrics"})
 """Need no key."""
-MAX_DISCARDED = 64 << 20
-"""Bytes of a body over the limit that are read and forgotten before it is answered."""
 
 
 def error_response(error: ApiError, scope: Scope) -> JSON:
@@ -116,59 +113,3 @@ class RequireKey:
         for known in self._digests:
             found |= hmac.compare_digest(digest, known)
         return digest if found else None
-
-
-class LimitBody:
-    """Takes in a request's body whole, up to a limit, before anything parses it."""
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        """``limit`` in bytes."""
-        self._app = app
-        self._limit = limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request, or answer 413."""
-        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        length = headers.get("content-length", "0")
-        too_long = not length.isdigit() or int(length) > self._limit
-        body = bytearray()
-        discarded = 0
-        more = not (too_long and "expect" in headers)  # who asks before sending a body is told at once
-        while more and discarded <= MAX_DISCARDED:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            piece = message.get("body", b"")
-            more = message.get("more_body", False)
-            if too_long or len(body) + len(piece) > self._limit:
-                # A connection closed on a client that still writes may lose it the answer.
-                too_long = True
-                discarded += len(piece)
-                body.clear()
-            else:
-                body += piece
-        if too_long:
-            error = ApiError(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the body is longer than {self._limit} bytes (--max-body-size)",
-                headers={"connection": "close"},
-            )
-            await error_response(error, scope)(scope, receive, send)
-            return
-        first: MutableMapping[str, Any] | None = {
-            "type": "http.request",
-            "body": bytes(body),
-            "more_body": False,
-        }
-
-        async def replay() -> Message:
-            nonlocal first
-            if first is None:
-                return await receive()
-            message, first = first, None
-            return message
-
-        await self._app(scope, replay, send)

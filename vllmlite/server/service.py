@@ -26,7 +26,7 @@ from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
 from vllmlite.server.apis import Api, api_of, path_of
 from vllmlite.server.config import ServerConfig
-from vllmlite.server.conversation import as_mapping
+from vllmlite.server.conversation import as_mapping, is_small
 from vllmlite.server.errors import ApiError, renamed
 from vllmlite.server.metrics import Metrics
 from vllmlite.server.notes import Notes
@@ -331,10 +331,17 @@ class Service:
             return {"prompt": prompt, "prompt_token_ids": ids}
         if not isinstance(prompt, list):
             raise ParameterError("prompt", prompt, "must be text or token ids")
+        if truncation is None:
+            self.check_num_ids(len(prompt))
         encoded = self.engine.llm_engine.encode({"prompt_token_ids": prompt})
         if truncation is not None:
             encoded["prompt_token_ids"] = truncation.of(encoded["prompt_token_ids"])
         return encoded
+
+    def check_num_ids(self, count: int) -> None:
+        """Raise :class:`ParameterError` if a prompt of ``count`` ids cannot fit, whatever they are."""
+        if count > self.max_model_len:
+            raise ContextLengthError("prompt", count, self.max_model_len - 1, self.max_model_len)
 
     async def tokenised(
         self, characters: int, encode: Callable[..., list[int]], *args: Any, may_be_too_long: bool = False
@@ -379,10 +386,9 @@ class Service:
         options = PromptOptions(
             body.add_generation_prompt, body.continue_final_message, self.config.chat_template_content_format
         )
-        render = partial(
-            template.prompt, [as_mapping(message) for message in body.messages], options, tools, variables
-        )
-        if _work(body) <= INLINE_CHARACTERS:
+        messages = [as_mapping(message) for message in body.messages]
+        render = partial(template.prompt, messages, options, tools, variables)
+        if is_small([messages, tools, variables], INLINE_CHARACTERS):
             text = render()
         else:
             text = await asyncio.get_running_loop().run_in_executor(None, render)
@@ -405,14 +411,6 @@ class Service:
                 "is the name of none, and the server takes no others: --trust-request-chat-template",
             )  # fmt: skip
         return self.config.chat_template if requested is None else requested
-
-
-def _work(body: ChatPrompt) -> int:
-    """Estimate how many characters a chat template goes through; an object counts as some, whatever is in it."""
-    contents = [message.content or "" for message in body.messages]
-    texts = sum(len(content) for content in contents if isinstance(content, str))
-    parts = sum(len(content) for content in contents if not isinstance(content, str))
-    return texts + 64 * (parts + len(contents) + len(body.tools or ()) + len(body.documents or ()))
 
 
 def request_id(given: str | None, request: HTTPConnection) -> str | None:

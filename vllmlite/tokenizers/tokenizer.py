@@ -138,7 +138,7 @@ class Tokenizer:
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise :class:`ParameterError` unless all of ``ids`` can be ids."""
-        for token_id in ids:
+        for token_id in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= token_id < 2**31:
                 raise ParameterError("tokens", token_id, "must be token ids: whole numbers from 0")
 

@@ -9,7 +9,16 @@ from pydantic import Discriminator, FailFast, Field, Tag
 from typing_extensions import NotRequired, TypeAliasType, TypedDict  # noqa: UP035 -- pydantic's wish before 3.12
 
 from vllmlite.config.refused import Absent
-from vllmlite.server.protocol.base import FUNCTION_TAG, OTHER_TAG, OtherTool, Request, Strings, tool_tag
+from vllmlite.server.protocol.base import (
+    FUNCTION_TAG,
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    OTHER_TAG,
+    OtherTool,
+    Request,
+    Strings,
+    tool_tag,
+)
 from vllmlite.server.protocol.fields import MESSAGES_PROMPT_CHANGING, MESSAGES_TEXT_CHANGING
 
 
@@ -39,6 +48,7 @@ AnthropicTools = TypeAliasType(
             ]
         ],
         FailFast(),
+        Field(max_length=MAX_TOOLS),
     ],
 )
 
@@ -89,7 +99,7 @@ class CountRequest(Request):
     text_changing: ClassVar[Mapping[str, Absent]] = MESSAGES_PROMPT_CHANGING
 
     model: str | None = Field(None, description="A served model name.")
-    messages: Annotated[list[AnthropicMessage], FailFast(), Field(min_length=1)]
+    messages: Annotated[list[AnthropicMessage], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
     system: str | list[dict[str, Any]] | None = None
     tools: AnthropicTools | None = None
     tool_choice: AnthropicChoice | None = None

@@ -17,7 +17,8 @@ async def encode_prompts(service: Service, given: Any) -> list[dict[str, Any]]:
     service.check_num_prompts(len(prompts))
     ready = []
     for prompt in prompts:
-        if isinstance(prompt, list) and any(isinstance(part, str) for part in prompt):
+        if isinstance(prompt, list) and str in map(type, prompt):
+            service.check_num_ids(sum(type(part) is int for part in prompt))
             characters = sum(len(part) for part in prompt if isinstance(part, str))
             prompt = await service.tokenised(characters, _mixed_ids, service.tokenizer, prompt)
         ready.append(prompt)
@@ -25,12 +26,12 @@ async def encode_prompts(service: Service, given: Any) -> list[dict[str, Any]]:
 
 
 def _is_list_of_prompts(given: Any) -> bool:
-    """Whether ``given`` is a list that is not one prompt of ids, or of ids and texts."""
+    """Return whether ``given`` is a list that is not one prompt of ids, or of ids and texts."""
     return isinstance(given, list) and not _is_tokens(given)
 
 
 def _is_tokens(given: list[Any]) -> bool:
-    return any(type(part) is int for part in given) and all(type(part) in (int, str) for part in given)
+    return {int} <= set(map(type, given)) <= {int, str}
 
 
 def _plain(prompt: Any) -> str | list[Any]:

@@ -13,6 +13,8 @@ from vllmlite.errors import ParameterError
 from vllmlite.server.openai.logprobs_protocol import ChatLogprobs, PromptLogprobs
 from vllmlite.server.protocol.base import (
     FUNCTION_TAG,
+    MAX_MESSAGES,
+    MAX_TOOLS,
     OTHER_TAG,
     OtherTool,
     Request,
@@ -64,6 +66,7 @@ Tools = TypeAliasType(
             ]
         ],
         FailFast(),
+        Field(max_length=MAX_TOOLS),
     ],
 )
 
@@ -112,7 +115,9 @@ def thinking_variables(enabled: bool) -> dict[str, Any]:
     return {"enable_thinking": enabled, "thinking": enabled}
 
 
-Conversation = TypeAliasType("Conversation", Annotated[list[Message], FailFast(), Field(min_length=1)])
+Conversation = TypeAliasType(
+    "Conversation", Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+)
 
 
 class ChatPrompt(Request):
@@ -121,7 +126,7 @@ class ChatPrompt(Request):
     text_changing: ClassVar[Mapping[str, Absent]] = PROMPT_CHANGING
 
     model: str | None = None
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False

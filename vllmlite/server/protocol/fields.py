@@ -45,8 +45,9 @@ _NAMES_OF = {name: names for names in SYNONYMS for name in names}
 
 
 def synonym(name: str, fields: Collection[str]) -> str | None:
-    """The one of ``fields`` that another API calls ``name``."""
-    return next((other for other in _NAMES_OF.get(name, ()) if other in fields), None)
+    """Return the one of ``fields`` that another API calls ``name``."""
+    others = _NAMES_OF.get(name)
+    return None if others is None else next((other for other in others if other in fields), None)
 
 
 _UNUSED = (None,)

@@ -9,16 +9,21 @@ from typing import Any
 from vllmlite.chat.messages import content_of, text_of
 from vllmlite.errors import ParameterError
 from vllmlite.server.parsers.parts import CallArguments, CallBegin, Content, Part, Reasoning
+from vllmlite.server.protocol.base import MAX_MESSAGES
 from vllmlite.server.responses.protocol import OutputItem
 
 
 def as_messages(given: str | list[dict[str, Any]], instructions: str | None) -> list[dict[str, Any]]:
-    """The conversation that a request's input is, in the form of OpenAI's chat. Raises :class:`ParameterError`."""
+    """Return a request's input as a conversation in the form of OpenAI's chat. Raises :class:`ParameterError`."""
     messages: list[dict[str, Any]] = []
     if instructions is not None:
         messages.append({"role": "system", "content": instructions})
     if isinstance(given, str):
         return [*messages, {"role": "user", "content": given}]
+    if len(given) > MAX_MESSAGES:
+        raise ParameterError(
+            "input", len(given), f"must be at most {MAX_MESSAGES} items, stored ones included"
+        )
     for item in given:
         kind = item.get("type", "message")
         if kind == "message":

@@ -12,6 +12,7 @@ from vllmlite.config.refused import Absent
 from vllmlite.server.openai.chat_protocol import ThinkingOptions
 from vllmlite.server.protocol.base import (
     FUNCTION_TAG,
+    MAX_TOOLS,
     OTHER_TAG,
     Bias,
     Ints,
@@ -55,6 +56,7 @@ ResponseTools = TypeAliasType(
             ]
         ],
         FailFast(),
+        Field(max_length=MAX_TOOLS),
     ],
 )
 
