@@ -46,7 +46,7 @@ class LLMEngine:
         started = start(config)
         self.engine_core = started.engine
         self.tokenizer = started.tokenizer
-        self.max_model_len = started.max_model_len
+        self.max_model_len = self.engine_core.bounds.max_model_len
         self.hidden_size = started.hidden_size
         self.default_sampling_params = started.default_sampling_params
         self.backend_choice = started.backend_choice

@@ -140,7 +140,7 @@ class Fake:
     @classmethod
     def make(cls, depth: int) -> LLMEngine:
         def start(_config: EngineConfig) -> Started[Engine]:
-            return Started(make_engine(depth), cls.tokenizer, 64, 8, SamplingParams(), "fake")
+            return Started(make_engine(depth), cls.tokenizer, 8, SamplingParams(), "fake")
 
         return LLMEngine(EngineConfig(), start)
 

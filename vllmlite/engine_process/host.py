@@ -18,10 +18,10 @@ import time
 import weakref
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.bounds import RequestBounds
@@ -30,7 +30,6 @@ from vllmlite.engine_process.wire import Answer, EngineCall, StepOutputs, has_lo
 from vllmlite.errors import BackendError, ParameterError, VllmliteError
 from vllmlite.guided.grammars import Grammars
 from vllmlite.outputs import EngineStats, RequestMetrics
-from vllmlite.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from vllmlite.runner.startup import Started
@@ -44,16 +43,8 @@ GARBAGE_THRESHOLDS = (10_000, 20, 10)
 PROGRAM = "from vllmlite.engine_process.host import main; main()"
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """A process' first message: its engine runs."""
-
-    bounds: RequestBounds
-    max_model_len: int
-    hidden_size: int
-    default_sampling_params: SamplingParams
-    backend_choice: str
-    stats: EngineStats
+ReadyMessage: TypeAlias = "tuple[RequestBounds, EngineStats, Started[None]]"
+"""A process's first message, once its engine runs."""
 
 
 class EngineProcess:
@@ -74,7 +65,7 @@ class EngineProcess:
         with suppress(BrokenPipeError):  # it has ended: wait_until_ready says how
             self.connection.sendall(pack((config, logging.getLogger("vllmlite").getEffectiveLevel())))
 
-    def wait_until_ready(self) -> Ready:
+    def wait_until_ready(self) -> ReadyMessage:
         """Wait for the engine to run. Raises what its start raised, BackendError if the process ended."""
         try:
             with self.connection.makefile("rb") as stream:
@@ -84,8 +75,8 @@ class EngineProcess:
         if isinstance(message, VllmliteError):
             self.close()
             raise message
-        assert isinstance(message, Ready)
-        return message
+        ready: ReadyMessage = message
+        return ready
 
     def close(self) -> None:
         """End it."""
@@ -161,14 +152,8 @@ def main() -> None:
         connection.sendall(pack(error))
         return
     settle_garbage()
-    ready = Ready(
-        started.engine.bounds,
-        started.max_model_len,
-        started.hidden_size,
-        started.default_sampling_params,
-        started.backend_choice,
-        started.engine.stats,
-    )
+    engine = started.engine
+    ready: ReadyMessage = engine.bounds, engine.stats, started.with_engine(None, None)
     with suppress(BrokenPipeError):  # the client has ended
         connection.sendall(pack(ready))
         Host(connection, started).run()

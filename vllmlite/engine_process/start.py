@@ -14,16 +14,8 @@ from vllmlite.runner.startup import Started, load_tokenizer, start
 def start_thread(config: EngineConfig) -> Started[EngineClient]:
     """Start an engine in a thread of its own. Raises what :func:`start` raises."""
     started = start(config)
-    stats = replace(started.engine.stats)
-    client = EngineClient(EngineThread(started), started.engine.bounds, stats)
-    return Started(
-        client,
-        started.tokenizer,
-        started.max_model_len,
-        started.hidden_size,
-        started.default_sampling_params,
-        started.backend_choice,
-    )
+    bounds, stats = started.engine.bounds, replace(started.engine.stats)
+    return started.with_engine(EngineClient(EngineThread(started), bounds, stats), started.tokenizer)
 
 
 def start_process(config: EngineConfig) -> Started[EngineClient]:
@@ -34,15 +26,8 @@ def start_process(config: EngineConfig) -> Started[EngineClient]:
         if not config.skip_tokenizer_init:
             path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
             tokenizer = load_tokenizer(config, path)
-        ready = process.wait_until_ready()
+        bounds, stats, started = process.wait_until_ready()
     except BaseException:
         process.close()
         raise
-    return Started(
-        EngineClient(process, ready.bounds, ready.stats),
-        tokenizer,
-        ready.max_model_len,
-        ready.hidden_size,
-        ready.default_sampling_params,
-        ready.backend_choice,
-    )
+    return started.with_engine(EngineClient(process, bounds, stats), tokenizer)

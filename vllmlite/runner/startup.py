@@ -7,13 +7,13 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from vllmlite.backends.base import Backend, Model
 from vllmlite.config.engine_config import QUANTIZATIONS, REASONING_KEYS, EngineConfig
-from vllmlite.engine.engine import Engine, EngineCore
+from vllmlite.engine.engine import Engine
 from vllmlite.engine.scheduler import Limits
 from vllmlite.engine.thinking import ReasoningMarks
 from vllmlite.errors import BackendError, ModelError, ParameterError
@@ -35,21 +35,25 @@ CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 8192
 """Most tokens in a step unless the number is given: enough to fill the device."""
 
 
-EngineT = TypeVar("EngineT", bound=EngineCore, covariant=True)
+EngineT = TypeVar("EngineT", covariant=True)
+OtherT = TypeVar("OtherT")
 
 
 @dataclass(frozen=True, slots=True)
 class Started(Generic[EngineT]):
-    """A running engine and what the text side needs of its model."""
+    """A running engine, and the facts about its model that requests in text need."""
 
     engine: EngineT
     tokenizer: Tokenizer | None
-    max_model_len: int
     hidden_size: int
     """Elements of an embedding."""
     default_sampling_params: SamplingParams
     backend_choice: str
     """Which backend runs, and why the others do not."""
+
+    def with_engine(self, engine: OtherT, tokenizer: Tokenizer | None) -> Started[OtherT]:
+        """Return the same facts with another engine and tokenizer."""
+        return replace(cast(Started[Any], self), engine=engine, tokenizer=tokenizer)
 
 
 def start(config: EngineConfig) -> Started[Engine]:
@@ -173,7 +177,7 @@ def start(config: EngineConfig) -> Started[Engine]:
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     stats.lent_ops = list(backend.lent_ops)
     return Started(
-        engine, tokenizer, longest, plan.hidden_size, _default_params(config, generation), f"{plan}; {choice}"
+        engine, tokenizer, plan.hidden_size, _default_params(config, generation), f"{plan}; {choice}"
     )
 
 
