@@ -1,4 +1,4 @@
-"""Find a model: the built-in one, a directory, a GGUF file, a tarball, the Hugging Face cache, a hub id to download."""
+"""Finding a model: built-in, a directory, a GGUF file, a tarball, in the Hugging Face cache, or on the hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vllmlite.weights.foreign import what_directory_is, what_it_is
 BUILT_IN = Path(__file__).parent.parent / "data" / "demo"
 """Directory of the built-in demo model."""
 BUILT_IN_NAME = "vllmlite-demo"
-"""What a server calls it."""
+"""Name of the demo model in the server's API."""
 
 
 def find_model(
@@ -35,10 +35,10 @@ def find_model(
     download_dir: str | None = None,
     weights: bool = True,
 ) -> Path:
-    """The directory or GGUF file of model ``name``, downloaded or unpacked if it has to be; None: the built-in model.
+    """Return the directory or GGUF file of model ``name``, downloading or unpacking it if necessary.
 
-    What is cached is used without asking the network. Without ``weights`` only configuration and tokenizer are
-    wanted. Raises :class:`ModelError` with the reason where there is nothing to return."""
+    None means the built-in model. A complete cached copy is used without asking the network. ``weights=False`` asks for
+    configuration and tokenizer only. Raises :class:`ModelError` if the model cannot be provided."""
     if name is None:
         if not (BUILT_IN / "config.json").is_file():
             raise ModelError(
@@ -47,20 +47,20 @@ def find_model(
         return BUILT_IN
     path = Path(name).expanduser()
     if path.is_file() and is_tarball(path):
-        from vllmlite.hub.tarball import unpack  # not for what is a directory
+        from vllmlite.hub.tarball import unpack  # only needed for tarballs
 
         path = unpack(path, cache_root(download_dir))
     if path.is_dir():
         return _in_directory(path, revision)
     if path.exists():
         if revision is not None:
-            raise ParameterError("revision", revision, f"is for models on the hub, and {name} is a file")
+            raise ParameterError("revision", revision, f"applies to models on the hub only; {name} is a file")
         if path.suffix.lower() != ".gguf":
-            told = what_it_is(path)
-            if told is not None and told[0] == "gguf":  # as Ollama keeps them
+            kind = what_it_is(path)
+            if kind is not None and kind[0] == "gguf":  # Ollama stores GGUF files without a suffix
                 return path
-            if told is not None and path.suffix not in (".safetensors", ".bin", ".pt"):
-                raise ModelError(f"{name}: is {told[1]}")
+            if kind is not None and path.suffix not in (".safetensors", ".bin", ".pt"):
+                raise ModelError(f"{name}: is {kind[1]}")
             raise ModelError(
                 f"{name}: is a file; a model is a directory with config.json and weights, a *.gguf file, or a tarball "
                 f"({', '.join(TARBALLS)}) of the Hugging Face cache's layout"
@@ -72,16 +72,18 @@ def find_model(
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` can be the id of a model on the hub."""
+    """Return whether ``name`` has the form of a model id on the hub."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name, re.ASCII) is not None and ".." not in name
 
 
 def _in_directory(path: Path, revision: str | None) -> Path:
-    """The model of a directory, which may be laid out as a cache of a single model."""
+    """Return the model in a directory, which may be a snapshot or have the layout of a cache with one model."""
     snapshot = snapshot_in(path, revision)
     if snapshot is None:
         if revision is not None:
-            raise ParameterError("revision", revision, f"is for models on the hub, and {path} is a directory")
+            raise ParameterError(
+                "revision", revision, f"applies to models on the hub only; {path} is a directory"
+            )
         snapshot = path
     if (snapshot / "config.json").is_file():
         return snapshot
@@ -100,7 +102,7 @@ def _from_hub(name: str, revision: str | None, download_dir: str | None, weights
     cached = None if snapshot is None else model_in(snapshot, weights)
     if snapshot is not None and cached is not None and is_undisturbed(snapshot):
         return cached
-    from vllmlite.hub.download import NotReached, download  # not for what is cached
+    from vllmlite.hub.download import NotReached, download  # only needed for downloads
 
     try:
         found = model_in(download(name, revision=revision, root=root, weights=weights), weights)

@@ -1,4 +1,4 @@
-"""Downloads from the hub: huggingface-hub's, one at a time a model, every file's checksum verified."""
+"""Downloads from the hub with huggingface-hub: one process per model at a time, every file's checksum verified."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from vllmlite.weights.gguf_parts import is_later_part
 
 
 class NotReached(ModelError):
-    """The hub gave nothing: it cannot be reached, or refuses."""
+    """The hub cannot be reached, or refuses the request."""
 
 
 def download(
@@ -43,11 +43,12 @@ def download(
     exclude: Sequence[str] = (),
     again: bool = False,
 ) -> Path:
-    """The snapshot of the hub's model ``name`` in the cache ``root``, with what :func:`wanted_files` chooses.
+    """Download model ``name`` to the cache ``root`` and return its snapshot; :func:`wanted_files` chooses the files.
 
-    Files that are there already are kept; all are compared with the hub's checksums, and what differs is removed and
-    told in a ModelError. One process at a time downloads a model: one that waited takes what the other got, unless
-    ``again`` asks for the hub's answer in any case. Raises :class:`NotReached` if the hub gives nothing."""
+    Files that are already there are kept. All files are compared with the hub's checksums; damaged ones are removed and
+    named in a ModelError. Only one process at a time downloads a model; a process that waited uses what the other one
+    downloaded, unless ``again`` asks the hub in any case. Raises :class:`NotReached` if the hub is unreachable or
+    refuses."""
     library = _library(name)
     repository = repository_in(root, name)
     with _locked(root / ".locks" / repository.name / "vllmlite.lock"):
@@ -55,7 +56,7 @@ def download(
         if not again and cached is not None and is_undisturbed(cached) and model_in(cached, weights):
             return cached
         try:
-            endpoint = os.environ.get("HF_ENDPOINT")  # now, not as it was when the library was imported
+            endpoint = os.environ.get("HF_ENDPOINT")  # its current value; the library reads it at import
             info = library.HfApi(endpoint=endpoint).model_info(name, revision=revision, files_metadata=True)
             files = {file.rfilename: file for file in info.siblings or ()}
             wanted = _checked_choice(name, list(files), weights, include, exclude)
@@ -73,7 +74,7 @@ def download(
             )
         except ModelError:
             raise
-        except Exception as error:  # whatever HTTP client the library uses raises errors of its own
+        except Exception as error:  # the library's HTTP client has exceptions of its own
             raise NotReached(f"{name}: {_reason(error, revision)}") from error
         if Path(found).resolve() != snapshot.resolve():
             raise ModelError(f"{name}: changed on the hub during the download: try again")
@@ -94,7 +95,7 @@ def _library(name: str) -> Any:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Hold the lock ``file``, which goes with the process."""
+    """Hold an exclusive lock on ``file``; it is released when the process ends."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -110,7 +111,7 @@ def _locked(file: Path) -> Iterator[None]:
 def _checked_choice(
     name: str, files: list[str], weights: bool, include: Sequence[str], exclude: Sequence[str]
 ) -> list[str]:
-    """The files to download. ModelError where there are none, or several models to choose from."""
+    """Return the names of the files to download. Raises ModelError if there are none, or several models."""
     wanted = wanted_files(files, weights, include, exclude)
     models = [file for file in wanted if file.endswith(".gguf") and not is_later_part(Path(file).name)]
     if len(models) > 1 and not include:
@@ -133,7 +134,7 @@ def _announce(name: str, snapshot: Path, files: Sequence[Any]) -> None:
 
 
 def _verify(name: str, snapshot: Path, files: Sequence[Any]) -> None:
-    """Compare ``files`` with the hub's checksums. What differs is removed, so that it will be downloaded anew."""
+    """Compare ``files`` with the hub's checksums. Remove damaged files, so that a retry downloads them again."""
     damaged = []
     for file in files:
         path = snapshot / file.rfilename
@@ -147,12 +148,12 @@ def _verify(name: str, snapshot: Path, files: Sequence[Any]) -> None:
             path.unlink(missing_ok=True)
     if damaged:
         raise ModelError(
-            f"{name}: damaged on the way, and removed: {listed(damaged)} (the checksum is not the hub's): try again"
+            f"{name}: damaged during download and removed: {listed(damaged)} (wrong checksum): try again"
         )
 
 
 def _reason(error: Exception, revision: str | None) -> str:
-    """What a download error means to the user, in plain words."""
+    """Return a description of a download error for the user."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None and len(chain) < 8:
         chain.append(cause)

@@ -14,30 +14,30 @@ from vllmlite.errors import ModelError, ParameterError
 from vllmlite.weights.gguf_parts import is_later_part
 
 CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
-"""What describes a model and its tokenizer; never code."""
+"""Files that describe a model and its tokenizer; none of them is code."""
 INDEX = "model.safetensors.index.json"
 PT_INDEX = "pytorch_model.bin.index.json"
 WEIGHT_FILES = (("*.safetensors",), ("pytorch_model*.bin",), ("*.gguf",))
-"""Formats of weights, the best first."""
+"""Weight formats, the preferred one first."""
 NEVER = ("*/*", "consolidated*", "*.bin.index.json")
-"""Sub-directories, second copies of the weights, and the index of a format that is wanted only for lack of a better."""
+"""Files not downloaded by default: sub-directories, second copies of the weights, indexes of unused formats."""
 
 TARBALLS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 """Suffixes of tarballs (:mod:`vllmlite.hub.tarball`)."""
 
 _BESIDE = re.compile(r"mmproj|^imatrix\b", re.IGNORECASE)
-"""In names of GGUF files that come with a model: projectors of images, matrices of importance."""
+"""GGUF files that are not models themselves: image projectors, importance matrices."""
 
 BEGUN, VERIFIED = "begun", "verified"
 
 
 def is_tarball(path: Path) -> bool:
-    """Whether the name says so."""
+    """Return whether the file name has a suffix of a tarball."""
     return path.name.lower().endswith(TARBALLS)
 
 
 def cache_root(download_dir: str | None) -> Path:
-    """``download_dir``, or where Hugging Face's own tools cache models."""
+    """Return ``download_dir``, or the directory in which Hugging Face's own tools cache models."""
     if download_dir is not None:
         return Path(download_dir).expanduser()
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
@@ -49,12 +49,12 @@ def cache_root(download_dir: str | None) -> Path:
 
 
 def repository_in(root: Path, name: str) -> Path:
-    """Where the cache ``root`` keeps the model ``name``."""
+    """Return the directory of model ``name`` in the cache ``root``."""
     return root / f"models--{name.replace('/', '--')}"
 
 
 def cached_snapshot(repository: Path, revision: str | None) -> Path | None:
-    """The directory of a branch, tag or commit (None: ``main``) in a cached repository; None if it has none."""
+    """Return the cached snapshot of a branch, tag or commit (None: ``main``), or None if there is none."""
     revision = revision or "main"
     if not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", revision) or ".." in revision:
         raise ParameterError("revision", revision, "must be the name of a branch or tag, or a commit")
@@ -69,7 +69,7 @@ def cached_snapshot(repository: Path, revision: str | None) -> Path | None:
 
 
 def snapshot_in(directory: Path, revision: str | None) -> Path | None:
-    """The snapshot of the one model in ``directory``, if that is laid out as a cache or as one repository of it."""
+    """Return the snapshot of the only model in ``directory``, or None if it has no layout of a cache or repository."""
     repositories = [directory] if (directory / "snapshots").is_dir() else sorted(directory.glob("models--*"))
     repositories = [path for path in repositories if (path / "snapshots").is_dir()]
     if not repositories:
@@ -92,9 +92,9 @@ def snapshot_in(directory: Path, revision: str | None) -> Path | None:
 
 
 def model_in(snapshot: Path, weights: bool = True) -> Path | None:
-    """The model that ``snapshot`` holds completely: itself, or its only GGUF file; None if there is something missing.
+    """Return the complete model in ``snapshot`` (the directory, or its only GGUF file), or None if files are missing.
 
-    Without ``weights``, a configuration is enough."""
+    ``weights=False`` requires the configuration only."""
     if (snapshot / "config.json").is_file() and (not weights or _has_weights(snapshot)):
         return snapshot
     files = gguf_files(snapshot)
@@ -102,7 +102,7 @@ def model_in(snapshot: Path, weights: bool = True) -> Path | None:
 
 
 def gguf_files(directory: Path) -> list[Path]:
-    """The GGUF models of ``directory``: of those in several files, the first; without what comes with a model."""
+    """Return the GGUF models in ``directory``: the first file of split models, no projectors or importance matrices."""
     files = [file for file in sorted(directory.glob("*.gguf")) if not is_later_part(file.name)]
     return [file for file in files if not _BESIDE.search(file.name)]
 
@@ -110,8 +110,11 @@ def gguf_files(directory: Path) -> list[Path]:
 def wanted_files(
     names: Iterable[str], weights: bool = True, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[str]:
-    """Which files of a repository to download: those that describe the model, and with ``weights`` those of the best
-    format there; or those that match a pattern of ``include``. None that matches one of ``exclude``."""
+    """Return which of the files ``names`` to download.
+
+    By default these are the files that describe the model and, with ``weights``, the weights in the preferred format
+    present. With ``include`` they are the files that match one of its patterns. Files that match a pattern of
+    ``exclude`` are left out."""
     names = sorted(names)
 
     def matching(patterns: Sequence[str]) -> list[str]:
@@ -132,7 +135,7 @@ def wanted_files(
 
 
 def state(snapshot: Path) -> str | None:
-    """Whether vllmlite has ``BEGUN`` to download a snapshot or has ``VERIFIED`` it; None: another program's."""
+    """Return ``BEGUN`` or ``VERIFIED`` if vllmlite downloaded the snapshot, or None if another program did."""
     try:
         return _state_file(snapshot).read_text(encoding="ascii")
     except OSError:
@@ -147,15 +150,15 @@ def set_state(snapshot: Path, new: str) -> None:
 
 
 def is_undisturbed(snapshot: Path) -> bool:
-    """Whether no download into ``snapshot`` has been interrupted, as far as can be told."""
+    """Return whether, as far as can be known, no download into ``snapshot`` was interrupted."""
     known = state(snapshot)
     return known == VERIFIED or (known is None and not any(snapshot.parents[1].glob("blobs/*.incomplete")))
 
 
 def is_damaged(file: Path, digest: str | None) -> bool:
-    """Whether ``file`` is not what the hub has under ``digest``: SHA-256 of a large file, Git's id of a small one.
+    """Return whether ``file`` differs from ``digest``, its SHA-256 (large files) or Git blob id (small files).
 
-    What is neither says nothing."""
+    A ``digest`` of another form is not checked."""
     if digest is None or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
         return False
     found = hashlib.sha256()
@@ -168,7 +171,7 @@ def is_damaged(file: Path, digest: str | None) -> bool:
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
-    """Names for a message."""
+    """Return the names as text for a message, at most ``most`` of them."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 

@@ -1,7 +1,7 @@
-"""A model as one file: a tarball of the Hugging Face cache's layout, written reproducibly and unpacked safely.
+"""Models as one file: a tarball with the layout of the Hugging Face cache, written reproducibly and unpacked safely.
 
-It holds ``version.txt`` (:data:`VERSION`) and ``models--owner--name`` with ``blobs`` (the files, by checksum), ``refs``
-(a file a branch, with its commit) and ``snapshots/COMMIT`` (relative links into ``blobs``).
+It contains ``version.txt`` (:data:`VERSION`) and ``models--owner--name`` with ``blobs`` (the files, by checksum),
+``refs`` (one file per branch, containing its commit) and ``snapshots/COMMIT`` (relative links into ``blobs``).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from vllmlite.hub.snapshot import TARBALLS, is_damaged, is_tarball
 VERSION = "1\n"
 MAX_MEMBERS = 10_000
 MAX_HEADER = 1 << 20
-"""Most bytes that one read of the archive's own records may ask for."""
+"""Largest number of bytes read at once for the archive's headers."""
 MAX_RATIO = 64
-"""A tarball unpacks to at most this many times its size, or :data:`MIN_ROOM` if that is more."""
-MIN_ROOM = 1 << 30
+"""A tarball may unpack to this many times its size, or to :data:`MIN_UNPACKED` bytes if that is more."""
+MIN_UNPACKED = 1 << 30
 CHUNK = 1 << 20
 
 try:
@@ -41,14 +41,14 @@ _UNREADABLE: tuple[type[Exception], ...] = (
     *(tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, zlib.error),
     *((_zstd.ZstdError,) if _zstd else ()),
 )
-"""What tarfile and the decompressors raise on bad data."""
+"""Exceptions that tarfile and the decompressors raise for bad data."""
 
 
 def write_tarball(snapshot: Path, target: Path, revision: str | None = None) -> None:
-    """Write the ``snapshot`` of a cached model to ``target``, whose suffix says how it is compressed.
+    """Write the cached model's ``snapshot`` to ``target``, whose suffix selects the compression.
 
-    The bytes depend on the files and on ``revision`` alone. Raises ParameterError if ``target`` exists or its suffix is
-    none of :data:`TARBALLS`."""
+    The bytes depend only on the files and on ``revision``. Raises ParameterError if ``target`` exists or its suffix is
+    not in :data:`TARBALLS`."""
     if not is_tarball(target):
         raise ParameterError("tarball", str(target), f"must end in one of {', '.join(TARBALLS)}")
     if target.exists():
@@ -71,34 +71,32 @@ def write_tarball(snapshot: Path, target: Path, revision: str | None = None) -> 
 
 
 def unpack(path: Path, root: Path) -> Path:
-    """The directory of tarball ``path``, unpacked in the cache ``root`` unless that has been done.
+    """Return the directory of tarball ``path``, unpacking it in the cache ``root`` unless that was done before.
 
-    A tarball that has changed is unpacked anew. Only plain files, directories, and links to files of its own are
-    taken, whatever else is in it is a ModelError, as is one that is damaged or larger than it may be."""
+    A tarball that has changed is unpacked again. Only regular files, directories and links to files in the tarball are
+    accepted. Raises ModelError for anything else, for damaged data, and above the size limit."""
     about = path.stat()
     stamp = f"{about.st_size} {about.st_mtime_ns} {about.st_ino}"
     identity = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
     target = root / "vllmlite-tarballs" / f"{path.name.split('.tar')[0]}-{identity}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(
-            target.parent / f"{target.name}.lock", "a+", encoding="ascii"
-        ) as lock:  # says what is unpacked
+        with open(target.parent / f"{target.name}.lock", "a+", encoding="ascii") as lock:  # holds the stamp
             fcntl.flock(lock, fcntl.LOCK_EX)
             lock.seek(0)
             if lock.read() == stamp and target.is_dir():
                 return target
             lock.truncate(0)
-            room = min(max(MAX_RATIO * about.st_size, MIN_ROOM), shutil.disk_usage(target.parent).free)
+            limit = min(max(MAX_RATIO * about.st_size, MIN_UNPACKED), shutil.disk_usage(target.parent).free)
             partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
             try:
-                extract(path, partial, room)
+                extract(path, partial, limit)
                 for blob in sorted(partial.glob("models--*/blobs/*")):
                     if is_damaged(blob, blob.name):
                         raise ModelError(
                             f"{path}: blobs/{blob.name} is damaged: its checksum is not its name"
                         )
-                if target.exists():  # engines that have its files mapped keep them
+                if target.exists():  # running engines keep their mappings of its files
                     shutil.rmtree(target)
                 partial.rename(target)
             except BaseException:
@@ -110,19 +108,20 @@ def unpack(path: Path, root: Path) -> Path:
     return target
 
 
-def extract(path: Path, target: Path, room: int) -> None:
-    """Unpack tarball ``path`` into the empty directory ``target``, in at most ``room`` bytes. ModelError if it holds
-    anything that does not belong there."""
+def extract(path: Path, target: Path, limit: int) -> None:
+    """Unpack tarball ``path`` into the empty directory ``target``, at most ``limit`` bytes.
+
+    Raises ModelError for members that are not allowed."""
     try:
         with (
             _decompressed(path) as stream,
-            tarfile.open(fileobj=_Bounded(stream, path, room), mode="r:") as archive,
+            tarfile.open(fileobj=_Bounded(stream, path, limit), mode="r:") as archive,
         ):
             _extract(path, archive, target)
     except OSError as error:
         raise ModelError(f"{path}: cannot be unpacked: {error.strerror or error}") from error
     except _UNREADABLE as error:
-        raise ModelError(f"{path}: is no readable tarball: {error}") from error
+        raise ModelError(f"{path}: is not a readable tarball: {error}") from error
 
 
 def _extract(path: Path, archive: tarfile.TarFile, target: Path) -> None:
@@ -135,7 +134,7 @@ def _extract(path: Path, archive: tarfile.TarFile, target: Path) -> None:
         if member.isdir():
             (target / name).mkdir(parents=True, exist_ok=True)
         elif name in files or name in links:
-            raise ModelError(f"{path}: {_shown(member.name)}: is in it twice")
+            raise ModelError(f"{path}: {_shown(member.name)}: occurs twice")
         elif member.issym():
             links[name] = _checked_link(path, name, member.linkname)
         elif member.isreg() and not member.issparse():
@@ -146,20 +145,22 @@ def _extract(path: Path, archive: tarfile.TarFile, target: Path) -> None:
                 if file.tell() != member.size:
                     raise ModelError(f"{path}: ends in the middle of {_shown(member.name)}")
         else:
-            raise ModelError(f"{path}: {_shown(member.name)}: neither a plain file nor a link to one")
-    # Links last, and only to files: nothing is ever written through one.
-    for name, aim in links.items():
-        if aim not in files:
-            raise ModelError(f"{path}: {_shown(str(name))}: a link to what is no plain file of the tarball")
+            raise ModelError(f"{path}: {_shown(member.name)}: neither a regular file nor a link to one")
+    # Links are created last, and only to files, so nothing is ever written through a link.
+    for name, destination in links.items():
+        if destination not in files:
+            raise ModelError(
+                f"{path}: {_shown(str(name))}: a link to something other than a regular file in it"
+            )
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).symlink_to(os.path.relpath(target / aim, (target / name).parent))
+        (target / name).symlink_to(os.path.relpath(target / destination, (target / name).parent))
 
 
 class _Bounded(io.RawIOBase):
-    """What :mod:`tarfile` reads from: it goes forward only, in small steps, and not past ``room`` bytes."""
+    """Input stream for :mod:`tarfile` that moves forward only, in small steps, and at most ``limit`` bytes."""
 
-    def __init__(self, stream: IO[bytes], path: Path, room: int) -> None:
-        self._stream, self._path, self._room = stream, path, room
+    def __init__(self, stream: IO[bytes], path: Path, limit: int) -> None:
+        self._stream, self._path, self._limit = stream, path, limit
 
     def readable(self) -> bool:
         return True
@@ -178,13 +179,13 @@ class _Bounded(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence != io.SEEK_SET or offset < self.tell():
-            raise ModelError(f"{self._path}: is no readable tarball: it leads backwards")
+            raise ModelError(f"{self._path}: is not a readable tarball: it seeks backwards")
         self._check(offset)
         return self._stream.seek(offset)
 
     def _check(self, position: int) -> None:
-        if position > self._room + MAX_HEADER:
-            raise ModelError(f"{self._path}: unpacks to more than the {self._room} bytes that it may take")
+        if position > self._limit + MAX_HEADER:
+            raise ModelError(f"{self._path}: unpacks to more than the allowed {self._limit} bytes")
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -193,18 +194,24 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _checked_name(path: Path, name: str) -> PurePosixPath:
-    """A member's name: relative, within the target."""
+    """Return a member's name as a path. Raises ModelError unless it is relative and stays within the target."""
     parts = PurePosixPath(name).parts
     if not name or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name or len(name) > 1000:
-        raise ModelError(f"{path}: {_shown(name)}: a name that leads elsewhere")
+        raise ModelError(f"{path}: {_shown(name)}: a name outside the target directory")
     return PurePosixPath(name)
 
 
-def _checked_link(path: Path, name: PurePosixPath, aim: str) -> PurePosixPath:
-    """What a link at ``name`` means, from the target's root."""
-    found = os.path.normpath(os.path.join("/root", name.parent, aim)) if aim and "\0" not in aim else ""
-    if aim.startswith("/") or not found.startswith("/root/"):
-        raise ModelError(f"{path}: {_shown(str(name))}: a link that leads elsewhere, to {_shown(aim)}")
+def _checked_link(path: Path, name: PurePosixPath, destination: str) -> PurePosixPath:
+    """Return the destination of the link ``name`` relative to the target. Raises ModelError if it is outside."""
+    found = (
+        os.path.normpath(os.path.join("/root", name.parent, destination))
+        if destination and "\0" not in destination
+        else ""
+    )
+    if destination.startswith("/") or not found.startswith("/root/"):
+        raise ModelError(
+            f"{path}: {_shown(str(name))}: a link out of the target directory, to {_shown(destination)}"
+        )
     return PurePosixPath(found).relative_to("/root")
 
 
@@ -215,7 +222,7 @@ def _shown(text: str) -> str:
 def _write(stream: IO[bytes], snapshot: Path, revision: str | None) -> None:
     repository = snapshot.parents[1].name
     members: dict[str, Path | bytes | str] = {"version.txt": VERSION.encode()}
-    """Files on disk or in memory, and, as text, links."""
+    """Members by name: a Path is a file on disk, bytes a file in memory, a str the destination of a link."""
     if revision != snapshot.name:
         members[f"{repository}/refs/{revision or 'main'}"] = snapshot.name.encode()
     for file in sorted(snapshot.rglob("*")):
@@ -244,7 +251,7 @@ def _write(stream: IO[bytes], snapshot: Path, revision: str | None) -> None:
 
 
 def _info(name: str, kind: bytes, mode: int, size: int = 0) -> tarfile.TarInfo:
-    """A header that says nothing of where and when it was written."""
+    """Return a header without times, owners or other traces of where it was written."""
     info = tarfile.TarInfo(name)
     info.type, info.mode, info.size = kind, mode, size
     return info
@@ -270,7 +277,7 @@ def _compressed(file: IO[bytes], target: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _decompressed(path: Path) -> Iterator[IO[bytes]]:
-    """The tar stream in ``path``, by its first bytes rather than by its name."""
+    """Open the tar stream in ``path``; its first bytes, not its name, determine the compression."""
     with path.open("rb") as file:
         start = file.read(4)
         file.seek(0)
