@@ -73,7 +73,7 @@ def test_a_message_that_the_template_leaves_out_when_empty_is_begun() -> None:
             "changes",
         ),
         (TEMPLATES["chatml"], assistant("x", tool_calls=[{"function": {"name": "f"}}]), "tool calls"),
-        (TEMPLATES["chatml"], {"role": "system", "content": "x"}, "instructions"),
+        (TEMPLATES["chatml"], {"role": "system", "content": "x"}, "not be a system message"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(source: str, last: dict[str, Any], why: str) -> None:

@@ -1,1 +1,1 @@
-"""Conversations: messages of any API, the chat templates that render them, and where templates come from."""
+"""Conversations: normalised messages, and the chat templates that turn them into prompts."""

@@ -1,7 +1,7 @@
-"""Built-in chat templates under llama.cpp's names, for models that bring none: the control tokens as a table.
+"""Built-in chat templates under llama.cpp's names, for models without a template of their own.
 
-They know messages of text alone: tools and tool calls are refused. A prompt begins with the bos token where the
-tokenizer would begin a text with it.
+Each template is a row of control tokens in a table. The templates render text messages only; they refuse tools and
+tool calls. A prompt begins with the bos token where the tokenizer would add one.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 Turn = tuple[str, str]
-"""What stands before and after the content of a message."""
+"""The text before and after the content of a message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The format of a conversation."""
+    """The control tokens of one chat format."""
 
     turns: Mapping[str, Turn]
-    """By role; ``*`` is any other role, and stands for ``{role}`` in its texts."""
+    """Turns by role. The key ``*`` covers every other role; its texts may contain ``{role}``."""
     prompt: str = ""
-    """Begins the answer."""
+    """Text that begins the assistant's answer (the generation prompt)."""
     start: str = ""
-    """Begins the conversation."""
+    """Text at the beginning of the conversation."""
     opening: str = ""
-    """Stands once before a system message and the user's message after it."""
+    """Text written once before a system message and the user message that follows it."""
     without_system: str = ""
-    """Stands in place of a system message that is absent."""
+    """Text in place of the system message when there is none."""
     trims: frozenset[str] = field(default_factory=frozenset)
-    """Roles whose content loses the whitespace around it; ``*``: all."""
+    """Roles whose content is stripped of surrounding whitespace; ``*`` means all roles."""
 
 
 def _turns(system: Turn, user: Turn, assistant: Turn, **more: Turn) -> dict[str, Turn]:
@@ -37,7 +37,7 @@ def _turns(system: Turn, user: Turn, assistant: Turn, **more: Turn) -> dict[str,
 
 
 def _alike(before: str, after: str, prompt: str, start: str = "", *, trims: str = "") -> Format:
-    """A format that treats all roles alike; ``prompt`` is what stands before an answer of the assistant."""
+    """Return a format with the same markers for all roles; ``prompt`` begins the assistant's answer."""
     return Format({"*": (before, after)}, prompt, start, trims=frozenset(trims))
 
 
@@ -215,11 +215,11 @@ BUILT_IN: Mapping[str, Format] = {
 """Formats by name (https://github.com/ggml-org/llama.cpp, ``src/llama-chat.cpp``)."""
 
 
-def built_in(name: str, begins: str) -> str:
-    """The Jinja template of the format ``name``, with ``begins`` (a bos token, or nothing) before the first turn."""
+def built_in(name: str, bos: str) -> str:
+    """Return the Jinja template of format ``name``; ``bos`` (a bos token or "") comes before the first turn."""
     form = BUILT_IN[name]
     first = form.start or form.opening or form.turns.get("*", ("", ""))[0]
-    start = form.start if begins and first.startswith(begins) else begins + form.start
+    start = form.start if bos and first.startswith(bos) else bos + form.start
     cases = "".join(_case(form, role, turn) for role, turn in sorted(form.turns.items(), reverse=True))
     refusal = f"the built-in chat template {name} has no"
     return (
@@ -236,7 +236,7 @@ def built_in(name: str, begins: str) -> str:
 
 
 def _case(form: Format, role: str, turn: Turn) -> str:
-    """The branch for messages of ``role``; ``*`` sorts last, so that it takes what the others leave."""
+    """Return the Jinja branch for messages of ``role``. ``*`` sorts last, so it handles the roles without a branch."""
     before, after = (" ~ message.role ~ ".join(map(_text, part.split("{role}"))) for part in turn)
     trimmed = " | trim" if {role, "*"} & form.trims else ""
     opening = f"({_text(form.opening)} if not turn.open else '') ~ " if role in ("system", "user") else ""
@@ -249,5 +249,5 @@ def _case(form: Format, role: str, turn: Turn) -> str:
 
 
 def _text(text: str) -> str:
-    """A Jinja literal."""
+    """Return ``text`` as a Jinja string literal."""
     return json.dumps(text)

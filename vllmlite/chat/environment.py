@@ -1,4 +1,4 @@
-"""The Jinja environment of chat templates: what transformers offers them, in Jinja's immutable sandbox."""
+"""The Jinja environment of chat templates: transformers' extensions in Jinja's immutable sandbox."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Refusal(Exception):
 
 
 class Generation(Extension):
-    """``{% generation %}`` blocks, which mark an assistant's text for training; they render what they hold."""
+    """The ``{% generation %}`` block, which marks the assistant's text for training; it renders its body unchanged."""
 
-    tags = {"generation"}  # noqa: RUF012 -- Jinja declares it so
+    tags = {"generation"}  # noqa: RUF012 -- declared this way by Jinja
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """A call block, as transformers makes of it: variables set inside stay inside."""
+        """Parse the block into a call block, as transformers does: variables set inside stay local to it."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
@@ -40,16 +40,16 @@ class Generation(Extension):
 
 
 class PublicNamespace(Namespace):
-    """``namespace()`` without names that begin with an underscore, by which Python's own functions find methods."""
+    """``namespace()`` that rejects names beginning with an underscore, which could replace special methods."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
-        """Jinja's own arguments: mappings, and values by name, ``self`` included."""
+        """Take the arguments of Jinja's ``Namespace``: mappings and keyword values, ``self`` allowed as a keyword."""
         for name in dict(*args[1:], **kwargs):
             _check_public(name)
         Namespace.__init__(*args, **kwargs)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """``{% set namespace.name = value %}``."""
+        """Handle ``{% set namespace.name = value %}``."""
         _check_public(name)
         super().__setitem__(name, value)
 
@@ -105,12 +105,12 @@ _FAILURES = (
     TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
     MemoryError,
 )  # fmt: skip
-"""What a template raises that meets values which it does not expect."""
+"""Exceptions that a template raises when it meets values it does not expect."""
 
 
 @lru_cache(maxsize=32)
 def compiled(source: str) -> Template:
-    """The template ``source``. Raises :class:`ParameterError` if it is not one."""
+    """Return the compiled template. Raises :class:`ParameterError` if ``source`` is not a valid Jinja template."""
     try:
         return ENVIRONMENT.from_string(source)
     except (TemplateError, RecursionError) as error:
@@ -118,7 +118,7 @@ def compiled(source: str) -> Template:
 
 
 def render(template: Template, variables: Mapping[str, Any]) -> str:
-    """The text of ``template``. Raises :class:`ParameterError`, naming messages, where the template refuses them."""
+    """Return the rendered text. Raises :class:`ParameterError` for ``messages`` if the template rejects them."""
     try:
         return template.render(variables)
     except Refusal as refusal:

@@ -1,20 +1,20 @@
-"""Normalisation of messages: one form for the messages of every API, of ``LLM.chat`` and of the command line.
+"""Normalisation of chat messages: one form for every API, for ``LLM.chat`` and for the command line.
 
-The rules, for each message:
+The rules for each message:
 
-- It is a mapping (or an object with ``model_dump``, as the openai package returns) with a ``role``. Everything in it
-  is JSON; numpy scalars become numbers. A field that is None counts as absent.
+- A message is a mapping (or an object with ``model_dump``, as the openai package returns) with a ``role``. All its
+  values are JSON values; numpy scalars become numbers. A field that is None counts as absent.
 - ``content`` is text, None (absent), or a list of parts. A part is text, or a mapping whose ``type`` is one of
   :data:`PART_FIELDS`; it becomes ``{"type": "text", "text": ...}`` or ``{"type": "thinking", "thinking": ...}``.
-  A part whose text is null is dropped. Images, sound and unknown parts are refused.
-- ``tool_calls`` that are an empty list count as absent. Each call has a ``function`` with a ``name``; its
-  ``arguments`` become an object (:class:`~vllmlite.chat.values.Arguments`), whether they come as JSON text or as an
-  object; absent and empty ones are ``{}``. Text that is not a JSON object is refused.
-- Reasoning stands under each of :data:`REASONING_FIELDS`, whichever the message has; thinking parts are joined there
-  where no field has any.
-- Other fields (``name``, ``tool_call_id``, …) stay as they are.
+  A part whose text is null is dropped. Images, audio and unknown parts are refused.
+- An empty ``tool_calls`` list counts as absent. Each call has a ``function`` with a ``name``. Its ``arguments``, JSON
+  text or an object, become an :class:`~vllmlite.chat.values.Arguments` object; absent or empty arguments become
+  ``{}``. Text that is not a JSON object is refused.
+- Reasoning is copied to each of :data:`REASONING_FIELDS`, whichever of them the message has. If it has none, its
+  thinking parts are joined and used instead.
+- Other fields (``name``, ``tool_call_id``, …) are kept as they are.
 
-How content and roles are then adapted to a template is the matter of :mod:`vllmlite.chat.template`.
+:mod:`vllmlite.chat.template` then adapts content and roles to the template.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Part: TypeAlias = dict[str, str]
 Content: TypeAlias = str | list[Part] | None
 
 CONTENT_FORMATS = ("auto", "string", "openai")
-"""How content reaches templates: text alone, always a list of parts, or (auto) as the template can take it."""
+"""How content is passed to templates: as text, as a list of parts, or (auto) in a form the template accepts."""
 
 ARGUMENTS = frozenset(
     "messages conversation chat_template add_generation_prompt continue_final_message tools self".split()
 )
-"""Names that variables of a template cannot have: a request says these elsewhere."""
+"""Names that template variables cannot have, because a request sets them in fields of their own."""
 
 PART_FIELDS = {
     **dict.fromkeys(("text", "input_text", "output_text"), "text"),
@@ -45,19 +45,19 @@ PART_FIELDS = {
     **dict.fromkeys(("reasoning_text", "summary_text"), "text"),
     "thinking": "thinking",
 }
-"""Types of parts that are text, and the field that has it."""
+"""The accepted part types, each with the field that holds its text."""
 THINKING = ("thinking", "reasoning_text", "summary_text")
-"""Types of parts that are reasoning when they stand in a message."""
+"""Part types that count as reasoning."""
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Names under which templates and clients know a message's reasoning, the most usual first."""
+"""Field names that templates and clients use for a message's reasoning, the most usual first."""
 MAX_ARGUMENTS = 1 << 20
-"""Characters of a call's arguments: reading more of them as JSON keeps all threads of a server waiting."""
+"""Maximum characters of a tool call's arguments: parsing longer JSON would block all threads of a server."""
 PART_SEPARATOR = "\n"
-"""Stands between the parts of content where a template takes text alone."""
+"""Separates the parts of content that are joined into one text."""
 
 
 def normalised(messages: Any, field: str = "messages") -> list[dict[str, Any]]:
-    """The messages of a conversation in the one form above. Raises :class:`ParameterError`, naming ``field``."""
+    """Return the messages in the form described above. Raises :class:`ParameterError`, naming ``field``."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise ParameterError(field, messages, "must be a list of messages, each with a role and content")
     if not messages:
@@ -66,9 +66,9 @@ def normalised(messages: Any, field: str = "messages") -> list[dict[str, Any]]:
 
 
 def plain(value: Any, field: str) -> Any:
-    """``value`` rebuilt out of JSON's types, so that a template sees no other object's methods.
+    """Return ``value`` rebuilt from JSON types only, so that a template cannot reach methods of other objects.
 
-    Raises :class:`ParameterError`, naming ``field``, for a value that JSON has no type for."""
+    Raises :class:`ParameterError`, naming ``field``, for a value that JSON cannot represent."""
     try:
         return _plain(value, field)
     except RecursionError:
@@ -76,16 +76,15 @@ def plain(value: Any, field: str) -> Any:
 
 
 def check_variables(field: str, variables: Any) -> None:
-    """Raise :class:`ParameterError` unless ``variables`` maps names to values, none of which is an argument of its
-    own."""
+    """Raise :class:`ParameterError` unless ``variables`` is a mapping that sets none of :data:`ARGUMENTS`."""
     if not isinstance(variables, Mapping):
-        raise ParameterError(field, variables, "must map names of variables to values")
+        raise ParameterError(field, variables, "must be a mapping from variable names to values")
     for name in sorted(ARGUMENTS & variables.keys()):
-        raise ParameterError(field, name, "is an argument of its own")
+        raise ParameterError(field, name, "cannot be a template variable: it has a request field of its own")
 
 
 def content_of(given: Any, field: str) -> Content:
-    """A message's content in the form above. Raises :class:`ParameterError`, naming ``field``."""
+    """Return a message's content in the form described above. Raises :class:`ParameterError`, naming ``field``."""
     if given is None or isinstance(given, str):
         return given
     if not isinstance(given, Sequence):
@@ -95,8 +94,9 @@ def content_of(given: Any, field: str) -> Content:
 
 
 def text_of(content: Content, kind: str = "text") -> str | None:
-    """The parts of that kind, ``text`` or ``thinking``, as one text; None if there is none. Content that is one text
-    is its own."""
+    """Return the parts of type ``kind`` (``text`` or ``thinking``) joined, or None if there are none.
+
+    Content that is not a list is returned as it is."""
     if not isinstance(content, list):
         return content
     texts = [part[kind] for part in content if part["type"] == kind]
@@ -132,7 +132,7 @@ def _reasoning(message: Mapping[str, Any], field: str) -> str | None:
 
 
 def _part(part: Any, field: str) -> Part | None:
-    """A part of content; None if it has no text."""
+    """Return a normalised content part, or None if its text is null."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = part.get("type", "text") if isinstance(part, Mapping) else None
@@ -208,7 +208,7 @@ def _plain(value: Any, field: str) -> Any:
                 return _plain(convert(), field)
             except ValueError:  # an array has more than one item
                 break
-    raise ParameterError(field, type(value).__name__, "must be what JSON can hold")
+    raise ParameterError(field, type(value).__name__, "must be a JSON value")
 
 
 def _key(name: Any, field: str) -> str:

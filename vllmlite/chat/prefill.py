@@ -1,8 +1,8 @@
-"""Assistant prefill: the prompt that ends where the text of the last message ends, for the model to continue it.
+"""Assistant prefill: a prompt that ends with the text of the last message, for the model to continue it.
 
-The end is found by rendering the conversation again with a mark behind the last message's text, so that it does not
-matter what that text is or where else it occurs. Where the template trims the text, what it trims is taken away
-first; otherwise the mark would keep it.
+The end is found by rendering the conversation a second time with a random marker after the last message's text, so
+that neither the text nor its other occurrences matter. Whitespace that the template trims from the end of the text is
+removed first; the marker would otherwise preserve it.
 """
 
 from __future__ import annotations
@@ -16,30 +16,33 @@ _FIELD = "continue_final_message"
 
 
 def mark() -> str:
-    """A text that no message holds and that filters for case, whitespace and JSON leave as it is: sixteen random
-    characters of Unicode's private use area."""
+    """Return sixteen random characters of Unicode's private use area.
+
+    No message contains them, and template filters for case, whitespace and JSON leave them unchanged."""
     return "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(16))
 
 
 def open_ended(render: Callable[[str], str], text: str) -> str:
-    """``render(text)``, the conversation whose last message is ``text``, cut right behind that text.
+    """Return ``render(text)``, the prompt whose last message is ``text``, cut right after that text.
 
-    Raises :class:`ParameterError` if the template does not show the text, shows it more than once, or changes it."""
+    Raises :class:`ParameterError` if the template omits, repeats or changes the text."""
     whole = render(text)
     text = _shown(render, text, whole)
     behind = mark()
     before, *after = render(text + behind).split(behind)
     if len(after) != 1:
         times = "does not show" if not after else "repeats"
-        raise ParameterError(_FIELD, True, f"the chat template {times} the last message: it has no one end")
-    # An empty message may be left out by the template; it is begun all the same.
+        raise ParameterError(
+            _FIELD, True, f"the chat template {times} the last message, so it cannot be continued"
+        )
+    # A template may omit an empty message; its prompt is still cut at the marker.
     if text and not whole.startswith(before):
-        raise ParameterError(_FIELD, True, "the chat template changes the last message by what it ends with")
+        raise ParameterError(_FIELD, True, "the chat template changes the end of the last message")
     return before
 
 
 def _shown(render: Callable[[str], str], text: str, whole: str) -> str:
-    """``text`` without the whitespace at its end that the template trims: the shortest that renders the same."""
+    """Return the shortest prefix of ``text`` that renders the same, without whitespace that the template trims."""
 
     def renders_the_same(length: int) -> bool:
         try:

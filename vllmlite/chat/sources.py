@@ -1,4 +1,4 @@
-"""The chat templates that a checkpoint brings, by name, and the choice among them."""
+"""The chat templates that a checkpoint contains, and the choice among them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from vllmlite.errors import ModelError, ParameterError
 from vllmlite.weights.json_object import read_object
 
 DEFAULT, TOOL_USE = "default", "tool_use"
-"""The template that is taken where none is named, and the one that goes before it where tools are given."""
+"""Names of the template used by default, and of the one preferred when the request has tools."""
 
 
 def read_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Templates by name, of the first place that has any.
+    """Return a checkpoint's chat templates by name, from the first of these places that has any:
 
-    The places: ``chat_template.jinja`` with ``additional_chat_templates/NAME.jinja``; ``tokenizer_config.json``, which
-    is ``config`` (for a GGUF file, what its metadata says); ``chat_template.json``. Raises ModelError for a file that
-    cannot be read."""
+    ``chat_template.jinja`` with ``additional_chat_templates/NAME.jinja``; ``config``, the contents of
+    ``tokenizer_config.json`` (for a GGUF file, the equivalent metadata); ``chat_template.json``. Raises ModelError for
+    an unreadable file."""
     files = _files(path)
     if files:
         return {name: _read(file) for name, file in files.items()}
@@ -30,12 +30,12 @@ def read_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def choose(templates: Mapping[str, str], wanted: str | None, *, with_tools: bool, begins: str) -> str:
-    """The text of the template that is ``wanted``: the name of one of ``templates``, of a built-in one, or the text
-    itself; None: the model's own.
+def choose(templates: Mapping[str, str], wanted: str | None, *, with_tools: bool, bos: str) -> str:
+    """Return the source of the chosen template.
 
-    ``begins`` is the token, if any, with which the tokenizer begins texts, and so does a built-in template. Raises
-    :class:`ParameterError`."""
+    ``wanted`` is the name of one of ``templates``, the name of a built-in template, Jinja source, or None for the
+    model's own template. ``bos`` is the bos token, or "" if the tokenizer adds none; a built-in template begins with
+    it. Raises :class:`ParameterError`."""
     if wanted is None:
         name = TOOL_USE if with_tools and TOOL_USE in templates else DEFAULT
         if name in templates:
@@ -50,7 +50,7 @@ def choose(templates: Mapping[str, str], wanted: str | None, *, with_tools: bool
     if wanted in templates:
         return templates[wanted]
     if wanted in BUILT_IN:
-        return built_in(wanted, begins)
+        return built_in(wanted, bos)
     if "{" in wanted:
         return wanted
     raise ParameterError(
@@ -61,8 +61,8 @@ def choose(templates: Mapping[str, str], wanted: str | None, *, with_tools: bool
 
 
 def read_template(given: str | None) -> str | None:
-    """The text of the chat template in the file ``given``; ``given`` itself where it is a template or can be the name
-    of one, and None. Raises :class:`ParameterError`."""
+    """Return the contents of the template file ``given``; or ``given`` itself if it is None, Jinja source, or a
+    possible template name. Raises :class:`ParameterError`."""
     if given is None:
         return None
     try:
@@ -100,7 +100,7 @@ def _read(file: Path) -> str:
 
 
 def _named(given: Any) -> dict[str, str]:
-    """Templates of one text, of a list of objects with ``name`` and ``template``, or of an object by name."""
+    """Return templates by name, from one text, a list of ``{name, template}`` objects, or an object by name."""
     if isinstance(given, str):
         return {DEFAULT: given}
     if isinstance(given, list):

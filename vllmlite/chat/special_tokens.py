@@ -9,16 +9,16 @@ from typing import Any
 from vllmlite.weights.json_object import read_object
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Names that transformers gives to special tokens of every model."""
+"""Special tokens that transformers knows for every model."""
 LISTS = ("additional_special_tokens", "extra_special_tokens")
-"""Lists of further ones; the second is the newer name, under which some models have names for them."""
+"""Fields that list further special tokens. In the second, newer one a model may give them names."""
 
 
 def read_special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The special tokens of the checkpoint at ``path`` by name, as text, and lists of those without a name.
+    """Return the special tokens of the checkpoint at ``path``: text by name, and the lists of :data:`LISTS`.
 
-    ``tokenizer_config.json``, which is ``config``, goes before ``special_tokens_map.json``. ModelError if the latter
-    is not an object."""
+    ``config``, the contents of ``tokenizer_config.json``, takes precedence over ``special_tokens_map.json``. Raises
+    ModelError if the latter is not a JSON object."""
     found: dict[str, Any] = {}
     listed: dict[str, str] = {}
     mapped = read_object(path / "special_tokens_map.json", optional=True) if path.is_dir() else {}
@@ -28,7 +28,7 @@ def read_special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, Any]
                 found[name] = text
         for name in LISTS:
             entries = source.get(name)
-            if isinstance(entries, Mapping):  # a model's own names, such as image_token
+            if isinstance(entries, Mapping):  # names such as image_token
                 found |= {
                     str(key): text for key, entry in entries.items() if (text := _text(entry)) is not None
                 }
@@ -39,14 +39,14 @@ def read_special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _text(token: Any) -> str | None:
-    """The text of a token that stands as text or as an object with ``content``."""
+    """Return the text of a token given as text or as an object with ``content``; None for anything else."""
     if isinstance(token, Mapping):
         token = token.get("content")
     return token if isinstance(token, str) and is_unicode(token) else None
 
 
 def is_unicode(text: str) -> bool:
-    """Whether ``text`` can be encoded: JSON may hold halves of surrogate pairs, which no tokenizer takes."""
+    """Return whether ``text`` has no lone surrogates. JSON can contain them, but no tokenizer accepts them."""
     try:
         text.encode()
     except UnicodeEncodeError:

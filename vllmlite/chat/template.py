@@ -1,4 +1,4 @@
-"""A chat template: what it supports, found out by trying, and the prompt that it makes of a conversation."""
+"""Chat templates: they render a conversation as a prompt, adapted to what each template supports."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 Message = dict[str, Any]
 
 INSTRUCTING = ("system", "developer")
-"""Roles whose messages tell the model how to answer."""
+"""Roles of messages that instruct the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptOptions:
-    """How to make a prompt of messages; the names are vLLM's."""
+    """Options for rendering messages as a prompt, named as in vLLM."""
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -36,22 +36,22 @@ class PromptOptions:
 
 
 class ChatTemplate:
-    """A template with the special tokens of a model.
+    """A chat template together with a model's special tokens.
 
     The messages are normalised (:mod:`vllmlite.chat.messages`) and then adapted to the template:
 
-    - Role ``developer`` stays if the template names it; otherwise it is ``system``.
-    - Several system messages, or one that is not the first message, stay where they are if the template shows all of
-      them there. Otherwise they become one system message at the beginning, joined by an empty line.
-    - Content that is a list of parts stays one, of text parts alone, if the template shows such lists in messages of
-      that role; otherwise it becomes text, a part a line. Text becomes a list if the template takes lists alone.
-      Thinking parts stay only in lists of a template that names them; they are in ``reasoning_content`` as well.
+    - The role ``developer`` is kept if the template mentions it; otherwise it becomes ``system``.
+    - Several system messages, or one that is not first, stay in place if the template renders all of them there.
+      Otherwise they are merged into one system message at the beginning, separated by empty lines.
+    - A content list stays a list of text parts if the template renders lists in messages of that role; otherwise it
+      becomes text with one part per line. Text becomes a list if the template accepts only lists. Thinking parts stay
+      in lists only if the template mentions ``thinking``; they are always in ``reasoning_content`` as well.
     - Absent content is empty; see :class:`~vllmlite.chat.values.NoContent`.
 
-    Which of these a template can do is found out by rendering conversations with marks in their content."""
+    What a template supports is found out by rendering test conversations whose content is a random marker."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
-        """``special_tokens`` are variables of every rendering. Raises :class:`ParameterError` for bad syntax."""
+        """``special_tokens`` become template variables. Raises :class:`ParameterError` for invalid syntax."""
         self.source = source
         self._special_tokens = special_tokens
         self._template = compiled(source)
@@ -60,11 +60,11 @@ class ChatTemplate:
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """Names that the template reads and does not set itself."""
+        """Names of the variables that the template reads but does not set."""
         return frozenset(meta.find_undeclared_variables(ENVIRONMENT.parse(self.source)))
 
     def mentions(self, word: str) -> bool:
-        """Whether ``word`` is one of the constants in the template's expressions, as names of roles and types are."""
+        """Return whether a string constant in the template's expressions, such as a role, equals ``word``."""
         return word in self._constants
 
     def prompt(
@@ -74,9 +74,9 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt for ``messages``. Raises :class:`ParameterError` where they, or the template, are unusable."""
+        """Return the prompt for ``messages``. Raises :class:`ParameterError` if messages or template are unusable."""
         if options.continue_final_message and options.add_generation_prompt:
-            raise ParameterError("continue_final_message", True, "goes with add_generation_prompt=False")
+            raise ParameterError("continue_final_message", True, "needs add_generation_prompt=False")
         if options.content_format not in CONTENT_FORMATS:
             raise ParameterError(
                 "chat_template_content_format",
@@ -94,14 +94,14 @@ class ChatTemplate:
         if given["tools"] and "tools" not in self.variables and not self._warned:
             self._warned = True
             logger.warning(
-                "the chat template shows the model no tools: those of requests are not in its prompts"
+                "the chat template does not render tools: the model will not see the tools of requests"
             )
         found = self._with_known_roles(normalised(messages))
         if options.continue_final_message and ("tool_calls" in found[-1] or found[-1]["role"] in INSTRUCTING):
             raise ParameterError(
                 "continue_final_message",
                 True,
-                "the last message must be a text, neither tool calls nor instructions",
+                "the last message must have text, no tool calls, and not be a system message",
             )
         found = self._with_systems_in_place(found, options.content_format, given)
         if not options.continue_final_message:
@@ -130,7 +130,7 @@ class ChatTemplate:
     def _with_systems_in_place(
         self, messages: list[Message], form: str, variables: Mapping[str, Any]
     ) -> list[Message]:
-        """The messages with one system message at the beginning, unless the template shows them where they are."""
+        """Return the messages, merging system messages at the beginning unless the template renders them in place."""
         systems = [index for index, each in enumerate(messages) if each["role"] in INSTRUCTING]
         if systems in ([], [0]):
             return messages
@@ -146,12 +146,12 @@ class ChatTemplate:
         if all(each in shown for each in marks.values()):
             return messages
         texts = (text_of(messages[index]["content"]) for index in systems)
-        role = min(messages[index]["role"] for index in systems)  # a developer's, if there is one
+        role = min(messages[index]["role"] for index in systems)  # "developer" if any has it
         merged = {"role": role, "content": "\n\n".join(filter(None, texts))}
         return [merged, *(each for each in messages if each["role"] not in INSTRUCTING)]
 
     def _fitted(self, message: Message, form: str) -> str | list[dict[str, str]]:
-        """The content of ``message`` in the form that the template takes."""
+        """Return the content of ``message`` as text or parts, whichever the template accepts."""
         content: Content = message["content"]
         as_text, as_parts = self._takes(message["role"], form)
         if isinstance(content, list) and as_parts:
@@ -163,9 +163,9 @@ class ChatTemplate:
         return [] if text is None else [{"type": "text", "text": text}]
 
     def _takes(self, role: str, form: str) -> tuple[bool, bool]:
-        """Whether content of that role may be text, and whether it may be a list of parts.
+        """Return whether content of messages with ``role`` may be text, and whether it may be a list of parts.
 
-        Results of tools are text where they can be, as vLLM has it, for few templates join their parts well."""
+        Tool results are passed as text where possible, as in vLLM, because few templates join their parts well."""
         is_result = role in ("tool", "function")
         if form != "auto":
             as_parts = form == "openai" and not is_result
@@ -174,7 +174,7 @@ class ChatTemplate:
         return as_text, as_parts and not (is_result and as_text)
 
     def _probe_forms(self, role: str) -> tuple[bool, bool]:
-        """Whether the template shows content of that role as text, and as a list of parts."""
+        """Return whether the template renders content of ``role`` as text, and as a list of parts."""
         first, second = mark(), mark()
         as_text = first in self._probe(role, first)
         parts = [{"type": "text", "text": text} for text in (first, second)]
@@ -182,7 +182,7 @@ class ChatTemplate:
         return as_text or not as_parts, as_parts
 
     def _probe(self, role: str, content: Any) -> str:
-        """What the template makes of a conversation with one message of ``role`` that has ``content``."""
+        """Render a test conversation with one message of ``role`` that has ``content``; return "" if that fails."""
         user, asked = {"role": "user", "content": "a"}, {"role": role, "content": content}
         function = {"name": "f", "arguments": Arguments({}, None)}
         call = {"id": "call00001", "type": "function", "function": function}
@@ -201,7 +201,7 @@ class ChatTemplate:
 
 
 def _tools(given: Any) -> list[Any] | None:
-    """Tools as a template is given them; None if there are none. Raises :class:`ParameterError`."""
+    """Return tools as passed to templates, None if there are none. Raises :class:`ParameterError`."""
     tools = plain(given, "tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(each, dict) for each in tools)):
         raise ParameterError("tools", given, "must be a list of mappings")
@@ -209,22 +209,22 @@ def _tools(given: Any) -> list[Any] | None:
 
 
 def _clock() -> dict[str, str]:
-    """Today's date under the names by which templates of Llama 3 and of Firefunction ask for it, as llama.cpp has
-    them."""
+    """Return the current date as ``date_string`` (Llama 3) and ``datetime`` (Firefunction), formatted as in
+    llama.cpp."""
     now = datetime.now()
     utc = datetime.now(UTC)
     return {"date_string": now.strftime("%d %b %Y"), "datetime": utc.strftime("%b %d %Y %H:%M:%S GMT")}
 
 
 def _last_text(content: Content) -> str:
-    """The text of the content's last part."""
+    """Return the text of the last text part of ``content``."""
     if isinstance(content, list):
         return next((part["text"] for part in reversed(content) if part["type"] == "text"), "")
     return content or ""
 
 
 def _with_last_text(message: Message, text: str) -> Message:
-    """``message`` with another text as the last text part of its content."""
+    """Return ``message`` with the last text part of its content replaced by ``text``."""
     content: Content = message["content"]
     if not isinstance(content, list):
         return {**message, "content": text}

@@ -1,8 +1,8 @@
-"""Values of messages that read in a template as whatever the template expects them to be.
+"""Message values that behave as a template expects, whichever of two conventions it follows.
 
-Templates disagree about two things. Content that is absent is tested with ``is none`` by some and concatenated by
-others; arguments of a tool call are walked as a mapping by some and concatenated as JSON text by others. One value
-serves both kinds, so that neither sees ``None`` or a Python literal where text belongs.
+Some templates test absent content with ``is none``, others concatenate it. Some iterate over a tool call's arguments
+as a mapping, others concatenate them as JSON text. Each value here works both ways, so that no prompt contains
+``None`` or a Python literal.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 
 
 class NoContent(str):
-    """Content that is absent: an empty text for which the tests ``is none`` and ``is not defined`` hold."""
+    """Absent content: an empty string for which the Jinja tests ``is none`` and ``is undefined`` hold."""
 
     __slots__ = ()
 
     def __eq__(self, other: object) -> bool:
-        """Equal to None as well as to the empty text."""
+        """Compare equal to None and to the empty string."""
         return other is None or str.__eq__(self, other) is True
 
     def __ne__(self, other: object) -> bool:
-        """The opposite."""
+        """Return the negation of ``==``."""
         return not self == other
 
     __hash__ = str.__hash__
@@ -31,21 +31,21 @@ NO_CONTENT = NoContent()
 
 
 class Arguments(dict[str, Any]):
-    """Arguments of a tool call: a mapping that is its JSON where a template uses it as text."""
+    """Arguments of a tool call: a mapping that turns into JSON where a template uses it as text."""
 
     def __init__(self, value: dict[str, Any], text: str | None) -> None:
-        """``text`` is the JSON as the client wrote it; None: as it is usually written."""
+        """``text`` is the JSON as the client wrote it; None serialises ``value``."""
         super().__init__(value)
         self._text = json.dumps(value, ensure_ascii=False) if text is None else text
 
     def __str__(self) -> str:
-        """The JSON."""
+        """Return the JSON text."""
         return self._text
 
     def __add__(self, other: str) -> str:
-        """The JSON before another text."""
+        """Return the JSON text followed by ``other``."""
         return self._text + other
 
     def __radd__(self, other: str) -> str:
-        """The JSON after another text."""
+        """Return ``other`` followed by the JSON text."""
         return other + self._text
