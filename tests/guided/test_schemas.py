@@ -188,21 +188,21 @@ def test_what_is_written_may_refer_to_itself() -> None:
         ({"enum": ["a"], "format": "iri"}, "has format 'iri' beside enum"),
         ({"enum": ["x"], "format": "date"}, "allows nothing"),
         ({"propertyNames": {"enum": ["a"], "pattern": "b"}}, "neither an enum nor a pattern"),
-        ({"oneOf": [LEFT, {**RIGHT, "required": []}]}, "two branches may hold at once"),
-        ({"oneOf": [LEFT, {**RIGHT, "additionalProperties": True}]}, "two branches may hold at once"),
-        ({"oneOf": [LEFT, RIGHT], "properties": {"b": {}}}, "two branches may hold at once"),
-        ({"oneOf": [INTEGER, {"type": "number"}]}, "two branches may hold at once"),
+        ({"oneOf": [LEFT, {**RIGHT, "required": []}]}, "two branches that may match at once"),
+        ({"oneOf": [LEFT, {**RIGHT, "additionalProperties": True}]}, "two branches that may match at once"),
+        ({"oneOf": [LEFT, RIGHT], "properties": {"b": {}}}, "two branches that may match at once"),
+        ({"oneOf": [INTEGER, {"type": "number"}]}, "two branches that may match at once"),
         ({"oneOf": [{"type": "object", "properties": {"k": {"type": "string"}}}] * 2}, "two branches"),
-        ({"type": "string", "pattern": "(ab)+", "maxLength": 3}, "say the length in the pattern"),
+        ({"type": "string", "pattern": "(ab)+", "maxLength": 3}, "put the length into the pattern"),
         ({"type": "string", "pattern": "^(?=a)b$"}, "cannot enforce: assert"),
-        ({"type": "string", "pattern": "["}, "no regular expression"),
-        ({"type": "string", "pattern": '^"$'}, "in another form"),
+        ({"type": "string", "pattern": "["}, "not a regular expression"),
+        ({"type": "string", "pattern": '^"$'}, "can only contain escaped"),
         ({"type": "string", "format": "iri"}, "'iri' has no grammar"),
         ({"type": "string", "format": "email", "maxLength": 9}, "cannot be combined"),
         ({"type": "object", "properties": {"a": INTEGER}, "patternProperties": {"^a": {}}}, "may match both"),
-        ({"type": "object", "minProperties": 2}, "may come twice"),
-        ({"properties": {"a": INTEGER}, "allOf": [{"additionalProperties": False}]}, "elsewhere"),
-        ({"$ref": "https://example.org/x"}, "schemas elsewhere"),
+        ({"type": "object", "minProperties": 2}, "names may repeat"),
+        ({"properties": {"a": INTEGER}, "allOf": [{"additionalProperties": False}]}, "of another subschema"),
+        ({"$ref": "https://example.org/x"}, "external schemas"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "leads back"),
         ({**NODE["$defs"]["n"], "$ref": "#/$defs/n", "$defs": NODE["$defs"]}, None),  # type: ignore[index]
         ({"type": "integer", "minimum": 10**30}, "over 2"),
@@ -342,7 +342,7 @@ def test_a_schema_that_grows_when_it_is_merged_is_refused() -> None:
     level: dict[str, Any] = {"type": "string"}
     for _ in range(20):
         level = {"anyOf": [level, level], "maxLength": 3}
-    with pytest.raises(SchemaError, match="at most 5000 schemas"):
+    with pytest.raises(SchemaError, match="at most 5000 subschemas"):
         exact(level)
     assert len(json.dumps(exact({"anyOf": [{"type": "string"}] * 50}))) < 10_000
 

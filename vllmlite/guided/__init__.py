@@ -1,1 +1,1 @@
-"""Guided output: grammars that restrict what may come next, compiled in a process of its own by xgrammar."""
+"""Guided output: grammars that restrict the next token, compiled by xgrammar in a separate process."""

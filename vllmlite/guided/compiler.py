@@ -1,11 +1,11 @@
-"""Grammars tried by processes of their own, whose time and memory end where a limit says.
+"""Compilation of grammars in child processes with limits on time and memory.
 
-A short schema or expression can describe an automaton that no machine holds. The first grammar starts a process that
-imports xgrammar, is given the tokenizer's vocabulary, and forks a child for each grammar. The child compiles it, and
-either dies at a limit or answers with a :class:`Prepared` grammar. Whoever uses that compiles it once more with
-:func:`compile_prepared`, which is known to end within the limits. xgrammar's serialised form of a compiled grammar is
-not sent: it holds the whole automaton once for each rule, so its size grows with the square of the grammar's, and
-reading it takes longer than compiling. After a while without work the process ends.
+A short schema or expression can describe an automaton that does not fit any machine. The first grammar starts a
+compiler process, which imports xgrammar, receives the tokenizer's vocabulary and forks a child for each grammar. The
+child compiles the grammar, and either dies at a limit or answers with a :class:`Prepared` grammar. The receiver
+compiles that again with :func:`compile_prepared`, now known to stay within the limits. xgrammar's serialised form of a
+compiled grammar is not sent: it contains the whole automaton once for each rule, so its size grows quadratically, and
+reading it takes longer than compiling. The compiler process ends after :data:`IDLE_SECONDS` without work.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from vllmlite.guided import gbnf
 from vllmlite.guided.json_grammar import grammar_of, with_grammars
 
 PLACE_IN_SOURCE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
-"""What xgrammar's C++ part writes before its errors: the time, and a line of its own source."""
+"""The time and source line with which xgrammar's C++ part begins its errors."""
 START_SECONDS = 120
-"""For xgrammar to be imported, which may bring torch in."""
+"""Time limit for starting the compiler process: importing xgrammar may import torch."""
 COMPILE_SECONDS = 10
-"""Of processor time, so that what can be compiled does not depend on what else the machine does."""
+"""CPU time limit of a compilation; CPU time does not depend on the load of the machine."""
 WAIT_FACTOR = 4
-"""How many times as long a child may take by the clock."""
+"""The wall-clock limit of a child, as a multiple of its CPU time limit."""
 COMPILE_BYTES = 1 << 30
-"""Of address space, beyond what the process has before it compiles."""
+"""Address space that a compilation may add to the process."""
 RESULT_BYTES = 128 << 20
-"""Largest compiled grammar, in memory."""
+"""Maximum size of a compiled grammar in memory."""
 TRIED_TOKENS = 8
 MASK_SECONDS = 0.1
-"""Of processor time, on the average of the first TRIED_TOKENS."""
+"""Maximum CPU time per mask, averaged over the first TRIED_TOKENS tokens."""
 GRACE_SECONDS = 10
-"""How much later than its child the process itself is given up."""
+"""Seconds after a child's wall-clock limit at which the compiler process itself is given up."""
 IDLE_SECONDS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A grammar that has been compiled within the limits, in a form that is compiled again without further checks."""
+    """A grammar known to compile within the limits, in a form that :func:`compile_prepared` accepts."""
 
     kind: str
     """``grammar`` (serialised by xgrammar, not compiled), ``structural_tag`` or ``lark``."""
@@ -59,7 +59,7 @@ class Prepared:
 
 
 def compile_prepared(compiler: Any, prepared: Prepared) -> Any:
-    """Return xgrammar's compiled form of ``prepared``, by an ``xgrammar.GrammarCompiler``."""
+    """Compile ``prepared`` with an ``xgrammar.GrammarCompiler`` and return xgrammar's compiled grammar."""
     from xgrammar import Grammar
 
     if prepared.kind == "grammar":
@@ -70,17 +70,17 @@ def compile_prepared(compiler: Any, prepared: Prepared) -> Any:
 
 
 class Vocabulary:
-    """What a grammar is compiled for."""
+    """The tokenizer's vocabulary, for which grammars are compiled."""
 
     def __init__(self, texts: Sequence[str], kind: str, size: int, eos_ids: Sequence[int]) -> None:
-        """``texts`` of ids, as the tokenizer writes them; ``kind``: RAW, BYTE_LEVEL or BYTE_FALLBACK."""
+        """``texts[id]`` is the token as the tokenizer writes it; ``kind``: RAW, BYTE_LEVEL or BYTE_FALLBACK."""
         self.texts = list(texts)
         self.kind = kind
         self.size = size
         self.eos_ids = list(eos_ids)
 
     def tokenizer_info(self) -> Any:
-        """xgrammar's form of it."""
+        """Return the vocabulary as an ``xgrammar.TokenizerInfo``."""
         import xgrammar
 
         kind = xgrammar.VocabType[self.kind]
@@ -89,19 +89,19 @@ class Vocabulary:
         )
 
     def compiler(self) -> Any:
-        """Return an ``xgrammar.GrammarCompiler`` for it, which keeps nothing."""
+        """Return an ``xgrammar.GrammarCompiler`` for this vocabulary, without a cache."""
         import xgrammar
 
         return xgrammar.GrammarCompiler(self.tokenizer_info(), max_threads=1, cache_enabled=False)
 
 
 class GrammarCompiler:
-    """The process as its user sees it. Not thread-safe."""
+    """Client of the compiler process. Not thread-safe."""
 
     def __init__(
         self, vocabulary: Vocabulary, seconds: int = COMPILE_SECONDS, memory: int = COMPILE_BYTES
     ) -> None:
-        """Starts nothing yet."""
+        """Set the limits; the first call of :meth:`compile` starts the process."""
         self._vocabulary = vocabulary
         self._seconds = seconds
         self._memory = memory
@@ -109,7 +109,7 @@ class GrammarCompiler:
         self._connection: Connection | None = None
 
     def compile(self, kind: str, source: Any) -> Prepared:
-        """Return the grammar, tried. Raises :class:`ParameterError` if there is none, or none within the limits."""
+        """Compile ``source`` within the limits. Raises :class:`ParameterError` if it is invalid or exceeds them."""
         if self._process is None or self._process.poll() is not None:
             self._start()
         connection, process = self._connection, self._process
@@ -150,7 +150,7 @@ class GrammarCompiler:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
-                start_new_session=True,  # Ctrl-C is not for it
+                start_new_session=True,  # Ctrl-C must not reach it
             )
         self._connection = Connection(ours.detach())
         setting = {**vars(self._vocabulary), "seconds": self._seconds, "memory": self._memory}
@@ -165,7 +165,7 @@ class GrammarCompiler:
 
 
 def main(descriptor: int) -> None:
-    """The process: compile what comes over the socket ``descriptor``, until it is closed or nothing has come."""
+    """Run the compiler process: serve requests on the socket ``descriptor`` until it is closed or idle too long."""
     connection = Connection(descriptor)
     setting = json.loads(connection.recv_bytes())
     seconds, memory = setting.pop("seconds"), setting.pop("memory")
@@ -178,7 +178,7 @@ def main(descriptor: int) -> None:
             return
         child = os.fork()
         if child == 0:
-            # The signals' own action, to end the process, also reaches into code that is not Python.
+            # The default action of these signals ends the process even inside native code.
             signal.setitimer(signal.ITIMER_PROF, seconds)
             signal.alarm(seconds * WAIT_FACTOR)
             _limit(resource.RLIMIT_AS, _address_space() + memory)
@@ -235,9 +235,9 @@ def _prepared(compiler: Any, kind: str, source: Any) -> Prepared:
 
 
 def _fault(compiled: Any) -> str | None:
-    """Return why a grammar is refused: it allows no first token, or the masks of its first tokens take too long.
+    """Return why a grammar is refused (it allows no first token, or its first masks take too long), or None.
 
-    The engine computes a mask a token, and every other request waits for it."""
+    The engine computes one mask per token, and all other requests wait for it."""
     import numpy as np
     import xgrammar
 

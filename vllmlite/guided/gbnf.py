@@ -1,4 +1,4 @@
-"""llama.cpp's form of EBNF (GBNF, its ``grammars/README.md``) as xgrammar reads it."""
+"""Conversion of llama.cpp's GBNF (described in its ``grammars/README.md``) to xgrammar's EBNF."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 _TOKEN = re.compile(
     r'\s+|#[^\n]*|"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|[A-Za-z_][\w.\-]*(?:\s*::=)?|\{,|.', re.DOTALL
 )
-"""White space, a comment, a text, a class, a name (with what makes it a rule's), the beginning of ``{,n}``, a sign."""
+"""Whitespace, comment, string, character class, name (with ``::=`` if it defines a rule), ``{,``, or one character."""
 
 
 def readable(grammar: str) -> str:
-    """``grammar``, where alternatives of nothing, ``.`` and ``{,n}`` are written as xgrammar has them."""
+    """Return ``grammar`` in xgrammar's syntax: empty alternatives, ``.`` and ``{,n}`` are rewritten."""
     written: list[str] = []
     opened = False
     for token in _TOKEN.findall(grammar):

@@ -1,8 +1,9 @@
 """Guided output: grammars from JSON schemas, regular expressions, choices and EBNF, through xgrammar.
 
-A grammar is compiled once, by :mod:`vllmlite.guided.compiler`, and kept; a sequence walks through it with a
-:class:`Matcher`, whose mask says which token may come next. xgrammar (Dong et al. 2024) is imported by the first
-grammar, at once where the engine is and in the process that compiles: it may bring torch in, which takes seconds.
+:mod:`vllmlite.guided.compiler` compiles each grammar once, and a :class:`Grammars` caches it. A :class:`Matcher`
+follows one sequence through its grammar and gives the mask of allowed next tokens. xgrammar (Dong et al. 2024) is
+imported when the first grammar arrives, in the engine's process and in the compiler process: importing it may import
+torch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -31,39 +32,39 @@ logger = logging.getLogger(__name__)
 
 MAX_CHARACTERS = 64 << 10
 MAX_DEPTH = 32
-"""Of schemas and expressions: what is longer or deeper is refused before it is compiled."""
+"""Limits of schemas and expressions; anything longer or deeper is refused before compilation."""
 MAX_KEPT = 256
-"""Compiled grammars that are kept for the next request."""
+"""Number of compiled grammars in the cache."""
 
 
 class CompiledGrammar:
-    """A grammar of one model."""
+    """A grammar compiled for one model."""
 
     def __init__(self, key: str, packed: bytes) -> None:
-        """``key`` tells it from others; ``packed`` is its :class:`Prepared` form, compressed."""
+        """``key`` identifies the grammar in the cache; ``packed`` is its compressed :class:`Prepared` form."""
         self.key = key
         self.packed = packed
         self.native: Any = None
-        """xgrammar's form of it, once it is needed in this process."""
+        """xgrammar's compiled grammar; None until :meth:`load` is called in this process."""
 
     @classmethod
     def of(cls, key: str, prepared: Prepared) -> CompiledGrammar:
-        """Return the grammar ``key`` in a form that can be sent to another process."""
+        """Return the grammar for ``key``, packed so that it can be sent to another process."""
         return cls(key, zlib.compress(json.dumps([prepared.kind, prepared.text]).encode(), 1))
 
     def load(self, compiler: Any) -> None:
-        """Make it usable here, by an ``xgrammar.GrammarCompiler``; other threads run meanwhile."""
+        """Compile it in this process with an ``xgrammar.GrammarCompiler``, which releases the GIL meanwhile."""
         kind, text = json.loads(zlib.decompress(self.packed))
         self.native = compile_prepared(compiler, Prepared(kind, text))
 
 
 class Matcher:
-    """Where one sequence is in its grammar, or in the reasoning before it."""
+    """The position of one sequence in its grammar, or in the reasoning before it."""
 
     def __init__(
         self, compiled: CompiledGrammar, num_words: int, marks: ThinkingMarks | None, *, needs_end_id: bool
     ) -> None:
-        """Made by :meth:`Grammars.start`. A grammar that is not loaded is walked through in another process."""
+        """Use :meth:`Grammars.start`. If ``compiled`` is not loaded, another process follows the sequence."""
         self._marks = marks
         self.compiled = compiled
         if compiled.native is not None:
@@ -76,18 +77,19 @@ class Matcher:
             self.restart()
 
     def restart(self) -> None:
-        """Go back to the beginning, before the first id."""
+        """Return to the state before the first token."""
         self._thinks = self._marks is not None and self._marks.opening_id is None
         self._may_think = self._marks is not None and not self._thinks
         self._matcher.reset()
         self._fill()
 
     def mask(self) -> bytes | None:
-        """Bits of the ids that may come next, little-endian words of 32; None where any may."""
+        """Return the bit mask of allowed next ids as little-endian 32-bit words, or None if all are allowed."""
         return None if self._thinks else self._mask
 
     def accept(self, token_id: int) -> bool:
-        """Take in the next id; whether the grammar has come to its end, or nothing may follow."""
+        """Advance by one token; return whether the output must end, because the grammar is complete or allows
+        nothing."""
         if self._marks is not None and (self._thinks or self._may_think):
             begins = self._may_think and token_id == self._marks.opening_id
             ends = self._thinks and token_id == self._marks.closing_id
@@ -98,7 +100,7 @@ class Matcher:
         return not self._matcher.accept_token(token_id) or self._matcher.is_terminated() or not self._fill()
 
     def _fill(self) -> bool:
-        """Find the next mask; whether it allows anything."""
+        """Compute the next mask; return whether it allows any token."""
         self._mask: bytes | None = None
         if not self._matcher.fill_next_token_bitmask(self._row):
             return True
@@ -110,23 +112,23 @@ class Matcher:
 
 
 class Grammars:
-    """The compiled grammars of one model."""
+    """The cache of compiled grammars of one model."""
 
     def __init__(
         self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int], *, loads: bool = True
     ) -> None:
-        """Compiles nothing yet, and imports nothing; nor later, unless it ``loads`` grammars to use them here."""
+        """``loads``: also compile the grammars for use in this process; otherwise xgrammar is never imported here."""
         self._loads = loads
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
         self._kept: OrderedDict[str, CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
-        """Guards what is kept: never held while something is compiled, for which the engine's thread would wait."""
+        """Guards ``_kept``. It is never held during a compilation, because the engine's thread takes it too."""
         self._compiling = threading.Lock()
 
     def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
-        """The grammar of ``params``, from any thread. Raises :class:`ParameterError` if there is none."""
+        """Return the compiled grammar of ``params``. Thread-safe. Raises :class:`ParameterError` if it has none."""
         kind, source = params.kind_and_source()
         _check(kind, source)
         key = json.dumps([kind, source])
@@ -140,15 +142,15 @@ class Grammars:
         return found
 
     def load(self, params: StructuredOutputsParams, packed: bytes) -> None:
-        """Keep a grammar that another process has compiled from ``params``."""
+        """Add a grammar that another process compiled from ``params`` to the cache."""
         key = json.dumps(params.kind_and_source())
         if self._find(key) is None:
             self._keep(CompiledGrammar(key, packed))
 
     def start(self, compiled: CompiledGrammar, after: ThinkingMarks | None = None) -> Matcher:
-        """The beginning of a grammar, ``after`` reasoning perhaps, for one sequence.
+        """Return a matcher at the beginning of a grammar, or before reasoning marked by the ids in ``after``.
 
-        Raises :class:`ParameterError` if ``after`` has ids that the model has not."""
+        Raises :class:`ParameterError` if an id in ``after`` is outside the vocabulary."""
         if after is not None:
             self._check_id("closing_id", after.closing_id)
             if after.opening_id is not None:
@@ -195,7 +197,7 @@ class Grammars:
 
 
 def _check(kind: str, source: Any) -> None:
-    """Refuse what would take long to compile, or could not be kept."""
+    """Raise ParameterError if ``source`` is too large or too deep to compile."""
 
     def refuse(value: object, reason: str) -> None:
         raise ParameterError(f"structured_outputs.{kind}", value, reason)
@@ -212,7 +214,7 @@ def _check(kind: str, source: Any) -> None:
 
 
 def _form(kind: str, source: Any) -> Any:
-    """``source`` as the compiler enforces it. Raises :class:`ParameterError` if it cannot be enforced."""
+    """Return ``source`` rewritten so that all of it is enforced. Raises :class:`ParameterError` if it cannot be."""
     try:
         if kind == "json":
             return exact(source)
@@ -224,7 +226,7 @@ def _form(kind: str, source: Any) -> Any:
 
 
 def _in_new_form(tag: dict[str, Any]) -> dict[str, Any]:
-    """A structural tag; what vLLM calls its deprecated form as xgrammar has it now."""
+    """Return a structural tag in xgrammar's current form; vLLM calls the form with ``structures`` deprecated."""
     if "structures" not in tag:
         return {"type": "structural_tag", **tag}
     try:
@@ -244,7 +246,7 @@ def _in_new_form(tag: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_exact_schemas(tag: Any) -> Any:
-    """A part of a structural tag with its JSON Schemas as the compiler enforces them."""
+    """Return a part of a structural tag with its JSON Schemas rewritten by :func:`exact`."""
     if isinstance(tag, list):
         return [_with_exact_schemas(entry) for entry in tag]
     if not isinstance(tag, dict):
@@ -256,7 +258,7 @@ def _with_exact_schemas(tag: Any) -> Any:
 
 
 def _depth(schema: Any) -> int:
-    """The levels of ``schema``, its names of properties and literal values left out."""
+    """Return the nesting depth of ``schema``; maps of property names and literal values do not count as levels."""
     depth, level = 0, [schema]
     while level:
         below: list[Any] = []
@@ -274,7 +276,7 @@ def _depth(schema: Any) -> int:
 
 
 def _quantifiers(regex: str) -> Iterator[int]:
-    """The numbers in ``{m,n}`` of a regular expression."""
+    """Yield the numbers in the ``{m,n}`` quantifiers of a regular expression."""
     for piece in regex.split("{")[1:]:
         for number in piece.partition("}")[0].split(","):
             if number.strip().isdigit():

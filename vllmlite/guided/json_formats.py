@@ -1,4 +1,4 @@
-"""Expressions for the string formats of JSON Schema: each matches no more than the format's standard allows."""
+"""Regular expressions for JSON Schema's string formats; each matches a subset of what the format's standard allows."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ FORMATS = {
     "uri-reference": rf"{_URI}|{_PATH}",
     "json-pointer": r"(/[A-Za-z0-9_./\-]*)?",
 }
-"""What may go on for ever in them is a class of characters with a ``*``."""
+"""Expressions by format. Unbounded repetition occurs only as ``*`` after a character class."""
 UNSUPPORTED_FORMATS = frozenset(
     "idn-email idn-hostname iri iri-reference uri-template relative-json-pointer regex".split()
 )
-"""JSON Schema's own that have no expression here. Any other name is somebody's annotation, which checks nothing."""
+"""Standard JSON Schema formats without an expression here. Unknown formats are annotations and check nothing."""
 
 
 def format_expression(name: str, max_length: float) -> str:
-    """The expression of a format, with an end if there is a ``max_length``: of a URI this takes 250 or more.
+    """Return the regular expression of a format, with bounded repetitions if there is a ``max_length``.
 
-    A ``*`` is faster to walk than a count, and a count to 100 than a larger one."""
+    A URI is bounded only from 250 characters on. xgrammar handles ``*`` faster than a count, and a count up to 100
+    faster than a larger one."""
     if max_length == math.inf:
         return FORMATS[name]
     most = min(100, int(max_length) // 6)  # three of them are half of it

@@ -1,10 +1,10 @@
-"""The grammar of a schema as :mod:`vllmlite.guided.json_schema` writes it: xgrammar's, with strings of our own.
+"""Conversion of a rewritten schema (:mod:`vllmlite.guided.json_schema`) to a grammar with rules for counted strings.
 
-xgrammar finds ahead of time which tokens may follow in a rule, unless they run over its end. Those it tries one by one
-at every step, which takes milliseconds where a string has a length: the quotation mark that ends it is outside the rule
-that counts, and most tokens run over the end of that. Here each remaining length is a rule that holds the mark too, and
-longer strings are counted by xgrammar within such a rule. Strings of one kind share a rule wherever they stand, so that
-many of them take no longer to compile than one.
+xgrammar precomputes the tokens allowed within a rule and checks those that cross the end of a rule one by one at every
+step. For a string with a length limit that takes milliseconds: the closing quotation mark is outside the counting rule,
+so most tokens cross its end. Here each remaining length is a rule of its own that includes the quotation mark; longer
+strings are counted by xgrammar within such a rule. Strings with the same character class share rules, so that many of
+them compile as fast as one.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 from vllmlite.guided.json_keywords import LITERAL, Schema
 
 MAX_RULES = 128
-"""Longest string that is counted by rules: each takes its share of the time to compile."""
+"""Longest string counted by one rule per length; each rule adds to the compilation time."""
 MAX_CHARACTERS = 1 << 16
-"""Of the classes in them, together."""
+"""Limit for the total length of the character classes in those rules."""
 _COUNTED = re.compile(r"\^\[((?:\\.|[^\\\]])+)\](?:(\*)|(\+)|\{(\d+),(\d*)\})\$", re.DOTALL)
-"""A pattern of one class of characters and its count."""
+"""A pattern that is one character class with a repetition count."""
 
 
 def grammar_of(schema: Schema) -> Any:
-    """An ``xgrammar.Grammar`` of ``schema``. Raises ValueError or xgrammar's RuntimeError if there is none."""
+    """Return an ``xgrammar.Grammar`` for ``schema``. Raises ValueError or xgrammar's RuntimeError if there is none."""
     from xgrammar import Grammar
 
     def native(schema: Schema) -> Any:
@@ -43,13 +43,14 @@ def grammar_of(schema: Schema) -> Any:
     for name, literal in strings.names.items():
         text = text.replace(json.dumps(json.dumps(literal)), name)
     if not faithful or marker in text:
-        return native(schema)  # to a version of xgrammar that writes grammars in another way
+        return native(schema)  # this version of xgrammar prints grammars differently
     return Grammar.from_ebnf("\n".join([text, *strings.rules.values()]))
 
 
 def with_grammars(tag: Any) -> Any:
-    """A part of a structural tag, where grammars take the place of written schemas, but for those of another style
-    than JSON, or with more to say."""
+    """Return a part of a structural tag with plain JSON schemas replaced by grammars.
+
+    Schemas with other fields beside them (such as another ``style``) are kept."""
     from xgrammar import Grammar
 
     if isinstance(tag, list):
@@ -67,17 +68,18 @@ def with_grammars(tag: Any) -> Any:
 
 
 def _readable(text: str) -> str:
-    """A text of a grammar that xgrammar has written, so that it reads the same: an escape of two hexadecimal digits
-    would take in those that follow."""
+    """Return a grammar printed by xgrammar with its two-digit hexadecimal escapes written with four digits.
+
+    When the text is parsed again, a two-digit escape would also consume hexadecimal digits that follow."""
     return re.sub(
         r"\\(x[0-9a-f]{2}|.)", lambda found: rf"\u00{found[1][1:]}" if len(found[1]) == 3 else found[0], text
     )
 
 
 def _filtered(schema: Any) -> Any:
-    """``schema`` with the values of each ``enum`` that match the pattern beside it.
+    """Return ``schema`` with only those ``enum`` values that match the ``pattern`` beside them.
 
-    That is looked for here, where a pattern that takes for ever meets a limit. Raises ValueError where none do."""
+    This runs in the compiling child, whose time limit stops a slow pattern. Raises ValueError if no value matches."""
     if isinstance(schema, list):
         return [_filtered(entry) for entry in schema]
     if not isinstance(schema, dict):
@@ -92,19 +94,19 @@ def _filtered(schema: Any) -> Any:
 
 
 class _Strings:
-    """The strings of a schema that have rules of their own."""
+    """The strings of a schema that get counting rules of their own."""
 
     def __init__(self, marker: str) -> None:
-        """``marker`` begins the texts that stand for them."""
+        """``marker`` is the prefix of the placeholder constants for these strings."""
         self._marker = marker
         self._classes: dict[str, int] = {}
         self.names: dict[str, str] = {}
-        """Rule → the text that stands for it in the schema."""
+        """The placeholder constant of each rule, by rule name."""
         self.rules: dict[str, str] = {}
-        """By name; names are none that xgrammar gives."""
+        """Rules by name; the names never clash with xgrammar's."""
 
     def marked(self, schema: Any) -> Any:
-        """``schema`` with a constant in the place of each such string."""
+        """Return ``schema`` with each such string replaced by its placeholder constant."""
         if isinstance(schema, list):
             return [self.marked(entry) for entry in schema]
         if not isinstance(schema, dict):
@@ -114,7 +116,7 @@ class _Strings:
         return {key: value if key in LITERAL else self.marked(value) for key, value in schema.items()}
 
     def _rule(self, pattern: str) -> str | None:
-        """Return the name of the rule of a pattern; None if it is of another form, or its class is too long."""
+        """Return the rule name for ``pattern``, or None if it has another form or its class is too long."""
         found = _COUNTED.fullmatch(pattern)
         if found is None:
             return None
@@ -139,7 +141,7 @@ class _Strings:
         return name
 
     def _rest(self, kind: int, one: str, most: int) -> str:
-        """The rule of at most so many more characters, and the mark after them."""
+        """Return the rule for at most ``most`` more characters and the closing quotation mark; define it if needed."""
         for count in range(most + 1):
             name = f"rest_{kind}_{count}"
             more = f" | {one} rest_{kind}_{count - 1}" if count else ""
@@ -148,7 +150,7 @@ class _Strings:
 
 
 def _class(members: str) -> str:
-    """A class of characters as EBNF writes it."""
+    """Return a character class in EBNF syntax."""
     parts = re.findall(r"\\?.", members, re.DOTALL)
     written = (part if part == "-" else f"\\U{ord(part[-1]):08x}" for part in parts)
     return f"[{''.join(written)}]"

@@ -1,4 +1,4 @@
-"""What the keywords of JSON Schema are, what they are about, and the values that a schema names."""
+"""The keywords of JSON Schema: the types they apply to, checks of their values, and the values a schema names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYWORDS: dict[str, frozenset[str]] = {
         "properties required additionalProperties patternProperties propertyNames minProperties maxProperties".split()
     ),
 }
-"""By the type of the values that they say something about."""
+"""Keywords by the type of the values they restrict."""
 KEYWORDS["integer"] = KEYWORDS["number"]
 APPLICATORS = frozenset("$ref allOf anyOf oneOf enum const type".split())
 KNOWN = APPLICATORS.union(*KEYWORDS.values())
@@ -28,16 +28,17 @@ UNENFORCEABLE = frozenset(
     "contains not if dependentRequired dependentSchemas dependencies unevaluatedProperties unevaluatedItems "
     "$dynamicRef $recursiveRef".split()
 )
-"""Some say nothing without one of these (``then``, ``minContains``), and need not be here."""
+"""Keywords that are refused. Keywords without effect unless one of these is present (``then``, ``minContains``) are
+not listed."""
 VACUOUS = {"not": False, "unevaluatedProperties": True, "unevaluatedItems": True}
-"""The values with which they say nothing."""
+"""Values with which an unenforceable keyword restricts nothing."""
 CLOSED = "unevaluatedProperties"
 IN_PLACE = frozenset("$ref allOf anyOf oneOf".split())
-"""Their schemas are about the same value, and may name its properties and items."""
+"""Keywords whose schemas apply to the same value, and may name its properties and items."""
 NAMED = frozenset("properties patternProperties $defs definitions".split())
-"""Map names, which are no keywords, to schemas."""
+"""Keywords that map names, which are not keywords themselves, to schemas."""
 LITERAL = frozenset("enum const default examples".split())
-"""Hold values, and no schemas."""
+"""Keywords that contain values, not schemas."""
 LARGER = frozenset("minimum exclusiveMinimum minLength minItems minProperties".split())
 SMALLER = frozenset("maximum exclusiveMaximum maxLength maxItems maxProperties".split())
 MAX_INTEGER = 2**63 - 1
@@ -46,7 +47,7 @@ Schema = dict[str, Any]
 
 
 class SchemaError(ValueError):
-    """Why a schema has no grammar."""
+    """The reason why a schema has no grammar."""
 
 
 class Impossible(SchemaError):
@@ -72,12 +73,12 @@ def _is_whole(value: Any) -> bool:
 
 
 def _fraction(number: float) -> Fraction:
-    """As it is written in decimals."""
+    """Return the exact value of the number's decimal notation."""
     return Fraction(repr(number))
 
 
 def identity(value: Any) -> str:
-    """Equal for values that JSON Schema calls equal."""
+    """Return a text that is the same for all values that JSON Schema considers equal."""
     return json.dumps(int(value) if _is_whole(value) else value, sort_keys=True)
 
 
@@ -107,7 +108,7 @@ FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "multipleOf": ("a number over 0", lambda value: _is_number(value) and value > 0),
     "uniqueItems": ("true or false", lambda value: isinstance(value, bool)),
 }
-"""What the value of a keyword must be."""
+"""What the value of each keyword must be: a description, and the check."""
 CHECKS: dict[str, Callable[[Any, Any], bool]] = {
     "minLength": lambda value, limit: not isinstance(value, str) or len(value) >= limit,
     "maxLength": lambda value, limit: not isinstance(value, str) or len(value) <= limit,
@@ -123,11 +124,11 @@ CHECKS: dict[str, Callable[[Any, Any], bool]] = {
     "maxProperties": lambda value, limit: not isinstance(value, dict) or len(value) <= limit,
     "required": lambda value, names: not isinstance(value, dict) or {*names} <= value.keys(),
 }
-"""Of a value, whether it keeps to a limit that is about its type."""
+"""Check of a value by keyword; values of types that the keyword does not apply to pass."""
 
 
 def keywords_of(schema: Any) -> Schema:
-    """The keywords of a schema that say something about a value. Raises SchemaError for others than these."""
+    """Return the restricting keywords of a schema. Raises SchemaError for malformed or unenforceable ones."""
     if schema is True:
         return {}
     if schema is False:
@@ -151,9 +152,9 @@ def keywords_of(schema: Any) -> Schema:
             continue
         in_place = bool(IN_PLACE & said.keys())
         if value is not False or not keyword.startswith("unevaluated") or (in_place and keyword != CLOSED):
-            raise SchemaError(f"has {keyword}, which is a keyword that a grammar cannot enforce")
+            raise SchemaError(f"has {keyword}, a keyword that a grammar cannot enforce")
         if in_place:
-            said[CLOSED] = False  # about what the merged schemas do not name
+            said[CLOSED] = False  # applies to names in none of the merged schemas
         elif keyword == CLOSED:
             said.setdefault("additionalProperties", False)
         else:
@@ -162,7 +163,7 @@ def keywords_of(schema: Any) -> Schema:
 
 
 def literals(schema: Any) -> set[str] | None:
-    """The values that a schema names; None where it does not."""
+    """Return the identities of the values in ``const`` or ``enum``; None if the schema has neither."""
     if not isinstance(schema, dict):
         return None
     if "const" in schema:
@@ -172,7 +173,7 @@ def literals(schema: Any) -> set[str] | None:
 
 
 def kinds_of(shape: Schema) -> list[str]:
-    """The types that a schema allows, integers counted as numbers; none where it does not say."""
+    """Return the types that a schema allows (integer counted as number), or [] if it does not restrict them."""
     if "type" in shape:
         return ["number" if kind == "integer" else kind for kind in expanded(shape["type"])]
     named = shape.get("enum", [shape["const"]] if "const" in shape else [])
@@ -187,7 +188,7 @@ def _kind(value: Any) -> str:
 
 
 def types_of(said: Schema) -> list[str]:
-    """The types of a schema; where it names none, those that its keywords are about."""
+    """Return the types of a schema; if it has no ``type``, the types that its keywords apply to."""
     if "type" not in said:
         return [kind for kind in ("string", "number", "array", "object") if KEYWORDS[kind] & said.keys()]
     kinds = expanded(said["type"])
@@ -195,7 +196,7 @@ def types_of(said: Schema) -> list[str]:
 
 
 def expanded(given: Any) -> list[str]:
-    """``type`` as a list, with ``integer`` wherever there is ``number``."""
+    """Return ``type`` as a list, with ``integer`` added if it contains ``number``."""
     kinds = _as_list(given)
     if not kinds:
         raise Impossible("allows nothing: no type")
@@ -203,7 +204,7 @@ def expanded(given: Any) -> list[str]:
 
 
 def allowed_values(said: Schema) -> list[Any]:
-    """The values of ``enum`` and ``const`` that the keywords beside them allow, a pattern left out."""
+    """Return the values of ``enum`` and ``const`` that satisfy the keywords beside them, except ``pattern``."""
     values = said["enum"] if "enum" in said else [said["const"]]
     if "enum" in said and "const" in said:
         values = [value for value in values if identity(value) == identity(said["const"])]

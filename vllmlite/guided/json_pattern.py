@@ -1,9 +1,9 @@
-"""Regular expressions of JSON Schema, for the inside of a JSON string.
+"""JSON Schema's regular expressions, restricted to the inside of a JSON string.
 
-A grammar of JSON is one of its text: in a string a quotation mark, a backslash or a control character would end it or
-spoil it. Patterns are read by Python's own parser and written again with every class of characters spelled out as
-those that may stand there, so that ``.`` and ``[^a]`` mean no more than that. A pattern matches the whole string: what
-JSON Schema would find anywhere in it is narrowed, never widened.
+A grammar of JSON describes its text, in which a quotation mark, a backslash or a control character cannot be part of a
+string as it is. Patterns are parsed with Python's own parser and written again with every character class spelled out
+and limited to permitted characters, so that ``.`` and ``[^a]`` stay inside the string. A pattern must match the whole
+string: where JSON Schema would search for a match, the grammar allows less, never more.
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ from typing import Any
 Ranges = list[tuple[int, int]]
 
 SAFE: Ranges = [(0x20, 0x21), (0x23, 0x5B), (0x5D, 0xD7FF), (0xE000, 0x10FFFF)]
-"""What stands in a JSON string as itself: no quotation mark, backslash, control character, half of a surrogate pair."""
+"""Characters that a JSON string contains unescaped: no quotation mark, backslash, control character, surrogate."""
 LINE_ENDS: Ranges = [(0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029)]
-"""What ``.`` does not match."""
+"""Characters that ``.`` does not match."""
 CATEGORIES: dict[Any, Ranges] = {
     syntax.CATEGORY_DIGIT: [(0x30, 0x39)],
     syntax.CATEGORY_WORD: [(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)],
     syntax.CATEGORY_SPACE: [(0x20, 0x20), (0xA0, 0xA0)],
 }
-"""ECMA 262's classes, of which Python's are no smaller; of white space, what is written is a plain one."""
+"""ECMA 262's character classes, which are subsets of Python's; for white space only plain spaces are generated."""
 WHITE_SPACE: Ranges = [
     (0x09, 0x0D), (0x1C, 0x20), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029),
     (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF),
 ]  # fmt: skip
-"""All that ECMA 262 or Python calls so: none of it is written where there must be none."""
+"""All characters that ECMA 262 or Python consider white space: none is generated where white space is excluded."""
 NEGATED = {
     syntax.CATEGORY_NOT_DIGIT: syntax.CATEGORY_DIGIT,
     syntax.CATEGORY_NOT_WORD: syntax.CATEGORY_WORD,
     syntax.CATEGORY_NOT_SPACE: syntax.CATEGORY_SPACE,
 }
 MAX_COUNT = 1 << 20
-"""Of repetitions, which xgrammar counts: a larger number takes it no longer."""
+"""Largest repetition count; xgrammar's time does not depend on it."""
 SPECIAL = frozenset("\\^$.|?*+()[]{}-/")
 
 
 class PatternError(ValueError):
-    """Why a pattern has no grammar."""
+    """The reason why a pattern has no grammar."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Part of an expression, and how many characters it matches."""
+    """Part of an expression, with the least and the largest number of characters that it matches."""
 
     text: str
     low: int
     high: float
     repeated: tuple[str, int, float] | None = None
-    """(one character, least, most) where it is a repetition of that."""
+    """(expression of one character, least, most) if the piece is a repetition of one character."""
 
 
 def string_pattern(pattern: str | None, min_length: int, max_length: float) -> str:
-    """An anchored expression for strings that match ``pattern``, if one is given, and have such a length.
+    """Return an anchored expression for strings that match ``pattern`` (if given) and have a length within the bounds.
 
     Raises :class:`PatternError` if there is none."""
     if min_length > max_length:
@@ -71,7 +71,7 @@ def string_pattern(pattern: str | None, min_length: int, max_length: float) -> s
 
 
 def other_than(names: Iterable[str]) -> str:
-    """An anchored expression for every string but ``names``."""
+    """Return an anchored expression for every string that is not in ``names``."""
     excluded = {name for name in names if all(_within(ord(character)) for character in name)}
     return f"^{_other_than(excluded)}$"
 
@@ -89,14 +89,14 @@ def _parsed(pattern: str) -> Any:
     try:
         found = parser.parse(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise PatternError(f"is no regular expression: {error}") from None
+        raise PatternError(f"is not a regular expression: {error}") from None
     if found.state.flags & ~re.UNICODE:
         raise PatternError("must not set flags")
     return found
 
 
 def _anchors_off(items: Any) -> list[Any]:
-    """Without ``^`` at the beginning and ``$`` at the end, which the whole string has anyway; so in alternatives."""
+    """Remove ``^`` at the beginning and ``$`` at the end, also in alternatives: the whole string is matched anyway."""
     found = list(items)
     if found and found[0] in ((syntax.AT, syntax.AT_BEGINNING), (syntax.AT, syntax.AT_BEGINNING_STRING)):
         del found[0]
@@ -123,7 +123,7 @@ def _joined(items: Iterable[Any]) -> Piece:
 def _piece(operation: Any, value: Any) -> Piece:
     if operation is syntax.LITERAL:
         if not _within(value):
-            raise PatternError(f"has {chr(value)!r}, which a JSON string holds in another form")
+            raise PatternError(f"has {chr(value)!r}, which a JSON string can only contain escaped")
         return Piece(_literal(chr(value)), 1, 1)
     if operation is syntax.NOT_LITERAL:
         return Piece(_class(_without(SAFE, [(value, value)])), 1, 1)
@@ -156,11 +156,13 @@ def _piece(operation: Any, value: Any) -> Piece:
         return Piece(
             _times(one, least, most), found.low * least, high, (one, least, most) if single else None
         )
-    raise PatternError(f"has what a grammar cannot enforce: {str(operation).lower()}")
+    raise PatternError(f"has an operation that a grammar cannot enforce: {str(operation).lower()}")
 
 
 def _fitted(pieces: list[Piece], min_length: int, max_length: float) -> list[Piece]:
-    """``pieces`` with a length in the bounds. Raises PatternError unless one repetition of a character decides it."""
+    """Limit ``pieces`` to a length within the bounds.
+
+    Raises PatternError unless the length depends on the repetition of a single character only."""
     low, high = sum(piece.low for piece in pieces), sum(piece.high for piece in pieces)
     if low >= min_length and high <= max_length:
         return pieces
@@ -168,7 +170,7 @@ def _fitted(pieces: list[Piece], min_length: int, max_length: float) -> list[Pie
         raise PatternError("allows nothing of such a length")
     loose = [index for index, piece in enumerate(pieces) if piece.low != piece.high]
     if len(loose) != 1 or (repeated := pieces[loose[0]].repeated) is None:
-        raise PatternError("cannot be combined with minLength or maxLength: say the length in the pattern")
+        raise PatternError("cannot be combined with minLength or maxLength: put the length into the pattern")
     one, least, most = repeated
     others = low - pieces[loose[0]].low
     least, most = max(least, min_length - others), min(most, max_length - others)
@@ -196,7 +198,7 @@ def _members(items: Iterable[Any]) -> Ranges:
 
 
 def _without(ranges: Ranges, removed: Ranges) -> Ranges:
-    """``ranges``, which are disjoint and in order, less what is ``removed``."""
+    """Return ``ranges`` (sorted and disjoint) minus ``removed``."""
     gaps: Ranges = []
     for low, high in sorted(removed):
         if gaps and low <= gaps[-1][1] + 1:
@@ -225,7 +227,7 @@ def _within(code: int) -> bool:
 
 def _class(ranges: Ranges) -> str:
     if not ranges:
-        raise PatternError("has a class of characters that no JSON string holds as they are")
+        raise PatternError("has a character class of which a JSON string contains none unescaped")
     parts = (
         _literal(chr(low)) if low == high else f"{_literal(chr(low))}-{_literal(chr(high))}"
         for low, high in ranges

@@ -1,9 +1,10 @@
-"""JSON Schemas in the few forms that a grammar enforces to the letter, or a reason why there is none.
+"""Rewriting of JSON Schemas into the few forms that xgrammar enforces exactly, or the reason why that is impossible.
 
-xgrammar takes nearly any schema and drops what it cannot express: keywords beside ``anyOf`` or ``$ref``, lengths beside
-a pattern, the bounds of what has no type. :func:`exact` writes a schema again (draft 2020-12, and what is left of
-older ones) so that nothing is dropped. The result may allow less than the schema, never more: keys come in the order of
-``properties``, an object that names some has no others unless it says so, a pattern matches the whole string.
+xgrammar accepts nearly any schema and drops what it cannot express: keywords beside ``anyOf`` or ``$ref``, lengths
+beside a pattern, bounds without a type. :func:`exact` rewrites a schema (draft 2020-12, and what remains of older
+drafts) so that nothing is dropped. The result may allow less than the schema, never more: keys come in the order of
+``properties``, an object that names properties has no others unless the schema allows them explicitly, and a pattern
+matches the whole string.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ from vllmlite.guided.json_keywords import (
 from vllmlite.guided.json_pattern import MAX_COUNT, PatternError, other_than, string_pattern
 
 MAX_SCHEMAS = 5000
-"""Schemas in a schema, each use of a merged one counted."""
+"""Largest number of subschemas, counting each use of a merged one."""
 MAX_MULTIPLES = 1000
-"""Numbers of a ``multipleOf`` that are written one by one."""
+"""Largest number of values of a ``multipleOf`` that are listed one by one."""
 
 
 def exact(schema: Any) -> Schema:
-    """``schema`` so that xgrammar enforces all of it. Raises :class:`SchemaError` if there is no such form."""
+    """Return a schema of which xgrammar enforces every part. Raises :class:`SchemaError` if there is none."""
     writer = _Writer(schema)
     try:
         written = writer.write(schema)
@@ -56,39 +57,39 @@ def exact(schema: Any) -> Schema:
 
 @dataclass(slots=True)
 class _Shape:
-    """What tells a branch of ``oneOf`` from others."""
+    """The properties of a branch of ``oneOf`` that distinguish it from other branches."""
 
     said: Schema
     kinds: frozenset[str]
     values: set[str] | None
-    """Those that it names."""
+    """Identities of the values it names, None if it names none."""
     tags: dict[str, set[str]]
-    """The values of its properties that name theirs."""
+    """For each property limited to named values, the identities of these values."""
     required: frozenset[str]
     names: frozenset[str] | None
-    """Of its properties, where no others are written."""
+    """The only property names that are generated; None if others may be generated."""
     shut: bool
-    """Whether others are forbidden, too."""
+    """Whether the schema forbids other properties."""
 
     def excludes(self, other: _Shape) -> bool:
-        """Whether no object that is written for this can satisfy ``other``."""
+        """Return whether no object generated for this branch can satisfy ``other``."""
         without = self.names is not None and bool(other.required - self.names)
         refused = other.shut and other.names is not None and bool(self.required - other.names)
         return without or refused
 
 
 class _Writer:
-    """Writes the schemas of one document."""
+    """Rewrites the schemas of one document."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
         self._names: dict[tuple[str, ...], str] = {}
-        """Pointer of a ``$ref``, and the names that it requires besides → its name in ``definitions``."""
+        """Definition names by ``$ref`` pointer and additionally required properties."""
         self._budget = MAX_SCHEMAS
         self.definitions: dict[str, Schema] = {}
 
     def write(self, schema: Any) -> Schema:
-        """One schema, wherever it stands."""
+        """Return the rewritten form of one schema."""
         self._spend(1)
         said = keywords_of(schema)
         if said.keys() == {"$ref"}:
@@ -132,13 +133,15 @@ class _Writer:
         return written
 
     def _spend(self, work: int) -> None:
-        """Count what is done, so that a short schema cannot have much done."""
+        """Count work, so that a short schema cannot cause much of it. Raises SchemaError over the limit."""
         self._budget -= work
         if self._budget < 0:
-            raise SchemaError(f"must be at most {MAX_SCHEMAS} schemas, with each use of one that is merged")
+            raise SchemaError(
+                f"must have at most {MAX_SCHEMAS} subschemas, counting each use of a merged one"
+            )
 
     def _any_of(self, branches: list[Any], rest: Schema, closed: Schema) -> Schema:
-        """Any of ``branches``, and ``rest`` too; ``closed`` is about both together."""
+        """Return a schema for any of ``branches`` combined with ``rest``; ``closed`` applies to the combination."""
         written = []
         for branch in branches:
             try:
@@ -166,14 +169,14 @@ class _Writer:
                 if required:
                     target = self._merged(target, {"required": [*required]})
                 self.definitions[name] = self.write(target)
-            except Impossible as error:  # what refers to it may have been written already
+            except Impossible as error:  # references to it may have been written already
                 raise SchemaError(str(error)) from None
         return {"$ref": f"#/$defs/{self._names[key]}"}
 
     def _target(self, pointer: str) -> Any:
-        """What a JSON pointer (RFC 6901) after ``#`` points to."""
+        """Return the part of the document that ``pointer`` (``#`` and a JSON pointer, RFC 6901) refers to."""
         if not (pointer == "#" or pointer.startswith("#/")):
-            raise SchemaError(f"$ref {pointer!r} must be # or begin with #/: schemas elsewhere are not read")
+            raise SchemaError(f"$ref {pointer!r} must be # or begin with #/: external schemas are not read")
         found = self._root
         for part in pointer.split("/")[1:]:
             name = part.replace("~1", "/").replace("~0", "~")
@@ -186,7 +189,7 @@ class _Writer:
         return found
 
     def _merged(self, first: Any, second: Any) -> Any:
-        """A schema for what satisfies both."""
+        """Return a schema for values that satisfy both."""
         one, two = keywords_of(first), keywords_of(second)
         if CLOSED in one or CLOSED in two:
             raise SchemaError(f"has {CLOSED} in a schema that is combined with others")
@@ -226,14 +229,14 @@ class _Writer:
             return [value for value in one if identity(value) in allowed]
         if keyword == "const":
             raise Impossible(f"allows nothing: const {one!r} and {two!r}")
-        raise SchemaError(f"has {keyword} twice for the same value, which is not combined")
+        raise SchemaError(f"has {keyword} twice for the same value, which cannot be combined")
 
     def _apart(self, branches: list[Any], alone: bool) -> list[Any]:
-        """``branches`` so that no value can satisfy two, which makes ``oneOf`` an ``anyOf``; ``alone``: nothing beside
-        them is about objects.
+        """Return ``branches`` made disjoint, so that ``oneOf`` becomes ``anyOf``.
 
-        Raises SchemaError unless that is plain: of those that allow the same type, each has values of its own, or a
-        property with values of its own, which it is made to require, or requires a property that the others lack."""
+        ``alone``: no object keyword stands beside the branches. Raises SchemaError unless the branches that allow the
+        same type are clearly disjoint: each names values of its own, has a property with values of its own (which it is
+        made to require), or requires a property that the others lack."""
         shapes = [self._shape(branch) for branch in branches]
         for kind in dict.fromkeys(kind for shape in shapes for kind in shape.kinds):
             group = [shape for shape in shapes if kind in shape.kinds]
@@ -245,8 +248,8 @@ class _Writer:
             tag = _tag(group) if kind == "object" else None
             if tag is None:
                 raise SchemaError(
-                    "has oneOf, of which two branches may hold at once: use anyOf, or give each a type, a property "
-                    "with a const of its own, or a required property that the others have not"
+                    "has oneOf with two branches that may match at once: use anyOf, or give each a type, a property "
+                    "with a const of its own, or a required property that the others lack"
                 )
             for shape in group:
                 if tag not in shape.required:
@@ -254,7 +257,7 @@ class _Writer:
         return [shape.said for shape in shapes]
 
     def _shape(self, branch: Any) -> _Shape:
-        """What a branch says at its first level, behind its references."""
+        """Return the top-level properties of a branch, with its references followed."""
         said = seen = keywords_of(branch)
         for _ in range(8):
             if "$ref" not in seen:
@@ -281,7 +284,7 @@ class _Writer:
 
     def _array(self, said: Schema) -> Schema:
         if said.get("uniqueItems"):
-            raise SchemaError("has uniqueItems, which is a keyword that a grammar cannot enforce")
+            raise SchemaError("has uniqueItems, a keyword that a grammar cannot enforce")
         least, most = _counts(said, "minItems", "maxItems")
         first, rest = said.get("prefixItems", []), said.get("items", True)
         if isinstance(rest, list):  # before draft 2020-12
@@ -321,9 +324,9 @@ class _Writer:
         for name in dict.fromkeys([*given, *required]):
             schema = given.get(name, others)
             if schema is False and name in needed:
-                raise Impossible(f"allows nothing: property {name!r} is required and must not be")
+                raise Impossible(f"allows nothing: property {name!r} is required but not allowed")
             if schema is False:
-                others = False  # or it would be one of them
+                others = False  # otherwise it could be generated as one of them
                 continue
             try:
                 properties[name] = self.write(schema)
@@ -349,7 +352,7 @@ class _Writer:
     def _of_patterns(
         self, given: Schema, patterns: Schema, required: list[str], least: int, most: float
     ) -> Schema:
-        """Keys of one pattern alone: of two, a key might match both."""
+        """Return the object schema for one key pattern; with two patterns, a key might match both."""
         if given or required or len(patterns) > 1:
             raise SchemaError(
                 "has patternProperties beside properties, required or another pattern: a key may match both"
@@ -367,24 +370,26 @@ class _Writer:
 
 
 def _weight(said: Schema) -> int:
-    """How long it takes to read the names and the literal values of a schema, where merging it is 1."""
+    """Return the cost of reading a schema's names and literal values, where merging it costs 1."""
     names = sum(len(value) for value in said.values() if isinstance(value, (list, dict)))
     values = sum(len(json.dumps(said[keyword])) for keyword in LITERAL & said.keys())
     return names // 10 + values // 100
 
 
 def _check_same_scope(one: Schema, two: Schema) -> None:
-    """``additionalProperties`` is about the properties beside it, ``items`` about the prefix beside it."""
+    """Raise SchemaError if merging would change the scope of a keyword.
+
+    ``additionalProperties`` applies to the properties beside it, ``items`` to the prefix beside it."""
     for mine, other in ((one, two), (two, one)):
         closes = mine.get("additionalProperties", True) not in (True, {}) or "patternProperties" in mine
         if closes and other.get("properties", {}).keys() - mine.get("properties", {}).keys():
-            raise SchemaError("combines additionalProperties with properties that stand elsewhere")
+            raise SchemaError("combines additionalProperties with properties of another subschema")
         if "items" in mine and "prefixItems" in other and mine.get("prefixItems") != other["prefixItems"]:
-            raise SchemaError("combines items with prefixItems that stand elsewhere")
+            raise SchemaError("combines items with prefixItems of another subschema")
 
 
 def _tag(group: list[_Shape]) -> str | None:
-    """The property that has other values in each of ``group``, one that all require if there is such."""
+    """Return a property whose values differ in every branch of ``group``, preferably one that all require; or None."""
     found = [
         name
         for name in group[0].tags
@@ -398,7 +403,7 @@ def _are_disjoint(sets: list[set[str]]) -> bool:
 
 
 def _named(names: Schema, others: Any) -> tuple[Schema, Schema, Any]:
-    """``propertyNames``, as written, in (properties, patternProperties, additionalProperties)."""
+    """Return (properties, patternProperties, additionalProperties) equivalent to the rewritten ``propertyNames``."""
     if "enum" in names and "pattern" not in names:
         return dict.fromkeys(names["enum"], others), {}, False
     if "enum" not in names and "pattern" in names:
@@ -407,7 +412,7 @@ def _named(names: Schema, others: Any) -> tuple[Schema, Schema, Any]:
 
 
 def _counts(said: Schema, least: str, most: str) -> tuple[int, float]:
-    """The bounds of a count that is written. Raises SchemaError if it counts too far."""
+    """Return the lower and upper bound of a count. Raises SchemaError if one is above MAX_COUNT."""
     for keyword in (least, most):
         if said.get(keyword, 0) > MAX_COUNT:
             raise SchemaError(f"{keyword}={said[keyword]}: must be at most {MAX_COUNT}")
@@ -419,12 +424,12 @@ def _limits(said: Schema, least: str, most: str) -> tuple[int, float]:
 
 
 def _counted(written: Schema, required: int, named: int, others: Any, least: int, most: float) -> Schema:
-    """An object with a number of properties, where names that may come twice cannot spoil the count."""
+    """Add bounds on the number of properties, or raise SchemaError where a repeated name would make the count wrong."""
     if most < max(required, least):
         raise Impossible("allows nothing: more properties are needed than allowed")
     if least > required:
         if others is not False and (named or least > 1):
-            raise SchemaError("has minProperties beside properties without names: a name may come twice")
+            raise SchemaError("has minProperties with unnamed properties, whose names may repeat")
         written["minProperties"] = least
     if most == 0:
         return {"type": "object", "properties": {}, "additionalProperties": False}
@@ -456,7 +461,7 @@ def _string(said: Schema) -> Schema:
 
 
 def _bounds(said: Schema, step: Decimal) -> tuple[Decimal | None, Decimal | None]:
-    """The smallest and the largest multiple of ``step`` that a number may be."""
+    """Return the smallest and the largest multiple of ``step`` within the schema's bounds."""
     limits: dict[str, Decimal] = {}
     for keyword in KEYWORDS["number"] & said.keys():
         limits[keyword] = Decimal(repr(said[keyword]))
@@ -485,7 +490,7 @@ def _round(value: Decimal, step: Decimal, rounding: str) -> Decimal:
 
 
 def _multiples(said: Schema, step: Decimal) -> Schema:
-    """The numbers themselves, where bounds leave few."""
+    """Return an enum of all multiples of ``step`` within the bounds, if there are few enough."""
     low, high = _bounds(said, step)
     if low is None or high is None or (high - low) / step >= MAX_MULTIPLES:
         raise SchemaError(
