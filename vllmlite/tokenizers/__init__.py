@@ -1,1 +1,1 @@
-"""Text to token ids and back, from every source of tokenizers."""
+"""Conversion between text and token ids, for all kinds of tokenizers."""

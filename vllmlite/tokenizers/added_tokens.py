@@ -1,4 +1,4 @@
-"""Tokens that a checkpoint's ``tokenizer_config.json`` adds to those of its ``tokenizer.json``."""
+"""Tokens that a checkpoint's ``tokenizer_config.json`` adds to its ``tokenizer.json``."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def add_tokens(fast: Tokenizer, config: Mapping[str, Any], special: Mapping[str, Any], file: Path) -> None:
-    """Add to ``fast`` the entries of ``added_tokens_decoder`` that it lacks, and have it know the ``special`` tokens of
-    its vocabulary as such, as transformers does. ``file`` is where ``config`` was read. Raises ModelError for an entry
-    that is none."""
+    """Add the missing entries of ``added_tokens_decoder`` to ``fast`` and mark its ``special`` tokens as special.
+
+    transformers does the same. ``file`` is the path of ``config``, for messages. Raises ModelError for a malformed
+    entry."""
     entries = config.get("added_tokens_decoder") or {}
     if not isinstance(entries, dict) or not all(
         key.isascii() and key.isdigit() and len(key) < 10 for key in entries
     ):
         raise ModelError(f"{file}: added_tokens_decoder: expected an object of tokens by id")
     declared = {int(key): _token(key, entry, file) for key, entry in entries.items()}
-    # The library gives new tokens the next ids, and marks those that it has already as special where they are.
+    # The library gives new tokens the next ids; it keeps the ids of tokens that exist and updates their flags.
     fast.add_tokens([declared[index] for index in sorted(declared)])
     wrong = [i for i, token in declared.items() if fast.token_to_id(token.content) != i]
     if wrong:

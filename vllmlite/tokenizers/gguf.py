@@ -1,4 +1,4 @@
-"""Tokenizers from a GGUF file's metadata, as objects of the ``tokenizers`` library."""
+"""Tokenizers built from a GGUF file's metadata, as objects of the ``tokenizers`` library."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _SPACE = "\u2581"
 
 
 def gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer of the file at ``path`` and what its ``tokenizer_config.json`` would say. ModelError where its
-    kind is none of those here."""
+    """Return the tokenizer of the file at ``path`` and the equivalent of its ``tokenizer_config.json``.
+
+    Raises ModelError for an unsupported kind of tokenizer or bad metadata."""
     gguf = read_gguf(path)
     kind = gguf.get("tokenizer.ggml.model", str)
     if kind not in _MAKERS:
@@ -61,7 +62,8 @@ def gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def _chat_templates(gguf: Gguf) -> dict[str, str]:
-    """The chat templates by name: ``tokenizer.chat_template`` is the default one, and others have theirs behind it."""
+    """Return chat templates by name: ``tokenizer.chat_template`` is the default, ``tokenizer.chat_template.NAME``
+    others."""
     key = "tokenizer.chat_template"
     named = {name.removeprefix(f"{key}."): name for name in gguf.metadata if name.startswith(f"{key}.")}
     found = {name: gguf.get(place, str) for name, place in {"default": key, **named}.items()}
@@ -69,7 +71,7 @@ def _chat_templates(gguf: Gguf) -> dict[str, str]:
 
 
 def _gpt2(gguf: Gguf, vocab: dict[str, int], tokens: list[str]) -> Tokenizer:
-    """Byte-level byte-pair encoding."""
+    """Return a byte-level byte-pair encoding tokenizer (GPT-2)."""
     pre = gguf.get("tokenizer.ggml.pre", str, "default")
     if pre not in SPLITS:
         raise ModelError(
@@ -80,7 +82,7 @@ def _gpt2(gguf: Gguf, vocab: dict[str, int], tokens: list[str]) -> Tokenizer:
     for merge in gguf.get("tokenizer.ggml.merges", list, []):
         left, _, right = merge.partition(" ")
         if f"{left}{right}" not in vocab or left not in vocab or right not in vocab:
-            raise ModelError(f"{gguf.path}: tokenizer.ggml.merges: {merge[:80]!r} is not of tokens")
+            raise ModelError(f"{gguf.path}: tokenizer.ggml.merges: {merge[:80]!r} does not consist of tokens")
         merges.append((left, right))
     made = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in WHOLE_WORDS))
     splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in SPLITS[pre]]
@@ -92,8 +94,9 @@ def _gpt2(gguf: Gguf, vocab: dict[str, int], tokens: list[str]) -> Tokenizer:
 
 
 def _llama(gguf: Gguf, vocab: dict[str, int], tokens: list[str]) -> Tokenizer:
-    """SentencePiece's byte-pair encoding (Kudo and Richardson 2018): of two neighbours that make a token, those of the
-    best score are joined first."""
+    """Return a SentencePiece byte-pair encoding tokenizer (Kudo and Richardson 2018).
+
+    Of all neighbouring pairs that form a token, the pair whose token has the best score is merged first."""
     scores = gguf.get("tokenizer.ggml.scores", np.ndarray, np.zeros(0))
     if len(scores) != len(tokens) or not np.isfinite(scores).all():
         raise ModelError(f"{gguf.path}: {len(scores)} scores of {len(tokens)} tokens; expected a number each")
@@ -118,19 +121,19 @@ def _llama(gguf: Gguf, vocab: dict[str, int], tokens: list[str]) -> Tokenizer:
 
 
 MAX_PIECE = 512
-"""Characters of a token that merges can make; the longest known are of a hundred."""
+"""Longest token, in characters, that merges can produce; real vocabularies have at most about a hundred."""
 _MAKERS = {"gpt2": _gpt2, "llama": _llama}
 
 
 def _token(gguf: Gguf, tokens: list[str], name: str) -> str | None:
-    """The special token of that name."""
+    """Return the text of the special token ``name`` (bos, eos, unk, pad), or None."""
     key = {"unk": "unknown", "pad": "padding"}.get(name, name)
     index = gguf.get(f"tokenizer.ggml.{key}_token_id", int)
     return tokens[index] if index is not None and 0 <= index < len(tokens) else None
 
 
 def _add_ends(gguf: Gguf, made: Tokenizer, kind: str, config: dict[str, Any]) -> None:
-    """Have texts begin and end with the tokens that the file says."""
+    """Make texts begin and end with the special tokens that the file names."""
     begins = kind == "llama" or gguf.get("tokenizer.ggml.pre", str, "default") in BEGIN
     begins = begins and config["bos_token"] is not None
     parts = {
@@ -140,7 +143,9 @@ def _add_ends(gguf: Gguf, made: Tokenizer, kind: str, config: dict[str, Any]) ->
     ends = {name: config[f"{name}_token"] if wanted else None for name, wanted in parts.items()}
     for name, wanted in parts.items():
         if wanted and ends[name] is None:
-            raise ModelError(f"{gguf.path}: tokenizer.ggml.add_{name}_token, and no such token")
+            raise ModelError(
+                f"{gguf.path}: tokenizer.ggml.add_{name}_token is set, but there is no {name} token"
+            )
     special = [
         (token, made.token_to_id(token)) for token in dict.fromkeys(ends.values()) if token is not None
     ]

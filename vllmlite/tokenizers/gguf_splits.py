@@ -1,7 +1,7 @@
-"""How ``tokenizer.ggml.pre`` has text split before byte-pair merges.
+"""How text is split before byte-pair merges, by the value of ``tokenizer.ggml.pre``.
 
-The names are llama.cpp's. The regular expressions are those of the models' own ``tokenizer.json``, whose engine
-(Oniguruma, in the tokenizers library) runs them here too.
+The names are llama.cpp's. The regular expressions come from the models' own ``tokenizer.json`` and run on the same
+engine, Oniguruma in the tokenizers library.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ _CASED_LETTERS = (
     "FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF "
     "1E900-1E943"
 )
-"""Of DeepSeek LLM: ranges of code points."""
+"""Code point ranges of DeepSeek LLM's cased letters."""
 
 
 def _class(ranges: str) -> str:
-    """The members of a character class, from ranges of hexadecimal code points."""
+    """Return the members of a character class, from ranges of hexadecimal code points."""
     return "".join("-".join(chr(int(point, 16)) for point in ends.split("-")) for ends in ranges.split())
 
 
@@ -106,9 +106,9 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "falcon": _FALCON,
     "tekken": (_TEKKEN,),
 }
-"""Expressions by name, applied in turn, each to the pieces that the last one left."""
+"""Expressions by name, applied in order, each to the pieces that the previous one left."""
 
 WHOLE_WORDS = (*_LIKE_LLAMA3, "tekken")
-"""Names with which a piece that is a token becomes that token, whatever merges would make of it."""
+"""Names for which a piece that is in the vocabulary becomes that token without any merges."""
 BEGIN = WHOLE_WORDS
-"""Names with which a text begins with the beginning-of-text token where the file does not say."""
+"""Names for which texts begin with the bos token if the file does not specify it."""

@@ -1,4 +1,4 @@
-"""Tokenizers of transformers that have no ``tokenizers`` form, behind the part of that library's face that is used."""
+"""Adapter for transformers' slow tokenizers, with the subset of the ``tokenizers`` interface that is used here."""
 
 from __future__ import annotations
 
@@ -10,55 +10,55 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class SlowTokenizer:
-    """A ``PreTrainedTokenizer`` as a ``tokenizers.Tokenizer``."""
+    """A ``PreTrainedTokenizer`` with the methods of a ``tokenizers.Tokenizer``."""
 
     inner: Any
     decoder: None = None
     pre_tokenizer: None = None
-    """Nothing that could be told apart."""
+    """Decoder and pre-tokenizer cannot be inspected."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
-        """``ids`` of ``text``."""
-        text.encode()  # half a surrogate pair is an error here as it is there
+        """Encode ``text``; the ids are in the result's ``ids``."""
+        text.encode()  # raises UnicodeEncodeError for a lone surrogate, as the library does
         return SimpleNamespace(ids=self.inner.encode(text, add_special_tokens=add_special_tokens))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of ``ids``."""
+        """Return the text of ``ids``."""
         text: str = self.inner.decode(
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text
 
     def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]:
-        """Ids by token, added ones included."""
+        """Return ids by token, added tokens included."""
         vocab: dict[str, int] = self.inner.get_vocab()
         return vocab
 
     def get_vocab_size(self, with_added_tokens: bool = True) -> int:
-        """How many ids there are."""
+        """Return the number of ids."""
         return len(self.inner)
 
     def get_added_tokens_decoder(self) -> dict[int, SimpleNamespace]:
-        """Added tokens by id, each with whether it is ``special``."""
+        """Return added tokens by id, each with its ``special`` flag."""
         special = set(self.inner.all_special_ids)
         return {
             i: SimpleNamespace(special=i in special) for i in {*self.inner.added_tokens_decoder, *special}
         }
 
     def id_to_token(self, token_id: int) -> str | None:
-        """The token with that id, if there is one."""
+        """Return the token with that id, or None."""
         try:
             token: str | None = self.inner.convert_ids_to_tokens(token_id)
-        except (LookupError, ValueError):  # beyond the vocabulary, which each class tells in its own way
+        except (LookupError, ValueError):  # id outside the vocabulary; the exception depends on the class
             return None
         return token
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of ``token``, if it is one."""
+        """Return the id of ``token``, or None."""
         return self.get_vocab().get(token)
 
     def no_truncation(self) -> None:
-        """Encode texts whole, as it does."""
+        """Do nothing: slow tokenizers do not truncate here."""
 
     def no_padding(self) -> None:
-        """Add nothing, as it does."""
+        """Do nothing: slow tokenizers do not pad here."""

@@ -1,4 +1,4 @@
-"""Text to ids and back: encoding, decoding, chat templates."""
+"""Tokenizers: encoding, decoding, chat templates."""
 
 from __future__ import annotations
 
@@ -27,21 +27,20 @@ if TYPE_CHECKING:
     from vllmlite.tokenizers.truncation import Truncation
 
 MAX_IDS = 10_000_000
-"""Ids are below this; the largest vocabularies have a quarter of a million."""
+"""Ids must be below this; the largest known vocabularies have a quarter of a million."""
 LONG_TEXT = 4096
-"""Texts of more characters are encoded while other threads run."""
+"""Longer texts (in characters) are encoded with the GIL released."""
 LEAST_TOKENS = 64
-"""A tokenizer of fewer has read nothing but the names of special tokens."""
+"""A tokenizer with fewer tokens has only its special tokens: its vocabulary file was missing."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-"""A token of one byte, in vocabularies with byte fallback."""
+"""Form of a token that stands for one byte, in vocabularies with byte fallback."""
 
 
 class Tokenizer:
-    """A tokenizer (``tokenizer.json``, a GGUF file's, or transformers') with its configuration and chat template."""
+    """A tokenizer (from ``tokenizer.json``, a GGUF file or transformers) with its configuration and chat templates."""
 
     def __init__(self, path: Path) -> None:
-        """Read ``tokenizer.json`` and ``tokenizer_config.json`` of directory ``path``, or what the GGUF file ``path``
-        has in their place. Raises ModelError."""
+        """Read the tokenizer of directory ``path``, or of the GGUF file ``path``. Raises ModelError."""
         self._fast: FastTokenizer | SlowTokenizer
         if path.is_file():
             self._fast, self._config = gguf_tokenizer(path)
@@ -52,71 +51,70 @@ class Tokenizer:
         self._fast.no_truncation()
         self._fast.no_padding()
         self.special_tokens = read_special_tokens(path, self._config)
-        """Special tokens by name, and lists of those without one: variables of every chat template."""
+        """Special tokens by name, and lists of unnamed ones; they are variables of every chat template."""
         if isinstance(self._fast, FastTokenizer) and path.is_dir():
             add_tokens(self._fast, self._config, self.special_tokens, path / "tokenizer_config.json")
-        self.decode(self.encode(""))  # what cannot work at all is found out now
+        self.decode(self.encode(""))  # fail now if the tokenizer does not work at all
         self.eos_token_id = self._special("eos_token")
 
     @property
     def vocab_size(self) -> int:
-        """Ids that the tokenizer knows, added tokens included."""
+        """Number of ids, added tokens included."""
         return int(self._fast.get_vocab_size(with_added_tokens=True))
 
     @cached_property
     def max_token_length(self) -> int:
-        """Characters of the longest token: no text of more than n times as many fits into n tokens."""
+        """Characters of the longest token; a text of more than n times as many cannot fit into n tokens."""
         return max(map(len, self._fast.get_vocab(with_added_tokens=True)), default=1)
 
     def encode(
         self, text: str, add_special_tokens: bool = True, truncation: Truncation | None = None
     ) -> list[int]:
-        """Ids of ``text``, with what the tokenizer adds of itself (say, a beginning-of-text id), which ``truncation``
-        spares.
+        """Return the ids of ``text``, with the special tokens that the tokenizer adds; ``truncation`` spares these.
 
-        Raises :class:`ParameterError` if ``text`` is not Unicode (it holds half a surrogate pair)."""
+        Raises :class:`ParameterError` if ``text`` contains a lone surrogate."""
         try:
             ids = self._encoded(text, add_special_tokens)
         except (TypeError, UnicodeEncodeError):
             raise ParameterError("text", text, "must be Unicode without halves of surrogate pairs") from None
         except BaseException as error:
-            raise _told(self._path, error) from None
+            raise _as_model_error(self._path, error) from None
         if truncation is None:
             return ids
         return truncation.of(ids, *(self._num_added if add_special_tokens else (0, 0)))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of ``ids``; half a character at either end becomes U+FFFD."""
+        """Return the text of ``ids``; an incomplete character at either end becomes U+FFFD."""
         try:
             return str(self._fast.decode(ids, skip_special_tokens=skip_special_tokens))
         except BaseException as error:
-            raise _told(self._path, error) from None
+            raise _as_model_error(self._path, error) from None
 
     @cached_property
     def is_byte_level(self) -> bool:
-        """Whether tokens are bytes in GPT-2's alphabet, and their text is those bytes one after another."""
+        """Whether tokens are bytes in GPT-2's alphabet, so that a text is the concatenation of its tokens' bytes."""
         return isinstance(self._fast.decoder, ByteLevel)
 
     def is_hidden(self, token_id: int, skip_special_tokens: bool) -> bool:
-        """Whether decoding passes over ``token_id``: a special token that is skipped, or no token at all."""
+        """Return whether decoding omits ``token_id``: a skipped special token, or an id without a token."""
         if skip_special_tokens and token_id in self._special_ids:
             return True
         return self._fast.id_to_token(token_id) is None
 
     def byte_of(self, token_id: int) -> int | None:
-        """The byte that ``token_id`` stands for where the vocabulary falls back to bytes; None for other tokens."""
+        """Return the byte of a byte-fallback token such as ``<0x0A>``; None for other tokens."""
         if not self._falls_back_to_bytes:
             return None
         match = BYTE_TOKEN.fullmatch(self._fast.id_to_token(token_id) or "")
         return int(match[1], 16) if match else None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """UTF-8 of one token's text in the middle of a text; its own bytes if it is a part of a character."""
+        """Return the UTF-8 bytes of one token in the middle of a text; they may be part of a character."""
         token = self._fast.id_to_token(token_id)
         if self.is_byte_level and token is not None:
             try:
                 return bytes(_BYTE_OF[character] for character in token)
-            except KeyError:  # an added token, which is text
+            except KeyError:  # an added token, stored as text
                 return token.encode()
         byte = self.byte_of(token_id)
         return self.token_text(token_id).encode() if byte is None else bytes((byte,))
@@ -127,8 +125,9 @@ class Tokenizer:
         return self._shown_bytes[skip_special_tokens]
 
     def vocabulary(self, size: int) -> tuple[list[str], bool]:
-        """Tokens of ids 0 to ``size`` - 1 as the tokenizer writes them, special and missing ones empty; whether that is
-        byte by byte in GPT-2's alphabet."""
+        """Return the tokens of ids 0 to ``size`` - 1, and whether they are written in GPT-2's byte alphabet.
+
+        Special and missing tokens are empty strings."""
         texts = [""] * size
         for text, token_id in self._fast.get_vocab(with_added_tokens=True).items():
             if token_id < size and token_id not in self._special_ids:
@@ -137,52 +136,58 @@ class Tokenizer:
         return texts, any(part is not None and _has_part(part, "ByteLevel") for part in parts)
 
     def check_ids(self, ids: Sequence[int]) -> None:
-        """Raise :class:`ParameterError` unless all of ``ids`` can be ids."""
+        """Raise :class:`ParameterError` unless all ``ids`` are in the range of token ids (0 to 2**31 - 1)."""
         for token_id in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= token_id < 2**31:
-                raise ParameterError("tokens", token_id, "must be token ids: whole numbers from 0")
+                raise ParameterError("tokens", token_id, "must be token ids: integers from 0 to 2**31 - 1")
 
     def token_string(self, token_id: int) -> str:
-        """The vocabulary's string of a token, such as ``Ġdpkg`` or ``▁dpkg``; empty if there is none."""
+        """Return the vocabulary's string of a token, such as ``Ġdpkg`` or ``▁dpkg``; empty if there is no such
+        token."""
         return self._fast.id_to_token(token_id) or ""
 
     def token_text(self, token_id: int) -> str:
-        """Text of one token in the middle of a text, special tokens included; a part of a character is U+FFFD."""
+        """Return the text of one token in the middle of a text, special tokens included; partial characters are
+        U+FFFD."""
         if self.is_byte_level:
             return self.token_bytes(token_id).decode("utf-8", "replace")
         first, both = (self.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
-        # Decoders take a space from the beginning of a text: the second of two shows it.
+        # Decoders may strip a space at the beginning of a text: decode the token twice and take the second one.
         return both[len(first) :] if both.startswith(first) else first
 
     def token_id(self, text: str) -> int | None:
-        """The id of the token that is written ``text``; None if there is none."""
+        """Return the id of the token written ``text``, or None."""
         found: int | None = self._fast.token_to_id(text)
         return found
 
     def special_text(self, name: str) -> str:
-        """The text of ``bos_token`` or another special token; empty if there is none."""
+        """Return the text of ``bos_token`` or another special token; empty if there is none."""
         text = self.special_tokens.get(name)
         return text if isinstance(text, str) else ""
 
     @property
     def chat_template(self) -> str | None:
-        """The checkpoint's chat template for conversations without tools, if it brings one of no other name."""
+        """The checkpoint's default chat template, or None."""
         return self.chat_templates.get(DEFAULT)
 
     @cached_property
     def chat_templates(self) -> dict[str, str]:
-        """The chat templates that the checkpoint brings, by name."""
+        """The checkpoint's chat templates by name."""
         return read_templates(self._path, self._config)
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the checkpoint brings a chat template."""
+        """Whether the checkpoint has a chat template."""
         return bool(self.chat_templates)
 
     def find_chat_template(self, wanted: str | None = None, *, with_tools: bool = False) -> ChatTemplate:
-        """The chat template that is ``wanted``: the name of one of the checkpoint's or of a built-in one, or its text;
-        None: the checkpoint's own, which may be another one ``with_tools``. Raises :class:`ParameterError`."""
-        return self._made(choose(self.chat_templates, wanted, with_tools=with_tools, begins=self._begins))
+        """Return a chat template.
+
+        ``wanted`` is the name of one of the checkpoint's templates or of a built-in one, or Jinja source; None selects
+        the checkpoint's own, which may be another one ``with_tools``. Raises :class:`ParameterError`."""
+        return self._template_of(
+            choose(self.chat_templates, wanted, with_tools=with_tools, bos=self._added_bos)
+        )
 
     def apply_chat_template(
         self,
@@ -195,11 +200,11 @@ class Tokenizer:
         chat_template_content_format: str = "auto",
         **variables: Any,
     ) -> str:
-        """The prompt for ``messages`` (see :mod:`vllmlite.chat.messages`), through a chat template that
-        :meth:`find_chat_template` finds.
+        """Return the prompt for ``messages`` (see :mod:`vllmlite.chat.messages`); :meth:`find_chat_template` chooses
+        the template.
 
-        ``continue_final_message`` leaves the last message open for the model to go on with it; ``variables`` are the
-        template's. Raises :class:`ParameterError`."""
+        ``continue_final_message`` leaves the last message open for the model to continue; ``variables`` are passed to
+        the template. Raises :class:`ParameterError`."""
         from vllmlite.chat.template import PromptOptions
 
         options = PromptOptions(add_generation_prompt, continue_final_message, chat_template_content_format)
@@ -219,8 +224,8 @@ class Tokenizer:
         return self._fast.decoder is not None and _has_part(self._fast.decoder, "ByteFallback")
 
     @cached_property
-    def _made(self) -> Callable[[str], ChatTemplate]:
-        """Chat templates by their text; a few are kept, with what was found out about them."""
+    def _template_of(self) -> Callable[[str], ChatTemplate]:
+        """A cached function from Jinja source to :class:`ChatTemplate`, which remembers what it probed."""
         from vllmlite.chat.template import ChatTemplate
 
         special = {"bos_token": "", "eos_token": "", **self.special_tokens}
@@ -228,22 +233,22 @@ class Tokenizer:
 
     def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) > LONG_TEXT and not isinstance(self._fast, SlowTokenizer):
-            # ``encode`` keeps Python's lock for as long as it takes: no other thread would run.
+            # ``encode`` holds the GIL, so no other thread could run; the batch method releases it.
             (encoded,) = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return list(encoded.ids)
         return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
 
     @cached_property
     def _num_added(self) -> tuple[int, int]:
-        """Ids that the tokenizer adds before and after a text."""
+        """Number of ids that the tokenizer adds before and after a text."""
         whole, bare = self.encode("a"), self.encode("a", add_special_tokens=False)
         spare = len(whole) - len(bare)
         before = next((n for n in range(spare + 1) if whole[n : n + len(bare)] == bare), 0)
         return before, spare - before
 
     @cached_property
-    def _begins(self) -> str:
-        """The bos token if the tokenizer begins every text with it, else nothing."""
+    def _added_bos(self) -> str:
+        """The bos token if the tokenizer begins every text with it, else ""."""
         bos = self.special_text("bos_token")
         return bos if bos and self.encode("")[:1] == [self.token_id(bos)] else ""
 
@@ -252,7 +257,7 @@ class Tokenizer:
         try:
             return self._fast.token_to_id(text) if text else None
         except BaseException as error:
-            raise _told(self._path, error) from None
+            raise _as_model_error(self._path, error) from None
 
 
 class _ShownBytes(dict[int, bytes]):
@@ -278,7 +283,7 @@ def _load(path: Path) -> FastTokenizer | SlowTokenizer:
             return FastTokenizer.from_file(str(file))
         except BaseException as error:  # the library raises plain Exception
             refuse_foreign_file(file)
-            raise _told(file, error) from None
+            raise _as_model_error(file, error) from None
     try:
         from transformers import AutoTokenizer  # SentencePiece's, and slow ones
     except ModuleNotFoundError as error:
@@ -300,12 +305,12 @@ def _load(path: Path) -> FastTokenizer | SlowTokenizer:
 
 
 def _has_part(component: Any, kind: str) -> bool:
-    """Whether a decoder or pre-tokenizer, or one in it, is of ``kind``: what it is pickled as is its JSON."""
+    """Return whether a decoder or pre-tokenizer is or contains a component of ``kind``; its pickled form is JSON."""
     return f'"type": "{kind}"' in json.dumps(json.loads(component.__getstate__()))
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet of bytes: printable Latin-1 characters are themselves, the others follow from U+0100 on."""
+    """Return GPT-2's byte alphabet: printable Latin-1 characters stand for themselves, others for U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -315,7 +320,7 @@ _BYTE_OF = _byte_alphabet()
 
 
 def _check_ids(file: Path) -> None:
-    """ModelError for an id from :data:`MAX_IDS` up, before the library makes a table with a place for each."""
+    """Raise ModelError for an id of :data:`MAX_IDS` or more: the library would allocate a table of that size."""
     if not re.search(rb":\s*\d{8}", file.read_bytes()):
         return
     content = read_object(file)
@@ -328,9 +333,10 @@ def _check_ids(file: Path) -> None:
         raise ModelError(f"{file}: has a token with id {largest}; accepted: ids below {MAX_IDS}")
 
 
-def _told(path: Path, error: BaseException) -> BaseException:
-    """An error of the library's, as ours; a panic of its is no Exception. What signal handlers raise stays itself, and
-    so does KeyboardInterrupt."""
+def _as_model_error(path: Path, error: BaseException) -> BaseException:
+    """Return a ModelError for an exception or panic of the library (a panic is a BaseException).
+
+    KeyboardInterrupt and exceptions raised by signal handlers are returned unchanged."""
     if came_from_handler(error):
         return error
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":

@@ -12,29 +12,30 @@ SIDES = ("left", "right")
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """Keep at most ``keep`` tokens; ``side`` is the one where tokens are dropped."""
+    """Keep at most ``keep`` tokens; ``side`` is the end at which tokens are dropped."""
 
     keep: int
     side: str = "left"
 
     def of(self, ids: Sequence[int], before: int = 0, after: int = 0) -> list[int]:
-        """``ids`` truncated. The first ``before`` and the last ``after`` are kept, if there is room for one more: a
-        tokenizer added them to the text."""
+        """Return ``ids`` truncated, keeping the first ``before`` and last ``after`` ids, which the tokenizer added.
+
+        If that would leave no other id, they are not spared."""
         if len(ids) <= self.keep:
             return list(ids)
         if before + after >= self.keep:
             before = after = 0
         begin, end = before, len(ids) - after
-        room = self.keep - before - after
+        middle = self.keep - before - after
         if self.side == "left":
-            begin = end - room
+            begin = end - middle
         else:
-            end = begin + room
+            end = begin + middle
         return [*ids[:before], *ids[begin:end], *ids[len(ids) - after :]]
 
 
 def check_truncation(tokens: int | None, side: str | None) -> None:
-    """Raise :class:`ParameterError` unless they are values of ``truncate_prompt_tokens`` and ``truncation_side``."""
+    """Raise :class:`ParameterError` for invalid ``truncate_prompt_tokens`` or ``truncation_side``."""
     if tokens is not None and (type(tokens) is not int or (tokens < 1 and tokens != -1)):
         raise ParameterError("truncate_prompt_tokens", tokens, "must be at least 1, or -1")
     if side is not None and side not in SIDES:
