@@ -112,11 +112,11 @@ def test_file_of_json_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "holds no prompt"),
-        ('{"prompt": "a"}\nb', ":2: is not"),
+        ("", "has no prompts"),
+        ('{"prompt": "a"}\nb', ":2: must be a JSON object"),
         (
             '{"prompt": "a"}\n\n{"prompt": "a", "temprature": 0}',
-            ":3: temprature=0: no such sampling parameter; did you",
+            ":3: temprature=0: unknown sampling parameter; did you",
         ),
         ('{"prompt": "a", "top_p": 2}', ":1: top_p=2"),
         ('{"prompt": "a", "priority": 1.5}', ":1: priority=1.5"),
@@ -211,8 +211,8 @@ def test_ids_without_a_tokenizer(capsys: pytest.CaptureFixture[str], tmp_path: P
         ([], "no prompt"),
         ([""], "the prompt is empty"),
         (["\udcff"], "not UTF-8"),
-        (["x", "--temprature", "0"], "no option --temprature; did you mean --temperature?"),
-        (["x", "--temp", "0"], "no option --temp"),
+        (["x", "--temprature", "0"], "unknown option --temprature; did you mean --temperature?"),
+        (["x", "--temp", "0"], "unknown option --temp"),
         (["x", "--temperature", "-1"], "temperature=-1.0: must be at least 0"),
         (["x", "--temperature", "warm"], "invalid float value"),
         (["x", "--top-p", "0"], "top_p=0.0"),
@@ -228,7 +228,10 @@ def test_ids_without_a_tokenizer(capsys: pytest.CaptureFixture[str], tmp_path: P
         (["x", "--block-size", "0"], "block_size=0: must be at least 1"),
         (["x", "--dtype", "int8"], "invalid choice"),
         (["x", "--config", "/nonexistent"], "cannot be read"),
-        (["x", "--num-gpu-blocks-override", "4", "--kv-cache-memory-bytes", "4G"], "give one of them"),
+        (
+            ["x", "--num-gpu-blocks-override", "4", "--kv-cache-memory-bytes", "4G"],
+            "cannot be combined with kv_cache_memory_bytes",
+        ),
     ],
 )
 def test_wrong_usage_is_status_2_and_one_line(
@@ -318,7 +321,7 @@ def test_commands_of_a_conversation(
     out, err = converse(monkeypatch, capsys, text, "--stats")
     assert out == " w0 w1\n" * 3
     assert prompts() == ["user: a\n", "system: be good\nuser: b\n", "system: be good\nuser: c\n"]
-    for said in ("system: none", "system: be good", "/reset ", "no command /foo", "TTFT"):
+    for said in ("system: none", "system: be good", "/reset ", "unknown command /foo", "TTFT"):
         assert said in err
 
 
@@ -382,7 +385,7 @@ def test_a_turn_that_does_not_fit_is_taken_back(
 ) -> None:
     out, err = converse(monkeypatch, capsys, "a\n" + "word " * CONTEXT + "\nb\n", status=1)
     assert out == " w0 w1\n" * 2
-    assert "/reset forgets" in err
+    assert "/reset starts a new conversation" in err
     assert prompts()[-1] == "user: a\nassistant:  w0 w1\nuser: b\n"
 
 
@@ -436,9 +439,9 @@ def test_positionals_stand_anywhere_and_dashes_end_options() -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ([], "no command; one of generate"),
-        (["genrate"], "no command genrate; did you mean generate?"),
-        (["--versoin"], "no option --versoin; did you mean --version?"),
+        ([], "no command given; choose one of generate"),
+        (["genrate"], "unknown command genrate; did you mean generate?"),
+        (["--versoin"], "unknown option --versoin; did you mean --version?"),
     ],
 )
 def test_wrong_commands(capsys: pytest.CaptureFixture[str], argv: list[str], says: str) -> None:

@@ -113,7 +113,7 @@ def test_interrupt_stops_the_answer_of_a_server(fake: FakeServer) -> None:
     terminal.expect("> ")
     assert turns(fake) == ["second", "half\u2028é", "third"]
     terminal.send(CTRL_C)
-    terminal.expect("leaves.")
+    terminal.expect("to leave.")
     terminal.expect("> ")
     assert terminal.end() == 0
 

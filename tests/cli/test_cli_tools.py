@@ -57,7 +57,7 @@ def test_bench_ends_in_one_json_line(capsys: pytest.CaptureFixture[str]) -> None
     [
         (["--batch", "0"], "at least 1"),
         (["--input-len", "5:4"], "range"),
-        (["--input-len", str(CONTEXT)], "do not fit"),
+        (["--input-len", str(CONTEXT)], "exceed the context length"),
         (["prompt"], "unexpected argument 'prompt'"),
     ],
 )
@@ -111,8 +111,8 @@ def test_limits_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
     ("program", "says"),
     [
         ("import sys; sys.exit('No module named x')", "No module named x"),
-        ("import os; os.abort()", "died of SIGABRT"),
-        ("pass", "gave no answer"),
+        ("import os; os.abort()", "the probe was killed by SIGABRT"),
+        ("pass", "the probe printed no answer"),
     ],
 )
 def test_a_probe_that_fails_is_an_answer(monkeypatch: pytest.MonkeyPatch, program: str, says: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from vllmlite import LLM, SamplingParams
 from vllmlite.cli.parser import OptionParser
-from vllmlite.cli.prompts import add_prompt_arguments, read_wishes
+from vllmlite.cli.prompts import add_prompt_arguments, read_prompts
 from vllmlite.config.options import read_yaml
 from vllmlite.server.config import ServerConfig
 from vllmlite.terminal import is_terminal, note
@@ -82,7 +82,7 @@ def wishes_of(monkeypatch: pytest.MonkeyPatch, *arguments: str, stdin: str = "")
     add_prompt_arguments(parser)
     parser.add_argument("--json", action="store_true")
     return [
-        wish.prompt for wish in read_wishes(parser.parse([*arguments, "--json"]), SamplingParams(), parser)
+        entry.prompt for entry in read_prompts(parser.parse([*arguments, "--json"]), SamplingParams(), parser)
     ]
 
 

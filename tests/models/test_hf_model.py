@@ -110,8 +110,8 @@ def test_other_backends_and_quantised_weights_are_refused(tmp_path: Path) -> Non
     write_checkpoint(tmp_path, "Starcoder2")
     plan = plan_model(tmp_path)
     for backend, quantization, words in (
-        (TorchBackend(), "int8", "float weights alone"),
-        (CpuBackend(), None, "torch backend alone"),
+        (TorchBackend(), "int8", "float weights only"),
+        (CpuBackend(), None, "torch backend only"),
     ):
         packing = Packing(backend, quantization)
         with pytest.raises(BackendError, match=words):
@@ -151,7 +151,7 @@ def test_env_tries_the_model_as_a_server_would(tmp_path: Path, monkeypatch: pyte
     """Where the weights are there; else it says that the model has not been tried."""
     answers = [{"backend": "torch", "kind": "cpu", "available": True, "reason": ""}]
     monkeypatch.setattr(probe, "probe", lambda: answers)
-    monkeypatch.setattr(probe, "probe_model", lambda path: probe.load(str(path))[0])
+    monkeypatch.setattr(probe, "probe_model", lambda path: probe.load_model(str(path))[0])
     write_checkpoint(tmp_path, "Starcoder2")
     assert "runs on torch on cpu" in env.as_text(env.gather(model=str(tmp_path)))
     assert "has not been tried" in env.as_text(env.gather(ask_backends=False, model=str(tmp_path)))

@@ -1,4 +1,4 @@
-"""The command line: a subcommand a file, imported when it is asked for."""
+"""The command line: one module per subcommand, imported only when it runs."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ if TYPE_CHECKING:
 COMMANDS = {
     "generate": "complete prompts",
     "chat": "talk to a model in the terminal",
-    "serve": "serve OpenAI's API over HTTP",
+    "serve": "serve the OpenAI API over HTTP",
     "download": "fetch a model from the Hugging Face hub",
     "quantize": "write a copy of a checkpoint in 8 or 4 bits",
     "bench": "measure throughput and latency of this engine",
-    "bench serve": "measure a running server, ours or another",
+    "bench serve": "measure a running server, vllmlite or another",
     "env": "show versions, hardware and backends",
 }
-"""Subcommands and what they do; each is a module (``bench serve``: bench_serve) with ``add_arguments`` and ``run``."""
+"""Subcommands with their summaries; each is a module (``bench serve``: bench_serve), see :class:`Command`."""
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 128 + signal.SIGINT, 141
 
 
 class Command(Protocol):
-    """What the module of a subcommand offers."""
+    """The interface of a subcommand's module."""
 
     def add_arguments(self, parser: OptionParser) -> None:
-        """Declare the subcommand's options."""
+        """Add the subcommand's options to ``parser``."""
 
     def run(self, args: argparse.Namespace, parser: OptionParser) -> int:
-        """Do it; the exit status. ``parser.error`` is for what the command line got wrong."""
+        """Run the subcommand and return its exit status; report usage errors with ``parser.error``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; its exit status: 0, 1 failed, 2 wrong usage, 130 interrupted, 141 output closed."""
+    """Run a command line and return its exit status: 0, 1 error, 2 usage error, 130 interrupted, 141 broken pipe."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that cannot show a character is no reason to fail.
+        # Replace characters that the terminal cannot show instead of failing.
         sys.stdout.reconfigure(errors="replace")
     try:
         if open_closed_streams() and argv[:1] != ["serve"]:
             raise VllmliteError("standard output is closed")
         try:
             status = _dispatch(argv)
-        except SystemExit as e:  # argparse ends --help and errors this way
+        except SystemExit as e:  # raised by argparse after --help and errors
             status = e.code if isinstance(e.code, int) else EXIT_FAILURE
         sys.stdout.flush()
         return status
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as e:
         if e.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        # The output takes no more; what Python still wants to flush at exit goes nowhere.
+        # The output cannot be written: redirect what Python flushes at exit to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if e.errno == errno.EPIPE:
             return EXIT_BROKEN_PIPE
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line as one parser: for completion and manual page generators."""
+    """Return one parser for the whole command line, for generators of shell completions and manual pages."""
     parser = _top_parser()
     parser.epilog = None
     subparsers = parser.add_subparsers(prog=parser.prog, metavar="COMMAND", parser_class=OptionParser)
@@ -93,9 +93,9 @@ def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] not in COMMANDS:
         parser = _top_parser()
         if argv and not argv[0].startswith("-"):
-            parser.error(f"no command {argv[0]}" + did_you_mean(argv[0], COMMANDS))
+            parser.error(f"unknown command {argv[0]}" + did_you_mean(argv[0], COMMANDS))
         parser.parse(argv)
-        parser.error(f"no command; one of {', '.join(COMMANDS)}")
+        parser.error(f"no command given; choose one of {', '.join(COMMANDS)}")
     name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else argv[0]
     command = _load(name)
     parser = OptionParser(prog=f"vllmlite {name}", description=_sentence(COMMANDS[name]))
@@ -109,7 +109,7 @@ def _top_parser() -> OptionParser:
         prog="vllmlite",
         usage="%(prog)s [-h] [--version] COMMAND ...",
         description="Run language models: vLLM's engine made small.",
-        epilog=f"commands:\n{listing}\n\n'vllmlite COMMAND --help' tells a command's options.",
+        epilog=f"commands:\n{listing}\n\n'vllmlite COMMAND --help' lists a command's options.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     return parser

@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from vllmlite.outputs import RequestOutput
 
 ABOUT = """\
-Prompts are random token ids; generation is greedy and goes past the end of text.
-A table goes to standard error; the last line of standard output is a JSON object.
+Prompts are random token ids; generation is greedy and does not stop at the end of
+text. A table goes to standard error; the last line of standard output is JSON.
 
   vllmlite bench                                      throughput: all prompts at once
   vllmlite bench --batch 1                            latency: one prompt after another
   vllmlite bench --input-len 100:1024 --output-len 100:1024 --num-prompts 256
-  vllmlite bench serve --help                         the same of a server"""
+  vllmlite bench serve --help                         benchmark a server"""
 
 
 def add_arguments(parser: OptionParser) -> None:
-    """Declare the options."""
+    """Add the options to ``parser``."""
     work = parser.add_argument_group("benchmark options", ABOUT)
-    for flag, what in (("--input-len", "tokens a prompt"), ("--output-len", "tokens to generate")):
+    for flag, what in (("--input-len", "tokens per prompt"), ("--output-len", "tokens to generate")):
         work.add_argument(
             flag,
             type=length_range,
@@ -46,23 +46,25 @@ def add_arguments(parser: OptionParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="more tokens in front, the same for all prompts (default: 0)",
+        help="tokens of a common prefix, added to every prompt (default: 0)",
     )
-    work.add_argument("--num-prompts", type=int, default=8, metavar="N", help="prompts in all (default: 8)")
+    work.add_argument(
+        "--num-prompts", type=int, default=8, metavar="N", help="number of prompts (default: 8)"
+    )
     work.add_argument("--batch", type=int, metavar="N", help="prompts in the engine at a time; default: all")
     work.add_argument(
         "--repeat",
         type=int,
         default=1,
         metavar="N",
-        help="measure this often, with fresh prompts; the median counts (default: 1)",
+        help="rounds to measure, each with new prompts; the median is reported (default: 1)",
     )
-    work.add_argument("--no-warmup", action="store_true", help="do not run a short round first")
+    work.add_argument("--no-warmup", action="store_true", help="do not run a short unmeasured round first")
     session.add_session_arguments(parser)
 
 
 def run(args: argparse.Namespace, parser: OptionParser) -> int:
-    """Run the rounds and report."""
+    """Run the rounds, print the report and return the exit status."""
     for name, low in (("num_prompts", 1), ("batch", 1), ("repeat", 1), ("prefix_len", 0)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')}: must be at least {low}")
@@ -73,7 +75,9 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
     engine = started.engine
     longest = args.prefix_len + args.input_len[1] + args.output_len[1]
     if longest > engine.max_model_len:
-        parser.error(f"{longest} tokens a prompt and output do not fit the context of {engine.max_model_len}")
+        parser.error(
+            f"prompt and output of {longest} tokens exceed the context length of {engine.max_model_len}"
+        )
     draw = random.Random(config.seed)
     batch = args.batch or args.num_prompts
     if not args.no_warmup:
@@ -92,17 +96,17 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
 
 @dataclass(slots=True)
 class Work:
-    """A prompt and how much to generate after it."""
+    """A prompt and the number of tokens to generate after it."""
 
     prompt: list[int]
     num_tokens: int
 
 
 class Round(report.Run):
-    """A run whose steps are timed from outside, as a caller sees them."""
+    """The results of one round, whose steps are timed outside the engine, as a caller sees them."""
 
     def __init__(self, started: session.Session) -> None:
-        """Begin now."""
+        """Start the clock."""
         super().__init__(started)
         self.seconds = 0.0
         self.inter_token: list[float] = []
@@ -110,9 +114,9 @@ class Round(report.Run):
         self.in_waves = False
 
     def statistics(self) -> dict[str, Any]:
-        """What every run has, and the round's throughput and latencies.
+        """Return the statistics of :class:`report.Run` with the round's throughput and latencies.
 
-        Prompts that wait for others have no phase of prefill and one of decode that could be timed."""
+        Prefill and decode speed are None if prompts waited for others, because the phases then overlap."""
         both = self.num_prompt_tokens + self.num_generation_tokens
         phases = (
             {"prefill_tokens_per_second": None, "decode_tokens_per_second": None} if self.in_waves else {}
@@ -130,7 +134,7 @@ class Round(report.Run):
 
 
 def measure(started: session.Session, works: Sequence[Work], batch: int) -> Round:
-    """Keep ``batch`` requests in the engine until all ``works`` are done."""
+    """Run all ``works``, keeping ``batch`` requests in the engine at a time, and return the round."""
     engine = started.engine
     waiting = iter(enumerate(works))
     last: dict[str, float] = {}
@@ -174,7 +178,7 @@ def measure(started: session.Session, works: Sequence[Work], batch: int) -> Roun
 
 
 def draw_works(draw: random.Random, engine: LLMEngine, args: argparse.Namespace) -> list[Work]:
-    """Fresh work for a round: prompts that share a prefix and nothing else."""
+    """Return the prompts of one round; they have a common prefix of ``--prefix-len`` tokens."""
     prefix = draw_ids(draw, engine, args.prefix_len)
     lengths = [
         (draw.randint(*args.input_len), draw.randint(*args.output_len)) for _ in range(args.num_prompts)
@@ -183,20 +187,22 @@ def draw_works(draw: random.Random, engine: LLMEngine, args: argparse.Namespace)
 
 
 def draw_ids(draw: random.Random, engine: LLMEngine, count: int) -> list[int]:
-    """Random token ids."""
+    """Return ``count`` random token ids."""
     vocab_size = engine.get_tokenizer().vocab_size
     return [draw.randrange(vocab_size) for _ in range(count)]
 
 
 def length_range(text: str) -> tuple[int, int]:
-    """``N`` as (N, N), ``FROM:TO`` as (FROM, TO)."""
+    """Parse ``N`` as (N, N), and ``FROM:TO`` as (FROM, TO)."""
     low, _, high = text.partition(":")
     try:
         pair = int(low), int(high or low)
     except ValueError:
         pair = 0, 0
     if not 1 <= pair[0] <= pair[1]:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a length from 1 nor a range such as 100:1024")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a positive length nor a range such as 100:1024"
+        )
     return pair
 
 
@@ -207,7 +213,7 @@ def _table(result: dict[str, Any]) -> str:
     return (
         f"{report.table(result)}\n"
         f"{'throughput':<13} {rounded('requests_per_second')} requests/s, {rounded('output_tokens_per_second')} "
-        f"output tokens/s, {rounded('total_tokens_per_second')} tokens/s in all\n"
+        f"output tokens/s, {rounded('total_tokens_per_second')} tokens/s in total\n"
         f"{'ITL':<13} {report.milliseconds(result['itl_seconds'])}\n"
         f"{'latency':<13} {report.milliseconds(result['latency_seconds'])}"
     )

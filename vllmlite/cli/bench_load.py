@@ -1,4 +1,4 @@
-"""A load of streamed requests on a server with OpenAI's API, and when each piece of each answer came."""
+"""Sending a load of streamed requests to an OpenAI-compatible server, and timing each piece of the answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from vllmlite.cli.chat_remote import refusal, said
+from vllmlite.cli.chat_remote import error_message, error_text
 from vllmlite.errors import ParameterError, VllmliteError
 
 WORDS = (
@@ -22,12 +22,12 @@ WORDS = (
     "can out other were all your when up use word how said an each she which do their time if will way about many then "
     "them would write like so these her long make thing see him two has look more day could go come did my sound no "
 ).split()
-"""Words that are a token each to nearly every tokenizer."""
+"""Words that are one token each in nearly every tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server."""
+    """The server to measure, and how to reach it."""
 
     base_url: str
     uds: str | None
@@ -39,35 +39,35 @@ class Target:
 
 @dataclass(slots=True)
 class Load:
-    """Request bodies without their model, and when each is sent: seconds from the beginning."""
+    """Request bodies (without ``model``) and the time in seconds at which each is sent."""
 
     requests: list[dict[str, Any]]
     times: list[float]
     max_concurrency: int | None
     warmups: list[dict[str, Any]]
-    """Sent before, as many at a time."""
+    """Request bodies sent first, all at once or ``max_concurrency`` at a time, and not measured."""
 
 
 @dataclass(slots=True)
 class Timing:
-    """What became of a request; seconds."""
+    """The timing of one request, in seconds, and its error if it failed."""
 
     ttft: float = 0.0
     latency: float = 0.0
     gaps: list[float] = field(default_factory=list)
-    """Between pieces, each a token or more."""
+    """Times between successive pieces; a piece has one or more tokens."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     error: str | None = None
 
     @property
     def tpot(self) -> float:
-        """Mean time a token after the first; 0 where there is none."""
+        """Mean time per output token after the first; 0 if there is at most one."""
         return (self.latency - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else 0.0
 
 
 def plan(args: argparse.Namespace) -> Load:
-    """The load that the command line describes. Raises ParameterError."""
+    """Return the load that the command line describes. Raises ParameterError."""
     draw = random.Random(args.seed)
     prefix = _words(draw, args.random_prefix_len)
     texts = _from_file(args.dataset_path, draw) if args.dataset_path is not None else None
@@ -91,7 +91,7 @@ def plan(args: argparse.Namespace) -> Load:
 
 
 async def measure(target: Target, load: Load, done: Callable[[], None]) -> tuple[str, list[Timing], float]:
-    """Send the load; the model's name, a timing a request, and the seconds that it took. Raises VllmliteError."""
+    """Send the load; return the model's name, one timing per request, and the total seconds. Raises VllmliteError."""
     headers = {"authorization": f"Bearer {target.api_key}"} if target.api_key else {}
     transport = httpx.AsyncHTTPTransport(uds=target.uds, limits=httpx.Limits(max_connections=None))
     url = target.base_url.rstrip("/").removesuffix("/v1")
@@ -100,10 +100,10 @@ async def measure(target: Target, load: Load, done: Callable[[], None]) -> tuple
     ) as client:
         model = target.model or await _first_model(client, url)
         path = "/v1/chat/completions" if target.chat else "/v1/completions"
-        room = asyncio.Semaphore(load.max_concurrency or max(len(load.requests), len(load.warmups)))
+        slots = asyncio.Semaphore(load.max_concurrency or max(len(load.requests), len(load.warmups)))
 
         async def send(body: dict[str, Any]) -> Timing:
-            async with room:
+            async with slots:
                 return await _request(client, path, {"model": model, **body})
 
         await asyncio.gather(*map(send, load.warmups))
@@ -139,7 +139,7 @@ async def _request(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -
         async with client.stream("POST", path, json=body) as answer:
             if answer.status_code != 200:
                 await answer.aread()
-                timing.error = refusal(answer)
+                timing.error = error_text(answer)
                 return timing
             buffer = b""
             async for data in answer.aiter_raw():
@@ -150,14 +150,14 @@ async def _request(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -
                         continue
                     chunk = json.loads(line[6:])
                     if "error" in chunk:
-                        timing.error = said(chunk["error"])
+                        timing.error = error_message(chunk["error"])
                         return timing
                     usage = chunk.get("usage")
                     if usage:
                         timing.prompt_tokens = usage.get("prompt_tokens") or 0
                         timing.output_tokens = usage.get("completion_tokens") or 0
                     if chunk["choices"]:
-                        end = now  # also where a piece only says why it is the last: it may stand for tokens
+                        end = now  # also for a final piece with only a finish reason: it may stand for tokens
                     if any(brings_tokens(choice) for choice in chunk["choices"]):
                         pieces += 1
                         if pieces == 1:
@@ -168,15 +168,16 @@ async def _request(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -
     except (httpx.HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         timing.error = f"{type(error).__name__}: {error}"
     if not pieces:
-        timing.error = timing.error or "the answer holds no token"
+        timing.error = timing.error or "the answer has no tokens"
     timing.latency = end - begin
     timing.output_tokens = timing.output_tokens or pieces
     return timing
 
 
 def brings_tokens(choice: dict[str, Any]) -> bool:
-    """Whether tokens came: text, or none of it yet (half a character, a special token), but neither a chat's
-    opening, which names the role, nor an end by itself."""
+    """Return whether a streamed choice stands for tokens, even if their text is still empty.
+
+    A chat's first piece, which only has the role, and a final piece with only a finish reason do not count."""
     delta = choice.get("delta") or {}
     text = (choice.get("text"), delta.get("content"), delta.get("reasoning_content"), delta.get("reasoning"))
     return any(text) or not ("role" in delta or choice.get("finish_reason"))
@@ -187,7 +188,7 @@ def _words(draw: random.Random, count: int) -> str:
 
 
 def _from_file(path: str, draw: random.Random) -> Iterator[str]:
-    """The prompts of a file, over and over: ShareGPT's first human turns, or ``prompt`` of JSON lines."""
+    """Return an endless iterator over the prompts of a file: ShareGPT's first turns, or JSON lines with ``prompt``."""
     try:
         content = Path(path).read_text(encoding="utf-8-sig")
         entries = (
@@ -203,7 +204,7 @@ def _from_file(path: str, draw: random.Random) -> Iterator[str]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ParameterError("dataset_path", path, f"cannot be used: {error}") from None
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ParameterError("dataset_path", path, "holds no prompt")
+        raise ParameterError("dataset_path", path, "has no prompts")
     draw.shuffle(texts)
 
     def over_and_over() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Distributions of latencies as an SVG drawing, in the colours that the reader's system prefers."""
+"""Latency distributions as an SVG drawing that follows the reader's light or dark colour scheme."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 PANEL, HEIGHT, GAP = 300, 200, 64
-"""Width and height of what is between a panel's axes, and the room beside it, in pixels."""
+"""Width and height of a panel's plot area and the margin beside it, in pixels."""
 TOP = 56
 STYLE = """\
 svg { background: #fff; --text: #333; --grid: #ddd; --curve: #b0124a }
@@ -19,7 +19,7 @@ text { font: 12px sans-serif; fill: var(--text) } .title { font-size: 14px; font
 
 
 def distributions(title: str, panels: Mapping[str, Sequence[float]]) -> str:
-    """A drawing with a panel for each of ``panels``: what share of the values, in seconds, is at most x."""
+    """Return an SVG with one panel per name: the cumulative distribution of its values, in seconds."""
     drawn = [_panel(index, name, sorted(values)) for index, (name, values) in enumerate(panels.items())]
     width, height = len(panels) * (PANEL + GAP) + GAP, TOP + HEIGHT + GAP
     return (
@@ -63,18 +63,18 @@ def _panel(index: int, name: str, values: Sequence[float]) -> str:
         value = _at(values, share)
         x, y = place(value, share)
         parts.append(f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
-        label = f"p{100 * share:.0f} {_figures(scale * value)}"  # below and to the right, where the curve never is
+        label = f"p{100 * share:.0f} {_figures(scale * value)}"  # below and to the right of the curve
         parts.append(f'<text x="{x + 8:.1f}" y="{y + 18:.1f}">{label}</text>\n')
     return "".join(parts)
 
 
 def _at(values: Sequence[float], share: float) -> float:
-    """The value of sorted ``values`` that a share of them does not exceed."""
+    """Return the quantile ``share`` (0 to 1) of the sorted ``values``."""
     return values[max(math.ceil(share * len(values)) - 1, 0)]
 
 
 def _nice_step(highest: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten of which five reach ``highest``."""
+    """Return the smallest 1, 2, 2.5 or 5 times a power of ten of which five reach ``highest``."""
     if highest <= 0:
         return 0.001
     power = 10.0 ** math.floor(math.log10(highest / 5))
@@ -82,10 +82,10 @@ def _nice_step(highest: float) -> float:
 
 
 def _printable(text: str) -> str:
-    """``text`` without what XML and UTF-8 cannot hold: control characters, and halves of surrogate pairs."""
+    """Return ``text`` with control characters and lone surrogates, which XML cannot contain, replaced by U+FFFD."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _figures(value: float) -> str:
-    """Three figures of it at least, and no power of ten."""
+    """Return ``value`` with at least three significant figures and without an exponent."""
     return f"{value:.{max(2 - math.floor(math.log10(value)), 0) if value > 0 else 0}f}"

@@ -1,4 +1,4 @@
-"""``vllmlite bench serve``: throughput and latency of a running server, ours or any other with OpenAI's API."""
+"""``vllmlite bench serve``: throughput and latency of a running server with the OpenAI API."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
     from vllmlite.cli.parser import OptionParser
 
 ABOUT = """\
-Requests are streamed; what is measured is what a client sees. A table goes to
-standard error; the last line of standard output is a JSON object.
+Requests are streamed and timed as a client sees them. A table goes to standard
+error; the last line of standard output is a JSON object.
 
   vllmlite bench serve                                all at once, on port 8000
   vllmlite bench serve --max-concurrency 16           sixteen at a time
   vllmlite bench serve --request-rate 4 --plot x.svg  four a second, at random
   vllmlite bench serve --dataset-path talk.json       ShareGPT's conversations
-  vllmlite bench serve --goodput ttft:300 tpot:50     requests that are fast enough"""
+  vllmlite bench serve --goodput ttft:300 tpot:50     requests within latency limits"""
 
 GOODPUT = {"ttft": "ttft", "tpot": "tpot", "e2el": "latency"}
-"""vLLM's names of what a request may be held to, and those of :class:`Timing`."""
+"""Latency limits of ``--goodput``: vLLM's names, and the attributes of :class:`Timing`."""
 
 
 def add_arguments(parser: OptionParser) -> None:
-    """Declare the options."""
+    """Add the options to ``parser``."""
     server = parser.add_argument_group("server options", ABOUT)
     server.add_argument(
         "--base-url", metavar="URL", default="http://127.0.0.1:8000", help="the server (default: %(default)s)"
     )
     server.add_argument("--uds", metavar="PATH", help="Unix socket that the server listens on")
-    server.add_argument("--model", metavar="NAME", help="model to ask; default: the server's first")
+    server.add_argument("--model", metavar="NAME", help="name of the model; default: the server's first")
     server.add_argument("--api-key", metavar="KEY", help="default: $OPENAI_API_KEY")
     server.add_argument("--chat", action="store_true", help="use /v1/chat/completions, not /v1/completions")
     server.add_argument(
@@ -52,7 +52,11 @@ def add_arguments(parser: OptionParser) -> None:
         "--num-prompts", type=_positive, default=100, metavar="N", help="requests (default: 100)"
     )
     work.add_argument(
-        "--num-warmups", type=_whole, default=0, metavar="N", help="requests before, not counted (default: 0)"
+        "--num-warmups",
+        type=_whole,
+        default=0,
+        metavar="N",
+        help="unmeasured requests sent first (default: 0)",
     )
     work.add_argument(
         "--request-rate",
@@ -64,11 +68,13 @@ def add_arguments(parser: OptionParser) -> None:
         "--burstiness", type=float, default=1.0, metavar="X",
         help="1: a Poisson process; below, burstier; above, more even (default: 1)",
     )  # fmt: skip
-    work.add_argument("--max-concurrency", type=_positive, metavar="N", help="most requests at a time")
+    work.add_argument(
+        "--max-concurrency", type=_positive, metavar="N", help="maximum number of concurrent requests"
+    )
     work.add_argument("--dataset-path", metavar="FILE", help="ShareGPT's JSON, or JSON lines with prompt")
     work.add_argument(
         "--random-input-len", "--input-len", type=length_range, default=(128, 128), metavar="N",
-        help="words a random prompt, about a token each, or FROM:TO (default: 128)",
+        help="words of a random prompt, about one token each, or FROM:TO (default: 128)",
     )  # fmt: skip
     work.add_argument(
         "--random-output-len", "--output-len", type=length_range, default=(128, 128), metavar="N",
@@ -79,40 +85,44 @@ def add_arguments(parser: OptionParser) -> None:
         type=_whole,
         default=0,
         metavar="N",
-        help="more words in front, the same for all",
+        help="words of a common prefix, added to every random prompt (default: 0)",
     )
     work.add_argument(
         "--ignore-eos", action=argparse.BooleanOptionalAction, default=True,
-        help="go past the end of text, where the server can (default: on)",
+        help="generate past the end of text, if the server supports it (default: on)",
     )  # fmt: skip
     work.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy")
-    work.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and times (default: 0)")
+    work.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of random prompts and times (default: 0)"
+    )
     work.add_argument(
         "--extra-body", type=_json_object, default={}, metavar="JSON",
-        help='more of each request: \'{"top_p": 0.9, "cache_prompt": false}\'',
+        help='further fields of each request: \'{"top_p": 0.9, "cache_prompt": false}\'',
     )  # fmt: skip
     output = parser.add_argument_group("output options")
     output.add_argument(
         "--metric-percentiles", type=_percentiles, default=(50.0, 90.0, 99.0), metavar="P,...",
-        help="of every latency (default: 50,90,99)",
+        help="percentiles of every latency (default: 50,90,99)",
     )  # fmt: skip
     output.add_argument(
         "--goodput", nargs="+", type=_objective, default=[], metavar="NAME:MS",
-        help="count the requests whose ttft, tpot and e2el are at most so many milliseconds",
+        help="count the requests whose ttft, tpot and e2el are at most the given milliseconds",
     )  # fmt: skip
-    output.add_argument("--save-result", metavar="FILE", help="write the object with every request's timing")
+    output.add_argument(
+        "--save-result", metavar="FILE", help="write the result with every request's timing as JSON"
+    )
     output.add_argument("--plot", metavar="FILE", help="draw the distributions of latencies as SVG")
 
 
 def run(args: argparse.Namespace, parser: OptionParser) -> int:
-    """Send the load and report; 1 where requests failed."""
+    """Send the load and print the report; return 1 if any request failed."""
     for name, value in (
         ("request_rate", args.request_rate),
         ("burstiness", args.burstiness),
         ("timeout", args.timeout),
     ):
         if value is not None and not 0 < value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')}: must be over 0")
+            parser.error(f"--{name.replace('_', '-')}: must be greater than 0")
     try:
         from vllmlite.cli import bench_load
     except ModuleNotFoundError as error:
@@ -136,7 +146,7 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
 def statistics(
     args: argparse.Namespace, model: str, load: Load, timings: list[Timing], seconds: float
 ) -> dict[str, Any]:
-    """What the timings say, JSON-able, under the names that vLLM's ``bench serve`` gives them."""
+    """Return the results as a JSON-serialisable dict, with the names of vLLM's ``bench serve``."""
     good = [timing for timing in timings if timing.error is None]
     first = next((timing.error for timing in timings if timing.error is not None), None)
     prompt_tokens, output_tokens = sum(t.prompt_tokens for t in good), sum(t.output_tokens for t in good)
@@ -178,7 +188,7 @@ def statistics(
 
 
 def table(result: dict[str, Any]) -> str:
-    """``result`` for people."""
+    """Return ``result`` as a table for people."""
 
     def shown(name: str) -> str:
         return "-" if result[name] is None else f"{result[name]:.1f}"
@@ -192,7 +202,7 @@ def table(result: dict[str, Any]) -> str:
         + (f" ({visible(result['first_error'])})" if result["first_error"] else ""),
         "tokens": f"{result['total_input_tokens']} in, {result['total_output_tokens']} out",
         "throughput": f"{shown('request_throughput')} requests/s, {shown('output_throughput')} "
-        f"output tokens/s, {shown('total_token_throughput')} tokens/s in all",
+        f"output tokens/s, {shown('total_token_throughput')} tokens/s in total",
         "goodput": f"{shown('request_goodput')} requests/s within "
         + ", ".join(f"{name} {most:g} ms" for name, most in result["benchmark"]["goodput"].items()),
         "TTFT": times("ttft"),
@@ -227,7 +237,7 @@ def _files(args: argparse.Namespace, result: dict[str, Any], timings: list[Timin
 
 def _whole(text: str, least: int = 0) -> int:
     if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
     return int(text)
 
 
@@ -256,7 +266,7 @@ def _percentiles(text: str) -> tuple[float, ...]:
 
 
 def _objective(text: str) -> tuple[str, float]:
-    """``NAME:MS`` as a name of :data:`GOODPUT` and seconds."""
+    """Parse ``NAME:MS`` into a name in :data:`GOODPUT` and a limit in seconds."""
     name, _, limit = text.partition(":")
     try:
         seconds = float(limit) / 1000
@@ -264,6 +274,6 @@ def _objective(text: str) -> tuple[str, float]:
         seconds = 0.0
     if name not in GOODPUT or not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not {', '.join(GOODPUT)} and milliseconds, such as ttft:300"
+            f"{text!r} is not one of {', '.join(GOODPUT)} with milliseconds, such as ttft:300"
         )
     return name, seconds

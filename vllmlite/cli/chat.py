@@ -1,4 +1,4 @@
-"""``vllmlite chat``: a conversation in the terminal, or over a pipe with a line a turn."""
+"""``vllmlite chat``: a conversation in the terminal, or over a pipe with one line per turn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllmlite.cli import report, session
 from vllmlite.cli.sampling import add_sampling_arguments, given_sampling
 from vllmlite.cli.screen import Screen, visible
 from vllmlite.config.engine_config import EngineConfig
-from vllmlite.config.options import given
+from vllmlite.config.options import given_options
 from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.server.parsers.parts import Content, Part
@@ -27,59 +27,59 @@ if TYPE_CHECKING:
     from vllmlite.server.parsers.reasoning import ThinkStyle
 
 ABOUT = """\
-Each turn sends the whole conversation, whose earlier turns are in the prefix
-cache. Standard input may be a pipe: a line is a turn. What a model thinks is
-dim on a terminal, and no part of what a pipe gets or of later turns."""
+Each turn sends the whole conversation; its earlier turns are in the prefix
+cache. Standard input may be a pipe with one turn per line. The model's reasoning
+is dim on a terminal, not written to a pipe, and not part of later turns."""
 
 HELP = """\
-/help          this text
-/system TEXT   set the system message, and start again; without TEXT, show it
-/retry         have the last answer made anew
-/reset         forget the conversation
+/help          show this text
+/system TEXT   set the system message and start again; without TEXT, show it
+/retry         generate the last answer again
+/reset         start a new conversation
 /quit          leave (or Ctrl-D)
-Ctrl-C stops an answer. Anything else is said to the model; a line that ends
-with \\ goes on in the next, and one that begins with // says one with /."""
+Ctrl-C stops an answer. Any other line is a message to the model. A line that ends
+with \\ continues on the next line; // at the beginning stands for a literal /."""
 
 NOT_HERE = {
     "n", "logprobs", "prompt_logprobs", "logprob_token_ids", "detokenize", "truncate_prompt_tokens",
     "truncation_side",
 }  # fmt: skip
-"""Sampling flags that have no use in a conversation."""
+"""Sampling options that have no use in a conversation."""
 
 
 def add_arguments(parser: OptionParser) -> None:
-    """Declare the options."""
+    """Add the options to ``parser``."""
     conversation = parser.add_argument_group("conversation", ABOUT)
     parser.epilog = "commands in the conversation:\n" + "\n".join("  " + line for line in HELP.splitlines())
     conversation.add_argument(
         "--url",
         metavar="URL",
-        help="talk to a server with OpenAI's API; --model is then its name for a model",
+        help="chat with a server that has the OpenAI API; --model is then the server's name of a model",
     )
     conversation.add_argument("--api-key", metavar="KEY", help="for --url; default: $OPENAI_API_KEY")
     conversation.add_argument("--system", "--system-prompt", metavar="TEXT", help="system message")
     conversation.add_argument(
-        "-q", "--quick", metavar="MESSAGE", help="say this alone, print the answer, and end"
+        "-q", "--quick", metavar="MESSAGE", help="send this message, print the answer, and exit"
     )
     conversation.add_argument(
         "--chat-template",
         metavar="FILE|NAME",
-        help="chat template in place of the model's: a file, or a name",
+        help="chat template to use instead of the model's: a file, or the name of one",
     )
     conversation.add_argument(
         "--reasoning-parser",
         metavar="NAME",
         choices=STYLES,
-        help="tell what the model thinks from what it says, by the marks of: " + ", ".join(STYLES),
+        help="separate the model's reasoning from its answer, in the format of: " + ", ".join(STYLES),
     )
     session.add_session_arguments(parser, leave_out={"reasoning_parser"})
     add_sampling_arguments(parser, max_tokens=512, exclude=NOT_HERE)
     output = parser.add_argument_group("output options")
-    output.add_argument("--stats", action="store_true", help="statistics on standard error at the end")
+    output.add_argument("--stats", action="store_true", help="print statistics to standard error at the end")
 
 
 def run(args: argparse.Namespace, parser: OptionParser) -> int:
-    """Talk until the input ends; 1 where a message of a pipe or of the command line had no answer."""
+    """Chat until the input ends; return 1 if a message from a pipe or ``--quick`` was not answered."""
     session.checked_params(SamplingParams(), given_sampling(args), parser)
     template = session.read_chat_template(args.chat_template, parser)
     answerer = _local(args, template, parser) if args.url is None else _remote(args, template, parser)
@@ -95,10 +95,12 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
 
 
 def _talk(conversation: Conversation, interactive: bool) -> bool:
-    """Take turns until the input ends; whether each was answered. Ctrl-C between them drops what was typed."""
+    """Read and answer turns until the input ends; return whether all were answered.
+
+    On a terminal, Ctrl-C at the prompt discards the typed line."""
     if interactive:
         _edit_lines()
-        print("/help tells what there is to say beside the conversation.", file=sys.stderr)
+        print("Type a message, or /help for commands.", file=sys.stderr)
     all_answered = True
     while True:
         try:
@@ -113,7 +115,7 @@ def _talk(conversation: Conversation, interactive: bool) -> bool:
         except KeyboardInterrupt:
             if not interactive:
                 raise
-            print("\nCtrl-D or /quit leaves.", file=sys.stderr)
+            print("\nPress Ctrl-D or type /quit to leave.", file=sys.stderr)
 
 
 def _local(args: argparse.Namespace, template: str | None, parser: OptionParser) -> Engine:
@@ -133,25 +135,27 @@ def _local(args: argparse.Namespace, template: str | None, parser: OptionParser)
 def _remote(args: argparse.Namespace, template: str | None, parser: OptionParser) -> Answerer:
     from vllmlite.cli.chat_remote import Server
 
-    here = [*(given(args, EngineConfig).keys() - {"model"})]
-    for name in here + [name for name in ("config", "stats", "reasoning_parser") if getattr(args, name)]:
+    local_only = [*(given_options(args, EngineConfig).keys() - {"model"})]
+    local_only += [name for name in ("config", "stats", "reasoning_parser") if getattr(args, name)]
+    for name in local_only:
         parser.error(
-            f"--{name.replace('_', '-')} is for an engine in this process: it does not go with --url"
+            f"--{name.replace('_', '-')} configures an engine in this process and cannot be used with --url"
         )
     options = given_sampling(args) | ({} if template is None else {"chat_template": template})
     return Server(args.url, getattr(args, "model", None), args.api_key, options)
 
 
 class Answerer(Protocol):
-    """What a conversation is held with."""
+    """The model side of a conversation: an engine in this process, or a server."""
 
     def answer(self, messages: list[dict[str, str]]) -> Generator[Part, None, None]:
-        """Parts of the answer to ``messages``; closing the generator ends it. Raises VllmliteError, and
-        KeyboardInterrupt where Ctrl-C ended it."""
+        """Yield the parts of the answer to ``messages``; closing the generator stops it.
+
+        Raises VllmliteError, and KeyboardInterrupt if Ctrl-C stopped the answer."""
         ...
 
     def close(self) -> None:
-        """The conversation has ended."""
+        """Release the resources of the conversation."""
         ...
 
 
@@ -161,7 +165,7 @@ class Engine:
     def __init__(
         self, started: session.Session, params: SamplingParams, template: str | None, style: ThinkStyle | None
     ) -> None:
-        """Answer with ``params``, through ``template`` or the model's own; ``style``: how it marks its reasoning."""
+        """``template`` replaces the model's chat template; ``style`` says how its reasoning is marked."""
         self.tally = report.Run(started)
         self._engine = started.engine
         self._params = params
@@ -170,7 +174,7 @@ class Engine:
         self._num_turns = 0
 
     def answer(self, messages: list[dict[str, str]]) -> Generator[Part, None, None]:
-        """See :class:`Answerer`."""
+        """Implement :meth:`Answerer.answer`."""
         prompt = session.chat_prompt(self._engine, messages, self._template)
         request_id = str(self._num_turns)
         self._num_turns += 1
@@ -193,29 +197,29 @@ class Engine:
                     self.tally.add(output, count)
 
     def close(self) -> None:
-        """See :class:`Answerer`."""
+        """Implement :meth:`Answerer.close`; an engine needs nothing."""
 
 
 class Conversation:
-    """The messages so far, and who answers them."""
+    """The messages of a conversation and the :class:`Answerer` that answers them."""
 
     def __init__(self, answerer: Answerer, system: str | None) -> None:
-        """An empty conversation under the ``system`` message."""
+        """Start an empty conversation with an optional ``system`` message."""
         self.messages: list[dict[str, str]] = []
         self._answerer = answerer
         self._system = system
         self.reset()
 
     def reset(self) -> None:
-        """Forget all but the system message."""
+        """Drop all messages but the system message."""
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
     def command(self, line: str) -> bool:
-        """Do what a line that begins with a slash says; False if the model did not answer."""
+        """Execute a line that begins with a slash; return False if the model failed to answer."""
         name, _, rest = line.partition(" ")
         if name == "/retry" and self.messages and self.messages[-1]["role"] == "assistant":
-            *earlier, asked, _ = self.messages
-            return self._ask([*earlier, asked])
+            *earlier, question, _ = self.messages
+            return self._ask([*earlier, question])
         elif name == "/retry":
             print("there is no answer yet", file=sys.stderr)
         elif name == "/help":
@@ -228,16 +232,17 @@ class Conversation:
                 self.reset()
             print(f"system: {self._system or 'none'}", file=sys.stderr)
         else:
-            print(f"no command {name}; /help lists them", file=sys.stderr)
+            print(f"unknown command {name}; /help lists the commands", file=sys.stderr)
         return True
 
     def say(self, text: str) -> bool:
-        """Say ``text`` and print the answer as it comes. Without an answer the conversation stays as it is; returns
-        False if that is because of an error."""
+        """Send ``text`` and print the answer as it arrives; return False if that failed.
+
+        Without an answer the conversation stays unchanged."""
         return self._ask([*self.messages, {"role": "user", "content": text}])
 
     def _ask(self, messages: list[dict[str, str]]) -> bool:
-        """Have ``messages`` answered; they and the answer become the conversation, at the end and at once."""
+        """Get an answer to ``messages``. If it succeeds, ``messages`` and the answer become the conversation."""
         answer, screen, error = "", Screen(), None
         try:
             with closing(self._answerer.answer(messages)) as parts:
@@ -246,14 +251,14 @@ class Conversation:
                         answer += part.text
                     screen.write(part)
         except KeyboardInterrupt:
-            pass  # the answer ends here
+            pass  # keep the answer so far
         except VllmliteError as e:
             error = e
         if error is None or screen.has_text:
             screen.end()
         if error is not None:
             print(f"vllmlite: error: {visible(str(error))}", end="", file=sys.stderr)
-            print("; /reset forgets the conversation" if len(messages) > 1 else "", file=sys.stderr)
+            print("; /reset starts a new conversation" if len(messages) > 1 else "", file=sys.stderr)
         elif answer:
             self.messages = [*messages, {"role": "assistant", "content": answer}]
         return error is None
@@ -261,7 +266,7 @@ class Conversation:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """A list that fills at Ctrl-C, so that a step is never cut short; the second Ctrl-C ends the program."""
+    """Yield a list to which Ctrl-C appends, so that no step is interrupted; a second Ctrl-C ends the program."""
     caught: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -277,7 +282,7 @@ def _interruptible() -> Iterator[list[int]]:
 
 
 def _read_turn(interactive: bool) -> str | None:
-    """What is said next, of lines all but the last of which end in a backslash; None at the end of input."""
+    """Return the next message (lines ending in a backslash are continued), or None at the end of input."""
     lines: list[str] = []
     try:
         while True:
@@ -293,7 +298,7 @@ def _read_turn(interactive: bool) -> str | None:
 
 
 def _edit_lines() -> None:
-    """Line editing and history at the prompt, where Python has readline."""
+    """Enable line editing and history at the prompt, if Python has readline."""
     try:
         import readline  # noqa: F401
     except ImportError:

@@ -1,4 +1,4 @@
-"""A server with OpenAI's API as what a conversation in the terminal is held with."""
+"""An OpenAI-compatible server as the :class:`~vllmlite.cli.chat.Answerer` of a conversation."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ except ModuleNotFoundError as error:
 
 
 class Server:
-    """A model of a server."""
+    """A model on a server."""
 
     def __init__(self, url: str, model: str | None, api_key: str | None, options: dict[str, Any]) -> None:
-        """``model`` None: the server's first. ``options`` go with each request. Raises VllmliteError."""
+        """``model`` None selects the server's first; ``options`` are added to each request. Raises VllmliteError."""
         self._url = url.rstrip("/").removesuffix("/v1")
         key = api_key or os.environ.get("OPENAI_API_KEY")
         headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -45,21 +45,21 @@ class Server:
         try:
             answer = self._client.get("/v1/models")
             if answer.status_code != 200:
-                raise VllmliteError(f"{self._url}: {refusal(answer)}")
+                raise VllmliteError(f"{self._url}: {error_text(answer)}")
             return str(answer.json()["data"][0]["id"])
         except (httpx.HTTPError, OSError) as error:
             raise VllmliteError(f"{self._url}: {error}") from None
         except (ValueError, LookupError, TypeError):
-            raise VllmliteError(f"{self._url}: names no model: give --model") from None
+            raise VllmliteError(f"{self._url}: the server lists no model: give --model") from None
 
     def answer(self, messages: list[dict[str, str]]) -> Generator[Part, None, None]:
-        """Parts of the answer as they come. What the server refuses is a ParameterError."""
+        """Yield the parts of the answer as they arrive. Raises ParameterError if the server refuses the request."""
         body = {"model": self._model, "messages": messages, "stream": True, **self._options}
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
                 if answer.status_code != 200:
                     answer.read()
-                    raise ParameterError("url", self._url, refusal(answer))
+                    raise ParameterError("url", self._url, error_text(answer))
                 for line in _lines(answer.iter_bytes()):
                     if line.startswith(b"data:") and line[5:].lstrip().startswith(b"{"):
                         yield from self._parts(json.loads(line[5:]))
@@ -70,7 +70,7 @@ class Server:
 
     def _parts(self, chunk: dict[str, Any]) -> Generator[Part, None, None]:
         if "error" in chunk:
-            raise ParameterError("url", self._url, said(chunk["error"]))
+            raise ParameterError("url", self._url, error_message(chunk["error"]))
         for choice in chunk["choices"]:
             delta = choice["delta"]
             if thought := delta.get("reasoning_content") or delta.get("reasoning"):
@@ -80,22 +80,22 @@ class Server:
 
 
 def _lines(pieces: Iterable[bytes]) -> Generator[bytes, None, None]:
-    """Lines of server-sent events. httpx's own also end at U+2028 and such, which may stand in a JSON string."""
+    """Split server-sent events into lines at line feeds only; httpx also splits at U+2028, which JSON may contain."""
     rest = b""
     for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")
         yield from lines
 
 
-def refusal(answer: httpx.Response) -> str:
-    """What an answer that is an error says."""
+def error_text(answer: httpx.Response) -> str:
+    """Return the status and message of an error response."""
     try:
-        text = said(answer.json()["error"])
+        text = error_message(answer.json()["error"])
     except (ValueError, LookupError, TypeError):
         text = answer.text[:200]
     return f"{answer.status_code}: {text}"
 
 
-def said(error: object) -> str:
-    """The message of an ``error`` in an answer: OpenAI's object, or the words alone."""
+def error_message(error: object) -> str:
+    """Return the message in the ``error`` field of a response, which is an object (OpenAI) or a string."""
     return str(error.get("message", error) if isinstance(error, dict) else error)

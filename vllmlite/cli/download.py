@@ -1,4 +1,4 @@
-"""``vllmlite download``: a model from the hub into the cache, or into a tarball."""
+"""``vllmlite download``: fetch a model from the hub to the cache, or to a tarball."""
 
 from __future__ import annotations
 
@@ -13,34 +13,38 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: OptionParser) -> None:
-    """Declare the options."""
+    """Add the options to ``parser``."""
     parser.add_argument("repo", metavar="REPO", help="id of a model on the hub: owner/name")
     parser.add_argument(
         "--revision", metavar="REVISION", help="branch, tag or commit; default: the main branch"
     )
     parser.add_argument(
-        "--download-dir", metavar="DIR", help="where models are cached; default: the Hugging Face cache"
+        "--download-dir", metavar="DIR", help="cache directory; default: the Hugging Face cache"
     )
     parser.add_argument(
         "--include",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="files to take, such as '*Q8_0.gguf'; may be repeated; default: configuration, tokenizer, and weights as "
-        "safetensors if there are any",
+        help="files to download, such as '*Q8_0.gguf'; may be repeated; default: configuration, tokenizer, and weights "
+        "(safetensors if there are any)",
     )
     parser.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN", help="files to leave; may be repeated"
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="files not to download; may be repeated",
     )
     parser.add_argument(
         "--tarball",
         metavar="FILE",
-        help="also write the model to FILE (.tar, .tar.gz or .tar.zst), which --model takes on another machine",
+        help="also write the model to FILE (.tar, .tar.gz or .tar.zst), which --model accepts on another machine",
     )
 
 
 def run(args: argparse.Namespace, parser: OptionParser) -> int:
-    """Download, verify, and print where it is."""
+    """Download the model, verify it, and print its directory."""
     from vllmlite.hub import is_hub_id
     from vllmlite.hub.download import NotReached, download
     from vllmlite.hub.snapshot import (
@@ -75,7 +79,7 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
         cached = cached_snapshot(repository_in(root, args.repo), args.revision)
         if cached is None or not is_undisturbed(cached) or model_in(cached) is None:
             raise
-        print(f"vllmlite: {error}; this is the copy in the cache:", file=sys.stderr)
+        print(f"vllmlite: {error}; using the copy in the cache:", file=sys.stderr)
         snapshot = cached
     print(snapshot)
     if target is not None:

@@ -1,4 +1,4 @@
-"""``vllmlite env``: what a bug report needs, whatever is installed or not."""
+"""``vllmlite env``: versions, hardware and backends for a bug report; works with any subset of packages."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ VARIABLES = (
 
 
 def add_arguments(parser: OptionParser) -> None:
-    """Declare the options."""
+    """Add the options to ``parser``."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quick", action="store_true", help="do not ask the backends, which imports torch")
-    parser.add_argument("--model", metavar="DIR|ID", help="say how this model would run")
+    parser.add_argument("--quick", action="store_true", help="do not probe the backends, which imports torch")
+    parser.add_argument("--model", metavar="DIR|ID", help="also report how this model would run")
 
 
 def run(args: argparse.Namespace, parser: OptionParser) -> int:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
 
 
 def gather(ask_backends: bool = True, model: str | None = None) -> dict[str, Any]:
-    """All facts, JSON-able; those of ``model`` where one is named."""
+    """Return all facts as a JSON-serialisable dict, with those of ``model`` if it is given."""
     answers = probe.probe() if ask_backends else []
     return {
         "vllmlite": __version__,
@@ -65,7 +65,7 @@ def gather(ask_backends: bool = True, model: str | None = None) -> dict[str, Any
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """The facts for people."""
+    """Return ``facts`` as text for people."""
     packages = facts["packages"]
     cpu, memory, nvidia, model = (facts[name] for name in ("cpu", "memory", "nvidia", "built_in_model"))
     limit = f", limited to {cpu['core_limit']:g}" if cpu["core_limit"] is not None else ""
@@ -98,12 +98,12 @@ def as_text(facts: dict[str, Any]) -> str:
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
-    except Exception:  # not installed, or installed in a way that its own tools cannot read
+    except Exception:  # not installed, or with unreadable metadata
         return None
 
 
 def _built_in_model() -> dict[str, Any]:
-    """Architecture, bytes of weights, and the plain values of the model's manifest; empty without the model."""
+    """Return architecture, weight bytes and manifest of the built-in model; empty if it is not installed."""
     config = _json_object("config.json")
     if not config:
         return {}
@@ -115,7 +115,7 @@ def _built_in_model() -> dict[str, Any]:
 
 
 def _model(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """How model ``name`` would run on the backends that gave ``answers``, or why it would not."""
+    """Return how model ``name`` would run on the backends in ``answers``, or why it cannot."""
     from vllmlite.models.plan import declining, plan_model
 
     try:
@@ -123,7 +123,7 @@ def _model(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
         plan = plan_model(path)
     except VllmliteError as error:
         return {"name": name, "error": str(error)}
-    # transformers' code is known to run only once it has been tried with the weights.
+    # A model with transformers' code is only known to run after a trial with its weights.
     untried = plan.implementation == "transformers" and not (answers and any(path.glob("*.safetensors")))
     if plan.implementation == "transformers" and not untried and (reason := probe.probe_model(path)):
         return {"name": name, "error": reason}

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllmlite.cli import report, session
-from vllmlite.cli.prompts import Wish, add_prompt_arguments, read_wishes
+from vllmlite.cli.prompts import PromptEntry, add_prompt_arguments, read_prompts
 from vllmlite.cli.sampling import add_sampling_arguments, given_sampling, sampling_from_mapping
 from vllmlite.cli.screen import for_output
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
@@ -23,27 +23,31 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: OptionParser) -> None:
-    """Declare the options."""
+    """Add the options to ``parser``."""
     prompts = add_prompt_arguments(parser)
-    prompts.add_argument("--chat", action="store_true", help="prompts are questions: apply the chat template")
-    prompts.add_argument("--system", metavar="TEXT", help="system message, with --chat")
+    prompts.add_argument(
+        "--chat", action="store_true", help="treat prompts as user messages: apply the chat template"
+    )
+    prompts.add_argument("--system", metavar="TEXT", help="system message; needs --chat")
     prompts.add_argument(
         "--chat-template",
         metavar="FILE|NAME",
-        help="chat template in place of the model's: a file, or a name",
+        help="chat template to use instead of the model's: a file, or the name of one",
     )
     session.add_session_arguments(parser)
     add_sampling_arguments(parser, max_tokens=128)
     output = parser.add_argument_group("output options")
-    output.add_argument("--json", action="store_true", help="print a JSON object a completion, one a line")
-    output.add_argument("--no-echo", action="store_true", help="leave out the prompt (--chat does)")
-    stats_help = 'statistics on standard error; with --json a last line {"stats": ...} on standard output'
+    output.add_argument("--json", action="store_true", help="print one JSON object per completion and line")
+    output.add_argument("--no-echo", action="store_true", help="do not print the prompt (implied by --chat)")
+    stats_help = (
+        'print statistics to standard error; with --json, a last line {"stats": ...} to standard output'
+    )
     output.add_argument("--stats", action="store_true", help=stats_help)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A prompt as the engine takes it, with all that its request needs."""
+    """A prompt with the parameters of its request."""
 
     prompt: Prompt
     params: SamplingParams
@@ -51,25 +55,25 @@ class Job:
 
 
 def run(args: argparse.Namespace, parser: OptionParser) -> int:
-    """Complete the prompts."""
+    """Complete the prompts and print the completions."""
     for name in ("system", "chat_template"):
         if getattr(args, name) is not None and not args.chat:
             parser.error(f"--{name.replace('_', '-')} needs --chat")
     config = session.engine_config(args, parser)
     if config.skip_tokenizer_init and not args.json:
-        parser.error("without a tokenizer there are only token ids to print: add --json")
+        parser.error("without a tokenizer only token ids can be printed: add --json")
     given = given_sampling(args)
-    wishes = read_wishes(args, session.checked_params(SamplingParams(), given, parser), parser)
+    entries = read_prompts(args, session.checked_params(SamplingParams(), given, parser), parser)
     template = session.read_chat_template(args.chat_template, parser)
     started = session.start(config, args.verbose)
     base = session.checked_params(started.engine.default_sampling_params, given, parser)
     jobs = [
         Job(
-            _prompt(wish, started.engine, args, template),
-            sampling_from_mapping(base, wish.options),
-            wish.priority,
+            _prompt(entry, started.engine, args, template),
+            sampling_from_mapping(base, entry.options),
+            entry.priority,
         )
-        for wish in wishes
+        for entry in entries
     ]
     tally = report.Run(started)
     if len(jobs) == 1 and jobs[0].params.n == 1 and not args.json:
@@ -86,11 +90,11 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
     return 0
 
 
-def _prompt(wish: Wish, engine: LLMEngine, args: argparse.Namespace, template: str | None) -> Prompt:
-    if not args.chat or not isinstance(wish.prompt, str):
-        return wish.prompt
+def _prompt(entry: PromptEntry, engine: LLMEngine, args: argparse.Namespace, template: str | None) -> Prompt:
+    if not args.chat or not isinstance(entry.prompt, str):
+        return entry.prompt
     messages = [{"role": "system", "content": args.system}] if args.system is not None else []
-    return session.chat_prompt(engine, [*messages, {"role": "user", "content": wish.prompt}], template)
+    return session.chat_prompt(engine, [*messages, {"role": "user", "content": entry.prompt}], template)
 
 
 def _echo(args: argparse.Namespace) -> bool:
@@ -98,7 +102,7 @@ def _echo(args: argparse.Namespace) -> bool:
 
 
 def _stream(engine: LLMEngine, job: Job, echo: bool, tally: report.Run) -> None:
-    """Print one completion as it comes."""
+    """Print one completion as it is generated."""
     count = 0
     for number, output in enumerate(session.stream(engine, "0", job.prompt, job.params, job.priority)):
         if echo and number == 0:
@@ -110,7 +114,7 @@ def _stream(engine: LLMEngine, job: Job, echo: bool, tally: report.Run) -> None:
 
 
 def _run_all(engine: LLMEngine, jobs: list[Job], args: argparse.Namespace, tally: report.Run) -> None:
-    """Run all jobs together and print their completions in order."""
+    """Run all jobs together and print their completions in the order of the prompts."""
     headings = len(jobs) > 1 or jobs[0].params.n > 1
     for index, output in enumerate(_in_order(engine, jobs)):
         tally.add(output, sum(len(c.token_ids) for c in output.outputs))
@@ -133,14 +137,14 @@ def _run_all(engine: LLMEngine, jobs: list[Job], args: argparse.Namespace, tally
 
 
 def _prompt_text(engine: LLMEngine, output: RequestOutput) -> str:
-    """The prompt as it was given; of token ids, the text that they stand for."""
+    """Return the prompt as it was given, or the text of its token ids."""
     if output.prompt is not None:
         return output.prompt
     return engine.get_tokenizer().decode(output.prompt_token_ids)
 
 
 def _in_order(engine: LLMEngine, jobs: list[Job]) -> Iterator[RequestOutput]:
-    """Run all jobs together; their outputs in order, each as soon as those before it are out."""
+    """Run all jobs together; yield outputs in the order of ``jobs``, each as soon as it can be."""
     for index, job in enumerate(jobs):
         params = job.params.clone(output_kind=RequestOutputKind.FINAL_ONLY)
         engine.add_request(str(index), job.prompt, params, priority=job.priority)

@@ -1,4 +1,4 @@
-"""Facts about this machine, read from Linux's own files; whatever cannot be read is None or empty."""
+"""Facts about this machine, read from /proc, /sys and /etc; a fact that cannot be read is None or empty."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ ISA_FLAGS = (
     "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
     "asimd", "asimdhp", "asimddp", "sve", "sve2", "i8mm", "bf16", "svebf16", "sme", "v", "vsx", "vxe2",
 )  # fmt: skip
-"""CPU features that matter to matrix products, under the kernel's names."""
+"""CPU features relevant to matrix multiplication, under the kernel's names."""
 
 
 def system() -> dict[str, Any]:
-    """Distribution, kernel and architecture."""
+    """Return the distribution, kernel version and architecture."""
     release = _fields("/etc/os-release", "=")
     name = release.get("PRETTY_NAME", "").strip('"') or platform.system()
     return {"os": name, "kernel": platform.release(), "machine": platform.machine()}
 
 
 def cpu() -> dict[str, Any]:
-    """Model, cores that there are and that this process may use, a container's limit, instruction sets."""
+    """Return the CPU model, its cores, the cores this process may use, the container's limit, and ISA features."""
     info = _fields("/proc/cpuinfo", ":")
     flags = set((info.get("flags") or info.get("Features") or info.get("isa") or "").split())
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -37,7 +37,7 @@ def cpu() -> dict[str, Any]:
 
 
 def memory() -> dict[str, int | None]:
-    """Bytes of memory: all, available now, and a container's limit."""
+    """Return bytes of memory: total, available, and the container's limit."""
     info = _fields("/proc/meminfo", ":")
 
     def kibibytes(name: str) -> int | None:
@@ -53,7 +53,7 @@ def memory() -> dict[str, int | None]:
 
 
 def nvidia() -> dict[str, Any]:
-    """NVIDIA's kernel driver and the GPUs that it lists, without asking a library."""
+    """Return the version of NVIDIA's kernel driver and the GPUs it lists, without loading a library."""
     driver = _read("/proc/driver/nvidia/version").split("\n")[0].partition(":")[2].split()
     version = next((word for word in driver if word[0].isdigit()), None)
     directories = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
@@ -71,7 +71,7 @@ def _cpu_limit() -> float | None:
 
 
 def _cgroup_values(name: str) -> list[str]:
-    """Contents of control file ``name`` of this process's cgroup and of those above it (cgroup v2)."""
+    """Return the contents of control file ``name`` in this process's cgroup and its ancestors (cgroup v2)."""
     own = next((line[3:] for line in _read("/proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
     root = Path("/sys/fs/cgroup")
     place = root / own.strip("/")
@@ -79,7 +79,7 @@ def _cgroup_values(name: str) -> list[str]:
 
 
 def _fields(path: str, separator: str) -> dict[str, str]:
-    """``name separator value`` lines of a file; the first of each name."""
+    """Parse the ``name separator value`` lines of a file; the first line of each name counts."""
     fields: dict[str, str] = {}
     for line in _read(path).splitlines():
         name, found, value = line.partition(separator)

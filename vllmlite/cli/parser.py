@@ -1,4 +1,4 @@
-"""The argument parser of every subcommand: strict, with the closest match in its errors."""
+"""The argument parser of all subcommands; its errors suggest the closest option."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class OptionParser(argparse.ArgumentParser):
-    """An ArgumentParser without abbreviations, in whose options ``_`` is ``-`` and positionals may stand anywhere.
+    """An ArgumentParser without abbreviations that reads ``_`` in option names as ``-``; positionals may stand
+    anywhere.
 
-    Its usage line does not list the options, of which there are many; errors are one line and a hint."""
+    The usage line does not list the options. Errors are one line with a hint."""
 
     def __init__(self, **kwargs: Any) -> None:
-        """Takes ArgumentParser's arguments."""
+        """Take the arguments of ArgumentParser."""
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
 
     def parse(self, args: Sequence[str]) -> argparse.Namespace:
-        """Parse all of ``args``; what is unknown is an error that names the closest option."""
+        """Parse all of ``args``; report an unknown option with the closest known one."""
         argv = self._join_dotted([*map(_with_dashes, args)])
         split = argv.index("--") if "--" in argv else len(argv)
         parsed, rest = self.parse_known_intermixed_args(argv[:split])
         unknown = next((arg for arg in rest if arg.startswith("-")), None)
         if unknown is not None:
             name = unknown.partition("=")[0]
-            self.error(f"no option {name}" + did_you_mean(name, self._option_string_actions))
+            self.error(f"unknown option {name}" + did_you_mean(name, self._option_string_actions))
         positional = next((a for a in self._actions if not a.option_strings and a.nargs == "*"), None)
         if positional is None:
             rest += argv[split + 1 :]
@@ -51,8 +52,9 @@ class OptionParser(argparse.ArgumentParser):
         return parsed
 
     def _join_dotted(self, args: list[str]) -> list[str]:
-        """Make ``--option '{"key": {"name": value}}'`` of ``--option.key.name value``, as vLLM does. A JSON object that
-        the same option has gets the keys beside its own."""
+        """Replace ``--option.key.name value`` by ``--option '{"key": {"name": value}}'``, as vLLM does.
+
+        Keys of a JSON object given for the same option are merged."""
         end = args.index("--") if "--" in args else len(args)
         dotted = {
             _with_dashes(arg.partition(".")[0]) for arg in args[:end] if re.match(r"--?[a-zA-Z][\w-]*\.", arg)
@@ -78,17 +80,17 @@ class OptionParser(argparse.ArgumentParser):
         return [*(f"{option}={json.dumps(found)}" for option, found in objects.items()), *rest, *args[end:]]
 
     def format_usage(self) -> str:
-        """The usage line, short."""
+        """Return the short usage line."""
         self._shorten_usage()
         return super().format_usage()
 
     def format_help(self) -> str:
-        """The help, its usage line short."""
+        """Return the help text with the short usage line."""
         self._shorten_usage()
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        """Say what was wrong with the command line, and end with status 2."""
+        """Report a usage error and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\nTry '{self.prog} --help'.\n")
 
     def _shorten_usage(self) -> None:
@@ -101,13 +103,13 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def _with_dashes(arg: str) -> str:
-    """``--max_tokens=a_b`` as ``--max-tokens=a_b``; anything that is no long option as it is."""
+    """Return ``--max_tokens=a_b`` as ``--max-tokens=a_b``; leave anything but long options unchanged."""
     match = re.match(r"--\w[\w-]*(?==|$)", arg)
     return arg if match is None else match.group().replace("_", "-") + arg[match.end() :]
 
 
 def _value(text: str) -> Any:
-    """The JSON value that ``text`` is; ``text`` itself if it is none."""
+    """Parse ``text`` as JSON, or return it unchanged if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,7 +1,7 @@
-"""``python3 -m vllmlite.cli.probe``: ask every backend whether it can run here, and print its answers as JSON.
-With the directory of a model: load it as a server would, and print why that fails.
+"""``python3 -m vllmlite.cli.probe``: probe every backend in this process and print the answers as JSON.
 
-It is a program of its own because this imports torch and starts drivers, which may take time, or crash."""
+With a model's directory as argument, load that model and print why it fails, if it does. This is a separate program
+because it imports torch and initialises drivers, which takes time and may crash."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT, MODEL_TIMEOUT = 120, 1800
-"""Seconds after which a probe of the backends, or of a model, has failed."""
+"""Seconds after which a probe of the backends, or of a model, counts as failed."""
 
 
 def probe() -> list[dict[str, Any]]:
-    """One answer a candidate, best first: ``backend``, ``kind``, ``available``, and a ``reason`` in words.
+    """Probe the backends in a child process; return one dict per candidate, the preferred one first.
 
-    Where nothing answers, the only one is of backend ``none``."""
-    answer = _asked(TIMEOUT)
+    Keys: ``backend``, ``kind``, ``available``, ``reason``. If the child fails, the only entry has backend ``none``."""
+    answer = _run(TIMEOUT)
     if isinstance(answer, str):
         return [{"backend": "none", "kind": None, "available": False, "reason": answer}]
     return list(answer)
 
 
 def probe_model(path: Path) -> str:
-    """Why the model in directory ``path`` cannot be loaded; empty if it can."""
-    answer = _asked(MODEL_TIMEOUT, str(path))
+    """Load the model in directory ``path`` in a child process; return why that fails, or ""."""
+    answer = _run(MODEL_TIMEOUT, str(path))
     return answer if isinstance(answer, str) else str(answer[0])
 
 
-def _asked(timeout: float, *arguments: str) -> list[Any] | str:
-    """What the program prints, or why it prints nothing."""
+def _run(timeout: float, *arguments: str) -> list[Any] | str:
+    """Run this module as a program; return the JSON list it prints, or the reason why it failed."""
     home = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
     try:
@@ -49,17 +49,17 @@ def _asked(timeout: float, *arguments: str) -> list[Any] | str:
         answers: list[Any] = json.loads(done.stdout.splitlines()[-1])
         return answers
     except subprocess.TimeoutExpired:
-        return f"gave no answer in {timeout} seconds"
+        return f"the probe did not finish within {timeout} seconds"
     except OSError as e:
-        return f"cannot be asked: {e}"
+        return f"the probe cannot be started: {e}"
     except (ValueError, IndexError):
         if done.returncode < 0:
-            return f"died of {signal.Signals(-done.returncode).name} while being asked"
-        return (done.stderr.strip().splitlines() or ["gave no answer"])[-1]
+            return f"the probe was killed by {signal.Signals(-done.returncode).name}"
+        return (done.stderr.strip().splitlines() or ["the probe printed no answer"])[-1]
 
 
-def load(path: str) -> list[str]:
-    """Why the model cannot be loaded, tried in this process; empty if it can."""
+def load_model(path: str) -> list[str]:
+    """Load the model in this process; return a list with the reason why that fails, or with ""."""
     from vllmlite.config.engine_config import EngineConfig
     from vllmlite.errors import VllmliteError
     from vllmlite.runner.startup import start
@@ -71,8 +71,8 @@ def load(path: str) -> list[str]:
     return [""]
 
 
-def ask() -> list[dict[str, Any]]:
-    """The answers, asked for in this process."""
+def probe_backends() -> list[dict[str, Any]]:
+    """Probe the backends in this process; see :func:`probe`."""
     from vllmlite.backends.select import CANDIDATES, Wanted
     from vllmlite.errors import BackendError
 
@@ -90,4 +90,4 @@ def ask() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(load(sys.argv[1]) if len(sys.argv) > 1 else ask()))
+    print(json.dumps(load_model(sys.argv[1]) if len(sys.argv) > 1 else probe_backends()))

@@ -1,4 +1,4 @@
-"""Prompts from the command line, standard input or a file, checked before a model is loaded for them."""
+"""Reading prompts from the command line, standard input or a file, and checking them before a model is loaded."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from vllmlite.sampling_params import SamplingParams
 
 FILE_HELP = (
-    "a prompt a line; or JSON lines, each with prompt or prompt_token_ids, sampling parameters of its own, priority; "
-    "-: standard input"
+    "file with one prompt per line, or JSON lines with prompt or prompt_token_ids and, optionally, sampling parameters "
+    "and priority; -: standard input"
 )
 
 
 @dataclass(slots=True)
-class Wish:
-    """A prompt, the sampling parameters that it brings along, and where it stands in its file."""
+class PromptEntry:
+    """A prompt with its own sampling parameters, and its position in the file (``NAME:LINE: ``) for errors."""
 
     prompt: str | list[int]
     options: dict[str, Any] = field(default_factory=dict)
@@ -34,13 +34,13 @@ class Wish:
 
 
 ABOUT = """\
-One prompt is streamed: the prompt, then its continuation, so that the output
+A single prompt is streamed: the prompt, then its continuation, so that the output
 reads as one text. Several are printed in order, each under a heading. Without
-a prompt, standard input is the prompt."""
+a prompt, standard input is read as one prompt."""
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The positional prompts and ``--prompts-file``; returns their group."""
+    """Add the positional prompts and ``--prompts-file``; return their argument group."""
     group = parser.add_argument_group("prompts", ABOUT)
     group.add_argument(
         "prompts", nargs="*", metavar="PROMPT", default=[], help="text to complete; -: standard input"
@@ -49,42 +49,44 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     return group
 
 
-def read_wishes(args: argparse.Namespace, base: SamplingParams, parser: OptionParser) -> list[Wish]:
-    """Prompts of the command line, then those of the file; what is wrong with one ends the program."""
+def read_prompts(args: argparse.Namespace, base: SamplingParams, parser: OptionParser) -> list[PromptEntry]:
+    """Return the prompts of the command line, then those of the file; exit with a usage error if one is invalid."""
     if args.prompts.count("-") + (args.prompts_file == "-") > 1:
-        parser.error("standard input can be read once")
+        parser.error("standard input can only be read once")
     prompts = list(args.prompts)
     if not prompts and args.prompts_file is None:
         if is_terminal(sys.stdin):
             parser.error("no prompt: give one, or --prompts-file FILE")
         prompts = ["-"]
-    wishes = [Wish(_read("-", parser).removesuffix("\n") if text == "-" else text) for text in prompts]
+    entries = [
+        PromptEntry(_read("-", parser).removesuffix("\n") if text == "-" else text) for text in prompts
+    ]
     if args.prompts_file is not None:
-        wishes += _read_file(args.prompts_file, parser)
-    for wish in wishes:
-        _check(wish, base, args.json, parser)
-    return wishes
+        entries += _read_file(args.prompts_file, parser)
+    for entry in entries:
+        _check(entry, base, args.json, parser)
+    return entries
 
 
-def _check(wish: Wish, base: SamplingParams, as_json: bool, parser: OptionParser) -> None:
+def _check(entry: PromptEntry, base: SamplingParams, as_json: bool, parser: OptionParser) -> None:
     try:
-        params = sampling_from_mapping(base, wish.options)
+        params = sampling_from_mapping(base, entry.options)
     except ParameterError as e:
-        parser.error(f"{wish.place}{e}")
-    if type(wish.priority) is not int:
-        parser.error(f"{wish.place}priority={wish.priority!r}: must be a whole number")
-    if not wish.prompt:
-        parser.error(f"{wish.place}the prompt is empty")
-    if isinstance(wish.prompt, str) and not _is_utf8(wish.prompt):
-        parser.error(f"{wish.place}the prompt is not UTF-8")
+        parser.error(f"{entry.place}{e}")
+    if type(entry.priority) is not int:
+        parser.error(f"{entry.place}priority={entry.priority!r}: must be an integer")
+    if not entry.prompt:
+        parser.error(f"{entry.place}the prompt is empty")
+    if isinstance(entry.prompt, str) and not _is_utf8(entry.prompt):
+        parser.error(f"{entry.place}the prompt is not UTF-8")
     if not as_json and not params.detokenize:
-        parser.error(f"{wish.place}without text there are only token ids to print: add --json")
+        parser.error(f"{entry.place}without detokenize only token ids can be printed: add --json")
     if not as_json and (params.logprobs is not None or params.prompt_logprobs is not None):
-        parser.error(f"{wish.place}log-probabilities are printed by --json alone: add it")
+        parser.error(f"{entry.place}log-probabilities are only printed with --json: add it")
 
 
 def _is_utf8(text: str) -> bool:
-    """Whether the bytes that the system gave us were UTF-8: others came in as lone surrogates."""
+    """Return whether the argument was valid UTF-8; Python decodes invalid bytes to lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -93,7 +95,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _read(name: str, parser: OptionParser) -> str:
-    """The text of a file, without a byte-order mark and with lines that end as they do on Unix."""
+    """Return the text of a file without a byte-order mark and with Unix line ends."""
     try:
         if name == "-":
             text = sys.stdin.read()
@@ -106,26 +108,26 @@ def _read(name: str, parser: OptionParser) -> str:
         parser.error(f"{shown}: {getattr(e, 'strerror', None) or e}")
 
 
-def _read_file(name: str, parser: OptionParser) -> list[Wish]:
+def _read_file(name: str, parser: OptionParser) -> list[PromptEntry]:
     lines = [(n, line) for n, line in enumerate(_read(name, parser).split("\n"), 1) if line.strip()]
     if not lines:
-        parser.error(f"{name}: holds no prompt")
+        parser.error(f"{name}: has no prompts")
     if _from_json(lines[0][1]) is None:
-        return [Wish(line, place=f"{name}:{n}: ") for n, line in lines]
-    wishes = []
+        return [PromptEntry(line, place=f"{name}:{n}: ") for n, line in lines]
+    entries = []
     for n, line in lines:
-        wish = _from_json(line)
-        if wish is None:
+        entry = _from_json(line)
+        if entry is None:
             parser.error(
-                f"{name}:{n}: is not, as the first line is, a JSON object with prompt or prompt_token_ids"
+                f"{name}:{n}: must be a JSON object with prompt or prompt_token_ids, as the first line is"
             )
-        wish.place = f"{name}:{n}: "
-        wishes.append(wish)
-    return wishes
+        entry.place = f"{name}:{n}: "
+        entries.append(entry)
+    return entries
 
 
-def _from_json(line: str) -> Wish | None:
-    """The wish that a JSON line makes; None for any other line."""
+def _from_json(line: str) -> PromptEntry | None:
+    """Parse a JSON line with a prompt; return None for any other line."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -133,4 +135,4 @@ def _from_json(line: str) -> Wish | None:
     if not isinstance(value, dict) or not {"prompt", "prompt_token_ids"} & value.keys():
         return None
     text, ids, priority = (value.pop(name, None) for name in ("prompt", "prompt_token_ids", "priority"))
-    return Wish(text if ids is None else ids, value, priority or 0)
+    return PromptEntry(text if ids is None else ids, value, priority or 0)

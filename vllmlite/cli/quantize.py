@@ -1,4 +1,4 @@
-"""``vllmlite quantize``: write a copy of a checkpoint with weights in 8 or 4 bits, which loads at once."""
+"""``vllmlite quantize``: write a copy of a checkpoint with 8-bit or 4-bit weights."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: OptionParser) -> None:
-    """Declare the options."""
+    """Add the options to ``parser``."""
     parser.add_argument(
         "-m",
         "--model",
         metavar="DIR|ID",
-        help="directory with a checkpoint, or Hugging Face id; default: the built-in demo model",
+        help="checkpoint directory or Hugging Face id; default: the built-in demo model",
     )
     parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit of a model on the hub")
-    parser.add_argument("--download-dir", metavar="DIR", help="where downloads are cached")
+    parser.add_argument("--download-dir", metavar="DIR", help="cache directory of downloads")
     parser.add_argument(
         "--quantization",
         choices=QUANTIZATIONS,
         required=True,
-        help="bits of a weight: 8 or 4, in groups of 32",
+        help="weight format: 8-bit or 4-bit integers, in groups of 32",
     )
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="directory to make")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: all that are usable")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", required=True, help="output directory; must not exist"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: all usable cores")
 
 
 def run(args: argparse.Namespace, parser: OptionParser) -> int:
-    """Quantise, and say what came of it."""
+    """Quantise the checkpoint and print its size before and after."""
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads={args.threads}: must be at least 1")
     from vllmlite.hub import find_model

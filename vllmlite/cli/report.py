@@ -1,4 +1,4 @@
-"""Statistics of a run: the numbers once, as a table or as JSON."""
+"""Statistics of a run, for a table and for JSON."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 BAR = 30
-"""Characters of a whole bar of progress."""
+"""Characters of a full progress bar."""
 
 
 class Run:
-    """Counts the requests that finished from now on; times are those of the requests' own metrics."""
+    """Statistics of the requests that finish from now on, timed by the requests' own metrics."""
 
     def __init__(self, session: Session) -> None:
-        """Begin now, with what the engine has counted so far left out."""
+        """Start the clock; the engine's earlier counts are subtracted."""
         self.begin = time.monotonic()
         self.num_requests = 0
         self.num_prompt_tokens = 0
@@ -45,7 +45,8 @@ class Run:
             self.metrics.append(output.metrics)
 
     def statistics(self) -> dict[str, Any]:
-        """All there is to say. Prefill is timed to the last first token, decode from the first first token on."""
+        """Return all statistics. Prefill lasts until the last first token; decode starts at the earliest first
+        token."""
         stats, before = self._session.engine.stats(), self._before
         started = [m.first_scheduled_time for m in self.metrics if m.first_scheduled_time is not None]
         first = [m.first_token_time for m in self.metrics if m.first_token_time is not None]
@@ -84,10 +85,10 @@ class Run:
 
 
 class Progress:
-    """A bar on standard error, where that is a terminal."""
+    """A progress bar on standard error, if that is a terminal."""
 
     def __init__(self, total: int, beside_output: bool = True) -> None:
-        """Nothing of ``total`` is done. ``beside_output``: not where output comes meanwhile on the same terminal."""
+        """``beside_output``: hide the bar if standard output is a terminal too, because output is printed meanwhile."""
         self._total = total
         self._done = 0
         output_is_seen = beside_output and is_terminal(sys.stdout)
@@ -95,7 +96,7 @@ class Progress:
         self.advance(0)
 
     def advance(self, count: int = 1) -> None:
-        """``count`` more are done."""
+        """Count ``count`` more prompts as done."""
         self._done += count
         if self._shown:
             bar = "#" * (BAR * self._done // self._total)
@@ -109,7 +110,7 @@ class Progress:
 
 
 def table(statistics: dict[str, Any]) -> str:
-    """``statistics`` for people."""
+    """Return ``statistics`` as a table for people."""
     s = statistics
     kv, prefix, ttft = s["kv_blocks"], s["prefix_cache"], s["ttft_seconds"]
     several = s["requests"] > 1
@@ -129,7 +130,7 @@ def table(statistics: dict[str, Any]) -> str:
 
 
 def quantiles(values: Sequence[float], percentiles: Sequence[float] = (50, 90, 99)) -> dict[str, float]:
-    """Mean, and percentiles by nearest rank; empty of nothing."""
+    """Return the mean and percentiles (nearest rank) of ``values``; empty if there are none."""
     if not values:
         return {}
     ordered = sorted(values)
@@ -142,12 +143,12 @@ def quantiles(values: Sequence[float], percentiles: Sequence[float] = (50, 90, 9
 
 
 def milliseconds(seconds: dict[str, float]) -> str:
-    """:func:`quantiles` of seconds for people."""
+    """Return the result of :func:`quantiles`, in seconds, as text in milliseconds."""
     return ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items()) or "-"
 
 
 def rate(count: int, seconds: float) -> float | None:
-    """``count`` a second; None where nothing was counted or no time passed."""
+    """Return ``count`` per second, or None if either is 0."""
     return round(count / seconds, 2) if count > 0 and seconds > 0 else None
 
 

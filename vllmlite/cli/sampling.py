@@ -1,4 +1,4 @@
-"""Sampling flags: one for each field of SamplingParams, with the field's own words for help."""
+"""Sampling options: one per field of SamplingParams, with the field's docstring as help."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from vllmlite.errors import ParameterError
 from vllmlite.sampling_params import SamplingParams
 
 NO_FLAG = {"output_kind", "seed", "spaces_between_special_tokens", "structured_outputs"}
-"""Fields without a flag: the first is the command's, ``--seed`` the engine's, the others change nothing here."""
+"""Fields without an option: ``--seed`` is the engine's; the others are set by the commands or change nothing here."""
 
 
 def add_sampling_arguments(
     parser: argparse.ArgumentParser, *, max_tokens: int, exclude: Set[str] = frozenset()
 ) -> None:
-    """Give ``parser`` the sampling flags; those not given leave nothing in the namespace but ``max_tokens``."""
+    """Add the sampling options to ``parser``; options not given, except ``max_tokens``, stay out of the namespace."""
     group = parser.add_argument_group(
         "sampling options",
         "Defaults come from the model's generation_config.json; --temperature 0 is greedy.",
     )
-    words = _field_docs(SamplingParams)
+    docs = _field_docs(SamplingParams)
     for f in fields(SamplingParams):
         if f.name in NO_FLAG | exclude:
             continue
-        help = words.get(f.name, "").replace("%", "%%").rstrip(".")
+        help = docs.get(f.name, "").replace("%", "%%").rstrip(".")
         help = help[:1].lower() + help[1:].replace("``", "")
         default: Any = argparse.SUPPRESS
         if f.name == "max_tokens":
             help, default = f"{help} (default: {max_tokens})", max_tokens
-        kind: dict[str, Any] = _KINDS[str(f.type)]
+        kind: dict[str, Any] = _OPTION_KINDS[str(f.type)]
         group.add_argument("--" + f.name.replace("_", "-"), dest=f.name, default=default, help=help, **kind)
 
 
 def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling fields that the command line gave."""
+    """Return the sampling fields given on the command line."""
     names = {f.name for f in fields(SamplingParams)} - NO_FLAG
     return {name: value for name, value in vars(args).items() if name in names}
 
 
 def sampling_from_mapping(base: SamplingParams, options: dict[str, Any]) -> SamplingParams:
-    """``base`` with ``options`` applied, whose names are checked."""
+    """Return ``base`` with ``options`` applied. Raises ParameterError for an unknown name or a bad value."""
     names = {f.name for f in fields(SamplingParams)} - {"output_kind"}
     for name, value in options.items():
         if name not in names:
-            raise ParameterError(name, value, "no such sampling parameter" + did_you_mean(name, names))
+            raise ParameterError(name, value, "unknown sampling parameter" + did_you_mean(name, names))
     return base.clone(**options)
 
 
@@ -58,7 +58,7 @@ def _int_or_none(text: str) -> int | None:
     try:
         return None if text.lower() == "none" else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor none") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor none") from None
 
 
 def _id_list(text: str) -> list[int]:
@@ -78,7 +78,7 @@ def _bias(text: str) -> dict[str, float]:
     return value
 
 
-_KINDS: dict[str, dict[str, Any]] = {
+_OPTION_KINDS: dict[str, dict[str, Any]] = {
     "int": {"type": int, "metavar": "N"},
     "int | None": {"type": _int_or_none, "metavar": "N"},
     "float": {"type": float, "metavar": "X"},
@@ -89,11 +89,11 @@ _KINDS: dict[str, dict[str, Any]] = {
     "list[int] | None": {"type": _id_list, "metavar": "ID,ID"},
     "dict[int, float] | None": {"type": _bias, "metavar": "JSON"},
 }
-"""How a flag of each type reads its values."""
+"""``add_argument`` arguments by field type."""
 
 
 def _field_docs(cls: type) -> dict[str, str]:
-    """Field names → the docstrings that follow them in the source; empty where there is no source."""
+    """Return each field's docstring, read from the source; empty if the source is not available."""
     try:
         body = ast.parse(inspect.getsource(cls)).body[0]
     except (OSError, TypeError):

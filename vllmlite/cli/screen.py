@@ -1,4 +1,4 @@
-"""What a model writes, as a terminal may see it."""
+"""Printing a model's text safely on a terminal."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from vllmlite.terminal import is_terminal
 
 CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
 CONTROLS |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\N{REPLACEMENT CHARACTER}")
-"""Pictures of the characters with which text could move the cursor, or set the window's title or the clipboard."""
+"""Visible symbols for control characters, which could move the cursor or set the window title or clipboard."""
 
 
 def visible(text: str) -> str:
-    """``text`` from elsewhere, with pictures of its control characters."""
+    """Return ``text`` with its control characters replaced by visible symbols."""
     return text.translate(CONTROLS)
 
 
 def for_output(text: str) -> str:
-    """``text`` as standard output gets it: :func:`visible` on a terminal, elsewhere as it is."""
+    """Return :func:`visible` text if standard output is a terminal, else ``text`` unchanged."""
     return visible(text) if is_terminal(sys.stdout) else text
 
 
 class Screen:
-    """An answer on standard output. On a terminal what the model thinks is dim, and control characters are pictures;
-    elsewhere the answer stands alone, as it was written."""
+    """An answer on standard output.
+
+    On a terminal, reasoning is dim and control characters are visible symbols; elsewhere only the answer is written,
+    unchanged."""
 
     def __init__(self) -> None:
-        """Nothing is written."""
+        """Begin an empty answer."""
         self._is_terminal = is_terminal(sys.stdout)
         self._colours = "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
         self._thinks = False
         self._text = ""
 
     def write(self, part: Part) -> None:
-        """The next part of the answer; tool calls are none."""
+        """Print the next part of the answer; tool calls are ignored."""
         text = getattr(part, "text", "")
         thinks = isinstance(part, Reasoning)
         if not text or (thinks and not self._is_terminal):
@@ -52,11 +54,11 @@ class Screen:
 
     @property
     def has_text(self) -> bool:
-        """Whether anything is written."""
+        """Whether anything was printed."""
         return bool(self._text)
 
     def end(self) -> None:
-        """The answer has ended."""
+        """End the answer with a newline."""
         self._put("\n")
 
     @staticmethod

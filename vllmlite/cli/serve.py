@@ -1,4 +1,4 @@
-"""``vllmlite serve``: OpenAI's API over HTTP."""
+"""``vllmlite serve``: the OpenAI API over HTTP."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllmlite.config.engine_config import REASONING_KEYS, EngineConfig, add_engine_arguments
-from vllmlite.config.options import add_fields, given, read_yaml
+from vllmlite.config.options import add_fields, given_options, read_yaml
 from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.parsers.reasoning import STYLES
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
     from vllmlite.cli.parser import OptionParser
 
-OWN = {"served_model_name", "disable_log_stats", "disable_log_requests", "reasoning_parser"}
-"""Options that mean more here than to an engine alone."""
+SERVER_OPTIONS = {"served_model_name", "disable_log_stats", "disable_log_requests", "reasoning_parser"}
+"""Options that the server defines differently from a bare engine."""
 
 
 def add_arguments(parser: OptionParser) -> None:
-    """Declare the options."""
-    parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="as --model")
+    """Add the options to ``parser``."""
+    parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="same as --model")
     add_fields(parser, ServerConfig)
-    add_engine_arguments(parser, leave_out=OWN)
+    add_engine_arguments(parser, leave_out=SERVER_OPTIONS)
 
 
 def run(args: argparse.Namespace, parser: OptionParser) -> int:
-    """Serve until told to stop."""
+    """Serve until a signal stops the server; return the exit status."""
     try:
         engine, server = configurations(args)
     except ParameterError as error:
         parser.error(str(error))
-    # OpenMP threads that spin while they wait make a step tens of times slower on a machine with other work.
+    # Spinning OpenMP threads make a step tens of times slower on a machine with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from vllmlite.server.run import serve
@@ -49,12 +49,12 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
 
 
 def configurations(args: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
-    """What flags and ``--config`` say to the engine and to the server. Raises :class:`ParameterError`."""
+    """Return the engine's and the server's options from flags and ``--config``. Raises :class:`ParameterError`."""
     from_file = read_yaml(args.config) if args.config is not None else {}
-    flags = given(args, ServerConfig) | given(args, EngineConfig)
+    flags = given_options(args, ServerConfig) | given_options(args, EngineConfig)
     if args.model_tag is not None:
         if "model" in flags:
-            raise ParameterError("model", args.model_tag, "is named twice: by itself, and with --model")
+            raise ParameterError("model", args.model_tag, "is given twice: as an argument and with --model")
         flags["model"] = args.model_tag
     options = {**from_file, **flags}
     names = ServerConfig.__dataclass_fields__

@@ -1,4 +1,4 @@
-"""What the commands that run a model share: starting the engine, sampling defaults, streaming one request."""
+"""Shared parts of the commands that run a model: starting the engine, sampling defaults, streaming a request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Session:
-    """A started engine, the name to show for its model, and how long the start took."""
+    """A started engine, the model's display name, and the start time in seconds."""
 
     engine: LLMEngine
     model_name: str
@@ -34,13 +34,13 @@ class Session:
 
 
 def add_session_arguments(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
-    """The engine's flags but those in ``leave_out``, and ``--verbose``."""
+    """Add the engine's options except those in ``leave_out``, and ``--verbose``."""
     add_engine_arguments(parser, leave_out)
-    parser.add_argument("-v", "--verbose", action="store_true", help="say what happens on standard error")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log to standard error")
 
 
 def engine_config(args: argparse.Namespace, parser: OptionParser) -> EngineConfig:
-    """The configuration that flags and ``--config`` ask for; what is wrong in it ends the program."""
+    """Return the configuration from flags and ``--config``; exit with a usage error if it is invalid."""
     try:
         return EngineConfig.from_namespace(args)
     except ParameterError as e:
@@ -48,14 +48,14 @@ def engine_config(args: argparse.Namespace, parser: OptionParser) -> EngineConfi
 
 
 def start(config: EngineConfig, verbose: bool) -> Session:
-    """Start an engine; one line on standard error says what runs, if that is a terminal or ``verbose``."""
+    """Start an engine; print one line about it to standard error if that is a terminal or ``verbose``."""
     if verbose:
         logging.basicConfig(level=logging.INFO, format="vllmlite: %(message)s")
     begin = time.monotonic()
-    # OpenMP threads that spin while they wait make a step tens of times slower on a machine with other work.
+    # Spinning OpenMP threads make a step tens of times slower on a machine with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        from vllmlite.llm_engine import LLMEngine  # imports what a model needs: not for --help
+        from vllmlite.llm_engine import LLMEngine  # slow import, not needed for --help
 
         engine = LLMEngine(config)
     except ModuleNotFoundError as e:
@@ -80,14 +80,14 @@ def start(config: EngineConfig, verbose: bool) -> Session:
 def chat_prompt(
     engine: LLMEngine, messages: list[dict[str, str]], chat_template: str | None
 ) -> dict[str, Any]:
-    """``messages`` through the chat template, as a prompt whose special tokens are already in it."""
+    """Return ``messages`` rendered with the chat template, encoded without adding special tokens again."""
     tokenizer = engine.get_tokenizer()
     text = tokenizer.apply_chat_template(messages, chat_template=chat_template)
     return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
 
 def read_chat_template(given: str | None, parser: OptionParser) -> str | None:
-    """The chat template in the file ``given``, or ``given`` itself: a template's text or name."""
+    """Return the chat template in the file ``given``, or ``given`` itself if it is Jinja source or a name."""
     try:
         return read_template(given)
     except ParameterError as e:
@@ -102,8 +102,9 @@ def stream(
     priority: int = 0,
     interrupted: Sequence[object] = (),
 ) -> Generator[RequestOutput, None, None]:
-    """Outputs of one request as they come, each with what is new. Closing the generator drops the request; so does,
-    before the next step, anything in ``interrupted``."""
+    """Run one request and yield its outputs, each with the new text only.
+
+    Closing the generator aborts the request, and so does an entry in ``interrupted``, checked before each step."""
     delta = params.clone(output_kind=RequestOutputKind.DELTA)
     engine.add_request(request_id, prompt, delta, priority=priority)
     finished = False
@@ -119,14 +120,14 @@ def stream(
 
 
 def raise_on_error(engine: LLMEngine, request_id: str) -> None:
-    """Raise if the request ended because a step failed."""
+    """Raise VllmliteError if the request ended because a step failed."""
     error = engine.take_error(request_id)
     if error is not None:
         raise VllmliteError(f"request {request_id}: a step failed: {error}")
 
 
 def checked_params(base: SamplingParams, options: dict[str, Any], parser: OptionParser) -> SamplingParams:
-    """``base`` with the command line's ``options``; what is wrong in them ends the program."""
+    """Return ``base`` with ``options`` applied; exit with a usage error if one is invalid."""
     try:
         return base.clone(**options)
     except ParameterError as e:
