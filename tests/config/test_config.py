@@ -110,13 +110,13 @@ def test_flag(argv: list[str], name: str, value: Any) -> None:
         ({"override_generation_config": "{"}, "override_generation_config", "is not JSON"),
         ({"override_generation_config": [1]}, "override_generation_config", "a mapping"),
         ({"block_size": 0}, "block_size", "at least 1"),
-        ({"block_size": True}, "block_size", "whole number"),
-        ({"block_size": 16.0}, "block_size", "whole number"),
+        ({"block_size": True}, "block_size", "integer"),
+        ({"block_size": 16.0}, "block_size", "integer"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens", "at least 1"),
         ({"max_num_seqs": 10**6}, "max_num_seqs", "at most"),
-        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization", "over 0"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization", "greater than 0"),
         ({"gpu_memory_utilization": 1.01}, "gpu_memory_utilization", "at most 1"),
-        ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization", "over 0"),
+        ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization", "greater than 0"),
         ({"gpu_memory_utilization": "0.5"}, "gpu_memory_utilization", "number"),
         ({"kv_cache_memory_bytes": "much"}, "kv_cache_memory_bytes", "4G"),
         ({"device": "cuda:x"}, "device", "cuda:N"),
@@ -125,15 +125,15 @@ def test_flag(argv: list[str], name: str, value: Any) -> None:
         ({"model": ""}, "model", "empty"),
         ({"enforce_eager": 1}, "enforce_eager", "True or False"),
         ({"async_scheduling": "yes"}, "async_scheduling", "or None"),
-        ({"seed": None}, "seed", "whole number"),
+        ({"seed": None}, "seed", "integer"),
         ({"max_logprobs": -2}, "max_logprobs", "at least -1"),
         ({"threads": 0}, "threads", "at least 1"),
         ({"revision": "main"}, "revision", "built-in"),
-        ({"skip_tokenizer_init": True, "tokenizer": "t"}, "tokenizer", "leave one out"),
+        ({"skip_tokenizer_init": True, "tokenizer": "t"}, "tokenizer", "cannot be combined"),
         (
             {"num_gpu_blocks_override": 4, "kv_cache_memory_bytes": 4},
             "num_gpu_blocks_override",
-            "one of them",
+            "cannot be combined",
         ),
     ],
 )
@@ -147,7 +147,7 @@ def test_bad_values_are_named(options: dict[str, Any], field: str, says: str) ->
 def test_unknown_names_get_the_closest() -> None:
     with pytest.raises(ParameterError, match=r"did you mean max_model_len\?"):
         EngineConfig.from_kwargs(max_model_length=3)
-    with pytest.raises(ParameterError, match=r"no such option$"):
+    with pytest.raises(ParameterError, match=r"unknown option$"):
         EngineConfig.from_kwargs(zzz=3)
 
 
@@ -235,7 +235,7 @@ def test_dotted_flags_are_the_keys_of_a_json_object(capsys: pytest.CaptureFixtur
     assert parsed("--kwargs.a", "1", "--", "--kwargs.b") == ({"a": 1}, ["--kwargs.b"])
     for argv, says in (
         (["--kwargs", "3", "--kwargs.a", "1"], "--kwargs: 3 is not a JSON object"),
-        (["--kwarg.a", "1"], "no option --kwarg.a; did you mean --kwargs?"),
+        (["--kwarg.a", "1"], "unknown option --kwarg.a; did you mean --kwargs?"),
     ):
         with pytest.raises(SystemExit, match="2"):
             parser.parse(argv)
@@ -301,7 +301,7 @@ def test_yaml_is_between_flags_and_defaults(tmp_path: Path) -> None:
         ("1: 2", "one mapping"),
         ("a: [", "is not YAML"),
         ("enable-lora: true", "LoRA"),
-        ("block-size: eight", "whole number"),
+        ("block-size: eight", "integer"),
         ("!!python/object/apply:os.system [true]", "is not YAML"),
     ],
 )

@@ -1,1 +1,1 @@
-"""The configuration of an engine, and the options of vLLM that are refused."""
+"""The configuration of an engine, and vLLM's options that are refused."""

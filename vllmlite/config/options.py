@@ -1,8 +1,8 @@
-"""Configurations whose fields are options: flags, YAML and ``--help`` derive from a frozen dataclass's fields.
+"""Configurations as frozen dataclasses; flags, YAML and ``--help`` are derived from the fields.
 
-A field's type is ``str``, ``int``, ``float`` or ``bool``, any of them or None, ``tuple[str, ...]``, or
-``Mapping[str, Any]``, which is JSON in a flag. Its metadata hold ``help`` and ``group``; ``choices`` and ``synonyms``
-of a string; ``low`` and ``high`` of a number; ``size`` for whole numbers that take a suffix; ``metavar``.
+A field's type is ``str``, ``int``, ``float`` or ``bool``, any of these or None, ``tuple[str, ...]``, or
+``Mapping[str, Any]`` (JSON in a flag). Its metadata are ``help`` and ``group``; ``choices`` and ``synonyms`` of a
+string; ``low`` and ``high`` of a number; ``size`` for integers that may have a unit suffix; ``metavar``.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from vllmlite.errors import ParameterError
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field with its ``help`` and other ``metadata``."""
+    """Return a dataclass field with its ``help`` and other ``metadata``."""
     return field(default=default, metadata={"help": help, "group": "engine", **metadata})
 
 
 def mapping_option(help: str, **metadata: Any) -> Any:
-    """The same for a mapping, which no hash sees."""
+    """Return a dataclass field for a mapping, excluded from the hash."""
     return field(
         default=None, hash=False, metadata={"help": help, "group": "engine", "metavar": "JSON", **metadata}
     )
 
 
 def did_you_mean(name: str, candidates: Collection[str]) -> str:
-    """``; did you mean …?`` with the candidate closest to ``name``, or nothing."""
+    """Return ``; did you mean …?`` with the candidate closest to ``name``, or "" if none is close."""
     close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def parse_size(text: str) -> int:
-    """A whole number with an optional suffix: K, M, G, T and KiB … in 1024s; k, m, g, t and KB … in 1000s."""
+    """Parse an integer with an optional suffix: K, M, G, T, KiB … are powers of 1024; k, m, g, t, KB … of 1000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?", text.strip(), re.IGNORECASE)
     if match is None:
         raise ValueError(f"{text!r} is not a size such as 1048576, 512M, 4G or 2GiB")
@@ -48,12 +48,12 @@ def parse_size(text: str) -> int:
     if not unit:
         size = int(number) if number.isdigit() else size
     if size != int(size):
-        raise ValueError(f"{text!r} is not a whole number")
+        raise ValueError(f"{text!r} is not an integer")
     return int(size)
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The mapping in a YAML file, its keys' dashes turned to underscores."""
+    """Return the mapping in a YAML file, with dashes in keys replaced by underscores. Raises ParameterError."""
     try:
         import yaml
     except ImportError:
@@ -70,18 +70,18 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ParameterError("config", str(path), "must hold one mapping from option names to values")
+        raise ParameterError("config", str(path), "must contain one mapping from option names to values")
     options: dict[str, Any] = {}
     for key, value in content.items():
         name = key.replace("-", "_")
         if name in options:
-            raise ParameterError("config", str(path), f"says {name} twice")
+            raise ParameterError("config", str(path), f"sets {name} twice")
         options[name] = value
     return options
 
 
 def argument(f: Field[Any]) -> dict[str, Any]:
-    """What ``add_argument`` is told of a field."""
+    """Return the keyword arguments of ``add_argument`` for a field."""
     meta = f.metadata
     text = meta["help"].replace("%", "%%")
     if f.default not in (None, (), "") and "default" not in text and not isinstance(f.default, (bool, tuple)):
@@ -112,12 +112,12 @@ def _size_argument(text: str) -> int:
 
 
 def flag(name: str) -> str:
-    """The flag of a field."""
+    """Return the flag of the field ``name``."""
     return "--" + name.replace("_", "-")
 
 
 def normalised(f: Field[Any], value: Any) -> Any:
-    """``value`` as a field keeps it: paths as text, sizes as numbers, synonyms resolved, lists as tuples, JSON read."""
+    """Return ``value`` normalised: paths as str, sizes as int, synonyms resolved, lists as tuples, JSON parsed."""
     if f.type == "tuple[str, ...]":
         return _tuple(f, value)
     if "str" in f.type:
@@ -140,14 +140,14 @@ def normalised(f: Field[Any], value: Any) -> Any:
 
 _TYPES = {
     "str": (str, "a string"),
-    "int": (int, "a whole number"),
+    "int": (int, "an integer"),
     "float": (float, "a number"),
     "bool": (bool, "True or False"),
 }
 
 
 def check(f: Field[Any], value: Any) -> None:
-    """Raise :class:`ParameterError` unless ``value`` suits the field."""
+    """Raise :class:`ParameterError` unless ``value`` is valid for the field."""
     if f.type in ("tuple[str, ...]", "Mapping[str, Any]"):
         return
     type_name, _, optional = str(f.type).partition(" | ")
@@ -170,7 +170,7 @@ def check(f: Field[Any], value: Any) -> None:
 
 
 def check_fields(config: Any) -> None:
-    """Normalise and check every field of a frozen dataclass, as its ``__post_init__``."""
+    """Normalise and check every field of a frozen dataclass; to be called from ``__post_init__``."""
     for f in fields(config):
         value = normalised(f, getattr(config, f.name))
         object.__setattr__(config, f.name, value)
@@ -178,9 +178,9 @@ def check_fields(config: Any) -> None:
 
 
 def add_fields(parser: argparse.ArgumentParser, config: type[Any], leave_out: Collection[str] = ()) -> None:
-    """Give ``parser`` a flag for each field of dataclass ``config``, in groups.
+    """Add a flag for each field of dataclass ``config``, in argument groups.
 
-    Flags that are not given leave nothing in the namespace."""
+    Flags not given stay out of the namespace."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for f in fields(config):
         if f.name in leave_out:
@@ -192,13 +192,13 @@ def add_fields(parser: argparse.ArgumentParser, config: type[Any], leave_out: Co
         groups[group].add_argument(*names, dest=f.name, default=argparse.SUPPRESS, **argument(f))
 
 
-def given(namespace: argparse.Namespace, config: type[Any]) -> dict[str, Any]:
-    """The fields of ``config`` that flags gave."""
+def given_options(namespace: argparse.Namespace, config: type[Any]) -> dict[str, Any]:
+    """Return the fields of ``config`` that were given as flags."""
     return {f.name: getattr(namespace, f.name) for f in fields(config) if hasattr(namespace, f.name)}
 
 
 def _mapping(f: Field[Any], value: Any) -> dict[str, Any]:
-    """A mapping, or the text of a JSON object; None is an empty one."""
+    """Return a dict from a mapping, the text of a JSON object, or None (empty)."""
     found = value
     if isinstance(value, str):
         try:
@@ -206,12 +206,12 @@ def _mapping(f: Field[Any], value: Any) -> dict[str, Any]:
         except (ValueError, RecursionError):
             raise ParameterError(f.name, value, "is not JSON") from None
     if not isinstance(found, dict | None):
-        raise ParameterError(f.name, value, "must be a mapping, as a JSON object where it is a flag")
+        raise ParameterError(f.name, value, "must be a mapping (in a flag: a JSON object)")
     return dict(found or {})
 
 
 def _tuple(f: Field[Any], value: Any) -> tuple[str, ...]:
-    """A list, one value, or JSON lists among the values (as vLLM's flags take them)."""
+    """Return a tuple from a list, one value, or values that contain JSON lists (as vLLM's flags allow)."""
     values: list[Any] = []
     for entry in [value] if isinstance(value, str) or not isinstance(value, (list, tuple)) else value:
         if isinstance(entry, str) and entry.lstrip().startswith("["):
