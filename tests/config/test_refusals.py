@@ -93,7 +93,7 @@ def test_positions_whose_rotations_do_not_fit(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, max_position_embeddings=2**31 - 1)
     backend = TorchBackend("cpu")
     with pytest.raises(
-        ParameterError, match=r"max_model_len=.*rotations take \d+ bytes.*lower it to \d+"
+        ParameterError, match=r"max_model_len=.*rotary tables take \d+ bytes.*lower it to \d+"
     ) as raised:
         load_model(backend, tmp_path, max_model_len=2**31 - 1, block_size=16)
     fits = int(re.findall(r"lower it to (\d+)", str(raised.value))[0])

@@ -107,14 +107,14 @@ VARIANTS: list[tuple[str, dict[str, Any], str]] = [
     ("diffllama", {}, "layer 0 attends more than once|0 of its 4 layers attend through"),
     ("deepseek_v3", {}, r"its queries, keys and values differ in size \(24, 24, 16\)"),
     ("gpt_bigcode", {}, ""),
-    ("gpt_oss", {}, "asks attention for s_aux"),
+    ("gpt_oss", {}, "its attention needs s_aux"),
     ("llama", {"is_causal": False}, "attention mask is not causal"),
     ("llama4_text", {"attention_chunk_size": 5, "attn_temperature_tuning": False}, "not causal, or has gaps"),
     ("llama4_text", {"attention_chunk_size": None}, "attn_temperature_tuning"),
     ("moshi", {}, "caches 5 tokens where its mask shows 256|0 of its 4 layers attend through"),
     ("mpt", {}, "0 of its 4 layers attend through"),
     ("olmoe", {}, ""),
-    ("roberta", {"is_decoder": True}, "does not count positions from 0"),
+    ("roberta", {"is_decoder": True}, "positions do not start at 0"),
     ("zaya", {}, "logits differ from transformers' own"),
 ]
 

@@ -88,7 +88,7 @@ def test_unknown_keys_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         spec(tmp_path, "LlamaForCausalLM", unsloth_fixed=True, another=1, attention_dropout=0.5)
     (record,) = caplog.records
     assert record.getMessage().endswith(
-        "config.json: keys that are not known have no effect: another, unsloth_fixed"
+        "config.json: unknown keys without effect: another, unsloth_fixed"
     )
 
 
@@ -225,7 +225,7 @@ def test_two_sets_of_rotary_parameters_must_agree(tmp_path: Path) -> None:
     newer = {"rope_type": "default", "rope_theta": 1e6}
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     with pytest.raises(
-        ModelError, match=r"rope_scaling=.*accepted: what rope_parameters says; change that instead"
+        ModelError, match=r"rope_scaling=.*accepted: the same as rope_parameters; change that instead"
     ):
         spec(tmp_path, "Qwen2ForCausalLM", rope_parameters=newer, rope_scaling=yarn)
     both = {"rope_type": "yarn", **yarn, "rope_theta": 1e6}

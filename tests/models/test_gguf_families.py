@@ -155,7 +155,7 @@ def test_stacked_norms_of_heads_are_refused(tmp_path: Path) -> None:
         ("gemma3", {"gemma3.attention.key_length_swa": 32}, "key_length_swa=32; accepted: 24"),
         ("llama", {"llama.rope.scaling.yarn_ext_factor": 1.0}, "yarn_ext_factor=1.0; accepted: 0.0"),
         ("llama", {"llama.rope.scaling.attn_factor": 2.0}, "attn_factor=2.0; accepted: 1"),
-        ("llama", {"general.type": "mmproj"}, "no language model: metadata general.type='mmproj'"),
+        ("llama", {"general.type": "mmproj"}, "not a language model: metadata general.type='mmproj'"),
     ],
 )
 def test_bad_metadata_are_told(case: str, changes: dict[str, Any], says: str, tmp_path: Path) -> None:
@@ -227,5 +227,5 @@ def test_unknown_metadata_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFi
     changes: dict[str, Any] = {"llama.unheard.of": 1, "llama.vocab_size": 7, "general.name": "x"}
     read_spec(converted_family(tmp_path, tmp_path / "x.gguf", "llama", **changes))
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'x.gguf'}: metadata that are not known and have no effect: unheard.of"
+        f"{tmp_path / 'x.gguf'}: unknown metadata without effect: unheard.of"
     ]

@@ -83,7 +83,7 @@ def test_equals_transformers_on_text(case: str, tmp_path: Path) -> None:
         {name: np.ascontiguousarray(value) for name, value in state.items()}, tmp_path / "model.safetensors"
     )
     check(tmp_path, reference)
-    with pytest.raises(ParameterError, match="runs natively alone"):
+    with pytest.raises(ParameterError, match="runs natively only"):
         plan_model(tmp_path, "transformers")
 
 

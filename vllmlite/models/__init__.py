@@ -1,4 +1,4 @@
-"""The models: a registry of families, and the way from a directory to something that runs."""
+"""The models: from a checkpoint directory or GGUF file to a model that runs on a backend."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ __all__ = ["load_model", "load_planned", "open_model", "plan_model", "read_spec"
 def open_model(
     path: Path, spec: DecoderSpec, packing: Packing, load_format: str = "auto", seed: int = 0
 ) -> ModelWeights:
-    """The weights of ``spec`` in directory ``path``, after checking that it holds exactly these. An output layer that
-    is stored and differs from the embedding it should be tied to is one of them, as in transformers. Raises ModelError
-    or ParameterError as :func:`open_weights` does."""
+    """Open the weights of ``spec`` in directory ``path``, after checking that exactly these tensors are stored.
+
+    If the output layer is tied to the embedding but stored with other values, the stored values are used, as in
+    transformers. Raises ModelError or ParameterError as :func:`open_weights` does."""
     tensors, keys = sources(spec), spec.keys
     head, schemes = f"{keys.head}.weight", stored_schemes(spec)
     stored = open_weights(
@@ -43,10 +44,10 @@ def open_model(
     )
     lost = [] if load_format == "dummy" else sorted(schemes.keys() - stored.schemes.keys())
     if keys.transposed and lost:
-        # Whether such a weight is transposed cannot be told from a square shape.
+        # A square weight does not show whether it is stored transposed.
         expected = schemes[lost[0]].name
         raise ModelError(
-            f"{path}: tensor {lost[0]!r}: is stored as floats; expected {expected}, as its configuration says"
+            f"{path}: tensor {lost[0]!r}: is stored as floats; expected {expected} according to the configuration"
         )
     if head in stored.shapes:
         tensors[HEAD] = replace(tensors.get(HEAD, tensors[TABLE]), key=head, product=True)
@@ -66,13 +67,13 @@ def load_model(
     packing: Packing | None = None,
     num_positions: int | None = None,
 ) -> Decoder:
-    """The model of directory ``path`` on ``backend``, for sequences of up to ``max_model_len`` tokens, of which the
-    first ``num_positions`` can be computed (default: all).
+    """Load the model of directory or GGUF file ``path`` on ``backend``.
 
-    ``kv_cache_dtype``: ``auto`` (the backend's) or one of ``KV_DTYPES``. ``load_format``: one of
-    ``LOAD_FORMATS``: ``auto`` takes what is there; ``dummy`` needs only the configuration, and draws weights from
-    ``seed``. ``spec``: what :func:`read_spec` returns, if it has been called. ``packing``: the form of weights;
-    default: ``Packing(backend)``. ModelError, ParameterError or BackendError say what is wrong."""
+    ``max_model_len`` is the longest sequence; positions below ``num_positions`` (default: all) can be computed.
+    ``kv_cache_dtype`` is ``auto`` (the backend's dtype) or one of ``KV_DTYPES``; ``load_format`` is one of
+    ``LOAD_FORMATS``, where ``dummy`` needs only the configuration and draws random weights from ``seed``. ``spec`` is
+    the result of :func:`read_spec`, if known; ``packing`` (default: ``Packing(backend)``) decides the form of the
+    weights. Raises ModelError, ParameterError or BackendError."""
     spec = spec or read_spec(path)
     cache = kv_spec(spec, backend, block_size, kv_cache_dtype)
     num_positions = max_model_len if num_positions is None else num_positions
@@ -85,14 +86,14 @@ def load_model(
     if needed > free:
         raise BackendError(
             f"{path}: its weights take {needed} bytes in {packing.quantization or backend.dtype}; {free} are free"
-            + (_what_fits(weights, free) if spec.quantization is None else "")
+            + (_fitting_quantizations(weights, free) if spec.quantization is None else "")
         )
     position = sum(4 * rope.rotary_dim for rope in {layer.rope for layer in spec.layers} if rope is not None)
     if position * num_positions > free:
         raise ParameterError(
             "max_model_len",
             max_model_len,
-            f"its rotations take {position * num_positions} bytes; {free} are free: lower it to {free // position}",
+            f"the rotary tables take {position * num_positions} bytes; {free} are free: lower it to {free // position}",
         )
     return Decoder(
         spec,
@@ -105,8 +106,9 @@ def load_model(
 
 
 def kv_spec(spec: DecoderSpec, backend: Backend, block_size: int, kv_cache_dtype: str) -> KVSpec:
-    """The key/value cache of ``spec`` on ``backend``; ``kv_cache_dtype`` is :func:`load_model`'s. ParameterError if
-    that is not one."""
+    """Return the key/value cache's spec for a model; ``kv_cache_dtype`` is as in :func:`load_model`.
+
+    Raises ParameterError for an unknown ``kv_cache_dtype``."""
     if kv_cache_dtype not in ("auto", *KV_DTYPES):
         raise ParameterError("kv_cache_dtype", kv_cache_dtype, ", ".join(("auto", *KV_DTYPES)))
     dtype = backend.dtype if kv_cache_dtype == "auto" else kv_cache_dtype
@@ -123,8 +125,9 @@ def load_planned(
     num_positions: int | None = None,
     **options: Any,
 ) -> Model:
-    """The model of directory ``path`` in the implementation that ``plan`` says; the other arguments are
-    :func:`load_model`'s."""
+    """Load the model of directory ``path`` with the implementation that ``plan`` names.
+
+    The other arguments are those of :func:`load_model`."""
     if plan.implementation == "native":
         return load_model(
             backend,
@@ -137,7 +140,7 @@ def load_planned(
         )
     if packing.quantization is not None:
         raise BackendError(
-            f"quantization {packing.quantization}: transformers' models run with float weights alone"
+            f"quantization {packing.quantization}: transformers' models run with float weights only"
         )
     from vllmlite.models.hf_model import load_hf_model
 
@@ -145,8 +148,8 @@ def load_planned(
     return load_hf_model(backend, path, max_positions=plan.max_position_embeddings, **options)
 
 
-def _what_fits(weights: ModelWeights, free: int) -> str:
-    """Which quantisations at load make ``weights`` take at most ``free`` bytes, in words."""
+def _fitting_quantizations(weights: ModelWeights, free: int) -> str:
+    """Return the end of an error message: the quantisations with which ``weights`` fit into ``free`` bytes."""
     backend = weights.packing.backend
     sizes = {
         name: replace(weights, packing=Packing(backend, name)).num_bytes()

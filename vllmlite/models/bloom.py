@@ -1,4 +1,4 @@
-"""BLOOM (BigScience 2022): linear biases instead of positions, and a norm behind the embeddings."""
+"""BLOOM (BigScience 2022): ALiBi instead of position embeddings, and a norm after the token embeddings."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ KEYS = Keys(
     up="mlp.dense_h_to_4h",
     down="mlp.dense_4h_to_h",
 )
-TRAINED = 2048
-"""Positions that the models were trained on, for configurations that do not say."""
+TRAINED_POSITIONS = 2048
+"""Context length of the published models, for configurations that do not state it."""
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """The MLP is four times as wide as the rest."""
+    """Return the decoder spec; the MLP is four times as wide as the hidden states."""
     config.require("apply_residual_connection_post_layernorm", False)
     if config.get("n_embed") is not None:
         config.without_effect("hidden_size")
@@ -32,7 +32,7 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
     config = config.spelling(
         num_hidden_layers="n_layer", num_attention_heads="n_head", max_position_embeddings="seq_length"
     )
-    config = config.default(max_position_embeddings=TRAINED).fixed(
+    config = config.default(max_position_embeddings=TRAINED_POSITIONS).fixed(
         num_key_value_heads=config.get("num_attention_heads"),
         intermediate_size=4 * config.integer("hidden_size"),
     )

@@ -1,7 +1,7 @@
-"""What transformers knows of every family's ``config.json``: its keys, their defaults, and other names for them.
+"""transformers' table of each family's ``config.json``: its keys, their defaults, and other names of the keys.
 
-``config_keys.json`` is made by ``scripts/config_table.py``. With it one rule holds for all families: a key that is
-absent has transformers' default, and a key that a family does not read must have that default, or the model is refused.
+``scripts/config_table.py`` generates ``config_keys.json``. It allows one rule for all families: an absent key has
+transformers' default, and a key that the family's code does not read must have that default, or the model is refused.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ NEUTRAL: dict[str, str] = {
         _name_or_path architectures auto_map dtype is_encoder_decoder model_type pruned_heads torch_dtype
         transformers_version trust_remote_code""",
 }
-"""Keys that do not change the numbers, by the reason."""
+"""Keys that do not change the results, by the reason why."""
 _EVERY = {"is_causal": True, "use_bidirectional_attention": None}
-"""Keys that transformers reads of every configuration, where they are there, and their defaults."""
+"""Keys that transformers reads from every configuration that has them, with their defaults."""
 _IGNORED = frozenset(" ".join(NEUTRAL.values()).split())
 
 
@@ -48,7 +48,7 @@ def _table() -> dict[str, Any]:
 
 
 def with_defaults(config: HfConfig, model_type: str) -> HfConfig:
-    """``config`` of a ``model_type`` with transformers' defaults for the keys that are absent under every name."""
+    """Return ``config`` completed with transformers' defaults for keys of ``model_type`` that are absent."""
     family = _table()["families"][model_type]
     names = {key: {key} for key in family["keys"]}
     for alias, key in family["aliases"].items():
@@ -59,7 +59,7 @@ def with_defaults(config: HfConfig, model_type: str) -> HfConfig:
 
 
 def check_remaining(config: HfConfig, model_type: str) -> None:
-    """Refuse a key that the family has not read and that changes the numbers; log one that is not known at all."""
+    """Raise ModelError if an unread key changes the results; log keys that transformers does not know."""
     defaults = {**_EVERY, **_table()["families"][model_type]["keys"]}
     unknown = []
     for key, value in config.remaining().items():
@@ -68,8 +68,8 @@ def check_remaining(config: HfConfig, model_type: str) -> None:
         if key not in defaults:
             unknown.append(key)
         elif not (value == defaults[key] or (not value and not defaults[key])):
-            raise config.error(key, f"{json.dumps(defaults[key])}, as {model_type} models have it here")
+            raise config.error(
+                key, f"{json.dumps(defaults[key])}, the only supported value for {model_type} models"
+            )
     if unknown:
-        logger.info(
-            "%s: keys that are not known have no effect: %s", config.where, ", ".join(sorted(unknown))
-        )
+        logger.info("%s: unknown keys without effect: %s", config.where, ", ".join(sorted(unknown)))

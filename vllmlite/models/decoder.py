@@ -1,4 +1,4 @@
-"""The one decoder: any :class:`DecoderSpec`, on any backend, by ops alone."""
+"""The decoder: runs any :class:`DecoderSpec` on any backend, through the backend's ops only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Norm:
 @dataclass(frozen=True, slots=True)
 class _Mlp:
     up: LinearWeight
-    """With the gate before it, where there is one."""
+    """Up projection; for a gated MLP, gate and up projection in one weight."""
     down: LinearWeight
 
 
@@ -61,7 +61,7 @@ class _Layer:
 
 
 class Decoder:
-    """A model on a backend: the runner's ``Model``.
+    """A model on a backend; implements the runner's ``Model``.
 
     ``weights`` holds the tensors that ``models.tensors.sources(spec)`` names. The model runs sequences of up to
     ``max_model_len`` tokens, at positions below ``num_positions``."""
@@ -108,8 +108,7 @@ class Decoder:
             self._head = backend.tied_weight(self._embed)
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
-        """Hidden states ``[T, output_size]`` of the uploaded ``batch``, as the output layer takes them; writes its keys
-        and values."""
+        """Compute the final hidden states ``[T, output_size]`` of ``batch``; write its keys and values to ``kv``."""
         ops, parallel = self.backend, self.spec.parallel
         x, residual = self._embedded(batch), None
         for index, layer in enumerate(self._layers):
@@ -130,7 +129,7 @@ class Decoder:
         return x if self._project_out is None else ops.linear(x, self._project_out)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 logits ``[N, V]`` of hidden states ``[N, hidden]``."""
+        """Return float32 logits ``[N, V]`` of hidden states ``[N, output_size]``."""
         own = self.backend.logits(hidden, self._head)
         logits = self._scaled(self.backend.comm.all_gather(own), self.spec.logit_scale)
         cap = self.spec.logit_soft_cap
@@ -167,7 +166,7 @@ class Decoder:
         return self.backend.comm.all_reduce(self._own_mlp(h, mlp))
 
     def _own_mlp(self, h: Tensor, mlp: _Mlp | _Moe) -> Tensor:
-        """The share of this rank in the sum that is the MLP's result."""
+        """Return this rank's summand of the MLP's output; all ranks' summands are added by an all-reduce."""
         ops, spec = self.backend, self.spec
         if isinstance(mlp, _Mlp):
             if spec.gated_mlp:
@@ -181,7 +180,7 @@ class Decoder:
         return ops.add(ops.sigmoid_gate(self._own_mlp(h, mlp.shared), ops.linear(h, mlp.shared_gate)), routed)
 
     def _normed(self, x: Tensor, norm: _Norm | None, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What stands behind the norm of ``x + residual``, and that sum."""
+        """Return the norm of ``x + residual``, and that sum; ``norm`` None leaves the sum as it is."""
         ops, eps = self.backend, self.spec.norm.eps
         if norm is None:
             total = x if residual is None else ops.add(x, residual)
@@ -198,7 +197,7 @@ class Decoder:
 
 
 class _Loader:
-    """Puts the parts of a model on its backend."""
+    """Loads the parts of a model onto its backend."""
 
     def __init__(
         self, spec: DecoderSpec, backend: Backend, weights: ModelWeights, ropes: Mapping[RopeSpec, Rope]
@@ -245,7 +244,7 @@ class _Loader:
         )
 
     def float_weight(self, name: str) -> LinearWeight:
-        """A weight that stays in floats whatever the others are: a router's or a gate's."""
+        """Return a weight that is never quantised: a router or a gate."""
         return self.backend.linear_weight([self.weights.floats(name)])
 
     def norm(self, name: str) -> _Norm:
@@ -256,7 +255,7 @@ class _Loader:
         )
 
     def head_norm(self, name: str, heads: int) -> Tensor:
-        """Weights for q or k, ``[heads, D]`` where each head has its own."""
+        """Return the norm weights of q or k: ``[D]``, or ``[heads, D]`` if each head has its own."""
         if self.spec.qk_norm != "layer":
             return self.norm_weight(f"{name}.weight")
         backend = self.backend
@@ -266,7 +265,7 @@ class _Loader:
         return backend.tensor(np.stack(list(map(backend.to_host, rows))), backend.dtype)
 
     def norm_weight(self, name: str) -> Tensor:
-        """In float32 where one is added: near it, 16 bits are too few."""
+        """Return a norm's weight. With ``unit_offset`` it is in float32: 16 bits are too few for values near 1."""
         backend, host = self.backend, self.weights.floats(name)
         if not self.spec.norm.unit_offset:
             return backend.tensor(host, backend.dtype)

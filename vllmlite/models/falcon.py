@@ -1,5 +1,5 @@
-"""Falcon (Almazrouei et al. 2023): attention and a plain MLP side by side; 40B and later with a norm for each, RW with
-linear biases and one after the other."""
+"""Falcon (Almazrouei et al. 2023): attention and an ungated MLP in parallel; the newer layout (40B) with a norm for
+each; Falcon RW with ALiBi and sequential layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEYS = Keys(
 
 
 def refined_web(config: HfConfig) -> HfConfig:
-    """The configuration of Falcon's first files (``RWForCausalLM``), in the keys that Falcon has had since."""
+    """Return a configuration of the first Falcon files (``RWForCausalLM``) with today's keys."""
     renamed = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
     values = {renamed.get(key, key): value for key, value in config.remaining().items()}
     newer = values.get("model_type") == "RefinedWeb"
@@ -30,7 +30,7 @@ def refined_web(config: HfConfig) -> HfConfig:
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """The newer layout, 40B's, has several key/value heads and, unless told otherwise, two norms side by side."""
+    """Return the decoder spec. The newer layout (40B) has several key/value heads and by default two parallel norms."""
     newer = config.boolean("new_decoder_architecture", False)
     parallel = newer or config.boolean("parallel_attn", True)
     if newer:
@@ -62,7 +62,7 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
         rotated=not alibi,
         tied=True,
     )
-    # Biases are added here before scores are scaled.
+    # Falcon adds the biases before it scales the scores.
     slopes = tuple(slope * base.head_dim**-0.5 for slope in alibi_slopes(heads)) if alibi else ()
     return replace(
         base,

@@ -1,4 +1,4 @@
-"""The registry: which architectures there are, and the way from a ``config.json`` to a spec or a refusal."""
+"""The registry of architectures, and reading a ``config.json`` into a spec or a refusal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from vllmlite.models.spec import DecoderSpec
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Models of one ``architectures`` entry."""
+    """A model family, known by one name in ``architectures``."""
 
     title: str
     model_type: str
@@ -63,16 +63,18 @@ FAMILIES: dict[str, Family] = {
     "FalconForCausalLM": Family("Falcon", "falcon", falcon.spec),
     "BloomForCausalLM": Family("BLOOM", "bloom", bloom.spec),
 }
-"""What ``architectures`` of a ``config.json`` may name."""
+"""Families by the name in ``architectures`` of ``config.json``."""
 RENAMED: dict[str, tuple[str, Callable[[HfConfig], HfConfig]]] = {
     "RWForCausalLM": ("FalconForCausalLM", falcon.refined_web),
 }
-"""Old names in ``architectures``: today's, and what makes today's configuration of theirs."""
+"""Old names in ``architectures``: the current name, and a function that converts the configuration."""
 
 
 def read_spec(path: Path) -> DecoderSpec:
-    """The spec of the checkpoint in directory ``path``, from its ``config.json`` alone, or of the GGUF file ``path``.
-    ModelError if it is not one that can run; needs no backend."""
+    """Return the spec of the checkpoint directory ``path``, from its ``config.json`` only, or of the GGUF file
+    ``path``.
+
+    Needs no backend. Raises ModelError if the model cannot run."""
     config = HfConfig.read(path)
     name = architecture(config)
     if name in SHELLS:
@@ -89,7 +91,7 @@ def read_spec(path: Path) -> DecoderSpec:
 
 
 def _text_spec(config: HfConfig, name: str, path: Path) -> DecoderSpec:
-    """The spec of the language model in a model of text and images."""
+    """Return the spec of the language model inside a vision-language model."""
     shell = SHELLS[name]
     text = text_config(config, shell)
     quantization = read_quantization(text, path)
@@ -106,14 +108,15 @@ def _checked_spec(
 
 
 def architecture(config: HfConfig) -> str:
-    """What ``architectures`` names, or else the model type stands for. ModelError, which says what kind of model it
-    is instead, for everything that is not a decoder of text."""
+    """Return the name in ``architectures``, or the one of the ``model_type`` if there is none.
+
+    Raises ModelError, naming the kind of model, for anything but a text decoder."""
     named = config.get("architectures")
     if isinstance(named, list) and named and isinstance(named[0], str) and named[0] in SHELLS:
         return named[0]
     for section in ("vision_config", "audio_config", "speech_config"):
         if config.get(section) is not None:
-            raise config.error(section, "none: models of images or sound are not supported, only of text")
+            raise config.error(section, "none: vision and audio models are not supported, only text models")
     if config.get("is_encoder_decoder"):
         raise config.error("is_encoder_decoder", "false: models with an encoder are not supported")
     if not named:
@@ -123,7 +126,7 @@ def architecture(config: HfConfig) -> str:
     name = RENAMED[named[0]][0] if named[0] in RENAMED else named[0]
     if not name.endswith(("ForCausalLM", "LMHeadModel")):
         kinds = {
-            "ForConditionalGeneration": "models of images or sound, or with an encoder,",
+            "ForConditionalGeneration": "vision, audio and encoder-decoder models",
             "ForMaskedLM": "encoders",
             "Classification": "classifiers",
             "ForQuestionAnswering": "encoders",
@@ -131,6 +134,6 @@ def architecture(config: HfConfig) -> str:
         }
         kind = next((kind for end, kind in kinds.items() if name.endswith(end)), "such models")
         raise config.error(
-            "architectures", f"decoders of text, whose names end in ForCausalLM; {kind} are not supported"
+            "architectures", f"text decoders, whose names end in ForCausalLM; {kind} are not supported"
         )
     return name

@@ -1,5 +1,8 @@
-"""Gemma 1 to 3 (Gemma Team 2024, 2024, 2025), text only: embeddings times the root of their size, weights of norms
-stored minus one, and in 2 and 3 norms on both sides, windows in most layers, and caps or normed q and k."""
+"""Gemma 1 to 3 (Gemma Team 2024, 2024, 2025), text only.
+
+Embeddings are multiplied by the square root of the hidden size, and norm weights are stored minus one. Gemma 2 and 3
+have norms before and after attention and MLP, and sliding windows in most layers; Gemma 2 caps scores and logits,
+Gemma 3 normalises q and k."""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from vllmlite.models.spec import DecoderSpec, LayerSpec, NormSpec
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """The first Gemma computes its ``gelu`` by tanh, whatever its configuration calls it."""
+    """Return Gemma 1's spec; its ``gelu`` is the tanh approximation, whatever the configuration says."""
     if config.get("hidden_activation") is not None:
         config.without_effect("hidden_act")
         config = config.spelling(hidden_act="hidden_activation")
@@ -22,7 +25,7 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
 
 
 def gemma2(config: HfConfig, architecture: str) -> DecoderSpec:
-    """Every other layer has a window; scores and logits are capped."""
+    """Return Gemma 2's spec: every other layer has a sliding window; scores and logits are soft-capped."""
     base = _sandwich(config, architecture, attention_cap=50.0, logit_cap=30.0)
     sliding = _sliding(config, every=2)
     rope = rope_spec(config, base.head_dim)
@@ -31,7 +34,7 @@ def gemma2(config: HfConfig, architecture: str) -> DecoderSpec:
 
 
 def gemma3(config: HfConfig, architecture: str) -> DecoderSpec:
-    """Layers with a window, five of six, have a rotation of their own; q and k are normed."""
+    """Return Gemma 3's spec: five of six layers have a window and their own rotary base; q and k are normalised."""
     config.require("attn_logit_softcapping", None)
     base = _sandwich(config, architecture, attention_cap=None, logit_cap=None)
     sliding = _sliding(config, every=config.integer("sliding_window_pattern", 6))

@@ -1,8 +1,8 @@
 """GGUF files as checkpoints: their metadata as a Hugging Face configuration, their tensors under its names.
 
-What llama.cpp's converter did to a checkpoint is undone: for some families it reorders the rows of q and k, whose
-rotary embedding it computes on neighbouring elements; and to norms' weights that are stored less one it adds that.
-:mod:`vllmlite.models.gguf_families` has its names.
+llama.cpp's converter changes some tensors, which is undone here: for some families it reorders the rows of q and k,
+because llama.cpp rotates neighbouring elements; and it adds one to norm weights that are stored minus one.
+:mod:`vllmlite.models.gguf_families` has the names per family.
 """
 
 from __future__ import annotations
@@ -33,24 +33,26 @@ from vllmlite.weights.schemes.gguf_blocks import BlockScheme, block_data, type_n
 logger = logging.getLogger(__name__)
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""Divisors of the rotary frequencies, which is how Llama 3's scaling is stored."""
+"""Tensor with divisors of the rotary frequencies: Llama 3's scaling."""
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
-"""Those of longrope."""
+"""Tensors with longrope's divisors."""
 UNUSED = re.compile(r"^rope_(freqs|factors_(long|short))\.weight$|\.attn_rot_embd\.weight$")
-"""Tensors that are read with the metadata, or not at all."""
+"""Tensors that are read together with the metadata, or not needed."""
 SECOND_NORM = "attn_norm_2"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 LARGEST_GEMMA_LAYERS = {"gemma2": 46, "gemma3": 62}
-"""Layers of the models that scale scores by what heads would share of the hidden size, instead of their own size."""
+"""Layer counts of the models that scale scores by hidden_size / num_heads instead of head_dim."""
 
 
 def gguf_config(path: Path) -> dict[str, Any]:
-    """What a ``config.json`` of the model in the file at ``path`` would say. ModelError where it cannot be said."""
+    """Return the equivalent ``config.json`` of the GGUF file at ``path``. Raises ModelError if there is none."""
     gguf = read_gguf(path)
     kind = gguf.get("general.type", str, "model")
     if kind != "model":
-        raise ModelError(f"{path}: is no language model: metadata general.type={kind!r}; accepted: 'model'")
+        raise ModelError(
+            f"{path}: is not a language model: metadata general.type={kind!r}; accepted: 'model'"
+        )
     name, family = _family(gguf)
     fields = _Fields(gguf, gguf.metadata["general.architecture"])
     embedding = gguf.tensors.get(f"{KEYS.embedding}.weight")
@@ -69,7 +71,9 @@ def gguf_config(path: Path) -> dict[str, Any]:
     if not 0 < rotated <= head_dim or (rotated < head_dim and not family.rotates_part):
         raise fields.error("rope.dimension_count", str(head_dim))
     if name == "stablelm" and f"{KEYS.layer}0.{KEYS.q_norm}.weight" in gguf.tensors:
-        raise ModelError(f"{path}: norms of single heads (StableLM 12B) are read from directories alone")
+        raise ModelError(
+            f"{path}: per-head norms (StableLM 12B) are supported in checkpoint directories only"
+        )
     for key, same in (
         ("attention.key_length_swa", head_dim),
         ("attention.value_length_swa", head_dim),
@@ -119,14 +123,12 @@ def gguf_config(path: Path) -> dict[str, Any]:
         }
     unknown = fields.unread() - WITHOUT_EFFECT
     if unknown:
-        logger.warning(
-            "%s: metadata that are not known and have no effect: %s", path, listed(sorted(unknown))
-        )
+        logger.warning("%s: unknown metadata without effect: %s", path, listed(sorted(unknown)))
     return config
 
 
 def _check_windows(fields: _Fields, family: GgufFamily, config: dict[str, Any]) -> None:
-    """Add to ``config`` which layers have a window, where the file says. ModelError where the family differs."""
+    """Add the layers with a window to ``config``, if the file states them. Raises ModelError if unsupported."""
     theta = fields.number("rope.freq_base_swa", config["rope_theta"])
     if "rope_local_base_freq" not in config and theta != config["rope_theta"]:
         raise fields.error("rope.freq_base_swa", str(config["rope_theta"]))
@@ -134,7 +136,7 @@ def _check_windows(fields: _Fields, family: GgufFamily, config: dict[str, Any]) 
     pattern = fields.layers(key)
     if pattern is None:
         return
-    if len(pattern) == 1:  # in every so many layers, the last has no window
+    if len(pattern) == 1:  # the period: the last layer of each has no window
         every = pattern[0]
         pattern = [every == 0 or layer % every < every - 1 or every == 1 for layer in range(layers)]
     if len(pattern) != layers:
@@ -146,14 +148,14 @@ def _check_windows(fields: _Fields, family: GgufFamily, config: dict[str, Any]) 
 
 
 def _check_experts(fields: _Fields) -> None:
-    """ModelError unless there are as many experts as the metadata say, lest these have us count without end."""
+    """Raise ModelError if the expert count differs from the tensors', which would make loops over it unbounded."""
     count, name = fields.integer("expert_count", 0), f"{KEYS.layer}0.ffn_gate_exps.weight"
     if count and (name not in fields.gguf.tensors or fields.gguf.tensors[name].shape[0] != count):
         raise fields.error("expert_count", f"the number of experts in {name}")
 
 
 def gguf_keys(path: Path) -> Keys:
-    """How the file at ``path`` names a model's tensors."""
+    """Return the names of the tensors in the GGUF file at ``path``."""
     gguf = read_gguf(path)
     keys = _family(gguf)[1].keys
     if _has_second_norm(gguf):
@@ -162,7 +164,7 @@ def gguf_keys(path: Path) -> Keys:
 
 
 def _family(gguf: Gguf) -> tuple[str, GgufFamily]:
-    """What the file's architecture is, and its name in ``FAMILIES``."""
+    """Return the file's family and its name in ``FAMILIES``."""
     name = gguf.get("general.architecture", str)
     if name not in FAMILIES:
         raise ModelError(f"{gguf.path}: general.architecture={name!r}; accepted: {', '.join(FAMILIES)}")
@@ -176,19 +178,19 @@ def _family(gguf: Gguf) -> tuple[str, GgufFamily]:
 
 
 def _has_second_norm(gguf: Gguf) -> bool:
-    """Whether attention has a norm of its own, and the usual one is the MLP's."""
+    """Return whether attention has a norm of its own, the usual one being the MLP's (Falcon 40B)."""
     return f"{KEYS.layer}0.{SECOND_NORM}.weight" in gguf.tensors
 
 
 def open_gguf(path: Path, spec: DecoderSpec) -> Weights:
-    """The weights of ``spec``, after checking that the file at ``path`` holds exactly these."""
+    """Open the weights of ``spec`` in the file at ``path``, after checking that exactly these tensors are stored."""
     gguf, shapes = read_gguf(path), stored_shapes(spec)
     missing = [name for name in shapes if name not in gguf.tensors]
     if missing:
         raise ModelError(f"{path}: tensors missing from the file: {listed(missing)}")
     unused = [name for name in gguf.tensors if name not in shapes and not UNUSED.search(name)]
     if unused:
-        raise ModelError(f"{path}: tensors that the model has no use for: {listed(unused)}")
+        raise ModelError(f"{path}: unexpected tensors: {listed(unused)}")
     for name, shape in shapes.items():
         if _matrix(gguf.tensors[name].shape) != _matrix(shape):
             raise ModelError(
@@ -214,7 +216,7 @@ def open_gguf(path: Path, spec: DecoderSpec) -> Weights:
 
 
 def _in_halves(weight: HostWeight, heads: int) -> HostWeight:
-    """``weight`` with the rows of each head as the Hugging Face format orders them: those of even index first."""
+    """Return ``weight`` with each head's rows in Hugging Face's order: even rows first, then odd rows."""
     data = block_data(weight) if isinstance(weight, PackedWeight) else weight.data
     pairs = data.reshape(heads, -1, 2, data.size // weight.shape[0])
     ordered = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)
@@ -225,7 +227,7 @@ def _in_halves(weight: HostWeight, heads: int) -> HostWeight:
 
 
 def _float32(gguf: Gguf, name: str) -> NDArray[np.float32]:
-    """The elements of a tensor that must be stored as F32."""
+    """Return the elements of a tensor, which must be stored as F32."""
     stored = gguf.tensors[name]
     if type_name(stored) != "F32":
         raise ModelError(f"{gguf.path}: tensor {name!r}: is in {type_name(stored)}; accepted: F32")
@@ -233,17 +235,17 @@ def _float32(gguf: Gguf, name: str) -> NDArray[np.float32]:
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and their length: a stack of matrices is one, and a vector a row."""
+    """Return the shape as (rows, row length): leading dimensions are merged; a vector is one row."""
     return math.prod(shape[:-1]), shape[-1]
 
 
 def has_blocks(path: Path) -> bool:
-    """Whether the file at ``path`` holds quantised weights."""
+    """Return whether the file at ``path`` has quantised tensors."""
     return any(isinstance(tensor, PackedWeight) for tensor in read_gguf(path).tensors.values())
 
 
 def treatment(path: Path, packing: Packing) -> str:
-    """What becomes of the matrices of the file at ``path``, in words."""
+    """Return a description for the start line: how the matrices of the file at ``path`` are stored on the backend."""
     matrices = [tensor for tensor in read_gguf(path).tensors.values() if len(tensor.shape) > 1]
     counts = Counter(type_name(tensor) for tensor in matrices)
     schemes = {type_name(tensor): getattr(tensor, "scheme", None) for tensor in matrices}
@@ -252,26 +254,26 @@ def treatment(path: Path, packing: Packing) -> str:
 
 
 class _Fields:
-    """The metadata of a file's architecture, each either a value or the same value for every layer."""
+    """The metadata ``ARCHITECTURE.KEY`` of a file; a per-layer array counts as one value if all are equal."""
 
     def __init__(self, gguf: Gguf, architecture: str) -> None:
         self.gguf, self.architecture = gguf, architecture
         self._read: set[str] = set()
 
     def unread(self) -> set[str]:
-        """The architecture's metadata that nobody has asked for."""
+        """Return the architecture's keys that were not read."""
         prefix = f"{self.architecture}."
         return {key.removeprefix(prefix) for key in self.gguf.metadata if key.startswith(prefix)} - self._read
 
     def layers(self, key: str) -> list[Any] | None:
-        """A value for each layer, or one; None where there is none."""
+        """Return the list of values for each layer, or of one value for all; None if the key is absent."""
         self._read.add(key)
         value = self.gguf.metadata.get(f"{self.architecture}.{key}")
         if value is None:
             return None
         found: list[Any] = value.tolist() if isinstance(value, np.ndarray) else [value]
         if not found or any(type(item) not in (int, bool) or item < 0 for item in found):
-            raise self.error(key, "whole numbers or booleans")
+            raise self.error(key, "integers or booleans")
         return found
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -284,18 +286,18 @@ class _Fields:
         return value
 
     def says(self, key: str) -> bool:
-        """Whether there is a value: zero stands for none, and false for itself."""
+        """Return whether the key has a value; zero counts as absent, false as a value."""
         value = self.get(key)
         return value is False or bool(value)
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.get(key, default)
         if type(value) is not int or not 0 <= value < 2**31:
-            raise self.error(key, "a whole number")
+            raise self.error(key, "an integer")
         return value
 
     def plain(self, key: str) -> Any:
-        """A value of any kind."""
+        """Return a value of any type; floats as in :meth:`number`."""
         value = self.get(key)
         return self.number(key) if type(value) is float else value
 
@@ -303,7 +305,7 @@ class _Fields:
         value = self.get(key, default)
         if type(value) not in (int, float):
             raise self.error(key, "a number")
-        short = np.float32(value)  # 1e-5 is stored as the float32 next to it, and means 1e-5
+        short = np.float32(value)  # a stored float32 next to 1e-5 means 1e-5
         return float(str(short)) if short == value else float(value)
 
     def error(self, key: str, accepted: str) -> ModelError:
@@ -352,7 +354,7 @@ def _factors(gguf: Gguf, name: str) -> list[float]:
 
 
 def _llama3(fields: _Fields, values: NDArray[np.float32], head_dim: int) -> dict[str, Any]:
-    """The scaling whose divisors are in the file, if it is that of the models that have it."""
+    """Return Llama 3's scaling parameters if they produce exactly these divisors. Raises ModelError if not."""
     factor = float(values.max(initial=0))
     theta = fields.number("rope.freq_base", 10000.0)
     low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
@@ -360,14 +362,14 @@ def _llama3(fields: _Fields, values: NDArray[np.float32], head_dim: int) -> dict
         turns = LLAMA3["original_max_position_embeddings"] / (
             2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
         )
-        share = np.clip((turns - low) / (high - low), 0, 1)  # of the frequency that is left as it is
+        share = np.clip((turns - low) / (high - low), 0, 1)  # share of the unscaled frequency
         if np.allclose(values, 1 / (share + (1 - share) / factor), rtol=1e-3):
             return {"rope_type": "llama3", "factor": factor, **LLAMA3}
-    raise ModelError(f"{fields.gguf.path}: tensor {ROPE_FACTORS}: rotary divisors that are not Llama 3's")
+    raise ModelError(f"{fields.gguf.path}: tensor {ROPE_FACTORS}: the rotary divisors are not Llama 3's")
 
 
 def _dtype(gguf: Gguf) -> str:
-    """What the weights of products are mostly in: a float's own dtype, or bfloat16 for blocks."""
+    """Return the dtype of most matrix bytes; quantised blocks count as bfloat16."""
     sizes: Counter[str] = Counter()
     for tensor in gguf.tensors.values():
         if len(tensor.shape) > 1:

@@ -1,5 +1,5 @@
-"""GGUF's architectures, as data: which family each is, how its metadata name a configuration's values, and how
-llama.cpp's converter names and leaves the tensors."""
+"""GGUF's architectures as data: the family of each, the metadata keys of its configuration values, and the names
+and layout that llama.cpp's converter gives its tensors."""
 
 from __future__ import annotations
 
@@ -35,29 +35,30 @@ KEYS = Keys(
     shared_gate="ffn_gate_inp_shexp",
 )
 FUSED = replace(KEYS, qkv=Fused("attn_qkv"))
-"""Also of families whose q, k and v alternate by head: the converter puts them one after the other."""
+"""Names with q, k and v in one tensor. The converter stores them consecutively, even if the family interleaves
+heads."""
 
 
 @dataclass(frozen=True, slots=True)
 class GgufFamily:
-    """What ``general.architecture`` names."""
+    """How GGUF files store the models of one family."""
 
     architecture: str
-    """Hugging Face's."""
+    """The Hugging Face architecture."""
     model_type: str
     values: Mapping[str, str] = field(default_factory=dict)
-    """Values of a configuration, and what metadata have them; those that are absent are left out."""
+    """Metadata keys by configuration key; absent metadata are left out of the configuration."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Values that llama.cpp has for every such model."""
+    """Configuration values that llama.cpp assumes for every model of the family."""
     biases: Mapping[str, str] = field(default_factory=dict)
-    """Values that say whether there is a tensor, and its name."""
+    """Tensor names by configuration key; the value is whether the tensor exists."""
     keys: Keys = KEYS
     reordered: bool = False
-    """Whether q and k have their rows reordered for a rotary embedding of neighbouring elements."""
+    """Whether rows of q and k are reordered for a rotary embedding of neighbouring elements."""
     rotates_part: bool = False
-    """Whether ``rope.dimension_count`` may be less than a head."""
+    """Whether ``rope.dimension_count`` may be smaller than the head size."""
     alternates: bool = False
-    """Whether some layers have the window and others not, which ``attention.sliding_window_pattern`` may say."""
+    """Whether only some layers have the window; ``attention.sliding_window_pattern`` may say which."""
 
 
 _RMS = {"rms_norm_eps": "attention.layer_norm_rms_epsilon"}
@@ -158,7 +159,7 @@ FAMILIES: dict[str, GgufFamily] = {
     ),
     "bloom": GgufFamily("BloomForCausalLM", "bloom", _LAYER, keys=FUSED),
 }
-"""By ``general.architecture``; files of ``mistral`` and ``mixtral`` say ``llama``."""
+"""Families by ``general.architecture``; files of ``mistral`` and ``mixtral`` have ``llama`` there."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "activation_sparsity_scale": (0.0,), "altup.num_inputs": (0,), "attention.causal": (True,),
@@ -178,8 +179,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0.0,), "router_logit_softcapping": (0.0,), "swiglu_clamp_exp": (0.0,),
     "swiglu_clamp_shexp": (0.0,), "swin_norm": (False,), "token_shift_count": (0,), "use_parallel_residual": (False,),
 }  # fmt: skip
-"""Metadata that change what is computed, and their values that do not: other values are refused unless the family has a
-use for them. (An ``expert_gating_func`` of 1 is softmax.)"""
+"""Metadata that change the computation, with the values that do not. Other values are refused unless the family
+supports them. (``expert_gating_func`` 1 is softmax.)"""
 
 WITHOUT_EFFECT = frozenset((
     "vocab_size", "tensor_data_layout", "pooling_type", "decoder_start_token_id", "expert_shared_count",
@@ -188,4 +189,4 @@ WITHOUT_EFFECT = frozenset((
     "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.freq_base",
     "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "attention.group_norm_epsilon",
 ))  # fmt: skip
-"""Metadata that change nothing where a model does not read them."""
+"""Metadata that have no effect if the family's code does not read them."""

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): learned positions, layer norms, a plain MLP, and weights stored transposed."""
+"""GPT-2 (Radford et al. 2019): learned positions, layer norms, an ungated MLP, and weights stored transposed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEYS = Keys(
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """The MLP is four times as wide as the rest unless ``n_inner`` says otherwise."""
+    """Return the decoder spec; the MLP is four times as wide as the hidden states unless ``n_inner`` is given."""
     config.require("scale_attn_weights", True)
     config.require("scale_attn_by_inverse_layer_idx", False)
     config.require("add_cross_attention", False)

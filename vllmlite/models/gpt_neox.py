@@ -1,5 +1,5 @@
-"""GPT-NeoX (Black et al. 2022) and Pythia (Biderman et al. 2023): attention and a plain MLP side by side, each behind
-a layer norm of its own, and a quarter of each head rotated."""
+"""GPT-NeoX (Black et al. 2022) and Pythia (Biderman et al. 2023): attention and an ungated MLP in parallel, each with
+its own layer norm, and partial rotary embedding (a quarter of each head)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEYS = Keys(
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """One after the other, as everywhere else, is an option."""
+    """Return the decoder spec; ``use_parallel_residual`` false makes attention and MLP sequential."""
     config = config.spelling(rope_theta="rotary_emb_base", partial_rotary_factor="rotary_pct")
     config = config.fixed(num_key_value_heads=config.get("num_attention_heads"))
     base = decoder_spec(

@@ -10,7 +10,7 @@ from vllmlite.models.spec import DecoderSpec
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """Logits are divided by their scaling, everything else is multiplied."""
+    """Return the decoder spec. Logits are divided by ``logits_scaling``; the other multipliers multiply."""
     return replace(
         llama.spec(config, architecture),
         embedding_scale=config.number("embedding_multiplier", 1.0),

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face ``config.json``: typed access, and the fields that all families spell alike."""
+"""Typed access to a Hugging Face ``config.json``, and the fields that all families have in common."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ GATED_ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 ACTIVATIONS = GATED_ACTIVATIONS | {"relu": "relu"}
-MOST = {"num_hidden_layers": 4096, "num_attention_heads": 1 << 16}
-"""What some keys are at most, lest a damaged file take all memory before anything else is looked at."""
-MOST_EXPERTS = 1 << 16
-"""And experts of all layers."""
+MAXIMA = {"num_hidden_layers": 4096, "num_attention_heads": 1 << 16}
+"""Upper bounds of some keys, so that a damaged file cannot exhaust memory before its tensors are checked."""
+MAX_EXPERTS = 1 << 16
+"""Upper bound of the number of experts in all layers together."""
 _REQUIRED: Any = object()
 
 
 class HfConfig:
-    """The values of one JSON object. Every complaint is a ModelError that names the file, the key, the value found
-    and what is accepted. A key whose value is null counts as absent."""
+    """The values of a JSON object; a key whose value is null counts as absent.
+
+    Every error is a ModelError that names the file, the key, the value found and the accepted values."""
 
     def __init__(
         self,
@@ -47,48 +48,49 @@ class HfConfig:
         self.where = where
         self._spelled = spelled or {}
         self._read = set() if read is None else read
-        """Keys that have been read, of this and of all that were made from one object."""
+        """Keys read so far; shared by all configurations derived from the same object."""
         self._unread = unread
-        """Keys whose values are not the object's own."""
+        """Keys whose values do not come from the file, so that reading them does not count."""
 
     @classmethod
     def read(cls, path: Path) -> HfConfig:
-        """``config.json`` of the model directory ``path``, or what the GGUF file ``path`` says in its place."""
+        """Read ``config.json`` of the model directory ``path``, or its equivalent of the GGUF file ``path``."""
         if path.is_file():
             return cls(gguf_config(path), str(path))
         return cls.of_file(path / "config.json")
 
     @classmethod
     def of_file(cls, file: Path) -> HfConfig:
-        """The JSON object in ``file``."""
+        """Read the JSON object in ``file``."""
         return cls(read_object(file), str(file))
 
     def spelling(self, **keys: str) -> HfConfig:
-        """The same values, where a family spells what all others call ``hidden_size`` in a way of its own; the common
-        name is read where the own one is absent."""
+        """Return the configuration with family-specific names of common keys, such as ``hidden_size="n_embd"``.
+
+        The common name is used if the specific one is absent."""
         return HfConfig(self._values, self.where, {**self._spelled, **keys}, self._read, self._unread)
 
     def default(self, **values: Any) -> HfConfig:
-        """The same, with values for what is absent."""
+        """Return the configuration with ``values`` for keys that are absent."""
         absent = {key: value for key, value in values.items() if self.get(key) is None}
         return HfConfig({**self._values, **absent}, self.where, self._spelled, self._read, self._unread)
 
     def fixed(self, **values: Any) -> HfConfig:
-        """The same, with values that a family has instead of any given."""
+        """Return the configuration with ``values`` that replace those of the file."""
         spelled = {key: own for key, own in self._spelled.items() if key not in values}
         unread = self._unread | values.keys()
         return HfConfig({**self._values, **values}, self.where, spelled, self._read, unread)
 
     def without_effect(self, *keys: str) -> None:
-        """Note that the values of ``keys``, whatever they are, do not matter beside the others."""
+        """Mark ``keys`` as read: their values do not change the results of this model."""
         self._read.update(map(self._key, keys))
 
     def keys(self) -> Set[str]:
-        """The keys that have values, null included."""
+        """Return the keys of the object, including those with null."""
         return self._values.keys()
 
     def remaining(self) -> dict[str, Any]:
-        """The values that have not been read so far."""
+        """Return the values that have not been read."""
         return {key: value for key, value in self._values.items() if key not in self._read}
 
     def _key(self, key: str) -> str:
@@ -96,7 +98,7 @@ class HfConfig:
         return own if self._values.get(own) is not None or key not in self._values else key
 
     def error(self, key: str, accepted: str) -> ModelError:
-        """The complaint about ``key``, to be raised."""
+        """Return the error for ``key``; the caller raises it."""
         key = self._key(key)
         if key not in self._values:
             return ModelError(f"{self.where}: {key} is absent; accepted: {accepted}")
@@ -106,25 +108,25 @@ class HfConfig:
         return ModelError(f"{self.where}: {key}={shown}; accepted: {accepted}")
 
     def get(self, key: str) -> Any:
-        """The value as it stands, None where absent."""
+        """Return the raw value, or None if it is absent."""
         key = self._key(key)
         if key not in self._unread:
             self._read.add(key)
         return self._values.get(key)
 
     def text_value(self, key: str) -> Any:
-        """The value as it stands, or else that of the language model's own section; None where both are absent."""
+        """Return the raw value, or the one in ``text_config`` if it is absent; None if both are."""
         section = self.section("text_config")
         return section.get(key) if self.get(key) is None and section is not None else self.get(key)
 
     def require(self, key: str, expected: Any, why: str = "") -> None:
-        """Refuse any value but ``expected``, which is also the default: another would change the numbers."""
+        """Raise ModelError unless the value is ``expected`` or absent: another value would change the results."""
         value = self.get(key)
         if value is not None and value != expected:
             raise self.error(key, f"{json.dumps(expected)}{why and '; '}{why}")
 
     def section(self, key: str) -> HfConfig | None:
-        """A nested object, None where absent or empty."""
+        """Return a nested object, or None if it is absent or empty."""
         value = self.get(key)
         if value is None or value == {}:
             return None
@@ -133,35 +135,35 @@ class HfConfig:
         return HfConfig(value, f"{self.where}: {key}")
 
     def integer(self, key: str, default: Any = _REQUIRED, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
-        """An integer of at least ``minimum`` and at most ``maximum``."""
-        value, maximum = self._value(key, default), min(maximum, MOST.get(key, maximum))
+        """Return an integer from ``minimum`` to ``maximum``."""
+        value, maximum = self._value(key, default), min(maximum, MAXIMA.get(key, maximum))
         if type(value) is not int or not minimum <= value <= maximum:
             most = "2**31 - 1" if maximum == 2**31 - 1 else maximum
             raise self.error(key, f"an integer from {minimum} to {most}")
         return value
 
     def number(self, key: str, default: Any = _REQUIRED, above: float = 0.0) -> float:
-        """A finite number greater than ``above``."""
+        """Return a finite number greater than ``above``."""
         value = self._value(key, default)
         if type(value) not in (int, float) or not math.isfinite(value) or value <= above:
             raise self.error(key, f"a finite number above {above:g}")
         return float(value)
 
     def optional(self, key: str, default: float | None = None) -> float | None:
-        """A finite number above 0, or None where it is null; ``default`` where it is absent."""
+        """Return a finite number above 0, None if the value is null, or ``default`` if the key is absent."""
         if self._key(key) in self._values and self.get(key) is None:
             return None
         return default if self.get(key) is None else self.number(key)
 
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
-        """true or false."""
+        """Return a boolean."""
         value = self._value(key, default)
         if type(value) is not bool:
             raise self.error(key, "true or false")
         return value
 
     def choice(self, key: str, accepted: Mapping[str, str], default: Any = _REQUIRED) -> str:
-        """What ``accepted`` maps the string to."""
+        """Return what ``accepted`` maps the string to."""
         value = self._value(key, default)
         if not isinstance(value, str) or value not in accepted:
             raise self.error(key, ", ".join(accepted))
@@ -177,13 +179,13 @@ class HfConfig:
 
 
 def expert_count(config: HfConfig, key: str, default: int, minimum: int = 1) -> int:
-    """Experts of a layer, so many at most that all layers together have ``MOST_EXPERTS``."""
-    most = max(1, MOST_EXPERTS // config.integer("num_hidden_layers"))
+    """Return the number of experts per layer, limited to ``MAX_EXPERTS`` in all layers together."""
+    most = max(1, MAX_EXPERTS // config.integer("num_hidden_layers"))
     return config.integer(key, default, minimum, most)
 
 
 def checkpoint_dtype(config: HfConfig) -> str:
-    """The dtype that the checkpoint names; float32, as everywhere in this format, where it names none."""
+    """Return the checkpoint's dtype; float32, the format's default, if none is given."""
     key = "dtype" if config.get("dtype") is not None else "torch_dtype"
     return config.choice(key, {name: name for name in FLOAT_DTYPES}, "float32")
 
@@ -191,10 +193,10 @@ def checkpoint_dtype(config: HfConfig) -> str:
 def rope_spec(
     config: HfConfig, head_dim: int, *, theta: float = 10000.0, partial: float | None = None, kind: str = ""
 ) -> RopeSpec:
-    """The rotary embedding, from ``rope_parameters`` or from the older ``rope_scaling`` beside ``rope_theta``.
+    """Return the rotary embedding, from ``rope_parameters``, or from the older ``rope_scaling`` and ``rope_theta``.
 
-    ``theta``: the family's default. ``partial``: of ``partial_rotary_factor``, for families that rotate a part of a
-    head. ``kind``: of the layers meant, where the parameters are given for each kind of layer."""
+    ``theta`` is the family's default. ``partial`` is the family's default of ``partial_rotary_factor``; None means that
+    whole heads are rotated. ``kind`` selects a layer type if the parameters are given per layer type."""
     _check_one_rope(config)
     section = config.section("rope_parameters") or config.section("rope_scaling") or HfConfig({}, "")
     if kind:
@@ -215,7 +217,9 @@ def rope_spec(
             if source.number("partial_rotary_factor", 1.0) != 1.0:
                 raise source.error("partial_rotary_factor", "1")
     if rotated % 2 or not 0 < rotated <= head_dim:
-        raise config.error("head_dim", f"an even size of what is rotated a head, not {rotated}")
+        raise config.error(
+            "head_dim", f"a size of which an even number of elements is rotated, not {rotated}"
+        )
     theta = section.number("rope_theta", theta if kind else config.number("rope_theta", theta))
     key = "rope_type" if section.get("rope_type") is not None else "type"
     kind = section.choice(key, {name: name for name in KINDS}, "default")
@@ -242,14 +246,17 @@ def rope_spec(
 
 
 def _check_one_rope(config: HfConfig) -> None:
-    """Refuse ``rope_scaling`` beside ``rope_parameters`` that say something else, as where one was added by hand."""
+    """Raise ModelError if ``rope_scaling`` contradicts ``rope_parameters``, for example because it was added by
+    hand."""
     newer, older = config.get("rope_parameters"), config.get("rope_scaling")
     if not newer or not older or not isinstance(newer, dict) or not isinstance(older, dict):
         return
     wanted = {"rope_type" if key == "type" else key: value for key, value in older.items()}
     by_kind = [part for part in newer.values() if isinstance(part, dict)]
     if not any(wanted.items() <= part.items() for part in by_kind or [newer]):
-        raise config.error("rope_scaling", "what rope_parameters says; change that instead, or leave it out")
+        raise config.error(
+            "rope_scaling", "the same as rope_parameters; change that instead, or leave it out"
+        )
 
 
 def _longrope_spec(config: HfConfig, section: HfConfig, size: int, theta: float, trained: int) -> RopeSpec:
@@ -303,7 +310,7 @@ def _yarn_spec(config: HfConfig, section: HfConfig, head_dim: int, theta: float,
 
 
 def used_window(config: HfConfig) -> int | None:
-    """The sliding window as Qwen spells it: only with ``use_sliding_window``."""
+    """Return Qwen's sliding window, which applies only with ``use_sliding_window``; None without."""
     if config.boolean("use_sliding_window", False) and config.get("sliding_window") is not None:
         return config.integer("sliding_window")
     config.without_effect("sliding_window")
@@ -313,8 +320,9 @@ def used_window(config: HfConfig) -> int | None:
 def layer_windows(
     config: HfConfig, slides: Callable[[int, int], bool] = lambda layer, first: layer >= first
 ) -> tuple[int | None, ...]:
-    """Sliding windows of Qwen's layers: of those that ``layer_types`` names or, without it, of those that ``slides``
-    says of a layer and ``max_window_layers``."""
+    """Return the sliding window of each of Qwen's layers.
+
+    ``layer_types`` names the layers with a window; without it, ``slides(layer, max_window_layers)`` decides."""
     window, first = used_window(config), config.integer("max_window_layers", 28, minimum=0)
     default = [
         "sliding_attention" if window is not None and slides(layer, first) else "full_attention"
@@ -322,12 +330,14 @@ def layer_windows(
     ]
     types = layer_types(config, default)
     if window is None and "sliding_attention" in types:
-        raise config.error("sliding_window", "a window with use_sliding_window, which layer_types asks for")
+        raise config.error(
+            "sliding_window", "a window, with use_sliding_window, as layer_types has sliding_attention"
+        )
     return tuple(window if name == "sliding_attention" else None for name in types)
 
 
 def layer_types(config: HfConfig, default: Sequence[str]) -> Sequence[str]:
-    """``full_attention`` or ``sliding_attention``, by layer."""
+    """Return ``full_attention`` or ``sliding_attention`` for each layer."""
     types = config.get("layer_types")
     if types is None:
         return default
@@ -337,12 +347,12 @@ def layer_types(config: HfConfig, default: Sequence[str]) -> Sequence[str]:
         or len(types) != len(default)
         or any(name not in accepted for name in types)
     ):
-        raise config.error("layer_types", f"a list of {len(default)} times {' or '.join(accepted)}")
+        raise config.error("layer_types", f"a list of {len(default)} entries {' or '.join(accepted)}")
     return types
 
 
 def head_size(config: HfConfig, default: int | None = None) -> int:
-    """``head_dim``, ``default`` where it is absent, or without one ``hidden_size / num_attention_heads``."""
+    """Return ``head_dim``; if absent ``default``, or without a default ``hidden_size / num_attention_heads``."""
     if config.get("head_dim") is not None or default is not None:
         return config.integer("head_dim", default)
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
@@ -354,13 +364,12 @@ def head_size(config: HfConfig, default: int | None = None) -> int:
 
 
 def layer_norm(config: HfConfig, key: str = "layer_norm_epsilon") -> NormSpec:
-    """The norm of families that subtract the mean."""
+    """Return the spec of a layer norm with a bias."""
     return NormSpec(config.number(key, 1e-5), "layer", bias=True)
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:
-    """Slopes of linear biases, as their authors give them (Press et al. 2021) also where ``heads`` is no power of
-    two."""
+    """Return ALiBi's slopes (Press et al. 2021), also for numbers of heads that are not powers of two."""
     power = 1 << (heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
     return tuple(slopes + [2.0 ** (-4 * (2 * head + 1) / power) for head in range(heads - power)])
@@ -379,9 +388,10 @@ def decoder_spec(
     rotated: bool = True,
     tied: bool = False,
 ) -> DecoderSpec:
-    """A spec like Llama's from the fields that all families share. The arguments are a family's defaults, and what
-    its layers all have in common; families replace what else differs. ``activation`` is spelled as configurations
-    spell it."""
+    """Return a spec like Llama's, from the fields that all families have.
+
+    The arguments are the family's defaults and what all its layers have in common; families replace what else differs.
+    ``activation`` has the name used in configurations."""
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     kv_heads = config.integer("num_key_value_heads", heads)
     if heads % kv_heads:

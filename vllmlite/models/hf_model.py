@@ -1,7 +1,7 @@
-"""Models without a family here: transformers' own modelling code on the torch backend, over our paged cache.
+"""Models without a family in vllmlite: transformers' modelling code on the torch backend, over the paged cache.
 
-A model is tried when it is loaded: its logits over the paged cache must equal those of transformers' own attention.
-One that differs, or that cannot run this way, is refused with the reason.
+When a model is loaded, a trial compares its logits over the paged cache with those of transformers' own attention. A
+model that differs, or that cannot run this way, is refused with the reason.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 class HfModel:
-    """A causal language model of transformers as the runner's ``Model``; ``path`` holds its configuration and
-    weights. ModelError if it cannot run over the paged cache, or gives other logits there."""
+    """A causal language model of transformers that implements the runner's ``Model``.
+
+    ``path`` has its configuration and weights. Raises ModelError if the model fails its trial over the paged cache."""
 
     def __init__(
         self, backend: TorchBackend, path: Path, *, max_positions: int, block_size: int, kv_dtype: str
@@ -38,7 +39,7 @@ class HfModel:
             model = _load(path, getattr(torch, backend.dtype)).to(backend.device)
         self.backend = backend
         self.vocab_size: int = model.config.get_text_config().vocab_size
-        began = time.perf_counter()
+        begin = time.perf_counter()
         with _refusing(path, f"{type(model).__name__} cannot run over a paged cache"), torch.inference_mode():
             ids = hf_trial.token_ids(self.vocab_size).to(backend.device)
             expected = model(input_ids=ids[None], use_cache=False).logits[0].float()
@@ -49,28 +50,29 @@ class HfModel:
             heads, size = layers[0].num_kv_heads, layers[0].head_dim
             self.kv_spec = KVSpec(len(layers), heads, size, block_size, kv_dtype)
             model.set_attn_implementation(ATTENTION)
-            # The model without its body computes logits of the hidden states that it is given.
-            self._given = _HiddenStates()
-            setattr(model, name, self._given)
+            # With its body replaced, the model computes the logits of given hidden states.
+            self._injected = _HiddenStates()
+            setattr(model, name, self._injected)
             self._head = model
             found = hf_trial.paged_logits(backend, self, ids)
-            differs = hf_trial.compare(expected, found, backend.dtype)
+            difference = hf_trial.compare(expected, found, backend.dtype)
         logger.info(
-            "%s: tried in %.1f s: logits differ from transformers' own by at most %.1g of the largest",
+            "%s: trial took %.1f s: logits differ from transformers' own by at most %.1g of the largest",
             path,
-            time.perf_counter() - began,
-            differs,
+            time.perf_counter() - begin,
+            difference,
         )
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVCache) -> torch.Tensor:
-        """Hidden states ``[T, hidden]`` of the uploaded ``batch``, after the last norm; writes its keys and values."""
+        """Compute the hidden states ``[T, hidden]`` of ``batch`` after the last norm; write its keys and values to
+        ``kv``."""
         return self._run(batch.token_ids, batch.positions, Step(self.backend, batch, kv, self._windows))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 logits ``[N, V]`` of hidden states ``[N, hidden]``."""
-        self._given.hidden = hidden[None]
+        """Return float32 logits ``[N, V]`` of hidden states ``[N, hidden]``."""
+        self._injected.hidden = hidden[None]
         logits: torch.Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits
         return logits[0].float()
 
@@ -82,8 +84,10 @@ class HfModel:
         return found[0]
 
     def _probe(self, ids: torch.Tensor, max_positions: int, config: Any) -> list[Layer]:
-        """What the attention layers ask for. Refusal unless all are alike in shape, count positions from 0, and see as
-        much as transformers' own cache keeps for them."""
+        """Return the attention layers' shapes and windows.
+
+        Raises Refusal unless all have the same shape, count positions from 0, and see what transformers' own cache
+        keeps."""
         from transformers.cache_utils import DynamicCache
 
         first, second = Probe(max_positions), Probe(max_positions)
@@ -95,7 +99,7 @@ class HfModel:
                 f"{len(first.layers)} of its {count} layers attend through transformers' AttentionInterface"
             )
         if any(not torch.equal(key, other) for key, other in zip(first.keys, second.keys, strict=True)):
-            raise Refusal("it does not count positions from 0")
+            raise Refusal("its positions do not start at 0")
         layers = [first.layers[layer] for layer in range(count)]
         shapes = sorted({(layer.num_kv_heads, layer.head_dim) for layer in layers})
         if len(shapes) > 1:
@@ -118,18 +122,21 @@ def load_hf_model(
     kv_cache_dtype: str = "auto",
     load_format: str = "auto",
 ) -> HfModel:
-    """The model of directory ``path`` through transformers, on the torch backend; ``max_positions`` is the longest
-    sequence of its configuration. ModelError or BackendError say what is wrong."""
+    """Load the model of directory ``path`` through transformers, on the torch backend.
+
+    ``max_positions`` is the configuration's context length. Raises ModelError or BackendError."""
     if not isinstance(backend, TorchBackend):
-        raise BackendError("transformers' models run on the torch backend alone")
+        raise BackendError("transformers' models run on the torch backend only")
     if load_format not in ("auto", "safetensors"):
-        raise BackendError(f"load_format {load_format}: transformers' models are read from safetensors")
+        raise BackendError(
+            f"load_format {load_format}: transformers' models are loaded from safetensors only"
+        )
     dtype = backend.dtype if kv_cache_dtype == "auto" else kv_cache_dtype
     return HfModel(backend, path, max_positions=max_positions, block_size=block_size, kv_dtype=dtype)
 
 
 def _body(model: Any) -> tuple[str, Any]:
-    """The model without its output layer, and the attribute that holds it."""
+    """Return the model without its output layer, preceded by the name of the attribute that holds it."""
     from transformers import PreTrainedModel
 
     bodies = [(name, child) for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
@@ -139,7 +146,7 @@ def _body(model: Any) -> tuple[str, Any]:
 
 
 class _Output:
-    """What a model's body returns, with hidden states alone: any other field is None."""
+    """The return value of a model's body with hidden states only; any other field is None."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.last_hidden_state = hidden
@@ -154,7 +161,7 @@ class _Output:
 
 
 class _HiddenStates(nn.Module):
-    """Stands in for a model's body: returns the hidden states that it was given."""
+    """Replaces a model's body: returns the hidden states set in ``hidden``."""
 
     hidden: torch.Tensor
 
@@ -167,7 +174,7 @@ class _HiddenStates(nn.Module):
 
 @contextmanager
 def _refusing(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever transformers or a model's code raises into a ModelError."""
+    """Turn any exception of transformers or of a model's code into a ModelError."""
     try:
         yield
     except VllmliteError:
@@ -192,10 +199,10 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
     text = config.get_text_config()
     kinds = {str(part.get("rope_type")) for part in _parts(getattr(text, "rope_parameters", None))}
     if kinds & {"dynamic", "longrope"}:
-        raise ModelError(f"{path}: rope_type={', '.join(sorted(kinds))}: numbers would depend on the batch")
+        raise ModelError(f"{path}: rope_type={', '.join(sorted(kinds))}: results would depend on the batch")
     if getattr(text, "attn_temperature_tuning", None):
-        # Llama 4 takes the positions from the place of a token in the step, beyond what a short trial shows.
-        raise ModelError(f"{path}: attn_temperature_tuning: numbers would depend on the batch")
+        # Llama 4 derives positions from a token's index in the step, which a short trial does not detect.
+        raise ModelError(f"{path}: attn_temperature_tuning: results would depend on the batch")
     model, found = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
@@ -214,7 +221,7 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
 
 
 def _need_known_code(path: Path) -> None:
-    """Refuse a model whose code comes with the checkpoint, unless transformers has the same architecture itself."""
+    """Raise ModelError if the checkpoint brings its own code and transformers does not have the architecture itself."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -1,8 +1,8 @@
-"""The trial of a transformers model when it is loaded: a few tokens through the paged cache, against its own logits.
+"""The trial of a transformers model at load: a few tokens through the paged cache, compared with its own logits.
 
-Two sequences share steps: the first is prefilled in two chunks and then decodes, the second, which begins alike, joins
-at the first one's second chunk. So positions that are counted within a step, state that is kept outside the cache, and
-attention that reaches into another row all show.
+Two sequences share steps: the first is prefilled in two chunks and then decodes; the second, which has the same
+beginning, joins at the first one's second chunk. This detects positions counted within a step, state kept outside the
+cache, and attention that reaches into another row.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from vllmlite.backends.torch import TorchBackend
 from vllmlite.models.hf_attention import Refusal
 
 _STEPS = (((0, 0, 2),), ((0, 2, 2), (1, 0, 2)), ((0, 4, 1), (1, 2, 1)), ((0, 5, 1), (1, 3, 1)))
-"""Rows of each step: slot, first token, tokens."""
+"""The rows of each step: (slot, first token, number of tokens)."""
 NUM_TOKENS = 6
 _BLOCK_SIZE, _BLOCKS = 2, ((4, 0, 3), (2, 1))
-"""Blocks of each slot."""
+"""Blocks of each slot; not in order, so that a wrong block table shows."""
 TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.1}
-"""Largest difference of a token's logits, relative to the largest logit, by dtype."""
+"""Largest accepted difference of a token's logits, relative to the largest logit, by dtype."""
 OUTLIERS = {"float32": 0, "float16": 2, "bfloat16": 2}
-"""Tokens that may differ by more: rounding to 16 bits may send a token to another expert."""
+"""Number of tokens that may differ by more: rounding to 16 bits may route a token to another expert."""
 
 
 def token_ids(vocab_size: int) -> torch.Tensor:
-    """Tokens spread over the vocabulary."""
+    """Return NUM_TOKENS token ids spread over the vocabulary."""
     return torch.arange(1, NUM_TOKENS + 1) * 7919 % vocab_size
 
 
 def paged_logits(backend: TorchBackend, model: Model, ids: torch.Tensor) -> list[torch.Tensor]:
-    """Logits of every row of ``_STEPS`` in turn: float32 ``[tokens, V]``."""
+    """Run ``_STEPS`` and return the logits of every row in order: float32 ``[tokens, V]``."""
     spec = replace(model.kv_spec, block_size=_BLOCK_SIZE, dtype=backend.dtype)
     num_blocks = sum(map(len, _BLOCKS))
     cache = backend.alloc_kv(spec, num_blocks)
@@ -55,8 +55,9 @@ def paged_logits(backend: TorchBackend, model: Model, ids: torch.Tensor) -> list
 
 
 def compare(expected: torch.Tensor, found: list[torch.Tensor], dtype: str) -> float:
-    """How much ``found``, which :func:`paged_logits` gave, differs from the ``expected`` logits ``[NUM_TOKENS, V]``,
-    relative to the largest of these. Refusal if it is more than ``TOLERANCE``."""
+    """Return the largest difference of ``found`` (from :func:`paged_logits`) from ``expected [NUM_TOKENS, V]``.
+
+    It is relative to the largest expected logit. Raises Refusal if it exceeds ``TOLERANCE``."""
     if not (expected.isfinite().all() and torch.cat(found).isfinite().all()):
         raise Refusal(f"its logits are not finite in {dtype}")
     wanted = [expected[start : start + count] for rows in _STEPS for _, start, count in rows]

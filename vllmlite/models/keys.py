@@ -1,4 +1,4 @@
-"""How families name their checkpoints' tensors, as data."""
+"""The names of checkpoint tensors per family, as data."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """A module whose rows are those of several of the model's, one after the other or alternating by head.
+    """A module that holds the rows of several projections, in the order q, k, v or gate, up.
 
-    Their order is the model's: q, k, v, or gate, up. ``by_group``: they repeat for each key/value head, with the query
-    heads that share it."""
+    ``by_group``: the order repeats for each key/value head, with the query heads that share it; otherwise the
+    projections are consecutive."""
 
     module: str
     by_group: bool = False
@@ -18,12 +18,12 @@ class Fused:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Names of modules, to which ``.weight`` and ``.bias`` are added. Only those that a model has are asked for."""
+    """Module names, without ``.weight`` and ``.bias``. Only the names of modules that a model has are used."""
 
     prefix: str = "model."
-    """Of all but the output layer. Checkpoints of the base model leave it out, or its first word."""
+    """Prefix of all modules but the output layer. Checkpoints of the base model omit it, or its first word."""
     layer: str = "layers."
-    """With its number and a dot behind it, of a layer's modules."""
+    """Prefix of a layer's modules, followed by the layer's number and a dot."""
     embedding: str = "embed_tokens"
     positions: str = "embed_positions"
     embedding_norm: str = "embed_layernorm"
@@ -41,25 +41,24 @@ class Keys:
     k_norm: str = "self_attn.k_norm"
     gate_up: Fused | tuple[str, str] = ("mlp.gate_proj", "mlp.up_proj")
     up: str = "mlp.up_proj"
-    """Of an MLP without a gate."""
+    """Up projection of an MLP without a gate."""
     down: str = "mlp.down_proj"
     router: str = "mlp.gate"
     expert: str = "mlp.experts."
-    """With its number and a dot behind it, of an expert's modules."""
+    """Prefix of an expert's modules, followed by the expert's number and a dot."""
     expert_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     stacked_experts: tuple[str, str, str] | None = None
-    """Modules with the parts of all experts of a layer, one expert's rows after the other's; None: ``expert`` has
-    them."""
+    """Modules that hold the gate, up and down projections of all experts of a layer, one expert's rows after another's;
+    None: each expert has modules named by ``expert``."""
     shared_expert: str = "mlp.shared_expert."
     shared_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared_gate: str = "mlp.shared_expert_gate"
     transposed: bool = False
-    """Whether layers' weights of products are stored ``[in, out]``."""
+    """Whether the layers' weight matrices are stored as ``[in, out]``."""
     unread: str = ""
-    """A regular expression of tensors that checkpoints may have and that are not needed: every loader computes them, or
-    they belong to another part of the model."""
+    """Regular expression of tensors that may be stored but are not needed: constants, or parts of another model."""
     renames: tuple[tuple[str, str], ...] = ()
-    """Regular expressions of other names that checkpoints have, and what they are here; the first match counts."""
+    """Regular expressions of alternative names with their replacements; the first match counts."""
 
 
 LLAMA = Keys()
@@ -68,4 +67,4 @@ SANDWICH = Keys(
     mlp_norm="pre_feedforward_layernorm",
     mlp_out_norm="post_feedforward_layernorm",
 )
-"""Where norms stand behind attention and MLP, as Gemma and OLMo name them."""
+"""Names of families with norms after attention and MLP, as Gemma and OLMo name them."""

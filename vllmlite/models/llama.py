@@ -1,4 +1,4 @@
-"""Llama 1 to 3 (Touvron et al. 2023, Dubey et al. 2024), and the many models of the same shape."""
+"""Llama 1 to 3 (Touvron et al. 2023, Dubey et al. 2024), and the many models with the same architecture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllmlite.models.spec import DecoderSpec
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """Biases are options, of all four attention projections or of the MLP."""
+    """Return the decoder spec; the attention projections and the MLP may have biases."""
     bias = config.boolean("attention_bias", False)
     return replace(
         decoder_spec(config, architecture),

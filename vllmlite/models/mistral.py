@@ -1,5 +1,5 @@
-"""Mistral (Jiang et al. 2023): Llama without biases and, where ``sliding_window`` is set, a window in every layer.
-Mixtral (Jiang et al. 2024): the same with experts."""
+"""Mistral (Jiang et al. 2023): Llama without biases, with a sliding window in every layer if one is set; and
+Mixtral (Jiang et al. 2024): Mistral with experts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from vllmlite.models.spec import DecoderSpec, MoeSpec
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """``sliding_window`` may be null: full attention."""
+    """Return Mistral's decoder spec; a null ``sliding_window`` means full attention."""
     window = None if config.get("sliding_window") is None else config.integer("sliding_window")
     return decoder_spec(config, architecture, windows=(window,) * config.integer("num_hidden_layers"))
 
 
 def mixtral(config: HfConfig, architecture: str) -> DecoderSpec:
-    """Experts in every layer, of the size that others give their MLP."""
+    """Return Mixtral's decoder spec: experts in every layer, whose size is ``intermediate_size``."""
     base = spec(config, architecture)
     experts = expert_count(config, "num_local_experts", 8)
     moe = MoeSpec(

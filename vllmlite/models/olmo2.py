@@ -1,4 +1,4 @@
-"""OLMo 2 (OLMo et al. 2024): norms stand behind attention and MLP, and q and k are normed over all heads at once."""
+"""OLMo 2 (OLMo et al. 2024): norms after attention and MLP instead of before; q and k normalised over all heads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllmlite.models.spec import DecoderSpec
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """A bias on all four projections of attention is an option."""
+    """Return the decoder spec; the four attention projections may have biases."""
     bias = config.boolean("attention_bias", False)
     return replace(
         decoder_spec(config, architecture),

@@ -22,7 +22,7 @@ OFFSET = 2
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """OPT-350m is alone in its norms behind the residual, without a last one, and in its narrower embeddings."""
+    """Return the decoder spec. Only OPT-350m has norms after the residual, no final norm, and narrower embeddings."""
     config.require("layer_norm_elementwise_affine", True)
     width, before = config.integer("hidden_size"), config.boolean("do_layer_norm_before", True)
     embedded = config.integer("word_embed_proj_dim", width)

@@ -1,5 +1,5 @@
-"""Phi-3, Phi-3.5 and Phi-4 of the same shape (Abdin et al. 2024): Llama with fused projections, a part of each head
-rotated, and long contexts by LongRoPE (Ding et al. 2024)."""
+"""Phi-3, Phi-3.5 and Phi-4 (Abdin et al. 2024): Llama with fused projections, partial rotary embedding, and long
+contexts through LongRoPE (Ding et al. 2024)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KEYS = Keys(qkv=Fused("self_attn.qkv_proj"), gate_up=Fused("mlp.gate_up_proj"))
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """``sliding_window`` may be null: full attention."""
+    """Return the decoder spec; a null ``sliding_window`` means full attention."""
     config = _with_longrope(config)
     window = None if config.get("sliding_window") is None else config.integer("sliding_window")
     base = decoder_spec(
@@ -26,7 +26,7 @@ def spec(config: HfConfig, architecture: str) -> DecoderSpec:
 
 
 def _with_longrope(config: HfConfig) -> HfConfig:
-    """``config`` with today's name of LongRoPE, which the first Phi-3 files call ``su`` or ``yarn``."""
+    """Return ``config`` with the type ``longrope``, which the first Phi-3 files call ``su`` or ``yarn``."""
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key)
         if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("su", "yarn"):

@@ -1,4 +1,4 @@
-"""How a checkpoint would run, from its ``config.json`` alone: on the decoder here, or on transformers' own code."""
+"""Choosing how to run a checkpoint from its ``config.json``: on the native decoder or on transformers' code."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _WIDTHS = ("hidden_size", "n_embd", "d_model")
 
 
 CUDA_EXPERTS = 4096
-"""Most experts of a layer that the cuda backend has room to count (``kMostExperts`` in ``csrc/cuda/moe.cu``)."""
+"""Maximum experts per layer on the cuda backend (``kMostExperts`` in ``csrc/cuda/moe.cu``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is known of a model before a backend is chosen."""
+    """The facts about a model that are known before a backend is chosen."""
 
     implementation: str
     """``native`` or ``transformers``."""
@@ -39,39 +39,40 @@ class Plan:
     hidden_size: int
     quantization: str | None = None
     able: tuple[str, ...] = ()
-    """Names of the backends that have what its kind lacks elsewhere; empty: all have."""
+    """Backends that have the ops it needs; empty: all backends."""
     spec: DecoderSpec | None = None
-    """What the native decoder makes of it."""
+    """The native decoder's spec."""
 
     def __str__(self) -> str:
-        """For the line that is printed at start."""
+        """Return the description for the start line."""
         native = self.implementation == "native"
         return f"{self.architecture} through {'the native decoder' if native else 'transformers'}"
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Names of the backends that it is confined to; empty: to none in particular."""
+        """Names of the only backends that can run it; empty: any backend can."""
         return self.able if self.implementation == "native" else ("torch",)
 
 
 def declining(plan: Plan) -> dict[str, str]:
-    """The backends that cannot run it wherever they are, and why."""
+    """Return the backends that can never run it, each with the reason."""
     reasons: dict[str, str] = {}
     if plan.backends:
-        only = f"{plan.architecture} runs on {', '.join(plan.backends)} alone"
+        only = f"{plan.architecture} runs on {', '.join(plan.backends)} only"
         reasons |= {name: only for name in ("cpu", "cuda") if name not in plan.backends}
     return reasons
 
 
 def _on_cuda(spec: DecoderSpec) -> bool:
-    """Whether the cuda backend has all that it takes."""
+    """Return whether the cuda backend supports all that the model needs."""
     experts = max(0 if layer.moe is None else layer.moe.num_experts for layer in spec.layers)
     return spec.qk_norm != "layer" and experts <= CUDA_EXPERTS
 
 
 def plan_model(path: Path, model_impl: str = "auto") -> Plan:
-    """The plan for the checkpoint in directory ``path``; ``auto`` takes transformers' code where there is no family
-    for it. ModelError or ParameterError say why there is none; torch is not imported."""
+    """Return the plan for the checkpoint at ``path``; ``auto`` uses transformers' code if there is no native family.
+
+    Does not import torch. Raises ModelError or ParameterError if the model cannot run."""
     if model_impl not in IMPLEMENTATIONS:
         raise ParameterError("model_impl", model_impl, ", ".join(IMPLEMENTATIONS))
     config = HfConfig.read(path)
@@ -90,15 +91,15 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
         )
     if path.is_file():
         raise ModelError(
-            f"{path}: {name} has no native family, and transformers' code runs from directories alone"
+            f"{path}: {name} has no native family, and transformers' code runs from checkpoint directories only"
         )
     if name in SHELLS:
-        raise ParameterError("model_impl", model_impl, f"{name} runs natively alone")
+        raise ParameterError("model_impl", model_impl, f"{name} runs natively only")
     if config.get("quantization_config") is not None:
-        raise config.error("quantization_config", "none where transformers' code runs")
+        raise config.error("quantization_config", "none: transformers' code runs without quantisation here")
     for key in _LENGTHS:
         if config.get(key) is not None:
             own = next((name for name in _WIDTHS if config.get(name) is not None), _WIDTHS[0])
             hidden = config.integer(own)
             return Plan("transformers", name, checkpoint_dtype(config), config.integer(key), hidden)
-    raise config.error("max_position_embeddings", "the longest sequence of the model")
+    raise config.error("max_position_embeddings", "the context length of the model")

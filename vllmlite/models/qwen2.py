@@ -10,12 +10,12 @@ from vllmlite.models.spec import DecoderSpec
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """The biases are not an option: every checkpoint has them."""
+    """Return Qwen2's decoder spec; q, k and v always have biases."""
     return replace(decoder_spec(config, architecture, windows=layer_windows(config)), qkv_bias=True)
 
 
 def moe(config: HfConfig, architecture: str) -> DecoderSpec:
-    """An expert that all tokens go through stands beside the others; windows are in every other of the lower layers."""
+    """Return Qwen2-MoE's decoder spec: a shared expert beside the routed ones; windows in every other lower layer."""
     windows = layer_windows(config, lambda layer, first: layer % 2 == 0 and layer < first)
     base = decoder_spec(config, architecture, windows=windows)
     base = replace(base, qkv_bias=config.boolean("qkv_bias", True))

@@ -1,4 +1,4 @@
-"""Qwen3 (Yang et al. 2025): q and k are normed a head before rotation; biases are an option, off in practice."""
+"""Qwen3 (Yang et al. 2025): q and k are normalised per head before the rotary embedding; optional biases."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from vllmlite.models.spec import DecoderSpec
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """The head size is a number of its own."""
+    """Return Qwen3's decoder spec; ``head_dim`` is independent of the hidden size."""
     return _spec(config, architecture, layer_windows(config), head_dim=128)
 
 
 def moe(config: HfConfig, architecture: str) -> DecoderSpec:
-    """Experts only, in most layers; a window is in all of them."""
+    """Return Qwen3-MoE's decoder spec: routed experts only; a window, if set, is in all layers."""
     windows = (used_window(config),) * config.integer("num_hidden_layers")
     return with_experts(_spec(config, architecture, windows, None), config, 0, 128, 8)
 

@@ -1,4 +1,4 @@
-"""What Qwen2-MoE and Qwen3-MoE have in common: which layers have experts, and how many."""
+"""The experts of Qwen2-MoE and Qwen3-MoE."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from vllmlite.models.spec import DecoderSpec, MoeSpec
 def with_experts(
     base: DecoderSpec, config: HfConfig, shared_intermediate_size: int, num_experts: int, top_k: int
 ) -> DecoderSpec:
-    """``base`` with experts in every ``decoder_sparse_step``-th layer that ``mlp_only_layers`` does not name. The two
-    numbers are the family's defaults."""
+    """Return ``base`` with experts in every ``decoder_sparse_step``-th layer that is not in ``mlp_only_layers``.
+
+    ``num_experts`` and ``top_k`` are the family's defaults."""
     if config.get("num_local_experts") is not None:
         config = config.spelling(num_experts="num_local_experts")
     experts = expert_count(config, "num_experts", num_experts, minimum=0)
     plain = config.get("mlp_only_layers") or []
     if not isinstance(plain, list) or any(type(layer) is not int for layer in plain):
-        raise config.error("mlp_only_layers", "a list of layers' numbers")
+        raise config.error("mlp_only_layers", "a list of layer numbers")
     if not experts:
         config.without_effect("decoder_sparse_step", "num_experts_per_tok", "moe_intermediate_size")
         config.without_effect("norm_topk_prob")

@@ -1,9 +1,9 @@
-"""Tables of rotary position embeddings (Su et al. 2021) and the ways in use to stretch them, in float64.
+"""Tables of rotary position embeddings (Su et al. 2021) with the usual ways to extend the context, in float64.
 
-The table's row for a position depends on that position alone, so numbers do not depend on how a prompt was cut into
-chunks or on what the prefix cache held. For ``dynamic`` that is a choice: position p is rotated with the base of a
-sequence of max(p + 1, original_max_position) tokens, as decoding token by token would. For ``longrope`` the
-longest sequence decides: an engine for more positions than the original ones uses the long factors for all.
+The row for a position depends only on that position, so results do not depend on chunked prefill or prefix hits. For
+``dynamic`` that is a choice: position p is rotated with the base of a sequence of max(p + 1, original_max_position)
+tokens, as in token-by-token decoding. For ``longrope`` the engine's longest sequence decides: if it exceeds the
+original context length, the long factors are used for all positions.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from vllmlite.models.spec import RopeSpec
 
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
-_CHUNK = 8192  # positions at a time: bounds the float64 temporaries
+_CHUNK = 8192  # positions per chunk; bounds the float64 temporaries
 
 
 def cos_sin(spec: RopeSpec, num_positions: int, max_model_len: int) -> NDArray[np.float32]:
-    """float32 ``[num_positions, rotary_dim]``: cosines in the first half, sines in the second, for positions from 0,
-    in an engine for sequences of up to ``max_model_len`` tokens."""
+    """Return the float32 table ``[num_positions, rotary_dim]`` for positions from 0: cosines, then sines.
+
+    ``max_model_len`` is the engine's longest sequence in tokens."""
     half = spec.rotary_dim // 2
     table = np.empty((num_positions, 2 * half), np.float32)
     frequencies = None if spec.kind == "dynamic" else inverse_frequencies(spec, max_model_len)
@@ -36,7 +37,7 @@ def cos_sin(spec: RopeSpec, num_positions: int, max_model_len: int) -> NDArray[n
 
 
 def inverse_frequencies(spec: RopeSpec, max_model_len: int) -> NDArray[np.float64]:
-    """Radians a position for each of the ``rotary_dim / 2`` pairs; not for ``dynamic``, where they vary."""
+    """Return radians per position for each of the ``rotary_dim / 2`` pairs; not for ``dynamic``, where they vary."""
     plain = spec.theta ** -(np.arange(0, spec.rotary_dim, 2, dtype=np.float64) / spec.rotary_dim)
     if spec.kind == "linear":
         return plain / spec.factor
@@ -51,7 +52,7 @@ def inverse_frequencies(spec: RopeSpec, max_model_len: int) -> NDArray[np.float6
 
 
 def _dynamic(spec: RopeSpec, positions: NDArray[np.float64]) -> NDArray[np.float64]:
-    """NTK-aware scaling: the base grows with the length (bloc97 and emozilla, 2023). ``[P, 1] -> [P, half]``."""
+    """NTK-aware scaling (bloc97 and emozilla, 2023): the base grows with the length. ``[P, 1] -> [P, half]``."""
     stretch = np.maximum(positions + 1, spec.original_max_position) / spec.original_max_position
     dim = spec.rotary_dim
     base = spec.theta * (spec.factor * stretch - (spec.factor - 1)) ** (dim / (dim - 2))
@@ -59,7 +60,7 @@ def _dynamic(spec: RopeSpec, positions: NDArray[np.float64]) -> NDArray[np.float
 
 
 def _yarn(spec: RopeSpec, plain: NDArray[np.float64]) -> NDArray[np.float64]:
-    """YaRN (Peng et al. 2023): slow dimensions interpolated, fast ones left, a linear ramp between them."""
+    """YaRN (Peng et al. 2023): interpolates slow dimensions, keeps fast ones, with a linear ramp between them."""
 
     def dimension(rotations: float) -> float:
         turns = spec.original_max_position / (rotations * 2 * math.pi)
@@ -76,7 +77,7 @@ def _yarn(spec: RopeSpec, plain: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _llama3(spec: RopeSpec, plain: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Llama 3.1 (Dubey et al. 2024): long wavelengths interpolated, short ones left, blended in between."""
+    """Llama 3.1 (Dubey et al. 2024): interpolates long wavelengths, keeps short ones, blends between them."""
     turns = spec.original_max_position * plain / (2 * math.pi)
     blend = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
     blend = np.clip(blend, 0, 1)

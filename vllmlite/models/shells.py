@@ -1,7 +1,7 @@
-"""Text out of models of text and images: the architectures whose language model is one of the families here.
+"""Vision-language models whose language model is one of the families here; only text is supported.
 
-Their vision tower is neither loaded nor counted. For text alone, rotary positions in several sections (Qwen2-VL) are
-ordinary ones: all sections have the same position.
+The vision tower is neither loaded nor counted. For text, Qwen2-VL's multi-section rotary positions are ordinary ones,
+because all sections have the same position.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from vllmlite.models.keys import Keys
 
 @dataclass(frozen=True, slots=True)
 class Shell:
-    """A model of text and images around a language model."""
+    """A vision-language model around a language model."""
 
     title: str
     family: str
-    """Architecture of the language model."""
+    """The language model's architecture."""
     model_type: str
-    """Model type of the language model, as ``text_config`` and the table of defaults have it."""
+    """The language model's model type in ``text_config`` and in the table of defaults."""
     tied: bool
     """transformers' default of ``tie_word_embeddings``."""
     flat: bool = False
-    """Whether old configurations have the language model's values beside ``vision_config``."""
+    """Whether old configurations have the language model's values at the top level, beside ``vision_config``."""
 
 
 SHELLS: dict[str, Shell] = {
@@ -37,7 +37,7 @@ SHELLS: dict[str, Shell] = {
         "Qwen2.5-VL", "Qwen2ForCausalLM", "qwen2_5_vl_text", False, flat=True
     ),
 }
-"""What ``architectures`` may name besides the families."""
+"""Vision-language models by the name in ``architectures``."""
 
 _RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
@@ -47,7 +47,7 @@ _VISION = r"^(model\.)?(vision_tower|multi_modal_projector|visual)\."
 
 
 def text_config(config: HfConfig, shell: Shell) -> HfConfig:
-    """The configuration of the language model in that of the whole model."""
+    """Return the language model's configuration from that of the whole model."""
     text = config.section("text_config")
     if text is not None:
         text.choice("model_type", {shell.model_type: shell.model_type}, shell.model_type)
@@ -67,7 +67,7 @@ def text_config(config: HfConfig, shell: Shell) -> HfConfig:
 
 
 def text_keys(keys: Keys) -> Keys:
-    """Names of the language model's tensors where a vision tower stands beside it, in old and new checkpoints."""
+    """Return the names of the language model's tensors beside a vision tower, in old and new checkpoints."""
     return replace(keys, renames=_RENAMES, unread=_VISION)
 
 

@@ -1,4 +1,4 @@
-"""SmolLM3 (Hugging Face 2025): Llama in which every fourth layer does not rotate q and k (Yang et al. 2025)."""
+"""SmolLM3 (Hugging Face 2025): Llama without rotary embedding in every fourth layer (Yang et al. 2025)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from vllmlite.models.spec import DecoderSpec, LayerSpec
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """``no_rope_layers`` has a 1 for a layer that rotates; windows stand, if anywhere, where it has none."""
+    """Return the decoder spec. ``no_rope_layers`` is 1 for layers with rotary embedding; only the others may have
+    windows."""
     count, bias = config.integer("num_hidden_layers"), config.boolean("attention_bias", False)
     every = config.integer("no_rope_layer_interval", 4)
     rotates = config.get("no_rope_layers") or [int((layer + 1) % every != 0) for layer in range(count)]
     if not isinstance(rotates, list) or len(rotates) < count or any(flag not in (0, 1) for flag in rotates):
-        raise config.error("no_rope_layers", f"a list of {count} times 0 or 1")
+        raise config.error("no_rope_layers", f"a list of {count} entries 0 or 1")
     used = config.boolean("use_sliding_window", False) and config.get("sliding_window") is not None
     default = ["sliding_attention" if used and not flag else "full_attention" for flag in rotates[:count]]
     types = layer_types(config, default)
-    config.without_effect("sliding_window")  # where no layer has one
+    config.without_effect("sliding_window")  # unused if no layer has a window
     window = config.integer("sliding_window") if "sliding_attention" in types else None
     rope = rope_spec(config, head_size(config), theta=2e6)
     return replace(

@@ -1,5 +1,5 @@
-"""StableLM 3B and StableLM 2 (Bellagente et al. 2024): Llama with layer norms, a quarter of each head rotated and, as
-an option, attention and MLP side by side."""
+"""StableLM 3B and StableLM 2 (Bellagente et al. 2024): Llama with layer norms, partial rotary embedding and optionally
+parallel attention and MLP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ KEYS = Keys(q_norm="self_attn.q_layernorm.norms", k_norm="self_attn.k_layernorm.
 
 
 def spec(config: HfConfig, architecture: str) -> DecoderSpec:
-    """Side by side, both read one norm. The 12B model has layer norms of each head of q and k as well."""
+    """Return the decoder spec. Parallel attention and MLP share a norm. The 12B model also has per-head q and k
+    norms."""
     parallel = config.boolean("use_parallel_residual", False)
     base = decoder_spec(
         config,
