@@ -1,4 +1,4 @@
-"""vllmlite: vLLM's engine made small enough to own. The public names load what they need when first used."""
+"""vllmlite: vLLM's engine made small enough to own. Public names are imported on first use."""
 
 from __future__ import annotations
 

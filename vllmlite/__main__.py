@@ -1,4 +1,4 @@
-"""``python3 -m vllmlite …``"""
+"""Entry point of ``python3 -m vllmlite``."""
 
 import sys
 

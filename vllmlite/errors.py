@@ -1,4 +1,4 @@
-"""The errors vllmlite raises on purpose. Each message says what was wrong, with what value, and what would do."""
+"""The errors that vllmlite raises on purpose. Messages name what is wrong, the value, and what is accepted."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from typing import Any
 
 
 class VllmliteError(Exception):
-    """Base of every error that is the caller's or the machine's to mend; anything else is a bug."""
+    """Base of all errors that the caller or the machine can mend; any other exception is a bug."""
 
 
 class ParameterError(VllmliteError, ValueError):
-    """A field has a value outside its accepted range. The request or engine that carried it was not started."""
+    """A parameter has a value outside its accepted range; the request or engine was not started."""
 
     def __init__(self, field: str, value: object, accepted: str) -> None:
-        """Name the ``field``, show the ``value`` (shortened), and say what is ``accepted``."""
+        """``field`` names the parameter; ``accepted`` says what is wrong and what is accepted; ``value`` is
+        shortened."""
         shown = repr(value)
         if len(shown) > 80:
             shown = shown[:77] + "..."
@@ -23,21 +24,21 @@ class ParameterError(VllmliteError, ValueError):
         self.accepted = accepted
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle: errors cross from the engine's process to its user's."""
+        """Make the error picklable: it crosses from the engine's process to its client."""
         return type(self), (self.field, self.value, self.accepted)
 
     def renamed(self, field: str) -> ParameterError:
-        """The same error of a field of another name."""
+        """Return the same error with another field name."""
         return type(self)(field, self.value, self.accepted)
 
 
 class ContextLengthError(ParameterError):
-    """A prompt is longer than the model's context. Clients look for it, and shorten their conversation."""
+    """A prompt is longer than the model's context. Clients look for this error to shorten their conversation."""
 
     def __init__(
         self, field: str, num_tokens: int, max_prompt_tokens: int, max_model_len: int, exact: bool = True
     ) -> None:
-        """The prompt has ``num_tokens``, or at least so many unless ``exact``; ``max_prompt_tokens`` would fit."""
+        """``num_tokens`` is the prompt's length, a lower bound unless ``exact``; ``max_prompt_tokens`` would fit."""
         least = "" if exact else "at least "
         super().__init__(
             field,
@@ -51,7 +52,7 @@ class ContextLengthError(ParameterError):
         self.exact = exact
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle."""
+        """Make the error picklable."""
         return type(self), (
             self.field,
             self.num_tokens,
@@ -61,7 +62,7 @@ class ContextLengthError(ParameterError):
         )
 
     def renamed(self, field: str) -> ContextLengthError:
-        """The same error of a field of another name."""
+        """Return the same error with another field name."""
         return type(self)(field, self.num_tokens, self.max_prompt_tokens, self.max_model_len, self.exact)
 
 
@@ -70,15 +71,15 @@ class ModelError(VllmliteError):
 
 
 class BackendError(VllmliteError):
-    """No compute backend can do what was asked: a missing device, an operation or dtype it lacks, no memory."""
+    """No backend can do what was asked: missing device, unsupported op or dtype, or not enough memory."""
 
 
 class EngineDeadError(VllmliteError):
-    """The engine has been shut down, or has failed for good: it takes no more requests."""
+    """The engine was shut down or has failed for good; it accepts no more requests."""
 
 
 class EngineUseError(VllmliteError):
-    """An engine was called where it cannot be: within a call of the same thread, or in a forked process."""
+    """An engine was called re-entrantly (from a signal handler or callback), or in a forked process."""
 
 
 EXTRAS = {
@@ -86,11 +87,11 @@ EXTRAS = {
     "server": ("fastapi", "uvicorn", "prometheus_client", "httpx"),
     "guided": ("xgrammar",),
 }
-"""Modules that pip installs with an extra of vllmlite, by the extra."""
+"""Modules by the extra of vllmlite that installs them."""
 
 
 def not_installed(module: str) -> str:
-    """Say that a Python ``module`` is not installed, and how Debian and pip install it."""
+    """Return a message that the Python ``module`` is not installed, and how to install it with Debian or pip."""
     distribution = module.replace("_", "-")
     extra = next((extra for extra, modules in EXTRAS.items() if module in modules), None)
     pip = f"vllmlite[{extra}]" if extra else distribution

@@ -1,4 +1,4 @@
-"""Prompts and arguments in the forms that vLLM takes."""
+"""Normalisation of prompts and arguments in vLLM's forms."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ REASONS = {
     "prompt_embeds": "only text and token ids are supported: leave it out or None",
     "truncate_prompt_tokens": "is a field of SamplingParams and PoolingParams",
 }
-"""Why arguments of vLLM's are refused where they ask for something."""
+"""Why vLLM's arguments are refused."""
 
 
 def refuse(arguments: Mapping[str, Any]) -> None:
-    """Raise :class:`ParameterError` for an argument of vLLM's that asks for what is not here; None asks for nothing."""
+    """Raise :class:`ParameterError` if an unsupported argument of vLLM is set; None, False and {} are unset."""
     for name, value in arguments.items():
         if value is not None and value is not False and not (isinstance(value, Mapping) and not value):
             raise ParameterError(name, value, REASONS.get(name, "is not supported: leave it out or None"))
 
 
 def token_ids(value: Any) -> list[int]:
-    """Token ids from a sequence, an array of numpy or a tensor of torch. Raises :class:`ParameterError`."""
+    """Return token ids from a sequence, a numpy array or a torch tensor. Raises :class:`ParameterError`."""
     ids = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(ids, Iterable) and not isinstance(ids, (str, bytes, Mapping)):
         ids = list(ids)
@@ -52,11 +52,11 @@ def token_ids(value: Any) -> list[int]:
             return ids
         if all(_is_id(i) for i in ids):
             return [int(i) for i in ids]
-    raise ParameterError("prompt_token_ids", value, "must be a list of whole numbers")
+    raise ParameterError("prompt_token_ids", value, "must be a list of integers")
 
 
 def as_batch(prompts: Any) -> list[Any]:
-    """The prompts of a call: one prompt, or several in anything that can be iterated over."""
+    """Return a list of prompts from one prompt or any iterable of prompts. Raises :class:`ParameterError`."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     entries = prompts.tolist() if hasattr(prompts, "tolist") else prompts

@@ -24,22 +24,22 @@ T = TypeVar("T")
 
 
 class LLM:
-    """A model and an engine that runs batches of prompts to their end."""
+    """A model with an engine that runs batches of prompts to completion."""
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        """Load ``model`` (default: the built-in one); ``options`` are :class:`EngineConfig`'s fields."""
+        """Load ``model`` (default: the built-in one); ``options`` are the fields of :class:`EngineConfig`."""
         self.llm_engine = LLMEngine(EngineConfig.from_kwargs(model=model, **options))
         self.turns = Turns("LLM")
         self._ids = count()
         self._unfinished: set[str] = set()
-        """Requests of the call that runs, or of one that was interrupted and could not drop them."""
+        """Ids of requests of the running call, or of an interrupted call that could not abort them."""
 
     def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """Return the model's tokenizer."""
         return self.llm_engine.get_tokenizer()
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the checkpoint's generation config asks for; a copy to change."""
+        """Return a copy of the default sampling parameters, from the checkpoint's generation config."""
         return self.llm_engine.default_sampling_params.clone()
 
     def generate(
@@ -52,18 +52,18 @@ class LLM:
         priority: Sequence[int] | None = None,
         **absent: object,
     ) -> list[RequestOutput]:
-        """Run prompts to their end; outputs in the order of the prompts.
+        """Run prompts to completion; return outputs in the order of the prompts.
 
         A prompt is text, token ids, or a mapping of either (``prompt``, ``prompt_token_ids``). One
-        :class:`SamplingParams`, or a mapping of its fields, serves all prompts, or each has its own. Raises
-        :class:`ParameterError` before anything runs if a prompt or parameter is unusable; ``use_tqdm`` shows progress
-        on a terminal, or is called to make the bar. Other arguments of vLLM's must be None.
+        :class:`SamplingParams`, or a mapping of its fields, applies to all prompts; or each prompt has its own.
+        ``use_tqdm`` shows a progress bar on a terminal, or is a function that makes the bar. Other arguments of vLLM
+        must be None. Raises :class:`ParameterError` before anything runs if a prompt or parameter is invalid.
         """
         refuse({"lora_request": lora_request, **absent})
         batch = as_batch(prompts)
         params = self._params_for(batch, sampling_params)
         if priority is not None and (not isinstance(priority, Sequence) or len(priority) != len(batch)):
-            raise ParameterError("priority", priority, f"must have one entry a prompt, {len(batch)}")
+            raise ParameterError("priority", priority, f"must have one entry per prompt, {len(batch)}")
         finals = [each.clone(output_kind=RequestOutputKind.FINAL_ONLY) for each in params]
         return self._run(batch, finals, priority, use_tqdm)
 
@@ -76,16 +76,18 @@ class LLM:
         lora_request: object = None,
         **absent: object,
     ) -> list[EmbeddingRequestOutput]:
-        """A vector of each prompt, of the model's hidden states after its last norm, as ``pooling_params`` say.
+        """Return an embedding of each prompt: its pooled hidden states after the last norm; see :class:`PoolingParams`.
 
-        Prompts are as :meth:`generate` takes them; raises as it does."""
+        Takes prompts and raises errors as :meth:`generate` does."""
         refuse({"lora_request": lora_request, **absent})
         batch = as_batch(prompts)
         if pooling_params is None:
             pooling_params = PoolingParams()
         params = _listed("pooling_params", pooling_params, PoolingParams, len(batch))
         if len(params) != len(batch):
-            raise ParameterError("pooling_params", len(params), f"must be one, or one a prompt, {len(batch)}")
+            raise ParameterError(
+                "pooling_params", len(params), f"must be one, or one per prompt, {len(batch)}"
+            )
         return [
             EmbeddingRequestOutput(
                 output.request_id,
@@ -111,17 +113,17 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **absent: object,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several, through the model's chat template."""
+        """Answer a conversation, or each of several, using the model's chat template."""
         refuse({"lora_request": lora_request, **absent})
         if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
             raise ParameterError("messages", messages, "must be a list of messages, or a list of such lists")
         listed: list[Any] = list(messages)
         if not listed:
-            raise ParameterError("messages", listed, "must hold at least one message")
+            raise ParameterError("messages", listed, "must have at least one message")
         conversations = [listed] if isinstance(listed[0], Mapping) else listed
         tokenizer = self.get_tokenizer()
         template = tokenizer.find_chat_template(chat_template, with_tools=bool(tools))
-        from vllmlite.chat.template import PromptOptions  # imports Jinja, which native generate does without
+        from vllmlite.chat.template import PromptOptions  # imports Jinja, which generate does not need
 
         options = PromptOptions(add_generation_prompt, continue_final_message, chat_template_content_format)
         prompts: list[Prompt] = []
@@ -137,7 +139,7 @@ class LLM:
         return self.llm_engine.reset_prefix_cache(reset_running_requests, reset_connector)
 
     def beam_search(self, *_arguments: object, **_absent: object) -> NoReturn:
-        """Raise VllmliteError: there is no beam search."""
+        """Raise VllmliteError: beam search is not supported."""
         raise VllmliteError(
             "beam search is not supported: sample several completions with SamplingParams(n=...)"
         )
@@ -151,12 +153,14 @@ class LLM:
             params = self.llm_engine.default_sampling_params
         if isinstance(params, Mapping):
             if not all(isinstance(name, str) for name in params):
-                raise ParameterError("sampling_params", params, "must map names of parameters to values")
+                raise ParameterError(
+                    "sampling_params", params, "must be a mapping from parameter names to values"
+                )
             params = SamplingParams.from_optional(**params)
         listed = _listed("sampling_params", params, SamplingParams, len(batch))
         if len(listed) != len(batch):
             raise ParameterError(
-                "sampling_params", len(listed), f"must be one, or one a prompt, {len(batch)}"
+                "sampling_params", len(listed), f"must be one, or one per prompt, {len(batch)}"
             )
         return listed
 
@@ -168,7 +172,7 @@ class LLM:
         priority: Sequence[int] | None,
         use_tqdm: bool | Callable[..., Any],
     ) -> list[RequestOutput]:
-        """Add requests, all or none, and step until they are done; outputs in their order."""
+        """Add all requests, or none if one is invalid; step until they are finished; return outputs in order."""
         self._abort_unfinished()
         request_ids = [str(next(self._ids)) for _ in batch]
         try:
@@ -191,7 +195,7 @@ class LLM:
         while len(finished) < len(request_ids) and self.llm_engine.has_unfinished_requests():
             for output in self.llm_engine.step():
                 if output.request_id not in self._unfinished:
-                    continue  # a request that was added to the engine itself
+                    continue  # a request added directly to the engine
                 finished[output.request_id] = output
                 if progress is not None:
                     progress.update(1)
@@ -207,7 +211,7 @@ class LLM:
 
 
 def _listed(name: str, given: Any, kind: type[T], count: int) -> list[T]:
-    """One value of ``kind`` for each of ``count`` prompts, or the values that are given."""
+    """Return ``given`` as a list: one value of ``kind`` repeated ``count`` times, or an iterable's values."""
     if isinstance(given, kind):
         return [given] * count
     listed = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Mapping)) else [given]
@@ -218,7 +222,7 @@ def _listed(name: str, given: Any, kind: type[T], count: int) -> list[T]:
 
 
 def _progress_bar(total: int, make: bool | Callable[..., Any]) -> Any:
-    """A bar on standard error if that is a terminal; None where tqdm is not installed."""
+    """Return a progress bar on standard error, hidden if that is no terminal; None if tqdm is not installed."""
     if callable(make):
         return make(total=total, desc="Prompts")
     try:

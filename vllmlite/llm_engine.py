@@ -1,4 +1,4 @@
-"""LLMEngine: the engine with text on both sides, stepped by its caller. vLLM's names and argument forms."""
+"""LLMEngine: an engine with text prompts and text outputs, stepped by its caller; vLLM's names and arguments."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ if TYPE_CHECKING:
     from vllmlite.guided.grammars import Grammars
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids`` and perhaps ``cache_salt``."""
+"""Text, token ids, or a mapping with ``prompt`` or ``prompt_token_ids`` and optionally ``cache_salt``."""
 
 
 class LLMEngine:
-    """Requests in, :class:`~vllmlite.outputs.RequestOutput` out, one step at a time.
+    """Takes requests and returns :class:`~vllmlite.outputs.RequestOutput` objects, one step at a time.
 
-    Threads take turns. Every call is atomic: an exception that a signal handler raises in the middle of one, such as
-    KeyboardInterrupt, loses no output of any request and leaves the engine as it was before the call or as it would be
-    after it. Of an engine in a thread or process of its own only the additions are: an interrupted step may lose
-    outputs, after which :class:`~vllmlite.async_llm.AsyncLLM` ends it."""
+    Thread-safe: threads take turns. Every call is atomic: an exception raised by a signal handler in the middle of it,
+    such as KeyboardInterrupt, loses no output and leaves the engine in the state before or after the call. If the
+    engine runs in its own thread or process, only adding requests is atomic: an interrupted step may lose outputs, and
+    then :class:`~vllmlite.async_llm.AsyncLLM` shuts the engine down."""
 
     def __init__(
         self, config: EngineConfig, start: Callable[[EngineConfig], Started[EngineCore]] = start
     ) -> None:
         """Load the model and allocate the cache. Raises ModelError, BackendError or ParameterError.
 
-        ``start`` says where the engine runs: here, or until :meth:`close` in a thread or process of its own."""
+        ``start`` decides where the engine runs: in this thread, or in a thread or process of its own until
+        :meth:`close`."""
         self.config = config
         started = start(config)
         self.engine_core = started.engine
@@ -51,38 +52,38 @@ class LLMEngine:
         self.default_sampling_params = started.default_sampling_params
         self.backend_choice = started.backend_choice
         self.observer: Callable[[list[EngineOutput]], None] | None = None
-        """Sees what each step gave each sequence; for metrics."""
+        """Called with the outputs of each step, for metrics; may be None."""
         self.turns = Turns("LLMEngine")
         self._processor = OutputProcessor(self.tokenizer)
-        self._given: list[EngineOutput] = []
-        """Outputs of the last step of the engine, until they are processed and settled."""
+        self._step_outputs: list[EngineOutput] = []
+        """The engine's outputs of the last step, until they are settled."""
         self._processed: tuple[int, ProcessedStep] | None = None
-        """What they came to, until it is settled, and the thread that asked for it."""
+        """The thread that called :meth:`step`, and the processed outputs, until they are settled."""
         self._undelivered: dict[int, list[RequestOutput]] = {}
-        """Thread → what its last call of :meth:`step` has still to return."""
+        """Outputs that the last :meth:`step` of each thread still has to return, by thread id."""
         self._adding: str | None = None
-        """The request that is being added."""
+        """Id of the request that is being added."""
         self._unwanted: set[str] = set()
-        """Requests to drop."""
+        """Ids of requests to abort."""
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineConfig, **_absent: object) -> LLMEngine:
-        """vLLM's way to make one; ``usage_context`` and the like have no effect."""
+        """Construct an engine as in vLLM; further arguments such as ``usage_context`` have no effect."""
         return cls(engine_args)
 
     @property
     def engine(self) -> Engine:
-        """The engine itself. AttributeError if it has a process of its own."""
+        """The engine itself. Raises AttributeError if it runs in its own thread or process."""
         return self.engine_core.engine
 
     def close(self) -> None:
-        """End the engine's thread or process, if it has one."""
+        """Shut down the engine's thread or process, if it has one."""
         self.engine_core.close()
 
     def get_tokenizer(self) -> Tokenizer:
-        """The tokenizer; ParameterError with ``skip_tokenizer_init``."""
+        """Return the tokenizer. Raises ParameterError with ``skip_tokenizer_init``."""
         if self.tokenizer is None:
-            raise ParameterError("skip_tokenizer_init", True, "leaves no tokenizer: text needs one")
+            raise ParameterError("skip_tokenizer_init", True, "no tokenizer is loaded, but text needs one")
         return self.tokenizer
 
     @takes_turn
@@ -98,16 +99,16 @@ class LLMEngine:
         priority: int = 0,
         prompt_text: str | None = None,
     ) -> None:
-        """Queue a request, with :class:`PoolingParams` for an embedding. ``prompt_text`` is what outputs report as the
-        text of a prompt of ids; ``trace_headers`` have no effect; vLLM's other arguments must be None.
+        """Queue a generation request, or an embedding request if ``params`` are :class:`PoolingParams`.
 
-        Raises :class:`ParameterError`, and takes nothing in, if it can never be served."""
+        ``prompt_text`` is reported in outputs as the text of a prompt of ids. ``trace_headers`` has no effect; vLLM's
+        other arguments must be None. Raises :class:`ParameterError`, and adds nothing, if the request can never run."""
         refuse({"lora_request": lora_request, "tokenization_kwargs": tokenization_kwargs})
         self._drop()
         if not isinstance(request_id, str) or not request_id:
             raise ParameterError("request_id", request_id, "must be a non-empty string")
         if self._processor.knows(request_id):
-            raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
+            raise ParameterError("request_id", request_id, "is in use by an unfinished request")
         if not isinstance(params, (SamplingParams, PoolingParams)):
             raise ParameterError("params", params, "must be SamplingParams or PoolingParams")
         if priority and self.config.scheduling_policy != "priority":
@@ -183,7 +184,7 @@ class LLMEngine:
 
     @cached_property
     def grammars(self) -> Grammars:
-        """The compiled grammars of structured outputs."""
+        """The cache of compiled grammars for structured outputs."""
         from vllmlite.guided.grammars import Grammars
 
         bounds = self.engine_core.bounds
@@ -192,12 +193,12 @@ class LLMEngine:
         return Grammars(self.get_tokenizer(), bounds.vocab_size, sorted(bounds.eos_ids), loads=here)
 
     def truncation(self, params: SamplingParams | PoolingParams) -> Truncation | None:
-        """How ``params`` have a prompt truncated; None: not at all."""
+        """Return how ``params`` truncate a prompt, or None if they do not."""
         generates = isinstance(params, SamplingParams)
         return self.engine_core.bounds.truncation(_truncating(params), generates=generates)
 
     def encode(self, prompt: Prompt, truncation: Truncation | None = None) -> dict[str, Any]:
-        """Return ``prompt`` as a mapping that has ``prompt_token_ids``: a new list, after ``truncation``.
+        """Return ``prompt`` as a mapping whose ``prompt_token_ids`` are a new list, truncated by ``truncation``.
 
         Raises :class:`ParameterError`."""
         if isinstance(prompt, str):
@@ -214,7 +215,7 @@ class LLMEngine:
             raise ParameterError("prompt", text, "must be text")
         if ids is None:
             if text is None:
-                raise ParameterError("prompt", encoded, "must hold prompt or prompt_token_ids")
+                raise ParameterError("prompt", encoded, "must have prompt or prompt_token_ids")
             ids = self.get_tokenizer().encode(text, truncation=truncation)
         else:
             ids = token_ids(ids)
@@ -224,9 +225,9 @@ class LLMEngine:
         return encoded
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; outputs of the requests that it gave something, as their ``output_kind`` says.
+        """Run one step; return outputs of the requests that made progress, in the form of their ``output_kind``.
 
-        If the call is interrupted, the next one returns what it would have."""
+        If the call is interrupted, the next call returns these outputs."""
         thread = get_ident()
         self._run_step(thread)
         outputs = self._undelivered[thread]
@@ -235,19 +236,19 @@ class LLMEngine:
 
     @takes_turn
     def _run_step(self, thread: int) -> None:
-        """Run a step for ``thread``, unless an interrupted one has left something for it.
+        """Run a step for ``thread``, or complete an interrupted one.
 
-        A step goes through stages: the engine's outputs, what they came to, what is to be returned. Each stage stores
-        its result at its end, and can be done again until then."""
+        A step has stages: the engine's outputs, their processing, the outputs to return. Each stage stores its result
+        at its end and can be repeated until then."""
         if self._unwanted or self._adding is not None:
             self._drop()
         if self._processed is not None:
             self._settle(*self._processed)
         if thread in self._undelivered:
             return
-        if not self._given:
-            self.engine_core.step(self._given)
-        self._processed = (thread, self._processor.process(self._given))
+        if not self._step_outputs:
+            self.engine_core.step(self._step_outputs)
+        self._processed = (thread, self._processor.process(self._step_outputs))
         self._settle(*self._processed)
 
     def _settle(self, thread: int, step: ProcessedStep) -> None:
@@ -255,26 +256,26 @@ class LLMEngine:
             self.engine_core.finish(child, "stop", stop)
         self._processor.settle(step)
         if self.observer is not None:
-            self.observer(self._given)
+            self.observer(self._step_outputs)
         self._undelivered[thread] = step.ready
-        self._given, self._processed = [], None
+        self._step_outputs, self._processed = [], None
 
     def has_unfinished_requests(self) -> bool:
-        """Return whether :meth:`step` has anything to return to this thread, now or later."""
+        """Return whether :meth:`step` has or will have outputs for this thread."""
         return (
             self.engine_core.has_unfinished_requests()
-            or bool(self._given)
+            or bool(self._step_outputs)
             or get_ident() in self._undelivered
         )
 
     def get_num_unfinished_requests(self) -> int:
-        """How many requests have not finished."""
+        """Return the number of unfinished requests."""
         return self._processor.num_requests
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
-        """Drop requests; nothing more comes of them. Unknown ids are passed over.
+        """Abort requests; they give no further outputs. Unknown ids are ignored.
 
-        In a signal handler or callback that runs within another call, they are dropped before the next step."""
+        Inside a signal handler or callback that runs during another call, they are aborted before the next step."""
         self._unwanted.update([request_ids] if isinstance(request_ids, str) else request_ids)
         if not self.turns.is_mine():
             self._drop_in_turn()
@@ -284,8 +285,9 @@ class LLMEngine:
         self._drop()
 
     def _drop(self) -> None:
-        """Drop unwanted requests, and one whose addition was interrupted, with their outputs that an interrupted step
-        has left: their ids may be used again."""
+        """Abort unwanted requests and one whose addition was interrupted, and discard their pending outputs.
+
+        Their ids can be used again afterwards."""
         if self._adding is not None:
             self._unwanted.add(self._adding)
             self._adding = None
@@ -293,7 +295,9 @@ class LLMEngine:
             self._settle(*self._processed)
         for request_id in list(self._unwanted):
             children = self._processor.children(request_id)
-            self._given = [output for output in self._given if output.request_id not in children]
+            self._step_outputs = [
+                output for output in self._step_outputs if output.request_id not in children
+            ]
             for thread, outputs in list(self._undelivered.items()):
                 self._undelivered[thread] = [o for o in outputs if o.request_id != request_id]
             for child in children:
@@ -302,22 +306,22 @@ class LLMEngine:
             self._unwanted.discard(request_id)
 
     def take_error(self, request_id: str) -> str | None:
-        """Why a request ended with finish reason ``error``; None if it did not. Asked once."""
+        """Return, once, why a request ended with finish reason ``error``; None if it did not."""
         return self._processor.errors.pop(request_id, None)
 
     @takes_turn
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        """Forget every cached prefix; True, as vLLM says where that has been done. vLLM's arguments must be False."""
+        """Empty the prefix cache and return True, as in vLLM. vLLM's arguments must be False."""
         refuse({"reset_running_requests": reset_running_requests, "reset_connector": reset_connector})
         self.engine_core.reset_prefix_cache()
         return True
 
     def stats(self) -> EngineStats:
-        """Counters since the start, and what is running now."""
+        """Return counters since the start, and the current state of the engine."""
         return self.engine_core.current_stats()
 
     def _bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
-        """Ids of each word as it stands at the start of a text and after a space."""
+        """Return the ids of each word, at the start of a text and after a space."""
         found: list[list[int]] = []
         for word in words:
             for form in (word, " " + word.lstrip()):
@@ -328,7 +332,7 @@ class LLMEngine:
 
 
 def _truncating(params: SamplingParams | PoolingParams) -> SamplingParams:
-    """Parameters that truncate a prompt as ``params`` do."""
+    """Return sampling parameters that truncate a prompt as ``params`` do."""
     if isinstance(params, SamplingParams):
         return params
     return SamplingParams(

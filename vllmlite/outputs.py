@@ -1,4 +1,4 @@
-"""What comes back for a request, under vLLM's names."""
+"""Outputs of requests, under vLLM's names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Logprob:
-    """Log-probability of a token, its rank among all (1 = most likely), and its text."""
+    """Log-probability of a token, its rank in the vocabulary (1 = most likely), and its text."""
 
     logprob: float
     rank: int | None = None
@@ -19,8 +19,8 @@ class CompletionOutput:
     """One completion of a prompt.
 
     ``finish_reason`` is None while it runs, then ``stop``, ``length``, ``abort`` or ``error``; ``stop_reason`` is the
-    stop string or stop token id that ended it, None for end of text. ``text_offsets`` come with ``logprobs``: where
-    each token begins, in characters of the whole text.
+    stop string or stop token id that ended it, None for end of text. ``text_offsets``, present with ``logprobs``, are
+    the start of each token in characters of the whole text.
     """
 
     index: int
@@ -33,11 +33,11 @@ class CompletionOutput:
     text_offsets: list[int] | None = None
 
     def finished(self) -> bool:
-        """Whether this completion has ended."""
+        """Return whether this completion has ended."""
         return self.finish_reason is not None
 
     def extend(self, later: CompletionOutput) -> None:
-        """Add the delta that came after this one."""
+        """Append the delta that follows this one."""
         self.text += later.text
         self.token_ids += later.token_ids
         if self.logprobs is not None and later.logprobs is not None:
@@ -50,7 +50,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times of a request, in seconds of :func:`time.monotonic`, None until they happen; and its tokens."""
+    """Times of a request, in seconds of :func:`time.monotonic`, None until they occur; and token counts."""
 
     arrival_time: float
     first_scheduled_time: float | None = None
@@ -63,7 +63,7 @@ class RequestMetrics:
     num_preemptions: int = 0
 
     def count_token(self, now: float) -> None:
-        """Another token has come."""
+        """Record a new token at time ``now``."""
         if self.first_token_time is None:
             self.first_token_time = now
         self.previous_token_time = self.last_token_time
@@ -72,15 +72,15 @@ class RequestMetrics:
 
     @property
     def time_to_first_token(self) -> float | None:
-        """TTFT: seconds from arrival to the first token."""
+        """TTFT: seconds from arrival to the first token; None before it."""
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
 
 
 @dataclass(slots=True)
 class RequestOutput:
-    """State of a request: its prompt and one :class:`CompletionOutput` for each of its ``n`` completions.
+    """The state of a request: its prompt and one :class:`CompletionOutput` for each of its ``n`` completions.
 
-    ``num_cached_tokens`` counts prompt tokens whose keys and values came from the prefix cache.
+    ``num_cached_tokens`` is the number of prompt tokens whose keys and values came from the prefix cache.
     """
 
     request_id: str
@@ -95,7 +95,7 @@ class RequestOutput:
     """The vector of an embedding request, which has no completions; see :meth:`LLM.embed`."""
 
     def extend(self, later: RequestOutput) -> None:
-        """Add the deltas that came after these."""
+        """Append the deltas that follow these."""
         mine = {completion.index: completion for completion in self.outputs}
         for completion in later.outputs:
             if completion.index in mine:
@@ -109,19 +109,19 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class EmbeddingOutput:
-    """A vector of a prompt."""
+    """An embedding of a prompt."""
 
     embedding: list[float]
 
     @property
     def hidden_size(self) -> int:
-        """Its length."""
+        """The length of the vector."""
         return len(self.embedding)
 
 
 @dataclass(slots=True)
 class EmbeddingRequestOutput:
-    """What comes of an embedding request: its prompt and one vector."""
+    """The output of an embedding request: its prompt and one vector."""
 
     request_id: str
     prompt: str | None
@@ -133,7 +133,7 @@ class EmbeddingRequestOutput:
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counters of an engine since its start, and what is in it now."""
+    """Counters of an engine since its start, and its current state."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -147,11 +147,11 @@ class EngineStats:
     num_preemptions: int = 0
     num_failed_steps: int = 0
     last_error: str | None = None
-    """What the last failed step raised."""
+    """Message of the exception of the last failed step."""
     prefix_cache_queries: int = 0
-    """Prompt tokens looked up in the prefix cache."""
+    """Number of prompt tokens looked up in the prefix cache."""
     prefix_cache_hits: int = 0
-    """Prompt tokens found there."""
+    """Number of prompt tokens found in the prefix cache."""
     backend: str = ""
     device: str = ""
     dtype: str = ""

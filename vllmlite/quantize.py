@@ -1,4 +1,4 @@
-"""Writing a quantised copy of a checkpoint: what ``vllmlite quantize`` does."""
+"""Writing a quantised copy of a checkpoint, for ``vllmlite quantize``."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from vllmlite.weights.schemes.tiles import QWEIGHT, SCALES, TILES
 
 
 def quantize_checkpoint(source: Path, target: Path, kind: str, threads: int | None = None) -> None:
-    """Write the checkpoint in directory ``source`` to the new directory ``target``, the weights of its products in
-    ``kind``, everything else as it is; an output layer tied to the embedding becomes one of its own.
+    """Write a copy of the checkpoint directory ``source`` to the new directory ``target``, quantised to ``kind``.
 
-    ``threads``: of the CPU; None: as many as the process may use. ModelError says what is wrong with ``source``,
-    ParameterError that ``target`` exists, BackendError that the native CPU backend, which quantises, is not there."""
+    Weight matrices are quantised; everything else is copied. An output layer tied to the embedding is stored
+    separately. ``threads``: CPU threads, None: all that the process may use. Raises ModelError for a bad ``source``,
+    ParameterError if ``target`` exists, BackendError without the native CPU backend, which does the quantisation."""
     if source.is_file():
         raise ModelError(f"{source}: is a GGUF file; accepted: a directory with a checkpoint")
     spec = read_spec(source)
@@ -50,7 +50,7 @@ def quantize_checkpoint(source: Path, target: Path, kind: str, threads: int | No
         return stored
 
     parts = {key: scheme.parts(shapes[key]) for key in names}
-    # Codes first: their sizes keep every tensor up to the scales at multiples of 64 bytes.
+    # The quantised weights come first: with their sizes, all tensors before the scales are 64-byte aligned.
     layout: Layout = {
         **{part_name(key, QWEIGHT): _entry(parts[key][QWEIGHT]) for key in names},
         **{key: (stored_float(key).dtype, shapes[key]) for key in floats},

@@ -1,4 +1,4 @@
-"""Sampling parameters of a request: vLLM's names, every one checked before the request starts."""
+"""Sampling parameters of a request under vLLM's names, checked before the request starts."""
 
 from __future__ import annotations
 
@@ -20,64 +20,65 @@ MAX_LOGIT_BIAS = 300
 MAX_BAD_WORDS = 1024
 MAX_STOPS = 1024
 MAX_CHARACTERS = 32 << 10
-"""Most characters of all ``stop`` strings, which are looked for after every token; and of all ``bad_words``."""
+"""Maximum total length of all ``stop`` strings, which are searched after every token; and of all ``bad_words``."""
 MAX_LOGPROB_TOKEN_IDS = 128
 
 
 class RequestOutputKind(Enum):
-    """What each :class:`~vllmlite.outputs.RequestOutput` of a request carries."""
+    """Which part of the output each :class:`~vllmlite.outputs.RequestOutput` has."""
 
     CUMULATIVE = 0
-    """Everything generated so far, every step."""
+    """All text and tokens so far, at every step."""
     DELTA = 1
-    """What is new since the last one."""
+    """Only what is new since the previous output."""
     FINAL_ONLY = 2
-    """One output, when the request has finished."""
+    """A single output, when the request has finished."""
 
 
 @dataclass(frozen=True, slots=True)
 class ThinkingMarks:
-    """The tokens between which a model reasons before it writes what is held to a structure."""
+    """The tokens that enclose a model's reasoning, which precedes the structured part of the output."""
 
     closing_id: int
     opening_id: int | None
-    """Begins the reasoning, if it is the first token of the output; None where the prompt has begun it."""
+    """Begins the reasoning if it is the first output token; None if the prompt already began it."""
 
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
-"""Fields of :class:`StructuredOutputsParams` that say what the output must be."""
+"""Fields of :class:`StructuredOutputsParams` that define the structure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams:
-    """What the output must be: exactly one of :data:`KINDS`. Raises :class:`ParameterError` on bad values."""
+    """The structure of the output: exactly one of :data:`KINDS`. Raises :class:`ParameterError` for invalid values."""
 
     json: str | dict[str, Any] | bool | None = None
-    """A value that a JSON Schema (a mapping, or its text) describes."""
+    """The output is a JSON value that satisfies this JSON Schema (a mapping, or its text)."""
     regex: str | None = None
-    """A text that a regular expression matches."""
+    """The output matches this regular expression."""
     choice: list[str] | None = None
-    """One of these texts."""
+    """The output is one of these strings."""
     grammar: str | None = None
-    """A text of a grammar in EBNF (GBNF), whose start is ``root``; or in Lark's form, if xgrammar reads that."""
+    """The output is in the language of this EBNF (GBNF) grammar with start rule ``root``; or Lark, if xgrammar reads
+    it."""
     json_object: bool | None = None
-    """Any JSON object."""
+    """The output is any JSON object."""
     structural_tag: str | dict[str, Any] | None = None
-    """Text with parts of some form in it, as xgrammar's structural tags say (a mapping, or its text)."""
+    """The output is text with structured parts, as xgrammar's structural tags (a mapping, or its text) define."""
     disable_any_whitespace: bool = False
-    """JSON has no white space but one after each comma and colon: it has not, either way."""
+    """No effect: JSON is always written with one space after each comma and colon, and no other white space."""
     disable_additional_properties: bool = False
-    """Objects that name properties have no others: they have not, either way, unless the schema says so."""
+    """No effect: objects with named properties have no others unless the schema allows them."""
     whitespace_pattern: str | None = None
-    """Must be None."""
+    """Not supported; must be None."""
     after: ThinkingMarks | None = None
-    """Reasoning that comes first, and is free."""
+    """Unconstrained reasoning that precedes the structure."""
 
     def __post_init__(self) -> None:
-        """Check that one thing is asked for, and its type."""
+        """Check that exactly one structure is given, and all types."""
         given = [name for name in KINDS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ParameterError("structured_outputs", given, "must ask for exactly one thing")
+            raise ParameterError("structured_outputs", given, "must have exactly one of {', '.join(KINDS)}")
         if self.after is not None and not isinstance(self.after, ThinkingMarks):
             raise ParameterError("structured_outputs.after", self.after, "must be ThinkingMarks or None")
         for name in ("disable_any_whitespace", "disable_additional_properties"):
@@ -94,7 +95,8 @@ class StructuredOutputsParams:
         self.kind_and_source()
 
     def kind_and_source(self) -> tuple[str, Any]:
-        """``json`` or ``structural_tag`` (parsed), ``regex``, ``choice`` or ``grammar``, and what describes it."""
+        """Return the kind (``json``, ``structural_tag``, ``regex``, ``choice`` or ``grammar``) and its source, parsed
+        if JSON."""
         if self.json_object:
             return "json", {"type": "object"}
         if self.json_object is not None:
@@ -122,7 +124,7 @@ class StructuredOutputsParams:
 
 
 def _parsed(name: str, given: Any) -> Any:
-    """A mapping or, if it is a text, what it says in JSON."""
+    """Return ``given``, parsed as JSON if it is a string."""
     if not isinstance(given, str):
         return given
     try:
@@ -133,80 +135,81 @@ def _parsed(name: str, given: Any) -> Any:
 
 @dataclass(slots=True, kw_only=True)
 class SamplingParams:
-    """How to choose tokens, when to stop, and what to report. Raises :class:`ParameterError` on bad values."""
+    """How to sample tokens, when to stop, and what to report. Raises :class:`ParameterError` for invalid values."""
 
     n: int = 1
-    """Completions to generate for the prompt (1 to 128)."""
+    """Number of completions to generate for the prompt (1 to 128)."""
     temperature: float = 1.0
     """Divides the logits; 0 is greedy."""
     top_p: float = 1.0
-    """Keep the smallest set of most likely tokens whose probability reaches this (0 < top_p <= 1)."""
+    """Keep the smallest set of most likely tokens whose total probability reaches this (0 < top_p <= 1)."""
     top_k: int = 0
     """Keep this many most likely tokens; 0 or -1 keeps all."""
     min_p: float = 0.0
-    """Drop tokens less likely than this fraction of the most likely one's probability (0 to 1)."""
+    """Drop tokens less likely than this fraction of the most likely token's probability (0 to 1)."""
     repetition_penalty: float = 1.0
-    """Over 1 discourages tokens of prompt and output, under 1 encourages them (> 0)."""
+    """Above 1 discourages tokens of prompt and output, below 1 encourages them (> 0)."""
     presence_penalty: float = 0.0
     """Subtracted once from the logit of a token that has been generated (-2 to 2)."""
     frequency_penalty: float = 0.0
-    """Subtracted from a token's logit for each time that it has been generated (-2 to 2)."""
+    """Subtracted from a token's logit for each time it has been generated (-2 to 2)."""
     seed: int | None = None
-    """Makes sampling reproducible whatever else runs; None or -1: another one each time, from the engine's seed."""
+    """Makes sampling reproducible in any batch; None or -1: a different seed each time, derived from the engine's."""
     max_tokens: int | None = 16
-    """Most tokens to generate; None: up to the model's context."""
+    """Maximum number of tokens to generate; None: up to the context length."""
     min_tokens: int = 0
-    """No end of text and no stop token before this many tokens."""
+    """Suppress end of text and stop tokens before this many tokens."""
     stop: str | list[str] | None = None
-    """Strings that end the generation where they appear in the output text."""
+    """Strings that end the generation when they appear in the output text."""
     stop_token_ids: list[int] | None = None
     """Token ids that end the generation."""
     ignore_eos: bool = False
-    """Go on past the model's end-of-text tokens."""
+    """Continue past the model's end-of-text tokens."""
     include_stop_str_in_output: bool = False
-    """Leave the stop string, or the stop token's text, in the output."""
+    """Keep the stop string, or the stop token's text, in the output."""
     logprobs: int | None = None
-    """Report the log-probabilities of this many most likely tokens and of the sampled one; -1: the whole vocabulary."""
+    """Report log-probabilities of this many most likely tokens and of the sampled one; -1: the whole vocabulary."""
     prompt_logprobs: int | None = None
-    """The same for each token of the prompt."""
+    """Report log-probabilities as ``logprobs`` does, for each token of the prompt."""
     logprob_token_ids: list[int] | None = None
-    """Report the log-probabilities of these ids, too, with each sampled one (at most 128)."""
+    """Also report the log-probabilities of these ids with each sampled token (at most 128)."""
     logit_bias: dict[int, float] | None = None
     """Added to the logits of these token ids (-100 to 100 each, at most 300)."""
     allowed_token_ids: list[int] | None = None
-    """Sample among these ids alone."""
+    """Sample only from these ids."""
     bad_words: list[str] | None = None
-    """Words never to generate."""
+    """Words that are never generated."""
     skip_special_tokens: bool = True
-    """Leave special tokens out of the text."""
+    """Omit special tokens from the text."""
     spaces_between_special_tokens: bool = True
-    """Kept for vLLM's callers; byte-level tokenizers put no spaces between special tokens either way."""
+    """Accepted for compatibility with vLLM; has no effect."""
     detokenize: bool = True
-    """Turn ids into text; without it, ``text`` stays empty and stop strings are refused."""
+    """Convert ids to text; otherwise ``text`` stays empty and stop strings are refused."""
     truncate_prompt_tokens: int | None = None
-    """Keep only this many tokens of the prompt; -1: as many as fit the model's context beside ``max_tokens``."""
+    """Keep only this many tokens of the prompt; -1: as many as fit the context beside ``max_tokens``."""
     truncation_side: str | None = None
-    """Where ``truncate_prompt_tokens`` drops tokens: left, the default, keeps the prompt's end, right its start."""
+    """End at which ``truncate_prompt_tokens`` drops tokens: ``left`` (default) keeps the prompt's end, ``right`` its
+    start."""
     thinking_token_budget: int | None = None
-    """End a section of reasoning after this many tokens; None or -1: no limit. Needs the model's marks of reasoning."""
+    """End the reasoning after this many tokens; None or -1: no limit. Needs the markers of ``reasoning_config``."""
     structured_outputs: StructuredOutputsParams | None = None
-    """What the output must be: a value of a JSON Schema, a match of a regular expression, a choice, a grammar."""
+    """Structure of the output: a JSON Schema, a regular expression, a choice or a grammar."""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    """What outputs carry."""
+    """Which part of the output each :class:`~vllmlite.outputs.RequestOutput` has."""
 
     def __post_init__(self) -> None:
-        """Check every field; normalise ``stop`` to a list, ``top_k`` -1 to 0 and ``seed`` -1 to None."""
+        """Check all fields; normalise ``stop`` to a list, ``top_k`` -1 to 0 and ``seed`` -1 to None."""
         self._check_types()
         _within("n", self.n, 1, 128)
         _at_least("temperature", self.temperature, 0.0)
         if not 0.0 < self.top_p <= 1.0:
-            raise ParameterError("top_p", self.top_p, "must be over 0 and at most 1")
+            raise ParameterError("top_p", self.top_p, "must be greater than 0 and at most 1")
         if not -1 <= self.top_k < 2**31:
             raise ParameterError("top_k", self.top_k, "must be 0 or -1 (all), or from 1 to 2147483647")
         self.top_k = max(self.top_k, 0)
         _within("min_p", self.min_p, 0.0, 1.0)
         if not (self.repetition_penalty > 0.0 and math.isfinite(self.repetition_penalty)):
-            raise ParameterError("repetition_penalty", self.repetition_penalty, "must be over 0")
+            raise ParameterError("repetition_penalty", self.repetition_penalty, "must be greater than 0")
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
@@ -237,7 +240,7 @@ class SamplingParams:
             raise ParameterError("structured_outputs", structure, "must be StructuredOutputsParams")
         for name in ("min_tokens", "ignore_eos", "bad_words", "allowed_token_ids"):
             if getattr(self, name):
-                raise ParameterError(name, getattr(self, name), "does not go with structured_outputs")
+                raise ParameterError(name, getattr(self, name), "cannot be combined with structured_outputs")
 
     def _check_types(self) -> None:
         for name in (
@@ -256,17 +259,17 @@ class SamplingParams:
             if not isinstance(value, (int, float)):
                 setattr(self, name, float(value))
         for name in ("n", "top_k", "min_tokens"):
-            self._check_whole(name, "must be a whole number")
+            self._check_integer(name, "must be an integer")
         for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                self._check_whole(name, "must be a whole number or None")
+                self._check_integer(name, "must be an integer or None")
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
             if not isinstance(getattr(self, name), bool):
                 raise ParameterError(name, getattr(self, name), "must be True or False")
         if not isinstance(self.output_kind, RequestOutputKind):
             raise ParameterError("output_kind", self.output_kind, "must be a RequestOutputKind")
 
-    def _check_whole(self, name: str, accepted: str) -> None:
+    def _check_integer(self, name: str, accepted: str) -> None:
         value = getattr(self, name)
         if type(value) is not int:
             if isinstance(value, bool) or not isinstance(value, Integral):
@@ -280,7 +283,7 @@ class SamplingParams:
         _check_strings("stop", self.stop, MAX_STOPS)
         if self.stop and not self.detokenize:
             raise ParameterError(
-                "stop", self.stop, "stop strings are looked for in the text: they need detokenize"
+                "stop", self.stop, "stop strings are searched in the text: they need detokenize"
             )
         for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
             value = getattr(self, name)
@@ -291,13 +294,15 @@ class SamplingParams:
             except ParameterError:
                 ids = [-1]
             if ids and min(ids) < 0:
-                raise ParameterError(name, value, "must be token ids: whole numbers from 0")
+                raise ParameterError(name, value, "must be token ids: integers from 0")
             setattr(self, name, ids)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ParameterError("allowed_token_ids", self.allowed_token_ids, "must allow at least one id")
         if self.logprob_token_ids is not None and len(self.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS:
             raise ParameterError(
-                "logprob_token_ids", len(self.logprob_token_ids), f"takes at most {MAX_LOGPROB_TOKEN_IDS} ids"
+                "logprob_token_ids",
+                len(self.logprob_token_ids),
+                f"must have at most {MAX_LOGPROB_TOKEN_IDS} ids",
             )
         if not isinstance(self.bad_words, (list, tuple, type(None))):
             raise ParameterError("bad_words", self.bad_words, "must be a list of strings")
@@ -307,7 +312,7 @@ class SamplingParams:
                 raise ParameterError("logit_bias", self.logit_bias, "must map token ids to numbers")
             if len(self.logit_bias) > MAX_LOGIT_BIAS:
                 raise ParameterError(
-                    "logit_bias", len(self.logit_bias), f"takes at most {MAX_LOGIT_BIAS} ids"
+                    "logit_bias", len(self.logit_bias), f"must have at most {MAX_LOGIT_BIAS} ids"
                 )
             try:
                 self.logit_bias = {int(i): float(b) for i, b in self.logit_bias.items()}
@@ -320,7 +325,8 @@ class SamplingParams:
                     )
 
     def check_vocabulary(self, vocab_size: int, max_logprobs: int) -> None:
-        """Check what depends on the model: ids below ``vocab_size``, log-probabilities at most ``max_logprobs``."""
+        """Raise :class:`ParameterError` for ids of ``vocab_size`` or more, or more than ``max_logprobs``
+        log-probabilities."""
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids"):
             for i in getattr(self, name) or ():
                 if i >= vocab_size:
@@ -333,22 +339,22 @@ class SamplingParams:
 
     @property
     def num_logprobs(self) -> int | None:
-        """Likeliest tokens to report with each sampled one; None: report nothing."""
+        """Number of most likely tokens to report with each sampled one; None: report none."""
         return 0 if self.logprobs is None and self.logprob_token_ids else self.logprobs
 
     @classmethod
     def from_optional(cls, **given: Any) -> SamplingParams:
-        """Parameters from some of the fields, of which None leaves the default. Raises :class:`ParameterError`."""
+        """Construct from keyword arguments of which None means the default. Raises :class:`ParameterError`."""
         names = {field.name for field in fields(cls)}
         refuse({name: value for name, value in given.items() if name not in names})
         return cls(**{name: value for name, value in given.items() if name in names and value is not None})
 
     def clone(self, **changes: Any) -> SamplingParams:
-        """A checked copy with ``changes`` applied."""
+        """Return a checked copy with ``changes`` applied."""
         return replace(self, **changes)
 
     def __repr__(self) -> str:
-        """The fields that differ from their defaults."""
+        """Show the fields that differ from their defaults."""
         shown = (
             f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default
         )
@@ -366,11 +372,11 @@ def _at_least(field: str, value: float, low: float) -> None:
 
 
 def _check_strings(name: str, strings: Sequence[str], most: int) -> None:
-    """Raise :class:`ParameterError` unless there are at most ``most`` strings, none empty, of at most MAX_CHARACTERS
-    in all."""
+    """Raise :class:`ParameterError` for an empty string, more than ``most`` strings, or more than MAX_CHARACTERS in
+    total."""
     if len(strings) > most:
-        raise ParameterError(name, f"{len(strings)} strings", f"takes at most {most}")
+        raise ParameterError(name, f"{len(strings)} strings", f"must be at most {most}")
     if not all(isinstance(each, str) and each for each in strings):
         raise ParameterError(name, strings, "must be non-empty strings")
     if (characters := sum(map(len, strings))) > MAX_CHARACTERS:
-        raise ParameterError(name, f"{characters} characters", f"takes at most {MAX_CHARACTERS}")
+        raise ParameterError(name, f"{characters} characters", f"must be at most {MAX_CHARACTERS}")

@@ -1,4 +1,4 @@
-"""Exceptions that signal handlers raise in the middle of other code."""
+"""Detection of exceptions that signal handlers raise inside other code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import CodeType
 
 
 def came_from_handler(error: BaseException) -> bool:
-    """Whether a signal handler of the program raised ``error``, rather than the code that it interrupted."""
+    """Return whether a signal handler of the program raised ``error``, not the code that it interrupted."""
     handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
     traceback = error.__traceback__
     while traceback is not None:
@@ -19,7 +19,7 @@ def came_from_handler(error: BaseException) -> bool:
 
 
 def _code(handler: object) -> CodeType | None:
-    """The code of a Python function, method, partial function or callable object."""
+    """Return the code object of a function, method, partial or callable object; None if it has none."""
     while isinstance(handler, functools.partial):
         handler = handler.func
     code = getattr(handler, "__code__", None)

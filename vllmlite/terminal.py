@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, None or an object with ``write`` alone, as hosts of Python set them."""
+"""Standard streams that may be closed, None, or objects with only ``write``, as in embedded Python."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import sys
 
 
 def is_terminal(stream: object) -> bool:
-    """Whether ``stream`` is open on a terminal."""
+    """Return whether ``stream`` is an open terminal."""
     try:
         return bool(stream.isatty())  # type: ignore[attr-defined]
-    except (AttributeError, ValueError):  # nothing that can say, or closed
+    except (AttributeError, ValueError):  # no isatty method, or closed
         return False
 
 
 def note(text: str, end: str = "\n") -> None:
-    """Write ``text`` to standard error if that takes it: a message is no reason to fail."""
+    """Write ``text`` to standard error; ignore failures."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.write(text + end)
@@ -25,14 +25,15 @@ def note(text: str, end: str = "\n") -> None:
 
 
 def open_closed_streams() -> bool:
-    """Open /dev/null for each standard stream that the process was started without, so that no other file takes its
-    descriptor. Returns whether standard output was one of them."""
+    """Open /dev/null for each standard stream that was closed at start, so that no other file gets its descriptor.
+
+    Return whether standard output was closed."""
     output_is_closed = sys.stdout is None
     for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest descriptor that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8", closefd=False))
     return output_is_closed

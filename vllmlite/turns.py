@@ -1,4 +1,4 @@
-"""Turns: calls of several threads into one object run one after the other, whatever interrupts them."""
+"""Mutual exclusion of the calls of one object by several threads, safe against interrupts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _num_forks = 0
-"""Forks between the program's first process and this one."""
+"""Number of forks between the program's first process and this one."""
 
 
 def _count_fork() -> None:
@@ -26,20 +26,20 @@ os.register_at_fork(after_in_child=_count_fork)
 
 
 class Turns:
-    """The right to call one object, which one thread has at a time."""
+    """The lock of one object, held by one thread at a time; rejects re-entry and use after a fork."""
 
     def __init__(self, owner: str) -> None:
-        """``owner`` is what error messages call the object."""
+        """``owner`` names the object in error messages."""
         self.lock = threading.RLock()
         self._owner = owner
         self.num_forks = _num_forks
 
     def check(self) -> None:
-        """Raise :class:`EngineUseError` where waiting for a turn would be in vain."""
+        """Raise :class:`EngineUseError` after a fork, or if this thread holds the lock already."""
         if self.num_forks != _num_forks:
             raise EngineUseError(
-                f"this {self._owner} was made in the parent of this process, and its threads and devices did not come "
-                f"along: make the {self._owner} in the child, or start the child with multiprocessing's 'spawn'"
+                f"this {self._owner} was created in the parent process, and its threads and devices do not exist here: "
+                f"create the {self._owner} in the child, or start the child with multiprocessing's 'spawn'"
             )
         if self.is_mine():
             raise EngineUseError(
@@ -48,16 +48,16 @@ class Turns:
             )
 
     def is_mine(self) -> bool:
-        """Whether this thread has the turn."""
+        """Return whether this thread holds the lock."""
         return self.lock._is_owned()  # type: ignore[no-any-return, attr-defined]
 
 
 class HasTurns(Protocol):
-    """An object whose methods take turns."""
+    """An object with a ``turns`` attribute, for :func:`takes_turn`."""
 
     @property
     def turns(self) -> Turns:
-        """Its turns."""
+        """The lock of the object."""
         ...
 
 
@@ -67,9 +67,9 @@ Self = TypeVar("Self", bound=HasTurns)
 def takes_turn(
     method: Callable[Concatenate[Self, P], R],
 ) -> Callable[Concatenate[Self, P], R]:
-    """Have ``method`` wait until no other thread is in a method of the object that takes turns.
+    """Decorate ``method`` to run while no other thread runs such a method of the same object.
 
-    Raises :class:`EngineUseError` in a forked process, and where the thread is in such a method already."""
+    Raises :class:`EngineUseError` in a forked process, and if the thread runs such a method already."""
 
     @wraps(method)
     def run(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -81,12 +81,12 @@ def takes_turn(
             lock.acquire()
             result = method(self, *args, **kwargs)
         finally:
-            # CPython interrupts code after a call, at the start of a function and where it jumps back: never between
-            # the start of this block and the release.
-            try:  # noqa: SIM105  (to enter suppress() is a call)
+            # CPython raises signal exceptions after calls, at the start of functions and at backward jumps: never
+            # between the start of this block and the release.
+            try:  # noqa: SIM105  (suppress() would add a call)
                 lock.release()
             except RuntimeError:
-                pass  # interrupted while it waited for its turn
+                pass  # interrupted while waiting for the lock
         return result
 
     return run

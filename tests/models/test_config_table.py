@@ -87,9 +87,7 @@ def test_unknown_keys_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.INFO, "vllmlite"):
         spec(tmp_path, "LlamaForCausalLM", unsloth_fixed=True, another=1, attention_dropout=0.5)
     (record,) = caplog.records
-    assert record.getMessage().endswith(
-        "config.json: unknown keys without effect: another, unsloth_fixed"
-    )
+    assert record.getMessage().endswith("config.json: unknown keys without effect: another, unsloth_fixed")
 
 
 REAL: dict[str, tuple[str, dict[str, Any]]] = {

@@ -141,7 +141,7 @@ def test_stacked_norms_of_heads_are_refused(tmp_path: Path) -> None:
         ("phi3", {"phi3.rope.dimension_count": 24}, r"dimension_count=24; accepted: 16"),
         ("stablelm", {"stablelm.rope.dimension_count": 3}, "even"),
         ("granite", {"granite.residual_scale": "x"}, "residual_multiplier='x'"),
-        ("bloom", {"bloom.feed_forward_length": "x"}, "feed_forward_length='x'; accepted: a whole number"),
+        ("bloom", {"bloom.feed_forward_length": "x"}, "feed_forward_length='x'; accepted: an integer"),
         ("gpt2", {"gpt2.attention.layer_norm_epsilon": -1.0}, "above 0"),
         ("mixtral", {"llama.expert_used_count": 9}, "num_experts_per_tok=9"),
         ("llama", {"llama.attention.causal": False}, "causal=False; accepted: True"),
