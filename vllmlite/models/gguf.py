@@ -196,12 +196,12 @@ def open_gguf(path: Path, spec: DecoderSpec) -> Weights:
             raise ModelError(
                 f"{path}: tensor {name!r}: expected {list(shape)}; found {list(gguf.tensors[name].shape)}"
             )
-    reordered = _family(gguf)[1].reordered
+    reordered, whole = _family(gguf)[1].reordered, spec.whole or spec
 
     def tensor(name: str) -> HostWeight:
         stored = replace(gguf.tensors[name], shape=shapes[name])
         if reordered and (match := re.search(r"\.attn_([qk])\.", name)):
-            return _in_halves(stored, spec.num_heads if match[1] == "q" else spec.num_kv_heads)
+            return _in_halves(stored, whole.num_heads if match[1] == "q" else whole.num_kv_heads)
         if spec.norm.unit_offset and name.endswith("norm.weight"):
             values = _float32(gguf, name) - np.float32(1)
             return HostTensor("float32", stored.shape, values.view(np.uint8))
