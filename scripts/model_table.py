@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vllmlite.models.families import FAMILIES
 from vllmlite.models.gguf_families import FAMILIES as GGUF_FAMILIES
 from vllmlite.models.plan import Plan, declining
@@ -24,7 +26,7 @@ def table() -> list[str]:
 
 
 def _backends(implementation: str, architecture: str) -> str:
-    declined = declining(Plan(implementation, architecture, "float32", 1, 1))
+    declined = declining(Plan(Path(), implementation, architecture, "float32", 1, 1))
     return ", ".join(name for name in ("cpu", "cuda", "torch") if name not in declined)
 
 

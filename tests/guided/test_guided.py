@@ -87,7 +87,7 @@ def test_the_output_is_what_was_asked_for(llm: LLM, temperature: float) -> None:
 
 
 def test_without_an_end_of_text_the_last_token_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllmlite.runner.startup._eos_ids", lambda *_: [])
+    monkeypatch.setattr("vllmlite.runner.startup.eos_ids", lambda *_: [])
     endless = LLM(dtype="float32", max_model_len=256, device="cpu")
     assert not endless.llm_engine.engine_core.bounds.eos_ids
     for wish in WISHES[2:]:

@@ -33,9 +33,7 @@ RUN = """
 
 def hf_model(path: Path, dtype: str = "float32") -> PagedModel:
     plan, backend = plan_model(path, "transformers"), TorchBackend("cpu", dtype)
-    model = load_planned(
-        plan, backend, path, max_model_len=128, packing=Packing(backend), block_size=4, seed=0
-    )
+    model = load_planned(plan, backend, max_model_len=128, packing=Packing(backend), block_size=4, seed=0)
     return PagedModel(model, num_blocks=320)
 
 

@@ -31,9 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def hf_model(path: Path) -> PagedModel:
     plan, backend = plan_model(path, "transformers"), TorchBackend()
     assert (plan.implementation, plan.backends) == ("transformers", ("torch",))
-    model = load_planned(
-        plan, backend, path, max_model_len=128, packing=Packing(backend), block_size=4, seed=0
-    )
+    model = load_planned(plan, backend, max_model_len=128, packing=Packing(backend), block_size=4, seed=0)
     return PagedModel(model, num_blocks=320)
 
 
@@ -115,7 +113,7 @@ def test_other_backends_and_quantised_weights_are_refused(tmp_path: Path) -> Non
     ):
         packing = Packing(backend, quantization)
         with pytest.raises(BackendError, match=words):
-            load_planned(plan, backend, tmp_path, max_model_len=64, packing=packing, block_size=4, seed=0)
+            load_planned(plan, backend, max_model_len=64, packing=packing, block_size=4, seed=0)
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:

@@ -118,20 +118,19 @@ def kv_spec(spec: DecoderSpec, backend: Backend, block_size: int, kv_cache_dtype
 def load_planned(
     plan: Plan,
     backend: Backend,
-    path: Path,
     *,
     max_model_len: int,
     packing: Packing,
     num_positions: int | None = None,
     **options: Any,
 ) -> Model:
-    """Load the model of directory ``path`` with the implementation that ``plan`` names.
+    """Load the model of ``plan`` with the implementation that it names.
 
     The other arguments are those of :func:`load_model`."""
     if plan.implementation == "native":
         return load_model(
             backend,
-            path,
+            plan.path,
             max_model_len=max_model_len,
             spec=plan.spec,
             packing=packing,
@@ -145,7 +144,7 @@ def load_planned(
     from vllmlite.models.hf_model import load_hf_model
 
     del options["seed"]
-    return load_hf_model(backend, path, max_positions=plan.max_position_embeddings, **options)
+    return load_hf_model(backend, plan.path, max_positions=plan.max_position_embeddings, **options)
 
 
 def _fitting_quantizations(weights: ModelWeights, free: int) -> str:

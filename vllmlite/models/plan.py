@@ -31,6 +31,8 @@ CUDA_EXPERTS = 4096
 class Plan:
     """The facts about a model that are known before a backend is chosen."""
 
+    path: Path
+    """Of the checkpoint's directory or file."""
     implementation: str
     """``native`` or ``transformers``."""
     architecture: str
@@ -80,6 +82,7 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
     if model_impl == "native" or (model_impl == "auto" and name in FAMILIES | SHELLS):
         spec = read_spec(path)
         return Plan(
+            path,
             "native",
             name,
             spec.dtype,
@@ -101,5 +104,6 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
         if config.get(key) is not None:
             own = next((name for name in _WIDTHS if config.get(name) is not None), _WIDTHS[0])
             hidden = config.integer(own)
-            return Plan("transformers", name, checkpoint_dtype(config), config.integer(key), hidden)
+            longest = config.integer(key)
+            return Plan(path, "transformers", name, checkpoint_dtype(config), longest, hidden)
     raise config.error("max_position_embeddings", "the context length of the model")

@@ -1,0 +1,168 @@
+"""Building a runner: choose the backend, load the model or one rank's part of it, size the cache, capture graphs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vllmlite.backends.base import Backend, Comm
+from vllmlite.backends.select import Wanted, select_backend
+from vllmlite.config.engine_config import QUANTIZATIONS, EngineConfig
+from vllmlite.errors import ParameterError
+from vllmlite.hub import find_model
+from vllmlite.models import load_planned
+from vllmlite.models.gguf import has_blocks, treatment
+from vllmlite.models.plan import Plan, plan_model
+from vllmlite.models.shard import sharded
+from vllmlite.models.tensors import stored_schemes
+from vllmlite.runner.runner import ModelRunner
+from vllmlite.runner.sizes import most_positions, num_cache_blocks
+from vllmlite.terminal import is_terminal, note
+from vllmlite.weights.packing import Packing
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltRunner:
+    """A runner, and the sizes that an engine needs to drive it."""
+
+    runner: ModelRunner
+    num_blocks: int
+    max_model_len: int
+    backend_choice: str
+    """Which backend runs, and why the others do not."""
+
+
+def plan_for(config: EngineConfig) -> Plan:
+    """Find the model of ``config`` and return how it would run. Raises ModelError, and ParameterError for options that
+    contradict the model."""
+    path = find_model(config.model, revision=config.revision, download_dir=config.download_dir)
+    plan = plan_model(path, config.model_impl)
+    if config.max_model_len is not None and config.max_model_len > plan.max_position_embeddings:
+        raise ParameterError(
+            "max_model_len",
+            config.max_model_len,
+            f"must be at most the model's {plan.max_position_embeddings}",
+        )
+    if config.quantization not in (None, plan.quantization):
+        if plan.quantization is not None:
+            raise ParameterError(
+                "quantization", config.quantization, f"the checkpoint is in {plan.quantization} already"
+            )
+        if config.quantization not in QUANTIZATIONS:
+            raise ParameterError(
+                "quantization",
+                config.quantization,
+                f"the checkpoint's weights are floats; {' or '.join(QUANTIZATIONS)} quantises them at load",
+            )
+    return plan
+
+
+def build_runner(
+    config: EngineConfig,
+    plan: Plan,
+    rank: int = 0,
+    world: int = 1,
+    connect: Callable[[Backend], Comm] | None = None,
+) -> BuiltRunner:
+    """Build the runner of rank ``rank`` of ``world``. Raises ModelError, BackendError or ParameterError.
+
+    ``plan`` is :func:`plan_for` ``config``. ``connect`` joins this rank's backend to those of the others; all ranks
+    build at the same time from equal arguments, and ``config.seed`` must not be -1."""
+    if plan.spec is not None:
+        plan = replace(plan, spec=sharded(plan.spec, rank, world))
+    elif world > 1:
+        raise ParameterError("tensor_parallel_size", world, "transformers' models run on 1 rank")
+    path, at_load = plan.path, config.quantization if plan.quantization is None else None
+    keep_blocks = config.dtype == "auto"
+    wanted = Wanted(
+        backend=config.backend,
+        device=config.device,
+        dtype=config.dtype,
+        checkpoint_dtype=plan.dtype,
+        threads=config.threads,
+        cpu_isa=config.cpu_isa,
+        quantization=at_load,
+        packed=at_load is not None
+        or plan.quantization in QUANTIZATIONS
+        or (keep_blocks and path.is_file() and has_blocks(path)),
+        model=plan.architecture,
+        only=plan.backends,
+        batch_invariant=config.batch_invariant,
+    )
+    backend, choice = select_backend(wanted)
+    if connect is not None:
+        backend.comm = connect(backend)
+    packing = Packing(backend, at_load, keep_blocks)
+    if path.is_file():
+        done = treatment(path, packing)
+        choice += f"; {done}"
+        if is_terminal(sys.stderr):
+            note(f"vllmlite: {done}")
+    elif plan.spec is not None and (plan.quantization or at_load):
+        for scheme in dict.fromkeys(stored_schemes(plan.spec).values()) or [None]:
+            stored = plan.dtype if scheme is None else scheme.name
+            choice += f"; {stored} weights {packing.treatment(scheme)}"
+    longest = config.max_model_len or plan.max_position_embeddings
+    num_positions = _least(backend, most_positions(config, backend, plan, longest))
+    model = load_planned(
+        plan,
+        backend,
+        max_model_len=longest,
+        num_positions=num_positions,
+        block_size=config.block_size,
+        kv_cache_dtype=config.kv_cache_dtype,
+        load_format=config.load_format,
+        seed=config.seed,
+        packing=packing,
+    )
+    num_blocks = _least(backend, num_cache_blocks(config, backend, model, num_positions))
+    capacity = min(num_blocks * config.block_size, num_positions)
+    if longest > capacity:
+        if config.max_model_len is not None:
+            block_bytes = backend.kv_bytes_per_block(model.kv_spec)
+            raise ParameterError(
+                "max_model_len",
+                longest,
+                f"takes {-(-longest // config.block_size) * block_bytes} bytes of key/value cache; the "
+                f"{num_blocks * block_bytes} there are hold {capacity} tokens: lower it to that, or give more",
+            )
+        logger.warning(
+            "max_model_len is %d, what the key/value cache holds, not the model's %d", capacity, longest
+        )
+        longest = capacity
+    runner = ModelRunner(
+        backend,
+        model,
+        num_blocks=num_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=longest,
+        enforce_eager=config.enforce_eager,
+    )
+    _capture_graphs(runner)
+    return BuiltRunner(runner, num_blocks, longest, f"{plan}; {choice}")
+
+
+def _least(backend: Backend, value: int) -> int:
+    """Return the least ``value`` of all ranks, which must agree on the size of the cache."""
+    values = backend.comm.all_gather(backend.tensor(np.array([[value]], np.int64)))
+    return int(backend.to_host(values).min())
+
+
+def _capture_graphs(runner: ModelRunner) -> None:
+    """Capture the decoding steps, with a line of progress on a terminal where it takes a while."""
+    began, captured, shown = time.perf_counter(), 0, False
+    for rows in runner.capture_graphs():
+        captured += 1
+        if is_terminal(sys.stderr) and time.perf_counter() - began > 0.1:
+            note(f"\rcapturing decoding steps: {rows} rows \x1b[K", end="")
+            shown = True
+    if shown:
+        note("\r\x1b[K", end="")
+    logger.info("decoding steps of %d sizes captured in %.1f s", captured, time.perf_counter() - began)

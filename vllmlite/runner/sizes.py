@@ -1,0 +1,93 @@
+"""Sizes of a runner that follow from the configuration and the memory: tokens in a step, blocks in the cache."""
+
+from __future__ import annotations
+
+from vllmlite.backends.base import Backend, Model
+from vllmlite.config.engine_config import EngineConfig
+from vllmlite.errors import BackendError, ParameterError
+from vllmlite.models import kv_spec
+from vllmlite.models.plan import Plan
+from vllmlite.runner.runner import ModelRunner
+
+CPU_KV_BYTES = 4 << 30
+"""Most bytes of the cache on a CPU unless its size is given; pages that no request reaches are never touched."""
+CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 8192
+"""Most tokens in a step unless the number is given: enough to fill the device."""
+
+
+def batched_tokens(config: EngineConfig, backend: Backend) -> int:
+    """Return the most tokens in a step."""
+    default = CPU_BATCHED_TOKENS if backend.device == "cpu" else GPU_BATCHED_TOKENS
+    return config.max_num_batched_tokens or default
+
+
+def mixed_tokens(config: EngineConfig, batched: int) -> int:
+    """Return the most prompt tokens in a step that also decodes, of the ``batched`` of a whole step."""
+    mixed = config.max_mixed_prefill_tokens
+    if mixed is not None and mixed > batched:
+        raise ParameterError(
+            "max_mixed_prefill_tokens", mixed, f"must be at most the {batched} of a whole step"
+        )
+    return mixed or batched
+
+
+def most_positions(config: EngineConfig, backend: Backend, plan: Plan, longest: int) -> int:
+    """Return the most tokens of a sequence, at most ``longest``, that the key/value cache could hold if weights took
+    no memory. The rotary tables end there."""
+    if plan.spec is None:  # transformers' models compute them as they go
+        return longest
+    cache = kv_spec(plan.spec, backend, config.block_size, config.kv_cache_dtype)
+    if config.num_gpu_blocks_override is not None:
+        num_blocks = config.num_gpu_blocks_override
+    else:
+        memory = backend.memory()
+        most = CPU_KV_BYTES if backend.device == "cpu" else memory.total
+        available = config.kv_cache_memory_bytes or min(
+            most, int(memory.total * config.gpu_memory_utilization)
+        )
+        num_blocks = available // backend.kv_bytes_per_block(cache)
+    return min(longest, max(num_blocks, 1) * config.block_size)
+
+
+def num_cache_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_len: int) -> int:
+    """Return the number of blocks in the key/value cache, once the weights are loaded."""
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override
+    block_bytes = backend.kv_bytes_per_block(model.kv_spec)
+    if config.kv_cache_memory_bytes is not None:
+        num_blocks = config.kv_cache_memory_bytes // block_bytes
+        if not num_blocks:
+            raise ParameterError(
+                "kv_cache_memory_bytes", config.kv_cache_memory_bytes, f"a block takes {block_bytes}"
+            )
+        return num_blocks
+    if backend.device == "cpu":
+        memory = backend.memory()
+        available = min(CPU_KV_BYTES, int(memory.free * config.gpu_memory_utilization))
+    else:
+        _largest_step(config, backend, model, max_model_len)
+        memory = backend.memory()
+        logits = 4 * config.max_num_seqs * model.vocab_size * 4
+        available = int(memory.total * config.gpu_memory_utilization) - (memory.total - memory.free) - logits
+    most_used = -(-max_model_len // config.block_size) * config.max_num_seqs
+    num_blocks = min(available // block_bytes, most_used)
+    if num_blocks < 1:
+        raise BackendError(
+            f"no memory is left for the key/value cache: a block of {config.block_size} tokens takes {block_bytes} "
+            f"bytes, and {memory.free} of {memory.total} are free: raise gpu_memory_utilization, or choose a smaller "
+            "model, dtype or quantization"
+        )
+    return num_blocks
+
+
+def _largest_step(config: EngineConfig, backend: Backend, model: Model, max_model_len: int) -> None:
+    """Run a step of the largest size, so that its memory is allocated before the cache is sized."""
+    runner = ModelRunner(
+        backend,
+        model,
+        num_blocks=1,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        enforce_eager=True,
+    )
+    runner.profile(min(batched_tokens(config, backend), config.max_num_seqs * max_model_len))
