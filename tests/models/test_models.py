@@ -238,7 +238,10 @@ BAD_CONFIGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["full_attention", "one set"]),
     ({"rope_parameters": [1]}, ["rope_parameters=[1]", "object"]),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor=0.5"]),
-    ({"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention"]}, ["layer_types", "3 times"]),
+    (
+        {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention"]},
+        ["layer_types", "list of 3 entries"],
+    ),
     (
         {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["sliding_attention"] * 3},
         ["sliding_window", "use_sliding_window"],

@@ -224,7 +224,7 @@ def test_tensors_must_be_those_of_the_model(single: Path, copy: Callable[[Path],
     shapes = stored_shapes(read_spec(single))
     refused(single, shapes | {"lm_head.bias": (7,), "x": (1,)}, "missing", "lm_head.bias, x")
     without = {name: shape for name, shape in shapes.items() if "norm" not in name}
-    refused(single, without, "no use for", "norm.weight and 2 more")
+    refused(single, without, "unexpected tensors", "norm.weight and 2 more")
     wrong = shapes | {"model.norm.weight": (65,)}
     refused(single, wrong, "'model.norm.weight'", "[65]", "[64]", "float32")
     path = copy(single)

@@ -125,7 +125,7 @@ def open_weights(
     if missing:
         raise ModelError(f"{path}: tensors missing from the checkpoint: {listed(missing)}")
     if unused:
-        raise ModelError(f"{path}: tensors that the model has no use for: {listed(unused)}")
+        raise ModelError(f"{path}: unexpected tensors: {listed(unused)}")
     for name, part in expected.items():
         if name in tensors and not part.accepts(tensors[name]):
             found = tensors[name]
