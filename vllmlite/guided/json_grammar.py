@@ -22,6 +22,9 @@ MAX_CHARACTERS = 1 << 16
 _COUNTED = re.compile(r"\^\[((?:\\.|[^\\\]])+)\](?:(\*)|(\+)|\{(\d+),(\d*)\})\$", re.DOTALL)
 """A pattern that is one character class with a repetition count."""
 
+_NAME = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|\w+')
+"""A text, a class of characters, or a name in a rule: texts and classes hold no names."""
+
 
 def grammar_of(schema: Schema) -> Any:
     """Return an ``xgrammar.Grammar`` for ``schema``. Raises ValueError or xgrammar's RuntimeError if there is none."""
@@ -35,16 +38,14 @@ def grammar_of(schema: Schema) -> Any:
         marker += "@"
     strings = _Strings(marker)
     schema = _filtered(schema)
-    marked = native(strings.marked(schema))
-    if not strings.names:
-        return marked
-    text = _readable(str(marked))
-    faithful = str(Grammar.from_ebnf(text)) == str(marked)
+    marked = str(native(strings.marked(schema)))
+    text = _readable(marked)
+    faithful = str(Grammar.from_ebnf(text)) == marked
     for name, literal in strings.names.items():
         text = text.replace(json.dumps(json.dumps(literal)), name)
     if not faithful or marker in text:
-        return native(schema)  # this version of xgrammar prints grammars differently
-    return Grammar.from_ebnf("\n".join([text, *strings.rules.values()]))
+        return native(schema)  # this version of xgrammar writes grammars in another way
+    return Grammar.from_ebnf("\n".join([_with_equal_rules_merged(text), *strings.rules.values()]))
 
 
 def with_grammars(tag: Any) -> Any:
@@ -74,6 +75,26 @@ def _readable(text: str) -> str:
     return re.sub(
         r"\\(x[0-9a-f]{2}|.)", lambda found: rf"\u00{found[1][1:]}" if len(found[1]) == 3 else found[0], text
     )
+
+
+def _with_equal_rules_merged(text: str) -> str:
+    """Return a grammar that xgrammar has written, with one rule in place of those that are equal.
+
+    Each rule takes its share of the time to compile, and a schema repeats its types of properties."""
+    rules = [line.partition(" ::= ") for line in text.splitlines() if line]
+    bodies = {name: body for name, _, body in rules}
+    while True:
+        first = {bodies["root"]: "root"}
+        others = {
+            name: kept for name, body in bodies.items() if (kept := first.setdefault(body, name)) != name
+        }
+        if not others:
+            return "\n".join(f"{name} ::= {body}" for name, body in bodies.items())
+
+        def renamed(found: re.Match[str], others: dict[str, str] = others) -> str:
+            return others.get(found[0], found[0])
+
+        bodies = {name: _NAME.sub(renamed, body) for name, body in bodies.items() if name not in others}
 
 
 def _filtered(schema: Any) -> Any:
