@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +17,8 @@ pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar
 
 from vllmlite import LLM, EngineConfig, SamplingParams, StructuredOutputsParams
 from vllmlite.errors import ParameterError
-from vllmlite.guided.compiler import COMPILE_BYTES, GrammarCompiler, compile_prepared
+from vllmlite.guided.compiler import COMPILE_BYTES, GrammarCompiler, Prepared, compile_prepared
+from vllmlite.guided.grammars import Grammars
 from vllmlite.guided.json_schema import exact
 from vllmlite.sampling_params import ThinkingMarks
 from vllmlite.server.config import ServerConfig
@@ -335,6 +339,44 @@ def test_hostile_grammars_end_within_time_and_memory(
     except ParameterError as error:
         assert error.field == "structured_outputs"
     assert compiler.compile("regex", "b")
+
+
+def test_a_quick_grammar_does_not_wait_for_a_slow_one(compiler: GrammarCompiler) -> None:
+    kind, source = HOSTILE[2]
+    with ThreadPoolExecutor(1) as pool:
+        compiler.compile("regex", "a")  # it has started
+        slow = pool.submit(compiler.compile, kind, source)
+        assert compiler.compile("regex", "b")
+        assert not slow.done()
+        with pytest.raises(ParameterError, match="more than 1 s of processor time"):
+            slow.result()
+
+
+def test_threads_that_want_one_grammar_compile_it_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = llm.llm_engine
+    grammars = Grammars(llm.get_tokenizer(), engine.engine_core.bounds.vocab_size, [], loads=False)
+    compiled, others_came = [], threading.Event()
+
+    def compile_slowly(self: GrammarCompiler, kind: str, source: Any) -> Prepared:
+        compiled.append(source)
+        assert others_came.wait(60)
+        if source == "(":
+            raise ParameterError("structured_outputs", source, "has no grammar")
+        return Prepared(kind, source)
+
+    monkeypatch.setattr(GrammarCompiler, "compile", compile_slowly)
+    with ThreadPoolExecutor(4) as pool:
+        same = [pool.submit(grammars.compile, StructuredOutputsParams(regex="a")) for _ in range(2)]
+        wrong = [pool.submit(grammars.compile, StructuredOutputsParams(regex="(")) for _ in range(2)]
+        while len(compiled) < 2:
+            time.sleep(0.001)
+        others_came.set()
+        assert same[0].result() is same[1].result()
+        for each in wrong:
+            with pytest.raises(ParameterError, match="has no grammar"):
+                each.result()
+    assert compiled.count("a") == 1
+    assert grammars._making == {}
 
 
 def required(parameters: dict[str, Any], count: int) -> Any:

@@ -102,6 +102,51 @@ def test_strings_of_one_kind_share_their_rules() -> None:
     assert all_of_them.count("\nrest_") == one.count("\nrest_") == 100
 
 
+def test_properties_of_equal_types_share_their_rules() -> None:
+    date = {"type": "string", "format": "date"}
+    point = {"type": "object", "properties": {"x": {"type": "integer"}, "at": date}, "required": ["x", "at"]}
+    schema = {
+        "type": "object",
+        "properties": {
+            **{f"point{i}": point for i in range(40)},
+            **{f"root_prop_{i}": date for i in range(40)},  # names of rules as texts
+            "last": {"enum": ["root_prop_1", "[root_prop_2"]},
+        },
+        "required": ["point0", "point39", "root_prop_39", "last"],
+    }
+    grammar = grammar_of(exact(schema))
+    assert str(grammar).count("Regex(") <= 2
+    assert str(grammar).count("\n") < 40 + 2 * 81
+    place, day = {"x": 1, "at": "2024-02-29"}, "2025-11-29"
+    value: dict[str, Any] = {"point0": place, "point39": place, "root_prop_39": day, "last": "root_prop_1"}
+    values = [
+        value,
+        {**value, "last": "[root_prop_2"},
+        {**value, "point39": {**place, "at": "2023-02-29"}},
+        {**value, "root_prop_39": "2025-02-29"},
+        {**value, "last": "root_prop_0"},
+        {**value, "last": "[root_prop_0"},
+    ]
+    assert accepts(grammar, list(map(json.dumps, values))) == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string"},
+        {"type": "object", "properties": {"a": {"$ref": "#"}, "b": {"type": "null"}}},
+        {"type": "array", "items": {"type": "array", "items": {"$ref": "#"}}},
+    ],
+)
+def test_the_first_rule_stays(schema: dict[str, Any]) -> None:
+    grammar = grammar_of(exact(schema))
+    texts = ['"a"', "{}", '{"a": {"a": {}, "b": null}}', '{"b": {}}', "[]", "[[[[]]]]", "[[]]", "[1]"]
+    native = xgrammar.Grammar.from_json_schema(
+        json.dumps(exact(schema)), any_whitespace=False, strict_mode=False
+    )
+    assert accepts(grammar, texts) == accepts(native, texts)
+
+
 @pytest.mark.parametrize("character", ["é", "ÿ", "\x80", "Ā", "\u2028", "🦀", "\\", "'", "]"])
 def test_other_texts_survive_beside_a_counted_string(character: str) -> None:
     name, short = f"{character}c0de", {"type": "string", "maxLength": 3}

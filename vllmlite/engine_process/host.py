@@ -28,6 +28,7 @@ from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.engine import Engine, EngineOutput
 from vllmlite.engine_process.wire import Answer, EngineCall, StepOutputs, has_logprobs, pack, unpack
 from vllmlite.errors import BackendError, ParameterError, VllmliteError
+from vllmlite.guided.compiler import PARALLEL
 from vllmlite.guided.grammars import Grammars
 from vllmlite.outputs import EngineStats, RequestMetrics
 
@@ -194,12 +195,14 @@ class Host:
         sender = threading.Thread(target=self._send, name="vllmlite-outputs", daemon=True)
         try:
             sender.start()
-            threading.Thread(target=self._prepare, name="vllmlite-grammars", daemon=True).start()
+            for _ in range(PARALLEL):
+                threading.Thread(target=self._prepare, name="vllmlite-grammars", daemon=True).start()
             threading.Thread(target=self._receive, name="vllmlite-calls", daemon=True).start()
             while self._serve_once():
                 pass
         finally:
-            self._preparing.put(None)
+            for _ in range(PARALLEL):
+                self._preparing.put(None)
             self._messages.put(None)
             if sender.ident is not None:  # it has been started
                 sender.join(CLOSING_SECONDS)
@@ -255,7 +258,7 @@ class Host:
                 self._wake.notify()
 
     def _prepare(self) -> None:
-        """Compile the grammars of requests in order, while the engine steps and other calls come."""
+        """Compile the grammars of requests, while the engine steps and other calls come."""
         while (call := self._preparing.get()) is not None:
             ready = self._with_grammar(call)
             with self._wake:

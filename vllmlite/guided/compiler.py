@@ -2,10 +2,12 @@
 
 A short schema or expression can describe an automaton that does not fit any machine. The first grammar starts a
 compiler process, which imports xgrammar, receives the tokenizer's vocabulary and forks a child for each grammar. The
-child compiles the grammar, and either dies at a limit or answers with a :class:`Prepared` grammar. The receiver
-compiles that again with :func:`compile_prepared`, now known to stay within the limits. xgrammar's serialised form of a
-compiled grammar is not sent: it contains the whole automaton once for each rule, so its size grows quadratically, and
-reading it takes longer than compiling. The compiler process ends after :data:`IDLE_SECONDS` without work.
+child compiles the grammar, and either dies at a limit or answers with a :class:`Prepared` grammar. Several children run
+at once, so that a quick grammar does not wait for a slow one. The receiver compiles the prepared grammar again with
+:func:`compile_prepared`, now known to stay within the limits. xgrammar's serialised form of a compiled grammar is not
+sent: it contains the whole automaton once for each rule, so its size grows quadratically (482 MB for a grammar that
+compiles in 3 s), and reading it takes longer than compiling. The compiler process ends after :data:`IDLE_SECONDS`
+without work.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -41,6 +45,8 @@ COMPILE_BYTES = 1 << 30
 """Address space that a compilation may add to the process."""
 RESULT_BYTES = 128 << 20
 """Maximum size of a compiled grammar in memory."""
+PARALLEL = 4
+"""Number of grammars that are compiled at once."""
 TRIED_TOKENS = 8
 MASK_SECONDS = 0.1
 """Maximum CPU time per mask, averaged over the first TRIED_TOKENS tokens."""
@@ -89,38 +95,49 @@ class Vocabulary:
         )
 
     def compiler(self) -> Any:
-        """Return an ``xgrammar.GrammarCompiler`` for this vocabulary, without a cache."""
-        import xgrammar
+        """Return an ``xgrammar.GrammarCompiler`` for this vocabulary."""
+        return compiler_for(self.tokenizer_info())
 
-        return xgrammar.GrammarCompiler(self.tokenizer_info(), max_threads=1, cache_enabled=False)
+
+def compiler_for(tokenizer_info: Any) -> Any:
+    """Return an ``xgrammar.GrammarCompiler`` without a cache and without threads."""
+    import xgrammar
+
+    return xgrammar.GrammarCompiler(tokenizer_info, max_threads=1, cache_enabled=False)
 
 
 class GrammarCompiler:
-    """Client of the compiler process. Not thread-safe."""
+    """Client of the compiler process. Thread-safe."""
 
     def __init__(
         self, vocabulary: Vocabulary, seconds: int = COMPILE_SECONDS, memory: int = COMPILE_BYTES
     ) -> None:
-        """Set the limits; the first call of :meth:`compile` starts the process."""
+        """Set the limits of each grammar: ``seconds`` of CPU time and bytes of ``memory``. The first call of
+        :meth:`compile` starts the process."""
         self._vocabulary = vocabulary
         self._seconds = seconds
         self._memory = memory
         self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self._control: socket.socket | None = None
+        self._starting = threading.Lock()
 
     def compile(self, kind: str, source: Any) -> Prepared:
         """Compile ``source`` within the limits. Raises :class:`ParameterError` if it is invalid or exceeds them."""
-        if self._process is None or self._process.poll() is not None:
-            self._start()
-        connection, process = self._connection, self._process
-        assert connection is not None and process is not None
+        with self._starting:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            control = self._control
+        assert control is not None
+        ours, theirs = socket.socketpair()
         try:
-            connection.send_bytes(json.dumps([kind, source]).encode())
-            if not connection.poll(self._seconds * WAIT_FACTOR + GRACE_SECONDS):
-                raise TimeoutError
-            found = json.loads(connection.recv_bytes())
+            with Connection(ours.detach()) as connection:
+                with theirs:
+                    socket.send_fds(control, [b"+"], [theirs.fileno()])
+                connection.send_bytes(json.dumps([kind, source]).encode())
+                if not connection.poll(self._seconds * WAIT_FACTOR + GRACE_SECONDS):
+                    raise TimeoutError
+                found = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
-            self.close()
             raise VllmliteError("the process that compiles grammars has ended") from None
         if "error" in found:
             raise ParameterError("structured_outputs", {kind: source}, found["error"])
@@ -128,12 +145,12 @@ class GrammarCompiler:
 
     def close(self) -> None:
         """End the process."""
-        if self._connection is not None:
-            self._connection.close()
+        if self._control is not None:
+            self._control.close()
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        self._process = self._connection = None
+        self._process = self._control = None
 
     def __del__(self) -> None:
         self.close()
@@ -152,11 +169,12 @@ class GrammarCompiler:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
                 start_new_session=True,  # Ctrl-C must not reach it
             )
-        self._connection = Connection(ours.detach())
+        self._control = ours
         setting = {**vars(self._vocabulary), "seconds": self._seconds, "memory": self._memory}
         try:
-            self._connection.send_bytes(json.dumps(setting).encode())
-            ready = self._connection.poll(START_SECONDS) and self._connection.recv_bytes() == b"ready"
+            with Connection(os.dup(ours.fileno())) as connection:
+                connection.send_bytes(json.dumps(setting).encode())
+                ready = connection.poll(START_SECONDS) and connection.recv_bytes() == b"ready"
         except (EOFError, OSError):
             ready = False
         if not ready:
@@ -165,34 +183,47 @@ class GrammarCompiler:
 
 
 def main(descriptor: int) -> None:
-    """Run the compiler process: serve requests on the socket ``descriptor`` until it is closed or idle too long."""
-    connection = Connection(descriptor)
-    setting = json.loads(connection.recv_bytes())
-    seconds, memory = setting.pop("seconds"), setting.pop("memory")
-    compiler = Vocabulary(**setting).compiler()
-    connection.send_bytes(b"ready")
-    while connection.poll(IDLE_SECONDS):
-        try:
-            kind, source = json.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        child = os.fork()
-        if child == 0:
-            # The default action of these signals ends the process even inside native code.
-            signal.setitimer(signal.ITIMER_PROF, seconds)
-            signal.alarm(seconds * WAIT_FACTOR)
-            _limit(resource.RLIMIT_AS, _address_space() + memory)
-            answer = json.dumps(_answer(compiler, kind, source)).encode()
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.alarm(0)
-            connection.send_bytes(answer)
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        if status:
-            late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM)
-            limit = f"{seconds} s" if late else f"{memory >> 20} MiB"
-            error = {"error": f"takes more than {limit} to compile and try: simplify it"}
-            connection.send_bytes(json.dumps(error).encode())
+    """Run the compiler process: fork a child for each connection received over the socket ``descriptor``, until it is
+    closed or idle too long."""
+    with Connection(os.dup(descriptor)) as connection:
+        setting = json.loads(connection.recv_bytes())
+        seconds, memory = setting.pop("seconds"), setting.pop("memory")
+        compiler = Vocabulary(**setting).compiler()
+        connection.send_bytes(b"ready")
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    with socket.socket(fileno=descriptor) as control:
+        control.settimeout(IDLE_SECONDS)
+        with suppress(TimeoutError):
+            while fds := socket.recv_fds(control, 1, 1)[1]:
+                if os.fork() == 0:
+                    control.close()
+                    with suppress(EOFError, OSError):  # the client has ended
+                        _serve(Connection(fds[0]), compiler, seconds, memory)
+                    os._exit(0)
+                os.close(fds[0])
+
+
+def _serve(connection: Connection, compiler: Any, seconds: int, memory: int) -> None:
+    """Compile one grammar in a child process, and send an error if the child dies at a limit."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    kind, source = json.loads(connection.recv_bytes())
+    child = os.fork()
+    if child == 0:
+        # The default action of these signals ends the process even inside native code.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.alarm(seconds * WAIT_FACTOR)
+        _limit(resource.RLIMIT_AS, _address_space() + memory)
+        answer = json.dumps(_answer(compiler, kind, source)).encode()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.alarm(0)
+        connection.send_bytes(answer)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if status:
+        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM)
+        limit = f"{seconds} s of processor time" if late else f"{memory >> 20} MiB"
+        error = {"error": f"takes more than {limit} to compile and try: simplify it"}
+        connection.send_bytes(json.dumps(error).encode())
 
 
 def _answer(compiler: Any, kind: str, source: Any) -> dict[str, str]:

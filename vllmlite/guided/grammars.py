@@ -13,7 +13,8 @@ import logging
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from vllmlite.errors import ParameterError, not_installed
-from vllmlite.guided.compiler import GrammarCompiler, Prepared, Vocabulary, compile_prepared
+from vllmlite.guided.compiler import GrammarCompiler, Prepared, Vocabulary, compile_prepared, compiler_for
 from vllmlite.guided.json_keywords import LITERAL, NAMED, SchemaError
 from vllmlite.guided.json_pattern import MAX_COUNT
 from vllmlite.guided.json_schema import exact
@@ -122,30 +123,29 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
+        self._info: Any = None
+        """The vocabulary as an ``xgrammar.TokenizerInfo``."""
+        self._process: GrammarCompiler | None = None
         self._kept: OrderedDict[str, CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
-        """Guards ``_kept``. It is never held during a compilation, because the engine's thread takes it too."""
-        self._compiling = threading.Lock()
+        """Guards ``_kept`` and ``_making``. It is never held during a compilation."""
+        self._making: dict[str, Future[CompiledGrammar]] = {}
+        self._setup = threading.RLock()
+        """Guards ``_info``, ``_process`` and the vocabulary, which are made for the first grammar."""
 
     def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
         """Return the compiled grammar of ``params``. Thread-safe. Raises :class:`ParameterError` if it has none."""
         kind, source = params.kind_and_source()
         _check(kind, source)
         key = json.dumps([kind, source])
-        found = self._find(key)
-        if found is None:
-            with self._compiling:
-                found = self._find(key)
-                if found is None:
-                    found = CompiledGrammar.of(key, self._compiler.compile(kind, _form(kind, source)))
-                    self._keep(found)
-        return found
+        return self._find_or_make(
+            key, lambda: CompiledGrammar.of(key, self._compiler().compile(kind, _form(kind, source)))
+        )
 
     def load(self, params: StructuredOutputsParams, packed: bytes) -> None:
         """Add a grammar that another process compiled from ``params`` to the cache."""
         key = json.dumps(params.kind_and_source())
-        if self._find(key) is None:
-            self._keep(CompiledGrammar(key, packed))
+        self._find_or_make(key, lambda: CompiledGrammar(key, packed))
 
     def start(self, compiled: CompiledGrammar, after: ThinkingMarks | None = None) -> Matcher:
         """Return a matcher at the beginning of a grammar, or before reasoning marked by the ids in ``after``.
@@ -165,19 +165,33 @@ class Grammars:
                 f"must be an id from 0 to {self._vocab_size - 1}",
             )
 
-    def _find(self, key: str) -> CompiledGrammar | None:
+    def _find_or_make(self, key: str, make: Callable[[], CompiledGrammar]) -> CompiledGrammar:
+        """Return the grammar ``key``. Threads that want the same one wait for the first of them; others do not."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
-            return self._kept.get(key)
-
-    def _keep(self, compiled: CompiledGrammar) -> None:
-        if self._loads:
-            compiled.load(self._loader)
-        with self._lock:
-            self._kept[compiled.key] = compiled
-            if len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
+                return self._kept[key]
+            making = self._making.get(key)
+            mine = self._making.setdefault(key, Future())
+        if making is not None:
+            return making.result()
+        try:
+            found = make()
+            if self._loads:
+                found.load(compiler_for(self._tokenizer_info()))
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        else:
+            mine.set_result(found)
+            with self._lock:
+                self._kept[key] = found
+                if len(self._kept) > MAX_KEPT:
+                    self._kept.popitem(last=False)
+            return found
+        finally:
+            with self._lock:
+                del self._making[key]
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
@@ -185,15 +199,19 @@ class Grammars:
         kind = "BYTE_LEVEL" if byte_level else "BYTE_FALLBACK" if "<0x0A>" in texts else "RAW"
         return Vocabulary(texts, kind, self._vocab_size, self._eos_ids)
 
-    @cached_property
-    def _loader(self) -> Any:
-        return self._vocabulary.compiler()
+    def _tokenizer_info(self) -> Any:
+        with self._setup:
+            if self._info is None:
+                self._info = self._vocabulary.tokenizer_info()
+            return self._info
 
-    @cached_property
     def _compiler(self) -> GrammarCompiler:
         if find_spec("xgrammar") is None:
             raise ParameterError("structured_outputs", None, not_installed("xgrammar"))
-        return GrammarCompiler(self._vocabulary)
+        with self._setup:
+            if self._process is None:
+                self._process = GrammarCompiler(self._vocabulary)
+            return self._process
 
 
 def _check(kind: str, source: Any) -> None:

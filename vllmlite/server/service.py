@@ -21,6 +21,7 @@ from vllmlite.chat.builtin import BUILT_IN
 from vllmlite.chat.template import PromptOptions
 from vllmlite.config.options import did_you_mean
 from vllmlite.errors import ContextLengthError, ParameterError
+from vllmlite.guided.compiler import PARALLEL
 from vllmlite.outputs import RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
@@ -185,8 +186,8 @@ class Service:
         self._unfinished = 0
         self._truncating = ThreadPoolExecutor(1, "vllmlite-long-texts")
         """Texts that are too long before they are truncated, one at a time: they keep nothing but others waiting."""
-        self._compiling = ThreadPoolExecutor(1, "vllmlite-grammars")
-        """One grammar at a time, so that hostile ones keep nothing but others from being compiled."""
+        self._compiling = ThreadPoolExecutor(PARALLEL, "vllmlite-grammars")
+        """Few grammars at a time, so that slow ones delay nothing but other grammars."""
 
     def check(self, body: Request, connection: HTTPConnection) -> None:
         """Check what all requests have: the model's name, and fields without an effect.
