@@ -18,7 +18,7 @@ from fake_server import FakeServer
 from served import ROOT
 from starlette.responses import Response
 
-SECONDS = 30
+SECONDS = 120
 """How long anything may take before the test fails."""
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 

@@ -205,7 +205,7 @@ def test_what_is_aborted_frees_its_blocks(engine: LLMEngine) -> None:
     engine.step()
     engine.abort_request("gone")
     assert not engine.has_unfinished_requests()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while engine.stats().num_used_blocks and time.monotonic() < deadline:
         time.sleep(0.01)
         core(engine).receive()
@@ -254,7 +254,7 @@ def test_death_is_noticed(busy: bool) -> None:
                 while True:
                     await question
                     question = engine.ask("current_stats")
-        await asyncio.wait_for(died.wait(), 10)
+        await asyncio.wait_for(died.wait(), 60)
         with pytest.raises(EngineDeadError, match="signal 9"):
             await engine.stats()
 
@@ -378,7 +378,7 @@ def test_it_ends_when_its_user_is_killed() -> None:
     pid = int(user.stdout.readline())
     user.kill()
     user.communicate()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while _runs(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not _runs(pid)

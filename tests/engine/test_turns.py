@@ -6,7 +6,6 @@ import asyncio
 import multiprocessing
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -229,7 +228,7 @@ def test_a_turn_is_waited_for_and_given_back(llm: LLM) -> None:
     def hold() -> None:
         with llm.turns.lock:
             held.set()
-            release.wait(60)
+            release.wait(600)
 
     def give_up() -> None:
         raise InterruptedError
@@ -237,10 +236,9 @@ def test_a_turn_is_waited_for_and_given_back(llm: LLM) -> None:
     thread = threading.Thread(target=hold, daemon=True)
     thread.start()
     held.wait(60)
-    begin = time.monotonic()
     with pytest.raises(InterruptedError), alarm(give_up):
         text(llm, PROMPTS[0])
-    assert time.monotonic() - begin < 50
+    assert thread.is_alive(), "it was interrupted while the other thread had the turn"
     release.set()
     thread.join(60)
     assert text(llm, PROMPTS[0])

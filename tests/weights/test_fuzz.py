@@ -1,17 +1,17 @@
-"""A few seconds of ``scripts/fuzz``, and everything that it ever found."""
+"""Some inputs of ``scripts/fuzz``, and everything that it ever found."""
 
 from __future__ import annotations
 
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from fuzzing import KEPT, TARGETS, check, lines_of, mutated
 
-SECONDS = 0.6
+NUM_INPUTS = 100
+"""Damaged inputs of each kind, the same in every run."""
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -25,10 +25,8 @@ def test_most_seeds_are_accepted(name: str, tmp_path: Path) -> None:
 def test_damaged_input_is_read_or_refused(name: str, tmp_path: Path) -> None:
     target, rng = TARGETS[name], random.Random(name)
     seeds = target.seeds()
-    end, done = time.monotonic() + SECONDS, 0
-    while time.monotonic() < end or done < 20:
+    for _ in range(NUM_INPUTS):
         check(target, tmp_path / "x", mutated(rng.choice(seeds), seeds, rng, target.is_json))
-        done += 1
 
 
 @pytest.mark.parametrize(
