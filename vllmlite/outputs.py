@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(slots=True)
@@ -155,4 +155,3 @@ class EngineStats:
     backend: str = ""
     device: str = ""
     dtype: str = ""
-    lent_ops: list[str] = field(default_factory=list)

@@ -264,8 +264,6 @@ class Backend(ABC):
     """Dtype of activations and dense weights, one of :data:`FLOAT_DTYPES`."""
     schemes: ClassVar[frozenset[str]] = frozenset()
     """Names of the quantisation schemes whose weights :meth:`linear` multiplies without dequantising them."""
-    lent_ops: ClassVar[tuple[str, ...]] = ()
-    """Names of the ops below that this backend borrows from the reference, for statistics and ``env`` to show."""
     details: str = ""
     """What else tells this backend from others of its kind: instruction set, threads."""
     comm: Comm = SingleRank()

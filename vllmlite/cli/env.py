@@ -86,7 +86,7 @@ def as_text(facts: dict[str, Any]) -> str:
     for answer in facts["backends"]:
         verdict = "available" if answer["available"] else "declines"
         name = f"{answer['backend']} on {answer['kind']}" if answer["kind"] else "backends"
-        rows[name] = f"{verdict}: {answer['reason']}"
+        rows[name] = ": ".join(filter(None, (verdict, answer["reason"])))
     rows["built-in model"] = ", ".join(f"{k} {v}" for k, v in model.items()) if model else "not installed"
     if facts["model"] is not None:
         rows["model"] = _model_text(facts["model"])

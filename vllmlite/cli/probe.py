@@ -83,8 +83,7 @@ def probe_backends() -> list[dict[str, Any]]:
         except BackendError as e:
             available, reason = False, str(e)
         else:
-            lends = f"lends {', '.join(backend.lent_ops) or 'nothing'} from the reference"
-            available, reason = True, "; ".join(filter(None, (backend.details, lends)))
+            available, reason = True, backend.details
         answers.append({"backend": name, "kind": kind, "available": available, "reason": reason})
     return answers
 

@@ -60,7 +60,6 @@ class Run:
             "backend": stats.backend,
             "device": stats.device,
             "dtype": stats.dtype,
-            "lent_ops": stats.lent_ops,
             "load_seconds": round(self._session.load_seconds, 3),
             "requests": self.num_requests,
             "seconds": round(max(ended) - self.begin, 4) if ended else 0.0,
@@ -116,7 +115,7 @@ def table(statistics: dict[str, Any]) -> str:
     several = s["requests"] > 1
     rows = {
         "model": f"{s['model']} (started in {s['load_seconds']:.2f} s)",
-        "backend": f"{s['backend']} on {s['device']}, {s['dtype']}; lent ops: {', '.join(s['lent_ops']) or 'none'}",
+        "backend": f"{s['backend']} on {s['device']}, {s['dtype']}",
         "requests": f"{s['requests']} in {s['seconds']:.2f} s, {s['steps']} steps",
         "TTFT": milliseconds(ttft) if several else f"{1000 * ttft['p50']:.1f} ms" if ttft else "-",
         "prefill": f"{s['prompt_tokens']} tokens, {s['cached_tokens']} of them cached"

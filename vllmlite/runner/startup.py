@@ -69,7 +69,6 @@ def start(config: EngineConfig) -> Started[Engine]:
     )
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
-    stats.lent_ops = list(backend.lent_ops)
     defaults = default_params(config, generation)
     return Started(engine, tokenizer, plan.hidden_size, defaults, built.backend_choice)
 
