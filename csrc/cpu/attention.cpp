@@ -72,18 +72,6 @@ std::size_t KVCache::head_bytes() const {
 
 std::size_t KVCache::block_bytes() const { return 2 * static_cast<std::size_t>(kv_heads) * head_bytes(); }
 
-void copy_blocks(KVCache& source, KVCache& target, std::span<const std::int64_t> pairs) {
-  if (source.layers != target.layers || source.kv_heads != target.kv_heads || source.head_dim != target.head_dim ||
-      source.block_size != target.block_size || source.dtype != target.dtype)
-    throw std::invalid_argument("copy_blocks: the pools' blocks differ");
-  for (std::size_t i = 0; i + 1 < pairs.size(); i += 2)
-    if (pairs[i] < 0 || pairs[i] >= source.num_blocks || pairs[i + 1] < 0 || pairs[i + 1] >= target.num_blocks)
-      throw std::out_of_range("copy_blocks: a block is outside its pool");
-  for (std::size_t i = 0; i + 1 < pairs.size(); i += 2)
-    std::memcpy(target.layer(0) + static_cast<std::size_t>(pairs[i + 1]) * target.stride(),
-                source.layer(0) + static_cast<std::size_t>(pairs[i]) * source.stride(), source.stride());
-}
-
 namespace {
 
 // What is done to the heads of q, or of k, before they are rotated.

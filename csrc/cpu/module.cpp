@@ -136,10 +136,7 @@ void bind_data(py::module_& module) {
                                                    vllmlite::dtype_from_name(dtype), num_blocks);
            }),
            py::arg("layers"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("block_size"), py::arg("dtype"),
-           py::arg("num_blocks"))
-      .def("copy_blocks", [](cpu::KVCache& self, cpu::KVCache& target, const vllmlite::Array<std::int64_t>& pairs) {
-        cpu::copy_blocks(self, target, vllmlite::view(pairs));
-      });
+           py::arg("num_blocks"));
   vllmlite::bind_slots<cpu::Slots>(module).def(
       py::init([](const py::object& spec) { return std::make_shared<cpu::Slots>(vllmlite::slot_spec(spec)); }),
       py::arg("spec"));

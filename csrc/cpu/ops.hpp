@@ -135,8 +135,6 @@ struct KVCache {
   Tensor memory;
 };
 
-void copy_blocks(KVCache& source, KVCache& target, std::span<const std::int64_t> pairs);
-
 Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::optional<Rotation>& rope,
                  const std::shared_ptr<KVCache>& kv, int layer, const std::shared_ptr<Batch>& batch,
                  const AttentionNorms& norms);

@@ -111,13 +111,7 @@ void bind_data(py::module_& module) {
       .def_readonly("bias", &cuda::LinearWeight::bias);
   py::class_<cuda::Experts, std::shared_ptr<cuda::Experts>>(module, "Experts", py::module_local(),
                                                             "Weights of a mixture's experts.");
-  py::class_<cuda::KVCache, std::shared_ptr<cuda::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.")
-      .def("copy_blocks", [](const cuda::KVCache& self, const cuda::KVCache& target, const py::object& pairs) {
-        if (self.layers != target.layers) throw std::invalid_argument("copy_blocks: the pools differ in layers");
-        const Tensor checked = vllmlite::tensor_from_python(pairs);
-        for (int layer = 0; layer < self.layers; ++layer)
-          cuda::copy_blocks(self.layer(layer), target.layer(layer), checked);
-      });
+  py::class_<cuda::KVCache, std::shared_ptr<cuda::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.");
   vllmlite::bind_slots<cuda::Slots>(module);
   py::class_<cuda::Batch, std::shared_ptr<cuda::Batch>>(module, "Batch", py::module_local(), "A step's input.")
       .def(

@@ -51,11 +51,6 @@ Tensor empty(const std::vector<std::int64_t>& shape, DType dtype, int device);
 // Copies between the host and a device, or within a device; both sides have one dtype and shape.
 void copy(const Tensor& source, const Tensor& target);
 
-// Copies source[pairs[i, 0]] to target[pairs[i, 1]] for every i; both tensors are [num_blocks, ...] with blocks of one
-// dtype and shape, on one device. `pairs` is int32 or int64 [n, 2] on the host. A target block named twice, or a block
-// that is read and written in one call, has no defined content and is refused.
-void copy_blocks(const Tensor& source, const Tensor& target, const Tensor& pairs);
-
 void synchronize(int device);
 
 }  // namespace vllmlite::cuda

@@ -81,14 +81,6 @@ PYBIND11_MODULE(_cuda, module) {
         cuda::copy(from, to);
       },
       py::arg("source"), py::arg("target"), "Copy host to device, device to host, or within a device.");
-  module.def(
-      "copy_blocks",
-      [](const py::object& source, const py::object& target, const py::object& pairs) {
-        cuda::copy_blocks(vllmlite::tensor_from_python(source), vllmlite::tensor_from_python(target),
-                          vllmlite::tensor_from_python(pairs));
-      },
-      py::arg("source"), py::arg("target"), py::arg("pairs"),
-      "Copy source[i] to target[j] for every (i, j) of pairs: whole blocks of one pool, or of two.");
   cuda::bind_backend(module);
   module.def("synchronize", &cuda::synchronize, py::call_guard<py::gil_scoped_release>(), py::arg("device") = 0);
 }

@@ -172,12 +172,6 @@ def test_copy_refuses_what_does_not_match(
         _cuda.copy(source, target)
 
 
-def test_copy_blocks_refuses_host_pools() -> None:
-    pool = np.zeros((4, 8))
-    with pytest.raises(ValueError, match="one CUDA device"):
-        _cuda.copy_blocks(pool, pool, np.array([[0, 1]]))
-
-
 # ---- with one
 
 
@@ -212,69 +206,6 @@ def test_too_much_memory_is_a_memory_error_and_the_next_call_works() -> None:
 def test_impossible_shapes_are_value_errors(shape: list[int]) -> None:
     with pytest.raises(ValueError, match="shape"):
         _cuda.empty(shape, "float32")
-
-
-# Odd blocks take the byte path; 999 pairs take several launches; 1 MiB blocks wrap each thread's loop.
-@needs_gpu
-@pytest.mark.parametrize(
-    ("blocks", "shape", "dtype"),
-    [(8, (2, 16, 4, 8), "float16"), (2000, (33,), "uint8"), (8, (1 << 18,), "float32"), (5, (), "int64")],
-)
-@pytest.mark.parametrize("index_dtype", ["int32", "int64"])
-def test_copy_blocks_between_pools(blocks: int, shape: tuple[int, ...], dtype: str, index_dtype: str) -> None:
-    random = np.random.default_rng(1)
-    source = random.integers(0, 100, (blocks, *shape)).astype(dtype)
-    target = random.integers(0, 100, (blocks + 3, *shape)).astype(dtype)
-    n = min(blocks, 999)
-    pairs = np.stack([random.integers(0, blocks, n), random.permutation(blocks + 3)[:n]], axis=1).astype(
-        index_dtype
-    )
-    on_device = to_device(target)
-    _cuda.copy_blocks(to_device(source), on_device, pairs)
-    target[pairs[:, 1]] = source[pairs[:, 0]]
-    np.testing.assert_array_equal(to_host(on_device), target)
-
-
-@needs_gpu
-def test_copy_blocks_within_a_pool() -> None:
-    pool = np.random.default_rng(2).integers(0, 100, (10, 4, 16)).astype("float32")
-    on_device = to_device(pool)
-    _cuda.copy_blocks(on_device, on_device, np.array([[0, 9], [0, 8], [3, 7]]))
-    pool[[9, 8, 7]] = pool[[0, 0, 3]]
-    np.testing.assert_array_equal(to_host(on_device), pool)
-    _cuda.copy_blocks(on_device, on_device, np.empty((0, 2), "int64"))
-    np.testing.assert_array_equal(to_host(on_device), pool)
-
-
-@needs_gpu
-@pytest.mark.parametrize(
-    ("pairs", "error", "message"),
-    [
-        (np.array([[0, 1], [4, 2]]), IndexError, "pair 1 names source block 4 of 4"),
-        (np.array([[-1, 1]]), IndexError, "source block -1"),
-        (np.array([[0, 4]]), IndexError, "target block 4 of 4"),
-        (np.array([[0, 1], [2, 1]]), ValueError, "target block 1 is written twice"),
-        (np.array([[0, 1], [1, 2]]), ValueError, "block 1 is both read and written"),
-        (np.array([[0, 1]], "f4"), TypeError, "int32 or int64, not float32"),
-        (np.array([0, 1]), ValueError, r"\[n, 2\]"),
-    ],
-)
-def test_copy_blocks_checks_its_pairs(pairs: object, error: type[Exception], message: str) -> None:
-    pool = to_device(np.zeros((4, 8), "float32"))
-    with pytest.raises(error, match=message):
-        _cuda.copy_blocks(pool, pool, pairs)
-
-
-@needs_gpu
-def test_copy_blocks_checks_its_pools() -> None:
-    pool = to_device(np.zeros((4, 8), "float32"))
-    pairs = np.array([[0, 1]])
-    with pytest.raises(TypeError, match=r"float32.*float16"):
-        _cuda.copy_blocks(pool, _cuda.empty([4, 8], "float16"), pairs)
-    with pytest.raises(ValueError, match="equal blocks"):
-        _cuda.copy_blocks(pool, _cuda.empty([4, 9], "float32"), pairs)
-    with pytest.raises(ValueError, match="one CUDA device"):
-        _cuda.copy_blocks(pool, np.zeros((4, 8), "f4"), pairs)
 
 
 @needs_gpu
@@ -333,8 +264,8 @@ def test_device_memory_is_shared_with_torch() -> None:
     assert (tensor.device, tensor.dtype, tensor.shape) == ("cuda:0", "bfloat16", (3, 4))
     back = torch.from_dlpack(tensor)
     assert back.data_ptr() == source.data_ptr()
-    _cuda.copy_blocks(back, source, np.array([[2, 0]]))
-    assert source[0].tolist() == [8, 9, 10, 11]
+    _cuda.copy(torch.full_like(source, 7), back)
+    assert source.flatten().tolist() == [7] * 12
 
 
 def test_importing_opens_no_device() -> None:

@@ -52,29 +52,6 @@ def test_int8_of_extreme_heads(exact: Backend) -> None:
     assert not np.isfinite(found[6]).any()
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
-def test_copy_blocks(exact: Backend, kv_dtype: str) -> None:
-    """A row goes on from a copy of its blocks, in the same pool and in another, as from the blocks themselves."""
-    source = Rows(exact, 4, 2, 16, 4, num_blocks=64, kv_dtype=kv_dtype)
-    source.admit(0)
-    source.step([0], [11])
-    other = Paged(exact, source.paged.spec, num_blocks=40)
-    for target in (source.paged, other):
-        target.admit(1)
-        target.batch([1], [11])
-        pairs = np.array([source.paged.owned[0], target.owned[1]], np.int64).T
-        exact.copy_blocks(source.paged.kv, target.kv, pairs)
-    source.keys[1], source.values[1] = source.keys[0], source.values[0]
-    source.step([1, 0], [1, 2])
-    source.paged, source.keys[1], source.values[1] = other, source.keys[0][:11], source.values[0][:11]
-    source.step([1], [3])
-
-
-def test_copying_no_blocks(exact: Backend) -> None:
-    paged = Paged(exact, KVSpec(1, 1, 8, 4, "float32"), num_blocks=8)
-    exact.copy_blocks(paged.kv, paged.kv, np.zeros((0, 2), np.int64))
-
-
 def test_cache_size(exact: Backend) -> None:
     assert exact.kv_bytes_per_block(KVSpec(3, 2, 16, 4, "bfloat16")) == 3 * 2 * 2 * 16 * 4 * 2
     if "int8" in exact.kv_dtypes:

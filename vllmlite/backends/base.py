@@ -347,12 +347,6 @@ class Backend(ABC):
         if needed > free:
             raise BackendError(f"{num_blocks} blocks of key/value cache take {needed} bytes; {free} are free")
 
-    @abstractmethod
-    def copy_blocks(self, src: KVCache, dst: KVCache, pairs: NDArray[np.int64]) -> None:
-        """Copy whole blocks, all layers: ``pairs [n, 2]`` holds (block of ``src``, block of ``dst``).
-
-        ``src`` and ``dst`` may be one pool; then no block may be both source and destination."""
-
     # Slots: what stays on the device from step to step
 
     @abstractmethod

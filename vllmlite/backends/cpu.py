@@ -155,10 +155,6 @@ class CpuBackend(NativeBackend):
             spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype, num_blocks
         )
 
-    def copy_blocks(self, src: Any, dst: Any, pairs: NDArray[np.int64]) -> None:
-        self._runtime.flush()
-        src.copy_blocks(dst, np.asarray(pairs, np.int64))
-
     # Slots
 
     def alloc_slots(self, spec: SlotSpec) -> Any:

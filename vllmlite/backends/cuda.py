@@ -139,9 +139,6 @@ class CudaBackend(NativeBackend):
             except ValueError as error:
                 raise BackendError(str(error)) from error
 
-    def copy_blocks(self, src: Any, dst: Any, pairs: NDArray[np.int64]) -> None:
-        src.copy_blocks(dst, np.ascontiguousarray(pairs, np.int64))
-
     # Slots
 
     def alloc_slots(self, spec: SlotSpec) -> Any:

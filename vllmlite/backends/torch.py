@@ -188,14 +188,6 @@ class TorchBackend(Backend):
         self.check_kv(spec, num_blocks)
         return TorchKV(spec, num_blocks, _DTYPES[spec.dtype], self._device)
 
-    @torch.inference_mode()
-    def copy_blocks(self, src: TorchKV, dst: TorchKV, pairs: NDArray[np.int64]) -> None:
-        size = src.spec.block_size
-        sources, targets = self._put(*np.ascontiguousarray(pairs, np.int64).reshape(-1, 2).T)
-        for source, target in zip(src.layers, dst.layers, strict=True):
-            blocks = source.view(-1, size, source.shape[1]).index_select(0, sources)
-            target.view(-1, size, target.shape[1]).index_copy_(0, targets, blocks.to(target.dtype))
-
     # Slots
 
     @torch.inference_mode()
