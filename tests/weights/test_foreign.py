@@ -141,7 +141,7 @@ def test_links_to_nothing_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to("../blobs/4d7a")
     for _ in range(2):
         with pytest.raises(
-            ModelError, match=r"holds links to nothing.*: model\.safetensors to \.\./blobs/4d7a"
+            ModelError, match=r"holds dangling links.*: model\.safetensors to \.\./blobs/4d7a"
         ):
             open_weights(find_model(str(tmp_path)), {})
         (tmp_path / "config.json").write_text("{}")
@@ -163,7 +163,7 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=rf"{re.escape(extra)}.*is in another shard, too"):
         open_model(tmp_path, spec, PACKING)
     shards[1].unlink()
-    with pytest.raises(ModelError, match=r"1 of 3 shards missing, and .*index\.json: model-00002-of-00003"):
+    with pytest.raises(ModelError, match=r"1 of 3 shards missing, as is .*index\.json: model-00002-of-00003"):
         open_model(tmp_path, spec, PACKING)
 
 
@@ -185,7 +185,7 @@ def test_quantised_weights_without_a_configuration_are_named(part: str, says: st
     added = {f"model.layers.0.mlp.up_proj.{part}": np.zeros(3, np.int32)}
     save_file({name: tensor.copy() for name, tensor in tensors.items()} | added, file)
     with pytest.raises(
-        ModelError, match=rf"its weights are stored as {says}, which its configuration does not say"
+        ModelError, match=rf"its weights are stored as {says}, but its configuration does not say so"
     ):
         open_model(tmp_path, read_spec(tmp_path), PACKING)
 

@@ -299,7 +299,7 @@ MALFORMED = {
     "five dimensions": (with_tensor(shape=(1,) * 5), "5 dimensions"),
     "an empty dimension": (with_tensor(shape=(0, 4)), "of shape [0, 4]"),
     "huge dimensions": (with_tensor(shape=(2**62, 2**62)), "of shape"),
-    "part of a block": (with_tensor(kind="Q8_0", shape=(2, 40), data=bytes(100)), "no whole blocks of 32 in Q8_0"),
+    "part of a block": (with_tensor(kind="Q8_0", shape=(2, 40), data=bytes(100)), "not whole blocks of 32 in Q8_0"),
     "data past the end": (with_tensor(shape=(3, 4)), "bytes 0 to 48"),
     "tensor twice": (patched(b"\x01\0\0\0\0\0\0\0u", b"\x01\0\0\0\0\0\0\0t"), "tensor 't' twice"),
     "odd offset": (patched(struct.pack("<IQ", 8, 32), struct.pack("<IQ", 8, 31)), "multiple of 32"),
@@ -525,7 +525,7 @@ def test_stretched_contexts(tmp_path: Path) -> None:
     ("changes", "says"),
     [
         ({"general.architecture": "mamba"}, r"general\.architecture='mamba'; accepted: llama"),
-        ({"split.count": 3}, r"one of 3 parts; expected a name like X-00001-of-00003\.gguf"),
+        ({"split.count": 3}, r"one of 3 files; expected a name like X-00001-of-00003\.gguf"),
         (
             {"llama.expert_count": 8},
             r"expert_count=8; accepted: the number of experts in blk\.0\.ffn_gate_exps",
@@ -606,17 +606,17 @@ def test_a_model_in_parts(tmp_path: Path) -> None:
         assert first_logits(float32_backend(), path).tobytes() == expected.tobytes()
     content = paths[2].read_bytes()
     paths[2].unlink()
-    with pytest.raises(ModelError, match=r"one of 3 parts, of which 1 are missing: x-00003-of-00003\.gguf"):
+    with pytest.raises(ModelError, match=r"one of 3 files, of which 1 are missing: x-00003-of-00003\.gguf"):
         read_gguf(paths[0])
     paths[2].write_bytes(paths[1].read_bytes())
     with pytest.raises(ModelError, match=r"x-00003.*split.no, split.count=\(1, 3\); expected \(2, 3\)"):
         read_gguf(paths[0])
     split = {"split.no": 2, "split.count": 3}
     paths[2].write_bytes(encode(split, {}))
-    with pytest.raises(ModelError, match="tensors in all parts; expected"):
+    with pytest.raises(ModelError, match="tensors in all files; expected"):
         read_gguf(paths[0])
     paths[2].write_bytes(encode(split, {"token_embd.weight": ("F32", (1, 4), bytes(16))}))
-    with pytest.raises(ModelError, match=r"'token_embd\.weight' is in another part, too"):
+    with pytest.raises(ModelError, match=r"'token_embd\.weight' is in another file, too"):
         read_gguf(paths[0])
     paths[2].write_bytes(content[:100])
     with pytest.raises(ModelError, match="x-00003-of-00003"):

@@ -200,7 +200,7 @@ def test_older_files_beside_config_json_are_read(tmp_path: Path) -> None:
     config = json.loads((packed / "config.json").read_text())
     section = config.pop("quantization_config")
     (packed / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="stored as AWQ or GPTQ, which its configuration does not say"):
+    with pytest.raises(ModelError, match="stored as AWQ or GPTQ, but its configuration does not say so"):
         load_model(TorchBackend(), packed, max_model_len=64, block_size=16)
     section.pop("quant_method")
     (packed / "quantize_config.json").write_text(json.dumps(section))
@@ -283,13 +283,13 @@ def filled(value: Any) -> Any:
             "bitsandbytes nf4",
             "weight.quant_state.bitsandbytes__nf4",
             lambda values: values[:5],
-            "no JSON object",
+            "not a JSON object",
         ),
         (
             "bitsandbytes int8",
             "weight_format",
             lambda values: values + 1,
-            "weight_format is not that of plain rows",
+            "weight_format must be 0",
         ),
     ],
 )

@@ -1,1 +1,1 @@
-"""Checkpoint formats: from files to host tensors, strictly."""
+"""Checkpoint formats: strict readers from files to tensors in host memory."""

@@ -1,4 +1,4 @@
-"""The weights of a model directory: which files hold them, and whether they are the ones the model needs."""
+"""Reading the weights of a model directory, and checking that they are exactly those that the model needs."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _COMPUTED = re.compile(
     r"(^|\.)rotary_emb\.inv_freq$|\.([kvq]|kv)_(scale|zero_point)$"
     r"|\.([kvq]_proj\.|prob_)output_scale$"
 )
-"""Tables that old checkpoints store and every loader computes, and scales of key/value caches of 8 bits."""
+"""Tensors that may be stored but are not needed: rotary tables, and scales of 8-bit key/value caches."""
 _DUMMY_PERIOD = (1 << 20) + 7
 
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """How a directory holds weights: a single file, or an index of several."""
+    """A file format of weights, stored as a single file or as several with an index."""
 
     name: str
     single: str
@@ -54,18 +54,18 @@ _FORMATS = (
     _Format("pt", "pytorch_model.bin", "pytorch_model.bin.index.json", ".bin", read_pt),
     _Format("pt", "model.pt", "model.pt.index.json", ".pt", read_pt),
 )
-"""What ``auto`` tries in turn."""
+"""Formats in the order in which ``auto`` tries them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The weights of a model by their names in the checkpoint."""
+    """The weights of a model, by their names in the checkpoint."""
 
     tensor: Callable[[str], HostWeight]
-    """A tensor as it is stored."""
+    """Returns a tensor as stored, by name."""
     shapes: Mapping[str, tuple[int, ...]]
     schemes: Mapping[str, Scheme]
-    """The quantised ones, and the scheme of each."""
+    """The scheme of each quantised weight."""
 
 
 def open_weights(
@@ -80,16 +80,16 @@ def open_weights(
     unread: str = "",
     tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight"),
 ) -> Weights:
-    """The weights named in ``shapes``, after checking that directory ``path`` holds exactly these, in these shapes and
-    a float dtype, or packed in the scheme that ``schemes`` gives. ModelError names the file, the tensor, what
-    was expected and found.
+    """Open the weights named in ``shapes``, after checking that directory ``path`` holds exactly these.
 
-    ``prefix``: of the base model's names, whose first word a checkpoint may leave out. ``renames``: regular expressions
-    of stored names and what stands for them in ``shapes``. ``unread``: a regular expression of tensors that may be
-    there and are not needed. ``tied``: an output layer that may be there though ``shapes`` has none, and the embedding
-    that it is tied to; where it differs from that, it is one of the weights.
+    Each must have the given shape and a float dtype, or the parts of its scheme in ``schemes``. Raises ModelError with
+    the file, the tensor, what was expected and what was found.
 
-    With ``load_format`` ``dummy`` no file is read: norms are one, everything else is floats drawn from ``seed``."""
+    ``prefix``: prefix of the base model's names, whose first word a checkpoint may omit. ``renames``: regular
+    expressions of stored names with their replacements. ``unread``: regular expression of tensors that may be present
+    but are not needed. ``tied``: names of an output layer that may be present though ``shapes`` lacks it, and of the
+    embedding it is tied to; if their values differ, it becomes one of the weights.
+    ``load_format`` ``dummy`` reads no file: norms are one, all other weights are random floats drawn from ``seed``."""
     if load_format not in LOAD_FORMATS:
         raise ParameterError("load_format", load_format, ", ".join(LOAD_FORMATS))
     if load_format == "dummy":
@@ -101,7 +101,7 @@ def open_weights(
             "load_format", load_format, f"{path} is a directory: auto, safetensors, pt or dummy"
         )
     tensors = _renamed(_read(path, load_format), prefix, renames, tied[0])
-    # A weight that its configuration calls quantised is stored as floats in some checkpoints, which is just as exact.
+    # Some checkpoints store weights as floats that their configuration calls quantised; these are used as they are.
     schemes = {
         name: scheme
         for name, scheme in (schemes or {}).items()
@@ -121,7 +121,7 @@ def open_weights(
     unused = [name for name in unused if not _is_zero_bias(name, tensors[name], schemes)]
     stored = quantization_of(unused)
     if stored is not None:
-        raise ModelError(f"{path}: its weights are stored as {stored}, which its configuration does not say")
+        raise ModelError(f"{path}: its weights are stored as {stored}, but its configuration does not say so")
     if missing:
         raise ModelError(f"{path}: tensors missing from the checkpoint: {listed(missing)}")
     if unused:
@@ -146,14 +146,14 @@ def open_weights(
 
 
 def part_name(name: str, suffix: str) -> str:
-    """The name under which a checkpoint stores one part of the quantised weight ``name``."""
+    """Return the name under which a checkpoint stores one part of the quantised weight ``name``."""
     return f"{name.removesuffix('weight')}{suffix}"
 
 
 def _expected(
     path: Path, shapes: Mapping[str, tuple[int, ...]], schemes: Mapping[str, Scheme]
 ) -> dict[str, Part]:
-    """What every stored tensor must be."""
+    """Return the expected shape and dtype of every stored tensor, by name."""
     expected: dict[str, Part] = {}
     for name, shape in shapes.items():
         if name not in schemes:
@@ -169,7 +169,7 @@ def _expected(
 
 
 def _is_zero_bias(name: str, tensor: HostTensor, schemes: Mapping[str, Scheme]) -> bool:
-    """Whether ``name`` is a bias that a quantised weight was given though its model has none: AutoGPTQ writes zeros."""
+    """Return whether ``name`` is a bias of zeros beside a quantised weight; AutoGPTQ stores them for models without."""
     weight = f"{name.removesuffix('bias')}weight"
     if not name.endswith(".bias") or weight not in schemes or tensor.dtype not in FLOAT_DTYPES:
         return False
@@ -177,7 +177,7 @@ def _is_zero_bias(name: str, tensor: HostTensor, schemes: Mapping[str, Scheme]) 
 
 
 def _read(path: Path, load_format: str) -> dict[str, HostTensor]:
-    """Every tensor of the directory: of the single file where there is one, else of the shards of the index."""
+    """Return all tensors of the directory, from its single file or else from its shards."""
     for form in _FORMATS:
         if load_format not in ("auto", form.name):
             continue
@@ -194,7 +194,7 @@ def _read(path: Path, load_format: str) -> dict[str, HostTensor]:
 
 
 def _numbered_shards(path: Path, form: _Format) -> list[Path]:
-    """The shards of a directory without an index, in order. ModelError if there are some, but not all of them."""
+    """Return the shards of a directory without an index, in order. Raises ModelError if some are missing."""
     stem = form.single.removesuffix(form.suffix)
     found: dict[int, list[Path]] = {}
     for file in sorted(path.glob(f"{stem}-*-of-*{form.suffix}")):
@@ -205,19 +205,19 @@ def _numbered_shards(path: Path, form: _Format) -> list[Path]:
     if not found:
         return []
     if len(found) > 1:
-        raise ModelError(f"{path}: holds shards of several models, and no {form.index}")
+        raise ModelError(f"{path}: holds shards of several models, but no {form.index}")
     ((count, files),) = found.items()
     expected = [f"{stem}-{number:05}-of-{count:05}{form.suffix}" for number in range(1, count + 1)]
     missing = [name for name in expected if not (path / name).exists()]
     if missing:
         raise ModelError(
-            f"{path}: {len(missing)} of {count} shards missing, and {form.index}: {listed(missing)}"
+            f"{path}: {len(missing)} of {count} shards missing, as is {form.index}: {listed(missing)}"
         )
     return files
 
 
 def _joined(files: list[Path], form: _Format) -> dict[str, HostTensor]:
-    """Every tensor of shards without an index, each in one of them alone."""
+    """Return all tensors of shards without an index. Raises ModelError if a name occurs twice."""
     tensors: dict[str, HostTensor] = {}
     for file in files:
         shard = form.read(file)
@@ -274,8 +274,9 @@ def _weight_map(index: Path, suffix: str) -> dict[str, str]:
 def _renamed(
     tensors: dict[str, HostTensor], prefix: str, renames: Sequence[tuple[str, str]], head: str
 ) -> dict[str, HostTensor]:
-    """The tensors under the names that the model has for them. Without the first word of ``prefix`` anywhere, the
-    checkpoint leaves it out of all names but the output layer's."""
+    """Return the tensors under the model's names.
+
+    If no name begins with the first word of ``prefix``, it is prepended to all names but the output layer's."""
 
     def rename(name: str) -> str:
         for pattern, replacement in renames:
@@ -291,12 +292,12 @@ def _renamed(
 
 
 def _same(one: HostTensor, other: HostTensor) -> bool:
-    """Whether two tensors are equal, bit by bit."""
+    """Return whether two tensors are equal bit by bit."""
     return one.shape == other.shape and one.dtype == other.dtype and np.array_equal(one.data, other.data)
 
 
 def _dummy(name: str, shape: tuple[int, ...], seed: int) -> HostTensor:
-    """Ones for a norm, else normal numbers of deviation 0.02, repeated after a period that no row length divides."""
+    """Return ones for a norm, else normal numbers of deviation 0.02, repeated with a period that divides no row."""
     if re.search(r"norm|\bln_", name):
         values = np.ones(shape, "<f4")
     else:
@@ -308,6 +309,6 @@ def _dummy(name: str, shape: tuple[int, ...], seed: int) -> HostTensor:
 
 
 def listed(names: list[str]) -> str:
-    """The first names of a list, for a message."""
+    """Return the names as text for a message, at most five of them."""
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,4 +1,4 @@
-"""Files and directories that are no checkpoints, though they stand in the place of one: what they are, in words."""
+"""Recognition of files and directories that are not checkpoints, to say what they are instead."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _BEGINNINGS: tuple[tuple[str, int, bytes, str], ...] = (
     ("ggml", 0, b"fmgg", "a file of ggml's old formats: convert it to GGUF"),
     ("numpy", 0, b"\x93numpy", "a NumPy array"),
 )
-"""Kind, place and bytes (letters in lower case) that tell it, and what to say."""
+"""Kind, offset and bytes (letters in lower case) by which a file is recognised, and a description."""
 
 _DIRECTORIES: tuple[tuple[str, str], ...] = (
     (
@@ -62,7 +62,7 @@ _DIRECTORIES: tuple[tuple[str, str], ...] = (
     ("ggml-model*.bin", "a model in ggml's old formats: convert it to GGUF"),
     ("params.json", "a model in its maker's own format (params.json): take its Hugging Face format"),
 )
-"""A file that tells what a directory without a checkpoint holds, and what to say."""
+"""File patterns by which a directory without a checkpoint is recognised, with a description."""
 
 _TENSORS: tuple[tuple[str, str], ...] = (
     (".lora_A.", "a LoRA adapter"),
@@ -78,16 +78,17 @@ _TENSORS: tuple[tuple[str, str], ...] = (
     (".weight_scale", "FP8 or INT8 with scales"),
     (".biases", "MLX's quantisation"),
 )
-"""A part of a tensor's name that tells how weights are quantised."""
+"""Parts of tensor names by which a quantisation format is recognised."""
 
 
 def refuse_foreign_file(path: Path, allowed: Iterable[str] = ()) -> None:
-    """Raise ModelError where the file at ``path`` begins as one of another kind than ``allowed`` does, or is cut
-    short. A file that cannot be read raises nothing here."""
-    told = what_it_is(path)
-    if told is None:
+    """Raise ModelError if the file at ``path`` is of a known kind that is not ``allowed``, or is cut short.
+
+    An unreadable file raises nothing here."""
+    found = what_it_is(path)
+    if found is None:
         return
-    kind, words = told
+    kind, words = found
     if kind == "zip" and "zip" in allowed and not zipfile.is_zipfile(path):
         words = "cut short (a zip archive without its end): fetch it again"
     elif kind in allowed:
@@ -96,7 +97,7 @@ def refuse_foreign_file(path: Path, allowed: Iterable[str] = ()) -> None:
 
 
 def what_it_is(path: Path) -> tuple[str, str] | None:
-    """The kind of a file and what to say of it, by its first bytes; None if they tell nothing."""
+    """Return the kind of a file and a description, from its first bytes; None if they are unknown."""
     try:
         with path.open("rb") as file:
             head = file.read(HEAD)
@@ -113,11 +114,11 @@ def what_it_is(path: Path) -> tuple[str, str] | None:
 
 
 def what_directory_is(path: Path) -> str | None:
-    """What a directory without a checkpoint is instead, and what would do; None if nothing tells."""
+    """Return what a directory without a checkpoint is instead, and the remedy; None if it is not recognised."""
     dangling = sorted(file for file in path.iterdir() if file.is_symlink() and not file.exists())
     if dangling:
         first, more = dangling[0], f" and {len(dangling) - 1} more" if len(dangling) > 1 else ""
-        return f"holds links to nothing, as an incomplete copy does: {first.name} to {first.readlink()}{more}"
+        return f"holds dangling links, as an incomplete copy does: {first.name} to {first.readlink()}{more}"
     if (path / "manifests").is_dir() and any(path.glob("blobs/sha256-*")):
         return "is Ollama's store: name the model's file in blobs/"
     for pattern, words in _DIRECTORIES:
@@ -127,13 +128,13 @@ def what_directory_is(path: Path) -> str | None:
 
 
 def quantization_of(names: Iterable[str]) -> str | None:
-    """How the weights of tensors of these ``names`` are stored, if not as plain floats."""
+    """Return the quantisation format that the tensor ``names`` belong to; None if they look like plain floats."""
     names = list(names)
     return next((kind for part, kind in _TENSORS if any(part in name for name in names)), None)
 
 
 def _base_of(adapter: Path) -> str:
-    """The base model that an adapter's configuration names, for a message."""
+    """Return `` of NAME`` for the base model in an adapter's configuration, or ""."""
     try:
         base = json.loads(adapter.read_bytes()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError, RecursionError):

@@ -1,8 +1,8 @@
-"""GGUF files, versions 2 and 3: read as mapped memory, every number checked before it is used.
+"""GGUF files, versions 2 and 3: memory-mapped, with every number checked before use.
 
-A file is a header (magic, version, counts), metadata (keys with typed values), a table of tensors (name, sizes, type,
-offset) and, at a multiple of ``general.alignment``, their data; all little-endian
-(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Sizes stand in memory order: the first is a row's length.
+A file consists of a header (magic, version, counts), metadata (keys with typed values), a table of tensors (name,
+sizes, type, offset) and, from a multiple of ``general.alignment`` on, their data; all little-endian
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). A tensor's sizes begin with the row length.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _STRING, _ARRAY, _BOOL = 8, 9, 7
 
 @dataclass(frozen=True, slots=True)
 class Gguf:
-    """A model's metadata (numbers, booleans, text, arrays as numpy arrays or lists of text) and tensors."""
+    """A model's metadata (numbers, booleans, text, and arrays as numpy arrays or lists of text) and tensors."""
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, HostWeight]
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """The value of ``key``, which is of ``kind`` or absent. ModelError if it is something else."""
+        """Return the value of ``key``, or ``default``. Raises ModelError if the value is not of ``kind``."""
         value = self.metadata.get(key, default)
         if value is not default and (not isinstance(value, kind) or (kind is int and type(value) is bool)):
             names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
@@ -56,8 +56,9 @@ class Gguf:
 
 
 def read_gguf(path: Path) -> Gguf:
-    """The file at ``path``, with the other parts of the model where it is one of several. ModelError if anything in a
-    header, metadata or table of tensors is out of order, or a part is missing."""
+    """Read the GGUF file at ``path``, and the other files of the model if it is split.
+
+    Raises ModelError if a header, metadata or tensor table is invalid, or a file is missing."""
     try:
         about = os.stat(path)
         return _read(path, about.st_size, about.st_mtime_ns, about.st_ino)
@@ -65,7 +66,7 @@ def read_gguf(path: Path) -> Gguf:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-@lru_cache(maxsize=1)  # specification, tokenizer and weights each ask for it
+@lru_cache(maxsize=1)  # spec, tokenizer and weights each read it
 def _read(path: Path, *_: int) -> Gguf:
     first = _read_part(path)
     count = first.get("split.count", int, 1)
@@ -83,7 +84,7 @@ def _read_part(path: Path) -> Gguf:
 
 
 def _joined(parts: list[Gguf]) -> Gguf:
-    """The whole of a model: the first part's metadata, and everybody's tensors."""
+    """Merge the files of a split model: the first one's metadata, and the tensors of all."""
     tensors: dict[str, HostWeight] = {}
     for number, part in enumerate(parts):
         found = part.get("split.no", int), part.get("split.count", int)
@@ -93,11 +94,11 @@ def _joined(parts: list[Gguf]) -> Gguf:
             )
         twice = [name for name in part.tensors if name in tensors]
         if twice:
-            raise ModelError(f"{part.path}: tensor {_shown(twice[0])} is in another part, too")
+            raise ModelError(f"{part.path}: tensor {_shown(twice[0])} is in another file, too")
         tensors |= part.tensors
     expected = parts[0].get("split.tensors.count", int, len(tensors))
     if len(tensors) != expected:
-        raise ModelError(f"{parts[0].path}: {len(tensors)} tensors in all parts; expected {expected}")
+        raise ModelError(f"{parts[0].path}: {len(tensors)} tensors in all files; expected {expected}")
     return Gguf(parts[0].path, parts[0].metadata, tensors)
 
 
@@ -114,14 +115,14 @@ class _Reader:
             swapped = int.from_bytes(version.to_bytes(4, "big"), "little")
             more = ", big-endian" if swapped in VERSIONS else ""
             raise self.error(f"version {version}{more}; accepted: 2 and 3, little-endian")
-        # The shortest tensor and the shortest pair of key and value bound their numbers.
+        # The sizes of the shortest tensor entry and the shortest metadata entry bound their counts.
         num_tensors = self.count("the number of tensors", 8 + 4 + 4 + 8)
         num_pairs = self.count("the number of metadata", 8 + 4 + 1)
         metadata: dict[str, Any] = {}
         for _ in range(num_pairs):
             key = self.text("a key", MAX_KEY)
             if key in metadata:
-                raise self.error(f"metadata {_shown(key)} twice")
+                raise self.error(f"metadata {_shown(key)} occurs twice")
             metadata[key] = self.value(key)
         entries = [self.entry() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
@@ -137,11 +138,11 @@ class _Reader:
         spans = []
         for name, kind, shape, offset in entries:
             if name in found:
-                raise self.error(f"tensor {_shown(name)} twice")
+                raise self.error(f"tensor {_shown(name)} occurs twice")
             elements, block_bytes = BLOCKS[kind]
             if shape[-1] % elements:
                 raise self.error(
-                    f"tensor {_shown(name)}: rows of {shape[-1]} are no whole blocks of {elements} in {kind}"
+                    f"tensor {_shown(name)}: rows of {shape[-1]} are not whole blocks of {elements} in {kind}"
                 )
             end = offset + math.prod(shape) // elements * block_bytes
             if offset % alignment or end > data.size:
@@ -163,7 +164,7 @@ class _Reader:
         return found
 
     def entry(self) -> tuple[str, str, tuple[int, ...], int]:
-        """Name, type, shape and offset of a tensor."""
+        """Read a tensor's name, type, shape and offset."""
         name = self.text("the name of a tensor", MAX_KEY)
         dims = self.number("<u4", f"tensor {_shown(name)}")
         if not 1 <= dims <= MAX_DIMS:
@@ -203,7 +204,7 @@ class _Reader:
         return _SCALARS[kind]
 
     def count(self, what: str, least: int) -> int:
-        """A count of things that take at least ``least`` bytes each."""
+        """Read a count of items of at least ``least`` bytes each. Raises ModelError if they exceed the file."""
         found: int = self.number("<u8", what)
         if found > (self.data.size - self.at) // least:
             raise self.error(f"{what}: {found} in a file of {self.data.size} bytes")
@@ -219,7 +220,7 @@ class _Reader:
         return self.decoded(self.take(length, what).tobytes(), what)
 
     def texts(self, what: str, count: int) -> list[str]:
-        """``count`` strings; a vocabulary has a quarter of a million, so this does without the other methods."""
+        """Read ``count`` strings. Inlined for speed: a vocabulary has a quarter of a million."""
         from_bytes: Callable[..., int] = int.from_bytes
         raw, at, size, found = self.bytes, self.at, self.data.size, []
         for _ in range(count):
@@ -242,7 +243,7 @@ class _Reader:
         if self.at > self.data.size:
             raise self.error(f"{what}: {size} bytes from byte {begin} on, in a file of {self.data.size}")
         part = self.data[begin : self.at]
-        # Not every CPU can read numbers that are not at multiples of their size.
+        # Some CPUs cannot read numbers at unaligned addresses.
         return part if begin % 8 == 0 else part.copy()
 
     def error(self, text: str) -> ModelError:

@@ -1,7 +1,7 @@
-"""Which tokens of a GGUF file are control tokens, and which end a text.
+"""Types of a GGUF file's tokens: control tokens, and tokens that end a text.
 
-Converters write a type for each token, and often a wrong one: a chat model's end of turn comes as ordinary text. So
-tokens that are known by their names are control tokens whatever the file says, as in llama.cpp.
+Converters store a type for each token, often a wrong one, such as "normal" for a chat model's end of turn. As in
+llama.cpp, well-known control tokens are therefore recognised by their text, whatever the file says.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vllmlite.errors import ModelError
 from vllmlite.weights.gguf import Gguf
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
-"""Types of tokens, among others that make no difference here."""
+"""Token types; other types make no difference here."""
 
 ENDS = frozenset((
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>",
@@ -25,26 +25,26 @@ ENDS = frozenset((
 ))  # fmt: skip
 """Control tokens that end a text or a turn in every model that has them."""
 ENDS_IF_CONTROL = frozenset(("</s>", "<eos>", "[EOS]", "[EOT]", "[e~[", "<|tool_response>"))
-"""The same where the file types them as control tokens: elsewhere they are what a text may say (HTML has ``</s>``)."""
+"""End tokens only if the file types them as control tokens, because they may be ordinary text (HTML has ``</s>``)."""
 MARKS = frozenset((
     "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\uff5cfim\u2581begin\uff5c>", "<|code_prefix|>", "<|prefix|>",
     "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<\uff5cfim\u2581hole\uff5c>", "<|code_suffix|>", "<|suffix|>",
     "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<\uff5cfim\u2581end\uff5c>", "<|code_middle|>", "<|middle|>",
 ))  # fmt: skip
-"""Control tokens that end nothing: those of filling in the middle."""
+"""Control tokens for filling in the middle; they do not end a text."""
 MESSAGE_ENDS = (frozenset(("<|return|>", "<|call|>")), frozenset(("<|calls|>", "<|flush|>")))
-"""Tokens with which, all together, ``<|end|>`` ends a message of several, and is text (gpt-oss, Solar Open)."""
+"""Sets of tokens; with all tokens of a set, ``<|end|>`` only ends one of several messages (gpt-oss, Solar Open)."""
 
 Types: TypeAlias = NDArray[np.int32]
 
 
 def token_types(gguf: Gguf) -> Types:
-    """The type of each token. ModelError where the file has another number of them."""
+    """Return the type of each token. Raises ModelError if the file has a different number of types."""
     tokens = gguf.get("tokenizer.ggml.tokens", list, [])
     stored = gguf.get("tokenizer.ggml.token_type", np.ndarray)
     types = np.full(len(tokens), NORMAL, np.int32) if stored is None else stored.astype(np.int32)
     if len(types) != len(tokens):
-        raise ModelError(f"{gguf.path}: {len(types)} types of {len(tokens)} tokens")
+        raise ModelError(f"{gguf.path}: {len(types)} types for {len(tokens)} tokens")
     types[[i for i, token in enumerate(tokens) if token in ENDS or token in MARKS]] = CONTROL
     if _ends_messages(tokens):
         types[tokens.index("<|end|>")] = USER_DEFINED
@@ -52,7 +52,7 @@ def token_types(gguf: Gguf) -> Types:
 
 
 def end_ids(gguf: Gguf) -> list[int]:
-    """Tokens that end a text: those that the file names, and those that are known by their texts."""
+    """Return the ids of tokens that end a text: those that the file names, and the well-known ones."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     named = {gguf.get(key, int) for key in keys if key in gguf.metadata}
     tokens, types = gguf.get("tokenizer.ggml.tokens", list, []), token_types(gguf)

@@ -1,4 +1,4 @@
-"""Tensors in host memory as checkpoints store them: plain ones, and weights that are packed by a scheme."""
+"""Tensors in host memory as checkpoints store them: plain tensors, and weights packed by a quantisation scheme."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ITEM_SIZE = {
     "float8_e4m3": 1, "float8_e5m2": 1, "float8_e8m0": 1,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
-"""Bytes per element, by dtype name as the backend contract spells it."""
+"""Bytes per element, by dtype name in the backend contract."""
 
 CHUNK = 1 << 18
-"""Elements that :func:`dequantized` makes at a time."""
+"""Number of elements that :func:`dequantized` converts at a time."""
 
 Floats: TypeAlias = NDArray[np.float32]
 Shape: TypeAlias = tuple[int, ...]
@@ -28,10 +28,10 @@ Shape: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class HostTensor:
-    """A tensor in host memory, usually a view of a mapped checkpoint file.
+    """A tensor in host memory, usually a view of a memory-mapped checkpoint file.
 
-    ``data`` is a flat uint8 array over the little-endian, row-major elements (numpy has no bfloat16 of its own).
-    It may be read-only. A backend that makes a zero-copy view must hold ``data`` for as long as the view lives.
+    ``data`` is a flat uint8 array of the little-endian, row-major elements, because numpy has no bfloat16. It may be
+    read-only. A backend that makes a zero-copy view must keep ``data`` alive as long as the view.
     """
 
     dtype: str
@@ -46,13 +46,13 @@ class Part:
     shape: Shape
     dtype: str
     other_dtypes: tuple[str, ...] = ()
-    """Dtypes that some programs write instead."""
+    """Further accepted dtypes."""
     other_shapes: tuple[Shape, ...] = ()
-    """Shapes of as many elements that some programs write instead."""
+    """Further accepted shapes with the same number of elements."""
     any_shape: bool = False
-    """The size of the tensor says nothing, and ``shape`` has no meaning."""
+    """Accept any shape; ``shape`` is meaningless."""
     optional: bool = False
-    """Some checkpoints do without this tensor."""
+    """The tensor may be absent."""
 
     @property
     def num_bytes(self) -> int:
@@ -60,13 +60,13 @@ class Part:
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
     def accepts(self, tensor: HostTensor) -> bool:
-        """Whether ``tensor`` has an accepted shape and dtype."""
+        """Return whether ``tensor`` has an accepted shape and dtype."""
         fits = self.any_shape or tensor.shape in (self.shape, *self.other_shapes)
         return fits and tensor.dtype in self.dtypes
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """The accepted dtypes."""
+        """All accepted dtypes."""
         return (self.dtype, *self.other_dtypes)
 
 
@@ -74,8 +74,8 @@ class Scheme(ABC):
     """How a checkpoint stores a quantised weight ``[out, in]``: which tensors, and what they mean."""
 
     name: str
-    """What the scheme is called. :attr:`Backend.schemes` holds the names of those that a backend multiplies natively,
-    so two schemes share a name only if a backend treats them alike."""
+    """Name of the scheme. :attr:`Backend.schemes` lists the names that a backend multiplies natively, so two schemes
+    may share a name only if backends treat them alike."""
 
     @property
     def row_unit(self) -> int:
@@ -89,28 +89,29 @@ class Scheme(ABC):
 
     @abstractmethod
     def parts(self, shape: Shape) -> dict[str, Part]:
-        """The tensors stored for a weight of ``shape``, by their suffix, which takes the place of ``weight`` in the
-        weight's name."""
+        """Return the tensors stored for a weight of ``shape``, by the suffix that replaces ``weight`` in its name."""
 
     @abstractmethod
     def dequantize(self, weight: PackedWeight) -> Floats:
-        """The values of ``weight``, float32 of its shape. ModelError for scales that are not finite."""
+        """Return the values of ``weight`` as float32. Raises ModelError for scales that are not finite."""
 
     @abstractmethod
     def take_rows(self, weight: PackedWeight, spans: Sequence[tuple[int, int]]) -> PackedWeight:
-        """The rows ``first`` up to ``last`` of each span, one span after the other. Every bound is a multiple of
-        :attr:`row_unit`, or the number of rows."""
+        """Return the rows of the spans ``(first, last)``, ``last`` excluded, one span after another.
+
+        Every bound must be a multiple of :attr:`row_unit`, or the number of rows."""
 
     @abstractmethod
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
-        """The columns ``first`` up to ``last``, both multiples of :attr:`column_unit`, or the number of columns."""
+        """Return columns ``first`` to ``last`` - 1; bounds are multiples of :attr:`column_unit`, or the number of
+        columns."""
 
     def in_rows(self, weight: PackedWeight) -> PackedWeight:
-        """The same values in a form whose rows can be sliced cheaply, again and again."""
+        """Return the same values in a form whose rows can be sliced repeatedly at low cost."""
         return weight
 
     def num_bytes(self, shape: Shape) -> int:
-        """Bytes that a weight of ``shape`` takes."""
+        """Return the bytes of a weight of ``shape``."""
         return sum(part.num_bytes for part in self.parts(shape).values() if not part.optional)
 
 
@@ -118,8 +119,7 @@ class Scheme(ABC):
 class PackedWeight:
     """A quantised weight ``[out, in]``: its scheme and the tensors that :meth:`Scheme.parts` names.
 
-    GGUF files also stack the weights of several experts: their shape has more than two dimensions, of which the last
-    is the row's length."""
+    GGUF files also stack the weights of several experts; their shape has leading dimensions before the row length."""
 
     scheme: Scheme
     shape: Shape
@@ -127,12 +127,13 @@ class PackedWeight:
 
 
 HostWeight: TypeAlias = HostTensor | PackedWeight
-"""The weight of a matrix product, as a checkpoint stores it."""
+"""A weight matrix as a checkpoint stores it."""
 
 
 def _float8_values(exponent_bits: int, mantissa_bits: int, bias: int, finite: bool) -> Floats:
-    """The values of all 256 codes of an 8-bit float (Micikevicius et al. 2022). ``finite``: the largest exponent has no
-    infinities, and its last mantissa alone is NaN."""
+    """Return the values of all 256 codes of an 8-bit float (Micikevicius et al. 2022).
+
+    ``finite``: the format has no infinities; with the largest exponent, only the largest mantissa is NaN."""
     codes = np.arange(256)
     exponent = codes >> mantissa_bits & ((1 << exponent_bits) - 1)
     mantissa = codes & ((1 << mantissa_bits) - 1)
@@ -155,12 +156,12 @@ _FLOAT8_VALUES = {
 
 
 def rounded_to_bf16(values: Floats) -> Floats:
-    """Round finite or infinite numbers to the nearest bfloat16, ties to even."""
+    """Round to the nearest bfloat16, ties to even; NaN is not supported."""
     return (_bf16_bits(values) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def _bf16_bits(values: Floats) -> NDArray[np.uint32]:
-    """The nearest bfloat16 of each value, in the high half of a word; the low half has no meaning."""
+    """Return words whose high half is the nearest bfloat16 of each value; the low half is undefined."""
     bits = values.view(np.uint32)
     rounded = bits >> np.uint32(16)
     rounded &= np.uint32(1)
@@ -170,7 +171,7 @@ def _bf16_bits(values: Floats) -> NDArray[np.uint32]:
 
 
 def float_values(tensor: HostTensor) -> Floats:
-    """The elements of a float tensor, of 8 bits too, as float32."""
+    """Return the elements of a float tensor, 8-bit floats included, as float32."""
     if tensor.dtype in _FLOAT8_VALUES:
         values: Floats = _FLOAT8_VALUES[tensor.dtype].take(tensor.data).reshape(tensor.shape)
         return values
@@ -181,7 +182,7 @@ def float_values(tensor: HostTensor) -> Floats:
 
 
 def float_tensor(values: Floats, dtype: str) -> HostTensor:
-    """``values`` rounded to ``dtype``, one of :data:`FLOAT_DTYPES`."""
+    """Return ``values`` rounded to ``dtype``, one of :data:`FLOAT_DTYPES`."""
     if dtype == "bfloat16":
         elements: NDArray[np.generic] = (_bf16_bits(values) >> np.uint32(16)).astype("<u2")
     else:
@@ -190,8 +191,9 @@ def float_tensor(values: Floats, dtype: str) -> HostTensor:
 
 
 def dequantized(weight: PackedWeight, dtype: str) -> HostTensor:
-    """The values of ``weight`` as ``dtype``, one of :data:`FLOAT_DTYPES`, made :data:`CHUNK` elements at a time.
-    ModelError for scales that are not finite."""
+    """Return ``weight`` dequantised to ``dtype``, one of :data:`FLOAT_DTYPES`, :data:`CHUNK` elements at a time.
+
+    Raises ModelError for scales that are not finite."""
     weight = weight.scheme.in_rows(weight)
     scheme, columns, rows = weight.scheme, weight.shape[-1], math.prod(weight.shape[:-1])
     step = max(CHUNK // columns // scheme.row_unit, 1) * scheme.row_unit
@@ -205,6 +207,6 @@ def dequantized(weight: PackedWeight, dtype: str) -> HostTensor:
 
 
 def float_parts(parts: Sequence[HostWeight]) -> list[HostTensor] | None:
-    """``parts`` if all of them are floats, else None."""
+    """Return ``parts`` if all of them are plain tensors, else None."""
     floats = [part for part in parts if isinstance(part, HostTensor)]
     return floats if len(floats) == len(parts) else None

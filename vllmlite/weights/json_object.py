@@ -1,4 +1,4 @@
-"""A checkpoint's JSON files: each holds one object."""
+"""Reading a checkpoint's JSON files, each of which holds one object."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllmlite.weights.foreign import refuse_foreign_file
 
 
 def read_object(file: Path, *, optional: bool = False) -> dict[str, Any]:
-    """The object in ``file``; empty where the file is absent and ``optional``. ModelError says what is wrong."""
+    """Return the object in ``file``, or {} if the file is absent and ``optional``. Raises ModelError."""
     if optional and not file.is_file():
         return {}
     try:

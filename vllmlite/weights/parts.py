@@ -1,4 +1,4 @@
-"""Tensors of a model as parts of a checkpoint's: fused projections taken apart, transposed ones put right."""
+"""Mapping of a model's tensors to a checkpoint's: splitting fused projections, transposing, sharding."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from vllmlite.weights.packing import Packing
 TABLE, HEAD = "embedding.weight", "head.weight"
 
 Span: TypeAlias = tuple[int, int]
-"""The first of some rows, columns or heads, and the one after the last."""
+"""A half-open range ``(first, last + 1)`` of rows, columns or heads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a tensor of the model is in its checkpoint."""
+    """Where a checkpoint stores one tensor of the model."""
 
     key: str
-    """The stored tensor's name."""
+    """Name of the stored tensor."""
     stored: tuple[int, ...]
-    """Its shape, as stored."""
+    """Shape of the stored tensor."""
     shape: tuple[int, ...]
-    """The model's tensor, ``[out, in]`` if it is the weight of a product."""
+    """Shape of the model's tensor, ``[out, in]`` for a weight matrix."""
     rows: tuple[Span, ...] | None = None
-    """The rows of the stored tensor that the model's consists of, one span after the other; None: all rows."""
+    """Rows of the stored tensor that make up the model's tensor, in order; None: all rows."""
     columns: Span | None = None
-    """The columns of the stored tensor that the model's consists of; None: all columns."""
+    """Columns of the stored tensor that make up the model's tensor; None: all columns."""
     transposed: bool = False
-    """The weight is stored ``[in, out]``; ``rows`` and ``columns`` are those of the transposed tensor."""
+    """The weight is stored as ``[in, out]``; ``rows`` and ``columns`` refer to the transposed tensor."""
     product: bool = False
-    """It is the weight of a matrix product, which quantisation applies to."""
+    """Whether it is a weight matrix, to which quantisation applies."""
 
     def take(self, tensor: HostWeight) -> HostWeight:
-        """The model's tensor out of the stored one: the same memory where its elements are adjacent, else a copy."""
+        """Return the model's tensor, taken from the stored one: a view if its elements are contiguous, else a copy."""
         if self.rows is None and self.columns is None and not self.transposed:
             return tensor
         if isinstance(tensor, PackedWeight):
@@ -61,7 +61,9 @@ class Source:
     def _take_packed(self, weight: PackedWeight) -> PackedWeight:
         scheme = weight.scheme
         if self.transposed:
-            raise ModelError(f"tensor {self.key!r}: is stored transposed, and {scheme.name} is not")
+            raise ModelError(
+                f"tensor {self.key!r}: is stored transposed, which {scheme.name} does not support"
+            )
         if self.rows is not None:
             self._check_slices(scheme, "rows", self.stored[0], scheme.row_unit, self.rows)
             weight = scheme.take_rows(weight, self.rows)
@@ -81,23 +83,23 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """The weights of a model by the model's own names, in the form in which its backend takes them."""
+    """The weights of a model under the model's own names, in the form in which the backend takes them."""
 
     sources: Mapping[str, Source]
     stored: Weights
     packing: Packing
 
     def floats(self, name: str) -> HostTensor:
-        """A tensor of floats; a quantised one is dequantised."""
+        """Return a tensor as floats, dequantised if necessary."""
         with self._naming(name):
             return self.packing.floats(self._taken(name))
 
     def optional(self, name: str) -> HostTensor | None:
-        """A tensor of floats, None if the model has no tensor of that name."""
+        """Return a tensor as floats, or None if the model has no tensor of that name."""
         return self.floats(name) if name in self.sources else None
 
     def products(self, names: Sequence[str]) -> list[HostWeight]:
-        """The weights of products that are computed as one: all of them packed, or all of them floats."""
+        """Return the weight matrices that are multiplied as one fused matrix: either all packed, or all floats."""
         parts = []
         for name in names:
             with self._naming(name):
@@ -107,11 +109,11 @@ class ModelWeights:
         return parts
 
     def packed_scheme(self, name: str) -> Scheme | None:
-        """The scheme in which the backend gets the weight of a product; None if as floats."""
+        """Return the scheme in which the backend gets a weight matrix, or None if it gets floats."""
         return self.packing.scheme(self.stored.schemes.get(self.sources[name].key))
 
     def num_bytes(self) -> int:
-        """Bytes that the weights take on the backend."""
+        """Return the bytes that the weights take on the backend."""
         total = 0
         for name, source in self.sources.items():
             scheme = self.packed_scheme(name) if source.product else None
@@ -125,12 +127,12 @@ class ModelWeights:
 
     @property
     def packed_head(self) -> Scheme | None:
-        """The scheme of an output layer that is made of the embedding table but packed; None if there is none."""
+        """Scheme of a packed output layer made of the embedding table; None if there is none."""
         return None if HEAD in self.sources else self.packed_scheme(TABLE)
 
     @contextmanager
     def _naming(self, name: str) -> Iterator[None]:
-        """Name the stored tensor in a ModelError about its values."""
+        """Add the stored tensor's name to a ModelError about its values."""
         key = self.sources[name].key
         try:
             yield

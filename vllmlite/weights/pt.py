@@ -1,4 +1,4 @@
-"""PyTorch's own files, ``.bin`` and ``.pt``, through torch's weights-only loader, which unpickles only tensors."""
+"""PyTorch's ``.bin`` and ``.pt`` files, read with torch's weights-only loader, which unpickles only tensors."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from vllmlite.weights.host import ITEM_SIZE, HostTensor
 
 
 def read_pt(path: Path) -> dict[str, HostTensor]:
-    """The tensors of ``path`` by name, mapped where the file's format (PyTorch 1.6 or newer) allows. ModelError where
-    it holds anything but a mapping of names to dense tensors."""
+    """Return the tensors of ``path`` by name, memory-mapped if the format (PyTorch 1.6 or newer) allows.
+
+    Raises ModelError if the file contains anything but a mapping of names to dense tensors."""
     refuse_foreign_file(path, ("zip", "pickle", "tar"))
     try:
         import torch
     except ImportError:
-        raise ModelError(f"{path}: {not_installed('torch')}; safetensors need no torch") from None
+        raise ModelError(f"{path}: {not_installed('torch')}; safetensors files need no torch") from None
     try:
         content: Any = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None
         )
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
-        raise ModelError(f"{path}: holds more than tensors, and nothing else is loaded: {reason}") from error
-    except Exception as error:  # a damaged file makes torch raise whatever comes up
+        raise ModelError(
+            f"{path}: contains objects other than tensors, which are never loaded: {reason}"
+        ) from error
+    except Exception as error:  # torch raises various exceptions for damaged files
         raise ModelError(f"{path}: cannot be read by torch: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path}: holds {type(content).__name__}; accepted: a mapping of names to tensors")
@@ -39,7 +42,7 @@ def _host_tensor(path: Path, name: object, value: Any) -> HostTensor:
 
     dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
     if not (isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided):
-        raise ModelError(f"{path}: {str(name)[:80]!r}: is no dense tensor")
+        raise ModelError(f"{path}: {str(name)[:80]!r}: is not a dense tensor")
     if dtype not in ITEM_SIZE:
         raise ModelError(f"{path}: tensor {name[:80]!r}: is of {dtype}; accepted: {', '.join(ITEM_SIZE)}")
     flat = value.detach().contiguous().reshape(-1).view(torch.uint8)

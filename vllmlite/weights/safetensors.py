@@ -1,7 +1,7 @@
-"""safetensors files: read as mapped memory, every number of the header checked before it is used; and written.
+"""safetensors files: memory-mapped reading, with every number of the header checked before use; and writing.
 
 A file is an 8-byte little-endian length n, n bytes of JSON header, then the tensors' bytes, which the header's
-``data_offsets`` must cover exactly, without gap or overlap (https://github.com/huggingface/safetensors#format).
+``data_offsets`` must cover exactly, without gaps or overlaps (https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from vllmlite.weights.foreign import refuse_foreign_file
 from vllmlite.weights.host import ITEM_SIZE, HostTensor
 
 MAX_HEADER = 100_000_000
-"""Longest header that the format allows, in bytes."""
+"""Maximum header size of the format, in bytes."""
 
 Layout: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Dtype and shape of every tensor of a file, in the file's order."""
+"""Dtype and shape of every tensor of a file, in file order."""
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -34,7 +34,7 @@ _DTYPES = {
 
 
 def read_safetensors(path: Path) -> dict[str, HostTensor]:
-    """The tensors of ``path`` by name, as views of the mapped file. ModelError if anything in it is out of order."""
+    """Return the tensors of ``path`` by name, as views of the mapped file. Raises ModelError for an invalid file."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -61,9 +61,7 @@ def read_safetensors(path: Path) -> dict[str, HostTensor]:
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
-            raise _complaint(
-                path, name, f"data from byte {position}", f"from byte {begin}: a gap or an overlap"
-            )
+            raise _error(path, name, f"data from byte {position}", f"from byte {begin}: a gap or an overlap")
         position = end
     if position != data.size:
         raise ModelError(
@@ -73,9 +71,9 @@ def read_safetensors(path: Path) -> dict[str, HostTensor]:
 
 
 def write_safetensors(path: Path, tensors: Iterable[HostTensor], layout: Layout) -> None:
-    """Write a new file of ``tensors``, which come as ``layout`` names them, one at a time.
+    """Write ``tensors``, one at a time in the order of ``layout``, to a new file.
 
-    Data begin at a multiple of 64 bytes of the file, so that a CPU can read them in place at its best."""
+    The data begin at a multiple of 64 bytes, so that a CPU can read them in place efficiently."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     spelled = {name: code for code, name in _DTYPES.items()}
     position = 0
@@ -98,7 +96,7 @@ def _header(path: Path, text: bytes) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for name, value in pairs:
             if name in values:
-                raise ModelError(f"{path}: the header has {name[:80]!r} twice; expected each name once")
+                raise ModelError(f"{path}: the header has {name[:80]!r} twice")
             values[name] = value
         return values
 
@@ -116,38 +114,36 @@ def _header(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, entry: Any, size: int) -> tuple[str, tuple[int, ...], int, int]:
-    """Dtype, shape, first byte and the byte after the last one, of a header entry within ``size`` bytes of data."""
+    """Return dtype, shape, first and last + 1 byte of a header entry, checked against ``size`` bytes of data."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _complaint(path, name, "an object of dtype, shape and data_offsets", entry)
+        raise _error(path, name, "an object of dtype, shape and data_offsets", entry)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _complaint(path, name, f"dtype {', '.join(_DTYPES)}", dtype)
-    if not _counts(shape):
-        raise _complaint(path, name, "a shape of whole numbers from 0 up", shape)
-    if not _counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1]:
-        raise _complaint(path, name, f"data_offsets, ascending, within the {size} bytes of data", offsets)
+        raise _error(path, name, f"dtype {', '.join(_DTYPES)}", dtype)
+    if not _are_counts(shape):
+        raise _error(path, name, "a shape of integers from 0 up", shape)
+    if not _are_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1]:
+        raise _error(path, name, f"data_offsets, ascending, within the {size} bytes of data", offsets)
     begin, end = offsets
     if end > size:
-        raise _complaint(
-            path, name, f"bytes {begin} to {end}", f"{size} bytes of data: the file is cut short"
-        )
+        raise _error(path, name, f"bytes {begin} to {end}", f"{size} bytes of data: the file is cut short")
     dtype = _DTYPES[dtype]
     bytes_needed = math.prod(shape) * ITEM_SIZE[dtype]
     if end - begin != bytes_needed:
-        raise _complaint(path, name, f"{bytes_needed} bytes for {dtype} {shape}", f"{end - begin} bytes")
+        raise _error(path, name, f"{bytes_needed} bytes for {dtype} {shape}", f"{end - begin} bytes")
     return dtype, tuple(shape), begin, end
 
 
-def _counts(values: Any) -> bool:
+def _are_counts(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _aligned(data: NDArray[np.uint8], item_size: int) -> NDArray[np.uint8]:
-    """``data``, or a copy where its elements are not at multiples of their size, which not every CPU can read."""
+    """Return ``data``, or a copy if it is not aligned to its element size, which some CPUs require."""
     return data if data.ctypes.data % item_size == 0 else data.copy()
 
 
-def _complaint(path: Path, name: str, expected: str, found: object) -> ModelError:
+def _error(path: Path, name: str, expected: str, found: object) -> ModelError:
     shown = str(found)
     if len(shown) > 80:
         shown = shown[:77] + "..."

@@ -1,1 +1,1 @@
-"""Quantisation schemes, one file each: what a checkpoint stores for a weight, how it is sliced, what it means."""
+"""Quantisation schemes, one per file: the tensors of a stored weight, how it is sliced, how it is dequantised."""

@@ -1,4 +1,4 @@
-"""Codes of 2 to 8 bits packed into 32-bit words, low bits first, as most quantised checkpoints store them."""
+"""Quantised weights of 2 to 8 bits packed into 32-bit words, low bits first, as in most quantised checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllmlite.weights.host import Floats, HostTensor
 
 
 def words(tensor: HostTensor) -> NDArray[np.uint32]:
-    """The elements of an int32 tensor, unsigned."""
+    """Return the elements of an int32 tensor as uint32."""
     return tensor.data.view("<u4").reshape(tensor.shape)
 
 
@@ -45,8 +45,9 @@ def unpack_rows(data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.ui
 
 
 def table_values(codes: NDArray[np.uint8], table: Floats, *, high_first: bool) -> Floats:
-    """The values of 4-bit codes, two in each byte of ``codes``, from a table of 16. ``high_first``: the first code of a
-    byte is in its high nibble."""
+    """Return the values of 4-bit codes, two per byte of ``codes``, looked up in a table of 16.
+
+    ``high_first``: the first code of a byte is in its high nibble."""
     low, high = np.tile(table, 16), np.repeat(table, 16)
     pairs = np.stack((high, low) if high_first else (low, high), axis=-1).view(np.complex64)[:, 0]
     values: Floats = pairs.take(codes).view(np.float32)

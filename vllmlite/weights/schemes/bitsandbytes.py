@@ -1,10 +1,10 @@
-"""bitsandbytes: 4 bits by table in blocks (QLoRA; Dettmers et al. 2023), and 8 bits with a scale for each row.
+"""bitsandbytes: 4 bits by lookup table in blocks (QLoRA; Dettmers et al. 2023), and 8 bits with a scale per row.
 
-4 bits: ``weight`` uint8 ``[N * K / 2, 1]``, two codes in a byte, the first in the high nibble, over the flattened
-weight; ``weight.absmax``, a scale for each block; ``weight.quant_map`` float32 ``[16]``, what the codes mean; and
-``weight.quant_state.bitsandbytes__nf4`` (or ``fp4``), JSON in bytes. With double quantisation, absmax are uint8 codes
-of ``weight.nested_quant_map`` float32 ``[256]``, times ``weight.nested_absmax`` for each nested block, plus the
-JSON's ``nested_offset``. 8 bits: ``weight`` int8 ``[N, K]`` and ``SCB`` float32 ``[N]``; an element is code * SCB /
+4 bits: ``weight`` uint8 ``[N * K / 2, 1]``, two codes per byte, the first in the high nibble, over the flattened
+weight; ``weight.absmax``, one scale per block; ``weight.quant_map`` float32 ``[16]``, the values of the codes; and
+``weight.quant_state.bitsandbytes__nf4`` (or ``fp4``), JSON as bytes. With double quantisation, absmax are uint8 indices
+into ``weight.nested_quant_map`` float32 ``[256]``, multiplied by ``weight.nested_absmax`` (one per nested block), plus
+the JSON's ``nested_offset``. 8 bits: ``weight`` int8 ``[N, K]`` and ``SCB`` float32 ``[N]``; an element is code * SCB /
 127.
 """
 
@@ -30,8 +30,8 @@ NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 
 @dataclass(frozen=True, slots=True)
 class Bnb4Scheme(Scheme):
-    """``kind``: ``nf4`` or ``fp4``; ``block``: elements with one scale; ``nested``: scales are quantised too, in nested
-    blocks of as many. Blocks may begin in one row and end in the next."""
+    """4-bit weights. ``kind``: ``nf4`` or ``fp4``; ``block``: elements per scale; ``nested``: scales per nested block,
+    None if the scales are not quantised. Blocks may span the end of a row."""
 
     kind: str
     block: int = 64
@@ -55,7 +55,7 @@ class Bnb4Scheme(Scheme):
 
     @property
     def column_unit(self) -> int:
-        """A block."""
+        """The size of a block."""
         return self.block
 
     def in_rows(self, weight: PackedWeight) -> PackedWeight:
@@ -106,15 +106,16 @@ class Bnb4Scheme(Scheme):
 
 @dataclass(frozen=True, slots=True)
 class _TableScheme(SlicedScheme):
-    """What a 4-bit weight is made into to be sliced: rows of codes, and rows of plain scales for ``block`` elements
-    each. No checkpoint stores it."""
+    """The sliceable form of a 4-bit weight: rows of codes, and rows of plain scales for ``block`` elements each.
+
+    No checkpoint stores this form."""
 
     block: int
     name: str = "bitsandbytes"
 
     @property
     def column_unit(self) -> int:
-        """A block."""
+        """The size of a block."""
         return self.block
 
     def parts(self, shape: Shape) -> dict[str, Part]:
@@ -146,7 +147,7 @@ class _TableScheme(SlicedScheme):
 
 @dataclass(frozen=True, slots=True)
 class Bnb8Scheme(SlicedScheme):
-    """``LLM.int8()`` (Dettmers et al. 2022); outliers need no treatment where activations stay floats."""
+    """8-bit weights of ``LLM.int8()`` (Dettmers et al. 2022); with float activations, outliers need no treatment."""
 
     name: str = "bitsandbytes"
 
@@ -166,7 +167,7 @@ class Bnb8Scheme(SlicedScheme):
         """See :class:`Scheme`."""
         layout = weight.parts.get("weight_format")
         if layout is not None and layout.data.any():
-            raise ModelError("weight_format is not that of plain rows (0)")
+            raise ModelError("weight_format must be 0 (plain rows)")
         scales = float_values(weight.parts["SCB"]) / np.float32(127)
         if not np.isfinite(scales).all():
             raise ModelError("a scale is not finite")
@@ -180,5 +181,5 @@ def _state(part: HostTensor) -> dict[str, Any]:
     except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict):
-        raise ModelError("quant_state is no JSON object")
+        raise ModelError("quant_state is not a JSON object")
     return state

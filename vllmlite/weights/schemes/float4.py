@@ -1,8 +1,8 @@
 """Weights as 4-bit floats in small blocks: MXFP4 (OCP Microscaling 2023) and NVFP4 (NVIDIA).
 
-Codes are e2m1, two in a byte, the first in the low nibble: uint8 ``[N, K / 2]``. MXFP4 has an e8m0 scale for each 32
-elements of a row. NVFP4 has an e4m3 scale for each 16, and a float32 for the tensor, which multiplies them in
-ModelOpt's files (``weight_scale_2``) and divides them in compressed-tensors' (``weight_global_scale``).
+Codes are e2m1, two per byte, the first in the low nibble: uint8 ``[N, K / 2]``. MXFP4 has an e8m0 scale per 32 elements
+of a row. NVFP4 has an e4m3 scale per 16 elements, and a float32 scale of the tensor that multiplies them in ModelOpt's
+files (``weight_scale_2``) and divides them in compressed-tensors' (``weight_global_scale``).
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from vllmlite.weights.schemes.bits import table_values
 from vllmlite.weights.schemes.groups import Axes, SlicedScheme, check_shape
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-"""Of the 16 codes of e2m1."""
+"""The values of the 16 codes of e2m1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Float4Scheme(SlicedScheme):
-    """``codes``, ``scale`` and ``total``: suffixes of the codes, of the blocks' scales, and of the tensor's scale
-    (empty: there is none). ``divides``: the tensor's scale divides."""
+    """``codes``, ``scale`` and ``total`` are the suffixes of the codes, the block scales and the tensor's scale.
+
+    An empty ``total`` means that there is no tensor scale; ``divides``: the tensor's scale divides."""
 
     block: int
     codes: str
@@ -35,7 +36,7 @@ class Float4Scheme(SlicedScheme):
 
     @property
     def column_unit(self) -> int:
-        """A block."""
+        """The size of a block."""
         return self.block
 
     def parts(self, shape: Shape) -> dict[str, Part]:

@@ -1,8 +1,8 @@
-"""Weights as 8-bit floats (Micikevicius et al. 2022), with a scale for the tensor, for each row, or for each block.
+"""Weights as 8-bit floats (Micikevicius et al. 2022), with a scale per tensor, per row, or per block.
 
-``weight`` e4m3 (or e5m2) ``[N, K]`` and scales that multiply it: ``weight_scale``, a number, ``[N]``, ``[N, 1]`` or
-``[ceil(N / R), ceil(K / C)]`` for blocks of R rows and C columns; DeepSeek's and Qwen's files call the latter
-``weight_scale_inv``, though they multiply too. What is stored for activations has no effect: they stay floats.
+``weight`` is e4m3 (or e5m2) ``[N, K]``. Its scales multiply it: ``weight_scale`` is a number, ``[N]``, ``[N, 1]`` or
+``[ceil(N / R), ceil(K / C)]`` for blocks of R rows and C columns. DeepSeek's and Qwen's files call block scales
+``weight_scale_inv``, though they multiply as well. Scales of activations are ignored: activations stay floats.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ GRANULARITIES = ("tensor", "channel", "block")
 
 @dataclass(frozen=True, slots=True)
 class Float8Scheme(SlicedScheme):
-    """``granularity``: one of :data:`GRANULARITIES`. ``block``: rows and columns of a block. ``scale``: the suffix of
-    the scales."""
+    """``granularity``: one of :data:`GRANULARITIES`; ``block``: rows and columns of a block; ``scale``: the scales'
+    suffix."""
 
     granularity: str
     block: tuple[int, int] = (1, 1)

@@ -1,16 +1,16 @@
 """Schemes of GGUF files: rows of ggml's blocks, decoded to floats, or repacked into tiles without decoding.
 
 A row is a sequence of blocks. ``d`` is a block's scale and ``m`` its minimum, both float16 (the layouts are ggml's:
-https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h). In bytes:
+https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h). The bytes of a block:
 
-- ``Q8_0``: d, 32 signed codes; ``Q4_0``: d, 32 nibbles (code + 8), the first 16 elements in the low ones;
+- ``Q8_0``: d, 32 signed codes; ``Q4_0``: d, 32 nibbles (code + 8), the first 16 elements in the low nibbles;
 - ``Q4_1``: d, m, nibbles; ``Q5_0`` (code + 16) and ``Q5_1``: the same with the codes' fifth bits in four bytes;
-- ``Q4_K``, ``Q5_K``: 256 elements in 8 groups, each with a scale and a minimum of 6 bits, multiplied by d and m, of
-  which the minimum is taken away;
-- ``Q6_K``: 256 elements of 6 bits (code + 32) in 16 groups with scales of 8 bits, multiplied by d.
+- ``Q4_K``, ``Q5_K``: 256 elements in 8 groups, each with a 6-bit scale and a 6-bit minimum, which d and m multiply;
+  the minimum is subtracted;
+- ``Q6_K``: 256 elements of 6 bits (code + 32) in 16 groups with 8-bit scales, which d multiplies.
 
-``csrc/cpu/blocks.cpp`` does the same, faster; this is its reference. Types whose codes no product takes are decoded in
-:mod:`vllmlite.weights.schemes.gguf_lattices`.
+``csrc/cpu/blocks.cpp`` has fast versions of these conversions; this module is their reference. Types without tiles are
+decoded in :mod:`vllmlite.weights.schemes.gguf_lattices`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ NAMES = {
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
-"""What the format's numbers of types are called."""
+"""Names of the format's type numbers."""
 
 BLOCKS = {
     "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20),
@@ -54,15 +54,15 @@ BLOCKS = {
     "IQ3_S": (256, 110), "IQ3_XXS": (256, 98), "IQ2_S": (256, 82), "IQ2_XS": (256, 74), "IQ2_XXS": (256, 66),
     "IQ1_M": (256, 56), "IQ1_S": (256, 50), "TQ1_0": (256, 54), "TQ2_0": (256, 66),
 }  # fmt: skip
-"""Elements and bytes of a block of each type that is read here."""
+"""Elements and bytes of a block, by supported type."""
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Types that need no decoding, and their dtypes."""
+"""Types that need no decoding, with their dtypes."""
 
 _FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 BLOCK_DATA = "blocks"
-"""Suffix of the one tensor that a GGUF file stores for a weight."""
+"""Suffix of the single tensor that a GGUF file stores for a weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +72,15 @@ class BlockScheme(Scheme):
     name: str
     """The type's name."""
     tiles: TileScheme | None
-    """The scheme with the same codes that products multiply; None if there is none. Its scales are the blocks' own, but
-    those of int8 and int4 are bfloat16, and so differ by at most 2**-8 of their value."""
+    """The tile scheme with the same codes; None if there is none. Scales are kept exactly, except that int8 and int4
+    round them to bfloat16 (a relative error of at most 2**-8)."""
     elements: int
     """Elements of a block."""
     block_bytes: int
 
     @property
     def column_unit(self) -> int:
-        """A block."""
+        """The size of a block."""
         return self.elements
 
     def parts(self, shape: Shape) -> dict[str, Part]:
@@ -89,7 +89,7 @@ class BlockScheme(Scheme):
         return {BLOCK_DATA: Part((math.prod(shape[:-1]), row_bytes), "uint8")}
 
     def pack(self, shape: Shape, data: Bytes) -> PackedWeight:
-        """The weight whose blocks are the flat bytes ``data``."""
+        """Return a weight made of the flat bytes ``data`` of its blocks."""
         return PackedWeight(
             self, shape, {BLOCK_DATA: HostTensor("uint8", self.parts(shape)[BLOCK_DATA].shape, data)}
         )
@@ -124,26 +124,27 @@ BLOCK_SCHEMES = {
     for name, sizes in BLOCKS.items()
     if name not in FLOATS
 }
-"""Types whose blocks hold codes, by their names."""
+"""Quantised types, by name."""
 
 
 def type_name(weight: HostWeight) -> str:
-    """GGUF's name of the type of a tensor."""
+    """Return GGUF's name of a tensor's type."""
     return weight.scheme.name if isinstance(weight, PackedWeight) else _FLOAT_NAMES[weight.dtype]
 
 
 def block_data(weight: PackedWeight) -> Bytes:
-    """The blocks of a weight in a scheme of this module, flat."""
+    """Return the bytes of a weight in a scheme of this module as a flat array."""
     return weight.parts[BLOCK_DATA].data
 
 
 def to_tiles(weight: PackedWeight) -> PackedWeight:
-    """The weight ``[out, in]`` with the same codes in :attr:`BlockScheme.tiles`. ModelError for scales that are not
-    finite."""
+    """Return the weight ``[out, in]`` with the same codes in the scheme :attr:`BlockScheme.tiles`.
+
+    Raises ModelError for scales that are not finite."""
     scheme, tiles = weight.scheme, _tiles(weight)
     rows, size = weight.shape
     blocks = block_data(weight).reshape(-1, BLOCKS[scheme.name][1])
-    codes, (halves, sub_scales) = _CODES[scheme.name](blocks), _scales(weight, blocks)
+    codes, (halves, sub_scales) = _CODES[scheme.name](blocks), _block_scales(weight, blocks)
     return pack(
         tiles,
         (rows, size),
@@ -161,7 +162,7 @@ def _tiles(weight: PackedWeight) -> TileScheme:
 
 
 def _decoded(weight: PackedWeight, blocks: Bytes) -> Floats:
-    """The values ``[n, elements]`` of blocks ``[n, bytes]`` of ``weight``."""
+    """Return the values ``[n, elements]`` of blocks ``[n, bytes]`` of ``weight``."""
     name = weight.scheme.name
     if name in DECODERS:
         with np.errstate(invalid="ignore", over="ignore"):
@@ -170,14 +171,14 @@ def _decoded(weight: PackedWeight, blocks: Bytes) -> Floats:
             raise _not_finite(weight)
         return values
     layout = _tiles(weight)
-    whole, factors = _scales(weight, blocks)
+    whole, sub_scales = _block_scales(weight, blocks)
     scales = whole[:, None]
-    if factors is not None:
+    if sub_scales is not None:
         split = layout.scales_per_group
         scales = np.concatenate(
             (
-                (scales[..., :1] * factors[..., :split]).reshape(len(blocks), -1, 1),
-                *([(scales[..., 1:] * factors[..., split:])] if layout.offsets else []),
+                (scales[..., :1] * sub_scales[..., :split]).reshape(len(blocks), -1, 1),
+                *([(scales[..., 1:] * sub_scales[..., split:])] if layout.offsets else []),
             ),
             axis=-1,
         )
@@ -188,13 +189,13 @@ def _decoded(weight: PackedWeight, blocks: Bytes) -> Floats:
     return values.reshape(len(blocks), -1)
 
 
-def _scales(weight: PackedWeight, blocks: Bytes) -> tuple[Floats, NDArray[np.int8] | None]:
-    """The scales of blocks of ``weight``, and the whole numbers that multiply them."""
-    halves, factors = _SCALES[weight.scheme.name](blocks)
+def _block_scales(weight: PackedWeight, blocks: Bytes) -> tuple[Floats, NDArray[np.int8] | None]:
+    """Return the blocks' float scales, and the integer sub-scales that multiply them."""
+    halves, sub_scales = _SCALES[weight.scheme.name](blocks)
     whole = np.ascontiguousarray(halves).view("<f2").astype(np.float32)
     if not np.isfinite(whole).all():
         raise _not_finite(weight)
-    return whole, factors
+    return whole, sub_scales
 
 
 def _not_finite(weight: PackedWeight) -> ModelError:
@@ -205,7 +206,7 @@ def _not_finite(weight: PackedWeight) -> ModelError:
 
 
 def _nibbles(data: Bytes) -> Bytes:
-    """The low ones, then the high ones."""
+    """Return the low nibbles, followed by the high nibbles."""
     return np.concatenate((data & np.uint8(15), data >> np.uint8(4)), axis=-1)
 
 
@@ -214,7 +215,8 @@ def _five_bits(high: Bytes, low: Bytes) -> Bytes:
 
 
 def _groups_of_nibbles(data: Bytes) -> Bytes:
-    """Those of a ``Q4_K`` or ``Q5_K`` block ``[n, 8, 32]``: of each 32 bytes the low ones, then the high ones."""
+    """Return the nibbles of a ``Q4_K`` or ``Q5_K`` block as ``[n, 8, 32]``: per 32 bytes, the low ones, then the
+    high."""
     return _nibbles(data.reshape(-1, 4, 32)).reshape(-1, 8, 32)
 
 
@@ -242,13 +244,13 @@ _CODES: dict[str, Callable[[Bytes], Bytes]] = {
     "Q6_K": _q6_k,
 }
 
-# ---- Scales: those of a block, float16 [n, 2 or 4 bytes], and what they are multiplied by, int8 [n, groups, 1 or 2]
+# ---- Scales: the block's own, float16 [n, 2 or 4 bytes], and its sub-scales, int8 [n, groups, 1 or 2], or None
 
 _Scales: TypeAlias = tuple[Bytes, NDArray[np.int8] | None]
 
 
 def _scales_and_minima(blocks: Bytes) -> _Scales:
-    """Of the 8 groups of a ``Q4_K`` or ``Q5_K`` block: 6 bits each in 12 bytes. m is given with its sign turned."""
+    """Return scales of a ``Q4_K`` or ``Q5_K`` block: 6 bits each for 8 groups, in 12 bytes. m is returned negated."""
     first, second, third = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate((first & 63, third & 15 | first >> 6 << 4), axis=1)
     minima = np.concatenate((second & 63, third >> 4 | second >> 6 << 4), axis=1)

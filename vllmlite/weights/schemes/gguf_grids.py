@@ -1,9 +1,9 @@
-"""Grids of ggml's IQ types: the points that a code of 8 to 11 bits can stand for.
+"""Grids of ggml's IQ types: the points that codes of 8 to 11 bits stand for.
 
-A point is 8 or 4 levels, read as digits of a number, the first the least significant. A grid is a set of such numbers,
-and codes count its points in ascending order. It is stored as a bitmap (is the number n a point?), least significant
-bit first, compressed with zlib and written in base85. The sets are ggml's (MIT licence, see debian/copyright):
-https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h, where they are tables of whole points.
+A point has 8 or 4 levels, read as the digits of a number, least significant first. A grid is a set of such numbers; a
+code is the index of a point in ascending order. The grid is stored as a bitmap (bit n: is the number n a point?), least
+significant bit first, compressed with zlib and encoded in base85. The sets are ggml's (MIT licence, see
+debian/copyright): https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h has them as tables of points.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ GRIDS: dict[str, tuple[tuple[int, ...], int, str]] = {
         "rp$X4T{{D_p5YV7e^~xM<^E7<_56qcAaL=FI+lT|4v2#Y&dpW2-Egd@Fdf5G@Dheeu*|v(bMFD;1sQ1",
     ),
 }
-"""Levels, digits of a point, and the bitmap. IQ1_M has the grid of IQ1_S."""
+"""By type: levels, digits per point, and the bitmap. IQ1_M uses the grid of IQ1_S."""
 
 
 @cache
 def grid(name: str) -> NDArray[np.float32]:
-    """The points ``[codes, digits]`` of a grid."""
+    """Return the points ``[codes, digits]`` of a grid."""
     levels, digits, bitmap = GRIDS[name]
     bits = np.unpackbits(np.frombuffer(zlib.decompress(b85decode(bitmap)), np.uint8), bitorder="little")
     places = len(levels) ** np.arange(digits)

@@ -1,10 +1,10 @@
-"""Decoders of ggml's types that no product takes: blocks of bytes to floats.
+"""Decoders of ggml's types that have no tile scheme: blocks of bytes to floats.
 
-Codes are small numbers (``Q2_K``, ``Q3_K``, ``TQ1_0``, ``TQ2_0``), places in a table (``IQ4_NL``, ``IQ4_XS``,
-``MXFP4``), or places in a grid of points of 8 or 4 elements, whose signs are stored apart (the other ``IQ`` types; in
-``IQ1`` points have signs, and an eighth is added to or taken from every element). Blocks are of 256 elements in groups
-of 16 or 32 with a scale each, multiplied by the block's own (float16), or of 32 elements. The layouts are ggml's:
-https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
+Codes are small numbers (``Q2_K``, ``Q3_K``, ``TQ1_0``, ``TQ2_0``), indices into a table (``IQ4_NL``, ``IQ4_XS``,
+``MXFP4``), or indices into a grid of points of 8 or 4 elements with separately stored signs (the other ``IQ`` types;
+the points of ``IQ1`` are signed, and 1/8 is added to or subtracted from every element). Blocks have 256 elements in
+groups of 16 or 32 with a scale each, multiplied by the block's own float16 scale; or they have 32 elements. The
+layouts are ggml's: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
 """
 
 from __future__ import annotations
@@ -25,44 +25,44 @@ Codes: TypeAlias = NDArray[np.unsignedinteger]
 IQ4 = np.array((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.float32)
 """Levels of ``IQ4_NL`` and ``IQ4_XS``."""
 E2M1 = np.array((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), np.float32)
-"""Twice the values of a float with two bits of exponent and one of mantissa."""
+"""The values of e2m1 floats (2 bits of exponent, 1 of mantissa), doubled."""
 EIGHTH = np.float32(0.125)
 
 
 def _half(blocks: Bytes, at: int) -> Floats:
-    """The float16 numbers ``[n, 1, 1]`` at byte ``at`` of each block."""
+    """Return the float16 number at byte ``at`` of each block, as ``[n, 1, 1]``."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)[:, :, None]
 
 
 def _words(part: Bytes, dtype: str) -> Codes:
-    """Numbers ``[n, m]`` of two or four bytes."""
+    """Return the bytes as numbers ``[n, m]`` of two or four bytes."""
     found: Codes = np.ascontiguousarray(part).view(dtype)
     return found
 
 
 def _fields(numbers: Codes, width: int, count: int) -> Codes:
-    """The ``count`` lowest fields of ``width`` bits of each number, the lowest first, along a new last axis."""
+    """Return the ``count`` lowest fields of ``width`` bits of each number, lowest first, along a new last axis."""
     shifts = np.arange(0, width * count, width, dtype=numbers.dtype)
     found: Codes = numbers[..., None] >> shifts & numbers.dtype.type((1 << width) - 1)
     return found
 
 
 def _rows(part: Bytes, width: int, size: int) -> Codes:
-    """Fields of ``width`` bits of runs of ``size`` bytes, ``[n, runs, fields, size]``: a run's lowest fields first."""
+    """Return ``width``-bit fields of runs of ``size`` bytes as ``[n, runs, fields, size]``, lowest fields first."""
     found: Codes = _fields(part.reshape(len(part), -1, size), width, 8 // width).swapaxes(-1, -2)
     return found
 
 
 @cache
 def _signs() -> Floats:
-    """+1 and -1 by bits of a byte, ``[256, 8]``: a bit that is set stands for -1, the lowest first."""
+    """Return ``[256, 8]``: -1 for each set bit of a byte and +1 for each clear one, lowest bit first."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     return np.where(bits, np.float32(-1), np.float32(1))
 
 
 @cache
 def _even_signs() -> Floats:
-    """Those of 7 bits, ``[128, 8]``: the eighth makes the number of minus signs even."""
+    """Return ``[128, 8]``: signs by 7 bits; the eighth sign makes the number of minus signs even."""
     return np.stack([_signs()[code | code.bit_count() % 2 << 7] for code in range(128)])
 
 
@@ -120,7 +120,8 @@ def _iq2_s(blocks: Bytes) -> Floats:
 
 
 def _nibble_scales(blocks: Bytes, at: int) -> Floats:
-    """The scales ``[n, 16, 1]`` of groups: the block's times half more than a nibble from byte ``at`` on."""
+    """Return the group scales ``[n, 16, 1]``: the block's scale times (nibble + 0.5), with nibbles from byte ``at``
+    on."""
     nibbles = _fields(blocks[:, at : at + 8], 4, 2).reshape(-1, 16, 1)
     return _half(blocks, 0) * (nibbles + np.float32(0.5))
 
@@ -162,7 +163,7 @@ def _iq1_m(blocks: Bytes) -> Floats:
 
 
 def _tq1_0(blocks: Bytes) -> Floats:
-    """Five digits of base 3 in a byte, the number multiplied by 256/243: the highest digit is its carry times 3."""
+    """Decode base-3 digits, five per byte. A byte is the number times 256/243; each digit is the carry of a times 3."""
     runs = ((blocks[:, :32], 5), (blocks[:, 32:48], 5), (blocks[:, 48:52], 4))
     digits = [
         (part[:, None] * (3 ** np.arange(count, dtype=np.uint8))[:, None]).reshape(len(part), -1)
@@ -182,4 +183,4 @@ DECODERS: dict[str, Callable[[Bytes], Floats]] = {
     "IQ2_XS": _iq2_xs, "IQ2_S": _iq2_s, "IQ3_XXS": _iq3_xxs, "IQ3_S": _iq3_s, "IQ1_S": _iq1_s, "IQ1_M": _iq1_m,
     "TQ1_0": _tq1_0, "TQ2_0": _tq2_0,
 }  # fmt: skip
-"""Floats of blocks ``[n, bytes]``, by type: ``n`` times a block's elements in their order."""
+"""Functions from blocks ``[n, bytes]`` to their elements in order as floats, by type."""

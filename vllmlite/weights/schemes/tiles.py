@@ -1,26 +1,25 @@
-"""Schemes that store weights in tiles of 16 rows: int8 and int4, and those that ggml's blocks are repacked into.
+"""Schemes that store weights in tiles of 16 rows: int8 and int4, and the forms that ggml's blocks are repacked into.
 
-A weight ``[out, in]`` is cut into groups of :data:`GROUP` elements along ``in``. An element is its group's scale times
-(its code minus the scheme's ``zero``), plus an offset where the scheme has offsets. Rows are stored :data:`TILE_ROWS`
-at a time, and both sizes are padded with elements that mean zero, so that a tile is read from its first byte to its
-last:
+A weight ``[out, in]`` is divided into groups of :data:`GROUP` elements along ``in``. An element is its group's scale
+times (its code minus the scheme's ``zero``), plus an offset if the scheme has offsets. :data:`TILE_ROWS` rows are
+stored together, and both dimensions are padded with elements that mean zero, so that a tile is read sequentially:
 
-- ``qweight``, codes of 8 bits: uint8 ``[tiles, groups, GROUP * TILE_ROWS]``, inside a group ``[quad][row][4]``:
+- ``qweight`` with 8-bit codes: uint8 ``[tiles, groups, GROUP * TILE_ROWS]``, within a group ``[quad][row][4]``:
   elements ``4 * quad`` to ``4 * quad + 3`` of each row;
-- codes of 4 bits: uint8 ``[tiles, groups, GROUP * TILE_ROWS / 2]``, inside a group ``[pair][row][4]``: quad
-  ``2 * pair`` in the low and ``2 * pair + 1`` in the high nibbles;
-- codes of 5 and 6 bits: the lowest four bits as above; after them, inside the group, the highest bits
+- ``qweight`` with 4-bit codes: uint8 ``[tiles, groups, GROUP * TILE_ROWS / 2]``, within a group ``[pair][row][4]``:
+  quad ``2 * pair`` in the low and ``2 * pair + 1`` in the high nibbles;
+- ``qweight`` with 5-bit and 6-bit codes: the lowest four bits as above; after them, within the group, the highest bits
   ``[part][row][4]``, the first quad's in the lowest bits of the first part's bytes;
 - ``scales``: bfloat16 ``[tiles, groups, TILE_ROWS]``; or float16 ``[tiles, units, TILE_ROWS]``, with offsets
-  ``[tiles, units, 2, TILE_ROWS]``, where a unit is one group, or :data:`UNIT_GROUPS` groups where there are sub-scales;
+  ``[tiles, units, 2, TILE_ROWS]``. A unit is one group, or :data:`UNIT_GROUPS` groups if there are sub-scales;
 - ``sub_scales``, which multiply the scales of a unit: int8 ``[tiles, groups, n, TILE_ROWS]``, one for each of a group's
   one or two scales, then one for its offset.
 
 ``int8`` and ``int4`` are made from floats (symmetric round-to-nearest quantisation; Jacob et al. 2018). An int8 scale
-makes the element of the largest magnitude -128. An int4 scale is the one of least squared error among
-:data:`SCALE_TRIES` candidates around the one that makes that element -8, each fitted to its codes. The other schemes
-are made from ggml's blocks (:mod:`vllmlite.weights.schemes.gguf_blocks`). Products quantise activations as an int8
-weight's row is, with float32 scales.
+maps the element of the largest magnitude to -128. An int4 scale has the least squared error of :data:`SCALE_TRIES`
+candidates around the scale that maps that element to -8, each refitted to its codes. The other schemes are made from
+ggml's blocks (:mod:`vllmlite.weights.schemes.gguf_blocks`). Matrix products quantise activations as int8 does the rows
+of a weight, with float32 scales.
 """
 
 from __future__ import annotations
@@ -46,33 +45,33 @@ from vllmlite.weights.host import (
 GROUP = 32
 TILE_ROWS = 16
 UNIT_GROUPS = 8
-"""Groups that share a scale which sub-scales multiply."""
+"""Groups in a unit, which share one scale that sub-scales multiply."""
 SCALE_TRIES = 9
 QWEIGHT, SCALES, SUB_SCALES = "qweight", "scales", "sub_scales"
 
 
 @dataclass(frozen=True, slots=True)
 class TileScheme(Scheme):
-    """A scheme of this module; ``layout_of`` in ``csrc/cpu/kernels.hpp`` holds the same table."""
+    """One scheme of this module; ``layout_of`` in ``csrc/cpu/kernels.hpp`` has the same table."""
 
     name: str
     bits: int
     """Bits per code: 4, 5, 6 or 8."""
     zero: int
-    """The code that means 0."""
+    """The code that stands for 0."""
     scale_dtype: str = "float16"
     offsets: bool = False
-    """Each group has an offset, which is added to its elements."""
+    """Whether each group has an offset, which is added to its elements."""
     sub_scales: bool = False
-    """Groups of a unit share a scale, which whole numbers multiply."""
+    """Whether the groups of a unit share a scale, which integer sub-scales multiply."""
     elements_per_scale: int = GROUP
-    """A group, or half of one."""
+    """GROUP, or half of it."""
     row_unit: int = TILE_ROWS
     column_unit: int = GROUP
 
     @property
     def scales_per_group(self) -> int:
-        """One or two."""
+        """1 or 2."""
         return GROUP // self.elements_per_scale
 
     def parts(self, shape: Shape) -> dict[str, Part]:
@@ -121,7 +120,7 @@ class TileScheme(Scheme):
         return self.assembled((weight.shape[0], last - first), parts)
 
     def assembled(self, shape: tuple[int, int], parts: dict[str, NDArray[Any]]) -> PackedWeight:
-        """The weight of ``shape`` whose parts have the elements ``parts``, bfloat16 as unsigned integers."""
+        """Return the weight of ``shape`` with the elements ``parts``; bfloat16 is given as unsigned integers."""
         return PackedWeight(
             self,
             shape,
@@ -148,11 +147,11 @@ TILES = {
         TileScheme("q6_k", 6, 32, sub_scales=True, elements_per_scale=16, column_unit=_WHOLE_UNITS),
     )
 }
-"""Our own two schemes, which checkpoints store, and the forms that ggml's blocks are repacked into."""
+"""int8 and int4, which checkpoints store, and the forms that ggml's blocks are repacked into."""
 
 
 def quantize(weight: Floats, name: str) -> PackedWeight:
-    """``weight [out, in]``, whose values must be finite, in the scheme ``int8`` or ``int4``."""
+    """Quantise ``weight [out, in]``, whose values must be finite, to the scheme ``int8`` or ``int4``."""
     scheme = TILES[name]
     rows, size = weight.shape
     groups = np.pad(weight, ((0, 0), (0, -size % GROUP))).reshape(rows, -1, GROUP)
@@ -168,8 +167,10 @@ def pack(
     scales: Floats,
     sub_scales: NDArray[np.int8] | None = None,
 ) -> PackedWeight:
-    """A weight ``[out, in]`` from codes ``[out, groups, GROUP]``, scales ``[out, units, 1]`` (with offsets
-    ``[out, units, 2]``) whose values are exact in the scheme's dtype, and sub-scales ``[out, groups, n]``."""
+    """Return a weight ``[out, in]`` from row-major arrays.
+
+    These are codes ``[out, groups, GROUP]``, scales ``[out, units, 1]`` (with offsets ``[out, units, 2]``) that are
+    exact in the scheme's dtype, and sub-scales ``[out, groups, n]``."""
     parts = _parts(scheme, codes)
     padding = _parts(scheme, np.full((1, 1, GROUP), scheme.zero, np.uint8))
     return packed_weight(
@@ -188,7 +189,7 @@ def packed_weight(
     scales: Floats,
     sub_scales: NDArray[np.int8] | None = None,
 ) -> PackedWeight:
-    """A weight ``[out, in]`` from codes, scales (exact in the scheme's dtype) and sub-scales in tile order."""
+    """Return a weight ``[out, in]`` from codes, scales (exact in the scheme's dtype) and sub-scales in tile order."""
     if scheme.scale_dtype == "bfloat16":
         bits = (np.ascontiguousarray(scales).view(np.uint32) >> 16).astype("<u2")
     else:
@@ -198,8 +199,8 @@ def packed_weight(
 
 
 def unpack(weight: PackedWeight) -> tuple[NDArray[np.int8], Floats, Floats | None]:
-    """Codes minus the scheme's zero, int8 ``[out, n, elements_per_scale]``; scales float32 ``[out, n]``; offsets
-    float32 ``[out, groups]`` where the scheme has them."""
+    """Return codes minus the scheme's zero, int8 ``[out, n, elements_per_scale]``; scales, float32 ``[out, n]``; and
+    offsets, float32 ``[out, groups]``, or None if the scheme has none."""
     scheme = weight.scheme
     assert isinstance(scheme, TileScheme)
     codes_part, scales_part = weight.parts[QWEIGHT], weight.parts[SCALES]
@@ -228,12 +229,12 @@ def unpack(weight: PackedWeight) -> tuple[NDArray[np.int8], Floats, Floats | Non
 
 
 def _elements(part: HostTensor) -> NDArray[Any]:
-    """The elements of ``part`` in its shape, as unsigned integers of their size."""
+    """Return the elements of ``part`` in its shape, as unsigned integers of the same size."""
     return part.data.view(f"u{ITEM_SIZE[part.dtype]}").reshape(part.shape)
 
 
 def _parts(scheme: TileScheme, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Codes ``[out, groups, GROUP]`` as a row's share of the layout, ``[out, groups, parts, 4]``."""
+    """Return codes ``[out, groups, GROUP]`` packed as in a tile's row: ``[out, groups, parts, 4]``."""
     quads = codes.reshape(*codes.shape[:2], GROUP // 4, 4)
     if scheme.bits == 8:
         return np.ascontiguousarray(quads)
@@ -247,7 +248,7 @@ def _parts(scheme: TileScheme, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _quads(scheme: TileScheme, stored: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Codes ``[tiles, groups, GROUP / 4, TILE_ROWS, 4]`` of parts ``[tiles, groups, parts, TILE_ROWS, 4]``."""
+    """Return codes ``[tiles, groups, GROUP / 4, TILE_ROWS, 4]`` from parts ``[tiles, groups, parts, TILE_ROWS, 4]``."""
     if scheme.bits == 8:
         return stored
     low, rest = stored[:, :, : GROUP // 8], stored[:, :, GROUP // 8 :, None]
@@ -262,7 +263,7 @@ def _quads(scheme: TileScheme, stored: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _to_tiles(values: NDArray[Any], filling: NDArray[Any] | None = None) -> NDArray[Any]:
-    """``[rows, groups, n]`` as ``[tiles, groups, n, TILE_ROWS]``, filled up with ``filling [1, 1, n]``, or zeros."""
+    """Return ``[rows, groups, n]`` as ``[tiles, groups, n, TILE_ROWS]``, padded with ``filling [1, 1, n]`` or zeros."""
     missing = -len(values) % TILE_ROWS, *values.shape[1:]
     padding = np.zeros(missing, values.dtype) if filling is None else np.broadcast_to(filling, missing)
     padded = np.concatenate((values, padding)).reshape(-1, TILE_ROWS, *values.shape[1:])
@@ -270,12 +271,12 @@ def _to_tiles(values: NDArray[Any], filling: NDArray[Any] | None = None) -> NDAr
 
 
 def _rows(values: NDArray[Any], rows: int) -> NDArray[Any]:
-    """``[tiles, groups, n, TILE_ROWS, ...]`` as ``[rows, groups, n, ...]``."""
+    """Return ``[tiles, groups, n, TILE_ROWS, ...]`` as ``[rows, groups, n, ...]``."""
     return np.moveaxis(values, 3, 1).reshape(-1, *values.shape[1:3], *values.shape[4:])[:rows]
 
 
 def _extremes(groups: Floats) -> Floats:
-    """Of each group the element of the largest magnitude, the positive one of two."""
+    """Return each group's element of the largest magnitude; of two equal ones, the positive one."""
     high, low = groups.max(-1), groups.min(-1)
     found: Floats = np.where(high > -low, high, low)
     return found
@@ -301,7 +302,7 @@ def _int4_scales(groups: Floats) -> Floats:
         fitted = rounded_to_bf16(
             np.divide((codes * groups).sum(-1), squares, out=np.zeros_like(squares), where=squares != 0)
         )
-        with np.errstate(over="ignore"):  # what is too large to be squared is left to the first scale
+        with np.errstate(over="ignore"):  # values too large to square keep the first scale
             error = np.square(groups - _codes(groups, fitted, TILES["int4"].zero) * fitted[..., None]).sum(-1)
         better = error < least
         best, least = np.where(better, fitted, best), np.where(better, error, least)
