@@ -23,7 +23,7 @@ from vllmlite.models import load_model
 
 
 def choose(**wanted: Any) -> tuple[Backend, str]:
-    return select.select_backend(select.Wanted(**wanted))
+    return select.select_backend(select.BackendRequest(**wanted))
 
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -311,7 +311,7 @@ def test_impossible_backends_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_is_chosen_before_torch() -> None:
     backend, why = select.select_backend(
-        select.Wanted(device="cpu", checkpoint_dtype="float16", cpu_isa=ISAS[0], threads=1)
+        select.BackendRequest(device="cpu", checkpoint_dtype="float16", cpu_isa=ISAS[0], threads=1)
     )
     assert isinstance(backend, CpuBackend)
     assert (backend.dtype, backend.isa, backend.threads) == ("float16", ISAS[0], 1)

@@ -1,5 +1,4 @@
-"""How many CPUs this process may use, its affinity or less where a control group's quota says so; and which of them
-share memory."""
+"""Number of CPUs this process may use (affinity and cgroup quotas), and binding threads to NUMA nodes."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from pathlib import Path
 
 
 def usable_cores() -> int:
-    """CPUs of the process's affinity mask, within the quotas of its control groups (version 2), and at least one."""
+    """Return the number of CPUs in the affinity mask, limited by cgroup v2 quotas; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
@@ -23,8 +22,10 @@ def usable_cores() -> int:
 
 
 def thread_places(threads: int, nodes: Path = Path("/sys/devices/system/node")) -> list[list[int]]:
-    """For each thread the CPUs to bind it to: those of one NUMA node, threads shared out among the nodes by how many of
-    their CPUs the process may use. Empty lists, which bind nothing, where there are no two nodes to choose from."""
+    """Return the CPUs to bind each thread to: those of one NUMA node.
+
+    Threads are distributed over the nodes in proportion to their usable CPUs. The lists are empty (no binding) unless
+    there are at least two nodes."""
     own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     lists = (_cpu_list(file) for file in sorted(nodes.glob("node*/cpulist")))
     usable = [cpus for cpus in (sorted(own.intersection(numbers)) for numbers in lists) if cpus]
@@ -39,7 +40,7 @@ def thread_places(threads: int, nodes: Path = Path("/sys/devices/system/node")) 
 
 
 def _cpu_list(file: Path) -> list[int]:
-    """The numbers in a list such as ``0-3,8``; none where it cannot be read."""
+    """Parse a list of numbers such as ``0-3,8``; return [] if it cannot be read."""
     try:
         ranges = [part.partition("-") for part in file.read_text().strip().split(",") if part]
         return [cpu for low, dash, high in ranges for cpu in range(int(low), int(high if dash else low) + 1)]
@@ -48,7 +49,7 @@ def _cpu_list(file: Path) -> list[int]:
 
 
 def _quota(file: Path) -> int:
-    """Whole CPUs that ``cpu.max`` grants, at least one; 0 where it grants all or cannot be read."""
+    """Return the whole CPUs that ``cpu.max`` grants, at least 1; or 0 if it is unlimited or unreadable."""
     try:
         quota, period = file.read_text().split()
         return max(1, int(quota) // int(period))

@@ -1,4 +1,4 @@
-"""How much memory this process may still take: the machine's, or less where a control group says so."""
+"""Memory that this process may use: the machine's, limited by control groups."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from vllmlite.backends.base import Memory
 
 
 def host_memory() -> Memory:
-    """Total and available bytes of main memory, within the limits of the process's control groups (version 2)."""
+    """Return total and available bytes of main memory, within the process's cgroup v2 limits."""
     total, free = _machine()
     for group in _groups():
         limit, used = _number(group / "memory.max"), _number(group / "memory.current")
         if limit is None or used is None:
             continue
-        # Inactive file pages count as used but are given back under pressure, as they are on the whole machine.
+        # Inactive file pages count as used, but the kernel reclaims them under pressure.
         used -= _statistic(group / "memory.stat", "inactive_file")
         total, free = min(total, limit), min(free, max(limit - used, 0))
     return Memory(total, free)
@@ -34,7 +34,7 @@ def _machine() -> tuple[int, int]:
 
 
 def _groups() -> list[Path]:
-    """Directories of the process's control group and of those around it."""
+    """Return the directories of the process's control group and its ancestors."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Which backend computes: every candidate is asked, each that declines says why, and the choice is never silent."""
+"""Choosing the compute backend: candidates are tried in order, and each that declines gives its reason."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from vllmlite.errors import BackendError, ParameterError, not_installed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What a backend is to do. Raises :class:`ParameterError` for what no backend knows."""
+class BackendRequest:
+    """What is asked of a backend. Raises :class:`ParameterError` for values that no backend has."""
 
     backend: str = "auto"
     """``auto`` or a name in ``CANDIDATES``."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: str = "auto"
-    """``auto`` or one of ``FLOAT_DTYPES``; ``auto`` is ``checkpoint_dtype``, except float16 for bfloat16 on GPUs
-    without it, and float32 for float16 on the CPU."""
+    """``auto`` or one of ``FLOAT_DTYPES``. ``auto`` is ``checkpoint_dtype``, except float16 instead of bfloat16 on GPUs
+    without bfloat16, and float32 instead of float16 on the CPU."""
     checkpoint_dtype: str = "float32"
     threads: int | None = None
     cpu_isa: str = "auto"
     quantization: str | None = None
-    """One of ``QUANTIZATIONS``, the scheme in which float weights are quantised at load; None: they are not."""
+    """The scheme to quantise float weights to at load, one of ``QUANTIZATIONS``; None: do not quantise."""
     packed: bool = False
-    """Most products will have packed weights if the backend multiplies their schemes."""
+    """Whether most weight matrices will be packed, if the backend multiplies their schemes."""
     model: str = "the model"
     only: Collection[str] = ()
-    """The backends that ``model`` can run on; empty: all."""
+    """Names of the only backends that can run ``model``; empty: all can."""
     batch_invariant: bool = False
-    """Rows are the same to the bit however they are batched, which native backends alone have."""
+    """Whether results must be bit-identical for any batch composition; only native backends support that."""
 
     def __post_init__(self) -> None:
         names = ("auto", *dict.fromkeys(name for name, _, _ in CANDIDATES))
@@ -53,30 +53,30 @@ class Wanted:
 
 
 GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
-"""Device files, one of which is there wherever CUDA runs: Linux, WSL, Tegra."""
+"""Device files; at least one exists wherever CUDA runs (Linux, WSL, Tegra)."""
 
 
-def _cuda(wanted: Wanted) -> Backend:
-    device = "cuda" if wanted.device == "auto" else wanted.device
+def _cuda(request: BackendRequest) -> Backend:
+    device = "cuda" if request.device == "auto" else request.device
     if not device.startswith("cuda"):
         raise BackendError(f"device {device} was asked for")
-    if wanted.quantization is not None and wanted.quantization not in CudaBackend.schemes:
-        raise BackendError(f"vllmlite._cuda does not multiply {wanted.quantization} weights")
-    return CudaBackend(device, wanted.dtype, wanted.checkpoint_dtype, wanted.batch_invariant)
+    if request.quantization is not None and request.quantization not in CudaBackend.schemes:
+        raise BackendError(f"vllmlite._cuda does not multiply {request.quantization} weights")
+    return CudaBackend(device, request.dtype, request.checkpoint_dtype, request.batch_invariant)
 
 
-def _refuse_invariance(wanted: Wanted) -> None:
-    if wanted.batch_invariant:
+def _refuse_invariance(request: BackendRequest) -> None:
+    if request.batch_invariant:
         raise BackendError("torch's products are not batch-invariant")
 
 
-def _torch_cuda(wanted: Wanted) -> Backend:
-    _refuse_invariance(wanted)
-    device = "cuda" if wanted.device == "auto" else wanted.device
+def _torch_cuda(request: BackendRequest) -> Backend:
+    _refuse_invariance(request)
+    device = "cuda" if request.device == "auto" else request.device
     if not device.startswith("cuda"):
         raise BackendError(f"device {device} was asked for")
-    if wanted.device == "auto" and not any(os.path.exists(node) for node in GPU_NODES):
-        # Known without the second that importing torch takes.
+    if request.device == "auto" and not any(os.path.exists(node) for node in GPU_NODES):
+        # This check avoids importing torch, which takes about a second.
         raise BackendError("this machine has no NVIDIA GPU")
     torch_module: Any = _import_torch()
     torch = torch_module.torch
@@ -85,58 +85,59 @@ def _torch_cuda(wanted: Wanted) -> Backend:
         raise BackendError(
             f"torch, built for CUDA {built}, finds no GPU" if built else "this torch is built without CUDA"
         )
-    dtype = wanted.checkpoint_dtype if wanted.dtype == "auto" else wanted.dtype
+    dtype = request.checkpoint_dtype if request.dtype == "auto" else request.dtype
     native = torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
-    if wanted.dtype == "auto" and dtype == "bfloat16" and not native:
+    if request.dtype == "auto" and dtype == "bfloat16" and not native:
         dtype = "float16"
-    backend: Backend = torch_module.TorchBackend(device, dtype, wanted.threads)
+    backend: Backend = torch_module.TorchBackend(device, dtype, request.threads)
     return backend
 
 
-def _torch_cpu(wanted: Wanted) -> Backend:
-    _refuse_invariance(wanted)
+def _torch_cpu(request: BackendRequest) -> Backend:
+    _refuse_invariance(request)
     torch_module: Any = _import_torch()
-    if wanted.device not in ("auto", "cpu"):
-        raise BackendError(f"device {wanted.device} was asked for")
-    dtype = wanted.checkpoint_dtype if wanted.dtype == "auto" else wanted.dtype
-    if wanted.dtype == "auto" and dtype == "float16":
-        # CPUs rarely compute in float16: torch emulates it, several times slower than float32, and less exactly.
+    if request.device not in ("auto", "cpu"):
+        raise BackendError(f"device {request.device} was asked for")
+    dtype = request.checkpoint_dtype if request.dtype == "auto" else request.dtype
+    if request.dtype == "auto" and dtype == "float16":
+        # Few CPUs compute in float16: torch emulates it, several times slower than float32 and less exactly.
         dtype = "float32"
-    backend: Backend = torch_module.TorchBackend("cpu", dtype, wanted.threads)
+    backend: Backend = torch_module.TorchBackend("cpu", dtype, request.threads)
     return backend
 
 
-def _cpu(wanted: Wanted) -> Backend:
-    if wanted.device not in ("auto", "cpu"):
-        raise BackendError(f"device {wanted.device} was asked for")
-    dtype = wanted.checkpoint_dtype if wanted.dtype == "auto" else wanted.dtype
-    return CpuBackend(dtype, wanted.threads, wanted.cpu_isa, wanted.packed)
+def _cpu(request: BackendRequest) -> Backend:
+    if request.device not in ("auto", "cpu"):
+        raise BackendError(f"device {request.device} was asked for")
+    dtype = request.checkpoint_dtype if request.dtype == "auto" else request.dtype
+    return CpuBackend(dtype, request.threads, request.cpu_isa, request.packed)
 
 
-CANDIDATES: tuple[tuple[str, str, Callable[[Wanted], Backend]], ...] = (
+CANDIDATES: tuple[tuple[str, str, Callable[[BackendRequest], Backend]], ...] = (
     ("cuda", "cuda", _cuda),
     ("torch", "cuda", _torch_cuda),
     ("cpu", "cpu", _cpu),
     ("torch", "cpu", _torch_cpu),
 )
-"""Backend, kind of device, and a function that makes it or says in a BackendError why not; best first."""
+"""Backend name, kind of device, and a function that makes the backend or raises BackendError; preferred first."""
 
 
-def select_backend(wanted: Wanted) -> tuple[Backend, str]:
-    """The first candidate that can do what was asked, and a sentence that says which it is and why others declined.
-    BackendError with every reason where no candidate is left."""
+def select_backend(request: BackendRequest) -> tuple[Backend, str]:
+    """Return the first candidate that can do what ``request`` asks, and a text saying why the others were not taken.
+
+    Raises BackendError with all reasons if no candidate can."""
     declined = []
     for name, kind, make in CANDIDATES:
-        if wanted.backend not in ("auto", name):
-            declined.append(f"{name} on {kind} declined: backend {wanted.backend} was asked for")
+        if request.backend not in ("auto", name):
+            declined.append(f"{name} on {kind} declined: backend {request.backend} was asked for")
             continue
-        if wanted.only and name not in wanted.only:
+        if request.only and name not in request.only:
             declined.append(
-                f"{name} on {kind} declined: {wanted.model} runs on {', '.join(wanted.only)} alone"
+                f"{name} on {kind} declined: {request.model} runs on {', '.join(request.only)} only"
             )
             continue
         try:
-            chosen = make(wanted)
+            chosen = make(request)
         except BackendError as error:
             declined.append(f"{name} on {kind} declined: {error}")
         else:

@@ -1,4 +1,4 @@
-"""The reference backend: the contract in plain, vectorised torch, on the CPU or a CUDA device."""
+"""The reference backend: the backend contract in plain, vectorised torch, on the CPU or a CUDA device."""
 
 # ruff: noqa: D102  (the methods are documented in base.py)
 
@@ -43,14 +43,16 @@ _DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in ITEM_SIZE if not name.startswith("float8")
 }
 
-_EARLY = "copied_to_host"  # attribute of sampled ids: their copy, and the event after which it is complete
-_WIDEN_ROWS = 16  # from so many rows on, weights that the CPU cannot multiply well are widened first
-_WIDEN_PART = 4096  # rows of a weight that are widened at a time
+_HOST_COPY = (
+    "copied_to_host"  # attribute of sampled ids: (asynchronous copy to the host, event of its completion)
+)
+_CONVERT_ROWS = 16  # from this many rows on, convert weights to float32 if the CPU lacks fast 16-bit products
+_CONVERT_PART = 4096  # rows of a weight that are converted to float32 at a time
 
 
 @dataclass(frozen=True, slots=True)
 class TorchLinear:
-    """A dense weight ``[out, in]``, or the same in oneDNN's blocked layout, and a bias ``[out]``."""
+    """A dense weight ``[out, in]``, possibly in oneDNN's blocked layout, and a bias ``[out]``."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -58,7 +60,8 @@ class TorchLinear:
 
 @dataclass(frozen=True, slots=True)
 class TorchQuantized:
-    """Codes int8 ``[out, groups, GROUP]`` of ``size`` columns, scales float32 ``[out, groups]``, a bias ``[out]``."""
+    """Quantised weight int8 ``[out, groups, GROUP]`` of ``size`` columns, scales float32 ``[out, groups]``, bias
+    ``[out]``."""
 
     size: int
     bias: torch.Tensor | None
@@ -68,23 +71,25 @@ class TorchQuantized:
 
 @dataclass(slots=True)
 class StepPlan:
-    """What is derived from a batch once a step, on demand, and used by every layer."""
+    """Data derived from a batch once per step, on demand, and used by every layer."""
 
     rows: Rows
     token_slots: torch.Tensor
     block_table: torch.Tensor
     sampling: SamplePlan
     cache_slots: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By block size: int64 [T], where in the pool each token's key and value go."""
+    """By block size: int64 [T], index in the pool of each token's key and value."""
     groups: dict[tuple[KVSpec, int, int | None, bool], list[Group]] = field(default_factory=dict)
-    """By cache, query heads, window, and whether scores are edited."""
+    """By cache, number of query heads, window, and whether scores are edited."""
     rotations: list[tuple[Rope, torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    """Tables, and their cosines and signed sines for each element of the tokens' heads: float32 [T, 1, rotary_dim]."""
+    """Rotary tables with the cosines and signed sines of each element of the tokens' heads: float32 [T, 1,
+    rotary_dim]."""
 
 
 class TorchBackend(Backend):
-    """``device`` as torch spells it, ``dtype`` one of ``FLOAT_DTYPES``; ``threads``: of the CPU, torch's default
-    where None. BackendError if there is no such device."""
+    """``device`` as torch names it, ``dtype`` one of ``FLOAT_DTYPES``, ``threads`` CPU threads (None: torch's default).
+
+    Raises BackendError if there is no such device."""
 
     name: ClassVar[str] = "torch"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
@@ -102,12 +107,12 @@ class TorchBackend(Backend):
         self.asynchronous = self._device.type == "cuda"
         self._dtype = _DTYPES[dtype]
         self._blocked = self._device.type == "cpu" and _blocked_layout_runs(self._dtype)
-        self._widened = self._device.type == "cpu" and not self._blocked and not _multiplies(self._dtype)
+        self._converted = self._device.type == "cpu" and not self._blocked and not _multiplies(self._dtype)
         self._attention_dtype = self._dtype
         if self._device.type == "cpu" and not _attends(self._dtype):
             self._attention_dtype = torch.float32
         if self.asynchronous:
-            torch.set_float32_matmul_precision("highest")  # no TF32: float32 means float32
+            torch.set_float32_matmul_precision("highest")  # never TF32
         if threads is not None:
             torch.set_num_threads(threads)
 
@@ -118,7 +123,7 @@ class TorchBackend(Backend):
         return made.to(self._device).to(_DTYPES[dtype] if dtype else made.dtype)
 
     def to_host(self, tensor: torch.Tensor) -> NDArray[Any]:
-        early: tuple[torch.Tensor, torch.cuda.Event] | None = getattr(tensor, _EARLY, None)
+        early: tuple[torch.Tensor, torch.cuda.Event] | None = getattr(tensor, _HOST_COPY, None)
         if early is not None:
             early[1].synchronize()
             return np.asarray(early[0].numpy())
@@ -246,7 +251,7 @@ class TorchBackend(Backend):
         )
 
     def _put(self, *arrays: NDArray[Any]) -> list[torch.Tensor]:
-        """Tensors of host ``arrays``: aliases on the CPU, else one copy for all, which nothing waits for."""
+        """Return device tensors of host ``arrays``: aliases on the CPU, else one asynchronous copy for all of them."""
         if self._device.type == "cpu":
             return [_from_numpy(np.ascontiguousarray(array)) for array in arrays]
         ends = np.cumsum([-(-array.nbytes // 16) * 16 for array in arrays])
@@ -304,8 +309,8 @@ class TorchBackend(Backend):
             return _quantized_linear(x, weight).to(x.dtype)
         if self._blocked:
             return _blocked_linear(x, weight.weight, weight.bias)
-        if self._widened and len(x) >= _WIDEN_ROWS:
-            return _widened_linear(x, weight.weight, weight.bias)
+        if self._converted and len(x) >= _CONVERT_ROWS:
+            return _converted_linear(x, weight.weight, weight.bias)
         return F.linear(x, weight.weight, weight.bias)
 
     @torch.inference_mode()
@@ -332,7 +337,7 @@ class TorchBackend(Backend):
                     else F.layer_norm(part.float(), (size,), eps=eps).mul_(norm)
                 )
         if rope is not None:
-            # In place, so that keys and values stay side by side as the cache has them.
+            # In place, so that keys and values stay adjacent, as in the cache.
             _rotate(heads[:, : num_heads + kv_heads, : rope.rotary_dim], rope, batch)
         kv.write(layer, _cache_slots(batch, kv.spec.block_size), qkv[:, num_heads * size :])
         return heads[:, :num_heads]
@@ -425,9 +430,9 @@ class TorchBackend(Backend):
             torch_sampling.edit(edited, slots, batch)
         ids = torch_sampling.choose(edited, batch)
         if self.asynchronous:
-            # On its way at once, so that reading it need not wait for a step that is launched before it is read.
+            # Start the copy now, so that reading the ids does not wait for a step launched later.
             copy = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True).copy_(ids, non_blocking=True)
-            setattr(ids, _EARLY, (copy, torch.cuda.current_stream(self._device).record_event()))
+            setattr(ids, _HOST_COPY, (copy, torch.cuda.current_stream(self._device).record_event()))
         return Sampled(ids, torch_sampling.logprobs(logits, ids, batch.num_logprobs) if wanted else None)
 
     @torch.inference_mode()
@@ -454,7 +459,7 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 
 
 def _rotate(x: torch.Tensor, rope: Rope, batch: ForwardBatch) -> None:
-    """Rotate ``x [T, heads, rotary_dim]`` in place, in float32."""
+    """Rotate ``x [T, heads, rotary_dim]`` in place, computing in float32."""
     cosines, sines = _rotation(rope, batch)
     if rope.interleaved:
         partner = x.view(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
@@ -487,7 +492,7 @@ def _cache_slots(batch: ForwardBatch, block_size: int) -> torch.Tensor:
 
 
 def _alias(host: HostTensor) -> torch.Tensor:
-    """A view of the host's bytes; a swapped copy where the machine's order is not theirs."""
+    """Return a view of the host's bytes, or a byte-swapped copy on a big-endian machine."""
     data, size = host.data, ITEM_SIZE[host.dtype]
     if sys.byteorder == "big" and size > 1:
         data = np.ascontiguousarray(data.reshape(-1, size)[:, ::-1]).reshape(-1)
@@ -497,7 +502,7 @@ def _alias(host: HostTensor) -> torch.Tensor:
 def _from_numpy(array: NDArray[Any]) -> torch.Tensor:
     if array.flags.writeable:
         return torch.from_numpy(array)
-    # Weights come from read-only mappings and are never written; torch cannot say so of a tensor, hence warns.
+    # Weights are read-only mappings and never written; torch has no read-only tensors and warns.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable")
         return torch.from_numpy(array)
@@ -508,17 +513,17 @@ def _blocked_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return out
 
 
-def _widened_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``F.linear`` in float32, part by part of the weight."""
+def _converted_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Compute ``F.linear`` in float32, converting the weight part by part."""
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    wide = x.float()
-    for at in range(0, len(weight), _WIDEN_PART):
-        out[:, at : at + _WIDEN_PART] = wide @ weight[at : at + _WIDEN_PART].float().T
+    floats = x.float()
+    for at in range(0, len(weight), _CONVERT_PART):
+        out[:, at : at + _CONVERT_PART] = floats @ weight[at : at + _CONVERT_PART].float().T
     return out if bias is None else out.add_(bias)
 
 
 def _quantized_linear(x: torch.Tensor, weight: TorchQuantized) -> torch.Tensor:
-    """The product in float32, part by part of the weight, of x rounded as its 8 bits a group have it."""
+    """Multiply in float32, part by part of the weight, after rounding x to 8 bits per group."""
     groups = F.pad(x.float(), (0, -weight.size % tiles.GROUP)).view(
         len(x), weight.scales.shape[1], tiles.GROUP
     )
@@ -526,17 +531,18 @@ def _quantized_linear(x: torch.Tensor, weight: TorchQuantized) -> torch.Tensor:
     extremes = torch.where(high > -low, high, low)
     inverse = torch.where(extremes == 0, 0, -128 / extremes)
     rounded = (groups * inverse).round().clamp(-128, 127) * (extremes * (-1 / 128))
-    wide = rounded.flatten(1)
+    floats = rounded.flatten(1)
     out = torch.empty(len(x), len(weight.codes), dtype=torch.float32, device=x.device)
-    for at in range(0, len(weight.codes), _WIDEN_PART):
-        part = slice(at, at + _WIDEN_PART)
-        out[:, part] = wide @ (weight.codes[part] * weight.scales[part, :, None]).flatten(1).T
+    for at in range(0, len(weight.codes), _CONVERT_PART):
+        part = slice(at, at + _CONVERT_PART)
+        out[:, part] = floats @ (weight.codes[part] * weight.scales[part, :, None]).flatten(1).T
     return out if weight.bias is None else out.add_(weight.bias)
 
 
 def _blocked_layout_runs(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies weights of ``dtype`` in oneDNN's blocked layout, which streams up to three times
-    faster than rows do. The ops are torch's own but not promised to users, hence the trial."""
+    """Return whether oneDNN's blocked weight layout, which streams up to three times faster, works for ``dtype``.
+
+    The ops are not part of torch's public interface, hence the trial."""
     try:
         weight = torch.linspace(-1, 1, 64 * 32, dtype=dtype).view(64, 32)
         x = torch.linspace(-1, 1, 3 * 32, dtype=dtype).view(3, 32)
@@ -549,8 +555,9 @@ def _blocked_layout_runs(dtype: torch.dtype) -> bool:
 
 
 def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch has fast products of ``dtype`` on this CPU: without oneDNN's, 16 bits run at a fifth of the speed
-    of float32."""
+    """Return whether torch has fast matrix products of ``dtype`` on this CPU.
+
+    Without oneDNN's kernels, 16-bit products run at a fifth of float32's speed."""
     if dtype is torch.float32:
         return True
     name = "bf16" if dtype is torch.bfloat16 else "fp16"
@@ -561,7 +568,9 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 
 def _attends(dtype: torch.dtype) -> bool:
-    """Whether torch's attention is fast in ``dtype`` on a CPU: its kernel multiplies bfloat16 by MKL or else, as in
-    Debian's build, one by one, thirty times slower than float32 takes; float16 is slower with either."""
+    """Return whether torch's attention is fast in ``dtype`` on a CPU.
+
+    Its kernel multiplies bfloat16 with MKL or, without it (as in Debian's build), element by element, thirty times
+    slower than float32; float16 is slow either way."""
     mkl: Any = torch.backends.mkl
     return dtype is torch.float32 or (dtype is torch.bfloat16 and bool(mkl.is_available()))

@@ -1,9 +1,8 @@
-"""Paged attention of the torch reference: how a step's rows become a few padded, vectorised attention calls.
+"""Paged attention of the torch reference: a step's rows become a few padded, vectorised attention calls.
 
-Rows are grouped by the powers of two of their query length and of the keys they see, so that padding stays bounded
-and no loop runs over sequences. A group gathers its keys and values out of the pool and attends in one call. Every
-index that the gather uses is clamped to tokens of the row itself, so blocks never written, or reused after a window
-passed them, are not read at all.
+Rows are grouped by the powers of two of their query length and number of keys, so that padding is bounded and no loop
+runs over sequences. A group gathers its keys and values from the pool and attends in one call. All gather indices are
+clamped to the row's own tokens, so blocks that were never written, or reused after a window passed them, are not read.
 """
 
 from __future__ import annotations
@@ -21,23 +20,24 @@ from vllmlite.backends.base import SCALE_SIZE, KVSpec
 
 Ints = NDArray[np.int64]
 Put = Callable[..., list[torch.Tensor]]
-"""Host arrays in, their tensors on the device out, in one copy that nothing waits for."""
+"""Copies host arrays to the device asynchronously, in one transfer, and returns their tensors."""
 
 LIMIT = 256 * 2**20
-"""Bytes that one group's gathered keys, values and mask may take, single rows' keys and values apart."""
-_KEEP_MASK = 32 * 2**20  # a mask up to this size is kept from layer to layer
-_SMALL = 256  # rows that see up to this many keys are grouped together
+"""Maximum bytes of one group's gathered keys, values and mask; a single row may exceed it."""
+_KEEP_MASK = 32 * 2**20  # masks up to this many bytes are reused by all layers
+_SMALL = 256  # rows with up to this many keys are grouped together
 
 
 def token_width(spec: KVSpec) -> int:
-    """Elements that a layer of the pool holds for a token: K and V, in int8 with the bytes of each head's scale."""
+    """Return the elements per token in a layer of the pool: K and V; for int8 also the bytes of each head's scale."""
     return 2 * spec.num_kv_heads * (spec.head_dim + SCALE_SIZE * (spec.dtype == "int8"))
 
 
 class TorchKV:
-    """A pool of key/value blocks: a layer is ``[num_blocks * block_size, 2 * K * D]``, a token's keys, then values.
+    """A pool of key/value blocks: per layer ``[num_blocks * block_size, 2 * K * D]``, a token's keys, then its values.
 
-    In int8 it is ``[num_blocks * block_size, 2 * K * (D + 4)]``: each head's codes, then the bytes of its scale."""
+    For int8 it is ``[num_blocks * block_size, 2 * K * (D + 4)]``: each head's quantised values, then its scale's
+    bytes."""
 
     def __init__(self, spec: KVSpec, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         self.spec = spec
@@ -47,7 +47,7 @@ class TorchKV:
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
 
     def write(self, layer: int, index: torch.Tensor, new: torch.Tensor) -> None:
-        """Put keys and values ``new [T, 2 * K * D]`` at the tokens ``index [T]``."""
+        """Store keys and values ``new [T, 2 * K * D]`` at the pool indices ``index [T]``."""
         if self.dtype == torch.int8:
             new = _quantised(new.reshape(len(new), -1, self.spec.head_dim)).flatten(1)
         self.layers[layer].index_copy_(0, index, new.to(self.dtype))
@@ -55,22 +55,23 @@ class TorchKV:
     def gather(
         self, layer: int, index: torch.Tensor, rows: int, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[rows, K, S, D]`` of the tokens ``index [rows * S]``, valid until the next call."""
+        """Return keys and values ``[rows, K, S, D]`` of the pool indices ``index [rows * S]``, valid until the next
+        call."""
         pool = self.layers[layer]
         found = self._buffer((len(index), pool.shape[1]), self.dtype)
         torch.index_select(pool, 0, index, out=found)
         if self.dtype == torch.int8:
             heads = found.view(len(index), -1, self.spec.head_dim + SCALE_SIZE)
             codes, scales = heads[..., : self.spec.head_dim], heads[..., self.spec.head_dim :]
-            wide = self._buffer(codes.shape, dtype)
-            found = torch.mul(codes, scales.contiguous().view(torch.float32), out=wide)
+            floats = self._buffer(codes.shape, dtype)
+            found = torch.mul(codes, scales.contiguous().view(torch.float32), out=floats)
         elif dtype != self.dtype:
             found = self._buffer(found.shape, dtype).copy_(found)
         both = found.view(rows, -1, 2, self.spec.num_kv_heads, self.spec.head_dim)
         return both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2)
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """The same memory for all layers: fresh memory of this size would be faulted in page by page each time."""
+        """Return scratch memory that all layers reuse: newly allocated memory would cause page faults each time."""
         size = math.prod(shape)
         kept = self._scratch.get(dtype)
         if kept is None or len(kept) < size:
@@ -79,9 +80,9 @@ class TorchKV:
 
 
 def _quantised(x: torch.Tensor) -> torch.Tensor:
-    """Codes of ``x [..., D]``, and the bytes of a scale: int8 ``[..., D + 4]``."""
+    """Quantise ``x [..., D]`` to int8 ``[..., D + 4]``: the values, then the bytes of a float32 scale."""
     x = x.float()
-    # By a tensor: CUDA multiplies by the reciprocal of a plain number, which rounds otherwise.
+    # Divide by a tensor: CUDA replaces division by a Python number with a multiplication, which rounds differently.
     scale = (x.abs().amax(-1, keepdim=True) / x.new_tensor(127)).clamp(min=torch.finfo(torch.float32).tiny)
     codes = (x / scale).round().nan_to_num().to(torch.int8)
     return torch.cat((codes, scale.view(torch.int8)), -1)
@@ -89,7 +90,7 @@ def _quantised(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(slots=True)
 class Rows:
-    """Host arrays of a step, one entry a row: first token, number of tokens, context length, slot."""
+    """Host arrays of a step, one entry per row: first token, number of tokens, context length, slot."""
 
     start: Ints
     length: Ints
@@ -99,18 +100,18 @@ class Rows:
 
 @dataclass(slots=True)
 class Group:
-    """Rows g that attend together, padded to Q tokens and S keys a row."""
+    """Rows g that attend in one call, padded to Q tokens and S keys per row."""
 
     rows: int
     queries: int
     causal: bool
-    """Rows without earlier context, where the call itself can mask: S = Q."""
+    """No row has earlier context, so that torch's causal mask can be used: S = Q."""
     tokens: torch.Tensor | None
     """[g * Q] indices into T; None: all tokens of the step, in order."""
     targets: torch.Tensor | None
-    """Indices into T of those that are not padding; None as above."""
+    """Indices into T of tokens that are not padding; None if ``tokens`` is None."""
     real: torch.Tensor | None
-    """Indices into g * Q of those that are not padding; None: all."""
+    """Indices into g * Q of tokens that are not padding; None: all."""
     keys: torch.Tensor
     """[g * S] indices into the pool."""
     first_key: torch.Tensor
@@ -120,11 +121,12 @@ class Group:
     num_keys: int
     window: int | None
     open: bool
-    """Every query sees every key: one token a row, equally many keys."""
+    """Every query attends to every key: one token per row, equal numbers of keys."""
     kept_mask: torch.Tensor | None = None
 
     def mask(self, heads_together: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive mask ``[g, 1, Q * heads_together, S]`` (or 1 for Q = 1), None where every query sees every key."""
+        """Return the additive mask ``[g, 1, Q * heads_together, S]`` (for Q = 1 ``[g, 1, 1, S]``), or None if not
+        needed."""
         if self.open:
             return None
         if self.kept_mask is not None and self.kept_mask.dtype == dtype:
@@ -155,8 +157,9 @@ def plan_groups(
     block_table: torch.Tensor,
     put: Put,
 ) -> list[Group]:
-    """The groups of a step for layers of sliding ``window``; ``item_size``: bytes of a number in the computation;
-    ``edited``: whether scores are written out, a number a head, query and key."""
+    """Return the groups of a step for layers with sliding ``window``.
+
+    ``item_size``: bytes per number in the computation; ``edited``: scores are materialised, per head, query and key."""
     num_tokens = int(rows.length.sum())
     score_bytes = 3 * heads * item_size if edited else heads // spec.num_kv_heads * (item_size + 1)
     rows = _split(rows, window, score_bytes, edited)
@@ -180,7 +183,7 @@ def plan_groups(
 
 
 def _split(rows: Rows, window: int | None, mask_bytes: int, all_masked: bool) -> Rows:
-    """Cut rows whose mask (``mask_bytes`` a query and key) would pass half the limit into several, as chunks."""
+    """Split rows whose mask (``mask_bytes`` per query and key) would exceed half the limit into chunks."""
     keys = rows.context if window is None else np.minimum(rows.context, window + rows.length)
     masked = (rows.context > rows.length) | (keys < rows.context) | all_masked
     most = np.where(masked, np.maximum(LIMIT // 2 // (keys * mask_bytes), 16), rows.length)
@@ -196,8 +199,9 @@ def _split(rows: Rows, window: int | None, mask_bytes: int, all_masked: bool) ->
 
 
 def _buckets(rows: Rows, keys: Ints) -> Iterator[Ints]:
-    """Indices of rows whose query lengths and key counts round up to the same powers of two, those without earlier
-    context apart."""
+    """Yield indices of rows whose query lengths and key counts round up to the same powers of two.
+
+    Rows without earlier context are grouped separately."""
     power = np.ceil(np.log2(rows.length)) * 64 + np.ceil(np.log2(np.maximum(keys, _SMALL)))
     power = np.where((rows.context == rows.length) & (rows.length > 1), -power, power)
     if (power == power[0]).all():
@@ -226,7 +230,7 @@ def _group(
     )
     opened = queries == 1 and bool((rows.context - first == keys).all())
     if not causal and not opened:
-        keys = -(-keys // 8) * 8  # an aligned mask, as the memory-efficient CUDA kernel wants it
+        keys = -(-keys // 8) * 8  # the memory-efficient CUDA kernel needs an aligned mask
     offsets = np.minimum(np.arange(queries), rows.length[:, None] - 1)
     tokens = (rows.start[:, None] + offsets).ravel()
     everything = len(tokens) == num_tokens and bool((tokens == np.arange(num_tokens)).all())
@@ -259,8 +263,7 @@ def _group(
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What becomes of a query's product with a key before the softmax: scaled, capped, and its head's slope times the
-    distance added."""
+    """How scores are computed before the softmax: scaled, soft-capped, and with ALiBi's slope times distance added."""
 
     scale: float
     soft_cap: float | None = None
@@ -268,14 +271,15 @@ class Scores:
 
     @property
     def edited(self) -> bool:
-        """Whether they are more than scaled."""
+        """Whether scores are changed beyond scaling."""
         return self.soft_cap is not None or self.alibi is not None
 
 
 def attend(
     q: torch.Tensor, kv: TorchKV, layer: int, groups: list[Group], scores: Scores, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Attention of ``q [T, H, D]`` over the pool, computed in ``dtype``: ``[T, H * D]`` in that of ``q``."""
+    """Attend with ``q [T, H, D]`` over the pool, computing in ``dtype``; return ``[T, H * D]`` in the dtype of
+    ``q``."""
     if len(groups) == 1 and groups[0].tokens is None:
         return _attend_group(q.to(dtype), kv, layer, groups[0], scores).to(q.dtype)
     out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
@@ -289,7 +293,7 @@ def attend(
 
 
 def _attend_group(q: torch.Tensor, kv: TorchKV, layer: int, group: Group, scores: Scores) -> torch.Tensor:
-    """``q [g * Q, H, D]``, padded: ``[g * Q, H * D]``."""
+    """Attend with padded ``q [g * Q, H, D]``; return ``[g * Q, H * D]``."""
     heads, size = q.shape[1:]
     kv_heads = kv.spec.num_kv_heads
     together = heads // kv_heads
@@ -302,7 +306,7 @@ def _attend_group(q: torch.Tensor, kv: TorchKV, layer: int, group: Group, scores
         padded = q.view(group.rows, group.queries, heads, size).transpose(1, 2)
         out = F.scaled_dot_product_attention(padded, keys, values, is_causal=True, scale=scores.scale)
         return out.transpose(1, 2).reshape(-1, heads * size)
-    # The query heads of a key/value head become further queries of it, so keys and values need no repeating.
+    # The query heads of a key/value head become additional queries, so keys and values need not be repeated.
     folded = q.view(group.rows, group.queries, kv_heads, together, size).permute(0, 2, 1, 3, 4)
     folded = folded.reshape(group.rows, kv_heads, -1, size)
     mask = group.mask(together, q.dtype)
@@ -322,7 +326,7 @@ def _edited_attention(
     group: Group,
     scores: Scores,
 ) -> torch.Tensor:
-    """Of ``q [g, K, Q * together, D]``, ``keys`` and ``values [g, K, S, D]``, in float32."""
+    """Attend with explicit float32 scores: ``q [g, K, Q * together, D]``, ``keys`` and ``values [g, K, S, D]``."""
     found = (q @ keys.transpose(-1, -2)).float() * scores.scale
     if scores.soft_cap is not None:
         found = found.div_(scores.soft_cap).tanh_().mul_(scores.soft_cap)

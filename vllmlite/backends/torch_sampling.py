@@ -1,7 +1,7 @@
-"""Sampling of the torch reference: what lives a slot, and how ids are chosen from logits.
+"""Sampling of the torch reference: the state per slot, and choosing ids from logits.
 
-Parameters stay on the host; :func:`plan` turns those of a step's rows into a few arrays that travel with its batch.
-Only what the device must remember is there: block tables, last ids and, once a slot asks for penalties, counts.
+Sampling parameters stay on the host; :func:`plan` turns those of a step's rows into a few arrays that are uploaded with
+the batch. The device only keeps block tables, last ids and, once a slot has penalties, token counts.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from vllmlite.backends.base import ForwardBatch, Logprobs, SlotParams, SlotSpec
 from vllmlite.backends.torch_attention import Put
 
-_HEAD = 1024  # up to so many largest logits are looked for; for more, all are sorted
-_CHUNK = 2**22  # logits a pass of log-probabilities
+_HEAD = 1024  # up to this many largest logits use topk; more sort all
+_CHUNK = 2**22  # logits per pass of log-probabilities
 
 
 class TorchSlots:
-    """State of ``spec.max_slots`` sequences."""
+    """The device state of ``spec.max_slots`` sequences."""
 
     def __init__(self, spec: SlotSpec, device: torch.device) -> None:
         self.spec = spec
@@ -29,12 +29,12 @@ class TorchSlots:
         self.last_id = torch.zeros(spec.max_slots, dtype=torch.int32, device=device)
         self.params = [SlotParams()] * spec.max_slots
         self.counts: torch.Tensor | None = None
-        """int32 [max_slots, V]: how often each id was generated; from the first slot with penalties on."""
+        """int32 [max_slots, V]: how often each id was generated; allocated for the first slot with penalties."""
         self.prompt: torch.Tensor | None = None
-        """bool [max_slots, V]: whether the prompt holds it."""
+        """bool [max_slots, V]: whether the prompt contains the id."""
 
     def set(self, slot: int, params: SlotParams) -> None:
-        """Hand ``slot`` to a new sequence."""
+        """Assign ``slot`` to a new sequence."""
         self.params[slot] = params
         if not penalised(params):
             return
@@ -51,7 +51,7 @@ class TorchSlots:
     def check_blocks(
         self, slot_ids: NDArray[np.int32], columns: NDArray[np.int32], blocks: NDArray[np.int32]
     ) -> None:
-        """IndexError for an entry of the block table that there is not, or a block that is not in the pool."""
+        """Raise IndexError for an entry outside the block table, or a block outside the pool."""
         limits = (
             ("slot", slot_ids, self.spec.max_slots),
             ("block table column", columns, self.spec.max_blocks),
@@ -64,18 +64,18 @@ class TorchSlots:
 
 
 def penalised(params: SlotParams) -> bool:
-    """Whether any penalty is on."""
+    """Return whether any penalty is set."""
     return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
 @dataclass(slots=True)
 class SamplePlan:
-    """What the sampling of one step needs, on the device; None where no row needs it. Rows are indices into N."""
+    """Device data for the sampling of one step; None where no row needs it. Rows are indices into N."""
 
     edits: bool = False
-    """Whether logits are changed before ids are chosen."""
+    """Whether logits are changed before sampling."""
     bias: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    """Rows, ids and what is added to their logits."""
+    """Rows, ids, and the values added to their logits."""
     penalties: PenaltyPlan | None = None
     random: RandomPlan | None = None
     drafts: DraftPlan | None = None
@@ -83,44 +83,45 @@ class SamplePlan:
 
 @dataclass(slots=True)
 class PenaltyPlan:
-    """Rows with penalties."""
+    """The rows with penalties."""
 
     rows: torch.Tensor
     slots: torch.Tensor
     strength: torch.Tensor
     """float32 [3, rows, 1]: repetition, frequency and presence penalties."""
     drafted: tuple[torch.Tensor, torch.Tensor] | None
-    """Pairs of a place among ``rows`` and a token of the batch that was drafted before it."""
+    """Pairs of an index into ``rows`` and a token of the batch that was drafted before that row."""
 
 
 @dataclass(slots=True)
 class DraftPlan:
-    """The sampled positions by slot, where a slot has several."""
+    """Grouping of the sampled positions by slot, if a slot has several."""
 
     starts: torch.Tensor
     """int64 [N]: the first row of each row's slot."""
     firsts: torch.Tensor
     """int64 [S]: the first row of each slot."""
     slot_of_row: torch.Tensor
-    """int64 [N]: places among ``firsts``."""
+    """int64 [N]: indices into ``firsts``."""
 
 
 @dataclass(slots=True)
 class RandomPlan:
-    """Rows that draw at random; None: all rows, in order."""
+    """The rows that sample randomly."""
 
     rows: torch.Tensor | None
+    """None: all rows, in order."""
     numbers: torch.Tensor
     """float64 [4, rows, 1]: temperature, log of min_p, top_p, random number."""
     top_k: torch.Tensor | None
-    """int64 [rows, 1], 0 where off."""
+    """int64 [rows, 1], 0 where off; None if off in all rows."""
     most: int
-    """Largest top_k; 0: at least one row has none."""
+    """Largest top_k, or 0 if at least one row has none."""
     top_p: bool
 
 
 def plan(batch: ForwardBatch, slots: TorchSlots, put: Put) -> SamplePlan:
-    """The plan of a host ``batch``; ``put`` moves arrays to the device."""
+    """Return the plan of a host ``batch``; ``put`` copies arrays to the device."""
     params = [slots.params[slot] for slot in batch.sample_slots.tolist()]
     made = SamplePlan(edits=batch.mask_rows is not None)
     starts = _starts(batch)
@@ -143,11 +144,11 @@ def plan(batch: ForwardBatch, slots: TorchSlots, put: Put) -> SamplePlan:
 
 
 def _starts(batch: ForwardBatch) -> NDArray[np.int64]:
-    """The first row of each row's slot."""
+    """Return the first row of each row's slot."""
     slots = np.asarray(batch.sample_slots)
-    begins = np.ones(len(slots), np.bool_)
-    begins[1:] = slots[1:] != slots[:-1]
-    return np.maximum.accumulate(np.where(begins, np.arange(len(slots)), 0))
+    is_first = np.ones(len(slots), np.bool_)
+    is_first[1:] = slots[1:] != slots[:-1]
+    return np.maximum.accumulate(np.where(is_first, np.arange(len(slots)), 0))
 
 
 def _plan_penalties(
@@ -193,7 +194,7 @@ def _plan_random(params: list[SlotParams], which: list[int], batch: ForwardBatch
 
 
 def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
-    """``base.uniform`` of each pair, the same bits."""
+    """Return ``base.uniform`` of each pair, bit for bit."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     counter = (positions.astype(np.uint64) + np.uint64(1)) * golden
     return (_mix64(_mix64(seeds + golden) + counter) >> np.uint64(40)).astype(np.float64) * 2.0**-24
@@ -206,7 +207,7 @@ def _mix64(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def edit(logits: torch.Tensor, slots: TorchSlots, batch: ForwardBatch) -> None:
-    """Bias, bitmask and penalties, in place."""
+    """Apply bias, bitmask and penalties in place."""
     made: SamplePlan = batch.backend.sampling
     if made.bias is not None:
         rows, ids, values = made.bias
@@ -230,24 +231,24 @@ def edit(logits: torch.Tensor, slots: TorchSlots, batch: ForwardBatch) -> None:
 
 
 def without_nan(logits: torch.Tensor) -> torch.Tensor:
-    """``logits`` with -inf in place of NaN."""
+    """Return ``logits`` with NaN replaced by -inf."""
     return logits.nan_to_num(-torch.inf, torch.inf, -torch.inf)
 
 
 def choose(logits: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-    """int32 ids [N] from edited ``logits``."""
+    """Return the sampled int32 ids [N] for edited ``logits``."""
     made: SamplePlan = batch.backend.sampling
     ids = logits.argmax(-1)
     if made.random is not None:
         rows = slice(None) if made.random.rows is None else made.random.rows
         some = logits[rows]
-        # Where the largest is infinite, nothing is drawn.
+        # A row whose largest logit is infinite takes the argmax instead of a random draw.
         ids[rows] = torch.where(some.amax(-1).isfinite(), draw(some, made.random), ids[rows])
     return ids.int()
 
 
 def accept(ids: torch.Tensor, slots: TorchSlots, batch: ForwardBatch) -> torch.Tensor:
-    """``Backend.accept``."""
+    """See ``Backend.accept``."""
     made: SamplePlan = batch.backend.sampling
     accepted, sample_slots, last = torch.ones_like(ids), batch.sample_slots.long(), ids
     if made.drafts is not None:
@@ -266,10 +267,12 @@ def accept(ids: torch.Tensor, slots: TorchSlots, batch: ForwardBatch) -> torch.T
 
 
 def draw(logits: torch.Tensor, random: RandomPlan) -> torch.Tensor:
-    """int64 ids [rows]: step 5 of ``Backend.sample``. Each filter becomes a least logit, so that equals stay together;
-    top_p is a share of what min_p and top_k left."""
+    """Return int64 ids [rows]: step 5 of ``Backend.sample``.
+
+    Each filter is expressed as a least logit, so that equal logits are kept or dropped together; top_p is a fraction of
+    what min_p and top_k keep."""
     temperature, least_log, top_p, number = random.numbers
-    # Largest first taken off: no temperature can overflow, and the largest probability is exp(0), whatever the sum.
+    # Subtract the largest logit first, so that no temperature overflows and the largest probability is exp(0).
     x = (logits - logits.amax(-1, keepdim=True)).div_(temperature.float())
     least = least_log.float()
     ordered = None
@@ -287,16 +290,16 @@ def draw(logits: torch.Tensor, random: RandomPlan) -> torch.Tensor:
 
 
 def _weights(x: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
-    """Probabilities of the logits from ``least`` up, times a constant, in float64 for exact sums."""
+    """Return unnormalised probabilities of the logits from ``least`` up, in float64 for exact sums."""
     return x.exp().masked_fill_(x < least, 0).double()
 
 
 def _largest(x: torch.Tensor, count: int) -> torch.Tensor:
-    """The ``count`` largest of each row, descending; all of them for 0, or where that is no more work."""
+    """Return the ``count`` largest logits of each row, descending; all for ``count`` 0 or if ``count`` is large."""
     if 0 < count <= _HEAD and count < x.shape[1]:
         return x.topk(count, dim=-1).values
     if x.device.type == "cpu":
-        # numpy sorts bare values with vector instructions, some thirty times faster than torch sorts pairs.
+        # numpy sorts values with vector instructions, some thirty times faster than torch, which also sorts indices.
         return torch.from_numpy(np.sort(x.numpy(), axis=-1)).flip(-1)
     return x.sort(dim=-1, descending=True).values
 
@@ -308,11 +311,11 @@ def _nucleus(
     top_p: torch.Tensor,
     ordered: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The least logit of the smallest set whose weight reaches ``top_p`` of the total (Holtzman et al. 2020)."""
+    """Return the least logit of the smallest set whose weight reaches ``top_p`` of the total (Holtzman et al. 2020)."""
     aim = weights.sum(-1, keepdim=True) * top_p
     if ordered is None:
         ordered = _largest(x, 0)
-    # The cut-off's equals that lie beyond ``ordered`` cannot be lower than its last, which is then the answer.
+    # Logits equal to the cut-off but beyond ``ordered`` equal its last entry, which then is the answer.
     descending = _weights(ordered, least)
     before = descending.cumsum(-1) - descending
     inside = (before < aim) & (ordered >= least)
@@ -321,7 +324,7 @@ def _nucleus(
 
 
 def logprobs(logits: torch.Tensor, ids: torch.Tensor, k: int) -> Logprobs:
-    """Log-probabilities of ``ids [N]`` and of the ``k`` most likely; see ``Backend.logprobs``."""
+    """Return log-probabilities of ``ids [N]`` and of the ``k`` most likely ids; see ``Backend.logprobs``."""
     k = min(k, logits.shape[1])
     step = max(1, _CHUNK // logits.shape[1])
     parts = [_logprobs(logits[at : at + step], ids[at : at + step], k) for at in range(0, len(ids), step)]
@@ -337,7 +340,7 @@ def _logprobs(logits: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Te
     def logprob(logit: torch.Tensor) -> torch.Tensor:
         return torch.where(logit.isinf(), torch.where(logit > 0, 0, logit), logit - total)
 
-    # An integer order of (logit, descending id) makes ranks and ties exact. Adding zero makes -0 into 0.
+    # Compare integers that order by (logit, descending id), for exact ranks and ties. Adding zero turns -0 into 0.
     bits = (logits + 0.0).view(torch.int32)
     keys = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32
     keys -= torch.arange(logits.shape[1], device=logits.device)

@@ -73,13 +73,13 @@ def load_model(path: str) -> list[str]:
 
 def probe_backends() -> list[dict[str, Any]]:
     """Probe the backends in this process; see :func:`probe`."""
-    from vllmlite.backends.select import CANDIDATES, Wanted
+    from vllmlite.backends.select import CANDIDATES, BackendRequest
     from vllmlite.errors import BackendError
 
     answers = []
     for name, kind, make in CANDIDATES:
         try:
-            backend = make(Wanted(checkpoint_dtype="bfloat16"))
+            backend = make(BackendRequest(checkpoint_dtype="bfloat16"))
         except BackendError as e:
             available, reason = False, str(e)
         else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vllmlite.backends.base import Backend, Comm
-from vllmlite.backends.select import Wanted, select_backend
+from vllmlite.backends.select import BackendRequest, select_backend
 from vllmlite.config.engine_config import QUANTIZATIONS, EngineConfig
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
@@ -81,7 +81,7 @@ def build_runner(
         raise ParameterError("tensor_parallel_size", world, "transformers' models run on 1 rank")
     path, at_load = plan.path, config.quantization if plan.quantization is None else None
     keep_blocks = config.dtype == "auto"
-    wanted = Wanted(
+    request = BackendRequest(
         backend=config.backend,
         device=config.device,
         dtype=config.dtype,
@@ -96,7 +96,7 @@ def build_runner(
         only=plan.backends,
         batch_invariant=config.batch_invariant,
     )
-    backend, choice = select_backend(wanted)
+    backend, choice = select_backend(request)
     if connect is not None:
         backend.comm = connect(backend)
     packing = Packing(backend, at_load, keep_blocks)
