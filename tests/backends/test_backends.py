@@ -161,7 +161,7 @@ def test_without_a_backend_the_error_says_what_to_install(monkeypatch: pytest.Mo
     assert f"cpu on cpu declined: {cpu_reason}; torch on cpu declined: {torch_reason}" in str(caught.value)
     with pytest.raises(BackendError) as caught:
         choose(device="cpu", model="MptForCausalLM", only=("torch",))
-    assert "cpu on cpu declined: MptForCausalLM runs on torch alone" in str(caught.value)
+    assert "cpu on cpu declined: MptForCausalLM runs on torch only" in str(caught.value)
     assert torch_reason in str(caught.value)
 
 
