@@ -50,7 +50,7 @@ def test_batch_invariant_products(dtype: str, columns: int) -> None:
 def test_linear_where_the_cpu_must_widen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllmlite.backends.torch._blocked_layout_runs", lambda dtype: False)
     monkeypatch.setattr("vllmlite.backends.torch._multiplies", lambda dtype: False)
-    monkeypatch.setattr("vllmlite.backends.torch._WIDEN_PART", 50)
+    monkeypatch.setattr("vllmlite.backends.torch._CONVERT_PART", 50)
     for dtype in FLOAT_DTYPES:
         test_linear(reference("cpu")(dtype), 16, True)
         test_linear(reference("cpu")(dtype), 15, False)

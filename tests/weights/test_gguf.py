@@ -765,7 +765,7 @@ def test_sentencepiece_s_bytes_and_ends(sentencepiece: Path, tmp_path: Path) -> 
         ({"pre": "unheard-of"}, r"tokenizer\.ggml\.pre='unheard-of'.*--tokenizer"),
         ({"tokens": ["a", "a"]}, "a token twice"),
         ({"tokens": "a"}, "expected list; found 'a'"),
-        ({"token_type": [1]}, "1 types of 3 tokens"),
+        ({"token_type": [1]}, "1 types for 3 tokens"),
         ({"merges": ["a c"]}, "'a c' does not consist of tokens"),
         ({"merges": ["ab"]}, "'ab' does not consist of tokens"),
         ({"add_bos_token": True}, "there is no bos token"),
