@@ -345,7 +345,7 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, {"messages": MESSAGES, "chat_template": "{% if %}"}, 400, "chat_template", "Jinja"),
     (CHAT, {"messages": MESSAGES, "modalities": ["audio"]}, 400, "modalities", "only text"),
     (CHAT, {"messages": MESSAGES, "functions": [{}]}, 400, "functions", "tools"),
-    (COMPLETIONS, {"prompt": "x", "model": "m" * 10_000}, 404, "model", "mmm...: not served here; demo is"),
+    (COMPLETIONS, {"prompt": "x", "model": "m" * 10_000}, 404, "model", "mmm...: is not served; served: demo"),
     ("/tokenize", {"prompt": 1}, 400, "prompt", "string"),
     ("/detokenize", {"tokens": [-1]}, 400, "tokens", "from 0"),
 ]  # fmt: skip

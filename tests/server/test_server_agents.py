@@ -121,7 +121,7 @@ def test_no_response_is_kept(service: Service) -> None:
         for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/cancel")):
             answer = await client.request(method, f"{RESPONSES}/resp_1{path}")
             assert answer.status_code == 404
-            assert "nothing is kept between requests" in answer.json()["error"]["message"]
+            assert "the server stores no responses" in answer.json()["error"]["message"]
 
     ask(service, work)
 

@@ -101,7 +101,7 @@ def test_the_template_is_told_vllms_variables(service: Service) -> None:
     bad = post(service, CHAT, 400, messages=MESSAGES, chat_template="{{ 1 // 0 }}")
     assert bad["error"]["param"] == "messages"
     assert (
-        "the chat template shows none"
+        "the chat template does not render documents"
         in post(service, CHAT, 400, messages=MESSAGES, documents=[{"text": "a"}])["error"]["message"]
     )
 
@@ -179,7 +179,7 @@ def test_bodies_that_are_no_json_are_told_apart(service: Service) -> None:
                 b'{"prompt": "x"',
                 "the body is not JSON: Expecting ',' delimiter at character 14",
             ),
-            ("text/plain", b'{"prompt": "x"}', "content-type must be application/json, and is text/plain"),
+            ("text/plain", b'{"prompt": "x"}', "content-type must be application/json, not text/plain"),
         ):
             answer = await client.post(COMPLETIONS, content=content, headers={"content-type": kind})
             assert answer.status_code == 400

@@ -96,7 +96,7 @@ def test_lines_end_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
         """All that is kept of a text, the same in one piece and in pieces of a character."""
         found = ""
         for piece in text:
-            more, ended = limits.take(piece)
+            more, ended = limits.add(piece)
             found += more
             if ended:
                 break
@@ -107,14 +107,14 @@ def test_lines_end_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
         ("a\n\t\t\t\tb\nc", "a\n\t\t\t\tb\n"), ("  a", "  a"), ("a\n    ", "a\n    "),
     ):  # fmt: skip
         whole = LineLimits(4, 0)
-        assert whole.take(text)[0] == kept(LineLimits(4, 0), text) == expected
+        assert whole.add(text)[0] == kept(LineLimits(4, 0), text) == expected
         assert whole.has_line == ("\n" in text)
-    assert LineLimits(0, 0).take("a\nb\n") == ("a\nb\n", False)
+    assert LineLimits(0, 0).add("a\nb\n") == ("a\nb\n", False)
     timed = LineLimits(0, 1.5)
-    assert timed.take("a") == ("a", False)
+    assert timed.add("a") == ("a", False)
     now[0] += 2
-    assert timed.take("b") == ("b", False)  # not within a first line
-    assert timed.take("\n") == ("\n", True)
+    assert timed.add("b") == ("b", False)  # not within a first line
+    assert timed.add("\n") == ("\n", True)
 
 
 def test_samplers_that_are_not_named_are_off(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,7 +303,7 @@ def test_a_key_in_the_environment_and_paths_without_a_line() -> None:
         (["a", "--model", "b"], 2, "named twice"),
         (["--ssl-keyfile", "/dev/null"], 2, "ssl_certfile"),
         (["--ssl-ciphers", "AES"], 2, "ssl_certfile"),
-        (["--ssl-ciphers", "none", "--ssl-certfile", "x"], 2, "names no cipher"),
+        (["--ssl-ciphers", "none", "--ssl-certfile", "x"], 2, "has no cipher"),
         (["--default-chat-template-kwargs", "[1]"], 2, "must be a mapping"),
         (["--api-key-file", "/nowhere"], 1, "api_key_file='/nowhere': cannot be read"),
         (["--chat-template", "/nowhere"], 1, "neither a template, nor the name of one, nor a readable file"),

@@ -1,4 +1,4 @@
-"""The application: endpoints, what stands before them, and how errors are told."""
+"""The ASGI application: endpoints, middleware and error handlers."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ logger = logging.getLogger(__name__)
 ENDPOINTS = (completions, chat, embeddings, responses, stored_responses, anthropic, llamacpp, operations)
 
 TAGS = (*TOKENIZABLE_TAGS, FUNCTION_TAG, OTHER_TAG)
-"""What pydantic puts into the places of errors besides names of fields."""
+"""Discriminator tags, which pydantic inserts into the locations of validation errors."""
 
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for the log of an answer that nobody waited for."""
+"""nginx's status code for the log of an answer whose client has disconnected."""
 
 
 def build_app(service: Service, keys: tuple[str, ...] = ()) -> FastAPI:
-    """The application that serves ``service``; ``keys`` are asked for where there are any."""
+    """Return the application that serves ``service``; if there are API ``keys``, requests need one of them."""
     config = service.config
     app = FastAPI(
         title="vllmlite",
@@ -87,20 +87,20 @@ def build_app(service: Service, keys: tuple[str, ...] = ()) -> FastAPI:
     if config.root_path:
         app.add_middleware(RootPath, root_path=config.root_path)
     for kind, handler in {
-        RequestValidationError: _tell_validation,
-        HTTPException: _tell_http,
-        ApiError: _tell,
-        VllmliteError: _tell,
-        RecursionError: _tell,
-        ClientGone: _tell_nobody,
-        Exception: _tell,
+        RequestValidationError: _answer_validation_error,
+        HTTPException: _answer_http_error,
+        ApiError: _answer_error,
+        VllmliteError: _answer_error,
+        RecursionError: _answer_error,
+        ClientGone: _answer_disconnected,
+        Exception: _answer_error,
     }.items():
         app.add_exception_handler(kind, handler)
     return app
 
 
 def _computing_paths() -> frozenset[str]:
-    """The paths of endpoints other than :mod:`.operations`."""
+    """Return the paths of all endpoints but those of :mod:`.operations`."""
     routes = [
         route for endpoints in ENDPOINTS if endpoints is not operations for route in endpoints.router.routes
     ]
@@ -122,7 +122,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _add_middleware(app: FastAPI, name: str) -> None:
-    """vLLM's ``--middleware``: a class, or a coroutine function of (request, call_next)."""
+    """Add vLLM's ``--middleware``: a class, or a coroutine function of (request, call_next)."""
     module, _, attribute = name.rpartition(".")
     try:
         found: Any = getattr(importlib.import_module(module), attribute)
@@ -136,28 +136,26 @@ def _add_middleware(app: FastAPI, name: str) -> None:
         raise ParameterError("middleware", name, "must be a class or a coroutine function")
 
 
-async def _tell(request: Request, error: Exception) -> Response:
+async def _answer_error(request: Request, error: Exception) -> Response:
     return error_response(as_api_error(error), request.scope)
 
 
-async def _tell_nobody(request: Request, error: Exception) -> Response:
+async def _answer_disconnected(request: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def _tell_http(request: Request, error: Exception) -> Response:
+async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = str(error.detail)
     if error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
         message = f"{request.method} {request.url.path}: {message}"
     elif "content-encoding" in request.headers:
-        message += (
-            f"; content-encoding {request.headers['content-encoding']} is not understood: send it as it is"
-        )
+        message += f"; content-encoding {request.headers['content-encoding']} is not supported: send the body unencoded"
     return error_response(ApiError(error.status_code, message, headers=error.headers), request.scope)
 
 
-async def _tell_validation(request: Request, error: Exception) -> Response:
-    """What pydantic found first, as a 400."""
+async def _answer_validation_error(request: Request, error: Exception) -> Response:
+    """Answer 400 with pydantic's first error."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
@@ -168,7 +166,7 @@ async def _tell_validation(request: Request, error: Exception) -> Response:
         return error_response(ApiError(HTTPStatus.BAD_REQUEST, message), request.scope)
     if isinstance(first.get("input"), bytes):
         given = request.headers.get("content-type", "missing")
-        message = f"content-type must be application/json, and is {given}"
+        message = f"content-type must be application/json, not {given}"
         return error_response(ApiError(HTTPStatus.BAD_REQUEST, message), request.scope)
     place = ".".join(str(part) for part in first["loc"][1:] if part not in TAGS)
     message = f"{place or 'body'}: {first['msg']}"

@@ -1,4 +1,4 @@
-"""What ``/openapi.json`` says of answers: every status that an endpoint can give, with its shape."""
+"""The answers of each endpoint for ``/openapi.json``: every status with its schema."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from vllmlite.server.protocol.base import ErrorAnswer
 from vllmlite.server.sse import LINES, Stream
 
 ERRORS = {
-    400: "A field is wrong: `param` names it.",
-    401: "No API key, or a wrong one.",
-    404: "No such model.",
-    405: "No such method here.",
-    413: "The body is longer than the server takes.",
-    429: "The queue is full; Retry-After says when to come back.",
+    400: "A field is invalid; `param` names it.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model.",
+    405: "The path does not support this method.",
+    413: "The body exceeds the server's limit.",
+    429: "The queue is full; Retry-After says when to try again.",
     500: "A step failed, or the server has a bug.",
-    501: "The model cannot do what is asked.",
-    503: "The server is shutting down, or its engine is dead.",
+    501: "The model does not support what was asked for.",
+    503: "The server is shutting down, or its engine has failed.",
 }
 
 
 def documented(
     answer: Any = None, *, streams: bool = False, lines: bool = False, error: Any = ErrorAnswer
 ) -> dict[int | str, dict[str, Any]]:
-    """FastAPI's ``responses``: ``answer``, None for an empty one (also as server-sent events, or as lines of JSON),
-    and every error, in the shape ``error``."""
+    """Return FastAPI's ``responses``: the schema of the answer and of every error.
+
+    ``answer`` None means an empty body; ``streams``: also as server-sent events; ``lines``: also as JSON lines."""
     good: dict[str, Any] = {"description": "The answer."}
     if answer is not None:
         good["model"] = answer
@@ -37,5 +38,5 @@ def documented(
 
 
 CONFLICT: dict[int | str, dict[str, Any]] = {
-    409: {"model": ErrorAnswer, "description": "A profile is being recorded already, or none is."}
+    409: {"model": ErrorAnswer, "description": "A profile is already being recorded, or none is."}
 }

@@ -1,4 +1,4 @@
-"""Errors as answers: a status code, and a JSON object in the form of the API that was called."""
+"""Error answers: a status code, and a JSON object in the form of the API that was called."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ LLAMACPP_TYPES = {
     501: "not_supported_error",
     503: "unavailable_error",
 }
-"""Each API's error type of a status; other 4xx are invalid_request_error."""
+"""Error types by status, for each API; other 4xx statuses are invalid_request_error."""
 
 
 class ApiError(Exception):
-    """An answer that is an error."""
+    """An error answer."""
 
     def __init__(
         self,
@@ -40,9 +40,9 @@ class ApiError(Exception):
         details: Mapping[str, Any] | None = None,
         overflow: ContextLengthError | None = None,
     ) -> None:
-        """``param`` names the field that is wrong, ``code`` the kind of error where OpenAI has a name for it,
-        ``details`` are Anthropic's; ``overflow`` is the cause where a prompt is too long, which every API tells in
-        words of its own."""
+        """``param`` names the invalid field; ``code`` is OpenAI's code, if any; ``details`` are Anthropic's.
+
+        ``overflow`` is the cause if the prompt is too long; each API has its own message for that."""
         super().__init__(message)
         self.status = status
         self.message = message
@@ -54,11 +54,11 @@ class ApiError(Exception):
 
     @property
     def type(self) -> str:
-        """OpenAI's name for the class of errors."""
+        """OpenAI's error type."""
         return self._type(OPENAI_TYPES, "server_error")
 
     def body(self, api: Api = Api.OPENAI) -> dict[str, Any]:
-        """The JSON object to answer with, in the form of ``api``."""
+        """Return the JSON body in the form of ``api``."""
         match api:
             case Api.OPENAI:
                 return self._openai()
@@ -68,8 +68,10 @@ class ApiError(Exception):
                 return self._llamacpp()
 
     def _openai(self) -> dict[str, Any]:
-        """OpenAI's form. Clients know a prompt that is too long by vLLM's sentence about the maximum context length,
-        or by the code, which langchain-openai looks for in the text."""
+        """Return OpenAI's form.
+
+        Clients recognise a prompt that is too long by vLLM's sentence about the maximum context length, or by the code,
+        which langchain-openai looks for in the text."""
         message = self.message
         if self.overflow is not None:
             message = (
@@ -90,7 +92,7 @@ class ApiError(Exception):
         return {"type": "error", "error": error}
 
     def _llamacpp(self) -> dict[str, Any]:
-        """llama-server's form, and the name of the field, which it does not tell."""
+        """Return llama-server's form with the additional field ``param``."""
         error: dict[str, Any] = {
             "code": int(self.status),
             "message": self.message,
@@ -113,13 +115,13 @@ class ApiError(Exception):
 
 
 def _count(overflow: ContextLengthError) -> str:
-    """The tokens of a prompt that is too long; a text that cannot fit in any case is not tokenised."""
+    """Return the prompt's token count as text; it is a lower bound if the text was too long to tokenise."""
     return f"{'' if overflow.exact else 'at least '}{overflow.num_tokens}"
 
 
 @contextmanager
 def renamed(**names: str) -> Iterator[None]:
-    """Name fields in a :class:`ParameterError` as the request has them: ours to an API's."""
+    """Rename fields in a :class:`ParameterError` from the engine's names to the API's."""
     try:
         yield
     except ParameterError as error:
@@ -127,7 +129,7 @@ def renamed(**names: str) -> Iterator[None]:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """The answer to an exception; one that is a bug tells the client nothing of its inside."""
+    """Return the answer to an exception; internal errors reveal no details to the client."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextLengthError):
@@ -146,4 +148,4 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
     if isinstance(error, VllmliteError):
         return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
-    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; the server's log tells more")
+    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; see the server's log")

@@ -1,7 +1,7 @@
-"""HTTP/1.0 clients, such as nginx by default, which do not know chunked bodies.
+"""Support of HTTP/1.0 clients (nginx by default), which do not know chunked bodies.
 
-uvicorn's fast parser sends streams in chunks to any client. Its other one, h11, ends the body of an HTTP/1.0 client
-with the connection, so it gets the connections that begin with a request of that version."""
+uvicorn's fast parser sends streams in chunks to every client. Its other parser, h11, ends the body for HTTP/1.0 clients
+by closing the connection, so connections that begin with an HTTP/1.0 request are handed to it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 def use_h11_for_http10(config: uvicorn.Config) -> None:
-    """Have ``config``'s servers answer HTTP/1.0 through h11."""
+    """Make ``config``'s servers answer HTTP/1.0 requests through h11."""
     config.load()
-    config.http_protocol_class = _choosing(config.http_protocol_class)
+    config.http_protocol_class = _with_http10(config.http_protocol_class)
 
 
-def _choosing(kind: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
-    """A protocol that is ``kind``, unless the first request of a connection is one of HTTP/1.0."""
+def _with_http10(kind: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
+    """Return a subclass of ``kind`` that hands connections beginning with HTTP/1.0 to h11."""
 
     class Choosing(kind):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any, server_state: Any, app_state: Any, _loop: Any = None) -> None:
@@ -28,7 +28,7 @@ def _choosing(kind: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
             self._begun = False
 
         def data_received(self, data: bytes) -> None:
-            """Choose by the first line."""
+            """Choose the parser by the first request line."""
             if not self._begun:
                 self._begun = True
                 if data.partition(b"\r\n")[0].endswith(b" HTTP/1.0"):

@@ -1,6 +1,6 @@
-"""Metrics under vLLM's names, counted by ourselves and written out by prometheus_client when it is asked for.
+"""Metrics under vLLM's names, counted here and written by prometheus_client when they are scraped.
 
-Counting happens in the engine's thread for every token, so it is a bisection and two additions.
+The engine's thread counts every token, so counting costs only a bisection and two additions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REJECTION_REASONS = ("queue_full", "shutting_down")
 
 
 def _up_to(highest: int) -> list[float]:
-    """1, 2, 5, 10, 20, 50, … up to ``highest``."""
+    """Return 1, 2, 5, 10, 20, 50, … up to ``highest``."""
     return [float(m * 10**e) for e in range(len(str(highest))) for m in (1, 2, 5) if m * 10**e <= highest]
 
 
@@ -41,9 +41,9 @@ LATENCY_BUCKETS = [
     0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0,
     120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 ]  # fmt: skip
-"""Upper bounds in seconds: vLLM's, with some more at the fast end."""
+"""Upper bounds in seconds: vLLM's, with additional small ones."""
 PARAMS_N = [1, 2, 5, 10, 20]
-"""Of ``n``: vLLM's."""
+"""vLLM's upper bounds for ``n``."""
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class Histogram:
     sum: float = 0.0
 
     def __post_init__(self) -> None:
-        """Nothing has been observed."""
+        """Begin with zero counts."""
         self.counts = [0] * (len(self.bounds) + 1)
 
     def observe(self, value: float) -> None:
@@ -66,7 +66,7 @@ class Histogram:
         self.sum += value
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """Prometheus' buckets: (upper bound, values up to it)."""
+        """Return Prometheus' buckets: (upper bound, number of values up to it)."""
         total, found = 0, []
         for bound, count in zip([*(str(float(b)) for b in self.bounds), "+Inf"], self.counts, strict=True):
             total += count
@@ -75,44 +75,48 @@ class Histogram:
 
 
 class Metrics:
-    """What an engine has done, observed after each of its steps; scraped from any thread."""
+    """Metrics of an engine, observed after each step; may be scraped from any thread."""
 
     def __init__(self, model: str, max_model_len: int, stats: Callable[[], EngineStats]) -> None:
-        """``stats`` reads the engine's counters; all series have labels ``model_name`` and ``engine``."""
+        """``stats`` returns the engine's counters; all series have the labels ``model_name`` and ``engine``."""
         self._labels = {"model_name": model, "engine": "0"}
         self._stats = stats
         self.finished = dict.fromkeys(FINISH_REASONS, 0)
         self.rejections = dict.fromkeys(REJECTION_REASONS, 0)
         lengths = _up_to(max_model_len)
-        self.ttft = Histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
-        self.itl = Histogram("vllm:inter_token_latency_seconds", "One token to the next.", ITL_BUCKETS)
+        self.ttft = Histogram(
+            "vllm:time_to_first_token_seconds", "Time from arrival to first token.", TTFT_BUCKETS
+        )
+        self.itl = Histogram("vllm:inter_token_latency_seconds", "Time from token to token.", ITL_BUCKETS)
         self.tpot = Histogram(
             "vllm:request_time_per_output_token_seconds",
-            "A request's mean time a token after the first.",
+            "A request's mean time per token after the first.",
             ITL_BUCKETS,
         )
-        self.e2e = Histogram("vllm:e2e_request_latency_seconds", "Arrival to end.", LATENCY_BUCKETS)
-        self.queue = Histogram("vllm:request_queue_time_seconds", "Arrival to first step.", LATENCY_BUCKETS)
+        self.e2e = Histogram("vllm:e2e_request_latency_seconds", "Time from arrival to end.", LATENCY_BUCKETS)
+        self.queue = Histogram(
+            "vllm:request_queue_time_seconds", "Time from arrival to first step.", LATENCY_BUCKETS
+        )
         self.inference = Histogram(
-            "vllm:request_inference_time_seconds", "First step to end.", LATENCY_BUCKETS
+            "vllm:request_inference_time_seconds", "Time from first step to end.", LATENCY_BUCKETS
         )
         self.prefill = Histogram(
-            "vllm:request_prefill_time_seconds", "First step to first token.", LATENCY_BUCKETS
+            "vllm:request_prefill_time_seconds", "Time from first step to first token.", LATENCY_BUCKETS
         )
-        self.decode = Histogram("vllm:request_decode_time_seconds", "First token to end.", LATENCY_BUCKETS)
-        self.prompt_tokens = Histogram("vllm:request_prompt_tokens", "Prompt tokens a request.", lengths)
+        self.decode = Histogram(
+            "vllm:request_decode_time_seconds", "Time from first token to end.", LATENCY_BUCKETS
+        )
+        self.prompt_tokens = Histogram("vllm:request_prompt_tokens", "Prompt tokens per request.", lengths)
         self.generation_tokens = Histogram(
-            "vllm:request_generation_tokens", "Generated tokens a request.", lengths
+            "vllm:request_generation_tokens", "Generated tokens per request.", lengths
         )
-        self.params_n = Histogram(
-            "vllm:request_params_n", "Completions a prompt that were asked for.", PARAMS_N
-        )
+        self.params_n = Histogram("vllm:request_params_n", "Requested completions per prompt.", PARAMS_N)
         self.params_max_tokens = Histogram(
-            "vllm:request_params_max_tokens", "Most tokens of a completion that were asked for.", lengths
+            "vllm:request_params_max_tokens", "Requested maximum tokens of a completion.", lengths
         )
         self.iteration_tokens = Histogram(
             "vllm:iteration_tokens_total",
-            "Prompt tokens taken in and tokens generated in a step.",
+            "Prompt tokens and generated tokens per step.",
             [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384],
         )
 
@@ -122,16 +126,17 @@ class Metrics:
             lengths,
         )
         self.preemptions = Histogram(
-            "vllm:request_num_preemptions", "Preemptions of a request.", [1, 2, 3, 4, 5, 10, 20]
+            "vllm:request_num_preemptions", "Preemptions per request.", [1, 2, 3, 4, 5, 10, 20]
         )
 
     @property
     def histograms(self) -> list[Histogram]:
-        """All of them."""
+        """All histograms."""
         return [value for value in vars(self).values() if isinstance(value, Histogram)]
 
     def observe_step(self, outputs: list[EngineOutput]) -> None:
-        """Count what a step gave; in the engine's thread. A prompt counts in the step that ends it."""
+        """Count the outputs of a step, in the engine's thread. A prompt counts in the step that completes its
+        prefill."""
         tokens = 0
         for output in outputs:
             metrics = output.metrics
@@ -151,32 +156,32 @@ class Metrics:
             self.iteration_tokens.observe(tokens)
 
     def requested(self, params: SamplingParams, prompts: int) -> None:
-        """Count what was asked of ``prompts``; an answer up to the context has no limit of its own."""
+        """Count the parameters of ``prompts`` requests; an unlimited ``max_tokens`` is not counted."""
         for _ in range(prompts):
             self.params_n.observe(params.n)
             if params.max_tokens is not None:
                 self.params_max_tokens.observe(params.max_tokens)
 
     def completed(self, num_tokens: int) -> None:
-        """Count the tokens of the longest completion of a prompt all of whose completions have ended."""
+        """Count the tokens of the longest completion of a prompt that has finished."""
         self.max_generation_tokens.observe(num_tokens)
 
     def rejected(self, reason: str) -> None:
-        """A request was not let in."""
+        """Count a rejected request."""
         self.rejections[reason] += 1
 
     def aborted(self, count: int) -> None:
-        """``count`` sequences were ended by their clients."""
+        """Count ``count`` sequences aborted by clients."""
         self.finished["abort"] += count
 
     def mean_latency(self) -> float:
-        """Mean seconds a request has taken so far; 1 before any has ended."""
+        """Return the mean request latency in seconds; 1 before any request has finished."""
         count = sum(self.e2e.counts)
         return self.e2e.sum / count if count else 1.0
 
     def _finish(self, output: EngineOutput) -> None:
         metrics = output.metrics
-        self.finished[output.finish_reason or "stop"] += 1  # None: the text reached a stop string
+        self.finished[output.finish_reason or "stop"] += 1  # None: ended by a stop string
         arrival, begun, first, end = (
             metrics.arrival_time, metrics.first_scheduled_time, metrics.first_token_time, metrics.finished_time,
         )  # fmt: skip
@@ -194,28 +199,28 @@ class Metrics:
             self.tpot.observe((end - first) / (metrics.num_generation_tokens - 1))
 
     def collect(self) -> Iterator[Any]:
-        """prometheus_client's way to ask."""
+        """Yield the metric families, as prometheus_client requires."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
         stats, names, values = self._stats(), list(self._labels), list(self._labels.values())
         gauges = {
-            "vllm:num_requests_running": ("Sequences that take part in steps.", stats.num_running),
-            "vllm:num_requests_waiting": ("Sequences that wait for a place.", stats.num_waiting),
-            "vllm:kv_cache_usage_perc": ("Part of the KV blocks in use, 0 to 1.", kv_usage(stats)),
+            "vllm:num_requests_running": ("Sequences being processed.", stats.num_running),
+            "vllm:num_requests_waiting": ("Sequences in the queue.", stats.num_waiting),
+            "vllm:kv_cache_usage_perc": ("Fraction of KV blocks in use, 0 to 1.", kv_usage(stats)),
         }
         counters = {
-            "vllm:prompt_tokens": ("Prompt tokens taken in.", stats.num_prompt_tokens),
+            "vllm:prompt_tokens": ("Prompt tokens processed.", stats.num_prompt_tokens),
             "vllm:generation_tokens": ("Tokens generated.", stats.num_generation_tokens),
             "vllm:num_preemptions": (
-                "Sequences that lost their blocks and began again.",
+                "Sequences that lost their blocks and were restarted.",
                 stats.num_preemptions,
             ),
             "vllm:prefix_cache_queries": (
-                "Prompt tokens looked up in the cache.",
+                "Prompt tokens looked up in the prefix cache.",
                 stats.prefix_cache_queries,
             ),
-            "vllm:prefix_cache_hits": ("Prompt tokens found there.", stats.prefix_cache_hits),
-            "vllmlite:failed_steps": ("Steps that raised.", stats.num_failed_steps),
+            "vllm:prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
+            "vllmlite:failed_steps": ("Steps that failed.", stats.num_failed_steps),
             "vllmlite:steps": ("Steps.", stats.num_steps),
         }
         for name, (help, value) in gauges.items():
@@ -228,15 +233,15 @@ class Metrics:
             yield counter
         waiting = GaugeMetricFamily(
             "vllm:num_requests_waiting_by_reason",
-            "The same, by what they wait for.",
+            "Sequences in the queue, by reason.",
             labels=[*names, "reason"],
         )
         waiting.add_metric([*values, "capacity"], stats.num_waiting)
         waiting.add_metric([*values, "deferred"], 0)
         yield waiting
         for name, help, label, counts in (
-            ("vllm:request_success", "Sequences that ended, by how.", "finished_reason", self.finished),
-            ("vllm:admission_rejections", "Requests that were not let in.", "reason", self.rejections),
+            ("vllm:request_success", "Finished sequences, by reason.", "finished_reason", self.finished),
+            ("vllm:admission_rejections", "Rejected requests, by reason.", "reason", self.rejections),
         ):
             family = CounterMetricFamily(name, help, labels=[*names, label])
             for reason, count in counts.items():
@@ -247,13 +252,15 @@ class Metrics:
             buckets.add_metric(values, histogram.cumulative(), histogram.sum)
             yield buckets
         config = GaugeMetricFamily(
-            "vllm:cache_config_info", "The KV cache.", labels=[*names, "block_size", "num_gpu_blocks"]
+            "vllm:cache_config_info",
+            "Configuration of the KV cache.",
+            labels=[*names, "block_size", "num_gpu_blocks"],
         )
         config.add_metric([*values, str(stats.block_size), str(stats.num_blocks)], 1)
         yield config
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Everything in the text format that ``accept`` prefers, and its media type."""
+        """Return all metrics in the text format that ``accept`` prefers, and its media type."""
         from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
         from prometheus_client.exposition import choose_encoder
 
@@ -267,21 +274,21 @@ class Metrics:
 
 
 def kv_usage(stats: EngineStats) -> float:
-    """Part of the KV blocks in use."""
+    """Return the fraction of KV blocks in use."""
     return stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
 
 
 class StatsLog:
-    """A line of statistics every so often, where something ran."""
+    """Periodically logs a line of statistics, if something ran."""
 
     def __init__(self, stats: Callable[[], EngineStats], interval: float) -> None:
-        """Lines are ``interval`` seconds apart."""
+        """``interval``: seconds between lines."""
         self._stats = stats
         self._interval = interval
         self._prompt = self._generation = self._queries = self._hits = 0
 
     def line(self) -> str | None:
-        """vLLM's line about the time since the last call; None where nothing happened."""
+        """Return vLLM's log line about the time since the last call, or None if nothing happened."""
         stats = self._stats()
         prompt, generation = (
             stats.num_prompt_tokens - self._prompt,
@@ -301,7 +308,7 @@ class StatsLog:
         )
 
     async def run(self) -> None:
-        """Log for ever."""
+        """Log forever."""
         import asyncio
 
         while True:

@@ -1,4 +1,4 @@
-"""Middleware before the endpoints: root path, counting, API keys. Plain ASGI: a streamed token costs nothing."""
+"""Middleware before the endpoints: root path, request counting, API keys. Plain ASGI, without per-token cost."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from vllmlite.server.service import MAX_REQUEST_ID, Service
 from vllmlite.server.sse import JSON
 
 OPEN_PATHS = frozenset({"/", "/health", "/v1/health", "/ping", "/version", "/metrics"})
-"""Need no key."""
+"""Paths that need no key."""
 
 
 def error_response(error: ApiError, scope: Scope) -> JSON:
-    """The answer to the request of ``scope`` that an error is."""
+    """Return the answer for an error, in the form of the API of the request's path."""
     return JSON(error.body(api_of(path_of(scope))), status_code=error.status, headers=error.headers)
 
 
 class RootPath:
-    """Serves requests under the path at which a proxy shows the server, whether or not the proxy strips it."""
+    """Serves requests under the path at which a proxy serves this server, whether or not the proxy strips it."""
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
         self._app = app
@@ -42,10 +42,10 @@ class RootPath:
 
 
 class Count:
-    """Counts the requests that are being answered; names them where that is wanted."""
+    """Counts the requests being answered, and optionally adds X-Request-Id."""
 
     def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str], name_them: bool) -> None:
-        """POST requests of ``paths`` are counted. ``name_them`` answers with X-Request-Id: the client's, or a new
+        """POST requests to ``paths`` are counted. ``name_them``: answer with the client's X-Request-Id, or a new
         one."""
         self._app = app
         self._service = service
@@ -77,10 +77,10 @@ def _with_id(scope: Scope, send: Send) -> Send:
 
 
 class RequireKey:
-    """Lets in who brings a key, as ``Authorization: Bearer`` or ``X-Api-Key``; compared in constant time."""
+    """Requires an API key, as ``Authorization: Bearer`` or ``X-Api-Key``; compares in constant time."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        """Any of ``keys`` will do."""
+        """``keys`` are the accepted keys."""
         self._app = app
         self._digests = [sha256(key.encode()).digest() for key in keys]
 
@@ -103,7 +103,7 @@ class RequireKey:
         await error_response(error, scope)(scope, receive, send)
 
     def _known_digest(self, scope: Scope) -> bytes | None:
-        """Return the digest of the request's key; None if it brings none of those that are let in."""
+        """Return the digest of the request's key, or None if the key is missing or wrong."""
         headers = Headers(scope=scope)
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":

@@ -1,4 +1,4 @@
-"""Everything that is not generation: models, tokens, health, metrics, profiles."""
+"""Endpoints other than generation: models, tokenisation, health, metrics, profiles."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ profiling = APIRouter()
 @router.get("/v1/models/", responses=documented(ModelList), include_in_schema=False)
 @router.get("/models", responses=documented(ModelList), include_in_schema=False)
 async def list_models(request: Request) -> Response:
-    """The served model names."""
+    """List the served model names."""
     service: Service = request.app.state.service
     return JSON({"object": "list", "data": [_card(service, name) for name in service.model_names]})
 
 
 @router.get("/v1/models/{model:path}", responses=documented(ModelCard))
 async def retrieve_model(model: str, request: Request) -> Response:
-    """One of them."""
+    """Return a served model name."""
     service: Service = request.app.state.service
     service.check_model(model)
     return JSON(_card(service, model))
@@ -66,7 +66,7 @@ def _card(service: Service, name: str) -> ModelCard:
 
 @router.post("/tokenize", responses=documented(Tokenized | LlamaTokenized))
 async def tokenize(body: Tokenizable, request: Request) -> Response:
-    """Token ids of a text or a conversation, as vLLM or as llama.cpp has it."""
+    """Return the token ids of a text or a conversation, in vLLM's or llama.cpp's form."""
     service: Service = request.app.state.service
     service.check(body, request)
     if isinstance(body, LlamaTokenizeRequest):
@@ -100,7 +100,7 @@ async def _llamacpp_tokens(service: Service, body: LlamaTokenizeRequest) -> list
 
 
 def _piece(tokenizer: Tokenizer, token_id: int) -> str | list[int]:
-    """The text of a token, or its bytes where they are a part of a character."""
+    """Return the text of a token, or its bytes if they are an incomplete character."""
     piece = tokenizer.token_bytes(token_id)
     try:
         return piece.decode()
@@ -110,7 +110,7 @@ def _piece(tokenizer: Tokenizer, token_id: int) -> str | list[int]:
 
 @router.post("/detokenize", responses=documented(Detokenized))
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
-    """The text of token ids."""
+    """Return the text of token ids."""
     service: Service = request.app.state.service
     service.check(body, request)
     text = await service.decode(body.tokens)
@@ -121,7 +121,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
 @router.head("/health", include_in_schema=False)
 @router.get("/v1/health", responses=documented(Health), include_in_schema=False)
 async def health(request: Request) -> Response:
-    """200 while the engine lives, with what its steps have failed of; 503 once it is dead or the server goes down."""
+    """Answer 200 while the engine is alive, with its failed steps; 503 if it is dead or the server is shutting down."""
     service: Service = request.app.state.service
     stats = service.engine.llm_engine.engine_core.stats
     dead = service.engine.dead_error
@@ -142,26 +142,26 @@ async def health(request: Request) -> Response:
 @router.head("/ping", include_in_schema=False)
 @router.post("/ping", responses=documented(Health), include_in_schema=False)
 async def ping(request: Request) -> Response:
-    """The same, under SageMaker's name."""
+    """Answer as ``/health`` does, under SageMaker's name."""
     return await health(request)
 
 
 @router.get("/version", responses=documented(Version))
 async def version() -> Response:
-    """The program's version."""
+    """Return the program's version."""
     return JSON({"version": __version__})
 
 
 @router.get("/load", responses=documented(Load))
 async def load(request: Request) -> Response:
-    """Requests to endpoints that compute something which are being answered."""
+    """Return the number of requests being answered by endpoints that compute."""
     service: Service = request.app.state.service
     return JSON({"server_load": service.num_answering})
 
 
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
-    """Prometheus metrics."""
+    """Return the Prometheus metrics."""
     service: Service = request.app.state.service
     body, media_type = service.metrics.exposition(request.headers.get("accept", ""))
     return Response(body, headers={"content-type": media_type})
@@ -169,7 +169,7 @@ async def metrics(request: Request) -> Response:
 
 @router.post("/reset_prefix_cache", responses=documented(), response_class=Response)
 async def reset_prefix_cache(request: Request) -> Response:
-    """Forget every cached prefix."""
+    """Empty the prefix cache."""
     service: Service = request.app.state.service
     await service.engine.reset_prefix_cache()
     return Response()
@@ -177,12 +177,12 @@ async def reset_prefix_cache(request: Request) -> Response:
 
 @profiling.post("/start_profile", responses=documented() | CONFLICT, response_class=Response)
 async def start_profile(request: Request) -> Response:
-    """Begin to record the engine's steps."""
+    """Start recording the engine's steps."""
     await request.app.state.profiler.start()
     return Response()
 
 
 @profiling.post("/stop_profile", responses=documented(ProfileFile) | CONFLICT)
 async def stop_profile(request: Request) -> Response:
-    """Write what was recorded as a Chrome trace."""
+    """Write the recorded steps as a Chrome trace."""
     return JSON({"file": str(await request.app.state.profiler.stop())})

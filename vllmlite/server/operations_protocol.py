@@ -1,4 +1,4 @@
-"""Everything that is not generation: tokens, models, health, metrics, profiles."""
+"""Request and response types of tokenisation, models, health, metrics and profiles."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from vllmlite.server.protocol.base import Ints, Request
 
 
 class TokenizeFields(Request):
-    """What both forms of ``POST /tokenize`` have."""
+    """Common fields of ``POST /tokenize``."""
 
     return_token_strs: bool | None = None
     truncate_prompt_tokens: int | None = None
-    truncation_side: Literal["left", "right"] | None = Field(None, description="Where tokens are dropped.")
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="Side at which tokens are dropped."
+    )
 
 
 class TokenizeRequest(TokenizeFields):
-    """``POST /tokenize`` of a text."""
+    """Body of ``POST /tokenize`` for a text."""
 
     model: str | None = None
     prompt: str
@@ -30,11 +32,11 @@ class TokenizeRequest(TokenizeFields):
 
 
 class TokenizeChatRequest(ChatPrompt, TokenizeFields):
-    """``POST /tokenize`` of a conversation."""
+    """Body of ``POST /tokenize`` for a conversation."""
 
 
 class LlamaTokenizeRequest(Request):
-    """``POST /tokenize`` of a text, in llama.cpp's words."""
+    """Body of ``POST /tokenize`` in llama.cpp's form."""
 
     text_changing: ClassVar[Mapping[str, Absent]] = {
         "parse_special": Absent((None, True), "special tokens in a text are always read as such")
@@ -46,7 +48,7 @@ class LlamaTokenizeRequest(Request):
 
 
 TOKENIZABLE_TAGS = ("a text", "a conversation", "llama.cpp's")
-"""Names of the forms, which pydantic puts into the places of errors."""
+"""Names of the forms, which pydantic inserts into the locations of errors."""
 
 
 def _form(body: Any) -> str:
@@ -65,7 +67,7 @@ Tokenizable = Annotated[
 
 
 class DetokenizeRequest(Request):
-    """``POST /detokenize``."""
+    """Body of ``POST /detokenize``."""
 
     model: str | None = None
     tokens: Ints
@@ -100,13 +102,13 @@ class Tokenized(TypedDict):
 
 
 class LlamaTokenized(TypedDict):
-    """Answer of ``/tokenize`` to llama.cpp's form: ids, or with their pieces of text."""
+    """Answer of ``/tokenize`` in llama.cpp's form: ids, or ids with their texts."""
 
     tokens: list[Any]
 
 
 class Detokenized(TypedDict):
-    """Answer of ``/detokenize``: the text under vLLM's name and llama.cpp's."""
+    """Answer of ``/detokenize``: the text under vLLM's and llama.cpp's names."""
 
     prompt: str
     content: str
@@ -121,7 +123,7 @@ class Health(TypedDict):
 
 
 class ProfileFile(TypedDict):
-    """Answer of ``/stop_profile``: a file on the server."""
+    """Answer of ``/stop_profile``: the path of a file on the server."""
 
     file: str
 

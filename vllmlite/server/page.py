@@ -1,4 +1,4 @@
-"""The chat page at ``/``: one file, which may run its own script, talk to this server, and do nothing else."""
+"""The chat page at ``/``: a single file, restricted to its own script and to requests to this server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE = Path(__file__).with_name("page.html")
 
 
 def page_route() -> Route:
-    """``GET /``. The page's headers name its script and its style by their hashes: nothing else of the kind runs."""
+    """Return the route ``GET /``; its Content-Security-Policy allows only the page's own script and style, by hash."""
     body = FILE.read_bytes()
     headers = {
         "content-type": "text/html; charset=utf-8",
@@ -36,7 +36,7 @@ def page_route() -> Route:
 
 
 def _policy(body: bytes) -> str:
-    """The Content-Security-Policy of a page with one script and one style."""
+    """Return the Content-Security-Policy for a page with one script and one style."""
     (script,) = re.findall(rb"<script>(.*?)</script>", body, re.DOTALL)
     (style,) = re.findall(rb"<style>(.*?)</style>", body, re.DOTALL)
     return "; ".join(

@@ -12,23 +12,23 @@ from vllmlite.server.errors import ApiError
 
 
 class Profiler:
-    """Writes traces into one directory."""
+    """Writes traces to a directory."""
 
     def __init__(self, engine: AsyncLLM, directory: Path) -> None:
-        """``directory`` is made when the first trace is written."""
+        """``directory`` is created when the first trace is written."""
         self._engine = engine
         self._directory = directory
         self._recording = False
 
     async def start(self) -> None:
-        """Begin. Raises ApiError if that has been done."""
+        """Start recording. Raises ApiError if a recording is in progress."""
         if self._recording:
             raise ApiError(HTTPStatus.CONFLICT, "a profile is being recorded")
         self._recording = True
         await self._engine.ask("start_trace")
 
     async def stop(self) -> Path:
-        """End, and write the trace; its file. Raises ApiError if nothing is being recorded."""
+        """Stop recording and write the trace; return its file. Raises ApiError if there is no recording."""
         if not self._recording:
             raise ApiError(HTTPStatus.CONFLICT, "no profile is being recorded")
         self._recording = False

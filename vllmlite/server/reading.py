@@ -1,4 +1,4 @@
-"""From the outputs of a sequence to the parts of an answer: content, reasoning, tool calls."""
+"""Reading a sequence's outputs into the parts of an answer: content, reasoning, tool calls."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from vllmlite.tokenizers.tokenizer import Tokenizer
 
 
 class Reader:
-    """Reads one sequence, in one piece or as it comes."""
+    """Reads one sequence, completely or incrementally."""
 
     def __init__(self, parser: Parser | None, tools: ToolUse) -> None:
-        """Without a ``parser`` all is content."""
+        """Without a ``parser`` all text is content."""
         self.parser = parser
         self.called = False
-        """Whether there has been a call."""
+        """Whether there was a tool call."""
         self._tools = tools
         self._reasoning: list[str] = []
-        self._announced: list[Part] = []
-        """A call whose arguments have not begun: it is told with their first key, or with the end of its braces."""
+        self._pending_call: list[Part] = []
+        """A call whose arguments are still empty or just an opening brace; it is emitted when they continue or end."""
 
     def read(self, completion: CompletionOutput) -> list[Part]:
-        """The parts that are certain now."""
+        """Add an output; return the parts that are certain now."""
         if self.parser is None:
             return [Content(completion.text)] if completion.text else []
         parts = self.parser.feed(completion.text) if completion.text else []
@@ -54,54 +54,54 @@ class Reader:
             parts = [
                 part for part in parts if not isinstance(part, (CallBegin, CallArguments)) or not part.index
             ]
-        parts = self._begun(parts)
+        parts = self._without_pending_call(parts)
         if ended and not cut:
-            parts += self._announced
+            parts += self._pending_call
         self.called = self.called or any(isinstance(part, CallBegin) for part in parts)
         self._reasoning += [part.text for part in parts if isinstance(part, Reasoning)]
         return merged(parts)
 
-    def _begun(self, parts: list[Part]) -> list[Part]:
-        """Return ``parts`` without a call at their end whose arguments are still nothing or an opening brace.
+    def _without_pending_call(self, parts: list[Part]) -> list[Part]:
+        """Hold back a call at the end of ``parts`` whose arguments are still empty or just an opening brace.
 
-        A client might take a call that is cut there for a call without arguments, and it would tell nothing else."""
+        If the output is cut off there, a client might mistake it for a call without arguments."""
         found: list[Part] = []
         for part in parts:
             if isinstance(part, CallBegin):
-                found += self._announced
-                self._announced = [part]
+                found += self._pending_call
+                self._pending_call = [part]
                 continue
-            if isinstance(part, CallArguments) and self._announced:
-                self._announced.append(part)
-                if _arguments(self._announced).strip() in ("", "{"):
+            if isinstance(part, CallArguments) and self._pending_call:
+                self._pending_call.append(part)
+                if _arguments(self._pending_call).strip() in ("", "{"):
                     continue
-                part = self._announced.pop()
-            found += [*self._announced, part]
-            self._announced = []
+                part = self._pending_call.pop()
+            found += [*self._pending_call, part]
+            self._pending_call = []
         return found
 
     def reasoning_tokens(self, tokenizer: Tokenizer) -> int:
-        """Tokens of the reasoning so far."""
+        """Return the number of reasoning tokens so far."""
         text = "".join(self._reasoning)
         return len(tokenizer.encode(text, False)) if text else 0
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """OpenAI's reason: an answer that ends of itself in calls ends for them, unless one was named."""
+        """Return OpenAI's finish reason: ``tool_calls`` if the model ended after calls, unless one was named."""
         return "tool_calls" if reason == "stop" and self.called and self._tools.choice != "named" else reason
 
 
 @dataclass(slots=True)
 class Reading:
-    """A whole answer."""
+    """The parts of a whole answer, merged."""
 
     content: str = ""
     reasoning: str = ""
     calls: list[tuple[CallBegin, str]] = field(default_factory=list)
-    """(beginning, arguments) of each."""
+    """(beginning, arguments) of each call."""
 
     @classmethod
     def of(cls, parts: Iterable[Part]) -> Reading:
-        """All of an answer's parts together."""
+        """Merge all parts of an answer."""
         found = cls()
         for part in parts:
             match part:
@@ -109,11 +109,11 @@ class Reading:
                     found.content += text
                 case Reasoning(text):
                     found.reasoning += text
-                case CallBegin() as begun:
-                    found.calls.append((begun, ""))
+                case CallBegin() as call:
+                    found.calls.append((call, ""))
                 case CallArguments(index, text):
-                    begun, arguments = found.calls[index]
-                    found.calls[index] = begun, arguments + text
+                    call, arguments = found.calls[index]
+                    found.calls[index] = call, arguments + text
         return found
 
 
@@ -130,8 +130,10 @@ async def begin(
     raw_reasoning: bool = False,
     **details: Any,
 ) -> tuple[Generation, list[Reader]]:
-    """Have a conversation answered: its generation, and a reader of each answer. ``raw_reasoning`` leaves reasoning in
-    the content, with its marks; ``details`` are the service's."""
+    """Start answering a conversation; return the generation and a reader for each answer.
+
+    ``raw_reasoning`` leaves the reasoning in the content, with its markers. ``details`` are passed to
+    :meth:`Service.generate`."""
     config = service.config
     truncation = service.engine.llm_engine.truncation(params)
     prompt = await service.encode_chat(talk, tools.shown, truncation)
@@ -150,20 +152,20 @@ async def begin_batch(
     raw_reasoning: bool,
     **details: Any,
 ) -> tuple[Generation, list[Reader]]:
-    """:func:`begin` for several conversations, each answered once with the same ``params``."""
+    """Start answering several conversations, once each and with the same ``params``; see :func:`begin`."""
     config = service.config
     truncation = service.engine.llm_engine.truncation(params)
     prompts = []
     for talk in talks:
         prompts.append(await service.encode_chat(talk, tools.shown, truncation))
-        await asyncio.sleep(0)  # a turn for others
+        await asyncio.sleep(0)  # let other tasks run
     each = [after_reasoning(config, service.tokenizer, params, prompt["prompt"]) for prompt in prompts]
     if any(one != each[0] for one in each):
         raise ParameterError(
             "messages",
             len(talks),
-            "some conversations have their reasoning opened or closed and others have not: with a structure of the "
-            "output, send them one by one",
+            "in some conversations the reasoning is opened or closed, in others not: with structured output, send them "
+            "separately",
         )
     generation = await service.generate(kind, prompts, each[0], **details)
     readers = [reader_for(config, tools, each[0], prompt["prompt"], raw_reasoning) for prompt in prompts]
@@ -173,7 +175,7 @@ async def begin_batch(
 def reader_for(
     config: ServerConfig, tools: ToolUse, params: SamplingParams, prompt: str, raw_reasoning: bool = False
 ) -> Reader:
-    """A reader of one answer to ``prompt``. What a grammar shapes from its first token on holds no reasoning."""
+    """Return a reader for one answer to ``prompt``. An answer structured from its first token on has no reasoning."""
     parser = tools.parser()
     structure = params.structured_outputs
     if raw_reasoning:
@@ -188,22 +190,22 @@ def reader_for(
 def after_reasoning(
     config: ServerConfig, tokenizer: Tokenizer, params: SamplingParams, prompt: str
 ) -> SamplingParams:
-    """``params`` whose structure holds after the reasoning that the answer to ``prompt`` may begin with.
+    """Return ``params`` with the structure applied after the reasoning that the answer to ``prompt`` may begin with.
 
-    Where the marks of reasoning are no tokens of the model, the answer begins with the structure."""
+    If the reasoning markers are not single tokens, the answer begins with the structure."""
     structure = params.structured_outputs
     if config.reasoning_parser is None or structure is None:
         return params
     style = STYLES[config.reasoning_parser]
     opened = style.opened_by(prompt)
     opening, closing = (tokenizer.encode(mark, False) for mark in (style.opening, style.closing))
-    begun = style.implied if opened is None else opened
-    if opened is False or len(closing) != 1 or (len(opening) != 1 and not begun):
+    reasons = style.implied if opened is None else opened
+    if opened is False or len(closing) != 1 or (len(opening) != 1 and not reasons):
         return params
-    marks = ThinkingMarks(closing[0], None if begun else opening[0])
+    marks = ThinkingMarks(closing[0], None if reasons else opening[0])
     return params.clone(structured_outputs=replace(structure, after=marks))
 
 
 def reads_marks(config: ServerConfig, tools: ToolUse) -> bool:
-    """Whether a parser looks for marks in answers, which may be special tokens: these must be left in the text."""
+    """Return whether a parser looks for markers in answers; they may be special tokens, which must be kept then."""
     return config.reasoning_parser is not None or tools.choice == "auto"

@@ -1,4 +1,4 @@
-"""From a configuration to a listening server, and down again when it is told to."""
+"""Starting, running and stopping the server."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
-"""Longer than clients keep idle connections, which they would else find closed as they send the next request."""
+"""Longer than clients keep idle connections; otherwise a connection might close just as they send a request."""
 SWITCH_SECONDS = 0.0001
-"""How long the engine's thread and the event loop keep the interpreter from one another: 5 ms would be a whole step."""
+"""Thread switch interval between the engine's thread and the event loop; the default of 5 ms is a whole step."""
 CLOSING_SECONDS = 2
-"""What connections get to close after their requests have been ended."""
+"""Time for connections to close after their requests have ended."""
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
-    """Serve until SIGTERM or SIGINT; the exit status: 0, or 1 if the engine died. Raises VllmliteError."""
+    """Serve until SIGTERM or SIGINT; return 0, or 1 if the engine died. Raises VllmliteError."""
     begin = time.monotonic()
     keys = config.api_keys()
     config = replace(config, chat_template=read_template(config.chat_template))
     logging_config = _logging(config)
     sys.setswitchinterval(SWITCH_SECONDS)
-    # The address first: whoever has it already need not wait for a model to be loaded.
+    # Bind the address first, so that an address in use is reported before a model is loaded.
     with _listen(config) as listener:
         engine = AsyncLLM(engine_config, engine_process=config.engine_process)
         try:
@@ -64,7 +64,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             service = Service(engine, config, names, metrics)
             uvicorn_config = uvicorn.Config(
                 build_app(service, keys),
-                loop="asyncio",  # uvloop takes one new connection a turn: a crowd waits while others are written to
+                loop="asyncio",  # uvloop accepts one connection per iteration, which delays many at once
                 log_level=config.uvicorn_log_level,
                 access_log=not config.disable_uvicorn_access_log,
                 log_config=logging_config,
@@ -89,10 +89,10 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which drains at the first signal and leaves at the second."""
+    """uvicorn's server, which drains at the first signal and exits at the second."""
 
     def __init__(self, config: uvicorn.Config, service: Service, about: str, begin: float) -> None:
-        """Serve ``service``; the log says what it is ``about``, and how long after ``begin`` it is ready."""
+        """``about`` describes the server in the log; ``begin`` is the time at which starting began."""
         super().__init__(config)
         self._service = service
         self._about = about
@@ -100,18 +100,19 @@ class Server(uvicorn.Server):
         self._stopped = asyncio.Event()
 
     async def main_loop(self) -> None:
-        """uvicorn's, once a second in place of ten times: an idle server takes no CPU. :meth:`stop` ends it at once."""
+        """Replace uvicorn's loop: tick once a second instead of ten times, to be idle at 0 % CPU; :meth:`stop` wakes
+        it."""
         while not await self.on_tick(0):
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopped.wait(), 1)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave signals to :meth:`startup`: uvicorn would raise them again at the end."""
+        """Leave signals to :meth:`startup`; uvicorn would raise them again at exit."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept, and tell systemd."""
+        """Start accepting connections and notify systemd."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
@@ -125,7 +126,7 @@ class Server(uvicorn.Server):
         notify_systemd("READY=1")
 
     def stop(self) -> None:
-        """Take no more requests, give those that run until the deadline; at once, when told again."""
+        """Accept no more requests and let running ones finish until the deadline; called again, exit at once."""
         if self.should_exit:
             self.force_exit = True
             return
@@ -147,7 +148,7 @@ class Server(uvicorn.Server):
 
 
 def notify_systemd(state: str) -> None:
-    """Tell the service manager, where one listens (sd_notify(3)); that it does not is no reason to go on or to stop."""
+    """Notify the service manager, if there is one (sd_notify(3)); failures are only logged."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -157,19 +158,19 @@ def notify_systemd(state: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             channel.sendto(state.encode(), address)
     except OSError as error:
-        logger.warning("cannot tell %s to NOTIFY_SOCKET=%s: %s", state, address, error.strerror)
+        logger.warning("cannot send %s to NOTIFY_SOCKET=%s: %s", state, address, error.strerror)
 
 
 @contextmanager
 def _listen(config: ServerConfig) -> Iterator[socket.socket]:
-    """The listening socket; a Unix one is removed at the end."""
+    """Yield the listening socket; remove a Unix socket's file at the end."""
     if config.uds is None:
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(
                 config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
         except OSError as error:
-            raise ParameterError("host", config.host, f"is no address: {error.strerror}") from None
+            raise ParameterError("host", config.host, f"is not an address: {error.strerror}") from None
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -185,7 +186,7 @@ def _listen(config: ServerConfig) -> Iterator[socket.socket]:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and not _answers(path):
-            path.unlink()  # left behind by a server that was killed
+            path.unlink()  # left by a server that was killed
         listener.bind(str(path))
     except OSError as error:
         listener.close()
@@ -211,7 +212,7 @@ def _address(config: ServerConfig, listener: socket.socket) -> str:
 
 
 class _Unlogged(logging.Filter):
-    """Takes requests of some paths out of uvicorn's access log."""
+    """Drops requests to some paths from uvicorn's access log."""
 
     def __init__(self, paths: str) -> None:
         """``paths`` are separated by commas."""
@@ -219,13 +220,13 @@ class _Unlogged(logging.Filter):
         self._paths = frozenset(path.strip() for path in paths.split(","))
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a line is to be written: its arguments are the client, the method, the path, …"""
+        """Return whether to write a record; its arguments are the client, the method, the path, …"""
         path = str(record.args[2]) if isinstance(record.args, tuple) and len(record.args) > 2 else ""
         return path.partition("?")[0] not in self._paths
 
 
 def _logging(config: ServerConfig) -> dict[str, Any]:
-    """uvicorn's logging with ours beside it, or what the file says; ours is in effect at once."""
+    """Apply and return the logging configuration: the file's, or uvicorn's with vllmlite's logger added."""
     if config.disable_access_log_for_endpoints is not None:
         logging.getLogger("uvicorn.access").addFilter(_Unlogged(config.disable_access_log_for_endpoints))
     if config.log_config_file is not None:

@@ -1,4 +1,4 @@
-"""Service: one engine, the names it is served under, who is let in, and the way from a request to its outputs."""
+"""Service: one engine with its model names, admission of requests, and tokenisation and chat templates."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ from vllmlite.tokenizers.truncation import Truncation
 logger = logging.getLogger(__name__)
 
 INLINE_CHARACTERS = 4096
-"""Texts up to this length, and as many ids, are read on the event loop; more in a thread, while others are served."""
+"""Up to this many characters or ids are processed on the event loop; more in a thread."""
 
 
 MAX_REQUEST_ID = 256
-"""Characters of a request's name that are kept."""
+"""Maximum characters of a request's name."""
 
 COMPILE_SECONDS = 60
-"""For a grammar, and those that came before it, to be compiled."""
+"""Maximum time to wait for a grammar, including those queued before it."""
 
 
 class Generation:
-    """The engine's requests that answer one HTTP request, one a prompt; closed when the answer ends, in any way."""
+    """The engine's requests that answer one HTTP request, one per prompt; must be closed when the answer ends."""
 
     def __init__(
         self,
@@ -62,13 +62,13 @@ class Generation:
         prompts: Sequence[dict[str, Any]],
         params: SamplingParams | PoolingParams,
     ) -> None:
-        """``kind`` begins the answer's id."""
+        """``kind`` is the prefix of the answer's id."""
         self.id = kind + (request_id or uuid.uuid4().hex)
         self.created = int(time.time())
         self.prompts = prompts
         self.params = params
         self.n = params.n if isinstance(params, SamplingParams) else 1
-        """Completions a prompt."""
+        """Completions per prompt."""
         self._service = service
         self._stream: OutputStream | None = None
         self._index = {uuid.uuid4().hex: index for index in range(len(prompts))}
@@ -76,13 +76,13 @@ class Generation:
         self._cached_tokens = [0] * len(prompts)
         self._completion_tokens = 0
         self._lengths = [[0] * self.n for _ in prompts]
-        """Tokens of each completion of each prompt."""
+        """Tokens of each completion, by prompt."""
         self._running = [self.n] * len(prompts)
-        """Completions of each prompt that have not ended."""
+        """Number of unfinished completions of each prompt."""
         self._unfinished = len(prompts) * self.n
 
     async def start(self, priority: int, arrival_time: float) -> None:
-        """Hand the prompts to the engine. Raises ApiError if there is no room, ParameterError if one cannot run."""
+        """Submit the prompts to the engine. Raises ApiError if the queue is full, ParameterError if one cannot run."""
         self._service.admit(self._unfinished)
         try:
             self._stream = await self._service.engine.submit(
@@ -99,7 +99,7 @@ class Generation:
             self._service.metrics.requested(self.params, len(self.prompts))
 
     async def take(self) -> list[tuple[int, RequestOutput]]:
-        """What has come since the last call: (index of the prompt, output). Empty once all have finished."""
+        """Return new outputs as (index of the prompt, output), waiting for some; empty once all have finished."""
         assert self._stream is not None
         found = []
         ended = 0
@@ -122,7 +122,8 @@ class Generation:
         return found
 
     async def finished(self, receive: Receive) -> list[RequestOutput]:
-        """The final output of each prompt, in order. Raises ClientGone, and ends the requests, if nobody waits."""
+        """Return the final output of each prompt, in order. Raises ClientGone, and aborts, if the client
+        disconnects."""
 
         async def gather() -> list[RequestOutput]:
             last: dict[int, RequestOutput] = {}
@@ -136,7 +137,7 @@ class Generation:
             self.close()
 
     def usage(self, without: int = 0) -> Usage:
-        """Tokens so far, ``without`` the last ones of the completions."""
+        """Return the token counts so far, not counting the last ``without`` completion tokens."""
         prompt, completion = sum(self._prompt_tokens), self._completion_tokens - without
         return {
             "prompt_tokens": prompt,
@@ -146,7 +147,7 @@ class Generation:
         }
 
     def close(self) -> None:
-        """End what has not finished."""
+        """Abort unfinished requests."""
         if self._stream is not None:
             self._stream.close()
         if self._unfinished:
@@ -156,12 +157,12 @@ class Generation:
 
 
 class Service:
-    """What the endpoints share."""
+    """State and functions shared by the endpoints."""
 
     def __init__(
         self, engine: AsyncLLM, config: ServerConfig, model_names: Sequence[str], metrics: Metrics
     ) -> None:
-        """Serve ``engine`` under ``model_names``, the first of which stands in answers."""
+        """Serve ``engine`` under ``model_names``; answers have the first one."""
         self.engine = engine
         self.config = config
         self.metrics = metrics
@@ -171,29 +172,29 @@ class Service:
         self.draining = False
         self.notes = Notes()
         self.num_answering = 0
-        """HTTP requests being answered by endpoints that compute something: vLLM's server load."""
+        """Number of HTTP requests being answered by endpoints that compute: vLLM's server load."""
         inner = engine.llm_engine
         self.tokenizer = inner.get_tokenizer()
         if config.chat_template is not None:
-            self.tokenizer.find_chat_template(config.chat_template)  # refuse a bad one before any request
+            self.tokenizer.find_chat_template(config.chat_template)  # fail now if it is invalid
         self.max_model_len = inner.max_model_len
         self.responses = ResponseStore(config.max_stored_responses)
         self.default_params = inner.default_sampling_params
         self.knows_reasoning = inner.engine_core.bounds.reasoning is not None
-        """Whether a request may limit its reasoning."""
+        """Whether requests may limit their reasoning."""
         self._capacity = inner.config.max_num_seqs + config.max_queue
         self._max_num_seqs = inner.config.max_num_seqs
         self._unfinished = 0
         self._truncating = ThreadPoolExecutor(1, "vllmlite-long-texts")
-        """Texts that are too long before they are truncated, one at a time: they keep nothing but others waiting."""
+        """Tokenises texts that are long before truncation, one at a time, so that they only delay one another."""
         self._compiling = ThreadPoolExecutor(PARALLEL, "vllmlite-grammars")
-        """Few grammars at a time, so that slow ones delay nothing but other grammars."""
+        """Compiles a few grammars at a time, so that slow ones only delay other grammars."""
 
     def check(self, body: Request, connection: HTTPConnection) -> None:
-        """Check what all requests have: the model's name, and fields without an effect.
+        """Check what all requests have in common: the model's name, and fields without effect.
 
-        llama-server takes any model's name, so its own endpoints do. Raises :class:`ApiError`, or
-        :class:`ParameterError` where ``strict_requests`` refuses a field."""
+        llama.cpp's endpoints accept any model name, as llama-server does. Raises :class:`ApiError`, or
+        :class:`ParameterError` if ``strict_requests`` refuses a field."""
         path = path_of(connection.scope)
         if api_of(path) is not Api.LLAMACPP:
             self.check_model(getattr(body, "model", None))
@@ -211,45 +212,43 @@ class Service:
             )
 
     def check_model(self, name: str | None) -> None:
-        """Raise a 404 unless ``name`` is served; no name means the one that is."""
+        """Raise a 404 ApiError unless ``name`` is served; an empty name means the served model."""
         if name and name not in self.model_names:
             served = ", ".join(self.model_names)
-            message = str(ParameterError("model", name, f"not served here; {served} is"))
+            message = str(ParameterError("model", name, f"is not served; served: {served}"))
             raise ApiError(HTTPStatus.NOT_FOUND, message, param="model", code="model_not_found")
 
     def chat_limit(self, wanted: int | None) -> int | None:
-        """The most tokens of an answer in a conversation: those ``wanted``, or the checkpoint's limit, if it has one;
-        None: up to the context."""
+        """Return the maximum tokens of a chat answer: ``wanted``, or else the checkpoint's limit; None: up to the
+        context."""
         limit = self.default_params.max_tokens
         if wanted is not None:
             return token_limit(wanted)
         return None if limit == SamplingParams().max_tokens else limit
 
     def admit(self, count: int) -> None:
-        """Count ``count`` sequences in; raises ApiError if the queue is full or the server is going down."""
+        """Admit ``count`` sequences. Raises ApiError if the queue is full or the server is shutting down."""
         if self.draining:
             self.metrics.rejected("shutting_down")
             raise ApiError(
                 HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", headers={"retry-after": "5"}
             )
         if count > self._capacity:
-            raise ParameterError(
-                "n", count, f"prompts times n must be at most {self._capacity}, running and waiting"
-            )
+            raise ParameterError("n", count, f"prompts times n must be at most {self._capacity}")
         waiting = self._unfinished - self._max_num_seqs
         if self._unfinished + count > self._capacity:
             self.metrics.rejected("queue_full")
             wait = self.metrics.mean_latency() * (waiting + count) / self._max_num_seqs
             raise ApiError(
                 HTTPStatus.TOO_MANY_REQUESTS,
-                f"the queue is full: {max(waiting, 0)} sequences wait, {self.config.max_queue} may",
+                f"the queue is full: {max(waiting, 0)} of at most {self.config.max_queue} sequences are waiting",
                 code="queue_full",
                 headers={"retry-after": str(min(max(math.ceil(wait), 1), 60))},
             )
         self._unfinished += count
 
     def release(self, count: int) -> None:
-        """``count`` sequences have ended."""
+        """Count ``count`` sequences as ended."""
         self._unfinished -= count
 
     async def generate(
@@ -263,7 +262,7 @@ class Service:
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> Generation:
-        """Start generating after each of ``prompts``, as :meth:`encode` makes them, or embedding them."""
+        """Start generating from, or embedding, the encoded ``prompts`` (see :meth:`encode`)."""
         for prompt in prompts:
             if cache_salt is not None:
                 prompt["cache_salt"] = cache_salt
@@ -284,7 +283,7 @@ class Service:
         return generation
 
     async def _compile(self, structure: StructuredOutputsParams) -> None:
-        """Have the grammar ready before the engine asks for it; others are served meanwhile."""
+        """Compile the grammar in a thread before the request is submitted."""
         compiling = asyncio.get_running_loop().run_in_executor(
             self._compiling, self.engine.llm_engine.grammars.compile, structure
         )
@@ -298,31 +297,31 @@ class Service:
             ) from None
 
     def check_num_prompts(self, count: int) -> None:
-        """Raise :class:`ParameterError` if one request has too many prompts."""
+        """Raise :class:`ParameterError` if a request has too many prompts."""
         if count > self.config.max_prompts:
             raise ParameterError("prompt", count, f"must be at most {self.config.max_prompts} prompts")
 
     async def encode_all(
         self, prompts: Any, add_special_tokens: bool = True, truncation: Truncation | None = None
     ) -> list[dict[str, Any]]:
-        """Every prompt of a request's ``prompt``: a text, ids, or a list of either. Raises :class:`ParameterError`."""
+        """Encode every prompt of ``prompts``: a text, ids, or a list of either. Raises :class:`ParameterError`."""
         if isinstance(prompts, str) or (isinstance(prompts, list) and prompts and type(prompts[0]) is int):
             prompts = [prompts]
         if not isinstance(prompts, list) or not prompts:
-            raise ParameterError("prompt", prompts, "must be text, token ids, or a list with some of either")
+            raise ParameterError("prompt", prompts, "must be text, token ids, or a list of either")
         self.check_num_prompts(len(prompts))
         encoded = []
         for index, prompt in enumerate(prompts):
             if index:
-                await asyncio.sleep(0)  # a turn for others
+                await asyncio.sleep(0)  # let other tasks run
             encoded.append(await self.encode(prompt, add_special_tokens, truncation))
         return encoded
 
     async def encode(
         self, prompt: Any, add_special_tokens: bool = True, truncation: Truncation | None = None
     ) -> dict[str, Any]:
-        """A prompt with its ids, after ``truncation``. A text that cannot fit is refused before it is tokenised, unless
-        it is to be truncated."""
+        """Encode a prompt, applying ``truncation``; without it, a text that cannot fit is refused before
+        tokenisation."""
         if isinstance(prompt, str):
             with renamed(text="prompt"):
                 ids = await self.tokenised(
@@ -340,15 +339,16 @@ class Service:
         return encoded
 
     def check_num_ids(self, count: int) -> None:
-        """Raise :class:`ParameterError` if a prompt of ``count`` ids cannot fit, whatever they are."""
+        """Raise :class:`ParameterError` if a prompt of ``count`` ids cannot fit."""
         if count > self.max_model_len:
             raise ContextLengthError("prompt", count, self.max_model_len - 1, self.max_model_len)
 
     async def tokenised(
         self, characters: int, encode: Callable[..., list[int]], *args: Any, may_be_too_long: bool = False
     ) -> list[int]:
-        """What ``encode(*args)`` makes of so many characters. Raises :class:`ParameterError` if they cannot fit, unless
-        they ``may_be_too_long``."""
+        """Return ``encode(*args)`` for a text of ``characters``, run in a thread if it is long.
+
+        Raises :class:`ParameterError` if the text cannot fit, unless it ``may_be_too_long``."""
         least = -(-characters // self.tokenizer.max_token_length)
         if least > self.max_model_len and not may_be_too_long:
             raise ContextLengthError("prompt", least, self.max_model_len - 1, self.max_model_len, exact=False)
@@ -358,7 +358,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(where, encode, *args)
 
     async def decode(self, ids: list[int]) -> str:
-        """The text of ``ids``, special tokens included. Raises :class:`ParameterError` on what is no id."""
+        """Return the text of ``ids``, special tokens included. Raises :class:`ParameterError` for invalid ids."""
         self.tokenizer.check_ids(ids)
         if len(ids) <= INLINE_CHARACTERS:
             return self.tokenizer.decode(ids, skip_special_tokens=False)
@@ -367,21 +367,23 @@ class Service:
     async def encode_chat(
         self, body: ChatPrompt, offer_tools: bool = True, truncation: Truncation | None = None
     ) -> dict[str, Any]:
-        """The prompt of a conversation, through the chat template, which is told of tools if ``offer_tools``."""
+        """Render and encode a conversation; ``offer_tools``: pass the tools to the chat template."""
         variables = {**self.config.default_chat_template_kwargs, **body.template_variables()}
         tools = body.functions() or None if offer_tools else None
         wanted = self._template_wanted(body.chat_template)
         template = self.tokenizer.find_chat_template(wanted, with_tools=bool(tools))
         if body.documents and "documents" not in template.variables:
             raise ParameterError(
-                "documents", len(body.documents), "the chat template shows none: put them into the messages"
+                "documents",
+                len(body.documents),
+                "the chat template does not render documents: put them into the messages",
             )
-        thinking = body.thinking_wishes()
+        thinking = body.thinking_options()
         if thinking and not any(name in template.source for name in thinking):
             self.notes.once(
                 "thinking",
                 lambda: (
-                    f"the chat template reads none of {', '.join(thinking)}: what requests say of it is ignored"
+                    f"the chat template uses none of {', '.join(thinking)}: these fields of requests are ignored"
                 ),
             )
         options = PromptOptions(
@@ -396,24 +398,26 @@ class Service:
         return await self.encode(text, body.add_special_tokens, truncation)
 
     def chat_template(self) -> str:
-        """The text of the chat template for conversations without tools; empty if there is none."""
+        """Return the source of the chat template for conversations without tools; empty if there is none."""
         wanted = self.config.chat_template
         if wanted is None:
             return self.tokenizer.chat_template or ""
         return self.tokenizer.find_chat_template(wanted).source
 
     def _template_wanted(self, requested: str | None) -> str | None:
-        """The chat template that a request asks for, or else the server's; None: the model's own. A request may name
-        any that is here; its own text needs ``trust_request_chat_template``. Raises :class:`ParameterError`."""
+        """Return the chat template that a request selects, or the server's; None means the model's own.
+
+        A request may name a known template; its own source needs ``trust_request_chat_template``. Raises
+        :class:`ParameterError`."""
         known = requested in self.tokenizer.chat_templates or requested in BUILT_IN
         if requested is not None and not known and not self.config.trust_request_chat_template:
             raise ParameterError(
                 "chat_template", requested,
-                "is the name of none, and the server takes no others: --trust-request-chat-template",
+                "is not the name of a template; its own source in a request needs --trust-request-chat-template",
             )  # fmt: skip
         return self.config.chat_template if requested is None else requested
 
 
 def request_id(given: str | None, request: HTTPConnection) -> str | None:
-    """The name of a request: what its body has as ``request_id``, or its X-Request-Id."""
+    """Return a request's name: ``request_id`` of its body, or its X-Request-Id header."""
     return given or request.headers.get("x-request-id", "")[:MAX_REQUEST_ID] or None

@@ -1,4 +1,4 @@
-"""Answers: JSON in one piece, or streamed as it comes; and noticing that a client has gone."""
+"""Answers as JSON or as streams, and detection of clients that disconnect."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ T = TypeVar("T")
 
 
 class ClientGone(Exception):
-    """The client has closed the connection: nobody waits for the answer."""
+    """The client has closed the connection."""
 
 
 def to_json(value: Any) -> bytes:
-    """``value`` as compact JSON in UTF-8; halves of surrogate pairs become question marks."""
+    """Return ``value`` as compact UTF-8 JSON; lone surrogates become question marks."""
     try:
         return pydantic_core.to_json(value, inf_nan_mode="null")
     except pydantic_core.PydanticSerializationError:
@@ -33,64 +33,64 @@ def to_json(value: Any) -> bytes:
 
 
 def event(value: Any) -> bytes:
-    """A server-sent event with ``value`` as its JSON data."""
+    """Return a server-sent event with ``value`` as JSON data."""
     return b"data: " + to_json(value) + b"\n\n"
 
 
 def named_event(value: Any) -> bytes:
-    """The same, named after the ``type`` in ``value``."""
+    """Return a server-sent event named after the ``type`` in ``value``."""
     return b"event: %b\n%b" % (value["type"].encode(), event(value))
 
 
 class Chunks:
-    """Events of one answer that differ in their choice alone: what stands around it is encoded once."""
+    """Encodes events that differ in their single choice only; the rest is encoded once."""
 
     def __init__(self, frame: Mapping[str, Any]) -> None:
-        """``frame`` is an event whose ``choices`` are empty."""
-        # In a text that is part of the frame, the quotation marks would have backslashes before them.
+        """``frame`` is an event with empty ``choices``."""
+        # Inside a JSON string, the quotation marks would be escaped, so the pattern only matches the field.
         self._head, empty, self._tail = event(frame).partition(b'"choices":[]')
         self._head, self._tail = self._head + empty[:-1], empty[-1:] + self._tail
 
     def event(self, choice: Any) -> bytes:
-        """The event of ``choice``."""
+        """Return the event with ``choice``."""
         return self._head + to_json(choice) + self._tail
 
 
 EVENTS = "text/event-stream"
 LINES = "application/x-ndjson"
-"""The type of a stream that is a line of JSON a piece."""
+"""Media type of a stream of JSON lines."""
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
-"""A comment, which no client takes for an event."""
+"""A comment, which clients ignore."""
 
 
 def error_event(error: Exception) -> bytes:
-    """The end of a stream that cannot go on."""
+    """Return the last events of a stream that failed."""
     return event(as_api_error(error).body()) + DONE
 
 
 def llamacpp_error_event(error: Exception) -> bytes:
-    """The same for llama.cpp's streams, which end without a mark."""
+    """Return the last event of a failed stream of llama.cpp's API, which has no end marker."""
     return event(as_api_error(error).body(Api.LLAMACPP))
 
 
 def error_line(error: Exception) -> bytes:
-    """The same for streams of lines."""
+    """Return the last line of a failed stream of JSON lines."""
     return to_json(as_api_error(error).body()) + b"\n"
 
 
 class JSON(Response):
-    """An answer in one piece."""
+    """An answer as JSON."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """The body."""
+        """Return the body."""
         return to_json(content)
 
 
 class Stream(Response):
-    """An answer that is sent piece by piece. When the client goes, ``pieces`` is closed at once."""
+    """An answer sent piece by piece; ``pieces`` is closed when the client disconnects."""
 
     media_type = EVENTS
 
@@ -101,7 +101,7 @@ class Stream(Response):
         media_type: str | None = None,
         error_event: Callable[[Exception], bytes] = error_event,
     ) -> None:
-        """``close`` is called in any case, at the end. An exception in ``pieces`` becomes an ``error_event``."""
+        """``close`` is always called at the end. An exception in ``pieces`` is sent as an ``error_event``."""
         super().__init__(
             media_type=media_type, headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
         )
@@ -111,7 +111,7 @@ class Stream(Response):
         self._error_event = error_event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the pieces, and comments between them where the server is to."""
+        """Send the pieces, and keep-alive comments between them if configured."""
         interval: float = scope["app"].state.service.config.sse_keep_alive_interval
         pieces = self._pieces
         if interval and self.media_type == EVENTS:
@@ -139,7 +139,7 @@ class Stream(Response):
 
 
 async def _kept_alive(pieces: AsyncGenerator[bytes, None], interval: float) -> AsyncGenerator[bytes, None]:
-    """``pieces``, with a comment wherever the next is not there after ``interval`` seconds."""
+    """Yield ``pieces``, and a comment whenever ``interval`` seconds pass without one."""
     while True:
         task = asyncio.ensure_future(anext(pieces, None))
         try:
@@ -156,7 +156,7 @@ async def _kept_alive(pieces: AsyncGenerator[bytes, None], interval: float) -> A
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled, and :class:`ClientGone` raised, when the client goes first."""
+    """Return the result of ``work``; if the client disconnects first, cancel it and raise :class:`ClientGone`."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(receive))
     try:

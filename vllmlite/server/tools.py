@@ -1,4 +1,4 @@
-"""Which tools a request offers, how they may be called, and what reads the calls out of the answer."""
+"""The tools of a request: how they may be called, and which parser finds the calls in the answer."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ CHOICES = ("none", "auto", "required")
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """The tools of a request, in the form of OpenAI's chat, which is the one that chat templates take."""
+    """The tools of a request, in the form of OpenAI's chat, which chat templates use."""
 
     tools: Sequence[dict[str, Any]] = ()
     choice: str = "none"
     """One of :data:`CHOICES`, or ``named``."""
     name: str = ""
-    """The function that is named."""
+    """The named function."""
     parallel: bool = True
     parser_name: str | None = None
-    """Of :data:`TOOL_PARSERS`: reads calls that the model was free not to make."""
+    """Name in :data:`TOOL_PARSERS` of the parser for optional calls."""
     shown: bool = True
-    """Whether the chat template is told of them."""
+    """Whether the chat template gets the tools."""
 
     @classmethod
     def of(
         cls, tools: Sequence[dict[str, Any]], choice: Any, parallel: bool | None, config: ServerConfig
     ) -> ToolUse:
-        """``choice`` as OpenAI has it; None means ``auto`` where there are tools. Raises :class:`ParameterError`."""
+        """``choice`` is OpenAI's; None means ``auto`` if there are tools. Raises :class:`ParameterError`."""
         if choice is None:
             choice = "auto" if tools else "none"
         name = ""
@@ -57,13 +57,13 @@ class ToolUse:
             raise ParameterError(
                 "tool_choice",
                 choice,
-                "the server reads no calls out of answers: --enable-auto-tool-choice and --tool-call-parser",
+                "the server does not parse tool calls: start it with --enable-auto-tool-choice and --tool-call-parser",
             )
         shown = choice != "none" or not config.exclude_tools_when_tool_choice_none
         return cls(tools, choice, name, parallel is not False, config.tool_call_parser, shown)
 
     def structure(self) -> StructuredOutputsParams | None:
-        """What the output must be where calls are forced: one call's arguments, or a list of calls."""
+        """Return the structure of forced calls, a call's arguments or a list of calls; None if calls are not forced."""
         if self.choice == "named":
             (schema,) = (_schema(tool) for tool in self.tools if tool["function"]["name"] == self.name)
             return StructuredOutputsParams(json=schema)
@@ -87,19 +87,20 @@ class ToolUse:
         return StructuredOutputsParams(json=calls)
 
     def changes(self, structured: bool) -> dict[str, Any]:
-        """What the sampling parameters must have besides. Raises :class:`ParameterError` if the request has them
-        ``structured`` in another way."""
+        """Return the sampling parameters for forced calls.
+
+        Raises :class:`ParameterError` if the request is ``structured`` in another way."""
         structure = self.structure()
         if structure is None:
             return {}
         if structured:
             raise ParameterError(
-                "tool_choice", self.choice, "holds the output to calls, and not to anything else"
+                "tool_choice", self.choice, "forces tool calls and cannot be combined with another structure"
             )
         return {"structured_outputs": structure}
 
     def parser(self) -> Parser | None:
-        """A new reader of one answer's calls; None where there are none to read."""
+        """Return a new parser for one answer's calls, or None if calls are not parsed."""
         if self.choice == "named":
             return NamedCall(self.name)
         if self.choice == "required":
@@ -111,7 +112,7 @@ class ToolUse:
         )
 
     def call_id(self, call: CallBegin) -> str:
-        """Return the id of a call: the model's own, or a new one in the form that its chat template wants."""
+        """Return a call's id: the model's own, or a new one in the form that its chat template requires."""
         if call.id:
             return call.id
         if self.parser_name == "mistral":
@@ -127,7 +128,7 @@ def _schema(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _below(schema: Any, place: str) -> Any:
-    """``schema``, whose references begin at itself, as it stands at ``place`` of a larger one."""
+    """Return ``schema`` with its references, relative to itself, adjusted to its ``place`` in a larger schema."""
     if isinstance(schema, list):
         return [_below(entry, place) for entry in schema]
     if not isinstance(schema, dict):
@@ -144,7 +145,7 @@ def _below(schema: Any, place: str) -> Any:
 
 
 def _named(choice: dict[str, Any]) -> str:
-    """The name in ``{"type": "function", "function": {"name": …}}``."""
+    """Return the name in ``{"type": "function", "function": {"name": …}}``. Raises :class:`ParameterError`."""
     function = choice.get("function")
     if (
         choice.keys() != {"type", "function"}
@@ -154,5 +155,5 @@ def _named(choice: dict[str, Any]) -> str:
         raise ParameterError("tool_choice", choice, 'must be {"type": "function", "function": {"name": …}}')
     name = function.get("name")
     if not isinstance(name, str) or len(function) != 1:
-        raise ParameterError("tool_choice.function", function, "must hold a name, and that alone")
+        raise ParameterError("tool_choice.function", function, "must have a name and nothing else")
     return name

@@ -1,4 +1,4 @@
-"""Anthropic's blocks: messages to read them as, and the events in which they come."""
+"""Conversion of Anthropic's blocks: requests to chat messages, and answers to blocks and stream events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllmlite.server.parsers.parts import CallArguments, CallBegin, Content, Par
 def as_messages(
     turns: Sequence[AnthropicMessage], system: str | list[dict[str, Any]] | None
 ) -> list[dict[str, Any]]:
-    """The conversation in the form of OpenAI's chat. Raises :class:`ParameterError`."""
+    """Return the conversation in the form of OpenAI's chat. Raises :class:`ParameterError`."""
     messages: list[dict[str, Any]] = []
     if system is not None:
         messages.append({"role": "system", "content": content_of(system, "system")})
@@ -30,7 +30,7 @@ def as_messages(
 
 
 def _of_blocks(role: str, blocks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A turn as messages: results of tools, each a message of its own, then the rest as one."""
+    """Yield a turn's messages: each tool result as its own message, then the rest as one message."""
     parts: list[Any] = []
     message: dict[str, Any] = {"role": role, "content": None}
     results = 0
@@ -39,7 +39,7 @@ def _of_blocks(role: str, blocks: list[dict[str, Any]]) -> Iterator[dict[str, An
             case "text" | "thinking":
                 parts.append(block)
             case "redacted_thinking":
-                pass  # nobody but its author can read it
+                pass  # encrypted by its author
             case "tool_use":
                 function = {"name": _string(block, "name"), "arguments": json.dumps(block.get("input", {}))}
                 call = {"id": _string(block, "id"), "type": "function", "function": function}
@@ -65,17 +65,17 @@ def _string(block: dict[str, Any], name: str) -> str:
 
 
 class Blocks:
-    """The blocks of one answer as its parts come; each part becomes events, of which a stream consists."""
+    """Builds the content blocks of one answer from its parts, and the stream events of each part."""
 
     def __init__(self, call_id: Callable[[CallBegin], str]) -> None:
         self.blocks: list[Block] = []
         self._call_id = call_id
         self._arguments: list[str] = []
-        """Of the tool use that is open, in pieces."""
+        """Pieces of the open tool use's arguments."""
         self._open = False
 
-    def take(self, part: Part) -> Iterator[dict[str, Any]]:
-        """The events of a part."""
+    def add(self, part: Part) -> Iterator[dict[str, Any]]:
+        """Add a part; yield its stream events."""
         match part:
             case Content(text):
                 if not self._is_open("text"):
@@ -87,16 +87,16 @@ class Blocks:
                     yield from self._begin({"type": "thinking", "thinking": "", "signature": ""})
                 self.blocks[-1]["thinking"] += text
                 yield self._delta({"type": "thinking_delta", "thinking": text})
-            case CallBegin(_, name) as begun:
+            case CallBegin(_, name) as begin:
                 yield from self._begin(
-                    {"type": "tool_use", "id": self._call_id(begun), "name": name, "input": {}}
+                    {"type": "tool_use", "id": self._call_id(begin), "name": name, "input": {}}
                 )
             case CallArguments(_, text):
                 self._arguments.append(text)
                 yield self._delta({"type": "input_json_delta", "partial_json": text})
 
     def end(self) -> Iterator[dict[str, Any]]:
-        """The events that end the block that is open."""
+        """Close the open block; yield the events for it."""
         if not self._open:
             return
         if self._is_open("tool_use"):
@@ -119,10 +119,10 @@ class Blocks:
 
 
 def _loaded(arguments: str) -> Any:
-    """Return a tool's input.
+    """Return a tool's input from its JSON arguments.
 
-    Of arguments that were cut off, what is complete: Anthropic's own clients make the same of the stream. What is no
-    JSON goes through as text in the object that Anthropic's documentation has for it."""
+    Of truncated arguments the complete part is used, as Anthropic's own clients do with a stream. Arguments that are
+    not JSON are passed on as text in the object that Anthropic's documentation defines for them."""
     try:
         return pydantic_core.from_json(arguments or "{}", allow_partial=True)
     except ValueError:

@@ -1,4 +1,4 @@
-"""``/v1/messages``: Anthropic's API."""
+"""Request and response types of ``/v1/messages``, Anthropic's API."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vllmlite.server.protocol.fields import MESSAGES_PROMPT_CHANGING, MESSAGES_T
 
 
 class AnthropicTool(Request):
-    """A tool that the model may have called."""
+    """A tool that the model may call."""
 
     text_changing: ClassVar[Mapping[str, Absent]] = {
         "allowed_callers": Absent((None, [], ["direct"]), "there is no code that could call tools"),
@@ -54,7 +54,7 @@ AnthropicTools = TypeAliasType(
 
 
 class AnthropicChoice(Request):
-    """How tools may be called."""
+    """How the model may call tools."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -62,27 +62,29 @@ class AnthropicChoice(Request):
 
 
 class AnthropicThinking(Request):
-    """Whether the model is to think first, where its chat template leaves the choice."""
+    """Whether the model should think first, if its chat template has the choice."""
 
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: int | None = Field(
-        None, ge=1024, description="Most tokens of thinking, where the server knows its marks."
+        None,
+        ge=1024,
+        description="Maximum thinking tokens, if the server knows the model's thinking markers.",
     )
     display: str | None = None
-    """What is thought is always told."""
+    """Has no effect: thinking is always included."""
 
 
 class AnthropicFormat(Request):
-    """What the output must be."""
+    """The required format of the output."""
 
     type: Literal["json_schema"]
     json_schema: dict[str, Any] = Field(alias="schema")
 
 
 class AnthropicOutputConfig(Request):
-    """How the output is to be."""
+    """Options of the output."""
 
-    effort: str | None = Field(None, description="For chat templates that ask for it.")
+    effort: str | None = Field(None, description="Passed to chat templates that use it.")
     format: AnthropicFormat | None = None
 
 
@@ -94,7 +96,7 @@ class AnthropicMessage(Request):
 
 
 class CountRequest(Request):
-    """``POST /v1/messages/count_tokens``."""
+    """Body of ``POST /v1/messages/count_tokens``."""
 
     text_changing: ClassVar[Mapping[str, Absent]] = MESSAGES_PROMPT_CHANGING
 
@@ -105,20 +107,20 @@ class CountRequest(Request):
     tool_choice: AnthropicChoice | None = None
     thinking: AnthropicThinking | None = None
     output_config: AnthropicOutputConfig | None = None
-    output_format: AnthropicFormat | None = Field(None, description="The older name of output_config.format.")
+    output_format: AnthropicFormat | None = Field(None, description="Older name of output_config.format.")
     context_management: dict[str, Any] | None = Field(
-        None, description="Edits of long conversations; none is done, as the answer's own says."
+        None, description="Edits of long conversations; none are applied, as the answer states."
     )
-    enable_thinking: bool | None = Field(None, description="vLLM's name of a choice that thinking makes too.")
+    enable_thinking: bool | None = Field(None, description="vLLM's name for enabling thinking.")
     chat_template_kwargs: dict[str, Any] | None = None
 
     def functions(self) -> list[AnthropicTool]:
-        """The tools that are functions."""
+        """Return the tools that are functions."""
         return [tool for tool in self.tools or () if isinstance(tool, AnthropicTool)]
 
 
 class MessagesRequest(CountRequest):
-    """``POST /v1/messages``."""
+    """Body of ``POST /v1/messages``."""
 
     text_changing: ClassVar[Mapping[str, Absent]] = MESSAGES_TEXT_CHANGING
 
@@ -129,11 +131,11 @@ class MessagesRequest(CountRequest):
     top_k: int | None = None
     top_p: float | None = None
     cache_salt: str | None = None
-    thread: dict[str, Any] | None = Field(None, description="Refused: nothing is kept between requests.")
+    thread: dict[str, Any] | None = Field(None, description="Refused: the server keeps no threads.")
 
 
 class AnthropicUsage(TypedDict):
-    """Tokens of a request; ``input_tokens`` are those that neither came from the prefix cache nor went into it."""
+    """Token counts of a request; ``input_tokens`` excludes tokens read from or written to the prefix cache."""
 
     input_tokens: int
     cache_creation_input_tokens: int
@@ -142,7 +144,7 @@ class AnthropicUsage(TypedDict):
 
 
 class Block(TypedDict):
-    """A piece of an answer: which fields there are goes by ``type``."""
+    """A block of an answer; ``type`` determines which fields it has."""
 
     type: Literal["text", "thinking", "tool_use"]
     text: NotRequired[str]
@@ -168,7 +170,7 @@ class AnthropicAnswer(TypedDict):
 
 
 class AnthropicErrorInfo(TypedDict):
-    """What was wrong."""
+    """Type and message of an error."""
 
     type: str
     message: str
@@ -176,7 +178,7 @@ class AnthropicErrorInfo(TypedDict):
 
 
 class AnthropicError(TypedDict):
-    """Any answer of Anthropic's endpoints that is an error."""
+    """Error answer of Anthropic's endpoints."""
 
     type: Literal["error"]
     error: AnthropicErrorInfo

@@ -1,4 +1,4 @@
-"""``POST /v1/messages``: Anthropic's API, and its counting of tokens."""
+"""``POST /v1/messages`` and ``POST /v1/messages/count_tokens``: Anthropic's API."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from vllmlite.server.tools import ToolUse
 router = APIRouter()
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-"""Anthropic's names of OpenAI's reasons."""
+"""Anthropic's stop reasons by OpenAI's finish reasons."""
 NO_THREADS = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
-"""By which Anthropic's tool runner, which asks for a thread at first, knows to go on without one."""
+"""Error details that make Anthropic's tool runner, which first asks for a thread, continue without one."""
 
 
 @router.post("/v1/messages", responses=documented(AnthropicAnswer, streams=True, error=AnthropicError))
 async def create_message(body: MessagesRequest, request: Request) -> Response:
-    """Answer a conversation, in blocks."""
+    """Answer a conversation in content blocks."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
     service.check(body, request)
     if body.thread is not None:
         raise ApiError(
             HTTPStatus.BAD_REQUEST,
-            "thread: nothing is kept between requests: give the whole conversation",
+            "thread: not supported: send the whole conversation",
             details=NO_THREADS,
         )
     tools = _tool_use(body, service)
@@ -63,12 +63,12 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     if body.stream:
         return Stream(answer.events(), generation.close, error_event=_error_event)
     (output,) = await generation.finished(request.receive)
-    return JSON(answer.whole(output))
+    return JSON(answer.complete(output))
 
 
 @router.post("/v1/messages/count_tokens", responses=documented(Counted, error=AnthropicError))
 async def count_tokens(body: CountRequest, request: Request) -> Response:
-    """The tokens that a conversation is."""
+    """Count the prompt tokens of a conversation."""
     service: Service = request.app.state.service
     service.check(body, request)
     tools = _tool_use(body, service)
@@ -78,14 +78,14 @@ async def count_tokens(body: CountRequest, request: Request) -> Response:
 
 def _talk(body: CountRequest, tools: ToolUse) -> ChatPrompt:
     messages = as_messages(body.messages, body.system)
-    talk = conversation(messages, "messages", tools.tools).model_copy(update=_wishes(body))
-    if body.messages[-1].role == "assistant":  # Anthropic's way to have an answer continued
+    talk = conversation(messages, "messages", tools.tools).model_copy(update=_thinking_options(body))
+    if body.messages[-1].role == "assistant":  # Anthropic's way of prefilling the answer
         talk = talk.model_copy(update={"add_generation_prompt": False, "continue_final_message": True})
     return talk
 
 
-def _wishes(body: CountRequest) -> dict[str, Any]:
-    """What the chat template is told of thinking."""
+def _thinking_options(body: CountRequest) -> dict[str, Any]:
+    """Return the chat prompt's fields about thinking."""
     variables = dict(body.chat_template_kwargs or {})
     if body.thinking is not None:
         variables = thinking_variables(body.thinking.type != "disabled") | variables
@@ -120,7 +120,7 @@ def _tool_use(body: CountRequest, service: Service) -> ToolUse:
     if choice.type == "tool":
         wanted = {"type": "function", "function": {"name": choice.name}}
     elif choice.name is not None:
-        raise ParameterError("tool_choice.name", choice.name, "goes with type tool")
+        raise ParameterError("tool_choice.name", choice.name, "needs type tool")
     return ToolUse.of(tools, wanted, not choice.disable_parallel_tool_use, service.config)
 
 
@@ -147,7 +147,7 @@ def _error_event(error: Exception) -> bytes:
 
 
 class _Answer:
-    """One answer, whole or as it comes."""
+    """Formats one answer, complete or as stream events."""
 
     def __init__(
         self, service: Service, body: MessagesRequest, generation: Generation, reader: Reader, blocks: Blocks
@@ -160,19 +160,19 @@ class _Answer:
         self._reader = reader
         self._blocks = blocks
 
-    def whole(self, output: RequestOutput) -> AnthropicAnswer:
-        """The answer in one piece."""
+    def complete(self, output: RequestOutput) -> AnthropicAnswer:
+        """Return the complete answer."""
         (completion,) = output.outputs
-        self._take(completion)
+        self._new_events(completion)
         return self._message(completion)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The documented events, in their order."""
+        """Yield the documented stream events in order."""
         begun = False
         last: CompletionOutput | None = None
         while batch := await self._generation.take():
             pieces = b""
-            if not begun:  # only now is it known how long the prompt is
+            if not begun:  # the prompt's length is known from the first output on
                 begun = True
                 usage = {**self._usage(), "output_tokens": 0}
                 message = {**self._message(), "content": [], "usage": usage}
@@ -180,7 +180,7 @@ class _Answer:
                 pieces += named_event({"type": "ping"})
             for _, output in batch:
                 (last,) = output.outputs
-                pieces += b"".join(map(named_event, self._take(last)))
+                pieces += b"".join(map(named_event, self._new_events(last)))
             if pieces:
                 yield pieces
         assert last is not None
@@ -189,15 +189,15 @@ class _Answer:
         end = named_event({"type": "message_delta", "delta": delta, "usage": ended["usage"], **self._edits})
         yield end + named_event({"type": "message_stop"})
 
-    def _take(self, completion: CompletionOutput) -> list[dict[str, Any]]:
-        """The events of what is new."""
-        events = [event for part in self._reader.read(completion) for event in self._blocks.take(part)]
+    def _new_events(self, completion: CompletionOutput) -> list[dict[str, Any]]:
+        """Return the events of new output."""
+        events = [event for part in self._reader.read(completion) for event in self._blocks.add(part)]
         if completion.finish_reason is not None:
             events += self._blocks.end()
         return events
 
     def _message(self, completion: CompletionOutput | None = None) -> AnthropicAnswer:
-        """The answer as it stands; ``completion`` is its end."""
+        """Return the answer so far; ``completion`` is its last output if it has ended."""
         reason = sequence = None
         if completion is not None:
             reason = STOP_REASONS[self._reader.finish_reason(completion.finish_reason) or "stop"]
@@ -221,7 +221,7 @@ class _Answer:
         usage = self._generation.usage()
         prompt, cached = usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
         config = self._service.engine.llm_engine.config
-        # The same prompt would find its full blocks again, but always computes its last token.
+        # A repeated prompt would hit its full blocks, except that its last token is always computed.
         kept = (prompt - 1) // config.block_size * config.block_size if config.enable_prefix_caching else 0
         created = max(kept - cached, 0)
         return {

@@ -1,1 +1,1 @@
-"""The routes of llama.cpp's server."""
+"""The endpoints of llama.cpp's server."""

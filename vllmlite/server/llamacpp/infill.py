@@ -1,4 +1,4 @@
-"""Prompts that have a model fill in what is between two texts, with the marks that it was trained on."""
+"""Fill-in-the-middle prompts, made with the special tokens that a model was trained on."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vllmlite.tokenizers.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """A family's tokens: before what comes first, before what comes last, before what is between."""
+    """The fill-in tokens of a model family, placed before the prefix, before the suffix, and before the middle."""
 
     prefix: str
     suffix: str
     middle: str
     repository: str = ""
     file: str = ""
-    """Before other files, where the family has such tokens."""
+    """Precedes other files, if the family has such a token."""
 
 
 FAMILIES = (
@@ -40,9 +40,9 @@ FAMILIES = (
 def infill_ids(
     tokenizer: Tokenizer, prefix: str, suffix: str, begin: str, files: Sequence[InfillFile]
 ) -> list[int]:
-    """Ids of the prompt for what is between ``prefix`` and ``suffix``, beginning with ``begin``.
+    """Return the ids of the prompt for the text between ``prefix`` and ``suffix``, which starts with ``begin``.
 
-    Raises :class:`ApiError` where the model has no such tokens, :class:`ParameterError` where it has none for files.
+    Raises :class:`ApiError` if the model has no fill-in tokens, :class:`ParameterError` if it has none for ``files``.
     """
     marks = _marks(tokenizer)
     ids: list[int] = []

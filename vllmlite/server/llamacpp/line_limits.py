@@ -1,4 +1,4 @@
-"""llama.cpp's two ways to end a text by its lines, which editors ask for as someone types."""
+"""llama.cpp's line-based limits of a completion, used by editors while someone types."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import time
 
 
 class LineLimits:
-    """Reads a text as it comes, and says where it ends."""
+    """Reads a text incrementally and decides where it ends."""
 
     def __init__(self, n_indent: int, seconds: float) -> None:
-        """A text ends before a line, but its first, that begins with fewer than ``n_indent`` blanks or tabs; and once
-        it has gone on for ``seconds`` and has a second line. 0: no such limit."""
+        """The text ends before a line, other than the first, that is indented by fewer than ``n_indent`` spaces or
+        tabs; and at ``seconds`` after its beginning, once it has a second line. 0 disables a limit."""
         self._n_indent = n_indent
         self._seconds = seconds
         self._begun: float | None = None
         self._blanks: int | None = None
-        """At the beginning of the line that is being read, where that has nothing else yet; None on the first line."""
+        """Indentation of the current line so far; None once the line has other characters, and on the first line."""
         self.has_line = False
         """Whether the text has a second line."""
 
-    def take(self, text: str) -> tuple[str, bool]:
-        """What is kept of the next ``text``, and whether that is the end."""
+    def add(self, text: str) -> tuple[str, bool]:
+        """Add ``text``; return the part of it to keep, and whether the completion ends there."""
         now = time.monotonic()
         self._begun = now if self._begun is None else self._begun
         if self._n_indent:

@@ -1,4 +1,4 @@
-"""llama.cpp's prompts: text, token ids, both mixed, or an object with a text; one of them, or a list."""
+"""llama.cpp's prompts: text, token ids, a mixture of both, an object with a text, or a list of these."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from vllmlite.errors import ParameterError
 from vllmlite.server.service import Service
 from vllmlite.tokenizers.tokenizer import Tokenizer
 
-FORMS = 'must be text, token ids, both mixed, {"prompt_string": text}, or a list with some of these'
+FORMS = 'must be text, token ids, a list of both, {"prompt_string": text}, or a list of these'
 
 
 async def encode_prompts(service: Service, given: Any) -> list[dict[str, Any]]:
-    """Every prompt of a request, with its ids. Raises :class:`ParameterError`."""
+    """Return every prompt of a request with its ids. Raises :class:`ParameterError`."""
     prompts = [_plain(prompt) for prompt in (given if _is_list_of_prompts(given) else [given])]
     service.check_num_prompts(len(prompts))
     ready = []
@@ -35,11 +35,11 @@ def _is_tokens(given: list[Any]) -> bool:
 
 
 def _plain(prompt: Any) -> str | list[Any]:
-    """A prompt without an object around it."""
+    """Return a prompt as text or a list, without an object around it."""
     if isinstance(prompt, dict):
         if prompt.get("multimodal_data"):
             raise ParameterError(
-                "prompt.multimodal_data", prompt["multimodal_data"], "only text goes in and out"
+                "prompt.multimodal_data", prompt["multimodal_data"], "only text is supported"
             )
         prompt = prompt.get("prompt_string")
         if not isinstance(prompt, str):
@@ -50,7 +50,7 @@ def _plain(prompt: Any) -> str | list[Any]:
 
 
 def _mixed_ids(tokenizer: Tokenizer, parts: list[int | str]) -> list[int]:
-    """The ids of texts and of ids between them; special tokens are added to a text at the beginning alone."""
+    """Return the ids of texts and of ids between them; special tokens are added only if it begins with a text."""
     ids: list[int] = []
     for index, part in enumerate(parts):
         ids += tokenizer.encode(part, index == 0) if isinstance(part, str) else [part]

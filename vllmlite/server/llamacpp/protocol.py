@@ -1,4 +1,4 @@
-"""llama.cpp's server: ``/completion``, ``/infill``, ``/embedding``, ``/apply-template`` and ``/props``."""
+"""Request and response types of llama.cpp's endpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BIAS_SCHEMA = {
 
 
 class LlamaRequest(Request):
-    """What both ways to complete a text take."""
+    """The fields of ``/completion`` and ``/infill``."""
 
     text_changing: ClassVar[Mapping[str, Absent]] = TEXT_CHANGING
 
@@ -29,13 +29,15 @@ class LlamaRequest(Request):
     n_predict: int | None = Field(
         None,
         ge=-1,
-        description="Most tokens; -1, the default: up to the context; 0: the prompt is cached, that is all.",
+        description="Maximum tokens; -1, the default: up to the context; 0: only cache the prompt.",
     )
-    n_indent: int = Field(0, ge=0, description="Ends before a line, but the first, that is indented by less.")
+    n_indent: int = Field(
+        0, ge=0, description="End before a line, other than the first, that is indented by less."
+    )
     t_max_predict_ms: int = Field(
-        0, ge=-1, le=2**53, description="Ends at the end of a line after this time; -1, 0: never."
+        0, ge=-1, le=2**53, description="End at the end of a line after this time; -1 and 0: never."
     )
-    samplers: Strings | None = Field(None, description="Those to use; default: all that have a parameter.")
+    samplers: Strings | None = Field(None, description="Samplers to use; default: all that have a parameter.")
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -43,40 +45,40 @@ class LlamaRequest(Request):
     repeat_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    seed: int | None = Field(None, description="-1, the default, or 4294967295: another one each time.")
+    seed: int | None = Field(None, description="-1 (the default) or 4294967295: a random seed.")
     ignore_eos: bool | None = None
     logit_bias: Annotated[Any, WithJsonSchema(_BIAS_SCHEMA)] = None
-    n_probs: int = Field(0, ge=0, description="Likeliest tokens to report with each.")
+    n_probs: int = Field(0, ge=0, description="Number of most likely tokens to report with each token.")
     stop: Stops | None = None
     stream: bool = False
-    grammar: str | None = Field(None, description="GBNF, whose start is root.")
+    grammar: str | None = Field(None, description="A GBNF grammar with start rule root.")
     json_schema: dict[str, Any] | None = None
     return_tokens: bool = False
     timings_per_token: bool = False
     response_fields: Strings | None = Field(
-        None, description="Of the answer, or of a stream's last piece, give these alone: a field, or a/field."
+        None, description="Return only these fields, written as field or a/field."
     )
 
 
 class LlamaCompletionRequest(LlamaRequest):
-    """``POST /completion``."""
+    """Body of ``POST /completion``."""
 
     prompt: Prompts
 
 
 class InfillRequest(LlamaRequest):
-    """``POST /infill``: what comes between two texts."""
+    """Body of ``POST /infill``: generate the text between two texts."""
 
     input_prefix: str
     input_suffix: str
-    prompt: str = Field("", description="Begins the text between.")
+    prompt: str = Field("", description="Beginning of the text to generate.")
     input_extra: list[InfillFile] = Field(default_factory=list, description="Other files, for context.")
 
 
 class InfillFile(Request):
-    """A file beside the one that is filled in."""
+    """Another file, given as context."""
 
-    time: float | None = Field(None, description="When an editor saw it; has no effect.")
+    time: float | None = Field(None, description="Time at which an editor opened it; has no effect.")
     filename: str = "file"
     text: str
 
@@ -85,7 +87,7 @@ InfillRequest.model_rebuild()
 
 
 class LlamaEmbeddingRequest(Request):
-    """``POST /embedding``."""
+    """Body of ``POST /embedding``."""
 
     text_changing: ClassVar[Mapping[str, Absent]] = VECTOR_CHANGING
 
@@ -94,7 +96,7 @@ class LlamaEmbeddingRequest(Request):
 
 
 class LlamaEmbedding(TypedDict):
-    """An entry of the answer of ``/embedding``: one vector, in a list, for there may be one a token elsewhere."""
+    """An entry of ``/embedding``'s answer: one vector in a list, because llama.cpp may return one per token."""
 
     index: int
     embedding: list[list[float]]
@@ -107,7 +109,7 @@ class AppliedTemplate(TypedDict):
 
 
 class LlamaTimings(TypedDict):
-    """Tokens and milliseconds of a request."""
+    """Token counts and times in milliseconds of a request."""
 
     cache_n: int
     prompt_n: int
@@ -121,8 +123,9 @@ class LlamaTimings(TypedDict):
 
 
 class LlamaAnswer(TypedDict, total=False):
-    """Answer of ``/completion`` and ``/infill``, and a piece of its stream. The later fields are the last piece's,
-    which has no text; ``response_fields`` leave out others."""
+    """Answer of ``/completion`` and ``/infill``, and a chunk of its stream.
+
+    The fields from ``model`` on are only in the last chunk, which has no text; ``response_fields`` selects fields."""
 
     index: int
     content: str
@@ -144,7 +147,7 @@ class LlamaAnswer(TypedDict, total=False):
 
 
 class LlamaErrorInfo(TypedDict):
-    """What was wrong. The last two are those of a prompt that is too long."""
+    """Error details; the last two fields are only set if the prompt is too long."""
 
     code: int
     message: str
@@ -155,7 +158,7 @@ class LlamaErrorInfo(TypedDict):
 
 
 class LlamaError(TypedDict):
-    """Any answer of llama.cpp's endpoints that is an error."""
+    """Error answer of llama.cpp's endpoints."""
 
     error: LlamaErrorInfo
 

@@ -52,11 +52,11 @@ SAMPLING = {
     "repeat_penalty": "repetition_penalty", "presence_penalty": "presence_penalty",
     "frequency_penalty": "frequency_penalty", "ignore_eos": "ignore_eos", "stop": "stop",
 }  # fmt: skip
-"""llama.cpp's names of sampling parameters, and vLLM's."""
+"""Names of sampling parameters: llama.cpp's to vLLM's."""
 STOP_TYPES = {"length": "limit", "stop": "eos"}
 NO_BIAS = -100.0
 RANDOM_SEEDS = (-1, 2**32 - 1)
-"""Seeds with which llama.cpp draws one."""
+"""Seeds that ask for a random seed."""
 _MISSING = object()
 
 
@@ -66,14 +66,14 @@ COMPLETED = documented(LlamaAnswer | list[LlamaAnswer], streams=True, error=Llam
 @router.post("/completion", responses=COMPLETED)
 @router.post("/completions", responses=COMPLETED, include_in_schema=False)
 async def complete(body: LlamaCompletionRequest, request: Request) -> Response:
-    """Complete a prompt, or several: a list of them is answered with a list."""
+    """Complete a prompt; a list of prompts is answered with a list."""
     service: Service = request.app.state.service
     return await _answer(service, body, await encode_prompts(service, body.prompt), request)
 
 
 @router.post("/infill", responses=documented(LlamaAnswer, streams=True, error=LlamaError))
 async def infill(body: InfillRequest, request: Request) -> Response:
-    """Fill in what is between two texts."""
+    """Generate the text between two texts."""
     service: Service = request.app.state.service
     texts = body.input_prefix, body.input_suffix, body.prompt
     length = sum(map(len, texts)) + sum(len(file.filename) + len(file.text) for file in body.input_extra)
@@ -83,7 +83,7 @@ async def infill(body: InfillRequest, request: Request) -> Response:
 
 @router.post("/embedding", responses=documented(list[LlamaEmbedding], error=LlamaError))
 async def embed(body: LlamaEmbeddingRequest, request: Request) -> Response:
-    """A vector of each text."""
+    """Return an embedding of each text."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
     service.check(body, request)
@@ -99,7 +99,7 @@ async def embed(body: LlamaEmbeddingRequest, request: Request) -> Response:
 
 @router.post("/apply-template", responses=documented(AppliedTemplate, error=LlamaError))
 async def apply_template(body: ChatPrompt, request: Request) -> Response:
-    """The prompt that a conversation becomes."""
+    """Return the prompt of a conversation."""
     service: Service = request.app.state.service
     service.check(body, request)
     encoded = await service.encode_chat(body)
@@ -109,7 +109,7 @@ async def apply_template(body: ChatPrompt, request: Request) -> Response:
 
 @router.get("/props", responses=documented(LlamaProps, error=LlamaError))
 async def props(request: Request) -> Response:
-    """What the server is and how it samples where a request says nothing."""
+    """Describe the server and its default sampling parameters."""
     service: Service = request.app.state.service
     config = service.engine.llm_engine.config
     answer: LlamaProps = {
@@ -145,7 +145,7 @@ async def _answer(
     if body.stream:
         return Stream(answer.events(), generation.close, error_event=llamacpp_error_event)
     try:
-        return JSON(await unless_gone(request.receive, answer.whole()))
+        return JSON(await unless_gone(request.receive, answer.complete()))
     finally:
         generation.close()
 
@@ -161,7 +161,7 @@ def _params(body: LlamaRequest, service: Service) -> SamplingParams:
     if body.n_probs:
         given["logprobs"] = body.n_probs
     if body.grammar and body.json_schema is not None:
-        raise ParameterError("grammar", body.grammar, "does not go with json_schema")
+        raise ParameterError("grammar", body.grammar, "cannot be combined with json_schema")
     if body.grammar:
         given["structured_outputs"] = StructuredOutputsParams(grammar=body.grammar)
     if body.json_schema is not None:
@@ -176,19 +176,19 @@ def _params(body: LlamaRequest, service: Service) -> SamplingParams:
 def _bias(given: Any, tokenizer: Tokenizer) -> dict[int, float]:
     """Return biases by token id. Raises :class:`ParameterError`.
 
-    ``given`` is a mapping or a list of pairs: from an id, or a text each of whose tokens is meant, to a number, or
-    false to ban. A key of a mapping that is a whole number is an id."""
+    ``given`` is a mapping or a list of pairs. A key is an id, or a text whose tokens are all meant; in a mapping, a key
+    of digits is an id. A value is a number, or false to ban the token."""
     pairs = list(given.items()) if isinstance(given, dict) else given
     if not isinstance(pairs, list) or not all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs
     ):
-        raise ParameterError("logit_bias", given, "must be pairs of a token id or a text and a number")
+        raise ParameterError("logit_bias", given, "must be pairs of a token id or text and a number")
     for count, limit, unit in (
         (len(pairs), MAX_LOGIT_BIAS, "pairs"),
         (sum(len(token) for token, _ in pairs if isinstance(token, str)), INLINE_CHARACTERS, "characters"),
     ):
         if count > limit:
-            raise ParameterError("logit_bias", f"{count} {unit}", f"takes at most {limit}")
+            raise ParameterError("logit_bias", f"{count} {unit}", f"must be at most {limit}")
     found = {}
     for token, bias in pairs:
         if isinstance(given, dict) and re.fullmatch(r"\d{1,18}", token):
@@ -220,7 +220,7 @@ def _settings(params: SamplingParams, samplers: Sequence[str] | None) -> dict[st
 
 
 class _Answer:
-    """The answers to the prompts of one request, whole or as they come."""
+    """Formats the answers to the prompts of one request, complete or as stream events."""
 
     def __init__(
         self, service: Service, body: LlamaRequest, params: SamplingParams, generation: Generation
@@ -230,8 +230,8 @@ class _Answer:
             _Sequence(service, body, params, index) for index in range(len(generation.prompts))
         ]
 
-    async def whole(self) -> Any:
-        """The answer to the prompt, or the list of the answers to several."""
+    async def complete(self) -> Any:
+        """Return the answer to the prompt, or a list of answers to several prompts."""
         pieces: dict[int, list[LlamaAnswer]] = {}
         async for index, piece in self._pieces():
             pieces.setdefault(index, []).append(piece)
@@ -239,23 +239,23 @@ class _Answer:
         return answers[0] if len(answers) == 1 else answers
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Every piece as an event; ``index`` says which prompt it answers."""
+        """Yield each piece as an event; ``index`` is the index of its prompt."""
         async for index, piece in self._pieces():
             yield event(self._sequences[index].selected(piece) if piece["stop"] else piece)
 
     async def _pieces(self) -> AsyncGenerator[tuple[int, LlamaAnswer], None]:
-        """Each piece, with the index of its prompt."""
+        """Yield each piece with the index of its prompt."""
         while not all(sequence.ended for sequence in self._sequences):
             batch = await self._generation.take()
             if not batch:
                 return
             for index, output in batch:
-                for piece in self._sequences[index].take(output):
+                for piece in self._sequences[index].add(output):
                     yield index, piece
 
 
 class _Sequence:
-    """The answer to one prompt, in pieces."""
+    """Formats the answer to one prompt, in pieces."""
 
     def __init__(self, service: Service, body: LlamaRequest, params: SamplingParams, index: int) -> None:
         self.ended = False
@@ -266,16 +266,16 @@ class _Sequence:
         self._limits = LineLimits(body.n_indent, max(body.t_max_predict_ms, 0) / 1000)
         self._num_tokens = 0
         self._tokens: list[int] = []
-        """Those that no piece has had yet."""
+        """Tokens that were not yet part of a piece."""
 
-    def take(self, output: RequestOutput) -> list[LlamaAnswer]:
-        """What is new, and at the end what there is to say of the whole."""
+    def add(self, output: RequestOutput) -> list[LlamaAnswer]:
+        """Return the pieces for new output; at the end, also the last piece with the totals."""
         if self.ended:
             return []
         (completion,) = output.outputs
-        text, by_lines = self._limits.take(completion.text)
+        text, by_lines = self._limits.add(completion.text)
         found: list[LlamaAnswer] = []
-        if self._body.n_predict != 0:  # the token that was computed anyway is not part of the answer
+        if self._body.n_predict != 0:  # with 0, one token is computed but not returned
             self._num_tokens += len(completion.token_ids)
             self._tokens += completion.token_ids
             if text or completion.logprobs or self._body.return_tokens:
@@ -286,7 +286,7 @@ class _Sequence:
         return found
 
     def joined(self, pieces: Sequence[LlamaAnswer]) -> dict[str, Any]:
-        """All ``pieces`` as one."""
+        """Return all ``pieces`` merged into one answer."""
         tokens = [token for piece in pieces for token in piece["tokens"]]
         whole: LlamaAnswer = {
             **pieces[-1],
@@ -341,7 +341,7 @@ class _Sequence:
         }
 
     def selected(self, answer: LlamaAnswer) -> dict[str, Any]:
-        """What ``response_fields`` ask for, under the names that they have there."""
+        """Return the fields that ``response_fields`` selects, under the names given there; without it, all fields."""
         if not self._body.response_fields:
             return dict(answer)
         found: dict[str, Any] = {}
@@ -354,7 +354,7 @@ class _Sequence:
         return found
 
     def _timings(self, output: RequestOutput) -> LlamaTimings:
-        """Times of the prompt, and of the tokens after the first: n tokens have n - 1 intervals between them."""
+        """Return times of the prompt, and of the tokens after the first: n tokens have n - 1 intervals."""
         metrics, cached = output.metrics, output.num_cached_tokens
         prompt, predicted = len(output.prompt_token_ids) - cached, self._num_tokens
         intervals = max(predicted - 1, 0)

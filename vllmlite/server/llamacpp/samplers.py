@@ -1,4 +1,4 @@
-"""llama.cpp's ``samplers``: the list of those that a request has used, where it names them."""
+"""llama.cpp's ``samplers``: a list of the samplers that a request uses."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ OFF: Mapping[str, Mapping[str, Any]] = {
     "top_p": {"top_p": 1.0},
     "min_p": {"min_p": 0.0},
 }
-"""Ours, in the order in which they are applied, with the parameters that turn them off."""
+"""Supported samplers in order of application, with parameters that disable them."""
 
 ABSENT = frozenset("dry top_n_sigma typ_p typical_p xtc infill adaptive_p dist".split())
-"""llama.cpp's others: named, they do nothing. What has parameters is refused by these."""
+"""llama.cpp's other samplers: naming them has no effect; their parameters are refused."""
 
 
 def turned_off(samplers: Sequence[str] | None) -> dict[str, Any]:
-    """Parameters that turn off what is not among ``samplers``; None turns nothing off.
+    """Return parameters that disable the samplers not in ``samplers``; None disables none.
 
-    Raises :class:`ParameterError` on a name that is no sampler's."""
+    Raises :class:`ParameterError` for an unknown name."""
     if samplers is None:
         return {}
     for name in samplers:
@@ -33,5 +33,5 @@ def turned_off(samplers: Sequence[str] | None) -> dict[str, Any]:
 
 
 def used(samplers: Sequence[str] | None) -> list[str]:
-    """Those of ours that are."""
+    """Return the names of the supported samplers in use."""
     return [name for name in OFF if samplers is None or name in samplers]

@@ -61,12 +61,12 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     if body.stream:
         return Stream(answer.events(), generation.close)
     (output,) = await generation.finished(request.receive)
-    return JSON(answer.whole(output))
+    return JSON(answer.complete(output))
 
 
 @router.post("/v1/chat/completions/batch", responses=documented(ChatCompletion))
 async def create_chat_batch(body: BatchChatRequest, request: Request) -> Response:
-    """Answer several conversations, as vLLM does: choice i answers the i-th."""
+    """Answer several conversations, as in vLLM: choice i answers conversation i."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
     service.check(body, request)
@@ -77,7 +77,7 @@ async def create_chat_batch(body: BatchChatRequest, request: Request) -> Respons
     ):
         if value:
             raise ParameterError(
-                name, value, "does not go with a batch of conversations: send them one by one"
+                name, value, "cannot be used with a batch of conversations: send them separately"
             )
     if body.n not in (None, 1):
         raise ParameterError("n", body.n, "must be 1: each conversation of a batch is answered once")
@@ -103,7 +103,7 @@ async def create_chat_batch(body: BatchChatRequest, request: Request) -> Respons
     for index, (answer, output) in enumerate(
         zip(answers, await generation.finished(request.receive), strict=True)
     ):
-        found = answer.whole(output)
+        found = answer.complete(output)
         found["choices"][0]["index"] = index
         if whole is None:
             whole = found
@@ -118,7 +118,7 @@ async def create_chat_batch(body: BatchChatRequest, request: Request) -> Respons
 @router.post("/v1/chat/completions/input_tokens", responses=documented(Counted))
 @router.post("/chat/completions/input_tokens", responses=documented(Counted), include_in_schema=False)
 async def count_input_tokens(body: ChatCompletionRequest, request: Request) -> Response:
-    """Count the prompt tokens of a conversation, as llama.cpp does."""
+    """Count the prompt tokens of a conversation, as in llama.cpp."""
     service: Service = request.app.state.service
     service.check(body, request)
     prompt = await service.encode_chat(body, _tool_use(body, service).shown)
@@ -136,7 +136,7 @@ def _params(body: ChatCompletionRequest, service: Service, tools: ToolUse) -> Sa
     if reads_marks(service.config, tools) and body.skip_special_tokens is None:
         changes["skip_special_tokens"] = False
     if body.top_logprobs and not body.logprobs:
-        raise ParameterError("top_logprobs", body.top_logprobs, "goes with logprobs=true")
+        raise ParameterError("top_logprobs", body.top_logprobs, "needs logprobs=true")
     if body.logprobs:
         changes["logprobs"] = body.top_logprobs or 0
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -149,7 +149,7 @@ def _params(body: ChatCompletionRequest, service: Service, tools: ToolUse) -> Sa
 
 
 class _Answer:
-    """The ``n`` answers of one request."""
+    """Formats the ``n`` answers of one request, complete or as stream events."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class _Answer:
         echoed = content_of(last.content, "messages.content") if body.echo and last.role == self._role else ""
         self._begin = text_of(echoed) or ""
 
-    def whole(self, output: RequestOutput) -> ChatCompletion:
+    def complete(self, output: RequestOutput) -> ChatCompletion:
         return {
             "id": self._generation.id,
             "object": "chat.completion",
@@ -220,11 +220,11 @@ class _Answer:
         yield last + DONE
 
     def _opening(self, index: int) -> ChatChunkChoice:
-        """The beginning of an answer, before any of its tokens."""
+        """Return the first delta of an answer, before any of its tokens."""
         return _delta(index, {"role": self._role, "content": self._begin})
 
     def _usage(self) -> Usage:
-        """Tokens of the whole."""
+        """Return the token counts of the complete answer."""
         return usage_of(self._service, self._generation, self._readers)
 
     def _frame(self, choices: list[ChatChunkChoice]) -> ChatChunk:
@@ -252,11 +252,11 @@ class _Answer:
             message["content"] = content or None
             message["tool_calls"] = [
                 {
-                    "id": self._tools.call_id(begun),
+                    "id": self._tools.call_id(begin),
                     "type": "function",
-                    "function": {"name": begun.name, "arguments": arguments},
+                    "function": {"name": begin.name, "arguments": arguments},
                 }
-                for begun, arguments in reading.calls
+                for begin, arguments in reading.calls
             ]
         return {
             "index": completion.index,
@@ -268,7 +268,8 @@ class _Answer:
         }
 
     def _chunk_choices(self, completion: CompletionOutput) -> list[ChatChunkChoice]:
-        """What is new, a part a chunk; none of half a character, or the beginning of what may be a stop string."""
+        """Return chunks for new output, one per part; none while a character or a possible stop string is
+        incomplete."""
         reader = self._readers[completion.index]
         deltas = [delta for part in reader.read(completion) if (delta := self._part_delta(part))]
         found = self._logprobs(completion)
@@ -290,13 +291,13 @@ class _Answer:
             case Reasoning(text):
                 both: ChatDelta = {"reasoning": text, "reasoning_content": text}
                 return both if self._shows_reasoning else None
-            case CallBegin(index, name) as begun:
+            case CallBegin(index, name) as begin:
                 function: FunctionCall = {"name": name, "arguments": ""}
                 return {
                     "tool_calls": [
                         {
                             "index": index,
-                            "id": self._tools.call_id(begun),
+                            "id": self._tools.call_id(begin),
                             "type": "function",
                             "function": function,
                         }
@@ -320,7 +321,7 @@ class _Answer:
 
 
 def usage_of(service: Service, generation: Generation, readers: Sequence[Reader]) -> Usage:
-    """Return the tokens of a whole answer, those of reasoning apart where the server knows them."""
+    """Return the token counts of a complete answer, with those of reasoning if the server recognises it."""
     usage = generation.usage()
     if service.config.reasoning_parser is not None:
         count = sum(reader.reasoning_tokens(service.tokenizer) for reader in readers)

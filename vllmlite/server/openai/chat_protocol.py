@@ -1,4 +1,4 @@
-"""Conversations, and ``/v1/chat/completions``."""
+"""Request and response types of conversations and ``/v1/chat/completions``."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from vllmlite.server.protocol.fields import PROMPT_CHANGING, TEXT_CHANGING
 from vllmlite.server.protocol.sampling import SamplingRequest
 
 Parts = TypeAliasType("Parts", Annotated[list[str | dict[str, Any]], FailFast()])
-"""Parts of a message's content: text, or objects whose type says which field has it."""
+"""Parts of a message's content: text, or objects whose ``type`` says which field has the text."""
 
 
 class Message(BaseModel):
-    """A message of a conversation, with any more fields; :mod:`vllmlite.chat.messages` says what becomes of them."""
+    """A message of a conversation; it may have further fields, see :mod:`vllmlite.chat.messages`."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -39,18 +39,18 @@ class Message(BaseModel):
 
 
 class FunctionDefinition(Request):
-    """A function that the model may have called. Chat templates are shown all its fields, such as ``return``."""
+    """A function that the model may call. Chat templates get all its fields, including ones such as ``return``."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
-    parameters: dict[str, Any] | None = Field(None, description="A JSON Schema of an object.")
+    parameters: dict[str, Any] | None = Field(None, description="A JSON Schema for an object.")
     strict: bool | None = None
 
 
 class Tool(Request):
-    """A tool that is a function."""
+    """A function tool."""
 
     type: Literal["function"]
     function: FunctionDefinition
@@ -91,27 +91,27 @@ _CHOICE_SCHEMA = {
 }
 
 ToolChoice = Annotated[Any, WithJsonSchema(_CHOICE_SCHEMA)]
-"""``none``, ``auto``, ``required`` or a named function. Checked where it meets the tools."""
+"""``none``, ``auto``, ``required`` or a named function; checked together with the tools."""
 
 
 class ThinkingOptions(Request):
-    """Whether the model is to think first, as DeepSeek and Anthropic say it."""
+    """Whether the model should think first, in DeepSeek's and Anthropic's form."""
 
     type: Literal["enabled", "adaptive", "auto", "disabled"]
-    budget_tokens: int | None = Field(None, description="Most tokens of reasoning, as thinking_token_budget.")
+    budget_tokens: int | None = Field(None, description="Same as thinking_token_budget.")
 
 
 class ReasoningOptions(Request):
-    """How the model is to think first, as OpenRouter says it."""
+    """How the model should think first, in OpenRouter's form."""
 
     enabled: bool | None = None
     effort: str | None = None
-    max_tokens: int | None = Field(None, description="Most tokens of reasoning, as thinking_token_budget.")
-    exclude: bool = Field(False, description="Leave what it thought out of the answer.")
+    max_tokens: int | None = Field(None, description="Same as thinking_token_budget.")
+    exclude: bool = Field(False, description="Omit the reasoning from the answer.")
 
 
 def thinking_variables(enabled: bool) -> dict[str, Any]:
-    """The variables by which chat templates have a model think first or not; each template knows one of them."""
+    """Return the template variables that enable or disable thinking; a template knows one or the other."""
     return {"enable_thinking": enabled, "thinking": enabled}
 
 
@@ -121,7 +121,7 @@ Conversation = TypeAliasType(
 
 
 class ChatPrompt(Request):
-    """The fields that make a conversation a prompt."""
+    """The fields that turn a conversation into a prompt."""
 
     text_changing: ClassVar[Mapping[str, Absent]] = PROMPT_CHANGING
 
@@ -133,35 +133,37 @@ class ChatPrompt(Request):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = Field(
-        default=None, description="For chat templates that show them."
+        default=None, description="Passed to chat templates that use it."
     )
     reasoning_effort: str | None = Field(
         default=None,
-        description="For chat templates that ask for it; none: those that can have the model not think.",
+        description="Passed to chat templates that use it; none also disables thinking in those that can.",
     )
     enable_thinking: bool | None = Field(
-        default=None, description="For chat templates that leave the choice."
+        default=None, description="Passed to chat templates that have the choice."
     )
     thinking: bool | str | ThinkingOptions | None = Field(
         default=None,
-        description="The same as DeepSeek and Anthropic say it, or Ollama: true, false or an effort.",
+        description="Enables thinking, as in DeepSeek and Anthropic; or as in Ollama: true, false or an effort.",
     )
-    reasoning: ReasoningOptions | None = Field(default=None, description="The same as OpenRouter says it.")
+    reasoning: ReasoningOptions | None = Field(
+        default=None, description="Thinking options in OpenRouter's form."
+    )
     tools: Tools | None = None
 
     def functions(self) -> list[dict[str, Any]]:
-        """The tools that are functions, as chat templates are shown them."""
+        """Return the function tools in the form passed to chat templates."""
         return [tool.model_dump(exclude_none=True) for tool in self.tools or () if isinstance(tool, Tool)]
 
     def template_variables(self) -> dict[str, Any]:
-        """What the chat template is told besides messages and tools: vLLM's names; the request's own win."""
+        """Return the template variables besides messages and tools; ``chat_template_kwargs`` take precedence."""
         found: dict[str, Any] = {}
         if self.documents is not None:
             found["documents"] = self.documents
-        return found | self.thinking_wishes() | (self.chat_template_kwargs or {})
+        return found | self.thinking_options() | (self.chat_template_kwargs or {})
 
-    def thinking_wishes(self) -> dict[str, Any]:
-        """What the chat template is told of reasoning. Raises :class:`ParameterError` where wishes differ."""
+    def thinking_options(self) -> dict[str, Any]:
+        """Return the template variables about reasoning. Raises :class:`ParameterError` for contradicting fields."""
         efforts = {"reasoning_effort": self.reasoning_effort}
         choices = {"enable_thinking": self.enable_thinking}
         if isinstance(self.thinking, ThinkingOptions):
@@ -182,9 +184,9 @@ class ChatPrompt(Request):
         return found
 
 
-def _agreed(wishes: Mapping[str, Any]) -> Any:
-    """The value that one field or several ask for; None if none does."""
-    given = {name: value for name, value in wishes.items() if value is not None}
+def _agreed(values: Mapping[str, Any]) -> Any:
+    """Return the common value of the fields that are set; None if none is. Raises :class:`ParameterError`."""
+    given = {name: value for name, value in values.items() if value is not None}
     found = next(iter(given.values()), None)
     for name, value in given.items():
         if value != found:
@@ -193,29 +195,30 @@ def _agreed(wishes: Mapping[str, Any]) -> Any:
 
 
 class ChatCompletionRequest(ChatPrompt, SamplingRequest):
-    """``POST /v1/chat/completions``; llama.cpp's parameters are known, for its clients come here too."""
+    """Body of ``POST /v1/chat/completions``; llama.cpp's parameters are accepted too."""
 
     text_changing: ClassVar[Mapping[str, Absent]] = TEXT_CHANGING
 
     max_tokens: int | None = None
-    max_completion_tokens: int | None = Field(None, description="Default: the model's, or up to its context.")
+    max_completion_tokens: int | None = Field(None, description="Default: the model's, or up to the context.")
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tool_choice: ToolChoice = None
-    parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
-    include_reasoning: bool = Field(True, description="Answer with what the model thought before.")
+    parallel_tool_calls: bool | None = Field(None, description="False: allow at most one call.")
+    include_reasoning: bool = Field(True, description="Include the reasoning in the answer.")
     reasoning_format: Literal["auto", "deepseek", "deepseek-legacy", "parsed", "none", "raw", "hidden"] = (
         Field(
             "auto",
-            description="llama.cpp's and Groq's: none, raw: reasoning stays in content, with its marks; hidden: "
-            "it is left out; others: as --reasoning-parser says.",
+            description="llama.cpp's and Groq's: none, raw: reasoning stays in content with its markers; hidden: "
+            "it is omitted; others: as --reasoning-parser says.",
         )
     )
-    samplers: Strings | None = Field(None, description="llama.cpp's list of those to use; default: all.")
-    echo: bool = Field(False, description="Begin with the last message, where the answer continues it.")
+    samplers: Strings | None = Field(None, description="llama.cpp's list of samplers to use; default: all.")
+    echo: bool = Field(False, description="Repeat the last message if the answer continues it.")
 
     def reasoning_budget(self) -> int | None:
-        """The most tokens of reasoning, however it was said. Raises :class:`ParameterError` where wishes differ."""
+        """Return the limit of reasoning tokens from any of its fields. Raises :class:`ParameterError` if they
+        differ."""
         budgets = {"thinking_token_budget": self.thinking_token_budget}
         if isinstance(self.thinking, ThinkingOptions):
             budgets["thinking.budget_tokens"] = self.thinking.budget_tokens
@@ -225,18 +228,18 @@ class ChatCompletionRequest(ChatPrompt, SamplingRequest):
         return found
 
     def shows_reasoning(self) -> bool:
-        """Whether answers have a field with what the model thought."""
+        """Return whether answers include the reasoning."""
         excluded = self.reasoning is not None and self.reasoning.exclude
         return self.include_reasoning and not excluded and self.reasoning_format != "hidden"
 
 
 class BatchChatRequest(ChatCompletionRequest):
-    """``POST /v1/chat/completions/batch``: conversations with the same parameters, each answered once."""
+    """Body of ``POST /v1/chat/completions/batch``: conversations with the same parameters, one answer each."""
 
     messages: Annotated[list[Conversation], FailFast(), Field(min_length=1)]  # type: ignore[assignment]
 
     def each(self) -> list[ChatCompletionRequest]:
-        """Return a request for each conversation."""
+        """Return one request per conversation."""
         fields = dict(self)
         return [ChatCompletionRequest.model_construct(**{**fields, "messages": one}) for one in self.messages]
 
@@ -248,14 +251,14 @@ class Counted(TypedDict):
 
 
 class FunctionCall(TypedDict):
-    """What is called, with a JSON text; in a delta, the name at first and then the text in pieces."""
+    """A function call with arguments as JSON text; in deltas, first the name, then pieces of the text."""
 
     name: NotRequired[str]
     arguments: str
 
 
 class ToolCall(TypedDict):
-    """A call of a tool."""
+    """A tool call."""
 
     id: str
     type: Literal["function"]
@@ -263,7 +266,7 @@ class ToolCall(TypedDict):
 
 
 class ToolCallDelta(TypedDict):
-    """What is new of the ``index``-th call; its first piece has the other fields."""
+    """A piece of the ``index``-th call; its first piece has the other fields."""
 
     index: int
     id: NotRequired[str]
@@ -272,7 +275,7 @@ class ToolCallDelta(TypedDict):
 
 
 class ChatMessage(TypedDict):
-    """An answer. Its reasoning stands under vLLM's name, and under the older one, which is llama.cpp's too."""
+    """An answer. Its reasoning is in vLLM's field, and in the older one that llama.cpp also uses."""
 
     role: str
     content: str | None
@@ -283,7 +286,7 @@ class ChatMessage(TypedDict):
 
 
 class ChatDelta(TypedDict):
-    """What is new of an answer."""
+    """The new part of an answer."""
 
     role: NotRequired[str]
     content: NotRequired[str | None]
@@ -304,7 +307,7 @@ class ChatChoice(TypedDict):
 
 
 class ChatCompletion(TypedDict):
-    """Answer of ``/v1/chat/completions``. What is null is there for clients that read vLLM's answers."""
+    """Answer of ``/v1/chat/completions``. Fields that are null exist for clients of vLLM."""
 
     id: str
     object: Literal["chat.completion"]
@@ -320,7 +323,7 @@ class ChatCompletion(TypedDict):
 
 
 class ChatChunkChoice(TypedDict):
-    """What is new of one of the ``n`` answers."""
+    """The new part of one of the ``n`` answers."""
 
     index: int
     delta: ChatDelta

@@ -31,7 +31,7 @@ router = APIRouter()
 
 @router.post("/v1/completions", responses=documented(Completion, streams=True))
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
-    """Complete one prompt or several."""
+    """Complete one or several prompts."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
     service.check(body, request)
@@ -41,7 +41,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         changes["max_tokens"] = 1 if scored else token_limit(body.max_tokens)
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         if body.stream:
-            raise ParameterError("echo", True, "with logprobs does not go with stream=true")
+            raise ParameterError("echo", True, "with logprobs cannot be combined with stream=true")
         changes["prompt_logprobs"] = body.logprobs
     params = body.sampling_params(service.default_params, **changes)
     truncation = service.engine.llm_engine.truncation(params)
@@ -53,11 +53,11 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     answer = _Answer(service, body, generation, scored)
     if body.stream:
         return Stream(answer.events(), generation.close)
-    return JSON(answer.whole(await generation.finished(request.receive)))
+    return JSON(answer.complete(await generation.finished(request.receive)))
 
 
 class _Answer:
-    """The choices of one request: completion c of prompt p has index p × n + c."""
+    """Formats the choices of one request; completion c of prompt p has index p × n + c."""
 
     def __init__(
         self, service: Service, body: CompletionRequest, generation: Generation, scored: bool
@@ -67,10 +67,10 @@ class _Answer:
         self._generation = generation
         self._scored = scored
         self._ids = service.config.return_tokens_as_token_ids or bool(body.return_tokens_as_token_ids)
-        self._begun: dict[int, int] = {}
-        """Choices that have begun, and the characters of the prompt that stand before their completions."""
+        self._echoed: dict[int, int] = {}
+        """By choice that has begun: number of prompt characters echoed before its completion."""
 
-    def whole(self, outputs: list[RequestOutput]) -> Completion:
+    def complete(self, outputs: list[RequestOutput]) -> Completion:
         choices = [
             self._choice(prompt, output, completion)
             for prompt, output in enumerate(outputs)
@@ -100,7 +100,7 @@ class _Answer:
                         or completion.logprobs
                         or self._body.return_token_ids
                     ):
-                        continue  # half a character, or the beginning of what may be a stop string
+                        continue  # an incomplete character or a possible stop string
                     choice = self._choice(prompt, output, completion)
                     if continuous:
                         chunk: Completion = {**frame, "choices": [choice], "usage": self._usage()}
@@ -113,7 +113,7 @@ class _Answer:
         yield last + DONE
 
     def _usage(self) -> Usage:
-        """Tokens so far; a prompt that is scored has one token generated that is not part of the answer."""
+        """Return the token counts so far; the token generated while scoring a prompt does not count."""
         usage = self._generation.usage()
         if self._scored:
             usage["completion_tokens"], usage["total_tokens"] = 0, usage["prompt_tokens"]
@@ -130,7 +130,7 @@ class _Answer:
 
     def _choice(self, prompt: int, output: RequestOutput, completion: CompletionOutput) -> CompletionChoice:
         body, index = self._body, prompt * self._generation.n + completion.index
-        first, tokenizer = index not in self._begun, self._service.tokenizer
+        first, tokenizer = index not in self._echoed, self._service.tokenizer
         text, token_ids, entries = completion.text, completion.token_ids, completion.logprobs
         offsets = completion.text_offsets or []
         finish_reason, stop_reason = completion.finish_reason, completion.stop_reason
@@ -143,10 +143,10 @@ class _Answer:
             if before is None or body.truncate_prompt_tokens is not None:
                 before = tokenizer.decode(output.prompt_token_ids)
             text = before + text
-            self._begun[index] = len(before)
-        begun = self._begun.setdefault(index, 0)
+            self._echoed[index] = len(before)
+        echoed = self._echoed.setdefault(index, 0)
         if offsets:
-            offsets = [begun + offset for offset in offsets]
+            offsets = [echoed + offset for offset in offsets]
         if body.echo and first and entries is not None:
             entries = [*(output.prompt_logprobs or [None] * len(output.prompt_token_ids)), *entries]  # type: ignore[list-item]
             offsets = [*logprobs.prompt_offsets(tokenizer, output.prompt_token_ids, before or ""), *offsets]
@@ -173,7 +173,7 @@ class _Answer:
 
 @router.post("/generate", responses=documented(Generated, lines=True))
 async def generate(body: GenerateRequest, request: Request) -> Response:
-    """Complete one prompt; the answer repeats it. A stream is lines of JSON, each with all the text so far."""
+    """Complete one prompt, repeating it in the answer. A stream is JSON lines, each with all text so far."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
     service.check(body, request)

@@ -1,4 +1,4 @@
-"""``/v1/completions`` and ``/generate``."""
+"""Request and response types of ``/v1/completions`` and ``/generate``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vllmlite.server.protocol.sampling import SamplingRequest
 
 
 class CompletionRequest(SamplingRequest):
-    """``POST /v1/completions``."""
+    """Body of ``POST /v1/completions``."""
 
     prompt: Prompts
     max_tokens: int | None = Field(
-        None, description="Default: the model's, or 16. 0 with echo scores the prompt."
+        None, description="Default: the model's, or 16. 0 with echo only scores the prompt."
     )
     echo: bool | None = None
     logprobs: int | None = None
@@ -25,7 +25,7 @@ class CompletionRequest(SamplingRequest):
 
 
 class GenerateRequest(SamplingRequest):
-    """``POST /generate``: vLLM's plain endpoint, a prompt and SamplingParams."""
+    """Body of ``POST /generate``: vLLM's minimal endpoint, with a prompt and SamplingParams."""
 
     prompt: Prompts
     max_tokens: int | None = None
@@ -33,7 +33,7 @@ class GenerateRequest(SamplingRequest):
 
 
 class CompletionChoice(TypedDict):
-    """One completion, or what is new of it."""
+    """One completion, or its new part."""
 
     index: int
     text: str
@@ -46,8 +46,7 @@ class CompletionChoice(TypedDict):
 
 
 class Completion(TypedDict):
-    """Answer of ``/v1/completions``, and a chunk of its stream. What is null is there for clients that read vLLM's
-    answers."""
+    """Answer of ``/v1/completions``, and a chunk of its stream. Fields that are null exist for clients of vLLM."""
 
     id: str
     object: Literal["text_completion"]
@@ -61,6 +60,6 @@ class Completion(TypedDict):
 
 
 class Generated(TypedDict):
-    """Answer of ``/generate``, and a line of its stream: prompts with their continuations."""
+    """Answer of ``/generate``, and a line of its stream: prompts with their completions."""
 
     text: list[str]

@@ -22,7 +22,7 @@ router = APIRouter()
 @router.post("/v1/embeddings", responses=documented(Embeddings))
 @router.post("/embeddings", responses=documented(Embeddings), include_in_schema=False)
 async def create_embedding(body: EmbeddingRequest, request: Request) -> Response:
-    """A vector of each input."""
+    """Return an embedding of each input."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
     service.check(body, request)

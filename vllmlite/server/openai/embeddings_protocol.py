@@ -1,4 +1,4 @@
-"""``/v1/embeddings``."""
+"""Request and response types of ``/v1/embeddings``."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from vllmlite.server.protocol.fields import VECTOR_CHANGING
 
 
 class EmbeddingRequest(Request):
-    """``POST /v1/embeddings``."""
+    """Body of ``POST /v1/embeddings``."""
 
     text_changing: ClassVar[Mapping[str, Absent]] = VECTOR_CHANGING
 
     model: str | None = Field(None, description="A served model name.")
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = Field(None, description="Keep the first this many, scaled again.")
+    dimensions: int | None = Field(None, description="Keep this many leading elements, then normalise.")
     normalize: bool | None = Field(None, description="Default: --pooling-normalize.")
     truncate_prompt_tokens: int | None = None
-    truncation_side: Literal["left", "right"] | None = Field(None, description="Where tokens are dropped.")
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="Side at which tokens are dropped."
+    )
     add_special_tokens: bool = True
-    priority: int = Field(0, description="Smaller goes first; needs --scheduling-policy priority.")
+    priority: int = Field(0, description="Lower values run first; needs --scheduling-policy priority.")
     cache_salt: str | None = None
     request_id: str | None = Field(None, max_length=256)
 
@@ -40,7 +42,7 @@ class Embedding(TypedDict):
 
 
 class EmbeddingUsage(TypedDict):
-    """Tokens of a request."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     total_tokens: int

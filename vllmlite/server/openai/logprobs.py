@@ -1,4 +1,4 @@
-"""Log-probabilities in the shapes of OpenAI's two endpoints, and vLLM's ``prompt_logprobs``."""
+"""Log-probabilities in the forms of OpenAI's two endpoints, and vLLM's ``prompt_logprobs``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from vllmlite.tokenizers.detokenizer import Detokenizer
 from vllmlite.tokenizers.tokenizer import Tokenizer
 
 LOWEST = -9999.0
-"""Stands for minus infinity, which JSON has not; vLLM's number."""
+"""Replaces minus infinity, which JSON lacks; vLLM's value."""
 
 ALL = -1
-"""A count of the likeliest tokens that asks for the whole vocabulary."""
+"""Number of most likely tokens that means the whole vocabulary."""
 
 Entries = Sequence[Mapping[int, Logprob] | None]
-"""One mapping a token, the token itself first; None where there is none (the first of a prompt)."""
+"""One mapping per token, with the token itself first; None for the first token of a prompt."""
 
 
 def for_completion(
@@ -35,8 +35,9 @@ def for_completion(
     tokenizer: Tokenizer,
     named: Collection[int] = (),
 ) -> CompletionLogprobs:
-    """The columns of ``/v1/completions``: the ``count`` likeliest, the token itself and the ``named`` ids.
-    ``text_offsets`` say where the tokens begin, in characters of the choice's text."""
+    """Return the columns for ``/v1/completions``: each token, the ``count`` most likely ones and the ``named`` ids.
+
+    ``text_offsets`` are the tokens' beginnings, in characters of the choice's text."""
     found: CompletionLogprobs = {
         "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": list(text_offsets),
     }  # fmt: skip
@@ -65,8 +66,8 @@ def for_chat(
     tokenizer: Tokenizer,
     named: Collection[int] = (),
 ) -> ChatLogprobs:
-    """The entries of ``/v1/chat/completions``: each token with the ``count`` likeliest of its place and the ``named``
-    ids, best first."""
+    """Return the entries for ``/v1/chat/completions``: each token with the ``count`` most likely ones at its position
+    and the ``named`` ids, best first."""
     content: list[TokenLogprob] = []
     for token_id, entry in zip(token_ids, entries, strict=True):
         if entry is None:
@@ -79,7 +80,7 @@ def for_chat(
 def for_llamacpp(
     entries: Entries, token_ids: Sequence[int], count: int, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
-    """llama.cpp's ``completion_probabilities``: the same with the tokens' ids."""
+    """Return llama.cpp's ``completion_probabilities``: as :func:`for_chat`, with token ids."""
     return [
         {
             "id": token_id,
@@ -92,8 +93,9 @@ def for_llamacpp(
 
 
 def prompt_offsets(tokenizer: Tokenizer, token_ids: Sequence[int], text: str) -> list[int]:
-    """Where each of a prompt's tokens begins in its ``text``, in characters. A special token takes room where the text
-    spells it out."""
+    """Return the beginning of each prompt token in ``text``, in characters.
+
+    A special token has a width only if the text spells it out."""
     offsets: list[int] = []
     detokenizer, spelled = Detokenizer(tokenizer, []), 0
     for token_id in token_ids:
@@ -106,7 +108,7 @@ def prompt_offsets(tokenizer: Tokenizer, token_ids: Sequence[int], text: str) ->
 
 
 def for_prompt(entries: Entries | None) -> PromptLogprobs | None:
-    """vLLM's ``prompt_logprobs``: token id → entry, a mapping a token."""
+    """Return vLLM's ``prompt_logprobs``: for each token, entries by token id."""
     if entries is None:
         return None
     return [
@@ -123,7 +125,8 @@ def for_prompt(entries: Entries | None) -> PromptLogprobs | None:
 def _likeliest(
     entry: Mapping[int, Logprob], count: int, named: Collection[int] = ()
 ) -> list[tuple[int, Logprob]]:
-    """The ``count`` likeliest tokens and the ``named`` ones, best first; the token itself may be another."""
+    """Return the ``count`` most likely tokens and the ``named`` ones, best first; they may not include the sampled
+    one."""
     found = [
         (i, e)
         for i, e in entry.items()
@@ -141,7 +144,7 @@ def _top(token_id: int, entry: Logprob, names_are_ids: bool, tokenizer: Tokenize
 
 
 def _by_name(entries: Sequence[tuple[int, Logprob]], names_are_ids: bool) -> dict[str, float]:
-    """Log-probabilities by the tokens' texts; of several with the same text, all but the first go by their ids."""
+    """Return log-probabilities by token text; of tokens with the same text, all but the first go by id."""
     found: dict[str, float] = {}
     for token_id, entry in entries:
         name = _name(token_id, entry, names_are_ids)

@@ -1,4 +1,4 @@
-"""Shapes of log-probabilities."""
+"""Response types of log-probabilities."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class CompletionLogprobs(TypedDict):
-    """Columns, an entry a token."""
+    """Columns with one entry per token."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -26,7 +26,7 @@ class CompletionLogprobs(TypedDict):
 
 
 class TopLogprob(TypedDict):
-    """A token that could have been."""
+    """An alternative token."""
 
     token: str
     logprob: float
@@ -34,12 +34,12 @@ class TopLogprob(TypedDict):
 
 
 class TokenLogprob(TopLogprob):
-    """A token that is, and the likeliest ones of its place."""
+    """A token of the output, with the most likely tokens at its position."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(TypedDict):
-    """An entry a token."""
+    """One entry per token."""
 
     content: list[TokenLogprob]

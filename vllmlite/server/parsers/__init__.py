@@ -1,4 +1,4 @@
-"""From the text of an answer to its content, reasoning and tool calls: a family of formats a file."""
+"""Parsing an answer's text into content, reasoning and tool calls; one file per family of formats."""
 
 from __future__ import annotations
 
@@ -33,4 +33,4 @@ TOOL_PARSERS: dict[str, Callable[[Tools], Parser]] = {
     "qwen3_coder": Qwen3Coder,
     "qwen3_xml": Qwen3Coder,
 }
-"""vLLM's names of formats."""
+"""Tool-call parsers by vLLM's names."""

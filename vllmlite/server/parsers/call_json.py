@@ -1,27 +1,27 @@
-"""Tool calls written as JSON objects, read character by character as they come."""
+"""Tool calls written as JSON objects, parsed incrementally, character by character."""
 
 from __future__ import annotations
 
 import json
 
 ARGUMENTS = ("arguments", "parameters")
-"""Keys that models write arguments under."""
+"""Keys under which models write arguments."""
 _SPACE = " \t\r\n"
 _CLOSERS = {"{": "}", "[": "]"}
 
 
 class Nesting:
-    """Where a JSON object or list ends."""
+    """Finds the end of a JSON object or list."""
 
     def __init__(self) -> None:
         self._closers: list[str] = []
         self._in_string = False
         self._escaped = False
         self.broken = False
-        """Whether a bracket closed what another had opened."""
+        """Whether a closing bracket did not match the open one."""
 
     def step(self, char: str) -> bool:
-        """Take in the next character; whether it closes the first one."""
+        """Add the next character; return whether it closes the first bracket."""
         if self._in_string:
             if self._escaped:
                 self._escaped = False
@@ -40,7 +40,7 @@ class Nesting:
 
 
 class ArgumentsReader:
-    """A call's arguments by themselves: one JSON object."""
+    """Parses a JSON object of arguments."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -49,7 +49,7 @@ class ArgumentsReader:
         self._new = ""
 
     def feed(self, text: str) -> int:
-        """Take in ``text`` up to the object's end; how many characters. The first must be ``{``."""
+        """Add ``text`` up to the object's end; return the number of characters used. The first must be ``{``."""
         for at, char in enumerate(text):
             closed = self._nesting.step(char)
             if closed or self._nesting.broken:
@@ -60,23 +60,23 @@ class ArgumentsReader:
         return len(text)
 
     def take_arguments(self) -> str:
-        """What is new of them since the last time."""
+        """Return the arguments' text that is new since the last call."""
         new, self._new = self._new, ""
         return new
 
 
 class CallReader:
-    """An object with ``name`` and :data:`ARGUMENTS`, in any order; other keys are passed over.
+    """Parses an object with ``name`` and one of :data:`ARGUMENTS`, in any order; ignores other keys.
 
-    The name is known once its string has ended, arguments that are an object from then on piece by piece. A string of
-    JSON counts as what it holds, null and nothing at all as no arguments."""
+    The name is known once its string has ended; from then on arguments that are an object are available incrementally.
+    A string is taken as the JSON text it contains; null or missing arguments become ``{}``."""
 
     def __init__(self, names: frozenset[str] | None = None) -> None:
-        """``names``: those that count; None: every one."""
+        """``names``: the accepted names; None accepts all."""
         self.name: str | None = None
         self.ended = False
         self.broken = False
-        """It is not such an object: of what was fed, nothing more is used."""
+        """The text is not such an object; nothing more of it is used."""
         self._names = names
         self._step = self._open
         self._key = ""
@@ -87,7 +87,7 @@ class CallReader:
         self._new = ""
 
     def feed(self, text: str) -> int:
-        """Take in ``text`` up to the object's end, or the character that breaks it; how many characters."""
+        """Add ``text`` up to the object's end or the first invalid character; return the number of characters used."""
         for at, char in enumerate(text):
             self._step(char)
             if self.ended or self.broken:
@@ -96,16 +96,16 @@ class CallReader:
 
     @property
     def begins_name(self) -> bool:
-        """Whether a name is known, or what has come of one may still be among those that count."""
+        """Whether the name is known, or what has arrived of it may still become an accepted name."""
         if self.name is not None:
             return True
-        begun = self._value[1:] if self._step == self._in_string and self._key == "name" else None
-        return begun is not None and (
-            self._names is None or any(name.startswith(begun) for name in self._names)
+        prefix = self._value[1:] if self._step == self._in_string and self._key == "name" else None
+        return prefix is not None and (
+            self._names is None or any(name.startswith(prefix) for name in self._names)
         )
 
     def take_arguments(self) -> str:
-        """What is new of the arguments since the last time."""
+        """Return the arguments' text that is new since the last call."""
         new, self._new = self._new, ""
         return new
 
@@ -154,7 +154,7 @@ class CallReader:
 
     def _in_string(self, char: str) -> None:
         if self._string_ends(char):
-            self._take_value(self._loaded())
+            self._set_value(self._loaded())
 
     def _in_container(self, char: str) -> None:
         assert self._nesting is not None
@@ -170,7 +170,7 @@ class CallReader:
 
     def _in_scalar(self, char: str) -> None:
         if char in _SPACE or char in ",}":
-            self._take_value(None if self._value == "null" else self._loaded())
+            self._set_value(None if self._value == "null" else self._loaded())
             if not self.broken:
                 self._after_value(char)
         else:
@@ -197,7 +197,7 @@ class CallReader:
     def _gives_arguments(self) -> bool:
         return self._key in ARGUMENTS and not self._has_arguments
 
-    def _take_value(self, value: object) -> None:
+    def _set_value(self, value: object) -> None:
         self._step = self._after_value
         if self._key == "name" and self.name is None:
             if isinstance(value, str) and value and (self._names is None or value in self._names):

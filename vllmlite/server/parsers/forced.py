@@ -1,4 +1,4 @@
-"""Tool calls that a grammar holds the output to: nothing else can be in it."""
+"""Parsers of output that a grammar restricts to tool calls."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from vllmlite.server.parsers.parts import CallArguments, CallBegin, Part, ToolPa
 
 
 class RequiredCalls(ToolParser):
-    """A JSON list of calls: ``tool_choice`` ``required``."""
+    """A JSON list of calls, for ``tool_choice`` ``required``."""
 
     def __init__(self) -> None:
         super().__init__({})
 
     def begin(self, ended: bool) -> bool:
-        """The first state: the list opens."""
+        """Initial state: expect the opening bracket of the list."""
         if not self._skip_space():
             return False
-        return self._go(self.list_of_calls) if self._takes("[", ended) else self._give_back()
+        return self._go(self.list_of_calls) if self._accept("[", ended) else self._reject_call()
 
 
 class NamedCall:
-    """The arguments of the one tool that ``tool_choice`` names."""
+    """The arguments of the one tool named by ``tool_choice``."""
 
     def __init__(self, name: str) -> None:
         self._parts: list[Part] = [CallBegin(0, name)]

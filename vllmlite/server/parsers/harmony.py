@@ -1,7 +1,8 @@
-"""The format of gpt-oss (OpenAI's harmony): messages on channels, for reasoning, tool calls and the answer.
+"""The format of gpt-oss (OpenAI's harmony): messages on channels for reasoning, tool calls and the answer.
 
 ``<|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json
-<|message|>{…}<|call|>``, or ``<|channel|>final<|message|>…``. Reasoning and calls cannot be told apart by two parsers.
+<|message|>{…}<|call|>``, or ``<|channel|>final<|message|>…``. Reasoning and calls share one syntax, so one parser
+handles both.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from vllmlite.server.parsers.parts import CallArguments, CallBegin, Content, Par
 MARK = "<|"
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>", START, CHANNEL)
-"""What ends a message; a mark that begins the next one is read again."""
+"""Markers that end a message; START and CHANNEL also begin the next one."""
 MAX_HEADER = 512
 _ANALYSIS = re.compile(r"<\|channel\|>\s*analysis\b")
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([\w.-]+)")
 
 
 class Harmony:
-    """A parser of whole answers. Text outside of messages is content."""
+    """Parses whole answers. Text outside messages is content."""
 
     def __init__(self) -> None:
         self._text = ""
         self._kind: type[Content] | type[Reasoning] | type[CallArguments] | None = None
-        """What the text of the open message is; None in a header."""
+        """Type of the open message's text; None in a header."""
         self._calls = 0
 
     def feed(self, text: str) -> list[Part]:
@@ -36,7 +37,7 @@ class Harmony:
 
     def finish(self, cut: bool = False) -> list[Part]:
         """See :class:`~vllmlite.server.parsers.parts.Parser`."""
-        parts = list(self._read(ended=not cut))  # marks are tokens: the beginning of one is no text
+        parts = list(self._read(ended=not cut))  # markers are tokens: a partial one is not text
         if not cut:
             parts.append(Content(self._text))
         self._text = ""
@@ -73,7 +74,7 @@ class Harmony:
         return Reasoning(text) if self._kind is Reasoning else Content(text)
 
     def _begin(self, header: str) -> Iterator[Part]:
-        """Begin the message of a header."""
+        """Begin the message that follows ``header``."""
         recipient = _RECIPIENT.search(header)
         if recipient is not None:
             self._kind = CallArguments

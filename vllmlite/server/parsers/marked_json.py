@@ -1,4 +1,4 @@
-"""Tool calls as JSON objects between marks: ``<tool_call>{"name": …, "arguments": …}</tool_call>`` and its kin."""
+"""Tool calls as JSON objects between markers: ``<tool_call>{"name": …, "arguments": …}</tool_call>`` and similar."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from vllmlite.server.parsers.parts import ToolParser, Tools
 
 @dataclass(frozen=True, slots=True)
 class JsonMarks:
-    """The marks of a family of models."""
+    """The markers of a model family."""
 
     opening: tuple[str, ...]
-    """Each of them opens an object, or a list of objects."""
+    """Each of them opens an object or a list of objects."""
     closing: str
 
 
 class MarkedJson(ToolParser):
-    """Content and calls in any order. A subclass names its marks."""
+    """Content and calls in any order. Subclasses define ``marks``."""
 
     marks: ClassVar[JsonMarks]
 
@@ -28,13 +28,13 @@ class MarkedJson(ToolParser):
         self._after_list = self._close
 
     def content(self, ended: bool) -> bool:
-        """A state: content, until a call opens."""
+        """State: content, until a marker opens a call."""
         return self._content_until(self.marks.opening, ended) and self._go(self._opened)
 
     def _opened(self, ended: bool) -> bool:
         if not self._skip_space():
-            return self._give_back() if ended else False
-        if self._takes("[", ended):
+            return self._reject_call() if ended else False
+        if self._accept("[", ended):
             return self._go(self.list_of_calls)
         return self._read_call(self._close)
 
@@ -49,7 +49,7 @@ class Hermes(MarkedJson):
 
 
 class Granite(MarkedJson):
-    """Granite 3: a list of calls after either mark, without an end."""
+    """Granite 3: a list of calls after either marker, without an end marker."""
 
     marks = JsonMarks(("<|tool_call|>", "<tool_call>"), "</tool_call>")
 

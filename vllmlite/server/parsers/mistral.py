@@ -1,5 +1,5 @@
-"""Mistral's tool calls: ``[TOOL_CALLS]`` and a JSON list of them; since its eleventh tokenizer ``name{…}`` after each
-such mark, perhaps with ``[ARGS]`` between."""
+"""Mistral's tool calls: ``[TOOL_CALLS]`` and a JSON list; since the eleventh tokenizer version ``name{…}`` after each
+marker, optionally with ``[ARGS]`` in between."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _ALPHABET = string.ascii_letters + string.digits
 
 
 def call_id() -> str:
-    """An id as Mistral's templates demand it: nine letters and digits."""
+    """Return an id as Mistral's templates require: nine letters and digits."""
     return "".join(secrets.choice(_ALPHABET) for _ in range(9))
 
 
 class Mistral(ToolParser):
-    """Content, then calls."""
+    """Content, followed by calls."""
 
     def __init__(self, tools: Tools) -> None:
         """See :class:`ToolParser`."""
@@ -30,27 +30,27 @@ class Mistral(ToolParser):
         self._arguments = ArgumentsReader()
 
     def content(self, ended: bool) -> bool:
-        """A state: content, until calls come."""
+        """State: content, until the marker."""
         return self._content_until((MARKER,), ended) and self._go(self._opened)
 
     def _opened(self, ended: bool) -> bool:
         if not self._skip_space():
-            return self._give_back() if ended else False
+            return self._reject_call() if ended else False
         self._name = ""
-        return self._go(self.list_of_calls if self._takes("[", ended) else self._named)
+        return self._go(self.list_of_calls if self._accept("[", ended) else self._named)
 
     def _named(self, ended: bool) -> bool:
         found = _NAME.match(self._text)
         piece = found.group() if found else ""
         self._name += piece
-        self._taken += piece
+        self._held += piece
         self._text = self._text[len(piece) :]
         if not self._text and not ended:
             return False
-        return self._go(self._marked) if self._name else self._give_back()
+        return self._go(self._marked) if self._name else self._reject_call()
 
     def _marked(self, ended: bool) -> bool:
-        if self._takes(ARGS, ended) is None:
+        if self._accept(ARGS, ended) is None:
             return False
         return self._go(self._before_arguments)
 
@@ -58,7 +58,7 @@ class Mistral(ToolParser):
         if not self._text and not ended:
             return False
         if not self._text.startswith("{"):
-            return self._give_back()
+            return self._reject_call()
         self._begin_call(self._name)
         self._arguments = ArgumentsReader()
         return self._go(self._object)

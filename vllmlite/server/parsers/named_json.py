@@ -1,4 +1,4 @@
-"""Tool calls as a name between marks and a JSON object of arguments: DeepSeek V3 and V3.1, Kimi K2."""
+"""Tool calls as a name between markers and a JSON object of arguments: DeepSeek V3 and V3.1, Kimi K2."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from vllmlite.server.parsers.call_json import ArgumentsReader
 from vllmlite.server.parsers.parts import ToolParser, Tools
 
 MAX_HEADER = 512
-"""Most characters between a call's opening mark and its arguments."""
+"""Maximum characters between a call's opening marker and its arguments."""
 
 
 @dataclass(frozen=True, slots=True)
 class NamedMarks:
-    """The marks of a family of models."""
+    """The markers of a model family."""
 
     section: tuple[str, str]
-    """Around all calls."""
+    """Markers around all calls."""
     call: tuple[str, str]
-    """Around each."""
+    """Markers around each call."""
     header: re.Pattern[str]
-    """What stands between a call's opening mark and its arguments: a group ``name``, perhaps a group ``id``."""
+    """Text between a call's opening marker and its arguments, with a group ``name`` and optionally ``id``."""
     fence: str = ""
-    """What stands between the arguments and the call's closing mark."""
+    """Text between the arguments and the call's closing marker."""
 
 
 class NamedJson(ToolParser):
-    """Content, then calls. A subclass names its marks."""
+    """Content, followed by calls. Subclasses define ``marks``."""
 
     marks: ClassVar[NamedMarks]
 
@@ -38,33 +38,33 @@ class NamedJson(ToolParser):
         self._arguments = ArgumentsReader()
 
     def content(self, ended: bool) -> bool:
-        """A state: content, until a section or a call opens."""
+        """State: content, until a section or a call opens."""
         section, call = self.marks.section[0], self.marks.call[0]
         if not self._content_until((section, call), ended):
             return False
-        return self._go(self._header if self._taken == call else self._between)
+        return self._go(self._header if self._held == call else self._between)
 
     def _between(self, ended: bool) -> bool:
-        """Before a call, or the end of the section."""
+        """State before a call or the end of the section."""
         if not self._skip_space():
-            return self._give_back() if ended and self._taken else False
+            return self._reject_call() if ended and self._held else False
         for mark, state in ((self.marks.call[0], self._header), (self.marks.section[1], self.content)):
-            taken = self._takes(mark, ended)
+            taken = self._accept(mark, ended)
             if taken is None:
                 return False
             if taken:
                 if state == self.content:
-                    self._taken = ""
+                    self._held = ""
                 return self._go(state)
-        return self._give_back()
+        return self._reject_call()
 
     def _header(self, ended: bool) -> bool:
         at = self._text.find("{")
         if at < 0:
-            return self._give_back() if ended or len(self._text) > MAX_HEADER else False
+            return self._reject_call() if ended or len(self._text) > MAX_HEADER else False
         found = self.marks.header.fullmatch(self._text[:at])
         if found is None or at > MAX_HEADER:
-            return self._give_back()
+            return self._reject_call()
         self._text = self._text[at:]
         self._begin_call(found["name"], found.groupdict().get("id", ""))
         self._arguments = ArgumentsReader()
@@ -77,12 +77,12 @@ class NamedJson(ToolParser):
         return self._arguments.ended and self._go(self._close)
 
     def _close(self, ended: bool) -> bool:
-        """After the arguments."""
+        """State after the arguments."""
         for mark in (self.marks.fence, self.marks.call[1]):
             self._skip_space()
-            if self._takes(mark, ended) is None:
+            if self._accept(mark, ended) is None:
                 return False
-        self._taken = ""
+        self._held = ""
         return self._go(self._between)
 
 
@@ -108,7 +108,7 @@ class DeepSeekV31(NamedJson):
 
 
 class KimiK2(NamedJson):
-    """Kimi K2, whose chat template shows the model its own ids again."""
+    """Kimi K2, whose chat template shows the model's own call ids."""
 
     marks = NamedMarks(
         ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),

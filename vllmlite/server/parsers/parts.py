@@ -1,7 +1,7 @@
-"""What an answer is made of, and the state machine that all parsers of answers are.
+"""The parts of an answer, and the state machine shared by its parsers.
 
-A parser takes text as it comes and says at once whatever can no longer turn out to be something else. What it says
-depends on the text alone: any split of the text into pieces gives the same parts, once neighbours are merged.
+A parser gets the text incrementally and emits each part as soon as later text cannot change it. Its output depends on
+the text only: any split of the text gives the same parts, once adjacent ones are merged.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Text that the model wrote to itself."""
+    """The model's reasoning."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallBegin:
-    """The ``index``-th tool call of the answer begins; its name is known."""
+    """The start of the answer's ``index``-th tool call, whose name is known."""
 
     index: int
     name: str
     id: str = ""
-    """The id that the model has given it, if its format has one."""
+    """The id that the model wrote, if its format has one."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """The next piece of a call's arguments, a JSON text."""
+    """The next piece of a call's arguments, which are JSON text."""
 
     index: int
     text: str
@@ -49,19 +49,19 @@ Part: TypeAlias = Content | Reasoning | CallBegin | CallArguments
 
 
 class Parser(Protocol):
-    """Text in pieces to parts in pieces."""
+    """An incremental parser of text to parts."""
 
     def feed(self, text: str) -> list[Part]:
-        """What more is certain, with ``text`` after what came before."""
+        """Add ``text``; return the parts that are certain now."""
         ...
 
     def finish(self, cut: bool = False) -> list[Part]:
-        """Return the rest, now that nothing more comes. ``cut``: the model had not ended, a limit ended the text."""
+        """Return the remaining parts. ``cut``: a limit ended the text, not the model."""
         ...
 
 
 def merged(parts: Iterable[Part]) -> list[Part]:
-    """``parts`` with neighbours of one kind made one, empty ones left out."""
+    """Return ``parts`` with adjacent parts of the same kind merged and empty ones removed."""
     found: list[Part] = []
     for part in parts:
         if isinstance(part, CallBegin):
@@ -79,30 +79,32 @@ def merged(parts: Iterable[Part]) -> list[Part]:
 
 
 Tools: TypeAlias = Mapping[str, Any]
-"""The JSON Schemas of the parameters of each tool, by its name."""
+"""JSON Schemas of the tools' parameters, by tool name."""
 State: TypeAlias = Callable[[bool], bool]
-"""A step of a machine: whether it got on. Told whether the text has ended, when it must decide on what there is."""
+"""A state: processes the text and returns whether it made progress.
+
+The argument says whether the text has ended, so that no more text can be waited for."""
 
 
 class ToolParser:
-    """What parsers of tool calls share. A subclass has states, the first of which is ``begin``.
+    """Base class of tool-call parsers: a state machine whose initial state is ``begin``.
 
-    White space between content and a call, or between two calls, belongs to neither. Text that begins like a call and
-    turns out to be none becomes content, as it was written. If the text is cut inside what begins like a call, that
-    beginning is left out: it is neither content nor a call."""
+    White space between content and a call, or between calls, is dropped. Text that begins like a call but is not one
+    becomes content unchanged. If the text is cut off inside the possible beginning of a call, that beginning is
+    dropped."""
 
     def __init__(self, tools: Tools) -> None:
-        """``tools``: those that there are."""
+        """``tools``: the tools of the request."""
         self._tools = tools
         self._text = ""
-        """What has come and is not used up."""
+        """Text that was received but not yet processed."""
         self._parts: list[Part] = []
         self._space = ""
-        """White space after content, which a call would swallow."""
+        """White space after content, which is dropped if a call follows."""
         self._calls = 0
         self._reader: CallReader | None = None
-        self._taken = ""
-        """The beginning of what may be a call, to be given back if it is none."""
+        self._held = ""
+        """The possible beginning of a call, which becomes content if it is not one."""
         self._after: State = self.content
         self._after_list: State = self.content
         self._state: State = self.begin
@@ -112,33 +114,33 @@ class ToolParser:
         self._text += text
         while self._state(False):
             pass
-        return self._take()
+        return self._drain()
 
     def finish(self, cut: bool = False) -> list[Part]:
         """See :class:`Parser`."""
         if cut and self._begins_call():
-            self._text = self._taken = ""
+            self._text = self._held = ""
         while self._state(True):
             pass
         if not self._calls:
             self._parts.append(Content(self._space))
-        return self._take()
+        return self._drain()
 
     def _begins_call(self) -> bool:
-        """Return whether the text that is held back can only belong to a call, which a whole mark has opened."""
+        """Return whether the held-back text can only belong to a call, because a complete marker opened it."""
         return self._state not in (self.begin, self.content)
 
     def begin(self, ended: bool) -> bool:
-        """The first state."""
+        """Initial state."""
         return self.content(ended)
 
     def content(self, ended: bool) -> bool:
-        """A state: everything is content."""
-        self._say(self._text)
+        """State: all text is content."""
+        self._emit_content(self._text)
         self._text = ""
         return False
 
-    def _take(self) -> list[Part]:
+    def _drain(self) -> list[Part]:
         parts, self._parts = self._parts, []
         return merged(parts)
 
@@ -146,59 +148,60 @@ class ToolParser:
         self._state = state
         return True
 
-    def _say(self, text: str) -> None:
+    def _emit_content(self, text: str) -> None:
         text = self._space + text
         kept = text.rstrip()
         self._space = text[len(kept) :]
         self._parts.append(Content(kept))
 
-    def _give_back(self) -> bool:
-        """What was taken for a call is content."""
-        self._say(self._taken)
-        self._taken = ""
+    def _reject_call(self) -> bool:
+        """Emit the held-back text as content."""
+        self._emit_content(self._held)
+        self._held = ""
         return self._go(self.content)
 
     def _content_until(self, marks: Iterable[str], ended: bool) -> bool:
-        """Say what stands before the first of ``marks``; whether one has come, and is taken."""
+        """Emit the text before the first of ``marks`` as content; return whether a marker was found and consumed."""
         before, mark, self._text = split_at(self._text, marks, ended)
-        self._say(before)
-        self._taken = mark
+        self._emit_content(before)
+        self._held = mark
         return bool(mark)
 
     def _skip_space(self) -> bool:
-        """Take white space; whether something else follows."""
+        """Consume white space; return whether other text follows."""
         rest = self._text.lstrip()
-        self._taken += self._text[: len(self._text) - len(rest)]
+        self._held += self._text[: len(self._text) - len(rest)]
         self._text = rest
         return bool(rest)
 
-    def _takes(self, literal: str, ended: bool) -> bool | None:
-        """Take ``literal`` if it comes next; None while that is open."""
+    def _accept(self, literal: str, ended: bool) -> bool | None:
+        """Consume ``literal`` if it comes next; return None if the text is too short to know."""
         if self._text.startswith(literal):
             self._text = self._text[len(literal) :]
-            self._taken += literal
+            self._held += literal
             return True
         return None if literal.startswith(self._text) and not ended else False
 
     def _read_closing(self, mark: str, ended: bool) -> bool:
-        """Take the ``mark`` that ends calls, if it comes next; what follows is content."""
+        """Consume the end marker ``mark``, if it comes next; content follows."""
         if not self._skip_space() and not ended:
             return False
-        closes = self._takes(mark, ended)
+        closes = self._accept(mark, ended)
         if closes is None:
             return False
         if closes:
-            self._taken = ""
-        return self._give_back()
+            self._held = ""
+        return self._reject_call()
 
     def _read_arguments(self, reader: ArgumentsReader) -> None:
-        """Hand on the arguments of the last call as far as ``reader`` finds them in the text, which it takes."""
+        """Emit the last call's arguments as far as ``reader`` parses them, consuming their text."""
         count = reader.feed(self._text)
         self._text = self._text[count:]
         self._parts.append(CallArguments(self._calls - 1, reader.take_arguments()))
 
     def _read_call(self, after: State, *, known: bool = False) -> bool:
-        """Go and read an object with a name and arguments, then to ``after``. ``known``: its name must be a tool's."""
+        """Parse an object with name and arguments, then go to ``after``; ``known``: only names of tools are
+        accepted."""
         self._reader = CallReader(frozenset(self._tools) if known else None)
         self._after = after
         return self._go(self._reading)
@@ -206,42 +209,42 @@ class ToolParser:
     def _reading(self, ended: bool) -> bool:
         reader = self._reader
         assert reader is not None
-        begun = reader.name is not None
+        had_name = reader.name is not None
         count = reader.feed(self._text)
-        if not begun:
-            self._taken += self._text[:count]
+        if not had_name:
+            self._held += self._text[:count]
         self._text = self._text[count:]
         if reader.name is not None:
-            if not begun:
+            if not had_name:
                 self._begin_call(reader.name)
             self._parts.append(CallArguments(self._calls - 1, reader.take_arguments()))
         if reader.ended:
             return self._go(self._after)
         if reader.broken or ended:
-            return self._go(self.content) if reader.name is not None else self._give_back()
+            return self._go(self.content) if reader.name is not None else self._reject_call()
         return False
 
     def _begin_call(self, name: str, call_id: str = "") -> None:
         self._parts.append(CallBegin(self._calls, name, call_id))
         self._calls += 1
-        self._space = self._taken = ""
+        self._space = self._held = ""
 
     def list_of_calls(self, ended: bool) -> bool:
-        """A state: inside of a JSON list of calls."""
+        """State: inside a JSON list of calls."""
         if not self._skip_space():
-            return self._give_back() if ended and self._taken else False
-        if self._takes(",", ended):
+            return self._reject_call() if ended and self._held else False
+        if self._accept(",", ended):
             return True
-        if self._takes("]", ended):
-            self._taken = ""
+        if self._accept("]", ended):
+            self._held = ""
             return self._go(self._after_list)
         return self._read_call(self.list_of_calls)
 
 
 def split_at(text: str, marks: Iterable[str], ended: bool) -> tuple[str, str, str]:
-    """Split ``text`` at the first of ``marks``: (what stands before it, the mark, the rest).
+    """Split ``text`` at the first of ``marks``; return (text before it, the marker, the rest).
 
-    Without a mark, the rest is what may be the beginning of one, unless the text has ``ended``."""
+    Without a marker, the rest is the possible beginning of one, or empty if the text has ``ended``."""
     found = min(((at, mark) for mark in marks if (at := text.find(mark)) >= 0), default=None)
     if found is not None:
         at, mark = found
@@ -251,7 +254,7 @@ def split_at(text: str, marks: Iterable[str], ended: bool) -> tuple[str, str, st
 
 
 def overlap(text: str, marker: str) -> int:
-    """How many characters at the end of ``text`` may begin ``marker``."""
+    """Return how many characters at the end of ``text`` may begin ``marker``."""
     for size in range(min(len(marker) - 1, len(text)), 0, -1):
         if text.endswith(marker[:size]):
             return size

@@ -1,4 +1,4 @@
-"""Tool calls as a Python list of calls: ``[weather(city="Oslo"), add(a=1, b=2)]``. They are read, never evaluated."""
+"""Tool calls as a Python list of calls, ``[weather(city="Oslo"), add(a=1, b=2)]``; parsed, never evaluated."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from vllmlite.server.parsers.parts import CallArguments, ToolParser, Tools
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
 _WORDS = {"true": True, "false": False, "null": None}
-"""Names that models write for JSON's values."""
+"""JSON's names of values, which models write as well as Python's."""
 
 
 @dataclass(frozen=True, slots=True)
 class PythonMarks:
-    """How a family of models marks its calls."""
+    """How a model family marks its calls."""
 
     opening: tuple[str, ...] = ()
-    """What opens calls; without one, calls are the whole answer."""
+    """Opening markers; if there are none, calls are the whole answer."""
     closing: str = ""
     bracketed: bool = True
-    """Whether calls stand in a list, or on lines."""
+    """Whether the calls are in a list, or one per line."""
 
 
 class Pythonic(ToolParser):
-    """Calls of tools that there are; each is told when it is complete."""
+    """Calls of known tools; each is emitted when it is complete."""
 
     marks: ClassVar[PythonMarks] = PythonMarks()
 
@@ -38,58 +38,58 @@ class Pythonic(ToolParser):
         self._scan = _Scan()
 
     def begin(self, ended: bool) -> bool:
-        """The first state: a list begins the answer, where no mark has to open it."""
+        """Initial state: if there is no opening marker, a list begins the answer."""
         if self.marks.opening:
             return self.content(ended)
         if not self._skip_space():
-            return self._give_back() if ended and self._taken else False
+            return self._reject_call() if ended and self._held else False
         return self._go(self._opened)
 
     def content(self, ended: bool) -> bool:
-        """A state: content, until a mark opens calls."""
+        """State: content, until a marker opens calls."""
         if not self.marks.opening:
             return super().content(ended)
         return self._content_until(self.marks.opening, ended) and self._go(self._opened)
 
     def _begins_call(self) -> bool:
-        opened = any(self._taken.startswith(mark) for mark in self.marks.opening) or self._calls > 0
+        opened = any(self._held.startswith(mark) for mark in self.marks.opening) or self._calls > 0
         name = re.match(r"[\w.]+\(", self._text)
         return super()._begins_call() and (opened or (name is not None and name.group()[:-1] in self._tools))
 
     def _opened(self, ended: bool) -> bool:
         if not self._skip_space():
-            return self._give_back() if ended else False
-        if self.marks.bracketed and not self._takes("[", ended):
-            return self._give_back()
+            return self._reject_call() if ended else False
+        if self.marks.bracketed and not self._accept("[", ended):
+            return self._reject_call()
         return self._go(self._name)
 
     def _name(self, ended: bool) -> bool:
-        """Before a call; in a list after a comma, too, and on lines before the closing mark."""
+        """State before a call: in a list also after a comma, on lines also before the closing marker."""
         if not self._skip_space():
-            return self._give_back() if ended and self._taken else False
+            return self._reject_call() if ended and self._held else False
         if not self.marks.bracketed:
-            closes = self._takes(self.marks.closing, ended)
+            closes = self._accept(self.marks.closing, ended)
             if closes is None:
                 return False
             if closes:
-                self._taken = ""
+                self._held = ""
                 return self._go(self.content)
         found = _NAME.match(self._text)
         name = found.group() if found else ""
         if name == self._text and not ended:
             return False
         if name not in self._tools or not self._text.startswith("(", len(name)):
-            return self._give_back()
+            return self._reject_call()
         self._scan = _Scan()
         return self._go(self._call)
 
     def _call(self, ended: bool) -> bool:
         end = self._scan.end(self._text)
         if end < 0:
-            return self._give_back() if ended or self._scan.broken else False
+            return self._reject_call() if ended or self._scan.broken else False
         read = _read(self._text[:end])
         if read is None:
-            return self._give_back()
+            return self._reject_call()
         name, arguments = read
         self._text = self._text[end:]
         self._begin_call(name)
@@ -98,13 +98,13 @@ class Pythonic(ToolParser):
 
     def _between(self, ended: bool) -> bool:
         if not self._skip_space():
-            return self._give_back() if ended and self._taken else False
-        if self._takes(",", ended):
+            return self._reject_call() if ended and self._held else False
+        if self._accept(",", ended):
             return self._go(self._name)
-        if self._takes("]", ended):
-            self._taken = ""
+        if self._accept("]", ended):
+            self._held = ""
             return self._go(self._close)
-        return self._give_back()
+        return self._reject_call()
 
     def _close(self, ended: bool) -> bool:
         if not self.marks.closing:
@@ -113,7 +113,7 @@ class Pythonic(ToolParser):
 
 
 class _Scan:
-    """Where the call ends that a text begins with; goes on where it stopped."""
+    """Finds the end of the call that a text begins with; continues where it stopped."""
 
     def __init__(self) -> None:
         self.broken = False
@@ -122,13 +122,13 @@ class _Scan:
         self._closers: list[str] = []
 
     def end(self, text: str) -> int:
-        """Return where the call's last parenthesis has closed; -1 if it has not."""
+        """Return the position after the call's closing parenthesis, or -1 if it is not there yet."""
         while self._at < len(text):
             char = text[self._at]
             self._at += 1
             if self._quote:
                 if char == "\\":
-                    if self._at == len(text):  # what it escapes is still to come
+                    if self._at == len(text):  # the escaped character has not arrived
                         self._at -= 1
                         return -1
                     self._at += 1
@@ -148,10 +148,10 @@ class _Scan:
 
 
 def _read(text: str) -> tuple[str, str] | None:
-    """Return the name and the arguments, as JSON, of one call; None if it is none with plain values by name."""
+    """Return a call's name and its arguments as JSON; None if it is not a call with plain keyword arguments."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes that mean nothing
+            warnings.simplefilter("ignore")  # about invalid escapes
             call = ast.parse(text, mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
             return None
@@ -180,20 +180,20 @@ def _value(node: ast.expr) -> Any:
 
 
 class Llama4Pythonic(Pythonic):
-    """Llama 4, whose calls may stand between marks."""
+    """Llama 4, whose calls may be enclosed in markers."""
 
     marks = PythonMarks(("<|python_start|>",), "<|python_end|>")
 
     def begin(self, ended: bool) -> bool:
-        """The first state: a list may begin the answer without a mark, too."""
+        """Initial state: a list may also begin the answer without a marker."""
         if not self._skip_space():
-            return self._give_back() if ended and self._taken else False
+            return self._reject_call() if ended and self._held else False
         if self._text.startswith("["):
             return self._go(self._opened)
-        return self._give_back()
+        return self._reject_call()
 
 
 class Olmo3(Pythonic):
-    """Olmo 3: a call a line."""
+    """Olmo 3: one call per line."""
 
     marks = PythonMarks(("<function_calls>",), "</function_calls>", bracketed=False)

@@ -1,4 +1,4 @@
-"""What a model thinks before it answers, between marks of its own."""
+"""A model's reasoning before its answer, enclosed in markers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from vllmlite.server.parsers.parts import Content, Parser, Part, Reasoning, merg
 
 @dataclass(frozen=True, slots=True)
 class ThinkStyle:
-    """How a family of models marks its reasoning."""
+    """How a model family marks its reasoning."""
 
     opening: str
     closing: str
     implied: bool
-    """Whether an answer begins with reasoning even where no mark opens it."""
+    """Whether an answer begins with reasoning even without an opening marker."""
     other_openings: tuple[str, ...] = ()
     other_closings: tuple[str, ...] = ()
-    """Marks that some models write instead."""
+    """Markers that some models write instead."""
     ends_before: tuple[str, ...] = ()
-    """Marks of tool calls, which end reasoning that no mark has closed."""
+    """Tool-call markers that end unclosed reasoning."""
 
     def opened_by(self, prompt: str) -> bool | None:
-        """Whether a chat template has opened the reasoning in ``prompt``, or closed it; None: neither."""
+        """Return whether the chat template opened (True) or closed (False) the reasoning in ``prompt``; None:
+        neither."""
         prompt = prompt.rstrip()
         return True if prompt.endswith(self.opening) else False if prompt.endswith(self.closing) else None
 
@@ -48,19 +49,19 @@ STYLES = {
     "qwen3": ThinkStyle(*_THINK, implied=False),
     "seed_oss": ThinkStyle("<seed:think>", "</seed:think>", implied=False),
 }
-"""vLLM's names of styles."""
+"""Styles by vLLM's names of reasoning parsers."""
 
 
 class ThinkParser:
-    """Reasoning, then content, which goes on to another parser if there is one."""
+    """Parses reasoning, then content, which is passed to another parser if there is one."""
 
     def __init__(self, style: ThinkStyle, prompt: str, then: Parser | None = None) -> None:
-        """``prompt``: a chat template may have opened the reasoning there, or closed it to have none."""
+        """``prompt`` shows whether the chat template has already opened the reasoning, or closed it."""
         self._style = style
         self._then = then
         self._text = ""
         self._open = style.opened_by(prompt)
-        """Whether it reasons; None before that is known."""
+        """Whether the text is reasoning; None before that is known."""
 
     def feed(self, text: str) -> list[Part]:
         """See :class:`~vllmlite.server.parsers.parts.Parser`."""

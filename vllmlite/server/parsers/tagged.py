@@ -1,6 +1,6 @@
-"""Tool calls whose arguments are texts between tags, a tag a parameter: GLM 4.5, Qwen3-Coder.
+"""Tool calls whose arguments are texts between tags, one tag per parameter: GLM 4.5, Qwen3-Coder.
 
-Such a format does not say whether ``5`` is a number or a string: the tool's JSON Schema does."""
+The format does not show whether ``5`` is a number or a string; the tool's JSON Schema decides."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Any, ClassVar
 from vllmlite.server.parsers.parts import CallArguments, ToolParser, Tools, split_at
 
 MAX_NAME = 512
-"""Most characters of a name."""
+"""Maximum characters of a name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """The tags of a family of models."""
+    """The tags of a model family."""
 
     opening: tuple[str, ...]
-    """What may open a call; the last of them stands right before the name."""
+    """Tags that may open a call; the last one directly precedes the name."""
     name_end: tuple[str, ...]
-    """What may end the name; a tag of a parameter or the closing one is read again."""
+    """Texts that may end the name; a parameter's tag or the closing tag is processed again."""
     key: tuple[str, str]
-    """Around the name of a parameter."""
+    """Tags around a parameter's name."""
     value: tuple[str, str]
-    """Around its text; what opens it may be nothing."""
+    """Tags around a parameter's text; the opening one may be empty."""
     closing: tuple[str, ...]
-    """What closes a call, in order; those after the first may be absent."""
+    """Tags that close a call, in order; all but the first are optional."""
     lines: bool
-    """Whether a text stands on lines of its own."""
+    """Whether texts are on lines of their own."""
 
 
 class Tagged(ToolParser):
-    """Content and calls in any order. A subclass names its tags."""
+    """Content and calls in any order. Subclasses define ``tags``."""
 
     tags: ClassVar[Tags]
 
@@ -43,66 +43,66 @@ class Tagged(ToolParser):
         super().__init__(tools)
         self._name = self._key = self._value = ""
         self._is_text = False
-        """Whether the argument is a string, which is told as it comes."""
+        """Whether the argument is a string, which is emitted incrementally."""
         self._count = 0
-        """Arguments of the call so far."""
+        """Number of arguments of the call so far."""
         self._closed = 0
-        """Closing tags that have come."""
+        """Number of closing tags found."""
 
     def finish(self, cut: bool = False) -> list[Any]:
-        """See :class:`ToolParser`. A call that the model ended early is completed, one that is cut is not."""
+        """See :class:`ToolParser`. A call that the model ended early is completed; a truncated one is not."""
         if not cut:
             while self._state(True):
                 pass
             if self._state == self._in_value:
                 self._end_value()
             if self._state in (self._in_value, self._between, self._in_key, self._before_value):
-                self._tell("}" if self._count else "{}")
+                self._emit_arguments("}" if self._count else "{}")
         return super().finish(cut)
 
     def content(self, ended: bool) -> bool:
-        """A state: content, until a call opens."""
+        """State: content, until a call opens."""
         if not self._content_until(self.tags.opening, ended):
             return False
-        return self._go(self._in_name if self._taken == self.tags.opening[-1] else self._opened)
+        return self._go(self._in_name if self._held == self.tags.opening[-1] else self._opened)
 
     def _opened(self, ended: bool) -> bool:
-        """After the first of two opening tags."""
+        """State after the first of two opening tags."""
         if not self._skip_space():
-            return self._give_back() if ended else False
-        opens = self._takes(self.tags.opening[-1], ended)
+            return self._reject_call() if ended else False
+        opens = self._accept(self.tags.opening[-1], ended)
         if opens is None:
             return False
-        return self._go(self._in_name) if opens else self._give_back()
+        return self._go(self._in_name) if opens else self._reject_call()
 
     def _in_name(self, ended: bool) -> bool:
         self._skip_space()
         name, mark, rest = split_at(self._text, self.tags.name_end, ended)
         if len(name) > MAX_NAME or (mark and (not name.strip() or "<" in name)):
-            return self._give_back()
+            return self._reject_call()
         if not mark:
-            return self._give_back() if ended else False
+            return self._reject_call() if ended else False
         self._name, self._count = name.strip(), 0
         self._text = (mark if mark in (self.tags.key[0], self.tags.closing[0]) else "") + rest
         self._begin_call(self._name)
         return self._go(self._between)
 
     def _between(self, ended: bool) -> bool:
-        """Before a parameter, or the end of the call."""
+        """State before a parameter or the end of the call."""
         if not self._skip_space():
             return False
         for mark, state in ((self.tags.key[0], self._in_key), (self.tags.closing[0], self._close)):
-            taken = self._takes(mark, ended)
+            taken = self._accept(mark, ended)
             if taken is None:
                 return False
             if taken:
-                self._taken = ""
+                self._held = ""
                 if state == self._close:
-                    self._tell("}" if self._count else "{}")
+                    self._emit_arguments("}" if self._count else "{}")
                     self._closed = 1
                 return self._go(state)
-        self._tell("}" if self._count else "{}")
-        return self._give_back()
+        self._emit_arguments("}" if self._count else "{}")
+        return self._reject_call()
 
     def _in_key(self, ended: bool) -> bool:
         key, mark, rest = split_at(self._text, (self.tags.key[1],), ended)
@@ -116,16 +116,16 @@ class Tagged(ToolParser):
             return False
         if self.tags.lines and not self._text:
             return False
-        if self._takes(self.tags.value[0], ended) is None:
+        if self._accept(self.tags.value[0], ended) is None:
             return False
         if self.tags.lines:
             self._text = self._text.removeprefix("\n")
-        self._taken = self._value = ""
+        self._held = self._value = ""
         self._is_text = kinds_of(self._schema()) == {"string"}
-        self._tell(("," if self._count else "{") + json.dumps(self._key, ensure_ascii=False) + ":")
+        self._emit_arguments(("," if self._count else "{") + json.dumps(self._key, ensure_ascii=False) + ":")
         self._count += 1
         if self._is_text:
-            self._tell('"')
+            self._emit_arguments('"')
         return self._go(self._in_value)
 
     def _in_value(self, ended: bool) -> bool:
@@ -133,7 +133,7 @@ class Tagged(ToolParser):
         marks = ("\n" + closing, closing) if self.tags.lines else (closing,)
         text, mark, self._text = split_at(self._text, marks, ended)
         if self._is_text:
-            self._tell(json.dumps(text, ensure_ascii=False)[1:-1])
+            self._emit_arguments(json.dumps(text, ensure_ascii=False)[1:-1])
         else:
             self._value += text
         if not mark:
@@ -143,25 +143,25 @@ class Tagged(ToolParser):
 
     def _end_value(self) -> None:
         if self._is_text:
-            self._tell('"')
+            self._emit_arguments('"')
         else:
-            self._tell(json.dumps(converted(self._value, self._schema()), ensure_ascii=False))
+            self._emit_arguments(json.dumps(converted(self._value, self._schema()), ensure_ascii=False))
 
     def _close(self, ended: bool) -> bool:
-        """After the closing tag, before those that may follow it."""
+        """State after the closing tag, before optional further ones."""
         if self._closed == len(self.tags.closing):
-            return self._give_back()
+            return self._reject_call()
         if not self._skip_space() and not ended:
             return False
-        closes = self._takes(self.tags.closing[self._closed], ended)
+        closes = self._accept(self.tags.closing[self._closed], ended)
         if closes is None:
             return False
         if closes:
-            self._taken = ""
+            self._held = ""
         self._closed = self._closed + 1 if closes else len(self.tags.closing)
         return True
 
-    def _tell(self, text: str) -> None:
+    def _emit_arguments(self, text: str) -> None:
         self._parts.append(CallArguments(self._calls - 1, text))
 
     def _schema(self) -> Any:
@@ -171,7 +171,7 @@ class Tagged(ToolParser):
 
 
 def kinds_of(schema: Any) -> set[str]:
-    """Return the JSON types that a parameter's schema names at its first level; none where it names none."""
+    """Return the JSON types that a parameter's schema names at its top level; empty if it names none."""
     return set(_kinds(schema))
 
 
@@ -205,8 +205,8 @@ _WORDS = {"True": True, "False": False, "None": None}
 
 
 def converted(text: str, schema: Any) -> Any:
-    """Return the value that ``text`` stands for: what it says in JSON, or in Python's words, if ``schema`` allows that
-    type; the text itself otherwise."""
+    """Return the value of ``text``: parsed as JSON or as Python's True, False or None if ``schema`` allows its type,
+    else the text itself."""
     kinds = kinds_of(schema)
     stripped = text.strip()
     try:

@@ -1,5 +1,5 @@
-"""What requests and answers hold, an API a file: OpenAI's with vLLM's additions, Anthropic's, llama.cpp's.
+"""Common fields and types of requests and answers; each API's own are in its folder.
 
-Requests are pydantic models, strict about types and names: a parameter that is unknown, or whose feature is absent, is
-an error that says so. Answers are typed dictionaries, which cost nothing to make.
+Requests are pydantic models that are strict about types and names. Answers are typed dictionaries, which cost nothing
+to create.
 """

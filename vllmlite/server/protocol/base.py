@@ -1,4 +1,4 @@
-"""What all requests and answers share: strictness, fields that are no endpoint's own, lists, errors, usage."""
+"""Base classes and types of all requests and answers: strictness, unknown fields, lists, errors, usage."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from vllmlite.errors import ParameterError
 from vllmlite.server.protocol.fields import BOOKKEEPING, synonym
 
 MAX_MESSAGES = 10_000
-"""Messages, or items, of a conversation. OpenAI's chat once took 2,048; Anthropic documents 100,000."""
+"""Maximum messages or items of a conversation. OpenAI's chat once accepted 2,048; Anthropic documents 100,000."""
 MAX_TOOLS = 1024
-"""Tools of a request. OpenAI documents 128."""
+"""Maximum tools of a request. OpenAI documents 128."""
 
 
 class Unknown(NamedTuple):
-    """A field that has no effect, for it is none of its object's."""
+    """A request field that has no effect, because its object has no such field."""
 
     place: str
-    """Where it is, such as stream_options.name."""
+    """Path of the field, such as stream_options.name."""
     value: Any
     reason: str = "no such parameter"
     names: Collection[str] = ()
-    """The fields that there are."""
+    """Names of the fields that the object has."""
 
 
 class Request(BaseModel):
-    """A request body, or an object in one: strict types; :mod:`.fields` says which other names do what."""
+    """A request body, or an object in one, with strict types; :mod:`.fields` has the rules for other names."""
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
     text_changing: ClassVar[Mapping[str, Absent]] = {}
-    """Names that are refused unless they ask for nothing."""
+    """Names that are refused unless their value asks for nothing."""
     closed: ClassVar[bool] = False
-    """Refuse other names, for any would change the text."""
+    """Whether all unknown names are refused, because any might change the text."""
 
     _unknown: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -58,7 +58,7 @@ class Request(BaseModel):
             return handler(data)
         names = cls._names()
         if data.keys() <= names and not any(value is None or type(value) is float for value in data.values()):
-            return handler(data)  # the usual case, and the quickest
+            return handler(data)  # fast path for the usual case
         known: dict[str, Any] = {}
         unknown: dict[str, Any] = {}
         for name, value in data.items():
@@ -77,11 +77,13 @@ class Request(BaseModel):
             else:
                 unknown[name] = value
                 continue
-            if value is not None:  # null asks for nothing
-                # JSON has one kind of numbers: 5.0 is whole too.
+            if value is not None:  # null counts as absent
+                # JSON has a single number type: 5.0 counts as an integer.
                 value = int(value) if type(value) is float and value.is_integer() else value
                 if target in known and known[target] != value:
-                    raise ParameterError(name, value, f"is another name of {target}, which has another value")
+                    raise ParameterError(
+                        name, value, f"is a synonym of {target}, which has a different value"
+                    )
                 known[target] = value
         if cls.model_config.get("extra") == "allow":
             return handler({**known, **unknown})
@@ -92,11 +94,11 @@ class Request(BaseModel):
     @classmethod
     @cache
     def _names(cls) -> frozenset[str]:
-        """Return the names of the fields in JSON."""
+        """Return the JSON names of the fields."""
         return frozenset(field.alias or name for name, field in cls.model_fields.items())
 
     def unknown_fields(self, place: str = "") -> Iterator[Unknown]:
-        """The fields without an effect, of this object at ``place`` and of those in it."""
+        """Yield the fields without effect, of this object at ``place`` and of objects inside it."""
         for name, value in self._unknown.items():
             yield Unknown(place + shown_name(name), value, names=self._names())
         for name in type(self).model_fields:
@@ -108,12 +110,12 @@ class Request(BaseModel):
 
 
 class OtherTool(Request):
-    """A tool of a type that cannot be called here. It is left out, and logged as a field without an effect."""
+    """A tool of a type that the model cannot call here; it is ignored and logged as a field without effect."""
 
     type: str
 
     def unknown_fields(self, place: str = "") -> Iterator[Unknown]:
-        """The tool itself."""
+        """Yield the tool itself."""
         yield Unknown(
             f"{place}type={shown_name(self.type)}", self.type, "tools of this type cannot be called here"
         )
@@ -123,7 +125,7 @@ FUNCTION_TAG, OTHER_TAG = "a function", "another tool"
 
 
 def tool_tag(*functions: str | None) -> Callable[[Any], str]:
-    """A discriminator of tools: a function, or any other one. ``functions`` are the types of the former."""
+    """Return a discriminator between function tools, whose types are ``functions``, and other tools."""
 
     def tag(tool: Any) -> str:
         kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
@@ -133,7 +135,7 @@ def tool_tag(*functions: str | None) -> Callable[[Any], str]:
 
 
 def shown_name(name: object) -> str:
-    """A name that a client chose, shortened, for messages."""
+    """Return a name chosen by a client, shortened and escaped for messages."""
     return str(name)[:80].encode("utf-8", "backslashreplace").decode()
 
 
@@ -147,7 +149,7 @@ _PROMPT_SCHEMA = {
 }
 
 Prompts = Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
-"""A text, token ids, or a list of either. Checked by the service: pydantic would try every form on every element."""
+"""A text, token ids, or a list of either. The service checks it: pydantic would try every form on every element."""
 
 
 _BIAS_SCHEMA = {"type": "object", "additionalProperties": {"type": "number"}}
@@ -164,11 +166,11 @@ Stops = TypeAliasType(
     "Stops",
     Annotated[list[str], FailFast(), BeforeValidator(_as_list, json_schema_input_type=str | list[str])],
 )
-"""Lists whose check ends at the first error, however many a hostile one has."""
+"""Lists whose validation stops at the first error, however many a hostile request has."""
 
 
 class Usage(TypedDict):
-    """Tokens of a request."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -178,19 +180,19 @@ class Usage(TypedDict):
 
 
 class TokensDetails(TypedDict):
-    """Prompt tokens that the prefix cache knew."""
+    """Prompt tokens found in the prefix cache."""
 
     cached_tokens: int
 
 
 class CompletionDetails(TypedDict):
-    """Tokens of what a model thought before it answered."""
+    """Tokens of the reasoning."""
 
     reasoning_tokens: int
 
 
 class ErrorInfo(TypedDict):
-    """What was wrong."""
+    """Message and details of an error."""
 
     message: str
     type: str
@@ -199,6 +201,6 @@ class ErrorInfo(TypedDict):
 
 
 class ErrorAnswer(TypedDict):
-    """Any answer that is an error."""
+    """An error answer."""
 
     error: ErrorInfo

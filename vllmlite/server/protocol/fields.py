@@ -1,7 +1,7 @@
-"""Names of request fields without features here, by one rule: a field that changes the text is honoured or refused.
+"""Rules for request fields that an endpoint does not have: a field that changes the text is honoured or refused.
 
-The tables name what is known to change the text, or to have no effect. An endpoint's own fields come first. Any other
-field is not known to change the text: it is ignored, and logged once; ``--strict-requests`` refuses it.
+The tables list names that change the text, and names without effect. An endpoint's own fields take precedence. Other
+unknown fields are ignored and logged once; ``--strict-requests`` refuses them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ BOOKKEEPING = frozenset(
     "prompt_cache_options cache_control diagnostics user_profile_id workspace_id client_metadata "
     "max_tool_calls truncation id_slot t_max_prompt_ms model".split()
 )
-"""Parameters of the served APIs that have no effect on an answer. ``max_tool_calls`` limits OpenAI's own tools, of
-which there are none; ``truncation`` is OpenAI's, of a conversation that is too long, which is refused in any case;
-``id_slot`` chooses where llama.cpp keeps a prompt's cache, and ``t_max_prompt_ms`` is a limit that it does not enforce;
-llama-server takes any ``model``."""
+"""Parameters of the served APIs that do not affect an answer. ``max_tool_calls`` limits OpenAI's built-in tools, which
+do not exist here; ``truncation`` is about conversations that are too long, which are always refused; ``id_slot``
+selects llama.cpp's cache slot; ``t_max_prompt_ms`` is not enforced by llama.cpp either; llama-server ignores
+``model``."""
 
 SYNONYMS = (
     (
@@ -38,22 +38,22 @@ SYNONYMS = (
     ("thinking", "think"),
     ("thinking_token_budget", "thinking_budget"),
 )
-"""Names of one parameter in several APIs. An endpoint takes each for the first one that it has as a field."""
+"""Names of the same parameter in several APIs; an endpoint maps each to the first name that it has as a field."""
 
 
 _NAMES_OF = {name: names for names in SYNONYMS for name in names}
 
 
 def synonym(name: str, fields: Collection[str]) -> str | None:
-    """Return the one of ``fields`` that another API calls ``name``."""
+    """Return the field in ``fields`` that another API calls ``name``, or None."""
     others = _NAMES_OF.get(name)
     return None if others is None else next((other for other in others if other in fields), None)
 
 
 _UNUSED = (None,)
 _SAMPLER = "this sampler is not available: use temperature, top_k, top_p, min_p and the penalties"
-_TEXT_ONLY = "only text goes in and out"
-_TOOLS = "tools go with conversations: see /v1/chat/completions"
+_TEXT_ONLY = "only text is supported"
+_TOOLS = "tools are only supported in conversations: see /v1/chat/completions"
 _OLD_NAME = "vLLM's old name: see structured_outputs"
 _BEAM = "belongs to beam search, which is not supported"
 _NO_LORA = "LoRA adapters are not supported in this version: merge the adapter into the checkpoint"
@@ -69,7 +69,7 @@ PROMPT_CHANGING: Mapping[str, Absent] = {
     "prompt_embeds": Absent(_UNUSED, "prompts are text or token ids"),
     "images": Absent((None, []), _TEXT_ONLY),
 }
-"""What is known to change a prompt."""
+"""Fields known to change a prompt."""
 
 _SAMPLERS: Mapping[str, Absent] = {
     # llama.cpp
@@ -132,7 +132,7 @@ _SAMPLERS: Mapping[str, Absent] = {
     "custom_logit_processor": Absent(_UNUSED, "custom logits processors are not supported: see logit_bias"),
     "separate_reasoning": Absent((None, True), "see reasoning_format"),
 }
-"""Ways to choose tokens that other servers have."""
+"""Samplers of other servers."""
 
 _FEATURES: Mapping[str, Absent] = {
     "suffix": Absent((None, ""), "text is only continued, not filled in: see /infill for models that can"),
@@ -174,7 +174,7 @@ _FEATURES: Mapping[str, Absent] = {
     "options": Absent((None, {}), _OLLAMA),
     "format": Absent((None, ""), "see response_format"),
 }
-"""Features that other servers, OpenAI and vLLM have."""
+"""Features of other servers, OpenAI and vLLM."""
 
 _OTHER_ENDPOINTS: Mapping[str, Absent] = {
     name: Absent((None, *neutral), _ELSEWHERE)
@@ -200,10 +200,10 @@ _OTHER_ENDPOINTS: Mapping[str, Absent] = {
     )
     for name in names.split()
 }
-"""What other endpoints of this server honour."""
+"""Fields that other endpoints of this server honour."""
 
 TEXT_CHANGING: Mapping[str, Absent] = {**_OTHER_ENDPOINTS, **PROMPT_CHANGING, **_SAMPLERS, **_FEATURES}
-"""What is known to change the text: refused by an endpoint that does not have it, unless it asks for nothing."""
+"""Fields known to change the text; an endpoint without them refuses them unless they ask for nothing."""
 
 RESPONSES_TEXT_CHANGING: Mapping[str, Absent] = {
     **TEXT_CHANGING,
@@ -227,4 +227,4 @@ VECTOR_CHANGING: Mapping[str, Absent] = {
     "truncate": Absent((None, "NONE", "none"), "see truncate_prompt_tokens"),
     "images": Absent(_UNUSED, _TEXT_ONLY),
 }
-"""What changes the numbers of a vector."""
+"""Fields that change an embedding."""

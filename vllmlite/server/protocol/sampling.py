@@ -1,4 +1,4 @@
-"""The parameters that become :class:`SamplingParams`."""
+"""The request fields that become :class:`SamplingParams`."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from vllmlite.server.protocol.fields import TEXT_CHANGING
 
 
 def token_limit(given: int | None) -> int | None:
-    """The most tokens of an answer; -1 asks for no limit, as clients of llama.cpp and LM Studio do."""
+    """Return a maximum number of tokens; -1, as clients of llama.cpp and LM Studio send it, means no limit."""
     return None if given == -1 else given
 
 
 class StreamOptions(Request):
-    """What a stream carries besides text."""
+    """What a stream contains besides text."""
 
     include_usage: bool | None = None
     """End with a chunk that has the usage."""
     continuous_usage_stats: bool | None = None
-    """Have the usage so far in every chunk; goes with include_usage."""
+    """Include the usage so far in every chunk; needs include_usage."""
     include_obfuscation: bool | None = None
-    """OpenAI's padding against traffic analysis; taken, and never done."""
+    """OpenAI's padding against traffic analysis; accepted without effect."""
 
 
 def stream_usage(options: StreamOptions | None, forced: bool) -> tuple[bool, bool]:
-    """Whether a stream ends with its usage, and whether every chunk has the usage so far. ``forced`` is both."""
+    """Return whether a stream ends with its usage, and whether every chunk has the usage; ``forced`` enables both."""
     at_end = forced or bool(options and options.include_usage)
     return at_end, forced or (at_end and bool(options and options.continuous_usage_stats))
 
 
 class JsonSchema(Request):
-    """OpenAI's wrapping of a JSON Schema."""
+    """OpenAI's wrapper of a JSON Schema."""
 
     name: str = "schema"
     description: str | None = None
@@ -46,19 +46,21 @@ class JsonSchema(Request):
 
 
 class ResponseFormat(Request):
-    """What the output must be, as OpenAI says it."""
+    """The required structure of the output, in OpenAI's form."""
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
-    format: dict[str, Any] | None = Field(None, description="Of a structural_tag, as xgrammar has them.")
-    structures: list[dict[str, Any]] | None = Field(None, description="Of a structural_tag's older form.")
-    triggers: Strings | None = Field(None, description="Of a structural_tag's older form.")
+    format: dict[str, Any] | None = Field(None, description="Format of a structural_tag, as in xgrammar.")
+    structures: list[dict[str, Any]] | None = Field(
+        None, description="Structures of the older form of structural_tag."
+    )
+    triggers: Strings | None = Field(None, description="Triggers of the older form of structural_tag.")
     plain_schema: dict[str, Any] | None = Field(
-        None, alias="schema", description="llama.cpp's place of a schema, with json_object or json_schema."
+        None, alias="schema", description="llama.cpp's field for a schema, with json_object or json_schema."
     )
 
     def params(self) -> StructuredOutputsParams | None:
-        """What it asks for; None: any text. Raises :class:`ParameterError`."""
+        """Return the structure; None allows any text. Raises :class:`ParameterError`."""
         match self.type:
             case "text":
                 return None
@@ -77,10 +79,10 @@ class ResponseFormat(Request):
 
 
 class StructuredOutputs(Request):
-    """What the output must be, as vLLM says it: exactly one of the first six."""
+    """The required structure of the output, in vLLM's form: exactly one of the first six fields."""
 
     text_changing: ClassVar[Mapping[str, Absent]] = {
-        "backend": Absent((None, "auto", "xgrammar"), "grammars are xgrammar's"),
+        "backend": Absent((None, "auto", "xgrammar"), "only xgrammar is available"),
     }
     closed: ClassVar[bool] = True
 
@@ -92,11 +94,11 @@ class StructuredOutputs(Request):
     structural_tag: str | dict[str, Any] | None = None
     disable_any_whitespace: bool | None = False
     disable_additional_properties: bool | None = False
-    disable_fallback: bool | None = Field(None, description="There is nothing to fall back to.")
-    whitespace_pattern: str | None = Field(None, description="Refused.")
+    disable_fallback: bool | None = Field(None, description="Has no effect: there is no fallback.")
+    whitespace_pattern: str | None = Field(None, description="Not supported.")
 
     def params(self) -> StructuredOutputsParams | None:
-        """What it asks for. Raises :class:`ParameterError`."""
+        """Return the structure, or None if no field is set. Raises :class:`ParameterError`."""
         wanted = self.model_dump(
             by_alias=True, exclude_none=True, exclude_defaults=True, exclude={"disable_fallback"}
         )
@@ -104,7 +106,7 @@ class StructuredOutputs(Request):
 
 
 class SamplingRequest(Request):
-    """The fields of a request that become :class:`SamplingParams`; None leaves the model's default."""
+    """The request fields that become :class:`SamplingParams`; None means the model's default."""
 
     text_changing: ClassVar[Mapping[str, Absent]] = TEXT_CHANGING
 
@@ -117,7 +119,7 @@ class SamplingRequest(Request):
 
     model: str | None = Field(None, description="A served model name.")
     n: int | None = None
-    best_of: int | None = Field(None, description="Refused, unless it is n.")
+    best_of: int | None = Field(None, description="Must equal n.")
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -136,35 +138,41 @@ class SamplingRequest(Request):
     logit_bias: Bias | None = None
     allowed_token_ids: Ints | None = None
     bad_words: Strings | None = None
-    thinking_token_budget: int | None = Field(None, description="Most tokens of reasoning; -1: no limit.")
+    thinking_token_budget: int | None = Field(None, description="Maximum reasoning tokens; -1: no limit.")
     truncate_prompt_tokens: int | None = None
-    truncation_side: Literal["left", "right"] | None = Field(None, description="Where tokens are dropped.")
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="Side at which tokens are dropped."
+    )
     prompt_logprobs: int | None = None
-    logprob_token_ids: Ints | None = Field(None, description="With logprobs: report those of these ids, too.")
+    logprob_token_ids: Ints | None = Field(None, description="With logprobs: also report these ids.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: int = Field(0, description="Smaller goes first; needs --scheduling-policy priority.")
+    priority: int = Field(0, description="Lower values run first; needs --scheduling-policy priority.")
     cache_salt: str | None = Field(
-        None, description="Keeps the prompt's cached prefix apart from other salts'."
+        None, description="Separates the prompt's cached prefix from those with other salts."
     )
     request_id: str | None = Field(None, max_length=256, description="Becomes part of the answer's id.")
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    grammar: str | None = Field(None, description="llama.cpp's: GBNF, whose start is root.")
-    json_schema: dict[str, Any] | None = Field(None, description="llama.cpp's.")
+    grammar: str | None = Field(None, description="llama.cpp's: a GBNF grammar with start rule root.")
+    json_schema: dict[str, Any] | None = Field(None, description="llama.cpp's: a JSON Schema for the output.")
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
     def sampling_params(self, default: SamplingParams, **changes: Any) -> SamplingParams:
-        """The request's parameters over ``default``, with ``changes``. Raises :class:`ParameterError`."""
+        """Return ``default`` with the request's parameters and ``changes``. Raises :class:`ParameterError`."""
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ParameterError("best_of", self.best_of, "completions are not ranked: ask for n, and choose")
+            raise ParameterError(
+                "best_of", self.best_of, "completions are not ranked: use n and choose yourself"
+            )
         if self.stream_options is not None and not self.stream:
-            raise ParameterError("stream_options", self.stream_options.model_dump(), "goes with stream=true")
+            raise ParameterError("stream_options", self.stream_options.model_dump(), "needs stream=true")
         if self.prompt_logprobs is not None and self.stream:
-            raise ParameterError("prompt_logprobs", self.prompt_logprobs, "does not go with stream=true")
+            raise ParameterError(
+                "prompt_logprobs", self.prompt_logprobs, "cannot be combined with stream=true"
+            )
         if self.logprob_token_ids and changes.get("logprobs") is None:
-            raise ParameterError("logprob_token_ids", self.logprob_token_ids, "goes with logprobs")
+            raise ParameterError("logprob_token_ids", self.logprob_token_ids, "needs logprobs")
         given = {name: getattr(self, name) for name in self.SAMPLING if getattr(self, name) is not None}
         structure = self._structure()
         if structure is not None:
@@ -173,11 +181,11 @@ class SamplingRequest(Request):
         return default.clone(**{**given, "output_kind": kind, **changes})
 
     def asks_for_structure(self) -> bool:
-        """Whether the output must be anything."""
+        """Return whether the output must have a structure."""
         return self._structure() is not None
 
     def _structure(self) -> StructuredOutputsParams | None:
-        """What the output must be, whichever way it was said. Raises :class:`ParameterError`."""
+        """Return the required structure of the output, from any of its fields. Raises :class:`ParameterError`."""
         given = {
             "structured_outputs": None
             if self.structured_outputs is None
@@ -191,5 +199,5 @@ class SamplingRequest(Request):
         found = {name: structure for name, structure in given.items() if structure is not None}
         if len(found) > 1:
             first, second = list(found)[:2]
-            raise ParameterError(second, getattr(self, second), f"does not go with {first}")
+            raise ParameterError(second, getattr(self, second), f"cannot be combined with {first}")
         return next(iter(found.values()), None)

@@ -1,4 +1,4 @@
-"""OpenAI's response items: messages to read them as, and the events in which they come."""
+"""Conversion of OpenAI's response items: input to chat messages, and answers to items and stream events."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def as_messages(given: str | list[dict[str, Any]], instructions: str | None) -> 
         return [*messages, {"role": "user", "content": given}]
     if len(given) > MAX_MESSAGES:
         raise ParameterError(
-            "input", len(given), f"must be at most {MAX_MESSAGES} items, stored ones included"
+            "input", len(given), f"must be at most {MAX_MESSAGES} items, including stored ones"
         )
     for item in given:
         kind = item.get("type", "message")
@@ -49,19 +49,19 @@ def as_messages(given: str | list[dict[str, Any]], instructions: str | None) -> 
             )
         _join_reasoning(messages)
     if not given:
-        raise ParameterError("input", given, "must hold something")
+        raise ParameterError("input", given, "must not be empty")
     return messages
 
 
 def _assistant(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The assistant's message that a call belongs to: the last one, or a new one."""
+    """Return the assistant message to which a call belongs: the last message, or a new one."""
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": None})
     return messages[-1]
 
 
 def _join_reasoning(messages: list[dict[str, Any]]) -> None:
-    """Make a message and the reasoning before it one."""
+    """Merge an assistant message with the reasoning item before it."""
     if len(messages) < 2:
         return
     before, last = messages[-2:]
@@ -78,17 +78,17 @@ def _string(item: dict[str, Any], name: str) -> str:
 
 
 class Items:
-    """The items of one answer as its parts come; each part becomes events, of which a stream consists."""
+    """Builds the output items of one answer from its parts, and the stream events of each part."""
 
     def __init__(self, call_id: Callable[[CallBegin], str], role: str) -> None:
-        """``role`` is that of messages."""
+        """``role`` is the role of messages."""
         self.items: list[OutputItem] = []
         self._call_id = call_id
         self._role = role
         self._open: OutputItem | None = None
 
-    def take(self, part: Part, logprobs: Sequence[Any] = ()) -> Iterator[dict[str, Any]]:
-        """The events of a part. ``logprobs`` are those of the tokens that brought it."""
+    def add(self, part: Part, logprobs: Sequence[Any] = ()) -> Iterator[dict[str, Any]]:
+        """Add a part, with the log-probabilities of its tokens; yield its stream events."""
         match part:
             case Content(text):
                 if self._open is None or self._open["type"] != "message":
@@ -106,10 +106,10 @@ class Items:
                     yield from self._begin_part({"type": "reasoning_text", "text": ""})
                 self._content()["text"] += text
                 yield self._part_event("response.reasoning_text.delta", delta=text)
-            case CallBegin(_, name) as begun:
+            case CallBegin(_, name) as begin:
                 call = {
                     "type": "function_call",
-                    "call_id": self._call_id(begun),
+                    "call_id": self._call_id(begin),
                     "name": name,
                     "arguments": "",
                 }
@@ -120,7 +120,7 @@ class Items:
                 yield self._event("response.function_call_arguments.delta", delta=text)
 
     def end(self, status: str = "completed", logprobs: Sequence[Any] = ()) -> Iterator[dict[str, Any]]:
-        """The events that end the item that is open. ``logprobs`` are those of last tokens without a text."""
+        """Close the open item; yield the events for it. ``logprobs`` are those of last tokens without text."""
         item = self._open
         if item is None:
             return
@@ -131,11 +131,11 @@ class Items:
             )
         else:
             content = self._content()
-            told = {"text": content["text"]}
+            done = {"text": content["text"]}
             if item["type"] == "message":
                 content["logprobs"] += logprobs
-                told["logprobs"] = content["logprobs"]
-            yield self._part_event(f"response.{content['type']}.done", **told)
+                done["logprobs"] = content["logprobs"]
+            yield self._part_event(f"response.{content['type']}.done", **done)
             yield self._part_event("response.content_part.done", part=content)
         yield self._item_event("response.output_item.done")
         self._open = None

@@ -1,4 +1,4 @@
-"""``/v1/responses``."""
+"""Request and response types of ``/v1/responses``."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ from vllmlite.server.protocol.base import (
 from vllmlite.server.protocol.fields import RESPONSES_TEXT_CHANGING
 from vllmlite.server.protocol.sampling import StructuredOutputs
 
-STATELESS = "nothing is kept between requests: give what was said before as input"
+STATELESS = "the server stores no responses: send the earlier conversation as input"
 
 LOGPROBS, ENCRYPTED = "message.output_text.logprobs", "reasoning.encrypted_content"
 INCLUDABLE = (LOGPROBS, ENCRYPTED)
-"""Reasoning stands in answers as it is, so that there is nothing to encrypt: clients without a memory ask for it."""
+"""Accepted values of ``include``. Encrypted reasoning, which clients without storage request, is never needed here,
+because answers contain the reasoning itself."""
 
 
 class FunctionTool(Request):
-    """A function that the model may have called. Chat templates are shown all its fields."""
+    """A function that the model may call. Chat templates get all its fields."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -62,7 +63,7 @@ ResponseTools = TypeAliasType(
 
 
 class TextFormat(Request):
-    """What the output must be."""
+    """The required format of the output."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -72,32 +73,32 @@ class TextFormat(Request):
 
 
 class TextOptions(Request):
-    """How the text is to be."""
+    """Options of the text output."""
 
     format: TextFormat | None = None
     verbosity: str | None = None
-    """Taken, and of no effect: the answer's own has none."""
+    """Accepted without effect."""
 
 
 class ReasoningOptions(Request):
-    """OpenAI's wishes about reasoning."""
+    """OpenAI's options of reasoning."""
 
     effort: str | None = None
-    """For chat templates that ask for it; none: those that can have the model not think."""
+    """Passed to chat templates that use it; ``none`` disables thinking in those that can."""
     summary: str | None = None
     generate_summary: str | None = None
-    """Taken, and never done: reasoning comes whole, and the answer's own ``summary`` is null."""
+    """Accepted without effect: the reasoning itself is returned, and ``summary`` in the answer is null."""
 
 
 class ResponsesStreamOptions(Request):
-    """What a stream carries besides."""
+    """What a stream contains besides text."""
 
     include_obfuscation: bool | None = None
-    """OpenAI's padding against traffic analysis; taken, and never done."""
+    """OpenAI's padding against traffic analysis; accepted without effect."""
 
 
 class ResponsesRequest(Request):
-    """``POST /v1/responses``."""
+    """Body of ``POST /v1/responses``."""
 
     text_changing: ClassVar[Mapping[str, Absent]] = {
         **RESPONSES_TEXT_CHANGING,
@@ -108,13 +109,15 @@ class ResponsesRequest(Request):
     input: str | list[dict[str, Any]] = Field(
         description="A text, or items: messages, function calls and their outputs, reasoning."
     )
-    previous_response_id: str | None = Field(None, description="A stored response that this one continues.")
-    store: bool | None = Field(
-        None, description="False: not to be stored; else it is, if the server stores any."
+    previous_response_id: str | None = Field(
+        None, description="Id of a stored response that this one continues."
     )
-    background: bool | None = Field(None, description="Answer at once, and make the response meanwhile.")
+    store: bool | None = Field(
+        None, description="False: do not store the response; otherwise it is stored if the server stores any."
+    )
+    background: bool | None = Field(None, description="Answer immediately and generate in the background.")
     instructions: str | None = Field(None, description="A system message before the input.")
-    max_output_tokens: int | None = Field(None, description="Default: the model's, or up to its context.")
+    max_output_tokens: int | None = Field(None, description="Default: the model's, or up to the context.")
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -129,13 +132,13 @@ class ResponsesRequest(Request):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     logit_bias: Bias | None = None
-    thinking_token_budget: int | None = Field(None, description="Most tokens of reasoning; -1: no limit.")
+    thinking_token_budget: int | None = Field(None, description="Maximum reasoning tokens; -1: no limit.")
     structured_outputs: StructuredOutputs | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    enable_thinking: bool | None = Field(None, description="For chat templates that leave the choice.")
-    thinking: bool | str | ThinkingOptions | None = Field(None, description="The same, as for chat.")
-    include_reasoning: bool = Field(True, description="Answer with what the model thought before.")
-    top_logprobs: int | None = Field(None, ge=-1, description="With include.")
+    enable_thinking: bool | None = Field(None, description="Passed to chat templates that have the choice.")
+    thinking: bool | str | ThinkingOptions | None = Field(None, description="As in chat completions.")
+    include_reasoning: bool = Field(True, description="Include the reasoning in the answer.")
+    top_logprobs: int | None = Field(None, ge=-1, description="Needs include.")
     include: Strings | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
@@ -145,14 +148,14 @@ class ResponsesRequest(Request):
     stream: bool | None = None
     stream_options: ResponsesStreamOptions | None = None
     metadata: dict[str, Any] | None = None
-    priority: int = Field(0, description="Smaller goes first; needs --scheduling-policy priority.")
+    priority: int = Field(0, description="Lower values run first; needs --scheduling-policy priority.")
     cache_salt: str | None = None
     request_id: str | None = Field(
-        None, max_length=256, description="Becomes part of the id of a response that is not stored."
+        None, max_length=256, description="Becomes part of the response's id, unless it is stored."
     )
 
     def unknown_fields(self, place: str = "") -> Iterator[Unknown]:
-        """The fields without an effect, and what ``include`` asks for that no answer has."""
+        """Yield the fields without effect, and values of ``include`` that no answer can include."""
         yield from super().unknown_fields(place)
         for name in self.include or ():
             if name not in INCLUDABLE:
@@ -161,12 +164,12 @@ class ResponsesRequest(Request):
                 )
 
     def functions(self) -> list[FunctionTool]:
-        """The tools that are functions."""
+        """Return the function tools."""
         return [tool for tool in self.tools or () if isinstance(tool, FunctionTool)]
 
 
 class ResponseUsage(TypedDict):
-    """Tokens of a request."""
+    """Token counts of a request."""
 
     input_tokens: int
     input_tokens_details: dict[str, int]
@@ -176,7 +179,7 @@ class ResponseUsage(TypedDict):
 
 
 class OutputItem(TypedDict):
-    """A message, a reasoning or a function call: which fields there are goes by ``type``."""
+    """A message, reasoning or function call; ``type`` determines which fields it has."""
 
     id: str
     type: Literal["message", "reasoning", "function_call"]
@@ -218,7 +221,7 @@ class ResponseObject(TypedDict):
 
 
 class DeletedResponse(TypedDict):
-    """Answer to the deletion of a response."""
+    """Answer to deleting a response."""
 
     id: str
     object: Literal["response"]
@@ -226,7 +229,7 @@ class DeletedResponse(TypedDict):
 
 
 class InputItems(TypedDict):
-    """A page of a stored response's input."""
+    """A page of a stored response's input items."""
 
     object: Literal["list"]
     data: list[dict[str, Any]]

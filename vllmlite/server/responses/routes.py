@@ -1,4 +1,4 @@
-"""``POST /v1/responses``: OpenAI's newer API, text in and out, without a memory of its own."""
+"""``POST /v1/responses``: OpenAI's Responses API for text."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SAMPLING = (
 @router.post("/v1/responses", responses=documented(ResponseObject, streams=True))
 @router.post("/responses", responses=documented(ResponseObject, streams=True), include_in_schema=False)
 async def create_response(body: ResponsesRequest, request: Request) -> Response:
-    """Answer a conversation, in items."""
+    """Answer a conversation in output items."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
     service.check(body, request)
@@ -54,12 +54,14 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     store = service.responses
     keeps = store.keeps(body.store)
     if body.background and not keeps:
-        raise ParameterError("background", True, "needs store, and a server with --max-stored-responses")
+        raise ParameterError("background", True, "needs store=true and a server with --max-stored-responses")
     if body.background and body.stream:
-        raise ParameterError("stream", True, "does not go with background: fetch the response by its id")
+        raise ParameterError(
+            "stream", True, "cannot be combined with background: fetch the response by its id"
+        )
     owner = owner_of(request)
     earlier = store.before(owner, body.previous_response_id)
-    # A stored response can be read by its id, so no client chooses one.
+    # A stored response can be read by its id, so clients must not choose the id.
     name = None if keeps else request_id(body.request_id, request)
     with renamed(max_tokens="max_output_tokens", logprobs="top_logprobs", prompt="input", messages="input"):
         params = _params(body, service, tools)
@@ -76,12 +78,12 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     if body.stream:
         return Stream(answer.events(), generation.close, error_event=answer.error_event)
     (output,) = await generation.finished(request.receive)
-    return JSON(answer.whole(output))
+    return JSON(answer.complete(output))
 
 
 @router.post("/v1/responses/input_tokens", responses=documented(InputTokens))
 async def count_input_tokens(body: ResponsesRequest, request: Request) -> Response:
-    """The tokens that a request's input is."""
+    """Count the tokens of a request's input."""
     service: Service = request.app.state.service
     service.check(body, request)
     tools = _tool_use(body, service)
@@ -92,17 +94,17 @@ async def count_input_tokens(body: ResponsesRequest, request: Request) -> Respon
 
 
 def _talk(body: ResponsesRequest, tools: ToolUse, earlier: list[dict[str, Any]]) -> ChatPrompt:
-    """The conversation so far: ``earlier`` items of responses that this one continues, then the request's own."""
+    """Return the conversation: items of the ``earlier`` responses that this one continues, then the request's own."""
     given = [*earlier, *input_items(body.input)] if earlier else body.input
     talk = conversation(as_messages(given, body.instructions), "input", tools.tools)
     effort = body.reasoning.effort if body.reasoning else None
-    wishes = {
+    options = {
         "reasoning_effort": effort,
         "enable_thinking": body.enable_thinking,
         "thinking": body.thinking,
         "chat_template_kwargs": body.chat_template_kwargs,
     }
-    return talk.model_copy(update=wishes)
+    return talk.model_copy(update=options)
 
 
 def _tool_use(body: ResponsesRequest, service: Service) -> ToolUse:
@@ -110,7 +112,7 @@ def _tool_use(body: ResponsesRequest, service: Service) -> ToolUse:
 
 
 def _tools(body: ResponsesRequest) -> list[dict[str, Any]]:
-    """The tools as OpenAI's chat has them."""
+    """Return the tools in the form of OpenAI's chat."""
     return [
         {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
         for tool in body.functions()
@@ -118,7 +120,7 @@ def _tools(body: ResponsesRequest) -> list[dict[str, Any]]:
 
 
 def _choice(choice: Any) -> Any:
-    """The choice of a tool as OpenAI's chat has it."""
+    """Return the tool choice in the form of OpenAI's chat."""
     if isinstance(choice, dict) and choice.keys() == {"type", "name"}:
         return {"type": choice["type"], "function": {"name": choice["name"]}}
     return choice
@@ -135,7 +137,7 @@ def _params(body: ResponsesRequest, service: Service, tools: ToolUse) -> Samplin
     if LOGPROBS in (body.include or ()):
         given["logprobs"] = body.top_logprobs or 0
     elif body.top_logprobs:
-        raise ParameterError("top_logprobs", body.top_logprobs, f"goes with include: {LOGPROBS}")
+        raise ParameterError("top_logprobs", body.top_logprobs, f"needs include: {LOGPROBS}")
     given["max_tokens"] = service.chat_limit(body.max_output_tokens)
     kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
     return service.default_params.clone(**given, output_kind=kind)
@@ -145,7 +147,7 @@ def _structure(body: ResponsesRequest) -> StructuredOutputsParams | None:
     form = body.text.format if body.text else None
     if body.structured_outputs is not None:
         if form is not None and form.type != "text":
-            raise ParameterError("text.format", form.type, "does not go with structured_outputs")
+            raise ParameterError("text.format", form.type, "cannot be combined with structured_outputs")
         return body.structured_outputs.params()
     if form is None or form.type == "text":
         return None
@@ -157,7 +159,7 @@ def _structure(body: ResponsesRequest) -> StructuredOutputsParams | None:
 
 
 class _Answer:
-    """One answer, whole or as it comes."""
+    """Formats one answer, complete or as stream events."""
 
     def __init__(
         self,
@@ -177,16 +179,16 @@ class _Answer:
         self._items = Items(tools.call_id, service.config.response_role)
         self._numbers = itertools.count()
         self._logprobs: list[Any] = []
-        """Those of tokens whose text is still to come."""
+        """Log-probabilities of tokens whose text has not been emitted yet."""
         self._stored: StoredResponse | None = None
 
     def store(self, owner: bytes, earlier: list[dict[str, Any]]) -> None:
-        """Have the response stored for ``owner``, once it has finished; it continues ``earlier`` items."""
+        """Prepare storing the response for ``owner`` once it has finished; it continues the ``earlier`` items."""
         own = input_items(self._body.input)
         self._stored = StoredResponse(self._object(), owner, [*earlier, *own], len(own))
 
     def begin_in_background(self) -> ResponseObject:
-        """Have the response made without a client that waits; the response as it stands."""
+        """Generate the response in the background; return it in its initial state."""
         assert self._stored is not None
         stored = self._stored
         try:
@@ -194,19 +196,19 @@ class _Answer:
         except ApiError:
             self._generation.close()
             raise
-        stored.task = asyncio.get_running_loop().create_task(self._make())
-        stored.task.add_done_callback(self._made)
+        stored.task = asyncio.get_running_loop().create_task(self._generate())
+        stored.task.add_done_callback(self._store_result)
         return stored.response
 
-    async def _make(self) -> ResponseObject:
+    async def _generate(self) -> ResponseObject:
         last: RequestOutput | None = None
         while batch := await self._generation.take():
             ((_, last),) = batch[-1:]
         assert last is not None
-        return self.whole(last)
+        return self.complete(last)
 
-    def _made(self, task: asyncio.Task[ResponseObject]) -> None:
-        """Keep what has become of a response that was made in the background."""
+    def _store_result(self, task: asyncio.Task[ResponseObject]) -> None:
+        """Store the result of a background response."""
         assert self._stored is not None
         if task.cancelled():
             self._stored.response = {**self._stored.response, "status": "cancelled"}
@@ -220,20 +222,20 @@ class _Answer:
             self._service.responses.keep(self._stored)
 
     def _keep(self, response: ResponseObject) -> ResponseObject:
-        """Store a response that has finished, if it is to be."""
+        """Store a finished response, if requested."""
         if self._stored is not None and not self._body.background:
             self._stored.response = response
             self._service.responses.keep(self._stored)
         return response
 
-    def whole(self, output: RequestOutput) -> ResponseObject:
-        """The answer in one piece."""
+    def complete(self, output: RequestOutput) -> ResponseObject:
+        """Return the complete answer."""
         (completion,) = output.outputs
-        self._take(completion)
+        self._new_events(completion)
         return self._keep(self._object(completion))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The documented events, in their order, numbered."""
+        """Yield the documented stream events in order, numbered."""
         for kind in ("response.created", "response.in_progress"):
             yield self._event({"type": kind, "response": self._object()})
         last: CompletionOutput | None = None
@@ -241,7 +243,7 @@ class _Answer:
             pieces = b""
             for _, output in batch:
                 (last,) = output.outputs
-                pieces += b"".join(map(self._event, self._take(last)))
+                pieces += b"".join(map(self._event, self._new_events(last)))
             if pieces:
                 yield pieces
         assert last is not None
@@ -249,18 +251,22 @@ class _Answer:
         yield self._event({"type": f"response.{response['status']}", "response": response})
 
     def error_event(self, error: Exception) -> bytes:
-        """The end of a stream that cannot go on."""
+        """Return the last event of a stream that failed."""
         return self._event({"type": "response.failed", "response": self._failed(error)})
 
     def _failed(self, error: Exception) -> ResponseObject:
-        told = as_api_error(error)
-        return {**self._object(), "status": "failed", "error": {"code": told.type, "message": told.message}}
+        failure = as_api_error(error)
+        return {
+            **self._object(),
+            "status": "failed",
+            "error": {"code": failure.type, "message": failure.message},
+        }
 
     def _event(self, event: dict[str, Any]) -> bytes:
         return named_event({**event, "sequence_number": next(self._numbers)})
 
-    def _take(self, completion: CompletionOutput) -> list[dict[str, Any]]:
-        """The events of what is new."""
+    def _new_events(self, completion: CompletionOutput) -> list[dict[str, Any]]:
+        """Return the events of new output."""
         if completion.logprobs is not None:
             count = self._body.top_logprobs or 0
             found = logprobs.for_chat(
@@ -272,17 +278,17 @@ class _Answer:
             parts = [part for part in parts if not isinstance(part, Reasoning)]
         events: list[dict[str, Any]] = []
         for part in parts:
-            told: list[Any] = []
+            entries: list[Any] = []
             if isinstance(part, Content):
-                told, self._logprobs = self._logprobs, told
-            events += self._items.take(part, told)
+                entries, self._logprobs = self._logprobs, entries
+            events += self._items.add(part, entries)
         if completion.finish_reason is not None:
             status = "incomplete" if completion.finish_reason == "length" else "completed"
             events += self._items.end(status, self._logprobs)
         return events
 
     def _object(self, completion: CompletionOutput | None = None) -> ResponseObject:
-        """The response as it stands; ``completion`` is its end."""
+        """Return the response so far; ``completion`` is its last output if it has ended."""
         body, params = self._body, self._params
         cut = completion is not None and completion.finish_reason == "length"
         form = body.text.format if body.text else None

@@ -1,4 +1,4 @@
-"""Responses that are kept in memory, for a while: bounded in number and size, the oldest go first."""
+"""Storage of responses in memory, limited in number and size; the oldest are dropped first."""
 
 from __future__ import annotations
 
@@ -18,52 +18,48 @@ from vllmlite.server.responses.protocol import STATELESS, ResponseObject
 from vllmlite.server.sse import to_json
 
 MAX_BYTES = 64 << 20
-"""Most that is kept, as JSON."""
+"""Maximum size of all stored responses as JSON, in bytes."""
 
 
 @dataclass(slots=True)
 class StoredResponse:
-    """A response, and what it answered."""
+    """A response with its input."""
 
     response: ResponseObject
     owner: bytes
-    """See :func:`owner_of`: no one else finds it."""
+    """The client that may read it; see :func:`owner_of`."""
     items: list[dict[str, Any]]
-    """The input, that of the responses before it included."""
+    """The input items, including those of the responses it continues."""
     own: int
-    """Items of the request's own, at the end of ``items``."""
+    """Number of the request's own items, at the end of ``items``."""
     task: asyncio.Task[ResponseObject] | None = None
-    """Makes the response, if it is made in the background."""
+    """The task that generates the response, if it is in the background and unfinished."""
     size: int = 0
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
-        """Input and output: what a request that follows begins with."""
+        """Input and output items, with which a continuing request begins."""
         return [*self.items, *self.response["output"]]  # type: ignore[list-item]
 
 
 class ResponseStore:
-    """The responses that are kept, by id."""
+    """The stored responses by id."""
 
     def __init__(self, limit: int) -> None:
-        """Keep at most ``limit``; 0 keeps none."""
+        """Store at most ``limit`` responses; 0 stores none."""
         self._limit = limit
         self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
         self._bytes = 0
 
     def keeps(self, wanted: bool | None) -> bool:
-        """Return whether a response is kept whose request says ``wanted`` as ``store``."""
+        """Return whether a response is stored if its request has ``store`` = ``wanted``."""
         return self._limit > 0 and wanted is not False
 
     def find(self, owner: bytes, response_id: str, param: str = "response_id") -> StoredResponse:
-        """Return a response of ``owner``. Raises :class:`ApiError` if there is none, or no longer."""
+        """Return a stored response of ``owner``. Raises :class:`ApiError` if there is none."""
         found = self._kept.get(response_id)
         if found is None or found.owner != owner:
-            why = (
-                "it was not stored, or is older than the responses that are kept"
-                if self._limit
-                else STATELESS
-            )
+            why = "it was never stored, or was dropped for newer ones" if self._limit else STATELESS
             raise ApiError(HTTPStatus.NOT_FOUND, f"no response {response_id!r}: {why}", param=param)
         return found
 
@@ -83,7 +79,7 @@ class ResponseStore:
         return found.conversation
 
     def keep(self, stored: StoredResponse) -> None:
-        """Keep a response, or what has become of one; older ones make room, but none that is being made."""
+        """Store a response or its new state; drop older ones to make room, except those being generated."""
         response_id = stored.response["id"]
         self._forget(response_id)
         stored.size = len(to_json(stored.response)) + len(to_json(stored.items))
@@ -96,26 +92,26 @@ class ResponseStore:
                 self._forget(other)
 
     def begin(self, stored: StoredResponse) -> None:
-        """Keep one that is to be made in the background. Raises :class:`ApiError` where all that are kept are, too."""
+        """Store a background response before its generation. Raises :class:`ApiError` if too many are in progress."""
         running = sum(entry.task is not None for entry in self._kept.values())
         if running >= self._limit:
             raise ApiError(
                 HTTPStatus.TOO_MANY_REQUESTS,
-                f"{running} responses are being made in the background, and no more are kept",
+                f"{running} responses are being generated in the background, the maximum",
                 code="queue_full",
                 headers={"retry-after": "10"},
             )
         self.keep(stored)
 
     def delete(self, owner: bytes, response_id: str) -> None:
-        """Forget a response of ``owner``, and stop making it. Raises :class:`ApiError`."""
+        """Delete a response of ``owner`` and stop generating it. Raises :class:`ApiError`."""
         task = self.find(owner, response_id).task
         self._forget(response_id)
         if task is not None:
             task.cancel()
 
     def has(self, stored: StoredResponse) -> bool:
-        """Return whether it is still kept."""
+        """Return whether ``stored`` is still stored."""
         return self._kept.get(stored.response["id"]) is stored
 
     def _forget(self, response_id: str) -> None:
@@ -124,7 +120,7 @@ class ResponseStore:
 
 
 def owner_of(request: HTTPConnection) -> bytes:
-    """Return whose responses a request may read: the digest of its API key, empty on a server without keys."""
+    """Return the identity whose responses a request may read: the digest of its API key, or b"" without keys."""
     owner: bytes = request.scope.get("state", {}).get(KEY_DIGEST, b"")
     return owner
 

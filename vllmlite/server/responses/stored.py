@@ -1,4 +1,4 @@
-"""``/v1/responses/ID``: responses that are kept, for those who come back for them."""
+"""``/v1/responses/ID``: reading, deleting and cancelling stored responses."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def _store(request: Request) -> ResponseStore:
 
 @router.get("/v1/responses/{response_id}", responses=documented(ResponseObject))
 async def get_response(response_id: str, request: Request, stream: bool = False) -> Response:
-    """Tell a response as it stands."""
+    """Return a response in its current state."""
     if stream:
-        raise ParameterError("stream", stream, "a stored response is told whole")
+        raise ParameterError("stream", stream, "stored responses cannot be streamed")
     return JSON(_store(request).find(owner_of(request), response_id).response)
 
 
 @router.delete("/v1/responses/{response_id}", responses=documented(DeletedResponse))
 async def delete_response(response_id: str, request: Request) -> Response:
-    """Forget a response; one that is being made ends."""
+    """Delete a response; stop generating it if necessary."""
     _store(request).delete(owner_of(request), response_id)
     return JSON({"id": response_id, "object": "response", "deleted": True})
 
 
 @router.post("/v1/responses/{response_id}/cancel", responses=documented(ResponseObject))
 async def cancel_response(response_id: str, request: Request) -> Response:
-    """End a response that is being made in the background; one that has finished stays as it is."""
+    """Stop generating a background response; a finished one stays as it is."""
     stored = _store(request).find(owner_of(request), response_id)
     if not stored.response["background"]:
-        raise ParameterError("response_id", response_id, "is not a response that is made in the background")
+        raise ParameterError("response_id", response_id, "is not a background response")
     if stored.task is not None:
         stored.task.cancel()
         await asyncio.gather(stored.task, return_exceptions=True)
@@ -57,7 +57,7 @@ async def list_input_items(
     order: Literal["asc", "desc"] = "desc",
     after: str | None = None,
 ) -> Response:
-    """List the items of a response's own input, a page at a time."""
+    """List the items of a response's own input, one page at a time."""
     stored = _store(request).find(owner_of(request), response_id)
     items: list[Any] = stored.items[len(stored.items) - stored.own :]
     if order == "desc":
@@ -65,7 +65,7 @@ async def list_input_items(
     ids = [item["id"] for item in items]
     if after is not None:
         if after not in ids:
-            raise ParameterError("after", after, "is no item of this response's input")
+            raise ParameterError("after", after, "is not an item of this response's input")
         items = items[ids.index(after) + 1 :]
     page = items[:limit]
     return JSON(
