@@ -1,18 +1,17 @@
 #!/usr/bin/env python3
-"""The native CPU backend beside vLLM, llama.cpp and the limits of the machine: the table of its bars.
+"""Compare the native CPU backend with vLLM, llama.cpp and the limits of the machine, and print the table of bars.
 
     PYTHONPATH=. scripts/bench_cpu.py [MODEL] [--vllm PYTHON] [--llama-bench COMMAND] [--llama-batched-bench COMMAND]
         [--gguf FILE] [--gguf-q8 FILE] [--gguf-q4 FILE] [--gguf-q4-k-m FILE] [--rows 'decode-1-*,start/*']
         [--rounds 3] [--scale 0.25]
 
-MODEL is a checkpoint directory in bfloat16, and the GGUF files hold the same weights; rows that name a shape are of
-random weights made here, and need none of it but the gguf package. In each round every figure that
-the chosen rows need is measured once, ours and the peers' in turn; medians of the rounds are compared, and of vLLM's
-two modes (eager, compiled) the faster counts. A row whose peer is not given, or cannot do it, stays without a ratio.
-``--scale`` shortens the 64 mixed requests of 64 to 512 tokens, which take minutes. ``--around`` names a command that
-is started before each round and told to end, by the end of its standard input, after it: one that says ``ready`` when
-it has quieted the machine, say. The last line is one JSON object: {row: {"ours": ..., "peer": ..., "ratio": ...,
-"bar": ...}}; a ratio of at least the bar meets it.
+MODEL is a checkpoint directory in bfloat16; the GGUF files have the same weights. Rows named after a shape use random
+weights created here, and need only the gguf package. In each round, every figure of the chosen rows is measured once,
+ours and the peers' alternately; medians of the rounds are compared, for vLLM those of the faster of its two modes
+(eager, compiled). A row whose peer is not given, or cannot run it, has no ratio. ``--scale`` shortens the 64 mixed
+requests of 64 to 512 tokens, which take minutes. ``--around`` names a command that is started before each round, prints
+``ready`` (for example when it has quieted the machine), and ends after the round when its standard input is closed. The
+last line is JSON: {row: {"ours": ..., "peer": ..., "ratio": ..., "bar": ...}}; a bar is met by a ratio of at least it.
 """
 
 from __future__ import annotations
@@ -56,28 +55,30 @@ SHORTEST, LONGEST = 64, 512
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure the rows and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument(
-        "--vllm", metavar="COMMAND", help="the Python of an environment with vLLM for the CPU"
-    )
+    parser.add_argument("--vllm", metavar="COMMAND", help="Python of an environment with vLLM for the CPU")
     parser.add_argument("--llama-bench", metavar="COMMAND")
     parser.add_argument("--llama-batched-bench", metavar="COMMAND")
-    parser.add_argument("--gguf", metavar="FILE", help="bf16")
-    parser.add_argument("--gguf-q8", metavar="FILE", help="Q8_0")
-    parser.add_argument("--gguf-q4", metavar="FILE", help="Q4_0")
-    parser.add_argument("--gguf-q4-k-m", metavar="FILE", help="Q4_K_M, which is read here, too")
-    parser.add_argument("--rows", metavar="GLOB,...", default="*", help="which rows (default: all)")
-    parser.add_argument("--list", action="store_true", help="show the rows' names and end")
+    parser.add_argument("--gguf", metavar="FILE", help="GGUF file in bf16")
+    parser.add_argument("--gguf-q8", metavar="FILE", help="GGUF file in Q8_0")
+    parser.add_argument("--gguf-q4", metavar="FILE", help="GGUF file in Q4_0")
+    parser.add_argument("--gguf-q4-k-m", metavar="FILE", help="GGUF file in Q4_K_M, also run by vllmlite")
+    parser.add_argument("--rows", metavar="GLOB,...", default="*", help="rows to measure (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the rows' names and exit")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--scale", type=float, default=0.25, help="of the mixed requests' lengths; the bar's: 1"
+        "--scale", type=float, default=0.25, help="factor for the mixed requests' lengths; 1 for the bar"
     )
-    parser.add_argument("--around", metavar="COMMAND", help="runs beside each round; says a line first")
-    parser.add_argument("--keep", metavar="DIR", type=Path, help="where made checkpoints are kept")
+    parser.add_argument(
+        "--around", metavar="COMMAND", help="command to run during each round; must print a line first"
+    )
+    parser.add_argument(
+        "--keep", metavar="DIR", type=Path, help="directory for created checkpoints, which are kept"
+    )
     args = parser.parse_args()
     patterns = args.rows.split(",")
     rows = [
@@ -88,9 +89,7 @@ def main() -> None:
     if args.list:
         print(*(row.name for row in rows), sep="\n")
         return
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # engines must not be left stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # never leave engines stopped
     with tempfile.TemporaryDirectory() as temporary:
         systems = _systems(args, args.keep or Path(temporary))
         try:
@@ -102,7 +101,7 @@ def main() -> None:
 
 
 def _systems(args: argparse.Namespace, directory: Path) -> dict[str, System]:
-    """What can be measured, by the names that the rows use."""
+    """Return the systems that can be measured, by the names used in rows."""
     threads = usable_cores()
     python = [sys.executable]
     systems: dict[str, System] = {"step": Step(python, step_model(directory))}
@@ -148,7 +147,7 @@ def _systems(args: argparse.Namespace, directory: Path) -> dict[str, System]:
 def _measure(
     rows: list[Row], systems: dict[str, System], rounds: int, around: str | None
 ) -> dict[Figure, float]:
-    """The median of each figure that could be measured; says why others could not."""
+    """Return the median of each figure that could be measured; print why others could not."""
     figures = list(dict.fromkeys(figure for row in rows for figure in (row.ours, *row.peers)))
     values: dict[Figure, list[float]] = {figure: [] for figure in figures}
 
@@ -180,7 +179,7 @@ def _measure(
 
 
 def _compared(row: Row, found: dict[Figure, float]) -> dict[str, float | None]:
-    """The row's entry, printed too."""
+    """Print a row and return its entry."""
     ours = found.get(row.ours)
     peers = [found[peer] for peer in row.peers if peer in found]
     peer = row.limit if row.limit is not None else max(peers, default=None)
@@ -201,7 +200,7 @@ def _described(figure: Figure) -> str:
 
 @contextmanager
 def _beside(command: str | None) -> Iterator[None]:
-    """Run ``command`` meanwhile, once it has said a line, until its standard input ends."""
+    """Run ``command`` in the background, from its first line of output until its standard input is closed."""
     if command is None:
         yield
         return

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""The native CUDA backend beside what its GPU gives.
+"""Compare the native CUDA backend with the limits of its GPU.
 
     PYTHONPATH=. scripts/bench_cuda.py [--small DIR] [--large DIR] [--rounds N] [--only ROW...]
 
-DIR are checkpoints in bfloat16 of llama1b's and llama8b's shapes (``../shared/peers/gpu/mkmodels.py`` writes them);
-without one, its rows stay empty. Read bandwidth and the rate of bfloat16 products are probed first (nvcc is needed).
-Decode rate = B * (n - 1) / (t_n - t_1), 128 tokens in, n = 256 out, greedy, fresh random prompts each round, medians.
-"invariant" rows are what `--batch-invariant` costs, "diverging" ones what it is for: how likely a token of the built-in
-model is another in a batch than alone. "ready" counts from the start of a process, the checkpoint in the page cache.
-The last line is one JSON object: {row: {"ours": ..., "bar": ..., "ratio": ..., "limit": ...}}.
+DIR are bfloat16 checkpoints with llama1b's and llama8b's shapes (``../shared/peers/gpu/mkmodels.py`` writes them);
+without one, its rows stay empty. First, read bandwidth and bfloat16 matrix products are measured (needs nvcc).
+Decode rate = B * (n - 1) / (t_n - t_1) with 128 tokens in and n = 256 out, greedy, new random prompts each round,
+medians. "invariant" rows show the cost of `--batch-invariant`, "diverging" rows its use: the probability that a token
+of the built-in model differs between a batch and a single request. "ready" is the time from the start of a process,
+with the checkpoint in the page cache. The last line is JSON: {row: {"ours": ..., "bar": ..., "ratio": ..., "limit":
+...}}.
 """
 
 from __future__ import annotations
@@ -43,22 +44,22 @@ BARS: dict[str, dict[str, float]] = {
         "nano": 10450, "prefill 1 x 8192": 0.9 * 38300, "prefill 16 x 2048": 0.9 * 43325, "ready s": 10,
     },
 }  # fmt: skip
-"""At least this much, or for times at most."""
+"""Lower bounds of the rows; upper bounds for times."""
 DECODED = 256
 OPTIONS: dict[str, Any] = {
     "device": "cuda", "backend": "cuda", "skip_tokenizer_init": True, "max_model_len": 8192 + 512,
 }  # fmt: skip
 REPLAYS = 10
-"""Runs of a graph in a row, so that starting and awaiting it does not count."""
+"""Consecutive replays of a graph, to amortise its launch."""
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure the rows and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--small", type=Path)
     parser.add_argument("--large", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="rows whose names begin so")
+    parser.add_argument("--only", nargs="*", help="rows whose names begin with one of these")
     args = parser.parse_args()
     limits = _probe()
     print(limits, flush=True)
@@ -137,7 +138,7 @@ def _invariant_rows(llm: LLM, rounds: int) -> Iterator[tuple[str, float]]:
 
 
 def _ready(model: Path) -> float:
-    """Seconds from the start of a process to an engine that waits for requests."""
+    """Return the seconds from the start of a process until its engine accepts requests."""
     code = "import sys, json; from vllmlite import LLM; LLM(sys.argv[1], **json.loads(sys.argv[2]))"
     began = time.perf_counter()
     with subprocess.Popen(
@@ -151,8 +152,8 @@ def _ready(model: Path) -> float:
 
 
 def _divergence(**options: Any) -> float:
-    """How likely a token of the built-in model in bfloat16 is another in a batch of 128 than alone, as long as what
-    stands before it is the same."""
+    """Return the probability that a token of the built-in model in bfloat16 differs between a batch of 128 and a single
+    request, given equal preceding tokens."""
     prompts = _prompts(random.Random(0), 128, 64)
     params = SamplingParams(temperature=0, max_tokens=128, ignore_eos=True)
     llm = LLM(device="cuda", backend="cuda", dtype="bfloat16", enable_prefix_caching=False, **options)
@@ -194,7 +195,7 @@ def _decode(
 
 
 def _nano(llm: LLM) -> float:
-    """256 requests at once, lengths uniform from 100 to 1024 in and out."""
+    """Return output tokens per second for 256 simultaneous requests with lengths uniform in 100 to 1024, in and out."""
     draw = random.Random(0)
     prompts = [[draw.randint(0, 10000) for _ in range(draw.randint(100, 1024))] for _ in range(256)]
     counts = [draw.randint(100, 1024) for _ in range(256)]
@@ -202,8 +203,10 @@ def _nano(llm: LLM) -> float:
 
 
 def _attention(size: int, batch: int, context: int, heads: int = 32, kv_heads: int = 8) -> float:
-    """GB/s of keys and values that decoding reads, over so many layers that no cache holds them and that starting a
-    graph does not count. Rows go on from sampled ids, as decoding does."""
+    """Return GB/s of keys and values read by decode attention.
+
+    There are enough layers to exceed all caches and to amortise the graph's launch. Input ids come from sampling, as in
+    decoding."""
     backend = CudaBackend("cuda", "bfloat16")
     layers = max(8, int(2e9 / (2 * kv_heads * size * 2 * batch * context)))
     spec = KVSpec(layers, kv_heads, size, 16, "bfloat16")

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What guided decoding costs: steps of a batch held to a JSON schema beside steps of the same batch without.
+"""Measure the cost of guided decoding: steps of a batch with a JSON schema against steps without.
 
     PYTHONPATH=. scripts/bench_guided.py [--model DIR] [--batch N] [--output-len N] [--repeat N]
 
-Both run alternately, with the same number of tokens and seeds; the means of the middle four fifths of the steps are
-compared. Last line: JSON, where ``cost`` is the part of a step that the grammar adds.
+Both run alternately with the same number of tokens and seeds; the means of the middle four fifths of the steps are
+compared. The last line is JSON; ``cost`` is the fraction of a step added by the grammar.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SCHEMA = {
         "required": ["name", "kind", "size", "owner"],
     },
 }
-"""Longer than any output here, so that no sequence ends before the others."""
+"""Longer than any output, so that no sequence ends early."""
 
 
 def main() -> None:
-    """Measure and report."""
+    """Measure and print the result."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model")
     parser.add_argument("--batch", type=int, default=8)
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def decode_steps(llm: LLM, params: list[SamplingParams]) -> list[float]:
-    """Seconds of each step of a batch in which every sequence decodes."""
+    """Return the seconds of each step in which every sequence of the batch decodes."""
     engine = llm.llm_engine
     for index, each in enumerate(params):
         engine.add_request(str(index), "A list of files:", each)
@@ -83,7 +83,7 @@ def decode_steps(llm: LLM, params: list[SamplingParams]) -> list[float]:
 
 
 def middle(values: list[float]) -> float:
-    """The mean without the fastest and the slowest tenth, which other programs spoil."""
+    """Return the mean without the fastest and the slowest tenth, which other programs disturb."""
     cut = len(values) // 10
     return statistics.fmean(sorted(values)[cut : len(values) - cut])
 

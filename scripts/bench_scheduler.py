@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""What policy costs: the nano workload through the engine, the runner's input update and the output side, on a backend
-that computes nothing. Prints microseconds a decode row a step; the last line is JSON.
+"""Measure the cost of scheduling: the nano workload through engine, runner and output processing on a backend that
+computes nothing. Prints microseconds per decode row and step; the last line is JSON.
 
     PYTHONPATH=. python3 scripts/bench_scheduler.py [--requests 256] [--bar 5]
 """
@@ -29,46 +29,46 @@ VOCAB = 128_256
 
 @dataclass
 class NullModel:
-    """A model that returns what it is given."""
+    """A model that computes nothing."""
 
     kv_spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=1, block_size=16, dtype="float32")
     vocab_size = VOCAB
 
     def forward(self, batch: ForwardBatch, kv: Any) -> Any:
-        """Nothing."""
+        """Return nothing."""
         return None
 
     def logits(self, hidden: Any) -> Any:
-        """Nothing."""
+        """Return nothing."""
         return None
 
 
 class NullBackend:
-    """A backend that costs as little as possible: every op returns nothing, and sampling gives id 5."""
+    """A backend with minimal cost: ops return nothing, and sampling returns id 5."""
 
     def __getattr__(self, name: str) -> Any:
-        """Any op."""
+        """Return a function for any op."""
         return lambda *_args, **_kwargs: None
 
     def upload(self, batch: ForwardBatch, *_args: Any) -> ForwardBatch:
-        """The batch as it is."""
+        """Return the batch unchanged."""
         return batch
 
     def sample(self, _logits: Any, _slots: Any, batch: ForwardBatch) -> Sampled:
-        """Id 5 for every row."""
+        """Return id 5 for every row."""
         return Sampled(np.full(len(batch.logits_rows), 5, np.int32))
 
     def to_host(self, array: Any) -> Any:
-        """The array as it is."""
+        """Return the array unchanged."""
         return array
 
     def graph_rows(self, _most: int) -> tuple[int, ...]:
-        """No step is captured."""
+        """Capture no steps."""
         return ()
 
 
 def measure(lengths: Sequence[tuple[int, int]], depth: int) -> dict[str, float]:
-    """Run requests of (input, output) lengths; microseconds a decode row over the steps that decode alone."""
+    """Run requests of (input, output) lengths; return microseconds per decode row in steps that only decode."""
     limits = Limits(
         max_num_seqs=len(lengths),
         max_num_batched_tokens=8192,
@@ -107,12 +107,12 @@ def measure(lengths: Sequence[tuple[int, int]], depth: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure both depths three times and report the medians."""
+    """Measure pipeline depths 1 and 2 three times each and print the medians."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--requests", type=int, default=256)
-    parser.add_argument("--bar", type=float, default=5.0, help="microseconds a row that count as enough")
+    parser.add_argument("--bar", type=float, default=5.0, help="microseconds per row that meet the bar")
     args = parser.parse_args()
     rng = random.Random(0)
     lengths = [(rng.randint(100, 1024), rng.randint(100, 1024)) for _ in range(args.requests)]

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""What HTTP costs: concurrent streams of ``vllmlite serve`` beside the same work through ``LLM.generate``.
+"""Measure the cost of HTTP: concurrent streams of ``vllmlite serve`` against the same work through ``LLM.generate``.
 
     PYTHONPATH=. scripts/bench_server.py [--streams N] [--output-len N] [--repeat N] [--model DIR]
         [--config FILE.yaml] [--[no-]engine-process] [--clients N]
 
-Both run alternately; medians are compared. ``overhead_us_per_token`` is what a streamed token costs the server
-in CPU time over the offline one: HTTP, JSON, queues, and what two threads cost one another. ``api_us_per_token`` is all
-that the process takes that speaks HTTP, text included, where the engine has a process of its own: it does not vary
-with the model's time. ``itl`` is the time from one piece of a stream to the next, be it one token or, from a server
-that falls behind, several. ``--clients`` are processes that share the streams out: one reads about as many pieces a
-second as a server writes. Last line: JSON.
+Both run alternately; medians are compared. ``overhead_us_per_token`` is the CPU time of a streamed token beyond an
+offline one: HTTP, JSON, queues, and contention of two threads. ``api_us_per_token`` is the total CPU time of the HTTP
+process per token, including detokenisation, if the engine has its own process; it does not depend on the model's speed.
+``itl`` is the time between pieces of a stream, which hold one token, or several if the server falls behind.
+``--clients`` is the number of client processes; one reads about as many pieces per second as a server writes. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from vllmlite.config.options import read_yaml
 
 
 def main() -> None:
-    """Measure and report."""
+    """Measure and print the result."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=200)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--model")
-    parser.add_argument("--config", metavar="FILE.yaml", help="options of the engine, here and there")
+    parser.add_argument("--config", metavar="FILE.yaml", help="options of the engine, for both")
     parser.add_argument("--clients", type=int, default=max(1, (os.cpu_count() or 1) // 4))
     parser.add_argument("--engine-process", action=argparse.BooleanOptionalAction, default=None)
     args = parser.parse_args()
@@ -73,7 +73,7 @@ def main() -> None:
         served: list[tuple[float, float, float]] = []
         gaps: list[float] = []
         for index in range(args.repeat + 1):
-            length = args.output_len if index else 4  # a round to warm up
+            length = args.output_len if index else 4  # the first round is a warm-up
             params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
             begin, cpu = time.perf_counter(), time.process_time()
             llm.generate(prompts, params, use_tqdm=False)
@@ -109,12 +109,12 @@ def main() -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Client:
-    """What one client saw, in seconds of the clock that all processes share."""
+    """The timings of one client process, in seconds of the system-wide monotonic clock."""
 
     begin: float
     end: float
     gaps: list[float]
-    """Between what came for one stream and what came next, all its streams together."""
+    """Times between successive pieces of a stream, for all of the client's streams."""
 
 
 def _share(port: int, prompts: Sequence[str], length: int) -> _Client:
@@ -131,10 +131,10 @@ async def _all(port: int, prompts: Sequence[str], length: int) -> list[tuple[int
 
 
 async def _one(port: int, prompt: str, length: int) -> tuple[int, list[float]]:
-    """Stream one completion; its tokens by the server's account, and when something of it came.
+    """Stream one completion; return its token count from the usage, and the times at which pieces arrived.
 
-    Bare sockets, as the client shares the server's cores.
-    Ids are asked for so that a token is an event even where random weights write ids without text."""
+    Uses plain sockets, because the client shares the server's cores. Token ids are requested so that each token causes
+    an event even if random weights give ids without text."""
     body = {"prompt": prompt, "max_tokens": length, "temperature": 0, "ignore_eos": True, "stream": True}
     content = json.dumps(
         {**body, "return_token_ids": True, "stream_options": {"include_usage": True}}
@@ -154,7 +154,7 @@ async def _one(port: int, prompt: str, length: int) -> tuple[int, list[float]]:
 
 
 def _cpu_seconds(pid: int) -> list[float]:
-    """What a process has taken, and those it has started, itself first."""
+    """Return the CPU seconds of a process and of its children, itself first."""
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()
     with open(f"/proc/{pid}/task/{pid}/children") as file:

@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""The torch backend beside transformers' generate: same torch, same shape, one process, taking turns.
+"""Compare the torch backend with transformers' generate: same torch, same shape, alternating in one process.
 
-Decode at batch 1 and 16 and prefill of 512 tokens, in tokens per second, random weights in bfloat16 (the speed does
-not depend on them). Prints medians and their ratio; the last line is JSON. Needs transformers and, for the default
-shape, 8 GiB of memory.
+Measures decode at batch 1 and 16 and prefill of 512 tokens, in tokens per second, with random bfloat16 weights. Prints
+medians and their ratio; the last line is JSON. Needs transformers and, for the default shape, 8 GiB of memory.
 
     PYTHONPATH=. python3 scripts/bench_transformers.py [--shape llama1b] [--rounds 3]
 """
@@ -50,14 +49,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 ROWS = {"decode_batch_1": (1, 8, 17), "decode_batch_16": (16, 8, 17), "prefill_512": (1, 512, 1)}
-"""Row → sequences, prompt tokens, output tokens."""
+"""By row: number of sequences, prompt tokens, output tokens."""
 BAR = 0.9
 
 Generate = Callable[[list[list[int]], int], object]
 
 
 def rate(generate: Generate, batch: int, num_in: int, num_out: int, vocab_size: int, seed: int) -> float:
-    """Tokens per second: of the prompt for one output token, else of decoding, the first token's time taken off."""
+    """Return prompt tokens per second if there is one output token, else decoded tokens per second after the first."""
     rng = random.Random(seed)
 
     def prompts() -> list[list[int]]:
@@ -74,7 +73,7 @@ def rate(generate: Generate, batch: int, num_in: int, num_out: int, vocab_size: 
 
 
 def main() -> None:
-    """Run the rows."""
+    """Measure the rows and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Write text with the built-in model as GGUF in each type, beside llama.cpp's llama-completion.
+"""Compare texts of the built-in model in each GGUF type with those of llama.cpp's llama-completion.
 
 PYTHONPATH=. scripts/compare_llama_cpp.py [--root DIR] [--types TYPE...] [--max-tokens N]
 
-The files are made by tests/support/gguf_files.py (BF16) and llama-quantize. Both programs are Debian's llama.cpp-tools;
-with --root they run in that directory as their root (as root). Exit status 1 if a text differs in a type whose weights
-both compute in floats; where weights stay quantised, rounding differs, and the first difference is shown."""
+tests/support/gguf_files.py (BF16) and llama-quantize make the files. llama-quantize and llama-completion are those of
+Debian's llama.cpp-tools; with --root they run chrooted to that directory (needs root). The exit status is 1 if a text
+differs for a type whose weights both compute as floats; for other types rounding differs, and the first difference is
+shown."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ PROMPTS = ("Debian is", "The package manager", "The kernel", "A shell script")
 
 
 def main() -> int:
-    """Compare."""
+    """Compare the texts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""What a dtype or a quantisation costs the built-in model: perplexity of two texts that it was not trained on, and the
-mean Kullback-Leibler divergence of its next-token distributions from those of the reference in float32.
+"""Measure the loss of quality by a dtype or quantisation for the built-in model: perplexity of two texts that it was
+not trained on, and mean Kullback-Leibler divergence of its next-token distributions from the float32 reference.
 
     PYTHONPATH=. scripts/compare_quality.py [CONFIGURATION...] [--gguf FILE...]
 
-A CONFIGURATION is options of the engine, such as `quantization=int8` or `dtype=bfloat16,kv_cache_dtype=int8`; without
-any, the list below is run. `max_num_batched_tokens=1` feeds a token a step, as decoding does, where products may be
-computed otherwise.
+A CONFIGURATION is a list of engine options such as `quantization=int8` or `dtype=bfloat16,kv_cache_dtype=int8`; by
+default, the list below is run. `max_num_batched_tokens=1` feeds one token per step, as decoding does, which may use
+other kernels.
 
-The texts: `licence` is this repository's LICENSE (the corpus of the model leaves licences out), English far from what
-the model knows; `own` is what the reference itself writes at temperature 1 after the beginnings below, where float32
-must be the best and what is lost shows. Both are cut into windows of 512 tokens, each fed from its beginning; every
-token but a window's first is predicted from those before it, and the log-probabilities of all the vocabulary are
-compared. A GGUF file of the same model is dequantised (python3-gguf, python3-safetensors) and run by the reference in
-float32: what its weights cost, without what llama.cpp adds by rounding activations to 8 bits.
+The texts: `licence` is this repository's LICENSE (the training corpus excludes licences), English far from what the
+model knows; `own` is written by the reference at temperature 1 after the beginnings below, so that float32 must be best
+and any loss shows. Both are cut into windows of 512 tokens. Every token of a window but the first is predicted from
+those before it, and the log-probabilities of the whole vocabulary are compared. A GGUF file of the same model is
+dequantised (python3-gguf, python3-safetensors) and run by the float32 reference, which shows the loss by its weights
+without llama.cpp's rounding of activations to 8 bits.
 
 The last line is JSON: {configuration: {text: {"perplexity": ..., "kl": mean nats, "kl_99": their 99th percentile,
-"same_top": part of positions whose most likely token is the reference's}}}; null for a configuration that is refused.
+"same_top": fraction of positions with the reference's most likely token}}}; null for a refused configuration.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ LAYERS = {
     "ffn_norm": "post_attention_layernorm",
 }
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-"""GGUF's names of tensors, and the checkpoint's."""
+"""GGUF's tensor names with the checkpoint's."""
 
 
 def main() -> None:
-    """Compare and print."""
+    """Compare the configurations and print the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -119,26 +119,26 @@ def main() -> None:
 
 
 def _limits(options: dict[str, Any]) -> dict[str, Any]:
-    """What every engine here has: room for one window, and all log-probabilities."""
+    """Return the options of every engine here: space for one window, and all log-probabilities."""
     room = {"max_model_len": WINDOW + 1, "max_num_batched_tokens": WINDOW, "kv_cache_memory_bytes": 64 << 20}
     every = {"max_logprobs": -1, "enable_prefix_caching": False}
     return {name: value for name, value in {**room, **every}.items() if name not in options}
 
 
 def _options(configuration: str) -> dict[str, Any]:
-    """``name=value,...`` as keywords; a whole number is one."""
+    """Parse ``name=value,...`` into keyword arguments; integers become int."""
     pairs = (option.split("=", 1) for option in configuration.split(","))
     return {name: int(value) if value.isdigit() else value for name, value in pairs}
 
 
 def _licence(llm: LLM) -> list[list[int]]:
-    """The windows of LICENSE."""
+    """Return the windows of LICENSE."""
     ids = llm.get_tokenizer().encode((ROOT / "LICENSE").read_text(encoding="utf-8"))
     return [ids[at : at + WINDOW] for at in range(0, len(ids) - 1, WINDOW)]
 
 
 def _own(llm: LLM) -> list[list[int]]:
-    """A window of what the model writes after each beginning."""
+    """Return a window for each beginning, written by the model."""
     prompts = [llm.get_tokenizer().encode(text) for text in BEGINNINGS]
     params = [
         SamplingParams(temperature=1, max_tokens=WINDOW - len(ids), ignore_eos=True, seed=seed)
@@ -149,7 +149,7 @@ def _own(llm: LLM) -> list[list[int]]:
 
 
 def _log_probabilities(llm: LLM, ids: list[int]) -> NDArray[np.float32]:
-    """``[len(ids) - 1, vocabulary]``: of what follows each token, by the engine below the text side."""
+    """Return log-probabilities ``[len(ids) - 1, vocabulary]`` of the token after each token, from the engine core."""
     engine = llm.llm_engine.engine
     engine.add_request("0", ids, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1))
     found = None
@@ -169,7 +169,7 @@ def _log_probabilities(llm: LLM, ids: list[int]) -> NDArray[np.float32]:
 def _compared(
     expected: list[NDArray[np.float32]], found: list[NDArray[np.float32]], windows: list[list[int]]
 ) -> dict[str, float]:
-    """Perplexity of the windows by ``found``, and how far it is from ``expected``."""
+    """Return the perplexity of the windows by ``found``, and its divergence from ``expected``."""
     losses, divergences, same = [], [], []
     for p, q, ids in zip(expected, found, windows, strict=True):
         losses.append(-np.take_along_axis(q, np.array(ids[1:])[:, None], axis=1)[:, 0])
@@ -185,7 +185,7 @@ def _compared(
 
 
 def _dequantise(file: Path, directory: Path) -> None:
-    """A checkpoint of float32 weights out of a GGUF file of the built-in model."""
+    """Write a float32 checkpoint from a GGUF file of the built-in model."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
     from safetensors.numpy import save_file
@@ -199,7 +199,7 @@ def _dequantise(file: Path, directory: Path) -> None:
         if not layer:
             tensors[f"{OUTSIDE[name]}.{kind}"] = weights
             continue
-        if name in heads:  # GGUF rotates neighbours: undo the order of rows that this needs
+        if name in heads:  # undo GGUF's row order for rotating neighbouring elements
             shape = heads[name], weights.shape[0] // heads[name] // 2, 2, weights.shape[1]
             weights = weights.reshape(shape).swapaxes(1, 2).reshape(weights.shape)
         tensors[f"model.layers.{layer[-1]}.{LAYERS[name]}.{kind}"] = np.ascontiguousarray(weights)

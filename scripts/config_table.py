@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Print vllmlite/models/config_keys.json, the configuration keys of every family here and their defaults, as the
-installed transformers has them: PYTHONPATH=. scripts/config_table.py"""
+"""Print vllmlite/models/config_keys.json: the configuration keys of every family with their defaults in the installed
+transformers. Usage: PYTHONPATH=. scripts/config_table.py"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllmlite.models.shells import SHELLS
 
 
 def table() -> dict[str, Any]:
-    """The file's content."""
+    """Return the file's content."""
     families = {family.model_type for family in FAMILIES.values()}
     model_types = sorted(families | {shell.model_type for shell in SHELLS.values()})
     return {

@@ -1,4 +1,4 @@
-// What two limits of this machine are: bytes read from memory a second, and products of bfloat16, by all threads given.
+// Measure two limits of this machine with all given threads: memory read bandwidth, and bfloat16 multiply-adds.
 //
 //   c++ -O2 -std=c++20 -march=native -pthread scripts/cpu_probe.cpp -o cpu_probe && ./cpu_probe THREADS
 #include <sys/mman.h>
@@ -31,7 +31,7 @@ double seconds(int threads, Work work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Four pages side by side, each line prefetched as many bytes ahead as `distance`.
+// Reads four pages side by side, prefetching each line `distance` bytes ahead.
 void read(const char* from, std::size_t bytes, std::size_t distance) {
   constexpr std::size_t kPage = 4096, kStreams = 4;
   Lanes sums[kStreams] = {};
@@ -53,7 +53,7 @@ constexpr int kAccumulators = 24;
 
 void multiply(long rounds) {
   __m512 acc[kAccumulators];
-  for (int j = 0; j < kAccumulators; ++j) acc[j] = _mm512_set1_ps(static_cast<float>(j));  // or they are seen to be one
+  for (int j = 0; j < kAccumulators; ++j) acc[j] = _mm512_set1_ps(static_cast<float>(j));  // distinct: or they are merged
   const auto ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
   for (long i = 0; i < rounds; ++i) {
 #pragma GCC unroll 24

@@ -1,4 +1,4 @@
-// What a GPU gives: the rate at which kernels read memory, and that of bfloat16 matrix products on random numbers.
+// Measures a GPU's memory read bandwidth and its rate of bfloat16 matrix products on random numbers.
 // Prints {"read_gb_s": ..., "bf16_tflop_s": ...}.
 #include <cublasLt.h>
 #include <cuda_bf16.h>
@@ -26,7 +26,7 @@ __global__ void fill(std::uint32_t* to, std::size_t words) {
     x ^= x >> 15;
     x *= 2246822519U;
     x ^= x >> 13;
-    // Two bfloat16 in [-2, 2) but for their last bits.
+    // Two random bfloat16 in [-2, 2).
     to[i] = (x & 0x807f807fU) | 0x3f803f80U;
   }
 }

@@ -1,16 +1,17 @@
 # shellcheck shell=bash disable=SC2034  # variables are for the scripts that source this
-# What test-debian and review-debian share: a scratch directory, a build user, sid chroots, sources, builds, and the
-# account of checks. Sourced; it expects `set -euo pipefail`, root, and the repository root as working directory.
+# Shared by test-debian and review-debian: a scratch directory, a build user, sid chroots, sources, builds, and counting
+# of checks. Sourced; expects `set -euo pipefail`, root, and the repository root as working directory.
 
 BUILD_USER=vllmlite-build-$$
-# What src:vllmlite's autopkgtests must come to. Nothing runs systemd here: serve does what the unit says without it.
+# Expected results of src:vllmlite's autopkgtests. Nothing runs systemd here: `serve` does what the unit says without
+# it.
 EXPECTED=('generate-cpu +PASS' 'generate-native +PASS' 'generate-baseline +PASS' 'serve +PASS' 'serve-unit +(PASS|SKIP)')
 GROUPS_RUNNING=()
 STARTED=$SECONDS
 
 say() { printf '\n== %s (%d s so far)\n' "$*" $((SECONDS - STARTED)); }
 
-# How many checks have passed, in whatever shell.
+# Prints the number of passed checks, counted across subshells.
 passed() { { [ -z "${SCRATCH:-}" ] || cat "$SCRATCH/passed"; } | wc -l; }
 
 die() {
@@ -19,8 +20,8 @@ die() {
     exit 1
 }
 
-# logged NAME COMMAND...: run it into $SCRATCH/logs/NAME.log; STATUS is how it ended. A function stops at its first
-# failure, which it would not as a condition: so this, and what calls it, is never one.
+# logged NAME COMMAND...: run the command with output to $SCRATCH/logs/NAME.log; set STATUS to its exit status. In a
+# condition, a function would not stop at its first failure: neither this nor its callers may be used as one.
 logged() {
     local log=$SCRATCH/logs/$1.log
     shift
@@ -31,7 +32,7 @@ logged() {
     set -e
 }
 
-# check NAME COMMAND...: say how long it took; at a failure show the log's end and stop.
+# check NAME COMMAND...: run the command and print the time it took; on failure print the end of the log and stop.
 check() {
     local name=$1 since=$SECONDS
     shift
@@ -44,7 +45,7 @@ check() {
     printf 'PASS %s (%d s)\n' "$name" $((SECONDS - since))
 }
 
-# together FUNCTION...: each in a group of processes of its own. Stops when all have ended and one has failed.
+# together FUNCTION...: run each in its own process group. Stops when all have ended and one has failed.
 together() {
     local function job failed=0
     GROUPS_RUNNING=()
@@ -75,15 +76,15 @@ install_tools() {
     DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "${missing[@]}"
 }
 
-# The mirror this machine itself installs from.
+# The mirror that this machine itself installs from.
 mirror() {
-    # shellcheck disable=SC2016  # apt's own placeholders
+    # shellcheck disable=SC2016  # placeholders for apt
     apt-get indextargets --format '$(LABEL) $(REPO_URI)' 'Created-By: Packages' |
         awk '$1 == "Debian" { print $2; exit }'
 }
 
-# Ready the machine: tools, a build user with subordinate ids for unshare, and a scratch directory; all but the tools
-# are gone again at exit.
+# Prepare the machine: tools, a build user with subordinate ids for unshare, and a scratch directory; all but the tools
+# are removed at exit.
 prepare() {
     [ "$(id -u)" -eq 0 ] || die 'run me as root: I install tools and make a build user'
     say "tools: $*"
@@ -94,7 +95,7 @@ prepare() {
     grep -q "^$BUILD_USER:" /etc/subuid || usermod --add-subuids 1000000-1065535 "$BUILD_USER"
     grep -q "^$BUILD_USER:" /etc/subgid || usermod --add-subgids 1000000-1065535 "$BUILD_USER"
     mkdir "$SCRATCH"/{home,logs,tmp,source,cpu,cross,cuda}
-    # Some of this has no option on sbuild's command line.
+    # Some of these settings have no command-line option of sbuild.
     cat > "$SCRATCH/home/.sbuildrc" << EOF
 \$unshare_tmpdir_template = '$SCRATCH/tmp/sbuild.XXXXXXXXXX';
 \$build_arch_all = 1;
@@ -116,7 +117,7 @@ EOF
     [ -n "$MIRROR" ] || die 'apt knows no Debian mirror'
 }
 
-# What was built and logged is copied to RESULTS first, where the caller set one.
+# Copy packages and logs to RESULTS first, if the caller set it.
 cleanup() {
     local group
     for group in "${GROUPS_RUNNING[@]}"; do kill -- "-$group" 2> /dev/null || true; done
@@ -126,14 +127,14 @@ cleanup() {
     userdel "$BUILD_USER" 2> /dev/null || true
 }
 
-# A clean sid system as a tarball. A mirror that lags behind may hold an expired Release file; a system that is thrown
-# away need not sync every file that it unpacks.
+# Create a clean sid system as a tarball. A mirror that lags behind may have an expired Release file; a temporary system
+# need not sync every unpacked file.
 make_chroot() {
     as_user mmdebstrap --mode=unshare --variant=buildd --aptopt='Acquire::Check-Valid-Until "false"' \
         --dpkgopt=force-unsafe-io --include=apt-utils sid "$SCRATCH/sid.tar" "deb $MIRROR sid main"
 }
 
-# Both source packages from HEAD, in $SCRATCH/source.
+# Create both source packages from HEAD in $SCRATCH/source.
 make_sources() {
     local upstream=${VERSION%-*} tree
     tree=$SCRATCH/source/vllmlite-$upstream
@@ -146,8 +147,8 @@ make_sources() {
     chown -R "$BUILD_USER:" "$SCRATCH/source"
 }
 
-# build DIRECTORY DSC [SBUILD OPTION...]: in a fresh chroot, and sid's own lintian there on all that comes out; the
-# results go to DIRECTORY.
+# build DIRECTORY DSC [SBUILD OPTION...]: build in a fresh chroot and run sid's lintian on all results, which go to
+# DIRECTORY.
 build() {
     local directory=$1 dsc=$2
     shift 2
@@ -155,12 +156,12 @@ build() {
         --no-clean-source "$@" "$dsc"
 }
 
-# The extension for another architecture, in a clean amd64 chroot.
+# Build the extension for another architecture in a clean amd64 chroot.
 cross_build() { build "$SCRATCH/cross" "$DSC" --no-arch-all --host=arm64; }
 
-# What the cross build made, under QEMU: its ops' unit tests, and the built-in model's texts. The system is unpacked and
-# not configured, and nothing in it starts another program, so that the kernel need not know of QEMU. A path below it is
-# the same inside.
+# Run the op tests and the built-in model's texts on the cross build's result under QEMU. The system is unpacked but not
+# configured, and nothing in it starts another program, so the kernel need not know QEMU. A path below it is the same
+# inside.
 cross_tests() {
     local system=$SCRATCH/arm64 deb emulator
     mmdebstrap --mode=root --variant=extract --architectures=arm64,amd64 --aptopt='Acquire::Check-Valid-Until "false"' \
@@ -170,7 +171,7 @@ cross_tests() {
     mkdir -p "$system"/{proc,srv,tmp} "$system/${system%/*}"
     git archive HEAD tests | tar -x -C "$system/srv"
     ln -s / "$system/$system"
-    # shellcheck disable=SC2016  # the inner shell's own parameters
+    # shellcheck disable=SC2016  # expanded by the inner shell
     emulator=(unshare --mount --pid --fork sh -c 'mount -t proc proc "$0/proc"; exec chroot "$0" "$@"' "$system"
         qemu-aarch64 -E "LD_LIBRARY_PATH=/usr/lib/aarch64-linux-gnu/blas:/usr/lib/aarch64-linux-gnu/lapack")
     "${emulator[@]}" /usr/bin/python3 -B -m pytest -p no:cacheprovider --hypothesis-profile=ci -rs \
@@ -181,8 +182,8 @@ cross_tests() {
 
 with_contrib() { printf -- '--extra-repository=deb %s sid contrib non-free' "$MIRROR"; }
 
-# autopkgtest_of EXPECTED… -- AUTOPKGTEST ARGUMENT…: run a source's tests in a fresh sid; EXPECTED are patterns of
-# lines of the summary, 'NAME +PASS', that must all be there.
+# autopkgtest_of EXPECTED… -- AUTOPKGTEST ARGUMENT…: run a source's tests in a fresh sid. EXPECTED are patterns of lines
+# that the summary must have, such as 'NAME +PASS'.
 autopkgtest_of() {
     local expected=() status=0 output pattern
     while [ "$1" != -- ]; do
@@ -193,7 +194,7 @@ autopkgtest_of() {
     output=$(as_user mktemp -d "$SCRATCH/tmp/autopkgtest.XXXXXX")
     as_user autopkgtest --apt-upgrade --no-built-binaries --output-dir="$output" "$@" \
         -- unshare --release sid --tarball "$SCRATCH/sid.tar" || status=$?
-    # 2: some test was skipped; whether it may be, EXPECTED says.
+    # 2: some test was skipped; EXPECTED decides whether it may be.
     if [ "$status" -ne 0 ] && [ "$status" -ne 2 ]; then
         tail -n 50 "$output"/*-std{out,err}
         return "$status"

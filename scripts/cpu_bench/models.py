@@ -1,5 +1,5 @@
-"""The checkpoints that are measured: the one given, quantised ones, and their like with a tokenizer as large as the
-vocabulary; and what a token costs in them."""
+"""The measured checkpoints: the given one, quantised ones, and ones whose tokenizer is as large as the vocabulary; and
+the cost of a token in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Models:
-    """``base``: a checkpoint in bfloat16. What is made from it goes to ``directory`` and is kept there."""
+    """``base`` is a bfloat16 checkpoint. Derived checkpoints are created in ``directory`` and kept there."""
 
     def __init__(self, base: Path, directory: Path) -> None:
         self.base = base.resolve()
@@ -21,7 +21,7 @@ class Models:
         self.config: dict[str, Any] = json.loads((base / "config.json").read_text())
 
     def checkpoint(self, weights: str) -> Path:
-        """The model in ``weights`` (bf16, int8, int4), its tokenizer filled up to the vocabulary's size."""
+        """Return the model in ``weights`` (bf16, int8, int4), with its tokenizer filled up to the vocabulary size."""
         path = self._directory / f"{self.base.name}-{weights}"
         if (path / "config.json").exists():
             return path
@@ -43,11 +43,11 @@ class Models:
         return path
 
     def weight_bytes(self, weights: str) -> int:
-        """Bytes of the checkpoint's tensors."""
+        """Return the bytes of the checkpoint's tensors."""
         return sum(size for _, _, size in _tensors(self.checkpoint(weights)))
 
     def decode_bytes(self, weights: str) -> int:
-        """Bytes of weights that a decode step reads: all but an embedding that is not the output layer too."""
+        """Return the weight bytes that a decode step reads: all but an embedding that is not also the output layer."""
         tensors = _tensors(self.checkpoint(weights))
         untied = any(name.startswith("lm_head.") for name, _, _ in tensors)
         return sum(
@@ -55,18 +55,18 @@ class Models:
         )
 
     def prefill_flops(self) -> int:
-        """Multiplications and additions a prompt token in the layers' products; attention's own are left out."""
+        """Return multiply and add operations per prompt token in the layers' matrix products, without attention."""
         return sum(2 * math.prod(shape) for name, shape, _ in _tensors(self.base) if "_proj.weight" in name)
 
     def kv_bytes(self) -> int:
-        """Bytes of keys and values of a token, in bfloat16."""
+        """Return bytes of keys and values per token in bfloat16."""
         heads = self.config["num_attention_heads"]
         head_dim = self.config.get("head_dim") or self.config["hidden_size"] // heads
         return int(2 * 2 * self.config["num_hidden_layers"] * self.config["num_key_value_heads"] * head_dim)
 
 
 def _fill(tokenizer: dict[str, Any], size: int) -> None:
-    """Add merges of known pairs to a BPE tokenizer until it has ``size`` entries, as real ones of that size have."""
+    """Add merges of known pairs to a BPE tokenizer until it has ``size`` entries."""
     vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
     special = {token["content"] for token in tokenizer["added_tokens"]}
     known = [token for token in vocab if token not in special]
@@ -80,7 +80,7 @@ def _fill(tokenizer: dict[str, Any], size: int) -> None:
 
 @cache
 def _tensors(directory: Path) -> list[tuple[str, list[int], int]]:
-    """Name, shape and bytes of each tensor of a checkpoint in safetensors files."""
+    """Return name, shape and bytes of each tensor of a safetensors checkpoint."""
     found = []
     for file in sorted(directory.glob("*.safetensors")):
         with file.open("rb") as opened:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: seconds to the first token, memory, and what it costs while nobody asks."""
+"""Measurements of the command line: time to first token, memory, and CPU time when idle."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from vllmlite.hub import find_model
 COMMAND = [sys.executable, "-m", "vllmlite"]
 MEGABYTE = 1_000_000
 POOL = 8 << 20
-"""Bytes of key/value cache where memory is measured."""
+"""Bytes of key/value cache in the memory measurement."""
 IDLE_SECONDS = 10.0
 START_LIMIT = 60.0
 
 
 def programs(models: Models) -> Programs:
-    """Work: ``first_token`` (weights, or none for the built-in model), ``memory`` (weights), ``idle`` (command)."""
+    """Return the measurements ``first_token`` (weights, or none for the built-in model), ``memory``, ``idle``."""
 
     def first_token(weights: str | None = None) -> float:
-        """Seconds from the start of ``generate`` to its first byte, the text of the first token with the prompt."""
+        """Return the seconds from the start of ``generate`` to its first byte: the prompt with the first token."""
         model = [] if weights is None else ["--model", str(models.checkpoint(weights))]
         start = time.perf_counter()
         with _running(["generate", *model, "--backend", "cpu", "--max-tokens", "1", "Debian is"]) as process:
@@ -37,7 +37,7 @@ def programs(models: Models) -> Programs:
             return time.perf_counter() - start
 
     def memory(weights: str) -> float:
-        """Megabytes that ``chat`` has had resident after an answer, less the weights' bytes and the cache's."""
+        """Return the resident megabytes of ``chat`` after an answer, minus the bytes of weights and cache."""
         arguments = ["--model", str(models.checkpoint(weights)), "--backend", "cpu", "--max-tokens", "8"]
         sizes = ["--max-model-len", "128", "--kv-cache-memory-bytes", str(POOL)]
         with _running(["chat", *arguments, *sizes]) as process:
@@ -47,7 +47,7 @@ def programs(models: Models) -> Programs:
         return (peak - models.weight_bytes(weights) - POOL) / MEGABYTE
 
     def idle(command: str) -> float:
-        """Seconds of CPU that ``chat``, after an answer, or ``serve`` takes in ten seconds without a request."""
+        """Return the CPU seconds that ``chat``, after an answer, or ``serve`` uses in ten idle seconds."""
         arguments = {"chat": ["chat", "--max-tokens", "8"], "serve": ["serve", "--port", str(_free_port())]}
         with _running([*arguments[command], "--backend", "cpu"]) as process:
             if command == "chat":
@@ -63,7 +63,7 @@ def programs(models: Models) -> Programs:
 
 
 def step_model(directory: Path) -> Path:
-    """The configuration of a model too small to take time, with the built-in model's tokenizer."""
+    """Create the configuration of a model too small to take time, with the built-in model's tokenizer."""
     made = directory / "step-model"
     if not made.exists():
         built_in = find_model(None)
@@ -79,7 +79,7 @@ def step_model(directory: Path) -> Path:
 
 @contextmanager
 def _running(arguments: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """The command line as a process that is killed at the end."""
+    """Run the command line as a process that is killed at the end."""
     process = subprocess.Popen(
         [*COMMAND, *arguments],
         stdin=subprocess.PIPE,
@@ -101,7 +101,7 @@ def _first_byte(process: subprocess.Popen[bytes]) -> None:
 
 
 def _ask(process: subprocess.Popen[bytes]) -> None:
-    """A turn of ``chat``: a line in, a line out."""
+    """Do one turn of ``chat``: send a line, read a line."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(b"What is Debian?\n")
     _first_byte(process)
@@ -131,6 +131,6 @@ def _free_port() -> int:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """CPU time of all threads of a process, in the kernel's nanoseconds."""
+    """Return the CPU time of all threads of a process in seconds, at the kernel's resolution of nanoseconds."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9

@@ -1,4 +1,4 @@
-"""The table of bars: each row our figure, the figures that it stands beside, and how many times theirs it must be."""
+"""The table of bars: for each row our figure, the peers' figures, and the required ratio."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from cpu_bench.shapes import FORMATS, SHAPES
 
 LONG, PROMPT = 8192, 512
-"""Tokens of context of the attention row, and of the prompt of the prefill rows."""
+"""Context tokens of the attention row, and prompt tokens of the prefill rows."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measurement: what ``system`` says when asked for ``work`` with ``options``."""
+    """A measurement: what ``system`` measures for ``work`` with ``options``."""
 
     system: str
     work: str
@@ -22,8 +22,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """``name``: what is measured / what it stands beside. The best of ``peers`` counts; in place of peers there may be
-    a ``limit`` that ``ours`` must stay under. ``bar``: the least ratio, above one where ours is better."""
+    """``name``: what is measured / what it is compared with. The best of ``peers`` counts; instead of peers there may
+    be a ``limit`` that ``ours`` must not exceed. ``bar``: the required ratio, above one if ours must be better."""
 
     name: str
     ours: Figure
@@ -34,7 +34,7 @@ class Row:
 
 
 def table(mixed: tuple[int, int]) -> list[Row]:
-    """All rows; ``mixed``: shortest and longest length of the requests that come together."""
+    """Return all rows; ``mixed``: shortest and longest length of the simultaneous requests."""
 
     def under(name: str, ours: Figure, limit: float, unit: str) -> Row:
         return Row(name, ours, limit=limit, unit=unit)
@@ -81,7 +81,7 @@ def table(mixed: tuple[int, int]) -> list[Row]:
 
 
 def _shapes() -> list[Row]:
-    """Other shapes than Llama's, one sequence and eight."""
+    """Return rows for other shapes than Llama's, with one and eight sequences."""
     return [
         Row(f"{shape}-{batch}-{kind}/llama.cpp", _decode(f"{shape} {kind}", batch),
             (_decode(f"llama.cpp {shape} {kind}", batch),))
@@ -96,7 +96,7 @@ def _figure(system: str, work: str, **options: Any) -> Figure:
 
 
 def _vllm(work: str, **options: Any) -> tuple[Figure, ...]:
-    """Both modes of vLLM, of which the faster counts."""
+    """Return figures for both modes of vLLM, of which the faster counts."""
     return _figure("vllm eager", work, **options), _figure("vllm compiled", work, **options)
 
 

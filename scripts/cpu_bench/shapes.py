@@ -1,4 +1,4 @@
-"""Checkpoints of random weights in shapes that the native kernels meet in other ways than Llama's, and the same as GGUF
+"""Checkpoints of random weights whose shapes use the native kernels differently than Llama's, and the same as GGUF
 files, written by the gguf package."""
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-"""Of 0.70 billion weights with two of eight experts a token, GPT-2 large (0.77), and Gemma 3 1B of 18 layers (0.78)."""
+"""0.70 billion weights with two of eight experts per token; GPT-2 large (0.77); Gemma 3 1B with 18 layers (0.78)."""
 FORMATS = {"bf16": "BF16", "q8": "Q8_0"}
 
 
 class Shape:
-    """One of ``SHAPES`` by its ``name``. Its checkpoint and GGUF files are made in ``directory`` and kept there."""
+    """A shape in ``SHAPES``. Its checkpoint and GGUF files are created in ``directory`` and kept there."""
 
     def __init__(self, name: str, directory: Path) -> None:
         self._config = SHAPES[name]
         self.path = directory / f"shape-{name}"
 
     def gguf_path(self, kind: str) -> Path:
-        """Where :meth:`gguf` puts it."""
+        """Return the path of the file that :meth:`gguf` creates."""
         return self.path.with_name(f"{self.path.name}-{kind}.gguf")
 
     def checkpoint(self) -> None:
-        """A directory in the Hugging Face format, weights in bfloat16."""
+        """Create a Hugging Face checkpoint directory with bfloat16 weights."""
         file = self.path / "model.safetensors"
         if file.exists():
             return
@@ -71,8 +71,9 @@ class Shape:
         partial.rename(file)
 
     def gguf(self, kind: str) -> None:
-        """A file of the same weights whose products are in ``kind``, one of ``FORMATS``; for timing: heads of q and k
-        are not put into llama.cpp's order, and there is no tokenizer."""
+        """Create a GGUF file of the same weights, with weight matrices in ``kind``, one of ``FORMATS``.
+
+        It is for timing only: heads of q and k are not in llama.cpp's order, and there is no tokenizer."""
         import gguf
 
         path = self.gguf_path(kind)
@@ -124,7 +125,7 @@ class Shape:
         writer.add_tokenizer_model("none")
 
     def _gguf_tensors(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Names and values as llama.cpp has them: experts as one, weights of products ``[out, in]``."""
+        """Yield names and values as in llama.cpp: experts stacked, weight matrices as ``[out, in]``."""
         import gguf
 
         spec = read_spec(self.path)

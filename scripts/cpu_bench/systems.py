@@ -1,4 +1,4 @@
-"""What is measured beside each other: engines with vLLM's interface, llama.cpp's benchmarks, the machine's limits."""
+"""The systems to compare: engines with vLLM's interface, llama.cpp's benchmarks, and the machine's limits."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ HERE = Path(__file__).resolve().parent
 
 
 class System:
-    """Something that does work and says how fast; raises RuntimeError where it cannot."""
+    """A system whose speed is measured; raises RuntimeError if it cannot do the work."""
 
     def prepare(self, work: str, **options: Any) -> None:
-        """Get everything ready that is not to be measured."""
+        """Prepare everything that is not to be measured."""
 
     def rest(self) -> None:
-        """Take no CPU until asked again."""
+        """Use no CPU until the next call."""
 
     def measure(self, work: str, **options: Any) -> float:
-        """One figure."""
+        """Return one figure."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release resources."""
 
 
 class Engine(System):
-    """``engine.py`` in a process of its own, stopped while it is not asked: vLLM's workers spin when idle."""
+    """``engine.py`` in its own process, stopped (SIGSTOP) while idle, because vLLM's workers spin."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Engine(System):
         self._log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  (as long as the engine)
 
     def prepare(self, work: str, **options: Any) -> None:
-        """Start the engine, and do the work once, so that caches and graphs are there; not the long work."""
+        """Start the engine and do the work once to warm up caches and graphs, unless it takes long."""
         if self._process is None:
             self._process = subprocess.Popen(
                 self._argv, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -66,7 +66,7 @@ class Engine(System):
             os.killpg(self._process.pid, signal.SIGSTOP)
 
     def measure(self, work: str, **options: Any) -> float:
-        """What the engine answers."""
+        """Return the engine's answer."""
         process = self._process
         if process is None or process.stdin is None:
             raise RuntimeError("the engine has not started")
@@ -95,18 +95,18 @@ class Engine(System):
 
 
 class Step(Engine):
-    """The engine over a model too small to take time: what scheduling, Python and the text side cost a step."""
+    """The engine with a model too small to take time: the cost per step of scheduling, Python and text processing."""
 
     def __init__(self, python: Sequence[str], model: Path) -> None:
         super().__init__(python, "vllmlite", {"model": str(model), "load_format": "dummy", "backend": "cpu"})
 
     def measure(self, work: str, **options: Any) -> float:
-        """Microseconds a decode step of one sequence, text included."""
+        """Return microseconds per decode step of one sequence, text included."""
         return 1e6 / super().measure("decode", batch=1, context=16, steps=1000, detokenize=True)
 
 
 class LlamaBench(System):
-    """llama.cpp's ``llama-bench`` for one sequence, ``llama-batched-bench`` for several, over one GGUF file."""
+    """llama.cpp's ``llama-bench`` for one sequence and ``llama-batched-bench`` for several, with one GGUF file."""
 
     def __init__(
         self, bench: Sequence[str] | None, batched: Sequence[str] | None, gguf: str, threads: int
@@ -115,7 +115,7 @@ class LlamaBench(System):
         self._common = ["-m", gguf, "-t", str(threads)]
 
     def measure(self, work: str, **options: Any) -> float:
-        """Tokens a second."""
+        """Return tokens per second."""
         if work == "prefill":
             return self._single(["-p", str(options["length"]), "-n", "0"])
         if options["batch"] == 1:
@@ -136,38 +136,38 @@ class LlamaBench(System):
 
 
 class Made(System):
-    """A system whose files ``make`` makes, where there are none yet."""
+    """A system whose files are created by ``make`` when first needed."""
 
     def __init__(self, make: Callable[[], object], system: System) -> None:
         self._make, self._system = make, system
 
     def prepare(self, work: str, **options: Any) -> None:
-        """Make the files first."""
+        """Create the files, then prepare the system."""
         self._make()
         self._system.prepare(work, **options)
 
     def rest(self) -> None:
-        """As the system does."""
+        """Call the system's :meth:`System.rest`."""
         self._system.rest()
 
     def measure(self, work: str, **options: Any) -> float:
-        """What the system says."""
+        """Return the system's figure."""
         return self._system.measure(work, **options)
 
     def close(self) -> None:
-        """As the system does."""
+        """Call the system's :meth:`System.close`."""
         self._system.close()
 
 
 class Limits(System):
-    """Tokens a second that the machine's memory and arithmetic allow the model, by ``cpu_probe.cpp``."""
+    """Tokens per second that the machine's memory bandwidth and arithmetic allow, measured by ``cpu_probe.cpp``."""
 
     def __init__(self, models: Models, threads: int, directory: Path) -> None:
         self._models, self._threads = models, threads
         self._binary = directory / "cpu_probe"
 
     def prepare(self, work: str, **options: Any) -> None:
-        """Compile the probe, and make the checkpoint whose bytes count."""
+        """Compile the probe, and create the checkpoint whose bytes are counted."""
         source = HERE.parent / "cpu_probe.cpp"
         options_ = ["-O2", "-std=c++20", "-march=native", "-pthread"]
         if not self._binary.exists():
@@ -176,7 +176,7 @@ class Limits(System):
             self._models.decode_bytes(options["weights"])
 
     def measure(self, work: str, **options: Any) -> float:
-        """The limit of ``decode`` (weights, batch), ``prefill`` or ``attention`` (context)."""
+        """Return the limit of ``decode`` (weights, batch), ``prefill`` or ``attention`` (context)."""
         probed = json.loads(_run([str(self._binary), str(self._threads)]))
         read, products = probed["read_gb_s"] * 1e9, probed["bf16_gflop_s"] * 1e9
         if work == "prefill":
@@ -189,13 +189,13 @@ class Limits(System):
 
 
 class Programs(System):
-    """Functions by the names of work."""
+    """Measurements given as functions, by the names of work."""
 
     def __init__(self, **functions: Callable[..., float]) -> None:
         self._functions = functions
 
     def measure(self, work: str, **options: Any) -> float:
-        """What the function returns."""
+        """Return the function's result."""
         return self._functions[work](**options)
 
 
@@ -207,6 +207,6 @@ def _run(argv: list[str]) -> str:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something."""
+    """Return the last non-empty line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "ended without a word"
