@@ -1,10 +1,10 @@
 #!/bin/sh
-# Make src:vllmlite-cuda from this tree:
+# Create src:vllmlite-cuda from this tree:
 #
 #   debian/cudabuild.sh [BUILD_AREA]          (default: ../build-area)
 #
-# BUILD_AREA receives the .dsc and what it names; an orig tarball of src:vllmlite that lies there already is shared,
-# otherwise scripts/make-orig makes it. The tree itself is read only: in a git checkout, as HEAD has it.
+# BUILD_AREA gets the .dsc and its files. An orig tarball of src:vllmlite that is already there is shared, otherwise
+# scripts/make-orig creates it. The tree is only read; in a git checkout, HEAD is used.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -34,7 +34,7 @@ cp debian/control.cuda debian/control
 cp debian/tests/control.cuda debian/tests/control
 cp debian/install.cuda debian/python3-vllmlite-cuda.install
 rm debian/python3-vllmlite.* debian/python3-vllmlite-cpu.* debian/vllmlite-server.*
-# The top entry alone is this source's; bugs it closes are src:vllmlite's to close.
+# Only the top entry is this source's, and the bugs that it closes are src:vllmlite's.
 sed -i -e '1s/^vllmlite /vllmlite-cuda /' -e '1,/^ -- /s/ *(Closes:[^)]*)//I' debian/changelog
 cd "$area"
 dpkg-source --build "$tree"

@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""Write vllmlite(1) and a page for every subcommand into a directory: all there is to say is in the parsers."""
+"""Write vllmlite(1) and a page for every subcommand to a directory, generated from the argument parsers."""
 
 import argparse
 import re
@@ -14,13 +14,13 @@ from vllmlite.cli import build_parser
 
 
 def roff(text: str) -> str:
-    """``text`` as roff input: nothing in it is a request, an escape or a typographic hyphen."""
+    """Return ``text`` as roff input without requests, escapes or typographic hyphens."""
     text = text.replace("\\", "\\e").replace("-", "\\-")
     return re.sub(r"^([.'])", r"\\&\1", text, flags=re.MULTILINE)
 
 
 def prose(text: str) -> Iterator[str]:
-    """``text`` as roff input; an indented line is an example, a command and, two blanks on, what it does."""
+    """Yield ``text`` as roff input; an indented line is an example: a command, two blanks, and what it does."""
     for line in text.splitlines():
         if line.startswith(" "):
             command, _, does = line.strip().partition("  ")
@@ -30,12 +30,12 @@ def prose(text: str) -> Iterator[str]:
 
 
 def title(command: str) -> str:
-    """The name of a subcommand's page."""
+    """Return the name of a subcommand's page."""
     return "vllmlite-" + command.replace(" ", "-")
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parsers of ``parser``'s subcommands, by name."""
+    """Return the parsers of ``parser``'s subcommands by name."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
@@ -43,12 +43,12 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def related(command: str, commands: Iterable[str]) -> list[str]:
-    """The pages of the commands that share a word with this one: bench and bench serve."""
+    """Return the pages of commands that share a word with this one, such as bench and bench serve."""
     return [title(other) for other in commands if other != command and {*other.split()} & {*command.split()}]
 
 
 def option(action: argparse.Action, formatter: argparse.HelpFormatter) -> Iterator[str]:
-    """One option or argument: its spellings in bold, what follows them in italics, and its help."""
+    """Yield an option or argument: names in bold, value in italics, and its help."""
     yield ".TP"
     value = formatter._format_args(action, formatter._get_default_metavar_for_optional(action))
     if action.option_strings:
@@ -60,7 +60,7 @@ def option(action: argparse.Action, formatter: argparse.HelpFormatter) -> Iterat
 
 
 def body(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """DESCRIPTION and the options, in the parser's own groups."""
+    """Yield DESCRIPTION and the options, in the parser's groups."""
     yield from (".SH DESCRIPTION", *prose(parser.description or ""))
     formatter = parser._get_formatter()
     for group in parser._action_groups:
@@ -75,7 +75,7 @@ def body(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def page(name: str, summary: str, synopsis: str, date: str, sections: list[str], also: list[str]) -> str:
-    """A whole manual page."""
+    """Return a whole manual page."""
     lines = [
         f'.TH {name.upper()} 1 "{date}" "vllmlite {__version__}" "User Commands"',
         *(".nh", ".ad l"),
@@ -90,7 +90,7 @@ def page(name: str, summary: str, synopsis: str, date: str, sections: list[str],
 
 
 def main(directory: Path) -> None:
-    """Write the pages."""
+    """Write the pages to ``directory``."""
     changed = check_output(["dpkg-parsechangelog", "-S", "Date"], text=True)
     date = parsedate_to_datetime(changed.strip()).strftime("%Y-%m-%d")
     parser = build_parser()

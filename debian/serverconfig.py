@@ -7,23 +7,23 @@ from dataclasses import Field, fields
 from textwrap import wrap
 from typing import Any
 
-from vllmlite.cli.serve import OWN
+from vllmlite.cli.serve import SERVER_OPTIONS
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.server.config import ServerConfig
 
 HEAD = """\
-# Options of vllmlite.service, in YAML. "#option: value" shows an option that is at its default, or that has none: take
-# the mark away to change it, then run
+# Options of vllmlite.service, in YAML. A line "#option: value" shows an option's default; "#option:" has none. To
+# change an option, remove the leading # and edit the value, then run
 #
 #   systemctl restart vllmlite
 #
-# The flags of vllmlite-serve(1) are the same options. A copy of this file, /etc/vllmlite/NAME.yaml, is what
-# vllmlite@NAME.service reads. /usr/share/doc/vllmlite-server/README.Debian tells more, also of API keys.
+# The options are the same as the flags of vllmlite-serve(1). A copy of this file, /etc/vllmlite/NAME.yaml, configures
+# vllmlite@NAME.service. See also /usr/share/doc/vllmlite-server/README.Debian, for example about API keys.
 """
 
 
 def help_of(field: Field[Any]) -> str:
-    """What --help says of an option, with the values it takes."""
+    """Return an option's help, with its accepted values."""
     values = field.metadata.get("choices")
     text: str = field.metadata["help"]
     return f"{text} ({', '.join(values)})" if values else text
@@ -32,7 +32,7 @@ def help_of(field: Field[Any]) -> str:
 def main() -> None:
     """Print the file."""
     groups: dict[str, list[Field[Any]]] = defaultdict(list)
-    own = [field for field in fields(EngineConfig) if field.name not in OWN]
+    own = [field for field in fields(EngineConfig) if field.name not in SERVER_OPTIONS]
     for field in (*own, *fields(ServerConfig)):
         groups[field.metadata["group"]].append(field)
     print(HEAD)
