@@ -53,7 +53,8 @@ constexpr int kAccumulators = 24;
 
 void multiply(long rounds) {
   __m512 acc[kAccumulators];
-  for (int j = 0; j < kAccumulators; ++j) acc[j] = _mm512_set1_ps(static_cast<float>(j));  // distinct: or they are merged
+  for (int j = 0; j < kAccumulators; ++j)
+    acc[j] = _mm512_set1_ps(static_cast<float>(j));  // distinct: or they are merged
   const auto ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
   for (long i = 0; i < rounds; ++i) {
 #pragma GCC unroll 24

@@ -314,7 +314,7 @@ def test_the_prefix_cache_counts_and_forgets(service: Service) -> None:
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
-    (COMPLETIONS, {"prompt": "x", "model": "other"}, 404, "model", "demo is"),
+    (COMPLETIONS, {"prompt": "x", "model": "other"}, 404, "model", "served: demo"),
     (COMPLETIONS, {}, 400, "prompt", "required"),
     (COMPLETIONS, {"prompt": []}, 400, "prompt", "token ids"),
     (COMPLETIONS, {"prompt": ""}, 400, "prompt", "at least one token"),

@@ -245,7 +245,7 @@ def test_a_unix_socket_systemd_and_a_file_of_options(tmp_path: Path) -> None:
 def test_a_service_manager_that_has_gone_is_no_reason_to_stay(tmp_path: Path) -> None:
     with program(NOTIFY_SOCKET=str(tmp_path / "nowhere")) as running:
         assert running.stop() == 0
-    assert sum("cannot tell" in line for line in running.log) == 2
+    assert sum("cannot send" in line for line in running.log) == 2
 
 
 def test_tls(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_a_key_in_the_environment_and_paths_without_a_line() -> None:
     [
         (["--prot", "1"], 2, "did you mean --port"),
         (["--port", "99999"], 2, "port=99999"),
-        (["a", "--model", "b"], 2, "named twice"),
+        (["a", "--model", "b"], 2, "given twice"),
         (["--ssl-keyfile", "/dev/null"], 2, "ssl_certfile"),
         (["--ssl-ciphers", "AES"], 2, "ssl_certfile"),
         (["--ssl-ciphers", "none", "--ssl-certfile", "x"], 2, "has no cipher"),
