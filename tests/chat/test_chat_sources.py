@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from chat_formats import RENDERED, TALK
-from chat_templates import TEMPLATES, TOOLS, assistant, call, tool, user
+from chat_templates import TOOLS, assistant, call, tool, user
 from gguf_files import encode, tokenizer_metadata
 
 from vllmlite.chat.builtin import BUILT_IN, built_in
@@ -223,18 +223,3 @@ def test_a_model_without_a_template_takes_a_built_in_one(tmp_path: Path) -> None
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     named = checkpoint(tmp_path / "y", {"chat_template": [{"name": "chatml", "template": "its own"}]})
     assert named.apply_chat_template(HI, chat_template="chatml") == "its own"
-
-
-def test_the_date_is_today_unless_it_is_given() -> None:
-    from datetime import datetime
-
-    template = ChatTemplate(TEMPLATES["llama 3: tools, date, trimmed"], {})
-    for _ in range(2):  # midnight may come between
-        today = datetime.now().strftime("%d %b %Y")
-        text = template.prompt(HI)
-        if datetime.now().strftime("%d %b %Y") == today:
-            break
-    assert f"Today: {today}\n" in text
-    assert "Today: 01 Feb 2025\n" in template.prompt(HI, variables={"date_string": "01 Feb 2025"})
-    year = ChatTemplate("{{ datetime }} {{ strftime_now('%Y') }}", {}).prompt(HI)
-    assert year.endswith("GMT " + today[-4:])

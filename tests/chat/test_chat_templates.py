@@ -88,6 +88,10 @@ def test_the_text_is_that_of_transformers(theirs: Any, name: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
+        "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}",
+        "{% if date_string is not defined %}{% if strftime_now is defined %}{% set date_string = "
+        "strftime_now('%Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}{{ date_string }}",
+        "{{ date_string | default('none') }} {{ datetime }}{{ today }}",
         "{{ tools | tojson(separators=(',', ':')) }}{{ tools | tojson(sort_keys=true, indent=1) }}",
         "{{ messages | tojson(ensure_ascii=true) }}{{ dict(a=1) }}{{ dict([('a', 2)]).items() | list }}",
         "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",

@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -86,7 +85,6 @@ class ChatTemplate:
         check_variables("chat_template_kwargs", variables or {})
         given = {
             **self._special_tokens,
-            **_clock(),
             **plain(variables or {}, "chat_template_kwargs"),
             "tools": _tools(tools),
             "add_generation_prompt": options.add_generation_prompt,
@@ -206,14 +204,6 @@ def _tools(given: Any) -> list[Any] | None:
     if tools is not None and not (isinstance(tools, list) and all(isinstance(each, dict) for each in tools)):
         raise ParameterError("tools", given, "must be a list of mappings")
     return tools or None
-
-
-def _clock() -> dict[str, str]:
-    """Return the current date as ``date_string`` (Llama 3) and ``datetime`` (Firefunction), formatted as in
-    llama.cpp."""
-    now = datetime.now()
-    utc = datetime.now(UTC)
-    return {"date_string": now.strftime("%d %b %Y"), "datetime": utc.strftime("%b %d %Y %H:%M:%S GMT")}
 
 
 def _last_text(content: Content) -> str:
