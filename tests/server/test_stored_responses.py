@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ pytest.importorskip("httpx")
 import httpx
 from served import ask, check, client_of, posted, serving, streamed
 
+from vllmlite.server.errors import ApiError
 from vllmlite.server.responses.protocol import ResponseObject
+from vllmlite.server.responses.store import ResponseStore, StoredResponse
 from vllmlite.server.service import Service
 
 PATH = "/v1/responses"
@@ -135,6 +138,49 @@ def test_only_the_key_that_made_a_response_can_read_it(keeping: Service) -> None
             await got(client, path)
 
     asyncio.run(work())
+
+
+def _stored(owner: bytes, number: int, size: int = 0) -> StoredResponse:
+    response: Any = {"id": f"{owner.decode()}{number}", "output": []}
+    return StoredResponse(response, owner, [{"text": "x" * size}], 1)
+
+
+def _kept(store: ResponseStore, owner: bytes, count: int) -> list[int]:
+    found = []
+    for number in range(count):
+        with suppress(ApiError):
+            store.find(owner, f"{owner.decode()}{number}")
+            found.append(number)
+    return found
+
+
+def test_a_key_that_stores_much_evicts_its_own_responses_alone() -> None:
+    store = ResponseStore(3)
+    for number in range(3):
+        store.keep(_stored(b"a", number))
+    for number in range(50):
+        store.keep(_stored(b"b", number))
+    assert _kept(store, b"a", 3) == [0, 1, 2] and _kept(store, b"b", 50) == [47, 48, 49]
+    with pytest.raises(ApiError):
+        store.find(b"a", "b49")
+
+
+def test_the_key_that_stores_most_makes_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllmlite.server.responses.store.MAX_BYTES_PER_KEY", 5000)
+    monkeypatch.setattr("vllmlite.server.responses.store.MAX_BYTES", 9000)
+    store = ResponseStore(100)
+    store.keep(_stored(b"c", 0, 1000))
+    for number in range(10):
+        store.keep(_stored(b"a", number, 1000))
+    assert _kept(store, b"a", 10) == [6, 7, 8, 9]
+    for number in range(10):
+        store.keep(_stored(b"b", number, 1000))
+        assert sum(shelf.size for shelf in store._shelves.values()) <= 9000
+    assert _kept(store, b"c", 1) == [0]
+    kept = [len(_kept(store, owner, 10)) for owner in (b"a", b"b")]
+    assert sum(kept) == 7 and min(kept) == 3
+    store.keep(_stored(b"a", 10, 20_000))  # more than all may have: it is kept alone
+    assert store.find(b"a", "a10") and _kept(store, b"a", 10) == []
 
 
 def test_no_client_chooses_the_id_of_a_stored_response(keeping: Service) -> None:

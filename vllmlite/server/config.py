@@ -158,7 +158,7 @@ class ServerConfig:
         low=1024, size=True, metavar="SIZE",
     )  # fmt: skip
     max_stored_responses: int = option(
-        0, "responses of /v1/responses to keep in memory, for later requests that continue or fetch them; 0: none",
+        0, "responses of /v1/responses to keep in memory for each API key, to continue or fetch them; 0: none",
         group="limit", low=0, high=100_000,
     )  # fmt: skip
     max_prompts: int = option(1024, "maximum prompts per request", group="limit", low=1)

@@ -1,11 +1,11 @@
-"""Storage of responses in memory, limited in number and size; the oldest are dropped first."""
+"""Storage of responses in memory, bounded in number and size for each API key, and in size for all of them."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
@@ -17,8 +17,9 @@ from vllmlite.server.errors import ApiError
 from vllmlite.server.responses.protocol import STATELESS, ResponseObject
 from vllmlite.server.sse import to_json
 
-MAX_BYTES = 64 << 20
-"""Maximum size of all stored responses as JSON, in bytes."""
+MAX_BYTES_PER_KEY = 64 << 20
+MAX_BYTES = 256 << 20
+"""Limits of the stored responses of one API key and of all keys, as JSON."""
 
 
 @dataclass(slots=True)
@@ -42,23 +43,46 @@ class StoredResponse:
         return [*self.items, *self.response["output"]]  # type: ignore[list-item]
 
 
+@dataclass(slots=True)
+class _Shelf:
+    """The stored responses of one API key by id, the oldest first."""
+
+    entries: OrderedDict[str, StoredResponse] = field(default_factory=OrderedDict)
+    size: int = 0
+    """Bytes of the entries together."""
+
+    def forget(self, response_id: str) -> None:
+        if (entry := self.entries.pop(response_id, None)) is not None:
+            self.size -= entry.size
+
+    def forget_oldest(self, but: StoredResponse) -> bool:
+        """Forget the oldest finished response that is not ``but``; return whether there was one."""
+        for response_id, entry in self.entries.items():
+            if entry.task is None and entry is not but:
+                self.forget(response_id)
+                return True
+        return False
+
+
 class ResponseStore:
-    """The stored responses by id."""
+    """Stored responses by API key and id.
+
+    A key over its own limits loses its oldest responses. Where all keys together are over the limit, the key that has
+    most loses its oldest ones: a key with no more than its equal share loses nothing to others."""
 
     def __init__(self, limit: int) -> None:
-        """Store at most ``limit`` responses; 0 stores none."""
+        """Keep at most ``limit`` responses for each API key; 0 keeps none."""
         self._limit = limit
-        self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
-        self._bytes = 0
+        self._shelves: dict[bytes, _Shelf] = {}
 
     def keeps(self, wanted: bool | None) -> bool:
         """Return whether a response is stored if its request has ``store`` = ``wanted``."""
         return self._limit > 0 and wanted is not False
 
     def find(self, owner: bytes, response_id: str, param: str = "response_id") -> StoredResponse:
-        """Return a stored response of ``owner``. Raises :class:`ApiError` if there is none."""
-        found = self._kept.get(response_id)
-        if found is None or found.owner != owner:
+        """Return a response of ``owner``. Raises :class:`ApiError` if there is none, or no longer."""
+        found = self._shelf(owner).entries.get(response_id)
+        if found is None:
             why = "it was never stored, or was dropped for newer ones" if self._limit else STATELESS
             raise ApiError(HTTPStatus.NOT_FOUND, f"no response {response_id!r}: {why}", param=param)
         return found
@@ -79,21 +103,26 @@ class ResponseStore:
         return found.conversation
 
     def keep(self, stored: StoredResponse) -> None:
-        """Store a response or its new state; drop older ones to make room, except those being generated."""
+        """Store a response, or its new state. Older finished ones make room."""
         response_id = stored.response["id"]
-        self._forget(response_id)
+        shelf = self._shelf(stored.owner)
+        shelf.forget(response_id)
         stored.size = len(to_json(stored.response)) + len(to_json(stored.items))
-        self._kept[response_id] = stored
-        self._bytes += stored.size
-        for other, entry in list(self._kept.items()):
-            if len(self._kept) <= self._limit and self._bytes <= MAX_BYTES:
-                return
-            if entry.task is None and other != response_id:
-                self._forget(other)
+        shelf.entries[response_id] = stored
+        shelf.size += stored.size
+        while len(shelf.entries) > self._limit or shelf.size > MAX_BYTES_PER_KEY:
+            if not shelf.forget_oldest(stored):
+                break
+        while sum(each.size for each in self._shelves.values()) > MAX_BYTES:
+            largest = max(self._shelves.values(), key=lambda each: each.size)
+            if not largest.forget_oldest(stored):
+                break
 
     def begin(self, stored: StoredResponse) -> None:
-        """Store a background response before its generation. Raises :class:`ApiError` if too many are in progress."""
-        running = sum(entry.task is not None for entry in self._kept.values())
+        """Store a response that is to be made in the background.
+
+        Raises :class:`ApiError` if as many of the same key as are kept are being made already."""
+        running = sum(entry.task is not None for entry in self._shelf(stored.owner).entries.values())
         if running >= self._limit:
             raise ApiError(
                 HTTPStatus.TOO_MANY_REQUESTS,
@@ -106,17 +135,16 @@ class ResponseStore:
     def delete(self, owner: bytes, response_id: str) -> None:
         """Delete a response of ``owner`` and stop generating it. Raises :class:`ApiError`."""
         task = self.find(owner, response_id).task
-        self._forget(response_id)
+        self._shelf(owner).forget(response_id)
         if task is not None:
             task.cancel()
 
     def has(self, stored: StoredResponse) -> bool:
-        """Return whether ``stored`` is still stored."""
-        return self._kept.get(stored.response["id"]) is stored
+        """Return whether ``stored`` is still kept."""
+        return self._shelf(stored.owner).entries.get(stored.response["id"]) is stored
 
-    def _forget(self, response_id: str) -> None:
-        if (entry := self._kept.pop(response_id, None)) is not None:
-            self._bytes -= entry.size
+    def _shelf(self, owner: bytes) -> _Shelf:
+        return self._shelves.setdefault(owner, _Shelf())
 
 
 def owner_of(request: HTTPConnection) -> bytes:
