@@ -1,15 +1,18 @@
-"""How the source files depend on one another."""
+"""Source files import one another without a cycle, and share code instead of repeating it."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+MOST_REPEATED = 8
+"""Lines of an identical run that may stand in two places."""
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -68,3 +71,49 @@ def test_a_cycle_of_imports_is_found(line: str, tmp_path: Path) -> None:
     (package / "a.py").write_text(line)
     (package / "b.py").write_text("from p.a import A")
     assert set(import_cycle(tmp_path, "p")) == {"p.a", "p.b"}
+
+
+def code_lines(path: Path) -> list[tuple[int, str]]:
+    """Number and stripped text of the lines of a file that are neither blank nor imports."""
+    text = path.read_text(encoding="utf-8")
+    imports: set[int] = set()
+    if path.suffix == ".py":
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                imports.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return [
+        (number, line.strip())
+        for number, line in enumerate(text.splitlines(), 1)
+        if line.strip() and number not in imports and not line.startswith("#include")
+    ]
+
+
+def repeated_runs(paths: Iterable[Path]) -> list[list[str]]:
+    """Return the places, as ``file:line``, of each run of more than :data:`MOST_REPEATED` identical lines."""
+    places: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+    for path in paths:
+        lines = code_lines(path)
+        for first in range(len(lines) - MOST_REPEATED):
+            run = tuple(text for _, text in lines[first : first + MOST_REPEATED + 1])
+            places[run].append(f"{path}:{lines[first][0]}")
+    return [found for found in places.values() if len(found) > 1]
+
+
+def test_no_long_run_of_lines_stands_twice() -> None:
+    sources = [path for folder in ("vllmlite", "csrc") for path in sorted((ROOT / folder).rglob("*"))]
+    code = [path for path in sources if path.suffix in (".py", ".cpp", ".hpp", ".cu", ".cuh")]
+    assert len(code) > 100
+    assert repeated_runs(code) == []
+
+
+@pytest.mark.parametrize(("lines", "found"), [(8, 0), (9, 1), (10, 2)])
+def test_a_repeated_run_is_found(lines: int, found: int, tmp_path: Path) -> None:
+    """Whatever its indentation, blank lines and imports between."""
+    run = [f"x = {n}" for n in range(lines)]
+    (tmp_path / "a.py").write_text("\n".join(["first = 1", *run, "last = 1"]))
+    indented = [f"    {line}" for line in run]
+    body = "\n\n".join(["def f():", *indented[:4], "    import os", *indented[4:]])
+    (tmp_path / "b.py").write_text(body)
+    places = repeated_runs([tmp_path / "a.py", tmp_path / "b.py"])
+    assert len(places) == found
+    assert not found or places[0] == [f"{tmp_path}/a.py:2", f"{tmp_path}/b.py:3"]
