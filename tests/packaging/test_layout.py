@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -117,3 +118,24 @@ def test_a_repeated_run_is_found(lines: int, found: int, tmp_path: Path) -> None
     places = repeated_runs([tmp_path / "a.py", tmp_path / "b.py"])
     assert len(places) == found
     assert not found or places[0] == [f"{tmp_path}/a.py:2", f"{tmp_path}/b.py:3"]
+
+
+def test_a_token_passes_through_few_files() -> None:
+    """README names them, and each is there."""
+    section = (
+        (ROOT / "README.md")
+        .read_text(encoding="utf-8")
+        .partition("### Follow a token")[2]
+        .partition("\n## ")[0]
+    )
+    files = re.findall(r"^\| `(\S+)` \|", section, re.MULTILINE)
+    assert 10 <= len(files) <= 15
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
+def test_every_script_is_explained() -> None:
+    readme = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[0] for line in readme.splitlines() if line.startswith("| `")]
+    named = [name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    there = {path.name for path in (ROOT / "scripts").iterdir()} - {"README.md", "__pycache__"}
+    assert sorted(named) == sorted(there)
