@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import utf_8_decode
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -134,6 +135,7 @@ EURO = "\u20ac".encode()
         (EURO[:1], b"\xffb", "\ufffdb", "\ufffdb"),
     ],
 )
+@pytest.mark.parametrize("num_hidden", [0, 9])
 def test_a_prompt_may_end_within_a_character(
     tokenizer: Tokenizer,
     fallback: Tokenizer,
@@ -141,14 +143,71 @@ def test_a_prompt_may_end_within_a_character(
     output: bytes,
     byte_level: str,
     fallback_text: str,
+    num_hidden: int,
 ) -> None:
     def text(one: Tokenizer, ids: dict[int, int]) -> str:
-        detokenizer = Detokenizer(one, [ids[byte] for byte in prompt])
+        hidden = [one.vocab_size - 1] * num_hidden
+        detokenizer = Detokenizer(one, [ids[byte] for byte in prompt] + hidden)
         return "".join(stream(detokenizer, [ids[byte] for byte in output])[0])
 
     assert text(tokenizer, {byte: ALPHABET.index(BYTES[byte]) for byte in range(256)}) == byte_level
     ids = {byte: len(LETTERS) + byte for byte in range(256)} | {ord("a"): 0, ord("b"): 1}
     assert text(fallback, ids) == fallback_text
+
+
+EURO_BYTES = [
+    [0xE2],
+    [0xE2, 0x82],
+    list(EURO),
+    [0xF0, 0x9F, 0x98],
+    [0x80],
+    [0xFF],
+    [ord("b")],
+    [0xEF, 0xBF],
+    [0xBD],
+]
+
+
+def _ids_with_byte_runs(one: Tokenizer, byte_level: bool) -> st.SearchStrategy[list[int]]:
+    """Ids with incomplete and invalid runs of bytes, words between them, and special tokens within them."""
+    first = {byte: ALPHABET.index(BYTES[byte]) for byte in range(256)} if byte_level else None
+    runs = [[first[byte] if first else len(LETTERS) + byte for byte in run] for run in EURO_BYTES]
+    words = [[first[ord(c)]] for c in "ab "] if first else [[index] for index in range(5)]
+    hidden = [[one.vocab_size - 1], [one.vocab_size + 5], [one.vocab_size - 1] * 7]
+    piece = st.sampled_from([*runs, *runs, *words, *hidden])
+    return st.lists(piece, max_size=6).map(lambda pieces: [token for each in pieces for token in each])
+
+
+def _text_after(one: Tokenizer, byte_level: bool, prompt: list[int], output: list[int]) -> str:
+    """What ``output`` adds to the text of ``prompt``, by decoding whole sequences."""
+    seen = [token for token in prompt if not one.is_hidden(token, True)]
+    if byte_level:
+        before, after = one.decode(seen), one.decode(seen + output)
+        if not before.endswith("\ufffd") or after.startswith(before):
+            return after.removeprefix(before)
+        return after.removeprefix(before[:-1])  # the last character is completed
+    run = [one.byte_of(token) for token in reversed(seen)]
+    size = next((index for index, byte in enumerate(run) if byte is None), len(run))
+    data = bytes(byte for byte in reversed(run[:size]) if byte is not None)
+    num_open = len(data) - utf_8_decode(data, "replace", False)[1]
+    # A word stands for what the prompt has before its incomplete character: a run of bytes does not join those.
+    base = [*seen[: len(seen) - size], *([0] if len(seen) > num_open else [])]
+    open_ids = seen[len(seen) - num_open :] if num_open else []
+    new = one.decode(base + open_ids + output).removeprefix(one.decode(base))
+    return new.removeprefix("\ufffd" * num_open)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), sizes=SIZES, kind=st.sampled_from(["byte level", "fallback"]))
+def test_output_after_a_prompt_of_byte_runs_is_the_rest_of_the_whole(
+    tokenizer: Tokenizer, fallback: Tokenizer, data: st.DataObject, sizes: list[int], kind: str
+) -> None:
+    byte_level = kind == "byte level"
+    one = tokenizer if byte_level else fallback
+    prompt, output = (data.draw(_ids_with_byte_runs(one, byte_level)) for _ in range(2))
+    found = Detokenizer(one, prompt)
+    deltas, _ = stream(found, output, sizes)
+    assert "".join(deltas) == found.text == _text_after(one, byte_level, prompt, output)
 
 
 def test_positions_count_whole_characters(tokenizer: Tokenizer, fallback: Tokenizer) -> None:

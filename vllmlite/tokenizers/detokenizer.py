@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from codecs import getincrementaldecoder, utf_8_decode
 from collections.abc import Sequence
-from itertools import takewhile
 
 from vllmlite.tokenizers.tokenizer import Tokenizer
 
 CONTEXT_TOKENS = 6
 """Prompt tokens decoded along with the output, so that spacing across the seam is right."""
+MAX_CHARACTER_BYTES = 4
+"""Length of the longest character in UTF-8."""
 REPLACEMENT = "\ufffd"
 
 
@@ -100,7 +101,12 @@ class _ByteLevelDecoder:
         self._incomplete = b""
         """The beginning of a character."""
         self._prompt_is_open = False
-        self.feed(prompt_ids[-CONTEXT_TOKENS:])
+        end = b""
+        for token_id in reversed(prompt_ids):
+            end = self._bytes_of[token_id] + end
+            if len(end) >= MAX_CHARACTER_BYTES:
+                break
+        self._incomplete = end[utf_8_decode(end, "replace", False)[1] :]
         self._prompt_is_open = bool(self._incomplete)
 
     def feed(self, token_ids: Sequence[int]) -> str:
@@ -127,18 +133,34 @@ class _TextDecoder:
     """Decodes tokens of any other kind: a few tokens of context with the new ones, less the context's text."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special: bool) -> None:
-        """Start after ``prompt_ids``: behind the bytes of whole characters at its end, which are no part of a run in
-        the output, but with those of the incomplete one that the output may complete."""
+        """Start after ``prompt_ids``.
+
+        Context is what the prompt has before the byte tokens at its end, and the bytes of an incomplete character,
+        which the output may complete. The bytes of whole characters are left out: they would join a run of bytes in
+        the output. Hidden ids are left out too, as the tokenizer passes over them."""
         self.num_held = 0
         """Whole characters of a run of bytes that has not ended."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._utf8 = getincrementaldecoder("utf-8")("replace")
-        run = [b for b in takewhile(lambda b: b is not None, map(tokenizer.byte_of, reversed(prompt_ids)))]
-        self._utf8.decode(bytes(b for b in reversed(run) if b is not None))
+        run: list[int] = []
+        before: list[int] = []
+        for token_id in reversed(prompt_ids):
+            if tokenizer.is_hidden(token_id, skip_special):
+                continue
+            is_in_run = not before and tokenizer.byte_of(token_id) is not None
+            (run if is_in_run else before).append(token_id)
+            if len(before) == CONTEXT_TOKENS:
+                break
+        before.reverse()
+        run.reverse()
+        self._utf8.decode(
+            bytes(byte for token_id in run if (byte := tokenizer.byte_of(token_id)) is not None)
+        )
         self._num_open = len(self._utf8.getstate()[0])
-        before = prompt_ids[: len(prompt_ids) - len(run)][-CONTEXT_TOKENS:]
-        self._ids = [*before, *prompt_ids[len(prompt_ids) - self._num_open :]]
+        if not before and len(run) > self._num_open and tokenizer.word_id is not None:
+            before = [tokenizer.word_id]  # the output does not begin the text: decoders strip spaces there
+        self._ids = [*before, *run[len(run) - self._num_open :]]
         self._read = len(before)
         """Ids whose text has been given out: context of the others."""
 

@@ -155,6 +155,15 @@ class Tokenizer:
         # Decoders may strip a space at the beginning of a text: decode the token twice and take the second one.
         return both[len(first) :] if both.startswith(first) else first
 
+    @cached_property
+    def word_id(self) -> int | None:
+        """Return some token that is text, neither special nor a byte, and not only spaces; None if there is none."""
+        for token_id in range(self.vocab_size):
+            shown = not self.is_hidden(token_id, True) and self.byte_of(token_id) is None
+            if shown and self.token_text(token_id).strip():
+                return token_id
+        return None
+
     def token_id(self, text: str) -> int | None:
         """Return the id of the token written ``text``, or None."""
         found: int | None = self._fast.token_to_id(text)
