@@ -9,7 +9,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vllmlite.config.engine_config import EngineConfig
-from vllmlite.engine.engine import Engine, EngineCore, EngineOutput
+from vllmlite.engine.engine import Engine, EngineOutput
 from vllmlite.errors import ParameterError
 from vllmlite.inputs import PROMPT_KEYS, refuse, token_ids
 from vllmlite.output_processor import OutputProcessor, ProcessedStep
@@ -22,6 +22,7 @@ from vllmlite.tokenizers.truncation import Truncation
 from vllmlite.turns import Turns, takes_turn
 
 if TYPE_CHECKING:
+    from vllmlite.engine_process.client import EngineClient
     from vllmlite.guided.grammars import Grammars
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
@@ -37,7 +38,7 @@ class LLMEngine:
     then :class:`~vllmlite.async_llm.AsyncLLM` shuts the engine down."""
 
     def __init__(
-        self, config: EngineConfig, start: Callable[[EngineConfig], Started[EngineCore]] = start
+        self, config: EngineConfig, start: Callable[[EngineConfig], Started[Engine | EngineClient]] = start
     ) -> None:
         """Load the model and allocate the cache. Raises ModelError, BackendError or ParameterError.
 
@@ -74,11 +75,13 @@ class LLMEngine:
     @property
     def engine(self) -> Engine:
         """The engine itself. Raises AttributeError if it runs in its own thread or process."""
-        return self.engine_core.engine
+        core = self.engine_core
+        return core if isinstance(core, Engine) else core.engine
 
     def close(self) -> None:
         """Shut down the engine's thread or process, if it has one."""
-        self.engine_core.close()
+        if not isinstance(self.engine_core, Engine):
+            self.engine_core.close()
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer. Raises ParameterError with ``skip_tokenizer_init``."""
@@ -187,10 +190,11 @@ class LLMEngine:
         """The cache of compiled grammars for structured outputs."""
         from vllmlite.guided.grammars import Grammars
 
-        bounds = self.engine_core.bounds
-        here = isinstance(self.engine_core, Engine)
-        self.engine_core.expect_grammars()
-        return Grammars(self.get_tokenizer(), bounds.vocab_size, sorted(bounds.eos_ids), loads=here)
+        core, bounds = self.engine_core, self.engine_core.bounds
+        if not isinstance(core, Engine):
+            core.expect_grammars()
+        loads = isinstance(core, Engine)
+        return Grammars(self.get_tokenizer(), bounds.vocab_size, sorted(bounds.eos_ids), loads=loads)
 
     def truncation(self, params: SamplingParams | PoolingParams) -> Truncation | None:
         """Return how ``params`` truncate a prompt, or None if they do not."""

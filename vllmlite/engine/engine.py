@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import compress
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import Any, TypedDict
 
 from vllmlite.engine.block_pool import root_digest
 from vllmlite.engine.bounds import RequestBounds
@@ -61,57 +61,6 @@ class RequestOptions(TypedDict, total=False):
     cache_salt: str | None
     arrival_time: float | None
     pooling_type: str | None
-
-
-class EngineCore(Protocol):
-    """What is asked of an engine, be it here (:class:`Engine`) or elsewhere."""
-
-    bounds: RequestBounds
-    stats: EngineStats
-    """Counters as of the last step; :meth:`current_stats` may know more."""
-
-    @property
-    def engine(self) -> Engine:
-        """The engine itself. AttributeError if it is in another process."""
-        ...
-
-    def add_request(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        **options: Unpack[RequestOptions],
-    ) -> object:
-        """See :meth:`Engine.add_request`."""
-        ...
-
-    def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> bool:
-        """See :meth:`Engine.finish`."""
-        ...
-
-    def has_unfinished_requests(self) -> bool:
-        """See :meth:`Engine.has_unfinished_requests`."""
-        ...
-
-    def step(self, outputs: list[EngineOutput] | None = None) -> list[EngineOutput]:
-        """See :meth:`Engine.step`."""
-        ...
-
-    def reset_prefix_cache(self) -> None:
-        """See :meth:`Engine.reset_prefix_cache`."""
-        ...
-
-    def current_stats(self) -> EngineStats:
-        """See :meth:`Engine.current_stats`."""
-        ...
-
-    def expect_grammars(self) -> None:
-        """Make ready for requests with a grammar, the first of which is being compiled."""
-        ...
-
-    def close(self) -> None:
-        """End what runs elsewhere on its behalf."""
-        ...
 
 
 @dataclass(slots=True)
@@ -168,11 +117,6 @@ class Engine:
         self._changing = False
         """Set while a call changes the engine; still set by the next one if that call was interrupted."""
         self._log: _StepLog | None = None
-
-    @property
-    def engine(self) -> Engine:
-        """Itself."""
-        return self
 
     def add_request(
         self,
@@ -245,12 +189,6 @@ class Engine:
         self._end(request, reason, stop_reason, time.monotonic())
         self._changing = False
         return True
-
-    def expect_grammars(self) -> None:
-        """They come ready for use."""
-
-    def close(self) -> None:
-        """Nothing of it runs elsewhere."""
 
     def start_trace(self) -> None:
         """Begin to record steps, between two of them; what was recorded before is forgotten."""

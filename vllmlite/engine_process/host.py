@@ -245,6 +245,7 @@ class Host:
         """Queue a call for the engine, after those about the same request."""
         if call.name == "expect_grammars":
             threading.Thread(target=_import_xgrammar, name="vllmlite-import").start()
+            return
         needs_grammar = call.name == "add_request" and call.args[2].structured_outputs is not None
         with self._wake:
             held = self._held.get(call.args[0]) if call.args else None
