@@ -326,8 +326,10 @@ class OutputProcessor:
             zip(entry.top_ids[:count], entry.top, strict=False), start=1
         ):
             found.setdefault(token_id, Logprob(logprob, rank, self._token_text(token_id)))
-        for token_id, logprob, rank in entry.named:
-            found.setdefault(token_id, Logprob(logprob, rank, self._token_text(token_id)))
+        for other in entry.named:
+            found.setdefault(
+                other.token_id, Logprob(other.logprob, other.rank, self._token_text(other.token_id))
+            )
         return found
 
     def _token_text(self, token_id: int) -> str | None:

@@ -17,8 +17,8 @@ class TokenLogprobs:
     rank: int
     top_ids: list[int]
     top: list[float]
-    named: list[tuple[int, float, int]] = field(default_factory=list)
-    """Id, log-probability and rank of each id that the request names."""
+    named: list[TokenLogprobs] = field(default_factory=list)
+    """Those of the ids that the request names, without the most likely."""
 
 
 @dataclass(slots=True)

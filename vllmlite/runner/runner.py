@@ -38,19 +38,19 @@ class Launched:
     """A step on its way; what it sampled is read at :meth:`ModelRunner.collect`."""
 
     sampled: Sampled | None
-    prompt_logprobs: dict[int, list[tuple[NDArray[np.int32], Logprobs]]]
-    named: list[NamedLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[RowLogprobs] = field(default_factory=list)
+    named_logprobs: list[RowLogprobs] = field(default_factory=list)
+    """Of the ids that requests name."""
     pools: list[Pool] = field(default_factory=list)
     hidden: Tensor | None = None
     """Of the whole step, where ``pools`` need it."""
 
 
 @dataclass(frozen=True, slots=True)
-class NamedLogprobs:
-    """Log-probabilities of ids that requests name."""
+class RowLogprobs:
+    """Log-probabilities on the device: entry i is that of ``ids[i]`` at row ``rows[i]``."""
 
-    rows: NDArray[np.int32]
-    """Of the rows that sampled, one for each id."""
+    rows: list[int]
     ids: NDArray[np.int32]
     logprobs: Logprobs
 
@@ -156,18 +156,20 @@ class ModelRunner:
         if key is not None:
             logits = self.graphs[key](device_batch)[0]
             named = self._named(logits, batch)
-            return Launched(self._sample(logits, device_batch), {}, named)
+            return Launched(self._sample(logits, device_batch), named_logprobs=named)
         hidden = self.model.forward(device_batch, self.kv)
         sampled, named = None, []
         if len(batch.logits_rows):
             logits = self._output(hidden, device_batch)
             named = self._named(logits, batch)
             sampled = self._sample(logits, device_batch)
-        wanted = {
-            row: self._row_logprobs(hidden, batch, row, starts[row]) for row in schedule.prompt_logprobs
-        }
+        prompt = [
+            chunk
+            for row in schedule.prompt_logprobs
+            for chunk in self._prompt_logprobs(hidden, batch, row, starts[row])
+        ]
         pools = [self._pool(schedule, batch, row) for row in schedule.pools]
-        return Launched(sampled, wanted, named, pools, hidden if pools else None)
+        return Launched(sampled, prompt, named, pools, hidden if pools else None)
 
     def collect(self, handle: Launched) -> StepResult:
         """Wait for a step and read what it sampled."""
@@ -177,16 +179,10 @@ class ModelRunner:
             result.token_ids = ids.tolist()
             if handle.sampled.logprobs is not None:
                 result.logprobs = self._read_logprobs(ids, handle.sampled.logprobs)
-                for found in handle.named:
-                    values = [
-                        self.backend.to_host(x).tolist() for x in (found.logprobs.chosen, found.logprobs.rank)
-                    ]
-                    for row, *entry in zip(found.rows.tolist(), found.ids.tolist(), *values, strict=True):
-                        result.logprobs[row].named.append(tuple(entry))
-        for row, chunks in handle.prompt_logprobs.items():
-            result.prompt_logprobs[row] = [
-                entry for ids, logprobs in chunks for entry in self._read_logprobs(ids, logprobs)
-            ]
+                for row, entry in self._read_rows(handle.named_logprobs):
+                    result.logprobs[row].named.append(entry)
+        for row, entry in self._read_rows(handle.prompt_logprobs):
+            result.prompt_logprobs.setdefault(row, []).append(entry)
         if handle.pools:
             result.pooled = self._read_pools(handle.pools, handle.hidden)
         return result
@@ -332,7 +328,7 @@ class ModelRunner:
         self.backend.accept(sampled.ids, self._slots, batch)
         return sampled
 
-    def _named(self, logits: Tensor, batch: ForwardBatch) -> list[NamedLogprobs]:
+    def _named(self, logits: Tensor, batch: ForwardBatch) -> list[RowLogprobs]:
         """Log-probabilities of the ids that the requests of sampling rows name, of logits that are as yet untouched."""
         if not self._named_ids:
             return []
@@ -344,24 +340,29 @@ class ModelRunner:
         for at in range(0, len(pairs), LOGPROBS_ROWS):
             rows, ids = np.ascontiguousarray(pairs[at : at + LOGPROBS_ROWS].T)
             copied = self.backend.rows(logits, self.backend.tensor(rows))
-            found.append(NamedLogprobs(rows, ids, self.backend.logprobs(copied, self.backend.tensor(ids), 0)))
+            logprobs = self.backend.logprobs(copied, self.backend.tensor(ids), 0)
+            found.append(RowLogprobs(rows.tolist(), ids, logprobs))
         return found
 
-    def _row_logprobs(
+    def _prompt_logprobs(
         self, hidden: Tensor, batch: ForwardBatch, row: int, start: int
-    ) -> list[tuple[NDArray[np.int32], Logprobs]]:
+    ) -> Iterator[RowLogprobs]:
         """Log-probabilities of the prompt tokens that follow the tokens of ``row``, in chunks."""
         slot = batch.slots[row]
         first, last = batch.query_start_loc[row], batch.query_start_loc[row + 1]
         targets = self._known[slot][start + 1 : min(start + 1 + last - first, self._num_prompt[slot])]
-        chunks = []
         for at in range(0, len(targets), LOGPROBS_ROWS):
             ids = targets[at : at + LOGPROBS_ROWS]
             index = np.arange(first + at, first + at + len(ids), dtype=np.int32)
             logits = self.model.logits(self.backend.rows(hidden, self.backend.tensor(index)))
             k = int(self._num_prompt_logprobs[slot])
-            chunks.append((ids, self.backend.logprobs(logits, self.backend.tensor(ids), k)))
-        return chunks
+            logprobs = self.backend.logprobs(logits, self.backend.tensor(ids), k)
+            yield RowLogprobs([row] * len(ids), ids, logprobs)
+
+    def _read_rows(self, found: list[RowLogprobs]) -> Iterator[tuple[int, TokenLogprobs]]:
+        """Wait for log-probabilities; yield each with its row."""
+        for part in found:
+            yield from zip(part.rows, self._read_logprobs(part.ids, part.logprobs), strict=True)
 
     def _read_logprobs(self, ids: NDArray[np.int32], logprobs: Logprobs) -> list[TokenLogprobs]:
         columns = (logprobs.chosen, logprobs.rank, logprobs.top_ids, logprobs.top)
