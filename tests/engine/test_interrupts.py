@@ -1,7 +1,7 @@
 """Whatever interrupts a call, the engine is then as it was before the call or as it would be after it.
 
 The tests marked slow interrupt at a random sample of points, the same in every run; with ``VLLMLITE_ALL_INTERRUPTS=1``
-in the environment at every fifth point and 200 times by a timer, which takes a quarter of an hour."""
+in the environment at every fifth point and by 200 signals of a timer, which takes a quarter of an hour."""
 
 from __future__ import annotations
 
@@ -347,39 +347,39 @@ class Timer:
         return False
 
 
-def run_with_timer(times: int, **options: Any) -> int:
-    """Interrupt generate at random times; every next call must be right. How many calls were interrupted."""
+def run_with_timer(times: int, **options: Any) -> None:
+    """Interrupt generate so many times, at random; every next call must be right."""
     llm = LLM(dtype="float32", max_model_len=128, device="cpu", **options)
     engine = llm.llm_engine.engine
 
     def texts() -> list[str]:
         return [output.outputs[0].text for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
 
-    begin = time.perf_counter()
     want = texts()
-    whole = time.perf_counter() - begin
     rng = random.Random(0)
-    num_interrupted = 0
+    num_interrupted = attempts = 0
     with Timer() as timer:
-        for _ in range(times):
-            if timer.interrupts(rng.random() * whole, texts):
-                num_interrupted += 1
-            if rng.random() < 0.3:  # while the engine cleans up after the first
-                num_interrupted += timer.interrupts(rng.random() * whole / 20, texts)
+        while num_interrupted < times:
+            attempts += 1
+            assert attempts < 20 * times, "calls end before they are interrupted"
+            begin = time.perf_counter()
             assert texts() == want
+            whole = time.perf_counter() - begin
             engine.scheduler.check_integrity()
             assert engine.scheduler.pool.num_used == 0
             assert not llm.llm_engine.has_unfinished_requests()
-    return num_interrupted
+            num_interrupted += timer.interrupts(rng.random() * whole, texts)
+            if rng.random() < 0.3:  # while the engine cleans up after the first
+                num_interrupted += timer.interrupts(rng.random() * whole / 20, texts)
+        assert texts() == want
 
 
 @pytest.mark.parametrize("two_steps", [False, True], ids=["depth 1", "depth 2"])
 def test_timer_signals_change_no_text(two_steps: bool) -> None:
-    assert run_with_timer(6, async_scheduling=two_steps) > 0
+    run_with_timer(4, async_scheduling=two_steps)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("two_steps", [False, True], ids=["depth 1", "depth 2"])
 def test_many_timer_signals_change_no_text(two_steps: bool) -> None:
-    times = 200 if ALL_INTERRUPTS else 30
-    assert run_with_timer(times, async_scheduling=two_steps) > times // 2
+    run_with_timer(200 if ALL_INTERRUPTS else 25, async_scheduling=two_steps)
