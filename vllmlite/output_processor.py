@@ -1,4 +1,4 @@
-"""From token ids back to users' requests: text, stop strings, log-probabilities, the ``n`` completions of one."""
+"""Turns the engine's outputs into the users': text, stop strings, log-probabilities, ``n`` completions a request."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from vllmlite.tokenizers.tokenizer import Tokenizer
 
 @dataclass(slots=True, eq=False)
 class _Completion:
-    """One sequence of a request while it grows."""
+    """One sequence of an unfinished request."""
 
     group: _Group
     output: CompletionOutput
     detokenizer: Detokenizer | None
     first_id: int = 0
-    """Ids before the newest engine output, which is what the next delta begins with."""
+    """Number of ids before the newest engine output, at which the next delta starts."""
     first_character: int = 0
-    """Characters that were released before it."""
+    """Number of characters that were released before it."""
     begun: EngineOutput | None = None
-    """The newest engine output whose addition was begun."""
+    """The newest engine output, set when :meth:`OutputProcessor._add_output` starts to add it."""
     added: EngineOutput | None = None
-    """The newest one that was added whole; another one than ``begun`` while that is being added."""
+    """The newest engine output that was added completely."""
     stop: str | None = None
-    """The stop string that it completed."""
+    """The stop string that the newest engine output completed."""
 
 
 @dataclass(slots=True, eq=False)
 class _Group:
-    """A user's request: its prompt, its completions, what it was promised."""
+    """A user's request: its prompt, parameters and completions."""
 
     request_id: str
     prompt: str | None
@@ -50,8 +50,9 @@ class _Group:
     metrics: RequestMetrics | None = None
     error: str | None = None
     is_delta: bool = False
-    """Whether each step's news are wanted alone."""
+    """Whether outputs have only what is new since the output before."""
     is_final_only: bool = False
+    """Whether only the last output is wanted."""
 
     def __post_init__(self) -> None:
         """Derive the flags, which are read for every token."""
@@ -77,27 +78,27 @@ class _Pooling:
 
 @dataclass(slots=True)
 class ProcessedStep:
-    """What the outputs of an engine's step mean to the users."""
+    """What follows from the outputs of an engine's step."""
 
     ready: list[RequestOutput]
-    """What to hand to them."""
+    """Outputs for the users."""
     stopped: list[tuple[str, str]]
-    """(Engine request id, stop string) of sequences that the engine has to end: their text reached a stop string."""
+    """(Engine request id, stop string) of sequences that the engine must end because they reached a stop string."""
     ended: list[str]
-    """Engine request ids, and pooling requests, of which nothing more will come."""
+    """Ids of engine requests that have ended, pooling requests included."""
     finished: list[_Group]
 
 
 class OutputProcessor:
-    """Keeps what the engine does not: prompts as text, detokenisers, and which sequences belong together.
+    """Turns the outputs of the engine's sequences into outputs of the users' requests.
 
-    A step's outputs, one of each sequence, go through :meth:`process`, then :meth:`settle`. Each can be repeated with
-    the same argument if it was interrupted, and then does what remains."""
+    Pass each step's outputs, at most one of each sequence, to :meth:`process`, then its result to :meth:`settle`.
+    Either may be called again with the same argument if it was interrupted."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
-        """Without a ``tokenizer``, outputs carry ids alone."""
+        """Without a ``tokenizer``, outputs have ids and no text."""
         self.errors: dict[str, str] = {}
-        """Request id → why it ended with ``error``; taken out by whoever reports it."""
+        """Request id → why it ended with ``error``. The caller removes what it has reported."""
         self._tokenizer = tokenizer
         self._groups: dict[str, _Group] = {}
         self._completions: dict[str, _Completion] = {}
@@ -107,13 +108,13 @@ class OutputProcessor:
     def add_pooling(
         self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: PoolingParams
     ) -> None:
-        """Expect an embedding request; every field of ``params`` that has an effect on a vector is given."""
+        """Add an embedding request. ``params`` must give every field that has an effect on a vector."""
         self._poolings[request_id] = _Pooling(prompt, prompt_token_ids, params)
 
     def add(
         self, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams
     ) -> dict[str, SamplingParams]:
-        """Expect a request; returns the engine's requests that make it up: id → parameters of one sequence.
+        """Add a request; returns the engine requests that it consists of: id → parameters of one sequence.
 
         Raises :class:`ParameterError` if one of their ids is in use."""
         group = _Group(request_id, prompt, prompt_token_ids, params)
@@ -136,11 +137,11 @@ class OutputProcessor:
 
     @property
     def num_requests(self) -> int:
-        """Requests that are expected and unfinished."""
+        """Number of unfinished requests."""
         return len(self._groups) + len(self._poolings)
 
     def children(self, request_id: str) -> list[str]:
-        """The engine's requests that make up a request and have not ended; none if it is not expected."""
+        """Ids of the engine requests of a request that have not ended; none if the request is unknown."""
         if request_id in self._poolings:
             return [request_id]
         group = self._groups.get(request_id)
@@ -149,7 +150,7 @@ class OutputProcessor:
         return [child for child, one in group.completions.items() if self._completions.get(child) is one]
 
     def forget(self, request_id: str) -> None:
-        """Drop a request, and the error that it ended with."""
+        """Drop a request and the error that it ended with."""
         self.errors.pop(request_id, None)
         for child in self.children(request_id):
             self._completions.pop(child, None)
@@ -157,7 +158,7 @@ class OutputProcessor:
         self._groups.pop(request_id, None)
 
     def process(self, outputs: Iterable[EngineOutput]) -> ProcessedStep:
-        """Add a step's outputs to their requests and find out what they mean to the users."""
+        """Add a step's outputs to their requests and make the users' outputs."""
         step = ProcessedStep([], [], [], [])
         of_several: dict[str, list[_Completion]] = {}
         for output in outputs:
@@ -185,7 +186,7 @@ class OutputProcessor:
         return step
 
     def settle(self, step: ProcessedStep) -> None:
-        """Forget what has ended."""
+        """Drop the sequences and requests that ended in a step."""
         for request_id in step.ended:
             self._completions.pop(request_id, None)
             self._poolings.pop(request_id, None)
@@ -195,7 +196,7 @@ class OutputProcessor:
                 self.errors[group.request_id] = group.error
 
     def _report(self, group: _Group, completions: Sequence[_Completion], step: ProcessedStep) -> None:
-        """Report on a request's ``completions`` that a step gave something, where that is wanted."""
+        """Add the output of a request to ``step``, if the user wants one, after its ``completions`` got something."""
         finished = group.has_finished()
         if finished:
             step.finished.append(group)
@@ -250,7 +251,7 @@ class OutputProcessor:
         )
 
     def _undo(self, completion: _Completion) -> None:
-        """Take back what an interrupted :meth:`_add_output` did."""
+        """Undo what an interrupted :meth:`_add_output` did."""
         state, kept = completion.output, completion.first_id
         del state.token_ids[kept:]
         if state.logprobs is not None and state.text_offsets is not None:
@@ -276,7 +277,7 @@ class OutputProcessor:
         )
 
     def _add_output(self, completion: _Completion, output: EngineOutput) -> None:
-        """Add what the engine gave a sequence, after taking back what an interrupted call has added of it."""
+        """Add an engine output to its sequence. First undoes what an interrupted call has added of the same output."""
         if completion.begun is output:
             self._undo(completion)
         group, state, detokenizer = completion.group, completion.output, completion.detokenizer
@@ -306,7 +307,7 @@ class OutputProcessor:
                 shown = token_ids[:-1]
             count, stop = detokenizer.extend(shown)
             if stop is not None:
-                token_ids = token_ids[:count]  # what the engine did before it knew does not count
+                token_ids = token_ids[:count]  # drop what the engine sampled behind the stop string
             elif reason is not None:
                 stop = detokenizer.finish()
         state.token_ids += token_ids
@@ -337,7 +338,7 @@ class OutputProcessor:
 
 
 def _children(request_id: str, params: SamplingParams) -> dict[str, SamplingParams]:
-    """The sequences of a request for several, each with a seed of its own: engine request id → parameters."""
+    """The engine requests of a request for several completions, each with its own seed: id → parameters."""
     return {
         f"{index}_{request_id}": params.clone(
             n=1,

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class EngineOutput:
-    """What one step gave one request. After ``finish_reason`` is set nothing more comes."""
+    """What one step produced for one request. An output with a ``finish_reason`` is the request's last."""
 
     request_id: str
     new_token_ids: list[int]
@@ -43,17 +43,17 @@ class EngineOutput:
     metrics: RequestMetrics
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
-    """Set once, when the whole prompt's are known: positions 1 up to its length."""
+    """Those of the prompt's tokens but the first; set in one output, once all of them are known."""
     ends_in_text: bool = False
-    """Whether a ``stop`` is the end of a grammar that no token stands for: the last one is text like the others."""
+    """Whether the last token is part of the text although the request ended with ``stop``: it completed a grammar."""
     pooled: list[float] | None = None
-    """The vector of a pooling request, which is all that comes of it."""
+    """The vector of a pooling request, which gets no tokens."""
     error: str | None = None
     """Why ``finish_reason`` is ``error``."""
 
 
 class RequestOptions(TypedDict, total=False):
-    """What :meth:`Engine.add_request` takes by keyword."""
+    """The keyword arguments of :meth:`Engine.add_request`."""
 
     bad_words: Sequence[Sequence[int]]
     grammar: Grammar | None
@@ -74,19 +74,19 @@ class _StepLog:
     rows: list[Request]
 
     def positions(self) -> dict[str, int]:
-        """Request id → where the id that the step samples stands in the request's output."""
+        """Request id → index in the request's output of the id that the step samples."""
         schedule = self.schedule
         columns = zip(self.rows, schedule.starts, schedule.counts, strict=True)
         return {r.request_id: start + count - len(r.prompt_token_ids) for r, start, count in columns}
 
 
 class Engine:
-    """Admits requests, drives steps, applies stop conditions. Not thread-safe.
+    """Admits requests, runs steps and applies stop conditions. Not thread-safe.
 
-    Every call is atomic, whatever interrupts it. What counts is in the requests: their prompts, their output ids and
-    whether they have finished. Everything else (queues, slots, blocks, the names of cached prefixes, steps in flight)
-    follows from it. A call that was interrupted leaves ``_changing`` set; the next one then computes the rest anew
-    (:meth:`_restore`), which costs the prefix cache and the recomputation of what was running."""
+    Every call is atomic, even if an exception interrupts it. The requests hold all state that matters: their prompts,
+    their output ids and whether they have finished. Everything else (queues, slots, blocks, the prefix cache, steps in
+    flight) can be rebuilt from them. A call that was interrupted leaves ``_changing`` set, and the next call then
+    rebuilds (:meth:`_restore`): the prefix cache is empty afterwards, and running requests are computed again."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Engine:
         max_logprobs: int = -1,
         reasoning: ReasoningMarks | None = None,
     ) -> None:
-        """An engine without requests; ``seed`` is what requests without a seed of their own derive theirs from."""
+        """Start without requests. Requests without a seed of their own derive one from ``seed``."""
         self.scheduler = Scheduler(limits)
         self.stats = EngineStats(num_blocks=limits.num_blocks, block_size=limits.block_size)
         self.runner = runner
@@ -131,10 +131,11 @@ class Engine:
         arrival_time: float | None = None,
         pooling_type: str | None = None,
     ) -> Request:
-        """Queue a request. Raises :class:`ParameterError`, and takes nothing in, if it can never be served.
+        """Queue a request. Raises :class:`ParameterError`, and adds nothing, if it can never be served.
 
-        ``bad_words`` are token sequences; ``grammar`` is this sequence's own; ``cache_salt`` keeps its blocks in the
-        prefix cache apart from other salts'; with ``pooling_type`` a vector of the prompt is all that comes of it."""
+        ``bad_words`` are token sequences. ``grammar`` must not be shared with another request. Requests with different
+        ``cache_salt`` share no blocks of the prefix cache. With ``pooling_type`` the request gets a vector of its
+        prompt and no tokens."""
         self._restore_if_interrupted()
         if request_id in self._requests:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
@@ -176,11 +177,11 @@ class Engine:
         return request
 
     def has_unfinished_requests(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether any request has not finished."""
         return bool(self._requests)
 
     def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> bool:
-        """End a request from outside: ``abort``, or ``stop`` for a stop string. False if it is not there (any more)."""
+        """End a request: ``abort``, or ``stop`` for a stop string. False if there is no such request (any more)."""
         self._restore_if_interrupted()
         request = self._requests.get(request_id)
         if request is None:
@@ -191,26 +192,25 @@ class Engine:
         return True
 
     def start_trace(self) -> None:
-        """Begin to record steps, between two of them; what was recorded before is forgotten."""
+        """Start recording steps. Drops an earlier recording. Call it between two steps."""
         self.stop_trace()
         self._trace = Trace()
         self.runner = TracedRunner(self.runner, self._trace)
 
     def stop_trace(self) -> list[TraceEvent]:
-        """End it; what was recorded, nothing if nothing was begun."""
+        """Stop recording; returns the events, none if no recording was started."""
         if self._trace is None or not isinstance(self.runner, TracedRunner):
             return []
         self.runner, trace, self._trace = self.runner.runner, self._trace, None
         return trace.events
 
     def step(self, outputs: list[EngineOutput] | None = None) -> list[EngineOutput]:
-        """Launch steps until ``steps_in_flight`` are, collect the oldest, and report what it gave each request.
+        """Launch steps until ``steps_in_flight`` are in flight, then collect the oldest.
 
-        What it gave is added to ``outputs``, a new list by default, and that list is returned. A caller that keeps the
-        list has every id that counts, even if the call is interrupted: an id counts once its output is in the list,
-        and the others are sampled again, with the same result. A step that raises an Exception, unless a signal
-        handler raised it, ends the requests that it and any other step in flight held with ``error``; the engine and
-        the waiting requests go on."""
+        Appends the outputs to ``outputs`` (default: a new list) and returns that list. If the call is interrupted, the
+        ids whose outputs are in the list are final, and the others will be sampled again, with the same result: the
+        caller loses nothing by keeping the list. If a step raises an Exception that did not come from a signal
+        handler, the requests of all steps in flight end with ``error``; the engine and the waiting requests go on."""
         if outputs is None:
             outputs = []
         if self._trace is None:
@@ -251,7 +251,7 @@ class Engine:
         self._changing = False
 
     def current_stats(self) -> EngineStats:
-        """Counters up to now."""
+        """The counters, brought up to date."""
         scheduler, stats = self.scheduler, self.stats
         stats.num_running = len(scheduler.running)
         stats.num_waiting = scheduler.num_waiting
@@ -268,8 +268,8 @@ class Engine:
     def _apply(
         self, schedule: Schedule, rows: list[Request], result: StepResult, outputs: list[EngineOutput]
     ) -> None:
-        """Apply a step's result, one request after the other: first the output, by which the id counts, then the
-        change of the request."""
+        """Apply a step's result, one request after the other: append its output, which makes the id final, then update
+        the request."""
         now = time.monotonic()
         first = len(outputs)
         finished, scheduler = Status.FINISHED, self.scheduler
@@ -341,9 +341,9 @@ class Engine:
         self._prompt_logprobs.pop(request.request_id, None)
 
     def _fail(self, error: Exception, outputs: list[EngineOutput]) -> None:
-        """End the requests of the steps in flight; if there are none, those that run, else all: never nothing, so that
-        a step that fails every time ends too. Requests that the step has given an output go on. No cached prefix
-        survives, since nobody knows what the blocks hold."""
+        """End the requests of the steps in flight with ``error``; without any, the running ones, or else all, so that a
+        step that always fails cannot be repeated for ever. Requests that have got an output of the failed step go on.
+        The prefix cache is emptied, since the contents of its blocks are unknown."""
         reason = f"{type(error).__name__}: {error}"
         self.stats.num_failed_steps += 1
         self.stats.last_error = reason
@@ -368,9 +368,9 @@ class Engine:
             self._restore()
 
     def _restore(self) -> None:
-        """Rebuild everything from the requests, as if all that have not finished had just been preempted.
+        """Rebuild everything from the requests, as if all unfinished ones had just been preempted.
 
-        May itself be interrupted anywhere: the next call begins it again."""
+        If it is interrupted itself, the next call starts it again."""
         self._restore_requests()
         self._in_flight.clear()
         self._prompt_logprobs = {}
@@ -385,7 +385,7 @@ class Engine:
         self._changing = False
 
     def _restore_requests(self) -> None:
-        """Apply those outputs of an interrupted step that have not been applied."""
+        """Apply the outputs of an interrupted step to their requests; those that were applied are not applied twice."""
         if self._log is None:
             return
         positions = self._log.positions()

@@ -1,4 +1,4 @@
-"""A request as the scheduler sees it: token counts, blocks, limits, and how it ended."""
+"""A request of the engine: its tokens, blocks, limits, and how it ended."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from vllmlite.sampling_params import SamplingParams
 
 
 class Grammar(Protocol):
-    """Where a sequence is in what its output must be."""
+    """A grammar and the position of one sequence's output in it."""
 
     def mask(self) -> bytes | None:
-        """Bits of the ids that may come next: bit ``i % 32`` of little-endian word ``i // 32``; None: any may."""
+        """Bitmask of the ids that may come next: bit ``i % 32`` of little-endian word ``i // 32``; None allows all."""
         ...
 
     def accept(self, token_id: int) -> bool:
-        """Take in the next id; whether the output is complete."""
+        """Advance by the next id; returns whether the output is complete."""
         ...
 
     def restart(self) -> None:
-        """Go back to the beginning, before the first id."""
+        """Go back to the start of the output."""
         ...
 
 
 class Status(Enum):
-    """Where a request is. Only RUNNING ones hold a slot and blocks."""
+    """State of a request. Only RUNNING ones hold a slot and blocks."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -38,7 +38,7 @@ class Status(Enum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One sequence: a prompt and what grows out of it.
+    """One sequence: a prompt and its output.
 
     ``num_tokens`` counts every token known to exist: prompt, output, and ids sampled by a step that has not been
     collected (``num_in_flight``). ``num_computed_tokens`` counts those whose keys and values are in the cache once
@@ -63,7 +63,8 @@ class Request:
     grammar: Grammar | None = None
     """Restricts the next id by those before it."""
     pooling_type: str | None = None
-    """A vector of the prompt is wanted, made this way, and no token; it counts as one token until it is collected."""
+    """How to make a vector of the prompt, of a request for one. It gets no tokens; the vector counts as one until it is
+    collected."""
     order: int = 0
     """Arrival number; with ``priority`` the key by which requests are served and, from the end, preempted."""
 
@@ -89,7 +90,7 @@ class Request:
     has_bans: bool = False
     """Whether :meth:`banned_ids` can be other than empty."""
     has_extras: bool = False
-    """Whether a row of it can come with anything beside its tokens: bans, a mask, log-probabilities, a vector."""
+    """Whether its rows may need bans, a mask, prompt log-probabilities or pooling."""
 
     def __post_init__(self) -> None:
         """Derive counters and flags."""

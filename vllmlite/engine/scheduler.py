@@ -1,9 +1,9 @@
-"""Who runs how many tokens in a step.
+"""The scheduler: decides which requests run in a step, and how many tokens of each.
 
-One rule: every step hands out tokens from a budget until each request's computed tokens have caught up with its known
-ones. A prompt, a chunk of one, a single decode step, the rest of a prompt after a prefix hit, the recomputation after
-a preemption are all that rule. Requests are served in the order of their key; when blocks run out, the running
-request with the largest key gives its blocks back and computes again later.
+There is one rule: every step hands out tokens from a budget until each request's computed tokens have caught up with
+its known ones. Whole prompts, chunks of prompts, decoding, the rest of a prompt after a prefix hit and recomputation
+after a preemption all follow from it. Requests are served in the order of their key. When blocks run out, the running
+request with the largest key is preempted: it gives its blocks back and is computed again later.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from vllmlite.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What bounds a step and the pool."""
+    """Limits of a step and of the block pool."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     """Most tokens in a step."""
     max_mixed_prefill_tokens: int
-    """Most of them that are no sequence's only ones, where any sequence has one: while texts grow, prompts go in in
-    pieces that hold up no text for long."""
+    """Most prompt tokens in a step that also decodes: long prompts are computed in chunks, so that other requests do
+    not wait long for their next token."""
     max_model_len: int
     block_size: int
     num_blocks: int
@@ -36,7 +36,7 @@ class Limits:
 
 @dataclass(slots=True)
 class Admission:
-    """A sequence takes a slot: all a runner needs to know of it for as long as it holds the slot."""
+    """A sequence takes a slot. Has all that a runner needs to know of it while it holds the slot."""
 
     slot: int
     token_ids: list[int]
@@ -75,10 +75,10 @@ class Schedule:
 
 
 class Scheduler:
-    """Holds the requests between their arrival and their end, and the block pool."""
+    """Holds the unfinished requests and the block pool."""
 
     def __init__(self, limits: Limits) -> None:
-        """An empty house; ``limits.num_blocks`` must hold ``limits.max_model_len`` tokens."""
+        """Start without requests. ``limits.num_blocks`` must hold ``limits.max_model_len`` tokens."""
         if limits.num_blocks * limits.block_size < limits.max_model_len:
             raise ValueError(
                 f"{limits.num_blocks} blocks do not hold one sequence of {limits.max_model_len} tokens"
@@ -103,7 +103,7 @@ class Scheduler:
         heapq.heappush(self._waiting, (request.key, request))
 
     def finish(self, request: Request, reason: str, stop_reason: int | str | None, now: float) -> None:
-        """End a request wherever it is; its blocks and slot are free at once."""
+        """End a request, running or waiting; its blocks and slot are free at once."""
         if request.status is Status.RUNNING:
             self.running.remove(request)
             self._vacate(request)
@@ -159,14 +159,14 @@ class Scheduler:
         self.num_waiting = len(self._waiting)
 
     def collected(self, request: Request, token_id: int) -> None:
-        """Take in an id that a launched row of ``request`` has sampled."""
+        """Append the id that a launched row of ``request`` has sampled."""
         request.output_token_ids.append(token_id)
         request.num_in_flight -= 1
         if request.num_tokens - request.num_in_flight >= request.next_name_at:
             self._name_full_blocks(request)
 
     def requests(self) -> Iterator[Request]:
-        """Every request that has not finished."""
+        """All requests that have not finished."""
         yield from self.running
         for _, request in self._waiting:
             if request.status is Status.WAITING:
@@ -216,7 +216,7 @@ class Scheduler:
             self._name_full_blocks(request)
 
     def _append_extras(self, request: Request, start: int, ends: bool, schedule: Schedule) -> None:
-        """Add what a request wants beside its next id, or restricts it by, to the row that is being appended."""
+        """Add bans, mask, prompt log-probabilities or pooling to the row that is being appended."""
         row = len(schedule.slots)
         if request.params.prompt_logprobs is not None and start + 1 < len(request.prompt_token_ids):
             schedule.prompt_logprobs.append(row)

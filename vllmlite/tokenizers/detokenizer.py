@@ -1,8 +1,8 @@
 """Incremental detokenization: the text of a growing sequence of ids, and stop strings in it.
 
-The text is what the tokenizer makes of all ids at once, however many arrive at a time. A token may be a part of a
-character, and a decoder with byte fallback (SentencePiece's) reads a run of byte tokens as UTF-8 only if all of it is
-valid; otherwise each byte becomes U+FFFD. So the text of a character, or of such a run, is given out once it is whole.
+The text equals what the tokenizer makes of all ids at once, however many arrive at a time. A token may be a part of a
+character, and a decoder with byte fallback (SentencePiece's) reads a run of byte tokens as UTF-8 only if the whole run
+is valid; otherwise each byte becomes U+FFFD. So a character, or such a run, is added to the text once it is complete.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from vllmlite.tokenizers.tokenizer import Tokenizer
 
 CONTEXT_TOKENS = 6
-"""Prompt tokens decoded along with the output, so that spacing across the seam is right."""
+"""Number of prompt tokens that are decoded with the output, so that the space between them is right."""
 MAX_CHARACTER_BYTES = 4
 """Length of the longest character in UTF-8."""
 REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
-    """Text of one growing sequence of ids, released only in whole characters and clear of stop strings."""
+    """Text of one growing sequence of ids, in whole characters; the part before a possible stop string is released."""
 
     def __init__(
         self,
@@ -32,10 +32,10 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
     ) -> None:
-        """Start after ``prompt_ids``; ``stop`` strings count once ``min_tokens`` ids have come."""
+        """Start after ``prompt_ids``. ``stop`` strings are looked for from the ``min_tokens``-th id on."""
         self.text = ""
         self.num_released = 0
-        """Characters of the text that are certain; those behind them may yet become a stop string."""
+        """Number of characters that are released; those behind them may still become part of a stop string."""
         decoder = _ByteLevelDecoder if tokenizer.is_byte_level else _TextDecoder
         self._decoder = decoder(tokenizer, prompt_ids, skip_special_tokens)
         self._num_ids = 0
@@ -45,7 +45,7 @@ class Detokenizer:
         self._min_tokens = min_tokens
 
     def extend(self, token_ids: Sequence[int]) -> tuple[int, str | None]:
-        """Add ids, up to one that completes a stop string (``text`` is cut accordingly).
+        """Add ids, up to the first that completes a stop string, at which ``text`` is cut.
 
         Returns how many were added, and the stop string, if any."""
         if not self._stop:
@@ -60,14 +60,14 @@ class Detokenizer:
         return len(token_ids), None
 
     def finish(self) -> str | None:
-        """Release what was held back, an incomplete character as U+FFFD; may complete a stop string too."""
+        """Release all text, an incomplete character as U+FFFD. Returns the stop string, if any, that this completes."""
         stop = self._add(self._decoder.finish())
         self.num_released = len(self.text)
         return stop
 
     @property
     def position(self) -> int:
-        """Where the text of the next id begins: the number of whole characters so far, released or not."""
+        """Index of the next id's first character: the number of whole characters so far, released or not."""
         return len(self.text) + self._decoder.num_held
 
     def _add(self, new: str) -> str | None:
@@ -93,13 +93,13 @@ class _ByteLevelDecoder:
     """Decodes tokens that are bytes of UTF-8 text, one after another."""
 
     num_held = 0
-    """Whole characters that have not been given out: none."""
+    """Number of whole characters that are not in the text yet: always 0 here."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special: bool) -> None:
-        """Start within the character, if any, that the prompt ends in the middle of."""
+        """Start behind the prompt, which may end in the middle of a character."""
         self._bytes_of = tokenizer.shown_bytes(skip_special)
         self._incomplete = b""
-        """The beginning of a character."""
+        """First bytes of a character whose other bytes have not come."""
         self._prompt_is_open = False
         end = b""
         for token_id in reversed(prompt_ids):
@@ -110,20 +110,20 @@ class _ByteLevelDecoder:
         self._prompt_is_open = bool(self._incomplete)
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        """The characters that ``token_ids`` complete."""
+        """Return the characters that ``token_ids`` complete."""
         data = self._incomplete + b"".join([self._bytes_of[token_id] for token_id in token_ids])
         text, used = utf_8_decode(data, "replace", False)
         self._incomplete = data[used:]
         return self._after_prompt(text) if self._prompt_is_open else text
 
     def finish(self) -> str:
-        """What is left: U+FFFD for an incomplete character of the output."""
+        """Return U+FFFD if the output ends in the middle of a character."""
         text = self._incomplete.decode(errors="replace")
         self._incomplete = b""
         return self._after_prompt(text) if self._prompt_is_open else text
 
     def _after_prompt(self, text: str) -> str:
-        """``text`` without the U+FFFD of a prompt's last character, which the prompt's own text shows already."""
+        """Return ``text`` without the U+FFFD of the prompt's last character, which is part of the prompt's text."""
         if text:
             self._prompt_is_open = False
         return text.removeprefix(REPLACEMENT)
@@ -165,7 +165,7 @@ class _TextDecoder:
         """Ids whose text has been given out: context of the others."""
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        """The text that ``token_ids`` make certain."""
+        """Return the text that ``token_ids`` complete."""
         return "".join([self._feed(token_id) for token_id in token_ids])
 
     def _feed(self, token_id: int) -> str:

@@ -120,8 +120,7 @@ class Tokenizer:
         return self.token_text(token_id).encode() if byte is None else bytes((byte,))
 
     def shown_bytes(self, skip_special_tokens: bool) -> Mapping[int, bytes]:
-        """The bytes that each id adds to a byte-level text, none where decoding passes over it; for any number of
-        readers."""
+        """Return the bytes that each id adds to a byte-level text; empty for ids that decoding skips."""
         return self._shown_bytes[skip_special_tokens]
 
     def vocabulary(self, size: int) -> tuple[list[str], bool]:
@@ -270,7 +269,7 @@ class Tokenizer:
 
 
 class _ShownBytes(dict[int, bytes]):
-    """See :meth:`Tokenizer.shown_bytes`; an id's are found when it is first looked up."""
+    """See :meth:`Tokenizer.shown_bytes`. An id's bytes are computed when they are first looked up."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         super().__init__()
