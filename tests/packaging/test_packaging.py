@@ -139,6 +139,17 @@ def test_the_interface_version_is_the_same_everywhere() -> None:
         assert versions and {*versions} == {"${vllmlite:API}"}
 
 
+def test_nothing_that_brings_torch_is_recommended() -> None:
+    control = (ROOT / "debian/control").read_text()
+    for field in re.findall(r"^(?:Pre-Depends|Recommends):\n((?: .*\n)+)", control, re.MULTILINE):
+        assert not re.search(r"torch|transformers|xgrammar", field), field
+    depends = re.findall(r"^Depends:\n((?: .*\n)+)", control, re.MULTILINE)
+    needing_torch = [
+        line for field in depends for line in field.splitlines() if re.search("torch|xgrammar", line)
+    ]
+    assert all("vllmlite-cpu-api" in line for line in needing_torch) and needing_torch
+
+
 def test_what_demo_and_test_install_is_pinned() -> None:
     pinned = set(re.findall(r"^([\w-]+)==\S+( ;.*)?$", text("scripts/constraints.txt"), re.MULTILINE))
     shell = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import re
 from typing import Any
@@ -16,7 +15,7 @@ pytest.importorskip("httpx")
 
 import httpx
 from pydantic_core import from_json
-from served import Script, ask, check, post, posted, serving, stream, streamed
+from served import TAKES_APART, Script, ask, check, post, posted, serving, stream, streamed
 
 from vllmlite.errors import ParameterError
 from vllmlite.guided.json_schema import exact
@@ -156,11 +155,24 @@ def test_a_server_without_a_parser_says_so() -> None:
         assert post(plain, CHAT, messages=MESSAGES, tools=[WEATHER], tool_choice="none", max_tokens=2)
 
 
+def test_without_xgrammar_what_needs_a_grammar_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllmlite.guided.grammars.find_spec", lambda name: None)
+    wishes: list[dict[str, Any]] = [
+        {"tools": [WEATHER], "tool_choice": NAMED},
+        {"tools": [WEATHER], "tool_choice": "required"},
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"regex": "a+"}},
+    ]
+    with serving(**TAKES_APART) as lacking:
+        for wish in wishes:
+            error = post(lacking, CHAT, 400, messages=MESSAGES, **wish)["error"]
+            assert "needs xgrammar" in error["message"] and "Debian: python3-xgrammar" in error["message"]
+        for wish in ({}, {"response_format": {"type": "text"}}, {"tools": [WEATHER]}):
+            assert post(lacking, CHAT, messages=MESSAGES, max_tokens=2, **wish)["choices"]
+
+
 def test_forced_calls_are_held_to_the_tools(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    if importlib.util.find_spec("xgrammar") is None:
-        error = post(service, CHAT, 400, messages=MESSAGES, tools=[WEATHER], tool_choice=NAMED)["error"]
-        assert "xgrammar" in error["message"]
-        pytest.skip("needs xgrammar (Debian: python3-xgrammar)")
+    pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar)")
     body = {"messages": MESSAGES, "tools": [WEATHER], "temperature": 1.5, "seed": 3, "max_tokens": 150}
     for choice, reason in ((NAMED, "stop"), ("required", "tool_calls")):
         answer = post(service, CHAT, tool_choice=choice, parallel_tool_calls=False, **body)["choices"][0]

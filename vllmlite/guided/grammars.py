@@ -139,7 +139,7 @@ class Grammars:
         _check(kind, source)
         key = json.dumps([kind, source])
         return self._find_or_make(
-            key, lambda: CompiledGrammar.of(key, self._compiler().compile(kind, _form(kind, source)))
+            key, lambda: CompiledGrammar.of(key, self._compiler(kind).compile(kind, _form(kind, source)))
         )
 
     def load(self, params: StructuredOutputsParams, packed: bytes) -> None:
@@ -205,9 +205,9 @@ class Grammars:
                 self._info = self._vocabulary.tokenizer_info()
             return self._info
 
-    def _compiler(self) -> GrammarCompiler:
+    def _compiler(self, kind: str) -> GrammarCompiler:
         if find_spec("xgrammar") is None:
-            raise ParameterError("structured_outputs", None, not_installed("xgrammar"))
+            raise ParameterError("structured_outputs", kind, f"needs xgrammar: {not_installed('xgrammar')}")
         with self._setup:
             if self._process is None:
                 self._process = GrammarCompiler(self._vocabulary)
