@@ -70,8 +70,8 @@ def read_safetensors(path: Path) -> dict[str, HostTensor]:
     return tensors
 
 
-def write_safetensors(path: Path, tensors: Iterable[HostTensor], layout: Layout) -> None:
-    """Write ``tensors``, one at a time in the order of ``layout``, to a new file.
+def layout_header(layout: Layout) -> bytes:
+    """The beginning of a file with tensors of ``layout``, whose data follow one after the other.
 
     The data begin at a multiple of 64 bytes, so that a CPU can read them in place efficiently."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -83,8 +83,13 @@ def write_safetensors(path: Path, tensors: Iterable[HostTensor], layout: Layout)
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(path: Path, tensors: Iterable[HostTensor], layout: Layout) -> None:
+    """Write a new file of ``tensors``, which come as ``layout`` names them, one at a time."""
     with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(layout_header(layout))
         for tensor, (name, expected) in zip(tensors, layout.items(), strict=True):
             if (tensor.dtype, tensor.shape) != expected:
                 raise ValueError(f"{name}: {tensor.dtype}{list(tensor.shape)} is not {expected}")

@@ -1,0 +1,7 @@
+"""Writes quantised checkpoints, and packs weights that are rounded already."""
+
+from vllmlite.quantize.checkpoint import Report, quantize_checkpoint
+from vllmlite.quantize.formats import FORMATS, METHODS
+from vllmlite.quantize.packing import PACK_FORMATS, pack
+
+__all__ = ["FORMATS", "METHODS", "PACK_FORMATS", "Report", "pack", "quantize_checkpoint"]

@@ -1,0 +1,109 @@
+"""What is kept of a run that is interrupted: the layers that are done, and the hidden states behind them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite import __version__
+from vllmlite.errors import ParameterError
+from vllmlite.weights.host import Floats
+from vllmlite.weights.json_object import read_object
+
+STATE = "progress.json"
+TOKENS = "tokens.npy"
+
+
+@dataclass(slots=True)
+class Progress:
+    """The directory in which a checkpoint is made, and how far it is."""
+
+    work: Path
+    digest: str
+    """Of everything that the result depends on."""
+    layers: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, work: Path, source: Path, given: Sequence[Any]) -> Progress:
+        """Make the directory ``work``, or find how far an earlier run with the same ``source`` and arguments came.
+        ParameterError where that run was another one."""
+        files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.iterdir())
+        digest = hashlib.sha256(repr((__version__, str(source.resolve()), files, given)).encode()).hexdigest()
+        work.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir(exist_ok=True)
+        state = read_object(work / STATE, optional=True)
+        if state and state.get("digest") != digest:
+            raise ParameterError(
+                "output",
+                str(work),
+                "is what an interrupted run with other options left: remove it, or give the options of that run",
+            )
+        progress = cls(work, digest, int(state.get("layers", 0)), list(state.get("notes", [])))
+        progress._save()
+        return progress
+
+    def tokens(self, make: Callable[[], NDArray[np.int32]]) -> NDArray[np.int32]:
+        """The tokens of the calibration text, made once."""
+        path = self.work / TOKENS
+        if not path.exists():
+            _replace(path, make())
+        found: NDArray[np.int32] = np.load(path)
+        return found
+
+    def hidden(self) -> Floats | None:
+        """The hidden states behind the last layer that is done; None if there is none."""
+        if not self.layers:
+            return None
+        found: Floats = np.load(self._hidden(self.layers))
+        return found
+
+    def done(self, layers: int, hidden: Floats | None, notes: Sequence[str]) -> None:
+        """Note that so many ``layers`` are written."""
+        if hidden is not None:
+            _replace(self._hidden(layers), hidden)
+        self.layers, self.notes = layers, list(notes)
+        self._save()
+        self._hidden(layers - 1).unlink(missing_ok=True)
+
+    def finish(self, target: Path) -> None:
+        """Make the directory that of the finished checkpoint."""
+        for name in (STATE, TOKENS, self._hidden(self.layers).name):
+            (self.work / name).unlink(missing_ok=True)
+        self.work.chmod(0o755)
+        self.work.rename(target)
+
+    def discard(self) -> None:
+        """Remove everything."""
+        shutil.rmtree(self.work)
+
+    def _hidden(self, layers: int) -> Path:
+        return self.work / f"hidden-{layers}.npy"
+
+    def _save(self) -> None:
+        state = {"digest": self.digest, "layers": self.layers, "notes": self.notes}
+        temporary = self.work / f"{STATE}.new"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.work / STATE)
+
+
+def _replace(path: Path, array: NDArray[Any]) -> None:
+    """Write ``array`` to ``path``, all or nothing."""
+    temporary = path.with_suffix(".new")
+    with temporary.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,141 @@
+"""Files of a checkpoint whose layout is known beforehand, so that tensors are written as they come, in any order."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from vllmlite.errors import ModelError
+from vllmlite.weights.host import ITEM_SIZE, HostTensor
+from vllmlite.weights.safetensors import Layout, layout_header
+
+SHARD_BYTES = 5 * 10**9
+"""Largest safetensors file, as transformers writes them; only a tensor that is larger gets a larger one."""
+
+
+class TensorFile:
+    """A file of a header and tensors at known places. What an earlier process wrote to it stays."""
+
+    def __init__(self, path: Path, header: bytes, places: Mapping[str, tuple[int, int]]) -> None:
+        """``places``: where each tensor's bytes begin in the file, and how many there are."""
+        self.path, self.places = path, places
+        size = max([len(header), *(begin + count for begin, count in places.values())])
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                os.posix_fallocate(self._descriptor, 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                os.ftruncate(self._descriptor, size)
+            self._write(header, 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, name: str, tensor: HostTensor) -> None:
+        """Write a tensor's bytes to its place."""
+        begin, count = self.places[name]
+        if tensor.data.nbytes != count:
+            raise ValueError(f"{name}: {tensor.data.nbytes} bytes are not {count}")
+        self._write(tensor.data.data, begin)
+
+    def flush(self) -> None:
+        """Wait until everything written is on the disk."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def _write(self, data: bytes | memoryview, position: int) -> None:
+        left = memoryview(data)
+        while left:
+            written = os.pwrite(self._descriptor, left, position)
+            left, position = left[written:], position + written
+
+
+class Checkpoint:
+    """Tensors of one checkpoint in files of a directory, to which they are written in any order."""
+
+    def __init__(self, files: list[TensorFile]) -> None:
+        self.files = files
+        self._file_of = {name: file for file in files for name in file.places}
+
+    def write(self, name: str, tensor: HostTensor) -> None:
+        """Write a tensor."""
+        self._file_of[name].write(name, tensor)
+
+    def flush(self) -> None:
+        """Wait until everything written is on the disk."""
+        for file in self.files:
+            file.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files:
+            file.close()
+
+
+def safetensors_checkpoint(directory: Path, layout: Layout) -> Checkpoint:
+    """One safetensors file of ``layout``, or shards and an index where it would pass :data:`SHARD_BYTES`.
+
+    Tensors of multiples of 64 bytes come first, so that all of these lie at such multiples."""
+    ordered = dict(sorted(layout.items(), key=lambda entry: _num_bytes(*entry[1]) % 64 != 0))
+    shards = list(_shards(ordered))
+    total = len(shards)
+    names = (
+        ["model.safetensors"]
+        if total == 1
+        else [f"model-{number:05}-of-{total:05}.safetensors" for number in range(1, total + 1)]
+    )
+    if total > 1:
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        size = sum(_num_bytes(*entry) for entry in layout.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    files: list[TensorFile] = []
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            header = layout_header(shard)
+            files.append(TensorFile(directory / name, header, _places(shard, len(header))))
+    except BaseException as error:
+        for file in files:
+            file.close()
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            needed = sum(_num_bytes(*entry) for entry in layout.values())
+            raise ModelError(
+                f"{directory.parent}: the disk has no room for the {needed} bytes of the checkpoint"
+            ) from error
+        raise
+    return Checkpoint(files)
+
+
+def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * ITEM_SIZE[dtype]
+
+
+def _shards(layout: Layout) -> Iterator[dict[str, tuple[str, tuple[int, ...]]]]:
+    shard: dict[str, tuple[str, tuple[int, ...]]] = {}
+    size = 0
+    for name, entry in layout.items():
+        count = _num_bytes(*entry)
+        if shard and size + count > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = entry
+        size += count
+    yield shard
+
+
+def _places(layout: Layout, begin: int) -> dict[str, tuple[int, int]]:
+    places = {}
+    for name, entry in layout.items():
+        places[name] = begin, _num_bytes(*entry)
+        begin += places[name][1]
+    return places
