@@ -67,7 +67,7 @@ def test_an_engine_of_either_kind_writes_the_same(tmp_path: Path) -> None:
         assert choice.startswith("LlamaForCausalLM through ")
         assert ("transformers" in choice.partition(";")[0]) == (implementation == "transformers")
     assert texts[0] == texts[1]
-    with pytest.raises(BackendError, match=r"cpu on cpu declined: LlamaForCausalLM runs on torch alone"):
+    with pytest.raises(BackendError, match=r"cpu on cpu declined: LlamaForCausalLM runs on torch only"):
         LLM(str(tmp_path), model_impl="transformers", backend="cpu", **options)
 
 
