@@ -59,7 +59,7 @@ def run(engine: Engine, limit: int = 10_000) -> dict[str, tuple[list[int], str |
 def assert_idle(engine: Engine) -> None:
     engine.step()
     assert engine.scheduler.pool.num_used == 0
-    assert not engine.scheduler.has_requests()
+    assert not engine.scheduler.running and not engine.scheduler.num_waiting
     engine.scheduler.check_integrity()
 
 

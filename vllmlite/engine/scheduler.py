@@ -93,10 +93,6 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, int], Request]] = []
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
 
-    def has_requests(self) -> bool:
-        """Whether any request has not finished."""
-        return bool(self.running or self.num_waiting)
-
     def add(self, request: Request) -> None:
         """Queue a new request."""
         self.num_waiting += 1

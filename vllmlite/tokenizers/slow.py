@@ -56,9 +56,3 @@ class SlowTokenizer:
     def token_to_id(self, token: str) -> int | None:
         """Return the id of ``token``, or None."""
         return self.get_vocab().get(token)
-
-    def no_truncation(self) -> None:
-        """Do nothing: slow tokenizers do not truncate here."""
-
-    def no_padding(self) -> None:
-        """Do nothing: slow tokenizers do not pad here."""

@@ -48,12 +48,13 @@ class Tokenizer:
             self._config = read_object(path / "tokenizer_config.json", optional=True)
             self._fast = _load(path)
         self._path = path
-        self._fast.no_truncation()
-        self._fast.no_padding()
         self.special_tokens = read_special_tokens(path, self._config)
         """Special tokens by name, and lists of unnamed ones; they are variables of every chat template."""
-        if isinstance(self._fast, FastTokenizer) and path.is_dir():
-            add_tokens(self._fast, self._config, self.special_tokens, path / "tokenizer_config.json")
+        if isinstance(self._fast, FastTokenizer):
+            self._fast.no_truncation()
+            self._fast.no_padding()
+            if path.is_dir():
+                add_tokens(self._fast, self._config, self.special_tokens, path / "tokenizer_config.json")
         self.decode(self.encode(""))  # fail now if the tokenizer does not work at all
         self.eos_token_id = self._special("eos_token")
 
