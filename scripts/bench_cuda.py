@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Compare the native CUDA backend with the limits of its GPU.
 
-    PYTHONPATH=. scripts/bench_cuda.py [--small DIR] [--large DIR] [--rounds N] [--only ROW...]
+    PYTHONPATH=. scripts/bench_cuda.py [--small DIR] [--large DIR] [--dummy] [--rounds N] [--only ROW...]
 
 DIR are bfloat16 checkpoints with llama1b's and llama8b's shapes (``../shared/peers/gpu/mkmodels.py`` writes them);
-without one, its rows stay empty. First, read bandwidth and bfloat16 matrix products are measured (needs nvcc).
+without one, its rows stay empty; with --dummy a config.json is enough. "w4a16" rows are those of the large model with
+random weights of 4 bits in groups of 128. First, read bandwidth and bfloat16 matrix products are measured (needs nvcc).
 Decode rate = B * (n - 1) / (t_n - t_1) with 128 tokens in and n = 256 out, greedy, new random prompts each round,
 medians. "invariant" rows show the cost of `--batch-invariant`, "diverging" rows its use: the probability that a token
 of the built-in model differs between a batch and a single request. "ready" is the time from the start of a process,
@@ -43,6 +44,7 @@ BARS: dict[str, dict[str, float]] = {
         "decode 1": 240, "decode 8": 1750, "decode 64": 11200, "decode 256": 24600, "decode 32 at 8192": 2450,
         "nano": 10450, "prefill 1 x 8192": 0.9 * 38300, "prefill 16 x 2048": 0.9 * 43325, "ready s": 10,
     },
+    "large w4a16": {"decode 1": 540, "decode 8": 3700, "decode 64": 14000, "decode 256": 29000, "ready s": 4},
 }  # fmt: skip
 """Lower bounds of the rows; upper bounds for times."""
 DECODED = 256
@@ -58,9 +60,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--small", type=Path)
     parser.add_argument("--large", type=Path)
+    parser.add_argument("--dummy", action="store_true", help="random weights; DIR holds only a config.json")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="rows whose names begin with one of these")
     args = parser.parse_args()
+    if args.dummy:
+        OPTIONS["load_format"] = "dummy"
     limits = _probe()
     print(limits, flush=True)
     table: dict[str, dict[str, float | None]] = {}
@@ -101,10 +106,33 @@ def main() -> None:
                 note(f"{which} invariant {name}", value, None)
             del llm
             gc.collect()
+    if args.large is not None and wanted("large w4a16"):
+        with tempfile.TemporaryDirectory() as directory:
+            _write_packed_config(args.large, Path(directory))
+            OPTIONS["load_format"] = "dummy"
+            if wanted("large w4a16 ready"):
+                _ready(Path(directory))
+                note("large w4a16 ready s", _ready(Path(directory)), BARS["large w4a16"]["ready s"])
+            llm = LLM(directory, **OPTIONS)
+            for name, value in _rows(llm, args.rounds, lambda row: wanted(f"large w4a16 {row}")):
+                note(f"large w4a16 {name}", value, BARS["large w4a16"].get(name))
+            del llm
+            gc.collect()
     if wanted("diverging"):
         for name, options in (("default", {}), ("invariant", {"batch_invariant": True})):
             note(f"diverging tokens, {name} %", 100 * _divergence(**options), None)
     print(json.dumps({"limits": limits, **table}))
+
+
+def _write_packed_config(model: Path, target: Path) -> None:
+    """The configuration of ``model`` with weights of 4 bits, an asymmetric group of 128 columns each."""
+    config = json.loads((model / "config.json").read_bytes())
+    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 128}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }  # fmt: skip
+    (target / "config.json").write_text(json.dumps(config))
 
 
 def _rows(llm: LLM, rounds: int, wanted: Any) -> Iterator[tuple[str, float]]:

@@ -7,6 +7,7 @@
 
 #include "cuda/attention.cuh"
 #include "cuda/hopper.cuh"
+#include "cuda/tensor_map.cuh"
 
 namespace vllmlite::cuda {
 
@@ -326,47 +327,6 @@ static __global__ __launch_bounds__((kGroups + 1) * kGroup,
 
 // ---- The host's part
 
-struct TensorMapDimension {
-  std::int64_t size;
-  std::int64_t stride;  // in elements; of the first, 1
-  int box;
-};
-
-// The driver's function, which no link to the driver's library is needed for.
-static decltype(&cuTensorMapEncodeTiled) find_encoder() {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result{};
-#if CUDART_VERSION >= 12050
-  VLLMLITE_CUDA_CHECK(cudaGetDriverEntryPointByVersion, "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault,
-                      &result);
-#else
-  VLLMLITE_CUDA_CHECK(cudaGetDriverEntryPoint, "cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
-#endif
-  if (result != cudaDriverEntryPointSuccess || found == nullptr)
-    throw Error("cuTensorMapEncodeTiled: the driver has no such function");
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-}
-
-template <std::size_t kRank>
-static CUtensorMap map_of(const void* data, DType dtype, const TensorMapDimension (&dimensions)[kRank]) {
-  static const auto encode = find_encoder();
-  CUtensorMap map;
-  cuuint64_t sizes[kRank], strides[kRank];
-  cuuint32_t box[kRank], steps[kRank];
-  for (std::size_t i = 0; i < kRank; ++i) {
-    sizes[i] = static_cast<cuuint64_t>(dimensions[i].size);
-    strides[i] = static_cast<cuuint64_t>(dimensions[i].stride) * item_size(dtype);
-    box[i] = static_cast<cuuint32_t>(dimensions[i].box);
-    steps[i] = 1;
-  }
-  const CUresult result =
-      encode(&map, dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank,
-             const_cast<void*>(data), sizes, strides + 1, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) throw Error("cuTensorMapEncodeTiled: error " + std::to_string(result));
-  return map;
-}
-
 template <typename T, int kSize, int kGroups>
 static void run(const Runtime& runtime, const Attention& given) {
   using Shared = HopperRoom<T, kSize, kGroups>;
@@ -374,12 +334,12 @@ static void run(const Runtime& runtime, const Attention& given) {
   static_assert(Shared::kQueries == kTileQueries[kList]);
   const auto kernel = prefilling_hopper_kernel<T, kSize, kGroups>;
   const std::int64_t size = given.size, width = given.width;
-  const CUtensorMap q_map =
-      map_of(given.q, given.dtype,
-             {{size, 1, kColumns}, {given.heads, size, 1}, {given.num_tokens, given.heads * size, Shared::kQueries}});
+  const CUtensorMap q_map = tensor_map(
+      given.q, given.dtype,
+      {{size, 1, kColumns}, {given.heads, size, 1}, {given.num_tokens, given.heads * size, Shared::kQueries}});
   const CUtensorMap kv_map =
-      map_of(given.kv, given.dtype,
-             {{width, 1, kColumns}, {given.num_blocks * 2 * given.kv_heads * given.block_size, width, kBox}});
+      tensor_map(given.kv, given.dtype,
+                 {{width, 1, kColumns}, {given.num_blocks * 2 * given.kv_heads * given.block_size, width, kBox}});
   const int blocks = std::min(given.num_tiles[kList] * given.heads, runtime.multiprocessors());
   launch(runtime, kernel, static_cast<unsigned>(blocks), (kGroups + 1) * kGroup, sizeof(Shared), given, q_map, kv_map,
          given.batch.tiles[kList], given.num_tiles[kList]);

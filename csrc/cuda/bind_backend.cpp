@@ -61,6 +61,53 @@ void fill_rows(cuda::Runtime& runtime, const Tensor& target, std::int64_t first,
   fill(runtime, part(target, first, count), bytes, vllmlite::dtype_from_name(dtype));
 }
 
+// Host bytes one after the other into device memory of another dtype, or of the same.
+void fill_all(cuda::Runtime& runtime, const Tensor& target, const std::vector<py::array>& pieces,
+              const std::string& dtype) {
+  const DType stored = vllmlite::dtype_from_name(dtype);
+  std::int64_t first = 0;
+  for (const py::array& piece : pieces) {
+    const std::int64_t row_bytes = target.size() / target.shape[0] * static_cast<std::int64_t>(item_size(stored));
+    const std::int64_t rows = piece.nbytes() / std::max<std::int64_t>(row_bytes, 1);
+    fill_rows(runtime, target, first, rows, piece, dtype);
+    first += rows;
+  }
+  if (first != target.shape[0])
+    throw std::invalid_argument(std::to_string(first) + " rows of " + describe(target) + " were given");
+}
+
+// Rows of a packed weight out of the pieces that a checkpoint stores, which are alike. Without zeros all are the middle
+// integer; `order` is None where columns are in the order of the weight's.
+cuda::GroupedRows grouped_rows(cuda::Runtime& runtime, int bits, std::int64_t rows, int columns, int group,
+                               const std::vector<py::array>& integers, const std::vector<py::array>& scales,
+                               const std::string& scales_dtype, const std::vector<py::array>& zeros,
+                               const std::optional<py::array>& order) {
+  if (group < 1 || columns < 1 || rows < 1 || (bits != 4 && bits != 8))
+    throw std::invalid_argument("a packed weight has rows, columns, and groups of at least a column; 4 or 8 bits");
+  const std::int64_t groups = (columns + group - 1) / group;
+  cuda::StoredGroups stored{runtime.make({rows, (static_cast<std::int64_t>(columns) * bits + 7) / 8}, DType::uint8),
+                            runtime.make({rows, groups}, DType::float32),
+                            std::nullopt,
+                            bits,
+                            columns,
+                            group};
+  fill_all(runtime, stored.integers, integers, "uint8");
+  fill_all(runtime, stored.scales, scales, scales_dtype);
+  if (!zeros.empty()) {
+    stored.zeros = runtime.make({rows, groups}, DType::uint8);
+    fill_all(runtime, *stored.zeros, zeros, "uint8");
+  }
+  std::optional<Tensor> placed;
+  if (order) placed = tensor(runtime, *order, "int32", {columns}, "int32");
+  return lay_out(runtime, stored, std::move(placed));
+}
+
+cuda::LinearWeight packed_weight(cuda::Runtime& runtime, std::vector<cuda::GroupedRows> parts, bool bias) {
+  cuda::LinearWeight weight{std::move(parts), std::nullopt};
+  if (bias) weight.bias = runtime.make({weight.out()}, runtime.dtype());
+  return weight;
+}
+
 // The contents as an array; bfloat16, which numpy does not have, as its bits.
 py::array to_host(cuda::Runtime& runtime, const Tensor& tensor) {
   const std::string format(tensor.dtype == DType::bfloat16 ? "uint16" : name(tensor.dtype));
@@ -107,8 +154,11 @@ std::vector<Tensor> replay(cuda::Runtime& runtime, const Graph& graph, const cud
 void bind_data(py::module_& module) {
   py::class_<cuda::LinearWeight>(module, "LinearWeight", py::module_local(), "A weight [out, in], and a bias.")
       .def(py::init([](const Tensor& weight) { return cuda::LinearWeight{weight, std::nullopt}; }), py::arg("weight"))
-      .def_readonly("weight", &cuda::LinearWeight::weight)
+      .def_property_readonly(
+          "weight", [](const cuda::LinearWeight& self) { return std::get<Tensor>(self.weight); },
+          "The matrix of a weight that is no packed one.")
       .def_readonly("bias", &cuda::LinearWeight::bias);
+  py::class_<cuda::GroupedRows>(module, "GroupedRows", py::module_local(), "Rows of a packed weight.");
   py::class_<cuda::Experts, std::shared_ptr<cuda::Experts>>(module, "Experts", py::module_local(),
                                                             "Weights of a mixture's experts.");
   py::class_<cuda::KVCache, std::shared_ptr<cuda::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.");
@@ -189,6 +239,11 @@ void bind_runtime(py::module_& module) {
       .def("tensor", &tensor, py::arg("bytes"), py::arg("dtype"), py::arg("shape"), py::arg("wanted"),
            "A tensor of dtype `wanted` of an array's bytes.")
       .def("linear_weight", &make_weight, py::arg("out"), py::arg("in"), py::arg("bias"))
+      .def("takes_groups", &cuda::takes_groups, py::arg("bits"), py::arg("columns"), py::arg("group"),
+           "Whether packed weights of such a form are multiplied.")
+      .def("grouped_rows", &grouped_rows, py::arg("bits"), py::arg("rows"), py::arg("columns"), py::arg("group"),
+           py::arg("integers"), py::arg("scales"), py::arg("scales_dtype"), py::arg("zeros"), py::arg("order"))
+      .def("packed_weight", &packed_weight, py::arg("parts"), py::arg("bias"))
       .def("experts", &cuda::make_experts, py::arg("gate_up"), py::arg("down"))
       .def("fill_rows", &fill_rows, py::arg("target"), py::arg("first"), py::arg("count"), py::arg("bytes"),
            py::arg("dtype"), "Write host bytes to rows of a tensor, converted to its dtype.")

@@ -81,6 +81,14 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, std::
       : "memory");
 }
 
+// A number of adjacent bytes, a multiple of 16.
+__device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes, std::uint64_t& barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(&barrier))
+               : "memory");
+}
+
 // ---- Registers
 
 template <int kCount>

@@ -296,24 +296,19 @@ bool multiply_by_library(Runtime& runtime, const Product& product) {
 
 // ---- The op
 
-Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, DType dtype) {
-  check_rank(x, 2, "x of linear");
-  const std::int64_t in = weight.weight.shape[1], out = weight.weight.shape[0];
-  if (x.shape[1] != in)
-    throw std::invalid_argument("linear: x must be [rows, " + std::to_string(in) + "], not " + describe(x));
-  check_dtype(x, weight.weight.dtype, "x of linear");
-  const DeviceGuard guard(runtime.device());
-  Tensor y = runtime.make({x.shape[0], out}, dtype);
-  if (y.bytes() == 0) return y;
-  const Product product{x.data,
-                        weight.weight.data,
-                        weight.bias ? weight.bias->data : nullptr,
-                        y.data,
-                        static_cast<int>(x.shape[0]),
-                        static_cast<int>(out),
-                        static_cast<int>(in),
-                        x.dtype,
-                        dtype};
+std::int64_t LinearWeight::out() const {
+  if (const auto* matrix = std::get_if<Tensor>(&weight)) return matrix->shape[0];
+  std::int64_t rows = 0;
+  for (const GroupedRows& part : std::get<std::vector<GroupedRows>>(weight)) rows += part.rows;
+  return rows;
+}
+
+std::int64_t LinearWeight::in() const {
+  if (const auto* matrix = std::get_if<Tensor>(&weight)) return matrix->shape[1];
+  return std::get<std::vector<GroupedRows>>(weight).at(0).columns;
+}
+
+static void multiply_floats(Runtime& runtime, const Product& product) {
   if (product.dtype == DType::float32)
     multiply_in_order(runtime, product);
   else if (runtime.batch_invariant())
@@ -322,6 +317,27 @@ Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, DTy
     multiply_few_rows(runtime, product);
   else if (!multiply_by_library(runtime, product))
     multiply_in_order(runtime, product);
+}
+
+Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, DType dtype) {
+  check_rank(x, 2, "x of linear");
+  const std::int64_t in = weight.in(), out = weight.out();
+  if (x.shape[1] != in)
+    throw std::invalid_argument("linear: x must be [rows, " + std::to_string(in) + "], not " + describe(x));
+  check_dtype(x, runtime.dtype(), "x of linear");
+  const DeviceGuard guard(runtime.device());
+  Tensor y = runtime.make({x.shape[0], out}, dtype);
+  if (y.bytes() == 0) return y;
+  const int rows = static_cast<int>(x.shape[0]);
+  const Tensor* bias = weight.bias ? &*weight.bias : nullptr;
+  const auto* grouped = std::get_if<std::vector<GroupedRows>>(&weight.weight);
+  if (grouped != nullptr && dtype == x.dtype && takes_grouped_product(runtime, rows)) {
+    multiply_grouped(runtime, x, *grouped, bias, y);
+    return y;
+  }
+  const Tensor floats = grouped == nullptr ? std::get<Tensor>(weight.weight) : dequantise(runtime, *grouped);
+  multiply_floats(runtime, {x.data, floats.data, bias == nullptr ? nullptr : bias->data, y.data, rows,
+                            static_cast<int>(out), static_cast<int>(in), x.dtype, dtype});
   return y;
 }
 

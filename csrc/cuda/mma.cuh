@@ -1,4 +1,5 @@
-// Tensor-core products of 16-bit numbers with float32 sums: m16n8k16 of sm_80 and later.
+// Tensor-core products of 16-bit numbers with float32 sums: m16n8k16, of sm_80 and later, or for float16 its equivalent
+// on sm_75.
 //
 // In the fragments a thread of a warp has group = lane / 4 and quad = lane % 4. A (16 x 16): a[0] row group, columns
 // 2 quad and the next; a[1] row group + 8; a[2], a[3] the same 8 columns on. B (16 x 8): b[0] rows 2 quad and the next,
@@ -26,6 +27,16 @@ __device__ __forceinline__ void multiply(float (&c)[4], const std::uint32_t (&a)
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif __CUDA_ARCH__ >= 750
+  // Half as many columns at a time, and no bfloat16.
+  if constexpr (std::is_same_v<T, f16>) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[2]), "r"(a[3]), "r"(b1));
+  }
 #endif
 }
 
@@ -65,12 +76,14 @@ __device__ __forceinline__ std::uint32_t transposed(std::uint32_t of) {
   return to;
 }
 
-// 16 bytes into shared memory, in the background; zeros where `there` is false.
+// 16 bytes into shared memory, in the background, but at once before sm_80; zeros where `there` is false.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(there ? 16 : 0)
                : "memory");
+#else
+  *static_cast<uint4*>(to) = there ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
 #endif
 }
 

@@ -183,15 +183,17 @@ std::shared_ptr<Experts> make_experts(Runtime& runtime, const std::vector<Linear
                                 std::to_string(down.size()) + " weights: there are 1 to " +
                                 std::to_string(kMostExperts) + " experts with two each");
   auto experts = std::make_shared<Experts>();
-  const std::int64_t hidden = gate_up[0].weight.shape[1], inner = down[0].weight.shape[1];
+  const std::int64_t hidden = gate_up[0].in(), inner = down[0].in();
   const auto collect = [&](const std::vector<LinearWeight>& weights, const std::vector<std::int64_t>& shape) {
     std::vector<const void*> found;
     for (const LinearWeight& weight : weights) {
-      check_shape(weight.weight, shape, "an expert's weight");
-      check_dtype(weight.weight, runtime.dtype(), "an expert's weight");
+      const auto* grouped = std::get_if<std::vector<GroupedRows>>(&weight.weight);
+      const Tensor floats = grouped == nullptr ? std::get<Tensor>(weight.weight) : dequantise(runtime, *grouped);
+      check_shape(floats, shape, "an expert's weight");
+      check_dtype(floats, runtime.dtype(), "an expert's weight");
       if (weight.bias) throw std::invalid_argument("an expert's weight has a bias");
-      experts->weights.push_back(weight.weight);
-      found.push_back(weight.weight.data);
+      experts->weights.push_back(floats);
+      found.push_back(floats.data);
     }
     Tensor table = runtime.make({static_cast<std::int64_t>(found.size())}, DType::int64);
     runtime.upload(table.data, found.data(), table.bytes());

@@ -6,10 +6,12 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "contract/activation.hpp"
 #include "cuda/batch.hpp"
+#include "cuda/grouped.hpp"
 #include "cuda/runtime.hpp"
 
 namespace vllmlite::cuda {
@@ -35,9 +37,13 @@ Tensor sigmoid_gate(Runtime& runtime, const Tensor& x, const Tensor& gate);
 Tensor gated_activation(Runtime& runtime, const Tensor& x, Activation activation);
 Tensor activation(Runtime& runtime, const Tensor& x, Activation activation);
 
-// A weight [out, in], row-major, and a bias [out], both of the backend's dtype.
+// A weight [out, in], row-major and of the backend's dtype, or in groups of integers, some rows after the others; and a
+// bias [out] of the backend's dtype.
 struct LinearWeight {
-  Tensor weight;
+  std::int64_t out() const;
+  std::int64_t in() const;
+
+  std::variant<Tensor, std::vector<GroupedRows>> weight;
   std::optional<Tensor> bias;
 };
 

@@ -29,8 +29,10 @@ from vllmlite.quantize import quantize_checkpoint
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.weights.host import HostTensor, PackedWeight, Scheme
 from vllmlite.weights.packing import Packing
+from vllmlite.weights.parts import HEAD
 from vllmlite.weights.safetensors import read_safetensors, write_safetensors
 from vllmlite.weights.schemes.gguf_blocks import BLOCK_SCHEMES, BlockScheme
+from vllmlite.weights.schemes.grouped import GroupedScheme
 from vllmlite.weights.schemes.tiles import GROUP, QWEIGHT, SCALES, TILE_ROWS, TILES, quantize
 
 if TYPE_CHECKING:
@@ -437,7 +439,7 @@ def test_a_backend_without_the_scheme_dequantises_at_load(kind: str, tmp_path: P
     write_checkpoint(tmp_path / "source")
     quantize_checkpoint(tmp_path / "source", tmp_path / "saved", kind)
     backend = torch_backend("float32")
-    backend.schemes = frozenset()  # type: ignore[misc]
+    backend.schemes = frozenset()
     packing = Packing(backend)
     assert packing.treatment(TILES[kind]) == "dequantised to float32"
     model = load_model(backend, tmp_path / "saved", max_model_len=64, block_size=16, packing=packing)
@@ -537,6 +539,24 @@ def test_dummy_weights_are_quantised_too(tmp_path: Path) -> None:
     llm = engine(model=str(tmp_path), load_format="dummy", quantization="int4", skip_tokenizer_init=True)
     (output,) = llm.generate([{"prompt_token_ids": [1, 2, 3]}], GREEDY, use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 24
+
+
+def test_dummy_weights_of_a_packed_checkpoint_are_packed(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    backend = CpuBackend()
+    backend.schemes = frozenset({"w4a16"})
+    weights = open_model(tmp_path, read_spec(tmp_path), Packing(backend), "dummy")
+    names = [name for name, source in weights.sources.items() if source.product and name != HEAD]
+    for part in weights.products(names):
+        assert isinstance(part, PackedWeight) and part.scheme == GroupedScheme(4, 32, False)
+        values = part.scheme.dequantize(part)
+        assert np.isfinite(values).all() and 0.01 < values.std() < 0.04
 
 
 def test_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from safetensors.numpy import load_file
 
 from vllmlite.backends.base import Backend
 from vllmlite.backends.cpu import CpuBackend
+from vllmlite.backends.cuda import CudaBackend
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.config.engine_config import CHECKPOINT_METHODS, EngineConfig
-from vllmlite.errors import ModelError, ParameterError
+from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.models import load_model, open_model, read_spec
 from vllmlite.models.quantization_config import read_quantization
 from vllmlite.models.shard import sharded
@@ -117,6 +118,24 @@ def test_every_shape_of_family_is_read(name: str, family: str, tmp_path: Path) -
 def test_the_native_backend_gets_floats(name: str, tmp_path: Path) -> None:
     packed, floats = quantised(tmp_path, PACKERS[name])
     assert logits(packed, CpuBackend()).tobytes() == logits(floats, CpuBackend()).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "name", [name for name in PACKERS if name.startswith(("awq", "gptq", "pack-quantized", "int-quantized"))]
+)
+def test_the_cuda_backend_multiplies_what_is_packed(name: str, dtype: str, tmp_path: Path) -> None:
+    """As well as what it dequantises at load."""
+    try:
+        backend, dequantising = CudaBackend("cuda", dtype), CudaBackend("cuda", dtype)
+    except BackendError as error:
+        pytest.skip(str(error))
+    changes: dict[str, Any] = {"vocab_size": 320} if PACKERS[name].head else {}
+    packed, _ = quantised(tmp_path, PACKERS[name], **changes)
+    dequantising.schemes = frozenset()
+    expected = logits(packed, dequantising)
+    bound = {"float16": 0.01, "bfloat16": 0.06}[dtype] * np.abs(expected).max()
+    np.testing.assert_allclose(logits(packed, backend), expected, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("name", PACKERS)

@@ -262,7 +262,7 @@ class Backend(ABC):
     """The device as the user would write it: ``cpu``, ``cuda``, ``cuda:1``."""
     dtype: str
     """Dtype of activations and dense weights, one of :data:`FLOAT_DTYPES`."""
-    schemes: ClassVar[frozenset[str]] = frozenset()
+    schemes: frozenset[str] = frozenset()
     """Names of the quantisation schemes whose weights :meth:`linear` multiplies without dequantising them."""
     details: str = ""
     """What else tells this backend from others of its kind: instruction set, threads."""
@@ -413,7 +413,8 @@ class Backend(ABC):
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """``x @ weight.T + bias``: ``[T, in] -> [T, out]`` in the backend's dtype.
 
-        A quantised weight meets x quantised to 8 bits, in the same groups of a row; sums are taken in float32."""
+        A weight in the scheme ``w4a16`` or ``w8a16`` multiplies x as it is. Other quantised weights meet x quantised to
+        8 bits, in the same groups of a row. Sums are taken in float32."""
 
     @abstractmethod
     def attn_prep(

@@ -53,7 +53,7 @@ class CpuBackend(NativeBackend):
     name: ClassVar[str] = "cpu"
     device = "cpu"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
-    schemes: ClassVar[frozenset[str]] = frozenset(
+    schemes: frozenset[str] = frozenset(
         (*TILES, *(name for name, scheme in BLOCK_SCHEMES.items() if scheme.tiles is not None))
     )
 

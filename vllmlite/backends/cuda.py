@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,10 +32,11 @@ from vllmlite.backends.base import (
 )
 from vllmlite.backends.native import NativeBackend, load_extension, uploaded
 from vllmlite.errors import BackendError
-from vllmlite.weights.host import FLOAT_DTYPES, HostTensor, HostWeight, float_parts
+from vllmlite.weights.host import FLOAT_DTYPES, HostTensor, HostWeight, PackedWeight, Scheme
+from vllmlite.weights.schemes.grouped import ORDER, QWEIGHT, SCALES, ZEROS, GroupedScheme
 
-NATIVE_BFLOAT16 = (8, 0)
-"""Compute capability from which on tensor cores multiply bfloat16."""
+NATIVE_FLOAT16, NATIVE_BFLOAT16 = (7, 5), (8, 0)
+"""Compute capabilities from which on tensor cores multiply these dtypes."""
 
 
 class CudaBackend(NativeBackend):
@@ -70,6 +72,9 @@ class CudaBackend(NativeBackend):
                 dtype = "float16"
         self.device, self.dtype, self._index = device, dtype, index
         self.details = gpu["name"]
+        least = {"float16": NATIVE_FLOAT16, "bfloat16": NATIVE_BFLOAT16}.get(dtype)
+        if least is not None and gpu["compute_capability"] >= least:
+            self.schemes = frozenset(("w4a16", "w8a16"))
         with _out_of_memory("the device has no room for its own context"):
             self._runtime = self._native.Runtime(index, dtype, batch_invariant)
 
@@ -102,18 +107,56 @@ class CudaBackend(NativeBackend):
     # Weights
 
     def linear_weight(self, parts: Sequence[HostWeight], biases: Sequence[HostTensor] = ()) -> Any:
-        floats = float_parts(parts)
-        if floats is None:
-            raise unusable(next(part for part in parts if not isinstance(part, HostTensor)), self)
-        out = sum(part.shape[0] for part in floats)
+        packed = [part for part in parts if isinstance(part, PackedWeight)]
+        if any(part.scheme.name not in self.schemes for part in packed) or len(packed) not in (0, len(parts)):
+            raise unusable(next(part for part in parts if part not in packed[1:]), self)
         with _out_of_memory("the weights do not fit: choose a smaller model or dtype"):
-            made = self._runtime.linear_weight(out, parts[0].shape[1], bool(biases))
-            for target, pieces in ((made.weight, floats), (made.bias, biases)):
-                first = 0
-                for piece in pieces:
-                    self._runtime.fill_rows(target, first, piece.shape[0], piece.data, piece.dtype)
-                    first += piece.shape[0]
+            if packed and all(self._multiplies(part) for part in packed):
+                rows = [self._grouped_rows(list(alike)) for _, alike in groupby(packed, _form)]
+                made = self._runtime.packed_weight(rows, bool(biases))
+            else:
+                floats = [
+                    self.dequantize(part, self.dtype) if isinstance(part, PackedWeight) else part
+                    for part in parts
+                ]
+                out = sum(part.shape[0] for part in floats)
+                made = self._runtime.linear_weight(out, parts[0].shape[1], bool(biases))
+                self._fill(made.weight, floats)
+            if biases:
+                self._fill(made.bias, biases)
         return made
+
+    def _fill(self, target: Tensor, pieces: Sequence[HostTensor]) -> None:
+        """Write ``pieces``, one after another, to the rows of ``target``."""
+        first = 0
+        for piece in pieces:
+            self._runtime.fill_rows(target, first, piece.shape[0], piece.data, piece.dtype)
+            first += piece.shape[0]
+
+    def _multiplies(self, weight: PackedWeight) -> bool:
+        """Whether kernels take a weight of this shape and group size; others are dequantised when they are loaded."""
+        scheme = weight.scheme
+        assert isinstance(scheme, GroupedScheme)
+        taken: bool = self._runtime.takes_groups(
+            scheme.bits, weight.shape[1], scheme.group_size or weight.shape[1]
+        )
+        return taken
+
+    def _grouped_rows(self, parts: Sequence[PackedWeight]) -> Any:
+        """The rows of ``parts``, which are of one form, on the device."""
+        first = parts[0]
+        scheme, columns = first.scheme, first.shape[1]
+        assert isinstance(scheme, GroupedScheme)
+        order = first.parts.get(ORDER)
+
+        def pieces(suffix: str) -> list[NDArray[np.uint8]]:
+            return [part.parts[suffix].data for part in parts if suffix in part.parts]
+
+        return self._runtime.grouped_rows(
+            scheme.bits, sum(part.shape[0] for part in parts), columns, scheme.group_size or columns,
+            pieces(QWEIGHT), pieces(SCALES), first.parts[SCALES].dtype, pieces(ZEROS),
+            None if order is None else order.data,
+        )  # fmt: skip
 
     def experts(self, experts: Sequence[Expert]) -> Any:
         with _out_of_memory("the experts do not fit: choose a smaller model or dtype"):
@@ -191,6 +234,12 @@ class CudaBackend(NativeBackend):
             return outputs
 
         return run
+
+
+def _form(weight: PackedWeight) -> tuple[Scheme, str, bytes | None]:
+    """What rows must share to be multiplied by one launch."""
+    order = weight.parts.get(ORDER)
+    return weight.scheme, weight.parts[SCALES].dtype, None if order is None else order.data.tobytes()
 
 
 @contextmanager

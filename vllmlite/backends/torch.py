@@ -93,7 +93,7 @@ class TorchBackend(Backend):
 
     name: ClassVar[str] = "torch"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
-    schemes: ClassVar[frozenset[str]] = frozenset(("int8", "int4"))
+    schemes: frozenset[str] = frozenset(("int8", "int4"))
 
     def __init__(self, device: str = "cpu", dtype: str = "float32", threads: int | None = None) -> None:
         if dtype not in FLOAT_DTYPES:

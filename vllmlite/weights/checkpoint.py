@@ -20,11 +20,13 @@ from vllmlite.weights.host import (
     PackedWeight,
     Part,
     Scheme,
+    float_tensor,
     float_values,
 )
 from vllmlite.weights.json_object import read_object
 from vllmlite.weights.pt import read_pt
 from vllmlite.weights.safetensors import read_safetensors
+from vllmlite.weights.schemes.grouped import QWEIGHT, SCALES, GroupedScheme, IntegerScheme
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 
@@ -89,11 +91,17 @@ def open_weights(
     expressions of stored names with their replacements. ``unread``: regular expression of tensors that may be present
     but are not needed. ``tied``: names of an output layer that may be present though ``shapes`` lacks it, and of the
     embedding it is tied to; if their values differ, it becomes one of the weights.
-    ``load_format`` ``dummy`` reads no file: norms are one, all other weights are random floats drawn from ``seed``."""
+    ``load_format`` ``dummy`` reads no file: norms are one, all other weights are random numbers drawn from ``seed``,
+    packed where ``schemes`` has a scheme of integers, else floats."""
     if load_format not in LOAD_FORMATS:
         raise ParameterError("load_format", load_format, ", ".join(LOAD_FORMATS))
     if load_format == "dummy":
-        return Weights(lambda name: _dummy(name, shapes[name], seed), shapes, {})
+        packed = {
+            name: scheme.grouped
+            for name, scheme in (schemes or {}).items()
+            if isinstance(scheme, IntegerScheme)
+        }
+        return Weights(lambda name: _dummy(name, shapes[name], seed, packed.get(name)), shapes, packed)
     if path.is_file():
         raise ParameterError("load_format", load_format, f"{path} is a GGUF file: auto, gguf or dummy")
     if load_format == "gguf":
@@ -296,16 +304,31 @@ def _same(one: HostTensor, other: HostTensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and np.array_equal(one.data, other.data)
 
 
-def _dummy(name: str, shape: tuple[int, ...], seed: int) -> HostTensor:
-    """Return ones for a norm, else normal numbers of deviation 0.02, repeated with a period that divides no row."""
-    if re.search(r"norm|\bln_", name):
-        values = np.ones(shape, "<f4")
-    else:
-        size = math.prod(shape)
-        generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        block = generator.standard_normal(min(size, _DUMMY_PERIOD), np.float32) * np.float32(0.02)
-        values = np.resize(block, size).astype("<f4", copy=False)
-    return HostTensor("float32", shape, values.reshape(-1).view(np.uint8))
+def _dummy(name: str, shape: tuple[int, ...], seed: int, scheme: GroupedScheme | None) -> HostWeight:
+    """Return ones for a norm, else random numbers of deviation 0.02, repeated with a period that divides no row: normal
+    ones as floats, or uniform ones packed in ``scheme``."""
+    generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    if scheme is None:
+        if re.search(r"norm|\bln_", name):
+            values = np.ones(shape, "<f4")
+        else:
+            size = math.prod(shape)
+            block = generator.standard_normal(min(size, _DUMMY_PERIOD), np.float32) * np.float32(0.02)
+            values = np.resize(block, size).astype("<f4", copy=False)
+        return HostTensor("float32", shape, values.reshape(-1).view(np.uint8))
+    scale = float_tensor(np.full(1, 0.02 * 12**0.5 / 2**scheme.bits, np.float32), "float16")
+    parts = {}
+    for suffix, part in scheme.parts(shape).items():
+        if suffix == QWEIGHT:
+            block = generator.integers(0, 256, min(part.num_bytes, _DUMMY_PERIOD), np.uint8)
+            data = np.resize(block, part.num_bytes)
+        elif suffix == SCALES:
+            data = np.resize(scale.data, part.num_bytes)
+        else:
+            data = np.full(part.num_bytes, 1 << (scheme.bits - 1), np.uint8)
+        if not part.optional:
+            parts[suffix] = HostTensor(part.dtype, part.shape, data)
+    return PackedWeight(scheme, shape, parts)
 
 
 def listed(names: list[str]) -> str:

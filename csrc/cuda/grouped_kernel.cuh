@@ -1,0 +1,539 @@
+// y = x @ w.T of 16-bit x [m, k] and a weight in groups of 4-bit or 8-bit integers, whose layout grouped.hpp describes.
+//
+// Grid: (blocks, tiles of x). A tile of x has kM rows. Tiles of w have kTileRows rows; their stages of kStageColumns
+// columns, counted through all tiles, are dealt out in equal runs, one a block (stream-K: Osama et al. 2023). Where a
+// block has only some stages of a tile, each warp stores float32 partial sums, and that of the tile's last block to
+// arrive adds them in the order of the columns. The runs depend on the weight and the grid alone, not on x.
+//
+// Block: 8 warps that multiply, and on Hopper one or four more, of which one thread starts the copies. Multiplying warp
+// i has rows 16 i to 16 i + 15 of the tile of w and all rows of the tile of x. Rows of w are the rows of the tensor
+// cores' first operand, rows of x the columns of the second: a thread holds the sums of rows lane / 4 and lane / 4 + 8
+// of its warp's, and of rows 8 j + 2 (lane % 4) and the next of x, for each j < kM / 8.
+//
+// Shared memory: a ring of kStages stages that asynchronous copies fill ahead. Each has a tile of x, in rows of 128
+// bytes whose 16-byte words are swizzled over eight rows; the packed integers of w, of which every thread reads its
+// own; and the scales and zeros of the tile's rows for each group that the stage meets. On Hopper the copies are those
+// of the tensor memory accelerator, and barriers say that a stage is full or empty; elsewhere every thread copies some
+// words (before sm_80 without overlap), and the block synchronises once a stage.
+//
+// Integers minus their zero are exact in 16 bits. They are multiplied as they are, and the sum of a group is multiplied
+// by the group's scale in float32.
+#pragma once
+
+#include "cuda/grouped.hpp"
+#include "cuda/hopper.cuh"
+#include "cuda/mma.cuh"
+
+namespace vllmlite::cuda {
+
+// One launch: some rows of a weight, and what they are multiplied with.
+struct GroupedProduct {
+  CUtensorMap x_map;            // of x, on Hopper
+  const void* x;                // [m, k]
+  const uint4* weight;          // [tiles][stages][warps][words of a lane][lanes]
+  const std::uint32_t* scales;  // [tiles][groups][kTileRows]
+  const void* bias;             // [n], or null
+  void* y;                      // [m, stride], of which this product writes n columns
+  float* partials;              // [tiles of x][blocks][2][kTileRows][kM]
+  std::int32_t* arrivals;       // [tiles of x][tiles][warps], zero before and after
+  int m, n, k, stride;
+  int tiles, stages, groups;
+  int stages_of_group;  // where groups are longer than a stage
+};
+
+// kGroups: that a stage meets. kHopper: the tensor memory accelerator copies. kWgmma: warpgroups multiply, not warps.
+template <int kBits, int kTileOfX, int kGroupsOfStage, int kDepth, bool kOnHopper, bool kByWarpgroups>
+struct GroupedTile {
+  static constexpr int kM = kTileOfX, kGroups = kGroupsOfStage, kStages = kDepth;
+  static constexpr bool kHopper = kOnHopper, kWgmma = kByWarpgroups;
+  static constexpr int kWords = kBits / 2;  // of 16 bytes that a thread has of a stage
+  static constexpr int kMultiplying = kGroupedWarps * 32, kThreads = kMultiplying + (!kHopper   ? 0
+                                                                                     : kM <= 16 ? 32
+                                                                                                : 128);
+  // With few rows of x, there is room for blocks of the next kernel, which fetch weights meanwhile.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  static constexpr int kOfHopper = kM == 8 ? 4 : kM == 16 ? 3 : kM <= 64 ? 2 : 1;
+#else
+  static constexpr int kOfHopper = 1;
+#endif
+  static constexpr int kBlocksPerProcessor = kHopper ? kOfHopper : 2;
+  // A thread's, where those that copy hand theirs to those that multiply.
+  static constexpr int kCopyingRegisters = 24, kMultiplyingRegisters = kM <= 16 ? 0 : kM <= 64 ? 104 : 240;
+
+  struct Shared {
+    uint4 x[kStages][kStageColumns / 64][kM][8];
+    uint4 weight[kStages][kGroupedWarps][kWords][32];
+    std::uint32_t scales[kStages][kGroups][kTileRows];
+    std::uint64_t full[kStages], empty[kStages];
+  };
+};
+
+// Two numbers of T: integers 0 to 15, at bits 0 to 3 of each half of `word`, added to `kBase<T>`.
+template <typename T>
+constexpr std::uint32_t kBase = std::is_same_v<T, f16> ? 0x64006400U : 0x43004300U;
+
+__device__ __forceinline__ float float_of_bits(std::uint32_t bits) { return __uint_as_float(bits); }
+
+__device__ __forceinline__ std::uint32_t nibbles(std::uint32_t word, std::uint32_t base) {
+  std::uint32_t both;
+  asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(both) : "r"(word), "r"(base));
+  return both;
+}
+
+template <typename T>
+__device__ __forceinline__ std::uint32_t minus(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t difference;
+  if constexpr (std::is_same_v<T, f16>)
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+  else
+#if __CUDA_ARCH__ >= 900
+    asm("sub.bf16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+#elif __CUDA_ARCH__ >= 800
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(difference) : "r"(a), "r"(0x3f803f80U), "r"(b ^ 0x80008000U));
+#else
+    difference = 0;  // no tensor cores for bfloat16: such a backend does not run these kernels
+#endif
+  return difference;
+}
+
+// The fragment a of 16 rows and 16 columns out of a thread's integers (grouped.hpp says in which order), minus the
+// zeros of its two rows.
+template <typename T, int kBits>
+struct Integers;
+
+template <typename T>
+struct Integers<T, 4> {
+  std::uint32_t zeros[2];
+
+  __device__ __forceinline__ Integers(std::uint32_t zero_a, std::uint32_t zero_b)
+      : zeros{kBase<T> + zero_a * 0x10001U, kBase<T> + zero_b * 0x10001U} {}
+
+  __device__ __forceinline__ void fragment(const std::uint32_t (&words)[8], int step, std::uint32_t (&a)[4]) const {
+    const std::uint32_t word = words[step];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = minus<T>(nibbles(word >> (4 * i), kBase<T>), zeros[i % 2]);
+  }
+};
+
+template <typename T>
+struct Integers<T, 8> {
+  float zeros[2];
+
+  __device__ __forceinline__ Integers(std::uint32_t zero_a, std::uint32_t zero_b)
+      : zeros{float_of_bits(0x4b000000U + zero_a), float_of_bits(0x4b000000U + zero_b)} {}
+
+  __device__ __forceinline__ void fragment(const std::uint32_t (&words)[16], int step, std::uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const std::uint32_t word = words[2 * step + i / 2];
+      const float low = float_of_bits(__byte_perm(word, 0x4b000000U, i % 2 == 0 ? 0x7650U : 0x7652U));
+      const float high = float_of_bits(__byte_perm(word, 0x4b000000U, i % 2 == 0 ? 0x7651U : 0x7653U));
+      a[i] = pair<T>(low - zeros[i % 2], high - zeros[i % 2]);
+    }
+  }
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+#define VLLMLITE_4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define VLLMLITE_8(c, i) VLLMLITE_4(c, i), VLLMLITE_4(c, i + 4)
+#define VLLMLITE_16(c, i) VLLMLITE_8(c, i), VLLMLITE_8(c, i + 8)
+#define VLLMLITE_32(c, i) VLLMLITE_16(c, i), VLLMLITE_16(c, i + 16)
+#define VLLMLITE_64(c, i) VLLMLITE_32(c, i), VLLMLITE_32(c, i + 32)
+
+// sums (64 x kCount * 2) = a b, or += unless `first`: a is a fragment, 64 x 16, b kCount * 2 rows of 16 columns.
+template <typename T, int kCount>
+__device__ __forceinline__ void multiply_fragment(float (&sums)[kCount], const std::uint32_t (&a)[4], std::uint64_t b,
+                                                  bool first) {
+#define VLLMLITE_MULTIPLY(type, columns, names, all, a0, a1, a2, a3, at_b, adds)                                \
+  asm volatile("{\n.reg .pred adds;\nsetp.eq.u32 adds, " adds ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns \
+               "k16.f32." type " {" names "}, {" a0 "," a1 "," a2 "," a3 "}, " at_b ", adds, 1, 1, 0;\n}"       \
+               : all(sums, 0)                                                                                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<std::uint32_t>(first)))
+#define VLLMLITE_MULTIPLY_BY(type)                                                                                    \
+  if constexpr (kCount == 4)                                                                                          \
+    VLLMLITE_MULTIPLY(type, "8", "%0,%1,%2,%3", VLLMLITE_4, "%4", "%5", "%6", "%7", "%8", "%9");                      \
+  else if constexpr (kCount == 8)                                                                                     \
+    VLLMLITE_MULTIPLY(type, "16", "%0,%1,%2,%3,%4,%5,%6,%7", VLLMLITE_8, "%8", "%9", "%10", "%11", "%12", "%13");     \
+  else if constexpr (kCount == 16)                                                                                    \
+    VLLMLITE_MULTIPLY(type, "32", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", VLLMLITE_16, "%16", "%17", \
+                      "%18", "%19", "%20", "%21");                                                                    \
+  else if constexpr (kCount == 32)                                                                                    \
+    VLLMLITE_MULTIPLY(type, "64",                                                                                     \
+                      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"    \
+                      "%25,%26,%27,%28,%29,%30,%31",                                                                  \
+                      VLLMLITE_32, "%32", "%33", "%34", "%35", "%36", "%37");                                         \
+  else                                                                                                                \
+    VLLMLITE_MULTIPLY(type, "128",                                                                                    \
+                      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"    \
+                      "%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"  \
+                      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63",                              \
+                      VLLMLITE_64, "%64", "%65", "%66", "%67", "%68", "%69")
+  static_assert(kCount <= 64);
+  if constexpr (std::is_same_v<T, f16>) {
+    VLLMLITE_MULTIPLY_BY("f16.f16");
+  } else {
+    VLLMLITE_MULTIPLY_BY("bf16.bf16");
+  }
+#undef VLLMLITE_MULTIPLY_BY
+#undef VLLMLITE_MULTIPLY
+}
+
+#undef VLLMLITE_64
+#undef VLLMLITE_32
+#undef VLLMLITE_16
+#undef VLLMLITE_8
+#undef VLLMLITE_4
+
+#endif
+
+// Adds one, after all that the warp has written before is there for others; what they wrote before is there after it.
+__device__ __forceinline__ int arrive_at(std::int32_t* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
+// Stages of tiles are numbered through the whole weight and dealt out in runs, to the first blocks one more each.
+struct GroupedRuns {
+  int each, longer;  // stages of a run, and runs that have one more
+
+  __device__ __forceinline__ GroupedRuns(int stages, int blocks) : each(stages / blocks), longer(stages % blocks) {}
+  __device__ __forceinline__ int first_stage(int block) const { return block * each + min(block, longer); }
+  __device__ __forceinline__ int block_of(int stage) const {
+    const int of_longer = longer * (each + 1);
+    return stage < of_longer ? stage / (each + 1) : longer + (stage - of_longer) / each;
+  }
+};
+
+// A stage of a tile, and the place in the ring where it is.
+template <int kStages>
+struct GroupedStage {
+  int number, tile, of_tile, slot = 0, parity = 0;
+
+  __device__ __forceinline__ GroupedStage(int first, int stages)
+      : number(first), tile(first / stages), of_tile(first % stages) {}
+
+  __device__ __forceinline__ void advance(int stages) {
+    ++number;
+    if (++of_tile == stages) {
+      of_tile = 0;
+      ++tile;
+    }
+    if (++slot == kStages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <typename T, int kBits, typename S>
+struct GroupedBlock {
+  using Stage = GroupedStage<S::kStages>;
+  static constexpr int kM = S::kM, kSums = kM / 2, kSteps = kStageColumns / 16 / S::kGroups;
+
+  const GroupedProduct& given;
+  typename S::Shared& shared;
+  int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  int own = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  int m0 = static_cast<int>(blockIdx.y) * kM, rows = min(given.m - m0, kM);
+  GroupedRuns runs{given.tiles * given.stages, blocks};
+  int begin = runs.first_stage(own), end = runs.first_stage(own + 1);
+
+  __device__ __forceinline__ GroupedBlock(const GroupedProduct& product, typename S::Shared& memory)
+      : given(product), shared(memory) {}
+
+  // ---- Copies
+
+  __device__ __forceinline__ const uint4* weight_of(const Stage& at) const {
+    return given.weight + static_cast<std::int64_t>(at.number) * (kGroupedWarps * S::kWords * 32);
+  }
+
+  __device__ __forceinline__ const std::uint32_t* scales_of(const Stage& at) const {
+    const int group = S::kGroups > 1 ? at.of_tile * S::kGroups : at.of_tile / given.stages_of_group;
+    return given.scales + (static_cast<std::int64_t>(at.tile) * given.groups + group) * kTileRows;
+  }
+
+  __device__ __forceinline__ void copy_weight(const Stage& at) const {
+    const uint4* from = weight_of(at) + warp * S::kWords * 32 + lane;
+#pragma unroll
+    for (int i = 0; i < S::kWords; ++i) copy_async(&shared.weight[at.slot][warp][i][lane], from + i * 32, true);
+    constexpr int kCopies = S::kGroups * kTileRows / 4;
+    static_assert(kCopies <= S::kMultiplying);
+    if (thread < kCopies) copy_async(&shared.scales[at.slot][0][thread * 4], scales_of(at) + thread * 4, true);
+  }
+
+  __device__ __forceinline__ void copy_x(const Stage& at) const {
+    constexpr int kChunks = kStageColumns / 8;
+#pragma unroll
+    for (int i = 0; i < (kM * kChunks + S::kMultiplying - 1) / S::kMultiplying; ++i) {
+      const int row = (thread + i * S::kMultiplying) / kChunks, chunk = thread % kChunks,
+                column = at.of_tile * kStageColumns + chunk * 8;
+      if (kM * kChunks % S::kMultiplying != 0 && row >= kM) break;
+      const bool there = row < rows && column < given.k;
+      const T* from =
+          static_cast<const T*>(given.x) + (there ? static_cast<std::int64_t>(m0 + row) * given.k + column : 0);
+      copy_async(&shared.x[at.slot][chunk / 8][row][chunk % 8 ^ row % 8], from, there);
+    }
+  }
+
+  // ---- Products
+
+  // Adds those of a stage.
+  __device__ __forceinline__ void multiply_stage(int slot, float (&sums)[kSums]) const {
+    std::uint32_t words[S::kWords * 4];
+#pragma unroll
+    for (int i = 0; i < S::kWords; ++i) {
+      const uint4 four = shared.weight[slot][warp][i][lane];
+      words[4 * i] = four.x;
+      words[4 * i + 1] = four.y;
+      words[4 * i + 2] = four.z;
+      words[4 * i + 3] = four.w;
+    }
+#pragma unroll
+    for (int group = 0; group < S::kGroups; ++group) {
+      const auto [scale_a, scale_b] =
+          *reinterpret_cast<const uint2*>(&shared.scales[slot][group][warp * 16 + lane / 4 * 2]);
+      const Integers<T, kBits> integers(scale_a & 0xffU, scale_b & 0xffU);
+      float products[kSums];
+      multiply_group(slot, group * kSteps, words, integers, products);
+      const float first = float_of_bits(scale_a & 0xffffff00U), second = float_of_bits(scale_b & 0xffffff00U);
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums[i] = fmaf(i % 4 < 2 ? first : second, products[i], sums[i]);
+    }
+  }
+
+  // Those of the columns of a group, as integers.
+  __device__ __forceinline__ void multiply_group(int slot, int first_step, const std::uint32_t (&words)[S::kWords * 4],
+                                                 const Integers<T, kBits>& integers, float (&products)[kSums]) const {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if constexpr (S::kWgmma) {
+      constexpr int kInFlight = 3;  // as many fragments have registers at a time
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        const int step = first_step + i;
+        std::uint32_t a[4];
+        if (i >= kInFlight) wait_for_products<kInFlight - 1>();
+        integers.fragment(words, step, a);
+        begin_products();
+        multiply_fragment<T>(products, a, operand(&shared.x[slot][step / 4][0][step % 4 * 2], 1024, 0), i == 0);
+        commit_products();
+      }
+      wait_for_products<0>();
+      hold(products);
+    }
+#endif
+    if constexpr (!S::kWgmma) {
+      float odd[4] = {};  // with 8 rows, two sums take turns, which need not wait for each other
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) products[i] = 0;
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        const int step = first_step + i;
+        std::uint32_t a[4], b[4];
+        integers.fragment(words, step, a);
+        const auto& x = shared.x[slot][step / 4];
+        const int word = step % 4 * 2 + lane / 8 % 2;
+        if constexpr (kM == 8) {
+          load_matrices(b, &x[lane % 8][word ^ lane % 8]);
+          multiply<T>(i % 2 == 0 ? reinterpret_cast<float (&)[4]>(products[0]) : odd, a, b[0], b[1]);
+        } else {
+#pragma unroll
+          for (int j = 0; j < kM / 16; ++j) {
+            load_matrices(b, &x[j * 16 + lane / 16 * 8 + lane % 8][word ^ lane % 8]);
+            multiply<T>(reinterpret_cast<float (&)[4]>(products[j * 8]), a, b[0], b[1]);
+            multiply<T>(reinterpret_cast<float (&)[4]>(products[j * 8 + 4]), a, b[2], b[3]);
+          }
+        }
+      }
+      if constexpr (kM == 8) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) products[i] += odd[i];
+      }
+    }
+  }
+
+  // ---- Results
+
+  static __device__ __forceinline__ bool aligned_pair(const T* at) {
+    return reinterpret_cast<std::uintptr_t>(at) % 4 == 0;
+  }
+
+  __device__ __forceinline__ void write(const float (&sums)[kSums], int tile) const {
+    const int n0 = tile * kTileRows + warp * 16;
+    const T* bias = static_cast<const T*>(given.bias);
+    float added[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = n0 + half * 8 + lane / 4;
+      added[half] = bias != nullptr && row < given.n ? wide(bias[row]) : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < kM / 8; ++j) {
+      if (j * 8 >= rows) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // Transposed, a thread has a row of x and two neighbouring rows of w.
+        union {
+          std::uint32_t bits;
+          T values[2];
+        } two{transposed(pair<T>(sums[j * 4 + half * 2] + added[half], sums[j * 4 + half * 2 + 1] + added[half]))};
+        const int m = j * 8 + lane / 4, n = n0 + half * 8 + lane % 4 * 2;
+        if (m >= rows || n >= given.n) continue;
+        T* to = static_cast<T*>(given.y) + static_cast<std::int64_t>(m0 + m) * given.stride + n;
+        if (n + 1 < given.n && aligned_pair(to)) {
+          *reinterpret_cast<std::uint32_t*>(to) = two.bits;
+        } else {
+          to[0] = two.values[0];
+          if (n + 1 < given.n) to[1] = two.values[1];
+        }
+      }
+    }
+  }
+
+  // Where a block's partial sums of a tile are. It has those of at most two: the tile that it begins with, and the one
+  // that it ends in.
+  __device__ __forceinline__ float4* partials(int block, int tile) const {
+    const int place = runs.first_stage(block) >= tile * given.stages ? 0 : 1;
+    const std::int64_t slot = (static_cast<std::int64_t>(blockIdx.y) * blocks + block) * 2 + place;
+    return reinterpret_cast<float4*>(given.partials) + slot * (kSums / 4 * S::kMultiplying) + thread;
+  }
+
+  // A warp's sums of a tile of which this block has some stages only; true in the last block, with the total in `sums`.
+  __device__ __forceinline__ bool combine(float (&sums)[kSums], int tile) const {
+    const int first = tile * given.stages, from = runs.block_of(first), to = runs.block_of(first + given.stages - 1);
+    float4* ours = partials(own, tile);
+#pragma unroll
+    for (int i = 0; i < kSums / 4; ++i)
+      __stcg(ours + i * S::kMultiplying, make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
+    __syncwarp();
+    int before = 0;
+    if (lane == 0) {
+      std::int32_t* arrivals =
+          given.arrivals + (blockIdx.y * static_cast<unsigned>(given.tiles) + tile) * kGroupedWarps + warp;
+      before = arrive_at(arrivals);
+      if (before == to - from) *arrivals = 0;
+    }
+    if (__shfl_sync(kAll, before, 0) != to - from) return false;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] = 0;
+#pragma unroll 4
+    for (int block = from; block <= to; ++block) {
+      const float4* theirs = partials(block, tile);
+#pragma unroll
+      for (int i = 0; i < kSums / 4; ++i) {
+        const float4 four = __ldcg(theirs + i * S::kMultiplying);
+        sums[4 * i] += four.x;
+        sums[4 * i + 1] += four.y;
+        sums[4 * i + 2] += four.z;
+        sums[4 * i + 3] += four.w;
+      }
+    }
+    return true;
+  }
+
+  // After the products of a stage: results, where it is the last of its tile or of the block's.
+  __device__ __forceinline__ void finish_stage(const Stage& at, float (&sums)[kSums]) const {
+    const bool ends = at.of_tile == given.stages - 1;
+    if (!ends && at.number + 1 < end) return;
+    const bool whole = ends && begin <= at.number - at.of_tile;
+    if (whole || combine(sums, at.tile)) write(sums, at.tile);
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] = 0;
+  }
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+template <typename B, typename S>
+__device__ __forceinline__ void copy_on_hopper(const B& block, const GroupedProduct& given,
+                                               typename S::Shared& shared) {
+  using Stage = GroupedStage<S::kStages>;
+  constexpr int kOfWeight = sizeof(shared.weight[0]), kOfScales = sizeof(shared.scales[0]), kOfX = sizeof(shared.x[0]);
+  const auto copy_weight = [&](const Stage& at) {
+    arrive_expecting(shared.full[at.slot], kOfWeight + kOfScales + kOfX);
+    copy_bytes(&shared.weight[at.slot], block.weight_of(at), kOfWeight, shared.full[at.slot]);
+    copy_bytes(&shared.scales[at.slot], block.scales_of(at), kOfScales, shared.full[at.slot]);
+  };
+  const auto copy_x = [&](const Stage& at) {
+#pragma unroll
+    for (int part = 0; part < kStageColumns / 64; ++part)
+      copy_box(&shared.x[at.slot][part], given.x_map, shared.full[at.slot], at.of_tile * kStageColumns + part * 64,
+               block.m0);
+  };
+  prefetch_map(given.x_map);
+  Stage at(block.begin, given.stages), of_x = at;
+  for (; at.number < min(block.begin + S::kStages, block.end); at.advance(given.stages)) copy_weight(at);
+  wait_for_previous();
+  for (; of_x.number < at.number; of_x.advance(given.stages)) copy_x(of_x);
+  for (; at.number != block.end; at.advance(given.stages)) {
+    wait(shared.empty[at.slot], at.parity ^ 1);
+    copy_weight(at);
+    copy_x(at);
+  }
+}
+
+#endif
+
+template <typename T, int kBits, typename S>
+static __global__ __launch_bounds__(S::kThreads, S::kBlocksPerProcessor) void grouped_kernel(
+    const __grid_constant__ GroupedProduct given) {
+  extern __shared__ __align__(1024) char storage[];
+  auto& shared = *reinterpret_cast<typename S::Shared*>(storage);
+  const GroupedBlock<T, kBits, S> block(given, shared);
+  using Stage = GroupedStage<S::kStages>;
+  float sums[S::kM / 2] = {};
+  Stage at(block.begin, given.stages);
+  if constexpr (S::kHopper) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    let_next_begin();
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < S::kStages; ++i) {
+        barrier_init(shared.full[i], 1);
+        barrier_init(shared.empty[i], kGroupedWarps);
+      }
+      barriers_made();
+    }
+    __syncthreads();
+    if (threadIdx.x >= S::kMultiplying) {
+      if constexpr (S::kMultiplyingRegisters != 0) give_registers_up<S::kCopyingRegisters>();
+      if (threadIdx.x == S::kMultiplying) copy_on_hopper<GroupedBlock<T, kBits, S>, S>(block, given, shared);
+      return;
+    }
+    if constexpr (S::kMultiplyingRegisters != 0) take_registers<S::kMultiplyingRegisters>();
+    wait_for_previous();
+    for (; at.number != block.end; at.advance(given.stages)) {
+      wait(shared.full[at.slot], at.parity);
+      block.multiply_stage(at.slot, sums);
+      if (block.lane == 0) arrive(shared.empty[at.slot]);
+      block.finish_stage(at, sums);
+    }
+#else
+    __trap();  // such kernels are launched where they were built for the chip
+#endif
+  } else {
+    Stage next = at, of_x = at;
+    for (int i = 0; i < S::kStages - 1; ++i, next.advance(given.stages))
+      if (next.number < block.end) block.copy_weight(next);
+    let_next_begin();
+    wait_for_previous();
+    for (int i = 0; i < S::kStages - 1; ++i, of_x.advance(given.stages)) {
+      if (of_x.number < block.end) block.copy_x(of_x);
+      commit_copies();  // with the first, all of the weight's
+    }
+    for (; at.number != block.end; at.advance(given.stages)) {
+      wait_for_copies<S::kStages - 2>();
+      __syncthreads();
+      if (next.number < block.end) {
+        block.copy_weight(next);
+        block.copy_x(next);
+      }
+      next.advance(given.stages);
+      commit_copies();
+      block.multiply_stage(at.slot, sums);
+      block.finish_stage(at, sums);
+    }
+  }
+}
+
+}  // namespace vllmlite::cuda

@@ -1,0 +1,55 @@
+// Descriptions of tensors for the copies of boxes that hopper.cuh starts.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cuda/check.cuh"
+
+namespace vllmlite::cuda {
+
+struct TensorMapDimension {
+  std::int64_t size;
+  std::int64_t stride;  // in elements; of the first, 1
+  int box;
+};
+
+// The driver's function, which no link to the driver's library is needed for.
+inline decltype(&cuTensorMapEncodeTiled) find_encoder() {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+  VLLMLITE_CUDA_CHECK(cudaGetDriverEntryPointByVersion, "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault,
+                      &result);
+#else
+  VLLMLITE_CUDA_CHECK(cudaGetDriverEntryPoint, "cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+  if (result != cudaDriverEntryPointSuccess || found == nullptr)
+    throw Error("cuTensorMapEncodeTiled: the driver has no such function");
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+}
+
+// Boxes of a 16-bit matrix or stack of matrices, swizzled as hopper.cuh says, zeros where a box lies outside.
+template <std::size_t kRank>
+CUtensorMap tensor_map(const void* data, DType dtype, const TensorMapDimension (&dimensions)[kRank]) {
+  static const auto encode = find_encoder();
+  CUtensorMap map;
+  cuuint64_t sizes[kRank], strides[kRank];
+  cuuint32_t box[kRank], steps[kRank];
+  for (std::size_t i = 0; i < kRank; ++i) {
+    sizes[i] = static_cast<cuuint64_t>(dimensions[i].size);
+    strides[i] = static_cast<cuuint64_t>(dimensions[i].stride) * item_size(dtype);
+    box[i] = static_cast<cuuint32_t>(dimensions[i].box);
+    steps[i] = 1;
+  }
+  const CUresult result =
+      encode(&map, dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank,
+             const_cast<void*>(data), sizes, strides + 1, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) throw Error("cuTensorMapEncodeTiled: error " + std::to_string(result));
+  return map;
+}
+
+}  // namespace vllmlite::cuda
