@@ -1,4 +1,4 @@
-"""Settings that must stand before any test module is imported, and what test modules share."""
+"""Settings that must be made before any test module is imported, and fixtures that test modules share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    """A service that takes reasoning and tool calls apart; modules that need another define their own."""
+    """A service with parsers for reasoning and tool calls; modules that need another define their own."""
     from served import TAKES_APART, serving
 
     with serving(**TAKES_APART, trust_request_chat_template=True) as service:
@@ -33,7 +33,7 @@ def service() -> Iterator[Service]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """End the run with the number of skipped tests by reason."""
+    """Print the number of skipped tests by reason at the end of the run."""
     reasons = Counter(report.longrepr[2] for report in terminalreporter.getreports("skipped"))
     if reasons:
         terminalreporter.section(f"{reasons.total()} skipped")

@@ -1,4 +1,5 @@
-"""AsyncLLM: streams from many tasks, early leavers, bad requests, shutdown, and a thread that sleeps when idle."""
+"""AsyncLLM: streams from many tasks, consumers that stop early, bad requests, shutdown, and a thread that sleeps when
+idle."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ async def text_of(engine: AsyncLLM, prompt: str, request_id: str, params: Sampli
     return "".join([o.outputs[0].text async for o in engine.generate(prompt, params, request_id)])
 
 
-def test_streams_together_give_what_a_batch_gives(engine: AsyncLLM) -> None:
+def test_concurrent_streams_equal_a_batch(engine: AsyncLLM) -> None:
     async def together() -> list[str]:
         return await asyncio.gather(*(text_of(engine, p, str(i)) for i, p in enumerate(PROMPTS)))
 
@@ -41,7 +42,7 @@ def test_streams_together_give_what_a_batch_gives(engine: AsyncLLM) -> None:
     assert asyncio.run(together()) == [output.outputs[0].text for output in batch]
 
 
-def test_leaving_early_frees_the_blocks(engine: AsyncLLM) -> None:
+def test_a_consumer_that_stops_early_frees_the_blocks(engine: AsyncLLM) -> None:
     async def leave() -> int:
         stream = engine.generate("Debian is", PARAMS.clone(max_tokens=200), "leaver")
         async for _ in stream:
@@ -62,7 +63,7 @@ def test_abort_ends_the_stream(engine: AsyncLLM) -> None:
 
 
 def test_the_next_request_is_answered_wherever_a_submission_was_interrupted(engine: AsyncLLM) -> None:
-    """An event loop that goes on after Ctrl-C, as a notebook's does."""
+    """An event loop may continue after Ctrl-C, as that of a notebook does."""
 
     params = PARAMS.clone(max_tokens=2)
 
@@ -117,7 +118,7 @@ def test_shutdown_ends_open_streams() -> None:
         asyncio.run(text_of(engine, "Debian is", "late"))
 
 
-def test_a_program_that_ends_amid_a_step_ends_well() -> None:
+def test_a_program_can_end_during_a_step() -> None:
     script = (
         "import asyncio\n"
         "from vllmlite import AsyncLLM, EngineConfig, SamplingParams\n"

@@ -1,4 +1,4 @@
-"""Vectors of prompts: beside transformers, alone and in a batch, in chunks, from the cache, after preemption."""
+"""Embeddings of prompts: against transformers, alone and in a batch, in chunks, from the cache, after preemption."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def vectors(llm: LLM, texts: Any, **options: Any) -> list[list[float]]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["LAST", "MEAN"])
-def test_a_vector_does_not_depend_on_what_else_runs(backend: str, kind: str) -> None:
+def test_an_embedding_is_batch_invariant(backend: str, kind: str) -> None:
     llm = engine(backend)
     alone = [vectors(llm, text, pooling_type=kind)[0] for text in TEXTS]
 
@@ -61,7 +61,7 @@ def test_a_vector_does_not_depend_on_what_else_runs(backend: str, kind: str) -> 
     same([found[str(index)] for index in range(len(TEXTS))])
 
 
-def test_an_engine_in_a_process_of_its_own_gives_the_same() -> None:
+def test_an_engine_in_its_own_process_gives_the_same_output() -> None:
     config = EngineConfig(dtype="float32", device="cpu", max_model_len=256, num_gpu_blocks_override=64)
     elsewhere = LLMEngine(config, start_process)
     try:
@@ -76,7 +76,7 @@ def test_an_engine_in_a_process_of_its_own_gives_the_same() -> None:
     np.testing.assert_allclose([found[str(i)] for i in range(len(TEXTS))], expected, rtol=0, atol=1e-5)
 
 
-def test_vectors_are_transformers() -> None:
+def test_embeddings_equal_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     import torch
 
@@ -92,7 +92,7 @@ def test_vectors_are_transformers() -> None:
             np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_asked_for_of_a_vector() -> None:
+def test_embedding_options() -> None:
     llm = engine("auto", pooling_type="mean")
     (whole,) = vectors(llm, TEXTS[0])
     assert math.hypot(*whole) == pytest.approx(1) and len(whole) == llm.llm_engine.hidden_size

@@ -1,7 +1,7 @@
-"""The promise that matters most: a request gives the same tokens whatever is done around it.
+"""The most important promise: a request gives the same tokens however it is scheduled.
 
-On the built-in model in float32, through the public API: batched = single, chunked = whole, cached = cold,
-preempted = calm, two steps in flight = one, streamed = whole; greedy and seeded.
+With the built-in model in float32, through the public API: batched = single, chunked = whole, cached = cold, preempted
+= not preempted, two steps in flight = one, streamed = whole; greedy and seeded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def make(**options: Any) -> LLM:
 
 @pytest.fixture(scope="module", params=["torch", "cpu", "cuda"], autouse=True)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every test runs on each backend that this machine can have."""
+    """Every test runs on each backend available on this machine."""
     if request.param != "torch":
         native = pytest.importorskip(
             f"vllmlite._{request.param}", reason=f"vllmlite._{request.param} is not built"
@@ -70,7 +70,7 @@ def singly(params: SamplingParams) -> list[tuple[str, list[int]]]:
     return [texts(alone.generate([prompt], params))[0] for prompt in PROMPTS]
 
 
-def test_batched_is_single(llm: LLM, params: SamplingParams) -> None:
+def test_batched_equals_single(llm: LLM, params: SamplingParams) -> None:
     assert texts(llm.generate(PROMPTS, params)) == singly(params)
 
 
@@ -92,7 +92,9 @@ def test_batched_is_single(llm: LLM, params: SamplingParams) -> None:
     ],
     ids=str,
 )
-def test_scheduling_changes_nothing(llm: LLM, params: SamplingParams, options: dict[str, Any]) -> None:
+def test_scheduling_does_not_change_the_text(
+    llm: LLM, params: SamplingParams, options: dict[str, Any]
+) -> None:
     other = make(**options)
     assert texts(other.generate(PROMPTS, params)) == texts(llm.generate(PROMPTS, params))
     if "num_gpu_blocks_override" in options:
@@ -103,7 +105,8 @@ def test_scheduling_changes_nothing(llm: LLM, params: SamplingParams, options: d
 
 @pytest.mark.slow
 def test_batch_invariant_in_bfloat16(params: SamplingParams) -> None:
-    """Batched = single, chunked = whole, preempted = calm, cached = cold: texts and log-probabilities to the bit."""
+    """Batched = single, chunked = whole, preempted = not preempted, cached = cold: texts and log-probabilities, bit for
+    bit."""
     if OPTIONS["backend"] == "torch":
         with pytest.raises(BackendError, match="batch-invariant"):
             make(dtype="bfloat16", batch_invariant=True)
@@ -134,8 +137,8 @@ def needs_int8_cache() -> None:
 
 
 @pytest.mark.slow
-def test_an_int8_cache_changes_nothing_of_that(params: SamplingParams) -> None:
-    """Batched = single, chunked = whole, preempted = calm, cached = cold."""
+def test_an_int8_cache_is_batch_invariant_too(params: SamplingParams) -> None:
+    """Batched = single, chunked = whole, preempted = not preempted, cached = cold."""
     needs_int8_cache()
 
     def int8(**options: Any) -> LLM:
@@ -155,7 +158,7 @@ def test_an_int8_cache_changes_nothing_of_that(params: SamplingParams) -> None:
 
 
 def test_an_int8_cache_costs_little(llm: LLM) -> None:
-    """Log-probabilities of a text move by a few hundredths: they do move, since the cache is another one."""
+    """Log-probabilities of a text change, but only by a few hundredths."""
     needs_int8_cache()
 
     def logprobs(llm: LLM) -> list[float]:
@@ -169,7 +172,7 @@ def test_an_int8_cache_costs_little(llm: LLM) -> None:
     assert 1e-4 < sum(moved) / len(moved) < 0.1
 
 
-def test_cached_is_cold(params: SamplingParams) -> None:
+def test_cached_prefixes_equal_cold_ones(params: SamplingParams) -> None:
     llm = make()
     cold = llm.generate(PROMPTS, params)
     warm = llm.generate(PROMPTS, params)
@@ -179,7 +182,7 @@ def test_cached_is_cold(params: SamplingParams) -> None:
     assert llm.llm_engine.stats().prefix_cache_hits > 0
 
 
-def test_streamed_is_whole(llm: LLM, params: SamplingParams) -> None:
+def test_streamed_text_equals_the_whole(llm: LLM, params: SamplingParams) -> None:
     engine = llm.llm_engine
     whole = texts(llm.generate(PROMPTS, params))
     for index, prompt in enumerate(PROMPTS):
@@ -192,13 +195,13 @@ def test_streamed_is_whole(llm: LLM, params: SamplingParams) -> None:
     assert list(deltas.values()) == whole
 
 
-def test_a_seed_is_enough_and_needed(llm: LLM) -> None:
+def test_equal_seeds_repeat_and_others_differ(llm: LLM) -> None:
     hot = SAMPLED.clone(temperature=2.0)
     one, again, other = (texts(llm.generate("Debian", hot.clone(seed=seed)))[0] for seed in (1, 1, 2))
     assert one == again != other
 
 
-def test_seed_minus_one_is_another_one_each_time(llm: LLM) -> None:
+def test_seed_minus_one_draws_a_new_seed_each_time(llm: LLM) -> None:
     hot = SamplingParams(temperature=1.5, seed=-1, max_tokens=12, ignore_eos=True)
     first, second = (texts(llm.generate("Debian", hot))[0] for _ in range(2))
     assert first != second
@@ -207,7 +210,7 @@ def test_seed_minus_one_is_another_one_each_time(llm: LLM) -> None:
     assert last[1].text == texts(llm.generate("Debian", hot.clone(seed=0)))[0][0]
 
 
-def test_an_engine_of_seed_minus_one_starts_anew() -> None:
+def test_an_engine_with_seed_minus_one_is_seeded_at_random() -> None:
     hot = SamplingParams(temperature=1.5, max_tokens=12, ignore_eos=True)
     assert texts(make(seed=-1).generate("Debian", hot)) != texts(make(seed=-1).generate("Debian", hot))
 
@@ -249,7 +252,7 @@ def test_bans_biases_and_allowed_ids(llm: LLM) -> None:
     assert set(biased.token_ids) == {only[0]}
 
 
-def test_min_tokens_hold_back_the_end(llm: LLM) -> None:
+def test_min_tokens_delay_the_end(llm: LLM) -> None:
     engine = llm.llm_engine.engine
     end = next(iter(engine.bounds.eos_ids))
     force_end = GREEDY.clone(ignore_eos=False, logit_bias={end: 100.0})
@@ -292,7 +295,7 @@ def test_logprobs_of_named_ids_are_those_of_the_whole_vocabulary(chunk: int | No
             llm.generate("x", SamplingParams(logprob_token_ids=wrong), use_tqdm=False)  # type: ignore[arg-type]
 
 
-def test_logprobs_are_those_of_the_greedy_path(llm: LLM) -> None:
+def test_logprobs_follow_the_greedy_path(llm: LLM) -> None:
     params = GREEDY.clone(logprobs=3, prompt_logprobs=2, max_tokens=4)
     plain = llm.generate("Debian is a free operating system", params)[0]
     chunked = make(max_num_batched_tokens=3).generate("Debian is a free operating system", params)[0]
@@ -342,7 +345,7 @@ def test_prompt_forms(llm: LLM) -> None:
     assert [len(o.outputs[0].token_ids) for o in llm.generate(["a", "b"], each)] == [24, 2]
 
 
-def test_chat_answers_and_ends(llm: LLM) -> None:
+def test_chat_answers_until_the_end_token(llm: LLM) -> None:
     question = [{"role": "user", "content": "What is Debian?"}]
     params = SamplingParams(temperature=0, max_tokens=120)
     answer = llm.chat(question, params)[0]
@@ -397,7 +400,7 @@ def test_generation_config_gives_the_defaults(llm: LLM) -> None:
         ("x", {"stop_token_ids": [10**6]}, "stop_token_ids"),
     ],
 )
-def test_bad_requests_are_refused_and_the_engine_serves_on(
+def test_bad_requests_are_refused_and_the_engine_keeps_serving(
     llm: LLM, prompt: Any, options: dict[str, Any], field: str
 ) -> None:
     before = texts(llm.generate("Debian is", GREEDY))
@@ -415,7 +418,7 @@ def test_a_mixed_step_is_no_larger_than_a_whole_one() -> None:
         LLM(**OPTIONS | {"max_num_batched_tokens": 16, "max_mixed_prefill_tokens": 17})
 
 
-def test_vllms_engine_loop() -> None:
+def test_vllms_add_request_and_step_loop() -> None:
     """vLLM's documented engine example, with only the import changed."""
     engine = LLMEngine.from_engine_args(EngineArgs(**OPTIONS))
     prompts = [("A robot may not injure a human being", GREEDY), ("To be or not to be,", SAMPLED)]

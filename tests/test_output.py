@@ -1,4 +1,4 @@
-"""The text side: detokenisation in whole characters, stop strings, deltas, completions of one request."""
+"""Text output: detokenisation in whole characters, stop strings, deltas, completions of one request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Byte level: every id is one byte, so that characters come in pieces; and two special tokens."""
+    """A byte-level tokenizer: every id is one byte, so that characters are split; and two special tokens."""
     path = tmp_path_factory.mktemp("bytes")
     fast = FastTokenizer(models.BPE(vocab={c: i for i, c in enumerate(ALPHABET)}, merges=[]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,7 +54,7 @@ LETTERS = ["a", "b", "\u2581", "\u2581a", "\u2581ab", "\ufffd"]
 
 @pytest.fixture(scope="module")
 def fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """SentencePiece's kind, as Llama 2 has it: what is no word comes as tokens of one byte each."""
+    """A SentencePiece tokenizer as Llama 2 has it: unknown words become tokens of one byte each."""
     path = tmp_path_factory.mktemp("fallback")
     words = [*LETTERS, *(f"<0x{byte:02X}>" for byte in range(256))]
     fast = FastTokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], byte_fallback=True))
@@ -75,7 +75,7 @@ SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=3)
 def stream(
     detokenizer: Detokenizer, ids: list[int], sizes: Sequence[int] = (1,)
 ) -> tuple[list[str], str | None]:
-    """Deltas after each piece of ids, ``sizes`` long in turn, and at the end; and the stop string."""
+    """The deltas after each chunk of ids (the lengths cycle through ``sizes``) and at the end, and the stop string."""
     deltas: list[str] = []
     turn = cycle(sizes)
     stop = None
@@ -91,7 +91,7 @@ def stream(
 
 @settings(max_examples=100, deadline=None)
 @given(prompt=st.text(max_size=8), text=st.text(max_size=40), sizes=SIZES)
-def test_streamed_is_whole_and_never_half_a_character(
+def test_streamed_text_equals_the_whole_without_partial_characters(
     tokenizer: Tokenizer, prompt: str, text: str, sizes: list[int]
 ) -> None:
     # hypothesis tries strings of the sources too, among them special tokens, which no text shows
@@ -113,7 +113,7 @@ def test_an_incomplete_character_shows_at_the_end_only(tokenizer: Tokenizer) -> 
 def test_ids_that_are_not_utf8_give_the_text_of_the_whole(
     tokenizer: Tokenizer, fallback: Tokenizer, data: st.DataObject, sizes: list[int], kind: str, skip: bool
 ) -> None:
-    """Whatever ids arrive, in pieces of whatever size: the text is what one decoding of all of them gives."""
+    """For any ids in chunks of any size, the text equals a single decoding of all of them."""
     one = tokenizer if kind == "byte level" else fallback
     ids = data.draw(st.lists(st.integers(0, one.vocab_size + 1), max_size=24))
     detokenizer = Detokenizer(one, [], skip_special_tokens=skip)
@@ -248,7 +248,7 @@ def test_tokens_have_their_own_text_and_bytes(tokenizer: Tokenizer, fallback: To
     stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
     sizes=SIZES,
 )
-def test_stop_strings_cut_where_a_search_of_the_text_would(
+def test_stop_strings_cut_at_their_first_occurrence(
     tokenizer: Tokenizer, text: str, stops: list[str], sizes: list[int]
 ) -> None:
     ends = [(text.find(s) + len(s), text.find(s), s) for s in stops if s in text]
@@ -264,7 +264,7 @@ def test_stop_strings_cut_where_a_search_of_the_text_would(
             assert "".join(deltas) == text
 
 
-def test_nothing_of_a_stop_string_is_shown_before_it_is_known(tokenizer: Tokenizer) -> None:
+def test_no_part_of_a_stop_string_is_streamed(tokenizer: Tokenizer) -> None:
     detokenizer = Detokenizer(tokenizer, [], stop=["STOP"])
     deltas, _ = stream(detokenizer, tokenizer.encode("abSTOx"))
     assert "".join(deltas[:5]) == "ab"
@@ -300,7 +300,7 @@ def test_chat_template(tokenizer: Tokenizer) -> None:
         "{{ messages.append(1) }}",
     ],
 )
-def test_a_template_cannot_do_harm(tokenizer: Tokenizer, template: str) -> None:
+def test_harmful_templates_are_refused(tokenizer: Tokenizer, template: str) -> None:
     with pytest.raises(ParameterError, match="messages"):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template=template)
 
@@ -318,7 +318,7 @@ def test_a_broken_tokenizer_file_is_a_model_error(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_is_only_python(tmp_path: Path) -> None:
-    """Without a form in the tokenizers library, transformers' own is used, with the same ids and texts."""
+    """Without a form in the tokenizers library, transformers' own tokenizer is used, with the same ids and texts."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.ByT5Tokenizer()
     theirs.save_pretrained(tmp_path)
@@ -371,7 +371,7 @@ def feed(
 
 
 def take(processor: OutputProcessor, output: EngineOutput) -> ProcessedStep:
-    """Process and settle one output."""
+    """Process one output and forget the requests that it ends."""
     step = processor.process([output])
     processor.settle(step)
     return step
@@ -442,7 +442,7 @@ def test_prompt_logprobs_of_one_token_are_a_list(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("kind", RequestOutputKind)
 def test_text_offsets_count_the_whole_text(tokenizer: Tokenizer, kind: RequestOutputKind) -> None:
-    """Whether or not it is held back for a stop string, and however many bytes or UTF-16 units characters have."""
+    """Whether or not text is held back for a stop string, and however many bytes or UTF-16 units a character has."""
     processor = OutputProcessor(tokenizer)
     processor.add("r", "p", [1], SamplingParams(logprobs=0, stop="bcd", output_kind=kind))
     ids = tokenizer.encode("a\U0001f600b")
@@ -474,7 +474,7 @@ def test_logprobs_hold_the_chosen_token_and_the_top(tokenizer: Tokenizer) -> Non
 
 
 def entry_of(one: Tokenizer, *tokens: str) -> dict[int, Logprob]:
-    """Tokens from the likeliest on; the first is the one that was chosen."""
+    """Tokens in descending order of probability; the first is the chosen one."""
     ids = [one.token_id(token) for token in tokens]
     return {
         i: Logprob(-float(rank), rank, one.token_text(i))
@@ -483,8 +483,9 @@ def entry_of(one: Tokenizer, *tokens: str) -> dict[int, Logprob]:
     }
 
 
-def test_tokens_of_the_same_text_are_told_apart(fallback: Tokenizer) -> None:
-    """``top_logprobs`` of completions go by text: as many come back as were asked for, none in another's place."""
+def test_logprobs_keep_tokens_of_equal_text_apart(fallback: Tokenizer) -> None:
+    """``top_logprobs`` of completions has text as keys: as many entries as requested are returned, and none replaces
+    another."""
     entry = entry_of(fallback, "\u2581a", "a", "<0x61>", "<0xE2>", "<0xE3>")
     (chosen, *_), e3 = entry, fallback.token_id("<0xE3>")
     found = logprobs.for_completion([entry], [chosen], [0], 5, False, fallback)
@@ -500,7 +501,7 @@ def test_tokens_of_the_same_text_are_told_apart(fallback: Tokenizer) -> None:
     ]
 
 
-def test_bytes_are_the_tokens_own(tokenizer: Tokenizer, fallback: Tokenizer) -> None:
+def test_logprob_bytes_are_the_tokens_own(tokenizer: Tokenizer, fallback: Tokenizer) -> None:
     for one, token, expected in (
         (fallback, "<0xE2>", b"\xe2"),
         (fallback, "\u2581a", b" a"),
@@ -516,7 +517,7 @@ def test_bytes_are_the_tokens_own(tokenizer: Tokenizer, fallback: Tokenizer) -> 
 
 
 def test_offsets_of_a_prompt(tokenizer: Tokenizer, fallback: Tokenizer) -> None:
-    """Special tokens take the room that they have in the text: none for what the tokenizer adds."""
+    """Special tokens count with their length in the text; those that the tokenizer adds have none."""
     text = "a<|im_end|>\U0001f600b"
     assert logprobs.prompt_offsets(tokenizer, tokenizer.encode(text), text) == [0, 1, 11, 11, 11, 11, 12]
     end = fallback.token_id("</s>")

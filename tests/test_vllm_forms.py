@@ -1,4 +1,4 @@
-"""Calls in vLLM's forms: they do what they do there, or end in an error that names the argument."""
+"""Calls in vLLM's forms have the same effect as in vLLM, or raise an error that names the argument."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ FORMS: dict[str, Callable[[Any], Any]] = {
 
 
 class Bar:
-    """A progress bar of the caller's."""
+    """A progress bar supplied by the caller."""
 
     def __init__(self, **_options: Any) -> None: ...
 
@@ -83,12 +83,12 @@ class Bar:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_of_generate(llm: LLM, want: list[int], form: str) -> None:
+def test_generate_accepts_every_form_of_prompt(llm: LLM, want: list[int], form: str) -> None:
     (output,) = FORMS[form](llm)
     assert output.outputs[0].token_ids == want
 
 
-def test_tensors_are_prompts(llm: Any, want: list[int]) -> None:
+def test_tensors_are_accepted_as_prompts(llm: Any, want: list[int]) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     for prompt in (torch.tensor(IDS), torch.tensor([IDS]), {"prompt_token_ids": torch.tensor(IDS)}):
         assert llm.generate(prompt, GREEDY)[0].outputs[0].token_ids == want
@@ -171,7 +171,7 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 @pytest.mark.parametrize("form", REFUSED)
-def test_what_is_not_here_is_refused_by_name(llm: LLM, want: list[int], form: str) -> None:
+def test_unsupported_arguments_are_refused_by_name(llm: LLM, want: list[int], form: str) -> None:
     field, call = REFUSED[form]
     with pytest.raises(ParameterError) as error:
         call(llm)
@@ -199,7 +199,7 @@ def test_add_request_takes_vllms_arguments_by_position(want: list[int]) -> None:
     assert engine.get_num_unfinished_requests() == 0
 
 
-def test_the_asynchronous_engine_by_its_older_names(want: list[int]) -> None:
+def test_the_async_engine_has_its_older_names(want: list[int]) -> None:
     engine = AsyncLLMEngine.from_engine_args(AsyncEngineArgs(**OPTIONS), usage_context=None)
 
     async def run() -> list[int]:
@@ -220,6 +220,6 @@ def test_the_asynchronous_engine_by_its_older_names(want: list[int]) -> None:
         engine.shutdown()
 
 
-def test_every_public_name_is_there() -> None:
+def test_every_public_name_exists() -> None:
     for name in vllmlite.__all__:
         assert getattr(vllmlite, name) is not None

@@ -1,4 +1,4 @@
-"""The choice of a backend, and the memory it may count on."""
+"""How a backend is chosen, and how much memory it may use."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def choose(**wanted: Any) -> tuple[Backend, str]:
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
-def test_the_cpu_is_chosen_aloud() -> None:
+def test_the_choice_of_the_cpu_names_the_declined_backends() -> None:
     backend, why = choose(backend="torch", device="cpu", checkpoint_dtype="bfloat16")
     assert (backend.name, backend.device, backend.dtype, backend.asynchronous) == (
         "torch",
@@ -131,7 +131,7 @@ def test_native_backends_implement_every_op_themselves(native: type[NativeBacken
         ),
     ],
 )
-def test_the_native_backend_says_why_not(
+def test_the_native_backend_says_why_it_is_unavailable(
     monkeypatch: pytest.MonkeyPatch, members: dict[str, Any], words: str
 ) -> None:
     fake_native(monkeypatch, **members)
@@ -183,20 +183,20 @@ def test_a_torch_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatc
         ({"dtype": "int8"}, "dtype"),
     ],
 )
-def test_unknown_choices_are_named(options: dict[str, Any], field: str) -> None:
+def test_unknown_backends_are_refused_by_name(options: dict[str, Any], field: str) -> None:
     with pytest.raises(ParameterError) as caught:
         choose(**options)
     assert caught.value.field == field
 
 
-def test_an_impossible_backend() -> None:
+def test_an_unsupported_dtype_or_device_is_refused() -> None:
     with pytest.raises(BackendError, match="int8"):
         TorchBackend("cpu", "int8")
     with pytest.raises(BackendError, match="device nowhere"):
         TorchBackend("nowhere")
 
 
-def test_threads_are_set() -> None:
+def test_the_thread_count_is_set() -> None:
     before = torch.get_num_threads()
     try:
         TorchBackend(threads=1)
@@ -215,12 +215,12 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest
 # Memory
 
 
-def test_memory_of_this_machine() -> None:
+def test_memory_of_this_machine_is_read() -> None:
     found = memory.host_memory()
     assert 2**26 < found.free <= found.total
 
 
-def test_control_groups_limit_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_groups_limit_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outer, inner = tmp_path / "a", tmp_path / "a" / "b"
     inner.mkdir(parents=True)
     monkeypatch.setattr(memory, "_groups", lambda: [inner, outer, tmp_path])

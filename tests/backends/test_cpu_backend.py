@@ -1,4 +1,5 @@
-"""What the native CPU backend promises beyond the contract: the same bits however work is cut, and nothing of torch."""
+"""What the native CPU backend promises beyond the interface: results that do not depend on how work is split, bit for
+bit, and no use of torch."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def random(*shape: int, seed: int = 0) -> NDArray[np.float32]:
 
 
 def same(found: Array, expected: Array) -> bool:
-    """Equal, bit for bit."""
+    """Whether two arrays are equal, bit for bit."""
     return found.tobytes() == expected.tobytes()
 
 
@@ -57,9 +58,7 @@ def same(found: Array, expected: Array) -> bool:
     width=st.integers(1, 300),
     parts=st.lists(st.integers(1, 60), min_size=1, max_size=3),
 )
-def test_a_product_of_a_row_is_the_same_in_every_batch(
-    isa: str, dtype: str, rows: int, width: int, parts: list[int]
-) -> None:
+def test_products_are_batch_invariant(isa: str, dtype: str, rows: int, width: int, parts: list[int]) -> None:
     backend = CpuBackend(dtype, threads=2, isa=isa)
     weights = [random(out, width, seed=out) for out in parts]
     weight = backend.linear_weight([host_tensor(one, dtype) for one in weights])
@@ -85,7 +84,7 @@ def test_a_product_of_a_row_is_the_same_in_every_batch(
     parts=st.lists(st.integers(1, 60), min_size=1, max_size=3).filter(lambda parts: sum(parts) % 2 == 0),
     bias=st.booleans(),
 )
-def test_a_gated_product_is_the_activation_of_the_product(
+def test_gated_linear_equals_activation_of_linear(
     isa: str, dtype: str, rows: int, width: int, parts: list[int], bias: bool
 ) -> None:
     backend = CpuBackend(dtype, threads=2, isa=isa)
@@ -113,7 +112,7 @@ def test_a_product_longer_than_a_chunk(isa: str) -> None:
 def attention(
     backend: CpuBackend, spec: KVSpec, qkv: Array, cuts: Sequence[int], heads: int, window: int | None
 ) -> Array:
-    """Attention of one sequence, its tokens fed in pieces that end at ``cuts``."""
+    """The attention result of one sequence whose tokens are fed in pieces that end at ``cuts``."""
     paged = Paged(backend, spec, num_blocks=40 if spec.block_size > 1 else 400, max_slots=2)
     paged.admit(0)
     found = []
@@ -134,7 +133,7 @@ def attention(
     window=st.sampled_from([None, 1, 7, 64, 100]),
     kv_dtype=st.sampled_from(KV_DTYPES),
 )
-def test_attention_is_the_same_however_a_prompt_is_cut(
+def test_attention_does_not_depend_on_prompt_chunks(
     isa: str,
     length: int,
     cut: float,
@@ -190,7 +189,7 @@ def test_logits_are_the_same_batched_alone_and_in_chunks(checkpoint: Path, isa: 
             assert same(np.concatenate([paged.logits([0], [piece])[0] for piece in pieces]), expected)
 
 
-def test_threads_change_nothing(checkpoint: Path) -> None:
+def test_results_do_not_depend_on_the_thread_count(checkpoint: Path) -> None:
     found = []
     for threads in (1, 2, 5):
         paged = paged_model(checkpoint, threads=threads)
@@ -215,9 +214,9 @@ def test_instruction_sets_agree(checkpoint: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize("random", [False, True])
 @pytest.mark.parametrize("num_logprobs", [-1, 3])
-def test_replayed_is_eager(checkpoint: Path, random: bool, num_logprobs: int) -> None:
-    """Ids and log-probabilities of captured steps, of two sizes in turn, are those of steps that are not; each step's
-    own stay."""
+def test_replayed_steps_equal_eager_steps(checkpoint: Path, random: bool, num_logprobs: int) -> None:
+    """Captured steps of two sizes, replayed in turn, give the ids and log-probabilities of eager steps, and neither
+    changes the other's results."""
     params = SlotParams(temperature=0.8, top_k=20, top_p=0.9, seed=5, frequency_penalty=0.5)
     found: list[list[bytes]] = []
     for captured in (False, True):
@@ -239,7 +238,7 @@ def test_replayed_is_eager(checkpoint: Path, random: bool, num_logprobs: int) ->
     assert found[0] == found[1]
 
 
-def test_a_failed_recording_leaves_the_backend_whole(checkpoint: Path) -> None:
+def test_a_failed_recording_leaves_the_backend_usable(checkpoint: Path) -> None:
     paged = paged_model(checkpoint)
     paged.admit(0)
 
@@ -256,7 +255,7 @@ def test_a_failed_recording_leaves_the_backend_whole(checkpoint: Path) -> None:
 # ---- Memory, errors, choice
 
 
-def test_weights_are_used_where_they_lie(checkpoint: Path) -> None:
+def test_weights_are_used_without_a_copy(checkpoint: Path) -> None:
     backend = CpuBackend("bfloat16")
     host = host_tensor(random(4, 8), "bfloat16")
     tensor = backend.tensor(host)
@@ -265,8 +264,8 @@ def test_weights_are_used_where_they_lie(checkpoint: Path) -> None:
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="the system does not say what memory is touched")
-def test_a_blocks_layers_lie_together() -> None:
-    """The first token of a block touches its own memory, not a huge page in every layer."""
+def test_layers_of_a_block_are_adjacent_in_memory() -> None:
+    """The first token of a block touches one piece of memory, not a huge page for every layer."""
 
     def resident() -> int:
         (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmRSS:"))
@@ -297,7 +296,9 @@ def test_wrong_shapes_are_named() -> None:
         backend.embedding(backend.tensor(np.array([9], np.int32)), backend.tensor(random(4, 8)))
 
 
-def test_impossible_backends_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_dtypes_instruction_sets_and_interfaces_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(BackendError, match="int8"):
         CpuBackend("int8")
     with pytest.raises(BackendError, match="instruction set quantum: this CPU and this build have"):
@@ -309,7 +310,7 @@ def test_impossible_backends_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         CpuBackend()
 
 
-def test_it_is_chosen_before_torch() -> None:
+def test_the_native_cpu_backend_is_chosen_before_torch() -> None:
     backend, why = select.select_backend(
         select.BackendRequest(device="cpu", checkpoint_dtype="float16", cpu_isa=ISAS[0], threads=1)
     )
@@ -318,7 +319,7 @@ def test_it_is_chosen_before_torch() -> None:
     assert why.startswith("cpu on cpu in float16")
 
 
-def test_cores_are_counted() -> None:
+def test_usable_cores_are_counted() -> None:
     assert 1 <= usable_cores() == CpuBackend().threads
 
 
@@ -344,7 +345,7 @@ def test_idle_threads_sleep(checkpoint: Path) -> None:
     assert least_cpu_seconds() < 0.02
 
 
-def test_threads_are_shared_out_among_numa_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_spread_over_numa_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3, 4, 5, 9, 12}, raising=False)
 
     def nodes(*lists: str) -> Path:
@@ -367,7 +368,7 @@ def test_threads_are_shared_out_among_numa_nodes(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed on Linux alone")
-def test_threads_run_where_they_are_bound() -> None:
+def test_threads_run_on_the_cpus_they_are_bound_to() -> None:
     cpu = max(os.sched_getaffinity(0))
     before = {task.name for task in Path("/proc/self/task").iterdir()}
     runtime = _cpu.Runtime("auto", [[], [cpu], []], "float32")

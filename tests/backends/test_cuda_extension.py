@@ -1,4 +1,4 @@
-"""The CUDA extension module: its Tensor on any machine, its kernels where there is a GPU."""
+"""The CUDA extension module: its Tensor class on any machine, its kernels on machines with a GPU."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_probe_names_devices_or_the_reason() -> None:
         assert device.keys() == {"index", "name", "compute_capability", "total_bytes", "multiprocessors"}
 
 
-def test_links_neither_the_driver_nor_torch() -> None:
+def test_the_extension_links_neither_the_driver_nor_torch() -> None:
     try:
         out = subprocess.run(
             ["readelf", "-d", _cuda.__file__], check=True, capture_output=True, text=True
@@ -88,7 +88,7 @@ def test_the_memory_outlives_the_producer() -> None:
     np.testing.assert_array_equal(back, np.arange(1000.0))
 
 
-def test_a_reference_is_given_back() -> None:
+def test_references_are_released() -> None:
     array = np.zeros(8)
     before = sys.getrefcount(array)
     for _ in range(10):
@@ -141,12 +141,12 @@ def test_scalars_and_empty_tensors_pass() -> None:
         ([1, 2, 3], TypeError, "DLPack, not list"),
     ],
 )
-def test_what_cannot_be_shared_is_refused(value: object, error: type[Exception], message: str) -> None:
+def test_unshareable_arrays_are_refused(value: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         _cuda.Tensor.from_dlpack(value)
 
 
-def test_exports_keep_to_the_protocol() -> None:
+def test_exports_follow_the_dlpack_protocol() -> None:
     tensor = _cuda.Tensor.from_dlpack(np.zeros(3))
     assert tensor.__dlpack_device__() == (1, 0)
     assert "dltensor_versioned" in repr(tensor.__dlpack__(max_version=(1, 1)))
@@ -165,7 +165,7 @@ def test_exports_keep_to_the_protocol() -> None:
         (np.zeros(3), np.zeros(4), ValueError, r"\[3\].*\[4\]"),
     ],
 )
-def test_copy_refuses_what_does_not_match(
+def test_copy_refuses_mismatched_tensors(
     source: object, target: object, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -185,7 +185,7 @@ def test_a_round_trip_keeps_every_byte(dtype: str) -> None:
 
 
 @needs_gpu
-def test_memory_is_taken_and_given_back() -> None:
+def test_memory_is_allocated_and_freed() -> None:
     free, total = _cuda.memory()
     assert 0 < free <= total
     tensor = _cuda.empty([256 << 20], "uint8")
@@ -209,7 +209,7 @@ def test_impossible_shapes_are_value_errors(shape: list[int]) -> None:
 
 
 @needs_gpu
-def test_more_rows_than_a_grid_has_in_its_second_dimension() -> None:
+def test_more_rows_than_the_y_axis_of_a_grid() -> None:
     backend, rows = CudaBackend("cuda", "float32"), 70_000
     spec = KVSpec(1, 1, 16, 16, "float32")
     slots = backend.alloc_slots(SlotSpec(rows, 1, 16, 8, 1))
@@ -227,7 +227,7 @@ def test_more_rows_than_a_grid_has_in_its_second_dimension() -> None:
 
 
 @needs_gpu
-def test_pools_and_slots_that_32_bits_do_not_count_are_refused() -> None:
+def test_pools_and_slots_beyond_32_bits_are_refused() -> None:
     backend = CudaBackend("cuda", "float16")
     if backend.memory().free < 80 << 30:
         pytest.skip("the GPU has less memory than such a pool takes")
@@ -239,7 +239,7 @@ def test_pools_and_slots_that_32_bits_do_not_count_are_refused() -> None:
 
 @needs_gpu
 def test_results_are_read_in_many_threads() -> None:
-    """While others come and go, each thread reads what belongs to its own tensor."""
+    """Each thread reads the contents of its own tensor while other threads allocate and free tensors."""
     backend = CudaBackend("cuda", "float32")
     spec = KVSpec(1, 1, 16, 16, "float32")
     slots = backend.alloc_slots(SlotSpec(8, 1, 16, 1000, 1))
@@ -269,7 +269,7 @@ def test_device_memory_is_shared_with_torch() -> None:
 
 
 def test_importing_opens_no_device() -> None:
-    """cuBLASLt maps the driver's library when it is loaded; nothing is asked of a GPU before it is wanted."""
+    """cuBLASLt maps the driver's library when it is loaded, so it must not be loaded before a GPU is used."""
     importlib.import_module("vllmlite._cuda")
     code = (
         "import os, sys, vllmlite; vllmlite.__path__ = eval(sys.argv[1]); import vllmlite._cuda;"

@@ -1,4 +1,4 @@
-"""Normalisation of messages, and how they are adapted to what a chat template takes."""
+"""How messages are normalised and adapted to the form that a chat template expects."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ ROLES = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
 
 
 def shown(source: str, *messages: dict[str, Any], **options: Any) -> str:
-    """What a template makes of messages that it is not asked to answer."""
+    """The messages as a chat template renders them, without a generation prompt."""
     return ChatTemplate(source, SPECIAL).prompt(list(messages), PromptOptions(False, **options))
 
 
 @pytest.mark.parametrize("calls", [{}, {"tool_calls": None}, {"tool_calls": []}])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_no_tool_calls_are_no_tool_calls(name: str, calls: dict[str, Any]) -> None:
+def test_absent_or_empty_tool_calls_are_dropped(name: str, calls: dict[str, Any]) -> None:
     expected = shown(TEMPLATES[name], user("Hi"), assistant("Hello!"), user("Bye"))
     assert shown(TEMPLATES[name], user("Hi"), assistant("Hello!", **calls), user("Bye")) == expected
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("role", ["user", "assistant", "tool"])
-def test_absent_content_is_empty_and_never_the_word_none(name: str, role: str) -> None:
+def test_absent_content_renders_as_empty_not_as_none(name: str, role: str) -> None:
     def text(**content: Any) -> str:
         asked = {"role": role, "tool_call_id": "call00001", **content}
         before = {
@@ -55,14 +55,14 @@ def test_absent_content_is_empty_and_never_the_word_none(name: str, role: str) -
         assert text(content="") == found
 
 
-def test_calls_without_content_reach_templates_that_test_for_none() -> None:
+def test_null_content_of_calls_reaches_templates_that_test_for_none() -> None:
     calls = assistant(None, tool_calls=[call('{"city":  "Oslo"}')])
     assert '<call>weather\n{"city":  "Oslo"}</call></s>' in shown(TEMPLATES[DEEPSEEK], user("?"), calls)
     assert '"arguments": {"city": "Oslo"}' in shown(TEMPLATES["hermes: tools in XML"], user("?"), calls)
 
 
 @pytest.mark.parametrize("arguments", ['{"a": "ä"}', {"a": "ä"}])
-def test_arguments_are_an_object_and_its_json(arguments: Any) -> None:
+def test_arguments_of_calls_render_as_object_or_as_json(arguments: Any) -> None:
     source = (
         "{% set f = messages[1].tool_calls[0].function %}{{ f.arguments }} {{ 'x' + f.arguments }} {{ f.arguments.a }} "
         "{{ f.arguments | tojson }} {{ f.arguments is mapping }} {{ f.arguments ~ '' }} {{ f | tojson }}"
@@ -74,7 +74,7 @@ def test_arguments_are_an_object_and_its_json(arguments: Any) -> None:
 
 
 @pytest.mark.parametrize("arguments", [None, "", " ", "{}", {}])
-def test_no_arguments_are_an_empty_object(arguments: Any) -> None:
+def test_absent_arguments_become_an_empty_object(arguments: Any) -> None:
     (found,) = normalised([assistant("", tool_calls=[call(arguments)])])
     assert found["tool_calls"][0]["function"]["arguments"] == {}
     (found,) = normalised([assistant("", tool_calls=[{"function": {"name": "f"}, "id": None}])])
@@ -107,19 +107,19 @@ def test_no_arguments_are_an_empty_object(arguments: Any) -> None:
         ({**user("x"), "when": {5: 5}}, "messages.1"),
     ],
 )
-def test_what_is_no_message_is_refused_by_its_place(message: Any, field: str) -> None:
+def test_an_invalid_message_is_refused_by_index(message: Any, field: str) -> None:
     with pytest.raises(ParameterError) as caught:
         normalised([user("Hi"), message])
     assert caught.value.field == field
 
 
 @pytest.mark.parametrize("messages", [[], "hello", {"role": "user"}, None, 5])
-def test_what_is_no_conversation_is_refused(messages: Any) -> None:
+def test_an_invalid_conversation_is_refused(messages: Any) -> None:
     with pytest.raises(ParameterError, match="messages"):
         normalised(messages)
 
 
-def test_objects_become_plain_data() -> None:
+def test_objects_are_converted_to_plain_data() -> None:
     @dataclass
     class Turn:
         role: str
@@ -135,7 +135,7 @@ def test_objects_become_plain_data() -> None:
         normalised([{**user("x"), "deep": deep}])
 
 
-def test_parts_of_every_kind_of_text() -> None:
+def test_every_kind_of_text_part_is_accepted() -> None:
     kinds = ["text", "input_text", "output_text", "refusal"]
     parts = [{"type": kind, "refusal" if kind == "refusal" else "text": kind} for kind in kinds]
     content = content_of([*parts, "plain", {"text": "untyped"}, {"type": "text", "text": None}], "content")
@@ -160,12 +160,12 @@ def test_thinking_parts_are_reasoning() -> None:
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_has_every_name(name: str) -> None:
+def test_reasoning_reaches_templates_under_every_name(name: str) -> None:
     (found,) = normalised([assistant("x", **{name: "Hm"})])
     assert found["reasoning_content"] == found["reasoning"] == found["thinking"] == "Hm"
 
 
-def test_lists_reach_templates_that_show_them_and_text_the_others() -> None:
+def test_content_lists_reach_only_templates_that_show_them() -> None:
     two = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]
     assert shown(ROLES, user(two)) == "[user:a\nb]"
     either = TEMPLATES["gemma 3: text or parts"]
@@ -181,7 +181,7 @@ def test_lists_reach_templates_that_show_them_and_text_the_others() -> None:
         shown(ROLES, user("a"), content_format="xml")
 
 
-def test_a_developer_is_a_system_message_where_the_template_knows_none() -> None:
+def test_a_developer_message_becomes_a_system_message_if_the_template_needs_it() -> None:
     developer = {"role": "developer", "content": "Be brief."}
     for name, source in TEMPLATES.items():
         if name.startswith("gemma: "):

@@ -1,4 +1,4 @@
-"""continue_final_message: the prompt ends where the last message's text ends, whatever that text is."""
+"""continue_final_message: the prompt ends where the text of the last message ends, whatever the text is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPEN = PromptOptions(add_generation_prompt=False, continue_final_message=True)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_it_is_what_the_template_renders_without_the_end(name: str) -> None:
+def test_a_prefilled_prompt_is_the_rendering_without_its_end(name: str) -> None:
     template, after = ChatTemplate(TEMPLATES[name], SPECIAL), AFTER_CONTENT[name]
     for prefill in PREFILLS:
         messages = [user("Hi"), assistant(prefill)]
@@ -39,7 +39,7 @@ PIECES = st.sampled_from(
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(sorted(TEMPLATES)), st.lists(PIECES | st.text(max_size=3), max_size=6).map("".join))
-def test_any_text_is_continued_at_its_end(name: str, prefill: str) -> None:
+def test_any_final_message_is_continued_at_its_end(name: str, prefill: str) -> None:
     messages = [user("Hi"), assistant(prefill)]
     whole = COMPILED[name].prompt(messages, WHOLE)
     assert COMPILED[name].prompt(messages, OPEN) + AFTER_CONTENT[name] == whole
@@ -57,7 +57,7 @@ def test_content_may_be_absent_after_reasoning() -> None:
     assert template.prompt(messages, OPEN).endswith("<think>\nOne and one.\n</think>\n\n")
 
 
-def test_a_message_that_the_template_leaves_out_when_empty_is_begun() -> None:
+def test_an_empty_message_that_the_template_omits_is_begun() -> None:
     template = ChatTemplate("{% for m in messages if m.content %}[{{ m.content }}]{% endfor %}", {})
     assert template.prompt([user("Hi"), assistant("")], OPEN) == "[Hi]["
 
@@ -76,12 +76,12 @@ def test_a_message_that_the_template_leaves_out_when_empty_is_begun() -> None:
         (TEMPLATES["chatml"], {"role": "system", "content": "x"}, "not be a system message"),
     ],
 )
-def test_what_cannot_be_continued_is_refused(source: str, last: dict[str, Any], why: str) -> None:
+def test_a_message_that_cannot_be_continued_is_refused(source: str, last: dict[str, Any], why: str) -> None:
     with pytest.raises(ParameterError, match=why) as caught:
         ChatTemplate(source, {}).prompt([user("Hi"), last], OPEN)
     assert caught.value.field == "continue_final_message"
 
 
-def test_it_does_not_go_with_a_generation_prompt() -> None:
+def test_continue_final_message_excludes_add_generation_prompt() -> None:
     with pytest.raises(ParameterError, match="add_generation_prompt"):
         ChatTemplate(TEMPLATES["chatml"], {}).prompt([user("Hi")], PromptOptions(continue_final_message=True))

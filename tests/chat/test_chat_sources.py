@@ -60,7 +60,7 @@ SOURCES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_tool_use_is_taken_where_tools_are_given(tmp_path: Path, source: str) -> None:
+def test_the_tool_use_template_is_chosen_with_tools(tmp_path: Path, source: str) -> None:
     tokenizer = checkpoint(tmp_path / "x", *SOURCES[source])
     assert tokenizer.has_chat_template and tokenizer.chat_template == PLAIN
     assert tokenizer.apply_chat_template(HI) == "plain"
@@ -87,7 +87,7 @@ def test_gguf_metadata_names_templates(tmp_path: Path) -> None:
     assert "Hi" in tokenizer.apply_chat_template(HI)
 
 
-def test_transformers_takes_the_same(tmp_path: Path) -> None:
+def test_transformers_reads_the_same_template(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers, to compare with")
     for number, (config, files) in enumerate(list(SOURCES.values())[:3]):
         path = tmp_path / str(number)
@@ -121,7 +121,7 @@ def test_unreadable_files_are_model_errors(tmp_path: Path) -> None:
         checkpoint(tmp_path / "y", files={"special_tokens_map.json": "[]"})
 
 
-def test_a_flag_is_a_file_a_text_or_a_name(tmp_path: Path) -> None:
+def test_the_template_flag_is_a_file_a_template_or_a_name(tmp_path: Path) -> None:
     file = tmp_path / "x.jinja"
     file.write_text("from a file")
     assert read_template(None) is None
@@ -139,7 +139,7 @@ SPECIAL_TOKENS = (
 )
 
 
-def test_special_tokens_stand_in_either_file(tmp_path: Path) -> None:
+def test_special_tokens_are_read_from_either_file(tmp_path: Path) -> None:
     added = {"content": "<s>", "lstrip": False}
     both: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "tokenizer_config.json alone": (
@@ -171,7 +171,7 @@ def test_a_request_may_set_a_special_token(tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template(HI, chat_template="{{ bos_token }}", bos_token="begin") == "begin"
 
 
-def test_built_in_formats_are_those_of_llama_cpp() -> None:
+def test_built_in_formats_equal_llama_cpps() -> None:
     for name, text in RENDERED.items():
         assert ChatTemplate(built_in(name, ""), {}).prompt(TALK) == text, name
     yandex = ChatTemplate(built_in("yandex", "<s>"), {}).prompt(TALK[1:2])
@@ -217,7 +217,7 @@ def test_built_in_formats_refuse_what_they_cannot_show() -> None:
         ChatTemplate(built_in("vicuna", ""), {}).prompt([*HI, tool("x")])
 
 
-def test_a_model_without_a_template_takes_a_built_in_one(tmp_path: Path) -> None:
+def test_a_model_without_a_template_can_use_a_built_in_one(tmp_path: Path) -> None:
     tokenizer = checkpoint(tmp_path / "x", {"bos_token": "<|endoftext|>"})
     text = tokenizer.apply_chat_template(HI, chat_template="chatml")
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

@@ -1,4 +1,4 @@
-"""Chat templates against transformers: the same text, or a refusal."""
+"""Chat templates give the text that transformers gives, or an error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def theirs() -> Any:
 
 
 def expected(theirs: Any, template: str, messages: list[dict[str, Any]], **options: Any) -> str | None:
-    """What transformers renders; None where it fails."""
+    """The text that transformers renders, or None if it fails."""
     try:
         text = theirs.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
     except Exception:
@@ -42,7 +42,7 @@ def expected(theirs: Any, template: str, messages: list[dict[str, Any]], **optio
 
 
 def as_clients_send_them(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with arguments of calls as JSON texts."""
+    """The messages with the arguments of their tool calls as JSON strings."""
     sent = deepcopy(messages)
     for message in sent:
         for made in message.get("tool_calls", ()):
@@ -51,7 +51,7 @@ def as_clients_send_them(messages: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def in_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with their content as lists of one part."""
+    """The messages with each content as a list of one text part."""
     return [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
 
 
@@ -59,7 +59,7 @@ def in_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     "name",
     [pytest.param(name, marks=of_newer_transformers if "gpt-oss" in name else ()) for name in TEMPLATES],
 )
-def test_the_text_is_that_of_transformers(theirs: Any, name: str) -> None:
+def test_rendered_text_equals_transformers(theirs: Any, name: str) -> None:
     ours = ChatTemplate(TEMPLATES[name], SPECIAL)
     asks: list[tuple[bool, Any, dict[str, Any]]] = [
         (True, None, {"date_string": DATE}),
@@ -109,7 +109,7 @@ def test_the_text_is_that_of_transformers(theirs: Any, name: str) -> None:
         "{{ strftime_now('%Y') | length }}{{ none is none }}{{ x is defined }}{{ x is undefined }}{{ 1 is none }}",
     ],
 )
-def test_the_environment_is_that_of_transformers(theirs: Any, source: str) -> None:
+def test_the_jinja_environment_equals_transformers(theirs: Any, source: str) -> None:
     messages = CONVERSATIONS["characters beyond ASCII"]
     wanted = expected(theirs, source, messages, add_generation_prompt=False, tools=TOOLS)
     if wanted is None:
@@ -119,7 +119,7 @@ def test_the_environment_is_that_of_transformers(theirs: Any, source: str) -> No
         assert ChatTemplate(source, SPECIAL).prompt(messages, PromptOptions(False), TOOLS) == wanted
 
 
-def test_tools_that_the_template_does_not_show_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_tools_that_the_template_ignores_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     template = ChatTemplate(TEMPLATES["chatml"], SPECIAL)
     for _ in range(2):
         template.prompt(CONVERSATIONS["a question"], tools=TOOLS)

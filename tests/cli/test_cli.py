@@ -1,4 +1,5 @@
-"""generate, chat and the command line as a whole, mostly on an engine that continues every prompt with words."""
+"""generate, chat and the command line as a whole, mostly with a fake engine that continues every prompt with numbered
+words."""
 
 from __future__ import annotations
 
@@ -37,13 +38,13 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 # generate
 
 
-def test_one_prompt_reads_as_one_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_prompt_prints_one_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "generate", "Once upon", "--max-tokens", "3") == ("Once upon w0 w1 w2\n", "")
     _, params, _ = FakeEngine.made[0].seen[0]
     assert (params.temperature, params.output_kind) == (0.7, RequestOutputKind.DELTA)
 
 
-def test_a_terminal_gets_no_control_characters(
+def test_control_characters_are_escaped_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeEngine, "words", ["\x1b]0;title", "\x9b\x7f"])
@@ -91,14 +92,16 @@ def test_standard_input_is_the_prompt(
     assert out == "==> 1/2 <==\nfirst w0\n\n==> 2/2 <==\nin w0\n"
 
 
-def test_file_of_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_file_of_lines_holds_a_prompt_per_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "prompts"
     file.write_text('one\n\n{"not": "a prompt"}\n')
     out, _ = run(capsys, "generate", "-f", str(file), "--max-tokens", "1", "--json")
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["one", '{"not": "a prompt"}']
 
 
-def test_file_of_json_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_json_lines_file_holds_prompts_and_parameters(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(
         '{"prompt": "a", "max_tokens": 2, "seed": 4, "priority": 3}\n{"prompt_token_ids": [7, 8]}\n'
@@ -133,7 +136,7 @@ def test_bad_files_are_refused_before_a_model_loads(
     assert not FakeEngine.made
 
 
-def test_json_lines_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_as_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = run(capsys, "generate", "é b", "--json", "--stats", "--logprobs", "0", "--max-tokens", "2")
     first, last = map(json.loads, out.splitlines())
     assert err == ""
@@ -161,7 +164,7 @@ def test_json_lines_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert "é" in out
 
 
-def test_statistics_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_statistics_are_printed_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = run(capsys, "generate", "a", "--stats", "--max-tokens", "2")
     assert out == "a w0 w1\n"
     for name in (
@@ -178,7 +181,7 @@ def test_statistics_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"^{name} ", err, re.MULTILINE), name
 
 
-def test_chat_template_on_a_question(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_generate_can_apply_the_chat_template(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run(capsys, "generate", "--chat", "hi", "--max-tokens", "1") == (" w0\n", "")
     file = tmp_path / "template"
     file.write_text("T ")
@@ -197,7 +200,7 @@ def test_chat_template_on_a_question(capsys: pytest.CaptureFixture[str], tmp_pat
     assert FakeEngine.made[1].seen[0][0]["prompt"] == "T system: be\nuser: hi\n"
 
 
-def test_ids_without_a_tokenizer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_ids_are_generated_without_a_tokenizer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "ids"
     file.write_text('{"prompt_token_ids": [7, 8]}\n')
     out, _ = run(capsys, "generate", "--skip-tokenizer-init", "-f", str(file), "--json", "--max-tokens", "2")
@@ -271,7 +274,7 @@ def test_a_missing_package_is_named(
     assert "package tokenizers is not installed" in run(capsys, "generate", "x", status=1)[1]
 
 
-def test_interrupt_is_quiet_and_drops_the_request(
+def test_an_interrupt_ends_generate_quietly_and_aborts_the_request(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeEngine, "interrupt_at", 3)
@@ -279,7 +282,7 @@ def test_interrupt_is_quiet_and_drops_the_request(
     assert FakeEngine.made[0].aborted == ["0"]
 
 
-def test_verbose_says_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbose_prints_the_backend_and_why_it_was_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     _, err = run(capsys, "generate", "a", "-v", "-m", "some/model", "--served-model-name", "mine")
     assert "vllmlite: mine on fake (cpu" in err
     assert "torch declined: not needed" in err
@@ -303,7 +306,7 @@ def prompts() -> list[str]:
     return [prompt["prompt"] for prompt, _, _ in FakeEngine.made[-1].seen]
 
 
-def test_a_conversation_is_remembered(
+def test_chat_remembers_the_conversation(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, err = converse(monkeypatch, capsys, "hi\n\n//slash\n", "--system", "be")
@@ -314,9 +317,7 @@ def test_a_conversation_is_remembered(
     ]
 
 
-def test_commands_of_a_conversation(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chat_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     text = "a\n/system\n/system be good\nb\n/reset\nc\n/help\n/foo\n/quit\nd\n"
     out, err = converse(monkeypatch, capsys, text, "--stats")
     assert out == " w0 w1\n" * 3
@@ -325,7 +326,7 @@ def test_commands_of_a_conversation(
         assert said in err
 
 
-def test_turns_of_several_lines_and_answers_made_anew(
+def test_multiline_messages_and_regenerated_answers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, err = converse(monkeypatch, capsys, "/retry\na\\\nb\n/retry\nc\\\n")
@@ -334,10 +335,10 @@ def test_turns_of_several_lines_and_answers_made_anew(
 
 
 @pytest.mark.parametrize("line", ["/retry", "second"])
-def test_a_turn_that_is_interrupted_at_its_end_leaves_the_conversation(
+def test_a_turn_interrupted_at_its_end_keeps_the_conversation(
     line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C after the answer, before it is noted: no message is left without an answer."""
+    """Ctrl-C after the answer but before it is stored leaves no message without an answer."""
 
     class Echo:
         def answer(self, messages: list[dict[str, str]]) -> Any:
@@ -366,7 +367,9 @@ def test_one_message_is_answered_without_a_conversation(
     assert "shorter" in converse(monkeypatch, capsys, "", "--quick", "word " * CONTEXT, status=1)[1]
 
 
-def test_thoughts_are_kept_apart(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasoning_is_kept_apart_from_the_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["<think>", "well", "\x1b]0;title\x07", "</thi", "nk>", "\n\n", "yes"]
     monkeypatch.setattr(FakeEngine, "words", words)
     options = ("--reasoning-parser", "qwen3", "--max-tokens", str(len(words)))
@@ -380,7 +383,7 @@ def test_thoughts_are_kept_apart(capsys: pytest.CaptureFixture[str], monkeypatch
     assert converse(monkeypatch, capsys, "a\n", *options)[0] == "well␛]0;title␇\n\nyes\n"
 
 
-def test_a_turn_that_does_not_fit_is_taken_back(
+def test_a_message_that_does_not_fit_is_removed_again(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, err = converse(monkeypatch, capsys, "a\n" + "word " * CONTEXT + "\nb\n", status=1)
@@ -389,7 +392,7 @@ def test_a_turn_that_does_not_fit_is_taken_back(
     assert prompts()[-1] == "user: a\nassistant:  w0 w1\nuser: b\n"
 
 
-def test_interrupt_stops_an_answer_only(
+def test_an_interrupt_stops_only_the_answer(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeEngine, "interrupt_at", 1)
@@ -399,7 +402,9 @@ def test_interrupt_stops_an_answer_only(
     assert prompts()[1] == "user: a\nassistant:  w0\nuser: b\n"
 
 
-def test_conversations_need_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_needs_a_tokenizer_and_a_chat_template(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "--skip-tokenizer-init" in run(capsys, "chat", "--skip-tokenizer-init", status=2)[1]
     monkeypatch.setattr(FakeTokenizer, "has_chat_template", False)
     assert "--chat-template" in run(capsys, "chat", status=1)[1]
@@ -427,7 +432,7 @@ def test_every_sampling_field_has_a_flag_and_help() -> None:
     assert all(action.help for action in parser._actions)
 
 
-def test_positionals_stand_anywhere_and_dashes_end_options() -> None:
+def test_positional_arguments_may_follow_options_and_dashes_end_options() -> None:
     parser = OptionParser(prog="x")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", default=[])
     parser.add_argument("--some-flag", action="store_true")
@@ -444,7 +449,7 @@ def test_positionals_stand_anywhere_and_dashes_end_options() -> None:
         (["--versoin"], "unknown option --versoin; did you mean --version?"),
     ],
 )
-def test_wrong_commands(capsys: pytest.CaptureFixture[str], argv: list[str], says: str) -> None:
+def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str], argv: list[str], says: str) -> None:
     assert says in run(capsys, *argv, status=2)[1]
 
 
@@ -479,12 +484,12 @@ def python(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_does_not_import_heavy_packages() -> None:
     done = python("-c", LIGHT)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_closed_pipe_is_quiet() -> None:
+def test_a_closed_pipe_ends_the_program_quietly() -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
@@ -517,7 +522,7 @@ needs_model = pytest.mark.skipif(
 
 
 @needs_model
-def test_the_built_in_model_continues_a_text() -> None:
+def test_generate_continues_a_text_with_the_built_in_model() -> None:
     pytest.importorskip("torch")
     argv = [
         "-m",
@@ -539,7 +544,7 @@ def test_the_built_in_model_continues_a_text() -> None:
     assert stats["stats"]["backend"] in ("cpu", "torch")
 
 
-def test_backends_are_asked() -> None:
+def test_env_probes_the_backends() -> None:
     pytest.importorskip("torch")
     done = python("-m", "vllmlite", "env", "--json")
     answers = {(a["backend"], a["kind"]): a for a in json.loads(done.stdout)["backends"]}

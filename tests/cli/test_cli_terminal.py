@@ -1,4 +1,4 @@
-"""``vllmlite chat`` as it is at a terminal: editing, Ctrl-C, Ctrl-D, and what a server may do meanwhile."""
+"""``vllmlite chat`` on a terminal: line editing, Ctrl-C, Ctrl-D, and what a server may do in the meantime."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ CTRL_C, CTRL_D = b"\x03", b"\x04"
 
 
 class Terminal:
-    """``vllmlite chat`` on a terminal of its own."""
+    """``vllmlite chat``, run on a pseudo-terminal."""
 
     def __init__(self, *arguments: str) -> None:
-        """Start it, and wait for its prompt."""
+        """Start the program and wait for its prompt."""
         command = [sys.executable, "-m", "vllmlite", "chat", *arguments]
         self._process, self._terminal = pty.fork()
         if self._process == 0:
@@ -41,7 +41,7 @@ class Terminal:
         self.expect("> ")
 
     def expect(self, text: str) -> str:
-        """Wait until it shows ``text``; what it showed before."""
+        """Wait until the output contains ``text``, and return the output before it."""
         deadline = time.monotonic() + SECONDS
         while (at := self.seen.find(text.encode(), self._at)) < 0:
             if time.monotonic() > deadline or not self._read(0.2):
@@ -50,11 +50,11 @@ class Terminal:
         return before.decode()
 
     def send(self, keys: str | bytes) -> None:
-        """Type."""
+        """Type ``text``."""
         os.write(self._terminal, keys.encode() if isinstance(keys, str) else keys)
 
     def end(self) -> int:
-        """Type Ctrl-D; the exit status."""
+        """Type Ctrl-D and return the exit status."""
         self.send(CTRL_D)
         while self._read(SECONDS):
             pass
@@ -62,7 +62,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
 
     def _read(self, seconds: float) -> bool:
-        """Take in what it shows within a time; False at its end."""
+        """Read the available output, waiting a limited time; return False at the end of the output."""
         if not select.select([self._terminal], [], [], seconds)[0]:
             return seconds < SECONDS
         try:
@@ -81,7 +81,7 @@ def fake() -> Iterator[FakeServer]:
 
 
 def wait_for_requests(fake: FakeServer, count: int) -> None:
-    """Wait until ``fake`` has had so many."""
+    """Wait until ``fake`` has received this many requests."""
     deadline = time.monotonic() + SECONDS
     while len(fake.bodies) < count:
         assert time.monotonic() < deadline, f"{len(fake.bodies)} requests"
@@ -89,11 +89,11 @@ def wait_for_requests(fake: FakeServer, count: int) -> None:
 
 
 def turns(fake: FakeServer) -> list[str]:
-    """What the last request said, turn by turn."""
+    """The contents of the messages of the last request."""
     return [message["content"] for message in fake.bodies[-1]["messages"]]
 
 
-def test_interrupt_stops_the_answer_of_a_server(fake: FakeServer) -> None:
+def test_an_interrupt_stops_a_servers_answer(fake: FakeServer) -> None:
     terminal = Terminal("--url", fake.url)
     fake.answers(None)
     terminal.send("first\n")
@@ -145,7 +145,7 @@ def test_turns_of_several_lines(fake: FakeServer) -> None:
     assert terminal.end() == 0
 
 
-def test_thoughts_of_a_server_are_shown_and_not_sent(fake: FakeServer) -> None:
+def test_reasoning_of_a_server_is_shown_but_not_sent_back(fake: FakeServer) -> None:
     terminal = Terminal("--url", fake.url)
     fake.reasoning = "hm"
     fake.answers("\n\nyes")
@@ -156,7 +156,7 @@ def test_thoughts_of_a_server_are_shown_and_not_sent(fake: FakeServer) -> None:
     assert terminal.end() == 0
 
 
-def test_a_server_that_goes_away_is_an_error_and_not_the_end(fake: FakeServer) -> None:
+def test_chat_reports_errors_of_a_server_and_continues(fake: FakeServer) -> None:
     terminal = Terminal("--url", fake.url)
     fake.refusal = Response('data: {"error": "no \\u001b[2Jmore"}\n\n')
     terminal.send("more?\n")
@@ -167,7 +167,7 @@ def test_a_server_that_goes_away_is_an_error_and_not_the_end(fake: FakeServer) -
     assert terminal.end() == 0
 
 
-def test_interrupt_stops_the_answer_of_an_engine() -> None:
+def test_an_interrupt_stops_an_engines_answer() -> None:
     terminal = Terminal("--max-tokens", "400", "--ignore-eos", "--dtype", "float32", "--device", "cpu")
     terminal.send("What is dpkg?\n")
     terminal.expect("dpkg?\r\n")

@@ -1,4 +1,4 @@
-"""bench and env: figures that add up, and facts whatever is installed or not."""
+"""``vllmlite bench`` and ``vllmlite env``: consistent figures, and facts that do not depend on optional packages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 # bench
 
 
-def test_bench_ends_in_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_prints_one_json_line_last(capsys: pytest.CaptureFixture[str]) -> None:
     argv = [
         "--num-prompts",
         "5",
@@ -65,7 +65,7 @@ def test_bench_usage(capsys: pytest.CaptureFixture[str], argv: list[str], says: 
     assert says in run(capsys, "bench", *argv, status=2)[1]
 
 
-def test_quantiles_are_nearest_ranks() -> None:
+def test_quantiles_use_the_nearest_rank() -> None:
     assert report.quantiles([]) == {}
     assert report.quantiles([4.0, 1.0, 3.0, 2.0]) == {"mean": 2.5, "p50": 2.0, "p90": 4.0, "p99": 4.0}
     assert report.rate(3, 0.0) is None
@@ -74,7 +74,7 @@ def test_quantiles_are_nearest_ranks() -> None:
 # env
 
 
-def test_env_as_json_and_as_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_prints_json_or_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     facts = json.loads(run(capsys, "env", "--json", "--quick")[0])
     assert facts["vllmlite"] == vllmlite.__version__
@@ -84,7 +84,7 @@ def test_env_as_json_and_as_text(capsys: pytest.CaptureFixture[str], monkeypatch
     assert vllmlite.__version__ in text and "HF_HUB_OFFLINE  1" in text
 
 
-def test_env_without_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_works_where_nothing_can_be_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_read", lambda path: "")
     monkeypatch.setattr(env, "BUILT_IN", Path("/nonexistent"))
     monkeypatch.setattr(env, "PACKAGES", ("none-such",))
@@ -94,7 +94,7 @@ def test_env_without_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not installed   none-such" in env.as_text(facts)
 
 
-def test_limits_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_shows_the_limits_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         "/proc/self/cgroup": "0::/a/b\n",
         "/sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
@@ -115,7 +115,7 @@ def test_limits_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
         ("pass", "the probe printed no answer"),
     ],
 )
-def test_a_probe_that_fails_is_an_answer(monkeypatch: pytest.MonkeyPatch, program: str, says: str) -> None:
+def test_env_reports_a_probe_that_fails(monkeypatch: pytest.MonkeyPatch, program: str, says: str) -> None:
     real = subprocess.run
 
     def fake_run(argv: list[str], **options: Any) -> Any:

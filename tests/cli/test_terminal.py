@@ -1,4 +1,4 @@
-"""Standard streams that are closed, None or odd; text files of other systems."""
+"""Standard streams that are closed, None or unusual, and text files written on other systems."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shell(command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", command], capture_output=True, encoding="utf-8")
 
 
-def test_streams_that_cannot_say_are_no_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_without_isatty_are_not_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = io.StringIO()
     closed.close()
     for stream in (None, closed, WriteAlone(), io.StringIO()):
@@ -53,19 +53,19 @@ def test_streams_that_cannot_say_are_no_terminals(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("stream", [None, WriteAlone(), Broken()], ids=["none", "write alone", "broken"])
-def test_an_engine_needs_no_standard_error(stream: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_works_without_standard_error(stream: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", stream)
     outputs = LLM().generate(["Debian is", "Linux is"], SamplingParams(max_tokens=2))
     assert [len(output.outputs[0].token_ids) for output in outputs] == [2, 2]
 
 
-def test_a_command_without_standard_output_fails_and_says_so() -> None:
+def test_a_command_without_standard_output_fails_with_a_message() -> None:
     done = shell(f"{PROGRAM} --version >&-")
     assert (done.returncode, done.stderr) == (1, "vllmlite: error: standard output is closed\n")
     assert shell(f"{PROGRAM} --version >&- 2>&-").returncode == 1
 
 
-def test_no_file_takes_the_place_of_a_closed_stream() -> None:
+def test_no_opened_file_gets_the_descriptor_of_a_closed_stream() -> None:
     code = "import os; from vllmlite.terminal import open_closed_streams as o; o(); print(os.open('.', 0))"
     done = shell(f'{sys.executable} -c "{code}" <&- 2>&-')
     assert (done.returncode, int(done.stdout) > 2) == (0, True)
@@ -86,7 +86,7 @@ def wishes_of(monkeypatch: pytest.MonkeyPatch, *arguments: str, stdin: str = "")
     ]
 
 
-def test_prompts_have_neither_mark_nor_carriage_return(
+def test_byte_order_marks_and_carriage_returns_are_removed_from_prompts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "prompts.txt"
@@ -99,7 +99,9 @@ def test_prompts_have_neither_mark_nor_carriage_return(
     assert wishes_of(monkeypatch, "-f", str(file)) == ["a\u2028b", "\r\n"]
 
 
-def test_configuration_and_keys_have_neither_mark_nor_carriage_return(tmp_path: Path) -> None:
+def test_byte_order_marks_and_carriage_returns_are_removed_from_configuration_and_keys(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"\xef\xbb\xbfport: 8001\r\nhost: ::1\r\n")
     assert read_yaml(file) == {"port": 8001, "host": "::1"}

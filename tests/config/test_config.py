@@ -1,4 +1,4 @@
-"""EngineConfig: one set of fields behind keywords, flags and YAML, and nothing ignored on the way."""
+"""EngineConfig: the same fields from keywords, flags and YAML, none of which is ignored."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def from_flags(*argv: str) -> EngineConfig:
     return EngineConfig.from_namespace(parser().parse(argv))
 
 
-def test_no_flags_are_the_defaults() -> None:
+def test_no_flags_give_the_defaults() -> None:
     assert from_flags() == EngineConfig() == EngineConfig.from_kwargs()
 
 
@@ -137,14 +137,14 @@ def test_flag(argv: list[str], name: str, value: Any) -> None:
         ),
     ],
 )
-def test_bad_values_are_named(options: dict[str, Any], field: str, says: str) -> None:
+def test_bad_values_are_refused_by_field(options: dict[str, Any], field: str, says: str) -> None:
     with pytest.raises(ParameterError, match=f"^{field}=") as error:
         EngineConfig.from_kwargs(**options)
     assert error.value.field == field
     assert says in str(error.value)
 
 
-def test_unknown_names_get_the_closest() -> None:
+def test_unknown_names_suggest_the_closest() -> None:
     with pytest.raises(ParameterError, match=r"did you mean max_model_len\?"):
         EngineConfig.from_kwargs(max_model_length=3)
     with pytest.raises(ParameterError, match=r"unknown option$"):
@@ -152,7 +152,7 @@ def test_unknown_names_get_the_closest() -> None:
 
 
 @pytest.mark.parametrize("name", ABSENT)
-def test_absent_features_are_refused_by_name(name: str) -> None:
+def test_unsupported_features_are_refused_by_name(name: str) -> None:
     for value in (*ABSENT[name].neutral, *ABSENT[name].logged):
         assert EngineConfig.from_kwargs(**{name: value}) == EngineConfig()
     with pytest.raises(ParameterError) as error:
@@ -161,7 +161,7 @@ def test_absent_features_are_refused_by_name(name: str) -> None:
     assert error.value.accepted == ABSENT[name].reason
 
 
-def test_trust_in_code_is_said_to_be_without_effect(caplog: pytest.LogCaptureFixture) -> None:
+def test_trust_remote_code_logs_that_it_has_no_effect(caplog: pytest.LogCaptureFixture) -> None:
     EngineConfig.from_kwargs(trust_remote_code=False)
     assert not caplog.records
     EngineConfig.from_kwargs(trust_remote_code=True)
@@ -200,7 +200,7 @@ def test_trust_in_code_is_said_to_be_without_effect(caplog: pytest.LogCaptureFix
         (["--calculate-kv-scales"], True),
     ],
 )
-def test_absent_features_on_the_command_line(
+def test_unsupported_features_are_refused_on_the_command_line(
     argv: list[str], accepted: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if accepted:
@@ -214,7 +214,7 @@ def test_absent_features_on_the_command_line(
     assert ABSENT[name].reason in capsys.readouterr().err
 
 
-def test_dotted_flags_are_the_keys_of_a_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dotted_flags_set_keys_of_a_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     parser = OptionParser(prog="x")
     parser.add_argument("--kwargs")
     parser.add_argument("-n")
@@ -250,7 +250,7 @@ def test_options_without_effect_are_logged(caplog: pytest.LogCaptureFixture) -> 
     ] * 2
 
 
-def test_dtype_may_be_torchs() -> None:
+def test_a_torch_dtype_is_accepted() -> None:
     class Like:
         def __str__(self) -> str:
             return "torch.bfloat16"
@@ -258,11 +258,11 @@ def test_dtype_may_be_torchs() -> None:
     assert EngineConfig.from_kwargs(dtype=Like()).dtype == "bfloat16"
 
 
-def test_paths_become_text() -> None:
+def test_paths_become_strings() -> None:
     assert EngineConfig.from_kwargs(model=Path("a") / "b").model == "a/b"
 
 
-def test_configuration_is_a_value() -> None:
+def test_configurations_are_immutable_values() -> None:
     config = EngineConfig(model="m", seed=3)
     assert pickle.loads(pickle.dumps(config)) == config
     assert hash(config) == hash(dataclasses.replace(config))
@@ -272,7 +272,7 @@ def test_configuration_is_a_value() -> None:
         dataclasses.replace(config, seed=-2)
 
 
-def test_engine_args_are_vllms() -> None:
+def test_engine_args_have_vllms_names() -> None:
     args = EngineArgs("m", tensor_parallel_size=1, dtype="half")
     assert isinstance(args, EngineConfig)
     assert (args.model, args.dtype) == ("m", "float16")
@@ -282,7 +282,7 @@ def test_engine_args_are_vllms() -> None:
     assert EngineArgs.from_cli_args(made.parse_args(["--seed", "2"])).seed == 2
 
 
-def test_yaml_is_between_flags_and_defaults(tmp_path: Path) -> None:
+def test_yaml_overrides_defaults_and_flags_override_yaml(tmp_path: Path) -> None:
     file = tmp_path / "engine.yaml"
     file.write_text("model: m\nblock-size: 8\nseed: 5\nkv_cache_memory_bytes: 1M\ntensor-parallel-size: 1\n")
     config = EngineConfig(model="m", block_size=8, seed=6, kv_cache_memory_bytes=1 << 20)
@@ -305,7 +305,7 @@ def test_yaml_is_between_flags_and_defaults(tmp_path: Path) -> None:
         ("!!python/object/apply:os.system [true]", "is not YAML"),
     ],
 )
-def test_bad_yaml(tmp_path: Path, text: str, says: str) -> None:
+def test_bad_yaml_is_refused(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "engine.yaml"
     file.write_text(text)
     with pytest.raises(ParameterError) as error:
@@ -314,7 +314,7 @@ def test_bad_yaml(tmp_path: Path, text: str, says: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_missing_yaml(tmp_path: Path) -> None:
+def test_missing_yaml_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="No such file"):
         EngineConfig.from_yaml(tmp_path / "none")
 
@@ -340,7 +340,7 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1", "1.5", "1X", "1e3", "1.0001K", "0x10", "1 2"])
-def test_sizes_that_are_none(text: str) -> None:
+def test_bad_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a"):
         parse_size(text)
 

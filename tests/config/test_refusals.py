@@ -1,4 +1,4 @@
-"""What cannot run is refused in one message, early, with what would do."""
+"""What cannot run is refused early, with one message that says what would work."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def config_only(path: Path, **changes: object) -> Path:
     return path
 
 
-def test_one_message_and_soon(tmp_path: Path) -> None:
-    """From the command line: status 1, one line, no traceback, and the failing part before anything slow."""
+def test_an_unsupported_model_is_refused_with_one_line_before_slow_imports(tmp_path: Path) -> None:
+    """The command line exits with status 1 and one line, without a traceback, and fails before any slow import."""
     config_only(tmp_path, quantization_config={"quant_method": "exl2", "bits": 4})
     argv = [sys.executable, "-X", "importtime", "-m", "vllmlite", "generate", "--model", str(tmp_path), "x"]
     run = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).parents[2])
@@ -49,14 +49,16 @@ def test_one_message_and_soon(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["exl3", "aqlm", "hqq", "torchao", "quark", "spqr"])
-def test_quantisations_of_others_are_named(method: str, tmp_path: Path) -> None:
+def test_unsupported_quantisation_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
     config_only(tmp_path, quantization_config={"quant_method": method})
     with pytest.raises(ModelError, match=f"quant_method='{method}'; accepted: awq, .*vllmlite; "):
         read_spec(tmp_path)
 
 
-def test_weights_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message names the bytes, and those quantisations that would fit."""
+def test_weights_that_do_not_fit_get_an_error_with_suggestions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message gives the bytes needed and the quantisations that would fit."""
     write_checkpoint(tmp_path, dtype="bfloat16")
     backend = TorchBackend("cpu", "bfloat16")
     for free, says in (
@@ -71,7 +73,7 @@ def test_weights_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             load_model(backend, tmp_path, max_model_len=64, block_size=16)
 
 
-def test_sizes_that_are_offered_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suggested_sizes_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path, dtype="bfloat16")
     backend = TorchBackend("cpu", "bfloat16")
     monkeypatch.setattr(backend, "memory", lambda: Memory(1 << 30, 200_000))
@@ -88,8 +90,8 @@ def test_sizes_that_are_offered_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             load_model(quantised, tmp_path, max_model_len=64, block_size=16, packing=packing)
 
 
-def test_positions_whose_rotations_do_not_fit(tmp_path: Path) -> None:
-    """They are refused before anything is made for them."""
+def test_a_rotation_table_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    """The error is raised before any table is allocated."""
     write_checkpoint(tmp_path, max_position_embeddings=2**31 - 1)
     backend = TorchBackend("cpu")
     with pytest.raises(
@@ -101,7 +103,7 @@ def test_positions_whose_rotations_do_not_fit(tmp_path: Path) -> None:
     load_model(backend, tmp_path, max_model_len=1000, block_size=16)
 
 
-def test_a_context_that_does_not_fit(tmp_path: Path) -> None:
+def test_a_context_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     options = {"skip_tokenizer_init": True, "num_gpu_blocks_override": 4, "backend": "torch"}
     with pytest.raises(
@@ -113,8 +115,8 @@ def test_a_context_that_does_not_fit(tmp_path: Path) -> None:
     LLM(str(tmp_path), max_model_len=64, **options)
 
 
-def test_rotations_are_made_for_what_the_cache_holds(tmp_path: Path) -> None:
-    """Not for the million positions of a model whose cache holds a few: numbers are those of a table for all."""
+def test_the_rotation_table_covers_what_the_cache_holds(tmp_path: Path) -> None:
+    """A table of the cache's few positions, instead of the model's million, gives the same results."""
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,

@@ -1,4 +1,4 @@
-"""llama.cpp's grammars: what its own readers take is taken here."""
+"""llama.cpp's grammars (GBNF): every form that llama.cpp reads is read here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guided output: what comes out is what was asked for, whatever the model would have said, alone and in a batch."""
+"""Structured outputs: the output follows the grammar whatever the model prefers, alone and in a batch."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def text_of(llm: LLM, wanted: SamplingParams) -> str:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
-def test_the_output_is_what_was_asked_for(llm: LLM, temperature: float) -> None:
+def test_the_output_follows_the_grammar(llm: LLM, temperature: float) -> None:
     wanted = [params(wish, temperature=temperature, seed=7) for wish in WISHES]
     alone = [text_of(llm, wish) for wish in wanted]
     for wish, text in zip(WISHES, alone, strict=True):
@@ -90,7 +90,7 @@ def test_the_output_is_what_was_asked_for(llm: LLM, temperature: float) -> None:
     assert [output.outputs[0].text for output in together] == [*alone, calm]
 
 
-def test_without_an_end_of_text_the_last_token_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_end_token_the_last_token_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllmlite.runner.startup.eos_ids", lambda *_: [])
     endless = LLM(dtype="float32", max_model_len=256, device="cpu")
     assert not endless.llm_engine.engine_core.bounds.eos_ids
@@ -99,7 +99,7 @@ def test_without_an_end_of_text_the_last_token_is_text(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_two_steps_in_flight_and_several_completions() -> None:
+def test_grammars_hold_with_two_steps_in_flight_and_several_completions() -> None:
     texts = []
     for two in (False, True):
         llm = LLM(dtype="float32", max_model_len=256, device="cpu", async_scheduling=two, backend="torch")
@@ -115,7 +115,7 @@ def test_two_steps_in_flight_and_several_completions() -> None:
 
 
 @pytest.mark.slow
-def test_a_preempted_sequence_goes_on_where_its_grammar_was(llm: LLM) -> None:
+def test_a_preempted_sequence_keeps_its_grammar_state(llm: LLM) -> None:
     schema = {"type": "array", "items": PERSON, "minItems": 3}
     wanted = [params({"json": schema}, seed=seed).clone(max_tokens=200) for seed in range(4)]
     calm = llm.generate([PROMPT] * 4, wanted, use_tqdm=False)
@@ -188,13 +188,13 @@ def test_schemas_of_another_style_are_enforced_too(llm: LLM, form: dict[str, Any
     assert not xgrammar.GrammarMatcher(compiled.native).accept_string("{")
 
 
-def test_what_a_structural_tag_forces_is_written(llm: LLM) -> None:
+def test_the_forced_text_of_a_structural_tag_is_generated(llm: LLM) -> None:
     forced = {**TAGS[0]["format"], "at_least_one": True, "stop_after_first": True}
     text = text_of(llm, params({"structural_tag": {"format": forced}}, temperature=1.0, seed=5))
     assert re.fullmatch(r'<f=a>\{"n": [789]\}</f>', text)
 
 
-def test_a_grammar_in_the_form_of_lark(llm: LLM) -> None:
+def test_a_lark_grammar_is_enforced(llm: LLM) -> None:
     import xgrammar
 
     wish = {"grammar": 'start: "yes" | "no" DIGIT\nDIGIT: /[0-9]/'}
@@ -236,14 +236,14 @@ def test_a_grammar_in_the_form_of_lark(llm: LLM) -> None:
         ({"regex": "a", "choice": ["a"]}, "exactly one"),
     ],
 )
-def test_what_cannot_be_is_refused(llm: LLM, wish: dict[str, Any], words: str) -> None:
+def test_impossible_grammars_are_refused(llm: LLM, wish: dict[str, Any], words: str) -> None:
     with pytest.raises(ParameterError, match=words) as caught:
         llm.generate(PROMPT, params(wish), use_tqdm=False)
     assert ".cc:" not in str(caught.value)  # no places in xgrammar's source
     assert not llm.llm_engine.has_unfinished_requests()
 
 
-def test_nesting_and_contradictions(llm: LLM) -> None:
+def test_deep_nesting_and_contradictions_are_refused(llm: LLM) -> None:
     deep: Any = {"type": "integer"}
     for _ in range(100):
         deep = {"type": "array", "items": deep}
@@ -259,7 +259,7 @@ def test_nesting_and_contradictions(llm: LLM) -> None:
             params(WISHES[0], **{name: value})
 
 
-def test_the_server_takes_both_ways_to_say_it() -> None:
+def test_the_server_accepts_response_format_and_structured_outputs() -> None:
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
     httpx = pytest.importorskip("httpx")
@@ -380,7 +380,7 @@ def test_threads_that_want_one_grammar_compile_it_once(llm: LLM, monkeypatch: py
 
 
 def required(parameters: dict[str, Any], count: int) -> Any:
-    """What the output must be where one of ``count`` tools has to be called."""
+    """The output format that is compiled when one of ``count`` tools must be called."""
     tools = [
         {"type": "function", "function": {"name": f"tool_{i}", "parameters": parameters}}
         for i in range(count)
@@ -414,7 +414,7 @@ LARGE: dict[str, tuple[Any, str]] = {
 
 
 def test_large_schemas_compile_in_little_memory(llm: LLM) -> None:
-    """A sixteenth of the limit is enough, and what they allow is exact."""
+    """A sixteenth of the memory limit is enough, and the grammars are exact."""
     import xgrammar
 
     vocabulary = llm.llm_engine.grammars._vocabulary
@@ -430,7 +430,7 @@ def test_large_schemas_compile_in_little_memory(llm: LLM) -> None:
         assert too_long == text or not xgrammar.GrammarMatcher(compiled).accept_string(too_long), name
 
 
-def test_a_compiler_that_is_gone_comes_back(compiler: GrammarCompiler) -> None:
+def test_a_compiler_process_that_died_is_restarted(compiler: GrammarCompiler) -> None:
     assert compiler.compile("regex", "a")
     assert compiler._process is not None
     compiler._process.kill()
@@ -439,7 +439,7 @@ def test_a_compiler_that_is_gone_comes_back(compiler: GrammarCompiler) -> None:
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_reasoning_comes_first_and_is_free(llm: LLM, begun: bool) -> None:
+def test_the_grammar_applies_only_after_the_reasoning(llm: LLM, begun: bool) -> None:
     (closing,) = llm.get_tokenizer().encode(" is", add_special_tokens=False)
     (opening,) = llm.get_tokenizer().encode("The", add_special_tokens=False)
     marks = ThinkingMarks(closing, None if begun else opening)
@@ -459,7 +459,7 @@ def test_reasoning_comes_first_and_is_free(llm: LLM, begun: bool) -> None:
     assert re.fullmatch("[0-9]{3}", llm.get_tokenizer().decode(ids)) is None
 
 
-def test_marks_of_reasoning_must_be_ids_of_the_model(llm: LLM) -> None:
+def test_reasoning_markers_must_be_tokens_of_the_model(llm: LLM) -> None:
     with pytest.raises(ParameterError, match="must be ThinkingMarks or None"):
         StructuredOutputsParams(regex="a", after={"closing_id": 5})  # type: ignore[arg-type]
     for field, marks in (

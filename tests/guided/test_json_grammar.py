@@ -1,4 +1,4 @@
-"""The grammar of a schema: strings that are counted by rules are the same strings."""
+"""The grammar of a JSON schema: rules that count characters match the same strings as the plain grammar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ xgrammar = pytest.importorskip(
 
 
 def accepts(grammar: Any, texts: list[str]) -> list[bool]:
-    """Whether each text is one of ``grammar``, whole."""
+    """For each text, whether ``grammar`` matches it from start to end."""
     compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo(["a", '"']), cache_enabled=False)
     compiled = compiler.compile_grammar(grammar)
     found = []
@@ -29,7 +29,7 @@ def accepts(grammar: Any, texts: list[str]) -> list[bool]:
 
 
 def strings(schema: dict[str, Any]) -> list[str]:
-    """Strings around the limits of ``schema``, and some that no JSON string may hold."""
+    """Strings near the length limits of ``schema``, and some that no JSON string may contain."""
     random = Random(json.dumps(schema))
     lengths = {schema.get(name, 0) + more for name in ("minLength", "maxLength") for more in (-1, 0, 1, 7)}
     alphabets = ("a", "az", "ü🦀", "]-^a", "[\\", 'a"', "A\n", " ~\x7f")
@@ -57,7 +57,7 @@ def strings(schema: dict[str, Any]) -> list[str]:
         {"pattern": r"^\w{0,3}$"},
     ],
 )
-def test_a_counted_string_is_what_its_pattern_matches(schema: dict[str, Any]) -> None:
+def test_a_string_with_length_limits_matches_its_pattern(schema: dict[str, Any]) -> None:
     written = exact({"type": "string", **schema})
     texts = strings(schema)
     expected = [re.fullmatch(written["pattern"], text) is not None for text in texts]
@@ -65,7 +65,7 @@ def test_a_counted_string_is_what_its_pattern_matches(schema: dict[str, Any]) ->
     assert accepts(grammar_of(written), [f'"{text}"' for text in texts]) == expected
 
 
-def test_counted_strings_stand_anywhere_beside_others() -> None:
+def test_strings_with_length_limits_work_beside_others() -> None:
     short, long = {"type": "string", "maxLength": 3}, {"type": "string", "maxLength": 5, "minLength": 5}
     schema = {
         "type": "object",
@@ -148,7 +148,7 @@ def test_the_first_rule_stays(schema: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("character", ["é", "ÿ", "\x80", "Ā", "\u2028", "🦀", "\\", "'", "]"])
-def test_other_texts_survive_beside_a_counted_string(character: str) -> None:
+def test_other_strings_survive_beside_one_with_length_limits(character: str) -> None:
     name, short = f"{character}c0de", {"type": "string", "maxLength": 3}
     of_class = {"type": "string", "pattern": "^x[é-ÿ]f$"}
     properties = {name: {"enum": [name + "1", f"f{name}"]}, "short": short, "class": of_class}
@@ -159,7 +159,7 @@ def test_other_texts_survive_beside_a_counted_string(character: str) -> None:
     assert accepts(grammar_of(exact(schema)), texts) == [True, False, False, False]
 
 
-def test_an_enum_keeps_what_its_pattern_finds() -> None:
+def test_an_enum_keeps_values_that_match_the_pattern() -> None:
     schema = exact({"type": ["string", "integer"], "enum": ["ab", 1, "12", "xa"], "pattern": "a"})
     assert accepts(grammar_of(schema), ['"ab"', "1", '"12"', '"xa"']) == [True, True, False, True]
     with pytest.raises(ValueError, match="allows nothing"):

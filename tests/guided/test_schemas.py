@@ -1,4 +1,5 @@
-"""JSON Schemas: what is written under one is valid, and what a grammar cannot enforce is refused, not dropped."""
+"""JSON Schemas: output generated under a schema is valid, and a keyword that no grammar can enforce is refused, not
+ignored."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ NODE = {
 }
 
 
-def test_what_random_weights_write_is_valid() -> None:
+def test_output_of_random_weights_is_valid() -> None:
     pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar, on amd64 and arm64)")
     pytest.importorskip("jsonschema", reason="needs jsonschema (Debian: python3-jsonschema)")
     from schemas import Maker, judge
@@ -124,11 +125,11 @@ def test_what_random_weights_write_is_valid() -> None:
          {"type": "array", "items": {"$ref": "#/$defs/r0"}, "$defs": {"r0": INTEGER}}),
     ],
 )  # fmt: skip
-def test_a_schema_is_written_so_that_all_of_it_holds(schema: Any, written: dict[str, Any]) -> None:
+def test_a_translated_schema_enforces_all_keywords(schema: Any, written: dict[str, Any]) -> None:
     assert exact(schema) == written
 
 
-def test_what_pydantic_generates_is_taken() -> None:
+def test_schemas_of_pydantic_are_accepted() -> None:
     pydantic = pytest.importorskip("pydantic", reason="needs pydantic (Debian: python3-pydantic)")
     from datetime import date, datetime, timedelta
     from decimal import Decimal
@@ -151,7 +152,7 @@ def test_what_pydantic_generates_is_taken() -> None:
             assert exact(pydantic.TypeAdapter(kind).json_schema(mode=mode))
 
 
-def test_what_is_written_may_refer_to_itself() -> None:
+def test_recursive_schemas_are_accepted() -> None:
     written = exact(NODE)
     assert written["$ref"] == "#/$defs/r0"
     assert written["$defs"]["r0"]["properties"]["next"] == {"$ref": "#/$defs/r0"}
@@ -210,7 +211,7 @@ def test_what_is_written_may_refer_to_itself() -> None:
         ({"properties": []}, "must be a JSON object"),
     ],
 )
-def test_what_cannot_be_enforced_is_refused(schema: Any, words: str | None) -> None:
+def test_keywords_that_cannot_be_enforced_are_refused(schema: Any, words: str | None) -> None:
     if words is None:
         assert exact(schema)["type"] == "object"
         return
@@ -218,7 +219,7 @@ def test_what_cannot_be_enforced_is_refused(schema: Any, words: str | None) -> N
         exact(schema)
 
 
-def test_nonsense_is_refused_and_nothing_else_is_raised() -> None:
+def test_malformed_schemas_raise_only_the_documented_error() -> None:
     random = Random(1)
     values: list[Any] = [
         None,
@@ -275,7 +276,7 @@ def test_nonsense_is_refused_and_nothing_else_is_raised() -> None:
         ("^.$", (0, 9), ["a", "\u3000"], ["\u2028", "\u2029"]),
     ],
 )
-def test_patterns_are_for_the_inside_of_a_json_string(
+def test_patterns_apply_to_the_inside_of_a_json_string(
     pattern: str | None, bounds: tuple[int, int], matches: list[str], others: list[str]
 ) -> None:
     written = re.compile(string_pattern(pattern, *bounds))
@@ -283,13 +284,13 @@ def test_patterns_are_for_the_inside_of_a_json_string(
     assert not any(written.fullmatch(text) for text in others)
 
 
-def test_every_string_but_some() -> None:
+def test_other_than_matches_every_other_string() -> None:
     written = re.compile(other_than(["a", "ab", "été", 'with "quotes"']))
     assert not any(written.fullmatch(text) for text in ("a", "ab", "été"))
     assert all(written.fullmatch(text) for text in ("", "b", "abc", "aé", "ét", "étéé"))
 
 
-def test_formats_have_expressions_of_their_own() -> None:
+def test_formats_are_enforced_by_expressions() -> None:
     examples = {
         "date": ["2024-02-29", "1999-12-31"], "time": ["23:59:59Z"], "date-time": ["2024-02-29T00:00:00.5+02:00"],
         "duration": ["P1Y2M3DT4H5M6S", "PT5M", "P3W"], "email": ["a.b@example.org"], "hostname": ["example.org"],
@@ -368,7 +369,7 @@ def test_a_schema_that_grows_when_it_is_merged_is_refused() -> None:
         {"allOf": [{"properties": MANY}, {"properties": {name + "x": {} for name in MANY}}]},
     ],
 )
-def test_a_schema_takes_no_long_time_to_write_or_refuse(schema: dict[str, Any]) -> None:
+def test_a_schema_is_translated_or_refused_quickly(schema: dict[str, Any]) -> None:
     begin = time.process_time()
     with suppress(SchemaError):
         exact(schema)

@@ -1,4 +1,5 @@
-"""Finding a model: what is here is used without the network, what is not is fetched and verified, or explained."""
+"""Finding a model: local files are used without the network; others are downloaded and verified, or the error says why
+not."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ FILES = {
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """A Hugging Face cache that holds a reference to owner/name, and no snapshot of it yet."""
+    """A Hugging Face cache with a reference to owner/name but no snapshot of it yet."""
     repository = tmp_path / "models--owner--name"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(SHA)
@@ -58,7 +59,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with one model, which this process's library and that of others take for the real one."""
+    """A hub with one model, used in place of the real one by this process and its children."""
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
@@ -77,7 +78,7 @@ def find(cache: Path, **options: Any) -> Path:
     return find_model("owner/name", download_dir=str(cache), **options)
 
 
-def test_the_built_in_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_built_in_model_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hub_module, "BUILT_IN", tmp_path)
     with pytest.raises(ModelError, match="no built-in model"):
         find_model()
@@ -97,7 +98,7 @@ def test_a_directory_needs_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         find_model("owner/name")
 
 
-def test_names_that_are_nothing(tmp_path: Path) -> None:
+def test_names_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     file.write_bytes(b"")
     with pytest.raises(ModelError, match="is a file"):
@@ -120,7 +121,7 @@ def test_the_cache_is_used_without_a_download(monkeypatch: pytest.MonkeyPatch, c
         find(cache, revision="../main")
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllmlite.hub.snapshot import cache_root
 
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
@@ -135,7 +136,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("what", ["nothing", "no weights", "a shard", "interrupted", "begun"])
-def test_what_is_incomplete_is_downloaded(cache: Path, hub: Hub, what: str) -> None:
+def test_an_incomplete_snapshot_is_downloaded(cache: Path, hub: Hub, what: str) -> None:
     shards = {"a.safetensors": b"a", "b.safetensors": b"b"}
     index = json.dumps({"weight_map": {file: file for file in shards}}).encode()
     hub.repositories["owner/name"] = {"config.json": b"{}", "model.safetensors.index.json": index, **shards}
@@ -161,7 +162,7 @@ def test_what_is_incomplete_is_downloaded(cache: Path, hub: Hub, what: str) -> N
     assert len(hub.requests) == asked, "what has been verified needs no second look"
 
 
-def test_a_tokenizer_needs_no_weights(cache: Path, hub: Hub) -> None:
+def test_a_tokenizer_is_downloaded_without_weights(cache: Path, hub: Hub) -> None:
     write_model(snapshot(cache), weights=False)
     assert find(cache, weights=False) == snapshot(cache)
     assert not hub.requests
@@ -169,7 +170,7 @@ def test_a_tokenizer_needs_no_weights(cache: Path, hub: Hub) -> None:
     assert hub.downloads("tokenizer.json") and not hub.downloads("model.safetensors")
 
 
-def test_completeness_of_a_broken_index(tmp_path: Path) -> None:
+def test_a_broken_index_makes_a_snapshot_incomplete(tmp_path: Path) -> None:
     write_model(tmp_path)
     assert model_in(tmp_path) == tmp_path
     for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
@@ -205,7 +206,9 @@ def test_files_are_chosen_by_patterns() -> None:
 # Downloads
 
 
-def test_a_download_is_told_and_verified(cache: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_download_shows_progress_and_is_verified(
+    cache: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["download", "owner/name", "--download-dir", str(cache)]) == 0
     out, err = capsys.readouterr()
     assert out.strip() == str(snapshot(cache))
@@ -232,7 +235,7 @@ def test_an_interrupted_download_resumes(cache: Path, hub: Hub, monkeypatch: pyt
 
 
 def another(cache: Path, hub: Hub) -> subprocess.Popen[str]:
-    """The same download in a process of its own."""
+    """Start the same download in another process."""
     argv = [sys.executable, "-m", "vllmlite", "download", "owner/name", "--download-dir", str(cache)]
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -240,8 +243,8 @@ def another(cache: Path, hub: Hub) -> subprocess.Popen[str]:
     )
 
 
-def test_a_killed_download_goes_on(cache: Path, hub: Hub) -> None:
-    """Files that were complete are kept, the others fetched; until then the copy counts as incomplete."""
+def test_a_killed_download_resumes(cache: Path, hub: Hub) -> None:
+    """Complete files are kept and the others downloaded; until then the snapshot counts as incomplete."""
     hub.gate = threading.Event()
     process = another(cache, hub)
     deadline = time.monotonic() + 30
@@ -259,7 +262,7 @@ def test_a_killed_download_goes_on(cache: Path, hub: Hub) -> None:
     assert len(hub.downloads("tokenizer.json")) == 1
 
 
-def test_two_processes_download_once(cache: Path, hub: Hub) -> None:
+def test_two_processes_share_one_download(cache: Path, hub: Hub) -> None:
     hub.gate = threading.Event()
     processes = [another(cache, hub), another(cache, hub)]
     found = threading.Thread(target=find, args=(cache,))
@@ -295,7 +298,7 @@ def test_a_damaged_download_is_caught(cache: Path, hub: Hub, file: str) -> None:
         (503, "error 503: try again"),
     ],
 )
-def test_refusals_of_the_hub_are_plain(
+def test_refusals_of_the_hub_are_explained(
     cache: Path,
     hub: Hub,
     status: int,
@@ -333,7 +336,7 @@ def test_a_repository_of_gguf_files(cache: Path, hub: Hub) -> None:
         find_model("owner/name", download_dir=str(cache / "other"))
 
 
-def test_an_unreachable_hub_does_not_spoil_the_cache(
+def test_an_unreachable_hub_falls_back_to_the_cache(
     monkeypatch: pytest.MonkeyPatch, cache: Path, hub: Hub
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -346,7 +349,7 @@ def test_an_unreachable_hub_does_not_spoil_the_cache(
     assert find(cache) == snapshot(cache)
 
 
-def test_offline_is_said(
+def test_offline_mode_is_named_in_the_error(
     monkeypatch: pytest.MonkeyPatch, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     constants = pytest.importorskip("huggingface_hub.constants")
@@ -363,7 +366,7 @@ def test_offline_is_said(
 
 
 def http_error(class_name: str, status: int) -> Exception:
-    """An error as the hub's library raises it, told by its class name and its response."""
+    """An HTTP error like those of huggingface_hub, which are recognised by their class name and response."""
     error: Exception = type(class_name, (Exception,), {})("a long story\nwith a URL")
     error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
     return error
@@ -377,7 +380,7 @@ def http_error(class_name: str, status: int) -> Exception:
         (ValueError("bad\nrepo id"), "cannot be downloaded: bad repo id"),
     ],
 )
-def test_other_errors_are_plain(
+def test_other_download_errors_are_explained(
     monkeypatch: pytest.MonkeyPatch, cache: Path, hub: Hub, error: Exception, says: str
 ) -> None:
     def download(name: str, **options: Any) -> str:
@@ -389,7 +392,7 @@ def test_other_errors_are_plain(
     assert "\n" not in str(raised.value)
 
 
-def test_usage_of_download(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_wrong_usage_of_download_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "there.tar").write_bytes(b"")
     for argv, says in (
         ([], "required: REPO"),

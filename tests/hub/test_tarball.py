@@ -1,4 +1,5 @@
-"""Models as tarballs: reproducible, served from, and never a way out of the directory they are unpacked in."""
+"""Models as tarballs: reproducible, usable as models, and unable to write outside the directory that they are unpacked
+in."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def zstd_or_skip(suffix: str) -> None:
 
 
 def cached(root: Path, source: Path = BUILT_IN, links: bool = True) -> Path:
-    """A cache that holds ``source`` as owner/name; its snapshot."""
+    """A Hugging Face cache that holds ``source`` as owner/name; returns the snapshot."""
     snapshot = root / MODEL / "snapshots" / COMMIT
     (root / MODEL / "refs").mkdir(parents=True)
     (root / MODEL / "refs" / "main").write_text(COMMIT)
@@ -72,7 +73,7 @@ def test_a_model_is_served_from_its_tarball(suffix: str, tmp_path: Path) -> None
     assert "/.cache/" not in str(find_model(str(packed), download_dir=str(tmp_path / "unpacked")))
 
 
-def test_the_layout(small: Path, tmp_path: Path) -> None:
+def test_the_tarball_has_the_documented_layout(small: Path, tmp_path: Path) -> None:
     write_tarball(small, tmp_path / "x.tar")
     with tarfile.open(tmp_path / "x.tar") as archive:
         members = archive.getmembers()
@@ -123,7 +124,7 @@ def test_a_cache_without_links_gives_blobs_by_checksum(tmp_path: Path) -> None:
     assert found.read_text() == "{}"
 
 
-def test_targets_that_will_not_do(small: Path, tmp_path: Path) -> None:
+def test_unusable_targets_are_refused(small: Path, tmp_path: Path) -> None:
     (tmp_path / "there.tar").write_bytes(b"")
     with pytest.raises(ParameterError, match="exists already"):
         write_tarball(small, tmp_path / "there.tar")
@@ -180,7 +181,7 @@ def test_two_processes_unpack_once(small: Path, tmp_path: Path) -> None:
     assert {file.suffix for file in (tmp_path / "vllmlite-tarballs").iterdir()} == {"", ".lock"}
 
 
-def test_unpacked_by_hand(small: Path, tmp_path: Path) -> None:
+def test_a_tarball_unpacked_by_hand_is_a_model(small: Path, tmp_path: Path) -> None:
     root = small.parents[2]
     assert find_model(str(root)) == find_model(str(root / MODEL)) == small
     assert find_model(str(root), revision=COMMIT) == small
@@ -239,7 +240,7 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_belong_there_is_refused(case: str, tmp_path: Path) -> None:
+def test_unexpected_tarball_members_are_refused(case: str, tmp_path: Path) -> None:
     members, says = REFUSED[case]
     path = write(tmp_path / "x.tar", *members)
     (tmp_path / "inner").mkdir()
@@ -252,7 +253,7 @@ def test_what_does_not_belong_there_is_refused(case: str, tmp_path: Path) -> Non
     assert {file.suffix for file in (tmp_path / "vllmlite-tarballs").iterdir()} == {".lock"}
 
 
-def test_modes_and_owners_are_not_taken_over(tmp_path: Path) -> None:
+def test_modes_and_owners_in_a_tarball_are_ignored(tmp_path: Path) -> None:
     path = write(tmp_path / "x.tar", member("a", mode=0o6777), member("d", tarfile.DIRTYPE, mode=0))
     (tmp_path / "inner").mkdir()
     extract(path, tmp_path / "inner", 1 << 20)
@@ -295,7 +296,7 @@ def many(file: Any) -> None:
         (many, "more than 1000 files"),
     ],
 )
-def test_bombs_do_not_go_off(
+def test_decompression_bombs_are_refused(
     content: Callable[[Any], None], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tarball, "MAX_MEMBERS", 1000)

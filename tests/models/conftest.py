@@ -1,4 +1,4 @@
-"""Fixtures of the tests of models: devices."""
+"""The device fixture of the model tests."""
 
 from __future__ import annotations
 

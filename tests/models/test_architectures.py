@@ -1,5 +1,5 @@
-"""Every causal language model that transformers has: through its code over the paged cache it gives transformers' own
-logits and text, or it is refused with the reason."""
+"""Every causal language model of transformers, run by its own code over the paged cache, gives transformers' logits and
+text, or is refused with the reason."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _ids(sequence: NDArray[np.int32]) -> torch.Tensor:
 
 
 def check(model_type: str, path: Path, **changes: Any) -> str:
-    """Make a tiny model, run it, and compare; the reason of a refusal, else an empty string."""
+    """Make a tiny model, run it and compare; return the reason if it is refused, else an empty string."""
     try:
         model = tiny_model(model_type, **changes)
     except Unshrinkable as error:
@@ -93,7 +93,7 @@ def check(model_type: str, path: Path, **changes: Any) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_runs_as_transformers_does_or_is_refused(model_type: str, tmp_path: Path) -> None:
+def test_a_model_equals_transformers_or_is_refused(model_type: str, tmp_path: Path) -> None:
     reason = check(model_type, tmp_path)
     if model_type in RUN:
         assert not reason
@@ -118,15 +118,15 @@ VARIANTS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("model_type", "changes", "reason"), VARIANTS)
-def test_runs_or_is_refused_with_the_reason(
+def test_a_model_runs_or_is_refused_with_the_reason(
     model_type: str, changes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     found = check(model_type, tmp_path, **changes)
     assert re.search(reason, found) if reason else not found
 
 
-def test_a_window_that_only_the_mask_has_is_kept(tmp_path: Path) -> None:
-    """Phi-3.5-MoE tells attention nothing of its window."""
+def test_a_sliding_window_found_only_in_the_mask_is_kept(tmp_path: Path) -> None:
+    """Phi-3.5-MoE does not tell attention about its sliding window."""
     tiny_model("phimoe").save_pretrained(tmp_path)
     asked: list[Any] = []
     model: Any = hf_model(tmp_path).model
@@ -141,7 +141,7 @@ def test_a_window_that_only_the_mask_has_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_sixteen_bits_are_within_the_tolerance_of_the_trial(dtype: str, tmp_path: Path) -> None:
+def test_sixteen_bit_dtypes_pass_the_trial_run(dtype: str, tmp_path: Path) -> None:
     tiny_model("olmoe").save_pretrained(tmp_path)
     hf_model(tmp_path, dtype)
 

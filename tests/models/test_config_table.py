@@ -1,4 +1,4 @@
-"""Keys of config.json: read, refused, neutral or logged; absent ones have transformers' defaults."""
+"""Keys of config.json: read, refused, neutral or logged; absent keys have transformers' defaults."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def spec(path: Path, architecture: str, **values: Any) -> DecoderSpec:
     return read_spec(path)
 
 
-def test_the_table_is_what_the_script_prints() -> None:
+def test_the_documented_table_equals_the_scripts_output() -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     table = json.loads(FILE.read_text())
     if transformers.__version__ != table["transformers"]:
@@ -56,7 +56,7 @@ def test_a_model_that_is_not_causal_is_refused(architecture: str, tmp_path: Path
 
 
 def test_keys_that_the_family_does_not_read_must_have_their_default(tmp_path: Path) -> None:
-    """Every key of every family is read, neutral, or refused with another value."""
+    """Every key of every family is read or neutral, or refused if its value is not the default."""
     neutral = " ".join(NEUTRAL.values()).split()
     for architecture, family in FAMILIES.items():
         keys = json.loads(FILE.read_text())["families"][family.model_type]["keys"]
@@ -205,7 +205,7 @@ def test_real_configurations_are_read(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
 def test_phi3_has_older_names_of_longrope(name: str, tmp_path: Path) -> None:
-    """The first Phi-3 files with 128k positions call it ``su``."""
+    """The first Phi-3 checkpoints with 128k positions call longrope ``su``."""
     scaling = {"type": name, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
     found = spec(
         tmp_path,
@@ -219,7 +219,7 @@ def test_phi3_has_older_names_of_longrope(name: str, tmp_path: Path) -> None:
 
 
 def test_two_sets_of_rotary_parameters_must_agree(tmp_path: Path) -> None:
-    """Files of transformers 5 have ``rope_parameters``, and model cards say to add ``rope_scaling`` for YaRN."""
+    """transformers 5 writes ``rope_parameters``, and model cards tell users to add ``rope_scaling`` for YaRN."""
     newer = {"rope_type": "default", "rope_theta": 1e6}
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     with pytest.raises(

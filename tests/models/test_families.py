@@ -1,4 +1,4 @@
-"""Every family but the first four, in each of its layouts, against transformers on tiny random checkpoints."""
+"""Every model family but the first four, in each of its layouts, against transformers on tiny random checkpoints."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_transformers(case: str, tmp_path: Path, device: str) -> None:
-    """Logits of prompts whole, one by one, and in ragged chunks among others, and greedy text of 64 tokens. On the
-    native backends they are the same bits however they are cut."""
+    """Compares logits of prompts fed whole, token by token, and in ragged chunks among others, and 64 greedy tokens. On
+    the native backends the logits are also the same bits however the prompt is split."""
     family, changes = CASES[case]
     reference = write_checkpoint(tmp_path, family, **changes)
     if device == "native-cuda" and (reason := declining(plan_model(tmp_path)).get("cuda")):
@@ -159,9 +159,9 @@ def need_gpu() -> None:
 
 @pytest.mark.parametrize("case", ["gemma2", "olmo2", "qwen2-moe", "opt-350m", "neox", "falcon-rw"])
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "torch"])
-def test_preempted_is_calm(case: str, backend: str, tmp_path: Path) -> None:
-    """In an engine whose cache is too small for all requests, text is what it is with room enough, and what it is
-    where no step is recorded."""
+def test_preemption_and_graphs_do_not_change_the_text(case: str, backend: str, tmp_path: Path) -> None:
+    """The text of an engine whose cache is too small for all requests equals that of one with enough blocks, and that
+    of one that runs eagerly."""
     if backend == "cpu":
         pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
     if backend == "cuda":
@@ -194,7 +194,7 @@ def test_preempted_is_calm(case: str, backend: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["gemma2", "gemma3", "qwen2-moe", "gpt2", "falcon-rw", "olmo2"])
 def test_batch_invariant_text(case: str, tmp_path: Path) -> None:
-    """In bfloat16 on a GPU, text is the same whether steps are recorded or not, and one by one."""
+    """In bfloat16 on a GPU, the text is the same with and without captured steps, and with requests one by one."""
     need_gpu()
     family, changes = CASES[case]
     write_checkpoint(tmp_path, family, dtype="bfloat16", **changes | {"eos_token_id": None})
@@ -236,8 +236,8 @@ def test_bfloat16_is_as_exact_as_transformers(case: str, tmp_path: Path, device:
 
 
 @pytest.mark.parametrize("case", ["gpt2", "opt-350m", "neox", "falcon-40b", "phi3", "mixtral", "qwen2-moe"])
-def test_quantised_copies_are_what_quantising_at_load_gives(case: str, tmp_path: Path) -> None:
-    """Fused, transposed and experts' weights too; and the reference computes the same from them, roughly."""
+def test_a_quantised_copy_equals_quantising_at_load(case: str, tmp_path: Path) -> None:
+    """This includes fused, transposed and expert weights; the reference backend gives roughly the same logits."""
     pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
     family, changes = CASES[case]
     write_checkpoint(tmp_path / "source", family, **changes)
@@ -314,8 +314,9 @@ OTHER_NAMES: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, Any]], dic
 
 
 @pytest.mark.parametrize("case", OTHER_NAMES)
-def test_checkpoints_with_other_names_are_what_transformers_makes_of_them(case: str, tmp_path: Path) -> None:
-    """Saved from the base model, with tables that are computed anyway, with an output layer that should be tied."""
+def test_renamed_tensors_load_as_in_transformers(case: str, tmp_path: Path) -> None:
+    """Checkpoints saved from the base model, with tables that are computed anyway, or with an output layer that should
+    be tied."""
     family, changes, change = OTHER_NAMES[case]
     state = write_checkpoint(tmp_path, family, **changes).state_dict()
     tensors = {name: value.clone().contiguous() for name, value in change(state).items()}
@@ -327,7 +328,7 @@ def test_checkpoints_with_other_names_are_what_transformers_makes_of_them(case: 
 
 
 def test_whole_tensors_are_not_copied(tmp_path: Path) -> None:
-    """Slices of a fused projection lie in the mapped file, as whole tensors do."""
+    """Slices of a fused projection are views of the mapped file, as whole tensors are."""
     write_checkpoint(tmp_path, "Phi3")
     weights = open_model(tmp_path, read_spec(tmp_path), Packing(TorchBackend()))
     fused = stored_data(weights.stored.tensor("model.layers.1.self_attn.qkv_proj.weight"))
@@ -349,7 +350,7 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("family", "changes", "words"), REFUSED)
-def test_what_would_change_numbers_is_refused(
+def test_options_that_would_change_results_are_refused(
     family: str, changes: dict[str, Any], words: list[str], tmp_path: Path
 ) -> None:
     named = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
@@ -364,7 +365,7 @@ def test_what_would_change_numbers_is_refused(
 
 
 @needs_native_cpu
-def test_backends_say_what_they_lack(tmp_path: Path) -> None:
+def test_unsupported_backends_of_a_model_are_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "floats", "Mixtral", num_local_experts=2)
     assert declining(plan_model(tmp_path / "floats")) == {}
     quantize_checkpoint(tmp_path / "floats", tmp_path / "int8", "int8")
@@ -387,7 +388,7 @@ def test_backends_say_what_they_lack(tmp_path: Path) -> None:
     assert "does not run" in env.as_text(env.gather(ask_backends=False, model=str(tmp_path / "none")))
 
 
-def test_the_table_in_the_readme_is_the_code() -> None:
+def test_the_readme_table_matches_the_code() -> None:
     root = Path(__file__).resolve().parents[2]
     table = runpy.run_path(str(root / "scripts/model_table.py"))["table"]
     assert "\n".join(table()) in (root / "README.md").read_text(encoding="utf-8")

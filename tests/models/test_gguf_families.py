@@ -1,4 +1,4 @@
-"""GGUF files of every family that llama.cpp has: what its converter does to a checkpoint is undone, bit for bit."""
+"""GGUF files of every family that llama.cpp supports: what its converter does to a checkpoint is undone, bit by bit."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def shortened(spec: DecoderSpec) -> DecoderSpec:
-    """``spec`` with the one value that files have in fewer digits than its source rounded."""
+    """``spec`` with the one value rounded that GGUF files store with fewer digits than the source."""
     layers = (
         layer
         if layer.rope is None
@@ -83,7 +83,7 @@ def test_there_is_a_case_for_every_architecture() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_converted_model_computes_what_its_source_does(case: str, tmp_path: Path) -> None:
+def test_a_converted_model_equals_its_source(case: str, tmp_path: Path) -> None:
     name, family, changes = CASES[case]
     write_checkpoint(tmp_path, family, **changes)
     path = converted_family(tmp_path, tmp_path / "x.gguf", name)
@@ -111,8 +111,8 @@ def test_tensors_have_the_names_of_the_gguf_package(case: str, tmp_path: Path) -
 
 @needs_native_cpu
 @pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "phi3", "falcon-40b", "gpt2", "gemma2"])
-def test_blocks_are_kept_where_rows_are_taken_apart(case: str, tmp_path: Path) -> None:
-    """Experts, and q, k and v that are stored as one."""
+def test_splitting_rows_keeps_quantised_blocks(case: str, tmp_path: Path) -> None:
+    """This covers experts, and q, k and v stored as one tensor."""
     name, family, changes = CASES[case]
     write_checkpoint(tmp_path, family, **changes)
     path = converted_family(tmp_path, tmp_path / "x.gguf", name, "Q8_0")
@@ -158,15 +158,17 @@ def test_stacked_norms_of_heads_are_refused(tmp_path: Path) -> None:
         ("llama", {"general.type": "mmproj"}, "not a language model: metadata general.type='mmproj'"),
     ],
 )
-def test_bad_metadata_are_told(case: str, changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_bad_metadata_is_refused_by_key(
+    case: str, changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
     name, family, config = CASES[case]
     write_checkpoint(tmp_path, family, **config)
     with pytest.raises(ModelError, match=says):
         read_spec(converted_family(tmp_path, tmp_path / "x.gguf", name, **changes))
 
 
-def test_metadata_that_change_numbers_are_never_passed_over(tmp_path: Path) -> None:
-    """Each has a value that changes nothing, and any other is refused by name."""
+def test_metadata_that_changes_results_is_never_ignored(tmp_path: Path) -> None:
+    """Each key has a value without effect, and every other value is refused by name."""
     write_checkpoint(tmp_path, "Qwen2")
     spec, tensors = read_spec(tmp_path), tensors_of(tmp_path, "qwen2")
     path, plain_metadata = tmp_path / "x.gguf", metadata_of(spec, "qwen2")
@@ -198,9 +200,7 @@ ROPE: dict[str, Any] = {"rope_theta": 10000.0, "factor": 4.0}
         ),
     ],
 )  # fmt: skip
-def test_scalings_of_rotations_are_honoured(
-    metadata: dict[str, Any], rope: dict[str, Any], tmp_path: Path
-) -> None:
+def test_rope_scaling_is_honoured(metadata: dict[str, Any], rope: dict[str, Any], tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "Llama", rope_parameters=rope)
     changes = {f"llama.{key}": value for key, value in metadata.items()}
     (tmp_path / "plain").mkdir()

@@ -1,4 +1,4 @@
-"""Models through transformers' own code over the paged cache: the same numbers as transformers', or a refusal."""
+"""Models run by transformers' own code over the paged cache: the same results as transformers', or an error."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_equals_transformers(case: str, tmp_path: Path) -> None:
     assert ours == theirs
 
 
-def test_an_engine_of_either_kind_writes_the_same(tmp_path: Path) -> None:
+def test_both_kinds_of_engine_generate_the_same_text(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "Llama", eos_token_id=None)
     options: dict[str, Any] = {"skip_tokenizer_init": True, "dtype": "float32", "num_gpu_blocks_override": 40}
     texts = []
@@ -71,7 +71,7 @@ def test_an_engine_of_either_kind_writes_the_same(tmp_path: Path) -> None:
         LLM(str(tmp_path), model_impl="transformers", backend="cpu", **options)
 
 
-def test_which_code_runs(tmp_path: Path) -> None:
+def test_the_implementation_is_chosen_by_architecture(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "Starcoder2")
     assert plan_model(tmp_path).implementation == "transformers"
     with pytest.raises(ModelError, match=r"Starcoder2ForCausalLM.*--model-impl transformers"):
@@ -94,7 +94,7 @@ def test_which_code_runs(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_models_that_cannot_are_refused(
+def test_unsupported_models_are_refused(
     family: str, changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     config = getattr(transformers, f"{family}Config")(**TINY | changes)
@@ -124,8 +124,8 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
         hf_model(tmp_path)
 
 
-def test_code_of_a_checkpoint_is_not_needed_where_transformers_has_the_model(tmp_path: Path) -> None:
-    """It is never run: another architecture is refused, though transformers knows the model type."""
+def test_a_checkpoints_own_code_is_not_needed_if_transformers_has_the_model(tmp_path: Path) -> None:
+    """The code is never run: another architecture is refused, even if transformers knows the model type."""
     write_checkpoint(tmp_path, "Starcoder2")
     edit_config(tmp_path, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
     hf_model(tmp_path)
@@ -145,8 +145,8 @@ def test_code_of_a_checkpoint_is_not_needed_where_transformers_has_the_model(tmp
     assert plan_model(tmp_path).implementation == "native"
 
 
-def test_env_tries_the_model_as_a_server_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the weights are there; else it says that the model has not been tried."""
+def test_env_loads_the_model_as_a_server_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does so if the weights are there; otherwise it says that the model has not been tried."""
     answers = [{"backend": "torch", "kind": "cpu", "available": True, "reason": ""}]
     monkeypatch.setattr(probe, "probe", lambda: answers)
     monkeypatch.setattr(probe, "probe_model", lambda path: probe.load_model(str(path))[0])
@@ -161,7 +161,7 @@ def test_env_tries_the_model_as_a_server_would(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_models_are_probed_in_a_process_of_their_own(tmp_path: Path) -> None:
+def test_models_are_probed_in_a_separate_process(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "runs", "Starcoder2")
     assert not probe.probe_model(tmp_path / "runs")
     tiny_model("diffllama").save_pretrained(tmp_path / "refused")

@@ -1,4 +1,5 @@
-"""Models against transformers on tiny random checkpoints: logits however a prompt is cut, and greedy text."""
+"""The first model families against transformers on tiny random checkpoints: logits of prompts split in any way, and
+greedy text."""
 
 from __future__ import annotations
 
@@ -73,9 +74,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def test_two_models_on_one_backend(tmp_path: Path, device: str) -> None:
-    """Each with a pool and slots of its own, of other sizes, and captured steps, where there are any: steps in turn
-    give what the models give alone."""
+def test_two_models_share_one_backend(tmp_path: Path, device: str) -> None:
+    """Each model has its own pool and slots, of different sizes, and captured steps if the backend has them.
+    Alternating steps give the results of each model alone."""
     shapes: list[dict[str, Any]] = [
         {"num_attention_heads": 4, "num_key_value_heads": 1},
         {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2, "vocab_size": 401},
@@ -135,7 +136,7 @@ def test_greedy_text_equals_transformers(case: str, tmp_path: Path, device: str)
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("case", ["llama", "qwen2-sliding", "qwen3"])
-def test_sixteen_bits_are_as_exact_as_transformers(
+def test_sixteen_bit_dtypes_are_as_exact_as_transformers(
     case: str, dtype: str, tmp_path: Path, device: str
 ) -> None:
     family, changes = CASES[case]
@@ -159,7 +160,7 @@ def test_sixteen_bits_are_as_exact_as_transformers(
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("rope")])
-def test_older_spelling_of_rope_is_the_same(case: str, tmp_path: Path) -> None:
+def test_the_older_spelling_of_rope_is_equivalent(case: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, *CASES[case][:1], **CASES[case][1])
     spec = read_spec(tmp_path)
     scaling = dict(CASES[case][1]["rope_parameters"])
@@ -182,7 +183,7 @@ def windows(path: Path) -> tuple[int | None, ...]:
     return tuple(layer.window for layer in read_spec(path).layers)
 
 
-def test_windows_follow_from_the_first_layer_that_has_one(tmp_path: Path) -> None:
+def test_sliding_windows_start_at_the_first_layer_that_has_one(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "Qwen2", max_window_layers=1, **SLIDING)
     assert windows(tmp_path) == (None, 8, 8)
     edit_config(tmp_path, layer_types=None)
@@ -250,7 +251,7 @@ BAD_CONFIGS: list[tuple[dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("changes", "words"), BAD_CONFIGS)
-def test_bad_configs_are_named(
+def test_bad_model_configs_are_refused_by_key(
     config_dir: Path, tmp_path: Path, changes: dict[str, Any], words: list[str]
 ) -> None:
     (tmp_path / "config.json").write_bytes((config_dir / "config.json").read_bytes())
@@ -261,7 +262,7 @@ def test_bad_configs_are_named(
         assert word in str(caught.value)
 
 
-def test_config_that_is_no_config(tmp_path: Path) -> None:
+def test_a_malformed_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="No such file"):
         read_spec(tmp_path)
     for content, message in (
@@ -298,7 +299,7 @@ def test_bad_arguments_are_named(config_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
-def test_cache_in_another_dtype(config_dir: Path, kv_dtype: str) -> None:
+def test_the_cache_may_have_another_dtype(config_dir: Path, kv_dtype: str) -> None:
     def logits(dtype: str) -> NDArray[np.float32]:
         model = load_model(TorchBackend(), config_dir, max_model_len=64, block_size=4, kv_cache_dtype=dtype)
         assert model.kv_spec.dtype == ("float32" if dtype == "auto" else dtype)

@@ -1,4 +1,4 @@
-"""A model split over several ranks, in one process, computes what it computes on one."""
+"""A model split over several ranks, which are threads of one process, gives the results of one rank."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Exchange:
-    """What the ranks of one process hand to one another."""
+    """The tensors that the ranks of one process exchange."""
 
     def __init__(self, world: int) -> None:
         self.barrier = threading.Barrier(world)
@@ -67,7 +67,7 @@ class Exchange:
 
 
 class ThreadComm:
-    """The collectives of a rank that is a thread."""
+    """The collectives of a rank that runs in a thread."""
 
     def __init__(self, backend: Backend, exchange: Exchange, rank: int, world: int) -> None:
         self.backend, self.exchange, self.rank, self.world = backend, exchange, rank, world
@@ -92,7 +92,7 @@ class ThreadComm:
 def on_ranks(
     path: Path, world: int, compute: Callable[[BuiltRunner], Result], **options: Any
 ) -> list[Result]:
-    """Build the runners of ``world`` ranks, each in a thread, and return what ``compute`` makes of each."""
+    """Build the runners of ``world`` ranks, each in a thread, and return what ``compute`` returns for each."""
     settings: dict[str, Any] = {"backend": "torch", "dtype": "float32", **options}
     config = EngineConfig(
         model=str(path), device="cpu", max_model_len=64, block_size=16, num_gpu_blocks_override=8, max_num_seqs=2,
@@ -122,7 +122,7 @@ def on_ranks(
 
 
 def logits(path: Path, world: int, **options: Any) -> NDArray[Any]:
-    """Logits of a prompt in two chunks and a step of decoding, which must be the same on all ranks."""
+    """Logits of a prompt in two chunks and one decoding step; fails unless they are equal on all ranks."""
 
     def compute(built: BuiltRunner) -> NDArray[Any]:
         paged = PagedModel(built.runner.model, num_blocks=8, max_slots=2, max_context=64)
@@ -136,7 +136,7 @@ def logits(path: Path, world: int, **options: Any) -> NDArray[Any]:
 
 
 def generated(path: Path, world: int, **options: Any) -> list[int]:
-    """Ids that an engine on each rank samples, which must be the same on all ranks."""
+    """The ids that an engine on each rank samples; fails unless they are equal on all ranks."""
 
     def compute(built: BuiltRunner) -> list[int]:
         limits = Limits(
@@ -158,7 +158,7 @@ def generated(path: Path, world: int, **options: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_compute_what_one_does(case: str, tmp_path: Path) -> None:
+def test_two_ranks_give_the_results_of_one(case: str, tmp_path: Path) -> None:
     family, changes = CASES[case]
     write_checkpoint(tmp_path, family, **changes)
     expected = logits(tmp_path, 1)
@@ -166,7 +166,7 @@ def test_two_ranks_compute_what_one_does(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["fewer kv heads than ranks", "interleaved by group", "mixture", "tied"])
-def test_four_ranks_compute_what_one_does(case: str, tmp_path: Path) -> None:
+def test_four_ranks_give_the_results_of_one(case: str, tmp_path: Path) -> None:
     family, changes = CASES[case]
     write_checkpoint(tmp_path, family, **changes)
     expected = logits(tmp_path, 1)
@@ -186,7 +186,7 @@ def test_quantised_checkpoints_are_sliced(case: str, kind: str, tmp_path: Path) 
 
 
 @needs_native_cpu
-def test_native_ranks_compute_what_one_does(tmp_path: Path) -> None:
+def test_native_ranks_give_the_results_of_one(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "Llama", **WIDE)
     expected = logits(tmp_path, 1, backend="cpu")
     found = logits(tmp_path, 2, backend="cpu")
@@ -207,7 +207,7 @@ def test_ggufs_whose_heads_are_reordered_are_sliced(backend: str, kind: str, tmp
 
 @needs_native_cpu
 @pytest.mark.parametrize("case", ["llama", "mixture"])
-def test_engines_on_two_ranks_sample_what_one_does(case: str, tmp_path: Path) -> None:
+def test_engines_on_two_ranks_sample_the_same_ids(case: str, tmp_path: Path) -> None:
     family, changes = CASES[case]
     write_checkpoint(tmp_path, family, **changes)
     assert generated(tmp_path, 2, backend="cpu") == generated(tmp_path, 1, backend="cpu")
@@ -239,7 +239,7 @@ def test_numbers_of_ranks_that_do_not_divide_the_model_are_refused(tmp_path: Pat
 
 @needs_native_cpu
 def test_groups_are_not_split(tmp_path: Path) -> None:
-    """A scheme names the slices that it can be cut into."""
+    """A quantisation scheme says where its weights can be split."""
     write_checkpoint(tmp_path / "floats", "Llama", **{**WIDE, "intermediate_size": 96})
     quantize_checkpoint(tmp_path / "floats", tmp_path / "packed", "int8")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Text out of models of text and images: equal to transformers', without their vision tower."""
+"""The text models inside multimodal checkpoints: equal to transformers', without their vision tower."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def write_shell(path: Path, case: str) -> Any:
-    """Write a random checkpoint of text and images, and return transformers' model of it."""
+    """Write a random multimodal checkpoint, and return transformers' model of it."""
     family, text, vision = CASES[case]
     outer = {key: text[key] for key in ("tie_word_embeddings",) if key in text}
     config = getattr(transformers, f"{family}Config")(text_config=TINY | text, vision_config=vision, **outer)
@@ -71,7 +71,7 @@ def check(path: Path, reference: Any) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_transformers_on_text(case: str, tmp_path: Path) -> None:
-    """Under the names of the checkpoint, and under those that new versions of transformers have in memory."""
+    """With the tensor names of checkpoints, and with those that newer versions of transformers use in memory."""
     reference = write_shell(tmp_path, case)
     plan = plan_model(tmp_path)
     assert plan.implementation == "native" and plan.architecture == type(reference).__name__
@@ -87,8 +87,8 @@ def test_equals_transformers_on_text(case: str, tmp_path: Path) -> None:
         plan_model(tmp_path, "transformers")
 
 
-def test_old_names_and_flat_configurations(tmp_path: Path) -> None:
-    """Qwen2-VL's on the hub have the language model's values and names without a section."""
+def test_older_names_and_flat_configurations_are_read(tmp_path: Path) -> None:
+    """Qwen2-VL checkpoints on the hub have the language model's tensor names, and its values outside of a section."""
     reference = write_shell(tmp_path, "qwen2-vl")
     config = json.loads((tmp_path / "config.json").read_text())
     text = config.pop("text_config")
@@ -118,7 +118,7 @@ def test_the_vision_tower_is_not_counted(tmp_path: Path) -> None:
 
 
 @needs_native_cpu
-def test_quantised_copies_are_of_the_text_alone(tmp_path: Path) -> None:
+def test_quantised_copies_hold_only_the_text_model(tmp_path: Path) -> None:
     reference = write_shell(tmp_path / "source", "mistral3")
     quantize_checkpoint(tmp_path / "source", tmp_path / "int8", "int8")
     quantization = read_spec(tmp_path / "int8").quantization
@@ -132,7 +132,7 @@ def test_quantised_copies_are_of_the_text_alone(tmp_path: Path) -> None:
 
 
 def test_text_configurations_have_transformers_defaults(tmp_path: Path) -> None:
-    """Gemma 3's on the hub name few values."""
+    """Gemma 3 checkpoints on the hub give few values."""
     text: dict[str, Any] = {
         "hidden_size": 2560,
         "intermediate_size": 10240,
@@ -164,10 +164,10 @@ def test_text_configurations_have_transformers_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "architecture", ["Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"]
 )
-def test_either_section_ties_the_output_layer(
+def test_either_config_section_can_tie_the_output_layer(
     architecture: str, inner: bool | None, outer: bool | None, tmp_path: Path
 ) -> None:
-    """Neither, as Mistral Small 3.1 has it, means that it is tied unless one is stored."""
+    """If neither section says so, as in Mistral Small 3.1, the layer is tied unless one is stored."""
     model_type = "gemma3_text" if architecture.startswith("Gemma") else "mistral"
     text: dict[str, Any] = {"model_type": model_type, "tie_word_embeddings": inner}
     config = {"architectures": [architecture], "text_config": text, "vision_config": {}}

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of ops: backends."""
+"""The backend fixtures of the op tests."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture(params=parameters())
 def exact(request: pytest.FixtureRequest) -> Backend:
-    """Each backend in float32 alone, for what has no rounding to speak of."""
+    """Each backend, in float32 only, for ops with next to no rounding."""
     return BACKENDS[request.param]("float32")

@@ -74,7 +74,7 @@ def test_edited_scores_over_int8_and_long_contexts(exact: Backend) -> None:
     rows.step([0], [1])
 
 
-def test_many_query_heads_to_a_key(backend: Backend) -> None:
+def test_many_query_heads_per_key_head(backend: Backend) -> None:
     rows = Rows(backend, 71, 1, 16, 16)
     rows.admit(0)
     rows.admit(1)
@@ -117,8 +117,8 @@ def test_attention_over_very_long_contexts(backend: Backend, heads: int, kv_head
     rows.step(slots, [1, 3, 1, 70, 1], (None, 5000))
 
 
-def test_attention_in_pieces(exact: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With hardly any memory allowed, the reference cuts groups and rows, and nothing changes."""
+def test_attention_in_chunks(exact: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With hardly any memory allowed, the reference backend splits groups and rows; the result stays the same."""
     if exact.name != "torch":
         pytest.skip("a limit of the reference")
     monkeypatch.setattr("vllmlite.backends.torch_attention.LIMIT", 20000)
@@ -134,7 +134,7 @@ def test_attention_computed_in_float32(dtype: str, monkeypatch: pytest.MonkeyPat
         test_attention_with_windows(reference("cpu")(dtype), 6, 2, 32, 4)
 
 
-def test_a_reused_slot_forgets(exact: Backend) -> None:
+def test_a_reused_slot_forgets_its_last_sequence(exact: Backend) -> None:
     rows = Rows(exact, 4, 2, 16, 4)
     rows.admit(0)
     rows.admit(1)

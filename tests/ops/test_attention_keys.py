@@ -1,7 +1,7 @@
-"""Every key counts: queries that each pick one key, so that a lost key is an error of order one.
+"""Attention reads every key: each query picks one key, so that a lost key is an error of order one.
 
-Keys and values are codes of their positions. A query is the code of the key that it picks, large enough for all other
-weights to vanish. Rows share the blocks of one context, and each has its last block to itself.
+Keys and values are codes of their positions. A query is the code of the key that it picks, large enough that all other
+weights vanish. Rows share the blocks of one context, and each has a last block of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllmlite.weights.host import FLOAT_DTYPES
 
 
 def codes(index: Array, size: int) -> Array:
-    """The 16 low bits of numbers as signs, over and over: ``[..., size]``."""
+    """The 16 low bits of each number as signs, repeated: ``[..., size]``."""
     return np.where(index[..., None] >> np.arange(size) % 16 & 1, 1.0, -1.0)
 
 
@@ -51,7 +51,7 @@ class Keys:
             )
 
     def feed(self, slots: list[int], counts: list[int], picks: Array | None = None) -> tuple[Any, Any]:
-        """The step's batch and queries: those of the tokens pick the keys ``picks [tokens, heads]``."""
+        """The batch and queries of a step whose tokens pick the keys ``picks [tokens, heads]``."""
         host = self.paged.batch(slots, counts)
         batch = self.paged.upload(host)
         if picks is None:
@@ -70,7 +70,7 @@ class Keys:
         return values
 
     def check(self, slots: list[int], count: int, picks: Array, window: int | None = None) -> None:
-        """A step of ``count`` tokens for each of ``slots``, which go on from the shared context."""
+        """Check a step of ``count`` tokens for each of ``slots``, which continue the shared context."""
         for slot in slots:
             self.paged.free += self.paged.owned[slot][len(self.shared) :]
             self.paged.owned[slot], self.paged.lengths[slot] = list(self.shared), self.length
@@ -82,7 +82,7 @@ class Keys:
 
 
 def boundaries(length: int, unit: int) -> Array:
-    """Positions next to multiples of ``unit``, the last ones too."""
+    """Positions next to multiples of ``unit``, and the last positions."""
     near = np.arange(0, length, unit)[:, None] + np.array([-1, 0, 1])
     return np.unique(near[(near >= 0) & (near < length)])
 
@@ -103,7 +103,7 @@ cases = pytest.mark.parametrize(
 
 @cases
 def test_decoding_loses_no_key(name: str, dtype: str, shape: tuple[int, int, int]) -> None:
-    """Rows of one token: with few, a context is split among many blocks of threads; with many, hardly."""
+    """Rows of one token: a context is split among many thread blocks if rows are few, hardly if they are many."""
     backend = BACKENDS[name](dtype)
     heads, lengths = shape[0], [320] if backend.device == "cpu" else [640, 33008]
     for length in lengths:
@@ -123,7 +123,7 @@ def test_decoding_loses_no_key(name: str, dtype: str, shape: tuple[int, int, int
 
 @cases
 def test_prefilling_loses_no_key(name: str, dtype: str, shape: tuple[int, int, int]) -> None:
-    """Rows of several tokens, whose queries pick keys up to their own position, and the first of a window."""
+    """Rows of several tokens, whose queries pick keys up to their own position, and the first key of a window."""
     backend, length, heads = BACKENDS[name](dtype), 320, shape[0]
     keys = Keys(backend, *shape, length)
     wanted = boundaries(length, 16)
@@ -146,7 +146,7 @@ def test_other_caches_lose_no_key(exact: Backend, kv_dtype: str) -> None:
 
 
 def test_a_lost_key_is_noticed(exact: Backend) -> None:
-    """The test's own test: a key that is overwritten by its neighbour's is reported, and no other."""
+    """A test of this module: a key that is overwritten by its neighbour's is reported, and no other."""
     keys = Keys(exact, 8, 2, 32, 640)
     keys.paged.batch([0], [1])
     columns = np.array([20], np.int32)

@@ -1,4 +1,4 @@
-"""What becomes of a product before attention: norms, rotation, keys and values in the cache."""
+"""attn_prep: norms, rotary embedding, and writing keys and values to the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The key/value cache: dtypes, sizes, copies, and blocks that there are not."""
+"""The key/value cache: dtypes, sizes, copies, and blocks outside the pool."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def test_cache_in_sixteen_bits(exact: Backend, kv_dtype: str) -> None:
     rows.step([0, 1], [1, 1])
 
 
-def test_int8_is_made_of_rotated_keys(exact: Backend) -> None:
-    """By a table that rotates nothing and doubles some elements, so that every code is known exactly."""
+def test_the_int8_cache_quantises_rotated_keys(exact: Backend) -> None:
+    """The rotary table rotates nothing and doubles some elements, so that every code is known exactly."""
     rows = Rows(exact, 6, 2, 32, 4, kv_dtype="int8", max_context=60)
     rows.table = np.concatenate(
         (2.0 ** (np.arange(60)[:, None] % 3 * np.arange(16) % 4), np.zeros((60, 16))), 1
@@ -36,7 +36,8 @@ def test_int8_is_made_of_rotated_keys(exact: Backend) -> None:
 
 
 def test_int8_of_extreme_heads(exact: Backend) -> None:
-    """A lone token's attention is its value: of zeros, of subnormal and huge numbers; what is not finite stays so."""
+    """The attention of a single token is its value: tested with zeros, subnormal and huge numbers; what is not finite
+    stays so."""
     paged = Paged(exact, KVSpec(1, 2, 24, 4, "int8"))
     values = numbers((7, 2, 24))
     values *= np.array([0, 1e-44, 1e-39, 1e-30, 1, 1e30, 1])[:, None, None]
@@ -86,7 +87,7 @@ def test_cache_dtypes(exact: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_outside_the_pool_are_refused(
     exact: Backend, slot: int, column: int, block: int, complaint: str
 ) -> None:
-    """And nothing of the call is written: the row's own block stays where it was."""
+    """Nothing of the call is written: the row's own block keeps its contents."""
     spec = KVSpec(1, 2, 16, 4, "float32")
     kv, slots = exact.alloc_kv(spec, 40), exact.alloc_slots(SlotSpec(4, 8, 32, 10, 40))
 

@@ -1,4 +1,4 @@
-"""Several sampled positions of a slot: drafts count as text, and are accepted up to the first that differs."""
+"""Several sampled positions of a slot: drafts count as output, and are accepted up to the first that differs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ def backend(exact: Backend) -> Backend:
 
 
 @pytest.mark.parametrize("num_logprobs", [-1, 3])
-def test_the_positions_of_a_slot_are_sampled_as_in_steps_of_their_own(
-    backend: Backend, num_logprobs: int
-) -> None:
-    """Ids and log-probabilities of a position are those of a step in which the drafts before it are in the text."""
+def test_several_positions_of_a_slot_sample_as_in_separate_steps(backend: Backend, num_logprobs: int) -> None:
+    """Ids and log-probabilities of a position equal those of a step whose output already holds the drafts before it."""
     rng = np.random.default_rng(5)
     params = [
         SlotParams(),
@@ -77,7 +75,7 @@ def test_drafts_are_accepted_up_to_the_first_that_differs(backend: Backend) -> N
     assert sampler.ids(-np.arange(20.0), masks=dict.fromkeys(range(5), allowed)) == [5, 3, 1, 2, 2]
 
 
-def test_sampling_leaves_the_slots_alone(backend: Backend) -> None:
+def test_sampling_does_not_change_the_slots(backend: Backend) -> None:
     sampler = Sampler(backend, [SlotParams(presence_penalty=9.0), SlotParams()], 6)
     assert sampler.ids(np.eye(6)[[4, 2]]) == [4, 2]
     batch = sampler.upload([0, 1], 1)

@@ -24,8 +24,8 @@ def test_rms_norm(backend: Backend, residual: bool) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 9])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
-def test_the_ops_of_a_layer_in_a_row(backend: Backend, rows: int, activation: str) -> None:
-    """Residual, norm, product, gate and product, which backends may put together as they like."""
+def test_the_ops_of_a_layer_in_sequence(backend: Backend, rows: int, activation: str) -> None:
+    """Residual, norm, product, activation and product, which backends may fuse."""
     hidden, inner = 96, 160
     x, other, scale = numbers((rows, hidden)), numbers((rows, 48), 1), numbers((hidden,), 2)
     up, down = numbers((2 * inner, hidden), 3, 0.2), numbers((hidden, inner), 4, 0.2)
@@ -82,7 +82,7 @@ def test_rms_norm_with_float32_weights(backend: Backend) -> None:
     check(backend, normed, rms(x, weight, 1e-5))
 
 
-def test_sums_and_multiples(backend: Backend) -> None:
+def test_add_scale_and_soft_cap(backend: Backend) -> None:
     x, other = numbers((5, 700)), numbers((5, 700), 1)
     check(backend, backend.add(put(backend, x), put(backend, other)), x + other)
     check(backend, backend.scale(put(backend, x), 0.22), x * 0.22)

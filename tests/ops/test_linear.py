@@ -1,4 +1,4 @@
-"""Products, and the embedding."""
+"""Matrix products and the embedding."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_batch_invariant_products(dtype: str, columns: int) -> None:
 
 
 @of_torch
-def test_linear_where_the_cpu_must_widen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_in_dtypes_that_the_cpu_must_convert(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllmlite.backends.torch._blocked_layout_runs", lambda dtype: False)
     monkeypatch.setattr("vllmlite.backends.torch._multiplies", lambda dtype: False)
     monkeypatch.setattr("vllmlite.backends.torch._CONVERT_PART", 50)

@@ -34,7 +34,7 @@ def test_logprobs(backend: Backend, k: int, monkeypatch: pytest.MonkeyPatch) -> 
         )
 
 
-def test_logprobs_of_more_than_there_are(backend: Backend) -> None:
+def test_more_logprobs_than_the_vocabulary_has(backend: Backend) -> None:
     logits = np.random.default_rng(0).standard_normal((2, 9)).astype(np.float32)
     check_logprobs(
         logits,
@@ -51,7 +51,7 @@ def test_logprobs_of_no_rows(backend: Backend) -> None:
     assert [array.shape for array in found] == [(0,), (0,), (0, 3), (0, 3)]
 
 
-def test_sampled_logprobs_are_of_the_untouched_logits(backend: Backend) -> None:
+def test_logprobs_are_of_the_unedited_logits(backend: Backend) -> None:
     params = [
         SlotParams(logit_bias=((3, 50.0),)),
         SlotParams(repetition_penalty=5.0, prompt_ids=list(range(9))),

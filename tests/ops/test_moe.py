@@ -95,7 +95,7 @@ def test_batch_invariant_mixtures(dtype: str, hidden: int, inner: int) -> None:
         assert (mixed(slice(first, last)) == whole[first:last]).all()
 
 
-def test_equal_experts_are_taken_in_order(exact: Backend) -> None:
+def test_equal_router_logits_choose_the_first_experts(exact: Backend) -> None:
     x, logits = numbers((4, 16)), np.zeros((4, 5))
     gate_up = [numbers((16, 16), 10 + expert) for expert in range(5)]
     down = [numbers((16, 8), 20 + expert) for expert in range(5)]

@@ -1,4 +1,4 @@
-"""Sampling on the device: exact distributions, the same bits everywhere, penalties and masks."""
+"""Sampling on the device: exact distributions, the same random numbers everywhere, penalties and masks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def backend(exact: Backend) -> Backend:
 
 
 def distribution(logits: Array, params: SlotParams) -> NDArray[np.float64]:
-    """Step 5 of ``Backend.sample``, one row, in the plainest words."""
+    """Step 5 of ``Backend.sample`` for one row, written as simply as possible."""
     x = np.asarray(logits, np.float64) / params.temperature
     p = np.exp(x - x.max())
     p[p < params.min_p * p.max()] = 0
@@ -73,7 +73,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_distribution(backend: Backend, case: str) -> None:
-    """Frequencies by the chi-square test, and each id by the definition."""
+    """Checks the frequencies with a chi-square test, and each id against the definition."""
     params, draws = CASES[case], 4000
     sampler = Sampler(
         backend, [replace(params, seed=params.seed + row % 7) for row in range(draws)], len(LOGITS)
@@ -95,8 +95,8 @@ def test_distribution(backend: Backend, case: str) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [307, 5000])
-def test_every_draw_is_the_definition(backend: Backend, vocab_size: int) -> None:
-    """Many rows of many parameters at once, greedy ones between them, over flat and steep logits."""
+def test_every_draw_equals_the_definition(backend: Backend, vocab_size: int) -> None:
+    """Many rows with many parameters at once, some of them greedy, over flat and steep logits."""
     rng = np.random.default_rng(vocab_size)
     params = [
         SlotParams(
@@ -131,7 +131,7 @@ def test_a_row_does_not_depend_on_the_others(backend: Backend) -> None:
 
 @of_torch
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**63 - 1)), min_size=1, max_size=50))
-def test_random_numbers_have_the_bits_of_the_definition(pairs: list[tuple[int, int]]) -> None:
+def test_random_numbers_equal_the_definition_bit_for_bit(pairs: list[tuple[int, int]]) -> None:
     from vllmlite.backends.torch_sampling import uniforms
 
     seeds, positions = zip(*pairs, strict=True)
@@ -140,7 +140,7 @@ def test_random_numbers_have_the_bits_of_the_definition(pairs: list[tuple[int, i
 
 
 def test_the_edges_of_the_random_numbers(backend: Backend) -> None:
-    """A number of 0 does not pick an id of no probability, and one on a border belongs to the id after it."""
+    """The number 0 does not pick an id of probability 0, and a number on a border picks the id after it."""
     assert (uniform(0, ZERO), uniform(0, HALF), uniform(0, ALL_BUT_ONE)) == (0, 0.5, 1 - 2**-24)
     sampler = Sampler(backend, [SlotParams(temperature=1.0)], 4)
     masks = {0: np.array([False, True, True, False])}
@@ -192,7 +192,7 @@ def test_bitmask(backend: Backend, vocab_size: int) -> None:
 
 
 def penalised(logits: Array, params: SlotParams, output: list[int]) -> Array:
-    """Step 3 of ``Backend.sample``, one row, an id at a time."""
+    """Step 3 of ``Backend.sample`` for one row, one id at a time."""
     edited = np.array(logits, np.float64)
     for token in set(params.prompt_ids) | set(output):
         edited[token] *= params.repetition_penalty if edited[token] <= 0 else 1 / params.repetition_penalty
@@ -201,7 +201,7 @@ def penalised(logits: Array, params: SlotParams, output: list[int]) -> Array:
     return edited
 
 
-def test_penalties_follow_the_text(backend: Backend) -> None:
+def test_penalties_follow_the_output(backend: Backend) -> None:
     """Rows with penalties of every kind, and without, generate step by step as the formula does."""
     rng = np.random.default_rng(0)
     kinds: list[dict[str, Any]] = [
@@ -237,7 +237,7 @@ def test_penalties_follow_the_text(backend: Backend) -> None:
             outputs[row].append(token)
 
 
-def test_penalties_start_anew_with_a_sequence(backend: Backend) -> None:
+def test_penalties_are_reset_for_a_new_sequence(backend: Backend) -> None:
     params = SlotParams(presence_penalty=10.0)
     sampler = Sampler(backend, [params, params], 4)
     logits = np.array([3.0, 2.0, 1.0, 0.0])
@@ -252,7 +252,7 @@ def test_penalties_start_anew_with_a_sequence(backend: Backend) -> None:
 
 
 def test_bias_mask_and_penalties_come_in_order(backend: Backend) -> None:
-    """Bias counts before the repetition penalty, and no penalty lifts a mask."""
+    """The bias is added before the repetition penalty, and no penalty lifts a mask."""
     params = SlotParams(
         logit_bias=((1, 4.0),),
         repetition_penalty=4.0,
@@ -267,7 +267,7 @@ def test_bias_mask_and_penalties_come_in_order(backend: Backend) -> None:
 
 
 def test_a_nan_counts_as_minus_infinity(backend: Backend) -> None:
-    """Wherever it stands and whatever its sign, for ids as for log-probabilities; and so in a row of nothing else."""
+    """In any place and with any sign, for ids and for log-probabilities, and in a row of NaNs only."""
     rng = np.random.default_rng(2)
     params = [
         SlotParams(),
@@ -304,7 +304,7 @@ def test_a_nan_counts_as_minus_infinity(backend: Backend) -> None:
         assert not np.isnan(top).any()
 
 
-def test_an_infinite_logit_is_taken(backend: Backend) -> None:
+def test_an_infinite_logit_is_chosen(backend: Backend) -> None:
     logits = np.random.default_rng(3).standard_normal((4, 50)).astype(np.float32)
     logits[:, [20, 30]] = np.inf
     params = [SlotParams(temperature=2.0, top_k=top_k, top_p=top_p) for top_k, top_p in ((0, 1.0), (5, 0.9))]

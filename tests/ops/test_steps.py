@@ -1,4 +1,4 @@
-"""What a step is made of: batches, slots, captured steps."""
+"""The parts of a step: batches, slots, captured steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPEC = KVSpec(1, 1, 16, 4, "float32")
         ("query_start_loc", [0, 2, 2], "query_start_loc does not run from 0 to num_tokens"),
     ],
 )
-def test_batches_that_point_elsewhere_are_refused(
+def test_batches_with_indices_out_of_range_are_refused(
     exact: Backend, field: str, values: list[int], complaint: str
 ) -> None:
     if exact.name == "torch":
@@ -39,7 +39,7 @@ def test_batches_that_point_elsewhere_are_refused(
 
 
 @pytest.mark.parametrize(("max_context", "accepted"), [(11, 11), (40, 32)])
-def test_contexts_that_slots_do_not_hold_are_refused(exact: Backend, max_context: int, accepted: int) -> None:
+def test_contexts_longer_than_the_slots_are_refused(exact: Backend, max_context: int, accepted: int) -> None:
     if exact.name == "torch":
         pytest.skip("the reference trusts its caller")
     slots = exact.alloc_slots(SlotSpec(2, 8, max_context, 10, 8))
@@ -88,7 +88,7 @@ def test_upload_fills_in_last_ids(exact: Backend) -> None:
 
 
 def test_a_captured_step_equals_the_step(exact: Backend) -> None:
-    """For each number of rows up to its own, as often as it is called, whatever other steps ran in between."""
+    """For every number of rows up to the captured one, however often, and whatever other steps run in between."""
     if not exact.graph_rows(8):
         pytest.skip("the backend captures nothing")
     slots = exact.alloc_slots(SlotSpec(8, 8, 32, 10, 8))

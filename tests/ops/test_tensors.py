@@ -14,7 +14,7 @@ from vllmlite.weights.host import FLOAT_DTYPES, HostTensor
 @pytest.mark.parametrize(
     "dtype", ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 )
-def test_tensor_there_and_back(exact: Backend, dtype: str) -> None:
+def test_tensors_round_trip(exact: Backend, dtype: str) -> None:
     values = (numbers((5, 3), 1) * 3).astype(dtype)
     for given in (values, host_tensor(values, dtype)):
         found = exact.to_host(exact.tensor(given))
@@ -29,7 +29,7 @@ def test_tensor_converts(backend: Backend) -> None:
     assert backend.to_host(backend.tensor(host_tensor(values, "bfloat16"))).dtype == np.float32
 
 
-def test_tensor_of_read_only_memory_is_silent(exact: Backend, recwarn: pytest.WarningsRecorder) -> None:
+def test_read_only_memory_gives_no_warning(exact: Backend, recwarn: pytest.WarningsRecorder) -> None:
     data = np.frombuffer(numbers((8,)).astype("<f4").tobytes(), np.uint8)
     assert not data.flags.writeable
     exact.tensor(HostTensor("float32", (8,), data))
@@ -48,6 +48,6 @@ def test_rows_copies(backend: Backend) -> None:
     check(backend, backend.rows(put(backend, values), backend.tensor(index)), values[index])
 
 
-def test_memory_is_plausible(exact: Backend) -> None:
+def test_reported_memory_is_plausible(exact: Backend) -> None:
     memory = exact.memory()
     assert 0 < memory.free <= memory.total

@@ -1,4 +1,4 @@
-"""The built-in demo model: its files are whole, small, free, and what its manifest says they are."""
+"""The built-in demo model: its files are complete, small, free, and match its manifest."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def header() -> dict[str, Any]:
     return {name: entry for name, entry in contents.items() if name != "__metadata__"}
 
 
-def test_files_are_those_of_the_manifest() -> None:
+def test_the_files_match_the_manifest() -> None:
     for name, digest in MANIFEST["files"].items():
         assert hashlib.sha256((DATA / name).read_bytes()).hexdigest() == digest, name
     assert {path.name for path in DATA.iterdir()} == {*MANIFEST["files"], "manifest.json"}
@@ -116,12 +116,12 @@ def test_licences_kept_out(expression: str) -> None:
         ("Files: *\nLicense:\n All rights reserved.\n", None),
     ],
 )
-def test_a_copyright_file_is_cleared_as_a_whole(stanzas: str, cleared: tuple[str, ...] | None) -> None:
+def test_a_copyright_file_is_accepted_only_as_a_whole(stanzas: str, cleared: tuple[str, ...] | None) -> None:
     assert cleared_licences(FORM + stanzas) == cleared
     assert cleared_licences(stanzas) is None  # not machine-readable
 
 
-def test_samples_speak_of_debian() -> None:
+def test_samples_of_the_demo_model_mention_debian() -> None:
     samples = {sample["prompt"]: sample["text"] for sample in MANIFEST["samples"]}
     assert samples["What is Debian?"].startswith("Debian is a free operating system")
     assert "apt install" in samples["How do I install a package?"]

@@ -22,7 +22,7 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def imported(source: str, modules: Mapping[str, Path]) -> Iterator[str]:
-    """Names of those of ``modules`` that ``source`` imports anywhere, for type checking alone included."""
+    """The names in ``modules`` that ``source`` imports, also those for type checking only."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in modules)
@@ -37,7 +37,7 @@ def imported(source: str, modules: Mapping[str, Path]) -> Iterator[str]:
 
 
 def import_cycle(root: Path, package: str) -> list[str]:
-    """Return the modules of a cycle of imports among the files of ``package``, the first one again at the end."""
+    """Return the modules of an import cycle among the files of ``package``, with the first repeated at the end."""
     modules = {module_name(path, root): path for path in (root / package).rglob("*.py")}
     graph = {
         name: set(imported(path.read_text(encoding="utf-8"), modules)) - {name}
@@ -109,7 +109,7 @@ def test_no_long_run_of_lines_stands_twice() -> None:
 
 @pytest.mark.parametrize(("lines", "found"), [(8, 0), (9, 1), (10, 2)])
 def test_a_repeated_run_is_found(lines: int, found: int, tmp_path: Path) -> None:
-    """Whatever its indentation, blank lines and imports between."""
+    """Indentation, blank lines and imports do not hide a repetition."""
     run = [f"x = {n}" for n in range(lines)]
     (tmp_path / "a.py").write_text("\n".join(["first = 1", *run, "last = 1"]))
     indented = [f"    {line}" for line in run]
@@ -121,7 +121,7 @@ def test_a_repeated_run_is_found(lines: int, found: int, tmp_path: Path) -> None
 
 
 def test_a_token_passes_through_few_files() -> None:
-    """README names them, and each is there."""
+    """README names every script, and no script that does not exist."""
     section = (
         (ROOT / "README.md")
         .read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The two Debian sources: what can be told without building them."""
+"""The two Debian source packages: what can be checked without building them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def text(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_the_services_file_of_options_shows_every_default(tmp_path: Path) -> None:
+def test_the_services_options_file_shows_every_default(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     shipped = run(sys.executable, "debian/serverconfig.py", cwd=ROOT, PYTHONPATH=str(ROOT))
     defaults = configurations_of(tmp_path, "")
@@ -109,7 +109,7 @@ def test_a_manual_page_shows_what_help_shows(tmp_path: Path, capsys: pytest.Capt
 
 
 def configurations_of(directory: Path, content: str) -> tuple[EngineConfig, ServerConfig]:
-    """What ``serve --config`` makes of a file."""
+    """The configurations that ``serve --config`` reads from a file."""
     file = directory / "server.yaml"
     file.write_text(content)
     parser = OptionParser()
@@ -117,7 +117,7 @@ def configurations_of(directory: Path, content: str) -> tuple[EngineConfig, Serv
     return serve.configurations(parser.parse(["--config", str(file)]))
 
 
-def test_the_service_may_take_as_long_as_the_program() -> None:
+def test_the_services_stop_timeout_covers_the_programs() -> None:
     pytest.importorskip("uvicorn")
     from vllmlite.server.run import CLOSING_SECONDS
 
@@ -150,7 +150,7 @@ def test_nothing_that_brings_torch_is_recommended() -> None:
     assert all("vllmlite-cpu-api" in line for line in needing_torch) and needing_torch
 
 
-def test_what_demo_and_test_install_is_pinned() -> None:
+def test_packages_that_demo_and_test_install_are_pinned() -> None:
     pinned = set(re.findall(r"^([\w-]+)==\S+( ;.*)?$", text("scripts/constraints.txt"), re.MULTILINE))
     shell = (
         '. scripts/venv.sh; printf "%s\n" "$TORCH" "${RUN_NEEDS[@]}" "${TEST_NEEDS[@]}" "${ALONE_NEEDS[@]}"'
@@ -159,7 +159,7 @@ def test_what_demo_and_test_install_is_pinned() -> None:
     assert {need.partition("==")[0].lower() for need in needs} <= {name for name, _ in pinned}
 
 
-def test_what_pip_installs_is_what_demo_and_errors_name() -> None:
+def test_pip_extras_match_the_demo_and_error_messages() -> None:
     (call,) = (
         node
         for node in ast.walk(ast.parse(text("setup.py")))

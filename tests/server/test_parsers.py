@@ -1,4 +1,4 @@
-"""Tool calls and reasoning out of text: whole, in any pieces, well and badly formed."""
+"""Parsing of tool calls and reasoning: whole texts, any stream chunks, well-formed and malformed ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def call(name: str, arguments: str, key: str = "arguments") -> str:
 
 
 def calls(*named: tuple[str, str]) -> list[Part]:
-    """The parts that (name, arguments) are."""
+    """The parts of a stream that the given (name, arguments) pairs correspond to."""
     found: list[Part] = []
     for index, (name, arguments) in enumerate(named):
         found += [CallBegin(index, name), CallArguments(index, arguments)]
@@ -229,7 +229,9 @@ def parts_of(kind: str, pieces: list[str], cut: bool = False) -> list[Part]:
 
 
 @pytest.mark.parametrize(("kind", "text", "expected"), CASES)
-def test_text_is_taken_apart(kind: str, text: str, expected: list[Part]) -> None:
+def test_output_is_parsed_into_reasoning_calls_and_content(
+    kind: str, text: str, expected: list[Part]
+) -> None:
     assert parts_of(kind, [text]) == expected
     assert parts_of(kind, list(text)) == expected
 
@@ -255,7 +257,7 @@ FRAGMENTS = st.lists(
 
 @st.composite
 def damaged(draw: st.DrawFn) -> tuple[str, str]:
-    """A format, and pieces of an answer in it in any order."""
+    """Strategy: a format and pieces of an answer in it, in any order."""
     kind, text, _ = draw(st.sampled_from(CASES))
     places = st.tuples(st.integers(0, len(text)), st.integers(0, len(text)))
     pieces = draw(st.lists(places, min_size=1, max_size=5))
@@ -266,7 +268,9 @@ def damaged(draw: st.DrawFn) -> tuple[str, str]:
 @given(
     given=damaged() | st.tuples(st.sampled_from(sorted(MAKE)), FRAGMENTS), cut=st.booleans(), data=st.data()
 )
-def test_any_split_gives_the_same_parts(given: tuple[str, str], cut: bool, data: st.DataObject) -> None:
+def test_parsing_does_not_depend_on_stream_chunks(
+    given: tuple[str, str], cut: bool, data: st.DataObject
+) -> None:
     kind, text = given
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -281,11 +285,11 @@ def told(parts: list[Part], kind: type) -> str:
 
 
 @pytest.mark.parametrize(("kind", "text", "expected"), CASES)
-def test_an_answer_that_is_cut_tells_a_beginning_of_the_whole(
+def test_a_truncated_answer_parses_to_a_prefix_of_the_whole(
     kind: str, text: str, expected: list[Part]
 ) -> None:
-    """At every position: the calls and contents are those of the whole answer up to there. What only belongs to a
-    call's form is not content; a part of an opening mark, which might be content, is."""
+    """For every position, calls and content are those of the whole answer up to there. Markup of a call is not content;
+    part of an opening mark, which might be content, is."""
     calls = [(part.index, part.name) for part in expected if isinstance(part, CallBegin)]
     for end in range(len(text)):
         found = parts_of(kind, [text[:end]], cut=True)
@@ -305,7 +309,7 @@ def test_an_answer_that_is_cut_tells_a_beginning_of_the_whole(
             assert not leaked or any(mark.startswith(leaked) and mark != leaked for mark in MARKS)
 
 
-def test_forced_calls_that_are_cut_leak_nothing() -> None:
+def test_truncated_forced_calls_leak_no_markup() -> None:
     text = f"[{call('weather', WEATHER, 'parameters')}, {call('add', '{}', 'parameters')}]"
     for end in range(len(text)):
         parts = parts_of("required", [text[:end]], cut=True)
@@ -320,7 +324,7 @@ def test_forced_calls_that_are_cut_leak_nothing() -> None:
         max_size=4,
     )
 )
-def test_arguments_come_through_as_they_are(arguments: dict[str, object]) -> None:
+def test_arguments_are_passed_on_unchanged(arguments: dict[str, object]) -> None:
     text = json.dumps(arguments, ensure_ascii=False)
     forms = {
         "hermes": f"<tool_call>{call('add', text)}</tool_call>",

@@ -1,4 +1,4 @@
-"""The server's endpoints, over a socket, beside what the engine gives without it."""
+"""The server's endpoints, over a socket, compared with the engine's own results."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def stream(service: Service, path: str, **body: Any) -> list[Any]:
 
 
 def direct(service: Service, prompt: Any, **options: Any) -> Any:
-    """What the engine gives without a server."""
+    """The result of the engine without a server."""
 
     async def run() -> Any:
         async for output in service.engine.generate(prompt, SamplingParams(**options), "direct"):
@@ -78,7 +78,7 @@ def direct(service: Service, prompt: Any, **options: Any) -> Any:
     return asyncio.run(run())
 
 
-def test_a_completion_is_the_engines(service: Service) -> None:
+def test_a_completion_equals_the_engines_output(service: Service) -> None:
     answer = post(service, "/v1/completions", prompt=PROMPT, model="demo", **GREEDY)
     check(completions.Completion, answer)
     expected = direct(service, PROMPT, **GREEDY)
@@ -91,7 +91,7 @@ def test_a_completion_is_the_engines(service: Service) -> None:
 
 
 @pytest.mark.parametrize("as_ids", [False, True])
-def test_several_prompts_are_as_each_alone(service: Service, as_ids: bool) -> None:
+def test_several_prompts_give_the_results_of_each_alone(service: Service, as_ids: bool) -> None:
     prompts: list[Any] = [service.tokenizer.encode(p) for p in PROMPTS] if as_ids else list(PROMPTS)
     together = post(service, "/v1/completions", prompt=prompts, **GREEDY)
     alone = [post(service, "/v1/completions", prompt=p, **GREEDY)["choices"][0]["text"] for p in prompts]
@@ -187,7 +187,7 @@ def test_logprobs_of_both_endpoints(service: Service) -> None:
     )
 
 
-def test_chat_streams_what_it_answers(service: Service) -> None:
+def test_a_streamed_chat_completion_equals_the_whole_one(service: Service) -> None:
     whole = post(service, "/v1/chat/completions", messages=MESSAGES, **GREEDY)
     pieces = stream(
         service, "/v1/chat/completions", messages=MESSAGES, stream_options={"include_usage": True}, **GREEDY
@@ -237,7 +237,7 @@ def test_continuing_a_message_and_other_templates(service: Service) -> None:
     assert plain["choices"][0]["message"]["content"] == direct(service, "Debian is", **GREEDY).outputs[0].text
 
 
-def test_stops_and_biases_reach_the_engine(service: Service) -> None:
+def test_stop_strings_and_logit_bias_reach_the_engine(service: Service) -> None:
     text = post(service, "/v1/completions", prompt=PROMPT, **GREEDY)["choices"][0]["text"]
     word = text.split()[2]
     stopped = post(service, "/v1/completions", prompt=PROMPT, stop=[word], **GREEDY)["choices"][0]
@@ -298,7 +298,7 @@ def test_models_and_operations(service: Service) -> None:
     assert get(service, "/v1/models/other").status_code == 404
 
 
-def test_the_prefix_cache_counts_and_forgets(service: Service) -> None:
+def test_the_prefix_cache_counts_hits_and_can_be_reset(service: Service) -> None:
     long = PROMPT + " a" * 40
     body = {"prompt": long, "cache_salt": "salt", **GREEDY}
 
@@ -351,7 +351,7 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
 ]  # fmt: skip
 
 
-def test_bad_requests_are_told_what_is_wrong(service: Service) -> None:
+def test_errors_of_bad_requests_name_the_problem(service: Service) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         for path, body, status, param, words in BAD:
             answer = await client.post(
@@ -399,7 +399,7 @@ def test_bodies_nested_to_the_interpreters_limit(service: Service) -> None:
     assert as_api_error(RecursionError()).status == 400
 
 
-def test_parameters_that_ask_for_nothing_are_taken(service: Service) -> None:
+def test_parameters_that_request_the_default_are_accepted(service: Service) -> None:
     nothing = {"user": "me", "metadata": {"a": "b"}, "store": False, "suffix": None, "best_of": 1, "tools": None,
                "response_format": {"type": "text"}, "use_beam_search": False, "logit_bias": {}}  # fmt: skip
     assert post(service, COMPLETIONS, prompt=PROMPT, **GREEDY, **nothing)["choices"]
@@ -417,7 +417,7 @@ def test_the_documentation_names_every_endpoint(service: Service) -> None:
 
 
 class Marked:
-    """ASGI middleware that marks answers."""
+    """ASGI middleware that adds a header to responses."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -432,7 +432,7 @@ class Marked:
 
 
 async def marks(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    """The same as a function of FastAPI's kind."""
+    """The same as a middleware function in FastAPI's form."""
     answer = await call_next(request)
     answer.headers["x-marked-too"] = "function"
     return answer

@@ -1,4 +1,4 @@
-"""What coding agents send to ``/v1/responses`` and ``/v1/messages`` beyond a conversation."""
+"""Requests of coding agents to ``/v1/responses`` and ``/v1/messages`` beyond plain conversations."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def prompt_of(script: Script) -> Any:
     return given["prompt"]
 
 
-def test_codex_is_answered_and_goes_on(service: Service, script: Script) -> None:
+def test_codex_can_hold_a_conversation(service: Service, script: Script) -> None:
     answer = post(service, RESPONSES, **CODEX)
     check(responses.ResponseObject, answer)
     assert prompt_of(script) == "List files.;medium;True;"
@@ -126,7 +126,7 @@ def test_no_response_is_kept(service: Service) -> None:
     ask(service, work)
 
 
-def test_claude_code_is_answered_and_goes_on(service: Service, script: Script) -> None:
+def test_claude_code_can_hold_a_conversation(service: Service, script: Script) -> None:
     answer = post(service, MESSAGES, **CLAUDE)
     check(messages.AnthropicAnswer, answer)
     assert prompt_of(script) == "List files.;medium;True;"
@@ -151,7 +151,7 @@ def test_claude_code_is_answered_and_goes_on(service: Service, script: Script) -
     }
 
 
-def test_messages_say_how_to_think_and_what_to_write(service: Service, script: Script) -> None:
+def test_messages_accept_thinking_and_output_options(service: Service, script: Script) -> None:
     plain = {"messages": CLAUDE["messages"], "max_tokens": 5}
     for thinking, told in (
         (None, "List files.;;;"),
@@ -187,7 +187,7 @@ def test_anthropics_tool_runner_goes_on_without_threads(service: Service, script
         ran: list[str] = []
 
         async def shell(command: str) -> str:
-            """Runs."""
+            """Run a shell command."""
             ran.append(command)
             return "a.py"
 

@@ -1,4 +1,4 @@
-"""What clients of vLLM read of answers besides the text: null fields, usage, log-probabilities, load, metrics."""
+"""What clients of vLLM read of responses besides the text: null fields, usage, log-probabilities, load, metrics."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def get(service: Service, path: str, status: int = 200) -> httpx.Response:
 
 
 def metrics_of(service: Service) -> dict[str, float]:
-    """Every sample, by its name and those of its labels that differ."""
+    """Every metric sample, by its name and those of its labels that differ."""
     found = {}
     for line in get(service, "/metrics").text.splitlines():
         if line.startswith("vllm"):
@@ -57,7 +57,7 @@ def metrics_of(service: Service) -> dict[str, float]:
     return found
 
 
-def test_what_vllm_sends_as_null_is_there(service: Service) -> None:
+def test_fields_that_vllm_sends_as_null_are_present(service: Service) -> None:
     answer = post(service, CHAT, **BODIES[CHAT])
     check(chat.ChatCompletion, answer)
     for name in (
@@ -97,7 +97,7 @@ def test_openais_client_reads_fields_of_vllms(service: Service) -> None:
 
 
 def usages(service: Service, path: str, forced: bool = False, **options: Any) -> list[Any]:
-    """The usage of each chunk of a stream; ``absent`` where a chunk has none."""
+    """The usage of each chunk of a stream, ``absent`` for a chunk without one."""
     body = {**BODIES[path], **({"stream_options": options} if options else {})}
     config, service.config = service.config, replace(service.config, enable_force_include_usage=forced)
     try:
@@ -129,7 +129,7 @@ def test_usage_in_streams(service: Service, path: str) -> None:
             assert usage["prompt_tokens"] == ended[-1]["prompt_tokens"]
 
 
-def test_anthropics_usage_tells_what_went_into_the_cache(service: Service) -> None:
+def test_anthropics_usage_counts_cached_tokens(service: Service) -> None:
     post(service, "/tokenize", prompt="x")
     body = {"messages": [{"role": "user", "content": "cache " * 40}], "max_tokens": 3, "temperature": 0}
     size = service.engine.llm_engine.config.block_size

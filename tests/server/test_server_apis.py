@@ -1,5 +1,5 @@
-"""Embeddings, OpenAI's responses, Anthropic's messages and llama.cpp's endpoints, with their own clients where those
-are installed."""
+"""Embeddings, OpenAI's responses, Anthropic's messages and llama.cpp's endpoints, with their own clients if those are
+installed."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ THINKING = [
 
 
 def chat_text(service: Service, **options: Any) -> str:
-    """What the chat endpoint answers."""
+    """The text that the chat endpoint answers."""
     answer = post(service, "/v1/chat/completions", messages=CHAT, temperature=0, **options)
     text = answer["choices"][0]["message"]["content"]
     assert isinstance(text, str)
     return text
 
 
-def test_embeddings_are_the_engines(service: Service) -> None:
+def test_embeddings_equal_the_engines(service: Service) -> None:
     texts = [PROMPT, "A package"]
     answer = post(service, "/v1/embeddings", input=texts, model="demo")
     check(embeddings.Embeddings, answer)
@@ -87,7 +87,7 @@ def test_bad_embedding_requests(service: Service, body: dict[str, Any], param: s
     assert service._unfinished == 0
 
 
-def test_a_response_is_the_chats_answer(service: Service) -> None:
+def test_a_response_equals_the_chat_completion(service: Service) -> None:
     text = chat_text(service, max_tokens=12)
     body = {"input": QUESTION, "max_output_tokens": 12, "temperature": 0}
     answer = post(service, "/v1/responses", **body)
@@ -163,7 +163,7 @@ def test_a_stream_of_a_response_has_every_logprob(service: Service) -> None:
     assert done["logprobs"] == expected["logprobs"]
 
 
-def test_items_become_the_conversation(service: Service) -> None:
+def test_input_items_become_messages(service: Service) -> None:
     from vllmlite.server.responses.items import as_messages
 
     call = {"type": "function_call", "call_id": "c", "name": "weather", "arguments": '{"city": "Oslo"}'}
@@ -217,7 +217,7 @@ def test_openais_client_reads_responses_and_embeddings(service: Service) -> None
     ask(service, work)
 
 
-def test_a_message_is_the_chats_answer(service: Service) -> None:
+def test_a_message_equals_the_chat_completion(service: Service) -> None:
     text = chat_text(service, max_tokens=12)
     body = {"model": "demo", "messages": CHAT, "max_tokens": 12, "temperature": 0}
     answer = post(service, "/v1/messages", **body)
@@ -300,7 +300,7 @@ def test_tools_that_may_not_be_called_are_hidden_where_that_is_wanted() -> None:
             assert (counted["input_tokens"] < 10) is hides
 
 
-def test_blocks_become_the_conversation(service: Service) -> None:
+def test_content_blocks_become_messages(service: Service) -> None:
     from vllmlite.server.anthropic.blocks import as_messages
 
     turns: list[dict[str, Any]] = [

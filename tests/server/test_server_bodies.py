@@ -1,4 +1,5 @@
-"""Bodies that would keep the event loop, and every stream, waiting: counted as they arrive, and refused with a 400."""
+"""Request bodies that would block the event loop, and so every stream: measured as they arrive, and refused with status
+400."""
 
 from __future__ import annotations
 
@@ -64,7 +65,7 @@ def test_an_encoding_that_hides_structure_is_refused(encoding: str) -> None:
     assert "UTF-8" in (structure.fault() or "")
 
 
-def test_what_is_rendered_at_once_is_small() -> None:
+def test_is_small_counts_text_and_values() -> None:
     assert is_small([[{"role": "user", "content": "hello"}], None, {}], 4096)
     for data in ("a" * 4097, ["a"] * 4000, {"a": {"b": ["a" * 5000]}}, [{str(i): 1 for i in range(4000)}]):
         assert not is_small(data, 4096)

@@ -1,4 +1,4 @@
-"""What talks to a server from the command line: ``bench serve`` and ``chat --url``."""
+"""Command-line clients of a server: ``bench serve`` and ``chat --url``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def bench(
 
 
 def statistics_of(result: dict[str, object], name: str) -> set[str]:
-    """Which are told of the times called ``name``."""
+    """The names of the statistics in ``result`` for the times called ``name``."""
     end = f"_{name}_ms"
     return {key.removesuffix(end) for key in result if key.endswith(end)}
 
@@ -55,7 +55,7 @@ def statistics_of(result: dict[str, object], name: str) -> set[str]:
 @pytest.mark.parametrize(
     "options", [[], ["--chat", "--max-concurrency", "2"], ["--request-rate", "50", "--num-warmups", "3"]]
 )
-def test_bench_counts_what_was_done(
+def test_bench_counts_requests_and_tokens(
     capsys: pytest.CaptureFixture[str], server: Program, options: list[str]
 ) -> None:
     small = ["--num-prompts", "6", "--random-input-len", "4:9", "--random-output-len", "5"]
@@ -65,7 +65,7 @@ def test_bench_counts_what_was_done(
         assert statistics_of(result, name) == {"mean", "median", "p90", "p99"}
 
 
-def test_bench_reads_files_and_draws(
+def test_bench_reads_and_draws_prompts_from_files(
     capsys: pytest.CaptureFixture[str], server: Program, tmp_path: Path
 ) -> None:
     talk = [{"conversations": [{"from": "human", "value": "What is dpkg?"}, {"from": "gpt", "value": "x"}]}]
@@ -81,7 +81,7 @@ def test_bench_reads_files_and_draws(
     assert [entry["output_tokens"] for entry in json.loads(saved.read_text())["requests"]] == [4, 4, 4]
 
 
-def test_bench_holds_requests_to_goals(capsys: pytest.CaptureFixture[str], server: Program) -> None:
+def test_bench_checks_latency_goals(capsys: pytest.CaptureFixture[str], server: Program) -> None:
     small = ["--num-prompts", "4", "--input-len", "8", "--output-len", "3", "--metric-percentiles", "25,99.9"]
     fast = bench(capsys, server, *small, "--goodput", "ttft:60000", "e2el:60000")
     assert fast["request_goodput"] == fast["request_throughput"]
@@ -108,7 +108,7 @@ PIECES = (
 
 
 @pytest.mark.parametrize(("choice", "counts"), PIECES)
-def test_bench_knows_what_brings_tokens(choice: dict[str, object], counts: bool) -> None:
+def test_bench_recognises_events_with_tokens(choice: dict[str, object], counts: bool) -> None:
     assert brings_tokens(choice) is counts
 
 
@@ -124,7 +124,7 @@ def test_plots_have_readable_axes() -> None:
     assert texts[texts.index("ITL, ms") - 1] == "5" and texts[-1] == "E2E, ms"
 
 
-def test_bench_with_a_server_of_few_words(
+def test_bench_works_with_a_server_that_sends_few_fields(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
@@ -143,7 +143,7 @@ def test_bench_with_a_server_of_few_words(
         assert json.loads(capsys.readouterr().out)["first_error"] == "a step failed"
 
 
-def test_bench_tells_what_failed(capsys: pytest.CaptureFixture[str], server: Program) -> None:
+def test_bench_reports_failed_requests(capsys: pytest.CaptureFixture[str], server: Program) -> None:
     result = bench(capsys, server, "--num-prompts", "2", "--random-input-len", "2000", status=1)
     assert result["failed"] == 2 and str(result["first_error"]).startswith("400: ")
     assert main(["bench", "serve", "--base-url", "http://127.0.0.1:9"]) == 1
@@ -175,7 +175,7 @@ def test_chat_with_a_server(
     say("--url", server.url, "--threads", "1", status=2)
 
 
-def test_profiles_are_chrome_traces(server: Program) -> None:
+def test_profiles_are_in_chrome_trace_format(server: Program) -> None:
     import httpx
 
     def post(path: str, **body: object) -> httpx.Response:

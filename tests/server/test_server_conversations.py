@@ -1,4 +1,4 @@
-"""Conversations of every API: one normalisation, prefill, named chat templates, counted tokens."""
+"""Conversations of every API: one normalisation, prefill, named chat templates, token counts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def service() -> Iterator[Service]:
 
 
 def prompt_of(service: Service, path: str, **body: Any) -> str:
-    """The prompt that a request has the engine continue."""
+    """The prompt that the engine receives for a request."""
     script = Script("x")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(service.engine, "submit", script)
@@ -139,7 +139,7 @@ def test_names_of_chat_templates(service: Service) -> None:
                 Service(other.engine, ServerConfig(chat_template=wrong), ["demo"], other.metrics)
 
 
-def test_what_a_conversation_cannot_hold_is_told(service: Service) -> None:
+def test_unsupported_conversation_content_is_refused(service: Service) -> None:
     image = {"type": "image", "source": {}}
     bad: list[tuple[str, dict[str, Any], str | None]] = [
         (CHAT, {"messages": [HI, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},

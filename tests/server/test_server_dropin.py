@@ -1,4 +1,4 @@
-"""What clients of vLLM send that OpenAI's do not, and what they read of the answers."""
+"""What clients of vLLM send that those of OpenAI do not, and what they read of the responses."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def service() -> Iterator[Service]:
 
 
 def prompt_of(service: Service, **body: Any) -> str:
-    """The prompt that a conversation becomes."""
+    """The prompt that a conversation is rendered to."""
     return service.tokenizer.decode(post(service, "/tokenize", messages=MESSAGES, **body)["tokens"], False)
 
 
-def test_fields_that_ask_for_nothing_more_are_taken(service: Service) -> None:
+def test_fields_without_effect_are_accepted(service: Service) -> None:
     unused = {
         "model": "", "top_logprobs": 0, "logprobs": False, "session_id": "s", "thinking_token_budget": None,
         "truncation_side": "left", "repetition_detection": None, "watermarking": False, "ec_transfer_params": None,
@@ -59,7 +59,7 @@ def test_fields_that_ask_for_nothing_more_are_taken(service: Service) -> None:
         assert post(service, CHAT, 400, messages=MESSAGES, **{field: value})["error"]["param"] == field
 
 
-def test_null_is_nothing_and_whole_numbers_may_have_a_point(service: Service) -> None:
+def test_null_means_absent_and_integers_may_be_written_as_floats(service: Service) -> None:
     plain = post(service, CHAT, messages=MESSAGES, **SHORT)["choices"]
     nulls = dict.fromkeys(("add_generation_prompt", "echo", "include_reasoning", "priority", "stop", "tools"))
     assert post(service, CHAT, messages=MESSAGES, **nulls, temperature=0, max_tokens=2.0)["choices"] == plain
@@ -77,7 +77,7 @@ def test_null_is_nothing_and_whole_numbers_may_have_a_point(service: Service) ->
     assert post(service, CHAT, 400, messages=None)["error"]["param"] == "messages"
 
 
-def test_the_template_is_told_vllms_variables(service: Service) -> None:
+def test_vllms_variables_reach_the_template(service: Service) -> None:
     template = {"chat_template": VARIABLES}
     assert prompt_of(service, **template) == "What is dpkg?;;;;dry"
     told = prompt_of(service, **template, reasoning_effort="low", documents=[{"text": "a"}])
@@ -149,7 +149,7 @@ def test_a_stream_of_token_ids_begins_with_the_prompts(service: Service) -> None
         assert found == whole["choices"][0]["token_ids"]
 
 
-def test_requests_bring_their_names(service: Service) -> None:
+def test_clients_may_choose_request_ids(service: Service) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         for path, body, begins in (
             (CHAT, {"messages": MESSAGES, **SHORT}, "chatcmpl-"),
@@ -171,7 +171,7 @@ def test_requests_bring_their_names(service: Service) -> None:
     ask(service, work)
 
 
-def test_bodies_that_are_no_json_are_told_apart(service: Service) -> None:
+def test_errors_for_bodies_that_are_not_json_name_the_cause(service: Service) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         for kind, content, words in (
             (
@@ -198,7 +198,7 @@ def test_bodies_that_are_no_json_are_told_apart(service: Service) -> None:
 
 
 class Held(Script):
-    """The same, a piece each time that it is let go on."""
+    """A Script that sends one piece each time it is released."""
 
     def __init__(self, *pieces: str) -> None:
         super().__init__(*pieces)

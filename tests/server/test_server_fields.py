@@ -1,4 +1,5 @@
-"""Fields that are no endpoint's own: what changes the text is honoured or refused, the rest is ignored and logged."""
+"""Fields that are common to all endpoints: those that change the text are honoured or refused, the others are ignored
+and logged."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def service() -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def showing() -> Iterator[Service]:
-    """A service whose prompts show what the chat template is told."""
+    """A service whose prompts show the variables that the chat template receives."""
     with serving(**TAKES_APART, chat_template=TEMPLATE) as service:
         yield service
 
@@ -95,7 +96,7 @@ def prompt_of(script: Script) -> str:
 
 
 def text_of(answer: Any) -> Any:
-    """What the model wrote, in the form of any API."""
+    """The generated text in a response of any API."""
     for name in ("choices", "output", "content"):
         if name in answer:
             return json.dumps(answer[name]).replace(answer.get("id", "-"), "")
@@ -103,7 +104,7 @@ def text_of(answer: Any) -> Any:
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_what_does_not_change_the_text_is_ignored_and_logged_once(
+def test_fields_without_effect_are_ignored_and_logged_once(
     service: Service, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     body = {**BODIES[path], "temperature": 0}
@@ -150,7 +151,7 @@ def test_strict_servers_refuse_what_others_ignore(
     assert post(service, COMPLETIONS, **BODIES[COMPLETIONS], user="u", metadata={}, suffix="")
 
 
-def test_a_hint_stands_in_the_log(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+def test_hints_are_logged(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     post(service, COMPLETIONS, **BODIES[COMPLETIONS], temprature=1)
     assert "'temprature' is ignored: no such parameter; did you mean temperature?" in caplog.text
 
@@ -168,8 +169,8 @@ def test_clients_cannot_fill_the_log(service: Service, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_what_is_known_to_change_the_text_is_a_field_or_refused(kind: type[Request]) -> None:
-    """The whole table, on every endpoint that generates text."""
+def test_known_fields_that_change_the_text_are_supported_or_refused(kind: type[Request]) -> None:
+    """Checks the whole table, on every endpoint that generates text."""
     names = {field.alias or name for name, field in kind.model_fields.items()}
     value = object()
     for name in fields.TEXT_CHANGING:
@@ -180,7 +181,7 @@ def test_what_is_known_to_change_the_text_is_a_field_or_refused(kind: type[Reque
             kind.model_validate({**CLASSES[kind], name: value})
 
 
-def test_neutral_values_are_the_tables(service: Service) -> None:
+def test_neutral_values_equal_the_documented_table(service: Service) -> None:
     neutral = {name: absent.neutral[-1] for name, absent in fields.TEXT_CHANGING.items()}
     for kind, body in CLASSES.items():
         names = {field.alias or name for name, field in kind.model_fields.items()}
@@ -207,7 +208,7 @@ def test_neutral_values_are_the_tables(service: Service) -> None:
         (COMPLETIONS, {"ban_eos_token": True}, "ignore_eos", True),
     ],
 )
-def test_other_apis_names_are_honoured(
+def test_field_names_of_other_apis_are_accepted(
     showing: Service, script: Script, path: str, body: dict[str, Any], name: str, expected: Any
 ) -> None:
     post(showing, path, **{**BODIES[path], **body})
@@ -221,7 +222,9 @@ def test_two_names_of_one_field_must_agree(showing: Service, script: Script) -> 
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_llamacpps_structures_go_with_openais_endpoints(showing: Service, script: Script, path: str) -> None:
+def test_openais_endpoints_accept_llamacpps_grammar_fields(
+    showing: Service, script: Script, path: str
+) -> None:
     post(showing, path, **BODIES[path], grammar='root ::= "a"')
     structure = params_of(script).structured_outputs
     assert structure is not None and structure.grammar == 'root ::= "a"'
@@ -254,14 +257,14 @@ def test_llamacpps_structures_go_with_openais_endpoints(showing: Service, script
         ({"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}}, ";;False;True"),
     ],
 )
-def test_thinking_is_told_to_the_template(
+def test_thinking_options_reach_the_template(
     showing: Service, script: Script, body: dict[str, Any], told: str
 ) -> None:
     post(showing, CHAT, messages=TALK, **body)
     assert prompt_of(script) == f"What is dpkg?{told};null"
 
 
-def test_thinking_is_told_by_every_api(showing: Service, script: Script) -> None:
+def test_every_api_can_set_thinking_options(showing: Service, script: Script) -> None:
     for path, body in (
         (RESPONSES, {"enable_thinking": False}),
         (RESPONSES, {"thinking": {"type": "disabled"}}),
@@ -273,7 +276,7 @@ def test_thinking_is_told_by_every_api(showing: Service, script: Script) -> None
         assert prompt_of(script) == "What is dpkg?;;False;False;null", (path, body)
 
 
-def test_wishes_that_the_template_cannot_grant_are_logged(
+def test_thinking_options_that_the_template_ignores_are_logged(
     service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
     body = {"messages": TALK, "chat_template": "chatml"}
@@ -298,7 +301,7 @@ def test_budgets_of_reasoning_are_honoured(showing: Service, script: Script) -> 
     assert "contradicts" in post(showing, CHAT, 400, messages=TALK, **both)["error"]["message"]
 
 
-def test_wishes_about_thinking_must_agree(showing: Service) -> None:
+def test_contradicting_thinking_options_are_refused(showing: Service) -> None:
     body = {"enable_thinking": True, "thinking": {"type": "disabled"}}
     error = post(showing, CHAT, 400, messages=TALK, **body)["error"]
     assert error["param"] == "thinking" and "contradicts enable_thinking=True" in error["message"]
@@ -365,7 +368,7 @@ def test_tools_that_cannot_be_called_are_left_out(
     assert broken["error"]["param"] == "tools.0.function.name"
 
 
-def test_templates_are_shown_every_field_of_a_function(showing: Service, script: Script) -> None:
+def test_every_field_of_a_function_reaches_the_template(showing: Service, script: Script) -> None:
     function = {**FUNCTION, "return": {"type": "string"}, "strict": True}
     post(showing, CHAT, **BODIES[CHAT], tools=[{"type": "function", "function": function}])
     assert json.loads(prompt_of(script).rpartition(";")[2])[0]["function"] == function
@@ -373,7 +376,7 @@ def test_templates_are_shown_every_field_of_a_function(showing: Service, script:
     assert json.loads(prompt_of(script).rpartition(";")[2])[0]["function"] == function
 
 
-def test_what_changes_a_vector_is_refused(service: Service) -> None:
+def test_fields_that_would_change_an_embedding_are_refused(service: Service) -> None:
     body = {"input": "dpkg"}
     assert post(service, "/v1/embeddings", **body, input_type="", keep_alive=5)
     for name, value in (("input_type", "query"), ("prompt_name", "query"), ("truncate", "END")):

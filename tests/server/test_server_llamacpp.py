@@ -1,4 +1,4 @@
-"""What llama.cpp's clients send, editors among them, and what they read of the answers."""
+"""Requests of llama.cpp's clients, such as editors, and what they read of the responses."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ EDITOR: dict[str, Any] = {
 
 
 class Failing(Script):
-    """An engine that fails once the text is out."""
+    """An engine whose request fails after its text."""
 
     async def take(self) -> list[RequestOutput]:
         if len(self._outputs) == 0:
@@ -66,7 +66,7 @@ def params_of(script: Script) -> SamplingParams:
     return script.request.params
 
 
-def test_editors_have_texts_filled_in(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_infill_completes_the_middle_of_a_text(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service.tokenizer, "token_id", FILL_IN.get)
     script = Script(" x:\n        re", "turn y\n", "  else", ":\n    return", " 5")
     monkeypatch.setattr(service.engine, "submit", script)
@@ -88,12 +88,12 @@ def test_editors_have_texts_filled_in(service: Service, monkeypatch: pytest.Monk
     assert post(service, "/infill", **{**EDITOR, **warming, "response_fields": []})["content"] == ""
 
 
-def test_lines_end_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_line_limits_end_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [5.0]
     monkeypatch.setattr(line_limits, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def kept(limits: LineLimits, text: str) -> str:
-        """All that is kept of a text, the same in one piece and in pieces of a character."""
+        """The text that is kept, which must be the same for one piece as for pieces of one character."""
         found = ""
         for piece in text:
             more, ended = limits.add(piece)
@@ -117,7 +117,7 @@ def test_lines_end_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timed.add("\n") == ("\n", True)
 
 
-def test_samplers_that_are_not_named_are_off(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samplers_that_are_not_listed_are_off(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Script("x")
     monkeypatch.setattr(service.engine, "submit", script)
     given = {"temperature": 0.5, "min_p": 0.1, "top_k": 7, "top_p": 0.5, "repeat_penalty": 1.5, "prompt": "x"}
@@ -188,7 +188,9 @@ def test_biases_that_would_take_long_are_refused(service: Service) -> None:
         assert error["param"] == "logit_bias" and "at most" in error["message"]
 
 
-def test_a_stream_that_fails_ends_as_its_kind_does(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_stream_ends_in_the_form_of_its_api(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         for path in ("/completion", "/generate"):
             monkeypatch.setattr(service.engine, "submit", Failing("Yes"))

@@ -1,6 +1,8 @@
-"""A prompt that is too long is told in each API's own form, by which its clients know to shorten a conversation.
+"""The error for a prompt that is too long has each API's own form, by which clients know that they must shorten a
+conversation.
 
-litellm, langchain-openai and Claude Code look for these texts and fields; they are not installed here."""
+litellm, langchain-openai and Claude Code look for these texts and fields; they are not installed here.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def service() -> Iterator[Service]:
     ],
 )
 @pytest.mark.parametrize("streamed", [False, True])
-def test_openais_form(service: Service, path: str, field: str, value: Any, streamed: bool) -> None:
+def test_context_errors_have_openais_form(
+    service: Service, path: str, field: str, value: Any, streamed: bool
+) -> None:
     if streamed and path == "/v1/embeddings":
         return
     answer = post(service, path, 400, **{field: value}, **({"stream": True} if streamed else {}))
@@ -70,7 +74,7 @@ def test_openais_form(service: Service, path: str, field: str, value: Any, strea
 
 
 @pytest.mark.parametrize("content", [LONG, HUGE])
-def test_anthropics_form(service: Service, content: str) -> None:
+def test_context_errors_have_anthropics_form(service: Service, content: str) -> None:
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 5}
     answer = post(service, "/v1/messages", 400, **body)
     check(AnthropicError, answer)
@@ -92,7 +96,7 @@ def test_anthropics_form(service: Service, content: str) -> None:
         ("/chat/completions", {"messages": TALK}),
     ],
 )
-def test_llamacpps_form(service: Service, path: str, body: dict[str, Any]) -> None:
+def test_context_errors_have_llamacpps_form(service: Service, path: str, body: dict[str, Any]) -> None:
     answer = post(service, path, 400, **body)
     check(LlamaError, answer)
     error = answer["error"]
@@ -101,7 +105,7 @@ def test_llamacpps_form(service: Service, path: str, body: dict[str, Any]) -> No
     assert "exceeds the available context size" in error["message"]
 
 
-def test_a_prompt_that_just_fits_is_answered(service: Service) -> None:
+def test_a_prompt_of_the_maximum_length_is_answered(service: Service) -> None:
     fits = post(service, "/v1/completions", prompt=[1] * (CONTEXT - 1), temperature=0)
     assert fits["usage"]["completion_tokens"] == 1
     error = post(service, "/v1/completions", 400, prompt=[1] * CONTEXT)["error"]

@@ -1,4 +1,4 @@
-"""The chat page: what it is served with, and in a headless Chromium what it does with the answers it gets."""
+"""The chat page: its HTTP headers, and its behaviour in a headless Chromium."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def fake() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def tab(chromium: Browser, fake: FakeServer) -> Iterator[Tab]:
-    """The page, with nothing stored; it must have done nothing that its policy forbids."""
+    """The page with empty storage; fails if it has violated its content security policy."""
     opened = Tab(chromium, fake.url)
     opened.wait("model.textContent === 'fake'")
     yield opened
@@ -69,7 +69,7 @@ ANSWER = ".message.assistant:last-child .text"
 
 
 @needs_browser
-def test_type_stream_and_reload(tab: Tab, fake: FakeServer) -> None:
+def test_a_typed_message_streams_and_survives_a_reload(tab: Tab, fake: FakeServer) -> None:
     fake.answers("One ", "**two**", None, " three")
     assert tab.evaluate("document.activeElement.id") == "input"
     tab.type("Count,")
@@ -128,7 +128,7 @@ def test_stop_and_regenerate(tab: Tab, fake: FakeServer) -> None:
 
 
 @needs_browser
-def test_what_a_model_writes_stays_text(tab: Tab, fake: FakeServer) -> None:
+def test_model_output_is_never_run_as_html(tab: Tab, fake: FakeServer) -> None:
     fake.answers(*HOSTILE)
     say(tab, "<img src=x onerror='window.harm = 1'>")
     wait_idle(tab)
@@ -191,7 +191,7 @@ def test_markdown(tab: Tab) -> None:
 
 
 @needs_browser
-def test_markdown_that_grows_is_what_it_is_at_once(tab: Tab) -> None:
+def test_streamed_markdown_equals_markdown_rendered_at_once(tab: Tab) -> None:
     text = "\n\n".join([*MARKDOWN, "```py\nlong\n```", "1. a\n\n   b\n2. **c** d [e](https://f.org)"])
     tab.evaluate(f"window.whole = {json.dumps(text)}; 0")
     tab.evaluate(
@@ -206,7 +206,7 @@ def test_markdown_that_grows_is_what_it_is_at_once(tab: Tab) -> None:
 
 
 @needs_browser
-def test_hostile_markdown_is_shown_soon(tab: Tab) -> None:
+def test_hostile_markdown_renders_quickly(tab: Tab) -> None:
     texts = ("*a **b " * 3000, ">" * 5000, "- " * 5000, "`" * 4999, "[" * 9000, "_a __b " * 1400, "|-" * 5000,
                   "\n".join(" " * depth + "- x" for depth in range(500)), "#" * 5000, "~~a " * 2400,
              "**a " * 2490, "\\(" * 4990, "$$" * 4999,
@@ -227,7 +227,7 @@ def test_hostile_markdown_is_shown_soon(tab: Tab) -> None:
 
 
 @needs_browser
-def test_errors_are_told_in_words(tab: Tab, fake: FakeServer) -> None:
+def test_errors_are_shown_in_words(tab: Tab, fake: FakeServer) -> None:
     fake.refusal = JSONResponse({"error": {"message": "the queue is full"}}, 429, {"retry-after": "7"})
     say(tab, "Hello")
     tab.wait("!problem.hidden")
@@ -326,7 +326,7 @@ def test_conversations_are_renamed_deleted_and_edited(tab: Tab, fake: FakeServer
 
 
 @needs_browser
-def test_an_earlier_message_is_edited_and_had_back(tab: Tab, fake: FakeServer) -> None:
+def test_an_earlier_message_is_edited_and_restored(tab: Tab, fake: FakeServer) -> None:
     fake.answers("A")
     for text in ("first", "second"):
         say(tab, text)
@@ -360,7 +360,7 @@ def test_an_earlier_message_is_edited_and_had_back(tab: Tab, fake: FakeServer) -
 
 
 @needs_browser
-def test_the_end_is_followed_until_one_scrolls_away(tab: Tab, fake: FakeServer) -> None:
+def test_the_page_scrolls_to_the_end_until_the_user_scrolls_away(tab: Tab, fake: FakeServer) -> None:
     lines = [f"line {number}\n\n" for number in range(60)]
     fake.answers("```\n" + "long " * 60 + "\n", *["x\n"] * 40, None, "```\n", *lines, None, *lines)
     say(tab, "Go")
@@ -412,7 +412,7 @@ def test_enter_of_an_input_method_does_not_send(tab: Tab, fake: FakeServer) -> N
 
 
 def pick(tab: Tab, file: Path, content: str, says: str) -> None:
-    """Import ``content`` by way of a file; what the page says of it."""
+    """Import ``content`` as a file, and return the page's message."""
     file.write_text(content)
     tab.evaluate("(undo.previousElementSibling.textContent = '').length")
     tab.click("#open-settings")
@@ -466,7 +466,7 @@ def test_conversations_are_exported_and_imported(tab: Tab, fake: FakeServer, tmp
 
 
 @needs_browser
-def test_settings_go_with_requests_and_last(tab: Tab, fake: FakeServer) -> None:
+def test_settings_are_sent_and_kept(tab: Tab, fake: FakeServer) -> None:
     tab.click("#open-settings")
     for name, value in {"system": "Be brief.", "top_p": "7", "temperature": "0", "top_k": "5"}.items():
         tab.click(f"[name={name}]")
@@ -510,7 +510,7 @@ def test_on_a_phone_the_list_is_a_drawer(chromium: Browser, fake: FakeServer) ->
     tab.close()
 
 
-def test_the_page_stands_before_the_key_and_can_be_turned_off(chromium_or_none: Browser | None) -> None:
+def test_the_page_needs_no_key_and_can_be_turned_off(chromium_or_none: Browser | None) -> None:
     with program("--api-key", "sesame") as running:
         page = httpx.get(running.url)
         assert page.status_code == 200

@@ -1,4 +1,4 @@
-"""``vllmlite serve`` as a program: OpenAI's own client, signals, sockets, options, and what it does not import."""
+"""``vllmlite serve`` as a program: OpenAI's client, signals, sockets, options, and packages that it does not import."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_metrics_count_under_vllms_names(server: Program) -> None:
 
 
 def serve(script: str) -> tuple[subprocess.Popen[str], IO[str]]:
-    """``script`` as a program that is told to serve, and what it writes to its log."""
+    """Start ``script`` as a program that serves; return the process and its standard error."""
     process = subprocess.Popen(
         [sys.executable, "-c", script, "serve", "--port", "0", "--no-engine-process"],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8", cwd=ROOT,
@@ -148,7 +148,7 @@ def test_serving_imports_neither_torch_nor_transformers() -> None:
     assert lines[-1] == "loaded []\n"
 
 
-def test_an_engine_that_is_dead_ends_the_program() -> None:
+def test_a_dead_engine_ends_the_program() -> None:
     script = (
         "import sys; from vllmlite.cli import main; from vllmlite.runner.runner import ModelRunner\n"
         "def fail(self, schedule): raise RuntimeError('the device is on fire')\n"
@@ -193,7 +193,7 @@ def test_sigterm_drains_and_exits_0() -> None:
             httpx.get(f"{running.url}/health")
 
 
-def test_the_deadline_ends_what_is_left() -> None:
+def test_the_shutdown_deadline_aborts_open_requests() -> None:
     with program("--shutdown-timeout", "1") as running:
         body = {
             "prompt": PROMPT,
@@ -242,7 +242,7 @@ def test_a_unix_socket_systemd_and_a_file_of_options(tmp_path: Path) -> None:
     assert not (tmp_path / "http").exists()
 
 
-def test_a_service_manager_that_has_gone_is_no_reason_to_stay(tmp_path: Path) -> None:
+def test_the_server_ends_without_its_service_manager(tmp_path: Path) -> None:
     with program(NOTIFY_SOCKET=str(tmp_path / "nowhere")) as running:
         assert running.stop() == 0
     assert sum("cannot send" in line for line in running.log) == 2
@@ -273,7 +273,7 @@ def test_tls(tmp_path: Path) -> None:
 
 @pytest.fixture
 def same_logging() -> Iterator[None]:
-    """Undo what a server does to logging."""
+    """Restore the logging configuration that a server changes."""
     yield
     for name in ("uvicorn", "uvicorn.access", "vllmlite"):
         logging.getLogger(name).handlers.clear()
@@ -311,7 +311,7 @@ def test_a_key_in_the_environment_and_paths_without_a_line() -> None:
         (["--tensor-parallel-size", "2"], 2, "one device"),
     ],
 )
-def test_bad_options_are_told(
+def test_bad_options_are_refused_by_name(
     arguments: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from vllmlite.cli import main
@@ -324,7 +324,7 @@ def test_bad_options_are_told(
 
 
 @pytest.mark.usefixtures("same_logging")
-def test_a_port_in_use_is_told_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_is_reported_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     from vllmlite.cli import main
 
     with socket.create_server(("127.0.0.1", 0)) as taken:

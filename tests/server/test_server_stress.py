@@ -1,4 +1,4 @@
-"""What must hold when clients leave, queues fill, steps throw and readers are slow."""
+"""What must hold when clients disconnect, queues fill, steps raise and readers are slow."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(service: Service, work: Callable[[httpx.AsyncClient], Awaitable[T]]) -> 
 
 
 async def is_empty(service: Service) -> None:
-    """Wait until nothing runs; raise unless every block, slot and count is back."""
+    """Wait until nothing runs; raise unless every block, slot and reference count is returned."""
     engine = service.engine.llm_engine.engine
     for _ in range(1000):
         if not engine.has_unfinished_requests() and service.num_answering == 0:
@@ -91,7 +91,7 @@ def test_a_client_that_leaves_frees_its_blocks(streams: bool) -> None:
         run(service, work)
 
 
-def test_a_full_queue_says_when_to_come_back() -> None:
+def test_a_full_queue_answers_with_retry_after() -> None:
     async def work(client: httpx.AsyncClient) -> None:
         answers = await asyncio.gather(*(client.post(COMPLETIONS, json=LONG) for _ in range(5)))
         assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 429, 429]
@@ -110,7 +110,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
 
 
 def break_steps(service: Service, count: int) -> None:
-    """Have the next ``count`` launches raise."""
+    """Make the next ``count`` launches raise."""
     runner: Any = service.engine.llm_engine.engine.runner
     launch = runner.launch
     left = [count]
@@ -153,7 +153,7 @@ def test_a_step_that_throws_fails_its_requests_alone() -> None:
         run(service, work)
 
 
-def test_an_engine_that_keeps_failing_is_dead() -> None:
+def test_an_engine_that_keeps_failing_is_declared_dead() -> None:
     async def work(client: httpx.AsyncClient) -> None:
         died = asyncio.Event()
         service.engine.on_death(died.set)
@@ -169,7 +169,7 @@ def test_an_engine_that_keeps_failing_is_dead() -> None:
         run(service, work)
 
 
-def test_a_bug_outside_of_steps_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_outside_a_step_fails_all_open_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(outputs: object) -> None:
         raise RuntimeError("a bug")
 
@@ -183,7 +183,7 @@ def test_a_bug_outside_of_steps_leaves_nobody_waiting(monkeypatch: pytest.Monkey
         run(service, work)
 
 
-def test_a_slow_reader_delays_nobody_and_loses_nothing() -> None:
+def test_a_slow_reader_does_not_delay_others_and_loses_nothing() -> None:
     body = {**LONG, "stream": True, "logprobs": 20, "n": 4, "temperature": 1, "seed": 1, "max_tokens": 40}
 
     async def work(client: httpx.AsyncClient) -> None:
@@ -209,7 +209,7 @@ def test_a_slow_reader_delays_nobody_and_loses_nothing() -> None:
         asyncio.run(asyncio.wait_for(with_small_buffers(), 300))
 
 
-def test_a_line_of_statistics_where_something_ran() -> None:
+def test_statistics_are_logged_only_if_something_ran() -> None:
     now = EngineStats(num_blocks=10)
     log = StatsLog(lambda: now, 10.0)
     assert log.line() is None
@@ -244,8 +244,8 @@ def _read_all(connection: socket.socket) -> bytes:
 @pytest.mark.parametrize(
     ("connections", "requests"), [(40, 200), pytest.param(1000, 10_000, marks=pytest.mark.slow)]
 )
-def test_a_crowd_of_which_a_third_leaves(connections: int, requests: int) -> None:
-    """Every request is answered or cancelled, no block is leaked, and memory stays flat."""
+def test_many_clients_of_which_a_third_disconnects(connections: int, requests: int) -> None:
+    """Every request is answered or cancelled, no block is leaked, and memory does not grow."""
     draw = random.Random(0)
     memory: list[int] = []
 

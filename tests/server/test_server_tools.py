@@ -1,4 +1,4 @@
-"""Tool calls and reasoning through the chat endpoint, whole and streamed, and what the model is shown of tools."""
+"""Tool calls and reasoning through the chat endpoint, whole and streamed, and what the prompt shows of tools."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, service: Service, *pieces: str, **
     return script
 
 
-def test_calls_and_reasoning_are_taken_apart(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_and_reasoning_are_parsed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     script = scripted(monkeypatch, service, *PIECES)
     answer = post(service, CHAT, messages=MESSAGES, tools=[WEATHER, ADD])
     check(chat.ChatCompletion, answer)
@@ -71,7 +71,7 @@ def test_calls_and_reasoning_are_taken_apart(service: Service, monkeypatch: pyte
     assert hidden["choices"][0]["message"]["reasoning_content"] is None
 
 
-def test_calls_stream_name_first_and_then_in_pieces(
+def test_calls_stream_the_name_and_then_argument_pieces(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted(monkeypatch, service, *PIECES)
@@ -95,7 +95,7 @@ def test_calls_stream_name_first_and_then_in_pieces(
     assert [event["choices"][0]["finish_reason"] for event in events[-2:]] == [None, "tool_calls"]
 
 
-def test_one_call_none_or_a_cut_one(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_no_and_truncated_calls(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, service, *PIECES)
     alone = post(service, CHAT, messages=MESSAGES, tools=[WEATHER, ADD], parallel_tool_calls=False)
     assert [c["function"]["name"] for c in alone["choices"][0]["message"]["tool_calls"]] == ["weather"]
@@ -142,7 +142,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("body", "param"), BAD)
-def test_bad_choices_are_named(service: Service, body: dict[str, Any], param: str) -> None:
+def test_bad_tool_choices_are_refused_by_field(service: Service, body: dict[str, Any], param: str) -> None:
     assert post(service, CHAT, 400, messages=MESSAGES, **body)["error"]["param"] == param
 
 
@@ -155,7 +155,7 @@ def test_a_server_without_a_parser_says_so() -> None:
         assert post(plain, CHAT, messages=MESSAGES, tools=[WEATHER], tool_choice="none", max_tokens=2)
 
 
-def test_without_xgrammar_what_needs_a_grammar_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_xgrammar_constrained_requests_name_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllmlite.guided.grammars.find_spec", lambda name: None)
     wishes: list[dict[str, Any]] = [
         {"tools": [WEATHER], "tool_choice": NAMED},
@@ -171,7 +171,7 @@ def test_without_xgrammar_what_needs_a_grammar_names_the_package(monkeypatch: py
             assert post(lacking, CHAT, messages=MESSAGES, max_tokens=2, **wish)["choices"]
 
 
-def test_forced_calls_are_held_to_the_tools(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forced_calls_follow_the_tools_schemas(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar)")
     body = {"messages": MESSAGES, "tools": [WEATHER], "temperature": 1.5, "seed": 3, "max_tokens": 150}
     for choice, reason in ((NAMED, "stop"), ("required", "tool_calls")):
@@ -208,7 +208,7 @@ CUT_CALLS: list[tuple[Any, str, list[tuple[str, str]]]] = [
 ]
 
 
-def test_a_call_cut_by_the_limit_is_marked_so_in_every_api(
+def test_a_call_cut_by_the_token_limit_is_marked_in_every_api(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No API shows the beginning of a call as content, or a call whose arguments have not begun."""
@@ -284,7 +284,7 @@ def test_every_api_can_limit_the_reasoning(service: Service, monkeypatch: pytest
     assert error["param"] == "thinking_token_budget" and "--reasoning-parser" in error["message"]
 
 
-def test_a_batch_of_conversations_is_answered_as_one_by_one(service: Service) -> None:
+def test_a_batch_of_conversations_equals_single_answers(service: Service) -> None:
     talks = [[{"role": "user", "content": text}] for text in ("Hi", "What is dpkg?", "Hi")]
     options: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "logprobs": True, "return_token_ids": True}
 
@@ -308,7 +308,7 @@ def test_a_batch_of_conversations_is_answered_as_one_by_one(service: Service) ->
     ask(service, work)
 
 
-def test_a_forced_call_of_one_token_is_no_call(service: Service) -> None:
+def test_a_truncated_forced_call_is_no_call(service: Service) -> None:
     pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar)")
     for choice in (NAMED, "required"):
         body = {"messages": MESSAGES, "tools": [WEATHER], "tool_choice": choice, "max_completion_tokens": 1}
@@ -317,9 +317,7 @@ def test_a_forced_call_of_one_token_is_no_call(service: Service) -> None:
         assert not found["message"]["content"] and "tool_calls" not in found["message"]
 
 
-def test_reasoning_comes_before_what_a_grammar_holds(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reasoning_precedes_the_constrained_answer(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar)")
     monkeypatch.setitem(STYLES, "qwen3", ThinkStyle("[", "]", implied=True))
     (closing,) = service.tokenizer.encode("]", False)
@@ -359,7 +357,9 @@ def test_reasoning_comes_before_what_a_grammar_holds(
         (None, "x", None),
     ],
 )
-def test_where_reasoning_may_begin(parser: str | None, prompt: str, marks: ThinkingMarks | None) -> None:
+def test_reasoning_markers_depend_on_the_parser_and_the_prompt(
+    parser: str | None, prompt: str, marks: ThinkingMarks | None
+) -> None:
     class Marked:
         def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
             return {"<think>": [7], "</think>": [8]}.get(text, [1, 2])
@@ -370,7 +370,7 @@ def test_where_reasoning_may_begin(parser: str | None, prompt: str, marks: Think
     assert found is not None and found.after == marks and found.regex == "a"
 
 
-def test_a_property_may_be_named_like_a_keyword() -> None:
+def test_a_tool_property_may_be_named_like_a_schema_keyword() -> None:
     names = ("default", "enum", "const", "examples", "properties", "$ref")
     parameters = {
         "$defs": {"const": {"enum": [{"$ref": "#/kept"}]}},

@@ -1,4 +1,4 @@
-"""Responses that are stored: continued, fetched, deleted, made in the background; in memory, and bounded."""
+"""Stored responses: continued, fetched, deleted, generated in the background; kept in memory, within limits."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_response_continues_another(keeping: Service) -> None:
     ask(keeping, work)
 
 
-def test_input_items_come_in_pages(keeping: Service) -> None:
+def test_input_items_are_paginated(keeping: Service) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         items = [{"role": "user", "content": str(number)} for number in range(5)]
         path = f"{PATH}/{(await posted(client, PATH, input=items, **SHORT))['id']}/input_items"
@@ -95,7 +95,7 @@ def test_input_items_come_in_pages(keeping: Service) -> None:
     ask(keeping, work)
 
 
-def test_a_response_is_made_in_the_background(keeping: Service) -> None:
+def test_a_response_can_be_generated_in_the_background(keeping: Service) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         begun = await posted(client, PATH, input="Hi", background=True, **SHORT)
         check(ResponseObject, begun)

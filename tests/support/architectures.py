@@ -1,4 +1,4 @@
-"""Tiny random models of the causal language models that transformers has, made from their own default configurations.
+"""Tiny random models of the causal language models of transformers, made from their own default configurations.
 
 Sizes are shrunk by the names of their attributes; ``EXTRA`` has what single models need besides.
 """
@@ -49,11 +49,11 @@ MOST_PARAMETERS = 25_000_000
 
 
 class Unshrinkable(Exception):
-    """The reason why no tiny model can be made."""
+    """Raised with the reason why no tiny model can be made."""
 
 
 def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
-    """A random float32 model of ``model_type`` that attends by transformers' eager implementation."""
+    """A random float32 model of ``model_type`` with transformers' eager attention."""
     try:
         config = _tiny_config(model_type, changes)
         with torch.device("meta"):

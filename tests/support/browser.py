@@ -23,10 +23,10 @@ KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "ArrowUp": (38, ""), "Tab": (9,
 
 
 class Browser:
-    """A running Chromium with a profile of its own. Messages are JSON that ends in a null byte."""
+    """A running Chromium with its own profile. Messages are JSON that ends in a null byte."""
 
     def __init__(self, profile: Path) -> None:
-        """Start it; ``profile`` is an empty directory."""
+        """Start the browser; ``profile`` is an empty directory."""
         assert PROGRAM is not None
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
@@ -48,7 +48,7 @@ class Browser:
         self.events: list[dict[str, Any]] = []
 
     def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
-        """The result of a command; events that come meanwhile are kept."""
+        """Return the result of a command; events received meanwhile are kept."""
         self._count += 1
         message = {"id": self._count, "method": method, "params": params}
         if session is not None:
@@ -65,7 +65,7 @@ class Browser:
                 return result
 
     def close(self) -> None:
-        """End it."""
+        """End the browser."""
         os.close(self._out)
         os.close(self._in)
         try:
@@ -88,12 +88,12 @@ class Browser:
 
 
 class Tab:
-    """A page in a context of its own: nothing is stored there yet."""
+    """A page in its own browser context, so with empty storage."""
 
     def __init__(
         self, browser: Browser, url: str, width: int = 1200, height: int = 800, **media: str
     ) -> None:
-        """Open ``url``; ``media`` are media features, with underscores: prefers_color_scheme="dark"."""
+        """Open ``url``; ``media`` sets media features, with underscores: prefers_color_scheme="dark"."""
         self._browser = browser
         self.context = browser.call("Target.createBrowserContext")["browserContextId"]
         target = browser.call("Target.createTarget", url="about:blank", browserContextId=self.context)
@@ -114,23 +114,23 @@ class Tab:
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """The result of a command to this page."""
+        """Return the result of a command to this page."""
         return self._browser.call(method, self._session, **params)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of an expression in the page, awaited if it is a promise."""
+        """Return the value of a JavaScript expression, awaited if it is a promise."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails']['exception']['description']}")
         return answer["result"].get("value")
 
     def cpu_seconds(self) -> float:
-        """CPU time that the page's thread has taken."""
+        """CPU time used by the page's thread, in seconds."""
         metrics = self.call("Performance.getMetrics")["metrics"]
         return next(float(metric["value"]) for metric in metrics if metric["name"] == "ThreadTime")
 
     def wait(self, condition: str) -> Any:
-        """Wait until an expression is true; its value."""
+        """Wait until a JavaScript expression is true, and return its value."""
         deadline = time.monotonic() + SECONDS
         while not (value := self.evaluate(condition)):
             if time.monotonic() > deadline:
@@ -139,7 +139,7 @@ class Tab:
         return value
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait until something outside of the page is true."""
+        """Wait until a condition outside the page is true."""
         deadline = time.monotonic() + SECONDS
         while not condition():
             if time.monotonic() > deadline:
@@ -147,12 +147,12 @@ class Tab:
             time.sleep(0.02)
 
     def text(self, selector: str) -> str:
-        """What an element shows."""
+        """The visible text of an element."""
         found: str = self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText")
         return found
 
     def click(self, selector: str) -> None:
-        """Click where an element is seen, once it is; something that covers it is clicked in its place."""
+        """Click at an element's place once it is visible; if something covers it, that is clicked."""
         place = self.wait(
             f"(e => e && e.checkVisibility() && (e.scrollIntoView({{block: 'nearest'}}), b => [b.x + b.width / 2, "
             f"b.y + b.height / 2])(e.getBoundingClientRect()))(document.querySelector({json.dumps(selector)}))"
@@ -163,24 +163,24 @@ class Tab:
             )
 
     def type(self, text: str) -> None:
-        """Type into what has the focus."""
+        """Type into the focused element."""
         self.call("Input.insertText", text=text)
 
     def press(self, key: str, modifiers: int = 0) -> None:
-        """Press and release a key of :data:`KEYS`; 8 is Shift."""
+        """Press and release a key of :data:`KEYS`; modifier 8 is Shift."""
         code, text = KEYS[key]
         common = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
         self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **common)
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
 
     def reload(self) -> None:
-        """Load the page anew."""
+        """Reload the page."""
         self.evaluate("window.isOld = true")
         self.call("Page.reload")
         self.wait("!window.isOld && document.readyState === 'complete'")
 
     def problems(self) -> list[str]:
-        """Exceptions, and errors such as violations of the page's policy, since the last call."""
+        """Exceptions and console errors, such as violations of the page's policy, since the last call."""
         found = []
         kept = []
         for event in self._browser.events:
@@ -194,17 +194,17 @@ class Tab:
         return found
 
     def screenshot(self, path: Path) -> None:
-        """Write what is seen as a PNG."""
+        """Write a screenshot as a PNG file."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def close(self) -> None:
-        """Close it, and forget what it stored."""
+        """Close the page and delete what it stored."""
         self._browser.call("Target.disposeBrowserContext", browserContextId=self.context)
 
 
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """A browser that is ended at the end."""
+    """A browser that is ended after the tests."""
     running = Browser(profile)
     try:
         yield running

@@ -1,4 +1,4 @@
-"""What the built-in chat formats make of a conversation, written out from llama.cpp's description of them."""
+"""The prompts that the built-in chat formats give for a conversation, written from llama.cpp's description of them."""
 # ruff: noqa: E501 -- expected texts are data
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Chat templates in the shapes that real ones have, written for these tests, and conversations for them."""
+"""Chat templates in the forms of real ones, written for these tests, and conversations for them."""
 # ruff: noqa: E501 -- templates are data
 
 from __future__ import annotations

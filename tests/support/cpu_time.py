@@ -1,4 +1,4 @@
-"""CPU time, which other programs on the machine change little, in place of wall-clock time."""
+"""CPU time, which other programs on the machine affect little, to be used instead of wall-clock time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import time
 
 
 def least_cpu_seconds(windows: int = 5, seconds: float = 0.1) -> float:
-    """The least CPU time that this process takes in any of several windows: a thread that waits by spinning takes its
-    share of each, and a thread that ends its work takes some of one."""
+    """The least CPU time, in seconds, that this process uses in any of several windows. A thread that spins while it
+    waits uses its share of each window; one that is finishing its work uses part of one window only."""
     found = []
     for _ in range(windows):
         before = time.process_time()

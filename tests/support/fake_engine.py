@@ -1,4 +1,4 @@
-"""An engine for tests of the command line: it continues every prompt with numbered words, and loads nothing."""
+"""A fake engine for tests of the command line, which loads no model and continues every prompt with numbered words."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FakeTokenizer:
 
 
 class FakeEngine:
-    """A token a step for each request: `` w0``, `` w1``, …; the second completion says `` W0``."""
+    """Generates a token per step for each request: `` w0``, `` w1``, …; the second completion has `` W0``."""
 
     made: list[FakeEngine] = []  # noqa: RUF012
     interrupt_at: int | None = None
@@ -138,7 +138,7 @@ class Terminal(io.StringIO):
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the command line use :class:`FakeEngine`, with a terminal for its standard input."""
+    """Make the command line use :class:`FakeEngine`, with a terminal as its standard input."""
     import vllmlite.llm_engine
 
     FakeEngine.made.clear()
@@ -149,7 +149,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str, status: int = 0) -> tuple[str, str]:
-    """What a command line writes to standard output and standard error; it must end with ``status``."""
+    """Run a command line, check that it exits with ``status``, and return its standard output and standard error."""
     assert cli.main(argv) == status
     out, err = capsys.readouterr()
     return out, err

@@ -1,7 +1,7 @@
 """A runner without a model, whose next id depends on every token that its paged cache holds for the sequence.
 
-It stores token ids where a model would store keys and values, reads them back through the block tables, and hashes
-them into the next id. A wrong block, a stale one, one handed out twice or a lost token changes the output.
+It stores token ids where a model would store keys and values, reads them back through the block tables, and hashes them
+into the next id. A wrong or stale block, one allocated twice, or a lost token changes the output.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EOS = 0
 
 
 def next_id(context: Sequence[int], banned: Collection[int] = ()) -> int:
-    """The id that follows ``context``: a hash of all of it, moved past ``banned`` ids."""
+    """The id after ``context``: a hash of all its ids, moved past ``banned`` ids."""
     token_id = crc32(bytes(context)) % VOCAB
     while token_id in banned:
         token_id = (token_id + 1) % VOCAB
@@ -27,7 +27,7 @@ def next_id(context: Sequence[int], banned: Collection[int] = ()) -> int:
 def expected(
     prompt: Sequence[int], max_tokens: int, *, eos: Collection[int] = (EOS,), min_tokens: int = 0
 ) -> list[int]:
-    """What a request must give however it is scheduled."""
+    """The output that a request must have, however it is scheduled."""
     context = list(prompt)
     for index in range(max_tokens):
         context.append(next_id(context, eos if index < min_tokens else ()))
@@ -37,7 +37,7 @@ def expected(
 
 
 class FakeRunner:
-    """Runs schedules on a cache of token ids; fails at step ``fail_at`` if told to."""
+    """Runs schedules on a cache of token ids; raises at step ``fail_at`` if that is given."""
 
     def __init__(self, limits: Limits, fail_at: int = -1) -> None:
         self.block_size = limits.block_size

@@ -1,4 +1,4 @@
-"""A server for tests of its clients, which answers as the test says."""
+"""A fake server for tests of its clients, whose answers the test chooses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vllmlite.server.page import page_route
 
 
 class FakeServer:
-    """The chat page, and chat completions made of :attr:`pieces`, a piece a token; None waits for :meth:`go_on`."""
+    """Serves the chat page, and chat completions of :attr:`pieces`, a token each; None waits for :meth:`go_on`."""
 
     def __init__(self) -> None:
         self.pieces: list[str | None] = []
@@ -43,13 +43,13 @@ class FakeServer:
         self._thread.start()
 
     def answers(self, *pieces: str | None) -> None:
-        """What the next answers are made of."""
+        """Set the pieces of the next answers."""
         self.pieces = [*pieces]
         self.left.clear()
         self._broken = False
 
     def go_on(self) -> None:
-        """Send what comes after the next None."""
+        """Send the pieces up to the next None."""
         self._go_on.release()
 
     def break_off(self) -> None:

@@ -1,7 +1,9 @@
-"""Readers of files from elsewhere, given damaged ones: only typed errors, nothing written elsewhere, no runaway memory.
+"""Readers of untrusted files, given damaged ones: they may raise only typed errors, write nothing elsewhere, and use
+limited memory.
 
-A target has seeds and a check; :func:`mutated` damages what it is given. ``scripts/fuzz`` runs this for minutes, keeps
-what reaches new lines, and puts what fails into ``fuzz_seeds``, which the tests replay."""
+A target has seeds and a check; :func:`mutated` damages an input. ``scripts/fuzz`` runs this for minutes, keeps inputs
+that reach new lines, and puts those that fail into ``fuzz_seeds``, which the tests replay.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,7 @@ TEXTS = ["", "a", "\u2581", "\ud800", "\0", "../x", "/etc/passwd", "NaN", "x" * 
 
 @dataclass(frozen=True)
 class Target:
-    """What is read, from inputs like ``seeds``; ``check`` gets an empty directory and an input."""
+    """A reader to fuzz, with inputs like ``seeds``; ``check`` is called with an empty directory and an input."""
 
     seeds: Callable[[], list[bytes]]
     check: Callable[[Path, bytes], None]
@@ -99,7 +101,7 @@ def _gguf(directory: Path, content: bytes) -> None:
 
 @cache
 def _backend() -> Backend:
-    """One that keeps blocks, where it is there."""
+    """A backend that keeps quantised blocks, if there is one."""
     try:
         return CpuBackend(threads=1, packed=True)
     except BackendError:
@@ -186,7 +188,7 @@ _FAMILIES: list[tuple[str, dict[str, Any]]] = [
 
 
 def _family_seed(name: str, values: dict[str, Any]) -> bytes:
-    """A model of noughts."""
+    """A model whose weights are all zero."""
     rms = name in ("llama", "qwen2moe", "phi3", "gemma3")
     metadata = {
         "context_length": 64, "embedding_length": 64, "block_count": 1, "feed_forward_length": 256,
@@ -275,7 +277,8 @@ TARGETS = {
 
 
 def check(target: Target, directory: Path, content: bytes) -> bool:
-    """Read an input in ``directory``, which is emptied first; whether it was accepted. Raises what should not be."""
+    """Read an input in ``directory``, which is emptied first, and return whether it was accepted. Raises any error that
+    a reader may not raise."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     try:
@@ -287,7 +290,7 @@ def check(target: Target, directory: Path, content: bytes) -> bool:
 
 
 def lines_of(run: Callable[[], object]) -> set[tuple[str, int]]:
-    """Run, and return which lines of vllmlite that went through."""
+    """Call a function and return the lines of vllmlite that it ran."""
     seen: set[tuple[str, int]] = set()
 
     def trace(frame: FrameType, event: str, _: object) -> Any:

@@ -1,5 +1,5 @@
-"""Checkpoints of every family as llama.cpp's converter writes them: what it calls tensors and metadata, and what it
-does to rows."""
+"""Checkpoints of every family as llama.cpp's converter writes them: its names of tensors and metadata, and its changes
+to rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ FUSED = ("gpt2", "gptneox", "falcon", "bloom", "phi3")
 
 
 def tensors_of(source: Path, name: str, kind: str = "F32") -> dict[str, Stored]:
-    """Those of the checkpoint in directory ``source`` as architecture ``name``, matrices in ``kind``."""
+    """The GGUF tensors of the checkpoint in directory ``source`` as architecture ``name``, with matrices of type
+    ``kind``."""
     spec = read_spec(source)
     weights = open_model(source, spec, Packing(TorchBackend()))
     found: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
@@ -68,7 +69,7 @@ def tensors_of(source: Path, name: str, kind: str = "F32") -> dict[str, Stored]:
 
 
 def metadata_of(spec: DecoderSpec, name: str) -> dict[str, Any]:
-    """Those that say what ``spec`` does."""
+    """The GGUF metadata that describe ``spec``."""
     layer, inner = spec.layers[0], spec.intermediate_size
     moes = [one.moe for one in spec.layers if one.moe is not None]
     ropes = [one.rope for one in spec.layers if one.rope is not None and one.window is None]
@@ -117,7 +118,7 @@ def metadata_of(spec: DecoderSpec, name: str) -> dict[str, Any]:
 
 
 def converted_family(source: Path, target: Path, name: str, kind: str = "F32", **metadata: Any) -> Path:
-    """The checkpoint of directory ``source`` as the GGUF file ``target``."""
+    """Convert the checkpoint in directory ``source`` to the GGUF file ``target``."""
     spec, tensors = read_spec(source), tensors_of(source, name, kind)
     for part in ("long", "short"):
         factors = getattr(spec.layers[0].rope, f"{part}_factors", ())

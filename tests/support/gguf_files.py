@@ -1,4 +1,4 @@
-"""GGUF files for tests: any bytes that the format can say, and checkpoints as llama.cpp's converter writes them."""
+"""GGUF files for tests: any content that the format can hold, and checkpoints as llama.cpp's converter writes them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Stored = tuple[str, tuple[int, ...], bytes]
 
 
 class Typed:
-    """A metadata value of a given type number."""
+    """A metadata value with an explicit type number."""
 
     def __init__(self, kind: int, value: Any) -> None:
         self.kind, self.value = kind, value
@@ -47,7 +47,7 @@ def text(value: str | bytes) -> bytes:
 
 
 def value(given: Any) -> bytes:
-    """A metadata value with its type; of plain Python values the type is guessed."""
+    """Encode a metadata value with its type, which is guessed for plain Python values."""
     if isinstance(given, Typed):
         return struct.pack("<I", given.kind) + struct.pack(SCALARS[given.kind], given.value)
     if isinstance(given, str):
@@ -62,7 +62,7 @@ def value(given: Any) -> bytes:
 def encode(
     metadata: Mapping[str, Any], tensors: Mapping[str, Stored], version: int = 3, alignment: int = 32
 ) -> bytes:
-    """A whole file."""
+    """Encode a whole GGUF file."""
     head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
     head += b"".join(text(key) + value(given) for key, given in metadata.items())
     data = b""
@@ -75,7 +75,7 @@ def encode(
 
 
 def blocks(kind: str, values: NDArray[np.float32]) -> bytes:
-    """``values`` in ``kind``, rounded as simply as can be."""
+    """``values`` as blocks of type ``kind``, rounded as simply as possible."""
     if kind in ("F32", "F16"):
         return values.astype("<f4" if kind == "F32" else "<f2").tobytes()
     if kind == "BF16":
@@ -95,7 +95,7 @@ def blocks(kind: str, values: NDArray[np.float32]) -> bytes:
 
 
 def reordered(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Rows of q or k as the converter leaves them for the ``llama`` architecture: a head's halves interleaved."""
+    """Rows of q or k as the converter writes them for the ``llama`` architecture: halves of each head interleaved."""
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -111,7 +111,7 @@ TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head
 def contents(
     source: Path, kind_of: Callable[[str], str] = lambda name: "F32"
 ) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """Metadata and tensors of the checkpoint in directory ``source``, matrices in the type that ``kind_of`` gives."""
+    """Metadata and tensors of the checkpoint in directory ``source``; ``kind_of`` gives the type of each matrix."""
     config = json.loads((source / "config.json").read_text())
     name, heads = config["model_type"], config["num_attention_heads"]
     kv_heads, head_dim = config["num_key_value_heads"], config.get("head_dim")
@@ -148,7 +148,7 @@ def contents(
 
 
 def tokenizer_metadata(source: Path, pre: str) -> dict[str, Any]:
-    """The byte-level tokenizer of directory ``source``."""
+    """The metadata of the byte-level tokenizer in directory ``source``."""
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     config = json.loads((source / "tokenizer_config.json").read_text())
     vocab = tokenizer["model"]["vocab"]
@@ -173,7 +173,7 @@ SCALE_OFFSETS = {
 
 
 def random_blocks(kind: str, count: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Blocks of random codes whose scales are finite."""
+    """Blocks of random codes with finite scales."""
     rng = np.random.default_rng(seed)
     data = rng.integers(0, 256, (count, BLOCKS[kind][1]), np.uint8)
     for at in SCALE_OFFSETS.get(kind, (0,)):

@@ -1,4 +1,4 @@
-"""A hub on loopback: the part of Hugging Face's protocol that downloads speak, with faults on demand."""
+"""A fake hub on the loopback interface: the part of Hugging Face's protocol that downloads use, with faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LARGE = (".safetensors", ".bin", ".gguf")
 
 
 class Hub:
-    """Repositories by name, each of files by name, at one commit; and what has been asked for."""
+    """Repositories by name, each with its files by name, at one commit, and a record of the requests."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -34,13 +34,13 @@ class Hub:
         """What downloads of large files wait for."""
 
     def downloads(self, file: str) -> list[str | None]:
-        """Ranges in which ``file`` was fetched."""
+        """The byte ranges in which ``file`` was downloaded."""
         return [part for method, path, part in self.requests if method == "GET" and path.endswith(f"/{file}")]
 
 
 @contextmanager
 def running() -> Iterator[Hub]:
-    """A hub that serves until the end."""
+    """A hub that serves until the context ends."""
     hub = Hub()
 
     class Handler(BaseHTTPRequestHandler):

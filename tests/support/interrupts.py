@@ -19,13 +19,13 @@ TESTS = str(Path(__file__).parent / "fake_runner.py")
 
 
 class Interrupt(BaseException):
-    """Raised in the middle of a call, as KeyboardInterrupt is."""
+    """Raised in the middle of a call, as KeyboardInterrupt would be."""
 
 
 @cache
 def interruptible(code: CodeType) -> frozenset[int]:
-    """Offsets of the instructions before which CPython looks for signals: those after a call, at the start of a
-    function, and after a jump back. It looks nowhere else."""
+    """Offsets of the instructions before which CPython checks for signals: after a call, at the start of a function,
+    and after a jump back."""
     found, looks = set(), False
     for instruction in dis.get_instructions(code):
         if looks:
@@ -63,7 +63,7 @@ class Points:
         return self.trace
 
     def monitor(self, code: CodeType, offset: int) -> Any:
-        """A callback for ``sys.monitoring``, which reports instructions of all threads."""
+        """A callback for ``sys.monitoring``, which reports the instructions of all threads."""
         if not in_package(code):
             return DISABLE
         if threading.get_ident() == self._thread:
@@ -72,7 +72,7 @@ class Points:
 
 
 def in_package(code: CodeType) -> bool:
-    """Whether ``code`` can be interrupted by these tests."""
+    """Whether these tests may interrupt ``code``."""
     return code.co_filename.startswith(PACKAGE) or code.co_filename == TESTS
 
 
@@ -84,7 +84,7 @@ TOOL = 4
 
 @contextmanager
 def interrupt(at: int | None) -> Iterator[Points]:
-    """Run the body, which raises Interrupt at its point number ``at``, or count its points."""
+    """Run the body and raise Interrupt at its point number ``at``, or only count its points."""
     points = Points(at)
     if MONITORING is None:
         before = sys.gettrace()
@@ -108,7 +108,7 @@ def interrupt(at: int | None) -> Iterator[Points]:
 
 
 def tries(number: int | None, call: Any, *args: Any) -> bool:
-    """Make a call that is interrupted at a point; whether it came to its end before that."""
+    """Make a call that is interrupted at a point, and return whether it completed before that."""
     try:
         with interrupt(number):
             call(*args)

@@ -1,4 +1,4 @@
-"""Runs of tiny models over paged caches, and of transformers beside them."""
+"""Runs of tiny models over paged caches, and of transformers to compare with."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def paged_model(path: Path, device: str, dtype: str = "float32") -> PagedModel:
 
 
 def chunked(paged: PagedModel, sequences: list[NDArray[np.int32]], how: str) -> list[NDArray[np.float32]]:
-    """Logits of every token: all rows ``whole`` in one step, ``token`` by token, or in ``ragged`` random chunks,
-    decodes and prefills mixed, over rows that come and go."""
+    """Logits of every token. ``whole``: all rows in one step; ``token``: one token a step; ``ragged``: random chunks,
+    with decodes and prefills mixed, over rows that come and go."""
     rng = np.random.default_rng(1)
     parts: list[list[NDArray[np.float32]]] = [[] for _ in sequences]
     done = [0] * len(sequences)
@@ -92,7 +92,8 @@ def expected_logits(reference: Any, sequence: NDArray[np.int32], by_token: bool)
 def greedy(
     paged: PagedModel, reference: Any, sequences: list[NDArray[np.int32]]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """64 tokens after each of ``sequences``: ours, all in one batch, and transformers', which pads on the left."""
+    """64 greedy tokens after each of ``sequences``: ours, all in one batch, and those of transformers, padded on the
+    left."""
     longest = max(map(len, sequences))
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -119,7 +120,7 @@ def edit_config(path: Path, **changes: Any) -> None:
 
 
 def float32_backend() -> Backend:
-    """The native CPU backend in float32 where it is built, else the reference."""
+    """The native CPU backend in float32 if it is built, else the reference backend."""
     return CpuBackend() if HAS_NATIVE_CPU else TorchBackend()
 
 

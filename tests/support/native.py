@@ -1,4 +1,4 @@
-"""Whether the native CPU backend is there, and a mark for tests that need it: a build may lack its extension."""
+"""Whether the native CPU backend is available, and a mark for tests that need it."""
 
 from __future__ import annotations
 

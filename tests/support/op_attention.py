@@ -1,4 +1,4 @@
-"""Attention in float64, and rows that a backend attends to step by step."""
+"""Attention in float64, and rows on which a backend computes attention step by step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllmlite.backends.base import Backend, KVSpec, Rope
 
 
 def rotated(x: Array, table: Array, interleaved: bool) -> Array:
-    """``x [T, heads, D]`` by ``table [T, rotary_dim]`` of its tokens."""
+    """``x [T, heads, D]`` rotated by ``table [T, rotary_dim]`` of its tokens."""
     half = table.shape[1] // 2
     turns = (table[:, :half] + 1j * table[:, half:])[:, None]
     out = x.copy()
@@ -35,8 +35,8 @@ def attention(
     soft_cap: float | None = None,
     alibi: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Of one row: ``q [n, H, D]`` its last tokens, ``k``, ``v [context, K, D]``. Returns the result ``[n, H * D]``, and
-    how much it moves for each relative rounding error of weights that is independent from key to key: the root of the
+    """Attention of one row: ``q [n, H, D]`` are its last tokens, ``k`` and ``v`` are ``[context, K, D]``. Returns the
+    result ``[n, H * D]`` and its sensitivity to independent relative rounding errors of the weights: the root of the
     sum of squares of weight times value."""
     heads, kv_heads = q.shape[1], k.shape[1]
     out, spread = np.empty_like(q), np.empty_like(q)
@@ -61,8 +61,8 @@ def attention(
 
 
 def attention_bound(dtype: str, expected: Array, spread: Array) -> Array:
-    """Largest error of each element of what :func:`attention` returns: the result is rounded, and so are weights,
-    scores, and what these are made of; their errors are independent, and add up to a few standard deviations."""
+    """The largest allowed error of each element of :func:`attention`. The result, weights and scores, and what these
+    are made of, are rounded; the errors are independent and add up to a few standard deviations."""
     bound: Array = ROUNDING[dtype] * (2 * np.abs(expected) + 6 * spread)
     if dtype == "float16":
         bound += 2.0**-22  # small numbers have fewer bits
@@ -72,14 +72,14 @@ def attention_bound(dtype: str, expected: Array, spread: Array) -> Array:
 
 
 def through_int8(x: Array) -> Array:
-    """What an int8 cache gives back of heads ``x [..., D]``, which float32 holds exactly."""
+    """Heads ``x [..., D]`` after storing them in an int8 cache, exact in float32."""
     x = x.astype(np.float32)
     scale = np.maximum(np.abs(x).max(-1, keepdims=True) / np.float32(127), np.float32(2**-126))
     return np.asarray(scale.astype(np.float64) * np.rint(x / scale))
 
 
 class Rows:
-    """Rows fed to :class:`Paged` step by step, with everything remembered on the host to compare with."""
+    """Rows fed to :class:`Paged` step by step, with all keys and values kept on the host to compare with."""
 
     def __init__(
         self, backend: Backend, heads: int, kv_heads: int, size: int, block_size: int, **options: Any
@@ -107,7 +107,7 @@ class Rows:
         self.attend(*self.write(slots, counts), slots, counts, windows)
 
     def write(self, slots: list[int], counts: list[int]) -> tuple[Any, Any, Array]:
-        """A step's keys and values: its batch, and its queries as found and as they should be."""
+        """Write the keys and values of a step; return its batch, and its queries as computed and as expected."""
         backend, heads, kv_heads, size = self.backend, self.heads, self.kv_heads, self.size
         host_side = self.paged.batch(slots, counts)
         batch = self.paged.upload(host_side)

@@ -1,7 +1,7 @@
-"""The backends that the tests of ops run on, and how their results are compared with float64.
+"""The backends that the op tests run on, and the comparison of their results with float64.
 
-A new backend is added to ``BACKENDS``. Where torch is not installed, as on the machines that build the native backend's
-package alone, the reference is left out.
+A new backend is added to ``BACKENDS``. Without torch, as on the machines that build only the native backend's package,
+the reference backend is left out.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ except BackendError as error:
 
 
 def parameters(*dtypes: str) -> list[Any]:
-    """The names of all backends as parameters of a test, each with ``-`` and each of ``dtypes`` if there are any."""
+    """The names of all backends as test parameters, each combined with ``-`` and each of ``dtypes`` if given."""
     return [
         pytest.param(name + suffix, marks=[pytest.mark.slow] if name in SLOW else [])
         for name in BACKENDS
@@ -89,7 +89,7 @@ sums."""
 
 
 def numbers(shape: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> Array:
-    """Normal numbers that every float dtype holds exactly."""
+    """Normally distributed numbers that every float dtype holds exactly."""
     values = np.random.default_rng(seed).standard_normal(shape) * scale
     return (
         (values.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000))
@@ -107,7 +107,8 @@ def host(backend: Backend, values: Array) -> HostTensor:
 
 
 def check(backend: Backend, found: Any, expected: Array, bound: Array | None = None) -> None:
-    """Each element differs by at most ``bound``; or by ``TOLERANCE`` of the largest of its row, the last axis."""
+    """Check that each element differs by at most ``bound``, by default ``TOLERANCE`` of the largest of its row (the
+    last axis)."""
     array = backend.to_host(found)
     assert array.shape == expected.shape
     if bound is None:

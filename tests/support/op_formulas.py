@@ -1,4 +1,4 @@
-"""Formulas of ops in float64."""
+"""The formulas of ops in float64."""
 
 from __future__ import annotations
 

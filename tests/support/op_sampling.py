@@ -1,4 +1,4 @@
-"""Slots whose tokens are all sampled from logits that a test gives, and formulas to compare with."""
+"""Slots that sample every token from logits given by a test, and formulas to compare with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPEC = KVSpec(1, 1, 16, 16, "float32")
 
 
 class Sampler:
-    """Slots whose rows are all sampled, in one step, from logits that the test gives."""
+    """Slots whose rows are all sampled in one step, from logits given by the test."""
 
     def __init__(self, backend: Backend, params: Sequence[SlotParams], vocab_size: int) -> None:
         self.backend = backend
@@ -41,7 +41,7 @@ class Sampler:
         positions: Sequence[int] | Array | int,
         drafts: Sequence[Sequence[int]] | None = None,
     ) -> ForwardBatch:
-        """A step that samples from every token of ``rows``: id 0, then the row's drafts."""
+        """Upload a step that samples from every token of ``rows``: id 0, then the row's drafts."""
         drafts = [()] * len(rows) if drafts is None else drafts
         counts = [1 + len(draft) for draft in drafts]
         batch = host_batch(rows, [0] * len(rows), counts)
@@ -62,7 +62,7 @@ class Sampler:
         masks: dict[int, Array] | None = None,
         num_logprobs: int = -1,
     ) -> tuple[Sampled, Array]:
-        """What is sampled, and which of it is accepted."""
+        """The sampled ids, and which of them are accepted."""
         batch = self.upload(list(range(len(self.params))) if rows is None else list(rows), positions, drafts)
         batch.num_logprobs = num_logprobs
         if masks:
@@ -88,7 +88,7 @@ class Sampler:
 
 
 def bits(allowed: Array) -> NDArray[np.int32]:
-    """A bool vector as the bitmask of the contract."""
+    """A bool vector as a bitmask in the form of ``Backend.sample``."""
     padded = np.zeros(-(-len(allowed) // 32) * 32, np.bool_)
     padded[: len(allowed)] = allowed
     return np.packbits(padded, bitorder="little").view("<i4").astype(np.int32)

@@ -1,4 +1,4 @@
-"""Packers of quantised weights, each written from the description of its format, and independent of the readers."""
+"""Packers of quantised weights, written from the descriptions of the formats and independent of the readers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Tensors = dict[str, tuple[str, Array]]
 
 @dataclass(frozen=True)
 class Packer:
-    """``pack``: from a float weight ``[N, K]`` to the tensors of a checkpoint, and what they mean."""
+    """``pack`` turns a float weight ``[N, K]`` into the tensors of a checkpoint and the values that they decode to."""
 
     config: dict[str, Any]
     pack: Callable[[Array], tuple[Tensors, Array]]
@@ -28,7 +28,7 @@ class Packer:
 
 
 def grouped(weight: Array, bits: int, group: int, symmetric: bool) -> tuple[Array, Array, Array]:
-    """Codes ``[N, K]`` and zeros ``[N, G]``, unsigned, and float16 scales ``[N, G]``."""
+    """Unsigned codes ``[N, K]`` and zeros ``[N, G]``, and float16 scales ``[N, G]``."""
     rows, columns = weight.shape
     parts = weight.reshape(rows, columns // group, group)
     most = 2**bits - 1
@@ -62,7 +62,7 @@ def in_words(values: Array, bits: int) -> Array:
 
 def awq(group: int) -> Packer:
     def words(values: Array) -> Array:
-        """Values ``[n, N]``: word w holds rows 8 w to 8 w + 7, the i-th nibble that of row order[i]."""
+        """Values ``[n, N]``: word w holds rows 8 w to 8 w + 7, with row order[i] in the i-th nibble."""
         order = (0, 2, 4, 6, 1, 3, 5, 7)
         found = np.zeros((len(values), values.shape[1] // 8), np.int64)
         for nibble, row in enumerate(order):
@@ -86,7 +86,7 @@ def gptq(
     bits: int, group: int, *, symmetric: bool = True, version: int = 1, said: int = 0, order: bool = False,
     head: bool = False, bias: bool = False,
 ) -> Packer:  # fmt: skip
-    """``said``: the version that the configuration says, where it is another."""
+    """``said`` is the version that the configuration states, if it differs."""
 
     def pack(weight: Array) -> tuple[Tensors, Array]:
         columns = weight.shape[1]
@@ -145,7 +145,7 @@ def compressed(form: str, weights: dict[str, Any], pack: Callable[[Array], tuple
 
 
 def ints(strategy: str, *, static: bool = False) -> Packer:
-    """W8A8."""
+    """Packer of compressed-tensors' W8A8 integers."""
 
     def pack(weight: Array) -> tuple[Tensors, Array]:
         if strategy == "tensor":
@@ -163,7 +163,7 @@ def ints(strategy: str, *, static: bool = False) -> Packer:
 
 
 def e4m3_values() -> Array:
-    """The values of the codes of e4m3 from 0 to 126."""
+    """The values of the e4m3 codes 0 to 126."""
     values = []
     for code in range(127):
         exponent, mantissa = code >> 3, code & 7
@@ -172,7 +172,7 @@ def e4m3_values() -> Array:
 
 
 def to_e4m3(values: Array) -> tuple[Array, Array]:
-    """Codes, and what they mean."""
+    """The e4m3 codes, and the values that they decode to."""
     table = e4m3_values()
     codes = np.abs(np.abs(values)[..., None] - table).argmin(-1).astype(np.uint8)
     codes = np.where(values < 0, codes | 128, codes).astype(np.uint8)

@@ -1,4 +1,5 @@
-"""A small stand-in for the runner: drives a backend and a model by hand, with blocks in no order and no clean pool."""
+"""A small substitute for the runner, which drives a backend and a model with shuffled blocks and a pool that is not
+zeroed."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from vllmlite.weights.host import HostTensor, HostWeight, PackedWeight
 
 
 def host_batch(slots: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> ForwardBatch:
-    """Rows of ``counts`` tokens from position ``starts`` on, ids all -1, each row's last token sampled."""
+    """Rows of ``counts`` tokens from the positions ``starts``, with ids of -1; each row's last token is sampled."""
     start, count = np.array(starts, np.int32), np.array(counts, np.int32)
     loc = np.concatenate(([0], np.cumsum(count))).astype(np.int32)
     positions = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, counts, strict=True)]).astype(
@@ -47,7 +48,7 @@ def host_batch(slots: Sequence[int], starts: Sequence[int], counts: Sequence[int
 
 
 class Paged:
-    """A pool and slots: block tables grow as sequences do, out of a shuffled free list; every block starts as NaN."""
+    """A pool and slots: block tables grow with the sequences, out of a shuffled free list; blocks start as NaN."""
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class Paged:
         self.owned[slot], self.lengths[slot] = [], 0
 
     def batch(self, slots: Sequence[int], counts: Sequence[int]) -> ForwardBatch:
-        """The next ``counts`` tokens of ``slots``, with blocks for them."""
+        """The batch of the next ``counts`` tokens of ``slots``, with blocks for them."""
         starts = [self.lengths[slot] for slot in slots]
         for slot, count in zip(slots, counts, strict=True):
             self.lengths[slot] += count
@@ -113,7 +114,7 @@ class Paged:
 
 
 class PagedModel(Paged):
-    """:class:`Paged` with a model in it."""
+    """:class:`Paged` with a model."""
 
     def __init__(self, model: Any, **options: Any) -> None:
         options = {"max_context": 128} | options  # what the models of the tests are loaded for
@@ -122,7 +123,7 @@ class PagedModel(Paged):
         self.captured: dict[GraphKey, Step] = {}
 
     def logits(self, slots: Sequence[int], chunks: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
-        """Feed ``chunks`` to ``slots`` in one step: logits of every token, a row each."""
+        """Feed ``chunks`` to ``slots`` in one step, and return the logits of every token, one row each."""
         batch = self.batch(slots, [len(chunk) for chunk in chunks])
         batch.token_ids = np.concatenate(chunks).astype(np.int32)
         device = self.upload(batch)
@@ -137,7 +138,7 @@ class PagedModel(Paged):
         captured: bool = False,
         num_logprobs: int = -1,
     ) -> Sampled:
-        """A step as the runner makes it; without ``chunks`` the ids sampled last are fed, from the device."""
+        """Run a step as the runner does; without ``chunks`` it is fed the ids sampled last, on the device."""
         batch = self.batch(slots, [1] * len(slots) if chunks is None else [len(chunk) for chunk in chunks])
         if chunks is not None:
             batch.token_ids = np.concatenate(chunks).astype(np.int32)
@@ -156,7 +157,7 @@ class PagedModel(Paged):
 
 
 def host_tensor(values: NDArray[Any], dtype: str = "float32") -> HostTensor:
-    """``values`` as a checkpoint would hold them in ``dtype``; bfloat16 by cutting, so give values it can hold."""
+    """``values`` as a checkpoint would store them in ``dtype``; bfloat16 truncates, so pass values that it can hold."""
     if dtype == "bfloat16":
         data = (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype("<u2")
     else:
@@ -165,7 +166,7 @@ def host_tensor(values: NDArray[Any], dtype: str = "float32") -> HostTensor:
 
 
 def stored_data(tensor: HostWeight) -> NDArray[np.uint8]:
-    """The bytes of a tensor as its checkpoint stores them; a packed weight has one part."""
+    """The bytes of a tensor as its checkpoint stores them; a packed weight must have one part."""
     if isinstance(tensor, PackedWeight):
         (tensor,) = tensor.parts.values()
     return tensor.data

@@ -1,4 +1,4 @@
-"""Random JSON Schemas of ordinary shapes, and whether what a model wrote under them is valid.
+"""Random JSON Schemas of common forms, and a check of the output generated under them.
 
 ``scripts/fuzz_schemas`` runs this for hundreds of schemas, ``test_schemas.py`` for a few.
 """
@@ -26,14 +26,14 @@ CLOSERS = ['"', '"}', '"]', "}", "]", "},", '",', ":", ","]
 
 
 class Maker:
-    """Makes one schema after another, the same ones for the same seed."""
+    """Generates a sequence of schemas, the same for the same seed."""
 
     def __init__(self, seed: int) -> None:
         self._random = Random(seed)
         self._definitions: list[str] = []
 
     def schema(self) -> dict[str, Any]:
-        """A schema of an object or, now and then, of anything else."""
+        """A schema, mostly of an object."""
         random = self._random
         self._definitions = [f"Part{index}" for index in range(random.choice([0, 0, 1, 2]))]
         made = self._object(3) if random.random() < 0.8 else self._any(3)
@@ -127,7 +127,7 @@ class Maker:
         return {"type": [random.choice(["string", "integer", "number", "boolean"]), "null"]}
 
     def _several(self, depth: int) -> dict[str, Any]:
-        """What stands beside anyOf, allOf or a reference, and holds too."""
+        """Keywords beside anyOf, allOf or a reference, which apply as well."""
         random = self._random
         first = {"type": "object", "properties": {"a": self._any(depth), "b": self._integer(0)}}
         if random.random() < 0.5:
@@ -181,7 +181,7 @@ class Maker:
 
 @dataclass(slots=True)
 class Verdict:
-    """What came of some schemas."""
+    """The results for some schemas."""
 
     num_valid: int = 0
     refused: list[tuple[dict[str, Any], str]] = field(default_factory=list)
@@ -193,7 +193,7 @@ class Verdict:
 
 
 def judge(llm: LLM, schemas: Sequence[dict[str, Any]], *, max_tokens: int, temperature: float) -> Verdict:
-    """Have ``llm`` write under each schema, all in one batch; ``jsonschema``, formats checked, is the judge."""
+    """Generate under each schema with ``llm``, in one batch, and validate with ``jsonschema``, with formats checked."""
     import jsonschema
 
     tokenizer = llm.get_tokenizer()

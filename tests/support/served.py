@@ -1,4 +1,4 @@
-"""Servers for tests: ``vllmlite serve`` as a program of its own, and an application on an event loop of the test's."""
+"""Servers for tests: ``vllmlite serve`` as a program, and an application on the test's event loop."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ class Program:
             raise RuntimeError("the server did not start:\n" + "".join(self.log))
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = 60) -> int:
-        """Send a signal; the exit status."""
+        """Send a signal and return the exit status."""
         self.process.send_signal(number)
         return self.process.wait(timeout)
 
     def close(self) -> None:
-        """Kill it if it still runs."""
+        """Kill the program if it still runs."""
         self.process.kill()
         self.process.wait()
         self._reader.join()
@@ -99,7 +99,7 @@ class Program:
 
 @contextmanager
 def program(*arguments: str, **environment: str) -> Iterator[Program]:
-    """A server that is killed at the end if it still runs."""
+    """A server program that is killed when the context ends."""
     running = Program(*arguments, **environment)
     try:
         yield running
@@ -109,7 +109,7 @@ def program(*arguments: str, **environment: str) -> Iterator[Program]:
 
 @contextmanager
 def serving(engine_config: EngineConfig = ENGINE, **options: Any) -> Iterator[Service]:
-    """A service on an engine of its own."""
+    """A service on its own engine."""
     engine = AsyncLLM(engine_config)
     try:
         inner = engine.llm_engine
@@ -124,7 +124,7 @@ _APPS: WeakKeyDictionary[Service, tuple[tuple[ServerConfig, tuple[str, ...]], Fa
 
 
 def app_of(service: Service, keys: tuple[str, ...] = ()) -> FastAPI:
-    """The application of ``service``, built again only for another configuration: FastAPI takes 0.2 s for that."""
+    """The application of ``service``, rebuilt only for another configuration, since FastAPI takes 0.2 s for it."""
     wanted = service.config, keys
     built, app = _APPS.get(service, (None, None))
     if app is None or built != wanted:
@@ -167,7 +167,7 @@ async def client_of(
 
 
 def ask(service: Service, work: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
-    """What ``work`` finds with a client of ``service``."""
+    """Return the result of ``work``, called with a client of ``service``."""
 
     async def run() -> T:
         async with client_of(service) as client:
@@ -177,14 +177,14 @@ def ask(service: Service, work: Callable[[httpx.AsyncClient], Awaitable[T]]) -> 
 
 
 async def posted(client: httpx.AsyncClient, path: str, status: int = 200, /, **body: Any) -> Any:
-    """The JSON that a request is answered with."""
+    """The JSON body of the response to a request."""
     answer = await client.post(path, json=body)
     assert answer.status_code == status, answer.text
     return answer.json()
 
 
 async def streamed(client: httpx.AsyncClient, path: str, /, **body: Any) -> list[tuple[str, Any]]:
-    """The server-sent events of a request: (name, data), the name empty where there is none."""
+    """The server-sent events of the response to a request: (name, data); the name is empty if there is none."""
     async with client.stream("POST", path, json={**body, "stream": True}) as answer:
         text = (await answer.aread()).decode()
         assert answer.status_code == 200, text
@@ -198,24 +198,25 @@ async def streamed(client: httpx.AsyncClient, path: str, /, **body: Any) -> list
 
 
 def post(service: Service, path: str, status: int = 200, /, **body: Any) -> Any:
-    """:func:`posted` with a client of its own."""
+    """:func:`posted`, with a new client."""
     return ask(service, lambda client: posted(client, path, status, **body))
 
 
 def stream(service: Service, path: str, /, **body: Any) -> list[tuple[str, Any]]:
-    """:func:`streamed` with a client of its own."""
+    """:func:`streamed`, with a new client."""
     return ask(service, lambda client: streamed(client, path, **body))
 
 
 def check(kind: Any, value: Any) -> None:
-    """Raise unless ``value`` has the documented shape."""
+    """Raise unless ``value`` has the documented structure."""
     TypeAdapter(kind).validate_python(value, strict=True)
 
 
 class Script:
-    """An engine's outputs as a test writes them: every request is answered with ``pieces`` of text, one a step.
+    """Engine outputs chosen by a test: every request is answered with ``pieces`` of text, one a step.
 
-    It stands in for ``service.engine.submit``, and keeps the last request that came."""
+    It replaces ``service.engine.submit``, and stores the last request.
+    """
 
     def __init__(self, *pieces: str, finish_reason: str = "stop", stop_reason: str | None = None) -> None:
         self.request: NewRequest | None = None

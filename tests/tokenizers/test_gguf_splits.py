@@ -1,4 +1,4 @@
-"""GGUF's pre-tokenizers: pieces of hard texts, as the models' own tokenizers split them."""
+"""GGUF's pre-tokenizers split difficult texts as the models' own tokenizers do."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SAME = {
 
 
 @pytest.mark.parametrize("text", HARD)
-def test_pieces_are_those_of_the_published_expressions(text: str) -> None:
+def test_pre_tokenizers_equal_the_published_expressions(text: str) -> None:
     for name, expression in PUBLISHED.items():
         published = pre_tokenizers.Split(Regex(expression), "isolated")
         expected = [piece for piece, _ in published.pre_tokenize_str(text)]
@@ -87,7 +87,7 @@ def test_pieces(pre: str, text: str, pieces: list[str]) -> None:
 
 
 def test_deepseek_s_cased_letters() -> None:
-    """Among them those that normalisation makes into other letters, which copies of the expression have lost."""
+    """Among them are letters that normalisation would change, which copies of the expression have lost."""
     letters = pre_tokenizers.Split(Regex(SPLITS["deepseek-llm"][1]), "isolated")
     for letter in "aZµßǅΩ\u1f7d\u1fbe\u1fd3\u1fdb\u2126\u212aжѮԱႠᏣἏⰀꙀﬀＡ𐐀":
         assert unicodedata.category(letter) in ("Lu", "Ll", "Lt")

@@ -1,4 +1,4 @@
-"""Tokenizers without a ``tokenizer.json``: SentencePiece's models, and those of transformers that are plain Python."""
+"""Tokenizers without a ``tokenizer.json``: SentencePiece models, and those that transformers implements in Python."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TEXTS = ["Debian is a free operating system.", "naïve  café\n\ttabs", "安装 
 CORPUS = ["The universal operating system is free software.", "apt installs packages and what they need."]
 
 
-def test_a_model_of_sentencepiece(tmp_path: Path) -> None:
-    """What is written is what SentencePiece itself writes, and reads."""
+def test_a_sentencepiece_model_is_loaded(tmp_path: Path) -> None:
+    """Ids and texts equal those of SentencePiece itself."""
     sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     pytest.importorskip("google.protobuf", reason="protobuf is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
@@ -46,7 +46,7 @@ def test_a_model_of_sentencepiece(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_in_plain_python(tmp_path: Path) -> None:
-    """CTRL's, which has no other form: ids of transformers, text that comes out as it went in, unknown ids refused."""
+    """CTRL's tokenizer has no other form: ids equal transformers', texts round-trip, and unknown ids are refused."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     words = ["the", "free", "system", "packages"]
     letters = sorted({letter for word in words for letter in word})
@@ -73,8 +73,8 @@ def test_a_tokenizer_in_plain_python(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", sorted({family.model_type for family in FAMILIES.values()}))
-def test_no_tokenizer_is_said(family: str, tmp_path: Path) -> None:
-    """Also of the families for which transformers makes an empty one."""
+def test_a_missing_tokenizer_is_reported(family: str, tmp_path: Path) -> None:
+    """Also for the families for which transformers creates an empty tokenizer."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     with pytest.raises(
@@ -103,7 +103,7 @@ def write_tokenizer(path: Path, **config: Any) -> Path:
 
 
 def test_tokens_that_only_the_configuration_has_are_added(tmp_path: Path) -> None:
-    """Ids and texts are transformers', and so is what counts as special."""
+    """Ids and texts equal transformers', and so do the special tokens."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     write_tokenizer(tmp_path, added_tokens_decoder=ADDED, eos_token="<eos>", pad_token="<in vocabulary>")
     ours, theirs = Tokenizer(tmp_path), transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
@@ -117,7 +117,7 @@ def test_tokens_that_only_the_configuration_has_are_added(tmp_path: Path) -> Non
     assert ours.vocab_size == 6
 
 
-def test_added_tokens_with_other_ids_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_added_tokens_with_other_ids_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Tokenizer(write_tokenizer(tmp_path, added_tokens_decoder={"9": {"content": "<x>"}}))
     assert "added_tokens_decoder: '<x>' has id 9; the tokenizer gives 4" in caplog.text
 
@@ -133,6 +133,6 @@ def test_added_tokens_with_other_ids_are_told(tmp_path: Path, caplog: pytest.Log
         {"4": {"content": "a", "special": 1}},
     ],
 )
-def test_added_tokens_that_are_none(entries: Any, tmp_path: Path) -> None:
+def test_malformed_added_tokens_are_refused(entries: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"tokenizer_config\.json: added_tokens_decoder: "):
         Tokenizer(write_tokenizer(tmp_path, added_tokens_decoder=entries))

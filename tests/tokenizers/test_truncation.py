@@ -1,4 +1,4 @@
-"""truncate_prompt_tokens and truncation_side, wherever a prompt comes in."""
+"""truncate_prompt_tokens and truncation_side, on every path by which a prompt arrives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def service() -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def too_long(service: Service) -> str:
-    """A text that is refused by its number of characters alone, unless it is truncated."""
+    """A text that is refused for its number of characters alone unless it is truncated."""
     words = [f"word{n} " for n in range(service.max_model_len * service.tokenizer.max_token_length // 5)]
     return "".join(words)
 
@@ -35,7 +35,7 @@ def too_long(service: Service) -> str:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("keep", range(1, 12))
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 0), (1, 1), (0, 2)])
-def test_what_a_tokenizer_added_is_kept(side: str, keep: int, before: int, after: int) -> None:
+def test_tokens_added_by_a_tokenizer_are_kept(side: str, keep: int, before: int, after: int) -> None:
     ids = list(range(9))
     found = Truncation(keep, side).of(ids, before, after)
     assert len(found) == min(keep, len(ids)) and found == sorted(found)
@@ -48,7 +48,7 @@ def test_what_a_tokenizer_added_is_kept(side: str, keep: int, before: int, after
         assert found == (ids[-keep:] if side == "left" else ids[:keep])
 
 
-def test_the_beginning_and_end_that_a_tokenizer_adds_survive(tmp_path: Path) -> None:
+def test_added_bos_and_eos_survive_truncation(tmp_path: Path) -> None:
     words = ["<s>", "</s>", *"abcdef"]
     inner = FastTokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="a"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -133,7 +133,7 @@ def test_prompts_of_too_many_characters_are_truncated(service: Service, too_long
     assert post(service, "/tokenize", messages=messages, **cut)["tokens"] == whole[:7]
 
 
-def test_as_many_as_fit(service: Service, too_long: str) -> None:
+def test_truncation_keeps_as_many_tokens_as_fit(service: Service, too_long: str) -> None:
     most = ENGINE.max_model_len
     assert most is not None
     assert post(service, "/tokenize", prompt=too_long, truncate_prompt_tokens=-1)["count"] == most
@@ -141,7 +141,7 @@ def test_as_many_as_fit(service: Service, too_long: str) -> None:
     assert done["usage"]["prompt_tokens"] == most - 6
 
 
-def test_without_truncation_they_are_refused(service: Service, too_long: str) -> None:
+def test_long_prompts_are_refused_without_truncation(service: Service, too_long: str) -> None:
     bodies: dict[str, dict[str, Any]] = {
         "/v1/completions": {"prompt": too_long},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": too_long}]},
@@ -156,7 +156,7 @@ def test_without_truncation_they_are_refused(service: Service, too_long: str) ->
     assert wrong["error"]["param"] == "truncation_side"
 
 
-def test_long_texts_have_the_ids_of_short_ones() -> None:
+def test_long_texts_get_the_ids_of_the_plain_tokenizer() -> None:
     tokenizer = Tokenizer(Path(__file__).resolve().parents[2] / "vllmlite" / "data" / "demo")
     text = "dpkg \u00e4\u6771 <|im_end|>\n  x1234 " * (LONG_TEXT // 20)
     assert len(text) > LONG_TEXT

@@ -1,4 +1,4 @@
-"""Checkpoint files: what is read, what is refused, and in which words."""
+"""Checkpoint files: what is read, and what is refused with which message."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def entry(name: str, **changes: Any) -> Header:
     return GOOD | {name: GOOD[name] | changes}
 
 
-def test_reads_what_is_there(tmp_path: Path) -> None:
+def test_stored_tensors_are_read(tmp_path: Path) -> None:
     tensors = read_safetensors(write(tmp_path / "x", {"__metadata__": {"format": "pt"}} | GOOD))
     assert {name: (one.dtype, one.shape) for name, one in tensors.items()} == {
         "a": ("float32", (2, 2)),
@@ -53,7 +53,7 @@ def test_reads_what_is_there(tmp_path: Path) -> None:
     assert tensors["b"].data.tobytes() == bytes(range(16, 24))
 
 
-def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
+def test_files_of_the_safetensors_package_are_read(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     rng = np.random.default_rng(0)
@@ -69,7 +69,7 @@ def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
         assert not found[name].data.flags.writeable, "a copy, not a view of the file"
 
 
-def test_unaligned_data_is_copied_to_where_it_can_be_read(tmp_path: Path) -> None:
+def test_unaligned_data_is_copied_to_aligned_memory(tmp_path: Path) -> None:
     text = json.dumps(GOOD).encode()
     for padding in range(4):
         tensors = read_safetensors(write(tmp_path / "x", text + b" " * padding))
@@ -77,7 +77,7 @@ def test_unaligned_data_is_copied_to_where_it_can_be_read(tmp_path: Path) -> Non
         assert tensors["a"].data.tobytes() == bytes(range(16))
 
 
-def test_header_order_need_not_be_file_order(tmp_path: Path) -> None:
+def test_header_order_may_differ_from_file_order(tmp_path: Path) -> None:
     tensors = read_safetensors(write(tmp_path / "x", dict(reversed(GOOD.items()))))
     assert tensors["a"].data.tobytes() == bytes(range(16))
 
@@ -130,13 +130,13 @@ def test_malformed_files_are_refused(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", range(9))
-def test_files_of_a_few_bytes(size: int, tmp_path: Path) -> None:
+def test_files_of_a_few_bytes_are_refused(size: int, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"\x01" + bytes(size - 1) if size else b"")
     with pytest.raises(ModelError):
         read_safetensors(tmp_path / "x")
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="No such file"):
         read_safetensors(tmp_path / "x")
     with pytest.raises(ModelError, match="directory"):
@@ -148,7 +148,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_damaged_files_are_refused_or_read(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Whatever bytes change, the reader raises its own error or gives tensors within the file."""
+    """Whatever bytes are changed, the reader raises its own error or returns tensors within the file."""
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     content = bytearray(write(path, GOOD).read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -191,7 +191,7 @@ def copy(tmp_path: Path) -> Callable[[Path], Path]:
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Rewrite a safetensors file with its tensors changed."""
+    """Rewrite a safetensors file with changed tensors."""
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(file)
@@ -199,7 +199,7 @@ def edit(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
     save_file(tensors, file)
 
 
-def test_shards_hold_what_a_single_file_does(sharded: Path, tmp_path: Path) -> None:
+def test_shards_load_as_a_single_file_does(sharded: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "Llama")
     shapes = stored_shapes(read_spec(sharded))
     assert len(list(sharded.glob("*.safetensors"))) > 2
@@ -232,9 +232,7 @@ def test_tensors_must_be_those_of_the_model(single: Path, copy: Callable[[Path],
     refused(path, shapes, "'model.norm.weight'", "int8", "bfloat16")
 
 
-def test_stored_tables_and_a_stored_tied_head_are_harmless(
-    single: Path, copy: Callable[[Path], Path]
-) -> None:
+def test_stored_rope_tables_and_tied_heads_are_ignored(single: Path, copy: Callable[[Path], Path]) -> None:
     shapes, path = stored_shapes(read_spec(single)), copy(single)
     tables = {
         f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32) for layer in range(3)
@@ -265,7 +263,7 @@ def test_a_tensor_in_two_shards_must_be_the_same_in_both(sharded: Path, copy: Ca
     refused(path, shapes, other, repr(name), f"differs from the one in {files[name]}")
 
 
-def test_directories_without_weights(tmp_path: Path) -> None:
+def test_directories_without_weights_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, {}, "none of model.safetensors, model.safetensors.index.json, pytorch_model.bin")
 
 
@@ -286,7 +284,7 @@ INDEX = "model.safetensors.index.json"
         None,
     ],
 )
-def test_indices_do_not_lead_elsewhere(file: Any, tmp_path: Path) -> None:
+def test_an_index_may_not_point_outside_its_directory(file: Any, tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
     refused(tmp_path, {}, INDEX, "'a'", repr(file))
 
@@ -294,7 +292,7 @@ def test_indices_do_not_lead_elsewhere(file: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {}}', b"[" * 100000]
 )
-def test_indices_that_are_none(content: bytes, tmp_path: Path) -> None:
+def test_malformed_indices_are_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / INDEX).write_bytes(content)
     refused(tmp_path, {}, INDEX)
 

@@ -1,4 +1,4 @@
-"""Files and directories that stand in a checkpoint's place are refused in one line that says what they are."""
+"""Files and directories that are not checkpoints are refused with one line that says what they are."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ FILES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_files_of_other_kinds_are_named(case: str, tmp_path: Path) -> None:
+def test_files_of_other_formats_are_refused_by_name(case: str, tmp_path: Path) -> None:
     content, says = FILES[case]
     readers: dict[str, Callable[[Path], object]] = {
         "model.safetensors": read_safetensors, "x.gguf": read_gguf, "pytorch_model.bin": read_pt,
@@ -73,7 +73,7 @@ def test_files_of_other_kinds_are_named(case: str, tmp_path: Path) -> None:
         file.unlink()
 
 
-def test_archives_in_the_place_of_weights(tmp_path: Path) -> None:
+def test_archives_instead_of_weights_are_refused(tmp_path: Path) -> None:
     for content, says in (
         (archive(), "is a zip archive"),
         (tarball(), "is a tar archive: unpack it, or name it"),
@@ -90,7 +90,7 @@ def test_archives_in_the_place_of_weights(tmp_path: Path) -> None:
         find_model(str(tmp_path / "model.zip"))
 
 
-def test_files_that_are_cut_short(tmp_path: Path) -> None:
+def test_truncated_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file({"a": np.zeros(100, np.float32), "b": np.zeros(3, np.float32)}, file)
     whole = file.read_bytes()
@@ -126,7 +126,9 @@ DIRECTORIES: dict[str, tuple[dict[str, str], str]] = {
 
 @pytest.mark.parametrize("case", DIRECTORIES)
 @pytest.mark.parametrize("with_config", [False, True])
-def test_directories_of_other_kinds_are_named(case: str, with_config: bool, tmp_path: Path) -> None:
+def test_directories_of_other_formats_are_refused_by_name(
+    case: str, with_config: bool, tmp_path: Path
+) -> None:
     files, says = DIRECTORIES[case]
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -137,7 +139,7 @@ def test_directories_of_other_kinds_are_named(case: str, with_config: bool, tmp_
         open_weights(find_model(str(tmp_path)), {})
 
 
-def test_links_to_nothing_are_named(tmp_path: Path) -> None:
+def test_dangling_links_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to("../blobs/4d7a")
     for _ in range(2):
         with pytest.raises(
@@ -147,7 +149,7 @@ def test_links_to_nothing_are_named(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text("{}")
 
 
-def test_shards_without_an_index(tmp_path: Path) -> None:
+def test_shards_without_an_index_are_read(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     tensors = read_safetensors(tmp_path / "model.safetensors")
     spec = read_spec(tmp_path)
@@ -178,7 +180,7 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
         ("weight_scale_2", r"NVFP4 \(ModelOpt\)"),
     ],
 )
-def test_quantised_weights_without_a_configuration_are_named(part: str, says: str, tmp_path: Path) -> None:
+def test_quantised_weights_without_a_configuration_are_refused(part: str, says: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = {name: one.data.view("<f4").reshape(one.shape) for name, one in read_safetensors(file).items()}
@@ -190,7 +192,7 @@ def test_quantised_weights_without_a_configuration_are_named(part: str, says: st
         open_model(tmp_path, read_spec(tmp_path), PACKING)
 
 
-def test_gguf_models_are_found_beside_what_comes_with_them(tmp_path: Path) -> None:
+def test_gguf_models_are_found_beside_other_files(tmp_path: Path) -> None:
     model = tmp_path / "gemma-3-4b-Q4_K_M.gguf"
     for name in (model.name, "mmproj-model-f16.gguf", "gemma.MMPROJ.gguf", "imatrix.gguf"):
         (tmp_path / name).write_bytes(encode({"general.architecture": "llama"}, {}))
@@ -200,7 +202,7 @@ def test_gguf_models_are_found_beside_what_comes_with_them(tmp_path: Path) -> No
     assert find_model(str(blob)) == blob
 
 
-def test_falcon_by_its_first_name(tmp_path: Path) -> None:
+def test_the_first_falcon_config_names_are_read(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "Falcon", new_decoder_architecture=True, num_kv_heads=2)
     expected, config = read_spec(tmp_path), json.loads((tmp_path / "config.json").read_text())
     renamed = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_kv_heads": "n_head_kv"}

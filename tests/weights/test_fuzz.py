@@ -1,4 +1,4 @@
-"""Some inputs of ``scripts/fuzz``, and everything that it ever found."""
+"""Some inputs of ``scripts/fuzz``, and all inputs that it has found to fail."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_damaged_input_is_read_or_refused(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", sorted(KEPT.glob("*/*")), ids=lambda path: f"{path.parent.name}-{path.name[:8]}"
 )
-def test_what_was_found_stays_mended(path: Path, tmp_path: Path) -> None:
+def test_fuzzer_findings_stay_fixed(path: Path, tmp_path: Path) -> None:
     check(TARGETS[path.parent.name], tmp_path / "x", path.read_bytes())
 
 
-def test_the_program(tmp_path: Path) -> None:
+def test_the_fuzzer_program_runs(tmp_path: Path) -> None:
     program = Path(__file__).parents[2] / "scripts" / "fuzz"
     if not program.exists():
         pytest.skip("the tests are apart from the source")
@@ -49,7 +49,7 @@ def test_the_program(tmp_path: Path) -> None:
     assert "gguf: " in run.stdout and " inputs, 0 failures" in run.stdout
 
 
-def test_lines_are_seen(tmp_path: Path) -> None:
+def test_the_fuzzer_counts_covered_lines(tmp_path: Path) -> None:
     target = TARGETS["safetensors"]
     seen = lines_of(lambda: check(target, tmp_path / "x", target.seeds()[0]))
     assert any(name.endswith("weights/safetensors.py") for name, _ in seen)

@@ -1,4 +1,4 @@
-"""GGUF: what is read, what it computes, its tokenizers, and what is refused in which words."""
+"""GGUF: what is read, the results of models, tokenizers, and what is refused with which message."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=16)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BLOCK_SCHEMES])
-def test_blocks_mean_what_the_gguf_package_says(kind: str) -> None:
+def test_blocks_decode_as_in_the_gguf_package(kind: str) -> None:
     gguf = pytest.importorskip("gguf", reason="python3-gguf is not installed")
     data = random_blocks(kind, 40)
     part = BLOCK_SCHEMES[kind].pack((4, 10 * BLOCKS[kind][0]), data.reshape(-1))
@@ -74,13 +74,13 @@ def test_many_blocks_are_decoded_piece_by_piece(monkeypatch: pytest.MonkeyPatch)
 
 
 def random_weight(kind: str, rows: int = 37, blocks: int = 3) -> PackedWeight:
-    """A weight with rows of some blocks, of a group at least."""
+    """A random weight with rows of several blocks, of one group at least."""
     size = blocks * BLOCKS[kind][0]
     return BLOCK_SCHEMES[kind].pack((rows, size), random_blocks(kind, rows * blocks).reshape(-1))
 
 
 @pytest.mark.parametrize("kind", CODES)
-def test_tiles_mean_what_blocks_do(kind: str) -> None:
+def test_tiles_decode_to_the_values_of_their_blocks(kind: str) -> None:
     part = random_weight(kind)
     made, exact = to_tiles(part), part.scheme.dequantize(part)
     if kind in ("Q8_0", "Q4_0"):
@@ -98,7 +98,7 @@ def test_tiles_mean_what_blocks_do(kind: str) -> None:
 
 @needs_native_cpu
 @pytest.mark.parametrize("kind", CODES)
-def test_native_tiles_and_floats_are_the_references(kind: str) -> None:
+def test_native_tiles_and_floats_equal_the_references(kind: str) -> None:
     backend, part = CpuBackend(packed=True), random_weight(kind)
     expected = to_tiles(part)
     name, *found, rows = backend._tiles(part)
@@ -113,7 +113,7 @@ def test_native_tiles_and_floats_are_the_references(kind: str) -> None:
 
 
 def of_8_bits(x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """x as a product sees it: 8 bits in groups of 32, float32 scales."""
+    """x as a product rounds it: 8 bits in groups of 32, with float32 scales."""
     groups = x.reshape(len(x), -1, 32)
     extremes = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)
     inverse = np.divide(-128, extremes, out=np.zeros_like(extremes), where=extremes != 0)
@@ -123,7 +123,7 @@ def of_8_bits(x: NDArray[np.float32]) -> NDArray[np.float64]:
 
 @needs_native_cpu
 @pytest.mark.parametrize("kind", CODES)
-def test_products_are_the_references_and_the_same_in_every_batch(kind: str) -> None:
+def test_products_equal_the_references_and_are_batch_invariant(kind: str) -> None:
     from vllmlite import _cpu
 
     part = random_weight(kind, rows=53)
@@ -140,8 +140,8 @@ def test_products_are_the_references_and_the_same_in_every_batch(kind: str) -> N
 
 
 @needs_native_cpu
-def test_parts_of_several_kinds_are_one_weight() -> None:
-    """q, k and v of llama.cpp's usual mixture of types."""
+def test_parts_of_several_types_form_one_weight() -> None:
+    """q, k and v with the types of llama.cpp's usual mixture."""
     backend = CpuBackend(threads=2, packed=True)
     parts = [random_weight(kind, rows, 768 // BLOCKS[kind][0]) for kind, rows in
              (("Q4_K", 53), ("Q8_0", 16), ("Q6_K", 37), ("Q5_0", 5))]  # fmt: skip
@@ -153,7 +153,7 @@ def test_parts_of_several_kinds_are_one_weight() -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BLOCK_SCHEMES if kind not in CODES])
-def test_codes_that_no_product_takes_are_decoded_on_every_backend(kind: str) -> None:
+def test_types_without_a_kernel_are_decoded_on_every_backend(kind: str) -> None:
     part = random_weight(kind, rows=5, blocks=8)
     assert kind in TYPES_DECODED
     for dtype in FLOAT_DTYPES:
@@ -172,8 +172,8 @@ def test_codes_that_no_product_takes_are_decoded_on_every_backend(kind: str) -> 
         dequantized(bad, "float32")
 
 
-def test_grids_are_ggml_s() -> None:
-    """By their digests, which were made of the gguf package's tables."""
+def test_codebooks_equal_ggmls() -> None:
+    """Compares digests that were made from the gguf package's tables."""
     for name, size, digest in (
         ("IQ2_XXS", 256, "05826b5d3e472a3a"),
         ("IQ2_XS", 512, "06e47aaca60b4dc1"),
@@ -319,7 +319,7 @@ def test_malformed_files_are_refused(case: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 500
 
 
-def test_every_beginning_of_a_file_is_refused(tmp_path: Path) -> None:
+def test_truncated_gguf_files_are_refused(tmp_path: Path) -> None:
     for size in range(len(GOOD)):
         (tmp_path / f"{size}.gguf").write_bytes(GOOD[:size])
         with pytest.raises(ModelError):
@@ -355,7 +355,7 @@ def converted(source: Path, target: Path, kind_of: Any = lambda name: "F32", **m
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
-def test_a_converted_model_computes_what_its_source_does(family: str, tmp_path: Path) -> None:
+def test_a_converted_model_equals_its_source(family: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, family, tie_word_embeddings=family == "Qwen3")
     path = converted(tmp_path, tmp_path / "x.gguf")
     assert replace(read_spec(path), keys=LLAMA) == read_spec(tmp_path)
@@ -364,8 +364,9 @@ def test_a_converted_model_computes_what_its_source_does(family: str, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
-def test_types_compute_what_their_floats_do(kind: str, tmp_path: Path) -> None:
-    """A file in any type gives the logits of a file with what its numbers mean, on every backend, kept codes or not."""
+def test_every_type_gives_the_logits_of_its_decoded_values(kind: str, tmp_path: Path) -> None:
+    """The logits equal those of a file with the decoded values, on every backend, whether quantised weights are kept or
+    not."""
     write_checkpoint(tmp_path)
     path = converted(tmp_path, tmp_path / "x.gguf", lambda name: kind)
     stored = read_gguf(path).tensors
@@ -389,8 +390,8 @@ def test_types_compute_what_their_floats_do(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["IQ4_XS", "Q2_K", "IQ1_S"])
-def test_a_model_of_decoded_types_computes_what_its_floats_do(kind: str, tmp_path: Path) -> None:
-    """Beside a type that is kept, as mixtures of llama.cpp have it; the start line says what becomes of each."""
+def test_a_model_of_decoded_types_equals_its_float_model(kind: str, tmp_path: Path) -> None:
+    """With another type that is kept, as in llama.cpp's mixtures; the startup line says how each type is loaded."""
     write_checkpoint(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64)
     metadata, tensors = contents(tmp_path)
     for name, (_, shape, _) in tensors.items():
@@ -431,8 +432,8 @@ def test_a_model_of_decoded_types_computes_what_its_floats_do(kind: str, tmp_pat
 
 
 @needs_native_cpu
-def test_weights_of_several_types_stand_side_by_side(tmp_path: Path) -> None:
-    """q, k and v are one product: where their types differ, all of them are floats."""
+def test_weights_of_several_types_work_together(tmp_path: Path) -> None:
+    """q, k and v form one product: if their types differ, all are decoded to floats."""
     write_checkpoint(tmp_path)
     kinds = {"attn_q": "Q8_0", "attn_k": "F16", "attn_v": "Q4_0", "ffn_gate": "Q4_0", "ffn_up": "Q4_0"}
     path = converted(
@@ -470,7 +471,9 @@ def test_the_built_in_model_writes_the_same_from_a_gguf_file(built_in: dict[str,
 
 @needs_native_cpu
 @pytest.mark.parametrize(("kind", "ours"), [("Q8_0", "int8"), ("Q4_0", "int4")])
-def test_codes_are_kept_unless_a_dtype_is_asked_for(built_in: dict[str, Path], kind: str, ours: str) -> None:
+def test_weights_stay_quantised_unless_a_dtype_is_given(
+    built_in: dict[str, Path], kind: str, ours: str
+) -> None:
     llm = LLM(str(built_in[kind]), max_model_len=128)
     assert f"57 {kind} kept as {ours} with scales rounded to bfloat16" in llm.llm_engine.backend_choice
     llm = LLM(str(built_in[kind]), max_model_len=128, dtype="bfloat16")
@@ -481,7 +484,7 @@ def test_codes_are_kept_unless_a_dtype_is_asked_for(built_in: dict[str, Path], k
     assert texts(built_in[kind], quantization=ours) == texts(built_in[kind])
 
 
-def test_rotary_divisors_are_llama_3_s(tmp_path: Path) -> None:
+def test_rope_factors_are_read_as_llama_3_scaling(tmp_path: Path) -> None:
     rope = {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
@@ -509,7 +512,7 @@ def test_rotary_divisors_are_llama_3_s(tmp_path: Path) -> None:
         read_spec(path)
 
 
-def test_stretched_contexts(tmp_path: Path) -> None:
+def test_scaled_rope_contexts_are_read(tmp_path: Path) -> None:
     for rope in ({"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0,
                                                           "original_max_position_embeddings": 64}):  # fmt: skip
         write_checkpoint(tmp_path, rope_parameters=rope | {"rope_theta": 10000.0})
@@ -539,7 +542,7 @@ def test_stretched_contexts(tmp_path: Path) -> None:
         ({"llama.block_count": 2}, r"unexpected tensors: blk\.2\."),
     ],
 )
-def test_models_that_cannot_run_are_told(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_unsupported_gguf_models_are_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     path = converted(tmp_path, tmp_path / "x.gguf", **changes)
     with pytest.raises(ModelError, match=says) as caught:
@@ -547,13 +550,13 @@ def test_models_that_cannot_run_are_told(changes: dict[str, Any], says: str, tmp
     assert str(path) in str(caught.value)
 
 
-def test_values_for_every_layer_may_be_one(tmp_path: Path) -> None:
+def test_a_list_of_equal_per_layer_values_is_read_as_one(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     path = converted(tmp_path, tmp_path / "x.gguf", **{"llama.attention.head_count_kv": [2, 2, 2]})
     assert gguf_config(path)["num_key_value_heads"] == 2
 
 
-def test_a_window_makes_it_a_mistral(tmp_path: Path) -> None:
+def test_a_llama_with_a_window_is_read_as_mistral(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     spec = read_spec(converted(tmp_path, tmp_path / "x.gguf", **{"llama.attention.sliding_window": 8}))
     assert spec.architecture == "MistralForCausalLM"
@@ -587,7 +590,7 @@ def test_a_directory_of_one_file(built_in: dict[str, Path], tmp_path: Path) -> N
 
 
 def in_parts(source: Path, base: Path, count: int) -> list[Path]:
-    """The checkpoint of directory ``source`` as files that are parts of one model."""
+    """The checkpoint of directory ``source`` as a model of several files."""
     metadata, tensors = contents(source)
     paths = [base / f"x-{number + 1:05}-of-{count:05}.gguf" for number in range(count)]
     for number, path in enumerate(paths):
@@ -677,7 +680,7 @@ CHAT_TOKENS = [*"abc", "<|im_end|>", "<|endoftext|>", "<|fim_prefix|>", "</s>", 
 
 
 def test_tokens_known_by_name_end_a_text_whatever_their_type(tmp_path: Path) -> None:
-    """They are typed as ordinary text here, as converters often do."""
+    """The tokens have the type of ordinary text here, as converters often write it."""
     path = tokenizer_file(
         tmp_path / "x.gguf", model="gpt2", pre="gpt-2", tokens=CHAT_TOKENS, token_type=[1, 1, 1, 1, 4, 4, 1, 4],
         eos_token_id=0,
@@ -688,8 +691,8 @@ def test_tokens_known_by_name_end_a_text_whatever_their_type(tmp_path: Path) -> 
     assert end_ids(read_gguf(path)) == [0, 3, 4, 7]
 
 
-def test_an_end_of_a_message_is_none_of_a_text(tmp_path: Path) -> None:
-    """gpt-oss goes on after ``<|end|>``, which its parsers look for; and ``</s>`` ends a text if it is typed so."""
+def test_an_end_of_message_token_does_not_end_a_text(tmp_path: Path) -> None:
+    """gpt-oss continues after ``<|end|>``, which its parsers look for; ``</s>`` ends a text if its type says so."""
     for extra, ends in ((["<|return|>", "<|call|>"], [6, 8, 9]), (["<|return|>", "x"], [6, 7, 8])):
         path = tokenizer_file(
             tmp_path / f"{extra[1]}.gguf", model="gpt2", pre="gpt-4o", tokens=[*CHAT_TOKENS[:3], "d", "e", "f",
@@ -700,7 +703,7 @@ def test_an_end_of_a_message_is_none_of_a_text(tmp_path: Path) -> None:
 
 
 def by_scores(text: str, scores: dict[str, float]) -> list[str]:
-    """SentencePiece's encoding, the slow way: join the two neighbours whose union scores best, the first of equals."""
+    """A slow SentencePiece encoding: join the neighbours whose union has the best score, the first among equals."""
     parts = list("▁" + text.replace(" ", "▁"))
     while True:
         pairs = [(-scores[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in scores]
@@ -772,7 +775,7 @@ def test_sentencepiece_s_bytes_and_ends(sentencepiece: Path, tmp_path: Path) -> 
         ({"model": "llama", "scores": [0.0]}, "1 scores of 3 tokens"),
     ],
 )
-def test_tokenizers_that_cannot_be_made(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_unsupported_tokenizers_are_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
     metadata = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "ab"], "merges": ["a b"]} | changes
     with pytest.raises(ModelError, match=says):
         Tokenizer(tokenizer_file(tmp_path / "x.gguf", **metadata))

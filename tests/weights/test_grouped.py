@@ -1,4 +1,4 @@
-"""The one form of integer weights in groups: what checkpoints store converts to it exactly."""
+"""Grouped integer weights: the forms that checkpoints store convert to the common form exactly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CODES = {"I32": "int32", "I64": "int64", "I8": "int8", "F16": "float16", "F32": 
 def stored(
     packer: Packer, path: Path, rows: int = 64, columns: int = 128
 ) -> tuple[PackedWeight, NDArray[Any]]:
-    """A weight as a checkpoint stores it, and what it means."""
+    """A weight as a checkpoint stores it, and its values."""
     values = np.random.default_rng(rows * columns).normal(0, 0.1, (rows, columns)).astype(np.float32)
     tensors, meaning = packer.pack(values)
     quantization = read_quantization(HfConfig({"quantization_config": packer.config}, "config.json"), path)
@@ -90,7 +90,7 @@ def test_the_last_group_may_be_short(packer: Packer, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", INTEGERS)
 def test_slices_convert_to_slices(name: str, tmp_path: Path) -> None:
-    """As ranks of tensor parallelism take them."""
+    """Slices as the ranks of tensor parallelism take them."""
     weight, _ = stored(PACKERS[name], tmp_path)
     source, whole = weight.scheme, grouped(weight)
     rows = source.take_rows(weight, [(32, 64), (0, 32)])
@@ -113,7 +113,7 @@ def same(one: PackedWeight, other: PackedWeight) -> bool:
 
 
 class Grouping(TorchBackend):
-    """A backend that multiplies weights of 4 bits in groups."""
+    """A backend that multiplies grouped 4-bit weights."""
 
     schemes = frozenset({"w4a16"})
 
@@ -134,7 +134,7 @@ def test_a_backend_that_multiplies_the_form_gets_it(tmp_path: Path) -> None:
 def test_some_columns_of_an_act_order_weight_become_floats(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They are of every group, and not as many of each."""
+    """The columns belong to all groups, in different numbers."""
     weight, meaning = stored(packers.gptq(4, 32, order=True), tmp_path)
     some = weight.scheme.take_columns(weight, 0, 64)
     found = Packing(Grouping())(some)

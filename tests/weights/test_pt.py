@@ -1,4 +1,4 @@
-"""PyTorch's own weight files: what they give is what safetensors give, and nothing in them is run."""
+"""PyTorch weight files load as safetensors files do, and no code in them is run."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_safetensors_come_first(source: Path, tmp_path: Path) -> None:
 
 
 class Evil:
-    """Unpickled, it writes a file."""
+    """Writes a file if it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -109,7 +109,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("how", ["torch", "pickle"])
-def test_code_in_a_file_is_not_run(how: str, tmp_path: Path) -> None:
+def test_code_in_a_pickle_is_not_run(how: str, tmp_path: Path) -> None:
     path, trace = tmp_path / "pytorch_model.bin", tmp_path / "trace"
     content = {"a": torch.ones(2), "b": Evil(trace)}
     if how == "torch":
@@ -131,7 +131,7 @@ def test_code_in_a_file_is_not_run(how: str, tmp_path: Path) -> None:
         ({"a": torch.ones(2, dtype=torch.complex64)}, "is of complex64; accepted: float64"),
     ],
 )
-def test_what_is_no_mapping_of_tensors(content: Any, says: str, tmp_path: Path) -> None:
+def test_files_that_hold_no_mapping_of_tensors_are_refused(content: Any, says: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ModelError, match=says):
         read_pt(tmp_path / "x.pt")
@@ -157,7 +157,7 @@ def test_views_and_shared_storage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 1000])
-def test_beginnings_of_files(source: Path, tmp_path: Path, size: int) -> None:
+def test_truncated_pickles_are_refused(source: Path, tmp_path: Path, size: int) -> None:
     torch.save(tensors(source), tmp_path / "whole.bin")
     (tmp_path / "x.bin").write_bytes((tmp_path / "whole.bin").read_bytes()[:size])
     with pytest.raises(ModelError, match=r"x\.bin: "):

@@ -1,4 +1,4 @@
-"""``quantization_config`` as checkpoints on the hub have it: which scheme each module gets, and what is refused."""
+"""``quantization_config`` as in checkpoints on the hub: which scheme each module gets, and what is refused."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_patterns_match_from_the_beginning_of_a_name(tmp_path: Path) -> None:
 
 
 def test_long_lists_of_modules_are_one_rule(tmp_path: Path) -> None:
-    """A mixture of 94 layers and 128 experts has 36,000 weights and names several hundred modules: a rule for each
+    """A mixture of 94 layers and 128 experts has 36,000 weights and lists several hundred modules; one rule for each
     would take minutes."""
     names = [f"model.layers.{layer}.mlp.gate" for layer in range(600)]
     found = read(tmp_path, BLOCKS | {"modules_to_not_convert": names})

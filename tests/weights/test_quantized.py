@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: their layout, native = reference, what they cost, and checkpoints that hold them."""
+"""8- and 4-bit weights: layout, native against reference results, accuracy, and checkpoints that hold them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def random(*shape: int, seed: int = 0) -> NDArray[np.float32]:
 
 
 def rounded(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """x as a product sees it: 8 bits in groups of a row, float32 scales."""
+    """x as a product rounds it: 8 bits in groups of a row, with float32 scales."""
     groups = np.pad(x, ((0, 0), (0, -x.shape[1] % GROUP))).reshape(len(x), -1, GROUP)
     extremes = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)
     inverse = np.divide(-128, extremes, out=np.zeros_like(extremes), where=extremes != 0)
@@ -120,7 +120,7 @@ def test_sizes(kind: str) -> None:
     seed=st.integers(0, 9),
     scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e20]),
 )
-def test_every_element_is_as_near_as_its_code_can_be(
+def test_every_element_is_rounded_to_the_nearest_code(
     kind: str, rows: int, columns: int, seed: int, scale: float
 ) -> None:
     weight = random(rows, columns, seed=seed) * np.float32(scale)
@@ -140,8 +140,8 @@ def test_eight_bits_err_less_than_four() -> None:
     assert error["int8"] < 3.5e-5 and error["int4"] < 7e-3, error
 
 
-def test_four_bits_beat_the_nearest_scale() -> None:
-    """The search is worth its time: less error than a scale that makes the largest element -8."""
+def test_the_int4_scale_search_reduces_the_error() -> None:
+    """The search gives a smaller error than a scale that maps the largest element to -8."""
     weight = random(256, GROUP)
     largest = np.take_along_axis(weight, np.abs(weight).argmax(1, keepdims=True), 1)
     plain = np.clip(np.rint(weight / (largest / -8)), -8, 7) * (largest / -8)
@@ -152,7 +152,7 @@ def test_four_bits_beat_the_nearest_scale() -> None:
 
 
 @pytest.mark.parametrize("scheme", [*TILES.values(), *BLOCK_SCHEMES.values()], ids=lambda scheme: scheme.name)
-def test_slices_mean_what_slices_of_the_whole_do(scheme: Scheme) -> None:
+def test_slices_dequantise_to_slices_of_the_whole(scheme: Scheme) -> None:
     whole = packed_in(scheme, 3 * TILE_ROWS + 5, 1024)
     values = dequantize(whole)
     spans = [(2 * TILE_ROWS, 3 * TILE_ROWS), (0, TILE_ROWS), (3 * TILE_ROWS, len(values))]
@@ -189,7 +189,7 @@ def packed_in(scheme: Scheme, rows: int, columns: int) -> PackedWeight:
 @each_kind
 @each_isa
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_native_codes_are_the_references(isa: str, kind: str, dtype: str) -> None:
+def test_native_codes_equal_the_references(isa: str, kind: str, dtype: str) -> None:
     backend = CpuBackend(isa=isa, threads=2)
     held = host_tensor(random(53, 333), dtype)
     floats = backend.to_host(backend.tensor(held, "float32"))
@@ -212,7 +212,7 @@ def test_native_codes_are_the_references(isa: str, kind: str, dtype: str) -> Non
     parts=st.lists(st.integers(1, 60), min_size=1, max_size=3),
     biased=st.booleans(),
 )
-def test_a_product_is_the_references_and_the_same_in_every_batch(
+def test_a_product_equals_the_reference_and_is_batch_invariant(
     isa: str, kind: str, rows: int, width: int, parts: list[int], biased: bool
 ) -> None:
     backend = CpuBackend("bfloat16", threads=2, isa=isa, packed=True)
@@ -250,7 +250,7 @@ def test_long_products(isa: str, kind: str, width: int) -> None:
 
 @each_kind
 def test_instruction_sets_agree_to_rounding(kind: str) -> None:
-    """Whole numbers are exact everywhere; only groups are added in floats, with or without fused steps."""
+    """Integer sums are exact everywhere; only sums over groups are in floats, with or without fused multiply-add."""
     packed, x = quantize(random(40, 200), kind), random(9, 200, seed=1)
     found = []
     for isa in ISAS:
@@ -283,7 +283,7 @@ def backends() -> list[Backend]:
     return [CpuBackend(packed=True), *([torch_backend("float32")] if HAS_TORCH else [])]
 
 
-def test_zeros_and_rows_of_none() -> None:
+def test_zero_weights_and_inputs_without_rows() -> None:
     for kind in QUANTIZATIONS:
         for backend in backends():
             weight = backend.linear_weight(
@@ -300,7 +300,7 @@ def test_zeros_and_rows_of_none() -> None:
 
 
 @each_isa
-def test_what_is_not_a_number_stays_so(isa: str) -> None:
+def test_nan_inputs_stay_nan(isa: str) -> None:
     backend = CpuBackend(isa=isa, packed=True)
     weight = backend.linear_weight([quantize(random(20, 70), "int8")])
     x = random(3, 70)
@@ -352,7 +352,7 @@ def test_an_unknown_scheme_is_refused() -> None:
 
 @of_torch
 @each_kind
-def test_native_logits_are_the_references(kind: str) -> None:
+def test_native_logits_equal_the_references(kind: str) -> None:
     tokens = np.arange(100, 160, dtype=np.int32)
     found = []
     for backend in backends():
@@ -366,7 +366,7 @@ def test_native_logits_are_the_references(kind: str) -> None:
 
 @of_text
 @each_kind
-def test_a_request_gets_the_same_however_it_is_scheduled(kind: str) -> None:
+def test_scheduling_does_not_change_the_output(kind: str) -> None:
     prompts = ["The package manager", "Debian is", "The kernel " * 20, "The kernel " * 20 + "is the part"]
 
     def texts(**options: Any) -> list[str]:
@@ -392,7 +392,7 @@ def texts(path: Path | None, **options: Any) -> list[str]:
 
 @of_text
 @each_kind
-def test_a_saved_checkpoint_is_what_quantising_at_load_gives(
+def test_a_saved_checkpoint_equals_quantising_at_load(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["quantize", "--quantization", kind, "--output", str(tmp_path / "deep" / "saved")]) == 0
@@ -435,7 +435,7 @@ def test_every_family_and_sharded_sources(kind: str, family: str, tmp_path: Path
 @of_torch
 @each_kind
 def test_a_backend_without_the_scheme_dequantises_at_load(kind: str, tmp_path: Path) -> None:
-    """The logits are those of a float checkpoint with the values that the quantised one means."""
+    """The logits equal those of a float checkpoint with the dequantised values."""
     write_checkpoint(tmp_path / "source")
     quantize_checkpoint(tmp_path / "source", tmp_path / "saved", kind)
     backend = torch_backend("float32")
@@ -456,7 +456,7 @@ def test_a_backend_without_the_scheme_dequantises_at_load(kind: str, tmp_path: P
 
 
 def test_weights_are_used_in_place(tmp_path: Path) -> None:
-    """Codes of a saved checkpoint lie at multiples of 64 bytes of its file, whatever the header's length."""
+    """The codes of a saved checkpoint are aligned to 64 bytes in its file, whatever the header's length."""
     for layers in (1, 2, 3):
         write_checkpoint(tmp_path / f"source{layers}", num_hidden_layers=layers)
         quantize_checkpoint(tmp_path / f"source{layers}", tmp_path / f"saved{layers}", "int8")
@@ -468,7 +468,7 @@ def test_weights_are_used_in_place(tmp_path: Path) -> None:
         assert all((8 + length + begin) % 64 == 0 for begin in begins)
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_failed_quantise_leaves_no_files(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source", dtype="float32")
     quantize_checkpoint(tmp_path / "source", tmp_path / "saved", "int8")
     with pytest.raises(ParameterError, match=r"output=.*exists"):
@@ -507,7 +507,9 @@ def edited(path: Path, **changes: Any) -> Path:
         ("int8", "an object"),
     ],
 )
-def test_what_a_config_says_of_quantisation(section: Any, words: str | None, tmp_path: Path) -> None:
+def test_the_quantisation_section_of_a_config_is_read(
+    section: Any, words: str | None, tmp_path: Path
+) -> None:
     write_checkpoint(tmp_path)
     edited(tmp_path, quantization_config=section)
     if words is None:

@@ -1,4 +1,4 @@
-"""Quantised checkpoints of other programs: read, sliced, and refused by name."""
+"""Quantised checkpoints of other programs: read, sliced, or refused by name."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _DTYPES = {
 
 
 def write(path: Path, tensors: dict[str, tuple[str, NDArray[Any]]], **config: Any) -> None:
-    """A checkpoint of ``tensors`` beside the configuration that is there."""
+    """Write a checkpoint of ``tensors`` with the existing configuration."""
     held = {
         name: HostTensor(_DTYPES[dtype], array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         for name, (dtype, array) in tensors.items()
@@ -56,7 +56,7 @@ def write(path: Path, tensors: dict[str, tuple[str, NDArray[Any]]], **config: An
 
 
 def quantised(base: Path, packer: Packer, family: str = "Llama", **changes: Any) -> tuple[Path, Path]:
-    """A checkpoint with packed products, and one in float32 of what they mean."""
+    """A checkpoint with packed weights, and a float32 checkpoint of their values."""
     packed, floats = base / "packed", base / "floats"
     for path in (packed, floats):
         write_checkpoint(path, family, **{"intermediate_size": 128} | changes)
@@ -93,7 +93,7 @@ def logits(path: Path, backend: Backend) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("name", PACKERS)
-def test_a_quantised_checkpoint_computes_what_its_values_do(name: str, tmp_path: Path) -> None:
+def test_a_quantised_checkpoint_equals_its_dequantised_weights(name: str, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"vocab_size": 320} if PACKERS[name].head else {}
     packed, floats = quantised(tmp_path, PACKERS[name], **changes)
     expected = logits(floats, TorchBackend())
@@ -104,7 +104,7 @@ def test_a_quantised_checkpoint_computes_what_its_values_do(name: str, tmp_path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["awq g32", "gptq asymmetric", "pack-quantized asymmetric", "fp8 blocks"])
-def test_every_shape_of_family_is_read(name: str, family: str, tmp_path: Path) -> None:
+def test_checkpoints_of_every_family_are_read(name: str, family: str, tmp_path: Path) -> None:
     architecture, changes = FAMILIES[family]
     packed, floats = quantised(tmp_path, PACKERS[name], architecture, **changes)
     expected = logits(floats, TorchBackend())
@@ -115,7 +115,7 @@ def test_every_shape_of_family_is_read(name: str, family: str, tmp_path: Path) -
 
 @needs_native_cpu
 @pytest.mark.parametrize("name", ["awq g32", "gptq 3 bits", "int-quantized", "modelopt nvfp4"])
-def test_the_native_backend_gets_floats(name: str, tmp_path: Path) -> None:
+def test_the_native_backend_gets_dequantised_weights(name: str, tmp_path: Path) -> None:
     packed, floats = quantised(tmp_path, PACKERS[name])
     assert logits(packed, CpuBackend()).tobytes() == logits(floats, CpuBackend()).tobytes()
 
@@ -139,8 +139,8 @@ def test_the_cuda_backend_multiplies_what_is_packed(name: str, dtype: str, tmp_p
 
 
 @pytest.mark.parametrize("name", PACKERS)
-def test_slices_mean_what_slices_of_the_whole_do(name: str, tmp_path: Path) -> None:
-    """As two ranks take them: rows of q and the MLP, columns of o and down."""
+def test_slices_dequantise_to_slices_of_the_whole(name: str, tmp_path: Path) -> None:
+    """Slices as two ranks take them: rows of q and the MLP, columns of o and down."""
     changes: dict[str, Any] = {"vocab_size": 320} if PACKERS[name].head else {}
     packed, floats = quantised(
         tmp_path, PACKERS[name], num_attention_heads=4, num_key_value_heads=4, hidden_size=128, **changes
@@ -155,7 +155,7 @@ def test_slices_mean_what_slices_of_the_whole_do(name: str, tmp_path: Path) -> N
             np.testing.assert_allclose(float_values(one), float_values(other), rtol=1e-6, atol=1e-9)
 
 
-def test_modules_are_left_out_by_name_substring_and_expression(tmp_path: Path) -> None:
+def test_modules_are_excluded_by_name_substring_and_expression(tmp_path: Path) -> None:
     packer = packers.packed_ints(4, 32)
     config = packer.config | {"ignore": ["lm_head", "model.layers.1.mlp.down_proj", "re:.*layers\\.2\\..*"]}
     quantization = read(tmp_path, config)
@@ -186,8 +186,8 @@ def test_gptq_overrides_by_module(tmp_path: Path) -> None:
     assert quantization.scheme("model.layers.1.mlp.up_proj.weight").bits == 4
 
 
-def test_a_weight_that_is_floats_after_all_is_read_as_floats(tmp_path: Path) -> None:
-    """Some programs leave layers out without saying so in the configuration."""
+def test_an_unquantised_weight_is_read_as_floats(tmp_path: Path) -> None:
+    """Some programs leave layers unquantised without saying so in the configuration."""
     packed, floats = quantised(tmp_path, packers.awq(32))
     name = "model.layers.1.mlp.down_proj"
     kept = {key: value for key, value in tensors_of(packed).items() if not key.startswith(f"{name}.")} | {
@@ -256,7 +256,9 @@ def test_older_files_beside_config_json_are_read(tmp_path: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_is_not_read_is_refused_by_name(config: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_unsupported_quantisation_configs_are_refused_by_name(
+    config: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(ModelError, match=words):
         read(tmp_path, config)
 
@@ -312,7 +314,9 @@ def filled(value: Any) -> Any:
         ),
     ],
 )
-def test_damaged_weights_are_named(name: str, suffix: str, change: Any, words: str, tmp_path: Path) -> None:
+def test_damaged_weights_are_refused_by_name(
+    name: str, suffix: str, change: Any, words: str, tmp_path: Path
+) -> None:
     packed, _ = quantised(tmp_path, PACKERS[name])
     edited(packed, suffix, change)
     with pytest.raises(ModelError, match=words):
@@ -328,7 +332,7 @@ def test_groups_must_divide_a_row(tmp_path: Path) -> None:
         load_model(TorchBackend(), packed, max_model_len=64, block_size=16)
 
 
-def test_the_method_is_checked_and_told(tmp_path: Path) -> None:
+def test_the_quantisation_method_is_checked_and_reported(tmp_path: Path) -> None:
     from vllmlite import LLM
 
     packed, floats = quantised(tmp_path, packers.awq(32))
@@ -347,7 +351,7 @@ def test_the_method_is_checked_and_told(tmp_path: Path) -> None:
 
 
 def test_parts_are_views_of_the_file(tmp_path: Path) -> None:
-    """A packed weight takes no memory before it is dequantised."""
+    """A packed weight uses no memory until it is dequantised."""
     packed, _ = quantised(tmp_path, packers.awq(32))
     stored = open_model(packed, read_spec(packed), Packing(TorchBackend())).stored
     weight = stored.tensor("model.layers.0.self_attn.q_proj.weight")
@@ -388,7 +392,7 @@ def test_damaged_states_are_refused(change: dict[str, Any], words: str, tmp_path
 
 
 def test_the_order_of_columns_must_be_what_the_configuration_says(tmp_path: Path) -> None:
-    """desc_act needs g_idx, and without it a slice of columns could not follow another order."""
+    """desc_act needs g_idx, and a checkpoint without desc_act may not have its columns in another order."""
     sizes: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 128}
     packed, _ = quantised(tmp_path, packers.gptq(4, 32, order=True), **sizes)
     config = json.loads((packed / "config.json").read_text())
@@ -404,7 +408,7 @@ def test_the_order_of_columns_must_be_what_the_configuration_says(tmp_path: Path
 
 
 def test_a_weight_that_may_be_transposed_must_be_what_the_configuration_says(tmp_path: Path) -> None:
-    """GPT-2 stores floats transposed, and the shape of a square weight does not tell."""
+    """GPT-2 stores floats transposed, and the shape of a square weight does not show whether they are."""
     packed, floats = quantised(tmp_path, packers.awq(32), "GPT2", n_embd=64, n_inner=128)
     name = "transformer.h.1.attn.c_proj"
     kept = {key: value for key, value in tensors_of(packed).items() if not key.startswith(f"{name}.q")}
