@@ -1,11 +1,12 @@
-// This header is read by code that is compiled for newer CPUs than the one it may run on: nothing inline.
+// Nothing here may be inline: files that are compiled for CPUs newer than the one they run on include this header, and
+// the linker may keep their copy of an inline function.
 #pragma once
 
 #include <cstdint>
 
 namespace vllmlite {
 
-// Functions of an activation, by the names in vllmlite/backends/base.py.
+// The activation functions, named as in vllmlite/backends/base.py.
 enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu };
 
 }  // namespace vllmlite

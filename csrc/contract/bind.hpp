@@ -1,4 +1,4 @@
-// How the extensions read what vllmlite/backends/base.py hands them, and hand back what it expects.
+// Conversions between the Python objects of vllmlite/backends/base.py and the extensions' own types.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -15,8 +15,8 @@
 
 namespace vllmlite {
 
-// Version of what the Python side and the modules agree on; vllmlite/backends compares it. Debian's
-// vllmlite-backend-api-N is it.
+// Version of the interface between the Python code and the extension modules, compared by vllmlite/backends. It is the
+// N of the virtual Debian package vllmlite-backend-api-N.
 inline constexpr int kInterfaceVersion = 3;
 
 template <typename T>
@@ -31,7 +31,7 @@ SlotSpec slot_spec(const pybind11::object& given);
 SlotParams slot_params(const pybind11::object& given);
 HostBatch host_batch(const pybind11::object& given);
 
-// std::invalid_argument for other names than the contract's; a gate's are fewer.
+// The activation of this name; `gated` ones exclude relu. std::invalid_argument for any other name.
 Activation activation_of(const std::string& name, bool gated);
 
 std::optional<Rotation> rotation(const std::optional<Tensor>& cos_sin, int rotary_dim, bool interleaved);
@@ -39,14 +39,14 @@ std::optional<Rotation> rotation(const std::optional<Tensor>& cos_sin, int rotar
 std::vector<Tensor> listed(const Logprobs& found);
 std::vector<Tensor> listed(const Sampled& found);
 
-// The bytes of an array, contiguous and as many as `tensor` has; std::invalid_argument if they are not.
+// The bytes of a contiguous array; std::invalid_argument if it is not contiguous or not as large as `tensor`.
 const void* bytes_for(const Tensor& tensor, const pybind11::array& bytes);
 
-// The class of what lives a slot; its constructor is the module's own.
+// Binds the per-slot state class `Slots`; the caller adds the constructor.
 template <typename Slots>
 pybind11::class_<Slots, std::shared_ptr<Slots>> bind_slots(pybind11::module_& module) {
   pybind11::class_<Slots, std::shared_ptr<Slots>> slots(module, "Slots", pybind11::module_local(),
-                                                        "What lives a slot.");
+                                                        "Per-slot state that is kept between steps.");
   slots.def("set", [](Slots& self, int slot, const pybind11::object& params) { self.set(slot, slot_params(params)); })
       .def("append_blocks",
            [](Slots& self, const Array<std::int32_t>& ids, const Array<std::int32_t>& columns,

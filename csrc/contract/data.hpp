@@ -1,5 +1,5 @@
-// The data that crosses the contract of vllmlite/backends/base.py, as every native backend takes it, and what is
-// checked of it: std::out_of_range, and std::invalid_argument for what does not fit together.
+// The data that crosses the interface of vllmlite/backends/base.py, as every native backend takes it. The checks throw
+// std::out_of_range for an index that is out of range and std::invalid_argument for fields that do not fit together.
 #pragma once
 
 #include <cstdint>
@@ -36,11 +36,11 @@ struct SlotSpec {
   void check_params(int slot, const SlotParams& params) const;
   void check_blocks(std::span<const std::int32_t> slot_ids, std::span<const std::int32_t> columns,
                     std::span<const std::int32_t> blocks) const;
-  // Checks that a pool has the blocks that block tables may point to.
+  // Throws std::invalid_argument if a pool of this many blocks has fewer than the block tables may point to.
   void check_pool(std::int64_t blocks_of_pool) const;
 };
 
-// A step's input as the host has it: a ForwardBatch.
+// A step's input in host memory: the ForwardBatch of vllmlite/backends/base.py.
 struct HostBatch {
   int num_tokens = 0, num_rows = 0, max_context = 0;
   int num_logprobs = -1;
@@ -49,24 +49,24 @@ struct HostBatch {
   std::vector<std::int32_t> mask_rows;
   std::vector<std::int32_t> bitmask;  // [mask_rows, (vocab_size + 31) / 32]
 
-  // Checks sizes, every index, and that contexts fit block tables of blocks of `block_size` tokens.
+  // Checks the sizes, every index, and that the contexts fit block tables of blocks of `block_size` tokens.
   void check(const SlotSpec& slots, int block_size) const;
 
-  // By sampled position, the token of the first sampled position of its slot: drafts are the tokens behind it.
+  // For each sampled position, the token of its slot's first sampled position; the drafts come after it.
   std::vector<std::int32_t> first_sampled() const;
 };
 
-// Of a head's elements in pairs, by position.
+// Rotary embedding: the first `rotary_dim` elements of each head are rotated in pairs, by an angle of the position.
 struct Rotation {
   Tensor cos_sin;  // float32 [positions, rotary_dim]
   int rotary_dim;
   bool interleaved;
 
-  // Checks that it is for heads of `head_dim`, and for the positions of the longest sequence.
+  // Checks that it fits heads of `head_dim` elements and covers max_context positions.
   void check(int head_dim, const SlotSpec& slots) const;
 };
 
-// Weights of norms of q's and k's heads, as attn_prep has them.
+// Weights of the norms of q's and k's heads, as attn_prep takes them.
 struct AttentionNorms {
   std::optional<Tensor> q, k;
   float eps = 0;

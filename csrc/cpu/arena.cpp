@@ -23,11 +23,11 @@ void* get(std::size_t bytes) {
   return memory;
 }
 
-// A free piece of up to this many times the size will do: as steps shrink, they take to the pieces of larger ones,
-// where pieces for every size between would add up to several times the largest step.
-constexpr std::size_t kMostSpare = 8;
+// A free piece of up to this many times the size is reused. So smaller steps use the pieces of larger ones; otherwise
+// pieces of every size in between would add up to several times the largest step.
+constexpr std::size_t kMaxOversize = 8;
 
-// Four sizes to each power of two.
+// Rounds up to one of four sizes per power of two.
 std::size_t size_class(std::size_t bytes) {
   if (bytes <= 256) return 256;
   const std::size_t step = std::bit_floor(bytes - 1) / 4;
@@ -54,9 +54,9 @@ Tensor Arena::make(std::vector<std::int64_t> shape, DType dtype) {
   tensor.dtype = dtype;
   tensor.shape = std::move(shape);
   auto fit = free_.lower_bound(size);
-  while (fit != free_.end() && fit->first <= kMostSpare * size && fit->second.empty()) ++fit;
+  while (fit != free_.end() && fit->first <= kMaxOversize * size && fit->second.empty()) ++fit;
   std::size_t taken = size;
-  if (fit == free_.end() || fit->first > kMostSpare * size) {
+  if (fit == free_.end() || fit->first > kMaxOversize * size) {
     tensor.data = get(size);
   } else {
     taken = fit->first;

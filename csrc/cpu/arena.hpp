@@ -1,5 +1,5 @@
-// Memory for what ops return. A piece that is given back goes to the next op that wants about its size: ops run in the
-// order in which they were issued, so whoever reads a piece is before whoever overwrites it.
+// Memory for the results of ops. A released piece goes to the next op that needs about its size. That is safe because
+// ops run in the order in which they were issued: every reader of a piece runs before the op that overwrites it.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +18,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
-  // An uninitialised tensor that returns here when its last copy goes.
+  // An uninitialised tensor whose memory returns to this arena when its last copy is destroyed.
   Tensor make(std::vector<std::int64_t> shape, DType dtype);
 
   // Whether the tensor's memory came from an arena.
@@ -30,7 +30,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::map<std::size_t, std::vector<void*>> free_;
 };
 
-// Uninitialised memory of its own, 64-byte aligned, on huge pages where it is large.
+// Uninitialised memory that belongs to no arena, 64-byte aligned, on huge pages if it is 2 MiB or more.
 Tensor allocate(std::vector<std::int64_t> shape, DType dtype);
 
 }  // namespace vllmlite::cpu

@@ -80,7 +80,7 @@ std::vector<QueryTile> Batch::tiles(int queries) const {
     for (std::int32_t at = query_start_loc[static_cast<std::size_t>(row)]; at < last; at += queries)
       found.push_back({row, at, std::min(queries, last - at)});
   }
-  // The longest contexts first, so that no member is left alone with one at the end.
+  // The longest contexts come first, so that no thread is left alone with one at the end.
   std::ranges::stable_sort(found, std::ranges::greater{},
                            [&](const QueryTile& tile) { return positions[static_cast<std::size_t>(tile.first)]; });
   return found;

@@ -1,4 +1,4 @@
-// A step's input, and what lives a slot from step to step.
+// A step's input, and the per-slot state that is kept between steps.
 #pragma once
 
 #include <cstdint>
@@ -24,36 +24,36 @@ struct Slots : SlotSpec {
   std::vector<std::int32_t> block_table;  // [max_slots, max_blocks], each below num_blocks
   std::vector<std::int32_t> last_id;
   std::vector<SlotParams> params;
-  // By slot and id, empty for slots without penalties: how often it was generated, and whether the prompt has it.
+  // For each slot, by token id: how often it was generated, and whether the prompt has it. Empty without penalties.
   std::vector<std::vector<std::int32_t>> counts;
   std::vector<std::vector<std::uint8_t>> in_prompt;
 };
 
-// Some queries of a row that attend together.
+// Consecutive queries of one row, computed together by attention.
 struct QueryTile {
   std::int32_t row, first, count;  // tokens `first` up to `first + count` of the step
 };
 
 struct Batch : HostBatch {
-  // Checks the step's input and derives the rest; ids of -1 become the slots' last ones.
+  // Checks the step's input and derives the other fields; an id of -1 becomes the slot's last sampled id.
   Batch(HostBatch host, std::shared_ptr<Slots> slots, int block_size);
 
   std::vector<std::int32_t> token_rows;     // row of each token
   std::vector<std::int32_t> first_sampled;  // see HostBatch
-  std::vector<std::int32_t> mask_places;    // by sampled position, its place in mask_rows or -1; empty: no masks
+  std::vector<std::int32_t> mask_places;    // for each sampled position its index in mask_rows, or -1; empty: no masks
   std::shared_ptr<Slots> slots;
-  int block_size;  // of the caches that it is for
+  int block_size;  // of the KV caches that it is used with
 
-  // The ids drafted before a sampled position.
+  // The draft ids before a sampled position.
   std::span<const std::int32_t> drafts(std::size_t sampled) const {
     return std::span(token_ids).subspan(static_cast<std::size_t>(first_sampled[sampled]) + 1,
                                         static_cast<std::size_t>(logits_rows[sampled] - first_sampled[sampled]));
   }
 
-  // Takes over what recorded phases read of another step, of the same shape.
+  // Copies in what recorded phases read of another step of the same shape; std::invalid_argument if the shape differs.
   void replace(const Batch& other);
 
-  // Rows cut into tiles of at most `queries`.
+  // The rows, cut into tiles of at most `queries` queries.
   std::vector<QueryTile> tiles(int queries) const;
 };
 

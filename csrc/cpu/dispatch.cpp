@@ -12,7 +12,7 @@
 
 namespace vllmlite::cpu {
 
-// The kernels of each instruction set. The address is null if the build has none for it.
+// The kernels of each instruction set; the address is null if this build has none for it.
 #define VLLMLITE_TABLE(isa)                           \
   namespace isa {                                     \
   extern const Kernels kernels __attribute__((weak)); \
@@ -28,7 +28,7 @@ VLLMLITE_TABLE(neon)
 #if defined(__x86_64__)
 namespace {
 
-// Whether the CPU has tiles of bfloat16, and the kernel lets this process have their registers, which it must be asked.
+// Whether the CPU has AMX tiles with bfloat16 and Linux grants them; a process must request the tile registers first.
 bool may_use_tiles() {
 #if defined(__linux__)
   constexpr unsigned kTile = 1U << 24, kBf16 = 1U << 22;  // of leaf 7's EDX

@@ -8,13 +8,14 @@
 
 namespace vllmlite::cpu {
 
-// The tables of this binary that this CPU can run, the plainest first.
+// The kernel tables of this build that this CPU can run, the most basic first.
 std::vector<const Kernels*> available_kernels();
 
-// The table of `isa`, or the best one for "auto". std::invalid_argument if there is none.
+// The table of `isa`, or the best one for "auto". std::invalid_argument if this CPU or this build does not have it.
 const Kernels& choose_kernels(const std::string& isa);
 
-// Whether this CPU, going over memory once, is fastest by itself: AMD's is, by a quarter; Intel's loses a tenth.
+// Whether memory that is read once is best left to the CPU's own prefetcher: AMD's are a quarter faster so, Intel's a
+// tenth slower.
 bool reads_ahead();
 
 }  // namespace vllmlite::cpu

@@ -1,4 +1,4 @@
-// Ops that go over rows once.
+// Ops that pass over their rows once.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -12,7 +12,7 @@ namespace vllmlite::cpu {
 
 namespace {
 
-constexpr std::int64_t kPiece = 2048;  // elements of a row that are one task where rows need not be whole
+constexpr std::int64_t kPiece = 2048;  // elements of a row that make one task, where a row can be split
 
 const std::int32_t* indices(const Tensor& tensor, std::int64_t limit, const char* what) {
   check_rank(tensor, 1, what);
@@ -79,7 +79,7 @@ struct NormResult {
   Tensor out, sum;
 };
 
-// Fills in what all norms have, `row` by row of x, and has `kernel` do each.
+// Sets the fields that all norms share in `row`, then runs `kernel` on every row of x.
 template <typename Row>
 NormResult norm(Runtime& runtime, Row row, void (*kernel)(const Row&), const Tensor& given, const Tensor& weight,
                 float eps, const std::optional<Tensor>& given_residual) {
@@ -121,7 +121,7 @@ NormResult norm(Runtime& runtime, Row row, void (*kernel)(const Row&), const Ten
   return {out, sum};
 }
 
-// Has `body` write rows of `to`, float32 [count, width], piece by piece: (row, first element, elements).
+// Splits rows of `width` elements into pieces, one task each, and calls body(row, first element, number of elements).
 template <typename Body>
 void each_piece(Runtime& runtime, std::int64_t count, std::int64_t width, Body body) {
   const std::int64_t pieces = (width + kPiece - 1) / kPiece;
@@ -133,7 +133,7 @@ void each_piece(Runtime& runtime, std::int64_t count, std::int64_t width, Body b
   });
 }
 
-// f of the first `width` elements of each row of x, times the others where there are any.
+// f of the first `width` elements of each row of x, times the remaining `width` elements if the row has them (gated).
 Tensor activated(Runtime& runtime, const Tensor& given, Activation f, std::int64_t width) {
   const Tensor x = converted(runtime, given, DType::float32);
   const Tensor out = runtime.make({x.shape[0], width}, runtime.product_input());
@@ -149,7 +149,7 @@ Tensor activated(Runtime& runtime, const Tensor& given, Activation f, std::int64
   return out;
 }
 
-// Memory for a result in place of x, or of its own where x may not be written.
+// x itself as the memory of the result, or new memory if x is read-only.
 Tensor in_place(Runtime& runtime, const Tensor& x) {
   if (!x.readonly) return x;
   return runtime.make(x.shape, x.dtype);

@@ -16,7 +16,7 @@ using vllmlite::Tensor;
 
 namespace {
 
-// A tensor over the bytes of a numpy array, which it keeps alive.
+// A tensor that shares the bytes of a numpy array and keeps the array alive.
 Tensor over(const py::array& bytes, const std::string& dtype, const std::vector<std::int64_t>& shape) {
   Tensor tensor;
   tensor.dtype = vllmlite::dtype_from_name(dtype);
@@ -39,17 +39,17 @@ Tensor part_of(const std::shared_ptr<cpu::Batch>& batch, std::vector<std::int32_
   return tensor;
 }
 
-// The batch of a ForwardBatch of numpy arrays.
+// Converts a ForwardBatch of numpy arrays.
 std::shared_ptr<cpu::Batch> upload(cpu::Runtime& runtime, const py::object& host,
                                    const std::shared_ptr<cpu::Slots>& slots, int block_size) {
   {
     const py::gil_scoped_release released;
-    runtime.flush();  // it may hold the step that samples what this one begins with
+    runtime.flush();  // a pending step may sample the ids that this one starts with
   }
   return std::make_shared<cpu::Batch>(vllmlite::host_batch(host), slots, block_size);
 }
 
-// The kind, and what of it vllmlite/backends/cpu.py calls a part: codes, scales, factors or None, rows.
+// A part of a quantised weight as vllmlite/backends/cpu.py has it: kind, codes, scales, factors or None, rows.
 using Part = std::tuple<std::string, Tensor, Tensor, std::optional<Tensor>, std::int64_t>;
 
 constexpr const char* kKinds[cpu::kCodes] = {"int8", "int4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"};
@@ -76,8 +76,8 @@ py::array to_host(cpu::Runtime& runtime, const Tensor& tensor) {
   return array;
 }
 
-// A recorded step: its phases, the batch that they read and the tensors that they write, in memory that all recordings
-// share.
+// A recorded step: its phases, the batch that they read, and the tensors that they write. All recordings share the
+// memory of these tensors.
 struct Graph {
   std::shared_ptr<cpu::Recording> recording;
   std::shared_ptr<cpu::Batch> batch;
@@ -107,7 +107,7 @@ Graph capture(cpu::Runtime& runtime, const std::shared_ptr<cpu::Batch>& batch, c
 
 void replay(cpu::Runtime& runtime, const Graph& graph, const cpu::Batch& batch) {
   const py::gil_scoped_release released;
-  runtime.flush();  // it may still read the last replay's batch and outputs
+  runtime.flush();  // pending phases may still read the last replay's batch and outputs
   graph.batch->replace(batch);
   runtime.replay(*graph.recording);
 }
@@ -127,7 +127,7 @@ void bind_data(py::module_& module) {
            }),
            py::arg("parts"), py::arg("in"), py::arg("bias") = py::none());
   py::class_<cpu::Experts, std::shared_ptr<cpu::Experts>>(module, "Experts", py::module_local(),
-                                                          "The weights of a mixture, an expert's at one place.")
+                                                          "The weights of a mixture of experts, one per expert.")
       .def(py::init(&cpu::make_experts), py::arg("gate_up"), py::arg("down"));
   py::class_<cpu::KVCache, std::shared_ptr<cpu::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.")
       .def(py::init([](int layers, int kv_heads, int head_dim, int block_size, const std::string& dtype,
@@ -147,9 +147,10 @@ void bind_data(py::module_& module) {
             return py::make_tuple(part_of(self, self->token_ids), part_of(self, self->positions),
                                   part_of(self, self->logits_rows));
           },
-          "The tensors of token ids, positions and sampled tokens, which ops are given by themselves.");
+          "Tensors of the token ids, positions and sampled tokens, which some ops take directly.");
   py::class_<Graph>(module, "Graph", py::module_local(), "A recorded step.")
-      .def_readonly("outputs", &Graph::outputs, "What it computes, until another recorded step runs.");
+      .def_readonly("outputs", &Graph::outputs,
+                    "The results of the last replay, valid until another recorded step runs.");
 }
 
 void bind_ops(py::class_<cpu::Runtime>& runtime) {
@@ -177,7 +178,7 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
           [](cpu::Runtime& self, const std::string& type, const Tensor& blocks, const Tensor& to) {
             cpu::floats_of_blocks(self, cpu::block_type(type), blocks, to);
           },
-          py::call_guard<py::gil_scoped_release>(), "Writes what ggml's blocks mean.")
+          py::call_guard<py::gil_scoped_release>(), "Writes the values of ggml's blocks to a float tensor.")
       .def("attn_prep",
            [](cpu::Runtime& self, const Tensor& qkv, int num_heads, const std::optional<Tensor>& cos_sin,
               int rotary_dim, bool interleaved, const std::shared_ptr<cpu::KVCache>& kv, int layer,
@@ -257,12 +258,13 @@ PYBIND11_MODULE(_cpu, module) {
   py::class_<cpu::Runtime> runtime(module, "Runtime", py::module_local(),
                                    "Kernels, threads, and the list of ops to run.");
   runtime
-      .def(py::init([](const std::string& isa, std::vector<std::vector<int>> places, const std::string& dtype) {
-             if (places.empty()) throw std::invalid_argument("there must be at least one thread");
-             return std::make_unique<cpu::Runtime>(isa, std::move(places), vllmlite::dtype_from_name(dtype));
-           }),
-           py::arg("isa"), py::arg("places"), py::arg("dtype"),
-           "A thread for each of `places`, bound to the CPUs listed there; the first, the caller, never is.")
+      .def(
+          py::init([](const std::string& isa, std::vector<std::vector<int>> places, const std::string& dtype) {
+            if (places.empty()) throw std::invalid_argument("there must be at least one thread");
+            return std::make_unique<cpu::Runtime>(isa, std::move(places), vllmlite::dtype_from_name(dtype));
+          }),
+          py::arg("isa"), py::arg("places"), py::arg("dtype"),
+          "A thread for each of `places`, bound to the CPUs listed there. The first is the caller, which is not bound.")
       .def_property_readonly("isa", [](const cpu::Runtime& self) { return std::string(self.kernels().isa); })
       .def_property_readonly("threads", &cpu::Runtime::threads)
       .def("upload", &upload)

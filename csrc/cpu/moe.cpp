@@ -1,5 +1,5 @@
-// A mixture of experts: tokens are sorted by expert, each expert multiplies its own at once, and a token's results are
-// added in the order of the experts.
+// Mixture of experts: tokens are sorted by expert, each expert multiplies all of its tokens at once, and the results of
+// a token are added in the order of its experts.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,15 +13,15 @@ namespace vllmlite::cpu {
 
 namespace {
 
-// Where a step's tokens go.
+// The routing of a step's tokens.
 struct Plan {
   std::vector<std::int32_t> experts;  // [tokens, top_k], ascending
   std::vector<float> weights;         // [tokens, top_k]
-  std::vector<std::int32_t> places;   // [tokens, top_k]: rows among those sorted by expert
+  std::vector<std::int32_t> places;   // [tokens, top_k]: rows after sorting by expert
   std::shared_ptr<Groups> groups;
 };
 
-// The largest of the logits, the first among equals, and their softmax over all.
+// The top_k experts of the largest logits (the first among equals), ascending, and their softmax over all experts.
 void choose(const float* logits, int count, const Routing& routing, std::int32_t* experts, float* weights) {
   const int top_k = routing.top_k;
   for (int i = 0; i < top_k; ++i) {
@@ -40,7 +40,7 @@ void choose(const float* logits, int count, const Routing& routing, std::int32_t
   for (int i = 0; i < top_k; ++i) weights[i] /= sum;
 }
 
-// Sorts by expert, tokens in their order.
+// Sorts the rows by expert, stably, and lists the experts that have any.
 void sort(Plan& plan) {
   std::vector<std::int32_t>& first = plan.groups->first;
   std::ranges::fill(first, 0);
@@ -63,7 +63,7 @@ struct Shape {
   std::int64_t out, in;
 };
 
-// The shape that all weights have.
+// The shape that all the weights share; std::invalid_argument if they differ.
 Shape shape_of(const Experts::Weights& weights) {
   return std::visit(
       [](const auto& all) {

@@ -31,7 +31,7 @@ Runtime::Runtime(const std::string& isa, std::vector<std::vector<int>> places, D
       team_(std::move(places)) {}
 
 void Runtime::keep(const Tensor& tensor) {
-  // An arena's memory is reused by later ops only, which are later in the list as well.
+  // Memory of the arena is reused only by later ops, which are later in the list as well.
   if (!Arena::owns(tensor)) keep(tensor.owner);
 }
 

@@ -1,5 +1,5 @@
-// Ops are not run when they are issued but appended to a list, which the thread team goes through when somebody wants
-// to see a result. A graph is such a list, kept.
+// An issued op does not run at once: its phases join a list, which the thread team runs when a result is needed. A
+// graph is such a list that is kept.
 #pragma once
 
 #include <memory>
@@ -12,27 +12,27 @@
 
 namespace vllmlite::cpu {
 
-// A list of phases and what they need to be run again.
+// A list of phases and the memory that they need to run again.
 struct Recording {
   std::vector<Phase> phases;
   std::vector<std::shared_ptr<void>> keeps;
   std::shared_ptr<Arena> arena;
 };
 
-// The kernels' name of a float dtype, and back. TypeError for others.
+// Conversions between a float dtype and the kernels' name for it. TypeError for other dtypes.
 Float float_of(DType dtype);
 DType dtype_of(Float type);
 
 class Runtime {
  public:
-  // Kernels of `isa` ("auto": the best), a thread for each of `places` (as Team has them), and a model of dense weights
-  // of `dtype`.
+  // Uses the kernels of `isa` ("auto": the best), one thread for each of `places` (see Team); `dtype` is that of the
+  // model's dense weights.
   Runtime(const std::string& isa, std::vector<std::vector<int>> places, DType dtype);
 
   const Kernels& kernels() const { return kernels_; }
   int threads() const { return team_.size(); }
 
-  // What ops that feed a product return: the dtype in which products of the model's weights take their input.
+  // Dtype in which products with the model's weights take their input, and so what ops before a product return.
   DType product_input() const { return product_input_; }
 
   // A tensor for an op's result.
@@ -45,11 +45,12 @@ class Runtime {
   void reserve_scratch(std::size_t bytes) { team_.reserve(bytes); }
   void issue(Phase phase) { pending_.phases.push_back(std::move(phase)); }
 
-  // Runs what is pending.
+  // Runs the pending phases.
   void flush();
 
-  // Between the two, what is issued is kept and what is made comes from the arena of all recordings, which never run at
-  // the same time and leave each other nothing but their results. The second runs it.
+  // Between begin_recording and end_recording, issued phases are kept, and results come from an arena that all
+  // recordings share: recordings never run at the same time, and only their results outlive them. end_recording also
+  // runs them once.
   void begin_recording();
   std::shared_ptr<Recording> end_recording();
   void abandon_recording();

@@ -1,4 +1,4 @@
-// Choosing ids from logits, a row a task.
+// Choosing token ids from logits; each row is one task.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -20,7 +20,7 @@ std::uint64_t mix(std::uint64_t z) {
   return z ^ (z >> 31);
 }
 
-// base.uniform, the same bits.
+// The same bits as base.uniform in vllmlite/backends/base.py.
 double uniform(std::uint64_t seed, std::int64_t position) {
   constexpr std::uint64_t kGolden = 0x9E3779B97F4A7C15U;
   return static_cast<double>(mix(mix(seed + kGolden) + (static_cast<std::uint64_t>(position) + 1) * kGolden) >> 40) *
@@ -35,7 +35,7 @@ double total(std::span<const float> weights) {
 
 // ---- Bias, mask and penalties, in this order
 
-// The bits of the ids that a sampled position may have; null: any.
+// The bitmask of the ids allowed at a sampled position, or null if all are.
 const std::int32_t* mask_of(const Batch& batch, std::size_t sampled, std::size_t vocab_size) {
   if (batch.mask_places.empty() || batch.mask_places[sampled] < 0) return nullptr;
   return batch.bitmask.data() + static_cast<std::size_t>(batch.mask_places[sampled]) * ((vocab_size + 31) / 32);
@@ -61,12 +61,12 @@ void edit(std::span<float> logits, const Batch& batch, std::size_t sampled) {
   }
 }
 
-// ---- Drawing: every filter becomes a least logit, so that equals stay together
+// ---- Drawing: every filter becomes a minimum logit, so that equal logits are kept or dropped together
 
-// The least of the smallest set of largest weights that reaches `aim`, without sorting them all: they are binned by
-// logit, and only the bin that holds the cut is sorted.
+// The smallest logit of the nucleus: the smallest set of the largest weights whose sum reaches `aim`. Instead of
+// sorting everything, it bins the logits and sorts only the bin that holds the cut.
 float nucleus(std::span<const float> logits, std::span<const float> weights, float least, float largest, float factor,
-              double aim, float* room) {
+              double aim, float* scratch) {
   constexpr int kBins = 1024;
   constexpr float kBinsPerUnit = 32;  // of the exponent
   double sums[kBins] = {};
@@ -80,18 +80,18 @@ float nucleus(std::span<const float> logits, std::span<const float> weights, flo
   for (; bin < kBins - 1 && before + sums[bin] < aim; ++bin) before += sums[bin];
   std::size_t count = 0;
   for (std::size_t id = 0; id < logits.size(); ++id)
-    if (weights[id] > 0 && bin_of(logits[id]) == bin) room[count++] = logits[id];
-  std::sort(room, room + count, std::greater<>());
+    if (weights[id] > 0 && bin_of(logits[id]) == bin) scratch[count++] = logits[id];
+  std::sort(scratch, scratch + count, std::greater<>());
   float cut = least;
   for (std::size_t i = 0; i < count && before < aim; ++i) {
-    cut = room[i];
-    before += std::exp(static_cast<double>(room[i] - largest) * static_cast<double>(factor));
+    cut = scratch[i];
+    before += std::exp(static_cast<double>(scratch[i] - largest) * static_cast<double>(factor));
   }
   return std::max(cut, least);
 }
 
 std::int64_t draw(const Kernels& kernels, std::span<const float> logits, const SlotParams& params, double number,
-                  std::span<float> weights, float* room) {
+                  std::span<float> weights, float* scratch) {
   const auto size = static_cast<std::int64_t>(logits.size());
   const std::int64_t best = kernels.argmax(logits.data(), size);
   const float largest = logits[static_cast<std::size_t>(best)];
@@ -100,17 +100,17 @@ std::int64_t draw(const Kernels& kernels, std::span<const float> logits, const S
   float least = -kInfinity;
   if (params.min_p > 0) least = largest + static_cast<float>(std::log(params.min_p)) / factor;
   if (params.top_k > 0 && params.top_k < size) {
-    float* end = std::copy_if(logits.begin(), logits.end(), room, [&](float logit) { return logit >= least; });
-    float* kth = room + params.top_k - 1;
+    float* end = std::copy_if(logits.begin(), logits.end(), scratch, [&](float logit) { return logit >= least; });
+    float* kth = scratch + params.top_k - 1;
     if (kth < end) {
-      std::nth_element(room, kth, end, std::greater<>());
+      std::nth_element(scratch, kth, end, std::greater<>());
       least = *kth;
     }
   }
   kernels.weights(logits.data(), largest, factor, least, weights.data(), size);
   double sum = total(weights);
   if (params.top_p < 1) {
-    least = nucleus(logits, weights, least, largest, factor, sum * params.top_p, room);
+    least = nucleus(logits, weights, least, largest, factor, sum * params.top_p, scratch);
     kernels.weights(logits.data(), largest, factor, least, weights.data(), size);
     sum = total(weights);
   }
@@ -147,7 +147,7 @@ struct LogprobRows {
 };
 
 void find_logprobs(const Kernels& kernels, std::span<const float> logits, std::int32_t id, const LogprobRow& out,
-                   std::span<float> room) {
+                   std::span<float> scratch) {
   const auto size = static_cast<std::int64_t>(logits.size());
   const auto logit_of = [&](std::int32_t at) {
     const float logit = logits[static_cast<std::size_t>(at)];
@@ -156,8 +156,8 @@ void find_logprobs(const Kernels& kernels, std::span<const float> logits, std::i
   const float largest = logit_of(static_cast<std::int32_t>(kernels.argmax(logits.data(), size)));
   double log_sum = static_cast<double>(largest);
   if (std::isfinite(largest)) {
-    kernels.weights(logits.data(), largest, 1, -kInfinity, room.data(), size);
-    log_sum += std::log(total(room));
+    kernels.weights(logits.data(), largest, 1, -kInfinity, scratch.data(), size);
+    log_sum += std::log(total(scratch));
   }
   const auto logprob = [&](float logit) {
     if (std::isinf(logit)) return logit > 0 ? 0 : logit;
@@ -173,13 +173,13 @@ void find_logprobs(const Kernels& kernels, std::span<const float> logits, std::i
   *out.rank = above + 1;
   if (out.k == 0) return;
 
-  // The k-th largest value, then its betters and as many of its equals as are needed, by ascending id.
+  // Finds the k-th largest value, then takes all above it and as many equal to it as are needed, by ascending id.
   for (std::int32_t at = 0; at < static_cast<std::int32_t>(size); ++at)
-    room[static_cast<std::size_t>(at)] = logit_of(at);
-  float* const kth = room.data() + out.k - 1;
-  std::nth_element(room.data(), kth, room.data() + size, std::greater<>());
+    scratch[static_cast<std::size_t>(at)] = logit_of(at);
+  float* const kth = scratch.data() + out.k - 1;
+  std::nth_element(scratch.data(), kth, scratch.data() + size, std::greater<>());
   const float cut = *kth;
-  auto equals = out.k - std::count_if(room.data(), kth, [&](float logit) { return logit > cut; });
+  auto equals = out.k - std::count_if(scratch.data(), kth, [&](float logit) { return logit > cut; });
   int count = 0;
   for (std::int32_t other = 0; count < out.k; ++other) {
     const float logit = logit_of(other);
@@ -215,9 +215,9 @@ Logprobs logprobs(Runtime& runtime, const Tensor& logits, const Tensor& ids, int
   runtime.issue([&kernels = runtime.kernels(), from = static_cast<const float*>(logits.data), rows, size,
                  chosen = static_cast<const std::int32_t*>(ids.data), to = LogprobRows(out)](Worker& worker) {
     const auto width = static_cast<std::size_t>(size);
-    const std::span room(reinterpret_cast<float*>(worker.scratch()), width);
+    const std::span scratch(reinterpret_cast<float*>(worker.scratch()), width);
     for (std::int64_t row; (row = worker.take()) < rows;)
-      find_logprobs(kernels, {from + row * size, width}, chosen[row], to[row], room);
+      find_logprobs(kernels, {from + row * size, width}, chosen[row], to[row], scratch);
   });
   return out;
 }
@@ -237,7 +237,7 @@ Sampled sample(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Bat
     tops.emplace(*out.logprobs);
   }
   runtime.keep(logits);
-  // Edited logits, their weights, and room to select in.
+  // Edited logits, their weights, and scratch memory for selection.
   runtime.reserve_scratch(3 * static_cast<std::size_t>(size) * sizeof(float));
   runtime.issue([&kernels = runtime.kernels(), from = static_cast<const float*>(logits.data), rows, size, tops, batch,
                  ids = static_cast<std::int32_t*>(out.ids.data)](Worker& worker) {

@@ -15,10 +15,11 @@ namespace vllmlite::cpu {
 
 namespace {
 
-constexpr int kSpins = 4000;  // a few microseconds: as long as members usually wait for one another
-constexpr int kYields = 100;  // how often an idle member lets others run before it sleeps
+constexpr int kSpins = 4000;  // a few microseconds: the usual wait between two threads of the team
+constexpr int kYields = 100;  // how often an idle thread yields before it sleeps
 
-// Failing changes speed alone: whoever forbids it (a container, say) has placed the process itself.
+// Binds the calling thread. Failure is ignored: it costs speed only, and whoever forbids it, such as a container, has
+// placed the process already.
 void bind([[maybe_unused]] const std::vector<int>& cpus) {
 #if defined(__linux__)
   if (cpus.empty()) return;
@@ -52,7 +53,7 @@ Team::Team(std::vector<std::vector<int>> places) : workers_(places.size()) {
       threads_.emplace_back(
           [this, index, place = std::move(places[index])] { member(static_cast<int>(index), place); });
   } catch (const std::exception& error) {
-    dismiss();  // those that have started would wait for a round while they are joined
+    dismiss();  // or joining the threads already started would wait forever
     throw std::runtime_error("thread " + std::to_string(threads_.size() + 1) + " of " + std::to_string(size() - 1) +
                              " cannot be started: " + error.what());
   }
@@ -94,7 +95,7 @@ void Team::member(int index, const std::vector<int>& place) {
     for (int i = 0; i < kSpins && round_.load(std::memory_order_acquire) == seen; ++i) pause();
     for (int i = 0; i < kYields && round_.load(std::memory_order_acquire) == seen; ++i) std::this_thread::yield();
     round_.wait(seen, std::memory_order_acquire);
-    // Rounds cannot be missed: the caller leaves one only after every member has met it at the end.
+    // No round can be missed: the caller finishes one only after every thread has reached its end.
     seen = round_.load(std::memory_order_acquire);
     if (stop_) return;
     work(workers_[static_cast<std::size_t>(index)]);

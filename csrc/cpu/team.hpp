@@ -1,4 +1,4 @@
-// A persistent team of threads that goes through a list of phases together. The caller is its first member; the others
+// A persistent team of threads that runs a list of phases together. The calling thread is its first member; the others
 // sleep between lists.
 #pragma once
 
@@ -15,14 +15,14 @@ namespace vllmlite::cpu {
 
 class Team;
 
-// A member, as a phase sees it.
+// One thread of the team, as a phase sees it.
 class Worker {
  public:
-  // The next task's number, each one given out once in a phase.
+  // The next task number; each is handed out once per phase.
   std::int64_t take();
 
-  // Takes tasks below `count` and does each by body(task, following). The following one, -1 where there is none, is
-  // taken early, so that what it reads can be fetched while this one computes.
+  // Takes the tasks below `count` and calls body(task, following) for each. `following` is the thread's next task, or
+  // -1 if there is none; it is taken early, so that the body can prefetch its data.
   template <typename Body>
   void take_ahead(std::int64_t count, Body body) {
     for (std::int64_t task = take(); task < count;) {
@@ -32,7 +32,8 @@ class Worker {
     }
   }
 
-  // Private memory of at least what Team::reserve asked for, 64-byte aligned, contents undefined.
+  // Memory of this thread alone, at least as large as Team::reserve asked for, 64-byte aligned, with undefined
+  // contents.
   std::byte* scratch() const { return scratch_.get(); }
 
  private:
@@ -45,13 +46,13 @@ class Worker {
   std::unique_ptr<std::byte, Free> scratch_;
 };
 
-// What every member runs, sharing tasks by Worker::take. Must not throw.
+// A function that every thread of the team runs, sharing the tasks by Worker::take. It must not throw.
 using Phase = std::function<void(Worker&)>;
 
 class Team {
  public:
-  // As many members as there are `places`: the CPUs that each is bound to, none for any. The caller, who is the first
-  // member, stays where it is. Throws std::runtime_error if the system starts no more threads.
+  // One thread for each of `places`, the CPUs to which it is bound (none: any). The first is the calling thread, which
+  // is not bound. Throws std::runtime_error if a thread cannot be started.
   explicit Team(std::vector<std::vector<int>> places);
   ~Team();
   Team(const Team&) = delete;
@@ -59,10 +60,10 @@ class Team {
 
   int size() const { return static_cast<int>(workers_.size()); }
 
-  // Gives every member scratch memory of at least `bytes`. Not while phases run.
+  // Gives every thread scratch memory of at least `bytes`. Must not be called while phases run.
   void reserve(std::size_t bytes);
 
-  // Runs the phases in order; each begins when every member is through with the one before.
+  // Runs the phases in order; each begins when every thread has finished the one before.
   void run(std::span<const Phase> phases);
 
  private:
@@ -71,7 +72,7 @@ class Team {
   void work(Worker& worker);
   void member(int index, const std::vector<int>& place);
   void meet();
-  // Lets every member end.
+  // Makes the threads end.
   void dismiss();
 
   std::vector<Worker> workers_;

@@ -5,7 +5,7 @@ namespace vllmlite::cuda {
 
 constexpr unsigned kThreads = 256;
 
-// Calls `function` with an activation as a type's value.
+// Calls `function` with a std::integral_constant of the activation, so that it can be a template argument.
 template <typename Function>
 static void with_activation(Activation activation, Function function) {
   switch (activation) {
@@ -20,7 +20,8 @@ static void with_activation(Activation activation, Function function) {
   }
 }
 
-// A row of blocks a row. Where rows are gated, they are of twice as many packs, the gate's first.
+// Grid: (rows, blocks of kThreads packs); each thread computes one pack of kSize elements of `out`, which has `packs`
+// packs a row. A gated row of x has twice as many, the gate's first.
 template <typename T, int kSize, Activation kActivation, bool kGated>
 static __global__ void activation_kernel(const T* x, T* out, int packs) {
   using P = Pack<T, kSize>;

@@ -1,4 +1,4 @@
-// The nonlinear functions of MLPs.
+// The activation functions of MLPs.
 #pragma once
 
 #include "cuda/kernel.cuh"
@@ -15,7 +15,7 @@ __device__ __forceinline__ float activated(float x) {
   return 0.5F * x * (1 + tanhf(kFactor * fmaf(0.044715F * x * x, x, x)));
 }
 
-// Where code for each would be too much.
+// The same, chosen at run time: for kernels that would grow too large with a copy for each.
 __device__ __forceinline__ float activated(float x, Activation activation) {
   switch (activation) {
     case Activation::relu:

@@ -1,7 +1,7 @@
 // Every CUDA call goes through VLLMLITE_CUDA_CHECK.
 //
-// What a .cu file has to itself is `static`, or a class whose name no other file has, not in an anonymous namespace:
-// nvcc names those after the path that it builds in, and no two builds would be the same.
+// Functions and variables of one .cu file are `static`, and its classes have names that no other file uses, instead of
+// an anonymous namespace: nvcc names those after the build path, and builds would not be reproducible.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,13 +14,13 @@ namespace vllmlite::cuda {
 
 inline void check(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
-  (void)cudaGetLastError();  // or the next launch would report this failure as its own
+  (void)cudaGetLastError();  // clears it, or the next launch would report it
   const std::string message = std::string(call) + ": " + cudaGetErrorString(status);
   if (status == cudaErrorMemoryAllocation) throw OutOfMemory(message);
   throw Error(message);
 }
 
-// Makes a device current for one scope.
+// Makes a device current until the end of the scope.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {

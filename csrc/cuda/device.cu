@@ -2,7 +2,7 @@
 
 namespace vllmlite::cuda {
 
-static std::string driver_complaint(cudaError_t status, int driver_version) {
+static std::string no_device_reason(cudaError_t status, int driver_version) {
   const std::string error = std::string("cudaGetDeviceCount: ") + cudaGetErrorString(status);
   return driver_version == 0 ? "no NVIDIA driver is installed or loaded (" + error + ")" : error;
 }
@@ -15,7 +15,7 @@ Probe probe() {
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess) {
     (void)cudaGetLastError();
-    result.reason = driver_complaint(status, result.driver_version);
+    result.reason = no_device_reason(status, result.driver_version);
     return result;
   }
   for (int index = 0; index < count; ++index) {
@@ -45,7 +45,7 @@ Tensor empty(const std::vector<std::int64_t>& shape, DType dtype, int device) {
   if (bytes == 0) return tensor;
   VLLMLITE_CUDA_CHECK(cudaMalloc, &tensor.data, bytes);
   tensor.owner = std::shared_ptr<void>(tensor.data, [](void* pointer) {
-    (void)cudaFree(pointer);  // fails only once the process has lost its context, and the memory with it
+    (void)cudaFree(pointer);  // fails only once the CUDA context is gone, and the memory with it
   });
   return tensor;
 }

@@ -1,4 +1,4 @@
-// What the extension asks of the CUDA runtime, in plain C++: only the .cu files see CUDA's headers.
+// The extension's interface to the CUDA runtime, in plain C++: only .cu files include CUDA's headers.
 // Work runs in order on each device's legacy default stream; copies to and from the host have finished on return.
 #pragma once
 
@@ -28,7 +28,8 @@ struct DeviceInfo {
   int multiprocessors;
 };
 
-// Either devices, or the reason why there are none. Versions are CUDA's own, 12040 for 12.4; a driver of 0 is none.
+// The devices, or the reason why there are none. Versions are in CUDA's format (12040 is 12.4); driver_version 0 means
+// that there is no driver.
 struct Probe {
   int driver_version = 0;
   int runtime_version = 0;
@@ -36,7 +37,7 @@ struct Probe {
   std::string reason;
 };
 
-// Creates no context and never throws for want of a driver or a device.
+// Creates no context, and does not throw if there is no driver or device.
 Probe probe();
 
 struct Memory {

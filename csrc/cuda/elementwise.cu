@@ -1,4 +1,4 @@
-// Ops that go over elements once, each by itself.
+// Elementwise ops and row gathers.
 #include <algorithm>
 
 #include "cuda/kernel.cuh"
@@ -8,12 +8,13 @@
 namespace vllmlite::cuda {
 
 constexpr unsigned kThreads = 256;
-constexpr std::int64_t kMostBlocks = 1 << 20;
+constexpr std::int64_t kMaxBlocks = 1 << 20;
 
 static unsigned grid_for(std::int64_t count, std::int64_t each) {
-  return static_cast<unsigned>(std::min((count + each - 1) / each, kMostBlocks));
+  return static_cast<unsigned>(std::min((count + each - 1) / each, kMaxBlocks));
 }
 
+// Converts `size` elements; a grid-stride loop, one element a thread.
 template <typename From, typename To>
 static __global__ void convert_kernel(const From* from, To* to, std::int64_t size) {
   wait_for_previous();
@@ -34,7 +35,7 @@ void convert(Runtime& runtime, const Tensor& source, const Tensor& target) {
   });
 }
 
-// Rows as words of 16 bytes, or of one.
+// Grid: (rows of `to`). Each block copies one row in words of 16 bytes or of 1; rows out of range are left unwritten.
 template <typename Word>
 static __global__ void gather_kernel(const Word* from, const std::int32_t* index, Word* to, std::int64_t words,
                                      std::int64_t limit) {
@@ -73,7 +74,7 @@ Tensor embedding(Runtime& runtime, const Tensor& ids, const Tensor& table) {
   return gather_rows(runtime, table, ids);
 }
 
-// ---- Sums and multiples
+// ---- Sums and products
 
 struct Add {
   __device__ float operator()(float x, float other) const { return x + other; }
@@ -89,7 +90,8 @@ struct SoftCap {
   __device__ float operator()(float x) const { return cap * tanhf(x / cap); }
 };
 
-// Makes elements of `to` what `function` makes of them, or of those of x and them.
+// Replaces each element of `to` by function(element), or by function(element of x, element) if it takes two arguments.
+// A grid-stride loop, one pack of kSize elements a thread.
 template <typename T, int kSize, typename Function>
 static __global__ void edit_kernel(const T* x, T* to, std::int64_t packs, Function function) {
   using P = Pack<T, kSize>;
@@ -140,7 +142,7 @@ Tensor soft_cap(Runtime& runtime, const Tensor& x, float cap) {
   return edit(runtime, nullptr, x, SoftCap{cap});
 }
 
-// A row of blocks a row.
+// Grid: (rows, blocks of kThreads packs); each thread scales one pack of x by the sigmoid of its row's gate.
 template <typename T, int kSize>
 static __global__ void sigmoid_gate_kernel(T* x, const T* gate, int packs) {
   using P = Pack<T, kSize>;

@@ -1,4 +1,4 @@
-// What kernels share: number types, vector accesses, reductions, and launches that overlap.
+// Shared by the kernels: number types, vector accesses, reductions, and launches that overlap.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,9 +17,9 @@ namespace vllmlite::cuda {
 using f16 = __half;
 using bf16 = __nv_bfloat16;
 
-constexpr unsigned kAll = 0xffffffffU;  // lanes of a warp
+constexpr unsigned kAll = 0xffffffffU;  // mask of all lanes of a warp
 
-// ---- Numbers
+// ---- Conversions to float and back, rounding to nearest
 
 __device__ __forceinline__ float wide(float x) { return x; }
 __device__ __forceinline__ float wide(f16 x) { return __half2float(x); }
@@ -45,11 +45,11 @@ struct alignas(sizeof(T) * kSize) Pack {
   T at[kSize];
 };
 
-// Elements in an access of 16 bytes.
+// Number of elements in an access of 16 bytes.
 template <typename T>
 constexpr int kPack = 16 / static_cast<int>(sizeof(T));
 
-// ---- Reductions, always in the same order
+// ---- Reductions, in a fixed order
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -63,30 +63,30 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Over a block of whole warps; `room` holds 32 values, and every thread gets the result.
+// Combines x over a block of whole warps; every thread gets the result. `shared` is shared memory for 32 values.
 template <typename T, typename Combine>
-__device__ __forceinline__ T block_reduce(T x, T* room, Combine combine) {
+__device__ __forceinline__ T block_reduce(T x, T* shared, Combine combine) {
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) x = combine(x, __shfl_xor_sync(kAll, x, offset));
   __syncthreads();
-  if (lane == 0) room[warp] = x;
+  if (lane == 0) shared[warp] = x;
   __syncthreads();
-  x = room[0];
-  for (unsigned i = 1; i < warps; ++i) x = combine(x, room[i]);
+  x = shared[0];
+  for (unsigned i = 1; i < warps; ++i) x = combine(x, shared[i]);
   return x;
 }
 
-__device__ __forceinline__ float block_sum(float x, float* room) {
-  return block_reduce(x, room, [](float a, float b) { return a + b; });
+__device__ __forceinline__ float block_sum(float x, float* shared) {
+  return block_reduce(x, shared, [](float a, float b) { return a + b; });
 }
 
 // ---- Launches
 
-// A kernel launched here may become resident while those before it run. Each waits before it reads or writes what any
-// other kernel of the step writes; before that it may touch weights and what lies before the last fence alone: the
-// batch, and keys and values of earlier steps. It lets the next one in at once: that one waits for this one's end, and
-// so for the end of all before.
+// A kernel launched here may become resident while the kernels before it still run. It must call wait_for_previous
+// before it reads or writes anything that another kernel of the step writes. Before that it may only read weights and
+// what was written before the last fence: the batch, and keys and values of earlier steps. Most call let_next_begin
+// at once, which is safe: the next kernel waits for the end of this one, and so for the end of all before it.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -99,17 +99,17 @@ __device__ __forceinline__ void let_next_begin() {
 #endif
 }
 
-constexpr unsigned kMostOfAxis = 65535;       // blocks of a grid in its second and in its third dimension
-constexpr std::size_t kUsualRoom = 48 << 10;  // bytes of shared memory that a kernel may have without being told
+constexpr unsigned kMaxGridAxis = 65535;          // blocks of a grid in its y and in its z dimension
+constexpr std::size_t kDefaultShared = 48 << 10;  // bytes of shared memory that a kernel gets without asking for more
 
 template <typename... Parameters, typename... Arguments>
 void launch(const Runtime& runtime, void (*kernel)(Parameters...), dim3 grid, unsigned threads, std::size_t shared,
             Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (grid.y > kMostOfAxis || grid.z > kMostOfAxis)
+  if (grid.y > kMaxGridAxis || grid.z > kMaxGridAxis)
     throw std::invalid_argument("a step of this size takes more blocks of threads than a launch has: lower " +
                                 std::string("max_num_batched_tokens or max_num_seqs"));
-  if (shared > kUsualRoom)
+  if (shared > kDefaultShared)
     VLLMLITE_CUDA_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                         static_cast<int>(shared));
   cudaLaunchConfig_t config{};
@@ -130,7 +130,7 @@ inline unsigned blocks_for(std::int64_t count, std::int64_t each) {
   return static_cast<unsigned>((count + each - 1) / each);
 }
 
-// Calls `function` with a null pointer of the C++ type that a dtype names.
+// Calls `function` with a null pointer to the C++ type of a float dtype; TypeError for other dtypes.
 template <typename Function>
 void with_float(DType dtype, Function&& function) {
   switch (dtype) {

@@ -1,4 +1,4 @@
-// Log-probabilities of ids and of the most likely ones, a block a row.
+// Log-probabilities of given ids and of the most likely ids; one block a row.
 #include <algorithm>
 
 #include "cuda/kernel.cuh"
@@ -8,20 +8,22 @@
 
 namespace vllmlite::cuda {
 
-struct LogprobsRoom {
-  SelectRoom select;
+struct LogprobsShared {
+  SelectShared select;
   double sums[32];
   float largest[32];
   int counts[32];
   int taken;
 };
 
+// Grid: (rows), kSelectThreads threads each. Writes the log-probability and rank of the row's id and, if k > 0, the top
+// k ids and log-probabilities; `sort_keys` has k_padded keys a row, the power of two that holds k.
 static __global__ __launch_bounds__(kSelectThreads) void logprobs_kernel(const float* logits, int size,
-                                                                         const std::int32_t* ids, int k, int k_room,
-                                                                         std::uint64_t* sort_room, float* chosen,
+                                                                         const std::int32_t* ids, int k, int k_padded,
+                                                                         std::uint64_t* sort_keys, float* chosen,
                                                                          std::int32_t* rank, std::int32_t* top_ids,
                                                                          float* top) {
-  __shared__ LogprobsRoom room;
+  __shared__ LogprobsShared shared;
   let_next_begin();
   wait_for_previous();
   const std::int64_t row = blockIdx.x;
@@ -35,13 +37,13 @@ static __global__ __launch_bounds__(kSelectThreads) void logprobs_kernel(const f
     largest = fmaxf(largest, logit);
     above += static_cast<int>(ranked(logit, id) > own_rank);
   });
-  largest = block_reduce(largest, room.largest, [](float a, float b) { return fmaxf(a, b); });
-  above = block_reduce(above, room.counts, [](int a, int b) { return a + b; });
+  largest = block_reduce(largest, shared.largest, [](float a, float b) { return fmaxf(a, b); });
+  above = block_reduce(above, shared.counts, [](int a, int b) { return a + b; });
   double log_sum = static_cast<double>(largest);
   if (isfinite(largest)) {
     double sum = 0;
     for_each(from, size, [&](int, float logit) { sum += static_cast<double>(expf(logit - largest)); });
-    log_sum += log(block_reduce(sum, room.sums, [](double a, double b) { return a + b; }));
+    log_sum += log(block_reduce(sum, shared.sums, [](double a, double b) { return a + b; }));
   }
   const auto logprob = [&](float logit) {
     logit = without_nan(logit);
@@ -51,18 +53,18 @@ static __global__ __launch_bounds__(kSelectThreads) void logprobs_kernel(const f
   if (thread == 0) {
     chosen[row] = logprob(from[own]);
     rank[row] = above + 1;
-    room.taken = 0;
+    shared.taken = 0;
   }
   if (k == 0) return;
   const std::uint64_t least = select<64>(
       size, static_cast<unsigned long long>(k), [&](int id) { return ranked(from[id], id); }, [](int) { return 1ULL; },
-      room.select);
-  std::uint64_t* keys = sort_room + row * k_room;
-  for (int i = thread; i < k_room; i += kSelectThreads) keys[i] = 0;
+      shared.select);
+  std::uint64_t* keys = sort_keys + row * k_padded;
+  for (int i = thread; i < k_padded; i += kSelectThreads) keys[i] = 0;
   __syncthreads();
   for (int id = thread; id < size; id += kSelectThreads)
-    if (const std::uint64_t key = ranked(from[id], id); key >= least) keys[atomicAdd(&room.taken, 1)] = key;
-  sort_descending(keys, k_room);
+    if (const std::uint64_t key = ranked(from[id], id); key >= least) keys[atomicAdd(&shared.taken, 1)] = key;
+  sort_descending(keys, k_padded);
   for (int i = thread; i < k; i += kSelectThreads) {
     const int id = static_cast<int>(0xffffffffU - static_cast<std::uint32_t>(keys[i]));
     top_ids[row * k + i] = id;
@@ -81,12 +83,12 @@ Logprobs logprobs(Runtime& runtime, const Tensor& logits, const Tensor& ids, int
   Logprobs out{runtime.make({rows}, DType::float32), runtime.make({rows}, DType::int32),
                runtime.make({rows, k}, DType::int32), runtime.make({rows, k}, DType::float32)};
   if (rows == 0 || size == 0) return out;
-  std::int64_t k_room = 1;
-  while (k_room < k) k_room *= 2;
-  const Tensor sort_room = runtime.make({rows, k_room}, DType::int64);
+  std::int64_t k_padded = 1;
+  while (k_padded < k) k_padded *= 2;
+  const Tensor sort_keys = runtime.make({rows, k_padded}, DType::int64);
   launch(runtime, logprobs_kernel, static_cast<unsigned>(rows), kSelectThreads, 0,
          static_cast<const float*>(logits.data), static_cast<int>(size), static_cast<const std::int32_t*>(ids.data), k,
-         static_cast<int>(k_room), static_cast<std::uint64_t*>(sort_room.data), static_cast<float*>(out.chosen.data),
+         static_cast<int>(k_padded), static_cast<std::uint64_t*>(sort_keys.data), static_cast<float*>(out.chosen.data),
          static_cast<std::int32_t*>(out.rank.data), static_cast<std::int32_t*>(out.top_ids.data),
          static_cast<float*>(out.top.data));
   return out;

@@ -1,4 +1,4 @@
-// Norms of rows, of a sum with a residual where there is one: a block a row.
+// RMS and layer norms of rows, or of their sums with a residual; one block a row.
 #include <algorithm>
 
 #include "cuda/kernel.cuh"
@@ -7,18 +7,19 @@
 
 namespace vllmlite::cuda {
 
-// By root mean square, or by mean and variance. W is T or float; sums are rounded to T before they are normed.
+// Layer norm if kCentred, else RMS norm. Grid: (rows), up to 1024 threads each; a row has `packs` packs of kSize
+// elements. With a residual, x + residual is rounded to T, written to it, and normalised. W is T or float.
 template <typename T, typename W, int kSize, bool kCentred>
 static __global__ __launch_bounds__(1024) void norm_kernel(const T* x, const W* weight, const T* bias, T* residual,
                                                            T* out, int packs, float eps) {
   using P = Pack<T, kSize>;
-  __shared__ float room[32];
+  __shared__ float shared[32];
   let_next_begin();
   wait_for_previous();
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * packs;
   const P* from = reinterpret_cast<const P*>(x) + row;
   P* sums = residual == nullptr ? nullptr : reinterpret_cast<P*>(residual) + row;
-  P kept{};  // all that the thread has of the row, unless it comes round again
+  P kept{};  // the thread's pack, kept between passes if it has only one
   const bool once = packs <= static_cast<int>(blockDim.x);
   const auto for_each = [&](auto visit) {
     for (int i = static_cast<int>(threadIdx.x); i < packs; i += static_cast<int>(blockDim.x)) {
@@ -47,7 +48,7 @@ static __global__ __launch_bounds__(1024) void norm_kernel(const T* x, const W* 
   }
   float mean = 0;
   if constexpr (kCentred) {
-    mean = block_sum(plain, room) / size;
+    mean = block_sum(plain, shared) / size;
     for_each([&](int) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
@@ -56,7 +57,7 @@ static __global__ __launch_bounds__(1024) void norm_kernel(const T* x, const W* 
       }
     });
   }
-  const float factor = rsqrtf(block_sum(squares, room) / size + eps);
+  const float factor = rsqrtf(block_sum(squares, shared) / size + eps);
   for_each([&](int i) {
     const auto scale = reinterpret_cast<const Pack<W, kSize>*>(weight)[i];
     P added{}, normed;

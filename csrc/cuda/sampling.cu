@@ -1,5 +1,5 @@
-// Choosing ids from logits. Probabilities become whole numbers, so that their sums are exact in any order and a draw is
-// the same whatever else is in the batch.
+// Choosing token ids from logits. Probabilities are integers, so that their sums are exact in any order and a draw does
+// not depend on the rest of the batch.
 #include <algorithm>
 
 #include "cuda/kernel.cuh"
@@ -10,11 +10,11 @@
 namespace vllmlite::cuda {
 
 constexpr unsigned kThreads = 256;
-constexpr unsigned kParts = 16;  // blocks that look for a row's largest logit
+constexpr unsigned kParts = 16;  // blocks that search a row for its largest logit
 
 // ---- Bias, mask and penalties, in this order
 
-// Grid: rows, blocks of ids. `from` and `to` may be the same.
+// Grid: (rows, blocks of 8 * kThreads ids). `from` and `to`, [rows, size], may be the same.
 static __global__ void edit_kernel(const float* from, float* to, int size, const __grid_constant__ BatchView batch) {
   let_next_begin();
   wait_for_previous();
@@ -26,7 +26,7 @@ static __global__ void edit_kernel(const float* from, float* to, int size, const
   if (from == to && state.bias_count == 0 && place < 0 && !penalised) return;
   from += static_cast<std::int64_t>(row) * size;
   to += static_cast<std::int64_t>(row) * size;
-  // A block's ids are its own, so that its biases, which come first, are added by itself.
+  // No other block writes this block's ids, so it can add their biases, which come first, by itself.
   const int begin = static_cast<int>(blockIdx.y * blockDim.x * 8),
             end = min(begin + static_cast<int>(blockDim.x * 8), size);
   for (int id = begin + static_cast<int>(threadIdx.x); id < end; id += static_cast<int>(blockDim.x)) to[id] = from[id];
@@ -53,7 +53,7 @@ static __global__ void edit_kernel(const float* from, float* to, int size, const
   }
 }
 
-// ---- The largest
+// ---- Greedy: the largest logit
 
 __device__ __forceinline__ std::uint64_t larger(std::uint64_t a, std::uint64_t b) { return a > b ? a : b; }
 
@@ -61,10 +61,11 @@ __device__ __forceinline__ int id_of(std::uint64_t rank) {
   return static_cast<int>(0xffffffffU - static_cast<std::uint32_t>(rank));
 }
 
-// Grid: rows, parts of a row.
+// Grid: (rows, parts of a row). Each block writes its part's best key to `best` [rows, parts]; the last block of a row
+// to finish combines them. `counters` [rows] are zero before and after.
 static __global__ void greedy_kernel(const float* logits, int size, std::uint64_t* best, std::int32_t* counters,
                                      std::int32_t* ids) {
-  __shared__ std::uint64_t room[32];
+  __shared__ std::uint64_t shared[32];
   let_next_begin();
   wait_for_previous();
   const int row = static_cast<int>(blockIdx.x), parts = static_cast<int>(gridDim.y);
@@ -82,7 +83,7 @@ static __global__ void greedy_kernel(const float* logits, int size, std::uint64_
   } else {
     for (int id = begin; id < size; id += stride) rank = larger(rank, ranked(from[id], id));
   }
-  rank = block_reduce(rank, room, [](std::uint64_t a, std::uint64_t b) { return larger(a, b); });
+  rank = block_reduce(rank, shared, [](std::uint64_t a, std::uint64_t b) { return larger(a, b); });
   if (threadIdx.x != 0) return;
   best += static_cast<std::int64_t>(row) * parts;
   best[blockIdx.y] = rank;
@@ -102,13 +103,13 @@ __device__ __forceinline__ std::uint64_t mix(std::uint64_t z) {
   return z ^ (z >> 31);
 }
 
-// base.uniform, in units of 2^-24.
+// base.uniform of vllmlite/backends/base.py, in units of 2^-24.
 __device__ __forceinline__ std::uint64_t uniform(std::uint64_t seed, std::int64_t position) {
   constexpr std::uint64_t kGolden = 0x9E3779B97F4A7C15U;
   return mix(mix(seed + kGolden) + (static_cast<std::uint64_t>(position) + 1) * kGolden) >> 40;
 }
 
-// A probability beside the largest, whose number is 0, in units of 2^-44: sums of 2^19 of them fit.
+// exp(x), for x <= 0, in units of 2^-44, so that sums of 2^19 of them fit 64 bits.
 __device__ __forceinline__ unsigned long long mass_of(float x) {
   if (x < -30.5F) return 0;
   const std::uint32_t bits = __float_as_uint(expf(x));
@@ -117,17 +118,17 @@ __device__ __forceinline__ unsigned long long mass_of(float x) {
   return shift >= 0 ? mantissa << shift : mantissa >> -shift;
 }
 
-// Counts by where numbers of at most 0 lie on a line: what is large is told apart finely, without sorting.
+// A histogram of numbers <= 0: it is fine where they are large, which separates them without sorting.
 constexpr int kBins = 2048;
 constexpr float kBinsPerUnit = 64;
-constexpr int kListed = 1024;  // numbers that are gone over in shared memory once so few are left
+constexpr int kListed = 1024;  // once at most this many numbers are left, they are kept in shared memory
 
 __device__ __forceinline__ int bin_of(float x) {
   return static_cast<int>(fminf(-x * kBinsPerUnit, static_cast<float>(kBins - 1)));
 }
 
-struct DrawRoom {
-  SelectRoom select;
+struct DrawShared {
+  SelectShared select;
   unsigned long long bins[kBins];
   unsigned long long sums[32];
   std::uint64_t ranks[32];
@@ -138,7 +139,7 @@ struct DrawRoom {
   int count, place;
 };
 
-// Logits as numbers of at most 0: what is taken off the largest, in units of the temperature.
+// Logits as numbers <= 0: their distance from the largest, divided by the temperature.
 struct Numbers {
   const float* logits;
   int size;
@@ -148,75 +149,78 @@ struct Numbers {
   __device__ __forceinline__ float at(int place) const { return of(without_nan(logits[place])); }
 };
 
-// The largest number such that the masses of those not less reach `aim`; the least that has a mass if none does.
+// The largest number for which the masses of all numbers not below it reach `aim`; the least number with a mass if the
+// total does not. Called by the whole block.
 template <typename Mass>
-__device__ float cut(const Numbers& numbers, unsigned long long aim, Mass mass, DrawRoom& room) {
+__device__ float cut(const Numbers& numbers, unsigned long long aim, Mass mass, DrawShared& shared) {
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kSelectThreads) room.bins[i] = 0;
-  if (threadIdx.x == 0) room.count = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kSelectThreads) shared.bins[i] = 0;
+  if (threadIdx.x == 0) shared.count = 0;
   __syncthreads();
   for_each(numbers.logits, numbers.size, [&](int, float logit) {
     const float x = numbers.of(logit);
-    if (const unsigned long long weight = mass(x); weight != 0) atomicAdd(&room.bins[bin_of(x)], weight);
+    if (const unsigned long long weight = mass(x); weight != 0) atomicAdd(&shared.bins[bin_of(x)], weight);
   });
   __syncthreads();
   if (threadIdx.x < 32) {
-    const Reached found = reach(room.bins, kBins, aim, [](int i) { return i; });
-    if (threadIdx.x == 0) room.found = found;
+    const Reached found = reach(shared.bins, kBins, aim, [](int i) { return i; });
+    if (threadIdx.x == 0) shared.found = found;
   }
   __syncthreads();
-  const auto [bin, before] = room.found;
+  const auto [bin, before] = shared.found;
   for_each(numbers.logits, numbers.size, [&](int, float logit) {
     const float x = numbers.of(logit);
     if (bin_of(x) != bin || mass(x) == 0) return;
-    if (const int place = atomicAdd(&room.count, 1); place < kListed) room.close[place] = x;
+    if (const int place = atomicAdd(&shared.count, 1); place < kListed) shared.close[place] = x;
   });
   __syncthreads();
   const unsigned long long rest = aim > before ? aim - before : 0;
   const auto key = [](float x) { return static_cast<std::uint64_t>(ordered(x)); };
   const std::uint64_t found =
-      room.count <= kListed
+      shared.count <= kListed
           ? select<32>(
-                room.count, rest, [&](int i) { return key(room.close[i]); }, [&](int i) { return mass(room.close[i]); },
-                room.select)
+                shared.count, rest, [&](int i) { return key(shared.close[i]); },
+                [&](int i) { return mass(shared.close[i]); }, shared.select)
           : select<32>(
                 numbers.size, rest, [&](int i) { return key(numbers.at(i)); },
                 [&, bin = bin](int i) { return bin_of(numbers.at(i)) == bin ? mass(numbers.at(i)) : 0ULL; },
-                room.select);
+                shared.select);
   const auto bits = static_cast<std::uint32_t>(found);
   return __uint_as_float((bits & 0x80000000U) != 0 ? bits & 0x7fffffffU : ~bits);
 }
 
-// Leaves the numbers from `least` up, by ascending id, if they are few. Every thread learns whether.
-__device__ bool list(Numbers& numbers, float least, DrawRoom& room) {
+// If at most kListed numbers are >= `least`, makes `numbers` those, in shared memory, by ascending id. Returns whether
+// it did, to every thread.
+__device__ bool list(Numbers& numbers, float least, DrawShared& shared) {
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < kListed; i += kSelectThreads) room.keys[i] = 0;
-  if (threadIdx.x == 0) room.count = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < kListed; i += kSelectThreads) shared.keys[i] = 0;
+  if (threadIdx.x == 0) shared.count = 0;
   __syncthreads();
   for_each(numbers.logits, numbers.size, [&](int id, float logit) {
     if (numbers.of(logit) < least) return;
-    if (const int place = atomicAdd(&room.count, 1); place < kListed)
-      room.keys[place] =
+    if (const int place = atomicAdd(&shared.count, 1); place < kListed)
+      shared.keys[place] =
           static_cast<std::uint64_t>(0xffffffffU - static_cast<std::uint32_t>(id)) << 32 | __float_as_uint(logit);
   });
   __syncthreads();
-  if (room.count > kListed) return false;
-  sort_descending(room.keys, kListed);
-  for (int i = static_cast<int>(threadIdx.x); i < room.count; i += kSelectThreads) {
-    room.ids[i] = static_cast<int>(0xffffffffU - static_cast<std::uint32_t>(room.keys[i] >> 32));
-    room.logits[i] = __uint_as_float(static_cast<std::uint32_t>(room.keys[i]));
+  if (shared.count > kListed) return false;
+  sort_descending(shared.keys, kListed);
+  for (int i = static_cast<int>(threadIdx.x); i < shared.count; i += kSelectThreads) {
+    shared.ids[i] = static_cast<int>(0xffffffffU - static_cast<std::uint32_t>(shared.keys[i] >> 32));
+    shared.logits[i] = __uint_as_float(static_cast<std::uint32_t>(shared.keys[i]));
   }
   __syncthreads();
-  numbers.logits = room.logits;
-  numbers.size = room.count;
+  numbers.logits = shared.logits;
+  numbers.size = shared.count;
   return true;
 }
 
-// A block a row. Every filter becomes a least number, so that equals stay together.
+// Grid: (rows), kSelectThreads threads each. Every filter becomes a minimum, so that equal logits are kept or dropped
+// together.
 static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float* logits, int size,
                                                                      const __grid_constant__ BatchView batch,
                                                                      std::int32_t* ids) {
-  __shared__ DrawRoom room;
+  __shared__ DrawShared shared;
   let_next_begin();
   wait_for_previous();
   const int row = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
@@ -224,7 +228,7 @@ static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float
   Numbers numbers{logits + static_cast<std::int64_t>(row) * size, size, 0, 0};
   std::uint64_t rank = 0;
   for_each(numbers.logits, size, [&](int id, float logit) { rank = larger(rank, ranked(logit, id)); });
-  rank = block_reduce(rank, room.ranks, [](std::uint64_t a, std::uint64_t b) { return larger(a, b); });
+  rank = block_reduce(rank, shared.ranks, [](std::uint64_t a, std::uint64_t b) { return larger(a, b); });
   const int best = id_of(rank);
   numbers.largest = without_nan(numbers.logits[best]);
   if (state.temperature <= 0 || !isfinite(numbers.largest)) {
@@ -236,22 +240,23 @@ static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float
   bool listed = false;
   if (state.top_k > 0 && state.top_k < size) {
     const auto aim = static_cast<unsigned long long>(state.top_k);
-    least = fmaxf(least, cut(numbers, aim, [](float) { return 1ULL; }, room));
-    listed = list(numbers, least, room);
+    least = fmaxf(least, cut(numbers, aim, [](float) { return 1ULL; }, shared));
+    listed = list(numbers, least, shared);
   }
   const auto mass = [&](float x) { return x < least ? 0ULL : mass_of(x); };
   const auto sum_up = [&] {
     unsigned long long sum = 0;
     for_each(numbers.logits, numbers.size, [&](int, float logit) { sum += mass(numbers.of(logit)); });
-    return block_reduce(sum, room.sums, [](unsigned long long a, unsigned long long b) { return a + b; });
+    return block_reduce(sum, shared.sums, [](unsigned long long a, unsigned long long b) { return a + b; });
   };
   unsigned long long total = sum_up();
   if (state.top_p < 1) {
     const auto aim = static_cast<unsigned long long>(__double2ull_ru(static_cast<double>(total) * state.top_p));
-    least = fmaxf(least, cut(numbers, aim, mass, room));
+    least = fmaxf(least, cut(numbers, aim, mass, shared));
     total = sum_up();
   }
-  // The first id at which the cumulative mass exceeds this: a warp's share of the row, then within it.
+  // Finds the first id at which the cumulative mass exceeds `aim`: first the warp whose share of the row holds it, then
+  // the id within the share.
   const std::uint64_t draw = uniform(state.seed, batch.sample_positions[row]);
   const std::uint64_t aim = __umul64hi(draw, total) << 40 | draw * total >> 24;
   const int lane = thread % 32, warp = thread / 32;
@@ -262,11 +267,11 @@ static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float
   for (int i = begin + lane; i < end; i += 32) own += mass(numbers.at(i));
   for (int offset = 16; offset > 0; offset /= 2) own += __shfl_xor_sync(kAll, own, offset);
   __syncthreads();
-  if (lane == 0) room.sums[warp] = own;
-  if (thread == 0) room.place = -1;
+  if (lane == 0) shared.sums[warp] = own;
+  if (thread == 0) shared.place = -1;
   __syncthreads();
   unsigned long long before = 0;
-  for (int i = 0; i < warp; ++i) before += room.sums[i];
+  for (int i = 0; i < warp; ++i) before += shared.sums[i];
   if (before <= aim && before + own > aim) {
     for (int at = begin; at < end; at += 32) {
       const int i = at + lane;
@@ -277,7 +282,7 @@ static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float
       }
       const unsigned passed = __ballot_sync(kAll, before + sum > aim);
       if (passed != 0) {
-        if (lane == 0) room.place = at + __ffs(static_cast<int>(passed)) - 1;
+        if (lane == 0) shared.place = at + __ffs(static_cast<int>(passed)) - 1;
         break;
       }
       before += __shfl_sync(kAll, sum, 31);
@@ -285,11 +290,11 @@ static __global__ __launch_bounds__(kSelectThreads) void draw_kernel(const float
   }
   __syncthreads();
   if (thread != 0) return;
-  const int place = room.place;
-  ids[row] = place < 0 ? best : listed ? room.ids[place] : place;
+  const int place = shared.place;
+  ids[row] = place < 0 ? best : listed ? shared.ids[place] : place;
 }
 
-// ---- What is accepted: a thread a slot, at its first sampled position
+// ---- Accepting drafts: one thread per slot, that of its first sampled position
 
 static __global__ void accept_kernel(const std::int32_t* ids, int count, const __grid_constant__ BatchView batch,
                                      std::int32_t* accepted) {

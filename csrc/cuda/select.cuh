@@ -1,5 +1,5 @@
-// Finding cuts in a row of numbers by one block of threads, exactly and in no order: keys are counted by their digits,
-// the highest first, and only those that share the digits found so far go on.
+// Exact selection in a row of numbers by one block of threads: a radix select, which counts the keys by digit, the
+// highest digit first, and goes on with those that share the digits found so far.
 #pragma once
 
 #include "cuda/kernel.cuh"
@@ -7,23 +7,23 @@
 namespace vllmlite::cuda {
 
 constexpr int kSelectThreads = 1024;
-constexpr int kDigits = 256;
+constexpr int kDigits = 256;  // values of a digit of 8 bits
 
 // A logit, or -inf for a NaN.
 __device__ __forceinline__ float without_nan(float x) { return fmaxf(x, -INFINITY); }
 
-// Ascending as the numbers do; -0 is 0, and a NaN is -inf.
+// A key in the order of the numbers; -0 equals 0, and a NaN equals -inf.
 __device__ __forceinline__ std::uint32_t ordered(float x) {
   const auto bits = __float_as_uint(without_nan(x) + 0.0F);
   return (bits & 0x80000000U) != 0 ? ~bits : bits | 0x80000000U;
 }
 
-// Ascending by number, and among equals descending by id: no two of a row are the same.
+// A key in ascending order of the number and, among equals, descending order of the id; unique in a row.
 __device__ __forceinline__ std::uint64_t ranked(float x, int id) {
   return static_cast<std::uint64_t>(ordered(x)) << 32 | (0xffffffffU - static_cast<std::uint32_t>(id));
 }
 
-// Calls visit(id, number) for a row's numbers, by all threads of the block; for a NaN with -inf.
+// Calls visit(id, number) for all numbers of a row, spread over kSelectThreads threads; a NaN is passed as -inf.
 template <typename Visit>
 __device__ __forceinline__ void for_each(const float* row, int size, Visit visit) {
   if (size % 4 != 0) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ void for_each(const float* row, int size, Visit visit
   }
 }
 
-// Sorts `size` keys, a power of two, descending (Batcher 1968).
+// Sorts `size` keys, a power of two, in descending order, with kSelectThreads threads (bitonic sort, Batcher 1968).
 __device__ inline void sort_descending(std::uint64_t* keys, int size) {
   for (int run = 2; run <= size; run *= 2)
     for (int distance = run / 2; distance > 0; distance /= 2) {
@@ -63,8 +63,9 @@ struct Reached {
   unsigned long long before;
 };
 
-// The first place, of `count` (a multiple of 32) in the order that `at` gives, where the sum of `masses` reaches `aim`,
-// and the sum before it; the last with a mass if none does, or 0. By one whole warp.
+// Adds up `masses` in the order at(0), at(1), …, at(count - 1), with `count` a multiple of 32. Returns the first place
+// where the sum reaches `aim` and the sum before it; if none does, the last place with a mass, or at(0). Called by one
+// whole warp.
 template <typename At>
 __device__ Reached reach(const unsigned long long* masses, int count, unsigned long long aim, At at) {
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -89,35 +90,35 @@ __device__ Reached reach(const unsigned long long* masses, int count, unsigned l
   return found;
 }
 
-struct SelectRoom {
+struct SelectShared {
   unsigned long long masses[kDigits];
   Reached found;
 };
 
-// The largest key for which the masses of keys that are not less reach `aim`; the least key that has a mass if none
-// does. `key` and `mass` are functions of the id; every thread gets the result. `kBits` of the key
-// are looked at, from the highest that is used.
+// The largest key for which the masses of all keys not below it reach `aim`; the least key with a mass if the total
+// does not. `key` and `mass` are functions of an index below `size`; keys are below 2^kBits. Every thread gets the
+// result.
 template <int kBits, typename Key, typename Mass>
-__device__ std::uint64_t select(int size, unsigned long long aim, Key key, Mass mass, SelectRoom& room) {
+__device__ std::uint64_t select(int size, unsigned long long aim, Key key, Mass mass, SelectShared& shared) {
   std::uint64_t prefix = 0;
   for (int shift = kBits - 8; shift >= 0; shift -= 8) {
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < kDigits; i += static_cast<int>(blockDim.x)) room.masses[i] = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < kDigits; i += static_cast<int>(blockDim.x)) shared.masses[i] = 0;
     __syncthreads();
     for (int id = static_cast<int>(threadIdx.x); id < size; id += static_cast<int>(blockDim.x)) {
       const std::uint64_t own = key(id);
       const bool inside = shift + 8 >= 64 || own >> (shift + 8) == prefix;
       const unsigned long long weight = inside ? mass(id) : 0;
-      if (weight != 0) atomicAdd(&room.masses[own >> shift & (kDigits - 1)], weight);
+      if (weight != 0) atomicAdd(&shared.masses[own >> shift & (kDigits - 1)], weight);
     }
     __syncthreads();
     if (threadIdx.x < 32) {
-      const Reached found = reach(room.masses, kDigits, aim, [](int i) { return kDigits - 1 - i; });
-      if (threadIdx.x == 0) room.found = found;
+      const Reached found = reach(shared.masses, kDigits, aim, [](int i) { return kDigits - 1 - i; });
+      if (threadIdx.x == 0) shared.found = found;
     }
     __syncthreads();
-    prefix = prefix << 8 | static_cast<std::uint64_t>(room.found.place);
-    aim = aim > room.found.before ? aim - room.found.before : 0;
+    prefix = prefix << 8 | static_cast<std::uint64_t>(shared.found.place);
+    aim = aim > shared.found.before ? aim - shared.found.before : 0;
   }
   return prefix;
 }

@@ -69,7 +69,7 @@ Tensor view(const dlpack::DLTensor& source) {
   std::int64_t expected = 1;
   for (int axis = source.ndim - 1; axis >= 0; --axis) {
     const std::int64_t extent = tensor.shape[axis];
-    // The stride of an axis of one element is never used, and producers leave anything there.
+    // The stride of an axis of size 1 is never used, and producers may leave any value there.
     if (source.strides != nullptr && extent > 1 && source.strides[axis] != expected && tensor.size() > 0)
       throw std::invalid_argument("only contiguous memory can be shared: axis " + std::to_string(axis) + " of shape " +
                                   describe(tensor.shape) + " has stride " + std::to_string(source.strides[axis]) +
@@ -93,7 +93,7 @@ Tensor adopt(PyObject* capsule, const char* capsule_name, const char* used_name)
   }
   Tensor tensor = view(managed->tensor);
   tensor.readonly = readonly;
-  // A failure up to here leaves the capsule unused, and its own destructor frees it.
+  // On a failure up to here the capsule keeps its name, and its own destructor frees the memory.
   if (PyCapsule_SetName(capsule, used_name) != 0) throw py::error_already_set();
   tensor.owner = std::shared_ptr<void>(managed, [](void* pointer) {
     auto* held = static_cast<Managed*>(pointer);
@@ -108,7 +108,7 @@ py::object request_capsule(py::handle object) {
   const py::object dlpack_method = object.attr("__dlpack__");
   py::dict arguments;
   const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
-  if (device.first == dlpack::kCuda) arguments["stream"] = 1;  // the legacy default stream, which ours is
+  if (device.first == dlpack::kCuda) arguments["stream"] = 1;  // the legacy default stream, which is ours
   py::dict versioned(arguments);
   versioned["max_version"] = py::make_tuple(dlpack::kMajor, dlpack::kMinor);
   try {
@@ -171,7 +171,7 @@ py::capsule make_capsule(const Tensor& tensor, const char* capsule_name) {
   }
   held->managed.context = held.get();
   held->managed.deleter = [](Managed* managed) { delete static_cast<Export<Managed>*>(managed->context); };
-  // A consumer renames the capsule as it takes the tensor over; under its first name nobody has.
+  // A consumer renames the capsule when it takes ownership; if it still has its first name, nobody has.
   PyObject* capsule = PyCapsule_New(&held->managed, capsule_name, [](PyObject* self) {
     const char* current = PyCapsule_GetName(self);
     if (current == nullptr || !PyCapsule_IsValid(self, current)) return;

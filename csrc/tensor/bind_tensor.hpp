@@ -10,11 +10,11 @@
 
 namespace vllmlite {
 
-// `before_export` runs with the tensor's device before its memory is handed out, so that a consumer on another
-// stream sees finished work; the CPU needs none.
+// `before_export` is called with the tensor's device before its memory is handed out, so that a consumer on another
+// stream sees finished work; the CPU backend passes none.
 void bind_tensor(pybind11::module_& module, std::function<void(Device)> before_export = {});
 
-// A zero-copy view of any object that speaks DLPack (numpy, torch, another module's Tensor), or the Tensor itself.
+// A zero-copy view of any object with DLPack support (numpy, torch, another module's Tensor), or the Tensor itself.
 Tensor tensor_from_python(pybind11::handle object);
 
 }  // namespace vllmlite

@@ -1,4 +1,4 @@
-// What ops check of their arguments.
+// Checks of op arguments: std::invalid_argument for a shape, TypeError for a dtype, std::out_of_range for an index.
 #pragma once
 
 #include <span>

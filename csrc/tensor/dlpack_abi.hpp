@@ -1,4 +1,4 @@
-// The DLPack 1.x memory layout, written from the published specification; names follow it.
+// The memory layout of DLPack 1.x, written from the published specification and with its names.
 #pragma once
 
 #include <cstdint>
@@ -33,14 +33,14 @@ struct DLTensor {
   std::uint64_t byte_offset;
 };
 
-// What a capsule named "dltensor" holds.
+// The content of a capsule named "dltensor".
 struct Managed {
   DLTensor tensor;
   void* context;
   void (*deleter)(Managed*);
 };
 
-// What a capsule named "dltensor_versioned" holds.
+// The content of a capsule named "dltensor_versioned".
 struct ManagedVersioned {
   std::uint32_t major;
   std::uint32_t minor;

@@ -52,8 +52,8 @@ std::int64_t Tensor::size() const {
 std::size_t Tensor::bytes() const { return static_cast<std::size_t>(size()) * item_size(dtype); }
 
 std::size_t checked_bytes(const std::vector<std::int64_t>& shape, DType dtype) {
-  // A pointer difference must hold it too, hence the signed limit; an empty tensor's other sizes keep to it as well,
-  // so that no product of sizes overflows anywhere.
+  // Byte counts must fit a pointer difference, hence the signed limit. The other sizes of an empty tensor are limited
+  // too, so that no product of sizes overflows anywhere.
   constexpr auto limit = static_cast<std::size_t>(std::numeric_limits<std::ptrdiff_t>::max());
   std::size_t bytes = item_size(dtype);
   bool empty = false;

@@ -1,4 +1,4 @@
-// The tensor that every native backend shares: a typed, shaped, contiguous piece of memory and whoever keeps it alive.
+// The tensor that all native backends share: dtype, shape, contiguous memory, and the owner that keeps it alive.
 #pragma once
 
 #include <cstddef>
@@ -39,12 +39,12 @@ struct Device {
 
 std::string name(Device device);
 
-// The wrong kind of value, where std::invalid_argument is a wrong value; Python sees a TypeError.
+// A value of the wrong kind, whereas std::invalid_argument is a wrong value; Python sees a TypeError.
 struct TypeError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-// Copies share the memory. `data` is never written through when `readonly` is set (a mapped checkpoint, say).
+// Copies share the memory. If `readonly` is set (say, a mapped checkpoint), nothing writes to `data`.
 struct Tensor {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -57,7 +57,7 @@ struct Tensor {
   std::size_t bytes() const;
 };
 
-// Checks a shape before memory is asked for: no negative size, and a byte count that std::size_t holds.
+// Bytes of a tensor of this shape. std::invalid_argument if a size is negative or the byte count is too large.
 std::size_t checked_bytes(const std::vector<std::int64_t>& shape, DType dtype);
 
 std::string describe(const std::vector<std::int64_t>& shape);
