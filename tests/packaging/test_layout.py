@@ -121,7 +121,7 @@ def test_a_repeated_run_is_found(lines: int, found: int, tmp_path: Path) -> None
 
 
 def test_a_token_passes_through_few_files() -> None:
-    """README names every script, and no script that does not exist."""
+    """The README lists the files, and each of them exists."""
     section = (
         (ROOT / "README.md")
         .read_text(encoding="utf-8")
