@@ -1,4 +1,4 @@
-"""Which scheme each weight of a quantised checkpoint is in, as data."""
+"""The quantisation scheme of each weight of a checkpoint, as data."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vllmlite.weights.host import Scheme
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """A set of modules, by what their dotted names contain."""
+    """A set of modules, given by parts of their dotted names."""
 
     names: frozenset[str] = frozenset()
-    """Modules, and parts of names between dots: ``mlp.gate`` is in ``layers.1.mlp.gate``, but not in
+    """Modules, or parts of names between dots: ``mlp.gate`` is in ``layers.1.mlp.gate``, but not in
     ``layers.1.mlp.gate_proj``."""
     patterns: tuple[re.Pattern[str], ...] = ()
-    """Regular expressions that are found in the names."""
+    """Regular expressions to search for in the names."""
 
     def __contains__(self, module: str) -> bool:
         if self.names:
@@ -37,18 +37,18 @@ Rule: TypeAlias = tuple[Modules, Scheme | None]
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """The schemes of a checkpoint's weights."""
+    """The quantisation schemes of a checkpoint's weights."""
 
     method: str
     """The ``quant_method``, or the scheme of our own format."""
     rules: tuple[Rule, ...]
-    """Modules and the scheme of their weights; None means floats. The first rule that applies to a module counts; the
-    weights of a module without a rule are floats."""
+    """Modules and the scheme of their weights; None means floats. The first rule that matches a module applies; the
+    weights of a module that no rule matches are floats."""
     own: bool = False
-    """Our own format: parts of fused weights are stored apart, none is transposed, and a tied output layer has a weight
-    of its own."""
+    """Whether it is our own format: parts of fused weights are stored separately, none is transposed, and a tied output
+    layer has its own weight."""
 
     def scheme(self, key: str) -> Scheme | None:
-        """The scheme of the weight ``key``; None if it is stored as floats."""
+        """The scheme of the weight ``key``, or None if it is stored as floats."""
         module = key.removesuffix(".weight")
         return next((scheme for modules, scheme in self.rules if module in modules), None)

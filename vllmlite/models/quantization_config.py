@@ -1,4 +1,4 @@
-"""Reading ``quantization_config``: which scheme each weight of a quantised checkpoint is in."""
+"""Reading of ``quantization_config``: the scheme of each weight of a quantised checkpoint."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from vllmlite.weights.schemes.tiles import GROUP, TILES
 logger = logging.getLogger(__name__)
 
 OWN = "vllmlite"
-"""Our own ``quant_method``, of ``vllmlite quantize``."""
+"""The ``quant_method`` of our own format, written by ``vllmlite quantize``."""
 FILES = {"quant_config.json": "awq", "quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}
-"""Files that hold what config.json lacks in older checkpoints, and the method that they mean."""
+"""Files that hold the section in older checkpoints without one in config.json, and the method that they imply."""
 
 
 def own_quantization(kind: str) -> Quantization:
-    """Our own format with the weights of all products in ``kind``."""
+    """Our own format, with the weights of all products in scheme ``kind``."""
     return Quantization(kind, ((ALL, TILES[kind]),), own=True)
 
 
@@ -41,8 +41,8 @@ def own_config(kind: str) -> dict[str, Any]:
 
 
 def read_quantization(config: HfConfig, path: Path) -> Quantization | None:
-    """What ``config`` says of the checkpoint at ``path``, None if its weights are floats. ModelError for a format that
-    is not read, and for values that it does not have."""
+    """The quantisation of the checkpoint at ``path`` by its ``config``, or None if its weights are floats. ModelError
+    for a format that is not supported and for values that a format does not have."""
     section = config.section("quantization_config") or config.section("compression_config")
     method = None
     if section is None:
@@ -54,11 +54,11 @@ def read_quantization(config: HfConfig, path: Path) -> Quantization | None:
     if section.get("quant_method") is not None:
         method = section.get("quant_method")
     elif section.get("load_in_4bit") is not None or section.get("load_in_8bit") is not None:
-        method = "bitsandbytes"  # before methods had names, this was the only one
+        method = "bitsandbytes"  # older configurations do not name this method
     name = str(method).lower()
     name = METHOD_SYNONYMS.get(name, name)
     if name not in _READERS:
-        hint = _WAYS_OUT.get(name, "convert it to one of these, or to GGUF")
+        hint = _HINTS.get(name, "convert it to one of these, or to GGUF")
         raise section.error("quant_method", f"{', '.join(sorted(_READERS))}; {hint}")
     found = _READERS[name](section)
     unread = section.remaining().keys() - _WITHOUT_EFFECT
@@ -77,7 +77,7 @@ def _own(section: HfConfig) -> Quantization:
 
 
 def _group_size(section: HfConfig, key: str = "group_size") -> int | None:
-    """A number of columns; -1, and null, mean a whole row."""
+    """The number of columns of a group, or None for a whole row (-1 or null)."""
     value = section.get(key)
     return None if value in (None, -1) else section.integer(key)
 
@@ -87,14 +87,14 @@ def _awq(section: HfConfig) -> Quantization:
     section.require("zero_point", True)
     version = str(section.get("version") or "gemm").lower()
     if version != "gemm":
-        raise section.error("version", '"gemm"; others order the codes for one kernel each')
+        raise section.error("version", '"gemm"; the others store the weights in the order of one kernel')
     key = "group_size" if section.get("group_size") is not None else "q_group_size"
     scheme = AwqScheme(_group_size(section, key))
     return Quantization("awq", (_floats(section, "modules_to_not_convert"), (HEAD, None), (ALL, scheme)))
 
 
 def _gptq(section: HfConfig) -> Quantization:
-    section.require("is_marlin_format", False, "Marlin orders the codes for one kernel")
+    section.require("is_marlin_format", False, "Marlin stores the weights in the order of one kernel")
     form = section.choice("checkpoint_format", {"gptq": "gptq", "gptq_v2": "gptq_v2"}, "gptq")
     scheme = _gptq_scheme(section, {}, form)
     rules: list[Rule] = []
@@ -216,7 +216,7 @@ def _compressed_scheme(group: HfConfig, form: str) -> Scheme:
     group_size = _group_size(weights) if strategy == "group" else None
     if form == "pack-quantized" and kind == "int" and bits in (4, 8) and strategy in ("channel", "group"):
         order = weights.get("actorder")
-        # "static" and "weight" order the columns while quantising and store groups as runs; "group" stores g_idx.
+        # "static" and "weight" reorder columns only while quantising and store groups as runs; "group" stores g_idx.
         return PackedIntScheme(bits, group_size, symmetric, ordered=order not in ("group", "dynamic", True))
     if form in ("int-quantized", "naive-quantized") and kind == "int" and bits == 8 and strategy != "block":
         return IntScheme(group_size, symmetric, strategy == "tensor")
@@ -240,7 +240,7 @@ def _compressed_scheme(group: HfConfig, form: str) -> Scheme:
 
 
 def _floats(section: HfConfig, key: str) -> Rule:
-    """The rule for the modules that a list names: their weights are floats."""
+    """A rule that the weights of the modules listed under ``key`` are floats."""
     return _modules(section, key, _names(section, key)), None
 
 
@@ -254,7 +254,7 @@ def _names(section: HfConfig, key: str) -> list[str]:
 
 
 def _modules(section: HfConfig, key: str, names: Sequence[str]) -> Modules:
-    """The modules that ``names`` mean: regular expressions after ``re:``, names with stars, and other names."""
+    """The modules that ``names`` refer to: regular expressions after ``re:``, names with stars, and plain names."""
     expressions = [name[3:] for name in names if name.startswith("re:")]
     plain = {name for name in names if not name.startswith("re:")}
     starred = sorted(name for name in plain if "*" in name)
@@ -263,7 +263,7 @@ def _modules(section: HfConfig, key: str, names: Sequence[str]) -> Modules:
 
 
 def _matching(section: HfConfig, key: str, expressions: Sequence[str]) -> Modules:
-    """The modules whose names begin with what one of ``expressions`` matches."""
+    """The modules whose names one of ``expressions`` matches from the beginning."""
     patterns = []
     for expression in expressions:
         try:
@@ -277,7 +277,7 @@ _READERS: dict[str, Callable[[HfConfig], Quantization]] = {
     OWN: _own, "awq": _awq, "gptq": _gptq, "fp8": _float8, "modelopt": _modelopt, "bitsandbytes": _bitsandbytes,
     "compressed-tensors": _compressed,
 }  # fmt: skip
-_WAYS_OUT = {
+_HINTS = {
     "mxfp4": "gpt-oss's experts are not read; take a GGUF file or another model",
     "quark": "export it as fp8 or compressed-tensors",
     "torchao": "save it dequantised, or quantise it with another tool",
@@ -286,7 +286,7 @@ _WAYS_OUT = {
     "exl2": "take another quantisation of the model",
     "exl3": "take another quantisation of the model",
 }
-"""What to do about some methods that are not read."""
+"""Hints for some methods that are not supported."""
 _WITHOUT_EFFECT = frozenset(
     """
     _load_in_4bit _load_in_8bit act_group_aware backend bnb_4bit_compute_dtype calib_data damp_auto_increment
@@ -297,4 +297,4 @@ _WITHOUT_EFFECT = frozenset(
     true_sequential use_cuda_fp16 use_exllama version
     """.split()
 )
-"""Keys that tell how a checkpoint was made, or how another program computes with it."""
+"""Keys that only record how a checkpoint was made or how another program computes with it."""

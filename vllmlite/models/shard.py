@@ -1,4 +1,4 @@
-"""Tensor parallelism (Shoeybi et al. 2019): which heads and which part of the MLPs each rank computes."""
+"""Tensor parallelism (Shoeybi et al. 2019): which heads and which part of each MLP every rank computes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def whole(spec: DecoderSpec) -> Shard:
 
 
 def sharded(spec: DecoderSpec, rank: int, world: int) -> DecoderSpec:
-    """The spec of what rank ``rank`` of ``world`` computes: sizes are the rank's own, :attr:`DecoderSpec.whole` is
-    ``spec``. ParameterError for a number of ranks that the model cannot be split over."""
+    """The spec of the part that rank ``rank`` of ``world`` computes: its sizes are the rank's own, and
+    :attr:`DecoderSpec.whole` is ``spec``. ParameterError if the model cannot be split over this number of ranks."""
     if world == 1:
         return spec
     accepted = [count for count in range(1, spec.num_heads + 1) if _splits(spec, count)]

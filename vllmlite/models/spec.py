@@ -1,4 +1,4 @@
-"""What a decoder is, as data: every family maps its Hugging Face configuration onto a :class:`DecoderSpec`."""
+"""The description of a decoder as data: every family maps its Hugging Face configuration to a :class:`DecoderSpec`."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from vllmlite.models.quantization import Quantization
 from vllmlite.weights.parts import Span
 
 VOCAB_UNIT = 16
-"""Rows of the output layer are given to ranks in multiples of this number."""
+"""The rows of the output layer are divided among ranks in multiples of this number."""
 
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding: ``kind`` is one of ``models.rope.KINDS``; a field that a kind has no use for keeps
-    its default."""
+    """Rotary position embedding. ``kind`` is one of ``models.rope.KINDS``; fields that a kind does not use keep their
+    defaults."""
 
     rotary_dim: int
-    """Leading elements of a head that are rotated; even."""
+    """Number of leading elements of a head that are rotated; even."""
     theta: float
     kind: str = "default"
     factor: float = 1.0
-    """How much longer than ``original_max_position`` the stretched context is."""
+    """Ratio of the extended context to ``original_max_position``."""
     original_max_position: int = 0
-    """Positions the model was first trained on."""
+    """Number of positions that the model was first trained on."""
     attention_factor: float = 1.0
-    """Multiplies cosines and sines (yarn, longrope)."""
+    """The factor of cosines and sines (yarn, longrope)."""
     beta_fast: float = 32.0
-    """Rotations over the original context above which a frequency is left alone (yarn)."""
+    """Number of rotations over the original context above which a frequency is unchanged (yarn)."""
     beta_slow: float = 1.0
-    """Rotations below which it is divided by ``factor`` (yarn)."""
+    """Number of rotations below which a frequency is divided by ``factor`` (yarn)."""
     truncate: bool = True
-    """Whether the bounds of the ramp between the two are rounded outwards to whole dimensions (yarn)."""
+    """Whether the bounds of the ramp between these two are rounded outwards to whole dimensions (yarn)."""
     low_freq_factor: float = 1.0
     """Wavelengths above ``original_max_position / low_freq_factor`` are stretched by ``factor`` (llama3)."""
     high_freq_factor: float = 1.0
-    """Wavelengths below ``original_max_position / high_freq_factor`` are left alone (llama3)."""
+    """Wavelengths below ``original_max_position / high_freq_factor`` are unchanged (llama3)."""
     short_factors: tuple[float, ...] = ()
-    """What frequencies are divided by in an engine for at most ``original_max_position`` positions (longrope)."""
+    """Divisors of the frequencies in an engine for at most ``original_max_position`` positions (longrope)."""
     long_factors: tuple[float, ...] = ()
-    """What they are divided by in one for more (longrope)."""
+    """Divisors of the frequencies in an engine for more positions (longrope)."""
 
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """``kind`` is ``rms`` or ``layer``: root mean square, or mean and variance."""
+    """A norm. ``kind`` is ``rms`` (root mean square) or ``layer`` (mean and variance)."""
 
     eps: float
     kind: str = "rms"
     bias: bool = False
-    """Whether it adds one (layer)."""
+    """Whether the norm adds a bias (``layer`` only)."""
     unit_offset: bool = False
-    """Whether the checkpoint has the weight minus one."""
+    """Whether the checkpoint stores the weight minus one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +63,21 @@ class MoeSpec:
     top_k: int
     intermediate_size: int
     renormalise: bool
-    """Whether the weights of the chosen experts are made to sum to one."""
+    """Whether the weights of the chosen experts are scaled to sum to one."""
     shared_intermediate_size: int = 0
-    """Of an expert for all tokens, behind a gate of its own; 0: there is none."""
+    """Intermediate size of an expert for all tokens, which has its own gate; 0 if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """What may differ from layer to layer."""
+    """The properties that may differ between layers."""
 
     window: int | None = None
-    """Sliding window in tokens; None: full attention."""
+    """Sliding window in tokens, or None for full attention."""
     rope: RopeSpec | None = None
-    """None: q and k are not rotated."""
+    """None if q and k are not rotated."""
     moe: MoeSpec | None = None
-    """None: the layer has an MLP."""
+    """None if the layer has an MLP instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +89,15 @@ class Shard:
     heads: Span
     """Query heads."""
     kv_heads: Span
-    """Key/value heads; where there are fewer than ranks, several ranks have the same one."""
+    """Key/value heads; if there are fewer than ranks, several ranks have the same one."""
 
     def part(self, size: int) -> Span:
-        """The part of this rank of ``size`` elements, of which every rank gets the same number."""
+        """The range of ``size`` elements that belongs to this rank; every rank has the same number."""
         return self.rank * size // self.world, (self.rank + 1) * size // self.world
 
     def uneven_part(self, size: int) -> Span:
-        """The part of this rank of ``size`` elements. The first ranks get the same multiple of :data:`VOCAB_UNIT`, at
-        which our quantisation schemes can be sliced, and the last ones what is left."""
+        """The range of ``size`` elements that belongs to this rank. The first ranks have the same multiple of
+        :data:`VOCAB_UNIT`, at which our quantisation schemes can be split, and the last ones have the rest."""
         most = -(-size // (self.world * VOCAB_UNIT)) * VOCAB_UNIT
         return min(self.rank * most, size), min((self.rank + 1) * most, size)
 
@@ -108,7 +108,7 @@ class DecoderSpec:
 
     architecture: str
     dtype: str
-    """Dtype the checkpoint says it is meant for, one of ``backends.base.FLOAT_DTYPES``."""
+    """Dtype that the checkpoint's configuration gives, one of ``backends.base.FLOAT_DTYPES``."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -122,71 +122,73 @@ class DecoderSpec:
     tie_word_embeddings: bool = False
 
     attn_norm: bool = True
-    """Whether a norm stands before attention."""
+    """Whether there is a norm before attention."""
     attn_out_norm: bool = False
-    """Whether one stands behind it, before the residual is added."""
+    """Whether there is a norm after attention, before the residual is added."""
     mlp_norm: bool = True
-    """Whether one stands before the MLP; without it, a parallel MLP reads what attention reads."""
+    """Whether there is a norm before the MLP; without it, a parallel MLP has the same input as attention."""
     mlp_out_norm: bool = False
-    """Whether one stands behind it."""
+    """Whether there is a norm after the MLP, before the residual is added."""
     parallel: bool = False
-    """Whether attention and MLP read the same residual, instead of the MLP what attention left."""
+    """Whether the MLP has the same input as attention, instead of attention's result."""
     post_norm: bool = False
-    """Whether ``attn_norm`` and ``mlp_norm`` stand behind the residual, and become it."""
+    """Whether ``attn_norm`` and ``mlp_norm`` come after adding the residual, and their results replace it."""
 
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     gated_mlp: bool = True
-    """Whether the MLP's input meets two weights, one of which gates the other."""
+    """Whether the MLP multiplies its input by two weights, one of which gates the other."""
     qk_norm: str | None = None
-    """``head``, ``whole`` or ``layer``: whether each head of q and k, or all heads as one, are normed by RMS before
-    rotation, or each head by a layer norm of its own."""
+    """Norms of q and k before rotation: ``head`` is an RMS norm of each head, ``whole`` one of all heads together,
+    ``layer`` a layer norm with its own weight for each head. None if there are none."""
     alibi: tuple[float, ...] = ()
-    """Linear biases (Press et al. 2021): a head's slope, as added to scaled scores."""
+    """ALiBi (Press et al. 2021): the slope of each head, whose bias is added to the scaled scores. Empty if there is
+    none."""
     learned_positions: int = 0
-    """Rows of a table of position embeddings; 0: there is none."""
+    """Rows of a table of position embeddings, or 0 if there is none."""
     position_offset: int = 0
-    """Its row of position 0."""
+    """The row of that table for position 0."""
     embedding_norm: bool = False
-    """Whether embeddings are normed."""
+    """Whether there is a norm after the embedding."""
     embedding_size: int | None = None
-    """Of embeddings that are projected to ``hidden_size``, as what the output layer meets is from it; None: they have
-    that size."""
+    """Size of the embeddings if it is not ``hidden_size``: they are projected to that, and the input of the output
+    layer is projected back. None if the sizes are equal."""
     final_norm: bool = True
-    """Whether one stands behind the last block."""
+    """Whether there is a norm after the last block."""
 
     embedding_scale: float = 1.0
     attention_scale: float | None = None
-    """What scores are multiplied by; None: ``head_dim ** -0.5``."""
+    """The factor of attention scores, or None for ``head_dim ** -0.5``."""
     residual_scale: float = 1.0
-    """What attention's and the MLP's output are multiplied by."""
+    """The factor of the outputs of attention and of the MLP."""
     logit_scale: float = 1.0
     attention_soft_cap: float | None = None
-    """c of scores' ``c * tanh(score / c)`` (Bello et al. 2016); None: they are not capped."""
+    """The c of ``c * tanh(score / c)``, applied to attention scores (Bello et al. 2016), or None if they are not
+    capped."""
     logit_soft_cap: float | None = None
 
     keys: Keys = field(default=LLAMA)
     """Names of the checkpoint's tensors."""
     quantization: Quantization | None = None
-    """In which schemes the checkpoint stores the weights of products; None: all of them are floats."""
+    """The quantisation schemes of the checkpoint's weights, or None if all of them are floats."""
     shard: Shard | None = None
-    """The part of the model that this spec describes; None: all of it."""
+    """The part of the model that this spec describes, or None if it describes the whole model."""
     whole: DecoderSpec | None = None
     """The spec of the whole model, if this is a part of it."""
 
     @property
     def num_layers(self) -> int:
-        """Blocks."""
+        """Number of blocks."""
         return len(self.layers)
 
     @property
     def output_size(self) -> int:
-        """Elements of what the output layer meets."""
+        """Number of elements of the output layer's input."""
         return self.embedding_size or self.hidden_size
 
     @property
     def tied_head(self) -> bool:
-        """Whether the output layer is the embedding table itself, neither quantised nor a part of it."""
+        """Whether the output layer is the embedding table itself, neither quantised nor split."""
         own = self.quantization is not None and self.quantization.own
         return self.tie_word_embeddings and not own and self.shard is None

@@ -1,4 +1,4 @@
-"""Every tensor of a decoder and where its checkpoint has it: a spec's shapes under its family's keys."""
+"""The tensors of a decoder and where its checkpoint stores them, from a spec's shapes and its family's keys."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ EXPERT_PARTS = ("gate", "up", "down")
 
 
 def sources(spec: DecoderSpec) -> dict[str, Source]:
-    """Return where the checkpoint has each tensor of the model, by the names that ``models/decoder.py`` uses; those of
+    """Return where the checkpoint stores each tensor of the model, by its name in ``models/decoder.py``. The names of
     layer 3 begin with ``3.``."""
     return dict(_Sources(spec).all())
 
 
 def stored_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor in a checkpoint of the whole model, as if its weights were floats."""
+    """Return the name and shape of every tensor in a checkpoint of the whole model, as if all weights were floats."""
     return {source.key: source.stored for source in sources(spec.whole or spec).values()}
 
 
@@ -35,7 +35,7 @@ def stored_schemes(spec: DecoderSpec) -> dict[str, Scheme]:
 
 
 class _Sources:
-    """Sources of the tensors of ``spec``, which may be a rank's share of the whole model ``stored``."""
+    """The sources of the tensors of ``spec``, which may be a rank's part of the whole model ``stored``."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         self.spec, self.keys = spec, spec.keys
@@ -100,7 +100,8 @@ class _Sources:
         yield from self.output(f"{name}down", key + keys.down, inner, part, spec.mlp_bias)
 
     def attention_input(self, name: str, key: str) -> Named:
-        """q, k and v, which a family stores apart, one after the other, or interleaved by key/value head."""
+        """q, k and v. A family stores them as separate tensors, one after the other, or interleaved by key/value
+        head."""
         size, stored, modules = self.spec.head_dim, self.stored, self.keys.qkv
         counts = stored.num_heads, stored.num_kv_heads, stored.num_kv_heads
         heads = self.shard.heads, self.shard.kv_heads, self.shard.kv_heads
@@ -126,8 +127,8 @@ class _Sources:
             )
 
     def in_groups(self, group: int, part: int) -> list[Span]:
-        """The heads of q (``part`` 0), k (1) or v (2) among all heads, where those of each key/value head are adjacent:
-        its ``group`` query heads, its key and its value."""
+        """The positions of this rank's heads of q (``part`` 0), k (1) or v (2) in a tensor that stores, for each
+        key/value head, its ``group`` query heads, its key and its value."""
         spans = []
         for kv_head in range(*self.shard.kv_heads):
             begin = kv_head * (group + 2)
@@ -176,7 +177,7 @@ class _Sources:
     def expert(
         self, name: str, modules: Sequence[str], inner: int, index: int = 0, stacked: int = 1
     ) -> Named:
-        """Gate, up and down of expert ``index`` of those that are ``stacked`` in one tensor each."""
+        """Gate, up and down of expert ``index``; each tensor holds ``stacked`` experts."""
         hidden, part = self.spec.hidden_size, self.shard.part(inner)
         for own, module in zip(EXPERT_PARTS, modules, strict=True):
             out, size, columns = (hidden, inner, part) if own == "down" else (inner, hidden, None)
@@ -198,7 +199,7 @@ class _Sources:
             yield f"{name}.bias", _whole(f"{module}.bias", (self.spec.hidden_size,))
 
     def head_norm(self, name: str, module: str, heads: Span) -> Named:
-        """The norm of q or k, in one tensor or in one for each of ``heads``."""
+        """The norm of q or k: one tensor, or one for each of ``heads``."""
         kind, size = self.spec.qk_norm, self.spec.head_dim
         if kind == "layer":
             for index, head in enumerate(range(*heads)):
@@ -210,13 +211,13 @@ class _Sources:
     def linear(
         self, name: str, module: str, out: int, size: int, bias: bool, rows: tuple[Span, ...] | None = None
     ) -> Named:
-        """A weight ``[out, size]``, or some of its rows, and its bias."""
+        """A weight ``[out, size]``, or the given rows of it, and its bias."""
         yield f"{name}.weight", self.product(f"{module}.weight", (out, size), rows)
         if bias:
             yield f"{name}.bias", self.bias(f"{module}.bias", out, rows)
 
     def output(self, name: str, module: str, size: int, columns: Span, bias: bool) -> Named:
-        """The weight of a product whose results the ranks add up; the bias is added by the first rank alone."""
+        """The weight of a product whose results the ranks add up; only the first rank adds the bias."""
         hidden = self.spec.hidden_size
         yield (
             f"{name}.weight",
@@ -235,8 +236,9 @@ class _Sources:
         alone: tuple[int, tuple[Span, ...] | None],
         bias: bool,
     ) -> Named:
-        """One of the weights of a fused module: ``together`` is the module's number of rows and those that are meant,
-        ``alone`` the same of a tensor that holds this part alone, as our own quantised checkpoints store it."""
+        """One of the weights of a fused module. ``together`` is the module's number of rows and the rows of this
+        weight; ``alone`` is the same for a tensor that holds only this weight, as our own quantised checkpoints store
+        it."""
         module, quantization = key + modules.module, self.spec.quantization
         apart = quantization is not None and quantization.own
         total, rows = alone if apart else together
@@ -251,7 +253,8 @@ class _Sources:
     def product(
         self, key: str, stored: tuple[int, int], rows: tuple[Span, ...] | None, columns: Span | None = None
     ) -> Source:
-        """The weight of a product. A quantised one is stored as of ``[out, in]`` whatever it was made of."""
+        """The weight of a product. A quantised weight is stored as ``[out, in]`` even if the family's are
+        transposed."""
         shape = sum(map(_size, rows)) if rows else stored[0], _size(columns) if columns else stored[1]
         quantization = self.spec.quantization
         transposed = self.keys.transposed and (quantization is None or quantization.scheme(key) is None)
@@ -269,7 +272,7 @@ def _size(span: Span) -> int:
 
 
 def _rows(span: Span, total: int) -> tuple[Span, ...] | None:
-    """``span`` as the rows of a source, None if it is all ``total`` of them."""
+    """``span`` as the rows of a source, or None if it is all ``total`` rows."""
     return None if span == (0, total) else (span,)
 
 
