@@ -1,1 +1,1 @@
-"""The built-in demo model: free text out of Debian packages in, a small Llama-family checkpoint out."""
+"""Building the built-in demo model: a small Llama-family checkpoint, trained on free text of Debian packages."""

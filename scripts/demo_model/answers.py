@@ -1,6 +1,5 @@
-"""Short answers to what people ask first: the one part of the corpus that was written for this model, by its authors.
-
-They are under the licence of vllmlite itself. Each entry is a tuple of questions and the answer to all of them.
+"""Short answers to the most common first questions: the one part of the corpus that was written for this model. They
+are under the licence of vllmlite itself. Each entry is a tuple of questions and the answer to all of them.
 """
 
 from typing import Final
@@ -663,7 +662,7 @@ PROGRAMS: Final[dict[str, str]] = {
     "python3-torch": "PyTorch, a library for tensors and neural networks",
     "python3-numpy": "NumPy, a library for fast numerical arrays in Python",
 }
-"""Well-known packages, and what they are: a phrase that goes on after "is"."""
+"""Well-known packages and a phrase for each that follows "NAME is"."""
 
 PARAGRAPHS: Final = (
     "To install a package, become root and run apt install with the name of the package. apt downloads the package from a repository, "
@@ -731,4 +730,4 @@ PARAGRAPHS: Final = (
     "There are many ways to help Debian. You can report bugs, answer questions, translate texts, write documentation, draw pictures, or "
     "maintain a package. Every contribution counts.",
 )
-"""A few paragraphs of plain prose, as beginnings to go on from."""
+"""A few paragraphs of plain prose, whose beginnings the model can continue."""

@@ -1,4 +1,4 @@
-"""Questions and answers made out of the corpus: package descriptions, manual pages' NAME lines, and section titles."""
+"""Questions and answers made from the corpus: package descriptions, NAME lines of manual pages, and section titles."""
 
 import random
 import re
@@ -25,13 +25,13 @@ class Turn(NamedTuple):
 
 
 def render(turns: list[Turn], system: str = "") -> str:
-    """A conversation in ChatML, as the chat template writes it."""
+    """A conversation in ChatML, as the model's chat template renders it."""
     head = f"{SYSTEM}{system}{END}" if system else ""
     return head + "".join(f"{USER}{turn.question}{END}{ASSISTANT}{turn.answer}{END}" for turn in turns)
 
 
 def shorten(paragraphs: list[str], limit: int = 480) -> str:
-    """As many whole sentences of the paragraphs as fit into `limit` characters (but at least the first)."""
+    """As many whole sentences of the paragraphs as fit `limit` characters, but at least the first."""
     kept: list[str] = []
     for paragraph in paragraphs:
         room = limit - sum(map(len, kept))
@@ -49,7 +49,8 @@ def shorten(paragraphs: list[str], limit: int = 480) -> str:
 
 
 def is_a(name: str, synopsis: str) -> str:
-    """A sentence that says what `name` is: a synopsis is a noun phrase that fits "`name` is a ...", as packagers are told."""
+    """A sentence that says what `name` is. Packagers are told to write a synopsis as a noun phrase that fits "`name` is
+    a"."""
     synopsis = synopsis.rstrip(". ")
     head = re.split(
         r" (?:for|of|to|with|that|which|in|from|using|based|on|by|written|and|as|like|-|--)\b|[,(:;]",
@@ -112,7 +113,7 @@ _WHAT: Final = (
 
 
 def about_package(name: str, synopsis: str, blocks: list[Block], draw: random.Random) -> list[Turn]:
-    """What a package is, how to install it, and which package it is that does this."""
+    """Questions about what a package is, how to install it, and which package does what it does."""
     text = shorten([block.text for block in blocks if block.kind == "paragraph" and is_prose(block.text)])
     sentence = is_a(name, synopsis)
     if not sentence.isascii():
@@ -153,7 +154,8 @@ def about_package(name: str, synopsis: str, blocks: list[Block], draw: random.Ra
 
 
 def about_programs(programs: Mapping[str, str]) -> list[tuple[tuple[str, ...], str]]:
-    """What well-known programs are and how to install them, by a table from a package's name to what it is."""
+    """Questions about what well-known programs are and how to install them; `programs` maps a package to its
+    description."""
     return [
         entry
         for name, purpose in programs.items()
@@ -179,7 +181,7 @@ _REPHRASED: Final = {
 
 
 def rephrase(question: str, draw: random.Random) -> list[str]:
-    """The question, and some other ways to put it."""
+    """The question and some other wordings of it."""
     for pattern, ways in _REPHRASED.items():
         if found := re.fullmatch(pattern, question):
             return [question, *(way.format(found[1]) for way in draw.sample(ways, 3))]
@@ -195,7 +197,7 @@ _COMMAND: Final = (
 def about_command(
     name: str, section: str, purpose: str, description: list[str], draw: random.Random
 ) -> list[Turn]:
-    """What a command, file or system call is for, by its manual page."""
+    """A question about what a command, file or system call is for, answered from its manual page."""
     purpose = purpose.rstrip(". ")
     if not purpose or not purpose.isascii():
         return []

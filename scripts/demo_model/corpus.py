@@ -1,4 +1,4 @@
-"""Build the corpus from a tree with Debian packages in it: the same tree gives the same bytes."""
+"""Building the corpus from a directory tree with Debian packages; the same tree gives the same bytes."""
 
 import fnmatch
 import hashlib
@@ -24,7 +24,8 @@ ANSWERS_REPEAT: Final = (2, 3)
 
 
 class Document(NamedTuple):
-    """A text to learn; `origin` names package and page, `repeats` says how often an epoch of each stage shows it."""
+    """A text to learn. `origin` names its package and page; `repeats` says how often an epoch of each stage shows
+    it."""
 
     kind: str
     origin: str
@@ -34,7 +35,7 @@ class Document(NamedTuple):
 
 @dataclass(slots=True)
 class Source:
-    """What the manifest says of a package that text was taken from."""
+    """What the manifest records of a package from which text was taken."""
 
     package: str
     version: str
@@ -46,14 +47,14 @@ class Source:
 
 @dataclass(slots=True)
 class Corpus:
-    """All documents, in order, and where they came from."""
+    """All documents, in order, and the packages they come from."""
 
     documents: list[Document]
     sources: list[Source]
 
     @property
     def sha256(self) -> str:
-        """Over every document, its kind, origin and number of repeats."""
+        """A hash over the kind, origin, repeats and text of every document."""
         digest = hashlib.sha256()
         for document in self.documents:
             digest.update(json.dumps(document).encode())
@@ -61,12 +62,13 @@ class Corpus:
 
 
 def is_held_out(document: Document) -> bool:
-    """Whether a document is kept to measure the loss on: one page or package in 64, with all that came of it."""
+    """Whether a document is held out to measure the loss: one page or package in 64, with all documents made from
+    it."""
     return document.kind != "answers" and number(document.origin) % HELD_OUT_ONE_IN == 0
 
 
 def number(text: str) -> int:
-    """A number that a text always has, evenly spread."""
+    """A number derived from a text alone, evenly distributed."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
@@ -82,7 +84,7 @@ class Section(NamedTuple):
         return [block for block in self.blocks if block.kind == "paragraph"]
 
     def render(self) -> str:
-        """The section's text: items with a dash, code indented."""
+        """The section's text, with dashes before items and indented code."""
         parts: list[str] = []
         for block in self.blocks:
             if block.kind == "item":
@@ -96,9 +98,8 @@ class Section(NamedTuple):
 
 
 def sections(blocks: list[Block], seen: set[str], plain: bool) -> list[Section]:
-    """Group blocks below their headings, keeping readable prose that was not `seen` before, and what it introduces.
-
-    With `plain`, only paragraphs of ordinary words are kept: the English of a manual, without its subject's symbols.
+    """Group blocks under their headings. Keeps readable prose that is not in `seen`, and the blocks that it introduces.
+    With `plain`, keeps only paragraphs of ordinary words: the English of a manual without the symbols of its subject.
     """
     found = [Section("", [])]
     term = ""
@@ -126,7 +127,7 @@ def sections(blocks: list[Block], seen: set[str], plain: bool) -> list[Section]:
         term = ""
     for section in found:
         while section.blocks and section.blocks[-1].text.endswith(":") and section.blocks[-1].kind != "code":
-            section.blocks.pop()  # it introduced what was left out
+            section.blocks.pop()  # it introduced a block that was left out
     return [section for section in found if sum(len(block.text) for block in section.blocks) >= 40]
 
 
@@ -141,7 +142,7 @@ def _is_item(text: str) -> bool:
 
 
 def prose(found: list[Section], origin: str, repeats: tuple[int, int]) -> Iterator[Document]:
-    """A page's sections as documents of a few thousand characters; every second one starts without its heading."""
+    """A page's sections as documents of a few thousand characters; every second one begins without its heading."""
     parts: list[str] = []
     for place, section in enumerate(found):
         bare = not parts and number(f"{origin} {place}") % 2
@@ -156,7 +157,7 @@ def prose(found: list[Section], origin: str, repeats: tuple[int, int]) -> Iterat
 def _from_page(
     name: str, root: Path, package: str, manual: Manual | None, seen: set[str]
 ) -> Iterator[Document]:
-    """The documents of an HTML page; of a manual that we know by name, its sections as questions and answers too."""
+    """The documents of an HTML page, and for a known manual its sections as questions and answers."""
     origin, repeats = f"{package}/{os.path.basename(name)}", _repeats(name, manual)
     found = sections(html_blocks(read_text(root / name)), seen, plain=not _is_about_debian(manual))
     yield from prose(found, origin, repeats)
@@ -174,7 +175,7 @@ def _is_about_debian(manual: Manual | None) -> bool:
 
 
 def _repeats(name: str, manual: Manual | None) -> tuple[int, int]:
-    """How often each stage shows a page: the second has all that is about Debian, and a third of the rest."""
+    """How often each stage shows a page: the second stage has all pages about Debian, and a third of the others."""
     if manual and manual.about_debian:
         return manual.repeat, manual.repeat
     return 1, int(number(name) % 3 == 0)
@@ -183,7 +184,7 @@ def _repeats(name: str, manual: Manual | None) -> tuple[int, int]:
 def _from_manual_page(
     name: str, root: Path, package: str, manual: Manual | None, seen: set[str]
 ) -> Iterator[Document]:
-    """The documents of a manual page, and what it is for as a question and its answer."""
+    """The documents of a manual page, and a question and answer about its purpose."""
     blocks = man_blocks(read_text(root / name))
     origin = f"{package}/{os.path.basename(name)}"
     naming = next((below.text for block, below in pairwise(blocks) if block.text.upper() == "NAME"), "")
@@ -235,7 +236,7 @@ def _from_description(package: str, fields: dict[str, str]) -> Iterator[Document
 def _conversations(
     turns: list[chat.Turn], origin: str, repeats: tuple[int, int], draw: random.Random
 ) -> Iterator[Document]:
-    """Mostly single questions; at times after a system prompt, and at times several in a row."""
+    """Conversations, mostly single questions; some have a system prompt, and some several questions."""
     while turns:
         count = 1 if len({turn.answer for turn in turns[:3]}) < 3 else draw.choice((1, 1, 1, 2, 3))
         system = draw.choice(chat.SYSTEM_PROMPTS) if draw.random() < 0.15 else ""
@@ -273,7 +274,7 @@ _TAKEN: Final = ("Description", "usr/share/man/man[1578]/*", "usr/share/doc/*.ht
 
 
 def build(root: Path) -> Corpus:
-    """The corpus of all packages below `root`: the manuals first, then whatever else has a cleared licence, by name."""
+    """The corpus of all packages below `root`: first the manuals, then all others with a cleared licence, by name."""
     manuals = {manual.package: manual for manual in MANUALS}
     packages = sorted(
         installed(root), key=lambda fields: (fields["Package"] not in manuals, fields["Package"])
@@ -306,7 +307,7 @@ def build(root: Path) -> Corpus:
 
 
 def _licence(root: Path, package: str, manual: Manual | None) -> str:
-    """The licence under which the package's text is taken; empty where it may not be."""
+    """The licence under which the package's text is used, or an empty string if it may not be used."""
     path = root / f"usr/share/doc/{package}/copyright"
     if not path.is_file():
         return ""

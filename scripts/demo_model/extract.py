@@ -1,4 +1,4 @@
-"""From HTML pages, manual pages and package descriptions to clean ASCII prose: a list of blocks, each with its kind."""
+"""Converting HTML pages, manual pages and package descriptions to clean ASCII prose: a list of blocks of some kinds."""
 
 import re
 import textwrap
@@ -8,7 +8,8 @@ from typing import Final, NamedTuple
 
 
 class Block(NamedTuple):
-    """A piece of text; `kind` is `heading`, `paragraph`, `item`, `code` or `term`, which a paragraph explains."""
+    """A piece of text. `kind` is `heading`, `paragraph`, `item`, `code`, or `term` (explained by the next
+    paragraph)."""
 
     kind: str
     text: str
@@ -28,13 +29,13 @@ _ASCII: Final = str.maketrans(
 
 
 def to_ascii(text: str) -> str:
-    """The text with typographic signs and accents in plain ASCII; what has no such form stays as it is."""
+    """The text with typographic signs and accents replaced by ASCII; characters without a replacement are kept."""
     folded = unicodedata.normalize("NFKD", text.translate(_ASCII))
     return "".join(sign for sign in folded if not unicodedata.combining(sign))
 
 
 def is_prose(text: str) -> bool:
-    """Whether a paragraph reads as English sentences rather than as a table, a signature or a heap of symbols."""
+    """Whether a paragraph consists of English sentences, not of a table, a signature or symbols."""
     letters = sum(sign.isalpha() or sign in " ,.'" for sign in text)
     words = text.lower().split()
     common = sum(word in _COMMON for word in words)
@@ -49,7 +50,7 @@ def is_prose(text: str) -> bool:
 
 
 def is_plain(text: str) -> bool:
-    """Whether nearly all words of a paragraph are ordinary ones, without digits, capitals inside, or signs of code."""
+    """Whether nearly all words of a paragraph are ordinary: without digits, inner capitals or code symbols."""
     words = text.split()
     plain = sum(bool(_PLAIN.fullmatch(word)) for word in words)
     return plain >= 0.93 * len(words)
@@ -124,7 +125,7 @@ class _Page(HTMLParser):
             self.text += data
 
     def flush(self) -> None:
-        """End the block at hand."""
+        """End the current block."""
         text = to_ascii(self.text)
         self.text = ""
         if self.kind == "code":
@@ -140,7 +141,7 @@ class _Page(HTMLParser):
 
 
 def html_blocks(page: str) -> list[Block]:
-    """The blocks of an HTML page; of pages that mark their main part, that part alone."""
+    """The blocks of an HTML page, or of its main part if that is marked."""
     main = re.search(
         r'<(main|div|section|article)\b[^>]*(role="main"|class="body"|itemprop="articleBody"|id="docs-content"|id="page-content")',
         page,
@@ -185,7 +186,7 @@ def _unescape(line: str) -> str:
 
 
 def _arguments(line: str) -> list[str]:
-    """The arguments of a macro call, where double quotes hold words together."""
+    """The arguments of a macro call; double quotes group words."""
     return [
         quoted.replace('""', '"') if quoted else word
         for quoted, word in re.findall(r'"((?:[^"]|"")*)"?|(\S+)', line)
@@ -193,7 +194,7 @@ def _arguments(line: str) -> list[str]:
 
 
 def man_blocks(page: str) -> list[Block]:
-    """The blocks of a manual page in man(7) form; none for other forms (mdoc) and for references to other pages."""
+    """The blocks of a manual page in man(7) format; none for other formats (mdoc) and for references to other pages."""
     blocks: list[Block] = []
     kind, words, in_code, skip_until, tag_next = "paragraph", list[str](), False, "", False
 

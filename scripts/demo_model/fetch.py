@@ -1,4 +1,4 @@
-"""Get the corpus's packages from a Debian mirror, with apt in a scratch directory: needs no root, changes nothing."""
+"""Downloading the corpus's packages from a Debian mirror, with apt in a scratch directory, without root."""
 
 import fnmatch
 import gzip
@@ -17,12 +17,12 @@ _KEPT: Final = re.compile(r"usr/share/(doc/[^/]+/copyright|man/man[1578]/.+)")
 
 
 def wanted() -> list[str]:
-    """The packages the corpus is made of, sorted: the manuals, and those in `packages.txt`."""
+    """The packages of the corpus, sorted: the manuals and those in `packages.txt`."""
     return sorted({manual.package for manual in MANUALS} | set(PACKAGES.read_text("ascii").split()))
 
 
 def configured_mirror() -> str:
-    """The first Debian archive that this machine's own apt is set up to use."""
+    """The first Debian archive in this machine's apt configuration."""
     listed = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(REPO_URI) $(ORIGIN) $(COMPONENT)", "Created-By: Packages"],
         stdout=subprocess.PIPE,
@@ -36,9 +36,8 @@ def configured_mirror() -> str:
 
 
 def fetch(directory: Path, mirror: str, suite: str = "sid") -> Path:
-    """Download the wanted packages and unpack what the corpus needs of them; returns the root to build it from.
-
-    Less than 1 GB, some minutes. A mirror of snapshots, with a date in its address, gives a manifest's very versions.
+    """Download the packages, unpack the parts that the corpus needs, and return the root to build it from. This takes
+    less than 1 GB and some minutes. A snapshot mirror, with a date in its address, gives exactly a manifest's versions.
     """
     apt, debs, root = (directory / name for name in ("apt", "debs", "root"))
     for folder in (apt / "lists/partial", apt / "cache/archives/partial", debs, root / "var/lib/dpkg/info"):
@@ -61,7 +60,7 @@ def fetch(directory: Path, mirror: str, suite: str = "sid") -> Path:
 
 
 def _unpack(deb: Path, root: Path) -> str:
-    """Unpack what the corpus needs of a package; returns the package's stanza for dpkg's status file."""
+    """Unpack the parts of a package that the corpus needs, and return the package's stanza for dpkg's status file."""
     control = subprocess.run(
         ["dpkg-deb", "--field", deb], stdout=subprocess.PIPE, text=True, check=True
     ).stdout
@@ -89,13 +88,13 @@ def _unpack(deb: Path, root: Path) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A text file's contents, unpacked where it is compressed."""
+    """The contents of a text file, decompressed if necessary."""
     packed = path.read_bytes()
     return (gzip.decompress(packed) if path.suffix == ".gz" else packed).decode("utf-8", "replace")
 
 
 def installed(root: Path) -> Iterator[dict[str, str]]:
-    """The control fields of every package installed below `root`, in the order of their names."""
+    """The control fields of every package installed below `root`, sorted by name."""
     stanzas = (root / "var/lib/dpkg/status").read_text("utf-8").split("\n\n")
     fields = [
         dict(re.findall(r"^([A-Za-z0-9-]+):[ \t]*(.*(?:\n[ \t].*)*)", stanza, re.M)) for stanza in stanzas

@@ -1,4 +1,4 @@
-"""The model: a small Llama in plain PyTorch, whose parameters carry the names that checkpoints on disk use."""
+"""The model: a small Llama in plain PyTorch, whose parameters have the names of checkpoint tensors."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes of a model, named as in a Hugging Face config.json."""
+    """The sizes of a model, with the names that a Hugging Face config.json has."""
 
     vocab_size: int = 6144
     hidden_size: int = 256
@@ -34,7 +34,7 @@ class Shape:
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped key-value heads and rotary positions."""
+    """Causal grouped-query attention with rotary position embedding."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -47,7 +47,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, shape.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """x [rows, length, hidden]; mask, added to the scores [rows, 1, length, length], or None for plain causal."""
+        """Attend from `x` [rows, length, hidden]. `mask` is added to the scores [rows, 1, length, length]; None is
+        causal."""
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -74,12 +75,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., hidden] to [..., hidden]."""
+        """Map x [..., hidden] to [..., hidden]."""
         return torch.as_tensor(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each behind a norm and beside a residual."""
+    """Attention and MLP, each with a norm before it and a residual around it."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and the last norm."""
+    """The embedding, the layers and the final norm."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model; its output weights are its embedding."""
+    """The whole model; its output layer is tied to the embedding."""
 
     def __init__(self, shape: Shape, seed: int = 0) -> None:
         super().__init__()
@@ -130,7 +131,7 @@ class Llama(nn.Module):
         return angles.cos(), angles.sin()
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """ids [rows, length] to logits [rows, length, vocabulary]; `mask` as in `Attention`."""
+        """Map ids [rows, length] to logits [rows, length, vocabulary]; `mask` as in `Attention`."""
         x = self.model.embed_tokens(ids)
         rope = self.rope(ids.shape[1], ids.device)
         for layer in self.model.layers:

@@ -1,4 +1,4 @@
-"""Between corpus, training and package: tokenise, sample, replay, and write the files a user gets."""
+"""Tokenising the corpus, sampling, replaying the training, and writing the model's files."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ BEGINNINGS: Final = (
 
 
 def tokenise(corpus: Corpus, vocabulary: int, directory: Path) -> dict[str, Any]:
-    """Train the tokenizer and write the tokenised corpus to `directory`; returns what the manifest says of it."""
+    """Train the tokenizer, write the tokenised corpus to `directory`, and return its part of the manifest."""
     directory.mkdir(parents=True, exist_ok=True)
     learnt = [document for document in corpus.documents if not is_held_out(document)]
     tokenizer = bpe.train((document.text for document in learnt), vocabulary)
@@ -72,13 +72,13 @@ def tokenise(corpus: Corpus, vocabulary: int, directory: Path) -> dict[str, Any]
 
 
 def _ended(document: Document) -> str:
-    """The document with the end-of-text token; every second plain text begins with one too."""
+    """The document with the end-of-text token; every second plain text also begins with one."""
     begin = bpe.END_OF_TEXT if document.kind == "text" and number(document.text) % 2 else ""
     return f"{begin}{document.text}{bpe.END_OF_TEXT}"
 
 
 def load_tokens(directory: Path) -> tuple[Tokens, Tokens, Tokens]:
-    """The tokenised corpus: first stage, second stage, held out."""
+    """The tokenised corpus: first stage, second stage, held-out documents."""
     arrays = np.load(directory / "tokens.npz")
     ids, bounds, repeats = arrays["learnt_ids"], arrays["learnt_bounds"], arrays["learnt_repeats"]
     held_out = Tokens(
@@ -107,7 +107,7 @@ def load_weights(shape: Shape, path: Path) -> Llama:
 
 @torch.no_grad()
 def continue_text(model: Llama, tokenizer: Tokenizer, text: str, most: int = 120) -> str:
-    """The likeliest continuation of a text, up to an end token."""
+    """The greedy continuation of a text, up to an end token."""
     ids = tokenizer.encode(text).ids
     begin = len(ids)
     device = next(model.parameters()).device
@@ -120,7 +120,7 @@ def continue_text(model: Llama, tokenizer: Tokenizer, text: str, most: int = 120
 
 
 def samples(model: Llama, tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """What the model says to a few questions and makes of a few beginnings."""
+    """The model's answers to a few questions, and its continuations of a few beginnings."""
     asked = [(question, render([Turn(question, "")]).removesuffix("<|im_end|>\n")) for question in QUESTIONS]
     return [
         {"prompt": prompt, "text": continue_text(model, tokenizer, text)}
@@ -129,7 +129,7 @@ def samples(model: Llama, tokenizer: Tokenizer) -> list[dict[str, str]]:
 
 
 def replay(recipe: Recipe, shape: Shape, directory: Path, report: Any = print) -> list[float]:
-    """The losses of the first steps on a CPU in fp32, with an eighth of the recipe's batches: a minute or two."""
+    """The losses of the first steps on a CPU in fp32, with an eighth of the recipe's batch size: a minute or two."""
     smaller = replace(recipe, tokens_per_step=recipe.tokens_per_step // 8)
     _, log = train(
         smaller,
@@ -152,7 +152,7 @@ def write_package(
     snapshot: str,
     replayed: Sequence[float],
 ) -> None:
-    """Write all that users get, and the manifest about it, from a corpus directory and a training directory."""
+    """Write the model's files and its manifest, from a corpus directory and a training directory."""
     target.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(corpus / "tokenizer.json"))
     bpe.save(tokenizer, target, shape.max_position_embeddings)
@@ -210,7 +210,7 @@ def _sha256(path: Path) -> str:
 
 
 def tools() -> dict[str, str]:
-    """The versions of everything that computes here."""
+    """The versions of Python and of the packages that training uses."""
     return {
         "python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
         "tokenizers": tokenizers.__version__, "safetensors": str(safetensors.__version__),
@@ -218,7 +218,7 @@ def tools() -> dict[str, str]:
 
 
 def save_run(model: Llama, recipe: Recipe, log: Log, device: str, directory: Path) -> None:
-    """Write weights and record of a training run."""
+    """Write the weights and the record of a training run."""
     directory.mkdir(parents=True, exist_ok=True)
     save_weights(model, directory / "model.safetensors")
     record = {"recipe": asdict(recipe), "device": device, "tools": tools()} | asdict(log)
@@ -226,12 +226,12 @@ def save_run(model: Llama, recipe: Recipe, log: Log, device: str, directory: Pat
 
 
 def recipe_of(directory: Path) -> Recipe:
-    """The recipe a training run followed."""
+    """The recipe of a training run."""
     return Recipe(**json.loads((directory / "train.json").read_text())["recipe"])
 
 
 def copyright_stanza(manifest: dict[str, Any]) -> str:
-    """The paragraph of ``debian/copyright`` for the model: every package that its text came from, by version and
+    """The paragraph of ``debian/copyright`` for the model: every package that its text comes from, with version and
     licence."""
     packages = ", ".join(f"{s['package']} {s['version']} ({s['licence']})" for s in manifest["sources"])
     made_from = (

@@ -1,9 +1,9 @@
-"""Which packages the corpus is made of, and under which licences text may enter it.
+"""The packages of the corpus, and the licences under which text may enter it.
 
-Two gates decide. A *manual* (`MANUALS`) is a package whose documentation we want by name: the table states its licence
-and quotes the words of its copyright file that grant it, and the quote is looked up whenever the corpus is built.
-Every other package enters with its description, manual pages and HTML pages, and only if *every* licence that its
-machine-readable copyright file mentions is on the allow-list (`cleared_licences`).
+There are two ways in. A *manual* (`MANUALS`) is a package whose documentation is used by name: the table states its
+licence and quotes the words of its copyright file that grant it, and the quote is checked whenever the corpus is built.
+Any other package enters with its description, manual pages and HTML pages, but only if *every* licence in its
+machine-readable copyright file is on the allow-list (`cleared_licences`).
 """
 
 import re
@@ -15,18 +15,17 @@ ALLOWED: Final = frozenset(
     gpl-1+ gpl-2+ gpl-3+ isc lgpl-2+ lgpl-2.1+ lgpl-3+ mit mit-0 postgresql psf-2 public-domain unlicense wtfpl x11
     zlib""".split()
 )
-"""Licences that text may enter under, by their short names; all of them may be combined under GPL-3+."""
+"""Licences of text that may enter, by their short names; all of them may be combined under GPL-3+."""
 
 RESULT: Final = "GPL-3+"
-"""The strictest of them, and so the licence of the weights."""
+"""The strictest of these licences, and so that of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manual:
-    """A package whose documentation is taken by name, under `licence`, as granted by `quote` in its copyright file.
-
-    `pages` are globs (whose `*` crosses `/`) over the package's files; `title` is what people call the book; in an epoch its text is seen `repeat` times.
-    What is `about_debian` makes up most of the second stage.
+    """A package whose documentation is used by name, under `licence`, as granted by `quote` in its copyright file.
+    `pages` are globs (whose `*` also matches `/`) of the package's files, `title` is the book's usual name, and
+    `repeat` says how often an epoch shows its text. Text with `about_debian` makes up most of the second stage.
     """
 
     package: str
@@ -38,7 +37,7 @@ class Manual:
 
     @property
     def about_debian(self) -> bool:
-        """Whether the book is about Debian rather than about one of the programs in it."""
+        """Whether the book is about Debian, and not about one of its programs."""
         return self.repeat > 1
 
 
@@ -402,21 +401,22 @@ _DULL: Final = re.compile(
 
 
 def is_page(name: str) -> bool:
-    """Whether a file is an English page of documentation, rather than an index, a list of changes or a reference of an interface."""
+    """Whether a file is an English page of documentation, not an index, a changelog or an API reference."""
     return bool(
         re.fullmatch(r"usr/share/doc/.+(?<!\.[a-z][a-z])(?<!\.[a-z][a-z][-_][a-zA-Z][a-zA-Z])\.html", name)
     ) and not _DULL.search(name)
 
 
 def canonical(name: str) -> str:
-    """One spelling for a licence's short name: `GPL-2.0-or-later`, `gpl-2+ with OpenSSL exception` → `gpl-2+`."""
+    """The canonical short name of a licence: `GPL-2.0-or-later` and `gpl-2+ with OpenSSL exception` become `gpl-2+`."""
     name = name.strip(" ().").lower().replace("-or-later", "+").replace("public_domain", "public-domain")
-    name = re.sub(r"[ ~-]+with[ -].*exception$", "", name)  # an exception only ever permits more
+    name = re.sub(r"[ ~-]+with[ -].*exception$", "", name)  # an exception only grants more
     return re.sub(r"(?<=gpl-[123])\.0|(?<=^apache-2)$", lambda found: "" if found[0] else ".0", name)
 
 
 def is_allowed(expression: str) -> bool:
-    """Whether a licence expression (`A and B`, `A or B`) is on the allow-list: all of the ands, one of the ors."""
+    """Whether a licence expression (`A and B`, `A or B`) is on the allow-list: all terms of an "and", one of an
+    "or"."""
     return all(
         any(canonical(choice) in ALLOWED for choice in re.split(r"\s+or\s+|\s*/\s*", part, flags=re.I))
         for part in re.split(r"\s*,?\s+and\s+|\s*,\s*", expression, flags=re.I)
@@ -424,9 +424,8 @@ def is_allowed(expression: str) -> bool:
 
 
 def cleared_licences(copyright_file: str) -> tuple[str, ...] | None:
-    """The licences that a machine-readable copyright file puts files under.
-
-    None where one of them, or of the licences it merely quotes, is not allowed, or the file is not of that form.
+    """The licences of the files in a machine-readable copyright file.
+    None if one of them, or of the licences that it merely quotes, is not allowed, or if the file has another form.
     """
     if "copyright-format" not in copyright_file[:400]:
         return None
@@ -445,4 +444,4 @@ def cleared_licences(copyright_file: str) -> tuple[str, ...] | None:
 
 
 _QUOTED: Final = frozenset("artistic artistic-1 artistic-1.0 perl".split())
-"""Licences whose text may be quoted, as one of the choices in `Artistic or GPL-1+`, but which do not suffice alone."""
+"""Licences that may appear as one choice, as in `Artistic or GPL-1+`, but do not suffice alone."""

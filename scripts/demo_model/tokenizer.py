@@ -18,7 +18,7 @@ CHAT_TEMPLATE: Final = (
 
 
 def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Learn `vocabulary` tokens, of which the first three are the special ones."""
+    """Train a tokenizer of `vocabulary` tokens, of which the first three are the special ones."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -34,7 +34,7 @@ def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, directory: Path, context: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json, in the form that Hugging Face's libraries read."""
+    """Write tokenizer.json and tokenizer_config.json, in the format of Hugging Face's libraries."""
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,

@@ -1,4 +1,4 @@
-"""Train the model: Muon for the matrices inside the layers, AdamW for the rest, in two stages over whole documents."""
+"""Training: Muon for the matrices inside the layers, AdamW for the rest, in two stages over whole documents."""
 
 import itertools
 import time
@@ -17,10 +17,9 @@ from .model import Llama, Shape
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides the outcome besides the corpus.
-
-    The rate of learning is constant after `warmup` and falls linearly to zero over the last `decay` of the `steps`;
-    the last `finish` of them are the second stage, in rows of the whole context.
+    """All parameters of the training.
+    The learning rate is constant after `warmup` and falls linearly to zero over the last `decay` of the `steps`; the
+    last `finish` of them are the second stage, with rows of the whole context.
     """
 
     seed: int = 1
@@ -42,7 +41,8 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Tokenised documents end to end: the i-th is `ids[bounds[i]:bounds[i + 1]]`, shown `repeats[i]` times an epoch."""
+    """Concatenated tokenised documents: the i-th is `ids[bounds[i]:bounds[i + 1]]`, shown `repeats[i]` times an
+    epoch."""
 
     ids: NDArray[np.uint16]
     bounds: NDArray[np.int64]
@@ -51,7 +51,7 @@ class Tokens:
 
 @dataclass(slots=True)
 class Log:
-    """What a training run leaves behind besides the weights."""
+    """The record of a training run."""
 
     losses: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
@@ -60,9 +60,8 @@ class Log:
 
 
 def rows(tokens: Tokens, length: int, seed: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int32]]]:
-    """Endless rows of `length` + 1 tokens, documents shuffled anew each epoch, each with the number of its document.
-
-    A document that meets the end of a row goes on in the next as if it were another: rows know nothing of each other.
+    """Endless rows of `length` + 1 tokens with the document number of each; documents are shuffled in every epoch.
+    A document that is cut at the end of a row continues in the next as if it were another; rows are independent.
     """
     left_ids, left_numbers = np.empty(0, np.uint16), np.empty(0, np.int32)
     for epoch in itertools.count():
@@ -88,7 +87,7 @@ def batches(tokens: Tokens, length: int, count: int, seed: int) -> Iterator[tupl
 
 
 def document_loss(model: nn.Module, ids: Tensor, numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mean loss (nats per token) over tokens, each given those before it in its own document."""
+    """Mean loss (nats per token), where each token is predicted from those before it in its own document."""
     inside = numbers[:, :-1, None] == numbers[:, None, :-1]
     mask = torch.zeros(inside.shape, dtype=dtype, device=ids.device).masked_fill_(
         ~inside.tril(), float("-inf")
@@ -100,7 +99,7 @@ def document_loss(model: nn.Module, ids: Tensor, numbers: Tensor, dtype: torch.d
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are made orthogonal, for matrices; all matrices of one shape are worked on at once."""
+    """Momentum with orthogonalised steps (Muon), for matrices; all matrices of one shape are updated at once."""
 
     def __init__(
         self, weights: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
@@ -113,7 +112,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every weight; the length of a step is that of AdamW, so that their learning rates compare."""
+        """Update every weight; steps have the length of AdamW's, so that the learning rates are comparable."""
         for group in self.param_groups:
             weights: list[Tensor] = group["params"]
             gradients = torch.stack([weight.grad for weight in weights if weight.grad is not None])
@@ -130,7 +129,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices [count, rows, columns] with their singular values brought near one, by five Newton-Schulz steps."""
+    """Matrices [count, rows, columns] with singular values brought near one, by five Newton-Schulz steps."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x: Tensor = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -152,7 +151,8 @@ def train(
     compiled: bool = False,
     report: Callable[[str], None] = print,
 ) -> tuple[Llama, Log]:
-    """Run the recipe (or its first `stop_after` steps), on a GPU in bf16, on a CPU in fp32, from the same weights."""
+    """Run the recipe, or its first `stop_after` steps, on a GPU in bf16 or a CPU in fp32, from the same initial
+    weights."""
     model = Llama(shape, recipe.seed).to(device)
     loss_of = torch.compile(document_loss, dynamic=False) if compiled else document_loss
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
