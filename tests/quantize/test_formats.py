@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import write_checkpoint
 from model_runs import first_logits, float32_backend
+from quantize_families import FAMILIES, checkpoint
 
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.cli import main
@@ -22,26 +22,6 @@ from vllmlite.weights.host import float_values
 from vllmlite.weights.packing import Packing
 
 STANDARD = ("gptq", "awq", "compressed-tensors", "fp8")
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "dense": ("Llama", {"num_key_value_heads": 4}),
-    "tied": ("Qwen2", {"tie_word_embeddings": True}),
-    "fused": ("Phi3", {}),
-    "mixture": ("Mixtral", {"num_local_experts": 4}),
-    "shared expert": (
-        "Qwen2Moe",
-        {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
-    ),
-    "transposed": ("GPT2", {"n_embd": 64, "n_inner": 128}),
-    "norms less one": ("Gemma", {"head_dim": 16}),
-    "post norms": ("OPT", {"ffn_dim": 128, "do_layer_norm_before": False, "word_embed_proj_dim": 64}),
-    "parallel": ("GPTNeoX", {}),
-}
-
-
-def checkpoint(path: Path, family: str, **changes: Any) -> Path:
-    architecture, own = FAMILIES[family]
-    write_checkpoint(path, architecture, **{"intermediate_size": 128} | own | changes)
-    return path
 
 
 def values(path: Path) -> dict[str, np.ndarray[Any, Any]]:

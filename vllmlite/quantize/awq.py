@@ -124,24 +124,20 @@ def _divide(
 ) -> Floats:
     """Divide the rows of ``producers`` by ``factors``. A norm is rounded to its stored dtype; what it was divided by in
     truth is returned, so that rounding it changes nothing."""
-    weight = producers[0]
-    values = float_values(tensors[weight])
-    if values.ndim == 1:
-        offset = np.float32(unit_offset)
-        divided = float_tensor((values + offset) / factors - offset, dtypes[weight])
-        after = float_values(divided) + offset
-        usable = (after != 0) & np.isfinite(after)
-        factors = np.where(
-            usable, np.divide(values + offset, after, where=usable, out=np.ones_like(after)), 1
-        )
-        factors = np.where(factors > 0, factors, 1).astype(np.float32)
     for name in producers:
         before = float_values(tensors[name])
-        if before.ndim == 1:
-            offset = np.float32(unit_offset and name.endswith(".weight"))
-            after = (before + offset) / factors - offset
-        else:
+        if before.ndim == 2:
             after = before / factors[:, None]
+        elif name == producers[0]:
+            offset = np.float32(unit_offset)
+            divided = float_values(float_tensor((before + offset) / factors - offset, dtypes[name]))
+            found = np.divide(
+                before + offset, divided + offset, out=np.zeros_like(before), where=divided != -offset
+            )
+            usable = np.isfinite(found) & (found > 0)
+            after, factors = np.where(usable, divided, before), np.where(usable, found, 1).astype(np.float32)
+        else:
+            after = before / factors
         tensors[name] = float_tensor(np.asarray(after, np.float32), "float32")
     return factors
 
