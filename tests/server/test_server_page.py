@@ -15,7 +15,7 @@ pytest.importorskip("httpx")
 import httpx
 from browser import PROGRAM, Browser, Tab, browser
 from fake_server import FakeServer
-from served import program
+from served import PATIENCE, program
 from starlette.responses import JSONResponse, Response
 
 needs_browser = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium (Debian: chromium)")
@@ -512,7 +512,7 @@ def test_on_a_phone_the_list_is_a_drawer(chromium: Browser, fake: FakeServer) ->
 
 def test_the_page_needs_no_key_and_can_be_turned_off(chromium_or_none: Browser | None) -> None:
     with program("--api-key", "sesame") as running:
-        page = httpx.get(running.url)
+        page = httpx.get(running.url, timeout=PATIENCE)
         assert page.status_code == 200
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         policy = dict(part.split(" ", 1) for part in page.headers["content-security-policy"].split("; "))
@@ -520,8 +520,8 @@ def test_the_page_needs_no_key_and_can_be_turned_off(chromium_or_none: Browser |
         assert policy["connect-src"] == "'self'"
         assert policy["script-src"].startswith("'sha256-")
         known = {"if-none-match": page.headers["etag"]}
-        assert httpx.get(running.url, headers=known).status_code == 304
-        assert httpx.post(running.url).status_code == 405
+        assert httpx.get(running.url, headers=known, timeout=PATIENCE).status_code == 304
+        assert httpx.post(running.url, timeout=PATIENCE).status_code == 405
         if chromium_or_none is not None:
             tab = Tab(chromium_or_none, running.url)
             tab.wait("document.activeElement.name === 'key'")
@@ -533,7 +533,7 @@ def test_the_page_needs_no_key_and_can_be_turned_off(chromium_or_none: Browser |
             wait_idle(tab)
             tab.close()
     with program("--no-ui") as running:
-        answer = httpx.get(running.url)
+        answer = httpx.get(running.url, timeout=PATIENCE)
         assert answer.status_code == 404
         assert answer.json()["error"]["message"] == "GET /: Not Found"
 

@@ -24,7 +24,7 @@ pytest.importorskip("httpx")
 
 import httpx
 from native import needs_native_cpu
-from served import ROOT, Program, program
+from served import PATIENCE, ROOT, Program, program
 
 from vllmlite import LLM, SamplingParams
 
@@ -86,13 +86,13 @@ def test_metrics_count_under_vllms_names(server: Program) -> None:
     body = {"prompt": PROMPT, "max_tokens": 7, "temperature": 0}
 
     def read() -> dict[str, float]:
-        text = httpx.get(f"{server.url}/metrics").text
+        text = httpx.get(f"{server.url}/metrics", timeout=PATIENCE).text
         families = list(text_string_to_metric_families(text))
         return {s.name + s.labels.get("finished_reason", ""): s.value for f in families for s in f.samples}
 
     before = read()
     for _ in range(3):
-        httpx.post(f"{server.url}/v1/completions", json=body, headers=key)
+        httpx.post(f"{server.url}/v1/completions", json=body, headers=key, timeout=PATIENCE)
     after = read()
     grown = {
         name: after[name] - before[name] for name in after if name.startswith("vllm") and "bucket" not in name
@@ -108,7 +108,7 @@ def test_metrics_count_under_vllms_names(server: Program) -> None:
     assert grown["vllm:inter_token_latency_seconds_count"] == 18
     assert grown["vllm:request_generation_tokens_sum"] == grown["vllm:request_params_max_tokens_sum"] == 21
     assert grown["vllm:request_params_n_count"] == grown["vllm:request_params_n_sum"] == 3
-    bounds = set(re.findall(r'le="([^"]*)"', httpx.get(f"{server.url}/metrics").text))
+    bounds = set(re.findall(r'le="([^"]*)"', httpx.get(f"{server.url}/metrics", timeout=PATIENCE).text))
     assert "16384.0" in bounds and all(
         "." in bound for bound in bounds - {"+Inf"}
     )  # as prometheus_client has them
@@ -140,8 +140,8 @@ def test_serving_imports_neither_torch_nor_transformers() -> None:
         if " at http" in line:
             url = line.split(" at ")[1].split(",")[0]
             body = {"messages": MESSAGES, "max_tokens": 3}
-            assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
-            assert httpx.get(f"{url}/metrics").status_code == 200
+            assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE).status_code == 200
+            assert httpx.get(f"{url}/metrics", timeout=PATIENCE).status_code == 200
             process.terminate()
     assert process.wait(30) == 0, lines
     log.close()
@@ -179,8 +179,8 @@ def test_an_engine_process_that_is_killed_ends_the_program() -> None:
 
 
 def test_sigterm_drains_and_exits_0() -> None:
-    with program("--shutdown-timeout", "30") as running:
-        body = {"prompt": PROMPT, "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with program("--shutdown-timeout", "600") as running:
+        body = {"prompt": PROMPT, "max_tokens": 100, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -190,7 +190,7 @@ def test_sigterm_drains_and_exits_0() -> None:
         assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
         assert running.process.wait(30) == 0
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{running.url}/health")
+            httpx.get(f"{running.url}/health", timeout=PATIENCE)
 
 
 def test_the_shutdown_deadline_aborts_open_requests() -> None:
@@ -229,7 +229,9 @@ def test_a_unix_socket_systemd_and_a_file_of_options(tmp_path: Path) -> None:
             "--config", str(tmp_path / "server.yaml"), NOTIFY_SOCKET=str(tmp_path / "notify"), **credentials
         ) as running:
             assert manager.recv(100) == b"READY=1"
-            with httpx.Client(transport=httpx.HTTPTransport(uds=str(tmp_path / "http"))) as client:
+            with httpx.Client(
+                transport=httpx.HTTPTransport(uds=str(tmp_path / "http")), timeout=PATIENCE
+            ) as client:
                 assert client.get("http://x/v1/models").status_code == 401
                 for key in ("first", "second", "third"):
                     models = client.get(
@@ -262,13 +264,13 @@ def test_tls(tmp_path: Path) -> None:
     with program("--ssl-keyfile", str(key), "--ssl-certfile", str(certificate)) as running:
         assert running.url.startswith("https://")
         trusted = ssl.create_default_context(cafile=str(certificate))
-        assert httpx.get(f"{running.url}/health", verify=trusted).status_code == 200
+        assert httpx.get(f"{running.url}/health", verify=trusted, timeout=PATIENCE).status_code == 200
     asked = ("--ssl-ca-certs", str(certificate), "--ssl-cert-reqs", "2")
     with program("--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), *asked) as running:
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"{running.url}/health", verify=trusted)
+            httpx.get(f"{running.url}/health", verify=trusted, timeout=PATIENCE)
         trusted.load_cert_chain(certificate, key)
-        assert httpx.get(f"{running.url}/health", verify=trusted).status_code == 200
+        assert httpx.get(f"{running.url}/health", verify=trusted, timeout=PATIENCE).status_code == 200
 
 
 @pytest.fixture
@@ -283,11 +285,11 @@ def same_logging() -> Iterator[None]:
 def test_a_key_in_the_environment_and_paths_without_a_line() -> None:
     arguments = ("--disable-access-log-for-endpoints", "/health, /ping", "--max-model-len", "128")
     with program(*arguments, VLLM_API_KEY="sesame") as running:
-        assert httpx.get(running.url + "/v1/models").status_code == 401
+        assert httpx.get(running.url + "/v1/models", timeout=PATIENCE).status_code == 401
         key = {"authorization": "Bearer sesame"}
-        assert httpx.get(running.url + "/v1/models", headers=key).status_code == 200
+        assert httpx.get(running.url + "/v1/models", headers=key, timeout=PATIENCE).status_code == 200
         for path in ("/health?x=1", "/ping", "/version"):
-            assert httpx.get(running.url + path).status_code == 200
+            assert httpx.get(running.url + path, timeout=PATIENCE).status_code == 200
         assert running.stop() == 0
         running.close()
         lines = "".join(running.log)

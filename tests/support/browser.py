@@ -17,7 +17,7 @@ from typing import Any
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SECONDS = 120
-"""After so long a wait is taken for one without an end."""
+"""Seconds after which a test stops waiting: many times what anything takes on a busy machine."""
 
 KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "ArrowUp": (38, ""), "Tab": (9, "")}
 

@@ -42,6 +42,8 @@ except OSError as error:  # in a build's sandbox without any network
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 120
+"""Seconds after which a test stops waiting: many times what anything takes on a busy machine."""
 ENGINE = EngineConfig(dtype="float32", max_model_len=256, device="cpu", num_gpu_blocks_override=256)
 
 
@@ -69,7 +71,7 @@ class Program:
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        if not self._ready.wait(60) or self.process.poll() is not None:
+        if not self._ready.wait(PATIENCE) or self.process.poll() is not None:
             self.process.kill()
             raise RuntimeError("the server did not start:\n" + "".join(self.log))
 
@@ -159,7 +161,7 @@ async def client_of(
         port = listener.getsockname()[1]
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}", timeout=60, limits=limits
+            base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, limits=limits
         ) as client:
             yield client
         server.should_exit = True
