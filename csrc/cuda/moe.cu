@@ -1,5 +1,5 @@
-// A mixture of experts: tokens choose, their choices are sorted by expert, experts multiply, and a token's results are
-// added in the order of the experts. All of it on the device: nothing waits for the host to see who chose whom.
+// Mixture of experts: tokens are routed and sorted by expert, each expert multiplies its tokens, and the results of a
+// token are added in the order of its experts. All of this runs on the device, without waiting for the host.
 #include <algorithm>
 
 #include "cuda/moe.hpp"
@@ -9,8 +9,8 @@
 namespace vllmlite::cuda {
 
 constexpr unsigned kThreads = 256, kSortThreads = 1024;
-constexpr int kMostExperts = 4096;  // for which a block has room to count
-constexpr int kFewTokens = 64;      // that one block routes and sorts
+constexpr int kMostExperts = 4096;  // limited by the shared memory in which a block counts them
+constexpr int kFewTokens = 64;      // up to this many tokens are routed and sorted by one block
 
 struct Routing {
   int tokens, experts, top_k;
@@ -26,7 +26,8 @@ struct Sorting {
   Group* groups;
 };
 
-// By one whole warp: the experts of the largest logits, the first among equals, and their softmax over all.
+// Chooses a token's top_k experts of the largest logits (the first among equals), and their softmax over all experts.
+// Called by one whole warp.
 template <typename T>
 __device__ __forceinline__ void route(const T* all_logits, const Routing& routing, int token) {
   const int lane = static_cast<int>(threadIdx.x % 32), count = routing.experts;
@@ -66,7 +67,8 @@ __device__ __forceinline__ void route(const T* all_logits, const Routing& routin
   }
 }
 
-// By one block, which has room for a number an expert.
+// Sorts pairs by expert and cuts them into groups. Called by one block; `places` is shared memory for an int per
+// expert.
 __device__ __forceinline__ void sort(const Sorting& sorting, std::int32_t* places) {
   __shared__ int num_groups;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), lane = thread % 32;
@@ -102,7 +104,7 @@ __device__ __forceinline__ void sort(const Sorting& sorting, std::int32_t* place
   }
   __syncthreads();
   for (int i = num_groups + thread; i < sorting.num_groups; i += threads) sorting.groups[i] = {-1, 0, 0, 0};
-  // In no order within an expert: it does not matter to a row which others go with it.
+  // The order within an expert is undefined: a row's result does not depend on the other rows of its group.
   for (int pair = thread; pair < sorting.pairs; pair += threads)
     sorting.sorted[atomicAdd(places + sorting.chosen[pair], 1)] = pair;
 }
@@ -136,7 +138,7 @@ static __global__ __launch_bounds__(kSortThreads) void route_and_sort_kernel(con
   sort(sorting, places);
 }
 
-// ---- The sum of a token's results: a row of blocks a token
+// ---- The weighted sum of a token's results. Grid: (tokens, blocks of kThreads packs), one pack per thread
 
 template <typename T, int kSize>
 static __global__ void combine_kernel(const T* results, const float* weights, T* out, int top_k, int packs) {
@@ -223,7 +225,7 @@ Tensor moe(Runtime& runtime, const Tensor& x, const Tensor& router_logits, const
   Tensor out = runtime.make(x.shape, x.dtype);
   if (out.bytes() == 0) return out;
   const int rows = rows_of_group(runtime, experts, pairs);
-  // As many as there are at most: a rest for each expert that was chosen.
+  // The largest possible number of groups: one partial group for each expert that was chosen.
   const std::int64_t num_groups = pairs / rows + std::min<std::int64_t>(pairs, experts.count);
   const Tensor chosen = runtime.make({pairs}, DType::int32), sorted = runtime.make({pairs}, DType::int32);
   const Tensor weights = runtime.make({pairs}, DType::float32);

@@ -1,5 +1,5 @@
-// What the products of a mixture of experts are given. A pair is a token and one of the experts that it chose, numbered
-// token * top_k + choice; pairs are sorted by expert, and groups are cut from that order.
+// Arguments of the products of a mixture of experts. A pair is a token and one of its chosen experts, with the number
+// token * top_k + choice; pairs are sorted by expert, and this order is cut into groups.
 #pragma once
 
 #include "cuda/ops.hpp"
@@ -7,7 +7,8 @@
 
 namespace vllmlite::cuda {
 
-// Pairs of an expert that are multiplied together: places `first` up to `first + count`. Expert -1: nothing to do.
+// Sorted pairs `first` up to `first + count`, of one expert, which are multiplied together. An expert of -1 is no
+// group.
 struct Group {
   std::int32_t expert, first, count, unused;
 };
@@ -18,13 +19,13 @@ struct Mixture {
   int num_groups, rows_of_group, top_k;
 };
 
-// How many pairs a group has at most: a property of how products of so many are best cut.
+// The largest number of pairs of a group, chosen for the fastest products of this many pairs.
 int rows_of_group(const Runtime& runtime, const Experts& experts, std::int64_t pairs);
 
-// f(gate) * up of each pair's token: x [tokens, hidden] -> y [places, inner].
+// Computes f(gate) * up for the token of each pair: x [tokens, hidden] -> y [sorted pairs, inner].
 void multiply_up(const Runtime& runtime, const Mixture& mixture, const Experts& experts, Activation activation,
                  const void* x, void* y);
-// Of that: x [places, inner] -> y [pairs, hidden].
+// Computes down for each pair: x [sorted pairs, inner] -> y [pairs, hidden].
 void multiply_down(const Runtime& runtime, const Mixture& mixture, const Experts& experts, const void* x, void* y);
 
 }  // namespace vllmlite::cuda

@@ -6,7 +6,7 @@
 namespace vllmlite::cuda {
 
 constexpr std::size_t kUnit = 512;
-constexpr std::size_t kSmall = 1U << 20;  // blocks up to this size come from segments of their own
+constexpr std::size_t kSmall = 1U << 20;  // blocks up to this size have separate segments
 constexpr std::size_t kSmallSegment = 8U << 20;
 constexpr std::size_t kLargeSegment = 64U << 20;  // larger blocks have a segment each
 
@@ -60,7 +60,7 @@ bool Pool::give_back_segments() {
       Block* block = (at++)->second;
       if (block->previous != nullptr || block->next != nullptr) continue;
       wake(block);
-      (void)cudaFree(block->data);  // waits for the device; fails only once the process has lost its context
+      (void)cudaFree(block->data);  // waits for the device; fails only once the CUDA context is gone
       delete block;
       any = true;
     }

@@ -1,6 +1,6 @@
-// Device memory: taken from the driver in segments, handed out in blocks, and kept when blocks come back, so that a
-// step asks the driver for nothing. Whoever takes a block uses it on one stream, hence one that comes back is free at
-// once: what is issued next comes after whatever still reads it.
+// A pool of device memory: allocated from the driver in segments, handed out in blocks, and kept when blocks are
+// released, so that a step never calls the driver's allocator. All blocks are used on one stream, so a released block
+// is free at once: work issued later runs after everything that still reads it.
 #pragma once
 
 #include <cstddef>
@@ -13,13 +13,13 @@ namespace vllmlite::cuda {
 
 class Pool : public std::enable_shared_from_this<Pool> {
  public:
-  // Memory of recorded steps is never given back: they keep addresses of blocks that nobody owns any more.
+  // With `recorded`, segments are never freed: recorded steps keep addresses of blocks that were released.
   explicit Pool(int device, bool recorded = false) : device_(device), recorded_(recorded) {}
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  // Memory aligned to 512 bytes, which goes back to the pool with its last owner. OutOfMemory if there is none left.
+  // Memory aligned to 512 bytes, which returns to the pool with its last owner. OutOfMemory if none is left.
   std::shared_ptr<void> take(std::size_t bytes);
 
  private:

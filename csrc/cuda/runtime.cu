@@ -9,8 +9,8 @@
 
 namespace vllmlite::cuda {
 
-constexpr std::size_t kRing = 16;            // small copies that may be on their way at once
-constexpr std::size_t kLargeCopy = 1 << 20;  // copies from here on go in pieces
+constexpr std::size_t kRing = 16;            // small copies that may be in flight at once
+constexpr std::size_t kLargeCopy = 1 << 20;  // copies of at least this size are split into pieces
 constexpr std::size_t kPiece = 16 << 20;
 constexpr std::size_t kLargeBuffers = 4;
 constexpr int kCopyThreads = 4;
@@ -40,7 +40,7 @@ void* Pinned::reserve(std::size_t bytes) {
   return data;
 }
 
-// The tensors that are copied to the host, by their owners' addresses. Tensors come and go in any thread.
+// The tensors marked by copied_to_host, by the addresses of their owners. Any thread may create and destroy them.
 struct Runtime::HostCopies {
   std::mutex mutex;
   std::unordered_set<const void*> live;
@@ -48,7 +48,7 @@ struct Runtime::HostCopies {
   std::vector<std::unique_ptr<Pinned>> spare;
 };
 
-// Owner of a tensor that is copied to the host: its memory, and that of the copy.
+// The owner of a tensor marked by copied_to_host: keeps its memory and the pinned memory of the copy.
 struct Runtime::HostCopy {
   HostCopy(std::shared_ptr<HostCopies> the_copies, const Tensor& tensor)
       : copies(std::move(the_copies)),
@@ -86,7 +86,7 @@ struct Runtime::Graph {
   }
   cudaGraphExec_t executable = nullptr;
   std::shared_ptr<Pool> memory;
-  std::vector<std::unique_ptr<Pinned>> uploads;  // what it copies to the device, each time
+  std::vector<std::unique_ptr<Pinned>> uploads;  // copied to the device at each replay
 };
 
 Runtime::Runtime(int device, DType dtype, bool batch_invariant)
@@ -102,7 +102,7 @@ Runtime::Runtime(int device, DType dtype, bool batch_invariant)
   capability_ = properties.major * 10 + properties.minor;
   multiprocessors_ = properties.multiProcessorCount;
   shared_memory_ = static_cast<int>(properties.sharedMemPerBlockOptin);
-  // A stream that the legacy default stream, on which tensors are shared with others, waits for, and the reverse.
+  // This stream and the legacy default stream, on which other libraries use shared tensors, wait for each other.
   VLLMLITE_CUDA_CHECK(cudaStreamCreate, &stream_);
   for (std::size_t i = 0; i < kRing; ++i) ring_.push_back(std::make_unique<Pinned>());
   for (std::size_t i = 0; i < kLargeBuffers; ++i) large_.push_back(std::make_unique<Pinned>());
@@ -213,7 +213,7 @@ const void* Runtime::host_copy(const Tensor& tensor) {
 std::int32_t* Runtime::counters(std::size_t count) {
   if (counters_.empty() || counters_.back().size() < static_cast<std::int64_t>(count)) {
     if (recording_) throw Error("counters are too few for a step that is being recorded");
-    // Recorded graphs go on using the memory that they were given, which is kept.
+    // The old memory is kept, since recorded graphs still use it.
     counters_.push_back(make({static_cast<std::int64_t>(std::max(count, kCounters))}, DType::int32));
     VLLMLITE_CUDA_CHECK(cudaMemsetAsync, counters_.back().data, 0, counters_.back().bytes(), stream_);
   }
@@ -222,7 +222,7 @@ std::int32_t* Runtime::counters(std::size_t count) {
 
 void Runtime::begin_recording() {
   const DeviceGuard guard(device_);
-  synchronize();  // what runs still may use the graphs' memory
+  synchronize();  // a graph that still runs may use the graphs' memory
   VLLMLITE_CUDA_CHECK(cudaStreamBeginCapture, stream_, cudaStreamCaptureModeRelaxed);
   recording_ = true;
 }

@@ -1,5 +1,5 @@
-// One device as a backend uses it: a stream that all work goes through in order, memory, and the way to and from the
-// host. Plain C++: only the .cu files see CUDA's headers.
+// A device as the backend uses it: one stream, on which all work runs in order, memory, and copies from and to the
+// host. Plain C++: only the .cu files include CUDA's headers.
 #pragma once
 
 #include <memory>
@@ -15,14 +15,14 @@ struct CUevent_st;
 
 namespace vllmlite::cuda {
 
-// A piece of pinned memory, and the event after which the copy that uses it is done.
+// A buffer of pinned host memory, and the event of the last copy that uses it.
 struct Pinned {
   Pinned() = default;
   ~Pinned();
   Pinned(const Pinned&) = delete;
   Pinned& operator=(const Pinned&) = delete;
 
-  // Waits for the last copy, and makes sure of the size.
+  // Waits for the last copy, and grows the buffer to at least `bytes`.
   void* reserve(std::size_t bytes);
 
   void* data = nullptr;
@@ -34,8 +34,8 @@ class Products;  // cuBLASLt's handle and plans, in linear.cu
 
 class Runtime {
  public:
-  // A backend of activations and weights of `dtype`, whose rows are the same however many others there are if it is
-  // `batch_invariant`; they always are in float32.
+  // `dtype` is that of activations and weights. If `batch_invariant`, or in float32, a row's result does not depend on
+  // the other rows of a step.
   Runtime(int device, DType dtype, bool batch_invariant);
   ~Runtime();
   Runtime(const Runtime&) = delete;
@@ -44,42 +44,42 @@ class Runtime {
   int device() const { return device_; }
   int capability() const { return capability_; }  // 90 for 9.0
   int multiprocessors() const { return multiprocessors_; }
-  int shared_memory() const { return shared_memory_; }  // bytes that a block may have
+  int shared_memory() const { return shared_memory_; }  // bytes that a block of threads may use
   DType dtype() const { return dtype_; }
   bool batch_invariant() const { return batch_invariant_; }
   CUstream_st* stream() const { return stream_; }
-  // Whether the next kernel may be made resident while the one before it is still running: not the first after a
-  // fence, so that what came before that is there for all kernels after it from their very start.
+  // Whether the next kernel may become resident while the one before it still runs. The first kernel after a fence may
+  // not, so that all later kernels see everything from before the fence as soon as they start.
   bool overlap_next() const { return !std::exchange(fenced_, false) && capability_ >= 90; }
   void fence() { fenced_ = true; }
 
-  // Uninitialised memory; while a graph is recorded, of the graphs' own.
+  // An uninitialised tensor; while a graph is recorded, from the memory that graphs share.
   Tensor make(std::vector<std::int64_t> shape, DType dtype);
 
-  // Copies to the device through pinned memory: the source may change as soon as this returns.
+  // Copies to the device through pinned memory; the source may change as soon as this returns.
   void upload(void* target, const void* source, std::size_t bytes);
-  // Pinned memory to fill, and its copy to the device.
+  // stage returns pinned memory of at least `bytes` to fill; send copies it to the device.
   Pinned& stage(std::size_t bytes);
   void send(Pinned& staged, void* target, std::size_t bytes);
 
-  // Waits for everything issued so far.
+  // Both wait for everything issued so far; download also copies from the device.
   void download(void* target, const void* source, std::size_t bytes);
   void synchronize();
 
-  // The tensor, which is to be copied to pinned memory. start_host_copies() issues such copies, together and after the
-  // kernels that need not wait for them; host_copy() then does not wait for what is issued later.
+  // Marks a tensor to be copied to pinned memory, and returns it. start_host_copies() issues these copies together,
+  // after kernels that need not wait for them; host_copy() then does not wait for anything issued later.
   Tensor copied_to_host(const Tensor& tensor);
   void start_host_copies();
-  // Where the contents of such a tensor, or of a part of it, are on the host, once they are there; null for others.
+  // Waits for the copy of such a tensor, or of a view of one, and returns it; null for other tensors.
   const void* host_copy(const Tensor& tensor);
 
-  // `count` ints that are zero whenever no kernel is using them.
+  // At least `count` ints in device memory, which are zero whenever no kernel is using them.
   std::int32_t* counters(std::size_t count);
 
   Products& products() { return *products_; }
 
-  // Between the two, what is issued is recorded, not run. The graphs share their memory: they run one after another,
-  // and what is to outlast a run is copied.
+  // Between begin_recording and end_recording, work is recorded instead of run. Graphs share their memory: they run one
+  // after another, and results that must outlast a run are copied.
   void begin_recording();
   bool recording() const { return recording_; }
   struct Graph;

@@ -1,4 +1,4 @@
-// What lives a slot from step to step: block tables, sampling parameters, counts of ids.
+// Per-slot state that is kept between steps: block tables, sampling parameters, counts of ids.
 #include <cmath>
 #include <limits>
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace vllmlite::cuda {
 
-constexpr std::size_t kCountersOfSlot = 256;  // key/value heads that a slot's attention may have
+constexpr std::size_t kCountersOfSlot = 256;  // the most key/value heads that a slot's attention may have
 
 Slots::Slots(Runtime& the_runtime, const SlotSpec& spec) : SlotSpec(spec), runtime(the_runtime) {
   if (std::int64_t{max_slots} * max_blocks > std::numeric_limits<std::int32_t>::max())
@@ -20,7 +20,8 @@ Slots::Slots(Runtime& the_runtime, const SlotSpec& spec) : SlotSpec(spec), runti
   needs.resize(static_cast<std::size_t>(max_slots));
   owned_.resize(static_cast<std::size_t>(max_slots));
   const DeviceGuard guard(runtime.device());
-  (void)runtime.counters(static_cast<std::size_t>(max_slots) * kCountersOfSlot);  // before any graph wants them
+  (void)runtime.counters(static_cast<std::size_t>(max_slots) *
+                         kCountersOfSlot);  // allocated before any graph needs them
   for (const Tensor* tensor : {&block_table, &last_id, &states})
     if (tensor->data != nullptr)
       VLLMLITE_CUDA_CHECK(cudaMemsetAsync, tensor->data, 0, tensor->bytes(), runtime.stream());

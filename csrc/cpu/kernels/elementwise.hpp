@@ -1,4 +1,4 @@
-// Everything that goes over rows once: conversions, norms, rotation, activations, and what sampling does to logits.
+// Kernels that pass over rows: conversions, norms, rotary embedding, activations, and those of sampling.
 #pragma once
 
 #include "cpu/kernels/simd.hpp"
@@ -20,7 +20,7 @@ inline void convert(const void* from, Float from_type, void* to, Float to_type, 
   });
 }
 
-// 1 / sqrt(mean of squares + eps), over lanes and then one tree.
+// 1 / sqrt(mean of squares + eps); sums within lanes first, then over the lanes.
 VLLMLITE_INLINE float inverse_rms(const float* x, int size, float eps) {
   F squares{};
   int i = 0;
@@ -41,7 +41,7 @@ VLLMLITE_INLINE void scale_row(const float* x, float factor, const typename W::I
   if (rest > 0) store_some<T>(out + i, load_some<F>(x + i, rest) * factor * W::load_some(weight + i, rest), rest);
 }
 
-// x + residual, kept in the row's sum, or x where there is no residual.
+// The row to normalise: x + residual, which is written to the row's sum, or x if there is no residual.
 VLLMLITE_INLINE const float* normed_row(const NormRow& row) {
   if (row.residual == nullptr) return row.x;
   int i = 0;
@@ -142,7 +142,7 @@ inline void prepare_head(const HeadRow& row) {
   }
 }
 
-// The error function by Abramowitz & Stegun 7.1.26: off by 1.5e-7 at most.
+// The error function by Abramowitz & Stegun 7.1.26; the error is at most 1.5e-7.
 VLLMLITE_INLINE F erf(F x) {
   const F size = (F)((U)x & 0x7fffffff);
   const F t = 1.0F / fma(size, set(0.3275911F), set(1.0F));
@@ -211,7 +211,7 @@ inline void add_scaled(const float* x, float factor, float* y, std::int64_t size
 inline std::int64_t argmax(const float* x, std::int64_t size) {
   F best = set(-__builtin_inff());
   std::int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) best = max(load<F>(x + i), best);  // a NaN leaves `best`
+  for (; i + kLanes <= size; i += kLanes) best = max(load<F>(x + i), best);  // a NaN does not change `best`
   float top = largest(best);
   for (; i < size; ++i) top = x[i] > top ? x[i] : top;
   for (i = 0; i < size && top > -__builtin_inff(); ++i)
@@ -222,7 +222,7 @@ inline std::int64_t argmax(const float* x, std::int64_t size) {
 inline void weights(const float* x, float largest, float factor, float least, float* out, std::int64_t size) {
   const auto weigh = [&](F v) {
     const F w = exp((v - largest) * factor);
-    return v >= least ? w : F{};  // nothing for a NaN
+    return v >= least ? w : F{};  // 0 for a NaN
   };
   std::int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) store(out + i, weigh(load<F>(x + i)));

@@ -1,6 +1,6 @@
-// Vectors of one instruction set: GCC's vector types, and intrinsics only where those cannot say it. Everything is in
-// the namespace of the instruction set, so that no other translation unit can be given code its CPU does not have;
-// for the same reason nothing here uses the standard library's inline functions.
+// Vectors of one instruction set: GCC's vector types, and intrinsics where those do not suffice. Everything is in the
+// namespace of the instruction set, so that the linker cannot use its code in another translation unit, for a CPU
+// without that instruction set; for the same reason nothing here uses inline functions of the standard library.
 #pragma once
 
 #include <cstddef>
@@ -69,7 +69,7 @@ VLLMLITE_INLINE V load_some(const T* from, int count) {
   return load<V>(padded);
 }
 
-VLLMLITE_INLINE F set(float x) { return x - F{}; }  // not +, which would turn -0 into 0 and so cost an instruction
+VLLMLITE_INLINE F set(float x) { return x - F{}; }  // not +, which would turn -0 into 0 and cost an instruction
 
 VLLMLITE_INLINE F fma(F a, F b, F c) {
 #if defined(__AVX512F__)
@@ -93,7 +93,7 @@ VLLMLITE_INLINE F max(F a, F b) {
 #endif
 }
 
-// Adds lanes in one fixed tree: those half a vector apart, then a quarter, and so on.
+// Adds the lanes in a fixed order: lanes half a vector apart, then a quarter, and so on.
 VLLMLITE_INLINE float sum(F v) {
 #if defined(__AVX512F__)
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
@@ -168,7 +168,7 @@ VLLMLITE_INLINE H to_f16(F x) {
 #else
   const U bits = (U)x, sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
   const U normal = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
-  // Adding a half puts a subnormal's bits where they belong, rounded by the addition.
+  // Adding 0.5 moves a subnormal's bits to their place, rounded by the addition.
   const U subnormal = (U)((F)rest + 0.5F) - 0x3f000000;
   U half = rest < 0x38800000 ? subnormal : normal;
   half = rest >= 0x477ff000 ? (U{} + 0x7c00) : half;
@@ -228,12 +228,12 @@ inline constexpr float kLog2E = 1.4426950408889634F;
 
 VLLMLITE_INLINE F exp(F x) { return exp2(x * kLog2E); }
 
-// Off by 1e-7 at most.
+// The error is at most 1e-7.
 VLLMLITE_INLINE F tanh(F x) { return 1.0F - 2.0F / (exp(2.0F * x) + 1.0F); }
 
 VLLMLITE_INLINE F capped(F x, float cap) { return cap * tanh(x * (1.0F / cap)); }
 
-// ---- Elements by type, as the table's functions see them
+// ---- Element types
 
 struct F32 {
   using Item = float;
@@ -267,7 +267,7 @@ VLLMLITE_INLINE void store_some(typename T::Item* to, F x, int count) {
   for (int i = 0; i < count; ++i) to[i] = items[i];
 }
 
-// Calls `body` with the type that `kind` names.
+// Calls `body` with a value of the element type `kind`.
 template <typename Body>
 VLLMLITE_INLINE void with_type(Float kind, Body body) {
   switch (kind) {
