@@ -48,6 +48,7 @@ def read(path: Path, config: dict[str, Any]) -> Quantization:
     return found
 
 
+AUTO_ROUND: dict[str, Any] = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True}
 DOWN, ROUTER, HEAD = "model.layers.1.mlp.down_proj", "model.layers.1.mlp.gate", "lm_head"
 REAL: dict[str, tuple[dict[str, Any], Scheme]] = {
     "AutoAWQ": (
@@ -69,6 +70,18 @@ REAL: dict[str, tuple[dict[str, Any], Scheme]] = {
          "desc_act": False, "sym": True, "lm_head": False, "quant_method": "gptq", "checkpoint_format": "gptq",
          "pack_dtype": "int32", "meta": {"quantizer": ["gptqmodel:2.0.0"]}},
         GptqScheme(4, 128, True, 1),
+    ),
+    "AutoRound": (
+        {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 128,
+         "sym": True, "data_type": "int", "iters": 0, "model_free": True, "autoround_version": "0.14.2",
+         "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}, ROUTER: {"bits": 16, "data_type": "fp"}}},
+        GptqScheme(4, 128, True, 1),
+    ),
+    "AutoRound packed as AWQ": (
+        {"quant_method": "intel/auto-round", "packing_format": "auto_round:auto_awq", "bits": 4, "group_size": 64,
+         "sym": False, "act_bits": 16, "block_name_to_quantize": "model.layers",
+         "extra_config": {r".*mlp\.gate$": {"bits": 16}}},
+        AwqScheme(64),
     ),
     "fp8 in blocks": (
         BLOCKS | {"modules_to_not_convert": ["lm_head", "model.layers.1.input_layernorm", ROUTER]},
@@ -124,6 +137,19 @@ def test_real_configurations_are_read(name: str, tmp_path: Path) -> None:
     assert not [module for module in left_out if found.scheme(f"{module}.weight") is not None]
 
 
+def test_auto_round_has_settings_by_module(tmp_path: Path) -> None:
+    config = {
+        "quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": False, "data_type": "int",
+        "to_quant_block_names": ["model.layers.0", "model.layers.1", "lm_head"],
+        "extra_config": {DOWN: {"bits": 8, "group_size": -1, "sym": True}},
+    }  # fmt: skip
+    found = read(tmp_path, config)
+    assert found.scheme(f"{DOWN}.weight") == GptqScheme(8, None, True, 1)
+    assert found.scheme("model.layers.1.mlp.up_proj.weight") == GptqScheme(4, 128, False, 1)
+    assert found.scheme("model.layers.2.mlp.up_proj.weight") is None
+    assert found.scheme("lm_head.weight") == GptqScheme(4, 128, False, 1)
+
+
 def test_formats_may_differ_by_group(tmp_path: Path) -> None:
     groups = {
         "group_0": {"format": "pack-quantized", "targets": [r"re:.*mlp\..*"], "weights": INT4},
@@ -160,6 +186,12 @@ def test_long_lists_of_modules_are_one_rule(tmp_path: Path) -> None:
     ("config", "words"),
     [
         ({"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {".*": [1]}}, "dynamic=.*object of objects"),
+        (AUTO_ROUND | {"packing_format": "auto_round:fp8"}, "packing_format='auto_round:fp8'; accepted: auto_gptq, "),
+        (AUTO_ROUND | {"data_type": "mx_fp"}, "data_type='mx_fp'; accepted: \"int\""),
+        (AUTO_ROUND | {"act_bits": 8}, "act_bits=8; accepted: 16"),
+        (AUTO_ROUND | {"packing_format": "auto_awq", "bits": 8}, "bits=8; accepted: 4; AWQ packs no others"),
+        (AUTO_ROUND | {"extra_config": {"lm_head": 16}}, "extra_config=.*an object of objects"),
+        (AUTO_ROUND | {"block_name_to_quantize": [["model.layers.0"]]}, "block_name_to_quantize=.*names of modules"),
         (compressed("int-quantized", CHANNEL, sparsity_config="dense"), "sparsity_config='dense'; accepted: an object"),
         (compressed("int-quantized", CHANNEL, sparsity_config={"format": "sparse-24-bitmask"}),
          "sparsity_config: format='sparse-24-bitmask'; accepted: \"dense\""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,41 @@ def test_a_quantised_checkpoint_equals_its_dequantised_weights(name: str, tmp_pa
     np.testing.assert_allclose(
         logits(packed, TorchBackend()), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
     )
+
+
+@pytest.mark.parametrize(
+    ("packing", "packer"), [("auto_gptq", packers.gptq(4, 32)), ("auto_awq", packers.awq(32))]
+)
+def test_auto_round_is_read_as_its_packing(packing: str, packer: Packer, tmp_path: Path) -> None:
+    config = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": packing == "auto_gptq"}
+    config |= {"packing_format": f"auto_round:{packing}", "data_type": "int"}
+    packed, floats = quantised(tmp_path, replace(packer, config=config))
+    expected = logits(floats, TorchBackend())
+    np.testing.assert_allclose(
+        logits(packed, TorchBackend()), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "section"),
+    [
+        ("quantize_config.json", {"bits": 4, "group_size": 32}),
+        ("quantize_config.json", {"bits": 5}),  # not even a format that is read
+        ("quant_config.json", {"w_bit": 4, "zero_point": True, "version": "gemv"}),
+        ("config.json", {"quant_method": "gptq", "bits": 4, "group_size": 32}),
+    ],
+)
+def test_float_weights_win_over_a_configuration(
+    file: str, section: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, floats = quantised(tmp_path, packers.gptq(4, 32))
+    expected = logits(floats, TorchBackend())
+    config = json.loads((floats / "config.json").read_text())
+    values = config | {"quantization_config": section} if file == "config.json" else section
+    (floats / file).write_text(json.dumps(values))
+    np.testing.assert_array_equal(logits(floats, TorchBackend()), expected)
+    assert read_spec(floats).quantization is None
+    assert "is ignored: all weights are stored as floats" in caplog.text
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -229,9 +265,9 @@ def test_older_files_beside_config_json_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"quant_method": "exl2"}, "quant_method='exl2'; accepted: awq, .*take another quantisation"),
+        ({"quant_method": "exl2"}, "quant_method='exl2'; accepted: auto-round, awq, .*take another quantisation"),
         ({"quant_method": "quark"}, "quant_method='quark'.*export it as fp8"),
-        ({"quant_method": ["awq"]}, "quant_method=.*accepted: awq"),
+        ({"quant_method": ["awq"]}, "quant_method=.*accepted: auto-round, awq"),
         ({"quant_method": "awq", "bits": 8}, "bits=8; accepted: 4"),
         ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "version='gemv'; accepted: \"gemm\""),
         ({"quant_method": "gptq", "bits": 5, "group_size": 128}, "bits=5; accepted: 2, 3, 4 or 8"),

@@ -27,11 +27,12 @@ from vllmlite.sampling_params import MAX_LOGPROBS
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4")
-CHECKPOINT_METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "modelopt")
+CHECKPOINT_METHODS = ("auto-round", "awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "modelopt")
 METHOD_SYNONYMS = {
-    "awq_marlin": "awq", "gptq_marlin": "gptq", "modelopt_fp4": "modelopt", "modelopt_fp8": "modelopt"
+    "auto_round": "auto-round", "intel/auto-round": "auto-round", "awq_marlin": "awq", "gptq_marlin": "gptq",
+    "modelopt_fp4": "modelopt", "modelopt_fp8": "modelopt",
 }  # fmt: skip
-"""vLLM's names of its kernels for a method, with the method's name."""
+"""Other names of methods: older ones, and those of vLLM's kernels."""
 KV_DTYPES = (*FLOAT_DTYPES, "int8")
 CPU_ISAS = ("auto", "baseline", "avx2", "avx512", "avx512_bf16", "amx", "neon")
 DTYPE_SYNONYMS = {"float": "float32", "half": "float16"}

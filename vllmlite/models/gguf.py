@@ -22,12 +22,13 @@ from vllmlite.errors import ModelError
 from vllmlite.models.gguf_families import FAMILIES, KEYS, NEUTRAL, WITHOUT_EFFECT, GgufFamily
 from vllmlite.models.keys import Keys
 from vllmlite.models.spec import DecoderSpec
-from vllmlite.models.tensors import stored_shapes
+from vllmlite.models.tensors import sources, stored_shapes
 from vllmlite.weights.checkpoint import Weights, listed
 from vllmlite.weights.gguf import Gguf, read_gguf
 from vllmlite.weights.gguf_tokens import end_ids
 from vllmlite.weights.host import HostTensor, HostWeight, PackedWeight, float_values
 from vllmlite.weights.packing import Packing
+from vllmlite.weights.parts import ModelWeights
 from vllmlite.weights.schemes.gguf_blocks import BlockScheme, block_data, type_name
 
 logger = logging.getLogger(__name__)
@@ -244,13 +245,18 @@ def has_blocks(path: Path) -> bool:
     return any(isinstance(tensor, PackedWeight) for tensor in read_gguf(path).tensors.values())
 
 
-def treatment(path: Path, packing: Packing) -> str:
+def treatment(path: Path, spec: DecoderSpec, packing: Packing) -> str:
     """Return a description for the start line: how the matrices of the file at ``path`` are stored on the backend."""
-    matrices = [tensor for tensor in read_gguf(path).tensors.values() if len(tensor.shape) > 1]
-    counts = Counter(type_name(tensor) for tensor in matrices)
-    schemes = {type_name(tensor): getattr(tensor, "scheme", None) for tensor in matrices}
-    parts = [f"{count} {name} {packing.treatment(schemes[name])}" for name, count in sorted(counts.items())]
-    return "GGUF matrices: " + ", ".join(parts)
+    weights = ModelWeights(sources(spec), open_gguf(path, spec), packing)
+    packed = weights.packed_keys()
+    counts: Counter[tuple[str, str]] = Counter()
+    for key, tensor in read_gguf(path).tensors.items():
+        if len(tensor.shape) > 1 and key in weights.stored.shapes:
+            form = packing.treatment(weights.stored.schemes.get(key), key in packed)
+            counts[type_name(tensor), form] += 1
+    return "GGUF matrices: " + ", ".join(
+        f"{count} {name} {form}" for (name, form), count in sorted(counts.items())
+    )
 
 
 class _Fields:

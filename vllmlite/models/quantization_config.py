@@ -13,6 +13,8 @@ from vllmlite.config.engine_config import METHOD_SYNONYMS, QUANTIZATIONS
 from vllmlite.errors import ModelError
 from vllmlite.models.hf_config import HfConfig
 from vllmlite.models.quantization import ALL, HEAD, Modules, Quantization, Rule
+from vllmlite.weights.checkpoint import stored_names
+from vllmlite.weights.foreign import quantization_of
 from vllmlite.weights.host import Scheme
 from vllmlite.weights.schemes.awq import AwqScheme
 from vllmlite.weights.schemes.bitsandbytes import Bnb4Scheme, Bnb8Scheme
@@ -41,13 +43,13 @@ def own_config(kind: str) -> dict[str, Any]:
 
 
 def read_quantization(config: HfConfig, path: Path) -> Quantization | None:
-    """The quantisation of the checkpoint at ``path`` by its ``config``, or None if its weights are floats. ModelError
-    for a format that is not supported and for values that a format does not have."""
+    """Return what ``config``, or an older file beside it, says of the checkpoint at ``path``; None if its weights are
+    floats, whatever they say. Raises ModelError for a format that is not read, and for values that it does not have."""
     section = config.section("quantization_config") or config.section("compression_config")
     method = None
     if section is None:
         file = next((path / name for name in FILES if (path / name).is_file()), None)
-        if file is None:
+        if file is None or _are_floats(path, file.name):
             return None
         section, method = HfConfig.of_file(file), FILES[file.name]
         section = section.section("quantization") or section
@@ -66,7 +68,16 @@ def read_quantization(config: HfConfig, path: Path) -> Quantization | None:
         logger.info(
             "%s: keys that are not known have no effect: %s", section.where, ", ".join(sorted(unread))
         )
-    return found
+    return None if name != OWN and _are_floats(path, "quantization_config") else found
+
+
+def _are_floats(path: Path, source: str) -> bool:
+    """Return whether no tensor of the checkpoint is quantised, and log that ``source``, which says so, is ignored."""
+    names = stored_names(path)
+    if not names or quantization_of(names) is not None:
+        return False
+    logger.warning("%s: %s is ignored: all weights are stored as floats", path, source)
+    return True
 
 
 def _own(section: HfConfig) -> Quantization:
@@ -121,6 +132,51 @@ def _gptq_scheme(section: HfConfig, overrides: dict[str, Any], form: str) -> Sch
     if not symmetric and section.get("checkpoint_format") is None:
         logger.warning("%s: checkpoint_format is absent: zeros are taken for version 1's", section.where)
     return GptqScheme(bits, _group_size(own), symmetric, 2 if form == "gptq_v2" else 1, ordered)
+
+
+def _auto_round(section: HfConfig) -> Quantization:
+    """AutoRound: codes packed as GPTQ (version 1) or AWQ packs them; some modules have settings of their own."""
+    packings = {"auto_gptq": "gptq", "auto_awq": "awq"}
+    packings |= {f"auto_round:{name}": method for name, method in packings.items()}
+    packing = section.choice("packing_format", packings, "auto_round:auto_gptq")
+    scheme = _auto_round_scheme(section, packing)
+    extra = section.get("extra_config") or {}
+    if not isinstance(extra, dict) or not all(isinstance(own, dict) for own in extra.values()):
+        raise section.error("extra_config", "an object of objects")
+    exceptions: dict[Scheme | None, list[str]] = {}
+    for name, own in extra.items():
+        exceptions.setdefault(_auto_round_scheme(section.fixed(**own), packing), []).append(name)
+    rules: list[Rule] = []
+    for own_scheme, names in exceptions.items():
+        plain = [name for name in names if re.fullmatch(r"[\w.-]+", name)]
+        expressions = [name for name in names if name not in plain]
+        modules = _matching(section, "extra_config", [f".*?(?:{expression})" for expression in expressions])
+        rules.append((replace(modules, names=frozenset(plain)), own_scheme))
+    blocks = section.get("block_name_to_quantize") or section.get("to_quant_block_names") or []
+    blocks = blocks.split(",") if isinstance(blocks, str) else blocks
+    if not isinstance(blocks, list) or not all(isinstance(name, str) for name in blocks):
+        raise section.error("block_name_to_quantize", "names of modules")
+    if blocks:
+        outside = "|".join(re.escape(name.strip()) for name in blocks)
+        rules.append((_matching(section, "block_name_to_quantize", [f"(?!{outside})"]), None))
+    else:
+        rules.append((HEAD, None))
+    return Quantization("auto-round", (*rules, (ALL, scheme)))
+
+
+def _auto_round_scheme(own: HfConfig, packing: str) -> Scheme | None:
+    bits = own.integer("bits")
+    if bits >= 16:
+        return None
+    own.require("data_type", "int")
+    if (own.get("act_bits") or 16) < 16:
+        raise own.error("act_bits", "16: quantised activations are not supported")
+    if packing == "awq":
+        own.require("bits", 4, "AWQ packs no others")
+        return AwqScheme(_group_size(own))
+    if bits not in (2, 3, 4, 8):
+        raise own.error("bits", "2, 3, 4 or 8")
+    return GptqScheme(bits, _group_size(own), own.boolean("sym", True), 1)
 
 
 def _float8(section: HfConfig) -> Quantization:
@@ -275,7 +331,7 @@ def _matching(section: HfConfig, key: str, expressions: Sequence[str]) -> Module
 
 _READERS: dict[str, Callable[[HfConfig], Quantization]] = {
     OWN: _own, "awq": _awq, "gptq": _gptq, "fp8": _float8, "modelopt": _modelopt, "bitsandbytes": _bitsandbytes,
-    "compressed-tensors": _compressed,
+    "compressed-tensors": _compressed, "auto-round": _auto_round,
 }  # fmt: skip
 _HINTS = {
     "mxfp4": "gpt-oss's experts are not read; take a GGUF file or another model",
@@ -289,9 +345,11 @@ _HINTS = {
 """Hints for some methods that are not supported."""
 _WITHOUT_EFFECT = frozenset(
     """
-    _load_in_4bit _load_in_8bit act_group_aware backend bnb_4bit_compute_dtype calib_data damp_auto_increment
-    damp_percent dataset do_fuse exllama_config fuse_max_seq_len has_fp16_weight is_marlin_format
-    llm_int8_enable_fp32_cpu_offload
+    _load_in_4bit _load_in_8bit act_bits act_group_aware amp autoround_version backend batch_size
+    bnb_4bit_compute_dtype calib_data damp_auto_increment damp_percent data_type dataset do_fuse enable_minmax_tuning
+    enable_norm_bias_tuning enable_quanted_input exllama_config fuse_max_seq_len gradient_accumulate_steps
+    has_fp16_weight is_marlin_format iters llm_int8_enable_fp32_cpu_offload low_gpu_mem_usage lr minmax_lr model_free
+    nsamples provider scale_dtype seqlen vllm_backend
     llm_int8_has_fp16_weight llm_int8_threshold meta model_file_base_name model_name_or_path model_seqlen
     modules_in_block_to_quantize pack_dtype quant_method quantization_status quantizer static_groups tokenizer
     true_sequential use_cuda_fp16 use_exllama version

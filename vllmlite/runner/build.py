@@ -100,8 +100,8 @@ def build_runner(
     if connect is not None:
         backend.comm = connect(backend)
     packing = Packing(backend, at_load, keep_blocks)
-    if path.is_file():
-        done = treatment(path, packing)
+    if path.is_file() and plan.spec is not None:
+        done = treatment(path, plan.spec, packing)
         choice += f"; {done}"
         if is_terminal(sys.stderr):
             note(f"vllmlite: {done}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,6 +199,16 @@ def _read(path: Path, load_format: str) -> dict[str, HostTensor]:
         name for form in _FORMATS if load_format in ("auto", form.name) for name in (form.single, form.index)
     ]
     raise ModelError(f"{path}: {what_directory_is(path) or 'holds none of ' + ', '.join(names)}")
+
+
+def stored_names(path: Path) -> Set[str] | None:
+    """Return the names of the tensors in the safetensors files of the directory ``path``.
+
+    None if they cannot be read: :func:`open_weights` says why, or reads another format."""
+    try:
+        return _read(path, "safetensors").keys()
+    except ModelError:
+        return None
 
 
 def _numbered_shards(path: Path, form: _Format) -> list[Path]:

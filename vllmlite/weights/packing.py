@@ -39,9 +39,11 @@ class Packing:
             return stored if native else None
         return None if self.quantization is None else TILES[self.quantization]
 
-    def treatment(self, stored: Scheme | None) -> str:
-        """What becomes of weights that are stored in ``stored``, or as floats where it is None, in words."""
-        scheme = self.scheme(stored)
+    def treatment(self, stored: Scheme | None, packed: bool = True) -> str:
+        """Describe what becomes of weights that are stored in ``stored``, or as floats where it is None.
+
+        Not ``packed``: the backend gets them as floats in any case."""
+        scheme = self.scheme(stored) if packed else None
         if scheme is None:
             return f"in {self.backend.dtype}" if stored is None else f"dequantised to {self.backend.dtype}"
         if isinstance(stored, BlockScheme) and stored.tiles is not None and scheme in (stored, stored.tiles):

@@ -16,6 +16,8 @@ from vllmlite.weights.host import ITEM_SIZE, HostTensor, HostWeight, PackedWeigh
 from vllmlite.weights.packing import Packing
 
 TABLE, HEAD = "embedding.weight", "head.weight"
+FUSED = (("q", "k", "v"), ("gate", "up"))
+"""Weight matrices that are multiplied as one: a backend takes either all packed, or all as floats."""
 
 Span: TypeAlias = tuple[int, int]
 """A half-open range ``(first, last + 1)`` of rows, columns or heads."""
@@ -109,8 +111,25 @@ class ModelWeights:
         return parts
 
     def packed_scheme(self, name: str) -> Scheme | None:
-        """Return the scheme in which the backend gets a weight matrix, or None if it gets floats."""
-        return self.packing.scheme(self.stored.schemes.get(self.sources[name].key))
+        """Return the scheme in which the backend gets a weight matrix; None if it gets floats, as it does where a
+        matrix that is fused with this one comes as floats."""
+        own, *others = (
+            self.packing.scheme(self.stored.schemes.get(self.sources[each].key)) for each in self._fused(name)
+        )
+        return None if None in others else own
+
+    def packed_keys(self) -> set[str]:
+        """Return the names of the stored tensors that the backend gets as packed weight matrices."""
+        names = [name for name, source in self.sources.items() if source.product]
+        names += [TABLE] if self.packed_head is not None else []
+        return {self.sources[name].key for name in names if self.packed_scheme(name) is not None}
+
+    def _fused(self, name: str) -> list[str]:
+        """Return ``name`` and the names of the weight matrices that are fused with it."""
+        *before, part, suffix = name.split(".")
+        group = next((parts for parts in FUSED if part in parts), ())
+        others = (".".join([*before, other, suffix]) for other in group if other != part)
+        return [name, *(other for other in others if other in self.sources)]
 
     def num_bytes(self) -> int:
         """Return the bytes that the weights take on the backend."""
