@@ -236,7 +236,7 @@ static void run_sized(Runtime& runtime, const GroupedProduct& product) {
     else if (m <= 16)
       run<T, kBits, GroupedTile<kBits, 16, kGroups, 4, true, true>>(runtime, product, 1);
     else if (m <= 32)
-      run<T, kBits, GroupedTile<kBits, 32, kGroups, 6, true, true>>(runtime, product, 1);
+      run<T, kBits, GroupedTile<kBits, 32, kGroups, 4, true, true>>(runtime, product, invariant ? 1 : 2);
     else if (m <= 64)
       run<T, kBits, GroupedTile<kBits, 64, kGroups, 3, true, true>>(runtime, product, invariant ? 1 : 2);
     else
