@@ -1,8 +1,8 @@
 // The products of a mixture of experts: a block has a group of pairs and some of its expert's outputs. Only the experts
 // that were chosen are read, and outputs are summed up in one order however pairs are grouped.
 #include "cuda/activation.cuh"
-#include "cuda/fixed_order.cuh"
 #include "cuda/moe.hpp"
+#include "cuda/tile_product.cuh"
 
 namespace vllmlite::cuda {
 
@@ -49,7 +49,7 @@ static __global__ __launch_bounds__(S::kThreads) void tile_kernel(const __grid_c
   };
   TileSums<S> sums{};
   multiply_tile<S>(
-      *reinterpret_cast<TileRoom<T, S>*>(shared), static_cast<const T*>(given.x),
+      *reinterpret_cast<TileShared<T, S>*>(shared), static_cast<const T*>(given.x),
       static_cast<const T*>(given.w[group.expert]), given.k, group.count,
       [&](int i) { return given.row_of_x<kGated>(group.first + i); }, w_row, [] {}, sums);
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
@@ -80,15 +80,17 @@ template <typename T, typename S, bool kGated>
 static void run_tiles(const Runtime& runtime, const ExpertProduct& product) {
   const auto kernel = tile_kernel<T, S, kGated>;
   const dim3 grid(static_cast<unsigned>(product.mixture.num_groups), blocks_for(product.n, kGated ? S::kN / 2 : S::kN));
-  launch(runtime, kernel, grid, S::kThreads, sizeof(TileRoom<T, S>), product);
+  launch(runtime, kernel, grid, S::kThreads, sizeof(TileShared<T, S>), product);
 }
 
-// ---- In order: float32, and what tensor cores do not take. A warp has rows of w, its lanes share k
+// ---- Dot products: float32, and what tensor cores do not take
+// Grid: (groups of pairs, blocks of rows of w). Block: 8 warps, each with 4 rows of w, or 2 of the gate and 2 of what
+// it multiplies, and a group's kRowsOfX rows of x; its lanes share the columns and add up their sums at the end.
 
-constexpr int kWarps = 8, kRows = 4, kInOrderRows = 8;
+constexpr int kWarps = 8, kRows = 4, kRowsOfX = 8;
 
 template <typename T, int kSize, bool kGated>
-static __global__ void in_order_kernel(const __grid_constant__ ExpertProduct given) {
+static __global__ void dot_product_kernel(const __grid_constant__ ExpertProduct given) {
   using P = Pack<T, kSize>;
   constexpr int kOut = kGated ? kRows / 2 : kRows;
   let_next_begin();
@@ -98,20 +100,20 @@ static __global__ void in_order_kernel(const __grid_constant__ ExpertProduct giv
   const int n = given.n, k = given.k, n0 = (static_cast<int>(blockIdx.y) * kWarps + warp) * kOut;
   if (group.expert < 0 || n0 >= n) return;
   const T* w = static_cast<const T*>(given.w[group.expert]);
-  const T *rows[kRows], *columns[kInOrderRows];
+  const T *rows[kRows], *columns[kRowsOfX];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) rows[i] = w + static_cast<std::int64_t>(min(n0 + i % kOut, n - 1) + i / kOut * n) * k;
 #pragma unroll
-  for (int j = 0; j < kInOrderRows; ++j)
+  for (int j = 0; j < kRowsOfX; ++j)
     columns[j] = static_cast<const T*>(given.x) +
                  static_cast<std::int64_t>(given.row_of_x<kGated>(group.first + min(j, group.count - 1))) * k;
-  float sums[kRows][kInOrderRows] = {};
+  float sums[kRows][kRowsOfX] = {};
   for (int at = lane * kSize; at < k; at += 32 * kSize) {
     P a[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) a[i] = *reinterpret_cast<const P*>(rows[i] + at);
 #pragma unroll
-    for (int j = 0; j < kInOrderRows; ++j) {
+    for (int j = 0; j < kRowsOfX; ++j) {
       if (j >= group.count) break;
       const P b = *reinterpret_cast<const P*>(columns[j] + at);
 #pragma unroll
@@ -121,7 +123,7 @@ static __global__ void in_order_kernel(const __grid_constant__ ExpertProduct giv
     }
   }
 #pragma unroll
-  for (int j = 0; j < kInOrderRows; ++j) {
+  for (int j = 0; j < kRowsOfX; ++j) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) sums[i][j] = warp_sum(sums[i][j]);
     if (lane != 0 || j >= group.count) continue;
@@ -134,10 +136,11 @@ static __global__ void in_order_kernel(const __grid_constant__ ExpertProduct giv
 }
 
 template <typename T, bool kGated>
-static void run_in_order(const Runtime& runtime, const ExpertProduct& product) {
+static void run_dot_products(const Runtime& runtime, const ExpertProduct& product) {
   const dim3 grid(static_cast<unsigned>(product.mixture.num_groups),
                   blocks_for(product.n, kWarps * (kGated ? kRows / 2 : kRows)));
-  const auto kernel = product.k % kPack<T> == 0 ? in_order_kernel<T, kPack<T>, kGated> : in_order_kernel<T, 1, kGated>;
+  const auto kernel =
+      product.k % kPack<T> == 0 ? dot_product_kernel<T, kPack<T>, kGated> : dot_product_kernel<T, 1, kGated>;
   launch(runtime, kernel, grid, kWarps * 32, 0, product);
 }
 
@@ -146,7 +149,7 @@ static void run_in_order(const Runtime& runtime, const ExpertProduct& product) {
 int rows_of_group(const Runtime& runtime, const Experts& experts, std::int64_t pairs) {
   const bool tiles = runtime.capability() >= 80 && experts.dtype != DType::float32 && experts.hidden % 8 == 0 &&
                      experts.inner % 8 == 0;
-  if (!tiles) return kInOrderRows;
+  if (!tiles) return kRowsOfX;
   const std::int64_t each = pairs / experts.count;
   return each <= SmallTile::kM ? SmallTile::kM : each <= MiddleTile::kM ? MiddleTile::kM : LargeTile::kM;
 }
@@ -160,7 +163,7 @@ static void run(const Runtime& runtime, const ExpertProduct& product, DType dtyp
       if (product.mixture.rows_of_group == MiddleTile::kM) return run_tiles<T, MiddleTile, kGated>(runtime, product);
       if (product.mixture.rows_of_group == LargeTile::kM) return run_tiles<T, LargeTile, kGated>(runtime, product);
     }
-    run_in_order<T, kGated>(runtime, product);
+    run_dot_products<T, kGated>(runtime, product);
   });
 }
 

@@ -13,12 +13,14 @@
 
 namespace vllmlite::cuda {
 
-// ---- In order: a warp has kRows rows of w and kColumns of x, its lanes share k
+// ---- Dot products
+// Grid: (blocks of 32 rows of w, blocks of kColumns rows of x). Block: 8 warps, each with 4 rows of w; its lanes share
+// the columns, kSize of them an access, and add up their sums at the end.
 
 constexpr int kWarps = 8, kRows = 4;
 
 template <typename T, typename Out, int kSize, int kColumns>
-static __global__ void in_order_kernel(const T* x, const T* w, const T* bias, Out* y, int m, int n, int k) {
+static __global__ void dot_product_kernel(const T* x, const T* w, const T* bias, Out* y, int m, int n, int k) {
   using P = Pack<T, kSize>;
   let_next_begin();
   wait_for_previous();
@@ -58,7 +60,7 @@ static __global__ void in_order_kernel(const T* x, const T* w, const T* bias, Ou
 }
 
 template <typename T, typename Out>
-static void run_in_order(const Runtime& runtime, const Product& product) {
+static void run_dot_products(const Runtime& runtime, const Product& product) {
   const auto run = [&](auto* kernel, int columns) {
     const dim3 grid(blocks_for(product.n, kWarps * kRows), blocks_for(product.m, columns));
     launch(runtime, kernel, grid, kWarps * 32, 0, static_cast<const T*>(product.x), static_cast<const T*>(product.w),
@@ -67,22 +69,22 @@ static void run_in_order(const Runtime& runtime, const Product& product) {
   // Sums depend on the size of accesses, which is a property of the weight, not on how many columns go together.
   const bool packed = product.k % kPack<T> == 0 && aligned(product.x, 16) && aligned(product.w, 16);
   if (packed && product.m > 2)
-    run(in_order_kernel<T, Out, kPack<T>, 8>, 8);
+    run(dot_product_kernel<T, Out, kPack<T>, 8>, 8);
   else if (packed)
-    run(in_order_kernel<T, Out, kPack<T>, 1>, 1);
+    run(dot_product_kernel<T, Out, kPack<T>, 1>, 1);
   else if (product.m > 2)
-    run(in_order_kernel<T, Out, 1, 8>, 8);
+    run(dot_product_kernel<T, Out, 1, 8>, 8);
   else
-    run(in_order_kernel<T, Out, 1, 1>, 1);
+    run(dot_product_kernel<T, Out, 1, 1>, 1);
 }
 
-void multiply_in_order(const Runtime& runtime, const Product& product) {
+void multiply_by_dot_products(const Runtime& runtime, const Product& product) {
   with_float(product.dtype, [&](auto* pointer) {
     using T = Pointee<decltype(pointer)>;
     if (product.out_dtype == DType::float32)
-      run_in_order<T, float>(runtime, product);
+      run_dot_products<T, float>(runtime, product);
     else
-      run_in_order<T, T>(runtime, product);
+      run_dot_products<T, T>(runtime, product);
   });
 }
 
@@ -310,13 +312,13 @@ std::int64_t LinearWeight::in() const {
 
 static void multiply_floats(Runtime& runtime, const Product& product) {
   if (product.dtype == DType::float32)
-    multiply_in_order(runtime, product);
+    multiply_by_dot_products(runtime, product);
   else if (runtime.batch_invariant())
-    multiply_in_fixed_order(runtime, product);
-  else if (takes_few_rows(runtime, product))
-    multiply_few_rows(runtime, product);
+    multiply_batch_invariant(runtime, product);
+  else if (takes_skinny_product(runtime, product))
+    multiply_skinny(runtime, product);
   else if (!multiply_by_library(runtime, product))
-    multiply_in_order(runtime, product);
+    multiply_by_dot_products(runtime, product);
 }
 
 Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, DType dtype) {

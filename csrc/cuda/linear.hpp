@@ -1,4 +1,4 @@
-// Products y = x @ w.T + bias of x [m, k], w [n, k], y [m, n], all row-major, by whoever does them best.
+// Ways to compute y = x @ w.T + bias of x [m, k], w [n, k], y [m, n], all row-major.
 #pragma once
 
 #include "cuda/runtime.hpp"
@@ -13,15 +13,15 @@ struct Product {
   DType out_dtype;  // of y: the same, or float32
 };
 
-// Sums each output in one order whatever m is: float32, and what nobody else takes.
-void multiply_in_order(const Runtime& runtime, const Product& product);
+// Without tensor cores, each output summed up in one order whatever m is: float32, and what the others do not take.
+void multiply_by_dot_products(const Runtime& runtime, const Product& product);
 
-// The same on tensor cores where they multiply the dtype.
-void multiply_in_fixed_order(const Runtime& runtime, const Product& product);
+// In one order too, on tensor cores where they multiply the dtype.
+void multiply_batch_invariant(const Runtime& runtime, const Product& product);
 
-// Few rows of 16-bit x against streamed weights, on tensor cores. Says whether it takes the product.
-bool takes_few_rows(const Runtime& runtime, const Product& product);
-void multiply_few_rows(const Runtime& runtime, const Product& product);
+// At most 8 rows of 16-bit x, on tensor cores; first, whether it takes the product.
+bool takes_skinny_product(const Runtime& runtime, const Product& product);
+void multiply_skinny(const Runtime& runtime, const Product& product);
 
 // By cuBLASLt; false if it has no way to.
 bool multiply_by_library(Runtime& runtime, const Product& product);

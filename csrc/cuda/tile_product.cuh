@@ -1,12 +1,17 @@
-// A tile of a 16-bit product x @ w.T, each output summed up in one order whatever the tile's shape is: the columns one
-// after another, 16 at a time, in one tensor-core accumulator.
+// A tile of a 16-bit product x @ w.T on tensor cores, each output summed up in one order whatever the tile's shape is:
+// the columns one after another, 16 at a time, in one accumulator.
+//
+// Block: kWarpsM x kWarpsN warps, of which warp i has kM / kWarpsM rows of x, part i % kWarpsM, and kN / kWarpsN rows
+// of w, part i / kWarpsM. Shared memory: a ring of kStages stages of 64 columns, kM rows of x and kN of w, padded by 16
+// bytes a row so that eight rows lie in different banks; asynchronous copies fill it ahead, and the block synchronises
+// once a stage. A thread holds the sums of the fragments of mma.cuh: rows of x are those of the first operand.
 #pragma once
 
 #include "cuda/mma.cuh"
 
 namespace vllmlite::cuda {
 
-// A block has kM rows of x and kN of w; of its kWarpsM x kWarpsN warps each has a part of the tile.
+// kM, kN: rows of x and of w in a tile.
 template <int kTileM, int kTileN, int kOfM, int kOfN, int kDeep>
 struct TileShape {
   static constexpr int kColumns = 64;  // of x and w in a stage
@@ -23,9 +28,8 @@ using SmallTile = TileShape<16, 32, 1, 2, 6>;
 using MiddleTile = TileShape<64, 64, 2, 2, 4>;
 using LargeTile = TileShape<128, 128, 2, 4, 2>;
 
-// Rows are padded by one access, so that eight of them lie in different banks.
 template <typename T, typename S>
-struct TileRoom {
+struct TileShared {
   static constexpr int kStride = S::kColumns + 8;
   T x[S::kStages][S::kM][kStride];
   T w[S::kStages][S::kN][kStride];
@@ -38,7 +42,7 @@ using TileSums = float[S::kRowTiles][2 * S::kColumnTiles][4];
 // Adds the products of `k` columns, a multiple of 8, to `sums`. `x_row` and `w_row` say which rows of x and w are those
 // of the tile, of which x has `rows`. Weights are asked for, then `ready` is called, then x is read.
 template <typename S, typename T, typename RowOfX, typename RowOfW, typename Ready>
-__device__ __forceinline__ void multiply_tile(TileRoom<T, S>& room, const T* x, const T* w, int k, int rows,
+__device__ __forceinline__ void multiply_tile(TileShared<T, S>& shared, const T* x, const T* w, int k, int rows,
                                               RowOfX x_row, RowOfW w_row, Ready ready, TileSums<S>& sums) {
   constexpr int kWords = S::kColumns / 8, kStep = S::kThreads / kWords;
   constexpr int kCopiesOfX = S::kM / kStep, kCopiesOfW = S::kN / kStep;
@@ -50,14 +54,14 @@ __device__ __forceinline__ void multiply_tile(TileRoom<T, S>& room, const T* x, 
     const int at = step * S::kColumns + word * 8;
 #pragma unroll
     for (int i = 0; i < kCopiesOfW; ++i)
-      copy_async(&room.w[stage][row + i * kStep][word * 8],
+      copy_async(&shared.w[stage][row + i * kStep][word * 8],
                  w + static_cast<std::int64_t>(of_w[i]) * k + (at < k ? at : 0), at < k);
   };
   const auto copy_x = [&](int stage, int step) {
     const int at = step * S::kColumns + word * 8;
 #pragma unroll
     for (int i = 0; i < kCopiesOfX; ++i)
-      copy_async(&room.x[stage][row + i * kStep][word * 8],
+      copy_async(&shared.x[stage][row + i * kStep][word * 8],
                  x + static_cast<std::int64_t>(of_x[i]) * k + (at < k ? at : 0), at < k && row + i * kStep < rows);
   };
 #pragma unroll
@@ -88,11 +92,11 @@ __device__ __forceinline__ void multiply_tile(TileRoom<T, S>& room, const T* x, 
       std::uint32_t a[S::kRowTiles][4];
 #pragma unroll
       for (int i = 0; i < S::kRowTiles; ++i)
-        load_matrices(a[i], &room.x[index][warp_m + i * 16 + lane % 16][part * 16 + lane / 16 * 8]);
+        load_matrices(a[i], &shared.x[index][warp_m + i * 16 + lane % 16][part * 16 + lane / 16 * 8]);
 #pragma unroll
       for (int j = 0; j < S::kColumnTiles; ++j) {
         std::uint32_t b[4];
-        load_matrices(b, &room.w[index][warp_n + j * 16 + lane / 16 * 8 + lane % 8][part * 16 + lane / 8 % 2 * 8]);
+        load_matrices(b, &shared.w[index][warp_n + j * 16 + lane / 16 * 8 + lane % 8][part * 16 + lane / 8 % 2 * 8]);
 #pragma unroll
         for (int i = 0; i < S::kRowTiles; ++i) {
           multiply<T>(sums[i][2 * j], a[i], b[0], b[1]);

@@ -1,20 +1,22 @@
-// 16-bit products whose outputs are summed up in one order however many rows x has: only the size of tiles depends on
-// the rows, and no sum does on that.
-#include "cuda/fixed_order.cuh"
+// Batch-invariant 16-bit products: outputs are summed up in one order however many rows x has. The size of tiles
+// depends on the rows, but no sum depends on that.
+//
+// Grid: (tiles of w, tiles of x). Block, shared memory and what a thread holds: see tile_product.cuh.
 #include "cuda/linear.hpp"
+#include "cuda/tile_product.cuh"
 
 namespace vllmlite::cuda {
 
 template <typename T, typename Out, typename S>
-static __global__ __launch_bounds__(S::kThreads) void fixed_order_kernel(const T* x, const T* w, const T* bias, Out* y,
-                                                                         int m, int n, int k) {
+static __global__ __launch_bounds__(S::kThreads) void batch_invariant_kernel(const T* x, const T* w, const T* bias,
+                                                                             Out* y, int m, int n, int k) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) char shared[];
   const int m0 = static_cast<int>(blockIdx.y) * S::kM, n0 = static_cast<int>(blockIdx.x) * S::kN;
   let_next_begin();
   TileSums<S> sums{};
   multiply_tile<S>(
-      *reinterpret_cast<TileRoom<T, S>*>(shared), x, w, k, min(m - m0, S::kM), [&](int i) { return m0 + i; },
+      *reinterpret_cast<TileShared<T, S>*>(shared), x, w, k, min(m - m0, S::kM), [&](int i) { return m0 + i; },
       [&](int i) { return min(n0 + i, n - 1); }, [] { wait_for_previous(); }, sums);
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int group = lane / 4, quad = lane % 4;
@@ -35,9 +37,9 @@ static __global__ __launch_bounds__(S::kThreads) void fixed_order_kernel(const T
 
 template <typename T, typename Out, typename S>
 static void run(const Runtime& runtime, const Product& product) {
-  const auto kernel = fixed_order_kernel<T, Out, S>;
+  const auto kernel = batch_invariant_kernel<T, Out, S>;
   launch(runtime, kernel, dim3(blocks_for(product.n, S::kN), blocks_for(product.m, S::kM)), S::kThreads,
-         sizeof(TileRoom<T, S>), static_cast<const T*>(product.x), static_cast<const T*>(product.w),
+         sizeof(TileShared<T, S>), static_cast<const T*>(product.x), static_cast<const T*>(product.w),
          static_cast<const T*>(product.bias), static_cast<Out*>(product.y), product.m, product.n, product.k);
 }
 
@@ -51,12 +53,12 @@ static void run_sized(const Runtime& runtime, const Product& product) {
     run<T, Out, LargeTile>(runtime, product);
 }
 
-void multiply_in_fixed_order(const Runtime& runtime, const Product& product) {
+void multiply_batch_invariant(const Runtime& runtime, const Product& product) {
   const bool takes =
       runtime.capability() >= 80 && product.k % 8 == 0 && aligned(product.x, 16) && aligned(product.w, 16);
   const bool wide_out = product.out_dtype == DType::float32;
   if (!takes || product.dtype == DType::float32)
-    multiply_in_order(runtime, product);
+    multiply_by_dot_products(runtime, product);
   else if (product.dtype == DType::float16)
     wide_out ? run_sized<f16, float>(runtime, product) : run_sized<f16, f16>(runtime, product);
   else

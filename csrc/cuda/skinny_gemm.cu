@@ -1,7 +1,12 @@
-// Decoding's products: few rows of x, so that all the time goes into reading w. A block goes over tiles of rows of w,
-// of which each warp has a share of the columns, with stages of its own in shared memory that are filled ahead in the
-// background, across tiles, and from before the kernel that writes x is done. The rows of w are those of the tensor
-// cores' first operand; x comes out of the first-level cache.
+// Skinny products: at most 8 rows of x, as in decoding, so that all the time goes into reading w.
+//
+// Grid: at most two blocks a multiprocessor, which go over tiles of kRows rows of w (16, or 8 where that keeps more
+// multiprocessors busy). Block: 8 warps, which share the columns of a tile: warp i has stages i, i + 8, ... of 64
+// columns. Shared memory: for each warp a ring of kStages stages of its own, filled ahead by asynchronous copies,
+// across tiles, and from before the kernel that writes x is done; and the warps' sums of a tile, twice, for them to be
+// added. Rows of w are those of the tensor cores' first operand, rows of x the columns of the second, which each thread
+// reads through the first-level cache: a thread holds the sums of rows lane / 4 and lane / 4 + 8 of w, and of rows 2
+// (lane % 4) and the next of x.
 #include <algorithm>
 
 #include "cuda/linear.hpp"
@@ -17,19 +22,19 @@ constexpr int kMostRows = 8;
 
 // In rows of odd number the two halves are exchanged, so that neighbouring rows lie in different banks.
 template <int kRows>
-struct FewRowsRoom {
+struct SkinnyShared {
   uint4 stages[kWarps][kStages][kRows][kChunks];
   float sums[2][kWarps][kMostRows][kRows + 1];
 };
 
 template <typename T, typename Out, int kRows>
-static __global__ __launch_bounds__(kWarps * 32, kBlocksPerProcessor) void few_rows_kernel(const T* x, const T* w,
-                                                                                           const T* bias, Out* y, int m,
-                                                                                           int n, int k) {
+static __global__ __launch_bounds__(kWarps * 32, kBlocksPerProcessor) void skinny_gemm_kernel(const T* x, const T* w,
+                                                                                              const T* bias, Out* y,
+                                                                                              int m, int n, int k) {
 #if __CUDA_ARCH__ >= 800
-  extern __shared__ __align__(16) char shared[];
-  auto& room = *reinterpret_cast<FewRowsRoom<kRows>*>(shared);
-  constexpr int kAhead = 4;  // stages for which x is asked for at a time
+  extern __shared__ __align__(16) char storage[];
+  auto& shared = *reinterpret_cast<SkinnyShared<kRows>*>(storage);
+  constexpr int kAhead = 4;  // stages for which x is loaded at a time
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int group = lane / 4, quad = lane % 4;
   const int tiles = (n + kRows - 1) / kRows, stages = (k + kColumns - 1) / kColumns;
@@ -54,7 +59,7 @@ static __global__ __launch_bounds__(kWarps * 32, kBlocksPerProcessor) void few_r
     commit_copies();
   };
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) fetch(room.stages[warp][i]);
+  for (int i = 0; i < kStages - 1; ++i) fetch(shared.stages[warp][i]);
   let_next_begin();
   wait_for_previous();
 
@@ -75,10 +80,10 @@ static __global__ __launch_bounds__(kWarps * 32, kBlocksPerProcessor) void few_r
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (begin + i >= own) break;
-        fetch(room.stages[warp][index == 0 ? kStages - 1 : index - 1]);
+        fetch(shared.stages[warp][index == 0 ? kStages - 1 : index - 1]);
         wait_for_copies<kStages - 1>();
         __syncwarp();
-        const auto& stage = room.stages[warp][index];
+        const auto& stage = shared.stages[warp][index];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int chunk = (half * 4 + quad) ^ group % 2 * 4;
@@ -92,31 +97,31 @@ static __global__ __launch_bounds__(kWarps * 32, kBlocksPerProcessor) void few_r
         index = index + 1 == kStages ? 0 : index + 1;
       }
     }
-    auto& shares = room.sums[buffer];
+    auto& partials = shared.sums[buffer];
 #pragma unroll
-    for (int i = 0; i < kRows / 4; ++i) shares[warp][quad * 2 + i % 2][group + i / 2 * 8] = sums[i];
+    for (int i = 0; i < kRows / 4; ++i) partials[warp][quad * 2 + i % 2][group + i / 2 * 8] = sums[i];
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < kMostRows * kRows; i += kWarps * 32) {
       const int row = i / kRows, place = i % kRows, at = tile * kRows + place;
       if (row >= m || at >= n) continue;
       float sum = bias == nullptr ? 0 : wide(bias[at]);
 #pragma unroll
-      for (int part = 0; part < kWarps; ++part) sum += shares[part][row][place];
+      for (int part = 0; part < kWarps; ++part) sum += partials[part][row][place];
       y[static_cast<std::int64_t>(row) * n + at] = narrow<Out>(sum);
     }
   }
 #endif
 }
 
-bool takes_few_rows(const Runtime& runtime, const Product& product) {
+bool takes_skinny_product(const Runtime& runtime, const Product& product) {
   return runtime.capability() >= 80 && product.m <= kMostRows && product.k % 8 == 0 && aligned(product.x, 16) &&
          aligned(product.w, 16);
 }
 
 template <typename T, typename Out, int kRows>
 static void run(const Runtime& runtime, const Product& product) {
-  using Shared = FewRowsRoom<kRows>;
-  const auto kernel = few_rows_kernel<T, Out, kRows>;
+  using Shared = SkinnyShared<kRows>;
+  const auto kernel = skinny_gemm_kernel<T, Out, kRows>;
   const unsigned blocks =
       std::min(blocks_for(product.n, kRows), static_cast<unsigned>(runtime.multiprocessors() * kBlocksPerProcessor));
   launch(runtime, kernel, blocks, kWarps * 32, sizeof(Shared), static_cast<const T*>(product.x),
@@ -139,7 +144,7 @@ static void run_sized(const Runtime& runtime, const Product& product) {
     run<T, Out, 16>(runtime, product);
 }
 
-void multiply_few_rows(const Runtime& runtime, const Product& product) {
+void multiply_skinny(const Runtime& runtime, const Product& product) {
   const bool wide_out = product.out_dtype == DType::float32;
   if (product.dtype == DType::float16)
     wide_out ? run_sized<f16, float>(runtime, product) : run_sized<f16, f16>(runtime, product);
