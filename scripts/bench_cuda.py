@@ -9,7 +9,8 @@ random weights of 4 bits in groups of 128. First, read bandwidth and bfloat16 ma
 Decode rate = B * (n - 1) / (t_n - t_1) with 128 tokens in and n = 256 out, greedy, new random prompts each round,
 medians. "invariant" rows show the cost of `--batch-invariant`, "diverging" rows its use: the probability that a token
 of the built-in model differs between a batch and a single request. "ready" is the time from the start of a process,
-with the checkpoint in the page cache. The last line is JSON: {row: {"ours": ..., "bar": ..., "ratio": ..., "limit":
+with the checkpoint in the page cache. "step" rows time captured steps of a few tokens a row, as when drafts are
+verified. The last line is JSON: {row: {"ours": ..., "bar": ..., "ratio": ..., "limit":
 ...}}.
 """
 
@@ -24,15 +25,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from vllmlite import LLM, SamplingParams
-from vllmlite.backends.base import ForwardBatch, KVSpec, SlotParams, SlotSpec
+from vllmlite.backends.base import Backend, ForwardBatch, KVSpec, SlotParams, SlotSpec
 from vllmlite.backends.cuda import CudaBackend
+from vllmlite.runner.runner import ModelRunner
 
 HERE = Path(__file__).resolve().parent
 BARS: dict[str, dict[str, float]] = {
@@ -51,6 +53,7 @@ DECODED = 256
 OPTIONS: dict[str, Any] = {
     "device": "cuda", "backend": "cuda", "skip_tokenizer_init": True, "max_model_len": 8192 + 512,
 }  # fmt: skip
+QUERY_LENGTHS = (1, 2, 4, 8)
 REPLAYS = 10
 """Consecutive replays of a graph, to amortise its launch."""
 
@@ -88,6 +91,11 @@ def main() -> None:
         name = f"attention {size} {batch} x {context} GB/s"
         if wanted(name):
             note(name, _attention(size, batch, context), 0.9 * read, read)
+    for batch in (1, 32):
+        for queries in QUERY_LENGTHS:
+            name = f"attention 128 {batch} x 8192, {queries} queries GB/s"
+            if wanted(name):
+                note(name, _attention(128, batch, 8192, queries=queries), None, read)
     for which in ("small", "large"):
         model = getattr(args, which)
         if model is None:
@@ -149,6 +157,10 @@ def _rows(llm: LLM, rounds: int, wanted: Any) -> Iterator[tuple[str, float]]:
     if wanted("first token ms"):
         taken = [_seconds(llm, _prompts(draw, 1, 128), 1) for _ in range(10)]
         yield "first token ms", 1e3 * statistics.median(taken)
+    for batch in (1, 32):
+        if wanted(f"step {batch} x 8192"):
+            for queries in QUERY_LENGTHS:
+                yield f"step {batch} x 8192, {queries} tokens ms", _step(llm, batch, 8192, queries)
     if wanted("nano"):
         yield "nano", _nano(llm)
     if wanted("shared prefix s"):
@@ -230,10 +242,56 @@ def _nano(llm: LLM) -> float:
     return sum(counts) / _seconds(llm, prompts, counts)
 
 
-def _attention(size: int, batch: int, context: int, heads: int = 32, kv_heads: int = 8) -> float:
-    """Return GB/s of keys and values read by decode attention.
+def _step(llm: LLM, batch: int, context: int, queries: int) -> float:
+    """Return the milliseconds of a captured step of ``queries`` tokens a row; the cache holds any values."""
+    runner = cast(ModelRunner, llm.llm_engine.engine.runner)
+    backend, slots, spec = runner.backend, runner.slots, runner.model.kv_spec
+    columns = np.arange(context // spec.block_size, dtype=np.int32)
+    for slot in range(batch):
+        backend.set_slot(slots, slot, SlotParams())
+        blocks = slot * len(columns) + columns
+        backend.append_blocks(slots, np.full_like(columns, slot), columns, blocks)
+    if not runner.graphs.record(batch, queries):
+        raise SystemExit(f"{batch} rows of {queries} tokens cannot be captured")
+    host = _going_on(batch, queries, context)
+    key = runner.graphs.find(host)
+    assert key is not None
+    device = backend.upload(host, slots, spec, key)
+    return 1e3 * _replayed(backend, lambda: runner.graphs.run(key, device))
 
-    There are enough layers to exceed all caches and to amortise the graph's launch. Input ids come from sampling, as in
+
+def _replayed(backend: Backend, run: Callable[[], Any]) -> float:
+    """Return the seconds of one replay of a graph."""
+    taken = []
+    for _ in range(11):
+        cast(Any, backend)._runtime.synchronize()
+        start = time.perf_counter()
+        for _ in range(REPLAYS):
+            run()
+        cast(Any, backend)._runtime.synchronize()
+        taken.append((time.perf_counter() - start) / REPLAYS)
+    return statistics.median(taken[1:])
+
+
+def _going_on(batch: int, count: int, ends: int) -> ForwardBatch:
+    """Rows of ``count`` tokens up to position ``ends``, which go on from sampled ids; all are sampled from."""
+    rows, tokens = np.arange(batch, dtype=np.int32), np.arange(batch * count, dtype=np.int32)
+    positions = np.tile(np.arange(ends - count, ends, dtype=np.int32), batch)
+    return ForwardBatch(
+        num_tokens=batch * count, num_rows=batch, max_query_len=count, max_context=ends,
+        token_ids=np.where(tokens % count, 1, -1).astype(np.int32), positions=positions,
+        query_start_loc=np.arange(batch + 1, dtype=np.int32) * count, slots=rows,
+        context_lens=np.full(batch, ends, np.int32), logits_rows=tokens, sample_slots=np.repeat(rows, count),
+        sample_positions=positions.astype(np.int64) + 1,
+    )  # fmt: skip
+
+
+def _attention(
+    size: int, batch: int, context: int, heads: int = 32, kv_heads: int = 8, queries: int = 1
+) -> float:
+    """Return GB/s of keys and values read by attention of ``queries`` tokens a row.
+
+    There are enough layers to exceed all caches and to amortise the graph's launch. Rows go on from sampled ids, as in
     decoding."""
     backend = CudaBackend("cuda", "bfloat16")
     layers = max(8, int(2e9 / (2 * kv_heads * size * 2 * batch * context)))
@@ -247,41 +305,23 @@ def _attention(size: int, batch: int, context: int, heads: int = 32, kv_heads: i
     columns = np.tile(np.arange(context // 16, dtype=np.int32), batch)
     backend.append_blocks(slots, np.repeat(np.arange(batch, dtype=np.int32), context // 16), columns, order)
 
-    def host(count: int, ends: int) -> ForwardBatch:
-        rows = np.arange(batch, dtype=np.int32)
-        starts = np.arange(batch + 1, dtype=np.int32) * count
-        return ForwardBatch(
-            num_tokens=batch * count, num_rows=batch, max_query_len=count, max_context=ends,
-            token_ids=np.full(batch * count, -1 if count == 1 else 0, np.int32),
-            positions=np.tile(np.arange(ends - count, ends, dtype=np.int32), batch), query_start_loc=starts,
-            slots=rows, context_lens=np.full(batch, ends, np.int32), logits_rows=starts[1:] - 1,
-            sample_slots=rows, sample_positions=np.full(batch, ends, np.int64),
-        )  # fmt: skip
-
     width = (heads + 2 * kv_heads) * size
     noise = np.random.default_rng(1).standard_normal((batch * 256, width)).astype(np.float32)
     qkv = backend.tensor(noise, "bfloat16")
     for end in range(256, context + 1, 256):
-        piece = backend.upload(host(256, end), slots, spec)
+        piece = backend.upload(_going_on(batch, 256, end), slots, spec)
         for layer in range(layers):
             backend.attn_prep(qkv, heads, None, kv, layer, piece)
-    one = backend.upload(host(1, context), slots, spec)
-    q = backend.attn_prep(backend.tensor(noise[:batch], "bfloat16"), heads, None, kv, 0, one)
+    last = backend.upload(_going_on(batch, queries, context), slots, spec)
+    q = backend.attn_prep(backend.tensor(noise[: batch * queries], "bfloat16"), heads, None, kv, 0, last)
 
     def attend() -> list[Any]:
-        return [backend.paged_attention(q, kv, layer, one, size**-0.5) for layer in range(layers)][-1:]
+        return [backend.paged_attention(q, kv, layer, last, size**-0.5) for layer in range(layers)][-1:]
 
     attend()
-    graph = backend._runtime.capture(one.backend, attend)
-    taken = []
-    for _ in range(10):
-        backend._runtime.synchronize()
-        start = time.perf_counter()
-        for _ in range(REPLAYS):
-            backend._runtime.replay(graph, one.backend)
-        backend._runtime.synchronize()
-        taken.append((time.perf_counter() - start) / REPLAYS)
-    return 2 * kv_heads * size * 2 * batch * context * layers / statistics.median(taken) / 1e9
+    graph = backend._runtime.capture(last.backend, attend)
+    taken = _replayed(backend, lambda: backend._runtime.replay(graph, last.backend))
+    return 2 * kv_heads * size * 2 * batch * context * layers / taken / 1e9
 
 
 def _probe() -> dict[str, float]:

@@ -1,4 +1,4 @@
-// The cache, the op of attention, and attention that is exact rather than fast.
+// The key/value cache, the op of attention, and attention in float32 for any dtypes and sizes.
 #include <algorithm>
 #include <limits>
 
@@ -34,8 +34,8 @@ KVCache::KVCache(Runtime& runtime, int layer_count, int heads, int size, int blo
 
 void check_pool(const KVCache& kv, const Batch& batch) {
   batch.slots->check_pool(kv.num_blocks);
-  if (batch.cut.block_size != kv.block_size)
-    throw std::invalid_argument("the batch is for caches of blocks of " + std::to_string(batch.cut.block_size) +
+  if (batch.shape.block_size != kv.block_size)
+    throw std::invalid_argument("the batch is for caches of blocks of " + std::to_string(batch.shape.block_size) +
                                 " tokens, and this one's hold " + std::to_string(kv.block_size));
 }
 
@@ -50,76 +50,121 @@ Tensor KVCache::layer(int index) const {
   return part;
 }
 
-// ---- In order: a block a head of a token; tiles of keys begin at the same positions whatever the query
+// ---- Attention in float32, whose sums do not depend on what else is in the batch
+//
+// Grid: x a token, y a query head. Block: kTileKeys threads.
+// Queries: a block has up to kQueries tokens of one row whose positions lie in one group of kQueries; the blocks of the
+// other tokens of such a group return at once. Every key and value is read once for the group.
+// Keys: tiles of kTileKeys, which begin at the same positions whatever the query. In a tile, thread i scores key i;
+// then thread i owns elements i and i + kTileKeys of the sums of every query.
+// Shared memory: static; queries, the tile's weights, and where its keys are in the cache.
 
-constexpr int kTileKeys = 128;
+constexpr int kTileKeys = 128, kQueriesOfGroup = 4;
 
-template <typename T, typename Cached>
-static __global__ __launch_bounds__(kTileKeys) void in_order_kernel(const __grid_constant__ Attention given) {
-  __shared__ float query[kMostSize];
-  __shared__ float weights[kTileKeys];
+template <typename T, typename Cached, int kQueries>
+static __global__ __launch_bounds__(kTileKeys) void batch_invariant_kernel(const __grid_constant__ Attention given) {
+  __shared__ float queries[kQueries][kMostSize];
+  __shared__ float weights[kQueries][kTileKeys];
   __shared__ std::int64_t places[kTileKeys];
-  __shared__ float room[32];
+  __shared__ float reduced[32];
+  constexpr int kElements = kMostSize / kTileKeys;
   let_next_begin();
   wait_for_previous();
-  const int thread = static_cast<int>(threadIdx.x), head = static_cast<int>(blockIdx.y);
-  const std::int64_t token = blockIdx.x;
-  const int size = given.size;
-  const std::int64_t at = (token * given.heads + head) * size;
-  T* out = static_cast<T*>(given.out) + at;
-  const int slot = given.batch.token_slots[token];
+  const int thread = static_cast<int>(threadIdx.x), head = static_cast<int>(blockIdx.y), size = given.size;
+  const int token = static_cast<int>(blockIdx.x), slot = given.batch.token_slots[token];
+  const auto row_of = [&](int query) { return (static_cast<std::int64_t>(token + query) * given.heads + head) * size; };
+  T* out = static_cast<T*>(given.out);
   if (slot < 0) {
-    for (int i = thread; i < size; i += kTileKeys) out[i] = narrow<T>(0);
+    for (int i = thread; i < size; i += kTileKeys) out[row_of(0) + i] = narrow<T>(0);
     return;
   }
-  for (int i = thread; i < size; i += kTileKeys) query[i] = wide(static_cast<const T*>(given.q)[at + i]);
   const int position = given.batch.positions[token];
-  const int first = given.window > position ? 0 : position - given.window + 1;
+  int count = 1;
+  if constexpr (kQueries > 1) {
+    if (position % kQueries != 0 && token > 0 && given.batch.token_slots[token - 1] == slot) return;
+    const int most = min(kQueries - position % kQueries, given.num_tokens - token);
+    while (count < most && given.batch.token_slots[token + count] == slot) ++count;
+  }
+  for (int query = 0; query < count; ++query)
+    for (int i = thread; i < size; i += kTileKeys)
+      queries[query][i] = wide(static_cast<const T*>(given.q)[row_of(query) + i]);
+  // The first key that a query sees.
+  const auto first_of = [&](int query) {
+    return given.window > position + query ? 0 : position + query - given.window + 1;
+  };
+  const int first = first_of(0), last = position + count - 1;
   const int kv_head = head / (given.heads / given.kv_heads);
   const std::int64_t plane = static_cast<std::int64_t>(given.block_size) * given.width;
   const std::int32_t* table = given.batch.block_table + static_cast<std::int64_t>(slot) * given.batch.max_blocks;
   const auto* keys = static_cast<const Cached*>(given.kv) + kv_head * plane;
   const Cached* values = keys + given.kv_heads * plane;
   const float slope = slope_of(given, head);
-  float largest = -INFINITY, total = 0, sums[kMostSize / kTileKeys] = {};
-  for (int tile = first / kTileKeys * kTileKeys; tile <= position; tile += kTileKeys) {
+  float largest[kQueries], total[kQueries] = {}, sums[kQueries][kElements] = {};
+#pragma unroll
+  for (float& of_query : largest) of_query = -INFINITY;
+  for (int tile = first / kTileKeys * kTileKeys; tile <= last; tile += kTileKeys) {
     const int key = tile + thread;
-    float score = -INFINITY;
+    float scores[kQueries] = {};
     __syncthreads();
-    if (key >= first && key <= position) {
+    if (key >= first && key <= last) {
       const std::int64_t place = table[key / given.block_size] * 2 * given.kv_heads * plane +
                                  static_cast<std::int64_t>(key % given.block_size) * given.width;
       places[thread] = place;
-      score = 0;
-      for (int i = 0; i < size; ++i) score = fmaf(query[i], wide(keys[place + i]), score);
-      score = edited_score(given, score, slope, key - position);
-    }
-    const float next = fmaxf(largest, block_reduce(score, room, [](float a, float b) { return fmaxf(a, b); }));
-    const float weight = score == -INFINITY ? 0 : expf(score - next);
-    weights[thread] = weight;
-    const float kept = largest == -INFINITY ? 0 : expf(largest - next);
-    total = total * kept + block_sum(weight, room);
-    largest = next;
-    const int begin = max(first - tile, 0), end = min(position - tile + 1, kTileKeys);
+      for (int i = 0; i < size; ++i) {
+        const float element = wide(keys[place + i]);
 #pragma unroll
-    for (int part = 0; part < kMostSize / kTileKeys; ++part) {
+        for (int query = 0; query < kQueries; ++query)
+          if (query < count) scores[query] = fmaf(queries[query][i], element, scores[query]);
+      }
+    }
+#pragma unroll
+    for (int query = 0; query < kQueries; ++query) {
+      if (query >= count) break;
+      const bool seen = key >= first_of(query) && key <= position + query;
+      const float score = seen ? edited_score(given, scores[query], slope, key - position - query) : -INFINITY;
+      const float next =
+          fmaxf(largest[query], block_reduce(score, reduced, [](float a, float b) { return fmaxf(a, b); }));
+      const float weight = score == -INFINITY ? 0 : expf(score - next);
+      weights[query][thread] = weight;
+      const float kept = largest[query] == -INFINITY ? 0 : expf(largest[query] - next);
+      total[query] = fmaf(total[query], kept, block_sum(weight, reduced));
+      largest[query] = next;
+#pragma unroll
+      for (float& sum : sums[query]) sum *= kept;
+    }
+    __syncthreads();
+    const int begin = max(first - tile, 0), end = min(last - tile + 1, kTileKeys);
+#pragma unroll
+    for (int part = 0; part < kElements; ++part) {
       const int i = part * kTileKeys + thread;
       if (i >= size) continue;
-      float sum = sums[part] * kept;
-      for (int j = begin; j < end; ++j) sum = fmaf(weights[j], wide(values[places[j] + i]), sum);
-      sums[part] = sum;
+      for (int j = begin; j < end; ++j) {
+        const float value = wide(values[places[j] + i]);
+#pragma unroll
+        for (int query = 0; query < kQueries; ++query)
+          if (query < count && tile + j >= first_of(query) && tile + j <= position + query)
+            sums[query][part] = fmaf(weights[query][j], value, sums[query][part]);
+      }
     }
   }
 #pragma unroll
-  for (int part = 0; part < kMostSize / kTileKeys; ++part)
-    if (const int i = part * kTileKeys + thread; i < size) out[i] = narrow<T>(sums[part] / total);
+  for (int query = 0; query < kQueries; ++query)
+#pragma unroll
+    for (int part = 0; part < kElements; ++part)
+      if (const int i = part * kTileKeys + thread; query < count && i < size)
+        out[row_of(query) + i] = narrow<T>(sums[query][part] / total[query]);
 }
 
-void attend_in_order(const Runtime& runtime, const Attention& attention) {
+void attend_batch_invariant(const Runtime& runtime, const Attention& attention) {
   const dim3 grid(static_cast<unsigned>(attention.num_tokens), static_cast<unsigned>(attention.heads));
   with_float(attention.dtype, [&](auto* q) {
     with_float(attention.kv_dtype, [&](auto* kv) {
-      launch(runtime, in_order_kernel<Pointee<decltype(q)>, Pointee<decltype(kv)>>, grid, kTileKeys, 0, attention);
+      using T = Pointee<decltype(q)>;
+      using Cached = Pointee<decltype(kv)>;
+      launch(runtime,
+             attention.num_tokens == attention.num_rows ? batch_invariant_kernel<T, Cached, 1>
+                                                        : batch_invariant_kernel<T, Cached, kQueriesOfGroup>,
+             grid, kTileKeys, 0, attention);
     });
   });
 }
@@ -162,15 +207,16 @@ Tensor paged_attention(Runtime& runtime, const Tensor& q, const KVCache& kv, int
                             kv.num_blocks,
                             batch.num_tokens,
                             batch.num_rows,
-                            batch.num_items,
-                            batch.num_shares,
+                            batch.num_work_items,
+                            batch.num_work_lists,
+                            batch.num_queries,
                             {batch.num_tiles[0], batch.num_tiles[1], batch.num_tiles[2]},
                             q.dtype,
                             kv.dtype};
   if (!takes_tensor_cores(runtime, attention)) {
-    attend_in_order(runtime, attention);
+    attend_batch_invariant(runtime, attention);
   } else {
-    if (attention.num_items > 0) attend_decoding(runtime, attention);
+    if (attention.num_work_items > 0) attend_decoding(runtime, attention);
     if (attention.num_tiles[0] > 0)
       takes_hopper(runtime, attention) ? attend_prefilling_hopper(runtime, attention)
                                        : attend_prefilling(runtime, attention);

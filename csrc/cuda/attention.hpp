@@ -6,8 +6,8 @@
 
 namespace vllmlite::cuda {
 
-constexpr int kMostSize = 256;       // elements of a head
-constexpr int kWideRoom = 99 << 10;  // bytes of shared memory for heads of more than 128 on tensor cores: sm_86 has it
+constexpr int kMostSize = 256;               // elements of a head
+constexpr int kMostSharedMemory = 99 << 10;  // bytes of shared memory of a thread block that sm_86 has
 
 struct Attention {
   const void* q;   // [tokens, heads, size]
@@ -19,19 +19,19 @@ struct Attention {
   float scale;
   int window, heads, kv_heads, size, width, block_size;
   std::int64_t num_blocks;
-  int num_tokens, num_rows, num_items, num_shares, num_tiles[kTileLists];
+  int num_tokens, num_rows, num_work_items, num_work_lists, num_queries, num_tiles[kTileLists];
   DType dtype, kv_dtype;
 };
 
-// Any dtypes and sizes, exact in float32: a token's sums depend on its own row alone.
-void attend_in_order(const Runtime& runtime, const Attention& attention);
+// Any dtypes and sizes, in float32: the sums of a token depend on its own row and position alone.
+void attend_batch_invariant(const Runtime& runtime, const Attention& attention);
 
-// 16-bit tensor cores: rows of one token, and rows of several. The first says whether both take it.
+// 16-bit tensor cores: rows of up to kDecodingQueries tokens, and longer ones. The first says whether both take it.
 bool takes_tensor_cores(const Runtime& runtime, const Attention& attention);
 void attend_decoding(Runtime& runtime, const Attention& attention);
 void attend_prefilling(const Runtime& runtime, const Attention& attention);
 
-// The latter where sm_90a's own instructions serve; the first says whether they do for what takes_tensor_cores.
+// The latter with sm_90a's own instructions; the first says whether it takes what takes_tensor_cores takes.
 bool takes_hopper(const Runtime& runtime, const Attention& attention);
 void attend_prefilling_hopper(const Runtime& runtime, const Attention& attention);
 

@@ -1,9 +1,17 @@
-// Attention of rows that have one token: all the time goes into reading keys and values. A block has a share of the
-// items, for the query heads that share a key/value head; its warps take tiles of keys in turn, each with stages of its
-// own in shared memory that are filled ahead in the background, across items, and as far as earlier steps wrote the
-// keys from before the kernel that writes the newest is done. Keys are the rows of the tensor
-// cores' first operand, heads the columns of the second. The last of a row's blocks puts the items together, as in
-// Dao et al. 2023 (Flash-Decoding).
+// Attention of rows of up to kDecodingQueries tokens on 16-bit tensor cores. All the time goes into reading keys and
+// values, which a row's queries and the query heads that share a key/value head read once, together.
+//
+// Grid: x a key/value head and a part of its columns, y a work list. Block: kWarps warps.
+// A column is a query and a query head, queries outermost: column c of a key/value head is query c / sharing, head
+// c % sharing. A block has kColumns = 8 * kColumnTiles of them; a row of more is read by several blocks.
+// Keys: a warp takes tiles of kKeys keys; tiles begin at multiples of kKeys, warps take them in turn. Each warp has
+// kStages stages of its own in shared memory, which it fills ahead by asynchronous copies, across work items, and as
+// far as earlier steps wrote the keys, before the kernel that writes the newest keys has ended. Shared memory:
+// DecodingShared. Products: scores [keys, columns] = keys [16 x 16] x queries [16 x 8], sums [elements, columns] =
+// values^T x weights; a thread owns the elements of C of mma.cuh: of each column tile, columns 2 quad and 2 quad + 1;
+// of scores, keys group and group + 8; of sums, elements group and group + 8 of each 16. Queries are in registers for
+// one column tile and in shared memory for more. Split-KV, after Dao et al. 2023 (Flash-Decoding): where a row has
+// several work items, each leaves partial sums and the last block to end combines them.
 #include <algorithm>
 
 #include "cuda/attention.cuh"
@@ -11,9 +19,9 @@
 
 namespace vllmlite::cuda {
 
-constexpr int kHeads = 8, kStages = 2;
+constexpr int kColumnsOfTile = 8, kMostColumnTiles = 4, kStages = 2;
 
-// Rows are padded by one access, so that eight of them lie in different banks.
+// Rows are padded by one access of 16 bytes, so that eight of them lie in different banks.
 template <typename T, int kSize>
 struct Stage {
   static constexpr int kKeys = kSize > 128 ? 16 : 2048 / kSize, kStride = kSize + 8;
@@ -21,28 +29,33 @@ struct Stage {
   T values[kKeys][kStride];
 };
 
-template <typename T, int kSize, int kWarps>
-struct DecodingRoom {
+template <typename T, int kSize, int kWarps, int kColumnTiles>
+struct DecodingShared {
+  static constexpr int kColumns = kColumnTiles * kColumnsOfTile;
   Stage<T, kSize> stages[kWarps][kStages];
-  float sums[kWarps][kHeads][kSize + 4];
-  float largest[kWarps][kHeads], total[kWarps][kHeads];
+  T queries[kColumnTiles == 1 ? 1 : kColumns][Stage<T, kSize>::kStride];
+  float sums[kWarps][kColumnsOfTile][kSize + 4];
+  float largest[kWarps][kColumnsOfTile], total[kWarps][kColumnsOfTile];
+  int query_of[kColumns], head_of[kColumns];  // of a column: query of its row, query head of the model
   bool last;
 };
 
-// The first key of an item that its token sees through a window.
-__device__ __forceinline__ int first_key(const Item& item, int window) {
-  return item.context - item.begin > window ? item.context - window : item.begin;
+// The first key of an item that its first query sees through a window.
+__device__ __forceinline__ int first_key(const WorkItem& item, int window) {
+  const int position = item.context - item.queries;
+  return position + 1 - item.begin > window ? position + 1 - window : item.begin;
 }
 
-// The tiles of keys that a warp takes, in order: those of its block's items, one after another.
+// The tiles of keys that a warp takes, in order: those of its block's work items, one after another. Items of so few
+// queries that the block has no column of them are left out.
 template <typename T, int kSize, int kWarps>
 class Walk {
  public:
   static constexpr int kKeys = Stage<T, kSize>::kKeys, kStep = kWarps * kKeys, kParts = kKeys / 16;
 
-  // Of items `first` up to `last`.
-  __device__ Walk(const Attention& given, int kv_head, int first, int last, int warp)
-      : given_(given), warp_(warp), item_(first), last_(last) {
+  // Of items `first` up to `last`, for columns from `first_column` on.
+  __device__ Walk(const Attention& given, int kv_head, int first_column, int first, int last, int warp)
+      : given_(given), warp_(warp), first_column_(first_column), item_(first), last_(last) {
     plane_ = static_cast<std::int64_t>(given.block_size) * given.width;
     whole_ = given.block_size % 16 == 0;
     cache_ = static_cast<const T*>(given.kv) + kv_head * plane_;
@@ -99,7 +112,8 @@ class Walk {
 
   __device__ void open() {
     for (live_ = false; !live_ && item_ < last_; ++item_) {
-      const Item item = given_.batch.items[item_];
+      const WorkItem item = given_.batch.work_items[item_];
+      if (item.queries * (given_.heads / given_.kv_heads) <= first_column_) continue;
       from_ = first_key(item, given_.window);
       end_ = item.end;
       settled_ = item.settled;
@@ -112,7 +126,7 @@ class Walk {
   }
 
   const Attention& given_;
-  const int warp_;
+  const int warp_, first_column_;
   std::int64_t plane_;
   bool whole_, live_;  // 16 keys are in one block; there is a next tile
   int item_, last_, tile_, from_, end_, settled_;
@@ -122,112 +136,168 @@ class Walk {
 };
 
 // `kEdits`: whether scores are edited; see edits_scores.
-template <typename T, int kSize, int kWarps, bool kEdits>
+template <typename T, int kSize, int kWarps, int kColumnTiles, bool kEdits>
 static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __grid_constant__ Attention given,
                                                                       float* partial, float2* states,
                                                                       std::int32_t* counters) {
 #if __CUDA_ARCH__ >= 800
-  extern __shared__ __align__(16) char shared[];
-  auto& room = *reinterpret_cast<DecodingRoom<T, kSize, kWarps>*>(shared);
+  extern __shared__ __align__(16) char dynamic[];
+  using Shared = DecodingShared<T, kSize, kWarps, kColumnTiles>;
+  auto& shared = *reinterpret_cast<Shared*>(dynamic);
   using Tiles = Walk<T, kSize, kWarps>;
-  constexpr int kKeys = Tiles::kKeys, kParts = Tiles::kParts;
+  constexpr int kKeys = Tiles::kKeys, kParts = Tiles::kParts, kColumns = Shared::kColumns;
   let_next_begin();
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  const int group = lane / 4, quad = lane % 4;
-  const int sharing = given.heads / given.kv_heads, parts = (sharing + kHeads - 1) / kHeads;
-  const int size = given.size, part_of_heads = static_cast<int>(blockIdx.x), kv_head = part_of_heads / parts;
-  const int first_head = kv_head * sharing + part_of_heads % parts * kHeads;
-  const int num_heads = min(sharing - part_of_heads % parts * kHeads, kHeads);
-  const int first_item = given.batch.starts[blockIdx.y], last_item = given.batch.starts[blockIdx.y + 1];
+  const int group = lane / 4, quad = lane % 4, thread = static_cast<int>(threadIdx.x);
+  const int sharing = given.heads / given.kv_heads, size = given.size;
+  const int columns_of_head = sharing * given.num_queries, parts = (columns_of_head + kColumns - 1) / kColumns;
+  const int kv_head = static_cast<int>(blockIdx.x) / parts;
+  const int first_column = static_cast<int>(blockIdx.x) % parts * kColumns;
+  const int first_item = given.batch.work_lists[blockIdx.y], last_item = given.batch.work_lists[blockIdx.y + 1];
   if (first_item == last_item) return;  // never all blocks, or the next kernel would not wait for the previous
-  Tiles tiles(given, kv_head, first_item, last_item, warp);
+  Tiles tiles(given, kv_head, first_column, first_item, last_item, warp);
   int filled = 0;
-  for (; filled < kStages && tiles.settled(); ++filled) tiles.fetch(room.stages[warp][filled], lane);
+  for (; filled < kStages && tiles.settled(); ++filled) tiles.fetch(shared.stages[warp][filled], lane);
+  if (thread < kColumns) {
+    shared.query_of[thread] = (first_column + thread) / sharing;
+    shared.head_of[thread] = kv_head * sharing + (first_column + thread) % sharing;
+  }
   wait_for_previous();
-  for (; filled < kStages; ++filled) tiles.fetch(room.stages[warp][filled], lane);
+  for (; filled < kStages; ++filled) tiles.fetch(shared.stages[warp][filled], lane);
+  __syncthreads();
 
   const float scale = kEdits ? kLog2E : given.scale * kLog2E;
   int index = 0;
   for (int item_index = first_item; item_index < last_item; ++item_index) {
-    const Item item = given.batch.items[item_index];
-    const int from_key = first_key(item, given.window);
-    const std::int64_t at_heads = static_cast<std::int64_t>(item.token) * given.heads + first_head;
+    const WorkItem item = given.batch.work_items[item_index];
+    const int columns = min(item.queries * sharing - first_column, kColumns);
+    if (columns <= 0) continue;
+    const int from_key = first_key(item, given.window), first_position = item.context - item.queries;
+    const auto place_of = [&](int column) {  // of a column's query, and of its result
+      return (static_cast<std::int64_t>(item.token + shared.query_of[column]) * given.heads + shared.head_of[column]) *
+             size;
+    };
 
-    std::uint32_t q[kSize / 16][2];
+    std::uint32_t q[kColumnTiles == 1 ? kSize / 16 : 1][2];
+    if constexpr (kColumnTiles == 1) {
+      const T* from = static_cast<const T*>(given.q) + (group < columns ? place_of(group) : 0);
 #pragma unroll
-    for (int i = 0; i < kSize / 16; ++i)
+      for (int i = 0; i < kSize / 16; ++i)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int at = i * 16 + j * 8 + quad * 2;
-        const T* from = static_cast<const T*>(given.q) + (at_heads + group) * size + at;
-        q[i][j] = group < num_heads && at < size ? *reinterpret_cast<const std::uint32_t*>(from) : 0;
+        for (int j = 0; j < 2; ++j) {
+          const int at = i * 16 + j * 8 + quad * 2;
+          q[i][j] = group < columns && at < size ? *reinterpret_cast<const std::uint32_t*>(from + at) : 0;
+        }
+    } else {
+      constexpr int kWords = kSize / 8;  // of 16 bytes in a query
+      for (int i = thread; i < kColumns * kWords; i += kWarps * 32) {
+        const int column = i / kWords, at = i % kWords * 8;
+        const T* from = static_cast<const T*>(given.q) + (column < columns ? place_of(column) : 0);
+        *reinterpret_cast<uint4*>(&shared.queries[column][at]) =
+            column < columns && at < size ? *reinterpret_cast<const uint4*>(from + at) : make_uint4(0, 0, 0, 0);
       }
-    // Of heads 2 quad and the next.
-    float largest[2] = {-INFINITY, -INFINITY}, total[2] = {}, sums[kSize / 16][4] = {};
+      __syncthreads();
+    }
+    // Of columns 2 quad and the next of each column tile.
+    float largest[kColumnTiles][2], total[kColumnTiles][2] = {}, sums[kColumnTiles][kSize / 16][4] = {};
+#pragma unroll
+    for (auto& both : largest) both[0] = both[1] = -INFINITY;
     for (int tile = from_key / Tiles::kStep * Tiles::kStep + warp * kKeys; tile < item.end; tile += Tiles::kStep) {
       wait_for_copies<kStages - 1>();
       __syncwarp();
-      Stage<T, kSize>& stage = room.stages[warp][index];
-      float scores[kParts][4] = {};
+      Stage<T, kSize>& stage = shared.stages[warp][index];
+      float scores[kColumnTiles][kParts][4] = {};
 #pragma unroll
-      for (int i = 0; i < kSize / 16; ++i)
+      for (int i = 0; i < kSize / 16; ++i) {
+        std::uint32_t query[kColumnTiles][2];
+        if constexpr (kColumnTiles == 1) {
+          query[0][0] = q[i][0];
+          query[0][1] = q[i][1];
+        } else {
+#pragma unroll
+          for (int n = 0; n < kColumnTiles; n += 2) {
+            std::uint32_t both[4];
+            load_matrices(both, &shared.queries[n * 8 + lane / 16 * 8 + lane % 8][i * 16 + lane / 8 % 2 * 8]);
+            query[n][0] = both[0];
+            query[n][1] = both[1];
+            query[n + 1][0] = both[2];
+            query[n + 1][1] = both[3];
+          }
+        }
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
           std::uint32_t key[4];
           load_matrices(key, &stage.keys[part * 16 + lane % 16][i * 16 + lane / 16 * 8]);
-          multiply<T>(scores[part], key, q[i][0], q[i][1]);
+#pragma unroll
+          for (int n = 0; n < kColumnTiles; ++n) multiply<T>(scores[n][part], key, query[n][0], query[n][1]);
         }
-      if constexpr (kEdits)
+      }
+      // Whether all queries see all keys: from the last one's first key up to the first one's own.
+      const bool all_seen =
+          tile >= max(from_key, item.context - given.window) && tile + kKeys <= min(item.end, first_position + 1);
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float slope = slope_of(given, first_head + min(quad * 2 + i % 2, num_heads - 1));
+          if (!kEdits && all_seen) break;
+          const int column = n * kColumnsOfTile + quad * 2 + i % 2;
+          const int position = first_position + shared.query_of[column];
+          const float slope = kEdits ? slope_of(given, min(shared.head_of[column], given.heads - 1)) : 0;
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            const int key = tile + part * 16 + i / 2 * 8 + group;
+            float& score = scores[n][part][i];
+            if constexpr (kEdits) score = edited_score(given, score, slope, key - position);
+            if (!all_seen && (key < from_key || key >= item.end || key > position || position - key >= given.window))
+              score = -INFINITY;
+          }
+        }
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        float base[2], kept[2];
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+          float next = largest[n][column];
 #pragma unroll
           for (int part = 0; part < kParts; ++part)
-            scores[part][i] =
-                edited_score(given, scores[part][i], slope, tile + part * 16 + i / 2 * 8 + group - item.context + 1);
+            next = fmaxf(next, fmaxf(scores[n][part][column], scores[n][part][column + 2]));
+#pragma unroll
+          for (int offset = 4; offset < 32; offset *= 2) next = fmaxf(next, __shfl_xor_sync(kAll, next, offset));
+          base[column] = next == -INFINITY ? 0 : next * scale;
+          kept[column] = largest[n][column] == next ? 1 : exp2_fast(largest[n][column] * scale - base[column]);
+          largest[n][column] = next;
+          total[n][column] *= kept[column];
         }
-      if (tile < from_key || tile + kKeys > item.end) {
+        if (__any_sync(kAll, kept[0] != 1 || kept[1] != 1))
+#pragma unroll
+          for (auto& sum : sums[n])
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[i] *= kept[i % 2];
 #pragma unroll
         for (int part = 0; part < kParts; ++part)
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (const int key = tile + part * 16 + i / 2 * 8 + group; key < from_key || key >= item.end)
-              scores[part][i] = -INFINITY;
+          for (int i = 0; i < 4; ++i) {
+            float& weight = scores[n][part][i];
+            weight = exp2_fast(fmaf(weight, scale, -base[i % 2]));
+            total[n][i % 2] += weight;
+          }
       }
-      float base[2], kept[2];
-#pragma unroll
-      for (int head = 0; head < 2; ++head) {
-        float next = largest[head];
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) next = fmaxf(next, fmaxf(scores[part][head], scores[part][head + 2]));
-#pragma unroll
-        for (int offset = 4; offset < 32; offset *= 2) next = fmaxf(next, __shfl_xor_sync(kAll, next, offset));
-        base[head] = next == -INFINITY ? 0 : next * scale;
-        kept[head] = largest[head] == next ? 1 : exp2_fast(largest[head] * scale - base[head]);
-        largest[head] = next;
-        total[head] *= kept[head];
-      }
-      if (__any_sync(kAll, kept[0] != 1 || kept[1] != 1))
-#pragma unroll
-        for (auto& sum : sums)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sum[i] *= kept[i % 2];
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        float (&weights)[4] = scores[part];
+        std::uint32_t weights[kColumnTiles][2];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          weights[i] = exp2_fast(fmaf(weights[i], scale, -base[i % 2]));
-          total[i % 2] += weights[i];
+        for (int n = 0; n < kColumnTiles; ++n) {
+          const float (&of)[4] = scores[n][part];
+          weights[n][0] = transposed(pair<T>(of[0], of[1]));
+          weights[n][1] = transposed(pair<T>(of[2], of[3]));
         }
-        const std::uint32_t low = transposed(pair<T>(weights[0], weights[1])),
-                            high = transposed(pair<T>(weights[2], weights[3]));
 #pragma unroll
         for (int i = 0; i < kSize / 16; ++i) {
           std::uint32_t value[4];
           load_matrices_transposed(value,
                                    &stage.values[part * 16 + lane / 16 * 8 + lane % 8][i * 16 + lane / 8 % 2 * 8]);
-          multiply<T>(sums[i], value, low, high);
+#pragma unroll
+          for (int n = 0; n < kColumnTiles; ++n) multiply<T>(sums[n][i], value, weights[n][0], weights[n][1]);
         }
       }
       __syncwarp();
@@ -235,40 +305,52 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
       index = index + 1 == kStages ? 0 : index + 1;
     }
 
-    // The warps' shares together.
-    __syncthreads();
+    // The warps' sums together, one column tile after another.
+    T* out = static_cast<T*>(given.out);
+    const auto place_of_partial = [&](int item_partial, int column) {
+      return (static_cast<std::int64_t>(item_partial) * given.kv_heads + kv_head) * columns_of_head + first_column +
+             column;
+    };
 #pragma unroll
-    for (int head = 0; head < 2; ++head) {
+    for (int n = 0; n < kColumnTiles; ++n) {
+      const int begin = n * kColumnsOfTile, count = min(columns - begin, kColumnsOfTile);
+      if (count <= 0) break;
+      __syncthreads();
 #pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2) total[head] += __shfl_xor_sync(kAll, total[head], offset);
-      if (group == 0) {
-        room.largest[warp][quad * 2 + head] = largest[head] * scale;
-        room.total[warp][quad * 2 + head] = total[head];
+      for (int column = 0; column < 2; ++column) {
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2)
+          total[n][column] += __shfl_xor_sync(kAll, total[n][column], offset);
+        if (group == 0) {
+          shared.largest[warp][quad * 2 + column] = largest[n][column] * scale;
+          shared.total[warp][quad * 2 + column] = total[n][column];
+        }
       }
-    }
 #pragma unroll
-    for (int n = 0; n < kSize / 16; ++n)
+      for (int part = 0; part < kSize / 16; ++part)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) room.sums[warp][quad * 2 + i % 2][n * 16 + i / 2 * 8 + group] = sums[n][i];
-    __syncthreads();
-    T* out = static_cast<T*>(given.out) + at_heads * size;
-    const std::int64_t own = static_cast<std::int64_t>(item_index) * given.heads + first_head;
-    for (int i = static_cast<int>(threadIdx.x); i < num_heads * size; i += kWarps * 32) {
-      const int head = i / size, at = i % size;
-      float most = -INFINITY, all = 0, sum = 0;
+        for (int i = 0; i < 4; ++i)
+          shared.sums[warp][quad * 2 + i % 2][part * 16 + i / 2 * 8 + group] = sums[n][part][i];
+      __syncthreads();
+      for (int i = thread; i < count * size; i += kWarps * 32) {
+        const int column = i / size, at = i % size;
+        float most = -INFINITY, all = 0, sum = 0;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) most = fmaxf(most, room.largest[w][head]);
+        for (int w = 0; w < kWarps; ++w) most = fmaxf(most, shared.largest[w][column]);
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        const float part = room.largest[w][head] == -INFINITY ? 0 : exp2_fast(room.largest[w][head] - most);
-        all += room.total[w][head] * part;
-        sum += room.sums[w][head][at] * part;
-      }
-      if (item.count == 1) {
-        out[i] = narrow<T>(sum / all);
-      } else {
-        partial[(own + head) * size + at] = sum;
-        if (at == 0) states[own + head] = make_float2(most, all);
+        for (int w = 0; w < kWarps; ++w) {
+          const float largest_of_warp = shared.largest[w][column];
+          const float factor = largest_of_warp == -INFINITY ? 0 : exp2_fast(largest_of_warp - most);
+          all += shared.total[w][column] * factor;
+          sum += shared.sums[w][column][at] * factor;
+        }
+        if (item.count == 1) {
+          out[place_of(begin + column) + at] = narrow<T>(sum / all);
+        } else {
+          const std::int64_t own = place_of_partial(item.partial, begin + column);
+          partial[own * size + at] = sum;
+          if (at == 0) states[own] = make_float2(most, all);
+        }
       }
     }
     if (item.count == 1) continue;
@@ -276,21 +358,21 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
     __threadfence();
     __syncthreads();
     std::int32_t* counter = counters + static_cast<std::int64_t>(item.row) * gridDim.x + blockIdx.x;
-    if (threadIdx.x == 0) {
-      room.last = atomicAdd(counter, 1) == item.count - 1;
-      if (room.last) *counter = 0;
+    if (thread == 0) {
+      shared.last = atomicAdd(counter, 1) == item.count - 1;
+      if (shared.last) *counter = 0;
     }
     __syncthreads();
-    if (!room.last) continue;
+    if (!shared.last) continue;
     __threadfence();
-    for (int i = static_cast<int>(threadIdx.x); i < num_heads * size; i += kWarps * 32) {
-      const std::int64_t head = first_head + i / size;
+    for (int i = thread; i < columns * size; i += kWarps * 32) {
+      const int column = i / size, at = i % size;
       float most = -INFINITY, all = 0, sum = 0;
 #pragma unroll 4
       for (int n = item.first; n < item.first + item.count; ++n) {
-        const std::int64_t there = static_cast<std::int64_t>(n) * given.heads + head;
+        const std::int64_t there = place_of_partial(n, column);
         const float2 state = __ldcg(states + there);
-        const float value = __ldcg(partial + there * size + i % size);
+        const float value = __ldcg(partial + there * size + at);
         if (state.x == -INFINITY) continue;
         const float next = fmaxf(most, state.x);
         const float kept = most == -INFINITY ? 0 : exp2_fast(most - next), part = exp2_fast(state.x - next);
@@ -298,7 +380,7 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
         sum = sum * kept + value * part;
         most = next;
       }
-      out[i] = narrow<T>(sum / all);
+      out[place_of(column) + at] = narrow<T>(sum / all);
     }
   }
 #endif
@@ -306,39 +388,49 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
 
 bool takes_tensor_cores(const Runtime& runtime, const Attention& attention) {
   return runtime.capability() >= 80 && attention.dtype != DType::float32 && attention.dtype == attention.kv_dtype &&
-         attention.size % 8 == 0 && (attention.width <= 128 || runtime.shared_memory() >= kWideRoom);
+         attention.size % 8 == 0 && (attention.width <= 128 || runtime.shared_memory() >= kMostSharedMemory);
 }
 
-template <typename T, int kSize, int kWarps>
+template <typename T, int kSize, int kWarps, int kColumnTiles>
 static void run(Runtime& runtime, const Attention& attention) {
-  using Shared = DecodingRoom<T, kSize, kWarps>;
-  static_assert(kSize <= 128 || sizeof(Shared) <= kWideRoom);
-  const int sharing = attention.heads / attention.kv_heads;
-  const dim3 grid(static_cast<unsigned>(attention.kv_heads * ((sharing + kHeads - 1) / kHeads)),
-                  static_cast<unsigned>(attention.num_shares));
-  const std::int64_t items = attention.num_items;
-  const Tensor partial = runtime.make({items * attention.heads, attention.size}, DType::float32);
-  const Tensor states = runtime.make({items * attention.heads, 2}, DType::float32);
-  const auto kernel =
-      edits_scores(attention) ? decoding_kernel<T, kSize, kWarps, true> : decoding_kernel<T, kSize, kWarps, false>;
+  using Shared = DecodingShared<T, kSize, kWarps, kColumnTiles>;
+  static_assert(sizeof(Shared) <= kMostSharedMemory);
+  const std::int64_t columns = std::int64_t{attention.heads / attention.kv_heads} * attention.num_queries;
+  const dim3 grid(static_cast<unsigned>(attention.kv_heads) * blocks_for(columns, Shared::kColumns),
+                  static_cast<unsigned>(attention.num_work_lists));
+  // Between two lists at most one row is split.
+  const std::int64_t partials = std::int64_t{2} * attention.num_work_lists * attention.kv_heads * columns;
+  const Tensor partial = runtime.make({partials, attention.size}, DType::float32);
+  const Tensor states = runtime.make({partials, 2}, DType::float32);
+  const auto kernel = edits_scores(attention) ? decoding_kernel<T, kSize, kWarps, kColumnTiles, true>
+                                              : decoding_kernel<T, kSize, kWarps, kColumnTiles, false>;
   launch(runtime, kernel, grid, kWarps * 32, sizeof(Shared), attention, static_cast<float*>(partial.data),
          static_cast<float2*>(states.data), runtime.counters(static_cast<std::size_t>(attention.num_rows) * grid.x));
 }
 
 template <typename T, int kSize>
-static void run_warps(Runtime& runtime, const Attention& attention) {
-  const DecodingBlocks blocks = decoding_blocks(runtime, attention.num_rows, attention.kv_heads);
-  blocks.warps == 2 ? run<T, kSize, 2>(runtime, attention) : run<T, kSize, 4>(runtime, attention);
+static void run_columns(Runtime& runtime, const Attention& attention) {
+  constexpr int kWarps = kSize > 128 ? 2 : 4, kMost = kSize > 128 ? 2 : kMostColumnTiles;
+  const int columns = attention.heads / attention.kv_heads * attention.num_queries;
+  const DecodingBlocks blocks = decoding_blocks(runtime, attention.num_rows, attention.num_queries, attention.kv_heads);
+  if (columns > 2 * kColumnsOfTile && attention.num_queries > 1)
+    run<T, kSize, kWarps, kMost>(runtime, attention);
+  else if (columns > kColumnsOfTile && attention.num_queries > 1)
+    run<T, kSize, kWarps, 2>(runtime, attention);
+  else if (blocks.warps == 2)
+    run<T, kSize, 2, 1>(runtime, attention);
+  else
+    run<T, kSize, kWarps, 1>(runtime, attention);
 }
 
 template <typename T>
 static void run_sized(Runtime& runtime, const Attention& attention) {
   if (attention.width <= 64)
-    run_warps<T, 64>(runtime, attention);
+    run_columns<T, 64>(runtime, attention);
   else if (attention.width <= 128)
-    run_warps<T, 128>(runtime, attention);
+    run_columns<T, 128>(runtime, attention);
   else
-    run<T, kMostSize, 2>(runtime, attention);
+    run_columns<T, kMostSize>(runtime, attention);
 }
 
 void attend_decoding(Runtime& runtime, const Attention& attention) {

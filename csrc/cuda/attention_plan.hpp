@@ -1,4 +1,4 @@
-// How a step's attention is cut into work of about the same size, on the host.
+// Splits a step's attention into work of about the same duration, on the host.
 #pragma once
 
 #include <vector>
@@ -7,11 +7,19 @@
 
 namespace vllmlite::cuda {
 
-// Cuts the rows that have one token into shares that take about as long, one for each of `shares` slots: a share is
-// some items, `starts` says where each one's begin.
-void plan_items(const HostBatch& host, int shares, std::vector<Item>& items, std::vector<std::int32_t>& starts);
+// The work of the decoding kernel. Thread block b takes items `lists[b]` up to `lists[b + 1]`.
+struct DecodingPlan {
+  std::vector<WorkItem> items;
+  std::vector<std::int32_t> lists;
+};
 
-// Tiles of at most `queries` tokens of rows that have several, or of all rows.
+// Splits the rows of at most kDecodingQueries tokens into `num_lists` lists of work items.
+DecodingPlan plan_decoding(const HostBatch& host, int num_lists);
+
+// Most tokens of such a row; 1 without one.
+int most_decoding_queries(const HostBatch& host);
+
+// Tiles of at most `queries` tokens of the other rows, or of all rows.
 std::vector<Tile> plan_tiles(const HostBatch& host, int queries, bool all);
 
 }  // namespace vllmlite::cuda

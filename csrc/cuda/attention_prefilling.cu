@@ -236,7 +236,7 @@ template <typename T, int kSize, int kRowTiles>
 static void run(const Runtime& runtime, const Attention& attention) {
   using Shared = PrefillingRoom<T, kSize, kRowTiles>;
   constexpr int kList = kRowTiles == 2 ? 0 : 1;
-  static_assert(Shared::kQueries == kTileQueries[kList] && (kSize <= 128 || sizeof(Shared) <= kWideRoom));
+  static_assert(Shared::kQueries == kTileQueries[kList] && (kSize <= 128 || sizeof(Shared) <= kMostSharedMemory));
   const auto blocks = static_cast<unsigned>(attention.heads * attention.num_tiles[kList]);
   launch(runtime, prefilling_kernel<T, kSize, kRowTiles>, blocks, kWarps * 32, sizeof(Shared), attention);
 }

@@ -8,14 +8,19 @@ namespace vllmlite::cuda {
 
 constexpr unsigned kThreads = 1024;
 
-// Whether every row has one token, and is sampled.
-static bool decodes_alone(const HostBatch& host) {
-  if (host.num_tokens != host.num_rows || host.logits_rows.size() != host.slot_ids.size()) return false;
-  for (int row = 0; row < host.num_rows; ++row)
-    if (host.query_start_loc[static_cast<std::size_t>(row)] != row ||
-        host.logits_rows[static_cast<std::size_t>(row)] != row)
-      return false;
-  return true;
+// Checks that a batch fits a graph: rows of `query_len` tokens each, all of which are sampled from.
+static void check_graph(const HostBatch& host, const BatchShape& shape) {
+  if (shape.query_len < 1 || shape.query_len > kDecodingQueries)
+    throw std::invalid_argument("graph: rows of " + std::to_string(shape.query_len) + " tokens; 1 to " +
+                                std::to_string(kDecodingQueries) + " are possible");
+  bool fits = host.num_rows <= shape.rows && host.num_tokens == host.num_rows * shape.query_len &&
+              host.logits_rows.size() == host.token_ids.size();
+  for (std::size_t row = 0; fits && row < host.slot_ids.size(); ++row)
+    fits = host.query_start_loc[row] == static_cast<int>(row) * shape.query_len;
+  for (std::size_t i = 0; fits && i < host.logits_rows.size(); ++i) fits = host.logits_rows[i] == static_cast<int>(i);
+  if (!fits)
+    throw std::invalid_argument("graph: the batch is not up to " + std::to_string(shape.rows) + " rows of " +
+                                std::to_string(shape.query_len) + " tokens, all of them sampled from");
 }
 
 Tensor Batch::part(std::int32_t* data, std::int64_t size) const {
@@ -64,28 +69,30 @@ static __global__ void prepare_kernel(BatchView batch, int num_tokens, int block
 }
 
 std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std::shared_ptr<Slots>& slots,
-                              const Cut& cut) {
-  host.check(*slots, cut.block_size);
+                              const BatchShape& shape) {
+  host.check(*slots, shape.block_size);
   const DeviceGuard guard(runtime.device());
-  const auto real_tokens = static_cast<std::size_t>(host.num_tokens);
-  const auto real_rows = static_cast<std::size_t>(host.num_rows);
-  const std::size_t real_samples = host.logits_rows.size();
-  const bool decodes = decodes_alone(host);
-  const std::size_t room = decodes ? static_cast<std::size_t>(std::max(cut.capacity, host.num_rows)) : 0;
-  const std::size_t tokens = std::max(real_tokens, room), rows = std::max(real_rows, room);
-  const std::size_t samples = std::max(real_samples, room);  // with padding, of which nothing is sampled
+  const bool for_graph = shape.rows > 0;
+  if (for_graph) check_graph(host, shape);
+  const std::size_t real_samples = host.logits_rows.size(), real_rows = host.slot_ids.size();
+  // With padding, of which nothing is sampled.
+  const std::size_t rows = for_graph ? static_cast<std::size_t>(shape.rows) : real_rows;
+  const std::size_t tokens =
+      for_graph ? rows * static_cast<std::size_t>(shape.query_len) : static_cast<std::size_t>(host.num_tokens);
+  const std::size_t samples = for_graph ? tokens : real_samples;
 
-  const DecodingBlocks blocks = decoding_blocks(runtime, static_cast<int>(rows), cut.kv_heads);
-  const int at_once = std::max(runtime.multiprocessors() * blocks.per_processor / std::max(cut.kv_heads, 1), 1);
-  std::vector<Item> items;
-  std::vector<std::int32_t> starts;
   const bool all_in_tiles = runtime.batch_invariant();
-  if (!all_in_tiles) plan_items(host, at_once, items, starts);
-  const std::size_t num_items = decodes && !all_in_tiles ? rows + static_cast<std::size_t>(at_once) : items.size();
+  const int queries = for_graph ? shape.query_len : most_decoding_queries(host);
+  const DecodingBlocks blocks = decoding_blocks(runtime, static_cast<int>(rows), queries, shape.kv_heads);
+  const int at_once = std::max(runtime.multiprocessors() * blocks.per_processor / std::max(shape.kv_heads, 1), 1);
+  DecodingPlan plan;
+  if (!all_in_tiles) plan = plan_decoding(host, at_once);
+  const std::size_t num_work_items =
+      for_graph && !all_in_tiles ? rows + static_cast<std::size_t>(at_once) : plan.items.size();
   std::vector<Tile> tiles[kTileLists];
   for (int list = 0; list < kTileLists; ++list) {
     tiles[list] = plan_tiles(host, kTileQueries[list], all_in_tiles);
-    if (decodes && all_in_tiles) tiles[list].resize(rows, Tile{-1, 0, 0, 0});
+    if (for_graph && all_in_tiles) tiles[list].resize(rows, Tile{-1, 0, 0, 0});
   }
   const bool masked = !host.mask_rows.empty();
 
@@ -93,20 +100,21 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   batch->num_tokens = host.num_tokens;
   batch->num_rows = host.num_rows;
   batch->num_samples = static_cast<int>(real_samples);
-  batch->num_items = static_cast<int>(num_items);
-  batch->num_shares = num_items == 0 ? 0 : at_once;
+  batch->num_work_items = static_cast<int>(num_work_items);
+  batch->num_work_lists = num_work_items == 0 ? 0 : at_once;
+  batch->num_queries = queries;
   batch->needs = masked ? kEditing : 0U;
   for (const std::int32_t slot : host.sample_slots) batch->needs |= slots->needs[static_cast<std::size_t>(slot)];
   batch->num_logprobs = host.num_logprobs;
-  batch->cut = cut;
+  batch->shape = shape;
   batch->slots = slots;
 
   BatchLayout layout;
   const std::size_t at_ids = layout.add<std::int32_t>(tokens), at_positions = layout.add<std::int32_t>(tokens),
                     at_token_slots = layout.add<std::int32_t>(tokens), at_loc = layout.add<std::int32_t>(rows + 1),
                     at_slots = layout.add<std::int32_t>(rows), at_context = layout.add<std::int32_t>(rows),
-                    at_logits = layout.add<std::int32_t>(samples), at_items = layout.add<Item>(num_items),
-                    at_starts = layout.add<std::int32_t>(starts.size()), at_cache = layout.add<std::int32_t>(tokens);
+                    at_logits = layout.add<std::int32_t>(samples), at_items = layout.add<WorkItem>(num_work_items),
+                    at_lists = layout.add<std::int32_t>(plan.lists.size()), at_cache = layout.add<std::int32_t>(tokens);
   std::size_t at_tiles[kTileLists];
   for (int list = 0; list < kTileLists; ++list) at_tiles[list] = layout.add<Tile>(tiles[list].size());
   batch->bytes = layout.bytes();
@@ -119,11 +127,11 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
 
   Pinned& staged = runtime.stage(layout.bytes());
   auto* const base = static_cast<char*>(staged.data);
-  const auto fill = [&](std::size_t at, const auto& values, std::size_t room_for, auto padding_value) {
+  const auto fill = [&](std::size_t at, const auto& values, std::size_t count, auto padding_value) {
     using Element = std::decay_t<decltype(values[0])>;
     auto* to = reinterpret_cast<Element*>(base + at);
     to = std::copy(values.begin(), values.end(), to);
-    for (std::size_t i = values.size(); i < room_for; ++i) *to++ = static_cast<Element>(padding_value);
+    for (std::size_t i = values.size(); i < count; ++i) *to++ = static_cast<Element>(padding_value);
   };
   fill(at_ids, host.token_ids, tokens, 0);
   fill(at_positions, host.positions, tokens, 0);
@@ -140,8 +148,8 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   fill(at_sampled, host.sample_slots, 0, 0);
   fill(at_first, host.first_sampled(), 0, 0);
   fill(at_sample_positions, host.sample_positions, 0, 0);
-  std::ranges::copy(items, reinterpret_cast<Item*>(base + at_items));
-  fill(at_starts, starts, 0, 0);
+  std::ranges::copy(plan.items, reinterpret_cast<WorkItem*>(base + at_items));
+  fill(at_lists, plan.lists, 0, 0);
   for (int list = 0; list < kTileLists; ++list) {
     std::ranges::copy(tiles[list], reinterpret_cast<Tile*>(base + at_tiles[list]));
     batch->num_tiles[list] = static_cast<int>(tiles[list].size());
@@ -168,8 +176,8 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   view.sample_slots = part(at_sampled);
   view.first_sampled = part(at_first);
   view.sample_positions = reinterpret_cast<std::int64_t*>(data + at_sample_positions);
-  view.items = reinterpret_cast<Item*>(data + at_items);
-  view.starts = part(at_starts);
+  view.work_items = reinterpret_cast<WorkItem*>(data + at_items);
+  view.work_lists = part(at_lists);
   view.cache_slots = part(at_cache);
   for (int list = 0; list < kTileLists; ++list) view.tiles[list] = reinterpret_cast<Tile*>(data + at_tiles[list]);
   view.mask_places = masked ? part(at_places) : nullptr;
@@ -180,7 +188,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   view.max_blocks = slots->max_blocks;
 
   runtime.send(staged, data, layout.bytes());
-  launch(runtime, prepare_kernel, 1, kThreads, 0, view, static_cast<int>(tokens), cut.block_size,
+  launch(runtime, prepare_kernel, 1, kThreads, 0, view, static_cast<int>(tokens), shape.block_size,
          static_cast<std::int32_t*>(slots->block_table.data), part(at_appended),
          static_cast<int>(slots->appended.size() / 2));
   runtime.fence();
@@ -188,11 +196,12 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   return batch;
 }
 
-std::shared_ptr<Batch> padding(Runtime& runtime, const std::shared_ptr<Slots>& slots, const Cut& cut) {
+std::shared_ptr<Batch> padding(Runtime& runtime, const std::shared_ptr<Slots>& slots, const BatchShape& shape) {
   HostBatch none;
   none.query_start_loc = {0};
-  std::shared_ptr<Batch> batch = upload(runtime, none, slots, cut);
-  batch->num_tokens = batch->num_rows = batch->num_samples = cut.capacity;
+  std::shared_ptr<Batch> batch = upload(runtime, none, slots, shape);
+  batch->num_rows = shape.rows;
+  batch->num_tokens = batch->num_samples = shape.rows * shape.query_len;
   return batch;
 }
 
@@ -204,7 +213,7 @@ static __global__ void take_over_kernel(const uint4* from, uint4* to, std::size_
 }
 
 void take_over(Runtime& runtime, Batch& target, const Batch& source) {
-  if (target.bytes != source.bytes || target.cut != source.cut)
+  if (target.bytes != source.bytes || target.shape != source.shape)
     throw std::invalid_argument("graph: the batch has other shapes than the recorded one");
   if (target.slots != source.slots) throw std::invalid_argument("graph: the batch belongs to other slots");
   const DeviceGuard guard(runtime.device());

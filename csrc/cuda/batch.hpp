@@ -46,17 +46,21 @@ struct Slots : SlotSpec {
   std::vector<std::vector<Tensor>> owned_;  // by slot, what its state points to
 };
 
-// Keys `begin` up to `end` of a row that decodes, which one block attends to for a head; a row's are `count` items from
-// `first` on. Its token, slot and context are here to be at hand; keys below `settled` were written by earlier steps.
-struct Item {
-  std::int32_t row, begin, end, first, count, token, slot, context, settled;
+// Split-KV work item: the `queries` last positions of a row of `context` tokens attend to keys `begin` up to `end`. The
+// queries are tokens `token` and those after it. A row whose context is split has `count` items, whose partial results
+// are `first` up to `first + count` of the step's; this item's is `partial`. Keys below `settled` were written by
+// earlier steps.
+struct WorkItem {
+  std::int32_t row, begin, end, token, queries, slot, context, settled, first, count, partial;
 };
 
-// What works on items at a time: few blocks that are quick with one, or many, of which some wait while others read.
+// Shape of the grid of the decoding kernel: warps of a thread block, and thread blocks of a multiprocessor.
 struct DecodingBlocks {
   int warps, per_processor;
 };
-DecodingBlocks decoding_blocks(const Runtime& runtime, int rows, int kv_heads);
+DecodingBlocks decoding_blocks(const Runtime& runtime, int rows, int queries, int kv_heads);
+
+constexpr int kDecodingQueries = 9;  // tokens of a row up to which the decoding kernel takes it
 
 // Queries of a row that attend together: tokens `first` up to `first + count` of the step. Row -1: nothing to do.
 struct Tile {
@@ -72,8 +76,8 @@ struct BatchView {
   std::int32_t *token_ids, *positions, *token_slots, *query_start_loc, *slot_ids, *context_lens, *logits_rows,
       *sample_slots, *first_sampled, *mask_places, *mask_bits, *cache_slots;
   std::int64_t* sample_positions;
-  Item* items;
-  std::int32_t* starts;  // [num_shares + 1]: the items of a share of the work
+  WorkItem* work_items;
+  std::int32_t* work_lists;  // [num_work_lists + 1]: where the work items of a thread block begin
   Tile* tiles[kTileLists];
   const std::int32_t* block_table;
   std::int32_t* last_id;
@@ -81,20 +85,23 @@ struct BatchView {
   int max_blocks;
 };
 
-// Sizes that a batch is laid out by.
-struct Cut {
-  int capacity;    // rows to make room for, where every row decodes: as many as its graph has
+// Sizes that decide the layout of a batch's memory.
+struct BatchShape {
+  int rows;        // of the graph that the batch is for, or 0
+  int query_len;   // tokens of each row of that graph
   int block_size;  // of the cache
   int kv_heads;
 
-  bool operator==(const Cut&) const = default;
+  bool operator==(const BatchShape&) const = default;
 };
 
 struct Batch {
-  int num_tokens, num_rows, num_samples, num_items, num_shares, num_tiles[kTileLists];
-  unsigned needs;  // bits of Needs, of any of the sampled slots
+  int num_tokens, num_rows, num_samples, num_tiles[kTileLists];
+  int num_work_items, num_work_lists;
+  int num_queries;  // most queries of a work item
+  unsigned needs;   // bits of Needs, of any of the sampled slots
   int num_logprobs;
-  Cut cut;
+  BatchShape shape;
   std::shared_ptr<Slots> slots;
   Tensor memory;
   std::size_t bytes;  // of `memory`, what a graph reads and takes over of another batch
@@ -103,14 +110,16 @@ struct Batch {
   Tensor part(std::int32_t* data, std::int64_t size) const;
 };
 
-// One copy of pinned memory and one kernel, which fills in last ids, cache slots and what was appended to block tables.
+// Copies a step's input to the device: one copy of pinned memory and one kernel, which fills in last ids, cache slots
+// and what was appended to block tables. A batch for a graph is padded to its rows; every row has `query_len` tokens,
+// all of which are sampled from.
 std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std::shared_ptr<Slots>& slots,
-                              const Cut& cut);
+                              const BatchShape& shape);
 
 // A batch of padding alone, for a graph to be recorded with.
-std::shared_ptr<Batch> padding(Runtime& runtime, const std::shared_ptr<Slots>& slots, const Cut& cut);
+std::shared_ptr<Batch> padding(Runtime& runtime, const std::shared_ptr<Slots>& slots, const BatchShape& shape);
 
-// Makes `target`, which was uploaded with room for as many rows, hold what `source` does.
+// Copies the contents of `source` to `target`, which has the same shape.
 void take_over(Runtime& runtime, Batch& target, const Batch& source);
 
 }  // namespace vllmlite::cuda

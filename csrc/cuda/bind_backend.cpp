@@ -265,16 +265,17 @@ void bind_runtime(py::module_& module) {
           py::arg("spec"), py::keep_alive<0, 1>())
       .def(
           "upload",
-          [](cuda::Runtime& self, const py::object& host, const std::shared_ptr<cuda::Slots>& slots, int capacity,
-             int block_size, int kv_heads) {
-            return cuda::upload(self, vllmlite::host_batch(host), slots, {capacity, block_size, kv_heads});
+          [](cuda::Runtime& self, const py::object& host, const std::shared_ptr<cuda::Slots>& slots, int rows,
+             int query_len, int block_size, int kv_heads) {
+            return cuda::upload(self, vllmlite::host_batch(host), slots, {rows, query_len, block_size, kv_heads});
           },
-          py::arg("batch"), py::arg("slots"), py::arg("capacity"), py::arg("block_size"), py::arg("kv_heads"))
+          py::arg("batch"), py::arg("slots"), py::arg("rows"), py::arg("query_len"), py::arg("block_size"),
+          py::arg("kv_heads"))
       .def(
           "padding",
-          [](cuda::Runtime& self, const std::shared_ptr<cuda::Slots>& slots, int capacity, int block_size,
-             int kv_heads) { return cuda::padding(self, slots, {capacity, block_size, kv_heads}); },
-          "A batch of `capacity` rows of nothing, for a graph to be recorded with.")
+          [](cuda::Runtime& self, const std::shared_ptr<cuda::Slots>& slots, int rows, int query_len, int block_size,
+             int kv_heads) { return cuda::padding(self, slots, {rows, query_len, block_size, kv_heads}); },
+          "A batch of `rows` padding rows of `query_len` tokens, for a graph to be recorded with.")
       .def("synchronize", &cuda::Runtime::synchronize, py::call_guard<py::gil_scoped_release>())
       .def("capture", &capture, py::arg("batch"), py::arg("step"),
            "Record `step`, whose ops read `batch` and which returns a list of tensors, without running it.")

@@ -112,6 +112,47 @@ def test_two_models_share_one_backend(tmp_path: Path, device: str) -> None:
     assert [list(steps) for steps in zip(*found, strict=True)] == wanted
 
 
+def test_drafts_never_change_the_text(tmp_path: Path, device: str) -> None:
+    """Steps of several tokens a row, captured where the backend captures, of two models in turn, give the ids of steps
+    of one token, whatever is drafted: greedy and seeded, with penalties."""
+    captures, draw = bool(a_backend(device).graph_rows(8)), np.random.default_rng(2)
+    backend, texts, models = a_backend(device), [], []
+    for index, family in enumerate(("Llama", "Qwen3")):
+        write_checkpoint(tmp_path / family, family, seed=index)
+
+        def load(backend: Backend, folder: Path = tmp_path / family) -> PagedModel:
+            paged = PagedModel(load_model(backend, folder, max_model_len=128, block_size=16), num_blocks=80)
+            for slot in range(3):
+                params = SlotParams(
+                    temperature=0.9 * (slot % 2), seed=slot, frequency_penalty=0.5 * (slot == 2)
+                )
+                paged.admit(slot, params)
+            return paged
+
+        alone = load(a_backend(device))
+        steps = [alone.sample(range(3), prompts()[:3])] + [alone.sample(range(3)) for _ in range(40)]
+        texts.append(np.array([alone.backend.to_host(step.ids) for step in steps]).T.tolist())
+        models.append(load(backend))
+    found = [
+        [[int(i)] for i in backend.to_host(paged.sample(range(3), prompts()[:3]).ids)] for paged in models
+    ]
+    for number in range(18):
+        length = number % 9
+        for paged, text, known in zip(models, texts, found, strict=True):
+            drafts = [wanted[len(own) :][:length] for wanted, own in zip(text, known, strict=True)]
+            for draft in drafts:
+                draft += [0] * (length - len(draft))
+                if length and number % 3:
+                    draft[draw.integers(length)] = 1
+            for own, ids in zip(known, paged.verify(range(3), drafts, captured=captures), strict=True):
+                own += ids
+    for text, known in zip(texts, found, strict=True):
+        assert [own[: len(wanted)] for wanted, own in zip(text, known, strict=True)] == [
+            wanted[: len(own)] for wanted, own in zip(text, known, strict=True)
+        ]
+        assert max(len(own) for own in known) > 41
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case: str, tmp_path: Path, device: str) -> None:
     family, changes = CASES[case]

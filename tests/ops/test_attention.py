@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from op_attention import Rows
-from op_backends import of_torch, reference
+from op_backends import BACKENDS, numbers, of_torch, parameters, put, reference
+from paged import Paged
 
-from vllmlite.backends.base import Backend
+from vllmlite.backends.base import Backend, KVSpec
 from vllmlite.weights.host import FLOAT_DTYPES
 
 STEPS: list[tuple[list[int], list[int]]] = [
@@ -115,6 +116,54 @@ def test_attention_over_very_long_contexts(backend: Backend, heads: int, kv_head
     for _ in range(2):
         rows.step(slots, [1] * len(slots), (None, 20, 5000))
     rows.step(slots, [1, 3, 1, 70, 1], (None, 5000))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(8, 2, 32), (6, 6, 80), (14, 2, 64), (8, 1, 128), (16, 2, 256)]
+)
+def test_attention_of_few_queries(backend: Backend, heads: int, kv_heads: int, size: int) -> None:
+    """Steps of 1 to 9 tokens a row, of as many in every row and of unequal numbers, with windows and edited scores."""
+    on_cpu = backend.device == "cpu"
+    if on_cpu and size > 32:
+        pytest.skip("kernels for other sizes are for a GPU")
+    rows = Rows(backend, heads, kv_heads, size, 16, num_blocks=96)
+    for slot, length in enumerate((100 if on_cpu else 600, 63, 1, 130)):
+        rows.admit(slot)
+        rows.write([slot], [length])
+    for count in (2, 3, 8, 9) if on_cpu else range(1, 10):
+        rows.soft_cap = 2.0 if count % 3 == 0 else None
+        rows.alibi = 2.0 ** -np.arange(heads) if count % 4 == 0 else None
+        rows.step([0, 1, 2, 3], [count] * 4, (None, 70))
+    rows.step([3, 0, 2, 1], [2, 9, 1, 5], (None, 70))
+
+
+@pytest.mark.parametrize("place", parameters(*FLOAT_DTYPES))
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_position_alone_equals_it_among_several(place: str, size: int, window: int | None) -> None:
+    """Bit for bit, where the backend promises it: the same tokens one at a time and 1 to 9 at a time."""
+    name, dtype = place.rsplit("-", 1)
+    if name.startswith("torch") or (name == "cuda" and dtype != "float32"):
+        pytest.skip("its sums may depend on the number of tokens")
+    backend = BACKENDS[name](dtype)
+    paged = Paged(backend, KVSpec(1, 2, size, 16, backend.dtype), max_slots=3)
+    qkv = numbers((145, 12 * size), 4)
+
+    def feed(slot: int, begin: int, count: int) -> list[bytes]:
+        batch = paged.upload(paged.batch([slot], [count]))
+        q = backend.attn_prep(put(backend, qkv[begin : begin + count]), 8, None, paged.kv, 0, batch)
+        found = backend.to_host(backend.paged_attention(q, paged.kv, 0, batch, 0.2, window, 3.0))
+        return [row.tobytes() for row in found]
+
+    found: list[list[bytes]] = []
+    for slot, counts in enumerate(([1] * 45, range(1, 10))):
+        paged.admit(slot)
+        feed(slot, 0, 100)
+        begins = 100 + np.cumsum([0, *counts])
+        found.append(
+            [row for begin, count in zip(begins, counts, strict=False) for row in feed(slot, begin, count)]
+        )
+    assert found[0] == found[1]
 
 
 def test_attention_in_chunks(exact: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,25 @@ def test_prefilling_loses_no_key(name: str, dtype: str, shape: tuple[int, int, i
             keys.check([1, 2], count, positions - np.array([0, window - 1])[order % 2], window)
 
 
+@cases
+def test_few_queries_lose_no_key(name: str, dtype: str, shape: tuple[int, int, int]) -> None:
+    """Rows of 2 to 9 tokens at the end of a context, as when drafts are verified: the last keys are seen by some of a
+    row's queries alone."""
+    backend, heads = BACKENDS[name](dtype), shape[0]
+    for length in [320] if backend.device == "cpu" else [640, 33008]:
+        keys = Keys(backend, *shape, length)
+        wanted = boundaries(length, 16 if length < 1000 else 64)
+        for count in (2, 9) if backend.device == "cpu" else range(2, 10):
+            for slots in ([1], [1, 2, 3]) if length < 1000 else ([1], list(range(1, 41))):
+                size = len(slots) * count
+                positions = length + np.tile(np.arange(count), len(slots))[:, None]
+                order = np.arange(size * heads).reshape(size, heads)
+                keys.check(slots, count, wanted[order * 7 % len(wanted)])
+                keys.check(slots, count, positions - order % np.minimum(positions + 1, 70))
+                for window in (1, 5, 64, 100):
+                    keys.check(slots, count, positions - np.array([0, window - 1])[order % 2], window)
+
+
 @pytest.mark.parametrize("kv_dtype", ["int8", "float16"])
 def test_other_caches_lose_no_key(exact: Backend, kv_dtype: str) -> None:
     keys = Keys(exact, 8, 2, 32, 320, kv_dtype)

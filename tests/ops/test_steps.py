@@ -9,7 +9,7 @@ import pytest
 from op_backends import check, numbers, put
 from paged import host_batch
 
-from vllmlite.backends.base import Backend, KVSpec, Rope, SlotParams, SlotSpec
+from vllmlite.backends.base import Backend, ForwardBatch, KVSpec, Rope, SlotParams, SlotSpec
 
 SPEC = KVSpec(1, 1, 16, 4, "float32")
 
@@ -98,10 +98,36 @@ def test_a_captured_step_equals_the_step(exact: Backend) -> None:
     def step(batch: Any) -> list[Any]:
         return [exact.rows(exact.embedding(batch.token_ids, weight), batch.logits_rows)]
 
-    steps = {rows: exact.capture((rows, 1), step, slots, SPEC) for rows in exact.graph_rows(8)}
-    for rows in (1, 5, 8, 2, 8, 5):
-        size = min(size for size in steps if size >= rows)
-        batch = host_batch(list(range(rows)), [0] * rows, [1] * rows)
-        batch.token_ids = (np.arange(rows) * 3 % 10).astype(np.int32)
-        (found,) = steps[size](exact.upload(batch, slots, SPEC, (size, 1)))
+    steps = {
+        (rows, query_len): exact.capture((rows, query_len), step, slots, SPEC)
+        for rows in exact.graph_rows(8)
+        for query_len in (1, 2, 9)
+    }
+    for rows, query_len in ((1, 1), (5, 1), (8, 9), (2, 2), (8, 1), (5, 9), (1, 9), (7, 2)):
+        key = min(key for key in steps if key[0] >= rows and key[1] == query_len)
+        (found,) = steps[key](exact.upload(batch := drafted(rows, query_len), slots, SPEC, key))
         check(exact, found, table[batch.token_ids])
+
+
+def drafted(rows: int, query_len: int) -> ForwardBatch:
+    """Rows of ``query_len`` tokens, all of which are sampled from."""
+    batch = host_batch(range(rows), [0] * rows, [query_len] * rows)
+    batch.token_ids = (np.arange(rows * query_len) * 3 % 10).astype(np.int32)
+    batch.logits_rows = np.arange(rows * query_len, dtype=np.int32)
+    batch.sample_slots = np.repeat(batch.slots, query_len)
+    batch.sample_positions = batch.positions.astype(np.int64) + 1
+    return batch
+
+
+def test_batches_that_do_not_fit_a_captured_step_are_refused(exact: Backend) -> None:
+    if exact.name != "cuda":
+        pytest.skip("the cuda backend pads batches for their captured step")
+    slots = exact.alloc_slots(SlotSpec(8, 8, 32, 10, 8))
+    last_only = host_batch(range(2), [0, 0], [3, 3])
+    for batch, key in ((drafted(3, 2), (2, 2)), (drafted(2, 2), (2, 3)), (last_only, (2, 3))):
+        with pytest.raises(
+            ValueError, match=f"not up to 2 rows of {key[1]} tokens, all of them sampled from"
+        ):
+            exact.upload(batch, slots, SPEC, key)
+    with pytest.raises(ValueError, match="rows of 10 tokens; 1 to 9 are possible"):
+        exact.upload(drafted(1, 10), slots, SPEC, (1, 10))

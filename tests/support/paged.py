@@ -152,6 +152,33 @@ class PagedModel(Paged):
         self.backend.accept(sampled.ids, self.slots, device)
         return sampled
 
+    def verify(
+        self, slots: Sequence[int], drafts: Sequence[Sequence[int]], *, captured: bool = False
+    ) -> list[list[int]]:
+        """Feed each slot its last id, from the device, and its draft: returns the ids that are accepted."""
+        counts = [1 + len(draft) for draft in drafts]
+        batch = self.batch(slots, counts)
+        for begin, draft in zip(batch.query_start_loc, drafts, strict=False):
+            batch.token_ids[begin + 1 : begin + 1 + len(draft)] = draft
+        batch.logits_rows = np.arange(batch.num_tokens, dtype=np.int32)
+        batch.sample_slots = np.repeat(np.array(slots, np.int32), counts)
+        batch.sample_positions = batch.positions.astype(np.int64) + 1
+        key = (len(slots), counts[0]) if captured else None
+        if key is not None and key not in self.captured:
+            self.captured[key] = self.backend.capture(key, self.step, self.slots, self.spec)
+        device = self.upload(batch, key)
+        (logits,) = self.step(device) if key is None else self.captured[key](device)
+        sampled = self.backend.sample(logits, self.slots, device).ids
+        accepted = self.backend.to_host(self.backend.accept(sampled, self.slots, device)).astype(bool)
+        ids, ends = self.backend.to_host(sampled), batch.query_start_loc[1:-1]
+        found: list[list[int]] = [
+            own[kept].tolist()
+            for own, kept in zip(np.split(ids, ends), np.split(accepted, ends), strict=True)
+        ]
+        for slot, count, own in zip(slots, counts, found, strict=True):
+            self.lengths[slot] -= count - len(own)
+        return found
+
     def step(self, batch: ForwardBatch) -> list[Any]:
         return [self.model.logits(self.backend.rows(self.model.forward(batch, self.kv), batch.logits_rows))]
 

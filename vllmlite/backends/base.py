@@ -204,7 +204,9 @@ def unusable(part: HostWeight, backend: Backend) -> BackendError:
 
 
 GraphKey: TypeAlias = tuple[int, int]
-"""What tells one captured step from another: rows, and tokens of each row."""
+"""Identifies a captured step: rows, and tokens of each row (the query length)."""
+CAPTURED_QUERY_LEN = 9
+"""The largest query length of a captured step: the last known token of a row, and up to eight drafts."""
 Step: TypeAlias = Callable[[ForwardBatch], Sequence[Tensor]]
 """Maps an uploaded batch to tensors whose first dimension is N, such as the logits."""
 
@@ -371,7 +373,8 @@ class Backend(ABC):
     ) -> ForwardBatch:
         """The device's copy of a host ``batch``, its -1 token ids replaced by the slots' last accepted ids.
 
-        It is for pools of ``spec``, and for the captured step of ``key`` where one is given."""
+        It is for pools of ``spec``, and for the captured step of ``key`` where one is given: then it has at most the
+        key's number of rows, each of its query length, and all tokens are sampled from."""
 
     # Model ops
 
@@ -551,7 +554,8 @@ class Backend(ABC):
 
     def capture(self, key: GraphKey, step: Step, slots: Slots, spec: KVSpec) -> Step:
         """A function equivalent to ``step``, replayed without Python, for batches that :meth:`upload` was given with
-        ``key``, ``slots`` and ``spec``. What it returns holds until the next call of any captured step is issued."""
+        ``key``, ``slots`` and ``spec``. What it returns holds until the next call of any captured step is issued. Query
+        lengths are 1 to :data:`CAPTURED_QUERY_LEN`."""
         raise BackendError(f"the {self.name} backend captures no steps")
 
 

@@ -199,8 +199,8 @@ class CudaBackend(NativeBackend):
     def upload(
         self, batch: ForwardBatch, slots: Any, spec: KVSpec, key: GraphKey | None = None
     ) -> ForwardBatch:
-        rows = batch.num_rows if key is None else key[0]
-        native = self._runtime.upload(batch, slots, rows, spec.block_size, spec.num_kv_heads)
+        rows, query_len = key or (0, 0)
+        native = self._runtime.upload(batch, slots, rows, query_len, spec.block_size, spec.num_kv_heads)
         return uploaded(batch, native)
 
     # Model ops
@@ -217,14 +217,12 @@ class CudaBackend(NativeBackend):
     def capture(self, key: GraphKey, step: Step, slots: Any, spec: KVSpec) -> Step:
         """Records at once, on a batch of padding."""
         rows, query_len = key
-        if query_len != 1:
-            raise BackendError(f"the cuda backend captures steps of one token a row, not of {query_len}")
-        native = self._runtime.padding(slots, rows, spec.block_size, spec.num_kv_heads)
+        native = self._runtime.padding(slots, rows, query_len, spec.block_size, spec.num_kv_heads)
         none = np.zeros(0, np.int32)
         padding = ForwardBatch(
-            num_tokens=rows, num_rows=rows, max_query_len=1, max_context=1, token_ids=none, positions=none,
-            query_start_loc=none, slots=none, context_lens=none, logits_rows=none, sample_slots=none,
-            sample_positions=none,
+            num_tokens=rows * query_len, num_rows=rows, max_query_len=query_len, max_context=1, token_ids=none,
+            positions=none, query_start_loc=none, slots=none, context_lens=none, logits_rows=none,
+            sample_slots=none, sample_positions=none,
         )  # fmt: skip
         batch = uploaded(padding, native)
         graph = self._runtime.capture(native, lambda: list(step(batch)))

@@ -158,7 +158,7 @@ def _least(backend: Backend, value: int) -> int:
 def _capture_graphs(runner: ModelRunner) -> None:
     """Capture the decoding steps, with a line of progress on a terminal where it takes a while."""
     began, captured, shown = time.perf_counter(), 0, False
-    for rows in runner.capture_graphs():
+    for rows in runner.graphs.capture():
         captured += 1
         if is_terminal(sys.stderr) and time.perf_counter() - began > 0.1:
             note(f"\rcapturing decoding steps: {rows} rows \x1b[K", end="")

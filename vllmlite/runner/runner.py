@@ -6,7 +6,6 @@ stay on the device, where the next step gathers them, so that a step can be laun
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,18 +15,17 @@ from numpy.typing import NDArray
 from vllmlite.backends.base import (
     Backend,
     ForwardBatch,
-    GraphKey,
     KVCache,
     Logprobs,
     Model,
     Sampled,
     SlotParams,
     SlotSpec,
-    Step,
     Tensor,
 )
 from vllmlite.engine.runner_protocol import StepResult, TokenLogprobs
 from vllmlite.engine.scheduler import Admission, Schedule
+from vllmlite.runner.graphs import Graphs
 
 LOGPROBS_ROWS = 256
 """Rows of logits that are copied for log-probabilities at a time."""
@@ -87,12 +85,11 @@ class ModelRunner:
         self.model = model
         self.kv: KVCache = backend.alloc_kv(model.kv_spec, num_blocks)
         max_blocks = -(-max_model_len // model.kv_spec.block_size)
-        self._slots = backend.alloc_slots(
+        self.slots = backend.alloc_slots(
             SlotSpec(max_num_seqs, max_blocks, max_model_len, model.vocab_size, num_blocks)
         )
-        self._graph_rows = () if enforce_eager else tuple(backend.graph_rows(max_num_seqs))
-        self.graphs: dict[GraphKey, Step] = {}
-        """The captured steps, by rows and tokens of each row."""
+        graph_rows = () if enforce_eager else tuple(backend.graph_rows(max_num_seqs))
+        self.graphs = Graphs(backend, self._logits, self.slots, model.kv_spec, graph_rows)
         self._known: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * max_num_seqs
         self._num_known = np.zeros(max_num_seqs, np.int32)
         self._num_prompt = np.zeros(max_num_seqs, np.int32)
@@ -113,7 +110,7 @@ class ModelRunner:
         ends = np.cumsum(counts, dtype=np.int32)
         rows = np.arange(num_rows, dtype=np.int32)
         for slot in range(num_rows):
-            self.backend.set_slot(self._slots, slot, SlotParams())
+            self.backend.set_slot(self.slots, slot, SlotParams())
         batch = ForwardBatch(
             num_tokens=num_tokens,
             num_rows=num_rows,
@@ -130,18 +127,10 @@ class ModelRunner:
         )
         columns = -(-int(counts.max()) // self.model.kv_spec.block_size)
         places = np.tile(np.arange(columns, dtype=np.int32), num_rows)
-        self.backend.append_blocks(self._slots, np.repeat(rows, columns), places, np.zeros_like(places))
-        device_batch = self.backend.upload(batch, self._slots, self.model.kv_spec)
+        self.backend.append_blocks(self.slots, np.repeat(rows, columns), places, np.zeros_like(places))
+        device_batch = self.backend.upload(batch, self.slots, self.model.kv_spec)
         sampled = self._sample(self._logits(device_batch)[0], device_batch)
         self.backend.to_host(sampled.ids)
-
-    def capture_graphs(self) -> Iterator[int]:
-        """Capture the decoding steps that the backend replays, the largest first; yields the rows of each. There are no
-        others: nothing that a request chooses makes another graph."""
-        for rows in reversed(self._graph_rows):
-            key = (rows, 1)
-            self.graphs[key] = self.backend.capture(key, self._logits, self._slots, self.model.kv_spec)
-            yield rows
 
     def launch(self, schedule: Schedule) -> Launched:
         """Issue a step's work to the backend."""
@@ -149,12 +138,12 @@ class ModelRunner:
             self._admit(admission)
         if schedule.block_ids:
             columns = (schedule.block_slots, schedule.block_columns, schedule.block_ids)
-            self.backend.append_blocks(self._slots, *(np.array(column, np.int32) for column in columns))
+            self.backend.append_blocks(self.slots, *(np.array(column, np.int32) for column in columns))
         batch, starts = self._batch(schedule)
-        key = None if schedule.prompt_logprobs or schedule.pools else self._graph_key(batch)
-        device_batch = self.backend.upload(batch, self._slots, self.model.kv_spec, key)
+        key = None if schedule.prompt_logprobs or schedule.pools else self.graphs.find(batch)
+        device_batch = self.backend.upload(batch, self.slots, self.model.kv_spec, key)
         if key is not None:
-            logits = self.graphs[key](device_batch)[0]
+            logits = self.graphs.run(key, device_batch)[0]
             named = self._named(logits, batch)
             return Launched(self._sample(logits, device_batch), named_logprobs=named)
         hidden = self.model.forward(device_batch, self.kv)
@@ -232,7 +221,7 @@ class ModelRunner:
             prompt_ids=admission.token_ids[: admission.num_prompt_tokens] if penalised else (),
             output_ids=admission.token_ids[admission.num_prompt_tokens :] if penalised else (),
         )
-        self.backend.set_slot(self._slots, slot, slot_params)
+        self.backend.set_slot(self.slots, slot, slot_params)
         self._known[slot] = known
         self._num_known[slot] = len(known)
         self._num_prompt[slot] = admission.num_prompt_tokens
@@ -310,22 +299,17 @@ class ModelRunner:
         batch.mask_rows = np.array(restricted, np.int32)
         batch.bitmask = bitmask.view(np.int32)
 
-    def _graph_key(self, batch: ForwardBatch) -> GraphKey | None:
-        """The captured step that ``batch`` runs in: one in which every row has one token, which is sampled from."""
-        if batch.max_query_len > 1 or len(batch.logits_rows) < batch.num_rows or not self.graphs:
-            return None
-        return self._graph_rows[bisect_left(self._graph_rows, batch.num_rows)], 1
-
     def _logits(self, batch: ForwardBatch) -> Sequence[Tensor]:
-        """The step as it is captured: all that nothing but the number of rows decides."""
+        """Return the logits of an uploaded batch. This part of a step is captured: which kernels run depends on the
+        number of rows and of their tokens alone."""
         return [self._output(self.model.forward(batch, self.kv), batch)]
 
     def _output(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         return self.model.logits(self.backend.rows(hidden, batch.logits_rows))
 
     def _sample(self, logits: Tensor, batch: ForwardBatch) -> Sampled:
-        sampled = self.backend.sample(logits, self._slots, batch)
-        self.backend.accept(sampled.ids, self._slots, batch)
+        sampled = self.backend.sample(logits, self.slots, batch)
+        self.backend.accept(sampled.ids, self.slots, batch)
         return sampled
 
     def _named(self, logits: Tensor, batch: ForwardBatch) -> list[RowLogprobs]:

@@ -1,0 +1,104 @@
+"""Captured steps of a runner: which are captured and kept, on a backend that only counts."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from paged import host_batch
+
+from vllmlite.backends.base import CAPTURED_QUERY_LEN, Backend, ForwardBatch, GraphKey, KVSpec
+from vllmlite.backends.cuda import CudaBackend
+from vllmlite.runner.graphs import MOST_GRAPHS, MOST_RECORDED_ROWS, Graphs
+
+SPEC = KVSpec(1, 1, 16, 16, "float32")
+
+
+class Counting:
+    """A backend that notes what is captured."""
+
+    def __init__(self) -> None:
+        self.captured: list[GraphKey] = []
+
+    def capture(self, key: GraphKey, step: Any, slots: Any, spec: KVSpec) -> Any:
+        self.captured.append(key)
+        return step
+
+
+def make(most_rows: int) -> tuple[Graphs, Counting]:
+    backend = Counting()
+    rows = CudaBackend.graph_rows(cast(CudaBackend, backend), most_rows)
+    return Graphs(cast(Backend, backend), lambda batch: [], None, SPEC, rows), backend
+
+
+def step(rows: int, query_len: int, sampled: int | None = None) -> ForwardBatch:
+    """Rows of ``query_len`` tokens, of which the last ``sampled`` (default: all) are sampled from."""
+    batch = host_batch(range(rows), [0] * rows, [query_len] * rows)
+    tokens = np.arange(rows * query_len).reshape(rows, query_len)
+    batch.logits_rows = tokens[:, query_len - (sampled or query_len) :].reshape(-1)
+    return batch
+
+
+@pytest.mark.parametrize("most_rows", [1, 8, 32, 256, 1024])
+def test_there_are_never_more_steps_than_the_limit(most_rows: int) -> None:
+    """Random wishes: captured steps of one token a row stay, and what was recorded last is there."""
+    graphs, _ = make(most_rows)
+    singles = [(rows, 1) for rows in graphs.capture()]
+    assert len(graphs) == len(singles)
+    assert graphs.limit <= max(MOST_GRAPHS, len(singles) + 5)
+    draw = random.Random(0)
+    for _ in range(500):
+        rows, query_len = draw.randint(1, most_rows + 10), draw.randint(2, CAPTURED_QUERY_LEN + 2)
+        wanted = rows <= min(most_rows, MOST_RECORDED_ROWS) and query_len <= CAPTURED_QUERY_LEN
+        assert graphs.record(rows, query_len) == wanted
+        found = graphs.find(step(rows, query_len)) if rows <= most_rows else None
+        assert (found is not None) == wanted
+        if found is not None:
+            assert found[0] >= rows
+            assert found[1] == query_len
+        assert len(graphs) <= graphs.limit
+        assert set(singles) <= set(graphs)
+    assert (len(graphs) == graphs.limit) == (most_rows > 8)
+
+
+def test_the_step_that_was_used_longest_ago_makes_room() -> None:
+    graphs, backend = make(256)
+    list(graphs.capture())
+    for query_len in (2, 3, 4, 5, 6):
+        graphs.record(1, query_len)
+    assert len(graphs) == 40
+    assert graphs.find(step(1, 2)) == (1, 2)
+    graphs.record(1, 7)
+    assert graphs.find(step(1, 2)) == (1, 2)
+    assert graphs.find(step(1, 3)) is None
+    before = len(backend.captured)
+    assert graphs.record(1, 4)
+    assert len(backend.captured) == before
+
+
+def test_finding_captures_nothing() -> None:
+    """Whatever steps come: unequal rows, prompts of several tokens, none that was asked for."""
+    graphs, backend = make(32)
+    assert graphs.find(step(1, 1)) is None
+    assert not graphs.record(1, 2)
+    list(graphs.capture())
+    before = list(backend.captured)
+    assert graphs.find(step(5, 1)) == (8, 1)
+    assert graphs.find(step(5, 3)) is None
+    assert graphs.find(step(5, 3, sampled=1)) is None
+    assert backend.captured == before
+    graphs.record(5, 3)
+    assert graphs.find(step(6, 3)) == (8, 3)
+    assert graphs.find(step(6, 3, sampled=1)) is None
+    unequal = host_batch([0, 1], [0, 0], [3, 2])
+    unequal.logits_rows = np.arange(5, dtype=np.int32)
+    assert graphs.find(unequal) is None
+
+
+def test_no_step_is_captured_where_the_backend_captures_none() -> None:
+    graphs = Graphs(cast(Backend, Counting()), lambda batch: [], None, SPEC, ())
+    assert list(graphs.capture()) == []
+    assert not graphs.record(1, 2)
+    assert graphs.find(step(1, 1)) is None

@@ -1,0 +1,91 @@
+"""The captured steps of a model runner: which there are, and how many there may be."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+
+from vllmlite.backends.base import (
+    CAPTURED_QUERY_LEN,
+    Backend,
+    ForwardBatch,
+    GraphKey,
+    KVSpec,
+    Slots,
+    Step,
+    Tensor,
+)
+
+MOST_GRAPHS = 40
+"""Captured steps that a runner keeps, unless those of one token a row leave less room than ``LEAST_RECORDED``."""
+LEAST_RECORDED = 5
+"""Captured steps of several tokens a row that there is always room for."""
+MOST_RECORDED_ROWS = 32
+"""Rows up to which steps of several tokens a row are captured."""
+
+
+class Graphs:
+    """The captured steps of one model runner, by rows and query length; every token of such a step is sampled from.
+
+    Steps of one token a row are captured at start, for all of the backend's numbers of rows. Steps of several tokens a
+    row are captured when :meth:`record` asks for them; where there are :attr:`limit` steps already, the one of these
+    that was used longest ago is dropped. :meth:`find` captures nothing, so no request can make the backend capture.
+    """
+
+    def __init__(self, backend: Backend, step: Step, slots: Slots, spec: KVSpec, rows: Sequence[int]) -> None:
+        """Prepare to capture ``step``; ``rows`` are numbers of rows, ascending, as :meth:`Backend.graph_rows` gives."""
+        self._backend, self._step, self._slots, self._spec = backend, step, slots, spec
+        self._rows = rows
+        self._steps: dict[GraphKey, Step] = {}
+        self.limit = max(MOST_GRAPHS, len(rows) + LEAST_RECORDED)
+        """Captured steps at any time."""
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[GraphKey]:
+        return iter(self._steps)
+
+    def run(self, key: GraphKey, batch: ForwardBatch) -> Sequence[Tensor]:
+        """Run the captured step of ``key`` on a batch that was uploaded for it."""
+        return self._steps[key](batch)
+
+    def capture(self) -> Iterator[int]:
+        """Capture the steps of one token a row, the largest first; yields the rows of each."""
+        for rows in reversed(self._rows):
+            self._capture((rows, 1))
+            yield rows
+
+    def record(self, rows: int, query_len: int) -> bool:
+        """Capture the step for ``rows`` rows of ``query_len`` tokens unless there is one. False if there cannot be."""
+        if (
+            not self._steps
+            or rows > min(self._rows[-1], MOST_RECORDED_ROWS)
+            or query_len > CAPTURED_QUERY_LEN
+        ):
+            return False
+        key = self._key(rows, query_len)
+        if key not in self._steps:
+            if len(self._steps) >= self.limit:
+                del self._steps[next(old for old in self._steps if old[1] > 1)]
+            self._capture(key)
+        return True
+
+    def find(self, batch: ForwardBatch) -> GraphKey | None:
+        """Return the key of the captured step that the host's ``batch`` can run in, if there is one."""
+        query_len = batch.max_query_len
+        if not self._steps or not len(batch.logits_rows) == batch.num_tokens == batch.num_rows * query_len:
+            return None
+        key = self._key(batch.num_rows, query_len)
+        if query_len == 1:
+            return key
+        if key not in self._steps:
+            return None
+        self._steps[key] = self._steps.pop(key)  # the order of the dictionary is that of use
+        return key
+
+    def _key(self, rows: int, query_len: int) -> GraphKey:
+        return self._rows[bisect_left(self._rows, rows)], query_len
+
+    def _capture(self, key: GraphKey) -> None:
+        self._steps[key] = self._backend.capture(key, self._step, self._slots, self._spec)
