@@ -1,13 +1,13 @@
-"""The backend contract: the short list of ops that runs a model, and the data that crosses it.
+"""The backend interface: the ops that run a model, and the data that they take and return.
 
-A backend owns its tensors, its KV cache and its per-slot state; everyone else passes them along unopened.
-``backends/torch.py`` is the specification, plain and right on any torch device; a native backend implements the
-same list on its own tensors. Letters in shapes: T tokens of the step, R rows (sequences) of the step, N rows that
+A backend owns its tensors, its KV cache and its per-slot state; other code passes them on without looking inside.
+``backends/torch.py`` is the reference implementation, simple and correct on any torch device; a native backend has the
+same ops on its own tensors. Letters in shapes: T tokens of the step, R rows (sequences) of the step, N rows that
 are sampled, H query heads, K key/value heads, D head size, V vocabulary, B block size.
 
 Ops are called in program order and take effect in that order, though a backend may run them later: only
-:meth:`Backend.to_host` waits. That is what lets two steps be in flight, and a freed block be handed out again
-while an earlier step may still be reading it.
+:meth:`Backend.to_host` waits. This allows two steps in flight, and lets a freed block be reused while an earlier step
+may still read it.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ Experts: TypeAlias = Any
 KVCache: TypeAlias = Any
 """A pool of key/value blocks, opaque outside its backend."""
 Slots: TypeAlias = Any
-"""What lives a slot in the backend (:meth:`Backend.alloc_slots`), opaque outside it."""
+"""Per-slot state of the backend that is kept between steps (:meth:`Backend.alloc_slots`), opaque outside it."""
 
 API = 3
-"""Version of this contract; a separately built extension declines to load beside another one."""
+"""Version of this interface; an extension that was built for another version is refused."""
 
 KV_DTYPES = (*FLOAT_DTYPES, "int8")
-"""Dtypes that a key/value cache may have; :class:`KVSpec` says what int8 is."""
+"""Dtypes of a key/value cache; :class:`KVSpec` describes int8."""
 SCALE_SIZE = ITEM_SIZE["float32"]
 """Bytes of the scale of a head in an int8 key/value cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of the memory a backend computes in."""
+    """Size in bytes of the memory that a backend computes in."""
 
     total: int
     free: int
@@ -62,7 +62,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class KVSpec:
-    """What the key/value cache of a model holds for a token: K and V of ``[num_kv_heads, head_dim]`` a layer.
+    """The contents of a model's key/value cache: for each token and layer, K and V of ``[num_kv_heads, head_dim]``.
 
     ``dtype`` is one of :data:`KV_DTYPES`. In int8, every head ``x [head_dim]`` of a token, of K and of V, is written as
     a float32 ``scale = max(absmax(x) / 127, 2**-126)`` and codes ``round(x / scale)``, halves to even, and is read as
@@ -82,20 +82,20 @@ class SlotSpec:
 
     max_slots: int
     max_blocks: int
-    """Blocks that the block table of one sequence holds."""
+    """Most blocks of one sequence, the length of its block table."""
     max_context: int
-    """Tokens of the longest sequence; a longer one is refused at :meth:`Backend.upload`."""
+    """Most tokens of one sequence; :meth:`Backend.upload` refuses a longer one."""
     vocab_size: int
     num_blocks: int
-    """Blocks of the pool that block tables point into."""
+    """Number of blocks of the pool that block tables refer to."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotParams:
-    """Sampling parameters of one slot, fixed for as long as a sequence holds it.
+    """Sampling parameters of one slot, fixed while a sequence holds it.
 
-    ``temperature`` 0 means greedy; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0, penalties at their neutral value mean off.
-    ``prompt_ids`` and ``output_ids`` are given where a penalty is on, else empty. ``seed`` is an unsigned 64-bit.
+    ``temperature`` 0 means greedy; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and neutral penalties mean off. ``prompt_ids``
+    and ``output_ids`` are empty unless a penalty is on. ``seed`` is an unsigned 64-bit integer.
     """
 
     temperature: float = 0.0
@@ -118,8 +118,8 @@ class ForwardBatch:
     Rows are sequences; tokens of a row are adjacent and their positions consecutive. A row's keys and values of
     positions below ``context_lens[r]`` are in the cache once the step's own have been written.
 
-    A slot has one sampled position, or several in a row: those of the last token that is known and of the draft
-    tokens behind it. They are adjacent among the N, and so are their tokens.
+    A slot has one sampled position or several consecutive ones: those of the last known token and of the draft tokens
+    after it. They are adjacent among the N, and so are their tokens.
     """
 
     num_tokens: int
@@ -131,7 +131,7 @@ class ForwardBatch:
     max_context: int
     """Largest of ``context_lens``."""
     token_ids: Tensor
-    """[T] int32; -1 stands for the slot's last accepted id, which is on the device."""
+    """[T] int32; -1 stands for the slot's last accepted id, which is stored on the device."""
     positions: Tensor
     """[T] int32."""
     query_start_loc: Tensor
@@ -141,19 +141,19 @@ class ForwardBatch:
     context_lens: Tensor
     """[R] int32: tokens of the sequence up to and with this step's."""
     logits_rows: Tensor
-    """[N] int32: indices into T of the hidden states that are sampled from."""
+    """[N] int32: indices into T of the hidden states from which ids are sampled."""
     sample_slots: Tensor
-    """[N] int32: the slots that they belong to."""
+    """[N] int32: the slots of the sampled positions."""
     sample_positions: Tensor
-    """[N] int64: the positions that the sampled ids will have; the random numbers' counter."""
+    """[N] int64: the positions that the sampled ids will have, which are the counters of the random numbers."""
     num_logprobs: int = -1
-    """Most likely ids to report with each sampled id; -1: none, 0: the sampled id's own log-probability only."""
+    """Number of most likely ids to report with each sampled id; 0: only the sampled id's log-probability, -1: none."""
     mask_rows: Tensor | None = None
-    """[M] int32: those of the N that ``bitmask`` restricts."""
+    """[M] int32: indices into N of the rows that ``bitmask`` restricts."""
     bitmask: Tensor | None = None
-    """[M, ceil(V / 32)] int32: bit ``v % 32`` of word ``v // 32`` is set where id v may be sampled."""
+    """[M, ceil(V / 32)] int32: bit ``v % 32`` of word ``v // 32`` is set if id v may be sampled."""
     backend: Any = field(default=None, repr=False)
-    """What the backend derives from the above at upload (cache slots of the tokens, padded layouts, …)."""
+    """The backend's own data, derived from the above at upload (cache slots of the tokens, padded layouts, …)."""
 
 
 @dataclass(slots=True)
@@ -169,7 +169,7 @@ class Logprobs:
 
 @dataclass(slots=True)
 class Sampled:
-    """The int32 ``ids [N]`` of a step and, where asked for, their log-probabilities."""
+    """The int32 ``ids [N]`` of a step and, if requested, their log-probabilities."""
 
     ids: Tensor
     logprobs: Logprobs | None = None
@@ -194,7 +194,7 @@ class Expert:
 
 
 def unusable(part: HostWeight, backend: Backend) -> BackendError:
-    """The error for a part that :meth:`Backend.linear_weight` cannot take beside the others."""
+    """The error for a part that :meth:`Backend.linear_weight` cannot combine with the others."""
     if isinstance(part, HostTensor):
         return BackendError(
             f"a weight {list(part.shape)} of {part.dtype} beside packed ones: dequantise those"
@@ -212,7 +212,7 @@ Step: TypeAlias = Callable[[ForwardBatch], Sequence[Tensor]]
 
 
 class Model(Protocol):
-    """What a runner needs of a model."""
+    """The part of a model's interface that the runner uses."""
 
     kv_spec: KVSpec
     vocab_size: int
@@ -227,13 +227,13 @@ class Model(Protocol):
 
 
 class Comm(Protocol):
-    """Collective operations among the ranks that compute one model together. Every rank calls them in one order."""
+    """Collective operations of the ranks that compute one model together; all ranks call them in the same order."""
 
     rank: int
     world: int
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of the ranks' ``x``, added in rank order, the same on all of them. May overwrite ``x``."""
+        """The sum of the ranks' ``x``, added in rank order and equal on all of them. May overwrite ``x``."""
         ...
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ class SingleRank:
 
 
 class Backend(ABC):
-    """A place to compute: tensors, weights, the KV cache, model ops and sampling, on one device."""
+    """Tensors, weights, the KV cache, model ops and sampling on one device."""
 
     name: ClassVar[str]
     device: str
@@ -267,11 +267,11 @@ class Backend(ABC):
     schemes: frozenset[str] = frozenset()
     """Names of the quantisation schemes whose weights :meth:`linear` multiplies without dequantising them."""
     details: str = ""
-    """What else tells this backend from others of its kind: instruction set, threads."""
+    """Further properties of the backend for messages: instruction set, threads."""
     comm: Comm = SingleRank()
-    """Joins the ranks that compute a model together."""
+    """The collectives of the ranks that compute a model together."""
     asynchronous: bool = False
-    """Whether ops return before they are done, so that two steps in flight pay."""
+    """Whether ops return before they have run, so that two steps in flight are faster than one."""
 
     # Tensors
 
@@ -329,18 +329,18 @@ class Backend(ABC):
     # Key/value cache
 
     kv_dtypes: ClassVar[tuple[str, ...]] = FLOAT_DTYPES
-    """Those of :data:`KV_DTYPES` that :meth:`alloc_kv` takes."""
+    """The subset of :data:`KV_DTYPES` that :meth:`alloc_kv` supports."""
 
     @abstractmethod
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        """Bytes that one block of ``spec`` takes, over all layers, with the scales that lie in an int8 block."""
+        """Bytes of one block of ``spec``, over all layers, including the scales of an int8 block."""
 
     @abstractmethod
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KVCache:
         """A pool of ``num_blocks`` blocks; layout and scales are the backend's own. BackendError if it does not fit."""
 
     def check_kv(self, spec: KVSpec, num_blocks: int) -> None:
-        """BackendError if a pool is not of one of ``kv_dtypes``, or takes more memory than is free."""
+        """BackendError if ``spec.dtype`` is not in ``kv_dtypes``, or if the pool needs more memory than is free."""
         if spec.dtype not in self.kv_dtypes:
             raise BackendError(
                 f"kv cache dtype {spec.dtype}: the {self.name} backend has {', '.join(self.kv_dtypes)}"
@@ -349,7 +349,7 @@ class Backend(ABC):
         if needed > free:
             raise BackendError(f"{num_blocks} blocks of key/value cache take {needed} bytes; {free} are free")
 
-    # Slots: what stays on the device from step to step
+    # Slots: state that stays on the device between steps
 
     @abstractmethod
     def alloc_slots(self, spec: SlotSpec) -> Slots:
@@ -357,7 +357,7 @@ class Backend(ABC):
 
     @abstractmethod
     def set_slot(self, slots: Slots, slot: int, params: SlotParams) -> None:
-        """Hand ``slot`` to a new sequence: its sampling parameters, an empty block table, counts of its own."""
+        """Give ``slot`` to a new sequence: its sampling parameters, an empty block table, new counts."""
 
     @abstractmethod
     def append_blocks(
@@ -416,8 +416,8 @@ class Backend(ABC):
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """``x @ weight.T + bias``: ``[T, in] -> [T, out]`` in the backend's dtype.
 
-        A weight in the scheme ``w4a16`` or ``w8a16`` multiplies x as it is. Other quantised weights meet x quantised to
-        8 bits, in the same groups of a row. Sums are taken in float32."""
+        A weight in the scheme ``w4a16`` or ``w8a16`` multiplies x as it is. For other quantised weights x is quantised
+        to 8 bits, in the same groups of a row. Sums are in float32."""
 
     @abstractmethod
     def attn_prep(
@@ -435,8 +435,8 @@ class Backend(ABC):
         """Split ``qkv [T, (H + 2K) * D]``, norm each head of q and k by RMS where weights ``[D]`` are given, rotate
         q and k, write k and v to the cache at the tokens' positions, and return q as ``[T, H, D]``.
 
-        Weights ``[H * D]`` and ``[K * D]`` norm all heads as one row. Rows of ``[H, D]`` and ``[K, D]`` norm a head
-        each by mean and variance; the cuda backend has no such norms. Weights are of the backend's dtype or float32."""
+        Weights ``[H * D]`` and ``[K * D]`` norm all heads as one row. Weights ``[H, D]`` and ``[K, D]`` are layer norms
+        of each head, which the cuda backend does not have. Weights are of the backend's dtype or float32."""
 
     @abstractmethod
     def paged_attention(
@@ -463,7 +463,7 @@ class Backend(ABC):
         or ``gelu_tanh``."""
 
     def gated_linear(self, x: Tensor, weight: LinearWeight, activation: str) -> Tensor:
-        """:meth:`gated_activation` of :meth:`linear`, whose result a backend need not keep."""
+        """:meth:`gated_activation` of :meth:`linear`; a backend need not store the result of the latter."""
         return self.gated_activation(self.linear(x, weight), activation)
 
     @abstractmethod
@@ -483,9 +483,9 @@ class Backend(ABC):
         """A mixture of experts (Shazeer et al. 2017): the sum over a token's ``top_k`` experts of their gated MLP of
         ``x [T, hidden]``, each times its weight, in the order of the experts.
 
-        The experts of the largest of ``router_logits [T, E]`` are taken, the first among equals. A weight is the
+        The experts of the largest of ``router_logits [T, E]`` are chosen, the first among equals. A weight is the
         softmax over all logits, in float32; ``renormalise`` divides them by their sum. ``activation`` as in
-        :meth:`gated_activation`. The cuda backend takes up to 4096 experts."""
+        :meth:`gated_activation`. The cuda backend supports up to 4096 experts."""
 
     @abstractmethod
     def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor:
@@ -501,7 +501,7 @@ class Backend(ABC):
     def sample(self, logits: Tensor, slots: Slots, batch: ForwardBatch) -> Sampled:
         """Choose an id for each of the N positions of float32 ``logits [N, V]`` (may be overwritten), in this order:
 
-        1. log-probabilities of the untouched logits, where ``batch.num_logprobs >= 0``;
+        1. log-probabilities of the unmodified logits, if ``batch.num_logprobs >= 0``;
         2. logit bias added; ids outside the bitmask set to -inf;
         3. repetition penalty over prompt and output ids (Keskar et al. 2019: positive logits divided, negative
            multiplied), then frequency times count and presence once subtracted, over output ids;
@@ -509,19 +509,19 @@ class Backend(ABC):
         5. the others divide by temperature, drop ids whose probability is below ``min_p`` times the largest, keep
            the ``top_k`` largest, then the smallest set of largest probabilities that reaches ``top_p`` (equal logits
            are kept together at either cut), and take the first id, in ascending order, at which the cumulative
-           probability exceeds u * total, u = :func:`uniform` (seed, position). Where the largest logit is infinite,
-           it is taken as in 4.
+           probability exceeds u * total, u = :func:`uniform` (seed, position). If the largest logit is infinite,
+           it is chosen as in 4.
 
         A NaN counts as -inf. The drafts of a slot up to a position count as output ids there: they are the token ids
-        behind that of the slot's first sampled position. The slots stay as they are; see :meth:`accept`."""
+        after that of the slot's first sampled position. The slots are not changed; see :meth:`accept`."""
 
     @abstractmethod
     def accept(self, ids: Tensor, slots: Slots, batch: ForwardBatch) -> Tensor:
-        """Compare int32 ``ids [N]``, sampled from ``batch``, with its drafts, and note in the slots what is accepted.
+        """Compare int32 ``ids [N]``, sampled from ``batch``, with its drafts, and record the accepted ids in the slots.
 
         The id of a slot's first position is accepted; that of a further one if the id before it was accepted and
-        equals the token id at the position, which is the draft. The last accepted id becomes the slot's last id; all
-        that are accepted are added to the counts of slots with penalties. Returns int32 ``[N]``: 1 for accepted."""
+        equals the draft, which is the token id at the position. The last accepted id becomes the slot's last id; all
+        accepted ids are added to the counts of slots with penalties. Returns int32 ``[N]``: 1 for accepted."""
 
     @abstractmethod
     def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
@@ -532,10 +532,9 @@ class Backend(ABC):
     # Pooling
 
     def pool(self, hidden: Tensor, spans: NDArray[np.int32], pooling_type: str) -> NDArray[np.float64]:
-        """A vector ``[hidden]`` of each of ``spans [P, 2]`` (first token, one past the last) of ``hidden [T, hidden]``:
-        the last token's state for ``LAST``, the sum of all for ``MEAN``. On the host, ``[P, hidden]``; waits for it.
-
-        Here, of the ops above; for a backend to replace where reading every state costs too much."""
+        """One vector for each of ``spans [P, 2]`` (first token, one past the last) of ``hidden [T, hidden]``: the last
+        token's state for ``LAST``, the sum of all states for ``MEAN``. Returns ``[P, hidden]`` on the host, after
+        waiting for it. A backend may override this if copying every state is too slow."""
         if pooling_type == "LAST":
             last = self.rows(hidden, self.tensor(np.ascontiguousarray(spans[:, 1] - 1)))
             return self.to_host(last).astype(np.float64)

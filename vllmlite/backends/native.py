@@ -1,4 +1,4 @@
-"""What the native backends share: ops of the contract that are calls of one extension's runtime, on either device."""
+"""The ops that all native backends implement the same way: calls of the runtime of their extension module."""
 
 # ruff: noqa: D102  (the methods are documented in base.py)
 
@@ -23,7 +23,7 @@ from vllmlite.errors import BackendError
 from vllmlite.weights.host import ITEM_SIZE
 
 HEAD_UNIT = 16
-"""The cache pads heads to a multiple of this."""
+"""The cache pads heads to a multiple of this number of elements."""
 NO_WINDOW = 2**31 - 1
 
 
@@ -100,8 +100,10 @@ class NativeBackend(Backend):
         soft_cap: float | None = None,
         alibi: Tensor | None = None,
     ) -> Tensor:
-        sees = NO_WINDOW if window is None else min(window, NO_WINDOW)
-        return self._runtime.paged_attention(q, kv, layer, batch.backend, scale, sees, soft_cap or 0.0, alibi)
+        tokens = NO_WINDOW if window is None else min(window, NO_WINDOW)
+        return self._runtime.paged_attention(
+            q, kv, layer, batch.backend, scale, tokens, soft_cap or 0.0, alibi
+        )
 
     def gated_activation(self, x: Tensor, activation: str) -> Tensor:
         try:
@@ -143,7 +145,7 @@ class NativeBackend(Backend):
 
 
 def _rope_arguments(rope: Rope | None) -> tuple[Tensor | None, int, bool]:
-    """How an extension is told of a rotation, or of none: table, elements, interleaved."""
+    """A rotation as an extension takes it: table or None, number of rotated elements, whether they are interleaved."""
     return (None, 0, False) if rope is None else (rope.cos_sin, rope.rotary_dim, rope.interleaved)
 
 
@@ -154,7 +156,7 @@ def uploaded(batch: ForwardBatch, native: Any) -> ForwardBatch:
 
 
 def load_extension(name: str) -> Any:
-    """``vllmlite.NAME``. BackendError if it is not installed or speaks another version of the contract."""
+    """Import ``vllmlite.NAME``. BackendError if it is not installed or has another version of the interface."""
     try:
         native = importlib.import_module(f"vllmlite.{name}")
     except ModuleNotFoundError:

@@ -19,13 +19,13 @@ from vllmlite.weights.schemes.grouped import Bytes, IntegerScheme, transposed
 from vllmlite.weights.schemes.groups import Axes, check_shape, group_count
 
 NIBBLE_OF_ROW = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where in a word the code of each of its eight rows is."""
+"""For each of the eight rows of a word, the nibble that holds its code."""
 PER_WORD = 8
 
 
 @dataclass(frozen=True, slots=True)
 class AwqScheme(IntegerScheme):
-    """``group_size`` None: a row is one group."""
+    """``group_size`` is None if a row is one group."""
 
     group_size: int | None
     name: str = "awq"
@@ -72,7 +72,7 @@ class AwqScheme(IntegerScheme):
 
 
 def _codes(packed: NDArray[np.uint32], rows: int) -> Bytes:
-    """Codes ``[rows, n]`` of words ``[n, rows / 8]``."""
+    """Unpack the codes ``[rows, n]`` of words ``[n, rows / 8]``."""
     by_row = np.ascontiguousarray(packed.T)
     codes = np.empty((len(by_row), PER_WORD, len(packed)), np.uint8)
     for row, nibble in enumerate(NIBBLE_OF_ROW):
