@@ -363,6 +363,25 @@ def test_it_ends_when_its_user_is_killed_amid_a_message() -> None:
     assert host.process.wait(30) == 0
 
 
+def test_an_interrupt_while_it_loads_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[EngineProcess] = []
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    def start_one(config: EngineConfig) -> EngineProcess:
+        started.append(EngineProcess(config))
+        return started[0]
+
+    monkeypatch.setattr("vllmlite.engine_process.host.PROGRAM", "import time; time.sleep(30)")
+    monkeypatch.setattr("vllmlite.engine_process.host.CLOSING_SECONDS", 60)
+    monkeypatch.setattr("vllmlite.engine_process.start.EngineProcess", start_one)
+    monkeypatch.setattr("vllmlite.engine_process.start.load_tokenizer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start_process(CONFIG)
+    assert started[0].process.returncode == -signal.SIGKILL and started[0].connection.fileno() == -1
+
+
 def test_it_ends_when_its_user_is_killed() -> None:
     script = (
         "from vllmlite import LLMEngine, EngineConfig\n"

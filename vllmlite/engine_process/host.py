@@ -80,9 +80,14 @@ class EngineProcess:
         return ready
 
     def close(self) -> None:
-        """End it."""
+        """Close the connection, at which the process ends, and wait for that."""
         self.connection.close()
         self.wait_for_end()
+
+    def kill(self) -> None:
+        """End the process at once. While it loads a model, it does not notice that the connection is closed."""
+        self.process.kill()
+        self.close()
 
     def wait_for_end(self) -> str:
         """See :class:`HostHandle`."""

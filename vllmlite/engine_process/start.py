@@ -28,6 +28,6 @@ def start_process(config: EngineConfig) -> Started[EngineClient]:
             tokenizer = load_tokenizer(config, path)
         bounds, stats, started = process.wait_until_ready()
     except BaseException:
-        process.close()
+        process.kill()
         raise
     return started.with_engine(EngineClient(process, bounds, stats), tokenizer)
