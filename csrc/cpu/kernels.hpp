@@ -33,6 +33,45 @@ inline constexpr int kHeadUnit = 16;
 // Least scale of an int8 cache's head, the smallest normal number: heads of zeros are divided as all others are.
 inline constexpr float kLeastScale = 0x1p-126F;
 
+// Weights of integer codes in groups along k, as vllmlite/weights/schemes/grouped.py has them. A tile holds
+// kGroupedRows rows: their scales [group][row]; where there are such, their zeros [group][row], a byte each; and from
+// the next cache line on their codes, in the order of the kernel that multiplies them, filled up to multiples of
+// kGroupedDepth columns. An element is (code - zero) * scale.
+inline constexpr int kGroupedRows = 4;
+inline constexpr int kGroupedDepth = 128;
+inline constexpr int kGroupUnit = 32;  // group sizes are multiples of it
+
+struct GroupedLayout {
+  int bits = 0;   // 4 or 8; 0: the weight is of floats
+  int group = 0;  // columns
+  Float scale = Float::f16;
+  bool zeros = false;  // otherwise all zeros are 2^(bits - 1)
+
+  constexpr int groups(int k) const { return (k + group - 1) / group; }
+  constexpr std::size_t scale_bytes(int k) const {
+    return static_cast<std::size_t>(groups(k)) * kGroupedRows * (scale == Float::f32 ? 4 : 2);
+  }
+  constexpr std::size_t codes_at(int k) const {
+    const std::size_t zero_bytes = zeros ? static_cast<std::size_t>(groups(k)) * kGroupedRows : 0;
+    return (scale_bytes(k) + zero_bytes + 63) / 64 * 64;
+  }
+  constexpr std::size_t tile_bytes(int k) const {
+    const auto padded = static_cast<std::size_t>((k + kGroupedDepth - 1) / kGroupedDepth * kGroupedDepth);
+    return codes_at(k) + padded * kGroupedRows * static_cast<std::size_t>(bits) / 8;
+  }
+  bool operator==(const GroupedLayout&) const = default;
+};
+
+// Rows of a stored weight, at most kGroupedRows, that become a tile.
+struct GroupedTile {
+  const std::uint8_t* codes;  // row-major, the first of a byte in its low bits
+  const std::byte* scales;
+  const std::uint8_t* zeros;  // null: none
+  int rows, k;
+  GroupedLayout layout;
+  std::byte* to;
+};
+
 // Rows of x that a product takes, in the order in which its kernel goes through them: in panels of a few rows each.
 struct LinearInput {
   const void* x;  // row-major, of LinearKernel::input
@@ -46,8 +85,9 @@ struct LinearInput {
 struct LinearBlock {
   const void* x;  // the panels, or where packed_bytes is 0 the rows one after the other
   int m;
-  const void* w[2];  // the second null: none
-  std::ptrdiff_t w_stride;
+  const void* w[2];         // rows, or tiles; the second null: none
+  std::ptrdiff_t w_stride;  // from row to row
+  GroupedLayout layout;     // of tiles
   int n;
   int k;
   float* y;
@@ -55,15 +95,22 @@ struct LinearBlock {
   const float* bias[2];  // null: none
   const void* next[2];   // what this thread does next in the place of w, n rows of the same stride; null: none
   bool fetch;            // whether to fetch what comes next while at it
-  std::byte* scratch;    // for more than kLinearFew rows of x: room for kLinearRows x kLinearChunk elements of w
+  std::byte* scratch;    // LinearKernel::scratch_bytes
 };
 
 struct LinearKernel {
-  Float input;                                // what x must be
-  std::size_t (*packed_bytes)(int m, int k);  // of all panels; 0: rows are taken as they are
+  Float input;                                 // what x must be
+  std::size_t (*packed_bytes)(int m, int k);   // of all panels; 0: rows are taken as they are
+  std::size_t (*scratch_bytes)(int m, int k);  // for blocks of up to kLinearRows rows of w
   int (*panels)(int m);
   void (*pack)(const LinearInput& input, int panel);
   void (*run)(const LinearBlock& block);
+};
+
+// The product with weights in groups, and how tiles of these are made.
+struct GroupedKernel {
+  LinearKernel linear;
+  void (*pack_tile)(const GroupedTile& tile);
 };
 
 // Elements along k that x has a scale for, and rows of w that lie together.
@@ -229,6 +276,7 @@ constexpr std::size_t attention_scratch(int head_dim) {
 struct Kernels {
   const char* isa;
   LinearKernel linear[kFloats];  // by the type of w
+  GroupedKernel grouped[2];      // for x in float32; in bfloat16, where a product takes that
 
   void (*quantized[kCodes])(const QuantizedBlock&);
   void (*quantize_x)(const QuantizedRow&);

@@ -1,5 +1,6 @@
 // Products with packed weights: how the work is cut, and who does what.
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -14,43 +15,109 @@ namespace {
 // one ahead; many want as many as the second-level cache holds, because each rereads x.
 constexpr int kFewRows = 48;
 
-// Some rows of w; of two blocks of as many where a gate's sums and their factors' are wanted together.
+// Some rows of a weight; of two blocks of as many where a gate's sums and their factors' are wanted together.
 struct Task {
   const std::byte* w[2];
+  std::ptrdiff_t w_stride;
+  GroupedLayout layout;
   std::int64_t row;  // of the first block, in the whole
   int rows;
 };
 
-// Where the rows of a weight are.
-struct Rows {
-  const LinearWeight& weight;
-  std::size_t row_bytes = static_cast<std::size_t>(weight.in()) * item_size(weight.parts[0].dtype);
-
-  // The address of a row, and how many lie behind it in its part with it.
-  std::pair<const std::byte*, std::int64_t> at(std::int64_t row) const {
-    auto part = weight.parts.begin();
-    for (; row >= part->shape[0]; ++part) row -= part->shape[0];
-    return {static_cast<const std::byte*>(part->data) + static_cast<std::size_t>(row) * row_bytes,
-            part->shape[0] - row};
-  }
+// Where a row of a weight is.
+struct PartRow {
+  std::size_t part;
+  std::int64_t row;
 };
 
-// Tasks of at most `most` rows, or of two blocks of them, `offset` rows apart.
-std::vector<Task> tasks_of(const LinearWeight& weight, std::int64_t most, std::int64_t offset) {
-  const Rows rows{weight};
-  const std::int64_t end = offset == 0 ? weight.out() : offset;
+PartRow locate(const std::vector<LinearPart>& parts, std::int64_t row) {
+  std::size_t part = 0;
+  for (; row >= parts[part].rows; ++part) row -= parts[part].rows;
+  return {part, row};
+}
+
+// Parts that multiply x with its columns in the same order: from the part `first` on.
+struct Run {
+  std::size_t first, count;
+  std::int64_t row, rows;  // in the whole
+};
+
+// Tasks of at most `most` rows of parts, or of two blocks of them, `offset` rows apart.
+std::vector<Task> tasks_of(const std::vector<LinearPart>& parts, const Run& run, std::int64_t most,
+                           std::int64_t offset) {
+  const std::int64_t end = offset == 0 ? run.row + run.rows : offset;
   std::vector<Task> tasks;
-  for (std::int64_t row = 0; row < end; row += tasks.back().rows) {
-    const auto [first, left] = rows.at(row);
-    Task task{{first, nullptr}, row, static_cast<int>(std::min({most, left, end - row}))};
+  for (std::int64_t row = run.row; row < end; row += tasks.back().rows) {
+    const auto [index, first] = locate(parts, row);
+    const LinearPart& part = parts[index];
+    Task task{{part.at(first), nullptr}, part.in, part.layout, row, 0};
+    task.rows = static_cast<int>(std::min({most, part.rows - first, end - row}));
     if (offset != 0) {
-      const auto [second, there] = rows.at(offset + row);
-      task.w[1] = second;
-      task.rows = static_cast<int>(std::min<std::int64_t>(task.rows, there));
+      const auto [other, second] = locate(parts, offset + row);
+      task.w[1] = parts[other].at(second);
+      task.rows = static_cast<int>(std::min<std::int64_t>(task.rows, parts[other].rows - second));
     }
     tasks.push_back(task);
   }
   return tasks;
+}
+
+bool same_order(const LinearPart& a, const LinearPart& b) {
+  if (!a.order || !b.order) return !a.order && !b.order;
+  return std::memcmp(a.order->data, b.order->data, a.order->bytes()) == 0;
+}
+
+// Parts in as few runs as can be; of several weights, in the same runs.
+std::vector<Run> runs_of(std::span<const LinearWeight> weights) {
+  const std::vector<LinearPart>& parts = weights.front().parts;
+  std::vector<Run> runs;
+  for (std::size_t part = 0; part < parts.size(); ++part) {
+    const bool joined = part > 0 && std::ranges::all_of(weights, [part](const LinearWeight& weight) {
+                          return same_order(weight.parts[part - 1], weight.parts[part]);
+                        });
+    const std::int64_t row = runs.empty() ? 0 : runs.back().row + runs.back().rows;
+    if (!joined) runs.push_back({part, 0, row, 0});
+    ++runs.back().count;
+    runs.back().rows += parts[part].rows;
+  }
+  return runs;
+}
+
+const LinearKernel& kernel_of(const Runtime& runtime, const LinearWeight& weight) {
+  const Kernels& kernels = runtime.kernels();
+  if (weight.grouped()) return kernels.grouped[runtime.product_input() == DType::bfloat16 ? 1 : 0].linear;
+  return kernels.linear[static_cast<std::size_t>(float_of(weight.parts[0].data.dtype))];
+}
+
+// Writes a row with its columns in another order.
+void permute(const std::int32_t* order, std::int64_t columns, std::size_t item, const std::byte* from, std::byte* to) {
+  const auto gather = [&](const auto* source, auto* target) {
+    for (std::int64_t i = 0; i < columns; ++i) target[i] = source[order[i]];
+  };
+  if (item == sizeof(float))
+    gather(reinterpret_cast<const float*>(from), reinterpret_cast<float*>(to));
+  else
+    gather(reinterpret_cast<const std::uint16_t*>(from), reinterpret_cast<std::uint16_t*>(to));
+}
+
+const std::int32_t* order_of(const LinearPart& part) {
+  return part.order ? static_cast<const std::int32_t*>(part.order->data) : nullptr;
+}
+
+// x with its columns in the order of a part's.
+Tensor permuted(Runtime& runtime, const Tensor& x, const LinearPart& part) {
+  if (!part.order) return x;
+  const Tensor y = runtime.make(x.shape, x.dtype);
+  runtime.keep(x);
+  runtime.keep(*part.order);
+  runtime.issue([rows = x.shape[0], columns = x.shape[1], order = order_of(part), item = item_size(x.dtype),
+                 from = static_cast<const std::byte*>(x.data), to = static_cast<std::byte*>(y.data)](Worker& worker) {
+    for (std::int64_t row; (row = worker.take()) < rows;) {
+      const auto at = static_cast<std::size_t>(row * columns) * item;
+      permute(order, columns, item, from + at, to + at);
+    }
+  });
+  return y;
 }
 
 // x in the order that the kernel takes it.
@@ -119,40 +186,62 @@ Grouped packed(Runtime& runtime, const LinearKernel& kernel, const Tensor& x, st
   return found;
 }
 
-// The product, or where a gate is given the gated activation of it.
-Tensor product(Runtime& runtime, const Tensor& given, const LinearWeight& weight, std::optional<Activation> gate) {
-  if (given.shape.size() != 2 || given.shape[1] != weight.in())
-    throw std::invalid_argument("linear: x must be [rows, " + std::to_string(weight.in()) + "], not " +
-                                describe(given));
-  if (gate && weight.out() % 2 != 0) throw std::invalid_argument("gated_linear: the weight has an odd number of rows");
-  const Kernels& kernels = runtime.kernels();
-  const LinearKernel& kernel = kernels.linear[static_cast<std::size_t>(float_of(weight.parts[0].dtype))];
-  const std::int64_t rows = given.shape[0], width = gate ? weight.out() / 2 : weight.out();
-  const Tensor y = runtime.make({rows, width}, gate ? runtime.product_input() : DType::float32);
-  if (rows == 0) return y;
-  const Tensor x = packed(runtime, kernel, converted(runtime, given, dtype_of(kernel.input)));
+// Rows of x with their columns in the order of a part of each group's weight.
+Tensor permuted(Runtime& runtime, const Tensor& x, const std::vector<LinearWeight>& weights, std::size_t part,
+                const std::shared_ptr<Groups>& groups) {
+  if (std::ranges::none_of(weights,
+                           [part](const LinearWeight& weight) { return weight.parts[part].order.has_value(); }))
+    return x;
+  const Tensor y = runtime.make(x.shape, x.dtype);
+  runtime.keep(x);
+  runtime.issue([&weights, part, groups, columns = x.shape[1], item = item_size(x.dtype),
+                 from = static_cast<const std::byte*>(x.data), to = static_cast<std::byte*>(y.data)](Worker& worker) {
+    const std::size_t row_bytes = static_cast<std::size_t>(columns) * item;
+    const auto active = static_cast<std::int64_t>(groups->active.size());
+    for (std::int64_t index; (index = worker.take()) < active;) {
+      const auto group = static_cast<std::size_t>(groups->active[static_cast<std::size_t>(index)]);
+      const std::int32_t* const order = order_of(weights[group].parts[part]);
+      for (std::int32_t row = groups->first[group]; row < groups->first[group + 1]; ++row) {
+        const std::size_t at = static_cast<std::size_t>(row) * row_bytes;
+        if (order == nullptr)
+          std::memcpy(to + at, from + at, row_bytes);
+        else
+          permute(order, columns, item, from + at, to + at);
+      }
+    }
+  });
+  return y;
+}
 
-  const bool many = rows > kLinearFew;
-  const int most = many ? kLinearRows / (gate ? 2 : 1) : kFewRows;
+// Issues the product of x with some parts of a weight, into their columns of y; where a gate is given, the gated
+// activation of it.
+void multiply(Runtime& runtime, const Tensor& given, const LinearWeight& weight, const Run& run,
+              std::optional<Activation> gate, const Tensor& y) {
+  const Kernels& kernels = runtime.kernels();
+  const LinearKernel& kernel = kernel_of(runtime, weight);
+  const std::int64_t rows = given.shape[0], width = y.shape[1];
+  const Tensor x = packed(runtime, kernel, permuted(runtime, given, weight.parts[run.first]));
+  const int most = rows > kLinearFew ? kLinearRows / (gate ? 2 : 1) : kFewRows;
   LinearBlock all{};
   all.x = x.data;
   all.m = static_cast<int>(rows);
-  all.w_stride = weight.in();
   all.k = static_cast<int>(weight.in());
   all.fetch = !reads_ahead() || kernel.panels(all.m) > 1;
-  const std::size_t room = many ? kLinearRows * kLinearChunk * item_size(weight.parts[0].dtype) : 0;
+  const std::size_t scratch = kernel.scratch_bytes(all.m, all.k);
   const std::size_t sums = gate ? static_cast<std::size_t>(rows) * 2 * static_cast<std::size_t>(most) : 0;
-  runtime.reserve_scratch(room + sums * sizeof(float));
-  for (const Tensor& part : weight.parts) runtime.keep(part);
+  runtime.reserve_scratch(scratch + sums * sizeof(float));
+  for (const LinearPart& part : weight.parts) runtime.keep(part.data);
   if (weight.bias) runtime.keep(*weight.bias);
   runtime.keep(x);
-  runtime.issue([&kernels, run = kernel.run, all, tasks = tasks_of(weight, most, gate ? width : 0), gate, width, room,
-                 bias = weight.bias ? static_cast<const float*>(weight.bias->data) : nullptr,
+  runtime.issue([&kernels, run_kernel = kernel.run, all, tasks = tasks_of(weight.parts, run, most, gate ? width : 0),
+                 gate, width, scratch, bias = weight.bias ? static_cast<const float*>(weight.bias->data) : nullptr,
                  out = static_cast<std::byte*>(y.data), type = float_of(y.dtype),
                  item = item_size(y.dtype)](Worker& worker) {
     worker.take_ahead(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t index, std::int64_t following) {
       const Task& task = tasks[static_cast<std::size_t>(index)];
       LinearBlock block = all;
+      block.w_stride = task.w_stride;
+      block.layout = task.layout;
       block.n = task.rows;
       block.scratch = worker.scratch();
       for (int i = 0; i < 2; ++i) {
@@ -161,9 +250,9 @@ Tensor product(Runtime& runtime, const Tensor& given, const LinearWeight& weight
         block.bias[i] = bias == nullptr ? nullptr : bias + task.row + i * width;
       }
       if (gate) {
-        block.y = reinterpret_cast<float*>(worker.scratch() + room);
+        block.y = reinterpret_cast<float*>(worker.scratch() + scratch);
         block.y_stride = 2 * task.rows;
-        run(block);
+        run_kernel(block);
         for (std::int64_t row = 0; row < block.m; ++row) {
           const float* const gates = block.y + row * block.y_stride;
           kernels.activate(*gate, gates, gates + task.rows,
@@ -172,29 +261,112 @@ Tensor product(Runtime& runtime, const Tensor& given, const LinearWeight& weight
       } else {
         block.y = reinterpret_cast<float*>(out) + task.row;
         block.y_stride = width;
-        run(block);
+        run_kernel(block);
       }
     });
   });
+}
+
+Tensor product(Runtime& runtime, const Tensor& given, const LinearWeight& weight, std::optional<Activation> gate) {
+  if (given.shape.size() != 2 || given.shape[1] != weight.in())
+    throw std::invalid_argument("linear: x must be [rows, " + std::to_string(weight.in()) + "], not " +
+                                describe(given));
+  if (gate && weight.out() % 2 != 0) throw std::invalid_argument("gated_linear: the weight has an odd number of rows");
+  const std::int64_t rows = given.shape[0], width = gate ? weight.out() / 2 : weight.out();
+  const Tensor y = runtime.make({rows, width}, gate ? runtime.product_input() : DType::float32);
+  if (rows == 0) return y;
+  const Tensor x = converted(runtime, given, dtype_of(kernel_of(runtime, weight).input));
+  for (const Run& run : runs_of({&weight, 1})) multiply(runtime, x, weight, run, gate, y);
   return y;
+}
+
+// Whether gates and their factors are alike, and so can be computed together.
+bool uniform(const LinearWeight& weight) {
+  const LinearPart& first = weight.parts.front();
+  return std::ranges::all_of(weight.parts, [&](const LinearPart& part) {
+    return part.layout == first.layout && same_order(part, first) &&
+           (!part.grouped() || part.rows / 2 % kGroupedRows == 0);
+  });
+}
+
+std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+void check(const Tensor& tensor, std::initializer_list<DType> dtypes, const std::vector<std::int64_t>& shape,
+           const char* what) {
+  if (std::ranges::find(dtypes, tensor.dtype) == dtypes.end() || tensor.shape != shape)
+    throw std::invalid_argument(std::string(what) + " must be " + describe(shape) + ", not " + describe(tensor));
 }
 
 }  // namespace
 
+std::size_t LinearPart::unit_bytes() const {
+  return grouped() ? layout.tile_bytes(static_cast<int>(in)) : static_cast<std::size_t>(in) * item_size(data.dtype);
+}
+
+const std::byte* LinearPart::at(std::int64_t row) const {
+  const auto unit = static_cast<std::size_t>(grouped() ? row / kGroupedRows : row);
+  return static_cast<const std::byte*>(data.data) + unit * unit_bytes();
+}
+
 std::int64_t LinearWeight::out() const {
   std::int64_t rows = 0;
-  for (const Tensor& part : parts) rows += part.shape[0];
+  for (const LinearPart& part : parts) rows += part.rows;
   return rows;
 }
 
-LinearWeight make_weight(std::vector<Tensor> parts, std::optional<Tensor> bias) {
-  if (parts.empty()) throw std::invalid_argument("a weight needs at least one part");
-  for (const Tensor& part : parts) {
-    if (part.shape.size() != 2) throw std::invalid_argument("a weight must be [out, in], not " + describe(part));
-    if (part.dtype != parts[0].dtype || part.shape[1] != parts[0].shape[1])
-      throw std::invalid_argument("parts of a weight differ: " + describe(parts[0]) + " and " + describe(part));
-    float_of(part.dtype);
+LinearPart float_part(Tensor data) {
+  if (data.shape.size() != 2) throw std::invalid_argument("a weight must be [out, in], not " + describe(data));
+  float_of(data.dtype);
+  const std::int64_t rows = data.shape[0], in = data.shape[1];
+  return {std::move(data), rows, in};
+}
+
+LinearPart grouped_part(Runtime& runtime, const GroupedWeight& stored) {
+  if (stored.bits != 4 && stored.bits != 8) throw std::invalid_argument("codes must have 4 or 8 bits");
+  if (stored.group_size < kGroupUnit || stored.group_size % kGroupUnit != 0)
+    if (stored.group_size < stored.columns)
+      throw std::invalid_argument("groups must be of multiples of " + std::to_string(kGroupUnit) + " columns");
+  if (stored.codes.shape.size() != 2 || stored.codes.size() == 0)
+    throw std::invalid_argument("a weight must have rows and columns");
+  const std::int64_t rows = stored.codes.shape[0], groups = divided_up(stored.columns, stored.group_size);
+  check(stored.codes, {DType::uint8}, {rows, divided_up(stored.columns * stored.bits, 8)}, "codes");
+  check(stored.scales, {DType::float16, DType::bfloat16, DType::float32}, {rows, groups}, "scales");
+  if (stored.zeros) check(*stored.zeros, {DType::uint8}, {rows, groups}, "zeros");
+  if (stored.order) {
+    check(*stored.order, {DType::int32}, {stored.columns}, "the order");
+    const auto* index = static_cast<const std::int32_t*>(stored.order->data);
+    if (std::any_of(index, index + stored.columns, [&](std::int32_t i) { return i < 0 || i >= stored.columns; }))
+      throw std::invalid_argument("the order must hold columns");
   }
+  LinearPart part{{}, rows, stored.columns, {}, stored.order};
+  part.layout.bits = stored.bits;
+  part.layout.group = static_cast<int>(std::min(stored.group_size, stored.columns));
+  part.layout.scale = float_of(stored.scales.dtype);
+  part.layout.zeros = stored.zeros.has_value();
+  const auto tile_bytes = static_cast<std::int64_t>(part.unit_bytes());
+  const std::int64_t tiles = divided_up(rows, kGroupedRows);
+  part.data = allocate({tiles, tile_bytes}, DType::uint8);
+  runtime.issue([&, pack = runtime.kernels().grouped[runtime.product_input() == DType::bfloat16 ? 1 : 0].pack_tile,
+                 scale_bytes = groups * static_cast<std::int64_t>(item_size(stored.scales.dtype))](Worker& worker) {
+    for (std::int64_t tile; (tile = worker.take()) < tiles;) {
+      const std::int64_t row = tile * kGroupedRows;
+      pack({static_cast<const std::uint8_t*>(stored.codes.data) + row * stored.codes.shape[1],
+            static_cast<const std::byte*>(stored.scales.data) + row * scale_bytes,
+            stored.zeros ? static_cast<const std::uint8_t*>(stored.zeros->data) + row * groups : nullptr,
+            static_cast<int>(std::min<std::int64_t>(kGroupedRows, rows - row)), static_cast<int>(part.in), part.layout,
+            static_cast<std::byte*>(part.data.data) + tile * tile_bytes});
+    }
+  });
+  runtime.flush();
+  return part;
+}
+
+LinearWeight make_weight(std::vector<LinearPart> parts, std::optional<Tensor> bias) {
+  if (parts.empty()) throw std::invalid_argument("a weight needs at least one part");
+  for (const LinearPart& part : parts)
+    if (part.data.dtype != parts[0].data.dtype || part.in != parts[0].in)
+      throw std::invalid_argument("parts of a weight differ: " + describe(parts[0].data) + " and " +
+                                  describe(part.data));
   LinearWeight weight{std::move(parts), std::move(bias)};
   if (weight.bias && (weight.bias->dtype != DType::float32 || weight.bias->size() != weight.out()))
     throw std::invalid_argument("a bias of " + std::to_string(weight.out()) + " float32 is needed, not " +
@@ -208,52 +380,62 @@ Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight) {
 
 Tensor gated_linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, Activation f) {
   // The sums of few rows are small, and single blocks of w are what is fetched fastest.
-  if (x.shape.empty() || x.shape[0] <= kLinearFew) return gated_activation(runtime, linear(runtime, x, weight), f);
+  if (x.shape.empty() || x.shape[0] <= kLinearFew || !uniform(weight))
+    return gated_activation(runtime, linear(runtime, x, weight), f);
   return product(runtime, x, weight, f);
 }
 
 Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<LinearWeight>& weights,
                       const std::shared_ptr<Groups>& groups) {
   const LinearWeight& like = weights.front();
-  const LinearKernel& kernel = runtime.kernels().linear[static_cast<std::size_t>(float_of(like.parts[0].dtype))];
+  const LinearKernel& kernel = kernel_of(runtime, like);
   const Tensor x = converted(runtime, given, dtype_of(kernel.input));
   const std::int64_t rows = x.shape[0], out = like.out();
   const Tensor y = runtime.make({rows, out}, DType::float32);
   const auto each = static_cast<std::int64_t>(weights.size());
-  const Grouped grouped = packed(runtime, kernel, x, each, groups);
-  if (rows > kLinearFew) runtime.reserve_scratch(kLinearRows * kLinearChunk * item_size(like.parts[0].dtype));
   LinearBlock all{};
-  all.w_stride = like.in();
   all.k = static_cast<int>(like.in());
   all.y_stride = out;
-  // Tasks on the first weight: those of others differ in their addresses alone.
+  runtime.reserve_scratch(kernel.scratch_bytes(static_cast<int>(rows), all.k));
   const std::int64_t most = rows / each <= kLinearFew ? kFewRows : kLinearRows;
-  runtime.issue([run = kernel.run, panels = kernel.panels, &weights, groups, grouped, all,
-                 own = tasks_of(like, most, 0), alone = reads_ahead(),
-                 out_rows = static_cast<float*>(y.data)](Worker& worker) {
-    const auto each_own = static_cast<std::int64_t>(own.size());
-    const std::int64_t count = each_own * static_cast<std::int64_t>(groups->active.size());
-    const auto group_of = [&](std::int64_t task) {
-      return static_cast<std::size_t>(groups->active[static_cast<std::size_t>(task / each_own)]);
-    };
-    const auto start = [&](std::int64_t task) {
-      return Rows{weights[group_of(task)]}.at(own[static_cast<std::size_t>(task % each_own)].row).first;
-    };
-    worker.take_ahead(count, [&](std::int64_t index, std::int64_t following) {
-      const std::size_t group = group_of(index);
-      const Task& task = own[static_cast<std::size_t>(index % each_own)];
-      LinearBlock block = all;
-      block.m = groups->first[group + 1] - groups->first[group];
-      block.x = grouped.start(*groups, group, block.m);
-      block.w[0] = start(index);
-      block.n = task.rows;
-      block.y = out_rows + groups->first[group] * block.y_stride + task.row;
-      block.next[0] = following < 0 ? nullptr : start(following);
-      block.fetch = !alone || panels(block.m) > 1;
-      block.scratch = worker.scratch();
-      run(block);
+  for (const Run& run : runs_of(weights)) {
+    const Grouped grouped = packed(runtime, kernel, permuted(runtime, x, weights, run.first, groups), each, groups);
+    // Tasks on the first weight: those of others differ in their parts alone.
+    runtime.issue([run_kernel = kernel.run, panels = kernel.panels, &weights, groups, grouped, all,
+                   own = tasks_of(like.parts, run, most, 0), alone = reads_ahead(),
+                   out_rows = static_cast<float*>(y.data)](Worker& worker) {
+      const auto each_own = static_cast<std::int64_t>(own.size());
+      const std::int64_t count = each_own * static_cast<std::int64_t>(groups->active.size());
+      const auto group_of = [&](std::int64_t task) {
+        return static_cast<std::size_t>(groups->active[static_cast<std::size_t>(task / each_own)]);
+      };
+      const auto start = [&](std::int64_t task) -> std::pair<const LinearPart&, std::int64_t> {
+        const std::vector<LinearPart>& parts = weights[group_of(task)].parts;
+        const PartRow at = locate(parts, own[static_cast<std::size_t>(task % each_own)].row);
+        return {parts[at.part], at.row};
+      };
+      worker.take_ahead(count, [&](std::int64_t index, std::int64_t following) {
+        const std::size_t group = group_of(index);
+        const Task& task = own[static_cast<std::size_t>(index % each_own)];
+        const auto [part, row] = start(index);
+        LinearBlock block = all;
+        block.m = groups->first[group + 1] - groups->first[group];
+        block.x = grouped.start(*groups, group, block.m);
+        block.w[0] = part.at(row);
+        block.w_stride = part.in;
+        block.layout = part.layout;
+        block.n = task.rows;
+        block.y = out_rows + groups->first[group] * block.y_stride + task.row;
+        if (following >= 0) {
+          const auto [next, next_row] = start(following);
+          block.next[0] = next.at(next_row);
+        }
+        block.fetch = !alone || panels(block.m) > 1;
+        block.scratch = worker.scratch();
+        run_kernel(block);
+      });
     });
-  });
+  }
   return y;
 }
 

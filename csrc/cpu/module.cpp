@@ -113,8 +113,14 @@ void replay(cpu::Runtime& runtime, const Graph& graph, const cpu::Batch& batch) 
 }
 
 void bind_data(py::module_& module) {
-  py::class_<cpu::LinearWeight>(module, "LinearWeight", py::module_local(),
-                                "Row-major parts of one weight, and a bias.")
+  py::class_<cpu::LinearPart>(module, "LinearPart", py::module_local(), "Rows of a weight of integer codes in groups.");
+  py::class_<cpu::LinearWeight>(module, "LinearWeight", py::module_local(), "Parts of one weight, and a bias.")
+      .def(py::init([](std::vector<Tensor> floats, std::optional<Tensor> bias) {
+             std::vector<cpu::LinearPart> parts;
+             for (Tensor& rows : floats) parts.push_back(cpu::float_part(std::move(rows)));
+             return cpu::make_weight(std::move(parts), std::move(bias));
+           }),
+           py::arg("parts"), py::arg("bias") = py::none(), "Of floats [rows, in].")
       .def(py::init(&cpu::make_weight), py::arg("parts"), py::arg("bias") = py::none());
   py::class_<cpu::QuantizedWeight>(
       module, "QuantizedWeight", py::module_local(),
@@ -167,6 +173,13 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
             return part_of(cpu::quantize(self, weight, codes_of(codes)));
           },
           py::call_guard<py::gil_scoped_release>(), "A part of a QuantizedWeight from float rows [out, in].")
+      .def(
+          "grouped_part",
+          [](cpu::Runtime& self, int bits, std::int64_t columns, std::int64_t group_size, const Tensor& codes,
+             const Tensor& scales, const std::optional<Tensor>& zeros, const std::optional<Tensor>& order) {
+            return cpu::grouped_part(self, {bits, columns, group_size, codes, scales, zeros, order});
+          },
+          py::call_guard<py::gil_scoped_release>(), "Rows of a weight of integer codes in groups.")
       .def(
           "strips_of_blocks",
           [](cpu::Runtime& self, const std::string& type, const Tensor& blocks, std::int64_t rows, std::int64_t in) {

@@ -58,6 +58,12 @@ void sort(Plan& plan) {
 std::int64_t width(const LinearWeight& weight) { return weight.in(); }
 std::int64_t width(const QuantizedWeight& weight) { return weight.in; }
 
+// Whether weights are multiplied by the same kernel.
+bool alike(const LinearWeight& a, const LinearWeight& b) {
+  return a.parts.front().data.dtype == b.parts.front().data.dtype;
+}
+bool alike(const QuantizedWeight& /*a*/, const QuantizedWeight& /*b*/) { return true; }
+
 struct Shape {
   std::size_t count;
   std::int64_t out, in;
@@ -70,17 +76,13 @@ Shape shape_of(const Experts::Weights& weights) {
         if (all.empty()) throw std::invalid_argument("a mixture needs at least one expert");
         const auto parts = [](const auto& weight) {
           std::vector<std::int64_t> rows;
-          for (const auto& part : weight.parts) {
-            if constexpr (requires { part.rows; })
-              rows.push_back(part.rows);
-            else
-              rows.push_back(part.shape[0]);
-          }
+          for (const auto& part : weight.parts) rows.push_back(part.rows);
           return rows;
         };
         for (const auto& weight : all)
-          if (parts(weight) != parts(all.front()) || width(weight) != width(all.front()) || weight.bias)
-            throw std::invalid_argument("experts must have weights of one shape, and no biases");
+          if (parts(weight) != parts(all.front()) || width(weight) != width(all.front()) || weight.bias ||
+              !alike(weight, all.front()))
+            throw std::invalid_argument("experts must have weights of one kind and shape, and no biases");
         return Shape{all.size(), all.front().out(), width(all.front())};
       },
       weights);

@@ -30,17 +30,45 @@ Tensor scale(Runtime& runtime, const Tensor& x, float factor);
 Tensor soft_cap(Runtime& runtime, const Tensor& x, float cap);
 Tensor sigmoid_gate(Runtime& runtime, const Tensor& x, const Tensor& gate);
 
-// Weights [out, in], row-major, one after the other: rows of the parts are the rows of the whole.
-struct LinearWeight {
-  std::vector<Tensor> parts;
-  std::optional<Tensor> bias;  // float32 [out]
+// Rows of a weight [rows, in] of floats, row-major; or of integer codes in groups, in tiles.
+struct LinearPart {
+  Tensor data;  // [rows, in], or uint8 [tiles, bytes of a tile]
+  std::int64_t rows, in;
+  GroupedLayout layout = {};
+  std::optional<Tensor> order = {};  // int32 [in]: the columns of x that the codes' columns meet; none: as they are
 
-  std::int64_t in() const { return parts.front().shape[1]; }
-  std::int64_t out() const;
+  bool grouped() const { return layout.bits != 0; }
+  // Of a row, or of a tile.
+  std::size_t unit_bytes() const;
+  const std::byte* at(std::int64_t row) const;
 };
 
-// Checks that the parts have one dtype and width, and that the bias fits.
-LinearWeight make_weight(std::vector<Tensor> parts, std::optional<Tensor> bias);
+// A weight [out, in]: rows of the parts are the rows of the whole.
+struct LinearWeight {
+  std::vector<LinearPart> parts;
+  std::optional<Tensor> bias;  // float32 [out]
+
+  std::int64_t in() const { return parts.front().in; }
+  std::int64_t out() const;
+  bool grouped() const { return parts.front().grouped(); }
+};
+
+// Checks that the parts have one width, one dtype if they are of floats, and that the bias fits.
+LinearWeight make_weight(std::vector<LinearPart> parts, std::optional<Tensor> bias);
+
+// A part of floats [rows, in].
+LinearPart float_part(Tensor data);
+
+// What vllmlite/weights/schemes/grouped.py stores for a weight.
+struct GroupedWeight {
+  int bits;
+  std::int64_t columns, group_size;
+  Tensor codes, scales;
+  std::optional<Tensor> zeros, order;
+};
+
+// Puts a stored weight into tiles. std::invalid_argument for parts that do not fit.
+LinearPart grouped_part(Runtime& runtime, const GroupedWeight& stored);
 
 Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight);
 

@@ -38,6 +38,7 @@ from vllmlite.backends.native import NativeBackend, load_extension, uploaded
 from vllmlite.errors import BackendError, ModelError
 from vllmlite.weights.host import FLOAT_DTYPES, ITEM_SIZE, HostTensor, HostWeight, PackedWeight, float_parts
 from vllmlite.weights.schemes.gguf_blocks import BLOCK_SCHEMES, BlockScheme, block_data
+from vllmlite.weights.schemes.grouped import ORDER, ZEROS, GroupedScheme
 from vllmlite.weights.schemes.tiles import QWEIGHT, SCALES, SUB_SCALES, TILES, packed_weight
 
 _Tiles: TypeAlias = tuple[str, Tensor, Tensor, Tensor | None, int]
@@ -54,7 +55,12 @@ class CpuBackend(NativeBackend):
     device = "cpu"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
     schemes: frozenset[str] = frozenset(
-        (*TILES, *(name for name, scheme in BLOCK_SCHEMES.items() if scheme.tiles is not None))
+        (
+            *TILES,
+            "w4a16",
+            "w8a16",
+            *(name for name, scheme in BLOCK_SCHEMES.items() if scheme.tiles is not None),
+        )
     )
 
     def __init__(
@@ -109,6 +115,8 @@ class CpuBackend(NativeBackend):
         floats = float_parts(parts)
         if floats is not None:
             return self._native.LinearWeight([self.tensor(part, self.dtype) for part in floats], bias)
+        if isinstance(parts[0], PackedWeight) and isinstance(parts[0].scheme, GroupedScheme):
+            return self._native.LinearWeight(list(map(self._grouped, parts)), bias)
         return self._native.QuantizedWeight(list(map(self._tiles, parts)), parts[0].shape[1], bias)
 
     def experts(self, experts: Sequence[Expert]) -> Any:
@@ -134,8 +142,28 @@ class CpuBackend(NativeBackend):
             self._runtime.floats_of_blocks(weight.scheme.name, self.tensor(block_data(weight)), floats)
         return HostTensor(dtype, weight.shape, _native_order(HostTensor(dtype, weight.shape, out)))
 
+    def _grouped(self, part: HostWeight) -> Any:
+        if isinstance(part, HostTensor) or not isinstance(part.scheme, GroupedScheme):
+            raise unusable(part, self)
+        stored = {suffix: self.tensor(tensor) for suffix, tensor in part.parts.items()}
+        columns = part.shape[1]
+        with _refusing(part.shape):
+            return self._runtime.grouped_part(
+                part.scheme.bits,
+                columns,
+                part.scheme.group_size or columns,
+                stored[QWEIGHT],
+                stored[SCALES],
+                stored.get(ZEROS),
+                stored.get(ORDER),
+            )
+
     def _tiles(self, part: HostWeight) -> _Tiles:
-        if isinstance(part, HostTensor) or part.scheme.name not in self.schemes:
+        if (
+            isinstance(part, HostTensor)
+            or isinstance(part.scheme, GroupedScheme)
+            or part.scheme.name not in self.schemes
+        ):
             raise unusable(part, self)
         rows, columns = part.shape
         if isinstance(part.scheme, BlockScheme):

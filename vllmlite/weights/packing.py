@@ -33,8 +33,9 @@ class Packing:
                 return stored if native and self.keep_blocks else None
             if stored.tiles is not None and stored.tiles.name == self.quantization:
                 return stored if native else stored.tiles
-        elif isinstance(stored, IntegerScheme) and stored.grouped.name in self.backend.schemes:
-            return stored.grouped
+        elif isinstance(stored, IntegerScheme) and not native:
+            grouped = stored.grouped
+            return grouped if grouped is not None and grouped.name in self.backend.schemes else None
         elif stored is not None:
             return stored if native else None
         return None if self.quantization is None else TILES[self.quantization]

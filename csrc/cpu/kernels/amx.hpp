@@ -158,7 +158,10 @@ inline void amx_linear(const LinearBlock& block) {
   _tile_release();
 }
 
-inline constexpr LinearKernel amx_kernel{Float::bf16, amx_packed_bytes, amx_panels, amx_pack, amx_linear};
+inline std::size_t amx_scratch_bytes(int /*m*/, int /*k*/) { return 0; }
+
+inline constexpr LinearKernel amx_kernel{Float::bf16, amx_packed_bytes, amx_scratch_bytes,
+                                         amx_panels,  amx_pack,         amx_linear};
 
 #endif
 

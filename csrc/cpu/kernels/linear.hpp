@@ -220,7 +220,26 @@ void pack_panel(const LinearInput& input, int panel) {
 }
 
 template <typename P>
-void linear(const LinearBlock& block) {
+std::size_t copied_bytes(int k) {
+  return sizeof(typename P::W) * kLinearRows * static_cast<std::size_t>(smaller(kLinearChunk, round_up_to_lines<P>(k)));
+}
+
+template <typename P>
+std::size_t scratch_bytes(int m, int k) {
+  return m > kLinearFew ? copied_bytes<P>(k) : 0;
+}
+
+inline void add_bias(const LinearBlock& block) {
+  for (int i = 0; i < 2; ++i)
+    if (block.bias[i] != nullptr)
+      for (int m = 0; m < block.m; ++m)
+        for (int n = 0; n < block.n; ++n) block.y[m * block.y_stride + i * block.n + n] += block.bias[i][n];
+}
+
+// The product with rows of w as they are or, where `copied`, with chunks of them that copy(i, k, count, to) puts into
+// the order of pack(): `count` elements along k of block i's rows.
+template <typename P, typename Copy>
+VLLMLITE_INLINE void product(const LinearBlock& block, bool copied, Copy copy) {
   using W = typename P::W;
   using Pass = decltype(&pass<P, 1>);
   static constexpr Pass kPasses[] = {
@@ -232,8 +251,8 @@ void linear(const LinearBlock& block) {
   static_assert(sizeof kPasses / sizeof *kPasses == kTileRows + 1 &&
                 tile_width(kTileRows) == tile_width(kTileRows - 1));
   const auto* x = static_cast<const typename P::X*>(block.x);
-  auto* const room = reinterpret_cast<W*>(block.scratch);
-  const bool many = block.m > kLinearFew, panels = block.m > kPlainRows;
+  auto* const scratch = reinterpret_cast<W*>(block.scratch);
+  const bool panels = block.m > kPlainRows;
   const int passes = passes_of(block.m), blocks = block.w[1] == nullptr ? 1 : 2;
   const int x_size = panels ? round_up_to_lines<P>(block.k) : block.k;
   for (int k = 0; k < block.k; k += kLinearChunk) {
@@ -243,11 +262,10 @@ void linear(const LinearBlock& block) {
     t.w_step = kLine<P>;
     t.y_stride = block.y_stride;
     t.add = k > 0;
-    t.packed = many;
-    const std::ptrdiff_t room_size = static_cast<std::ptrdiff_t>(block.n) * round_up_to_lines<P>(t.k);
-    if (many)
-      for (int i = 0; i < blocks; ++i)
-        pack<P>(static_cast<const W*>(block.w[i]) + k, block.w_stride, block.n, t.k, room + i * room_size);
+    t.packed = copied;
+    const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(block.n) * round_up_to_lines<P>(t.k);
+    if (copied)
+      for (int i = 0; i < blocks; ++i) copy(i, k, t.k, scratch + i * size);
     const bool last = k + kLinearChunk >= block.k;
     for (int index = 0; index < passes; ++index) {
       const int first = rows_before(block.m, index, passes), rows = rows_before(block.m, index + 1, passes) - first;
@@ -258,18 +276,24 @@ void linear(const LinearBlock& block) {
       for (int i = 0; i < blocks; ++i) {
         const W* w = static_cast<const W*>(block.w[i]) + k;
         const void* next = !block.fetch ? nullptr : last ? block.next[i] : w + kLinearChunk;
-        kPasses[rows](from, many ? room + i * room_size : w, block.n, block.y + first * block.y_stride + i * block.n, t,
+        kPasses[rows](from, copied ? scratch + i * size : w, block.n, block.y + first * block.y_stride + i * block.n, t,
                       static_cast<const char*>(next), index, passes);
       }
     }
   }
-  for (int i = 0; i < blocks; ++i)
-    if (block.bias[i] != nullptr)
-      for (int m = 0; m < block.m; ++m)
-        for (int n = 0; n < block.n; ++n) block.y[m * block.y_stride + i * block.n + n] += block.bias[i][n];
+  add_bias(block);
 }
 
 template <typename P>
-inline constexpr LinearKernel linear_kernel{P::kInput, packed_bytes<P>, passes_of, pack_panel<P>, linear<P>};
+void linear(const LinearBlock& block) {
+  using W = typename P::W;
+  product<P>(block, block.m > kLinearFew, [&](int i, int k, int count, W* to) {
+    pack<P>(static_cast<const W*>(block.w[i]) + k, block.w_stride, block.n, count, to);
+  });
+}
+
+template <typename P>
+inline constexpr LinearKernel linear_kernel{P::kInput, packed_bytes<P>, scratch_bytes<P>,
+                                            passes_of, pack_panel<P>,   linear<P>};
 
 }  // namespace vllmlite::cpu::VLLMLITE_ISA

@@ -2,6 +2,7 @@
 #include "cpu/kernels/amx.hpp"
 #include "cpu/kernels/attention.hpp"
 #include "cpu/kernels/elementwise.hpp"
+#include "cpu/kernels/grouped.hpp"
 #include "cpu/kernels/linear.hpp"
 #include "cpu/kernels/quantized.hpp"
 
@@ -16,10 +17,13 @@ constinit const Kernels kernels{
     .isa = VLLMLITE_TEXT(VLLMLITE_ISA),
 #if defined(__AMX_BF16__)
     .linear = {linear_kernel<FloatProduct<F32>>, linear_kernel<FloatProduct<F16>>, amx_kernel},
+    .grouped = {grouped_kernel<FloatProduct<F32>>, amx_grouped_kernel},
 #elif defined(__AVX512BF16__)
     .linear = {linear_kernel<FloatProduct<F32>>, linear_kernel<FloatProduct<F16>>, linear_kernel<Bf16Product>},
+    .grouped = {grouped_kernel<FloatProduct<F32>>, grouped_kernel<Bf16Product>},
 #else
     .linear = {linear_kernel<FloatProduct<F32>>, linear_kernel<FloatProduct<F16>>, linear_kernel<FloatProduct<BF16>>},
+    .grouped = {grouped_kernel<FloatProduct<F32>>},
 #endif
     .quantized = {quantized<Codes::int8>, quantized<Codes::int4>, quantized<Codes::q4_1>, quantized<Codes::q5_0>,
                   quantized<Codes::q5_1>, quantized<Codes::q4_k>, quantized<Codes::q5_k>, quantized<Codes::q6_k>},

@@ -28,6 +28,9 @@ from vllmlite.weights.schemes.groups import Axes, SlicedScheme, group_count, gro
 
 QWEIGHT, SCALES, ZEROS, ORDER = "qweight", "scales", "zeros", "order"
 
+GROUP_UNIT = 32
+"""The sizes of groups are multiples of this number of columns."""
+
 Bytes = NDArray[np.uint8]
 
 
@@ -125,14 +128,18 @@ class IntegerScheme(SlicedScheme):
         )
 
     @property
-    def grouped(self) -> GroupedScheme:
-        """The scheme of :meth:`to_grouped`."""
+    def grouped(self) -> GroupedScheme | None:
+        """The scheme of :meth:`to_grouped`; None for sizes of groups that kernels do not take."""
+        if self.group_size is not None and self.group_size % GROUP_UNIT:
+            return None
         return GroupedScheme(8 if self.bits == 8 else 4, self.group_size, self.symmetric)
 
     def to_grouped(self, weight: PackedWeight) -> PackedWeight | None:
-        """``weight`` in the scheme :attr:`grouped`. None if the columns of its groups are not as many each, as in some
-        of the columns of a weight with ``desc_act``. ModelError for scales that are not finite."""
+        """``weight`` in the scheme :attr:`grouped`. None if there is none, or if its groups do not have as many columns
+        each, as in some columns of a weight with ``desc_act``. ModelError for scales that are not finite."""
         scheme, columns = self.grouped, weight.shape[1]
+        if scheme is None:
+            return None
         groups, codes, zeros, scales = (
             self.groups(weight), self.codes(weight), self.zeros(weight), self.scales(weight)
         )  # fmt: skip

@@ -1,0 +1,408 @@
+// Products with weights of integer codes in groups: codes are turned into floats in registers, or for many rows of x
+// into scratch memory, once for all of them, and are then multiplied as weights of floats are. So a product has the
+// bits that it has with the same weight dequantised before, and a row's result does not depend on the rows beside it.
+#pragma once
+
+#include "cpu/kernels/amx.hpp"
+#include "cpu/kernels/linear.hpp"
+
+namespace vllmlite::cpu::VLLMLITE_ISA {
+
+// Rows of x in a register tile, and up to how many codes are dequantised in registers, once for each tile of them.
+inline constexpr int kGroupedTileRows = kManyRegisters ? 4 : 2;
+inline constexpr int kDequantizeInRegisters = 5;
+
+// Scales and offsets of the groups in a chunk of a tile, [group][row]: an element is code * scale + offset. All of
+// these numbers have so few bits that nothing is rounded, unless scales are float32.
+struct GroupConstants {
+  static constexpr int kMost = (kLinearChunk / kGroupUnit + 1) * kGroupedRows + kLanes;
+  alignas(64) float scale[kMost], offset[kMost];
+
+  // Reads up to kLanes - 1 scales and zeros behind the last ones, where the codes are.
+  VLLMLITE_INLINE GroupConstants(const std::byte* tile, const GroupedLayout& layout, int total, int k, int count) {
+    typedef std::uint8_t Bytes __attribute__((vector_size(kLanes)));
+    const std::ptrdiff_t first = static_cast<std::ptrdiff_t>(k / layout.group) * kGroupedRows;
+    const int items = ((k + count - 1) / layout.group + 1) * kGroupedRows - static_cast<int>(first);
+    const std::byte* const zeros = tile + layout.scale_bytes(total) + first;
+    with_type(layout.scale, [&](auto type) {
+      using T = decltype(type);
+      const auto* from = reinterpret_cast<const typename T::Item*>(tile) + first;
+      for (int i = 0; i < items; i += kLanes) store(scale + i, T::load(from + i));
+    });
+    for (int i = 0; i < items; i += kLanes) {
+      F zero = set(static_cast<float>(1 << (layout.bits - 1)));
+      if (layout.zeros) zero = __builtin_convertvector(__builtin_convertvector(load<Bytes>(zeros + i), I), F);
+      store(offset + i, -load<F>(scale + i) * zero);
+    }
+  }
+};
+
+// ---- Blocks: codes of a row that are loaded together. Code i of a block's vector j is in lane i, behind the codes of
+// the vectors before.
+
+template <int kBits>
+struct Codes32 {
+  static constexpr int kVectors = 32 / kBits;
+  static constexpr int kLaneBytes = 4;
+  using Raw = U;
+  struct Group {
+    F scale, offset;
+  };
+  static VLLMLITE_INLINE Group group(float scale, float offset) { return {set(scale), set(offset)}; }
+  static VLLMLITE_INLINE F values(Raw raw, int vector, const Group& group) {
+    const U codes = (raw >> (vector * kBits)) & ((1U << kBits) - 1);
+    return fma(__builtin_convertvector((I)codes, F), group.scale, group.offset);
+  }
+};
+
+#if defined(__AVX512F__)
+// The values of all 16 codes, from which each element is taken.
+struct Table32 : Codes32<4> {
+  using Group = F;
+  static VLLMLITE_INLINE Group group(float scale, float offset) {
+    const F codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return fma(codes, set(scale), set(offset));
+  }
+  static VLLMLITE_INLINE F values(Raw raw, int vector, Group group) {
+    return (F)_mm512_permutexvar_ps((__m512i)(raw >> (vector * 4)), (__m512)group);
+  }
+};
+#else
+using Table32 = Codes32<4>;
+#endif
+
+template <typename P, int kBits>
+struct CodeBlock;
+
+template <>
+struct CodeBlock<FloatProduct<F32>, 4> : Table32 {};
+
+template <>
+struct CodeBlock<FloatProduct<F32>, 8> : Codes32<8> {};
+
+#if defined(__AVX512BF16__)
+template <>
+struct CodeBlock<Bf16Product, 4> {
+  static constexpr int kVectors = 4;
+  static constexpr int kLaneBytes = 2;
+  using Raw = U;
+  using Group = __m512i;
+  static VLLMLITE_INLINE Group group(float scale, float offset) {
+    const auto table = (__m512)Table32::group(scale, offset);
+    return (__m512i)_mm512_cvtne2ps_pbh(table, table);  // the fifth bit of an index has no effect
+  }
+  static VLLMLITE_INLINE __m512bh values(Raw raw, int vector, Group group) {
+    return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)raw, static_cast<unsigned>(vector * 4)),
+                                              group);
+  }
+};
+
+template <>
+struct CodeBlock<Bf16Product, 8> {
+  using Half = Codes32<8>;
+  static constexpr int kVectors = 2;
+  static constexpr int kLaneBytes = 4;
+  using Raw = U;
+  using Group = Half::Group;
+  static VLLMLITE_INLINE Group group(float scale, float offset) { return Half::group(scale, offset); }
+  static VLLMLITE_INLINE __m512bh values(Raw raw, int vector, const Group& group) {
+    return (__m512bh)_mm512_cvtne2ps_pbh((__m512)Half::values(raw, 2 * vector + 1, group),
+                                         (__m512)Half::values(raw, 2 * vector, group));
+  }
+};
+#endif
+
+// ---- The product
+
+// The rows of a tile as vectors of P, a block of codes at a time.
+template <typename P, int kBits>
+struct TileReader {
+  using C = CodeBlock<P, kBits>;
+  static constexpr int kBlock = C::kVectors * P::kVector;
+
+  const std::byte* codes;
+  int group_size, end;  // the latter of the group, in elements of the chunk
+  const float *scale, *offset;
+  typename C::Group groups[kGroupedRows];
+  typename C::Raw raw[kGroupedRows];
+
+  // From the element k on, of `total`; `constants` are those of what is read.
+  VLLMLITE_INLINE TileReader(const std::byte* tile, const GroupedLayout& layout, int total, int k,
+                             const GroupConstants& constants)
+      : codes(tile + layout.codes_at(total) + static_cast<std::ptrdiff_t>(k) * kGroupedRows * kBits / 8),
+        group_size(layout.group),
+        end(k / group_size * group_size - k),
+        scale(constants.scale),
+        offset(constants.offset) {
+    next_group();
+  }
+
+  VLLMLITE_INLINE void load_block() {
+#pragma GCC unroll 4
+    for (int row = 0; row < kGroupedRows; ++row) raw[row] = load<U>(codes + row * static_cast<int>(sizeof(U)));
+    codes += kGroupedRows * sizeof(U);
+  }
+
+  VLLMLITE_INLINE void next_group() {
+#pragma GCC unroll 4
+    for (int row = 0; row < kGroupedRows; ++row) groups[row] = C::group(scale[row], offset[row]);
+    scale += kGroupedRows;
+    offset += kGroupedRows;
+    end += group_size;
+  }
+
+  // A vector of the block, which begins at the element `element` of the chunk; behind the last one are zeros.
+  VLLMLITE_INLINE void vectors(int element, int vector, typename P::V* w) {
+    if (element >= end) next_group();
+#pragma GCC unroll 4
+    for (int row = 0; row < kGroupedRows; ++row) w[row] = C::values(raw[row], vector, groups[row]);
+  }
+};
+
+// M rows of x, from the row `first` on, times the rows of a tile, of which n are there.
+template <typename P, int kBits, int M>
+void grouped_tile(const LinearBlock& block, const std::byte* tile, int first, float* y, int n) {
+  using Reader = TileReader<P, kBits>;
+  constexpr int kVectors = Reader::C::kVectors;
+  const std::ptrdiff_t x_stride = block.k;
+  const auto* x = static_cast<const typename P::X*>(block.x) + first * x_stride;
+  y += first * block.y_stride;
+  for (int k = 0; k < block.k; k += kLinearChunk) {
+    const int count = smaller(kLinearChunk, block.k - k);
+    const GroupConstants constants(tile, block.layout, block.k, k, count);
+    Reader reader(tile, block.layout, block.k, k, constants);
+    F acc[M * kGroupedRows] = {};
+    int element = 0;
+    for (; element + Reader::kBlock <= count; x += Reader::kBlock) {
+      reader.load_block();
+#pragma GCC unroll 8
+      for (int vector = 0; vector < kVectors; ++vector, element += P::kVector) {
+        typename P::V w[kGroupedRows];
+        reader.vectors(element, vector, w);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const typename P::V xv = P::load_x(x + m * x_stride + vector * P::kVector);
+#pragma GCC unroll 4
+          for (int r = 0; r < kGroupedRows; ++r)
+            acc[m * kGroupedRows + r] = P::add(acc[m * kGroupedRows + r], xv, w[r]);
+        }
+      }
+    }
+    if (element < count) {
+      reader.load_block();
+#pragma GCC unroll 8
+      for (int vector = 0; vector < kVectors; ++vector, element += P::kVector, x += P::kVector) {
+        if (element >= count) break;
+        typename P::V w[kGroupedRows];
+        reader.vectors(element, vector, w);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const typename P::V xv = P::load_some_x(x + m * x_stride, smaller(P::kVector, count - element));
+#pragma GCC unroll 4
+          for (int r = 0; r < kGroupedRows; ++r)
+            acc[m * kGroupedRows + r] = P::add(acc[m * kGroupedRows + r], xv, w[r]);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      float* const to = y + m * block.y_stride;
+      if (n == kGroupedRows) {
+        put_sums<kGroupedRows>(acc + m * kGroupedRows, to, k > 0);
+      } else {
+        float sums[kGroupedRows];
+        put_sums<kGroupedRows>(acc + m * kGroupedRows, sums, false);
+        for (int r = 0; r < n; ++r) to[r] = k > 0 ? to[r] + sums[r] : sums[r];
+      }
+    }
+  }
+}
+
+// Writes `count` elements from the element k on of n rows, of which row r begins at start(r, step) and goes forward by
+// `step` for each kLine<P> elements.
+template <typename P, int kBits, typename Start>
+VLLMLITE_INLINE void dequantize_rows(const LinearBlock& block, int i, int n, int k, int count, Start start) {
+  using Reader = TileReader<P, kBits>;
+  const auto tile_bytes = static_cast<std::ptrdiff_t>(block.layout.tile_bytes(block.k));
+  const auto* tile = static_cast<const std::byte*>(block.w[i]);
+  for (int row = 0; row < n; row += kGroupedRows, tile += tile_bytes) {
+    typename P::W* to[kGroupedRows];
+    std::ptrdiff_t step[kGroupedRows];
+    const int rows = smaller(kGroupedRows, n - row);
+    for (int r = 0; r < rows; ++r) to[r] = start(row + r, step[r]);
+    const GroupConstants constants(tile, block.layout, block.k, k, count);
+    Reader reader(tile, block.layout, block.k, k, constants);
+    for (int element = 0; element < count;) {
+      reader.load_block();
+#pragma GCC unroll 8
+      for (int vector = 0; vector < Reader::C::kVectors; ++vector, element += P::kVector) {
+        if (element >= count) break;
+        typename P::V w[kGroupedRows];
+        reader.vectors(element, vector, w);
+        for (int r = 0; r < rows; ++r) store(to[r] + element / kLine<P> * step[r] + element % kLine<P>, w[r]);
+      }
+    }
+  }
+}
+
+template <typename P, int kBits>
+void grouped(const LinearBlock& block) {
+  using W = typename P::W;
+  if (block.m > kDequantizeInRegisters) {
+    LinearBlock copied = block;
+    copied.fetch = false;
+    product<P>(copied, true, [&](int i, int k, int count, W* to) {
+      constexpr int kWidth = tile_width(kTileRows);
+      const int size = round_up_to_lines<P>(count), tiled = block.n / kWidth * kWidth;
+      dequantize_rows<P, kBits>(block, i, block.n, k, count, [&](int row, std::ptrdiff_t& step) {
+        const bool alone = row >= tiled;
+        step = alone ? kLine<P> : kWidth * kLine<P>;
+        const std::ptrdiff_t first = alone ? row : row / kWidth * kWidth;
+        return to + first * size + (row - first) * kLine<P>;
+      });
+    });
+    return;
+  }
+  using Tile = decltype(&grouped_tile<P, kBits, 1>);
+  static constexpr Tile kTiles[] = {
+      nullptr,
+      grouped_tile<P, kBits, 1>,
+      grouped_tile<P, kBits, 2>,
+#if defined(__AVX512F__) || defined(__aarch64__)
+      grouped_tile<P, kBits, 3>,
+      grouped_tile<P, kBits, 4>,
+#endif
+  };
+  static_assert(sizeof kTiles / sizeof *kTiles == kGroupedTileRows + 1);
+  const auto tile_bytes = static_cast<std::ptrdiff_t>(block.layout.tile_bytes(block.k));
+  for (int i = 0; i < 2 && block.w[i] != nullptr; ++i) {
+    const auto* tile = static_cast<const std::byte*>(block.w[i]);
+    for (int row = 0; row < block.n; row += kGroupedRows, tile += tile_bytes)
+      for (int m = 0; m < block.m; m += kGroupedTileRows)
+        kTiles[smaller(kGroupedTileRows, block.m - m)](block, tile, m, block.y + i * block.n + row,
+                                                       smaller(kGroupedRows, block.n - row));
+  }
+  add_bias(block);
+}
+
+template <typename P>
+void grouped(const LinearBlock& block) {
+  return block.layout.bits == 4 ? grouped<P, 4>(block) : grouped<P, 8>(block);
+}
+
+template <typename P>
+std::size_t grouped_scratch_bytes(int m, int k) {
+  return m > kDequantizeInRegisters ? copied_bytes<P>(k) : 0;
+}
+
+// ---- Tiles
+
+// Puts the codes of a row into the order of CodeBlock<P, kBits>, `stride` bytes from block to block.
+template <typename P, int kBits>
+void pack_codes(const std::uint8_t* from, int padded, std::uint8_t* to, std::ptrdiff_t stride) {
+  using C = CodeBlock<P, kBits>;
+  constexpr int kLanesOf = static_cast<int>(sizeof(U)) / C::kLaneBytes, kInByte = 8 / kBits;
+  constexpr int kBlock = static_cast<int>(sizeof(U)) * kInByte;
+  for (int k = 0; k < padded; k += kBlock, from += kBlock, to += stride)
+    for (int byte = 0; byte < C::kLaneBytes; ++byte)
+      for (int lane = 0; lane < kLanesOf; ++lane) {
+        std::uint8_t value = from[byte * kInByte * kLanesOf + lane];
+        if constexpr (kBits == 4)
+          value = static_cast<std::uint8_t>(value | from[(byte * kInByte + 1) * kLanesOf + lane] << 4);
+        to[lane * C::kLaneBytes + byte] = value;
+      }
+}
+
+template <typename P>
+void pack_tile(const GroupedTile& tile) {
+  const GroupedLayout& layout = tile.layout;
+  const int groups = layout.groups(tile.k), row_bytes = (tile.k * layout.bits + 7) / 8;
+  const int padded = (tile.k + kGroupedDepth - 1) / kGroupedDepth * kGroupedDepth;
+  const std::size_t item = layout.scale == Float::f32 ? 4 : 2;
+  __builtin_memset(tile.to, 0, layout.tile_bytes(tile.k));
+  std::byte* const zeros = tile.to + layout.scale_bytes(tile.k);
+  std::uint8_t codes[kGroupedDepth];
+  for (int row = 0; row < tile.rows; ++row) {
+    const std::uint8_t* const from = tile.codes + static_cast<std::ptrdiff_t>(row) * row_bytes;
+    for (int group = 0; group < groups; ++group) {
+      const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(row) * groups + group;
+      const int to = group * kGroupedRows + row;
+      __builtin_memcpy(tile.to + static_cast<std::size_t>(to) * item, tile.scales + static_cast<std::size_t>(at) * item,
+                       item);
+      if (layout.zeros) zeros[to] = static_cast<std::byte>(tile.zeros[at]);
+    }
+    // What fills up the last group means zero.
+    const std::uint8_t filling = layout.zeros ? tile.zeros[static_cast<std::ptrdiff_t>(row + 1) * groups - 1]
+                                              : static_cast<std::uint8_t>(1 << (layout.bits - 1));
+    for (int k = 0; k < padded; k += kGroupedDepth) {
+      const int count = smaller(kGroupedDepth, tile.k - k);
+      const std::uint8_t* const part = from + static_cast<std::ptrdiff_t>(k) * layout.bits / 8;
+      if (layout.bits == 4) {
+        for (int i = 0; i < count / 2; ++i) {
+          codes[2 * i] = part[i] & 15;
+          codes[2 * i + 1] = part[i] >> 4;
+        }
+        if (count % 2 != 0) codes[count - 1] = part[count / 2] & 15;
+      } else {
+        __builtin_memcpy(codes, part, static_cast<std::size_t>(count));
+      }
+      for (int i = count; i < kGroupedDepth; ++i) codes[i] = filling;
+      constexpr std::ptrdiff_t kStride = static_cast<std::ptrdiff_t>(sizeof(U)) * kGroupedRows;
+      auto* const to = reinterpret_cast<std::uint8_t*>(tile.to + layout.codes_at(tile.k)) +
+                       static_cast<std::ptrdiff_t>(k) * kGroupedRows * layout.bits / 8 +
+                       row * static_cast<std::ptrdiff_t>(sizeof(U));
+      if (layout.bits == 4)
+        pack_codes<P, 4>(codes, kGroupedDepth, to, kStride);
+      else
+        pack_codes<P, 8>(codes, kGroupedDepth, to, kStride);
+    }
+  }
+}
+
+template <typename P>
+inline constexpr GroupedKernel grouped_kernel{
+    {P::kInput, packed_bytes<P>, grouped_scratch_bytes<P>, passes_of, pack_panel<P>, grouped<P>}, pack_tile<P>};
+
+#if defined(__AMX_BF16__)
+// The rows of w that are dequantised at a time: those of two tile registers.
+inline constexpr int kAmxRows = 2 * kTileSide;
+
+inline std::size_t amx_grouped_scratch_bytes(int /*m*/, int k) {
+  return std::size_t{kAmxRows} * sizeof(std::uint16_t) * static_cast<std::size_t>(round_up_to_lines<Bf16Product>(k));
+}
+
+template <int kBits>
+void amx_grouped(const LinearBlock& block) {
+  auto* const rows = reinterpret_cast<std::uint16_t*>(block.scratch);
+  const std::ptrdiff_t stride = round_up_to_lines<Bf16Product>(block.k);
+  const auto tile_bytes = static_cast<std::ptrdiff_t>(block.layout.tile_bytes(block.k));
+  for (int i = 0; i < 2 && block.w[i] != nullptr; ++i)
+    for (int n = 0; n < block.n; n += kAmxRows) {
+      LinearBlock some = block;
+      some.n = smaller(kAmxRows, block.n - n);
+      some.w[0] = static_cast<const std::byte*>(block.w[i]) + n / kGroupedRows * tile_bytes;
+      some.w[1] = nullptr;
+      for (int k = 0; k < block.k; k += kLinearChunk)
+        dequantize_rows<Bf16Product, kBits>(some, 0, some.n, k, smaller(kLinearChunk, block.k - k),
+                                            [&](int row, std::ptrdiff_t& step) {
+                                              step = kLine<Bf16Product>;
+                                              return rows + row * stride + k;
+                                            });
+      some.w[0] = rows;
+      some.w_stride = stride;
+      some.y += i * block.n + n;
+      some.bias[0] = block.bias[i] == nullptr ? nullptr : block.bias[i] + n;
+      amx_linear(some);
+    }
+}
+
+inline void amx_grouped(const LinearBlock& block) {
+  return block.layout.bits == 4 ? amx_grouped<4>(block) : amx_grouped<8>(block);
+}
+
+inline constexpr GroupedKernel amx_grouped_kernel{
+    {Float::bf16, amx_packed_bytes, amx_grouped_scratch_bytes, amx_panels, amx_pack, amx_grouped},
+    pack_tile<Bf16Product>};
+#endif
+
+}  // namespace vllmlite::cpu::VLLMLITE_ISA
