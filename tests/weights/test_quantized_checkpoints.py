@@ -150,10 +150,40 @@ def test_checkpoints_of_every_family_are_read(name: str, family: str, tmp_path: 
 
 
 @needs_native_cpu
-@pytest.mark.parametrize("name", ["awq g32", "gptq 3 bits", "int-quantized", "modelopt nvfp4"])
-def test_the_native_backend_gets_dequantised_weights(name: str, tmp_path: Path) -> None:
-    packed, floats = quantised(tmp_path, PACKERS[name])
-    assert logits(packed, CpuBackend()).tobytes() == logits(floats, CpuBackend()).tobytes()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "name", ["awq g32", "gptq asymmetric", "gptq desc_act", "pack-quantized by channel", "modelopt nvfp4"]
+)
+def test_the_native_backend_computes_what_the_values_do(name: str, family: str, tmp_path: Path) -> None:
+    """Integers are multiplied as they are stored; other weights are dequantised."""
+    architecture, changes = FAMILIES[family]
+    packed, floats = quantised(tmp_path, PACKERS[name], architecture, **changes)
+    for dtype, share in (("float32", 1e-4), ("bfloat16", 0.05)):
+        expected = logits(floats, CpuBackend("float32"))
+        found = logits(packed, CpuBackend(dtype))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=share * np.abs(expected).max())
+
+
+@needs_native_cpu
+@pytest.mark.parametrize("name", ["awq g32", "gptq desc_act", "int-quantized"])
+def test_native_logits_do_not_depend_on_the_batch_or_on_chunks(name: str, tmp_path: Path) -> None:
+    packed, _ = quantised(tmp_path, PACKERS[name])
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(CpuBackend(dtype), packed, max_model_len=64, block_size=16)
+        ids = [np.arange(3, 43, dtype=np.int32), np.arange(50, 59, dtype=np.int32)]
+        whole = []
+        for one in ids:
+            paged = PagedModel(model, num_blocks=8, max_slots=2, max_context=64)
+            paged.admit(0)
+            whole.append(paged.logits([0], [one])[0])
+        paged = PagedModel(model, num_blocks=8, max_slots=2, max_context=64)
+        paged.admit(0)
+        paged.admit(1)
+        first = paged.logits([0, 1], [ids[0][:33], ids[1][:2]])
+        second = paged.logits([0, 1], [ids[0][33:], ids[1][2:]])
+        for slot in range(2):
+            found = np.concatenate([first[slot], second[slot]])
+            assert found.tobytes() == whole[slot].tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

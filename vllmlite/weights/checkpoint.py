@@ -97,9 +97,9 @@ def open_weights(
         raise ParameterError("load_format", load_format, ", ".join(LOAD_FORMATS))
     if load_format == "dummy":
         packed = {
-            name: scheme.grouped
+            name: grouped
             for name, scheme in (schemes or {}).items()
-            if isinstance(scheme, IntegerScheme)
+            if isinstance(scheme, IntegerScheme) and (grouped := scheme.grouped) is not None
         }
         return Weights(lambda name: _dummy(name, shapes[name], seed, packed.get(name)), shapes, packed)
     if path.is_file():

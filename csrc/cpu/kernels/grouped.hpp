@@ -9,8 +9,8 @@
 namespace vllmlite::cpu::VLLMLITE_ISA {
 
 // Rows of x in a register tile, and up to how many codes are dequantised in registers, once for each tile of them.
-inline constexpr int kGroupedTileRows = kManyRegisters ? 4 : 2;
-inline constexpr int kDequantizeInRegisters = 5;
+inline constexpr int kGroupedTileRows = kManyRegisters ? 6 : 2;
+inline constexpr int kDequantizeInRegisters = 6;
 
 // Scales and offsets of the groups in a chunk of a tile, [group][row]: an element is code * scale + offset. All of
 // these numbers have so few bits that nothing is rounded, unless scales are float32.
@@ -151,13 +151,25 @@ struct TileReader {
     end += group_size;
   }
 
-  // A vector of the block, which begins at the element `element` of the chunk; behind the last one are zeros.
-  VLLMLITE_INLINE void vectors(int element, int vector, typename P::V* w) {
+  // Before the vectors that begin at the element `element` of the chunk.
+  VLLMLITE_INLINE void enter(int element) {
     if (element >= end) next_group();
-#pragma GCC unroll 4
-    for (int row = 0; row < kGroupedRows; ++row) w[row] = C::values(raw[row], vector, groups[row]);
   }
+
+  // A row's elements; behind the last one are zeros.
+  VLLMLITE_INLINE typename P::V values(int row, int vector) const { return C::values(raw[row], vector, groups[row]); }
 };
+
+// Adds the products of M rows of x with a vector of each row of a tile to acc.
+template <typename P, int M, typename Reader, typename LoadX>
+VLLMLITE_INLINE void add_products(const Reader& reader, int vector, LoadX load_x, F* acc) {
+#pragma GCC unroll 4
+  for (int row = 0; row < kGroupedRows; ++row) {
+    const typename P::V w = reader.values(row, vector);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) acc[m * kGroupedRows + row] = P::add(acc[m * kGroupedRows + row], load_x(m), w);
+  }
+}
 
 // M rows of x, from the row `first` on, times the rows of a tile, of which n are there.
 template <typename P, int kBits, int M>
@@ -177,15 +189,9 @@ void grouped_tile(const LinearBlock& block, const std::byte* tile, int first, fl
       reader.load_block();
 #pragma GCC unroll 8
       for (int vector = 0; vector < kVectors; ++vector, element += P::kVector) {
-        typename P::V w[kGroupedRows];
-        reader.vectors(element, vector, w);
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) {
-          const typename P::V xv = P::load_x(x + m * x_stride + vector * P::kVector);
-#pragma GCC unroll 4
-          for (int r = 0; r < kGroupedRows; ++r)
-            acc[m * kGroupedRows + r] = P::add(acc[m * kGroupedRows + r], xv, w[r]);
-        }
+        reader.enter(element);
+        add_products<P, M>(
+            reader, vector, [&](int m) { return P::load_x(x + m * x_stride + vector * P::kVector); }, acc);
       }
     }
     if (element < count) {
@@ -193,18 +199,13 @@ void grouped_tile(const LinearBlock& block, const std::byte* tile, int first, fl
 #pragma GCC unroll 8
       for (int vector = 0; vector < kVectors; ++vector, element += P::kVector, x += P::kVector) {
         if (element >= count) break;
-        typename P::V w[kGroupedRows];
-        reader.vectors(element, vector, w);
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) {
-          const typename P::V xv = P::load_some_x(x + m * x_stride, smaller(P::kVector, count - element));
-#pragma GCC unroll 4
-          for (int r = 0; r < kGroupedRows; ++r)
-            acc[m * kGroupedRows + r] = P::add(acc[m * kGroupedRows + r], xv, w[r]);
-        }
+        reader.enter(element);
+        add_products<P, M>(
+            reader, vector,
+            [&](int m) { return P::load_some_x(x + m * x_stride, smaller(P::kVector, count - element)); }, acc);
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       float* const to = y + m * block.y_stride;
       if (n == kGroupedRows) {
@@ -237,9 +238,9 @@ VLLMLITE_INLINE void dequantize_rows(const LinearBlock& block, int i, int n, int
 #pragma GCC unroll 8
       for (int vector = 0; vector < Reader::C::kVectors; ++vector, element += P::kVector) {
         if (element >= count) break;
-        typename P::V w[kGroupedRows];
-        reader.vectors(element, vector, w);
-        for (int r = 0; r < rows; ++r) store(to[r] + element / kLine<P> * step[r] + element % kLine<P>, w[r]);
+        reader.enter(element);
+        for (int r = 0; r < rows; ++r)
+          store(to[r] + element / kLine<P> * step[r] + element % kLine<P>, reader.values(r, vector));
       }
     }
   }
@@ -271,6 +272,8 @@ void grouped(const LinearBlock& block) {
 #if defined(__AVX512F__) || defined(__aarch64__)
       grouped_tile<P, kBits, 3>,
       grouped_tile<P, kBits, 4>,
+      grouped_tile<P, kBits, 5>,
+      grouped_tile<P, kBits, 6>,
 #endif
   };
   static_assert(sizeof kTiles / sizeof *kTiles == kGroupedTileRows + 1);

@@ -230,7 +230,7 @@ std::size_t scratch_bytes(int m, int k) {
 }
 
 inline void add_bias(const LinearBlock& block) {
-  for (int i = 0; i < 2; ++i)
+  for (int i = 0; i < 2 && block.w[i] != nullptr; ++i)
     if (block.bias[i] != nullptr)
       for (int m = 0; m < block.m; ++m)
         for (int n = 0; n < block.n; ++n) block.y[m * block.y_stride + i * block.n + n] += block.bias[i][n];

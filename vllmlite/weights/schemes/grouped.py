@@ -129,14 +129,16 @@ class IntegerScheme(SlicedScheme):
 
     @property
     def grouped(self) -> GroupedScheme | None:
-        """The scheme of :meth:`to_grouped`; None for sizes of groups that kernels do not take."""
+        """The scheme of :meth:`to_grouped`; None if the size of groups is no multiple of :data:`GROUP_UNIT`."""
         if self.group_size is not None and self.group_size % GROUP_UNIT:
             return None
         return GroupedScheme(8 if self.bits == 8 else 4, self.group_size, self.symmetric)
 
     def to_grouped(self, weight: PackedWeight) -> PackedWeight | None:
-        """``weight`` in the scheme :attr:`grouped`. None if there is none, or if its groups do not have as many columns
-        each, as in some columns of a weight with ``desc_act``. ModelError for scales that are not finite."""
+        """Convert ``weight`` to the scheme :attr:`grouped`.
+
+        Returns None if there is no such scheme, or if the groups differ in their number of columns, as in a slice of a
+        weight with ``desc_act``. ModelError for scales that are not finite."""
         scheme, columns = self.grouped, weight.shape[1]
         if scheme is None:
             return None
