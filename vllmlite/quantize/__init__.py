@@ -1,4 +1,4 @@
-"""Writes quantised checkpoints, and packs weights that are rounded already."""
+"""Writing of quantised checkpoints, and packing of weights that are already rounded."""
 
 from vllmlite.quantize.checkpoint import Report, quantize_checkpoint
 from vllmlite.quantize.formats import FORMATS, METHODS

@@ -1,7 +1,7 @@
-"""AWQ (Lin et al. 2023): scales the input channels of products, so that those with large inputs are rounded finely.
+"""AWQ (Lin et al. 2023): scales the input channels of products, so that channels with large inputs are rounded finely.
 
-A factor of a channel multiplies the column of each weight that reads it, and divides what produces it: the weight of
-the norm before, or the rows of the product before. The floats compute what they did.
+The factor of a channel multiplies the column of each weight that reads it, and divides what produces it: the weight of
+the norm before, or the rows of the product before. In floats, the results of the layer do not change.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from vllmlite.quantize.rounding import Grid, channel_error, nearest
 from vllmlite.weights.host import Floats, HostTensor, float_tensor, float_values
 
 TRIES = 20
-"""Exponents of the inputs' mean magnitude that are tried, from 0."""
+"""The number of exponents of the inputs' mean magnitude to try, from 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Products that read the same channels, and what produces these."""
+    """Products that read the same channels, and the tensors that produce these."""
 
     readers: tuple[str, ...]
-    """Weights that are quantised."""
+    """The weights to quantise."""
     producers: tuple[str, ...]
-    """A norm's weight and bias, or the weight and bias of a product: their rows are divided."""
+    """The weight and bias of a norm or of a product, whose rows are divided."""
     other_readers: tuple[str, ...] = ()
-    """Weights that stay in floats: a router's and a shared gate's."""
+    """The weights that stay in floats: those of a router and of a shared expert's gate."""
 
 
 def folds(spec: DecoderSpec, layer: int, names: Mapping[str, HostTensor]) -> list[Fold]:
-    """The places of a layer where factors can be folded exactly. ``names`` are the layer's tensors."""
+    """The places in a layer where factors can be folded exactly. ``names`` are the layer's tensors."""
     prefix = f"{layer}."
 
     def known(*wanted: str) -> tuple[str, ...]:
@@ -78,8 +78,8 @@ def fold_factors(
 ) -> set[str]:
     """Scale the float32 ``tensors`` of a layer in place, and return the names of those that changed.
 
-    ``dtypes``: in which the checkpoint stores tensors that stay in floats. ``unit_offset``: a norm's weight is stored
-    less one."""
+    ``dtypes`` are those in which the checkpoint stores tensors that stay in floats. ``unit_offset``: norm weights are
+    stored minus one."""
     changed: set[str] = set()
     for place in places:
         read = [name for name in place.readers if moments[name].rows]
@@ -99,7 +99,7 @@ def fold_factors(
 def _best_factors(
     weights: Mapping[str, Floats], moments: Mapping[str, Moments], grids: Mapping[str, Grid]
 ) -> Floats | None:
-    """The factors of least error of the outputs; None if none are better than ones."""
+    """The factors that give the least error of the outputs, or None if none are better than ones."""
     unique = {id(moments[name]): moments[name] for name in weights}.values()
     mean = sum(one.magnitude for one in unique) / sum(one.rows for one in unique)
     best, least = None, np.inf
@@ -122,8 +122,8 @@ def _divide(
     factors: Floats,
     unit_offset: bool,
 ) -> Floats:
-    """Divide the rows of ``producers`` by ``factors``. A norm is rounded to its stored dtype; what it was divided by in
-    truth is returned, so that rounding it changes nothing."""
+    """Divide the rows of ``producers`` by ``factors``. Norm weights are rounded to their stored dtype; the factors by
+    which they were actually divided are returned, so that this rounding changes no results."""
     for name in producers:
         before = float_values(tensors[name])
         if before.ndim == 2:
@@ -143,7 +143,7 @@ def _divide(
 
 
 def _rescale(moments: Mapping[str, Moments], place: Fold, factors: Floats) -> None:
-    """Make ``moments`` those of the divided inputs."""
+    """Change ``moments`` to those of the divided inputs."""
     for one in {id(moments[name]): moments[name] for name in place.readers}.values():
         one.gram /= np.outer(factors, factors)
         one.magnitude /= factors

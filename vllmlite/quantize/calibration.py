@@ -1,7 +1,7 @@
-"""Calibration: runs text through a model, a layer at a time, and measures what the layer's products read.
+"""Calibration: runs text through a model, one layer at a time, and measures the inputs of the layer's products.
 
-A layer runs as a decoder of its own, whose embedding table is the hidden states that the layer before it left, one row
-for each token. So no more than a layer's weights are in memory, whatever the family does in a layer.
+A layer runs as a decoder of its own, whose embedding table is the hidden states after the previous layer, one row for
+each token. So only one layer's weights are in memory, for every family.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from vllmlite.weights.packing import Packing
 from vllmlite.weights.parts import TABLE, ModelWeights, Source
 
 WINDOW = 512
-"""Tokens of a sequence."""
+"""Length of a calibration sequence in tokens."""
 BLOCK = 64
-"""Tokens of a block of the key/value cache."""
+"""Size of a block of the key/value cache in tokens."""
 
 
 @dataclass(slots=True)
 class Moments:
-    """What is known of the inputs of a product."""
+    """Sums over the inputs of a product."""
 
     gram: NDArray[np.float32]
     """``[in, in]``: the sum of the inputs' outer products."""
@@ -48,11 +48,11 @@ class Moments:
 
     @classmethod
     def of_size(cls, size: int) -> Moments:
-        """Of no inputs so far."""
+        """The moments of no inputs, for products with ``size`` input channels."""
         return cls(np.zeros((size, size), np.float32), np.zeros(size))
 
     def add(self, inputs: Floats) -> None:
-        """Count inputs ``[rows, in]``."""
+        """Add inputs ``[rows, in]``."""
         self.gram += inputs.T @ inputs
         self.magnitude += np.abs(inputs).sum(0, dtype=np.float64)
         self.rows += len(inputs)
@@ -73,19 +73,19 @@ class Calibration:
         backend.append_blocks(self.slots, np.zeros_like(columns), columns, columns)
 
     def embedded(self, tensors: Mapping[str, HostTensor], ids: NDArray[np.int32]) -> Floats:
-        """Hidden states ``[T, hidden]`` in front of the first layer."""
+        """Return the hidden states ``[T, hidden]`` before the first layer."""
         bare = replace(self.spec, layers=(), final_norm=False)
         return self._run(self._decoder(bare, tensors, self.backend), ids)
 
     def measure(self, layer: int, tensors: Mapping[str, HostTensor], hidden: Floats) -> dict[str, Moments]:
-        """The moments of what each product of a layer reads, by the names of its weights. ``tensors``: float32 tensors
-        of the layer by the model's names; ``hidden``: hidden states in front of it."""
+        """Return the moments of the inputs of each product of a layer, by the name of its weight. ``tensors`` are the
+        layer's float32 tensors by the model's names, ``hidden`` the hidden states before it."""
         observer = _Observer(self.backend, {id(tensor): name for name, tensor in tensors.items()})
         self._through(layer, tensors, hidden, observer)
         return observer.moments
 
     def through(self, layer: int, tensors: Mapping[str, HostTensor], hidden: Floats) -> Floats:
-        """Hidden states behind a layer."""
+        """Return the hidden states after a layer."""
         return self._through(layer, tensors, hidden, self.backend)
 
     def _through(self, layer: int, tensors: Mapping[str, HostTensor], hidden: Floats, backend: Any) -> Floats:
@@ -124,7 +124,7 @@ class Calibration:
 
 
 def _batch(ids: NDArray[np.int32]) -> ForwardBatch:
-    """A whole sequence in one step."""
+    """A batch of a whole sequence in one step."""
     count = len(ids)
     one, zero = np.array([count], np.int32), np.zeros(1, np.int32)
     return ForwardBatch(
@@ -144,10 +144,10 @@ def _batch(ids: NDArray[np.int32]) -> ForwardBatch:
 
 
 class _Observer:
-    """A backend that measures the inputs of products and leaves everything to another one."""
+    """Measures the inputs of products and passes all ops on to another backend."""
 
     def __init__(self, backend: Backend, names: Mapping[int, str]) -> None:
-        """``names``: those of tensors by their identity."""
+        """``names`` are those of tensors by their ``id()``."""
         self._backend, self._names = backend, names
         self._products: dict[int, tuple[LinearWeight, list[str]]] = {}
         self.moments: dict[str, Moments] = {}

@@ -1,4 +1,4 @@
-"""The formats that quantised checkpoints are written in, and the ``quantization_config`` of each."""
+"""The formats of written quantised checkpoints, and the ``quantization_config`` of each."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ FLOAT8_BLOCK = 128
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What can be chosen in a format; the first of several is the default."""
+    """The options of a format; the first value of several is the default."""
 
     bits: tuple[int, ...]
     group_size: int
     any_group: bool = False
-    """Other group sizes are possible, -1 for a whole row too."""
+    """Whether other group sizes are possible, and -1 for a whole row."""
     symmetric: tuple[bool, ...] = (True,)
     methods: tuple[str, ...] = ("rtn",)
     act_order: bool = False
-    """GPTQ may round columns in the order of their importance."""
+    """Whether GPTQ may round columns in the order of their importance."""
     head: bool = False
-    """The output layer can be quantised."""
+    """Whether the output layer can be quantised."""
 
 
 FORMATS = {
@@ -45,15 +45,15 @@ FORMATS = {
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a checkpoint is quantised to, and how. Raises ParameterError for what its format does not have."""
+    """The format and the options of quantisation. Raises ParameterError for options that the format does not have."""
 
     format: str
     method: str = "rtn"
     bits: int | None = None
     group_size: int | None = None
-    """Columns that share a scale; -1: a whole row. None: the format's default."""
+    """Number of columns that share a scale; -1: a whole row, None: the format's default."""
     symmetric: bool | None = None
-    """Zero is the middle code of every group. None: the format's default."""
+    """Whether zero is the middle code of every group; None: the format's default."""
     act_order: bool = False
     head: bool = False
 

@@ -13,15 +13,15 @@ from vllmlite.weights.host import Floats
 from vllmlite.weights.packers import Rounded
 
 BLOCK = 128
-"""Columns after which the columns beyond are corrected."""
+"""Number of columns after which the columns beyond them are corrected."""
 DAMPING = 0.01
-"""What is added to the diagonal of the inputs' products, as a part of its mean."""
+"""The fraction of the mean of the Gram matrix's diagonal that is added to the diagonal."""
 
 
 def gptq(weight: Floats, grid: Grid, gram: NDArray[np.float32], *, act_order: bool = False) -> Rounded:
-    """``weight [out, in]`` rounded so that products with inputs whose products are ``gram [in, in]`` stay close.
+    """Round ``weight [out, in]`` so that products stay close for inputs with the Gram matrix ``gram [in, in]``.
 
-    ``act_order``: round columns with large inputs first, with scales of the original weight ("static groups")."""
+    ``act_order`` rounds columns with large inputs first, with scales of the original weight ("static groups")."""
     rows, columns = weight.shape
     size = grid.group_size
     order = np.argsort(-np.diagonal(gram), kind="stable") if act_order else np.arange(columns)
@@ -59,8 +59,8 @@ def gptq(weight: Floats, grid: Grid, gram: NDArray[np.float32], *, act_order: bo
 
 
 def _inverse_factor(gram: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The upper Cholesky factor of the inverse of ``gram``, whose diagonal is raised by :data:`DAMPING`; inputs that
-    are always 0 are taken for 1."""
+    """The upper Cholesky factor of the inverse of ``gram``, whose diagonal is raised by :data:`DAMPING`; the diagonal
+    of inputs that are always 0 is taken as 1."""
     damped = gram.astype(np.float64)
     diagonal = np.diagonal(damped).copy()
     diagonal[diagonal == 0] = 1

@@ -1,4 +1,4 @@
-"""Packs weights that a user has rounded in a framework of their own into the tensors of a checkpoint."""
+"""Packs weights that were rounded by another framework into the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NUMPY = {
     "float8_e4m3": "u1",
 }  # fmt: skip
 TOLERANCE = 0.25
-"""How far a float may be from the value of its code, as a part of the scale. bfloat16 cannot hold 8-bit codes."""
+"""Largest difference of a float from the value of its code, relative to the scale; bfloat16 cannot hold 8-bit codes."""
 
 
 def pack(
@@ -42,8 +42,8 @@ def pack(
     bits: int | None = None,
     group_of: Any = None,
 ) -> dict[str, NDArray[Any]]:
-    """The tensors that a checkpoint in ``format`` stores for a weight that has been rounded already, by suffix: what
-    takes the place of ``weight`` in the weight's name.
+    """Return the tensors that a checkpoint in ``format`` stores for a weight that is already rounded, by the suffix
+    that replaces ``weight`` in the weight's name.
 
     ``weight`` ``[out, in]`` holds integer codes, or floats that are (code - zero) * scale already. ``scales`` are
     ``[out, groups]``, or ``[out]`` for one scale in a row, of groups of adjacent columns, unless ``group_of`` ``[in]``
@@ -129,7 +129,7 @@ def _pack_float8(values: NDArray[Any], scales: Floats, zeros: Any, group_of: Any
 def _codes(
     values: NDArray[Any], scales: Floats, zeros: NDArray[np.int64], largest: int, *, signed: bool
 ) -> NDArray[np.uint8]:
-    """Unsigned codes of what ``values`` holds: codes, or floats that have been rounded."""
+    """The unsigned codes of ``values``, which are codes or rounded floats."""
     if np.issubdtype(values.dtype, np.integer):
         shift = zeros if signed else 0
         low = -(largest + 1) // 2 if signed else 0

@@ -1,4 +1,4 @@
-"""What is kept of a run that is interrupted: the layers that are done, and the hidden states behind them."""
+"""The state of an interrupted run: the layers that are written, and the hidden states after them."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ TOKENS = "tokens.npy"
 
 @dataclass(slots=True)
 class Progress:
-    """The directory in which a checkpoint is made, and how far it is."""
+    """The directory in which a checkpoint is written, and how many layers are done."""
 
     work: Path
     digest: str
-    """Of everything that the result depends on."""
+    """A hash of everything that the result depends on."""
     layers: int = 0
     notes: list[str] = field(default_factory=list)
 
     @classmethod
     def open(cls, work: Path, source: Path, given: Sequence[Any]) -> Progress:
-        """Make the directory ``work``, or find how far an earlier run with the same ``source`` and arguments came.
-        ParameterError where that run was another one."""
+        """Create the directory ``work``, or read the progress of an earlier run with the same ``source`` and arguments.
+        ParameterError if that run had other arguments."""
         files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.iterdir())
         digest = hashlib.sha256(repr((__version__, str(source.resolve()), files, given)).encode()).hexdigest()
         work.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Progress:
         return progress
 
     def tokens(self, make: Callable[[], NDArray[np.int32]]) -> NDArray[np.int32]:
-        """The tokens of the calibration text, made once."""
+        """The tokens of the calibration text, computed only once."""
         path = self.work / TOKENS
         if not path.exists():
             _replace(path, make())
@@ -61,14 +61,14 @@ class Progress:
         return found
 
     def hidden(self) -> Floats | None:
-        """The hidden states behind the last layer that is done; None if there is none."""
+        """The hidden states after the last layer that is done, or None if there are none."""
         if not self.layers:
             return None
         found: Floats = np.load(self._hidden(self.layers))
         return found
 
     def done(self, layers: int, hidden: Floats | None, notes: Sequence[str]) -> None:
-        """Note that so many ``layers`` are written."""
+        """Record that this number of ``layers`` is written."""
         if hidden is not None:
             _replace(self._hidden(layers), hidden)
         self.layers, self.notes = layers, list(notes)
@@ -76,14 +76,14 @@ class Progress:
         self._hidden(layers - 1).unlink(missing_ok=True)
 
     def finish(self, target: Path) -> None:
-        """Make the directory that of the finished checkpoint."""
+        """Rename the directory to that of the finished checkpoint."""
         for name in (STATE, TOKENS, self._hidden(self.layers).name):
             (self.work / name).unlink(missing_ok=True)
         self.work.chmod(0o755)
         self.work.rename(target)
 
     def discard(self) -> None:
-        """Remove everything."""
+        """Delete the directory."""
         shutil.rmtree(self.work)
 
     def _hidden(self, layers: int) -> Path:
@@ -100,7 +100,7 @@ class Progress:
 
 
 def _replace(path: Path, array: NDArray[Any]) -> None:
-    """Write ``array`` to ``path``, all or nothing."""
+    """Replace the file ``path`` by ``array``, atomically."""
     temporary = path.with_suffix(".new")
     with temporary.open("wb") as file:
         np.save(file, array)

@@ -12,16 +12,16 @@ from vllmlite.weights.host import Floats, Scheme
 from vllmlite.weights.packers import Rounded, stored_scales
 
 SHRINKS = 20
-"""Ranges that are tried for a group: its whole range, and ever smaller ones."""
+"""Number of ranges to try for a group: its whole range, and ever smaller ones."""
 SMALLEST = 0.6
-"""The smallest range that is tried, as a part of the whole."""
+"""The smallest range to try, as a fraction of the whole."""
 CHUNK = 1 << 20
-"""Elements whose scales are searched at a time."""
+"""Number of elements whose scales are searched at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The integers that a weight is rounded to, and where its scales are stored."""
+    """The integers to which a weight is rounded, and the scheme that stores them."""
 
     bits: int
     group_size: int
@@ -34,8 +34,8 @@ class Grid:
         return (1 << self.bits) - 1
 
     def scales(self, low: Floats, high: Floats, shrink: float = 1.0) -> tuple[Floats, Floats]:
-        """Scales and zeros of groups with elements from ``low`` to ``high``, of which a part ``shrink`` of the range is
-        covered."""
+        """Scales and zeros of groups with elements from ``low`` to ``high``, of which the fraction ``shrink`` of the
+        range is covered."""
         if self.symmetric:
             middle = (self.largest + 1) // 2
             scales = np.maximum(-low / middle, high / (middle - 1)) * np.float32(shrink)
@@ -62,8 +62,8 @@ class Grid:
 def nearest(
     weight: Floats, grid: Grid, gram: NDArray[np.float32] | None = None, *, search: bool = True
 ) -> Rounded:
-    """``weight [out, in]`` rounded to nearest. With ``search`` the scale of each group is the one of least squared
-    error among :data:`SHRINKS` ranges; with ``gram [in, in]``, the inputs' products, of least error of the output."""
+    """Round ``weight [out, in]`` to nearest. With ``search``, the scale of each group is that of :data:`SHRINKS` ranges
+    with the least squared error, or with ``gram [in, in]``, the inputs' Gram matrix, the least error of the output."""
     scales, zeros = group_scales(weight, grid, gram, search=search)
     rows, columns = weight.shape
     groups = weight.reshape(rows, -1, grid.group_size)
@@ -76,7 +76,7 @@ def nearest(
 def group_scales(
     weight: Floats, grid: Grid, gram: NDArray[np.float32] | None = None, *, search: bool = True
 ) -> tuple[Floats, Floats]:
-    """Scales and zeros ``[out, groups]`` of ``weight``, as :func:`nearest` chooses them."""
+    """Scales and zeros ``[out, groups]`` of ``weight``, chosen as by :func:`nearest`."""
     rows, columns = weight.shape
     size = grid.group_size
     groups = weight.reshape(rows, -1, size)
@@ -117,20 +117,20 @@ def _errors(
 
 
 def _diagonal_blocks(gram: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """The products of inputs of the same group ``[groups, size, size]``."""
+    """The parts of ``gram`` within a group: ``[groups, size, size]``."""
     groups = len(gram) // size
     index = np.arange(groups)
     return np.ascontiguousarray(gram.reshape(groups, size, groups, size)[index, :, index])
 
 
 def chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Spans of rows of about :data:`CHUNK` elements."""
+    """Slices of rows with about :data:`CHUNK` elements."""
     step = max(CHUNK // columns, 1)
     for first in range(0, rows, step):
         yield slice(first, min(first + step, rows))
 
 
 def channel_error(weight: Floats, rounded: Floats, gram: NDArray[np.float32]) -> float:
-    """The squared error of the output of a product over the inputs whose products are ``gram``."""
+    """The squared error of a product's outputs over inputs with the Gram matrix ``gram``."""
     errors = rounded - weight
     return float(np.sum((errors @ gram) * errors, dtype=np.float64))
