@@ -99,6 +99,7 @@ class Section(NamedTuple):
 
 def sections(blocks: list[Block], seen: set[str], plain: bool) -> list[Section]:
     """Group blocks under their headings. Keeps readable prose that is not in `seen`, and the blocks that it introduces.
+
     With `plain`, keeps only paragraphs of ordinary words: the English of a manual without the symbols of its subject.
     """
     found = [Section("", [])]

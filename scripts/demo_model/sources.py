@@ -24,6 +24,7 @@ RESULT: Final = "GPL-3+"
 @dataclass(frozen=True, slots=True)
 class Manual:
     """A package whose documentation is used by name, under `licence`, as granted by `quote` in its copyright file.
+
     `pages` are globs (whose `*` also matches `/`) of the package's files, `title` is the book's usual name, and
     `repeat` says how often an epoch shows its text. Text with `about_debian` makes up most of the second stage.
     """
@@ -425,6 +426,7 @@ def is_allowed(expression: str) -> bool:
 
 def cleared_licences(copyright_file: str) -> tuple[str, ...] | None:
     """The licences of the files in a machine-readable copyright file.
+
     None if one of them, or of the licences that it merely quotes, is not allowed, or if the file has another form.
     """
     if "copyright-format" not in copyright_file[:400]:

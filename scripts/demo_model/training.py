@@ -18,6 +18,7 @@ from .model import Llama, Shape
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """All parameters of the training.
+
     The learning rate is constant after `warmup` and falls linearly to zero over the last `decay` of the `steps`; the
     last `finish` of them are the second stage, with rows of the whole context.
     """
@@ -61,6 +62,7 @@ class Log:
 
 def rows(tokens: Tokens, length: int, seed: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int32]]]:
     """Endless rows of `length` + 1 tokens with the document number of each; documents are shuffled in every epoch.
+
     A document that is cut at the end of a row continues in the next as if it were another; rows are independent.
     """
     left_ids, left_numbers = np.empty(0, np.uint16), np.empty(0, np.int32)

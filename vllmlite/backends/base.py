@@ -293,7 +293,7 @@ class Backend(ABC):
 
     @abstractmethod
     def memory(self) -> Memory:
-        """Total and free bytes of the device's memory, as it stands."""
+        """Current total and free bytes of the device's memory."""
 
     # Weights
 

@@ -18,7 +18,7 @@ from vllmlite.errors import BackendError, ParameterError, not_installed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendRequest:
-    """What is asked of a backend. Raises :class:`ParameterError` for values that no backend has."""
+    """The options that a backend must support. Raises :class:`ParameterError` for values that no backend has."""
 
     backend: str = "auto"
     """``auto`` or a name in ``CANDIDATES``."""

@@ -43,8 +43,9 @@ def own_config(kind: str) -> dict[str, Any]:
 
 
 def read_quantization(config: HfConfig, path: Path) -> Quantization | None:
-    """Return what ``config``, or an older file beside it, says of the checkpoint at ``path``; None if its weights are
-    floats, whatever they say. Raises ModelError for a format that is not read, and for values that it does not have."""
+    """Return the quantisation of the checkpoint at ``path`` by ``config`` or an older file next to it, or None if its
+    weights are floats, whatever these say. Raises ModelError for formats that are not supported and for values that a
+    format does not have."""
     section = config.section("quantization_config") or config.section("compression_config")
     method = None
     if section is None:
