@@ -1,7 +1,8 @@
 """Whatever interrupts a call, the engine is then as it was before the call or as it would be after it.
 
-The tests marked slow interrupt at a random sample of points, the same in every run; with ``VLLMLITE_ALL_INTERRUPTS=1``
-in the environment at every fifth point and by 200 signals of a timer, which takes a quarter of an hour."""
+The tests interrupt at a random sample of points, the same in every run; those marked slow at a larger one, or, with
+``VLLMLITE_ALL_INTERRUPTS=1`` in the environment, at every fifth point and by 200 signals of a timer, which takes a
+quarter of an hour."""
 
 from __future__ import annotations
 
@@ -224,7 +225,7 @@ def test_no_output_is_lost(depth: int) -> None:
     want, counts = run_interrupted(depth, [])
     assert sum(len(completion[2]) for output in want for completion in output) > 40
     rng = random.Random(depth)
-    for _ in range(30):
+    for _ in range(200 if ALL_INTERRUPTS else 10):
         numbers = [rng.randint(1, count) if rng.random() < 0.3 else None for count in counts]
         assert run_interrupted(depth, numbers)[0] == want, numbers
 
