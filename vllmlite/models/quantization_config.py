@@ -54,6 +54,13 @@ def read_quantization(config: HfConfig, path: Path) -> Quantization | None:
             return None
         section, method = HfConfig.of_file(file), FILES[file.name]
         section = section.section("quantization") or section
+    found = parse_quantization(section, method)
+    return None if not found.own and _are_floats(path, "quantization_config") else found
+
+
+def parse_quantization(section: HfConfig, method: str | None = None) -> Quantization:
+    """Return what a ``quantization_config`` says; ``method`` is its method if it does not name one. Raises ModelError
+    for a format that is not read, and for values that it does not have."""
     if section.get("quant_method") is not None:
         method = section.get("quant_method")
     elif section.get("load_in_4bit") is not None or section.get("load_in_8bit") is not None:
@@ -69,7 +76,7 @@ def read_quantization(config: HfConfig, path: Path) -> Quantization | None:
         logger.info(
             "%s: keys that are not known have no effect: %s", section.where, ", ".join(sorted(unread))
         )
-    return None if name != OWN and _are_floats(path, "quantization_config") else found
+    return found
 
 
 def _are_floats(path: Path, source: str) -> bool:

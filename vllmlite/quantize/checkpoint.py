@@ -19,7 +19,7 @@ from vllmlite.errors import ModelError, ParameterError, VllmliteError
 from vllmlite.hub.snapshot import CONFIG_FILES, INDEX
 from vllmlite.models import open_model, read_spec
 from vllmlite.models.hf_config import HfConfig
-from vllmlite.models.quantization_config import read_quantization
+from vllmlite.models.quantization_config import parse_quantization
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import sources, stored_schemes
 from vllmlite.quantize.awq import fold_factors, folds
@@ -148,7 +148,7 @@ class _Plan:
 
     @classmethod
     def of(cls, source: Path, spec: DecoderSpec, weights: ModelWeights, settings: Settings) -> _Plan:
-        """ModelError for tensors that the format cannot store."""
+        """Plan the checkpoint. Raises ModelError for tensors that the format cannot store."""
         gates = [
             one.key.removesuffix(".weight")
             for name, one in sources(spec).items()
@@ -157,7 +157,7 @@ class _Plan:
         if not settings.head and spec.keys.head != "lm_head":
             gates.append(spec.keys.head)
         config: dict[str, Any] = {"quantization_config": settings.config(gates)}
-        quantization = read_quantization(HfConfig(config, "quantization_config"), source)
+        quantization = parse_quantization(HfConfig(config["quantization_config"], "quantization_config"))
         made = replace(spec, quantization=quantization)
         if settings.head and spec.tie_word_embeddings:
             config["tie_word_embeddings"] = False
