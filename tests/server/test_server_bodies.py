@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,9 +24,17 @@ from vllmlite.errors import ParameterError
 from vllmlite.server.body import MAX_NODES, MAX_VALUES, Structure
 from vllmlite.server.conversation import is_small
 from vllmlite.server.protocol.base import MAX_MESSAGES, MAX_TOOLS
+from vllmlite.server.service import Service
 
 CHAT, MESSAGES, RESPONSES, COMPLETION = "/v1/chat/completions", "/v1/messages", "/v1/responses", "/completion"
 HI = {"role": "user", "content": "a"}
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Service]:
+    with serving() as service:
+        yield service
+
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(alphabet='\\"{}[],:a€😀\x01'),
@@ -78,7 +88,28 @@ def test_arguments_of_a_call_are_bounded() -> None:
         normalised([HI, {"role": "assistant", "tool_calls": [call]}])
 
 
-def test_huge_bodies_are_refused_in_the_form_of_each_api() -> None:
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b'{"prompt": "caf\xe9"}', "not JSON in UTF-8: 'utf-8' codec can't decode byte 0xe9 in position 15"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "not JSON in UTF-8: .*digits"),
+        (b"[" * 50_000 + b"]" * 50_000, "the body is nested too deeply"),
+        (b'{"prompt": "a",}', "the body is not JSON: .* at character"),
+        ('{"prompt": "a"}'.encode("utf-16"), "not JSON in UTF-8: it has NUL bytes"),
+    ],
+)
+def test_a_body_that_cannot_be_parsed_is_told_why(plain: Service, body: bytes, reason: str) -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        answer = await client.post(
+            "/v1/completions", content=body, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 400
+        assert re.search(reason, answer.json()["error"]["message"]), answer.text
+
+    ask(plain, work)
+
+
+def test_huge_bodies_are_refused_in_the_form_of_each_api(plain: Service) -> None:
     function = {"type": "function", "function": {"name": "f"}}
     cases: list[tuple[str, dict[str, Any], str, str | None]] = [
         (CHAT, {"messages": [HI] * (MAX_MESSAGES + 1)}, f"at most {MAX_MESSAGES} items", "messages"),
@@ -103,5 +134,4 @@ def test_huge_bodies_are_refused_in_the_form_of_each_api() -> None:
         answer = await client.post(CHAT, json={"messages": [HI], "max_tokens": 1})
         assert answer.status_code == 200, answer.text
 
-    with serving() as service:
-        ask(service, work)
+    ask(plain, work)

@@ -146,7 +146,10 @@ async def _answer_disconnected(request: Request, error: Exception) -> Response:
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = str(error.detail)
+    cause = error.__cause__  # why FastAPI could not parse the body
+    if isinstance(cause, RecursionError):
+        return error_response(as_api_error(cause), request.scope)
+    message = str(error.detail) if cause is None else f"the body is not JSON in UTF-8: {cause}"
     if error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
         message = f"{request.method} {request.url.path}: {message}"
     elif "content-encoding" in request.headers:
