@@ -20,6 +20,7 @@
 namespace vllmlite::cuda {
 
 constexpr int kColumnsOfTile = 8, kMostColumnTiles = 4, kStages = 2;
+constexpr int kPartialsAtOnce = 16;  // work items whose partial sums a thread reads at a time
 
 // Rows are padded by one access of 16 bytes, so that eight of them lie in different banks.
 template <typename T, int kSize>
@@ -365,22 +366,41 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
     __syncthreads();
     if (!shared.last) continue;
     __threadfence();
-    for (int i = thread; i < columns * size; i += kWarps * 32) {
+    // Each thread takes four elements at a time, and reads the partial sums of several items before it uses them.
+    for (int i = thread * 4; i < columns * size; i += kWarps * 32 * 4) {
       const int column = i / size, at = i % size;
-      float most = -INFINITY, all = 0, sum = 0;
-#pragma unroll 4
-      for (int n = item.first; n < item.first + item.count; ++n) {
-        const std::int64_t there = place_of_partial(n, column);
-        const float2 state = __ldcg(states + there);
-        const float value = __ldcg(partial + there * size + at);
-        if (state.x == -INFINITY) continue;
-        const float next = fmaxf(most, state.x);
-        const float kept = most == -INFINITY ? 0 : exp2_fast(most - next), part = exp2_fast(state.x - next);
-        all = all * kept + state.y * part;
-        sum = sum * kept + value * part;
+      float most = -INFINITY, all = 0;
+      float4 sum = make_float4(0, 0, 0, 0);
+      for (int begin = 0; begin < item.count; begin += kPartialsAtOnce) {
+        float2 found_states[kPartialsAtOnce];
+        float4 found[kPartialsAtOnce];
+#pragma unroll
+        for (int n = 0; n < kPartialsAtOnce; ++n) {
+          const bool there = begin + n < item.count;
+          const std::int64_t place = place_of_partial(item.first + begin + n, column);
+          found_states[n] = there ? __ldcg(states + place) : make_float2(-INFINITY, 0);
+          found[n] = there ? __ldcg(reinterpret_cast<const float4*>(partial + place * size + at)) : float4{};
+        }
+        float next = most;
+#pragma unroll
+        for (const float2& state : found_states) next = fmaxf(next, state.x);
+        if (next == -INFINITY) continue;
+        const float kept = exp2_fast(most - next);
+        all *= kept;
+        sum = make_float4(sum.x * kept, sum.y * kept, sum.z * kept, sum.w * kept);
+#pragma unroll
+        for (int n = 0; n < kPartialsAtOnce; ++n) {
+          const float factor = exp2_fast(found_states[n].x - next);
+          all += found_states[n].y * factor;
+          sum.x += found[n].x * factor;
+          sum.y += found[n].y * factor;
+          sum.z += found[n].z * factor;
+          sum.w += found[n].w * factor;
+        }
         most = next;
       }
-      out[place_of(column) + at] = narrow<T>(sum / all);
+      *reinterpret_cast<uint2*>(out + place_of(column) + at) =
+          make_uint2(pair<T>(sum.x / all, sum.y / all), pair<T>(sum.z / all, sum.w / all));
     }
   }
 #endif
