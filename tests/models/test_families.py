@@ -371,7 +371,7 @@ def test_unsupported_backends_of_a_model_are_named(tmp_path: Path) -> None:
     quantize_checkpoint(tmp_path / "floats", tmp_path / "int8", "int8")
     assert declining(plan_model(tmp_path / "int8")) == {}
     write_checkpoint(tmp_path / "12b", "StableLm", qk_layernorm=True)
-    lacks = "StableLmForCausalLM runs on cpu, torch alone"
+    lacks = "StableLmForCausalLM runs on cpu, torch only"
     assert declining(plan_model(tmp_path / "12b")) == {"cuda": lacks}
     report = env.gather(ask_backends=False, model=str(tmp_path / "12b"))
     assert report["model"]["declines"] == {"cuda": lacks}
@@ -380,10 +380,10 @@ def test_unsupported_backends_of_a_model_are_named(tmp_path: Path) -> None:
     assert declining(plan_model(tmp_path / "floats")) == {}
     edit_config(tmp_path / "floats", num_local_experts=4097)
     assert declining(plan_model(tmp_path / "floats")) == {
-        "cuda": "MixtralForCausalLM runs on cpu, torch alone"
+        "cuda": "MixtralForCausalLM runs on cpu, torch only"
     }
     plan = plan_model(tmp_path / "floats", "transformers")
-    alone = "MixtralForCausalLM runs on torch alone"
+    alone = "MixtralForCausalLM runs on torch only"
     assert declining(plan) == {"cpu": alone, "cuda": alone}
     assert "does not run" in env.as_text(env.gather(ask_backends=False, model=str(tmp_path / "none")))
 
