@@ -204,6 +204,24 @@ def test_the_cuda_backend_multiplies_what_is_packed(name: str, dtype: str, tmp_p
     np.testing.assert_allclose(logits(packed, backend), expected, rtol=0, atol=bound)
 
 
+def test_experts_count_as_floats_where_the_backend_dequantises_them(tmp_path: Path) -> None:
+    architecture, changes = FAMILIES["mixture"]
+    packed, _ = quantised(tmp_path, PACKERS["gptq asymmetric"], architecture, **changes)
+
+    class Multiplying(TorchBackend):
+        schemes = frozenset({"w4a16"})
+
+    class Dequantising(Multiplying):
+        packs_experts = False
+
+    spec = read_spec(packed)
+    names = [name for name, source in sources(spec).items() if source.product and ".experts." in name]
+    assert names
+    for backend, packs in ((Multiplying(), True), (Dequantising(), False)):
+        weights = open_model(packed, spec, Packing(backend))
+        assert all((weights.packed_scheme(name) is not None) == packs for name in names)
+
+
 @pytest.mark.parametrize("name", PACKERS)
 def test_slices_dequantise_to_slices_of_the_whole(name: str, tmp_path: Path) -> None:
     """Slices as two ranks take them: rows of q and the MLP, columns of o and down."""

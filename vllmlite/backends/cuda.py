@@ -45,6 +45,7 @@ class CudaBackend(NativeBackend):
     missing. ``batch_invariant``: in 16 bits too, an output row is a function of its own input row alone."""
 
     name: ClassVar[str] = "cuda"
+    packs_experts: ClassVar[bool] = False
     asynchronous = True
 
     def __init__(

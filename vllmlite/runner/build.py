@@ -109,6 +109,9 @@ def build_runner(
         for scheme in dict.fromkeys(stored_schemes(plan.spec).values()) or [None]:
             stored = plan.dtype if scheme is None else scheme.name
             choice += f"; {stored} weights {packing.treatment(scheme)}"
+            mixture = any(layer.moe is not None for layer in plan.spec.layers)
+            if mixture and packing.scheme(scheme) is not None and not backend.packs_experts:
+                choice += f", but those of experts dequantised to {backend.dtype}"
     longest = config.max_model_len or plan.max_position_embeddings
     num_positions = _least(backend, most_positions(config, backend, plan, longest))
     model = load_planned(
