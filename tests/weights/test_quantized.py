@@ -343,7 +343,7 @@ def test_codes_and_scales_must_fit() -> None:
 
 
 def test_an_unknown_scheme_is_refused() -> None:
-    with pytest.raises(ParameterError, match="must be int8, int4, awq"):
+    with pytest.raises(ParameterError, match="must be int8, int4, auto-round, awq"):
         EngineConfig(quantization="int3")
 
 
@@ -496,7 +496,7 @@ def edited(path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"quant_method": "aqlm"}, "quant_method='aqlm'; accepted: awq"),
+        ({"quant_method": "aqlm"}, "quant_method='aqlm'; accepted: auto-round, awq"),
         ({}, None),
         ({"format": "int8"}, "quant_method is absent"),
         ({"quant_method": "vllmlite", "group_size": 64, "format": "int8"}, "group_size=64; accepted: 32"),
