@@ -12,13 +12,13 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vllmlite.models.families import FAMILIES
-from vllmlite.models.shells import SHELLS
+from vllmlite.models.multimodal import MULTIMODAL
 
 
 def table() -> dict[str, Any]:
     """Return the file's content."""
     families = {family.model_type for family in FAMILIES.values()}
-    model_types = sorted(families | {shell.model_type for shell in SHELLS.values()})
+    model_types = sorted(families | {shell.model_type for shell in MULTIMODAL.values()})
     return {
         "transformers": transformers.__version__,
         "families": {model_type: _family(CONFIG_MAPPING[model_type]) for model_type in model_types},

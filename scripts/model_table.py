@@ -7,8 +7,8 @@ from pathlib import Path
 
 from vllmlite.models.families import FAMILIES
 from vllmlite.models.gguf_families import FAMILIES as GGUF_FAMILIES
+from vllmlite.models.multimodal import MULTIMODAL
 from vllmlite.models.plan import Plan, declining
-from vllmlite.models.shells import SHELLS
 
 
 def table() -> list[str]:
@@ -18,7 +18,7 @@ def table() -> list[str]:
     for name, family in FAMILIES.items():
         formats = "safetensors, PyTorch" + ", GGUF" * (name in in_gguf)
         lines.append(f"| {family.title} | `{name}` | {formats} | {_backends('native', name)} |")
-    for name, shell in SHELLS.items():
+    for name, shell in MULTIMODAL.items():
         backends = _backends("native", name)
         lines.append(f"| {shell.title}, text alone | `{name}` | safetensors, PyTorch | {backends} |")
     lines.append(f"| any other causal model | | safetensors | {_backends('transformers', 'another')} |")

@@ -44,7 +44,7 @@ class OutputStream:
     holds up nobody."""
 
     def __init__(self, engine: AsyncLLM, requests: Sequence[NewRequest]) -> None:
-        """Made by :meth:`AsyncLLM.submit`."""
+        """Collect the outputs of ``requests``, which :meth:`AsyncLLM.submit` has just added to ``engine``."""
         self._engine = engine
         self._unfinished = {request.request_id for request in requests}
         self._deltas = {

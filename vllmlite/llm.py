@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.errors import ParameterError, VllmliteError
+from vllmlite.exclusive_calls import Turns, takes_turn
 from vllmlite.inputs import as_batch, refuse
 from vllmlite.llm_engine import LLMEngine, Prompt
 from vllmlite.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
@@ -16,7 +17,6 @@ from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.terminal import is_terminal
 from vllmlite.tokenizers.tokenizer import Tokenizer
-from vllmlite.turns import Turns, takes_turn
 
 Messages: TypeAlias = Iterable[Mapping[str, Any]]
 Prompts: TypeAlias = Prompt | Iterable[Prompt]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.engine import Engine, EngineOutput
 from vllmlite.errors import ParameterError
+from vllmlite.exclusive_calls import Turns, takes_turn
 from vllmlite.inputs import PROMPT_KEYS, refuse, token_ids
 from vllmlite.output_processor import OutputProcessor, ProcessedStep
 from vllmlite.outputs import EngineStats, RequestOutput
@@ -19,7 +20,6 @@ from vllmlite.runner.startup import Started, start
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizers.tokenizer import Tokenizer
 from vllmlite.tokenizers.truncation import Truncation
-from vllmlite.turns import Turns, takes_turn
 
 if TYPE_CHECKING:
     from vllmlite.engine_process.client import EngineClient

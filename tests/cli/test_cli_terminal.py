@@ -118,7 +118,7 @@ def test_an_interrupt_stops_a_servers_answer(fake: FakeServer) -> None:
     assert terminal.end() == 0
 
 
-def test_turns_of_several_lines(fake: FakeServer) -> None:
+def test_exclusive_calls_of_several_lines(fake: FakeServer) -> None:
     terminal = Terminal("--url", fake.url)
     fake.answers("yes")
     terminal.send("a\\\n")

@@ -19,7 +19,7 @@ pytest.importorskip("httpx")
 from served import TAKES_APART, Script, post, serving, stream
 
 from vllmlite.sampling_params import SamplingParams
-from vllmlite.server import notes
+from vllmlite.server import log_once as notes
 from vllmlite.server.anthropic.protocol import MessagesRequest
 from vllmlite.server.llamacpp.protocol import LlamaCompletionRequest
 from vllmlite.server.openai.chat_protocol import ChatCompletionRequest

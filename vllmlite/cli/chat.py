@@ -197,7 +197,7 @@ class Engine:
                     self.tally.add(output, count)
 
     def close(self) -> None:
-        """Implement :meth:`Answerer.close`; an engine needs nothing."""
+        """Do nothing: the engine has no resources that belong to the conversation."""
 
 
 class Conversation:

@@ -20,7 +20,7 @@ from vllmlite.hub.snapshot import (
     snapshot_in,
     state,
 )
-from vllmlite.weights.foreign import what_directory_is, what_it_is
+from vllmlite.weights.not_checkpoints import what_directory_is, what_it_is
 
 BUILT_IN = Path(__file__).parent.parent / "data" / "demo"
 """Directory of the built-in demo model."""

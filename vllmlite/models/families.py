@@ -26,9 +26,9 @@ from vllmlite.models import (
 from vllmlite.models.config_table import check_remaining, with_defaults
 from vllmlite.models.gguf import gguf_keys
 from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.multimodal import MULTIMODAL, text_config, text_keys
 from vllmlite.models.quantization import Quantization
 from vllmlite.models.quantization_config import read_quantization
-from vllmlite.models.shells import SHELLS, text_config, text_keys
 from vllmlite.models.spec import DecoderSpec
 
 
@@ -77,7 +77,7 @@ def read_spec(path: Path) -> DecoderSpec:
     Needs no backend. Raises ModelError if the model cannot run."""
     config = HfConfig.read(path)
     name = architecture(config)
-    if name in SHELLS:
+    if name in MULTIMODAL:
         return _text_spec(config, name, path)
     if name not in FAMILIES:
         raise config.error("architectures", f"{', '.join(FAMILIES)}; or --model-impl transformers")
@@ -92,7 +92,7 @@ def read_spec(path: Path) -> DecoderSpec:
 
 def _text_spec(config: HfConfig, name: str, path: Path) -> DecoderSpec:
     """Return the spec of the language model inside a vision-language model."""
-    shell = SHELLS[name]
+    shell = MULTIMODAL[name]
     text = text_config(config, shell)
     quantization = read_quantization(text, path)
     spec = _checked_spec(text, name, FAMILIES[shell.family], shell.model_type, quantization)
@@ -112,7 +112,7 @@ def architecture(config: HfConfig) -> str:
 
     Raises ModelError, naming the kind of model, for anything but a text decoder."""
     named = config.get("architectures")
-    if isinstance(named, list) and named and isinstance(named[0], str) and named[0] in SHELLS:
+    if isinstance(named, list) and named and isinstance(named[0], str) and named[0] in MULTIMODAL:
         return named[0]
     for section in ("vision_config", "audio_config", "speech_config"):
         if config.get(section) is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models.families import FAMILIES, architecture, read_spec
 from vllmlite.models.hf_config import HfConfig, checkpoint_dtype
-from vllmlite.models.shells import SHELLS
+from vllmlite.models.multimodal import MULTIMODAL
 from vllmlite.models.spec import DecoderSpec
 
 IMPLEMENTATIONS = ("auto", "native", "transformers")
@@ -79,7 +79,7 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
         raise ParameterError("model_impl", model_impl, ", ".join(IMPLEMENTATIONS))
     config = HfConfig.read(path)
     name = architecture(config)
-    if model_impl == "native" or (model_impl == "auto" and name in FAMILIES | SHELLS):
+    if model_impl == "native" or (model_impl == "auto" and name in FAMILIES | MULTIMODAL):
         spec = read_spec(path)
         return Plan(
             path,
@@ -96,7 +96,7 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
         raise ModelError(
             f"{path}: {name} has no native family, and transformers' code runs from checkpoint directories only"
         )
-    if name in SHELLS:
+    if name in MULTIMODAL:
         raise ParameterError("model_impl", model_impl, f"{name} runs natively only")
     if config.get("quantization_config") is not None:
         raise config.error("quantization_config", "none: transformers' code runs without quantisation here")

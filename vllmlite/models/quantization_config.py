@@ -14,8 +14,8 @@ from vllmlite.errors import ModelError
 from vllmlite.models.hf_config import HfConfig
 from vllmlite.models.quantization import ALL, HEAD, Modules, Quantization, Rule
 from vllmlite.weights.checkpoint import stored_names
-from vllmlite.weights.foreign import quantization_of
 from vllmlite.weights.host import Scheme
+from vllmlite.weights.not_checkpoints import quantization_of
 from vllmlite.weights.schemes.awq import AwqScheme
 from vllmlite.weights.schemes.bitsandbytes import Bnb4Scheme, Bnb8Scheme
 from vllmlite.weights.schemes.compressed import IntScheme, PackedIntScheme

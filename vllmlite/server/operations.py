@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 from vllmlite import __version__
 from vllmlite.pooling_params import PoolingParams
-from vllmlite.server.documented import CONFLICT, documented
 from vllmlite.server.errors import ApiError
+from vllmlite.server.openapi import CONFLICT, documented
 from vllmlite.server.operations_protocol import (
     Detokenized,
     DetokenizeRequest,

@@ -29,8 +29,8 @@ from vllmlite.server.apis import Api, api_of, path_of
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.conversation import as_mapping, is_small
 from vllmlite.server.errors import ApiError, renamed
+from vllmlite.server.log_once import Notes
 from vllmlite.server.metrics import Metrics
-from vllmlite.server.notes import Notes
 from vllmlite.server.openai.chat_protocol import ChatPrompt
 from vllmlite.server.protocol.base import Request, Usage
 from vllmlite.server.protocol.sampling import token_limit

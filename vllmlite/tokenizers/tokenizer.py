@@ -19,8 +19,8 @@ from vllmlite.signals import came_from_handler
 from vllmlite.tokenizers.added_tokens import add_tokens
 from vllmlite.tokenizers.gguf import gguf_tokenizer
 from vllmlite.tokenizers.slow import SlowTokenizer
-from vllmlite.weights.foreign import refuse_foreign_file
 from vllmlite.weights.json_object import read_object
+from vllmlite.weights.not_checkpoints import refuse_foreign_file
 
 if TYPE_CHECKING:
     from vllmlite.chat.template import ChatTemplate

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from vllmlite.errors import ModelError, ParameterError
-from vllmlite.weights.foreign import quantization_of, what_directory_is
 from vllmlite.weights.host import (
     FLOAT_DTYPES,
     HostTensor,
@@ -24,6 +23,7 @@ from vllmlite.weights.host import (
     float_values,
 )
 from vllmlite.weights.json_object import read_object
+from vllmlite.weights.not_checkpoints import quantization_of, what_directory_is
 from vllmlite.weights.pt import read_pt
 from vllmlite.weights.safetensors import read_safetensors
 from vllmlite.weights.schemes.grouped import QWEIGHT, SCALES, GroupedScheme, IntegerScheme

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError
-from vllmlite.weights.foreign import refuse_foreign_file
 from vllmlite.weights.gguf_parts import part_paths
 from vllmlite.weights.host import HostTensor, HostWeight
+from vllmlite.weights.not_checkpoints import refuse_foreign_file
 from vllmlite.weights.schemes.gguf_blocks import BLOCK_SCHEMES, BLOCKS, FLOATS, NAMES
 
 MAGIC = b"GGUF"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmlite.errors import ModelError
-from vllmlite.weights.foreign import refuse_foreign_file
+from vllmlite.weights.not_checkpoints import refuse_foreign_file
 
 
 def read_object(file: Path, *, optional: bool = False) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vllmlite.errors import ModelError, not_installed
-from vllmlite.weights.foreign import refuse_foreign_file
 from vllmlite.weights.host import ITEM_SIZE, HostTensor
+from vllmlite.weights.not_checkpoints import refuse_foreign_file
 
 
 def read_pt(path: Path) -> dict[str, HostTensor]:

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError
-from vllmlite.weights.foreign import refuse_foreign_file
 from vllmlite.weights.host import ITEM_SIZE, HostTensor
+from vllmlite.weights.not_checkpoints import refuse_foreign_file
 
 MAX_HEADER = 100_000_000
 """Maximum header size of the format, in bytes."""

@@ -21,7 +21,6 @@ from vllmlite.sampling_params import (
     SamplingParams,
     StructuredOutputsParams,
 )
-from vllmlite.server.documented import documented
 from vllmlite.server.errors import renamed
 from vllmlite.server.llamacpp.infill import infill_ids
 from vllmlite.server.llamacpp.line_limits import LineLimits
@@ -41,6 +40,7 @@ from vllmlite.server.llamacpp.protocol import (
 from vllmlite.server.llamacpp.samplers import turned_off, used
 from vllmlite.server.openai import logprobs
 from vllmlite.server.openai.chat_protocol import ChatPrompt
+from vllmlite.server.openapi import documented
 from vllmlite.server.service import INLINE_CHARACTERS, Generation, Service, request_id
 from vllmlite.server.sse import JSON, Stream, event, llamacpp_error_event, unless_gone
 from vllmlite.tokenizers.tokenizer import Tokenizer

@@ -13,7 +13,6 @@ from vllmlite.chat.messages import content_of, text_of
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import SamplingParams
-from vllmlite.server.documented import documented
 from vllmlite.server.errors import renamed
 from vllmlite.server.llamacpp.samplers import turned_off
 from vllmlite.server.openai import logprobs
@@ -30,6 +29,7 @@ from vllmlite.server.openai.chat_protocol import (
     FunctionCall,
 )
 from vllmlite.server.openai.logprobs_protocol import ChatLogprobs
+from vllmlite.server.openapi import documented
 from vllmlite.server.parsers.parts import CallArguments, CallBegin, Content, Part, Reasoning
 from vllmlite.server.protocol.base import Usage
 from vllmlite.server.protocol.sampling import stream_usage

@@ -12,7 +12,6 @@ from starlette.responses import Response
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import SamplingParams
-from vllmlite.server.documented import documented
 from vllmlite.server.openai import logprobs
 from vllmlite.server.openai.completions_protocol import (
     Completion,
@@ -21,6 +20,7 @@ from vllmlite.server.openai.completions_protocol import (
     Generated,
     GenerateRequest,
 )
+from vllmlite.server.openapi import documented
 from vllmlite.server.protocol.base import Usage
 from vllmlite.server.protocol.sampling import stream_usage, token_limit
 from vllmlite.server.service import Generation, Service, request_id

@@ -10,9 +10,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from vllmlite.pooling_params import PoolingParams
-from vllmlite.server.documented import documented
 from vllmlite.server.errors import renamed
 from vllmlite.server.openai.embeddings_protocol import Embedding, EmbeddingRequest, Embeddings
+from vllmlite.server.openapi import documented
 from vllmlite.server.service import Service, request_id
 from vllmlite.server.sse import JSON
 

@@ -88,7 +88,7 @@ class Tagged(ToolParser):
         return self._go(self._between)
 
     def _between(self, ended: bool) -> bool:
-        """State before a parameter or the end of the call."""
+        """State: a parameter or the end of the call comes next. Return whether the state changed."""
         if not self._skip_space():
             return False
         for mark, state in ((self.tags.key[0], self._in_key), (self.tags.closing[0], self._close)):

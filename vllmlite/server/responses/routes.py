@@ -15,10 +15,10 @@ from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllmlite.server.conversation import conversation
-from vllmlite.server.documented import documented
 from vllmlite.server.errors import ApiError, as_api_error, renamed
 from vllmlite.server.openai import logprobs
 from vllmlite.server.openai.chat_protocol import ChatPrompt
+from vllmlite.server.openapi import documented
 from vllmlite.server.parsers.parts import Content, Reasoning
 from vllmlite.server.reading import Reader, begin, reads_marks
 from vllmlite.server.responses.items import Items, as_messages

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from vllmlite.errors import ParameterError
-from vllmlite.server.documented import documented
+from vllmlite.server.openapi import documented
 from vllmlite.server.responses.protocol import DeletedResponse, InputItems, ResponseObject
 from vllmlite.server.responses.store import ResponseStore, owner_of
 from vllmlite.server.sse import JSON

@@ -27,7 +27,7 @@ class Shell:
     """Whether old configurations have the language model's values at the top level, beside ``vision_config``."""
 
 
-SHELLS: dict[str, Shell] = {
+MULTIMODAL: dict[str, Shell] = {
     "Gemma3ForConditionalGeneration": Shell("Gemma 3 with images", "Gemma3ForCausalLM", "gemma3_text", True),
     "Mistral3ForConditionalGeneration": Shell("Mistral Small 3", "MistralForCausalLM", "mistral", True),
     "Qwen2VLForConditionalGeneration": Shell(
