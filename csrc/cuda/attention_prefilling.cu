@@ -1,6 +1,13 @@
-// Attention of rows that have several tokens, or of all where a row is to be the same however it is cut, after Dao 2023
-// (FlashAttention-2): a block has a tile of a row's queries for one head, and goes over the keys they see in tiles of
-// 64, or 32 of large heads, that are copied ahead in the background.
+// Attention of rows of more than kDecodingQueries tokens on 16-bit tensor cores, after Dao 2023 (FlashAttention-2); of
+// all rows where the backend is batch-invariant, since the sums of a query do not depend on the others of its tile.
+//
+// Grid: x a tile of queries and a query head, heads innermost. Block: kWarps warps.
+// Queries: a warp has kRowTiles times 16, in the rows of the first operand of products.
+// Keys: all warps take the same tiles of kKeys keys, which begin at multiples of kKeys.
+// Shared memory: PrefillingShared; keys and values have two buffers each, of which one is filled by asynchronous copies
+// while the other is used.
+// Products: scores [queries, keys] and sums [queries, elements]; a thread owns the elements of C of mma.cuh: rows group
+// and group + 8 of each 16 queries, columns 2 quad and 2 quad + 1 of each 8 keys or elements.
 #include <algorithm>
 
 #include "cuda/attention.cuh"
@@ -10,10 +17,10 @@ namespace vllmlite::cuda {
 
 constexpr int kWarps = 4;
 
-// A warp has kRowTiles times 16 queries. Rows are padded by one access, so that eight of them lie in different banks;
-// in what pads a key is its place in the cache, -1 where it is not to be read.
+// Rows are padded by one access of 16 bytes, so that eight of them lie in different banks. The padding of a key holds
+// its place in the cache, or -1 for a key that is not read.
 template <typename T, int kSize, int kRowTiles>
-struct PrefillingRoom {
+struct PrefillingShared {
   static constexpr int kStride = kSize + 8, kQueries = kWarps * kRowTiles * 16, kKeys = kSize > 128 ? 32 : 64;
   T q[kQueries][kStride];
   T keys[2][kKeys][kStride];
@@ -27,9 +34,9 @@ struct PrefillingRoom {
 template <typename T, int kSize, int kRowTiles>
 static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const __grid_constant__ Attention given) {
 #if __CUDA_ARCH__ >= 800
-  extern __shared__ __align__(16) char shared[];
-  using Shared = PrefillingRoom<T, kSize, kRowTiles>;
-  auto& room = *reinterpret_cast<Shared*>(shared);
+  extern __shared__ __align__(16) char dynamic[];
+  using Shared = PrefillingShared<T, kSize, kRowTiles>;
+  auto& shared = *reinterpret_cast<Shared*>(dynamic);
   constexpr int kWords = kSize / 8, kQueries = Shared::kQueries, kKeys = Shared::kKeys;
   let_next_begin();
   wait_for_previous();
@@ -56,15 +63,16 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
   const auto find_places = [&](int begin, int buffer) {
     if (thread >= kKeys) return;
     const int key = begin + thread;
-    room.place(buffer, thread) = key < from_key || key > last ? -1
-                                                              : block * 2 * given.kv_heads * plane +
-                                                                    static_cast<std::int64_t>(key % block_size) * width;
+    shared.place(buffer, thread) =
+        key < from_key || key > last
+            ? -1
+            : block * 2 * given.kv_heads * plane + static_cast<std::int64_t>(key % block_size) * width;
   };
   const auto copy_rows = [&](T(&to)[kKeys][Shared::kStride], const T* from, int buffer) {
 #pragma unroll
     for (int i = thread; i < kKeys * kWords; i += kWarps * 32) {
       const int row = i / kWords, word = i % kWords;
-      const std::int64_t place = room.place(buffer, row);
+      const std::int64_t place = shared.place(buffer, row);
       const bool there = place >= 0 && word * 8 < width;
       copy_async(&to[row][word * 8], there ? from + place + word * 8 : from, there);
     }
@@ -76,15 +84,15 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
     const bool there = row < tile.count && word * 8 < size;
     const T* q = static_cast<const T*>(given.q) +
                  (static_cast<std::int64_t>(tile.first + (there ? row : 0)) * given.heads + head) * size;
-    copy_async(&room.q[row][word * 8], q + (there ? word * 8 : 0), there);
+    copy_async(&shared.q[row][word * 8], q + (there ? word * 8 : 0), there);
   }
   const int begin = from_key / kKeys * kKeys;
   find_block(begin);
   find_places(begin, 0);
   find_block(begin + kKeys);
   __syncthreads();
-  copy_rows(room.keys[0], cache, 0);
-  copy_rows(room.values[0], cache + values_at, 0);
+  copy_rows(shared.keys[0], cache, 0);
+  copy_rows(shared.values[0], cache + values_at, 0);
 
   const bool edits = edits_scores(given);
   const float scale = edits ? kLog2E : given.scale * kLog2E, slope = slope_of(given, head);
@@ -101,7 +109,7 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
     wait_for_copies<1>();
     __syncthreads();
     if (more)
-      copy_rows(room.keys[buffer ^ 1], cache, buffer ^ 1);
+      copy_rows(shared.keys[buffer ^ 1], cache, buffer ^ 1);
     else
       commit_copies();
 
@@ -111,11 +119,11 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
       std::uint32_t q[kRowTiles][4];
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i)
-        load_matrices(q[i], &room.q[row0 + i * 16 + lane % 16][step * 16 + lane / 16 * 8]);
+        load_matrices(q[i], &shared.q[row0 + i * 16 + lane % 16][step * 16 + lane / 16 * 8]);
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         std::uint32_t key[4];
-        load_matrices(key, &room.keys[buffer][n * 16 + lane / 16 * 8 + lane % 8][step * 16 + lane / 8 % 2 * 8]);
+        load_matrices(key, &shared.keys[buffer][n * 16 + lane / 16 * 8 + lane % 8][step * 16 + lane / 8 % 2 * 8]);
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
           multiply<T>(scores[i][2 * n], q[i], key[0], key[1]);
@@ -181,7 +189,7 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
     wait_for_copies<1>();
     __syncthreads();
     if (more)
-      copy_rows(room.values[buffer ^ 1], cache + values_at, buffer ^ 1);
+      copy_rows(shared.values[buffer ^ 1], cache + values_at, buffer ^ 1);
     else
       commit_copies();
 #pragma unroll
@@ -199,8 +207,8 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
 #pragma unroll
       for (int n = 0; n < kSize / 16; ++n) {
         std::uint32_t value[4];
-        load_matrices_transposed(value,
-                                 &room.values[buffer][step * 16 + lane / 8 % 2 * 8 + lane % 8][n * 16 + lane / 16 * 8]);
+        load_matrices_transposed(
+            value, &shared.values[buffer][step * 16 + lane / 8 % 2 * 8 + lane % 8][n * 16 + lane / 16 * 8]);
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
           multiply<T>(sums[i][2 * n], weights[i], value[0], value[1]);
@@ -234,7 +242,7 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
 
 template <typename T, int kSize, int kRowTiles>
 static void run(const Runtime& runtime, const Attention& attention) {
-  using Shared = PrefillingRoom<T, kSize, kRowTiles>;
+  using Shared = PrefillingShared<T, kSize, kRowTiles>;
   constexpr int kList = kRowTiles == 2 ? 0 : 1;
   static_assert(Shared::kQueries == kTileQueries[kList] && (kSize <= 128 || sizeof(Shared) <= kMostSharedMemory));
   const auto blocks = static_cast<unsigned>(attention.heads * attention.num_tiles[kList]);
@@ -247,7 +255,7 @@ static void run_sized(const Runtime& runtime, const Attention& attention) {
     run<T, 64, 2>(runtime, attention);
   else if (attention.width > 128)
     run<T, kMostSize, 1>(runtime, attention);
-  else if (runtime.shared_memory() >= static_cast<int>(sizeof(PrefillingRoom<T, 128, 2>)))
+  else if (runtime.shared_memory() >= static_cast<int>(sizeof(PrefillingShared<T, 128, 2>)))
     run<T, 128, 2>(runtime, attention);
   else
     run<T, 128, 1>(runtime, attention);

@@ -1,8 +1,13 @@
-// The attention of attention_prefilling.cu on sm_90a, after Shah et al. 2024 (FlashAttention-3): one warp has boxes of
-// 16 keys copied ahead, as the block table says where they are; each of the other warpgroups has 64 queries, and while
-// its products of one tile of keys run it weighs the next. Groups take turns to issue theirs, so that one multiplies
-// while another weighs. A block takes tiles of queries one after another, of which the next is copied as soon as the
-// last needs its queries no more.
+// The attention of attention_prefilling.cu on sm_90a, after Shah et al. 2024 (FlashAttention-3).
+//
+// Grid: x thread blocks, as many as multiprocessors, each of which takes tiles of queries one after another
+// (find_work). Block: kGroups + 1 warpgroups. One warp of the first copies queries, and keys and values in boxes of 16
+// keys, where the block table says they are. Each other group has 64 queries; while its products of one tile of keys
+// run, it computes the weights of the next. Groups issue their products in turn, so that one multiplies while another
+// computes weights. Keys: tiles of kKeys keys, which begin at multiples of kKeys. Shared memory: HopperShared; a ring
+// of kStages tiles of keys, one of values, and a tile of queries, whose successor is copied as soon as the last product
+// with it is done. Products: scores [queries, keys] and sums [queries, elements]; a thread owns rows lane / 4 and lane
+// / 4 + 8 of the 16 queries of its warp, columns 2 quad and 2 quad + 1 of each 8 keys or elements.
 #include <algorithm>
 
 #include "cuda/attention.cuh"
@@ -13,9 +18,9 @@ namespace vllmlite::cuda {
 
 constexpr int kKeys = 128, kBox = 16, kColumns = 64, kRows = 64, kGroup = 128;
 
-// What a block shares: rows of 64 columns, as they are swizzled. `keys` and `values` are rings.
+// Shared memory of a block, in rows of 64 columns, as they are swizzled. `keys` and `values` are rings.
 template <typename T, int kSize, int kGroups>
-struct HopperRoom {
+struct HopperShared {
   static constexpr int kParts = kSize / kColumns, kStages = kSize == 64 ? 4 : 2, kQueries = kGroups * kRows;
   T q[kParts][kQueries][kColumns];
   T keys[kStages][kParts][kKeys][kColumns];
@@ -64,7 +69,7 @@ __device__ __forceinline__ bool find_work(const Attention& given, const Tile* ti
 
 // The warp that copies.
 template <typename Shared>
-__device__ __forceinline__ void copy_all(Shared& room, const Attention& given, const Tile* tiles, int num_tiles,
+__device__ __forceinline__ void copy_all(Shared& shared, const Attention& given, const Tile* tiles, int num_tiles,
                                          const CUtensorMap& q_map, const CUtensorMap& kv_map) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int rows_of_block = 2 * given.kv_heads * given.block_size;
@@ -83,17 +88,17 @@ __device__ __forceinline__ void copy_all(Shared& room, const Attention& given, c
     };
     const int begin = work.from_key / kKeys * kKeys;
     int row = find_row(begin);
-    wait(room.q_empty, q_parity ^ 1);
+    wait(shared.q_empty, q_parity ^ 1);
     q_parity ^= 1;
     if (lane == 0) {
-      arrive_expecting(room.q_full, sizeof room.q);
+      arrive_expecting(shared.q_full, sizeof shared.q);
       for (int part = 0; part < Shared::kParts; ++part)
-        copy_box(room.q[part], q_map, room.q_full, part * kColumns, work.head, work.token);
+        copy_box(shared.q[part], q_map, shared.q_full, part * kColumns, work.head, work.token);
     }
     for (int at = begin; at <= work.last; at += kKeys, place.advance()) {
       const int next = find_row(at + kKeys);
       const int bytes =
-          __popc(__ballot_sync(kAll, row >= 0)) * kBox * static_cast<int>(sizeof room.keys[0][0][0]) * Shared::kParts;
+          __popc(__ballot_sync(kAll, row >= 0)) * kBox * static_cast<int>(sizeof shared.keys[0][0][0]) * Shared::kParts;
       const auto copy_boxes = [&](auto& to, std::uint64_t& full, std::uint64_t& empty, int from) {
         wait(empty, place.parity ^ 1);
         if (lane == 0) arrive_expecting(full, bytes);
@@ -103,8 +108,8 @@ __device__ __forceinline__ void copy_all(Shared& room, const Attention& given, c
             copy_box(to[part][lane * kBox], kv_map, full, part * kColumns, from);
       };
       const int stage = place.stage;
-      copy_boxes(room.keys[stage], room.keys_full[stage], room.keys_empty[stage], row);
-      copy_boxes(room.values[stage], room.values_full[stage], room.values_empty[stage],
+      copy_boxes(shared.keys[stage], shared.keys_full[stage], shared.keys_empty[stage], row);
+      copy_boxes(shared.values[stage], shared.values_full[stage], shared.values_empty[stage],
                  row + given.kv_heads * given.block_size);
       row = next;
     }
@@ -113,7 +118,7 @@ __device__ __forceinline__ void copy_all(Shared& room, const Attention& given, c
 
 // A group that multiplies.
 template <typename T, typename Shared, int kSize, int kGroups>
-__device__ __forceinline__ void attend_all(Shared& room, const Attention& given, const Tile* tiles, int num_tiles,
+__device__ __forceinline__ void attend_all(Shared& shared, const Attention& given, const Tile* tiles, int num_tiles,
                                            int group) {
   constexpr int kTurns = 1, kOwn = kTurns + kGroups;  // names of barriers
   const int thread = static_cast<int>(threadIdx.x % kGroup), lane = thread % 32, warp = thread / 32;
@@ -132,8 +137,8 @@ __device__ __forceinline__ void attend_all(Shared& room, const Attention& given,
 #pragma unroll
     for (int step = 0; step < kSize / 16; ++step) {
       const int part = step * 16 / kColumns, column = step * 16 % kColumns;
-      multiply_rows<T>(scores, operand(&room.q[part][group * kRows][column], 1024, 16),
-                       operand(&room.keys[keys_at.stage][part][0][column], 1024, 16), step == 0);
+      multiply_rows<T>(scores, operand(&shared.q[part][group * kRows][column], 1024, 16),
+                       operand(&shared.keys[keys_at.stage][part][0][column], 1024, 16), step == 0);
     }
     commit_products();
   };
@@ -143,17 +148,17 @@ __device__ __forceinline__ void attend_all(Shared& room, const Attention& given,
     for (int step = 0; step < kKeys / 16; ++step)
       multiply_columns<T>(
           sums, weights[step],
-          operand(room.values[values_at.stage][0][step * 16], 1024, sizeof room.values[values_at.stage][0]));
+          operand(shared.values[values_at.stage][0][step * 16], 1024, sizeof shared.values[values_at.stage][0]));
     commit_products();
   };
   const auto release = [&](std::uint64_t& empty) {
     if (lane == 0) arrive(empty);
   };
-  // Keys that are not seen may be anything, and nothing times what is not a number is none.
+  // Zeroes the values of keys that are not seen: a weight of 0 times a NaN in stale cache memory is NaN.
   const auto wait_for_values = [&](int at) {
-    wait(room.values_full[values_at.stage], values_at.parity);
+    wait(shared.values_full[values_at.stage], values_at.parity);
     if (at >= work.from_key && at + kKeys - 1 <= work.last) return;
-    auto& values = room.values[values_at.stage];
+    auto& values = shared.values[values_at.stage];
     for (int i = thread; i < Shared::kParts * kKeys * 8; i += kGroup) {
       const int key = at + i / 8 % kKeys;
       if (key < work.from_key || key > work.last)
@@ -216,18 +221,18 @@ __device__ __forceinline__ void attend_all(Shared& room, const Attention& given,
     largest[0] = largest[1] = -INFINITY;
     total[0] = total[1] = 0;
     int at = work.from_key / kKeys * kKeys;
-    wait(room.q_full, q_parity);
+    wait(shared.q_full, q_parity);
     q_parity ^= 1;
-    wait(room.keys_full[keys_at.stage], keys_at.parity);
+    wait(shared.keys_full[keys_at.stage], keys_at.parity);
     multiply_keys();
     wait_for_products<0>();
     hold(scores);
-    release(room.keys_empty[keys_at.stage]);
+    release(shared.keys_empty[keys_at.stage]);
     keys_at.advance();
     weigh(at);
     round_weights();
     for (at += kKeys; at <= work.last; at += kKeys) {
-      wait(room.keys_full[keys_at.stage], keys_at.parity);
+      wait(shared.keys_full[keys_at.stage], keys_at.parity);
       wait_for_values(at - kKeys);
       meet(kTurns + group, 2 * kGroup);
       hold(scores);
@@ -237,12 +242,12 @@ __device__ __forceinline__ void attend_all(Shared& room, const Attention& given,
       announce(kTurns + (group + 1) % kGroups, 2 * kGroup);
       wait_for_products<1>();
       hold(scores);
-      release(room.keys_empty[keys_at.stage]);
+      release(shared.keys_empty[keys_at.stage]);
       keys_at.advance();
       weigh(at);
       wait_for_products<0>();
       hold(sums);
-      release(room.values_empty[values_at.stage]);
+      release(shared.values_empty[values_at.stage]);
       values_at.advance();
       // The largest soon stays what it is.
       if (__any_sync(kAll, kept[0] != 1 || kept[1] != 1))
@@ -250,7 +255,7 @@ __device__ __forceinline__ void attend_all(Shared& room, const Attention& given,
         for (int i = 0; i < kSize / 2; ++i) sums[i] *= kept[i / 2 % 2];
       round_weights();
     }
-    release(room.q_empty);
+    release(shared.q_empty);
     wait_for_values(at - kKeys);
     hold(sums);
     multiply_values();
@@ -264,7 +269,7 @@ __device__ __forceinline__ void attend_all(Shared& room, const Attention& given,
     }
     wait_for_products<0>();
     hold(sums);
-    release(room.values_empty[values_at.stage]);
+    release(shared.values_empty[values_at.stage]);
     values_at.advance();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -290,9 +295,9 @@ static __global__ __launch_bounds__((kGroups + 1) * kGroup,
                                                                      const __grid_constant__ CUtensorMap kv_map,
                                                                      const Tile* tiles, int num_tiles) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ __align__(1024) char shared[];
-  using Shared = HopperRoom<T, kSize, kGroups>;
-  auto& room = *reinterpret_cast<Shared*>(shared);
+  extern __shared__ __align__(1024) char dynamic[];
+  using Shared = HopperShared<T, kSize, kGroups>;
+  auto& shared = *reinterpret_cast<Shared*>(dynamic);
   // Of 65536 registers, by the whole of a block's threads at first.
   constexpr int kWarps = kGroups * kGroup / 32, kCopying = kGroups == 2 ? 24 : 32,
                 kMultiplying = kGroups == 2 ? 240 : 160;
@@ -300,13 +305,13 @@ static __global__ __launch_bounds__((kGroups + 1) * kGroup,
   if (threadIdx.x == 0) {
     prefetch_map(q_map);
     prefetch_map(kv_map);
-    barrier_init(room.q_full, 1);
-    barrier_init(room.q_empty, kWarps);
+    barrier_init(shared.q_full, 1);
+    barrier_init(shared.q_empty, kWarps);
     for (int stage = 0; stage < Shared::kStages; ++stage) {
-      barrier_init(room.keys_full[stage], 1);
-      barrier_init(room.keys_empty[stage], kWarps);
-      barrier_init(room.values_full[stage], 1);
-      barrier_init(room.values_empty[stage], kWarps);
+      barrier_init(shared.keys_full[stage], 1);
+      barrier_init(shared.keys_empty[stage], kWarps);
+      barrier_init(shared.values_full[stage], 1);
+      barrier_init(shared.values_empty[stage], kWarps);
     }
     barriers_made();
   }
@@ -315,10 +320,10 @@ static __global__ __launch_bounds__((kGroups + 1) * kGroup,
   const int group = __shfl_sync(kAll, static_cast<int>(threadIdx.x / kGroup), 0);
   if (group == 0) {
     give_registers_up<kCopying>();
-    if (threadIdx.x < 32) copy_all(room, given, tiles, num_tiles, q_map, kv_map);
+    if (threadIdx.x < 32) copy_all(shared, given, tiles, num_tiles, q_map, kv_map);
   } else {
     take_registers<kMultiplying>();
-    attend_all<T, Shared, kSize, kGroups>(room, given, tiles, num_tiles, group - 1);
+    attend_all<T, Shared, kSize, kGroups>(shared, given, tiles, num_tiles, group - 1);
   }
 #else
   __trap();  // takes_hopper() asks for the chip, and a driver may be told to take code for another
@@ -329,7 +334,7 @@ static __global__ __launch_bounds__((kGroups + 1) * kGroup,
 
 template <typename T, int kSize, int kGroups>
 static void run(const Runtime& runtime, const Attention& given) {
-  using Shared = HopperRoom<T, kSize, kGroups>;
+  using Shared = HopperShared<T, kSize, kGroups>;
   constexpr int kList = kGroups == 2 ? 0 : 2;
   static_assert(Shared::kQueries == kTileQueries[kList]);
   const auto kernel = prefilling_hopper_kernel<T, kSize, kGroups>;

@@ -1,4 +1,4 @@
-// What becomes of a product before attention: norms of heads, rotation, and keys and values into the cache.
+// The step between the q, k, v product and attention: norms of heads, rotation, writing keys and values to the cache.
 #include "cuda/attention.hpp"
 #include "cuda/kernel.cuh"
 #include "cuda/ops.hpp"
@@ -35,13 +35,16 @@ struct Preparation {
   }
 };
 
-// ---- The root mean squares of all heads together: a block a token, for q or for k
+// ---- The root mean squares of all heads together
+//
+// Grid: x a token, y q or k. Block: kWholeThreads threads, of which thread i owns elements i, i + kWholeThreads, ...
+// Shared memory: 32 floats of the reduction.
 
 constexpr unsigned kWholeThreads = 256;
 
 template <typename T>
 static __global__ void whole_norm_kernel(const T* qkv, float* factors, int heads, int kv_heads, int size, float eps) {
-  __shared__ float room[32];
+  __shared__ float reduced[32];
   let_next_begin();
   wait_for_previous();
   const bool is_k = blockIdx.y == 1;
@@ -54,11 +57,14 @@ static __global__ void whole_norm_kernel(const T* qkv, float* factors, int heads
     const float value = wide(from[i]);
     squares = fmaf(value, value, squares);
   }
-  squares = block_sum(squares, room);
+  squares = block_sum(squares, reduced);
   if (threadIdx.x == 0) factors[2 * blockIdx.x + blockIdx.y] = rsqrtf(squares / static_cast<float>(count) + eps);
 }
 
-// ---- Heads whose halves are rotated, and whose sizes fit: a thread has a pack of either half
+// ---- Heads whose halves are rotated and whose sizes are multiples of two packs
+//
+// Grid: x threads for all heads of all tokens. Block: kThreads threads, of which size / (2 kPack) share a head; each
+// owns kPack adjacent elements of the head's first half, and as many of the second.
 
 constexpr unsigned kThreads = 256;
 
@@ -132,19 +138,22 @@ static __global__ void halves_kernel(const __grid_constant__ Preparation<T, T> g
   to[lanes + lane] = halves[1];
 }
 
-// ---- Any heads: a warp a head of a token
+// ---- Heads of any size
+//
+// Grid: x groups of kWarps heads. Block: kWarps warps, each with one head of a token; lane i owns elements i, i + 32,
+// ... Shared memory: the heads' elements in float32.
 
 constexpr unsigned kWarps = 4;
 
 template <typename T, typename Cached>
 static __global__ void any_kernel(const __grid_constant__ Preparation<T, Cached> given) {
-  __shared__ float room[kWarps][kMostSize];
+  __shared__ float heads[kWarps][kMostSize];
   let_next_begin();
   wait_for_previous();
   const int lane = static_cast<int>(threadIdx.x % 32), size = given.size;
   const auto index = blockIdx.x * kWarps + threadIdx.x / 32;
   if (index >= given.work) return;
-  float* values = room[threadIdx.x / 32];
+  float* values = heads[threadIdx.x / 32];
   const auto all = static_cast<unsigned>(given.heads + 2 * given.kv_heads);
   const std::int64_t token = index / all;
   const auto head = static_cast<int>(index % all);

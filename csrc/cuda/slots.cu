@@ -8,7 +8,7 @@
 
 namespace vllmlite::cuda {
 
-constexpr std::size_t kCountersOfSlot = 256;  // the most key/value heads that a slot's attention may have
+constexpr std::size_t kCountersOfSlot = 256;  // thread blocks of the decoding kernel that a row may have
 
 Slots::Slots(Runtime& the_runtime, const SlotSpec& spec) : SlotSpec(spec), runtime(the_runtime) {
   if (std::int64_t{max_slots} * max_blocks > std::numeric_limits<std::int32_t>::max())
