@@ -37,10 +37,10 @@ static __global__ void activation_kernel(const T* x, T* out, int packs) {
     const P up = from[packs + column];
 #pragma unroll
     for (int j = 0; j < kSize; ++j)
-      result.at[j] = narrow<T>(activated<kActivation>(wide(values.at[j])) * wide(up.at[j]));
+      result.at[j] = from_float<T>(activated<kActivation>(to_float(values.at[j])) * to_float(up.at[j]));
   } else {
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) result.at[j] = narrow<T>(activated<kActivation>(wide(values.at[j])));
+    for (int j = 0; j < kSize; ++j) result.at[j] = from_float<T>(activated<kActivation>(to_float(values.at[j])));
   }
   reinterpret_cast<P*>(out)[row + column] = result;
 }

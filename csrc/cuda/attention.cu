@@ -75,7 +75,7 @@ static __global__ __launch_bounds__(kTileKeys) void batch_invariant_kernel(const
   const auto row_of = [&](int query) { return (static_cast<std::int64_t>(token + query) * given.heads + head) * size; };
   T* out = static_cast<T*>(given.out);
   if (slot < 0) {
-    for (int i = thread; i < size; i += kTileKeys) out[row_of(0) + i] = narrow<T>(0);
+    for (int i = thread; i < size; i += kTileKeys) out[row_of(0) + i] = from_float<T>(0);
     return;
   }
   const int position = given.batch.positions[token];
@@ -87,7 +87,7 @@ static __global__ __launch_bounds__(kTileKeys) void batch_invariant_kernel(const
   }
   for (int query = 0; query < count; ++query)
     for (int i = thread; i < size; i += kTileKeys)
-      queries[query][i] = wide(static_cast<const T*>(given.q)[row_of(query) + i]);
+      queries[query][i] = to_float(static_cast<const T*>(given.q)[row_of(query) + i]);
   // The first key that a query sees.
   const auto first_of = [&](int query) {
     return given.window > position + query ? 0 : position + query - given.window + 1;
@@ -111,7 +111,7 @@ static __global__ __launch_bounds__(kTileKeys) void batch_invariant_kernel(const
                                  static_cast<std::int64_t>(key % given.block_size) * given.width;
       places[thread] = place;
       for (int i = 0; i < size; ++i) {
-        const float element = wide(keys[place + i]);
+        const float element = to_float(keys[place + i]);
 #pragma unroll
         for (int query = 0; query < kQueries; ++query)
           if (query < count) scores[query] = fmaf(queries[query][i], element, scores[query]);
@@ -139,7 +139,7 @@ static __global__ __launch_bounds__(kTileKeys) void batch_invariant_kernel(const
       const int i = part * kTileKeys + thread;
       if (i >= size) continue;
       for (int j = begin; j < end; ++j) {
-        const float value = wide(values[places[j] + i]);
+        const float value = to_float(values[places[j] + i]);
 #pragma unroll
         for (int query = 0; query < kQueries; ++query)
           if (query < count && tile + j >= first_of(query) && tile + j <= position + query)
@@ -152,7 +152,7 @@ static __global__ __launch_bounds__(kTileKeys) void batch_invariant_kernel(const
 #pragma unroll
     for (int part = 0; part < kElements; ++part)
       if (const int i = part * kTileKeys + thread; query < count && i < size)
-        out[row_of(query) + i] = narrow<T>(sums[query][part] / total[query]);
+        out[row_of(query) + i] = from_float<T>(sums[query][part] / total[query]);
 }
 
 void attend_batch_invariant(const Runtime& runtime, const Attention& attention) {

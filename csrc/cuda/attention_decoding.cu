@@ -346,7 +346,7 @@ static __global__ __launch_bounds__(kWarps * 32) void decoding_kernel(const __gr
           sum += shared.sums[w][column][at] * factor;
         }
         if (item.count == 1) {
-          out[place_of(begin + column) + at] = narrow<T>(sum / all);
+          out[place_of(begin + column) + at] = from_float<T>(sum / all);
         } else {
           const std::int64_t own = place_of_partial(item.partial, begin + column);
           partial[own * size + at] = sum;

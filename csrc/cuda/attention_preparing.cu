@@ -54,7 +54,7 @@ static __global__ void whole_norm_kernel(const T* qkv, float* factors, int heads
   float squares = 0;
 #pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(kWholeThreads)) {
-    const float value = wide(from[i]);
+    const float value = to_float(from[i]);
     squares = fmaf(value, value, squares);
   }
   squares = block_sum(squares, reduced);
@@ -108,7 +108,7 @@ static __global__ void halves_kernel(const __grid_constant__ Preparation<T, T> g
 #pragma unroll
       for (const P& half : halves)
 #pragma unroll
-        for (int j = 0; j < kPack<T>; ++j) squares = fmaf(wide(half.at[j]), wide(half.at[j]), squares);
+        for (int j = 0; j < kPack<T>; ++j) squares = fmaf(to_float(half.at[j]), to_float(half.at[j]), squares);
       for (int offset = lanes / 2; offset > 0; offset /= 2) squares += __shfl_xor_sync(kAll, squares, offset);
       factor = rsqrtf(squares / static_cast<float>(given.size) + given.eps);
     }
@@ -119,7 +119,7 @@ static __global__ void halves_kernel(const __grid_constant__ Preparation<T, T> g
         const Weights scale = reinterpret_cast<const Weights*>(weights + given.norm_place(head))[half * lanes + lane];
 #pragma unroll
         for (int j = 0; j < kPack<T>; ++j)
-          halves[half].at[j] = narrow<T>(wide(halves[half].at[j]) * factor * wide(scale.at[j]));
+          halves[half].at[j] = from_float<T>(to_float(halves[half].at[j]) * factor * to_float(scale.at[j]));
       }
     };
     if (norm != nullptr)
@@ -129,9 +129,9 @@ static __global__ void halves_kernel(const __grid_constant__ Preparation<T, T> g
   if (rotates)
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
-      const float first = wide(halves[0].at[j]), second = wide(halves[1].at[j]);
-      halves[0].at[j] = narrow<T>(first * cosine[j] - second * sine[j]);
-      halves[1].at[j] = narrow<T>(second * cosine[j] + first * sine[j]);
+      const float first = to_float(halves[0].at[j]), second = to_float(halves[1].at[j]);
+      halves[0].at[j] = from_float<T>(first * cosine[j] - second * sine[j]);
+      halves[1].at[j] = from_float<T>(second * cosine[j] + first * sine[j]);
     }
   P* to = reinterpret_cast<P*>(is_q ? given.q + (token * given.heads + head) * given.size : given.place(slot, head));
   to[lane] = halves[0];
@@ -159,7 +159,7 @@ static __global__ void any_kernel(const __grid_constant__ Preparation<T, Cached>
   const auto head = static_cast<int>(index % all);
   const bool is_q = head < given.heads, is_v = head >= given.heads + given.kv_heads;
   const T* from = given.qkv + static_cast<std::int64_t>(index) * size;
-  for (int i = lane; i < size; i += 32) values[i] = wide(from[i]);
+  for (int i = lane; i < size; i += 32) values[i] = to_float(from[i]);
   __syncwarp();
   const void* norm = is_v ? nullptr : is_q ? given.q_norm : given.k_norm;
   if (norm != nullptr) {
@@ -173,9 +173,9 @@ static __global__ void any_kernel(const __grid_constant__ Preparation<T, Cached>
     }
     const int place = given.norm_place(head);
     for (int i = lane; i < size; i += 32) {
-      const float weight =
-          given.wide_norms ? static_cast<const float*>(norm)[place + i] : wide(static_cast<const T*>(norm)[place + i]);
-      values[i] = wide(narrow<T>(values[i] * factor * weight));  // rounded as a norm of its own would be
+      const float weight = given.wide_norms ? static_cast<const float*>(norm)[place + i]
+                                            : to_float(static_cast<const T*>(norm)[place + i]);
+      values[i] = to_float(from_float<T>(values[i] * factor * weight));  // rounded as a norm of its own would be
     }
     __syncwarp();
   }
@@ -193,7 +193,7 @@ static __global__ void any_kernel(const __grid_constant__ Preparation<T, Cached>
   };
   if (is_q) {
     T* to = given.q + (token * given.heads + head) * size;
-    for (int i = lane; i < size; i += 32) to[i] = narrow<T>(rotated(i));
+    for (int i = lane; i < size; i += 32) to[i] = from_float<T>(rotated(i));
     return;
   }
   const int slot = given.cache_slots[token];
@@ -201,7 +201,7 @@ static __global__ void any_kernel(const __grid_constant__ Preparation<T, Cached>
   Cached* to = given.place(slot, head);
   // Through the activations' dtype, as q goes.
   for (int i = lane; i < given.width; i += 32)
-    to[i] = i < size ? narrow<Cached>(wide(narrow<T>(rotated(i)))) : narrow<Cached>(0);
+    to[i] = i < size ? from_float<Cached>(to_float(from_float<T>(rotated(i)))) : from_float<Cached>(0);
 }
 
 // ---- The op

@@ -30,7 +30,7 @@ static __global__ __launch_bounds__(S::kThreads) void batch_invariant_kernel(con
                   column = n0 + S::first_w(warp) + j * 8 + quad * 2 + e % 2;
         if (row < m && column < n)
           y[static_cast<std::int64_t>(row) * n + column] =
-              narrow<Out>(bias == nullptr ? sums[i][j][e] : sums[i][j][e] + wide(bias[column]));
+              from_float<Out>(bias == nullptr ? sums[i][j][e] : sums[i][j][e] + to_float(bias[column]));
       }
 #endif
 }

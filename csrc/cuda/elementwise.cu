@@ -20,7 +20,7 @@ static __global__ void convert_kernel(const From* from, To* to, std::int64_t siz
   wait_for_previous();
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += stride)
-    to[i] = narrow<To>(wide(from[i]));
+    to[i] = from_float<To>(to_float(from[i]));
 }
 
 void convert(Runtime& runtime, const Tensor& source, const Tensor& target) {
@@ -103,10 +103,11 @@ static __global__ void edit_kernel(const T* x, T* to, std::int64_t packs, Functi
     if constexpr (std::is_invocable_v<Function, float, float>) {
       const P others = reinterpret_cast<const P*>(x)[i];
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) values.at[j] = narrow<T>(function(wide(others.at[j]), wide(values.at[j])));
+      for (int j = 0; j < kSize; ++j)
+        values.at[j] = from_float<T>(function(to_float(others.at[j]), to_float(values.at[j])));
     } else {
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) values.at[j] = narrow<T>(function(wide(values.at[j])));
+      for (int j = 0; j < kSize; ++j) values.at[j] = from_float<T>(function(to_float(values.at[j])));
     }
     reinterpret_cast<P*>(to)[i] = values;
   }
@@ -150,11 +151,11 @@ static __global__ void sigmoid_gate_kernel(T* x, const T* gate, int packs) {
   wait_for_previous();
   const int column = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
   if (column >= packs) return;
-  const float factor = 1 / (1 + expf(-wide(gate[blockIdx.x])));
+  const float factor = 1 / (1 + expf(-to_float(gate[blockIdx.x])));
   P& values = reinterpret_cast<P*>(x)[static_cast<std::int64_t>(blockIdx.x) * packs + column];
   P result = values;
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) result.at[j] = narrow<T>(wide(result.at[j]) * factor);
+  for (int j = 0; j < kSize; ++j) result.at[j] = from_float<T>(to_float(result.at[j]) * factor);
   values = result;
 }
 

@@ -119,7 +119,7 @@ static __global__ void dot_product_kernel(const __grid_constant__ ExpertProduct 
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) sums[i][j] = fmaf(wide(a[i].at[e]), wide(b.at[e]), sums[i][j]);
+        for (int e = 0; e < kSize; ++e) sums[i][j] = fmaf(to_float(a[i].at[e]), to_float(b.at[e]), sums[i][j]);
     }
   }
 #pragma unroll
@@ -131,7 +131,8 @@ static __global__ void dot_product_kernel(const __grid_constant__ ExpertProduct 
 #pragma unroll
     for (int i = 0; i < kOut; ++i)
       if (n0 + i < n)
-        y[n0 + i] = narrow<T>(kGated ? activated(sums[i][j], given.activation) * sums[kRows / 2 + i][j] : sums[i][j]);
+        y[n0 + i] =
+            from_float<T>(kGated ? activated(sums[i][j], given.activation) * sums[kRows / 2 + i][j] : sums[i][j]);
   }
 }
 

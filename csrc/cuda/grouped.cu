@@ -131,7 +131,7 @@ static __global__ __launch_bounds__(kGroupedWarps *
       const std::uint32_t scale = a % 2 == 0 ? low : high;
       const int integer = static_cast<int>(packed >> (i * bits) & ((1U << bits) - 1)) - static_cast<int>(scale & 0xffU);
       numbers[warp][lane / 4 + a % 2 * 8][step * 16 + a / 2 * 8 + lane % 4 * 2 + next] =
-          narrow<T>(static_cast<float>(integer) * float_of_bits(scale & 0xffffff00U));
+          from_float<T>(static_cast<float>(integer) * float_of_bits(scale & 0xffffff00U));
     }
   }
   __syncwarp();

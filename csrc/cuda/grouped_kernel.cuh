@@ -366,7 +366,7 @@ struct GroupedBlock {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = n0 + half * 8 + lane / 4;
-      added[half] = bias != nullptr && row < given.n ? wide(bias[row]) : 0;
+      added[half] = bias != nullptr && row < given.n ? to_float(bias[row]) : 0;
     }
 #pragma unroll
     for (int j = 0; j < kM / 8; ++j) {

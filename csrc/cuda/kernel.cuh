@@ -21,22 +21,22 @@ constexpr unsigned kAll = 0xffffffffU;  // mask of all lanes of a warp
 
 // ---- Conversions to float and back, rounding to nearest
 
-__device__ __forceinline__ float wide(float x) { return x; }
-__device__ __forceinline__ float wide(f16 x) { return __half2float(x); }
-__device__ __forceinline__ float wide(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 
 template <typename T>
-__device__ __forceinline__ T narrow(float x);
+__device__ __forceinline__ T from_float(float x);
 template <>
-__device__ __forceinline__ float narrow<float>(float x) {
+__device__ __forceinline__ float from_float<float>(float x) {
   return x;
 }
 template <>
-__device__ __forceinline__ f16 narrow<f16>(float x) {
+__device__ __forceinline__ f16 from_float<f16>(float x) {
   return __float2half_rn(x);
 }
 template <>
-__device__ __forceinline__ bf16 narrow<bf16>(float x) {
+__device__ __forceinline__ bf16 from_float<bf16>(float x) {
   return __float2bfloat16_rn(x);
 }
 

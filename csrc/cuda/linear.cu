@@ -45,7 +45,7 @@ static __global__ void dot_product_kernel(const T* x, const T* w, const T* bias,
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) sums[i][j] = fmaf(wide(a[i].at[e]), wide(b.at[e]), sums[i][j]);
+        for (int e = 0; e < kSize; ++e) sums[i][j] = fmaf(to_float(a[i].at[e]), to_float(b.at[e]), sums[i][j]);
     }
   }
 #pragma unroll
@@ -55,7 +55,7 @@ static __global__ void dot_product_kernel(const T* x, const T* w, const T* bias,
       const float sum = warp_sum(sums[i][j]);
       if (lane == 0 && n0 + i < n && m0 + j < m)
         y[static_cast<std::int64_t>(m0 + j) * n + n0 + i] =
-            narrow<Out>(bias == nullptr ? sum : sum + wide(bias[n0 + i]));
+            from_float<Out>(bias == nullptr ? sum : sum + to_float(bias[n0 + i]));
     }
 }
 

@@ -47,8 +47,8 @@ __device__ __forceinline__ std::uint32_t pair(float low, float high) {
     T values[2];
     std::uint32_t bits;
   } both;
-  both.values[0] = narrow<T>(low);
-  both.values[1] = narrow<T>(high);
+  both.values[0] = from_float<T>(low);
+  both.values[1] = from_float<T>(high);
   return both.bits;
 }
 

@@ -37,7 +37,7 @@ __device__ __forceinline__ void route(const T* all_logits, const Routing& routin
   for (int choice = 0; choice < routing.top_k; ++choice) {
     std::uint64_t next = 0;
     for (int expert = lane; expert < count; expert += 32) {
-      const std::uint64_t rank = ranked(wide(logits[expert]), expert);
+      const std::uint64_t rank = ranked(to_float(logits[expert]), expert);
       if ((choice == 0 || rank < least) && rank > next) next = rank;
     }
     for (int offset = 16; offset > 0; offset /= 2) {
@@ -45,17 +45,17 @@ __device__ __forceinline__ void route(const T* all_logits, const Routing& routin
       if (other > next) next = other;
     }
     least = next;
-    if (choice == 0) most = wide(logits[0xffffffffU - static_cast<std::uint32_t>(least)]);
+    if (choice == 0) most = to_float(logits[0xffffffffU - static_cast<std::uint32_t>(least)]);
   }
   for (int expert = lane; expert < count; expert += 32) {
-    const float logit = wide(logits[expert]);
+    const float logit = to_float(logits[expert]);
     if (!routing.renormalise || ranked(logit, expert) >= least) total += expf(logit - most);
   }
   total = warp_sum(total);
   std::int64_t at = static_cast<std::int64_t>(token) * routing.top_k;
   for (int base = 0; base < count; base += 32) {
     const int expert = base + lane;
-    const float logit = expert < count ? wide(logits[expert]) : 0;
+    const float logit = expert < count ? to_float(logits[expert]) : 0;
     const bool taken = expert < count && ranked(logit, expert) >= least;
     const unsigned mask = __ballot_sync(kAll, taken);
     if (taken) {
@@ -153,11 +153,11 @@ static __global__ void combine_kernel(const T* results, const float* weights, T*
     const P result = reinterpret_cast<const P*>(results)[pair * packs + column];
     const float weight = weights[pair];
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) sums[j] = fmaf(weight, wide(result.at[j]), sums[j]);
+    for (int j = 0; j < kSize; ++j) sums[j] = fmaf(weight, to_float(result.at[j]), sums[j]);
   }
   P sum;
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) sum.at[j] = narrow<T>(sums[j]);
+  for (int j = 0; j < kSize; ++j) sum.at[j] = from_float<T>(sums[j]);
   reinterpret_cast<P*>(out)[token * packs + column] = sum;
 }
 

@@ -34,12 +34,12 @@ static __global__ __launch_bounds__(1024) void norm_kernel(const T* x, const W* 
     if (sums != nullptr) {
       const P other = sums[i];
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) kept.at[j] = narrow<T>(wide(kept.at[j]) + wide(other.at[j]));
+      for (int j = 0; j < kSize; ++j) kept.at[j] = from_float<T>(to_float(kept.at[j]) + to_float(other.at[j]));
       sums[i] = kept;
     }
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      const float value = wide(kept.at[j]);
+      const float value = to_float(kept.at[j]);
       if constexpr (kCentred)
         plain += value;
       else
@@ -52,7 +52,7 @@ static __global__ __launch_bounds__(1024) void norm_kernel(const T* x, const W* 
     for_each([&](int) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float away = wide(kept.at[j]) - mean;
+        const float away = to_float(kept.at[j]) - mean;
         squares = fmaf(away, away, squares);
       }
     });
@@ -64,9 +64,9 @@ static __global__ __launch_bounds__(1024) void norm_kernel(const T* x, const W* 
     if (kCentred && bias != nullptr) added = reinterpret_cast<const P*>(bias)[i];
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      float value = (wide(kept.at[j]) - mean) * factor * wide(scale.at[j]);
-      if constexpr (kCentred) value += wide(added.at[j]);
-      normed.at[j] = narrow<T>(value);
+      float value = (to_float(kept.at[j]) - mean) * factor * to_float(scale.at[j]);
+      if constexpr (kCentred) value += to_float(added.at[j]);
+      normed.at[j] = from_float<T>(value);
     }
     reinterpret_cast<P*>(out)[row + i] = normed;
   });

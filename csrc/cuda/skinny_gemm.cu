@@ -104,10 +104,10 @@ static __global__ __launch_bounds__(kWarps * 32, kBlocksPerProcessor) void skinn
     for (int i = static_cast<int>(threadIdx.x); i < kMostRows * kRows; i += kWarps * 32) {
       const int row = i / kRows, place = i % kRows, at = tile * kRows + place;
       if (row >= m || at >= n) continue;
-      float sum = bias == nullptr ? 0 : wide(bias[at]);
+      float sum = bias == nullptr ? 0 : to_float(bias[at]);
 #pragma unroll
       for (int part = 0; part < kWarps; ++part) sum += partials[part][row][place];
-      y[static_cast<std::int64_t>(row) * n + at] = narrow<Out>(sum);
+      y[static_cast<std::int64_t>(row) * n + at] = from_float<Out>(sum);
     }
   }
 #endif
