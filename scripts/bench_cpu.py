@@ -123,6 +123,7 @@ def _systems(args: argparse.Namespace, directory: Path) -> dict[str, System]:
         "bf16": Engine(python, "vllmlite", ours),
         "int8": Engine(python, "vllmlite", {**ours, "quantization": "int8"}),
         "int4": Engine(python, "vllmlite", {**ours, "quantization": "int4"}),
+        "awq": Engine(python, "vllmlite", {**ours, "model": str(models.awq()), "load_format": "dummy"}),
         "limits": Limits(models, threads, directory),
         "programs": programs(models),
     }

@@ -42,6 +42,14 @@ class Models:
             raise RuntimeError(f"vllmlite quantize: {made.stderr.strip()}")
         return path
 
+    def awq(self) -> Path:
+        """Return the configuration of the model as AWQ in groups of 128 columns, for weights that are made up."""
+        path = self._directory / f"{self.base.name}-awq"
+        path.mkdir(parents=True, exist_ok=True)
+        awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+        (path / "config.json").write_text(json.dumps({**self.config, "quantization_config": awq}))
+        return path
+
     def weight_bytes(self, weights: str) -> int:
         """Return the bytes of the checkpoint's tensors."""
         return sum(size for _, _, size in _tensors(self.checkpoint(weights)))
