@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from vllmlite.errors import ModelError
 from vllmlite.weights.host import ITEM_SIZE, HostTensor
 from vllmlite.weights.safetensors import Layout, layout_header
 
@@ -104,14 +103,9 @@ def safetensors_checkpoint(directory: Path, layout: Layout) -> Checkpoint:
         for name, shard in zip(names, shards, strict=True):
             header = layout_header(shard)
             files.append(TensorFile(directory / name, header, _places(shard, len(header))))
-    except BaseException as error:
+    except BaseException:
         for file in files:
             file.close()
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            needed = sum(_num_bytes(*entry) for entry in layout.values())
-            raise ModelError(
-                f"{directory.parent}: the disk has no room for the {needed} bytes of the checkpoint"
-            ) from error
         raise
     return Checkpoint(files)
 
