@@ -45,13 +45,15 @@ def test_an_unsupported_model_is_refused_with_one_line_before_slow_imports(tmp_p
     )
     assert run.returncode == 1
     assert not {"torch", "transformers"} & {line.rpartition("|")[2].strip() for line in imports}
-    assert re.fullmatch(r"vllmlite: error: .*quant_method='exl2'; accepted: awq, .*\n", "".join(said)), said
+    assert re.fullmatch(
+        r"vllmlite: error: .*quant_method='exl2'; accepted: auto-round, awq, .*\n", "".join(said)
+    ), said
 
 
 @pytest.mark.parametrize("method", ["exl3", "aqlm", "hqq", "torchao", "quark", "spqr"])
 def test_unsupported_quantisation_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
     config_only(tmp_path, quantization_config={"quant_method": method})
-    with pytest.raises(ModelError, match=f"quant_method='{method}'; accepted: awq, .*vllmlite; "):
+    with pytest.raises(ModelError, match=f"quant_method='{method}'; accepted: auto-round, awq, .*vllmlite; "):
         read_spec(tmp_path)
 
 

@@ -50,8 +50,8 @@ def _read(file: Path) -> str:
         except (ValueError, KeyError, TypeError):
             raise ParameterError(
                 "calibration",
-                f"{file}:{number}",
-                'accepted: JSON text, or an object with the key "text", a line',
+                str(file),
+                f'line {number}: accepted: JSON text, or an object with the key "text"',
             ) from None
     return "\n\n".join(map(str, texts))
 

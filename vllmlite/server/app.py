@@ -152,8 +152,6 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     message = str(error.detail) if cause is None else f"the body is not JSON in UTF-8: {cause}"
     if error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
         message = f"{request.method} {request.url.path}: {message}"
-    elif "content-encoding" in request.headers:
-        message += f"; content-encoding {request.headers['content-encoding']} is not supported: send the body unencoded"
     return error_response(ApiError(error.status_code, message, headers=error.headers), request.scope)
 
 

@@ -76,7 +76,14 @@ class LimitBody:
             return
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
+        encoding = headers.get("content-encoding", "identity")
         refusal = None if length.isdigit() and int(length) <= self._limit else self._too_long()
+        if encoding.lower() != "identity":
+            refusal = ApiError(
+                HTTPStatus.BAD_REQUEST,
+                f"content-encoding {encoding} is not supported: send the body unencoded",
+                headers={"connection": "close"},
+            )
         body, structure = bytearray(), Structure()
         discarded = 0
         more = refusal is None or "expect" not in headers  # who asks before sending a body is told at once
