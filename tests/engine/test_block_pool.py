@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllmlite.engine.block_pool import BlockPool, chain_digest, root_digest
+from vllmlite.engine.block_pool import BlockPool, block_hash, root_digest
 
 
 @settings(max_examples=100, deadline=None)
@@ -25,7 +25,7 @@ def test_counts_names_and_free_list_agree_after_any_history(
             pool.release(held.pop(number % len(held)))
         elif what == "name" and held:
             for block in held[number % len(held)]:
-                pool.name(block, bytes([number]))
+                pool.cache(block, bytes([number]))
         elif what == "share":
             found = pool.find([bytes([number])])
             pool.share(found)
@@ -42,7 +42,7 @@ def test_counts_names_and_free_list_agree_after_any_history(
 def test_a_freed_block_is_found_until_it_is_handed_out_again() -> None:
     pool = BlockPool(2)
     block = pool.allocate(1)
-    pool.name(block[0], b"x")
+    pool.cache(block[0], b"x")
     pool.release(block)
     assert pool.find([b"x"]) == block
     assert pool.num_free_in(block) == 1
@@ -53,7 +53,7 @@ def test_a_freed_block_is_found_until_it_is_handed_out_again() -> None:
 def test_unnamed_blocks_are_reused_before_cached_ones() -> None:
     pool = BlockPool(3)
     blocks = pool.allocate(3)
-    pool.name(blocks[0], b"x")
+    pool.cache(blocks[0], b"x")
     pool.release(blocks)
     pool.allocate(2)
     assert pool.find([b"x"]) == [blocks[0]]
@@ -63,18 +63,18 @@ def test_a_run_of_names_ends_at_the_first_gap() -> None:
     pool = BlockPool(3)
     blocks = pool.allocate(3)
     for block, name in zip(blocks, (b"a", b"b", b"c"), strict=True):
-        pool.name(block, name)
+        pool.cache(block, name)
     assert pool.find([b"a", b"b", b"x", b"c"]) == blocks[:2]
 
 
 def test_digests_depend_on_parent_tokens_and_salt() -> None:
     root = root_digest("salt", "")
     names = {
-        chain_digest(root, [1, 2]),
-        chain_digest(root, [2, 1]),
-        chain_digest(root, [1, 2, 0]),
-        chain_digest(root_digest("salt", "x"), [1, 2]),
-        chain_digest(chain_digest(root, [1, 2]), [1, 2]),
+        block_hash(root, [1, 2]),
+        block_hash(root, [2, 1]),
+        block_hash(root, [1, 2, 0]),
+        block_hash(root_digest("salt", "x"), [1, 2]),
+        block_hash(block_hash(root, [1, 2]), [1, 2]),
     }
     assert len(names) == 5
-    assert chain_digest(root, (1, 2)) == chain_digest(root, [1, 2])
+    assert block_hash(root, (1, 2)) == block_hash(root, [1, 2])

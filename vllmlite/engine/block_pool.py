@@ -1,9 +1,9 @@
-"""The pool of KV-cache blocks: reference counts, a least-recently-used free list, and the prefix cache's names.
+"""The pool of KV-cache blocks: reference counts, a least-recently-used free list, and the prefix cache.
 
-A block is an integer. It is *used* while its reference count is positive, else *free*. A full block may be *named*
-by a digest that chains its parent's digest, its tokens and whatever else its numbers depend on; a named block keeps
-its contents while it is free, until it is handed out again, and can be taken up by the next request that asks for
-the same prefix (PagedAttention, Kwon et al. 2023; automatic prefix caching as in vLLM).
+A block is an integer. It is *used* while its reference count is positive, else *free*. A full block may have a *block
+hash*, a digest that chains the hash of the block before it, its tokens, and everything else its contents depend on. A
+block with a hash is *cached*: it keeps its contents while it is free, until it is allocated again, and the next request
+with the same prefix can share it (PagedAttention, Kwon et al. 2023; automatic prefix caching as in vLLM).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from hashlib import sha256
 
 
 def root_digest(*parts: str) -> bytes:
-    """The parent of a sequence's first block: what its numbers depend on besides its tokens (cache salt, adapter)."""
+    """Return the parent hash of a sequence's first block, from what contents depend on besides tokens (cache salt)."""
     return sha256(repr(parts).encode()).digest()
 
 
-def chain_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Name of a full block: SHA-256 of the ``parent`` block's name and this block's tokens.
+def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Return the SHA-256 of the ``parent`` block's hash and this block's tokens.
 
-    Nobody can find two prefixes of one name, so equal names mean equal contents, also between hostile users.
+    SHA-256 resists collisions, so equal hashes mean equal contents, also between hostile users.
     """
     return sha256(parent + array("q", token_ids).tobytes()).digest()
 
@@ -31,40 +31,40 @@ class BlockPool:
     """``num_blocks`` blocks; every operation is O(1) a block."""
 
     def __init__(self, num_blocks: int) -> None:
-        """All blocks free, none named."""
+        """Make a pool of free blocks, none of them cached."""
         self.num_blocks = num_blocks
         self.peak_used = 0
         self.reset()
 
     def reset(self) -> None:
-        """Free every block and forget every name, whatever state an interrupted call has left."""
+        """Free every block and forget every hash, whatever state an interrupted call has left."""
         self._references = [0] * self.num_blocks
-        self._names: list[bytes | None] = [None] * self.num_blocks
-        self._by_name: dict[bytes, int] = {}
+        self._hashes: list[bytes | None] = [None] * self.num_blocks
+        self._by_hash: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.num_blocks))
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be allocated, named ones included."""
+        """Number of blocks that can be allocated, cached ones included."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
-        """Blocks that at least one request holds."""
+        """Number of blocks that at least one request holds."""
         return self.num_blocks - len(self._free)
 
-    def find(self, names: Iterable[bytes]) -> list[int]:
-        """Blocks of the longest run of ``names`` from the start that is in the pool. Takes no reference."""
+    def find(self, hashes: Iterable[bytes]) -> list[int]:
+        """Return the cached blocks of the longest prefix of ``hashes`` that the pool has; takes no reference."""
         blocks = []
-        for name in names:
-            block = self._by_name.get(name)
+        for digest in hashes:
+            block = self._by_hash.get(digest)
             if block is None:
                 break
             blocks.append(block)
         return blocks
 
     def num_free_in(self, blocks: Iterable[int]) -> int:
-        """How many of ``blocks`` are free."""
+        """Return how many of ``blocks`` are free."""
         return sum(self._references[block] == 0 for block in blocks)
 
     def share(self, blocks: Iterable[int]) -> None:
@@ -76,7 +76,7 @@ class BlockPool:
         self.peak_used = max(self.peak_used, self.num_used)
 
     def allocate(self, count: int) -> list[int]:
-        """Take ``count`` blocks, the least recently used first; their names are forgotten. Needs that many free."""
+        """Take ``count`` blocks, the least recently used first, and forget their hashes. So many must be free."""
         blocks = []
         for _ in range(count):
             block, _none = self._free.popitem(last=False)
@@ -89,38 +89,38 @@ class BlockPool:
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one reference to each block of a sequence, the sequence's last block to be reused first.
 
-        Blocks without a name hold nothing worth keeping: they go to the front of the free list.
+        Blocks without a hash cannot be shared later: they go to the front of the free list.
         """
         for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free[block] = None
-                if self._names[block] is None:
+                if self._hashes[block] is None:
                     self._free.move_to_end(block, last=False)
 
-    def name(self, block: int, name: bytes) -> None:
-        """Name a full, used block. Where another block already bears the name, this one stays unnamed."""
-        if self._names[block] is None and name not in self._by_name:
-            self._names[block] = name
-            self._by_name[name] = block
+    def cache(self, block: int, digest: bytes) -> None:
+        """Give a full, used block its hash, unless another block has the same hash already."""
+        if self._hashes[block] is None and digest not in self._by_hash:
+            self._hashes[block] = digest
+            self._by_hash[digest] = block
 
     def forget_all(self) -> None:
-        """Empty the prefix cache: no block is named; used blocks stay with their holders."""
-        for block in list(self._by_name.values()):
+        """Empty the prefix cache: forget all hashes. Used blocks stay with their holders."""
+        for block in list(self._by_hash.values()):
             self._forget(block)
 
     def check_integrity(self, holders: Iterable[Sequence[int]]) -> None:
-        """Raise AssertionError unless counts, free list and names agree with the block lists of all ``holders``."""
+        """Raise AssertionError unless counts, free list and hashes agree with the block lists of all ``holders``."""
         held = Counter(block for blocks in holders for block in blocks)
         for block in range(self.num_blocks):
             assert self._references[block] == held[block], (block, self._references[block], held[block])
             assert (block in self._free) == (held[block] == 0), block
-        named = {name: block for block, name in enumerate(self._names) if name is not None}
-        assert named == self._by_name
-        assert len(named) == sum(name is not None for name in self._names)
+        cached = {digest: block for block, digest in enumerate(self._hashes) if digest is not None}
+        assert cached == self._by_hash
+        assert len(cached) == sum(digest is not None for digest in self._hashes)
 
     def _forget(self, block: int) -> None:
-        name = self._names[block]
-        if name is not None:
-            self._names[block] = None
-            del self._by_name[name]
+        digest = self._hashes[block]
+        if digest is not None:
+            self._hashes[block] = None
+            del self._by_hash[digest]

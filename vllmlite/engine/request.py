@@ -77,12 +77,12 @@ class Request:
     """Prompt tokens found in the prefix cache at the first admission."""
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
-    names: list[bytes] = field(default_factory=list)
-    """Digests of the full blocks whose tokens are known."""
-    num_named: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Hashes of the full blocks whose tokens are known."""
+    num_cached_blocks: int = 0
     """How many of ``blocks`` have been offered to the prefix cache."""
-    next_name_at: int = sys.maxsize
-    """Known and computed tokens at which the next block is full (never, without prefix caching)."""
+    next_full_at: int = sys.maxsize
+    """Known and computed tokens at which the next block is full; never, without prefix caching."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     reads_text: bool = False
@@ -155,9 +155,9 @@ class Request:
         self.status = Status.WAITING
         self.slot = -1
         self.blocks = []
-        self.names = []
-        self.num_named = 0
-        self.next_name_at = sys.maxsize
+        self.block_hashes = []
+        self.num_cached_blocks = 0
+        self.next_full_at = sys.maxsize
         self.num_computed_tokens = 0
         self.num_in_flight = 0
         self.num_tokens = len(self.prompt_token_ids) + len(self.output_token_ids)

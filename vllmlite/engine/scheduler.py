@@ -13,7 +13,7 @@ from bisect import insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from vllmlite.engine.block_pool import BlockPool, chain_digest
+from vllmlite.engine.block_pool import BlockPool, block_hash
 from vllmlite.engine.request import Request, Status
 from vllmlite.sampling_params import SamplingParams
 
@@ -158,8 +158,8 @@ class Scheduler:
         """Append the id that a launched row of ``request`` has sampled."""
         request.output_token_ids.append(token_id)
         request.num_in_flight -= 1
-        if request.num_tokens - request.num_in_flight >= request.next_name_at:
-            self._name_full_blocks(request)
+        if request.num_tokens - request.num_in_flight >= request.next_full_at:
+            self._cache_full_blocks(request)
 
     def requests(self) -> Iterator[Request]:
         """All requests that have not finished."""
@@ -180,7 +180,7 @@ class Scheduler:
             assert request.num_tokens == known + request.num_in_flight
             assert request.num_computed_tokens <= request.num_tokens <= request.max_total_tokens
             assert len(request.blocks) * self.limits.block_size >= request.num_computed_tokens
-            assert request.num_named <= len(request.blocks)
+            assert request.num_cached_blocks <= len(request.blocks)
             assert request.status is Status.RUNNING or not (request.blocks or request.slot >= 0)
 
     def _missing_blocks(self, request: Request, count: int) -> int:
@@ -208,8 +208,8 @@ class Scheduler:
         schedule.starts.append(start)
         schedule.counts.append(count)
         schedule.samples.append(samples)
-        if end >= request.next_name_at:
-            self._name_full_blocks(request)
+        if end >= request.next_full_at:
+            self._cache_full_blocks(request)
 
     def _append_extras(self, request: Request, start: int, ends: bool, schedule: Schedule) -> None:
         """Add bans, mask, prompt log-probabilities or pooling to the row that is being appended."""
@@ -239,10 +239,10 @@ class Scheduler:
             self._occupy(request, schedule, now)
             self.pool.share(hits)
             self._append_blocks(request, hits, schedule)
-            request.num_named = len(hits)
+            request.num_cached_blocks = len(hits)
             request.num_computed_tokens = len(hits) * self.limits.block_size
             if self.limits.enable_prefix_caching:
-                request.next_name_at = request.num_computed_tokens + self.limits.block_size
+                request.next_full_at = request.num_computed_tokens + self.limits.block_size
             if request.num_cached_tokens is None:
                 request.num_cached_tokens = request.num_computed_tokens
                 self.prefix_queries += len(request.prompt_token_ids)
@@ -265,8 +265,8 @@ class Scheduler:
         """Cached blocks that ``request`` can start from; its last known token is always left to compute."""
         if not self.limits.enable_prefix_caching or request.needs_every_state:
             return []
-        self._extend_names(request, request.num_known_ids // self.limits.block_size)
-        usable = request.names[: (request.num_tokens - 1) // self.limits.block_size]
+        self._extend_hashes(request, request.num_known_ids // self.limits.block_size)
+        usable = request.block_hashes[: (request.num_tokens - 1) // self.limits.block_size]
         return self.pool.find(usable)
 
     def _occupy(self, request: Request, schedule: Schedule, now: float) -> None:
@@ -303,24 +303,24 @@ class Scheduler:
         request.blocks = []
         request.slot = -1
         request.num_computed_tokens = 0
-        request.num_named = 0
+        request.num_cached_blocks = 0
 
-    def _name_full_blocks(self, request: Request) -> None:
+    def _cache_full_blocks(self, request: Request) -> None:
         """Offer the blocks that are full of known, computed tokens to the prefix cache."""
         block_size = self.limits.block_size
         full = min(request.num_known_ids, request.num_computed_tokens) // block_size
-        self._extend_names(request, full)
-        for index in range(request.num_named, full):
-            self.pool.name(request.blocks[index], request.names[index])
-        request.num_named = max(request.num_named, full)
-        request.next_name_at = (request.num_named + 1) * block_size
+        self._extend_hashes(request, full)
+        for index in range(request.num_cached_blocks, full):
+            self.pool.cache(request.blocks[index], request.block_hashes[index])
+        request.num_cached_blocks = max(request.num_cached_blocks, full)
+        request.next_full_at = (request.num_cached_blocks + 1) * block_size
 
-    def _extend_names(self, request: Request, count: int) -> None:
+    def _extend_hashes(self, request: Request, count: int) -> None:
         block_size = self.limits.block_size
-        for index in range(len(request.names), count):
-            parent = request.names[-1] if request.names else request.root
-            request.names.append(
-                chain_digest(parent, request.known_ids(index * block_size, (index + 1) * block_size))
+        for index in range(len(request.block_hashes), count):
+            parent = request.block_hashes[-1] if request.block_hashes else request.root
+            request.block_hashes.append(
+                block_hash(parent, request.known_ids(index * block_size, (index + 1) * block_size))
             )
 
 
