@@ -93,10 +93,12 @@ def test_arguments_of_a_call_are_bounded() -> None:
     [
         (b'{"prompt": "caf\xe9"}', "not JSON in UTF-8: 'utf-8' codec can't decode byte 0xe9 in position 15"),
         (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "not JSON in UTF-8: .*digits"),
-        (b"[" * 50_000 + b"]" * 50_000, "the body is nested too deeply"),
+        # Python 3.14 reads deeper nesting than older versions: then the list is no object.
+        (b"[" * 50_000 + b"]" * 50_000, "the body is nested too deeply|valid dictionary"),
         (b'{"prompt": "a",}', "the body is not JSON: .* at character"),
         ('{"prompt": "a"}'.encode("utf-16"), "not JSON in UTF-8: it has NUL bytes"),
     ],
+    ids=["bytes", "digits", "depth", "comma", "utf-16"],
 )
 def test_a_body_that_cannot_be_parsed_is_told_why(plain: Service, body: bytes, reason: str) -> None:
     async def work(client: httpx.AsyncClient) -> None:
