@@ -149,8 +149,17 @@ def test_experts_without_tokens_are_named(tmp_path: Path, monkeypatch: pytest.Mo
 
     measure = Calibration.measure
     monkeypatch.setattr(Calibration, "measure", unreached)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
     for method in ("gptq", "awq"):
-        report = quantize_checkpoint(source, tmp_path / method, method, method=method, group_size=32)
+        options: dict[str, Any] = {"method": method, "group_size": 32}
+        with pytest.raises(KeyboardInterrupt):
+            quantize_checkpoint(source, tmp_path / method, method, show=interrupt, **options)
+        report = quantize_checkpoint(source, tmp_path / method, method, **options)
+        assert report.resumed_at == 2
         assert report.rounded_to_nearest == [
             f"model.layers.{layer}.block_sparse_moe.experts.2.{part}.weight"
             for layer in range(3)

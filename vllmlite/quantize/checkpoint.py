@@ -110,7 +110,7 @@ def quantize_checkpoint(
     work = target.parent / f".{target.name}.partial"
     given = [settings, None if calibration is None else str(calibration.resolve()), num_tokens]
     progress = Progress.open(work, source, given)
-    report = Report(target, progress.layers)
+    report = Report(target, progress.layers, list(progress.rounded_to_nearest))
     try:
         with _Writer(plan, backend, weights, work, progress, report) as writer:
             tokens = None

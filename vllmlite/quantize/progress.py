@@ -31,7 +31,8 @@ class Progress:
     digest: str
     """A hash of everything that the result depends on."""
     layers: int = 0
-    notes: list[str] = field(default_factory=list)
+    rounded_to_nearest: list[str] = field(default_factory=list)
+    """Weights of these layers that no calibration token reached."""
 
     @classmethod
     def open(cls, work: Path, source: Path, given: Sequence[Any]) -> Progress:
@@ -48,7 +49,7 @@ class Progress:
                 str(work),
                 "is what an interrupted run with other options left: remove it, or give the options of that run",
             )
-        progress = cls(work, digest, int(state.get("layers", 0)), list(state.get("notes", [])))
+        progress = cls(work, digest, int(state.get("layers", 0)), list(state.get("rounded_to_nearest", [])))
         progress._save()
         return progress
 
@@ -67,11 +68,11 @@ class Progress:
         found: Floats = np.load(self._hidden(self.layers))
         return found
 
-    def done(self, layers: int, hidden: Floats | None, notes: Sequence[str]) -> None:
-        """Record that this number of ``layers`` is written."""
+    def done(self, layers: int, hidden: Floats | None, rounded_to_nearest: Sequence[str]) -> None:
+        """Record that this number of ``layers`` is written, with the ``hidden`` states after them."""
         if hidden is not None:
             _replace(self._hidden(layers), hidden)
-        self.layers, self.notes = layers, list(notes)
+        self.layers, self.rounded_to_nearest = layers, list(rounded_to_nearest)
         self._save()
         self._hidden(layers - 1).unlink(missing_ok=True)
 
@@ -90,7 +91,7 @@ class Progress:
         return self.work / f"hidden-{layers}.npy"
 
     def _save(self) -> None:
-        state = {"digest": self.digest, "layers": self.layers, "notes": self.notes}
+        state = {"digest": self.digest, "layers": self.layers, "rounded_to_nearest": self.rounded_to_nearest}
         temporary = self.work / f"{STATE}.new"
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(state, file)
