@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,8 +39,7 @@ def gptq(weight: Floats, grid: Grid, gram: NDArray[np.float32], *, act_order: bo
             group = order[at] // size
             if not act_order and at % size == 0:
                 span = slice(at, at + size)
-                own = replace(grid, group_size=size)
-                found = group_scales(np.ascontiguousarray(left[span].T), own, gram[span, span])
+                found = group_scales(np.ascontiguousarray(left[span].T), grid, gram[span, span])
                 scales[group], zeros[group] = found[0][:, 0], found[1][:, 0]
             scale, zero = scales[group], zeros[group]
             code = grid.codes(left[at], scale, zero)
