@@ -26,6 +26,11 @@ Floats: TypeAlias = NDArray[np.float32]
 Shape: TypeAlias = tuple[int, ...]
 
 
+def num_bytes(dtype: str, shape: Shape) -> int:
+    """Return the number of bytes of a tensor."""
+    return math.prod(shape) * ITEM_SIZE[dtype]
+
+
 @dataclass(frozen=True, slots=True)
 class HostTensor:
     """A tensor in host memory, usually a view of a memory-mapped checkpoint file.
@@ -57,7 +62,7 @@ class Part:
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensor."""
-        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+        return num_bytes(self.dtype, self.shape)
 
     def accepts(self, tensor: HostTensor) -> bool:
         """Return whether ``tensor`` has an accepted shape and dtype."""

@@ -7,7 +7,6 @@ A file is an 8-byte little-endian length n, n bytes of JSON header, then the ten
 from __future__ import annotations
 
 import json
-import math
 import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError
-from vllmlite.weights.host import ITEM_SIZE, HostTensor
+from vllmlite.weights.host import ITEM_SIZE, HostTensor, num_bytes
 from vllmlite.weights.not_checkpoints import refuse_foreign_file
 
 MAX_HEADER = 100_000_000
@@ -78,7 +77,7 @@ def layout_header(layout: Layout) -> bytes:
     spelled = {name: code for code, name in _DTYPES.items()}
     position = 0
     for name, (dtype, shape) in layout.items():
-        end = position + math.prod(shape) * ITEM_SIZE[dtype]
+        end = position + num_bytes(dtype, shape)
         header[name] = {"dtype": spelled[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -133,7 +132,7 @@ def _entry(path: Path, name: str, entry: Any, size: int) -> tuple[str, tuple[int
     if end > size:
         raise _error(path, name, f"bytes {begin} to {end}", f"{size} bytes of data: the file is cut short")
     dtype = _DTYPES[dtype]
-    bytes_needed = math.prod(shape) * ITEM_SIZE[dtype]
+    bytes_needed = num_bytes(dtype, shape)
     if end - begin != bytes_needed:
         raise _error(path, name, f"{bytes_needed} bytes for {dtype} {shape}", f"{end - begin} bytes")
     return dtype, tuple(shape), begin, end

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from vllmlite.weights.host import ITEM_SIZE, HostTensor
+from vllmlite.weights.host import HostTensor, num_bytes
 from vllmlite.weights.safetensors import Layout, layout_header
 
 SHARD_BYTES = 5 * 10**9
@@ -84,7 +83,7 @@ def safetensors_checkpoint(directory: Path, layout: Layout) -> Checkpoint:
     """One safetensors file of ``layout``, or shards and an index where it would pass :data:`SHARD_BYTES`.
 
     Tensors of multiples of 64 bytes come first, so that all of these lie at such multiples."""
-    ordered = dict(sorted(layout.items(), key=lambda entry: _num_bytes(*entry[1]) % 64 != 0))
+    ordered = dict(sorted(layout.items(), key=lambda entry: num_bytes(*entry[1]) % 64 != 0))
     shards = list(_shards(ordered))
     total = len(shards)
     names = (
@@ -94,7 +93,7 @@ def safetensors_checkpoint(directory: Path, layout: Layout) -> Checkpoint:
     )
     if total > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        size = sum(_num_bytes(*entry) for entry in layout.values())
+        size = sum(num_bytes(*entry) for entry in layout.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         text = json.dumps(index, indent=2) + "\n"
         (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
@@ -110,15 +109,11 @@ def safetensors_checkpoint(directory: Path, layout: Layout) -> Checkpoint:
     return Checkpoint(files)
 
 
-def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * ITEM_SIZE[dtype]
-
-
 def _shards(layout: Layout) -> Iterator[dict[str, tuple[str, tuple[int, ...]]]]:
     shard: dict[str, tuple[str, tuple[int, ...]]] = {}
     size = 0
     for name, entry in layout.items():
-        count = _num_bytes(*entry)
+        count = num_bytes(*entry)
         if shard and size + count > SHARD_BYTES:
             yield shard
             shard, size = {}, 0
@@ -130,6 +125,6 @@ def _shards(layout: Layout) -> Iterator[dict[str, tuple[str, tuple[int, ...]]]]:
 def _places(layout: Layout, begin: int) -> dict[str, tuple[int, int]]:
     places = {}
     for name, entry in layout.items():
-        places[name] = begin, _num_bytes(*entry)
+        places[name] = begin, num_bytes(*entry)
         begin += places[name][1]
     return places
