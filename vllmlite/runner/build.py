@@ -106,10 +106,10 @@ def build_runner(
         if is_terminal(sys.stderr):
             note(f"vllmlite: {done}")
     elif plan.spec is not None and (plan.quantization or at_load):
+        mixture = any(layer.moe is not None for layer in plan.spec.layers)
         for scheme in dict.fromkeys(stored_schemes(plan.spec).values()) or [None]:
             stored = plan.dtype if scheme is None else scheme.name
             choice += f"; {stored} weights {packing.treatment(scheme)}"
-            mixture = any(layer.moe is not None for layer in plan.spec.layers)
             if mixture and packing.scheme(scheme) is not None and not backend.packs_experts:
                 choice += f", but those of experts dequantised to {backend.dtype}"
     longest = config.max_model_len or plan.max_position_embeddings

@@ -79,11 +79,7 @@ class LimitBody:
         encoding = headers.get("content-encoding", "identity")
         refusal = None if length.isdigit() and int(length) <= self._limit else self._too_long()
         if encoding.lower() != "identity":
-            refusal = ApiError(
-                HTTPStatus.BAD_REQUEST,
-                f"content-encoding {encoding} is not supported: send the body unencoded",
-                headers={"connection": "close"},
-            )
+            refusal = _refusal(f"content-encoding {encoding} is not supported: send the body unencoded")
         body, structure = bytearray(), Structure()
         discarded = 0
         more = refusal is None or "expect" not in headers  # who asks before sending a body is told at once
@@ -98,7 +94,7 @@ class LimitBody:
             if refusal is None:
                 structure.add(piece)
                 if (fault := structure.fault()) is not None:
-                    refusal = ApiError(HTTPStatus.BAD_REQUEST, fault, headers={"connection": "close"})
+                    refusal = _refusal(fault)
             if refusal is None:
                 body += piece
             else:
@@ -124,8 +120,12 @@ class LimitBody:
         await self._app(scope, replay, send)
 
     def _too_long(self) -> ApiError:
-        return ApiError(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        return _refusal(
             f"the body is longer than {self._limit} bytes (--max-body-size)",
-            headers={"connection": "close"},
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         )
+
+
+def _refusal(message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> ApiError:
+    """Return the error for a body that is not read: the connection, which may still bring the rest of it, is closed."""
+    return ApiError(status, message, headers={"connection": "close"})
