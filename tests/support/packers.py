@@ -135,8 +135,13 @@ def packed_ints(bits: int, group: int | None, *, symmetric: bool = True, order: 
     return compressed("pack-quantized", weights, pack)
 
 
-def compressed(form: str, weights: dict[str, Any], pack: Callable[[Array], tuple[Tensors, Array]]) -> Packer:
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+def compressed(
+    form: str,
+    weights: dict[str, Any],
+    pack: Callable[[Array], tuple[Tensors, Array]],
+    activations: dict[str, Any] | None = None,
+) -> Packer:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
     config = {
         "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
         "ignore": ["lm_head", "re:.*router.*"], "config_groups": {"group_0": group},
@@ -144,8 +149,11 @@ def compressed(form: str, weights: dict[str, Any], pack: Callable[[Array], tuple
     return Packer(config, pack)
 
 
-def ints(strategy: str, *, static: bool = False) -> Packer:
-    """Packer of compressed-tensors' W8A8 integers."""
+def ints(
+    strategy: str, *, static: bool = False, activations: dict[str, Any] | None = None, zero: int = 0
+) -> Packer:
+    """Packer of compressed-tensors' 8-bit integers. ``static``: constants for activations are stored; they and other
+    ``activations`` have an effect if these are given."""
 
     def pack(weight: Array) -> tuple[Tensors, Array]:
         if strategy == "tensor":
@@ -155,11 +163,14 @@ def ints(strategy: str, *, static: bool = False) -> Packer:
         codes = np.rint(weight / scales).astype(np.int8)
         tensors: Tensors = {"weight": ("I8", codes), "weight_scale": ("F32", scales)}
         if static:
-            tensors["input_scale"] = ("F32", np.array([0.5], np.float32))
-            tensors["input_zero_point"] = ("I8", np.array([0], np.int8))
+            tensors["input_scale"] = ("F32", np.array([1 / 32], np.float32))
+            tensors["input_zero_point"] = ("I8", np.array([zero], np.int8))
         return tensors, codes.astype(np.float32) * scales
 
-    return compressed("int-quantized", {"num_bits": 8, "type": "int", "strategy": strategy}, pack)
+    weights = {"num_bits": 8, "type": "int", "strategy": strategy}
+    if activations is not None:
+        activations = {"num_bits": 8, "type": "int", "dynamic": not static} | activations
+    return compressed("int-quantized", weights, pack, activations)
 
 
 def e4m3_values() -> Array:
@@ -335,3 +346,13 @@ PACKERS: dict[str, Packer] = {
     "bitsandbytes fp4, double quantised": bnb4("fp4", nested=True),
     "bitsandbytes int8": bnb8(),
 }
+
+W8A8 = {
+    "dynamic": ints("channel", activations={"strategy": "token"}),
+    "dynamic asymmetric": ints("channel", activations={"strategy": "token", "symmetric": False}),
+    "static": ints("tensor", static=True, activations={"strategy": "tensor"}),
+    "static asymmetric": ints(
+        "channel", static=True, activations={"strategy": "tensor", "symmetric": False}, zero=-17
+    ),
+}
+"""Packers of integers whose products quantise activations, so that these do not equal those of the values."""

@@ -34,10 +34,10 @@ from vllmlite.backends.base import (
 )
 from vllmlite.backends.memory import host_memory
 from vllmlite.backends.torch_attention import Group, Rows, Scores, TorchKV, attend, plan_groups, token_width
+from vllmlite.backends.torch_packed import SCHEMES, TorchInt8, TorchPacked, TorchTiles, packed_part
 from vllmlite.backends.torch_sampling import SamplePlan, TorchSlots
 from vllmlite.errors import BackendError
 from vllmlite.weights.host import FLOAT_DTYPES, ITEM_SIZE, HostTensor, HostWeight, float_parts
-from vllmlite.weights.schemes import tiles
 
 _DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in ITEM_SIZE if not name.startswith("float8")
@@ -56,17 +56,6 @@ class TorchLinear:
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class TorchQuantized:
-    """Quantised weight int8 ``[out, groups, GROUP]`` of ``size`` columns, scales float32 ``[out, groups]``, bias
-    ``[out]``."""
-
-    size: int
-    bias: torch.Tensor | None
-    codes: torch.Tensor
-    scales: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -93,7 +82,7 @@ class TorchBackend(Backend):
 
     name: ClassVar[str] = "torch"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
-    schemes: frozenset[str] = frozenset(("int8", "int4"))
+    schemes: frozenset[str] = SCHEMES
 
     def __init__(self, device: str = "cpu", dtype: str = "float32", threads: int | None = None) -> None:
         if dtype not in FLOAT_DTYPES:
@@ -151,11 +140,11 @@ class TorchBackend(Backend):
     @torch.inference_mode()
     def linear_weight(
         self, parts: Sequence[HostWeight], biases: Sequence[HostTensor] = ()
-    ) -> TorchLinear | TorchQuantized:
+    ) -> TorchLinear | TorchPacked:
         bias = torch.cat([self.tensor(part, self.dtype) for part in biases]) if biases else None
         floats = float_parts(parts)
         if floats is None:
-            return self._packed(parts, bias)
+            return TorchPacked(list(map(self._packed, parts)), bias)
         weight, *others = (self.tensor(part, self.dtype) for part in floats)
         if others:
             weight = torch.cat((weight, *others))
@@ -168,16 +157,10 @@ class TorchBackend(Backend):
     def tied_weight(self, table: torch.Tensor) -> TorchLinear:
         return self._linear(table, None)
 
-    def _packed(self, parts: Sequence[HostWeight], bias: torch.Tensor | None) -> TorchQuantized:
-        unpacked = []
-        for part in parts:
-            if isinstance(part, HostTensor) or part.scheme.name not in self.schemes:
-                raise unusable(part, self)
-            unpacked.append(tiles.unpack(part))
-        codes, scales, _ = zip(*unpacked, strict=True)
-        return TorchQuantized(
-            parts[0].shape[1], bias, *self._put(np.concatenate(codes), np.concatenate(scales))
-        )
+    def _packed(self, part: HostWeight) -> TorchTiles | TorchInt8:
+        if isinstance(part, HostTensor) or part.scheme.name not in self.schemes:
+            raise unusable(part, self)
+        return packed_part(part, self._put)
 
     def _linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> TorchLinear:
         if self._blocked:
@@ -304,9 +287,9 @@ class TorchBackend(Backend):
         return x.div_(cap).tanh_().mul_(cap)
 
     @torch.inference_mode()
-    def linear(self, x: torch.Tensor, weight: TorchLinear | TorchQuantized) -> torch.Tensor:
-        if isinstance(weight, TorchQuantized):
-            return _quantized_linear(x, weight).to(x.dtype)
+    def linear(self, x: torch.Tensor, weight: TorchLinear | TorchPacked) -> torch.Tensor:
+        if isinstance(weight, TorchPacked):
+            return weight.product(x).to(x.dtype)
         if self._blocked:
             return _blocked_linear(x, weight.weight, weight.bias)
         if self._converted and len(x) >= _CONVERT_ROWS:
@@ -413,9 +396,9 @@ class TorchBackend(Backend):
     def sigmoid_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         return x.mul_(gate.sigmoid())
 
-    def logits(self, hidden: torch.Tensor, weight: TorchLinear | TorchQuantized) -> torch.Tensor:
-        if isinstance(weight, TorchQuantized):
-            return _quantized_linear(hidden, weight)
+    def logits(self, hidden: torch.Tensor, weight: TorchLinear | TorchPacked) -> torch.Tensor:
+        if isinstance(weight, TorchPacked):
+            return weight.product(hidden)
         return self.linear(hidden, weight).float()
 
     # Sampling
@@ -520,23 +503,6 @@ def _converted_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     for at in range(0, len(weight), _CONVERT_PART):
         out[:, at : at + _CONVERT_PART] = floats @ weight[at : at + _CONVERT_PART].float().T
     return out if bias is None else out.add_(bias)
-
-
-def _quantized_linear(x: torch.Tensor, weight: TorchQuantized) -> torch.Tensor:
-    """Multiply in float32, part by part of the weight, after rounding x to 8 bits per group."""
-    groups = F.pad(x.float(), (0, -weight.size % tiles.GROUP)).view(
-        len(x), weight.scales.shape[1], tiles.GROUP
-    )
-    high, low = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
-    extremes = torch.where(high > -low, high, low)
-    inverse = torch.where(extremes == 0, 0, -128 / extremes)
-    rounded = (groups * inverse).round().clamp(-128, 127) * (extremes * (-1 / 128))
-    floats = rounded.flatten(1)
-    out = torch.empty(len(x), len(weight.codes), dtype=torch.float32, device=x.device)
-    for at in range(0, len(weight.codes), _CONVERT_PART):
-        part = slice(at, at + _CONVERT_PART)
-        out[:, part] = floats @ (weight.codes[part] * weight.scales[part, :, None]).flatten(1).T
-    return out if weight.bias is None else out.add_(weight.bias)
 
 
 def _blocked_layout_runs(dtype: torch.dtype) -> bool:

@@ -23,6 +23,7 @@ from vllmlite.weights.schemes.float4 import MXFP4, NVFP4_COMPRESSED, NVFP4_MODEL
 from vllmlite.weights.schemes.float8 import Float8Scheme
 from vllmlite.weights.schemes.gptq import GptqScheme
 from vllmlite.weights.schemes.tiles import GROUP, TILES
+from vllmlite.weights.schemes.w8a8 import W8A8Scheme
 
 logger = logging.getLogger(__name__)
 
@@ -283,7 +284,10 @@ def _compressed_scheme(group: HfConfig, form: str) -> Scheme:
         # "static" and "weight" reorder columns only while quantising and store groups as runs; "group" stores g_idx.
         return PackedIntScheme(bits, group_size, symmetric, ordered=order not in ("group", "dynamic", True))
     if form in ("int-quantized", "naive-quantized") and kind == "int" and bits == 8 and strategy != "block":
-        return IntScheme(group_size, symmetric, strategy == "tensor")
+        activations = group.section("input_activations")
+        if activations is None or group_size is not None:
+            return IntScheme(group_size, symmetric, strategy == "tensor")
+        return _int8_activations(activations, symmetric, strategy == "tensor")
     if (
         form in ("float-quantized", "naive-quantized")
         and kind == "float"
@@ -300,6 +304,21 @@ def _compressed_scheme(group: HfConfig, form: str) -> Scheme:
         f"{group.where}: format={form!r} with {bits}-bit {kind} weights by {strategy}; accepted: pack-quantized with 4 "
         "or 8 bits by channel or group, int-quantized and float-quantized with 8, nvfp4-pack-quantized, "
         "mxfp4-pack-quantized"
+    )
+
+
+def _int8_activations(activations: HfConfig, symmetric: bool, per_tensor: bool) -> W8A8Scheme:
+    """The scheme of int8 weights whose products quantise activations as ``activations`` says."""
+    activations.require("num_bits", 8)
+    activations.require("type", "int")
+    static = not activations.boolean("dynamic", False)
+    accepted = "tensor" if static else "token"
+    if activations.get("strategy") not in (None, accepted):
+        raise activations.error(
+            "strategy", f'"{accepted}" for {"static" if static else "dynamic"} activations'
+        )
+    return W8A8Scheme(
+        None, symmetric, per_tensor, static=static, symmetric_input=activations.boolean("symmetric", True)
     )
 
 

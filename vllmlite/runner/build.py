@@ -109,7 +109,7 @@ def build_runner(
         mixture = any(layer.moe is not None for layer in plan.spec.layers)
         for scheme in dict.fromkeys(stored_schemes(plan.spec).values()) or [None]:
             stored = plan.dtype if scheme is None else scheme.name
-            choice += f"; {stored} weights {packing.treatment(scheme)}"
+            choice += f"; {stored} weights {packing.treatment(scheme)}, activations in {packing.activations(scheme)}"
             if mixture and packing.scheme(scheme) is not None and not backend.packs_experts:
                 choice += f", but those of experts dequantised to {backend.dtype}"
     longest = config.max_model_len or plan.max_position_embeddings

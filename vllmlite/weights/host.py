@@ -83,6 +83,11 @@ class Scheme(ABC):
     may share a name only if backends treat them alike."""
 
     @property
+    def input_dtype(self) -> str | None:
+        """The dtype to which products quantise activations; None: activations stay in the backend's dtype."""
+        return None
+
+    @property
     def row_unit(self) -> int:
         """Rows can be sliced at multiples of this number."""
         return 1

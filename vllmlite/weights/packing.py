@@ -53,6 +53,13 @@ class Packing:
         kept = scheme is stored or isinstance(stored, IntegerScheme)
         return "kept" if kept else f"quantised to {scheme.name}"
 
+    def activations(self, stored: Scheme | None) -> str:
+        """Name the dtype that activations have in products with weights that are stored in ``stored``."""
+        scheme = self.scheme(stored)
+        wanted = None if stored is None else stored.input_dtype
+        found = (None if scheme is None else scheme.input_dtype) or self.backend.dtype
+        return found if wanted in (None, found) else f"{found}, not {wanted}"
+
     def __call__(self, weight: HostWeight) -> HostWeight:
         """``weight`` in the form that :meth:`scheme` says. ModelError for values that cannot be quantised, and for
         scales that are not finite."""

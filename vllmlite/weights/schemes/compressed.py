@@ -9,7 +9,7 @@ For a weight ``[N, K]`` with G groups in a row (one, if scales are per channel),
 - ``weight_shape`` int64 ``[2]``.
 
 ``int-quantized`` stores ``weight`` int8 ``[N, K]``, the same scales, and ``weight_zero_point`` int8 ``[N, G]``. An
-element is (code - zero) * scale. What is stored for activations has no effect: they stay floats.
+element is (code - zero) * scale. What is stored for activations has no effect here: :mod:`.w8a8` reads it.
 """
 
 from __future__ import annotations

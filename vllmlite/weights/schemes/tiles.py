@@ -70,6 +70,11 @@ class TileScheme(Scheme):
     column_unit: int = GROUP
 
     @property
+    def input_dtype(self) -> str:
+        """See :class:`Scheme`."""
+        return "int8"
+
+    @property
     def scales_per_group(self) -> int:
         """1 or 2."""
         return GROUP // self.elements_per_scale

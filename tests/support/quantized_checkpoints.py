@@ -1,0 +1,75 @@
+"""Small checkpoints with packed weights, beside checkpoints of the values of these, and their logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from checkpoints import write_checkpoint
+from numpy.typing import NDArray
+from packers import Packer
+from paged import PagedModel
+from safetensors.numpy import load_file
+
+from vllmlite.backends.base import Backend
+from vllmlite.models import load_model, read_spec
+from vllmlite.models.tensors import sources
+from vllmlite.weights.host import HostTensor
+from vllmlite.weights.safetensors import write_safetensors
+
+DTYPES = {
+    "I32": "int32", "I64": "int64", "I8": "int8", "U8": "uint8", "F16": "float16", "F32": "float32",
+    "BF16": "bfloat16", "F8_E4M3": "float8_e4m3",
+}  # fmt: skip
+
+
+def write(path: Path, tensors: dict[str, tuple[str, NDArray[Any]]], **config: Any) -> None:
+    """Write a checkpoint of ``tensors`` with the existing configuration."""
+    held = {
+        name: HostTensor(DTYPES[dtype], array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        for name, (dtype, array) in tensors.items()
+    }
+    (path / "model.safetensors").unlink(missing_ok=True)
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in held.items()}
+    write_safetensors(path / "model.safetensors", held.values(), layout)
+    stored = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(stored | config))
+
+
+def quantised(base: Path, packer: Packer, family: str = "Llama", **changes: Any) -> tuple[Path, Path]:
+    """A checkpoint with packed weights, and a float32 checkpoint of their values."""
+    packed, floats = base / "packed", base / "floats"
+    for path in (packed, floats):
+        write_checkpoint(path, family, **{"intermediate_size": 128} | changes)
+    spec = read_spec(floats)
+    stored = load_file(floats / "model.safetensors")
+    products = {source.key: source for source in sources(spec).values() if source.product}
+    tensors: dict[str, tuple[str, NDArray[Any]]] = {}
+    meant: dict[str, tuple[str, NDArray[Any]]] = {}
+    for name, values in stored.items():
+        is_head = name == "lm_head.weight"
+        if name not in products or (is_head and not packer.head):
+            tensors[name] = meant[name] = "F32", values
+            continue
+        if is_head:  # a number of rows that words can hold
+            assert values.shape[0] % 32 == 0
+        transposed = products[name].transposed
+        parts, value = packer.pack(values.T if transposed else values)
+        meant[name] = "F32", np.ascontiguousarray((value.T if transposed else value).astype(np.float32))
+        stem = name.removesuffix("weight")
+        tensors |= {stem + suffix: part for suffix, part in parts.items()}
+        if packer.bias and f"{stem}bias" not in stored:
+            tensors[f"{stem}bias"] = "F16", np.zeros(values.shape[0], np.float16)
+    write(packed, tensors, quantization_config=packer.config)
+    write(floats, meant)
+    return packed, floats
+
+
+def logits(path: Path, backend: Backend) -> NDArray[np.float32]:
+    paged = PagedModel(
+        load_model(backend, path, max_model_len=64, block_size=16), num_blocks=8, max_slots=2, max_context=64
+    )
+    paged.admit(0)
+    return paged.logits([0], [np.arange(3, 40, dtype=np.int32)])[0]
