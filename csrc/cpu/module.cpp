@@ -7,6 +7,7 @@
 #include "cpu/blocks.hpp"
 #include "cpu/dispatch.hpp"
 #include "cpu/ops.hpp"
+#include "cpu/repack.hpp"
 #include "tensor/bind_tensor.hpp"
 
 namespace py = pybind11;
@@ -53,6 +54,13 @@ std::shared_ptr<cpu::Batch> upload(cpu::Runtime& runtime, const py::object& host
 using Part = std::tuple<std::string, Tensor, Tensor, std::optional<Tensor>, std::int64_t>;
 
 constexpr const char* kKinds[cpu::kCodes] = {"int8", "int4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"};
+
+cpu::Packing packing_of(const std::string& name) {
+  constexpr const char* kNames[] = {"rows", "words", "awq"};
+  const auto found = std::find(std::begin(kNames), std::end(kNames), name);
+  if (found == std::end(kNames)) throw std::invalid_argument("codes are not packed as " + name);
+  return static_cast<cpu::Packing>(found - std::begin(kNames));
+}
 
 cpu::Codes codes_of(const std::string& name) {
   const auto found = std::find(std::begin(kKinds), std::end(kKinds), name);
@@ -180,6 +188,13 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
             return cpu::grouped_part(self, {bits, columns, group_size, codes, scales, zeros, order});
           },
           py::call_guard<py::gil_scoped_release>(), "Rows of a weight of integer codes in groups.")
+      .def(
+          "repack",
+          [](cpu::Runtime& self, const std::string& packing, int bits, std::int64_t rows, std::int64_t columns,
+             const Tensor& data, const std::optional<Tensor>& order, int added, int to_bits) {
+            return cpu::repack(self, {packing_of(packing), bits, rows, columns, data, order, added, to_bits});
+          },
+          py::call_guard<py::gil_scoped_release>(), "Stored integer codes as uint8 [rows, n].")
       .def(
           "strips_of_blocks",
           [](cpu::Runtime& self, const std::string& type, const Tensor& blocks, std::int64_t rows, std::int64_t in) {

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import packers
 import pytest
+from native import needs_native_cpu
 from numpy.typing import NDArray
 from packers import PACKERS, Packer
 
+from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import ModelError
 from vllmlite.models.hf_config import HfConfig
@@ -64,6 +66,16 @@ def test_conversion_is_exact(name: str, tmp_path: Path) -> None:
     assert (ORDER in found.parts) == ("desc_act" in name or "actorder" in name or name == "gptq 3 bits")
     assert values(found).tobytes() == values(weight).tobytes()
     np.testing.assert_array_equal(values(found), meaning.astype(np.float32))
+
+
+@needs_native_cpu
+@pytest.mark.parametrize("name", INTEGERS)
+def test_native_conversion_is_the_same(name: str, tmp_path: Path) -> None:
+    for rows, columns in ((32, 128), (96, 256), (160, 640)):
+        weight, _ = stored(PACKERS[name], tmp_path, rows, columns)
+        assert isinstance(weight.scheme, IntegerScheme)
+        found = weight.scheme.to_grouped(weight, CpuBackend(threads=2).repack)
+        assert found is not None and same(found, grouped(weight))
 
 
 @pytest.mark.parametrize(

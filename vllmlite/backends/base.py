@@ -31,6 +31,7 @@ from vllmlite.weights.host import (
     float_values,
 )
 from vllmlite.weights.schemes import tiles
+from vllmlite.weights.schemes.codes import StoredCodes
 
 Tensor: TypeAlias = Any
 """A backend's tensor, opaque outside it."""
@@ -310,6 +311,10 @@ class Backend(ABC):
         """The values of ``weight``, in any scheme, as ``dtype``, one of :data:`FLOAT_DTYPES`. ModelError for scales
         that are not finite."""
         return dequantized(weight, dtype)
+
+    def repack(self, codes: StoredCodes, bits: int) -> NDArray[np.uint8]:
+        """What :meth:`StoredCodes.repacked` returns."""
+        return codes.repacked(bits)
 
     def quantize(self, weight: HostTensor, scheme: str) -> PackedWeight:
         """``weight [out, in]`` in the scheme ``int8`` or ``int4``. ModelError if a value is not finite."""

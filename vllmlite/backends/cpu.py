@@ -34,9 +34,10 @@ from vllmlite.backends.base import (
 )
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.memory import host_memory
-from vllmlite.backends.native import NativeBackend, load_extension, uploaded
+from vllmlite.backends.native import NativeBackend, load_extension, repacked, uploaded
 from vllmlite.errors import BackendError, ModelError
 from vllmlite.weights.host import FLOAT_DTYPES, ITEM_SIZE, HostTensor, HostWeight, PackedWeight, float_parts
+from vllmlite.weights.schemes.codes import Bytes, StoredCodes
 from vllmlite.weights.schemes.gguf_blocks import BLOCK_SCHEMES, BlockScheme, block_data
 from vllmlite.weights.schemes.grouped import ORDER, ZEROS, GroupedScheme
 from vllmlite.weights.schemes.tiles import QWEIGHT, SCALES, SUB_SCALES, TILES, packed_weight
@@ -126,6 +127,9 @@ class CpuBackend(NativeBackend):
 
     def tied_weight(self, table: Tensor) -> Any:
         return self._native.LinearWeight([table])
+
+    def repack(self, codes: StoredCodes, bits: int) -> Bytes:
+        return repacked(self._native, self._runtime, codes, bits)
 
     def quantize(self, weight: HostTensor, scheme: str) -> PackedWeight:
         shape = weight.shape[0], weight.shape[1]

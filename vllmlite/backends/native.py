@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from functools import cache
 from typing import Any
+
+import numpy as np
 
 from vllmlite.backends.base import (
     API,
@@ -19,8 +22,10 @@ from vllmlite.backends.base import (
     Sampled,
     Tensor,
 )
+from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.errors import BackendError
 from vllmlite.weights.host import ITEM_SIZE
+from vllmlite.weights.schemes.codes import Bytes, StoredCodes
 
 HEAD_UNIT = 16
 """The cache pads heads to a multiple of this number of elements."""
@@ -169,3 +174,28 @@ def load_extension(name: str) -> Any:
     if native.API != API:
         raise BackendError(f"vllmlite.{name} is built for interface {native.API}, and this is {API}")
     return native
+
+
+def repacked(native: Any, runtime: Any, codes: StoredCodes, bits: int) -> Bytes:
+    """Return what :meth:`StoredCodes.repacked` does, computed by a runtime of ``vllmlite._cpu``."""
+    data, order = codes.data.data, codes.order
+    tensor = runtime.repack(
+        codes.packing,
+        codes.bits,
+        *codes.shape,
+        native.over(data, "uint8", data.shape),
+        None if order is None else native.over(np.ascontiguousarray(order, np.int32), "int32", order.shape),
+        codes.added,
+        bits,
+    )
+    return np.from_dlpack(tensor).view(np.uint8)
+
+
+@cache
+def host_extension() -> tuple[Any, Any] | None:
+    """Return ``vllmlite._cpu`` and a runtime of it for another backend's work on the host; None if it is absent."""
+    try:
+        native = load_extension("_cpu")
+    except BackendError:
+        return None
+    return native, native.Runtime("auto", thread_places(usable_cores()), "float32")

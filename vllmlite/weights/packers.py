@@ -21,7 +21,8 @@ from vllmlite.weights.host import (
     rounded_to_bf16,
 )
 from vllmlite.weights.schemes import tiles
-from vllmlite.weights.schemes.awq import NIBBLE_OF_ROW, PER_WORD, AwqScheme
+from vllmlite.weights.schemes.awq import AwqScheme
+from vllmlite.weights.schemes.codes import AWQ_NIBBLES, AWQ_ROWS
 from vllmlite.weights.schemes.compressed import PackedIntScheme
 from vllmlite.weights.schemes.float8 import Float8Scheme
 from vllmlite.weights.schemes.gguf_blocks import BlockScheme
@@ -122,8 +123,8 @@ def _words(codes: Codes, bits: int) -> NDArray[np.int32]:
 
 def _awq_words(codes: Codes) -> NDArray[np.int32]:
     """Words ``[n, rows / 8]`` of codes ``[rows, n]``."""
-    eights = codes.reshape(-1, PER_WORD, codes.shape[1]).astype(np.uint32)
-    shifts = np.array(NIBBLE_OF_ROW, np.uint32)[:, None] * np.uint32(4)
+    eights = codes.reshape(-1, AWQ_ROWS, codes.shape[1]).astype(np.uint32)
+    shifts = np.array(AWQ_NIBBLES, np.uint32)[:, None] * np.uint32(4)
     found: NDArray[np.uint32] = np.bitwise_or.reduce(eights << shifts, axis=1)
     return found.T.view(np.int32)
 

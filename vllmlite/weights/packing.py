@@ -73,7 +73,7 @@ class Packing:
             if isinstance(stored, BlockScheme) and scheme is stored.tiles:
                 return to_tiles(weight)
             if isinstance(stored, IntegerScheme):
-                return stored.to_grouped(weight) or self._ungrouped(weight)
+                return stored.to_grouped(weight, self.backend.repack) or self._ungrouped(weight)
         return self.backend.quantize(self.floats(weight), scheme.name)
 
     def floats(self, weight: HostWeight, dtype: str | None = None) -> HostTensor:

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError
 from vllmlite.weights.host import HostTensor, PackedWeight, Part, Shape
-from vllmlite.weights.schemes.bits import row_bytes, unpack_rows, words
-from vllmlite.weights.schemes.grouped import Bytes, IntegerScheme
+from vllmlite.weights.schemes.codes import Bytes, StoredCodes
+from vllmlite.weights.schemes.grouped import IntegerScheme
 from vllmlite.weights.schemes.groups import Axes, check_shape, group_count, group_indices
 
 SCALE_DTYPES = ("float16", "float32")
@@ -106,16 +106,16 @@ class PackedIntScheme(IntegerScheme):
             **{suffix: Axes() for suffix in ACTIVATIONS},
         }
 
-    def codes(self, weight: PackedWeight) -> Bytes:
+    def codes(self, weight: PackedWeight) -> StoredCodes:
         """See :class:`IntegerScheme`."""
-        return row_bytes(words(weight.parts["weight_packed"]))
+        return StoredCodes("rows", self.bits, weight.shape, weight.parts["weight_packed"])
 
     def zeros(self, weight: PackedWeight) -> Bytes | None:
         """See :class:`IntegerScheme`."""
         if self.symmetric:
             return None
-        stored = words(weight.parts["weight_zero_point"])
-        return unpack_rows(row_bytes(stored.T), self.bits, weight.shape[0]).T
+        stored = weight.parts["weight_zero_point"]
+        return StoredCodes("words", self.bits, (stored.shape[1], weight.shape[0]), stored).unpacked().T
 
     def scales(self, weight: PackedWeight) -> HostTensor:
         """See :class:`IntegerScheme`."""
@@ -158,9 +158,9 @@ class IntScheme(IntegerScheme):
             **{suffix: Axes() for suffix in ACTIVATIONS},
         }  # fmt: skip
 
-    def codes(self, weight: PackedWeight) -> Bytes:
+    def codes(self, weight: PackedWeight) -> StoredCodes:
         """See :class:`IntegerScheme`."""
-        return weight.parts["weight"].data.reshape(weight.shape) ^ np.uint8(128)
+        return StoredCodes("rows", self.bits, weight.shape, weight.parts["weight"], added=128)
 
     def zeros(self, weight: PackedWeight) -> Bytes | None:
         """See :class:`IntegerScheme`."""

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError
 from vllmlite.weights.host import HostTensor, PackedWeight, Part, Shape
-from vllmlite.weights.schemes.bits import row_bytes, unpack_rows, words
-from vllmlite.weights.schemes.grouped import Bytes, IntegerScheme, transposed
+from vllmlite.weights.schemes.codes import Bytes, StoredCodes
+from vllmlite.weights.schemes.grouped import IntegerScheme, transposed
 from vllmlite.weights.schemes.groups import Axes, SlicedScheme, check_shape, group_count, group_indices
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,9 @@ class GptqScheme(IntegerScheme):
             weight = PackedWeight(self, weight.shape, parts)
         return SlicedScheme.take_columns(self, weight, first, last)
 
-    def codes(self, weight: PackedWeight) -> Bytes:
+    def codes(self, weight: PackedWeight) -> StoredCodes:
         """See :class:`IntegerScheme`."""
-        return row_bytes(words(weight.parts["qweight"]).T)
+        return StoredCodes("words", self.bits, weight.shape, weight.parts["qweight"])
 
     def scales(self, weight: PackedWeight) -> HostTensor:
         """See :class:`IntegerScheme`."""
@@ -97,7 +97,8 @@ class GptqScheme(IntegerScheme):
 
     def zeros(self, weight: PackedWeight) -> Bytes | None:
         """See :class:`IntegerScheme`."""
-        stored = unpack_rows(row_bytes(words(weight.parts["qzeros"])), self.bits, weight.shape[0]).T
+        qzeros = weight.parts["qzeros"]
+        stored = StoredCodes("rows", self.bits, (qzeros.shape[0], weight.shape[0]), qzeros).unpacked().T
         if not self.symmetric:
             # A version 1 zero of -1 is stored as the largest code.
             return stored if self.version == 2 else (stored + np.uint8(1)) & np.uint8((1 << self.bits) - 1)

@@ -15,23 +15,23 @@ An element is (code - zero) * scale. No conversion to this form rounds.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError
-from vllmlite.weights.host import Floats, HostTensor, PackedWeight, Part, Shape, float_values
-from vllmlite.weights.schemes.bits import pack_rows, unpack_rows
+from vllmlite.weights.host import ITEM_SIZE, Floats, HostTensor, PackedWeight, Part, Shape, float_values
+from vllmlite.weights.schemes.bits import unpack_rows
+from vllmlite.weights.schemes.codes import Bytes, StoredCodes
 from vllmlite.weights.schemes.groups import Axes, SlicedScheme, group_count, group_indices, scaled
 
 QWEIGHT, SCALES, ZEROS, ORDER = "qweight", "scales", "zeros", "order"
 
 GROUP_UNIT = 32
 """The sizes of groups are multiples of this number of columns."""
-
-Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,8 @@ class IntegerScheme(SlicedScheme):
     symmetric: bool
 
     @abstractmethod
-    def codes(self, weight: PackedWeight) -> Bytes:
-        """The codes of each row ``[N, bytes]``, low bits first, which more bytes may follow."""
+    def codes(self, weight: PackedWeight) -> StoredCodes:
+        """The codes as they are stored."""
 
     @abstractmethod
     def zeros(self, weight: PackedWeight) -> Bytes | None:
@@ -121,7 +121,7 @@ class IntegerScheme(SlicedScheme):
         """See :class:`Scheme`."""
         zeros = self.zeros(weight)
         return scaled(
-            unpack_rows(self.codes(weight), self.bits, weight.shape[1]),
+            self.codes(weight).unpacked(),
             1 << (self.bits - 1) if zeros is None else zeros,
             float_values(self.scales(weight)),
             self.groups(weight),
@@ -134,17 +134,17 @@ class IntegerScheme(SlicedScheme):
             return None
         return GroupedScheme(8 if self.bits == 8 else 4, self.group_size, self.symmetric)
 
-    def to_grouped(self, weight: PackedWeight) -> PackedWeight | None:
-        """Convert ``weight`` to the scheme :attr:`grouped`.
+    def to_grouped(
+        self, weight: PackedWeight, repack: Callable[[StoredCodes, int], Bytes] = StoredCodes.repacked
+    ) -> PackedWeight | None:
+        """Convert ``weight`` to the scheme :attr:`grouped`. ``repack`` computes what :meth:`StoredCodes.repacked` does.
 
         Returns None if there is no such scheme, or if the groups differ in their number of columns, as in a slice of a
         weight with ``desc_act``. ModelError for scales that are not finite."""
         scheme, columns = self.grouped, weight.shape[1]
         if scheme is None:
             return None
-        groups, codes, zeros, scales = (
-            self.groups(weight), self.codes(weight), self.zeros(weight), self.scales(weight)
-        )  # fmt: skip
+        groups, zeros, scales = self.groups(weight), self.zeros(weight), self.scales(weight)
         if not np.isfinite(float_values(scales)).all():
             raise ModelError("a scale is not finite")
         order = None if groups is None else np.argsort(groups, kind="stable").astype("<i4")
@@ -153,13 +153,12 @@ class IntegerScheme(SlicedScheme):
             if not np.array_equal(groups[order], runs):
                 return None
             order = None if np.array_equal(groups, runs) else order
-        if order is not None or scheme.bits != self.bits:
-            unpacked = unpack_rows(codes, self.bits, columns)
-            if zeros is None:  # the middle code is another
-                unpacked = unpacked + np.uint8((1 << (scheme.bits - 1)) - (1 << (self.bits - 1)))
-            codes = pack_rows(unpacked if order is None else unpacked[:, order], scheme.bits)
+        codes = replace(self.codes(weight), order=order)
+        if zeros is None:  # the middle of more bits is another code
+            codes = replace(codes, added=codes.added + (1 << (scheme.bits - 1)) - (1 << (self.bits - 1)))
+        stored = codes.in_rows(scheme.bits)
         parts = {
-            QWEIGHT: _tensor(codes[:, : -(-columns * scheme.bits // 8)]),
+            QWEIGHT: _tensor(repack(codes, scheme.bits) if stored is None else stored),
             SCALES: scales,
         }
         if zeros is not None:
@@ -175,6 +174,5 @@ def _tensor(values: Bytes) -> HostTensor:
 
 def transposed(tensor: HostTensor) -> HostTensor:
     """A matrix with its axes exchanged."""
-    rows, columns = tensor.shape
-    elements = tensor.data.reshape(rows, columns, -1).transpose(1, 0, 2)
-    return HostTensor(tensor.dtype, (columns, rows), np.ascontiguousarray(elements).reshape(-1))
+    elements = tensor.data.view(f"u{ITEM_SIZE[tensor.dtype]}").reshape(tensor.shape).T
+    return HostTensor(tensor.dtype, elements.shape, np.ascontiguousarray(elements).reshape(-1).view(np.uint8))
