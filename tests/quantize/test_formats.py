@@ -162,7 +162,7 @@ def test_the_command_names_formats_and_keeps_the_old_flag(
     assert main(["quantize", "--format", "gptq", "--group-size", "48", *options]) == 1
     assert "group_size=48: accepted for" in capsys.readouterr().err
     assert main(["quantize", "--quantization", "int8", *options]) == 0
-    assert "MB of weights in int8" in capsys.readouterr().out
+    assert "MB in int8" in capsys.readouterr().out
     assert main(["quantize", "--quantization", "int8", "--format", "gptq", *options]) == 2
     assert "not allowed with argument" in capsys.readouterr().err
     assert main(["quantize", *options]) == 2

@@ -32,6 +32,50 @@ NEIGHBOURS = ("llama", "granite", "smollm3")
 FUSED = ("gpt2", "gptneox", "falcon", "bloom", "phi3")
 
 
+MOE: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LONGROPE: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0],
+        "long_factor": [1.0, 1.5, 2.0, 4.0, 6.0, 8.0, 9.0, 10.0],
+    },
+    "max_position_embeddings": 512,
+    "original_max_position_embeddings": 64,
+}
+GEMMA: dict[str, Any] = {"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 11}
+
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("llama", "Llama", {}),
+    "mistral": ("llama", "Mistral", {"sliding_window": 9}),
+    "mixtral": ("llama", "Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen2": ("qwen2", "Qwen2", {}),
+    "qwen2moe": ("qwen2moe", "Qwen2Moe", MOE | {"shared_expert_intermediate_size": 96, "norm_topk_prob": False}),
+    "qwen3": ("qwen3", "Qwen3", {}),
+    "qwen3moe": ("qwen3moe", "Qwen3Moe", MOE | {"norm_topk_prob": True}),
+    "phi3": ("phi3", "Phi3", {"sliding_window": 9}),
+    "phi3-longrope": ("phi3", "Phi3", LONGROPE),
+    "gemma": ("gemma", "Gemma", {"head_dim": 24, "num_key_value_heads": 1}),
+    "gemma2": ("gemma2", "Gemma2", GEMMA),
+    "gemma3": ("gemma3", "Gemma3", GEMMA | {"num_hidden_layers": 7}),
+    "olmo2": ("olmo2", "Olmo2", {}),
+    "granite": ("granite", "Granite", {"embedding_multiplier": 12.0, "attention_multiplier": 0.25,
+                                       "residual_multiplier": 0.22, "logits_scaling": 8.0}),
+    "smollm3": ("smollm3", "SmolLM3", {"num_hidden_layers": 5}),
+    "stablelm": ("stablelm", "StableLm", {"use_qkv_bias": True}),
+    "stablelm-parallel": ("stablelm", "StableLm", {"use_parallel_residual": True}),
+    "gpt2": ("gpt2", "GPT2", {"n_inner": None}),
+    "gptneox": ("gptneox", "GPTNeoX", {}),
+    "gptneox-serial": ("gptneox", "GPTNeoX", {"use_parallel_residual": False}),
+    "falcon-7b": ("falcon", "Falcon", {}),
+    "falcon-40b": ("falcon", "Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": ("falcon", "Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2,
+                                        "num_ln_in_parallel_attn": 1}),
+    "bloom": ("bloom", "Bloom", {}),
+}  # fmt: skip
+"""``general.architecture``, transformers' family, and its configuration."""
+
+
 def tensors_of(source: Path, name: str, kind: str = "F32") -> dict[str, Stored]:
     """The GGUF tensors of the checkpoint in directory ``source`` as architecture ``name``, with matrices of type
     ``kind``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
+from tokenizer_files import HARD, PUBLISHED
 from tokenizers import Regex, pre_tokenizers
 
 from vllmlite.tokenizers.gguf_splits import SPLITS
@@ -17,28 +18,6 @@ def split(pre: str, text: str) -> list[str]:
     return [piece for piece, _ in sequence.pre_tokenize_str(text)]
 
 
-HARD = [
-    "Hello, world!", "don't DON'T we'LL I'd", "3333333 12 x=1234567", "٣٤٥ ½ ²³ Ⅷ", "a\n\n  b\t\tc \r\n d  ",
-    "camelCase HTTPServer XMLHttpRequest", "größer ſ ŒUVRE ǅ ͅ", "ὟώᾼΐΊ ιΩK",
-    "日本語の テキスト。 中文，测试！", "한국어 ㄱ",
-    "e\u0301tude n\u0303 \u0301", "नमस्ते दुनिया", "สวัสดี", "🙂🙂 👩‍👩‍👧", "https://x.org/a//b?c=d&e", "/\n//\n x/\r\n",
-    "if (a[0]) {\n\treturn;\n}", "\u00a0\u2003x", "  ", "",
-]  # fmt: skip
-SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-PUBLISHED = {
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    + SPACES,
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    + SPACES,
-    "seed-coder": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+"
-    + SPACES,
-    "gpt-4o": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + SPACES,
-    "tekken": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?"
-    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + SPACES,
-}
-"""Expressions of published tokenizer.json files."""
 SAME = {
     "llama-bpe": ["falcon3", "pixtral", "midm-2.0", "lfm2"],
     "qwen2": ["kormo", "deepseek-r1-qwen"],

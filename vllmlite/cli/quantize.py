@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from vllmlite.cli.parser import OptionParser
 
-FORMATS = ("int8", "int4", "gptq", "awq", "compressed-tensors", "fp8")
+FORMATS = ("int8", "int4", "gptq", "awq", "compressed-tensors", "fp8", "gguf-q8_0", "gguf-q4_0")
 METHODS = ("rtn", "gptq", "awq")
 
 
@@ -31,14 +31,15 @@ def add_arguments(parser: OptionParser) -> None:
     form.add_argument(
         "--format",
         choices=FORMATS,
-        help="int8 and int4 are vllmlite's own, in groups of 32; vLLM and transformers read the others",
+        help="int8 and int4 are vllmlite's own, in groups of 32; llama.cpp reads gguf-q8_0 and gguf-q4_0; vLLM and "
+        "transformers the others",
     )
     form.add_argument("--quantization", choices=QUANTIZATIONS, help="the same as --format int8 or int4")
     parser.add_argument(
         "--method",
         choices=METHODS,
         default="rtn",
-        help="how gptq, awq and compressed-tensors are rounded: to nearest (the default), by GPTQ or by AWQ",
+        help="how gptq, awq, compressed-tensors and gguf-q4_0 are rounded: to nearest (the default), by GPTQ or by AWQ",
     )
     parser.add_argument("--bits", type=int, metavar="N", help="bits of a weight: 4 (the default) or 8")
     parser.add_argument(
@@ -69,7 +70,7 @@ def add_arguments(parser: OptionParser) -> None:
         "--calibration-tokens", type=int, metavar="N", help="tokens of it to use; default: 32768"
     )
     parser.add_argument(
-        "-o", "--output", metavar="DIR", required=True, help="output directory; must not exist"
+        "-o", "--output", metavar="DIR|FILE", required=True, help="new directory, or for GGUF, new file"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: all usable cores")
 
@@ -111,14 +112,20 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
         note(f"no calibration token reached {count} weights, which were rounded to nearest:")
         note("\n".join(report.rounded_to_nearest))
     form = args.format or args.quantization
-    before, after = (
-        sum(file.stat().st_size for file in place.glob("*.safetensors")) for place in (source, target)
-    )
+    before, after = (_size(place) for place in (source, target))
     print(
-        f"{target}: {after / 1e6:.1f} MB of weights in {form}, {before / 1e6:.1f} MB before; "
+        f"{target}: {after / 1e6:.1f} MB in {form}, {before / 1e6:.1f} MB before; "
         f"{time.monotonic() - begin:.1f} s"
     )
     return 0
+
+
+def _size(path: Path) -> int:
+    """The bytes of a checkpoint's weights: a file, or the files of a directory that hold tensors."""
+    if path.is_file():
+        return path.stat().st_size
+    patterns = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+    return sum(file.stat().st_size for pattern in patterns for file in path.glob(pattern))
 
 
 class _Bar:

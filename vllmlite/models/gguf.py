@@ -202,7 +202,7 @@ def open_gguf(path: Path, spec: DecoderSpec) -> Weights:
     def tensor(name: str) -> HostWeight:
         stored = replace(gguf.tensors[name], shape=shapes[name])
         if reordered and (match := re.search(r"\.attn_([qk])\.", name)):
-            return _in_halves(stored, whole.num_heads if match[1] == "q" else whole.num_kv_heads)
+            return in_halves(stored, whole.num_heads if match[1] == "q" else whole.num_kv_heads)
         if spec.norm.unit_offset and name.endswith("norm.weight"):
             values = _float32(gguf, name) - np.float32(1)
             return HostTensor("float32", stored.shape, values.view(np.uint8))
@@ -216,11 +216,21 @@ def open_gguf(path: Path, spec: DecoderSpec) -> Weights:
     return Weights(tensor, shapes, schemes)
 
 
-def _in_halves(weight: HostWeight, heads: int) -> HostWeight:
+def in_halves(weight: HostWeight, heads: int) -> HostWeight:
     """Return ``weight`` with each head's rows in Hugging Face's order: even rows first, then odd rows."""
+    return _transposed(weight, (heads, -1, 2))
+
+
+def in_pairs(weight: HostWeight, heads: int) -> HostWeight:
+    """Return ``weight`` with each head's rows in the order of GGUF: the inverse of :func:`in_halves`."""
+    return _transposed(weight, (heads, 2, -1))
+
+
+def _transposed(weight: HostWeight, rows: tuple[int, int, int]) -> HostWeight:
+    """Return ``weight`` with the last two dimensions of its ``rows`` exchanged."""
     data = block_data(weight) if isinstance(weight, PackedWeight) else weight.data
-    pairs = data.reshape(heads, -1, 2, data.size // weight.shape[0])
-    ordered = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)
+    split = data.reshape(*rows, data.size // weight.shape[0])
+    ordered = np.ascontiguousarray(split.swapaxes(1, 2)).reshape(-1)
     if isinstance(weight, PackedWeight):
         assert isinstance(weight.scheme, BlockScheme)
         return weight.scheme.pack(weight.shape, ordered)

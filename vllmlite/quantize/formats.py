@@ -39,6 +39,8 @@ FORMATS = {
     "awq": Format((4,), 128, True, (False,), METHODS, True),
     "compressed-tensors": Format((4, 8), 128, True, (True, False), METHODS, True, True),
     "fp8": Format((8,), FLOAT8_BLOCK),
+    "gguf-q8_0": Format((8,), GROUP),
+    "gguf-q4_0": Format((4,), GROUP, methods=METHODS),
 }
 """Formats of :func:`vllmlite.quantize.quantize_checkpoint`."""
 
@@ -90,6 +92,16 @@ class Settings:
     def own(self) -> bool:
         """Whether the format is our own."""
         return self.format in ("int8", "int4")
+
+    @property
+    def gguf(self) -> bool:
+        """Whether the checkpoint is a GGUF file."""
+        return self.format.startswith("gguf-")
+
+    @property
+    def kind(self) -> str:
+        """What the checkpoint is."""
+        return "file that ends in .gguf" if self.gguf else "directory"
 
     def config(self, floats: Sequence[str] = ()) -> dict[str, Any]:
         """The ``quantization_config``. ``floats``: linear modules that stay in floats, besides the output layer."""

@@ -76,8 +76,12 @@ class Progress:
         self._save()
         self._hidden(layers - 1).unlink(missing_ok=True)
 
-    def finish(self, target: Path) -> None:
-        """Rename the directory to that of the finished checkpoint."""
+    def finish(self, made: Path, target: Path) -> None:
+        """Rename the finished checkpoint ``made``, the directory or a file in it, to ``target``."""
+        if made != self.work:
+            made.rename(target)
+            self.discard()
+            return
         for name in (STATE, TOKENS, self._hidden(self.layers).name):
             (self.work / name).unlink(missing_ok=True)
         self.work.chmod(0o755)

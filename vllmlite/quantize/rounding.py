@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.weights.host import Floats, Scheme
 from vllmlite.weights.packers import Rounded, stored_scales
+from vllmlite.weights.schemes.gguf_blocks import BlockScheme
 
 SHRINKS = 20
 """Number of ranges to try for a group: its whole range, and ever smaller ones."""
@@ -29,16 +31,23 @@ class Grid:
     scheme: Scheme
 
     @property
+    def signs(self) -> tuple[int, ...]:
+        """The signs that a scale may have. Codes reach further below the middle than above it, so that with either
+        sign, the largest magnitude can have the lowest code. GGUF's readers alone expect negative scales."""
+        return (1, -1) if isinstance(self.scheme, BlockScheme) else (1,)
+
+    @property
     def largest(self) -> int:
         """The largest code."""
         return (1 << self.bits) - 1
 
-    def scales(self, low: Floats, high: Floats, shrink: float = 1.0) -> tuple[Floats, Floats]:
+    def scales(self, low: Floats, high: Floats, shrink: float = 1.0, sign: int = 1) -> tuple[Floats, Floats]:
         """Scales and zeros of groups with elements from ``low`` to ``high``, of which the fraction ``shrink`` of the
-        range is covered."""
+        range is covered. ``sign``, one of :attr:`signs`, is that of the scales."""
         if self.symmetric:
             middle = (self.largest + 1) // 2
-            scales = np.maximum(-low / middle, high / (middle - 1)) * np.float32(shrink)
+            below, above = (-low, high) if sign > 0 else (high, -low)
+            scales = np.maximum(below / middle, above / (middle - 1)) * np.float32(shrink * sign)
             zeros = np.full_like(scales, middle)
         else:
             low, high = np.minimum(low, 0), np.maximum(high, 0)
@@ -52,7 +61,7 @@ class Grid:
 
     def codes(self, values: Floats, scales: Floats, zeros: Floats) -> Floats:
         """The nearest code of each value; all three broadcast."""
-        inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+        inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
         found: Floats = values * inverse
         np.rint(found, out=found)
         found += zeros
@@ -90,8 +99,8 @@ def group_scales(
         if not search:
             continue
         least = _errors(values, grid, best[part], zeros[part], blocks)
-        for shrink in np.linspace(SMALLEST, 1, SHRINKS, endpoint=False):
-            scale, zero = grid.scales(low, high, float(shrink))
+        for shrink, sign in product(np.linspace(SMALLEST, 1, SHRINKS + 1), grid.signs):
+            scale, zero = grid.scales(low, high, float(shrink), sign)
             error = _errors(values, grid, scale, zero, blocks)
             better = error < least
             least = np.where(better, error, least)

@@ -59,6 +59,11 @@ class Tokenizer:
         self.eos_token_id = self._special("eos_token")
 
     @property
+    def fast(self) -> FastTokenizer | None:
+        """The tokenizer as an object of the ``tokenizers`` library; None for a slow one of transformers."""
+        return self._fast if isinstance(self._fast, FastTokenizer) else None
+
+    @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
         return int(self._fast.get_vocab_size(with_added_tokens=True))

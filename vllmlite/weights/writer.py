@@ -8,6 +8,9 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vllmlite.weights.host import HostTensor, num_bytes
 from vllmlite.weights.safetensors import Layout, layout_header
 
@@ -37,10 +40,17 @@ class TensorFile:
 
     def write(self, name: str, tensor: HostTensor) -> None:
         """Write a tensor's bytes to its place."""
-        begin, count = self.places[name]
+        count = self.places[name][1]
         if tensor.data.nbytes != count:
             raise ValueError(f"{name}: {tensor.data.nbytes} bytes are not {count}")
-        self._write(tensor.data.data, begin)
+        self.write_part(name, tensor.data, 0)
+
+    def write_part(self, name: str, data: NDArray[np.uint8], offset: int) -> None:
+        """Write some of a tensor's bytes, ``offset`` bytes after its beginning."""
+        begin, count = self.places[name]
+        if offset + data.nbytes > count:
+            raise ValueError(f"{name}: {data.nbytes} bytes from {offset} on exceed {count}")
+        self._write(data.data, begin + offset)
 
     def flush(self) -> None:
         """Wait until everything written is on the disk."""
@@ -67,6 +77,10 @@ class Checkpoint:
     def write(self, name: str, tensor: HostTensor) -> None:
         """Write a tensor."""
         self._file_of[name].write(name, tensor)
+
+    def write_part(self, name: str, data: NDArray[np.uint8], offset: int) -> None:
+        """Write some of a tensor's bytes, ``offset`` bytes after its beginning."""
+        self._file_of[name].write_part(name, data, offset)
 
     def flush(self) -> None:
         """Wait until everything written is on the disk."""

@@ -1,0 +1,122 @@
+"""A quantised checkpoint that is being written: what is common to all file formats."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from vllmlite.backends.base import Backend
+from vllmlite.errors import ModelError
+from vllmlite.models.spec import DecoderSpec
+from vllmlite.quantize.calibration import Moments
+from vllmlite.quantize.formats import FLOAT8_BLOCK, Settings
+from vllmlite.quantize.gptq import gptq
+from vllmlite.quantize.rounding import Grid, nearest
+from vllmlite.weights.host import Floats, HostTensor, PackedWeight, Scheme, float_tensor
+from vllmlite.weights.packers import FLOAT8_MAX, packed, packed_float8
+from vllmlite.weights.parts import ModelWeights, Source
+from vllmlite.weights.schemes.float8 import Float8Scheme
+from vllmlite.weights.writer import Checkpoint
+
+Tensors: TypeAlias = dict[str, HostTensor]
+
+
+class Output(ABC):
+    """A checkpoint of the model ``spec`` with quantised ``weights``. Nothing is written before :meth:`open`."""
+
+    sources: Mapping[str, Source]
+    """Where the new checkpoint stores each tensor, by the model's names."""
+    schemes: Mapping[str, Scheme]
+    """The schemes of its quantised tensors, by its keys."""
+    dtypes: Mapping[str, str]
+    """The dtypes of its other tensors, by its keys."""
+
+    def __init__(
+        self, spec: DecoderSpec, weights: ModelWeights, settings: Settings, backend: Backend
+    ) -> None:
+        self.spec, self.weights, self.settings, self.backend = spec, weights, settings, backend
+        self.files: Checkpoint | None = None
+
+    @abstractmethod
+    def open(self, work: Path) -> None:
+        """Create the files in directory ``work``; what an earlier process wrote to them stays."""
+
+    @abstractmethod
+    def write(
+        self, tensors: Mapping[str, HostTensor], moments: Mapping[str, Moments], changed: set[str]
+    ) -> Tensors:
+        """Write all tensors of some keys, and return these tensors as the checkpoint has them; without ``moments``, of
+        their inputs, only those that are not quantised. ``changed``: names of tensors that differ from the source's."""
+
+    @abstractmethod
+    def finish(self, work: Path) -> Path:
+        """Write what belongs to the checkpoint besides tensors to directory ``work``. Return the finished file, or
+        ``work`` if that is the checkpoint."""
+
+    @property
+    def written(self) -> Checkpoint:
+        """The open files."""
+        assert self.files is not None
+        return self.files
+
+    def close(self) -> None:
+        """Close the files."""
+        if self.files is not None:
+            self.files.close()
+
+    def keys(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """Return the keys of the new checkpoint that hold the tensors ``names``, and which of these each holds."""
+        found: dict[str, list[str]] = {}
+        for name in names:
+            found.setdefault(self.sources[name].key, []).append(name)
+        return found
+
+    def grids(self, names: Sequence[str]) -> dict[str, Grid]:
+        """Return the grids of the products among the tensors ``names``."""
+        chosen = {name: self.sources[name] for name in names if self.sources[name].product}
+        return {name: self._grid(self.schemes[one.key], one.stored[-1]) for name, one in chosen.items()}
+
+    def quantized(self, key: str, weight: Floats, moments: Moments | None) -> PackedWeight:
+        """Return ``weight``, rows of the tensor ``key``, quantised. ModelError names the tensor."""
+        try:
+            return self._quantized(self.schemes[key], weight, moments)
+        except ModelError as error:
+            raise ModelError(f"tensor {key!r}: {error}") from error
+
+    def _quantized(self, scheme: Scheme, weight: Floats, moments: Moments | None) -> PackedWeight:
+        settings = self.settings
+        if not np.isfinite(weight).all():
+            raise ModelError("values that are not finite cannot be quantised")
+        if settings.own:
+            return self.backend.quantize(float_tensor(weight, "float32"), settings.format)
+        if isinstance(scheme, Float8Scheme):
+            return packed_float8(weight, _block_scales(weight), scheme)
+        grid = self._grid(scheme, weight.shape[1])
+        if moments is None or not moments.rows:
+            return packed(nearest(weight, grid), scheme)
+        if settings.method == "gptq":
+            return packed(gptq(weight, grid, moments.gram, act_order=settings.act_order), scheme)
+        return packed(nearest(weight, grid, moments.gram), scheme)
+
+    def _grid(self, scheme: Scheme, columns: int) -> Grid:
+        settings = self.settings
+        assert (
+            settings.bits is not None and settings.group_size is not None and settings.symmetric is not None
+        )
+        bits = 8 if scheme.name == "Q8_0" else settings.bits
+        return Grid(
+            bits, columns if settings.group_size == -1 else settings.group_size, settings.symmetric, scheme
+        )
+
+
+def _block_scales(weight: Floats) -> Floats:
+    """The scale of each block of 128 rows and columns."""
+    rows, columns = weight.shape
+    size = FLOAT8_BLOCK
+    padded = np.pad(np.abs(weight), ((0, -rows % size), (0, -columns % size)))
+    largest = padded.reshape(padded.shape[0] // size, size, -1, size).max((1, 3))
+    return np.where(largest > 0, largest / FLOAT8_MAX, 1).astype(np.float32)
