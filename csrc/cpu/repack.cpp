@@ -203,7 +203,7 @@ void check(const StoredCodes& codes) {
 Tensor repack(Runtime& runtime, const StoredCodes& codes) {
   check(codes);
   const std::int64_t width = (codes.columns * codes.to_bits + 7) / 8;
-  Tensor result = allocate({codes.rows, width}, DType::uint8);
+  const Tensor result = runtime.make({codes.rows, width}, DType::uint8);
   const int vectors = codes.packing == Packing::awq ? kAwqVectors : 1;
   const std::int64_t rows = vectors * kRows, blocks = (codes.rows + rows - 1) / rows;
   const std::int64_t step = codes.order ? codes.columns : std::min(kChunk, codes.columns);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from vllmlite.backends.base import (
 )
 from vllmlite.models.rope import cos_sin
 from vllmlite.models.spec import DecoderSpec, MoeSpec, RopeSpec
+from vllmlite.weights.host import HostTensor
 from vllmlite.weights.parts import HEAD, TABLE, ModelWeights
 
 
@@ -89,6 +90,7 @@ class Decoder:
         }
         load = _Loader(spec, backend, weights, ropes)
         self._embed = backend.tensor(weights.floats(TABLE), backend.dtype)
+        weights.release([TABLE])
         self._positions = (
             backend.tensor(weights.floats("positions.weight"), backend.dtype)
             if spec.learned_positions
@@ -101,9 +103,9 @@ class Decoder:
         self._layers = [load.layer(layer) for layer in range(spec.num_layers)]
         self._final_norm = load.norm("final_norm") if spec.final_norm else None
         if HEAD in weights.sources:
-            self._head = backend.linear_weight(weights.products([HEAD]))
+            self._head = load.product([HEAD])
         elif weights.packed_head is not None:
-            self._head = backend.linear_weight(weights.products([TABLE]))
+            self._head = load.product([TABLE])
         else:
             self._head = backend.tied_weight(self._embed)
 
@@ -236,12 +238,16 @@ class _Loader:
         )
 
     def linear(self, name: str, *parts: str) -> LinearWeight:
-        weights = self.weights
-        biases = [weights.optional(f"{name}{part}.bias") for part in parts]
-        return self.backend.linear_weight(
-            weights.products([f"{name}{part}.weight" for part in parts]),
-            [bias for bias in biases if bias is not None],
+        biases = [self.weights.optional(f"{name}{part}.bias") for part in parts]
+        return self.product(
+            [f"{name}{part}.weight" for part in parts], [bias for bias in biases if bias is not None]
         )
+
+    def product(self, names: Sequence[str], biases: Sequence[HostTensor] = ()) -> LinearWeight:
+        """Return the weight matrices ``names`` as one weight."""
+        weight = self.backend.linear_weight(self.weights.products(names), biases)
+        self.weights.release(names)
+        return weight
 
     def float_weight(self, name: str) -> LinearWeight:
         """Return a weight that is never quantised: a router or a gate."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,20 @@ class HostTensor:
     dtype: str
     shape: Shape
     data: NDArray[np.uint8]
+
+
+def release(tensor: HostTensor) -> None:
+    """Give the memory of a mapped file's tensor back to the system, which reads it again if it is used."""
+    owner: object = tensor.data
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    if not isinstance(owner, mmap.mmap) or tensor.data.flags.writeable or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    at = tensor.data.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
+    first = at // mmap.PAGESIZE * mmap.PAGESIZE
+    owner.madvise(mmap.MADV_DONTNEED, first, at + tensor.data.size - first)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,15 @@ import numpy as np
 
 from vllmlite.errors import ModelError
 from vllmlite.weights.checkpoint import Weights
-from vllmlite.weights.host import ITEM_SIZE, HostTensor, HostWeight, PackedWeight, Scheme, float_parts
+from vllmlite.weights.host import (
+    ITEM_SIZE,
+    HostTensor,
+    HostWeight,
+    PackedWeight,
+    Scheme,
+    float_parts,
+    release,
+)
 from vllmlite.weights.packing import Packing
 
 TABLE, HEAD = "embedding.weight", "head.weight"
@@ -109,6 +117,15 @@ class ModelWeights:
         if float_parts(parts) is None and any(isinstance(part, HostTensor) for part in parts):
             return [self.packing.floats(part, "float32") for part in parts]
         return parts
+
+    def release(self, names: Sequence[str]) -> None:
+        """Give back the memory of stored tensors that the backend has taken.
+
+        Those that it uses where they are mapped come back when they are read."""
+        for key in {self.sources[name].key for name in names}:
+            stored = self.stored.tensor(key)
+            for part in stored.parts.values() if isinstance(stored, PackedWeight) else [stored]:
+                release(part)
 
     def packed_scheme(self, name: str) -> Scheme | None:
         """Return the scheme in which the backend gets a weight matrix; None if it gets floats, as it does where a
