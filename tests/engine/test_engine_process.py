@@ -382,6 +382,14 @@ def test_an_interrupt_while_it_loads_ends_it_at_once(monkeypatch: pytest.MonkeyP
     assert started[0].process.returncode == -signal.SIGKILL and started[0].connection.fileno() == -1
 
 
+def test_it_ends_when_its_user_ends_while_it_loads(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    host = EngineProcess(EngineConfig(model=str(tmp_path), device="cpu"))
+    with open(tmp_path / "config.json", "w"):  # opened as soon as the process reads it, which then waits for the end
+        host.connection.close()
+        assert host.process.wait(60) == 1
+
+
 def test_it_ends_when_its_user_is_killed() -> None:
     script = (
         "from vllmlite import LLMEngine, EngineConfig\n"

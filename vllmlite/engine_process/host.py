@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -41,6 +42,8 @@ CLOSING_SECONDS = 10.0
 """How long a host may take to end by itself once its client has closed the connection."""
 GARBAGE_THRESHOLDS = (10_000, 20, 10)
 """For :func:`gc.set_threshold`: the youngest generation is collected at some fifty requests more than ended."""
+CLIENT_POLL_MS = 500
+"""Milliseconds in which a process that loads a model notices that its client has ended."""
 PROGRAM = "from vllmlite.engine_process.host import main; main()"
 
 
@@ -85,7 +88,7 @@ class EngineProcess:
         self.wait_for_end()
 
     def kill(self) -> None:
-        """End the process at once. While it loads a model, it does not notice that the connection is closed."""
+        """End the process at once."""
         self.process.kill()
         self.close()
 
@@ -152,17 +155,30 @@ def main() -> None:
 
     from vllmlite.runner.startup import start
 
+    loaded = threading.Event()
+    threading.Thread(target=_exit_without_client, args=(connection, loaded), daemon=True).start()
     try:
         started = start(config)
     except VllmliteError as error:
         connection.sendall(pack(error))
         return
+    finally:
+        loaded.set()
     settle_garbage()
     engine = started.engine
     ready: ReadyMessage = engine.bounds, engine.stats, started.with_engine(None, None)
     with suppress(BrokenPipeError):  # the client has ended
         connection.sendall(pack(ready))
         Host(connection, started).run()
+
+
+def _exit_without_client(connection: socket.socket, loaded: threading.Event) -> None:
+    """Exit the process if the client closes the ``connection`` or ends before the model is ``loaded``."""
+    poll = select.poll()
+    poll.register(connection, 0)  # reports a connection that the client has closed, and no data
+    while not loaded.is_set():
+        if poll.poll(CLIENT_POLL_MS) and not loaded.is_set():
+            os._exit(1)
 
 
 def settle_garbage() -> None:
