@@ -449,7 +449,7 @@ def test_text_offsets_count_the_whole_text(tokenizer: Tokenizer, kind: RequestOu
     offsets: list[int] = []
     for at, token_id in enumerate(ids):
         output = EngineOutput("r", [token_id], "length" if at == 5 else None, None, 0, RequestMetrics(0.0))
-        output.logprobs = TokenLogprobs(token_id, -1.0, 1, [], [])
+        output.logprobs = [TokenLogprobs(token_id, -1.0, 1, [], [])]
         for found in take(processor, output).ready:
             assert found.outputs[0].text_offsets is not None
             delta = kind is RequestOutputKind.DELTA
@@ -461,7 +461,7 @@ def test_logprobs_hold_the_chosen_token_and_the_top(tokenizer: Tokenizer) -> Non
     processor = OutputProcessor(tokenizer)
     processor.add("r", "p", [1], SamplingParams(logprobs=2))
     entry = TokenLogprobs(5, -3.0, 4, [1, 2, 3], [-0.1, -0.2, -0.3])
-    output = EngineOutput("r", [5], "length", None, 0, RequestMetrics(0.0), logprobs=entry)
+    output = EngineOutput("r", [5], "length", None, 0, RequestMetrics(0.0), logprobs=[entry])
     completion = take(processor, output).ready[0].outputs[0]
     assert completion.logprobs is not None
     assert {i: (lp.logprob, lp.rank) for i, lp in completion.logprobs[0].items()} == {

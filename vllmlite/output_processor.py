@@ -290,26 +290,29 @@ class OutputProcessor:
         if output.prompt_logprobs is not None:
             k = group.params.prompt_logprobs or 0
             group.prompt_logprobs = [None, *(self._logprobs(entry, k) for entry in output.prompt_logprobs)]
-        if (
-            output.logprobs is not None
-            and state.logprobs is not None
-            and state.text_offsets is not None
-            and state.cumulative_logprob is not None
-        ):
-            state.text_offsets.append(0 if detokenizer is None else detokenizer.position)
-            state.logprobs.append(self._logprobs(output.logprobs, group.params.num_logprobs or 0))
-            state.cumulative_logprob += output.logprobs.logprob
         token_ids, reason, stop_reason = output.new_token_ids, output.finish_reason, output.stop_reason
+        offsets = None if output.logprobs is None else state.text_offsets
         stop: str | None = None
-        if detokenizer is not None:
+        if detokenizer is None:
+            if offsets is not None:
+                offsets += [0] * len(token_ids)
+        else:
             shown = token_ids
             if reason == "stop" and not output.ends_in_text and not group.params.include_stop_str_in_output:
                 shown = token_ids[:-1]
-            count, stop = detokenizer.extend(shown)
+            count, stop = detokenizer.extend(shown, offsets)
             if stop is not None:
                 token_ids = token_ids[:count]  # drop what the engine sampled behind the stop string
-            elif reason is not None:
-                stop = detokenizer.finish()
+            else:
+                if offsets is not None:
+                    offsets += [detokenizer.position] * (len(token_ids) - count)
+                if reason is not None:
+                    stop = detokenizer.finish()
+        if output.logprobs is not None and state.logprobs is not None:
+            k, entries = group.params.num_logprobs or 0, output.logprobs[: len(token_ids)]
+            state.logprobs += [self._logprobs(entry, k) for entry in entries]
+            before = state.cumulative_logprob or 0.0
+            state.cumulative_logprob = sum((entry.logprob for entry in entries), before)
         state.token_ids += token_ids
         if stop is not None:
             reason, stop_reason = "stop", stop

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
@@ -62,13 +62,16 @@ class RequestMetrics:
     num_generation_tokens: int = 0
     num_preemptions: int = 0
 
-    def count_token(self, now: float) -> None:
-        """Record a new token at time ``now``."""
+    def count_tokens(self, now: float, count: int) -> None:
+        """Record ``count`` new tokens of one step at time ``now``. The time since the token before is theirs in equal
+        parts."""
         if self.first_token_time is None:
             self.first_token_time = now
         self.previous_token_time = self.last_token_time
+        if count > 1 and self.last_token_time is not None:
+            self.previous_token_time = now - (now - self.last_token_time) / count
         self.last_token_time = now
-        self.num_generation_tokens += 1
+        self.num_generation_tokens += count
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -152,6 +155,13 @@ class EngineStats:
     """Number of prompt tokens looked up in the prefix cache."""
     prefix_cache_hits: int = 0
     """Number of prompt tokens found in the prefix cache."""
+    num_drafts: int = 0
+    """Verifications: rows of a step that had draft tokens."""
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    """Draft tokens that were accepted."""
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    """The same by their place in the draft."""
     backend: str = ""
     device: str = ""
     dtype: str = ""

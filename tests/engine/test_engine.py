@@ -3,64 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
-from fake_runner import EOS, VOCAB, FakeRunner, expected
+from engine_runs import assert_idle, make_engine, run
+from fake_runner import EOS, VOCAB, expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllmlite.engine.engine import Engine
 from vllmlite.engine.runner_protocol import StepResult
-from vllmlite.engine.scheduler import Limits, Schedule
+from vllmlite.engine.scheduler import Schedule
 from vllmlite.errors import ParameterError
 from vllmlite.sampling_params import SamplingParams
-
-
-def make_engine(
-    num_blocks: int = 64,
-    block_size: int = 4,
-    *,
-    max_num_seqs: int = 8,
-    budget: int = 64,
-    mixed: int | None = None,
-    max_model_len: int | None = None,
-    caching: bool = True,
-    depth: int = 1,
-    fail_at: int = -1,
-) -> tuple[Engine, FakeRunner]:
-    limits = Limits(
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
-        max_mixed_prefill_tokens=mixed or budget,
-        max_model_len=max_model_len or num_blocks * block_size,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        enable_prefix_caching=caching,
-    )
-    runner = FakeRunner(limits, fail_at)
-    return Engine(limits, runner, vocab_size=VOCAB, eos_ids=[EOS], steps_in_flight=depth), runner
-
-
-def run(engine: Engine, limit: int = 10_000) -> dict[str, tuple[list[int], str | None]]:
-    """Step to the end, checking integrity after each step; id → output and finish reason."""
-    done: dict[str, tuple[list[int], str | None]] = {}
-    steps = 0
-    while engine.has_unfinished_requests():
-        steps += 1
-        assert steps < limit, "starved"
-        for output in engine.step():
-            ids, _ = done.get(output.request_id, ([], None))
-            done[output.request_id] = (ids + output.new_token_ids, output.finish_reason)
-        engine.scheduler.check_integrity()
-    return done
-
-
-def assert_idle(engine: Engine) -> None:
-    engine.step()
-    assert engine.scheduler.pool.num_used == 0
-    assert not engine.scheduler.running and not engine.scheduler.num_waiting
-    engine.scheduler.check_integrity()
 
 
 @dataclass
@@ -99,6 +54,8 @@ arrivals = st.builds(
     mixed=st.integers(1, 40),
     caching=st.booleans(),
     depth=st.integers(1, 3),
+    drafts=st.sampled_from([0, 1, 4]),
+    right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
 )
 def test_any_load_gives_what_each_request_gives_alone(
     requests: list[Arrival],
@@ -109,6 +66,8 @@ def test_any_load_gives_what_each_request_gives_alone(
     mixed: int,
     caching: bool,
     depth: int,
+    drafts: int,
+    right: float,
 ) -> None:
     max_model_len = 65
     num_blocks = -(-max_model_len // block_size) + spare_blocks
@@ -121,6 +80,8 @@ def test_any_load_gives_what_each_request_gives_alone(
         max_model_len=max_model_len,
         caching=caching,
         depth=depth,
+        drafts=drafts,
+        right=right,
     )
     outputs: dict[str, list[int]] = {str(i): [] for i in range(len(requests))}
     finished: dict[str, str | None] = {}
@@ -323,8 +284,8 @@ class Broken:
     def restart(self) -> None:
         self.num_ids = 0
 
-    def mask(self) -> None:
-        return None
+    def masks(self, drafts: Sequence[int] = ()) -> list[bytes | None]:
+        return [None] * (len(drafts) + 1)
 
     def accept(self, _token_id: int) -> bool:
         self.num_ids += 1

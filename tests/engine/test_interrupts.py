@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from interrupts import Interrupt, interrupt, tries
 
 from vllmlite import LLM, EngineConfig, LLMEngine, SamplingParams
+from vllmlite.engine.drafts import DraftPolicy
 from vllmlite.engine.engine import Engine, EngineOutput
 from vllmlite.engine.scheduler import Limits
 from vllmlite.hub import find_model
@@ -31,7 +32,7 @@ from vllmlite.tokenizers.tokenizer import Tokenizer
 ALL_INTERRUPTS = os.environ.get("VLLMLITE_ALL_INTERRUPTS") == "1"
 
 
-def make_engine(depth: int, num_blocks: int = 24, max_num_seqs: int = 4) -> Engine:
+def make_engine(depth: int, num_blocks: int = 24, max_num_seqs: int = 4, drafts: int = 0) -> Engine:
     limits = Limits(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=16,
@@ -40,7 +41,14 @@ def make_engine(depth: int, num_blocks: int = 24, max_num_seqs: int = 4) -> Engi
         block_size=4,
         num_blocks=num_blocks,
     )
-    return Engine(limits, FakeRunner(limits), vocab_size=VOCAB, eos_ids=[EOS], steps_in_flight=depth)
+    return Engine(
+        limits,
+        FakeRunner(limits, right=0.8),
+        vocab_size=VOCAB,
+        eos_ids=[EOS],
+        steps_in_flight=depth,
+        drafting=DraftPolicy(drafts),
+    )
 
 
 class Record:
@@ -53,8 +61,8 @@ class Record:
     def restart(self) -> None:
         self.ids = []
 
-    def mask(self) -> bytes | None:
-        return None
+    def masks(self, drafts: Sequence[int] = ()) -> list[bytes | None]:
+        return [None] * (len(drafts) + 1)
 
     def accept(self, token_id: int) -> bool:
         self.ids.append(token_id)
@@ -74,12 +82,13 @@ prompts = st.builds(
     depth=st.integers(1, 3),
     numbers=st.lists(st.integers(1, 600), min_size=1, max_size=12),
     seed=st.integers(0, 2**32),
+    drafts=st.sampled_from([0, 3]),
 )
 def test_interrupts_at_any_point_change_no_text(
-    requests: list[tuple[list[int], int, bool]], depth: int, numbers: list[int], seed: int
+    requests: list[tuple[list[int], int, bool]], depth: int, numbers: list[int], seed: int, drafts: int
 ) -> None:
     """Requests come, run and are aborted while calls are interrupted, the repair of the engine among them."""
-    engine = make_engine(depth)
+    engine = make_engine(depth, drafts=drafts)
     rng = random.Random(seed)
     outputs: list[EngineOutput] = []
     grammars: dict[str, Record] = {}
@@ -147,7 +156,7 @@ class Fake:
     @classmethod
     def make(cls, depth: int) -> LLMEngine:
         def start(_config: EngineConfig) -> Started[Engine]:
-            return Started(make_engine(depth), cls.tokenizer, 8, SamplingParams(), "fake")
+            return Started(make_engine(depth, drafts=3), cls.tokenizer, 8, SamplingParams(), "fake")
 
         return LLMEngine(EngineConfig(), start)
 

@@ -20,7 +20,7 @@ BUDGETS = (None, 0, 1, 7)
 
 
 def forced(budget: ThinkingBudget) -> int | None:
-    mask = budget.mask()
+    mask = budget.masks()[0]
     if mask is None:
         return None
     bits = int.from_bytes(mask, "little")

@@ -7,6 +7,7 @@ into the next id. A wrong or stale block, one allocated twice, or a lost token c
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from random import Random
 from zlib import crc32
 
 from vllmlite.engine.runner_protocol import StepResult
@@ -37,9 +38,11 @@ def expected(
 
 
 class FakeRunner:
-    """Runs schedules on a cache of token ids; raises at step ``fail_at`` if that is given."""
+    """Runs schedules on a cache of token ids; raises at step ``fail_at`` if that is given.
 
-    def __init__(self, limits: Limits, fail_at: int = -1) -> None:
+    It proposes drafts, each of which is the right id with probability ``right``."""
+
+    def __init__(self, limits: Limits, fail_at: int = -1, right: float = 0.5) -> None:
         self.block_size = limits.block_size
         self.cache = [-1] * (limits.num_blocks * limits.block_size)
         self.tables: list[list[int]] = [[] for _ in range(limits.max_num_seqs)]
@@ -47,6 +50,7 @@ class FakeRunner:
         self.last = [-1] * limits.max_num_seqs
         self.steps = 0
         self.fail_at = fail_at
+        self.right = right
         self.tokens_run = 0
 
     def launch(self, schedule: Schedule) -> StepResult:
@@ -64,19 +68,44 @@ class FakeRunner:
         rows = list(zip(schedule.slots, schedule.starts, schedule.counts, strict=True))
         assert len({slot for slot, _, _ in rows}) == len(rows), "a slot runs once a step"
         assert schedule.num_tokens == sum(schedule.counts)
+        assert schedule.num_sampled == sum(schedule.samples)
         self.tokens_run += schedule.num_tokens
-        for slot, start, count in rows:
-            for position in range(start, start + count):
-                known = self.known[slot]
-                token_id = known[position] if position < len(known) else self.last[slot]
-                self.cache[self._address(slot, position)] = token_id
-        result = StepResult([])
         for row, (slot, start, count) in enumerate(rows):
-            if schedule.samples[row]:
-                context = [self.cache[self._address(slot, p)] for p in range(start + count)]
-                self.last[slot] = next_id(context, schedule.banned.get(row, ()))
-                result.token_ids.append(self.last[slot])
+            drafts, known = schedule.drafts.get(row, []), self.known[slot]
+            for index in range(count):
+                position, drafted = start + index, index - (count - len(drafts))
+                token_id = known[position] if position < len(known) else self.last[slot]
+                self.cache[self._address(slot, position)] = drafts[drafted] if drafted >= 0 else token_id
+        result = StepResult([])
+        at = 0
+        for row, (slot, start, count) in enumerate(rows):
+            samples, drafts = schedule.samples[row], schedule.drafts.get(row, [])
+            if not samples:
+                assert not drafts
+                continue
+            assert samples == len(drafts) + 1
+            context = [self.cache[self._address(slot, p)] for p in range(start + count - len(drafts))]
+            ids = []
+            for index in range(samples):
+                ids.append(next_id(context, schedule.banned.get(at + index, ())))
+                context.append(ids[-1])
+                if index < len(drafts) and drafts[index] != ids[-1]:
+                    break
+            at += samples
+            self.last[slot] = ids[-1]
+            result.token_ids.append(ids)
+            if row in schedule.wanted:
+                result.drafts[row] = self._propose(context, schedule.wanted[row])
         return result
+
+    def _propose(self, context: list[int], count: int) -> list[int]:
+        """Guess up to ``count`` ids, the same for the same context."""
+        drafts: list[int] = []
+        draw = Random(crc32(bytes(context)))
+        for _ in range(draw.randint(0, count) if self.right < 1 else count):
+            token_id = next_id([*context, *drafts])
+            drafts.append(token_id if draw.random() < self.right else draw.randrange(VOCAB))
+        return drafts
 
     def collect(self, handle: StepResult) -> StepResult:
         return handle

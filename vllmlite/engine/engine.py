@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 
 from vllmlite.engine.block_pool import root_digest
 from vllmlite.engine.bounds import RequestBounds
+from vllmlite.engine.drafts import DraftPolicy
 from vllmlite.engine.request import Grammar, Request, Status
 from vllmlite.engine.runner_protocol import Runner, StepResult, TokenLogprobs
 from vllmlite.engine.scheduler import Limits, Schedule, Scheduler
@@ -41,7 +42,8 @@ class EngineOutput:
     stop_reason: int | str | None
     num_cached_tokens: int
     metrics: RequestMetrics
-    logprobs: TokenLogprobs | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    """Those of ``new_token_ids``."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Those of the prompt's tokens but the first; set in one output, once all of them are known."""
     ends_in_text: bool = False
@@ -74,10 +76,13 @@ class _StepLog:
     rows: list[Request]
 
     def positions(self) -> dict[str, int]:
-        """Request id → index in the request's output of the id that the step samples."""
+        """Request id → index in the request's output of the first id that the step samples."""
         schedule = self.schedule
-        columns = zip(self.rows, schedule.starts, schedule.counts, strict=True)
-        return {r.request_id: start + count - len(r.prompt_token_ids) for r, start, count in columns}
+        columns = zip(self.rows, schedule.starts, schedule.counts, schedule.samples, strict=True)
+        return {
+            r.request_id: start + count - max(samples - 1, 0) - len(r.prompt_token_ids)
+            for r, start, count, samples in columns
+        }
 
 
 class Engine:
@@ -99,9 +104,11 @@ class Engine:
         seed: int = 0,
         max_logprobs: int = -1,
         reasoning: ReasoningMarks | None = None,
+        drafting: DraftPolicy | None = None,
     ) -> None:
-        """Start without requests. Requests without a seed of their own derive one from ``seed``."""
-        self.scheduler = Scheduler(limits)
+        """Start without requests. Requests without a seed of their own derive one from ``seed``. Without ``drafting``
+        nothing is speculated."""
+        self.scheduler = Scheduler(limits, drafting or DraftPolicy(0))
         self.stats = EngineStats(num_blocks=limits.num_blocks, block_size=limits.block_size)
         self.runner = runner
         self.bounds = RequestBounds(
@@ -268,7 +275,7 @@ class Engine:
     def _apply(
         self, schedule: Schedule, rows: list[Request], result: StepResult, outputs: list[EngineOutput]
     ) -> None:
-        """Apply a step's result, one request after the other: append its output, which makes the id final, then update
+        """Apply a step's result, one request after the other: append its output, which makes the ids final, then update
         the request."""
         now = time.monotonic()
         first = len(outputs)
@@ -277,25 +284,34 @@ class Engine:
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(schedule, rows, result.prompt_logprobs)
         token_ids = result.token_ids
-        logprobs: Sequence[TokenLogprobs | None] = result.logprobs or [None] * len(token_ids)
+        logprobs: Sequence[list[TokenLogprobs] | None] = result.logprobs or [None] * len(token_ids)
         sampling = compress(rows, schedule.samples)
-        for request, token_id, entry in zip(sampling, token_ids, logprobs, strict=True):
+        num_tokens = 0
+        for request, sampled, ids, entries in zip(
+            sampling, filter(None, schedule.samples), token_ids, logprobs, strict=True
+        ):
             if request.status is finished:
                 continue
             reason: str | None = None
             stop_reason: int | None = None
-            complete = request.grammar is not None and request.grammar.accept(token_id)
-            if token_id in request.stop_ids:
-                reason = "stop"
-                if token_id not in request.eos_ids or request.params.ignore_eos:
-                    stop_reason = token_id
-            elif complete:
-                reason = "stop"
-            elif request.num_tokens - request.num_in_flight + 1 >= request.max_total_tokens:
-                reason = "length"
+            complete, count = False, 0
+            for token_id in ids:
+                count += 1
+                complete = request.grammar is not None and request.grammar.accept(token_id)
+                if token_id in request.stop_ids:
+                    reason = "stop"
+                    if token_id not in request.eos_ids or request.params.ignore_eos:
+                        stop_reason = token_id
+                    break
+                if complete:
+                    reason = "stop"
+                    break
+                if request.num_tokens - request.num_in_flight + count >= request.max_total_tokens:
+                    reason = "length"
+                    break
             output = EngineOutput(
                 request.request_id,
-                [token_id],
+                ids if count == len(ids) else ids[:count],
                 reason,
                 stop_reason,
                 request.num_cached_tokens or 0,
@@ -303,18 +319,23 @@ class Engine:
             )
             if complete:
                 output.ends_in_text = token_id not in request.stop_ids
-            if entry is not None and request.params.num_logprobs is not None:
-                output.logprobs = entry
+            if entries is not None and request.params.num_logprobs is not None:
+                output.logprobs = entries[:count]
             if self._prompt_logprobs:
                 output.prompt_logprobs = self._prompt_logprobs.get(request.request_id)
             outputs.append(output)
-            scheduler.collected(request, token_id)
-            request.metrics.count_token(now)
+            scheduler.collected(request, output.new_token_ids, sampled - count)
+            num_tokens += count
+            if sampled > 1:
+                self._count_drafts(request, sampled - 1, count - 1)
+            request.metrics.count_tokens(now, count)
             if output.prompt_logprobs is not None:
                 del self._prompt_logprobs[request.request_id]
             if reason is not None:
                 self._end(request, reason, stop_reason, now)
-        self.stats.num_generation_tokens += len(outputs) - first
+        self.stats.num_generation_tokens += num_tokens
+        for row in schedule.wanted:
+            scheduler.proposed(rows[row], result.drafts.get(row, []))
         for row, vector in result.pooled.items():
             request = rows[row]
             if request.status is not Status.FINISHED:
@@ -326,6 +347,17 @@ class Engine:
                 )  # fmt: skip
                 self._end(request, "stop", None, now)
         self._log = None
+
+    def _count_drafts(self, request: Request, drafts: int, accepted: int) -> None:
+        request.acceptance.record(drafts, accepted)
+        stats = self.stats
+        stats.num_drafts += 1
+        stats.num_draft_tokens += drafts
+        stats.num_accepted_tokens += accepted
+        per_position = stats.num_accepted_tokens_per_pos
+        per_position += [0] * (drafts - len(per_position))
+        for position in range(accepted):
+            per_position[position] += 1
 
     def _keep_prompt_logprobs(
         self, schedule: Schedule, rows: list[Request], found: dict[int, list[TokenLogprobs]]

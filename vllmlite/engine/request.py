@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from vllmlite.engine.drafts import Acceptance
 from vllmlite.outputs import RequestMetrics
 from vllmlite.sampling_params import SamplingParams
 
@@ -15,8 +16,11 @@ from vllmlite.sampling_params import SamplingParams
 class Grammar(Protocol):
     """A grammar and the position of one sequence's output in it."""
 
-    def mask(self) -> bytes | None:
-        """Bitmask of the ids that may come next: bit ``i % 32`` of little-endian word ``i // 32``; None allows all."""
+    def masks(self, drafts: Sequence[int] = ()) -> list[bytes | None]:
+        """Bitmasks of the ids that may come next, and of those that may come after each of ``drafts``, as long as these
+        are allowed and do not complete the output. The position does not change.
+
+        Id ``i`` is bit ``i % 32`` of little-endian word ``i // 32``; None allows all ids."""
         ...
 
     def accept(self, token_id: int) -> bool:
@@ -26,6 +30,11 @@ class Grammar(Protocol):
     def restart(self) -> None:
         """Go back to the start of the output."""
         ...
+
+
+def allows(mask: bytes | None, token_id: int) -> bool:
+    """Whether a mask of :meth:`Grammar.masks` allows an id."""
+    return mask is None or bool(mask[token_id >> 3] >> (token_id & 7) & 1)
 
 
 class Status(Enum):
@@ -43,6 +52,9 @@ class Request:
     ``num_tokens`` counts every token known to exist: prompt, output, and ids sampled by a step that has not been
     collected (``num_in_flight``). ``num_computed_tokens`` counts those whose keys and values are in the cache once
     the launched steps are done. The scheduler's one rule is to let computed catch up with known.
+
+    A row with ``k`` drafts counts as ``k + 1`` tokens in flight until it is collected; then the rejected ones are taken
+    back from both counts.
     """
 
     request_id: str
@@ -85,6 +97,11 @@ class Request:
     """Known and computed tokens at which the next block is full; never, without prefix caching."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    drafts: list[int] = field(default_factory=list)
+    """Guesses of the ids after the last known token, for the next row."""
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    awaits_drafts: bool = False
+    """Whether the row in flight has drafts, or drafts are to be proposed after it."""
     reads_text: bool = False
     """Whether the next mask depends on the ids of the output, so that a step must wait for the one before."""
     has_bans: bool = False
@@ -117,7 +134,9 @@ class Request:
     @property
     def may_run(self) -> bool:
         """Whether a step may be launched for it before those in flight are collected."""
-        return self.num_tokens < self.max_total_tokens and not (self.reads_text and self.num_in_flight)
+        if self.num_in_flight and (self.reads_text or self.awaits_drafts):
+            return False
+        return self.num_tokens < self.max_total_tokens
 
     @property
     def key(self) -> tuple[int, int]:
@@ -138,12 +157,13 @@ class Request:
             return self.output_token_ids[start - prompt : stop - prompt]
         return self.prompt_token_ids[start:] + self.output_token_ids[: stop - prompt]
 
-    def banned_ids(self) -> list[int]:
-        """Ids that the next token may not be: ends before ``min_tokens``, and completions of bad words."""
+    def banned_ids(self, drafts: Sequence[int] = ()) -> list[int]:
+        """Ids that the next token after ``drafts`` may not be: ends before ``min_tokens``, and completions of bad
+        words."""
         banned: list[int] = []
-        if self.num_tokens - len(self.prompt_token_ids) < self.params.min_tokens:
+        if self.num_tokens + len(drafts) - len(self.prompt_token_ids) < self.params.min_tokens:
             banned.extend(self.stop_ids | self.eos_ids)
-        output = self.output_token_ids
+        output = [*self.output_token_ids, *drafts] if drafts else self.output_token_ids
         for word in self.bad_words:
             prefix = list(word[:-1])
             if not prefix or output[-len(prefix) :] == prefix:
@@ -160,6 +180,8 @@ class Request:
         self.next_full_at = sys.maxsize
         self.num_computed_tokens = 0
         self.num_in_flight = 0
+        self.drafts = []
+        self.awaits_drafts = False
         self.num_tokens = len(self.prompt_token_ids) + len(self.output_token_ids)
         self.metrics.num_generation_tokens = len(self.output_token_ids)
         if self.grammar is not None:

@@ -25,12 +25,15 @@ class TokenLogprobs:
 class StepResult:
     """Results of a step: entry i belongs to the i-th row that sampled."""
 
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None = None
+    token_ids: list[list[int]]
+    """Of each row the accepted drafts and the id sampled after them."""
+    logprobs: list[list[TokenLogprobs]] | None = None
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """Row → entries of the prompt tokens that follow the row's tokens, in order."""
     pooled: dict[int, list[float]] = field(default_factory=dict)
     """Row that ends a prompt → the prompt's embedding."""
+    drafts: dict[int, list[int]] = field(default_factory=dict)
+    """Row for which the schedule wants drafts → guesses of the next ids, if there are any."""
 
 
 class Runner(Protocol):

@@ -1,19 +1,22 @@
 """The scheduler: decides which requests run in a step, and how many tokens of each.
 
 There is one rule: every step hands out tokens from a budget until each request's computed tokens have caught up with
-its known ones. Whole prompts, chunks of prompts, decoding, the rest of a prompt after a prefix hit and recomputation
-after a preemption all follow from it. Requests are served in the order of their key. When blocks run out, the running
-request with the largest key is preempted: it gives its blocks back and is computed again later.
+its known ones and their drafts. Whole prompts, chunks of prompts, decoding, verification of drafts, the rest of a
+prompt after a prefix hit and recomputation after a preemption all follow from it. Requests are served in the order of
+their key. When blocks run out, the running request with the largest key is preempted: it gives its blocks back and is
+computed again later. Drafts take only what is left of budget and blocks. :mod:`vllmlite.engine.drafts` says how they go
+with two steps in flight.
 """
 
 from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vllmlite.engine.block_pool import BlockPool, block_hash
+from vllmlite.engine.drafts import DraftPolicy
 from vllmlite.engine.request import Request, Status
 from vllmlite.sampling_params import SamplingParams
 
@@ -57,33 +60,40 @@ class Schedule:
     """Position of the row's first token."""
     counts: list[int] = field(default_factory=list)
     """Tokens of the row."""
-    samples: list[bool] = field(default_factory=list)
-    """Whether the row's last token is the last known one, so that the next id is sampled."""
+    samples: list[int] = field(default_factory=list)
+    """Sampled positions of the row, which are its last ones: the last known token and the row's drafts; or 0."""
+    drafts: dict[int, list[int]] = field(default_factory=dict)
+    """Row → its drafts, which are its last tokens."""
+    wanted: dict[int, int] = field(default_factory=dict)
+    """Row → number of drafts that are to be proposed for the sequence after the step; rows without any are left out."""
     block_slots: list[int] = field(default_factory=list)
     """With the next two: block ``block_ids[i]`` is appended as column ``block_columns[i]`` of a slot's block table."""
     block_columns: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
     banned: dict[int, list[int]] = field(default_factory=dict)
-    """Row → ids that it may not sample."""
+    """Sampled position → ids that may not be sampled there. Positions are counted over all rows."""
     masks: dict[int, bytes] = field(default_factory=dict)
-    """Row → bits of the ids that its grammar allows, little-endian words of 32."""
+    """Sampled position → bits of the ids that the grammar allows, little-endian words of 32."""
     pools: list[int] = field(default_factory=list)
     """Rows whose hidden states make up a vector, which is whole with the row that ends the prompt."""
     prompt_logprobs: list[int] = field(default_factory=list)
     """Rows whose prompt tokens' log-probabilities are wanted."""
     num_tokens: int = 0
+    num_sampled: int = 0
+    """Sum of ``samples``."""
 
 
 class Scheduler:
     """Holds the unfinished requests and the block pool."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, drafting: DraftPolicy) -> None:
         """Start without requests. ``limits.num_blocks`` must hold ``limits.max_model_len`` tokens."""
         if limits.num_blocks * limits.block_size < limits.max_model_len:
             raise ValueError(
                 f"{limits.num_blocks} blocks do not hold one sequence of {limits.max_model_len} tokens"
             )
         self.limits = limits
+        self.drafting = drafting
         self.pool = BlockPool(limits.num_blocks)
         self.running: list[Request] = []
         self.num_waiting = 0
@@ -91,6 +101,8 @@ class Scheduler:
         self.prefix_queries = 0
         self.prefix_hits = 0
         self._waiting: list[tuple[tuple[int, int], Request]] = []
+        self._spare = 0
+        """Tokens of the step being scheduled that are left for drafts."""
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
 
     def add(self, request: Request) -> None:
@@ -114,6 +126,8 @@ class Scheduler:
         budget = prefill_budget = self.limits.max_num_batched_tokens
         block_size = self.limits.block_size
         running = self.running
+        if self.drafting.most:
+            self._spare = budget - self._tokens_to_compute()
         if any(request.num_missing_tokens == 1 and request.may_run for request in running):
             prefill_budget = self.limits.max_mixed_prefill_tokens
         preempted = False
@@ -129,6 +143,8 @@ class Scheduler:
                 prefill_budget -= count
             if not count:
                 continue
+            if request.drafts:
+                count += self._fit_drafts(request, count, budget)
             if request.num_computed_tokens + count > len(request.blocks) * block_size:
                 missing = self._missing_blocks(request, count)
                 while missing > self.pool.num_free:
@@ -154,12 +170,22 @@ class Scheduler:
         self._waiting = sorted((request.key, request) for request in requests)
         self.num_waiting = len(self._waiting)
 
-    def collected(self, request: Request, token_id: int) -> None:
-        """Append the id that a launched row of ``request`` has sampled."""
-        request.output_token_ids.append(token_id)
-        request.num_in_flight -= 1
+    def collected(self, request: Request, token_ids: Sequence[int], num_rejected: int = 0) -> None:
+        """Append the ids that a launched row of ``request`` has sampled, and take back its rejected drafts."""
+        request.output_token_ids += token_ids
+        request.num_in_flight -= len(token_ids) + num_rejected
+        if num_rejected:
+            request.num_tokens -= num_rejected
+            request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
         if request.num_tokens - request.num_in_flight >= request.next_full_at:
             self._cache_full_blocks(request)
+
+    def proposed(self, request: Request, drafts: list[int]) -> None:
+        """Keep the drafts that were proposed for ``request``, if it goes on."""
+        if request.status is not Status.FINISHED:
+            request.drafts = drafts
+            if not drafts and self.drafting.overlapped:
+                request.acceptance.record(1, 0)  # it has waited for nothing
 
     def requests(self) -> Iterator[Request]:
         """All requests that have not finished."""
@@ -194,22 +220,67 @@ class Scheduler:
         schedule.block_columns.extend(range(column, column + len(blocks)))
         schedule.block_ids.extend(blocks)
 
+    def _tokens_to_compute(self) -> int:
+        """Known tokens that are not computed: those of the running requests and of the next waiting one."""
+        tokens = sum(request.num_tokens - request.num_computed_tokens for request in self.running)
+        waiting = self._peek_waiting() if self._free_slots else None
+        return tokens if waiting is None else tokens + waiting.num_tokens
+
+    def _fit_drafts(self, request: Request, count: int, budget: int) -> int:
+        """Shorten the drafts of a request to what can be accepted and computed, beside the ``count`` known tokens of
+        its next row; returns how many are left."""
+        start, drafts = request.num_computed_tokens, request.drafts
+        most = 0
+        if start + count == request.num_tokens:
+            spare_blocks = max(self.pool.num_free - len(self.running), 0)
+            free = (len(request.blocks) + spare_blocks) * self.limits.block_size - start - count
+            longest = request.max_total_tokens - request.num_tokens - 1
+            most = max(min(len(drafts), longest, self._spare, budget - count, free), 0)
+        for index in range(most):
+            if drafts[index] in request.stop_ids:
+                most = index
+                break
+        if request.grammar is not None and most:
+            most = len(request.grammar.masks(drafts[:most])) - 1
+        del drafts[most:]
+        self._spare -= most
+        return most
+
     def _append_row(self, request: Request, count: int, schedule: Schedule) -> None:
         start = request.num_computed_tokens
         end = request.num_computed_tokens = start + count
-        samples = ends = end == request.num_tokens
+        samples = 0
+        if end >= request.num_tokens:
+            samples = 1 if request.pooling_type is None else 0
+            if self.drafting.most and samples:
+                samples += self._append_drafts(request, schedule)
         if request.has_extras:
-            samples = ends and request.pooling_type is None
-            self._append_extras(request, start, ends, schedule)
-        if ends:
-            request.num_tokens += 1
-            request.num_in_flight += 1
+            self._append_extras(request, start, end >= request.num_tokens, schedule)
+        if end >= request.num_tokens:
+            in_flight = end + 1 - request.num_tokens
+            request.num_tokens += in_flight
+            request.num_in_flight += in_flight
+        schedule.num_sampled += samples
         schedule.slots.append(request.slot)
         schedule.starts.append(start)
         schedule.counts.append(count)
         schedule.samples.append(samples)
         if end >= request.next_full_at:
             self._cache_full_blocks(request)
+
+    def _append_drafts(self, request: Request, schedule: Schedule) -> int:
+        """Move a request's drafts to the row that is being appended, and ask for the next ones; returns how many drafts
+        the row has."""
+        row, drafts = len(schedule.slots), request.drafts
+        if drafts:
+            schedule.drafts[row] = drafts
+            request.drafts = []
+        if request.num_tokens + 2 < request.max_total_tokens:
+            wanted = self.drafting.wanted(request.acceptance, len(self.running))
+            if wanted:
+                schedule.wanted[row] = wanted
+        request.awaits_drafts = bool(drafts) or row in schedule.wanted
+        return len(drafts)
 
     def _append_extras(self, request: Request, start: int, ends: bool, schedule: Schedule) -> None:
         """Add bans, mask, prompt log-probabilities or pooling to the row that is being appended."""
@@ -220,10 +291,15 @@ class Scheduler:
             if ends or request.pooling_type == "MEAN":
                 schedule.pools.append(row)
         elif ends:
-            if request.has_bans and (banned := request.banned_ids()):
-                schedule.banned[row] = banned
-            if request.grammar is not None and (mask := request.grammar.mask()) is not None:
-                schedule.masks[row] = mask
+            drafts, first = schedule.drafts.get(row, []), schedule.num_sampled
+            if request.has_bans:
+                for index in range(len(drafts) + 1):
+                    if banned := request.banned_ids(drafts[:index]):
+                        schedule.banned[first + index] = banned
+            if request.grammar is not None:
+                for index, mask in enumerate(request.grammar.masks(drafts)):
+                    if mask is not None:
+                        schedule.masks[first + index] = mask
 
     def _admit(self, budget: int, schedule: Schedule, rows: list[Request], now: float) -> None:
         while budget and self._free_slots:
@@ -248,6 +324,8 @@ class Scheduler:
                 self.prefix_queries += len(request.prompt_token_ids)
                 self.prefix_hits += request.num_computed_tokens
             count = min(request.num_tokens - request.num_computed_tokens, budget)
+            if request.drafts:
+                count += self._fit_drafts(request, count, budget)
             self._append_blocks(request, self.pool.allocate(self._missing_blocks(request, count)), schedule)
             budget -= count
             self._append_row(request, count, schedule)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllmlite.engine.request import Grammar
+from vllmlite.engine.request import Grammar, allows
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,22 @@ class ThinkingBudget:
             self._take(token_id)
         self._start = (self._thinks, self._count, self._matched)
 
-    def mask(self) -> bytes | None:
+    def masks(self, drafts: Sequence[int] = ()) -> list[bytes | None]:
         """See :class:`~vllmlite.engine.request.Grammar`."""
-        mask = None if self._inner is None else self._inner.mask()
-        if mask is None and self._thinks and self._count + self._matched >= self._budget:
-            return self._bit(self._marks.closing[self._matched])
-        return mask
+        masks: list[bytes | None] = [None] * (len(drafts) + 1)
+        if self._inner is not None:
+            masks = self._inner.masks(drafts)
+        before = (self._thinks, self._count, self._matched)
+        for index, mask in enumerate(masks):
+            if mask is None and self._thinks and self._count + self._matched >= self._budget:
+                masks[index] = self._bit(self._marks.closing[self._matched])
+            if index < len(drafts):
+                if not allows(masks[index], drafts[index]):
+                    del masks[index + 1 :]
+                    break
+                self._take(drafts[index])
+        self._thinks, self._count, self._matched = before
+        return masks
 
     def accept(self, token_id: int) -> bool:
         """See :class:`~vllmlite.engine.request.Grammar`."""

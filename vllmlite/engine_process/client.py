@@ -284,7 +284,7 @@ class EngineClient:
             remote = self._named.get(name)
             if remote is None:
                 continue  # ended by finish, before the host knows
-            remote.metrics.count_token(message.time)
+            remote.metrics.count_tokens(message.time, 1)
             earlier = merged.get(name)
             if earlier is None:
                 merged[name] = EngineOutput(

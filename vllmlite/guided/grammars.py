@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from vllmlite.engine.request import allows
 from vllmlite.errors import ParameterError, not_installed
 from vllmlite.guided.compiler import GrammarCompiler, Prepared, Vocabulary, compile_prepared, compiler_for
 from vllmlite.guided.json_keywords import LITERAL, NAMED, SchemaError
@@ -67,6 +68,7 @@ class Matcher:
     ) -> None:
         """Use :meth:`Grammars.start`. If ``compiled`` is not loaded, another process follows the sequence."""
         self._marks = marks
+        self._mask: bytes | None = None
         self.compiled = compiled
         if compiled.native is not None:
             import xgrammar
@@ -82,11 +84,24 @@ class Matcher:
         self._thinks = self._marks is not None and self._marks.opening_id is None
         self._may_think = self._marks is not None and not self._thinks
         self._matcher.reset()
+        self._num_matched = 0
+        """Ids that the native matcher has accepted."""
         self._fill()
 
-    def mask(self) -> bytes | None:
-        """Return the bit mask of allowed next ids as little-endian 32-bit words, or None if all are allowed."""
-        return None if self._thinks else self._mask
+    def masks(self, drafts: Sequence[int] = ()) -> list[bytes | None]:
+        """See :class:`~vllmlite.engine.request.Grammar`."""
+        masks = [self._next_mask]
+        if drafts:
+            before = (self._thinks, self._may_think, self._mask, self._num_matched)
+            for token_id in drafts:
+                if not allows(masks[-1], token_id) or self.accept(token_id):
+                    break
+                masks.append(self._next_mask)
+            num_matched = before[-1]
+            if self._num_matched > num_matched:
+                self._matcher.rollback(self._num_matched - num_matched)
+            self._thinks, self._may_think, self._mask, self._num_matched = before
+        return masks
 
     def accept(self, token_id: int) -> bool:
         """Advance by one token; return whether the output must end, because the grammar is complete or allows
@@ -98,11 +113,18 @@ class Matcher:
             self._thinks = free and not ends
             if free:
                 return ends and not self._fill()
-        return not self._matcher.accept_token(token_id) or self._matcher.is_terminated() or not self._fill()
+        if not self._matcher.accept_token(token_id):
+            return True
+        self._num_matched += 1
+        return bool(self._matcher.is_terminated()) or not self._fill()
+
+    @property
+    def _next_mask(self) -> bytes | None:
+        return None if self._thinks else self._mask
 
     def _fill(self) -> bool:
         """Compute the next mask; return whether it allows any token."""
-        self._mask: bytes | None = None
+        self._mask = None
         if not self._matcher.fill_next_token_bitmask(self._row):
             return True
         if self._may_think and self._marks is not None and self._marks.opening_id is not None:

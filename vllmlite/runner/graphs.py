@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from vllmlite.backends.base import (
@@ -20,6 +21,9 @@ MOST_GRAPHS = 40
 """Captured steps that a runner keeps, unless those of one token a row leave less room than ``LEAST_RECORDED``."""
 LEAST_RECORDED = 5
 """Captured steps of several tokens a row that there is always room for."""
+RECORDED_AFTER = 16
+"""Steps of several tokens a row that run uncaptured before their kind is captured, so that capturing, however often
+captured steps are dropped, takes a small part of the time."""
 MOST_RECORDED_ROWS = 32
 """Rows up to which steps of several tokens a row are captured."""
 
@@ -28,8 +32,8 @@ class Graphs:
     """The captured steps of one model runner, by rows and query length; every token of such a step is sampled from.
 
     Steps of one token a row are captured at start, for all of the backend's numbers of rows. Steps of several tokens a
-    row are captured when :meth:`record` asks for them; where there are :attr:`limit` steps already, the one of these
-    that was used longest ago is dropped. :meth:`find` captures nothing, so no request can make the backend capture.
+    row are captured when :meth:`record` asks for them, which the runner does for those that come often; where there are
+    :attr:`limit` steps already, the one of these that was used longest ago is dropped. :meth:`find` captures nothing.
     """
 
     def __init__(self, backend: Backend, step: Step, slots: Slots, spec: KVSpec, rows: Sequence[int]) -> None:
@@ -37,6 +41,8 @@ class Graphs:
         self._backend, self._step, self._slots, self._spec = backend, step, slots, spec
         self._rows = rows
         self._steps: dict[GraphKey, Step] = {}
+        self._missed: Counter[GraphKey] = Counter()
+        """Steps that ran uncaptured."""
         self.limit = max(MOST_GRAPHS, len(rows) + LEAST_RECORDED)
         """Captured steps at any time."""
 
@@ -71,10 +77,21 @@ class Graphs:
             self._capture(key)
         return True
 
+    def record_if_frequent(self, batch: ForwardBatch) -> None:
+        """Count a step of several tokens a row; capture its kind once there have been :data:`RECORDED_AFTER`."""
+        rows, query_len = batch.num_rows, batch.max_query_len
+        if not self._fits(batch) or rows > self._rows[-1] or self._key(rows, query_len) in self._steps:
+            return
+        key = self._key(rows, query_len)
+        self._missed[key] += 1
+        if self._missed[key] >= RECORDED_AFTER:
+            del self._missed[key]
+            self.record(rows, query_len)
+
     def find(self, batch: ForwardBatch) -> GraphKey | None:
         """Return the key of the captured step that the host's ``batch`` can run in, if there is one."""
         query_len = batch.max_query_len
-        if not self._steps or not len(batch.logits_rows) == batch.num_tokens == batch.num_rows * query_len:
+        if not self._fits(batch):
             return None
         key = self._key(batch.num_rows, query_len)
         if query_len == 1:
@@ -83,6 +100,11 @@ class Graphs:
             return None
         self._steps[key] = self._steps.pop(key)  # the order of the dictionary is that of use
         return key
+
+    def _fits(self, batch: ForwardBatch) -> bool:
+        """Whether all rows have the same number of tokens, and all tokens are sampled from."""
+        each = batch.num_rows * batch.max_query_len
+        return bool(self._steps) and len(batch.logits_rows) == batch.num_tokens == each
 
     def _key(self, rows: int, query_len: int) -> GraphKey:
         return self._rows[bisect_left(self._rows, rows)], query_len

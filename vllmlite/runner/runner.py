@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,9 @@ from vllmlite.backends.base import (
 from vllmlite.engine.runner_protocol import StepResult, TokenLogprobs
 from vllmlite.engine.scheduler import Admission, Schedule
 from vllmlite.runner.graphs import Graphs
+from vllmlite.runner.propose.proposer import Proposer
+
+T = TypeVar("T")
 
 LOGPROBS_ROWS = 256
 """Rows of logits that are copied for log-probabilities at a time."""
@@ -35,7 +40,12 @@ LOGPROBS_ROWS = 256
 class Launched:
     """A step on its way; what it sampled is read at :meth:`ModelRunner.collect`."""
 
-    sampled: Sampled | None
+    schedule: Schedule
+    sampled: Sampled | None = None
+    accepted: Tensor | None = None
+    """Which of the sampled ids are accepted; None if the step has no drafts, so that all are."""
+    proposal: Any = None
+    """The proposer's handle of the step."""
     prompt_logprobs: list[RowLogprobs] = field(default_factory=list)
     named_logprobs: list[RowLogprobs] = field(default_factory=list)
     """Of the ids that requests name."""
@@ -79,10 +89,13 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         enforce_eager: bool = False,
+        proposer: Proposer | None = None,
     ) -> None:
-        """Allocate the pool and the slots. BackendError if they do not fit."""
+        """Allocate the pool and the slots. BackendError if they do not fit. A schedule may want drafts if there is a
+        ``proposer``."""
         self.backend = backend
         self.model = model
+        self.proposer = proposer
         self.kv: KVCache = backend.alloc_kv(model.kv_spec, num_blocks)
         max_blocks = -(-max_model_len // model.kv_spec.block_size)
         self.slots = backend.alloc_slots(
@@ -129,7 +142,7 @@ class ModelRunner:
         places = np.tile(np.arange(columns, dtype=np.int32), num_rows)
         self.backend.append_blocks(self.slots, np.repeat(rows, columns), places, np.zeros_like(places))
         device_batch = self.backend.upload(batch, self.slots, self.model.kv_spec)
-        sampled = self._sample(self._logits(device_batch)[0], device_batch)
+        sampled, _ = self._sample(self._logits(device_batch)[0], device_batch)
         self.backend.to_host(sampled.ids)
 
     def launch(self, schedule: Schedule) -> Launched:
@@ -140,41 +153,73 @@ class ModelRunner:
             columns = (schedule.block_slots, schedule.block_columns, schedule.block_ids)
             self.backend.append_blocks(self.slots, *(np.array(column, np.int32) for column in columns))
         batch, starts = self._batch(schedule)
-        key = None if schedule.prompt_logprobs or schedule.pools else self.graphs.find(batch)
+        launched = Launched(schedule)
+        if self.proposer is not None:
+            launched.proposal = self.proposer.launch(list(compress(schedule.slots, schedule.samples)))
+        key = None
+        if not (schedule.prompt_logprobs or schedule.pools):
+            if schedule.drafts:
+                self.graphs.record_if_frequent(batch)
+            key = self.graphs.find(batch)
         device_batch = self.backend.upload(batch, self.slots, self.model.kv_spec, key)
+        hidden = logits = None
         if key is not None:
             logits = self.graphs.run(key, device_batch)[0]
-            named = self._named(logits, batch)
-            return Launched(self._sample(logits, device_batch), named_logprobs=named)
-        hidden = self.model.forward(device_batch, self.kv)
-        sampled, named = None, []
-        if len(batch.logits_rows):
-            logits = self._output(hidden, device_batch)
-            named = self._named(logits, batch)
-            sampled = self._sample(logits, device_batch)
-        prompt = [
+        else:
+            hidden = self.model.forward(device_batch, self.kv)
+            if len(batch.logits_rows):
+                logits = self._output(hidden, device_batch)
+        if logits is not None:
+            launched.named_logprobs = self._named(logits, batch)
+            launched.sampled, accepted = self._sample(logits, device_batch)
+            launched.accepted = accepted if schedule.drafts else None
+        launched.prompt_logprobs = [
             chunk
             for row in schedule.prompt_logprobs
             for chunk in self._prompt_logprobs(hidden, batch, row, starts[row])
         ]
-        pools = [self._pool(schedule, batch, row) for row in schedule.pools]
-        return Launched(sampled, prompt, named, pools, hidden if pools else None)
+        launched.pools = [self._pool(schedule, batch, row) for row in schedule.pools]
+        launched.hidden = hidden if launched.pools else None
+        return launched
 
     def collect(self, handle: Launched) -> StepResult:
         """Wait for a step and read what it sampled."""
         result = StepResult([])
         if handle.sampled is not None:
             ids = self.backend.to_host(handle.sampled.ids)
-            result.token_ids = ids.tolist()
+            spans = self._accepted_spans(handle)
+            result.token_ids = _split(ids.tolist(), spans)
             if handle.sampled.logprobs is not None:
-                result.logprobs = self._read_logprobs(ids, handle.sampled.logprobs)
+                logprobs = self._read_logprobs(ids, handle.sampled.logprobs)
                 for row, entry in self._read_rows(handle.named_logprobs):
-                    result.logprobs[row].named.append(entry)
+                    logprobs[row].named.append(entry)
+                result.logprobs = _split(logprobs, spans)
+            if self.proposer is not None:
+                self._propose(handle, result)
         for row, entry in self._read_rows(handle.prompt_logprobs):
             result.prompt_logprobs.setdefault(row, []).append(entry)
         if handle.pools:
             result.pooled = self._read_pools(handle.pools, handle.hidden)
         return result
+
+    def _accepted_spans(self, handle: Launched) -> list[tuple[int, int]] | None:
+        """Return the first of each row's sampled positions, and the one after its last accepted position. None if all
+        rows have one position."""
+        if handle.accepted is None:
+            return None
+        ends = np.cumsum([samples for samples in handle.schedule.samples if samples])
+        starts = np.concatenate(([0], ends[:-1]))
+        counts = np.add.reduceat(self.backend.to_host(handle.accepted), starts)
+        return list(zip(starts.tolist(), (starts + counts).tolist(), strict=True))
+
+    def _propose(self, handle: Launched, result: StepResult) -> None:
+        """Have the proposer take in the ids of a step, and add the drafts that its schedule wants."""
+        assert self.proposer is not None
+        rows, wanted = range(len(handle.schedule.slots)), handle.schedule.wanted
+        sampling = list(compress(rows, handle.schedule.samples))
+        counts = [wanted.get(row, 0) for row in sampling]
+        found = self.proposer.collect(handle.proposal, result.token_ids, counts)
+        result.drafts = {row: drafts for row, drafts in zip(sampling, found, strict=True) if drafts}
 
     def _pool(self, schedule: Schedule, batch: ForwardBatch, row: int) -> Pool:
         slot, start, count = schedule.slots[row], schedule.starts[row], schedule.counts[row]
@@ -222,6 +267,8 @@ class ModelRunner:
             output_ids=admission.token_ids[admission.num_prompt_tokens :] if penalised else (),
         )
         self.backend.set_slot(self.slots, slot, slot_params)
+        if self.proposer is not None:
+            self.proposer.admit(slot, admission.token_ids)
         self._known[slot] = known
         self._num_known[slot] = len(known)
         self._num_prompt[slot] = admission.num_prompt_tokens
@@ -255,10 +302,16 @@ class ModelRunner:
         token_ids = np.full(schedule.num_tokens, -1, np.int32)
         for row in np.flatnonzero(starts < self._num_known[slots]).tolist():
             start, count, at = schedule.starts[row], schedule.counts[row], query_start_loc[row]
-            token_ids[at : at + count] = self._known[schedule.slots[row]][start : start + count]
+            known = self._known[schedule.slots[row]][start : start + count]
+            token_ids[at : at + len(known)] = known
+        for row, drafts in schedule.drafts.items():
+            end = query_start_loc[row + 1]
+            token_ids[end - len(drafts) : end] = drafts
         context_lens = starts + counts
-        sampling = np.flatnonzero(schedule.samples)
-        sample_slots = slots[sampling]
+        samples = np.array(schedule.samples, np.int32)
+        logits_rows = np.repeat(query_start_loc[1:] - np.cumsum(samples, dtype=np.int32), samples)
+        logits_rows += np.arange(schedule.num_sampled, dtype=np.int32)
+        sample_slots = np.repeat(slots, samples)
         batch = ForwardBatch(
             num_tokens=schedule.num_tokens,
             num_rows=num_rows,
@@ -269,32 +322,33 @@ class ModelRunner:
             query_start_loc=query_start_loc,
             slots=slots,
             context_lens=context_lens,
-            logits_rows=query_start_loc[sampling + 1] - 1,
+            logits_rows=logits_rows,
             sample_slots=sample_slots,
-            sample_positions=context_lens[sampling].astype(np.int64),
+            sample_positions=positions[logits_rows].astype(np.int64) + 1,
         )
-        if len(sampling):
+        if len(sample_slots):
             batch.num_logprobs = int(self._num_logprobs[sample_slots].max())
             if schedule.banned or schedule.masks or self._allowed:
-                self._mask(batch, schedule, sampling)
+                self._mask(batch, schedule)
         return batch, starts
 
-    def _mask(self, batch: ForwardBatch, schedule: Schedule, sampling: NDArray[np.intp]) -> None:
-        """Turn allowed and banned ids and grammars of the sampling rows into bitmasks."""
+    def _mask(self, batch: ForwardBatch, schedule: Schedule) -> None:
+        """Turn allowed and banned ids and grammars of the sampled positions into bitmasks."""
+        sample_slots = batch.sample_slots.tolist()
         restricted = [
             index
-            for index, row in enumerate(sampling.tolist())
-            if row in schedule.masks or row in schedule.banned or schedule.slots[row] in self._allowed
+            for index, slot in enumerate(sample_slots)
+            if index in schedule.masks or index in schedule.banned or slot in self._allowed
         ]
         if not restricted:
             return
         bitmask = np.full((len(restricted), -(-self.model.vocab_size // 32)), 2**32 - 1, np.uint32)
-        for mask, row in zip(bitmask, sampling[restricted].tolist(), strict=True):
-            if (grammar := schedule.masks.get(row)) is not None:
+        for mask, index in zip(bitmask, restricted, strict=True):
+            if (grammar := schedule.masks.get(index)) is not None:
                 mask[:] = np.frombuffer(grammar, "<u4")
-            if (allowed := self._allowed.get(schedule.slots[row])) is not None:
+            if (allowed := self._allowed.get(sample_slots[index])) is not None:
                 mask &= allowed
-            if (banned := schedule.banned.get(row)) is not None:
+            if (banned := schedule.banned.get(index)) is not None:
                 mask &= ~pack_bits(np.array(banned), self.model.vocab_size)
         batch.mask_rows = np.array(restricted, np.int32)
         batch.bitmask = bitmask.view(np.int32)
@@ -307,10 +361,10 @@ class ModelRunner:
     def _output(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         return self.model.logits(self.backend.rows(hidden, batch.logits_rows))
 
-    def _sample(self, logits: Tensor, batch: ForwardBatch) -> Sampled:
+    def _sample(self, logits: Tensor, batch: ForwardBatch) -> tuple[Sampled, Tensor]:
+        """Sample from the logits of an uploaded batch; also returns which of the ids are accepted."""
         sampled = self.backend.sample(logits, self.slots, batch)
-        self.backend.accept(sampled.ids, self.slots, batch)
-        return sampled
+        return sampled, self.backend.accept(sampled.ids, self.slots, batch)
 
     def _named(self, logits: Tensor, batch: ForwardBatch) -> list[RowLogprobs]:
         """Log-probabilities of the ids that the requests of sampling rows name, of logits that are as yet untouched."""
@@ -352,6 +406,13 @@ class ModelRunner:
         columns = (logprobs.chosen, logprobs.rank, logprobs.top_ids, logprobs.top)
         values = [self.backend.to_host(column).tolist() for column in columns]
         return [TokenLogprobs(*entry) for entry in zip(ids.tolist(), *values, strict=True)]
+
+
+def _split(values: list[T], spans: list[tuple[int, int]] | None) -> list[list[T]]:
+    """Return the values of each span; each value by itself without any."""
+    if spans is None:
+        return [[value] for value in values]
+    return [values[first:end] for first, end in spans]
 
 
 def pack_bits(ids: NDArray[np.integer], vocab_size: int) -> NDArray[np.uint32]:

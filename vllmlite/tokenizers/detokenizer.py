@@ -44,15 +44,18 @@ class Detokenizer:
         self._hold_back = max((len(s) for s in self._stop), default=1) - 1 if not include_stop else 0
         self._min_tokens = min_tokens
 
-    def extend(self, token_ids: Sequence[int]) -> tuple[int, str | None]:
+    def extend(self, token_ids: Sequence[int], offsets: list[int] | None = None) -> tuple[int, str | None]:
         """Add ids, up to the first that completes a stop string, at which ``text`` is cut.
 
-        Returns how many were added, and the stop string, if any."""
-        if not self._stop:
+        Returns how many were added, and the stop string, if any. Appends the :attr:`position` of each to ``offsets``.
+        """
+        if not self._stop and offsets is None:
             self.text += self._decoder.feed(token_ids)
             self.num_released = len(self.text)
             return len(token_ids), None
         for count, token_id in enumerate(token_ids, start=1):
+            if offsets is not None:
+                offsets.append(self.position)
             self._num_ids += 1
             stop = self._add(self._decoder.feed((token_id,)))
             if stop is not None:

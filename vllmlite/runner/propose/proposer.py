@@ -1,0 +1,24 @@
+"""The contract of a proposer of draft tokens with the model runner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class Proposer(Protocol):
+    """Guesses the next ids of sequences. Calls of one proposer come in the order of the steps."""
+
+    def admit(self, slot: int, token_ids: list[int]) -> None:
+        """Begin a sequence of ``token_ids`` in ``slot``; the sequence that had the slot is forgotten, but for the steps
+        that were launched with it."""
+        ...
+
+    def launch(self, slots: Sequence[int]) -> Any:
+        """Prepare for the results of a step that was launched, which samples in ``slots``; the handle goes to
+        :meth:`collect`."""
+        ...
+
+    def collect(self, handle: Any, token_ids: Sequence[list[int]], wanted: Sequence[int]) -> list[list[int]]:
+        """Take in the ids that a step sampled in its slots; return at most ``wanted[i]`` drafts for the i-th slot."""
+        ...
