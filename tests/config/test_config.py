@@ -17,6 +17,7 @@ from vllmlite.cli.parser import OptionParser
 from vllmlite.config.engine_config import EngineArgs, EngineConfig, add_engine_arguments
 from vllmlite.config.options import parse_size
 from vllmlite.config.refused import ABSENT
+from vllmlite.config.speculative import Speculative
 from vllmlite.errors import ParameterError
 
 FLAGS: list[tuple[list[str], str, Any]] = [
@@ -40,6 +41,7 @@ FLAGS: list[tuple[list[str], str, Any]] = [
         "reasoning_config",
         {"reasoning_start_str": "<a>", "reasoning_end_str": "</a>"},
     ),
+    (["--speculative-config", '{"method": "ngram"}'], "speculative_config", {"method": "ngram"}),
     (["--override-generation-config", '{"top_k": 5}'], "override_generation_config", {"top_k": 5}),
     (["--served-model-name", "n"], "served_model_name", "n"),
     (["--backend", "torch"], "backend", "torch"),
@@ -139,6 +141,69 @@ def test_flag(argv: list[str], name: str, value: Any) -> None:
 )
 def test_bad_values_are_refused_by_field(options: dict[str, Any], field: str, says: str) -> None:
     with pytest.raises(ParameterError, match=f"^{field}=") as error:
+        EngineConfig.from_kwargs(**options)
+    assert error.value.field == field
+    assert says in str(error.value)
+
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4}
+
+
+def test_forms_of_speculative_decoding_are_one() -> None:
+    config = EngineConfig(speculative_config=NGRAM)
+    assert config.speculative() == Speculative(4, 5, 5, None)
+    assert from_flags("--speculative-config", json.dumps(NGRAM)) == config
+    assert from_flags("--spec-method", "ngram", "--spec-tokens", "4") == config
+    assert (
+        EngineConfig.from_kwargs(speculative_config={"method": "ngram"}, num_speculative_tokens=4) == config
+    )
+    older = from_flags(
+        "--speculative-model=[ngram]", "--num-speculative-tokens=3", "--ngram-prompt-lookup-max=4",
+        "--ngram-prompt-lookup-min=2", "--speculative-disable-by-batch-size=8",
+    )  # fmt: skip
+    assert older.speculative() == Speculative(3, 2, 4, 7)
+    assert EngineConfig.from_kwargs(spec_method=None, spec_tokens=None) == EngineConfig()
+    assert (
+        EngineConfig().speculative()
+        is EngineConfig(speculative_config={"method": None}).speculative()
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "want"), [({}, (5, 5)), ({"prompt_lookup_min": 2}, (2, 2)), ({"prompt_lookup_max": 3}, (3, 3))]
+)
+def test_lengths_of_ngrams_are_those_of_vllm(given: dict[str, int], want: tuple[int, int]) -> None:
+    options = EngineConfig(
+        speculative_config={**NGRAM, **given, "draft_tensor_parallel_size": 1}
+    ).speculative()
+    assert options is not None
+    assert (options.prompt_lookup_min, options.prompt_lookup_max) == want
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "says"),
+    [
+        ({"speculative_config": {"method": "eagle3"}}, "speculative_config.method", "must be ngram; drafts of other"),
+        ({"speculative_config": {"method": "ngrams"}}, "speculative_config.method", "did you mean ngram?"),
+        ({"speculative_config": {"model": "a/draft"}}, "speculative_config.model", "draft models are not supported"),
+        ({"speculative_config": {**NGRAM, "num_speculative_tokens": 0}},
+         "speculative_config.num_speculative_tokens", "from 1 to 32"),
+        ({"speculative_config": {**NGRAM, "prompt_lookup_min": 4, "prompt_lookup_max": 3}},
+         "speculative_config.prompt_lookup_min", "at most prompt_lookup_max, which is 3"),
+        ({"speculative_config": {**NGRAM, "promt_lookup_min": 4}},
+         "speculative_config.promt_lookup_min", "did you mean prompt_lookup_min?"),
+        ({"speculative_config": {**NGRAM, "draft_sample_method": "probabilistic"}},
+         "speculative_config.draft_sample_method", "no effect on n-gram drafts"),
+        ({"speculative_config": NGRAM, "spec_tokens": 5}, "spec_tokens", "contradicts num_speculative_tokens=4"),
+        ({"spec_tokens": 5}, "speculative_config.method", "must be ngram"),
+        ({"speculative_config": "{"}, "speculative_config", "is not JSON"),
+    ],
+)  # fmt: skip
+def test_bad_options_of_speculative_decoding_are_refused(
+    options: dict[str, Any], field: str, says: str
+) -> None:
+    with pytest.raises(ParameterError) as error:
         EngineConfig.from_kwargs(**options)
     assert error.value.field == field
     assert says in str(error.value)

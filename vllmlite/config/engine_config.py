@@ -16,11 +16,14 @@ from vllmlite.config.options import (
     did_you_mean,
     flag,
     given_options,
+    mapping,
     mapping_option,
     read_yaml,
 )
 from vllmlite.config.options import option as _option
 from vllmlite.config.refused import ABSENT
+from vllmlite.config.speculative import FIELD as SPECULATIVE
+from vllmlite.config.speculative import OLDER, SHORTHANDS, Speculative, speculative, with_shorthands
 from vllmlite.errors import ParameterError
 from vllmlite.pooling_params import POOLING_TYPES
 from vllmlite.sampling_params import MAX_LOGPROBS
@@ -180,6 +183,12 @@ class EngineConfig:
         False, "make results bit-identical for any batch composition; slower with 16-bit dtypes on a GPU"
     )
     enforce_eager: bool = _option(False, "do not capture CUDA graphs or other step graphs")
+    speculative_config: Mapping[str, Any] = mapping_option(
+        'speculative decoding: guess tokens and verify several in a step, which changes no text: {"method": "ngram", '
+        '"num_speculative_tokens": 8, "prompt_lookup_min": 2, "prompt_lookup_max": 5}: guess what followed the last '
+        "tokens where they occurred before",
+        group="speculative decoding",
+    )
     pooling_type: str = _option(
         "LAST",
         "embeddings: hidden state of the last token, or mean of all tokens",
@@ -212,6 +221,7 @@ class EngineConfig:
                 self.num_gpu_blocks_override,
                 "cannot be combined with kv_cache_memory_bytes: both set the size of the key/value cache",
             )
+        self.speculative()
         marks = self.reasoning_config
         if marks and (
             marks.keys() != {*REASONING_KEYS} or not all(isinstance(m, str) and m for m in marks.values())
@@ -227,6 +237,10 @@ class EngineConfig:
                 "revision", self.revision, "the built-in model has no revisions: name a model"
             )
 
+    def speculative(self) -> Speculative | None:
+        """Return the options of speculative decoding, or None if it is off."""
+        return speculative(self.speculative_config)
+
     @classmethod
     def from_kwargs(cls, **options: Any) -> EngineConfig:
         """Return a configuration from keyword arguments; an unsupported option of vLLM is refused with the reason."""
@@ -241,8 +255,9 @@ class EngineConfig:
     def from_namespace(cls, namespace: argparse.Namespace) -> EngineConfig:
         """Return a configuration from parsed :func:`add_engine_arguments`: flags override ``--config``."""
         flags = given_options(namespace, cls)
+        flags |= {name: getattr(namespace, name) for name in SHORTHANDS if hasattr(namespace, name)}
         path = getattr(namespace, "config", None)
-        return cls(**flags) if path is None else cls.from_yaml(path, **flags)
+        return cls.from_kwargs(**flags) if path is None else cls.from_yaml(path, **flags)
 
 
 class EngineArgs(EngineConfig):
@@ -269,13 +284,20 @@ def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the ``options`` that are fields. Raises ParameterError for an unknown or unsupported option."""
     names = {f.name for f in fields(EngineConfig)}
     known: dict[str, Any] = {}
+    shorthands: dict[str, Any] = {}
     for name, value in options.items():
         if name in names:
             known[name] = value
+        elif name in SHORTHANDS:
+            shorthands[name] = value
         elif name not in ABSENT:
-            raise ParameterError(name, value, "unknown option" + did_you_mean(name, [*names, *ABSENT]))
+            raise ParameterError(
+                name, value, "unknown option" + did_you_mean(name, [*names, *SHORTHANDS, *ABSENT])
+            )
         else:
             ABSENT[name].check(name, value)
+    if shorthands:
+        known[SPECULATIVE] = with_shorthands(mapping(SPECULATIVE, known.get(SPECULATIVE)), shorthands)
     return known
 
 
@@ -294,8 +316,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser, leave_out: Collection[
 
     Flags not given stay out of the namespace, so that :meth:`EngineConfig.from_namespace` can merge them with the file.
     ``leave_out`` names options that get no flag because the command defines them itself."""
-    add_fields(parser, EngineConfig, leave_out)
+    groups = add_fields(parser, EngineConfig, leave_out)
     parser.add_argument("--config", metavar="FILE", help="YAML file with these options; flags override it")
+    for name, (key, kind) in SHORTHANDS.items():
+        help = argparse.SUPPRESS if name in OLDER else f"the key {key} of speculative-config"
+        groups["speculative decoding"].add_argument(
+            flag(name),
+            dest=name,
+            type=kind,
+            default=argparse.SUPPRESS,
+            help=help,
+            metavar="N" if kind is int else "NAME",
+        )
     for name, absent in ABSENT.items():
         if name in leave_out:
             continue

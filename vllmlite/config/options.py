@@ -127,7 +127,7 @@ def normalised(f: Field[Any], value: Any) -> Any:
             text = str(value).removeprefix("torch.")
             return f.metadata["synonyms"].get(text, text)
     if f.type == "Mapping[str, Any]":
-        return _mapping(f, value)
+        return mapping(f.name, value)
     if f.metadata.get("size") and isinstance(value, str):
         try:
             return parse_size(value)
@@ -177,8 +177,10 @@ def check_fields(config: Any) -> None:
         check(f, value)
 
 
-def add_fields(parser: argparse.ArgumentParser, config: type[Any], leave_out: Collection[str] = ()) -> None:
-    """Add a flag for each field of dataclass ``config``, in argument groups.
+def add_fields(
+    parser: argparse.ArgumentParser, config: type[Any], leave_out: Collection[str] = ()
+) -> dict[str, argparse._ArgumentGroup]:
+    """Add a flag for each field of dataclass ``config``, in argument groups, which are returned by name.
 
     Flags not given stay out of the namespace."""
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -190,6 +192,7 @@ def add_fields(parser: argparse.ArgumentParser, config: type[Any], leave_out: Co
             groups[group] = parser.add_argument_group(f"{group} options")
         names = ["-m", "--model"] if f.name == "model" else [flag(f.name)]
         groups[group].add_argument(*names, dest=f.name, default=argparse.SUPPRESS, **argument(f))
+    return groups
 
 
 def given_options(namespace: argparse.Namespace, config: type[Any]) -> dict[str, Any]:
@@ -197,16 +200,16 @@ def given_options(namespace: argparse.Namespace, config: type[Any]) -> dict[str,
     return {f.name: getattr(namespace, f.name) for f in fields(config) if hasattr(namespace, f.name)}
 
 
-def _mapping(f: Field[Any], value: Any) -> dict[str, Any]:
+def mapping(name: str, value: Any) -> dict[str, Any]:
     """Return a dict from a mapping, the text of a JSON object, or None (empty)."""
     found = value
     if isinstance(value, str):
         try:
             found = json.loads(value)
         except (ValueError, RecursionError):
-            raise ParameterError(f.name, value, "is not JSON") from None
+            raise ParameterError(name, value, "is not JSON") from None
     if not isinstance(found, dict | None):
-        raise ParameterError(f.name, value, "must be a mapping (in a flag: a JSON object)")
+        raise ParameterError(name, value, "must be a mapping (in a flag: a JSON object)")
     return dict(found or {})
 
 

@@ -56,8 +56,13 @@ _REASONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "enable_lora": (None, False), "max_loras": (1,), "max_lora_rank": (16,), "lora_modules": (None,),
         "max_cpu_loras": (None,), "fully_sharded_loras": (False,),
     },
-    "speculative decoding is not supported in this version: leave the option out": {
-        "speculative_config": _NOTHING, "spec_method": (None,), "spec_model": (None,), "spec_tokens": (None, 0),
+    "drafts of speculative decoding come from n-grams, not from a model: see speculative_config": {
+        "speculative_max_model_len": (None,), "speculative_draft_tensor_parallel_size": (None, 1),
+        "speculative_model_quantization": (None,), "speculative_disable_mqa_scorer": _EITHER,
+        "spec_decoding_acceptance_method": (None, "rejection_sampler"),
+        "typical_acceptance_sampler_posterior_threshold": (None,),
+        "typical_acceptance_sampler_posterior_alpha": (None,),
+        "disable_logprobs_during_spec_decoding": (None, False),
     },
     "only models of text run, and prompts are text or token ids: leave the option out": {
         "allowed_local_media_path": _NOTHING, "allowed_media_domains": _NOTHING, "limit_mm_per_prompt": _NOTHING,

@@ -20,6 +20,8 @@ from vllmlite.models.gguf import has_blocks, treatment
 from vllmlite.models.plan import Plan, plan_model
 from vllmlite.models.shard import sharded
 from vllmlite.models.tensors import stored_schemes
+from vllmlite.runner.propose.ngram import NgramProposer
+from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.runner.sizes import most_positions, num_cache_blocks
 from vllmlite.terminal import is_terminal, note
@@ -147,9 +149,18 @@ def build_runner(
         max_num_seqs=config.max_num_seqs,
         max_model_len=longest,
         enforce_eager=config.enforce_eager,
+        proposer=proposer_for(config),
     )
     _capture_graphs(runner)
     return BuiltRunner(runner, num_blocks, longest, f"{plan}; {choice}")
+
+
+def proposer_for(config: EngineConfig) -> Proposer | None:
+    """Return the proposer of drafts that ``config`` asks for, if any."""
+    options = config.speculative()
+    if options is None:
+        return None
+    return NgramProposer(config.max_num_seqs, options.prompt_lookup_min, options.prompt_lookup_max)
 
 
 def _least(backend: Backend, value: int) -> int:

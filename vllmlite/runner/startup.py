@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from vllmlite.config.engine_config import EngineConfig
+from vllmlite.engine.drafts import DraftPolicy, StepCost
 from vllmlite.engine.engine import Engine
 from vllmlite.engine.scheduler import Limits
 from vllmlite.hub import find_model
 from vllmlite.runner.build import build_runner, plan_for
 from vllmlite.runner.generation_config import default_params, eos_ids, generation_config, reasoning_marks
+from vllmlite.runner.runner import ModelRunner
 from vllmlite.runner.sizes import batched_tokens, mixed_tokens
+from vllmlite.runner.step_times import step_times
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizers.tokenizer import Tokenizer
 
@@ -66,11 +69,20 @@ def start(config: EngineConfig) -> Started[Engine]:
         seed=config.seed,
         reasoning=reasoning_marks(config.reasoning_config, tokenizer),
         max_logprobs=config.max_logprobs,
+        drafting=_drafting(config, runner, two_steps),
     )
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     defaults = default_params(config, generation)
     return Started(engine, tokenizer, plan.hidden_size, defaults, built.backend_choice)
+
+
+def _drafting(config: EngineConfig, runner: ModelRunner, two_steps: bool) -> DraftPolicy | None:
+    """Return how many drafts are made, by the measured time of steps; None without speculative decoding."""
+    options = config.speculative()
+    if options is None:
+        return None
+    return DraftPolicy(options.num_tokens, options.max_rows, two_steps, StepCost(step_times(runner)))
 
 
 def load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:

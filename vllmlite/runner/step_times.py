@@ -1,0 +1,36 @@
+"""Measuring how long steps of several sizes take, from which it follows how many drafts pay."""
+
+from __future__ import annotations
+
+import time
+from itertools import accumulate
+
+from vllmlite.runner.runner import ModelRunner
+
+MEASURED = (1, 8, 2, 4, 16, 32, 64, 128)
+"""Tokens of the measured steps, in this order, as far as the time goes; the first two always."""
+REPEATS = 2
+MOST_SECONDS = 1.0
+"""Time after which no further step is measured."""
+
+
+def step_times(runner: ModelRunner) -> list[tuple[int, float]]:
+    """Return the seconds of a step by its tokens, ascending. A step takes at most as long as one of more tokens: what
+    it took beyond that was another program's.
+
+    Each token of a step is sampled from, up to the number of slots, as in a step that decodes or verifies drafts."""
+    begin = time.perf_counter()
+    times: dict[int, float] = {}
+    for tokens in MEASURED:
+        if len(times) > 1 and time.perf_counter() - begin > MOST_SECONDS:
+            break
+        runner.profile(tokens)  # allocates what the step needs
+        times[tokens] = min(_seconds(runner, tokens) for _ in range(REPEATS))
+    sizes = sorted(times, reverse=True)
+    return sorted(zip(sizes, accumulate((times[size] for size in sizes), min), strict=True))
+
+
+def _seconds(runner: ModelRunner, tokens: int) -> float:
+    begin = time.perf_counter()
+    runner.profile(tokens)
+    return time.perf_counter() - begin
