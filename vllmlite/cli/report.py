@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllmlite.cli.session import Session
-    from vllmlite.outputs import RequestMetrics, RequestOutput
+    from vllmlite.outputs import EngineStats, RequestMetrics, RequestOutput
 
 
 BAR = 30
@@ -80,7 +80,22 @@ class Run:
                 "queried_tokens": stats.prefix_cache_queries - before.prefix_cache_queries,
                 "hit_tokens": stats.prefix_cache_hits - before.prefix_cache_hits,
             },
+            "speculation": speculation(stats, before),
         }
+
+
+def speculation(stats: EngineStats, before: EngineStats) -> dict[str, Any] | None:
+    """Return how draft tokens have fared since ``before``; None if there were none."""
+    verifications = stats.num_drafts - before.num_drafts
+    if not verifications:
+        return None
+    accepted = stats.num_accepted_tokens - before.num_accepted_tokens
+    return {
+        "verifications": verifications,
+        "drafted_tokens": stats.num_draft_tokens - before.num_draft_tokens,
+        "accepted_tokens": accepted,
+        "tokens_per_verification": round(1 + accepted / verifications, 3),
+    }
 
 
 class Progress:
@@ -125,6 +140,11 @@ def table(statistics: dict[str, Any]) -> str:
         "prefix cache": f"{prefix['hit_tokens']} of {prefix['queried_tokens']} tokens hit",
         "preemptions": str(s["preemptions"]),
     }
+    if (drafts := s["speculation"]) is not None:
+        rows["speculation"] = (
+            f"{drafts['accepted_tokens']} of {drafts['drafted_tokens']} drafted tokens accepted, "
+            f"{drafts['tokens_per_verification']:.2f} tokens per verification"
+        )
     return "\n".join(f"{name:<13} {value}" for name, value in rows.items())
 
 

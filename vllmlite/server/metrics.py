@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vllmlite.engine.engine import EngineOutput
@@ -220,6 +220,9 @@ class Metrics:
                 stats.prefix_cache_queries,
             ),
             "vllm:prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
+            "vllm:spec_decode_num_drafts": ("Verifications of draft tokens.", stats.num_drafts),
+            "vllm:spec_decode_num_draft_tokens": ("Draft tokens.", stats.num_draft_tokens),
+            "vllm:spec_decode_num_accepted_tokens": ("Accepted draft tokens.", stats.num_accepted_tokens),
             "vllmlite:failed_steps": ("Steps that failed.", stats.num_failed_steps),
             "vllmlite:steps": ("Steps.", stats.num_steps),
         }
@@ -231,6 +234,14 @@ class Metrics:
             counter = CounterMetricFamily(name, help, labels=names)
             counter.add_metric(values, value)
             yield counter
+        per_position = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Accepted draft tokens by their place in the draft.",
+            labels=[*names, "position"],
+        )
+        for position, count in enumerate(stats.num_accepted_tokens_per_pos):
+            per_position.add_metric([*values, str(position)], count)
+        yield per_position
         waiting = GaugeMetricFamily(
             "vllm:num_requests_waiting_by_reason",
             "Sequences in the queue, by reason.",
@@ -278,6 +289,19 @@ def kv_usage(stats: EngineStats) -> float:
     return stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
 
 
+def _drafts(stats: EngineStats, before: EngineStats) -> str:
+    """Return how drafts have fared since ``before``, for the log; empty if there were none."""
+    verifications = stats.num_drafts - before.num_drafts
+    if not verifications:
+        return ""
+    drafted = stats.num_draft_tokens - before.num_draft_tokens
+    accepted = stats.num_accepted_tokens - before.num_accepted_tokens
+    return (
+        f", Mean acceptance length: {1 + accepted / verifications:.2f}, Drafted: {drafted} tokens, "
+        f"Accepted: {accepted} tokens, Avg draft acceptance rate: {100 * accepted / drafted:.1f}%"
+    )
+
+
 class StatsLog:
     """Periodically logs a line of statistics, if something ran."""
 
@@ -285,18 +309,16 @@ class StatsLog:
         """``interval``: seconds between lines."""
         self._stats = stats
         self._interval = interval
-        self._prompt = self._generation = self._queries = self._hits = 0
+        self._before = EngineStats()
 
     def line(self) -> str | None:
         """Return vLLM's log line about the time since the last call, or None if nothing happened."""
-        stats = self._stats()
-        prompt, generation = (
-            stats.num_prompt_tokens - self._prompt,
-            stats.num_generation_tokens - self._generation,
-        )
-        queries, hits = stats.prefix_cache_queries - self._queries, stats.prefix_cache_hits - self._hits
-        self._prompt, self._generation = stats.num_prompt_tokens, stats.num_generation_tokens
-        self._queries, self._hits = stats.prefix_cache_queries, stats.prefix_cache_hits
+        stats, before = self._stats(), self._before
+        self._before = replace(stats)
+        prompt = stats.num_prompt_tokens - before.num_prompt_tokens
+        generation = stats.num_generation_tokens - before.num_generation_tokens
+        queries = stats.prefix_cache_queries - before.prefix_cache_queries
+        hits = stats.prefix_cache_hits - before.prefix_cache_hits
         if not (prompt or generation or stats.num_running or stats.num_waiting):
             return None
         return (
@@ -304,7 +326,7 @@ class StatsLog:
             f"Avg generation throughput: {generation / self._interval:.1f} tokens/s, "
             f"Running: {stats.num_running} reqs, Waiting: {stats.num_waiting} reqs, "
             f"KV cache usage: {100 * kv_usage(stats):.1f}%, "
-            f"Prefix cache hit rate: {100 * hits / queries if queries else 0.0:.1f}%"
+            f"Prefix cache hit rate: {100 * hits / queries if queries else 0.0:.1f}%{_drafts(stats, before)}"
         )
 
     async def run(self) -> None:
