@@ -22,6 +22,7 @@ from vllmlite.backends.torch import TorchBackend
 from vllmlite.config.engine_config import CHECKPOINT_METHODS, EngineConfig
 from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.models import load_model, open_model, read_spec
+from vllmlite.models.plan import plan_model
 from vllmlite.models.quantization_config import read_quantization
 from vllmlite.models.shard import sharded
 from vllmlite.models.tensors import sources
@@ -416,6 +417,16 @@ def test_damaged_states_are_refused(change: dict[str, Any], words: str, tmp_path
     edited(packed, "weight.quant_state.bitsandbytes__nf4", changed)
     with pytest.raises(ModelError, match=f"q_proj.weight'.*{words}"):
         load_model(TorchBackend(), packed, max_model_len=64, block_size=16)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("Qwen2", "bfloat16"), ("Gemma2", "bfloat16"), ("Llama", "float16")]
+)
+def test_float16_of_a_quantisation_tool_is_not_what_a_bfloat16_family_computes_in(
+    family: str, dtype: str, tmp_path: Path
+) -> None:
+    packed, floats = quantised(tmp_path, packers.awq(32), family, dtype="float16", torch_dtype="float16")
+    assert (plan_model(packed).dtype, plan_model(floats).dtype) == (dtype, "float16")
 
 
 def test_the_order_of_columns_must_be_what_the_configuration_says(tmp_path: Path) -> None:

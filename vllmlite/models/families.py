@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from vllmlite.models.multimodal import MULTIMODAL, text_config, text_keys
 from vllmlite.models.quantization import Quantization
 from vllmlite.models.quantization_config import read_quantization
 from vllmlite.models.spec import DecoderSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,12 @@ FAMILIES: dict[str, Family] = {
     "BloomForCausalLM": Family("BLOOM", "bloom", bloom.spec),
 }
 """Families by the name in ``architectures`` of ``config.json``."""
+BFLOAT16_FAMILIES = frozenset(FAMILIES) - {
+    "LlamaForCausalLM", "StableLmForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM", "GPTNeoXForCausalLM",
+    "BloomForCausalLM",
+}  # fmt: skip
+"""Families whose float checkpoints are published in bfloat16. Some of their activations exceed float16's range, which
+is a reason to distrust the ``torch_dtype`` float16 that AWQ and GPTQ tools write."""
 RENAMED: dict[str, tuple[str, Callable[[HfConfig], HfConfig]]] = {
     "RWForCausalLM": ("FalconForCausalLM", falcon.refined_web),
 }
@@ -104,6 +113,10 @@ def _checked_spec(
 ) -> DecoderSpec:
     spec = replace(family.spec(with_defaults(config, model_type), name), quantization=quantization)
     check_remaining(config, model_type)
+    quantised_elsewhere = quantization is not None and not quantization.own
+    if quantised_elsewhere and spec.dtype == "float16" and name in BFLOAT16_FAMILIES:
+        logger.info("%s: float16 is the tool's choice: %s computes in bfloat16", config.where, family.title)
+        spec = replace(spec, dtype="bfloat16")
     return spec
 
 
