@@ -16,7 +16,9 @@ from checkpoints import write_checkpoint
 from native import needs_native_cpu
 
 from vllmlite import LLM, SamplingParams, StructuredOutputsParams
+from vllmlite.backends.select import BackendRequest, select_backend
 from vllmlite.engine.drafts import DraftPolicy, StepCost
+from vllmlite.errors import BackendError
 from vllmlite.outputs import RequestOutput
 from vllmlite.runner.propose.ngram import Lookup, NgramProposer
 from vllmlite.runner.runner import ModelRunner
@@ -83,10 +85,9 @@ class Knowing:
 
 def make(speculates: bool, **options: Any) -> LLM:
     llm = LLM(
-        device="cpu",
         seed=1,
         speculative_config=NGRAM if speculates else None,
-        **{"max_model_len": 512, "block_size": 8, "dtype": "float32", **options},
+        **{"device": "cpu", "max_model_len": 512, "block_size": 8, "dtype": "float32", **options},
     )
     if speculates:
         scheduler = llm.llm_engine.engine.scheduler
@@ -190,7 +191,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@needs_native_cpu
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
@@ -199,13 +200,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         for dtype in ("float32", "bfloat16")
     ],
 )
-def test_random_models_say_the_same(family: str, dtype: str, tmp_path: Path) -> None:
+def test_random_models_say_the_same(family: str, dtype: str, backend: str, tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"backend": backend, "device": backend}
+    if backend == "cuda":
+        chosen |= {"batch_invariant": True, "block_size": 16}
+    try:
+        select_backend(BackendRequest(backend=backend))
+    except BackendError as error:
+        pytest.skip(str(error))
     name, changes = FAMILIES[family]
     write_checkpoint(tmp_path, name, **changes | {"eos_token_id": None})
     rng = np.random.default_rng(0)
     prompts = [{"prompt_token_ids": np.tile(rng.integers(3, 307, 9), 4)[: 7 * n].tolist()} for n in (1, 3, 5)]
     options = {"model": str(tmp_path), "skip_tokenizer_init": True, "max_model_len": 128, "dtype": dtype}
-    options |= {"num_gpu_blocks_override": 16, "max_num_batched_tokens": 16}
+    options |= {"num_gpu_blocks_override": 16, "max_num_batched_tokens": 16, **chosen}
     plain, speculating = (make(on, **options) for on in (False, True))
     for wish in ("greedy", "seeded", "penalties", "logprobs", "n"):
         params = SamplingParams(max_tokens=12, ignore_eos=True, detokenize=False, **WISHES[wish])
