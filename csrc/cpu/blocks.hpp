@@ -7,35 +7,36 @@
 
 namespace vllmlite::cpu {
 
-// QuantizedStrips that are being made.
-struct WritableStrips {
-  std::uint8_t* codes;
+// QuantizedTiles that can be written.
+struct WritableTiles {
+  std::uint8_t* qweight;
   std::uint16_t* scales;
-  std::int8_t* factors;
+  std::int8_t* sub_scales;
 };
 
-// A type of blocks.
+// A block type of ggml.
 struct BlockType {
   const char* name;
   int elements, bytes;
-  Codes kind;
-  // Writes the strip of `rows` rows, which are `stride` bytes apart and have `count` blocks each. These return whether
-  // every scale is finite.
-  bool (*put_strip)(const std::uint8_t* blocks, std::int64_t stride, int rows, std::int64_t count,
-                    const WritableStrips& to);
-  // Writes what a block means.
+  TileScheme scheme;
+  // Repacks `rows` rows of `count` blocks each, `stride` bytes apart, into a tile. Returns whether every scale is
+  // finite.
+  bool (*write_tile)(const std::uint8_t* blocks, std::int64_t stride, int rows, std::int64_t count,
+                     const WritableTiles& to);
+  // Dequantises a block. Returns whether every scale is finite.
   bool (*decode)(const std::uint8_t* block, float* to);
 };
 
-// The type of a name. Throws std::invalid_argument for others.
+// Returns the block type called `name`. Throws std::invalid_argument if there is none.
 const BlockType& block_type(const std::string& name);
 
-// Blocks of a weight [rows, in], as bytes, in strips of the type's kind. These throw std::invalid_argument for scales
-// that are not finite.
-QuantizedPart strips_of_blocks(Runtime& runtime, const BlockType& type, const Tensor& blocks, std::int64_t rows,
-                               std::int64_t in);
+// Repacks the blocks of a weight [rows, in] into tiles of the type's scheme. Throws std::invalid_argument if a scale is
+// not finite.
+QuantizedPart tiles_of_blocks(Runtime& runtime, const BlockType& type, const Tensor& blocks, std::int64_t rows,
+                              std::int64_t in);
 
-// Writes what blocks mean, rounded to the dtype of `to`, whose rows are of whole blocks.
-void floats_of_blocks(Runtime& runtime, const BlockType& type, const Tensor& blocks, const Tensor& to);
+// Dequantises blocks, rounding to the dtype of `to`, whose rows must consist of whole blocks. Throws
+// std::invalid_argument if a scale is not finite.
+void dequantize_blocks(Runtime& runtime, const BlockType& type, const Tensor& blocks, const Tensor& to);
 
 }  // namespace vllmlite::cpu

@@ -1,5 +1,5 @@
-// The kernels that are compiled once for each instruction set, behind one table of function pointers. This header is
-// read by code built for newer CPUs than the one it may run on: it holds plain data only, and nothing inline.
+// The kernels that are compiled once for each instruction set, behind one table of function pointers. Code built for
+// newer CPUs than the one it may run on includes this header: it holds plain data only, and nothing inline.
 #pragma once
 
 #include <cstddef>
@@ -12,38 +12,40 @@ namespace vllmlite::cpu {
 enum class Float : std::uint8_t { f32, f16, bf16 };
 inline constexpr int kFloats = 3;
 
-// Elements of x and w that are summed before the sum is added to y: part of the definition of a product's bits.
+// Elements along k that are summed before the sum is added to y. The order of additions, and so the bits of a product,
+// depends on it.
 inline constexpr int kLinearChunk = 2048;
 
-// With more rows of x than this, w is copied into a better order first.
-inline constexpr int kLinearFew = 32;
+// The most rows of x in a skinny GEMM, which reads w in place. With more rows, w is packed into panels first.
+inline constexpr int kSkinnyRows = 32;
 
-// Most rows of w in a block, or in both.
-inline constexpr int kLinearRows = 96;
+// The most rows of w that a LinearBlock has, in its two weights together.
+inline constexpr int kLinearBlockRows = 96;
 
-// Keys that are weighed together, at multiples of it from position 0: part of the definition of attention's bits.
+// Keys that one update of the running softmax covers, in chunks that begin at multiples of it. The bits of attention's
+// results depend on it.
 inline constexpr int kKeyChunk = 64;
 
-// Rows (queries times the heads of a group) that one attention tile holds at most.
+// The most rows (queries times the query heads of a key/value head) in an attention tile.
 inline constexpr int kAttentionRows = 32;
 
-// Head sizes are padded to a multiple of this in the cache.
+// The cache pads head sizes to a multiple of this.
 inline constexpr int kHeadUnit = 16;
 
-// Least scale of an int8 cache's head, the smallest normal number: heads of zeros are divided as all others are.
+// The least scale of a head in an int8 cache: the smallest normal number, so that heads of zeros can be divided by it.
 inline constexpr float kLeastScale = 0x1p-126F;
 
-// Weights of integer codes in groups along k, as vllmlite/weights/schemes/grouped.py has them. A tile holds
-// kGroupedRows rows: their scales [group][row]; where there are such, their zeros [group][row], a byte each; and from
-// the next cache line on their codes, in the order of the kernel that multiplies them, filled up to multiples of
-// kGroupedDepth columns. An element is (code - zero) * scale.
+// Integer weights with a scale per group along k (vllmlite/weights/schemes/grouped.py), repacked into tiles. A tile
+// holds kGroupedRows rows: their scales [group][row]; their zeros [group][row], one byte each, if the weight has any;
+// and, from the next cache line on, their quantised values in the order in which the kernel reads them, padded to a
+// multiple of kGroupedDepth columns. An element is (value - zero) * scale.
 inline constexpr int kGroupedRows = 4;
 inline constexpr int kGroupedDepth = 128;
 inline constexpr int kGroupUnit = 32;  // group sizes are multiples of it
 
 struct GroupedLayout {
-  int bits = 0;   // 4 or 8; 0: the weight is of floats
-  int group = 0;  // columns
+  int bits = 0;   // 4 or 8; 0: the weight holds floats
+  int group = 0;  // columns in a group
   Float scale = Float::f16;
   bool zeros = false;  // otherwise all zeros are 2^(bits - 1)
 
@@ -51,20 +53,20 @@ struct GroupedLayout {
   constexpr std::size_t scale_bytes(int k) const {
     return static_cast<std::size_t>(groups(k)) * kGroupedRows * (scale == Float::f32 ? 4 : 2);
   }
-  constexpr std::size_t codes_at(int k) const {
+  constexpr std::size_t qweight_at(int k) const {
     const std::size_t zero_bytes = zeros ? static_cast<std::size_t>(groups(k)) * kGroupedRows : 0;
     return (scale_bytes(k) + zero_bytes + 63) / 64 * 64;
   }
   constexpr std::size_t tile_bytes(int k) const {
     const auto padded = static_cast<std::size_t>((k + kGroupedDepth - 1) / kGroupedDepth * kGroupedDepth);
-    return codes_at(k) + padded * kGroupedRows * static_cast<std::size_t>(bits) / 8;
+    return qweight_at(k) + padded * kGroupedRows * static_cast<std::size_t>(bits) / 8;
   }
   bool operator==(const GroupedLayout&) const = default;
 };
 
-// Rows of a stored weight, at most kGroupedRows, that become a tile.
+// Up to kGroupedRows rows of a stored weight, to be packed into one tile.
 struct GroupedTile {
-  const std::uint8_t* codes;  // row-major, the first of a byte in its low bits
+  const std::uint8_t* qweight;  // row-major, the first value of a byte in its low bits
   const std::byte* scales;
   const std::uint8_t* zeros;  // null: none
   int rows, k;
@@ -72,7 +74,7 @@ struct GroupedTile {
   std::byte* to;
 };
 
-// Rows of x that a product takes, in the order in which its kernel goes through them: in panels of a few rows each.
+// Rows of x to be packed into panels: a few rows each, in the order in which a product's kernel reads them.
 struct LinearInput {
   const void* x;  // row-major, of LinearKernel::input
   int m;
@@ -80,12 +82,12 @@ struct LinearInput {
   void* panels;  // LinearKernel::packed_bytes
 };
 
-// y[m][n] = sum over k of x[m][k] * w[n][k], plus bias[n]; strides in elements. There may be a second block of w with
-// n rows of its own, whose sums lie n elements behind those of the first.
+// y[m][n] = sum over k of x[m][k] * w[n][k], plus bias[n]; strides are in elements. There may be a second weight, also
+// of n rows, whose results are at y[m][n .. 2n).
 struct LinearBlock {
-  const void* x;  // the panels, or where packed_bytes is 0 the rows one after the other
+  const void* x;  // the packed panels; row-major if packed_bytes is 0
   int m;
-  const void* w[2];         // rows, or tiles; the second null: none
+  const void* w[2];         // rows, or tiles; the second is null if there is none
   std::ptrdiff_t w_stride;  // from row to row
   GroupedLayout layout;     // of tiles
   int n;
@@ -93,127 +95,131 @@ struct LinearBlock {
   float* y;
   std::ptrdiff_t y_stride;
   const float* bias[2];  // null: none
-  const void* next[2];   // what this thread does next in the place of w, n rows of the same stride; null: none
-  bool fetch;            // whether to fetch what comes next while at it
+  const void* next[2];   // the w of this thread's next block, for prefetching: n rows of the same stride; null: none
+  bool fetch;            // whether to prefetch
   std::byte* scratch;    // LinearKernel::scratch_bytes
 };
 
 struct LinearKernel {
-  Float input;                                 // what x must be
-  std::size_t (*packed_bytes)(int m, int k);   // of all panels; 0: rows are taken as they are
-  std::size_t (*scratch_bytes)(int m, int k);  // for blocks of up to kLinearRows rows of w
+  Float input;                                 // the type that x must have
+  std::size_t (*packed_bytes)(int m, int k);   // of all panels; 0: x is read in place
+  std::size_t (*scratch_bytes)(int m, int k);  // for blocks of up to kLinearBlockRows rows of w
   int (*panels)(int m);
   void (*pack)(const LinearInput& input, int panel);
   void (*run)(const LinearBlock& block);
 };
 
-// The product with weights in groups, and how tiles of these are made.
+// The product with grouped integer weights, and the packing of their tiles.
 struct GroupedKernel {
   LinearKernel linear;
   void (*pack_tile)(const GroupedTile& tile);
 };
 
-// Elements along k that x has a scale for, and rows of w that lie together.
+// Elements along k that share a scale of x, and rows of a tile of w.
 inline constexpr int kGroup = 32;
-inline constexpr int kStripRows = 16;
-// Groups of w that share a scale which factors multiply.
+inline constexpr int kTileRows = 16;
+// Groups of w that share one scale, which sub-scales multiply.
 inline constexpr int kUnitGroups = 8;
 
-// Kinds of quantised weights. vllmlite/weights/schemes/tiles.py has their layout, of strips of kStripRows rows.
-enum class Codes : std::uint8_t { int8, int4, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k };
-inline constexpr int kCodes = 8;
+// The schemes of vllmlite/weights/schemes/tiles.py, which documents their layout in tiles of kTileRows rows.
+enum class TileScheme : std::uint8_t { int8, int4, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k };
+inline constexpr int kTileSchemes = 8;
 
-// What tells kinds apart: an element is its scale times (code - zero), plus its offset where there are such. Scales and
-// offsets are floats a group, in float16 unless `bf16`; or floats a unit of kUnitGroups groups times signed bytes.
-struct Layout {
+// How a scheme stores its elements: an element is scale * (value - zero), plus an offset if `offsets`. Each group has
+// float16 scales and offsets, bfloat16 if `bf16`; or, if `sub_scales`, each unit of kUnitGroups groups has them, and
+// they are multiplied by signed bytes of each group.
+struct TileLayout {
   int bits, zero;
   bool bf16 = false;
   bool offsets = false;
-  bool factors = false;
-  int sharing = kGroup;  // elements with one scale
+  bool sub_scales = false;
+  int elements_per_scale = kGroup;
 
-  constexpr int scales_a_group() const { return kGroup / sharing; }
-  constexpr int group_bytes() const { return kGroup * kStripRows * bits / 8; }
+  constexpr int scales_per_group() const { return kGroup / elements_per_scale; }
+  constexpr int group_bytes() const { return kGroup * kTileRows * bits / 8; }
   constexpr std::int64_t units(std::int64_t groups) const {
-    return factors ? (groups + kUnitGroups - 1) / kUnitGroups : groups;
+    return sub_scales ? (groups + kUnitGroups - 1) / kUnitGroups : groups;
   }
-  constexpr int unit_floats() const { return kStripRows * (offsets ? 2 : 1); }  // of scales and offsets
-  constexpr int group_factors() const { return factors ? kStripRows * (scales_a_group() + (offsets ? 1 : 0)) : 0; }
+  constexpr int unit_floats() const { return kTileRows * (offsets ? 2 : 1); }  // of scales and offsets
+  constexpr int group_sub_scales() const {
+    return sub_scales ? kTileRows * (scales_per_group() + (offsets ? 1 : 0)) : 0;
+  }
 };
 
-constexpr Layout layout_of(Codes codes) {
-  switch (codes) {
-    case Codes::int8:
+constexpr TileLayout layout_of(TileScheme scheme) {
+  switch (scheme) {
+    case TileScheme::int8:
       return {.bits = 8, .zero = 128, .bf16 = true};
-    case Codes::int4:
+    case TileScheme::int4:
       return {.bits = 4, .zero = 8, .bf16 = true};
-    case Codes::q4_1:
+    case TileScheme::q4_1:
       return {.bits = 4, .zero = 0, .offsets = true};
-    case Codes::q5_0:
+    case TileScheme::q5_0:
       return {.bits = 5, .zero = 16};
-    case Codes::q5_1:
+    case TileScheme::q5_1:
       return {.bits = 5, .zero = 0, .offsets = true};
-    case Codes::q4_k:
-      return {.bits = 4, .zero = 0, .offsets = true, .factors = true};
-    case Codes::q5_k:
-      return {.bits = 5, .zero = 0, .offsets = true, .factors = true};
-    case Codes::q6_k:
+    case TileScheme::q4_k:
+      return {.bits = 4, .zero = 0, .offsets = true, .sub_scales = true};
+    case TileScheme::q5_k:
+      return {.bits = 5, .zero = 0, .offsets = true, .sub_scales = true};
+    case TileScheme::q6_k:
       break;
   }
-  return {.bits = 6, .zero = 32, .factors = true, .sharing = kGroup / 2};
+  return {.bits = 6, .zero = 32, .sub_scales = true, .elements_per_scale = kGroup / 2};
 }
 
-// Strips of a quantised weight.
-struct QuantizedStrips {
-  const std::uint8_t* codes;
+// Consecutive tiles of a quantised weight.
+struct QuantizedTiles {
+  const std::uint8_t* qweight;
   const std::uint16_t* scales;
-  const std::int8_t* factors;  // null: the kind has none
+  const std::int8_t* sub_scales;  // null: the scheme has none
 };
 
-// A row of x, or rows of it: what products with it need.
+// Rows of x, quantised to int8, and the sums that products with them need.
 struct QuantizedX {
-  std::int8_t* codes;   // [m][groups][kGroup]
-  float* scales;        // [m][groups]
-  std::int32_t* sums;   // [m][groups]: of codes
-  std::int32_t* first;  // [m][groups]: of the first half of a group's codes
-  float* totals;        // [m][groups]: scales times sums
+  std::int8_t* values;      // [m][groups][kGroup]
+  float* scales;            // [m][groups]
+  std::int32_t* sums;       // [m][groups]: of a group's values
+  std::int32_t* half_sums;  // [m][groups]: of the first half of a group's values
+  float* scaled_sums;       // [m][groups]: scales * sums
 };
 
-// y[m][n] = sum over groups of x_scale * (scale * sum of x * (code - zero) + offset * sum of x), plus bias[n].
+// y[m][n] = sum over groups of x_scale * (scale * sum of x * (w - zero) + offset * sum of x), plus bias[n], where x and
+// w are quantised values.
 struct QuantizedBlock {
   QuantizedX x;
   int m;
-  QuantizedStrips w;
+  QuantizedTiles w;
   int n;  // rows of w
   int groups;
   float* y;
   std::ptrdiff_t y_stride;
   const float* bias;         // null: none
-  const std::uint8_t* next;  // codes of the block that this thread does next, as many; null: none
+  const std::uint8_t* next;  // the qweight of this thread's next block, for prefetching; null: none
 };
 
-// A row of x, quantised in groups, the last one filled up with zeros.
-struct QuantizedRow {
+// A row of x to be quantised in groups; the last group is padded with zeros.
+struct RowToQuantize {
   const float* x;
   int size;
   QuantizedX to;
 };
 
-// The kinds that floats are quantised to.
-inline constexpr int kMadeCodes = 2;
+// Floats can be quantised to the first of the schemes, int8 and int4; this is how many.
+inline constexpr int kFloatSchemes = 2;
 
-// Rows of w, at most kStripRows, quantised into a strip, which is filled up with zeros.
-struct QuantizedStrip {
+// Up to kTileRows rows of w, to be quantised into one tile, which is padded with zeros.
+struct TileToQuantize {
   const void* w;
   Float type;
   std::ptrdiff_t stride;  // in elements
   int rows;
   int size;
-  std::uint8_t* codes;
+  std::uint8_t* qweight;
   std::uint16_t* scales;
 };
 
-// out = norm(x + residual) * weight, and sum = x + residual where a residual is given.
+// out = norm(x + residual) * weight; sum = x + residual if there is a residual.
 struct NormRow {
   const float* x;
   const float* residual;  // null: none
@@ -231,7 +237,7 @@ struct LayerNormRow : NormRow {
   const void* bias;  // of the weight's type; null: none
 };
 
-// One head of q or k, in place: norm where there is a weight, then rotation where there are cosines.
+// One head of q or k, changed in place: a norm if there is a weight, then a rotation if there is a cos_sin.
 struct HeadRow {
   float* x;
   int size;
@@ -249,7 +255,7 @@ struct AttentionTile {
   int queries;
   int group;                  // query heads of the key/value head
   int position;               // of the first query
-  int window;                 // tokens that a query sees with itself
+  int window;                 // tokens that a query attends to, itself included
   const std::int32_t* table;  // blocks of the sequence
   const std::byte* keys;      // the key/value head's in block 0
   const std::byte* values;
@@ -257,7 +263,7 @@ struct AttentionTile {
   int block_size;
   int head_dim;
   float scale;
-  float soft_cap;       // scores s become soft_cap * tanh(s / soft_cap); 0: they do not
+  float soft_cap;       // scores s become soft_cap * tanh(s / soft_cap); 0: no cap
   const float* slopes;  // of the group's heads, times the distance to a key; null: none
   void* out;            // the first query's
   Float out_type;
@@ -269,32 +275,32 @@ constexpr int padded_head(int head_dim) { return (head_dim + kHeadUnit - 1) / kH
 
 constexpr std::size_t attention_scratch(int head_dim) {
   const auto padded = static_cast<std::size_t>(padded_head(head_dim));
-  // Queries and outputs; scores, lane sums, maxima and factors; a gathered chunk of keys.
+  // Queries and outputs; scores, lane sums, maxima and rescaling factors; a gathered chunk of keys.
   return kAttentionRows * (2 * padded + kKeyChunk + 16 + 16) * sizeof(float) + kKeyChunk * padded * sizeof(float);
 }
 
 struct Kernels {
   const char* isa;
   LinearKernel linear[kFloats];  // by the type of w
-  GroupedKernel grouped[2];      // for x in float32; in bfloat16, where a product takes that
+  GroupedKernel grouped[2];      // for x in float32; for x in bfloat16, if products take that
 
-  void (*quantized[kCodes])(const QuantizedBlock&);
-  void (*quantize_x)(const QuantizedRow&);
-  bool (*quantize_strip[kMadeCodes])(const QuantizedStrip&);  // false if a weight is not finite
+  void (*quantized[kTileSchemes])(const QuantizedBlock&);
+  void (*quantize_x)(const RowToQuantize&);
+  bool (*quantize_tile[kFloatSchemes])(const TileToQuantize&);  // returns false if an element is not finite
   void (*convert)(const void* from, Float from_type, void* to, Float to_type, std::int64_t count);
   void (*rms_norm)(const NormRow&);
   void (*layer_norm)(const LayerNormRow&);
   void (*prepare_head)(const HeadRow&);
-  // out = f(x), times up where it is not null.
+  // out = f(x), multiplied by up unless that is null.
   void (*activate)(Activation f, const float* x, const float* up, void* out, Float out_type, int size);
   void (*soft_cap)(float* x, float cap, std::int64_t size);
   // y += factor * x
   void (*add_scaled)(const float* x, float factor, float* y, std::int64_t size);
   void (*attention[kFloats])(const AttentionTile&);  // by the type of the cache
   void (*attention_int8)(const AttentionTile&);
-  // Turns a head into codes of an int8 cache; returns their scale.
-  float (*quantize_head)(const float* x, std::int8_t* codes, int size);
-  // The lowest index of the largest value; NaN counts as less than everything.
+  // Quantises a head for an int8 cache; returns its scale.
+  float (*quantize_head)(const float* x, std::int8_t* values, int size);
+  // Returns the lowest index of the largest value; NaN counts as less than everything.
   std::int64_t (*argmax)(const float* x, std::int64_t size);
   // out = exp((x - largest) * factor), 0 where x < least.
   void (*weights)(const float* x, float largest, float factor, float least, float* out, std::int64_t size);

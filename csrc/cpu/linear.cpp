@@ -1,4 +1,4 @@
-// Products with packed weights: how the work is cut, and who does what.
+// Products with weights of floats and of grouped integers: how they are divided into tasks for the threads.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -11,20 +11,21 @@ namespace vllmlite::cpu {
 
 namespace {
 
-// Rows of w in a task; multiples of every tile width. Few rows of x want small tasks, because each thread prefetches
-// one ahead; many want as many as the second-level cache holds, because each rereads x.
-constexpr int kFewRows = 48;
+// Rows of w in a task of a skinny GEMM; a multiple of every tile width. Such tasks are small because each thread
+// prefetches its next one. Tasks with more rows of x have kLinearBlockRows, which the second-level cache holds, because
+// every task reads x again.
+constexpr int kSkinnyTaskRows = 48;
 
-// Some rows of a weight; of two blocks of as many where a gate's sums and their factors' are wanted together.
+// Some rows of a weight; for a gated product, the rows of the gate and as many rows of the up projection.
 struct Task {
   const std::byte* w[2];
   std::ptrdiff_t w_stride;
   GroupedLayout layout;
-  std::int64_t row;  // of the first block, in the whole
+  std::int64_t row;  // of w[0], in the whole weight
   int rows;
 };
 
-// Where a row of a weight is.
+// The part that a row of a weight is in, and its place there.
 struct PartRow {
   std::size_t part;
   std::int64_t row;
@@ -36,13 +37,13 @@ PartRow locate(const std::vector<LinearPart>& parts, std::int64_t row) {
   return {part, row};
 }
 
-// Parts that multiply x with its columns in the same order: from the part `first` on.
+// Consecutive parts that take the columns of x in the same order; `first` is the first of them.
 struct Run {
   std::size_t first, count;
-  std::int64_t row, rows;  // in the whole
+  std::int64_t row, rows;  // in the whole weight
 };
 
-// Tasks of at most `most` rows of parts, or of two blocks of them, `offset` rows apart.
+// Divides a run into tasks of at most `most` rows. With an `offset`, each task also has the rows `offset` rows further.
 std::vector<Task> tasks_of(const std::vector<LinearPart>& parts, const Run& run, std::int64_t most,
                            std::int64_t offset) {
   const std::int64_t end = offset == 0 ? run.row + run.rows : offset;
@@ -67,7 +68,7 @@ bool same_order(const LinearPart& a, const LinearPart& b) {
   return std::memcmp(a.order->data, b.order->data, a.order->bytes()) == 0;
 }
 
-// Parts in as few runs as can be; of several weights, in the same runs.
+// Divides the parts into as few runs as possible; several weights must all have the same runs.
 std::vector<Run> runs_of(std::span<const LinearWeight> weights) {
   const std::vector<LinearPart>& parts = weights.front().parts;
   std::vector<Run> runs;
@@ -89,7 +90,7 @@ const LinearKernel& kernel_of(const Runtime& runtime, const LinearWeight& weight
   return kernels.linear[static_cast<std::size_t>(float_of(weight.parts[0].data.dtype))];
 }
 
-// Writes a row with its columns in another order.
+// Copies a row, taking its columns in the given order.
 void permute(const std::int32_t* order, std::int64_t columns, std::size_t item, const std::byte* from, std::byte* to) {
   const auto gather = [&](const auto* source, auto* target) {
     for (std::int64_t i = 0; i < columns; ++i) target[i] = source[order[i]];
@@ -104,7 +105,7 @@ const std::int32_t* order_of(const LinearPart& part) {
   return part.order ? static_cast<const std::int32_t*>(part.order->data) : nullptr;
 }
 
-// x with its columns in the order of a part's.
+// Returns x with its columns in the order that the part takes them.
 Tensor permuted(Runtime& runtime, const Tensor& x, const LinearPart& part) {
   if (!part.order) return x;
   const Tensor y = runtime.make(x.shape, x.dtype);
@@ -120,7 +121,7 @@ Tensor permuted(Runtime& runtime, const Tensor& x, const LinearPart& part) {
   return y;
 }
 
-// x in the order that the kernel takes it.
+// Returns x packed into panels, or x itself if the kernel reads it in place.
 Tensor packed(Runtime& runtime, const LinearKernel& kernel, const Tensor& x) {
   const int m = static_cast<int>(x.shape[0]), k = static_cast<int>(x.shape[1]);
   const std::size_t bytes = kernel.packed_bytes(m, k);
@@ -134,9 +135,10 @@ Tensor packed(Runtime& runtime, const LinearKernel& kernel, const Tensor& x) {
   return panels;
 }
 
-// Rows of x in groups, each packed by itself where there are enough of them: how many is not known before they are.
+// Rows of x sorted by group. Groups with enough rows are packed into panels. Their sizes are only known when the phase
+// runs, so each group has memory for a whole number of units of kUnit rows.
 struct Grouped {
-  static constexpr int kUnit = 16;  // rows, in whole numbers of which there is room for each group
+  static constexpr int kUnit = 16;
 
   const LinearKernel* kernel;
   const std::byte* x;
@@ -144,26 +146,25 @@ struct Grouped {
   int k;
   std::size_t row_bytes, unit_bytes;
 
-  std::byte* room(const Groups& groups, std::size_t group) const {
+  std::byte* panels_of(const Groups& groups, std::size_t group) const {
     const auto units = static_cast<std::size_t>((groups.first[group] + kUnit - 1) / kUnit) + group;
     return panels + units * unit_bytes;
   }
 
-  const std::byte* plain(const Groups& groups, std::size_t group) const {
+  const std::byte* rows_of(const Groups& groups, std::size_t group) const {
     return x + static_cast<std::size_t>(groups.first[group]) * row_bytes;
   }
 
   const std::byte* start(const Groups& groups, std::size_t group, int rows) const {
-    return kernel->packed_bytes(rows, k) == 0 ? plain(groups, group) : room(groups, group);
+    return kernel->packed_bytes(rows, k) == 0 ? rows_of(groups, group) : panels_of(groups, group);
   }
 };
 
 Grouped packed(Runtime& runtime, const LinearKernel& kernel, const Tensor& x, std::int64_t count,
                const std::shared_ptr<Groups>& groups) {
   const int k = static_cast<int>(x.shape[1]);
-  // Of rows enough to be packed.
-  constexpr int kSome = 4 * Grouped::kUnit;
-  const std::size_t unit = kernel.packed_bytes(kSome, k) / (kSome / Grouped::kUnit);
+  constexpr int kPackedRows = 4 * Grouped::kUnit;  // enough that every kernel packs them
+  const std::size_t unit = kernel.packed_bytes(kPackedRows, k) / (kPackedRows / Grouped::kUnit);
   const std::int64_t units = x.shape[0] / Grouped::kUnit + 1 + count;
   const Tensor panels = runtime.make({units * static_cast<std::int64_t>(unit)}, DType::uint8);
   runtime.keep(x);
@@ -179,14 +180,14 @@ Grouped packed(Runtime& runtime, const LinearKernel& kernel, const Tensor& x, st
       const auto group = static_cast<std::size_t>(groups->active[static_cast<std::size_t>(index)]);
       const int rows = groups->first[group + 1] - groups->first[group];
       if (found.kernel->packed_bytes(rows, found.k) == 0) continue;
-      const LinearInput input{found.plain(*groups, group), rows, found.k, found.room(*groups, group)};
+      const LinearInput input{found.rows_of(*groups, group), rows, found.k, found.panels_of(*groups, group)};
       for (int panel = 0; panel < found.kernel->panels(rows); ++panel) found.kernel->pack(input, panel);
     }
   });
   return found;
 }
 
-// Rows of x with their columns in the order of a part of each group's weight.
+// Returns x with the columns of each group's rows in the order of a part of that group's weight.
 Tensor permuted(Runtime& runtime, const Tensor& x, const std::vector<LinearWeight>& weights, std::size_t part,
                 const std::shared_ptr<Groups>& groups) {
   if (std::ranges::none_of(weights,
@@ -213,15 +214,15 @@ Tensor permuted(Runtime& runtime, const Tensor& x, const std::vector<LinearWeigh
   return y;
 }
 
-// Issues the product of x with some parts of a weight, into their columns of y; where a gate is given, the gated
-// activation of it.
+// Issues the product of x with the parts of a run, which writes their columns of y; with a gate, the gated activation
+// of the product.
 void multiply(Runtime& runtime, const Tensor& given, const LinearWeight& weight, const Run& run,
               std::optional<Activation> gate, const Tensor& y) {
   const Kernels& kernels = runtime.kernels();
   const LinearKernel& kernel = kernel_of(runtime, weight);
   const std::int64_t rows = given.shape[0], width = y.shape[1];
   const Tensor x = packed(runtime, kernel, permuted(runtime, given, weight.parts[run.first]));
-  const int most = rows > kLinearFew ? kLinearRows / (gate ? 2 : 1) : kFewRows;
+  const int most = rows > kSkinnyRows ? kLinearBlockRows / (gate ? 2 : 1) : kSkinnyTaskRows;
   LinearBlock all{};
   all.x = x.data;
   all.m = static_cast<int>(rows);
@@ -280,7 +281,7 @@ Tensor product(Runtime& runtime, const Tensor& given, const LinearWeight& weight
   return y;
 }
 
-// Whether gates and their factors are alike, and so can be computed together.
+// Whether the rows of the gate and of the up projection have one layout, so that one task can compute both.
 bool uniform(const LinearWeight& weight) {
   const LinearPart& first = weight.parts.front();
   return std::ranges::all_of(weight.parts, [&](const LinearPart& part) {
@@ -322,14 +323,14 @@ LinearPart float_part(Tensor data) {
 }
 
 LinearPart grouped_part(Runtime& runtime, const GroupedWeight& stored) {
-  if (stored.bits != 4 && stored.bits != 8) throw std::invalid_argument("codes must have 4 or 8 bits");
+  if (stored.bits != 4 && stored.bits != 8) throw std::invalid_argument("quantised weights must have 4 or 8 bits");
   if (stored.group_size < kGroupUnit || stored.group_size % kGroupUnit != 0)
     if (stored.group_size < stored.columns)
       throw std::invalid_argument("groups must be of multiples of " + std::to_string(kGroupUnit) + " columns");
-  if (stored.codes.shape.size() != 2 || stored.codes.size() == 0)
+  if (stored.qweight.shape.size() != 2 || stored.qweight.size() == 0)
     throw std::invalid_argument("a weight must have rows and columns");
-  const std::int64_t rows = stored.codes.shape[0], groups = divided_up(stored.columns, stored.group_size);
-  check(stored.codes, {DType::uint8}, {rows, divided_up(stored.columns * stored.bits, 8)}, "codes");
+  const std::int64_t rows = stored.qweight.shape[0], groups = divided_up(stored.columns, stored.group_size);
+  check(stored.qweight, {DType::uint8}, {rows, divided_up(stored.columns * stored.bits, 8)}, "qweight");
   check(stored.scales, {DType::float16, DType::bfloat16, DType::float32}, {rows, groups}, "scales");
   if (stored.zeros) check(*stored.zeros, {DType::uint8}, {rows, groups}, "zeros");
   if (stored.order) {
@@ -350,7 +351,7 @@ LinearPart grouped_part(Runtime& runtime, const GroupedWeight& stored) {
                  scale_bytes = groups * static_cast<std::int64_t>(item_size(stored.scales.dtype))](Worker& worker) {
     for (std::int64_t tile; (tile = worker.take()) < tiles;) {
       const std::int64_t row = tile * kGroupedRows;
-      pack({static_cast<const std::uint8_t*>(stored.codes.data) + row * stored.codes.shape[1],
+      pack({static_cast<const std::uint8_t*>(stored.qweight.data) + row * stored.qweight.shape[1],
             static_cast<const std::byte*>(stored.scales.data) + row * scale_bytes,
             stored.zeros ? static_cast<const std::uint8_t*>(stored.zeros->data) + row * groups : nullptr,
             static_cast<int>(std::min<std::int64_t>(kGroupedRows, rows - row)), static_cast<int>(part.in), part.layout,
@@ -379,8 +380,8 @@ Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight) {
 }
 
 Tensor gated_linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, Activation f) {
-  // The sums of few rows are small, and single blocks of w are what is fetched fastest.
-  if (x.shape.empty() || x.shape[0] <= kLinearFew || !uniform(weight))
+  // In a skinny GEMM the results are small, and a single stream of w is read fastest.
+  if (x.shape.empty() || x.shape[0] <= kSkinnyRows || !uniform(weight))
     return gated_activation(runtime, linear(runtime, x, weight), f);
   return product(runtime, x, weight, f);
 }
@@ -397,10 +398,10 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<L
   all.k = static_cast<int>(like.in());
   all.y_stride = out;
   runtime.reserve_scratch(kernel.scratch_bytes(static_cast<int>(rows), all.k));
-  const std::int64_t most = rows / each <= kLinearFew ? kFewRows : kLinearRows;
+  const std::int64_t most = rows / each <= kSkinnyRows ? kSkinnyTaskRows : kLinearBlockRows;
   for (const Run& run : runs_of(weights)) {
     const Grouped grouped = packed(runtime, kernel, permuted(runtime, x, weights, run.first, groups), each, groups);
-    // Tasks on the first weight: those of others differ in their parts alone.
+    // The tasks of the first weight; those of the others differ only in their parts.
     runtime.issue([run_kernel = kernel.run, panels = kernel.panels, &weights, groups, grouped, all,
                    own = tasks_of(like.parts, run, most, 0), alone = reads_ahead(),
                    out_rows = static_cast<float*>(y.data)](Worker& worker) {

@@ -17,7 +17,7 @@ using vllmlite::Tensor;
 
 namespace {
 
-// A tensor that shares the bytes of a numpy array and keeps the array alive.
+// Returns a tensor that shares the bytes of a numpy array and keeps the array alive.
 Tensor over(const py::array& bytes, const std::string& dtype, const std::vector<std::int64_t>& shape) {
   Tensor tensor;
   tensor.dtype = vllmlite::dtype_from_name(dtype);
@@ -50,10 +50,11 @@ std::shared_ptr<cpu::Batch> upload(cpu::Runtime& runtime, const py::object& host
   return std::make_shared<cpu::Batch>(vllmlite::host_batch(host), slots, block_size);
 }
 
-// A part of a quantised weight as vllmlite/backends/cpu.py has it: kind, codes, scales, factors or None, rows.
+// A part of a quantised weight as vllmlite/backends/cpu.py passes it: scheme, qweight, scales, sub_scales or None,
+// rows.
 using Part = std::tuple<std::string, Tensor, Tensor, std::optional<Tensor>, std::int64_t>;
 
-constexpr const char* kKinds[cpu::kCodes] = {"int8", "int4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"};
+constexpr const char* kSchemes[cpu::kTileSchemes] = {"int8", "int4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"};
 
 cpu::Packing packing_of(const std::string& name) {
   constexpr const char* kNames[] = {"rows", "words", "awq"};
@@ -62,14 +63,14 @@ cpu::Packing packing_of(const std::string& name) {
   return static_cast<cpu::Packing>(found - std::begin(kNames));
 }
 
-cpu::Codes codes_of(const std::string& name) {
-  const auto found = std::find(std::begin(kKinds), std::end(kKinds), name);
-  if (found == std::end(kKinds)) throw std::invalid_argument("there are no quantised weights of kind " + name);
-  return static_cast<cpu::Codes>(found - std::begin(kKinds));
+cpu::TileScheme scheme_of(const std::string& name) {
+  const auto found = std::find(std::begin(kSchemes), std::end(kSchemes), name);
+  if (found == std::end(kSchemes)) throw std::invalid_argument("there is no quantisation scheme " + name);
+  return static_cast<cpu::TileScheme>(found - std::begin(kSchemes));
 }
 
 Part part_of(const cpu::QuantizedPart& part) {
-  return {kKinds[static_cast<int>(part.kind)], part.codes, part.scales, part.factors, part.rows};
+  return {kSchemes[static_cast<int>(part.scheme)], part.qweight, part.scales, part.sub_scales, part.rows};
 }
 
 py::array to_host(cpu::Runtime& runtime, const Tensor& tensor) {
@@ -121,22 +122,23 @@ void replay(cpu::Runtime& runtime, const Graph& graph, const cpu::Batch& batch) 
 }
 
 void bind_data(py::module_& module) {
-  py::class_<cpu::LinearPart>(module, "LinearPart", py::module_local(), "Rows of a weight of integer codes in groups.");
+  py::class_<cpu::LinearPart>(module, "LinearPart", py::module_local(),
+                              "Rows of a weight of grouped integers, in tiles.");
   py::class_<cpu::LinearWeight>(module, "LinearWeight", py::module_local(), "Parts of one weight, and a bias.")
       .def(py::init([](std::vector<Tensor> floats, std::optional<Tensor> bias) {
              std::vector<cpu::LinearPart> parts;
              for (Tensor& rows : floats) parts.push_back(cpu::float_part(std::move(rows)));
              return cpu::make_weight(std::move(parts), std::move(bias));
            }),
-           py::arg("parts"), py::arg("bias") = py::none(), "Of floats [rows, in].")
+           py::arg("parts"), py::arg("bias") = py::none(), "Parts of floats [rows, in].")
       .def(py::init(&cpu::make_weight), py::arg("parts"), py::arg("bias") = py::none());
   py::class_<cpu::QuantizedWeight>(
       module, "QuantizedWeight", py::module_local(),
-      "Parts (kind, codes, scales, factors, rows) of one weight of `in` columns, and a bias.")
+      "Parts (scheme, qweight, scales, sub_scales, rows) of one weight of `in` columns, and a bias.")
       .def(py::init([](const std::vector<Part>& parts, std::int64_t in, std::optional<Tensor> bias) {
              std::vector<cpu::QuantizedPart> taken;
-             for (const auto& [kind, codes, scales, factors, rows] : parts)
-               taken.push_back({codes_of(kind), codes, scales, factors, rows});
+             for (const auto& [scheme, qweight, scales, sub_scales, rows] : parts)
+               taken.push_back({scheme_of(scheme), qweight, scales, sub_scales, rows});
              return cpu::make_quantized(std::move(taken), in, std::move(bias));
            }),
            py::arg("parts"), py::arg("in"), py::arg("bias") = py::none());
@@ -177,17 +179,17 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
       .def("linear", py::overload_cast<cpu::Runtime&, const Tensor&, const cpu::QuantizedWeight&>(&cpu::linear))
       .def(
           "quantize",
-          [](cpu::Runtime& self, const Tensor& weight, const std::string& codes) {
-            return part_of(cpu::quantize(self, weight, codes_of(codes)));
+          [](cpu::Runtime& self, const Tensor& weight, const std::string& scheme) {
+            return part_of(cpu::quantize(self, weight, scheme_of(scheme)));
           },
-          py::call_guard<py::gil_scoped_release>(), "A part of a QuantizedWeight from float rows [out, in].")
+          py::call_guard<py::gil_scoped_release>(), "Quantise float rows [out, in] to a part of a QuantizedWeight.")
       .def(
           "grouped_part",
-          [](cpu::Runtime& self, int bits, std::int64_t columns, std::int64_t group_size, const Tensor& codes,
+          [](cpu::Runtime& self, int bits, std::int64_t columns, std::int64_t group_size, const Tensor& qweight,
              const Tensor& scales, const std::optional<Tensor>& zeros, const std::optional<Tensor>& order) {
-            return cpu::grouped_part(self, {bits, columns, group_size, codes, scales, zeros, order});
+            return cpu::grouped_part(self, {bits, columns, group_size, qweight, scales, zeros, order});
           },
-          py::call_guard<py::gil_scoped_release>(), "Rows of a weight of integer codes in groups.")
+          py::call_guard<py::gil_scoped_release>(), "Repack rows of grouped integers into tiles.")
       .def(
           "repack",
           [](cpu::Runtime& self, const std::string& packing, int bits, std::int64_t rows, std::int64_t columns,
@@ -196,17 +198,17 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
           },
           py::call_guard<py::gil_scoped_release>(), "Stored integer codes as uint8 [rows, n].")
       .def(
-          "strips_of_blocks",
+          "tiles_of_blocks",
           [](cpu::Runtime& self, const std::string& type, const Tensor& blocks, std::int64_t rows, std::int64_t in) {
-            return part_of(cpu::strips_of_blocks(self, cpu::block_type(type), blocks, rows, in));
+            return part_of(cpu::tiles_of_blocks(self, cpu::block_type(type), blocks, rows, in));
           },
-          py::call_guard<py::gil_scoped_release>(), "A part of a QuantizedWeight from ggml's blocks.")
+          py::call_guard<py::gil_scoped_release>(), "Repack ggml's blocks into a part of a QuantizedWeight.")
       .def(
-          "floats_of_blocks",
+          "dequantize_blocks",
           [](cpu::Runtime& self, const std::string& type, const Tensor& blocks, const Tensor& to) {
-            cpu::floats_of_blocks(self, cpu::block_type(type), blocks, to);
+            cpu::dequantize_blocks(self, cpu::block_type(type), blocks, to);
           },
-          py::call_guard<py::gil_scoped_release>(), "Writes the values of ggml's blocks to a float tensor.")
+          py::call_guard<py::gil_scoped_release>(), "Dequantise ggml's blocks into a float tensor.")
       .def("attn_prep",
            [](cpu::Runtime& self, const Tensor& qkv, int num_heads, const std::optional<Tensor>& cos_sin,
               int rotary_dim, bool interleaved, const std::shared_ptr<cpu::KVCache>& kv, int layer,

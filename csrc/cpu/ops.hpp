@@ -1,5 +1,5 @@
 // The ops of the contract in vllmlite/backends/base.py. Each checks its arguments, issues phases and returns the tensor
-// that will hold the result. Activations are float32, or bfloat16 where the next product takes nothing else.
+// that will hold the result. Activations are float32, or bfloat16 if the next product takes only that.
 #pragma once
 
 #include <memory>
@@ -13,7 +13,7 @@
 
 namespace vllmlite::cpu {
 
-// `x`, converted if it has another dtype.
+// Returns `x`, converted if it has another dtype.
 Tensor converted(Runtime& runtime, const Tensor& x, DType dtype);
 
 Tensor embedding(Runtime& runtime, const Tensor& ids, const Tensor& table);
@@ -30,20 +30,21 @@ Tensor scale(Runtime& runtime, const Tensor& x, float factor);
 Tensor soft_cap(Runtime& runtime, const Tensor& x, float cap);
 Tensor sigmoid_gate(Runtime& runtime, const Tensor& x, const Tensor& gate);
 
-// Rows of a weight [rows, in] of floats, row-major; or of integer codes in groups, in tiles.
+// Rows of a weight [rows, in]: floats, row-major, or grouped integers in tiles (see GroupedLayout).
 struct LinearPart {
   Tensor data;  // [rows, in], or uint8 [tiles, bytes of a tile]
   std::int64_t rows, in;
   GroupedLayout layout = {};
-  std::optional<Tensor> order = {};  // int32 [in]: the columns of x that the codes' columns meet; none: as they are
+  std::optional<Tensor> order = {};  // int32 [in]: column i is multiplied with column order[i] of x; none: with i
 
   bool grouped() const { return layout.bits != 0; }
-  // Of a row, or of a tile.
+  // The size of a row of floats, or of a tile.
   std::size_t unit_bytes() const;
+  // The data of a row; of grouped integers, of the tile that begins with it.
   const std::byte* at(std::int64_t row) const;
 };
 
-// A weight [out, in]: rows of the parts are the rows of the whole.
+// A weight [out, in]: the rows of its parts, one part after the other.
 struct LinearWeight {
   std::vector<LinearPart> parts;
   std::optional<Tensor> bias;  // float32 [out]
@@ -53,41 +54,42 @@ struct LinearWeight {
   bool grouped() const { return parts.front().grouped(); }
 };
 
-// Checks that the parts have one width, one dtype if they are of floats, and that the bias fits.
+// Makes a weight of parts. Throws std::invalid_argument if their widths or dtypes differ, or if the bias does not fit.
 LinearWeight make_weight(std::vector<LinearPart> parts, std::optional<Tensor> bias);
 
-// A part of floats [rows, in].
+// Makes a part of floats [rows, in].
 LinearPart float_part(Tensor data);
 
-// What vllmlite/weights/schemes/grouped.py stores for a weight.
+// The parts of a weight in a scheme of vllmlite/weights/schemes/grouped.py.
 struct GroupedWeight {
   int bits;
   std::int64_t columns, group_size;
-  Tensor codes, scales;
+  Tensor qweight, scales;
   std::optional<Tensor> zeros, order;
 };
 
-// Puts a stored weight into tiles. std::invalid_argument for parts that do not fit.
+// Repacks a stored weight into tiles. Throws std::invalid_argument for parts that do not fit together.
 LinearPart grouped_part(Runtime& runtime, const GroupedWeight& stored);
 
 Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight);
 
-// gated_activation of linear, a block of rows of w at a time: the sums are not kept.
+// gated_activation of linear. With many rows of x, the activation is applied to each block of results at once, so that
+// they are not all in memory.
 Tensor gated_linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, Activation f);
 
-// Rows of a quantised weight [rows, in] in strips, as vllmlite/weights/schemes/tiles.py has them.
+// Rows of a quantised weight [rows, in], in the tiles of vllmlite/weights/schemes/tiles.py.
 struct QuantizedPart {
-  Codes kind;
-  Tensor codes;                   // uint8 [strips, groups, bytes of a group]
-  Tensor scales;                  // [strips, units, kStripRows], or [strips, units, 2, kStripRows]
-  std::optional<Tensor> factors;  // int8 [strips, groups, n, kStripRows]
+  TileScheme scheme;
+  Tensor qweight;                    // uint8 [tiles, groups, bytes of a group]
+  Tensor scales;                     // [tiles, units, kTileRows], or [tiles, units, 2, kTileRows]
+  std::optional<Tensor> sub_scales;  // int8 [tiles, groups, n, kTileRows]
   std::int64_t rows;
 
-  std::int64_t groups() const { return codes.shape[1]; }
-  QuantizedStrips from(std::int64_t strip) const;
+  std::int64_t groups() const { return qweight.shape[1]; }
+  QuantizedTiles from(std::int64_t tile) const;
 };
 
-// Parts one after the other, as LinearWeight's; their kinds may differ.
+// A weight [out, in]: the rows of its parts, one part after the other. Their schemes may differ.
 struct QuantizedWeight {
   std::vector<QuantizedPart> parts;
   std::int64_t in;
@@ -97,26 +99,26 @@ struct QuantizedWeight {
   std::int64_t out() const;
 };
 
-// Uninitialised strips for a weight [rows, in].
-QuantizedPart allocate_strips(Codes kind, std::int64_t rows, std::int64_t in);
+// Allocates uninitialised tiles for a weight [rows, in].
+QuantizedPart allocate_tiles(TileScheme scheme, std::int64_t rows, std::int64_t in);
 
-// Quantises float rows [out, in], whose values must be finite, to one of the kMadeCodes first kinds.
-QuantizedPart quantize(Runtime& runtime, const Tensor& w, Codes kind);
+// Quantises float rows [out, in], whose values must be finite, to int8 or int4.
+QuantizedPart quantize(Runtime& runtime, const Tensor& w, TileScheme scheme);
 
-// Checks that the parts fit one another, `in`, and the bias.
+// Makes a weight of parts. Throws std::invalid_argument if they do not fit each other, `in`, or the bias.
 QuantizedWeight make_quantized(std::vector<QuantizedPart> parts, std::int64_t in, std::optional<Tensor> bias);
 
-// The product with x quantised a row at a time.
+// The product with x, whose rows are quantised to int8 first.
 Tensor linear(Runtime& runtime, const Tensor& x, const QuantizedWeight& weight);
 Tensor gated_linear(Runtime& runtime, const Tensor& x, const QuantizedWeight& weight, Activation f);
 
-// Which rows of x meet which of several weights. It is filled in by a phase, before the products run.
+// The rows of x that each of several weights multiplies. A phase fills it in before the products run.
 struct Groups {
-  std::vector<std::int32_t> first;   // by weight, its first row; and behind them the number of rows
-  std::vector<std::int32_t> active;  // weights that have rows
+  std::vector<std::int32_t> first;   // the first row of each weight; after them, the number of rows
+  std::vector<std::int32_t> active;  // weights with at least one row
 };
 
-// The weights of a mixture, those of an expert at one place; all of one shape.
+// The weights of a mixture of experts, all of one shape; an expert's are at the same index of both lists.
 struct Experts {
   using Weights = std::variant<std::vector<LinearWeight>, std::vector<QuantizedWeight>>;
   Weights gate_up, down;
@@ -124,10 +126,10 @@ struct Experts {
   std::int64_t count() const;
 };
 
-// Checks that weights fit one another.
+// Makes a mixture of experts. Throws std::invalid_argument if the weights do not fit each other.
 std::shared_ptr<Experts> make_experts(Experts::Weights gate_up, Experts::Weights down);
 
-// The product of each row with its group's weight. The weights must outlive the phases.
+// Multiplies each row of x with its group's weight. The weights must outlive the phases.
 Tensor grouped_linear(Runtime& runtime, const Tensor& x, const std::vector<LinearWeight>& weights,
                       const std::shared_ptr<Groups>& groups);
 Tensor grouped_linear(Runtime& runtime, const Tensor& x, const std::vector<QuantizedWeight>& weights,
@@ -142,16 +144,17 @@ struct Routing {
 Tensor moe(Runtime& runtime, const Tensor& x, const Tensor& router_logits, const std::shared_ptr<Experts>& experts,
            const Routing& routing);
 
-// A pool of blocks. A layer's block is [K, V] x [kv heads] x a head's keys ([D / n][block_size][n], n elements in four
-// bytes) or values ([block_size][D]), D padded to kHeadUnit; in int8, behind them, their scales (float32 [block_size]).
-// Those of all layers lie together: memory is touched first as blocks are first used, and little of it in any one step.
+// The block pool. For each layer, a block holds the keys and then the values of each key/value head: keys as
+// [D / n][block_size][n], where n elements fill four bytes, and values as [block_size][D], with D padded to kHeadUnit;
+// an int8 cache has their scales, float32 [block_size], after each. The layers of a block are contiguous, so that
+// memory is first touched when a block is first used, a little in each step.
 struct KVCache {
   KVCache(int layers, int kv_heads, int head_dim, int block_size, DType dtype, std::int64_t num_blocks);
 
   bool quantized() const { return dtype == DType::int8; }
-  std::size_t scales_at() const;    // where they begin among a head's bytes
-  std::size_t head_bytes() const;   // of the keys, or of the values, of a head in a block
-  std::size_t block_bytes() const;  // of a layer's block
+  std::size_t scales_at() const;    // offset of the scales in a head's bytes
+  std::size_t head_bytes() const;   // size of the keys, or of the values, of a head in a block
+  std::size_t block_bytes() const;  // size of one layer of a block
   std::size_t stride() const { return static_cast<std::size_t>(layers) * block_bytes(); }  // from block to block
   std::byte* layer(int index) const {
     return static_cast<std::byte*>(memory.data) + static_cast<std::size_t>(index) * block_bytes();
@@ -167,7 +170,7 @@ Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::
                  const std::shared_ptr<KVCache>& kv, int layer, const std::shared_ptr<Batch>& batch,
                  const AttentionNorms& norms);
 
-// What is made of a query's product with a key.
+// How products of queries and keys become attention scores.
 struct Scores {
   float scale;
   int window;

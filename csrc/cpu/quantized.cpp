@@ -1,4 +1,4 @@
-// Quantised weights: how they are made, checked, and multiplied with.
+// Quantised weights in tiles: made from floats, checked, and multiplied.
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
@@ -10,23 +10,23 @@ namespace vllmlite::cpu {
 
 namespace {
 
-// Strips of w in a task: a multiple of every tile's, whose codes stay in the second-level cache for all rows of x.
-constexpr std::int64_t kTaskStrips = 6;
+// Tiles of w in a task: few enough to stay in the second-level cache while all rows of x are multiplied.
+constexpr std::int64_t kTaskTiles = 6;
 
 constexpr std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 struct Task {
-  Codes kind;
-  QuantizedStrips w;
-  std::int64_t row, rows;  // of the whole weight
+  TileScheme scheme;
+  QuantizedTiles w;
+  std::int64_t row, rows;  // in the whole weight
 };
 
 constexpr QuantizedX from_row(const QuantizedX& x, std::int64_t row, std::int64_t groups) {
-  return {x.codes + row * groups * kGroup, x.scales + row * groups, x.sums + row * groups, x.first + row * groups,
-          x.totals + row * groups};
+  return {x.values + row * groups * kGroup, x.scales + row * groups, x.sums + row * groups, x.half_sums + row * groups,
+          x.scaled_sums + row * groups};
 }
 
-// A quantised x and its memory, which is another op's as soon as nobody holds it.
+// A quantised x and its memory, which later ops may reuse as soon as this is destroyed.
 struct HeldX {
   QuantizedX x;
   std::vector<Tensor> memory;
@@ -38,7 +38,7 @@ HeldX quantize_x(Runtime& runtime, const Tensor& x, std::int64_t groups) {
   const auto make = [&](std::int64_t each, DType dtype) {
     return found.memory.emplace_back(runtime.make({rows, groups * each}, dtype)).data;
   };
-  QuantizedRow row{};
+  RowToQuantize row{};
   row.x = static_cast<const float*>(x.data);
   row.size = static_cast<int>(size);
   row.to = {static_cast<std::int8_t*>(make(kGroup, DType::int8)), static_cast<float*>(make(1, DType::float32)),
@@ -47,7 +47,7 @@ HeldX quantize_x(Runtime& runtime, const Tensor& x, std::int64_t groups) {
   runtime.keep(x);
   runtime.issue([&kernels = runtime.kernels(), row, rows, size, groups](Worker& worker) {
     for (std::int64_t index; (index = worker.take()) < rows;) {
-      QuantizedRow one = row;
+      RowToQuantize one = row;
       one.x += index * size;
       one.to = from_row(row.to, index, groups);
       kernels.quantize_x(one);
@@ -64,17 +64,17 @@ void check(const Tensor& tensor, DType dtype, const std::vector<std::int64_t>& s
 }
 
 struct Shapes {
-  std::vector<std::int64_t> codes, scales, factors;
+  std::vector<std::int64_t> qweight, scales, sub_scales;
   DType dtype;  // of scales
 };
 
-Shapes shapes_of(Codes kind, std::int64_t rows, std::int64_t in) {
-  const Layout layout = layout_of(kind);
-  const std::int64_t strips = divided_up(rows, kStripRows), groups = divided_up(in, kGroup);
-  Shapes shapes{{strips, groups, layout.group_bytes()}, {strips, layout.units(groups), kStripRows}, {}, DType::float16};
+Shapes shapes_of(TileScheme scheme, std::int64_t rows, std::int64_t in) {
+  const TileLayout layout = layout_of(scheme);
+  const std::int64_t tiles = divided_up(rows, kTileRows), groups = divided_up(in, kGroup);
+  Shapes shapes{{tiles, groups, layout.group_bytes()}, {tiles, layout.units(groups), kTileRows}, {}, DType::float16};
   if (layout.bf16) shapes.dtype = DType::bfloat16;
   if (layout.offsets) shapes.scales.insert(shapes.scales.begin() + 2, 2);
-  if (layout.factors) shapes.factors = {strips, groups, layout.group_factors() / kStripRows, kStripRows};
+  if (layout.sub_scales) shapes.sub_scales = {tiles, groups, layout.group_sub_scales() / kTileRows, kTileRows};
   return shapes;
 }
 
@@ -86,45 +86,46 @@ std::int64_t QuantizedWeight::out() const {
   return rows;
 }
 
-QuantizedStrips QuantizedPart::from(std::int64_t strip) const {
-  const Layout layout = layout_of(kind);
-  return {
-      static_cast<const std::uint8_t*>(codes.data) + strip * groups() * layout.group_bytes(),
-      static_cast<const std::uint16_t*>(scales.data) + strip * layout.units(groups()) * layout.unit_floats(),
-      factors ? static_cast<const std::int8_t*>(factors->data) + strip * groups() * layout.group_factors() : nullptr};
+QuantizedTiles QuantizedPart::from(std::int64_t tile) const {
+  const TileLayout layout = layout_of(scheme);
+  return {static_cast<const std::uint8_t*>(qweight.data) + tile * groups() * layout.group_bytes(),
+          static_cast<const std::uint16_t*>(scales.data) + tile * layout.units(groups()) * layout.unit_floats(),
+          sub_scales ? static_cast<const std::int8_t*>(sub_scales->data) + tile * groups() * layout.group_sub_scales()
+                     : nullptr};
 }
 
-QuantizedPart allocate_strips(Codes kind, std::int64_t rows, std::int64_t in) {
-  const Shapes shapes = shapes_of(kind, rows, in);
-  QuantizedPart part{kind, allocate(shapes.codes, DType::uint8), allocate(shapes.scales, shapes.dtype), {}, rows};
-  if (!shapes.factors.empty()) part.factors = allocate(shapes.factors, DType::int8);
+QuantizedPart allocate_tiles(TileScheme scheme, std::int64_t rows, std::int64_t in) {
+  const Shapes shapes = shapes_of(scheme, rows, in);
+  QuantizedPart part{scheme, allocate(shapes.qweight, DType::uint8), allocate(shapes.scales, shapes.dtype), {}, rows};
+  if (!shapes.sub_scales.empty()) part.sub_scales = allocate(shapes.sub_scales, DType::int8);
   return part;
 }
 
-QuantizedPart quantize(Runtime& runtime, const Tensor& w, Codes kind) {
+QuantizedPart quantize(Runtime& runtime, const Tensor& w, TileScheme scheme) {
   if (w.shape.size() != 2 || w.size() == 0)
     throw std::invalid_argument("a weight must be [out, in], not " + describe(w));
-  if (static_cast<int>(kind) >= kMadeCodes) throw std::invalid_argument("floats are quantised to int8 or int4 alone");
+  if (static_cast<int>(scheme) >= kFloatSchemes)
+    throw std::invalid_argument("floats can be quantised to int8 and int4 only");
   const std::int64_t rows = w.shape[0], size = w.shape[1];
-  const std::int64_t strips = divided_up(rows, kStripRows), groups = divided_up(size, kGroup);
-  QuantizedPart part = allocate_strips(kind, rows, size);
-  QuantizedStrip strip{};
-  strip.w = w.data;
-  strip.type = float_of(w.dtype);
-  strip.stride = size;
-  strip.size = static_cast<int>(size);
-  strip.codes = static_cast<std::uint8_t*>(part.codes.data);
-  strip.scales = static_cast<std::uint16_t*>(part.scales.data);
+  const std::int64_t tiles = divided_up(rows, kTileRows), groups = divided_up(size, kGroup);
+  QuantizedPart part = allocate_tiles(scheme, rows, size);
+  TileToQuantize tile{};
+  tile.w = w.data;
+  tile.type = float_of(w.dtype);
+  tile.stride = size;
+  tile.size = static_cast<int>(size);
+  tile.qweight = static_cast<std::uint8_t*>(part.qweight.data);
+  tile.scales = static_cast<std::uint16_t*>(part.scales.data);
   std::atomic<bool> finite{true};
-  runtime.issue([kernel = runtime.kernels().quantize_strip[static_cast<int>(kind)], strip, rows, strips, groups,
+  runtime.issue([kernel = runtime.kernels().quantize_tile[static_cast<int>(scheme)], tile, rows, tiles, groups,
                  row_bytes = size * static_cast<std::int64_t>(item_size(w.dtype)),
-                 bytes = layout_of(kind).group_bytes(), &finite](Worker& worker) {
-    for (std::int64_t index; (index = worker.take()) < strips;) {
-      QuantizedStrip one = strip;
-      one.w = static_cast<const std::byte*>(strip.w) + index * kStripRows * row_bytes;
-      one.rows = static_cast<int>(std::min<std::int64_t>(kStripRows, rows - index * kStripRows));
-      one.codes += index * groups * bytes;
-      one.scales += index * groups * kStripRows;
+                 bytes = layout_of(scheme).group_bytes(), &finite](Worker& worker) {
+    for (std::int64_t index; (index = worker.take()) < tiles;) {
+      TileToQuantize one = tile;
+      one.w = static_cast<const std::byte*>(tile.w) + index * kTileRows * row_bytes;
+      one.rows = static_cast<int>(std::min<std::int64_t>(kTileRows, rows - index * kTileRows));
+      one.qweight += index * groups * bytes;
+      one.scales += index * groups * kTileRows;
       if (!kernel(one)) finite = false;
     }
   });
@@ -138,12 +139,12 @@ QuantizedWeight make_quantized(std::vector<QuantizedPart> parts, std::int64_t in
   QuantizedWeight weight{std::move(parts), in, std::move(bias)};
   for (const QuantizedPart& part : weight.parts) {
     if (part.rows < 1 || in < 1) throw std::invalid_argument("a weight must have rows and columns");
-    const Shapes shapes = shapes_of(part.kind, part.rows, in);
-    check(part.codes, DType::uint8, shapes.codes, "codes");
+    const Shapes shapes = shapes_of(part.scheme, part.rows, in);
+    check(part.qweight, DType::uint8, shapes.qweight, "qweight");
     check(part.scales, shapes.dtype, shapes.scales, "scales");
-    if (part.factors.has_value() != !shapes.factors.empty())
-      throw std::invalid_argument("factors must be given for the kinds that have them, and for no other");
-    if (part.factors) check(*part.factors, DType::int8, shapes.factors, "factors");
+    if (part.sub_scales.has_value() != !shapes.sub_scales.empty())
+      throw std::invalid_argument("sub_scales must be given for the schemes that have them, and for no others");
+    if (part.sub_scales) check(*part.sub_scales, DType::int8, shapes.sub_scales, "sub_scales");
   }
   if (weight.bias) check(*weight.bias, DType::float32, {weight.out()}, "the bias");
   return weight;
@@ -166,13 +167,13 @@ Tensor linear(Runtime& runtime, const Tensor& given, const QuantizedWeight& weig
   std::vector<Task> tasks;
   std::int64_t first = 0;
   for (const QuantizedPart& part : weight.parts) {
-    for (std::int64_t strip = 0; strip * kStripRows < part.rows; strip += kTaskStrips)
-      tasks.push_back({part.kind, part.from(strip), first + strip * kStripRows,
-                       std::min(kTaskStrips * kStripRows, part.rows - strip * kStripRows)});
+    for (std::int64_t tile = 0; tile * kTileRows < part.rows; tile += kTaskTiles)
+      tasks.push_back({part.scheme, part.from(tile), first + tile * kTileRows,
+                       std::min(kTaskTiles * kTileRows, part.rows - tile * kTileRows)});
     first += part.rows;
-    runtime.keep(part.codes);
+    runtime.keep(part.qweight);
     runtime.keep(part.scales);
-    if (part.factors) runtime.keep(*part.factors);
+    if (part.sub_scales) runtime.keep(*part.sub_scales);
   }
   if (weight.bias) runtime.keep(*weight.bias);
   runtime.issue([&kernels = runtime.kernels().quantized, block, tasks = std::move(tasks)](Worker& worker) {
@@ -183,9 +184,9 @@ Tensor linear(Runtime& runtime, const Tensor& given, const QuantizedWeight& weig
       one.n = static_cast<int>(task.rows);
       one.y += task.row;
       if (one.bias != nullptr) one.bias += task.row;
-      // Prefetching past the end of a shorter task's codes is harmless.
-      one.next = following < 0 ? nullptr : tasks[static_cast<std::size_t>(following)].w.codes;
-      kernels[static_cast<int>(task.kind)](one);
+      // Prefetching past the end of the qweight of a shorter task is harmless.
+      one.next = following < 0 ? nullptr : tasks[static_cast<std::size_t>(following)].w.qweight;
+      kernels[static_cast<int>(task.scheme)](one);
     });
   });
   return y;
@@ -206,18 +207,18 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<Q
   block.groups = static_cast<int>(size);
   block.y = static_cast<float*>(y.data);
   block.y_stride = out;
-  // Tasks on the first weight: those of others differ in their addresses alone.
+  // The tasks of the first weight; those of the others differ only in their addresses.
   struct Place {
     std::size_t part;
-    std::int64_t strip, row, rows;
+    std::int64_t tile, row, rows;
   };
   std::vector<Place> places;
   std::int64_t first_row = 0;
   for (std::size_t part = 0; part < like.parts.size(); ++part) {
     const std::int64_t part_rows = like.parts[part].rows;
-    for (std::int64_t strip = 0; strip * kStripRows < part_rows; strip += kTaskStrips)
-      places.push_back({part, strip, first_row + strip * kStripRows,
-                        std::min(kTaskStrips * kStripRows, part_rows - strip * kStripRows)});
+    for (std::int64_t tile = 0; tile * kTileRows < part_rows; tile += kTaskTiles)
+      places.push_back(
+          {part, tile, first_row + tile * kTileRows, std::min(kTaskTiles * kTileRows, part_rows - tile * kTileRows)});
     first_row += part_rows;
   }
   runtime.issue([&kernels = runtime.kernels().quantized, &weights, groups, block, places = std::move(places),
@@ -226,9 +227,9 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<Q
     const auto group_of = [&](std::int64_t task) {
       return static_cast<std::size_t>(groups->active[static_cast<std::size_t>(task / each)]);
     };
-    const auto strips = [&](std::int64_t task) {
+    const auto tiles = [&](std::int64_t task) {
       const Place& place = places[static_cast<std::size_t>(task % each)];
-      return weights[group_of(task)].parts[place.part].from(place.strip);
+      return weights[group_of(task)].parts[place.part].from(place.tile);
     };
     const std::int64_t tasks = each * static_cast<std::int64_t>(groups->active.size());
     worker.take_ahead(tasks, [&](std::int64_t task, std::int64_t following) {
@@ -238,11 +239,11 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<Q
       QuantizedBlock one = block;
       one.x = from_row(block.x, first, size);
       one.m = groups->first[group + 1] - static_cast<int>(first);
-      one.w = strips(task);
+      one.w = tiles(task);
       one.n = static_cast<int>(place.rows);
       one.y += first * one.y_stride + place.row;
-      one.next = following < 0 ? nullptr : strips(following).codes;
-      kernels[static_cast<int>(weights[group].parts[place.part].kind)](one);
+      one.next = following < 0 ? nullptr : tiles(following).qweight;
+      kernels[static_cast<int>(weights[group].parts[place.part].scheme)](one);
     });
   });
   return y;

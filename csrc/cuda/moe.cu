@@ -236,15 +236,15 @@ Tensor moe(Runtime& runtime, const Tensor& x, const Tensor& router_logits, const
   const Sorting sorting{static_cast<int>(pairs),         experts.count,  rows,
                         static_cast<int>(num_groups),    routing.chosen, static_cast<std::int32_t*>(sorted.data),
                         static_cast<Group*>(groups.data)};
-  const std::size_t room = static_cast<std::size_t>(experts.count) * sizeof(std::int32_t);
+  const std::size_t shared_bytes = static_cast<std::size_t>(experts.count) * sizeof(std::int32_t);
   with_float(x.dtype, [&](auto* pointer) {
     using T = Pointee<decltype(pointer)>;
     const auto* logits = static_cast<const T*>(router_logits.data);
     if (tokens <= kFewTokens) {
-      launch(runtime, route_and_sort_kernel<T>, 1, kSortThreads, room, logits, routing, sorting);
+      launch(runtime, route_and_sort_kernel<T>, 1, kSortThreads, shared_bytes, logits, routing, sorting);
     } else {
       launch(runtime, route_kernel<T>, blocks_for(tokens * 32, kThreads), kThreads, 0, logits, routing);
-      launch(runtime, sort_kernel, 1, kSortThreads, room, sorting);
+      launch(runtime, sort_kernel, 1, kSortThreads, shared_bytes, sorting);
     }
   });
   const Mixture mixture{sorting.sorted, sorting.groups, sorting.num_groups, rows, top_k};

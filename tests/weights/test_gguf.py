@@ -219,11 +219,11 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
         backend.linear_weight([replace(part, shape=(37 * 3, 255))])
     with pytest.raises(ModelError, match="are not uint8"):
         backend.dequantize(replace(part, shape=(38, 768)), "float32")
-    kind, codes, scales, factors, rows = backend._tiles(part)
-    with pytest.raises(ValueError, match="factors must be given"):
-        backend._native.QuantizedWeight([(kind, codes, scales, None, rows)], 768)
-    with pytest.raises(ValueError, match="no quantised weights of kind q3_k"):
-        backend._native.QuantizedWeight([("q3_k", codes, scales, factors, rows)], 768)
+    scheme, qweight, scales, sub_scales, rows = backend._tiles(part)
+    with pytest.raises(ValueError, match="sub_scales must be given"):
+        backend._native.QuantizedWeight([(scheme, qweight, scales, None, rows)], 768)
+    with pytest.raises(ValueError, match="no quantisation scheme q3_k"):
+        backend._native.QuantizedWeight([("q3_k", qweight, scales, sub_scales, rows)], 768)
 
 
 # ---- Files

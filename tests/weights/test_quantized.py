@@ -328,11 +328,11 @@ def test_packed_and_float_parts_are_not_mixed() -> None:
             backend.linear_weight([quantize(random(16, 32), "int4"), host_tensor(random(16, 32))])
 
 
-def test_codes_and_scales_must_fit() -> None:
+def test_quantised_values_and_scales_must_fit() -> None:
     backend = CpuBackend(packed=True)
     made = quantize(random(16, 64), "int8")
     short = replace(made, shape=(16, 96))
-    with pytest.raises(ValueError, match=r"codes must be uint8\[1, 3, 512\], not uint8\[1, 2, 512\]"):
+    with pytest.raises(ValueError, match=r"qweight must be uint8\[1, 3, 512\], not uint8\[1, 2, 512\]"):
         backend.linear_weight([short])
     other = replace(made, parts={**made.parts, SCALES: quantize(random(16, 32), "int8").parts[SCALES]})
     with pytest.raises(ValueError, match="scales must be"):

@@ -44,7 +44,7 @@ KVCache: TypeAlias = Any
 Slots: TypeAlias = Any
 """Per-slot state of the backend that is kept between steps (:meth:`Backend.alloc_slots`), opaque outside it."""
 
-API = 4
+API = 5
 """Version of this interface; an extension that was built for another version is refused."""
 
 KV_DTYPES = (*FLOAT_DTYPES, "int8")

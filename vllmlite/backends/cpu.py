@@ -43,7 +43,7 @@ from vllmlite.weights.schemes.grouped import ORDER, ZEROS, GroupedScheme
 from vllmlite.weights.schemes.tiles import QWEIGHT, SCALES, SUB_SCALES, TILES, packed_weight
 
 _Tiles: TypeAlias = tuple[str, Tensor, Tensor, Tensor | None, int]
-"""A part of the extension's ``QuantizedWeight``: scheme, codes, scales, sub-scales, rows."""
+"""A part of the extension's ``QuantizedWeight``: scheme, qweight, scales, sub_scales, rows."""
 
 
 class CpuBackend(NativeBackend):
@@ -143,7 +143,7 @@ class CpuBackend(NativeBackend):
         out = np.empty(math.prod(weight.shape) * ITEM_SIZE[dtype], np.uint8)
         floats = self._native.over(out, dtype, weight.shape)
         with _refusing(weight.shape):
-            self._runtime.floats_of_blocks(weight.scheme.name, self.tensor(block_data(weight)), floats)
+            self._runtime.dequantize_blocks(weight.scheme.name, self.tensor(block_data(weight)), floats)
         return HostTensor(dtype, weight.shape, _native_order(HostTensor(dtype, weight.shape, out)))
 
     def _grouped(self, part: HostWeight) -> Any:
@@ -172,7 +172,7 @@ class CpuBackend(NativeBackend):
         rows, columns = part.shape
         if isinstance(part.scheme, BlockScheme):
             with _refusing(part.shape):
-                found: _Tiles = self._runtime.strips_of_blocks(
+                found: _Tiles = self._runtime.tiles_of_blocks(
                     part.scheme.name, self.tensor(block_data(part)), rows, columns
                 )
             return found

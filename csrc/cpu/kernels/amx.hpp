@@ -1,8 +1,8 @@
-// Products in bfloat16 on tile registers (Intel AMX): 16 rows of w, read where they lie, times 16 rows of x.
+// Products in bfloat16 on tile registers (Intel AMX): 16 rows of w, read in place, times 16 rows of x.
 //
-// An output element has one accumulator over all of k, in blocks of 32 in ascending order, in a tile whose other
-// elements it never meets; every number of rows of x goes through such tiles, so a row's result does not depend on the
-// rows beside it. Sums are not those of the vector kernels, bit for bit.
+// Each output element has one accumulator, to which blocks of 32 elements along k are added in ascending order,
+// independently of the tile's other elements. Every number of rows of x uses such tiles, so a row's result does not
+// depend on the rows beside it. The results do not have the same bits as those of the vector kernels.
 #pragma once
 
 #include "cpu/kernels/simd.hpp"
@@ -14,9 +14,9 @@ namespace vllmlite::cpu::VLLMLITE_ISA {
 inline constexpr int kTileSide = 16;              // rows of w, rows of x, and pairs along k, in a tile
 inline constexpr int kTileDepth = 2 * kTileSide;  // elements along k
 inline constexpr int kTileItems = kTileSide * kTileDepth;
-inline constexpr int kTileAhead = 8;  // blocks along k after which lines are fetched
+inline constexpr int kTileAhead = 8;  // how many blocks along k ahead lines are prefetched
 
-// Panels are 16 rows of x: for each block of k [pair][row][2], with zeros where there is nothing.
+// A panel holds 16 rows of x: [pair][row][2] for each block of k, padded with zeros.
 inline int amx_panels(int m) { return (m + kTileSide - 1) / kTileSide; }
 inline int amx_blocks(int k) { return (k + kTileDepth - 1) / kTileDepth; }
 
@@ -45,14 +45,14 @@ struct alignas(64) TileConfig {
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Some rows of w, at most 16: whole tiles are read where they lie, others from a copy filled up with zeros.
+// Up to 16 rows of w. Whole tiles are read in place, others from a copy that is padded with zeros.
 struct TileRows {
   const std::uint16_t* w;
   std::ptrdiff_t stride;
   int rows, k;
   alignas(64) std::uint16_t copy[kTileItems];
 
-  // Where block `index` of k is, and the bytes from row to row.
+  // Returns the address of block `index` of k, and sets the number of bytes from row to row.
   VLLMLITE_INLINE const void* at(int index, std::ptrdiff_t& row_bytes) {
     const int first = index * kTileDepth, count = smaller(kTileDepth, k - first);
     row_bytes = stride * 2;
@@ -69,8 +69,8 @@ struct TileRows {
   }
 };
 
-// Puts a stored tile [n][m] into rows of y, with a bias where there is one.
-inline void put_tile(const float* tile, float* y, std::ptrdiff_t y_stride, int m, int n, const float* bias) {
+// Writes a stored tile [n][m] to rows of y, and adds the bias unless it is null.
+inline void write_sums(const float* tile, float* y, std::ptrdiff_t y_stride, int m, int n, const float* bias) {
   const auto mask = static_cast<__mmask16>((1U << n) - 1);
   const __m512i column = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
   for (int row = 0; row < m; ++row) {
@@ -80,10 +80,10 @@ inline void put_tile(const float* tile, float* y, std::ptrdiff_t y_stride, int m
   }
 }
 
-// Up to 32 rows of w against one or two panels of x.
+// Multiplies up to 32 rows of w with one or two panels of x.
 template <bool kTwo>
-void tiles_of(const LinearBlock& block, TileRows* w, const std::uint16_t* x, bool fetch, float* y, int m, int n,
-              const float* bias) {
+void multiply_tiles(const LinearBlock& block, TileRows* w, const std::uint16_t* x, bool fetch, float* y, int m, int n,
+                    const float* bias) {
   const int blocks = amx_blocks(block.k);
   const std::uint16_t* const second = x + static_cast<std::ptrdiff_t>(blocks) * kTileItems;
   _tile_zero(0);
@@ -113,18 +113,18 @@ void tiles_of(const LinearBlock& block, TileRows* w, const std::uint16_t* x, boo
   const int low = smaller(n, kTileSide), high = n - low, rows = smaller(m, kTileSide);
   const float* const bias_high = bias == nullptr ? nullptr : bias + kTileSide;
   _tile_stored(0, found, 64);
-  put_tile(found, y, block.y_stride, rows, low, bias);
+  write_sums(found, y, block.y_stride, rows, low, bias);
   if (high > 0) {
     _tile_stored(1, found, 64);
-    put_tile(found, y + kTileSide, block.y_stride, rows, high, bias_high);
+    write_sums(found, y + kTileSide, block.y_stride, rows, high, bias_high);
   }
   if constexpr (kTwo) {
     float* const below = y + kTileSide * block.y_stride;
     _tile_stored(2, found, 64);
-    put_tile(found, below, block.y_stride, m - rows, low, bias);
+    write_sums(found, below, block.y_stride, m - rows, low, bias);
     if (high > 0) {
       _tile_stored(3, found, 64);
-      put_tile(found, below + kTileSide, block.y_stride, m - rows, high, bias_high);
+      write_sums(found, below + kTileSide, block.y_stride, m - rows, high, bias_high);
     }
   }
 }
@@ -150,9 +150,9 @@ inline void amx_linear(const LinearBlock& block) {
         float* const y = block.y + m * block.y_stride + i * block.n + n;
         const float* const bias = block.bias[i] == nullptr ? nullptr : block.bias[i] + n;
         if (rows > kTileSide)
-          tiles_of<true>(block, w, x, m == 0, y, rows, count, bias);
+          multiply_tiles<true>(block, w, x, m == 0, y, rows, count, bias);
         else
-          tiles_of<false>(block, w, x, m == 0, y, rows, count, bias);
+          multiply_tiles<false>(block, w, x, m == 0, y, rows, count, bias);
       }
   }
   _tile_release();

@@ -1,8 +1,8 @@
-// Attention of a tile of queries over paged keys and values.
+// Attention of a tile of queries over paged keys and values, by online softmax.
 //
-// A query meets its keys in chunks of kKeyChunk from position 0 on, with one running maximum a chunk. Keys that it must
-// not see weigh exactly nothing, and a chunk of such keys changes nothing, so that a query's result is the same bits
-// in every tile: alone in a decode step, or among others of a prompt.
+// A query processes its keys in chunks of kKeyChunk, counted from position 0, and updates the running maximum once for
+// each chunk. Masked keys have a weight of exactly 0, and a chunk of masked keys changes nothing, so that a query's
+// result has the same bits in every tile: alone in a decode step, or with others of a prompt.
 #pragma once
 
 #include "cpu/kernels/simd.hpp"
@@ -12,8 +12,9 @@ namespace vllmlite::cpu::VLLMLITE_ISA {
 inline constexpr int kKeyVectors = kKeyChunk / kLanes;
 inline constexpr int kRowTile = kManyRegisters ? 4 : 2;
 
-// ---- Keys of a block, by cache type: [head_dim / kDims][block_size][kDims], four bytes of a key side by side. They
-// are multiplied in kSteps, whose dimensions `part` takes out of them. Codes are followed by their scales.
+// ---- Keys of a block, by cache type: [head_dim / kDims][block_size][kDims], where kDims elements fill four bytes.
+// These are multiplied in kSteps steps; part() extracts the dimensions of a step. Keys in int8 are followed by their
+// scales.
 
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
 inline constexpr bool kBigEndian = true;
@@ -24,7 +25,7 @@ inline constexpr bool kBigEndian = false;
 struct AnyKeys {
   using Query = float;
   static constexpr bool kScaled = false;
-  static constexpr float kUnit = 1;  // what a part is in
+  static constexpr float kUnit = 1;  // what part() is to be multiplied by
   static VLLMLITE_INLINE F add(F acc, const Query* q, F k) { return fma(set(*q), k, acc); }
 };
 
@@ -49,8 +50,8 @@ struct PairKeys : AnyKeys {
   }
 };
 
-// Codes and a scale. A part is a code in the topmost byte.
-struct CodeKeys : AnyKeys {
+// Keys in int8, with a scale. A part has the value in its topmost byte.
+struct Int8Keys : AnyKeys {
   struct Values {
     using Item = std::int8_t;
     static VLLMLITE_INLINE F load(const Item* from) { return from_i8(from); }
@@ -81,9 +82,9 @@ struct DotKeys : AnyKeys {
 };
 #endif
 
-// Codes of a head: its elements over the scale, rounded to even; the scale is the largest magnitude / 127. A head that
-// holds an infinity or NaN has it for its scale.
-inline float quantize_head(const float* x, std::int8_t* codes, int size) {
+// Quantises a head to int8: its elements over the scale, rounded to the nearest, halves to even. Returns the scale,
+// which is the largest magnitude / 127, or the infinity or NaN that the head contains.
+inline float quantize_head(const float* x, std::int8_t* values, int size) {
   const auto magnitude = [](F v) { return (I)v & 0x7fffffff; };  // ordered as the numbers are, NaN last
   I most{};
   int i = 0;
@@ -95,13 +96,13 @@ inline float quantize_head(const float* x, std::int8_t* codes, int size) {
   float absmax;
   __builtin_memcpy(&absmax, &top, sizeof top);
   const float scale = absmax / 127.0F < kLeastScale ? kLeastScale : absmax / 127.0F;
-  const auto code = [scale](F v) { return (I)(v / scale + kRound); };
-  for (i = 0; i + kLanes <= size; i += kLanes) store_i8(codes + i, code(load<F>(x + i)), kLanes);
-  if (i < size) store_i8(codes + i, code(load_some<F>(x + i, size - i)), size - i);
+  const auto quantized = [scale](F v) { return (I)(v / scale + kRound); };
+  for (i = 0; i + kLanes <= size; i += kLanes) store_i8(values + i, quantized(load<F>(x + i)), kLanes);
+  if (i < size) store_i8(values + i, quantized(load_some<F>(x + i, size - i)), size - i);
   return scale;
 }
 
-// ---- Where a chunk's keys and values lie
+// ---- Addresses of a chunk's keys and values
 
 struct Chunk {
   const std::byte* keys[kKeyVectors];
@@ -122,8 +123,9 @@ struct Reader {
 
   bool direct() const { return tile.block_size % 16 == 0; }
 
-  // Calls `body` for each run of keys `first` to `last` of the chunk at `base` that one block holds: with the first,
-  // its block's place in the pool, its own in the block, and how many they are.
+  // Calls `body` for each run of keys of the chunk at `base`, from `first` to `last`, that are in one block. It is
+  // passed the run's first key, the offset of the block in the pool, the key's place in the block, and the run's
+  // length.
   template <typename Body>
   VLLMLITE_INLINE void each_run(int base, int first, int last, Body body) const {
     for (int j = first, count; j <= last; j += count) {
@@ -137,7 +139,7 @@ struct Reader {
     return block + static_cast<std::ptrdiff_t>(tile.block_size) * padded * kItem + at * 4;
   }
 
-  // Keys `first` to `last` of the chunk at `base`; places outside are given some readable address.
+  // Finds keys and values `first` to `last` of the chunk at `base`; other vectors get the address of one of these.
   void find(int base, int first, int last, Chunk& chunk) const {
     each_run(base, first, last, [&](int j, std::ptrdiff_t block, int at, int count) {
       for (int i = 0; i < count; ++i)
@@ -157,7 +159,7 @@ struct Reader {
     }
   }
 
-  // Blocks whose size is no multiple of 16: keys are copied into the layout of a block of kKeyChunk.
+  // If the block size is not a multiple of 16, copies the keys into the layout of a block of kKeyChunk keys.
   void gather(int base, int first, int last, Chunk& chunk) const {
     if (direct()) return;
     const int unit = C::kDims * kItem;
@@ -172,7 +174,7 @@ struct Reader {
     for (int v = 0; v < kKeyVectors; ++v) chunk.keys[v] = gathered + v * kLanes * unit;
   }
 
-  // The scales of keys and values `first` to `last`.
+  // Copies the scales of keys and values `first` to `last`.
   void copy_scales(int base, int first, int last, float* of_keys, float* of_values) const {
     each_run(base, first, last, [&](int j, std::ptrdiff_t block, int at, int count) {
       __builtin_memcpy(of_keys + j, tile.keys + scale_at(block, at), static_cast<std::size_t>(count) * 4);
@@ -181,7 +183,7 @@ struct Reader {
   }
 };
 
-// Scores of N rows of queries with four vectors of keys.
+// Computes the scores of N rows of queries with four vectors of keys.
 template <typename C, int N>
 VLLMLITE_INLINE void scores(const typename C::Query* q, int padded, const std::byte* const* keys,
                             const std::byte* const* ahead, std::ptrdiff_t stride, float factor, const float* scales,
@@ -217,7 +219,8 @@ VLLMLITE_INLINE void scores(const typename C::Query* q, int padded, const std::b
   }
 }
 
-// What becomes of a row's scores, in powers of two, of the keys from `distance` behind the query on.
+// Applies the soft cap and the ALiBi slope to a row's scores, which are base-2 logarithms. The first key is `distance`
+// positions before the query.
 VLLMLITE_INLINE void edit_scores(float* s, float soft_cap, float slope, int distance) {
   I lane{};
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -228,8 +231,8 @@ VLLMLITE_INLINE void edit_scores(float* s, float soft_cap, float slope, int dist
   }
 }
 
-// Turns a row's scores into weights, times the scales of the values where there are some; the keys that count are
-// `first` to `last`. Returns the factor of what was before.
+// Turns a row's scores into softmax weights, multiplied by the scales of the values in an int8 cache; only keys `first`
+// to `last` are not masked. Returns the factor by which the results of the chunks before must be multiplied.
 template <bool kScaled>
 VLLMLITE_INLINE float weigh(float* s, int first, int last, const float* scales, float& maximum, float* lane_sums) {
   F v[kKeyVectors];
@@ -262,7 +265,7 @@ VLLMLITE_INLINE float weigh(float* s, int first, int last, const float* scales, 
   return before;
 }
 
-// out = out * factor + weights x values, for N rows and W vectors of a head.
+// out = out * factor + weights * values, for N rows and W vectors of a head.
 template <typename V, int N, int W>
 VLLMLITE_INLINE void add_values(const float* weights, const float* factors, const Chunk& chunk, const Chunk* ahead,
                                 int first, int last, int at, float* out, int padded) {
@@ -302,7 +305,7 @@ VLLMLITE_INLINE void add_all_values(const float* weights, const float* factors, 
   for (; at < padded; at += kLanes) add_values<V, N, 1>(weights, factors, chunk, ahead, first, last, at, out, padded);
 }
 
-// Calls body.operator()<N>(row) for rows of queries, as many at a time as N and what is left allow.
+// Calls body.operator()<N>(row) for all rows of queries, N at a time, and with a smaller number for those left over.
 template <int N, typename Body>
 VLLMLITE_INLINE void each_rows(int rows, Body body, int row = 0) {
   for (; row + N <= rows; row += N) body.template operator()<N>(row);

@@ -1,6 +1,6 @@
-// Products with weights of integer codes in groups: codes are turned into floats in registers, or for many rows of x
-// into scratch memory, once for all of them, and are then multiplied as weights of floats are. So a product has the
-// bits that it has with the same weight dequantised before, and a row's result does not depend on the rows beside it.
+// Products with grouped integer weights. The weights are dequantised in registers or, for many rows of x, into scratch
+// memory, once for all rows, and are then multiplied in the way of float weights. So a product has the same bits as
+// with the dequantised weight, and a row's result does not depend on the rows beside it.
 #pragma once
 
 #include "cpu/kernels/amx.hpp"
@@ -8,17 +8,18 @@
 
 namespace vllmlite::cpu::VLLMLITE_ISA {
 
-// Rows of x in a register tile, and up to how many codes are dequantised in registers, once for each tile of them.
-inline constexpr int kGroupedTileRows = kManyRegisters ? 6 : 2;
+// Rows of x in a register tile, and the most rows of x for which weights are dequantised in registers, again for each
+// register tile.
+inline constexpr int kGroupedRegisterRows = kManyRegisters ? 6 : 2;
 inline constexpr int kDequantizeInRegisters = 6;
 
-// Scales and offsets of the groups in a chunk of a tile, [group][row]: an element is code * scale + offset. All of
+// Scales and offsets of the groups in a chunk of a tile, [group][row]: an element is value * scale + offset. All of
 // these numbers have so few bits that nothing is rounded, unless scales are float32.
 struct GroupConstants {
   static constexpr int kMost = (kLinearChunk / kGroupUnit + 1) * kGroupedRows + kLanes;
   alignas(64) float scale[kMost], offset[kMost];
 
-  // Reads up to kLanes - 1 scales and zeros behind the last ones, where the codes are.
+  // Reads up to kLanes - 1 scales and zeros past the last ones, which is still inside the tile: its qweight follows.
   VLLMLITE_INLINE GroupConstants(const std::byte* tile, const GroupedLayout& layout, int total, int k, int count) {
     typedef std::uint8_t Bytes __attribute__((vector_size(kLanes)));
     const std::ptrdiff_t first = static_cast<std::ptrdiff_t>(k / layout.group) * kGroupedRows;
@@ -37,11 +38,11 @@ struct GroupConstants {
   }
 };
 
-// ---- Blocks: codes of a row that are loaded together. Code i of a block's vector j is in lane i, behind the codes of
-// the vectors before.
+// ---- Blocks: quantised values of a row that are loaded together. Value i of a block's vector j is in lane i, above
+// the bits of the vectors before it.
 
 template <int kBits>
-struct Codes32 {
+struct Quants32 {
   static constexpr int kVectors = 32 / kBits;
   static constexpr int kLaneBytes = 4;
   using Raw = U;
@@ -50,39 +51,39 @@ struct Codes32 {
   };
   static VLLMLITE_INLINE Group group(float scale, float offset) { return {set(scale), set(offset)}; }
   static VLLMLITE_INLINE F values(Raw raw, int vector, const Group& group) {
-    const U codes = (raw >> (vector * kBits)) & ((1U << kBits) - 1);
-    return fma(__builtin_convertvector((I)codes, F), group.scale, group.offset);
+    const U quants = (raw >> (vector * kBits)) & ((1U << kBits) - 1);
+    return fma(__builtin_convertvector((I)quants, F), group.scale, group.offset);
   }
 };
 
 #if defined(__AVX512F__)
-// The values of all 16 codes, from which each element is taken.
-struct Table32 : Codes32<4> {
+// Looks each element up in a table of the 16 dequantised values of its group.
+struct Table32 : Quants32<4> {
   using Group = F;
   static VLLMLITE_INLINE Group group(float scale, float offset) {
-    const F codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return fma(codes, set(scale), set(offset));
+    const F quants = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return fma(quants, set(scale), set(offset));
   }
   static VLLMLITE_INLINE F values(Raw raw, int vector, Group group) {
     return (F)_mm512_permutexvar_ps((__m512i)(raw >> (vector * 4)), (__m512)group);
   }
 };
 #else
-using Table32 = Codes32<4>;
+using Table32 = Quants32<4>;
 #endif
 
 template <typename P, int kBits>
-struct CodeBlock;
+struct QuantBlock;
 
 template <>
-struct CodeBlock<FloatProduct<F32>, 4> : Table32 {};
+struct QuantBlock<FloatProduct<F32>, 4> : Table32 {};
 
 template <>
-struct CodeBlock<FloatProduct<F32>, 8> : Codes32<8> {};
+struct QuantBlock<FloatProduct<F32>, 8> : Quants32<8> {};
 
 #if defined(__AVX512BF16__)
 template <>
-struct CodeBlock<Bf16Product, 4> {
+struct QuantBlock<Bf16Product, 4> {
   static constexpr int kVectors = 4;
   static constexpr int kLaneBytes = 2;
   using Raw = U;
@@ -98,8 +99,8 @@ struct CodeBlock<Bf16Product, 4> {
 };
 
 template <>
-struct CodeBlock<Bf16Product, 8> {
-  using Half = Codes32<8>;
+struct QuantBlock<Bf16Product, 8> {
+  using Half = Quants32<8>;
   static constexpr int kVectors = 2;
   static constexpr int kLaneBytes = 4;
   using Raw = U;
@@ -114,22 +115,22 @@ struct CodeBlock<Bf16Product, 8> {
 
 // ---- The product
 
-// The rows of a tile as vectors of P, a block of codes at a time.
+// Reads the rows of a tile as vectors of P, one block at a time.
 template <typename P, int kBits>
 struct TileReader {
-  using C = CodeBlock<P, kBits>;
+  using C = QuantBlock<P, kBits>;
   static constexpr int kBlock = C::kVectors * P::kVector;
 
-  const std::byte* codes;
-  int group_size, end;  // the latter of the group, in elements of the chunk
+  const std::byte* qweight;
+  int group_size, end;  // `end` is where the current group ends, in elements from the start of the chunk
   const float *scale, *offset;
   typename C::Group groups[kGroupedRows];
   typename C::Raw raw[kGroupedRows];
 
-  // From the element k on, of `total`; `constants` are those of what is read.
+  // Reads from element k of a row of `total` elements on; `constants` are those of the chunk that begins there.
   VLLMLITE_INLINE TileReader(const std::byte* tile, const GroupedLayout& layout, int total, int k,
                              const GroupConstants& constants)
-      : codes(tile + layout.codes_at(total) + static_cast<std::ptrdiff_t>(k) * kGroupedRows * kBits / 8),
+      : qweight(tile + layout.qweight_at(total) + static_cast<std::ptrdiff_t>(k) * kGroupedRows * kBits / 8),
         group_size(layout.group),
         end(k / group_size * group_size - k),
         scale(constants.scale),
@@ -139,8 +140,8 @@ struct TileReader {
 
   VLLMLITE_INLINE void load_block() {
 #pragma GCC unroll 4
-    for (int row = 0; row < kGroupedRows; ++row) raw[row] = load<U>(codes + row * static_cast<int>(sizeof(U)));
-    codes += kGroupedRows * sizeof(U);
+    for (int row = 0; row < kGroupedRows; ++row) raw[row] = load<U>(qweight + row * static_cast<int>(sizeof(U)));
+    qweight += kGroupedRows * sizeof(U);
   }
 
   VLLMLITE_INLINE void next_group() {
@@ -151,12 +152,12 @@ struct TileReader {
     end += group_size;
   }
 
-  // Before the vectors that begin at the element `element` of the chunk.
+  // To be called before the vectors that begin at `element`, counted from the start of the chunk.
   VLLMLITE_INLINE void enter(int element) {
     if (element >= end) next_group();
   }
 
-  // A row's elements; behind the last one are zeros.
+  // A vector of a row's elements; those past the end of the row are zeros.
   VLLMLITE_INLINE typename P::V values(int row, int vector) const { return C::values(raw[row], vector, groups[row]); }
 };
 
@@ -171,7 +172,7 @@ VLLMLITE_INLINE void add_products(const Reader& reader, int vector, LoadX load_x
   }
 }
 
-// M rows of x, from the row `first` on, times the rows of a tile, of which n are there.
+// Multiplies M rows of x, from row `first` on, with the n rows of a tile.
 template <typename P, int kBits, int M>
 void grouped_tile(const LinearBlock& block, const std::byte* tile, int first, float* y, int n) {
   using Reader = TileReader<P, kBits>;
@@ -209,18 +210,18 @@ void grouped_tile(const LinearBlock& block, const std::byte* tile, int first, fl
     for (int m = 0; m < M; ++m) {
       float* const to = y + m * block.y_stride;
       if (n == kGroupedRows) {
-        put_sums<kGroupedRows>(acc + m * kGroupedRows, to, k > 0);
+        store_sums<kGroupedRows>(acc + m * kGroupedRows, to, k > 0);
       } else {
         float sums[kGroupedRows];
-        put_sums<kGroupedRows>(acc + m * kGroupedRows, sums, false);
+        store_sums<kGroupedRows>(acc + m * kGroupedRows, sums, false);
         for (int r = 0; r < n; ++r) to[r] = k > 0 ? to[r] + sums[r] : sums[r];
       }
     }
   }
 }
 
-// Writes `count` elements from the element k on of n rows, of which row r begins at start(r, step) and goes forward by
-// `step` for each kLine<P> elements.
+// Dequantises `count` elements of n rows, from element k on. Row r is written to start(r, step), which also sets
+// `step`, the distance from one kLine<P> elements to the next.
 template <typename P, int kBits, typename Start>
 VLLMLITE_INLINE void dequantize_rows(const LinearBlock& block, int i, int n, int k, int count, Start start) {
   using Reader = TileReader<P, kBits>;
@@ -250,10 +251,10 @@ template <typename P, int kBits>
 void grouped(const LinearBlock& block) {
   using W = typename P::W;
   if (block.m > kDequantizeInRegisters) {
-    LinearBlock copied = block;
-    copied.fetch = false;
-    product<P>(copied, true, [&](int i, int k, int count, W* to) {
-      constexpr int kWidth = tile_width(kTileRows);
+    LinearBlock packed = block;
+    packed.fetch = false;
+    product<P>(packed, true, [&](int i, int k, int count, W* to) {
+      constexpr int kWidth = tile_width(kRegisterRows);
       const int size = round_up_to_lines<P>(count), tiled = block.n / kWidth * kWidth;
       dequantize_rows<P, kBits>(block, i, block.n, k, count, [&](int row, std::ptrdiff_t& step) {
         const bool alone = row >= tiled;
@@ -276,14 +277,14 @@ void grouped(const LinearBlock& block) {
       grouped_tile<P, kBits, 6>,
 #endif
   };
-  static_assert(sizeof kTiles / sizeof *kTiles == kGroupedTileRows + 1);
+  static_assert(sizeof kTiles / sizeof *kTiles == kGroupedRegisterRows + 1);
   const auto tile_bytes = static_cast<std::ptrdiff_t>(block.layout.tile_bytes(block.k));
   for (int i = 0; i < 2 && block.w[i] != nullptr; ++i) {
     const auto* tile = static_cast<const std::byte*>(block.w[i]);
     for (int row = 0; row < block.n; row += kGroupedRows, tile += tile_bytes)
-      for (int m = 0; m < block.m; m += kGroupedTileRows)
-        kTiles[smaller(kGroupedTileRows, block.m - m)](block, tile, m, block.y + i * block.n + row,
-                                                       smaller(kGroupedRows, block.n - row));
+      for (int m = 0; m < block.m; m += kGroupedRegisterRows)
+        kTiles[smaller(kGroupedRegisterRows, block.m - m)](block, tile, m, block.y + i * block.n + row,
+                                                           smaller(kGroupedRows, block.n - row));
   }
   add_bias(block);
 }
@@ -295,15 +296,15 @@ void grouped(const LinearBlock& block) {
 
 template <typename P>
 std::size_t grouped_scratch_bytes(int m, int k) {
-  return m > kDequantizeInRegisters ? copied_bytes<P>(k) : 0;
+  return m > kDequantizeInRegisters ? packed_w_bytes<P>(k) : 0;
 }
 
 // ---- Tiles
 
-// Puts the codes of a row into the order of CodeBlock<P, kBits>, `stride` bytes from block to block.
+// Writes the quantised values of a row in the order of QuantBlock<P, kBits>, with `stride` bytes from block to block.
 template <typename P, int kBits>
-void pack_codes(const std::uint8_t* from, int padded, std::uint8_t* to, std::ptrdiff_t stride) {
-  using C = CodeBlock<P, kBits>;
+void pack_quants(const std::uint8_t* from, int padded, std::uint8_t* to, std::ptrdiff_t stride) {
+  using C = QuantBlock<P, kBits>;
   constexpr int kLanesOf = static_cast<int>(sizeof(U)) / C::kLaneBytes, kInByte = 8 / kBits;
   constexpr int kBlock = static_cast<int>(sizeof(U)) * kInByte;
   for (int k = 0; k < padded; k += kBlock, from += kBlock, to += stride)
@@ -324,9 +325,9 @@ void pack_tile(const GroupedTile& tile) {
   const std::size_t item = layout.scale == Float::f32 ? 4 : 2;
   __builtin_memset(tile.to, 0, layout.tile_bytes(tile.k));
   std::byte* const zeros = tile.to + layout.scale_bytes(tile.k);
-  std::uint8_t codes[kGroupedDepth];
+  std::uint8_t quants[kGroupedDepth];
   for (int row = 0; row < tile.rows; ++row) {
-    const std::uint8_t* const from = tile.codes + static_cast<std::ptrdiff_t>(row) * row_bytes;
+    const std::uint8_t* const from = tile.qweight + static_cast<std::ptrdiff_t>(row) * row_bytes;
     for (int group = 0; group < groups; ++group) {
       const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(row) * groups + group;
       const int to = group * kGroupedRows + row;
@@ -334,30 +335,30 @@ void pack_tile(const GroupedTile& tile) {
                        item);
       if (layout.zeros) zeros[to] = static_cast<std::byte>(tile.zeros[at]);
     }
-    // What fills up the last group means zero.
-    const std::uint8_t filling = layout.zeros ? tile.zeros[static_cast<std::ptrdiff_t>(row + 1) * groups - 1]
+    // Padding dequantises to zero.
+    const std::uint8_t padding = layout.zeros ? tile.zeros[static_cast<std::ptrdiff_t>(row + 1) * groups - 1]
                                               : static_cast<std::uint8_t>(1 << (layout.bits - 1));
     for (int k = 0; k < padded; k += kGroupedDepth) {
       const int count = smaller(kGroupedDepth, tile.k - k);
       const std::uint8_t* const part = from + static_cast<std::ptrdiff_t>(k) * layout.bits / 8;
       if (layout.bits == 4) {
         for (int i = 0; i < count / 2; ++i) {
-          codes[2 * i] = part[i] & 15;
-          codes[2 * i + 1] = part[i] >> 4;
+          quants[2 * i] = part[i] & 15;
+          quants[2 * i + 1] = part[i] >> 4;
         }
-        if (count % 2 != 0) codes[count - 1] = part[count / 2] & 15;
+        if (count % 2 != 0) quants[count - 1] = part[count / 2] & 15;
       } else {
-        __builtin_memcpy(codes, part, static_cast<std::size_t>(count));
+        __builtin_memcpy(quants, part, static_cast<std::size_t>(count));
       }
-      for (int i = count; i < kGroupedDepth; ++i) codes[i] = filling;
+      for (int i = count; i < kGroupedDepth; ++i) quants[i] = padding;
       constexpr std::ptrdiff_t kStride = static_cast<std::ptrdiff_t>(sizeof(U)) * kGroupedRows;
-      auto* const to = reinterpret_cast<std::uint8_t*>(tile.to + layout.codes_at(tile.k)) +
+      auto* const to = reinterpret_cast<std::uint8_t*>(tile.to + layout.qweight_at(tile.k)) +
                        static_cast<std::ptrdiff_t>(k) * kGroupedRows * layout.bits / 8 +
                        row * static_cast<std::ptrdiff_t>(sizeof(U));
       if (layout.bits == 4)
-        pack_codes<P, 4>(codes, kGroupedDepth, to, kStride);
+        pack_quants<P, 4>(quants, kGroupedDepth, to, kStride);
       else
-        pack_codes<P, 8>(codes, kGroupedDepth, to, kStride);
+        pack_quants<P, 8>(quants, kGroupedDepth, to, kStride);
     }
   }
 }
@@ -367,7 +368,7 @@ inline constexpr GroupedKernel grouped_kernel{
     {P::kInput, packed_bytes<P>, grouped_scratch_bytes<P>, passes_of, pack_panel<P>, grouped<P>}, pack_tile<P>};
 
 #if defined(__AMX_BF16__)
-// The rows of w that are dequantised at a time: those of two tile registers.
+// Rows of w that are dequantised at a time, as many as two tile registers hold.
 inline constexpr int kAmxRows = 2 * kTileSide;
 
 inline std::size_t amx_grouped_scratch_bytes(int /*m*/, int k) {

@@ -1,22 +1,23 @@
-// Products of activations with row-major weights that stay where the checkpoint has them.
+// Products of activations with row-major weights, which are read in the checkpoint's own memory.
 //
-// An output element has one accumulator of kLanes lanes, over k in ascending vectors, summed by one tree for each
-// chunk of kLinearChunk; every tile shape below keeps to that, so a row's result does not depend on the rows beside it.
+// Each output element has one accumulator of kLanes lanes, to which vectors are added in ascending order of k; the
+// lanes are added by one tree for each chunk of kLinearChunk elements. That holds for every tile shape below, so a
+// row's result does not depend on the rows beside it.
 #pragma once
 
 #include "cpu/kernels/simd.hpp"
 
 namespace vllmlite::cpu::VLLMLITE_ISA {
 
-// Rows of x, and of w, in a register tile. Wider tiles of fewer rows of x are slower: four streams of w are what
-// memory is read fastest in.
-inline constexpr int kTileRows = kManyRegisters ? 6 : 4;
+// Rows of x, and of w, in a register tile. Memory is read fastest in four streams of w, so tiles of fewer rows of x are
+// not wider.
+inline constexpr int kRegisterRows = kManyRegisters ? 6 : 4;
 constexpr int tile_width(int rows) { return kManyRegisters || rows <= 2 ? 4 : 3; }
 
-// With up to this many rows of x, they are taken as they are.
+// The most rows of x that are read in place, without packing.
 inline constexpr int kPlainRows = 16;
 
-// w of type T against x in float32.
+// Multiplies w of type T with x in float32.
 template <typename T>
 struct FloatProduct {
   using W = typename T::Item;
@@ -32,7 +33,7 @@ struct FloatProduct {
 };
 
 #if defined(__AVX512BF16__)
-// w and x in bfloat16, two products a lane.
+// Multiplies w and x in bfloat16, two products per lane.
 struct Bf16Product {
   using W = std::uint16_t;
   using X = std::uint16_t;
@@ -50,21 +51,21 @@ struct Bf16Product {
 #endif
 
 #if defined(__AVX512F__)
-// Adds the halves of two vectors each: eight lanes of a, then eight of b.
+// Adds the two halves of each vector: eight lanes of sums of a, then eight of b.
 VLLMLITE_INLINE __m512 add_halves(__m512 a, __m512 b) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
 }
 
-// Four lanes of each of four accumulators.
+// Adds the quarters of each of four accumulators: four lanes of sums each.
 VLLMLITE_INLINE __m512 add_quarters(const F* acc) {
   const __m512 ab = add_halves((__m512)acc[0], (__m512)acc[1]), cd = add_halves((__m512)acc[2], (__m512)acc[3]);
   return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
 }
 #endif
 
-// Puts the sums of N accumulators, each by the tree of sum(), into N elements of y, or adds them.
+// Writes, or adds, the sums of N accumulators to N elements of y. Lanes are added by the same tree as in sum().
 template <int N>
-VLLMLITE_INLINE void put_sums(const F* acc, float* y, bool add) {
+VLLMLITE_INLINE void store_sums(const F* acc, float* y, bool add) {
 #if defined(__AVX512F__)
   if constexpr (N == 4) {
     const __m512 four = add_quarters(acc);
@@ -79,7 +80,7 @@ VLLMLITE_INLINE void put_sums(const F* acc, float* y, bool add) {
   for (int n = 0; n < N; ++n) y[n] = add ? y[n] + sum(acc[n]) : sum(acc[n]);
 }
 
-// Elements in a cache line of w: what a tile goes forward at a time.
+// Elements in a cache line of w, the unit in which a tile proceeds along k.
 template <typename P>
 inline constexpr int kLine = 64 / static_cast<int>(sizeof(typename P::W));
 
@@ -87,9 +88,9 @@ struct Tile {
   int k;
   std::ptrdiff_t x_stride, w_stride, y_stride;  // from row to row
   std::ptrdiff_t x_step, w_step;                // from line to line of a row
-  bool packed;                                  // w is in the order of pack()
-  bool add;                                     // to what y holds
-  const char* ahead;                            // rows to prefetch while at it, one after the other
+  bool packed;                                  // whether w is in the order of pack()
+  bool add;                                     // whether to add to y instead of overwriting it
+  const char* ahead;                            // rows to prefetch, one after the other
   std::ptrdiff_t ahead_stride;
   int ahead_rows;
 };
@@ -132,7 +133,7 @@ void tile(const typename P::X* x, const typename P::W* w, float* y, const Tile& 
     }
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) put_sums<N>(acc + m * N, y + m * t.y_stride, t.add);
+  for (int m = 0; m < M; ++m) store_sums<N>(acc + m * N, y + m * t.y_stride, t.add);
 }
 
 template <typename P>
@@ -140,11 +141,11 @@ constexpr int round_up_to_lines(int k) {
   return (k + kLine<P> - 1) / kLine<P> * kLine<P>;
 }
 
-// Copies n rows of k elements so that a tile reads them in one stream: line by line, and of each line the rows of the
-// tile, then rows that fill no tile one by one.
+// Packs n rows of k elements into panels that a tile reads as one stream: line by line, with the same line of all rows
+// of the tile together. Rows that do not fill a tile follow one by one.
 template <typename P>
 void pack(const typename P::W* w, std::ptrdiff_t stride, int n, int k, typename P::W* to) {
-  constexpr int kWidth = tile_width(kTileRows);
+  constexpr int kWidth = tile_width(kRegisterRows);
   for (int row = 0; row < n;) {
     const int width = n - row >= kWidth ? kWidth : 1;
     for (int at = 0; at < k; at += kLine<P>) {
@@ -160,7 +161,8 @@ void pack(const typename P::W* w, std::ptrdiff_t stride, int n, int k, typename 
   }
 }
 
-// One pass of M rows of x over n rows of w, whose share of the rows to come (one in `passes`) is prefetched.
+// Multiplies M rows of x with n rows of w. Each of the `passes` passes over w prefetches one in `passes` of the next
+// rows.
 template <typename P, int M>
 void pass(const typename P::X* x, const typename P::W* w, int n, float* y, Tile t, const char* next, int index,
           int passes) {
@@ -190,15 +192,15 @@ void pass(const typename P::X* x, const typename P::W* w, int n, float* y, Tile 
   }
 }
 
-// Passes over w that m rows of x need.
-inline int passes_of(int m) { return (m + kTileRows - 1) / kTileRows; }
+// The number of passes over w that m rows of x need.
+inline int passes_of(int m) { return (m + kRegisterRows - 1) / kRegisterRows; }
 
-// The rows of x before a pass: rows are shared out among passes as evenly as can be, the longer passes last.
+// The number of rows of x before a pass. Rows are divided among the passes as evenly as possible, the longer ones last.
 inline int rows_before(int m, int pass, int passes) {
   return m / passes * pass + larger(0, pass - (passes - m % passes));
 }
 
-// Panels are the rows of a pass, line by line.
+// A panel of x holds the rows of one pass, line by line.
 template <typename P>
 std::size_t packed_bytes(int m, int k) {
   if (m <= kPlainRows) return 0;
@@ -220,13 +222,14 @@ void pack_panel(const LinearInput& input, int panel) {
 }
 
 template <typename P>
-std::size_t copied_bytes(int k) {
-  return sizeof(typename P::W) * kLinearRows * static_cast<std::size_t>(smaller(kLinearChunk, round_up_to_lines<P>(k)));
+std::size_t packed_w_bytes(int k) {
+  return sizeof(typename P::W) * kLinearBlockRows *
+         static_cast<std::size_t>(smaller(kLinearChunk, round_up_to_lines<P>(k)));
 }
 
 template <typename P>
 std::size_t scratch_bytes(int m, int k) {
-  return m > kLinearFew ? copied_bytes<P>(k) : 0;
+  return m > kSkinnyRows ? packed_w_bytes<P>(k) : 0;
 }
 
 inline void add_bias(const LinearBlock& block) {
@@ -236,10 +239,10 @@ inline void add_bias(const LinearBlock& block) {
         for (int n = 0; n < block.n; ++n) block.y[m * block.y_stride + i * block.n + n] += block.bias[i][n];
 }
 
-// The product with rows of w as they are or, where `copied`, with chunks of them that copy(i, k, count, to) puts into
-// the order of pack(): `count` elements along k of block i's rows.
-template <typename P, typename Copy>
-VLLMLITE_INLINE void product(const LinearBlock& block, bool copied, Copy copy) {
+// Multiplies with the rows of w in place or, if `packed`, with packed chunks of them: pack_chunk(i, k, count, to)
+// writes `count` elements along k of the rows of w[i] to `to`, in the order of pack().
+template <typename P, typename PackChunk>
+VLLMLITE_INLINE void product(const LinearBlock& block, bool packed, PackChunk pack_chunk) {
   using W = typename P::W;
   using Pass = decltype(&pass<P, 1>);
   static constexpr Pass kPasses[] = {
@@ -248,8 +251,8 @@ VLLMLITE_INLINE void product(const LinearBlock& block, bool copied, Copy copy) {
       pass<P, 5>, pass<P, 6>,
 #endif
   };
-  static_assert(sizeof kPasses / sizeof *kPasses == kTileRows + 1 &&
-                tile_width(kTileRows) == tile_width(kTileRows - 1));
+  static_assert(sizeof kPasses / sizeof *kPasses == kRegisterRows + 1 &&
+                tile_width(kRegisterRows) == tile_width(kRegisterRows - 1));
   const auto* x = static_cast<const typename P::X*>(block.x);
   auto* const scratch = reinterpret_cast<W*>(block.scratch);
   const bool panels = block.m > kPlainRows;
@@ -262,10 +265,10 @@ VLLMLITE_INLINE void product(const LinearBlock& block, bool copied, Copy copy) {
     t.w_step = kLine<P>;
     t.y_stride = block.y_stride;
     t.add = k > 0;
-    t.packed = copied;
+    t.packed = packed;
     const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(block.n) * round_up_to_lines<P>(t.k);
-    if (copied)
-      for (int i = 0; i < blocks; ++i) copy(i, k, t.k, scratch + i * size);
+    if (packed)
+      for (int i = 0; i < blocks; ++i) pack_chunk(i, k, t.k, scratch + i * size);
     const bool last = k + kLinearChunk >= block.k;
     for (int index = 0; index < passes; ++index) {
       const int first = rows_before(block.m, index, passes), rows = rows_before(block.m, index + 1, passes) - first;
@@ -276,7 +279,7 @@ VLLMLITE_INLINE void product(const LinearBlock& block, bool copied, Copy copy) {
       for (int i = 0; i < blocks; ++i) {
         const W* w = static_cast<const W*>(block.w[i]) + k;
         const void* next = !block.fetch ? nullptr : last ? block.next[i] : w + kLinearChunk;
-        kPasses[rows](from, copied ? scratch + i * size : w, block.n, block.y + first * block.y_stride + i * block.n, t,
+        kPasses[rows](from, packed ? scratch + i * size : w, block.n, block.y + first * block.y_stride + i * block.n, t,
                       static_cast<const char*>(next), index, passes);
       }
     }
@@ -287,7 +290,7 @@ VLLMLITE_INLINE void product(const LinearBlock& block, bool copied, Copy copy) {
 template <typename P>
 void linear(const LinearBlock& block) {
   using W = typename P::W;
-  product<P>(block, block.m > kLinearFew, [&](int i, int k, int count, W* to) {
+  product<P>(block, block.m > kSkinnyRows, [&](int i, int k, int count, W* to) {
     pack<P>(static_cast<const W*>(block.w[i]) + k, block.w_stride, block.n, count, to);
   });
 }

@@ -1,8 +1,8 @@
-// Products of quantised activations with quantised weights, and how both are quantised.
+// Products of quantised activations with quantised weights, and the quantisation of both.
 //
 // A group is kGroup elements along k, with one or two scales. The integers that share a scale are multiplied and added
-// exactly; these sums, and behind them a group's offset, are added in float32, in ascending order. So a row's result
-// does not depend on the rows beside it, nor on the instruction set's lanes.
+// exactly. These sums, each followed by its group's offset, are added in float32 in ascending order of groups. So a
+// row's result depends neither on the rows beside it nor on the instruction set's lanes.
 #pragma once
 
 #include "cpu/kernels/simd.hpp"
@@ -11,7 +11,7 @@ namespace vllmlite::cpu::VLLMLITE_ISA {
 
 inline constexpr int kQuads = kGroup / 4;
 
-// ---- Four bytes of w a lane against four of x: acc + sum of (w - kOffset) * x, w unsigned, x signed.
+// ---- Dot products of four bytes per lane: acc + sum of (w - kOffset) * x, with w unsigned and x signed
 
 #if defined(__AVX512VNNI__)
 struct Dot {
@@ -23,7 +23,7 @@ struct Dot {
   static VLLMLITE_INLINE I add(I acc, W w, X x) { return (I)_mm512_dpbusd_epi32((__m512i)acc, w, x); }
 };
 #elif defined(__SSE2__)
-// Bytes widen to 16 bits, even ones and odd ones apart, whose products are added in pairs.
+// Even and odd bytes are widened to 16 bits separately; their products are added in pairs.
 struct Dot {
   typedef std::int16_t S __attribute__((vector_size(kLanes * 4)));
   typedef std::uint16_t Z __attribute__((vector_size(kLanes * 4)));
@@ -94,11 +94,11 @@ struct Dot {
 };
 #endif
 
-// ---- Codes of a group of a strip, as unsigned bytes: vectors of quads
+// ---- The quantised values of a tile's group, as unsigned bytes: vectors of quads (four values of a row)
 
-inline constexpr int kQuadBytes = 4 * kStripRows;
+inline constexpr int kQuadBytes = 4 * kTileRows;
 
-// One quad, or two neighbouring ones whose lowest bits lie together.
+// Loads one quad, or two consecutive ones whose lowest four bits share bytes.
 template <int kBits>
 struct Quads {
   static constexpr int kLoaded = kBits == 8 ? 1 : 2;
@@ -124,84 +124,85 @@ struct Quads {
   }
 };
 
-// ---- Scales and offsets of some rows of a strip, from the row `lane` on
+// ---- Scales and offsets of kLanes rows of a tile
 
-template <Codes C>
+template <TileScheme S>
 struct Scaling {
-  static constexpr Layout kLayout = layout_of(C);
+  static constexpr TileLayout kLayout = layout_of(S);
   const std::uint16_t* floats;
-  const std::int8_t* factors;
+  const std::int8_t* sub_scales;
 
   VLLMLITE_INLINE F float_at(int group, int index) const {
-    const std::uint16_t* at = floats + (kLayout.factors ? group / kUnitGroups : group) * kLayout.unit_floats();
+    const std::uint16_t* at = floats + (kLayout.sub_scales ? group / kUnitGroups : group) * kLayout.unit_floats();
     if constexpr (kLayout.bf16)
-      return BF16::load(at + index * kStripRows);
+      return BF16::load(at + index * kTileRows);
     else
-      return F16::load(at + index * kStripRows);
+      return F16::load(at + index * kTileRows);
   }
-  VLLMLITE_INLINE F factor_at(int group, int index) const {
-    return from_i8(factors + group * kLayout.group_factors() + index * kStripRows);
+  VLLMLITE_INLINE F sub_scale_at(int group, int index) const {
+    return from_i8(sub_scales + group * kLayout.group_sub_scales() + index * kTileRows);
   }
   VLLMLITE_INLINE F scale(int group, int part) const {
-    if constexpr (kLayout.factors) return float_at(group, 0) * factor_at(group, part);
+    if constexpr (kLayout.sub_scales) return float_at(group, 0) * sub_scale_at(group, part);
     return float_at(group, 0);
   }
   VLLMLITE_INLINE F offset(int group) const {
-    if constexpr (kLayout.factors) return float_at(group, 1) * factor_at(group, kLayout.scales_a_group());
+    if constexpr (kLayout.sub_scales) return float_at(group, 1) * sub_scale_at(group, kLayout.scales_per_group());
     return float_at(group, 1);
   }
 };
 
 // ---- The product
 
-// Columns, which are vectors of a strip's rows, in a register tile of m rows of x.
+// Columns in a register tile of m rows of x. A column is a vector of y: kLanes rows of a tile of w.
 constexpr int columns_of(int m) { return kManyRegisters ? 3 : m == 1 ? 4 : 2; }
-inline constexpr int kMostRows = kManyRegisters ? 8 : 2;  // of x in a pass
+inline constexpr int kMaxRows = kManyRegisters ? 8 : 2;  // of x in a pass
 
-// Of the passes over a block, which share what is fetched ahead.
-struct Share {
-  int index, passes;
+// One of the passes over a block's rows of w; each prefetches its part of the next block.
+struct PassOf {
+  int index, count;
 };
 
-// A vector of which `count` elements, or more, are there.
+// Loads a vector of which the first `count` elements exist; all of them if `count` is larger.
 VLLMLITE_INLINE F load_up_to(const float* from, int count) {
   return count >= kLanes ? load<F>(from) : load_some<F>(from, count);
 }
 
-// M rows of x by V columns.
-template <Codes C, int M, int V>
-VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, Share share) {
-  constexpr int kParts = kStripRows / kLanes;
-  constexpr Layout kLayout = layout_of(C);
-  constexpr int kScales = kLayout.scales_a_group(), kScaledQuads = kQuads / kScales;
+// Multiplies M rows of x by V columns.
+template <TileScheme S, int M, int V>
+VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, PassOf pass) {
+  constexpr int kParts = kTileRows / kLanes;
+  constexpr TileLayout kLayout = layout_of(S);
+  constexpr int kScales = kLayout.scales_per_group(), kScaledQuads = kQuads / kScales;
   using Stored = Quads<kLayout.bits>;
-  const std::uint8_t* codes[V];
-  Scaling<C> scaling[V];
+  const std::uint8_t* qweight[V];
+  Scaling<S> scaling[V];
   for (int v = 0; v < V; ++v) {
-    const std::ptrdiff_t strip = (column + v) / kParts;
+    const std::ptrdiff_t tile = (column + v) / kParts;
     const int lane = (column + v) % kParts * kLanes;
-    codes[v] = b.w.codes + strip * b.groups * kLayout.group_bytes() + lane * 4;
-    scaling[v].floats = b.w.scales + strip * kLayout.units(b.groups) * kLayout.unit_floats() + lane;
-    if (kLayout.factors) scaling[v].factors = b.w.factors + strip * b.groups * kLayout.group_factors() + lane;
+    qweight[v] = b.w.qweight + tile * b.groups * kLayout.group_bytes() + lane * 4;
+    scaling[v].floats = b.w.scales + tile * kLayout.units(b.groups) * kLayout.unit_floats() + lane;
+    if (kLayout.sub_scales)
+      scaling[v].sub_scales = b.w.sub_scales + tile * b.groups * kLayout.group_sub_scales() + lane;
   }
   const std::ptrdiff_t x_stride = static_cast<std::ptrdiff_t>(b.groups) * kGroup;
   const std::ptrdiff_t first = static_cast<std::ptrdiff_t>(row) * b.groups;  // of x's groups
-  const std::int8_t* x = b.x.codes + row * x_stride;
+  const std::int8_t* x = b.x.values + row * x_stride;
   float* y = b.y + row * b.y_stride + column * kLanes;
   F sums[M][V] = {};
   for (int g = 0; g < b.groups; ++g) {
-    if (b.next != nullptr && g % share.passes == share.index)
+    if (b.next != nullptr && g % pass.count == pass.index)
       for (int v = 0; v < V; ++v)
         if ((column + v) % kParts == 0)
           for (int byte = 0; byte < kLayout.group_bytes(); byte += 64)
-            prefetch(b.next + (codes[v] - b.w.codes) + g * kLayout.group_bytes() + byte);
+            prefetch(b.next + (qweight[v] - b.w.qweight) + g * kLayout.group_bytes() + byte);
 #pragma GCC unroll 2
     for (int part = 0; part < kScales; ++part) {
       I acc[M][V];
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const std::ptrdiff_t at = first + m * b.groups + g;
-        std::int32_t total = kScales == 1 ? b.x.sums[at] : b.x.first[at];
+        std::int32_t total = kScales == 1 ? b.x.sums[at] : b.x.half_sums[at];
         if (part == 1) total = b.x.sums[at] - total;
         const I start = I{} + total * (Dot::kOffset - kLayout.zero);
 #pragma GCC unroll 8
@@ -213,7 +214,7 @@ VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, S
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
           U quads[Stored::kLoaded];
-          Stored::load(codes[v] + g * kLayout.group_bytes(), quad, quads);
+          Stored::load(qweight[v] + g * kLayout.group_bytes(), quad, quads);
 #pragma GCC unroll 2
           for (int i = 0; i < Stored::kLoaded; ++i) w[i][v] = Dot::widen(quads[i]);
         }
@@ -246,7 +247,7 @@ VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, S
       for (int v = 0; v < V; ++v) offset[v] = scaling[v].offset(g);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const F total = set(b.x.totals[first + m * b.groups + g]);
+        const F total = set(b.x.scaled_sums[first + m * b.groups + g]);
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) sums[m][v] = fma(offset[v], total, sums[m][v]);
       }
@@ -264,29 +265,29 @@ VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, S
     }
 }
 
-template <Codes C, int M>
-void column_pass(const QuantizedBlock& b, int row, Share share) {
+template <TileScheme S, int M>
+void column_pass(const QuantizedBlock& b, int row, PassOf pass) {
   const int columns = (b.n + kLanes - 1) / kLanes;
   int column = 0;
   for (; column + columns_of(M) <= columns; column += columns_of(M))
-    column_tile<C, M, columns_of(M)>(b, row, column, share);
-  for (; column < columns; ++column) column_tile<C, M, 1>(b, row, column, share);
+    column_tile<S, M, columns_of(M)>(b, row, column, pass);
+  for (; column < columns; ++column) column_tile<S, M, 1>(b, row, column, pass);
 }
 
-template <Codes C>
+template <TileScheme S>
 void quantized(const QuantizedBlock& b) {
-  using Pass = decltype(&column_pass<C, 1>);
+  using Pass = decltype(&column_pass<S, 1>);
   static constexpr Pass kPasses[] = {
-      nullptr,           column_pass<C, 1>, column_pass<C, 2>,
+      nullptr,           column_pass<S, 1>, column_pass<S, 2>,
 #if defined(__AVX512F__) || defined(__aarch64__)
-      column_pass<C, 3>, column_pass<C, 4>, column_pass<C, 5>, column_pass<C, 6>, column_pass<C, 7>, column_pass<C, 8>,
+      column_pass<S, 3>, column_pass<S, 4>, column_pass<S, 5>, column_pass<S, 6>, column_pass<S, 7>, column_pass<S, 8>,
 #endif
   };
-  const int passes = (b.m + kMostRows - 1) / kMostRows;
-  Share share{0, passes};
-  for (int row = 0; share.index < passes; ++share.index) {
-    const int rows = (b.m - row + passes - share.index - 1) / (passes - share.index);
-    kPasses[rows](b, row, share);
+  const int passes = (b.m + kMaxRows - 1) / kMaxRows;
+  PassOf pass{0, passes};
+  for (int row = 0; pass.index < passes; ++pass.index) {
+    const int rows = (b.m - row + passes - pass.index - 1) / (passes - pass.index);
+    kPasses[rows](b, row, pass);
     row += rows;
   }
 }
@@ -295,7 +296,7 @@ void quantized(const QuantizedBlock& b) {
 
 inline constexpr int kGroupVectors = kGroup / kLanes;
 
-// A group of a row: its elements, and the one of the largest magnitude with its sign. NaN if any is not finite.
+// A group of a row: its elements, and the (signed) one of the largest magnitude, NaN if any is not finite.
 struct Group {
   F x[kGroupVectors];
   float extreme;
@@ -317,17 +318,14 @@ struct Group {
   }
 };
 
-// Nearest whole numbers, even ones between two, within bounds.
+// Rounds to the nearest whole number, halves to even, and clamps.
 VLLMLITE_INLINE F whole(F x, float low, float high) {
-  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it leaves no bits for a fraction
   const F bounded = max(set(low), x);
   return ((bounded < high ? bounded : set(high)) + kRound) - kRound;
 }
 
-typedef std::int8_t B __attribute__((vector_size(kLanes)));
-
-// A row of x as signed bytes in groups: the element of the largest magnitude becomes -128.
-inline void quantize_x(const QuantizedRow& row) {
+// Quantises a row of x to int8 in groups: the element of the largest magnitude becomes -128.
+inline void quantize_x(const RowToQuantize& row) {
   for (int g = 0; g * kGroup < row.size; ++g) {
     const Group group = Group::read<F32>(row.x + g * kGroup, smaller(kGroup, row.size - g * kGroup));
     const float inverse = group.extreme == 0 ? 0 : -128.0F / group.extreme;
@@ -336,12 +334,12 @@ inline void quantize_x(const QuantizedRow& row) {
       const F q = whole(group.x[i] * inverse, -128, 127);
       total += q;
       if (i * 2 * kLanes < kGroup) first += q;
-      store(row.to.codes + g * kGroup + i * kLanes, __builtin_convertvector(__builtin_convertvector(q, I), B));
+      store(row.to.values + g * kGroup + i * kLanes, __builtin_convertvector(__builtin_convertvector(q, I), B));
     }
     row.to.scales[g] = group.extreme * (-1.0F / 128);
     row.to.sums[g] = static_cast<std::int32_t>(sum(total));
-    row.to.first[g] = static_cast<std::int32_t>(sum(first));
-    row.to.totals[g] = row.to.scales[g] * static_cast<float>(row.to.sums[g]);
+    row.to.half_sums[g] = static_cast<std::int32_t>(sum(first));
+    row.to.scaled_sums[g] = row.to.scales[g] * static_cast<float>(row.to.sums[g]);
   }
 }
 
@@ -352,8 +350,8 @@ struct Int8Group {
   static VLLMLITE_INLINE float scale(const Group& group) { return rounded_to_bf16(group.extreme * (-1.0F / 128)); }
 };
 
-// Of some scales around the one that makes the element of the largest magnitude -8, each corrected to the one that fits
-// its codes best, the one of the least squared error.
+// Tries scales around the one that maps the element of the largest magnitude to -8, refits each to its quantised
+// values, and returns the one with the least squared error.
 struct Int4Group {
   static constexpr int kScaleTries = 9;
   static constexpr float kLow = -8, kHigh = 7;
@@ -384,37 +382,37 @@ struct Int4Group {
   }
 };
 
-// Up to kStripRows rows of w as a strip. False if a value is not finite.
+// Quantises up to kTileRows rows of w into a tile. Returns false if an element is not finite.
 template <typename G, bool kPacked>
-bool quantize_strip(const QuantizedStrip& s) {
+bool quantize_tile(const TileToQuantize& s) {
   bool finite = true;
   with_type(s.type, [&](auto type) {
     using T = decltype(type);
     for (int g = 0; g * kGroup < s.size; ++g)
-      for (int r = 0; r < kStripRows; ++r) {
+      for (int r = 0; r < kTileRows; ++r) {
         float scale = 0;
-        F codes[kGroupVectors] = {};
+        F quants[kGroupVectors] = {};
         if (r < s.rows) {
           const auto* from = static_cast<const typename T::Item*>(s.w) + r * s.stride + g * kGroup;
           const Group group = Group::read<T>(from, smaller(kGroup, s.size - g * kGroup));
           if (group.extreme != group.extreme) finite = false;
           if (group.extreme != 0 && group.extreme == group.extreme) scale = G::scale(group);
           for (int i = 0; i < kGroupVectors && scale != 0; ++i)
-            codes[i] = whole(group.x[i] * (1.0F / scale), G::kLow, G::kHigh);
+            quants[i] = whole(group.x[i] * (1.0F / scale), G::kLow, G::kHigh);
         }
         std::uint16_t bits[kLanes];
         BF16::store(bits, set(scale));
-        s.scales[g * kStripRows + r] = bits[0];
+        s.scales[g * kTileRows + r] = bits[0];
         float lanes[kGroup];
-        for (int i = 0; i < kGroupVectors; ++i) store(lanes + i * kLanes, codes[i] - G::kLow);
-        std::uint8_t* to = s.codes + g * kGroup * kStripRows / (kPacked ? 2 : 1) + r * 4;
+        for (int i = 0; i < kGroupVectors; ++i) store(lanes + i * kLanes, quants[i] - G::kLow);
+        std::uint8_t* to = s.qweight + g * kGroup * kTileRows / (kPacked ? 2 : 1) + r * 4;
         for (int k = 0; k < kGroup; ++k) {
-          const auto code = static_cast<std::uint8_t>(static_cast<int>(lanes[k]));
+          const auto quant = static_cast<std::uint8_t>(static_cast<int>(lanes[k]));
           if constexpr (kPacked) {
-            std::uint8_t& pair = to[k / 8 * kStripRows * 4 + k % 4];
-            pair = k / 4 % 2 == 0 ? code : static_cast<std::uint8_t>(pair | code << 4);
+            std::uint8_t& pair = to[k / 8 * kTileRows * 4 + k % 4];
+            pair = k / 4 % 2 == 0 ? quant : static_cast<std::uint8_t>(pair | quant << 4);
           } else {
-            to[k / 4 * kStripRows * 4 + k % 4] = code;
+            to[k / 4 * kTileRows * 4 + k % 4] = quant;
           }
         }
       }

@@ -25,10 +25,11 @@ constinit const Kernels kernels{
     .linear = {linear_kernel<FloatProduct<F32>>, linear_kernel<FloatProduct<F16>>, linear_kernel<FloatProduct<BF16>>},
     .grouped = {grouped_kernel<FloatProduct<F32>>},
 #endif
-    .quantized = {quantized<Codes::int8>, quantized<Codes::int4>, quantized<Codes::q4_1>, quantized<Codes::q5_0>,
-                  quantized<Codes::q5_1>, quantized<Codes::q4_k>, quantized<Codes::q5_k>, quantized<Codes::q6_k>},
+    .quantized = {quantized<TileScheme::int8>, quantized<TileScheme::int4>, quantized<TileScheme::q4_1>,
+                  quantized<TileScheme::q5_0>, quantized<TileScheme::q5_1>, quantized<TileScheme::q4_k>,
+                  quantized<TileScheme::q5_k>, quantized<TileScheme::q6_k>},
     .quantize_x = quantize_x,
-    .quantize_strip = {quantize_strip<Int8Group, false>, quantize_strip<Int4Group, true>},
+    .quantize_tile = {quantize_tile<Int8Group, false>, quantize_tile<Int4Group, true>},
     .convert = convert,
     .rms_norm = rms_norm,
     .layer_norm = layer_norm,
@@ -41,7 +42,7 @@ constinit const Kernels kernels{
 #else
     .attention = {attention<F32Keys>, attention<PairKeys<F16>>, attention<PairKeys<BF16>>},
 #endif
-    .attention_int8 = attention<CodeKeys>,
+    .attention_int8 = attention<Int8Keys>,
     .quantize_head = quantize_head,
     .argmax = argmax,
     .weights = weights,
