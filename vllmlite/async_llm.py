@@ -1,4 +1,4 @@
-"""AsyncLLM: an engine elsewhere, and streams of its outputs to any number of tasks of one event loop."""
+"""AsyncLLM: an engine in a thread or process of its own, used by any number of tasks of one event loop."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from vllmlite.tokenizers.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3
-"""After this many failed steps in a row the engine counts as broken: a device error rarely mends itself."""
+"""The engine is given up after this many failed steps in a row: a device rarely recovers from an error."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """What :meth:`LLMEngine.add_request` takes."""
+    """A request to submit: the arguments of :meth:`LLMEngine.add_request`."""
 
     request_id: str
     prompt: Prompt
@@ -38,13 +38,13 @@ class NewRequest:
 
 
 class OutputStream:
-    """Outputs of requests that were submitted together, for one task.
+    """The outputs of requests that were submitted together, to be read by one task.
 
-    A reader that falls behind finds all that has come since in its next :meth:`take`, in one output a request; it
-    holds up nobody."""
+    A slow reader does not delay the engine or other readers: its next :meth:`take` returns everything that has arrived
+    since, merged into one output per request."""
 
     def __init__(self, engine: AsyncLLM, requests: Sequence[NewRequest]) -> None:
-        """Collect the outputs of ``requests``, which :meth:`AsyncLLM.submit` has just added to ``engine``."""
+        """Start without outputs of ``requests``, which :meth:`AsyncLLM.submit` is about to add to ``engine``."""
         self._engine = engine
         self._unfinished = {request.request_id for request in requests}
         self._deltas = {
@@ -58,9 +58,9 @@ class OutputStream:
         self._waiter: asyncio.Future[None] | None = None
 
     async def take(self) -> list[RequestOutput]:
-        """What has come since the last call, after waiting for something; empty once every request has finished.
+        """Wait for outputs, and return those that have arrived since the last call; [] once every request has finished.
 
-        Raises VllmliteError, and drops the other requests, if a step failed or the engine ended one."""
+        Raises VllmliteError if a step failed or the engine ended a request; the other requests are then aborted."""
         while not self._items:
             if self._error is not None:
                 self.close()
@@ -76,13 +76,13 @@ class OutputStream:
         return items
 
     def close(self) -> None:
-        """Abort what has not finished; its blocks are free before the engine's next step."""
+        """Abort the requests that have not finished; the engine frees their blocks before its next step."""
         if self._unfinished:
             self._engine._forget(self._unfinished)
             self._unfinished.clear()
 
     def put(self, item: RequestOutput | BaseException) -> None:
-        """Hand over an output or the end of it all."""
+        """Add an output, or an error, which ends the stream."""
         if isinstance(item, RequestOutput):
             earlier = self._items.get(item.request_id)
             if earlier is not None and item.request_id in self._deltas:
@@ -96,11 +96,11 @@ class OutputStream:
 
 
 class AsyncLLM:
-    """The engine for servers: :meth:`generate` from any number of tasks. Belongs to the event loop that runs when it
-    is first asked something, or to a later one once that is closed.
+    """The engine for servers: any number of tasks of one event loop may call :meth:`generate`. The loop is the one that
+    runs at the first call; after it has been closed, another loop may use the engine.
 
-    The loop reads what the engine's steps gave as soon as it has dealt with what they gave before: while it is busy
-    the engine goes on, and its next outputs have several tokens."""
+    The engine does not wait for the loop. While the loop is busy, outputs accumulate, and the next ones that it reads
+    have several tokens each."""
 
     def __init__(self, config: EngineConfig, *, engine_process: bool = False) -> None:
         """Load the model and start the engine's thread or, with ``engine_process``, its process."""
@@ -117,22 +117,22 @@ class AsyncLLM:
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineConfig, **_absent: object) -> AsyncLLM:
-        """vLLM's way to make one; ``usage_context`` and the like have no effect."""
+        """Make an AsyncLLM from a configuration, as in vLLM; ``usage_context`` and other arguments have no effect."""
         return cls(engine_args)
 
     @property
     def llm_engine(self) -> LLMEngine:
-        """The engine's near end."""
+        """The engine as this thread sees it, a client of the engine's thread or process."""
         return self._engine
 
     @property
     def dead_error(self) -> EngineDeadError | None:
-        """Why the engine has ended by itself; None while it lives."""
+        """Why the engine died; None if it has not, or was shut down."""
         return self._death
 
     @property
     def last_step_failed(self) -> bool:
-        """Whether the step before this raised."""
+        """Whether the engine's latest steps failed."""
         return self._failed_steps_in_a_row > 0
 
     def get_tokenizer(self) -> Tokenizer:
@@ -142,8 +142,9 @@ class AsyncLLM:
     async def submit(self, requests: Sequence[NewRequest]) -> OutputStream:
         """Add requests, all or none. Raises :class:`ParameterError` if one can never be served.
 
-        A grammar that has not been compiled yet is now, while nothing else moves."""
-        self._attend()
+        A grammar that has not been compiled yet is compiled here, which blocks the event loop; :meth:`generate`
+        compiles it in a thread first."""
+        self._use_running_loop()
         stream = OutputStream(self, requests)
         added: list[str] = []
         try:
@@ -177,10 +178,11 @@ class AsyncLLM:
         priority: int = 0,
         **absent: object,
     ) -> AsyncIterator[RequestOutput]:
-        """Outputs of a request as its ``output_kind`` says. Leaving the iteration early aborts the request.
+        """Generate the outputs of a request, in the form that its ``output_kind`` names. Leaving the iteration early
+        aborts the request.
 
-        ``trace_headers`` have no effect; the other arguments of vLLM's must be None. Raises :class:`ParameterError` if
-        it can never be served, VllmliteError if a step failed."""
+        ``trace_headers`` have no effect; the other arguments that vLLM has must be None. Raises :class:`ParameterError`
+        if the request can never be served, VllmliteError if a step failed."""
         refuse({"lora_request": lora_request, **absent})
         if not isinstance(sampling_params, SamplingParams):
             raise ParameterError("sampling_params", sampling_params, "must be SamplingParams")
@@ -198,50 +200,50 @@ class AsyncLLM:
             stream.close()
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
-        """End a request, or several; their streams raise VllmliteError."""
+        """Abort one or several requests; their streams raise VllmliteError."""
         for each in [request_id] if isinstance(request_id, str) else list(request_id):
             self._fail([each], VllmliteError(f"request {each} was aborted"))
 
     async def abort_all(self, reason: str) -> None:
-        """End every request; their streams raise EngineDeadError with ``reason``."""
+        """Abort every request; their streams raise EngineDeadError with ``reason``."""
         self._fail(list(self._streams), EngineDeadError(reason))
 
     async def stats(self) -> EngineStats:
-        """The engine's counters."""
+        """Return the engine's counters."""
         stats: EngineStats = await self.ask("current_stats")
         return stats
 
     async def reset_prefix_cache(
         self, reset_running_requests: bool = False, reset_connector: bool = False
     ) -> bool:
-        """Forget every cached prefix; True, as vLLM says where that has been done. vLLM's arguments must be False."""
+        """Empty the prefix cache. Returns True, as vLLM does on success. vLLM's arguments must be False."""
         refuse({"reset_running_requests": reset_running_requests, "reset_connector": reset_connector})
         await self.ask("reset_prefix_cache")
         return True
 
     async def ask(self, name: str, *args: object) -> Any:
-        """Have the engine's method ``name`` called between two of its steps; what it returns."""
-        self._attend()
+        """Call the engine's method ``name`` between two steps, and return its result."""
+        self._use_running_loop()
         return await self._core.ask(name, *args)
 
     def on_death(self, callback: Callable[[], object]) -> None:
-        """Have ``callback`` called if the engine ends by itself while the running event loop runs."""
+        """Have ``callback`` called if the engine dies while the running event loop runs."""
         self._on_death = callback
-        self._attend()
+        self._use_running_loop()
 
     def shutdown(self) -> None:
-        """End the engine; open streams raise."""
+        """End the engine; open streams raise EngineDeadError."""
         self._finish(EngineDeadError("the engine has been shut down"))
 
-    def _attend(self) -> None:
-        """Have the running event loop take in what the engine gives. Raises EngineDeadError where there is none."""
+    def _use_running_loop(self) -> None:
+        """Have the running event loop receive the engine's outputs. Raises EngineDeadError if the engine has ended."""
         if self._end is not None:
             raise self._end
         self._engine.turns.check()
-        self._core.attend(asyncio.get_running_loop(), self._receive_outputs)
+        self._core.join_loop(asyncio.get_running_loop(), self._receive_outputs)
 
     def _receive_outputs(self) -> None:
-        """Receive what the engine has sent, and hand it to the streams."""
+        """Receive the outputs that the engine has sent, and put them into the streams."""
         try:
             self._core.receive()
             while self._core.has_outputs():
@@ -250,7 +252,7 @@ class AsyncLLM:
                 self._publish(outputs)
             self._core.check()
         except BaseException as error:
-            # An exception of a signal handler too: outputs that were not handed out are lost with it.
+            # This includes exceptions of signal handlers: they lose outputs that have not reached a stream.
             logger.exception("the engine is dead")
             self._death = EngineDeadError(f"the engine is dead: {type(error).__name__}: {error}")
             self._finish(self._death)
@@ -291,7 +293,7 @@ class AsyncLLM:
         self._forget(request_ids)
 
     def _forget(self, request_ids: Iterable[str]) -> None:
-        """Drop requests that nobody waits for any more; there is nothing to do where the engine is gone."""
+        """Drop requests whose outputs nobody reads any more, and abort them unless the engine has ended."""
         for request_id in request_ids:
             if self._streams.pop(request_id, None) is not None and self._end is None:
                 self._engine.abort_request(request_id)
@@ -307,4 +309,4 @@ class AsyncLLM:
 
 
 AsyncLLMEngine = AsyncLLM
-"""vLLM's older name."""
+"""vLLM's older name of AsyncLLM."""

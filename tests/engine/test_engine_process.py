@@ -305,7 +305,7 @@ def test_what_the_socket_does_not_take_at_once_is_sent_later() -> None:
     prompt = list(range(3, 500)) * 100
 
     async def run() -> None:
-        client.attend(asyncio.get_running_loop(), client.receive)
+        client.join_loop(asyncio.get_running_loop(), client.receive)
         for index in range(20):
             client.add_request(str(index), [index, *prompt], SamplingParams(max_tokens=1))
         with deaf.theirs.makefile("rb") as stream:

@@ -1,9 +1,9 @@
-"""The native CPU backend: the contract on ``vllmlite._cpu``, without torch.
+"""The native CPU backend, which implements the interface of backends with ``vllmlite._cpu``, without torch.
 
-Ops return at once: the extension appends them to a list, which its threads go through when a result is read, in
-:meth:`CpuBackend.to_host`, or the next step begins. A graph is such a list, kept. Activations are float32 whatever the
-weights are, or bfloat16 where a product of the model's weights takes nothing else; an output row is a function of its
-own input row, bit for bit, whatever else is in the batch.
+Ops return at once: the extension appends them to a list, which its threads run when :meth:`CpuBackend.to_host` reads a
+result, or when the next step begins. A graph is a recorded list. Activations are float32 whatever the dtype of the
+weights, or bfloat16 if products with the model's weights take only that. Each output row depends only on its own input
+row, bit for bit, whatever else is in the batch.
 """
 
 # ruff: noqa: D102  (the methods are documented in base.py)
@@ -47,10 +47,12 @@ _Tiles: TypeAlias = tuple[str, Tensor, Tensor, Tensor | None, int]
 
 
 class CpuBackend(NativeBackend):
-    """``dtype``: of float weights, one of ``FLOAT_DTYPES``. ``threads``: None for as many as the process may use.
-    ``isa``: a name in ``_cpu.instruction_sets()``, or ``auto`` for the best. ``packed``: most products have packed
-    weights, so that ops hand them activations in float32, which they quantise, and not rounded to the dtype that
-    products of float weights take. BackendError says what is missing."""
+    """The CPU backend. Raises BackendError, which says what is missing, if it cannot run here.
+
+    ``dtype`` is that of float weights, one of ``FLOAT_DTYPES``. ``threads``: None for one for each CPU that the process
+    may use. ``isa``: a name in ``_cpu.instruction_sets()``, or ``auto`` for the best. ``packed``: most products have
+    quantised weights, so activations between ops are float32, which those products take, even if products with float
+    weights take bfloat16."""
 
     name: ClassVar[str] = "cpu"
     device = "cpu"
@@ -224,7 +226,7 @@ class CpuBackend(NativeBackend):
         return range(1, most + 1)
 
     def capture(self, key: GraphKey, step: Step, slots: Any, spec: KVSpec) -> Step:
-        """Records at the first call; later ones replay."""
+        """Return a step that is recorded at its first call and replayed at later ones."""
         graph: Any = None
 
         def run(batch: ForwardBatch) -> Sequence[Tensor]:
@@ -241,7 +243,7 @@ class CpuBackend(NativeBackend):
 
 @contextmanager
 def _refusing(shape: Sequence[int]) -> Iterator[None]:
-    """What the extension cannot take of a weight is the model's fault."""
+    """Turn a ValueError of the extension, which refuses a weight of ``shape``, into a ModelError."""
     try:
         yield
     except ValueError as error:
@@ -249,7 +251,7 @@ def _refusing(shape: Sequence[int]) -> Iterator[None]:
 
 
 def _native_order(host: HostTensor) -> NDArray[np.uint8]:
-    """The bytes; a swapped copy where the machine's order is not the little-endian one."""
+    """Return the bytes of ``host``, which are little-endian; on a big-endian machine, a copy with swapped bytes."""
     size = ITEM_SIZE[host.dtype]
     if sys.byteorder == "little" or size == 1:
         return host.data

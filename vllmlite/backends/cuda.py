@@ -1,9 +1,9 @@
-"""The native CUDA backend: the contract on ``vllmlite._cuda``, without torch.
+"""The native CUDA backend, which implements the interface of backends with ``vllmlite._cuda``, without torch.
 
-Ops issue kernels on one stream and return at once; :meth:`CudaBackend.to_host` waits, for sampled ids no longer than
-until their own copy has arrived. In float32 an output row is a function of its own input row, bit for bit; 16-bit
-products and attention go through the tensor cores, whose sums depend on how many rows there are unless the backend is
-batch-invariant.
+Ops launch kernels on one stream and return at once. :meth:`CudaBackend.to_host` waits for the result; for sampled ids,
+only until their own copy to the host has finished. In float32, each output row depends only on its own input row, bit
+for bit. 16-bit products and attention use the tensor cores, and the order of their additions depends on the number of
+rows unless the backend is batch-invariant.
 """
 
 # ruff: noqa: D102  (the methods are documented in base.py)
@@ -37,13 +37,15 @@ from vllmlite.weights.schemes.codes import Bytes, StoredCodes
 from vllmlite.weights.schemes.grouped import ORDER, QWEIGHT, SCALES, ZEROS, GroupedScheme
 
 NATIVE_FLOAT16, NATIVE_BFLOAT16 = (7, 5), (8, 0)
-"""Compute capabilities from which on tensor cores multiply these dtypes."""
+"""The first compute capabilities whose tensor cores multiply these dtypes."""
 
 
 class CudaBackend(NativeBackend):
-    """``device``: ``cuda`` or ``cuda:N``. ``dtype``: of activations and dense weights, one of ``FLOAT_DTYPES``, or
-    ``auto``: ``checkpoint_dtype``, except float16 for bfloat16 where the chip lacks it. BackendError says what is
-    missing. ``batch_invariant``: in 16 bits too, an output row is a function of its own input row alone."""
+    """The CUDA backend. Raises BackendError, which says what is missing, if it cannot run here.
+
+    ``device`` is ``cuda`` or ``cuda:N``. ``dtype`` is that of activations and float weights, one of ``FLOAT_DTYPES``,
+    or ``auto``: ``checkpoint_dtype``, but float16 instead of bfloat16 on a GPU without bfloat16. ``batch_invariant``:
+    each output row depends only on its own input row in 16 bits as well."""
 
     name: ClassVar[str] = "cuda"
     packs_experts: ClassVar[bool] = False
@@ -77,7 +79,7 @@ class CudaBackend(NativeBackend):
         least = {"float16": NATIVE_FLOAT16, "bfloat16": NATIVE_BFLOAT16}.get(dtype)
         if least is not None and gpu["compute_capability"] >= least:
             self.schemes = frozenset(("w4a16", "w8a16"))
-        with _out_of_memory("the device has no room for its own context"):
+        with _out_of_memory("the device has not enough free memory for a CUDA context"):
             self._runtime = self._native.Runtime(index, dtype, batch_invariant)
 
     # Tensors
@@ -141,7 +143,7 @@ class CudaBackend(NativeBackend):
             first += piece.shape[0]
 
     def _multiplies(self, weight: PackedWeight) -> bool:
-        """Whether kernels take a weight of this shape and group size; others are dequantised when they are loaded."""
+        """Whether kernels multiply weights of this shape and group size; others are dequantised when loaded."""
         scheme = weight.scheme
         assert isinstance(scheme, GroupedScheme)
         taken: bool = self._runtime.takes_groups(
@@ -150,7 +152,7 @@ class CudaBackend(NativeBackend):
         return taken
 
     def _grouped_rows(self, parts: Sequence[PackedWeight]) -> Any:
-        """The rows of ``parts``, which are of one form, on the device."""
+        """Copy the rows of ``parts``, which all have one :func:`_form`, to the device."""
         first = parts[0]
         scheme, columns = first.scheme, first.shape[1]
         assert isinstance(scheme, GroupedScheme)
@@ -222,7 +224,7 @@ class CudaBackend(NativeBackend):
         return sorted(size for size in sizes if size <= most)
 
     def capture(self, key: GraphKey, step: Step, slots: Any, spec: KVSpec) -> Step:
-        """Records at once, on a batch of padding."""
+        """Record the step at once, on a batch of padding, and return its replay."""
         rows, query_len = key
         native = self._runtime.padding(slots, rows, query_len, spec.block_size, spec.num_kv_heads)
         none = np.zeros(0, np.int32)
@@ -242,7 +244,7 @@ class CudaBackend(NativeBackend):
 
 
 def _form(weight: PackedWeight) -> tuple[Scheme, str, bytes | None]:
-    """What rows must share to be multiplied by one launch."""
+    """What parts must have in common so that one kernel launch multiplies them: scheme, dtype of scales, order."""
     order = weight.parts.get(ORDER)
     return weight.scheme, weight.parts[SCALES].dtype, None if order is None else order.data.tobytes()
 

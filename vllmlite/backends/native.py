@@ -150,12 +150,12 @@ class NativeBackend(Backend):
 
 
 def _rope_arguments(rope: Rope | None) -> tuple[Tensor | None, int, bool]:
-    """A rotation as an extension takes it: table or None, number of rotated elements, whether they are interleaved."""
+    """Return ``rope`` as the extensions take it: table or None, number of rotated elements, whether interleaved."""
     return (None, 0, False) if rope is None else (rope.cos_sin, rope.rotary_dim, rope.interleaved)
 
 
 def uploaded(batch: ForwardBatch, native: Any) -> ForwardBatch:
-    """``batch`` with the tensors of ``native``, the extension's copy of it."""
+    """Return ``batch`` with the tensors of ``native``, the extension's copy of it."""
     token_ids, positions, logits_rows = native.tensors()
     return replace(batch, token_ids=token_ids, positions=positions, logits_rows=logits_rows, backend=native)
 

@@ -1,4 +1,4 @@
-"""What a request must be like for an engine to take it in."""
+"""Checks of requests against an engine's limits."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from vllmlite.tokenizers.truncation import Truncation
 
 @dataclass(frozen=True, slots=True)
 class RequestBounds:
-    """An engine's limits of a request; a plain value, so that whoever speaks to an engine in another process can
-    refuse what it would."""
+    """The limits that an engine checks requests against. A plain value: the client of an engine in another process has
+    a copy, and refuses the same requests without asking the engine."""
 
     vocab_size: int
     eos_ids: frozenset[int]
-    """Ids that end a text."""
+    """Ids that end an output, unless the request has ``ignore_eos``."""
     max_model_len: int
-    """Longest sequence in tokens, prompt and output together."""
+    """Most tokens in a sequence, prompt and output together."""
     max_logprobs: int
-    """Most log-probabilities a token; -1: no limit."""
+    """Most log-probabilities for each token; -1: no limit."""
     reasoning: ReasoningMarks | None = None
-    """The ids around the model's reasoning, if they are known."""
+    """The ids that open and close the model's reasoning, if they are known."""
 
     def check(
         self,
@@ -34,9 +34,10 @@ class RequestBounds:
         *,
         generates: bool = True,
     ) -> list[int]:
-        """The prompt, truncated as asked. Raises :class:`ParameterError` if the request can never be served.
+        """Return the prompt, truncated if ``params`` ask for it. Raises :class:`ParameterError` if the request can
+        never be served.
 
-        One that ``generates`` nothing may fill the whole context."""
+        ``generates``: whether the request needs room in the context for at least one new token."""
         params.check_vocabulary(self.vocab_size, self.max_logprobs)
         prompt = self._checked_prompt(list(prompt_token_ids), params, generates)
         self._check_something_is_allowed(params, bad_words)
@@ -45,9 +46,10 @@ class RequestBounds:
         return prompt
 
     def truncation(self, params: SamplingParams, *, generates: bool = True) -> Truncation | None:
-        """Return how ``params`` have a prompt truncated; None: not at all.
+        """Return how ``params`` truncate a prompt, or None if they do not.
 
-        Raises :class:`ParameterError` if ``max_tokens`` leaves no room for a prompt that is to fit beside it."""
+        With ``truncate_prompt_tokens=-1``, the prompt keeps what ``max_tokens`` leaves of the context; raises
+        :class:`ParameterError` if that is nothing."""
         keep = params.truncate_prompt_tokens
         if keep is None:
             return None
@@ -70,7 +72,7 @@ class RequestBounds:
                 )
 
     def stop_ids(self, params: SamplingParams) -> frozenset[int]:
-        """The ids that end this request's output."""
+        """Return the ids that end the output of a request with ``params``."""
         listed = frozenset(params.stop_token_ids or ())
         return listed if params.ignore_eos else listed | self.eos_ids
 
@@ -88,7 +90,7 @@ class RequestBounds:
         return prompt
 
     def _check_thinking(self, params: SamplingParams, bad_words: Sequence[Sequence[int]]) -> None:
-        """Refuse a limit of reasoning that could not be kept."""
+        """Raise :class:`ParameterError` if ``thinking_token_budget`` could not be enforced."""
         budget = params.thinking_token_budget
         if self.reasoning is None:
             raise ParameterError(
@@ -109,7 +111,7 @@ class RequestBounds:
             )
 
     def _check_something_is_allowed(self, params: SamplingParams, bad_words: Sequence[Sequence[int]]) -> None:
-        """Refuse an ``allowed_token_ids`` of which bad words or ``min_tokens`` leave nothing."""
+        """Raise :class:`ParameterError` if ``bad_words`` and ``min_tokens`` ban all of ``allowed_token_ids``."""
         if params.allowed_token_ids is None:
             return
         banned = {word[-1] for word in bad_words}

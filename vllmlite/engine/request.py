@@ -70,15 +70,15 @@ class Request:
     """Parent digest of the first block."""
     metrics: RequestMetrics
     bad_words: Sequence[Sequence[int]] = ()
-    """Token sequences whose last id is banned where the rest stands at the end of the output."""
+    """Token sequences; the last id of one is banned while the output ends with the ids before it."""
     priority: int = 0
     grammar: Grammar | None = None
-    """Restricts the next id by those before it."""
+    """Restricts which id may come next."""
     pooling_type: str | None = None
-    """How to make a vector of the prompt, of a request for one. It gets no tokens; the vector counts as one until it is
-    collected."""
+    """How to pool the prompt's hidden states into an embedding; None: the request generates tokens. A request for an
+    embedding gets no tokens, but counts as having one more until the embedding is collected."""
     order: int = 0
-    """Arrival number; with ``priority`` the key by which requests are served and, from the end, preempted."""
+    """Arrival number. Requests are served in the order of ``(priority, order)`` and preempted in the reverse order."""
 
     status: Status = Status.WAITING
     output_token_ids: list[int] = field(default_factory=list)
@@ -94,7 +94,7 @@ class Request:
     num_cached_blocks: int = 0
     """How many of ``blocks`` have been offered to the prefix cache."""
     next_full_at: int = sys.maxsize
-    """Known and computed tokens at which the next block is full; never, without prefix caching."""
+    """How many tokens must be known and computed for the next block to be full; ``maxsize`` without prefix caching."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     drafts: list[int] = field(default_factory=list)
@@ -105,7 +105,7 @@ class Request:
     reads_text: bool = False
     """Whether the next mask depends on the ids of the output, so that a step must wait for the one before."""
     has_bans: bool = False
-    """Whether :meth:`banned_ids` can be other than empty."""
+    """Whether :meth:`banned_ids` can return any."""
     has_extras: bool = False
     """Whether its rows may need bans, a mask, prompt log-probabilities or pooling."""
 
@@ -133,7 +133,7 @@ class Request:
 
     @property
     def may_run(self) -> bool:
-        """Whether a step may be launched for it before those in flight are collected."""
+        """Whether the request can be in another step before the steps in flight are collected."""
         if self.num_in_flight and (self.reads_text or self.awaits_drafts):
             return False
         return self.num_tokens < self.max_total_tokens

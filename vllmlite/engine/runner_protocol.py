@@ -1,4 +1,4 @@
-"""The engine's contract with a runner: a :class:`~vllmlite.engine.scheduler.Schedule` in, a :class:`StepResult` out."""
+"""The engine's interface to a runner, which turns a schedule into a :class:`StepResult`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TokenLogprobs:
     top_ids: list[int]
     top: list[float]
     named: list[TokenLogprobs] = field(default_factory=list)
-    """Those of the ids that the request names, without the most likely."""
+    """Log-probabilities of the ids that the request names; these have no ``top_ids``."""
 
 
 @dataclass(slots=True)

@@ -17,10 +17,11 @@ class ReasoningMarks:
 
 
 class ThinkingBudget:
-    """Grammar that forces the closing mark once a section of reasoning has used its tokens.
+    """Grammar that forces the closing mark once a section of reasoning has ``budget`` tokens.
 
-    Another grammar may restrict the ids; where it does, nothing is forced: what it shapes is no reasoning. The state
-    follows from the prompt and the output ids alone, so that batches, chunks and preemption change nothing."""
+    The request may have an ``inner`` grammar as well. Nothing is forced where that restricts ids, since such text is
+    not reasoning. The state depends only on the ids of prompt and output, so batching and preemption cannot
+    change it."""
 
     def __init__(
         self,
@@ -37,9 +38,9 @@ class ThinkingBudget:
         self._inner = inner
         self._thinks = False
         self._count = 0
-        """Tokens of the open section, those of an incomplete closing mark left out."""
+        """Tokens of the open section, without those of an incomplete closing mark."""
         self._matched = 0
-        """Ids of the next mark that the last tokens are."""
+        """How many ids of the next mark the last tokens match."""
         for token_id in prompt:
             self._take(token_id)
         self._start = (self._thinks, self._count, self._matched)
@@ -88,6 +89,6 @@ class ThinkingBudget:
 
 
 def _matched(mark: Sequence[int], matched: int, token_id: int) -> int:
-    """Return how many ids of ``mark`` the last tokens are, where ``matched`` were before ``token_id``."""
+    """Return how many ids of ``mark`` the tokens match after ``token_id``, if they matched ``matched`` before it."""
     recent = [*mark[:matched], token_id]
     return max(size for size in range(len(recent) + 1) if list(mark[:size]) == recent[len(recent) - size :])

@@ -1,4 +1,4 @@
-"""Records what an engine's thread does when, in the format that Chrome's tracing page and Perfetto read."""
+"""Traces of an engine's steps, in the format that Chrome's tracing page and Perfetto open."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from vllmlite.engine.runner_protocol import Runner, StepResult
 from vllmlite.engine.scheduler import Schedule
 
 TraceEvent: TypeAlias = dict[str, Any]
-"""One event of the format, ready for JSON."""
+"""One event of Chrome's Trace Event Format, ready for JSON."""
 
 MAX_EVENTS = 1_000_000
-"""The latest so many are kept."""
+"""A trace keeps this many events, the latest ones."""
 
 
 class Trace:
-    """Spans of one thread (Trace Event Format, complete events), microseconds from the trace's beginning."""
+    """A recording of spans of time on one thread, as complete events; times are microseconds since it began."""
 
     def __init__(self) -> None:
-        """Nothing is recorded yet."""
+        """Start without events."""
         self._begin = time.perf_counter_ns()
         self._events: deque[TraceEvent] = deque(maxlen=MAX_EVENTS)
 
     @property
     def events(self) -> list[TraceEvent]:
-        """What has been recorded."""
+        """The recorded events, the oldest first."""
         return list(self._events)
 
     @contextmanager
     def span(self, name: str, **args: Any) -> Iterator[None]:
-        """Record the time inside, with ``args``."""
+        """Record how long the body of the ``with`` statement takes, under ``name`` and with ``args``."""
         begin = time.perf_counter_ns()
         try:
             yield
@@ -52,15 +52,15 @@ class Trace:
 
 
 def write_trace(events: list[TraceEvent], path: Path) -> None:
-    """Write a file that the tracing pages open."""
+    """Write ``events`` to a file that Chrome's tracing page and Perfetto open."""
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
 
 
 class TracedRunner:
-    """A runner whose launches and collections are recorded."""
+    """A runner that records the calls of another runner in a trace."""
 
     def __init__(self, runner: Runner, trace: Trace) -> None:
-        """Stand in front of ``runner``."""
+        """Pass calls on to ``runner``."""
         self.runner = runner
         self._trace = trace
 

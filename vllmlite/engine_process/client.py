@@ -50,7 +50,7 @@ class EngineClient:
     """Client of an engine that a :class:`~vllmlite.engine_process.host.Host` runs and steps. Not thread-safe.
 
     :meth:`step` merges all outputs that have come, so a caller that falls behind gets several tokens for a request. It
-    waits for the socket, unless an event loop watches that (:meth:`attend`)."""
+    waits for the socket, unless an event loop watches that (:meth:`join_loop`)."""
 
     def __init__(self, handle: HostHandle, bounds: RequestBounds, stats: EngineStats) -> None:
         """Connect to a host that is ready."""
@@ -79,9 +79,10 @@ class EngineClient:
             raise AttributeError("the engine is in a process of its own")
         return self.handle.engine
 
-    def attend(self, loop: asyncio.AbstractEventLoop, on_arrival: Callable[[], object]) -> None:
-        """Have ``loop`` send what cannot be sent at once, and call ``on_arrival``, which is to call :meth:`receive`,
-        whenever the socket is readable. Raises VllmliteError if another open loop does so already."""
+    def join_loop(self, loop: asyncio.AbstractEventLoop, on_arrival: Callable[[], object]) -> None:
+        """Have ``loop`` watch the socket: it calls ``on_arrival``, which must call :meth:`receive`, when messages
+        arrive, and sends what could not be sent at once. Raises VllmliteError if the client belongs to another open
+        loop."""
         if self._loop is loop:
             return
         if self._loop is not None and not self._loop.is_closed():
@@ -91,8 +92,8 @@ class EngineClient:
         if self._unsent:
             loop.call_soon(self._flush)
 
-    def leave(self) -> None:
-        """Undo :meth:`attend`."""
+    def leave_loop(self) -> None:
+        """Undo :meth:`join_loop`."""
         if self._loop is not None and not self._loop.is_closed() and self._connection.fileno() >= 0:
             self._loop.remove_reader(self._connection)
             self._loop.remove_writer(self._connection)
@@ -204,14 +205,14 @@ class EngineClient:
 
     def close(self) -> None:
         """End the host."""
-        self.leave()
+        self.leave_loop()
         self._unsent.clear()
         self._connection.close()
         if self._end is None:
             self._notice_end()
 
     def _notice_end(self) -> None:
-        self.leave()
+        self.leave_loop()
         self._end = EngineDeadError(self.handle.wait_for_end())
         for question in self._questions:
             if not question.done():
@@ -233,7 +234,7 @@ class EngineClient:
     def _send(self, command: EngineCall) -> None:
         self.check()
         if self._loop is not None and self._loop.is_closed():
-            self.leave()
+            self.leave_loop()
         packed = pack(command)
         # Calls by tasks of one turn of the loop are sent together, for each send wakes the host. The flush is
         # scheduled first, so that an interrupt in between leaves nothing unsent for ever.
