@@ -1,4 +1,4 @@
-"""The block pool against a plain model of itself."""
+"""The block pool, compared with a simple model of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllmlite.engine.block_pool import BlockPool, block_hash, root_digest
     st.integers(1, 12),
     st.lists(st.tuples(st.sampled_from(["take", "share", "free", "name"]), st.integers(0, 20))),
 )
-def test_counts_names_and_free_list_agree_after_any_history(
+def test_counts_hashes_and_free_list_agree_after_any_history(
     size: int, history: list[tuple[str, int]]
 ) -> None:
     pool = BlockPool(size)
@@ -39,7 +39,7 @@ def test_counts_names_and_free_list_agree_after_any_history(
     assert pool.num_free == size
 
 
-def test_a_freed_block_is_found_until_it_is_handed_out_again() -> None:
+def test_a_freed_block_is_found_until_it_is_allocated_again() -> None:
     pool = BlockPool(2)
     block = pool.allocate(1)
     pool.cache(block[0], b"x")
@@ -50,7 +50,7 @@ def test_a_freed_block_is_found_until_it_is_handed_out_again() -> None:
     assert pool.find([b"x"]) == []
 
 
-def test_unnamed_blocks_are_reused_before_cached_ones() -> None:
+def test_blocks_without_a_hash_are_reused_before_cached_ones() -> None:
     pool = BlockPool(3)
     blocks = pool.allocate(3)
     pool.cache(blocks[0], b"x")
@@ -59,7 +59,7 @@ def test_unnamed_blocks_are_reused_before_cached_ones() -> None:
     assert pool.find([b"x"]) == [blocks[0]]
 
 
-def test_a_run_of_names_ends_at_the_first_gap() -> None:
+def test_a_cached_prefix_ends_at_the_first_missing_block() -> None:
     pool = BlockPool(3)
     blocks = pool.allocate(3)
     for block, name in zip(blocks, (b"a", b"b", b"c"), strict=True):
@@ -67,7 +67,7 @@ def test_a_run_of_names_ends_at_the_first_gap() -> None:
     assert pool.find([b"a", b"b", b"x", b"c"]) == blocks[:2]
 
 
-def test_digests_depend_on_parent_tokens_and_salt() -> None:
+def test_block_hashes_depend_on_parent_tokens_and_salt() -> None:
     root = root_digest("salt", "")
     names = {
         block_hash(root, [1, 2]),

@@ -1,4 +1,4 @@
-"""Engine policy without a model: whatever is scheduled around it, a request gives what it gives alone."""
+"""Engine policy on the fake runner: the output of a request does not depend on what else is scheduled."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ arrivals = st.builds(
     drafts=st.sampled_from([0, 1, 4]),
     right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
 )
-def test_any_load_gives_what_each_request_gives_alone(
+def test_outputs_do_not_depend_on_other_requests(
     requests: list[Arrival],
     spare_blocks: int,
     block_size: int,
@@ -125,7 +125,7 @@ def test_any_load_gives_what_each_request_gives_alone(
 
 
 def test_first_come_first_served_under_preemption() -> None:
-    """With a pool for little more than one sequence, the oldest is never the one to lose its blocks."""
+    """If the pool has blocks for little more than one sequence, the oldest request is never preempted."""
     engine, _ = make_engine(num_blocks=10, block_size=4, max_model_len=40, caching=False)
     for name in "abcd":
         engine.add_request(name, [1, 2, 3], SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
@@ -137,7 +137,7 @@ def test_first_come_first_served_under_preemption() -> None:
     assert engine.current_stats().num_preemptions > 0
 
 
-def test_priority_overtakes_and_survives() -> None:
+def test_requests_of_higher_priority_run_first_and_are_not_preempted() -> None:
     engine, _ = make_engine(num_blocks=10, block_size=4, max_model_len=40, max_num_seqs=1)
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     engine.add_request("first", [1], params, priority=5)
@@ -149,7 +149,7 @@ def test_priority_overtakes_and_survives() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_prompts_go_in_in_pieces_while_texts_grow(depth: int) -> None:
+def test_long_prompts_are_computed_in_chunks_while_others_decode(depth: int) -> None:
     engine, runner = make_engine(num_blocks=200, budget=64, mixed=10, depth=depth)
     sizes: list[tuple[int, ...]] = []
     launch = runner.launch
@@ -175,7 +175,7 @@ def test_prompts_go_in_in_pieces_while_texts_grow(depth: int) -> None:
     }
 
 
-def test_what_has_its_last_token_in_flight_is_held_up_by_nothing() -> None:
+def test_a_request_whose_last_token_is_in_flight_finishes_in_the_next_step() -> None:
     engine, runner = make_engine(num_blocks=200, budget=64, mixed=10, depth=2)
     for name in "ab":
         engine.add_request(name, [ord(name) % VOCAB] * 64, SamplingParams(temperature=0, max_tokens=1))
@@ -197,7 +197,7 @@ def test_prefix_is_computed_once() -> None:
     assert engine.current_stats().prefix_cache_hits == 32
 
 
-def test_a_whole_cached_prompt_leaves_its_last_token_to_compute() -> None:
+def test_the_last_token_of_a_fully_cached_prompt_is_computed() -> None:
     engine, _ = make_engine(num_blocks=64, block_size=4)
     prompt = list(range(1, 33))
     for name in ("cold", "warm"):
@@ -206,7 +206,7 @@ def test_a_whole_cached_prompt_leaves_its_last_token_to_compute() -> None:
     assert request.num_cached_tokens == 28
 
 
-def test_salt_keeps_prefixes_apart() -> None:
+def test_requests_with_different_salts_share_no_blocks() -> None:
     engine, _ = make_engine()
     prompt = list(range(1, 34))
     found = []
@@ -219,7 +219,7 @@ def test_salt_keeps_prefixes_apart() -> None:
     assert found == [0, 0, 32, 0]
 
 
-def test_generated_text_is_cached_too() -> None:
+def test_blocks_of_generated_tokens_are_cached() -> None:
     engine, _ = make_engine(num_blocks=64, block_size=4)
     prompt = list(range(1, 10))
     engine.add_request("turn 1", prompt, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
@@ -231,7 +231,7 @@ def test_generated_text_is_cached_too() -> None:
     assert request.num_cached_tokens == 28  # 29 tokens, of which the last answer id's block is not full
 
 
-def test_least_recently_used_prefix_goes_first() -> None:
+def test_the_least_recently_used_prefix_is_evicted_first() -> None:
     engine, _ = make_engine(num_blocks=16, block_size=4, max_model_len=33)
     one = SamplingParams(temperature=0, max_tokens=1)
     for name, first in (("a", 1), ("b", 2), ("a again", 1), ("c", 3)):
@@ -245,8 +245,9 @@ def test_least_recently_used_prefix_goes_first() -> None:
     assert (lost.num_cached_tokens or 0) < 24
 
 
-def test_little_memory_is_wasted() -> None:
-    """Only last blocks are partly filled: under 4 % at the nano workload's lengths (100-1024 in and out)."""
+def test_less_than_4_percent_of_the_pool_is_wasted() -> None:
+    """Only the last block of a sequence is partly filled: under 4 % of the slots at the lengths of the nano workload
+    (100 to 1024 tokens in and out)."""
     rng = random.Random(0)
     engine, _ = make_engine(
         num_blocks=40_000, block_size=16, max_num_seqs=256, budget=2**20, max_model_len=2048
@@ -276,7 +277,7 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(depth: int) -> N
 
 
 class Broken:
-    """A grammar that fails at its third id."""
+    """A grammar that raises at its third id."""
 
     def __init__(self) -> None:
         self.num_ids = 0
@@ -295,8 +296,8 @@ class Broken:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_broken_grammar_ends_no_request_that_has_its_output_of_the_step(depth: int) -> None:
-    """A step gives a request one output: an error does not follow its id."""
+def test_a_failing_grammar_does_not_end_requests_that_have_their_output_of_the_step(depth: int) -> None:
+    """A request gets one output from a step, either an id or an error."""
     engine, _ = make_engine(depth=depth)
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     prompts = {"before": [1, 2, 3], "broken": [4, 5], "after": [6, 7, 8]}
@@ -330,7 +331,7 @@ def test_a_broken_grammar_ends_no_request_that_has_its_output_of_the_step(depth:
         ([1], {"allowed_token_ids": [EOS], "min_tokens": 1}, "allowed_token_ids"),
     ],
 )
-def test_impossible_requests_are_refused_and_the_next_one_served(
+def test_an_impossible_request_is_refused_and_the_next_one_served(
     prompt: list[int], params: dict[str, object], field: str
 ) -> None:
     engine, _ = make_engine(num_blocks=10, block_size=4, max_model_len=40)
@@ -342,7 +343,7 @@ def test_impossible_requests_are_refused_and_the_next_one_served(
     assert_idle(engine)
 
 
-def test_a_running_id_is_refused_and_a_finished_one_may_come_again() -> None:
+def test_the_id_of_a_running_request_is_refused_and_that_of_a_finished_one_accepted() -> None:
     engine, _ = make_engine()
     engine.add_request("x", [1], SamplingParams(temperature=0, max_tokens=2))
     with pytest.raises(ParameterError, match="in use"):
@@ -352,7 +353,7 @@ def test_a_running_id_is_refused_and_a_finished_one_may_come_again() -> None:
     run(engine)
 
 
-def test_the_context_ends_a_request_without_max_tokens() -> None:
+def test_a_request_without_max_tokens_ends_when_the_context_is_full() -> None:
     engine, _ = make_engine(num_blocks=10, block_size=4, max_model_len=40)
     engine.add_request("x", [1] * 30, SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
     ids, reason = run(engine)["x"]
@@ -385,7 +386,7 @@ def test_stop_token_reason(depth: int) -> None:
     assert_idle(engine)
 
 
-def test_bad_words_are_banned_where_their_beginning_stands() -> None:
+def test_a_bad_word_is_banned_after_its_beginning() -> None:
     engine, _ = make_engine(depth=2)
     want = expected([1, 2, 3], 6, eos=())
     word = want[2:4]

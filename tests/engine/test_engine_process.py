@@ -1,5 +1,5 @@
-"""An engine in a thread or process of its own gives what one at home gives, is refused the same, and ends with its
-user."""
+"""Engines in a thread or process of their own: same outputs and errors as in the caller's thread, and they end with
+their client."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def pid_of(engine: LLMEngine) -> int:
 
 
 def run(engine: LLMEngine, params: list[SamplingParams], pause: float) -> tuple[list[RequestOutput], int]:
-    """Every prompt's outputs, deltas put together, and the most tokens that came at once."""
+    """Return the output of each prompt, with deltas joined, and the largest number of new tokens in one output."""
     whole: dict[str, RequestOutput] = {}
     most = 0
     for index, prompt in enumerate(PROMPTS):
@@ -76,7 +76,7 @@ def run(engine: LLMEngine, params: list[SamplingParams], pause: float) -> tuple[
 
 
 def take_logprobs(output: RequestOutput) -> list[float]:
-    """Log-probabilities, which are zero afterwards: in torch their last digits depend on what else is in a step."""
+    """Return the log-probabilities, and set them to 0: in torch their last digits depend on what else is in a step."""
     found = []
     entries = [*(output.prompt_logprobs or ()), *(e for c in output.outputs for e in c.logprobs or ())]
     for logprob in (logprob for entry in entries for logprob in (entry or {}).values()):
@@ -89,7 +89,9 @@ def take_logprobs(output: RequestOutput) -> list[float]:
 
 
 @pytest.mark.parametrize("pauses", [(0.0,), (0.05, 0.5, 2.0)], ids=["prompt reader", "slow reader"])
-def test_the_text_is_that_of_an_engine_at_home(engine: LLMEngine, pauses: tuple[float, ...]) -> None:
+def test_outputs_equal_those_of_an_engine_in_this_thread(
+    engine: LLMEngine, pauses: tuple[float, ...]
+) -> None:
     at_home = LLM(dtype="float32", max_model_len=256, device="cpu", max_num_seqs=8).generate(PROMPTS, PARAMS)
     deltas = [params.clone(output_kind=RequestOutputKind.DELTA) for params in PARAMS]
     for pause in pauses:  # seconds
@@ -106,7 +108,7 @@ def test_the_text_is_that_of_an_engine_at_home(engine: LLMEngine, pauses: tuple[
         assert there == here
 
 
-def test_what_can_never_be_served_is_refused_at_once(engine: LLMEngine) -> None:
+def test_impossible_requests_are_refused_by_the_client(engine: LLMEngine) -> None:
     with pytest.raises(ParameterError, match="max_model_len"):
         engine.add_request("long", [1] * 300, SamplingParams())
     with pytest.raises(ParameterError, match="max_logprobs"):
@@ -114,7 +116,7 @@ def test_what_can_never_be_served_is_refused_at_once(engine: LLMEngine) -> None:
     assert not engine.has_unfinished_requests()
 
 
-def test_a_request_that_cannot_be_sent_leaves_nothing(
+def test_a_request_that_cannot_be_sent_leaves_no_trace(
     engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add, calls = engine.engine_core.add_request, []
@@ -135,7 +137,7 @@ def test_a_request_that_cannot_be_sent_leaves_nothing(
         engine.step()
 
 
-def test_embeddings_are_those_of_an_engine_at_home(engine: LLMEngine) -> None:
+def test_embeddings_equal_those_of_an_engine_in_this_thread(engine: LLMEngine) -> None:
     (at_home,) = LLM(dtype="float32", max_model_len=256, device="cpu").embed("Debian is")
     engine.add_request("vector", "Debian is", PoolingParams())
     given: list[RequestOutput] = []
@@ -145,7 +147,7 @@ def test_embeddings_are_those_of_an_engine_at_home(engine: LLMEngine) -> None:
     assert apart.finished and apart.embedding == at_home.outputs.embedding
 
 
-def test_a_grammar_is_made_where_the_engine_is(engine: LLMEngine) -> None:
+def test_a_grammar_restricts_the_output(engine: LLMEngine) -> None:
     pytest.importorskip("xgrammar")
     choice = StructuredOutputsParams(choice=["tar", "dpkg"])
     params = SamplingParams(temperature=0, max_tokens=20, structured_outputs=choice)
@@ -157,7 +159,7 @@ def test_a_grammar_is_made_where_the_engine_is(engine: LLMEngine) -> None:
     assert text in ("tar", "dpkg")
 
 
-def test_an_id_that_is_used_again_gets_nothing_of_the_request_before(engine: LLMEngine) -> None:
+def test_a_reused_id_gets_no_output_of_the_earlier_request(engine: LLMEngine) -> None:
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     engine.add_request("x", "Debian is", params.clone(max_tokens=200))
     engine.step()
@@ -171,7 +173,7 @@ def test_an_id_that_is_used_again_gets_nothing_of_the_request_before(engine: LLM
     assert last[0].outputs[0].token_ids == at_home[0].outputs[0].token_ids
 
 
-def test_a_grammar_that_cannot_be_used_ends_its_request_alone(engine: LLMEngine) -> None:
+def test_a_grammar_that_cannot_be_loaded_ends_only_its_request(engine: LLMEngine) -> None:
     pytest.importorskip("xgrammar")
     choice = StructuredOutputsParams(choice=["tar", "dpkg", "apt"])
     compiled = engine.grammars.compile(choice)
@@ -190,7 +192,7 @@ def test_a_grammar_that_cannot_be_used_ends_its_request_alone(engine: LLMEngine)
     assert engine.take_error("bad")
 
 
-def test_what_is_aborted_while_its_grammar_is_made_never_runs(engine: LLMEngine) -> None:
+def test_a_request_aborted_before_its_grammar_is_loaded_never_runs(engine: LLMEngine) -> None:
     pytest.importorskip("xgrammar")
     structure = StructuredOutputsParams(json={"type": "array", "items": {"type": "string", "maxLength": 99}})
     engine.add_request("gone", "Debian is", SamplingParams(max_tokens=200, structured_outputs=structure))
@@ -204,7 +206,7 @@ def test_what_is_aborted_while_its_grammar_is_made_never_runs(engine: LLMEngine)
     assert engine.stats().num_running == 0
 
 
-def test_what_is_aborted_frees_its_blocks(engine: LLMEngine) -> None:
+def test_an_aborted_request_frees_its_blocks(engine: LLMEngine) -> None:
     engine.add_request("gone", "Debian is", SamplingParams(max_tokens=200, ignore_eos=True))
     engine.step()
     engine.abort_request("gone")
@@ -216,7 +218,7 @@ def test_what_is_aborted_frees_its_blocks(engine: LLMEngine) -> None:
     assert engine.stats().num_used_blocks == engine.stats().num_running == 0
 
 
-def test_steps_are_traced_over_there() -> None:
+def test_steps_are_traced_in_the_engine() -> None:
     engine = AsyncLLM(CONFIG, engine_process=True)
 
     async def run() -> list[list[TraceEvent]]:
@@ -232,7 +234,7 @@ def test_steps_are_traced_over_there() -> None:
     assert later == []
 
 
-def test_a_model_that_is_not_there_is_the_same_error() -> None:
+def test_errors_of_loading_are_raised_in_the_client() -> None:
     with pytest.raises(ModelError, match="no-such-model"):
         LLMEngine(EngineConfig(model="./no-such-model"), start_process)
     with pytest.raises(ParameterError, match="max_model_len"):
@@ -240,7 +242,7 @@ def test_a_model_that_is_not_there_is_the_same_error() -> None:
 
 
 @pytest.mark.parametrize("busy", [True, False])
-def test_death_is_noticed(busy: bool) -> None:
+def test_the_death_of_the_engine_process_is_noticed(busy: bool) -> None:
     engine = AsyncLLM(CONFIG, engine_process=True)
 
     async def run() -> None:
@@ -268,7 +270,7 @@ def test_death_is_noticed(busy: bool) -> None:
 
 
 @pytest.mark.parametrize("process", [False, True])
-def test_what_comes_while_the_event_loop_works_is_one_piece(process: bool) -> None:
+def test_outputs_that_arrive_while_the_event_loop_is_busy_are_merged(process: bool) -> None:
     engine = AsyncLLM(CONFIG, engine_process=process)
     params = SamplingParams(
         temperature=0, max_tokens=100, ignore_eos=True, output_kind=RequestOutputKind.DELTA
@@ -290,7 +292,7 @@ def test_what_comes_while_the_event_loop_works_is_one_piece(process: bool) -> No
 
 
 class Deaf:
-    """A handle whose host listens when the test does."""
+    """A handle whose host reads only when the test does."""
 
     def __init__(self) -> None:
         self.connection, self.theirs = socket.socketpair()
@@ -299,7 +301,7 @@ class Deaf:
         return "it was never there"
 
 
-def test_what_the_socket_does_not_take_at_once_is_sent_later() -> None:
+def test_messages_that_do_not_fit_the_socket_are_sent_later() -> None:
     deaf = Deaf()
     client = EngineClient(deaf, RequestBounds(512, frozenset(), 1 << 20, -1), EngineStats())
     prompt = list(range(3, 500)) * 100
@@ -343,7 +345,7 @@ def test_an_engine_serves_one_event_loop_at_a_time() -> None:
         engine.shutdown()
 
 
-def test_what_is_asked_between_two_event_loops_is_done() -> None:
+def test_calls_made_between_two_event_loops_are_carried_out() -> None:
     engine = AsyncLLM(CONFIG)
     endless = SamplingParams(max_tokens=200, ignore_eos=True)
 
@@ -359,7 +361,7 @@ def test_what_is_asked_between_two_event_loops_is_done() -> None:
         engine.shutdown()
 
 
-def test_it_ends_when_its_user_is_killed_amid_a_message() -> None:
+def test_the_host_ends_when_its_client_is_killed_in_the_middle_of_a_message() -> None:
     host = EngineProcess(CONFIG)
     host.wait_until_ready()
     host.connection.sendall(pack(EngineCall("reset_prefix_cache"))[:-1])
@@ -367,7 +369,7 @@ def test_it_ends_when_its_user_is_killed_amid_a_message() -> None:
     assert host.process.wait(30) == 0
 
 
-def test_an_interrupt_while_it_loads_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_the_model_loads_ends_the_host_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[EngineProcess] = []
 
     def interrupted(*args: object) -> None:
@@ -396,7 +398,7 @@ def test_it_ends_when_its_user_ends_while_it_loads(tmp_path: Path) -> None:
         assert host.process.wait(60) == 1
 
 
-def test_it_ends_when_its_user_is_killed() -> None:
+def test_the_host_ends_when_its_client_is_killed() -> None:
     script = (
         "from vllmlite import LLMEngine, EngineConfig\n"
         "from vllmlite.engine_process.start import start_process\n"
@@ -418,7 +420,7 @@ def test_it_ends_when_its_user_is_killed() -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Whether the process is there and no zombie, which nobody may be there to bury."""
+    """Whether the process runs; a zombie, which may have no parent that waits for it, does not."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,4 +1,5 @@
-"""Several threads, a forked process, a signal handler: each call waits for its turn, or says why it cannot have one."""
+"""Calls from several threads, a forked process or a signal handler: each waits for its turn, or is refused with the
+reason."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def text(llm: LLM, prompt: str) -> str:
 
 
 def in_threads(work: Callable[[int], None], count: int = 4) -> None:
-    """Run ``work(0)`` to ``work(count - 1)`` at once; raise what one of them raised."""
+    """Run ``work(0)`` to ``work(count - 1)`` in threads; raise an exception that one of them raised."""
     errors: list[BaseException] = []
 
     def run(index: int) -> None:
@@ -67,7 +68,7 @@ def test_threads_take_turns_in_one_llm(llm: LLM, want: dict[str, str]) -> None:
 
 
 def test_threads_take_turns_in_one_engine(llm: LLM, want: dict[str, str]) -> None:
-    """Outputs go to whichever thread steps; none is lost, none comes twice."""
+    """The thread that calls step gets the outputs; none is lost, and none comes twice."""
     engine = llm.llm_engine
     deltas: list[RequestOutput] = []
 
@@ -127,7 +128,9 @@ def test_a_thread_goes_on_while_another_is_interrupted(llm: LLM, want: dict[str,
 
 
 @pytest.mark.parametrize("kind", ["function", "method", "partial", "object"])
-def test_what_a_handler_raises_is_no_failed_step(llm: LLM, want: dict[str, str], kind: str) -> None:
+def test_an_exception_of_a_signal_handler_is_not_a_failed_step(
+    llm: LLM, want: dict[str, str], kind: str
+) -> None:
     class Handler:
         def raises(self, *_: object) -> None:
             raise TimeoutError("too late")
@@ -221,8 +224,8 @@ def test_an_engine_of_the_parent_is_refused_in_a_forked_child(llm: LLM, want: di
         asynchronous.shutdown()
 
 
-def test_a_turn_is_waited_for_and_given_back(llm: LLM) -> None:
-    """A thread that waits for its turn can be interrupted, and leaves the turn to its holder."""
+def test_a_thread_waiting_for_its_turn_can_be_interrupted(llm: LLM) -> None:
+    """A thread that waits for its turn can be interrupted; the thread whose turn it is goes on."""
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:

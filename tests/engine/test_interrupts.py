@@ -1,8 +1,8 @@
-"""Whatever interrupts a call, the engine is then as it was before the call or as it would be after it.
+"""An interrupted call leaves the engine in the state before the call or in the state after it.
 
-The tests interrupt at a random sample of points, the same in every run; those marked slow at a larger one, or, with
-``VLLMLITE_ALL_INTERRUPTS=1`` in the environment, at every fifth point and by 200 signals of a timer, which takes a
-quarter of an hour."""
+The tests interrupt at a random sample of points, the same in every run; tests marked slow use a larger sample. With
+``VLLMLITE_ALL_INTERRUPTS=1`` in the environment, these interrupt at every fifth point and by 200 timer signals, which
+takes a quarter of an hour."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def make_engine(depth: int, num_blocks: int = 24, max_num_seqs: int = 4, drafts:
 
 
 class Record:
-    """A grammar that allows everything and ends after some ids; it must be told of each id once, in order."""
+    """A grammar that allows every id and is complete after ``length`` ids; the test checks that it is told of
+    each id once, in order."""
 
     def __init__(self, length: int) -> None:
         self.ids: list[int] = []
@@ -87,7 +88,7 @@ prompts = st.builds(
 def test_interrupts_at_any_point_change_no_text(
     requests: list[tuple[list[int], int, bool]], depth: int, numbers: list[int], seed: int, drafts: int
 ) -> None:
-    """Requests come, run and are aborted while calls are interrupted, the repair of the engine among them."""
+    """Requests are added, run and aborted while calls are interrupted, including the engine's recovery."""
     engine = make_engine(depth, drafts=drafts)
     rng = random.Random(seed)
     outputs: list[EngineOutput] = []
@@ -149,7 +150,7 @@ def test_interrupts_at_any_point_change_no_text(
 
 
 class Fake:
-    """LLMEngine over the fake runner, whose ids the built-in tokenizer can spell."""
+    """LLMEngine on the fake runner, whose ids are in the built-in tokenizer's vocabulary."""
 
     tokenizer = Tokenizer(find_model(None))
 
@@ -185,7 +186,7 @@ def _index(completion: Any) -> int:
 
 
 def put(outputs: Sequence[RequestOutput], whole: dict[str, RequestOutput]) -> None:
-    """Put deltas together; the other kinds replace what there was."""
+    """Join deltas; outputs of other kinds replace the earlier ones."""
     for output in outputs:
         if (
             output.request_id in whole
@@ -197,7 +198,8 @@ def put(outputs: Sequence[RequestOutput], whole: dict[str, RequestOutput]) -> No
 
 
 def run_interrupted(depth: int, numbers: Sequence[int | None]) -> tuple[list[Any], list[int]]:
-    """Run :data:`ASKED`; call i is interrupted at point ``numbers[i]``. Final outputs, and the points of each call."""
+    """Run :data:`ASKED`, interrupting call i at point ``numbers[i]``. Returns the final outputs, and the number of
+    points of each call."""
     engine = Fake.make(depth)
     whole: dict[str, RequestOutput] = {}
     counts: list[int] = []
@@ -230,7 +232,7 @@ def run_interrupted(depth: int, numbers: Sequence[int | None]) -> tuple[list[Any
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_no_output_is_lost(depth: int) -> None:
-    """Calls of LLMEngine are interrupted at random points, output processing included; users get the same."""
+    """Interrupts of LLMEngine's calls at random points, output processing included, change no output."""
     want, counts = run_interrupted(depth, [])
     assert sum(len(completion[2]) for output in want for completion in output) > 40
     rng = random.Random(depth)
@@ -255,8 +257,8 @@ def test_no_output_is_lost_wherever_one_call_is_interrupted(depth: int) -> None:
 
 
 @pytest.mark.parametrize("kind", RequestOutputKind)
-def test_a_request_is_dropped_whole_wherever_a_step_was_interrupted(kind: RequestOutputKind) -> None:
-    """Another request with the same id gets nothing of it, neither ids nor an error."""
+def test_abort_drops_a_request_completely_after_an_interrupted_step(kind: RequestOutputKind) -> None:
+    """A new request with the same id gets neither ids nor an error of the aborted one."""
     params = SamplingParams(temperature=0, max_tokens=2, output_kind=kind)
     point = 1
     while True:
@@ -281,7 +283,7 @@ def test_a_request_is_dropped_whole_wherever_a_step_was_interrupted(kind: Reques
     assert point > 100
 
 
-def test_an_addition_is_dropped_whole_wherever_it_was_interrupted() -> None:
+def test_an_interrupted_add_request_leaves_no_trace() -> None:
     engine = Fake.make(1)
     point = 1
     while not tries(point, engine.add_request, "same", [5, 6, 7], SamplingParams(n=2)):
@@ -292,7 +294,7 @@ def test_an_addition_is_dropped_whole_wherever_it_was_interrupted() -> None:
     assert point > 50
 
 
-def test_an_error_is_dropped_with_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_abort_drops_the_error_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Fake.make(1)
     engine.add_request("same", [5, 6, 7], SamplingParams())
     with monkeypatch.context() as patched:
@@ -302,7 +304,7 @@ def test_an_error_is_dropped_with_its_request(monkeypatch: pytest.MonkeyPatch) -
     assert engine.take_error("same") is None
 
 
-def test_dropping_a_request_leaves_another_that_has_the_id_of_an_ended_sequence() -> None:
+def test_abort_spares_a_request_with_the_id_of_a_finished_sequence() -> None:
     engine = Fake.make(1)
     engine.add_request("a", [9, 8], SamplingParams(temperature=0, max_tokens=20, n=2))
     engine.engine.finish("0_a")  # as if a step had ended it
@@ -315,7 +317,7 @@ def test_dropping_a_request_leaves_another_that_has_the_id_of_an_ended_sequence(
     assert ids == expected([5, 6], 4)
 
 
-def test_the_tokenizer_passes_on_what_a_signal_handler_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tokenizer_passes_on_exceptions_of_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
     def handler(*_: object) -> None:
         raise TimeoutError("time is up")
 
@@ -333,7 +335,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
 class Timer:
-    """Raises in the main thread when it goes off, as a handler of Ctrl-C or of a time limit does."""
+    """A timer whose signal handler raises in the main thread, as that of Ctrl-C or of a time limit does."""
 
     def __enter__(self) -> Timer:
         self._before = signal.signal(signal.SIGALRM, self._raise)
@@ -347,7 +349,7 @@ class Timer:
         raise Interrupt
 
     def interrupts(self, seconds: float, call: Callable[[], object]) -> bool:
-        """Whether a call was interrupted after ``seconds``; it may also end before."""
+        """Interrupt ``call`` after ``seconds``; returns False if it ended before."""
         try:
             signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
             call()
@@ -358,7 +360,7 @@ class Timer:
 
 
 def run_with_timer(times: int, **options: Any) -> None:
-    """Interrupt generate so many times, at random; every next call must be right."""
+    """Interrupt ``generate`` ``times`` times at random; each call after that must return the right text."""
     llm = LLM(dtype="float32", max_model_len=128, device="cpu", **options)
     engine = llm.llm_engine.engine
 

@@ -1,4 +1,4 @@
-"""thinking_token_budget: a section of reasoning ends after so many tokens, whatever else runs."""
+"""thinking_token_budget, the most tokens in a section of reasoning."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def forced(budget: ThinkingBudget) -> int | None:
 def test_no_section_is_longer_than_its_budget(
     opening: list[int], closing: list[int], limit: int, prompt: list[int], wishes: list[int]
 ) -> None:
-    """``wishes`` are what the model would write where nothing is forced."""
+    """``wishes`` are the ids that the model samples where no id is forced."""
     marks = ReasoningMarks(tuple(opening), tuple(closing))
     budget = ThinkingBudget(marks, limit, prompt, 100)
     written: list[int] = []
@@ -61,7 +61,7 @@ def test_no_section_is_longer_than_its_budget(
     assert forced(again) == forced(budget)
 
 
-def test_the_prompt_counts() -> None:
+def test_reasoning_in_the_prompt_counts() -> None:
     marks = ReasoningMarks((1,), (2,))
     assert forced(ThinkingBudget(marks, 2, [5, 1, 6, 7], 40)) == 2
     assert forced(ThinkingBudget(marks, 3, [5, 1, 6, 7], 40)) is None
@@ -80,7 +80,7 @@ def texts(llm: LLM, **options: Any) -> list[list[int]]:
 
 
 @needs_native_cpu
-def test_the_same_alone_in_batches_chunks_and_after_preemption() -> None:
+def test_outputs_are_the_same_alone_in_batches_in_chunks_and_after_preemption() -> None:
     options: dict[str, Any] = {
         "dtype": "float32",
         "device": "cpu",
@@ -106,7 +106,7 @@ def test_the_same_alone_in_batches_chunks_and_after_preemption() -> None:
         assert texts(LLM(**options, **other)) == expected
 
 
-def test_a_budget_goes_with_a_structure() -> None:
+def test_a_budget_can_be_combined_with_structured_output() -> None:
     pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar)")
     from vllmlite import StructuredOutputsParams
     from vllmlite.sampling_params import ThinkingMarks
@@ -125,7 +125,7 @@ def test_a_budget_goes_with_a_structure() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["The Project", "The thing"])
-def test_no_mark_is_forced_into_a_structure(prompt: str) -> None:
+def test_no_mark_is_forced_into_structured_output(prompt: str) -> None:
     pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar)")
     from vllmlite import StructuredOutputsParams
 
@@ -141,7 +141,7 @@ def test_no_mark_is_forced_into_a_structure(prompt: str) -> None:
         assert re.fullmatch(regex, completion.text) and completion.finish_reason == "stop"
 
 
-def test_what_cannot_be_kept_is_refused() -> None:
+def test_a_budget_that_cannot_be_enforced_is_refused() -> None:
     plain = LLM(dtype="float32", device="cpu", max_model_len=64)
     with pytest.raises(ParameterError, match="reasoning_config"):
         plain.generate(PROMPT, SamplingParams(thinking_token_budget=3), use_tqdm=False)

@@ -1,4 +1,4 @@
-"""Where the system starts no more threads, that is an error and not a hang."""
+"""If the system starts no more threads, the result is an error, not a hang."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ print(CpuBackend(threads=6).threads)
 """
 
 
-def test_a_team_that_cannot_be_completed_is_dismissed(tmp_path: Path) -> None:
+def test_started_threads_end_if_another_cannot_be_started(tmp_path: Path) -> None:
     pytest.importorskip("vllmlite._cpu", reason="vllmlite._cpu is not built")
     compiler = shutil.which("cc")
     if compiler is None or not sys.platform.startswith("linux"):
@@ -52,7 +52,9 @@ def test_a_team_that_cannot_be_completed_is_dismissed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fails", ["vllmlite-engine", "vllmlite-outputs", "vllmlite-grammars", "vllmlite-calls"]
 )
-def test_an_engine_without_its_threads_is_an_error(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_whose_threads_cannot_be_started_is_an_error(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start = threading.Thread.start
 
     def limited(self: threading.Thread) -> None:

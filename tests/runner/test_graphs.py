@@ -1,4 +1,4 @@
-"""Captured steps of a runner: which are captured and kept, on a backend that only counts."""
+"""Which steps a runner captures and keeps, on a backend that only counts captures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPEC = KVSpec(1, 1, 16, 16, "float32")
 
 
 class Counting:
-    """A backend that notes what is captured."""
+    """A backend that records the keys of captures."""
 
     def __init__(self) -> None:
         self.captured: list[GraphKey] = []
@@ -34,7 +34,7 @@ def make(most_rows: int) -> tuple[Graphs, Counting]:
 
 
 def step(rows: int, query_len: int, sampled: int | None = None) -> ForwardBatch:
-    """Rows of ``query_len`` tokens, of which the last ``sampled`` (default: all) are sampled from."""
+    """Return a batch of rows of ``query_len`` tokens each; the last ``sampled`` of each (default: all) are sampled."""
     batch = host_batch(range(rows), [0] * rows, [query_len] * rows)
     tokens = np.arange(rows * query_len).reshape(rows, query_len)
     batch.logits_rows = tokens[:, query_len - (sampled or query_len) :].reshape(-1)
@@ -43,7 +43,7 @@ def step(rows: int, query_len: int, sampled: int | None = None) -> ForwardBatch:
 
 @pytest.mark.parametrize("most_rows", [1, 8, 32, 256, 1024])
 def test_there_are_never_more_steps_than_the_limit(most_rows: int) -> None:
-    """Random wishes: captured steps of one token a row stay, and what was recorded last is there."""
+    """After random calls, steps of one token per row are still captured, and so is the one recorded last."""
     graphs, _ = make(most_rows)
     singles = [(rows, 1) for rows in graphs.capture()]
     assert len(graphs) == len(singles)
@@ -63,7 +63,7 @@ def test_there_are_never_more_steps_than_the_limit(most_rows: int) -> None:
     assert (len(graphs) == graphs.limit) == (most_rows > 8)
 
 
-def test_the_step_that_was_used_longest_ago_makes_room() -> None:
+def test_the_least_recently_used_captured_step_is_dropped_first() -> None:
     graphs, backend = make(256)
     list(graphs.capture())
     for query_len in (2, 3, 4, 5, 6):
@@ -78,8 +78,8 @@ def test_the_step_that_was_used_longest_ago_makes_room() -> None:
     assert len(backend.captured) == before
 
 
-def test_finding_captures_nothing() -> None:
-    """Whatever steps come: unequal rows, prompts of several tokens, none that was asked for."""
+def test_find_captures_nothing() -> None:
+    """``find`` captures no step: neither with rows of different lengths, nor prompts, nor steps not recorded."""
     graphs, backend = make(32)
     assert graphs.find(step(1, 1)) is None
     assert not graphs.record(1, 2)

@@ -8,7 +8,7 @@ from typing import Any
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 PARTS_ALONE = "vision: parts alone"
-"""The template that shows content of no text, only of lists of parts."""
+"""The name of the template that ignores content given as a string and shows only lists of parts."""
 
 TEMPLATES = {
     "chatml": """
@@ -419,4 +419,4 @@ PREFILLS = [
     "<think>\nHm.\n</think>\n\n2", "<think>Hm.</think>  \n", "{{ bos_token }}", 'a "b" \\n', "🙂", "e\u0301", "\ue000\ue001",
     "\u2003x\u2003", "Hi Hi", "\\", "'",
 ]  # fmt: skip
-"""Texts that a last message begins with: parts of control tokens, texts of other messages, whitespace at either end."""
+"""Beginnings of a last message: parts of control tokens, texts of other messages, whitespace at either end."""

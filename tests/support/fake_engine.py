@@ -39,7 +39,7 @@ class FakeEngine:
     made: list[FakeEngine] = []  # noqa: RUF012
     interrupt_at: int | None = None
     words: list[str] | None = None
-    """What it says in place of these."""
+    """The words that it generates instead of these."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config

@@ -19,7 +19,7 @@ from vllmlite.server.page import page_route
 
 
 class FakeServer:
-    """Serves the chat page, and chat completions of :attr:`pieces`, a token each; None waits for :meth:`go_on`."""
+    """Serves the chat page, and chat completions of :attr:`pieces`, one token each; None waits for :meth:`go_on`."""
 
     def __init__(self) -> None:
         self.pieces: list[str | None] = []
@@ -30,7 +30,7 @@ class FakeServer:
         self.key: str | None = None
         self.bodies: list[dict[str, Any]] = []
         self.left = threading.Event()
-        """The client went before the answer's end."""
+        """Set if the client disconnects before the end of the answer."""
         self._go_on = threading.Semaphore(0)
         self._broken = False
         models = Route("/v1/models", self._models)

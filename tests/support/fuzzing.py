@@ -1,5 +1,5 @@
-"""Readers of untrusted files, given damaged ones: they may raise only typed errors, write nothing elsewhere, and use
-limited memory.
+"""Fuzzing of the readers of untrusted files: given damaged files, they may raise only typed errors, write nothing
+elsewhere, and use limited memory.
 
 A target has seeds and a check; :func:`mutated` damages an input. ``scripts/fuzz`` runs this for minutes, keeps inputs
 that reach new lines, and puts those that fail into ``fuzz_seeds``, which the tests replay.
@@ -45,7 +45,7 @@ from vllmlite.weights.parts import ModelWeights
 from vllmlite.weights.safetensors import read_safetensors
 
 KEPT = Path(__file__).parent / "fuzz_seeds"
-"""Inputs that failed once, a directory a target."""
+"""Inputs that failed once, in one directory for each target."""
 NUMBERS = [
     0,
     1,

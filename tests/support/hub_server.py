@@ -25,11 +25,11 @@ class Hub:
         self.requests: list[tuple[str, str, str | None]] = []
         """Method, path and range of every request."""
         self.status: int | None = None
-        """What everything is answered with."""
+        """The status of every answer, if set."""
         self.cut: dict[str, int] = {}
-        """Files whose next download ends after so many bytes."""
+        """File name → number of bytes after which its next download breaks off."""
         self.sent_instead: dict[str, bytes] = {}
-        """Files that arrive as something else of the same size."""
+        """File name → other content of the same size that is sent instead."""
         self.gate: threading.Event | None = None
         """What downloads of large files wait for."""
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every kind of family that ``vllmlite quantize`` treats in a way of its own."""
+"""Tiny checkpoints of the families that ``vllmlite quantize`` handles differently from others."""
 
 from __future__ import annotations
 

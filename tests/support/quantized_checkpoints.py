@@ -1,4 +1,4 @@
-"""Small checkpoints with packed weights, beside checkpoints of the values of these, and their logits."""
+"""Small checkpoints with packed weights, float checkpoints of the same values, and their logits."""
 
 from __future__ import annotations
 

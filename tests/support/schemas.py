@@ -22,7 +22,7 @@ PATTERNS = [
 ]  # fmt: skip
 FORMATS = "date time date-time duration email hostname ipv4 ipv6 uuid uri uri-reference json-pointer".split()
 CLOSERS = ['"', '"}', '"]', "}", "]", "},", '",', ":", ","]
-"""Texts of tokens that random weights are led to, so that what they write comes to an end."""
+"""Texts of tokens that a bias favours, so that output of random weights comes to an end."""
 
 
 class Maker:
@@ -187,7 +187,7 @@ class Verdict:
     refused: list[tuple[dict[str, Any], str]] = field(default_factory=list)
     """Schemas that have no grammar, and the reason that was given."""
     unfinished: list[dict[str, Any]] = field(default_factory=list)
-    """Whose output did not come to an end in time: nothing is known."""
+    """Schemas whose output did not end within ``max_tokens``, so that it could not be checked."""
     invalid: list[tuple[dict[str, Any], str, str]] = field(default_factory=list)
     """(schema, output, what the validator says)."""
 
