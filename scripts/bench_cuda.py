@@ -4,8 +4,9 @@
     PYTHONPATH=. scripts/bench_cuda.py [--small DIR] [--large DIR] [--dummy] [--rounds N] [--only ROW...]
 
 DIR are bfloat16 checkpoints with llama1b's and llama8b's shapes (``../shared/peers/gpu/mkmodels.py`` writes them);
-without one, its rows stay empty; with --dummy a config.json is enough. "w4a16" rows are those of the large model with
-random weights of 4 bits in groups of 128. First, read bandwidth and bfloat16 matrix products are measured (needs nvcc).
+without one, its rows stay empty; with --dummy a config.json is enough. "w4a16" and "fp8" rows are those of the large
+model with random weights of 4 bits in groups of 128, and of 8-bit floats whose products quantise activations. First,
+read bandwidth and bfloat16 matrix products are measured (needs nvcc).
 Decode rate = B * (n - 1) / (t_n - t_1) with 128 tokens in and n = 256 out, greedy, new random prompts each round,
 medians. "invariant" rows show the cost of `--batch-invariant`, "diverging" rows its use: the probability that a token
 of the built-in model differs between a batch and a single request. "ready" is the time from the start of a process,
@@ -47,8 +48,29 @@ BARS: dict[str, dict[str, float]] = {
         "nano": 10450, "prefill 1 x 8192": 0.9 * 38300, "prefill 16 x 2048": 0.9 * 43325, "ready s": 10,
     },
     "large w4a16": {"decode 1": 540, "decode 8": 3700, "decode 64": 14000, "decode 256": 29000, "ready s": 4},
+    "large fp8": {"decode 1": 400, "decode 8": 2850, "decode 64": 16000, "decode 256": 31000, "nano": 13000},
+    "large fp8 blocks": {},
 }  # fmt: skip
 """Lower bounds of the rows; upper bounds for times."""
+PACKED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+    "w4a16": (
+        "pack-quantized",
+        {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 128},
+        None,
+    ),
+    "fp8": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "channel"},
+        {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+    ),
+    "fp8 blocks": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+        {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True},
+    ),
+}
+"""Formats of packed weights as compressed-tensors names them: the format, and how weights and activations are
+quantised."""
 DECODED = 256
 OPTIONS: dict[str, Any] = {
     "device": "cuda", "backend": "cuda", "skip_tokenizer_init": True, "max_model_len": 8192 + 512,
@@ -114,16 +136,19 @@ def main() -> None:
                 note(f"{which} invariant {name}", value, None)
             del llm
             gc.collect()
-    if args.large is not None and wanted("large w4a16"):
+    for kind in PACKED:
+        row = f"large {kind}"
+        if args.large is None or not any(wanted(f"{row} {name}") for name in ("", "ready", *BARS["large"])):
+            continue
         with tempfile.TemporaryDirectory() as directory:
-            _write_packed_config(args.large, Path(directory))
+            _write_packed_config(args.large, Path(directory), kind)
             OPTIONS["load_format"] = "dummy"
-            if wanted("large w4a16 ready"):
+            if wanted(f"{row} ready"):
                 _ready(Path(directory))
-                note("large w4a16 ready s", _ready(Path(directory)), BARS["large w4a16"]["ready s"])
+                note(f"{row} ready s", _ready(Path(directory)), BARS[row].get("ready s"))
             llm = LLM(directory, **OPTIONS)
-            for name, value in _rows(llm, args.rounds, lambda row: wanted(f"large w4a16 {row}")):
-                note(f"large w4a16 {name}", value, BARS["large w4a16"].get(name))
+            for name, value in _rows(llm, args.rounds, lambda each, row=row: wanted(f"{row} {each}")):
+                note(f"{row} {name}", value, BARS[row].get(name))
             del llm
             gc.collect()
     if wanted("diverging"):
@@ -132,13 +157,15 @@ def main() -> None:
     print(json.dumps({"limits": limits, **table}))
 
 
-def _write_packed_config(model: Path, target: Path) -> None:
-    """The configuration of ``model`` with weights of 4 bits, an asymmetric group of 128 columns each."""
+def _write_packed_config(model: Path, target: Path, kind: str) -> None:
+    """The configuration of ``model`` with packed weights."""
     config = json.loads((model / "config.json").read_bytes())
-    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 128}
+    form, weights, activations = PACKED[kind]
     config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+        },
     }  # fmt: skip
     (target / "config.json").write_text(json.dumps(config))
 

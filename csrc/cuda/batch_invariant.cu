@@ -56,13 +56,12 @@ static void run_sized(const Runtime& runtime, const Product& product) {
 void multiply_batch_invariant(const Runtime& runtime, const Product& product) {
   const bool takes =
       runtime.capability() >= 80 && product.k % 8 == 0 && aligned(product.x, 16) && aligned(product.w, 16);
-  const bool wide_out = product.out_dtype == DType::float32;
   if (!takes || product.dtype == DType::float32)
     multiply_by_dot_products(runtime, product);
-  else if (product.dtype == DType::float16)
-    wide_out ? run_sized<f16, float>(runtime, product) : run_sized<f16, f16>(runtime, product);
   else
-    wide_out ? run_sized<bf16, float>(runtime, product) : run_sized<bf16, bf16>(runtime, product);
+    with_results(product.dtype, product.out_dtype, [&](auto* type, auto* out) {
+      run_sized<Pointee<decltype(type)>, Pointee<decltype(out)>>(runtime, product);
+    });
 }
 
 }  // namespace vllmlite::cuda

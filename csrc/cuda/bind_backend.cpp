@@ -102,7 +102,24 @@ cuda::GroupedRows grouped_rows(cuda::Runtime& runtime, int bits, std::int64_t ro
   return lay_out(runtime, stored, std::move(placed));
 }
 
-cuda::LinearWeight packed_weight(cuda::Runtime& runtime, std::vector<cuda::GroupedRows> parts, bool bias) {
+// Rows of 8-bit floats with float32 scales: one for each row, or for each block.
+cuda::Fp8Rows fp8_rows(cuda::Runtime& runtime, std::int64_t rows, std::int64_t columns, bool blocks,
+                       const std::vector<py::array>& values, const std::vector<py::array>& scales,
+                       const std::optional<float>& input_scale) {
+  if (rows < 1 || columns < 1 || columns % 16 != 0)
+    throw std::invalid_argument("a weight of 8-bit floats has rows, and columns in multiples of 16");
+  const auto blocks_of = [](std::int64_t count) { return (count + cuda::kFp8Block - 1) / cuda::kFp8Block; };
+  cuda::Fp8Rows made{runtime.make({rows, columns}, DType::uint8),
+                     blocks ? runtime.make({blocks_of(rows), blocks_of(columns)}, DType::float32)
+                            : runtime.make({rows}, DType::float32),
+                     blocks, input_scale};
+  fill_all(runtime, made.weight, values, "uint8");
+  fill_all(runtime, made.scales, scales, "float32");
+  return made;
+}
+
+template <typename Rows>
+cuda::LinearWeight packed_weight(cuda::Runtime& runtime, std::vector<Rows> parts, bool bias) {
   cuda::LinearWeight weight{std::move(parts), std::nullopt};
   if (bias) weight.bias = runtime.make({weight.out()}, runtime.dtype());
   return weight;
@@ -159,6 +176,7 @@ void bind_data(py::module_& module) {
           "The matrix of a weight that is no packed one.")
       .def_readonly("bias", &cuda::LinearWeight::bias);
   py::class_<cuda::GroupedRows>(module, "GroupedRows", py::module_local(), "Rows of a packed weight.");
+  py::class_<cuda::Fp8Rows>(module, "Fp8Rows", py::module_local(), "Rows of a weight of 8-bit floats.");
   py::class_<cuda::Experts, std::shared_ptr<cuda::Experts>>(module, "Experts", py::module_local(),
                                                             "Weights of a mixture's experts.");
   py::class_<cuda::KVCache, std::shared_ptr<cuda::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.");
@@ -243,7 +261,11 @@ void bind_runtime(py::module_& module) {
            "Whether packed weights of such a form are multiplied.")
       .def("grouped_rows", &grouped_rows, py::arg("bits"), py::arg("rows"), py::arg("columns"), py::arg("group"),
            py::arg("integers"), py::arg("scales"), py::arg("scales_dtype"), py::arg("zeros"), py::arg("order"))
-      .def("packed_weight", &packed_weight, py::arg("parts"), py::arg("bias"))
+      .def("takes_fp8", &cuda::takes_fp8, py::arg("columns"), "Whether 8-bit floats of so many columns are multiplied.")
+      .def("fp8_rows", &fp8_rows, py::arg("rows"), py::arg("columns"), py::arg("blocks"), py::arg("values"),
+           py::arg("scales"), py::arg("input_scale"))
+      .def("packed_weight", &packed_weight<cuda::GroupedRows>, py::arg("parts"), py::arg("bias"))
+      .def("packed_weight", &packed_weight<cuda::Fp8Rows>, py::arg("parts"), py::arg("bias"))
       .def("experts", &cuda::make_experts, py::arg("gate_up"), py::arg("down"))
       .def("fill_rows", &fill_rows, py::arg("target"), py::arg("first"), py::arg("count"), py::arg("bytes"),
            py::arg("dtype"), "Write host bytes to rows of a tensor, converted to its dtype.")

@@ -89,6 +89,25 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes
                : "memory");
 }
 
+// ---- Clusters
+
+// What the block's threads stored before is there, after this, for all blocks of the cluster.
+__device__ __forceinline__ void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Out of the shared memory of the cluster's block `rank`, at the address that `own` has in this one's.
+__device__ __forceinline__ float4 load_of_cluster(const float4* own, int rank) {
+  float4 four;
+  asm volatile(
+      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+      : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
+      : "r"(shared_address(own)), "r"(rank)
+      : "memory");
+  return four;
+}
+
 // ---- Registers
 
 template <int kCount>
@@ -129,12 +148,14 @@ __device__ __forceinline__ void hold(float (&values)[kCount]) {
 }
 
 #define VLLMLITE_4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define VLLMLITE_16(c, i) VLLMLITE_4(c, i), VLLMLITE_4(c, i + 4), VLLMLITE_4(c, i + 8), VLLMLITE_4(c, i + 12)
+#define VLLMLITE_8(c, i) VLLMLITE_4(c, i), VLLMLITE_4(c, i + 4)
+#define VLLMLITE_16(c, i) VLLMLITE_8(c, i), VLLMLITE_8(c, i + 8)
 #define VLLMLITE_32(c) VLLMLITE_16(c, 0), VLLMLITE_16(c, 16)
 #define VLLMLITE_64(c) VLLMLITE_32(c), VLLMLITE_16(c, 32), VLLMLITE_16(c, 48)
-#define VLLMLITE_NAMES_32                                                                                          \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
-  "%30,%31"
+#define VLLMLITE_NAMES_4 "%0,%1,%2,%3"
+#define VLLMLITE_NAMES_8 VLLMLITE_NAMES_4 ",%4,%5,%6,%7"
+#define VLLMLITE_NAMES_16 VLLMLITE_NAMES_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define VLLMLITE_NAMES_32 VLLMLITE_NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define VLLMLITE_NAMES_64                                                                                          \
   VLLMLITE_NAMES_32                                                                                                \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%" \
@@ -181,11 +202,38 @@ __device__ __forceinline__ void multiply_columns(float (&sums)[kCount], const st
 #undef VLLMLITE_MULTIPLY
 }
 
+// sums (64 x kCount * 2) = a b, or += unless `first`, of 8-bit floats (e4m3): a is 64 x 32, b kCount * 2 x 32, both
+// with the sum's terms along their rows.
+template <int kCount>
+__device__ __forceinline__ void multiply_bytes(float (&sums)[kCount], std::uint64_t a, std::uint64_t b, bool first) {
+  static_assert(kCount == 4 || kCount == 8 || kCount == 16 || kCount == 32 || kCount == 64);
+#define VLLMLITE_MULTIPLY(columns, names, all, at_a, at_b, adds)                                                \
+  asm volatile("{\n.reg .pred adds;\nsetp.eq.u32 adds, " adds ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns \
+               "k32.f32.e4m3.e4m3 {" names "}, " at_a ", " at_b ", adds, 1, 1;\n}"                              \
+               : all                                                                                            \
+               : "l"(a), "l"(b), "r"(static_cast<std::uint32_t>(first)))
+  if constexpr (kCount == 4)
+    VLLMLITE_MULTIPLY("8", VLLMLITE_NAMES_4, VLLMLITE_4(sums, 0), "%4", "%5", "%6");
+  else if constexpr (kCount == 8)
+    VLLMLITE_MULTIPLY("16", VLLMLITE_NAMES_8, VLLMLITE_8(sums, 0), "%8", "%9", "%10");
+  else if constexpr (kCount == 16)
+    VLLMLITE_MULTIPLY("32", VLLMLITE_NAMES_16, VLLMLITE_16(sums, 0), "%16", "%17", "%18");
+  else if constexpr (kCount == 32)
+    VLLMLITE_MULTIPLY("64", VLLMLITE_NAMES_32, VLLMLITE_32(sums), "%32", "%33", "%34");
+  else
+    VLLMLITE_MULTIPLY("128", VLLMLITE_NAMES_64, VLLMLITE_64(sums), "%64", "%65", "%66");
+#undef VLLMLITE_MULTIPLY
+}
+
 #undef VLLMLITE_NAMES_64
 #undef VLLMLITE_NAMES_32
+#undef VLLMLITE_NAMES_16
+#undef VLLMLITE_NAMES_8
+#undef VLLMLITE_NAMES_4
 #undef VLLMLITE_64
 #undef VLLMLITE_32
 #undef VLLMLITE_16
+#undef VLLMLITE_8
 #undef VLLMLITE_4
 
 #endif

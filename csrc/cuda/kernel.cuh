@@ -16,6 +16,9 @@ namespace vllmlite::cuda {
 
 using f16 = __half;
 using bf16 = __nv_bfloat16;
+struct e4m3 {  // an 8-bit float with 4 bits of exponent and 3 of mantissa
+  std::uint8_t bits;
+};
 
 constexpr unsigned kAll = 0xffffffffU;  // mask of all lanes of a warp
 
@@ -102,9 +105,10 @@ __device__ __forceinline__ void let_next_begin() {
 constexpr unsigned kMaxGridAxis = 65535;          // blocks of a grid in its y and in its z dimension
 constexpr std::size_t kDefaultShared = 48 << 10;  // bytes of shared memory that a kernel gets without asking for more
 
+// `cluster`: blocks, next to each other in x, that share their shared memory.
 template <typename... Parameters, typename... Arguments>
-void launch(const Runtime& runtime, void (*kernel)(Parameters...), dim3 grid, unsigned threads, std::size_t shared,
-            Arguments&&... arguments) {
+void launch_clusters(const Runtime& runtime, void (*kernel)(Parameters...), unsigned cluster, dim3 grid,
+                     unsigned threads, std::size_t shared, Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (grid.y > kMaxGridAxis || grid.z > kMaxGridAxis)
     throw std::invalid_argument("a step of this size takes more blocks of threads than a launch has: lower " +
@@ -117,13 +121,25 @@ void launch(const Runtime& runtime, void (*kernel)(Parameters...), dim3 grid, un
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = runtime.stream();
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = runtime.overlap_next() ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  config.attrs = attributes;
+  if (runtime.overlap_next()) {
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    config.numAttrs = 1;
+  }
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {cluster, 1, 1};
+  }
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(std::forward<Arguments>(arguments))...),
         "cudaLaunchKernelEx");
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const Runtime& runtime, void (*kernel)(Parameters...), dim3 grid, unsigned threads, std::size_t shared,
+            Arguments&&... arguments) {
+  launch_clusters(runtime, kernel, 1, grid, threads, shared, std::forward<Arguments>(arguments)...);
 }
 
 inline unsigned blocks_for(std::int64_t count, std::int64_t each) {
@@ -143,6 +159,15 @@ void with_float(DType dtype, Function&& function) {
     default:
       throw TypeError("expected float32, float16 or bfloat16, not " + std::string(name(dtype)));
   }
+}
+
+// The same for a 16-bit dtype and that of results, which is float32 or the same.
+template <typename Function>
+void with_results(DType dtype, DType out, Function&& function) {
+  const auto call = [&](auto* type) {
+    return out == DType::float32 ? function(type, static_cast<float*>(nullptr)) : function(type, type);
+  };
+  return dtype == DType::float16 ? call(static_cast<f16*>(nullptr)) : call(static_cast<bf16*>(nullptr));
 }
 
 template <typename Pointer>

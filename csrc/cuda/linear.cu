@@ -298,16 +298,29 @@ bool multiply_by_library(Runtime& runtime, const Product& product) {
 
 // ---- The op
 
-std::int64_t LinearWeight::out() const {
-  if (const auto* matrix = std::get_if<Tensor>(&weight)) return matrix->shape[0];
+template <typename Rows>
+static std::int64_t rows_of(const std::vector<Rows>& parts) {
   std::int64_t rows = 0;
-  for (const GroupedRows& part : std::get<std::vector<GroupedRows>>(weight)) rows += part.rows;
+  for (const Rows& part : parts) rows += part.rows;
   return rows;
 }
 
+std::int64_t LinearWeight::out() const {
+  if (const auto* floats = std::get_if<Tensor>(&weight)) return floats->shape[0];
+  if (const auto* fp8 = std::get_if<std::vector<Fp8Rows>>(&weight)) return rows_of(*fp8);
+  return rows_of(std::get<std::vector<GroupedRows>>(weight));
+}
+
 std::int64_t LinearWeight::in() const {
-  if (const auto* matrix = std::get_if<Tensor>(&weight)) return matrix->shape[1];
+  if (const auto* floats = std::get_if<Tensor>(&weight)) return floats->shape[1];
+  if (const auto* fp8 = std::get_if<std::vector<Fp8Rows>>(&weight)) return fp8->at(0).columns;
   return std::get<std::vector<GroupedRows>>(weight).at(0).columns;
+}
+
+Tensor LinearWeight::matrix(Runtime& runtime) const {
+  if (const auto* floats = std::get_if<Tensor>(&weight)) return *floats;
+  if (const auto* fp8 = std::get_if<std::vector<Fp8Rows>>(&weight)) return dequantise(runtime, *fp8);
+  return dequantise(runtime, std::get<std::vector<GroupedRows>>(weight));
 }
 
 static void multiply_floats(Runtime& runtime, const Product& product) {
@@ -337,7 +350,11 @@ Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, DTy
     multiply_grouped(runtime, x, *grouped, bias, y);
     return y;
   }
-  const Tensor floats = grouped == nullptr ? std::get<Tensor>(weight.weight) : dequantise(runtime, *grouped);
+  if (const auto* fp8 = std::get_if<std::vector<Fp8Rows>>(&weight.weight)) {
+    multiply_fp8(runtime, x, *fp8, bias, y);
+    return y;
+  }
+  const Tensor floats = weight.matrix(runtime);
   multiply_floats(runtime, {x.data, floats.data, bias == nullptr ? nullptr : bias->data, y.data, rows,
                             static_cast<int>(out), static_cast<int>(in), x.dtype, dtype});
   return y;

@@ -1,5 +1,6 @@
 // Tensor-core products of 16-bit numbers with float32 sums: m16n8k16, of sm_80 and later, or for float16 its equivalent
-// on sm_75.
+// on sm_75. And those of 8-bit floats, m16n8k32 of sm_89 and later, whose fragments are the same bytes: where columns
+// of A and rows of B are counted below, there are four numbers instead of two, and 32 instead of 16.
 //
 // In the fragments a thread of a warp has group = lane / 4 and quad = lane % 4. A (16 x 16): a[0] row group, columns
 // 2 quad and the next; a[1] row group + 8; a[2], a[3] the same 8 columns on. B (16 x 8): b[0] rows 2 quad and the next,
@@ -16,6 +17,15 @@ namespace vllmlite::cuda {
 template <typename T>
 __device__ __forceinline__ void multiply(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                          std::uint32_t b1) {
+  if constexpr (std::is_same_v<T, e4m3>) {
+#if __CUDA_ARCH__ >= 890
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+    return;
+  }
 #if __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<T, f16>)
     asm volatile(

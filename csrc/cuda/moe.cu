@@ -189,8 +189,7 @@ std::shared_ptr<Experts> make_experts(Runtime& runtime, const std::vector<Linear
   const auto collect = [&](const std::vector<LinearWeight>& weights, const std::vector<std::int64_t>& shape) {
     std::vector<const void*> found;
     for (const LinearWeight& weight : weights) {
-      const auto* grouped = std::get_if<std::vector<GroupedRows>>(&weight.weight);
-      const Tensor floats = grouped == nullptr ? std::get<Tensor>(weight.weight) : dequantise(runtime, *grouped);
+      const Tensor floats = weight.matrix(runtime);
       check_shape(floats, shape, "an expert's weight");
       check_dtype(floats, runtime.dtype(), "an expert's weight");
       if (weight.bias) throw std::invalid_argument("an expert's weight has a bias");

@@ -11,6 +11,7 @@
 
 #include "contract/activation.hpp"
 #include "cuda/batch.hpp"
+#include "cuda/fp8.hpp"
 #include "cuda/grouped.hpp"
 #include "cuda/runtime.hpp"
 
@@ -37,13 +38,14 @@ Tensor sigmoid_gate(Runtime& runtime, const Tensor& x, const Tensor& gate);
 Tensor gated_activation(Runtime& runtime, const Tensor& x, Activation activation);
 Tensor activation(Runtime& runtime, const Tensor& x, Activation activation);
 
-// A weight [out, in], row-major and of the backend's dtype, or in groups of integers, some rows after the others; and a
-// bias [out] of the backend's dtype.
+// A weight [out, in], row-major and of the backend's dtype, or in groups of integers or of 8-bit floats, some rows
+// after the others; and a bias [out] of the backend's dtype.
 struct LinearWeight {
   std::int64_t out() const;
   std::int64_t in() const;
+  Tensor matrix(Runtime& runtime) const;  // of the backend's dtype
 
-  std::variant<Tensor, std::vector<GroupedRows>> weight;
+  std::variant<Tensor, std::vector<GroupedRows>, std::vector<Fp8Rows>> weight;
   std::optional<Tensor> bias;
 };
 

@@ -1,23 +1,26 @@
 // Skinny products: at most 8 rows of x, as in decoding, so that all the time goes into reading w.
 //
 // Grid: at most two blocks a multiprocessor, which go over tiles of kRows rows of w (16, or 8 where that keeps more
-// multiprocessors busy). Block: 8 warps, which share the columns of a tile: warp i has stages i, i + 8, ... of 64
-// columns. Shared memory: for each warp a ring of kStages stages of its own, filled ahead by asynchronous copies,
-// across tiles, and from before the kernel that writes x is done; and the warps' sums of a tile, twice, for them to be
-// added. Rows of w are those of the tensor cores' first operand, rows of x the columns of the second, which each thread
-// reads through the first-level cache: a thread holds the sums of rows lane / 4 and lane / 4 + 8 of w, and of rows 2
-// (lane % 4) and the next of x.
+// multiprocessors busy). Block: 8 warps, which share the columns of a tile: warp i has stages i, i + 8, ... of 128
+// bytes of columns. Shared memory: for each warp a ring of kStages stages of its own, filled ahead by asynchronous
+// copies, across tiles, and from before the kernel that writes x is done; and the warps' sums of a tile, twice, for
+// them to be added. Rows of w are those of the tensor cores' first operand, rows of x the columns of the second, which
+// each thread reads through the first-level cache: a thread holds the sums of rows lane / 4 and lane / 4 + 8 of w, and
+// of rows 2 (lane % 4) and the next of x.
+//
+// 8-bit floats have scales: with kBlocks the sum of a stage is multiplied by those of its block of 128 columns, else
+// the result by those of the rows.
 #include <algorithm>
 
+#include "cuda/fp8.hpp"
 #include "cuda/linear.hpp"
 #include "cuda/mma.cuh"
 
 namespace vllmlite::cuda {
 
 constexpr int kWarps = 8, kBlocksPerProcessor = 2;
-constexpr int kStages = 4;             // few enough for a block of the next product to get in beside
-constexpr int kColumns = 64;           // of w in a stage
-constexpr int kChunks = kColumns / 8;  // of 16 bytes in a row of a stage
+constexpr int kStages = 4;  // few enough for a block of the next product to get in beside
+constexpr int kChunks = 8;  // of 16 bytes in a row of a stage
 constexpr int kMostRows = 8;
 
 // In rows of odd number the two halves are exchanged, so that neighbouring rows lie in different banks.
@@ -27,11 +30,15 @@ struct SkinnyShared {
   float sums[2][kWarps][kMostRows][kRows + 1];
 };
 
-template <typename T, typename Out, int kRows>
-static __global__ __launch_bounds__(kWarps * 32, kBlocksPerProcessor) void skinny_gemm_kernel(const T* x, const T* w,
-                                                                                              const T* bias, Out* y,
-                                                                                              int m, int n, int k) {
+// In is T, or e4m3, whose scales `scales` has; rows of y are `stride` apart.
+template <typename In, typename T, typename Out, int kRows, bool kBlocks>
+static __global__ __launch_bounds__(kWarps * 32,
+                                    kBlocksPerProcessor) void skinny_gemm_kernel(const In* x, const In* w,
+                                                                                 const T* bias, Out* y, int m, int n,
+                                                                                 int k, int stride, Fp8Scales scales) {
 #if __CUDA_ARCH__ >= 800
+  constexpr bool kScaled = sizeof(In) == 1;
+  constexpr int kOfChunk = kPack<In>, kColumns = kChunks * kOfChunk;  // of w in a stage
   extern __shared__ __align__(16) char storage[];
   auto& shared = *reinterpret_cast<SkinnyShared<kRows>*>(storage);
   constexpr int kAhead = 4;  // stages for which x is loaded at a time
@@ -47,8 +54,8 @@ static __global__ __launch_bounds__(kWarps * 32, kBlocksPerProcessor) void skinn
 #pragma unroll
       for (int j = 0; j < kRows * kChunks / 32; ++j) {
         const int row = j * (32 / kChunks) + lane / kChunks, chunk = lane % kChunks;
-        const int at = first_column(fetched) + chunk * 8;
-        const T* from = w + static_cast<std::int64_t>(min(fetched_tile * kRows + row, n - 1)) * k + (at < k ? at : 0);
+        const int at = first_column(fetched) + chunk * kOfChunk;
+        const In* from = w + static_cast<std::int64_t>(min(fetched_tile * kRows + row, n - 1)) * k + (at < k ? at : 0);
         copy_async(&stage[row][chunk ^ row % 2 * 4], from, at < k);
       }
       if (++fetched == own) {
@@ -72,11 +79,22 @@ static __global__ __launch_bounds__(kWarps * 32, kBlocksPerProcessor) void skinn
       for (int i = 0; i < kAhead; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int at = first_column(begin + i) + half * 32 + quad * 8;
+          const int at = first_column(begin + i) + (half * 4 + quad) * kOfChunk;
           b[i][half] = group < m && at < k
                            ? *reinterpret_cast<const uint4*>(x + static_cast<std::int64_t>(group) * k + at)
                            : make_uint4(0, 0, 0, 0);
         }
+      [[maybe_unused]] float factors[kAhead][2];  // of stages, for the two rows of x
+      if constexpr (kBlocks) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          const int block = min((begin + i) * kWarps + warp, stages - 1);
+          const float of_w = scales.w[tile * kRows / kFp8Block * stages + block];
+          const float* of_x = scales.x + static_cast<std::int64_t>(block) * scales.stride;
+#pragma unroll
+          for (int j = 0; j < 2; ++j) factors[i][j] = of_x[min(quad * 2 + j, m - 1)] * of_w;
+        }
+      }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (begin + i >= own) break;
@@ -84,14 +102,21 @@ static __global__ __launch_bounds__(kWarps * 32, kBlocksPerProcessor) void skinn
         wait_for_copies<kStages - 1>();
         __syncwarp();
         const auto& stage = shared.stages[warp][index];
+        float of_stage[4] = {};  // of 8-bit floats, added in float32
+        auto& to = kScaled ? of_stage : sums;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int chunk = (half * 4 + quad) ^ group % 2 * 4;
           const uint4 low = stage[group][chunk];
           const uint4 high = kRows == 16 ? stage[kRows / 2 + group % (kRows / 2)][chunk] : make_uint4(0, 0, 0, 0);
           const std::uint32_t first[] = {low.x, high.x, low.y, high.y}, second[] = {low.z, high.z, low.w, high.w};
-          multiply<T>(sums, first, b[i][half].x, b[i][half].y);
-          multiply<T>(sums, second, b[i][half].z, b[i][half].w);
+          multiply<In>(to, first, b[i][half].x, b[i][half].y);
+          multiply<In>(to, second, b[i][half].z, b[i][half].w);
+        }
+        if constexpr (kScaled) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            sums[j] = kBlocks ? fmaf(of_stage[j], factors[i][j % 2], sums[j]) : sums[j] + of_stage[j];
         }
         __syncwarp();
         index = index + 1 == kStages ? 0 : index + 1;
@@ -104,10 +129,12 @@ static __global__ __launch_bounds__(kWarps * 32, kBlocksPerProcessor) void skinn
     for (int i = static_cast<int>(threadIdx.x); i < kMostRows * kRows; i += kWarps * 32) {
       const int row = i / kRows, place = i % kRows, at = tile * kRows + place;
       if (row >= m || at >= n) continue;
-      float sum = bias == nullptr ? 0 : to_float(bias[at]);
+      const float added = bias == nullptr ? 0 : to_float(bias[at]);
+      float sum = kScaled ? 0 : added;
 #pragma unroll
       for (int part = 0; part < kWarps; ++part) sum += partials[part][row][place];
-      y[static_cast<std::int64_t>(row) * n + at] = from_float<Out>(sum);
+      if constexpr (kScaled) sum = fmaf(sum, kBlocks ? 1 : scales.x[row] * scales.w[at], added);
+      y[static_cast<std::int64_t>(row) * stride + at] = from_float<Out>(sum);
     }
   }
 #endif
@@ -118,17 +145,6 @@ bool takes_skinny_product(const Runtime& runtime, const Product& product) {
          aligned(product.w, 16);
 }
 
-template <typename T, typename Out, int kRows>
-static void run(const Runtime& runtime, const Product& product) {
-  using Shared = SkinnyShared<kRows>;
-  const auto kernel = skinny_gemm_kernel<T, Out, kRows>;
-  const unsigned blocks =
-      std::min(blocks_for(product.n, kRows), static_cast<unsigned>(runtime.multiprocessors() * kBlocksPerProcessor));
-  launch(runtime, kernel, blocks, kWarps * 32, sizeof(Shared), static_cast<const T*>(product.x),
-         static_cast<const T*>(product.w), static_cast<const T*>(product.bias), static_cast<Out*>(product.y), product.m,
-         product.n, product.k);
-}
-
 // How much of the device works if tiles have so many rows: those that are left over keep few multiprocessors busy.
 static double share_at_work(const Runtime& runtime, int n, int rows) {
   const unsigned tiles = blocks_for(n, rows);
@@ -136,20 +152,37 @@ static double share_at_work(const Runtime& runtime, int n, int rows) {
   return static_cast<double>(tiles) / (static_cast<double>(rounds) * runtime.multiprocessors());
 }
 
-template <typename T, typename Out>
-static void run_sized(const Runtime& runtime, const Product& product) {
+template <typename In, typename T, typename Out, bool kBlocks>
+static void run(const Runtime& runtime, const Product& product, int stride, const Fp8Scales& scales) {
+  const auto go = [&](auto* kernel, int rows, std::size_t shared) {
+    const unsigned blocks =
+        std::min(blocks_for(product.n, rows), static_cast<unsigned>(runtime.multiprocessors() * kBlocksPerProcessor));
+    launch(runtime, kernel, blocks, kWarps * 32, shared, static_cast<const In*>(product.x),
+           static_cast<const In*>(product.w), static_cast<const T*>(product.bias), static_cast<Out*>(product.y),
+           product.m, product.n, product.k, stride, scales);
+  };
   if (share_at_work(runtime, product.n, 8) > 1.1 * share_at_work(runtime, product.n, 16))
-    run<T, Out, 8>(runtime, product);
+    go(skinny_gemm_kernel<In, T, Out, 8, kBlocks>, 8, sizeof(SkinnyShared<8>));
   else
-    run<T, Out, 16>(runtime, product);
+    go(skinny_gemm_kernel<In, T, Out, 16, kBlocks>, 16, sizeof(SkinnyShared<16>));
 }
 
 void multiply_skinny(const Runtime& runtime, const Product& product) {
-  const bool wide_out = product.out_dtype == DType::float32;
-  if (product.dtype == DType::float16)
-    wide_out ? run_sized<f16, float>(runtime, product) : run_sized<f16, f16>(runtime, product);
-  else
-    wide_out ? run_sized<bf16, float>(runtime, product) : run_sized<bf16, bf16>(runtime, product);
+  with_results(product.dtype, product.out_dtype, [&](auto* type, auto* out) {
+    using T = Pointee<decltype(type)>;
+    run<T, T, Pointee<decltype(out)>, false>(runtime, product, product.n, {});
+  });
+}
+
+bool takes_skinny_fp8(const Fp8Product& product) { return product.m <= kMostRows; }
+
+void multiply_skinny_fp8(const Runtime& runtime, const Fp8Product& product) {
+  with_results(product.dtype, product.out_dtype, [&](auto* type, auto* out) {
+    using T = Pointee<decltype(type)>;
+    using Out = Pointee<decltype(out)>;
+    product.blocks ? run<e4m3, T, Out, true>(runtime, product, product.stride, product.scales)
+                   : run<e4m3, T, Out, false>(runtime, product, product.stride, product.scales);
+  });
 }
 
 }  // namespace vllmlite::cuda

@@ -31,7 +31,8 @@ inline decltype(&cuTensorMapEncodeTiled) find_encoder() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
 }
 
-// Boxes of a 16-bit matrix or stack of matrices, swizzled as hopper.cuh says, zeros where a box lies outside.
+// Boxes of a matrix of 16-bit floats or bytes, or of a stack of matrices, swizzled as hopper.cuh says, zeros where a
+// box lies outside.
 template <std::size_t kRank>
 CUtensorMap tensor_map(const void* data, DType dtype, const TensorMapDimension (&dimensions)[kRank]) {
   static const auto encode = find_encoder();
@@ -44,9 +45,11 @@ CUtensorMap tensor_map(const void* data, DType dtype, const TensorMapDimension (
     box[i] = static_cast<cuuint32_t>(dimensions[i].box);
     steps[i] = 1;
   }
+  const auto type = dtype == DType::uint8     ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                    : dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUresult result =
-      encode(&map, dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank,
-             const_cast<void*>(data), sizes, strides + 1, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode(&map, type, kRank, const_cast<void*>(data), sizes, strides + 1, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw Error("cuTensorMapEncodeTiled: error " + std::to_string(result));
   return map;

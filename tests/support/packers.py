@@ -190,8 +190,15 @@ def to_e4m3(values: Array) -> tuple[Array, Array]:
     return codes, np.where(values < 0, -1, 1) * table[codes & 127]
 
 
-def fp8(granularity: str, form: str = "fp8", scale: str = "weight_scale", scale_dtype: str = "F32") -> Packer:
-    block = 32
+def fp8(
+    granularity: str,
+    form: str = "fp8",
+    scale: str = "weight_scale",
+    scale_dtype: str = "F32",
+    block: int = 32,
+    activations: str | None = None,
+) -> Packer:
+    """Packer of 8-bit floats. ``activations``: ``dynamic``, or ``static`` for a constant that is stored."""
 
     def pack(weight: Array) -> tuple[Tensors, Array]:
         rows, columns = weight.shape
@@ -212,17 +219,28 @@ def fp8(granularity: str, form: str = "fp8", scale: str = "weight_scale", scale_
         if granularity == "block":
             wide = np.kron(scales, np.ones((block, block), np.float32))[:rows, :columns]
         codes, values = to_e4m3(weight / wide)
-        return {"weight": ("F8_E4M3", codes), scale: (scale_dtype, bits)}, values.astype(np.float32) * wide
+        tensors: Tensors = {"weight": ("F8_E4M3", codes), scale: (scale_dtype, bits)}
+        if activations == "static":
+            tensors["input_scale"] = ("F32", np.array([0.01], np.float32))
+        return tensors, values.astype(np.float32) * wide
 
     if form == "fp8":
-        config: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
+        config: dict[str, Any] = {
+            "quant_method": "fp8",
+            "activation_scheme": activations or "dynamic",
+            "fmt": "e4m3",
+        }
         if granularity == "block":
             config["weight_block_size"] = [block, block]
         return Packer(config, pack)
     if form == "modelopt":
         return Packer({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}, pack)
     weights = {"num_bits": 8, "type": "float", "strategy": granularity, "block_structure": [block, block]}
-    return compressed("float-quantized", weights, pack)
+    inputs = None
+    if activations is not None:
+        strategy = "group" if granularity == "block" else "token"
+        inputs = {"num_bits": 8, "type": "float", "dynamic": activations == "dynamic", "strategy": strategy}
+    return compressed("float-quantized", weights, pack, inputs)
 
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -335,10 +353,8 @@ PACKERS: dict[str, Packer] = {
     "int-quantized, static": ints("tensor", static=True),
     "fp8 blocks": fp8("block", scale="weight_scale_inv"),
     "fp8 blocks, scales in bfloat16": fp8("block", scale="weight_scale_inv", scale_dtype="BF16"),
-    "fp8 by tensor": fp8("tensor"),
     "float-quantized by channel": fp8("channel", "compressed"),
     "float-quantized by block": fp8("block", "compressed"),
-    "modelopt fp8": fp8("tensor", "modelopt"),
     "modelopt nvfp4": fp4("modelopt"),
     "nvfp4-pack-quantized": fp4("compressed"),
     "mxfp4-pack-quantized": fp4("mxfp4"),
@@ -346,6 +362,17 @@ PACKERS: dict[str, Packer] = {
     "bitsandbytes fp4, double quantised": bnb4("fp4", nested=True),
     "bitsandbytes int8": bnb8(),
 }
+
+FP8 = {
+    "blocks": fp8("block", scale="weight_scale_inv", block=128),
+    "blocks, scales in bfloat16": fp8("block", scale="weight_scale_inv", scale_dtype="BF16", block=128),
+    "tensor": fp8("tensor"),
+    "tensor, static": fp8("tensor", activations="static"),
+    "channel": fp8("channel", "compressed", activations="dynamic"),
+    "compressed-tensors' blocks": fp8("block", "compressed", block=128, activations="dynamic"),
+    "modelopt": fp8("tensor", "modelopt", activations="static"),
+}
+"""Packers of 8-bit floats whose products quantise activations."""
 
 W8A8 = {
     "dynamic": ints("channel", activations={"strategy": "token"}),

@@ -17,7 +17,7 @@ from vllmlite.backends.base import Backend
 from vllmlite.models import load_model, read_spec
 from vllmlite.models.tensors import sources
 from vllmlite.weights.host import HostTensor
-from vllmlite.weights.safetensors import write_safetensors
+from vllmlite.weights.safetensors import read_safetensors, write_safetensors
 
 DTYPES = {
     "I32": "int32", "I64": "int64", "I8": "int8", "U8": "uint8", "F16": "float16", "F32": "float32",
@@ -36,6 +36,19 @@ def write(path: Path, tensors: dict[str, tuple[str, NDArray[Any]]], **config: An
     write_safetensors(path / "model.safetensors", held.values(), layout)
     stored = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(stored | config))
+
+
+def tensors_of(path: Path) -> dict[str, tuple[str, NDArray[Any]]]:
+    """The tensors of a checkpoint, as :func:`write` takes them."""
+    codes = {name: code for code, name in DTYPES.items()}
+    kinds = {"bfloat16": "uint16", "float8_e4m3": "uint8"}
+    return {
+        name: (
+            codes[tensor.dtype],
+            tensor.data.view(kinds.get(tensor.dtype, tensor.dtype)).reshape(tensor.shape),
+        )
+        for name, tensor in read_safetensors(path / "model.safetensors").items()
+    }
 
 
 def quantised(base: Path, packer: Packer, family: str = "Llama", **changes: Any) -> tuple[Path, Path]:

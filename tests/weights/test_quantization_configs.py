@@ -85,11 +85,11 @@ REAL: dict[str, tuple[dict[str, Any], Scheme]] = {
     ),
     "fp8 in blocks": (
         BLOCKS | {"modules_to_not_convert": ["lm_head", "model.layers.1.input_layernorm", ROUTER]},
-        Float8Scheme("block", (128, 128), "weight_scale_inv"),
+        Float8Scheme("block", (128, 128), "weight_scale_inv", "dynamic"),
     ),
     "AutoFP8": (
         {"activation_scheme": "static", "ignored_layers": ["lm_head", "re:.*gate"], "quant_method": "fp8"},
-        Float8Scheme("tensor"),
+        Float8Scheme("tensor", inputs="static"),
     ),
     "w4a16": (
         compressed("pack-quantized", INT4, ignore=["lm_head", r"re:.*mlp\.gate$"]),

@@ -14,7 +14,7 @@ from native import needs_native_cpu
 from numpy.typing import NDArray
 from packers import PACKERS, Packer
 from paged import PagedModel
-from quantized_checkpoints import DTYPES, logits, quantised, write
+from quantized_checkpoints import logits, quantised, tensors_of, write
 
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
@@ -228,20 +228,6 @@ def test_an_unquantised_weight_is_read_as_floats(tmp_path: Path) -> None:
     )
 
 
-def tensors_of(path: Path) -> dict[str, tuple[str, NDArray[Any]]]:
-    from vllmlite.weights.safetensors import read_safetensors
-
-    codes = {name: code for code, name in DTYPES.items()}
-    kinds = {"bfloat16": "uint16", "float8_e4m3": "uint8"}
-    return {
-        name: (
-            codes[tensor.dtype],
-            tensor.data.view(kinds.get(tensor.dtype, tensor.dtype)).reshape(tensor.shape),
-        )
-        for name, tensor in read_safetensors(path / "model.safetensors").items()
-    }
-
-
 def test_older_files_beside_config_json_are_read(tmp_path: Path) -> None:
     packed, _ = quantised(tmp_path, packers.gptq(4, 32))
     config = json.loads((packed / "config.json").read_text())
@@ -326,7 +312,12 @@ def filled(value: Any) -> Any:
             lambda values: values[:1],
             r"scales': expected \[2, 64\] of float16.*found \[1, 64\]",
         ),
-        ("fp8 by tensor", "weight_scale", filled(np.nan), "q_proj.weight'.*a scale is not finite"),
+        (
+            "float-quantized by channel",
+            "weight_scale",
+            filled(np.nan),
+            "q_proj.weight'.*a scale is not finite",
+        ),
         ("bitsandbytes nf4", "weight.absmax", filled(np.inf), "q_proj.weight'.*a scale is not finite"),
         (
             "bitsandbytes nf4",
@@ -457,7 +448,7 @@ def test_a_weight_that_may_be_transposed_must_be_what_the_configuration_says(tmp
 
 
 def test_scales_of_the_cache_are_not_needed_and_other_biases_are_refused(tmp_path: Path) -> None:
-    packed, floats = quantised(tmp_path, packers.fp8("tensor"))
+    packed, floats = quantised(tmp_path, packers.fp8("channel", "compressed"))
     name, tensors = "model.layers.1.self_attn", tensors_of(packed)
     one = "F32", np.ones(1, np.float32)
     scales = {

@@ -32,11 +32,12 @@ from vllmlite.backends.base import (
 )
 from vllmlite.backends.native import NativeBackend, host_extension, load_extension, repacked, uploaded
 from vllmlite.errors import BackendError
-from vllmlite.weights.host import FLOAT_DTYPES, HostTensor, HostWeight, PackedWeight, Scheme
+from vllmlite.weights.host import FLOAT_DTYPES, HostTensor, HostWeight, PackedWeight
 from vllmlite.weights.schemes.codes import Bytes, StoredCodes
+from vllmlite.weights.schemes.float8 import Float8Scheme
 from vllmlite.weights.schemes.grouped import ORDER, QWEIGHT, SCALES, ZEROS, GroupedScheme
 
-NATIVE_FLOAT16, NATIVE_BFLOAT16 = (7, 5), (8, 0)
+NATIVE_FLOAT16, NATIVE_BFLOAT16, NATIVE_FLOAT8 = (7, 5), (8, 0), (8, 9)
 """The first compute capabilities whose tensor cores multiply these dtypes."""
 
 
@@ -79,6 +80,8 @@ class CudaBackend(NativeBackend):
         least = {"float16": NATIVE_FLOAT16, "bfloat16": NATIVE_BFLOAT16}.get(dtype)
         if least is not None and gpu["compute_capability"] >= least:
             self.schemes = frozenset(("w4a16", "w8a16"))
+            if gpu["compute_capability"] >= NATIVE_FLOAT8:
+                self.schemes |= {"fp8_w8a8"}
         with _out_of_memory("the device has not enough free memory for a CUDA context"):
             self._runtime = self._native.Runtime(index, dtype, batch_invariant)
 
@@ -114,9 +117,10 @@ class CudaBackend(NativeBackend):
         packed = [part for part in parts if isinstance(part, PackedWeight)]
         if any(part.scheme.name not in self.schemes for part in packed) or len(packed) not in (0, len(parts)):
             raise unusable(next(part for part in parts if part not in packed[1:]), self)
+        kinds = {type(part.scheme) for part in packed}
         with _out_of_memory("the weights do not fit: choose a smaller model or dtype"):
-            if packed and all(self._multiplies(part) for part in packed):
-                rows = [self._grouped_rows(list(alike)) for _, alike in groupby(packed, _form)]
+            if packed and all(self._multiplies(part) for part in packed) and len(kinds) == 1:
+                rows = [self._packed_rows(list(alike)) for _, alike in groupby(packed, _form)]
                 made = self._runtime.packed_weight(rows, bool(biases))
             else:
                 floats = [
@@ -144,17 +148,25 @@ class CudaBackend(NativeBackend):
 
     def _multiplies(self, weight: PackedWeight) -> bool:
         """Whether kernels multiply weights of this shape and group size; others are dequantised when loaded."""
-        scheme = weight.scheme
-        assert isinstance(scheme, GroupedScheme)
-        taken: bool = self._runtime.takes_groups(
-            scheme.bits, weight.shape[1], scheme.group_size or weight.shape[1]
-        )
+        scheme, columns = weight.scheme, weight.shape[1]
+        taken: bool
+        if isinstance(scheme, Float8Scheme):
+            taken = self._runtime.takes_fp8(columns)
+        else:
+            assert isinstance(scheme, GroupedScheme)
+            taken = self._runtime.takes_groups(scheme.bits, columns, scheme.group_size or columns)
         return taken
 
-    def _grouped_rows(self, parts: Sequence[PackedWeight]) -> Any:
+    def _packed_rows(self, parts: Sequence[PackedWeight]) -> Any:
         """Copy the rows of ``parts``, which all have one :func:`_form`, to the device."""
         first = parts[0]
-        scheme, columns = first.scheme, first.shape[1]
+        scheme, rows, columns = first.scheme, sum(part.shape[0] for part in parts), first.shape[1]
+        if isinstance(scheme, Float8Scheme):
+            operands = [scheme.operand(part) for part in parts]
+            return self._runtime.fp8_rows(
+                rows, columns, operands[0].blocks, [operand.values for operand in operands],
+                [operand.scales for operand in operands], operands[0].input_scale,
+            )  # fmt: skip
         assert isinstance(scheme, GroupedScheme)
         order = first.parts.get(ORDER)
 
@@ -162,7 +174,7 @@ class CudaBackend(NativeBackend):
             return [part.parts[suffix].data for part in parts if suffix in part.parts]
 
         return self._runtime.grouped_rows(
-            scheme.bits, sum(part.shape[0] for part in parts), columns, scheme.group_size or columns,
+            scheme.bits, rows, columns, scheme.group_size or columns,
             pieces(QWEIGHT), pieces(SCALES), first.parts[SCALES].dtype, pieces(ZEROS),
             None if order is None else order.data,
         )  # fmt: skip
@@ -243,10 +255,16 @@ class CudaBackend(NativeBackend):
         return run
 
 
-def _form(weight: PackedWeight) -> tuple[Scheme, str, bytes | None]:
-    """What parts must have in common so that one kernel launch multiplies them: scheme, dtype of scales, order."""
+def _form(weight: PackedWeight) -> tuple[Any, ...]:
+    """What parts must have in common so that one kernel launch multiplies them."""
+    scheme = weight.scheme
+    if isinstance(scheme, Float8Scheme):
+        inputs = weight.parts["input_scale"].data.tobytes() if scheme.inputs == "static" else None
+        # Rows after a part of a block would begin within a block.
+        own = id(weight) if weight.shape[0] % scheme.row_unit else None
+        return scheme.granularity == "block", inputs, own
     order = weight.parts.get(ORDER)
-    return weight.scheme, weight.parts[SCALES].dtype, None if order is None else order.data.tobytes()
+    return scheme, weight.parts[SCALES].dtype, None if order is None else order.data.tobytes()
 
 
 @contextmanager

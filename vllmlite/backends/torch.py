@@ -34,7 +34,7 @@ from vllmlite.backends.base import (
 )
 from vllmlite.backends.memory import host_memory
 from vllmlite.backends.torch_attention import Group, Rows, Scores, TorchKV, attend, plan_groups, token_width
-from vllmlite.backends.torch_packed import SCHEMES, TorchInt8, TorchPacked, TorchTiles, packed_part
+from vllmlite.backends.torch_packed import SCHEMES, TorchPacked, TorchPart, packed_part
 from vllmlite.backends.torch_sampling import SamplePlan, TorchSlots
 from vllmlite.errors import BackendError
 from vllmlite.weights.host import FLOAT_DTYPES, ITEM_SIZE, HostTensor, HostWeight, float_parts
@@ -157,7 +157,7 @@ class TorchBackend(Backend):
     def tied_weight(self, table: torch.Tensor) -> TorchLinear:
         return self._linear(table, None)
 
-    def _packed(self, part: HostWeight) -> TorchTiles | TorchInt8:
+    def _packed(self, part: HostWeight) -> TorchPart:
         if isinstance(part, HostTensor) or part.scheme.name not in self.schemes:
             raise unusable(part, self)
         return packed_part(part, self._put)

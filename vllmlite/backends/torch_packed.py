@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from vllmlite.weights.host import PackedWeight
-from vllmlite.weights.schemes import tiles
+from vllmlite.weights.schemes import float8, tiles
+from vllmlite.weights.schemes.float8 import Float8Scheme
 from vllmlite.weights.schemes.tiles import TileScheme
 from vllmlite.weights.schemes.w8a8 import InputScale, W8A8Scheme
 
 ROWS = 4096
 """Rows of a weight that are converted to floats at a time."""
-SCHEMES = frozenset(("int8", "int4", "w8a8"))
+SCHEMES = frozenset(("int8", "int4", "w8a8", "fp8_w8a8"))
 
 Put: TypeAlias = Callable[..., Sequence[torch.Tensor]]
 """Puts numpy arrays on the device."""
@@ -84,10 +85,44 @@ def quantized_rows(x: torch.Tensor, inputs: InputScale) -> tuple[torch.Tensor, t
 
 
 @dataclass(frozen=True, slots=True)
+class TorchFloat8:
+    """e4m3 values ``[out, in]``, float32 scales ``[out]``, or of blocks, and the constant that quantises x, or None."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    blocks: bool
+    input_scale: float | None
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply in float32 as :mod:`vllmlite.weights.schemes.float8` defines it."""
+        columns, size = x.shape[1], float8.BLOCK if self.blocks else x.shape[1]
+        groups = F.pad(x.float(), (0, -columns % size)).view(len(x), -1, size)
+        if self.input_scale is None:
+            most = groups.abs().amax(-1, keepdim=True)
+            scales = (most / float8.LARGEST).clamp_(min=float8.LEAST_SCALE)
+        else:
+            scales = torch.full((len(x), 1, 1), self.input_scale, device=x.device)
+        rounded = (groups * (1 / scales)).clamp_(-float8.LARGEST, float8.LARGEST).to(torch.float8_e4m3fn)
+        floats = (rounded.float() * scales).flatten(1)[:, :columns]
+
+        def values(part: slice) -> torch.Tensor:
+            made = self.values[part].float()
+            if not self.blocks:
+                return made * self.scales[part, None]
+            rows = torch.arange(part.start, min(part.stop, len(self.values)), device=x.device) // size
+            return made * self.scales[rows].repeat_interleave(size, 1)[:, :columns]
+
+        return _by_rows(floats, len(self.values), values)
+
+
+TorchPart: TypeAlias = TorchTiles | TorchInt8 | TorchFloat8
+
+
+@dataclass(frozen=True, slots=True)
 class TorchPacked:
     """The parts of one packed weight, and a bias ``[out]``."""
 
-    parts: Sequence[TorchTiles | TorchInt8]
+    parts: Sequence[TorchPart]
     bias: torch.Tensor | None
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -96,13 +131,17 @@ class TorchPacked:
         return out if self.bias is None else out.add_(self.bias)
 
 
-def packed_part(weight: PackedWeight, put: Put) -> TorchTiles | TorchInt8:
+def packed_part(weight: PackedWeight, put: Put) -> TorchPart:
     """Put a weight in one of :data:`SCHEMES` on the device."""
     if isinstance(weight.scheme, W8A8Scheme):
         operand = weight.scheme.operand(weight)
         arrays: list[NDArray[Any]] = [operand.values, operand.scales]
         values, scales, *zeros = put(*arrays, *([] if operand.zeros is None else [operand.zeros]))
         return TorchInt8(values, scales, zeros[0] if zeros else None, operand.inputs)
+    if isinstance(weight.scheme, Float8Scheme):
+        stored = weight.scheme.operand(weight)
+        codes, scales = put(stored.values, stored.scales)
+        return TorchFloat8(codes.view(torch.float8_e4m3fn), scales, stored.blocks, stored.input_scale)
     assert isinstance(weight.scheme, TileScheme)
     unpacked, found, _ = tiles.unpack(weight)
     values, scales = put(unpacked, found)

@@ -20,7 +20,7 @@ from vllmlite.weights.schemes.awq import AwqScheme
 from vllmlite.weights.schemes.bitsandbytes import Bnb4Scheme, Bnb8Scheme
 from vllmlite.weights.schemes.compressed import IntScheme, PackedIntScheme
 from vllmlite.weights.schemes.float4 import MXFP4, NVFP4_COMPRESSED, NVFP4_MODELOPT
-from vllmlite.weights.schemes.float8 import Float8Scheme
+from vllmlite.weights.schemes.float8 import BLOCK, Float8Scheme
 from vllmlite.weights.schemes.gptq import GptqScheme
 from vllmlite.weights.schemes.tiles import GROUP, TILES
 from vllmlite.weights.schemes.w8a8 import W8A8Scheme
@@ -189,16 +189,23 @@ def _auto_round_scheme(own: HfConfig, packing: str) -> Scheme | None:
 
 
 def _float8(section: HfConfig) -> Quantization:
-    section.choice("fmt", {"e4m3": "e4m3", "e5m2": "e5m2"}, "e4m3")
-    section.choice("activation_scheme", {"dynamic": "dynamic", "static": "static"}, "dynamic")
+    form = section.choice("fmt", {"e4m3": "e4m3", "e5m2": "e5m2"}, "e4m3")
+    found = section.choice("activation_scheme", {"dynamic": "dynamic", "static": "static"}, "dynamic")
+    inputs = found if form == "e4m3" else None
     section.without_effect("scale_fmt")
     blocks = section.get("weight_block_size")
     if blocks is None:
-        scheme = Float8Scheme("tensor")
+        scheme = Float8Scheme("tensor", inputs=inputs)
     else:
-        scheme = Float8Scheme("block", _block(section, "weight_block_size"), "weight_scale_inv")
+        block = _block(section, "weight_block_size")
+        scheme = Float8Scheme("block", block, "weight_scale_inv", _float8_inputs(block, inputs))
     names = _floats(section, "modules_to_not_convert"), _floats(section, "ignored_layers")
     return Quantization("fp8", (*names, (HEAD, None), (ALL, scheme)))
+
+
+def _float8_inputs(block: tuple[int, int], inputs: str | None) -> str | None:
+    """How products with weights in blocks quantise activations: in blocks of the same size, or not at all."""
+    return inputs if block == (BLOCK, BLOCK) and inputs == "dynamic" else None
 
 
 def _block(section: HfConfig, key: str) -> tuple[int, int]:
@@ -213,7 +220,7 @@ def _block(section: HfConfig, key: str) -> tuple[int, int]:
 
 
 def _modelopt(section: HfConfig) -> Quantization:
-    schemes: dict[str, Scheme] = {"FP8": Float8Scheme("tensor"), "NVFP4": NVFP4_MODELOPT}
+    schemes: dict[str, Scheme] = {"FP8": Float8Scheme("tensor", inputs="static"), "NVFP4": NVFP4_MODELOPT}
     name = section.choice("quant_algo", {name: name for name in schemes})
     if name == "NVFP4":
         section.require("group_size", 16)
@@ -294,8 +301,7 @@ def _compressed_scheme(group: HfConfig, form: str) -> Scheme:
         and bits == 8
         and strategy != "group"
     ):
-        block = _block(weights, "block_structure") if strategy == "block" else (1, 1)
-        return Float8Scheme(strategy, block)
+        return _compressed_float8(group, weights, strategy)
     if form == "nvfp4-pack-quantized" and kind == "float" and bits == 4:
         return NVFP4_COMPRESSED
     if form == "mxfp4-pack-quantized" and kind == "float" and bits == 4:
@@ -305,6 +311,20 @@ def _compressed_scheme(group: HfConfig, form: str) -> Scheme:
         "or 8 bits by channel or group, int-quantized and float-quantized with 8, nvfp4-pack-quantized, "
         "mxfp4-pack-quantized"
     )
+
+
+def _compressed_float8(group: HfConfig, weights: HfConfig, strategy: str) -> Float8Scheme:
+    """The scheme of e4m3 weights; ``input_activations`` says how products quantise activations."""
+    activations = group.section("input_activations")
+    inputs = None
+    if activations is not None:
+        activations.require("num_bits", 8)
+        activations.require("type", "float")
+        inputs = "dynamic" if activations.boolean("dynamic", False) else "static"
+    if strategy != "block":
+        return Float8Scheme(strategy, inputs=inputs)
+    block = _block(weights, "block_structure")
+    return Float8Scheme("block", block, inputs=_float8_inputs(block, inputs))
 
 
 def _int8_activations(activations: HfConfig, symmetric: bool, per_tensor: bool) -> W8A8Scheme:

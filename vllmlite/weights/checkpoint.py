@@ -26,6 +26,7 @@ from vllmlite.weights.json_object import read_object
 from vllmlite.weights.not_checkpoints import quantization_of, what_directory_is
 from vllmlite.weights.pt import read_pt
 from vllmlite.weights.safetensors import read_safetensors
+from vllmlite.weights.schemes.float8 import Float8Scheme
 from vllmlite.weights.schemes.grouped import QWEIGHT, SCALES, GroupedScheme, IntegerScheme
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
@@ -92,15 +93,16 @@ def open_weights(
     but are not needed. ``tied``: names of an output layer that may be present though ``shapes`` lacks it, and of the
     embedding it is tied to; if their values differ, it becomes one of the weights.
     ``load_format`` ``dummy`` reads no file: norms are one, all other weights are random numbers drawn from ``seed``,
-    packed where ``schemes`` has a scheme of integers, else floats."""
+    packed where ``schemes`` has a scheme of integers or of 8-bit floats, else floats."""
     if load_format not in LOAD_FORMATS:
         raise ParameterError("load_format", load_format, ", ".join(LOAD_FORMATS))
     if load_format == "dummy":
-        packed = {
-            name: grouped
-            for name, scheme in (schemes or {}).items()
-            if isinstance(scheme, IntegerScheme) and (grouped := scheme.grouped) is not None
-        }
+        packed: dict[str, GroupedScheme | Float8Scheme] = {}
+        for name, scheme in (schemes or {}).items():
+            if isinstance(scheme, Float8Scheme):
+                packed[name] = scheme
+            elif isinstance(scheme, IntegerScheme) and scheme.grouped is not None:
+                packed[name] = scheme.grouped
         return Weights(lambda name: _dummy(name, shapes[name], seed, packed.get(name)), shapes, packed)
     if path.is_file():
         raise ParameterError("load_format", load_format, f"{path} is a GGUF file: auto, gguf or dummy")
@@ -314,9 +316,11 @@ def _same(one: HostTensor, other: HostTensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and np.array_equal(one.data, other.data)
 
 
-def _dummy(name: str, shape: tuple[int, ...], seed: int, scheme: GroupedScheme | None) -> HostWeight:
+def _dummy(
+    name: str, shape: tuple[int, ...], seed: int, scheme: GroupedScheme | Float8Scheme | None
+) -> HostWeight:
     """Return ones for a norm, else random numbers of deviation 0.02, repeated with a period that divides no row: normal
-    ones as floats, or uniform ones packed in ``scheme``."""
+    ones as floats, or uniform codes packed in ``scheme``."""
     generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
     if scheme is None:
         if re.search(r"norm|\bln_", name):
@@ -326,6 +330,8 @@ def _dummy(name: str, shape: tuple[int, ...], seed: int, scheme: GroupedScheme |
             block = generator.standard_normal(min(size, _DUMMY_PERIOD), np.float32) * np.float32(0.02)
             values = np.resize(block, size).astype("<f4", copy=False)
         return HostTensor("float32", shape, values.reshape(-1).view(np.uint8))
+    if isinstance(scheme, Float8Scheme):
+        return _dummy_float8(shape, scheme, generator)
     scale = float_tensor(np.full(1, 0.02 * 12**0.5 / 2**scheme.bits, np.float32), "float16")
     parts = {}
     for suffix, part in scheme.parts(shape).items():
@@ -338,6 +344,28 @@ def _dummy(name: str, shape: tuple[int, ...], seed: int, scheme: GroupedScheme |
             data = np.full(part.num_bytes, 1 << (scheme.bits - 1), np.uint8)
         if not part.optional:
             parts[suffix] = HostTensor(part.dtype, part.shape, data)
+    return PackedWeight(scheme, shape, parts)
+
+
+def _dummy_float8(
+    shape: tuple[int, ...], scheme: Float8Scheme, generator: np.random.Generator
+) -> PackedWeight:
+    """Return random codes of finite values, with one scale that gives them a deviation of 0.02."""
+    finite = np.array([code for code in range(256) if code & 0x7F < 0x7C], np.uint8)  # of either 8-bit float
+    parts = {}
+    for suffix, part in scheme.parts(shape).items():
+        if part.optional:
+            continue
+        if suffix == "weight":
+            codes = finite[generator.integers(0, len(finite), min(part.num_bytes, _DUMMY_PERIOD))]
+            values = float_values(HostTensor(part.dtype, codes.shape, codes))
+            data = np.resize(codes, part.num_bytes)
+        elif suffix == scheme.scale:
+            scale = np.full(1, 0.02 / values.std(), np.float32)
+            data = np.resize(float_tensor(scale, part.dtype).data, part.num_bytes)
+        else:
+            data = np.resize(float_tensor(np.full(1, 0.01, np.float32), part.dtype).data, part.num_bytes)
+        parts[suffix] = HostTensor(part.dtype, part.shape, data)
     return PackedWeight(scheme, shape, parts)
 
 

@@ -2,15 +2,27 @@
 
 ``weight`` is e4m3 (or e5m2) ``[N, K]``. Its scales multiply it: ``weight_scale`` is a number, ``[N]``, ``[N, 1]`` or
 ``[ceil(N / R), ceil(K / C)]`` for blocks of R rows and C columns. DeepSeek's and Qwen's files call block scales
-``weight_scale_inv``, though they multiply as well. Scales of activations are ignored: activations stay floats.
+``weight_scale_inv``, though they multiply as well.
+
+Products of the scheme ``fp8`` leave activations in the backend's dtype. Those of ``fp8_w8a8`` quantise them to e4m3
+with a scale s, in float32 arithmetic: an element x becomes ``x * (1 / s)``, rounded to nearest (halves to even), at
+most 448 in magnitude. s is
+
+- static: ``input_scale``, which the checkpoint stores;
+- dynamic: ``max(largest |x| / 448, 2 ** -100)`` over a row of activations, or over each 128 columns of it where the
+  weight has blocks, which are 128 x 128.
+
+An element of the product is the sum over the blocks of columns of s times the weight's scale times the sum of products
+of e4m3 elements, in float32.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError
 from vllmlite.weights.host import Floats, PackedWeight, Part, Shape, float_values
@@ -18,17 +30,45 @@ from vllmlite.weights.schemes.compressed import ACTIVATIONS, SCALE_DTYPES, scale
 from vllmlite.weights.schemes.groups import Axes, SlicedScheme
 
 GRANULARITIES = ("tensor", "channel", "block")
+BLOCK = 128
+"""Rows and columns of a block whose products quantise activations."""
+LARGEST = 448.0
+"""The largest e4m3 value."""
+LEAST_SCALE = 2.0**-100
+"""The least scale of activations; its reciprocal is finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Float8Operand:
+    """A weight ``[N, K]`` as products that quantise activations take it: e4m3 codes ``[N, K]``, and float32 scales
+    ``[N]``, or ``[ceil(N / 128), ceil(K / 128)]`` with blocks. ``input_scale`` is the scale of activations if it is
+    static."""
+
+    values: NDArray[np.uint8]
+    scales: Floats
+    blocks: bool
+    input_scale: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Float8Scheme(SlicedScheme):
     """``granularity``: one of :data:`GRANULARITIES`; ``block``: rows and columns of a block; ``scale``: the scales'
-    suffix."""
+    suffix; ``inputs``: ``dynamic`` or ``static`` where products quantise activations."""
 
     granularity: str
     block: tuple[int, int] = (1, 1)
     scale: str = "weight_scale"
-    name: str = "fp8"
+    inputs: str | None = None
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """``fp8``, or ``fp8_w8a8`` where products quantise activations."""
+        return "fp8" if self.inputs is None else "fp8_w8a8"
+
+    @property
+    def input_dtype(self) -> str | None:
+        """See :class:`Scheme`."""
+        return None if self.inputs is None else "float8_e4m3"
 
     @property
     def row_unit(self) -> int:
@@ -47,7 +87,11 @@ class Float8Scheme(SlicedScheme):
             scales = Part(blocks, "float32", (*SCALE_DTYPES, "bfloat16", "float8_e8m0"))
         else:
             scales = scale_part(shape, None, self.granularity == "tensor")
-        return {"weight": Part(shape, "float8_e4m3", ("float8_e5m2",)), self.scale: scales, **ACTIVATIONS}
+        others = ("float8_e5m2",) if self.inputs is None else ()
+        parts = {"weight": Part(shape, "float8_e4m3", others), self.scale: scales, **ACTIVATIONS}
+        if self.inputs == "static":
+            parts["input_scale"] = replace(parts["input_scale"], optional=False)
+        return parts
 
     def axes(self) -> dict[str, Axes]:
         """See :class:`SlicedScheme`."""
@@ -61,11 +105,33 @@ class Float8Scheme(SlicedScheme):
     def dequantize(self, weight: PackedWeight) -> Floats:
         """See :class:`Scheme`."""
         rows, columns = weight.shape
-        scales = float_values(weight.parts[self.scale])
-        if not np.isfinite(scales).all():
-            raise ModelError("a scale is not finite")
+        scales = self._scales(weight)
         values = float_values(weight.parts["weight"])
         if self.granularity == "block":
             wide = np.repeat(scales, self.block[1], axis=1)[:, :columns]
             return np.asarray(values * np.repeat(wide, self.block[0], axis=0)[:rows])
         return np.asarray(values * (scales.reshape(-1, 1) if scales.size > 1 else scales.reshape(())))
+
+    def operand(self, weight: PackedWeight) -> Float8Operand:
+        """Return ``weight`` as products that quantise activations take it. ModelError for scales that are not finite,
+        and for an ``input_scale`` that is not positive."""
+        rows = weight.shape[0]
+        scales, blocks, constant = self._scales(weight), self.granularity == "block", None
+        if not blocks:
+            scales = np.broadcast_to(scales.reshape(-1), rows)
+        if self.inputs == "static":
+            constant = float(float_values(weight.parts["input_scale"]).reshape(-1)[0])
+            if not (np.isfinite(constant) and constant >= LEAST_SCALE):
+                raise ModelError(f"input_scale is {constant}; accepted: finite numbers above 0")
+        return Float8Operand(
+            weight.parts["weight"].data.reshape(rows, -1),
+            np.ascontiguousarray(scales, np.float32),
+            blocks,
+            constant,
+        )
+
+    def _scales(self, weight: PackedWeight) -> Floats:
+        scales = float_values(weight.parts[self.scale])
+        if not np.isfinite(scales).all():
+            raise ModelError("a scale is not finite")
+        return scales

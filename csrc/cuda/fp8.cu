@@ -1,0 +1,212 @@
+// Products of 8-bit floats: how activations are quantised, and which kernel multiplies.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/fp8.hpp"
+#include "cuda/kernel.cuh"
+
+namespace vllmlite::cuda {
+
+constexpr float kLargest = 448;           // of e4m3
+constexpr float kLeastScale = 0x1p-100F;  // whose reciprocal is a normal number
+constexpr int kMostThreads = 512, kHeld = 4;
+
+// ---- Quantising
+
+// The codes of eight numbers times `inverse`.
+template <typename T>
+__device__ __forceinline__ uint2 quantised(const Pack<T, 8>& values, float inverse) {
+  std::uint32_t words[2] = {};
+#if __CUDA_ARCH__ >= 890
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    std::uint16_t two;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+        : "=h"(two)
+        : "f"(to_float(values.at[2 * i + 1]) * inverse), "f"(to_float(values.at[2 * i]) * inverse));
+    words[i / 2] |= static_cast<std::uint32_t>(two) << (i % 2 * 16);
+  }
+#endif
+  return make_uint2(words[0], words[1]);
+}
+
+template <typename T>
+__device__ __forceinline__ float largest(const Pack<T, 8>& values) {
+  float most = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(to_float(values.at[i])));
+  return most;
+}
+
+__device__ __forceinline__ float scale_of(float most) { return fmaxf(most / kLargest, kLeastScale); }
+
+// One block a row of `packs` packs of eight, of which each thread holds the first kHeld: a scale for the row, its
+// largest magnitude's, or `constant` if that is not 0.
+template <typename T>
+static __global__ __launch_bounds__(kMostThreads) void quantise_rows_kernel(const T* x, uint2* to, float* scales,
+                                                                            int packs, float constant) {
+  using P = Pack<T, 8>;
+  __shared__ float shared[32];
+  let_next_begin();
+  wait_for_previous();
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * packs;
+  const P* from = reinterpret_cast<const P*>(x) + row;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  P held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    if (thread + i * threads < packs) held[i] = from[thread + i * threads];
+  float scale = constant;
+  if (constant == 0) {
+    float most = 0;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (thread + i * threads < packs) most = fmaxf(most, largest(held[i]));
+    for (int i = thread + kHeld * threads; i < packs; i += threads) most = fmaxf(most, largest(from[i]));
+    scale = scale_of(block_reduce(most, shared, [](float a, float b) { return fmaxf(a, b); }));
+  }
+  const float inverse = 1 / scale;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    if (thread + i * threads < packs) to[row + thread + i * threads] = quantised(held[i], inverse);
+  for (int i = thread + kHeld * threads; i < packs; i += threads) to[row + i] = quantised(from[i], inverse);
+  if (thread == 0) scales[blockIdx.x] = scale;
+}
+
+// Grid: (rows, blocks of kMostThreads packs). Each thread quantises a pack; the 16 of a block of columns share a scale.
+template <typename T>
+static __global__ __launch_bounds__(kMostThreads) void quantise_blocks_kernel(const T* x, uint2* to, float* scales,
+                                                                              int packs, int stride) {
+  using P = Pack<T, 8>;
+  let_next_begin();
+  wait_for_previous();
+  const int pack = static_cast<int>(blockIdx.y) * kMostThreads + static_cast<int>(threadIdx.x);
+  const std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * packs + pack;
+  P values{};
+  if (pack < packs) values = reinterpret_cast<const P*>(x)[at];
+  float most = largest(values);
+#pragma unroll
+  for (int offset = 8; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, offset));
+  if (pack >= packs) return;
+  const float scale = scale_of(most);
+  to[at] = quantised(values, 1 / scale);
+  if (pack % 16 == 0) scales[static_cast<std::int64_t>(pack / 16) * stride + blockIdx.x] = scale;
+}
+
+namespace {
+
+// Activations as a product takes them.
+struct Quantised {
+  Tensor values, scales;
+};
+
+}  // namespace
+
+template <typename T>
+static void quantise(const Runtime& runtime, const Tensor& x, const Fp8Rows& rows, const Quantised& to) {
+  const auto m = static_cast<unsigned>(x.shape[0]);
+  const int packs = rows.columns / 8;
+  if (rows.blocks)
+    launch(runtime, quantise_blocks_kernel<T>, dim3(m, blocks_for(packs, kMostThreads)), kMostThreads, 0,
+           static_cast<const T*>(x.data), static_cast<uint2*>(to.values.data), static_cast<float*>(to.scales.data),
+           packs, static_cast<int>(to.scales.shape[1]));
+  else
+    launch(runtime, quantise_rows_kernel<T>, m,
+           static_cast<unsigned>(std::clamp((packs + 31) / 32 * 32, 32, kMostThreads)), 0,
+           static_cast<const T*>(x.data), static_cast<uint2*>(to.values.data), static_cast<float*>(to.scales.data),
+           packs, rows.input_scale.value_or(0));
+}
+
+static Quantised quantised(Runtime& runtime, const Tensor& x, const Fp8Rows& rows) {
+  constexpr std::int64_t kUnit = 128;  // so that tiles find a scale for each of their rows
+  const std::int64_t blocks = rows.blocks ? (rows.columns + kFp8Block - 1) / kFp8Block : 1;
+  const Quantised made{runtime.make(x.shape, DType::uint8),
+                       runtime.make({blocks, (x.shape[0] + kUnit - 1) / kUnit * kUnit}, DType::float32)};
+  runtime.dtype() == DType::float16 ? quantise<f16>(runtime, x, rows, made) : quantise<bf16>(runtime, x, rows, made);
+  return made;
+}
+
+// ---- Dequantising
+
+// One thread for each 16 elements of a row.
+template <typename T>
+static __global__ void dequantise_kernel(const uint4* weight, const float* scales, T* to, int words, std::int64_t count,
+                                         bool blocks) {
+  wait_for_previous();
+  const std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= count) return;
+  const std::int64_t row = at / words;
+  const int word = static_cast<int>(at % words), blocks_of_row = (words * 16 + kFp8Block - 1) / kFp8Block;
+  const float scale = scales[blocks ? row / kFp8Block * blocks_of_row + word * 16 / kFp8Block : row];
+  const uint4 sixteen = weight[at];
+  const std::uint32_t fours[] = {sixteen.x, sixteen.y, sixteen.z, sixteen.w};
+  Pack<T, 8> made[2];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    // The bits of e4m3 are those of float16 but for the bias of the exponent: 2^8 times as much.
+    const auto code = static_cast<std::uint16_t>(fours[i / 4] >> (i % 4 * 8) & 0xffU);
+    const auto bits = static_cast<std::uint16_t>((code & 0x80U) << 8 | (code & 0x7fU) << 7);
+    const float value = (code & 0x7fU) == 0x7fU ? NAN : to_float(reinterpret_cast<const f16&>(bits)) * 256;
+    made[i / 8].at[i % 8] = from_float<T>(value * scale);
+  }
+  reinterpret_cast<Pack<T, 8>*>(to)[2 * at] = made[0];
+  reinterpret_cast<Pack<T, 8>*>(to)[2 * at + 1] = made[1];
+}
+
+Tensor dequantise(Runtime& runtime, const std::vector<Fp8Rows>& parts) {
+  std::int64_t rows = 0;
+  for (const Fp8Rows& part : parts) rows += part.rows;
+  Tensor made = runtime.make({rows, parts.at(0).columns}, runtime.dtype());
+  const auto fill = [&](auto* to) {
+    for (const Fp8Rows& part : parts) {
+      const std::int64_t count = part.weight.size() / 16;
+      launch(runtime, dequantise_kernel<Pointee<decltype(to)>>, blocks_for(count, kMostThreads), kMostThreads, 0,
+             static_cast<const uint4*>(part.weight.data), static_cast<const float*>(part.scales.data), to,
+             part.columns / 16, count, part.blocks);
+      to += part.weight.size();
+    }
+  };
+  runtime.dtype() == DType::float16 ? fill(static_cast<f16*>(made.data)) : fill(static_cast<bf16*>(made.data));
+  return made;
+}
+
+// ---- Products
+
+bool takes_fp8(const Runtime& runtime, int columns) {
+  return runtime.dtype() != DType::float32 && runtime.capability() >= 89 && columns % 16 == 0;
+}
+
+static void multiply(Runtime& runtime, const Fp8Product& product) {
+  if (runtime.batch_invariant())
+    multiply_fp8_tiles(runtime, product);
+  else if (takes_skinny_fp8(product))
+    multiply_skinny_fp8(runtime, product);
+  else if (takes_fp8_on_hopper(runtime, product))
+    multiply_fp8_on_hopper(runtime, product);
+  else
+    multiply_fp8_tiles(runtime, product);
+}
+
+void multiply_fp8(Runtime& runtime, const Tensor& x, const std::vector<Fp8Rows>& parts, const Tensor* bias,
+                  const Tensor& y) {
+  std::int64_t first = 0;
+  Quantised own;
+  const Fp8Rows* before = nullptr;
+  for (const Fp8Rows& part : parts) {
+    if (before == nullptr || before->blocks != part.blocks || before->input_scale != part.input_scale)
+      own = quantised(runtime, x, part);
+    before = &part;
+    const auto at = static_cast<std::size_t>(first);
+    multiply(runtime, {{own.values.data, part.weight.data,
+                        bias == nullptr ? nullptr : static_cast<const char*>(bias->data) + at * item_size(x.dtype),
+                        static_cast<char*>(y.data) + at * item_size(y.dtype), static_cast<int>(x.shape[0]), part.rows,
+                        part.columns, x.dtype, y.dtype},
+                       {static_cast<const float*>(own.scales.data), static_cast<const float*>(part.scales.data),
+                        static_cast<int>(own.scales.shape[1])},
+                       static_cast<int>(y.shape[1]),
+                       part.blocks});
+    first += part.rows;
+  }
+}
+
+}  // namespace vllmlite::cuda

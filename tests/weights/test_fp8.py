@@ -1,0 +1,96 @@
+"""Checkpoints of 8-bit floats whose products quantise activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from native import needs_native_cpu
+from packers import FP8
+from quantized_checkpoints import logits, quantised, tensors_of, write
+
+from vllmlite.backends.cpu import CpuBackend
+from vllmlite.backends.cuda import CudaBackend
+from vllmlite.backends.torch import TorchBackend
+from vllmlite.config.engine_config import EngineConfig
+from vllmlite.errors import BackendError, ModelError
+from vllmlite.models import load_model
+from vllmlite.runner.build import build_runner, plan_for
+from vllmlite.weights.host import HostTensor, PackedWeight, float_values
+from vllmlite.weights.schemes.float8 import Float8Scheme
+
+
+@needs_native_cpu
+@pytest.mark.parametrize("name", FP8)
+def test_products_quantise_activations_on_torch_and_not_on_the_cpu(name: str, tmp_path: Path) -> None:
+    path, floats = quantised(tmp_path, FP8[name])
+    expected, unquantised = logits(path, TorchBackend()), logits(floats, TorchBackend())
+    size = np.abs(unquantised).max()
+    assert 0 < np.abs(expected - unquantised).mean() < 0.1 * size
+    np.testing.assert_allclose(logits(path, CpuBackend("float32")), unquantised, rtol=0, atol=1e-3 * size)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["Llama", "Phi3", "Mixtral"])
+@pytest.mark.parametrize("name", FP8)
+def test_checkpoints_run_on_cuda_as_on_torch(name: str, family: str, dtype: str, tmp_path: Path) -> None:
+    try:
+        backend = CudaBackend("cuda", dtype)
+    except BackendError as error:
+        pytest.skip(str(error))
+    changes = {"num_local_experts": 2} if family == "Mixtral" else {}
+    path, floats = quantised(tmp_path, FP8[name], family, **changes)
+    expected = logits(path if "fp8_w8a8" in backend.schemes else floats, TorchBackend())
+    size = np.abs(expected).max()
+    np.testing.assert_allclose(logits(path, backend), expected, rtol=0, atol=0.05 * size)
+
+
+@needs_native_cpu
+@pytest.mark.parametrize(
+    ("backend", "said"),
+    [
+        ("torch", "fp8_w8a8 weights kept, activations in float8_e4m3"),
+        ("cpu", "fp8_w8a8 weights dequantised to float32, activations in float32, not float8_e4m3"),
+    ],
+)
+def test_the_start_line_says_what_happens_to_activations(backend: str, said: str, tmp_path: Path) -> None:
+    path, _ = quantised(tmp_path, FP8["channel"])
+    config = EngineConfig(
+        model=str(path), backend=backend, device="cpu", dtype="float32", kv_cache_memory_bytes=1 << 20
+    )
+    assert said in build_runner(config, plan_for(config)).backend_choice
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.inf, np.nan])
+def test_input_scales_that_are_not_positive_are_refused(scale: float, tmp_path: Path) -> None:
+    path, _ = quantised(tmp_path, FP8["tensor, static"])
+    tensors = tensors_of(path)
+    name = next(name for name in tensors if name.endswith("input_scale"))
+    tensors[name] = "F32", np.array([scale], np.float32)
+    write(path, tensors)
+    with pytest.raises(ModelError, match=r"input_scale is .*; accepted: finite numbers above 0"):
+        load_model(TorchBackend(), path, max_model_len=64, block_size=16)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor", "block"])
+def test_operands_are_slices_of_the_weight(granularity: str) -> None:
+    """Rows and columns are taken at whole blocks; the scales follow."""
+    block = (128, 128) if granularity == "block" else (1, 1)
+    scheme = Float8Scheme(granularity, block, inputs="dynamic")
+    draw = np.random.default_rng(0)
+    parts = {}
+    for suffix, part in scheme.parts((384, 256)).items():
+        if suffix == "weight":
+            parts[suffix] = HostTensor("float8_e4m3", part.shape, draw.integers(0, 120, 384 * 256, np.uint8))
+        elif not part.optional:
+            values = draw.random(part.shape, np.float32)
+            parts[suffix] = HostTensor("float32", part.shape, values.reshape(-1).view(np.uint8))
+    weight = PackedWeight(scheme, (384, 256), parts)
+    taken = scheme.take_columns(scheme.take_rows(weight, [(128, 384)]), 128, 256)
+    np.testing.assert_array_equal(scheme.dequantize(taken), scheme.dequantize(weight)[128:, 128:])
+    operand = scheme.operand(taken)
+    wide = operand.scales if operand.blocks else operand.scales[:, None]
+    wide = np.kron(wide, np.ones((128, 128))) if operand.blocks else wide
+    codes = HostTensor("float8_e4m3", operand.values.shape, operand.values.reshape(-1))
+    np.testing.assert_allclose(float_values(codes) * wide, scheme.dequantize(taken), rtol=1e-6)
