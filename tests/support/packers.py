@@ -283,14 +283,14 @@ def fp4(form: str) -> Packer:
     return compressed("mxfp4-pack-quantized" if form == "mxfp4" else "nvfp4-pack-quantized", weights, pack)
 
 
-def bnb4(kind: str, *, nested: bool) -> Packer:
+def bnb4(kind: str, *, nested: bool, block: int = 64) -> Packer:
     table = np.sort(np.random.default_rng(5).uniform(-1, 1, 16)).astype(np.float32)
 
     def pack(weight: Array) -> tuple[Tensors, Array]:
-        flat = weight.reshape(-1, 64)
+        flat = weight.reshape(-1, block)
         absmax = np.abs(flat).max(1).astype(np.float32)
         state: dict[str, Any] = {
-            "blocksize": 64,
+            "blocksize": block,
             "shape": list(weight.shape),
             "dtype": "float16",
             "quant_type": kind,
@@ -313,7 +313,7 @@ def bnb4(kind: str, *, nested: bool) -> Packer:
         tensors["weight"] = ("U8", (found[::2] << 4 | found[1::2]).reshape(-1, 1))
         text = json.dumps(state).encode()
         tensors[f"weight.quant_state.bitsandbytes__{kind}"] = ("U8", np.frombuffer(text, np.uint8))
-        meant = table[found].reshape(-1, 64) * absmax[:, None]
+        meant = table[found].reshape(-1, block) * absmax[:, None]
         return tensors, meant.reshape(weight.shape).astype(np.float32)
 
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
@@ -360,6 +360,8 @@ PACKERS: dict[str, Packer] = {
     "mxfp4-pack-quantized": fp4("mxfp4"),
     "bitsandbytes nf4": bnb4("nf4", nested=False),
     "bitsandbytes fp4, double quantised": bnb4("fp4", nested=True),
+    "bitsandbytes nf4 of an AMD GPU": bnb4("nf4", nested=False, block=128),
+    "bitsandbytes fp4 of an AMD GPU": bnb4("fp4", nested=True, block=128),
     "bitsandbytes int8": bnb8(),
 }
 

@@ -392,8 +392,8 @@ def test_blocks_across_rows_and_fused_weights(family: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"shape": [64, 32]}, r"expected blocks of 64 of a weight \[64, 64\]"),
-        ({"shape": 64}, r"expected blocks of 64 of a weight \[64, 64\]"),
+        ({"shape": [64, 32]}, r"with a scale each, of a weight \[64, 64\]"),
+        ({"shape": 64}, r"with a scale each, of a weight \[64, 64\]"),
         ({"nested_blocksize": 128}, "nested blocks of 256"),
         ({"nested_offset": "x"}, "expected a nested_offset"),
     ],

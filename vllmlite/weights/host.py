@@ -68,7 +68,7 @@ class Part:
     other_dtypes: tuple[str, ...] = ()
     """Further accepted dtypes."""
     other_shapes: tuple[Shape, ...] = ()
-    """Further accepted shapes with the same number of elements."""
+    """Further accepted shapes."""
     any_shape: bool = False
     """Accept any shape; ``shape`` is meaningless."""
     optional: bool = False

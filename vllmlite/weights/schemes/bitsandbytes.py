@@ -25,51 +25,65 @@ from vllmlite.weights.schemes.bits import table_values
 from vllmlite.weights.schemes.groups import Axes, SlicedScheme, check_shape
 
 STATE = "weight.quant_state.bitsandbytes__"
+BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
+"""Elements per scale: 64 unless the checkpoint was made on an AMD GPU, whose default is 128, or by hand."""
 NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 
 
 @dataclass(frozen=True, slots=True)
 class Bnb4Scheme(Scheme):
-    """4-bit weights. ``kind``: ``nf4`` or ``fp4``; ``block``: elements per scale; ``nested``: scales per nested block,
-    None if the scales are not quantised. Blocks may span the end of a row."""
+    """4-bit weights. ``kind``: ``nf4`` or ``fp4``; ``nested``: scales per nested block, None if the scales are not
+    quantised. Blocks may span the end of a row. Only the JSON says how large they are, one of ``BLOCKS``."""
 
     kind: str
-    block: int = 64
     nested: int | None = None
     name: str = "bitsandbytes"
 
     def parts(self, shape: Shape) -> dict[str, Part]:
         """See :class:`Scheme`."""
         size = math.prod(shape)
-        blocks = -(-size // self.block)
+        blocks, *fewer = (-(-size // block) for block in BLOCKS)
         parts = {
             "weight": Part((-(-size // 2), 1), "uint8"),
-            "weight.absmax": Part((blocks,), "float32" if self.nested is None else "uint8"),
+            "weight.absmax": Part(
+                (blocks,),
+                "float32" if self.nested is None else "uint8",
+                other_shapes=tuple((count,) for count in fewer),
+            ),
             "weight.quant_map": Part((16,), "float32"),
             STATE + self.kind: Part((), "uint8", any_shape=True),
         }
         if self.nested is not None:
-            parts[NESTED[0]] = Part((-(-blocks // self.nested),), "float32")
+            outer, *fewer = (-(-count // self.nested) for count in (blocks, *fewer))
+            parts[NESTED[0]] = Part((outer,), "float32", other_shapes=tuple((count,) for count in fewer))
             parts[NESTED[1]] = Part((256,), "float32")
         return parts
 
     @property
     def column_unit(self) -> int:
-        """The size of a block."""
-        return self.block
+        """The least size of a block; larger ones are cut."""
+        return BLOCKS[0]
 
     def in_rows(self, weight: PackedWeight) -> PackedWeight:
         """See :class:`Scheme`."""
         parts, (rows, columns) = weight.parts, weight.shape
         state = _state(parts[STATE + self.kind])
-        if state.get("blocksize") != self.block or state.get("shape") != [rows, columns]:
+        absmax, block = parts["weight.absmax"], state.get("blocksize")
+        if (
+            type(block) is not int
+            or block not in BLOCKS
+            or absmax.shape != (-(-rows * columns // block),)
+            or state.get("shape") != [rows, columns]
+        ):
             raise ModelError(
-                f"{STATE}{self.kind}: expected blocks of {self.block} of a weight {[rows, columns]}"
+                f"{STATE}{self.kind}: blocksize={block!r}, shape={state.get('shape')!r} with {absmax.shape[0]} "
+                f"scales; accepted: blocks of {', '.join(map(str, BLOCKS))}, with a scale each, of a weight "
+                f"{[rows, columns]}"
             )
-        scales = float_values(parts["weight.absmax"]) if self.nested is None else self._nested(weight, state)
-        scheme = _TableScheme(math.gcd(self.block, columns))
+        scales = float_values(absmax) if self.nested is None else self._nested(weight, state)
+        scheme = _TableScheme(math.gcd(BLOCKS[0], columns))
         check_shape(weight.shape, "bitsandbytes' 4 bits", columns=2)
-        repeated = np.repeat(scales, self.block // scheme.block)[: rows * columns // scheme.block]
+        repeated = np.repeat(scales, block // scheme.block)[: rows * columns // scheme.block]
         arrays = parts["weight"].data, repeated.view(np.uint8), parts["weight.quant_map"].data
         stored = {
             suffix: HostTensor(part.dtype, part.shape, array)
@@ -97,7 +111,8 @@ class Bnb4Scheme(Scheme):
         absmax, table = (float_values(weight.parts[suffix]) for suffix in NESTED)
         assert self.nested is not None
         offset = state.get("nested_offset", 0)
-        if type(offset) not in (int, float) or state.get("nested_blocksize") != self.nested:
+        fits = absmax.size == -(-codes.size // self.nested)
+        if not fits or type(offset) not in (int, float) or state.get("nested_blocksize") != self.nested:
             raise ModelError(
                 f"{STATE}{self.kind}: expected a nested_offset, and nested blocks of {self.nested}"
             )
