@@ -162,14 +162,12 @@ class ModelRunner:
                 self.graphs.record_if_frequent(batch)
             key = self.graphs.find(batch)
         device_batch = self.backend.upload(batch, self.slots, self.model.kv_spec, key)
-        hidden = logits = None
-        if key is not None:
-            logits = self.graphs.run(key, device_batch)[0]
-        else:
-            hidden = self.model.forward(device_batch, self.kv)
-            if len(batch.logits_rows):
-                logits = self._output(hidden, device_batch)
-        if logits is not None:
+        samples = len(batch.logits_rows) > 0
+        hidden = None if key is not None else self.model.forward(device_batch, self.kv)
+        if samples:
+            logits = (
+                self._output(hidden, device_batch) if key is None else self.graphs.run(key, device_batch)[0]
+            )
             launched.named_logprobs = self._named(logits, batch)
             launched.sampled, accepted = self._sample(logits, device_batch)
             launched.accepted = accepted if schedule.drafts else None

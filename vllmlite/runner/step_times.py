@@ -9,15 +9,15 @@ from vllmlite.runner.runner import ModelRunner
 
 MEASURED = (1, 8, 2, 4, 16, 32, 64, 128)
 """Tokens of the measured steps, in this order, as far as the time goes; the first two always."""
-REPEATS = 2
+REPEATS = 3
 MOST_SECONDS = 1.0
 """Time after which no further step is measured."""
 
 
 def step_times(runner: ModelRunner) -> list[tuple[int, float]]:
-    """Return the seconds of a step by its tokens, ascending. A step takes at most as long as one of more tokens: what
-    it took beyond that was another program's.
+    """Return the seconds of a step by its tokens, ascending: processor time on a CPU, where other programs may run.
 
+    A step takes at most as long as one of more tokens; what was measured beyond that was a disturbance.
     Each token of a step is sampled from, up to the number of slots, as in a step that decodes or verifies drafts."""
     begin = time.perf_counter()
     times: dict[int, float] = {}
@@ -31,6 +31,7 @@ def step_times(runner: ModelRunner) -> list[tuple[int, float]]:
 
 
 def _seconds(runner: ModelRunner, tokens: int) -> float:
-    begin = time.perf_counter()
+    clock = time.process_time if runner.backend.device == "cpu" else time.perf_counter
+    begin = clock()
     runner.profile(tokens)
-    return time.perf_counter() - begin
+    return clock() - begin

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-ID_BITS = 32
-"""Bits of an id in the key of an n-gram, which is the ids side by side: different n-grams have different keys."""
+ID_BITS = 20
+"""Bits of an id in the key of an n-gram, which is the ids side by side. Where ids are larger, n-grams may share a key,
+and a draft may be wrong."""
 
 
 class Lookup:
@@ -27,22 +28,25 @@ class Lookup:
             (length, (1 << ID_BITS * length) - 1, {}) for length in range(longest, shortest - 1, -1)
         ]
         """Length, mask of its key, and key → place after the first occurrence; the longest first."""
+        self._mask = self._indexes[0][1]
 
     def propose(self, count: int) -> list[int]:
         """Return up to ``count`` ids that followed the earlier occurrence of the longest n-gram at the end."""
-        ids, recent, indexes = self.token_ids, self._recent, self._indexes
-        end, keep = len(ids), indexes[0][1]
+        ids, recent = self.token_ids, self._recent
+        end, found = len(ids), len(ids)
         for place in range(self._num_indexed + 1, end + 1):
-            recent = (recent << ID_BITS | ids[place - 1]) & keep
-            for length, mask, index in indexes:
+            recent = (recent << ID_BITS | ids[place - 1]) & self._mask
+            found = end
+            for length, mask, index in self._indexes:
                 if length <= place:
-                    index.setdefault(recent & mask, place)
+                    first = index.setdefault(recent & mask, place)
+                    if (
+                        first < place
+                    ):  # then the shorter n-grams, which are the ends of this one, have occurred too
+                        found = first
+                        break
         self._num_indexed, self._recent = end, recent
-        for _, mask, index in indexes:
-            first = index.get(recent & mask, end)
-            if first < end:
-                return ids[first : first + count]
-        return []
+        return ids[found : found + count]
 
 
 class NgramProposer:
