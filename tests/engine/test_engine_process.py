@@ -388,7 +388,7 @@ def test_an_interrupt_while_the_model_loads_ends_the_host_at_once(monkeypatch: p
     assert started[0].process.returncode == -signal.SIGKILL and started[0].connection.fileno() == -1
 
 
-def test_it_ends_when_its_user_ends_while_it_loads(tmp_path: Path) -> None:
+def test_the_host_ends_when_its_client_ends_while_the_model_loads(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     host = EngineProcess(EngineConfig(model=str(tmp_path), device="cpu"))
     with open(
