@@ -32,7 +32,8 @@ V load(const std::uint8_t* from, std::int64_t available = kRows) {
   return value;
 }
 
-// One of the log2(16) steps of transposing: the highest bit of a vector's index becomes the lowest of a byte's.
+// One of the log2(16) steps of a transposition: interleaves the bytes of vector i and vector i + kCount / 2, so that
+// the highest bit of a vector's index becomes the lowest bit of a byte's index.
 template <int kCount>
 void interleave(V* x) {
   V y[kCount];

@@ -31,7 +31,7 @@ Tensor Batch::part(std::int32_t* data, std::int64_t size) const {
   return tensor;
 }
 
-// Parts of a batch's memory, first those that the host fills.
+// Assigns offsets to the arrays in a batch's memory.
 class BatchLayout {
  public:
   template <typename Element>
@@ -46,7 +46,8 @@ class BatchLayout {
   std::size_t bytes_ = 0;
 };
 
-// One block, so that what was appended is there before it is looked up.
+// Writes the appended blocks to the block tables, then fills in each token's last sampled id and cache slot. Grid: one
+// block, because the second step reads what the first one writes.
 static __global__ void prepare_kernel(BatchView batch, int num_tokens, int block_size, std::int32_t* block_table,
                                       const std::int32_t* appended, int num_appended) {
   wait_for_previous();
@@ -75,7 +76,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   const bool for_graph = shape.rows > 0;
   if (for_graph) check_graph(host, shape);
   const std::size_t real_samples = host.logits_rows.size(), real_rows = host.slot_ids.size();
-  // With padding, of which nothing is sampled.
+  // The sizes with padding, from which nothing is sampled.
   const std::size_t rows = for_graph ? static_cast<std::size_t>(shape.rows) : real_rows;
   const std::size_t tokens =
       for_graph ? rows * static_cast<std::size_t>(shape.query_len) : static_cast<std::size_t>(host.num_tokens);

@@ -1,4 +1,4 @@
-// A step's input on the device, and what lives a slot from step to step.
+// A step's input on the device, and the per-slot state that is kept between steps.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct SlotState {
   std::int32_t top_k, bias_count;
 };
 
-// Parts of sampling that a slot's parameters ask for; the host chooses kernels by them.
+// The parts of sampling that a slot's parameters require; the host chooses kernels by them.
 enum Needs : unsigned { kDrawing = 1, kEditing = 2 };
 
 struct Slots : SlotSpec {
@@ -70,8 +70,8 @@ struct Tile {
 constexpr int kTileQueries[] = {128, 64, 192};  // by list of tiles, what a tile holds at most
 constexpr int kTileLists = 3;
 
-// What kernels are given of a batch. A padding row has slot -1, context 0 and no place in the cache. What sampling
-// reads (sample_slots, sample_positions, first_sampled and masks) has no padding.
+// A batch as kernels read it. A padding row has slot -1, context 0 and no cache slots. The arrays that sampling reads
+// (sample_slots, sample_positions, first_sampled and masks) have no padding.
 struct BatchView {
   std::int32_t *token_ids, *positions, *token_slots, *query_start_loc, *slot_ids, *context_lens, *logits_rows,
       *sample_slots, *first_sampled, *mask_places, *mask_bits, *cache_slots;
@@ -110,13 +110,13 @@ struct Batch {
   Tensor part(std::int32_t* data, std::int64_t size) const;
 };
 
-// Copies a step's input to the device: one copy of pinned memory and one kernel, which fills in last ids, cache slots
-// and what was appended to block tables. A batch for a graph is padded to its rows; every row has `query_len` tokens,
-// all of which are sampled from.
+// Copies a step's input to the device, by one copy of pinned memory and one kernel, which fills in last sampled ids and
+// cache slots and appends blocks to block tables. A batch for a graph is padded to the graph's number of rows; each row
+// has `query_len` tokens, all of which are sampled from.
 std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std::shared_ptr<Slots>& slots,
                               const BatchShape& shape);
 
-// A batch of padding alone, for a graph to be recorded with.
+// Returns a batch that consists of padding, with which a graph is recorded.
 std::shared_ptr<Batch> padding(Runtime& runtime, const std::shared_ptr<Slots>& slots, const BatchShape& shape);
 
 // Copies the contents of `source` to `target`, which has the same shape.

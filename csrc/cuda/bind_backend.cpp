@@ -14,7 +14,7 @@ using vllmlite::Tensor;
 
 namespace {
 
-// Rows of a matrix, or all of another tensor, as a tensor of their own.
+// Returns `count` rows of `whole`, from row `first` on, as a tensor that shares its memory.
 Tensor part(const Tensor& whole, std::int64_t first, std::int64_t count) {
   Tensor rows = whole;
   rows.shape[0] = count;
@@ -24,7 +24,7 @@ Tensor part(const Tensor& whole, std::int64_t first, std::int64_t count) {
   return rows;
 }
 
-// Host bytes of one dtype into device memory of another.
+// Copies an array's bytes, which are of `dtype`, to a device tensor, and converts them if that has another dtype.
 void fill(cuda::Runtime& runtime, const Tensor& target, const py::array& bytes, DType dtype) {
   Tensor source = target;
   source.dtype = dtype;
@@ -46,7 +46,7 @@ Tensor tensor(cuda::Runtime& runtime, const py::array& bytes, const std::string&
   return made;
 }
 
-// A weight [out, in] of `dtype`, to be filled part by part.
+// Allocates a weight [out, in] in the runtime's dtype, to be filled part by part.
 cuda::LinearWeight make_weight(cuda::Runtime& runtime, std::int64_t out, std::int64_t in, bool bias) {
   cuda::LinearWeight weight{runtime.make({out, in}, runtime.dtype()), std::nullopt};
   if (bias) weight.bias = runtime.make({out}, runtime.dtype());
@@ -61,7 +61,7 @@ void fill_rows(cuda::Runtime& runtime, const Tensor& target, std::int64_t first,
   fill(runtime, part(target, first, count), bytes, vllmlite::dtype_from_name(dtype));
 }
 
-// Host bytes one after the other into device memory of another dtype, or of the same.
+// Copies arrays' bytes, one array after the other, to device memory, and converts them if the dtypes differ.
 void fill_all(cuda::Runtime& runtime, const Tensor& target, const std::vector<py::array>& pieces,
               const std::string& dtype) {
   const DType stored = vllmlite::dtype_from_name(dtype);
@@ -76,8 +76,8 @@ void fill_all(cuda::Runtime& runtime, const Tensor& target, const std::vector<py
     throw std::invalid_argument(std::to_string(first) + " rows of " + describe(target) + " were given");
 }
 
-// Rows of a packed weight out of the pieces that a checkpoint stores, which are alike. Without zeros all are the middle
-// integer; `order` is None where columns are in the order of the weight's.
+// Makes rows of a packed weight from pieces with the same scheme and order. Without `zeros`, every zero is the middle
+// integer. `order` is None if column i is multiplied with column i of x.
 cuda::GroupedRows grouped_rows(cuda::Runtime& runtime, int bits, std::int64_t rows, int columns, int group,
                                const std::vector<py::array>& integers, const std::vector<py::array>& scales,
                                const std::string& scales_dtype, const std::vector<py::array>& zeros,
@@ -125,7 +125,7 @@ cuda::LinearWeight packed_weight(cuda::Runtime& runtime, std::vector<Rows> parts
   return weight;
 }
 
-// The contents as an array; bfloat16, which numpy does not have, as its bits.
+// Copies a tensor to a new array; bfloat16, which numpy lacks, as unsigned integers with the same bits.
 py::array to_host(cuda::Runtime& runtime, const Tensor& tensor) {
   const std::string format(tensor.dtype == DType::bfloat16 ? "uint16" : name(tensor.dtype));
   py::array array(py::dtype::from_args(py::str(format)), tensor.shape);

@@ -1,5 +1,5 @@
-// The products of a mixture of experts: a block has a group of pairs and some of its expert's outputs. Only the experts
-// that were chosen are read, and outputs are summed up in one order however pairs are grouped.
+// The products of a mixture of experts. A thread block computes some outputs of one expert for a group of (token,
+// expert) pairs. Only the chosen experts are read, and the order of additions does not depend on how pairs are grouped.
 #include "cuda/activation.cuh"
 #include "cuda/moe.hpp"
 #include "cuda/tile_product.cuh"
@@ -14,7 +14,8 @@ struct ExpertProduct {
   int n, k;
   Activation activation;
 
-  // Which rows of x and y a place has: tokens go up, places come down to pairs.
+  // The rows of x and y for a place in the sorted pairs. The gated product reads tokens and writes places; the down
+  // projection reads places and writes pairs.
   template <bool kGated>
   __device__ __forceinline__ int row_of_x(int place) const {
     return kGated ? mixture.pairs[place] / mixture.top_k : place;
@@ -27,8 +28,9 @@ struct ExpertProduct {
 
 // ---- On tensor cores
 
-// Where outputs are gated, 16 rows of w in a tile are 8 of the gate and the 8 of the same columns that it multiplies,
-// which meet in one thread.
+// Multiplies a group's rows of x with a tile of its expert's rows of w. Grid: (groups of pairs, tiles of rows of w).
+// With a gate, each 16 rows of w in a tile are 8 rows of the gate and the 8 rows of the up projection for the same
+// outputs, so that one thread has both sums of an output.
 template <typename T, typename S, bool kGated>
 static __global__ __launch_bounds__(S::kThreads) void tile_kernel(const __grid_constant__ ExpertProduct given) {
 #if __CUDA_ARCH__ >= 800
@@ -83,9 +85,10 @@ static void run_tiles(const Runtime& runtime, const ExpertProduct& product) {
   launch(runtime, kernel, grid, S::kThreads, sizeof(TileShared<T, S>), product);
 }
 
-// ---- Dot products: float32, and what tensor cores do not take
-// Grid: (groups of pairs, blocks of rows of w). Block: 8 warps, each with 4 rows of w, or 2 of the gate and 2 of what
-// it multiplies, and a group's kRowsOfX rows of x; its lanes share the columns and add up their sums at the end.
+// ---- Dot products: for float32, and for shapes that the tensor-core kernel does not support
+// Grid: (groups of pairs, blocks of rows of w). Block: 8 warps. Each warp has 4 rows of w (with a gate: 2 of the gate
+// and 2 of the up projection) and the group's kRowsOfX rows of x; its lanes divide the columns and add their sums at
+// the end.
 
 constexpr int kWarps = 8, kRows = 4, kRowsOfX = 8;
 
@@ -145,7 +148,7 @@ static void run_dot_products(const Runtime& runtime, const ExpertProduct& produc
   launch(runtime, kernel, grid, kWarps * 32, 0, product);
 }
 
-// ---- Whoever does it best
+// ---- Choice of the kernel
 
 int rows_of_group(const Runtime& runtime, const Experts& experts, std::int64_t pairs) {
   const bool tiles = runtime.capability() >= 80 && experts.dtype != DType::float32 && experts.hidden % 8 == 0 &&

@@ -1,9 +1,10 @@
-// What sm_90a alone has: products that a warpgroup (four warps) issues over shared memory, barriers that count bytes,
-// copies of boxes that one thread starts, and registers that warps hand to each other. Empty for other chips.
+// Instructions of sm_90a: wgmma products, which a warpgroup (four warps) issues on operands in shared memory; mbarriers
+// that count bytes; TMA copies, which one thread starts; and setmaxnreg, by which warps exchange registers. The file is
+// empty for other chips.
 //
-// Shared operands lie in rows of 128 bytes whose 16-byte words are swizzled over eight rows, as boxes that are 64
-// numbers of 16 bits wide arrive. The fragments of A and of the sums are those of mma.cuh, with warp w of the group at
-// rows 16 w; `sums` has kColumns / 2 floats a thread, four for every 8 columns.
+// Operands in shared memory have rows of 128 bytes, whose 16-byte words are swizzled over eight rows: the layout in
+// which TMA writes boxes of 64 columns of 16 bits. The fragments of A and of the sums are those of mma.cuh; warp w of
+// the warpgroup has rows 16 w to 16 w + 15. `sums` has kColumns / 2 floats per thread, four for each 8 columns.
 #pragma once
 
 #include <cuda.h>
@@ -22,7 +23,7 @@ __device__ __forceinline__ void barrier_init(std::uint64_t& barrier, int arrival
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers known to copies; then the block synchronises.
+// Makes initialised barriers visible to TMA copies. The block must synchronise afterwards.
 __device__ __forceinline__ void barriers_made() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void arrive(std::uint64_t& barrier) {
@@ -34,7 +35,7 @@ __device__ __forceinline__ void arrive_expecting(std::uint64_t& barrier, int byt
                : "memory");
 }
 
-// Until the phase of this parity has completed; that before the first counts as one of parity 1.
+// Waits until the barrier's phase of this parity has completed. Parity 1 does not wait before the first phase.
 __device__ __forceinline__ void wait(std::uint64_t& barrier, int parity) {
   std::uint32_t done = 0;
   while (done == 0)
@@ -45,7 +46,8 @@ __device__ __forceinline__ void wait(std::uint64_t& barrier, int parity) {
         : "memory");
 }
 
-// Barriers that threads name: `threads` of them, in whole warps, meet; or some only say that they were there.
+// Named barriers for `threads` threads, in whole warps: meet() arrives and waits for the others; announce() only
+// arrives.
 __device__ __forceinline__ void meet(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
@@ -54,7 +56,7 @@ __device__ __forceinline__ void announce(int name, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
-// What this thread stored in shared memory is there for products that are issued after the next barrier.
+// Makes this thread's stores to shared memory visible to products that are issued after the next barrier.
 __device__ __forceinline__ void stores_made() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- Copies
@@ -63,7 +65,8 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// A box whose first element has these coordinates, innermost first.
+// Starts a copy of a box of a tensor map to shared memory. The coordinates are those of its first element, the
+// innermost first; the copied bytes count towards the barrier's phase.
 __device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, std::uint64_t& barrier, int x, int y) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
@@ -81,7 +84,7 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap& map, std::
       : "memory");
 }
 
-// A number of adjacent bytes, a multiple of 16.
+// Starts a copy of contiguous bytes, a multiple of 16, to shared memory.
 __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes, std::uint64_t& barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(to)),
@@ -124,14 +127,15 @@ __device__ __forceinline__ void take_registers() {
 
 constexpr std::uint64_t kSwizzled = std::uint64_t{1} << 62;
 
-// Eight rows apart by `group_bytes`; 64 columns apart by `part_bytes`, where the operand's rows are the products' sum
-// (of a transposed operand, that is), which others do not read.
+// Returns the descriptor of a swizzled operand in shared memory. `group_bytes` is the distance between groups of eight
+// rows. `part_bytes` is the distance between parts of 64 columns; only transposed operands, whose rows run along k, use
+// it.
 __device__ __forceinline__ std::uint64_t operand(const void* at, int group_bytes, int part_bytes) {
   return kSwizzled | static_cast<std::uint64_t>(group_bytes / 16) << 32 |
          static_cast<std::uint64_t>(part_bytes / 16) << 16 | (shared_address(at) & 0x3ffffU) >> 4;
 }
 
-// Before the first product after its sums or fragments were written.
+// Must be called before the first product, after registers with its sums or fragments were written.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
@@ -140,7 +144,7 @@ __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from moving what reads or writes these past this point.
+// Keeps the compiler from moving reads or writes of these values past this point.
 template <int kCount>
 __device__ __forceinline__ void hold(float (&values)[kCount]) {
 #pragma unroll
@@ -161,7 +165,8 @@ __device__ __forceinline__ void hold(float (&values)[kCount]) {
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%" \
   "59,%60,%61,%62,%63"
 
-// sums (64 x 128) = a b, or += unless `first`; a is 64 x 16, b 128 x 16, both with the sum's terms along their rows.
+// sums[64][128] += a[64][16] * transpose(b[128][16]), or = if `first`. a and b are descriptors of operands in shared
+// memory, both with k along their rows.
 template <typename T>
 __device__ __forceinline__ void multiply_rows(float (&sums)[64], std::uint64_t a, std::uint64_t b, bool first) {
 #define VLLMLITE_MULTIPLY(type)                                                                                    \
@@ -176,7 +181,8 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[64], std::uint64_t a
 #undef VLLMLITE_MULTIPLY
 }
 
-// sums (64 x kCount * 2) += a b; a is a fragment, 64 x 16, b 16 x kCount * 2.
+// sums[64][2 * kCount] += a[64][16] * b[16][2 * kCount]. a is a fragment in registers; b is the descriptor of a
+// transposed operand in shared memory.
 template <typename T, int kCount>
 __device__ __forceinline__ void multiply_columns(float (&sums)[kCount], const std::uint32_t (&a)[4], std::uint64_t b) {
   static_assert(kCount == 32 || kCount == 64);

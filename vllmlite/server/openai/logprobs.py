@@ -144,7 +144,8 @@ def _top(token_id: int, entry: Logprob, names_are_ids: bool, tokenizer: Tokenize
 
 
 def _by_name(entries: Sequence[tuple[int, Logprob]], names_are_ids: bool) -> dict[str, float]:
-    """Return log-probabilities by token text; of tokens with the same text, all but the first go by id."""
+    """Return log-probabilities by token text, or by ``token_id:N`` if ``names_are_ids``; of several tokens with the
+    same text, only the first has that text as its key."""
     found: dict[str, float] = {}
     for token_id, entry in entries:
         name = _name(token_id, entry, names_are_ids)

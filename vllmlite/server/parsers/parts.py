@@ -183,7 +183,9 @@ class ToolParser:
         return None if literal.startswith(self._text) and not ended else False
 
     def _read_closing(self, mark: str, ended: bool) -> bool:
-        """Consume the end marker ``mark``, if it comes next; content follows."""
+        """State after a call: consume the end marker ``mark`` if it comes next, then go to :meth:`content`.
+
+        Returns False if more text is needed to decide."""
         if not self._skip_space() and not ended:
             return False
         closes = self._accept(mark, ended)
