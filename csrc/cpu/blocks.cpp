@@ -279,10 +279,11 @@ QuantizedPart tiles_of_blocks(Runtime& runtime, const BlockType& type, const Ten
     for (std::int64_t tile; (tile = worker.take()) < tiles;) {
       const QuantizedTiles to = part.from(tile);
       const std::int64_t first = tile * kTileRows;
-      if (!type.write_tile(static_cast<const std::uint8_t*>(blocks.data) + first * stride, stride,
-                           static_cast<int>(std::min<std::int64_t>(kTileRows, rows - first)), row_blocks,
-                           {const_cast<std::uint8_t*>(to.qweight), const_cast<std::uint16_t*>(to.scales),
-                            const_cast<std::int8_t*>(to.sub_scales)}))
+      if (!type.write_tile(
+              static_cast<const std::uint8_t*>(blocks.data) + first * stride, stride,
+              static_cast<int>(std::min<std::int64_t>(kTileRows, rows - first)), row_blocks,
+              {const_cast<std::uint8_t*>(to.qweight), static_cast<std::uint16_t*>(const_cast<void*>(to.scales)),
+               const_cast<std::int8_t*>(to.sub_scales)}))
         finite = false;
     }
   });

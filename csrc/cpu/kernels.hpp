@@ -48,6 +48,7 @@ struct GroupedLayout {
   int group = 0;  // columns in a group
   Float scale = Float::f16;
   bool zeros = false;  // otherwise all zeros are 2^(bits - 1)
+  bool e4m3 = false;   // the values are 8-bit floats
 
   constexpr int groups(int k) const { return (k + group - 1) / group; }
   constexpr std::size_t scale_bytes(int k) const {
@@ -121,19 +122,36 @@ inline constexpr int kTileRows = 16;
 // Groups of w that share one scale, which sub-scales multiply.
 inline constexpr int kUnitGroups = 8;
 
-// The schemes of vllmlite/weights/schemes/tiles.py, which documents their layout in tiles of kTileRows rows.
-enum class TileScheme : std::uint8_t { int8, int4, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k };
-inline constexpr int kTileSchemes = 8;
+// The schemes of vllmlite/weights/schemes/tiles.py, which documents their layout in tiles of kTileRows rows. The tiles
+// of the others hold quantised values in the same order: w8a8 unsigned bytes 128 larger, and a RowScales; w4a8_grouped
+// and w8a8_grouped those of vllmlite/weights/schemes/grouped.py, with scales and zeros [scale group][row].
+enum class TileScheme : std::uint8_t {
+  int8,
+  int4,
+  q4_1,
+  q5_0,
+  q5_1,
+  q4_k,
+  q5_k,
+  q6_k,
+  w8a8,
+  w4a8_grouped,
+  w8a8_grouped
+};
+inline constexpr int kTileSchemes = 11;
 
 // How a scheme stores its elements: an element is scale * (value - zero), plus an offset if `offsets`. Each group has
 // float16 scales and offsets, bfloat16 if `bf16`; or, if `sub_scales`, each unit of kUnitGroups groups has them, and
-// they are multiplied by signed bytes of each group.
+// they are multiplied by signed bytes of each group. If `row_scales`, there is one scale per row only. If `grouped`,
+// several groups share a scale of any type and a zero (QuantizedTiles has the number and the type).
 struct TileLayout {
   int bits, zero;
   bool bf16 = false;
   bool offsets = false;
   bool sub_scales = false;
   int elements_per_scale = kGroup;
+  bool row_scales = false;
+  bool grouped = false;
 
   constexpr int scales_per_group() const { return kGroup / elements_per_scale; }
   constexpr int group_bytes() const { return kGroup * kTileRows * bits / 8; }
@@ -163,29 +181,60 @@ constexpr TileLayout layout_of(TileScheme scheme) {
     case TileScheme::q5_k:
       return {.bits = 5, .zero = 0, .offsets = true, .sub_scales = true};
     case TileScheme::q6_k:
+      return {.bits = 6, .zero = 32, .sub_scales = true, .elements_per_scale = kGroup / 2};
+    case TileScheme::w8a8:
+      return {.bits = 8, .zero = 128, .row_scales = true};
+    case TileScheme::w4a8_grouped:
+      return {.bits = 4, .zero = 0, .grouped = true};
+    case TileScheme::w8a8_grouped:
       break;
   }
-  return {.bits = 6, .zero = 32, .sub_scales = true, .elements_per_scale = kGroup / 2};
+  return {.bits = 8, .zero = 0, .grouped = true};
 }
+
+// The constants of the rows of a w8a8 tile: an element is scale * (value - zero).
+struct RowScales {
+  float scale[kTileRows];
+  std::int32_t zero[kTileRows];
+  std::int32_t sum[kTileRows];  // of value - zero over a row
+};
 
 // Consecutive tiles of a quantised weight.
 struct QuantizedTiles {
   const std::uint8_t* qweight;
-  const std::uint16_t* scales;
+  const void* scales;             // 16-bit floats, or of scale_type
   const std::int8_t* sub_scales;  // null: the scheme has none
+  const RowScales* row_scales;    // null: the scheme has none
+  const std::uint8_t* zeros;      // null: the scheme has none
+  Float scale_type;               // of a grouped scheme's scales
+  int groups_per_scale;           // of a grouped scheme
 };
 
-// Rows of x, quantised to int8, and the sums that products with them need.
+// How x is quantised to int8: in groups of kGroup elements, or in whole rows by their largest magnitude (symmetric) or
+// range (asymmetric), or by constants. vllmlite/weights/schemes/w8a8.py defines the latter three.
+enum class InputMode : std::uint8_t { groups, symmetric, asymmetric, constants };
+
+struct InputScale {
+  InputMode mode = InputMode::groups;
+  float scale = 0;                      // the constants
+  std::int32_t zero = 0;                // only if the mode is `constants`
+  const std::int32_t* order = nullptr;  // the column of x for each column of w; null: the same
+  bool operator==(const InputScale&) const = default;
+};
+
+// Rows of x, quantised to int8, and the sums that products with them need. If x is quantised in rows, only the first
+// scale and sum of a row are set, and its zero point.
 struct QuantizedX {
   std::int8_t* values;      // [m][groups][kGroup]
   float* scales;            // [m][groups]
   std::int32_t* sums;       // [m][groups]: of a group's values
   std::int32_t* half_sums;  // [m][groups]: of the first half of a group's values
   float* scaled_sums;       // [m][groups]: scales * sums
+  std::int32_t* zeros;      // [m]
 };
 
 // y[m][n] = sum over groups of x_scale * (scale * sum of x * (w - zero) + offset * sum of x), plus bias[n], where x and
-// w are quantised values.
+// w are quantised values; with row scales, x_scale * scale * (sum of (x - x_zero) * (w - zero)) plus bias[n].
 struct QuantizedBlock {
   QuantizedX x;
   int m;
@@ -198,10 +247,11 @@ struct QuantizedBlock {
   const std::uint8_t* next;  // the qweight of this thread's next block, for prefetching; null: none
 };
 
-// A row of x to be quantised in groups; the last group is padded with zeros.
+// A row of x to be quantised; the last group is padded with zeros.
 struct RowToQuantize {
   const float* x;
   int size;
+  InputScale input;
   QuantizedX to;
 };
 

@@ -322,7 +322,7 @@ LinearPart float_part(Tensor data) {
   return {std::move(data), rows, in};
 }
 
-LinearPart grouped_part(Runtime& runtime, const GroupedWeight& stored) {
+void check_grouped(const GroupedWeight& stored) {
   if (stored.bits != 4 && stored.bits != 8) throw std::invalid_argument("quantised weights must have 4 or 8 bits");
   if (stored.group_size < kGroupUnit || stored.group_size % kGroupUnit != 0)
     if (stored.group_size < stored.columns)
@@ -339,8 +339,19 @@ LinearPart grouped_part(Runtime& runtime, const GroupedWeight& stored) {
     if (std::any_of(index, index + stored.columns, [&](std::int32_t i) { return i < 0 || i >= stored.columns; }))
       throw std::invalid_argument("the order must hold columns");
   }
+  if (stored.e4m3) {
+    const auto* values = static_cast<const std::uint8_t*>(stored.qweight.data);
+    if (std::any_of(values, values + stored.qweight.size(), [](std::uint8_t value) { return (value & 127) == 127; }))
+      throw std::invalid_argument("a value is not a number");
+  }
+}
+
+LinearPart grouped_part(Runtime& runtime, const GroupedWeight& stored) {
+  check_grouped(stored);
+  const std::int64_t rows = stored.qweight.shape[0], groups = divided_up(stored.columns, stored.group_size);
   LinearPart part{{}, rows, stored.columns, {}, stored.order};
   part.layout.bits = stored.bits;
+  part.layout.e4m3 = stored.e4m3;
   part.layout.group = static_cast<int>(std::min(stored.group_size, stored.columns));
   part.layout.scale = float_of(stored.scales.dtype);
   part.layout.zeros = stored.zeros.has_value();

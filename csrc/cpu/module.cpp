@@ -50,11 +50,7 @@ std::shared_ptr<cpu::Batch> upload(cpu::Runtime& runtime, const py::object& host
   return std::make_shared<cpu::Batch>(vllmlite::host_batch(host), slots, block_size);
 }
 
-// A part of a quantised weight as vllmlite/backends/cpu.py passes it: scheme, qweight, scales, sub_scales or None,
-// rows.
-using Part = std::tuple<std::string, Tensor, Tensor, std::optional<Tensor>, std::int64_t>;
-
-constexpr const char* kSchemes[cpu::kTileSchemes] = {"int8", "int4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"};
+constexpr const char* kSchemes[] = {"int8", "int4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "w8a8"};
 
 cpu::Packing packing_of(const std::string& name) {
   constexpr const char* kNames[] = {"rows", "words", "awq"};
@@ -69,8 +65,12 @@ cpu::TileScheme scheme_of(const std::string& name) {
   return static_cast<cpu::TileScheme>(found - std::begin(kSchemes));
 }
 
-Part part_of(const cpu::QuantizedPart& part) {
-  return {kSchemes[static_cast<int>(part.scheme)], part.qweight, part.scales, part.sub_scales, part.rows};
+cpu::InputMode mode_of(const std::string& name) {
+  for (const auto& [known, mode] : {std::pair{"symmetric", cpu::InputMode::symmetric},
+                                    {"asymmetric", cpu::InputMode::asymmetric},
+                                    {"constants", cpu::InputMode::constants}})
+    if (name == known) return mode;
+  throw std::invalid_argument("rows cannot be quantised as " + name);
 }
 
 py::array to_host(cpu::Runtime& runtime, const Tensor& tensor) {
@@ -132,16 +132,20 @@ void bind_data(py::module_& module) {
            }),
            py::arg("parts"), py::arg("bias") = py::none(), "Parts of floats [rows, in].")
       .def(py::init(&cpu::make_weight), py::arg("parts"), py::arg("bias") = py::none());
-  py::class_<cpu::QuantizedWeight>(
-      module, "QuantizedWeight", py::module_local(),
-      "Parts (scheme, qweight, scales, sub_scales, rows) of one weight of `in` columns, and a bias.")
-      .def(py::init([](const std::vector<Part>& parts, std::int64_t in, std::optional<Tensor> bias) {
-             std::vector<cpu::QuantizedPart> taken;
-             for (const auto& [scheme, qweight, scales, sub_scales, rows] : parts)
-               taken.push_back({scheme_of(scheme), qweight, scales, sub_scales, rows});
-             return cpu::make_quantized(std::move(taken), in, std::move(bias));
+  py::class_<cpu::QuantizedPart>(module, "QuantizedPart", py::module_local(), "Rows of a quantised weight, in tiles.")
+      .def(py::init([](const std::string& scheme, Tensor qweight, Tensor scales, std::optional<Tensor> sub_scales,
+                       std::int64_t rows) {
+             return cpu::QuantizedPart{scheme_of(scheme), std::move(qweight), std::move(scales), std::move(sub_scales),
+                                       rows};
            }),
-           py::arg("parts"), py::arg("in"), py::arg("bias") = py::none());
+           py::arg("scheme"), py::arg("qweight"), py::arg("scales"), py::arg("sub_scales"), py::arg("rows"))
+      .def_readonly("qweight", &cpu::QuantizedPart::qweight)
+      .def_readonly("scales", &cpu::QuantizedPart::scales)
+      .def_readonly("sub_scales", &cpu::QuantizedPart::sub_scales)
+      .def_readonly("rows", &cpu::QuantizedPart::rows);
+  py::class_<cpu::QuantizedWeight>(module, "QuantizedWeight", py::module_local(),
+                                   "Parts of one weight of `in` columns, and a bias.")
+      .def(py::init(&cpu::make_quantized), py::arg("parts"), py::arg("in"), py::arg("bias") = py::none());
   py::class_<cpu::Experts, std::shared_ptr<cpu::Experts>>(module, "Experts", py::module_local(),
                                                           "The weights of a mixture of experts, one per expert.")
       .def(py::init(&cpu::make_experts), py::arg("gate_up"), py::arg("down"));
@@ -180,14 +184,27 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
       .def(
           "quantize",
           [](cpu::Runtime& self, const Tensor& weight, const std::string& scheme) {
-            return part_of(cpu::quantize(self, weight, scheme_of(scheme)));
+            return cpu::quantize(self, weight, scheme_of(scheme));
           },
           py::call_guard<py::gil_scoped_release>(), "Quantise float rows [out, in] to a part of a QuantizedWeight.")
       .def(
-          "grouped_part",
+          "grouped_tiles",
           [](cpu::Runtime& self, int bits, std::int64_t columns, std::int64_t group_size, const Tensor& qweight,
              const Tensor& scales, const std::optional<Tensor>& zeros, const std::optional<Tensor>& order) {
-            return cpu::grouped_part(self, {bits, columns, group_size, qweight, scales, zeros, order});
+            return cpu::grouped_tiles(self, {bits, columns, group_size, qweight, scales, zeros, order});
+          },
+          py::call_guard<py::gil_scoped_release>(), "A part of a QuantizedWeight from integer weights in groups.")
+      .def(
+          "w8a8_part",
+          [](cpu::Runtime& self, const Tensor& values, const Tensor& scales, const std::optional<Tensor>& zeros,
+             const std::string& mode, float scale,
+             std::int32_t zero) { return cpu::w8a8_part(self, values, scales, zeros, {mode_of(mode), scale, zero}); },
+          py::call_guard<py::gil_scoped_release>(), "A part of a QuantizedWeight with one scale per row.")
+      .def(
+          "grouped_part",
+          [](cpu::Runtime& self, int bits, std::int64_t columns, std::int64_t group_size, const Tensor& qweight,
+             const Tensor& scales, const std::optional<Tensor>& zeros, const std::optional<Tensor>& order, bool e4m3) {
+            return cpu::grouped_part(self, {bits, columns, group_size, qweight, scales, zeros, order, e4m3});
           },
           py::call_guard<py::gil_scoped_release>(), "Repack rows of grouped integers into tiles.")
       .def(
@@ -200,7 +217,7 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
       .def(
           "tiles_of_blocks",
           [](cpu::Runtime& self, const std::string& type, const Tensor& blocks, std::int64_t rows, std::int64_t in) {
-            return part_of(cpu::tiles_of_blocks(self, cpu::block_type(type), blocks, rows, in));
+            return cpu::tiles_of_blocks(self, cpu::block_type(type), blocks, rows, in);
           },
           py::call_guard<py::gil_scoped_release>(), "Repack ggml's blocks into a part of a QuantizedWeight.")
       .def(

@@ -66,7 +66,11 @@ struct GroupedWeight {
   std::int64_t columns, group_size;
   Tensor qweight, scales;
   std::optional<Tensor> zeros, order;
+  bool e4m3 = false;  // qweight holds 8-bit floats
 };
+
+// Throws std::invalid_argument if the tensors of a stored weight do not fit together.
+void check_grouped(const GroupedWeight& stored);
 
 // Repacks a stored weight into tiles. Throws std::invalid_argument for parts that do not fit together.
 LinearPart grouped_part(Runtime& runtime, const GroupedWeight& stored);
@@ -81,9 +85,13 @@ Tensor gated_linear(Runtime& runtime, const Tensor& x, const LinearWeight& weigh
 struct QuantizedPart {
   TileScheme scheme;
   Tensor qweight;                    // uint8 [tiles, groups, bytes of a group]
-  Tensor scales;                     // [tiles, units, kTileRows], or [tiles, units, 2, kTileRows]
+  Tensor scales;                     // [tiles, units, kTileRows], or [tiles, units, 2, kTileRows]; w8a8: RowScales
   std::optional<Tensor> sub_scales;  // int8 [tiles, groups, n, kTileRows]
   std::int64_t rows;
+  InputScale input = {};
+  std::optional<Tensor> order = {};  // int32 [in]: the column of x for each column of w; none: the same
+  std::optional<Tensor> zeros = {};  // uint8 [tiles, scale groups, kTileRows], if the scheme is grouped
+  int groups_per_scale = 1;          // if the scheme is grouped
 
   std::int64_t groups() const { return qweight.shape[1]; }
   QuantizedTiles from(std::int64_t tile) const;
@@ -104,6 +112,13 @@ QuantizedPart allocate_tiles(TileScheme scheme, std::int64_t rows, std::int64_t 
 
 // Quantises float rows [out, in], whose values must be finite, to int8 or int4.
 QuantizedPart quantize(Runtime& runtime, const Tensor& w, TileScheme scheme);
+
+// Packs a w8a8 weight: int8 values [out, in], float32 scales [out], int8 zeros [out] if there are any.
+QuantizedPart w8a8_part(Runtime& runtime, const Tensor& values, const Tensor& scales,
+                        const std::optional<Tensor>& zeros, InputScale input);
+
+// Packs a weight in groups, for products that quantise x.
+QuantizedPart grouped_tiles(Runtime& runtime, const GroupedWeight& stored);
 
 // Makes a weight of parts. Throws std::invalid_argument if they do not fit each other, `in`, or the bias.
 QuantizedWeight make_quantized(std::vector<QuantizedPart> parts, std::int64_t in, std::optional<Tensor> bias);

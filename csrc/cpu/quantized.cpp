@@ -1,6 +1,7 @@
 // Quantised weights in tiles: made from floats, checked, and multiplied.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -17,13 +18,14 @@ constexpr std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + 
 
 struct Task {
   TileScheme scheme;
+  QuantizedX x;
   QuantizedTiles w;
   std::int64_t row, rows;  // in the whole weight
 };
 
 constexpr QuantizedX from_row(const QuantizedX& x, std::int64_t row, std::int64_t groups) {
-  return {x.values + row * groups * kGroup, x.scales + row * groups, x.sums + row * groups, x.half_sums + row * groups,
-          x.scaled_sums + row * groups};
+  return {x.values + row * groups * kGroup, x.scales + row * groups,      x.sums + row * groups,
+          x.half_sums + row * groups,       x.scaled_sums + row * groups, x.zeros + row};
 }
 
 // A quantised x and its memory, which later ops may reuse as soon as this is destroyed.
@@ -32,24 +34,36 @@ struct HeldX {
   std::vector<Tensor> memory;
 };
 
-HeldX quantize_x(Runtime& runtime, const Tensor& x, std::int64_t groups) {
+// Quantises the rows of x, each as input(row) says.
+template <typename InputOf>
+HeldX quantize_x(Runtime& runtime, const Tensor& x, std::int64_t groups, InputOf input) {
   const std::int64_t rows = x.shape[0], size = x.shape[1];
   HeldX found;
   const auto make = [&](std::int64_t each, DType dtype) {
-    return found.memory.emplace_back(runtime.make({rows, groups * each}, dtype)).data;
+    return found.memory.emplace_back(runtime.make({rows, each}, dtype)).data;
   };
   RowToQuantize row{};
   row.x = static_cast<const float*>(x.data);
   row.size = static_cast<int>(size);
-  row.to = {static_cast<std::int8_t*>(make(kGroup, DType::int8)), static_cast<float*>(make(1, DType::float32)),
-            static_cast<std::int32_t*>(make(1, DType::int32)), static_cast<std::int32_t*>(make(1, DType::int32)),
-            static_cast<float*>(make(1, DType::float32))};
+  row.to = {static_cast<std::int8_t*>(make(groups * kGroup, DType::int8)),
+            static_cast<float*>(make(groups, DType::float32)),
+            static_cast<std::int32_t*>(make(groups, DType::int32)),
+            static_cast<std::int32_t*>(make(groups, DType::int32)),
+            static_cast<float*>(make(groups, DType::float32)),
+            static_cast<std::int32_t*>(make(1, DType::int32))};
   runtime.keep(x);
-  runtime.issue([&kernels = runtime.kernels(), row, rows, size, groups](Worker& worker) {
+  runtime.reserve_scratch(static_cast<std::size_t>(size) * sizeof(float));
+  runtime.issue([&kernels = runtime.kernels(), row, rows, size, groups, input](Worker& worker) {
     for (std::int64_t index; (index = worker.take()) < rows;) {
       RowToQuantize one = row;
       one.x += index * size;
       one.to = from_row(row.to, index, groups);
+      one.input = input(index);
+      if (one.input.order != nullptr) {
+        auto* const permuted = reinterpret_cast<float*>(worker.scratch());
+        for (std::int64_t k = 0; k < size; ++k) permuted[k] = one.x[one.input.order[k]];
+        one.x = permuted;
+      }
       kernels.quantize_x(one);
     }
   });
@@ -63,6 +77,10 @@ void check(const Tensor& tensor, DType dtype, const std::vector<std::int64_t>& s
                                 ", not " + describe(tensor));
 }
 
+bool same_data(const std::optional<Tensor>& a, const std::optional<Tensor>& b) {
+  return a && b && a->bytes() == b->bytes() && std::memcmp(a->data, b->data, a->bytes()) == 0;
+}
+
 struct Shapes {
   std::vector<std::int64_t> qweight, scales, sub_scales;
   DType dtype;  // of scales
@@ -72,6 +90,10 @@ Shapes shapes_of(TileScheme scheme, std::int64_t rows, std::int64_t in) {
   const TileLayout layout = layout_of(scheme);
   const std::int64_t tiles = divided_up(rows, kTileRows), groups = divided_up(in, kGroup);
   Shapes shapes{{tiles, groups, layout.group_bytes()}, {tiles, layout.units(groups), kTileRows}, {}, DType::float16};
+  if (layout.row_scales) {
+    shapes.dtype = DType::uint8;
+    shapes.scales = {tiles, static_cast<std::int64_t>(sizeof(RowScales))};
+  }
   if (layout.bf16) shapes.dtype = DType::bfloat16;
   if (layout.offsets) shapes.scales.insert(shapes.scales.begin() + 2, 2);
   if (layout.sub_scales) shapes.sub_scales = {tiles, groups, layout.group_sub_scales() / kTileRows, kTileRows};
@@ -88,10 +110,23 @@ std::int64_t QuantizedWeight::out() const {
 
 QuantizedTiles QuantizedPart::from(std::int64_t tile) const {
   const TileLayout layout = layout_of(scheme);
-  return {static_cast<const std::uint8_t*>(qweight.data) + tile * groups() * layout.group_bytes(),
-          static_cast<const std::uint16_t*>(scales.data) + tile * layout.units(groups()) * layout.unit_floats(),
-          sub_scales ? static_cast<const std::int8_t*>(sub_scales->data) + tile * groups() * layout.group_sub_scales()
-                     : nullptr};
+  QuantizedTiles tiles{};
+  tiles.qweight = static_cast<const std::uint8_t*>(qweight.data) + tile * groups() * layout.group_bytes();
+  if (layout.grouped) {
+    const std::int64_t first = tile * scales.shape[1] * kTileRows;
+    tiles.scales =
+        static_cast<const std::byte*>(scales.data) + first * static_cast<std::int64_t>(item_size(scales.dtype));
+    tiles.zeros = static_cast<const std::uint8_t*>(zeros->data) + first;
+    tiles.scale_type = float_of(scales.dtype);
+    tiles.groups_per_scale = groups_per_scale;
+  } else if (layout.row_scales)
+    tiles.row_scales = static_cast<const RowScales*>(scales.data) + tile;
+  else
+    tiles.scales =
+        static_cast<const std::uint16_t*>(scales.data) + tile * layout.units(groups()) * layout.unit_floats();
+  if (sub_scales)
+    tiles.sub_scales = static_cast<const std::int8_t*>(sub_scales->data) + tile * groups() * layout.group_sub_scales();
+  return tiles;
 }
 
 QuantizedPart allocate_tiles(TileScheme scheme, std::int64_t rows, std::int64_t in) {
@@ -137,10 +172,15 @@ QuantizedPart quantize(Runtime& runtime, const Tensor& w, TileScheme scheme) {
 QuantizedWeight make_quantized(std::vector<QuantizedPart> parts, std::int64_t in, std::optional<Tensor> bias) {
   if (parts.empty()) throw std::invalid_argument("a weight needs at least one part");
   QuantizedWeight weight{std::move(parts), in, std::move(bias)};
-  for (const QuantizedPart& part : weight.parts) {
+  for (std::size_t index = 0; index < weight.parts.size(); ++index) {
+    QuantizedPart& part = weight.parts[index];
+    if (index > 0 && part.order && same_data(part.order, weight.parts[index - 1].order))
+      part.order = weight.parts[index - 1].order;  // so that x is quantised once for both
+    if (part.order) part.input.order = static_cast<const std::int32_t*>(part.order->data);
     if (part.rows < 1 || in < 1) throw std::invalid_argument("a weight must have rows and columns");
     const Shapes shapes = shapes_of(part.scheme, part.rows, in);
     check(part.qweight, DType::uint8, shapes.qweight, "qweight");
+    if (layout_of(part.scheme).grouped) continue;  // grouped_tiles has checked it
     check(part.scales, shapes.dtype, shapes.scales, "scales");
     if (part.sub_scales.has_value() != !shapes.sub_scales.empty())
       throw std::invalid_argument("sub_scales must be given for the schemes that have them, and for no others");
@@ -157,8 +197,8 @@ Tensor linear(Runtime& runtime, const Tensor& given, const QuantizedWeight& weig
   const Tensor y = runtime.make({rows, out}, DType::float32);
   if (rows == 0) return y;
   QuantizedBlock block{};
-  const HeldX x = quantize_x(runtime, converted(runtime, given, DType::float32), groups);
-  block.x = x.x;
+  const Tensor floats = converted(runtime, given, DType::float32);
+  std::vector<HeldX> inputs;  // of runs of parts that quantise x alike
   block.m = static_cast<int>(rows);
   block.groups = static_cast<int>(groups);
   block.y = static_cast<float*>(y.data);
@@ -166,20 +206,25 @@ Tensor linear(Runtime& runtime, const Tensor& given, const QuantizedWeight& weig
   block.bias = weight.bias ? static_cast<const float*>(weight.bias->data) : nullptr;
   std::vector<Task> tasks;
   std::int64_t first = 0;
-  for (const QuantizedPart& part : weight.parts) {
+  for (std::size_t index = 0; index < weight.parts.size(); ++index) {
+    const QuantizedPart& part = weight.parts[index];
+    if (index == 0 || weight.parts[index - 1].input != part.input)
+      inputs.push_back(quantize_x(runtime, floats, groups, [input = part.input](std::int64_t) { return input; }));
     for (std::int64_t tile = 0; tile * kTileRows < part.rows; tile += kTaskTiles)
-      tasks.push_back({part.scheme, part.from(tile), first + tile * kTileRows,
+      tasks.push_back({part.scheme, inputs.back().x, part.from(tile), first + tile * kTileRows,
                        std::min(kTaskTiles * kTileRows, part.rows - tile * kTileRows)});
     first += part.rows;
     runtime.keep(part.qweight);
     runtime.keep(part.scales);
-    if (part.sub_scales) runtime.keep(*part.sub_scales);
+    for (const std::optional<Tensor>* held : {&part.sub_scales, &part.order, &part.zeros})
+      if (*held) runtime.keep(**held);
   }
   if (weight.bias) runtime.keep(*weight.bias);
   runtime.issue([&kernels = runtime.kernels().quantized, block, tasks = std::move(tasks)](Worker& worker) {
     worker.take_ahead(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t index, std::int64_t following) {
       const Task& task = tasks[static_cast<std::size_t>(index)];
       QuantizedBlock one = block;
+      one.x = task.x;
       one.w = task.w;
       one.n = static_cast<int>(task.rows);
       one.y += task.row;
@@ -202,14 +247,25 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<Q
   const std::int64_t rows = given.shape[0], out = like.out(), size = like.groups();
   const Tensor y = runtime.make({rows, out}, DType::float32);
   QuantizedBlock block{};
-  const HeldX x = quantize_x(runtime, converted(runtime, given, DType::float32), size);
-  block.x = x.x;
+  const Tensor x = converted(runtime, given, DType::float32);
+  // The quantised x of each part, which is the same for consecutive parts that quantise it alike in all weights.
+  std::vector<HeldX> inputs;
+  for (std::size_t part = 0; part < like.parts.size(); ++part) {
+    const bool shared = part > 0 && std::ranges::all_of(weights, [part](const QuantizedWeight& weight) {
+                          return weight.parts[part - 1].input == weight.parts[part].input;
+                        });
+    inputs.push_back(shared ? inputs.back() : quantize_x(runtime, x, size, [&weights, groups, part](std::int64_t row) {
+      const auto after = std::upper_bound(groups->first.begin(), groups->first.end(), row);
+      return weights[static_cast<std::size_t>(after - groups->first.begin()) - 1].parts[part].input;
+    }));
+  }
   block.groups = static_cast<int>(size);
   block.y = static_cast<float*>(y.data);
   block.y_stride = out;
   // The tasks of the first weight; those of the others differ only in their addresses.
   struct Place {
     std::size_t part;
+    QuantizedX x;
     std::int64_t tile, row, rows;
   };
   std::vector<Place> places;
@@ -217,8 +273,8 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<Q
   for (std::size_t part = 0; part < like.parts.size(); ++part) {
     const std::int64_t part_rows = like.parts[part].rows;
     for (std::int64_t tile = 0; tile * kTileRows < part_rows; tile += kTaskTiles)
-      places.push_back(
-          {part, tile, first_row + tile * kTileRows, std::min(kTaskTiles * kTileRows, part_rows - tile * kTileRows)});
+      places.push_back({part, inputs[part].x, tile, first_row + tile * kTileRows,
+                        std::min(kTaskTiles * kTileRows, part_rows - tile * kTileRows)});
     first_row += part_rows;
   }
   runtime.issue([&kernels = runtime.kernels().quantized, &weights, groups, block, places = std::move(places),
@@ -237,7 +293,7 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<Q
       const std::int64_t first = groups->first[group];
       const Place& place = places[static_cast<std::size_t>(task % each)];
       QuantizedBlock one = block;
-      one.x = from_row(block.x, first, size);
+      one.x = from_row(place.x, first, size);
       one.m = groups->first[group + 1] - static_cast<int>(first);
       one.w = tiles(task);
       one.n = static_cast<int>(place.rows);

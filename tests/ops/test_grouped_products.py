@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from op_backends import HAS_TORCH
 from paged import host_tensor
 
 from vllmlite.backends.base import Expert
@@ -31,12 +32,18 @@ def random(*shape: int, seed: int = 0) -> NDArray[np.float32]:
 
 
 def grouped(
-    rows: int, columns: int, bits: int = 4, size: int | None = 32, *, symmetric: bool = False,
-    scales: str = "float16", order: bool = False, seed: int = 0,
+    rows: int, columns: int, bits: Any = 4, size: int | None = 32, *, symmetric: bool = False,
+    scales: str = "float16", order: bool = False, seed: int = 0, int8_input: bool = False,
 ) -> PackedWeight:  # fmt: skip
+    """``bits`` "e4m3": floats of 8 bits."""
+    e4m3 = bits == "e4m3"
+    bits, symmetric = (8, True) if e4m3 else (bits, symmetric)
     generator = np.random.default_rng([rows, columns, seed])
     shape = rows, group_count(columns, size)
-    codes = pack_rows(generator.integers(0, 1 << bits, (rows, columns)).astype(np.uint8), bits)
+    drawn = generator.integers(0, 1 << bits, (rows, columns)).astype(np.uint8)
+    if e4m3:
+        drawn[drawn & 127 == 127] = 0x84  # no NaN; subnormal numbers instead
+    codes = pack_rows(drawn, bits)
     parts = {
         QWEIGHT: HostTensor("uint8", codes.shape, codes.reshape(-1)),
         SCALES: float_tensor(generator.uniform(-0.02, 0.02, shape).astype(np.float32), scales),
@@ -47,7 +54,8 @@ def grouped(
     if order:
         columns_of = generator.permutation(columns).astype("<i4")
         parts[ORDER] = HostTensor("int32", (columns,), columns_of.view(np.uint8))
-    return PackedWeight(GroupedScheme(bits, size, symmetric), (rows, columns), parts)
+    scheme = GroupedScheme(bits, size, symmetric, int8_input=int8_input, e4m3=e4m3)
+    return PackedWeight(scheme, (rows, columns), parts)
 
 
 def dequantized_product(backend: CpuBackend, x: Array, weight: PackedWeight) -> Array:
@@ -65,7 +73,7 @@ def dequantized_product(backend: CpuBackend, x: Array, weight: PackedWeight) -> 
 
 
 part = st.tuples(
-    st.integers(1, 40), st.sampled_from([4, 8]), st.sampled_from([32, 64, 128, None]), st.booleans(),
+    st.integers(1, 40), st.sampled_from([4, 8, "e4m3"]), st.sampled_from([32, 64, 128, None]), st.booleans(),
     st.sampled_from(["float16", "bfloat16"]), st.booleans(),
 )  # fmt: skip
 
@@ -119,6 +127,69 @@ def test_scales_in_float32(isa: str, bits: int) -> None:
     np.testing.assert_allclose(found, dequantized_product(backend, x, packed), rtol=0, atol=1e-4)
     alone = [backend.to_host(backend.linear(backend.tensor(row[None]), weight)) for row in x]
     assert found.tobytes() == np.concatenate(alone).tobytes()
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("size", [128, None])
+def test_e4m3_with_scales_in_float32(isa: str, dtype: str, size: int | None) -> None:
+    """All values, with the scales that fp8 checkpoints have."""
+    backend = CpuBackend(dtype, threads=2, isa=isa)
+    packed = grouped(40, 2300, "e4m3", size, scales="float32")
+    weight = backend.linear_weight([packed])
+    x = random(33, 2300, seed=1)
+    found = backend.to_host(backend.linear(backend.tensor(x), weight))
+    np.testing.assert_array_equal(found, dequantized_product(backend, x, packed))
+    alone = [backend.to_host(backend.linear(backend.tensor(row[None]), weight)) for row in x]
+    assert found.tobytes() == np.concatenate(alone).tobytes()
+
+
+def test_e4m3_that_is_not_a_number_is_refused() -> None:
+    packed = grouped(4, 64, "e4m3")
+    packed.parts[QWEIGHT].data[100] = 0xFF
+    with pytest.raises(ModelError, match="a value is not a number"):
+        CpuBackend().linear_weight([packed])
+
+
+def of_8_bits(x: Array) -> Array:
+    """x as products round it that quantise it: to 8 bits, in groups of 32."""
+    groups = np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(len(x), -1, 32)
+    extremes = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)
+    inverse = np.divide(-128, extremes, out=np.zeros_like(extremes), where=extremes != 0)
+    codes = np.clip(np.rint(groups * inverse), -128, 127)
+    rounded: Array = (codes * (extremes / -128)).reshape(len(x), -1)[:, : x.shape[1]].astype(np.float64)
+    return rounded
+
+
+@each_isa
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 300), parts=st.lists(part, min_size=1, max_size=3))
+def test_products_that_quantise_activations(isa: str, rows: int, columns: int, parts: list[Any]) -> None:
+    """They are those of the dequantised weight with the rounded x, to the last bit at every number of rows."""
+    backend = CpuBackend(threads=2, isa=isa)
+    packed = [
+        grouped(out, columns, 4 if bits == "e4m3" else bits, size, symmetric=symmetric, scales=scales, order=order,
+                seed=index, int8_input=True)
+        for index, (out, bits, size, symmetric, scales, order) in enumerate(parts)
+    ]  # fmt: skip
+    x = random(rows, columns, seed=1)
+    expected = []
+    for one in packed:
+        order = one.parts[ORDER].data.view("<i4") if ORDER in one.parts else np.arange(columns)
+        values = one.scheme.dequantize(one).astype(np.float64)
+        expected.append(of_8_bits(x[:, order]) @ values[:, order].T)
+    weight = backend.linear_weight(packed)
+    found = backend.to_host(backend.linear(backend.tensor(x), weight))
+    bound = 1e-5 * np.abs(np.concatenate(expected, axis=1)).max()
+    np.testing.assert_allclose(found, np.concatenate(expected, axis=1), rtol=1e-5, atol=bound)
+    alone = [backend.to_host(backend.linear(backend.tensor(row[None]), weight)) for row in x]
+    assert found.tobytes() == np.concatenate(alone).tobytes()
+    if rows == 1 and HAS_TORCH:
+        from vllmlite.backends.torch import TorchBackend
+
+        torch = TorchBackend()
+        reference = torch.to_host(torch.linear(torch.tensor(x), torch.linear_weight(packed)))
+        np.testing.assert_allclose(found, reference, rtol=1e-5, atol=bound)
 
 
 @each_isa

@@ -17,6 +17,7 @@ from vllmlite.backends.base import Backend
 from vllmlite.models import load_model, read_spec
 from vllmlite.models.tensors import sources
 from vllmlite.weights.host import HostTensor
+from vllmlite.weights.packing import Packing
 from vllmlite.weights.safetensors import read_safetensors, write_safetensors
 
 DTYPES = {
@@ -80,9 +81,8 @@ def quantised(base: Path, packer: Packer, family: str = "Llama", **changes: Any)
     return packed, floats
 
 
-def logits(path: Path, backend: Backend) -> NDArray[np.float32]:
-    paged = PagedModel(
-        load_model(backend, path, max_model_len=64, block_size=16), num_blocks=8, max_slots=2, max_context=64
-    )
+def logits(path: Path, backend: Backend, packing: Packing | None = None) -> NDArray[np.float32]:
+    model = load_model(backend, path, max_model_len=64, block_size=16, packing=packing)
+    paged = PagedModel(model, num_blocks=8, max_slots=2, max_context=64)
     paged.admit(0)
     return paged.logits([0], [np.arange(3, 40, dtype=np.int32)])[0]

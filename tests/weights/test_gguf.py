@@ -101,8 +101,9 @@ def test_tiles_decode_to_the_values_of_their_blocks(kind: str) -> None:
 def test_native_tiles_and_floats_equal_the_references(kind: str) -> None:
     backend, part = CpuBackend(packed=True), random_weight(kind)
     expected = to_tiles(part)
-    name, *found, rows = backend._tiles(part)
-    assert (name, rows) == (expected.scheme.name, 37)
+    made = backend._quantized(part)
+    found = made.qweight, made.scales, made.sub_scales
+    assert made.rows == 37
     for suffix, tensor in zip(("qweight", "scales", "sub_scales"), found, strict=True):
         stored = expected.parts.get(suffix)
         assert (tensor is None) == (stored is None)
@@ -219,11 +220,13 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
         backend.linear_weight([replace(part, shape=(37 * 3, 255))])
     with pytest.raises(ModelError, match="are not uint8"):
         backend.dequantize(replace(part, shape=(38, 768)), "float32")
-    scheme, qweight, scales, sub_scales, rows = backend._tiles(part)
+    made, native = backend._quantized(part), backend._native
     with pytest.raises(ValueError, match="sub_scales must be given"):
-        backend._native.QuantizedWeight([(scheme, qweight, scales, None, rows)], 768)
+        native.QuantizedWeight(
+            [native.QuantizedPart("q4_k", made.qweight, made.scales, None, part.shape[0])], 768
+        )
     with pytest.raises(ValueError, match="no quantisation scheme q3_k"):
-        backend._native.QuantizedWeight([("q3_k", qweight, scales, sub_scales, rows)], 768)
+        native.QuantizedPart("q3_k", made.qweight, made.scales, None, part.shape[0])
 
 
 # ---- Files

@@ -12,7 +12,7 @@ import packers
 import pytest
 from native import needs_native_cpu
 from numpy.typing import NDArray
-from packers import PACKERS, Packer
+from packers import PACKERS, W8A8, Packer
 from paged import PagedModel
 from quantized_checkpoints import logits, quantised, tensors_of, write
 
@@ -96,10 +96,20 @@ def test_checkpoints_of_every_family_are_read(name: str, family: str, tmp_path: 
 @needs_native_cpu
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "name", ["awq g32", "gptq asymmetric", "gptq desc_act", "pack-quantized by channel", "modelopt nvfp4"]
+    "name",
+    [
+        "awq g32",
+        "gptq asymmetric",
+        "gptq desc_act",
+        "pack-quantized by channel",
+        "fp8 blocks",
+        "float-quantized by channel",
+        "modelopt fp8",
+        "modelopt nvfp4",
+    ],
 )
 def test_the_native_backend_computes_what_the_values_do(name: str, family: str, tmp_path: Path) -> None:
-    """Integers are multiplied as they are stored; other weights are dequantised."""
+    """Integers and e4m3 are multiplied as they are stored; other weights are dequantised."""
     architecture, changes = FAMILIES[family]
     packed, floats = quantised(tmp_path, PACKERS[name], architecture, **changes)
     for dtype, share in (("float32", 1e-4), ("bfloat16", 0.05)):
@@ -109,9 +119,9 @@ def test_the_native_backend_computes_what_the_values_do(name: str, family: str, 
 
 
 @needs_native_cpu
-@pytest.mark.parametrize("name", ["awq g32", "gptq desc_act", "int-quantized"])
+@pytest.mark.parametrize("name", ["awq g32", "gptq desc_act", "int-quantized", "fp8 blocks", *W8A8])
 def test_native_logits_do_not_depend_on_the_batch_or_on_chunks(name: str, tmp_path: Path) -> None:
-    packed, _ = quantised(tmp_path, PACKERS[name])
+    packed, _ = quantised(tmp_path, (PACKERS | W8A8)[name])
     for dtype in ("float32", "bfloat16"):
         model = load_model(CpuBackend(dtype), packed, max_model_len=64, block_size=16)
         ids = [np.arange(3, 43, dtype=np.int32), np.arange(50, 59, dtype=np.int32)]

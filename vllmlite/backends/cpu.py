@@ -14,7 +14,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,14 +36,20 @@ from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.memory import host_memory
 from vllmlite.backends.native import NativeBackend, load_extension, repacked, uploaded
 from vllmlite.errors import BackendError, ModelError
-from vllmlite.weights.host import FLOAT_DTYPES, ITEM_SIZE, HostTensor, HostWeight, PackedWeight, float_parts
+from vllmlite.weights.host import (
+    FLOAT_DTYPES,
+    ITEM_SIZE,
+    HostTensor,
+    HostWeight,
+    PackedWeight,
+    Scheme,
+    float_parts,
+)
 from vllmlite.weights.schemes.codes import Bytes, StoredCodes
 from vllmlite.weights.schemes.gguf_blocks import BLOCK_SCHEMES, BlockScheme, block_data
 from vllmlite.weights.schemes.grouped import ORDER, ZEROS, GroupedScheme
 from vllmlite.weights.schemes.tiles import QWEIGHT, SCALES, SUB_SCALES, TILES, packed_weight
-
-_Tiles: TypeAlias = tuple[str, Tensor, Tensor, Tensor | None, int]
-"""A part of the extension's ``QuantizedWeight``: scheme, qweight, scales, sub_scales, rows."""
+from vllmlite.weights.schemes.w8a8 import Int8Operand, W8A8Scheme
 
 
 class CpuBackend(NativeBackend):
@@ -60,8 +66,12 @@ class CpuBackend(NativeBackend):
     schemes: frozenset[str] = frozenset(
         (
             *TILES,
+            "w8a8",
+            "w4a8_grouped",
+            "w8a8_grouped",
             "w4a16",
             "w8a16",
+            "f8a16",
             *(name for name, scheme in BLOCK_SCHEMES.items() if scheme.tiles is not None),
         )
     )
@@ -118,9 +128,9 @@ class CpuBackend(NativeBackend):
         floats = float_parts(parts)
         if floats is not None:
             return self._native.LinearWeight([self.tensor(part, self.dtype) for part in floats], bias)
-        if isinstance(parts[0], PackedWeight) and isinstance(parts[0].scheme, GroupedScheme):
+        if isinstance(parts[0], PackedWeight) and _keeps_activations(parts[0].scheme):
             return self._native.LinearWeight(list(map(self._grouped, parts)), bias)
-        return self._native.QuantizedWeight(list(map(self._tiles, parts)), parts[0].shape[1], bias)
+        return self._native.QuantizedWeight(list(map(self._quantized, parts)), parts[0].shape[1], bias)
 
     def experts(self, experts: Sequence[Expert]) -> Any:
         return self._native.Experts(
@@ -136,8 +146,8 @@ class CpuBackend(NativeBackend):
     def quantize(self, weight: HostTensor, scheme: str) -> PackedWeight:
         shape = weight.shape[0], weight.shape[1]
         with _refusing(shape):
-            _, codes, scales, _, _ = self._runtime.quantize(self.tensor(weight), scheme)
-        return packed_weight(TILES[scheme], shape, self.to_host(codes), self.to_host(scales))
+            part = self._runtime.quantize(self.tensor(weight), scheme)
+        return packed_weight(TILES[scheme], shape, self.to_host(part.qweight), self.to_host(part.scales))
 
     def dequantize(self, weight: PackedWeight, dtype: str) -> HostTensor:
         if not isinstance(weight.scheme, BlockScheme) or weight.scheme.tiles is None:
@@ -149,37 +159,64 @@ class CpuBackend(NativeBackend):
         return HostTensor(dtype, weight.shape, _native_order(HostTensor(dtype, weight.shape, out)))
 
     def _grouped(self, part: HostWeight) -> Any:
-        if isinstance(part, HostTensor) or not isinstance(part.scheme, GroupedScheme):
+        """A part of the extension's ``LinearWeight``."""
+        if isinstance(part, HostTensor) or not _keeps_activations(part.scheme):
             raise unusable(part, self)
+        return self._of_groups(self._runtime.grouped_part, part, part.scheme.name == "f8a16")
+
+    def _of_groups(self, make: Any, part: PackedWeight, *more: Any) -> Any:
+        scheme, columns = part.scheme, part.shape[1]
+        assert isinstance(scheme, GroupedScheme)
         stored = {suffix: self.tensor(tensor) for suffix, tensor in part.parts.items()}
-        columns = part.shape[1]
+        size = scheme.group_size or columns
         with _refusing(part.shape):
-            return self._runtime.grouped_part(
-                part.scheme.bits,
+            return make(
+                scheme.bits,
                 columns,
-                part.scheme.group_size or columns,
+                size,
                 stored[QWEIGHT],
                 stored[SCALES],
                 stored.get(ZEROS),
                 stored.get(ORDER),
+                *more,
             )
 
-    def _tiles(self, part: HostWeight) -> _Tiles:
+    def _quantized(self, part: HostWeight) -> Any:
+        """A part of the extension's ``QuantizedWeight``."""
         if (
             isinstance(part, HostTensor)
-            or isinstance(part.scheme, GroupedScheme)
+            or _keeps_activations(part.scheme)
             or part.scheme.name not in self.schemes
         ):
             raise unusable(part, self)
+        if isinstance(part.scheme, GroupedScheme):
+            return self._of_groups(self._runtime.grouped_tiles, part)
         rows, columns = part.shape
+        if isinstance(part.scheme, W8A8Scheme):
+            return self._w8a8(part.scheme.operand(part))
         if isinstance(part.scheme, BlockScheme):
             with _refusing(part.shape):
-                found: _Tiles = self._runtime.tiles_of_blocks(
+                return self._runtime.tiles_of_blocks(
                     part.scheme.name, self.tensor(block_data(part)), rows, columns
                 )
-            return found
         stored = {suffix: self.tensor(tensor) for suffix, tensor in part.parts.items()}
-        return part.scheme.name, stored[QWEIGHT], stored[SCALES], stored.get(SUB_SCALES), rows
+        return self._native.QuantizedPart(
+            part.scheme.name, stored[QWEIGHT], stored[SCALES], stored.get(SUB_SCALES), rows
+        )
+
+    def _w8a8(self, weight: Int8Operand) -> Any:
+        zeros = None if weight.zeros is None else self.tensor(weight.zeros)
+        inputs, mode = weight.inputs, "symmetric" if weight.inputs.symmetric else "asymmetric"
+        if inputs.scale is not None:
+            mode = "constants"
+        return self._runtime.w8a8_part(
+            self.tensor(weight.values),
+            self.tensor(weight.scales),
+            zeros,
+            mode,
+            inputs.scale or 0.0,
+            inputs.zero,
+        )
 
     # Key/value cache
 
@@ -239,6 +276,11 @@ class CpuBackend(NativeBackend):
             return outputs
 
         return run
+
+
+def _keeps_activations(scheme: Scheme) -> bool:
+    """Whether a weight is multiplied by the kernels of float weights."""
+    return isinstance(scheme, GroupedScheme) and scheme.input_dtype is None
 
 
 @contextmanager

@@ -6,19 +6,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from vllmlite.weights.host import PackedWeight
+from vllmlite.weights.host import PackedWeight, float_values
 from vllmlite.weights.schemes import float8, tiles
+from vllmlite.weights.schemes.bits import unpack_rows
 from vllmlite.weights.schemes.float8 import Float8Scheme
+from vllmlite.weights.schemes.grouped import ORDER, QWEIGHT, SCALES, ZEROS, GroupedScheme
 from vllmlite.weights.schemes.tiles import TileScheme
 from vllmlite.weights.schemes.w8a8 import InputScale, W8A8Scheme
 
 ROWS = 4096
 """Rows of a weight that are converted to floats at a time."""
-SCHEMES = frozenset(("int8", "int4", "w8a8", "fp8_w8a8"))
+SCHEMES = frozenset(("int8", "int4", "w8a8", "fp8_w8a8", "w4a8_grouped", "w8a8_grouped"))
 
 Put: TypeAlias = Callable[..., Sequence[torch.Tensor]]
 """Puts numpy arrays on the device."""
@@ -26,14 +29,17 @@ Put: TypeAlias = Callable[..., Sequence[torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class TorchTiles:
-    """int8 values ``[out, groups, GROUP]`` of a weight of ``size`` columns, and float32 scales ``[out, groups]``."""
+    """Integer values ``[out, groups, GROUP]`` of a weight of ``size`` columns, and float32 scales ``[out, groups]``.
+    ``order``: the column of x for each column of the weight."""
 
     size: int
     values: torch.Tensor
     scales: torch.Tensor
+    order: torch.Tensor | None = None
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply in float32, after rounding x to 8 bits per group."""
+        x = x if self.order is None else x[:, self.order]
         groups = F.pad(x.float(), (0, -self.size % tiles.GROUP)).view(
             len(x), self.scales.shape[1], tiles.GROUP
         )
@@ -142,10 +148,25 @@ def packed_part(weight: PackedWeight, put: Put) -> TorchPart:
         stored = weight.scheme.operand(weight)
         codes, scales = put(stored.values, stored.scales)
         return TorchFloat8(codes.view(torch.float8_e4m3fn), scales, stored.blocks, stored.input_scale)
+    if isinstance(weight.scheme, GroupedScheme):
+        return _grouped_part(weight.scheme, weight, put)
     assert isinstance(weight.scheme, TileScheme)
     unpacked, found, _ = tiles.unpack(weight)
     values, scales = put(unpacked, found)
     return TorchTiles(weight.shape[1], values, scales)
+
+
+def _grouped_part(scheme: GroupedScheme, weight: PackedWeight, put: Put) -> TorchTiles:
+    rows, columns = weight.shape
+    codes = unpack_rows(weight.parts[QWEIGHT].data.reshape(rows, -1), scheme.bits, columns).astype(np.int16)
+    scales, zeros = float_values(weight.parts[SCALES]), weight.parts.get(ZEROS)
+    of_column = np.arange(columns) // (scheme.group_size or columns)
+    codes -= 1 << (scheme.bits - 1) if zeros is None else zeros.data.reshape(zeros.shape)[:, of_column]
+    padded = np.pad(codes, ((0, 0), (0, -columns % tiles.GROUP))).reshape(rows, -1, tiles.GROUP)
+    order = weight.parts.get(ORDER)
+    arrays: list[NDArray[Any]] = [padded, np.ascontiguousarray(scales[:, of_column[:: tiles.GROUP]])]
+    values, found, *orders = put(*arrays, *([] if order is None else [order.data.view("<i4")]))
+    return TorchTiles(columns, values, found, orders[0] if orders else None)
 
 
 def _reciprocal(number: int, divisors: torch.Tensor) -> torch.Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from vllmlite.backends.base import Backend
 from vllmlite.weights.host import HostTensor, HostWeight, PackedWeight, Scheme
 from vllmlite.weights.schemes.gguf_blocks import BlockScheme, to_tiles
-from vllmlite.weights.schemes.grouped import IntegerScheme
+from vllmlite.weights.schemes.grouped import GroupableScheme
 from vllmlite.weights.schemes.tiles import TILES
 
 logger = logging.getLogger(__name__)
@@ -24,17 +24,26 @@ class Packing:
     """The scheme, ``int8`` or ``int4``, in which weights stored as floats are quantised at load."""
     keep_blocks: bool = False
     """Leave ggml's blocks packed if the backend multiplies them; otherwise they become floats."""
+    head: str | None = None
+    """The scheme in which an output layer stored as floats is quantised at load."""
+    int8_activations: bool = False
+    """Products with integer weights in groups quantise activations to int8."""
 
-    def scheme(self, stored: Scheme | None) -> Scheme | None:
-        """The scheme in which the backend gets a weight that is stored in ``stored``; None means as floats."""
+    def scheme(self, stored: Scheme | None, head: bool = False) -> Scheme | None:
+        """The scheme in which the backend gets a weight that is stored in ``stored``; None means as floats. ``head``:
+        it is the output layer."""
+        if head and stored is None and self.head is not None:
+            return TILES[self.head]
         native = stored is not None and stored.name in self.backend.schemes
         if isinstance(stored, BlockScheme):
             if self.quantization is None:
                 return stored if native and self.keep_blocks else None
             if stored.tiles is not None and stored.tiles.name == self.quantization:
                 return stored if native else stored.tiles
-        elif isinstance(stored, IntegerScheme) and not native:
+        elif isinstance(stored, GroupableScheme) and not native:
             grouped = stored.grouped
+            if grouped is not None and not grouped.e4m3 and self.int8_activations:
+                grouped = replace(grouped, int8_input=True)
             return grouped if grouped is not None and grouped.name in self.backend.schemes else None
         elif stored is not None:
             return stored if native else None
@@ -50,7 +59,7 @@ class Packing:
         if isinstance(stored, BlockScheme) and stored.tiles is not None and scheme in (stored, stored.tiles):
             rounded = f" as {stored.tiles.name} with scales rounded to bfloat16"
             return "kept" + rounded * (stored.tiles.scale_dtype == "bfloat16")
-        kept = scheme is stored or isinstance(stored, IntegerScheme)
+        kept = scheme is stored or isinstance(stored, GroupableScheme)
         return "kept" if kept else f"quantised to {scheme.name}"
 
     def activations(self, stored: Scheme | None) -> str:
@@ -60,11 +69,11 @@ class Packing:
         found = (None if scheme is None else scheme.input_dtype) or self.backend.dtype
         return found if wanted in (None, found) else f"{found}, not {wanted}"
 
-    def __call__(self, weight: HostWeight) -> HostWeight:
+    def __call__(self, weight: HostWeight, head: bool = False) -> HostWeight:
         """``weight`` in the form that :meth:`scheme` says. ModelError for values that cannot be quantised, and for
         scales that are not finite."""
         stored = weight.scheme if isinstance(weight, PackedWeight) else None
-        scheme = self.scheme(stored)
+        scheme = self.scheme(stored, head)
         if scheme is None:
             return self.floats(weight)
         if isinstance(weight, PackedWeight):
@@ -72,8 +81,9 @@ class Packing:
                 return weight
             if isinstance(stored, BlockScheme) and scheme is stored.tiles:
                 return to_tiles(weight)
-            if isinstance(stored, IntegerScheme):
-                return stored.to_grouped(weight, self.backend.repack) or self._ungrouped(weight)
+            if isinstance(stored, GroupableScheme):
+                grouped = stored.to_grouped(weight, self.backend.repack)
+                return self._ungrouped(weight) if grouped is None else replace(grouped, scheme=scheme)
         return self.backend.quantize(self.floats(weight), scheme.name)
 
     def floats(self, weight: HostWeight, dtype: str | None = None) -> HostTensor:
@@ -93,5 +103,5 @@ class Packing:
 @cache
 def _tell_of_floats(name: str, dtype: str) -> None:
     logger.warning(
-        "%s weights whose groups have different numbers of columns are dequantised to %s", name, dtype
+        "%s weights with uneven groups, in e5m2 or with scales above 128 are dequantised to %s", name, dtype
     )

@@ -1,6 +1,6 @@
-// Products with grouped integer weights. The weights are dequantised in registers or, for many rows of x, into scratch
-// memory, once for all rows, and are then multiplied in the way of float weights. So a product has the same bits as
-// with the dequantised weight, and a row's result does not depend on the rows beside it.
+// Products with grouped integer or 8-bit float (e4m3) weights. The weights are dequantised in registers or, for many
+// rows of x, into scratch memory, once for all rows, and are then multiplied in the way of float weights. So a product
+// has the same bits as with the dequantised weight, and a row's result does not depend on the rows beside it.
 #pragma once
 
 #include "cpu/kernels/amx.hpp"
@@ -16,6 +16,8 @@ inline constexpr int kDequantizeInRegisters = 6;
 // Scales and offsets of the groups in a chunk of a tile, [group][row]: an element is value * scale + offset. All of
 // these numbers have so few bits that nothing is rounded, unless scales are float32.
 struct GroupConstants {
+  // Exponents of e4m3 are those of float32 less 120.
+  static constexpr float kE4m3Unit = 0x1p120F;
   static constexpr int kMost = (kLinearChunk / kGroupUnit + 1) * kGroupedRows + kLanes;
   alignas(64) float scale[kMost], offset[kMost];
 
@@ -30,6 +32,10 @@ struct GroupConstants {
       const auto* from = reinterpret_cast<const typename T::Item*>(tile) + first;
       for (int i = 0; i < items; i += kLanes) store(scale + i, T::load(from + i));
     });
+    if (layout.e4m3) {
+      for (int i = 0; i < items; i += kLanes) store(scale + i, load<F>(scale + i) * kE4m3Unit);
+      return;
+    }
     for (int i = 0; i < items; i += kLanes) {
       F zero = set(static_cast<float>(1 << (layout.bits - 1)));
       if (layout.zeros) zero = __builtin_convertvector(__builtin_convertvector(load<Bytes>(zeros + i), I), F);
@@ -37,6 +43,10 @@ struct GroupConstants {
     }
   }
 };
+
+// The number of bits that stands for e4m3 where templates take one: integers have 4 or 8.
+inline constexpr int kE4m3 = -8;
+constexpr int stored_bits(int bits) { return bits < 0 ? -bits : bits; }
 
 // ---- Blocks: quantised values of a row that are loaded together. Value i of a block's vector j is in lane i, above
 // the bits of the vectors before it.
@@ -72,8 +82,25 @@ struct Table32 : Quants32<4> {
 using Table32 = Quants32<4>;
 #endif
 
+// e4m3: its bits are put where float32 has them, and the group's scale makes up for the exponents' bias. Infinite
+// scales and NaN are refused when tiles are made.
+struct E4m3Values {
+  static constexpr int kVectors = 4;
+  static constexpr int kLaneBytes = 4;
+  using Raw = U;
+  using Group = F;
+  static VLLMLITE_INLINE Group group(float scale, float /*offset*/) { return set(scale); }
+  static VLLMLITE_INLINE F values(Raw raw, int vector, Group scale) {
+    const I top = (I)(raw << (24 - vector * 8));
+    return (F)((U)(top >> 4) & 0x87f00000) * scale;
+  }
+};
+
 template <typename P, int kBits>
 struct QuantBlock;
+
+template <>
+struct QuantBlock<FloatProduct<F32>, kE4m3> : E4m3Values {};
 
 template <>
 struct QuantBlock<FloatProduct<F32>, 4> : Table32 {};
@@ -98,9 +125,8 @@ struct QuantBlock<Bf16Product, 4> {
   }
 };
 
-template <>
-struct QuantBlock<Bf16Product, 8> {
-  using Half = Quants32<8>;
+template <typename Half>
+struct HalvesBlock {
   static constexpr int kVectors = 2;
   static constexpr int kLaneBytes = 4;
   using Raw = U;
@@ -111,6 +137,12 @@ struct QuantBlock<Bf16Product, 8> {
                                          (__m512)Half::values(raw, 2 * vector, group));
   }
 };
+
+template <>
+struct QuantBlock<Bf16Product, 8> : HalvesBlock<Quants32<8>> {};
+
+template <>
+struct QuantBlock<Bf16Product, kE4m3> : HalvesBlock<E4m3Values> {};
 #endif
 
 // ---- The product
@@ -130,7 +162,8 @@ struct TileReader {
   // Reads from element k of a row of `total` elements on; `constants` are those of the chunk that begins there.
   VLLMLITE_INLINE TileReader(const std::byte* tile, const GroupedLayout& layout, int total, int k,
                              const GroupConstants& constants)
-      : qweight(tile + layout.qweight_at(total) + static_cast<std::ptrdiff_t>(k) * kGroupedRows * kBits / 8),
+      : qweight(tile + layout.qweight_at(total) +
+                static_cast<std::ptrdiff_t>(k) * kGroupedRows * stored_bits(kBits) / 8),
         group_size(layout.group),
         end(k / group_size * group_size - k),
         scale(constants.scale),
@@ -291,6 +324,7 @@ void grouped(const LinearBlock& block) {
 
 template <typename P>
 void grouped(const LinearBlock& block) {
+  if (block.layout.e4m3) return grouped<P, kE4m3>(block);
   return block.layout.bits == 4 ? grouped<P, 4>(block) : grouped<P, 8>(block);
 }
 
@@ -401,6 +435,7 @@ void amx_grouped(const LinearBlock& block) {
 }
 
 inline void amx_grouped(const LinearBlock& block) {
+  if (block.layout.e4m3) return amx_grouped<kE4m3>(block);
   return block.layout.bits == 4 ? amx_grouped<4>(block) : amx_grouped<8>(block);
 }
 

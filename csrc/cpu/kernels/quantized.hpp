@@ -126,12 +126,22 @@ struct Quads {
 
 // ---- Scales and offsets of kLanes rows of a tile
 
-template <TileScheme S>
+template <TileScheme S, bool kGrouped = layout_of(S).grouped>
 struct Scaling {
   static constexpr TileLayout kLayout = layout_of(S);
   const std::uint16_t* floats;
   const std::int8_t* sub_scales;
 
+  // Begins with the row `lane` of a tile.
+  VLLMLITE_INLINE void begin(const QuantizedTiles& w, std::ptrdiff_t tile, int lane, int groups) {
+    floats = static_cast<const std::uint16_t*>(w.scales) + tile * kLayout.units(groups) * kLayout.unit_floats() + lane;
+    if (kLayout.sub_scales) sub_scales = w.sub_scales + tile * groups * kLayout.group_sub_scales() + lane;
+  }
+
+  // Before a group is multiplied.
+  VLLMLITE_INLINE void enter(int /*group*/) {}
+  // What the sum of products begins with, given the sum of x.
+  VLLMLITE_INLINE I start(std::int32_t total) const { return I{} + total * (Dot::kOffset - kLayout.zero); }
   VLLMLITE_INLINE F float_at(int group, int index) const {
     const std::uint16_t* at = floats + (kLayout.sub_scales ? group / kUnitGroups : group) * kLayout.unit_floats();
     if constexpr (kLayout.bf16)
@@ -152,6 +162,41 @@ struct Scaling {
   }
 };
 
+// Of several groups together, which are entered in ascending order.
+template <TileScheme S>
+struct Scaling<S, true> {
+  const std::byte* scales;
+  const std::uint8_t* zeros;
+  Float type;
+  int groups_per_scale, next;  // the first group of the next scale
+  F current_scale;
+  I current_zero;
+
+  VLLMLITE_INLINE void begin(const QuantizedTiles& w, std::ptrdiff_t tile, int lane, int groups) {
+    type = w.scale_type;
+    groups_per_scale = w.groups_per_scale;
+    next = 0;
+    const std::ptrdiff_t first = tile * ((groups + groups_per_scale - 1) / groups_per_scale) * kTileRows + lane;
+    scales = static_cast<const std::byte*>(w.scales) + first * (type == Float::f32 ? 4 : 2);
+    zeros = w.zeros + first;
+  }
+
+  VLLMLITE_INLINE void enter(int group) {
+    typedef std::uint8_t Bytes __attribute__((vector_size(kLanes)));
+    if (group < next) return;
+    with_type(type, [&](auto item) {
+      using T = decltype(item);
+      current_scale = T::load(reinterpret_cast<const typename T::Item*>(scales));
+      scales += kTileRows * sizeof(typename T::Item);
+    });
+    current_zero = __builtin_convertvector(load<Bytes>(zeros), I);
+    zeros += kTileRows;
+    next += groups_per_scale;
+  }
+  VLLMLITE_INLINE I start(std::int32_t total) const { return (Dot::kOffset - current_zero) * total; }
+  VLLMLITE_INLINE F scale(int /*group*/, int /*part*/) const { return current_scale; }
+};
+
 // ---- The product
 
 // Columns in a register tile of m rows of x. A column is a vector of y: kLanes rows of a tile of w.
@@ -168,91 +213,123 @@ VLLMLITE_INLINE F load_up_to(const float* from, int count) {
   return count >= kLanes ? load<F>(from) : load_some<F>(from, count);
 }
 
+// Adds the products of M rows of x with quads of V columns to acc, from the quad `first` to before `last` of the group
+// g.
+template <int kBits, int M, int V>
+VLLMLITE_INLINE void add_quads(const std::uint8_t* const* qweight, const std::int8_t* x, std::ptrdiff_t x_stride, int g,
+                               int first, int last, I (*acc)[V]) {
+  using Stored = Quads<kBits>;
+  constexpr std::ptrdiff_t kGroupBytes = kGroup * kTileRows * kBits / 8;
+#pragma GCC unroll 8
+  for (int quad = first; quad < last; quad += Stored::kLoaded) {
+    typename Dot::W w[Stored::kLoaded][V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      U quads[Stored::kLoaded];
+      Stored::load(qweight[v] + g * kGroupBytes, quad, quads);
+#pragma GCC unroll 2
+      for (int i = 0; i < Stored::kLoaded; ++i) w[i][v] = Dot::widen(quads[i]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < Stored::kLoaded; ++i) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        std::int32_t bytes;
+        __builtin_memcpy(&bytes, x + m * x_stride + g * kGroup + (quad + i) * 4, 4);
+        const typename Dot::X spread = Dot::spread(bytes);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) acc[m][v] = Dot::add(acc[m][v], w[i][v], spread);
+      }
+    }
+  }
+}
+
 // Multiplies M rows of x by V columns.
 template <TileScheme S, int M, int V>
 VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, PassOf pass) {
   constexpr int kParts = kTileRows / kLanes;
   constexpr TileLayout kLayout = layout_of(S);
   constexpr int kScales = kLayout.scales_per_group(), kScaledQuads = kQuads / kScales;
-  using Stored = Quads<kLayout.bits>;
   const std::uint8_t* qweight[V];
-  Scaling<S> scaling[V];
-  for (int v = 0; v < V; ++v) {
-    const std::ptrdiff_t tile = (column + v) / kParts;
-    const int lane = (column + v) % kParts * kLanes;
-    qweight[v] = b.w.qweight + tile * b.groups * kLayout.group_bytes() + lane * 4;
-    scaling[v].floats = b.w.scales + tile * kLayout.units(b.groups) * kLayout.unit_floats() + lane;
-    if (kLayout.sub_scales)
-      scaling[v].sub_scales = b.w.sub_scales + tile * b.groups * kLayout.group_sub_scales() + lane;
-  }
+  for (int v = 0; v < V; ++v)
+    qweight[v] = b.w.qweight + static_cast<std::ptrdiff_t>((column + v) / kParts) * b.groups * kLayout.group_bytes() +
+                 (column + v) % kParts * kLanes * 4;
   const std::ptrdiff_t x_stride = static_cast<std::ptrdiff_t>(b.groups) * kGroup;
   const std::ptrdiff_t first = static_cast<std::ptrdiff_t>(row) * b.groups;  // of x's groups
   const std::int8_t* x = b.x.values + row * x_stride;
-  float* y = b.y + row * b.y_stride + column * kLanes;
+  const auto prefetch_next = [&](int g) {
+    if (b.next == nullptr || g % pass.count != pass.index) return;
+    for (int v = 0; v < V; ++v)
+      if ((column + v) % kParts == 0)
+        for (int byte = 0; byte < kLayout.group_bytes(); byte += 64)
+          prefetch(b.next + (qweight[v] - b.w.qweight) + g * kLayout.group_bytes() + byte);
+  };
   F sums[M][V] = {};
-  for (int g = 0; g < b.groups; ++g) {
-    if (b.next != nullptr && g % pass.count == pass.index)
-      for (int v = 0; v < V; ++v)
-        if ((column + v) % kParts == 0)
-          for (int byte = 0; byte < kLayout.group_bytes(); byte += 64)
-            prefetch(b.next + (qweight[v] - b.w.qweight) + g * kLayout.group_bytes() + byte);
-#pragma GCC unroll 2
-    for (int part = 0; part < kScales; ++part) {
-      I acc[M][V];
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const std::ptrdiff_t at = first + m * b.groups + g;
-        std::int32_t total = kScales == 1 ? b.x.sums[at] : b.x.half_sums[at];
-        if (part == 1) total = b.x.sums[at] - total;
-        const I start = I{} + total * (Dot::kOffset - kLayout.zero);
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) acc[m][v] = start;
-      }
-#pragma GCC unroll 8
-      for (int quad = part * kScaledQuads; quad < (part + 1) * kScaledQuads; quad += Stored::kLoaded) {
-        typename Dot::W w[Stored::kLoaded][V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) {
-          U quads[Stored::kLoaded];
-          Stored::load(qweight[v] + g * kLayout.group_bytes(), quad, quads);
-#pragma GCC unroll 2
-          for (int i = 0; i < Stored::kLoaded; ++i) w[i][v] = Dot::widen(quads[i]);
-        }
-#pragma GCC unroll 2
-        for (int i = 0; i < Stored::kLoaded; ++i) {
-#pragma GCC unroll 8
-          for (int m = 0; m < M; ++m) {
-            std::int32_t bytes;
-            __builtin_memcpy(&bytes, x + m * x_stride + g * kGroup + (quad + i) * 4, 4);
-            const typename Dot::X spread = Dot::spread(bytes);
-#pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) acc[m][v] = Dot::add(acc[m][v], w[i][v], spread);
-          }
-        }
-      }
-      F scale[V];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) scale[v] = scaling[v].scale(g, part);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const float x_scale = b.x.scales[first + m * b.groups + g];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v)
-          sums[m][v] = fma(__builtin_convertvector(acc[m][v], F), scale[v] * x_scale, sums[m][v]);
-      }
+  if constexpr (kLayout.row_scales) {
+    const RowScales* const rows = b.w.row_scales;
+    I acc[M][V];
+    for (int v = 0; v < V; ++v) {
+      const int lane = (column + v) % kParts * kLanes;
+      const I zeros = load<I>(rows[(column + v) / kParts].zero + lane) + (kLayout.zero - Dot::kOffset);
+      for (int m = 0; m < M; ++m) acc[m][v] = -(zeros * b.x.sums[first + m * b.groups]);
     }
-    if constexpr (kLayout.offsets) {
-      F offset[V];
+    for (int g = 0; g < b.groups; ++g) {
+      prefetch_next(g);
+      add_quads<kLayout.bits, M, V>(qweight, x, x_stride, g, 0, kQuads, acc);
+    }
+    for (int v = 0; v < V; ++v) {
+      const RowScales& tile = rows[(column + v) / kParts];
+      const int lane = (column + v) % kParts * kLanes;
+      const I row_sums = load<I>(tile.sum + lane);
+      const F scale = load<F>(tile.scale + lane);
+      for (int m = 0; m < M; ++m)
+        sums[m][v] = __builtin_convertvector(acc[m][v] - row_sums * b.x.zeros[row + m], F) *
+                     (scale * b.x.scales[first + m * b.groups]);
+    }
+  } else {
+    Scaling<S> scaling[V];
+    for (int v = 0; v < V; ++v) scaling[v].begin(b.w, (column + v) / kParts, (column + v) % kParts * kLanes, b.groups);
+    for (int g = 0; g < b.groups; ++g) {
+      prefetch_next(g);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) offset[v] = scaling[v].offset(g);
+      for (int v = 0; v < V; ++v) scaling[v].enter(g);
+#pragma GCC unroll 2
+      for (int part = 0; part < kScales; ++part) {
+        I acc[M][V];
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const F total = set(b.x.scaled_sums[first + m * b.groups + g]);
+        for (int m = 0; m < M; ++m) {
+          const std::ptrdiff_t at = first + m * b.groups + g;
+          std::int32_t total = kScales == 1 ? b.x.sums[at] : b.x.half_sums[at];
+          if (part == 1) total = b.x.sums[at] - total;
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) sums[m][v] = fma(offset[v], total, sums[m][v]);
+          for (int v = 0; v < V; ++v) acc[m][v] = scaling[v].start(total);
+        }
+        add_quads<kLayout.bits, M, V>(qweight, x, x_stride, g, part * kScaledQuads, (part + 1) * kScaledQuads, acc);
+        F scale[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) scale[v] = scaling[v].scale(g, part);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const float x_scale = b.x.scales[first + m * b.groups + g];
+#pragma GCC unroll 8
+          for (int v = 0; v < V; ++v)
+            sums[m][v] = fma(__builtin_convertvector(acc[m][v], F), scale[v] * x_scale, sums[m][v]);
+        }
+      }
+      if constexpr (kLayout.offsets) {
+        F offset[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) offset[v] = scaling[v].offset(g);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const F total = set(b.x.scaled_sums[first + m * b.groups + g]);
+#pragma GCC unroll 8
+          for (int v = 0; v < V; ++v) sums[m][v] = fma(offset[v], total, sums[m][v]);
+        }
       }
     }
   }
+  float* y = b.y + row * b.y_stride + column * kLanes;
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) {
       const int count = b.n - (column + v) * kLanes;
@@ -325,7 +402,7 @@ VLLMLITE_INLINE F whole(F x, float low, float high) {
 }
 
 // Quantises a row of x to int8 in groups: the element of the largest magnitude becomes -128.
-inline void quantize_x(const RowToQuantize& row) {
+inline void quantize_groups(const RowToQuantize& row) {
   for (int g = 0; g * kGroup < row.size; ++g) {
     const Group group = Group::read<F32>(row.x + g * kGroup, smaller(kGroup, row.size - g * kGroup));
     const float inverse = group.extreme == 0 ? 0 : -128.0F / group.extreme;
@@ -341,6 +418,60 @@ inline void quantize_x(const RowToQuantize& row) {
     row.to.half_sums[g] = static_cast<std::int32_t>(sum(first));
     row.to.scaled_sums[g] = row.to.scales[g] * static_cast<float>(row.to.sums[g]);
   }
+}
+
+// Quantises a row of x to int8 with one scale and zero point.
+inline void quantize_whole(const RowToQuantize& row) {
+  constexpr float kFar = 512;  // rounded, these values are out of range whatever the zero point is
+  F most{}, least{}, wrong{};
+  const auto at = [&](int i) {
+    const int rest = row.size - i;
+    return rest >= kLanes ? load<F>(row.x + i) : load_some<F>(row.x + i, rest);
+  };
+  for (int i = 0; i < row.size; i += kLanes) {
+    const F x = at(i);
+    most = max(most, x);
+    least = max(least, -x);
+    wrong += x * 0.0F;
+  }
+  const float high = largest(most), below = largest(least);
+  float span = 0, steps = 127, scale = row.input.scale, zero = static_cast<float>(row.input.zero);
+  float inverse = 1.0F / scale;
+  if (row.input.mode != InputMode::constants) {
+    if (row.input.mode == InputMode::symmetric) {
+      span = larger(high, below);
+    } else {
+      span = high + below;
+      steps = 255;
+    }
+    inverse = span == 0 ? 0 : steps / span;
+    scale = span / steps;
+    zero = row.input.mode == InputMode::symmetric ? 0 : ((below * inverse - 128.0F) + kRound) - kRound;
+    if (zero != zero) zero = 0;
+  }
+  const int padded = (row.size + kGroup - 1) / kGroup * kGroup;
+  I total{};
+  for (int i = 0; i < padded; i += kLanes) {
+    I values{};
+    if (i < row.size) {
+      const F shifted = whole(at(i) * inverse, -kFar, kFar) + zero;
+      values = __builtin_convertvector(whole(shifted, -128, 127), I);
+      const int rest = row.size - i;
+      for (int lane = rest; lane < kLanes; ++lane) values[lane] = 0;
+    }
+    total += values;
+    store(row.to.values + i, __builtin_convertvector(values, B));
+  }
+  std::int32_t lanes[kLanes], sum_of_values = 0;
+  store(lanes, total);
+  for (const std::int32_t lane : lanes) sum_of_values += lane;
+  *row.to.scales = scale + sum(wrong);  // NaN if an element is not finite
+  *row.to.sums = sum_of_values;
+  *row.to.zeros = static_cast<std::int32_t>(zero);
+}
+
+inline void quantize_x(const RowToQuantize& row) {
+  return row.input.mode == InputMode::groups ? quantize_groups(row) : quantize_whole(row);
 }
 
 VLLMLITE_INLINE float rounded_to_bf16(float x) { return from_bf16(to_bf16(set(x)))[0]; }

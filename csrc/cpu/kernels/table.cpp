@@ -27,7 +27,8 @@ constinit const Kernels kernels{
 #endif
     .quantized = {quantized<TileScheme::int8>, quantized<TileScheme::int4>, quantized<TileScheme::q4_1>,
                   quantized<TileScheme::q5_0>, quantized<TileScheme::q5_1>, quantized<TileScheme::q4_k>,
-                  quantized<TileScheme::q5_k>, quantized<TileScheme::q6_k>},
+                  quantized<TileScheme::q5_k>, quantized<TileScheme::q6_k>, quantized<TileScheme::w8a8>,
+                  quantized<TileScheme::w4a8_grouped>, quantized<TileScheme::w8a8_grouped>},
     .quantize_x = quantize_x,
     .quantize_tile = {quantize_tile<Int8Group, false>, quantize_tile<Int4Group, true>},
     .convert = convert,

@@ -13,7 +13,8 @@ most 448 in magnitude. s is
   weight has blocks, which are 128 x 128.
 
 An element of the product is the sum over the blocks of columns of s times the weight's scale times the sum of products
-of e4m3 elements, in float32.
+of e4m3 elements, in float32. Where a backend has no such products, and no products of :mod:`.grouped` e4m3, which leave
+activations alone, the weight is dequantised.
 """
 
 from __future__ import annotations
@@ -25,11 +26,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError
-from vllmlite.weights.host import Floats, PackedWeight, Part, Shape, float_values
+from vllmlite.weights.host import Floats, PackedWeight, Part, Shape, float_tensor, float_values
+from vllmlite.weights.schemes.codes import StoredCodes
 from vllmlite.weights.schemes.compressed import ACTIVATIONS, SCALE_DTYPES, scale_part
-from vllmlite.weights.schemes.groups import Axes, SlicedScheme
+from vllmlite.weights.schemes.grouped import (
+    GROUP_UNIT,
+    QWEIGHT,
+    SCALES,
+    GroupableScheme,
+    GroupedScheme,
+    Repack,
+)
+from vllmlite.weights.schemes.groups import Axes
 
 GRANULARITIES = ("tensor", "channel", "block")
+MAX_GROUPED_SCALE = 128
+"""Kernels multiply scales of grouped e4m3 by 2 ** 120, which must not overflow."""
 BLOCK = 128
 """Rows and columns of a block whose products quantise activations."""
 LARGEST = 448.0
@@ -51,7 +63,7 @@ class Float8Operand:
 
 
 @dataclass(frozen=True, slots=True)
-class Float8Scheme(SlicedScheme):
+class Float8Scheme(GroupableScheme):
     """``granularity``: one of :data:`GRANULARITIES`; ``block``: rows and columns of a block; ``scale``: the scales'
     suffix; ``inputs``: ``dynamic`` or ``static`` where products quantise activations."""
 
@@ -135,3 +147,33 @@ class Float8Scheme(SlicedScheme):
         if not np.isfinite(scales).all():
             raise ModelError("a scale is not finite")
         return scales
+
+    @property
+    def grouped(self) -> GroupedScheme | None:
+        """See :class:`GroupableScheme`."""
+        if self.granularity == "block" and self.block[1] % GROUP_UNIT:
+            return None
+        return GroupedScheme(8, self.block[1] if self.granularity == "block" else None, True, e4m3=True)
+
+    def to_grouped(self, weight: PackedWeight, repack: Repack = StoredCodes.repacked) -> PackedWeight | None:
+        """See :class:`GroupableScheme`. None for e5m2, and for scales that are too large for its kernels."""
+        scheme, stored, rows = self.grouped, weight.parts["weight"], weight.shape[0]
+        scales = self._scales(weight)
+        if (
+            scheme is None
+            or stored.dtype != "float8_e4m3"
+            or np.abs(scales).max(initial=0) >= MAX_GROUPED_SCALE
+        ):
+            return None
+        if self.granularity == "block":
+            scales = np.repeat(scales, self.block[0], axis=0)[:rows]
+        else:
+            scales = np.broadcast_to(scales.reshape(-1, 1), (rows, 1))
+        return PackedWeight(
+            scheme,
+            weight.shape,
+            {
+                QWEIGHT: replace(stored, dtype="uint8"),
+                SCALES: float_tensor(np.ascontiguousarray(scales), "float32"),
+            },
+        )

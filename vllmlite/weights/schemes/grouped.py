@@ -1,4 +1,4 @@
-"""Integer weights with a scale for each group of a row: one form for AWQ, GPTQ and compressed-tensors.
+"""Weights with a scale for each group of a row: one form for AWQ, GPTQ and compressed-tensors, and for e4m3.
 
 A weight ``[N, K]`` with G groups in a row (one, if ``group_size`` is None; the last one may be short) has
 
@@ -9,7 +9,8 @@ A weight ``[N, K]`` with G groups in a row (one, if ``group_size`` is None; the 
 - ``order`` int32 ``[K]`` if groups are not runs of columns in the checkpoint: the codes in column j of ``qweight`` are
   those of the weight's column ``order[j]``, so that groups are runs of packed columns.
 
-An element is (code - zero) * scale. No conversion to this form rounds.
+An element is (code - zero) * scale. No conversion to this form rounds. With ``e4m3``, codes are 8-bit floats, and an
+element is the code's value times the scale.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,16 +38,27 @@ GROUP_UNIT = 32
 
 @dataclass(frozen=True, slots=True)
 class GroupedScheme(SlicedScheme):
-    """``bits``: 4 or 8. ``group_size`` None: a row is one group."""
+    """``bits``: 4 or 8. ``group_size`` None: a row is one group. ``int8_input``: products quantise activations as those
+    of :mod:`.tiles` do. ``e4m3``: the 8 bits are a float's."""
 
     bits: int
     group_size: int | None
     symmetric: bool
+    int8_input: bool = False
+    e4m3: bool = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """``w4a16`` or ``w8a16``: products leave activations in the backend's dtype."""
-        return f"w{self.bits}a16"
+        """``w4a16``, ``w8a16`` or ``f8a16``, whose products leave activations in the backend's dtype; ``w4a8_grouped``
+        or ``w8a8_grouped``."""
+        if self.e4m3:
+            return "f8a16"
+        return f"w{self.bits}a8_grouped" if self.int8_input else f"w{self.bits}a16"
+
+    @property
+    def input_dtype(self) -> str | None:
+        """See :class:`Scheme`."""
+        return "int8" if self.int8_input else None
 
     @property
     def column_unit(self) -> int:
@@ -78,11 +91,12 @@ class GroupedScheme(SlicedScheme):
     def dequantize(self, weight: PackedWeight) -> Floats:
         """See :class:`Scheme`."""
         rows, columns = weight.shape
-        scales, zeros = weight.parts[SCALES], weight.parts.get(ZEROS)
-        codes = unpack_rows(weight.parts[QWEIGHT].data.reshape(rows, -1), self.bits, columns)
+        scales, zeros, qweight = weight.parts[SCALES], weight.parts.get(ZEROS), weight.parts[QWEIGHT]
+        codes = unpack_rows(qweight.data.reshape(rows, -1), self.bits, columns)
+        middle = 0 if self.e4m3 else 1 << (self.bits - 1)
         packed = scaled(
-            codes,
-            1 << (self.bits - 1) if zeros is None else zeros.data.reshape(zeros.shape),
+            float_values(replace(qweight, dtype="float8_e4m3")) if self.e4m3 else codes,
+            middle if zeros is None else zeros.data.reshape(zeros.shape),
             float_values(scales),
             group_indices(weight, self.group_size, scales.shape[1]),
         )
@@ -93,7 +107,25 @@ class GroupedScheme(SlicedScheme):
         return values
 
 
-class IntegerScheme(SlicedScheme):
+Repack: TypeAlias = Callable[[StoredCodes, int], Bytes]
+"""Computes what :meth:`StoredCodes.repacked` does."""
+
+
+class GroupableScheme(SlicedScheme):
+    """A scheme of a checkpoint whose weights can be converted to :class:`GroupedScheme`."""
+
+    @property
+    @abstractmethod
+    def grouped(self) -> GroupedScheme | None:
+        """The scheme of :meth:`to_grouped`; None if the size of groups is no multiple of :data:`GROUP_UNIT`."""
+
+    @abstractmethod
+    def to_grouped(self, weight: PackedWeight, repack: Repack = StoredCodes.repacked) -> PackedWeight | None:
+        """Convert ``weight`` to the scheme :attr:`grouped`, without rounding; None if it has no such form. ModelError
+        for scales that are not finite."""
+
+
+class IntegerScheme(GroupableScheme):
     """A scheme of a checkpoint whose elements are (code - zero) * scale, with unsigned codes of 2 to 8 bits, and a zero
     and a scale for each group of a row."""
 
@@ -129,18 +161,14 @@ class IntegerScheme(SlicedScheme):
 
     @property
     def grouped(self) -> GroupedScheme | None:
-        """The scheme of :meth:`to_grouped`; None if the size of groups is no multiple of :data:`GROUP_UNIT`."""
+        """See :class:`GroupableScheme`."""
         if self.group_size is not None and self.group_size % GROUP_UNIT:
             return None
         return GroupedScheme(8 if self.bits == 8 else 4, self.group_size, self.symmetric)
 
-    def to_grouped(
-        self, weight: PackedWeight, repack: Callable[[StoredCodes, int], Bytes] = StoredCodes.repacked
-    ) -> PackedWeight | None:
-        """Convert ``weight`` to the scheme :attr:`grouped`. ``repack`` computes what :meth:`StoredCodes.repacked` does.
-
-        Returns None if there is no such scheme, or if the groups differ in their number of columns, as in a slice of a
-        weight with ``desc_act``. ModelError for scales that are not finite."""
+    def to_grouped(self, weight: PackedWeight, repack: Repack = StoredCodes.repacked) -> PackedWeight | None:
+        """See :class:`GroupableScheme`. None if the groups differ in their number of columns, as in a slice of a weight
+        with ``desc_act``."""
         scheme, columns = self.grouped, weight.shape[1]
         if scheme is None:
             return None

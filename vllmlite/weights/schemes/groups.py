@@ -37,7 +37,9 @@ def group_indices(
     return None if columns == size * groups and np.array_equal(found, in_order) else found
 
 
-def scaled(codes: Codes, zeros: Codes | int, scales: Floats, index: NDArray[np.int64] | None) -> Floats:
+def scaled(
+    codes: Codes | Floats, zeros: Codes | int, scales: Floats, index: NDArray[np.int64] | None
+) -> Floats:
     """``(codes - zeros) * scales`` float32 ``[out, in]``, from codes ``[out, in]``, and zeros and scales
     ``[out, groups]`` of the groups ``index [in]``, which is :func:`group_indices`'. ModelError for scales that are not
     finite."""
