@@ -49,6 +49,8 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--threads", "3"], "threads", 3),
     (["--cpu-isa", "avx2"], "cpu_isa", "avx2"),
     (["--quantization", "int4"], "quantization", "int4"),
+    (["--quantize-head", "int8"], "quantize_head", "int8"),
+    (["--activation-dtype", "int8"], "activation_dtype", "int8"),
     (["--kv-cache-dtype", "float"], "kv_cache_dtype", "float32"),
     (["--kv-cache-dtype", "int8"], "kv_cache_dtype", "int8"),
     (["--kv-cache-dtype", "int8_per_token_head"], "kv_cache_dtype", "int8"),

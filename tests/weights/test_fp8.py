@@ -51,7 +51,7 @@ def test_checkpoints_run_on_cuda_as_on_torch(name: str, family: str, dtype: str,
     ("backend", "said"),
     [
         ("torch", "fp8_w8a8 weights kept, activations in float8_e4m3"),
-        ("cpu", "fp8_w8a8 weights dequantised to float32, activations in float32, not float8_e4m3"),
+        ("cpu", "fp8_w8a8 weights kept, activations in float32, not float8_e4m3"),
     ],
 )
 def test_the_start_line_says_what_happens_to_activations(backend: str, said: str, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_checkpoints_of_every_family_are_read(name: str, family: str, tmp_path: 
         "pack-quantized by channel",
         "fp8 blocks",
         "float-quantized by channel",
-        "modelopt fp8",
+        "float-quantized by block",
         "modelopt nvfp4",
     ],
 )

@@ -100,6 +100,18 @@ class EngineConfig:
         choices=(*QUANTIZATIONS, *CHECKPOINT_METHODS),
         synonyms=METHOD_SYNONYMS,
     )
+    quantize_head: str | None = _option(
+        None,
+        "int8: quantise the output layer at load if it is stored as floats; default: keep it as it is stored",
+        group="model",
+        choices=("int8",),
+    )
+    activation_dtype: str = _option(
+        "auto",
+        "int8: products with 4-bit and 8-bit integer weights quantise activations; auto: as the checkpoint says",
+        group="model",
+        choices=("auto", "int8"),
+    )
     max_model_len: int | None = _option(
         None,
         "maximum sequence length, prompt and output together; default: the model's context length",

@@ -26,6 +26,7 @@ from vllmlite.runner.runner import ModelRunner
 from vllmlite.runner.sizes import most_positions, num_cache_blocks
 from vllmlite.terminal import is_terminal, note
 from vllmlite.weights.packing import Packing
+from vllmlite.weights.schemes.grouped import GroupedScheme
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,30 @@ def plan_for(config: EngineConfig) -> Plan:
     return plan
 
 
+def _packing(
+    config: EngineConfig, plan: Plan, backend: Backend, at_load: str | None, keep_blocks: bool
+) -> Packing:
+    """Return how weights reach the backend. Raises ParameterError for options that have no effect there."""
+    int8_activations = config.activation_dtype == "int8"
+    found = Packing(backend, at_load, keep_blocks, config.quantize_head, int8_activations)
+    if config.quantize_head is not None and (
+        plan.spec is None or config.quantize_head not in backend.schemes
+    ):
+        raise ParameterError(
+            "quantize_head",
+            config.quantize_head,
+            f"needs a native model and backend cpu; this is {backend.name}",
+        )
+    schemes = [] if plan.spec is None else map(found.scheme, stored_schemes(plan.spec).values())
+    if int8_activations and not any(isinstance(each, GroupedScheme) and each.int8_input for each in schemes):
+        raise ParameterError(
+            "activation_dtype",
+            config.activation_dtype,
+            "needs integer weights in groups, as those of AWQ and GPTQ checkpoints, and backend cpu",
+        )
+    return found
+
+
 def build_runner(
     config: EngineConfig,
     plan: Plan,
@@ -101,7 +126,7 @@ def build_runner(
     backend, choice = select_backend(request)
     if connect is not None:
         backend.comm = connect(backend)
-    packing = Packing(backend, at_load, keep_blocks)
+    packing = _packing(config, plan, backend, at_load, keep_blocks)
     if path.is_file() and plan.spec is not None:
         done = treatment(path, plan.spec, packing)
         choice += f"; {done}"
@@ -114,6 +139,8 @@ def build_runner(
             choice += f"; {stored} weights {packing.treatment(scheme)}, activations in {packing.activations(scheme)}"
             if mixture and packing.scheme(scheme) is not None and not backend.packs_experts:
                 choice += f", but those of experts dequantised to {backend.dtype}"
+    if packing.head is not None:
+        choice += f"; output layer quantised to {packing.head} if stored as floats"
     longest = config.max_model_len or plan.max_position_embeddings
     num_positions = _least(backend, most_positions(config, backend, plan, longest))
     model = load_planned(

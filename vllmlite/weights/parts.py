@@ -113,7 +113,7 @@ class ModelWeights:
         parts = []
         for name in names:
             with self._naming(name):
-                parts.append(self.packing(self._taken(name)))
+                parts.append(self.packing(self._taken(name), name in (HEAD, TABLE)))
         if float_parts(parts) is None and any(isinstance(part, HostTensor) for part in parts):
             return [self.packing.floats(part, "float32") for part in parts]
         return parts
@@ -133,7 +133,8 @@ class ModelWeights:
         if ".experts." in name and not self.packing.backend.packs_experts:
             return None
         own, *others = (
-            self.packing.scheme(self.stored.schemes.get(self.sources[each].key)) for each in self._fused(name)
+            self.packing.scheme(self.stored.schemes.get(self.sources[each].key), name in (HEAD, TABLE))
+            for each in self._fused(name)
         )
         return None if None in others else own
 
