@@ -12,18 +12,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
-from vllmlite.guided.json_formats import FORMATS, UNSUPPORTED_FORMATS, format_expression
+from vllmlite.guided.json_branches import Branch, disjoint
 from vllmlite.guided.json_keywords import (
     CLOSED,
     IN_PLACE,
     KEYWORDS,
     LARGER,
     LITERAL,
-    MAX_INTEGER,
     SMALLER,
     TYPES,
     Impossible,
@@ -37,12 +34,11 @@ from vllmlite.guided.json_keywords import (
     literals,
     types_of,
 )
-from vllmlite.guided.json_pattern import MAX_COUNT, PatternError, other_than, string_pattern
+from vllmlite.guided.json_pattern import other_than
+from vllmlite.guided.json_scalars import counts, exact_integer, exact_number, exact_pattern, exact_string
 
 MAX_SCHEMAS = 5000
 """Largest number of subschemas, counting each use of a merged one."""
-MAX_MULTIPLES = 1000
-"""Largest number of values of a ``multipleOf`` that are listed one by one."""
 
 
 def exact(schema: Any) -> Schema:
@@ -53,29 +49,6 @@ def exact(schema: Any) -> Schema:
     except RecursionError:
         raise SchemaError("is too deep") from None
     return {**written, "$defs": writer.definitions} if writer.definitions else written
-
-
-@dataclass(slots=True)
-class _Shape:
-    """The properties of a branch of ``oneOf`` that distinguish it from other branches."""
-
-    said: Schema
-    kinds: frozenset[str]
-    values: set[str] | None
-    """Identities of the values it names, None if it names none."""
-    tags: dict[str, set[str]]
-    """For each property limited to named values, the identities of these values."""
-    required: frozenset[str]
-    names: frozenset[str] | None
-    """The only property names that are generated; None if others may be generated."""
-    shut: bool
-    """Whether the schema forbids other properties."""
-
-    def excludes(self, other: _Shape) -> bool:
-        """Return whether no object generated for this branch can satisfy ``other``."""
-        without = self.names is not None and bool(other.required - self.names)
-        refused = other.shut and other.names is not None and bool(self.required - other.names)
-        return without or refused
 
 
 class _Writer:
@@ -109,7 +82,8 @@ class _Writer:
                 branches = said[keyword]
                 rest = {name: value for name, value in said.items() if name != keyword}
                 if keyword == "oneOf":
-                    branches = self._apart(branches, not KEYWORDS["object"] & rest.keys())
+                    alone = not KEYWORDS["object"] & rest.keys()
+                    branches = disjoint([self._branch(branch) for branch in branches], alone)
                 return self._any_of(branches, rest, closed)
         if "enum" in said or "const" in said:
             about = {"pattern": said["pattern"]} if "pattern" in said else {}
@@ -122,9 +96,9 @@ class _Writer:
         kind = types[0]
         mine = {name: value for name, value in said.items() if name in KEYWORDS.get(kind, ())}
         writers: dict[str, Callable[[Schema], Schema]] = {
-            "string": _string,
-            "number": _number,
-            "integer": _integer,
+            "string": exact_string,
+            "number": exact_number,
+            "integer": exact_integer,
             "array": self._array,
             "object": self._object,
         }
@@ -231,33 +205,8 @@ class _Writer:
             raise Impossible(f"allows nothing: const {one!r} and {two!r}")
         raise SchemaError(f"has {keyword} twice for the same value, which cannot be combined")
 
-    def _apart(self, branches: list[Any], alone: bool) -> list[Any]:
-        """Return ``branches`` made disjoint, so that ``oneOf`` becomes ``anyOf``.
-
-        ``alone``: no object keyword stands beside the branches. Raises SchemaError unless the branches that allow the
-        same type are clearly disjoint: each names values of its own, has a property with values of its own (which it is
-        made to require), or requires a property that the others lack."""
-        shapes = [self._shape(branch) for branch in branches]
-        for kind in dict.fromkeys(kind for shape in shapes for kind in shape.kinds):
-            group = [shape for shape in shapes if kind in shape.kinds]
-            values = [shape.values for shape in group if shape.values is not None]
-            if len(group) == 1 or (len(values) == len(group) and _are_disjoint(values)):
-                continue
-            if alone and kind == "object" and all(a.excludes(b) for a in group for b in group if a is not b):
-                continue
-            tag = _tag(group) if kind == "object" else None
-            if tag is None:
-                raise SchemaError(
-                    "has oneOf with two branches that may match at once: use anyOf, or give each a type, a property "
-                    "with a const of its own, or a required property that the others lack"
-                )
-            for shape in group:
-                if tag not in shape.required:
-                    shape.said = {**shape.said, "required": [*shape.said.get("required", []), tag]}
-        return [shape.said for shape in shapes]
-
-    def _shape(self, branch: Any) -> _Shape:
-        """Return the top-level properties of a branch, with its references followed."""
+    def _branch(self, branch: Any) -> Branch:
+        """Return what distinguishes a branch of ``oneOf``, with its references followed."""
         said = seen = keywords_of(branch)
         for _ in range(8):
             if "$ref" not in seen:
@@ -280,12 +229,12 @@ class _Writer:
             {"patternProperties", "propertyNames"} | IN_PLACE
         ) & seen.keys():
             names = frozenset(seen.get("properties", {})) | (frozenset() if shut else required)
-        return _Shape(said, frozenset(kinds), literals(seen), tags, required, names, shut)
+        return Branch(said, frozenset(kinds), literals(seen), tags, required, names, shut)
 
     def _array(self, said: Schema) -> Schema:
         if said.get("uniqueItems"):
             raise SchemaError("has uniqueItems, a keyword that a grammar cannot enforce")
-        least, most = _counts(said, "minItems", "maxItems")
+        least, most = counts(said, "minItems", "maxItems")
         first, rest = said.get("prefixItems", []), said.get("items", True)
         if isinstance(rest, list):  # before draft 2020-12
             first, rest = rest, said.get("additionalItems", True)
@@ -309,7 +258,7 @@ class _Writer:
         given, required = said.get("properties", {}), said.get("required", [])
         patterns = said.get("patternProperties", {})
         others = said.get("additionalProperties", not {"properties", "patternProperties"} & said.keys())
-        least, most = _counts(said, "minProperties", "maxProperties")
+        least, most = counts(said, "minProperties", "maxProperties")
         names = any_name = {"type": "string"}
         if "propertyNames" in said:
             names = self.write(self._merged(said["propertyNames"], any_name))
@@ -360,7 +309,7 @@ class _Writer:
         ((pattern, schema),) = patterns.items()
         if schema is False:
             return {"type": "object", "properties": {}, "additionalProperties": False}
-        key = _pattern(pattern, 0, math.inf)
+        key = exact_pattern(pattern, 0, math.inf)
         written = {
             "type": "object",
             "patternProperties": {key: self.write(schema)},
@@ -388,20 +337,6 @@ def _check_same_scope(one: Schema, two: Schema) -> None:
             raise SchemaError("combines items with prefixItems of another subschema")
 
 
-def _tag(group: list[_Shape]) -> str | None:
-    """Return a property whose values differ in every branch of ``group``, preferably one that all require; or None."""
-    found = [
-        name
-        for name in group[0].tags
-        if all(name in shape.tags for shape in group) and _are_disjoint([shape.tags[name] for shape in group])
-    ]
-    return max(found, key=lambda name: all(name in shape.required for shape in group), default=None)
-
-
-def _are_disjoint(sets: list[set[str]]) -> bool:
-    return len(set().union(*sets)) == sum(map(len, sets))
-
-
 def _named(names: Schema, others: Any) -> tuple[Schema, Schema, Any]:
     """Return (properties, patternProperties, additionalProperties) equivalent to the rewritten ``propertyNames``."""
     if "enum" in names and "pattern" not in names:
@@ -409,18 +344,6 @@ def _named(names: Schema, others: Any) -> tuple[Schema, Schema, Any]:
     if "enum" not in names and "pattern" in names:
         return {}, {names["pattern"]: others}, False
     raise SchemaError("has propertyNames that are neither an enum nor a pattern")
-
-
-def _counts(said: Schema, least: str, most: str) -> tuple[int, float]:
-    """Return the lower and upper bound of a count. Raises SchemaError if one is above MAX_COUNT."""
-    for keyword in (least, most):
-        if said.get(keyword, 0) > MAX_COUNT:
-            raise SchemaError(f"{keyword}={said[keyword]}: must be at most {MAX_COUNT}")
-    return _limits(said, least, most)
-
-
-def _limits(said: Schema, least: str, most: str) -> tuple[int, float]:
-    return int(said.get(least, 0)), int(said[most]) if most in said else math.inf
 
 
 def _counted(written: Schema, required: int, named: int, others: Any, least: int, most: float) -> Schema:
@@ -435,100 +358,4 @@ def _counted(written: Schema, required: int, named: int, others: Any, least: int
         return {"type": "object", "properties": {}, "additionalProperties": False}
     if most != math.inf and (others is not False or most < named):
         written["maxProperties"] = int(most)
-    return written
-
-
-def _pattern(pattern: str | None, least: int, most: float) -> str:
-    try:
-        return string_pattern(pattern, least, most)
-    except PatternError as error:
-        about = "a string" if pattern is None else f"pattern {pattern!r}"
-        raise SchemaError(f"{about} {error}") from None
-
-
-def _string(said: Schema) -> Schema:
-    least, most = _limits(said, "minLength", "maxLength")
-    pattern, name = said.get("pattern"), said.get("format")
-    if name in UNSUPPORTED_FORMATS:
-        raise SchemaError(f"format {name!r} has no grammar; accepted: {', '.join(FORMATS)}")
-    if name in FORMATS:
-        if pattern is not None:
-            raise SchemaError(f"has format {name!r} beside a pattern: say one of them")
-        pattern = format_expression(name, most)
-    if pattern is None and (least, most) == (0, math.inf):
-        return {"type": "string"}
-    return {"type": "string", "pattern": _pattern(pattern, least, most)}
-
-
-def _bounds(said: Schema, step: Decimal) -> tuple[Decimal | None, Decimal | None]:
-    """Return the smallest and the largest multiple of ``step`` within the schema's bounds."""
-    limits: dict[str, Decimal] = {}
-    for keyword in KEYWORDS["number"] & said.keys():
-        limits[keyword] = Decimal(repr(said[keyword]))
-    low: Decimal | None = None
-    high: Decimal | None = None
-    if "minimum" in limits:
-        low = _round(limits["minimum"], step, ROUND_CEILING)
-    if "exclusiveMinimum" in limits:
-        above = _round(limits["exclusiveMinimum"], step, ROUND_FLOOR) + step
-        low = above if low is None else max(low, above)
-    if "maximum" in limits:
-        high = _round(limits["maximum"], step, ROUND_FLOOR)
-    if "exclusiveMaximum" in limits:
-        below = _round(limits["exclusiveMaximum"], step, ROUND_CEILING) - step
-        high = below if high is None else min(high, below)
-    if low is not None and high is not None and low > high:
-        reason = "" if step == 1 else ", and no number is written with more than six decimals"
-        raise Impossible(f"allows nothing: no multiple of {step} is within its bounds{reason}")
-    return low, high
-
-
-def _round(value: Decimal, step: Decimal, rounding: str) -> Decimal:
-    if abs(value) > MAX_INTEGER:
-        raise SchemaError(f"has the bound {value}, which is over 2^63 - 1")
-    return (value / step).to_integral_value(rounding) * step
-
-
-def _multiples(said: Schema, step: Decimal) -> Schema:
-    """Return an enum of all multiples of ``step`` within the bounds, if there are few enough."""
-    low, high = _bounds(said, step)
-    if low is None or high is None or (high - low) / step >= MAX_MULTIPLES:
-        raise SchemaError(
-            f"has multipleOf, which a grammar can enforce where bounds leave at most {MAX_MULTIPLES} numbers"
-        )
-    values = [low + step * index for index in range(int((high - low) / step) + 1)]
-    return {"enum": [int(value) if value == int(value) else float(value) for value in values]}
-
-
-def _integer(said: Schema) -> Schema:
-    step = Decimal(repr(said.get("multipleOf", 1)))
-    if step != int(step):
-        whole = [value for value in _multiples(said, step)["enum"] if value == int(value)]
-        if not whole:
-            raise Impossible("allows nothing: no multiple is whole")
-        return {"enum": whole}
-    if step != 1:
-        return _multiples(said, step)
-    low, high = _bounds(said, Decimal(1))
-    written: Schema = {"type": "integer"}
-    if low is not None:
-        written["minimum"] = int(low)
-    if high is not None:
-        written["maximum"] = int(high)
-    return written
-
-
-def _number(said: Schema) -> Schema:
-    if said.get("multipleOf", 0) == 1:
-        return _integer(said)
-    if "multipleOf" in said:
-        return _multiples(said, Decimal(repr(said["multipleOf"])))
-    low, high = _bounds(said, Decimal("0.000001"))
-    written: Schema = {"type": "number"}
-    if low is not None:
-        least = float(low)
-        written["minimum"] = least if Decimal(repr(least)) >= low else math.nextafter(least, math.inf)
-    if high is not None:
-        most = float(high)
-        written["maximum"] = most if Decimal(repr(most)) <= high else math.nextafter(most, -math.inf)
     return written

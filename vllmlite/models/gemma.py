@@ -10,7 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vllmlite.models.hf_config import HfConfig, decoder_spec, layer_types, rope_spec
+from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.hf_fields import decoder_spec, layer_types
+from vllmlite.models.hf_rope import rope_spec
 from vllmlite.models.keys import SANDWICH
 from vllmlite.models.spec import DecoderSpec, LayerSpec, NormSpec
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vllmlite.models.hf_config import ACTIVATIONS, HfConfig, decoder_spec, layer_norm
+from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.hf_fields import ACTIVATIONS, decoder_spec, layer_norm
 from vllmlite.models.keys import Fused, Keys
 from vllmlite.models.spec import DecoderSpec
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vllmlite.models.hf_config import HfConfig, decoder_spec, expert_count
+from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.hf_fields import decoder_spec, expert_count
 from vllmlite.models.keys import Keys
 from vllmlite.models.spec import DecoderSpec, MoeSpec
 

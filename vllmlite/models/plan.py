@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models.families import FAMILIES, architecture, read_spec
-from vllmlite.models.hf_config import HfConfig, checkpoint_dtype
+from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.hf_fields import checkpoint_dtype
 from vllmlite.models.multimodal import MULTIMODAL
 from vllmlite.models.spec import DecoderSpec
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vllmlite.models.hf_config import HfConfig, decoder_spec, layer_windows
+from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.hf_fields import decoder_spec, layer_windows
 from vllmlite.models.qwen_moe import with_experts
 from vllmlite.models.spec import DecoderSpec
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vllmlite.models.hf_config import HfConfig, expert_count
+from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.hf_fields import expert_count
 from vllmlite.models.spec import DecoderSpec, MoeSpec
 
 

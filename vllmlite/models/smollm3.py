@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vllmlite.models.hf_config import HfConfig, decoder_spec, head_size, layer_types, rope_spec
+from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.hf_fields import decoder_spec, head_size, layer_types
+from vllmlite.models.hf_rope import rope_spec
 from vllmlite.models.spec import DecoderSpec, LayerSpec
 
 
