@@ -230,9 +230,9 @@ def test_metrics_of_requests() -> None:
         assert found["vllm:request_num_preemptions_sum{}"] == 0
         assert found["vllm:request_num_preemptions_count{}"] == found["vllm:request_prompt_tokens_count{}"]
         assert found['vllm:num_requests_waiting_by_reason{reason="capacity"}'.replace("{", "{,")] == 0
-        service._unfinished, kept = service._capacity, service._unfinished
+        service.admission.num_unfinished, kept = service.admission.capacity, service.admission.num_unfinished
         post(service, COMPLETIONS, 429, **BODIES[COMPLETIONS])
-        service._unfinished = kept
+        service.admission.num_unfinished = kept
         assert metrics_of(service)['vllm:admission_rejections_total{,reason="queue_full"}'] == 1
 
 

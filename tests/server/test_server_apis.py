@@ -84,7 +84,7 @@ def test_embeddings_equal_the_engines(service: Service) -> None:
 )
 def test_bad_embedding_requests(service: Service, body: dict[str, Any], param: str) -> None:
     assert post(service, "/v1/embeddings", 400, **body)["error"]["param"] == param
-    assert service._unfinished == 0
+    assert service.admission.num_unfinished == 0
 
 
 def test_a_response_equals_the_chat_completion(service: Service) -> None:

@@ -240,7 +240,7 @@ def test_comments_keep_a_slow_stream_alive(monkeypatch: pytest.MonkeyPatch) -> N
                 assert b": keep-alive" not in await lines.aread()
             async with client.stream("POST", CHAT, json={"messages": MESSAGES, "stream": True}) as leaving:
                 assert await anext(leaving.aiter_lines()) == ": keep-alive"
-            while service._unfinished:
+            while service.admission.num_unfinished:
                 await asyncio.sleep(0.01)
 
         ask(service, work)

@@ -81,7 +81,7 @@ def test_infill_completes_the_middle_of_a_text(service: Service, monkeypatch: py
     pieces = [data for _, data in stream(service, "/infill", **{**EDITOR, "response_fields": None})]
     assert "".join(piece["content"] for piece in pieces) == answer["content"]
     assert pieces[-1]["content"] == "" and pieces[-1]["stop"] and not any(p["stop"] for p in pieces[:-1])
-    assert service._unfinished == 0
+    assert service.admission.num_unfinished == 0
     warming = {"n_predict": 0, "samplers": [], "t_max_predict_ms": 1, "response_fields": [""]}
     assert post(service, "/infill", **{**EDITOR, **warming}) == {}
     assert params_of(script).max_tokens == 1
@@ -200,7 +200,7 @@ def test_a_failed_stream_ends_in_the_form_of_its_api(
             assert told["error"]["message"] == "it broke"
 
     ask(service, work)
-    assert service._unfinished == 0
+    assert service.admission.num_unfinished == 0
 
 
 def test_tokens_templates_vectors_and_names(service: Service) -> None:
@@ -256,7 +256,7 @@ def test_several_prompts_are_answered_with_a_list(service: Service) -> None:
         assert post(service, "/completion", 400, prompt=wrong)["error"]["param"].startswith("prompt"), wrong
     image = {"prompt_string": "x", "multimodal_data": ["aGk="]}
     assert "only text" in post(service, "/completion", 400, prompt=image)["error"]["message"]
-    assert service._unfinished == 0
+    assert service.admission.num_unfinished == 0
 
 
 def test_speeds_count_the_time_between_tokens(service: Service) -> None:

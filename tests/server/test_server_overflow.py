@@ -70,7 +70,7 @@ def test_context_errors_have_openais_form(
     assert f"maximum context length is {CONTEXT} tokens" in error["message"]
     assert LITELLM in error["message"].lower()
     assert re.search(r"has (at least )?\d+ input tokens", error["message"])
-    assert service._unfinished == 0
+    assert service.admission.num_unfinished == 0
 
 
 @pytest.mark.parametrize("content", [LONG, HUGE])

@@ -50,7 +50,7 @@ async def is_empty(service: Service) -> None:
     stats = await service.engine.stats()
     engine.scheduler.check_integrity()  # in another thread than its own, which has nothing to do
     assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
-    assert service._unfinished == 0
+    assert service.admission.num_unfinished == 0
     assert not service.engine._streams
 
 
@@ -163,7 +163,7 @@ def test_an_engine_that_keeps_failing_is_declared_dead() -> None:
         await asyncio.wait_for(died.wait(), 60)
         for answer in (await client.get("/health"), await client.post(COMPLETIONS, json=SHORT)):
             assert answer.status_code == 503 and "on fire" in answer.json()["error"]["message"]
-        assert service._unfinished == 0
+        assert service.admission.num_unfinished == 0
 
     with serving() as service:
         run(service, work)

@@ -119,7 +119,7 @@ def test_a_response_can_be_generated_in_the_background(keeping: Service) -> None
             await posted(client, PATH, 400, input="x", **body)
 
     ask(keeping, work)
-    assert keeping._unfinished == 0
+    assert keeping.admission.num_unfinished == 0
 
 
 def test_only_the_key_that_made_a_response_can_read_it(keeping: Service) -> None:

@@ -127,7 +127,7 @@ async def health(request: Request) -> Response:
     dead = service.engine.dead_error
     if dead is not None:
         raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(dead), code="engine_dead")
-    if service.draining:
+    if service.admission.draining:
         raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", code="shutting_down")
     return JSON(
         {

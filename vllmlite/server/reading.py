@@ -11,6 +11,7 @@ from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput
 from vllmlite.sampling_params import SamplingParams, ThinkingMarks
 from vllmlite.server.config import ServerConfig
+from vllmlite.server.generation import Generation
 from vllmlite.server.openai.chat_protocol import ChatPrompt
 from vllmlite.server.parsers.harmony import Harmony
 from vllmlite.server.parsers.parts import (
@@ -23,7 +24,7 @@ from vllmlite.server.parsers.parts import (
     merged,
 )
 from vllmlite.server.parsers.reasoning import STYLES, ThinkParser
-from vllmlite.server.service import Generation, Service
+from vllmlite.server.service import Service
 from vllmlite.server.tools import ToolUse
 from vllmlite.tokenizers.tokenizer import Tokenizer
 

@@ -131,7 +131,7 @@ class Server(uvicorn.Server):
             self.force_exit = True
             return
         notify_systemd("STOPPING=1")
-        self._service.draining = True
+        self._service.admission.draining = True
         self.should_exit = True
         self._stopped.set()
         deadline = self._service.config.shutdown_timeout

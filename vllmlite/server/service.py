@@ -1,12 +1,10 @@
-"""Service: one engine with its model names, admission of requests, and tokenisation and chat templates."""
+"""Service: one engine with its model names, and the tokenisation and chat templates of requests."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,28 +12,27 @@ from http import HTTPStatus
 from typing import Any
 
 from starlette.requests import HTTPConnection
-from starlette.types import Receive
 
-from vllmlite.async_llm import AsyncLLM, NewRequest, OutputStream
+from vllmlite.async_llm import AsyncLLM
 from vllmlite.chat.builtin import BUILT_IN
 from vllmlite.chat.template import PromptOptions
 from vllmlite.config.options import did_you_mean
 from vllmlite.errors import ContextLengthError, ParameterError
 from vllmlite.guided.compiler import PARALLEL
-from vllmlite.outputs import RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
+from vllmlite.server.admission import Admission
 from vllmlite.server.apis import Api, api_of, path_of
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.conversation import as_mapping, is_small
 from vllmlite.server.errors import ApiError, renamed
+from vllmlite.server.generation import Generation
 from vllmlite.server.log_once import Notes
 from vllmlite.server.metrics import Metrics
 from vllmlite.server.openai.chat_protocol import ChatPrompt
-from vllmlite.server.protocol.base import Request, Usage
+from vllmlite.server.protocol.base import Request
 from vllmlite.server.protocol.sampling import token_limit
 from vllmlite.server.responses.store import ResponseStore
-from vllmlite.server.sse import unless_gone
 from vllmlite.tokenizers.truncation import Truncation
 
 logger = logging.getLogger(__name__)
@@ -51,111 +48,6 @@ COMPILE_SECONDS = 60
 """Maximum time to wait for a grammar, including those queued before it."""
 
 
-class Generation:
-    """The engine's requests that answer one HTTP request, one per prompt; must be closed when the answer ends."""
-
-    def __init__(
-        self,
-        service: Service,
-        kind: str,
-        request_id: str | None,
-        prompts: Sequence[dict[str, Any]],
-        params: SamplingParams | PoolingParams,
-    ) -> None:
-        """``kind`` is the prefix of the answer's id."""
-        self.id = kind + (request_id or uuid.uuid4().hex)
-        self.created = int(time.time())
-        self.prompts = prompts
-        self.params = params
-        self.n = params.n if isinstance(params, SamplingParams) else 1
-        """Completions per prompt."""
-        self._service = service
-        self._stream: OutputStream | None = None
-        self._index = {uuid.uuid4().hex: index for index in range(len(prompts))}
-        self._prompt_tokens = [0] * len(prompts)
-        self._cached_tokens = [0] * len(prompts)
-        self._completion_tokens = 0
-        self._lengths = [[0] * self.n for _ in prompts]
-        """Tokens of each completion, by prompt."""
-        self._running = [self.n] * len(prompts)
-        """Number of unfinished completions of each prompt."""
-        self._unfinished = len(prompts) * self.n
-
-    async def start(self, priority: int, arrival_time: float) -> None:
-        """Submit the prompts to the engine. Raises ApiError if the queue is full, ParameterError if one cannot run."""
-        self._service.admit(self._unfinished)
-        try:
-            self._stream = await self._service.engine.submit(
-                [
-                    NewRequest(request_id, self.prompts[index], self.params, priority, arrival_time)
-                    for request_id, index in self._index.items()
-                ]
-            )
-        except BaseException:
-            self._service.release(self._unfinished)
-            self._unfinished = 0
-            raise
-        if isinstance(self.params, SamplingParams):
-            self._service.metrics.requested(self.params, len(self.prompts))
-
-    async def take(self) -> list[tuple[int, RequestOutput]]:
-        """Return new outputs as (index of the prompt, output), waiting for some; empty once all have finished."""
-        assert self._stream is not None
-        found = []
-        ended = 0
-        for output in await self._stream.take():
-            index = self._index[output.request_id]
-            self._prompt_tokens[index] = len(output.prompt_token_ids)
-            self._cached_tokens[index] = output.num_cached_tokens
-            for completion in output.outputs:
-                self._completion_tokens += len(completion.token_ids)
-                self._lengths[index][completion.index] += len(completion.token_ids)
-                if completion.finish_reason is not None:
-                    ended += 1
-                    self._running[index] -= 1
-                    if not self._running[index]:
-                        self._service.metrics.completed(max(self._lengths[index]))
-            ended += output.embedding is not None
-            found.append((index, output))
-        self._service.release(ended)
-        self._unfinished -= ended
-        return found
-
-    async def finished(self, receive: Receive) -> list[RequestOutput]:
-        """Return the final output of each prompt, in order. Raises ClientGone, and aborts, if the client
-        disconnects."""
-
-        async def gather() -> list[RequestOutput]:
-            last: dict[int, RequestOutput] = {}
-            while batch := await self.take():
-                last.update(batch)
-            return [last[index] for index in range(len(self.prompts))]
-
-        try:
-            return await unless_gone(receive, gather())
-        finally:
-            self.close()
-
-    def usage(self, without: int = 0) -> Usage:
-        """Return the token counts so far, not counting the last ``without`` completion tokens."""
-        prompt, completion = sum(self._prompt_tokens), self._completion_tokens - without
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
-        }
-
-    def close(self) -> None:
-        """Abort unfinished requests."""
-        if self._stream is not None:
-            self._stream.close()
-        if self._unfinished:
-            self._service.release(self._unfinished)
-            self._service.metrics.aborted(self._unfinished)
-            self._unfinished = 0
-
-
 class Service:
     """State and functions shared by the endpoints."""
 
@@ -169,7 +61,6 @@ class Service:
         self.model_names = tuple(model_names)
         self.model = self.model_names[0]
         self.created = int(time.time())
-        self.draining = False
         self.notes = Notes()
         self.num_answering = 0
         """Number of HTTP requests being answered by endpoints that compute: vLLM's server load."""
@@ -182,9 +73,7 @@ class Service:
         self.default_params = inner.default_sampling_params
         self.knows_reasoning = inner.engine_core.bounds.reasoning is not None
         """Whether requests may limit their reasoning."""
-        self._capacity = inner.config.max_num_seqs + config.max_queue
-        self._max_num_seqs = inner.config.max_num_seqs
-        self._unfinished = 0
+        self.admission = Admission(inner.config.max_num_seqs, config.max_queue, metrics)
         self._truncating = ThreadPoolExecutor(1, "vllmlite-long-texts")
         """Tokenises texts that are long before truncation, one at a time, so that they only delay one another."""
         self._compiling = ThreadPoolExecutor(PARALLEL, "vllmlite-grammars")
@@ -226,31 +115,6 @@ class Service:
             return token_limit(wanted)
         return None if limit == SamplingParams().max_tokens else limit
 
-    def admit(self, count: int) -> None:
-        """Admit ``count`` sequences. Raises ApiError if the queue is full or the server is shutting down."""
-        if self.draining:
-            self.metrics.rejected("shutting_down")
-            raise ApiError(
-                HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", headers={"retry-after": "5"}
-            )
-        if count > self._capacity:
-            raise ParameterError("n", count, f"prompts times n must be at most {self._capacity}")
-        waiting = self._unfinished - self._max_num_seqs
-        if self._unfinished + count > self._capacity:
-            self.metrics.rejected("queue_full")
-            wait = self.metrics.mean_latency() * (waiting + count) / self._max_num_seqs
-            raise ApiError(
-                HTTPStatus.TOO_MANY_REQUESTS,
-                f"the queue is full: {max(waiting, 0)} of at most {self.config.max_queue} sequences are waiting",
-                code="queue_full",
-                headers={"retry-after": str(min(max(math.ceil(wait), 1), 60))},
-            )
-        self._unfinished += count
-
-    def release(self, count: int) -> None:
-        """Count ``count`` sequences as ended."""
-        self._unfinished -= count
-
     async def generate(
         self,
         kind: str,
@@ -268,7 +132,7 @@ class Service:
                 prompt["cache_salt"] = cache_salt
         if isinstance(params, SamplingParams) and params.structured_outputs is not None:
             await self._compile(params.structured_outputs)
-        generation = Generation(self, kind, request_id, prompts, params)
+        generation = Generation(self.engine, self.admission, self.metrics, kind, request_id, prompts, params)
         if self.config.enable_log_requests:
             for prompt in prompts:
                 shown = (prompt.get("prompt") or str(prompt["prompt_token_ids"]))[: self.config.max_log_len]

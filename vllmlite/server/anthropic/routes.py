@@ -25,10 +25,11 @@ from vllmlite.server.anthropic.protocol import (
 from vllmlite.server.apis import Api
 from vllmlite.server.conversation import conversation
 from vllmlite.server.errors import ApiError, as_api_error, renamed
+from vllmlite.server.generation import Generation
 from vllmlite.server.openai.chat_protocol import ChatPrompt, Counted, thinking_variables
 from vllmlite.server.openapi import documented
 from vllmlite.server.reading import Reader, begin, reads_marks
-from vllmlite.server.service import Generation, Service, request_id
+from vllmlite.server.service import Service, request_id
 from vllmlite.server.sse import JSON, Stream, named_event
 from vllmlite.server.tools import ToolUse
 

@@ -22,6 +22,7 @@ from vllmlite.sampling_params import (
     StructuredOutputsParams,
 )
 from vllmlite.server.errors import renamed
+from vllmlite.server.generation import Generation
 from vllmlite.server.llamacpp.infill import infill_ids
 from vllmlite.server.llamacpp.line_limits import LineLimits
 from vllmlite.server.llamacpp.prompts import encode_prompts
@@ -41,7 +42,7 @@ from vllmlite.server.llamacpp.samplers import turned_off, used
 from vllmlite.server.openai import logprobs
 from vllmlite.server.openai.chat_protocol import ChatPrompt
 from vllmlite.server.openapi import documented
-from vllmlite.server.service import INLINE_CHARACTERS, Generation, Service, request_id
+from vllmlite.server.service import INLINE_CHARACTERS, Service, request_id
 from vllmlite.server.sse import JSON, Stream, event, llamacpp_error_event, unless_gone
 from vllmlite.tokenizers.tokenizer import Tokenizer
 

@@ -14,6 +14,7 @@ from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.server.errors import renamed
+from vllmlite.server.generation import Generation
 from vllmlite.server.llamacpp.samplers import turned_off
 from vllmlite.server.openai import logprobs
 from vllmlite.server.openai.chat_protocol import (
@@ -34,7 +35,7 @@ from vllmlite.server.parsers.parts import CallArguments, CallBegin, Content, Par
 from vllmlite.server.protocol.base import Usage
 from vllmlite.server.protocol.sampling import stream_usage
 from vllmlite.server.reading import Reader, Reading, begin, begin_batch, reads_marks
-from vllmlite.server.service import Generation, Service, request_id
+from vllmlite.server.service import Service, request_id
 from vllmlite.server.sse import DONE, JSON, Chunks, Stream, event
 from vllmlite.server.tools import ToolUse
 

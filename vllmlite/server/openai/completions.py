@@ -12,6 +12,7 @@ from starlette.responses import Response
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import SamplingParams
+from vllmlite.server.generation import Generation
 from vllmlite.server.openai import logprobs
 from vllmlite.server.openai.completions_protocol import (
     Completion,
@@ -23,7 +24,7 @@ from vllmlite.server.openai.completions_protocol import (
 from vllmlite.server.openapi import documented
 from vllmlite.server.protocol.base import Usage
 from vllmlite.server.protocol.sampling import stream_usage, token_limit
-from vllmlite.server.service import Generation, Service, request_id
+from vllmlite.server.service import Service, request_id
 from vllmlite.server.sse import DONE, JSON, LINES, Chunks, Stream, error_line, event, to_json
 
 router = APIRouter()

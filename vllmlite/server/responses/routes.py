@@ -16,6 +16,7 @@ from vllmlite.outputs import CompletionOutput, RequestOutput
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllmlite.server.conversation import conversation
 from vllmlite.server.errors import ApiError, as_api_error, renamed
+from vllmlite.server.generation import Generation
 from vllmlite.server.openai import logprobs
 from vllmlite.server.openai.chat_protocol import ChatPrompt
 from vllmlite.server.openapi import documented
@@ -30,7 +31,7 @@ from vllmlite.server.responses.protocol import (
     ResponseUsage,
 )
 from vllmlite.server.responses.store import StoredResponse, input_items, owner_of
-from vllmlite.server.service import Generation, Service, request_id
+from vllmlite.server.service import Service, request_id
 from vllmlite.server.sse import JSON, Stream, named_event
 from vllmlite.server.tools import ToolUse
 
