@@ -42,6 +42,27 @@ def test_concurrent_streams_equal_a_batch(engine: AsyncLLM) -> None:
     assert asyncio.run(together()) == [output.outputs[0].text for output in batch]
 
 
+def test_streams_with_drafts_equal_a_batch_without() -> None:
+    """Steps give several tokens of a stream, through the engine's thread or process."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    config = EngineConfig(dtype="float32", max_model_len=256, device="cpu", speculative_config=drafts)
+    prompts = ["one two three one two three one", "a a a a a a"]
+    params = PARAMS.clone(max_tokens=40, logprobs=1)
+    engine = AsyncLLM(config)
+
+    async def together() -> tuple[list[str], int]:
+        texts = await asyncio.gather(*(text_of(engine, p, str(i), params) for i, p in enumerate(prompts)))
+        return texts, (await engine.stats()).num_accepted_tokens
+
+    try:
+        texts, accepted = asyncio.run(together())
+    finally:
+        engine.shutdown()
+    batch = LLM(dtype="float32", max_model_len=256, device="cpu").generate(prompts, params)
+    assert texts == [output.outputs[0].text for output in batch]
+    assert accepted > 0
+
+
 def test_a_consumer_that_stops_early_frees_the_blocks(engine: AsyncLLM) -> None:
     async def leave() -> int:
         stream = engine.generate("Debian is", PARAMS.clone(max_tokens=200), "leaver")

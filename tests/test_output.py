@@ -457,6 +457,48 @@ def test_text_offsets_count_the_whole_text(tokenizer: Tokenizer, kind: RequestOu
     assert offsets == [0, 1, 1, 1, 1, 2]
 
 
+@pytest.mark.parametrize("kind", RequestOutputKind)
+@pytest.mark.parametrize("stop", [None, "bc", "de"])
+@pytest.mark.parametrize("several", [2, 3, 6])
+def test_several_ids_at_once_give_what_they_give_one_by_one(
+    tokenizer: Tokenizer, kind: RequestOutputKind, stop: str | None, several: int
+) -> None:
+    """Also log-probabilities and offsets, which end with the ids at a stop string."""
+    ids = tokenizer.encode("a\U0001f600bcdef")
+    found = []
+    for size in (1, several):
+        processor = OutputProcessor(tokenizer)
+        processor.add("r", "p", [1], SamplingParams(logprobs=0, stop=stop, output_kind=kind))
+        whole: RequestOutput | None = None
+        for at in range(0, len(ids), size):
+            part = ids[at : at + size]
+            reason = "length" if at + size >= len(ids) else None
+            entries = [TokenLogprobs(token_id, -float(token_id), 1, [], []) for token_id in part]
+            output = EngineOutput("r", part, reason, None, 0, RequestMetrics(0.0), logprobs=entries)
+            for ready in take(processor, output).ready:
+                if whole is not None and kind is RequestOutputKind.DELTA:
+                    whole.extend(ready)
+                else:
+                    whole = ready
+            if whole is not None and whole.finished:
+                break
+        assert whole is not None
+        (c,) = whole.outputs
+        found.append(
+            (
+                c.text,
+                c.token_ids,
+                c.logprobs,
+                c.cumulative_logprob,
+                c.text_offsets,
+                c.finish_reason,
+                c.stop_reason,
+            )
+        )
+    assert found[0] == found[1]
+    assert (found[0][-1] == stop) and len(found[0][1]) == len(found[0][2] or ()) == len(found[0][4] or ())
+
+
 def test_logprobs_hold_the_chosen_token_and_the_top(tokenizer: Tokenizer) -> None:
     processor = OutputProcessor(tokenizer)
     processor.add("r", "p", [1], SamplingParams(logprobs=2))

@@ -11,7 +11,7 @@ from paged import host_batch
 
 from vllmlite.backends.base import CAPTURED_QUERY_LEN, Backend, ForwardBatch, GraphKey, KVSpec
 from vllmlite.backends.cuda import CudaBackend
-from vllmlite.runner.graphs import MOST_GRAPHS, MOST_RECORDED_ROWS, Graphs
+from vllmlite.runner.graphs import MOST_GRAPHS, MOST_RECORDED_ROWS, RECORDED_AFTER, Graphs
 
 SPEC = KVSpec(1, 1, 16, 16, "float32")
 
@@ -95,6 +95,28 @@ def test_find_captures_nothing() -> None:
     unequal = host_batch([0, 1], [0, 0], [3, 2])
     unequal.logits_rows = np.arange(5, dtype=np.int32)
     assert graphs.find(unequal) is None
+
+
+def test_steps_that_come_often_are_captured_once() -> None:
+    """Steps that verify drafts, if all rows have as many; the lengths that come most are captured most often."""
+    graphs, backend = make(256)
+    list(graphs.capture())
+    before = len(backend.captured)
+    unequal = host_batch([0, 1], [0, 0], [3, 2])
+    unequal.logits_rows = np.arange(5, dtype=np.int32)
+    for _ in range(3 * RECORDED_AFTER):
+        for uncaptured in (unequal, step(3, 4, sampled=1), step(40, 2), step(3, CAPTURED_QUERY_LEN + 1)):
+            graphs.record_if_frequent(uncaptured)
+    assert len(backend.captured) == before
+    for count in range(2 * RECORDED_AFTER):
+        graphs.record_if_frequent(step(3, 4))
+        assert (graphs.find(step(3, 4)) == (4, 4)) == (count + 1 >= RECORDED_AFTER)
+    assert backend.captured[before:] == [(4, 4)]
+    draw = random.Random(0)
+    for _ in range(1000):
+        graphs.record_if_frequent(step(draw.randint(1, 32), draw.randint(2, 9)))
+    assert len(backend.captured) - before <= 1 + 1000 / RECORDED_AFTER
+    assert len(graphs) <= graphs.limit
 
 
 def test_no_step_is_captured_where_the_backend_captures_none() -> None:

@@ -17,7 +17,9 @@ pytest.importorskip("httpx")
 import httpx
 from served import ENGINE, ask, check, client_of, post, serving, stream
 
+from vllmlite.outputs import EngineStats
 from vllmlite.server.anthropic import protocol as messages
+from vllmlite.server.metrics import Metrics
 from vllmlite.server.openai import chat_protocol as chat
 from vllmlite.server.openai import completions_protocol as completions
 from vllmlite.server.service import Service
@@ -213,6 +215,22 @@ def test_an_idle_server_has_no_load(service: Service) -> None:
             await asyncio.sleep(0.01)
 
     ask(service, work)
+
+
+def test_metrics_of_drafts_have_vllms_names() -> None:
+    pytest.importorskip("prometheus_client")
+    stats = EngineStats(
+        num_drafts=4, num_draft_tokens=12, num_accepted_tokens=5, num_accepted_tokens_per_pos=[3, 2, 0]
+    )
+    text = Metrics("m", 64, lambda: stats).exposition("")[0].decode()
+    labels = 'engine="0",model_name="m"'
+    for line in (
+        f"vllm:spec_decode_num_drafts_total{{{labels}}} 4.0",
+        f"vllm:spec_decode_num_draft_tokens_total{{{labels}}} 12.0",
+        f"vllm:spec_decode_num_accepted_tokens_total{{{labels}}} 5.0",
+        f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{labels},position="1"}} 2.0',
+    ):
+        assert line in text
 
 
 def test_metrics_of_requests() -> None:

@@ -27,7 +27,7 @@ MEMORY = 0.8
 """Weight of what was known before a verification, against that verification's drafts."""
 PRIOR = (1.6, 2.0)
 """Drafts that every request begins with: accepted, and tried."""
-PROBE_INTERVAL = 64
+PROBE_INTERVAL = 96
 """Tokens of a request between two attempts, while drafts do not pay."""
 
 

@@ -1,0 +1,218 @@
+#!/usr/bin/env python3
+"""Measure speculative decoding with n-gram drafts on a model of random weights: what it saves where text repeats its
+prompt, what it costs where nothing repeats, and what a step that verifies drafts costs.
+
+    PYTHONPATH=. scripts/bench_speculation.py DIR [--quantization int4] [--batches 1,8,64] [--rows edit,random,step]
+        [--rounds 3] [--tokens 128]
+
+DIR has a config.json, for example of llama1b's shape. Times are processor time, so that other programs disturb them
+little; with and without drafts run by turns. Rows:
+
+edit    a 600-token file is the prompt, and the output is the file with one word changed. The random model is held to
+        that output by a mask of one id a token, which stands for a model that copies; the drafts know nothing of it.
+random  ids are drawn from 200 at random, so that short n-grams repeat and what followed them is seldom right.
+step    a step of 1 + k tokens a row against one of 1, by the number of rows.
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from vllmlite import LLM, SamplingParams
+from vllmlite.engine.drafts import DraftPolicy
+from vllmlite.engine.engine import Engine
+from vllmlite.hub import find_model
+from vllmlite.tokenizers.tokenizer import Tokenizer
+
+DRAFTS = 8
+FILE_TOKENS = 600
+RANDOM_IDS = 200
+
+
+class Held:
+    """A grammar that allows one text."""
+
+    def __init__(self, text: Sequence[int], vocab_size: int) -> None:
+        self._text = text
+        self._words = -(-vocab_size // 32)
+        self._place = 0
+
+    def restart(self) -> None:
+        """Go back to the start of the text."""
+        self._place = 0
+
+    def masks(self, drafts: Sequence[int] = ()) -> list[bytes | None]:
+        """Allow the next id, and those after the drafts that are right."""
+        masks: list[bytes | None] = []
+        for index, token_id in enumerate(self._text[self._place : self._place + len(drafts) + 1]):
+            bits = bytearray(4 * self._words)
+            bits[token_id >> 3] = 1 << (token_id & 7)
+            masks.append(bytes(bits))
+            if index < len(drafts) and drafts[index] != token_id:
+                break
+        return masks
+
+    def accept(self, _token_id: int) -> bool:
+        """Advance by an id."""
+        self._place += 1
+        return self._place == len(self._text)
+
+
+def run(engine: Engine) -> tuple[int, float]:
+    """Run all requests to the end; return the steps and the seconds of those that have no prompt in them."""
+    steps, seconds = 0, 0.0
+    while engine.has_unfinished_requests():
+        decodes = all(request.output_token_ids for request in engine.scheduler.requests())
+        begin = time.process_time()
+        engine.step()
+        if decodes:
+            steps += 1
+            seconds += time.process_time() - begin
+    return steps, seconds
+
+
+def edited_file() -> tuple[list[int], list[int]]:
+    """Return a prompt with a file of source text, and the file with one word changed."""
+    tokenizer = Tokenizer(find_model(None))
+    lines = inspect.getsource(Engine)[:20000]
+    file = tokenizer.decode(tokenizer.encode(lines, False)[:FILE_TOKENS], False)
+    changed = file.replace("steps_in_flight", "depth", 1)
+    asked = f"{file}\n\nThe same file, in which the first steps_in_flight is called depth:\n\n"
+    return tokenizer.encode(asked, False), tokenizer.encode(changed, False)
+
+
+def edit(engine: Engine, policies: Sequence[DraftPolicy], rounds: int) -> dict[str, float]:
+    """Measure the row ``edit``."""
+    prompt, output = edited_file()
+    tokens: list[float] = []
+    seconds: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for times, engine.scheduler.drafting in zip(seconds, policies, strict=True):
+            params = SamplingParams(temperature=0, max_tokens=len(output), detokenize=False)
+            engine.add_request("r", prompt, params, grammar=Held(output, engine.bounds.vocab_size))
+            steps, took = run(engine)
+            times.append(took)
+            if times is seconds[1]:
+                tokens.append((len(output) - 1) / steps)
+    plain, drafted = map(statistics.median, seconds)
+    return {"tokens_per_step": round(statistics.median(tokens), 2), "speedup": round(plain / drafted, 2)}
+
+
+def repeats_nothing(
+    engine: Engine, policies: Sequence[DraftPolicy], batch: int, tokens: int, rounds: int
+) -> dict[str, float]:
+    """Measure the row ``random``."""
+    draw = random.Random(0)
+    allowed = draw.sample(range(engine.bounds.vocab_size), RANDOM_IDS)
+    seconds: list[list[float]] = [[], []]
+    drafted = engine.stats.num_draft_tokens
+    for number in range(rounds):
+        for times, engine.scheduler.drafting in zip(seconds, policies, strict=True):
+            for row in range(batch):
+                params = SamplingParams(
+                    temperature=1, seed=number * batch + row, max_tokens=tokens, ignore_eos=True,
+                    detokenize=False, logit_bias=dict.fromkeys(allowed, 100.0),
+                )  # fmt: skip
+                engine.add_request(str(row), draw.choices(allowed, k=64), params)
+            times.append(run(engine)[1])
+    plain, with_drafts = map(min, seconds)
+    drafted = engine.stats.num_draft_tokens - drafted
+    return {
+        "slowdown": round(with_drafts / plain, 3),
+        "drafts_per_token": round(drafted / (rounds * batch * tokens), 3),
+    }
+
+
+class Wrong:
+    """A proposer of as many random ids as are wanted."""
+
+    def admit(self, slot: int, token_ids: list[int]) -> None:
+        """Ignore the sequence."""
+
+    def launch(self, slots: Sequence[int]) -> None:
+        """Prepare nothing."""
+
+    def collect(self, _handle: None, _ids: Sequence[list[int]], wanted: Sequence[int]) -> list[list[int]]:
+        """Return small ids."""
+        return [[random.randrange(3, 200) for _ in range(count)] for count in wanted]
+
+
+class Fixed(DraftPolicy):
+    """A policy that always asks for :attr:`most` drafts."""
+
+    def wanted(self, _acceptance: Any, _rows: int) -> int:
+        """Return the number."""
+        return self.most
+
+
+def step(engine: Engine, batch: int, rounds: int) -> dict[str, float]:
+    """Measure the row ``step``."""
+    for row in range(batch):
+        params = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True, detokenize=False)
+        engine.add_request(str(row), [row + 3] * 512, params)
+    engine.scheduler.drafting = Fixed(DRAFTS)
+    while any(not request.output_token_ids for request in engine.scheduler.requests()):
+        engine.step()
+    times: dict[int, list[float]] = {0: [], 3: [], 7: []}
+    for _ in range(rounds):
+        for drafts, taken in times.items():
+            engine.scheduler.drafting.most = drafts
+            engine.step()
+            engine.step()
+            for _ in range(4):
+                begin = time.process_time()
+                engine.step()
+                taken.append(time.process_time() - begin)
+    for row in range(batch):
+        engine.finish(str(row))
+    best = {drafts: min(taken) for drafts, taken in times.items()}
+    return {f"k={drafts}": round(best[drafts] / best[0], 3) for drafts in (3, 7)}
+
+
+def main() -> None:
+    """Measure the rows."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--quantization")
+    parser.add_argument("--batches", default="1,8,64")
+    parser.add_argument("--rows", default="edit,random,step")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each figure")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each request of the row random")
+    args = parser.parse_args()
+    rows, batches = args.rows.split(","), [int(batch) for batch in args.batches.split(",")]
+    llm = LLM(
+        args.model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=2048,
+        max_num_seqs=64, kv_cache_memory_bytes="1GiB", quantization=args.quantization, enable_prefix_caching=False,
+        speculative_config={"method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_min": 2,
+                            "prompt_lookup_max": 5},
+    )  # fmt: skip
+    engine: Any = llm.llm_engine.engine
+    policies = [DraftPolicy(0), engine.scheduler.drafting]
+    result: dict[str, Any] = {}
+    if "edit" in rows:
+        result["edit"] = edit(engine, policies, args.rounds)
+        print("edit", result["edit"], flush=True)
+    for batch in batches:
+        if "random" in rows:
+            result[f"random-{batch}"] = repeats_nothing(engine, policies, batch, args.tokens, args.rounds)
+            print(f"random-{batch}", result[f"random-{batch}"], flush=True)
+    engine.runner.proposer = Wrong()
+    for batch in batches:
+        if "step" in rows:
+            result[f"step-{batch}"] = step(engine, batch, args.rounds)
+            print(f"step-{batch}", result[f"step-{batch}"], flush=True)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
