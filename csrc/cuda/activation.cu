@@ -1,9 +1,13 @@
+#include <algorithm>
+
 #include "cuda/activation.cuh"
+#include "cuda/fp8.cuh"
 #include "tensor/checks.hpp"
 
 namespace vllmlite::cuda {
 
 constexpr unsigned kThreads = 256;
+constexpr int kMostOfRow = 512, kHeld = 4;  // threads of a row that is quantised, and packs that each holds
 
 // Calls `function` with a std::integral_constant of the activation, so that it can be a template argument.
 template <typename Function>
@@ -45,6 +49,53 @@ static __global__ void activation_kernel(const T* x, T* out, int packs) {
   reinterpret_cast<P*>(out)[row + column] = result;
 }
 
+// One block a row: the gated activation of x, rounded to T and quantised as `to` and `scales` (by `constant`, if not
+// 0).
+template <typename T, Activation kActivation>
+static __global__ __launch_bounds__(kMostOfRow) void quantised_activation_kernel(const T* x, uint2* to, float* scales,
+                                                                                 int packs, float constant) {
+  using P = Pack<T, 8>;
+  __shared__ float shared[32];
+  let_next_begin();
+  wait_for_previous();
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * packs;
+  const P* from = reinterpret_cast<const P*>(x) + 2 * row;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  P held[kHeld];
+  float most = 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int column = thread + i * threads;
+    if (column >= packs) break;
+    const P gate = from[column], up = from[packs + column];
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      held[i].at[j] = from_float<T>(activated<kActivation>(to_float(gate.at[j])) * to_float(up.at[j]));
+    most = fmaxf(most, largest_magnitude(held[i]));
+  }
+  const float scale = fp8_row_scale(most, constant, shared);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    if (thread + i * threads < packs) to[row + thread + i * threads] = quantised(held[i], 1 / scale);
+  if (thread == 0) scales[blockIdx.x] = scale;
+}
+
+static Fp8Activations run_quantised(Runtime& runtime, const Tensor& x, Activation activation, const Fp8Rows& rows) {
+  const Fp8Activations made = make_fp8_activations(runtime, x.shape[0], rows);
+  const int packs = rows.columns / 8;
+  const auto go = [&](auto* type) {
+    using T = Pointee<decltype(type)>;
+    with_activation(activation, [&](auto constant) {
+      launch(runtime, quantised_activation_kernel<T, constant()>, static_cast<unsigned>(x.shape[0]),
+             static_cast<unsigned>(std::min((packs + 31) / 32 * 32, kMostOfRow)), 0, static_cast<const T*>(x.data),
+             static_cast<uint2*>(made.values.data), static_cast<float*>(made.scales.data), packs,
+             rows.input_scale.value_or(0));
+    });
+  };
+  x.dtype == DType::float16 ? go(static_cast<f16*>(nullptr)) : go(static_cast<bf16*>(nullptr));
+  return made;
+}
+
 template <bool kGated>
 static void run(const Runtime& runtime, const Tensor& x, const Tensor& out, Activation activation) {
   const std::int64_t rows = out.shape[0], width = out.shape[1];
@@ -66,13 +117,16 @@ static void run(const Runtime& runtime, const Tensor& x, const Tensor& out, Acti
   });
 }
 
-Tensor gated_activation(Runtime& runtime, const Tensor& x, Activation activation) {
+Activations gated_activation(Runtime& runtime, const Tensor& x, Activation activation, const LinearWeight* feeds) {
   check_rank(x, 2, "x of gated_activation");
   check_dtype(x, runtime.dtype(), "x of gated_activation");
   if (x.shape[1] % 2 != 0) throw std::invalid_argument("gated_activation: the width of x is odd");
   if (activation == Activation::relu)
     throw std::invalid_argument("activation relu: gated, there are silu, gelu and gelu_tanh");
   const DeviceGuard guard(runtime.device());
+  const Fp8Rows* rows = feeds == nullptr ? nullptr : rows_that_quantise(*feeds);
+  if (rows != nullptr && x.shape[1] == 2 * rows->columns && rows->columns <= kMostOfRow * kHeld * 8)
+    return run_quantised(runtime, x, activation, *rows);
   Tensor out = runtime.make({x.shape[0], x.shape[1] / 2}, x.dtype);
   run<true>(runtime, x, out, activation);
   return out;

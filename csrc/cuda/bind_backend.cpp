@@ -176,6 +176,8 @@ void bind_data(py::module_& module) {
           "The matrix of a weight that is no packed one.")
       .def_readonly("bias", &cuda::LinearWeight::bias);
   py::class_<cuda::GroupedRows>(module, "GroupedRows", py::module_local(), "Rows of a packed weight.");
+  py::class_<cuda::Fp8Activations>(module, "Fp8Activations", py::module_local(),
+                                   "Activations quantised for a product.");
   py::class_<cuda::Fp8Rows>(module, "Fp8Rows", py::module_local(), "Rows of a weight of 8-bit floats.");
   py::class_<cuda::Experts, std::shared_ptr<cuda::Experts>>(module, "Experts", py::module_local(),
                                                             "Weights of a mixture's experts.");
@@ -198,13 +200,14 @@ using RuntimeClass = py::class_<cuda::Runtime, std::shared_ptr<cuda::Runtime>>;
 void bind_ops(RuntimeClass& runtime) {
   runtime.def("embedding", &cuda::embedding)
       .def("rows", &cuda::gather_rows)
-      .def("rms_norm", &cuda::rms_norm)
+      .def("rms_norm", &cuda::rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("residual"),
+           py::arg("feeds") = py::none())
       .def("layer_norm", &cuda::layer_norm)
       .def("add", &cuda::add)
       .def("scale", &cuda::scale)
       .def("soft_cap", &cuda::soft_cap)
       .def("sigmoid_gate", &cuda::sigmoid_gate)
-      .def("linear", [](cuda::Runtime& self, const Tensor& x,
+      .def("linear", [](cuda::Runtime& self, const cuda::Activations& x,
                         const cuda::LinearWeight& weight) { return cuda::linear(self, x, weight, self.dtype()); })
       .def("logits", [](cuda::Runtime& self, const Tensor& x,
                         const cuda::LinearWeight& weight) { return cuda::linear(self, x, weight, DType::float32); })
@@ -220,10 +223,12 @@ void bind_ops(RuntimeClass& runtime) {
               float scale, int window, float soft_cap, const std::optional<Tensor>& alibi) {
              return cuda::paged_attention(self, q, kv, layer, batch, scale, window, {soft_cap, alibi});
            })
-      .def("gated_activation",
-           [](cuda::Runtime& self, const Tensor& x, const std::string& name) {
-             return cuda::gated_activation(self, x, vllmlite::activation_of(name, true));
-           })
+      .def(
+          "gated_activation",
+          [](cuda::Runtime& self, const Tensor& x, const std::string& name, const cuda::LinearWeight* feeds) {
+            return cuda::gated_activation(self, x, vllmlite::activation_of(name, true), feeds);
+          },
+          py::arg("x"), py::arg("activation"), py::arg("feeds") = py::none())
       .def("activation",
            [](cuda::Runtime& self, const Tensor& x, const std::string& name) {
              return cuda::activation(self, x, vllmlite::activation_of(name, false));

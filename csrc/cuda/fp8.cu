@@ -2,43 +2,15 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/fp8.cuh"
 #include "cuda/fp8.hpp"
-#include "cuda/kernel.cuh"
+#include "cuda/ops.hpp"
 
 namespace vllmlite::cuda {
 
-constexpr float kLargest = 448;           // of e4m3
-constexpr float kLeastScale = 0x1p-100F;  // whose reciprocal is a normal number
 constexpr int kMostThreads = 512, kHeld = 4;
 
 // ---- Quantising
-
-// The codes of eight numbers times `inverse`.
-template <typename T>
-__device__ __forceinline__ uint2 quantised(const Pack<T, 8>& values, float inverse) {
-  std::uint32_t words[2] = {};
-#if __CUDA_ARCH__ >= 890
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    std::uint16_t two;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
-        : "=h"(two)
-        : "f"(to_float(values.at[2 * i + 1]) * inverse), "f"(to_float(values.at[2 * i]) * inverse));
-    words[i / 2] |= static_cast<std::uint32_t>(two) << (i % 2 * 16);
-  }
-#endif
-  return make_uint2(words[0], words[1]);
-}
-
-template <typename T>
-__device__ __forceinline__ float largest(const Pack<T, 8>& values) {
-  float most = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(to_float(values.at[i])));
-  return most;
-}
-
-__device__ __forceinline__ float scale_of(float most) { return fmaxf(most / kLargest, kLeastScale); }
 
 // One block a row of `packs` packs of eight, of which each thread holds the first kHeld: a scale for the row, its
 // largest magnitude's, or `constant` if that is not 0.
@@ -56,15 +28,12 @@ static __global__ __launch_bounds__(kMostThreads) void quantise_rows_kernel(cons
 #pragma unroll
   for (int i = 0; i < kHeld; ++i)
     if (thread + i * threads < packs) held[i] = from[thread + i * threads];
-  float scale = constant;
-  if (constant == 0) {
-    float most = 0;
+  float most = 0;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i)
-      if (thread + i * threads < packs) most = fmaxf(most, largest(held[i]));
-    for (int i = thread + kHeld * threads; i < packs; i += threads) most = fmaxf(most, largest(from[i]));
-    scale = scale_of(block_reduce(most, shared, [](float a, float b) { return fmaxf(a, b); }));
-  }
+  for (int i = 0; i < kHeld; ++i)
+    if (thread + i * threads < packs) most = fmaxf(most, largest_magnitude(held[i]));
+  for (int i = thread + kHeld * threads; i < packs; i += threads) most = fmaxf(most, largest_magnitude(from[i]));
+  const float scale = fp8_row_scale(most, constant, shared);
   const float inverse = 1 / scale;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i)
@@ -84,26 +53,17 @@ static __global__ __launch_bounds__(kMostThreads) void quantise_blocks_kernel(co
   const std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * packs + pack;
   P values{};
   if (pack < packs) values = reinterpret_cast<const P*>(x)[at];
-  float most = largest(values);
+  float most = largest_magnitude(values);
 #pragma unroll
   for (int offset = 8; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, offset));
   if (pack >= packs) return;
-  const float scale = scale_of(most);
+  const float scale = fp8_scale(most);
   to[at] = quantised(values, 1 / scale);
   if (pack % 16 == 0) scales[static_cast<std::int64_t>(pack / 16) * stride + blockIdx.x] = scale;
 }
 
-namespace {
-
-// Activations as a product takes them.
-struct Quantised {
-  Tensor values, scales;
-};
-
-}  // namespace
-
 template <typename T>
-static void quantise(const Runtime& runtime, const Tensor& x, const Fp8Rows& rows, const Quantised& to) {
+static void quantise(const Runtime& runtime, const Tensor& x, const Fp8Rows& rows, const Fp8Activations& to) {
   const auto m = static_cast<unsigned>(x.shape[0]);
   const int packs = rows.columns / 8;
   if (rows.blocks)
@@ -117,13 +77,29 @@ static void quantise(const Runtime& runtime, const Tensor& x, const Fp8Rows& row
            packs, rows.input_scale.value_or(0));
 }
 
-static Quantised quantised(Runtime& runtime, const Tensor& x, const Fp8Rows& rows) {
+Fp8Activations make_fp8_activations(Runtime& runtime, std::int64_t m, const Fp8Rows& rows) {
   constexpr std::int64_t kUnit = 128;  // so that tiles find a scale for each of their rows
   const std::int64_t blocks = rows.blocks ? (rows.columns + kFp8Block - 1) / kFp8Block : 1;
-  const Quantised made{runtime.make(x.shape, DType::uint8),
-                       runtime.make({blocks, (x.shape[0] + kUnit - 1) / kUnit * kUnit}, DType::float32)};
+  return {runtime.make({m, rows.columns}, DType::uint8),
+          runtime.make({blocks, (m + kUnit - 1) / kUnit * kUnit}, DType::float32)};
+}
+
+static Fp8Activations quantised(Runtime& runtime, const Tensor& x, const Fp8Rows& rows) {
+  const Fp8Activations made = make_fp8_activations(runtime, x.shape[0], rows);
   runtime.dtype() == DType::float16 ? quantise<f16>(runtime, x, rows, made) : quantise<bf16>(runtime, x, rows, made);
   return made;
+}
+
+static bool quantise_alike(const Fp8Rows& one, const Fp8Rows& other) {
+  return one.blocks == other.blocks && one.input_scale == other.input_scale;
+}
+
+const Fp8Rows* rows_that_quantise(const LinearWeight& weight) {
+  const auto* parts = std::get_if<std::vector<Fp8Rows>>(&weight.weight);
+  if (parts == nullptr) return nullptr;
+  const Fp8Rows& first = parts->at(0);
+  const bool alike = std::ranges::all_of(*parts, [&](const Fp8Rows& part) { return quantise_alike(first, part); });
+  return alike && !first.blocks ? &first : nullptr;
 }
 
 // ---- Dequantising
@@ -187,24 +163,37 @@ static void multiply(Runtime& runtime, const Fp8Product& product) {
     multiply_fp8_tiles(runtime, product);
 }
 
+// Some of the columns of y, from `first` on.
+static void multiply_rows(Runtime& runtime, const Fp8Activations& x, const Fp8Rows& part, const Tensor* bias,
+                          const Tensor& y, std::int64_t first) {
+  const auto at = static_cast<std::size_t>(first);
+  const void* own = bias == nullptr ? nullptr : static_cast<const char*>(bias->data) + at * item_size(bias->dtype);
+  multiply(runtime, {{x.values.data, part.weight.data, own, static_cast<char*>(y.data) + at * item_size(y.dtype),
+                      static_cast<int>(x.values.shape[0]), part.rows, part.columns, runtime.dtype(), y.dtype},
+                     {static_cast<const float*>(x.scales.data), static_cast<const float*>(part.scales.data),
+                      static_cast<int>(x.scales.shape[1])},
+                     static_cast<int>(y.shape[1]),
+                     part.blocks});
+}
+
+void multiply_fp8(Runtime& runtime, const Fp8Activations& x, const std::vector<Fp8Rows>& parts, const Tensor* bias,
+                  const Tensor& y) {
+  std::int64_t first = 0;
+  for (const Fp8Rows& part : parts) {
+    multiply_rows(runtime, x, part, bias, y, first);
+    first += part.rows;
+  }
+}
+
 void multiply_fp8(Runtime& runtime, const Tensor& x, const std::vector<Fp8Rows>& parts, const Tensor* bias,
                   const Tensor& y) {
   std::int64_t first = 0;
-  Quantised own;
+  Fp8Activations own;
   const Fp8Rows* before = nullptr;
   for (const Fp8Rows& part : parts) {
-    if (before == nullptr || before->blocks != part.blocks || before->input_scale != part.input_scale)
-      own = quantised(runtime, x, part);
+    if (before == nullptr || !quantise_alike(*before, part)) own = quantised(runtime, x, part);
     before = &part;
-    const auto at = static_cast<std::size_t>(first);
-    multiply(runtime, {{own.values.data, part.weight.data,
-                        bias == nullptr ? nullptr : static_cast<const char*>(bias->data) + at * item_size(x.dtype),
-                        static_cast<char*>(y.data) + at * item_size(y.dtype), static_cast<int>(x.shape[0]), part.rows,
-                        part.columns, x.dtype, y.dtype},
-                       {static_cast<const float*>(own.scales.data), static_cast<const float*>(part.scales.data),
-                        static_cast<int>(own.scales.shape[1])},
-                       static_cast<int>(y.shape[1]),
-                       part.blocks});
+    multiply_rows(runtime, own, part, bias, y, first);
     first += part.rows;
   }
 }

@@ -26,6 +26,14 @@ struct Fp8Rows {
   int rows = static_cast<int>(weight.shape[0]), columns = static_cast<int>(weight.shape[1]);
 };
 
+// Activations as products take them: e4m3 [m, columns], and float32 scales [blocks of columns or 1][m, padded].
+struct Fp8Activations {
+  Tensor values, scales;
+};
+
+// Memory for m rows of activations that are to be multiplied by such rows of a weight.
+Fp8Activations make_fp8_activations(Runtime& runtime, std::int64_t m, const Fp8Rows& rows);
+
 // The scales of a product: of x [blocks of columns or 1][stride], of w as above.
 struct Fp8Scales {
   const float *x, *w;
@@ -45,8 +53,10 @@ bool takes_fp8(const Runtime& runtime, int columns);
 // The weight as a matrix of the runtime's dtype.
 Tensor dequantise(Runtime& runtime, const std::vector<Fp8Rows>& parts);
 
-// y = x @ w.T + bias of x [m, columns] in the runtime's dtype.
+// y = x @ w.T + bias of x [m, columns] in the runtime's dtype, or quantised for all of the parts.
 void multiply_fp8(Runtime& runtime, const Tensor& x, const std::vector<Fp8Rows>& parts, const Tensor* bias,
+                  const Tensor& y);
+void multiply_fp8(Runtime& runtime, const Fp8Activations& x, const std::vector<Fp8Rows>& parts, const Tensor* bias,
                   const Tensor& y);
 
 // Ways to multiply: at most 8 rows of x; any number, outputs summed up in one order; and on Hopper many rows.

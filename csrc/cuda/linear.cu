@@ -334,13 +334,25 @@ static void multiply_floats(Runtime& runtime, const Product& product) {
     multiply_by_dot_products(runtime, product);
 }
 
-Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, DType dtype) {
+static Tensor multiply_quantised(Runtime& runtime, const Fp8Activations& x, const LinearWeight& weight, DType dtype) {
+  const auto* parts = std::get_if<std::vector<Fp8Rows>>(&weight.weight);
+  if (parts == nullptr || x.values.shape[1] != weight.in())
+    throw std::invalid_argument("linear: x is quantised for another weight");
+  Tensor y = runtime.make({x.values.shape[0], weight.out()}, dtype);
+  if (y.bytes() != 0) multiply_fp8(runtime, x, *parts, weight.bias ? &*weight.bias : nullptr, y);
+  return y;
+}
+
+Tensor linear(Runtime& runtime, const Activations& activations, const LinearWeight& weight, DType dtype) {
+  const DeviceGuard guard(runtime.device());
+  if (const auto* quantised = std::get_if<Fp8Activations>(&activations))
+    return multiply_quantised(runtime, *quantised, weight, dtype);
+  const Tensor& x = std::get<Tensor>(activations);
   check_rank(x, 2, "x of linear");
   const std::int64_t in = weight.in(), out = weight.out();
   if (x.shape[1] != in)
     throw std::invalid_argument("linear: x must be [rows, " + std::to_string(in) + "], not " + describe(x));
   check_dtype(x, runtime.dtype(), "x of linear");
-  const DeviceGuard guard(runtime.device());
   Tensor y = runtime.make({x.shape[0], out}, dtype);
   if (y.bytes() == 0) return y;
   const int rows = static_cast<int>(x.shape[0]);

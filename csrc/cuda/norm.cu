@@ -1,17 +1,19 @@
 // RMS and layer norms of rows, or of their sums with a residual; one block a row.
 #include <algorithm>
 
-#include "cuda/kernel.cuh"
+#include "cuda/fp8.cuh"
 #include "cuda/ops.hpp"
 #include "tensor/checks.hpp"
 
 namespace vllmlite::cuda {
 
 // Layer norm if kCentred, else RMS norm. Grid: (rows), up to 1024 threads each; a row has `packs` packs of kSize
-// elements. With a residual, x + residual is rounded to T, written to it, and normalised. W is T or float.
-template <typename T, typename W, int kSize, bool kCentred>
+// elements. With a residual, x + residual is rounded to T, written to it, and normalised. W is T or float. With
+// kQuantised, a thread has one pack of eight, whose norm is quantised as `out` and `scales` (by `constant`, if not 0).
+template <typename T, typename W, int kSize, bool kCentred, bool kQuantised>
 static __global__ __launch_bounds__(1024) void norm_kernel(const T* x, const W* weight, const T* bias, T* residual,
-                                                           T* out, int packs, float eps) {
+                                                           void* out, int packs, float eps, float* scales,
+                                                           float constant) {
   using P = Pack<T, kSize>;
   __shared__ float shared[32];
   let_next_begin();
@@ -57,10 +59,11 @@ static __global__ __launch_bounds__(1024) void norm_kernel(const T* x, const W* 
       }
     });
   }
+  P normed{};
   const float factor = rsqrtf(block_sum(squares, shared) / size + eps);
   for_each([&](int i) {
     const auto scale = reinterpret_cast<const Pack<W, kSize>*>(weight)[i];
-    P added{}, normed;
+    P added{};
     if (kCentred && bias != nullptr) added = reinterpret_cast<const P*>(bias)[i];
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
@@ -68,30 +71,48 @@ static __global__ __launch_bounds__(1024) void norm_kernel(const T* x, const W* 
       if constexpr (kCentred) value += to_float(added.at[j]);
       normed.at[j] = from_float<T>(value);
     }
-    reinterpret_cast<P*>(out)[row + i] = normed;
+    if constexpr (!kQuantised) static_cast<P*>(out)[row + i] = normed;
   });
+  if constexpr (kQuantised) {
+    const float scale = fp8_row_scale(largest_magnitude(normed), constant, shared);
+    const int i = static_cast<int>(threadIdx.x);
+    if (i < packs) static_cast<uint2*>(out)[row + i] = quantised(normed, 1 / scale);
+    if (i == 0) scales[blockIdx.x] = scale;
+  }
 }
+
+constexpr std::int64_t kMostThreads = 1024;
+
+// Where the norm is quantised, and by which constant, if not 0.
+struct QuantisedNorm {
+  Fp8Activations to;
+  float constant;
+};
 
 template <typename T, typename W, bool kCentred>
 static void run(const Runtime& runtime, const Tensor& x, const Tensor& weight, const Tensor* bias,
-                const Tensor* residual, const Tensor& out, float eps) {
+                const Tensor* residual, const Tensor& out, float eps, const QuantisedNorm* quantised = nullptr) {
   const auto go = [&](auto* kernel, std::int64_t size) {
     const std::int64_t packs = x.shape[1] / size;
-    const auto threads = static_cast<unsigned>(std::clamp<std::int64_t>((packs + 31) / 32 * 32, 32, 1024));
+    const auto threads = static_cast<unsigned>(std::clamp<std::int64_t>((packs + 31) / 32 * 32, 32, kMostThreads));
     const auto optional = [](const Tensor* tensor) {
       return tensor == nullptr ? nullptr : static_cast<T*>(tensor->data);
     };
     launch(runtime, kernel, static_cast<unsigned>(x.shape[0]), threads, 0, static_cast<const T*>(x.data),
-           static_cast<const W*>(weight.data), optional(bias), optional(residual), static_cast<T*>(out.data),
-           static_cast<int>(packs), eps);
+           static_cast<const W*>(weight.data), optional(bias), optional(residual),
+           quantised == nullptr ? out.data : quantised->to.values.data, static_cast<int>(packs), eps,
+           quantised == nullptr ? nullptr : static_cast<float*>(quantised->to.scales.data),
+           quantised == nullptr ? 0 : quantised->constant);
   };
+  if constexpr (sizeof(T) == 2 && !kCentred)
+    if (quantised != nullptr) return go(norm_kernel<T, W, kPack<T>, false, true>, kPack<T>);
   if (x.shape[1] % kPack<T> == 0)
-    go(norm_kernel<T, W, kPack<T>, kCentred>, kPack<T>);
+    go(norm_kernel<T, W, kPack<T>, kCentred, false>, kPack<T>);
   else
-    go(norm_kernel<T, W, 1, kCentred>, 1);
+    go(norm_kernel<T, W, 1, kCentred, false>, 1);
 }
 
-static Tensor prepare(Runtime& runtime, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& residual) {
+static void check_norm(Runtime& runtime, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& residual) {
   check_rank(x, 2, "x of a norm");
   check_dtype(x, runtime.dtype(), "x of a norm");
   check_shape(weight, {x.shape[1]}, "the weight of a norm");
@@ -99,32 +120,42 @@ static Tensor prepare(Runtime& runtime, const Tensor& x, const Tensor& weight, c
     check_shape(*residual, x.shape, "the residual of a norm");
     check_dtype(*residual, x.dtype, "the residual of a norm");
   }
-  return runtime.make(x.shape, x.dtype);
 }
 
 static const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
 
-std::pair<Tensor, Tensor> rms_norm(Runtime& runtime, const Tensor& x, const Tensor& weight, float eps,
-                                   const std::optional<Tensor>& residual) {
+std::pair<Activations, Tensor> rms_norm(Runtime& runtime, const Tensor& x, const Tensor& weight, float eps,
+                                        const std::optional<Tensor>& residual, const LinearWeight* feeds) {
   const DeviceGuard guard(runtime.device());
-  Tensor out = prepare(runtime, x, weight, residual);
+  check_norm(runtime, x, weight, residual);
   if (weight.dtype != DType::float32) check_dtype(weight, x.dtype, "the weight of rms_norm");
-  if (out.bytes() != 0)
+  const Fp8Rows* rows = feeds == nullptr ? nullptr : rows_that_quantise(*feeds);
+  std::optional<QuantisedNorm> quantised;
+  Tensor out;
+  if (rows != nullptr && x.shape[1] == rows->columns && rows->columns <= kMostThreads * 8)
+    quantised = {make_fp8_activations(runtime, x.shape[0], *rows), rows->input_scale.value_or(0)};
+  else
+    out = runtime.make(x.shape, x.dtype);
+  if (x.bytes() != 0)
     with_float(x.dtype, [&](auto* type) {
       using T = Pointee<decltype(type)>;
+      const QuantisedNorm* to = quantised ? &*quantised : nullptr;
       if (weight.dtype == x.dtype)
-        run<T, T, false>(runtime, x, weight, nullptr, pointer(residual), out, eps);
+        run<T, T, false>(runtime, x, weight, nullptr, pointer(residual), out, eps, to);
       else
-        run<T, float, false>(runtime, x, weight, nullptr, pointer(residual), out, eps);
+        run<T, float, false>(runtime, x, weight, nullptr, pointer(residual), out, eps, to);
     });
-  return {out, residual ? *residual : x};
+  const Tensor sum = residual ? *residual : x;
+  if (quantised) return {quantised->to, sum};
+  return {out, sum};
 }
 
 std::pair<Tensor, Tensor> layer_norm(Runtime& runtime, const Tensor& x, const Tensor& weight,
                                      const std::optional<Tensor>& bias, float eps,
                                      const std::optional<Tensor>& residual) {
   const DeviceGuard guard(runtime.device());
-  Tensor out = prepare(runtime, x, weight, residual);
+  check_norm(runtime, x, weight, residual);
+  Tensor out = runtime.make(x.shape, x.dtype);
   check_dtype(weight, x.dtype, "the weight of layer_norm");
   if (bias) {
     check_shape(*bias, {x.shape[1]}, "the bias of layer_norm");

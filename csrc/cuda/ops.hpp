@@ -17,27 +17,6 @@
 
 namespace vllmlite::cuda {
 
-// Writes `source`, of any float dtype, to `target`, of as many elements, in that one's dtype.
-void convert(Runtime& runtime, const Tensor& source, const Tensor& target);
-
-Tensor embedding(Runtime& runtime, const Tensor& ids, const Tensor& table);
-Tensor gather_rows(Runtime& runtime, const Tensor& x, const Tensor& index);
-std::pair<Tensor, Tensor> rms_norm(Runtime& runtime, const Tensor& x, const Tensor& weight, float eps,
-                                   const std::optional<Tensor>& residual);
-
-std::pair<Tensor, Tensor> layer_norm(Runtime& runtime, const Tensor& x, const Tensor& weight,
-                                     const std::optional<Tensor>& bias, float eps,
-                                     const std::optional<Tensor>& residual);
-
-// These overwrite what they return: `other`, or x.
-Tensor add(Runtime& runtime, const Tensor& x, const Tensor& other);
-Tensor scale(Runtime& runtime, const Tensor& x, float factor);
-Tensor soft_cap(Runtime& runtime, const Tensor& x, float cap);
-Tensor sigmoid_gate(Runtime& runtime, const Tensor& x, const Tensor& gate);
-
-Tensor gated_activation(Runtime& runtime, const Tensor& x, Activation activation);
-Tensor activation(Runtime& runtime, const Tensor& x, Activation activation);
-
 // A weight [out, in], row-major and of the backend's dtype, or in groups of integers or of 8-bit floats, some rows
 // after the others; and a bias [out] of the backend's dtype.
 struct LinearWeight {
@@ -49,8 +28,36 @@ struct LinearWeight {
   std::optional<Tensor> bias;
 };
 
+// The rows that say how activations are quantised for a weight, if a row of them has one scale; else null.
+const Fp8Rows* rows_that_quantise(const LinearWeight& weight);
+
+// The result of an op that may already be quantised for the only product that reads it.
+using Activations = std::variant<Tensor, Fp8Activations>;
+
+// Writes `source`, of any float dtype, to `target`, of as many elements, in that one's dtype.
+void convert(Runtime& runtime, const Tensor& source, const Tensor& target);
+
+Tensor embedding(Runtime& runtime, const Tensor& ids, const Tensor& table);
+Tensor gather_rows(Runtime& runtime, const Tensor& x, const Tensor& index);
+// `feeds`, or null: the only weight that the norm is multiplied by.
+std::pair<Activations, Tensor> rms_norm(Runtime& runtime, const Tensor& x, const Tensor& weight, float eps,
+                                        const std::optional<Tensor>& residual, const LinearWeight* feeds);
+
+std::pair<Tensor, Tensor> layer_norm(Runtime& runtime, const Tensor& x, const Tensor& weight,
+                                     const std::optional<Tensor>& bias, float eps,
+                                     const std::optional<Tensor>& residual);
+
+// These overwrite what they return: `other`, or x.
+Tensor add(Runtime& runtime, const Tensor& x, const Tensor& other);
+Tensor scale(Runtime& runtime, const Tensor& x, float factor);
+Tensor soft_cap(Runtime& runtime, const Tensor& x, float cap);
+Tensor sigmoid_gate(Runtime& runtime, const Tensor& x, const Tensor& gate);
+
+Activations gated_activation(Runtime& runtime, const Tensor& x, Activation activation, const LinearWeight* feeds);
+Tensor activation(Runtime& runtime, const Tensor& x, Activation activation);
+
 // x @ weight.T + bias: [rows, in] -> [rows, out] of `dtype`, the backend's or float32.
-Tensor linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, DType dtype);
+Tensor linear(Runtime& runtime, const Activations& x, const LinearWeight& weight, DType dtype);
 
 // Weights of a mixture's experts, each [2 * inner, hidden], the gate's rows first, and [hidden, inner].
 struct Experts {

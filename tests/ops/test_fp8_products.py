@@ -120,6 +120,33 @@ def test_rows_of_zeros_and_large_numbers(multiplies: Backend, kind: str) -> None
     check(multiplies, found, quantised(x, kind) @ values.T)
 
 
+@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize(("rows", "columns"), [(3, 272), (70, 528), (9, 8192), (2, 8208)])
+def test_a_norm_that_feeds_a_product(multiplies: Backend, kind: str, rows: int, columns: int) -> None:
+    """The product is that of the norm without ``feeds``, to the bit, also where rows are too long to be fused."""
+    weight = multiplies.linear_weight([packed(kind, 48, columns)[0]])
+    norm = put(multiplies, numbers((columns,), 3))
+    found = []
+    for feeds in (None, weight):
+        x, residual = (put(multiplies, numbers((rows, columns), seed)) for seed in (0, 1))
+        normed, total = multiplies.rms_norm(x, norm, 1e-5, residual, feeds)
+        found.append((multiplies.to_host(multiplies.linear(normed, weight)), multiplies.to_host(total)))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_an_activation_that_feeds_a_product(multiplies: Backend, kind: str, activation: str) -> None:
+    up, down = (multiplies.linear_weight([packed(kind, *shape)[0]]) for shape in ((544, 128), (48, 272)))
+    x = put(multiplies, numbers((70, 128)))
+    found = [
+        multiplies.to_host(multiplies.linear(multiplies.gated_linear(x, up, activation, feeds), down))
+        for feeds in (None, down)
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("rows", [1, 5, 70])
 @pytest.mark.parametrize("kind", ["channel", "blocks"])
 def test_logits_are_float32(multiplies: Backend, kind: str, rows: int) -> None:

@@ -393,12 +393,20 @@ class Backend(ABC):
 
     @abstractmethod
     def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        residual: Tensor | None = None,
+        feeds: LinearWeight | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Root-mean-square norm (Zhang & Sennrich 2019) of ``s = x + residual`` (``s = x`` without one).
 
         ``x``, ``residual`` ``[T, hidden]``; the mean is taken in float32. Returns ``(norm(s) * weight, s)``; where
-        there is a residual, both inputs may be overwritten. ``weight`` is of the backend's dtype or float32."""
+        there is a residual, both inputs may be overwritten. ``weight`` is of the backend's dtype or float32.
+
+        ``feeds`` promises that the norm is read only by one :meth:`linear` or :meth:`gated_linear` with that weight:
+        a backend may return it in a form of its own, such as quantised for the product."""
 
     @abstractmethod
     def layer_norm(
@@ -469,8 +477,11 @@ class Backend(ABC):
         """``f(gate) * up`` of ``x = [gate | up] [T, 2 * I]``: ``[T, I]``; ``activation`` is ``silu``, ``gelu``
         or ``gelu_tanh``."""
 
-    def gated_linear(self, x: Tensor, weight: LinearWeight, activation: str) -> Tensor:
-        """:meth:`gated_activation` of :meth:`linear`; a backend need not store the result of the latter."""
+    def gated_linear(
+        self, x: Tensor, weight: LinearWeight, activation: str, feeds: LinearWeight | None = None
+    ) -> Tensor:
+        """:meth:`gated_activation` of :meth:`linear`; a backend need not store the result of the latter. ``feeds`` as
+        in :meth:`rms_norm`."""
         return self.gated_activation(self.linear(x, weight), activation)
 
     @abstractmethod

@@ -248,7 +248,7 @@ class CpuBackend(NativeBackend):
 
     # Model ops
 
-    def gated_linear(self, x: Tensor, weight: Any, activation: str) -> Tensor:
+    def gated_linear(self, x: Tensor, weight: Any, activation: str, feeds: Any = None) -> Tensor:
         try:
             return self._runtime.gated_linear(x, weight, activation)
         except ValueError as error:

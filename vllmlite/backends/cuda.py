@@ -226,6 +226,19 @@ class CudaBackend(NativeBackend):
 
     # Model ops
 
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self._runtime.rms_norm(x, weight, eps, residual, feeds)
+        return found
+
+    def gated_linear(self, x: Tensor, weight: Any, activation: str, feeds: Any = None) -> Tensor:
+        product = self.linear(x, weight)
+        try:
+            return self._runtime.gated_activation(product, activation, feeds)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+
     def logits(self, hidden: Tensor, weight: Any) -> Tensor:
         return self._runtime.logits(hidden, weight)
 

@@ -55,7 +55,7 @@ class NativeBackend(Backend):
         return self._runtime.embedding(token_ids, weight)
 
     def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, feeds: Any = None
     ) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = self._runtime.rms_norm(x, weight, eps, residual)
         return found

@@ -24,6 +24,7 @@ from vllmlite.backends.base import (
     ForwardBatch,
     GraphKey,
     KVSpec,
+    LinearWeight,
     Logprobs,
     Memory,
     Rope,
@@ -257,7 +258,12 @@ class TorchBackend(Backend):
 
     @torch.inference_mode()
     def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        residual: torch.Tensor | None = None,
+        feeds: LinearWeight | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total = x if residual is None else residual.add_(x)
         return _rms_norm(total, weight, eps), total

@@ -118,14 +118,15 @@ class Decoder:
                 x = self._normed(self._attention(x, index, layer, batch, kv), layer.attn_norm, x)[0]
                 x = self._normed(self._mlp(x, layer.mlp), layer.mlp_norm, x)[0]
                 continue
-            h, residual = self._normed(x, layer.attn_norm, residual)
+            h, residual = self._normed(x, layer.attn_norm, residual, None if parallel else layer.qkv)
             x = self._output(self._attention(h, index, layer, batch, kv), layer.attn_out_norm)
             if parallel:
                 if layer.mlp_norm is not None:
                     h = self._normed(residual, layer.mlp_norm)[0]
                 x = ops.add(self._output(self._mlp(h, layer.mlp), layer.mlp_out_norm), x)
                 continue
-            h, residual = self._normed(x, layer.mlp_norm, residual)
+            up = layer.mlp.up if isinstance(layer.mlp, _Mlp) else None
+            h, residual = self._normed(x, layer.mlp_norm, residual, up)
             x = self._output(self._mlp(h, layer.mlp), layer.mlp_out_norm)
         x = self._normed(x, self._final_norm, residual)[0]
         return x if self._project_out is None else ops.linear(x, self._project_out)
@@ -172,7 +173,7 @@ class Decoder:
         ops, spec = self.backend, self.spec
         if isinstance(mlp, _Mlp):
             if spec.gated_mlp:
-                return ops.linear(ops.gated_linear(h, mlp.up, spec.activation), mlp.down)
+                return ops.linear(ops.gated_linear(h, mlp.up, spec.activation, mlp.down), mlp.down)
             return ops.linear(ops.activation(ops.linear(h, mlp.up), spec.activation), mlp.down)
         routed = ops.moe(
             h, ops.linear(h, mlp.router), mlp.experts, mlp.spec.top_k, mlp.spec.renormalise, spec.activation
@@ -181,15 +182,18 @@ class Decoder:
             return routed
         return ops.add(ops.sigmoid_gate(self._own_mlp(h, mlp.shared), ops.linear(h, mlp.shared_gate)), routed)
 
-    def _normed(self, x: Tensor, norm: _Norm | None, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the norm of ``x + residual``, and that sum; ``norm`` None leaves the sum as it is."""
+    def _normed(
+        self, x: Tensor, norm: _Norm | None, residual: Tensor | None = None, feeds: LinearWeight | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the norm of ``x + residual``, and that sum; ``norm`` None leaves the sum as it is. ``feeds``: the
+        weight of the product that alone reads the norm."""
         ops, eps = self.backend, self.spec.norm.eps
         if norm is None:
             total = x if residual is None else ops.add(x, residual)
             return total, total
         if self.spec.norm.kind == "layer":
             return ops.layer_norm(x, norm.weight, norm.bias, eps, residual)
-        return ops.rms_norm(x, norm.weight, eps, residual)
+        return ops.rms_norm(x, norm.weight, eps, residual, feeds)
 
     def _output(self, x: Tensor, norm: _Norm | None) -> Tensor:
         return self._scaled(x if norm is None else self._normed(x, norm)[0], self.spec.residual_scale)

@@ -167,7 +167,9 @@ class _Observer:
         self._measure(x, weight)
         return self._backend.linear(x, weight)
 
-    def gated_linear(self, x: Tensor, weight: LinearWeight, activation: str) -> Tensor:
+    def gated_linear(
+        self, x: Tensor, weight: LinearWeight, activation: str, feeds: LinearWeight | None = None
+    ) -> Tensor:
         self._measure(x, weight)
         return self._backend.gated_linear(x, weight, activation)
 
