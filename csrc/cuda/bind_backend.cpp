@@ -176,8 +176,9 @@ void bind_data(py::module_& module) {
           "The matrix of a weight that is no packed one.")
       .def_readonly("bias", &cuda::LinearWeight::bias);
   py::class_<cuda::GroupedRows>(module, "GroupedRows", py::module_local(), "Rows of a packed weight.");
-  py::class_<cuda::Fp8Activations>(module, "Fp8Activations", py::module_local(),
-                                   "Activations quantised for a product.");
+  py::class_<cuda::Fp8Activations>(module, "Fp8Activations", py::module_local(), "A matrix of e4m3 codes with scales.")
+      .def_readonly("values", &cuda::Fp8Activations::values)
+      .def_readonly("scales", &cuda::Fp8Activations::scales);
   py::class_<cuda::Fp8Rows>(module, "Fp8Rows", py::module_local(), "Rows of a weight of 8-bit floats.");
   py::class_<cuda::Experts, std::shared_ptr<cuda::Experts>>(module, "Experts", py::module_local(),
                                                             "Weights of a mixture's experts.");
@@ -267,6 +268,7 @@ void bind_runtime(py::module_& module) {
       .def("grouped_rows", &grouped_rows, py::arg("bits"), py::arg("rows"), py::arg("columns"), py::arg("group"),
            py::arg("integers"), py::arg("scales"), py::arg("scales_dtype"), py::arg("zeros"), py::arg("order"))
       .def("takes_fp8", &cuda::takes_fp8, py::arg("columns"), "Whether 8-bit floats of so many columns are multiplied.")
+      .def("quantise_fp8", &cuda::quantise_fp8, py::arg("x"), "The rows of a matrix, each by its largest magnitude.")
       .def("fp8_rows", &fp8_rows, py::arg("rows"), py::arg("columns"), py::arg("blocks"), py::arg("values"),
            py::arg("scales"), py::arg("input_scale"))
       .def("packed_weight", &packed_weight<cuda::GroupedRows>, py::arg("parts"), py::arg("bias"))

@@ -5,6 +5,7 @@
 #include "cuda/fp8.cuh"
 #include "cuda/fp8.hpp"
 #include "cuda/ops.hpp"
+#include "tensor/checks.hpp"
 
 namespace vllmlite::cuda {
 
@@ -62,32 +63,50 @@ static __global__ __launch_bounds__(kMostThreads) void quantise_blocks_kernel(co
   if (pack % 16 == 0) scales[static_cast<std::int64_t>(pack / 16) * stride + blockIdx.x] = scale;
 }
 
-template <typename T>
-static void quantise(const Runtime& runtime, const Tensor& x, const Fp8Rows& rows, const Fp8Activations& to) {
-  const auto m = static_cast<unsigned>(x.shape[0]);
-  const int packs = rows.columns / 8;
-  if (rows.blocks)
-    launch(runtime, quantise_blocks_kernel<T>, dim3(m, blocks_for(packs, kMostThreads)), kMostThreads, 0,
-           static_cast<const T*>(x.data), static_cast<uint2*>(to.values.data), static_cast<float*>(to.scales.data),
-           packs, static_cast<int>(to.scales.shape[1]));
-  else
-    launch(runtime, quantise_rows_kernel<T>, m,
-           static_cast<unsigned>(std::clamp((packs + 31) / 32 * 32, 32, kMostThreads)), 0,
-           static_cast<const T*>(x.data), static_cast<uint2*>(to.values.data), static_cast<float*>(to.scales.data),
-           packs, rows.input_scale.value_or(0));
+static Fp8Activations make_activations(Runtime& runtime, std::int64_t m, std::int64_t columns, bool blocks) {
+  constexpr std::int64_t kUnit = 128;  // so that tiles find a scale for each of their rows
+  return {runtime.make({m, columns}, DType::uint8),
+          runtime.make({blocks ? (columns + kFp8Block - 1) / kFp8Block : 1, (m + kUnit - 1) / kUnit * kUnit},
+                       DType::float32)};
 }
 
 Fp8Activations make_fp8_activations(Runtime& runtime, std::int64_t m, const Fp8Rows& rows) {
-  constexpr std::int64_t kUnit = 128;  // so that tiles find a scale for each of their rows
-  const std::int64_t blocks = rows.blocks ? (rows.columns + kFp8Block - 1) / kFp8Block : 1;
-  return {runtime.make({m, rows.columns}, DType::uint8),
-          runtime.make({blocks, (m + kUnit - 1) / kUnit * kUnit}, DType::float32)};
+  return make_activations(runtime, m, rows.columns, rows.blocks);
+}
+
+// By blocks, or rows; by `constant` if that is not 0.
+static Fp8Activations quantised(Runtime& runtime, const Tensor& x, bool blocks, float constant) {
+  const Fp8Activations to = make_activations(runtime, x.shape[0], x.shape[1], blocks);
+  const auto m = static_cast<unsigned>(x.shape[0]);
+  const int packs = static_cast<int>(x.shape[1] / 8);
+  const auto threads = static_cast<unsigned>(std::clamp((packs + 31) / 32 * 32, 32, kMostThreads));
+  const auto go = [&](auto* type) {
+    using T = Pointee<decltype(type)>;
+    const T* from = static_cast<const T*>(x.data);
+    auto* values = static_cast<uint2*>(to.values.data);
+    auto* scales = static_cast<float*>(to.scales.data);
+    if (blocks)
+      launch(runtime, quantise_blocks_kernel<T>, dim3(m, blocks_for(packs, kMostThreads)), kMostThreads, 0, from,
+             values, scales, packs, static_cast<int>(to.scales.shape[1]));
+    else
+      launch(runtime, quantise_rows_kernel<T>, m, threads, 0, from, values, scales, packs, constant);
+  };
+  runtime.dtype() == DType::float16 ? go(static_cast<f16*>(nullptr)) : go(static_cast<bf16*>(nullptr));
+  return to;
 }
 
 static Fp8Activations quantised(Runtime& runtime, const Tensor& x, const Fp8Rows& rows) {
-  const Fp8Activations made = make_fp8_activations(runtime, x.shape[0], rows);
-  runtime.dtype() == DType::float16 ? quantise<f16>(runtime, x, rows, made) : quantise<bf16>(runtime, x, rows, made);
-  return made;
+  return quantised(runtime, x, rows.blocks, rows.input_scale.value_or(0));
+}
+
+Fp8Activations quantise_fp8(Runtime& runtime, const Tensor& x) {
+  check_rank(x, 2, "a matrix to be quantised");
+  check_dtype(x, runtime.dtype(), "a matrix to be quantised");
+  if (!takes_fp8(runtime, static_cast<int>(x.shape[1])))
+    throw std::invalid_argument("columns of " + describe(x) +
+                                " cannot be quantised: their number is no multiple of 16");
+  const DeviceGuard guard(runtime.device());
+  return quantised(runtime, x, false, 0);
 }
 
 static bool quantise_alike(const Fp8Rows& one, const Fp8Rows& other) {

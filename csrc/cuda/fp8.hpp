@@ -34,6 +34,9 @@ struct Fp8Activations {
 // Memory for m rows of activations that are to be multiplied by such rows of a weight.
 Fp8Activations make_fp8_activations(Runtime& runtime, std::int64_t m, const Fp8Rows& rows);
 
+// The rows of a matrix in the runtime's dtype, each by its largest magnitude; columns are multiples of 8.
+Fp8Activations quantise_fp8(Runtime& runtime, const Tensor& x);
+
 // The scales of a product: of x [blocks of columns or 1][stride], of w as above.
 struct Fp8Scales {
   const float *x, *w;

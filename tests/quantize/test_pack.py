@@ -13,7 +13,7 @@ from packers import Packer
 from vllmlite.errors import ParameterError
 from vllmlite.quantize import PACK_FORMATS, pack
 from vllmlite.weights.host import HostTensor, PackedWeight, float_values
-from vllmlite.weights.packers import float8
+from vllmlite.weights.schemes.float8 import float8
 from vllmlite.weights.schemes.gguf_blocks import BLOCK_SCHEMES
 from vllmlite.weights.schemes.tiles import TILES
 

@@ -18,6 +18,7 @@ from vllmlite.errors import BackendError, ModelError
 from vllmlite.models import load_model
 from vllmlite.runner.build import build_runner, plan_for
 from vllmlite.weights.host import HostTensor, PackedWeight, float_values
+from vllmlite.weights.packing import Packing
 from vllmlite.weights.schemes.float8 import Float8Scheme
 
 
@@ -71,6 +72,41 @@ def test_input_scales_that_are_not_positive_are_refused(scale: float, tmp_path: 
     write(path, tensors)
     with pytest.raises(ModelError, match=r"input_scale is .*; accepted: finite numbers above 0"):
         load_model(TorchBackend(), path, max_model_len=64, block_size=16)
+
+
+def test_float_weights_are_quantised_at_load(tmp_path: Path) -> None:
+    _, floats = quantised(tmp_path, FP8["channel"])
+    expected = logits(floats, TorchBackend())
+    backend = TorchBackend()
+    found = logits(floats, backend, Packing(backend, "fp8"))
+    size = np.abs(expected).max()
+    assert 0 < np.abs(found - expected).mean() < 0.1 * size
+
+
+@needs_native_cpu
+def test_backends_without_products_of_8_bit_floats_decline_them(tmp_path: Path) -> None:
+    _, floats = quantised(tmp_path, FP8["channel"])
+    config = EngineConfig(model=str(floats), backend="cpu", quantization="fp8")
+    with pytest.raises(BackendError, match="cpu on cpu declined: it does not multiply fp8 weights in"):
+        build_runner(config, plan_for(config))
+
+
+@pytest.mark.parametrize("name", ["torch", "cuda"])
+def test_quantised_rows_are_the_nearest(name: str) -> None:
+    try:
+        backend = TorchBackend() if name == "torch" else CudaBackend("cuda", "bfloat16")
+    except BackendError as error:
+        pytest.skip(str(error))
+    values = (np.random.default_rng(0).standard_normal((70, 272)) * 0.02).astype(np.float32)
+    values[3], values[5, 7] = 0, 30
+    bits = (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    weight = backend.quantize(HostTensor("float32", bits.shape, bits.reshape(-1).view(np.uint8)), "fp8_w8a8")
+    found = weight.scheme.dequantize(weight)
+    steps = np.maximum(np.abs(bits) * 2.0**-4, np.abs(bits).max(1, keepdims=True) / 448 * 2.0**-10)
+    assert (np.abs(found - bits) <= steps * 1.001).all()
+    bits[2, 1] = np.nan
+    with pytest.raises(ModelError, match="not finite"):
+        backend.quantize(HostTensor("float32", bits.shape, bits.reshape(-1).view(np.uint8)), "fp8_w8a8")
 
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor", "block"])

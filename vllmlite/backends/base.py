@@ -30,7 +30,7 @@ from vllmlite.weights.host import (
     dequantized,
     float_values,
 )
-from vllmlite.weights.schemes import tiles
+from vllmlite.weights.schemes import float8, tiles
 from vllmlite.weights.schemes.codes import StoredCodes
 
 Tensor: TypeAlias = Any
@@ -204,6 +204,11 @@ def unusable(part: HostWeight, backend: Backend) -> BackendError:
     return BackendError(f"a weight in {part.scheme.name}: the {backend.name} backend multiplies {schemes}")
 
 
+def not_finite(shape: Sequence[int]) -> ModelError:
+    """The error for a weight that :meth:`Backend.quantize` cannot quantise."""
+    return ModelError(f"a weight of shape {list(shape)}: values that are not finite cannot be quantised")
+
+
 GraphKey: TypeAlias = tuple[int, int]
 """Identifies a captured step: rows, and tokens of each row (the query length)."""
 CAPTURED_QUERY_LEN = 9
@@ -317,13 +322,12 @@ class Backend(ABC):
         return codes.repacked(bits)
 
     def quantize(self, weight: HostTensor, scheme: str) -> PackedWeight:
-        """``weight [out, in]`` in the scheme ``int8`` or ``int4``. ModelError if a value is not finite."""
+        """``weight [out, in]`` in the scheme ``int8``, ``int4`` or ``fp8_w8a8`` (by rows). ModelError if a value is not
+        finite."""
         values = float_values(weight)
         if not np.isfinite(values).all():
-            raise ModelError(
-                f"a weight of shape {list(weight.shape)}: values that are not finite cannot be quantised"
-            )
-        return tiles.quantize(values, scheme)
+            raise not_finite(weight.shape)
+        return float8.quantize(values) if scheme == "fp8_w8a8" else tiles.quantize(values, scheme)
 
     @abstractmethod
     def experts(self, experts: Sequence[Expert]) -> Experts:

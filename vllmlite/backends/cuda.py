@@ -28,11 +28,13 @@ from vllmlite.backends.base import (
     SlotSpec,
     Step,
     Tensor,
+    not_finite,
     unusable,
 )
 from vllmlite.backends.native import NativeBackend, host_extension, load_extension, repacked, uploaded
 from vllmlite.errors import BackendError
 from vllmlite.weights.host import FLOAT_DTYPES, HostTensor, HostWeight, PackedWeight
+from vllmlite.weights.schemes import float8
 from vllmlite.weights.schemes.codes import Bytes, StoredCodes
 from vllmlite.weights.schemes.float8 import Float8Scheme
 from vllmlite.weights.schemes.grouped import ORDER, QWEIGHT, SCALES, ZEROS, GroupedScheme
@@ -138,6 +140,17 @@ class CudaBackend(NativeBackend):
         """Computed by the CPU backend's extension if that is installed, which takes a tenth of the time."""
         host = host_extension()
         return codes.repacked(bits) if host is None else repacked(*host, codes, bits)
+
+    def quantize(self, weight: HostTensor, scheme: str) -> PackedWeight:
+        """Quantises 8-bit floats on the device."""
+        rows, columns = weight.shape
+        if scheme != "fp8_w8a8" or not self._runtime.takes_fp8(columns):
+            return super().quantize(weight, scheme)
+        made = self._runtime.quantise_fp8(self.tensor(weight, self.dtype))
+        codes, scales = self.to_host(made.values), self.to_host(made.scales).reshape(-1, 1)[:rows]
+        if not np.isfinite(scales).all() or ((codes & 0x7F) == 0x7F).any():
+            raise not_finite(weight.shape)
+        return float8.of_rows(codes, scales)
 
     def _fill(self, target: Tensor, pieces: Sequence[HostTensor]) -> None:
         """Write ``pieces``, one after another, to the rows of ``target``."""

@@ -12,8 +12,9 @@ from typing import Any
 from vllmlite.backends.base import Backend
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
-from vllmlite.config.engine_config import FLOAT_DTYPES, QUANTIZATIONS
+from vllmlite.config.engine_config import AT_LOAD, FLOAT_DTYPES
 from vllmlite.errors import BackendError, ParameterError, not_installed
+from vllmlite.weights.packing import LOAD_SCHEMES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class BackendRequest:
     threads: int | None = None
     cpu_isa: str = "auto"
     quantization: str | None = None
-    """The scheme to quantise float weights to at load, one of ``QUANTIZATIONS``; None: do not quantise."""
+    """The scheme to quantise float weights to at load, one of ``AT_LOAD``; None: do not quantise."""
     packed: bool = False
     """Whether most weight matrices will be packed, if the backend multiplies their schemes."""
     model: str = "the model"
@@ -48,8 +49,8 @@ class BackendRequest:
             raise ParameterError("device", self.device, "auto, cpu, cuda or cuda:N")
         if self.dtype not in ("auto", *FLOAT_DTYPES):
             raise ParameterError("dtype", self.dtype, ", ".join(("auto", *FLOAT_DTYPES)))
-        if self.quantization not in (None, *QUANTIZATIONS):
-            raise ParameterError("quantization", self.quantization, ", ".join(QUANTIZATIONS))
+        if self.quantization not in (None, *AT_LOAD):
+            raise ParameterError("quantization", self.quantization, ", ".join(AT_LOAD))
 
 
 GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
@@ -60,8 +61,6 @@ def _cuda(request: BackendRequest) -> Backend:
     device = "cuda" if request.device == "auto" else request.device
     if not device.startswith("cuda"):
         raise BackendError(f"device {device} was asked for")
-    if request.quantization is not None and request.quantization not in CudaBackend.schemes:
-        raise BackendError(f"vllmlite._cuda does not multiply {request.quantization} weights")
     return CudaBackend(device, request.dtype, request.checkpoint_dtype, request.batch_invariant)
 
 
@@ -138,6 +137,7 @@ def select_backend(request: BackendRequest) -> tuple[Backend, str]:
             continue
         try:
             chosen = make(request)
+            _check_quantization(request.quantization, chosen)
         except BackendError as error:
             declined.append(f"{name} on {kind} declined: {error}")
         else:
@@ -145,6 +145,12 @@ def select_backend(request: BackendRequest) -> tuple[Backend, str]:
             choice = f"{name} on {chosen.device} in {chosen.dtype}{details}"
             return chosen, "; ".join((choice, *declined))
     raise BackendError("no backend can run: " + "; ".join(declined))
+
+
+def _check_quantization(quantization: str | None, backend: Backend) -> None:
+    """Raise BackendError unless ``backend`` multiplies weights that are quantised so at load."""
+    if quantization is not None and LOAD_SCHEMES[quantization].name not in backend.schemes:
+        raise BackendError(f"it does not multiply {quantization} weights in {backend.dtype} here")
 
 
 def _import_torch() -> object:

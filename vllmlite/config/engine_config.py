@@ -30,6 +30,8 @@ from vllmlite.sampling_params import MAX_LOGPROBS
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4")
+AT_LOAD = (*QUANTIZATIONS, "fp8")
+"""Quantisations of float weights at load."""
 CHECKPOINT_METHODS = ("auto-round", "awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "modelopt")
 METHOD_SYNONYMS = {
     "auto_round": "auto-round", "intel/auto-round": "auto-round", "awq_marlin": "awq", "gptq_marlin": "gptq",
@@ -94,8 +96,8 @@ class EngineConfig:
     )
     quantization: str | None = _option(
         None,
-        "int8, int4: quantise float weights at load; other names: the checkpoint must have this method; default: the "
-        "checkpoint's",
+        "int8, int4, fp8: quantise float weights at load; other names: the checkpoint must have this method; default: "
+        "the checkpoint's",
         group="model",
         choices=(*QUANTIZATIONS, *CHECKPOINT_METHODS),
         synonyms=METHOD_SYNONYMS,

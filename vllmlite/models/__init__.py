@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmlite.backends.base import KV_DTYPES, Backend, KVSpec, Model
-from vllmlite.config.engine_config import QUANTIZATIONS
+from vllmlite.config.engine_config import AT_LOAD
 from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.models.decoder import Decoder
 from vllmlite.models.families import read_spec
@@ -16,7 +16,7 @@ from vllmlite.models.plan import Plan, plan_model
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import sources, stored_schemes, stored_shapes
 from vllmlite.weights.checkpoint import open_weights
-from vllmlite.weights.packing import Packing
+from vllmlite.weights.packing import LOAD_SCHEMES, Packing
 from vllmlite.weights.parts import HEAD, TABLE, ModelWeights
 
 __all__ = ["load_model", "load_planned", "open_model", "plan_model", "read_spec"]
@@ -152,8 +152,8 @@ def _fitting_quantizations(weights: ModelWeights, free: int) -> str:
     backend = weights.packing.backend
     sizes = {
         name: replace(weights, packing=Packing(backend, name)).num_bytes()
-        for name in QUANTIZATIONS
-        if name in backend.schemes
+        for name in AT_LOAD
+        if LOAD_SCHEMES[name].name in backend.schemes
     }
     fitting = [f"--quantization {name} takes {size}" for name, size in sizes.items() if size <= free]
     return ": " + ", ".join(fitting) if fitting else ", and too few for any quantisation"

@@ -17,9 +17,9 @@ from vllmlite.quantize.formats import FLOAT8_BLOCK, Settings
 from vllmlite.quantize.gptq import gptq
 from vllmlite.quantize.rounding import Grid, nearest
 from vllmlite.weights.host import Floats, HostTensor, PackedWeight, Scheme, float_tensor
-from vllmlite.weights.packers import FLOAT8_MAX, packed, packed_float8
+from vllmlite.weights.packers import packed, packed_float8
 from vllmlite.weights.parts import ModelWeights, Source
-from vllmlite.weights.schemes.float8 import Float8Scheme
+from vllmlite.weights.schemes.float8 import LARGEST, Float8Scheme
 from vllmlite.weights.writer import Checkpoint
 
 Tensors: TypeAlias = dict[str, HostTensor]
@@ -119,4 +119,4 @@ def _block_scales(weight: Floats) -> Floats:
     size = FLOAT8_BLOCK
     padded = np.pad(np.abs(weight), ((0, -rows % size), (0, -columns % size)))
     largest = padded.reshape(padded.shape[0] // size, size, -1, size).max((1, 3))
-    return np.where(largest > 0, largest / FLOAT8_MAX, 1).astype(np.float32)
+    return np.where(largest > 0, largest / LARGEST, 1).astype(np.float32)

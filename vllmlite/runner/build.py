@@ -12,7 +12,7 @@ import numpy as np
 
 from vllmlite.backends.base import Backend, Comm
 from vllmlite.backends.select import BackendRequest, select_backend
-from vllmlite.config.engine_config import QUANTIZATIONS, EngineConfig
+from vllmlite.config.engine_config import AT_LOAD, QUANTIZATIONS, EngineConfig
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.models import load_planned
@@ -58,11 +58,11 @@ def plan_for(config: EngineConfig) -> Plan:
             raise ParameterError(
                 "quantization", config.quantization, f"the checkpoint is in {plan.quantization} already"
             )
-        if config.quantization not in QUANTIZATIONS:
+        if config.quantization not in AT_LOAD:
             raise ParameterError(
                 "quantization",
                 config.quantization,
-                f"the checkpoint's weights are floats; {' or '.join(QUANTIZATIONS)} quantises them at load",
+                f"the checkpoint's weights are floats; {' or '.join(AT_LOAD)} quantises them at load",
             )
     return plan
 

@@ -24,15 +24,13 @@ from vllmlite.weights.schemes import tiles
 from vllmlite.weights.schemes.awq import AwqScheme
 from vllmlite.weights.schemes.codes import AWQ_NIBBLES, AWQ_ROWS
 from vllmlite.weights.schemes.compressed import PackedIntScheme
-from vllmlite.weights.schemes.float8 import Float8Scheme
+from vllmlite.weights.schemes.float8 import Float8Scheme, float8
 from vllmlite.weights.schemes.gguf_blocks import BlockScheme
 from vllmlite.weights.schemes.gptq import GptqScheme
 from vllmlite.weights.schemes.tiles import GROUP, TileScheme
 
 Codes = NDArray[np.uint8]
 
-FLOAT8_MAX = np.float32(448)
-"""Largest value of e4m3."""
 SCALE_DTYPE = "float16"
 """Dtype in which the scales of AWQ, GPTQ, compressed-tensors and GGUF are written."""
 
@@ -79,16 +77,6 @@ def packed(weight: Rounded, scheme: Scheme) -> PackedWeight:
         raise ModelError(f"a scale of {np.abs(weight.scales).max():.4g} overflows {SCALE_DTYPE}")
     rows, columns = weight.codes.shape
     return pack(Rounded(weight.codes, scales, weight.zeros, weight.group_of), scheme, (rows, columns))
-
-
-def float8(values: Floats) -> Codes:
-    """The nearest e4m3 of each value, ties to even; magnitudes above 448 become 448."""
-    magnitudes = np.minimum(np.abs(values), FLOAT8_MAX)
-    bits = magnitudes.view(np.uint32)
-    normal = ((bits + np.uint32(0x7FFFF) + (bits >> np.uint32(20) & np.uint32(1))) >> np.uint32(20)) - 960
-    subnormal = np.rint(magnitudes * np.float32(512)).astype(np.uint32)
-    codes = np.where(magnitudes < 2.0**-6, subnormal, normal).astype(np.uint8)
-    return codes | np.signbit(values).astype(np.uint8) << np.uint8(7)
 
 
 def packed_float8(weight: Floats, scales: Floats, scheme: Float8Scheme) -> PackedWeight:

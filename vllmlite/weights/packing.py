@@ -8,11 +8,15 @@ from functools import cache
 
 from vllmlite.backends.base import Backend
 from vllmlite.weights.host import HostTensor, HostWeight, PackedWeight, Scheme
+from vllmlite.weights.schemes.float8 import Float8Scheme
 from vllmlite.weights.schemes.gguf_blocks import BlockScheme, to_tiles
 from vllmlite.weights.schemes.grouped import GroupableScheme
 from vllmlite.weights.schemes.tiles import TILES
 
 logger = logging.getLogger(__name__)
+
+LOAD_SCHEMES: dict[str, Scheme] = {**TILES, "fp8": Float8Scheme("channel", inputs="dynamic")}
+"""The scheme of weights that are quantised at load, by the name of the quantisation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class Packing:
 
     backend: Backend
     quantization: str | None = None
-    """The scheme, ``int8`` or ``int4``, in which weights stored as floats are quantised at load."""
+    """How weights stored as floats are quantised at load: a key of :data:`LOAD_SCHEMES`."""
     keep_blocks: bool = False
     """Leave ggml's blocks packed if the backend multiplies them; otherwise they become floats."""
     head: str | None = None
@@ -47,7 +51,7 @@ class Packing:
             return grouped if grouped is not None and grouped.name in self.backend.schemes else None
         elif stored is not None:
             return stored if native else None
-        return None if self.quantization is None else TILES[self.quantization]
+        return None if self.quantization is None else LOAD_SCHEMES[self.quantization]
 
     def treatment(self, stored: Scheme | None, packed: bool = True) -> str:
         """Describe what becomes of weights that are stored in ``stored``, or as floats where it is None.

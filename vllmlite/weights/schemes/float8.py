@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError
-from vllmlite.weights.host import Floats, PackedWeight, Part, Shape, float_tensor, float_values
+from vllmlite.weights.host import Floats, HostTensor, PackedWeight, Part, Shape, float_tensor, float_values
 from vllmlite.weights.schemes.codes import StoredCodes
 from vllmlite.weights.schemes.compressed import ACTIVATIONS, SCALE_DTYPES, scale_part
 from vllmlite.weights.schemes.grouped import (
@@ -177,3 +177,29 @@ class Float8Scheme(GroupableScheme):
                 SCALES: float_tensor(np.ascontiguousarray(scales), "float32"),
             },
         )
+
+
+def float8(values: Floats) -> NDArray[np.uint8]:
+    """The nearest e4m3 of each value, ties to even; magnitudes above 448 become 448."""
+    magnitudes = np.minimum(np.abs(values), LARGEST)
+    bits = magnitudes.view(np.uint32)
+    normal = ((bits + np.uint32(0x7FFFF) + (bits >> np.uint32(20) & np.uint32(1))) >> np.uint32(20)) - 960
+    subnormal = np.rint(magnitudes * np.float32(512)).astype(np.uint32)
+    codes = np.where(magnitudes < 2.0**-6, subnormal, normal).astype(np.uint8)
+    return codes | np.signbit(values).astype(np.uint8) << np.uint8(7)
+
+
+def quantize(values: Floats) -> PackedWeight:
+    """A weight ``[N, K]`` quantised by rows, as activations are, in the scheme whose products quantise these."""
+    most = np.abs(values).max(axis=1, keepdims=True, initial=0)
+    scales = np.maximum(most / np.float32(LARGEST), np.float32(LEAST_SCALE))
+    return of_rows(float8(values * (np.float32(1) / scales)), scales)
+
+
+def of_rows(codes: NDArray[np.uint8], scales: Floats) -> PackedWeight:
+    """A weight of e4m3 ``codes [N, K]`` with ``scales [N, 1]``, whose products quantise activations."""
+    parts = {
+        "weight": HostTensor("float8_e4m3", codes.shape, codes.reshape(-1)),
+        "weight_scale": float_tensor(scales, "float32"),
+    }
+    return PackedWeight(Float8Scheme("channel", inputs="dynamic"), codes.shape, parts)
