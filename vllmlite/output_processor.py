@@ -44,7 +44,7 @@ class _Group:
     prompt_token_ids: list[int]
     params: SamplingParams
     completions: dict[str, _Completion] = field(default_factory=dict)
-    """By the engine's request id."""
+    """The completions by their request ids in the engine."""
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     metrics: RequestMetrics | None = None
@@ -78,7 +78,7 @@ class _Pooling:
 
 @dataclass(slots=True)
 class ProcessedStep:
-    """What follows from the outputs of an engine's step."""
+    """The result of processing the outputs of an engine's step."""
 
     ready: list[RequestOutput]
     """Outputs for the users."""
@@ -368,7 +368,7 @@ def _whole(completion: _Completion) -> CompletionOutput:
 
 
 def _delta(completion: _Completion) -> CompletionOutput:
-    """What the newest engine output has added to a completion."""
+    """Return the part of a completion that the newest engine output has added."""
     state, detokenizer, first = completion.output, completion.detokenizer, completion.first_id
     text = ""
     if detokenizer is not None:

@@ -1,4 +1,4 @@
-// Ways to compute y = x @ w.T + bias of x [m, k], w [n, k], y [m, n], all row-major.
+// The implementations of y = x @ w.T + bias, with x [m, k], w [n, k] and y [m, n], all row-major.
 #pragma once
 
 #include "cuda/runtime.hpp"
@@ -13,17 +13,18 @@ struct Product {
   DType out_dtype;  // of y: the same, or float32
 };
 
-// Without tensor cores, each output summed up in one order whatever m is: float32, and what the others do not take.
+// Without tensor cores; the order of additions does not depend on m. For float32, and for shapes that the others do not
+// support.
 void multiply_by_dot_products(const Runtime& runtime, const Product& product);
 
-// In one order too, on tensor cores where they multiply the dtype.
+// The order of additions does not depend on m; on tensor cores if these multiply the dtype.
 void multiply_batch_invariant(const Runtime& runtime, const Product& product);
 
-// At most 8 rows of 16-bit x, on tensor cores; first, whether it takes the product.
+// For at most 8 rows of 16-bit x, on tensor cores. takes_skinny_product says whether the shape is supported.
 bool takes_skinny_product(const Runtime& runtime, const Product& product);
 void multiply_skinny(const Runtime& runtime, const Product& product);
 
-// By cuBLASLt; false if it has no way to.
+// By cuBLASLt. Returns false if it has no algorithm for the product.
 bool multiply_by_library(Runtime& runtime, const Product& product);
 
 }  // namespace vllmlite::cuda

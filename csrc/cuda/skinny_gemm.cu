@@ -23,7 +23,7 @@ constexpr int kStages = 4;  // few enough for a block of the next product to get
 constexpr int kChunks = 8;  // of 16 bytes in a row of a stage
 constexpr int kMostRows = 8;
 
-// In rows of odd number the two halves are exchanged, so that neighbouring rows lie in different banks.
+// Odd rows have their two halves exchanged, so that adjacent rows are in different banks.
 template <int kRows>
 struct SkinnyShared {
   uint4 stages[kWarps][kStages][kRows][kChunks];
@@ -145,7 +145,8 @@ bool takes_skinny_product(const Runtime& runtime, const Product& product) {
          aligned(product.w, 16);
 }
 
-// How much of the device works if tiles have so many rows: those that are left over keep few multiprocessors busy.
+// The fraction of the device that is busy with tiles of this many rows, given that the last tiles occupy only some of
+// the multiprocessors.
 static double share_at_work(const Runtime& runtime, int n, int rows) {
   const unsigned tiles = blocks_for(n, rows);
   const unsigned rounds = blocks_for(tiles, runtime.multiprocessors());

@@ -68,9 +68,9 @@ class StepPlan:
     block_table: torch.Tensor
     sampling: SamplePlan
     cache_slots: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By block size: int64 [T], index in the pool of each token's key and value."""
+    """Block size → int64 [T]: the index in the pool of each token's key and value."""
     groups: dict[tuple[KVSpec, int, int | None, bool], list[Group]] = field(default_factory=dict)
-    """By cache, number of query heads, window, and whether scores are edited."""
+    """(cache, number of query heads, window, whether scores are edited) → the groups of rows that attend together."""
     rotations: list[tuple[Rope, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """Rotary tables with the cosines and signed sines of each element of the tokens' heads: float32 [T, 1,
     rotary_dim]."""

@@ -110,7 +110,7 @@ class RandomPlan:
     """The rows that sample randomly."""
 
     rows: torch.Tensor | None
-    """None: all rows, in order."""
+    """Indices of the rows; None if all rows sample randomly."""
     numbers: torch.Tensor
     """float64 [4, rows, 1]: temperature, log of min_p, top_p, random number."""
     top_k: torch.Tensor | None

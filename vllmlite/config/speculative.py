@@ -42,7 +42,7 @@ SHORTHANDS: Mapping[str, tuple[str, type]] = {
 }
 """Options that set one key of ``speculative_config`` → the key and its type."""
 OLDER = frozenset(name for name in SHORTHANDS if not name.startswith("spec_"))
-"""Those that newer versions of vLLM do not have."""
+"""The options among these that newer versions of vLLM have removed."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "draft_tensor_parallel_size": (None, 1), "max_model_len": (None,), "quantization": (None,), "revision": (None,),
     "code_revision": (None,), "tensor_parallel_size": (None, 1), "draft_load_config": (None,),

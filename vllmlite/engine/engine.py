@@ -43,15 +43,15 @@ class EngineOutput:
     num_cached_tokens: int
     metrics: RequestMetrics
     logprobs: list[TokenLogprobs] | None = None
-    """Those of ``new_token_ids``."""
+    """Log-probabilities of ``new_token_ids``."""
     prompt_logprobs: list[TokenLogprobs] | None = None
-    """Those of the prompt's tokens but the first; set in one output, once all of them are known."""
+    """Log-probabilities of all prompt tokens but the first; set in a single output, once all of them are known."""
     ends_in_text: bool = False
     """Whether the last token is part of the text although the request ended with ``stop``: it completed a grammar."""
     pooled: list[float] | None = None
     """The vector of a pooling request, which gets no tokens."""
     error: str | None = None
-    """Why ``finish_reason`` is ``error``."""
+    """The message of the error, if ``finish_reason`` is ``error``."""
 
 
 class RequestOptions(TypedDict, total=False):

@@ -26,7 +26,7 @@ class StepResult:
     """Results of a step: entry i belongs to the i-th row that sampled."""
 
     token_ids: list[list[int]]
-    """Of each row the accepted drafts and the id sampled after them."""
+    """For each row, the accepted drafts and the id sampled after them."""
     logprobs: list[list[TokenLogprobs]] | None = None
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """Row → entries of the prompt tokens that follow the row's tokens, in order."""

@@ -62,9 +62,9 @@ class EngineClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._received, self._unsent = bytearray(), bytearray()
         self._requests: dict[str, _RemoteRequest] = {}
-        """By their ids."""
+        """The unfinished requests by their ids."""
         self._named: dict[str, _RemoteRequest] = {}
-        """The same, by their names at the host."""
+        """The same requests by their names at the host."""
         self._num_added = 0
         self._questions: deque[asyncio.Future[Any]] = deque()
         self._sent: OrderedDict[str, None] = OrderedDict()

@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLOSING_SECONDS = 10.0
-"""How long a host may take to end by itself once its client has closed the connection."""
+"""Seconds that a host has to end by itself after its client has closed the connection."""
 GARBAGE_THRESHOLDS = (10_000, 20, 10)
-"""For :func:`gc.set_threshold`: the youngest generation is collected at some fifty requests more than ended."""
+"""Arguments of :func:`gc.set_threshold`; 10,000 new objects are about fifty more requests begun than ended."""
 CLIENT_POLL_MS = 500
-"""Milliseconds in which a process that loads a model notices that its client has ended."""
+"""Timeout of the poll that watches, while a model loads, whether the client has ended."""
 PROGRAM = "from vllmlite.engine_process.host import main; main()"
 
 

@@ -17,7 +17,7 @@ LENGTH = struct.Struct("!Q")
 
 @dataclass(slots=True)
 class StepOutputs:
-    """What a step gave. Outputs that are one token and nothing else are sent as ``request_ids`` and ``token_ids``."""
+    """The outputs of a step. Outputs of one token and nothing else are sent as ``request_ids`` and ``token_ids``."""
 
     time: float
     """When the step ended, by :func:`time.monotonic`, which is one clock for all processes."""

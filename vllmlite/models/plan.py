@@ -33,7 +33,7 @@ class Plan:
     """The facts about a model that are known before a backend is chosen."""
 
     path: Path
-    """Of the checkpoint's directory or file."""
+    """The checkpoint's directory or file."""
     implementation: str
     """``native`` or ``transformers``."""
     architecture: str

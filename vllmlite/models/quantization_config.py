@@ -204,7 +204,8 @@ def _float8(section: HfConfig) -> Quantization:
 
 
 def _float8_inputs(block: tuple[int, int], inputs: str | None) -> str | None:
-    """How products with weights in blocks quantise activations: in blocks of the same size, or not at all."""
+    """Return how products with weights in blocks quantise activations: ``dynamic`` for blocks of the size that the
+    kernels have; None: not at all."""
     return inputs if block == (BLOCK, BLOCK) and inputs == "dynamic" else None
 
 

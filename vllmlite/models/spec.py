@@ -75,9 +75,9 @@ class LayerSpec:
     window: int | None = None
     """Sliding window in tokens, or None for full attention."""
     rope: RopeSpec | None = None
-    """None if q and k are not rotated."""
+    """The rotary embedding; None if q and k are not rotated."""
     moe: MoeSpec | None = None
-    """None if the layer has an MLP instead."""
+    """The mixture of experts; None if the layer has an MLP instead."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,14 +32,14 @@ NUM_TOKENS = 32768
 
 @dataclass(slots=True)
 class Report:
-    """What became of a checkpoint."""
+    """The result of :func:`quantize_checkpoint`."""
 
     target: Path
     """The new directory, or GGUF file."""
     resumed_at: int = 0
-    """Layers that an interrupted run had done."""
+    """Number of layers that an earlier, interrupted run had already quantised."""
     rounded_to_nearest: list[str] = field(default_factory=list)
-    """Weights that no calibration token reached."""
+    """Names of the weights that no calibration token reached, which were therefore rounded to nearest."""
 
 
 def quantize_checkpoint(

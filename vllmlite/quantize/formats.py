@@ -100,7 +100,7 @@ class Settings:
 
     @property
     def kind(self) -> str:
-        """What the checkpoint is."""
+        """A phrase for error messages that says what kind of path the checkpoint is."""
         return "file that ends in .gguf" if self.gguf else "directory"
 
     def config(self, floats: Sequence[str] = ()) -> dict[str, Any]:

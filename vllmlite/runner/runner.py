@@ -38,7 +38,7 @@ LOGPROBS_ROWS = 256
 
 @dataclass(slots=True)
 class Launched:
-    """A step on its way; what it sampled is read at :meth:`ModelRunner.collect`."""
+    """A launched step, whose results :meth:`ModelRunner.collect` reads."""
 
     schedule: Schedule
     sampled: Sampled | None = None
@@ -48,10 +48,10 @@ class Launched:
     """The proposer's handle of the step."""
     prompt_logprobs: list[RowLogprobs] = field(default_factory=list)
     named_logprobs: list[RowLogprobs] = field(default_factory=list)
-    """Of the ids that requests name."""
+    """Log-probabilities of the ids that requests name."""
     pools: list[Pool] = field(default_factory=list)
     hidden: Tensor | None = None
-    """Of the whole step, where ``pools`` need it."""
+    """Hidden states of all tokens of the step; None unless ``pools`` need them."""
 
 
 @dataclass(frozen=True, slots=True)

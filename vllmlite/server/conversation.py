@@ -11,7 +11,7 @@ from vllmlite.errors import ParameterError
 from vllmlite.server.openai.chat_protocol import ChatPrompt, Message, Tool
 
 VALUE_CHARACTERS = 16
-"""What a value costs a chat template, in characters of text."""
+"""Cost of rendering one value in a chat template, as a number of characters of text."""
 
 
 def as_mapping(message: Message) -> dict[str, Any]:

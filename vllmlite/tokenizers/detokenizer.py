@@ -142,7 +142,7 @@ class _TextDecoder:
         which the output may complete. The bytes of whole characters are left out: they would join a run of bytes in
         the output. Hidden ids are left out too, as the tokenizer passes over them."""
         self.num_held = 0
-        """Whole characters of a run of bytes that has not ended."""
+        """Number of complete characters at the end whose run of byte tokens may go on."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._utf8 = getincrementaldecoder("utf-8")("replace")
@@ -187,7 +187,7 @@ class _TextDecoder:
         return self._give(before, after)
 
     def finish(self) -> str:
-        """What is left."""
+        """Return the text that has not been returned yet."""
         return self._give(*self._texts())
 
     def _texts(self) -> tuple[str, str]:

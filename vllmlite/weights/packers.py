@@ -46,10 +46,10 @@ class Rounded:
     zeros: Codes
     """``[out, groups]``, unsigned."""
     group_of: NDArray[np.int64] | None = None
-    """``[in]``: the group of each column; None where groups are runs of as many columns each."""
+    """``[in]``: the group of each column; None if the groups are runs of equally many columns."""
 
     def values(self) -> Floats:
-        """What the codes mean, float32 ``[out, in]``."""
+        """Return the dequantised weight, float32 ``[out, in]``."""
         index = self.group_of
         if index is None:
             size = self.codes.shape[1] // self.scales.shape[1]

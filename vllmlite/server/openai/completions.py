@@ -69,7 +69,7 @@ class _Answer:
         self._scored = scored
         self._ids = service.config.return_tokens_as_token_ids or bool(body.return_tokens_as_token_ids)
         self._echoed: dict[int, int] = {}
-        """By choice that has begun: number of prompt characters echoed before its completion."""
+        """Index of each choice that has begun → number of prompt characters echoed before its completion."""
 
     def complete(self, outputs: list[RequestOutput]) -> Completion:
         choices = [

@@ -59,8 +59,8 @@ def scaled(
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """How a part is cut when a weight is: the axis of its rows and that of its columns, and how many rows and columns
-    an element of the part stands for. None: the part is not cut along that axis."""
+    """How to slice a part when its weight is sliced: the axes of the part that rows and columns of the weight run along
+    (None: the part is not sliced by these), and how many rows and columns one element of the part covers."""
 
     rows: int | None = None
     columns: int | None = None
@@ -69,10 +69,10 @@ class Axes:
 
 
 class SlicedScheme(Scheme):
-    """A scheme whose parts are cut along axes of their own."""
+    """A scheme whose parts are sliced along the axes that :meth:`axes` names."""
 
     def axes(self) -> dict[str, Axes]:
-        """The axes of every part, by suffix."""
+        """Return the axes of every part by its suffix."""
         raise NotImplementedError
 
     def take_rows(self, weight: PackedWeight, spans: Sequence[tuple[int, int]]) -> PackedWeight:
