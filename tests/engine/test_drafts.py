@@ -6,7 +6,7 @@ import pytest
 from engine_runs import assert_idle, make_engine, run
 from fake_runner import EOS, VOCAB, FakeRunner, expected
 
-from vllmlite.engine.drafts import PROBE_INTERVAL, Acceptance, DraftPolicy, StepCost
+from vllmlite.engine.drafts import MOST_DRAFTS, PROBE_INTERVAL, Acceptance, DraftPolicy, StepCost
 from vllmlite.engine.request import allows
 from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.scheduler import Schedule
@@ -120,6 +120,20 @@ def test_drafts_take_no_blocks_and_no_budget_from_others() -> None:
         assert engine.current_stats().num_preemptions == 0
         counts.append(runner.steps)
     assert counts[0] == counts[1]
+
+
+def test_a_step_has_no_more_drafts_than_there_is_room_for_logits() -> None:
+    engine, runner = make_engine(
+        num_blocks=1000, budget=2048, max_num_seqs=100, max_model_len=64, drafts=4, right=1.0, cost=FREE
+    )
+    schedules = noted(runner)
+    for index in range(90):
+        engine.add_request(
+            str(index), [index + 1], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+        )
+    run(engine)
+    most = max(schedule.num_sampled - len(schedule.slots) for schedule in schedules)
+    assert most == MOST_DRAFTS < 4 * 90
 
 
 def test_rejected_drafts_name_no_block() -> None:

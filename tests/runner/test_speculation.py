@@ -16,6 +16,7 @@ from checkpoints import write_checkpoint
 from native import needs_native_cpu
 
 from vllmlite import LLM, SamplingParams, StructuredOutputsParams
+from vllmlite.backends.cuda import CudaBackend
 from vllmlite.backends.select import BackendRequest, select_backend
 from vllmlite.engine.drafts import DraftPolicy, StepCost
 from vllmlite.errors import BackendError
@@ -163,6 +164,32 @@ def test_the_text_is_the_same_with_and_without_drafts(engine: str, wish: str) ->
     plain, speculating = built_in(False, engine), built_in(True, engine)
     check_same(plain, speculating, TEXTS, params)
     assert (speculating.llm_engine.stats().num_preemptions > 0) == (engine == "preempted")
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "float32"}, {"dtype": "bfloat16", "batch_invariant": True}], ids=str
+)
+@pytest.mark.parametrize("two_steps", [False, True])
+def test_cuda_says_the_same(options: dict[str, Any], two_steps: bool) -> None:
+    """With captured steps of several tokens a row, and a step in flight."""
+    try:
+        CudaBackend()
+    except BackendError as error:
+        pytest.skip(str(error))
+    options = {
+        "device": "cuda",
+        "backend": "cuda",
+        "block_size": 16,
+        "async_scheduling": two_steps,
+        **options,
+    }
+    plain, speculating = make(False, **options), make(True, **options)
+    for wish in ("greedy", "seeded", "penalties", "logprobs", "n", "min_tokens", "bans", "stop"):
+        params = SamplingParams(**{"max_tokens": 64, "ignore_eos": True, **WISHES[wish]})
+        check_same(plain, speculating, TEXTS, params)
+        check_same(plain, speculating, TEXTS[:1], params)
+    graphs = cast(ModelRunner, speculating.llm_engine.engine.runner).graphs
+    assert any(query_len > 1 for _, query_len in graphs)
 
 
 @needs_native_cpu

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vllmlite.engine.block_pool import BlockPool, block_hash
-from vllmlite.engine.drafts import DraftPolicy
+from vllmlite.engine.drafts import MOST_DRAFTS, DraftPolicy
 from vllmlite.engine.request import Request, Status
 from vllmlite.sampling_params import SamplingParams
 
@@ -127,7 +127,7 @@ class Scheduler:
         block_size = self.limits.block_size
         running = self.running
         if self.drafting.most:
-            self._spare = budget - self._tokens_to_compute()
+            self._spare = min(budget - self._tokens_to_compute(), MOST_DRAFTS)
         if any(request.num_missing_tokens == 1 and request.may_run for request in running):
             prefill_budget = self.limits.max_mixed_prefill_tokens
         preempted = False

@@ -309,7 +309,7 @@ class EngineClient:
 
 
 def _can_merge(message: StepOutputs, merged: dict[str, EngineOutput]) -> bool:
-    """Whether a step can be added to ``merged``: an output has the log-probabilities of one token at most."""
+    """Whether a step can be added to ``merged``: an output has the log-probabilities of one step at most."""
     return not any(
         has_logprobs(output) or has_logprobs(merged[output.request_id])
         for output in message.outputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllmlite.backends.base import Backend, Model
 from vllmlite.config.engine_config import EngineConfig
+from vllmlite.engine.drafts import MOST_DRAFTS
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.models import kv_spec
 from vllmlite.models.plan import Plan
@@ -67,7 +68,8 @@ def num_cache_blocks(config: EngineConfig, backend: Backend, model: Model, max_m
     else:
         _largest_step(config, backend, model, max_model_len)
         memory = backend.memory()
-        logits = 4 * config.max_num_seqs * model.vocab_size * 4
+        sampled = config.max_num_seqs + (0 if config.speculative() is None else MOST_DRAFTS)
+        logits = 4 * sampled * model.vocab_size * 4
         available = int(memory.total * config.gpu_memory_utilization) - (memory.total - memory.free) - logits
     most_used = -(-max_model_len // config.block_size) * config.max_num_seqs
     num_blocks = min(available // block_bytes, most_used)
