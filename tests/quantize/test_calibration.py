@@ -17,7 +17,7 @@ from vllmlite.models import open_model, read_spec
 from vllmlite.quantize import quantize_checkpoint
 from vllmlite.quantize.awq import fold_factors, folds
 from vllmlite.quantize.calibration import Calibration, Moments
-from vllmlite.quantize.gptq import gptq
+from vllmlite.quantize.gptq import DAMPING, Inputs, gptq
 from vllmlite.quantize.rounding import Grid, channel_error, nearest
 from vllmlite.weights.host import float_tensor, float_values
 from vllmlite.weights.packing import Packing
@@ -50,17 +50,44 @@ def test_gptq_has_a_smaller_error_than_rounding_to_nearest(grid: Grid, act_order
     weight = np.random.default_rng(2).normal(size=(48, 256)).astype(np.float32)
     inputs = correlated(1000, 256)
     gram = inputs.T @ inputs
-    found = gptq(weight, grid, gram, act_order=act_order)
+    found = gptq(weight, grid, Inputs.of(gram, act_order))
     errors = [channel_error(weight, one.values(), gram) for one in (found, nearest(weight, grid))]
     assert errors[0] < 0.5 * errors[1]
     assert found.codes.max() <= 15
+
+
+@pytest.mark.parametrize("size", [5, 128, 300])
+def test_the_factor_is_that_of_the_inverse(size: int) -> None:
+    inputs = correlated(1000, size)
+    gram = inputs.T @ inputs
+    factor = Inputs.of(gram).factor.astype(np.float64)
+    damped = gram + DAMPING * np.diagonal(gram).mean() * np.eye(size)
+    assert not np.tril(factor, -1).any() and (np.diagonal(factor) > 0).all()
+    np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(size), atol=1e-4)
+
+
+@pytest.mark.usefixtures("tokens")
+def test_products_with_the_same_inputs_share_a_factor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """q, k and v do, and gate and up."""
+    source, count, make = checkpoint(tmp_path / "source", "dense"), 0, Inputs.of
+
+    def counted(*given: Any) -> Inputs:
+        nonlocal count
+        count += 1
+        return make(*given)
+
+    monkeypatch.setattr(Inputs, "of", counted)
+    quantize_checkpoint(source, tmp_path / "made", "gptq", method="gptq", group_size=32)
+    assert count == 4 * read_spec(source).num_layers
 
 
 def test_gptq_rounds_weights_of_inputs_that_are_always_zero_to_nearest() -> None:
     weight = np.random.default_rng(2).normal(size=(16, 64)).astype(np.float32)
     inputs = correlated(100, 64)
     inputs[:, 32:] = 0
-    found = gptq(weight, SYMMETRIC, inputs.T @ inputs)
+    found = gptq(weight, SYMMETRIC, Inputs.of(inputs.T @ inputs))
     assert np.abs(found.values() - weight)[:, 32:].max() < 0.5
 
 
@@ -122,7 +149,7 @@ def test_layers_run_one_by_one_are_the_model(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("tokens")
 @pytest.mark.parametrize(
     ("method", "family"),
-    [("gptq", "dense"), ("gptq", "mixture"), ("gptq", "fused"), ("awq", "dense"), ("awq", "fused")],
+    [("gptq", "dense"), ("gptq", "mixture"), ("gptq", "fused"), ("awq", "mixture"), ("awq", "fused")],
 )
 def test_calibrated_checkpoints_are_closer_to_the_floats(method: str, family: str, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", family)

@@ -39,7 +39,8 @@ def add_arguments(parser: OptionParser) -> None:
         "--method",
         choices=METHODS,
         default="rtn",
-        help="how gptq, awq, compressed-tensors and gguf-q4_0 are rounded: to nearest (the default), by GPTQ or by AWQ",
+        help="how gptq, awq, compressed-tensors and gguf-q4_0 are rounded: to nearest (the default), by GPTQ, or GPTQ "
+        "after AWQ's scaling",
     )
     parser.add_argument("--bits", type=int, metavar="N", help="bits of a weight: 4 (the default) or 8")
     parser.add_argument(

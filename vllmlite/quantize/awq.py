@@ -1,7 +1,8 @@
 """AWQ (Lin et al. 2023): scales the input channels of products, so that channels with large inputs are rounded finely.
 
 The factor of a channel multiplies the column of each weight that reads it, and divides what produces it: the weight of
-the norm before, or the rows of the product before. In floats, the results of the layer do not change.
+the norm before, or the rows of the product before. In floats, the results of the layer do not change. The scaled
+weights are then rounded by :mod:`vllmlite.quantize.gptq`, which loses less than the paper's rounding to nearest.
 """
 
 from __future__ import annotations

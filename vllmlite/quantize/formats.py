@@ -12,7 +12,7 @@ from vllmlite.models.quantization_config import own_config
 from vllmlite.weights.schemes.tiles import GROUP
 
 METHODS = ("rtn", "gptq", "awq")
-"""Round to nearest; GPTQ (Frantar et al. 2023); AWQ (Lin et al. 2023)."""
+"""Round to nearest; GPTQ (Frantar et al. 2023); AWQ's scales (Lin et al. 2023), then GPTQ's rounding."""
 FLOAT8_BLOCK = 128
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,14 +19,33 @@ DAMPING = 0.01
 """The fraction of the mean of the Gram matrix's diagonal that is added to the diagonal."""
 
 
-def gptq(weight: Floats, grid: Grid, gram: NDArray[np.float32], *, act_order: bool = False) -> Rounded:
-    """Round ``weight [out, in]`` so that products stay close for inputs with the Gram matrix ``gram [in, in]``.
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What GPTQ needs to know about the inputs of a product; all products with the same inputs can share it."""
 
-    ``act_order`` rounds columns with large inputs first, with scales of the original weight ("static groups")."""
+    gram: NDArray[np.float32]
+    """``[in, in]``: their Gram matrix."""
+    order: NDArray[np.int64] | None
+    """The order in which columns are rounded; None: from first to last."""
+    factor: NDArray[np.float32]
+    """The upper Cholesky factor of the inverse of the damped Gram matrix in that order."""
+
+    @classmethod
+    def of(cls, gram: NDArray[np.float32], act_order: bool = False) -> Inputs:
+        """``act_order``: columns with large inputs are rounded first. ModelError for values that are not finite."""
+        if not act_order:
+            return cls(gram, None, _inverse_factor(gram))
+        order = np.argsort(-np.diagonal(gram), kind="stable")
+        return cls(gram, order, _inverse_factor(gram[np.ix_(order, order)]))
+
+
+def gptq(weight: Floats, grid: Grid, inputs: Inputs) -> Rounded:
+    """Round ``weight [out, in]`` so that products stay close for ``inputs``.
+
+    Columns that are rounded in another order get the scales of the original weight ("static groups")."""
     rows, columns = weight.shape
-    size = grid.group_size
-    order = np.argsort(-np.diagonal(gram), kind="stable") if act_order else np.arange(columns)
-    factor = _inverse_factor(gram[np.ix_(order, order)] if act_order else gram)
+    size, gram, factor, act_order = grid.group_size, inputs.gram, inputs.factor, inputs.order is not None
+    order = np.arange(columns) if inputs.order is None else inputs.order
     left = np.ascontiguousarray(weight.T[order])
     codes = np.empty((columns, rows), np.uint8)
     scales = np.empty((columns // size, rows), np.float32)
@@ -57,13 +79,29 @@ def gptq(weight: Floats, grid: Grid, gram: NDArray[np.float32], *, act_order: bo
 
 def _inverse_factor(gram: NDArray[np.float32]) -> NDArray[np.float32]:
     """The upper Cholesky factor of the inverse of ``gram``, whose diagonal is raised by :data:`DAMPING`; the diagonal
-    of inputs that are always 0 is taken as 1."""
-    damped = gram.astype(np.float64)
+    of inputs that are always 0 is taken as 1.
+
+    If U is the upper triangle with ``gram = U @ U.T``, that factor is the inverse of U. U is the Cholesky factor of the
+    matrix with rows and columns reversed, reversed again."""
+    damped = gram[::-1, ::-1].astype(np.float64)
     diagonal = np.diagonal(damped).copy()
     diagonal[diagonal == 0] = 1
     np.fill_diagonal(damped, diagonal + DAMPING * diagonal.mean())
     try:
-        factor = np.linalg.cholesky(np.linalg.inv(damped)).T
+        upper = np.linalg.cholesky(damped)[::-1, ::-1]
     except np.linalg.LinAlgError as error:
         raise ModelError(f"the products of its inputs cannot be inverted: {error}") from error
-    return np.ascontiguousarray(factor, np.float32)
+    return np.ascontiguousarray(_inverse_of_triangle(upper), np.float32)
+
+
+def _inverse_of_triangle(upper: NDArray[Any]) -> NDArray[Any]:
+    """The inverse of an upper triangular matrix, by halves, so that most of the work is matrix products."""
+    size = len(upper)
+    if size <= BLOCK:
+        return np.triu(np.linalg.inv(upper))
+    half = size // 2
+    found = np.zeros_like(upper)
+    found[:half, :half] = _inverse_of_triangle(upper[:half, :half])
+    found[half:, half:] = _inverse_of_triangle(upper[half:, half:])
+    found[:half, half:] = -found[:half, :half] @ (upper[:half, half:] @ found[half:, half:])
+    return found

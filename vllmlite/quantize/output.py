@@ -14,7 +14,7 @@ from vllmlite.errors import ModelError
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.quantize.calibration import Moments
 from vllmlite.quantize.formats import FLOAT8_BLOCK, Settings
-from vllmlite.quantize.gptq import gptq
+from vllmlite.quantize.gptq import Inputs, gptq
 from vllmlite.quantize.rounding import Grid, nearest
 from vllmlite.weights.host import Floats, HostTensor, PackedWeight, Scheme, float_tensor
 from vllmlite.weights.packers import packed, packed_float8
@@ -40,6 +40,7 @@ class Output(ABC):
     ) -> None:
         self.spec, self.weights, self.settings, self.backend = spec, weights, settings, backend
         self.files: Checkpoint | None = None
+        self._latest: tuple[Moments, Inputs] | None = None
 
     @abstractmethod
     def open(self, work: Path) -> None:
@@ -98,9 +99,13 @@ class Output(ABC):
         grid = self._grid(scheme, weight.shape[1])
         if moments is None or not moments.rows:
             return packed(nearest(weight, grid), scheme)
-        if settings.method == "gptq":
-            return packed(gptq(weight, grid, moments.gram, act_order=settings.act_order), scheme)
-        return packed(nearest(weight, grid, moments.gram), scheme)
+        return packed(gptq(weight, grid, self._inputs(moments)), scheme)
+
+    def _inputs(self, moments: Moments) -> Inputs:
+        """What GPTQ needs of ``moments``; it is kept for further weights with the same inputs."""
+        if self._latest is None or self._latest[0] is not moments:
+            self._latest = moments, Inputs.of(moments.gram, self.settings.act_order)
+        return self._latest[1]
 
     def _grid(self, scheme: Scheme, columns: int) -> Grid:
         settings = self.settings

@@ -68,12 +68,10 @@ class Grid:
         return np.clip(found, 0, self.largest, out=found)
 
 
-def nearest(
-    weight: Floats, grid: Grid, gram: NDArray[np.float32] | None = None, *, search: bool = True
-) -> Rounded:
+def nearest(weight: Floats, grid: Grid, *, search: bool = True) -> Rounded:
     """Round ``weight [out, in]`` to nearest. With ``search``, the scale of each group is that of :data:`SHRINKS` ranges
-    with the least squared error, or with ``gram [in, in]``, the inputs' Gram matrix, the least error of the output."""
-    scales, zeros = group_scales(weight, grid, gram, search=search)
+    with the least squared error."""
+    scales, zeros = group_scales(weight, grid, search=search)
     rows, columns = weight.shape
     groups = weight.reshape(rows, -1, grid.group_size)
     codes = np.empty(groups.shape, np.uint8)
@@ -85,7 +83,8 @@ def nearest(
 def group_scales(
     weight: Floats, grid: Grid, gram: NDArray[np.float32] | None = None, *, search: bool = True
 ) -> tuple[Floats, Floats]:
-    """Scales and zeros ``[out, groups]`` of ``weight``, chosen as by :func:`nearest`."""
+    """Scales and zeros ``[out, groups]`` of ``weight``, chosen as by :func:`nearest`; with ``gram [in, in]``, the
+    inputs' Gram matrix, by the least error of the output."""
     rows, columns = weight.shape
     size = grid.group_size
     groups = weight.reshape(rows, -1, size)
