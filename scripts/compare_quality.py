@@ -6,14 +6,18 @@ not trained on, and mean Kullback-Leibler divergence of its next-token distribut
 
 A CONFIGURATION is a list of engine options such as `quantization=int8` or `dtype=bfloat16,kv_cache_dtype=int8`; by
 default, the list below is run. `max_num_batched_tokens=1` feeds one token per step, as decoding does, which may use
-other kernels.
+other kernels. `format=awq,method=awq,group_size=32` are options of `quantize`: the checkpoint that it writes is
+dequantised and run by the float32 reference, as GGUF files are, which shows the loss by the weights alone. To compare
+with Q4_K of llama.cpp, which has 4.5 bits as groups of 32 do:
+
+    python3 -m vllmlite quantize --format gguf-q8_0 --output q8_0.gguf
+    llama-quantize --allow-requantize --pure --token-embedding-type q8_0 q8_0.gguf q4_k.gguf Q4_K_S
+    PYTHONPATH=. scripts/compare_quality.py format=gptq,method=gptq,group_size=32 --gguf q4_k.gguf
 
 The texts: `licence` is this repository's LICENSE (the training corpus excludes licences), English far from what the
 model knows; `own` is written by the reference at temperature 1 after the beginnings below, so that float32 must be best
 and any loss shows. Both are cut into windows of 512 tokens. Every token of a window but the first is predicted from
-those before it, and the log-probabilities of the whole vocabulary are compared. A GGUF file of the same model is
-dequantised (python3-gguf, python3-safetensors) and run by the float32 reference, which shows the loss by its weights
-without llama.cpp's rounding of activations to 8 bits.
+those before it, and the log-probabilities of the whole vocabulary are compared.
 
 The last line is JSON: {configuration: {text: {"perplexity": ..., "kl": mean nats, "kl_99": their 99th percentile,
 "same_top": fraction of positions with the reference's most likely token}}}; null for a refused configuration.
@@ -25,7 +29,6 @@ import argparse
 import hashlib
 import json
 import math
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ from numpy.typing import NDArray
 from vllmlite import LLM, SamplingParams
 from vllmlite.errors import VllmliteError
 from vllmlite.hub import BUILT_IN
+from vllmlite.quantize import quantize_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 512
@@ -58,20 +62,6 @@ BEGINNINGS = [
     "The default value of this option",
     "Copyright and authors:",
 ]
-
-LAYERS = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-"""GGUF's tensor names with the checkpoint's."""
 
 
 def main() -> None:
@@ -110,11 +100,16 @@ def main() -> None:
 
     compare("reference", REFERENCE)
     for configuration in args.configurations:
-        compare(configuration, {"backend": "cpu", **_options(configuration)})
-    for file in args.gguf:
+        options = _options(configuration)
+        if "format" not in options:
+            compare(configuration, {"backend": "cpu", **options})
+            continue
         with tempfile.TemporaryDirectory() as directory:
-            _dequantise(Path(file), Path(directory))
-            compare(Path(file).name, {"model": directory, **REFERENCE})
+            made = Path(directory, "x.gguf" if str(options["format"]).startswith("gguf") else "x")
+            quantize_checkpoint(BUILT_IN, made, **options)
+            compare(configuration, {"model": str(made), **REFERENCE})
+    for file in args.gguf:
+        compare(Path(file).name, {"model": file, **REFERENCE})
     print(json.dumps(result))
 
 
@@ -182,30 +177,6 @@ def _compared(
         "kl_99": float(f"{np.quantile(kl, 0.99):.3g}"),
         "same_top": round(float(np.concatenate(same).mean()), 4),
     }
-
-
-def _dequantise(file: Path, directory: Path) -> None:
-    """Write a float32 checkpoint from a GGUF file of the built-in model."""
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
-    from safetensors.numpy import save_file
-
-    config = json.loads((BUILT_IN / "config.json").read_text())
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    tensors = {}
-    for tensor in GGUFReader(file).tensors:
-        weights = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
-        *layer, name, kind = tensor.name.split(".")
-        if not layer:
-            tensors[f"{OUTSIDE[name]}.{kind}"] = weights
-            continue
-        if name in heads:  # undo GGUF's row order for rotating neighbouring elements
-            shape = heads[name], weights.shape[0] // heads[name] // 2, 2, weights.shape[1]
-            weights = weights.reshape(shape).swapaxes(1, 2).reshape(weights.shape)
-        tensors[f"model.layers.{layer[-1]}.{LAYERS[name]}.{kind}"] = np.ascontiguousarray(weights)
-    save_file(tensors, directory / "model.safetensors")
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BUILT_IN / name, directory)
 
 
 if __name__ == "__main__":
