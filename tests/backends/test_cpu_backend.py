@@ -1,5 +1,5 @@
-"""What the native CPU backend promises beyond the interface: results that do not depend on how work is split, bit for
-bit, and no use of torch."""
+"""Promises of the native CPU backend beyond the interface: results do not depend, bit for bit, on how work is split,
+and torch is not used."""
 
 from __future__ import annotations
 

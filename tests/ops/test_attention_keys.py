@@ -89,7 +89,7 @@ def boundaries(length: int, unit: int) -> Array:
 
 SHAPES = [(8, 1, 64), (6, 2, 24)]
 MORE_SHAPES = [(8, 2, 16), (12, 3, 80), (16, 2, 128), (4, 2, 256)]
-"""For a GPU, whose kernels are several by size, and fast."""
+"""Further shapes for GPUs, which are fast, and which have several kernels by size."""
 cases = pytest.mark.parametrize(
     ("name", "dtype", "shape"),
     [

@@ -22,7 +22,7 @@ SCHEMES = {
     "blocks": Float8Scheme("block", (128, 128), "weight_scale_inv", inputs="dynamic"),
 }
 INPUT_SCALE = np.float32(0.0075)
-"""Magnitudes above 3.4 become the largest."""
+"""A static scale with which magnitudes above 3.4 are clamped."""
 
 
 def tensor(dtype: str, values: NDArray[Any]) -> HostTensor:

@@ -59,8 +59,8 @@ def grouped(
 
 
 def dequantized_product(backend: CpuBackend, x: Array, weight: PackedWeight) -> Array:
-    """The product with the floats that ``weight`` means, in the dtype in which the backend takes x, and with columns in
-    the order of the packed ones."""
+    """Return the product with the dequantised weight, in the dtype in which the backend takes x, and with the columns
+    in the order of the packed ones."""
     takes_bf16 = backend.dtype == "bfloat16" and backend.isa in ("avx512_bf16", "amx")
     floats = CpuBackend("bfloat16" if takes_bf16 else "float32", isa=backend.isa)
     parts = dict(weight.parts)
@@ -85,7 +85,7 @@ part = st.tuples(
 def test_products_have_the_bits_of_those_with_floats(
     isa: str, dtype: str, rows: int, columns: int, parts: list[Any]
 ) -> None:
-    """Whatever the number of rows, and whatever forms the parts of a fused weight have."""
+    """For any number of rows, and for fused weights whose parts have different layouts."""
     backend = CpuBackend(dtype, threads=2, isa=isa)
     packed = [
         grouped(out, columns, bits, size, symmetric=symmetric, scales=scales, order=order, seed=index)
@@ -118,7 +118,7 @@ def test_products_longer_than_a_chunk(isa: str, dtype: str, columns: int, size: 
 @each_isa
 @pytest.mark.parametrize("bits", [4, 8])
 def test_scales_in_float32(isa: str, bits: int) -> None:
-    """Elements are rounded once or twice there, alike in every batch."""
+    """Elements are rounded once or twice with these scales, in the same way in every batch."""
     backend = CpuBackend(threads=2, isa=isa)
     packed = grouped(20, 96, bits, scales="float32")
     weight = backend.linear_weight([packed])
@@ -251,7 +251,7 @@ def test_mixtures(isa: str, tokens: int, ordered: bool) -> None:
     np.testing.assert_allclose(together, expected, rtol=0, atol=1e-5)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_parts_that_do_not_fit_are_refused() -> None:
     backend = CpuBackend()
     packed = grouped(16, 64)
     with pytest.raises(BackendError, match=r"a weight \[16, 64\] of float32 beside packed ones"):

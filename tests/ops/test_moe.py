@@ -72,7 +72,7 @@ def a_mixture(
     tokens: int, count: int, hidden: int, inner: int
 ) -> tuple[Array, Array, list[Array], list[Array]]:
     x, logits = numbers((tokens, hidden)), numbers((tokens, count), 1, 2)
-    logits[:, 5] = -100  # an expert that nobody asks
+    logits[:, 5] = -100  # an expert that no token chooses
     gate_up = [numbers((2 * inner, hidden), 10 + expert, 0.2) for expert in range(count)]
     down = [numbers((hidden, inner), 20 + expert, 0.2) for expert in range(count)]
     return x, logits, gate_up, down

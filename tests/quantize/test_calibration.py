@@ -1,4 +1,4 @@
-"""GPTQ and AWQ: less error than rounding to nearest, floats that compute what they did, and runs that go on."""
+"""GPTQ and AWQ: smaller errors than rounding to nearest, folding that changes no result, and resumed runs."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ ASYMMETRIC = Grid(4, 32, False, AwqScheme(32))
 
 @pytest.fixture
 def tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens in place of text: the tiny checkpoints have no tokenizer."""
+    """Replace calibration text by tokens, because the tiny checkpoints have no tokenizer."""
     monkeypatch.setattr(writing, "calibration_tokens", lambda *_: TOKENS)
 
 
 def correlated(rows: int, columns: int) -> Any:
-    """Inputs that depend on one another, as those of models do; a few channels are large."""
+    """Return correlated inputs, as those of models are; a few channels are large."""
     rng = np.random.default_rng(1)
     mixed = rng.normal(size=(rows, 16)) @ rng.normal(size=(16, columns)) + 0.3 * rng.normal(
         size=(rows, columns)
@@ -92,8 +92,8 @@ def test_gptq_rounds_weights_of_inputs_that_are_always_zero_to_nearest() -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_folding_leaves_what_a_layer_computes(family: str, tmp_path: Path) -> None:
-    """Norms are stored in bfloat16; weights make up for how they are rounded."""
+def test_folding_does_not_change_the_result_of_a_layer(family: str, tmp_path: Path) -> None:
+    """Norm weights are stored in bfloat16; the other weights compensate for their rounding."""
     source = checkpoint(tmp_path / "source", family)
     spec, backend = read_spec(source), float32_backend()
     weights = open_model(source, spec, Packing(backend))

@@ -1,4 +1,4 @@
-"""Checkpoints that ``vllmlite quantize`` writes: read again, they compute what the weights they hold mean."""
+"""Checkpoints that ``vllmlite quantize`` writes: a model read from one computes with its dequantised weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STANDARD = ("gptq", "awq", "compressed-tensors", "fp8")
 
 
 def values(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Every tensor by the model's names, dequantised to float32."""
+    """Return every tensor by the model's names, dequantised to float32."""
     backend = TorchBackend()
     weights = open_model(path, read_spec(path), Packing(backend))
     return {name: float_values(weights.floats(name)) for name in weights.sources}

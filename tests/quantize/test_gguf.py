@@ -1,4 +1,4 @@
-"""GGUF files that ``vllmlite quantize`` writes: this program and gguf-py read from them what was meant."""
+"""GGUF files that ``vllmlite quantize`` writes: vllmlite and gguf-py read the expected values from them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Values = dict[str, NDArray[np.float32]]
 
 
 def values(path: Path) -> Values:
-    """Every tensor by the model's names, dequantised to float32."""
+    """Return every tensor by the model's names, dequantised to float32."""
     spec, packing = read_spec(path), Packing(float32_backend())
     weights = (
         ModelWeights(sources(spec), open_gguf(path, spec), packing)
@@ -71,7 +71,7 @@ def source_of(case: str, path: Path) -> Path:
     [*((case, "gguf-q4_0") for case in CASES), ("llama", "gguf-q8_0"), ("bloom", "gguf-q8_0")],
 )
 def test_every_family(case: str, form: str, tmp_path: Path) -> None:
-    """The file has the source's tensors, rounded, and computes what a checkpoint with the rounded values does."""
+    """The file has the rounded tensors of the source, and gives the results of a checkpoint with the rounded values."""
     source, made = source_of(case, tmp_path / "source"), tmp_path / "made.gguf"
     quantize_checkpoint(source, made, form)
     before, after = values(source), values(made)
@@ -145,7 +145,7 @@ def test_gguf_py_reads_the_same(case: str, tmp_path: Path) -> None:
         ("Gemma3", {"layer_types": ["full_attention"] * 3, "head_dim": 16}, r"window=None; it would be read as"),
     ],
 )  # fmt: skip
-def test_what_gguf_cannot_say_is_refused(
+def test_a_model_that_gguf_cannot_describe_is_refused(
     family: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     write_checkpoint(tmp_path / "source", family, **changes)
