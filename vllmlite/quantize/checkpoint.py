@@ -58,18 +58,17 @@ def quantize_checkpoint(
     threads: int | None = None,
     show: Callable[[int, int], object] | None = None,
 ) -> Report:
-    """Write the checkpoint in directory ``source`` to the new directory ``target``, the weights of its products
-    quantised, everything else as it is; or with a format of GGUF, to the new file ``target``.
+    """Quantise the weight matrices of the checkpoint in directory ``source``, and write it to the new directory
+    ``target``; formats of GGUF write the new file ``target``. Other tensors are not changed.
 
-    ``format`` is one of ``FORMATS``, ``method`` one of ``METHODS``; None takes the format's default. ``calibration``: a
-    text file for the methods gptq and awq; None: text that the built-in model writes. ``num_tokens`` of it are used.
-    ``threads``: of the CPU; None: as many as the process may use. ``show``: is called with the number of steps that are
-    done and of all.
+    ``format`` is one of ``FORMATS``, ``method`` one of ``METHODS``; None takes the format's default. ``calibration`` is
+    a text file for the methods gptq and awq, of which ``num_tokens`` tokens are used; None: text that the built-in
+    model generates. ``threads``: CPU threads; None: as many as the process may use. ``show`` is called with the number
+    of steps that are done and the number of all steps.
 
-    What is written goes to ``target``'s neighbour ``.NAME.partial`` first. It stays there if the run is interrupted or
-    the disk is full; the same call then goes on after the last layer that was done, and writes the same bytes.
-    ModelError says what is wrong with ``source``, ParameterError with another argument, BackendError that nothing can
-    compute."""
+    Files are written to ``.NAME.partial`` beside ``target`` first. They stay there if the run is interrupted or the
+    disk is full; the same call then continues after the last finished layer, and writes the same bytes. Raises
+    ModelError for a wrong ``source``, ParameterError for other arguments, BackendError if no backend can compute."""
     settings = Settings(format, method, bits, group_size, symmetric, act_order, quantize_head)
     if source.is_file():
         raise ModelError(f"{source}: is a GGUF file; accepted: a directory with a checkpoint")

@@ -61,7 +61,7 @@ VLLMLITE_INLINE void store(void* to, V value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
-// The first `count` elements, zeros after them.
+// Loads the first `count` elements; the others become zeros.
 template <typename V, typename T>
 VLLMLITE_INLINE V load_some(const T* from, int count) {
   T padded[sizeof(V) / sizeof(T)] = {};
@@ -194,7 +194,7 @@ VLLMLITE_INLINE F from_i8(const std::int8_t* from) {
 #endif
 }
 
-// The lowest bytes of the first `count` elements.
+// Stores the lowest bytes of the first `count` elements.
 VLLMLITE_INLINE void store_i8(std::int8_t* to, I x, int count) {
   std::int32_t items[kLanes];
   store(items, x);

@@ -20,5 +20,5 @@ class Proposer(Protocol):
         ...
 
     def collect(self, handle: Any, token_ids: Sequence[list[int]], wanted: Sequence[int]) -> list[list[int]]:
-        """Take in the ids that a step sampled in its slots; return at most ``wanted[i]`` drafts for the i-th slot."""
+        """Add the ids that a step sampled in its slots; return at most ``wanted[i]`` drafts for the i-th slot."""
         ...

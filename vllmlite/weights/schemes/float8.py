@@ -190,7 +190,7 @@ def float8(values: Floats) -> NDArray[np.uint8]:
 
 
 def quantize(values: Floats) -> PackedWeight:
-    """A weight ``[N, K]`` quantised by rows, as activations are, in the scheme whose products quantise these."""
+    """Quantise a weight ``[N, K]`` by rows, in the scheme whose products quantise activations by rows as well."""
     most = np.abs(values).max(axis=1, keepdims=True, initial=0)
     scales = np.maximum(most / np.float32(LARGEST), np.float32(LEAST_SCALE))
     return of_rows(float8(values * (np.float32(1) / scales)), scales)
