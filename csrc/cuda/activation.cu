@@ -61,16 +61,22 @@ static __global__ __launch_bounds__(kMostOfRow) void quantised_activation_kernel
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * packs;
   const P* from = reinterpret_cast<const P*>(x) + 2 * row;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  P held[kHeld];
-  float most = 0;
+  P held[kHeld], up[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int column = thread + i * threads;
-    if (column >= packs) break;
-    const P gate = from[column], up = from[packs + column];
+    if (column < packs) {
+      held[i] = from[column];
+      up[i] = from[packs + column];
+    }
+  }
+  float most = 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (thread + i * threads >= packs) break;
 #pragma unroll
     for (int j = 0; j < 8; ++j)
-      held[i].at[j] = from_float<T>(activated<kActivation>(to_float(gate.at[j])) * to_float(up.at[j]));
+      held[i].at[j] = from_float<T>(activated<kActivation>(to_float(held[i].at[j])) * to_float(up[i].at[j]));
     most = fmaxf(most, largest_magnitude(held[i]));
   }
   const float scale = fp8_row_scale(most, constant, shared);
