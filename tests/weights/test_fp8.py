@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from quantized_checkpoints import logits, quantised, tensors_of, write
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.backends.torch import TorchBackend
+from vllmlite.cli import probe
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.errors import BackendError, ModelError
 from vllmlite.models import load_model
@@ -61,6 +63,14 @@ def test_the_start_line_says_what_happens_to_activations(backend: str, said: str
         model=str(path), backend=backend, device="cpu", dtype="float32", kv_cache_memory_bytes=1 << 20
     )
     assert said in build_runner(config, plan_for(config)).backend_choice
+
+
+@needs_native_cpu
+def test_env_says_how_backends_multiply_the_weights(tmp_path: Path) -> None:
+    path, _ = quantised(tmp_path, FP8["blocks"])
+    forms = dict(probe.weight_forms(str(path)))
+    assert forms["torch on cpu"] == "fp8_w8a8 weights kept, activations in float8_e4m3"
+    assert re.fullmatch(r"fp8_w8a8 weights .*, activations in \w+, not float8_e4m3", forms["cpu on cpu"])
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, np.inf, np.nan])

@@ -128,6 +128,7 @@ def _model(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
     if plan.implementation == "transformers" and not untried and (reason := probe.probe_model(path)):
         return {"name": name, "error": reason}
     declined = declining(plan)
+    forms = probe.probe_weights(path) if answers and plan.quantization and path.is_dir() else {}
     able = [answer for answer in answers if answer["available"] and answer["backend"] not in declined]
     return {
         "name": name,
@@ -135,6 +136,7 @@ def _model(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
         "implementation": plan.implementation,
         "dtype": plan.dtype,
         "quantization": plan.quantization,
+        "weights": forms,
         "max_model_len": plan.max_position_embeddings,
         "runs_on": [f"{answer['backend']} on {answer['kind']}" for answer in able],
         "declines": declined,
@@ -154,6 +156,7 @@ def _model_text(model: dict[str, Any]) -> str:
         facts.append("transformers' code has not been tried with its weights")
     elif model["runs_on"]:
         facts.append(f"runs on {', '.join(model['runs_on'])}")
+    facts += [f"{backend}: {form}" for backend, form in model["weights"].items()]
     return "; ".join(facts + list(model["declines"].values()))
 
 

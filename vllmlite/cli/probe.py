@@ -1,6 +1,7 @@
 """``python3 -m vllmlite.cli.probe``: probe every backend in this process and print the answers as JSON.
 
-With a model's directory as argument, load that model and print why it fails, if it does. This is a separate program
+With a model's directory as argument, load that model and print why it fails, if it does; with ``--weights`` before it,
+print in which form each backend multiplies its weights. This is a separate program
 because it imports torch and initialises drivers, which takes time and may crash."""
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ def probe_model(path: Path) -> str:
     """Load the model in directory ``path`` in a child process; return why that fails, or ""."""
     answer = _run(MODEL_TIMEOUT, str(path))
     return answer if isinstance(answer, str) else str(answer[0])
+
+
+def probe_weights(path: Path) -> dict[str, str]:
+    """Return how the backends that are available multiply the weights of the quantised model in directory ``path``."""
+    answer = _run(TIMEOUT, "--weights", str(path))
+    return {"any backend": answer} if isinstance(answer, str) else dict(answer)
 
 
 def _run(timeout: float, *arguments: str) -> list[Any] | str:
@@ -88,5 +95,33 @@ def probe_backends() -> list[dict[str, Any]]:
     return answers
 
 
+def weight_forms(path: str) -> list[tuple[str, str]]:
+    """Return the names of the available backends, each with how it multiplies a quantised model's weights."""
+    from vllmlite.backends.select import CANDIDATES, BackendRequest
+    from vllmlite.errors import BackendError
+    from vllmlite.models.plan import plan_model
+    from vllmlite.runner import build
+    from vllmlite.weights.packing import Packing
+
+    plan, found = plan_model(Path(path)), []
+    for name, kind, make in CANDIDATES:
+        try:
+            backend = make(BackendRequest(checkpoint_dtype=plan.dtype))
+        except BackendError:
+            continue
+        found.append((f"{name} on {kind}", "; ".join(build.weight_forms(plan, Packing(backend)))))
+    return found
+
+
+def _answer(arguments: list[str]) -> list[Any]:
+    match arguments:
+        case ["--weights", path]:
+            return weight_forms(path)
+        case [path]:
+            return load_model(path)
+        case _:
+            return probe_backends()
+
+
 if __name__ == "__main__":
-    print(json.dumps(load_model(sys.argv[1]) if len(sys.argv) > 1 else probe_backends()))
+    print(json.dumps(_answer(sys.argv[1:])))

@@ -91,6 +91,21 @@ def _packing(
     return found
 
 
+def weight_forms(plan: Plan, packing: Packing) -> list[str]:
+    """Describe, for each scheme of the checkpoint, how its weights are multiplied and what dtype activations have."""
+    if plan.spec is None:
+        return []
+    mixture = any(layer.moe is not None for layer in plan.spec.layers)
+    forms = []
+    for scheme in dict.fromkeys(stored_schemes(plan.spec).values()) or [None]:
+        stored = plan.dtype if scheme is None else scheme.name
+        form = f"{stored} weights {packing.treatment(scheme)}, activations in {packing.activations(scheme)}"
+        if mixture and packing.scheme(scheme) is not None and not packing.backend.packs_experts:
+            form += f", but those of experts dequantised to {packing.backend.dtype}"
+        forms.append(form)
+    return forms
+
+
 def build_runner(
     config: EngineConfig,
     plan: Plan,
@@ -133,12 +148,7 @@ def build_runner(
         if is_terminal(sys.stderr):
             note(f"vllmlite: {done}")
     elif plan.spec is not None and (plan.quantization or at_load):
-        mixture = any(layer.moe is not None for layer in plan.spec.layers)
-        for scheme in dict.fromkeys(stored_schemes(plan.spec).values()) or [None]:
-            stored = plan.dtype if scheme is None else scheme.name
-            choice += f"; {stored} weights {packing.treatment(scheme)}, activations in {packing.activations(scheme)}"
-            if mixture and packing.scheme(scheme) is not None and not backend.packs_experts:
-                choice += f", but those of experts dequantised to {backend.dtype}"
+        choice = "; ".join((choice, *weight_forms(plan, packing)))
     if packing.head is not None:
         choice += f"; output layer quantised to {packing.head} if stored as floats"
     longest = config.max_model_len or plan.max_position_embeddings
