@@ -181,6 +181,7 @@ def test_cuda_says_the_same(options: dict[str, Any], two_steps: bool) -> None:
         "backend": "cuda",
         "block_size": 16,
         "async_scheduling": two_steps,
+        "kv_cache_memory_bytes": 1 << 30,
         **options,
     }
     plain, speculating = make(False, **options), make(True, **options)
@@ -190,6 +191,13 @@ def test_cuda_says_the_same(options: dict[str, Any], two_steps: bool) -> None:
         check_same(plain, speculating, TEXTS[:1], params)
     graphs = cast(ModelRunner, speculating.llm_engine.engine.runner).graphs
     assert any(query_len > 1 for _, query_len in graphs)
+
+
+@needs_native_cpu
+def test_the_smallest_engine_starts_and_makes_drafts() -> None:
+    llm = make(True, max_num_seqs=1, max_model_len=6, num_gpu_blocks_override=1)
+    (output,) = llm.generate([{"prompt_token_ids": [5]}], SamplingParams(temperature=0, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 5
 
 
 @needs_native_cpu

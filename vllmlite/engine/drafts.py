@@ -37,7 +37,9 @@ class StepCost:
     """The time of a step by its number of tokens, in any unit: linear between measured points."""
 
     def __init__(self, points: Sequence[tuple[int, float]] = ((1, 1.0), (33, 2.0))) -> None:
-        """Take ``points`` (tokens, time), at least two, ascending. The last two extend to larger steps."""
+        """Take ``points`` (tokens, time), ascending. The last two extend to larger steps; of one point, all cost the
+        same."""
+        points = points if len(points) > 1 else [*points, (points[0][0] + 1, points[0][1])]
         self._tokens = [tokens for tokens, _ in points]
         self._times = [time for _, time in points]
 

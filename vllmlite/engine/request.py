@@ -163,7 +163,8 @@ class Request:
         banned: list[int] = []
         if self.num_tokens + len(drafts) - len(self.prompt_token_ids) < self.params.min_tokens:
             banned.extend(self.stop_ids | self.eos_ids)
-        output = [*self.output_token_ids, *drafts] if drafts else self.output_token_ids
+        longest = max(map(len, self.bad_words), default=1)
+        output = [*self.output_token_ids[-longest:], *drafts]
         for word in self.bad_words:
             prefix = list(word[:-1])
             if not prefix or output[-len(prefix) :] == prefix:

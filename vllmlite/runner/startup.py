@@ -12,9 +12,8 @@ from vllmlite.engine.drafts import DraftPolicy, StepCost
 from vllmlite.engine.engine import Engine
 from vllmlite.engine.scheduler import Limits
 from vllmlite.hub import find_model
-from vllmlite.runner.build import build_runner, plan_for
+from vllmlite.runner.build import BuiltRunner, build_runner, plan_for
 from vllmlite.runner.generation_config import default_params, eos_ids, generation_config, reasoning_marks
-from vllmlite.runner.runner import ModelRunner
 from vllmlite.runner.sizes import batched_tokens, mixed_tokens
 from vllmlite.runner.step_times import step_times
 from vllmlite.sampling_params import SamplingParams
@@ -69,7 +68,7 @@ def start(config: EngineConfig) -> Started[Engine]:
         seed=config.seed,
         reasoning=reasoning_marks(config.reasoning_config, tokenizer),
         max_logprobs=config.max_logprobs,
-        drafting=_drafting(config, runner, two_steps),
+        drafting=_drafting(config, built, two_steps),
     )
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
@@ -77,12 +76,13 @@ def start(config: EngineConfig) -> Started[Engine]:
     return Started(engine, tokenizer, plan.hidden_size, defaults, built.backend_choice)
 
 
-def _drafting(config: EngineConfig, runner: ModelRunner, two_steps: bool) -> DraftPolicy | None:
+def _drafting(config: EngineConfig, built: BuiltRunner, two_steps: bool) -> DraftPolicy | None:
     """Return how many drafts are made, by the measured time of steps; None without speculative decoding."""
     options = config.speculative()
     if options is None:
         return None
-    return DraftPolicy(options.num_tokens, options.max_rows, two_steps, StepCost(step_times(runner)))
+    times = step_times(built.runner, config.max_num_seqs * built.max_model_len)
+    return DraftPolicy(options.num_tokens, options.max_rows, two_steps, StepCost(times))
 
 
 def load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:

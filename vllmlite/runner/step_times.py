@@ -8,20 +8,21 @@ from itertools import accumulate
 from vllmlite.runner.runner import ModelRunner
 
 MEASURED = (1, 8, 2, 4, 16, 32, 64, 128)
-"""Tokens of the measured steps, in this order, as far as the time goes; the first two always."""
+"""Tokens of the measured steps, in this order and as far as the time goes, the first two in any case."""
 REPEATS = 3
 MOST_SECONDS = 1.0
 """Time after which no further step is measured."""
 
 
-def step_times(runner: ModelRunner) -> list[tuple[int, float]]:
-    """Return the seconds of a step by its tokens, ascending: processor time on a CPU, where other programs may run.
+def step_times(runner: ModelRunner, most: int) -> list[tuple[int, float]]:
+    """Return the seconds of a step by its tokens, ascending and up to ``most``: processor time on a CPU, where other
+    programs may run.
 
     A step takes at most as long as one of more tokens; what was measured beyond that was a disturbance.
     Each token of a step is sampled from, up to the number of slots, as in a step that decodes or verifies drafts."""
     begin = time.perf_counter()
     times: dict[int, float] = {}
-    for tokens in MEASURED:
+    for tokens in (tokens for tokens in MEASURED if tokens <= most):
         if len(times) > 1 and time.perf_counter() - begin > MOST_SECONDS:
             break
         runner.profile(tokens)  # allocates what the step needs
