@@ -4,6 +4,7 @@
 #include "cpu/kernels/elementwise.hpp"
 #include "cpu/kernels/grouped.hpp"
 #include "cpu/kernels/linear.hpp"
+#include "cpu/kernels/quantize.hpp"
 #include "cpu/kernels/quantized.hpp"
 
 #define VLLMLITE_TEXT_OF(name) #name
