@@ -12,13 +12,14 @@ import numpy as np
 
 from vllmlite.backends.base import Backend, Comm
 from vllmlite.backends.select import BackendRequest, select_backend
-from vllmlite.config.engine_config import AT_LOAD, QUANTIZATIONS, EngineConfig
+from vllmlite.config.engine_config import AT_LOAD, EngineConfig
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.models import load_planned
 from vllmlite.models.gguf import has_blocks, treatment
 from vllmlite.models.plan import Plan, plan_model
 from vllmlite.models.shard import sharded
+from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import stored_schemes
 from vllmlite.runner.propose.ngram import NgramProposer
 from vllmlite.runner.propose.proposer import Proposer
@@ -65,6 +66,11 @@ def plan_for(config: EngineConfig) -> Plan:
                 f"the checkpoint's weights are floats; {' or '.join(AT_LOAD)} quantises them at load",
             )
     return plan
+
+
+def _quantizes_inputs(spec: DecoderSpec) -> bool:
+    """Return whether products with the checkpoint's weights quantise activations to int8."""
+    return any(scheme.input_dtype == "int8" for scheme in stored_schemes(spec).values())
 
 
 def _packing(
@@ -132,7 +138,8 @@ def build_runner(
         cpu_isa=config.cpu_isa,
         quantization=at_load,
         packed=at_load is not None
-        or plan.quantization in QUANTIZATIONS
+        or config.activation_dtype == "int8"
+        or (plan.spec is not None and _quantizes_inputs(plan.spec))
         or (keep_blocks and path.is_file() and has_blocks(path)),
         model=plan.architecture,
         only=plan.backends,
