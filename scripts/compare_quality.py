@@ -51,6 +51,10 @@ CONFIGURATIONS = [
     "quantization=int8,max_num_batched_tokens=1",
     "quantization=int4",
     "quantization=int4,max_num_batched_tokens=1",
+    "kv_cache_dtype=int8",
+    "kv_cache_dtype=fp8_e4m3",
+    "kv_cache_dtype=fp8_e5m2",
+    "kv_cache_dtype=fp8_per_token_head",
     "dtype=bfloat16,kv_cache_dtype=int8",
 ]
 

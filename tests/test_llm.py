@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from vllmlite import LLM, EngineArgs, LLMEngine, RequestOutput, SamplingParams
+from vllmlite.backends.base import QUANTIZED_KV
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.sampling_params import RequestOutputKind
 
@@ -104,7 +105,8 @@ def test_scheduling_does_not_change_the_text(
 
 
 @pytest.mark.slow
-def test_batch_invariant_in_bfloat16(params: SamplingParams) -> None:
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8_e4m3"])
+def test_batch_invariant_in_bfloat16(params: SamplingParams, kv_dtype: str) -> None:
     """Batched = single, chunked = whole, preempted = not preempted, cached = cold: texts and log-probabilities, bit for
     bit."""
     if OPTIONS["backend"] == "torch":
@@ -117,7 +119,7 @@ def test_batch_invariant_in_bfloat16(params: SamplingParams) -> None:
         return [(output.outputs[0].token_ids, output.outputs[0].logprobs) for output in outputs]
 
     def invariant(**options: Any) -> LLM:
-        return make(dtype="bfloat16", batch_invariant=True, **options)
+        return make(dtype="bfloat16", batch_invariant=True, kv_cache_dtype=kv_dtype, **options)
 
     alone = invariant(enable_prefix_caching=False, max_num_seqs=1)
     expected = [found(alone, [prompt])[0] for prompt in PROMPTS]
@@ -131,35 +133,31 @@ def test_batch_invariant_in_bfloat16(params: SamplingParams) -> None:
     assert tight.llm_engine.stats().num_preemptions > 0
 
 
-def needs_int8_cache() -> None:
-    if OPTIONS["backend"] == "cuda":
-        pytest.skip("the cuda backend has no int8 cache")
-
-
 @pytest.mark.slow
-def test_an_int8_cache_is_batch_invariant_too(params: SamplingParams) -> None:
+@pytest.mark.parametrize("kv_dtype", QUANTIZED_KV)
+def test_a_quantised_cache_is_batch_invariant_too(params: SamplingParams, kv_dtype: str) -> None:
     """Batched = single, chunked = whole, preempted = not preempted, cached = cold."""
-    needs_int8_cache()
 
-    def int8(**options: Any) -> LLM:
-        return make(kv_cache_dtype="int8", **options)
+    def quantised(**options: Any) -> LLM:
+        return make(kv_cache_dtype=kv_dtype, **options)
 
-    alone = int8(enable_prefix_caching=False, max_num_seqs=1)
+    alone = quantised(enable_prefix_caching=False, max_num_seqs=1)
     expected = [texts(alone.generate([prompt], params))[0] for prompt in PROMPTS]
-    whole = int8()
+    whole = quantised()
     assert texts(whole.generate(PROMPTS, params)) == expected
     assert texts(whole.generate(PROMPTS, params)) == expected
     assert whole.llm_engine.stats().prefix_cache_hits > 0
-    chunked = int8(max_num_batched_tokens=16, block_size=4)
+    chunked = quantised(max_num_batched_tokens=16, block_size=4)
     assert texts(chunked.generate(PROMPTS, params)) == expected
-    tight = int8(num_gpu_blocks_override=8, max_model_len=128)
+    tight = quantised(num_gpu_blocks_override=8, max_model_len=128)
     assert texts(tight.generate(PROMPTS, params)) == expected
     assert tight.llm_engine.stats().num_preemptions > 0
 
 
-def test_an_int8_cache_costs_little(llm: LLM) -> None:
-    """Log-probabilities of a text change, but only by a few hundredths."""
-    needs_int8_cache()
+@pytest.mark.parametrize("kv_dtype", QUANTIZED_KV)
+def test_a_quantised_cache_costs_little(llm: LLM, kv_dtype: str) -> None:
+    """Log-probabilities of a text change: by a few hundredths in int8, by a few tenths in fp8, which has 3 bits of
+    mantissa or 2."""
 
     def logprobs(llm: LLM) -> list[float]:
         (output,) = llm.generate(PROMPTS[5], GREEDY.clone(max_tokens=1, prompt_logprobs=0))
@@ -167,9 +165,9 @@ def test_an_int8_cache_costs_little(llm: LLM) -> None:
         found = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
         return [entry[token].logprob for token, entry in found if entry is not None]
 
-    pairs = zip(logprobs(llm), logprobs(make(kv_cache_dtype="int8")), strict=True)
+    pairs = zip(logprobs(llm), logprobs(make(kv_cache_dtype=kv_dtype)), strict=True)
     moved = [abs(one - other) for one, other in pairs]
-    assert 1e-4 < sum(moved) / len(moved) < 0.1
+    assert 1e-4 < sum(moved) / len(moved) < {"int8": 0.1, "fp8_e5m2": 0.8}.get(kv_dtype, 0.4)
 
 
 def test_cached_prefixes_equal_cold_ones(params: SamplingParams) -> None:

@@ -46,6 +46,18 @@ SlotParams slot_params(const py::object& given) {
   return params;
 }
 
+CacheSpec cache_spec(const py::object& given) {
+  const auto size = [&](const char* name) { return given.attr(name).cast<int>(); };
+  const auto [element, head_scales] = cache_type_from_name(given.attr("dtype").cast<std::string>());
+  return {size("num_layers"),
+          size("num_kv_heads"),
+          size("head_dim"),
+          size("block_size"),
+          element,
+          head_scales,
+          given.attr("scales").cast<std::vector<std::pair<float, float>>>()};
+}
+
 HostBatch host_batch(const py::object& given) {
   HostBatch batch;
   batch.num_tokens = given.attr("num_tokens").cast<int>();

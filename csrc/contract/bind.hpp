@@ -29,6 +29,7 @@ std::span<const T> view(const Array<T>& array) {
 
 SlotSpec slot_spec(const pybind11::object& given);
 SlotParams slot_params(const pybind11::object& given);
+CacheSpec cache_spec(const pybind11::object& given);
 HostBatch host_batch(const pybind11::object& given);
 
 // The activation of this name; `gated` ones exclude relu. std::invalid_argument for any other name.

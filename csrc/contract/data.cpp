@@ -1,6 +1,7 @@
 #include "contract/data.hpp"
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -28,6 +29,51 @@ void SlotSpec::check_pool(std::int64_t blocks_of_pool) const {
   if (num_blocks > blocks_of_pool)
     throw std::invalid_argument("the slots are those of a pool of " + std::to_string(num_blocks) +
                                 " blocks, and this one has " + std::to_string(blocks_of_pool));
+}
+
+namespace {
+
+struct CacheTypeInfo {
+  std::string_view name;
+  CacheElement element;
+  bool head_scales;
+};
+
+constexpr std::array kCacheTypes{
+    CacheTypeInfo{"float32", CacheElement::float32, false},
+    CacheTypeInfo{"float16", CacheElement::float16, false},
+    CacheTypeInfo{"bfloat16", CacheElement::bfloat16, false},
+    CacheTypeInfo{"int8", CacheElement::int8, true},
+    CacheTypeInfo{"fp8_e4m3", CacheElement::fp8_e4m3, false},
+    CacheTypeInfo{"fp8_e5m2", CacheElement::fp8_e5m2, false},
+    CacheTypeInfo{"fp8_per_token_head", CacheElement::fp8_e4m3, true},
+};
+
+}  // namespace
+
+std::pair<CacheElement, bool> cache_type_from_name(std::string_view name) {
+  const auto* found = std::ranges::find(kCacheTypes, name, &CacheTypeInfo::name);
+  if (found == kCacheTypes.end())
+    throw std::invalid_argument("unknown dtype '" + std::string(name) + "' of a key/value cache");
+  return {found->element, found->head_scales};
+}
+
+DType CacheSpec::dtype() const {
+  switch (element) {
+    case CacheElement::float32:
+      return DType::float32;
+    case CacheElement::float16:
+      return DType::float16;
+    case CacheElement::bfloat16:
+      return DType::bfloat16;
+    default:
+      return DType::uint8;
+  }
+}
+
+std::pair<float, float> CacheSpec::layer_scales(int layer) const {
+  check_index("layer", layer, layers);
+  return scales.empty() ? std::pair{1.0F, 1.0F} : scales.at(static_cast<std::size_t>(layer));
 }
 
 void Rotation::check(int head_dim, const SlotSpec& slots) const {

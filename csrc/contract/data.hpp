@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -39,6 +40,25 @@ struct SlotSpec {
   // Throws std::invalid_argument if a pool of this many blocks has fewer than the block tables may point to.
   void check_pool(std::int64_t blocks_of_pool) const;
 };
+
+// What a key/value cache stores of a number: a float, or a byte that is multiplied by a scale when it is read.
+enum class CacheElement : std::uint8_t { float32, float16, bfloat16, int8, fp8_e4m3, fp8_e5m2 };
+
+// The KVSpec of vllmlite/backends/base.py.
+struct CacheSpec {
+  int layers, kv_heads, head_dim, block_size;
+  CacheElement element;
+  bool head_scales;                             // each head of a token has a float32 scale
+  std::vector<std::pair<float, float>> scales;  // by layer, of keys and values without head scales; empty: 1
+
+  bool quantized() const { return element >= CacheElement::int8; }
+  DType dtype() const;  // of the elements, uint8 for bytes
+  // The layer's scales of keys and of values; std::out_of_range if there is no such layer.
+  std::pair<float, float> layer_scales(int layer) const;
+};
+
+// Reads "float32", "int8", "fp8_per_token_head", ...: the element, and whether there are head scales.
+std::pair<CacheElement, bool> cache_type_from_name(std::string_view name);
 
 // A step's input in host memory: the ForwardBatch of vllmlite/backends/base.py.
 struct HostBatch {

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "cpu/ops.hpp"
 
@@ -26,28 +28,30 @@ void check_batch(const KVCache& kv, int layer, const Batch& batch, const Tensor&
 struct Writer {
   const Kernels& kernels;
   const KVCache& kv;
-  std::size_t item = item_size(kv.dtype);
+  std::pair<float, float> scales;  // of keys and values; 0: a head's own
+  std::size_t item = item_size(kv.dtype());
   int padded = padded_head(kv.head_dim);
 
   void keys(const float* x, std::byte* head, int at, std::byte* scratch) const {
     const auto block = static_cast<std::size_t>(kv.block_size), offset = static_cast<std::size_t>(at);
-    pack(x, head, at, scratch);
+    pack(x, head, at, scales.first, scratch);
     for (std::size_t unit = 0; unit < static_cast<std::size_t>(padded) * item / 4; ++unit)
       std::memcpy(head + (unit * block + offset) * 4, scratch + unit * 4, 4);
   }
 
   void values(const float* x, std::byte* head, int at) const {
-    pack(x, head, at, head + static_cast<std::size_t>(at) * static_cast<std::size_t>(padded) * item);
+    pack(x, head, at, scales.second, head + static_cast<std::size_t>(at) * static_cast<std::size_t>(padded) * item);
   }
 
  private:
-  // Puts the elements at `to`, with zeros behind them, and their scale, if any, into its place in the block.
-  void pack(const float* x, std::byte* head, int at, std::byte* to) const {
+  // Puts the elements at `to`, with zeros behind them, and the head's own scale, if any, into its place in the block.
+  void pack(const float* x, std::byte* head, int at, float scale, std::byte* to) const {
     if (kv.quantized()) {
-      const float scale = kernels.quantize_head(x, reinterpret_cast<std::int8_t*>(to), kv.head_dim);
-      std::memcpy(head + kv.scales_at() + static_cast<std::size_t>(at) * sizeof scale, &scale, sizeof scale);
+      scale = kernels.quantize_head[kv.byte_format()](x, reinterpret_cast<std::int8_t*>(to), kv.head_dim, scale);
+      if (kv.head_scales)
+        std::memcpy(head + kv.scales_at() + static_cast<std::size_t>(at) * sizeof scale, &scale, sizeof scale);
     } else {
-      kernels.convert(x, Float::f32, to, float_of(kv.dtype), kv.head_dim);
+      kernels.convert(x, Float::f32, to, float_of(kv.dtype()), kv.head_dim);
     }
     std::memset(to + static_cast<std::size_t>(kv.head_dim) * item, 0,
                 static_cast<std::size_t>(padded - kv.head_dim) * item);
@@ -56,18 +60,16 @@ struct Writer {
 
 }  // namespace
 
-KVCache::KVCache(int layer_count, int heads, int head_size, int tokens, DType type, std::int64_t blocks)
-    : layers(layer_count), kv_heads(heads), head_dim(head_size), block_size(tokens), dtype(type), num_blocks(blocks) {
-  if (!quantized()) float_of(dtype);
+KVCache::KVCache(const CacheSpec& spec, std::int64_t blocks) : CacheSpec(spec), num_blocks(blocks) {
   memory = allocate({num_blocks, layers, static_cast<std::int64_t>(block_bytes())}, DType::uint8);
 }
 
 std::size_t KVCache::scales_at() const {
-  return static_cast<std::size_t>(block_size) * static_cast<std::size_t>(padded_head(head_dim)) * item_size(dtype);
+  return static_cast<std::size_t>(block_size) * static_cast<std::size_t>(padded_head(head_dim)) * item_size(dtype());
 }
 
 std::size_t KVCache::head_bytes() const {
-  return scales_at() + (quantized() ? static_cast<std::size_t>(block_size) * sizeof(float) : 0);
+  return scales_at() + (head_scales ? static_cast<std::size_t>(block_size) * sizeof(float) : 0);
 }
 
 std::size_t KVCache::block_bytes() const { return 2 * static_cast<std::size_t>(kv_heads) * head_bytes(); }
@@ -134,7 +136,7 @@ Tensor attn_prep(Runtime& runtime, const Tensor& given, int num_heads, const std
   runtime.reserve_scratch(keys + static_cast<std::size_t>(padded_head(size)) * sizeof(float));
   runtime.issue([&kernels = runtime.kernels(), query, key, keys, num_heads, size, width, kv, layer, batch,
                  from = static_cast<const float*>(qkv.data), to = static_cast<float*>(q.data)](Worker& worker) {
-    const Writer writer{kernels, *kv};
+    const Writer writer{kernels, *kv, kv->head_scales ? std::pair{0.0F, 0.0F} : kv->layer_scales(layer)};
     std::byte* const pool = kv->layer(layer);
     auto* const copy = reinterpret_cast<float*>(worker.scratch());
     std::byte* const packed = worker.scratch() + keys;
@@ -207,6 +209,8 @@ Tensor paged_attention(Runtime& runtime, const Tensor& given, const std::shared_
   tile.block_stride = static_cast<std::ptrdiff_t>(kv->stride());
   tile.block_size = kv->block_size;
   tile.head_dim = size;
+  tile.head_scales = kv->head_scales;
+  std::tie(tile.key_scale, tile.value_scale) = kv->layer_scales(layer);
   tile.scale = scores.scale;
   tile.soft_cap = scores.soft_cap;
   if (scores.alibi) {
@@ -218,8 +222,8 @@ Tensor paged_attention(Runtime& runtime, const Tensor& given, const std::shared_
   runtime.keep(q);
   runtime.reserve_scratch(attention_scratch(size));
   const Kernels& kernels = runtime.kernels();
-  const auto kernel =
-      kv->quantized() ? kernels.attention_int8 : kernels.attention[static_cast<int>(float_of(kv->dtype))];
+  const auto kernel = kv->quantized() ? kernels.attention_bytes[kv->byte_format()]
+                                      : kernels.attention[static_cast<std::size_t>(float_of(kv->dtype()))];
   runtime.issue([kernel, tile, kv, layer, batch, parts, part_heads, tiles = batch->tiles(kAttentionRows / part_heads),
                  item = item_size(out.dtype)](Worker& worker) {
     const std::int64_t tasks = static_cast<std::int64_t>(tiles.size()) * kv->kv_heads * parts;

@@ -32,7 +32,10 @@ inline constexpr int kAttentionRows = 32;
 // The cache pads head sizes to a multiple of this.
 inline constexpr int kHeadUnit = 16;
 
-// The least scale of a head in an int8 cache: the smallest normal number, so that heads of zeros can be divided by it.
+// Quantised formats of the cache: int8, e4m3, e5m2.
+inline constexpr int kByteFormats = 3;
+
+// Least scale of a head of its own, the smallest normal number: heads of zeros are divided as all others are.
 inline constexpr float kLeastScale = 0x1p-126F;
 
 // Integer weights with a scale per group along k (vllmlite/weights/schemes/grouped.py), repacked into tiles. A tile
@@ -312,6 +315,8 @@ struct AttentionTile {
   std::ptrdiff_t block_stride;  // bytes from block to block
   int block_size;
   int head_dim;
+  bool head_scales;              // of a quantised cache: whether heads have scales of their own
+  float key_scale, value_scale;  // where they have none
   float scale;
   float soft_cap;       // scores s become soft_cap * tanh(s / soft_cap); 0: no cap
   const float* slopes;  // of the group's heads, times the distance to a key; null: none
@@ -347,9 +352,9 @@ struct Kernels {
   // y += factor * x
   void (*add_scaled)(const float* x, float factor, float* y, std::int64_t size);
   void (*attention[kFloats])(const AttentionTile&);  // by the type of the cache
-  void (*attention_int8)(const AttentionTile&);
-  // Quantises a head for an int8 cache; returns its scale.
-  float (*quantize_head)(const float* x, std::int8_t* values, int size);
+  void (*attention_bytes[kByteFormats])(const AttentionTile&);
+  // Converts a head to bytes of a quantised cache with `scale`, or its own where that is 0; returns the scale.
+  float (*quantize_head[kByteFormats])(const float* x, std::int8_t* bytes, int size, float scale);
   // Returns the lowest index of the largest value; NaN counts as less than everything.
   std::int64_t (*argmax)(const float* x, std::int64_t size);
   // out = exp((x - largest) * factor), 0 where x < least.

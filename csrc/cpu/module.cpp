@@ -150,13 +150,10 @@ void bind_data(py::module_& module) {
                                                           "The weights of a mixture of experts, one per expert.")
       .def(py::init(&cpu::make_experts), py::arg("gate_up"), py::arg("down"));
   py::class_<cpu::KVCache, std::shared_ptr<cpu::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.")
-      .def(py::init([](int layers, int kv_heads, int head_dim, int block_size, const std::string& dtype,
-                       std::int64_t num_blocks) {
-             return std::make_shared<cpu::KVCache>(layers, kv_heads, head_dim, block_size,
-                                                   vllmlite::dtype_from_name(dtype), num_blocks);
+      .def(py::init([](const py::object& spec, std::int64_t num_blocks) {
+             return std::make_shared<cpu::KVCache>(vllmlite::cache_spec(spec), num_blocks);
            }),
-           py::arg("layers"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("block_size"), py::arg("dtype"),
-           py::arg("num_blocks"));
+           py::arg("spec"), py::arg("num_blocks"));
   vllmlite::bind_slots<cpu::Slots>(module).def(
       py::init([](const py::object& spec) { return std::make_shared<cpu::Slots>(vllmlite::slot_spec(spec)); }),
       py::arg("spec"));

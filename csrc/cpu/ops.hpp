@@ -161,12 +161,15 @@ Tensor moe(Runtime& runtime, const Tensor& x, const Tensor& router_logits, const
 
 // The block pool. For each layer, a block holds the keys and then the values of each key/value head: keys as
 // [D / n][block_size][n], where n elements fill four bytes, and values as [block_size][D], with D padded to kHeadUnit;
-// an int8 cache has their scales, float32 [block_size], after each. The layers of a block are contiguous, so that
+// with head scales, these follow, float32 [block_size]. The layers of a block are contiguous, so that
 // memory is first touched when a block is first used, a little in each step.
-struct KVCache {
-  KVCache(int layers, int kv_heads, int head_dim, int block_size, DType dtype, std::int64_t num_blocks);
+struct KVCache : CacheSpec {
+  KVCache(const CacheSpec& spec, std::int64_t num_blocks);
 
-  bool quantized() const { return dtype == DType::int8; }
+  // Which of the quantised formats it has.
+  std::size_t byte_format() const {
+    return static_cast<std::size_t>(element) - static_cast<std::size_t>(CacheElement::int8);
+  }
   std::size_t scales_at() const;    // offset of the scales in a head's bytes
   std::size_t head_bytes() const;   // size of the keys, or of the values, of a head in a block
   std::size_t block_bytes() const;  // size of one layer of a block
@@ -175,8 +178,6 @@ struct KVCache {
     return static_cast<std::byte*>(memory.data) + static_cast<std::size_t>(index) * block_bytes();
   }
 
-  int layers, kv_heads, head_dim, block_size;
-  DType dtype;
   std::int64_t num_blocks;
   Tensor memory;
 };

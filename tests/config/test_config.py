@@ -54,6 +54,8 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--kv-cache-dtype", "float"], "kv_cache_dtype", "float32"),
     (["--kv-cache-dtype", "int8"], "kv_cache_dtype", "int8"),
     (["--kv-cache-dtype", "int8_per_token_head"], "kv_cache_dtype", "int8"),
+    (["--kv-cache-dtype", "fp8"], "kv_cache_dtype", "fp8_e4m3"),
+    (["--kv-cache-dtype", "fp8_per_token_head"], "kv_cache_dtype", "fp8_per_token_head"),
     (["--block-size", "32"], "block_size", 32),
     (["--num-gpu-blocks-override", "9"], "num_gpu_blocks_override", 9),
     (["--kv_cache_memory_bytes", "2GiB"], "kv_cache_memory_bytes", 2 << 30),
@@ -110,7 +112,11 @@ def test_flag(argv: list[str], name: str, value: Any) -> None:
     [
         ({"dtype": "int8"}, "dtype", "float32"),
         ({"dtype": "bfloat61"}, "dtype", "did you mean bfloat16?"),
-        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype", "auto, float32, bfloat16, float16 or int8"),
+        (
+            {"kv_cache_dtype": "int4"},
+            "kv_cache_dtype",
+            "float16, int8, fp8_e4m3, fp8_e5m2 or fp8_per_token_head",
+        ),
         ({"override_generation_config": "{"}, "override_generation_config", "is not JSON"),
         ({"override_generation_config": [1]}, "override_generation_config", "a mapping"),
         ({"block_size": 0}, "block_size", "at least 1"),

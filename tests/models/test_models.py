@@ -334,12 +334,12 @@ def test_dummy_weights_need_no_files_and_follow_the_seed(config_dir: Path, tmp_p
 
 def test_bad_arguments_are_named(config_dir: Path) -> None:
     with pytest.raises(ParameterError, match="kv_cache_dtype"):
-        load_model(TorchBackend(), config_dir, max_model_len=64, block_size=4, kv_cache_dtype="fp8")
+        load_model(TorchBackend(), config_dir, max_model_len=64, block_size=4, kv_cache_dtype="int4")
     with pytest.raises(ParameterError, match="load_format"):
         load_model(TorchBackend(), config_dir, max_model_len=64, block_size=4, load_format="gguf")
 
 
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8", "fp8_e4m3", "fp8_per_token_head"])
 def test_the_cache_may_have_another_dtype(config_dir: Path, kv_dtype: str) -> None:
     def logits(dtype: str) -> NDArray[np.float32]:
         model = load_model(TorchBackend(), config_dir, max_model_len=64, block_size=4, kv_cache_dtype=dtype)

@@ -8,7 +8,7 @@ from op_attention import Rows
 from op_backends import BACKENDS, numbers, of_torch, parameters, put, reference
 from paged import Paged
 
-from vllmlite.backends.base import Backend, KVSpec
+from vllmlite.backends.base import QUANTIZED_KV, Backend, KVSpec
 from vllmlite.weights.host import FLOAT_DTYPES
 
 STEPS: list[tuple[list[int], list[int]]] = [
@@ -67,8 +67,10 @@ def test_attention_with_edited_scores(
         rows.step(slots, counts, (None, 5))
 
 
-def test_edited_scores_over_int8_and_long_contexts(exact: Backend) -> None:
-    rows = Rows(exact, 4, 2, 16, 16, num_blocks=64, kv_dtype="int8")
+@pytest.mark.parametrize("kv_dtype", QUANTIZED_KV)
+def test_edited_scores_over_quantised_caches_and_long_contexts(backend: Backend, kv_dtype: str) -> None:
+    scales = () if QUANTIZED_KV[kv_dtype].head_scales else ((1.0, 1.0), (0.03, 2.5))
+    rows = Rows(backend, 4, 2, 16, 16, num_blocks=64, kv_dtype=kv_dtype, scales=scales)
     rows.soft_cap, rows.alibi = 3.0, np.array([0.5, 0.25, 0.01, 0.001])
     rows.admit(0)
     rows.step([0], [300])
@@ -83,9 +85,15 @@ def test_many_query_heads_per_key_head(backend: Backend) -> None:
     rows.step([0, 1], [1, 1])
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
-def test_attention_over_long_and_short_contexts(exact: Backend, kv_dtype: str) -> None:
-    rows = Rows(exact, 4, 2, 16, 16, num_blocks=96, kv_dtype=kv_dtype)
+@pytest.mark.parametrize("kv_dtype", ["auto", *QUANTIZED_KV])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 16), (8, 2, 128), (3, 1, 256), (6, 2, 72)])
+def test_attention_over_long_and_short_contexts(
+    backend: Backend, kv_dtype: str, heads: int, kv_heads: int, size: int
+) -> None:
+    if backend.device == "cpu" and size > 16:
+        pytest.skip("kernels for other sizes are for a GPU")
+    kv_dtype = backend.dtype if kv_dtype == "auto" else kv_dtype
+    rows = Rows(backend, heads, kv_heads, size, 16, num_blocks=96, kv_dtype=kv_dtype)
     for slot, length in enumerate((700, 300, 2, 30)):
         rows.admit(slot)
         rows.step([slot], [length])

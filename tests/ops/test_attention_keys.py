@@ -6,6 +6,7 @@ weights vanish. Rows share the blocks of one context, and each has a last block 
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from op_backends import BACKENDS, Array, put
 from paged import Paged
 
-from vllmlite.backends.base import Backend, KVSpec, SlotParams
+from vllmlite.backends.base import QUANTIZED_KV, Backend, KVSpec, SlotParams
 from vllmlite.weights.host import FLOAT_DTYPES
 
 
@@ -91,23 +92,34 @@ SHAPES = [(8, 1, 64), (6, 2, 24)]
 MORE_SHAPES = [(8, 2, 16), (12, 3, 80), (16, 2, 128), (4, 2, 256)]
 """Further shapes for GPUs, which are fast, and which have several kernels by size."""
 cases = pytest.mark.parametrize(
-    ("name", "dtype", "shape"),
+    ("name", "dtype", "shape", "kv_dtype"),
     [
-        pytest.param(name, dtype, shape, id=f"{name}-{dtype}-{shape}")
+        pytest.param(name, dtype, shape, None, id=f"{name}-{dtype}-{shape}")
         for name in BACKENDS
         for dtype in FLOAT_DTYPES
         for shape in SHAPES + MORE_SHAPES * ("cuda" in name)
+    ]
+    + [
+        pytest.param(name, "bfloat16", shape, kv_dtype, id=f"{name}-bfloat16-{shape}-{kv_dtype}")
+        for name, shapes, kv_dtypes in (
+            ("cuda", [(12, 3, 80), (16, 2, 128)], QUANTIZED_KV),
+            ("cuda", [(8, 1, 64), (4, 2, 256)], ("int8", "fp8_e4m3")),
+            ("cuda-invariant", [(16, 2, 128)], ("int8",)),
+        )
+        for shape, kv_dtype in product(shapes, kv_dtypes)
     ],
 )
 
 
 @cases
-def test_decoding_loses_no_key(name: str, dtype: str, shape: tuple[int, int, int]) -> None:
+def test_decoding_loses_no_key(
+    name: str, dtype: str, shape: tuple[int, int, int], kv_dtype: str | None
+) -> None:
     """Rows of one token: a context is split among many thread blocks if rows are few, hardly if they are many."""
     backend = BACKENDS[name](dtype)
     heads, lengths = shape[0], [320] if backend.device == "cpu" else [640, 33008]
     for length in lengths:
-        keys = Keys(backend, *shape, length)
+        keys = Keys(backend, *shape, length, kv_dtype)
         for rows in (1, 20) if length < 1000 else (1, 3, 40):
             slots = list(range(1, rows + 1))
             wanted = boundaries(length + 1, 16 if length < 1000 else 64)
@@ -122,10 +134,12 @@ def test_decoding_loses_no_key(name: str, dtype: str, shape: tuple[int, int, int
 
 
 @cases
-def test_prefilling_loses_no_key(name: str, dtype: str, shape: tuple[int, int, int]) -> None:
+def test_prefilling_loses_no_key(
+    name: str, dtype: str, shape: tuple[int, int, int], kv_dtype: str | None
+) -> None:
     """Rows of several tokens, whose queries pick keys up to their own position, and the first key of a window."""
     backend, length, heads = BACKENDS[name](dtype), 320, shape[0]
-    keys = Keys(backend, *shape, length)
+    keys = Keys(backend, *shape, length, kv_dtype)
     wanted = boundaries(length, 16)
     for count in (2, 140) if backend.device == "cpu" else (2, 33, 130, 390):
         positions = length + np.tile(np.arange(count), 2)[:, None]
@@ -137,12 +151,14 @@ def test_prefilling_loses_no_key(name: str, dtype: str, shape: tuple[int, int, i
 
 
 @cases
-def test_few_queries_lose_no_key(name: str, dtype: str, shape: tuple[int, int, int]) -> None:
+def test_few_queries_lose_no_key(
+    name: str, dtype: str, shape: tuple[int, int, int], kv_dtype: str | None
+) -> None:
     """Rows of 2 to 9 tokens at the end of a context, as when drafts are verified: the last keys are seen by some of a
     row's queries alone."""
     backend, heads = BACKENDS[name](dtype), shape[0]
     for length in [320] if backend.device == "cpu" else [640, 33008]:
-        keys = Keys(backend, *shape, length)
+        keys = Keys(backend, *shape, length, kv_dtype)
         wanted = boundaries(length, 16 if length < 1000 else 64)
         for count in (2, 9) if backend.device == "cpu" else range(2, 10):
             for slots in ([1], [1, 2, 3]) if length < 1000 else ([1], list(range(1, 41))):
@@ -155,7 +171,7 @@ def test_few_queries_lose_no_key(name: str, dtype: str, shape: tuple[int, int, i
                     keys.check(slots, count, positions - np.array([0, window - 1])[order % 2], window)
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "float16"])
+@pytest.mark.parametrize("kv_dtype", [*QUANTIZED_KV, "float16"])
 def test_other_caches_lose_no_key(exact: Backend, kv_dtype: str) -> None:
     keys = Keys(exact, 8, 2, 32, 320, kv_dtype)
     wanted = boundaries(321, 16)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from op_attention import Rows, through_int8
+from op_attention import CODES, Rows, through_cache
 from op_backends import Array, numbers, put
 from paged import Paged, host_batch
 
-from vllmlite.backends.base import Backend, KVSpec, Rope, SlotSpec
+from vllmlite.backends.base import KV_DTYPES, QUANTIZED_KV, Backend, KVSpec, Rope, SlotSpec
 from vllmlite.errors import BackendError
 
 
@@ -22,41 +22,75 @@ def test_cache_in_sixteen_bits(exact: Backend, kv_dtype: str) -> None:
     rows.step([0, 1], [1, 1])
 
 
-def test_the_int8_cache_quantises_rotated_keys(exact: Backend) -> None:
+@pytest.mark.parametrize("kv_dtype", QUANTIZED_KV)
+@pytest.mark.parametrize("size", [32, 24])
+def test_a_quantised_cache_quantises_rotated_keys(exact: Backend, kv_dtype: str, size: int) -> None:
     """The rotary table rotates nothing and doubles some elements, so that every code is known exactly."""
-    rows = Rows(exact, 6, 2, 32, 4, kv_dtype="int8", max_context=60)
+    scales = () if QUANTIZED_KV[kv_dtype].head_scales else ((1.0, 1.0), (0.03, 0.7))
+    rows = Rows(exact, 6, 2, size, 4, kv_dtype=kv_dtype, scales=scales, max_context=60)
     rows.table = np.concatenate(
-        (2.0 ** (np.arange(60)[:, None] % 3 * np.arange(16) % 4), np.zeros((60, 16))), 1
+        (2.0 ** (np.arange(60)[:, None] % 3 * np.arange(size // 2) % 4), np.zeros((60, size // 2))), 1
     )
-    rows.rope = Rope(exact.tensor(rows.table.astype(np.float32)), 32)
+    rows.rope = Rope(exact.tensor(rows.table.astype(np.float32)), size)
     for slot in range(3):
         rows.admit(slot)
     rows.step([0, 2], [3, 11])
     rows.step([2, 1, 0], [1, 20, 1])
 
 
-def test_int8_of_extreme_heads(exact: Backend) -> None:
+@pytest.mark.parametrize("kv_dtype", QUANTIZED_KV)
+def test_every_code_of_a_quantised_cache(exact: Backend, kv_dtype: str) -> None:
+    """The attention of a single token is its value: tested with all codes and numbers between them, at several scales,
+    and beyond the largest."""
+    form = QUANTIZED_KV[kv_dtype]
+    codes = np.array(CODES[form.element])
+    between = [codes[:-1] + part * np.diff(codes) for part in (0, 0.49, 0.5, 0.51)]
+    values = np.concatenate((*between, [codes[-1]] * 4)) * (1.0 if form.head_scales else 0.375)
+    if not form.head_scales:
+        values = np.concatenate((values, [1.04 * values[-1], 1.1 * values[-1], 1e30, np.inf]))
+    values = np.resize(np.concatenate((values, -values)).astype(np.float32), (47, 1, 24)).astype(np.float64)
+    values[:, 0, 0] = codes[-1]  # makes a head's own scale 1
+    spec = KVSpec(1, 1, 24, 16, kv_dtype, () if form.head_scales else ((1.0, 0.375),))
+    paged = Paged(exact, spec, max_slots=len(values))
+    np.testing.assert_array_equal(single(exact, paged, values), through_cache(values, spec, 0.375))
+    if not form.head_scales:
+        values[1, 0, 3] = np.nan
+        expected = np.isnan(values)
+        np.testing.assert_array_equal(np.isnan(single(exact, paged, values)), expected)
+
+
+def single(backend: Backend, paged: Paged, values: Array) -> Array:
+    """The attention of rows of one token each, whose value it is."""
+    rows, heads, size = values.shape
+    for slot in range(rows):
+        paged.admit(slot)
+    batch = paged.upload(paged.batch(range(rows), [1] * rows))
+    qkv = np.concatenate((numbers((rows, 2 * heads, size), 1), values), 1)
+    q = backend.attn_prep(put(backend, qkv.reshape(rows, -1)), heads, None, paged.kv, 0, batch)
+    found: Array = backend.to_host(backend.paged_attention(q, paged.kv, 0, batch, 0.25))
+    return found.reshape(rows, heads, size)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8_per_token_head"])
+def test_head_scales_of_extreme_heads(exact: Backend, kv_dtype: str) -> None:
     """The attention of a single token is its value: tested with zeros, subnormal and huge numbers; what is not finite
     stays so."""
-    paged = Paged(exact, KVSpec(1, 2, 24, 4, "int8"))
+    paged = Paged(exact, KVSpec(1, 2, 24, 4, kv_dtype))
     values = numbers((7, 2, 24))
     values *= np.array([0, 1e-44, 1e-39, 1e-30, 1, 1e30, 1])[:, None, None]
     values[6, 0, 5], values[6, 1, 9] = np.nan, -np.inf
-    for slot in range(7):
-        paged.admit(slot)
-    batch = paged.upload(paged.batch(range(7), [1] * 7))
-    qkv = np.concatenate((numbers((7, 4, 24), 1), values), 1)
-    q = exact.attn_prep(put(exact, qkv.reshape(7, -1)), 2, None, paged.kv, 0, batch)
-    found = exact.to_host(exact.paged_attention(q, paged.kv, 0, batch, 0.25)).reshape(7, 2, 24)
-    np.testing.assert_allclose(found[:6], through_int8(values[:6]), rtol=1e-6, atol=0)
+    found = single(exact, paged, values)
+    np.testing.assert_allclose(found[:6], through_cache(values[:6], paged.spec), rtol=1e-6, atol=0)
     assert (np.abs(found[:2]) <= 2**-126).all()
     assert not np.isfinite(found[6]).any()
 
 
 def test_cache_size(exact: Backend) -> None:
     assert exact.kv_bytes_per_block(KVSpec(3, 2, 16, 4, "bfloat16")) == 3 * 2 * 2 * 16 * 4 * 2
-    if "int8" in exact.kv_dtypes:
-        assert exact.kv_bytes_per_block(KVSpec(3, 2, 16, 4, "int8")) == 3 * 2 * 2 * (16 + 4) * 4
+    assert exact.kv_dtypes == KV_DTYPES
+    for kv_dtype, form in QUANTIZED_KV.items():
+        bytes_of_head = 16 + 4 * form.head_scales
+        assert exact.kv_bytes_per_block(KVSpec(3, 2, 16, 4, kv_dtype)) == 3 * 2 * 2 * bytes_of_head * 4
     spec = KVSpec(3, 2, 16, 4, "float32")
     with pytest.raises(BackendError, match="free"):
         exact.alloc_kv(spec, exact.memory().total // exact.kv_bytes_per_block(spec) + 1)

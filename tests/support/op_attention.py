@@ -71,11 +71,35 @@ def attention_bound(dtype: str, expected: Array, spread: Array) -> Array:
     return bound
 
 
-def through_int8(x: Array) -> Array:
-    """Heads ``x [..., D]`` after storing them in an int8 cache, exact in float32."""
-    x = x.astype(np.float32)
-    scale = np.maximum(np.abs(x).max(-1, keepdims=True) / np.float32(127), np.float32(2**-126))
-    return np.asarray(scale.astype(np.float64) * np.rint(x / scale))
+def float8(exponent_bits: int, largest: float) -> Array:
+    """The magnitudes of an 8-bit float format up to ``largest``, in the order of their codes."""
+    mantissa_bits = 7 - exponent_bits
+    exponent, mantissa = np.divmod(np.arange(127.0), 2**mantissa_bits)
+    bias = 2 ** (exponent_bits - 1) - 1
+    normal = np.ldexp(1 + mantissa / 2**mantissa_bits, (exponent - bias).astype(int))
+    subnormal = np.ldexp(mantissa / 2**mantissa_bits, 1 - bias)
+    values: Array = np.where(exponent == 0, subnormal, normal)
+    return np.asarray(values[values <= largest])
+
+
+CODES = {"int8": np.arange(128.0), "float8_e4m3": float8(4, 448.0), "float8_e5m2": float8(5, 57344.0)}
+"""Magnitudes that a quantised cache stores, by dtype of its elements."""
+
+
+def through_cache(x: Array, spec: KVSpec, scales: Array | float = 1.0) -> Array:
+    """Heads ``x [..., D]`` after storing them in a cache of ``spec`` with these layer scales."""
+    if spec.format is None:
+        return x
+    x, codes = x.astype(np.float32), CODES[spec.format.element]
+    scale = np.asarray(scales, np.float32)
+    if spec.format.head_scales:
+        absmax = np.abs(x).max(-1, keepdims=True)
+        scale = np.maximum(absmax / np.float32(codes[-1]), np.float32(2**-126))
+    y = (x / scale).astype(np.float64)
+    middles = (codes[1:] + codes[:-1]) / 2
+    below, upto = np.searchsorted(middles, np.abs(y)), np.searchsorted(middles, np.abs(y), "right")
+    stored = codes[np.where(below % 2 == 0, below, upto)]
+    return np.asarray(scale.astype(np.float64) * np.copysign(np.where(np.isnan(y), np.nan, stored), y))
 
 
 class Rows:
@@ -84,7 +108,8 @@ class Rows:
     def __init__(
         self, backend: Backend, heads: int, kv_heads: int, size: int, block_size: int, **options: Any
     ) -> None:
-        spec = KVSpec(2, kv_heads, size, block_size, options.pop("kv_dtype", backend.dtype))
+        kv_dtype, scales = options.pop("kv_dtype", backend.dtype), options.pop("scales", ())
+        spec = KVSpec(2, kv_heads, size, block_size, kv_dtype, scales)
         self.backend, self.heads, self.kv_heads, self.size = backend, heads, kv_heads, size
         self.paged = Paged(backend, spec, **options)
         self.rope: Rope | None = None
@@ -141,8 +166,9 @@ class Rows:
             rows = self.table[host_side.positions]
             new_q, new_k = rotated(new_q, rows, self.interleaved), rotated(new_k, rows, self.interleaved)
         check(backend, q, new_q)
-        if self.paged.spec.dtype == "int8":
-            new_k, new_v = through_int8(new_k), through_int8(new_v)
+        key_scale, value_scale = (self.paged.spec.scales or [(1.0, 1.0)] * 2)[1]
+        new_k = through_cache(new_k, self.paged.spec, key_scale)
+        new_v = through_cache(new_v, self.paged.spec, value_scale)
         begin = host_side.query_start_loc
         for row, slot in enumerate(slots):
             own = slice(begin[row], begin[row + 1])

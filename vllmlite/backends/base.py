@@ -47,10 +47,33 @@ Slots: TypeAlias = Any
 API = 5
 """Version of this interface; an extension that was built for another version is refused."""
 
-KV_DTYPES = (*FLOAT_DTYPES, "int8")
-"""Dtypes of a key/value cache; :class:`KVSpec` describes int8."""
 SCALE_SIZE = ITEM_SIZE["float32"]
-"""Bytes of the scale of a head in an int8 key/value cache."""
+"""Bytes of a scale in a quantised key/value cache."""
+LEAST_SCALE = 2.0**-126
+"""The smallest scale of a token's head."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVFormat:
+    """Format of a quantised key/value cache, whose elements take one byte each."""
+
+    element: str
+    """Dtype of the elements, as in :data:`~vllmlite.weights.host.ITEM_SIZE`."""
+    largest: float
+    """The largest finite element that is stored."""
+    head_scales: bool
+    """Each head of a token has a scale, stored beside it; otherwise a layer's keys have one, and so have its values."""
+
+
+QUANTIZED_KV = {
+    "int8": KVFormat("int8", 127.0, head_scales=True),
+    "fp8_e4m3": KVFormat("float8_e4m3", 448.0, head_scales=False),
+    "fp8_e5m2": KVFormat("float8_e5m2", 57344.0, head_scales=False),
+    "fp8_per_token_head": KVFormat("float8_e4m3", 448.0, head_scales=True),
+}
+"""Formats of quantised caches, by dtype; :class:`KVSpec` describes their arithmetic."""
+KV_DTYPES = (*FLOAT_DTYPES, *QUANTIZED_KV)
+"""Dtypes of a key/value cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +88,10 @@ class Memory:
 class KVSpec:
     """The contents of a model's key/value cache: for each token and layer, K and V of ``[num_kv_heads, head_dim]``.
 
-    ``dtype`` is one of :data:`KV_DTYPES`. In int8, every head ``x [head_dim]`` of a token, of K and of V, is written as
-    a float32 ``scale = max(absmax(x) / 127, 2**-126)`` and codes ``round(x / scale)``, halves to even, and is read as
-    ``scale * codes``; where an element is infinite or NaN, all of them are read as that.
+    ``dtype`` is one of :data:`KV_DTYPES`. In a quantised format, every head ``x [head_dim]`` of a token, of K and of V,
+    is written as ``q = round(x / scale)``, in float32, halves to even, and is read as ``scale * q``. With head scales,
+    ``scale = max(absmax(x) / largest, 2**-126)`` is stored as float32; if an element is infinite or NaN, none of the
+    head is finite when it is read. With layer scales, what exceeds ``largest`` is stored as ``largest``, NaN as NaN.
     """
 
     num_layers: int
@@ -75,6 +99,20 @@ class KVSpec:
     head_dim: int
     block_size: int
     dtype: str
+    scales: tuple[tuple[float, float], ...] = ()
+    """Scales of each layer's keys and values, for formats without head scales; empty: all are 1."""
+
+    @property
+    def format(self) -> KVFormat | None:
+        """The format of a quantised cache, or None for floats."""
+        return QUANTIZED_KV.get(self.dtype)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of a head of a token, with its scale, without padding."""
+        if self.format is None:
+            return self.head_dim * ITEM_SIZE[self.dtype]
+        return self.head_dim + SCALE_SIZE * self.format.head_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +382,7 @@ class Backend(ABC):
 
     @abstractmethod
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        """Bytes of one block of ``spec``, over all layers, including the scales of an int8 block."""
+        """Bytes of one block of ``spec``, over all layers, including the scales of its heads."""
 
     @abstractmethod
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KVCache:

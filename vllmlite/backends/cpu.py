@@ -222,9 +222,7 @@ class CpuBackend(NativeBackend):
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> Any:
         self.check_kv(spec, num_blocks)
-        return self._native.KVCache(
-            spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype, num_blocks
-        )
+        return self._native.KVCache(spec, num_blocks)
 
     # Slots
 

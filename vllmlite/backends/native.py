@@ -13,7 +13,6 @@ import numpy as np
 
 from vllmlite.backends.base import (
     API,
-    SCALE_SIZE,
     Backend,
     ForwardBatch,
     KVSpec,
@@ -24,7 +23,6 @@ from vllmlite.backends.base import (
 )
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.errors import BackendError
-from vllmlite.weights.host import ITEM_SIZE
 from vllmlite.weights.schemes.codes import Bytes, StoredCodes
 
 HEAD_UNIT = 16
@@ -44,10 +42,8 @@ class NativeBackend(Backend):
         return self._runtime.rows(tensor, index)
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        head = -(-spec.head_dim // HEAD_UNIT) * HEAD_UNIT * ITEM_SIZE[spec.dtype]
-        if spec.dtype == "int8":
-            head += SCALE_SIZE
-        return 2 * spec.num_layers * spec.num_kv_heads * head * spec.block_size
+        padded = replace(spec, head_dim=-(-spec.head_dim // HEAD_UNIT) * HEAD_UNIT)
+        return 2 * spec.num_layers * spec.num_kv_heads * padded.head_bytes * spec.block_size
 
     # Model ops
 

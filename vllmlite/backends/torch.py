@@ -34,7 +34,7 @@ from vllmlite.backends.base import (
     unusable,
 )
 from vllmlite.backends.memory import host_memory
-from vllmlite.backends.torch_attention import Group, Rows, Scores, TorchKV, attend, plan_groups, token_width
+from vllmlite.backends.torch_attention import Group, Rows, Scores, TorchKV, attend, plan_groups
 from vllmlite.backends.torch_packed import SCHEMES, TorchPacked, TorchPart, packed_part
 from vllmlite.backends.torch_sampling import SamplePlan, TorchSlots
 from vllmlite.errors import BackendError
@@ -171,11 +171,11 @@ class TorchBackend(Backend):
     # Key/value cache
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        return spec.num_layers * spec.block_size * token_width(spec) * ITEM_SIZE[spec.dtype]
+        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_bytes * spec.block_size
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> TorchKV:
         self.check_kv(spec, num_blocks)
-        return TorchKV(spec, num_blocks, _DTYPES[spec.dtype], self._device)
+        return TorchKV(spec, num_blocks, self._device)
 
     # Slots
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import SCALE_SIZE, KVSpec
+from vllmlite.backends.base import LEAST_SCALE, KVFormat, KVSpec
 
 Ints = NDArray[np.int64]
 Put = Callable[..., list[torch.Tensor]]
@@ -28,28 +28,35 @@ _KEEP_MASK = 32 * 2**20  # masks up to this many bytes are reused by all layers
 _SMALL = 256  # rows with up to this many keys are grouped together
 
 
-def token_width(spec: KVSpec) -> int:
-    """Return the elements per token in a layer of the pool: K and V; for int8 also the bytes of each head's scale."""
-    return 2 * spec.num_kv_heads * (spec.head_dim + SCALE_SIZE * (spec.dtype == "int8"))
+_ELEMENTS = {"int8": torch.int8, "float8_e4m3": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+"""Dtypes of the elements of quantised caches."""
 
 
 class TorchKV:
     """A pool of key/value blocks: per layer ``[num_blocks * block_size, 2 * K * D]``, a token's keys, then its values.
 
-    For int8 it is ``[num_blocks * block_size, 2 * K * (D + 4)]``: each head's quantised values, then its scale's
-    bytes."""
+    A quantised pool holds bytes, ``[num_blocks * block_size, 2 * K * spec.head_bytes]``: a head's elements, then the
+    bytes of its scale, if it has one."""
 
-    def __init__(self, spec: KVSpec, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, spec: KVSpec, num_blocks: int, device: torch.device) -> None:
         self.spec = spec
-        self.dtype = dtype
-        shape = (spec.num_layers, num_blocks * spec.block_size, token_width(spec))
-        self.layers = list(torch.empty(shape, dtype=dtype, device=device))
+        self.dtype = torch.uint8 if spec.format else getattr(torch, spec.dtype)
+        head = spec.head_bytes if spec.format else spec.head_dim
+        shape = (spec.num_layers, num_blocks * spec.block_size, 2 * spec.num_kv_heads * head)
+        self.layers = list(torch.empty(shape, dtype=self.dtype, device=device))
+        self._scales = torch.tensor(spec.scales or [(1.0, 1.0)] * spec.num_layers, device=device)
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
+
+    def _layer_scales(self, layer: int) -> torch.Tensor:
+        """Return the scales of a layer's keys and values for all its heads, ``[2 * K, 1]``."""
+        return self._scales[layer].repeat_interleave(self.spec.num_kv_heads)[:, None]
 
     def write(self, layer: int, index: torch.Tensor, new: torch.Tensor) -> None:
         """Store keys and values ``new [T, 2 * K * D]`` at the pool indices ``index [T]``."""
-        if self.dtype == torch.int8:
-            new = _quantised(new.reshape(len(new), -1, self.spec.head_dim)).flatten(1)
+        form = self.spec.format
+        if form is not None:
+            heads = new.reshape(len(new), -1, self.spec.head_dim)
+            new = _quantised(heads, form, None if form.head_scales else self._layer_scales(layer)).flatten(1)
         self.layers[layer].index_copy_(0, index, new.to(self.dtype))
 
     def gather(
@@ -60,11 +67,18 @@ class TorchKV:
         pool = self.layers[layer]
         found = self._buffer((len(index), pool.shape[1]), self.dtype)
         torch.index_select(pool, 0, index, out=found)
-        if self.dtype == torch.int8:
-            heads = found.view(len(index), -1, self.spec.head_dim + SCALE_SIZE)
-            codes, scales = heads[..., : self.spec.head_dim], heads[..., self.spec.head_dim :]
-            floats = self._buffer(codes.shape, dtype)
-            found = torch.mul(codes, scales.contiguous().view(torch.float32), out=floats)
+        form = self.spec.format
+        if form is not None:
+            heads = found.view(len(index), -1, self.spec.head_bytes)
+            elements, stored = heads[..., : self.spec.head_dim], heads[..., self.spec.head_dim :]
+            scales = (
+                stored.contiguous().view(torch.float32) if form.head_scales else self._layer_scales(layer)
+            )
+            floats = self._buffer(elements.shape, dtype)
+            numbers = elements.view(_ELEMENTS[form.element])
+            if form.element != "int8":
+                numbers = numbers.float()
+            found = torch.mul(numbers, scales, out=floats)
         elif dtype != self.dtype:
             found = self._buffer(found.shape, dtype).copy_(found)
         both = found.view(rows, -1, 2, self.spec.num_kv_heads, self.spec.head_dim)
@@ -79,13 +93,18 @@ class TorchKV:
         return kept[:size].view(shape)
 
 
-def _quantised(x: torch.Tensor) -> torch.Tensor:
-    """Quantise ``x [..., D]`` to int8 ``[..., D + 4]``: the values, then the bytes of a float32 scale."""
-    x = x.float()
-    # Divide by a tensor: CUDA replaces division by a Python number with a multiplication, which rounds differently.
-    scale = (x.abs().amax(-1, keepdim=True) / x.new_tensor(127)).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = (x / scale).round().nan_to_num().to(torch.int8)
-    return torch.cat((codes, scale.view(torch.int8)), -1)
+def _quantised(x: torch.Tensor, form: KVFormat, scale: torch.Tensor | None) -> torch.Tensor:
+    """Quantise heads ``x [..., D]`` to bytes: with ``scale`` ``[..., D]``, otherwise ``[..., D + 4]``, the elements
+    and then the bytes of the head's own scale."""
+    x, own = x.float(), scale is None
+    if scale is None:
+        # Divide by a tensor: CUDA replaces division by a Python number with a multiplication, which rounds differently.
+        scale = (x.abs().amax(-1, keepdim=True) / x.new_tensor(form.largest)).clamp(min=LEAST_SCALE)
+    x = (x / scale).clamp(-form.largest, form.largest)
+    if form.element == "int8":
+        x = x.round().nan_to_num()
+    elements = x.to(_ELEMENTS[form.element]).view(torch.uint8)
+    return torch.cat((elements, scale.view(torch.uint8)), -1) if own else elements
 
 
 @dataclass(slots=True)

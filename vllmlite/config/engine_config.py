@@ -38,11 +38,11 @@ METHOD_SYNONYMS = {
     "modelopt_fp4": "modelopt", "modelopt_fp8": "modelopt",
 }  # fmt: skip
 """Other names of methods: older ones, and those of vLLM's kernels."""
-KV_DTYPES = (*FLOAT_DTYPES, "int8")
+KV_DTYPES = (*FLOAT_DTYPES, "int8", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head")
 CPU_ISAS = ("auto", "baseline", "avx2", "avx512", "avx512_bf16", "amx", "neon")
 DTYPE_SYNONYMS = {"float": "float32", "half": "float16"}
 REASONING_KEYS = ("reasoning_start_str", "reasoning_end_str")
-KV_DTYPE_SYNONYMS = {**DTYPE_SYNONYMS, "int8_per_token_head": "int8"}
+KV_DTYPE_SYNONYMS = {**DTYPE_SYNONYMS, "fp8": "fp8_e4m3", "int8_per_token_head": "int8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,8 @@ class EngineConfig:
     )
     kv_cache_dtype: str = _option(
         "auto",
-        "dtype of the key/value cache; auto: the model's; int8: half of bfloat16's memory, a scale per token and head",
+        "dtype of the key/value cache; auto: the checkpoint's, or the model's; int8, fp8 (e4m3), fp8_e5m2 and "
+        "fp8_per_token_head take half of bfloat16's memory",
         choices=("auto", *KV_DTYPES),
         synonyms=KV_DTYPE_SYNONYMS,
     )

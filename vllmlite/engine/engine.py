@@ -105,9 +105,11 @@ class Engine:
         max_logprobs: int = -1,
         reasoning: ReasoningMarks | None = None,
         drafting: DraftPolicy | None = None,
+        cache_format: str = "",
     ) -> None:
         """Start without requests. Requests without a seed of their own derive one from ``seed``. Without ``drafting``
-        nothing is speculated."""
+        nothing is speculated. Block hashes depend on ``cache_format``, which says how the key/value cache stores
+        numbers."""
         self.scheduler = Scheduler(limits, drafting or DraftPolicy(0))
         self.stats = EngineStats(num_blocks=limits.num_blocks, block_size=limits.block_size)
         self.runner = runner
@@ -116,6 +118,7 @@ class Engine:
         )
         self._steps_in_flight = steps_in_flight
         self._seed = seed
+        self._cache_format = cache_format
         self._trace: Trace | None = None
         self._requests: dict[str, Request] = {}
         self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
@@ -165,7 +168,7 @@ class Engine:
             max_total_tokens=longest,
             stop_ids=bounds.stop_ids(params),
             eos_ids=bounds.eos_ids,
-            root=root_digest("salt", cache_salt or ""),
+            root=root_digest("salt", cache_salt or "", self._cache_format),
             metrics=RequestMetrics(
                 time.monotonic() if arrival_time is None else arrival_time, num_prompt_tokens=len(prompt)
             ),

@@ -171,6 +171,8 @@ def build_runner(
         seed=config.seed,
         packing=packing,
     )
+    if model.kv_spec.dtype != backend.dtype:
+        choice += f"; key/value cache in {model.kv_spec.dtype}"
     num_blocks = _least(backend, num_cache_blocks(config, backend, model, num_positions))
     capacity = min(num_blocks * config.block_size, num_positions)
     if longest > capacity:

@@ -69,6 +69,7 @@ def start(config: EngineConfig) -> Started[Engine]:
         reasoning=reasoning_marks(config.reasoning_config, tokenizer),
         max_logprobs=config.max_logprobs,
         drafting=_drafting(config, built, two_steps),
+        cache_format=f"{runner.model.kv_spec.dtype} {runner.model.kv_spec.scales}",
     )
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype

@@ -5,6 +5,7 @@
 // result has the same bits in every tile: alone in a decode step, or with others of a prompt.
 #pragma once
 
+#include "cpu/kernels/cache.hpp"
 #include "cpu/kernels/simd.hpp"
 
 namespace vllmlite::cpu::VLLMLITE_ISA {
@@ -13,8 +14,8 @@ inline constexpr int kKeyVectors = kKeyChunk / kLanes;
 inline constexpr int kRowTile = kManyRegisters ? 4 : 2;
 
 // ---- Keys of a block, by cache type: [head_dim / kDims][block_size][kDims], where kDims elements fill four bytes.
-// These are multiplied in kSteps steps; part() extracts the dimensions of a step. Keys in int8 are followed by their
-// scales.
+// These are multiplied in kSteps steps; part() extracts the dimensions of a step. After the bytes of a block
+// come its head scales.
 
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
 inline constexpr bool kBigEndian = true;
@@ -50,19 +51,20 @@ struct PairKeys : AnyKeys {
   }
 };
 
-// Keys in int8, with a scale. A part has the value in its topmost byte.
-struct Int8Keys : AnyKeys {
+// Bytes of a quantised cache; each part is one of the four bytes.
+template <typename Format>
+struct ByteKeys : AnyKeys {
   struct Values {
     using Item = std::int8_t;
-    static VLLMLITE_INLINE F load(const Item* from) { return from_i8(from); }
+    static VLLMLITE_INLINE F load(const Item* from) { return Format::decode(from); }
   };
   using Key = U;
   static constexpr int kDims = 4, kSteps = 4;
   static constexpr bool kScaled = true;
-  static constexpr float kUnit = 0x1p-24F;
+  static constexpr float kUnit = Format::kUnit;
   static VLLMLITE_INLINE Key load(const std::byte* from) { return VLLMLITE_ISA::load<U>(from); }
   static VLLMLITE_INLINE F part(Key k, int step) {
-    return __builtin_convertvector((I)(k << (kBigEndian ? step : 3 - step) * 8 & 0xff000000), F);
+    return Format::decode_top(k << (kBigEndian ? step : 3 - step) * 8 & 0xff000000);
   }
 };
 
@@ -81,26 +83,6 @@ struct DotKeys : AnyKeys {
   }
 };
 #endif
-
-// Quantises a head to int8: its elements over the scale, rounded to the nearest, halves to even. Returns the scale,
-// which is the largest magnitude / 127, or the infinity or NaN that the head contains.
-inline float quantize_head(const float* x, std::int8_t* values, int size) {
-  const auto magnitude = [](F v) { return (I)v & 0x7fffffff; };  // ordered as the numbers are, NaN last
-  I most{};
-  int i = 0;
-  for (; i + kLanes <= size; i += kLanes) most = larger(most, magnitude(load<F>(x + i)));
-  if (i < size) most = larger(most, magnitude(load_some<F>(x + i, size - i)));
-  std::int32_t lanes[kLanes], top = 0;
-  store(lanes, most);
-  for (const std::int32_t lane : lanes) top = larger(top, lane);
-  float absmax;
-  __builtin_memcpy(&absmax, &top, sizeof top);
-  const float scale = absmax / 127.0F < kLeastScale ? kLeastScale : absmax / 127.0F;
-  const auto quantized = [scale](F v) { return (I)(v / scale + kRound); };
-  for (i = 0; i + kLanes <= size; i += kLanes) store_i8(values + i, quantized(load<F>(x + i)), kLanes);
-  if (i < size) store_i8(values + i, quantized(load_some<F>(x + i, size - i)), size - i);
-  return scale;
-}
 
 // ---- Addresses of a chunk's keys and values
 
@@ -144,7 +126,7 @@ struct Reader {
     each_run(base, first, last, [&](int j, std::ptrdiff_t block, int at, int count) {
       for (int i = 0; i < count; ++i)
         chunk.values[j + i] = tile.values + block + static_cast<std::ptrdiff_t>(at + i) * padded * kItem;
-      if constexpr (C::kScaled) {
+      if (C::kScaled && tile.head_scales) {
         for (int i = 0; i < count; i += 16) {
           prefetch(tile.keys + scale_at(block, at + i));
           prefetch(tile.values + scale_at(block, at + i));
@@ -174,8 +156,15 @@ struct Reader {
     for (int v = 0; v < kKeyVectors; ++v) chunk.keys[v] = gathered + v * kLanes * unit;
   }
 
-  // Copies the scales of keys and values `first` to `last`.
+  // Copies the scales of keys and values `first` to `last`: their own, or those of the layer.
   void copy_scales(int base, int first, int last, float* of_keys, float* of_values) const {
+    if (!tile.head_scales) {
+      for (int j = first; j <= last; ++j) {
+        of_keys[j] = tile.key_scale;
+        of_values[j] = tile.value_scale;
+      }
+      return;
+    }
     each_run(base, first, last, [&](int j, std::ptrdiff_t block, int at, int count) {
       __builtin_memcpy(of_keys + j, tile.keys + scale_at(block, at), static_cast<std::size_t>(count) * 4);
       __builtin_memcpy(of_values + j, tile.values + scale_at(block, at), static_cast<std::size_t>(count) * 4);

@@ -179,20 +179,22 @@ VLLMLITE_INLINE H to_f16(F x) {
 
 // ---- 8-bit integers
 
-VLLMLITE_INLINE F from_i8(const std::int8_t* from) {
+VLLMLITE_INLINE I wide_i8(const std::int8_t* from) {
 #if defined(__AVX512F__)
-  return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #elif defined(__AVX2__)
-  return (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+  return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 #elif defined(__aarch64__)
   std::int32_t four;
   __builtin_memcpy(&four, from, sizeof four);
   const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
-  return (F)vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+  return (I)vmovl_s16(vget_low_s16(wide));
 #else
-  return __builtin_convertvector(__builtin_convertvector(load<B>(from), I), F);
+  return __builtin_convertvector(load<B>(from), I);
 #endif
 }
+
+VLLMLITE_INLINE F from_i8(const std::int8_t* from) { return __builtin_convertvector(wide_i8(from), F); }
 
 // Stores the lowest bytes of the first `count` elements.
 VLLMLITE_INLINE void store_i8(std::int8_t* to, I x, int count) {

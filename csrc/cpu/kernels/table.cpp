@@ -44,8 +44,9 @@ constinit const Kernels kernels{
 #else
     .attention = {attention<F32Keys>, attention<PairKeys<F16>>, attention<PairKeys<BF16>>},
 #endif
-    .attention_int8 = attention<Int8Keys>,
-    .quantize_head = quantize_head,
+    .attention_bytes = {attention<ByteKeys<Int8Format>>, attention<ByteKeys<E4m3Format>>,
+                        attention<ByteKeys<E5m2Format>>},
+    .quantize_head = {quantize_head<Int8Format>, quantize_head<E4m3Format>, quantize_head<E5m2Format>},
     .argmax = argmax,
     .weights = weights,
 };
