@@ -5,8 +5,9 @@
 
 DIR are bfloat16 checkpoints with llama1b's and llama8b's shapes (``../shared/peers/gpu/mkmodels.py`` writes them);
 without one, its rows stay empty; with --dummy a config.json is enough. "w4a16" and "fp8" rows are those of the large
-model with random weights of 4 bits in groups of 128, and of 8-bit floats whose products quantise activations. First,
-read bandwidth and bfloat16 matrix products are measured (needs nvcc).
+model with random weights of 4 bits in groups of 128, and of 8-bit floats whose products quantise activations, "cache"
+rows those with a quantised key/value cache. First, read bandwidth and bfloat16 matrix products are measured (needs
+nvcc).
 Decode rate = B * (n - 1) / (t_n - t_1) with 128 tokens in and n = 256 out, greedy, new random prompts each round,
 medians. "invariant" rows show the cost of `--batch-invariant`, "diverging" rows its use: the probability that a token
 of the built-in model differs between a batch and a single request. "ready" is the time from the start of a process,
@@ -27,13 +28,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from vllmlite import LLM, SamplingParams
-from vllmlite.backends.base import Backend, ForwardBatch, KVSpec, SlotParams, SlotSpec
+from vllmlite.backends.base import QUANTIZED_KV, Backend, ForwardBatch, KVSpec, SlotParams, SlotSpec
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.runner.runner import ModelRunner
 
@@ -76,6 +78,7 @@ OPTIONS: dict[str, Any] = {
     "device": "cuda", "backend": "cuda", "skip_tokenizer_init": True, "max_model_len": 8192 + 512,
 }  # fmt: skip
 QUERY_LENGTHS = (1, 2, 4, 8)
+CACHE_ROWS = ("decode 1", "decode 64", "decode 32 at 8192", "prefill 1 x 8192", "prefill 16 x 2048")
 REPLAYS = 10
 """Consecutive replays of a graph, to amortise its launch."""
 
@@ -118,6 +121,11 @@ def main() -> None:
             name = f"attention 128 {batch} x 8192, {queries} queries GB/s"
             if wanted(name):
                 note(name, _attention(128, batch, 8192, queries=queries), None, read)
+    for kv_dtype in QUANTIZED_KV:
+        for queries in QUERY_LENGTHS:
+            name = f"attention 128 32 x 8192, {queries} queries, {kv_dtype} GB/s"
+            if wanted(name):
+                note(name, _attention(128, 32, 8192, queries=queries, kv_dtype=kv_dtype), None, read)
     for which in ("small", "large"):
         model = getattr(args, which)
         if model is None:
@@ -136,6 +144,14 @@ def main() -> None:
                 note(f"{which} invariant {name}", value, None)
             del llm
             gc.collect()
+    for kv_dtype in ("int8", "fp8_e4m3"):
+        if args.large is None or not wanted(f"large {kv_dtype} cache"):
+            continue
+        llm = LLM(str(args.large), kv_cache_dtype=kv_dtype, **OPTIONS)
+        for name, value in _rows(llm, args.rounds, CACHE_ROWS.__contains__):
+            note(f"large {kv_dtype} cache {name}", value, None)
+        del llm
+        gc.collect()
     for kind in PACKED:
         row = f"large {kind}"
         if args.large is None or not any(wanted(f"{row} {name}") for name in ("", "ready", *BARS["large"])):
@@ -313,17 +329,16 @@ def _going_on(batch: int, count: int, ends: int) -> ForwardBatch:
     )  # fmt: skip
 
 
-def _attention(
-    size: int, batch: int, context: int, heads: int = 32, kv_heads: int = 8, queries: int = 1
-) -> float:
+def _attention(size: int, batch: int, context: int, *, queries: int = 1, kv_dtype: str = "bfloat16") -> float:
     """Return GB/s of keys and values read by attention of ``queries`` tokens a row.
 
     There are enough layers to exceed all caches and to amortise the graph's launch. Rows go on from sampled ids, as in
     decoding."""
     backend = CudaBackend("cuda", "bfloat16")
-    layers = max(8, int(2e9 / (2 * kv_heads * size * 2 * batch * context)))
-    spec = KVSpec(layers, kv_heads, size, 16, "bfloat16")
-    blocks = batch * context // 16
+    heads, kv_heads, blocks = 32, 8, batch * context // 16
+    spec = KVSpec(1, kv_heads, size, 16, kv_dtype)
+    layers = max(8, int(2e9 / (blocks * backend.kv_bytes_per_block(spec))))
+    spec = replace(spec, num_layers=layers)
     kv = backend.alloc_kv(spec, blocks)
     slots = backend.alloc_slots(SlotSpec(batch, context // 16, context, 1000, batch * context // 16))
     order = np.random.default_rng(0).permutation(blocks).astype(np.int32)
@@ -348,7 +363,7 @@ def _attention(
     attend()
     graph = backend._runtime.capture(last.backend, attend)
     taken = _replayed(backend, lambda: backend._runtime.replay(graph, last.backend))
-    return 2 * kv_heads * size * 2 * batch * context * layers / taken / 1e9
+    return blocks * backend.kv_bytes_per_block(spec) / taken / 1e9
 
 
 def _probe() -> dict[str, float]:

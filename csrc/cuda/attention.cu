@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "cuda/attention.cuh"
-#include "cuda/kernel.cuh"
+#include "cuda/cache.cuh"
 #include "cuda/ops.hpp"
 #include "tensor/checks.hpp"
 
@@ -11,14 +11,8 @@ namespace vllmlite::cuda {
 
 // ---- Cache
 
-KVCache::KVCache(Runtime& runtime, int layer_count, int heads, int size, int block, DType type, std::int64_t blocks)
-    : layers(layer_count),
-      kv_heads(heads),
-      head_dim(size),
-      width((size + kHeadUnit - 1) / kHeadUnit * kHeadUnit),
-      block_size(block),
-      dtype(type),
-      num_blocks(blocks) {
+KVCache::KVCache(Runtime& runtime, const CacheSpec& spec, std::int64_t blocks)
+    : CacheSpec(spec), width((spec.head_dim + kHeadUnit - 1) / kHeadUnit * kHeadUnit), num_blocks(blocks) {
   if (layers < 1 || kv_heads < 1 || head_dim < 1 || block_size < 1 || num_blocks < 0)
     throw std::invalid_argument("a cache's sizes must be positive");
   if (head_dim > kMostSize)
@@ -29,7 +23,8 @@ KVCache::KVCache(Runtime& runtime, int layer_count, int heads, int size, int blo
   if (num_blocks > std::numeric_limits<std::int32_t>::max() / rows)
     throw std::invalid_argument(std::to_string(num_blocks) + " blocks: the CUDA backend has pools of up to " +
                                 std::to_string(std::numeric_limits<std::int32_t>::max() / rows) + " of this size");
-  memory = runtime.make({layers, num_blocks, block_elements()}, dtype);
+  memory = runtime.make({layers, num_blocks, rows, width}, dtype());
+  if (head_scales) scales_memory = runtime.make({layers, num_blocks, rows}, DType::float32);
 }
 
 void check_pool(const KVCache& kv, const Batch& batch) {
@@ -39,15 +34,15 @@ void check_pool(const KVCache& kv, const Batch& batch) {
                                 " tokens, and this one's hold " + std::to_string(kv.block_size));
 }
 
-std::int64_t KVCache::block_elements() const { return std::int64_t{2} * kv_heads * block_size * width; }
+void* KVCache::layer(int index) const {
+  check_index("layer", index, layers);
+  return static_cast<char*>(memory.data) + memory.bytes() / static_cast<std::size_t>(layers) * index;
+}
 
-Tensor KVCache::layer(int index) const {
-  if (index < 0 || index >= layers)
-    throw std::out_of_range("layer " + std::to_string(index) + " is not within 0 and " + std::to_string(layers - 1));
-  Tensor part = memory;
-  part.shape = {num_blocks, block_elements()};
-  part.data = static_cast<char*>(memory.data) + static_cast<std::size_t>(index) * part.bytes();
-  return part;
+float* KVCache::layer_heads(int index) const {
+  check_index("layer", index, layers);
+  if (!head_scales) return nullptr;
+  return static_cast<float*>(scales_memory.data) + scales_memory.size() / layers * index;
 }
 
 // ---- Attention in float32, whose sums do not depend on what else is in the batch
@@ -64,7 +59,7 @@ constexpr int kTileKeys = 128, kQueriesOfGroup = 4;
 template <typename T, typename Cached, int kQueries>
 static __global__ __launch_bounds__(kTileKeys) void batch_invariant_kernel(const __grid_constant__ Attention given) {
   __shared__ float queries[kQueries][kMostSize];
-  __shared__ float weights[kQueries][kTileKeys];
+  __shared__ float weights[kQueries][kTileKeys];  // times the value's own scale
   __shared__ std::int64_t places[kTileKeys];
   __shared__ float reduced[32];
   constexpr int kElements = kMostSize / kTileKeys;
@@ -98,13 +93,14 @@ static __global__ __launch_bounds__(kTileKeys) void batch_invariant_kernel(const
   const std::int32_t* table = given.batch.block_table + static_cast<std::int64_t>(slot) * given.batch.max_blocks;
   const auto* keys = static_cast<const Cached*>(given.kv) + kv_head * plane;
   const Cached* values = keys + given.kv_heads * plane;
+  const int values_at = given.kv_heads * given.block_size;  // in heads of tokens
   const float slope = slope_of(given, head);
   float largest[kQueries], total[kQueries] = {}, sums[kQueries][kElements] = {};
 #pragma unroll
   for (float& of_query : largest) of_query = -INFINITY;
   for (int tile = first / kTileKeys * kTileKeys; tile <= last; tile += kTileKeys) {
     const int key = tile + thread;
-    float scores[kQueries] = {};
+    float scores[kQueries] = {}, value_scale = 1;
     __syncthreads();
     if (key >= first && key <= last) {
       const std::int64_t place = table[key / given.block_size] * 2 * given.kv_heads * plane +
@@ -116,6 +112,12 @@ static __global__ __launch_bounds__(kTileKeys) void batch_invariant_kernel(const
         for (int query = 0; query < kQueries; ++query)
           if (query < count) scores[query] = fmaf(queries[query][i], element, scores[query]);
       }
+      if (kQuantized<Cached> && given.head_scales != nullptr) {
+        const float* own = given.head_scales + place / given.width + kv_head * given.block_size;
+        value_scale = own[values_at];
+#pragma unroll
+        for (float& score : scores) score *= *own;
+      }
     }
 #pragma unroll
     for (int query = 0; query < kQueries; ++query) {
@@ -125,7 +127,7 @@ static __global__ __launch_bounds__(kTileKeys) void batch_invariant_kernel(const
       const float next =
           fmaxf(largest[query], block_reduce(score, reduced, [](float a, float b) { return fmaxf(a, b); }));
       const float weight = score == -INFINITY ? 0 : expf(score - next);
-      weights[query][thread] = weight;
+      weights[query][thread] = weight * value_scale;
       const float kept = largest[query] == -INFINITY ? 0 : expf(largest[query] - next);
       total[query] = fmaf(total[query], kept, block_sum(weight, reduced));
       largest[query] = next;
@@ -152,13 +154,13 @@ static __global__ __launch_bounds__(kTileKeys) void batch_invariant_kernel(const
 #pragma unroll
     for (int part = 0; part < kElements; ++part)
       if (const int i = part * kTileKeys + thread; query < count && i < size)
-        out[row_of(query) + i] = from_float<T>(sums[query][part] / total[query]);
+        out[row_of(query) + i] = from_float<T>(sums[query][part] / total[query] * given.value_scale);
 }
 
 void attend_batch_invariant(const Runtime& runtime, const Attention& attention) {
   const dim3 grid(static_cast<unsigned>(attention.num_tokens), static_cast<unsigned>(attention.heads));
   with_float(attention.dtype, [&](auto* q) {
-    with_float(attention.kv_dtype, [&](auto* kv) {
+    with_element(attention.element, [&](auto* kv) {
       using T = Pointee<decltype(q)>;
       using Cached = Pointee<decltype(kv)>;
       launch(runtime,
@@ -190,14 +192,16 @@ Tensor paged_attention(Runtime& runtime, const Tensor& q, const KVCache& kv, int
   }
   const DeviceGuard guard(runtime.device());
   Tensor out = runtime.make({q.shape[0], q.shape[1] * q.shape[2]}, q.dtype);
-  const Tensor pool = kv.layer(layer);
+  const auto [key_scale, value_scale] = kv.layer_scales(layer);
   const Attention attention{q.data,
-                            pool.data,
+                            kv.layer(layer),
+                            kv.layer_heads(layer),
                             out.data,
                             batch.view,
                             edits.alibi ? static_cast<const float*>(edits.alibi->data) : nullptr,
                             edits.soft_cap,
-                            scale,
+                            scale * key_scale,
+                            value_scale,
                             window,
                             heads,
                             kv.kv_heads,
@@ -212,7 +216,7 @@ Tensor paged_attention(Runtime& runtime, const Tensor& q, const KVCache& kv, int
                             batch.num_queries,
                             {batch.num_tiles[0], batch.num_tiles[1], batch.num_tiles[2]},
                             q.dtype,
-                            kv.dtype};
+                            kv.element};
   if (!takes_tensor_cores(runtime, attention)) {
     attend_batch_invariant(runtime, attention);
   } else {

@@ -5,38 +5,75 @@
 // Queries: a warp has kRowTiles times 16, in the rows of the first operand of products.
 // Keys: all warps take the same tiles of kKeys keys, which begin at multiples of kKeys.
 // Shared memory: PrefillingShared; keys and values have two buffers each, of which one is filled by asynchronous copies
-// while the other is used.
+// while the other is used. Of a quantised cache bytes are copied, and become numbers in a buffer of their own, times
+// their head scales, right before they are used.
 // Products: scores [queries, keys] and sums [queries, elements]; a thread owns the elements of C of mma.cuh: rows group
 // and group + 8 of each 16 queries, columns 2 quad and 2 quad + 1 of each 8 keys or elements.
 #include <algorithm>
 
 #include "cuda/attention.cuh"
+#include "cuda/cache.cuh"
 #include "cuda/mma.cuh"
 
 namespace vllmlite::cuda {
 
 constexpr int kWarps = 4;
 
-// Rows are padded by one access of 16 bytes, so that eight of them lie in different banks. The padding of a key holds
-// its place in the cache, or -1 for a key that is not read.
-template <typename T, int kSize, int kRowTiles>
-struct PrefillingShared {
-  static constexpr int kStride = kSize + 8, kQueries = kWarps * kRowTiles * 16, kKeys = kSize > 128 ? 32 : 64;
-  T q[kQueries][kStride];
-  T keys[2][kKeys][kStride];
-  T values[2][kKeys][kStride];
+template <int kSize>
+constexpr int kKeysOf = kSize > 128 ? 32 : 64;
 
-  __device__ std::int64_t& place(int buffer, int row) {
-    return *reinterpret_cast<std::int64_t*>(&keys[buffer][row][kSize]);
+// The keys or values in use, as numbers.
+template <typename T, int kSize>
+struct Numbers {
+  alignas(16) T numbers[kKeysOf<kSize>][kSize + 8];
+};
+struct NoNumbers {};
+
+// Rows are padded by one access of 16 bytes, so that eight of them lie in different banks. The padding of a key holds
+// its place in the cache, or -1 for a key that is not read; the padding of bytes also their head scale.
+template <typename T, int kSize, int kRowTiles, bool kBytes>
+struct PrefillingShared : std::conditional_t<kBytes, Numbers<T, kSize>, NoNumbers> {
+  using Copied = std::conditional_t<kBytes, std::uint8_t, T>;
+  static constexpr int kQueries = kWarps * kRowTiles * 16, kKeys = kKeysOf<kSize>;
+  static constexpr int kStride = kSize + 8, kCopiedStride = kSize + kPack<Copied>;
+  alignas(16) T q[kQueries][kStride];
+  Copied keys[2][kKeys][kCopiedStride];
+  Copied values[2][kKeys][kCopiedStride];
+
+  __device__ std::int32_t& place(int buffer, int row) {
+    return *reinterpret_cast<std::int32_t*>(&keys[buffer][row][kSize]);
+  }
+  static __device__ float& scale(std::uint8_t (&row)[kCopiedStride]) {
+    return *reinterpret_cast<float*>(&row[kSize + 4]);
   }
 };
 
-template <typename T, int kSize, int kRowTiles>
+// Converts a word of four bytes to numbers, times `scale`.
+template <typename T>
+__device__ __forceinline__ uint2 to_numbers(CacheElement element, std::uint32_t bytes, float scale) {
+  std::uint32_t halves[2], numbers[2];
+  if (element == CacheElement::int8)
+    to_halves<i8, true>(bytes, halves[0], halves[1]);
+  else if (element == CacheElement::fp8_e4m3)
+    to_halves<e4m3, true>(bytes, halves[0], halves[1]);
+  else
+    to_halves<e5m2, true>(bytes, halves[0], halves[1]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float2 both = __half22float2(reinterpret_cast<const __half2&>(halves[i]));
+    numbers[i] = pair<T>(both.x * scale, both.y * scale);
+  }
+  return make_uint2(numbers[0], numbers[1]);
+}
+
+template <typename T, int kSize, int kRowTiles, bool kBytes>
 static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const __grid_constant__ Attention given) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(16) char dynamic[];
-  using Shared = PrefillingShared<T, kSize, kRowTiles>;
+  using Shared = PrefillingShared<T, kSize, kRowTiles, kBytes>;
+  using Copied = typename Shared::Copied;
   auto& shared = *reinterpret_cast<Shared*>(dynamic);
+  constexpr int kWord = kPack<Copied>;  // elements in 16 bytes
   constexpr int kWords = kSize / 8, kQueries = Shared::kQueries, kKeys = Shared::kKeys;
   let_next_begin();
   wait_for_previous();
@@ -50,9 +87,8 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
   const int first = given.batch.positions[tile.first], last = first + tile.count - 1;
   const int from_key = first >= given.window ? first - given.window + 1 : 0;
   const std::int32_t* table = given.batch.block_table + static_cast<std::int64_t>(slot) * given.batch.max_blocks;
-  const std::int64_t plane = static_cast<std::int64_t>(block_size) * width;
-  const T* cache = static_cast<const T*>(given.kv) + head / (given.heads / given.kv_heads) * plane;
-  const std::int64_t values_at = given.kv_heads * plane;
+  const auto* cache = static_cast<const Copied*>(given.kv);
+  const int kv_head = head / (given.heads / given.kv_heads), value_places = given.kv_heads * block_size;
 
   // The block of a thread's key is looked up a tile before its place is needed.
   std::int32_t block = 0;
@@ -64,19 +100,46 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
     if (thread >= kKeys) return;
     const int key = begin + thread;
     shared.place(buffer, thread) =
-        key < from_key || key > last
-            ? -1
-            : block * 2 * given.kv_heads * plane + static_cast<std::int64_t>(key % block_size) * width;
+        key < from_key || key > last ? -1 : (block * 2 * given.kv_heads + kv_head) * block_size + key % block_size;
   };
-  const auto copy_rows = [&](T(&to)[kKeys][Shared::kStride], const T* from, int buffer) {
+  // Copies the rows that are `offset` behind the places of the buffer's keys.
+  const auto copy_rows = [&](Copied(&to)[kKeys][Shared::kCopiedStride], int offset, int buffer) {
+    constexpr int kCopies = kSize / kWord;  // of a row
 #pragma unroll
-    for (int i = thread; i < kKeys * kWords; i += kWarps * 32) {
-      const int row = i / kWords, word = i % kWords;
-      const std::int64_t place = shared.place(buffer, row);
-      const bool there = place >= 0 && word * 8 < width;
-      copy_async(&to[row][word * 8], there ? from + place + word * 8 : from, there);
+    for (int i = thread; i < kKeys * kCopies; i += kWarps * 32) {
+      const int row = i / kCopies, at = i % kCopies * kWord;
+      const std::int32_t place = shared.place(buffer, row);
+      const bool there = place >= 0 && at < width;
+      copy_async(&to[row][at], cache + (there ? static_cast<std::int64_t>(place + offset) * width + at : 0), there);
     }
+    if constexpr (kBytes)
+      if (given.head_scales != nullptr && thread < kKeys) {
+        const std::int32_t place = shared.place(buffer, thread);
+        copy_async_word(&Shared::scale(to[thread]), given.head_scales + (place < 0 ? 0 : place + offset), place >= 0);
+      }
     commit_copies();
+  };
+  // The numbers of rows that have been copied; all threads call it once these have arrived.
+  const auto numbers_of = [&](Copied(&from)[kKeys][Shared::kCopiedStride]) -> const T(&)[kKeys][Shared::kStride] {
+    if constexpr (kBytes) {
+#pragma unroll 2
+      for (int i = thread; i < kKeys * kSize / 16; i += kWarps * 32) {
+        const int row = i / (kSize / 16), at = i % (kSize / 16) * 16;
+        const float scale = given.head_scales == nullptr ? 1 : Shared::scale(from[row]);
+        const uint4 bytes = *reinterpret_cast<const uint4*>(&from[row][at]);
+        const uint2 first = to_numbers<T>(given.element, bytes.x, scale);
+        const uint2 second = to_numbers<T>(given.element, bytes.y, scale);
+        const uint2 third = to_numbers<T>(given.element, bytes.z, scale);
+        const uint2 fourth = to_numbers<T>(given.element, bytes.w, scale);
+        auto* to = reinterpret_cast<uint4*>(&shared.numbers[row][at]);
+        to[0] = make_uint4(first.x, first.y, second.x, second.y);
+        to[1] = make_uint4(third.x, third.y, fourth.x, fourth.y);
+      }
+      __syncthreads();
+      return shared.numbers;
+    } else {
+      return from;
+    }
   };
 
   for (int i = thread; i < kQueries * kWords; i += kWarps * 32) {
@@ -91,8 +154,8 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
   find_places(begin, 0);
   find_block(begin + kKeys);
   __syncthreads();
-  copy_rows(shared.keys[0], cache, 0);
-  copy_rows(shared.values[0], cache + values_at, 0);
+  copy_rows(shared.keys[0], 0, 0);
+  copy_rows(shared.values[0], value_places, 0);
 
   const bool edits = edits_scores(given);
   const float scale = edits ? kLog2E : given.scale * kLog2E, slope = slope_of(given, head);
@@ -109,9 +172,10 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
     wait_for_copies<1>();
     __syncthreads();
     if (more)
-      copy_rows(shared.keys[buffer ^ 1], cache, buffer ^ 1);
+      copy_rows(shared.keys[buffer ^ 1], 0, buffer ^ 1);
     else
       commit_copies();
+    const auto& keys = numbers_of(shared.keys[buffer]);
 
     float scores[kRowTiles][kKeys / 8][4] = {};
 #pragma unroll
@@ -123,7 +187,7 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         std::uint32_t key[4];
-        load_matrices(key, &shared.keys[buffer][n * 16 + lane / 16 * 8 + lane % 8][step * 16 + lane / 8 % 2 * 8]);
+        load_matrices(key, &keys[n * 16 + lane / 16 * 8 + lane % 8][step * 16 + lane / 8 % 2 * 8]);
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
           multiply<T>(scores[i][2 * n], q[i], key[0], key[1]);
@@ -189,9 +253,10 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
     wait_for_copies<1>();
     __syncthreads();
     if (more)
-      copy_rows(shared.values[buffer ^ 1], cache + values_at, buffer ^ 1);
+      copy_rows(shared.values[buffer ^ 1], value_places, buffer ^ 1);
     else
       commit_copies();
+    const auto& values = numbers_of(shared.values[buffer]);
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
       std::uint32_t weights[kRowTiles][4];
@@ -207,8 +272,7 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
 #pragma unroll
       for (int n = 0; n < kSize / 16; ++n) {
         std::uint32_t value[4];
-        load_matrices_transposed(
-            value, &shared.values[buffer][step * 16 + lane / 8 % 2 * 8 + lane % 8][n * 16 + lane / 16 * 8]);
+        load_matrices_transposed(value, &values[step * 16 + lane / 8 % 2 * 8 + lane % 8][n * 16 + lane / 16 * 8]);
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
           multiply<T>(sums[i][2 * n], weights[i], value[0], value[1]);
@@ -227,7 +291,7 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
       all += __shfl_xor_sync(kAll, all, 2);
       const int row = row0 + i * 16 + half * 8 + group;
       if (row >= tile.count) continue;
-      const float factor = 1 / all;
+      const float factor = given.value_scale / all;
       T* out = static_cast<T*>(given.out) + (static_cast<std::int64_t>(tile.first + row) * given.heads + head) * size;
 #pragma unroll
       for (int n = 0; n < kSize / 8; ++n) {
@@ -240,29 +304,34 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
 #endif
 }
 
-template <typename T, int kSize, int kRowTiles>
+template <typename T, int kSize, int kRowTiles, bool kBytes>
 static void run(const Runtime& runtime, const Attention& attention) {
-  using Shared = PrefillingShared<T, kSize, kRowTiles>;
+  using Shared = PrefillingShared<T, kSize, kRowTiles, kBytes>;
   constexpr int kList = kRowTiles == 2 ? 0 : 1;
   static_assert(Shared::kQueries == kTileQueries[kList] && (kSize <= 128 || sizeof(Shared) <= kMostSharedMemory));
   const auto blocks = static_cast<unsigned>(attention.heads * attention.num_tiles[kList]);
-  launch(runtime, prefilling_kernel<T, kSize, kRowTiles>, blocks, kWarps * 32, sizeof(Shared), attention);
+  launch(runtime, prefilling_kernel<T, kSize, kRowTiles, kBytes>, blocks, kWarps * 32, sizeof(Shared), attention);
 }
 
-template <typename T>
+template <typename T, bool kBytes>
 static void run_sized(const Runtime& runtime, const Attention& attention) {
   if (attention.width <= 64)
-    run<T, 64, 2>(runtime, attention);
+    run<T, 64, 2, kBytes>(runtime, attention);
   else if (attention.width > 128)
-    run<T, kMostSize, 1>(runtime, attention);
-  else if (runtime.shared_memory() >= static_cast<int>(sizeof(PrefillingShared<T, 128, 2>)))
-    run<T, 128, 2>(runtime, attention);
+    run<T, kMostSize, 1, kBytes>(runtime, attention);
+  else if (runtime.shared_memory() >= static_cast<int>(sizeof(PrefillingShared<T, 128, 2, kBytes>)))
+    run<T, 128, 2, kBytes>(runtime, attention);
   else
-    run<T, 128, 1>(runtime, attention);
+    run<T, 128, 1, kBytes>(runtime, attention);
 }
 
 void attend_prefilling(const Runtime& runtime, const Attention& attention) {
-  attention.dtype == DType::float16 ? run_sized<f16>(runtime, attention) : run_sized<bf16>(runtime, attention);
+  if (attention.quantized())
+    attention.dtype == DType::float16 ? run_sized<f16, true>(runtime, attention)
+                                      : run_sized<bf16, true>(runtime, attention);
+  else
+    attention.dtype == DType::float16 ? run_sized<f16, false>(runtime, attention)
+                                      : run_sized<bf16, false>(runtime, attention);
 }
 
 }  // namespace vllmlite::cuda

@@ -362,7 +362,8 @@ bool takes_hopper(const Runtime& runtime, const Attention& given) {
   constexpr bool kBuilt = false;
 #endif
   return kBuilt && runtime.capability() == 90 && given.width <= 128 && given.block_size % kBox == 0 &&
-         !edits_scores(given) && !runtime.batch_invariant();  // for which one kernel does every size of block
+         !given.quantized() && !edits_scores(given) &&
+         !runtime.batch_invariant();  // for which one kernel does every size of block
 }
 
 void attend_prefilling_hopper(const Runtime& runtime, const Attention& given) {

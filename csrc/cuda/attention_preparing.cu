@@ -1,6 +1,6 @@
 // The step between the q, k, v product and attention: norms of heads, rotation, writing keys and values to the cache.
 #include "cuda/attention.hpp"
-#include "cuda/kernel.cuh"
+#include "cuda/cache.cuh"
 #include "cuda/ops.hpp"
 #include "tensor/checks.hpp"
 
@@ -12,11 +12,12 @@ struct Preparation {
   const T* qkv;  // [tokens, heads + 2 kv_heads, size]
   T* q;          // [tokens, heads, size]
   Cached* kv;
+  float* head_scales;  // of a quantised cache; null: the layer's are key_scale and value_scale
   const float* cos_sin;
   const void *q_norm, *k_norm;
   const float* factors;  // [tokens, 2]: what norms multiply q and k by besides; null where each head has its own
   const std::int32_t *positions, *cache_slots;
-  float eps;
+  float eps, key_scale, value_scale;
   int rotary_dim, heads, kv_heads, size, width, block_size;
   bool interleaved, wide_norms;  // whether norms are float32, not T
   unsigned work;                 // heads of all tokens
@@ -26,14 +27,29 @@ struct Preparation {
     return factors == nullptr ? 0 : (head < heads ? head : head - heads) * size;
   }
 
-  // Where a head's key or value goes: a token's head after those of q.
-  __device__ __forceinline__ Cached* place(int slot, int head) const {
+  // Which of the cache's heads of tokens a key or value is: a token's head after those of q.
+  __device__ __forceinline__ std::int64_t place(int slot, int head) const {
     const std::int64_t plane = (head >= heads + kv_heads ? kv_heads : 0) + (head - heads) % kv_heads;
-    return kv +
-           ((static_cast<std::int64_t>(slot / block_size) * 2 * kv_heads + plane) * block_size + slot % block_size) *
-               width;
+    return (static_cast<std::int64_t>(slot / block_size) * 2 * kv_heads + plane) * block_size + slot % block_size;
+  }
+
+  // What a head is divided by to be stored. `largest` are the bits of its largest magnitude: these are ordered as the
+  // numbers are, NaN last.
+  __device__ __forceinline__ float scale_of(unsigned largest, bool is_v) const {
+    if (head_scales == nullptr) return is_v ? value_scale : key_scale;
+    const float scale = __uint_as_float(largest) / kLargest<Cached>;
+    return scale < kLeastScale ? kLeastScale : scale;
   }
 };
+
+// x / scale, rounded correctly for numbers that are neither tiny nor huge (Markstein 1990).
+__device__ __forceinline__ float quotient(float x, float scale, float reciprocal) {
+  const float near = x * reciprocal;
+  return isfinite(near) ? fmaf(fmaf(-near, scale, x), reciprocal, near) : near;
+}
+
+// The bits of a magnitude.
+__device__ __forceinline__ unsigned magnitude(float x) { return __float_as_uint(x) & 0x7fffffffU; }
 
 // ---- The root mean squares of all heads together
 //
@@ -68,8 +84,8 @@ static __global__ void whole_norm_kernel(const T* qkv, float* factors, int heads
 
 constexpr unsigned kThreads = 256;
 
-template <typename T>
-static __global__ void halves_kernel(const __grid_constant__ Preparation<T, T> given) {
+template <typename T, typename Cached>
+static __global__ void halves_kernel(const __grid_constant__ Preparation<T, Cached> given) {
   using P = Pack<T, kPack<T>>;
   let_next_begin();
   const int lanes = given.size / (2 * kPack<T>);  // threads of a head, a power of two
@@ -125,7 +141,6 @@ static __global__ void halves_kernel(const __grid_constant__ Preparation<T, T> g
     if (norm != nullptr)
       given.wide_norms ? multiply(static_cast<const float*>(norm)) : multiply(static_cast<const T*>(norm));
   }
-  if (!there || slot < 0) return;
   if (rotates)
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
@@ -133,9 +148,34 @@ static __global__ void halves_kernel(const __grid_constant__ Preparation<T, T> g
       halves[0].at[j] = from_float<T>(first * cosine[j] - second * sine[j]);
       halves[1].at[j] = from_float<T>(second * cosine[j] + first * sine[j]);
     }
-  P* to = reinterpret_cast<P*>(is_q ? given.q + (token * given.heads + head) * given.size : given.place(slot, head));
-  to[lane] = halves[0];
-  to[lanes + lane] = halves[1];
+  unsigned largest = 0;
+  if (kQuantized<Cached> && given.head_scales != nullptr) {
+#pragma unroll
+    for (const P& half : halves)
+#pragma unroll
+      for (int j = 0; j < kPack<T>; ++j) largest = max(largest, magnitude(to_float(half.at[j])));
+    for (int offset = lanes / 2; offset > 0; offset /= 2)
+      largest = max(largest, __shfl_xor_sync(kAll, largest, offset));
+  }
+  if (!there || slot < 0) return;
+  const std::int64_t place = is_q ? token * given.heads + head : given.place(slot, head);
+  if (is_q || !kQuantized<Cached>) {
+    P* to = reinterpret_cast<P*>(is_q ? given.q : reinterpret_cast<T*>(given.kv)) + place * 2 * lanes;
+    to[lane] = halves[0];
+    to[lanes + lane] = halves[1];
+    return;
+  }
+  const float scale = given.scale_of(largest, is_v), reciprocal = __frcp_rn(scale);
+  if (given.head_scales != nullptr && lane == 0) given.head_scales[place] = scale;
+  auto* to = reinterpret_cast<Pack<Cached, kPack<T>>*>(given.kv) + place * 2 * lanes;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    Pack<Cached, kPack<T>> bytes;
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j)
+      bytes.at[j] = from_float<Cached>(quotient(to_float(halves[half].at[j]), scale, reciprocal));
+    to[half * lanes + lane] = bytes;
+  }
 }
 
 // ---- Heads of any size
@@ -198,25 +238,35 @@ static __global__ void any_kernel(const __grid_constant__ Preparation<T, Cached>
   }
   const int slot = given.cache_slots[token];
   if (slot < 0) return;
-  Cached* to = given.place(slot, head);
+  const std::int64_t place = given.place(slot, head);
+  Cached* to = given.kv + place * given.width;
   // Through the activations' dtype, as q goes.
-  for (int i = lane; i < given.width; i += 32)
-    to[i] = i < size ? from_float<Cached>(to_float(from_float<T>(rotated(i)))) : from_float<Cached>(0);
+  const auto rounded = [&](int i) { return to_float(from_float<T>(rotated(i))); };
+  float scale = 1;
+  if constexpr (kQuantized<Cached>) {
+    unsigned largest = 0;
+    for (int i = lane; i < size; i += 32) largest = max(largest, magnitude(rounded(i)));
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) largest = max(largest, __shfl_xor_sync(kAll, largest, offset));
+    scale = given.scale_of(largest, is_v);
+    if (given.head_scales != nullptr && lane == 0) given.head_scales[place] = scale;
+  }
+  for (int i = lane; i < given.width; i += 32) to[i] = from_float<Cached>(i < size ? rounded(i) / scale : 0);
 }
 
 // ---- The op
 
 template <typename T, typename Cached>
 static void run(const Runtime& runtime, const Preparation<T, Cached>& given) {
-  if constexpr (std::is_same_v<T, Cached>) {
+  if constexpr (std::is_same_v<T, Cached> || kQuantized<Cached>) {
     const int lanes = given.size / (2 * kPack<T>);
     const bool rotates_halves = given.cos_sin == nullptr ||
                                 (!given.interleaved && given.rotary_dim == given.size && aligned(given.cos_sin, 16));
     if (rotates_halves && given.size == given.width && given.size % (2 * kPack<T>) == 0 && lanes <= 32 &&
         (lanes & (lanes - 1)) == 0 && aligned(given.qkv, 16) && aligned(given.q_norm, 32) &&
         aligned(given.k_norm, 32)) {
-      launch(runtime, halves_kernel<T>, blocks_for(static_cast<std::int64_t>(given.work) * lanes, kThreads), kThreads,
-             0, given);
+      launch(runtime, halves_kernel<T, Cached>, blocks_for(static_cast<std::int64_t>(given.work) * lanes, kThreads),
+             kThreads, 0, given);
       return;
     }
   }
@@ -257,7 +307,6 @@ Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::
   if (rope) rope->check(kv.head_dim, *batch.slots);
   const DeviceGuard guard(runtime.device());
   Tensor q = runtime.make({tokens, num_heads, kv.head_dim}, qkv.dtype);
-  const Tensor pool = kv.layer(layer);
   const Tensor factors = runtime.make({layout.whole ? tokens : 0, 2}, DType::float32);
   const auto optional = [](const std::optional<Tensor>& tensor) { return tensor ? tensor->data : nullptr; };
   with_float(qkv.dtype, [&](auto* from) {
@@ -266,15 +315,31 @@ Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::
       launch(runtime, whole_norm_kernel<T>, dim3(static_cast<unsigned>(tokens), 2), kWholeThreads, 0,
              static_cast<const T*>(qkv.data), static_cast<float*>(factors.data), num_heads, kv.kv_heads, kv.head_dim,
              norms.eps);
-    with_float(kv.dtype, [&](auto* to) {
+    const auto [key_scale, value_scale] = kv.layer_scales(layer);
+    with_element(kv.element, [&](auto* to) {
       using Cached = Pointee<decltype(to)>;
-      run(runtime,
-          Preparation<T, Cached>{
-              static_cast<const T*>(qkv.data), static_cast<T*>(q.data), static_cast<Cached*>(pool.data),
-              rope ? static_cast<const float*>(rope->cos_sin.data) : nullptr, optional(norms.q), optional(norms.k),
-              static_cast<const float*>(factors.data), batch.view.positions, batch.view.cache_slots, norms.eps,
-              rope ? rope->rotary_dim : 0, num_heads, kv.kv_heads, kv.head_dim, kv.width, kv.block_size,
-              rope && rope->interleaved, layout.wide, static_cast<unsigned>(tokens * all)});
+      run(runtime, Preparation<T, Cached>{static_cast<const T*>(qkv.data),
+                                          static_cast<T*>(q.data),
+                                          static_cast<Cached*>(kv.layer(layer)),
+                                          kv.layer_heads(layer),
+                                          rope ? static_cast<const float*>(rope->cos_sin.data) : nullptr,
+                                          optional(norms.q),
+                                          optional(norms.k),
+                                          static_cast<const float*>(factors.data),
+                                          batch.view.positions,
+                                          batch.view.cache_slots,
+                                          norms.eps,
+                                          key_scale,
+                                          value_scale,
+                                          rope ? rope->rotary_dim : 0,
+                                          num_heads,
+                                          kv.kv_heads,
+                                          kv.head_dim,
+                                          kv.width,
+                                          kv.block_size,
+                                          rope && rope->interleaved,
+                                          layout.wide,
+                                          static_cast<unsigned>(tokens * all)});
     });
   });
   return q;

@@ -279,13 +279,10 @@ void bind_runtime(py::module_& module) {
       .def("to_host", &to_host)
       .def(
           "kv_cache",
-          [](cuda::Runtime& self, int layers, int kv_heads, int head_dim, int block_size, const std::string& dtype,
-             std::int64_t num_blocks) {
-            return std::make_shared<cuda::KVCache>(self, layers, kv_heads, head_dim, block_size,
-                                                   vllmlite::dtype_from_name(dtype), num_blocks);
+          [](cuda::Runtime& self, const py::object& spec, std::int64_t num_blocks) {
+            return std::make_shared<cuda::KVCache>(self, vllmlite::cache_spec(spec), num_blocks);
           },
-          py::arg("layers"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("block_size"), py::arg("dtype"),
-          py::arg("num_blocks"))
+          py::arg("spec"), py::arg("num_blocks"))
       .def(
           "slots",
           [](cuda::Runtime& self, const py::object& spec) {

@@ -97,6 +97,16 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
 #endif
 }
 
+// Likewise 4 bytes.
+__device__ __forceinline__ void copy_async_word(float* to, const float* from, bool there) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0)
+               : "memory");
+#else
+  *to = there ? *from : 0;
+#endif
+}
+
 __device__ __forceinline__ void commit_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -73,20 +73,18 @@ Tensor moe(Runtime& runtime, const Tensor& x, const Tensor& router_logits, const
            bool renormalise, Activation activation);
 
 // A pool of blocks. A layer's block is [K, V] x [kv heads] x [block_size] x [width], where width is the head size,
-// padded to kHeadUnit.
-struct KVCache {
+// padded to kHeadUnit. Head scales are apart from the elements: a layer's are [num_blocks, 2, kv heads, block_size].
+struct KVCache : CacheSpec {
   static constexpr int kHeadUnit = 16;
 
-  KVCache(Runtime& runtime, int layers, int kv_heads, int head_dim, int block_size, DType dtype,
-          std::int64_t num_blocks);
+  KVCache(Runtime& runtime, const CacheSpec& spec, std::int64_t num_blocks);
 
-  std::int64_t block_elements() const;  // of a layer's block
-  Tensor layer(int index) const;        // [num_blocks, block_elements]
+  void* layer(int index) const;         // its elements
+  float* layer_heads(int index) const;  // its head scales; null without
 
-  int layers, kv_heads, head_dim, width, block_size;
-  DType dtype;
+  int width;
   std::int64_t num_blocks;
-  Tensor memory;
+  Tensor memory, scales_memory;
 };
 
 // Checks that the batch is for this pool.

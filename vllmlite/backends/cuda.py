@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.backends.base import (
+    KV_DTYPES,
     Expert,
     ForwardBatch,
     GraphKey,
@@ -51,6 +52,7 @@ class CudaBackend(NativeBackend):
     each output row depends only on its own input row in 16 bits as well."""
 
     name: ClassVar[str] = "cuda"
+    kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
     packs_experts: ClassVar[bool] = False
     asynchronous = True
 
@@ -210,9 +212,7 @@ class CudaBackend(NativeBackend):
             "kv_cache_memory_bytes or num_gpu_blocks_override"
         ):
             try:
-                return self._runtime.kv_cache(
-                    spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype, num_blocks
-                )
+                return self._runtime.kv_cache(spec, num_blocks)
             except ValueError as error:
                 raise BackendError(str(error)) from error
 
