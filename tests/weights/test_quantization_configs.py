@@ -137,6 +137,25 @@ def test_real_configurations_are_read(name: str, tmp_path: Path) -> None:
     assert not [module for module in left_out if found.scheme(f"{module}.weight") is not None]
 
 
+STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        (compressed("int-quantized", CHANNEL, kv_cache_scheme=STATIC), "fp8_e4m3"),
+        (compressed("int-quantized", CHANNEL, kv_cache_scheme=STATIC | {"type": "int"}), None),
+        (compressed("int-quantized", CHANNEL, kv_cache_scheme=STATIC | {"strategy": "attn_head"}), None),
+        (compressed("int-quantized", CHANNEL, kv_cache_scheme=None), None),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}, "fp8_e4m3"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": None}, None),
+        ({"quant_method": "fp8", "activation_scheme": "static", "kv_cache_scheme": "static"}, "fp8_e4m3"),
+    ],
+)
+def test_the_dtype_of_the_cache_is_read(config: dict[str, Any], dtype: str | None, tmp_path: Path) -> None:
+    assert read(tmp_path, config).kv_cache_dtype == dtype
+
+
 def test_auto_round_has_settings_by_module(tmp_path: Path) -> None:
     config = {
         "quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": False, "data_type": "int",

@@ -16,6 +16,7 @@ from packers import PACKERS, W8A8, Packer
 from paged import PagedModel
 from quantized_checkpoints import logits, quantised, tensors_of, write
 
+from vllmlite.backends.base import KVSpec
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.backends.torch import TorchBackend
@@ -457,16 +458,77 @@ def test_a_weight_that_may_be_transposed_must_be_what_the_configuration_says(tmp
         load_model(TorchBackend(), packed, max_model_len=64, block_size=16)
 
 
-def test_scales_of_the_cache_are_not_needed_and_other_biases_are_refused(tmp_path: Path) -> None:
+SCALE_NAMES = [("attn.k_scale", "attn.v_scale"), ("k_proj.k_scale", "v_proj.v_scale"), ("kv_scale",)]
+"""Names of the scales of an fp8 key/value cache, after a layer's attention."""
+
+
+def scale(value: float) -> tuple[str, Any]:
+    return "F32", np.full(1, value, np.float32)
+
+
+@pytest.mark.parametrize("names", SCALE_NAMES)
+def test_scales_of_an_fp8_cache(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """They are read where the cache is in fp8, by an option or because the checkpoint says so, and by nothing else."""
     packed, floats = quantised(tmp_path, packers.fp8("channel", "compressed"))
-    name, tensors = "model.layers.1.self_attn", tensors_of(packed)
-    one = "F32", np.ones(1, np.float32)
+    tensors = tensors_of(packed)
     scales = {
-        f"{name}.{scale}": one
-        for scale in ("kv_scale", "k_proj.k_scale", "attn.v_scale", "v_proj.output_scale")
+        f"model.layers.{layer}.self_attn.{name}": scale(0.25 * (layer + 1) + 0.125 * at)
+        for layer in range(3)
+        for at, name in enumerate(names)
     }
     write(packed, tensors | scales)
     assert logits(packed, TorchBackend()).tobytes() == logits(floats, TorchBackend()).tobytes()
+
+    def spec(**options: Any) -> KVSpec:
+        return load_model(TorchBackend(), packed, max_model_len=64, block_size=16, **options).kv_spec
+
+    both = len(names) == 1
+    expected = tuple((0.25 * n, 0.25 * n + 0.125 * (not both)) for n in (1, 2, 3))
+    for dtype in ("fp8_e4m3", "fp8_e5m2"):
+        assert spec(kv_cache_dtype=dtype).scales == expected
+    assert spec(kv_cache_dtype="int8").scales == spec().scales == ()
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = "static"
+    (packed / "config.json").write_text(json.dumps(config))
+    assert (spec().dtype, spec().scales) == ("fp8_e4m3", expected)
+    assert spec(kv_cache_dtype="bfloat16").scales == ()
+
+
+def test_an_fp8_cache_without_scales_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    packed, _ = quantised(tmp_path, packers.fp8("tensor"))
+    model = load_model(
+        TorchBackend(), packed, max_model_len=64, block_size=16, kv_cache_dtype="fp8_per_token_head"
+    )
+    assert model.kv_spec.scales == ()
+    assert not caplog.messages
+    load_model(TorchBackend(), packed, max_model_len=64, block_size=16, kv_cache_dtype="fp8_e4m3")
+    assert caplog.messages == ["the checkpoint has no scales for an fp8 key/value cache: 1.0 is used"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "says"),
+    [
+        ("layers.1.self_attn.v_scale", None, "layer 1: v_scale is missing"),
+        ("layers.1.self_attn.v_scale", scale(0.0), "expected one positive number.*found float32"),
+        ("layers.1.self_attn.v_scale", scale(np.nan), "expected one positive number"),
+        ("layers.1.self_attn.v_scale", ("F32", np.ones(2, np.float32)), r"found float32 \[2\]"),
+        ("layers.1.self_attn.v_scale", ("I8", np.ones(1, np.int8)), "found int8"),
+    ],
+)
+def test_bad_scales_of_an_fp8_cache_are_refused(tmp_path: Path, name: str, tensor: Any, says: str) -> None:
+    packed, _ = quantised(tmp_path, packers.fp8("tensor"))
+    scales = {
+        f"model.layers.{layer}.self_attn.{part}_scale": scale(1.0) for layer in range(3) for part in "kv"
+    }
+    scales[f"model.{name}"] = tensor
+    write(packed, tensors_of(packed) | {key: value for key, value in scales.items() if value is not None})
+    with pytest.raises(ModelError, match=says):
+        load_model(TorchBackend(), packed, max_model_len=64, block_size=16, kv_cache_dtype="fp8_e4m3")
+
+
+def test_other_biases_are_refused(tmp_path: Path) -> None:
+    packed, _ = quantised(tmp_path, packers.fp8("tensor"))
+    tensors, name = tensors_of(packed), "model.layers.1.self_attn"
     for bias in (("F16", np.ones(64, np.float16)), ("I8", np.zeros(64, np.int8))):
         write(packed, tensors | {f"{name}.o_proj.bias": bias})
         with pytest.raises(

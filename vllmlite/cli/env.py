@@ -128,6 +128,7 @@ def _model(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
     if plan.implementation == "transformers" and not untried and (reason := probe.probe_model(path)):
         return {"name": name, "error": reason}
     declined = declining(plan)
+    quantization = None if plan.spec is None else plan.spec.quantization
     forms = probe.probe_weights(path) if answers and plan.quantization and path.is_dir() else {}
     able = [answer for answer in answers if answer["available"] and answer["backend"] not in declined]
     return {
@@ -137,6 +138,7 @@ def _model(name: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
         "dtype": plan.dtype,
         "quantization": plan.quantization,
         "weights": forms,
+        "kv_cache_dtype": quantization.kv_cache_dtype if quantization is not None else None,
         "max_model_len": plan.max_position_embeddings,
         "runs_on": [f"{answer['backend']} on {answer['kind']}" for answer in able],
         "declines": declined,
@@ -152,6 +154,8 @@ def _model_text(model: dict[str, Any]) -> str:
         f"{model['name']}: {model['architecture']} in {weights}, {model['implementation']}, "
         f"{model['max_model_len']} tokens"
     ]
+    if model["kv_cache_dtype"] is not None:
+        facts.append(f"key/value cache in {model['kv_cache_dtype']}")
     if model["untried"]:
         facts.append("transformers' code has not been tried with its weights")
     elif model["runs_on"]:

@@ -9,6 +9,7 @@ from typing import Any
 from vllmlite.backends.base import KV_DTYPES, Backend, KVSpec, Model
 from vllmlite.config.engine_config import AT_LOAD
 from vllmlite.errors import BackendError, ModelError, ParameterError
+from vllmlite.models.cache_scales import layer_scales
 from vllmlite.models.decoder import Decoder
 from vllmlite.models.families import read_spec
 from vllmlite.models.gguf import open_gguf
@@ -70,7 +71,8 @@ def load_model(
     """Load the model of directory or GGUF file ``path`` on ``backend``.
 
     ``max_model_len`` is the longest sequence; positions below ``num_positions`` (default: all) can be computed.
-    ``kv_cache_dtype`` is ``auto`` (the backend's dtype) or one of ``KV_DTYPES``; ``load_format`` is one of
+    ``kv_cache_dtype`` is ``auto`` (what the checkpoint is made for, by default the backend's dtype) or one of
+    ``KV_DTYPES``; ``load_format`` is one of
     ``LOAD_FORMATS``, where ``dummy`` needs only the configuration and draws random weights from ``seed``. ``spec`` is
     the result of :func:`read_spec`, if known; ``packing`` (default: ``Packing(backend)``) decides the form of the
     weights. Raises ModelError, ParameterError or BackendError."""
@@ -82,6 +84,8 @@ def load_model(
         weights = ModelWeights(sources(spec), open_gguf(path, spec), packing)
     else:
         weights = open_model(path, spec, packing, load_format, seed)
+    if cache.format is not None and not cache.format.head_scales:
+        cache = replace(cache, scales=layer_scales(weights.stored.cache_scales, spec.num_layers))
     needed, free = weights.num_bytes(), backend.memory().free
     if needed > free:
         raise BackendError(
@@ -106,12 +110,14 @@ def load_model(
 
 
 def kv_spec(spec: DecoderSpec, backend: Backend, block_size: int, kv_cache_dtype: str) -> KVSpec:
-    """Return the key/value cache's spec for a model; ``kv_cache_dtype`` is as in :func:`load_model`.
+    """Return the key/value cache's spec for a model, without scales; ``kv_cache_dtype`` is as in :func:`load_model`.
 
     Raises ParameterError for an unknown ``kv_cache_dtype``."""
     if kv_cache_dtype not in ("auto", *KV_DTYPES):
         raise ParameterError("kv_cache_dtype", kv_cache_dtype, ", ".join(("auto", *KV_DTYPES)))
-    dtype = backend.dtype if kv_cache_dtype == "auto" else kv_cache_dtype
+    dtype = kv_cache_dtype
+    if dtype == "auto":
+        dtype = (spec.quantization and spec.quantization.kv_cache_dtype) or backend.dtype
     return KVSpec(spec.num_layers, spec.num_kv_heads, spec.head_dim, block_size, dtype)
 
 

@@ -47,6 +47,8 @@ class Quantization:
     own: bool = False
     """Whether it is our own format: parts of fused weights are stored separately, none is transposed, and a tied output
     layer has its own weight."""
+    kv_cache_dtype: str | None = None
+    """Dtype of the key/value cache that the checkpoint is made for; None: that of the model."""
 
     def scheme(self, key: str) -> Scheme | None:
         """The scheme of the weight ``key``, or None if it is stored as floats."""

@@ -200,7 +200,16 @@ def _float8(section: HfConfig) -> Quantization:
         block = _block(section, "weight_block_size")
         scheme = Float8Scheme("block", block, "weight_scale_inv", _float8_inputs(block, inputs))
     names = _floats(section, "modules_to_not_convert"), _floats(section, "ignored_layers")
-    return Quantization("fp8", (*names, (HEAD, None), (ALL, scheme)))
+    return Quantization("fp8", (*names, (HEAD, None), (ALL, scheme)), kv_cache_dtype=_cache_dtype(section))
+
+
+def _cache_dtype(section: HfConfig) -> str | None:
+    """Return the dtype of the key/value cache that a checkpoint is made for, if it is one that there is here."""
+    scheme, algorithm = section.get("kv_cache_scheme"), section.get("kv_cache_quant_algo")
+    if isinstance(scheme, dict):
+        static = scheme.get("strategy", "tensor") == "tensor" and not scheme.get("dynamic")
+        return "fp8_e4m3" if static and (scheme.get("num_bits"), scheme.get("type")) == (8, "float") else None
+    return "fp8_e4m3" if scheme == "static" or algorithm == "FP8" else None
 
 
 def _float8_inputs(block: tuple[int, int], inputs: str | None) -> str | None:
@@ -225,9 +234,10 @@ def _modelopt(section: HfConfig) -> Quantization:
     name = section.choice("quant_algo", {name: name for name in schemes})
     if name == "NVFP4":
         section.require("group_size", 16)
-    section.without_effect("kv_cache_quant_algo", "kv_cache_scheme", "producer")
+    section.without_effect("producer")
     names = _floats(section, "exclude_modules"), _floats(section, "ignore")
-    return Quantization("modelopt", (*names, (HEAD, None), (ALL, schemes[name])))
+    rules = (*names, (HEAD, None), (ALL, schemes[name]))
+    return Quantization("modelopt", rules, kv_cache_dtype=_cache_dtype(section))
 
 
 def _bitsandbytes(section: HfConfig) -> Quantization:
@@ -251,7 +261,7 @@ def _compressed(section: HfConfig) -> Quantization:
         sparsity.require("format", "dense")
     if section.get("transform_config"):
         raise section.error("transform_config", "none")
-    section.without_effect("kv_cache_scheme", "global_compression_ratio")
+    section.without_effect("global_compression_ratio")
     form = section.get("format")
     groups = section.get("config_groups")
     if not isinstance(groups, dict) or not groups:
@@ -267,7 +277,7 @@ def _compressed(section: HfConfig) -> Quantization:
         rules.append((_modules(group, "targets", [name for name in targets if name != "Linear"]), scheme))
         if "Linear" in targets:
             catch_all.append((ALL, scheme))
-    return Quantization("compressed-tensors", (*rules, *catch_all))
+    return Quantization("compressed-tensors", (*rules, *catch_all), kv_cache_dtype=_cache_dtype(section))
 
 
 def _compressed_scheme(group: HfConfig, form: str) -> Scheme:

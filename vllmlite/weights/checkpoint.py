@@ -6,7 +6,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +31,10 @@ from vllmlite.weights.schemes.grouped import QWEIGHT, SCALES, GroupedScheme, Int
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 
-_COMPUTED = re.compile(
-    r"(^|\.)rotary_emb\.inv_freq$|\.([kvq]|kv)_(scale|zero_point)$"
-    r"|\.([kvq]_proj\.|prob_)output_scale$"
-)
-"""Tensors that may be stored but are not needed: rotary tables, and scales of 8-bit key/value caches."""
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+"""Tensors that may be stored but are not needed."""
+_CACHE_SCALE = re.compile(r"\.([kvq]|kv)_(scale|zero_point)$|\.([kvq]_proj\.|prob_)output_scale$")
+"""Tensors that may be stored for 8-bit key/value caches and attention."""
 _DUMMY_PERIOD = (1 << 20) + 7
 
 
@@ -69,6 +68,8 @@ class Weights:
     shapes: Mapping[str, tuple[int, ...]]
     schemes: Mapping[str, Scheme]
     """The scheme of each quantised weight."""
+    cache_scales: Mapping[str, HostTensor] = field(default_factory=dict)
+    """Tensors for 8-bit key/value caches."""
 
 
 def open_weights(
@@ -124,8 +125,9 @@ def open_weights(
         else:
             del tensors[head]
     expected = _expected(path, shapes, schemes)
+    scales = {name: tensors[name] for name in tensors if name not in expected and _CACHE_SCALE.search(name)}
     missing = [name for name, part in expected.items() if name not in tensors and not part.optional]
-    unused = [name for name in tensors if name not in expected and not _COMPUTED.search(name)]
+    unused = [name for name in tensors if name not in expected.keys() | scales and not _COMPUTED.search(name)]
     if unread:
         unused = [name for name in unused if not re.search(unread, name)]
     unused = [name for name in unused if not _is_zero_bias(name, tensors[name], schemes)]
@@ -152,7 +154,7 @@ def open_weights(
         stored = {suffix: tensors[part] for suffix, part in names.items() if part in tensors}
         return PackedWeight(scheme, shape, stored)
 
-    return Weights(tensor, shapes, schemes)
+    return Weights(tensor, shapes, schemes, scales)
 
 
 def part_name(name: str, suffix: str) -> str:
