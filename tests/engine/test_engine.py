@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 from engine_runs import assert_idle, make_engine, run
-from fake_runner import EOS, VOCAB, expected
+from fake_runner import EOS, VOCAB, FakeRunner, expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllmlite.engine.engine import Engine
 from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.scheduler import Schedule
 from vllmlite.errors import ParameterError
@@ -217,6 +218,17 @@ def test_requests_with_different_salts_share_no_blocks() -> None:
         run(engine)
         found.append(request.num_cached_tokens)
     assert found == [0, 0, 32, 0]
+
+
+def test_block_hashes_depend_on_the_format_of_the_cache() -> None:
+    limits = make_engine()[0].scheduler.limits
+    roots = {
+        Engine(limits, FakeRunner(limits), vocab_size=VOCAB, cache_format=form)
+        .add_request("a", [1, 2, 3], SamplingParams())
+        .root
+        for form in ("fp8_e4m3 ((1.0, 1.0),)", "fp8_e4m3 ((0.5, 1.0),)", "int8 ()")
+    }
+    assert len(roots) == 3
 
 
 def test_blocks_of_generated_tokens_are_cached() -> None:
