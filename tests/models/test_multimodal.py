@@ -15,6 +15,7 @@ from checkpoints import TINY
 from model_runs import chunked, expected_logits, prompts
 from native import needs_native_cpu
 from paged import PagedModel
+from tokenizer_files import write_tokenizer
 
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.torch import TorchBackend
@@ -127,6 +128,20 @@ def test_quantised_copies_hold_only_the_text_model(tmp_path: Path) -> None:
         load_model(CpuBackend(), tmp_path / "int8", max_model_len=128, block_size=4), num_blocks=320
     )
     (found,) = chunked(paged, prompts()[5:6], "whole")
+    wanted = expected_logits(reference, prompts()[5], False)
+    assert np.abs(found - wanted).max() <= 0.05 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("case", ["mistral3", "qwen2-vl-tied"])
+def test_gguf_files_hold_the_text_model(case: str, tmp_path: Path) -> None:
+    """The other programs' formats are refused: they would need the vision tower."""
+    reference = write_shell(tmp_path / "source", case)
+    write_tokenizer(tmp_path / "source")
+    with pytest.raises(ParameterError, match=r"format=.gptq.: accepted for .*whose vision tower"):
+        quantize_checkpoint(tmp_path / "source", tmp_path / "made", "gptq", group_size=32)
+    quantize_checkpoint(tmp_path / "source", tmp_path / "made.gguf", "gguf-q8_0")
+    model = load_model(TorchBackend(), tmp_path / "made.gguf", max_model_len=128, block_size=4)
+    (found,) = chunked(PagedModel(model, num_blocks=320), prompts()[5:6], "whole")
     wanted = expected_logits(reference, prompts()[5], False)
     assert np.abs(found - wanted).max() <= 0.05 * np.abs(wanted).max()
 

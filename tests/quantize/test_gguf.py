@@ -93,7 +93,8 @@ def test_every_family(case: str, form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["llama", "qwen2moe", "phi3-longrope", "gemma3", "gpt2"])
 def test_gguf_py_reads_the_same(case: str, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf", reason="python3-gguf is not installed")
-    source, made = source_of(case, tmp_path / "source"), tmp_path / "made.gguf"
+    cached = tmp_path / "models--owner--Some-1B" / "snapshots" / "0123"
+    source, made = source_of(case, cached), tmp_path / "made.gguf"
     quantize_checkpoint(source, made, "gguf-q4_0")
     reader, own = gguf.GGUFReader(made), read_gguf(made)
     assert {tensor.name for tensor in reader.tensors} == own.tensors.keys()
@@ -106,6 +107,7 @@ def test_gguf_py_reads_the_same(case: str, tmp_path: Path) -> None:
         decoded = float_values(expected) if scheme is None else scheme.dequantize(expected)  # type: ignore[arg-type]
         assert np.array_equal(found.reshape(-1), decoded.reshape(-1)), tensor.name
     assert reader.fields["general.architecture"].contents() == CASES[case][0]
+    assert reader.fields["general.name"].contents() == "Some-1B"
     assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_0
     assert reader.fields["tokenizer.chat_template"].contents() == TEMPLATE
 

@@ -70,7 +70,7 @@ def byte_fallback(prefix: bool = True) -> Tokenizer:
 
 def write_tokenizer(path: Path, made: Tokenizer | None = None, **config: Any) -> Path:
     """Write a tokenizer, by default :func:`byte_level`'s, to directory ``path``."""
-    path.mkdir(exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
     (made or byte_level()).save(str(path / "tokenizer.json"))
     own = {"eos_token": "<|im_end|>", "bos_token": "<|endoftext|>", "chat_template": TEMPLATE}
     (path / "tokenizer_config.json").write_text(json.dumps(own | config))

@@ -15,6 +15,7 @@ from vllmlite.backends.base import Backend
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.hub.snapshot import CONFIG_FILES, INDEX
 from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.multimodal import MULTIMODAL
 from vllmlite.models.quantization_config import parse_quantization
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import sources, stored_schemes
@@ -39,6 +40,12 @@ class DirectoryOutput(Output):
         """Raises ModelError or ParameterError for tensors that the format cannot store."""
         super().__init__(spec, weights, settings, backend)
         self.source = source
+        if spec.architecture in MULTIMODAL and not settings.own:
+            raise ParameterError(
+                "format",
+                settings.format,
+                f"accepted for {spec.architecture}, whose vision tower is not copied: int8, int4 and those of GGUF",
+            )
         gates = [
             one.key.removesuffix(".weight")
             for name, one in sources(spec).items()

@@ -72,7 +72,7 @@ class GgufOutput(Output):
         self._metadata: dict[str, Any] = {
             "general.architecture": self._architecture,
             "general.type": "model",
-            "general.name": source.resolve().name,
+            "general.name": _model_name(source),
             "general.file_type": FILE_TYPES[settings.format],
             "general.quantization_version": 2,
             **gguf_metadata(self._architecture, self._family, self._spec),
@@ -136,3 +136,9 @@ class GgufOutput(Output):
             experts = max(layer.moe.num_experts for layer in self.spec.layers if layer.moe)
             return experts, rows // experts, *columns
         return tuple(columns) if columns and rows == 1 else source.stored
+
+
+def _model_name(source: Path) -> str:
+    """The name of a model: that of its repository in the hub's cache, or of its directory."""
+    parts = source.resolve().parts
+    return next((part.split("--")[-1] for part in parts if part.startswith("models--")), parts[-1])

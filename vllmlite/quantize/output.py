@@ -98,7 +98,7 @@ class Output(ABC):
             return packed_float8(weight, _block_scales(weight), scheme)
         grid = self._grid(scheme, weight.shape[1])
         if moments is None or not moments.rows:
-            return packed(nearest(weight, grid), scheme)
+            return packed(nearest(weight, grid, search=grid.bits < 8), scheme)
         return packed(gptq(weight, grid, self._inputs(moments)), scheme)
 
     def _inputs(self, moments: Moments) -> Inputs:
