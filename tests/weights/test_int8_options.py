@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from native import needs_native_cpu
-from packers import PACKERS
+from packers import FP8, PACKERS, W8A8, Packer
 from quantized_checkpoints import logits, quantised
 
 from vllmlite.backends.cpu import CpuBackend
@@ -18,6 +18,7 @@ from vllmlite.config.engine_config import EngineConfig
 from vllmlite.errors import ParameterError
 from vllmlite.models import open_model, read_spec
 from vllmlite.runner.build import build_runner, plan_for
+from vllmlite.weights.host import PackedWeight
 from vllmlite.weights.packing import Packing
 from vllmlite.weights.parts import HEAD, TABLE
 
@@ -62,6 +63,23 @@ def test_activations_are_quantised_on_request(name: str, family: str, tmp_path: 
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=0.03 * size)
     assert "activations in int8" in built(path, activation_dtype="int8")
     assert "activations in float32" in built(path)
+
+
+@pytest.mark.parametrize(
+    "packer", [PACKERS["awq g32"], PACKERS["gptq 8 bits by channel"], FP8["tensor, static"], *W8A8.values()]
+)
+def test_dummy_weights_are_multiplied_as_stored_ones_are(packer: Packer, tmp_path: Path) -> None:
+    path, _ = quantised(tmp_path, packer)
+    spec = read_spec(path)
+    for backend in (CpuBackend(), TorchBackend()):
+        packing = Packing(backend, int8_activations=True)
+        stored, dummy = open_model(path, spec, packing), open_model(path, spec, packing, "dummy")
+        names = [name for name, source in stored.sources.items() if source.product and name != HEAD]
+        for one, other in zip(stored.products(names), dummy.products(names), strict=True):
+            assert isinstance(one, PackedWeight) == isinstance(other, PackedWeight)
+            if isinstance(one, PackedWeight) and isinstance(other, PackedWeight):
+                assert other.scheme == one.scheme
+                assert 0.01 < other.scheme.dequantize(other).std() < 0.04
 
 
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from vllmlite.weights.pt import read_pt
 from vllmlite.weights.safetensors import read_safetensors
 from vllmlite.weights.schemes.float8 import Float8Scheme
 from vllmlite.weights.schemes.grouped import QWEIGHT, SCALES, GroupedScheme, IntegerScheme
+from vllmlite.weights.schemes.w8a8 import W8A8Scheme
 
 LOAD_FORMATS = ("auto", "safetensors", "pt", "gguf", "dummy")
 
@@ -98,9 +99,9 @@ def open_weights(
     if load_format not in LOAD_FORMATS:
         raise ParameterError("load_format", load_format, ", ".join(LOAD_FORMATS))
     if load_format == "dummy":
-        packed: dict[str, GroupedScheme | Float8Scheme] = {}
+        packed: dict[str, GroupedScheme | Float8Scheme | W8A8Scheme] = {}
         for name, scheme in (schemes or {}).items():
-            if isinstance(scheme, Float8Scheme):
+            if isinstance(scheme, Float8Scheme | W8A8Scheme):
                 packed[name] = scheme
             elif isinstance(scheme, IntegerScheme) and scheme.grouped is not None:
                 packed[name] = scheme.grouped
@@ -319,7 +320,7 @@ def _same(one: HostTensor, other: HostTensor) -> bool:
 
 
 def _dummy(
-    name: str, shape: tuple[int, ...], seed: int, scheme: GroupedScheme | Float8Scheme | None
+    name: str, shape: tuple[int, ...], seed: int, scheme: GroupedScheme | Float8Scheme | W8A8Scheme | None
 ) -> HostWeight:
     """Return ones for a norm, else random numbers of deviation 0.02, repeated with a period that divides no row: normal
     ones as floats, or uniform codes packed in ``scheme``."""
@@ -332,8 +333,8 @@ def _dummy(
             block = generator.standard_normal(min(size, _DUMMY_PERIOD), np.float32) * np.float32(0.02)
             values = np.resize(block, size).astype("<f4", copy=False)
         return HostTensor("float32", shape, values.reshape(-1).view(np.uint8))
-    if isinstance(scheme, Float8Scheme):
-        return _dummy_float8(shape, scheme, generator)
+    if isinstance(scheme, Float8Scheme | W8A8Scheme):
+        return _dummy_bytes(shape, scheme, generator)
     scale = float_tensor(np.full(1, 0.02 * 12**0.5 / 2**scheme.bits, np.float32), "float16")
     parts = {}
     for suffix, part in scheme.parts(shape).items():
@@ -349,24 +350,29 @@ def _dummy(
     return PackedWeight(scheme, shape, parts)
 
 
-def _dummy_float8(
-    shape: tuple[int, ...], scheme: Float8Scheme, generator: np.random.Generator
+def _dummy_bytes(
+    shape: tuple[int, ...], scheme: Float8Scheme | W8A8Scheme, generator: np.random.Generator
 ) -> PackedWeight:
-    """Return random codes of finite values, with one scale that gives them a deviation of 0.02."""
-    finite = np.array([code for code in range(256) if code & 0x7F < 0x7C], np.uint8)  # of either 8-bit float
+    """Return random codes of a byte each, all of finite values, with one scale that gives them a deviation of 0.02."""
+    codes = np.arange(256, dtype=np.uint8)
+    if isinstance(scheme, Float8Scheme):
+        codes = codes[codes & 0x7F < 0x7C]  # the finite ones of either 8-bit float
     parts = {}
     for suffix, part in scheme.parts(shape).items():
         if part.optional:
             continue
         if suffix == "weight":
-            codes = finite[generator.integers(0, len(finite), min(part.num_bytes, _DUMMY_PERIOD))]
-            values = float_values(HostTensor(part.dtype, codes.shape, codes))
-            data = np.resize(codes, part.num_bytes)
-        elif suffix == scheme.scale:
-            scale = np.full(1, 0.02 / values.std(), np.float32)
-            data = np.resize(float_tensor(scale, part.dtype).data, part.num_bytes)
+            drawn = codes[generator.integers(0, len(codes), min(part.num_bytes, _DUMMY_PERIOD))]
+            is_int = part.dtype == "int8"
+            values = (
+                drawn.view(np.int8) if is_int else float_values(HostTensor(part.dtype, drawn.shape, drawn))
+            )
+            data = np.resize(drawn, part.num_bytes)
+        elif suffix.endswith("zero_point"):
+            data = np.zeros(part.num_bytes, np.uint8)
         else:
-            data = np.resize(float_tensor(np.full(1, 0.01, np.float32), part.dtype).data, part.num_bytes)
+            scale = np.full(1, 0.01 if suffix == "input_scale" else 0.02 / values.std(), np.float32)
+            data = np.resize(float_tensor(scale, part.dtype).data, part.num_bytes)
         parts[suffix] = HostTensor(part.dtype, part.shape, data)
     return PackedWeight(scheme, shape, parts)
 

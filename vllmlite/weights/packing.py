@@ -10,7 +10,7 @@ from vllmlite.backends.base import Backend
 from vllmlite.weights.host import HostTensor, HostWeight, PackedWeight, Scheme
 from vllmlite.weights.schemes.float8 import Float8Scheme
 from vllmlite.weights.schemes.gguf_blocks import BlockScheme, to_tiles
-from vllmlite.weights.schemes.grouped import GroupableScheme
+from vllmlite.weights.schemes.grouped import GroupableScheme, GroupedScheme
 from vllmlite.weights.schemes.tiles import TILES
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ class Packing:
                 return stored if native and self.keep_blocks else None
             if stored.tiles is not None and stored.tiles.name == self.quantization:
                 return stored if native else stored.tiles
-        elif isinstance(stored, GroupableScheme) and not native:
-            grouped = stored.grouped
+        elif isinstance(stored, GroupedScheme) or (isinstance(stored, GroupableScheme) and not native):
+            grouped = stored if isinstance(stored, GroupedScheme) else stored.grouped
             if grouped is not None and not grouped.e4m3 and self.int8_activations:
                 grouped = replace(grouped, int8_input=True)
             return grouped if grouped is not None and grouped.name in self.backend.schemes else None
@@ -81,8 +81,8 @@ class Packing:
         if scheme is None:
             return self.floats(weight)
         if isinstance(weight, PackedWeight):
-            if scheme is stored:
-                return weight
+            if scheme is stored or isinstance(stored, GroupedScheme):
+                return replace(weight, scheme=scheme)
             if isinstance(stored, BlockScheme) and scheme is stored.tiles:
                 return to_tiles(weight)
             if isinstance(stored, GroupableScheme):
