@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 MEMORY = 0.8
 """Weight of what was known before a verification, against that verification's drafts."""
-PRIOR = (1.6, 2.0)
+PRIOR = (0.8, 1.0)
 """Drafts that every request begins with: accepted, and tried."""
 MOST_DRAFTS = 256
 """Most drafts of a step, over all rows; each takes a row of logits."""
