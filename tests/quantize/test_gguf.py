@@ -199,6 +199,12 @@ def test_calibrated_files_are_closer_and_interrupted_runs_go_on(
     assert {path.name for path in tmp_path.iterdir()} == {"source", "made.gguf", "rtn.gguf", f"{method}.gguf"}
 
 
+def test_models_named_phi_3_without_its_tokens_get_another_name(tmp_path: Path) -> None:
+    source = write_tokenizer(checkpoint(tmp_path / "My-Phi-3-mini", "dense"))
+    quantize_checkpoint(source, tmp_path / "made.gguf", "gguf-q8_0")
+    assert read_gguf(tmp_path / "made.gguf").metadata["general.name"] == "My-phi_3-mini"
+
+
 def test_a_head_that_is_not_the_table_is_written(tmp_path: Path) -> None:
     """A checkpoint may store another output layer although its configuration ties it to the embedding."""
     source = write_tokenizer(checkpoint(tmp_path / "source", "dense"))

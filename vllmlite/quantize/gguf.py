@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ FILE = "model.gguf"
 """The file's name while it is being written."""
 FILE_TYPES = {"gguf-q4_0": 2, "gguf-q8_0": 7}
 """llama.cpp's numbers of the mixtures of types."""
+_TOKENS_OF_PHI3 = ("<s>", "</s>", "<unk>", "<|endoftext|>")
 _KINDS = {dtype: kind for kind, dtype in FLOATS.items()}
 
 
@@ -72,7 +74,7 @@ class GgufOutput(Output):
         self._metadata: dict[str, Any] = {
             "general.architecture": self._architecture,
             "general.type": "model",
-            "general.name": _model_name(source),
+            "general.name": _model_name(source, self._tokenizer),
             "general.file_type": FILE_TYPES[settings.format],
             "general.quantization_version": 2,
             **gguf_metadata(self._architecture, self._family, self._spec),
@@ -138,7 +140,12 @@ class GgufOutput(Output):
         return tuple(columns) if columns and rows == 1 else source.stored
 
 
-def _model_name(source: Path) -> str:
-    """The name of a model: that of its repository in the hub's cache, or of its directory."""
+def _model_name(source: Path, tokenizer: Tokenizer) -> str:
+    """Return the name of a model: that of its repository in the hub's cache, or of its directory.
+
+    llama.cpp treats the special tokens of a model named Phi-3 differently, and fails if the model lacks any of them."""
     parts = source.resolve().parts
-    return next((part.split("--")[-1] for part in parts if part.startswith("models--")), parts[-1])
+    name = next((part.split("--")[-1] for part in parts if part.startswith("models--")), parts[-1])
+    if re.search("phi-?3", name, re.IGNORECASE) and None in map(tokenizer.token_id, _TOKENS_OF_PHI3):
+        return re.sub("(?i)phi-?3", "phi_3", name)
+    return name
