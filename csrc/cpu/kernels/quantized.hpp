@@ -132,15 +132,15 @@ struct Scaling {
   const std::uint16_t* floats;
   const std::int8_t* sub_scales;
 
-  // Begins with the row `lane` of a tile.
+  // Starts at row `lane` of a tile.
   VLLMLITE_INLINE void begin(const QuantizedTiles& w, std::ptrdiff_t tile, int lane, int groups) {
     floats = static_cast<const std::uint16_t*>(w.scales) + tile * kLayout.units(groups) * kLayout.unit_floats() + lane;
     if (kLayout.sub_scales) sub_scales = w.sub_scales + tile * groups * kLayout.group_sub_scales() + lane;
   }
 
-  // Before a group is multiplied.
+  // To be called before a group is multiplied.
   VLLMLITE_INLINE void enter(int /*group*/) {}
-  // What the sum of products begins with, given the sum of x.
+  // Returns the initial value of a sum of products, given the sum of x.
   VLLMLITE_INLINE I start(std::int32_t total) const { return I{} + total * (Dot::kOffset - kLayout.zero); }
   VLLMLITE_INLINE F float_at(int group, int index) const {
     const std::uint16_t* at = floats + (kLayout.sub_scales ? group / kUnitGroups : group) * kLayout.unit_floats();
@@ -162,7 +162,7 @@ struct Scaling {
   }
 };
 
-// Of several groups together, which are entered in ascending order.
+// The scales and zeros of a grouped scheme, each of which several groups share; groups are entered in ascending order.
 template <TileScheme S>
 struct Scaling<S, true> {
   const std::byte* scales;
@@ -257,7 +257,8 @@ VLLMLITE_INLINE void column_tile(const QuantizedBlock& b, int row, int column, P
   const std::ptrdiff_t x_stride = static_cast<std::ptrdiff_t>(b.groups) * kGroup;
   const std::ptrdiff_t first = static_cast<std::ptrdiff_t>(row) * b.groups;  // of x's groups
   const std::int8_t* x = b.x.values + row * x_stride;
-  const auto prefetch_next = [&](int g) {
+  // Always inline: out of line, it costs products in int8 6 % of their time.
+  const auto prefetch_next = [&](int g) __attribute__((always_inline)) {
     if (b.next == nullptr || g % pass.count != pass.index) return;
     for (int v = 0; v < V; ++v)
       if ((column + v) % kParts == 0)
