@@ -24,7 +24,8 @@ from vllmlite.models.gguf import open_gguf
 from vllmlite.models.tensors import sources
 from vllmlite.quantize import quantize_checkpoint
 from vllmlite.weights.gguf import read_gguf
-from vllmlite.weights.host import float_values
+from vllmlite.weights.gguf_writer import Entry, gguf_checkpoint
+from vllmlite.weights.host import float_tensor, float_values
 from vllmlite.weights.packing import Packing
 from vllmlite.weights.parts import ModelWeights
 from vllmlite.weights.schemes.gguf_blocks import type_name
@@ -220,3 +221,22 @@ def test_the_command_says_the_size_of_the_file(tmp_path: Path, capsys: pytest.Ca
     made = tmp_path / "made.gguf"
     assert main(["quantize", "--model", str(source), "--format", "gguf-q8_0", "--output", str(made)]) == 0
     assert f"{made.stat().st_size / 1e6:.1f} MB in gguf-q8_0" in capsys.readouterr().out
+
+
+def test_metadata_are_read_as_they_were_written(tmp_path: Path) -> None:
+    metadata = {
+        "text": "a\u00e9",
+        "flag": True,
+        "count": 3,
+        "ratio": 0.5,
+        "ids": [1, -2],
+        "merges": [],
+        "of": ["b"],
+    }
+    files = gguf_checkpoint(tmp_path / "x.gguf", metadata, {"w": Entry("F32", (2, 4))})
+    files.write("w", float_tensor(np.zeros((2, 4), np.float32), "float32"))
+    files.close()
+    found = read_gguf(tmp_path / "x.gguf").metadata
+    assert {
+        key: list(value) if isinstance(metadata[key], list) else value for key, value in found.items()
+    } == metadata

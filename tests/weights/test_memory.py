@@ -14,6 +14,7 @@ from checkpoints import write_checkpoint
 
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.models import load_model
+from vllmlite.weights import checkpoint
 from vllmlite.weights.host import HostTensor, HostWeight, release
 from vllmlite.weights.safetensors import read_safetensors, write_safetensors
 
@@ -70,3 +71,17 @@ def test_loading_keeps_no_more_than_a_weight_mapped(tmp_path: Path) -> None:
     gate_and_up = 2 * 2 * 256 * 2048
     assert backend.file.stat().st_size > 2 * gate_and_up
     assert max(backend.resident) < gate_and_up + (1 << 19)
+
+
+def test_dummy_weights_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path)
+    made: list[str] = []
+    make = checkpoint._dummy
+
+    def note(name: str, *given: Any) -> HostWeight:
+        made.append(name)
+        return make(name, *given)
+
+    monkeypatch.setattr(checkpoint, "_dummy", note)
+    load_model(TorchBackend(), tmp_path, max_model_len=32, block_size=16, load_format="dummy")
+    assert len(made) == len(set(made))

@@ -71,6 +71,8 @@ class Weights:
     """The scheme of each quantised weight."""
     cache_scales: Mapping[str, HostTensor] = field(default_factory=dict)
     """Tensors for 8-bit key/value caches."""
+    generated: bool = False
+    """Whether no file stores the tensors: each is made whenever it is read."""
 
 
 def open_weights(
@@ -105,7 +107,9 @@ def open_weights(
                 packed[name] = scheme
             elif isinstance(scheme, IntegerScheme) and scheme.grouped is not None:
                 packed[name] = scheme.grouped
-        return Weights(lambda name: _dummy(name, shapes[name], seed, packed.get(name)), shapes, packed)
+        return Weights(
+            lambda name: _dummy(name, shapes[name], seed, packed.get(name)), shapes, packed, generated=True
+        )
     if path.is_file():
         raise ParameterError("load_format", load_format, f"{path} is a GGUF file: auto, gguf or dummy")
     if load_format == "gguf":

@@ -49,7 +49,7 @@ def gguf_checkpoint(path: Path, metadata: Mapping[str, Any], table: Table) -> Ch
     """Write the header of the file at ``path``, and return the file, to which the tensors of ``table`` can be written.
 
     Metadata are text, booleans, integers (stored as uint32), floats (float32), or lists of one of these; integers in
-    lists are stored as int32."""
+    lists are stored as int32. An empty list is one of text."""
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(table), len(metadata))]
     for key, value in metadata.items():
         parts += [_text(key), _value(value)]
@@ -72,7 +72,8 @@ def _text(value: str) -> bytes:
 
 def _value(value: Any) -> bytes:
     if isinstance(value, list):
-        kind = _I32 if (own := _kind(value[0])) == _U32 else own
+        own = _kind(value[0]) if value else _STRING
+        kind = _I32 if own == _U32 else own
         return struct.pack("<IIQ", _ARRAY, kind, len(value)) + b"".join(_item(kind, one) for one in value)
     kind = _kind(value)
     return struct.pack("<I", kind) + _item(kind, value)

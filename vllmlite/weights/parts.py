@@ -122,6 +122,8 @@ class ModelWeights:
         """Give back the memory of stored tensors that the backend has taken.
 
         Those that it uses where they are mapped come back when they are read."""
+        if self.stored.generated:
+            return
         for key in {self.sources[name].key for name in names}:
             stored = self.stored.tensor(key)
             for part in stored.parts.values() if isinstance(stored, PackedWeight) else [stored]:
