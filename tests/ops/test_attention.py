@@ -67,8 +67,12 @@ def test_attention_with_edited_scores(
         rows.step(slots, counts, (None, 5))
 
 
-@pytest.mark.parametrize("kv_dtype", QUANTIZED_KV)
-def test_edited_scores_over_quantised_caches_and_long_contexts(backend: Backend, kv_dtype: str) -> None:
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8_e4m3"])
+def test_edited_scores_over_quantised_caches_and_long_contexts(exact: Backend, kv_dtype: str) -> None:
+    edited_scores(exact, kv_dtype)
+
+
+def edited_scores(backend: Backend, kv_dtype: str) -> None:
     scales = () if QUANTIZED_KV[kv_dtype].head_scales else ((1.0, 1.0), (0.03, 2.5))
     rows = Rows(backend, 4, 2, 16, 16, num_blocks=64, kv_dtype=kv_dtype, scales=scales)
     rows.soft_cap, rows.alibi = 3.0, np.array([0.5, 0.25, 0.01, 0.001])
@@ -85,20 +89,32 @@ def test_many_query_heads_per_key_head(backend: Backend) -> None:
     rows.step([0, 1], [1, 1])
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", *QUANTIZED_KV])
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 16), (8, 2, 128), (3, 1, 256), (6, 2, 72)])
-def test_attention_over_long_and_short_contexts(
-    backend: Backend, kv_dtype: str, heads: int, kv_heads: int, size: int
-) -> None:
-    if backend.device == "cpu" and size > 16:
-        pytest.skip("kernels for other sizes are for a GPU")
-    kv_dtype = backend.dtype if kv_dtype == "auto" else kv_dtype
-    rows = Rows(backend, heads, kv_heads, size, 16, num_blocks=96, kv_dtype=kv_dtype)
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8", "fp8_e4m3"])
+def test_attention_over_long_and_short_contexts(exact: Backend, kv_dtype: str) -> None:
+    long_and_short_contexts(exact, (4, 2, 16), kv_dtype)
+
+
+def long_and_short_contexts(backend: Backend, shape: tuple[int, int, int], kv_dtype: str) -> None:
+    """``shape``: query heads, key/value heads, head size."""
+    rows = Rows(backend, *shape, 16, num_blocks=96, kv_dtype=kv_dtype)
     for slot, length in enumerate((700, 300, 2, 30)):
         rows.admit(slot)
         rows.step([slot], [length])
     rows.step([0, 1, 2, 3], [1, 1, 1, 1], (None, 20, 256))
     rows.step([3, 2, 1, 0], [2, 1, 50, 60], (None, 20, 256))
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda-invariant"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kv_dtype", QUANTIZED_KV)
+@pytest.mark.parametrize("shape", [(4, 2, 16), (8, 2, 64), (6, 2, 72), (8, 2, 128), (3, 1, 256)])
+def test_quantised_caches_in_16_bits(
+    name: str, dtype: str, kv_dtype: str, shape: tuple[int, int, int]
+) -> None:
+    """The tensor-core kernels, which differ by the size of heads and by the format of the cache."""
+    backend = BACKENDS[name](dtype)
+    long_and_short_contexts(backend, shape, kv_dtype)
+    edited_scores(backend, kv_dtype)
 
 
 @pytest.mark.parametrize(("size", "block"), [(64, 16), (80, 32), (128, 16)])
