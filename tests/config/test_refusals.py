@@ -64,7 +64,10 @@ def test_weights_that_do_not_fit_get_an_error_with_suggestions(
     write_checkpoint(tmp_path, dtype="bfloat16")
     backend = TorchBackend("cpu", "bfloat16")
     for free, says in (
-        (200_000, r"--quantization int8 takes \d+, --quantization int4 takes \d+$"),
+        (
+            200_000,
+            r"--quantization int8 takes \d+, --quantization int4 takes \d+, --quantization fp8 takes \d+$",
+        ),
         (130_000, r"are free: --quantization int4 takes \d+$"),
         (1000, "too few for any quantisation$"),
     ):

@@ -372,7 +372,7 @@ def test_the_quantisation_method_is_checked_and_reported(tmp_path: Path) -> None
     with pytest.raises(ParameterError, match=r"quantization='gptq'.*the checkpoint is in awq already"):
         LLM(str(packed), quantization="gptq", **options)
     with pytest.raises(
-        ParameterError, match=r"quantization='awq'.*weights are floats; int8 or int4 quantises them"
+        ParameterError, match=r"quantization='awq'.*weights are floats; int8 or int4 or fp8 quantises them"
     ):
         LLM(str(floats), quantization="awq", **options)
     assert {EngineConfig(quantization=method).quantization for method in CHECKPOINT_METHODS} == {
