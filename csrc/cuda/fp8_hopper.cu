@@ -334,14 +334,7 @@ static __global__ __launch_bounds__(S::kThreads, S::kBlocksPerProcessor) void fp
   extern __shared__ __align__(1024) char storage[];
   auto& shared = *reinterpret_cast<typename S::Shared*>(storage);
   let_next_begin();
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < S::kStages; ++i) {
-      barrier_init(shared.full[i], 1);
-      barrier_init(shared.empty[i], kMultiplying / 32);
-    }
-    barriers_made();
-  }
-  __syncthreads();
+  init_ring(shared.full, shared.empty, kMultiplying / 32);
   const Fp8Block<T, S> block(given, shared);
   if (threadIdx.x >= kMultiplying) {
     if constexpr (S::kMultiplyingRegisters != 0) give_registers_up<S::kCopyingRegisters>();

@@ -1,9 +1,8 @@
 // Weights in groups of integers: laid out when they are loaded, dequantised for products of many rows, and multiplied
-// by grouped_kernel.cuh for few.
+// by one of the kernels of grouped_product.cuh for few.
 #include <algorithm>
 
-#include "cuda/grouped_kernel.cuh"
-#include "cuda/tensor_map.cuh"
+#include "cuda/grouped_integers.cuh"
 
 namespace vllmlite::cuda {
 
@@ -11,6 +10,8 @@ constexpr unsigned kThreads = 256;
 // Rows of x up to which the integers are multiplied. Above, dequantising the weight costs less than what cuBLASLt and
 // its larger tiles save: measured on an H200, and half of it guessed for other chips.
 constexpr int kMostRowsOnHopper = 256, kMostRows = 64;
+// The skinny kernel is used for up to kSkinnyRows rows of x, and on Hopper its own for more than kRowsOfTiles.
+constexpr int kSkinnyRows = 8, kRowsOfTiles = 64;
 
 // ---- Layout
 
@@ -190,7 +191,7 @@ static Tensor in_order_of(Runtime& runtime, const Tensor& x, const Tensor& order
   return made;
 }
 
-static bool on_hopper(const Runtime& runtime) {
+bool on_hopper(const Runtime& runtime) {
 #ifdef VLLMLITE_HOPPER
   return runtime.capability() == 90;
 #else
@@ -203,85 +204,17 @@ bool takes_grouped_product(const Runtime& runtime, int m) {
   return runtime.batch_invariant() || m <= (on_hopper(runtime) ? kMostRowsOnHopper : kMostRows);
 }
 
-template <typename T, int kBits, typename S>
-static void run(Runtime& runtime, GroupedProduct product, int blocks_of_processor) {
-  constexpr int kMostTiles = 4;  // of x in a launch, for the sake of the memory that partial sums take
-  const unsigned blocks =
-      static_cast<unsigned>(std::min(product.tiles * product.stages, runtime.multiprocessors() * blocks_of_processor));
-  const int tiles_of_x = std::min((product.m + S::kM - 1) / S::kM, kMostTiles);
-  const Tensor partials = runtime.make({tiles_of_x, blocks, 2, kTileRows, S::kM}, DType::float32);
-  product.partials = static_cast<float*>(partials.data);
-  product.arrivals = runtime.counters(static_cast<std::size_t>(tiles_of_x) * product.tiles * kGroupedWarps);
-  const int m = product.m;
-  for (int first = 0; first < m; first += kMostTiles * S::kM) {
-    product.m = std::min(m - first, kMostTiles * S::kM);
-    if constexpr (S::kHopper)
-      product.x_map = tensor_map(product.x, runtime.dtype(), {{product.k, 1, 64}, {product.m, product.k, S::kM}});
-    launch(runtime, grouped_kernel<T, kBits, S>, dim3(blocks, blocks_for(product.m, S::kM)), S::kThreads,
-           sizeof(typename S::Shared), product);
-    product.x = static_cast<const T*>(product.x) + static_cast<std::int64_t>(product.m) * product.k;
-    product.y = static_cast<T*>(product.y) + static_cast<std::int64_t>(product.m) * product.stride;
-  }
-}
-
-// The smallest tile that takes all rows of x, or the largest that there is room for. Those of 8 rows add in an order of
-// their own.
-template <typename T, int kBits, int kGroups>
-static void run_sized(Runtime& runtime, const GroupedProduct& product) {
-  const bool invariant = runtime.batch_invariant();
-  const int m = product.m;
-  if (on_hopper(runtime)) {
-    if (m <= 8 && !invariant)
-      run<T, kBits, GroupedTile<kBits, 8, kGroups, 4, true, false>>(runtime, product, 2);
-    else if (m <= 16)
-      run<T, kBits, GroupedTile<kBits, 16, kGroups, 4, true, true>>(runtime, product, 1);
-    else if (m <= 32)
-      run<T, kBits, GroupedTile<kBits, 32, kGroups, 4, true, true>>(runtime, product, invariant ? 1 : 2);
-    else if (m <= 64)
-      run<T, kBits, GroupedTile<kBits, 64, kGroups, 3, true, true>>(runtime, product, invariant ? 1 : 2);
-    else
-      run<T, kBits, GroupedTile<kBits, 128, kGroups, 4, true, true>>(runtime, product, 1);
-    return;
-  }
-  using Tile8 = GroupedTile<kBits, 8, kGroups, kBits == 4 ? 4 : 3, false, false>;
-  using Tile16 = GroupedTile<kBits, 16, kGroups, kBits == 4 ? 4 : 3, false, false>;
-  using Tile32 = GroupedTile<kBits, 32, kGroups, kBits == 4 ? 4 : 3, false, false>;
-  using Tile64 = GroupedTile<kBits, 64, kGroups, kBits == 4 ? 3 : 2, false, false>;
-  const auto fits = [&](std::size_t bytes) { return bytes <= static_cast<std::size_t>(runtime.shared_memory()); };
-  if (m > 32 && fits(sizeof(typename Tile64::Shared)))
-    run<T, kBits, Tile64>(runtime, product, 1);
-  else if (m > 16 && fits(sizeof(typename Tile32::Shared)))
-    run<T, kBits, Tile32>(runtime, product, 1);
-  else if ((m > 8 || invariant) && fits(sizeof(typename Tile16::Shared)))
-    run<T, kBits, Tile16>(runtime, product, 1);
-  else
-    run<T, kBits, Tile8>(runtime, product, 1);
-}
-
-template <typename T>
-static void run_grouped(Runtime& runtime, const GroupedProduct& product, const GroupedRows& rows) {
-  if (rows.bits == 8)
-    rows.groups_of_stage == 1 ? run_sized<T, 8, 1>(runtime, product) : run_sized<T, 8, 4>(runtime, product);
-  else if (rows.groups_of_stage == 1)
-    run_sized<T, 4, 1>(runtime, product);
-  else
-    rows.groups_of_stage == 2 ? run_sized<T, 4, 2>(runtime, product) : run_sized<T, 4, 4>(runtime, product);
-}
-
 void multiply_grouped(Runtime& runtime, const Tensor& x, const std::vector<GroupedRows>& parts, const Tensor* bias,
                       const Tensor& y) {
   std::int64_t first = 0;
   for (const GroupedRows& part : parts) {
     const Tensor own = part.order ? in_order_of(runtime, x, *part.order) : x;
     const auto at = static_cast<std::size_t>(first) * item_size(x.dtype);
-    const GroupedProduct product{{},
-                                 own.data,
+    const GroupedProduct product{own.data,
                                  static_cast<const uint4*>(part.weight.data),
                                  static_cast<const std::uint32_t*>(part.scales.data),
                                  bias == nullptr ? nullptr : static_cast<const char*>(bias->data) + at,
                                  static_cast<char*>(y.data) + at,
-                                 nullptr,
-                                 nullptr,
                                  static_cast<int>(x.shape[0]),
                                  part.rows,
                                  part.columns,
@@ -289,8 +222,15 @@ void multiply_grouped(Runtime& runtime, const Tensor& x, const std::vector<Group
                                  part.tiles(),
                                  part.stages(),
                                  part.groups(),
+                                 part.bits,
+                                 part.groups_of_stage,
                                  part.stages_of_group};
-    x.dtype == DType::float16 ? run_grouped<f16>(runtime, product, part) : run_grouped<bf16>(runtime, product, part);
+    if (!runtime.batch_invariant() && product.m <= kSkinnyRows && runtime.capability() >= 80)
+      multiply_grouped_skinny(runtime, product);
+    else if (!runtime.batch_invariant() && product.m > kRowsOfTiles && on_hopper(runtime))
+      multiply_grouped_on_hopper(runtime, product);
+    else
+      multiply_in_tiles(runtime, product);
     first += part.rows;
   }
 }

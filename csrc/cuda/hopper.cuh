@@ -26,6 +26,20 @@ __device__ __forceinline__ void barrier_init(std::uint64_t& barrier, int arrival
 // Makes initialised barriers visible to TMA copies. The block must synchronise afterwards.
 __device__ __forceinline__ void barriers_made() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+// Initialises the barriers of a ring of slots, which copies fill and `readers` threads empty, and synchronises the
+// block.
+template <int kSlots>
+__device__ __forceinline__ void init_ring(std::uint64_t (&full)[kSlots], std::uint64_t (&empty)[kSlots], int readers) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kSlots; ++i) {
+      barrier_init(full[i], 1);
+      barrier_init(empty[i], readers);
+    }
+    barriers_made();
+  }
+  __syncthreads();
+}
+
 __device__ __forceinline__ void arrive(std::uint64_t& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }

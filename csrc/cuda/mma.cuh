@@ -97,6 +97,16 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ther
 #endif
 }
 
+// The same through the first-level cache, for data that other warps of the multiprocessor copy too.
+__device__ __forceinline__ void copy_async_through_cache(void* to, const void* from, bool there) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
+               : "memory");
+#else
+  copy_async(to, from, there);
+#endif
+}
+
 // Likewise 4 bytes.
 __device__ __forceinline__ void copy_async_word(float* to, const float* from, bool there) {
 #if __CUDA_ARCH__ >= 800

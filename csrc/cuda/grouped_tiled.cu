@@ -18,41 +18,31 @@
 //
 // Integers minus their zero are exact in 16 bits. They are multiplied as they are, and the sum of a group is multiplied
 // by the group's scale in float32.
-#pragma once
+#include <algorithm>
 
-#include "cuda/grouped.hpp"
-#include "cuda/hopper.cuh"
-#include "cuda/mma.cuh"
+#include "cuda/grouped_fragment.cuh"
+#include "cuda/tensor_map.cuh"
 
 namespace vllmlite::cuda {
 
-// One launch: some rows of a weight, and what they are multiplied with.
-struct GroupedProduct {
-  CUtensorMap x_map;            // of x, on Hopper
-  const void* x;                // [m, k]
-  const uint4* weight;          // [tiles][stages][warps][words of a lane][lanes]
-  const std::uint32_t* scales;  // [tiles][groups][kTileRows]
-  const void* bias;             // [n], or null
-  void* y;                      // [m, stride], of which this product writes n columns
-  float* partials;              // [tiles of x][blocks][2][kTileRows][kM]
-  std::int32_t* arrivals;       // [tiles of x][tiles][warps], zero before and after
-  int m, n, k, stride;
-  int tiles, stages, groups;
-  int stages_of_group;  // where groups are longer than a stage
+struct TiledProduct : GroupedProduct {
+  CUtensorMap x_map;       // of x, on Hopper
+  float* partials;         // [tiles of x][blocks][2][kTileRows][kM]
+  std::int32_t* arrivals;  // [tiles of x][tiles][warps], zero before and after
 };
 
-// kGroups: that a stage meets. kHopper: the tensor memory accelerator copies. kWgmma: warpgroups multiply, not warps.
-template <int kBits, int kTileOfX, int kGroupsOfStage, int kDepth, bool kOnHopper, bool kByWarpgroups>
+// kGroups: that a stage meets. kHopper: the tensor memory accelerator copies, and warpgroups multiply, not warps.
+template <int kBits, int kTileOfX, int kGroupsOfStage, int kDepth, bool kOnHopper>
 struct GroupedTile {
   static constexpr int kM = kTileOfX, kGroups = kGroupsOfStage, kStages = kDepth;
-  static constexpr bool kHopper = kOnHopper, kWgmma = kByWarpgroups;
+  static constexpr bool kHopper = kOnHopper;
   static constexpr int kWords = kBits / 2;  // of 16 bytes that a thread has of a stage
   static constexpr int kMultiplying = kGroupedWarps * 32, kThreads = kMultiplying + (!kHopper   ? 0
                                                                                      : kM <= 16 ? 32
                                                                                                 : 128);
   // With few rows of x, there is room for blocks of the next kernel, which fetch weights meanwhile.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  static constexpr int kOfHopper = kM == 8 ? 4 : kM == 16 ? 3 : kM <= 64 ? 2 : 1;
+  static constexpr int kOfHopper = kM == 16 ? 3 : kM <= 64 ? 2 : 1;
 #else
   static constexpr int kOfHopper = 1;
 #endif
@@ -67,125 +57,6 @@ struct GroupedTile {
     std::uint64_t full[kStages], empty[kStages];
   };
 };
-
-// Two numbers of T: integers 0 to 15, at bits 0 to 3 of each half of `word`, added to `kBase<T>`.
-template <typename T>
-constexpr std::uint32_t kBase = std::is_same_v<T, f16> ? 0x64006400U : 0x43004300U;
-
-__device__ __forceinline__ float float_of_bits(std::uint32_t bits) { return __uint_as_float(bits); }
-
-__device__ __forceinline__ std::uint32_t nibbles(std::uint32_t word, std::uint32_t base) {
-  std::uint32_t both;
-  asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(both) : "r"(word), "r"(base));
-  return both;
-}
-
-template <typename T>
-__device__ __forceinline__ std::uint32_t minus(std::uint32_t a, std::uint32_t b) {
-  std::uint32_t difference;
-  if constexpr (std::is_same_v<T, f16>)
-    asm("sub.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
-  else
-#if __CUDA_ARCH__ >= 900
-    asm("sub.bf16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
-#elif __CUDA_ARCH__ >= 800
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(difference) : "r"(a), "r"(0x3f803f80U), "r"(b ^ 0x80008000U));
-#else
-    difference = 0;  // no tensor cores for bfloat16: such a backend does not run these kernels
-#endif
-  return difference;
-}
-
-// The fragment a of 16 rows and 16 columns out of a thread's integers (grouped.hpp says in which order), minus the
-// zeros of its two rows.
-template <typename T, int kBits>
-struct Integers;
-
-template <typename T>
-struct Integers<T, 4> {
-  std::uint32_t zeros[2];
-
-  __device__ __forceinline__ Integers(std::uint32_t zero_a, std::uint32_t zero_b)
-      : zeros{kBase<T> + zero_a * 0x10001U, kBase<T> + zero_b * 0x10001U} {}
-
-  __device__ __forceinline__ void fragment(const std::uint32_t (&words)[8], int step, std::uint32_t (&a)[4]) const {
-    const std::uint32_t word = words[step];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = minus<T>(nibbles(word >> (4 * i), kBase<T>), zeros[i % 2]);
-  }
-};
-
-template <typename T>
-struct Integers<T, 8> {
-  float zeros[2];
-
-  __device__ __forceinline__ Integers(std::uint32_t zero_a, std::uint32_t zero_b)
-      : zeros{float_of_bits(0x4b000000U + zero_a), float_of_bits(0x4b000000U + zero_b)} {}
-
-  __device__ __forceinline__ void fragment(const std::uint32_t (&words)[16], int step, std::uint32_t (&a)[4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const std::uint32_t word = words[2 * step + i / 2];
-      const float low = float_of_bits(__byte_perm(word, 0x4b000000U, i % 2 == 0 ? 0x7650U : 0x7652U));
-      const float high = float_of_bits(__byte_perm(word, 0x4b000000U, i % 2 == 0 ? 0x7651U : 0x7653U));
-      a[i] = pair<T>(low - zeros[i % 2], high - zeros[i % 2]);
-    }
-  }
-};
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-#define VLLMLITE_4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define VLLMLITE_8(c, i) VLLMLITE_4(c, i), VLLMLITE_4(c, i + 4)
-#define VLLMLITE_16(c, i) VLLMLITE_8(c, i), VLLMLITE_8(c, i + 8)
-#define VLLMLITE_32(c, i) VLLMLITE_16(c, i), VLLMLITE_16(c, i + 16)
-#define VLLMLITE_64(c, i) VLLMLITE_32(c, i), VLLMLITE_32(c, i + 32)
-
-// sums (64 x kCount * 2) = a b, or += unless `first`: a is a fragment, 64 x 16, b kCount * 2 rows of 16 columns.
-template <typename T, int kCount>
-__device__ __forceinline__ void multiply_fragment(float (&sums)[kCount], const std::uint32_t (&a)[4], std::uint64_t b,
-                                                  bool first) {
-#define VLLMLITE_MULTIPLY(type, columns, names, all, a0, a1, a2, a3, at_b, adds)                                \
-  asm volatile("{\n.reg .pred adds;\nsetp.eq.u32 adds, " adds ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns \
-               "k16.f32." type " {" names "}, {" a0 "," a1 "," a2 "," a3 "}, " at_b ", adds, 1, 1, 0;\n}"       \
-               : all(sums, 0)                                                                                   \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<std::uint32_t>(first)))
-#define VLLMLITE_MULTIPLY_BY(type)                                                                                    \
-  if constexpr (kCount == 4)                                                                                          \
-    VLLMLITE_MULTIPLY(type, "8", "%0,%1,%2,%3", VLLMLITE_4, "%4", "%5", "%6", "%7", "%8", "%9");                      \
-  else if constexpr (kCount == 8)                                                                                     \
-    VLLMLITE_MULTIPLY(type, "16", "%0,%1,%2,%3,%4,%5,%6,%7", VLLMLITE_8, "%8", "%9", "%10", "%11", "%12", "%13");     \
-  else if constexpr (kCount == 16)                                                                                    \
-    VLLMLITE_MULTIPLY(type, "32", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", VLLMLITE_16, "%16", "%17", \
-                      "%18", "%19", "%20", "%21");                                                                    \
-  else if constexpr (kCount == 32)                                                                                    \
-    VLLMLITE_MULTIPLY(type, "64",                                                                                     \
-                      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"    \
-                      "%25,%26,%27,%28,%29,%30,%31",                                                                  \
-                      VLLMLITE_32, "%32", "%33", "%34", "%35", "%36", "%37");                                         \
-  else                                                                                                                \
-    VLLMLITE_MULTIPLY(type, "128",                                                                                    \
-                      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"    \
-                      "%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"  \
-                      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63",                              \
-                      VLLMLITE_64, "%64", "%65", "%66", "%67", "%68", "%69")
-  static_assert(kCount <= 64);
-  if constexpr (std::is_same_v<T, f16>) {
-    VLLMLITE_MULTIPLY_BY("f16.f16");
-  } else {
-    VLLMLITE_MULTIPLY_BY("bf16.bf16");
-  }
-#undef VLLMLITE_MULTIPLY_BY
-#undef VLLMLITE_MULTIPLY
-}
-
-#undef VLLMLITE_64
-#undef VLLMLITE_32
-#undef VLLMLITE_16
-#undef VLLMLITE_8
-#undef VLLMLITE_4
-
-#endif
 
 // Adds one, after all that the warp has written before is there for others; what they wrote before is there after it.
 __device__ __forceinline__ int arrive_at(std::int32_t* counter) {
@@ -232,7 +103,7 @@ struct GroupedBlock {
   using Stage = GroupedStage<S::kStages>;
   static constexpr int kM = S::kM, kSums = kM / 2, kSteps = kStageColumns / 16 / S::kGroups;
 
-  const GroupedProduct& given;
+  const TiledProduct& given;
   typename S::Shared& shared;
   int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   int own = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
@@ -240,7 +111,7 @@ struct GroupedBlock {
   GroupedRuns runs{given.tiles * given.stages, blocks};
   int begin = runs.first_stage(own), end = runs.first_stage(own + 1);
 
-  __device__ __forceinline__ GroupedBlock(const GroupedProduct& product, typename S::Shared& memory)
+  __device__ __forceinline__ GroupedBlock(const TiledProduct& product, typename S::Shared& memory)
       : given(product), shared(memory) {}
 
   // ---- Copies
@@ -307,7 +178,7 @@ struct GroupedBlock {
   __device__ __forceinline__ void multiply_group(int slot, int first_step, const std::uint32_t (&words)[S::kWords * 4],
                                                  const Integers<T, kBits>& integers, float (&products)[kSums]) const {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    if constexpr (S::kWgmma) {
+    if constexpr (S::kHopper) {
       constexpr int kInFlight = 3;  // as many fragments have registers at a time
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
@@ -323,7 +194,7 @@ struct GroupedBlock {
       hold(products);
     }
 #endif
-    if constexpr (!S::kWgmma) {
+    if constexpr (!S::kHopper) {
       float odd[4] = {};  // with 8 rows, two sums take turns, which need not wait for each other
 #pragma unroll
       for (int i = 0; i < kSums; ++i) products[i] = 0;
@@ -446,8 +317,7 @@ struct GroupedBlock {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 template <typename B, typename S>
-__device__ __forceinline__ void copy_on_hopper(const B& block, const GroupedProduct& given,
-                                               typename S::Shared& shared) {
+__device__ __forceinline__ void copy_on_hopper(const B& block, const TiledProduct& given, typename S::Shared& shared) {
   using Stage = GroupedStage<S::kStages>;
   constexpr int kOfWeight = sizeof(shared.weight[0]), kOfScales = sizeof(shared.scales[0]), kOfX = sizeof(shared.x[0]);
   const auto copy_weight = [&](const Stage& at) {
@@ -477,7 +347,7 @@ __device__ __forceinline__ void copy_on_hopper(const B& block, const GroupedProd
 
 template <typename T, int kBits, typename S>
 static __global__ __launch_bounds__(S::kThreads, S::kBlocksPerProcessor) void grouped_kernel(
-    const __grid_constant__ GroupedProduct given) {
+    const __grid_constant__ TiledProduct given) {
   extern __shared__ __align__(1024) char storage[];
   auto& shared = *reinterpret_cast<typename S::Shared*>(storage);
   const GroupedBlock<T, kBits, S> block(given, shared);
@@ -487,14 +357,7 @@ static __global__ __launch_bounds__(S::kThreads, S::kBlocksPerProcessor) void gr
   if constexpr (S::kHopper) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     let_next_begin();
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < S::kStages; ++i) {
-        barrier_init(shared.full[i], 1);
-        barrier_init(shared.empty[i], kGroupedWarps);
-      }
-      barriers_made();
-    }
-    __syncthreads();
+    init_ring(shared.full, shared.empty, kGroupedWarps);
     if (threadIdx.x >= S::kMultiplying) {
       if constexpr (S::kMultiplyingRegisters != 0) give_registers_up<S::kCopyingRegisters>();
       if (threadIdx.x == S::kMultiplying) copy_on_hopper<GroupedBlock<T, kBits, S>, S>(block, given, shared);
@@ -534,6 +397,68 @@ static __global__ __launch_bounds__(S::kThreads, S::kBlocksPerProcessor) void gr
       block.finish_stage(at, sums);
     }
   }
+}
+
+template <typename T, int kBits, typename S>
+static void run(Runtime& runtime, const GroupedProduct& whole, int blocks_of_processor) {
+  TiledProduct product{whole, {}, nullptr, nullptr};
+  constexpr int kMostTiles = 4;  // of x in a launch, for the sake of the memory that partial sums take
+  const unsigned blocks =
+      static_cast<unsigned>(std::min(product.tiles * product.stages, runtime.multiprocessors() * blocks_of_processor));
+  const int tiles_of_x = std::min((product.m + S::kM - 1) / S::kM, kMostTiles);
+  const Tensor partials = runtime.make({tiles_of_x, blocks, 2, kTileRows, S::kM}, DType::float32);
+  product.partials = static_cast<float*>(partials.data);
+  product.arrivals = runtime.counters(static_cast<std::size_t>(tiles_of_x) * product.tiles * kGroupedWarps);
+  const int m = product.m;
+  for (int first = 0; first < m; first += kMostTiles * S::kM) {
+    product.m = std::min(m - first, kMostTiles * S::kM);
+    if constexpr (S::kHopper)
+      product.x_map = tensor_map(product.x, runtime.dtype(), {{product.k, 1, 64}, {product.m, product.k, S::kM}});
+    launch(runtime, grouped_kernel<T, kBits, S>, dim3(blocks, blocks_for(product.m, S::kM)), S::kThreads,
+           sizeof(typename S::Shared), product);
+    product.x = static_cast<const T*>(product.x) + static_cast<std::int64_t>(product.m) * product.k;
+    product.y = static_cast<T*>(product.y) + static_cast<std::int64_t>(product.m) * product.stride;
+  }
+}
+
+// The smallest tile that takes all rows of x, or the largest that there is room for. Those of 8 rows add in an order of
+// their own.
+template <typename T, int kBits, int kGroups>
+static void run_sized(Runtime& runtime, const GroupedProduct& product) {
+  const bool invariant = runtime.batch_invariant();
+  const int m = product.m;
+  if (on_hopper(runtime)) {
+    if (m <= 16)
+      run<T, kBits, GroupedTile<kBits, 16, kGroups, 4, true>>(runtime, product, 1);
+    else if (m <= 32)
+      run<T, kBits, GroupedTile<kBits, 32, kGroups, 4, true>>(runtime, product, invariant ? 1 : 2);
+    else if (m <= 64)
+      run<T, kBits, GroupedTile<kBits, 64, kGroups, 3, true>>(runtime, product, invariant ? 1 : 2);
+    else
+      run<T, kBits, GroupedTile<kBits, 128, kGroups, 4, true>>(runtime, product, 1);
+    return;
+  }
+  using Tile8 = GroupedTile<kBits, 8, kGroups, kBits == 4 ? 4 : 3, false>;
+  using Tile16 = GroupedTile<kBits, 16, kGroups, kBits == 4 ? 4 : 3, false>;
+  using Tile32 = GroupedTile<kBits, 32, kGroups, kBits == 4 ? 4 : 3, false>;
+  using Tile64 = GroupedTile<kBits, 64, kGroups, kBits == 4 ? 3 : 2, false>;
+  const auto fits = [&](std::size_t bytes) { return bytes <= static_cast<std::size_t>(runtime.shared_memory()); };
+  if (m > 32 && fits(sizeof(typename Tile64::Shared)))
+    run<T, kBits, Tile64>(runtime, product, 1);
+  else if (m > 16 && fits(sizeof(typename Tile32::Shared)))
+    run<T, kBits, Tile32>(runtime, product, 1);
+  else if ((m > 8 || invariant) && fits(sizeof(typename Tile16::Shared)))
+    run<T, kBits, Tile16>(runtime, product, 1);
+  else
+    run<T, kBits, Tile8>(runtime, product, 1);
+}
+
+void multiply_in_tiles(Runtime& runtime, const GroupedProduct& product) {
+  with_groups(product, [&](auto bits, auto groups) {
+    constexpr int kBits = decltype(bits)::value, kGroups = decltype(groups)::value;
+    runtime.dtype() == DType::float16 ? run_sized<f16, kBits, kGroups>(runtime, product)
+                                      : run_sized<bf16, kBits, kGroups>(runtime, product);
+  });
 }
 
 }  // namespace vllmlite::cuda
