@@ -79,6 +79,7 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 QUERY_LENGTHS = (1, 2, 4, 8)
 CACHE_ROWS = ("decode 1", "decode 64", "decode 32 at 8192", "prefill 1 x 8192", "prefill 16 x 2048")
+STEPS = ("step 1 x 8192", "step 32 x 8192")
 REPLAYS = 10
 """Consecutive replays of a graph, to amortise its launch."""
 
@@ -133,11 +134,12 @@ def main() -> None:
         if wanted(f"{which} ready"):
             _ready(model)
             note(f"{which} ready s", _ready(model), BARS[which]["ready s"])
-        llm = LLM(str(model), **OPTIONS)
-        for name, value in _rows(llm, args.rounds, lambda row, which=which: wanted(f"{which} {row}")):
-            note(f"{which} {name}", value, BARS[which].get(name))
-        del llm
-        gc.collect()
+        if any(wanted(f"{which} {name}") for name in (*BARS["small"], *BARS["large"], *STEPS)):
+            llm = LLM(str(model), **OPTIONS)
+            for name, value in _rows(llm, args.rounds, lambda row, which=which: wanted(f"{which} {row}")):
+                note(f"{which} {name}", value, BARS[which].get(name))
+            del llm
+            gc.collect()
         if wanted(f"{which} invariant"):
             llm = LLM(str(model), batch_invariant=True, **OPTIONS)
             for name, value in _invariant_rows(llm, args.rounds):
