@@ -62,6 +62,7 @@ def table(mixed: tuple[int, int]) -> list[Row]:
         Row("decode-1-awq/int4", _decode("awq", 1), (_decode("int4", 1),), 0.9),
         Row("decode-8-awq/llama.cpp", _decode("awq", 8), (_decode("llama.cpp Q4_0", 8),), 2.0),
         Row("decode-16-awq/llama.cpp", _decode("awq", 16), (_decode("llama.cpp Q4_0", 16),), 2.0),
+        Row("prefill-awq/llama.cpp", _prefill("awq"), (_prefill("llama.cpp Q4_0"),), 1.5),
         Row("prefill-awq/bf16", _prefill("awq"), (_prefill("bf16"),), 1.0),
         Row("prefill-bf16/vllm", _prefill("bf16"), _vllm("prefill", length=PROMPT), 1.0),
         Row("prefill-bf16/llama.cpp", _prefill("bf16"), (_prefill("llama.cpp bf16"),), 4.0),
