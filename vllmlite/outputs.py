@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(slots=True)
@@ -160,7 +160,7 @@ class EngineStats:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     """Draft tokens that were accepted."""
-    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    num_accepted_tokens_per_pos: tuple[int, ...] = ()
     """The same by their place in the draft."""
     backend: str = ""
     device: str = ""

@@ -49,7 +49,7 @@ def test_right_drafts_divide_the_number_of_steps(depth: int, prompts: int) -> No
     assert stats.num_generation_tokens == 200 * prompts
     assert stats.num_drafts == 40 * prompts
     assert stats.num_draft_tokens == stats.num_accepted_tokens == 159 * prompts
-    assert stats.num_accepted_tokens_per_pos == [40 * prompts, 40 * prompts, 40 * prompts, 39 * prompts]
+    assert stats.num_accepted_tokens_per_pos == (40 * prompts, 40 * prompts, 40 * prompts, 39 * prompts)
     assert_idle(engine)
 
 

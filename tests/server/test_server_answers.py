@@ -220,7 +220,7 @@ def test_an_idle_server_has_no_load(service: Service) -> None:
 def test_metrics_of_drafts_have_vllms_names() -> None:
     pytest.importorskip("prometheus_client")
     stats = EngineStats(
-        num_drafts=4, num_draft_tokens=12, num_accepted_tokens=5, num_accepted_tokens_per_pos=[3, 2, 0]
+        num_drafts=4, num_draft_tokens=12, num_accepted_tokens=5, num_accepted_tokens_per_pos=(3, 2, 0)
     )
     text = Metrics("m", 64, lambda: stats).exposition("")[0].decode()
     labels = 'engine="0",model_name="m"'

@@ -199,7 +199,7 @@ class EngineConfig:
     )
     enforce_eager: bool = _option(False, "do not capture CUDA graphs or other step graphs")
     speculative_config: Mapping[str, Any] = mapping_option(
-        'speculative decoding: guess tokens and verify several in a step, which changes no text: {"method": "ngram", '
+        'speculative decoding: guess tokens and verify several in a step: {"method": "ngram", '
         '"num_speculative_tokens": 8, "prompt_lookup_min": 2, "prompt_lookup_max": 5}: guess what followed the last '
         "tokens where they occurred before",
         group="speculative decoding",

@@ -357,10 +357,11 @@ class Engine:
         stats.num_drafts += 1
         stats.num_draft_tokens += drafts
         stats.num_accepted_tokens += accepted
-        per_position = stats.num_accepted_tokens_per_pos
-        per_position += [0] * (drafts - len(per_position))
-        for position in range(accepted):
-            per_position[position] += 1
+        counts = stats.num_accepted_tokens_per_pos
+        counts += (0,) * (drafts - len(counts))
+        stats.num_accepted_tokens_per_pos = tuple(
+            count + (position < accepted) for position, count in enumerate(counts)
+        )
 
     def _keep_prompt_logprobs(
         self, schedule: Schedule, rows: list[Request], found: dict[int, list[TokenLogprobs]]
