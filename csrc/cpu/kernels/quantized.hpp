@@ -169,8 +169,8 @@ struct Scaling<S, true> {
   const std::uint8_t* zeros;
   Float type;
   int groups_per_scale, next;  // the first group of the next scale
-  F current_scale;
-  I current_zero;
+  F current_scale = {};
+  I current_zero = {};
 
   VLLMLITE_INLINE void begin(const QuantizedTiles& w, std::ptrdiff_t tile, int lane, int groups) {
     type = w.scale_type;
