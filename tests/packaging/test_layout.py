@@ -139,3 +139,9 @@ def test_every_script_is_explained() -> None:
     named = [name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)]
     there = {path.name for path in (ROOT / "scripts").iterdir()} - {"README.md", "__pycache__"}
     assert sorted(named) == sorted(there)
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """pytest imports them by these names, and fails if a whole run finds one twice."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

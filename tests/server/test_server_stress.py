@@ -222,8 +222,8 @@ def test_statistics_are_logged_only_if_something_ran() -> None:
         "Waiting: 1 reqs, KV cache usage: 50.0%, Prefix cache hit rate: 20.0%"
     )
     now = EngineStats(
-        num_blocks=10, num_prompt_tokens=50, num_generation_tokens=110, num_drafts=4, num_draft_tokens=16,
-        num_accepted_tokens=6,
+        num_blocks=10, num_prompt_tokens=50, num_generation_tokens=110, prefix_cache_queries=50, prefix_cache_hits=10,
+        num_drafts=4, num_draft_tokens=16, num_accepted_tokens=6,
     )  # fmt: skip
     assert log.line() == (
         "Avg prompt throughput: 0.0 tokens/s, Avg generation throughput: 1.0 tokens/s, Running: 0 reqs, "

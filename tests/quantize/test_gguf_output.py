@@ -164,9 +164,7 @@ def test_the_name_of_the_output_is_checked(tmp_path: Path) -> None:
         ("made", "gguf-q8_0", "file that ends in .gguf"),
         ("x.gguf", "gptq", "directory"),
     ):
-        with pytest.raises(
-            ParameterError, match=f"output=.*{name}.*accepted with {form}: the name of a {what}"
-        ):
+        with pytest.raises(ParameterError, match=f"output=.*accepted with {form}: the name of a {what}"):
             quantize_checkpoint(source, tmp_path / name, form)
     (tmp_path / "x.gguf").touch()
     with pytest.raises(ParameterError, match="exists already: name a new file"):
