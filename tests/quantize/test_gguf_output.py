@@ -173,7 +173,12 @@ def test_the_name_of_the_output_is_checked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("method", "family"),
-    [("gptq", "dense"), ("gptq", "mixture"), ("gptq", "norms less one"), ("awq", "fused")],
+    [
+        ("gptq", "mixture"),
+        ("awq", "fused"),
+        pytest.param("gptq", "dense", marks=pytest.mark.slow),
+        pytest.param("gptq", "norms less one", marks=pytest.mark.slow),
+    ],
 )
 def test_calibrated_files_are_closer_and_interrupted_runs_go_on(
     method: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
