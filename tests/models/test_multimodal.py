@@ -118,6 +118,25 @@ def test_the_vision_tower_is_not_counted(tmp_path: Path) -> None:
     assert not [source.key for source in weights.sources.values() if "vision" in source.key]
 
 
+@pytest.mark.parametrize("case", ["gemma3", "mistral3", "qwen2.5-vl"])
+def test_float16_of_a_quantisation_tool_is_not_what_a_bfloat16_family_computes_in(
+    case: str, tmp_path: Path
+) -> None:
+    write_shell(tmp_path, case)
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()  # its floats would win over the configuration
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    config |= {"dtype": "float16", "torch_dtype": "float16", "quantization_config": quantization}
+    config["text_config"] |= {
+        "dtype": "float16",
+        "torch_dtype": "float16",
+        "quantization_config": quantization,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert plan_model(tmp_path).dtype == "bfloat16"
+
+
 @needs_native_cpu
 def test_quantised_copies_hold_only_the_text_model(tmp_path: Path) -> None:
     reference = write_shell(tmp_path / "source", "mistral3")

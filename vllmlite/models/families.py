@@ -42,10 +42,13 @@ class Family:
     title: str
     model_type: str
     spec: Callable[[HfConfig, str], DecoderSpec]
+    bfloat16: bool = True
+    """Whether its float checkpoints are published in bfloat16. If so, some activations may exceed float16's range, and
+    float16 in the configuration of a checkpoint that a tool has quantised is the tool's choice, not the model's."""
 
 
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family("Llama 1 to 3", "llama", llama.spec),
+    "LlamaForCausalLM": Family("Llama 1 to 3", "llama", llama.spec, bfloat16=False),
     "MistralForCausalLM": Family("Mistral", "mistral", mistral.spec),
     "MixtralForCausalLM": Family("Mixtral", "mixtral", mistral.mixtral),
     "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", "qwen2", qwen2.spec),
@@ -59,20 +62,14 @@ FAMILIES: dict[str, Family] = {
     "Olmo2ForCausalLM": Family("OLMo 2", "olmo2", olmo2.spec),
     "GraniteForCausalLM": Family("Granite 3", "granite", granite.spec),
     "SmolLM3ForCausalLM": Family("SmolLM3", "smollm3", smollm3.spec),
-    "StableLmForCausalLM": Family("StableLM", "stablelm", stablelm.spec),
-    "GPT2LMHeadModel": Family("GPT-2", "gpt2", gpt2.spec),
-    "OPTForCausalLM": Family("OPT", "opt", opt.spec),
-    "GPTNeoXForCausalLM": Family("GPT-NeoX, Pythia", "gpt_neox", gpt_neox.spec),
+    "StableLmForCausalLM": Family("StableLM", "stablelm", stablelm.spec, bfloat16=False),
+    "GPT2LMHeadModel": Family("GPT-2", "gpt2", gpt2.spec, bfloat16=False),
+    "OPTForCausalLM": Family("OPT", "opt", opt.spec, bfloat16=False),
+    "GPTNeoXForCausalLM": Family("GPT-NeoX, Pythia", "gpt_neox", gpt_neox.spec, bfloat16=False),
     "FalconForCausalLM": Family("Falcon", "falcon", falcon.spec),
-    "BloomForCausalLM": Family("BLOOM", "bloom", bloom.spec),
+    "BloomForCausalLM": Family("BLOOM", "bloom", bloom.spec, bfloat16=False),
 }
 """Families by the name in ``architectures`` of ``config.json``."""
-BFLOAT16_FAMILIES = frozenset(FAMILIES) - {
-    "LlamaForCausalLM", "StableLmForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM", "GPTNeoXForCausalLM",
-    "BloomForCausalLM",
-}  # fmt: skip
-"""Families whose float checkpoints are published in bfloat16. Some of their activations exceed float16's range, which
-is a reason to distrust the ``torch_dtype`` float16 that AWQ and GPTQ tools write."""
 RENAMED: dict[str, tuple[str, Callable[[HfConfig], HfConfig]]] = {
     "RWForCausalLM": ("FalconForCausalLM", falcon.refined_web),
 }
@@ -114,8 +111,8 @@ def _checked_spec(
     spec = replace(family.spec(with_defaults(config, model_type), name), quantization=quantization)
     check_remaining(config, model_type)
     quantised_elsewhere = quantization is not None and not quantization.own
-    if quantised_elsewhere and spec.dtype == "float16" and name in BFLOAT16_FAMILIES:
-        logger.info("%s: float16 is the tool's choice: %s computes in bfloat16", config.where, family.title)
+    if quantised_elsewhere and spec.dtype == "float16" and family.bfloat16:
+        logger.info("%s: computing in bfloat16, like float checkpoints of %s", config.where, family.title)
         spec = replace(spec, dtype="bfloat16")
     return spec
 
