@@ -22,7 +22,7 @@ import numpy as np
 from vllmlite.errors import ModelError
 from vllmlite.weights.host import Floats, HostTensor, PackedWeight, Part, Scheme, Shape, float_values
 from vllmlite.weights.schemes.bits import table_values
-from vllmlite.weights.schemes.groups import Axes, SlicedScheme, check_shape
+from vllmlite.weights.schemes.groups import Axes, SlicedScheme, check_scales, check_shape
 
 STATE = "weight.quant_state.bitsandbytes__"
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -153,8 +153,8 @@ class _TableScheme(SlicedScheme):
     def dequantize(self, weight: PackedWeight) -> Floats:
         """See :class:`Scheme`."""
         scales, table = (float_values(weight.parts[suffix]) for suffix in ("scales", "table"))
-        if not (np.isfinite(scales).all() and np.isfinite(table).all()):
-            raise ModelError("a scale is not finite")
+        check_scales(scales)
+        check_scales(table)
         values = table_values(weight.parts["codes"].data, table, high_first=True)
         scaled = values.reshape(*scales.shape, self.block) * scales[..., None]
         return scaled.reshape(weight.shape)
@@ -184,8 +184,7 @@ class Bnb8Scheme(SlicedScheme):
         if layout is not None and layout.data.any():
             raise ModelError("weight_format must be 0 (plain rows)")
         scales = float_values(weight.parts["SCB"]) / np.float32(127)
-        if not np.isfinite(scales).all():
-            raise ModelError("a scale is not finite")
+        check_scales(scales)
         codes = weight.parts["weight"].data.view(np.int8).reshape(weight.shape)
         return codes.astype(np.float32) * scales[:, None]
 

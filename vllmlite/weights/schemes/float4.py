@@ -12,10 +12,9 @@ from fractions import Fraction
 
 import numpy as np
 
-from vllmlite.errors import ModelError
 from vllmlite.weights.host import Floats, HostTensor, PackedWeight, Part, Shape, float_values
 from vllmlite.weights.schemes.bits import table_values
-from vllmlite.weights.schemes.groups import Axes, SlicedScheme, check_shape
+from vllmlite.weights.schemes.groups import Axes, SlicedScheme, check_scales, check_shape
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """The values of the 16 codes of e2m1."""
@@ -71,8 +70,7 @@ class Float4Scheme(SlicedScheme):
         if self.total:
             total = float_values(weight.parts[self.total]).reshape(())
             scales = scales / total if self.divides else scales * total
-        if not np.isfinite(scales).all():
-            raise ModelError("a scale is not finite")
+        check_scales(scales)
         values = table_values(weight.parts[self.codes].data, VALUES, high_first=False)
         scaled = values.reshape(*scales.shape, self.block) * scales[..., None]
         return scaled.reshape(weight.shape)

@@ -37,7 +37,7 @@ from vllmlite.weights.schemes.grouped import (
     GroupedScheme,
     Repack,
 )
-from vllmlite.weights.schemes.groups import Axes
+from vllmlite.weights.schemes.groups import Axes, check_scales
 
 GRANULARITIES = ("tensor", "channel", "block")
 MAX_GROUPED_SCALE = 128
@@ -144,8 +144,7 @@ class Float8Scheme(GroupableScheme):
 
     def _scales(self, weight: PackedWeight) -> Floats:
         scales = float_values(weight.parts[self.scale])
-        if not np.isfinite(scales).all():
-            raise ModelError("a scale is not finite")
+        check_scales(scales)
         return scales
 
     @property

@@ -28,7 +28,14 @@ from vllmlite.errors import ModelError
 from vllmlite.weights.host import ITEM_SIZE, Floats, HostTensor, PackedWeight, Part, Shape, float_values
 from vllmlite.weights.schemes.bits import unpack_rows
 from vllmlite.weights.schemes.codes import Bytes, StoredCodes
-from vllmlite.weights.schemes.groups import Axes, SlicedScheme, group_count, group_indices, scaled
+from vllmlite.weights.schemes.groups import (
+    Axes,
+    SlicedScheme,
+    check_scales,
+    group_count,
+    group_indices,
+    scaled,
+)
 
 QWEIGHT, SCALES, ZEROS, ORDER = "qweight", "scales", "zeros", "order"
 
@@ -173,8 +180,7 @@ class IntegerScheme(GroupableScheme):
         if scheme is None:
             return None
         groups, zeros, scales = self.groups(weight), self.zeros(weight), self.scales(weight)
-        if not np.isfinite(float_values(scales)).all():
-            raise ModelError("a scale is not finite")
+        check_scales(float_values(scales))
         order = None if groups is None else np.argsort(groups, kind="stable").astype("<i4")
         if groups is not None and order is not None:
             runs = np.arange(columns) // (self.group_size or columns)

@@ -37,14 +37,19 @@ def group_indices(
     return None if columns == size * groups and np.array_equal(found, in_order) else found
 
 
+def check_scales(scales: Floats) -> None:
+    """Raise ModelError if a scale is not finite."""
+    if not np.isfinite(scales).all():
+        raise ModelError("a scale is not finite")
+
+
 def scaled(
     codes: Codes | Floats, zeros: Codes | int, scales: Floats, index: NDArray[np.int64] | None
 ) -> Floats:
     """``(codes - zeros) * scales`` float32 ``[out, in]``, from codes ``[out, in]``, and zeros and scales
     ``[out, groups]`` of the groups ``index [in]``, which is :func:`group_indices`'. ModelError for scales that are not
     finite."""
-    if not np.isfinite(scales).all():
-        raise ModelError("a scale is not finite")
+    check_scales(scales)
 
     def by_column(values: Floats) -> Floats:
         return values[..., None] if index is None else values[:, index]

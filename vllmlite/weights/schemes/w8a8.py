@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from vllmlite.errors import ModelError
 from vllmlite.weights.host import Floats, PackedWeight, Part, Shape, float_values
 from vllmlite.weights.schemes.compressed import SCALE_DTYPES, IntScheme, scales_of
+from vllmlite.weights.schemes.groups import check_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,7 @@ class W8A8Scheme(IntScheme):
         if shape[1] > self.max_columns:
             raise ModelError(f"a weight {list(shape)} in w8a8: accepted: up to {self.max_columns} columns")
         scales, zeros = float_values(scales_of(weight)).reshape(-1), self.zeros(weight)
-        if not np.isfinite(scales).all():
-            raise ModelError("a scale is not finite")
+        check_scales(scales)
         return Int8Operand(
             weight.parts["weight"].data.view(np.int8).reshape(shape),
             np.ascontiguousarray(scales),
