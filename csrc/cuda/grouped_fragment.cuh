@@ -1,8 +1,8 @@
-// Products of a warpgroup whose first operand is a fragment in registers, made of the packed integers of grouped.hpp.
+// Fragments in registers, made of the packed integers of grouped.hpp with their scales.
 #pragma once
 
 #include "cuda/grouped_integers.cuh"
-#include "cuda/hopper.cuh"
+#include "cuda/mma.cuh"
 
 namespace vllmlite::cuda {
 
@@ -79,59 +79,5 @@ struct ScaledIntegers<T, 8> {
     }
   }
 };
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-#define VLLMLITE_4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define VLLMLITE_8(c, i) VLLMLITE_4(c, i), VLLMLITE_4(c, i + 4)
-#define VLLMLITE_16(c, i) VLLMLITE_8(c, i), VLLMLITE_8(c, i + 8)
-#define VLLMLITE_32(c, i) VLLMLITE_16(c, i), VLLMLITE_16(c, i + 16)
-#define VLLMLITE_64(c, i) VLLMLITE_32(c, i), VLLMLITE_32(c, i + 32)
-
-// sums (64 x kCount * 2) = a b, or += unless `first`: a is a fragment, 64 x 16, b kCount * 2 rows of 16 columns.
-template <typename T, int kCount>
-__device__ __forceinline__ void multiply_fragment(float (&sums)[kCount], const std::uint32_t (&a)[4], std::uint64_t b,
-                                                  bool first) {
-#define VLLMLITE_MULTIPLY(type, columns, names, all, a0, a1, a2, a3, at_b, adds)                                \
-  asm volatile("{\n.reg .pred adds;\nsetp.eq.u32 adds, " adds ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns \
-               "k16.f32." type " {" names "}, {" a0 "," a1 "," a2 "," a3 "}, " at_b ", adds, 1, 1, 0;\n}"       \
-               : all(sums, 0)                                                                                   \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<std::uint32_t>(first)))
-#define VLLMLITE_MULTIPLY_BY(type)                                                                                    \
-  if constexpr (kCount == 4)                                                                                          \
-    VLLMLITE_MULTIPLY(type, "8", "%0,%1,%2,%3", VLLMLITE_4, "%4", "%5", "%6", "%7", "%8", "%9");                      \
-  else if constexpr (kCount == 8)                                                                                     \
-    VLLMLITE_MULTIPLY(type, "16", "%0,%1,%2,%3,%4,%5,%6,%7", VLLMLITE_8, "%8", "%9", "%10", "%11", "%12", "%13");     \
-  else if constexpr (kCount == 16)                                                                                    \
-    VLLMLITE_MULTIPLY(type, "32", "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", VLLMLITE_16, "%16", "%17", \
-                      "%18", "%19", "%20", "%21");                                                                    \
-  else if constexpr (kCount == 32)                                                                                    \
-    VLLMLITE_MULTIPLY(type, "64",                                                                                     \
-                      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"    \
-                      "%25,%26,%27,%28,%29,%30,%31",                                                                  \
-                      VLLMLITE_32, "%32", "%33", "%34", "%35", "%36", "%37");                                         \
-  else                                                                                                                \
-    VLLMLITE_MULTIPLY(type, "128",                                                                                    \
-                      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"    \
-                      "%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"  \
-                      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63",                              \
-                      VLLMLITE_64, "%64", "%65", "%66", "%67", "%68", "%69")
-  static_assert(kCount <= 64);
-  if constexpr (std::is_same_v<T, f16>) {
-    VLLMLITE_MULTIPLY_BY("f16.f16");
-  } else {
-    VLLMLITE_MULTIPLY_BY("bf16.bf16");
-  }
-#undef VLLMLITE_MULTIPLY_BY
-#undef VLLMLITE_MULTIPLY
-}
-
-#undef VLLMLITE_64
-#undef VLLMLITE_32
-#undef VLLMLITE_16
-#undef VLLMLITE_8
-#undef VLLMLITE_4
-
-#endif
 
 }  // namespace vllmlite::cuda

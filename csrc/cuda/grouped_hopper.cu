@@ -19,6 +19,7 @@
 #include <array>
 
 #include "cuda/grouped_fragment.cuh"
+#include "cuda/hopper.cuh"
 #include "cuda/tensor_map.cuh"
 
 namespace vllmlite::cuda {
@@ -127,15 +128,7 @@ struct HopperBlock {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     std::uint32_t words[S::kBands][S::kWords * 4];
 #pragma unroll
-    for (int band = 0; band < S::kBands; ++band)
-#pragma unroll
-      for (int i = 0; i < S::kWords; ++i) {
-        const uint4 four = shared.weight[slot][band][warp][i][lane];
-        words[band][4 * i] = four.x;
-        words[band][4 * i + 1] = four.y;
-        words[band][4 * i + 2] = four.z;
-        words[band][4 * i + 3] = four.w;
-      }
+    for (int band = 0; band < S::kBands; ++band) load_words(shared.weight[slot][band][warp], lane, words[band]);
 #pragma unroll
     for (int group = 0; group < S::kGroups; ++group) {
       ScaledIntegers<T, kBits> integers[S::kBands];

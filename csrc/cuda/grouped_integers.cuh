@@ -13,6 +13,20 @@ constexpr std::uint32_t kBase = std::is_same_v<T, f16> ? 0x64006400U : 0x4300430
 
 __device__ __forceinline__ float float_of_bits(std::uint32_t bits) { return __uint_as_float(bits); }
 
+// Loads the packed integers of a lane out of shared memory.
+template <int kCount>
+__device__ __forceinline__ void load_words(const uint4 (&from)[kCount][32], int lane,
+                                           std::uint32_t (&words)[kCount * 4]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const uint4 four = from[i][lane];
+    words[4 * i] = four.x;
+    words[4 * i + 1] = four.y;
+    words[4 * i + 2] = four.z;
+    words[4 * i + 3] = four.w;
+  }
+}
+
 // The integers at bits 0 to 3 of each half of `word`, added to `base`.
 __device__ __forceinline__ std::uint32_t nibbles(std::uint32_t word, std::uint32_t base) {
   std::uint32_t both;

@@ -21,6 +21,7 @@
 #include <algorithm>
 
 #include "cuda/grouped_fragment.cuh"
+#include "cuda/hopper.cuh"
 #include "cuda/tensor_map.cuh"
 
 namespace vllmlite::cuda {
@@ -153,14 +154,7 @@ struct GroupedBlock {
   // Adds those of a stage.
   __device__ __forceinline__ void multiply_stage(int slot, float (&sums)[kSums]) const {
     std::uint32_t words[S::kWords * 4];
-#pragma unroll
-    for (int i = 0; i < S::kWords; ++i) {
-      const uint4 four = shared.weight[slot][warp][i][lane];
-      words[4 * i] = four.x;
-      words[4 * i + 1] = four.y;
-      words[4 * i + 2] = four.z;
-      words[4 * i + 3] = four.w;
-    }
+    load_words(shared.weight[slot][warp], lane, words);
 #pragma unroll
     for (int group = 0; group < S::kGroups; ++group) {
       const auto [scale_a, scale_b] =

@@ -245,6 +245,37 @@ __device__ __forceinline__ void multiply_bytes(float (&sums)[kCount], std::uint6
 #undef VLLMLITE_MULTIPLY
 }
 
+// sums (64 x kCount * 2) = a b, or += unless `first`. a is a fragment of 64 x 16 in registers; b is the descriptor of
+// kCount * 2 rows of 16 columns.
+template <typename T, int kCount>
+__device__ __forceinline__ void multiply_fragment(float (&sums)[kCount], const std::uint32_t (&a)[4], std::uint64_t b,
+                                                  bool first) {
+  static_assert(kCount == 4 || kCount == 8 || kCount == 16 || kCount == 32 || kCount == 64);
+#define VLLMLITE_MULTIPLY(type, columns, names, all, a0, a1, a2, a3, at_b, adds)                                \
+  asm volatile("{\n.reg .pred adds;\nsetp.eq.u32 adds, " adds ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns \
+               "k16.f32." type " {" names "}, {" a0 "," a1 "," a2 "," a3 "}, " at_b ", adds, 1, 1, 0;\n}"       \
+               : all                                                                                            \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<std::uint32_t>(first)))
+#define VLLMLITE_MULTIPLY_BY(type)                                                                                    \
+  if constexpr (kCount == 4)                                                                                          \
+    VLLMLITE_MULTIPLY(type, "8", VLLMLITE_NAMES_4, VLLMLITE_4(sums, 0), "%4", "%5", "%6", "%7", "%8", "%9");          \
+  else if constexpr (kCount == 8)                                                                                     \
+    VLLMLITE_MULTIPLY(type, "16", VLLMLITE_NAMES_8, VLLMLITE_8(sums, 0), "%8", "%9", "%10", "%11", "%12", "%13");     \
+  else if constexpr (kCount == 16)                                                                                    \
+    VLLMLITE_MULTIPLY(type, "32", VLLMLITE_NAMES_16, VLLMLITE_16(sums, 0), "%16", "%17", "%18", "%19", "%20", "%21"); \
+  else if constexpr (kCount == 32)                                                                                    \
+    VLLMLITE_MULTIPLY(type, "64", VLLMLITE_NAMES_32, VLLMLITE_32(sums), "%32", "%33", "%34", "%35", "%36", "%37");    \
+  else                                                                                                                \
+    VLLMLITE_MULTIPLY(type, "128", VLLMLITE_NAMES_64, VLLMLITE_64(sums), "%64", "%65", "%66", "%67", "%68", "%69")
+  if constexpr (std::is_same_v<T, f16>) {
+    VLLMLITE_MULTIPLY_BY("f16.f16");
+  } else {
+    VLLMLITE_MULTIPLY_BY("bf16.bf16");
+  }
+#undef VLLMLITE_MULTIPLY_BY
+#undef VLLMLITE_MULTIPLY
+}
+
 #undef VLLMLITE_NAMES_64
 #undef VLLMLITE_NAMES_32
 #undef VLLMLITE_NAMES_16
