@@ -63,8 +63,8 @@ class RequestMetrics:
     num_preemptions: int = 0
 
     def count_tokens(self, now: float, count: int) -> None:
-        """Record ``count`` new tokens of one step at time ``now``. The time since the token before is theirs in equal
-        parts."""
+        """Record ``count`` new tokens of one step at time ``now``, as if they had come at equal intervals since the
+        previous token."""
         if self.first_token_time is None:
             self.first_token_time = now
         self.previous_token_time = self.last_token_time
@@ -158,10 +158,11 @@ class EngineStats:
     num_drafts: int = 0
     """Verifications: rows of a step that had draft tokens."""
     num_draft_tokens: int = 0
+    """Draft tokens that were verified."""
     num_accepted_tokens: int = 0
     """Draft tokens that were accepted."""
     num_accepted_tokens_per_pos: tuple[int, ...] = ()
-    """The same by their place in the draft."""
+    """Draft tokens that were accepted, by their position in the draft."""
     backend: str = ""
     device: str = ""
     dtype: str = ""

@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from native import needs_native_cpu
-from numpy.typing import NDArray
-from paged import PagedModel
+from quantized_checkpoints import logits
 
-from vllmlite.backends.base import Backend
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.torch import TorchBackend
-from vllmlite.models import load_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -98,14 +95,6 @@ def write(path: Path, floats: Path, args: dict[str, Any]) -> None:
     meant = transformers.AutoModelForCausalLM.from_pretrained(floats, dtype=torch.float32)
     meant.load_state_dict(values, strict=False)
     meant.save_pretrained(floats)
-
-
-def logits(path: Path, backend: Backend) -> NDArray[np.float32]:
-    paged = PagedModel(
-        load_model(backend, path, max_model_len=64, block_size=16), num_blocks=8, max_slots=2, max_context=64
-    )
-    paged.admit(0)
-    return paged.logits([0], [np.arange(3, 40, dtype=np.int32)])[0]
 
 
 @needs_native_cpu

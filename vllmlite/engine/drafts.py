@@ -87,7 +87,8 @@ class DraftPolicy:
     """Rows of a step → its cost with 0, 1, 2, … drafts a row."""
 
     def wanted(self, acceptance: Acceptance, rows: int) -> int:
-        """Return how many drafts a request of a step of ``rows`` rows should ask for. Counts a token of it."""
+        """Return how many drafts a request should ask for in a step of ``rows`` rows. While drafts do not pay, each
+        call counts towards the interval until the next probe."""
         if not self.most or (self.max_rows is not None and rows > self.max_rows):
             return 0
         costs = self._costs.get(rows)

@@ -40,9 +40,8 @@ class Lookup:
             for length, mask, index in self._indexes:
                 if length <= place:
                     first = index.setdefault(recent & mask, place)
-                    if (
-                        first < place
-                    ):  # then the shorter n-grams, which are the ends of this one, have occurred too
+                    if first < place:
+                        # The shorter n-grams are the ends of this one, so they have occurred before as well.
                         found = first
                         break
         self._num_indexed, self._recent = end, recent
