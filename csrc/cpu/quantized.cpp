@@ -95,7 +95,7 @@ Shapes shapes_of(TileScheme scheme, std::int64_t rows, std::int64_t in) {
     shapes.scales = {tiles, static_cast<std::int64_t>(sizeof(RowScales))};
   }
   if (layout.bf16) shapes.dtype = DType::bfloat16;
-  if (layout.offsets) shapes.scales.insert(shapes.scales.begin() + 2, 2);
+  if (layout.offsets) shapes.scales = {tiles, layout.units(groups), 2, kTileRows};
   if (layout.sub_scales) shapes.sub_scales = {tiles, groups, layout.group_sub_scales() / kTileRows, kTileRows};
   return shapes;
 }
