@@ -35,8 +35,9 @@ from typing import Any, cast
 import numpy as np
 
 from vllmlite import LLM, SamplingParams
-from vllmlite.backends.base import QUANTIZED_KV, Backend, ForwardBatch, KVSpec, SlotParams, SlotSpec
+from vllmlite.backends.base import Backend, ForwardBatch, SlotParams, SlotSpec
 from vllmlite.backends.cuda import CudaBackend
+from vllmlite.backends.kv_cache import QUANTIZED_KV, KVSpec
 from vllmlite.runner.runner import ModelRunner
 
 HERE = Path(__file__).resolve().parent

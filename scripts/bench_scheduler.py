@@ -17,7 +17,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from vllmlite.backends.base import Backend, ForwardBatch, KVSpec, Sampled
+from vllmlite.backends.base import Backend, ForwardBatch, Sampled
+from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.engine.engine import Engine
 from vllmlite.engine.scheduler import Limits
 from vllmlite.output_processor import OutputProcessor

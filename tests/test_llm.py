@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from vllmlite import LLM, EngineArgs, LLMEngine, RequestOutput, SamplingParams
-from vllmlite.backends.base import QUANTIZED_KV
+from vllmlite.backends.kv_cache import QUANTIZED_KV
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.sampling_params import RequestOutputKind
 

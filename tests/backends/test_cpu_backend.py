@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from paged import Paged, PagedModel, host_batch, host_tensor
 
 from vllmlite.backends import select
-from vllmlite.backends.base import KV_DTYPES, KVSpec, SlotParams, SlotSpec
+from vllmlite.backends.base import SlotParams, SlotSpec
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.cpu import CpuBackend
+from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec
 from vllmlite.errors import BackendError
 from vllmlite.models import load_model
 from vllmlite.weights.host import FLOAT_DTYPES

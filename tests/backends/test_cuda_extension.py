@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from paged import host_batch
 
-from vllmlite.backends.base import API, KVSpec, SlotParams, SlotSpec
+from vllmlite.backends.base import API, SlotParams, SlotSpec
 from vllmlite.backends.cuda import CudaBackend
+from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.errors import BackendError
 
 _cuda: Any = pytest.importorskip("vllmlite._cuda", reason="vllmlite._cuda is not built")

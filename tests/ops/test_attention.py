@@ -8,7 +8,8 @@ from op_attention import Rows
 from op_backends import BACKENDS, numbers, of_torch, parameters, put, reference
 from paged import Paged
 
-from vllmlite.backends.base import QUANTIZED_KV, Backend, KVSpec
+from vllmlite.backends.base import Backend
+from vllmlite.backends.kv_cache import QUANTIZED_KV, KVSpec
 from vllmlite.weights.host import FLOAT_DTYPES
 
 STEPS: list[tuple[list[int], list[int]]] = [

@@ -9,7 +9,8 @@ import pytest
 from op_backends import check, numbers, put
 from paged import host_batch
 
-from vllmlite.backends.base import Backend, ForwardBatch, KVSpec, Rope, SlotParams, SlotSpec
+from vllmlite.backends.base import Backend, ForwardBatch, Rope, SlotParams, SlotSpec
+from vllmlite.backends.kv_cache import KVSpec
 
 SPEC = KVSpec(1, 1, 16, 4, "float32")
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from paged import host_batch
 
-from vllmlite.backends.base import CAPTURED_QUERY_LEN, Backend, ForwardBatch, GraphKey, KVSpec
+from vllmlite.backends.base import CAPTURED_QUERY_LEN, Backend, ForwardBatch, GraphKey
 from vllmlite.backends.cuda import CudaBackend
+from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.runner.graphs import MOST_GRAPHS, MOST_RECORDED_ROWS, RECORDED_AFTER, Graphs
 
 SPEC = KVSpec(1, 1, 16, 16, "float32")

@@ -9,7 +9,8 @@ from op_backends import ROUNDING, TOLERANCE, Array, check, numbers, put
 from op_formulas import rms
 from paged import Paged
 
-from vllmlite.backends.base import Backend, KVSpec, Rope
+from vllmlite.backends.base import Backend, Rope
+from vllmlite.backends.kv_cache import KVSpec
 
 
 def rotated(x: Array, table: Array, interleaved: bool) -> Array:

@@ -9,15 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from paged import host_batch
 
-from vllmlite.backends.base import (
-    Backend,
-    ForwardBatch,
-    KVSpec,
-    Logprobs,
-    Sampled,
-    SlotParams,
-    SlotSpec,
-)
+from vllmlite.backends.base import Backend, ForwardBatch, Logprobs, Sampled, SlotParams, SlotSpec
+from vllmlite.backends.kv_cache import KVSpec
 
 Array = NDArray[Any]
 

@@ -10,16 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import (
-    Backend,
-    ForwardBatch,
-    GraphKey,
-    KVSpec,
-    Sampled,
-    SlotParams,
-    SlotSpec,
-    Step,
-)
+from vllmlite.backends.base import Backend, ForwardBatch, GraphKey, Sampled, SlotParams, SlotSpec, Step
+from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.weights.host import HostTensor, HostWeight, PackedWeight
 
 

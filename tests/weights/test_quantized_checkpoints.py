@@ -16,9 +16,9 @@ from packers import PACKERS, W8A8, Packer
 from paged import PagedModel
 from quantized_checkpoints import logits, quantised, tensors_of, write
 
-from vllmlite.backends.base import KVSpec
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
+from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.config.engine_config import CHECKPOINT_METHODS, EngineConfig
 from vllmlite.errors import BackendError, ModelError, ParameterError

@@ -20,11 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.backends.base import (
-    KV_DTYPES,
     Expert,
     ForwardBatch,
     GraphKey,
-    KVSpec,
     Memory,
     SlotParams,
     SlotSpec,
@@ -33,6 +31,7 @@ from vllmlite.backends.base import (
     unusable,
 )
 from vllmlite.backends.cores import thread_places, usable_cores
+from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec
 from vllmlite.backends.memory import host_memory
 from vllmlite.backends.native import NativeBackend, load_extension, repacked, uploaded
 from vllmlite.errors import BackendError, ModelError

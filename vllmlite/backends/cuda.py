@@ -19,11 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.backends.base import (
-    KV_DTYPES,
     Expert,
     ForwardBatch,
     GraphKey,
-    KVSpec,
     Memory,
     SlotParams,
     SlotSpec,
@@ -32,6 +30,7 @@ from vllmlite.backends.base import (
     not_finite,
     unusable,
 )
+from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec
 from vllmlite.backends.native import NativeBackend, host_extension, load_extension, repacked, uploaded
 from vllmlite.errors import BackendError
 from vllmlite.weights.host import FLOAT_DTYPES, HostTensor, HostWeight, PackedWeight

@@ -11,17 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from vllmlite.backends.base import (
-    API,
-    Backend,
-    ForwardBatch,
-    KVSpec,
-    Logprobs,
-    Rope,
-    Sampled,
-    Tensor,
-)
+from vllmlite.backends.base import API, Backend, ForwardBatch, Logprobs, Rope, Sampled, Tensor
 from vllmlite.backends.cores import thread_places, usable_cores
+from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.errors import BackendError
 from vllmlite.weights.schemes.codes import Bytes, StoredCodes
 

@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 
 from vllmlite.backends import torch_sampling
 from vllmlite.backends.base import (
-    KV_DTYPES,
     Backend,
     Expert,
     ForwardBatch,
     GraphKey,
-    KVSpec,
     LinearWeight,
     Logprobs,
     Memory,
@@ -33,6 +31,7 @@ from vllmlite.backends.base import (
     SlotSpec,
     unusable,
 )
+from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec
 from vllmlite.backends.memory import host_memory
 from vllmlite.backends.torch_attention import Group, Rows, Scores, TorchKV, attend, plan_groups
 from vllmlite.backends.torch_packed import SCHEMES, TorchPacked, TorchPart, packed_part

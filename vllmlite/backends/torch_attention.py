@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import LEAST_SCALE, KVFormat, KVSpec
+from vllmlite.backends.kv_cache import LEAST_SCALE, KVFormat, KVSpec
 
 Ints = NDArray[np.int64]
 Put = Callable[..., list[torch.Tensor]]

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllmlite.backends.base import KV_DTYPES, Backend, KVSpec, Model
+from vllmlite.backends.base import Backend, Model
+from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec
 from vllmlite.config.engine_config import AT_LOAD
 from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.models.cache_scales import layer_scales

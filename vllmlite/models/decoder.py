@@ -7,17 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllmlite.backends.base import (
-    Backend,
-    Expert,
-    Experts,
-    ForwardBatch,
-    KVCache,
-    KVSpec,
-    LinearWeight,
-    Rope,
-    Tensor,
-)
+from vllmlite.backends.base import Backend, Expert, Experts, ForwardBatch, KVCache, LinearWeight, Rope, Tensor
+from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.models.rope import cos_sin
 from vllmlite.models.spec import DecoderSpec, MoeSpec, RopeSpec
 from vllmlite.weights.host import HostTensor

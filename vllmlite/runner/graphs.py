@@ -6,16 +6,8 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from vllmlite.backends.base import (
-    CAPTURED_QUERY_LEN,
-    Backend,
-    ForwardBatch,
-    GraphKey,
-    KVSpec,
-    Slots,
-    Step,
-    Tensor,
-)
+from vllmlite.backends.base import CAPTURED_QUERY_LEN, Backend, ForwardBatch, GraphKey, Slots, Step, Tensor
+from vllmlite.backends.kv_cache import KVSpec
 
 MOST_GRAPHS = 40
 """Captured steps that a runner keeps, unless those of one token a row leave less room than ``LEAST_RECORDED``."""
