@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from paged import Paged, PagedModel, host_batch, host_tensor
 
 from vllmlite.backends import select
-from vllmlite.backends.base import SlotParams, SlotSpec
+from vllmlite.backends.base import GraphKey, SlotParams, SlotSpec
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec
@@ -247,9 +247,9 @@ def test_a_failed_recording_leaves_the_backend_usable(checkpoint: Path) -> None:
         paged.model.forward(batch, paged.kv)
         raise RuntimeError("on purpose")
 
-    step = paged.backend.capture((1, 1), broken, paged.slots, paged.spec)
+    step = paged.backend.capture(GraphKey(1, 1), broken, paged.slots, paged.spec)
     with pytest.raises(RuntimeError, match="on purpose"):
-        step(paged.upload(paged.batch([0], [1]), (1, 1)))
+        step(paged.upload(paged.batch([0], [1]), GraphKey(1, 1)))
     assert paged.logits([0], [PROMPTS[1]])[0].shape == (5, paged.model.vocab_size)
 
 

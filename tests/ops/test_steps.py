@@ -9,7 +9,7 @@ import pytest
 from op_backends import check, numbers, put
 from paged import host_batch
 
-from vllmlite.backends.base import Backend, ForwardBatch, Rope, SlotParams, SlotSpec
+from vllmlite.backends.base import Backend, ForwardBatch, GraphKey, Rope, SlotParams, SlotSpec
 from vllmlite.backends.kv_cache import KVSpec
 
 SPEC = KVSpec(1, 1, 16, 4, "float32")
@@ -100,7 +100,7 @@ def test_a_captured_step_equals_the_step(exact: Backend) -> None:
         return [exact.rows(exact.embedding(batch.token_ids, weight), batch.logits_rows)]
 
     steps = {
-        (rows, query_len): exact.capture((rows, query_len), step, slots, SPEC)
+        GraphKey(rows, query_len): exact.capture(GraphKey(rows, query_len), step, slots, SPEC)
         for rows in exact.graph_rows(8)
         for query_len in (1, 2, 9)
     }
@@ -125,10 +125,14 @@ def test_batches_that_do_not_fit_a_captured_step_are_refused(exact: Backend) -> 
         pytest.skip("the cuda backend pads batches for their captured step")
     slots = exact.alloc_slots(SlotSpec(8, 8, 32, 10, 8))
     last_only = host_batch(range(2), [0, 0], [3, 3])
-    for batch, key in ((drafted(3, 2), (2, 2)), (drafted(2, 2), (2, 3)), (last_only, (2, 3))):
+    for batch, key in (
+        (drafted(3, 2), GraphKey(2, 2)),
+        (drafted(2, 2), GraphKey(2, 3)),
+        (last_only, GraphKey(2, 3)),
+    ):
         with pytest.raises(
             ValueError, match=f"not up to 2 rows of {key[1]} tokens, all of them sampled from"
         ):
             exact.upload(batch, slots, SPEC, key)
     with pytest.raises(ValueError, match="rows of 10 tokens; 1 to 9 are possible"):
-        exact.upload(drafted(1, 10), slots, SPEC, (1, 10))
+        exact.upload(drafted(1, 10), slots, SPEC, GraphKey(1, 10))

@@ -46,7 +46,7 @@ def step(rows: int, query_len: int, sampled: int | None = None) -> ForwardBatch:
 def test_there_are_never_more_steps_than_the_limit(most_rows: int) -> None:
     """After random calls, steps of one token per row are still captured, and so is the one recorded last."""
     graphs, _ = make(most_rows)
-    singles = [(rows, 1) for rows in graphs.capture()]
+    singles = [GraphKey(rows, 1) for rows in graphs.capture()]
     assert len(graphs) == len(singles)
     assert graphs.limit <= max(MOST_GRAPHS, len(singles) + 5)
     draw = random.Random(0)
@@ -70,9 +70,9 @@ def test_the_least_recently_used_captured_step_is_dropped_first() -> None:
     for query_len in (2, 3, 4, 5, 6):
         graphs.record(1, query_len)
     assert len(graphs) == 40
-    assert graphs.find(step(1, 2)) == (1, 2)
+    assert graphs.find(step(1, 2)) == GraphKey(1, 2)
     graphs.record(1, 7)
-    assert graphs.find(step(1, 2)) == (1, 2)
+    assert graphs.find(step(1, 2)) == GraphKey(1, 2)
     assert graphs.find(step(1, 3)) is None
     before = len(backend.captured)
     assert graphs.record(1, 4)
@@ -86,12 +86,12 @@ def test_find_captures_nothing() -> None:
     assert not graphs.record(1, 2)
     list(graphs.capture())
     before = list(backend.captured)
-    assert graphs.find(step(5, 1)) == (8, 1)
+    assert graphs.find(step(5, 1)) == GraphKey(8, 1)
     assert graphs.find(step(5, 3)) is None
     assert graphs.find(step(5, 3, sampled=1)) is None
     assert backend.captured == before
     graphs.record(5, 3)
-    assert graphs.find(step(6, 3)) == (8, 3)
+    assert graphs.find(step(6, 3)) == GraphKey(8, 3)
     assert graphs.find(step(6, 3, sampled=1)) is None
     unequal = host_batch([0, 1], [0, 0], [3, 2])
     unequal.logits_rows = np.arange(5, dtype=np.int32)
@@ -111,8 +111,8 @@ def test_steps_that_come_often_are_captured_once() -> None:
     assert len(backend.captured) == before
     for count in range(2 * RECORDED_AFTER):
         graphs.record_if_frequent(step(3, 4))
-        assert (graphs.find(step(3, 4)) == (4, 4)) == (count + 1 >= RECORDED_AFTER)
-    assert backend.captured[before:] == [(4, 4)]
+        assert (graphs.find(step(3, 4)) == GraphKey(4, 4)) == (count + 1 >= RECORDED_AFTER)
+    assert backend.captured[before:] == [GraphKey(4, 4)]
     draw = random.Random(0)
     for _ in range(1000):
         graphs.record_if_frequent(step(draw.randint(1, 32), draw.randint(2, 9)))

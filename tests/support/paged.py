@@ -65,6 +65,8 @@ class Paged:
         self.free = np.random.default_rng(7).permutation(num_blocks).tolist()
         self.owned: list[list[int]] = [[] for _ in range(max_slots)]
         self.lengths = [0] * max_slots
+        self.adapters = np.zeros(max_slots, np.int32)
+        """Index of each slot's adapter."""
         self._poison(max_slots - 1)
 
     def _poison(self, slot: int) -> None:
@@ -102,7 +104,10 @@ class Paged:
                     self.slots, np.full_like(columns, slot), columns, np.array(new, np.int32)
                 )
             owned += new
-        return host_batch(slots, starts, counts)
+        batch = host_batch(slots, starts, counts)
+        if self.adapters[list(slots)].any():
+            batch.adapters = self.adapters[list(slots)]
+        return batch
 
 
 class PagedModel(Paged):
@@ -135,7 +140,7 @@ class PagedModel(Paged):
         if chunks is not None:
             batch.token_ids = np.concatenate(chunks).astype(np.int32)
         batch.num_logprobs = num_logprobs
-        key = (len(slots), 1) if captured else None
+        key = GraphKey(len(slots), 1, batch.adapters is not None) if captured else None
         if key is not None and key not in self.captured:
             self.captured[key] = self.backend.capture(key, self.step, self.slots, self.spec)
         device = self.upload(batch, key)
@@ -155,7 +160,7 @@ class PagedModel(Paged):
         batch.logits_rows = np.arange(batch.num_tokens, dtype=np.int32)
         batch.sample_slots = np.repeat(np.array(slots, np.int32), counts)
         batch.sample_positions = batch.positions.astype(np.int64) + 1
-        key = (len(slots), counts[0]) if captured else None
+        key = GraphKey(len(slots), counts[0]) if captured else None
         if key is not None and key not in self.captured:
             self.captured[key] = self.backend.capture(key, self.step, self.slots, self.spec)
         device = self.upload(batch, key)

@@ -15,13 +15,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.errors import BackendError, ModelError
+from vllmlite.weights.adapter import Adapter, AdapterLimits, LowRank
 from vllmlite.weights.host import (
     FLOAT_DTYPES,
     HostTensor,
@@ -39,6 +40,8 @@ LinearWeight: TypeAlias = Any
 """A packed weight of :meth:`Backend.linear`, opaque outside its backend."""
 Experts: TypeAlias = Any
 """The packed weights of :meth:`Backend.moe`, opaque outside their backend."""
+LowRankTable: TypeAlias = Any
+"""The changes of one weight by all resident adapters (:meth:`Backend.alloc_low_rank`), opaque outside its backend."""
 KVCache: TypeAlias = Any
 """A pool of key/value blocks, opaque outside its backend."""
 Slots: TypeAlias = Any
@@ -132,6 +135,8 @@ class ForwardBatch:
     """[M] int32: indices into N of the rows that ``bitmask`` restricts."""
     bitmask: Tensor | None = None
     """[M, ceil(V / 32)] int32: bit ``v % 32`` of word ``v // 32`` is set if id v may be sampled."""
+    adapters: Tensor | None = None
+    """[R] int32: index of each row's adapter, 0 for none; None if no row has one."""
     backend: Any = field(default=None, repr=False)
     """The backend's own data, derived from the above at upload (cache slots of the tokens, padded layouts, …)."""
 
@@ -188,8 +193,16 @@ def not_finite(shape: Sequence[int]) -> ModelError:
     return ModelError(f"a weight of shape {list(shape)}: values that are not finite cannot be quantised")
 
 
-GraphKey: TypeAlias = tuple[int, int]
-"""Identifies a captured step: rows, and tokens of each row (the query length)."""
+class GraphKey(NamedTuple):
+    """Identifies a captured step."""
+
+    rows: int
+    query_len: int
+    """Tokens of each row."""
+    adapted: bool = False
+    """Whether any row has an adapter."""
+
+
 CAPTURED_QUERY_LEN = 9
 """The largest query length of a captured step: the last known token of a row, and up to eight drafts."""
 Step: TypeAlias = Callable[[ForwardBatch], Sequence[Tensor]]
@@ -208,6 +221,20 @@ class Model(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits ``[N, V]`` of hidden states ``[N, hidden]``."""
+        ...
+
+
+@runtime_checkable
+class AdaptableModel(Model, Protocol):
+    """A model that can run with LoRA adapters."""
+
+    def enable_adapters(self, limits: AdapterLimits) -> None:
+        """Make room for adapters within ``limits``; called at most once, before the first step."""
+        ...
+
+    def set_adapter(self, index: int, adapter: Adapter | None) -> None:
+        """Put ``adapter`` at ``index``, from 1 on, in place of the one that is there; None: only remove that.
+        ParameterError if it does not fit the model."""
         ...
 
 
@@ -316,6 +343,18 @@ class Backend(ABC):
     def tied_weight(self, table: Tensor) -> LinearWeight:
         """The table of :meth:`embedding` as the weight of :meth:`logits`; aliases it where the layout allows."""
 
+    # Adapters
+
+    def alloc_low_rank(self, rows: Sequence[int], columns: int, limits: AdapterLimits) -> LowRankTable:
+        """Room for the changes of a weight ``[sum of rows, columns]`` by adapters; there are none at first. ``rows``
+        are those of the parts of the weight, each of which adapters change separately."""
+        raise BackendError(f"the {self.name} backend has no adapters")
+
+    def set_low_rank(self, table: LowRankTable, index: int, parts: Sequence[LowRank | None]) -> None:
+        """Put the changes of the weight's parts by the adapter ``index`` into ``table``; None for parts that it leaves
+        as they are. BackendError if they do not fit into memory."""
+        raise BackendError(f"the {self.name} backend has no adapters")
+
     # Key/value cache
 
     kv_dtypes: ClassVar[tuple[str, ...]] = FLOAT_DTYPES
@@ -416,6 +455,14 @@ class Backend(ABC):
 
         A weight in the scheme ``w4a16`` or ``w8a16`` multiplies x as it is. For other quantised weights x is quantised
         to 8 bits, in the same groups of a row. Sums are in float32."""
+
+    def add_lora(self, y: Tensor, x: Tensor, table: LowRankTable, batch: ForwardBatch) -> Tensor:
+        """Add ``scale * (x @ a.T) @ b.T`` of the row's adapter to each row of ``y [T, out]``, a result of
+        :meth:`linear` for ``x [T, in]``, where ``batch`` has ``adapters``.
+
+        Sums are in float32. Rows without an adapter, or whose adapter leaves the weight as it is, do not change, and a
+        row's result does not depend on the other rows. ``y`` may be overwritten."""
+        raise BackendError(f"the {self.name} backend has no adapters")
 
     @abstractmethod
     def attn_prep(

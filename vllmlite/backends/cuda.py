@@ -232,7 +232,7 @@ class CudaBackend(NativeBackend):
     def upload(
         self, batch: ForwardBatch, slots: Any, spec: KVSpec, key: GraphKey | None = None
     ) -> ForwardBatch:
-        rows, query_len = key or (0, 0)
+        rows, query_len, _ = key or GraphKey(0, 0)
         native = self._runtime.upload(batch, slots, rows, query_len, spec.block_size, spec.num_kv_heads)
         return uploaded(batch, native)
 
@@ -262,13 +262,13 @@ class CudaBackend(NativeBackend):
 
     def capture(self, key: GraphKey, step: Step, slots: Any, spec: KVSpec) -> Step:
         """Record the step at once, on a batch of padding, and return its replay."""
-        rows, query_len = key
+        rows, query_len, adapted = key
         native = self._runtime.padding(slots, rows, query_len, spec.block_size, spec.num_kv_heads)
         none = np.zeros(0, np.int32)
         padding = ForwardBatch(
             num_tokens=rows * query_len, num_rows=rows, max_query_len=query_len, max_context=1, token_ids=none,
             positions=none, query_start_loc=none, slots=none, context_lens=none, logits_rows=none,
-            sample_slots=none, sample_positions=none,
+            sample_slots=none, sample_positions=none, adapters=none if adapted else None,
         )  # fmt: skip
         batch = uploaded(padding, native)
         graph = self._runtime.capture(native, lambda: list(step(batch)))

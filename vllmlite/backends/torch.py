@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -37,6 +37,7 @@ from vllmlite.backends.torch_attention import Group, Rows, Scores, TorchKV, atte
 from vllmlite.backends.torch_packed import SCHEMES, TorchPacked, TorchPart, packed_part
 from vllmlite.backends.torch_sampling import SamplePlan, TorchSlots
 from vllmlite.errors import BackendError
+from vllmlite.weights.adapter import AdapterLimits, LowRank
 from vllmlite.weights.host import FLOAT_DTYPES, ITEM_SIZE, HostTensor, HostWeight, float_parts
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -59,6 +60,14 @@ class TorchLinear:
 
 
 @dataclass(slots=True)
+class TorchLowRank:
+    """The changes of a weight's parts by adapters: (columns of y, a, b, scale), by adapter."""
+
+    rows: Sequence[int]
+    changes: dict[int, list[tuple[slice, torch.Tensor, torch.Tensor, float]]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class StepPlan:
     """Data derived from a batch once per step, on demand, and used by every layer."""
 
@@ -73,6 +82,8 @@ class StepPlan:
     rotations: list[tuple[Rope, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """Rotary tables with the cosines and signed sines of each element of the tokens' heads: float32 [T, 1,
     rotary_dim]."""
+    adapted: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """Adapter → int64 indices of the tokens that have it."""
 
 
 class TorchBackend(Backend):
@@ -167,6 +178,24 @@ class TorchBackend(Backend):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         return TorchLinear(weight, bias)
 
+    # Adapters
+
+    def alloc_low_rank(self, rows: Sequence[int], columns: int, limits: AdapterLimits) -> TorchLowRank:
+        return TorchLowRank(rows)
+
+    def set_low_rank(self, table: TorchLowRank, index: int, parts: Sequence[LowRank | None]) -> None:
+        ends = np.cumsum(table.rows).tolist()
+        table.changes[index] = [
+            (
+                slice(end - rows, end),
+                self.tensor(part.a, self.dtype),
+                self.tensor(part.b, self.dtype),
+                part.scale,
+            )
+            for end, rows, part in zip(ends, table.rows, parts, strict=True)
+            if part is not None
+        ]
+
     # Key/value cache
 
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
@@ -218,6 +247,14 @@ class TorchBackend(Backend):
         if (np.asarray(batch.token_ids) < 0).any():
             ids = torch.where(ids < 0, slots.last_id[token_slots], ids)
         sampling = torch_sampling.plan(batch, slots, self._put)
+        plan = StepPlan(rows, token_slots, slots.block_table, sampling)
+        if batch.adapters is not None:
+            of_tokens = np.repeat(batch.adapters, length)
+            plan.adapted = {
+                int(index): self._put(np.flatnonzero(of_tokens == index))[0]
+                for index in np.unique(of_tokens)
+                if index
+            }
         return replace(
             batch,
             token_ids=ids,
@@ -230,7 +267,7 @@ class TorchBackend(Backend):
             sample_positions=sample_positions,
             mask_rows=mask[0] if mask else None,
             bitmask=mask[1] if mask else None,
-            backend=StepPlan(rows, token_slots, slots.block_table, sampling),
+            backend=plan,
         )
 
     def _put(self, *arrays: NDArray[Any]) -> list[torch.Tensor]:
@@ -300,6 +337,16 @@ class TorchBackend(Backend):
         if self._converted and len(x) >= _CONVERT_ROWS:
             return _converted_linear(x, weight.weight, weight.bias)
         return F.linear(x, weight.weight, weight.bias)
+
+    @torch.inference_mode()
+    def add_lora(
+        self, y: torch.Tensor, x: torch.Tensor, table: TorchLowRank, batch: ForwardBatch
+    ) -> torch.Tensor:
+        for index, tokens in batch.backend.adapted.items():
+            for columns, a, b, scale in table.changes.get(index, ()):
+                low = (x[tokens].float() @ a.float().T).mul_(scale)
+                y[tokens, columns] = (y[tokens, columns] + low @ b.float().T).to(y.dtype)
+        return y
 
     @torch.inference_mode()
     def attn_prep(

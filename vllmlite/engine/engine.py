@@ -140,12 +140,15 @@ class Engine:
         cache_salt: str | None = None,
         arrival_time: float | None = None,
         pooling_type: str | None = None,
+        adapter: int = 0,
+        adapter_digest: str = "",
     ) -> Request:
         """Queue a request. Raises :class:`ParameterError`, and adds nothing, if it can never be served.
 
         ``bad_words`` are token sequences. ``grammar`` must not be shared with another request. Requests with different
         ``cache_salt`` share no blocks of the prefix cache. With ``pooling_type`` the request gets a vector of its
-        prompt and no tokens."""
+        prompt and no tokens. ``adapter`` is the index of a resident LoRA adapter, 0 for none, and ``adapter_digest``
+        its digest: blocks of the prefix cache are shared only among requests with the same."""
         self._restore_if_interrupted()
         if request_id in self._requests:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
@@ -168,7 +171,7 @@ class Engine:
             max_total_tokens=longest,
             stop_ids=bounds.stop_ids(params),
             eos_ids=bounds.eos_ids,
-            root=root_digest("salt", cache_salt or "", self._cache_format),
+            root=root_digest("salt", cache_salt or "", self._cache_format, *filter(None, [adapter_digest])),
             metrics=RequestMetrics(
                 time.monotonic() if arrival_time is None else arrival_time, num_prompt_tokens=len(prompt)
             ),
@@ -177,6 +180,7 @@ class Engine:
             pooling_type=pooling_type,
             priority=priority,
             order=self._num_added,
+            adapter=adapter,
         )
         self._changing = True
         self._num_added += 1

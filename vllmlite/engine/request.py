@@ -77,6 +77,8 @@ class Request:
     pooling_type: str | None = None
     """How to pool the prompt's hidden states into an embedding; None: the request generates tokens. A request for an
     embedding gets no tokens, but counts as having one more until the embedding is collected."""
+    adapter: int = 0
+    """Index of its resident LoRA adapter while it holds a slot; 0: none."""
     order: int = 0
     """Arrival number. Requests are served in the order of ``(priority, order)`` and preempted in the reverse order."""
 

@@ -48,6 +48,8 @@ class Admission:
     params: SamplingParams
     seed: int
     pooling_type: str | None = None
+    adapter: int = 0
+    """Index of the sequence's resident adapter (:meth:`ModelRunner.load_adapter`); 0: none."""
 
 
 @dataclass(slots=True)
@@ -362,6 +364,7 @@ class Scheduler:
                 request.params,
                 request.seed,
                 request.pooling_type,
+                request.adapter,
             )
         )
 

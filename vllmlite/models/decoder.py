@@ -7,10 +7,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllmlite.backends.base import Backend, Expert, Experts, ForwardBatch, KVCache, LinearWeight, Rope, Tensor
+from vllmlite.backends.base import (
+    Backend,
+    Expert,
+    Experts,
+    ForwardBatch,
+    KVCache,
+    LinearWeight,
+    LowRankTable,
+    Rope,
+    Tensor,
+)
 from vllmlite.backends.kv_cache import KVSpec
+from vllmlite.errors import ParameterError
+from vllmlite.models.adapters import places
 from vllmlite.models.rope import cos_sin
 from vllmlite.models.spec import DecoderSpec, MoeSpec, RopeSpec
+from vllmlite.weights.adapter import Adapter, AdapterLimits
 from vllmlite.weights.host import HostTensor
 from vllmlite.weights.parts import HEAD, TABLE, ModelWeights
 
@@ -21,11 +34,20 @@ class _Norm:
     bias: Tensor | None
 
 
+@dataclass(slots=True)
+class _Linear:
+    weight: LinearWeight
+    names: Sequence[str]
+    """Names of the weights of which ``weight`` is made, one after the other."""
+    changes: LowRankTable = None
+    """Their changes by adapters; None if there are no adapters."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Mlp:
-    up: LinearWeight
+    up: _Linear
     """Up projection; for a gated MLP, gate and up projection in one weight."""
-    down: LinearWeight
+    down: _Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +62,12 @@ class _Moe:
 @dataclass(frozen=True, slots=True)
 class _Layer:
     attn_norm: _Norm | None
-    qkv: LinearWeight
+    qkv: _Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
     rope: Rope | None
     window: int | None
-    o: LinearWeight
+    o: _Linear
     attn_out_norm: _Norm | None
     mlp_norm: _Norm | None
     mlp: _Mlp | _Moe
@@ -80,6 +102,7 @@ class Decoder:
             if rope is not None
         }
         load = _Loader(spec, backend, weights, ropes)
+        self._linears = load.linears
         self._embed = backend.tensor(weights.floats(TABLE), backend.dtype)
         weights.release([TABLE])
         self._positions = (
@@ -102,25 +125,26 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Compute the final hidden states ``[T, output_size]`` of ``batch``; write its keys and values to ``kv``."""
-        ops, parallel = self.backend, self.spec.parallel
+        ops, parallel, adapted = self.backend, self.spec.parallel, batch.adapters is not None
         x, residual = self._embedded(batch), None
         for index, layer in enumerate(self._layers):
             if self.spec.post_norm:
                 x = self._normed(self._attention(x, index, layer, batch, kv), layer.attn_norm, x)[0]
-                x = self._normed(self._mlp(x, layer.mlp), layer.mlp_norm, x)[0]
+                x = self._normed(self._mlp(x, layer.mlp, batch), layer.mlp_norm, x)[0]
                 continue
-            h, residual = self._normed(x, layer.attn_norm, residual, None if parallel else layer.qkv)
+            alone = adapted or parallel
+            h, residual = self._normed(x, layer.attn_norm, residual, None if alone else layer.qkv.weight)
             x = self._output(self._attention(h, index, layer, batch, kv), layer.attn_out_norm)
             if parallel:
                 if layer.mlp_norm is not None:
                     h = self._normed(residual, layer.mlp_norm)[0]
-                x = ops.add(self._output(self._mlp(h, layer.mlp), layer.mlp_out_norm), x)
+                x = ops.add(self._output(self._mlp(h, layer.mlp, batch), layer.mlp_out_norm), x)
                 continue
-            up = layer.mlp.up if isinstance(layer.mlp, _Mlp) else None
+            up = layer.mlp.up.weight if isinstance(layer.mlp, _Mlp) and not adapted else None
             h, residual = self._normed(x, layer.mlp_norm, residual, up)
-            x = self._output(self._mlp(h, layer.mlp), layer.mlp_out_norm)
+            x = self._output(self._mlp(h, layer.mlp, batch), layer.mlp_out_norm)
         x = self._normed(x, self._final_norm, residual)[0]
-        return x if self._project_out is None else ops.linear(x, self._project_out)
+        return x if self._project_out is None else self._linear(x, self._project_out, batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits ``[N, V]`` of hidden states ``[N, output_size]``."""
@@ -129,11 +153,35 @@ class Decoder:
         cap = self.spec.logit_soft_cap
         return logits if cap is None else self.backend.soft_cap(logits, cap)
 
+    def enable_adapters(self, limits: AdapterLimits) -> None:
+        """Make room for adapters within ``limits``."""
+        shapes = places(self.spec)
+        for linear in self._linears:
+            rows = [shapes[name][0] for name in linear.names]
+            columns = shapes[linear.names[0]][1]
+            linear.changes = self.backend.alloc_low_rank(rows, columns, limits)
+
+    def set_adapter(self, index: int, adapter: Adapter | None) -> None:
+        """Put ``adapter``, or none, at ``index``. ParameterError if it does not fit the model."""
+        weights = {} if adapter is None else adapter.weights
+        shapes = places(self.spec)
+        for name, change in weights.items():
+            if name not in shapes:
+                raise ParameterError("adapter", name, "is not a weight that adapters can change")
+            if (change.b.shape[0], change.a.shape[1]) != shapes[name] or change.b.shape[1] != change.rank:
+                raise ParameterError(
+                    "adapter",
+                    name,
+                    f"has a {list(change.a.shape)} and b {list(change.b.shape)}; the weight is {list(shapes[name])}",
+                )
+        for linear in self._linears:
+            self.backend.set_low_rank(linear.changes, index, [weights.get(name) for name in linear.names])
+
     def _embedded(self, batch: ForwardBatch) -> Tensor:
         ops = self.backend
         x = self._scaled(ops.embedding(batch.token_ids, self._embed), self.spec.embedding_scale)
         if self._project_in is not None:
-            x = ops.linear(x, self._project_in)
+            x = self._linear(x, self._project_in, batch)
         if self._positions is not None:
             x = ops.add(ops.embedding(batch.positions, self._positions), x)
         return x if self._embedding_norm is None else self._normed(x, self._embedding_norm)[0]
@@ -141,7 +189,7 @@ class Decoder:
     def _attention(self, h: Tensor, index: int, layer: _Layer, batch: ForwardBatch, kv: KVCache) -> Tensor:
         ops, spec = self.backend, self.spec
         q = ops.attn_prep(
-            ops.linear(h, layer.qkv),
+            self._linear(h, layer.qkv, batch),
             spec.num_heads,
             layer.rope,
             kv,
@@ -154,24 +202,34 @@ class Decoder:
         x = ops.paged_attention(
             q, kv, index, batch, self._scale, layer.window, spec.attention_soft_cap, self._alibi
         )
-        return ops.comm.all_reduce(ops.linear(x, layer.o))
+        return ops.comm.all_reduce(self._linear(x, layer.o, batch))
 
-    def _mlp(self, h: Tensor, mlp: _Mlp | _Moe) -> Tensor:
-        return self.backend.comm.all_reduce(self._own_mlp(h, mlp))
+    def _linear(self, x: Tensor, linear: _Linear, batch: ForwardBatch) -> Tensor:
+        """Multiply ``x [T, in]`` with a weight as it is changed by each row's adapter."""
+        y = self.backend.linear(x, linear.weight)
+        return y if batch.adapters is None else self.backend.add_lora(y, x, linear.changes, batch)
 
-    def _own_mlp(self, h: Tensor, mlp: _Mlp | _Moe) -> Tensor:
+    def _mlp(self, h: Tensor, mlp: _Mlp | _Moe, batch: ForwardBatch) -> Tensor:
+        return self.backend.comm.all_reduce(self._own_mlp(h, mlp, batch))
+
+    def _own_mlp(self, h: Tensor, mlp: _Mlp | _Moe, batch: ForwardBatch) -> Tensor:
         """Return this rank's summand of the MLP's output; all ranks' summands are added by an all-reduce."""
         ops, spec = self.backend, self.spec
         if isinstance(mlp, _Mlp):
-            if spec.gated_mlp:
-                return ops.linear(ops.gated_linear(h, mlp.up, spec.activation, mlp.down), mlp.down)
-            return ops.linear(ops.activation(ops.linear(h, mlp.up), spec.activation), mlp.down)
+            if not spec.gated_mlp:
+                inner = ops.activation(self._linear(h, mlp.up, batch), spec.activation)
+            elif batch.adapters is None:
+                inner = ops.gated_linear(h, mlp.up.weight, spec.activation, mlp.down.weight)
+            else:
+                inner = ops.gated_activation(self._linear(h, mlp.up, batch), spec.activation)
+            return self._linear(inner, mlp.down, batch)
         routed = ops.moe(
             h, ops.linear(h, mlp.router), mlp.experts, mlp.spec.top_k, mlp.spec.renormalise, spec.activation
         )
         if mlp.shared is None or mlp.shared_gate is None:
             return routed
-        return ops.add(ops.sigmoid_gate(self._own_mlp(h, mlp.shared), ops.linear(h, mlp.shared_gate)), routed)
+        shared = self._own_mlp(h, mlp.shared, batch)
+        return ops.add(ops.sigmoid_gate(shared, ops.linear(h, mlp.shared_gate)), routed)
 
     def _normed(
         self, x: Tensor, norm: _Norm | None, residual: Tensor | None = None, feeds: LinearWeight | None = None
@@ -200,6 +258,8 @@ class _Loader:
         self, spec: DecoderSpec, backend: Backend, weights: ModelWeights, ropes: Mapping[RopeSpec, Rope]
     ) -> None:
         self.spec, self.backend, self.weights, self.ropes = spec, backend, weights, ropes
+        self.linears: list[_Linear] = []
+        """Those that adapters can change."""
 
     def layer(self, index: int) -> _Layer:
         spec, layer, name = self.spec, self.spec.layers[index], f"{index}."
@@ -221,18 +281,26 @@ class _Loader:
         up = self.linear(name, "gate", "up") if gated else self.linear(name, "up")
         return _Mlp(up, self.linear(name, "down"))
 
+    def expert(self, name: str) -> Expert:
+        return Expert(self.weight(name, "gate", "up"), self.weight(name, "down"))
+
     def moe(self, name: str, moe: MoeSpec) -> _Moe:
         shared = bool(moe.shared_intermediate_size)
-        mlps = [self.mlp(f"{name}experts.{expert}.") for expert in range(moe.num_experts)]
+        experts = [self.expert(f"{name}experts.{expert}.") for expert in range(moe.num_experts)]
         return _Moe(
             spec=moe,
             router=self.float_weight(f"{name}router.weight"),
-            experts=self.backend.experts([Expert(mlp.up, mlp.down) for mlp in mlps]),
+            experts=self.backend.experts(experts),
             shared=self.mlp(f"{name}shared.") if shared else None,
             shared_gate=self.float_weight(f"{name}shared_gate.weight") if shared else None,
         )
 
-    def linear(self, name: str, *parts: str) -> LinearWeight:
+    def linear(self, name: str, *parts: str) -> _Linear:
+        linear = _Linear(self.weight(name, *parts), [name + part for part in parts])
+        self.linears.append(linear)
+        return linear
+
+    def weight(self, name: str, *parts: str) -> LinearWeight:
         biases = [self.weights.optional(f"{name}{part}.bias") for part in parts]
         return self.product(
             [f"{name}{part}.weight" for part in parts], [bias for bias in biases if bias is not None]

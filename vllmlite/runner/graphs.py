@@ -21,21 +21,32 @@ MOST_RECORDED_ROWS = 32
 
 
 class Graphs:
-    """The captured steps of one model runner, by rows and query length; every token of such a step is sampled from.
+    """The captured steps of one model runner; every token of such a step is sampled from.
 
     Steps of one token a row are captured at start, for all of the backend's numbers of rows. Steps of several tokens a
     row are captured when :meth:`record` asks for them, which the runner does for those that come often; where there are
     :attr:`limit` steps already, the one of these that was used longest ago is dropped. :meth:`find` captures nothing.
     """
 
-    def __init__(self, backend: Backend, step: Step, slots: Slots, spec: KVSpec, rows: Sequence[int]) -> None:
-        """Prepare to capture ``step``; ``rows`` are numbers of rows, ascending, as :meth:`Backend.graph_rows` gives."""
+    def __init__(
+        self,
+        backend: Backend,
+        step: Step,
+        slots: Slots,
+        spec: KVSpec,
+        rows: Sequence[int],
+        *,
+        adapters: bool = False,
+    ) -> None:
+        """Prepare to capture ``step``; ``rows`` are numbers of rows, ascending, as :meth:`Backend.graph_rows` gives.
+        ``adapters``: rows may have adapters."""
         self._backend, self._step, self._slots, self._spec = backend, step, slots, spec
         self._rows = rows
+        self._kinds = (False, True) if adapters else (False,)
         self._steps: dict[GraphKey, Step] = {}
         self._missed: Counter[GraphKey] = Counter()
         """Steps that ran uncaptured."""
-        self.limit = max(MOST_GRAPHS, len(rows) + LEAST_RECORDED)
+        self.limit = max(MOST_GRAPHS, len(rows) * len(self._kinds) + LEAST_RECORDED)
         """Captured steps at any time."""
 
     def __len__(self) -> int:
@@ -51,10 +62,11 @@ class Graphs:
     def capture(self) -> Iterator[int]:
         """Capture the steps of one token a row, the largest first; yields the rows of each."""
         for rows in reversed(self._rows):
-            self._capture((rows, 1))
+            for adapted in self._kinds:
+                self._capture(GraphKey(rows, 1, adapted))
             yield rows
 
-    def record(self, rows: int, query_len: int) -> bool:
+    def record(self, rows: int, query_len: int, adapted: bool = False) -> bool:
         """Capture the step for ``rows`` rows of ``query_len`` tokens unless there is one. False if there cannot be."""
         if (
             not self._steps
@@ -62,30 +74,32 @@ class Graphs:
             or query_len > CAPTURED_QUERY_LEN
         ):
             return False
-        key = self._key(rows, query_len)
+        key = self._key(rows, query_len, adapted)
         if key not in self._steps:
             if len(self._steps) >= self.limit:
-                del self._steps[next(old for old in self._steps if old[1] > 1)]
+                del self._steps[next(old for old in self._steps if old.query_len > 1)]
             self._capture(key)
         return True
 
     def record_if_frequent(self, batch: ForwardBatch) -> None:
         """Count a step of several tokens a row; capture its kind once there have been :data:`RECORDED_AFTER`."""
-        rows, query_len = batch.num_rows, batch.max_query_len
-        if not self._fits(batch) or rows > self._rows[-1] or self._key(rows, query_len) in self._steps:
+        rows, query_len, adapted = batch.num_rows, batch.max_query_len, batch.adapters is not None
+        if not self._fits(batch) or rows > self._rows[-1]:
             return
-        key = self._key(rows, query_len)
+        key = self._key(rows, query_len, adapted)
+        if key in self._steps:
+            return
         self._missed[key] += 1
         if self._missed[key] >= RECORDED_AFTER:
             del self._missed[key]
-            self.record(rows, query_len)
+            self.record(rows, query_len, adapted)
 
     def find(self, batch: ForwardBatch) -> GraphKey | None:
         """Return the key of the captured step that the host's ``batch`` can run in, if there is one."""
         query_len = batch.max_query_len
         if not self._fits(batch):
             return None
-        key = self._key(batch.num_rows, query_len)
+        key = self._key(batch.num_rows, query_len, batch.adapters is not None)
         if query_len == 1:
             return key
         if key not in self._steps:
@@ -98,8 +112,8 @@ class Graphs:
         each = batch.num_rows * batch.max_query_len
         return bool(self._steps) and len(batch.logits_rows) == batch.num_tokens == each
 
-    def _key(self, rows: int, query_len: int) -> GraphKey:
-        return self._rows[bisect_left(self._rows, rows)], query_len
+    def _key(self, rows: int, query_len: int, adapted: bool) -> GraphKey:
+        return GraphKey(self._rows[bisect_left(self._rows, rows)], query_len, adapted)
 
     def _capture(self, key: GraphKey) -> None:
         self._steps[key] = self._backend.capture(key, self._step, self._slots, self._spec)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.backends.base import (
+    AdaptableModel,
     Backend,
     ForwardBatch,
     KVCache,
@@ -27,8 +28,10 @@ from vllmlite.backends.base import (
 )
 from vllmlite.engine.runner_protocol import StepResult, TokenLogprobs
 from vllmlite.engine.scheduler import Admission, Schedule
+from vllmlite.errors import BackendError, ParameterError
 from vllmlite.runner.graphs import Graphs
 from vllmlite.runner.propose.proposer import Proposer
+from vllmlite.weights.adapter import Adapter, AdapterLimits
 
 T = TypeVar("T")
 
@@ -90,9 +93,10 @@ class ModelRunner:
         max_model_len: int,
         enforce_eager: bool = False,
         proposer: Proposer | None = None,
+        adapters: AdapterLimits | None = None,
     ) -> None:
         """Allocate the pool and the slots. BackendError if they do not fit. A schedule may want drafts if there is a
-        ``proposer``."""
+        ``proposer``, and sequences may have adapters within the limits of ``adapters``."""
         self.backend = backend
         self.model = model
         self.proposer = proposer
@@ -101,8 +105,15 @@ class ModelRunner:
         self.slots = backend.alloc_slots(
             SlotSpec(max_num_seqs, max_blocks, max_model_len, model.vocab_size, num_blocks)
         )
+        self.adapter_limits = adapters
+        if adapters is not None:
+            self._adaptable().enable_adapters(adapters)
+        self._adapters = np.zeros(max_num_seqs, np.int32)
+        """Index of each slot's adapter."""
         graph_rows = () if enforce_eager else tuple(backend.graph_rows(max_num_seqs))
-        self.graphs = Graphs(backend, self._logits, self.slots, model.kv_spec, graph_rows)
+        self.graphs = Graphs(
+            backend, self._logits, self.slots, model.kv_spec, graph_rows, adapters=adapters is not None
+        )
         self._known: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * max_num_seqs
         self._num_known = np.zeros(max_num_seqs, np.int32)
         self._num_prompt = np.zeros(max_num_seqs, np.int32)
@@ -144,6 +155,36 @@ class ModelRunner:
         device_batch = self.backend.upload(batch, self.slots, self.model.kv_spec)
         sampled, _ = self._sample(self._logits(device_batch)[0], device_batch)
         self.backend.to_host(sampled.ids)
+
+    def load_adapter(self, index: int, adapter: Adapter) -> None:
+        """Put ``adapter`` at ``index``, from 1 to the limit, in place of the one that is there.
+
+        No step in flight and no admitted sequence may have that index; steps that are launched afterwards may. Raises
+        ParameterError if it exceeds the limits or does not fit the model, and BackendError if it does not fit into
+        memory; then there is no adapter at ``index``."""
+        limits = self.adapter_limits or AdapterLimits(0, 0)
+        if not 0 < index <= limits.max_adapters:
+            raise ParameterError("adapter", index, f"there is room for {limits.max_adapters} adapters")
+        if adapter.rank > limits.max_rank:
+            raise ParameterError("max_lora_rank", limits.max_rank, f"the adapter has rank {adapter.rank}")
+        try:
+            self._adaptable().set_adapter(index, adapter)
+        except (ParameterError, BackendError):
+            self._adaptable().set_adapter(index, None)
+            raise
+
+    def _adaptable(self) -> AdaptableModel:
+        if not isinstance(self.model, AdaptableModel):
+            raise ParameterError(
+                "enable_lora",
+                True,
+                f"needs a native model; {type(self.model).__name__} runs without adapters",
+            )
+        return self.model
+
+    def unload_adapter(self, index: int) -> None:
+        """Remove the adapter at ``index``, which no step in flight and no admitted sequence has."""
+        self._adaptable().set_adapter(index, None)
 
     def launch(self, schedule: Schedule) -> Launched:
         """Issue a step's work to the backend."""
@@ -273,6 +314,7 @@ class ModelRunner:
         self._num_logprobs[slot] = self._top(params.num_logprobs)
         self._num_prompt_logprobs[slot] = self._top(params.prompt_logprobs)
         self._pooling_type[slot] = admission.pooling_type
+        self._adapters[slot] = admission.adapter
         self._allowed.pop(slot, None)
         self._named_ids.pop(slot, None)
         if params.logprob_token_ids:
@@ -324,6 +366,9 @@ class ModelRunner:
             sample_slots=sample_slots,
             sample_positions=positions[logits_rows].astype(np.int64) + 1,
         )
+        adapters = self._adapters[slots]
+        if adapters.any():
+            batch.adapters = adapters
         if len(sample_slots):
             batch.num_logprobs = int(self._num_logprobs[sample_slots].max())
             if schedule.banned or schedule.masks or self._allowed:

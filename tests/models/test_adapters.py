@@ -1,0 +1,75 @@
+"""LoRA adapters on whole models: batches of rows with different adapters, against merged weights and each adapter
+alone."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from adapters import merge, random_adapter
+from checkpoints import write_checkpoint
+from model_runs import LENGTHS, chunked, paged_model, prompts
+from paged import PagedModel
+
+from vllmlite.models import read_spec
+from vllmlite.weights.adapter import AdapterLimits
+
+ROWS = len(LENGTHS)
+ADAPTERS = [0, 1, 2, 3, 0, 2, 1, 3]
+"""The adapter of each row."""
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {"tie_word_embeddings": True},
+    "Phi3": {},
+    "GPT2": {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 256, "n_inner": 96},
+    "Qwen2Moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 48
+    },
+}  # fmt: skip
+PARTS = {1: None, 2: ("q", "v"), 3: ("down", "o", "gate", "up")}
+"""The weights that each adapter changes; None: all."""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Path of a family's checkpoint, and of the same with adapter ``index`` merged."""
+
+    @cache
+    def path(family: str, index: int = 0) -> Path:
+        to = tmp_path_factory.mktemp(family) / "model"
+        if index == 0:
+            write_checkpoint(to, family, **FAMILIES[family])
+        else:
+            base = path(family)
+            merge(base, to, random_adapter(read_spec(base), index, parts=PARTS[index]))
+        return to
+
+    return path
+
+
+@pytest.fixture(params=["cpu"])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def with_adapters(path: Path, device: str) -> PagedModel:
+    paged = paged_model(path, device)
+    paged.model.enable_adapters(AdapterLimits(3, 16))
+    for index, parts in PARTS.items():
+        paged.model.set_adapter(index, random_adapter(read_spec(path), index, parts=parts))
+    return paged
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixed_batch_equals_merged_weights(checkpoints: Any, family: str, device: str) -> None:
+    paged = with_adapters(checkpoints(family), device)
+    paged.adapters[:ROWS] = ADAPTERS
+    found = chunked(paged, prompts(), "ragged")
+    for index in range(4):
+        expected = chunked(paged_model(checkpoints(family, index), device), prompts(), "whole")
+        rows = [row for row in range(ROWS) if ADAPTERS[row] == index]
+        for row in rows:
+            scale = np.abs(expected[row]).max()
+            np.testing.assert_allclose(found[row] / scale, expected[row] / scale, atol=1e-4)

@@ -1,0 +1,62 @@
+"""Random LoRA adapters, and the weights that they change merged into a checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from vllmlite.models import read_spec
+from vllmlite.models.adapters import places
+from vllmlite.models.spec import DecoderSpec
+from vllmlite.models.tensors import sources
+from vllmlite.weights.adapter import Adapter, LowRank
+from vllmlite.weights.host import HostTensor, float_values
+
+
+def random_adapter(
+    spec: DecoderSpec, seed: int, rank: int | None = None, parts: Collection[str] | None = None
+) -> Adapter:
+    """An adapter of every place whose last name is in ``parts`` (None: in all places), of rank ``rank``, by default one
+    that differs from place to place. Parts of a fused projection have the same ``a``."""
+    rng = np.random.default_rng(seed)
+    found, shared = sources(spec), {}
+    weights = {}
+    for name, (out, columns) in places(spec).items():
+        if parts is not None and name.rpartition(".")[2] not in parts:
+            continue
+        key = found[f"{name}.weight"].key
+        if key not in shared:
+            r = rank or int(rng.integers(1, 12))
+            shared[key] = rng.standard_normal((r, columns)).astype(np.float32)
+        a = shared[key]
+        b = (rng.standard_normal((out, len(a))) * 0.1).astype(np.float32)
+        weights[name] = LowRank(_host(a), _host(b), float(rng.choice([0.25, 0.5, 1.3])) / len(a) ** 0.5)
+    return Adapter(f"random adapter {seed}", weights)
+
+
+def delta(change: LowRank) -> NDArray[np.float64]:
+    """``scale * b @ a`` in float64."""
+    a, b = (float_values(part).astype(np.float64) for part in (change.a, change.b))
+    return change.scale * (b @ a)
+
+
+def merge(path: Path, merged: Path, adapter: Adapter) -> None:
+    """Write the float32 checkpoint ``path`` with the changes of ``adapter`` added to its weights."""
+    shutil.copytree(path, merged)
+    spec = read_spec(path)
+    tensors = {key: value.copy() for key, value in load_file(path / "model.safetensors").items()}
+    for name, change in adapter.weights.items():
+        source = sources(spec)[f"{name}.weight"]
+        stored = tensors[source.key].T if source.transposed else tensors[source.key]
+        rows = np.r_[tuple(slice(*span) for span in source.rows or [(0, len(stored))])]
+        stored[rows] += delta(change).astype(np.float32)
+    save_file(tensors, merged / "model.safetensors", {"format": "pt"})
+
+
+def _host(values: NDArray[np.float32]) -> HostTensor:
+    return HostTensor("float32", values.shape, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
