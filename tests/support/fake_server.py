@@ -75,12 +75,17 @@ class FakeServer:
         refused = self._refused(request)
         if refused is not None:
             return refused
-        self.bodies.append(await request.json())
-        return self.refusal or StreamingResponse(self._stream(request), media_type="text/event-stream")
+        body = await request.json()
+        if self.refusal is not None:
+            self.bodies.append(body)
+            return self.refusal
+        return StreamingResponse(self._stream(body), media_type="text/event-stream")
 
-    async def _stream(self, request: Request) -> AsyncGenerator[bytes, None]:
+    async def _stream(self, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
         done = False
         try:
+            # A client that has seen its request here may leave at once: the response must have begun to notice that.
+            self.bodies.append(body)
             for count, piece in enumerate(self.pieces):
                 while piece is None and not self._go_on.acquire(blocking=False):
                     await asyncio.sleep(0.005)
