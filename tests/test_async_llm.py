@@ -103,7 +103,7 @@ def test_the_next_request_is_answered_wherever_a_submission_was_interrupted(engi
                 return point
 
     assert asyncio.run(interrupted()) > 100
-    assert not engine._core._requests and not engine._streams
+    assert not engine._core.has_unfinished_requests() and not engine._streams
 
 
 def test_bad_requests_disturb_nobody(engine: AsyncLLM) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine_process.client import EngineClient
-from vllmlite.engine_process.start import start_process, start_thread
+from vllmlite.engine_process.replicas import ReplicaClient
+from vllmlite.engine_process.start import start_process, start_replicas, start_thread
 from vllmlite.errors import EngineDeadError, ParameterError, VllmliteError
 from vllmlite.inputs import refuse
 from vllmlite.llm_engine import LLMEngine, Prompt
@@ -103,16 +104,18 @@ class AsyncLLM:
     have several tokens each."""
 
     def __init__(self, config: EngineConfig, *, engine_process: bool = False) -> None:
-        """Load the model and start the engine's thread or, with ``engine_process``, its process."""
-        self._engine = LLMEngine(config, start_process if engine_process else start_thread)
+        """Load the model and start the engine's thread or, with ``engine_process``, its process. Replicas of the engine
+        (``data_parallel_size``) have processes of their own in any case."""
+        if config.data_parallel_size > 1:
+            self._engine = LLMEngine(config, start_replicas)
+        else:
+            self._engine = LLMEngine(config, start_process if engine_process else start_thread)
         core = self._engine.engine_core
-        assert isinstance(core, EngineClient)
+        assert isinstance(core, EngineClient | ReplicaClient)
         self._core = core
         self._end: EngineDeadError | None = None
         self._death: EngineDeadError | None = None
         self._streams: dict[str, OutputStream] = {}
-        self._num_failed_steps = 0
-        self._failed_steps_in_a_row = 0
         self._on_death: Callable[[], object] | None = None
 
     @classmethod
@@ -133,7 +136,7 @@ class AsyncLLM:
     @property
     def last_step_failed(self) -> bool:
         """Whether the engine's latest steps failed."""
-        return self._failed_steps_in_a_row > 0
+        return self._core.failed_steps_in_a_row > 0
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
@@ -262,14 +265,8 @@ class AsyncLLM:
                 raise
 
     def _watch_failures(self) -> None:
-        stats = self._core.stats
-        failed, self._num_failed_steps = (
-            stats.num_failed_steps - self._num_failed_steps,
-            stats.num_failed_steps,
-        )
-        self._failed_steps_in_a_row = self._failed_steps_in_a_row + failed if failed else 0
-        if self._failed_steps_in_a_row >= MAX_FAILED_STEPS:
-            raise VllmliteError(f"{MAX_FAILED_STEPS} steps in a row failed: {stats.last_error}")
+        if self._core.failed_steps_in_a_row >= MAX_FAILED_STEPS:
+            raise VllmliteError(f"{MAX_FAILED_STEPS} steps in a row failed: {self._core.stats.last_error}")
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:

@@ -23,6 +23,7 @@ from vllmlite.tokenizers.truncation import Truncation
 
 if TYPE_CHECKING:
     from vllmlite.engine_process.client import EngineClient
+    from vllmlite.engine_process.replicas import ReplicaClient
     from vllmlite.guided.grammars import Grammars
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
@@ -38,7 +39,9 @@ class LLMEngine:
     then :class:`~vllmlite.async_llm.AsyncLLM` shuts the engine down."""
 
     def __init__(
-        self, config: EngineConfig, start: Callable[[EngineConfig], Started[Engine | EngineClient]] = start
+        self,
+        config: EngineConfig,
+        start: Callable[[EngineConfig], Started[Engine | EngineClient | ReplicaClient]] = start,
     ) -> None:
         """Load the model and allocate the cache. Raises ModelError, BackendError or ParameterError.
 

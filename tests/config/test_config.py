@@ -47,6 +47,7 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--backend", "torch"], "backend", "torch"),
     (["--device", "cuda:1"], "device", "cuda:1"),
     (["--threads", "3"], "threads", 3),
+    (["-dp", "2"], "data_parallel_size", 2),
     (["--cpu-isa", "avx2"], "cpu_isa", "avx2"),
     (["--quantization", "int4"], "quantization", "int4"),
     (["--quantize-head", "int8"], "quantize_head", "int8"),

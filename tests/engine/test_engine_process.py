@@ -375,8 +375,8 @@ def test_an_interrupt_while_the_model_loads_ends_the_host_at_once(monkeypatch: p
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    def start_one(config: EngineConfig) -> EngineProcess:
-        started.append(EngineProcess(config))
+    def start_one(config: EngineConfig, replica: int) -> EngineProcess:
+        started.append(EngineProcess(config, replica))
         return started[0]
 
     monkeypatch.setattr("vllmlite.engine_process.host.PROGRAM", "import time; time.sleep(30)")

@@ -25,6 +25,8 @@ class BackendRequest:
     """``auto`` or a name in ``CANDIDATES``."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    gpu: int = 0
+    """Number of the GPU that ``auto`` and ``cuda`` stand for."""
     dtype: str = "auto"
     """``auto`` or one of ``FLOAT_DTYPES``. ``auto`` is ``checkpoint_dtype``, except float16 instead of bfloat16 on GPUs
     without bfloat16, and float32 instead of float16 on the CPU."""
@@ -52,13 +54,20 @@ class BackendRequest:
         if self.quantization not in (None, *AT_LOAD):
             raise ParameterError("quantization", self.quantization, ", ".join(AT_LOAD))
 
+    @property
+    def cuda_device(self) -> str:
+        """``device``, with ``auto`` and ``cuda`` as the GPU that they stand for."""
+        if self.device not in ("auto", "cuda"):
+            return self.device
+        return f"cuda:{self.gpu}" if self.gpu else "cuda"
+
 
 GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
 """Device files; at least one exists wherever CUDA runs (Linux, WSL, Tegra)."""
 
 
 def _cuda(request: BackendRequest) -> Backend:
-    device = "cuda" if request.device == "auto" else request.device
+    device = request.cuda_device
     if not device.startswith("cuda"):
         raise BackendError(f"device {device} was asked for")
     return CudaBackend(device, request.dtype, request.checkpoint_dtype, request.batch_invariant)
@@ -71,7 +80,7 @@ def _refuse_invariance(request: BackendRequest) -> None:
 
 def _torch_cuda(request: BackendRequest) -> Backend:
     _refuse_invariance(request)
-    device = "cuda" if request.device == "auto" else request.device
+    device = request.cuda_device
     if not device.startswith("cuda"):
         raise BackendError(f"device {device} was asked for")
     if request.device == "auto" and not any(os.path.exists(node) for node in GPU_NODES):

@@ -55,6 +55,7 @@ class EngineConfig:
         "default: the built-in demo model",
         group="model",
         metavar="DIR|FILE|ID",
+        short=("-m",),
     )
     tokenizer: str | None = _option(
         None,
@@ -145,6 +146,14 @@ class EngineConfig:
     threads: int | None = _option(
         None, "CPU threads; default: the cores this process may use", low=1, high=4096
     )
+    data_parallel_size: int = _option(
+        1,
+        "replicas of the engine behind one server, each with its own process and its share of the CPUs, or its own "
+        "GPU; a request goes to the one that can begin it the soonest, prompt prefixes that it has cached considered",
+        low=1,
+        high=1024,
+        short=("-dp",),
+    )
     cpu_isa: str = _option(
         "auto",
         "newest instruction set for the cpu backend to use; auto: the best that the CPU has",
@@ -230,6 +239,10 @@ class EngineConfig:
             )
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ParameterError("device", self.device, "must be auto, cpu, cuda or cuda:N")
+        if self.data_parallel_size > 1 and ":" in self.device:
+            raise ParameterError(
+                "device", self.device, "replicas take GPUs in order: must be auto, cpu or cuda"
+            )
         if self.num_gpu_blocks_override is not None and self.kv_cache_memory_bytes is not None:
             raise ParameterError(
                 "num_gpu_blocks_override",
@@ -319,7 +332,6 @@ def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
 SHORT = {
     "tensor_parallel_size": ("-tp",),
     "pipeline_parallel_size": ("-pp",),
-    "data_parallel_size": ("-dp",),
     "compilation_config": ("-cc",),
     "optimization_level": ("-O",),
 }

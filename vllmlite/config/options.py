@@ -2,7 +2,8 @@
 
 A field's type is ``str``, ``int``, ``float`` or ``bool``, any of these or None, ``tuple[str, ...]``, or
 ``Mapping[str, Any]`` (JSON in a flag). Its metadata are ``help`` and ``group``; ``choices`` and ``synonyms`` of a
-string; ``low`` and ``high`` of a number; ``size`` for integers that may have a unit suffix; ``metavar``.
+string; ``low`` and ``high`` of a number; ``size`` for integers that may have a unit suffix; ``metavar``; ``short``,
+further names of the flag.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def add_fields(
         group = f.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(f"{group} options")
-        names = ["-m", "--model"] if f.name == "model" else [flag(f.name)]
+        names = [*f.metadata.get("short", ()), flag(f.name)]
         groups[group].add_argument(*names, dest=f.name, default=argparse.SUPPRESS, **argument(f))
     return groups
 

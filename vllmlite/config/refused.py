@@ -47,7 +47,7 @@ _EITHER = (False, True)
 
 _REASONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "an engine runs on one device in this version; for more devices start a server on each": {
-        "tensor_parallel_size": (1,), "pipeline_parallel_size": (1,), "data_parallel_size": (1,), "nnodes": (1,),
+        "tensor_parallel_size": (1,), "pipeline_parallel_size": (1,), "nnodes": (1,),
         "node_rank": (0,), "prefill_context_parallel_size": (1,), "decode_context_parallel_size": (1,),
         "enable_expert_parallel": (False,), "enable_eplb": (False,), "enable_dbo": (False,), "headless": (False,),
         "distributed_executor_backend": (None, "uni"), "disable_custom_all_reduce": _EITHER,

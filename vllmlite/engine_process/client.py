@@ -58,6 +58,8 @@ class EngineClient:
         self.bounds = bounds
         self.stats = stats
         """Counters as the host last sent them."""
+        self.failed_steps_in_a_row = 0
+        """Number of the latest steps that failed."""
         self._connection = handle.connection
         self._loop: asyncio.AbstractEventLoop | None = None
         self._received, self._unsent = bytearray(), bytearray()
@@ -275,6 +277,8 @@ class EngineClient:
                 if not question.done():
                     question.set_result(message.value)
             else:
+                failed = message.stats.num_failed_steps - self.stats.num_failed_steps
+                self.failed_steps_in_a_row = self.failed_steps_in_a_row + failed if failed else 0
                 self.stats = message.stats
                 self._inbox.append(message)
         del received[:start]

@@ -54,8 +54,9 @@ ReadyMessage: TypeAlias = "tuple[RequestBounds, EngineStats, Started[None]]"
 class EngineProcess:
     """A process with an engine."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Start a process that loads ``config``'s model. Call :meth:`wait_until_ready` before anything else."""
+    def __init__(self, config: EngineConfig, replica: int = 0) -> None:
+        """Start a process that loads ``config``'s model, as one of the replicas that it names. Call
+        :meth:`wait_until_ready` before anything else."""
         self.connection, theirs = socket.socketpair()
         paths = [path or os.getcwd() for path in sys.path]
         with theirs:
@@ -67,7 +68,9 @@ class EngineProcess:
                 process_group=0,  # a terminal's signals are for the client, which ends the host in order
             )
         with suppress(BrokenPipeError):  # it has ended: wait_until_ready says how
-            self.connection.sendall(pack((config, logging.getLogger("vllmlite").getEffectiveLevel())))
+            self.connection.sendall(
+                pack((config, replica, logging.getLogger("vllmlite").getEffectiveLevel()))
+            )
 
     def wait_until_ready(self) -> ReadyMessage:
         """Wait for the engine to run. Raises what its start raised, BackendError if the process ended."""
@@ -149,7 +152,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
     with connection.makefile("rb") as stream:
-        config, log_level = unpack(stream)
+        config, replica, log_level = unpack(stream)
     logging.basicConfig(format="%(levelname)s:     engine: %(message)s")
     logging.getLogger("vllmlite").setLevel(log_level)
 
@@ -158,7 +161,7 @@ def main() -> None:
     loaded = threading.Event()
     threading.Thread(target=_exit_without_client, args=(connection, loaded), daemon=True).start()
     try:
-        started = start(config)
+        started = start(config, replica)
     except VllmliteError as error:
         connection.sendall(pack(error))
         return

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vllmlite.backends.base import Backend, Comm
+from vllmlite.backends.cores import usable_cores
 from vllmlite.backends.select import BackendRequest, select_backend
 from vllmlite.config.engine_config import AT_LOAD, EngineConfig
 from vllmlite.errors import ParameterError
@@ -118,8 +119,10 @@ def build_runner(
     rank: int = 0,
     world: int = 1,
     connect: Callable[[Backend], Comm] | None = None,
+    replica: int = 0,
 ) -> BuiltRunner:
-    """Build the runner of rank ``rank`` of ``world``. Raises ModelError, BackendError or ParameterError.
+    """Build the runner of rank ``rank`` of ``world``; ``replica`` is the engine's number among those of
+    ``config.data_parallel_size``. Raises ModelError, BackendError or ParameterError.
 
     ``plan`` is :func:`plan_for` ``config``. ``connect`` joins this rank's backend to those of the others; all ranks
     build at the same time from equal arguments, and ``config.seed`` must not be -1."""
@@ -129,12 +132,16 @@ def build_runner(
         raise ParameterError("tensor_parallel_size", world, "transformers' models run on 1 rank")
     path, at_load = plan.path, config.quantization if plan.quantization is None else None
     keep_blocks = config.dtype == "auto"
+    threads = config.threads
+    if threads is None and config.data_parallel_size > 1:
+        threads = max(1, usable_cores() // config.data_parallel_size)
     request = BackendRequest(
         backend=config.backend,
         device=config.device,
         dtype=config.dtype,
         checkpoint_dtype=plan.dtype,
-        threads=config.threads,
+        threads=threads,
+        gpu=replica,
         cpu_isa=config.cpu_isa,
         quantization=at_load,
         packed=at_load is not None

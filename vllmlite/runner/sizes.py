@@ -64,7 +64,9 @@ def num_cache_blocks(config: EngineConfig, backend: Backend, model: Model, max_m
         return num_blocks
     if backend.device == "cpu":
         memory = backend.memory()
-        available = min(CPU_KV_BYTES, int(memory.free * config.gpu_memory_utilization))
+        available = min(
+            CPU_KV_BYTES, int(memory.free * config.gpu_memory_utilization / config.data_parallel_size)
+        )
     else:
         _largest_step(config, backend, model, max_model_len)
         memory = backend.memory()

@@ -11,6 +11,7 @@ from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.drafts import DraftPolicy, StepCost
 from vllmlite.engine.engine import Engine
 from vllmlite.engine.scheduler import Limits
+from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.runner.build import BuiltRunner, build_runner, plan_for
 from vllmlite.runner.generation_config import default_params, eos_ids, generation_config, reasoning_marks
@@ -40,14 +41,21 @@ class Started(Generic[EngineT]):
         return replace(cast(Started[Any], self), engine=engine, tokenizer=tokenizer)
 
 
-def start(config: EngineConfig) -> Started[Engine]:
-    """Start an engine. Raises ModelError, BackendError or ParameterError, each saying what to change."""
+def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
+    """Start an engine, one of ``config.data_parallel_size`` replicas if ``replica`` is its number. Raises ModelError,
+    BackendError or ParameterError, each saying what to change."""
+    if config.data_parallel_size > 1 and replica is None:
+        raise ParameterError(
+            "data_parallel_size",
+            config.data_parallel_size,
+            "replicas run behind `vllmlite serve` and AsyncLLM; here one engine runs",
+        )
     if config.seed == -1:
         config = replace(config, seed=secrets.randbits(64))
     plan = plan_for(config)
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, plan.path)
     generation = generation_config(config, plan.path)
-    built = build_runner(config, plan)
+    built = build_runner(config, plan, replica=replica or 0)
     runner, backend = built.runner, built.runner.backend
     two_steps = backend.asynchronous if config.async_scheduling is None else config.async_scheduling
     batched = batched_tokens(config, backend)
@@ -65,7 +73,7 @@ def start(config: EngineConfig) -> Started[Engine]:
         vocab_size=runner.model.vocab_size,
         eos_ids=eos_ids(generation, plan.path, tokenizer),
         steps_in_flight=2 if two_steps else 1,
-        seed=config.seed,
+        seed=config.seed + (replica or 0),  # equal prompts get other random numbers in each replica
         reasoning=reasoning_marks(config.reasoning_config, tokenizer),
         max_logprobs=config.max_logprobs,
         drafting=_drafting(config, built, two_steps),

@@ -1,0 +1,194 @@
+"""Client of several replicas of an engine, each in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import select
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any, NoReturn, Unpack
+
+from vllmlite.engine.block_pool import root_digest
+from vllmlite.engine.bounds import RequestBounds
+from vllmlite.engine.engine import EngineOutput, RequestOptions
+from vllmlite.engine.routing import Router
+from vllmlite.engine_process.client import EngineClient
+from vllmlite.errors import EngineDeadError, ParameterError
+from vllmlite.outputs import EngineStats
+from vllmlite.sampling_params import SamplingParams
+
+FROM_FIRST = ("block_size", "backend", "device", "dtype")
+"""Fields of :class:`EngineStats` that are equal in all replicas, or that the first replica stands for."""
+
+
+class ReplicaClient:
+    """Client of replicas with the interface of :class:`EngineClient`; a :class:`Router` chooses each request's replica.
+
+    If a replica ends, all count as ended: what runs the program starts it anew. Not thread-safe."""
+
+    def __init__(self, clients: Sequence[EngineClient], caches_prefixes: bool) -> None:
+        """Send requests to ``clients``. ``caches_prefixes``: the replicas have prefix caches."""
+        self._clients = list(clients)
+        first = clients[0].stats
+        blocks = min(client.stats.num_blocks for client in clients)
+        self._router = Router(len(clients), first.block_size, blocks, caches_prefixes)
+        self._indices: dict[str, int] = {}
+        """Index of the replica of each unfinished request."""
+
+    @property
+    def bounds(self) -> RequestBounds:
+        """What requests may ask for, of the replica that allows the least."""
+        return min((client.bounds for client in self._clients), key=lambda bounds: bounds.max_model_len)
+
+    @property
+    def engine(self) -> NoReturn:
+        """Raise AttributeError: the engines are in processes of their own."""
+        raise AttributeError("the engines are in processes of their own")
+
+    @property
+    def stats(self) -> EngineStats:
+        """The replicas' counters as they last sent them, added up."""
+        return add_stats([client.stats for client in self._clients])
+
+    @property
+    def failed_steps_in_a_row(self) -> int:
+        """See :attr:`EngineClient.failed_steps_in_a_row`; the largest number."""
+        return max(client.failed_steps_in_a_row for client in self._clients)
+
+    def join_loop(self, loop: asyncio.AbstractEventLoop, on_arrival: Callable[[], object]) -> None:
+        """See :meth:`EngineClient.join_loop`."""
+        for client in self._clients:
+            client.join_loop(loop, on_arrival)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        **options: Unpack[RequestOptions],
+    ) -> None:
+        """See :meth:`EngineClient.add_request`."""
+        if request_id in self._indices:
+            raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
+        root = root_digest("salt", options.get("cache_salt") or "")
+        index = self._router.choose(request_id, prompt_token_ids, root)
+        try:
+            self._indices[request_id] = index
+            self._clients[index].add_request(request_id, prompt_token_ids, params, **options)
+        except BaseException:
+            self._forget(request_id)
+            raise
+
+    def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> bool:
+        """See :meth:`EngineClient.finish`."""
+        index = self._indices.get(request_id)
+        if index is None:
+            return False
+        self._forget(request_id)
+        return self._clients[index].finish(request_id, reason, stop_reason)
+
+    def has_unfinished_requests(self) -> bool:
+        """See :meth:`EngineClient.has_unfinished_requests`."""
+        return bool(self._indices)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix."""
+        self._router.forget_prefixes()
+        for client in self._clients:
+            client.reset_prefix_cache()
+
+    def expect_grammars(self) -> None:
+        """See :meth:`EngineClient.expect_grammars`."""
+        for client in self._clients:
+            client.expect_grammars()
+
+    def current_stats(self) -> EngineStats:
+        """The replicas' counters as they last sent them, added up."""
+        return self.stats
+
+    def ask(self, name: str, *args: object) -> asyncio.Future[Any]:
+        """Call the engines' method ``name`` between two of their steps; the future gets the returned value: counters
+        are added up, otherwise it is the first replica's."""
+        if name == "reset_prefix_cache":
+            self._router.forget_prefixes()
+        answers = [client.ask(name, *args) for client in self._clients]
+        return asyncio.ensure_future(_combined(answers))
+
+    def step(self, outputs: list[EngineOutput] | None = None) -> list[EngineOutput]:
+        """See :meth:`EngineClient.step`; waits for the outputs of any replica."""
+        if outputs is None:
+            outputs = []
+        while not self.has_outputs():
+            self.check()
+            poll = select.poll()
+            by_number = {client.handle.connection.fileno(): client for client in self._clients}
+            for number in by_number:
+                poll.register(number, select.POLLIN)
+            for number, _ in poll.poll():
+                by_number[number].receive()
+        for index, client in enumerate(self._clients):
+            if client.has_outputs():
+                start = len(outputs)
+                client.step(outputs)
+                for output in outputs[start:]:
+                    self._note(index, output)
+        return outputs
+
+    def has_outputs(self) -> bool:
+        """See :meth:`EngineClient.has_outputs`."""
+        return any(client.has_outputs() for client in self._clients)
+
+    def receive(self) -> None:
+        """Read the messages that have come."""
+        for client in self._clients:
+            client.receive()
+
+    def check(self) -> None:
+        """Raise EngineDeadError if a replica has ended."""
+        for index, client in enumerate(self._clients):
+            try:
+                client.check()
+            except EngineDeadError as error:
+                raise EngineDeadError(f"replica {index}: {error}") from None
+
+    def close(self) -> None:
+        """End all replicas."""
+        for client in self._clients:
+            client.close()
+
+    def _note(self, index: int, output: EngineOutput) -> None:
+        """Tell the router about an output of replica ``index``."""
+        if output.finish_reason is not None:
+            self._forget(output.request_id)
+        elif output.new_token_ids:
+            self._router.note_token(index, output.request_id)
+
+    def _forget(self, request_id: str) -> None:
+        index = self._indices.pop(request_id, None)
+        if index is not None:
+            self._router.note_end(index, request_id)
+
+
+def add_stats(stats: Sequence[EngineStats]) -> EngineStats:
+    """Return the sums of the replicas' counters."""
+    total = replace(stats[0])
+    for each in stats[1:]:
+        for field in fields(EngineStats):
+            mine, other = getattr(total, field.name), getattr(each, field.name)
+            if field.name in FROM_FIRST:
+                continue
+            if isinstance(mine, tuple):
+                length = max(len(mine), len(other))
+                padded = ([*values, *[0] * (length - len(values))] for values in (mine, other))
+                setattr(total, field.name, tuple(map(sum, zip(*padded, strict=True))))
+            elif isinstance(mine, int):
+                setattr(total, field.name, mine + other)
+            elif mine is None:
+                setattr(total, field.name, other)
+    return total
+
+
+async def _combined(answers: Sequence[asyncio.Future[Any]]) -> Any:
+    """Return the replicas' answers as one."""
+    values = await asyncio.gather(*answers)
+    return add_stats(values) if isinstance(values[0], EngineStats) else values[0]
