@@ -17,7 +17,7 @@ from vllmlite.cli.parser import OptionParser
 from vllmlite.config.engine_config import EngineArgs, EngineConfig, add_engine_arguments
 from vllmlite.config.options import parse_size
 from vllmlite.config.refused import ABSENT
-from vllmlite.config.speculative import Speculative
+from vllmlite.config.speculative import DraftCheckpoint, Speculative
 from vllmlite.errors import ParameterError
 
 FLAGS: list[tuple[list[str], str, Any]] = [
@@ -171,6 +171,14 @@ def test_forms_of_speculative_decoding_are_one() -> None:
         "--ngram-prompt-lookup-min=2", "--speculative-disable-by-batch-size=8",
     )  # fmt: skip
     assert older.speculative() == Speculative(3, 2, 4, 7)
+    drafted = from_flags(
+        "--speculative-model=a/draft", "--num-speculative-tokens=3", "--speculative-max-model-len=64",
+        "--speculative-model-quantization=int8",
+    )  # fmt: skip
+    assert drafted.speculative() == Speculative(3, 5, 5, None, DraftCheckpoint("a/draft", None, "int8", 64))
+    assert from_flags(
+        "--spec-method=draft_model", "--spec-model=a/draft", "--spec-tokens=3"
+    ).speculative() == (Speculative(3, 5, 5, None, DraftCheckpoint("a/draft", None, None, None)))
     assert EngineConfig.from_kwargs(spec_method=None, spec_tokens=None) == EngineConfig()
     assert (
         EngineConfig().speculative()
@@ -193,9 +201,15 @@ def test_lengths_of_ngrams_are_those_of_vllm(given: dict[str, int], want: tuple[
 @pytest.mark.parametrize(
     ("options", "field", "says"),
     [
-        ({"speculative_config": {"method": "eagle3"}}, "speculative_config.method", "must be ngram; drafts of other"),
+        ({"speculative_config": {"method": "eagle3"}}, "speculative_config.method", "must be ngram or draft_model;"),
         ({"speculative_config": {"method": "ngrams"}}, "speculative_config.method", "did you mean ngram?"),
-        ({"speculative_config": {"model": "a/draft"}}, "speculative_config.model", "draft models are not supported"),
+        ({"speculative_config": {"method": "draft_model"}}, "speculative_config.model", "needs a checkpoint"),
+        ({"speculative_config": {"method": "ngram", "model": "a/draft"}},
+         "speculative_config.model", "no effect on ngram drafts"),
+        ({"speculative_config": {"model": "a/draft", "prompt_lookup_max": 3}},
+         "speculative_config.prompt_lookup_max", "no effect on draft_model drafts"),
+        ({"speculative_config": {**NGRAM, "max_model_len": 64}},
+         "speculative_config.max_model_len", "no effect on ngram drafts"),
         ({"speculative_config": {**NGRAM, "num_speculative_tokens": 0}},
          "speculative_config.num_speculative_tokens", "from 1 to 32"),
         ({"speculative_config": {**NGRAM, "prompt_lookup_min": 4, "prompt_lookup_max": 3}},
@@ -203,7 +217,7 @@ def test_lengths_of_ngrams_are_those_of_vllm(given: dict[str, int], want: tuple[
         ({"speculative_config": {**NGRAM, "promt_lookup_min": 4}},
          "speculative_config.promt_lookup_min", "did you mean prompt_lookup_min?"),
         ({"speculative_config": {**NGRAM, "draft_sample_method": "probabilistic"}},
-         "speculative_config.draft_sample_method", "no effect on n-gram drafts"),
+         "speculative_config.draft_sample_method", "no effect on ngram drafts"),
         ({"speculative_config": NGRAM, "spec_tokens": 5}, "spec_tokens", "contradicts num_speculative_tokens=4"),
         ({"spec_tokens": 5}, "speculative_config.method", "must be ngram"),
         ({"speculative_config": "{"}, "speculative_config", "is not JSON"),

@@ -3,10 +3,13 @@ bit, as without drafts."""
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,14 +21,23 @@ from native import needs_native_cpu
 from vllmlite import LLM, SamplingParams, StructuredOutputsParams
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.backends.select import BackendRequest, select_backend
-from vllmlite.engine.drafts import DraftPolicy, StepCost
-from vllmlite.errors import BackendError
+from vllmlite.engine.drafts import Acceptance, DraftPolicy, StepCost
+from vllmlite.engine.scheduler import Schedule
+from vllmlite.errors import BackendError, ParameterError
+from vllmlite.hub import BUILT_IN
 from vllmlite.outputs import RequestOutput
+from vllmlite.runner.propose.draft_model import ModelProposer
 from vllmlite.runner.propose.ngram import Lookup, NgramProposer
-from vllmlite.runner.runner import ModelRunner
+from vllmlite.runner.propose.proposer import Proposer
+from vllmlite.runner.runner import Launched, ModelRunner
 
 DRAFTS = 4
-NGRAM = {"method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+METHODS: dict[str, dict[str, Any]] = {
+    "ngram": {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3},
+    "draft model": {"method": "draft_model", "model": str(BUILT_IN), "quantization": "int4"},
+    "itself": {"method": "draft_model", "model": str(BUILT_IN)},
+}
+"""Sources of drafts for the built-in model; the last are always right."""
 CODE = "def add(a, b):\n    return a + b\n\n" * 4 + "def sub(a, b):\n    return"
 TEXTS = [CODE, "The Debian Project is", "one two three one two three one two", CODE[:90]]
 
@@ -55,7 +67,7 @@ WISHES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Knowing:
+class Knowing(Proposer):
     """A proposer that knows the text, of which it gets each id wrong with some probability."""
 
     def __init__(self, texts: Sequence[Sequence[int]], vocab_size: int) -> None:
@@ -84,23 +96,34 @@ class Knowing:
         return drafts
 
 
-def make(speculates: bool, **options: Any) -> LLM:
+class Pausing(DraftPolicy):
+    """A policy that asks for a number of drafts that ``draw`` returns."""
+
+    def __init__(self, most: int, *, fills_cache: bool, overlapped: bool, draw: Callable[[], int]) -> None:
+        super().__init__(most, overlapped=overlapped, fills_cache=fills_cache)
+        self.draw = draw
+
+    def wanted(self, acceptance: Acceptance, rows: int) -> int:
+        return self.draw()
+
+
+def make(drafts: dict[str, Any] | None, **options: Any) -> LLM:
     llm = LLM(
         seed=1,
-        speculative_config=NGRAM if speculates else None,
+        speculative_config=drafts and {**drafts, "num_speculative_tokens": DRAFTS},
         **{"device": "cpu", "max_model_len": 512, "block_size": 8, "dtype": "float32", **options},
     )
-    if speculates:
+    if drafts is not None:
         scheduler = llm.llm_engine.engine.scheduler
         free = StepCost([(1, 1.0), (2, 1.0)])  # the machine's times decide nothing
-        scheduler.drafting = DraftPolicy(DRAFTS, overlapped=scheduler.drafting.overlapped, cost=free)
+        scheduler.drafting = replace(scheduler.drafting, cost=free, draft_cost=None, _costs={})
     return llm
 
 
 @cache
-def built_in(speculates: bool, engine: str) -> LLM:
+def built_in(method: str | None, engine: str) -> LLM:
     marks = {"reasoning_start_str": " a", "reasoning_end_str": " b"}
-    return make(speculates, reasoning_config=marks, **ENGINES[engine])
+    return make(METHODS[method] if method else None, reasoning_config=marks, **ENGINES[engine])
 
 
 def seen(outputs: Sequence[RequestOutput]) -> list[Any]:
@@ -129,39 +152,46 @@ def num_tokens(outputs: Sequence[RequestOutput]) -> int:
 
 
 def check_same(plain: LLM, speculating: LLM, prompts: Sequence[Any], params: SamplingParams) -> None:
-    """Compare without drafts, with n-grams, and with drafts that are mostly right."""
+    """Compare without drafts, with those of the engine's proposer, and with drafts that are mostly right."""
     want = plain.generate(prompts, params, use_tqdm=False)
     engine = speculating.llm_engine.engine
     runner = cast(ModelRunner, engine.runner)
     before = engine.current_stats().num_draft_tokens
-    ngram = runner.proposer
+    proposed = runner.proposer
     texts = [o.prompt_token_ids + list(c.token_ids) for o in want for c in o.outputs]
     try:
-        for proposer in (ngram, Knowing(texts, runner.model.vocab_size)):
+        for proposer in (proposed, Knowing(texts, runner.model.vocab_size)):
             runner.proposer = proposer
             got = speculating.generate(prompts, params, use_tqdm=False)
             assert seen(got) == seen(want)
             engine.scheduler.check_integrity()
             assert engine.scheduler.pool.num_used == 0
     finally:
-        runner.proposer = ngram
+        runner.proposer = proposed
     assert engine.current_stats().num_draft_tokens > before
+
+
+FAST = {
+    *(("ngram", "batched", wish) for wish in WISHES),
+    ("draft model", "batched", "penalties"),
+    ("draft model", "batched", "regex"),
+}
+"""The part of the matrix that is not slow."""
 
 
 @needs_native_cpu
 @pytest.mark.parametrize(
-    ("engine", "wish"),
+    ("method", "engine", "wish"),
     [
-        pytest.param(engine, wish, marks=[] if engine == "batched" else [pytest.mark.slow])
-        for engine in ENGINES
-        for wish in WISHES
+        pytest.param(*combination, marks=[] if combination in FAST else [pytest.mark.slow])
+        for combination in product(METHODS, ENGINES, WISHES)
     ],
 )
-def test_the_text_is_the_same_with_and_without_drafts(engine: str, wish: str) -> None:
+def test_the_text_is_the_same_with_and_without_drafts(method: str, engine: str, wish: str) -> None:
     if wish == "regex" and find_spec("xgrammar") is None:
         pytest.skip("needs xgrammar (Debian: python3-xgrammar, on amd64 and arm64)")
     params = SamplingParams(**{"max_tokens": 24, "ignore_eos": True, **WISHES[wish]})
-    plain, speculating = built_in(False, engine), built_in(True, engine)
+    plain, speculating = built_in(None, engine), built_in(method, engine)
     check_same(plain, speculating, TEXTS, params)
     assert (speculating.llm_engine.stats().num_preemptions > 0) == (engine == "preempted")
 
@@ -170,7 +200,8 @@ def test_the_text_is_the_same_with_and_without_drafts(engine: str, wish: str) ->
     "options", [{"dtype": "float32"}, {"dtype": "bfloat16", "batch_invariant": True}], ids=str
 )
 @pytest.mark.parametrize("two_steps", [False, True])
-def test_cuda_says_the_same(options: dict[str, Any], two_steps: bool) -> None:
+@pytest.mark.parametrize("method", ["ngram", "draft model"])
+def test_cuda_says_the_same(options: dict[str, Any], two_steps: bool, method: str) -> None:
     """With captured steps of several tokens a row, and a step in flight."""
     try:
         CudaBackend()
@@ -184,7 +215,7 @@ def test_cuda_says_the_same(options: dict[str, Any], two_steps: bool) -> None:
         "kv_cache_memory_bytes": 1 << 30,
         **options,
     }
-    plain, speculating = make(False, **options), make(True, **options)
+    plain, speculating = make(None, **options), make(METHODS[method], **options)
     for wish in ("greedy", "seeded", "penalties", "logprobs", "n", "min_tokens", "bans", "stop"):
         params = SamplingParams(**{"max_tokens": 64, "ignore_eos": True, **WISHES[wish]})
         check_same(plain, speculating, TEXTS, params)
@@ -194,15 +225,16 @@ def test_cuda_says_the_same(options: dict[str, Any], two_steps: bool) -> None:
 
 
 @needs_native_cpu
-def test_the_smallest_engine_starts_and_makes_drafts() -> None:
-    llm = make(True, max_num_seqs=1, max_model_len=6, num_gpu_blocks_override=1)
+@pytest.mark.parametrize("method", ["ngram", "draft model"])
+def test_the_smallest_engine_starts_and_makes_drafts(method: str) -> None:
+    llm = make(METHODS[method], max_num_seqs=1, max_model_len=6, num_gpu_blocks_override=1)
     (output,) = llm.generate([{"prompt_token_ids": [5]}], SamplingParams(temperature=0, ignore_eos=True))
     assert len(output.outputs[0].token_ids) == 5
 
 
 @needs_native_cpu
 def test_drafts_save_steps() -> None:
-    plain, speculating = built_in(False, "batched"), built_in(True, "batched")
+    plain, speculating = built_in(None, "batched"), built_in("ngram", "batched")
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     steps = []
     for llm in (plain, speculating):
@@ -211,6 +243,73 @@ def test_drafts_save_steps() -> None:
         steps.append(llm.llm_engine.stats().num_steps - before)
     assert steps[0] == 64
     assert steps[1] < 40
+
+
+@needs_native_cpu
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(name, marks=[] if name == "preempted" else [pytest.mark.slow]) for name in ENGINES],
+)
+def test_every_draft_of_the_model_itself_is_accepted(engine: str) -> None:
+    """However sequences are scheduled, the draft model's cache holds what it would hold after one pass over the text:
+    after prefix hits, preemption, rejected drafts and pauses, where it has to catch up."""
+    plain, llm = built_in(None, engine), built_in("itself", engine)
+    proposer = cast(ModelProposer, cast(ModelRunner, llm.llm_engine.engine.runner).proposer)
+    drafting = llm.llm_engine.engine.scheduler.drafting
+    prompts = [TEXTS[0], *TEXTS[2:], CODE + " a"]
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    want = seen(plain.generate(prompts, params, use_tqdm=False))
+    draw = random.Random(1)
+    for pauses, budget in ((False, 2048), (True, 2048), (True, 9)):
+        before = replace(llm.llm_engine.stats())
+        most = (lambda: draw.choice([0, 0, DRAFTS])) if pauses else (lambda: DRAFTS)
+        drafting_now = Pausing(DRAFTS, fills_cache=True, overlapped=drafting.overlapped, draw=most)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llm.llm_engine.engine.scheduler, "drafting", drafting_now)
+            patch.setattr(proposer, "_budget", budget)
+            assert seen(llm.generate(prompts, params, use_tqdm=False)) == want
+        stats = llm.llm_engine.stats()
+        assert stats.num_draft_tokens > before.num_draft_tokens
+        assert (
+            stats.num_accepted_tokens - before.num_accepted_tokens
+            == stats.num_draft_tokens - before.num_draft_tokens
+        )
+
+
+@needs_native_cpu
+def test_a_draft_model_rereads_no_prefix_that_it_knows() -> None:
+    llm = make(METHODS["itself"])
+    proposer = cast(ModelProposer, cast(ModelRunner, llm.llm_engine.engine.runner).proposer)
+    params = SamplingParams(temperature=0, max_tokens=2 + DRAFTS, ignore_eos=True)
+    counts = []
+    launch = proposer.runner.launch
+
+    def count(schedule: Schedule) -> Launched:
+        counts.append(schedule.num_tokens)
+        return launch(schedule)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proposer.runner, "launch", count)
+        for _ in range(2):
+            counts.clear()
+            (output,) = llm.generate([CODE], params, use_tqdm=False)
+    prompt = output.prompt_token_ids
+    assert prompt is not None
+    assert counts[0] == len(prompt) + 1 - len(prompt) // 8 * 8
+
+
+@needs_native_cpu
+def test_a_draft_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    for file in BUILT_IN.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = list(vocab)[300:302]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ParameterError, match="must have the model's vocabulary: token") as error:
+        make({"model": str(tmp_path)})
+    assert error.value.field == "speculative_config.model"
 
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -228,16 +327,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 @pytest.mark.parametrize(
-    ("family", "dtype"),
+    ("family", "dtype", "method"),
     [
         pytest.param(
-            family, dtype, marks=[] if (family, dtype) == ("gemma2", "bfloat16") else [pytest.mark.slow]
+            family,
+            dtype,
+            method,
+            marks=[] if (family, dtype, method) == ("gemma2", "bfloat16", "ngram") else [pytest.mark.slow],
         )
         for family in FAMILIES
         for dtype in ("float32", "bfloat16")
+        for method in ("ngram", "draft model")
     ],
 )
-def test_random_models_say_the_same(family: str, dtype: str, backend: str, tmp_path: Path) -> None:
+def test_random_models_say_the_same(
+    family: str, dtype: str, method: str, backend: str, tmp_path: Path
+) -> None:
     chosen: dict[str, Any] = {"backend": backend, "device": backend}
     if backend == "cuda":
         chosen |= {"batch_invariant": True, "block_size": 16}
@@ -251,7 +356,11 @@ def test_random_models_say_the_same(family: str, dtype: str, backend: str, tmp_p
     prompts = [{"prompt_token_ids": np.tile(rng.integers(3, 307, 9), 4)[: 7 * n].tolist()} for n in (1, 3, 5)]
     options = {"model": str(tmp_path), "skip_tokenizer_init": True, "max_model_len": 128, "dtype": dtype}
     options |= {"num_gpu_blocks_override": 16, "max_num_batched_tokens": 16, **chosen}
-    plain, speculating = (make(on, **options) for on in (False, True))
+    drafts = METHODS[method]
+    if method == "draft model":
+        write_checkpoint(tmp_path / "draft", seed=1, num_hidden_layers=1, max_position_embeddings=64)
+        drafts = {"model": str(tmp_path / "draft")}
+    plain, speculating = make(None, **options), make(drafts, **options)
     for wish in ("greedy", "seeded", "penalties", "logprobs", "n"):
         params = SamplingParams(max_tokens=12, ignore_eos=True, detokenize=False, **WISHES[wish])
         check_same(plain, speculating, prompts, params)

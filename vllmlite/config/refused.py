@@ -56,9 +56,8 @@ _REASONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "enable_lora": (None, False), "max_loras": (1,), "max_lora_rank": (16,), "lora_modules": (None,),
         "max_cpu_loras": (None,), "fully_sharded_loras": (False,),
     },
-    "drafts of speculative decoding come from n-grams, not from a model: see speculative_config": {
-        "speculative_max_model_len": (None,), "speculative_draft_tensor_parallel_size": (None, 1),
-        "speculative_model_quantization": (None,), "speculative_disable_mqa_scorer": _EITHER,
+    "drafts are verified by sampling, which never changes the text: see speculative_config": {
+        "speculative_draft_tensor_parallel_size": (None, 1), "speculative_disable_mqa_scorer": _EITHER,
         "spec_decoding_acceptance_method": (None, "rejection_sampler"),
         "typical_acceptance_sampler_posterior_threshold": (None,),
         "typical_acceptance_sampler_posterior_alpha": (None,),

@@ -10,26 +10,25 @@ from vllmlite.config.options import did_you_mean
 from vllmlite.errors import ParameterError
 
 FIELD = "speculative_config"
-METHODS = ("ngram",)
+METHODS = ("ngram", "draft_model")
 ABSENT_METHODS = (
-    "draft_model", "eagle", "eagle3", "medusa", "mlp_speculator", "mtp", "deepseek_mtp", "suffix", "ngram_gpu",
-    "custom_class", "dflash",
+    "eagle", "eagle3", "medusa", "mlp_speculator", "mtp", "deepseek_mtp", "suffix", "ngram_gpu", "custom_class",
+    "dflash",
 )  # fmt: skip
 """vLLM's methods that are not supported."""
+NGRAM_MODELS = ("ngram", "[ngram]")
+"""Names of n-grams as a model, which vLLM also takes."""
 MOST_TOKENS = 32
 """Most drafts of a step."""
 DEFAULT_TOKENS = 8
 """Drafts of a step unless their number is given, if they are accepted often enough."""
 DEFAULT_LOOKUP = 5
 """Length of an n-gram unless it is given; the same as in vLLM."""
-KEYS = (
-    "method",
-    "model",
-    "num_speculative_tokens",
-    "prompt_lookup_min",
-    "prompt_lookup_max",
-    "disable_by_batch_size",
-)
+KEYS = ("method", "model", "num_speculative_tokens", "disable_by_batch_size")
+"""Keys of every method."""
+NGRAM_KEYS = ("prompt_lookup_min", "prompt_lookup_max")
+MODEL_KEYS = ("revision", "quantization", "max_model_len")
+"""Keys of the methods whose drafts come from a checkpoint."""
 SHORTHANDS: Mapping[str, tuple[str, type]] = {
     "spec_method": ("method", str),
     "spec_model": ("model", str),
@@ -39,14 +38,16 @@ SHORTHANDS: Mapping[str, tuple[str, type]] = {
     "ngram_prompt_lookup_max": ("prompt_lookup_max", int),
     "ngram_prompt_lookup_min": ("prompt_lookup_min", int),
     "speculative_disable_by_batch_size": ("disable_by_batch_size", int),
+    "speculative_max_model_len": ("max_model_len", int),
+    "speculative_model_quantization": ("quantization", str),
 }
 """Options that set one key of ``speculative_config`` → the key and its type."""
 OLDER = frozenset(name for name in SHORTHANDS if not name.startswith("spec_"))
 """The options among these that newer versions of vLLM have removed."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "draft_tensor_parallel_size": (None, 1), "max_model_len": (None,), "quantization": (None,), "revision": (None,),
-    "code_revision": (None,), "tensor_parallel_size": (None, 1), "draft_load_config": (None,),
-    "enforce_eager": (None, False, True), "parallel_drafting": (None, False), "speculative_token_tree": (None,),
+    "draft_tensor_parallel_size": (None, 1), "code_revision": (None,), "tensor_parallel_size": (None, 1),
+    "draft_load_config": (None,), "enforce_eager": (None, False, True), "parallel_drafting": (None, False),
+    "speculative_token_tree": (None,),
     "disable_padded_drafter_batch": (None, False, True), "rejection_sample_method": (None, "standard", "strict"),
     "draft_sample_method": (None, "greedy"), "acceptance_method": (None, "rejection_sampler"),
     "num_speculative_tokens_per_batch_size": (None,), "suffix_decoding_max_tree_depth": (None, 24),
@@ -58,8 +59,20 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class DraftCheckpoint:
+    """The checkpoint of a model that proposes drafts."""
+
+    model: str
+    revision: str | None
+    quantization: str | None
+    """How its weights are quantised at load."""
+    max_model_len: int | None
+    """Sequences longer than this get no drafts; None: as long as the checkpoint allows."""
+
+
+@dataclass(frozen=True, slots=True)
 class Speculative:
-    """Speculative decoding with n-gram drafts."""
+    """Speculative decoding: how drafts are proposed, and how many."""
 
     num_tokens: int
     """Most drafts of a step."""
@@ -67,6 +80,8 @@ class Speculative:
     prompt_lookup_max: int
     max_rows: int | None
     """Most running sequences with which drafts are made; None: any number."""
+    draft: DraftCheckpoint | None = None
+    """The model that proposes drafts; None: they come from n-grams."""
 
 
 def with_shorthands(given: Mapping[str, Any], shorthands: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,14 +101,14 @@ def speculative(options: Mapping[str, Any]) -> Speculative | None:
     """Return what ``options``, a ``speculative_config``, ask for; None: nothing. Raises ParameterError."""
     if all(value is None for value in options.values()):
         return None
+    method = _method(options)
+    used = (*KEYS, *(NGRAM_KEYS if method == "ngram" else MODEL_KEYS))
     for key, value in options.items():
-        if key not in (*KEYS, *NEUTRAL):
-            raise ParameterError(
-                f"{FIELD}.{key}", value, "unknown key" + did_you_mean(key, (*KEYS, *NEUTRAL))
-            )
-        if key in NEUTRAL and value not in NEUTRAL[key]:
-            raise ParameterError(f"{FIELD}.{key}", value, "has no effect on n-gram drafts: leave it out")
-    _check_method(options)
+        known = (*KEYS, *NGRAM_KEYS, *MODEL_KEYS, *NEUTRAL)
+        if key not in known:
+            raise ParameterError(f"{FIELD}.{key}", value, "unknown key" + did_you_mean(key, known))
+        if key not in used and value not in NEUTRAL.get(key, (None,)):
+            raise ParameterError(f"{FIELD}.{key}", value, f"has no effect on {method} drafts: leave it out")
     tokens = _integer(options, "num_speculative_tokens", MOST_TOKENS)
     shortest = _integer(options, "prompt_lookup_min", 1024)
     longest = _integer(options, "prompt_lookup_max", 1024)
@@ -103,25 +118,43 @@ def speculative(options: Mapping[str, Any]) -> Speculative | None:
             f"{FIELD}.prompt_lookup_min", shortest, f"must be at most prompt_lookup_max, which is {longest}"
         )
     rows = _integer(options, "disable_by_batch_size", 65536)
-    return Speculative(tokens or DEFAULT_TOKENS, shortest, longest, None if rows is None else rows - 1)
+    return Speculative(
+        tokens or DEFAULT_TOKENS,
+        shortest,
+        longest,
+        None if rows is None else rows - 1,
+        None if method == "ngram" else _draft_checkpoint(options),
+    )
 
 
-def _check_method(options: Mapping[str, Any]) -> None:
-    """Refuse every method but n-grams, which vLLM also takes as the name of a model."""
+def _method(options: Mapping[str, Any]) -> str:
+    """Return the method; a model without a method is a draft model, unless its name is that of n-grams."""
     method, model = options.get("method"), options.get("model")
     supported = f"must be {' or '.join(METHODS)}; drafts of other methods are not supported in this version"
-    if method is not None and method not in METHODS:
-        if method not in ABSENT_METHODS:
+    if method is None and model is not None:
+        method = "ngram" if model in NGRAM_MODELS else "draft_model"
+    if method not in METHODS:
+        if method is not None and method not in ABSENT_METHODS:
             supported += did_you_mean(str(method), METHODS)
         raise ParameterError(f"{FIELD}.method", method, supported)
-    if model is not None and model not in ("ngram", "[ngram]"):
+    if method == "ngram" and model not in (None, *NGRAM_MODELS):
+        raise ParameterError(f"{FIELD}.model", model, "has no effect on ngram drafts: leave it out")
+    if method != "ngram" and (not isinstance(model, str) or not model):
         raise ParameterError(
             f"{FIELD}.model",
             model,
-            "draft models are not supported in this version: use method=ngram, without model",
+            f"method {method} needs a checkpoint with the model's vocabulary: a name or path",
         )
-    if method is None and model is None:
-        raise ParameterError(f"{FIELD}.method", method, supported)
+    return str(method)
+
+
+def _draft_checkpoint(options: Mapping[str, Any]) -> DraftCheckpoint:
+    """Return the checkpoint that ``options`` name. Raises ParameterError."""
+    for key in ("revision", "quantization"):
+        if not isinstance(options.get(key), str | None):
+            raise ParameterError(f"{FIELD}.{key}", options[key], "must be a string")
+    longest = _integer(options, "max_model_len", 2**31 - 1)
+    return DraftCheckpoint(options["model"], options.get("revision"), options.get("quantization"), longest)
 
 
 def _integer(options: Mapping[str, Any], key: str, most: int) -> int | None:

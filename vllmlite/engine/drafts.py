@@ -13,7 +13,8 @@ every backend; n-gram drafts, bans and grammars are made on the host from the ac
 them all the same. A request for which speculation does not pay asks for no drafts and so waits for nothing.
 
 **How many.** A request asks for the number ``k`` of drafts with the most expected tokens per unit of step cost:
-``(1 + p + … + p^k) / cost(k + 1 tokens a row)``, where ``p`` is the running rate at which its drafts are accepted.
+``(1 + p + … + p^k) / (cost of k + 1 tokens a row + k * cost of a draft)``, where ``p`` is the running rate at which its
+drafts are accepted.
 Where that is none, it asks for one draft now and then, to notice that its text has changed.
 """
 
@@ -83,6 +84,10 @@ class DraftPolicy:
     overlapped: bool = False
     """Whether two steps are in flight, so that a request which waits for drafts loses time even if there are none."""
     cost: StepCost = field(default_factory=StepCost)
+    draft_cost: StepCost | None = None
+    """Time of a step of the model that proposes drafts, by its rows, in the unit of ``cost``; None: drafts are free."""
+    fills_cache: bool = False
+    """Whether proposing drafts writes keys and values, so that their positions need blocks."""
     _costs: dict[int, list[float]] = field(default_factory=dict)
     """Rows of a step → its cost with 0, 1, 2, … drafts a row."""
 
@@ -93,7 +98,8 @@ class DraftPolicy:
             return 0
         costs = self._costs.get(rows)
         if costs is None:
-            costs = [self.cost(rows * (drafts + 1)) for drafts in range(self.most + 1)]
+            own = 0.0 if self.draft_cost is None else self.draft_cost(rows)
+            costs = [self.cost(rows * (drafts + 1)) + drafts * own for drafts in range(self.most + 1)]
             self._costs[rows] = costs
         best, count, tokens, term, rate = 1.0 / costs[0], 0, 1.0, 1.0, acceptance.rate
         for drafts in range(1, self.most + 1):

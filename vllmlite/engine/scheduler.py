@@ -161,6 +161,8 @@ class Scheduler:
             rows.append(request)
         if not preempted:
             self._admit(min(budget, prefill_budget), schedule, rows, now)
+        if self.drafting.fills_cache:
+            self._allocate_for_drafts(schedule, rows)
         schedule.num_tokens = sum(schedule.counts)
         return schedule, rows
 
@@ -283,6 +285,24 @@ class Scheduler:
                 schedule.wanted[row] = wanted
         request.awaits_drafts = bool(drafts) or row in schedule.wanted
         return len(drafts)
+
+    def _allocate_for_drafts(self, schedule: Schedule, rows: list[Request]) -> None:
+        """Allocate blocks for the positions at which drafts are to be proposed, as far as there are any to spare, and
+        lower the numbers of wanted drafts to what fits."""
+        block_size = self.limits.block_size
+        for row, wanted in list(schedule.wanted.items()):
+            request = rows[row]
+            end = min(request.num_computed_tokens + wanted, request.max_total_tokens)
+            spare = max(self.pool.num_free - len(self.running), 0)
+            missing = min(-(-end // block_size) - len(request.blocks), spare)
+            if missing > 0:
+                self._append_blocks(request, self.pool.allocate(missing), schedule)
+            room = min(wanted, len(request.blocks) * block_size - request.num_computed_tokens)
+            if room:
+                schedule.wanted[row] = room
+            else:
+                del schedule.wanted[row]
+                request.awaits_drafts = row in schedule.drafts
 
     def _append_extras(self, request: Request, start: int, ends: bool, schedule: Schedule) -> None:
         """Add bans, mask, prompt log-probabilities or pooling to the row that is being appended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllmlite.config.engine_config import AT_LOAD
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models.families import FAMILIES, architecture, read_spec
 from vllmlite.models.hf_config import HfConfig
@@ -108,3 +109,17 @@ def plan_model(path: Path, model_impl: str = "auto") -> Plan:
             longest = config.integer(key)
             return Plan(path, "transformers", name, checkpoint_dtype(config), longest, hidden)
     raise config.error("max_position_embeddings", "the context length of the model")
+
+
+def check_quantization(plan: Plan, wanted: str | None, field: str) -> None:
+    """Raise ParameterError unless the option ``field``, a quantisation at load, agrees with how weights are stored."""
+    if wanted in (None, plan.quantization):
+        return
+    if plan.quantization is not None:
+        raise ParameterError(field, wanted, f"the checkpoint is in {plan.quantization} already")
+    if wanted not in AT_LOAD:
+        raise ParameterError(
+            field,
+            wanted,
+            f"the checkpoint's weights are floats; {' or '.join(AT_LOAD)} quantises them at load",
+        )

@@ -10,22 +10,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vllmlite.backends.base import Backend, Comm
+from vllmlite.backends.base import Backend, Comm, Model
 from vllmlite.backends.cores import usable_cores
 from vllmlite.backends.select import BackendRequest, select_backend
-from vllmlite.config.engine_config import AT_LOAD, EngineConfig
+from vllmlite.config.engine_config import EngineConfig
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.models import load_planned
 from vllmlite.models.gguf import has_blocks, treatment
-from vllmlite.models.plan import Plan, plan_model
+from vllmlite.models.plan import Plan, check_quantization, plan_model
 from vllmlite.models.shard import sharded
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import stored_schemes
+from vllmlite.runner.propose.draft_model import ModelProposer
+from vllmlite.runner.propose.loading import load_draft
 from vllmlite.runner.propose.ngram import NgramProposer
-from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.runner.runner import ModelRunner
-from vllmlite.runner.sizes import most_positions, num_cache_blocks
+from vllmlite.runner.sizes import batched_tokens, most_positions, num_cache_blocks
 from vllmlite.terminal import is_terminal, note
 from vllmlite.weights.packing import Packing
 from vllmlite.weights.schemes.grouped import GroupedScheme
@@ -55,17 +56,7 @@ def plan_for(config: EngineConfig) -> Plan:
             config.max_model_len,
             f"must be at most the model's {plan.max_position_embeddings}",
         )
-    if config.quantization not in (None, plan.quantization):
-        if plan.quantization is not None:
-            raise ParameterError(
-                "quantization", config.quantization, f"the checkpoint is in {plan.quantization} already"
-            )
-        if config.quantization not in AT_LOAD:
-            raise ParameterError(
-                "quantization",
-                config.quantization,
-                f"the checkpoint's weights are floats; {' or '.join(AT_LOAD)} quantises them at load",
-            )
+    check_quantization(plan, config.quantization, "quantization")
     return plan
 
 
@@ -180,11 +171,16 @@ def build_runner(
     )
     if model.kv_spec.dtype != backend.dtype:
         choice += f"; key/value cache in {model.kv_spec.dtype}"
-    num_blocks = _least(backend, num_cache_blocks(config, backend, model, num_positions))
+    options, drafter = config.speculative(), None
+    if options is not None and options.draft is not None:
+        drafter = load_draft(config, options.draft, backend, num_positions, rank, world)
+        choice += f"; drafts of up to {options.num_tokens} tokens from {options.draft.model}"
+    models = [model] if drafter is None else [model, drafter[0]]
+    num_blocks = _least(backend, num_cache_blocks(config, backend, models, num_positions))
     capacity = min(num_blocks * config.block_size, num_positions)
     if longest > capacity:
         if config.max_model_len is not None:
-            block_bytes = backend.kv_bytes_per_block(model.kv_spec)
+            block_bytes = sum(backend.kv_bytes_per_block(each.kv_spec) for each in models)
             raise ParameterError(
                 "max_model_len",
                 longest,
@@ -195,25 +191,34 @@ def build_runner(
             "max_model_len is %d, what the key/value cache holds, not the model's %d", capacity, longest
         )
         longest = capacity
-    runner = ModelRunner(
-        backend,
-        model,
-        num_blocks=num_blocks,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=longest,
-        enforce_eager=config.enforce_eager,
-        proposer=proposer_for(config),
-    )
+
+    def runner_of(model: Model) -> ModelRunner:
+        return ModelRunner(
+            backend,
+            model,
+            num_blocks=num_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=longest,
+            enforce_eager=config.enforce_eager,
+        )
+
+    runner = runner_of(model)
     _capture_graphs(runner)
+    if drafter is not None:
+        draft_model, draft_longest = drafter
+        proposer = ModelProposer(
+            runner_of(draft_model),
+            max_model_len=min(draft_longest, longest),
+            budget=batched_tokens(config, backend),
+            vocab_size=model.vocab_size,
+        )
+        _capture_graphs(proposer.runner)
+        runner.proposer = proposer
+    elif options is not None:
+        runner.proposer = NgramProposer(
+            config.max_num_seqs, options.prompt_lookup_min, options.prompt_lookup_max
+        )
     return BuiltRunner(runner, num_blocks, longest, f"{plan}; {choice}")
-
-
-def proposer_for(config: EngineConfig) -> Proposer | None:
-    """Return the proposer of drafts that ``config`` asks for, if any."""
-    options = config.speculative()
-    if options is None:
-        return None
-    return NgramProposer(config.max_num_seqs, options.prompt_lookup_min, options.prompt_lookup_max)
 
 
 def _least(backend: Backend, value: int) -> int:

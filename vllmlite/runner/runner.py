@@ -196,6 +196,7 @@ class ModelRunner:
         batch, starts = self._batch(schedule)
         launched = Launched(schedule)
         if self.proposer is not None:
+            self.proposer.append_blocks(schedule.block_slots, schedule.block_columns, schedule.block_ids)
             launched.proposal = self.proposer.launch(list(compress(schedule.slots, schedule.samples)))
         key = None
         if not (schedule.prompt_logprobs or schedule.pools):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vllmlite.backends.base import Backend, Model
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.drafts import MOST_DRAFTS
@@ -50,11 +52,14 @@ def most_positions(config: EngineConfig, backend: Backend, plan: Plan, longest: 
     return min(longest, max(num_blocks, 1) * config.block_size)
 
 
-def num_cache_blocks(config: EngineConfig, backend: Backend, model: Model, max_model_len: int) -> int:
-    """Return the number of blocks in the key/value cache, once the weights are loaded."""
+def num_cache_blocks(
+    config: EngineConfig, backend: Backend, models: Sequence[Model], max_model_len: int
+) -> int:
+    """Return the number of blocks in the key/value caches, once the weights are loaded: ``models`` are the model and
+    the one that proposes drafts, if there is one. Each has a cache of so many blocks."""
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
-    block_bytes = backend.kv_bytes_per_block(model.kv_spec)
+    block_bytes = sum(backend.kv_bytes_per_block(model.kv_spec) for model in models)
     if config.kv_cache_memory_bytes is not None:
         num_blocks = config.kv_cache_memory_bytes // block_bytes
         if not num_blocks:
@@ -68,10 +73,11 @@ def num_cache_blocks(config: EngineConfig, backend: Backend, model: Model, max_m
             CPU_KV_BYTES, int(memory.free * config.gpu_memory_utilization / config.data_parallel_size)
         )
     else:
-        _largest_step(config, backend, model, max_model_len)
+        for model in models:
+            _largest_step(config, backend, model, max_model_len)
         memory = backend.memory()
         sampled = config.max_num_seqs + (0 if config.speculative() is None else MOST_DRAFTS)
-        logits = 4 * sampled * model.vocab_size * 4
+        logits = 4 * sampled * max(model.vocab_size for model in models) * 4
         available = int(memory.total * config.gpu_memory_utilization) - (memory.total - memory.free) - logits
     most_used = -(-max_model_len // config.block_size) * config.max_num_seqs
     num_blocks = min(available // block_bytes, most_used)

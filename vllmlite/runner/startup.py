@@ -15,6 +15,7 @@ from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.runner.build import BuiltRunner, build_runner, plan_for
 from vllmlite.runner.generation_config import default_params, eos_ids, generation_config, reasoning_marks
+from vllmlite.runner.propose.loading import check_vocabulary, plan_draft
 from vllmlite.runner.sizes import batched_tokens, mixed_tokens
 from vllmlite.runner.step_times import step_times
 from vllmlite.sampling_params import SamplingParams
@@ -55,6 +56,9 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
     plan = plan_for(config)
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, plan.path)
     generation = generation_config(config, plan.path)
+    speculative = config.speculative()
+    if speculative is not None and speculative.draft is not None and tokenizer is not None:
+        check_vocabulary(speculative.draft, plan_draft(config, speculative.draft), tokenizer)
     built = build_runner(config, plan, replica=replica or 0)
     runner, backend = built.runner, built.runner.backend
     two_steps = backend.asynchronous if config.async_scheduling is None else config.async_scheduling
@@ -90,8 +94,19 @@ def _drafting(config: EngineConfig, built: BuiltRunner, two_steps: bool) -> Draf
     options = config.speculative()
     if options is None:
         return None
-    times = step_times(built.runner, config.max_num_seqs * built.max_model_len)
-    return DraftPolicy(options.num_tokens, options.max_rows, two_steps, StepCost(times))
+    runner, most = built.runner, config.max_num_seqs * built.max_model_len
+    device = runner.backend.device
+    cost, draft_cost = StepCost(step_times(runner.profile, most, device)), None
+    if options.draft is not None and runner.proposer is not None:
+        draft_cost = StepCost(step_times(runner.proposer.profile, config.max_num_seqs, device))
+    return DraftPolicy(
+        options.num_tokens,
+        options.max_rows,
+        two_steps,
+        cost,
+        draft_cost=draft_cost,
+        fills_cache=options.draft is not None,
+    )
 
 
 def load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import accumulate
-
-from vllmlite.runner.runner import ModelRunner
 
 MEASURED = (1, 8, 2, 4, 16, 32, 64, 128)
 """Tokens of the measured steps, in this order and as far as the time goes, the first two in any case."""
@@ -14,9 +13,9 @@ MOST_SECONDS = 1.0
 """Time after which no further step is measured."""
 
 
-def step_times(runner: ModelRunner, most: int) -> list[tuple[int, float]]:
-    """Return the seconds of a step by its tokens, ascending and up to ``most``: processor time on a CPU, where other
-    programs may run.
+def step_times(profile: Callable[[int], None], most: int, device: str) -> list[tuple[int, float]]:
+    """Return the seconds of ``profile``, which runs a step, by the step's tokens, ascending and up to ``most``:
+    processor time on a CPU, where other programs may run.
 
     A step takes at most as long as one of more tokens; what was measured beyond that was a disturbance.
     Each token of a step is sampled from, up to the number of slots, as in a step that decodes or verifies drafts."""
@@ -25,14 +24,14 @@ def step_times(runner: ModelRunner, most: int) -> list[tuple[int, float]]:
     for tokens in (tokens for tokens in MEASURED if tokens <= most):
         if len(times) > 1 and time.perf_counter() - begin > MOST_SECONDS:
             break
-        runner.profile(tokens)  # allocates what the step needs
-        times[tokens] = min(_seconds(runner, tokens) for _ in range(REPEATS))
+        profile(tokens)  # allocates what the step needs
+        times[tokens] = min(_seconds(profile, tokens, device) for _ in range(REPEATS))
     sizes = sorted(times, reverse=True)
     return sorted(zip(sizes, accumulate((times[size] for size in sizes), min), strict=True))
 
 
-def _seconds(runner: ModelRunner, tokens: int) -> float:
-    clock = time.process_time if runner.backend.device == "cpu" else time.perf_counter
+def _seconds(profile: Callable[[int], None], tokens: int, device: str) -> float:
+    clock = time.process_time if device == "cpu" else time.perf_counter
     begin = clock()
-    runner.profile(tokens)
+    profile(tokens)
     return clock() - begin

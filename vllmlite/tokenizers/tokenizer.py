@@ -140,6 +140,10 @@ class Tokenizer:
         parts = (self._fast.decoder, self._fast.pre_tokenizer)
         return texts, any(part is not None and _has_part(part, "ByteLevel") for part in parts)
 
+    def token_ids(self) -> dict[str, int]:
+        """Return the ids of all tokens by their strings, special tokens included."""
+        return dict(self._fast.get_vocab(with_added_tokens=True))
+
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise :class:`ParameterError` unless all ``ids`` are in the range of token ids (0 to 2**31 - 1)."""
         for token_id in (min(ids, default=0), max(ids, default=0)):

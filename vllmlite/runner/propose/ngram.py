@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vllmlite.runner.propose.proposer import Proposer
+
 ID_BITS = 20
 """Bits of an id in the key of an n-gram, which is the ids side by side. Where ids are larger, n-grams may share a key,
 and a draft may be wrong."""
@@ -48,7 +50,7 @@ class Lookup:
         return ids[found : found + count]
 
 
-class NgramProposer:
+class NgramProposer(Proposer):
     """Proposes what followed the longest matching n-gram."""
 
     def __init__(self, max_slots: int, shortest: int, longest: int) -> None:

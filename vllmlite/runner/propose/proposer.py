@@ -14,6 +14,11 @@ class Proposer(Protocol):
         that were launched with it."""
         ...
 
+    def append_blocks(self, slots: Sequence[int], columns: Sequence[int], blocks: Sequence[int]) -> None:
+        """Take note that block ``blocks[i]`` becomes column ``columns[i]`` of the block table of ``slots[i]``. A
+        proposer with a key/value cache stores positions in the same blocks as the target model does."""
+        return None
+
     def launch(self, slots: Sequence[int]) -> Any:
         """Prepare for the results of a step that was launched, which samples in ``slots``; the handle goes to
         :meth:`collect`."""
@@ -22,3 +27,7 @@ class Proposer(Protocol):
     def collect(self, handle: Any, token_ids: Sequence[list[int]], wanted: Sequence[int]) -> list[list[int]]:
         """Add the ids that a step sampled in its slots; return at most ``wanted[i]`` drafts for the i-th slot."""
         ...
+
+    def profile(self, num_rows: int) -> None:
+        """Compute one draft in each of ``num_rows`` rows and forget it, to measure its time."""
+        return None
