@@ -79,6 +79,12 @@ HostBatch host_batch(const py::object& given) {
   return batch;
 }
 
+BeamRows beam_rows(const Array<std::int32_t>& rows, const Array<std::int32_t>& groups, const Array<float>& scores,
+                   const Array<float>& temperatures) {
+  const auto copied = [](const auto& array) { return std::vector(view(array).begin(), view(array).end()); };
+  return {copied(rows), copied(groups), copied(scores), copied(temperatures)};
+}
+
 Activation activation_of(const std::string& name, bool gated) {
   if (name == "silu") return Activation::silu;
   if (name == "gelu") return Activation::gelu;
@@ -100,6 +106,8 @@ std::vector<Tensor> listed(const Sampled& found) {
   if (found.logprobs) std::ranges::copy(listed(*found.logprobs), std::back_inserter(tensors));
   return tensors;
 }
+
+std::vector<Tensor> listed(const Continuations& found) { return {found.rows, found.ids, found.scores}; }
 
 const void* bytes_for(const Tensor& tensor, const py::array& bytes) {
   if (checked_bytes(tensor.shape, tensor.dtype) != static_cast<std::size_t>(bytes.nbytes()) ||

@@ -17,7 +17,7 @@ namespace vllmlite {
 
 // Version of the interface between the Python code and the extension modules, compared by vllmlite/backends. It is the
 // N of the virtual Debian package vllmlite-backend-api-N.
-inline constexpr int kInterfaceVersion = 5;
+inline constexpr int kInterfaceVersion = 6;
 
 template <typename T>
 using Array = pybind11::array_t<T, pybind11::array::c_style | pybind11::array::forcecast>;
@@ -31,6 +31,8 @@ SlotSpec slot_spec(const pybind11::object& given);
 SlotParams slot_params(const pybind11::object& given);
 CacheSpec cache_spec(const pybind11::object& given);
 HostBatch host_batch(const pybind11::object& given);
+BeamRows beam_rows(const Array<std::int32_t>& rows, const Array<std::int32_t>& groups, const Array<float>& scores,
+                   const Array<float>& temperatures);
 
 // The activation of this name; `gated` ones exclude relu. std::invalid_argument for any other name.
 Activation activation_of(const std::string& name, bool gated);
@@ -39,6 +41,7 @@ std::optional<Rotation> rotation(const std::optional<Tensor>& cos_sin, int rotar
 
 std::vector<Tensor> listed(const Logprobs& found);
 std::vector<Tensor> listed(const Sampled& found);
+std::vector<Tensor> listed(const Continuations& found);
 
 // The bytes of a contiguous array; std::invalid_argument if it is not contiguous or not as large as `tensor`.
 const void* bytes_for(const Tensor& tensor, const pybind11::array& bytes);

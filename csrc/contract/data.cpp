@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -29,6 +30,21 @@ void SlotSpec::check_pool(std::int64_t blocks_of_pool) const {
   if (num_blocks > blocks_of_pool)
     throw std::invalid_argument("the slots are those of a pool of " + std::to_string(num_blocks) +
                                 " blocks, and this one has " + std::to_string(blocks_of_pool));
+}
+
+void check_copies(std::span<const std::int32_t> sources, std::int64_t source_blocks,
+                  std::span<const std::int32_t> targets, std::int64_t target_blocks, bool same_pool) {
+  if (sources.size() != targets.size())
+    throw std::invalid_argument("copy_blocks: sources and targets differ in length");
+  check_indices("source block", sources, source_blocks);
+  check_indices("target block", targets, target_blocks);
+  std::vector<std::int32_t> written(targets.begin(), targets.end());
+  std::ranges::sort(written);
+  if (std::ranges::adjacent_find(written) != written.end())
+    throw std::invalid_argument("copy_blocks: a block is the target of two copies");
+  if (same_pool &&
+      std::ranges::any_of(sources, [&](std::int32_t block) { return std::ranges::binary_search(written, block); }))
+    throw std::invalid_argument("copy_blocks: a block is both source and target");
 }
 
 namespace {
@@ -76,6 +92,12 @@ std::pair<float, float> CacheSpec::layer_scales(int layer) const {
   return scales.empty() ? std::pair{1.0F, 1.0F} : scales.at(static_cast<std::size_t>(layer));
 }
 
+void CacheSpec::check_same_form(const CacheSpec& other) const {
+  if (layers != other.layers || kv_heads != other.kv_heads || head_dim != other.head_dim ||
+      block_size != other.block_size || element != other.element || head_scales != other.head_scales)
+    throw std::invalid_argument("copy_blocks: the pools have blocks of different forms");
+}
+
 void Rotation::check(int head_dim, const SlotSpec& slots) const {
   if (cos_sin.dtype != DType::float32 || cos_sin.shape.size() != 2 || cos_sin.shape[1] != rotary_dim ||
       cos_sin.shape[0] < slots.max_context || rotary_dim < 0 || rotary_dim > head_dim || rotary_dim % 2 != 0)
@@ -115,6 +137,24 @@ void HostBatch::check(const SlotSpec& slots, int block_size) const {
       throw std::invalid_argument("batch: sampled positions of slot " + std::to_string(slot) + " are not in a row");
     seen[slot] = true;
   }
+}
+
+std::int32_t BeamRows::largest_group() const {
+  std::int32_t most = 0;
+  for (std::size_t group = 1; group < groups.size(); ++group) most = std::max(most, groups[group] - groups[group - 1]);
+  return most;
+}
+
+void BeamRows::check(std::int64_t sampled, std::int64_t vocab_size, int k) const {
+  if (scores.size() != rows.size() || temperatures.size() != rows.size())
+    throw std::invalid_argument("choose_beams: rows, scores and temperatures differ in length");
+  check_indices("sampled row", rows, sampled);
+  if (groups.empty() || groups.front() != 0 || groups.back() != count() || !std::ranges::is_sorted(groups))
+    throw std::invalid_argument("choose_beams: groups do not run from 0 to the number of rows");
+  if (std::ranges::any_of(temperatures, [](float temperature) { return !(temperature > 0); }))
+    throw std::invalid_argument("choose_beams: a temperature is not above 0");
+  if (k < 1 || largest_group() * vocab_size > std::numeric_limits<std::int32_t>::max())
+    throw std::invalid_argument("choose_beams: k must be at least 1, and a group's continuations fewer than 2^31");
 }
 
 std::vector<std::int32_t> HostBatch::first_sampled() const {

@@ -41,6 +41,10 @@ struct SlotSpec {
   void check_pool(std::int64_t blocks_of_pool) const;
 };
 
+// Checks the arguments of copy_blocks: every block must be in its pool, and no target may be written twice or read.
+void check_copies(std::span<const std::int32_t> sources, std::int64_t source_blocks,
+                  std::span<const std::int32_t> targets, std::int64_t target_blocks, bool same_pool);
+
 // What a key/value cache stores of a number: a float, or a byte that is multiplied by a scale when it is read.
 enum class CacheElement : std::uint8_t { float32, float16, bfloat16, int8, fp8_e4m3, fp8_e5m2 };
 
@@ -55,6 +59,8 @@ struct CacheSpec {
   DType dtype() const;  // of the elements, uint8 for bytes
   // The layer's scales of keys and of values; std::out_of_range if there is no such layer.
   std::pair<float, float> layer_scales(int layer) const;
+  // Throws std::invalid_argument if blocks of `other` have another form.
+  void check_same_form(const CacheSpec& other) const;
 };
 
 // Reads "float32", "int8", "fp8_per_token_head", ...: the element, and whether there are head scales.
@@ -90,6 +96,24 @@ struct Rotation {
 struct AttentionNorms {
   std::optional<Tensor> q, k;
   float eps = 0;
+};
+
+// Groups of sampled positions among which beam search chooses; see choose_beams in vllmlite/backends/base.py.
+struct BeamRows {
+  std::vector<std::int32_t> rows;           // indices of sampled positions
+  std::vector<std::int32_t> groups;         // where each group begins in `rows`; after them, the number of rows
+  std::vector<float> scores, temperatures;  // of each row
+
+  std::int64_t count() const { return static_cast<std::int64_t>(rows.size()); }
+  std::int64_t num_groups() const { return static_cast<std::int64_t>(groups.size()) - 1; }
+  std::int32_t largest_group() const;
+  // Checks sizes and indices; `k` continuations are wanted of each group.
+  void check(std::int64_t sampled, std::int64_t vocab_size, int k) const;
+};
+
+// The continuations that beam search chose, [groups, k] each.
+struct Continuations {
+  Tensor rows, ids, scores;
 };
 
 struct Logprobs {

@@ -74,6 +74,20 @@ std::size_t KVCache::head_bytes() const {
 
 std::size_t KVCache::block_bytes() const { return 2 * static_cast<std::size_t>(kv_heads) * head_bytes(); }
 
+void copy_blocks(Runtime& runtime, const std::shared_ptr<KVCache>& source, std::vector<std::int32_t> sources,
+                 const std::shared_ptr<KVCache>& target, std::vector<std::int32_t> targets) {
+  source->check_same_form(*target);
+  check_copies(sources, source->num_blocks, targets, target->num_blocks, source == target);
+  runtime.issue([source, target, sources = std::move(sources), targets = std::move(targets)](Worker& worker) {
+    const std::size_t bytes = source->stride();
+    for (std::int64_t task; (task = worker.take()) < static_cast<std::int64_t>(sources.size());) {
+      const auto i = static_cast<std::size_t>(task);
+      std::memcpy(target->layer(0) + static_cast<std::size_t>(targets[i]) * bytes,
+                  source->layer(0) + static_cast<std::size_t>(sources[i]) * bytes, bytes);
+    }
+  });
+}
+
 namespace {
 
 // What is done to the heads of q, or of k, before they are rotated.

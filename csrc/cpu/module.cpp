@@ -237,6 +237,11 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
               const std::optional<Tensor>& alibi) {
              return cpu::paged_attention(self, q, kv, layer, batch, {scale, window, soft_cap, alibi});
            })
+      .def("copy_blocks",
+           [](cpu::Runtime& self, const std::shared_ptr<cpu::KVCache>& source, std::vector<std::int32_t> sources,
+              const std::shared_ptr<cpu::KVCache>& target, std::vector<std::int32_t> targets) {
+             cpu::copy_blocks(self, source, std::move(sources), target, std::move(targets));
+           })
       .def("layer_norm", &cpu::layer_norm)
       .def("gated_activation",
            [](cpu::Runtime& self, const Tensor& x, const std::string& name) {
@@ -267,6 +272,13 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
       .def("sample",
            [](cpu::Runtime& self, const Tensor& logits, const std::shared_ptr<cpu::Batch>& batch) {
              return vllmlite::listed(cpu::sample(self, logits, batch));
+           })
+      .def("choose_beams",
+           [](cpu::Runtime& self, const Tensor& logits, const std::shared_ptr<cpu::Batch>& batch,
+              const vllmlite::Array<std::int32_t>& rows, const vllmlite::Array<std::int32_t>& groups,
+              const vllmlite::Array<float>& scores, const vllmlite::Array<float>& temperatures, int k) {
+             return vllmlite::listed(
+                 cpu::choose_beams(self, logits, batch, vllmlite::beam_rows(rows, groups, scores, temperatures), k));
            })
       .def("accept", &cpu::accept)
       .def("logprobs", [](cpu::Runtime& self, const Tensor& logits, const Tensor& ids, int k) {

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <optional>
+#include <span>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -182,6 +183,10 @@ struct KVCache : CacheSpec {
   Tensor memory;
 };
 
+// Copies block sources[i] of one pool to block targets[i] of another pool of the same form, or of the same pool.
+void copy_blocks(Runtime& runtime, const std::shared_ptr<KVCache>& source, std::vector<std::int32_t> sources,
+                 const std::shared_ptr<KVCache>& target, std::vector<std::int32_t> targets);
+
 Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::optional<Rotation>& rope,
                  const std::shared_ptr<KVCache>& kv, int layer, const std::shared_ptr<Batch>& batch,
                  const AttentionNorms& norms);
@@ -197,6 +202,13 @@ struct Scores {
 Tensor paged_attention(Runtime& runtime, const Tensor& q, const std::shared_ptr<KVCache>& kv, int layer,
                        const std::shared_ptr<Batch>& batch, const Scores& scores);
 
+// Adds bias, mask and penalties to the logits of a sampled position, in this order.
+void edit(std::span<float> logits, const Batch& batch, std::size_t sampled);
+// Throws std::invalid_argument if logits do not fit the batch's sampled positions.
+void check_logits(const Tensor& logits, const Batch& batch);
+
+Continuations choose_beams(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Batch>& batch, BeamRows beams,
+                           int k);
 Sampled sample(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Batch>& batch);
 Tensor accept(Runtime& runtime, const Tensor& ids, const std::shared_ptr<Batch>& batch);
 Logprobs logprobs(Runtime& runtime, const Tensor& logits, const Tensor& ids, int k);

@@ -41,6 +41,8 @@ const std::int32_t* mask_of(const Batch& batch, std::size_t sampled, std::size_t
   return batch.bitmask.data() + static_cast<std::size_t>(batch.mask_places[sampled]) * ((vocab_size + 31) / 32);
 }
 
+}  // namespace
+
 void edit(std::span<float> logits, const Batch& batch, std::size_t sampled) {
   const auto slot = static_cast<std::size_t>(batch.sample_slots[sampled]);
   const SlotParams& params = batch.slots->params[slot];
@@ -60,6 +62,8 @@ void edit(std::span<float> logits, const Batch& batch, std::size_t sampled) {
     if (count > 0) logit = logit - params.frequency_penalty * static_cast<float>(count) - params.presence_penalty;
   }
 }
+
+namespace {
 
 // ---- Drawing: every filter becomes a minimum logit, so that equal logits are kept or dropped together
 
@@ -222,13 +226,18 @@ Logprobs logprobs(Runtime& runtime, const Tensor& logits, const Tensor& ids, int
   return out;
 }
 
-Sampled sample(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Batch>& batch) {
+void check_logits(const Tensor& logits, const Batch& batch) {
   check_logits(logits);
-  const std::int64_t rows = logits.shape[0], size = logits.shape[1];
-  if (rows != static_cast<std::int64_t>(batch->sample_slots.size()) || size != batch->slots->vocab_size)
+  if (logits.shape[0] != static_cast<std::int64_t>(batch.sample_slots.size()) ||
+      logits.shape[1] != batch.slots->vocab_size)
     throw std::invalid_argument("logits " + describe(logits.shape) + " do not fit the batch's " +
-                                std::to_string(batch->sample_slots.size()) + " rows and " +
-                                std::to_string(batch->slots->vocab_size) + " ids");
+                                std::to_string(batch.sample_slots.size()) + " rows and " +
+                                std::to_string(batch.slots->vocab_size) + " ids");
+}
+
+Sampled sample(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Batch>& batch) {
+  check_logits(logits, *batch);
+  const std::int64_t rows = logits.shape[0], size = logits.shape[1];
   Sampled out{runtime.make({rows}, DType::int32), std::nullopt};
   const bool wanted = batch->num_logprobs >= 0;
   std::optional<LogprobRows> tops;

@@ -203,6 +203,11 @@ void bind_ops(RuntimeClass& runtime) {
       .def("rows", &cuda::gather_rows)
       .def("rms_norm", &cuda::rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("residual"),
            py::arg("feeds") = py::none())
+      .def("copy_blocks",
+           [](cuda::Runtime& self, const cuda::KVCache& source, const vllmlite::Array<std::int32_t>& sources,
+              const cuda::KVCache& target, const vllmlite::Array<std::int32_t>& targets) {
+             cuda::copy_blocks(self, source, vllmlite::view(sources), target, vllmlite::view(targets));
+           })
       .def("layer_norm", &cuda::layer_norm)
       .def("add", &cuda::add)
       .def("scale", &cuda::scale)
@@ -241,6 +246,13 @@ void bind_ops(RuntimeClass& runtime) {
            })
       .def("sample", [](cuda::Runtime& self, const Tensor& logits,
                         const cuda::Batch& batch) { return vllmlite::listed(cuda::sample(self, logits, batch)); })
+      .def("choose_beams",
+           [](cuda::Runtime& self, const Tensor& logits, const cuda::Batch& batch,
+              const vllmlite::Array<std::int32_t>& rows, const vllmlite::Array<std::int32_t>& groups,
+              const vllmlite::Array<float>& scores, const vllmlite::Array<float>& temperatures, int k) {
+             return vllmlite::listed(
+                 cuda::choose_beams(self, logits, batch, vllmlite::beam_rows(rows, groups, scores, temperatures), k));
+           })
       .def("accept", &cuda::accept)
       .def("logprobs", [](cuda::Runtime& self, const Tensor& logits, const Tensor& ids, int k) {
         return vllmlite::listed(cuda::logprobs(self, logits, ids, k));

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <variant>
@@ -90,6 +91,10 @@ struct KVCache : CacheSpec {
 // Checks that the batch is for this pool.
 void check_pool(const KVCache& kv, const Batch& batch);
 
+// Copies block sources[i] of one pool to block targets[i] of another pool of the same form, or of the same pool.
+void copy_blocks(Runtime& runtime, const KVCache& source, std::span<const std::int32_t> sources, const KVCache& target,
+                 std::span<const std::int32_t> targets);
+
 Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::optional<Rotation>& rope,
                  const KVCache& kv, int layer, const Batch& batch, const AttentionNorms& norms);
 
@@ -102,6 +107,14 @@ struct ScoreEdits {
 Tensor paged_attention(Runtime& runtime, const Tensor& q, const KVCache& kv, int layer, const Batch& batch, float scale,
                        int window, const ScoreEdits& edits);
 
+// Throws if logits do not fit the batch's sampled positions.
+void check_logits(const Tensor& logits, const Batch& batch);
+// Adds bias, mask and penalties to logits [rows, vocabulary], in this order, and writes them to `to`, which may be
+// `from`. Row i is that of the sampled position positions[i], or i if `positions` is null.
+void edit(Runtime& runtime, const float* from, float* to, std::int64_t rows, const Batch& batch,
+          const std::int32_t* positions);
+
+Continuations choose_beams(Runtime& runtime, const Tensor& logits, const Batch& batch, const BeamRows& beams, int k);
 Sampled sample(Runtime& runtime, const Tensor& logits, const Batch& batch);
 Tensor accept(Runtime& runtime, const Tensor& ids, const Batch& batch);
 Logprobs logprobs(Runtime& runtime, const Tensor& logits, const Tensor& ids, int k);

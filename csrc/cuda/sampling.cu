@@ -14,18 +14,20 @@ constexpr unsigned kParts = 16;  // blocks that search a row for its largest log
 
 // ---- Bias, mask and penalties, in this order
 
-// Grid: (rows, blocks of 8 * kThreads ids). `from` and `to`, [rows, size], may be the same.
-static __global__ void edit_kernel(const float* from, float* to, int size, const __grid_constant__ BatchView batch) {
+// Grid: (rows, blocks of 8 * kThreads ids). `from` and `to`, [rows, size], may be the same. A block edits the row of a
+// sampled position: positions[blockIdx.x], or blockIdx.x if `positions` is null.
+static __global__ void edit_kernel(const float* from, float* to, int size, const std::int32_t* positions,
+                                   const __grid_constant__ BatchView batch) {
   let_next_begin();
   wait_for_previous();
-  const int row = static_cast<int>(blockIdx.x);
+  const int row = positions != nullptr ? positions[blockIdx.x] : static_cast<int>(blockIdx.x);
   const SlotState state = batch.states[batch.sample_slots[row]];
   const int place = batch.mask_places != nullptr ? batch.mask_places[row] : -1;
   const std::int32_t* bits = batch.mask_bits + static_cast<std::int64_t>(place) * ((size + 31) / 32);
   const bool penalised = state.counts != nullptr;
   if (from == to && state.bias_count == 0 && place < 0 && !penalised) return;
-  from += static_cast<std::int64_t>(row) * size;
-  to += static_cast<std::int64_t>(row) * size;
+  from += static_cast<std::int64_t>(blockIdx.x) * size;
+  to += static_cast<std::int64_t>(blockIdx.x) * size;
   // No other block writes this block's ids, so it can add their biases, which come first, by itself.
   const int begin = static_cast<int>(blockIdx.y * blockDim.x * 8),
             end = min(begin + static_cast<int>(blockDim.x * 8), size);
@@ -323,14 +325,25 @@ static void check_logits(const Tensor& logits) {
     throw std::invalid_argument("logits must be float32 [rows, vocabulary], not " + describe(logits));
 }
 
-Sampled sample(Runtime& runtime, const Tensor& logits, const Batch& batch) {
+void check_logits(const Tensor& logits, const Batch& batch) {
   check_logits(logits);
-  const std::int64_t rows = logits.shape[0];
-  const auto size = static_cast<int>(logits.shape[1]);
-  if (rows != batch.num_samples || size != batch.slots->vocab_size)
+  if (logits.shape[0] != batch.num_samples || logits.shape[1] != batch.slots->vocab_size)
     throw std::invalid_argument("logits " + describe(logits.shape) + " do not fit the batch's " +
                                 std::to_string(batch.num_samples) + " rows and " +
                                 std::to_string(batch.slots->vocab_size) + " ids");
+}
+
+void edit(Runtime& runtime, const float* from, float* to, std::int64_t rows, const Batch& batch,
+          const std::int32_t* positions) {
+  const int size = batch.slots->vocab_size;
+  launch(runtime, edit_kernel, dim3(static_cast<unsigned>(rows), blocks_for(size, kThreads * 8)), kThreads, 0, from, to,
+         size, positions, batch.view);
+}
+
+Sampled sample(Runtime& runtime, const Tensor& logits, const Batch& batch) {
+  check_logits(logits, batch);
+  const std::int64_t rows = logits.shape[0];
+  const auto size = static_cast<int>(logits.shape[1]);
   const DeviceGuard guard(runtime.device());
   Sampled out{runtime.make({rows}, DType::int32), std::nullopt};
   auto* ids = static_cast<std::int32_t*>(out.ids.data);
@@ -340,8 +353,7 @@ Sampled sample(Runtime& runtime, const Tensor& logits, const Batch& batch) {
     const auto count = static_cast<unsigned>(rows);
     if ((batch.needs & kEditing) != 0) {
       if (wanted) edited = runtime.make(logits.shape, logits.dtype);
-      launch(runtime, edit_kernel, dim3(count, blocks_for(size, kThreads * 8)), kThreads, 0,
-             static_cast<const float*>(logits.data), static_cast<float*>(edited.data), size, batch.view);
+      edit(runtime, static_cast<const float*>(logits.data), static_cast<float*>(edited.data), rows, batch, nullptr);
     }
     const auto* from = static_cast<const float*>(edited.data);
     if ((batch.needs & kDrawing) != 0) {

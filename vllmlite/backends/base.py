@@ -47,7 +47,7 @@ KVCache: TypeAlias = Any
 Slots: TypeAlias = Any
 """Per-slot state of the backend that is kept between steps (:meth:`Backend.alloc_slots`), opaque outside it."""
 
-API = 5
+API = 6
 """Version of this interface; an extension that was built for another version is refused."""
 
 
@@ -139,6 +139,30 @@ class ForwardBatch:
     """[R] int32: index of each row's adapter, 0 for none; None if no row has one."""
     backend: Any = field(default=None, repr=False)
     """The backend's own data, derived from the above at upload (cache slots of the tokens, padded layouts, …)."""
+
+
+@dataclass(slots=True)
+class BeamRows:
+    """Groups of sampled positions among which :meth:`Backend.choose_beams` chooses; host arrays. M rows, G groups."""
+
+    rows: NDArray[np.int32]
+    """[M] indices into N."""
+    groups: NDArray[np.int32]
+    """[G + 1]: group g has rows ``groups[g]`` up to ``groups[g + 1]``."""
+    scores: NDArray[np.float32]
+    """[M] sums of the log-probabilities of each row's output."""
+    temperatures: NDArray[np.float32]
+    """[M] above 0."""
+
+
+@dataclass(slots=True)
+class Continuations:
+    """The ``k`` best continuations of each group, descending: int32 ``rows [G, k]``, counted within the group, int32
+    ``ids [G, k]`` and float32 ``scores [G, k]``. Where a group has fewer, row and id are -1, and the score is -inf."""
+
+    rows: Tensor
+    ids: Tensor
+    scores: Tensor
 
 
 @dataclass(slots=True)
@@ -378,6 +402,15 @@ class Backend(ABC):
         if needed > free:
             raise BackendError(f"{num_blocks} blocks of key/value cache take {needed} bytes; {free} are free")
 
+    @abstractmethod
+    def copy_blocks(
+        self, source: KVCache, sources: NDArray[np.int32], target: KVCache, targets: NDArray[np.int32]
+    ) -> None:
+        """Copy block ``sources[i]`` of the pool ``source``, all layers, to block ``targets[i]`` of ``target``.
+
+        Both are pools of one spec, or the same pool; sources and targets are ``[n]``. IndexError if a block is not in
+        its pool, ValueError if a target occurs twice or is a source in the same pool; then nothing is copied."""
+
     # Slots: state that stays on the device between steps
 
     @abstractmethod
@@ -562,6 +595,17 @@ class Backend(ABC):
 
         A NaN counts as -inf. The drafts of a slot up to a position count as output ids there: they are the token ids
         after that of the slot's first sampled position. The slots are not changed; see :meth:`accept`."""
+
+    @abstractmethod
+    def choose_beams(
+        self, logits: Tensor, slots: Slots, batch: ForwardBatch, beams: BeamRows, k: int
+    ) -> Continuations:
+        """Choose the ``k`` best continuations of each group of sequences by one id (beam search).
+
+        A continuation's score is its row's score plus its id's log-probability in the softmax of ``logits [N, V]``
+        divided by the row's temperature, edited as in steps 2 and 3 of :meth:`sample`. Among equal scores the lower
+        row comes first, then the lower id. A NaN counts as -inf; scores of -inf are no continuations. ``logits`` are
+        not changed."""
 
     @abstractmethod
     def accept(self, ids: Tensor, slots: Slots, batch: ForwardBatch) -> Tensor:

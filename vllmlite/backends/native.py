@@ -10,8 +10,19 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from vllmlite.backends.base import API, Backend, ForwardBatch, Logprobs, Rope, Sampled, Tensor
+from vllmlite.backends.base import (
+    API,
+    Backend,
+    BeamRows,
+    Continuations,
+    ForwardBatch,
+    Logprobs,
+    Rope,
+    Sampled,
+    Tensor,
+)
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.errors import BackendError
@@ -36,6 +47,11 @@ class NativeBackend(Backend):
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
         padded = replace(spec, head_dim=-(-spec.head_dim // HEAD_UNIT) * HEAD_UNIT)
         return 2 * spec.num_layers * spec.num_kv_heads * padded.head_bytes * spec.block_size
+
+    def copy_blocks(
+        self, source: Any, sources: NDArray[np.int32], target: Any, targets: NDArray[np.int32]
+    ) -> None:
+        self._runtime.copy_blocks(source, sources, target, targets)
 
     # Model ops
 
@@ -129,6 +145,12 @@ class NativeBackend(Backend):
     def sample(self, logits: Tensor, slots: Any, batch: ForwardBatch) -> Sampled:
         ids, *logprobs = self._runtime.sample(logits, batch.backend)
         return Sampled(ids, Logprobs(*logprobs) if logprobs else None)
+
+    def choose_beams(
+        self, logits: Tensor, slots: Any, batch: ForwardBatch, beams: BeamRows, k: int
+    ) -> Continuations:
+        given = (beams.rows, beams.groups, beams.scores, beams.temperatures)
+        return Continuations(*self._runtime.choose_beams(logits, batch.backend, *given, k))
 
     def accept(self, ids: Tensor, slots: Any, batch: ForwardBatch) -> Tensor:
         return self._runtime.accept(ids, batch.backend)

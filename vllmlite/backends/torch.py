@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from vllmlite.backends import torch_sampling
 from vllmlite.backends.base import (
     Backend,
+    BeamRows,
+    Continuations,
     Expert,
     ForwardBatch,
     GraphKey,
@@ -33,7 +35,7 @@ from vllmlite.backends.base import (
 )
 from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec
 from vllmlite.backends.memory import host_memory
-from vllmlite.backends.torch_attention import Group, Rows, Scores, TorchKV, attend, plan_groups
+from vllmlite.backends.torch_attention import Group, Rows, Scores, TorchKV, attend, check_copies, plan_groups
 from vllmlite.backends.torch_packed import SCHEMES, TorchPacked, TorchPart, packed_part
 from vllmlite.backends.torch_sampling import SamplePlan, TorchSlots
 from vllmlite.errors import BackendError
@@ -204,6 +206,14 @@ class TorchBackend(Backend):
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> TorchKV:
         self.check_kv(spec, num_blocks)
         return TorchKV(spec, num_blocks, self._device)
+
+    @torch.inference_mode()
+    def copy_blocks(
+        self, source: TorchKV, sources: NDArray[np.int32], target: TorchKV, targets: NDArray[np.int32]
+    ) -> None:
+        check_copies(source, sources, target, targets)
+        read, written = self._put(sources.astype(np.int64), targets.astype(np.int64))
+        target.blocks[:, written] = source.blocks[:, read]
 
     # Slots
 
@@ -469,6 +479,18 @@ class TorchBackend(Backend):
             copy = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True).copy_(ids, non_blocking=True)
             setattr(ids, _HOST_COPY, (copy, torch.cuda.current_stream(self._device).record_event()))
         return Sampled(ids, torch_sampling.logprobs(logits, ids, batch.num_logprobs) if wanted else None)
+
+    @torch.inference_mode()
+    def choose_beams(
+        self, logits: torch.Tensor, slots: TorchSlots, batch: ForwardBatch, beams: BeamRows, k: int
+    ) -> Continuations:
+        rows, scores, temperatures = self._put(
+            beams.rows.astype(np.int64), beams.scores[:, None], beams.temperatures[:, None]
+        )
+        divisors = torch.ones((len(logits), 1), device=self._device).index_put_((rows,), temperatures)
+        values = torch_sampling.log_softmax(torch_sampling.without_nan(logits) / divisors)
+        torch_sampling.edit(values, slots, batch)
+        return torch_sampling.best_continuations(values[rows] + scores, beams.groups.tolist(), k)
 
     @torch.inference_mode()
     def accept(self, ids: torch.Tensor, slots: TorchSlots, batch: ForwardBatch) -> torch.Tensor:

@@ -43,7 +43,10 @@ class TorchKV:
         self.dtype = torch.uint8 if spec.format else getattr(torch, spec.dtype)
         head = spec.head_bytes if spec.format else spec.head_dim
         shape = (spec.num_layers, num_blocks * spec.block_size, 2 * spec.num_kv_heads * head)
-        self.layers = list(torch.empty(shape, dtype=self.dtype, device=device))
+        memory = torch.empty(shape, dtype=self.dtype, device=device)
+        self.layers = list(memory)
+        self.blocks = memory.view(spec.num_layers, num_blocks, -1)
+        """A view of all layers by block."""
         self._scales = torch.tensor(spec.scales or [(1.0, 1.0)] * spec.num_layers, device=device)
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
 
@@ -91,6 +94,25 @@ class TorchKV:
         if kept is None or len(kept) < size:
             kept = self._scratch[dtype] = torch.empty(size, dtype=dtype, device=self.layers[0].device)
         return kept[:size].view(shape)
+
+
+def check_copies(
+    source: TorchKV, sources: NDArray[np.int32], target: TorchKV, targets: NDArray[np.int32]
+) -> None:
+    """Raise the errors of ``Backend.copy_blocks``."""
+    if source.spec != target.spec or len(sources) != len(targets):
+        raise ValueError(
+            "copy_blocks: the pools have blocks of different forms, or sources and targets differ in length"
+        )
+    for what, kv, blocks in (("source", source, sources), ("target", target, targets)):
+        limit = kv.blocks.shape[1]
+        wrong = blocks[(blocks < 0) | (blocks >= limit)]
+        if len(wrong):
+            raise IndexError(f"{what} block {wrong[0]} is not within 0 and {limit - 1}")
+    if len(np.unique(targets)) < len(targets):
+        raise ValueError("copy_blocks: a block is the target of two copies")
+    if source is target and np.isin(sources, targets).any():
+        raise ValueError("copy_blocks: a block is both source and target")
 
 
 def _quantised(x: torch.Tensor, form: KVFormat, scale: torch.Tensor | None) -> torch.Tensor:

@@ -7,12 +7,13 @@ the batch. The device only keeps block tables, last ids and, once a slot has pen
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import ForwardBatch, Logprobs, SlotParams, SlotSpec
+from vllmlite.backends.base import Continuations, ForwardBatch, Logprobs, SlotParams, SlotSpec
 from vllmlite.backends.torch_attention import Put
 
 _HEAD = 1024  # up to this many largest logits use topk; more sort all
@@ -333,18 +334,47 @@ def logprobs(logits: torch.Tensor, ids: torch.Tensor, k: int) -> Logprobs:
     return Logprobs(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Return the logarithms of the softmax of each row; 0 for +inf."""
+    return _logprob(logits, logits.logsumexp(-1, keepdim=True))
+
+
+def _logprob(logit: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    return torch.where(logit.isinf(), torch.where(logit > 0, 0, logit), logit - total)
+
+
+def _keys(numbers: torch.Tensor) -> torch.Tensor:
+    """Return integers that order the elements of each row by (number, descending index), for exact ranks and ties."""
+    bits = (numbers + 0.0).view(torch.int32)  # adding zero turns -0 into 0
+    keys = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32
+    return keys.sub_(torch.arange(numbers.shape[-1], device=numbers.device))
+
+
+def best_continuations(scores: torch.Tensor, groups: list[int], k: int) -> Continuations:
+    """Return the ``k`` best of ``scores [M, V]`` in each group of rows; see ``Backend.choose_beams``."""
+    vocab_size = scores.shape[1]
+    shape = (len(groups) - 1, k)
+    found = Continuations(
+        torch.full(shape, -1, dtype=torch.int32, device=scores.device),
+        torch.full(shape, -1, dtype=torch.int32, device=scores.device),
+        torch.full(shape, -torch.inf, device=scores.device),
+    )
+    for group, (first, last) in enumerate(pairwise(groups)):
+        own = scores[first:last].flatten()
+        best = _keys(own).topk(min(k, len(own))).indices
+        exists = own[best] > -torch.inf
+        count = len(best)
+        found.rows[group, :count] = torch.where(exists, best // vocab_size, -1).int()
+        found.ids[group, :count] = torch.where(exists, best % vocab_size, -1).int()
+        found.scores[group, :count] = own[best]
+    return found
+
+
 def _logprobs(logits: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
     index = ids.long()[:, None]
     total = logits.logsumexp(-1, keepdim=True)
-
-    def logprob(logit: torch.Tensor) -> torch.Tensor:
-        return torch.where(logit.isinf(), torch.where(logit > 0, 0, logit), logit - total)
-
-    # Compare integers that order by (logit, descending id), for exact ranks and ties. Adding zero turns -0 into 0.
-    bits = (logits + 0.0).view(torch.int32)
-    keys = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32
-    keys -= torch.arange(logits.shape[1], device=logits.device)
+    keys = _keys(logits)
     rank = (keys > keys.gather(1, index)).sum(-1) + 1
     top_ids = keys.topk(k, dim=-1).indices
-    chosen = logprob(logits.gather(1, index))[:, 0]
-    return chosen, rank.int(), top_ids.int(), logprob(logits.gather(1, top_ids))
+    chosen = _logprob(logits.gather(1, index), total)[:, 0]
+    return chosen, rank.int(), top_ids.int(), _logprob(logits.gather(1, top_ids), total)
