@@ -108,7 +108,7 @@ def test_chat_takes_vllms_arguments_by_position(llm: Any) -> None:
         llm.chat(MESSAGES, GREEDY, chat_template_content_format="html")
 
 
-ADAPTER = object()
+ADAPTER: Any = object()
 REFUSED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "lora": ("lora_request", lambda llm: llm.generate("x", GREEDY, lora_request=ADAPTER)),
     "chat with lora": ("lora_request", lambda llm: llm.chat(MESSAGES, GREEDY, False, ADAPTER)),

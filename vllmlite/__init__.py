@@ -12,6 +12,7 @@ _HOME = {
     "AsyncLLM": "async_llm",
     "AsyncLLMEngine": "async_llm",
     "LLMEngine": "llm_engine",
+    "LoRARequest": "lora.request",
     "AsyncEngineArgs": "config.engine_config",
     "EngineArgs": "config.engine_config",
     "EngineConfig": "config.engine_config",
@@ -35,6 +36,7 @@ __all__ = [
     "EngineArgs",
     "EngineConfig",
     "LLMEngine",
+    "LoRARequest",
     "PoolingParams",
     "RequestOutput",
     "SamplingParams",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from vllmlite.inputs import TextPrompt, TokensPrompt
     from vllmlite.llm import LLM
     from vllmlite.llm_engine import LLMEngine
+    from vllmlite.lora.request import LoRARequest
     from vllmlite.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput
     from vllmlite.pooling_params import PoolingParams
     from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams

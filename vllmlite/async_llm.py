@@ -16,6 +16,7 @@ from vllmlite.engine_process.start import start_process, start_replicas, start_t
 from vllmlite.errors import EngineDeadError, ParameterError, VllmliteError
 from vllmlite.inputs import refuse
 from vllmlite.llm_engine import LLMEngine, Prompt
+from vllmlite.lora.request import LoRARequest
 from vllmlite.outputs import EngineStats, RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
@@ -36,6 +37,7 @@ class NewRequest:
     params: SamplingParams | PoolingParams
     priority: int = 0
     arrival_time: float | None = None
+    lora_request: LoRARequest | None = None
 
 
 class OutputStream:
@@ -163,6 +165,7 @@ class AsyncLLM:
                     request.prompt,
                     request.params,
                     arrival_time=request.arrival_time,
+                    lora_request=request.lora_request,
                     priority=request.priority,
                 )
         except BaseException:
@@ -176,7 +179,7 @@ class AsyncLLM:
         sampling_params: SamplingParams,
         request_id: str,
         *,
-        lora_request: object = None,
+        lora_request: LoRARequest | None = None,
         trace_headers: Mapping[str, str] | None = None,
         priority: int = 0,
         **absent: object,
@@ -186,14 +189,14 @@ class AsyncLLM:
 
         ``trace_headers`` have no effect; the other arguments that vLLM has must be None. Raises :class:`ParameterError`
         if the request can never be served, VllmliteError if a step failed."""
-        refuse({"lora_request": lora_request, **absent})
+        refuse(absent)
         if not isinstance(sampling_params, SamplingParams):
             raise ParameterError("sampling_params", sampling_params, "must be SamplingParams")
         structure = sampling_params.structured_outputs
         if structure is not None:
             await asyncio.to_thread(self._engine.grammars.compile, structure)
         stream = await self.submit(
-            [NewRequest(request_id, prompt, sampling_params, priority, time.monotonic())]
+            [NewRequest(request_id, prompt, sampling_params, priority, time.monotonic(), lora_request)]
         )
         try:
             while outputs := await stream.take():
@@ -223,6 +226,22 @@ class AsyncLLM:
         refuse({"reset_running_requests": reset_running_requests, "reset_connector": reset_connector})
         await self.ask("reset_prefix_cache")
         return True
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Read and check an adapter before its first use, and return True. Raises ModelError or ParameterError if it
+        cannot be used."""
+        self._use_running_loop()
+        await self._core.ask("add_adapter", self._engine.checked_lora(lora_request))
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        """Forget the adapter with number ``lora_id``; return whether there was one. Unfinished requests go on."""
+        self._use_running_loop()
+        return self._engine.remove_lora(lora_id)
+
+    async def list_loras(self) -> set[int]:
+        """Return the numbers of the adapters that have been added or named by requests."""
+        return self._engine.list_loras()
 
     async def ask(self, name: str, *args: object) -> Any:
         """Call the engine's method ``name`` between two steps, and return its result."""

@@ -26,7 +26,6 @@ class TokensPrompt(TypedDict):
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 REASONS = {
-    "lora_request": "LoRA adapters are not supported: leave it out or None",
     "multi_modal_data": "only text is supported: leave it out or None",
     "multi_modal_uuids": "only text is supported: leave it out or None",
     "mm_processor_kwargs": "only text is supported: leave it out or None",

@@ -12,6 +12,7 @@ from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.exclusive_calls import Turns, takes_turn
 from vllmlite.inputs import as_batch, refuse
 from vllmlite.llm_engine import LLMEngine, Prompt
+from vllmlite.lora.request import LoRARequest
 from vllmlite.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
@@ -48,7 +49,7 @@ class LLM:
         sampling_params: SamplingParams | Mapping[str, Any] | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: object = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         priority: Sequence[int] | None = None,
         **absent: object,
     ) -> list[RequestOutput]:
@@ -56,16 +57,18 @@ class LLM:
 
         A prompt is text, token ids, or a mapping of either (``prompt``, ``prompt_token_ids``). One
         :class:`SamplingParams`, or a mapping of its fields, applies to all prompts; or each prompt has its own.
-        ``use_tqdm`` shows a progress bar on a terminal, or is a function that makes the bar. Other arguments of vLLM
-        must be None. Raises :class:`ParameterError` before anything runs if a prompt or parameter is invalid.
+        ``lora_request`` is a LoRA adapter for all prompts, or a list with an adapter or None for each; it needs
+        ``enable_lora``. ``use_tqdm`` shows a progress bar on a terminal, or is a function that makes the bar. Other
+        arguments of vLLM must be None. Raises :class:`ParameterError` before anything runs if a prompt or parameter is
+        invalid.
         """
-        refuse({"lora_request": lora_request, **absent})
+        refuse(absent)
         batch = as_batch(prompts)
         params = self._params_for(batch, sampling_params)
         if priority is not None and (not isinstance(priority, Sequence) or len(priority) != len(batch)):
             raise ParameterError("priority", priority, f"must have one entry per prompt, {len(batch)}")
         finals = [each.clone(output_kind=RequestOutputKind.FINAL_ONLY) for each in params]
-        return self._run(batch, finals, priority, use_tqdm)
+        return self._run(batch, finals, priority, use_tqdm, lora_request)
 
     def embed(
         self,
@@ -73,13 +76,13 @@ class LLM:
         *,
         pooling_params: PoolingParams | Iterable[PoolingParams] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: object = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         **absent: object,
     ) -> list[EmbeddingRequestOutput]:
         """Return an embedding of each prompt: its pooled hidden states after the last norm; see :class:`PoolingParams`.
 
         Takes prompts and raises errors as :meth:`generate` does."""
-        refuse({"lora_request": lora_request, **absent})
+        refuse(absent)
         batch = as_batch(prompts)
         if pooling_params is None:
             pooling_params = PoolingParams()
@@ -96,7 +99,7 @@ class LLM:
                 EmbeddingOutput(output.embedding or []),
                 num_cached_tokens=output.num_cached_tokens,
             )
-            for output in self._run(batch, params, None, use_tqdm)
+            for output in self._run(batch, params, None, use_tqdm, lora_request)
         ]
 
     def chat(
@@ -104,7 +107,7 @@ class LLM:
         messages: Messages | Iterable[Messages],
         sampling_params: SamplingParams | Mapping[str, Any] | Iterable[SamplingParams] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: object = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
@@ -114,7 +117,7 @@ class LLM:
         **absent: object,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several, using the model's chat template."""
-        refuse({"lora_request": lora_request, **absent})
+        refuse(absent)
         if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
             raise ParameterError("messages", messages, "must be a list of messages, or a list of such lists")
         listed: list[Any] = list(messages)
@@ -132,7 +135,7 @@ class LLM:
             prompts.append(
                 {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
             )
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """See :meth:`LLMEngine.reset_prefix_cache`."""
@@ -171,15 +174,21 @@ class LLM:
         params: Sequence[SamplingParams | PoolingParams],
         priority: Sequence[int] | None,
         use_tqdm: bool | Callable[..., Any],
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None,
     ) -> list[RequestOutput]:
         """Add all requests, or none if one is invalid; step until they are finished; return outputs in order."""
+        adapters = _adapters_for(lora_request, len(batch))
         self._abort_unfinished()
         request_ids = [str(next(self._ids)) for _ in batch]
         try:
             self._unfinished.update(request_ids)
             for index, (prompt, its_params) in enumerate(zip(batch, params, strict=True)):
                 self.llm_engine.add_request(
-                    request_ids[index], prompt, its_params, priority=priority[index] if priority else 0
+                    request_ids[index],
+                    prompt,
+                    its_params,
+                    lora_request=adapters[index],
+                    priority=priority[index] if priority else 0,
                 )
             return self._finish(request_ids, use_tqdm)
         finally:
@@ -208,6 +217,20 @@ class LLM:
             if request_id not in finished:
                 raise VllmliteError(f"request {request_id} was aborted while it ran")
         return [finished[request_id] for request_id in request_ids]
+
+
+def _adapters_for(given: object, count: int) -> Sequence[LoRARequest | None]:
+    """Return the adapter of each of ``count`` prompts."""
+    if given is None or isinstance(given, LoRARequest):
+        return [given] * count
+    listed: list[Any] = (
+        list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Mapping)) else [given]
+    )
+    if len(listed) != count or not all(each is None or isinstance(each, LoRARequest) for each in listed):
+        raise ParameterError(
+            "lora_request", given, f"must be a LoRARequest, or a list of one per prompt, {count}"
+        )
+    return listed
 
 
 def _listed(name: str, given: Any, kind: type[T], count: int) -> list[T]:

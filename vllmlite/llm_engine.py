@@ -13,6 +13,7 @@ from vllmlite.engine.engine import Engine, EngineOutput
 from vllmlite.errors import ParameterError
 from vllmlite.exclusive_calls import Turns, takes_turn
 from vllmlite.inputs import PROMPT_KEYS, refuse, token_ids
+from vllmlite.lora.request import LoRARequest
 from vllmlite.output_processor import OutputProcessor, ProcessedStep
 from vllmlite.outputs import EngineStats, RequestOutput
 from vllmlite.pooling_params import PoolingParams
@@ -69,6 +70,8 @@ class LLMEngine:
         """Id of the request that is being added."""
         self._unwanted: set[str] = set()
         """Ids of requests to abort."""
+        self._loras: dict[int, LoRARequest] = {}
+        """Adapters that have been added or named by requests, by their numbers; the last one of each number."""
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineConfig, **_absent: object) -> LLMEngine:
@@ -99,7 +102,7 @@ class LLMEngine:
         prompt: Prompt,
         params: SamplingParams | PoolingParams,
         arrival_time: float | None = None,
-        lora_request: object = None,
+        lora_request: LoRARequest | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         trace_headers: Mapping[str, str] | None = None,
         priority: int = 0,
@@ -107,9 +110,11 @@ class LLMEngine:
     ) -> None:
         """Queue a generation request, or an embedding request if ``params`` are :class:`PoolingParams`.
 
-        ``prompt_text`` is reported in outputs as the text of a prompt of ids. ``trace_headers`` has no effect; vLLM's
-        other arguments must be None. Raises :class:`ParameterError`, and adds nothing, if the request can never run."""
-        refuse({"lora_request": lora_request, "tokenization_kwargs": tokenization_kwargs})
+        ``prompt_text`` is reported in outputs as the text of a prompt of ids. ``lora_request`` names a LoRA adapter,
+        which is read at its first use; if the engine runs in this thread, an adapter that cannot be used raises
+        ModelError here, else the request ends with an error. ``trace_headers`` has no effect; vLLM's other arguments
+        must be None. Raises :class:`ParameterError`, and adds nothing, if the request can never run."""
+        refuse({"tokenization_kwargs": tokenization_kwargs})
         self._drop()
         if not isinstance(request_id, str) or not request_id:
             raise ParameterError("request_id", request_id, "must be a non-empty string")
@@ -121,6 +126,7 @@ class LLMEngine:
             raise ParameterError("priority", priority, "needs scheduling_policy=priority")
         encoded = self.encode(prompt, self.truncation(params))
         encoded.setdefault("prompt", prompt_text)
+        encoded["adapter"] = None if lora_request is None else self.checked_lora(lora_request)
         try:
             self._adding = request_id
             if isinstance(params, PoolingParams):
@@ -159,6 +165,7 @@ class LLMEngine:
                 priority=priority,
                 cache_salt=encoded.get("cache_salt"),
                 arrival_time=arrival_time,
+                adapter=encoded["adapter"],
             )
 
     def _add_pooling(
@@ -186,7 +193,40 @@ class LLMEngine:
             cache_salt=encoded.get("cache_salt"),
             arrival_time=arrival_time,
             pooling_type=kind,
+            adapter=encoded["adapter"],
         )
+
+    def checked_lora(self, lora_request: object) -> LoRARequest:
+        """Return ``lora_request`` and remember it. Raises ParameterError if requests cannot have an adapter."""
+        if not isinstance(lora_request, LoRARequest):
+            raise ParameterError("lora_request", lora_request, "must be a LoRARequest or None")
+        if not self.config.enable_lora:
+            raise ParameterError(
+                "lora_request", lora_request.lora_name, "needs enable_lora=True (--enable-lora)"
+            )
+        self._loras[lora_request.lora_int_id] = lora_request
+        if lora_request.load_inplace:
+            self.engine_core.remove_adapter(lora_request)
+        return lora_request
+
+    @takes_turn
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Read and check an adapter before its first use, and return True. Raises ModelError or ParameterError if it
+        cannot be used."""
+        self.engine_core.add_adapter(self.checked_lora(lora_request))
+        return True
+
+    @takes_turn
+    def remove_lora(self, lora_id: int) -> bool:
+        """Forget the adapter with number ``lora_id``; return whether there was one. Unfinished requests go on."""
+        lora_request = self._loras.pop(lora_id, None)
+        if lora_request is not None:
+            self.engine_core.remove_adapter(lora_request)
+        return lora_request is not None
+
+    def list_loras(self) -> set[int]:
+        """Return the numbers of the adapters that have been added or named by requests."""
+        return set(self._loras)
 
     @cached_property
     def grammars(self) -> Grammars:

@@ -72,6 +72,12 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--enforce-eager"], "enforce_eager", True),
     (["--seed", "7"], "seed", 7),
     (["--max-logprobs", "-1"], "max_logprobs", -1),
+    (["--enable-lora"], "enable_lora", True),
+    (["--max-loras", "4"], "max_loras", 4),
+    (["--max-lora-rank", "64"], "max_lora_rank", 64),
+    (["--max-cpu-loras", "8"], "max_cpu_loras", 8),
+    (["--max-lora-bytes", "1G"], "max_lora_bytes", 1 << 30),
+    (["--lora-dtype", "half"], "lora_dtype", "float16"),
 ]
 
 
@@ -364,8 +370,10 @@ def test_engine_args_have_vllms_names() -> None:
     args = EngineArgs("m", tensor_parallel_size=1, dtype="half")
     assert isinstance(args, EngineConfig)
     assert (args.model, args.dtype) == ("m", "float16")
-    with pytest.raises(ParameterError, match="enable_lora"):
-        EngineArgs("m", enable_lora=True)
+    with pytest.raises(ParameterError, match="fully_sharded_loras"):
+        EngineArgs("m", fully_sharded_loras=True)
+    with pytest.raises(ParameterError, match="max_cpu_loras=2: must be at least max_loras, which is 3"):
+        EngineArgs("m", enable_lora=True, max_loras=3, max_cpu_loras=2)
     made = EngineArgs.add_cli_args(argparse.ArgumentParser())
     assert EngineArgs.from_cli_args(made.parse_args(["--seed", "2"])).seed == 2
 
@@ -388,7 +396,7 @@ def test_yaml_overrides_defaults_and_flags_override_yaml(tmp_path: Path) -> None
         ("- 1", "one mapping"),
         ("1: 2", "one mapping"),
         ("a: [", "is not YAML"),
-        ("enable-lora: true", "LoRA"),
+        ("fully-sharded-loras: true", "enable_lora"),
         ("block-size: eight", "integer"),
         ("!!python/object/apply:os.system [true]", "is not YAML"),
     ],

@@ -6,8 +6,9 @@ into the next id. A wrong or stale block, one allocated twice, or a lost token c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from random import Random
+from typing import Any
 from zlib import crc32
 
 from vllmlite.engine.runner_protocol import StepResult
@@ -97,6 +98,9 @@ class FakeRunner:
             if row in schedule.wanted:
                 result.drafts[row] = self._propose(context, schedule.wanted[row])
         return result
+
+    def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:
+        raise NotImplementedError("the fake runner has no adapters")
 
     def _propose(self, context: list[int], count: int) -> list[int]:
         """Guess up to ``count`` ids, the same for the same context."""

@@ -13,7 +13,7 @@ may still read it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -259,6 +259,10 @@ class AdaptableModel(Model, Protocol):
     def set_adapter(self, index: int, adapter: Adapter | None) -> None:
         """Put ``adapter`` at ``index``, from 1 on, in place of the one that is there; None: only remove that.
         ParameterError if it does not fit the model."""
+        ...
+
+    def set_adapter_parts(self, index: int, adapter: Adapter | None) -> Iterator[int]:
+        """Do the same one weight after the other; yields the bytes of each."""
         ...
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllmlite.cli import report, session
 from vllmlite.cli.prompts import PromptEntry, add_prompt_arguments, read_prompts
 from vllmlite.cli.sampling import add_sampling_arguments, given_sampling, sampling_from_mapping
 from vllmlite.cli.screen import for_output
+from vllmlite.lora.request import LoRARequest
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ def add_arguments(parser: OptionParser) -> None:
         metavar="FILE|NAME",
         help="chat template to use instead of the model's: a file, or the name of one",
     )
+    prompts.add_argument(
+        "--lora",
+        metavar="PATH",
+        help="LoRA adapter to use: a directory in PEFT's format, or a GGUF file; see the LoRA options",
+    )
     session.add_session_arguments(parser)
     add_sampling_arguments(parser, max_tokens=128)
     output = parser.add_argument_group("output options")
@@ -52,6 +58,7 @@ class Job:
     prompt: Prompt
     params: SamplingParams
     priority: int
+    adapter: LoRARequest | None
 
 
 def run(args: argparse.Namespace, parser: OptionParser) -> int:
@@ -60,6 +67,9 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
         if getattr(args, name) is not None and not args.chat:
             parser.error(f"--{name.replace('_', '-')} needs --chat")
     config = session.engine_config(args, parser)
+    adapter = None
+    if args.lora is not None:
+        config, adapter = replace(config, enable_lora=True), LoRARequest(args.lora, 1, args.lora)
     if config.skip_tokenizer_init and not args.json:
         parser.error("without a tokenizer only token ids can be printed: add --json")
     given = given_sampling(args)
@@ -72,6 +82,7 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
             _prompt(entry, started.engine, args, template),
             sampling_from_mapping(base, entry.options),
             entry.priority,
+            adapter,
         )
         for entry in entries
     ]
@@ -104,7 +115,8 @@ def _echo(args: argparse.Namespace) -> bool:
 def _stream(engine: LLMEngine, job: Job, echo: bool, tally: report.Run) -> None:
     """Print one completion as it is generated."""
     count = 0
-    for number, output in enumerate(session.stream(engine, "0", job.prompt, job.params, job.priority)):
+    outputs = session.stream(engine, "0", job.prompt, job.params, job.priority, adapter=job.adapter)
+    for number, output in enumerate(outputs):
         if echo and number == 0:
             print(for_output(_prompt_text(engine, output)), end="")
         count += len(output.outputs[0].token_ids)
@@ -147,7 +159,7 @@ def _in_order(engine: LLMEngine, jobs: list[Job]) -> Iterator[RequestOutput]:
     """Run all jobs together; yield outputs in the order of ``jobs``, each as soon as it can be."""
     for index, job in enumerate(jobs):
         params = job.params.clone(output_kind=RequestOutputKind.FINAL_ONLY)
-        engine.add_request(str(index), job.prompt, params, priority=job.priority)
+        engine.add_request(str(index), job.prompt, params, lora_request=job.adapter, priority=job.priority)
     progress = report.Progress(len(jobs))
     finished: dict[str, RequestOutput] = {}
     for index in range(len(jobs)):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from vllmlite.cli.parser import OptionParser
     from vllmlite.llm_engine import LLMEngine, Prompt
+    from vllmlite.lora.request import LoRARequest
     from vllmlite.outputs import RequestOutput
 
 
@@ -101,12 +102,13 @@ def stream(
     params: SamplingParams,
     priority: int = 0,
     interrupted: Sequence[object] = (),
+    adapter: LoRARequest | None = None,
 ) -> Generator[RequestOutput, None, None]:
     """Run one request and yield its outputs, each with the new text only.
 
     Closing the generator aborts the request, and so does an entry in ``interrupted``, checked before each step."""
     delta = params.clone(output_kind=RequestOutputKind.DELTA)
-    engine.add_request(request_id, prompt, delta, priority=priority)
+    engine.add_request(request_id, prompt, delta, lora_request=adapter, priority=priority)
     finished = False
     try:
         while not finished and not interrupted and engine.has_unfinished_requests():

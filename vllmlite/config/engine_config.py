@@ -214,6 +214,32 @@ class EngineConfig:
         "the same vocabulary generates",
         group="speculative decoding",
     )
+    enable_lora: bool = _option(False, "let requests use LoRA adapters", group="LoRA")
+    max_loras: int = _option(
+        1, "adapters on the device, which requests of one step can use", group="LoRA", low=1, high=4096
+    )
+    max_lora_rank: int = _option(16, "largest rank of an adapter", group="LoRA", low=1, high=512)
+    max_cpu_loras: int | None = _option(
+        None,
+        "adapters in host memory, from where they are put on the device; others are read from their files again; "
+        "default: max_loras",
+        group="LoRA",
+        low=1,
+    )
+    max_lora_bytes: int = _option(
+        4 << 30,
+        "memory on the host for adapters, and maximum size of an adapter's file; bytes, or 512M, 4G",
+        group="LoRA",
+        low=1,
+        size=True,
+    )
+    lora_dtype: str = _option(
+        "auto",
+        "dtype of adapters; auto: the model's",
+        group="LoRA",
+        choices=("auto", *FLOAT_DTYPES),
+        synonyms=DTYPE_SYNONYMS,
+    )
     pooling_type: str = _option(
         "LAST",
         "embeddings: hidden state of the last token, or mean of all tokens",
@@ -249,6 +275,10 @@ class EngineConfig:
                 "num_gpu_blocks_override",
                 self.num_gpu_blocks_override,
                 "cannot be combined with kv_cache_memory_bytes: both set the size of the key/value cache",
+            )
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ParameterError(
+                "max_cpu_loras", self.max_cpu_loras, f"must be at least max_loras, which is {self.max_loras}"
             )
         self.speculative()
         marks = self.reasoning_config

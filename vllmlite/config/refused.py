@@ -52,9 +52,10 @@ _REASONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "enable_expert_parallel": (False,), "enable_eplb": (False,), "enable_dbo": (False,), "headless": (False,),
         "distributed_executor_backend": (None, "uni"), "disable_custom_all_reduce": _EITHER,
     },
-    "LoRA adapters are not supported in this version: merge the adapter into the checkpoint": {
-        "enable_lora": (None, False), "max_loras": (1,), "max_lora_rank": (16,), "lora_modules": (None,),
-        "max_cpu_loras": (None,), "fully_sharded_loras": (False,),
+    "adapters are not sharded, and change the language model only: see enable_lora": {
+        "fully_sharded_loras": (False,), "default_mm_loras": _NOTHING, "enable_tower_connector_lora": (False,),
+        "lora_extra_vocab_size": (0, 256), "long_lora_scaling_factors": (None,), "enable_lora_bias": (False,),
+        "specialize_active_lora": _EITHER, "lora_target_modules": (None,),
     },
     "drafts are verified by sampling, which never changes the text: see speculative_config": {
         "speculative_draft_tensor_parallel_size": (None, 1), "speculative_disable_mqa_scorer": _EITHER,

@@ -8,6 +8,7 @@ Python over integers; the runner is the only thing that knows a model.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from hashlib import sha256
 from itertools import compress
 from typing import Any, TypedDict
 
+from vllmlite.engine.adapters import AdapterSource, Resident
 from vllmlite.engine.block_pool import root_digest
 from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.drafts import DraftPolicy
@@ -24,12 +26,17 @@ from vllmlite.engine.runner_protocol import Runner, StepResult, TokenLogprobs
 from vllmlite.engine.scheduler import Limits, Schedule, Scheduler
 from vllmlite.engine.thinking import ReasoningMarks, ThinkingBudget
 from vllmlite.engine.trace import Trace, TracedRunner, TraceEvent
-from vllmlite.errors import ParameterError
+from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.outputs import EngineStats, RequestMetrics
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.signals import came_from_handler
 
 logger = logging.getLogger(__name__)
+
+ADAPTER_BYTES = 4 << 20
+"""Bytes of an adapter that are put on the device before a step, if requests run."""
+ADAPTER_SECONDS = 0.01
+"""Maximum time that a step without anything to run waits for an adapter to be read."""
 
 
 @dataclass(slots=True)
@@ -63,6 +70,7 @@ class RequestOptions(TypedDict, total=False):
     cache_salt: str | None
     arrival_time: float | None
     pooling_type: str | None
+    adapter: Any
 
 
 @dataclass(slots=True)
@@ -106,10 +114,11 @@ class Engine:
         reasoning: ReasoningMarks | None = None,
         drafting: DraftPolicy | None = None,
         cache_format: str = "",
+        adapters: AdapterSource | None = None,
     ) -> None:
         """Start without requests. Requests without a seed of their own derive one from ``seed``. Without ``drafting``
         nothing is speculated. Block hashes depend on ``cache_format``, which says how the key/value cache stores
-        numbers."""
+        numbers. Without ``adapters`` no request can have one."""
         self.scheduler = Scheduler(limits, drafting or DraftPolicy(0))
         self.stats = EngineStats(num_blocks=limits.num_blocks, block_size=limits.block_size)
         self.runner = runner
@@ -119,6 +128,7 @@ class Engine:
         self._steps_in_flight = steps_in_flight
         self._seed = seed
         self._cache_format = cache_format
+        self.adapters = adapters
         self._trace: Trace | None = None
         self._requests: dict[str, Request] = {}
         self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
@@ -140,15 +150,13 @@ class Engine:
         cache_salt: str | None = None,
         arrival_time: float | None = None,
         pooling_type: str | None = None,
-        adapter: int = 0,
-        adapter_digest: str = "",
+        adapter: Any = None,
     ) -> Request:
         """Queue a request. Raises :class:`ParameterError`, and adds nothing, if it can never be served.
 
         ``bad_words`` are token sequences. ``grammar`` must not be shared with another request. Requests with different
         ``cache_salt`` share no blocks of the prefix cache. With ``pooling_type`` the request gets a vector of its
-        prompt and no tokens. ``adapter`` is the index of a resident LoRA adapter, 0 for none, and ``adapter_digest``
-        its digest: blocks of the prefix cache are shared only among requests with the same."""
+        prompt and no tokens. ``adapter`` is what :attr:`adapters` reads a LoRA adapter from, if it does not know it."""
         self._restore_if_interrupted()
         if request_id in self._requests:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
@@ -163,6 +171,7 @@ class Engine:
             grammar = ThinkingBudget(
                 bounds.reasoning, params.thinking_token_budget, prompt, bounds.vocab_size, grammar
             )
+        key = None if adapter is None else self.adapter_source().identify(adapter)
         request = Request(
             request_id=request_id,
             prompt_token_ids=prompt,
@@ -171,7 +180,7 @@ class Engine:
             max_total_tokens=longest,
             stop_ids=bounds.stop_ids(params),
             eos_ids=bounds.eos_ids,
-            root=root_digest("salt", cache_salt or "", self._cache_format, *filter(None, [adapter_digest])),
+            root=root_digest("salt", cache_salt or "", self._cache_format, *([key.digest] if key else [])),
             metrics=RequestMetrics(
                 time.monotonic() if arrival_time is None else arrival_time, num_prompt_tokens=len(prompt)
             ),
@@ -179,8 +188,8 @@ class Engine:
             grammar=grammar,
             pooling_type=pooling_type,
             priority=priority,
+            adapter=key,
             order=self._num_added,
-            adapter=adapter,
         )
         self._changing = True
         self._num_added += 1
@@ -238,6 +247,8 @@ class Engine:
         self._restore_if_interrupted()
         self._changing = True
         try:
+            if self.scheduler.adapters.in_use:
+                self._load_adapters(outputs, 0.0)
             while len(self._in_flight) < self._steps_in_flight:
                 schedule, rows = self.scheduler.schedule(time.monotonic())
                 if not rows:
@@ -250,12 +261,60 @@ class Engine:
                 result = self.runner.collect(handle)
                 self._in_flight.popleft()
                 self._apply(schedule, rows, result, outputs)
+            elif self.scheduler.adapters.in_use:
+                self._load_adapters(outputs, ADAPTER_SECONDS)
         except Exception as error:
             if came_from_handler(error):
                 raise
             logger.exception("a step failed; its requests end with an error")
             self._fail(error, outputs)
         self._changing = False
+
+    def adapter_source(self) -> AdapterSource:
+        """Return the reader of adapters. Raises ParameterError if requests cannot have any."""
+        if self.adapters is None:
+            raise ParameterError("enable_lora", False, "must be True for requests with an adapter")
+        return self.adapters
+
+    def add_adapter(self, source: Any) -> None:
+        """Read and check an adapter, so that requests with it need not wait for that."""
+        self.adapter_source().identify(source)
+
+    def remove_adapter(self, source: Any) -> bool:
+        """Forget an adapter; unfinished requests that use it go on. Returns whether it was known."""
+        self.scheduler.adapters.forget(source)
+        return self.adapter_source().forget(source)
+
+    def _load_adapters(self, outputs: list[EngineOutput], timeout: float) -> None:
+        """Put adapters that requests wait for on the device: a part of each, or all of them if nothing runs. Wait for
+        their files for up to ``timeout`` seconds."""
+        scheduler = self.scheduler
+        scheduler.assign_adapters(len(self._in_flight))
+        for resident in list(scheduler.adapters.to_load()):
+            try:
+                self._load_parts(resident, timeout)
+            except VllmliteError as error:
+                logger.warning("an adapter cannot be loaded; the requests that wait for it end: %s", error)
+                self._log = _StepLog(outputs, len(outputs), Schedule(), [])
+                for request in scheduler.adapters.drop(resident):
+                    self._end_with_error(request, str(error), outputs)
+                self._log = None
+        scheduler.assign_adapters(len(self._in_flight))
+
+    def _load_parts(self, resident: Resident, timeout: float) -> None:
+        if resident.loading is None:
+            assert resident.key is not None
+            adapter = self.adapter_source().take(resident.key, timeout)
+            if adapter is None:
+                return
+            resident.loading = self.runner.load_adapter_parts(resident.index, adapter)
+        most = ADAPTER_BYTES if self.scheduler.running else sys.maxsize
+        while most > 0:
+            size = next(resident.loading, None)
+            if size is None:
+                resident.loading, resident.ready = None, True
+                return
+            most -= size
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix."""
@@ -380,6 +439,11 @@ class Engine:
         del self._requests[request.request_id]
         self._prompt_logprobs.pop(request.request_id, None)
 
+    def _end_with_error(self, request: Request, reason: str, outputs: list[EngineOutput]) -> None:
+        if request.is_waiting:
+            outputs.append(_error_output(request, reason))
+            self._end(request, "error", None, time.monotonic())
+
     def _fail(self, error: Exception, outputs: list[EngineOutput]) -> None:
         """End the requests of the steps in flight with ``error``; without any, the running ones, or else all, so that a
         step that always fails cannot be repeated for ever. Requests that have got an output of the failed step go on.
@@ -395,12 +459,7 @@ class Engine:
         self._log = _StepLog(outputs, len(outputs), Schedule(), [])
         for request in failed:
             if request.status is not Status.FINISHED and request.request_id not in served:
-                outputs.append(
-                    EngineOutput(
-                        request.request_id, [], "error", None, request.num_cached_tokens or 0, request.metrics,
-                        error=reason,
-                    )
-                )  # fmt: skip
+                outputs.append(_error_output(request, reason))
         self._restore()
 
     def _restore_if_interrupted(self) -> None:
@@ -438,3 +497,9 @@ class Engine:
             if output.finish_reason is not None:
                 request.finish(output.finish_reason, output.stop_reason, time.monotonic())
         self._log = None
+
+
+def _error_output(request: Request, reason: str) -> EngineOutput:
+    """Return the last output of a request that ends with an error."""
+    cached = request.num_cached_tokens or 0
+    return EngineOutput(request.request_id, [], "error", None, cached, request.metrics, error=reason)

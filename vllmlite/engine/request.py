@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -45,6 +45,14 @@ class Status(Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterKey:
+    """An adapter: what it is read from, and the digest of the contents that were found there."""
+
+    source: Hashable
+    digest: str
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One sequence: a prompt and its output.
@@ -77,8 +85,8 @@ class Request:
     pooling_type: str | None = None
     """How to pool the prompt's hidden states into an embedding; None: the request generates tokens. A request for an
     embedding gets no tokens, but counts as having one more until the embedding is collected."""
-    adapter: int = 0
-    """Index of its resident LoRA adapter while it holds a slot; 0: none."""
+    adapter: AdapterKey | None = None
+    """The LoRA adapter that changes the model's weights for this request."""
     order: int = 0
     """Arrival number. Requests are served in the order of ``(priority, order)`` and preempted in the reverse order."""
 
@@ -122,6 +130,11 @@ class Request:
             or self.pooling_type is not None
             or self.params.prompt_logprobs is not None
         )
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the request has neither a slot nor ended."""
+        return self.status is Status.WAITING
 
     @property
     def needs_every_state(self) -> bool:

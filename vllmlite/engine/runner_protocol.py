@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -45,4 +46,10 @@ class Runner(Protocol):
 
     def collect(self, handle: Any) -> StepResult:
         """Wait for a step and return its results."""
+        ...
+
+    def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:
+        """Put an adapter on the device in slot ``index``, which no step uses, in parts; yields the bytes of each.
+
+        Raises VllmliteError if it cannot be used."""
         ...

@@ -15,6 +15,7 @@ from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from vllmlite.engine.adapters import AdapterSlots
 from vllmlite.engine.block_pool import BlockPool, block_hash
 from vllmlite.engine.drafts import MOST_DRAFTS, DraftPolicy
 from vllmlite.engine.request import Request, Status
@@ -35,6 +36,8 @@ class Limits:
     block_size: int
     num_blocks: int
     enable_prefix_caching: bool = True
+    max_adapters: int = 0
+    """Adapters that can be on the device at a time."""
 
 
 @dataclass(slots=True)
@@ -97,6 +100,7 @@ class Scheduler:
         self.limits = limits
         self.drafting = drafting
         self.pool = BlockPool(limits.num_blocks)
+        self.adapters = AdapterSlots(limits.max_adapters)
         self.running: list[Request] = []
         self.num_waiting = 0
         self.num_preemptions = 0
@@ -164,11 +168,19 @@ class Scheduler:
         if self.drafting.fills_cache:
             self._allocate_for_drafts(schedule, rows)
         schedule.num_tokens = sum(schedule.counts)
+        self.adapters.next_step += bool(rows)
         return schedule, rows
+
+    def assign_adapters(self, in_flight: int) -> None:
+        """Give adapters slots on the device, and queue the requests whose adapter is ready, while ``in_flight`` steps
+        are in flight."""
+        for request in self.adapters.assign(in_flight):
+            heapq.heappush(self._waiting, (request.key, request))
 
     def restart(self, requests: Iterable[Request]) -> None:
         """Forget all queues, slots, blocks and cached prefixes, and queue ``requests``, which are waiting."""
         self.pool.reset()
+        self.adapters.restart()
         self.running = []
         self._free_slots = list(range(self.limits.max_num_seqs - 1, -1, -1))
         self._waiting = sorted((request.key, request) for request in requests)
@@ -197,6 +209,7 @@ class Scheduler:
         for _, request in self._waiting:
             if request.status is Status.WAITING:
                 yield request
+        yield from self.adapters.requests()
 
     def check_integrity(self) -> None:
         """Raise AssertionError where blocks, slots, queues or counters disagree."""
@@ -204,7 +217,8 @@ class Scheduler:
         slots = sorted([request.slot for request in self.running] + self._free_slots)
         assert slots == list(range(self.limits.max_num_seqs)), slots
         assert [r.key for r in self.running] == sorted(r.key for r in self.running)
-        assert self.num_waiting == sum(r.status is Status.WAITING for _, r in self._waiting)
+        assert self.num_waiting == sum(request.is_waiting for request in self.requests())
+        self.adapters.check_integrity(self.running)
         for request in self.requests():
             known = len(request.prompt_token_ids) + len(request.output_token_ids)
             assert request.num_tokens == known + request.num_in_flight
@@ -328,6 +342,10 @@ class Scheduler:
             request = self._peek_waiting()
             if request is None or request.num_in_flight:
                 return  # a preempted request waits for ids that it sampled before it lost its blocks
+            if request.adapter is not None and not self.adapters.admits(request):
+                heapq.heappop(self._waiting)
+                self.adapters.set_aside(request)
+                continue
             hits = self._find_prefix(request)
             needed = -(-request.num_tokens // self.limits.block_size) - len(hits)
             if needed > self.pool.num_free - self.pool.num_free_in(hits):
@@ -375,6 +393,7 @@ class Scheduler:
         if request.metrics.first_scheduled_time is None:
             request.metrics.first_scheduled_time = now
         insort(self.running, request, key=_key)
+        adapter = 0 if request.adapter is None else self.adapters.acquire(request)
         known = request.known_ids(0, request.num_known_ids)
         schedule.admissions.append(
             Admission(
@@ -384,7 +403,7 @@ class Scheduler:
                 request.params,
                 request.seed,
                 request.pooling_type,
-                request.adapter,
+                adapter,
             )
         )
 
@@ -401,6 +420,8 @@ class Scheduler:
     def _vacate(self, request: Request) -> None:
         self.pool.release(request.blocks)
         self._free_slots.append(request.slot)
+        if request.adapter is not None:
+            self.adapters.release(request)
         request.blocks = []
         request.slot = -1
         request.num_computed_tokens = 0

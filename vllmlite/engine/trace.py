@@ -73,3 +73,13 @@ class TracedRunner:
         """See :class:`Runner`."""
         with self._trace.span("collect"):
             return self.runner.collect(handle)
+
+    def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:
+        """See :class:`Runner`."""
+        parts = self.runner.load_adapter_parts(index, adapter)
+        while True:
+            with self._trace.span("load_adapter", index=index):
+                size = next(parts, None)
+            if size is None:
+                return
+            yield size

@@ -26,6 +26,7 @@ from vllmlite.engine_process.wire import (
 )
 from vllmlite.errors import EngineDeadError, ParameterError, VllmliteError
 from vllmlite.guided.grammars import MAX_KEPT, Matcher
+from vllmlite.lora.request import LoRARequest
 from vllmlite.outputs import EngineStats, RequestMetrics
 from vllmlite.sampling_params import SamplingParams
 
@@ -68,7 +69,9 @@ class EngineClient:
         self._named: dict[str, _RemoteRequest] = {}
         """The same requests by their names at the host."""
         self._num_added = 0
-        self._questions: deque[asyncio.Future[Any]] = deque()
+        self._questions: dict[int, asyncio.Future[Any]] = {}
+        """Unanswered questions by their numbers."""
+        self._num_questions = 0
         self._sent: OrderedDict[str, None] = OrderedDict()
         """Keys of grammars that the host keeps, the oldest first; it drops them in the same order."""
         self._inbox: deque[StepOutputs] = deque()
@@ -148,6 +151,14 @@ class EngineClient:
         """Forget every cached prefix."""
         self._send(EngineCall("reset_prefix_cache"))
 
+    def add_adapter(self, adapter: LoRARequest) -> None:
+        """Have the host read an adapter. If it cannot, requests with the adapter end with an error."""
+        self._send(EngineCall("add_adapter", (adapter,)))
+
+    def remove_adapter(self, adapter: LoRARequest) -> None:
+        """Have the host forget an adapter."""
+        self._send(EngineCall("remove_adapter", (adapter,)))
+
     def expect_grammars(self) -> None:
         """Have the host import what grammars need."""
         self._send(EngineCall("expect_grammars"))
@@ -159,8 +170,9 @@ class EngineClient:
     def ask(self, name: str, *args: object) -> asyncio.Future[Any]:
         """Call the engine's method ``name`` between two of its steps; the future gets the returned value."""
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._send(EngineCall(name, args, answered=True))
-        self._questions.append(answer)
+        self._num_questions += 1
+        self._send(EngineCall(name, args, question=self._num_questions))
+        self._questions[self._num_questions] = answer
         return answer
 
     def step(self, outputs: list[EngineOutput] | None = None) -> list[EngineOutput]:
@@ -216,7 +228,7 @@ class EngineClient:
     def _notice_end(self) -> None:
         self.leave_loop()
         self._end = EngineDeadError(self.handle.wait_for_end())
-        for question in self._questions:
+        for question in self._questions.values():
             if not question.done():
                 question.set_exception(self._end)
         self._questions.clear()
@@ -273,8 +285,12 @@ class EngineClient:
             message = pickle.loads(memoryview(received)[start + LENGTH.size : end])
             start = end
             if isinstance(message, Answer):
-                question = self._questions.popleft()
-                if not question.done():
+                question = self._questions.pop(message.question)
+                if question.done():
+                    continue
+                if message.error is not None:
+                    question.set_exception(message.error)
+                else:
                     question.set_result(message.value)
             else:
                 failed = message.stats.num_failed_steps - self.stats.num_failed_steps

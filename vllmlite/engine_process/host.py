@@ -28,7 +28,7 @@ from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.engine import Engine, EngineOutput
 from vllmlite.engine_process.wire import Answer, EngineCall, StepOutputs, has_logprobs, pack, unpack
-from vllmlite.errors import BackendError, ParameterError, VllmliteError
+from vllmlite.errors import BackendError, VllmliteError
 from vllmlite.guided.compiler import PARALLEL
 from vllmlite.guided.grammars import Grammars
 from vllmlite.outputs import EngineStats, RequestMetrics
@@ -207,7 +207,7 @@ class Host:
         self._wake = threading.Condition()
         self._closed = False
         self._preparing: SimpleQueue[EngineCall | None] = SimpleQueue()
-        """Requests whose grammars are still to be compiled."""
+        """Calls whose grammars are still to be compiled, or whose adapters are still to be read."""
         self._held: dict[str, list[EngineCall]] = {}
         """Request being prepared → later calls about it, which wait for its grammar. Guarded by ``_wake``."""
         self._messages: SimpleQueue[StepOutputs | Answer | None] = SimpleQueue()
@@ -270,38 +270,55 @@ class Host:
         if call.name == "expect_grammars":
             threading.Thread(target=_import_xgrammar, name="vllmlite-import").start()
             return
-        needs_grammar = call.name == "add_request" and call.args[2].structured_outputs is not None
         with self._wake:
             held = self._held.get(call.args[0]) if call.args else None
             if held is not None:
                 held.append(call)
-            elif needs_grammar:
-                self._held[call.args[0]] = []
+            elif self._needs_preparation(call):
+                if call.name == "add_request":
+                    self._held[call.args[0]] = []
                 self._preparing.put(call)
             else:
                 self._calls.append(call)
                 self._wake.notify()
 
+    def _needs_preparation(self, call: EngineCall) -> bool:
+        """Return whether a call has to wait for a grammar or for the files of an adapter."""
+        if call.name == "add_adapter":
+            return True
+        if call.name != "add_request":
+            return False
+        adapter = call.options.get("adapter")
+        return call.args[2].structured_outputs is not None or (
+            adapter is not None and not self._engine.adapter_source().knows(adapter)
+        )
+
     def _prepare(self) -> None:
-        """Compile the grammars of requests, while the engine steps and other calls come."""
+        """Compile grammars and read adapters, while the engine steps and other calls come."""
         while (call := self._preparing.get()) is not None:
-            ready = self._with_grammar(call)
+            if call.name == "add_adapter":
+                self._answer(call)
+                continue
+            ready = self._prepared(call)
             with self._wake:
                 self._calls += [ready, *self._held.pop(call.args[0])]
                 self._wake.notify()
 
-    def _with_grammar(self, call: EngineCall) -> EngineCall | EngineOutput:
-        """Return a request with its grammar; or its end, if there is none."""
+    def _prepared(self, call: EngineCall) -> EngineCall | EngineOutput:
+        """Return a request with its grammar, and its adapter read; or its end, if it cannot have them."""
         request_id, _, params = call.args
         packed, structure = call.options["grammar"], params.structured_outputs
         try:
-            if packed is not None:
-                self._grammars.load(structure, packed)
-            compiled = self._grammars.compile(structure)
-            call.options["grammar"] = self._grammars.start(compiled, structure.after)
+            if structure is not None:
+                if packed is not None:
+                    self._grammars.load(structure, packed)
+                compiled = self._grammars.compile(structure)
+                call.options["grammar"] = self._grammars.start(compiled, structure.after)
+            if call.options.get("adapter") is not None:
+                self._engine.adapter_source().identify(call.options["adapter"])
         except Exception as error:  # xgrammar's own, too
-            if not isinstance(error, ParameterError):
-                logger.exception("a grammar cannot be used; its request ends with an error")
+            if not isinstance(error, VllmliteError):
+                logger.exception("a grammar or an adapter cannot be used; its request ends with an error")
             metrics = RequestMetrics(call.options["arrival_time"])
             return EngineOutput(request_id, [], "error", None, 0, metrics, error=str(error))
         return call
@@ -311,10 +328,21 @@ class Host:
             return call
         if call.name == "finish":
             self._introduced.discard(call.args[0])
-        value = getattr(self._engine, call.name)(*call.args, **call.options)
-        if call.answered:
-            self._messages.put(Answer(value))
+        if call.question is None:
+            getattr(self._engine, call.name)(*call.args, **call.options)
+        else:
+            self._answer(call)
         return None
+
+    def _answer(self, call: EngineCall) -> None:
+        """Execute a call, and answer it with its value or its error if it has a question."""
+        value, found = None, None
+        try:
+            value = getattr(self._engine, call.name)(*call.args, **call.options)
+        except VllmliteError as error:
+            found = error
+        if call.question is not None:
+            self._messages.put(Answer(call.question, value, found))
 
     @cached_property
     def _grammars(self) -> Grammars:

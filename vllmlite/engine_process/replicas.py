@@ -14,6 +14,7 @@ from vllmlite.engine.engine import EngineOutput, RequestOptions
 from vllmlite.engine.routing import Router
 from vllmlite.engine_process.client import EngineClient
 from vllmlite.errors import EngineDeadError, ParameterError
+from vllmlite.lora.request import LoRARequest
 from vllmlite.outputs import EngineStats
 from vllmlite.sampling_params import SamplingParams
 
@@ -70,7 +71,10 @@ class ReplicaClient:
         """See :meth:`EngineClient.add_request`."""
         if request_id in self._indices:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
-        root = root_digest("salt", options.get("cache_salt") or "")
+        adapter = options.get("adapter")
+        root = root_digest(
+            "salt", options.get("cache_salt") or "", *([] if adapter is None else [repr(adapter)])
+        )
         index = self._router.choose(request_id, prompt_token_ids, root)
         try:
             self._indices[request_id] = index
@@ -96,6 +100,16 @@ class ReplicaClient:
         self._router.forget_prefixes()
         for client in self._clients:
             client.reset_prefix_cache()
+
+    def add_adapter(self, adapter: LoRARequest) -> None:
+        """See :meth:`EngineClient.add_adapter`."""
+        for client in self._clients:
+            client.add_adapter(adapter)
+
+    def remove_adapter(self, adapter: LoRARequest) -> None:
+        """See :meth:`EngineClient.remove_adapter`."""
+        for client in self._clients:
+            client.remove_adapter(adapter)
 
     def expect_grammars(self) -> None:
         """See :meth:`EngineClient.expect_grammars`."""

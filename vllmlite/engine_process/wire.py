@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
 
 from vllmlite.engine.engine import EngineOutput
+from vllmlite.errors import VllmliteError
 from vllmlite.outputs import EngineStats
 
 LENGTH = struct.Struct("!Q")
@@ -34,15 +35,17 @@ class EngineCall:
     name: str
     args: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
-    answered: bool = False
-    """Whether the host sends back the returned value."""
+    question: int | None = None
+    """Number of the :class:`Answer` that the host sends back; None: the host sends none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The value that an answered :class:`EngineCall` returned."""
+    """The value that an :class:`EngineCall` returned, or the error that it raised. Answers come in any order."""
 
-    value: Any
+    question: int
+    value: Any = None
+    error: VllmliteError | None = None
 
 
 class HostHandle(Protocol):

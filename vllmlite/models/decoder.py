@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,6 +163,11 @@ class Decoder:
 
     def set_adapter(self, index: int, adapter: Adapter | None) -> None:
         """Put ``adapter``, or none, at ``index``. ParameterError if it does not fit the model."""
+        for _ in self.set_adapter_parts(index, adapter):
+            pass
+
+    def set_adapter_parts(self, index: int, adapter: Adapter | None) -> Iterator[int]:
+        """Do the same one weight after the other; yields the bytes of each."""
         weights = {} if adapter is None else adapter.weights
         shapes = places(self.spec)
         for name, change in weights.items():
@@ -175,7 +180,9 @@ class Decoder:
                     f"has a {list(change.a.shape)} and b {list(change.b.shape)}; the weight is {list(shapes[name])}",
                 )
         for linear in self._linears:
-            self.backend.set_low_rank(linear.changes, index, [weights.get(name) for name in linear.names])
+            parts = [weights.get(name) for name in linear.names]
+            self.backend.set_low_rank(linear.changes, index, parts)
+            yield sum(part.num_bytes for part in parts if part is not None)
 
     def _embedded(self, batch: ForwardBatch) -> Tensor:
         ops = self.backend

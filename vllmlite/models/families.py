@@ -27,6 +27,7 @@ from vllmlite.models import (
 from vllmlite.models.config_table import check_remaining, with_defaults
 from vllmlite.models.gguf import gguf_keys
 from vllmlite.models.hf_config import HfConfig
+from vllmlite.models.keys import Keys
 from vllmlite.models.multimodal import MULTIMODAL, text_config, text_keys
 from vllmlite.models.quantization import Quantization
 from vllmlite.models.quantization_config import read_quantization
@@ -94,6 +95,15 @@ def read_spec(path: Path) -> DecoderSpec:
     if path.is_file():
         return replace(family.spec(config, name), keys=gguf_keys(path))
     return _checked_spec(config, name, family, family.model_type, read_quantization(config, path))
+
+
+def checkpoint_keys(path: Path, spec: DecoderSpec) -> Keys:
+    """Return the names that tensors of the model ``spec`` at ``path`` have in Hugging Face's format."""
+    if not path.is_file():
+        return spec.keys
+    config = HfConfig.read(path)
+    name = architecture(config)
+    return FAMILIES[name].spec(config, name).keys
 
 
 def _text_spec(config: HfConfig, name: str, path: Path) -> DecoderSpec:

@@ -28,6 +28,7 @@ from vllmlite.runner.propose.ngram import NgramProposer
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.runner.sizes import batched_tokens, most_positions, num_cache_blocks
 from vllmlite.terminal import is_terminal, note
+from vllmlite.weights.adapter import AdapterLimits
 from vllmlite.weights.packing import Packing
 from vllmlite.weights.schemes.grouped import GroupedScheme
 
@@ -192,7 +193,7 @@ def build_runner(
         )
         longest = capacity
 
-    def runner_of(model: Model) -> ModelRunner:
+    def runner_of(model: Model, adapters: AdapterLimits | None = None) -> ModelRunner:
         return ModelRunner(
             backend,
             model,
@@ -200,9 +201,11 @@ def build_runner(
             max_num_seqs=config.max_num_seqs,
             max_model_len=longest,
             enforce_eager=config.enforce_eager,
+            adapters=adapters,
         )
 
-    runner = runner_of(model)
+    adapters = AdapterLimits(config.max_loras, config.max_lora_rank) if config.enable_lora else None
+    runner = runner_of(model, adapters)
     _capture_graphs(runner)
     if drafter is not None:
         draft_model, draft_longest = drafter

@@ -157,18 +157,24 @@ class ModelRunner:
         self.backend.to_host(sampled.ids)
 
     def load_adapter(self, index: int, adapter: Adapter) -> None:
-        """Put ``adapter`` at ``index``, from 1 to the limit, in place of the one that is there.
+        """Do all of :meth:`load_adapter_parts` at once."""
+        for _ in self.load_adapter_parts(index, adapter):
+            pass
 
-        No step in flight and no admitted sequence may have that index; steps that are launched afterwards may. Raises
-        ParameterError if it exceeds the limits or does not fit the model, and BackendError if it does not fit into
-        memory; then there is no adapter at ``index``."""
+    def load_adapter_parts(self, index: int, adapter: Adapter) -> Iterator[int]:
+        """Put ``adapter`` at ``index``, from 1 to the limit, in place of the one that is there, one weight after the
+        other; yields the bytes of each.
+
+        No step in flight and no admitted sequence may have that index; steps that are launched after the last part may.
+        Raises ParameterError if it exceeds the limits or does not fit the model, and BackendError if it does not fit
+        into memory; then there is no adapter at ``index``."""
         limits = self.adapter_limits or AdapterLimits(0, 0)
         if not 0 < index <= limits.max_adapters:
             raise ParameterError("adapter", index, f"there is room for {limits.max_adapters} adapters")
         if adapter.rank > limits.max_rank:
             raise ParameterError("max_lora_rank", limits.max_rank, f"the adapter has rank {adapter.rank}")
         try:
-            self._adaptable().set_adapter(index, adapter)
+            yield from self._adaptable().set_adapter_parts(index, adapter)
         except (ParameterError, BackendError):
             self._adaptable().set_adapter(index, None)
             raise

@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+from vllmlite.backends.base import Backend
 from vllmlite.config.engine_config import EngineConfig
+from vllmlite.engine.adapters import AdapterSource
 from vllmlite.engine.drafts import DraftPolicy, StepCost
 from vllmlite.engine.engine import Engine
 from vllmlite.engine.scheduler import Limits
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
+from vllmlite.models.plan import Plan
 from vllmlite.runner.build import BuiltRunner, build_runner, plan_for
 from vllmlite.runner.generation_config import default_params, eos_ids, generation_config, reasoning_marks
 from vllmlite.runner.propose.loading import check_vocabulary, plan_draft
@@ -72,6 +75,7 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
             block_size=config.block_size,
             num_blocks=built.num_blocks,
             enable_prefix_caching=config.enable_prefix_caching,
+            max_adapters=config.max_loras if config.enable_lora else 0,
         ),
         runner,
         vocab_size=runner.model.vocab_size,
@@ -82,6 +86,7 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
         max_logprobs=config.max_logprobs,
         drafting=_drafting(config, built, two_steps),
         cache_format=f"{runner.model.kv_spec.dtype} {runner.model.kv_spec.scales}",
+        adapters=_adapters(config, plan, backend) if config.enable_lora else None,
     )
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
@@ -107,6 +112,17 @@ def _drafting(config: EngineConfig, built: BuiltRunner, two_steps: bool) -> Draf
         draft_cost=draft_cost,
         fills_cache=options.draft is not None,
     )
+
+
+def _adapters(config: EngineConfig, plan: Plan, backend: Backend) -> AdapterSource:
+    """Return the reader of LoRA adapters, which keeps some of them in memory."""
+    from vllmlite.lora.reader import AdapterReader
+    from vllmlite.lora.store import AdapterStore
+
+    assert plan.spec is not None  # the runner has refused other models
+    dtype = backend.dtype if config.lora_dtype == "auto" else config.lora_dtype
+    reader = AdapterReader(plan.path, plan.spec, dtype, config.max_lora_rank, config.max_lora_bytes)
+    return AdapterStore(reader, config.max_cpu_loras or config.max_loras, config.max_lora_bytes)
 
 
 def load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer:

@@ -27,6 +27,11 @@ class LowRank:
         """The rank of the change."""
         return self.a.shape[0]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both factors."""
+        return self.a.data.size + self.b.data.size
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
@@ -44,6 +49,11 @@ class Adapter:
     def rank(self) -> int:
         """The largest rank of its changes."""
         return max((change.rank for change in self.weights.values()), default=0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its changes."""
+        return sum(change.num_bytes for change in self.weights.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,13 @@ def _read_part(path: Path) -> Gguf:
     with path.open("rb") as file:
         size = file.seek(0, 2)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-    return _Reader(path, np.frombuffer(mapped, np.uint8)).read()
+    return parse_gguf(path, np.frombuffer(mapped, np.uint8))
+
+
+def parse_gguf(path: Path, data: NDArray[np.uint8]) -> Gguf:
+    """Return the metadata and tensors of one file with the contents ``data``; the tensors are views of ``data``. Raises
+    ModelError for invalid contents; ``path`` is for its message."""
+    return _Reader(path, data).read()
 
 
 def _joined(parts: list[Gguf]) -> Gguf:

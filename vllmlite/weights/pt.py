@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import zipfile
 from pathlib import Path
@@ -12,8 +13,9 @@ from vllmlite.weights.host import ITEM_SIZE, HostTensor
 from vllmlite.weights.not_checkpoints import refuse_foreign_file
 
 
-def read_pt(path: Path) -> dict[str, HostTensor]:
-    """Return the tensors of ``path`` by name, memory-mapped if the format (PyTorch 1.6 or newer) allows.
+def read_pt(path: Path, content: bytes | None = None) -> dict[str, HostTensor]:
+    """Return the tensors of ``path`` by name, memory-mapped if the format (PyTorch 1.6 or newer) allows; or those of a
+    file with the given ``content``, for which ``path`` is only a name.
 
     Raises ModelError if the file contains anything but a mapping of names to dense tensors."""
     refuse_foreign_file(path, ("zip", "pickle", "tar"))
@@ -22,9 +24,11 @@ def read_pt(path: Path) -> dict[str, HostTensor]:
     except ImportError:
         raise ModelError(f"{path}: {not_installed('torch')}; safetensors files need no torch") from None
     try:
-        content: Any = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None
-        )
+        if content is None:
+            mapped = zipfile.is_zipfile(path) or None
+            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        else:
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise ModelError(
@@ -32,9 +36,9 @@ def read_pt(path: Path) -> dict[str, HostTensor]:
         ) from error
     except Exception as error:  # torch raises various exceptions for damaged files
         raise ModelError(f"{path}: cannot be read by torch: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: holds {type(content).__name__}; accepted: a mapping of names to tensors")
-    return {name: _host_tensor(path, name, value) for name, value in content.items()}
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: holds {type(found).__name__}; accepted: a mapping of names to tensors")
+    return {name: _host_tensor(path, name, value) for name, value in found.items()}
 
 
 def _host_tensor(path: Path, name: object, value: Any) -> HostTensor:

@@ -40,14 +40,21 @@ def read_safetensors(path: Path) -> dict[str, HostTensor]:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    data = np.frombuffer(mapped, np.uint8)
+    return parse_safetensors(path, np.frombuffer(mapped, np.uint8))
+
+
+def parse_safetensors(
+    path: Path, data: NDArray[np.uint8], max_header: int = MAX_HEADER
+) -> dict[str, HostTensor]:
+    """Return the tensors of a file with the contents ``data`` by name, as views of ``data``. Raises ModelError for
+    invalid contents, or a header of more than ``max_header`` bytes; ``path`` is for its message."""
     if data.size < 8:
         raise ModelError(f"{path}: {data.size} bytes; expected at least the 8 of the header's length")
     length = int.from_bytes(data[:8].tobytes(), "little")
-    if length > min(MAX_HEADER, data.size - 8):
+    if length > min(max_header, data.size - 8):
         refuse_foreign_file(path)
         raise ModelError(
-            f"{path}: a header of {length} bytes; expected at most {MAX_HEADER} in a file of {data.size} bytes"
+            f"{path}: a header of {length} bytes; expected at most {max_header} in a file of {data.size} bytes"
         )
     header = _header(path, data[8 : 8 + length].tobytes())
     data = data[8 + length :]

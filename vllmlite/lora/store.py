@@ -1,0 +1,108 @@
+"""Adapters in host memory: read by a thread, checked, and kept while there is room; see ``engine/adapters.py``."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
+
+from vllmlite.engine.request import AdapterKey
+from vllmlite.errors import ModelError
+from vllmlite.lora.reader import AdapterReader
+from vllmlite.lora.request import LoRARequest
+from vllmlite.weights.adapter import Adapter
+
+
+class AdapterStore:
+    """The adapters of one model in host memory. Thread-safe; files are read one at a time."""
+
+    def __init__(self, reader: AdapterReader, max_adapters: int, max_bytes: int) -> None:
+        """Keep up to ``max_adapters`` adapters of up to ``max_bytes`` in all; those used longest ago are dropped."""
+        self._reader = reader
+        self._max_adapters, self._max_bytes = max_adapters, max_bytes
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(1, "vllmlite-adapters")
+        self._keys: dict[LoRARequest, AdapterKey] = {}
+        self._kept: OrderedDict[str, Adapter] = OrderedDict()
+        """Digest → adapter, the one used longest ago first."""
+        self._reading: dict[LoRARequest, Future[Adapter]] = {}
+
+    def knows(self, source: LoRARequest) -> bool:
+        """Return whether :meth:`identify` need not read a file."""
+        return source in self._keys
+
+    def identify(self, source: LoRARequest) -> AdapterKey:
+        """See :class:`~vllmlite.engine.adapters.AdapterSource`."""
+        with self._lock:
+            key = self._keys.get(source)
+            if key is not None:
+                return key
+            reading = self._read(source)
+        adapter = reading.result()
+        return AdapterKey(source, adapter.digest)
+
+    def take(self, key: AdapterKey, timeout: float) -> Adapter | None:
+        """See :class:`~vllmlite.engine.adapters.AdapterSource`."""
+        source = key.source
+        assert isinstance(source, LoRARequest)
+        with self._lock:
+            kept = self._kept.get(key.digest)
+            if kept is not None:
+                self._kept.move_to_end(key.digest)
+                return kept
+            reading = self._read(source)
+        try:
+            adapter = reading.result(timeout)
+        except FutureTimeout:
+            return None
+        if adapter.digest != key.digest:
+            raise ModelError(
+                f"adapter {source.lora_name}: {source.lora_path}: has been changed since it was loaded: load it again"
+            )
+        return adapter
+
+    def forget(self, source: LoRARequest) -> bool:
+        """See :class:`~vllmlite.engine.adapters.AdapterSource`."""
+        with self._lock:
+            self._reading.pop(source, None)
+            key = self._keys.pop(source, None)
+            if key is not None and all(other.digest != key.digest for other in self._keys.values()):
+                self._kept.pop(key.digest, None)
+            return key is not None
+
+    def num_bytes(self) -> int:
+        """Return the bytes of the adapters in host memory."""
+        with self._lock:
+            return sum(adapter.num_bytes for adapter in self._kept.values())
+
+    def _read(self, source: LoRARequest) -> Future[Adapter]:
+        """Have the adapter read, unless it is being read already; the lock is held."""
+        reading = self._reading.get(source)
+        if reading is None:
+            reading = self._reading[source] = self._pool.submit(self._read_file, source)
+        return reading
+
+    def _read_file(self, source: LoRARequest) -> Adapter:
+        root = None if source.lora_root is None else Path(source.lora_root)
+        try:
+            adapter = self._reader.read(Path(source.lora_path), root)
+        except BaseException:
+            with self._lock:
+                self._reading.pop(source, None)
+            raise
+        with self._lock:
+            # Later requests get the new key if the files have changed; earlier ones still have the old one.
+            self._keys[source] = AdapterKey(source, adapter.digest)
+            self._reading.pop(source, None)
+            self._keep(adapter)
+        return adapter
+
+    def _keep(self, adapter: Adapter) -> None:
+        self._kept[adapter.digest] = adapter
+        self._kept.move_to_end(adapter.digest)
+        total = sum(each.num_bytes for each in self._kept.values())
+        while len(self._kept) > 1 and (len(self._kept) > self._max_adapters or total > self._max_bytes):
+            _, dropped = self._kept.popitem(last=False)
+            total -= dropped.num_bytes
