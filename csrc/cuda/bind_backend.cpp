@@ -174,6 +174,8 @@ void bind_data(py::module_& module) {
       .def_property_readonly(
           "weight", [](const cuda::LinearWeight& self) { return std::get<Tensor>(self.weight); },
           "The matrix of a weight that is no packed one.")
+      .def_property_readonly(
+          "packed", [](const cuda::LinearWeight& self) { return !std::holds_alternative<Tensor>(self.weight); })
       .def_readonly("bias", &cuda::LinearWeight::bias);
   py::class_<cuda::GroupedRows>(module, "GroupedRows", py::module_local(), "Rows of a packed weight.");
   py::class_<cuda::Fp8Activations>(module, "Fp8Activations", py::module_local(), "A matrix of e4m3 codes with scales.")
@@ -181,7 +183,9 @@ void bind_data(py::module_& module) {
       .def_readonly("scales", &cuda::Fp8Activations::scales);
   py::class_<cuda::Fp8Rows>(module, "Fp8Rows", py::module_local(), "Rows of a weight of 8-bit floats.");
   py::class_<cuda::Experts, std::shared_ptr<cuda::Experts>>(module, "Experts", py::module_local(),
-                                                            "Weights of a mixture's experts.");
+                                                            "Weights of a mixture's experts.")
+      .def_property_readonly("packed", &cuda::Experts::packed,
+                             "Whether the weights are multiplied as they are packed.");
   py::class_<cuda::KVCache, std::shared_ptr<cuda::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.");
   vllmlite::bind_slots<cuda::Slots>(module);
   py::class_<cuda::Batch, std::shared_ptr<cuda::Batch>>(module, "Batch", py::module_local(), "A step's input.")
@@ -280,7 +284,9 @@ void bind_runtime(py::module_& module) {
       .def("grouped_rows", &grouped_rows, py::arg("bits"), py::arg("rows"), py::arg("columns"), py::arg("group"),
            py::arg("integers"), py::arg("scales"), py::arg("scales_dtype"), py::arg("zeros"), py::arg("order"))
       .def("takes_fp8", &cuda::takes_fp8, py::arg("columns"), "Whether 8-bit floats of so many columns are multiplied.")
-      .def("quantise_fp8", &cuda::quantise_fp8, py::arg("x"), "The rows of a matrix, each by its largest magnitude.")
+      .def(
+          "quantise_fp8", [](cuda::Runtime& self, const Tensor& x) { return cuda::quantise_fp8(self, x); },
+          py::arg("x"), "The rows of a matrix, each by its largest magnitude.")
       .def("fp8_rows", &fp8_rows, py::arg("rows"), py::arg("columns"), py::arg("blocks"), py::arg("values"),
            py::arg("scales"), py::arg("input_scale"))
       .def("packed_weight", &packed_weight<cuda::GroupedRows>, py::arg("parts"), py::arg("bias"))

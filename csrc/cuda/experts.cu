@@ -1,30 +1,10 @@
 // The products of a mixture of experts. A thread block computes some outputs of one expert for a group of (token,
 // expert) pairs. Only the chosen experts are read, and the order of additions does not depend on how pairs are grouped.
 #include "cuda/activation.cuh"
-#include "cuda/moe.hpp"
+#include "cuda/experts.cuh"
 #include "cuda/tile_product.cuh"
 
 namespace vllmlite::cuda {
-
-struct ExpertProduct {
-  Mixture mixture;
-  const void* x;
-  void* y;
-  const void* const* w;  // by expert: [n, k], or [2 n, k] where they are gated
-  int n, k;
-  Activation activation;
-
-  // The rows of x and y for a place in the sorted pairs. The gated product reads tokens and writes places; the down
-  // projection reads places and writes pairs.
-  template <bool kGated>
-  __device__ __forceinline__ int row_of_x(int place) const {
-    return kGated ? mixture.pairs[place] / mixture.top_k : place;
-  }
-  template <bool kGated>
-  __device__ __forceinline__ int row_of_y(int place) const {
-    return kGated ? place : mixture.pairs[place];
-  }
-};
 
 // ---- On tensor cores
 
@@ -53,7 +33,7 @@ static __global__ __launch_bounds__(S::kThreads) void tile_kernel(const __grid_c
   multiply_tile<S>(
       *reinterpret_cast<TileShared<T, S>*>(shared), static_cast<const T*>(given.x),
       static_cast<const T*>(given.w[group.expert]), given.k, group.count,
-      [&](int i) { return given.row_of_x<kGated>(group.first + i); }, w_row, [] {}, sums);
+      [&](int i) { return row_of_x(given, group.first + i); }, w_row, [] {}, sums);
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
 #pragma unroll
   for (int i = 0; i < S::kRowTiles; ++i)
@@ -61,7 +41,7 @@ static __global__ __launch_bounds__(S::kThreads) void tile_kernel(const __grid_c
     for (int half = 0; half < 2; ++half) {
       const int row = S::first_x(warp) + i * 16 + half * 8 + lane / 4;
       if (row >= group.count) continue;
-      T* y = static_cast<T*>(given.y) + static_cast<std::int64_t>(given.row_of_y<kGated>(group.first + row)) * n;
+      T* y = static_cast<T*>(given.y) + static_cast<std::int64_t>(row_of_y(given, group.first + row)) * n;
 #pragma unroll
       for (int j = 0; j < (kGated ? 1 : 2) * S::kColumnTiles; ++j) {
         const int column = n0 + S::first_w(warp) / (kGated ? 2 : 1) + j * 8 + lane % 4 * 2;
@@ -109,7 +89,7 @@ static __global__ void dot_product_kernel(const __grid_constant__ ExpertProduct 
 #pragma unroll
   for (int j = 0; j < kRowsOfX; ++j)
     columns[j] = static_cast<const T*>(given.x) +
-                 static_cast<std::int64_t>(given.row_of_x<kGated>(group.first + min(j, group.count - 1))) * k;
+                 static_cast<std::int64_t>(row_of_x(given, group.first + min(j, group.count - 1))) * k;
   float sums[kRows][kRowsOfX] = {};
   for (int at = lane * kSize; at < k; at += 32 * kSize) {
     P a[kRows];
@@ -130,7 +110,7 @@ static __global__ void dot_product_kernel(const __grid_constant__ ExpertProduct 
 #pragma unroll
     for (int i = 0; i < kRows; ++i) sums[i][j] = warp_sum(sums[i][j]);
     if (lane != 0 || j >= group.count) continue;
-    T* y = static_cast<T*>(given.y) + static_cast<std::int64_t>(given.row_of_y<kGated>(group.first + j)) * n;
+    T* y = static_cast<T*>(given.y) + static_cast<std::int64_t>(row_of_y(given, group.first + j)) * n;
 #pragma unroll
     for (int i = 0; i < kOut; ++i)
       if (n0 + i < n)
@@ -151,10 +131,11 @@ static void run_dot_products(const Runtime& runtime, const ExpertProduct& produc
 // ---- Choice of the kernel
 
 int rows_of_group(const Runtime& runtime, const Experts& experts, std::int64_t pairs) {
+  const std::int64_t each = pairs / experts.count;
+  if (std::holds_alternative<GroupedRows>(experts.gate_up.first)) return pairs_of_group(runtime, each);
   const bool tiles = runtime.capability() >= 80 && experts.dtype != DType::float32 && experts.hidden % 8 == 0 &&
                      experts.inner % 8 == 0;
   if (!tiles) return kRowsOfX;
-  const std::int64_t each = pairs / experts.count;
   return each <= SmallTile::kM ? SmallTile::kM : each <= MiddleTile::kM ? MiddleTile::kM : LargeTile::kM;
 }
 
@@ -171,17 +152,12 @@ static void run(const Runtime& runtime, const ExpertProduct& product, DType dtyp
   });
 }
 
-static const void* const* addresses(const Tensor& tensor) { return static_cast<const void* const*>(tensor.data); }
-
-void multiply_up(const Runtime& runtime, const Mixture& mixture, const Experts& experts, Activation activation,
-                 const void* x, void* y) {
-  run<true>(runtime, {mixture, x, y, addresses(experts.gate_up), experts.inner, experts.hidden, activation},
-            experts.dtype);
+void multiply_gated(const Runtime& runtime, const ExpertProduct& product, DType dtype) {
+  run<true>(runtime, product, dtype);
 }
 
-void multiply_down(const Runtime& runtime, const Mixture& mixture, const Experts& experts, const void* x, void* y) {
-  run<false>(runtime, {mixture, x, y, addresses(experts.down), experts.hidden, experts.inner, Activation::silu},
-             experts.dtype);
+void multiply_experts(const Runtime& runtime, const ExpertProduct& product, DType dtype) {
+  run<false>(runtime, product, dtype);
 }
 
 }  // namespace vllmlite::cuda

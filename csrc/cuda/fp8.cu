@@ -14,16 +14,22 @@ constexpr int kMostThreads = 512, kHeld = 4;
 // ---- Quantising
 
 // One block a row of `packs` packs of eight, of which each thread holds the first kHeld: a scale for the row, its
-// largest magnitude's, or `constant` if that is not 0.
+// largest magnitude's, or `constant` if that is not 0, or that of its pair if `pairs` has constants.
 template <typename T>
 static __global__ __launch_bounds__(kMostThreads) void quantise_rows_kernel(const T* x, uint2* to, float* scales,
-                                                                            int packs, float constant) {
+                                                                            int packs, float constant,
+                                                                            const __grid_constant__ Fp8Pairs pairs) {
   using P = Pack<T, 8>;
   __shared__ float shared[32];
   let_next_begin();
   wait_for_previous();
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * packs;
   const P* from = reinterpret_cast<const P*>(x) + row;
+  if (pairs.constants != nullptr) {
+    const int pair = pairs.pairs[blockIdx.x];
+    constant = pairs.constants[pairs.experts[pair]];
+    if (pairs.of_tokens) from = reinterpret_cast<const P*>(x) + static_cast<std::int64_t>(pair / pairs.top_k) * packs;
+  }
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   P held[kHeld];
 #pragma unroll
@@ -74,10 +80,12 @@ Fp8Activations make_fp8_activations(Runtime& runtime, std::int64_t m, const Fp8R
   return make_activations(runtime, m, rows.columns, rows.blocks);
 }
 
-// By blocks, or rows; by `constant` if that is not 0.
-static Fp8Activations quantised(Runtime& runtime, const Tensor& x, bool blocks, float constant) {
-  const Fp8Activations to = make_activations(runtime, x.shape[0], x.shape[1], blocks);
-  const auto m = static_cast<unsigned>(x.shape[0]);
+// By blocks, or rows; by `constant` if that is not 0, or by those of `pairs`.
+static Fp8Activations quantised(Runtime& runtime, const Tensor& x, bool blocks, float constant,
+                                const Fp8Pairs& pairs = {}) {
+  const std::int64_t rows = pairs.constants == nullptr ? x.shape[0] : pairs.count;
+  const Fp8Activations to = make_activations(runtime, rows, x.shape[1], blocks);
+  const auto m = static_cast<unsigned>(rows);
   const int packs = static_cast<int>(x.shape[1] / 8);
   const auto threads = static_cast<unsigned>(std::clamp((packs + 31) / 32 * 32, 32, kMostThreads));
   const auto go = [&](auto* type) {
@@ -89,13 +97,13 @@ static Fp8Activations quantised(Runtime& runtime, const Tensor& x, bool blocks, 
       launch(runtime, quantise_blocks_kernel<T>, dim3(m, blocks_for(packs, kMostThreads)), kMostThreads, 0, from,
              values, scales, packs, static_cast<int>(to.scales.shape[1]));
     else
-      launch(runtime, quantise_rows_kernel<T>, m, threads, 0, from, values, scales, packs, constant);
+      launch(runtime, quantise_rows_kernel<T>, m, threads, 0, from, values, scales, packs, constant, pairs);
   };
   runtime.dtype() == DType::float16 ? go(static_cast<f16*>(nullptr)) : go(static_cast<bf16*>(nullptr));
   return to;
 }
 
-static Fp8Activations quantised(Runtime& runtime, const Tensor& x, const Fp8Rows& rows) {
+Fp8Activations quantise_fp8(Runtime& runtime, const Tensor& x, const Fp8Rows& rows) {
   return quantised(runtime, x, rows.blocks, rows.input_scale.value_or(0));
 }
 
@@ -107,6 +115,10 @@ Fp8Activations quantise_fp8(Runtime& runtime, const Tensor& x) {
                                 " cannot be quantised: their number is no multiple of 16");
   const DeviceGuard guard(runtime.device());
   return quantised(runtime, x, false, 0);
+}
+
+Fp8Activations quantise_fp8(Runtime& runtime, const Tensor& x, const Fp8Pairs& pairs) {
+  return quantised(runtime, x, false, 0, pairs);
 }
 
 static bool quantise_alike(const Fp8Rows& one, const Fp8Rows& other) {
@@ -210,7 +222,7 @@ void multiply_fp8(Runtime& runtime, const Tensor& x, const std::vector<Fp8Rows>&
   Fp8Activations own;
   const Fp8Rows* before = nullptr;
   for (const Fp8Rows& part : parts) {
-    if (before == nullptr || !quantise_alike(*before, part)) own = quantised(runtime, x, part);
+    if (before == nullptr || !quantise_alike(*before, part)) own = quantise_fp8(runtime, x, part);
     before = &part;
     multiply_rows(runtime, own, part, bias, y, first);
     first += part.rows;

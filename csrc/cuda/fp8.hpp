@@ -36,6 +36,20 @@ Fp8Activations make_fp8_activations(Runtime& runtime, std::int64_t m, const Fp8R
 
 // The rows of a matrix in the runtime's dtype, each by its largest magnitude; columns are multiples of 8.
 Fp8Activations quantise_fp8(Runtime& runtime, const Tensor& x);
+// The same as `rows` says, which multiply them.
+Fp8Activations quantise_fp8(Runtime& runtime, const Tensor& x, const Fp8Rows& rows);
+
+// Rows of a mixture's pairs, in sorted order, whose experts have constants that quantise activations. With `of_tokens`,
+// x has rows of tokens instead.
+struct Fp8Pairs {
+  const std::int32_t *pairs, *experts;  // [pairs]: the number of a sorted pair, and the expert of a number
+  const float* constants;               // by expert
+  int count, top_k;
+  bool of_tokens;
+};
+
+// The rows of x for such pairs.
+Fp8Activations quantise_fp8(Runtime& runtime, const Tensor& x, const Fp8Pairs& pairs);
 
 // The scales of a product: of x [blocks of columns or 1][stride], of w as above.
 struct Fp8Scales {

@@ -73,7 +73,7 @@ GroupedRows lay_out(Runtime& runtime, const StoredGroups& stored, std::optional<
     throw std::invalid_argument("a weight of " + std::to_string(stored.bits) + " bits in groups of " +
                                 std::to_string(stored.group) + " of " + std::to_string(columns) +
                                 " columns: groups are multiples of 32, columns of 8");
-  GroupedRows made{{}, {}, std::move(order), stored.bits, rows, columns, 1, 1};
+  GroupedRows made{{stored.bits, rows, columns}, {}, {}, std::move(order)};
   const int stages = made.stages();
   if (stored.group >= columns)
     made.stages_of_group = stages;

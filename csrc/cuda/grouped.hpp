@@ -25,19 +25,23 @@ constexpr int kGroupedWarps = 8;               // of a block
 constexpr int kTileRows = 16 * kGroupedWarps;  // of a weight
 constexpr int kStageColumns = 128;
 
-// Rows of a weight that are alike in all of this.
-struct GroupedRows {
-  Tensor weight, scales;        // as above, uint8 and int32
-  std::optional<Tensor> order;  // int32 [columns]: the column of x that each column of the weight multiplies
+// The sizes that decide the layout.
+struct GroupedForm {
   int bits, rows, columns;
-  int groups_of_stage;  // at least 1
-  int stages_of_group;  // at least 1
+  int groups_of_stage = 1, stages_of_group = 1;  // one of the two is 1
 
   int tiles() const { return (rows + kTileRows - 1) / kTileRows; }
   int stages() const { return (columns + kStageColumns - 1) / kStageColumns; }
   int groups() const {
     return groups_of_stage > 1 ? stages() * groups_of_stage : (stages() + stages_of_group - 1) / stages_of_group;
   }
+  bool operator==(const GroupedForm&) const = default;
+};
+
+// Rows of a weight that are alike in all of this.
+struct GroupedRows : GroupedForm {
+  Tensor weight, scales;        // as above, uint8 and int32
+  std::optional<Tensor> order;  // int32 [columns]: the column of x that each column of the weight multiplies
 };
 
 // Such rows as checkpoints store them, on the device.

@@ -34,9 +34,10 @@ void multiply_grouped_on_hopper(const Runtime& runtime, const GroupedProduct& pr
 // Whether the device is an sm_90 and this module has code for sm_90a.
 bool on_hopper(const Runtime& runtime);
 
-// Calls `function` with std::integral_constants of the product's bits and of its groups of a stage.
-template <typename Function>
-void with_groups(const GroupedProduct& product, Function&& function) {
+// Calls `function` with std::integral_constants of the bits and of the groups of a stage of a GroupedProduct or
+// GroupedForm.
+template <typename Product, typename Function>
+void with_groups(const Product& product, Function&& function) {
   using std::integral_constant;
   if (product.bits == 8)
     product.groups_of_stage == 1 ? function(integral_constant<int, 8>(), integral_constant<int, 1>())

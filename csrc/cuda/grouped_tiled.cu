@@ -16,11 +16,10 @@
 // of the tensor memory accelerator, and barriers say that a stage is full or empty; elsewhere every thread copies some
 // words (before sm_80 without overlap), and the block synchronises once a stage.
 //
-// Integers minus their zero are exact in 16 bits. They are multiplied as they are, and the sum of a group is multiplied
-// by the group's scale in float32.
+// grouped_stage.cuh says how a stage is multiplied.
 #include <algorithm>
 
-#include "cuda/grouped_fragment.cuh"
+#include "cuda/grouped_stage.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/tensor_map.cuh"
 
@@ -52,7 +51,7 @@ struct GroupedTile {
   static constexpr int kCopyingRegisters = 24, kMultiplyingRegisters = kM <= 16 ? 0 : kM <= 64 ? 104 : 240;
 
   struct Shared {
-    uint4 x[kStages][kStageColumns / 64][kM][8];
+    StageOfX<kM> x[kStages];
     uint4 weight[kStages][kGroupedWarps][kWords][32];
     std::uint32_t scales[kStages][kGroups][kTileRows];
     std::uint64_t full[kStages], empty[kStages];
@@ -145,77 +144,44 @@ struct GroupedBlock {
       const bool there = row < rows && column < given.k;
       const T* from =
           static_cast<const T*>(given.x) + (there ? static_cast<std::int64_t>(m0 + row) * given.k + column : 0);
-      copy_async(&shared.x[at.slot][chunk / 8][row][chunk % 8 ^ row % 8], from, there);
+      copy_async(&word_of_stage(shared.x[at.slot], row, chunk), from, there);
     }
   }
 
   // ---- Products
 
   // Adds those of a stage.
-  __device__ __forceinline__ void multiply_stage(int slot, float (&sums)[kSums]) const {
-    std::uint32_t words[S::kWords * 4];
-    load_words(shared.weight[slot][warp], lane, words);
-#pragma unroll
-    for (int group = 0; group < S::kGroups; ++group) {
-      const auto [scale_a, scale_b] =
-          *reinterpret_cast<const uint2*>(&shared.scales[slot][group][warp * 16 + lane / 4 * 2]);
-      const Integers<T, kBits> integers(scale_a & 0xffU, scale_b & 0xffU);
-      float products[kSums];
-      multiply_group(slot, group * kSteps, words, integers, products);
-      const float first = float_of_bits(scale_a & 0xffffff00U), second = float_of_bits(scale_b & 0xffffff00U);
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[i] = fmaf(i % 4 < 2 ? first : second, products[i], sums[i]);
-    }
+  __device__ __forceinline__ void multiply(int slot, float (&sums)[kSums]) const {
+    multiply_stage<T, kBits, S::kGroups>(
+        shared.weight[slot][warp], &shared.scales[slot][0][warp * 16], kTileRows, sums,
+        [&](int first_step, const auto& words, const auto& integers, float (&products)[kSums]) {
+          if constexpr (S::kHopper)
+            multiply_on_hopper(slot, first_step, words, integers, products);
+          else
+            multiply_steps<T, kBits, kSteps, kM>(shared.x[slot], first_step, words, integers, products);
+        });
   }
 
   // Those of the columns of a group, as integers.
-  __device__ __forceinline__ void multiply_group(int slot, int first_step, const std::uint32_t (&words)[S::kWords * 4],
-                                                 const Integers<T, kBits>& integers, float (&products)[kSums]) const {
+  __device__ __forceinline__ void multiply_on_hopper(int slot, int first_step,
+                                                     const std::uint32_t (&words)[S::kWords * 4],
+                                                     const Integers<T, kBits>& integers,
+                                                     float (&products)[kSums]) const {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    if constexpr (S::kHopper) {
-      constexpr int kInFlight = 3;  // as many fragments have registers at a time
+    constexpr int kInFlight = 3;  // as many fragments have registers at a time
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        const int step = first_step + i;
-        std::uint32_t a[4];
-        if (i >= kInFlight) wait_for_products<kInFlight - 1>();
-        integers.fragment(words, step, a);
-        begin_products();
-        multiply_fragment<T>(products, a, operand(&shared.x[slot][step / 4][0][step % 4 * 2], 1024, 0), i == 0);
-        commit_products();
-      }
-      wait_for_products<0>();
-      hold(products);
+    for (int i = 0; i < kSteps; ++i) {
+      const int step = first_step + i;
+      std::uint32_t a[4];
+      if (i >= kInFlight) wait_for_products<kInFlight - 1>();
+      integers.fragment(words, step, a);
+      begin_products();
+      multiply_fragment<T>(products, a, operand(&shared.x[slot][step / 4][0][step % 4 * 2], 1024, 0), i == 0);
+      commit_products();
     }
+    wait_for_products<0>();
+    hold(products);
 #endif
-    if constexpr (!S::kHopper) {
-      float odd[4] = {};  // with 8 rows, two sums take turns, which need not wait for each other
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) products[i] = 0;
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        const int step = first_step + i;
-        std::uint32_t a[4], b[4];
-        integers.fragment(words, step, a);
-        const auto& x = shared.x[slot][step / 4];
-        const int word = step % 4 * 2 + lane / 8 % 2;
-        if constexpr (kM == 8) {
-          load_matrices(b, &x[lane % 8][word ^ lane % 8]);
-          multiply<T>(i % 2 == 0 ? reinterpret_cast<float (&)[4]>(products[0]) : odd, a, b[0], b[1]);
-        } else {
-#pragma unroll
-          for (int j = 0; j < kM / 16; ++j) {
-            load_matrices(b, &x[j * 16 + lane / 16 * 8 + lane % 8][word ^ lane % 8]);
-            multiply<T>(reinterpret_cast<float (&)[4]>(products[j * 8]), a, b[0], b[1]);
-            multiply<T>(reinterpret_cast<float (&)[4]>(products[j * 8 + 4]), a, b[2], b[3]);
-          }
-        }
-      }
-      if constexpr (kM == 8) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) products[i] += odd[i];
-      }
-    }
   }
 
   // ---- Results
@@ -361,7 +327,7 @@ static __global__ __launch_bounds__(S::kThreads, S::kBlocksPerProcessor) void gr
     wait_for_previous();
     for (; at.number != block.end; at.advance(given.stages)) {
       wait(shared.full[at.slot], at.parity);
-      block.multiply_stage(at.slot, sums);
+      block.multiply(at.slot, sums);
       if (block.lane == 0) arrive(shared.empty[at.slot]);
       block.finish_stage(at, sums);
     }
@@ -387,7 +353,7 @@ static __global__ __launch_bounds__(S::kThreads, S::kBlocksPerProcessor) void gr
       }
       next.advance(given.stages);
       commit_copies();
-      block.multiply_stage(at.slot, sums);
+      block.multiply(at.slot, sums);
       block.finish_stage(at, sums);
     }
   }

@@ -178,6 +178,74 @@ static void combine(const Runtime& runtime, const Tensor& results, const Tensor&
 
 // ---- The op
 
+// Whether weights are packed in one form, which kernels multiply; experts' are if both of each are.
+static bool alike(const std::vector<LinearWeight>& weights) {
+  const auto parts_alike = [&](const auto& first, auto same) {
+    using Parts = std::remove_cvref_t<decltype(first)>;
+    return first.size() == 1 && std::ranges::all_of(weights, [&](const LinearWeight& weight) {
+             const auto* parts = std::get_if<Parts>(&weight.weight);
+             return parts != nullptr && parts->size() == 1 && same(first[0], parts->at(0));
+           });
+  };
+  if (const auto* grouped = std::get_if<std::vector<GroupedRows>>(&weights[0].weight))
+    return parts_alike(*grouped, [](const GroupedRows& one, const GroupedRows& other) {
+      return static_cast<const GroupedForm&>(one) == other && one.rows % 2 == 0;
+    });
+  if (const auto* fp8 = std::get_if<std::vector<Fp8Rows>>(&weights[0].weight))
+    return parts_alike(*fp8, [](const Fp8Rows& one, const Fp8Rows& other) {
+      return one.blocks == other.blocks && one.rows == other.rows &&
+             one.input_scale.has_value() == other.input_scale.has_value();
+    });
+  return false;
+}
+
+static ExpertWeights collect(Runtime& runtime, const std::vector<LinearWeight>& weights,
+                             const std::vector<std::int64_t>& shape, bool packed) {
+  ExpertWeights made;
+  std::vector<const void*> elements, scales, orders;
+  std::vector<float> constants;
+  const auto add = [&](const auto& rows) {
+    if (elements.empty()) made.first = rows;
+    made.owned.insert(made.owned.end(), {rows.weight, rows.scales});
+    elements.push_back(rows.weight.data);
+    scales.push_back(rows.scales.data);
+  };
+  for (const LinearWeight& weight : weights) {
+    if (weight.out() != shape[0] || weight.in() != shape[1])
+      throw std::invalid_argument("an expert's weight must be [" + std::to_string(shape[0]) + ", " +
+                                  std::to_string(shape[1]) + "], not [" + std::to_string(weight.out()) + ", " +
+                                  std::to_string(weight.in()) + "]");
+    if (weight.bias) throw std::invalid_argument("an expert's weight has a bias");
+    if (!packed) {
+      const Tensor floats = weight.matrix(runtime);
+      check_dtype(floats, runtime.dtype(), "an expert's weight");
+      if (elements.empty()) made.first = floats;
+      made.owned.push_back(floats);
+      elements.push_back(floats.data);
+    } else if (const auto* grouped = std::get_if<std::vector<GroupedRows>>(&weight.weight)) {
+      const GroupedRows& rows = grouped->at(0);
+      add(rows);
+      orders.push_back(rows.order ? rows.order->data : nullptr);
+      if (rows.order) made.owned.push_back(*rows.order);
+    } else {
+      const Fp8Rows& rows = std::get<std::vector<Fp8Rows>>(weight.weight).at(0);
+      add(rows);
+      if (rows.input_scale) constants.push_back(*rows.input_scale);
+    }
+  }
+  const auto table = [&](const auto& values, DType dtype) {
+    if (values.empty()) return Tensor{};
+    Tensor tensor = runtime.make({static_cast<std::int64_t>(values.size())}, dtype);
+    runtime.upload(tensor.data, values.data(), tensor.bytes());
+    return tensor;
+  };
+  made.weights = table(elements, DType::int64);
+  made.scales = table(scales, DType::int64);
+  made.orders = table(orders, DType::int64);
+  if (!constants.empty()) made.constants = table(constants, DType::float32);
+  return made;
+}
+
 std::shared_ptr<Experts> make_experts(Runtime& runtime, const std::vector<LinearWeight>& gate_up,
                                       const std::vector<LinearWeight>& down) {
   if (gate_up.empty() || gate_up.size() != down.size() || gate_up.size() > kMostExperts)
@@ -186,27 +254,78 @@ std::shared_ptr<Experts> make_experts(Runtime& runtime, const std::vector<Linear
                                 std::to_string(kMostExperts) + " experts with two each");
   auto experts = std::make_shared<Experts>();
   const std::int64_t hidden = gate_up[0].in(), inner = down[0].in();
-  const auto collect = [&](const std::vector<LinearWeight>& weights, const std::vector<std::int64_t>& shape) {
-    std::vector<const void*> found;
-    for (const LinearWeight& weight : weights) {
-      const Tensor floats = weight.matrix(runtime);
-      check_shape(floats, shape, "an expert's weight");
-      check_dtype(floats, runtime.dtype(), "an expert's weight");
-      if (weight.bias) throw std::invalid_argument("an expert's weight has a bias");
-      experts->weights.push_back(floats);
-      found.push_back(floats.data);
-    }
-    Tensor table = runtime.make({static_cast<std::int64_t>(found.size())}, DType::int64);
-    runtime.upload(table.data, found.data(), table.bytes());
-    return table;
-  };
-  experts->gate_up = collect(gate_up, {2 * inner, hidden});
-  experts->down = collect(down, {hidden, inner});
+  const bool packed = gate_up[0].weight.index() == down[0].weight.index() && alike(gate_up) && alike(down);
+  experts->gate_up = collect(runtime, gate_up, {2 * inner, hidden}, packed);
+  experts->down = collect(runtime, down, {hidden, inner}, packed);
   experts->count = static_cast<int>(gate_up.size());
   experts->hidden = static_cast<int>(hidden);
   experts->inner = static_cast<int>(inner);
   experts->dtype = runtime.dtype();
   return experts;
+}
+
+static const void* const* addresses(const Tensor& tensor) { return static_cast<const void* const*>(tensor.data); }
+
+// The product of packed weights with x, which has a row for each token if `first`, else for each sorted pair; the
+// results are for sorted pairs if `first`, else for pairs by their number.
+static Tensor multiply_packed(Runtime& runtime, const Mixture& mixture, const ExpertWeights& weights,
+                              const Activations& activations, bool first, std::int64_t pairs) {
+  ExpertProduct product{mixture, first, !first, nullptr, nullptr, addresses(weights.weights), 0, 0};
+  product.w_scales = addresses(weights.scales);
+  const auto results = [&](const auto& form) {
+    product.n = form.rows;
+    product.k = form.columns;
+    Tensor made = runtime.make({pairs, form.rows}, runtime.dtype());
+    product.y = made.data;
+    return made;
+  };
+  if (const auto* form = std::get_if<GroupedRows>(&weights.first)) {
+    Tensor y = results(*form);
+    product.w_orders = addresses(weights.orders);
+    product.x = std::get<Tensor>(activations).data;
+    multiply_grouped_experts(runtime, product, *form);
+    return y;
+  }
+  const auto& form = std::get<Fp8Rows>(weights.first);
+  const auto quantised = [&]() -> Fp8Activations {
+    if (const auto* made = std::get_if<Fp8Activations>(&activations)) return *made;
+    const Tensor& x = std::get<Tensor>(activations);
+    if (!weights.constants) return quantise_fp8(runtime, x, form);
+    product.x_of_tokens = false;
+    return quantise_fp8(runtime, x,
+                        Fp8Pairs{mixture.pairs, mixture.experts, static_cast<const float*>(weights.constants->data),
+                                 static_cast<int>(pairs), mixture.top_k, first});
+  };
+  const Fp8Activations x = quantised();
+  Tensor y = results(form);
+  product.x = x.values.data;
+  product.x_scales = {static_cast<const float*>(x.scales.data), nullptr, static_cast<int>(x.scales.shape[1])};
+  multiply_fp8_experts(runtime, product, form.blocks);
+  return y;
+}
+
+// The results of all pairs, by the number of the pair.
+static Tensor multiply(Runtime& runtime, const Mixture& mixture, const Experts& experts, Activation activation,
+                       const Tensor& x, std::int64_t pairs) {
+  if (experts.packed()) {
+    const Tensor both = multiply_packed(runtime, mixture, experts.gate_up, x, true, pairs);
+    LinearWeight feeds;
+    const auto* fp8 = std::get_if<Fp8Rows>(&experts.down.first);
+    if (fp8 != nullptr && !experts.down.constants) feeds.weight = std::vector{*fp8};
+    const Activations inner = gated_activation(runtime, both, activation, &feeds);
+    return multiply_packed(runtime, mixture, experts.down, inner, false, pairs);
+  }
+  const Tensor inner = runtime.make({pairs, experts.inner}, x.dtype);
+  Tensor results = runtime.make({pairs, experts.hidden}, x.dtype);
+  multiply_gated(runtime,
+                 {mixture, true, false, x.data, inner.data, addresses(experts.gate_up.weights), experts.inner,
+                  experts.hidden, activation},
+                 x.dtype);
+  multiply_experts(
+      runtime,
+      {mixture, false, true, inner.data, results.data, addresses(experts.down.weights), experts.hidden, experts.inner},
+      x.dtype);
+  return results;
 }
 
 Tensor moe(Runtime& runtime, const Tensor& x, const Tensor& router_logits, const Experts& experts, int top_k,
@@ -246,11 +365,8 @@ Tensor moe(Runtime& runtime, const Tensor& x, const Tensor& router_logits, const
       launch(runtime, sort_kernel, 1, kSortThreads, shared_bytes, sorting);
     }
   });
-  const Mixture mixture{sorting.sorted, sorting.groups, sorting.num_groups, rows, top_k};
-  const Tensor inner = runtime.make({pairs, experts.inner}, x.dtype);
-  const Tensor results = runtime.make({pairs, experts.hidden}, x.dtype);
-  multiply_up(runtime, mixture, experts, activation, x.data, inner.data);
-  multiply_down(runtime, mixture, experts, inner.data, results.data);
+  const Mixture mixture{sorting.sorted, routing.chosen, sorting.groups, sorting.num_groups, rows, top_k};
+  const Tensor results = multiply(runtime, mixture, experts, activation, x, pairs);
   with_float(x.dtype, [&](auto* pointer) { combine<Pointee<decltype(pointer)>>(runtime, results, weights, out); });
   return out;
 }

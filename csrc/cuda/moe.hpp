@@ -14,18 +14,39 @@ struct Group {
 };
 
 struct Mixture {
-  const std::int32_t* pairs;  // [places]
+  const std::int32_t* pairs;    // [places]
+  const std::int32_t* experts;  // [pairs]
   const Group* groups;
   int num_groups, rows_of_group, top_k;
 };
 
+// A product of the experts' weights [n, k] with the rows of x for the pairs of each expert. x and y have a row for each
+// sorted pair, or, where it says so, x one for each token and y one for each pair by its number.
+struct ExpertProduct {
+  Mixture mixture;
+  bool x_of_tokens, y_of_pairs;
+  const void* x;
+  void* y;
+  const void* const* w;  // by expert
+  int n, k;
+  Activation activation = Activation::silu;  // of products with a gate
+  // By expert, of weights in groups of integers: the scales, and the order of columns, null where it is x's.
+  const void* const* w_scales = nullptr;
+  const void* const* w_orders = nullptr;
+  Fp8Scales x_scales = {};  // of x, where it is quantised
+};
+
 // The largest number of pairs of a group, chosen for the fastest products of this many pairs.
 int rows_of_group(const Runtime& runtime, const Experts& experts, std::int64_t pairs);
+// The same where weights are in groups of integers, from the mean number of an expert's pairs.
+int pairs_of_group(const Runtime& runtime, std::int64_t pairs_of_expert);
 
-// Computes f(gate) * up for the token of each pair: x [tokens, hidden] -> y [sorted pairs, inner].
-void multiply_up(const Runtime& runtime, const Mixture& mixture, const Experts& experts, Activation activation,
-                 const void* x, void* y);
-// Computes down for each pair: x [sorted pairs, inner] -> y [pairs, hidden].
-void multiply_down(const Runtime& runtime, const Mixture& mixture, const Experts& experts, const void* x, void* y);
+// Computes f(gate) * up of float weights: x [tokens, hidden] -> y [sorted pairs, inner].
+void multiply_gated(const Runtime& runtime, const ExpertProduct& product, DType dtype);
+// Computes the product with float weights.
+void multiply_experts(const Runtime& runtime, const ExpertProduct& product, DType dtype);
+// The same with weights in groups of integers, and of 8-bit floats; x is of the runtime's dtype, or quantised.
+void multiply_grouped_experts(const Runtime& runtime, const ExpertProduct& product, const GroupedForm& form);
+void multiply_fp8_experts(const Runtime& runtime, const ExpertProduct& product, bool blocks);
 
 }  // namespace vllmlite::cuda

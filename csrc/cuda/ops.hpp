@@ -60,10 +60,22 @@ Tensor activation(Runtime& runtime, const Tensor& x, Activation activation);
 // x @ weight.T + bias: [rows, in] -> [rows, out] of `dtype`, the backend's or float32.
 Tensor linear(Runtime& runtime, const Activations& x, const LinearWeight& weight, DType dtype);
 
-// Weights of a mixture's experts, each [2 * inner, hidden], the gate's rows first, and [hidden, inner].
+// One of the two weights [out, in] of each of a mixture's experts: all of the backend's dtype, or all packed in one
+// form.
+struct ExpertWeights {
+  std::variant<Tensor, GroupedRows, Fp8Rows> first;  // that of expert 0, whose form the others have
+  std::vector<Tensor> owned;                         // what the addresses are of
+  // int64 [count]: addresses of elements, of packed ones' scales, and of orders of columns, 0 where there is none.
+  Tensor weights, scales, orders;
+  std::optional<Tensor> constants;  // float32 [count]: what quantises activations, where constants do
+};
+
+// Weights of a mixture's experts, each [2 * inner, hidden], the gate's rows first, and [hidden, inner]. Both are
+// floats, or both packed in the same kind.
 struct Experts {
-  std::vector<Tensor> weights;  // that the addresses are of
-  Tensor gate_up, down;         // int64 [count]: addresses
+  bool packed() const { return !std::holds_alternative<Tensor>(gate_up.first); }
+
+  ExpertWeights gate_up, down;
   int count, hidden, inner;
   DType dtype;
 };

@@ -26,7 +26,6 @@ from vllmlite.models import load_model, open_model, read_spec
 from vllmlite.models.plan import plan_model
 from vllmlite.models.quantization_config import read_quantization
 from vllmlite.models.shard import sharded
-from vllmlite.models.tensors import sources
 from vllmlite.weights.host import PackedWeight, float_values
 from vllmlite.weights.packing import Packing
 
@@ -141,40 +140,27 @@ def test_native_logits_do_not_depend_on_the_batch_or_on_chunks(name: str, tmp_pa
             assert found.tobytes() == whole[slot].tobytes()
 
 
+@pytest.mark.parametrize("family", ["dense", "mixture"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(
     "name", [name for name in PACKERS if name.startswith(("awq", "gptq", "pack-quantized", "int-quantized"))]
 )
-def test_the_cuda_backend_multiplies_what_is_packed(name: str, dtype: str, tmp_path: Path) -> None:
+def test_the_cuda_backend_multiplies_what_is_packed(
+    name: str, dtype: str, family: str, tmp_path: Path
+) -> None:
     """As well as what it dequantises at load."""
     try:
         backend, dequantising = CudaBackend("cuda", dtype), CudaBackend("cuda", dtype)
     except BackendError as error:
         pytest.skip(str(error))
-    changes: dict[str, Any] = {"vocab_size": 320} if PACKERS[name].head else {}
-    packed, _ = quantised(tmp_path, PACKERS[name], **changes)
+    architecture, changes = {"dense": ("Llama", {}), **FAMILIES}[family]
+    if PACKERS[name].head:
+        changes = changes | {"vocab_size": 320}
+    packed, _ = quantised(tmp_path, PACKERS[name], architecture, **changes)
     dequantising.schemes = frozenset()
     expected = logits(packed, dequantising)
     bound = {"float16": 0.01, "bfloat16": 0.06}[dtype] * np.abs(expected).max()
     np.testing.assert_allclose(logits(packed, backend), expected, rtol=0, atol=bound)
-
-
-def test_experts_count_as_floats_where_the_backend_dequantises_them(tmp_path: Path) -> None:
-    architecture, changes = FAMILIES["mixture"]
-    packed, _ = quantised(tmp_path, PACKERS["gptq asymmetric"], architecture, **changes)
-
-    class Multiplying(TorchBackend):
-        schemes = frozenset({"w4a16"})
-
-    class Dequantising(Multiplying):
-        packs_experts = False
-
-    spec = read_spec(packed)
-    names = [name for name, source in sources(spec).items() if source.product and ".experts." in name]
-    assert names
-    for backend, packs in ((Multiplying(), True), (Dequantising(), False)):
-        weights = open_model(packed, spec, Packing(backend))
-        assert all((weights.packed_scheme(name) is not None) == packs for name in names)
 
 
 @pytest.mark.parametrize("name", PACKERS)

@@ -306,8 +306,6 @@ class Backend(ABC):
     """Dtype of activations and dense weights, one of :data:`FLOAT_DTYPES`."""
     schemes: frozenset[str] = frozenset()
     """Names of the quantisation schemes whose weights :meth:`linear` multiplies without dequantising them."""
-    packs_experts: ClassVar[bool] = True
-    """Whether :meth:`moe` multiplies packed weights; if not, :meth:`experts` dequantises them on the device."""
     details: str = ""
     """Further properties of the backend for messages: instruction set, threads."""
     comm: Comm = SingleRank()

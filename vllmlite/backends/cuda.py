@@ -10,6 +10,7 @@ rows unless the backend is batch-invariant.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -39,6 +40,8 @@ from vllmlite.weights.schemes.codes import Bytes, StoredCodes
 from vllmlite.weights.schemes.float8 import Float8Scheme
 from vllmlite.weights.schemes.grouped import ORDER, QWEIGHT, SCALES, ZEROS, GroupedScheme
 
+logger = logging.getLogger(__name__)
+
 NATIVE_FLOAT16, NATIVE_BFLOAT16, NATIVE_FLOAT8 = (7, 5), (8, 0), (8, 9)
 """The first compute capabilities whose tensor cores multiply these dtypes."""
 
@@ -52,7 +55,6 @@ class CudaBackend(NativeBackend):
 
     name: ClassVar[str] = "cuda"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
-    packs_experts: ClassVar[bool] = False
     asynchronous = True
 
     def __init__(
@@ -194,10 +196,14 @@ class CudaBackend(NativeBackend):
         )  # fmt: skip
 
     def experts(self, experts: Sequence[Expert]) -> Any:
+        """Packed weights are multiplied as they are if all gate and up projections have one form, and all down
+        projections; others are dequantised, with a warning."""
+        gate_up, down = ([getattr(expert, name) for expert in experts] for name in ("gate_up", "down"))
         with _out_of_memory("the experts do not fit: choose a smaller model or dtype"):
-            return self._runtime.experts(
-                [expert.gate_up for expert in experts], [expert.down for expert in experts]
-            )
+            made = self._runtime.experts(gate_up, down)
+        if not made.packed and any(weight.packed for weight in (*gate_up, *down)):
+            logger.warning("packed experts of a layer are dequantised: their projections differ in form")
+        return made
 
     def tied_weight(self, table: Tensor) -> Any:
         return self._native.LinearWeight(table)

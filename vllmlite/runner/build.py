@@ -94,14 +94,12 @@ def weight_forms(plan: Plan, packing: Packing) -> list[str]:
     """Describe, for each scheme of the checkpoint, how its weights are multiplied and what dtype activations have."""
     if plan.spec is None:
         return []
-    mixture = any(layer.moe is not None for layer in plan.spec.layers)
     forms = []
     for scheme in dict.fromkeys(stored_schemes(plan.spec).values()) or [None]:
         stored = plan.dtype if scheme is None else scheme.name
-        form = f"{stored} weights {packing.treatment(scheme)}, activations in {packing.activations(scheme)}"
-        if mixture and packing.scheme(scheme) is not None and not packing.backend.packs_experts:
-            form += f", but those of experts dequantised to {packing.backend.dtype}"
-        forms.append(form)
+        forms.append(
+            f"{stored} weights {packing.treatment(scheme)}, activations in {packing.activations(scheme)}"
+        )
     return forms
 
 

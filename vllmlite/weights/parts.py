@@ -131,9 +131,7 @@ class ModelWeights:
 
     def packed_scheme(self, name: str) -> Scheme | None:
         """Return the scheme in which the backend gets a weight matrix; None if it gets floats, as it does where a
-        matrix that is fused with this one comes as floats, or makes them of experts."""
-        if ".experts." in name and not self.packing.backend.packs_experts:
-            return None
+        matrix that is fused with this one comes as floats."""
         own, *others = (
             self.packing.scheme(self.stored.schemes.get(self.sources[each].key), name in (HEAD, TABLE))
             for each in self._fused(name)
