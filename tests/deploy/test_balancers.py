@@ -60,7 +60,9 @@ def balancer(tmp_path: Path, ports: tuple[int, int]) -> Iterator[Balancer]:
 
 
 @pytest.mark.slow
-def test_a_server_is_restarted_under_load_and_no_request_fails(balancer: Balancer, ports: tuple[int, int]) -> None:
+def test_a_server_is_restarted_under_load_and_no_request_fails(
+    balancer: Balancer, ports: tuple[int, int]
+) -> None:
     programs = [Program("--port", str(port), "--device", "cpu") for port in ports]
     body = {"prompt": "Debian is", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
     answers: list[tuple[int, str]] = []
