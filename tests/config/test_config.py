@@ -181,10 +181,14 @@ def test_forms_of_speculative_decoding_are_one() -> None:
         "--speculative-model=a/draft", "--num-speculative-tokens=3", "--speculative-max-model-len=64",
         "--speculative-model-quantization=int8",
     )  # fmt: skip
-    assert drafted.speculative() == Speculative(3, 5, 5, None, DraftCheckpoint("a/draft", None, "int8", 64))
+    assert drafted.speculative() == Speculative(
+        3, 5, 5, None, DraftCheckpoint("draft_model", "a/draft", None, "int8", 64)
+    )
     assert from_flags(
         "--spec-method=draft_model", "--spec-model=a/draft", "--spec-tokens=3"
-    ).speculative() == (Speculative(3, 5, 5, None, DraftCheckpoint("a/draft", None, None, None)))
+    ).speculative() == (
+        Speculative(3, 5, 5, None, DraftCheckpoint("draft_model", "a/draft", None, None, None))
+    )
     assert EngineConfig.from_kwargs(spec_method=None, spec_tokens=None) == EngineConfig()
     assert (
         EngineConfig().speculative()
@@ -207,7 +211,9 @@ def test_lengths_of_ngrams_are_those_of_vllm(given: dict[str, int], want: tuple[
 @pytest.mark.parametrize(
     ("options", "field", "says"),
     [
-        ({"speculative_config": {"method": "eagle3"}}, "speculative_config.method", "must be ngram or draft_model;"),
+        ({"speculative_config": {"method": "medusa"}}, "speculative_config.method", "must be ngram or draft_model or"),
+        ({"speculative_config": {"method": "eagle3", "model": "a/b", "quantization": "int8"}},
+         "speculative_config.quantization", "no effect on eagle3 drafts"),
         ({"speculative_config": {"method": "ngrams"}}, "speculative_config.method", "did you mean ngram?"),
         ({"speculative_config": {"method": "draft_model"}}, "speculative_config.model", "needs a checkpoint"),
         ({"speculative_config": {"method": "ngram", "model": "a/draft"}},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, cast
+
 import pytest
 from engine_runs import assert_idle, make_engine, run
 from fake_runner import EOS, VOCAB, FakeRunner, expected
@@ -120,6 +123,40 @@ def test_drafts_take_no_blocks_and_no_budget_from_others() -> None:
         assert engine.current_stats().num_preemptions == 0
         counts.append(runner.steps)
     assert counts[0] == counts[1]
+
+
+def test_models_that_draft_get_blocks_for_their_positions_and_take_none_from_others() -> None:
+    for num_blocks in (12, 400):
+        engine, runner = make_engine(
+            num_blocks=num_blocks, block_size=4, budget=8, max_model_len=16, drafts=4, right=0.5, cost=FREE
+        )
+        engine.scheduler.drafting = replace(engine.scheduler.drafting, fills_cache=True)
+        launch = runner.launch
+
+        def check(schedule: Schedule, launch: Any = launch, runner: FakeRunner = runner) -> StepResult:
+            result = launch(schedule)
+            for row, count in schedule.wanted.items():
+                slot, end = schedule.slots[row], schedule.starts[row] + schedule.counts[row]
+                assert min(end + count, 16) <= 4 * len(runner.tables[slot])
+            return cast(StepResult, result)
+
+        runner.launch = check  # type: ignore[method-assign]
+        for name in "abc":
+            engine.add_request(name, [1, 2, 3], SamplingParams(temperature=0, max_tokens=13, ignore_eos=True))
+        assert run(engine)["c"][0] == expected([1, 2, 3], 13, eos=())
+        stats = engine.current_stats()
+        assert stats.num_preemptions == 0
+        assert stats.num_accepted_tokens > 0
+
+
+def test_the_last_block_of_a_cached_prefix_is_computed_again_where_hidden_states_are_read() -> None:
+    for reads, cached in ((False, 8), (True, 4)):
+        engine, _ = make_engine(block_size=4, drafts=4, right=0.5, cost=FREE)
+        engine.scheduler.drafting = replace(engine.scheduler.drafting, reads_states=reads)
+        for name in "ab":
+            request = engine.add_request(name, [*range(1, 11)], SamplingParams(temperature=0, max_tokens=3))
+            assert run(engine)[name][0] == expected([*range(1, 11)], 3)
+        assert request.num_cached_tokens == cached
 
 
 def test_a_step_has_no_more_drafts_than_there_is_room_for_logits() -> None:

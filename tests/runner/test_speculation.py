@@ -11,11 +11,13 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
+from eagle_heads import Shape, write_head
 from native import needs_native_cpu
 
 from vllmlite import LLM, SamplingParams, StructuredOutputsParams
@@ -32,12 +34,16 @@ from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.runner.runner import Launched, ModelRunner
 
 DRAFTS = 4
+HEADS = TemporaryDirectory()
+write_head(Path(HEADS.name) / "eagle3", "eagle3", Shape(6144, 256, 8))
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3},
     "draft model": {"method": "draft_model", "model": str(BUILT_IN), "quantization": "int4"},
     "itself": {"method": "draft_model", "model": str(BUILT_IN)},
+    "eagle3": {"method": "eagle3", "model": str(Path(HEADS.name) / "eagle3")},
 }
-"""Sources of drafts for the built-in model; the last are always right."""
+"""Sources of drafts for the built-in model: those of the model itself are always right, those of the random head
+never."""
 CODE = "def add(a, b):\n    return a + b\n\n" * 4 + "def sub(a, b):\n    return"
 TEXTS = [CODE, "The Debian Project is", "one two three one two three one two", CODE[:90]]
 
@@ -175,6 +181,7 @@ FAST = {
     *(("ngram", "batched", wish) for wish in WISHES),
     ("draft model", "batched", "penalties"),
     ("draft model", "batched", "regex"),
+    ("eagle3", "batched", "seeded"),
 }
 """The part of the matrix that is not slow."""
 

@@ -248,6 +248,17 @@ class Model(Protocol):
         ...
 
 
+class KeepingModel(Model, Protocol):
+    """A model that also returns hidden states of its layers."""
+
+    def forward_keeping(
+        self, batch: ForwardBatch, kv: KVCache, kept: Sequence[int], rows: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Result of :meth:`forward`, and copies of the hidden states ``kept`` of the tokens ``rows``, int32 ``[N]``:
+        the inputs of the layers with these numbers; -1 stands for the result of :meth:`forward`."""
+        ...
+
+
 @runtime_checkable
 class AdaptableModel(Model, Protocol):
     """A model that can run with LoRA adapters."""

@@ -10,9 +10,10 @@ from vllmlite.config.options import did_you_mean
 from vllmlite.errors import ParameterError
 
 FIELD = "speculative_config"
-METHODS = ("ngram", "draft_model")
+EAGLE = ("eagle", "eagle3")
+METHODS = ("ngram", "draft_model", *EAGLE)
 ABSENT_METHODS = (
-    "eagle", "eagle3", "medusa", "mlp_speculator", "mtp", "deepseek_mtp", "suffix", "ngram_gpu", "custom_class",
+    "medusa", "mlp_speculator", "mtp", "deepseek_mtp", "suffix", "ngram_gpu", "custom_class",
     "dflash",
 )  # fmt: skip
 """vLLM's methods that are not supported."""
@@ -26,9 +27,12 @@ DEFAULT_LOOKUP = 5
 """Length of an n-gram unless it is given; the same as in vLLM."""
 KEYS = ("method", "model", "num_speculative_tokens", "disable_by_batch_size")
 """Keys of every method."""
-NGRAM_KEYS = ("prompt_lookup_min", "prompt_lookup_max")
-MODEL_KEYS = ("revision", "quantization", "max_model_len")
-"""Keys of the methods whose drafts come from a checkpoint."""
+METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
+    "ngram": ("prompt_lookup_min", "prompt_lookup_max"),
+    "draft_model": ("revision", "quantization", "max_model_len"),
+    **dict.fromkeys(EAGLE, ("revision", "max_model_len")),
+}
+"""Further keys of each method."""
 SHORTHANDS: Mapping[str, tuple[str, type]] = {
     "spec_method": ("method", str),
     "spec_model": ("model", str),
@@ -62,6 +66,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 class DraftCheckpoint:
     """The checkpoint of a model that proposes drafts."""
 
+    method: str
+    """``draft_model``, or one of :data:`EAGLE`."""
     model: str
     revision: str | None
     quantization: str | None
@@ -102,9 +108,9 @@ def speculative(options: Mapping[str, Any]) -> Speculative | None:
     if all(value is None for value in options.values()):
         return None
     method = _method(options)
-    used = (*KEYS, *(NGRAM_KEYS if method == "ngram" else MODEL_KEYS))
+    used = (*KEYS, *METHOD_KEYS[method])
     for key, value in options.items():
-        known = (*KEYS, *NGRAM_KEYS, *MODEL_KEYS, *NEUTRAL)
+        known = (*KEYS, *NEUTRAL, *(key for keys in METHOD_KEYS.values() for key in keys))
         if key not in known:
             raise ParameterError(f"{FIELD}.{key}", value, "unknown key" + did_you_mean(key, known))
         if key not in used and value not in NEUTRAL.get(key, (None,)):
@@ -123,16 +129,17 @@ def speculative(options: Mapping[str, Any]) -> Speculative | None:
         shortest,
         longest,
         None if rows is None else rows - 1,
-        None if method == "ngram" else _draft_checkpoint(options),
+        None if method == "ngram" else _draft_checkpoint(method, options),
     )
 
 
 def _method(options: Mapping[str, Any]) -> str:
-    """Return the method; a model without a method is a draft model, unless its name is that of n-grams."""
+    """Return the method. That of a model without a method follows from the model's name, as in vLLM."""
     method, model = options.get("method"), options.get("model")
     supported = f"must be {' or '.join(METHODS)}; drafts of other methods are not supported in this version"
     if method is None and model is not None:
-        method = "ngram" if model in NGRAM_MODELS else "draft_model"
+        named = (name for name in ("eagle3", "eagle") if name in str(model).lower())
+        method = "ngram" if model in NGRAM_MODELS else next(named, "draft_model")
     if method not in METHODS:
         if method is not None and method not in ABSENT_METHODS:
             supported += did_you_mean(str(method), METHODS)
@@ -143,18 +150,20 @@ def _method(options: Mapping[str, Any]) -> str:
         raise ParameterError(
             f"{FIELD}.model",
             model,
-            f"method {method} needs a checkpoint with the model's vocabulary: a name or path",
+            f"method {method} needs a checkpoint for the model's vocabulary: a name or path",
         )
     return str(method)
 
 
-def _draft_checkpoint(options: Mapping[str, Any]) -> DraftCheckpoint:
+def _draft_checkpoint(method: str, options: Mapping[str, Any]) -> DraftCheckpoint:
     """Return the checkpoint that ``options`` name. Raises ParameterError."""
     for key in ("revision", "quantization"):
         if not isinstance(options.get(key), str | None):
             raise ParameterError(f"{FIELD}.{key}", options[key], "must be a string")
     longest = _integer(options, "max_model_len", 2**31 - 1)
-    return DraftCheckpoint(options["model"], options.get("revision"), options.get("quantization"), longest)
+    return DraftCheckpoint(
+        method, options["model"], options.get("revision"), options.get("quantization"), longest
+    )
 
 
 def _integer(options: Mapping[str, Any], key: str, most: int) -> int | None:

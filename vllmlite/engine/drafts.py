@@ -88,6 +88,9 @@ class DraftPolicy:
     """Time of a step of the model that proposes drafts, by its rows, in the unit of ``cost``; None: drafts are free."""
     fills_cache: bool = False
     """Whether proposing drafts writes keys and values, so that their positions need blocks."""
+    reads_states: bool = False
+    """Whether proposing drafts reads the model's hidden states, which are not in the prefix cache: the last block of a
+    cached prefix is computed again, so that those of its last position are known."""
     _costs: dict[int, list[float]] = field(default_factory=dict)
     """Rows of a step → its cost with 0, 1, 2, … drafts a row."""
 

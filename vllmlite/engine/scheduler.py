@@ -385,7 +385,8 @@ class Scheduler:
             return []
         self._extend_hashes(request, request.num_known_ids // self.limits.block_size)
         usable = request.block_hashes[: (request.num_tokens - 1) // self.limits.block_size]
-        return self.pool.find(usable)
+        hits = self.pool.find(usable)
+        return hits[:-1] if self.drafting.reads_states else hits
 
     def _occupy(self, request: Request, schedule: Schedule, now: float) -> None:
         request.status = Status.RUNNING

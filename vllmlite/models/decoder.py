@@ -27,6 +27,9 @@ from vllmlite.weights.adapter import Adapter, AdapterLimits
 from vllmlite.weights.host import HostTensor
 from vllmlite.weights.parts import HEAD, TABLE, ModelWeights
 
+FINAL = -1
+"""The hidden states after the last norm, among those of layers."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Norm:
@@ -125,9 +128,20 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Compute the final hidden states ``[T, output_size]`` of ``batch``; write its keys and values to ``kv``."""
+        return self.forward_keeping(batch, kv, (), None)[0]
+
+    def forward_keeping(
+        self, batch: ForwardBatch, kv: KVCache, kept: Sequence[int], rows: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Compute :meth:`forward`, and copy the hidden states ``kept`` of the tokens ``rows``, int32 ``[N]``: layer
+        numbers stand for the layers' inputs, and :data:`FINAL` for the result."""
+        states: dict[int, Tensor] = {}
         ops, parallel, adapted = self.backend, self.spec.parallel, batch.adapters is not None
         x, residual = self._embedded(batch), None
         for index, layer in enumerate(self._layers):
+            if index in kept:
+                copy = ops.rows(x, rows)
+                states[index] = copy if residual is None else ops.add(copy, ops.rows(residual, rows))
             if self.spec.post_norm:
                 x = self._normed(self._attention(x, index, layer, batch, kv), layer.attn_norm, x)[0]
                 x = self._normed(self._mlp(x, layer.mlp, batch), layer.mlp_norm, x)[0]
@@ -144,7 +158,16 @@ class Decoder:
             h, residual = self._normed(x, layer.mlp_norm, residual, up)
             x = self._output(self._mlp(h, layer.mlp, batch), layer.mlp_out_norm)
         x = self._normed(x, self._final_norm, residual)[0]
-        return x if self._project_out is None else self._linear(x, self._project_out, batch)
+        if self._project_out is not None:
+            x = self._linear(x, self._project_out, batch)
+        if FINAL in kept:
+            states[FINAL] = ops.rows(x, rows)
+        return x, [states[layer] for layer in kept]
+
+    @property
+    def embedding_table(self) -> Tensor:
+        """The table of embeddings ``[V, hidden]``."""
+        return self._embed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits ``[N, V]`` of hidden states ``[N, output_size]``."""

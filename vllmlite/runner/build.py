@@ -22,11 +22,11 @@ from vllmlite.models.plan import Plan, check_quantization, plan_model
 from vllmlite.models.shard import sharded
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import stored_schemes
-from vllmlite.runner.propose.draft_model import ModelProposer
-from vllmlite.runner.propose.loading import load_draft
+from vllmlite.runner.propose.loading import load_drafter
 from vllmlite.runner.propose.ngram import NgramProposer
+from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.runner.runner import ModelRunner
-from vllmlite.runner.sizes import batched_tokens, most_positions, num_cache_blocks
+from vllmlite.runner.sizes import most_positions, num_cache_blocks
 from vllmlite.terminal import is_terminal, note
 from vllmlite.weights.adapter import AdapterLimits
 from vllmlite.weights.packing import Packing
@@ -170,16 +170,19 @@ def build_runner(
     )
     if model.kv_spec.dtype != backend.dtype:
         choice += f"; key/value cache in {model.kv_spec.dtype}"
-    options, drafter = config.speculative(), None
-    if options is not None and options.draft is not None:
-        drafter = load_draft(config, options.draft, backend, num_positions, rank, world)
-        choice += f"; drafts of up to {options.num_tokens} tokens from {options.draft.model}"
-    models = [model] if drafter is None else [model, drafter[0]]
-    num_blocks = _least(backend, num_cache_blocks(config, backend, models, num_positions))
+    options = config.speculative()
+    draft = None if options is None else options.draft
+    drafter = None
+    models, caches = [model], [model.kv_spec]
+    if draft is not None and options is not None:
+        choice += f"; drafts of up to {options.num_tokens} tokens from {draft.model}"
+        drafter = load_drafter(config, draft, model, backend, num_positions, rank, world)
+        models, caches = [*models, *drafter.models], [*caches, drafter.cache]
+    num_blocks = _least(backend, num_cache_blocks(config, backend, models, caches, num_positions))
     capacity = min(num_blocks * config.block_size, num_positions)
     if longest > capacity:
         if config.max_model_len is not None:
-            block_bytes = sum(backend.kv_bytes_per_block(each.kv_spec) for each in models)
+            block_bytes = sum(map(backend.kv_bytes_per_block, caches))
             raise ParameterError(
                 "max_model_len",
                 longest,
@@ -191,35 +194,29 @@ def build_runner(
         )
         longest = capacity
 
-    def runner_of(model: Model, adapters: AdapterLimits | None = None) -> ModelRunner:
-        return ModelRunner(
+    def runner_of(
+        model: Model, proposer: Proposer | None = None, adapters: AdapterLimits | None = None
+    ) -> ModelRunner:
+        runner = ModelRunner(
             backend,
             model,
             num_blocks=num_blocks,
             max_num_seqs=config.max_num_seqs,
             max_model_len=longest,
             enforce_eager=config.enforce_eager,
+            proposer=proposer,
             adapters=adapters,
         )
+        _capture_graphs(runner)
+        return runner
 
     adapters = AdapterLimits(config.max_loras, config.max_lora_rank) if config.enable_lora else None
-    runner = runner_of(model, adapters)
-    _capture_graphs(runner)
+    proposer: Proposer | None = None
     if drafter is not None:
-        draft_model, draft_longest = drafter
-        proposer = ModelProposer(
-            runner_of(draft_model),
-            max_model_len=min(draft_longest, longest),
-            budget=batched_tokens(config, backend),
-            vocab_size=model.vocab_size,
-        )
-        _capture_graphs(proposer.runner)
-        runner.proposer = proposer
+        proposer = drafter.proposer(runner_of, num_blocks, longest)
     elif options is not None:
-        runner.proposer = NgramProposer(
-            config.max_num_seqs, options.prompt_lookup_min, options.prompt_lookup_max
-        )
-    return BuiltRunner(runner, num_blocks, longest, f"{plan}; {choice}")
+        proposer = NgramProposer(config.max_num_seqs, options.prompt_lookup_min, options.prompt_lookup_max)
+    return BuiltRunner(runner_of(model, proposer, adapters), num_blocks, longest, f"{plan}; {choice}")
 
 
 def _least(backend: Backend, value: int) -> int:

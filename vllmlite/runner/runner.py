@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from vllmlite.backends.base import (
     AdaptableModel,
     Backend,
     ForwardBatch,
+    KeepingModel,
     KVCache,
     Logprobs,
     Model,
@@ -29,6 +30,7 @@ from vllmlite.backends.base import (
 from vllmlite.engine.runner_protocol import StepResult, TokenLogprobs
 from vllmlite.engine.scheduler import Admission, Schedule
 from vllmlite.errors import BackendError, ParameterError
+from vllmlite.runner.batches import host_batch
 from vllmlite.runner.graphs import Graphs
 from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.weights.adapter import Adapter, AdapterLimits
@@ -130,25 +132,11 @@ class ModelRunner:
         """Run a step of ``num_tokens`` in as many rows as there are slots, on block 0, and forget it."""
         num_rows = min(len(self._known), num_tokens)
         counts = np.diff(np.arange(num_rows + 1, dtype=np.int32) * num_tokens // num_rows)
-        positions = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
-        ends = np.cumsum(counts, dtype=np.int32)
         rows = np.arange(num_rows, dtype=np.int32)
         for slot in range(num_rows):
             self.backend.set_slot(self.slots, slot, SlotParams())
-        batch = ForwardBatch(
-            num_tokens=num_tokens,
-            num_rows=num_rows,
-            max_query_len=int(counts.max()),
-            max_context=int(counts.max()),
-            token_ids=np.zeros(num_tokens, np.int32),
-            positions=positions,
-            query_start_loc=np.concatenate(([0], ends)).astype(np.int32),
-            slots=rows,
-            context_lens=counts.astype(np.int32),
-            logits_rows=ends - 1,
-            sample_slots=rows,
-            sample_positions=counts.astype(np.int64),
-        )
+        batch = host_batch(rows.tolist(), [0] * num_rows, counts.tolist(), [1] * num_rows)
+        batch.token_ids = np.zeros(num_tokens, np.int32)
         columns = -(-int(counts.max()) // self.model.kv_spec.block_size)
         places = np.tile(np.arange(columns, dtype=np.int32), num_rows)
         self.backend.append_blocks(self.slots, np.repeat(rows, columns), places, np.zeros_like(places))
@@ -203,7 +191,6 @@ class ModelRunner:
         launched = Launched(schedule)
         if self.proposer is not None:
             self.proposer.append_blocks(schedule.block_slots, schedule.block_columns, schedule.block_ids)
-            launched.proposal = self.proposer.launch(list(compress(schedule.slots, schedule.samples)))
         key = None
         if not (schedule.prompt_logprobs or schedule.pools):
             if schedule.drafts:
@@ -211,11 +198,21 @@ class ModelRunner:
             key = self.graphs.find(batch)
         device_batch = self.backend.upload(batch, self.slots, self.model.kv_spec, key)
         samples = len(batch.logits_rows) > 0
-        hidden = None if key is not None else self.model.forward(device_batch, self.kv)
+        hidden, logits = None, None
+        states: Sequence[Tensor] = ()
+        if key is None:
+            tokens = np.arange(batch.num_tokens, dtype=np.int32)
+            hidden, states = self._forward(device_batch, tokens)
+            logits = self._output(hidden, device_batch) if samples else None
+        else:
+            logits, *states = self.graphs.run(key, device_batch)
+            # The next run overwrites what this one returns.
+            states = [self.backend.rows(state, device_batch.logits_rows) for state in states]
+        if self.proposer is not None:
+            if states:
+                self.proposer.keep_states(schedule, states)
+            launched.proposal = self.proposer.launch(list(compress(schedule.slots, schedule.samples)))
         if samples:
-            logits = (
-                self._output(hidden, device_batch) if key is None else self.graphs.run(key, device_batch)[0]
-            )
             launched.named_logprobs = self._named(logits, batch)
             launched.sampled, accepted = self._sample(logits, device_batch)
             launched.accepted = accepted if schedule.drafts else None
@@ -335,18 +332,9 @@ class ModelRunner:
         return self.model.vocab_size if count == -1 else count
 
     def _batch(self, schedule: Schedule) -> tuple[ForwardBatch, NDArray[np.int32]]:
-        starts = np.array(schedule.starts, np.int32)
-        counts = np.array(schedule.counts, np.int32)
-        slots = np.array(schedule.slots, np.int32)
-        num_rows = len(slots)
-        query_start_loc = np.zeros(num_rows + 1, np.int32)
-        np.cumsum(counts, out=query_start_loc[1:])
-        if schedule.num_tokens == num_rows:
-            positions = starts
-        else:
-            positions = np.repeat(starts - query_start_loc[:-1], counts)
-            positions += np.arange(schedule.num_tokens, dtype=np.int32)
-        token_ids = np.full(schedule.num_tokens, -1, np.int32)
+        batch = host_batch(schedule.slots, schedule.starts, schedule.counts, schedule.samples)
+        starts, slots = np.array(schedule.starts, np.int32), batch.slots
+        token_ids, query_start_loc, sample_slots = batch.token_ids, batch.query_start_loc, batch.sample_slots
         for row in np.flatnonzero(starts < self._num_known[slots]).tolist():
             start, count, at = schedule.starts[row], schedule.counts[row], query_start_loc[row]
             known = self._known[schedule.slots[row]][start : start + count]
@@ -354,25 +342,6 @@ class ModelRunner:
         for row, drafts in schedule.drafts.items():
             end = query_start_loc[row + 1]
             token_ids[end - len(drafts) : end] = drafts
-        context_lens = starts + counts
-        samples = np.array(schedule.samples, np.int32)
-        logits_rows = np.repeat(query_start_loc[1:] - np.cumsum(samples, dtype=np.int32), samples)
-        logits_rows += np.arange(schedule.num_sampled, dtype=np.int32)
-        sample_slots = np.repeat(slots, samples)
-        batch = ForwardBatch(
-            num_tokens=schedule.num_tokens,
-            num_rows=num_rows,
-            max_query_len=int(counts.max()),
-            max_context=int(context_lens.max()),
-            token_ids=token_ids,
-            positions=positions,
-            query_start_loc=query_start_loc,
-            slots=slots,
-            context_lens=context_lens,
-            logits_rows=logits_rows,
-            sample_slots=sample_slots,
-            sample_positions=positions[logits_rows].astype(np.int64) + 1,
-        )
         adapters = self._adapters[slots]
         if adapters.any():
             batch.adapters = adapters
@@ -406,7 +375,19 @@ class ModelRunner:
     def _logits(self, batch: ForwardBatch) -> Sequence[Tensor]:
         """Return the logits of an uploaded batch. This part of a step is captured: which kernels run depends on the
         number of rows and of their tokens alone."""
-        return [self._output(self.model.forward(batch, self.kv), batch)]
+        hidden, states = self._forward(batch, batch.logits_rows)
+        return [self._output(hidden, batch), *states]
+
+    def _forward(
+        self, batch: ForwardBatch, rows: Tensor | NDArray[np.int32]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the final hidden states of an uploaded batch, and of the tokens ``rows`` those that the proposer
+        reads."""
+        kept = () if self.proposer is None else self.proposer.states
+        if not kept:
+            return self.model.forward(batch, self.kv), ()
+        rows = self.backend.tensor(rows) if isinstance(rows, np.ndarray) else rows
+        return cast(KeepingModel, self.model).forward_keeping(batch, self.kv, kept, rows)
 
     def _output(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         return self.model.logits(self.backend.rows(hidden, batch.logits_rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vllmlite.backends.base import Backend, Model
+from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.drafts import MOST_DRAFTS
 from vllmlite.errors import BackendError, ParameterError
@@ -53,13 +54,17 @@ def most_positions(config: EngineConfig, backend: Backend, plan: Plan, longest: 
 
 
 def num_cache_blocks(
-    config: EngineConfig, backend: Backend, models: Sequence[Model], max_model_len: int
+    config: EngineConfig,
+    backend: Backend,
+    models: Sequence[Model],
+    caches: Sequence[KVSpec],
+    max_model_len: int,
 ) -> int:
-    """Return the number of blocks in the key/value caches, once the weights are loaded: ``models`` are the model and
-    the one that proposes drafts, if there is one. Each has a cache of so many blocks."""
+    """Return the number of blocks in each of the key/value ``caches``, once the weights are loaded. ``models`` are the
+    model and a draft model, if there is one."""
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
-    block_bytes = sum(backend.kv_bytes_per_block(model.kv_spec) for model in models)
+    block_bytes = sum(map(backend.kv_bytes_per_block, caches))
     if config.kv_cache_memory_bytes is not None:
         num_blocks = config.kv_cache_memory_bytes // block_bytes
         if not num_blocks:

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from vllmlite.backends.base import Backend
 from vllmlite.config.engine_config import EngineConfig
+from vllmlite.config.speculative import EAGLE
 from vllmlite.engine.adapters import AdapterSource
 from vllmlite.engine.drafts import DraftPolicy, StepCost
 from vllmlite.engine.engine import Engine
@@ -18,7 +19,7 @@ from vllmlite.hub import find_model
 from vllmlite.models.plan import Plan
 from vllmlite.runner.build import BuiltRunner, build_runner, plan_for
 from vllmlite.runner.generation_config import default_params, eos_ids, generation_config, reasoning_marks
-from vllmlite.runner.propose.loading import check_vocabulary, plan_draft
+from vllmlite.runner.propose.loading import check_vocabulary
 from vllmlite.runner.sizes import batched_tokens, mixed_tokens
 from vllmlite.runner.step_times import step_times
 from vllmlite.sampling_params import SamplingParams
@@ -61,7 +62,7 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
     generation = generation_config(config, plan.path)
     speculative = config.speculative()
     if speculative is not None and speculative.draft is not None and tokenizer is not None:
-        check_vocabulary(speculative.draft, plan_draft(config, speculative.draft), tokenizer)
+        check_vocabulary(config, speculative.draft, tokenizer)
     built = build_runner(config, plan, replica=replica or 0)
     runner, backend = built.runner, built.runner.backend
     two_steps = backend.asynchronous if config.async_scheduling is None else config.async_scheduling
@@ -111,6 +112,7 @@ def _drafting(config: EngineConfig, built: BuiltRunner, two_steps: bool) -> Draf
         cost,
         draft_cost=draft_cost,
         fills_cache=options.draft is not None,
+        reads_states=options.draft is not None and options.draft.method in EAGLE,
     )
 
 

@@ -210,6 +210,12 @@ def _read(path: Path, load_format: str) -> dict[str, HostTensor]:
     raise ModelError(f"{path}: {what_directory_is(path) or 'holds none of ' + ', '.join(names)}")
 
 
+def read_tensors(path: Path) -> dict[str, HostTensor]:
+    """Return all tensors in the safetensors or PyTorch files of the directory ``path``, whatever they are. Raises
+    ModelError."""
+    return _read(path, "auto")
+
+
 def stored_names(path: Path) -> Set[str] | None:
     """Return the names of the tensors in the safetensors files of the directory ``path``.
 

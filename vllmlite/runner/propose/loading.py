@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from vllmlite.backends.base import Backend, Model
+from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.config.engine_config import EngineConfig
-from vllmlite.config.speculative import FIELD, DraftCheckpoint
+from vllmlite.config.speculative import EAGLE, FIELD, DraftCheckpoint
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.models import load_planned
+from vllmlite.models.decoder import Decoder
+from vllmlite.models.eagle import EagleHead, read_eagle
 from vllmlite.models.plan import Plan, check_quantization, plan_model
 from vllmlite.models.shard import sharded
+from vllmlite.runner.propose.draft_model import ModelProposer
+from vllmlite.runner.propose.eagle import EagleProposer
+from vllmlite.runner.propose.proposer import Proposer
+from vllmlite.runner.runner import ModelRunner
+from vllmlite.runner.sizes import batched_tokens
 from vllmlite.tokenizers.tokenizer import Tokenizer
 from vllmlite.weights.packing import Packing
 
 
-def plan_draft(config: EngineConfig, draft: DraftCheckpoint) -> Plan:
+def _plan(config: EngineConfig, draft: DraftCheckpoint) -> Plan:
     """Find the draft model and return how it would run. Raises ModelError, and ParameterError for options that
     contradict the model."""
-    path = find_model(draft.model, revision=draft.revision, download_dir=config.download_dir)
-    plan = plan_model(path, config.model_impl)
+    plan = plan_model(_find(config, draft), config.model_impl)
     check_quantization(plan, draft.quantization, f"{FIELD}.quantization")
     longest = plan.max_position_embeddings
     if draft.max_model_len is not None and draft.max_model_len > longest:
@@ -30,11 +39,17 @@ def plan_draft(config: EngineConfig, draft: DraftCheckpoint) -> Plan:
     return plan
 
 
-def check_vocabulary(draft: DraftCheckpoint, plan: Plan, tokenizer: Tokenizer) -> None:
-    """Raise ParameterError unless the draft model's ids are those of ``tokenizer``, the target model's.
+def check_vocabulary(config: EngineConfig, draft: DraftCheckpoint, tokenizer: Tokenizer) -> None:
+    """Raise ParameterError unless the draft model's ids are those of ``tokenizer``, the target model's. EAGLE heads may
+    have no tokenizer.
 
     Sizes are not compared: models of one family pad their vocabularies to different sizes."""
-    tokens, drafted = tokenizer.token_ids(), Tokenizer(plan.path).token_ids()
+    path = _find(config, draft)
+    if draft.method in EAGLE and not any(
+        (path / name).exists() for name in ("tokenizer.json", "tokenizer.model")
+    ):
+        return
+    tokens, drafted = tokenizer.token_ids(), Tokenizer(path).token_ids()
     if tokens == drafted:
         return
     other = next(text for text in [*tokens, *drafted] if tokens.get(text) != drafted.get(text))
@@ -46,13 +61,34 @@ def check_vocabulary(draft: DraftCheckpoint, plan: Plan, tokenizer: Tokenizer) -
     )
 
 
-def load_draft(
-    config: EngineConfig, draft: DraftCheckpoint, backend: Backend, longest: int, rank: int, world: int
-) -> tuple[Model, int]:
-    """Load the draft model onto the target model's backend; ``longest`` is the length of the target's sequences.
+@dataclass(frozen=True, slots=True)
+class Drafter:
+    """A loaded model that proposes drafts."""
 
-    Returns the model and the length of its sequences. On several ranks each computes a part of it, as of the target."""
-    plan = plan_draft(config, draft)
+    models: tuple[Model, ...]
+    """The draft model, if it is a whole model."""
+    cache: KVSpec
+    """Its key/value cache, which has as many blocks as the target model's."""
+    proposer: Callable[[Callable[[Model], ModelRunner], int, int], Proposer]
+    """Returns the proposer, given a function that makes the runner of a draft model, the number of blocks, and the
+    length of sequences."""
+
+
+def load_drafter(
+    config: EngineConfig,
+    draft: DraftCheckpoint,
+    target: Model,
+    backend: Backend,
+    longest: int,
+    rank: int,
+    world: int,
+) -> Drafter:
+    """Load the model of ``draft`` onto the backend of ``target``, whose sequences have up to ``longest`` tokens.
+
+    On several ranks each computes a part of a draft model, as of the target model, and all of an EAGLE head."""
+    if draft.method in EAGLE:
+        return _load_eagle(config, draft, target, longest)
+    plan = _plan(config, draft)
     if plan.backends and backend.name not in plan.backends:
         raise ParameterError(
             f"{FIELD}.model",
@@ -61,19 +97,48 @@ def load_draft(
         )
     if plan.spec is not None:
         plan = replace(plan, spec=sharded(plan.spec, rank, world))
-    longest = min(longest, draft.max_model_len or plan.max_position_embeddings)
-    packing = Packing(
-        backend, draft.quantization if plan.quantization is None else None, config.dtype == "auto"
-    )
+    drafted = min(longest, draft.max_model_len or plan.max_position_embeddings)
+    at_load = draft.quantization if plan.quantization is None else None
     model = load_planned(
         plan,
         backend,
-        max_model_len=longest,
-        num_positions=longest,
+        max_model_len=drafted,
+        num_positions=drafted,
         block_size=config.block_size,
         kv_cache_dtype="auto",
         load_format="dummy" if config.load_format == "dummy" else "auto",
         seed=config.seed,
-        packing=packing,
+        packing=Packing(backend, at_load, config.dtype == "auto"),
     )
-    return model, longest
+
+    def proposer(runner_of: Callable[[Model], ModelRunner], num_blocks: int, longest: int) -> Proposer:
+        return ModelProposer(
+            runner_of(model),
+            max_model_len=min(drafted, longest),
+            budget=batched_tokens(config, backend),
+            vocab_size=target.vocab_size,
+        )
+
+    return Drafter((model,), model.kv_spec, proposer)
+
+
+def _load_eagle(config: EngineConfig, draft: DraftCheckpoint, target: Model, longest: int) -> Drafter:
+    if not isinstance(target, Decoder):
+        raise ParameterError(f"{FIELD}.method", draft.method, "needs a native model")
+    spec = read_eagle(_find(config, draft), draft.method, target.spec)
+    head = EagleHead(spec, target, num_positions=longest, block_size=config.block_size)
+
+    def proposer(runner_of: Callable[[Model], ModelRunner], num_blocks: int, longest: int) -> Proposer:
+        return EagleProposer(
+            head,
+            num_blocks=num_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=longest,
+            longest_drafted=min(draft.max_model_len or longest, longest),
+        )
+
+    return Drafter((), head.kv_spec, proposer)
+
+
+def _find(config: EngineConfig, draft: DraftCheckpoint) -> Path:
+    return find_model(draft.model, revision=draft.revision, download_dir=config.download_dir)

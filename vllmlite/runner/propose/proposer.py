@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from vllmlite.backends.base import Tensor
+from vllmlite.engine.scheduler import Schedule
+
 
 class Proposer(Protocol):
     """Guesses the next ids of sequences. Calls of one proposer come in the order of the steps."""
+
+    states: Sequence[int] = ()
+    """The target model's hidden states that :meth:`keep_states` wants, as for ``forward_keeping`` of a model."""
 
     def admit(self, slot: int, token_ids: list[int]) -> None:
         """Begin a sequence of ``token_ids`` in ``slot``; the sequence that had the slot is forgotten, but for the steps
@@ -17,6 +23,11 @@ class Proposer(Protocol):
     def append_blocks(self, slots: Sequence[int], columns: Sequence[int], blocks: Sequence[int]) -> None:
         """Take note that block ``blocks[i]`` becomes column ``columns[i]`` of the block table of ``slots[i]``. A
         proposer with a key/value cache stores positions in the same blocks as the target model does."""
+        return None
+
+    def keep_states(self, schedule: Schedule, states: Sequence[Tensor]) -> None:
+        """Take the hidden states of a step that was launched: for each of :attr:`states`, those of all its tokens.
+        Comes before :meth:`launch`."""
         return None
 
     def launch(self, slots: Sequence[int]) -> Any:

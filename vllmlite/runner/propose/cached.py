@@ -1,0 +1,127 @@
+"""Bookkeeping of proposers with a key/value cache of their own.
+
+Every position has the same block in the proposer's cache as in the target model's. Sequences share a prefix if its
+blocks hold it in both caches. Blocks that the target model found in its prefix cache may never have been computed by
+the proposer, or hold another text there since. Each block of the proposer's cache therefore has a mark: the hash of all
+ids that the states up to the block's end depend on, set when the proposer has computed them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from vllmlite.runner.propose.proposer import Proposer
+
+
+@dataclass(slots=True)
+class CachedSequence:
+    """A sequence in a slot, as the proposer knows it."""
+
+    slot: int
+    token_ids: list[int]
+    blocks: list[int] = field(default_factory=list)
+    """Its block table."""
+    num_uploaded: int = -1
+    """How many of ``blocks`` the device knows; -1: the proposer has not begun with the sequence."""
+    num_computed: int = 0
+    """Positions whose keys and values in the proposer's cache are those of ``token_ids``."""
+    num_marked: int = 0
+    """How many of its blocks have their mark."""
+    unknown: bool = False
+    """Whether ids of it are not in the proposer's vocabulary."""
+    drafts: list[int] = field(default_factory=list)
+    """The drafts that were proposed last."""
+    _marks: list[int] = field(default_factory=list)
+    """Marks of its first blocks."""
+
+    def append(self, token_ids: list[int]) -> None:
+        """Append the ids that the target model sampled."""
+        self.token_ids += token_ids
+        self.drafts = []
+
+    def mark(self, index: int, block_size: int, ahead: int) -> int:
+        """Return the hash of the ids up to the end of block ``index``, and of ``ahead`` more."""
+        for at in range(len(self._marks), index + 1):
+            before = self._marks[-1] if at else 0
+            ids = self.token_ids[at * block_size : (at + 1) * block_size + ahead]
+            self._marks.append(hash((before, *ids)))
+        return self._marks[index]
+
+
+SequenceT = TypeVar("SequenceT", bound=CachedSequence)
+
+
+class CachedProposer(Proposer, Generic[SequenceT]):
+    """Keeps the block tables of sequences and the marks of blocks."""
+
+    def __init__(self, sequence: type[SequenceT], block_size: int, max_model_len: int, ahead: int) -> None:
+        """Propose for sequences of up to ``max_model_len`` tokens. The state of a position depends on the ids up to it,
+        and on ``ahead`` more."""
+        self._make = sequence
+        self._block_size = block_size
+        self._max_model_len = max_model_len
+        self._ahead = ahead
+        self._marks: dict[int, int] = {}
+        """Block → its mark."""
+        self._sequences: dict[int, SequenceT] = {}
+
+    def admit(self, slot: int, token_ids: list[int]) -> None:
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        self._sequences[slot] = self._make(slot, list(token_ids))
+
+    def append_blocks(self, slots: Sequence[int], columns: Sequence[int], blocks: Sequence[int]) -> None:
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        for slot, block in zip(slots, blocks, strict=True):
+            self._sequences[slot].blocks.append(block)
+
+    def launch(self, slots: Sequence[int]) -> list[SequenceT]:
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        return [self._sequences[slot] for slot in slots]
+
+    def collect(
+        self, handle: list[SequenceT], token_ids: Sequence[list[int]], wanted: Sequence[int]
+    ) -> list[list[int]]:
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        asked: dict[int, SequenceT] = {}
+        counts: dict[int, int] = {}
+        for sequence, ids, count in zip(handle, token_ids, wanted, strict=True):
+            sequence.append(ids)
+            # The last position that is computed is that of the last draft but one, and needs a block.
+            room = min(len(sequence.blocks) * self._block_size, self._max_model_len)
+            count = min(count, room - len(sequence.token_ids) + 1)
+            if count > 0 and self._sequences[sequence.slot] is sequence and not sequence.unknown:
+                asked[sequence.slot], counts[sequence.slot] = sequence, count
+        if asked:
+            self._draft(asked, counts)
+        return [sequence.drafts for sequence in handle]
+
+    def _draft(self, asked: Mapping[int, SequenceT], counts: Mapping[int, int]) -> None:
+        """Set up to ``counts[slot]`` drafts of the sequences ``asked``, which are in their slots."""
+        raise NotImplementedError
+
+    def _new_blocks(self, sequence: SequenceT) -> range:
+        """Return the columns of a sequence's block table that the device does not know yet; it knows them then."""
+        new = range(max(sequence.num_uploaded, 0), len(sequence.blocks))
+        sequence.num_uploaded = new.stop
+        return new
+
+    def _find_computed(self, sequence: SequenceT) -> None:
+        """Set how many positions of a new sequence are in the proposer's cache; the last one is always left."""
+        whole = (len(sequence.token_ids) - 1 - self._ahead) // self._block_size
+        for index, block in enumerate(sequence.blocks[:whole]):
+            if self._marks.get(block) != sequence.mark(index, self._block_size, self._ahead):
+                break
+            sequence.num_marked = index + 1
+        sequence.num_computed = sequence.num_marked * self._block_size
+
+    def _mark(self, sequence: SequenceT, start: int, end: int, written: int) -> None:
+        """Mark the blocks of a sequence for a step that computes positions ``start`` to ``end``, and drafts that are
+        written up to ``written``."""
+        size = self._block_size
+        for block in sequence.blocks[start // size : -(-written // size)]:
+            self._marks.pop(block, None)
+        for index in range(sequence.num_marked, end // size):
+            self._marks[sequence.blocks[index]] = sequence.mark(index, size, self._ahead)
+        sequence.num_marked, sequence.num_computed = end // size, end

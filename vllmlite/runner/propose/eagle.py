@@ -1,0 +1,249 @@
+"""Drafts from an EAGLE head, which reads hidden states of the target model.
+
+The head's state of position p depends on the target model's hidden states of p and on token p + 1. The hidden states
+of each launched step are kept until the head has computed their positions. It does so where drafts are wanted, and
+where a sequence has more than :data:`STRETCH` positions to catch up: prompts therefore go through the head with their
+steps, while sequences for which drafts do not pay cost next to nothing and are never far behind.
+
+The first positions of a sequence may be in the target model's prefix cache but not in the head's, and then nobody has
+their hidden states any more; at most a stretch is missing. They are computed with hidden states of zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite.backends.base import ForwardBatch, SlotParams, SlotSpec, Tensor
+from vllmlite.engine.scheduler import Schedule
+from vllmlite.models.eagle import EagleHead
+from vllmlite.runner.batches import host_batch
+from vllmlite.runner.propose.cached import CachedProposer, CachedSequence
+
+STRETCH = 128
+"""Positions of a sequence that may be left to compute."""
+
+
+class _States:
+    """Hidden states of a step, on the device and, once they were needed there, on the host."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+        self.host: list[NDArray[np.float32]] = []
+
+
+@dataclass(slots=True)
+class _Segment:
+    """Consecutive positions of a sequence whose hidden states are those of consecutive tokens of a step."""
+
+    start: int
+    stop: int
+    states: _States
+    token: int
+    """The token of position ``start``."""
+
+
+@dataclass(slots=True)
+class EagleSequence(CachedSequence):
+    """A sequence, as the head knows it."""
+
+    segments: list[_Segment] = field(default_factory=list)
+    """Positions with hidden states, ascending and without gaps."""
+
+    @property
+    def stop(self) -> int:
+        """The end of the positions that can be computed: their hidden states and the next ids are known."""
+        return min(self.segments[-1].stop if self.segments else 0, len(self.token_ids) - 1)
+
+    def keep(self, segment: _Segment) -> None:
+        """Add the positions of a step; those of rejected drafts at its end are forgotten."""
+        while self.segments and self.segments[-1].start >= segment.start:
+            self.segments.pop()
+        if self.segments:
+            self.segments[-1].stop = segment.start
+        self.segments.append(segment)
+
+    def forget(self) -> None:
+        """Drop the hidden states of computed positions."""
+        self.segments = [segment for segment in self.segments if segment.stop > self.num_computed]
+        if self.segments:
+            first = self.segments[0]
+            first.token += max(self.num_computed - first.start, 0)
+            first.start = max(self.num_computed, first.start)
+
+
+class EagleProposer(CachedProposer[EagleSequence]):
+    """Proposes the chain of most likely tokens of a head."""
+
+    def __init__(
+        self, head: EagleHead, *, num_blocks: int, max_num_seqs: int, max_model_len: int, longest_drafted: int
+    ) -> None:
+        """Allocate the head's cache, of as many blocks as the target model's. Sequences have up to ``max_model_len``
+        tokens, and drafts up to a length of ``longest_drafted``."""
+        super().__init__(EagleSequence, head.kv_spec.block_size, longest_drafted, ahead=1)
+        self.head = head
+        self.states = head.spec.states
+        self._backend = backend = head.backend
+        self._kv = backend.alloc_kv(head.kv_spec, num_blocks)
+        max_blocks = -(-max_model_len // head.kv_spec.block_size)
+        self._slots = backend.alloc_slots(
+            SlotSpec(max_num_seqs, max_blocks, max_model_len, head.spec.draft_vocab_size, num_blocks)
+        )
+        self._max_num_seqs = max_num_seqs
+
+    def profile(self, num_rows: int) -> None:
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        rows = list(range(min(num_rows, self._max_num_seqs)))
+        zeros, ones = [0] * len(rows), [1] * len(rows)
+        for slot in rows:
+            self._backend.set_slot(self._slots, slot, SlotParams())
+        self._append(rows, zeros, zeros)
+        batch = self._upload(host_batch(rows, zeros, ones, ones))
+        hidden = self._fused([(None, np.zeros(len(rows), np.int32))])
+        normed, _ = self.head.forward(self._ids(zeros), hidden, batch, self._kv)
+        self._sampled(normed, batch)
+
+    def keep_states(self, schedule: Schedule, states: Sequence[Tensor]) -> None:
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        step, token = _States(states), 0
+        behind: dict[int, EagleSequence] = {}
+        kept: list[_Segment] = []
+        for slot, start, count in zip(schedule.slots, schedule.starts, schedule.counts, strict=True):
+            sequence = self._sequences[slot]
+            if not sequence.segments and sequence.num_uploaded < 0:
+                self._find_computed(sequence)
+            sequence.keep(_Segment(start, start + count, step, token))
+            token += count
+            if sequence.stop - sequence.num_computed > STRETCH and not sequence.unknown:
+                behind[slot] = sequence
+        if behind:
+            self._compute(behind, dict.fromkeys(behind, 1))
+        for slot in schedule.slots:
+            sequence = self._sequences[slot]
+            if sequence.unknown:
+                sequence.segments.clear()
+            kept += [segment for segment in sequence.segments if segment.states is step]
+        self._compact(step, kept, token)
+
+    def _compact(self, step: _States, kept: list[_Segment], num_tokens: int) -> None:
+        """Keep no more of a step's hidden states than ``kept``, of ``num_tokens``."""
+        spans = [range(segment.token, segment.token + segment.stop - segment.start) for segment in kept]
+        if sum(map(len, spans)) == num_tokens:
+            return
+        index = self._ids([token for span in spans for token in span])
+        step.tensors = [self._backend.rows(state, index) for state in step.tensors] if kept else []
+        step.host, token = [], 0
+        for segment, span in zip(kept, spans, strict=True):
+            segment.token, token = token, token + len(span)
+
+    def _draft(self, asked: Mapping[int, EagleSequence], counts: Mapping[int, int]) -> None:
+        """Compute the positions that are missing, then a chain of ``counts[slot]`` drafts of each sequence."""
+        slots, batch, normed, hidden = self._compute(asked, counts)
+        drafted = 0
+        while slots:
+            ids = self._sampled(normed, batch)
+            for slot, token_id in zip(slots, ids, strict=True):
+                asked[slot].drafts.append(token_id)
+            drafted += 1
+            going = [row for row, slot in enumerate(slots) if counts[slot] > drafted]
+            if not going:
+                break
+            if len(going) < len(slots):
+                slots, ids = [slots[row] for row in going], [ids[row] for row in going]
+                hidden = self._backend.rows(hidden, self._ids(going))
+            starts = [asked[slot].num_computed + drafted - 1 for slot in slots]
+            ones = [1] * len(slots)
+            batch = self._upload(host_batch(slots, starts, ones, ones))
+            normed, hidden = self.head.forward(self._ids(ids), hidden, batch, self._kv)
+
+    def _sampled(self, normed: Tensor, batch: ForwardBatch) -> list[int]:
+        """Wait for the most likely ids after the positions of ``batch``."""
+        sampled = self._backend.sample(self.head.logits(normed), self._slots, batch)
+        ids: list[int] = self.head.target_ids[self._backend.to_host(sampled.ids)].tolist()
+        return ids
+
+    def _compute(
+        self, asked: Mapping[int, EagleSequence], counts: Mapping[int, int]
+    ) -> tuple[list[int], Any, Tensor, Tensor]:
+        """Compute the positions of ``asked`` that are missing, before a chain of ``counts[slot]`` drafts. Returns the
+        slots, the uploaded batch, which samples at their last positions, and what the head returns for these."""
+        slots, starts, lengths = [], [], []
+        token_ids: list[int] = []
+        parts: list[tuple[_States | None, NDArray[np.int32]]] = []
+        for slot, sequence in asked.items():
+            start, stop = sequence.num_computed, sequence.stop
+            ids = sequence.token_ids[start + 1 : stop + 1]
+            if max(ids, default=0) >= self.head.vocab_size:
+                sequence.unknown = True
+            if sequence.unknown or not ids:
+                continue
+            if sequence.num_uploaded < 0:
+                self._backend.set_slot(self._slots, slot, SlotParams())
+            new = self._new_blocks(sequence)
+            self._append([slot] * len(new), new, sequence.blocks[new.start :])
+            parts += self._parts(sequence, start, stop)
+            self._mark(sequence, start, stop, stop + counts[slot] - 1)
+            sequence.forget()
+            slots.append(slot)
+            starts.append(start)
+            lengths.append(stop - start)
+            token_ids += ids
+        if not slots:
+            return [], None, None, None
+        batch = self._upload(host_batch(slots, starts, lengths, [1] * len(slots)))
+        normed, hidden = self.head.forward(self._ids(token_ids), self._fused(parts), batch, self._kv)
+        if len(token_ids) > len(slots):
+            rows = self._backend.rows
+            normed, hidden = rows(normed, batch.logits_rows), rows(hidden, batch.logits_rows)
+        return slots, batch, normed, hidden
+
+    def _parts(
+        self, sequence: EagleSequence, start: int, stop: int
+    ) -> list[tuple[_States | None, NDArray[np.int32]]]:
+        """Return where the hidden states of positions ``start`` to ``stop`` are: tokens of steps, or nowhere."""
+        parts: list[tuple[_States | None, NDArray[np.int32]]] = []
+        first = sequence.segments[0].start
+        if first > start:
+            parts.append((None, np.zeros(first - start, np.int32)))
+            sequence.num_marked = -(-first // self._block_size)
+        for segment in sequence.segments:
+            at, end = max(start, segment.start), min(stop, segment.stop)
+            if at < end:
+                offset = segment.token - segment.start
+                parts.append((segment.states, np.arange(at + offset, end + offset, dtype=np.int32)))
+        return parts
+
+    def _fused(self, parts: Sequence[tuple[_States | None, NDArray[np.int32]]]) -> Tensor:
+        """Return the head's input for the hidden states of ``parts``, one after the other. Those of several steps are
+        joined on the host."""
+        backend, (first, _) = self._backend, parts[0]
+        if first is not None and all(states is first for states, _ in parts):
+            index = backend.tensor(np.concatenate([index for _, index in parts]))
+            return self.head.fused([backend.rows(state, index) for state in first.tensors])
+        joined = []
+        for number in range(len(self.states)):
+            pieces = []
+            for states, index in parts:
+                if states is None:
+                    pieces.append(np.zeros((len(index), self.head.spec.target_size), np.float32))
+                    continue
+                if not states.host:
+                    states.host = [backend.to_host(tensor) for tensor in states.tensors]
+                pieces.append(states.host[number][index])
+            joined.append(backend.tensor(np.concatenate(pieces), backend.dtype))
+        return self.head.fused(joined)
+
+    def _upload(self, batch: ForwardBatch) -> ForwardBatch:
+        batch.token_ids = np.zeros(batch.num_tokens, np.int32)  # the head gets the ids by themselves
+        return self._backend.upload(batch, self._slots, self.head.kv_spec)
+
+    def _append(self, slots: Iterable[int], columns: Iterable[int], blocks: Iterable[int]) -> None:
+        arrays = [np.array(list(values), np.int32) for values in (slots, columns, blocks)]
+        self._backend.append_blocks(self._slots, arrays[0], arrays[1], arrays[2])
+
+    def _ids(self, values: Iterable[int]) -> Tensor:
+        return self._backend.tensor(np.array(list(values), np.int32))
