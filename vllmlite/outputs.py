@@ -163,6 +163,12 @@ class EngineStats:
     """Draft tokens that were accepted."""
     num_accepted_tokens_per_pos: tuple[int, ...] = ()
     """Draft tokens that were accepted, by their position in the draft."""
+    max_adapters: int = 0
+    """LoRA adapters that can be on the device at a time."""
+    running_adapters: tuple[str, ...] = ()
+    """Names of the adapters of running requests."""
+    waiting_adapters: tuple[str, ...] = ()
+    """Names of the adapters of waiting requests."""
     backend: str = ""
     device: str = ""
     dtype: str = ""

@@ -32,7 +32,7 @@ class Source:
         return True
 
     def identify(self, source: int) -> AdapterKey:
-        return AdapterKey(source, f"digest of {source}")
+        return AdapterKey(f"adapter {source}", source, f"digest of {source}")
 
     def take(self, key: AdapterKey, timeout: float) -> Any:
         source = key.source

@@ -126,29 +126,34 @@ def serving(engine_config: EngineConfig = ENGINE, **options: Any) -> Iterator[Se
 NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """Passed to httpx, which otherwise reads all certificates of the system, 50 ms for a client."""
 
-_APPS: WeakKeyDictionary[Service, tuple[tuple[ServerConfig, tuple[str, ...]], FastAPI]] = WeakKeyDictionary()
+_APPS: WeakKeyDictionary[Service, tuple[tuple[ServerConfig, tuple[str, ...], tuple[str, ...]], FastAPI]] = (
+    WeakKeyDictionary()
+)
 
 
-def app_of(service: Service, keys: tuple[str, ...] = ()) -> FastAPI:
+def app_of(service: Service, keys: tuple[str, ...] = (), lora_keys: tuple[str, ...] = ()) -> FastAPI:
     """The application of ``service``, rebuilt only for another configuration, since FastAPI takes 0.2 s for it."""
-    wanted = service.config, keys
+    wanted = service.config, keys, lora_keys
     built, app = _APPS.get(service, (None, None))
     if app is None or built != wanted:
-        app = build_app(service, keys)
+        app = build_app(service, keys, lora_keys)
         _APPS[service] = wanted, app
     return app
 
 
 @asynccontextmanager
 async def client_of(
-    service: Service, keys: tuple[str, ...] = (), send_buffer: int | None = None
+    service: Service,
+    keys: tuple[str, ...] = (),
+    send_buffer: int | None = None,
+    lora_keys: tuple[str, ...] = (),
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of ``service``, through uvicorn and a socket, on this event loop.
 
     The server is started and stopped as :meth:`uvicorn.Server.serve` does it, but without its sleeps of 0.1 s.
     """
     config = uvicorn.Config(
-        app_of(service, keys),
+        app_of(service, keys, lora_keys),
         log_config=None,
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,

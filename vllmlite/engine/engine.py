@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import compress
@@ -120,7 +120,9 @@ class Engine:
         nothing is speculated. Block hashes depend on ``cache_format``, which says how the key/value cache stores
         numbers. Without ``adapters`` no request can have one."""
         self.scheduler = Scheduler(limits, drafting or DraftPolicy(0))
-        self.stats = EngineStats(num_blocks=limits.num_blocks, block_size=limits.block_size)
+        self.stats = EngineStats(
+            num_blocks=limits.num_blocks, block_size=limits.block_size, max_adapters=limits.max_adapters
+        )
         self.runner = runner
         self.bounds = RequestBounds(
             vocab_size, frozenset(eos_ids), limits.max_model_len, max_logprobs, reasoning
@@ -333,6 +335,11 @@ class Engine:
         stats.num_preemptions = scheduler.num_preemptions
         stats.prefix_cache_queries = scheduler.prefix_queries
         stats.prefix_cache_hits = scheduler.prefix_hits
+        if stats.max_adapters:
+            stats.running_adapters = _adapter_names(scheduler.running)
+            stats.waiting_adapters = _adapter_names(
+                each for each in self._requests.values() if each.is_waiting
+            )
         return stats
 
     def _derive_seed(self) -> int:
@@ -497,6 +504,11 @@ class Engine:
             if output.finish_reason is not None:
                 request.finish(output.finish_reason, output.stop_reason, time.monotonic())
         self._log = None
+
+
+def _adapter_names(requests: Iterable[Request]) -> tuple[str, ...]:
+    """Return the names of the adapters of ``requests``."""
+    return tuple(sorted({request.adapter.name for request in requests if request.adapter is not None}))
 
 
 def _error_output(request: Request, reason: str) -> EngineOutput:

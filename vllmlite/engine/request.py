@@ -47,8 +47,9 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterKey:
-    """An adapter: what it is read from, and the digest of the contents that were found there."""
+    """An adapter: its name, what it is read from, and the digest of the contents that were found there."""
 
+    name: str
     source: Hashable
     digest: str
 

@@ -18,8 +18,11 @@ from vllmlite.lora.request import LoRARequest
 from vllmlite.outputs import EngineStats
 from vllmlite.sampling_params import SamplingParams
 
-FROM_FIRST = ("block_size", "backend", "device", "dtype")
+FROM_FIRST = ("block_size", "max_adapters", "backend", "device", "dtype")
 """Fields of :class:`EngineStats` that are equal in all replicas, or that the first replica stands for."""
+
+NAMES = ("running_adapters", "waiting_adapters")
+"""Fields of names, which are merged."""
 
 
 class ReplicaClient:
@@ -191,7 +194,9 @@ def add_stats(stats: Sequence[EngineStats]) -> EngineStats:
             mine, other = getattr(total, field.name), getattr(each, field.name)
             if field.name in FROM_FIRST:
                 continue
-            if isinstance(mine, tuple):
+            if field.name in NAMES:
+                setattr(total, field.name, tuple(sorted({*mine, *other})))
+            elif isinstance(mine, tuple):
                 length = max(len(mine), len(other))
                 padded = ([*values, *[0] * (length - len(values))] for values in (mine, other))
                 setattr(total, field.name, tuple(map(sum, zip(*padded, strict=True))))

@@ -41,7 +41,7 @@ class AdapterStore:
                 return key
             reading = self._read(source)
         adapter = reading.result()
-        return AdapterKey(source, adapter.digest)
+        return AdapterKey(source.lora_name, source, adapter.digest)
 
     def take(self, key: AdapterKey, timeout: float) -> Adapter | None:
         """See :class:`~vllmlite.engine.adapters.AdapterSource`."""
@@ -94,7 +94,7 @@ class AdapterStore:
             raise
         with self._lock:
             # Later requests get the new key if the files have changed; earlier ones still have the old one.
-            self._keys[source] = AdapterKey(source, adapter.digest)
+            self._keys[source] = AdapterKey(source.lora_name, source, adapter.digest)
             self._reading.pop(source, None)
             self._keep(adapter)
         return adapter

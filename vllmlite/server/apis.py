@@ -16,7 +16,7 @@ class Api(Enum):
 
 
 LLAMACPP_PATHS = frozenset(
-    "/completion /completions /infill /embedding /apply-template /props "
+    "/completion /completions /infill /embedding /apply-template /props /lora-adapters "
     "/chat/completions /responses /embeddings".split()
 )
 """llama-server's own paths, and its names of OpenAI's endpoints without /v1, which vLLM does not have."""

@@ -21,13 +21,13 @@ from starlette.responses import Response
 
 from vllmlite import __version__
 from vllmlite.errors import ParameterError, VllmliteError
-from vllmlite.server import operations
+from vllmlite.server import adapter_routes, operations
 from vllmlite.server.anthropic import routes as anthropic
 from vllmlite.server.body import LimitBody
 from vllmlite.server.errors import ApiError, as_api_error
 from vllmlite.server.llamacpp import routes as llamacpp
 from vllmlite.server.metrics import StatsLog
-from vllmlite.server.middleware import Count, RequireKey, RootPath, error_response
+from vllmlite.server.middleware import OPEN_PATHS, Count, RequireKey, RootPath, error_response
 from vllmlite.server.openai import chat, completions, embeddings
 from vllmlite.server.operations_protocol import TOKENIZABLE_TAGS
 from vllmlite.server.page import page_route
@@ -49,8 +49,10 @@ CLIENT_CLOSED_REQUEST = 499
 """nginx's status code for the log of an answer whose client has disconnected."""
 
 
-def build_app(service: Service, keys: tuple[str, ...] = ()) -> FastAPI:
-    """Return the application that serves ``service``; if there are API ``keys``, requests need one of them."""
+def build_app(service: Service, keys: tuple[str, ...] = (), lora_keys: tuple[str, ...] = ()) -> FastAPI:
+    """Return the application that serves ``service``; if there are API ``keys``, requests need one of them.
+
+    Adapters can be loaded by requests with one of ``lora_keys``, if there are any."""
     config = service.config
     app = FastAPI(
         title="vllmlite",
@@ -72,8 +74,12 @@ def build_app(service: Service, keys: tuple[str, ...] = ()) -> FastAPI:
     for name in config.middleware:
         _add_middleware(app, name)
     app.add_middleware(LimitBody, limit=config.max_body_size)
+    if lora_keys:
+        app.router.routes.extend(adapter_routes.router.routes)
+        app.add_middleware(RequireKey, keys=lora_keys, only=adapter_routes.PATHS)
     if keys:
-        app.add_middleware(RequireKey, keys=keys)
+        open_paths = OPEN_PATHS | adapter_routes.PATHS
+        app.add_middleware(RequireKey, keys=keys, excepted=open_paths)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -110,6 +110,26 @@ class ServerConfig:
         metavar="DIR",
     )
 
+    lora_modules: tuple[str, ...] = option(
+        (),
+        'LoRA adapters to serve under their own names: NAME=PATH, or {"name": …, "path": …, "base_model_name": …}',
+        group="LoRA",
+        metavar="MODULE",
+    )
+    lora_root: str | None = option(
+        None,
+        "serve /v1/load_lora_adapter and /v1/unload_lora_adapter, for adapters inside this directory; needs a key in "
+        "lora-admin-key-file",
+        group="LoRA",
+        metavar="DIR",
+    )
+    lora_admin_key_file: str | None = option(
+        None,
+        "file with the keys, one per line, that these two endpoints accept instead of the API keys",
+        group="LoRA",
+        metavar="FILE",
+    )
+
     api_key: tuple[str, ...] = option(
         (), "accepted keys; other users can see flags: prefer api-key-file or $VLLM_API_KEY",
         group="security", metavar="KEY",
@@ -214,9 +234,31 @@ class ServerConfig:
         these, from VLLM_API_KEY."""
         keys = self.api_key
         for path in (self.api_key_file, _credential("vllmlite.api-key")):
-            keys += _read_keys(path) if path is not None else ()
+            keys += _read_keys("api_key_file", path) if path is not None else ()
         from_environment = os.environ.get("VLLM_API_KEY", "")
         return keys or ((from_environment,) if from_environment else ())
+
+    def lora_admin_keys(self) -> tuple[str, ...]:
+        """Return the keys for loading adapters, of which there is one if it is allowed. Raises ParameterError.
+
+        They come from ``lora_admin_key_file``, systemd's credential ``vllmlite.lora-admin-key``, or
+        VLLMLITE_LORA_ADMIN_KEY."""
+        if self.lora_root is None:
+            return ()
+        if not os.path.isdir(self.lora_root):
+            raise ParameterError("lora_root", self.lora_root, "must be a directory")
+        keys: tuple[str, ...] = ()
+        for path in (self.lora_admin_key_file, _credential("vllmlite.lora-admin-key")):
+            keys += _read_keys("lora_admin_key_file", path) if path is not None else ()
+        keys = keys or tuple(filter(None, [os.environ.get("VLLMLITE_LORA_ADMIN_KEY", "")]))
+        if not keys:
+            raise ParameterError(
+                "lora_root",
+                self.lora_root,
+                "lets clients load adapters, and needs a key for that: lora_admin_key_file, the credential "
+                "vllmlite.lora-admin-key, or $VLLMLITE_LORA_ADMIN_KEY",
+            )
+        return keys
 
 
 def _credential(name: str) -> str | None:
@@ -228,13 +270,13 @@ def _credential(name: str) -> str | None:
         raise ParameterError("CREDENTIALS_DIRECTORY", directory, f"cannot be read: {error}") from None
 
 
-def _read_keys(path: str) -> tuple[str, ...]:
-    """Return the non-empty lines of a file."""
+def _read_keys(option: str, path: str) -> tuple[str, ...]:
+    """Return the non-empty lines of a file. Raises ParameterError, which names ``option``."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             keys = tuple(line.strip() for line in file if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise ParameterError("api_key_file", path, f"cannot be read: {error}") from None
+        raise ParameterError(option, path, f"cannot be read: {error}") from None
     if not keys:
-        raise ParameterError("api_key_file", path, "has no keys")
+        raise ParameterError(option, path, "has no keys")
     return keys

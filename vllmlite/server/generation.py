@@ -10,6 +10,7 @@ from typing import Any
 from starlette.types import Receive
 
 from vllmlite.async_llm import AsyncLLM, NewRequest, OutputStream
+from vllmlite.lora.request import LoRARequest
 from vllmlite.outputs import RequestOutput
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams
@@ -31,15 +32,19 @@ class Generation:
         request_id: str | None,
         prompts: Sequence[dict[str, Any]],
         params: SamplingParams | PoolingParams,
+        model: str,
+        adapter: LoRARequest | None,
     ) -> None:
-        """``kind`` is the prefix of the answer's id."""
+        """``kind`` is the prefix of the answer's id; ``model``, the model's name in the answer."""
         self.id = kind + (request_id or uuid.uuid4().hex)
         self.created = int(time.time())
         self.prompts = prompts
         self.params = params
+        self.model = model
         self.n = params.n if isinstance(params, SamplingParams) else 1
         """Completions per prompt."""
         self._engine = engine
+        self._adapter = adapter
         self._admission = admission
         self._metrics = metrics
         self._stream: OutputStream | None = None
@@ -59,7 +64,9 @@ class Generation:
         try:
             self._stream = await self._engine.submit(
                 [
-                    NewRequest(request_id, self.prompts[index], self.params, priority, arrival_time)
+                    NewRequest(
+                        request_id, self.prompts[index], self.params, priority, arrival_time, self._adapter
+                    )
                     for request_id, index in self._index.items()
                 ]
             )
@@ -67,6 +74,8 @@ class Generation:
             self._admission.release(self._unfinished)
             self._unfinished = 0
             raise
+        if self._adapter is not None:
+            self._metrics.adapter_used(self._adapter.lora_name, len(self.prompts))
         if isinstance(self.params, SamplingParams):
             self._metrics.requested(self.params, len(self.prompts))
 

@@ -6,6 +6,7 @@ The engine's thread counts every token, so counting costs only a bisection and t
 from __future__ import annotations
 
 import logging
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -81,6 +82,8 @@ class Metrics:
         """``stats`` returns the engine's counters; all series have the labels ``model_name`` and ``engine``."""
         self._labels = {"model_name": model, "engine": "0"}
         self._stats = stats
+        self._adapters: dict[str, int] = {}
+        """Name of an adapter → prompts that have been submitted with it."""
         self.finished = dict.fromkeys(FINISH_REASONS, 0)
         self.rejections = dict.fromkeys(REJECTION_REASONS, 0)
         lengths = _up_to(max_model_len)
@@ -161,6 +164,14 @@ class Metrics:
             self.params_n.observe(params.n)
             if params.max_tokens is not None:
                 self.params_max_tokens.observe(params.max_tokens)
+
+    def adapter_used(self, name: str, prompts: int) -> None:
+        """Count ``prompts`` requests with the adapter ``name``."""
+        self._adapters[name] = self._adapters.get(name, 0) + prompts
+
+    def forget_adapter(self, name: str) -> None:
+        """Drop the count of an adapter that is served no longer."""
+        self._adapters.pop(name, None)
 
     def completed(self, num_tokens: int) -> None:
         """Count the tokens of the longest completion of a prompt that has finished."""
@@ -262,6 +273,8 @@ class Metrics:
             buckets = HistogramMetricFamily(histogram.name, histogram.help, labels=names)
             buckets.add_metric(values, histogram.cumulative(), histogram.sum)
             yield buckets
+        if stats.max_adapters:
+            yield from self._collect_adapters(stats)
         config = GaugeMetricFamily(
             "vllm:cache_config_info",
             "Configuration of the KV cache.",
@@ -269,6 +282,25 @@ class Metrics:
         )
         config.add_metric([*values, str(stats.block_size), str(stats.num_blocks)], 1)
         yield config
+
+    def _collect_adapters(self, stats: EngineStats) -> Iterator[Any]:
+        """Yield the metric families of LoRA adapters."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        waiting, running = ",".join(stats.waiting_adapters), ",".join(stats.running_adapters)
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Names of the adapters of waiting and of running requests; the value is the time.",
+            labels=["max_lora", "waiting_lora_adapters", "running_lora_adapters"],
+        )
+        info.add_metric([str(stats.max_adapters), waiting, running], time.time())
+        yield info
+        requests = CounterMetricFamily(
+            "vllmlite:lora_requests", "Prompts with an adapter.", labels=[*self._labels, "lora_name"]
+        )
+        for name, count in self._adapters.items():
+            requests.add_metric([*self._labels.values(), name], count)
+        yield requests
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Return all metrics in the text format that ``accept`` prefers, and its media type."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from hashlib import sha256
 from http import HTTPStatus
 
@@ -79,14 +79,23 @@ def _with_id(scope: Scope, send: Send) -> Send:
 class RequireKey:
     """Requires an API key, as ``Authorization: Bearer`` or ``X-Api-Key``; compares in constant time."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        """``keys`` are the accepted keys."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[str],
+        *,
+        only: Collection[str] | None = None,
+        excepted: Collection[str] = OPEN_PATHS,
+    ) -> None:
+        """``keys`` are the accepted keys. They are required for the paths in ``only`` (None: all) but those in
+        ``excepted``."""
         self._app = app
+        self._only, self._excepted = only, excepted
         self._digests = [sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or answer 401."""
-        if scope["type"] != "http" or path_of(scope) in OPEN_PATHS:
+        if scope["type"] != "http" or not self._applies(path_of(scope)):
             await self._app(scope, receive, send)
             return
         digest = self._known_digest(scope)
@@ -101,6 +110,9 @@ class RequireKey:
             headers={"www-authenticate": "Bearer"},
         )
         await error_response(error, scope)(scope, receive, send)
+
+    def _applies(self, path: str) -> bool:
+        return path not in self._excepted and (self._only is None or path in self._only)
 
     def _known_digest(self, scope: Scope) -> bytes | None:
         """Return the digest of the request's key, or None if the key is missing or wrong."""

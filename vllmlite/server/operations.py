@@ -41,7 +41,8 @@ profiling = APIRouter()
 async def list_models(request: Request) -> Response:
     """List the served model names."""
     service: Service = request.app.state.service
-    return JSON({"object": "list", "data": [_card(service, name) for name in service.model_names]})
+    names = [*service.model_names, *service.adapters.all()]
+    return JSON({"object": "list", "data": [_card(service, name) for name in names]})
 
 
 @router.get("/v1/models/{model:path}", responses=documented(ModelCard))
@@ -53,13 +54,19 @@ async def retrieve_model(model: str, request: Request) -> Response:
 
 
 def _card(service: Service, name: str) -> ModelCard:
+    """Return the description of the model, or of an adapter, whose parent is the model."""
+    adapter = service.adapters.all().get(name)
+    root = service.engine.llm_engine.config.model or service.model
+    parent = None
+    if adapter is not None:
+        root, parent = adapter.request.lora_path, adapter.request.base_model_name or service.model
     return {
         "id": name,
         "object": "model",
-        "created": service.created,
+        "created": service.created if adapter is None else adapter.created,
         "owned_by": "vllmlite",
-        "root": service.engine.llm_engine.config.model or service.model,
-        "parent": None,
+        "root": root,
+        "parent": parent,
         "max_model_len": service.max_model_len,
     }
 

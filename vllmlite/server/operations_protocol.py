@@ -74,14 +74,15 @@ class DetokenizeRequest(Request):
 
 
 class ModelCard(TypedDict):
-    """A served model name."""
+    """A served name: of the model, or of an adapter."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     root: str
-    parent: None
+    parent: str | None
+    """The model that an adapter belongs to."""
     max_model_len: int
 
 

@@ -49,7 +49,9 @@ CLOSING_SECONDS = 2
 def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     """Serve until SIGTERM or SIGINT; return 0, or 1 if the engine died. Raises VllmliteError."""
     begin = time.monotonic()
-    keys = config.api_keys()
+    keys, lora_keys = config.api_keys(), config.lora_admin_keys()
+    if (config.lora_modules or config.lora_root) and not engine_config.enable_lora:
+        raise ParameterError("enable_lora", False, "must be True to serve adapters (--enable-lora)")
     config = replace(config, chat_template=read_template(config.chat_template))
     logging_config = _logging(config)
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -62,8 +64,9 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             metrics = Metrics(names[0], inner.max_model_len, inner.stats)
             inner.observer = metrics.observe_step
             service = Service(engine, config, names, metrics)
+            asyncio.run(service.adapters.load_modules(config.lora_modules))
             uvicorn_config = uvicorn.Config(
-                build_app(service, keys),
+                build_app(service, keys, lora_keys),
                 loop="asyncio",  # uvloop accepts one connection per iteration, which delays many at once
                 log_level=config.uvicorn_log_level,
                 access_log=not config.disable_uvicorn_access_log,

@@ -21,6 +21,7 @@ from vllmlite.errors import ContextLengthError, ParameterError
 from vllmlite.guided.compiler import PARALLEL
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
+from vllmlite.server.adapters import ServedAdapters
 from vllmlite.server.admission import Admission
 from vllmlite.server.apis import Api, api_of, path_of
 from vllmlite.server.config import ServerConfig
@@ -70,6 +71,7 @@ class Service:
             self.tokenizer.find_chat_template(config.chat_template)  # fail now if it is invalid
         self.max_model_len = inner.max_model_len
         self.responses = ResponseStore(config.max_stored_responses)
+        self.adapters = ServedAdapters(engine, metrics, self.model_names, config.lora_root)
         self.default_params = inner.default_sampling_params
         self.knows_reasoning = inner.engine_core.bounds.reasoning is not None
         """Whether requests may limit their reasoning."""
@@ -102,10 +104,14 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raise a 404 ApiError unless ``name`` is served; an empty name means the served model."""
-        if name and name not in self.model_names:
-            served = ", ".join(self.model_names)
+        if name and name not in self.model_names and name not in self.adapters.all():
+            served = ", ".join([*self.model_names, *self.adapters.all()])
             message = str(ParameterError("model", name, f"is not served; served: {served}"))
             raise ApiError(HTTPStatus.NOT_FOUND, message, param="model", code="model_not_found")
+
+    def adapter_name(self, model: str | None) -> str | None:
+        """Return ``model`` if it is the name of an adapter, else None, which stands for the model itself."""
+        return model if model in self.adapters.all() else None
 
     def chat_limit(self, wanted: int | None) -> int | None:
         """Return the maximum tokens of a chat answer: ``wanted``, or else the checkpoint's limit; None: up to the
@@ -122,17 +128,25 @@ class Service:
         params: SamplingParams | PoolingParams,
         *,
         arrival_time: float,
+        model: str | None = None,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> Generation:
-        """Start generating from, or embedding, the encoded ``prompts`` (see :meth:`encode`)."""
+        """Start generating from, or embedding, the encoded ``prompts`` (see :meth:`encode`), with the adapter whose
+        name is ``model``, if it is one's. Raises ApiError if ``model`` is not served (any more)."""
+        self.check_model(model)
+        adapter = self.adapters.all().get(model or "")
         for prompt in prompts:
             if cache_salt is not None:
                 prompt["cache_salt"] = cache_salt
         if isinstance(params, SamplingParams) and params.structured_outputs is not None:
             await self._compile(params.structured_outputs)
-        generation = Generation(self.engine, self.admission, self.metrics, kind, request_id, prompts, params)
+        generation = Generation(
+            self.engine, self.admission, self.metrics, kind, request_id, prompts, params,
+            self.model if adapter is None else adapter.request.lora_name,
+            None if adapter is None else adapter.request,
+        )  # fmt: skip
         if self.config.enable_log_requests:
             for prompt in prompts:
                 shown = (prompt.get("prompt") or str(prompt["prompt_token_ids"]))[: self.config.max_log_len]

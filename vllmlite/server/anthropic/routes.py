@@ -58,7 +58,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
         params = _params(body, service, tools)
         generation, (reader,) = await begin(
             service, "msg_", _talk(body, tools), params, tools, request_id=request_id(None, request),
-            cache_salt=body.cache_salt, arrival_time=arrival,
+            cache_salt=body.cache_salt, arrival_time=arrival, model=body.model,
         )  # fmt: skip
     answer = _Answer(service, body, generation, reader, Blocks(tools.call_id))
     if body.stream:
@@ -210,7 +210,7 @@ class _Answer:
             "id": self._generation.id,
             "type": "message",
             "role": "assistant",
-            "model": self._service.model,
+            "model": self._generation.model,
             "content": self._blocks.blocks,
             "stop_reason": reason,
             "stop_sequence": sequence,

@@ -176,3 +176,11 @@ class LlamaProps(TypedDict):
     bos_token: str
     eos_token: str
     build_info: str
+
+
+class LlamaAdapter(TypedDict):
+    """A LoRA adapter of ``/lora-adapters``."""
+
+    id: int
+    path: str
+    scale: float

@@ -29,6 +29,7 @@ from vllmlite.server.llamacpp.prompts import encode_prompts
 from vllmlite.server.llamacpp.protocol import (
     AppliedTemplate,
     InfillRequest,
+    LlamaAdapter,
     LlamaAnswer,
     LlamaCompletionRequest,
     LlamaEmbedding,
@@ -90,7 +91,9 @@ async def embed(body: LlamaEmbeddingRequest, request: Request) -> Response:
     service.check(body, request)
     with renamed(prompt="content", prompt_token_ids="content"):
         prompts = await encode_prompts(service, body.content)
-        generation = await service.generate("embd-", prompts, PoolingParams(), arrival_time=arrival)
+        generation = await service.generate(
+            "embd-", prompts, PoolingParams(), arrival_time=arrival, model=service.adapter_name(body.model)
+        )
     outputs = await generation.finished(request.receive)
     answer: list[LlamaEmbedding] = [
         {"index": index, "embedding": [output.embedding or []]} for index, output in enumerate(outputs)
@@ -132,6 +135,17 @@ async def props(request: Request) -> Response:
     return JSON(answer)
 
 
+@router.get("/lora-adapters", responses=documented(list[LlamaAdapter], error=LlamaError))
+async def list_adapters(request: Request) -> Response:
+    """List the adapters. Their scale is 0: a request uses one by its name as the model."""
+    service: Service = request.app.state.service
+    found: list[LlamaAdapter] = [
+        {"id": each.request.lora_int_id, "path": each.request.lora_path, "scale": 0.0}
+        for each in service.adapters.all().values()
+    ]
+    return JSON(found)
+
+
 async def _answer(
     service: Service, body: LlamaRequest, prompts: list[dict[str, Any]], request: Request
 ) -> Response:
@@ -140,8 +154,9 @@ async def _answer(
     with renamed(repetition_penalty="repeat_penalty", logprobs="n_probs", max_tokens="n_predict"):
         params = _params(body, service)
         generation = await service.generate(
-            "cmpl-", prompts, params, request_id=request_id(None, request), arrival_time=arrival
-        )
+            "cmpl-", prompts, params, request_id=request_id(None, request), arrival_time=arrival,
+            model=service.adapter_name(body.model),
+        )  # fmt: skip
     answer = _Answer(service, body, params, generation)
     if body.stream:
         return Stream(answer.events(), generation.close, error_event=llamacpp_error_event)
@@ -228,7 +243,8 @@ class _Answer:
     ) -> None:
         self._generation = generation
         self._sequences = [
-            _Sequence(service, body, params, index) for index in range(len(generation.prompts))
+            _Sequence(service, body, params, generation.model, index)
+            for index in range(len(generation.prompts))
         ]
 
     async def complete(self) -> Any:
@@ -258,8 +274,11 @@ class _Answer:
 class _Sequence:
     """Formats the answer to one prompt, in pieces."""
 
-    def __init__(self, service: Service, body: LlamaRequest, params: SamplingParams, index: int) -> None:
+    def __init__(
+        self, service: Service, body: LlamaRequest, params: SamplingParams, model: str, index: int
+    ) -> None:
         self.ended = False
+        self._model = model
         self._service = service
         self._body = body
         self._params = params
@@ -330,7 +349,7 @@ class _Sequence:
             prompt = self._service.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
         return {
             **self._begin(output, "", stop=True),
-            "model": self._service.model,
+            "model": self._model,
             "prompt": prompt,
             "tokens_cached": output.num_cached_tokens,
             "truncated": False,

@@ -56,7 +56,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
         generation, readers = await begin(
             service, "chatcmpl-", body, params, tools, body.reasoning_format in ("none", "raw"),
             request_id=request_id(body.request_id, request), priority=body.priority, cache_salt=body.cache_salt,
-            arrival_time=arrival,
+            arrival_time=arrival, model=body.model,
         )  # fmt: skip
     answer = _Answer(service, body, generation, tools, readers)
     if body.stream:
@@ -94,7 +94,7 @@ async def create_chat_batch(body: BatchChatRequest, request: Request) -> Respons
         generation, readers = await begin_batch(
             service, "chatcmpl-", bodies, params, tools, body.reasoning_format in ("none", "raw"),
             request_id=request_id(body.request_id, request), priority=body.priority, cache_salt=body.cache_salt,
-            arrival_time=arrival,
+            arrival_time=arrival, model=body.model,
         )  # fmt: skip
     answers = [
         _Answer(service, one, generation, tools, [reader])
@@ -177,7 +177,7 @@ class _Answer:
             "id": self._generation.id,
             "object": "chat.completion",
             "created": self._generation.created,
-            "model": self._service.model,
+            "model": self._generation.model,
             "choices": [self._choice(completion) for completion in output.outputs],
             "usage": self._usage(),
             "service_tier": None,
@@ -233,7 +233,7 @@ class _Answer:
             "id": self._generation.id,
             "object": "chat.completion.chunk",
             "created": self._generation.created,
-            "model": self._service.model,
+            "model": self._generation.model,
             "choices": choices,
         }
 

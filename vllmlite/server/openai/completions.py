@@ -49,7 +49,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     prompts = await service.encode_all(body.prompt, body.add_special_tokens, truncation)
     generation = await service.generate(
         "cmpl-", prompts, params, request_id=request_id(body.request_id, request), priority=body.priority,
-        cache_salt=body.cache_salt, arrival_time=arrival,
+        cache_salt=body.cache_salt, arrival_time=arrival, model=body.model,
     )  # fmt: skip
     answer = _Answer(service, body, generation, scored)
     if body.stream:
@@ -125,7 +125,7 @@ class _Answer:
             "id": self._generation.id,
             "object": "text_completion",
             "created": self._generation.created,
-            "model": self._service.model,
+            "model": self._generation.model,
             "choices": choices,
         }
 
@@ -187,7 +187,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
         raise ParameterError("prompt", len(prompts), "must be one prompt")
     generation = await service.generate(
         "gen-", prompts, params, request_id=request_id(body.request_id, request), priority=body.priority,
-        cache_salt=body.cache_salt, arrival_time=arrival,
+        cache_salt=body.cache_salt, arrival_time=arrival, model=body.model,
     )  # fmt: skip
     if body.stream:
         return Stream(_lines(service, generation, params), generation.close, LINES, error_line)

@@ -37,7 +37,7 @@ async def create_embedding(body: EmbeddingRequest, request: Request) -> Response
         prompts = await service.encode_all(body.input, body.add_special_tokens, truncation)
         generation = await service.generate(
             "embd-", prompts, params, request_id=request_id(body.request_id, request), priority=body.priority,
-            cache_salt=body.cache_salt, arrival_time=arrival,
+            cache_salt=body.cache_salt, arrival_time=arrival, model=body.model,
         )  # fmt: skip
     outputs = await generation.finished(request.receive)
     data = [_entry(index, out.embedding or [], body.encoding_format) for index, out in enumerate(outputs)]
@@ -46,7 +46,7 @@ async def create_embedding(body: EmbeddingRequest, request: Request) -> Response
         "id": generation.id,
         "object": "list",
         "created": generation.created,
-        "model": service.model,
+        "model": generation.model,
         "data": data,
         "usage": {"prompt_tokens": count, "total_tokens": count},
     }

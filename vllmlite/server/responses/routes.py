@@ -69,7 +69,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
         generation, (reader,) = await begin(
             service, "resp_", _talk(body, tools, earlier), params, tools,
             request_id=name, priority=body.priority, cache_salt=body.cache_salt,
-            arrival_time=arrival,
+            arrival_time=arrival, model=body.model,
         )  # fmt: skip
     answer = _Answer(service, body, generation, params, tools, reader)
     if keeps:
@@ -303,7 +303,7 @@ class _Answer:
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
-            "model": self._service.model,
+            "model": self._generation.model,
             "output": list(self._items.items),
             "parallel_tool_calls": self._tools.parallel,
             "previous_response_id": body.previous_response_id,
