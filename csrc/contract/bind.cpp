@@ -109,6 +109,14 @@ std::vector<Tensor> listed(const Sampled& found) {
 
 std::vector<Tensor> listed(const Continuations& found) { return {found.rows, found.ids, found.scores}; }
 
+std::span<std::byte> host_rows(const py::array& rows, std::size_t bytes) {
+  const bool contiguous = (rows.flags() & py::array::c_style) != 0;
+  if (rows.ndim() != 2 || rows.itemsize() != 1 || static_cast<std::size_t>(rows.shape(1)) != bytes || !contiguous ||
+      !rows.writeable())
+    throw std::invalid_argument("blocks in host memory are writable rows of " + std::to_string(bytes) + " bytes");
+  return {static_cast<std::byte*>(const_cast<void*>(rows.data())), static_cast<std::size_t>(rows.nbytes())};
+}
+
 const void* bytes_for(const Tensor& tensor, const py::array& bytes) {
   if (checked_bytes(tensor.shape, tensor.dtype) != static_cast<std::size_t>(bytes.nbytes()) ||
       (bytes.flags() & py::array::c_style) == 0)

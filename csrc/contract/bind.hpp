@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -45,6 +46,9 @@ std::vector<Tensor> listed(const Continuations& found);
 
 // The bytes of a contiguous array; std::invalid_argument if it is not contiguous or not as large as `tensor`.
 const void* bytes_for(const Tensor& tensor, const pybind11::array& bytes);
+
+// Host memory for blocks: rows of `bytes` bytes. std::invalid_argument for another array, or one that is read-only.
+std::span<std::byte> host_rows(const pybind11::array& rows, std::size_t bytes);
 
 // Binds the per-slot state class `Slots`; the caller adds the constructor.
 template <typename Slots>

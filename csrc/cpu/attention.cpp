@@ -88,6 +88,20 @@ void copy_blocks(Runtime& runtime, const std::shared_ptr<KVCache>& source, std::
   });
 }
 
+void KVCache::copy(std::span<const std::int32_t> blocks, std::span<const std::int32_t> places,
+                   std::span<std::byte> host, bool to_host) const {
+  const auto num_places = static_cast<std::int64_t>(host.size() / stride());
+  if (to_host)
+    check_copies(blocks, num_blocks, places, num_places, false);
+  else
+    check_copies(places, num_places, blocks, num_blocks, false);
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    std::byte* block = static_cast<std::byte*>(memory.data) + static_cast<std::size_t>(blocks[i]) * stride();
+    std::byte* row = host.data() + static_cast<std::size_t>(places[i]) * stride();
+    std::memcpy(to_host ? row : block, to_host ? block : row, stride());
+  }
+}
+
 namespace {
 
 // What is done to the heads of q, or of k, before they are rotated.

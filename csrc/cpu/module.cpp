@@ -153,7 +153,18 @@ void bind_data(py::module_& module) {
       .def(py::init([](const py::object& spec, std::int64_t num_blocks) {
              return std::make_shared<cpu::KVCache>(vllmlite::cache_spec(spec), num_blocks);
            }),
-           py::arg("spec"), py::arg("num_blocks"));
+           py::arg("spec"), py::arg("num_blocks"))
+      .def(
+          "copy",
+          [](const cpu::KVCache& self, const vllmlite::Array<std::int32_t>& blocks,
+             const vllmlite::Array<std::int32_t>& places, const py::array& host, bool to_host) {
+            const auto rows = vllmlite::host_rows(host, self.stride());
+            const auto from = vllmlite::view(blocks), to = vllmlite::view(places);
+            const py::gil_scoped_release released;
+            self.copy(from, to, rows, to_host);
+          },
+          py::arg("blocks"), py::arg("places"), py::arg("host"), py::arg("to_host"),
+          "Copy whole blocks to or from rows of host memory.");
   vllmlite::bind_slots<cpu::Slots>(module).def(
       py::init([](const py::object& spec) { return std::make_shared<cpu::Slots>(vllmlite::slot_spec(spec)); }),
       py::arg("spec"));

@@ -178,6 +178,10 @@ struct KVCache : CacheSpec {
   std::byte* layer(int index) const {
     return static_cast<std::byte*>(memory.data) + static_cast<std::size_t>(index) * block_bytes();
   }
+  // Copies blocks to or from rows of stride() bytes in `host`. std::out_of_range, and nothing copied, if there is no
+  // such block or row.
+  void copy(std::span<const std::int32_t> blocks, std::span<const std::int32_t> places, std::span<std::byte> host,
+            bool to_host) const;
 
   std::int64_t num_blocks;
   Tensor memory;

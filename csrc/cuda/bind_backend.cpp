@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "contract/bind.hpp"
+#include "cuda/host_blocks.hpp"
 #include "cuda/ops.hpp"
 #include "tensor/bind_tensor.hpp"
 
@@ -187,6 +188,19 @@ void bind_data(py::module_& module) {
       .def_property_readonly("packed", &cuda::Experts::packed,
                              "Whether the weights are multiplied as they are packed.");
   py::class_<cuda::KVCache, std::shared_ptr<cuda::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.");
+  py::class_<cuda::HostBlocks, std::shared_ptr<cuda::HostBlocks>>(module, "HostBlocks", py::module_local(),
+                                                                  "Pinned host memory for blocks of a pool.")
+      .def_property_readonly(
+          "memory",
+          [](const std::shared_ptr<cuda::HostBlocks>& self) {
+            const std::vector<std::size_t> shape{static_cast<std::size_t>(self->places()), self->block_bytes()};
+            return py::array_t<std::uint8_t>(shape, static_cast<std::uint8_t*>(self->data()), py::cast(self));
+          })
+      .def("copy", [](cuda::HostBlocks& self, const vllmlite::Array<std::int32_t>& blocks,
+                      const vllmlite::Array<std::int32_t>& places,
+                      bool to_host) { self.copy(vllmlite::view(blocks), vllmlite::view(places), to_host); })
+      .def("join", &cuda::HostBlocks::join)
+      .def("wait", &cuda::HostBlocks::wait, py::call_guard<py::gil_scoped_release>());
   vllmlite::bind_slots<cuda::Slots>(module);
   py::class_<cuda::Batch, std::shared_ptr<cuda::Batch>>(module, "Batch", py::module_local(), "A step's input.")
       .def(
@@ -301,6 +315,12 @@ void bind_runtime(py::module_& module) {
             return std::make_shared<cuda::KVCache>(self, vllmlite::cache_spec(spec), num_blocks);
           },
           py::arg("spec"), py::arg("num_blocks"))
+      .def(
+          "host_blocks",
+          [](cuda::Runtime& self, const std::shared_ptr<cuda::KVCache>& kv, std::int64_t num_places) {
+            return std::make_shared<cuda::HostBlocks>(self, kv, num_places);
+          },
+          py::arg("kv"), py::arg("num_places"), py::keep_alive<0, 1>())
       .def(
           "slots",
           [](cuda::Runtime& self, const py::object& spec) {

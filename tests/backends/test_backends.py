@@ -13,9 +13,10 @@ import torch
 from checkpoints import write_checkpoint
 
 from vllmlite.backends import memory, select
-from vllmlite.backends.base import API, Backend, Memory
+from vllmlite.backends.base import API, Backend
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
+from vllmlite.backends.memory import Memory
 from vllmlite.backends.native import NativeBackend
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import BackendError, ParameterError

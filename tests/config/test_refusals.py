@@ -16,7 +16,7 @@ from checkpoints import TINY, write_checkpoint
 from paged import PagedModel
 
 from vllmlite import LLM, SamplingParams
-from vllmlite.backends.base import Memory
+from vllmlite.backends.memory import Memory
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.models import load_model, read_spec

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import pytest
 from engine_runs import assert_idle, make_engine, run
+from fake_disk import FakeDisk
 from fake_runner import EOS, VOCAB, FakeRunner, expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllmlite.config.engine_config import PREEMPTION_MODES
 from vllmlite.engine.engine import Engine
 from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.scheduler import Schedule
@@ -57,6 +59,9 @@ arrivals = st.builds(
     depth=st.integers(1, 3),
     drafts=st.sampled_from([0, 1, 4]),
     right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    places=st.sampled_from([0, 0, 1, 4, 40]),
+    preemption_mode=st.sampled_from(PREEMPTION_MODES),
+    disk=st.none() | st.builds(FakeDisk, st.integers(0, 9), st.sampled_from([0.0, 0.3])),
 )
 def test_outputs_do_not_depend_on_other_requests(
     requests: list[Arrival],
@@ -69,6 +74,9 @@ def test_outputs_do_not_depend_on_other_requests(
     depth: int,
     drafts: int,
     right: float,
+    places: int,
+    preemption_mode: str,
+    disk: FakeDisk | None,
 ) -> None:
     max_model_len = 65
     num_blocks = -(-max_model_len // block_size) + spare_blocks
@@ -83,6 +91,9 @@ def test_outputs_do_not_depend_on_other_requests(
         depth=depth,
         drafts=drafts,
         right=right,
+        places=places,
+        preemption_mode=preemption_mode,
+        disk=disk,
     )
     outputs: dict[str, list[int]] = {str(i): [] for i in range(len(requests))}
     finished: dict[str, str | None] = {}

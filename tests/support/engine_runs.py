@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fake_disk import FakeDisk
 from fake_runner import EOS, VOCAB, FakeRunner
 
 from vllmlite.engine.drafts import DraftPolicy, StepCost
 from vllmlite.engine.engine import Engine
 from vllmlite.engine.scheduler import Limits
+from vllmlite.engine.tiers import Tiers, TransferCost
 
 
 def make_engine(
@@ -23,6 +25,9 @@ def make_engine(
     drafts: int = 0,
     right: float = 0.5,
     cost: StepCost | None = None,
+    places: int = 0,
+    preemption_mode: str = "auto",
+    disk: FakeDisk | None = None,
 ) -> tuple[Engine, FakeRunner]:
     limits = Limits(
         max_num_seqs=max_num_seqs,
@@ -35,7 +40,14 @@ def make_engine(
     )
     runner = FakeRunner(limits, fail_at, right)
     drafting = DraftPolicy(drafts, overlapped=depth > 1, cost=cost or StepCost())
-    engine = Engine(limits, runner, vocab_size=VOCAB, eos_ids=[EOS], steps_in_flight=depth, drafting=drafting)
+    tiers = None
+    if places:
+        if disk is not None:
+            disk.host = runner.host
+        tiers = Tiers(num_blocks, places, TransferCost(block_size), preemption_mode, disk)
+    engine = Engine(
+        limits, runner, vocab_size=VOCAB, eos_ids=[EOS], steps_in_flight=depth, drafting=drafting, tiers=tiers
+    )
     return engine, runner
 
 

@@ -13,6 +13,7 @@ from zlib import crc32
 
 from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.scheduler import Limits, Schedule
+from vllmlite.engine.tiers import Copies
 
 VOCAB = 97
 EOS = 0
@@ -46,6 +47,8 @@ class FakeRunner:
     def __init__(self, limits: Limits, fail_at: int = -1, right: float = 0.5) -> None:
         self.block_size = limits.block_size
         self.cache = [-1] * (limits.num_blocks * limits.block_size)
+        self.host: dict[int, list[int]] = {}
+        """Place → a block's token ids."""
         self.tables: list[list[int]] = [[] for _ in range(limits.max_num_seqs)]
         self.known: list[list[int]] = [[] for _ in range(limits.max_num_seqs)]
         self.last = [-1] * limits.max_num_seqs
@@ -66,6 +69,11 @@ class FakeRunner:
         ):
             assert column == len(self.tables[slot]), "block tables only append"
             self.tables[slot].append(block)
+        copies = schedule.copies or Copies()
+        for block, place in zip(copies.save_blocks, copies.save_places, strict=True):
+            self.host[place] = self.cache[self._block(block)]
+        for place, block in zip(copies.load_places, copies.load_blocks, strict=True):
+            self.cache[self._block(block)] = self.host[place]
         rows = list(zip(schedule.slots, schedule.starts, schedule.counts, strict=True))
         assert len({slot for slot, _, _ in rows}) == len(rows), "a slot runs once a step"
         assert schedule.num_tokens == sum(schedule.counts)
@@ -113,6 +121,9 @@ class FakeRunner:
 
     def collect(self, handle: StepResult) -> StepResult:
         return handle
+
+    def _block(self, block: int) -> slice:
+        return slice(block * self.block_size, (block + 1) * self.block_size)
 
     def _address(self, slot: int, position: int) -> int:
         return self.tables[slot][position // self.block_size] * self.block_size + position % self.block_size

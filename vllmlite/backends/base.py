@@ -20,7 +20,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_check
 import numpy as np
 from numpy.typing import NDArray
 
+from vllmlite.backends.host_blocks import HostBlocks
 from vllmlite.backends.kv_cache import KVSpec
+from vllmlite.backends.memory import Memory
 from vllmlite.errors import BackendError, ModelError
 from vllmlite.weights.adapter import Adapter, AdapterLimits, LowRank
 from vllmlite.weights.host import (
@@ -49,14 +51,6 @@ Slots: TypeAlias = Any
 
 API = 6
 """Version of this interface; an extension that was built for another version is refused."""
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Size in bytes of the memory that a backend computes in."""
-
-    total: int
-    free: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,6 +417,10 @@ class Backend(ABC):
 
         Both are pools of one spec, or the same pool; sources and targets are ``[n]``. IndexError if a block is not in
         its pool, ValueError if a target occurs twice or is a source in the same pool; then nothing is copied."""
+
+    @abstractmethod
+    def host_blocks(self, kv: KVCache, spec: KVSpec, num_places: int) -> HostBlocks:
+        """Host memory for ``num_places`` blocks of ``kv``, a cache of ``spec``. BackendError if it does not fit."""
 
     # Slots: state that stays on the device between steps
 

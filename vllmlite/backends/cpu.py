@@ -23,7 +23,6 @@ from vllmlite.backends.base import (
     Expert,
     ForwardBatch,
     GraphKey,
-    Memory,
     SlotParams,
     SlotSpec,
     Step,
@@ -31,8 +30,9 @@ from vllmlite.backends.base import (
     unusable,
 )
 from vllmlite.backends.cores import thread_places, usable_cores
+from vllmlite.backends.host_blocks import HostBlocks, Ids, SynchronousHostBlocks
 from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec
-from vllmlite.backends.memory import host_memory
+from vllmlite.backends.memory import Memory, host_memory
 from vllmlite.backends.native import NativeBackend, load_extension, repacked, uploaded
 from vllmlite.errors import BackendError, ModelError
 from vllmlite.weights.host import (
@@ -222,6 +222,13 @@ class CpuBackend(NativeBackend):
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> Any:
         self.check_kv(spec, num_blocks)
         return self._native.KVCache(spec, num_blocks)
+
+    def host_blocks(self, kv: Any, spec: KVSpec, num_places: int) -> HostBlocks:
+        def copy(blocks: Ids, places: Ids, memory: NDArray[np.uint8], to_host: bool) -> None:
+            self._runtime.flush()
+            kv.copy(blocks, places, memory, to_host)
+
+        return SynchronousHostBlocks(copy, num_places, self.kv_bytes_per_block(spec))
 
     # Slots
 

@@ -23,7 +23,6 @@ from vllmlite.backends.base import (
     Expert,
     ForwardBatch,
     GraphKey,
-    Memory,
     SlotParams,
     SlotSpec,
     Step,
@@ -31,7 +30,9 @@ from vllmlite.backends.base import (
     not_finite,
     unusable,
 )
+from vllmlite.backends.host_blocks import HostBlocks, Ids
 from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec
+from vllmlite.backends.memory import Memory
 from vllmlite.backends.native import NativeBackend, host_extension, load_extension, repacked, uploaded
 from vllmlite.errors import BackendError
 from vllmlite.weights.host import FLOAT_DTYPES, HostTensor, HostWeight, PackedWeight
@@ -221,6 +222,10 @@ class CudaBackend(NativeBackend):
             except ValueError as error:
                 raise BackendError(str(error)) from error
 
+    def host_blocks(self, kv: Any, spec: KVSpec, num_places: int) -> HostBlocks:
+        with _out_of_memory(f"{num_places} blocks in host memory do not fit: lower swap_space"):
+            return _PinnedBlocks(self._runtime.host_blocks(kv, num_places))
+
     # Slots
 
     def alloc_slots(self, spec: SlotSpec) -> Any:
@@ -284,6 +289,27 @@ class CudaBackend(NativeBackend):
             return outputs
 
         return run
+
+
+class _PinnedBlocks(HostBlocks):
+    """Host memory that the device reads and writes, beside the kernels of a step."""
+
+    def __init__(self, native: Any) -> None:
+        """Take the extension's object, which does the work."""
+        self.memory: NDArray[np.uint8] = native.memory
+        self._native = native
+
+    def save(self, blocks: Ids, places: Ids) -> None:
+        self._native.copy(blocks, places, True)
+
+    def load(self, places: Ids, blocks: Ids) -> None:
+        self._native.copy(blocks, places, False)
+
+    def join(self) -> None:
+        self._native.join()
+
+    def wait(self) -> None:
+        self._native.wait()
 
 
 def _form(weight: PackedWeight) -> tuple[Any, ...]:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from vllmlite.backends.base import Memory
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Size in bytes of the memory that a backend computes in."""
+
+    total: int
+    free: int
 
 
 def host_memory() -> Memory:

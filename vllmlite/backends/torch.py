@@ -26,15 +26,15 @@ from vllmlite.backends.base import (
     GraphKey,
     LinearWeight,
     Logprobs,
-    Memory,
     Rope,
     Sampled,
     SlotParams,
     SlotSpec,
     unusable,
 )
+from vllmlite.backends.host_blocks import HostBlocks, SynchronousHostBlocks
 from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec
-from vllmlite.backends.memory import host_memory
+from vllmlite.backends.memory import Memory, host_memory
 from vllmlite.backends.torch_attention import Group, Rows, Scores, TorchKV, attend, check_copies, plan_groups
 from vllmlite.backends.torch_packed import SCHEMES, TorchPacked, TorchPart, packed_part
 from vllmlite.backends.torch_sampling import SamplePlan, TorchSlots
@@ -214,6 +214,9 @@ class TorchBackend(Backend):
         check_copies(source, sources, target, targets)
         read, written = self._put(sources.astype(np.int64), targets.astype(np.int64))
         target.blocks[:, written] = source.blocks[:, read]
+
+    def host_blocks(self, kv: TorchKV, spec: KVSpec, num_places: int) -> HostBlocks:
+        return SynchronousHostBlocks(kv.copy, num_places, self.kv_bytes_per_block(spec))
 
     # Slots
 

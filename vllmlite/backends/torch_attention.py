@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from vllmlite.backends.host_blocks import Ids
 from vllmlite.backends.kv_cache import LEAST_SCALE, KVFormat, KVSpec
 
 Ints = NDArray[np.int64]
@@ -61,6 +62,20 @@ class TorchKV:
             heads = new.reshape(len(new), -1, self.spec.head_dim)
             new = _quantised(heads, form, None if form.head_scales else self._layer_scales(layer)).flatten(1)
         self.layers[layer].index_copy_(0, index, new.to(self.dtype))
+
+    def copy(self, blocks: Ids, places: Ids, memory: NDArray[np.uint8], to_host: bool) -> None:
+        """Copy blocks to or from rows of ``memory``: a row has a block's layers, one after the other."""
+        for what, indices, limit in (("place", places, len(memory)), ("block", blocks, self.blocks.shape[1])):
+            if len(indices) and not 0 <= indices.min() <= indices.max() < limit:
+                raise IndexError(f"a {what} is not within 0 and {limit - 1}")
+        pool = self.blocks.view(torch.uint8)
+        index = torch.from_numpy(blocks.astype(np.int64)).to(pool.device)
+        shape = len(blocks), len(pool), pool.shape[2]
+        if to_host:
+            memory[places] = pool.index_select(1, index).transpose(0, 1).reshape(shape[0], -1).cpu().numpy()
+        else:
+            rows = torch.from_numpy(memory[places]).view(shape).transpose(0, 1)
+            pool.index_copy_(1, index, rows.to(pool.device))
 
     def gather(
         self, layer: int, index: torch.Tensor, rows: int, dtype: torch.dtype

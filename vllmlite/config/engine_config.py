@@ -41,6 +41,7 @@ METHOD_SYNONYMS = {
 KV_DTYPES = (*FLOAT_DTYPES, "int8", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head")
 CPU_ISAS = ("auto", "baseline", "avx2", "avx512", "avx512_bf16", "amx", "neon")
 DTYPE_SYNONYMS = {"float": "float32", "half": "float16"}
+PREEMPTION_MODES = ("auto", "swap", "recompute")
 REASONING_KEYS = ("reasoning_start_str", "reasoning_end_str")
 KV_DTYPE_SYNONYMS = {**DTYPE_SYNONYMS, "fp8": "fp8_e4m3", "int8_per_token_head": "int8"}
 
@@ -176,6 +177,30 @@ class EngineConfig:
         low=1,
         size=True,
     )
+    swap_space: float = _option(
+        0.0,
+        "GiB of main memory for blocks that leave the key/value cache, such as those of preempted sequences and of "
+        "earlier prompts; they are copied back where that is faster than computing them again",
+        group="cache tier",
+        low=0.0,
+    )
+    kv_offloading_size: float | None = _option(None, "the same as swap_space", group="cache tier", low=0.0)
+    kv_disk_path: str | None = _option(
+        None,
+        "directory of a file that keeps blocks across restarts; it reveals prompts, so only its owner may read it",
+        group="cache tier",
+        metavar="DIR",
+    )
+    kv_disk_size: int = _option(
+        16 << 30, "maximum size of that file: bytes, or 512M, 64G", group="cache tier", low=1 << 20, size=True
+    )
+    preemption_mode: str = _option(
+        "auto",
+        "how a preempted sequence resumes: swap: copy its blocks from the cache tiers; recompute: compute them again; "
+        "auto: whichever is faster",
+        group="cache tier",
+        choices=PREEMPTION_MODES,
+    )
     gpu_memory_utilization: float = _option(
         0.9,
         "fraction of the device's memory to use if the cache size is not given (CPU: of free memory, at most 4 GiB)",
@@ -281,6 +306,7 @@ class EngineConfig:
                 "max_cpu_loras", self.max_cpu_loras, f"must be at least max_loras, which is {self.max_loras}"
             )
         self.speculative()
+        self._check_tiers()
         marks = self.reasoning_config
         if marks and (
             marks.keys() != {*REASONING_KEYS} or not all(isinstance(m, str) and m for m in marks.values())
@@ -295,6 +321,25 @@ class EngineConfig:
             raise ParameterError(
                 "revision", self.revision, "the built-in model has no revisions: name a model"
             )
+
+    def _check_tiers(self) -> None:
+        """Refuse options of cache tiers that contradict each other or have nothing to act on."""
+        if self.kv_offloading_size is not None and self.swap_space not in (0, self.kv_offloading_size):
+            raise ParameterError(
+                "kv_offloading_size", self.kv_offloading_size, f"contradicts swap_space={self.swap_space}"
+            )
+        tiers = [("swap_space", self.host_tier_bytes()), ("kv_disk_path", self.kv_disk_path)]
+        for name, value in tiers:
+            if value and not self.enable_prefix_caching:
+                raise ParameterError(
+                    name, value, "needs enable_prefix_caching: blocks are found by their hashes"
+                )
+        if self.preemption_mode == "swap" and not any(value for _, value in tiers):
+            raise ParameterError("preemption_mode", "swap", "needs swap_space or kv_disk_path")
+
+    def host_tier_bytes(self) -> int:
+        """Return the size of the host memory tier that is asked for; 0: none."""
+        return int((self.kv_offloading_size or self.swap_space) * 2**30)
 
     def speculative(self) -> Speculative | None:
         """Return the options of speculative decoding, or None if it is off."""

@@ -87,10 +87,10 @@ _REASONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "max_parallel_loading_workers": (None,), "use_tqdm_on_load": _EITHER,
     },
     "the token is read from the environment: set HF_TOKEN, or run `hf auth login`": {"hf_token": (None,)},
-    "weights and the key/value cache stay on the device, and preempted sequences are computed again: see "
+    "weights stay on the device, and blocks of the key/value cache move as swap_space and kv_disk_path say: see also "
     "gpu_memory_utilization and kv_cache_dtype": {
-        "cpu_offload_gb": (0,), "swap_space": (0, 4), "preemption_mode": (None, "recompute"),
-        "kv_offloading_size": (None,), "kv_transfer_config": (None,), "kv_events_config": _NOTHING,
+        "cpu_offload_gb": (0,), "kv_offloading_backend": (None, "native"), "kv_transfer_config": (None,),
+        "kv_events_config": _NOTHING,
         "kv_cache_dtype_skip_layers": _NOTHING, "calculate_kv_scales": _EITHER, "enable_sleep_mode": (False,),
         "disable_hybrid_kv_cache_manager": (None, *_EITHER), "disable_cascade_attn": (None, *_EITHER),
         "prefix_caching_hash_algo": ("builtin", "sha256"), "use_v2_block_manager": (True,),

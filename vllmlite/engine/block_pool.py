@@ -13,10 +13,21 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
+DIGEST_SIZE = sha256().digest_size
+PRIVATE = b"private"
+"""The end of the hashes of private sequences, after their digests."""
 
-def root_digest(*parts: str) -> bytes:
-    """Return the parent hash of a sequence's first block, from what contents depend on besides tokens (cache salt)."""
-    return sha256(repr(parts).encode()).digest()
+
+def root_digest(*parts: str, private: bool = False) -> bytes:
+    """Return the parent hash of a sequence's first block, from what contents depend on besides tokens (cache salt).
+
+    All hashes of a ``private`` sequence say so (:func:`is_private`)."""
+    return sha256(repr(parts).encode()).digest() + (PRIVATE if private else b"")
+
+
+def is_private(digest: bytes) -> bool:
+    """Whether a block hash is that of a private sequence, whose blocks must not be written to disk."""
+    return len(digest) > DIGEST_SIZE
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -24,7 +35,7 @@ def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
 
     SHA-256 resists collisions, so equal hashes mean equal contents, also between hostile users.
     """
-    return sha256(parent + array("q", token_ids).tobytes()).digest()
+    return sha256(parent + array("q", token_ids).tobytes()).digest() + parent[DIGEST_SIZE:]
 
 
 class BlockPool:
@@ -63,11 +74,19 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def has(self, digest: bytes) -> bool:
+        """Whether a block has this hash."""
+        return digest in self._by_hash
+
+    def digest(self, block: int) -> bytes | None:
+        """Return the hash of a block, if it has one."""
+        return self._hashes[block]
+
     def num_free_in(self, blocks: Iterable[int]) -> int:
         """Return how many of ``blocks`` are free."""
         return sum(self._references[block] == 0 for block in blocks)
 
-    def share(self, blocks: Iterable[int]) -> None:
+    def share(self, blocks: Sequence[int]) -> None:
         """Take one more reference to each of ``blocks``."""
         for block in blocks:
             if self._references[block] == 0:

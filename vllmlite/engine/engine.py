@@ -25,6 +25,7 @@ from vllmlite.engine.request import Grammar, Request, Status
 from vllmlite.engine.runner_protocol import Runner, StepResult, TokenLogprobs
 from vllmlite.engine.scheduler import Limits, Schedule, Scheduler
 from vllmlite.engine.thinking import ReasoningMarks, ThinkingBudget
+from vllmlite.engine.tiers import Tiers
 from vllmlite.engine.trace import Trace, TracedRunner, TraceEvent
 from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.outputs import EngineStats, RequestMetrics
@@ -37,6 +38,8 @@ ADAPTER_BYTES = 4 << 20
 """Bytes of an adapter that are put on the device before a step, if requests run."""
 ADAPTER_SECONDS = 0.01
 """Maximum time that a step without anything to run waits for an adapter to be read."""
+DISK_POLL_SECONDS = 0.05
+"""Most seconds that a step waits for blocks from disk if nothing else can run."""
 
 
 @dataclass(slots=True)
@@ -115,11 +118,13 @@ class Engine:
         drafting: DraftPolicy | None = None,
         cache_format: str = "",
         adapters: AdapterSource | None = None,
+        tiers: Tiers | None = None,
     ) -> None:
         """Start without requests. Requests without a seed of their own derive one from ``seed``. Without ``drafting``
         nothing is speculated. Block hashes depend on ``cache_format``, which says how the key/value cache stores
-        numbers. Without ``adapters`` no request can have one."""
-        self.scheduler = Scheduler(limits, drafting or DraftPolicy(0))
+        numbers. Without ``adapters`` no request can have one. With ``tiers`` the runner must have places for blocks in
+        host memory."""
+        self.scheduler = Scheduler(limits, drafting or DraftPolicy(0), tiers)
         self.stats = EngineStats(
             num_blocks=limits.num_blocks, block_size=limits.block_size, max_adapters=limits.max_adapters
         )
@@ -136,6 +141,8 @@ class Engine:
         self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         self._in_flight: deque[tuple[Schedule, list[Request], Any]] = deque()
         self._num_added = 0
+        self._busy_since = 0.0
+        """When the runner began the oldest step in flight."""
         self._changing = False
         """Set while a call changes the engine; still set by the next one if that call was interrupted."""
         self._log: _StepLog | None = None
@@ -182,7 +189,13 @@ class Engine:
             max_total_tokens=longest,
             stop_ids=bounds.stop_ids(params),
             eos_ids=bounds.eos_ids,
-            root=root_digest("salt", cache_salt or "", self._cache_format, *([key.digest] if key else [])),
+            root=root_digest(
+                "salt",
+                cache_salt or "",
+                self._cache_format,
+                *([key.digest] if key else []),
+                private=bool(cache_salt),
+            ),
             metrics=RequestMetrics(
                 time.monotonic() if arrival_time is None else arrival_time, num_prompt_tokens=len(prompt)
             ),
@@ -252,25 +265,52 @@ class Engine:
             if self.scheduler.adapters.in_use:
                 self._load_adapters(outputs, 0.0)
             while len(self._in_flight) < self._steps_in_flight:
-                schedule, rows = self.scheduler.schedule(time.monotonic())
-                if not rows:
+                now = time.monotonic()
+                schedule, rows = self.scheduler.schedule(now)
+                if schedule.is_empty:
                     break
-                self._in_flight.append((schedule, rows, None))
-                self._in_flight[-1] = (schedule, rows, self.runner.launch(schedule))
-                self.stats.num_steps += 1
+                self._launch(schedule, rows, now)
             if self._in_flight:
-                schedule, rows, handle = self._in_flight[0]
-                result = self.runner.collect(handle)
-                self._in_flight.popleft()
-                self._apply(schedule, rows, result, outputs)
+                self._collect(outputs)
             elif self.scheduler.adapters.in_use:
                 self._load_adapters(outputs, ADAPTER_SECONDS)
+            elif self.scheduler.tiers is not None and self.scheduler.tiers.is_waiting:
+                self.scheduler.tiers.wait(DISK_POLL_SECONDS)
+            if self.scheduler.tiers is not None and not self._requests:
+                self._flush(outputs)
         except Exception as error:
             if came_from_handler(error):
                 raise
             logger.exception("a step failed; its requests end with an error")
             self._fail(error, outputs)
         self._changing = False
+
+    def _launch(self, schedule: Schedule, rows: list[Request], now: float) -> None:
+        if not self._in_flight:
+            self._busy_since = now
+        self._in_flight.append((schedule, rows, None))
+        self._in_flight[-1] = (schedule, rows, self.runner.launch(schedule))
+        self.stats.num_steps += 1
+
+    def _collect(self, outputs: list[EngineOutput]) -> None:
+        schedule, rows, handle = self._in_flight[0]
+        result = self.runner.collect(handle)
+        self._in_flight.popleft()
+        tiers = self.scheduler.tiers
+        if tiers is not None and schedule.copies is not None:
+            now = time.monotonic()
+            tiers.cost.record_step(schedule.num_tokens, now - self._busy_since)
+            tiers.settled(schedule.copies)
+            self._busy_since = now
+        self._apply(schedule, rows, result, outputs)
+
+    def _flush(self, outputs: list[EngineOutput]) -> None:
+        """Save what the process must not lose, now that nothing runs."""
+        schedule = self.scheduler.flush()
+        if not schedule.is_empty:
+            self._launch(schedule, [], time.monotonic())
+            while self._in_flight:
+                self._collect(outputs)
 
     def adapter_source(self) -> AdapterSource:
         """Return the reader of adapters. Raises ParameterError if requests cannot have any."""
@@ -319,10 +359,13 @@ class Engine:
             most -= size
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix."""
+        """Forget every cached prefix, in all tiers."""
         self._restore_if_interrupted()
         self._changing = True
-        self.scheduler.pool.forget_all()
+        if self.scheduler.tiers is None:
+            self.scheduler.pool.forget_all()
+        else:
+            self.scheduler.tiers.forget_all()
         self._changing = False
 
     def current_stats(self) -> EngineStats:

@@ -113,6 +113,10 @@ class Request:
     acceptance: Acceptance = field(default_factory=Acceptance)
     awaits_drafts: bool = False
     """Whether the row in flight has drafts, or drafts are to be proposed after it."""
+    awaits_blocks: bool = False
+    """Whether blocks of the prefix are being read from disk."""
+    waits_until: float = 0.0
+    """When to go on without them."""
     reads_text: bool = False
     """Whether the next mask depends on the ids of the output, so that a step must wait for the one before."""
     has_bans: bool = False
@@ -152,7 +156,7 @@ class Request:
         """Whether the request can be in another step before the steps in flight are collected."""
         if self.num_in_flight and (self.reads_text or self.awaits_drafts):
             return False
-        return self.num_tokens < self.max_total_tokens
+        return self.num_tokens < self.max_total_tokens and not self.awaits_blocks
 
     @property
     def key(self) -> tuple[int, int]:
@@ -199,6 +203,7 @@ class Request:
         self.num_in_flight = 0
         self.drafts = []
         self.awaits_drafts = False
+        self.awaits_blocks = False
         self.num_tokens = len(self.prompt_token_ids) + len(self.output_token_ids)
         self.metrics.num_generation_tokens = len(self.output_token_ids)
         if self.grammar is not None:

@@ -19,6 +19,7 @@ from vllmlite.engine.adapters import AdapterSlots
 from vllmlite.engine.block_pool import BlockPool, block_hash
 from vllmlite.engine.drafts import MOST_DRAFTS, DraftPolicy
 from vllmlite.engine.request import Request, Status
+from vllmlite.engine.tiers import Copies, Tiers
 from vllmlite.sampling_params import SamplingParams
 
 
@@ -83,15 +84,22 @@ class Schedule:
     """Rows whose hidden states make up a vector, which is whole with the row that ends the prompt."""
     prompt_logprobs: list[int] = field(default_factory=list)
     """Rows whose prompt tokens' log-probabilities are wanted."""
+    copies: Copies | None = None
+    """Block copies that come before the step's other work; None without cache tiers."""
     num_tokens: int = 0
     num_sampled: int = 0
     """Sum of ``samples``."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the runner has nothing to do. A step without rows may have admissions and copies."""
+        return not (self.slots or self.admissions or self.block_ids or self.copies)
 
 
 class Scheduler:
     """Holds the unfinished requests and the block pool."""
 
-    def __init__(self, limits: Limits, drafting: DraftPolicy) -> None:
+    def __init__(self, limits: Limits, drafting: DraftPolicy, tiers: Tiers | None = None) -> None:
         """Start without requests. ``limits.num_blocks`` must hold ``limits.max_model_len`` tokens."""
         if limits.num_blocks * limits.block_size < limits.max_model_len:
             raise ValueError(
@@ -99,7 +107,8 @@ class Scheduler:
             )
         self.limits = limits
         self.drafting = drafting
-        self.pool = BlockPool(limits.num_blocks)
+        self.tiers = tiers
+        self.pool: BlockPool = BlockPool(limits.num_blocks) if tiers is None else tiers.pool
         self.adapters = AdapterSlots(limits.max_adapters)
         self.running: list[Request] = []
         self.num_waiting = 0
@@ -107,6 +116,8 @@ class Scheduler:
         self.prefix_queries = 0
         self.prefix_hits = 0
         self._waiting: list[tuple[tuple[int, int], Request]] = []
+        self._last_tokens = 0
+        """Tokens of the last step."""
         self._spare = 0
         """Tokens of the step being scheduled that are left for drafts."""
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
@@ -132,6 +143,9 @@ class Scheduler:
         budget = prefill_budget = self.limits.max_num_batched_tokens
         block_size = self.limits.block_size
         running = self.running
+        if self.tiers is not None:
+            copies = schedule.copies = Copies()
+            self._begin_copies(self.tiers, schedule, copies, now)
         if self.drafting.most:
             self._spare = min(budget - self._tokens_to_compute(), MOST_DRAFTS)
         if any(request.num_missing_tokens == 1 and request.may_run for request in running):
@@ -168,8 +182,19 @@ class Scheduler:
         if self.drafting.fills_cache:
             self._allocate_for_drafts(schedule, rows)
         schedule.num_tokens = sum(schedule.counts)
+        if self.tiers is not None:
+            self.tiers.save_evicted(copies)
+            self._last_tokens = schedule.num_tokens
         self.adapters.next_step += bool(rows)
         return schedule, rows
+
+    def flush(self) -> Schedule:
+        """Return a step without rows that saves blocks which must not be lost with the process."""
+        copies = Copies()
+        if self.tiers is not None and self.tiers.disk is not None:
+            self.tiers.save_behind(copies, self.limits.num_blocks * self.limits.block_size)
+            self.tiers.save_evicted(copies)
+        return Schedule(copies=copies)
 
     def assign_adapters(self, in_flight: int) -> None:
         """Give adapters slots on the device, and queue the requests whose adapter is ready, while ``in_flight`` steps
@@ -179,7 +204,10 @@ class Scheduler:
 
     def restart(self, requests: Iterable[Request]) -> None:
         """Forget all queues, slots, blocks and cached prefixes, and queue ``requests``, which are waiting."""
-        self.pool.reset()
+        if self.tiers is None:
+            self.pool.reset()
+        else:
+            self.tiers.restart()
         self.adapters.restart()
         self.running = []
         self._free_slots = list(range(self.limits.max_num_seqs - 1, -1, -1))
@@ -214,6 +242,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError where blocks, slots, queues or counters disagree."""
         self.pool.check_integrity(request.blocks for request in self.requests())
+        if self.tiers is not None:
+            self.tiers.check_integrity()
         slots = sorted([request.slot for request in self.running] + self._free_slots)
         assert slots == list(range(self.limits.max_num_seqs)), slots
         assert [r.key for r in self.running] == sorted(r.key for r in self.running)
@@ -355,14 +385,15 @@ class Scheduler:
             self._occupy(request, schedule, now)
             self.pool.share(hits)
             self._append_blocks(request, hits, schedule)
-            request.num_cached_blocks = len(hits)
-            request.num_computed_tokens = len(hits) * self.limits.block_size
-            if self.limits.enable_prefix_caching:
-                request.next_full_at = request.num_computed_tokens + self.limits.block_size
+            self._note_prefix(request)
             if request.num_cached_tokens is None:
                 request.num_cached_tokens = request.num_computed_tokens
                 self.prefix_queries += len(request.prompt_token_ids)
                 self.prefix_hits += request.num_computed_tokens
+            if self.tiers is not None and schedule.copies is not None and request.block_hashes:
+                self._load(self.tiers, request, schedule, schedule.copies, now)
+                if request.awaits_blocks:
+                    continue
             count = min(request.num_tokens - request.num_computed_tokens, budget)
             if request.drafts:
                 count += self._fit_drafts(request, count, budget)
@@ -370,6 +401,50 @@ class Scheduler:
             budget -= count
             self._append_row(request, count, schedule)
             rows.append(request)
+
+    def _note_prefix(self, request: Request) -> None:
+        """Count the blocks that a request has as computed and cached."""
+        request.num_cached_blocks = len(request.blocks)
+        request.num_computed_tokens = len(request.blocks) * self.limits.block_size
+        if self.limits.enable_prefix_caching:
+            request.next_full_at = request.num_computed_tokens + self.limits.block_size
+
+    def _begin_copies(self, tiers: Tiers, schedule: Schedule, copies: Copies, now: float) -> None:
+        """Save blocks behind the computation, and load what has come from disk."""
+        tiers.poll()
+        tiers.save_behind(copies, self._last_tokens)
+        for request in self.running:
+            if request.awaits_blocks:
+                self._load(tiers, request, schedule, copies, now)
+
+    def _load(self, tiers: Tiers, request: Request, schedule: Schedule, copies: Copies, now: float) -> None:
+        """Append to a request's blocks those that the pool and the tiers have of its prefix. If more are on disk, begin
+        to read them, and have the request wait."""
+        block_size, first = self.limits.block_size, len(request.blocks)
+        digests = request.block_hashes[first : (request.num_tokens - 1) // block_size]
+        ready, on_disk = tiers.loadable(digests, request.metrics.num_preemptions > 0)
+        if not request.awaits_blocks:
+            request.waits_until = now + tiers.cost.patience(on_disk)
+            tiers.counts.queries += len(request.prompt_token_ids) - request.num_computed_tokens
+        blocks: list[int] = []
+        for digest in digests[:ready]:
+            found = self.pool.find((digest,))
+            if found:
+                self.pool.share(found)
+            elif self.pool.num_free and tiers.host.has(digest):
+                found = self.pool.allocate(1)
+                tiers.load(digest, found[0], copies)
+            else:
+                break
+            blocks += found
+        if blocks:
+            self._append_blocks(request, blocks, schedule)
+            self._note_prefix(request)
+            tiers.counts.hits += len(blocks) * block_size
+            if not request.metrics.num_preemptions:
+                request.num_cached_tokens = max(request.num_cached_tokens or 0, request.num_computed_tokens)
+        waits = len(blocks) == ready and on_disk > 0 and now < request.waits_until
+        request.awaits_blocks = waits and tiers.fetch(digests[ready : ready + on_disk])
 
     def _peek_waiting(self) -> Request | None:
         while self._waiting:
@@ -427,6 +502,7 @@ class Scheduler:
         request.slot = -1
         request.num_computed_tokens = 0
         request.num_cached_blocks = 0
+        request.awaits_blocks = False
 
     def _cache_full_blocks(self, request: Request) -> None:
         """Offer the blocks that are full of known, computed tokens to the prefix cache."""

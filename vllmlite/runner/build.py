@@ -26,7 +26,7 @@ from vllmlite.runner.propose.loading import load_drafter
 from vllmlite.runner.propose.ngram import NgramProposer
 from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.runner.runner import ModelRunner
-from vllmlite.runner.sizes import most_positions, num_cache_blocks
+from vllmlite.runner.sizes import most_positions, num_cache_blocks, num_host_places
 from vllmlite.terminal import is_terminal, note
 from vllmlite.weights.adapter import AdapterLimits
 from vllmlite.weights.packing import Packing
@@ -195,7 +195,10 @@ def build_runner(
         longest = capacity
 
     def runner_of(
-        model: Model, proposer: Proposer | None = None, adapters: AdapterLimits | None = None
+        model: Model,
+        proposer: Proposer | None = None,
+        adapters: AdapterLimits | None = None,
+        num_places: int = 0,
     ) -> ModelRunner:
         runner = ModelRunner(
             backend,
@@ -206,6 +209,7 @@ def build_runner(
             enforce_eager=config.enforce_eager,
             proposer=proposer,
             adapters=adapters,
+            num_places=num_places,
         )
         _capture_graphs(runner)
         return runner
@@ -216,7 +220,8 @@ def build_runner(
         proposer = drafter.proposer(runner_of, num_blocks, longest)
     elif options is not None:
         proposer = NgramProposer(config.max_num_seqs, options.prompt_lookup_min, options.prompt_lookup_max)
-    return BuiltRunner(runner_of(model, proposer, adapters), num_blocks, longest, f"{plan}; {choice}")
+    runner = runner_of(model, proposer, adapters, num_host_places(config, backend, model))
+    return BuiltRunner(runner, num_blocks, longest, f"{plan}; {choice}")
 
 
 def _least(backend: Backend, value: int) -> int:

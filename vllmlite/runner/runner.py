@@ -32,6 +32,7 @@ from vllmlite.engine.scheduler import Admission, Schedule
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.runner.batches import host_batch
 from vllmlite.runner.graphs import Graphs
+from vllmlite.runner.kv_transfer import start_copies
 from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.weights.adapter import Adapter, AdapterLimits
 
@@ -96,13 +97,16 @@ class ModelRunner:
         enforce_eager: bool = False,
         proposer: Proposer | None = None,
         adapters: AdapterLimits | None = None,
+        num_places: int = 0,
     ) -> None:
-        """Allocate the pool and the slots. BackendError if they do not fit. A schedule may want drafts if there is a
-        ``proposer``, and sequences may have adapters within the limits of ``adapters``."""
+        """Allocate the pool and the slots, and ``num_places`` places for blocks in host memory. BackendError if they do
+        not fit. A schedule may want drafts if there is a ``proposer``, and copies if there are places; sequences may
+        have adapters within the limits of ``adapters``."""
         self.backend = backend
         self.model = model
         self.proposer = proposer
         self.kv: KVCache = backend.alloc_kv(model.kv_spec, num_blocks)
+        self.host_blocks = backend.host_blocks(self.kv, model.kv_spec, num_places) if num_places else None
         max_blocks = -(-max_model_len // model.kv_spec.block_size)
         self.slots = backend.alloc_slots(
             SlotSpec(max_num_seqs, max_blocks, max_model_len, model.vocab_size, num_blocks)
@@ -187,10 +191,14 @@ class ModelRunner:
         if schedule.block_ids:
             columns = (schedule.block_slots, schedule.block_columns, schedule.block_ids)
             self.backend.append_blocks(self.slots, *(np.array(column, np.int32) for column in columns))
-        batch, starts = self._batch(schedule)
+            if self.proposer is not None:
+                self.proposer.append_blocks(*columns)
         launched = Launched(schedule)
-        if self.proposer is not None:
-            self.proposer.append_blocks(schedule.block_slots, schedule.block_columns, schedule.block_ids)
+        if self.host_blocks is not None and schedule.copies is not None:
+            start_copies(self.host_blocks, schedule.copies, schedule.block_ids)
+            if not schedule.slots:
+                return launched
+        batch, starts = self._batch(schedule)
         key = None
         if not (schedule.prompt_logprobs or schedule.pools):
             if schedule.drafts:
@@ -243,6 +251,8 @@ class ModelRunner:
             result.prompt_logprobs.setdefault(row, []).append(entry)
         if handle.pools:
             result.pooled = self._read_pools(handle.pools, handle.hidden)
+        if self.host_blocks is not None and handle.schedule.copies:
+            self.host_blocks.wait()
         return result
 
     def _accepted_spans(self, handle: Launched) -> list[tuple[int, int]] | None:

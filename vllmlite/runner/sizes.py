@@ -15,6 +15,8 @@ from vllmlite.runner.runner import ModelRunner
 
 CPU_KV_BYTES = 4 << 30
 """Most bytes of the cache on a CPU unless its size is given; pages that no request reaches are never touched."""
+STAGING_BYTES, STAGED_BLOCKS = 256 << 20, 32
+"""Least host memory between the key/value cache and a disk: bytes, and blocks."""
 CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 8192
 """Most tokens in a step unless the number is given: enough to fill the device."""
 
@@ -93,6 +95,18 @@ def num_cache_blocks(
             "model, dtype or quantization"
         )
     return num_blocks
+
+
+def num_host_places(config: EngineConfig, backend: Backend, model: Model) -> int:
+    """Return the number of blocks that host memory keeps. A disk alone gets a little, through which its blocks pass."""
+    block_bytes = backend.kv_bytes_per_block(model.kv_spec)
+    wanted = config.host_tier_bytes()
+    if config.kv_disk_path is not None:
+        wanted = max(wanted, STAGING_BYTES, STAGED_BLOCKS * block_bytes)
+    places = wanted // block_bytes
+    if wanted and not places:
+        raise ParameterError("swap_space", config.swap_space, f"a block takes {block_bytes} bytes")
+    return places
 
 
 def _largest_step(config: EngineConfig, backend: Backend, model: Model, max_model_len: int) -> None:

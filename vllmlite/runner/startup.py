@@ -14,11 +14,13 @@ from vllmlite.engine.adapters import AdapterSource
 from vllmlite.engine.drafts import DraftPolicy, StepCost
 from vllmlite.engine.engine import Engine
 from vllmlite.engine.scheduler import Limits
+from vllmlite.engine.tiers import Tiers, TransferCost
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.models.plan import Plan
 from vllmlite.runner.build import BuiltRunner, build_runner, plan_for
 from vllmlite.runner.generation_config import default_params, eos_ids, generation_config, reasoning_marks
+from vllmlite.runner.kv_transfer import seconds_per_load
 from vllmlite.runner.propose.loading import check_vocabulary
 from vllmlite.runner.sizes import batched_tokens, mixed_tokens
 from vllmlite.runner.step_times import step_times
@@ -88,11 +90,21 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
         drafting=_drafting(config, built, two_steps),
         cache_format=f"{runner.model.kv_spec.dtype} {runner.model.kv_spec.scales}",
         adapters=_adapters(config, plan, backend) if config.enable_lora else None,
+        tiers=_tiers(config, built),
     )
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     defaults = default_params(config, generation)
     return Started(engine, tokenizer, plan.hidden_size, defaults, built.backend_choice)
+
+
+def _tiers(config: EngineConfig, built: BuiltRunner) -> Tiers | None:
+    """Return the cache tiers behind the pool, if there are any."""
+    host = built.runner.host_blocks
+    if host is None:
+        return None
+    cost = TransferCost(config.block_size, seconds_per_load(host, built.num_blocks))
+    return Tiers(built.num_blocks, len(host.memory), cost, config.preemption_mode)
 
 
 def _drafting(config: EngineConfig, built: BuiltRunner, two_steps: bool) -> DraftPolicy | None:

@@ -1,0 +1,65 @@
+"""Blocks of a key/value cache in host memory, and copies of whole blocks between there and the cache's pool."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite.backends.memory import host_memory
+from vllmlite.errors import BackendError
+
+Ids: TypeAlias = NDArray[np.int32]
+Copy: TypeAlias = Callable[[Ids, Ids, NDArray[np.uint8], bool], None]
+"""Copies blocks to or from places: blocks, places, the places' memory, whether to the host."""
+
+
+class HostBlocks(ABC):
+    """Host memory for blocks of one key/value cache, in places that are numbered from 0.
+
+    Copies take effect in program order, as ops do: :meth:`save` reads what earlier ops have written, and later ops read
+    what :meth:`load` has written."""
+
+    memory: NDArray[np.uint8]
+    """``[places, bytes of a block]``. Read a place after a save, or write it after a load, only once :meth:`wait` has
+    returned."""
+
+    @abstractmethod
+    def save(self, blocks: Ids, places: Ids) -> None:
+        """Copy each of ``blocks`` to the place of the same index. Ops may run beside the copies: none may write to
+        these blocks before :meth:`join`.
+
+        IndexError, and nothing copied, if there is no such block or place; the same for :meth:`load`."""
+
+    @abstractmethod
+    def load(self, places: Ids, blocks: Ids) -> None:
+        """Copy each of ``places`` to the block of the same index."""
+
+    def join(self) -> None:  # noqa: B027  (copies of a synchronous backend are done)
+        """Have later ops wait for the saves issued so far."""
+
+    def wait(self) -> None:  # noqa: B027
+        """Wait for the copies issued so far."""
+
+
+class SynchronousHostBlocks(HostBlocks):
+    """Host memory for the blocks of a cache that is in host memory too, or whose copies are waited for."""
+
+    def __init__(self, copy: Copy, num_places: int, block_bytes: int) -> None:
+        """Allocate ``num_places`` places. BackendError if main memory is too small."""
+        needed, free = num_places * block_bytes, host_memory().free
+        if needed > free:
+            raise BackendError(f"{num_places} blocks in host memory take {needed} bytes; {free} are free")
+        self.memory = np.empty((num_places, block_bytes), np.uint8)
+        self._copy = copy
+
+    def save(self, blocks: Ids, places: Ids) -> None:
+        """See :meth:`HostBlocks.save`."""
+        self._copy(blocks, places, self.memory, True)
+
+    def load(self, places: Ids, blocks: Ids) -> None:
+        """See :meth:`HostBlocks.load`."""
+        self._copy(blocks, places, self.memory, False)
