@@ -232,9 +232,12 @@ def test_cuda_says_the_same(options: dict[str, Any], two_steps: bool, method: st
 
 
 @needs_native_cpu
-@pytest.mark.parametrize("method", ["ngram", "draft model"])
-def test_the_smallest_engine_starts_and_makes_drafts(method: str) -> None:
-    llm = make(METHODS[method], max_num_seqs=1, max_model_len=6, num_gpu_blocks_override=1)
+@pytest.mark.parametrize(
+    "drafts", [METHODS["ngram"], METHODS["eagle3"], METHODS["itself"] | {"max_model_len": 4}], ids=str
+)
+def test_the_smallest_engine_starts_and_makes_drafts(drafts: dict[str, Any]) -> None:
+    """Also with a draft model for shorter sequences than the engine's."""
+    llm = make(drafts, max_num_seqs=1, max_model_len=6, num_gpu_blocks_override=1)
     (output,) = llm.generate([{"prompt_token_ids": [5]}], SamplingParams(temperature=0, ignore_eos=True))
     assert len(output.outputs[0].token_ids) == 5
 

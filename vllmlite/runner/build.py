@@ -196,6 +196,7 @@ def build_runner(
 
     def runner_of(
         model: Model,
+        longest: int,
         proposer: Proposer | None = None,
         adapters: AdapterLimits | None = None,
         num_places: int = 0,
@@ -220,7 +221,7 @@ def build_runner(
         proposer = drafter.proposer(runner_of, num_blocks, longest)
     elif options is not None:
         proposer = NgramProposer(config.max_num_seqs, options.prompt_lookup_min, options.prompt_lookup_max)
-    runner = runner_of(model, proposer, adapters, num_host_places(config, backend, model))
+    runner = runner_of(model, longest, proposer, adapters, num_host_places(config, backend, model))
     return BuiltRunner(runner, num_blocks, longest, f"{plan}; {choice}")
 
 

@@ -29,8 +29,8 @@ class CachedSequence:
     """Positions whose keys and values in the proposer's cache are those of ``token_ids``."""
     num_marked: int = 0
     """How many of its blocks have their mark."""
-    unknown: bool = False
-    """Whether ids of it are not in the proposer's vocabulary."""
+    dropped: bool = False
+    """Whether no more drafts can be made: it is too long, or has ids that are not in the proposer's vocabulary."""
     drafts: list[int] = field(default_factory=list)
     """The drafts that were proposed last."""
     _marks: list[int] = field(default_factory=list)
@@ -91,7 +91,7 @@ class CachedProposer(Proposer, Generic[SequenceT]):
             # The last position that is computed is that of the last draft but one, and needs a block.
             room = min(len(sequence.blocks) * self._block_size, self._max_model_len)
             count = min(count, room - len(sequence.token_ids) + 1)
-            if count > 0 and self._sequences[sequence.slot] is sequence and not sequence.unknown:
+            if count > 0 and self._sequences[sequence.slot] is sequence and not sequence.dropped:
                 asked[sequence.slot], counts[sequence.slot] = sequence, count
         if asked:
             self._draft(asked, counts)
@@ -103,7 +103,8 @@ class CachedProposer(Proposer, Generic[SequenceT]):
 
     def _new_blocks(self, sequence: SequenceT) -> range:
         """Return the columns of a sequence's block table that the device does not know yet; it knows them then."""
-        new = range(max(sequence.num_uploaded, 0), len(sequence.blocks))
+        longest = -(-self._max_model_len // self._block_size)
+        new = range(max(sequence.num_uploaded, 0), min(len(sequence.blocks), longest))
         sequence.num_uploaded = new.stop
         return new
 

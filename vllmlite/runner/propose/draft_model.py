@@ -82,7 +82,7 @@ class ModelProposer(CachedProposer[DraftedSequence]):
             start = sequence.num_computed
             ids = sequence.token_ids[start : start + budget]
             if max(ids) >= self.runner.model.vocab_size:
-                sequence.unknown = True
+                sequence.dropped = True
                 continue
             budget -= len(ids)
             end = start + len(ids)
@@ -91,7 +91,7 @@ class ModelProposer(CachedProposer[DraftedSequence]):
             new = self._new_blocks(sequence)
             schedule.block_slots += [slot] * len(new)
             schedule.block_columns += new
-            schedule.block_ids += sequence.blocks[new.start :]
+            schedule.block_ids += sequence.blocks[new.start : new.stop]
             schedule.drafts[len(schedule.slots)] = ids
             schedule.slots.append(slot)
             schedule.starts.append(start)

@@ -79,12 +79,10 @@ class EagleSequence(CachedSequence):
 class EagleProposer(CachedProposer[EagleSequence]):
     """Proposes the chain of most likely tokens of a head."""
 
-    def __init__(
-        self, head: EagleHead, *, num_blocks: int, max_num_seqs: int, max_model_len: int, longest_drafted: int
-    ) -> None:
-        """Allocate the head's cache, of as many blocks as the target model's. Sequences have up to ``max_model_len``
-        tokens, and drafts up to a length of ``longest_drafted``."""
-        super().__init__(EagleSequence, head.kv_spec.block_size, longest_drafted, ahead=1)
+    def __init__(self, head: EagleHead, *, num_blocks: int, max_num_seqs: int, max_model_len: int) -> None:
+        """Allocate the head's cache, of as many blocks as the target model's. Sequences get drafts up to a length of
+        ``max_model_len`` tokens."""
+        super().__init__(EagleSequence, head.kv_spec.block_size, max_model_len, ahead=1)
         self.head = head
         self.states = head.spec.states
         self._backend = backend = head.backend
@@ -117,14 +115,15 @@ class EagleProposer(CachedProposer[EagleSequence]):
             if not sequence.segments and sequence.num_uploaded < 0:
                 self._find_computed(sequence)
             sequence.keep(_Segment(start, start + count, step, token))
+            sequence.dropped |= start + count > self._max_model_len
             token += count
-            if sequence.stop - sequence.num_computed > STRETCH and not sequence.unknown:
+            if sequence.stop - sequence.num_computed > STRETCH and not sequence.dropped:
                 behind[slot] = sequence
         if behind:
             self._compute(behind, dict.fromkeys(behind, 1))
         for slot in schedule.slots:
             sequence = self._sequences[slot]
-            if sequence.unknown:
+            if sequence.dropped:
                 sequence.segments.clear()
             kept += [segment for segment in sequence.segments if segment.states is step]
         self._compact(step, kept, token)
@@ -178,13 +177,13 @@ class EagleProposer(CachedProposer[EagleSequence]):
             start, stop = sequence.num_computed, sequence.stop
             ids = sequence.token_ids[start + 1 : stop + 1]
             if max(ids, default=0) >= self.head.vocab_size:
-                sequence.unknown = True
-            if sequence.unknown or not ids:
+                sequence.dropped = True
+            if sequence.dropped or not ids:
                 continue
             if sequence.num_uploaded < 0:
                 self._backend.set_slot(self._slots, slot, SlotParams())
             new = self._new_blocks(sequence)
-            self._append([slot] * len(new), new, sequence.blocks[new.start :])
+            self._append([slot] * len(new), new, sequence.blocks[new.start : new.stop])
             parts += self._parts(sequence, start, stop)
             self._mark(sequence, start, stop, stop + counts[slot] - 1)
             sequence.forget()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 from vllmlite.backends.base import Backend, Model
 from vllmlite.backends.kv_cache import KVSpec
@@ -61,6 +62,10 @@ def check_vocabulary(config: EngineConfig, draft: DraftCheckpoint, tokenizer: To
     )
 
 
+RunnerOf: TypeAlias = Callable[[Model, int], ModelRunner]
+"""Returns the runner of a draft model for sequences of up to so many tokens."""
+
+
 @dataclass(frozen=True, slots=True)
 class Drafter:
     """A loaded model that proposes drafts."""
@@ -69,7 +74,7 @@ class Drafter:
     """The draft model, if it is a whole model."""
     cache: KVSpec
     """Its key/value cache, which has as many blocks as the target model's."""
-    proposer: Callable[[Callable[[Model], ModelRunner], int, int], Proposer]
+    proposer: Callable[[RunnerOf, int, int], Proposer]
     """Returns the proposer, given a function that makes the runner of a draft model, the number of blocks, and the
     length of sequences."""
 
@@ -111,10 +116,11 @@ def load_drafter(
         packing=Packing(backend, at_load, config.dtype == "auto"),
     )
 
-    def proposer(runner_of: Callable[[Model], ModelRunner], num_blocks: int, longest: int) -> Proposer:
+    def proposer(runner_of: RunnerOf, num_blocks: int, longest: int) -> Proposer:
+        longest = min(drafted, longest)
         return ModelProposer(
-            runner_of(model),
-            max_model_len=min(drafted, longest),
+            runner_of(model, longest),
+            max_model_len=longest,
             budget=batched_tokens(config, backend),
             vocab_size=target.vocab_size,
         )
@@ -128,13 +134,12 @@ def _load_eagle(config: EngineConfig, draft: DraftCheckpoint, target: Model, lon
     spec = read_eagle(_find(config, draft), draft.method, target.spec)
     head = EagleHead(spec, target, num_positions=longest, block_size=config.block_size)
 
-    def proposer(runner_of: Callable[[Model], ModelRunner], num_blocks: int, longest: int) -> Proposer:
+    def proposer(runner_of: RunnerOf, num_blocks: int, longest: int) -> Proposer:
         return EagleProposer(
             head,
             num_blocks=num_blocks,
             max_num_seqs=config.max_num_seqs,
-            max_model_len=longest,
-            longest_drafted=min(draft.max_model_len or longest, longest),
+            max_model_len=min(draft.max_model_len or longest, longest),
         )
 
     return Drafter((), head.kv_spec, proposer)
