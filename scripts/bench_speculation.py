@@ -24,6 +24,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 from vllmlite import LLM, SamplingParams
@@ -64,6 +65,10 @@ class Held:
         """Advance by an id."""
         self._place += 1
         return self._place == len(self._text)
+
+    def fork(self) -> Held:
+        """Return another one at the same place."""
+        return copy(self)
 
 
 def run(engine: Engine) -> tuple[int, float]:

@@ -18,10 +18,9 @@ from vllmlite import (
     LLMEngine,
     PoolingParams,
     SamplingParams,
-    TextPrompt,
     TokensPrompt,
 )
-from vllmlite.errors import ParameterError, VllmliteError
+from vllmlite.errors import ParameterError
 
 Params: Any = SamplingParams
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -179,11 +178,9 @@ def test_unsupported_arguments_are_refused_by_name(llm: LLM, want: list[int], fo
     assert llm.generate(IDS, GREEDY)[0].outputs[0].token_ids == want
 
 
-def test_reset_and_beam_search(llm: LLM) -> None:
+def test_reset(llm: LLM) -> None:
     assert llm.reset_prefix_cache() is True
     assert llm.reset_prefix_cache(reset_running_requests=False) is True
-    with pytest.raises(VllmliteError, match="beam search is not supported"):
-        llm.beam_search([TextPrompt(prompt="x")], None)
 
 
 def test_add_request_takes_vllms_arguments_by_position(want: list[int]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllmlite.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_output, sampling_params
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine_process.client import EngineClient
 from vllmlite.engine_process.replicas import ReplicaClient
@@ -204,6 +205,21 @@ class AsyncLLM:
                     yield output
         finally:
             stream.close()
+
+    async def beam_search(
+        self,
+        prompt: Prompt,
+        request_id: str,
+        params: BeamSearchParams,
+        lora_request: LoRARequest | None = None,
+        **absent: object,
+    ) -> AsyncIterator[BeamSearchOutput]:
+        """Generate the one output of a beam search. Raises errors as :meth:`generate` does."""
+        refuse(absent)
+        async for output in self.generate(
+            prompt, sampling_params(params), request_id, lora_request=lora_request
+        ):
+            yield beam_search_output(output, params, self._engine.tokenizer)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Abort one or several requests; their streams raise VllmliteError."""

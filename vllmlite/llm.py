@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+from vllmlite.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_output, sampling_params
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.exclusive_calls import Turns, takes_turn
@@ -141,11 +142,25 @@ class LLM:
         """See :meth:`LLMEngine.reset_prefix_cache`."""
         return self.llm_engine.reset_prefix_cache(reset_running_requests, reset_connector)
 
-    def beam_search(self, *_arguments: object, **_absent: object) -> NoReturn:
-        """Raise VllmliteError: beam search is not supported."""
-        raise VllmliteError(
-            "beam search is not supported: sample several completions with SamplingParams(n=...)"
-        )
+    def beam_search(
+        self,
+        prompts: Prompts,
+        params: BeamSearchParams,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        use_tqdm: bool | Callable[..., Any] = False,
+        concurrency_limit: int | None = None,
+        **absent: object,
+    ) -> list[BeamSearchOutput]:
+        """Find the most likely outputs of each prompt with beam search, the best first.
+
+        Prompts are as in :meth:`generate`. ``concurrency_limit`` has no effect: the engine runs as many prompts at a
+        time as fit."""
+        refuse(absent)
+        del concurrency_limit
+        batch = as_batch(prompts)
+        outputs = self._run(batch, [sampling_params(params)] * len(batch), None, use_tqdm, lora_request)
+        tokenizer = self.llm_engine.tokenizer
+        return [beam_search_output(output, params, tokenizer) for output in outputs]
 
     def _params_for(
         self,

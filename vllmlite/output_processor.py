@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from vllmlite.engine.beams import Hypothesis
 from vllmlite.engine.engine import EngineOutput
 from vllmlite.engine.runner_protocol import TokenLogprobs
 from vllmlite.errors import ParameterError
@@ -120,7 +121,11 @@ class OutputProcessor:
         group = _Group(request_id, prompt, prompt_token_ids, params)
         if params.prompt_logprobs is not None and len(prompt_token_ids) == 1:
             group.prompt_logprobs = [None]  # the engine has nothing to say of a first token
-        children = {request_id: params} if params.n == 1 else _children(request_id, params)
+        children = (
+            {request_id: params}
+            if params.n == 1 or params.beams is not None
+            else _children(request_id, params)
+        )
         for index, child in enumerate(children):
             if self.knows(child):
                 raise ParameterError("request_id", child, "is in use by a request that has not finished")
@@ -170,6 +175,9 @@ class OutputProcessor:
                     step.ready.append(self._embedding(pooling, output))
                     step.ended.append(request_id)
                 continue
+            if output.beams is not None:
+                self._report_beams(completion.group, output, output.beams, step)
+                continue
             if completion.added is not output:
                 self._add_output(completion, output)
             if completion.stop is not None and output.finish_reason is None:
@@ -217,6 +225,51 @@ class OutputProcessor:
                 group.metrics,
             )
         )
+
+    def _report_beams(
+        self, group: _Group, output: EngineOutput, beams: Sequence[Hypothesis], step: ProcessedStep
+    ) -> None:
+        """Add the only output of a request with beams to ``step``."""
+        self._note_prompt(group, output)
+        step.ended.append(group.request_id)
+        step.finished.append(group)
+        step.ready.append(
+            RequestOutput(
+                group.request_id,
+                group.prompt,
+                group.prompt_token_ids,
+                [self._hypothesis(group, index, beam) for index, beam in enumerate(beams[: group.params.n])],
+                True,
+                group.prompt_logprobs,
+                group.num_cached_tokens,
+                group.metrics,
+            )
+        )
+
+    def _hypothesis(self, group: _Group, index: int, found: Hypothesis) -> CompletionOutput:
+        text, detokenizer, shown = "", self._detokenizer(group), found.token_ids
+        if detokenizer is not None:
+            hides_end = not group.params.include_stop_str_in_output
+            if found.finish_reason == "stop" and not found.ends_in_text and hides_end:
+                shown = shown[:-1]
+            detokenizer.extend(shown)
+            detokenizer.finish()
+            text = detokenizer.text
+        return CompletionOutput(
+            index,
+            text,
+            found.token_ids,
+            found.cumulative_logprob,
+            finish_reason=found.finish_reason,
+            stop_reason=found.stop_reason,
+        )
+
+    def _note_prompt(self, group: _Group, output: EngineOutput) -> None:
+        group.num_cached_tokens = output.num_cached_tokens
+        group.metrics = output.metrics
+        if output.prompt_logprobs is not None:
+            k = group.params.prompt_logprobs or 0
+            group.prompt_logprobs = [None, *(self._logprobs(entry, k) for entry in output.prompt_logprobs)]
 
     def _embedding(self, pooling: _Pooling, output: EngineOutput) -> RequestOutput:
         """The vector, cut and scaled; none where a step failed."""
@@ -285,11 +338,7 @@ class OutputProcessor:
         if detokenizer is not None:
             completion.first_character = detokenizer.num_released
         completion.begun = output
-        group.num_cached_tokens = output.num_cached_tokens
-        group.metrics = output.metrics
-        if output.prompt_logprobs is not None:
-            k = group.params.prompt_logprobs or 0
-            group.prompt_logprobs = [None, *(self._logprobs(entry, k) for entry in output.prompt_logprobs)]
+        self._note_prompt(group, output)
         token_ids, reason, stop_reason = output.new_token_ids, output.finish_reason, output.stop_reason
         offsets = None if output.logprobs is None else state.text_offsets
         stop: str | None = None

@@ -10,6 +10,8 @@ from json import loads
 from numbers import Integral, Real
 from typing import Any
 
+from vllmlite.beam_params import BeamOptions
+from vllmlite.beam_params import BeamSearchParams as BeamSearchParams
 from vllmlite.errors import ParameterError
 from vllmlite.inputs import refuse, token_ids
 from vllmlite.tokenizers.truncation import check_truncation
@@ -194,6 +196,9 @@ class SamplingParams:
     """End the reasoning after this many tokens; None or -1: no limit. Needs the markers of ``reasoning_config``."""
     structured_outputs: StructuredOutputsParams | None = None
     """Structure of the output: a JSON Schema, a regular expression, a choice or a grammar."""
+    beams: BeamOptions | None = None
+    """Search for the most likely outputs with beams, instead of sampling, and return the best ``n``. A temperature
+    above 0 divides the logits; ``top_p``, ``top_k``, ``min_p`` and ``seed`` have no effect."""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     """Which part of the output each :class:`~vllmlite.outputs.RequestOutput` has."""
 
@@ -234,6 +239,19 @@ class SamplingParams:
             _at_least("thinking_token_budget", self.thinking_token_budget, 0)
         if self.structured_outputs is not None:
             self._check_structure(self.structured_outputs)
+        if self.beams is not None:
+            self._check_beams(self.beams)
+
+    def _check_beams(self, beams: BeamOptions) -> None:
+        if not isinstance(beams, BeamOptions):
+            raise ParameterError("beams", beams, "must be BeamOptions")
+        if self.n > beams.width:
+            raise ParameterError("n", self.n, f"must be at most the number of beams, {beams.width}")
+        for name in ("stop", "logprobs", "logprob_token_ids", "thinking_token_budget"):
+            if getattr(self, name) not in (None, []):
+                raise ParameterError(name, getattr(self, name), "cannot be combined with beam search")
+        if self.output_kind is RequestOutputKind.DELTA:
+            raise ParameterError("output_kind", self.output_kind, "beam search has no output before its end")
 
     def _check_structure(self, structure: StructuredOutputsParams) -> None:
         if not isinstance(structure, StructuredOutputsParams):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, cast
 
@@ -231,6 +232,9 @@ class Alternating:
     def accept(self, token_id: int) -> bool:
         self.ids.append(token_id)
         return len(self.ids) == self._length
+
+    def fork(self) -> Alternating:
+        return deepcopy(self)
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import pytest
@@ -316,6 +317,9 @@ class Broken:
         if self.num_ids == 3:
             raise RuntimeError("broken")
         return False
+
+    def fork(self) -> Broken:
+        return copy(self)
 
 
 @pytest.mark.parametrize("depth", [1, 2])

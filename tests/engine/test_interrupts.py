@@ -11,6 +11,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -68,6 +69,9 @@ class Record:
     def accept(self, token_id: int) -> bool:
         self.ids.append(token_id)
         return len(self.ids) == self._length
+
+    def fork(self) -> Record:
+        return deepcopy(self)
 
 
 prompts = st.builds(

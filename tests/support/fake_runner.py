@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 from zlib import crc32
 
+from vllmlite.engine.beams import Continuation
 from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.scheduler import Limits, Schedule
 from vllmlite.engine.tiers import Copies
@@ -37,6 +38,18 @@ def expected(
         if context[-1] in eos:
             break
     return context[len(prompt) :]
+
+
+def continuations(
+    contexts: Sequence[Sequence[int]], scores: Sequence[float], count: int
+) -> list[Continuation]:
+    """The best continuations of beams; the log-probability of an id is a hash of the context and the id."""
+    found = [
+        Continuation(beam, token_id, score - crc32(bytes([*context, token_id])) % 1021 / 64)
+        for beam, (context, score) in enumerate(zip(contexts, scores, strict=True))
+        for token_id in range(VOCAB)
+    ]
+    return sorted(found, key=lambda one: -one.score)[:count]
 
 
 class FakeRunner:
@@ -67,13 +80,16 @@ class FakeRunner:
         for slot, column, block in zip(
             schedule.block_slots, schedule.block_columns, schedule.block_ids, strict=True
         ):
-            assert column == len(self.tables[slot]), "block tables only append"
-            self.tables[slot].append(block)
+            assert column <= len(self.tables[slot]), "block tables have no gaps"
+            assert column == len(self.tables[slot]) or schedule.beams, "only those of beams are overwritten"
+            self.tables[slot][column:] = [block]
         copies = schedule.copies or Copies()
         for block, place in zip(copies.save_blocks, copies.save_places, strict=True):
             self.host[place] = self.cache[self._block(block)]
         for place, block in zip(copies.load_places, copies.load_blocks, strict=True):
             self.cache[self._block(block)] = self.host[place]
+        for source, target in schedule.copied_blocks:
+            self.cache[self._block(target)] = self.cache[self._block(source)]
         rows = list(zip(schedule.slots, schedule.starts, schedule.counts, strict=True))
         assert len({slot for slot, _, _ in rows}) == len(rows), "a slot runs once a step"
         assert schedule.num_tokens == sum(schedule.counts)
@@ -84,6 +100,8 @@ class FakeRunner:
             for index in range(count):
                 position, drafted = start + index, index - (count - len(drafts))
                 token_id = known[position] if position < len(known) else self.last[slot]
+                if row in schedule.ids:
+                    token_id = schedule.ids[row][index]
                 self.cache[self._address(slot, position)] = drafts[drafted] if drafted >= 0 else token_id
         result = StepResult([])
         at = 0
@@ -105,6 +123,12 @@ class FakeRunner:
             result.token_ids.append(ids)
             if row in schedule.wanted:
                 result.drafts[row] = self._propose(context, schedule.wanted[row])
+        for group in schedule.beams:
+            beams = [
+                [self.cache[self._address(slot, p)] for p in range(start + count)]
+                for slot, start, count in rows[group.row : group.row + len(group.scores)]
+            ]
+            result.beams.append(continuations(beams, group.scores, group.num_candidates))
         return result
 
     def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:

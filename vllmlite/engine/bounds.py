@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vllmlite.beam_params import BeamOptions
 from vllmlite.engine.thinking import ReasoningMarks
 from vllmlite.errors import ContextLengthError, ParameterError
 from vllmlite.sampling_params import SamplingParams
@@ -25,6 +26,11 @@ class RequestBounds:
     """Most log-probabilities for each token; -1: no limit."""
     reasoning: ReasoningMarks | None = None
     """The ids that open and close the model's reasoning, if they are known."""
+    max_beams: int = 0
+    """Most beams of a request: each takes a row of a step. 0: beam search cannot run."""
+    num_blocks: int = 0
+    """Size of the block pool."""
+    block_size: int = 1
 
     def check(
         self,
@@ -43,6 +49,8 @@ class RequestBounds:
         self._check_something_is_allowed(params, bad_words)
         if params.thinking_token_budget is not None:
             self._check_thinking(params, bad_words)
+        if params.beams is not None:
+            self._check_beams(params.beams, len(prompt), params.max_tokens)
         return prompt
 
     def truncation(self, params: SamplingParams, *, generates: bool = True) -> Truncation | None:
@@ -110,6 +118,30 @@ class RequestBounds:
                 "must be able to end the reasoning: allowed_token_ids, bad_words or min_tokens forbid its closing mark",
             )
 
+    def _check_beams(self, beams: BeamOptions, prompt: int, max_tokens: int | None) -> None:
+        """Raise :class:`ParameterError` if beams of a prompt of ``prompt`` tokens could not run side by side."""
+        if not self.max_beams:
+            raise ParameterError(
+                "beam_width",
+                beams.width,
+                "beam search cannot run beside speculation with a draft model or heads; beside n-grams it can",
+            )
+        if beams.width > self.max_beams:
+            raise ParameterError(
+                "beam_width",
+                beams.width,
+                f"must be at most {self.max_beams}: a step has max_num_seqs rows and max_num_batched_tokens tokens",
+            )
+        longest = min(self.max_model_len, prompt + (max_tokens or self.max_model_len))
+        needed = most_blocks(beams.width, prompt, longest, self.block_size)
+        if needed > self.num_blocks:
+            raise ParameterError(
+                "beam_width",
+                beams.width,
+                f"may need {needed} blocks of key/value cache for {longest} tokens, and there are {self.num_blocks}: "
+                "lower it or max_tokens, or enlarge the cache",
+            )
+
     def _check_something_is_allowed(self, params: SamplingParams, bad_words: Sequence[Sequence[int]]) -> None:
         """Raise :class:`ParameterError` if ``bad_words`` and ``min_tokens`` ban all of ``allowed_token_ids``."""
         if params.allowed_token_ids is None:
@@ -123,3 +155,9 @@ class RequestBounds:
                 params.allowed_token_ids,
                 "must leave an id that bad_words and min_tokens do not ban",
             )
+
+
+def most_blocks(width: int, prompt: int, num_tokens: int, block_size: int) -> int:
+    """Return the most blocks that ``width`` beams of ``num_tokens`` need, which share the full ones of their prompt."""
+    each = -(-num_tokens // block_size)
+    return each + (width - 1) * (each - prompt // block_size)

@@ -18,6 +18,7 @@ from itertools import compress
 from typing import Any, TypedDict
 
 from vllmlite.engine.adapters import AdapterSource, Resident
+from vllmlite.engine.beams import BeamSearch, Continuation, Hypothesis
 from vllmlite.engine.block_pool import root_digest
 from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.drafts import DraftPolicy
@@ -60,6 +61,8 @@ class EngineOutput:
     """Whether the last token is part of the text although the request ended with ``stop``: it completed a grammar."""
     pooled: list[float] | None = None
     """The vector of a pooling request, which gets no tokens."""
+    beams: list[Hypothesis] | None = None
+    """The outputs that beam search found, the best first. Such a request gets no ``new_token_ids``."""
     error: str | None = None
     """The message of the error, if ``finish_reason`` is ``error``."""
 
@@ -130,8 +133,10 @@ class Engine:
         )
         self.runner = runner
         self.bounds = RequestBounds(
-            vocab_size, frozenset(eos_ids), limits.max_model_len, max_logprobs, reasoning
-        )
+            vocab_size, frozenset(eos_ids), limits.max_model_len, max_logprobs, reasoning,
+            max_beams=self.scheduler.max_beams,
+            num_blocks=limits.num_blocks, block_size=limits.block_size,
+        )  # fmt: skip
         self._steps_in_flight = steps_in_flight
         self._seed = seed
         self._cache_format = cache_format
@@ -206,6 +211,8 @@ class Engine:
             adapter=key,
             order=self._num_added,
         )
+        if params.beams is not None:
+            request.beams = BeamSearch(request, params.beams)
         self._changing = True
         self._num_added += 1
         self._requests[request_id] = request
@@ -406,7 +413,7 @@ class Engine:
         for request, sampled, ids, entries in zip(
             sampling, filter(None, schedule.samples), token_ids, logprobs, strict=True
         ):
-            if request.status is finished:
+            if request.status is finished or request.beams is not None:
                 continue
             reason: str | None = None
             stop_reason: int | None = None
@@ -449,6 +456,9 @@ class Engine:
                 del self._prompt_logprobs[request.request_id]
             if reason is not None:
                 self._end(request, reason, stop_reason, now)
+        for beams, continuations in zip(schedule.beams, result.beams, strict=True):
+            num_tokens += len(beams.scores)
+            self._apply_beams(rows[beams.row], continuations, now, outputs)
         self.stats.num_generation_tokens += num_tokens
         for row in schedule.wanted:
             scheduler.proposed(rows[row], result.drafts.get(row, []))
@@ -463,6 +473,30 @@ class Engine:
                 )  # fmt: skip
                 self._end(request, "stop", None, now)
         self._log = None
+
+    def _apply_beams(
+        self, row: Request, continuations: Sequence[Continuation], now: float, outputs: list[EngineOutput]
+    ) -> None:
+        """Apply the continuations that were chosen of the request to which ``row`` belongs."""
+        search = row.beams
+        assert isinstance(search, BeamSearch)
+        request = search.request
+        if request.status is Status.FINISHED:
+            return
+        state = search.following(continuations)
+        request.metrics.count_tokens(now, 1)
+        if not state.is_done:
+            search.advance(self.scheduler, state)
+            return
+        best = state.finished[0]
+        outputs.append(
+            EngineOutput(
+                request.request_id, [], best.finish_reason, best.stop_reason, request.num_cached_tokens or 0,
+                request.metrics, prompt_logprobs=self._prompt_logprobs.get(request.request_id),
+                beams=state.finished,
+            )
+        )  # fmt: skip
+        self._end(request, best.finish_reason, best.stop_reason, now)
 
     def _count_drafts(self, request: Request, drafts: int, accepted: int) -> None:
         request.acceptance.record(drafts, accepted)
@@ -504,7 +538,7 @@ class Engine:
         first = len(outputs) if self._log is None else self._log.first
         served = {output.request_id for output in outputs[first:]}
         self._restore_requests()
-        in_flight = {id(request): request for _, rows, _ in self._in_flight for request in rows}
+        in_flight = {id(row.first): row.first for _, rows, _ in self._in_flight for row in rows}
         failed = list(in_flight.values()) or self.scheduler.running or list(self._requests.values())
         self._log = _StepLog(outputs, len(outputs), Schedule(), [])
         for request in failed:

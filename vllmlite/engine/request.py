@@ -6,7 +6,7 @@ import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from vllmlite.engine.drafts import Acceptance
 from vllmlite.outputs import RequestMetrics
@@ -31,6 +31,10 @@ class Grammar(Protocol):
         """Go back to the start of the output."""
         ...
 
+    def fork(self) -> Grammar:
+        """Return another grammar at the same position."""
+        ...
+
 
 def allows(mask: bytes | None, token_id: int) -> bool:
     """Whether a mask of :meth:`Grammar.masks` allows an id."""
@@ -52,6 +56,44 @@ class AdapterKey:
     name: str
     source: Hashable
     digest: str
+
+
+class Beams(Protocol):
+    """What the scheduler uses of a :class:`~vllmlite.engine.beams.BeamSearch`, whose module imports the scheduler."""
+
+    request: Request
+    members: list[Request]
+    active: list[Request]
+    width: int
+
+    @property
+    def end_of_row(self) -> int:
+        """Number of tokens up to which the next rows may compute."""
+        ...
+
+    def num_blocks(self, num_tokens: int, block_size: int) -> int:
+        """Return the most blocks that beams of ``num_tokens`` need."""
+        ...
+
+    def awaits_copy(self, member: Request) -> bool:
+        """Whether a sequence is to get the copy of a partial block."""
+        ...
+
+    def occupy(self, slots: list[int], schedule: Any) -> None:
+        """Take slots for the further beams of a request that has been admitted."""
+        ...
+
+    def schedule(self, scheduler: Any, budget: int, schedule: Any, rows: list[Request]) -> int:
+        """Append the next rows; return the number of their tokens."""
+        ...
+
+    def vacate(self, block_size: int) -> None:
+        """Drop all sequences but the request."""
+        ...
+
+    def restart(self) -> None:
+        """Go back to waiting, with nothing in the cache."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -119,6 +161,8 @@ class Request:
     """When to go on without them."""
     reads_text: bool = False
     """Whether the next mask depends on the ids of the output, so that a step must wait for the one before."""
+    beams: Beams | None = None
+    """The search that the request, or one of its further sequences, belongs to."""
     has_bans: bool = False
     """Whether :meth:`banned_ids` can return any."""
     has_extras: bool = False
@@ -142,6 +186,26 @@ class Request:
         return self.status is Status.WAITING
 
     @property
+    def members(self) -> Sequence[Request]:
+        """The sequences that hold slots and blocks: the request itself, and those of its further beams."""
+        return (self,) if self.beams is None else self.beams.members
+
+    @property
+    def first(self) -> Request:
+        """The request itself, if this is one of its further beams."""
+        return self if self.beams is None else self.beams.request
+
+    @property
+    def end_of_prefix(self) -> int:
+        """Known tokens that may be found in a cache at its admission, and one more."""
+        return self.num_tokens if self.beams is None else self.beams.end_of_row
+
+    @property
+    def width(self) -> int:
+        """Number of slots that it takes."""
+        return 1 if self.beams is None else self.beams.width
+
+    @property
     def needs_every_state(self) -> bool:
         """Whether every position of the prompt has to be computed, so that no prefix can come from the cache."""
         return self.params.prompt_logprobs is not None or self.pooling_type == "MEAN"
@@ -154,7 +218,7 @@ class Request:
     @property
     def may_run(self) -> bool:
         """Whether the request can be in another step before the steps in flight are collected."""
-        if self.num_in_flight and (self.reads_text or self.awaits_drafts):
+        if self.num_in_flight and (self.reads_text or self.awaits_drafts or self.beams is not None):
             return False
         return self.num_tokens < self.max_total_tokens and not self.awaits_blocks
 
@@ -206,7 +270,9 @@ class Request:
         self.awaits_blocks = False
         self.num_tokens = len(self.prompt_token_ids) + len(self.output_token_ids)
         self.metrics.num_generation_tokens = len(self.output_token_ids)
-        if self.grammar is not None:
+        if self.beams is not None:
+            self.beams.restart()
+        elif self.grammar is not None:
             self.grammar.restart()
             for token_id in self.output_token_ids:
                 self.grammar.accept(token_id)

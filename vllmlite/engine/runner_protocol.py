@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from vllmlite.engine.beams import Continuation
 from vllmlite.engine.scheduler import Schedule
 
 
@@ -33,6 +34,8 @@ class StepResult:
     """Row → entries of the prompt tokens that follow the row's tokens, in order."""
     pooled: dict[int, list[float]] = field(default_factory=dict)
     """Row that ends a prompt → the prompt's embedding."""
+    beams: list[list[Continuation]] = field(default_factory=list)
+    """For each of the schedule's ``beams``, the best continuations, the best first."""
     drafts: dict[int, list[int]] = field(default_factory=dict)
     """Row for which the schedule wants drafts → guesses of the next ids, if there are any."""
 

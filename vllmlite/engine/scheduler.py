@@ -56,6 +56,20 @@ class Admission:
     """Index of the sequence's resident adapter (:meth:`ModelRunner.load_adapter`); 0: none."""
 
 
+@dataclass(frozen=True, slots=True)
+class BeamRows:
+    """Rows of a schedule among whose continuations the best are chosen: the beams of one request."""
+
+    row: int
+    """The first of its rows, which are adjacent."""
+    sampled: int
+    """Their first sampled position."""
+    scores: list[float]
+    temperature: float
+    num_candidates: int
+    """How many continuations are wanted."""
+
+
 @dataclass(slots=True)
 class Schedule:
     """One step, as plain values in columns: entry r of ``slots``, ``starts``, ``counts`` and ``samples`` is row r."""
@@ -80,6 +94,11 @@ class Schedule:
     """Sampled position → ids that may not be sampled there. Positions are counted over all rows."""
     masks: dict[int, bytes] = field(default_factory=dict)
     """Sampled position → bits of the ids that the grammar allows, little-endian words of 32."""
+    ids: dict[int, list[int]] = field(default_factory=dict)
+    """Row of a beam → the ids of its tokens."""
+    beams: list[BeamRows] = field(default_factory=list)
+    copied_blocks: list[tuple[int, int]] = field(default_factory=list)
+    """Block → block that gets its contents before the step computes."""
     pools: list[int] = field(default_factory=list)
     """Rows whose hidden states make up a vector, which is whole with the row that ends the prompt."""
     prompt_logprobs: list[int] = field(default_factory=list)
@@ -122,6 +141,13 @@ class Scheduler:
         """Tokens of the step being scheduled that are left for drafts."""
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
 
+    @property
+    def max_beams(self) -> int:
+        """Most beams of a request; 0: proposing drafts would read what is not in the cache for forked sequences."""
+        if self.drafting.fills_cache:
+            return 0
+        return min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
+
     def add(self, request: Request) -> None:
         """Queue a new request."""
         self.num_waiting += 1
@@ -150,12 +176,22 @@ class Scheduler:
             self._spare = min(budget - self._tokens_to_compute(), MOST_DRAFTS)
         if any(request.num_missing_tokens == 1 and request.may_run for request in running):
             prefill_budget = self.limits.max_mixed_prefill_tokens
-        preempted = False
+        num_preemptions = self.num_preemptions
         position = 0
         while position < len(running) and budget:
             request = running[position]
             position += 1
             if not request.may_run:
+                continue
+            if request.beams is not None:
+                prefills = request.num_missing_tokens > 1
+                most = min(budget, max(prefill_budget, request.width)) if prefills else budget
+                count = request.beams.schedule(self, most, schedule, rows)
+                budget -= count
+                if prefills:
+                    prefill_budget = max(prefill_budget - count, 0)
+                if request.status is not Status.RUNNING:
+                    break
                 continue
             count = request.num_tokens - request.num_computed_tokens
             if count > 1:
@@ -166,18 +202,14 @@ class Scheduler:
             if request.drafts:
                 count += self._fit_drafts(request, count, budget)
             if request.num_computed_tokens + count > len(request.blocks) * block_size:
-                missing = self._missing_blocks(request, count)
-                while missing > self.pool.num_free:
-                    preempted = True
-                    if self._preempt_last() is request:
-                        break
-                if request.status is not Status.RUNNING:
+                missing = self.missing_blocks(request, count)
+                if not self.make_room(missing, request):
                     break
-                self._append_blocks(request, self.pool.allocate(missing), schedule)
+                self.append_blocks(request, self.pool.allocate(missing), schedule)
             budget -= count
-            self._append_row(request, count, schedule)
+            self.append_row(request, count, schedule)
             rows.append(request)
-        if not preempted:
+        if self.num_preemptions == num_preemptions:
             self._admit(min(budget, prefill_budget), schedule, rows, now)
         if self.drafting.fills_cache:
             self._allocate_for_drafts(schedule, rows)
@@ -241,10 +273,12 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise AssertionError where blocks, slots, queues or counters disagree."""
-        self.pool.check_integrity(request.blocks for request in self.requests())
+        self.pool.check_integrity(member.blocks for request in self.requests() for member in request.members)
         if self.tiers is not None:
             self.tiers.check_integrity()
-        slots = sorted([request.slot for request in self.running] + self._free_slots)
+        slots = sorted(
+            [member.slot for request in self.running for member in request.members] + self._free_slots
+        )
         assert slots == list(range(self.limits.max_num_seqs)), slots
         assert [r.key for r in self.running] == sorted(r.key for r in self.running)
         assert self.num_waiting == sum(request.is_waiting for request in self.requests())
@@ -253,17 +287,39 @@ class Scheduler:
             known = len(request.prompt_token_ids) + len(request.output_token_ids)
             assert request.num_tokens == known + request.num_in_flight
             assert request.num_computed_tokens <= request.num_tokens <= request.max_total_tokens
-            assert len(request.blocks) * self.limits.block_size >= request.num_computed_tokens
-            assert request.num_cached_blocks <= len(request.blocks)
+            for member in request.members if request.status is Status.RUNNING else ():
+                if request.beams is None or member in (request.beams.active or [request]):
+                    # A new beam gets the copy of its last, partial block with its next row.
+                    uncopied = request.beams.awaits_copy(member) if request.beams is not None else False
+                    held = (len(member.blocks) + uncopied) * self.limits.block_size
+                    assert held >= member.num_computed_tokens == request.num_computed_tokens
+                    assert member.num_tokens == request.num_tokens
+                else:
+                    assert not member.blocks
+                assert member.num_cached_blocks <= len(member.blocks)
             assert request.status is Status.RUNNING or not (request.blocks or request.slot >= 0)
 
-    def _missing_blocks(self, request: Request, count: int) -> int:
+    def make_room(self, num_blocks: int, request: Request) -> bool:
+        """Preempt requests, the last first, until ``num_blocks`` are free. False if one of them was ``request``."""
+        while num_blocks > self.pool.num_free:
+            if self._preempt_last() is request:
+                return False
+        return True
+
+    def missing_blocks(self, request: Request, count: int) -> int:
+        """Return how many blocks the next ``count`` tokens of a sequence need."""
         block_size = self.limits.block_size
         return -(-(request.num_computed_tokens + count) // block_size) - len(request.blocks)
 
-    def _append_blocks(self, request: Request, blocks: list[int], schedule: Schedule) -> None:
+    def append_blocks(self, request: Request, blocks: list[int], schedule: Schedule) -> None:
+        """Give a sequence further blocks, and write them to its block table."""
         column = len(request.blocks)
         request.blocks.extend(blocks)
+        self.write_blocks(request, column, schedule)
+
+    def write_blocks(self, request: Request, column: int, schedule: Schedule) -> None:
+        """Write the blocks of a sequence to its block table, from ``column`` on."""
+        blocks = request.blocks[column:]
         schedule.block_slots.extend([request.slot] * len(blocks))
         schedule.block_columns.extend(range(column, column + len(blocks)))
         schedule.block_ids.extend(blocks)
@@ -294,13 +350,14 @@ class Scheduler:
         self._spare -= most
         return most
 
-    def _append_row(self, request: Request, count: int, schedule: Schedule) -> None:
+    def append_row(self, request: Request, count: int, schedule: Schedule) -> None:
+        """Add a row of the next ``count`` tokens of a sequence."""
         start = request.num_computed_tokens
         end = request.num_computed_tokens = start + count
         samples = 0
         if end >= request.num_tokens:
             samples = 1 if request.pooling_type is None else 0
-            if self.drafting.most and samples:
+            if self.drafting.most and samples and request.beams is None:
                 samples += self._append_drafts(request, schedule)
         if request.has_extras:
             self._append_extras(request, start, end >= request.num_tokens, schedule)
@@ -340,7 +397,7 @@ class Scheduler:
             spare = max(self.pool.num_free - len(self.running), 0)
             missing = min(-(-end // block_size) - len(request.blocks), spare)
             if missing > 0:
-                self._append_blocks(request, self.pool.allocate(missing), schedule)
+                self.append_blocks(request, self.pool.allocate(missing), schedule)
             room = min(wanted, len(request.blocks) * block_size - request.num_computed_tokens)
             if room:
                 schedule.wanted[row] = room
@@ -376,15 +433,17 @@ class Scheduler:
                 heapq.heappop(self._waiting)
                 self.adapters.set_aside(request)
                 continue
+            if request.width > len(self._free_slots):
+                return
             hits = self._find_prefix(request)
-            needed = -(-request.num_tokens // self.limits.block_size) - len(hits)
+            needed = self._needed_blocks(request) - len(hits)
             if needed > self.pool.num_free - self.pool.num_free_in(hits):
                 return
             heapq.heappop(self._waiting)
             self.num_waiting -= 1
             self._occupy(request, schedule, now)
             self.pool.share(hits)
-            self._append_blocks(request, hits, schedule)
+            self.append_blocks(request, hits, schedule)
             self._note_prefix(request)
             if request.num_cached_tokens is None:
                 request.num_cached_tokens = request.num_computed_tokens
@@ -394,12 +453,15 @@ class Scheduler:
                 self._load(self.tiers, request, schedule, schedule.copies, now)
                 if request.awaits_blocks:
                     continue
+            if request.beams is not None:
+                budget -= request.beams.schedule(self, budget, schedule, rows)
+                continue
             count = min(request.num_tokens - request.num_computed_tokens, budget)
             if request.drafts:
                 count += self._fit_drafts(request, count, budget)
-            self._append_blocks(request, self.pool.allocate(self._missing_blocks(request, count)), schedule)
+            self.append_blocks(request, self.pool.allocate(self.missing_blocks(request, count)), schedule)
             budget -= count
-            self._append_row(request, count, schedule)
+            self.append_row(request, count, schedule)
             rows.append(request)
 
     def _note_prefix(self, request: Request) -> None:
@@ -421,7 +483,7 @@ class Scheduler:
         """Append to a request's blocks those that the pool and the tiers have of its prefix. If more are on disk, begin
         to read them, and have the request wait."""
         block_size, first = self.limits.block_size, len(request.blocks)
-        digests = request.block_hashes[first : (request.num_tokens - 1) // block_size]
+        digests = request.block_hashes[first : (request.end_of_prefix - 1) // block_size]
         ready, on_disk = tiers.loadable(digests, request.metrics.num_preemptions > 0)
         if not request.awaits_blocks:
             request.waits_until = now + tiers.cost.patience(on_disk)
@@ -438,7 +500,7 @@ class Scheduler:
                 break
             blocks += found
         if blocks:
-            self._append_blocks(request, blocks, schedule)
+            self.append_blocks(request, blocks, schedule)
             self._note_prefix(request)
             tiers.counts.hits += len(blocks) * block_size
             if not request.metrics.num_preemptions:
@@ -459,9 +521,15 @@ class Scheduler:
         if not self.limits.enable_prefix_caching or request.needs_every_state:
             return []
         self._extend_hashes(request, request.num_known_ids // self.limits.block_size)
-        usable = request.block_hashes[: (request.num_tokens - 1) // self.limits.block_size]
+        usable = request.block_hashes[: (request.end_of_prefix - 1) // self.limits.block_size]
         hits = self.pool.find(usable)
         return hits[:-1] if self.drafting.reads_states else hits
+
+    def _needed_blocks(self, request: Request) -> int:
+        """Blocks of all known tokens of ``request``."""
+        if request.beams is not None:
+            return request.beams.num_blocks(request.num_tokens, self.limits.block_size)
+        return -(-request.num_tokens // self.limits.block_size)
 
     def _occupy(self, request: Request, schedule: Schedule, now: float) -> None:
         request.status = Status.RUNNING
@@ -470,17 +538,20 @@ class Scheduler:
             request.metrics.first_scheduled_time = now
         insort(self.running, request, key=_key)
         adapter = 0 if request.adapter is None else self.adapters.acquire(request)
-        known = request.known_ids(0, request.num_known_ids)
-        schedule.admissions.append(
-            Admission(
-                request.slot,
-                known,
-                len(request.prompt_token_ids),
-                request.params,
-                request.seed,
-                request.pooling_type,
-                adapter,
-            )
+        schedule.admissions.append(self.admission(request, adapter))
+        if request.beams is not None:
+            request.beams.occupy(self._free_slots, schedule)
+
+    def admission(self, request: Request, adapter: int) -> Admission:
+        """Return what a runner has to know of a sequence that takes a slot, with the index of its adapter."""
+        return Admission(
+            request.slot,
+            request.known_ids(0, request.num_known_ids),
+            len(request.prompt_token_ids),
+            request.params,
+            request.seed,
+            request.pooling_type,
+            adapter,
         )
 
     def _preempt_last(self) -> Request:
@@ -494,8 +565,11 @@ class Scheduler:
         return request
 
     def _vacate(self, request: Request) -> None:
-        self.pool.release(request.blocks)
-        self._free_slots.append(request.slot)
+        for member in request.members:
+            self.pool.release(member.blocks)
+            self._free_slots.append(member.slot)
+        if request.beams is not None:
+            request.beams.vacate(self.limits.block_size)
         if request.adapter is not None:
             self.adapters.release(request)
         request.blocks = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 from vllmlite.engine.request import Grammar, allows
@@ -72,6 +73,12 @@ class ThinkingBudget:
         self._thinks, self._count, self._matched = self._start
         if self._inner is not None:
             self._inner.restart()
+
+    def fork(self) -> ThinkingBudget:
+        """See :class:`~vllmlite.engine.request.Grammar`."""
+        other = copy(self)
+        other._inner = None if self._inner is None else self._inner.fork()
+        return other
 
     def _take(self, token_id: int) -> None:
         mark = self._marks.closing if self._thinks else self._marks.opening

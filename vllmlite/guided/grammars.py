@@ -15,6 +15,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from copy import copy
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -117,6 +118,12 @@ class Matcher:
             return True
         self._num_matched += 1
         return bool(self._matcher.is_terminated()) or not self._fill()
+
+    def fork(self) -> Matcher:
+        """See :class:`~vllmlite.engine.request.Grammar`."""
+        other = copy(self)
+        other._row, other._matcher = self._row.copy(), self._matcher.fork()
+        return other
 
     @property
     def _next_mask(self) -> bytes | None:

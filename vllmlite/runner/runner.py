@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from vllmlite.backends.base import (
     AdaptableModel,
     Backend,
+    BeamRows,
+    Continuations,
     ForwardBatch,
     KeepingModel,
     KVCache,
@@ -27,6 +29,7 @@ from vllmlite.backends.base import (
     SlotSpec,
     Tensor,
 )
+from vllmlite.engine.beams import Continuation
 from vllmlite.engine.runner_protocol import StepResult, TokenLogprobs
 from vllmlite.engine.scheduler import Admission, Schedule
 from vllmlite.errors import BackendError, ParameterError
@@ -50,6 +53,8 @@ class Launched:
     sampled: Sampled | None = None
     accepted: Tensor | None = None
     """Which of the sampled ids are accepted; None if the step has no drafts, so that all are."""
+    beams: Continuations | None = None
+    """The continuations that were chosen of the schedule's beams."""
     proposal: Any = None
     """The proposer's handle of the step."""
     prompt_logprobs: list[RowLogprobs] = field(default_factory=list)
@@ -198,6 +203,9 @@ class ModelRunner:
             start_copies(self.host_blocks, schedule.copies, schedule.block_ids)
             if not schedule.slots:
                 return launched
+        if schedule.copied_blocks:
+            sources, targets = np.array(schedule.copied_blocks, np.int32).T
+            self.backend.copy_blocks(self.kv, sources, self.kv, targets)
         batch, starts = self._batch(schedule)
         key = None
         if not (schedule.prompt_logprobs or schedule.pools):
@@ -219,11 +227,14 @@ class ModelRunner:
         if self.proposer is not None:
             if states:
                 self.proposer.keep_states(schedule, states)
-            launched.proposal = self.proposer.launch(list(compress(schedule.slots, schedule.samples)))
+            launched.proposal = self.proposer.launch([schedule.slots[row] for row in _drawing_rows(schedule)])
         if samples:
             launched.named_logprobs = self._named(logits, batch)
-            launched.sampled, accepted = self._sample(logits, device_batch)
-            launched.accepted = accepted if schedule.drafts else None
+            if schedule.beams:
+                launched.beams = self._choose_beams(logits, schedule, device_batch)
+            if not schedule.beams or _drawing_rows(schedule):
+                launched.sampled, accepted = self._sample(logits, device_batch)
+                launched.accepted = accepted if schedule.drafts else None
         launched.prompt_logprobs = [
             chunk
             for row in schedule.prompt_logprobs
@@ -247,6 +258,10 @@ class ModelRunner:
                 result.logprobs = _split(logprobs, spans)
             if self.proposer is not None:
                 self._propose(handle, result)
+        else:
+            result.token_ids = [[] for _ in range(handle.schedule.num_sampled)]
+        if handle.beams is not None:
+            result.beams = self._read_beams(handle.schedule, handle.beams)
         for row, entry in self._read_rows(handle.prompt_logprobs):
             result.prompt_logprobs.setdefault(row, []).append(entry)
         if handle.pools:
@@ -268,10 +283,13 @@ class ModelRunner:
     def _propose(self, handle: Launched, result: StepResult) -> None:
         """Have the proposer take in the ids of a step, and add the drafts that its schedule wants."""
         assert self.proposer is not None
-        rows, wanted = range(len(handle.schedule.slots)), handle.schedule.wanted
-        sampling = list(compress(rows, handle.schedule.samples))
+        schedule, wanted = handle.schedule, handle.schedule.wanted
+        sampling = _drawing_rows(schedule)
         counts = [wanted.get(row, 0) for row in sampling]
-        found = self.proposer.collect(handle.proposal, result.token_ids, counts)
+        of_row = dict(
+            zip(compress(range(len(schedule.slots)), schedule.samples), result.token_ids, strict=True)
+        )
+        found = self.proposer.collect(handle.proposal, [of_row[row] for row in sampling], counts)
         result.drafts = {row: drafts for row, drafts in zip(sampling, found, strict=True) if drafts}
 
     def _pool(self, schedule: Schedule, batch: ForwardBatch, row: int) -> Pool:
@@ -349,6 +367,8 @@ class ModelRunner:
             start, count, at = schedule.starts[row], schedule.counts[row], query_start_loc[row]
             known = self._known[schedule.slots[row]][start : start + count]
             token_ids[at : at + len(known)] = known
+        for row, ids in schedule.ids.items():
+            token_ids[query_start_loc[row] : query_start_loc[row + 1]] = ids
         for row, drafts in schedule.drafts.items():
             end = query_start_loc[row + 1]
             token_ids[end - len(drafts) : end] = drafts
@@ -407,6 +427,28 @@ class ModelRunner:
         sampled = self.backend.sample(logits, self.slots, batch)
         return sampled, self.backend.accept(sampled.ids, self.slots, batch)
 
+    def _choose_beams(self, logits: Tensor, schedule: Schedule, batch: ForwardBatch) -> Continuations:
+        counts = [len(group.scores) for group in schedule.beams]
+        rows = [group.sampled + index for group in schedule.beams for index in range(len(group.scores))]
+        given = BeamRows(
+            np.array(rows, np.int32),
+            np.cumsum([0, *counts]).astype(np.int32),
+            np.array([score for group in schedule.beams for score in group.scores], np.float32),
+            np.repeat(np.array([group.temperature for group in schedule.beams], np.float32), counts),
+        )
+        most = max(group.num_candidates for group in schedule.beams)
+        return self.backend.choose_beams(logits, self.slots, batch, given, most)
+
+    def _read_beams(self, schedule: Schedule, found: Continuations) -> list[list[Continuation]]:
+        """Wait for continuations; return those of each request's beams that exist and are wanted."""
+        columns = [self.backend.to_host(column).tolist() for column in (found.rows, found.ids, found.scores)]
+        return [
+            [Continuation(*entry) for entry in zip(*lists, strict=True) if entry[0] >= 0][
+                : group.num_candidates
+            ]
+            for group, *lists in zip(schedule.beams, *columns, strict=True)
+        ]
+
     def _named(self, logits: Tensor, batch: ForwardBatch) -> list[RowLogprobs]:
         """Log-probabilities of the ids that the requests of sampling rows name, of logits that are as yet untouched."""
         if not self._named_ids:
@@ -447,6 +489,12 @@ class ModelRunner:
         columns = (logprobs.chosen, logprobs.rank, logprobs.top_ids, logprobs.top)
         values = [self.backend.to_host(column).tolist() for column in columns]
         return [TokenLogprobs(*entry) for entry in zip(ids.tolist(), *values, strict=True)]
+
+
+def _drawing_rows(schedule: Schedule) -> list[int]:
+    """Return the rows that sample ids: not those of beams."""
+    beams = {row for group in schedule.beams for row in range(group.row, group.row + len(group.scores))}
+    return [row for row, samples in enumerate(schedule.samples) if samples and row not in beams]
 
 
 def _split(values: list[T], spans: list[tuple[int, int]] | None) -> list[list[T]]:
