@@ -14,7 +14,7 @@ from vllmlite.config.options import did_you_mean
 from vllmlite.errors import ParameterError
 from vllmlite.sampling_params import SamplingParams
 
-NO_FLAG = {"output_kind", "seed", "spaces_between_special_tokens", "structured_outputs"}
+NO_FLAG = {"beams", "output_kind", "seed", "spaces_between_special_tokens", "structured_outputs"}
 """Fields without an option: ``--seed`` is the engine's; the others are set by the commands or change nothing here."""
 
 
@@ -47,7 +47,7 @@ def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 def sampling_from_mapping(base: SamplingParams, options: dict[str, Any]) -> SamplingParams:
     """Return ``base`` with ``options`` applied. Raises ParameterError for an unknown name or a bad value."""
-    names = {f.name for f in fields(SamplingParams)} - {"output_kind"}
+    names = {f.name for f in fields(SamplingParams)} - {"beams", "output_kind"}
     for name, value in options.items():
         if name not in names:
             raise ParameterError(name, value, "unknown sampling parameter" + did_you_mean(name, names))
