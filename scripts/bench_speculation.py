@@ -139,7 +139,7 @@ def repeats_nothing(
 class Wrong:
     """A proposer of as many random ids as are wanted."""
 
-    def admit(self, slot: int, token_ids: list[int]) -> None:
+    def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
         """Ignore the sequence."""
 
     def launch(self, slots: Sequence[int]) -> None:

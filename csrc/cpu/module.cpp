@@ -8,6 +8,7 @@
 #include "cpu/dispatch.hpp"
 #include "cpu/ops.hpp"
 #include "cpu/repack.hpp"
+#include "propose/bind_propose.hpp"
 #include "tensor/bind_tensor.hpp"
 
 namespace py = pybind11;
@@ -303,6 +304,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() = "The CPU backend of vllmlite.";
   module.attr("API") = vllmlite::kInterfaceVersion;
   vllmlite::bind_tensor(module);
+  vllmlite::bind_propose(module);
   bind_data(module);
 
   module.def(

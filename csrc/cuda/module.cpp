@@ -2,6 +2,7 @@
 #include "contract/bind.hpp"
 #include "cuda/bind_backend.hpp"
 #include "cuda/device.hpp"
+#include "propose/bind_propose.hpp"
 #include "tensor/bind_tensor.hpp"
 
 namespace py = pybind11;
@@ -53,6 +54,7 @@ PYBIND11_MODULE(_cuda, module) {
     }
   });
 
+  vllmlite::bind_propose(module);
   vllmlite::bind_tensor(module, [](vllmlite::Device device) {
     if (device.type == vllmlite::DeviceType::cuda) cuda::synchronize(device.index);
   });

@@ -17,7 +17,7 @@ from vllmlite.cli.parser import OptionParser
 from vllmlite.config.engine_config import EngineArgs, EngineConfig, add_engine_arguments
 from vllmlite.config.options import parse_size
 from vllmlite.config.refused import ABSENT
-from vllmlite.config.speculative import DraftCheckpoint, Speculative
+from vllmlite.config.speculative import DraftCheckpoint, Speculative, SuffixOptions
 from vllmlite.errors import ParameterError
 
 FLAGS: list[tuple[list[str], str, Any]] = [
@@ -189,6 +189,15 @@ def test_forms_of_speculative_decoding_are_one() -> None:
     ).speculative() == (
         Speculative(3, 5, 5, None, DraftCheckpoint("draft_model", "a/draft", None, None, None))
     )
+    assert from_flags("--spec-method=suffix").speculative() == Speculative(
+        8, 5, 5, None, None, SuffixOptions()
+    )
+    given = {
+        "method": "suffix", "suffix_decoding_max_tree_depth": 16, "suffix_decoding_max_spec_factor": 2,
+        "suffix_decoding_min_token_prob": 0.3, "suffix_decoding_max_cached_requests": 10,
+    }  # fmt: skip
+    suffix = EngineConfig(speculative_config=given).speculative()
+    assert suffix is not None and suffix.suffix == SuffixOptions(16, 2.0, 0.3, 10)
     assert EngineConfig.from_kwargs(spec_method=None, spec_tokens=None) == EngineConfig()
     assert (
         EngineConfig().speculative()
@@ -211,7 +220,7 @@ def test_lengths_of_ngrams_are_those_of_vllm(given: dict[str, int], want: tuple[
 @pytest.mark.parametrize(
     ("options", "field", "says"),
     [
-        ({"speculative_config": {"method": "medusa"}}, "speculative_config.method", "must be ngram or draft_model or"),
+        ({"speculative_config": {"method": "medusa"}}, "speculative_config.method", "must be ngram or suffix or"),
         ({"speculative_config": {"method": "eagle3", "model": "a/b", "quantization": "int8"}},
          "speculative_config.quantization", "no effect on eagle3 drafts"),
         ({"speculative_config": {"method": "ngrams"}}, "speculative_config.method", "did you mean ngram?"),

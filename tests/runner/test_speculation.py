@@ -29,7 +29,6 @@ from vllmlite.errors import BackendError, ParameterError
 from vllmlite.hub import BUILT_IN
 from vllmlite.outputs import RequestOutput
 from vllmlite.runner.propose.draft_model import ModelProposer
-from vllmlite.runner.propose.ngram import Lookup, NgramProposer
 from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.runner.runner import Launched, ModelRunner
 
@@ -38,6 +37,7 @@ HEADS = TemporaryDirectory()
 write_head(Path(HEADS.name) / "eagle3", "eagle3", Shape(6144, 256, 8))
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3},
+    "suffix": {"method": "suffix", "suffix_decoding_max_cached_requests": 100},
     "draft model": {"method": "draft_model", "model": str(BUILT_IN), "quantization": "int4"},
     "itself": {"method": "draft_model", "model": str(BUILT_IN)},
     "eagle3": {"method": "eagle3", "model": str(Path(HEADS.name) / "eagle3")},
@@ -82,7 +82,7 @@ class Knowing(Proposer):
         self._draw = random.Random(0)
         self._slots: dict[int, list[int]] = {}
 
-    def admit(self, slot: int, token_ids: list[int]) -> None:
+    def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
         self._slots[slot] = list(token_ids)
 
     def launch(self, slots: Sequence[int]) -> list[list[int]]:
@@ -179,6 +179,7 @@ def check_same(plain: LLM, speculating: LLM, prompts: Sequence[Any], params: Sam
 
 FAST = {
     *(("ngram", "batched", wish) for wish in WISHES),
+    ("suffix", "batched", "penalties"),
     ("draft model", "batched", "penalties"),
     ("draft model", "batched", "regex"),
     ("eagle3", "batched", "seeded"),
@@ -207,7 +208,7 @@ def test_the_text_is_the_same_with_and_without_drafts(method: str, engine: str, 
     "options", [{"dtype": "float32"}, {"dtype": "bfloat16", "batch_invariant": True}], ids=str
 )
 @pytest.mark.parametrize("two_steps", [False, True])
-@pytest.mark.parametrize("method", ["ngram", "draft model"])
+@pytest.mark.parametrize("method", ["ngram", "suffix", "draft model"])
 def test_cuda_says_the_same(options: dict[str, Any], two_steps: bool, method: str) -> None:
     """With captured steps of several tokens a row, and a step in flight."""
     try:
@@ -374,42 +375,3 @@ def test_random_models_say_the_same(
     for wish in ("greedy", "seeded", "penalties", "logprobs", "n"):
         params = SamplingParams(max_tokens=12, ignore_eos=True, detokenize=False, **WISHES[wish])
         check_same(plain, speculating, prompts, params)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_longest_ngram_that_occurred_before_is_found_at_its_first_place(seed: int) -> None:
-    """Against a search of all places, as ids come one by one and several at a time."""
-    draw = random.Random(seed)
-    shortest = draw.randint(1, 3)
-    longest = shortest + draw.randint(0, 3)
-    lookup = Lookup([draw.randrange(4) for _ in range(draw.randint(1, 30))], shortest, longest)
-    for _ in range(60):
-        count = draw.randint(1, 6)
-        ids = lookup.token_ids
-        want: list[int] = []
-        for length in range(longest, shortest - 1, -1):
-            places = [
-                at for at in range(length, len(ids)) if ids[at - length : at] == ids[len(ids) - length :]
-            ]
-            if places and length <= len(ids):
-                want = ids[places[0] : places[0] + count]
-                break
-        assert lookup.propose(count) == want
-        lookup.token_ids += [draw.randrange(4) for _ in range(draw.randint(1, 5))]
-
-
-def test_a_step_that_was_launched_before_a_slot_changed_hands_keeps_its_sequence() -> None:
-    proposer = NgramProposer(1, 1, 1)
-    proposer.admit(0, [1, 2, 1])
-    step = proposer.launch([0])
-    proposer.admit(0, [5, 6, 5])
-    assert proposer.collect(step, [[2]], [2]) == [[1, 2]]
-    assert proposer.collect(proposer.launch([0]), [[6]], [1]) == [[5]]
-
-
-def test_a_sequence_that_wants_no_drafts_is_not_indexed() -> None:
-    proposer = NgramProposer(1, 1, 1)
-    proposer.admit(0, [1] * 1000)
-    (lookup,) = proposer.launch([0])
-    assert proposer.collect([lookup], [[1]], [0]) == [[]]
-    assert not lookup._num_indexed

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -317,6 +318,11 @@ class Backend(ABC):
     """The collectives of the ranks that compute a model together."""
     asynchronous: bool = False
     """Whether ops return before they have run, so that two steps in flight are faster than one."""
+
+    @property
+    def extension(self) -> ModuleType | None:
+        """The extension module of a native backend, which can also look up drafts (csrc/propose)."""
+        return None
 
     # Tensors
 

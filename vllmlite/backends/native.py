@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import replace
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,11 @@ class NativeBackend(Backend):
 
     _native: Any
     _runtime: Any
+
+    @property
+    def extension(self) -> ModuleType:
+        module: ModuleType = self._native
+        return module
 
     # Tensors and the key/value cache
 

@@ -11,9 +11,11 @@ from vllmlite.errors import ParameterError
 
 FIELD = "speculative_config"
 EAGLE = ("eagle", "eagle3")
-METHODS = ("ngram", "draft_model", *EAGLE)
+LOOKUPS = ("ngram", "suffix")
+"""Methods whose drafts come from texts, not from a checkpoint."""
+METHODS = (*LOOKUPS, "draft_model", *EAGLE)
 ABSENT_METHODS = (
-    "medusa", "mlp_speculator", "mtp", "deepseek_mtp", "suffix", "ngram_gpu", "custom_class",
+    "medusa", "mlp_speculator", "mtp", "deepseek_mtp", "ngram_gpu", "custom_class",
     "dflash",
 )  # fmt: skip
 """vLLM's methods that are not supported."""
@@ -29,9 +31,13 @@ KEYS = ("method", "model", "num_speculative_tokens", "disable_by_batch_size")
 """Keys of every method."""
 METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
     "ngram": ("prompt_lookup_min", "prompt_lookup_max"),
+    "suffix": (
+        "suffix_decoding_max_tree_depth", "suffix_decoding_max_cached_requests", "suffix_decoding_max_spec_factor",
+        "suffix_decoding_min_token_prob",
+    ),
     "draft_model": ("revision", "quantization", "max_model_len"),
     **dict.fromkeys(EAGLE, ("revision", "max_model_len")),
-}
+}  # fmt: skip
 """Further keys of each method."""
 SHORTHANDS: Mapping[str, tuple[str, type]] = {
     "spec_method": ("method", str),
@@ -54,9 +60,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "speculative_token_tree": (None,),
     "disable_padded_drafter_batch": (None, False, True), "rejection_sample_method": (None, "standard", "strict"),
     "draft_sample_method": (None, "greedy"), "acceptance_method": (None, "rejection_sampler"),
-    "num_speculative_tokens_per_batch_size": (None,), "suffix_decoding_max_tree_depth": (None, 24),
-    "suffix_decoding_max_cached_requests": (None, 10000), "suffix_decoding_max_spec_factor": (None, 1.0),
-    "suffix_decoding_min_token_prob": (None, 0.1), "use_heterogeneous_vocab": (None, False),
+    "num_speculative_tokens_per_batch_size": (None,), "use_heterogeneous_vocab": (None, False),
     "synthetic_acceptance_rate": (None,), "attention_backend": (None,), "moe_backend": (None, "auto"),
 }  # fmt: skip
 """vLLM's other keys, and the values of each that ask for nothing here."""
@@ -77,6 +81,20 @@ class DraftCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class SuffixOptions:
+    """Options of suffix drafts, with vLLM's defaults but for the last."""
+
+    depth: int = 24
+    """Most ids of a matched context and its drafts together."""
+    factor: float = 1.0
+    """Drafts for each id of the matched context."""
+    least_probability: float = 0.1
+    """Least probability, by counts, of a draft together with those before it."""
+    earlier_outputs: int = 0
+    """How many outputs of earlier requests drafts may come from."""
+
+
+@dataclass(frozen=True, slots=True)
 class Speculative:
     """Speculative decoding: how drafts are proposed, and how many."""
 
@@ -87,7 +105,9 @@ class Speculative:
     max_rows: int | None
     """Most running sequences with which drafts are made; None: any number."""
     draft: DraftCheckpoint | None = None
-    """The model that proposes drafts; None: they come from n-grams."""
+    """The checkpoint that proposes drafts; None: they are looked up in texts."""
+    suffix: SuffixOptions | None = None
+    """How suffix drafts are looked up; None: drafts are n-grams, or of a model."""
 
 
 def with_shorthands(given: Mapping[str, Any], shorthands: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,7 +149,8 @@ def speculative(options: Mapping[str, Any]) -> Speculative | None:
         shortest,
         longest,
         None if rows is None else rows - 1,
-        None if method == "ngram" else _draft_checkpoint(method, options),
+        None if method in LOOKUPS else _draft_checkpoint(method, options),
+        _suffix_options(options) if method == "suffix" else None,
     )
 
 
@@ -144,9 +165,10 @@ def _method(options: Mapping[str, Any]) -> str:
         if method is not None and method not in ABSENT_METHODS:
             supported += did_you_mean(str(method), METHODS)
         raise ParameterError(f"{FIELD}.method", method, supported)
-    if method == "ngram" and model not in (None, *NGRAM_MODELS):
-        raise ParameterError(f"{FIELD}.model", model, "has no effect on ngram drafts: leave it out")
-    if method != "ngram" and (not isinstance(model, str) or not model):
+    if method in LOOKUPS:
+        if model is not None and (method != "ngram" or model not in NGRAM_MODELS):
+            raise ParameterError(f"{FIELD}.model", model, f"has no effect on {method} drafts: leave it out")
+    elif not isinstance(model, str) or not model:
         raise ParameterError(
             f"{FIELD}.model",
             model,
@@ -166,8 +188,28 @@ def _draft_checkpoint(method: str, options: Mapping[str, Any]) -> DraftCheckpoin
     )
 
 
-def _integer(options: Mapping[str, Any], key: str, most: int) -> int | None:
+def _suffix_options(options: Mapping[str, Any]) -> SuffixOptions:
+    """Return the options of suffix drafts. Raises ParameterError."""
+    given: dict[str, Any] = {
+        "depth": _integer(options, "suffix_decoding_max_tree_depth", 1024, least=2),
+        "factor": _number(options, "suffix_decoding_max_spec_factor", 1e6),
+        "least_probability": _number(options, "suffix_decoding_min_token_prob", 1.0),
+        "earlier_outputs": _integer(options, "suffix_decoding_max_cached_requests", 2**31 - 1, least=0),
+    }
+    return SuffixOptions(**{name: value for name, value in given.items() if value is not None})
+
+
+def _number(options: Mapping[str, Any], key: str, most: float) -> float | None:
     value = options.get(key)
-    if value is not None and (type(value) is not int or not 1 <= value <= most):
-        raise ParameterError(f"{FIELD}.{key}", value, f"must be an integer from 1 to {most}")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise ParameterError(f"{FIELD}.{key}", value, f"must be a number from 0 to {most:g}")
+    return float(value)
+
+
+def _integer(options: Mapping[str, Any], key: str, most: int, least: int = 1) -> int | None:
+    value = options.get(key)
+    if value is not None and (type(value) is not int or not least <= value <= most):
+        raise ParameterError(f"{FIELD}.{key}", value, f"must be an integer from {least} to {most}")
     return value

@@ -23,7 +23,7 @@ from vllmlite.models.shard import sharded
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import stored_schemes
 from vllmlite.runner.propose.loading import load_drafter
-from vllmlite.runner.propose.ngram import NgramProposer
+from vllmlite.runner.propose.lookup import lookup_proposer
 from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.runner.sizes import most_positions, num_cache_blocks, num_host_places
@@ -220,7 +220,7 @@ def build_runner(
     if drafter is not None:
         proposer = drafter.proposer(runner_of, num_blocks, longest)
     elif options is not None:
-        proposer = NgramProposer(config.max_num_seqs, options.prompt_lookup_min, options.prompt_lookup_max)
+        proposer = lookup_proposer(options, config.max_num_seqs, backend.extension)
     runner = runner_of(model, longest, proposer, adapters, num_host_places(config, backend, model))
     return BuiltRunner(runner, num_blocks, longest, f"{plan}; {choice}")
 

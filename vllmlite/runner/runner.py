@@ -339,7 +339,7 @@ class ModelRunner:
         )
         self.backend.set_slot(self.slots, slot, slot_params)
         if self.proposer is not None:
-            self.proposer.admit(slot, admission.token_ids)
+            self.proposer.admit(slot, admission.token_ids, admission.num_prompt_tokens)
         self._known[slot] = known
         self._num_known[slot] = len(known)
         self._num_prompt[slot] = admission.num_prompt_tokens

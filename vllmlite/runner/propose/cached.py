@@ -67,7 +67,7 @@ class CachedProposer(Proposer, Generic[SequenceT]):
         """Block → its mark."""
         self._sequences: dict[int, SequenceT] = {}
 
-    def admit(self, slot: int, token_ids: list[int]) -> None:
+    def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
         """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
         self._sequences[slot] = self._make(slot, list(token_ids))
 

@@ -15,9 +15,9 @@ class Proposer(Protocol):
     states: Sequence[int] = ()
     """The target model's hidden states that :meth:`keep_states` wants, as for ``forward_keeping`` of a model."""
 
-    def admit(self, slot: int, token_ids: list[int]) -> None:
-        """Begin a sequence of ``token_ids`` in ``slot``; the sequence that had the slot is forgotten, but for the steps
-        that were launched with it."""
+    def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
+        """Begin a sequence in ``slot``: its prompt of ``num_prompt`` ids, and the output so far. The sequence that had
+        the slot has ended; results of steps that were launched with it are ignored."""
         ...
 
     def append_blocks(self, slots: Sequence[int], columns: Sequence[int], blocks: Sequence[int]) -> None:

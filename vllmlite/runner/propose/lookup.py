@@ -1,0 +1,52 @@
+"""Drafts that are looked up in texts: n-grams (prompt lookup, Saxena 2023) and suffixes (Oliaro et al. 2024).
+
+The texts are indexed in native code (csrc/propose), by a suffix automaton of each, when drafts are first wanted for
+them; until then an id costs an append to an array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from vllmlite.config.speculative import Speculative
+from vllmlite.runner.propose import reference
+from vllmlite.runner.propose.proposer import Proposer
+
+
+class LookupProposer(Proposer):
+    """Proposes what followed the same ids earlier."""
+
+    def __init__(self, sequences: Any) -> None:
+        """``sequences`` is a :class:`~vllmlite.runner.propose.reference.Sequences`, or its native equivalent."""
+        self._sequences = sequences
+
+    def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        self._sequences.admit(slot, token_ids, num_prompt)
+
+    def launch(self, slots: Sequence[int]) -> tuple[list[int], int]:
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        return list(slots), self._sequences.num_admissions
+
+    def collect(
+        self, handle: tuple[list[int], int], token_ids: Sequence[list[int]], wanted: Sequence[int]
+    ) -> list[list[int]]:
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        drafts: list[list[int]] = self._sequences.propose(*handle, token_ids, wanted)
+        return drafts
+
+
+def lookup_proposer(options: Speculative, max_slots: int, extension: ModuleType | None) -> LookupProposer:
+    """Return the proposer that ``options`` ask for; without an ``extension`` the reference in Python."""
+    classes: Any = extension or reference
+    if (suffix := options.suffix) is not None:
+        return LookupProposer(
+            classes.SuffixSequences(
+                max_slots, suffix.depth, suffix.factor, suffix.least_probability, suffix.earlier_outputs
+            )
+        )
+    return LookupProposer(
+        classes.NgramSequences(max_slots, options.prompt_lookup_min, options.prompt_lookup_max)
+    )
