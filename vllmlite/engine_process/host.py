@@ -42,6 +42,8 @@ CLOSING_SECONDS = 10.0
 """Seconds that a host has to end by itself after its client has closed the connection."""
 GARBAGE_THRESHOLDS = (10_000, 20, 10)
 """Arguments of :func:`gc.set_threshold`; 10,000 new objects are about fifty more requests begun than ended."""
+SWITCH_SECONDS = 0.0001
+"""Interval of switches between the engine's thread and others in Python; the default of 5 ms is a whole step."""
 CLIENT_POLL_MS = 500
 """Timeout of the poll that watches, while a model loads, whether the client has ended."""
 PROGRAM = "from vllmlite.engine_process.host import main; main()"
@@ -158,6 +160,8 @@ def main() -> None:
 
     from vllmlite.runner.startup import start
 
+    if config.enable_lora:  # adapters are read while the engine steps
+        sys.setswitchinterval(SWITCH_SECONDS)
     loaded = threading.Event()
     threading.Thread(target=_exit_without_client, args=(connection, loaded), daemon=True).start()
     try:

@@ -67,17 +67,17 @@ class _Factors:
     """``A`` and ``B``."""
 
 
-@dataclass(frozen=True, slots=True)
 class AdapterReader:
     """Reads the adapters of one model."""
 
-    model_path: Path
-    spec: DecoderSpec
-    dtype: str
-    """One of :data:`FLOAT_DTYPES`, in which adapters are kept."""
-    max_rank: int
-    max_bytes: int
-    """Maximum size of a file of weights."""
+    def __init__(
+        self, model_path: Path, spec: DecoderSpec, dtype: str, max_rank: int, max_bytes: int
+    ) -> None:
+        """Read adapters of the model ``spec`` at ``model_path``, and convert them to ``dtype``, one of
+        :data:`FLOAT_DTYPES`. ``max_bytes`` limits the size of a file of weights."""
+        self.spec, self.dtype = spec, dtype
+        self.max_rank, self.max_bytes = max_rank, max_bytes
+        self._modules = peft_modules(model_path, spec)
 
     def read(self, path: Path, root: Path | None = None) -> Adapter:
         """Return the adapter at ``path``, from no file outside ``root``. Raises ModelError if it cannot be read or does
@@ -95,7 +95,7 @@ class AdapterReader:
             tensors = parse_safetensors(files.path, files.weights, MAX_HEADER)
         else:
             tensors = read_pt(files.path, files.weights.tobytes())
-        modules = peft_modules(self.model_path, self.spec)
+        modules = self._modules
         by_name: dict[str, _Factors] = {}
         for name, tensor in tensors.items():
             module, factor = _peft_name(where, name)

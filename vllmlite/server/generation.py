@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import Receive
@@ -20,6 +21,14 @@ from vllmlite.server.protocol.base import Usage
 from vllmlite.server.sse import unless_gone
 
 
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model that a request names: its name in the answer, and its adapter, if it is one."""
+
+    name: str
+    adapter: LoRARequest | None = None
+
+
 class Generation:
     """The engine's requests that answer one HTTP request, one per prompt; must be closed when the answer ends."""
 
@@ -32,19 +41,18 @@ class Generation:
         request_id: str | None,
         prompts: Sequence[dict[str, Any]],
         params: SamplingParams | PoolingParams,
-        model: str,
-        adapter: LoRARequest | None,
+        model: ServedModel,
     ) -> None:
-        """``kind`` is the prefix of the answer's id; ``model``, the model's name in the answer."""
+        """``kind`` is the prefix of the answer's id."""
         self.id = kind + (request_id or uuid.uuid4().hex)
         self.created = int(time.time())
         self.prompts = prompts
         self.params = params
-        self.model = model
+        self.model = model.name
         self.n = params.n if isinstance(params, SamplingParams) else 1
         """Completions per prompt."""
         self._engine = engine
-        self._adapter = adapter
+        self._adapter = model.adapter
         self._admission = admission
         self._metrics = metrics
         self._stream: OutputStream | None = None

@@ -25,7 +25,7 @@ from uvicorn.config import LOGGING_CONFIG
 from vllmlite.async_llm import AsyncLLM
 from vllmlite.chat.sources import read_template
 from vllmlite.config.engine_config import EngineConfig
-from vllmlite.engine_process.host import settle_garbage
+from vllmlite.engine_process.host import SWITCH_SECONDS, settle_garbage
 from vllmlite.errors import EngineDeadError, ParameterError
 from vllmlite.hub import BUILT_IN_NAME
 from vllmlite.server.app import build_app
@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep idle connections; otherwise a connection might close just as they send a request."""
-SWITCH_SECONDS = 0.0001
-"""Thread switch interval between the engine's thread and the event loop; the default of 5 ms is a whole step."""
 CLOSING_SECONDS = 2
 """Time for connections to close after their requests have ended."""
 

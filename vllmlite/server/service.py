@@ -27,7 +27,7 @@ from vllmlite.server.apis import Api, api_of, path_of
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.conversation import as_mapping, is_small
 from vllmlite.server.errors import ApiError, renamed
-from vllmlite.server.generation import Generation
+from vllmlite.server.generation import Generation, ServedModel
 from vllmlite.server.log_once import Notes
 from vllmlite.server.metrics import Metrics
 from vllmlite.server.openai.chat_protocol import ChatPrompt
@@ -81,14 +81,20 @@ class Service:
         self._compiling = ThreadPoolExecutor(PARALLEL, "vllmlite-grammars")
         """Compiles a few grammars at a time, so that slow ones only delay other grammars."""
 
-    def check(self, body: Request, connection: HTTPConnection) -> None:
-        """Check what all requests have in common: the model's name, and fields without effect.
+    def check(self, body: Request, connection: HTTPConnection) -> ServedModel:
+        """Check what all requests have in common: the model's name, and fields without effect. Returns the model.
 
         llama.cpp's endpoints accept any model name, as llama-server does. Raises :class:`ApiError`, or
         :class:`ParameterError` if ``strict_requests`` refuses a field."""
-        path = path_of(connection.scope)
+        path, name = path_of(connection.scope), getattr(body, "model", None)
         if api_of(path) is not Api.LLAMACPP:
-            self.check_model(getattr(body, "model", None))
+            self.check_model(name)
+        self._check_fields(body, path)
+        adapter = self.adapters.all().get(name or "")
+        return ServedModel(self.model) if adapter is None else ServedModel(str(name), adapter.request)
+
+    def _check_fields(self, body: Request, path: str) -> None:
+        """Log fields without effect, once each, or refuse them with ``strict_requests``."""
         for field in body.unknown_fields():
             if self.notes.are_full and not self.config.strict_requests:
                 return
@@ -109,10 +115,6 @@ class Service:
             message = str(ParameterError("model", name, f"is not served; served: {served}"))
             raise ApiError(HTTPStatus.NOT_FOUND, message, param="model", code="model_not_found")
 
-    def adapter_name(self, model: str | None) -> str | None:
-        """Return ``model`` if it is the name of an adapter, else None, which stands for the model itself."""
-        return model if model in self.adapters.all() else None
-
     def chat_limit(self, wanted: int | None) -> int | None:
         """Return the maximum tokens of a chat answer: ``wanted``, or else the checkpoint's limit; None: up to the
         context."""
@@ -128,25 +130,20 @@ class Service:
         params: SamplingParams | PoolingParams,
         *,
         arrival_time: float,
-        model: str | None = None,
+        model: ServedModel,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> Generation:
-        """Start generating from, or embedding, the encoded ``prompts`` (see :meth:`encode`), with the adapter whose
-        name is ``model``, if it is one's. Raises ApiError if ``model`` is not served (any more)."""
-        self.check_model(model)
-        adapter = self.adapters.all().get(model or "")
+        """Start generating from, or embedding, the encoded ``prompts`` (see :meth:`encode`)."""
         for prompt in prompts:
             if cache_salt is not None:
                 prompt["cache_salt"] = cache_salt
         if isinstance(params, SamplingParams) and params.structured_outputs is not None:
             await self._compile(params.structured_outputs)
         generation = Generation(
-            self.engine, self.admission, self.metrics, kind, request_id, prompts, params,
-            self.model if adapter is None else adapter.request.lora_name,
-            None if adapter is None else adapter.request,
-        )  # fmt: skip
+            self.engine, self.admission, self.metrics, kind, request_id, prompts, params, model
+        )
         if self.config.enable_log_requests:
             for prompt in prompts:
                 shown = (prompt.get("prompt") or str(prompt["prompt_token_ids"]))[: self.config.max_log_len]

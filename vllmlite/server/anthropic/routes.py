@@ -46,7 +46,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     """Answer a conversation in content blocks."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
-    service.check(body, request)
+    model = service.check(body, request)
     if body.thread is not None:
         raise ApiError(
             HTTPStatus.BAD_REQUEST,
@@ -58,7 +58,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
         params = _params(body, service, tools)
         generation, (reader,) = await begin(
             service, "msg_", _talk(body, tools), params, tools, request_id=request_id(None, request),
-            cache_salt=body.cache_salt, arrival_time=arrival, model=body.model,
+            cache_salt=body.cache_salt, arrival_time=arrival, model=model,
         )  # fmt: skip
     answer = _Answer(service, body, generation, reader, Blocks(tools.call_id))
     if body.stream:

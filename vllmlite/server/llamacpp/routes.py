@@ -88,11 +88,11 @@ async def embed(body: LlamaEmbeddingRequest, request: Request) -> Response:
     """Return an embedding of each text."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
-    service.check(body, request)
+    model = service.check(body, request)
     with renamed(prompt="content", prompt_token_ids="content"):
         prompts = await encode_prompts(service, body.content)
         generation = await service.generate(
-            "embd-", prompts, PoolingParams(), arrival_time=arrival, model=service.adapter_name(body.model)
+            "embd-", prompts, PoolingParams(), arrival_time=arrival, model=model
         )
     outputs = await generation.finished(request.receive)
     answer: list[LlamaEmbedding] = [
@@ -150,12 +150,12 @@ async def _answer(
     service: Service, body: LlamaRequest, prompts: list[dict[str, Any]], request: Request
 ) -> Response:
     arrival = time.monotonic()
-    service.check(body, request)
+    model = service.check(body, request)
     with renamed(repetition_penalty="repeat_penalty", logprobs="n_probs", max_tokens="n_predict"):
         params = _params(body, service)
         generation = await service.generate(
             "cmpl-", prompts, params, request_id=request_id(None, request), arrival_time=arrival,
-            model=service.adapter_name(body.model),
+            model=model,
         )  # fmt: skip
     answer = _Answer(service, body, params, generation)
     if body.stream:

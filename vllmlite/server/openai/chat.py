@@ -48,7 +48,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     """Answer a conversation."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
-    service.check(body, request)
+    model = service.check(body, request)
     tools = _tool_use(body, service)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     with renamed(max_tokens=limit, logprobs="top_logprobs", prompt="messages"):
@@ -56,7 +56,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
         generation, readers = await begin(
             service, "chatcmpl-", body, params, tools, body.reasoning_format in ("none", "raw"),
             request_id=request_id(body.request_id, request), priority=body.priority, cache_salt=body.cache_salt,
-            arrival_time=arrival, model=body.model,
+            arrival_time=arrival, model=model,
         )  # fmt: skip
     answer = _Answer(service, body, generation, tools, readers)
     if body.stream:
@@ -70,7 +70,7 @@ async def create_chat_batch(body: BatchChatRequest, request: Request) -> Respons
     """Answer several conversations, as in vLLM: choice i answers conversation i."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
-    service.check(body, request)
+    model = service.check(body, request)
     for name, value in (
         ("stream", body.stream),
         ("tools", body.tools),
@@ -94,7 +94,7 @@ async def create_chat_batch(body: BatchChatRequest, request: Request) -> Respons
         generation, readers = await begin_batch(
             service, "chatcmpl-", bodies, params, tools, body.reasoning_format in ("none", "raw"),
             request_id=request_id(body.request_id, request), priority=body.priority, cache_salt=body.cache_salt,
-            arrival_time=arrival, model=body.model,
+            arrival_time=arrival, model=model,
         )  # fmt: skip
     answers = [
         _Answer(service, one, generation, tools, [reader])

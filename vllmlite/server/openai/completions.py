@@ -35,7 +35,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     """Complete one or several prompts."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
-    service.check(body, request)
+    model = service.check(body, request)
     scored = bool(body.echo) and body.max_tokens == 0
     changes: dict[str, Any] = {"logprobs": body.logprobs}
     if body.max_tokens is not None:
@@ -49,7 +49,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     prompts = await service.encode_all(body.prompt, body.add_special_tokens, truncation)
     generation = await service.generate(
         "cmpl-", prompts, params, request_id=request_id(body.request_id, request), priority=body.priority,
-        cache_salt=body.cache_salt, arrival_time=arrival, model=body.model,
+        cache_salt=body.cache_salt, arrival_time=arrival, model=model,
     )  # fmt: skip
     answer = _Answer(service, body, generation, scored)
     if body.stream:
@@ -177,7 +177,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     """Complete one prompt, repeating it in the answer. A stream is JSON lines, each with all text so far."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
-    service.check(body, request)
+    model = service.check(body, request)
     changes: dict[str, Any] = {"logprobs": body.logprobs}
     if body.max_tokens is not None:
         changes["max_tokens"] = token_limit(body.max_tokens)
@@ -187,7 +187,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
         raise ParameterError("prompt", len(prompts), "must be one prompt")
     generation = await service.generate(
         "gen-", prompts, params, request_id=request_id(body.request_id, request), priority=body.priority,
-        cache_salt=body.cache_salt, arrival_time=arrival, model=body.model,
+        cache_salt=body.cache_salt, arrival_time=arrival, model=model,
     )  # fmt: skip
     if body.stream:
         return Stream(_lines(service, generation, params), generation.close, LINES, error_line)

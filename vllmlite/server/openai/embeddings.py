@@ -25,7 +25,7 @@ async def create_embedding(body: EmbeddingRequest, request: Request) -> Response
     """Return an embedding of each input."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
-    service.check(body, request)
+    model = service.check(body, request)
     params = PoolingParams(
         dimensions=body.dimensions,
         normalize=body.normalize,
@@ -37,7 +37,7 @@ async def create_embedding(body: EmbeddingRequest, request: Request) -> Response
         prompts = await service.encode_all(body.input, body.add_special_tokens, truncation)
         generation = await service.generate(
             "embd-", prompts, params, request_id=request_id(body.request_id, request), priority=body.priority,
-            cache_salt=body.cache_salt, arrival_time=arrival, model=body.model,
+            cache_salt=body.cache_salt, arrival_time=arrival, model=model,
         )  # fmt: skip
     outputs = await generation.finished(request.receive)
     data = [_entry(index, out.embedding or [], body.encoding_format) for index, out in enumerate(outputs)]

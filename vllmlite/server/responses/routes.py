@@ -50,7 +50,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation in output items."""
     arrival = time.monotonic()
     service: Service = request.app.state.service
-    service.check(body, request)
+    model = service.check(body, request)
     tools = _tool_use(body, service)
     store = service.responses
     keeps = store.keeps(body.store)
@@ -69,7 +69,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
         generation, (reader,) = await begin(
             service, "resp_", _talk(body, tools, earlier), params, tools,
             request_id=name, priority=body.priority, cache_salt=body.cache_salt,
-            arrival_time=arrival, model=body.model,
+            arrival_time=arrival, model=model,
         )  # fmt: skip
     answer = _Answer(service, body, generation, params, tools, reader)
     if keeps:
