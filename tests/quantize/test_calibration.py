@@ -149,7 +149,13 @@ def test_layers_run_one_by_one_are_the_model(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("tokens")
 @pytest.mark.parametrize(
     ("method", "family"),
-    [("gptq", "dense"), ("gptq", "mixture"), ("gptq", "fused"), ("awq", "mixture"), ("awq", "fused")],
+    [
+        ("gptq", "dense"),
+        pytest.param("gptq", "mixture", marks=pytest.mark.slow),
+        pytest.param("gptq", "fused", marks=pytest.mark.slow),
+        pytest.param("awq", "mixture", marks=pytest.mark.slow),
+        ("awq", "fused"),
+    ],
 )
 def test_calibrated_checkpoints_are_closer_to_the_floats(method: str, family: str, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", family)
@@ -163,6 +169,7 @@ def test_calibrated_checkpoints_are_closer_to_the_floats(method: str, family: st
     assert errors[0] < errors[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tokens")
 def test_experts_without_tokens_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = checkpoint(tmp_path / "source", "mixture")
@@ -195,7 +202,15 @@ def test_experts_without_tokens_are_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("tokens")
-@pytest.mark.parametrize(("method", "layer"), [("gptq", 0), ("gptq", 2), ("awq", 1), ("rtn", 3)])
+@pytest.mark.parametrize(
+    ("method", "layer"),
+    [
+        pytest.param("gptq", 0, marks=pytest.mark.slow),
+        ("gptq", 2),
+        pytest.param("awq", 1, marks=pytest.mark.slow),
+        ("rtn", 3),
+    ],
+)
 def test_an_interrupted_run_goes_on_to_the_same_bytes(method: str, layer: int, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", "dense")
     options: dict[str, Any] = {"method": method, "group_size": 32}
