@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllmlite import SamplingParams, __version__
+from vllmlite.sampling_params import BeamSearchParams
 from vllmlite.server import operations_protocol as operations
 from vllmlite.server.errors import as_api_error
 from vllmlite.server.openai import chat_protocol as chat
@@ -330,6 +331,14 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, {"prompt": "x", "temperature": "hot"}, 400, "temperature", "valid number"),
     (COMPLETIONS, {"prompt": "x", "top_k": 10**20}, 400, "top_k", "2147483647"),
     (COMPLETIONS, {"prompt": "x", "best_of": 4}, 400, "best_of", "not ranked"),
+    (COMPLETIONS, {"prompt": "x", "use_beam_search": True, "stream": True}, 400, "stream", "no text before its end"),
+    (COMPLETIONS, {"prompt": "x", "use_beam_search": True, "top_p": 0.5}, 400, "top_p", "belongs to sampling"),
+    (COMPLETIONS, {"prompt": "x", "use_beam_search": True, "n": 3, "best_of": 2}, 400, "n", "number of beams, 2"),
+    (COMPLETIONS, {"prompt": "x", "use_beam_search": True, "logprobs": 1}, 400, "logprobs", "beam search"),
+    (COMPLETIONS, {"prompt": "x", "use_beam_search": True, "stop": "y"}, 400, "stop", "beam search"),
+    (COMPLETIONS, {"prompt": "x", "use_beam_search": True, "early_stopping": "soon"}, 400, "early_stopping", "never"),
+    (COMPLETIONS, {"prompt": "x", "length_penalty": 2}, 400, "length_penalty", "needs use_beam_search"),
+    (CHAT, {"messages": MESSAGES, "use_beam_search": True, "best_of": 500}, 400, "beam_width", "from 1 to 128"),
     (COMPLETIONS, {"prompt": "x", "suffix": "y"}, 400, "suffix", "filled in"),
     (COMPLETIONS, {"prompt": "x", "logprobs": 21}, 400, "logprobs", "max_logprobs"),
     (COMPLETIONS, {"prompt": "x", "n": 10**6}, 400, "n", "from 1 to 128"),
@@ -399,8 +408,27 @@ def test_bodies_nested_to_the_interpreters_limit(service: Service) -> None:
     assert as_api_error(RecursionError()).status == 400
 
 
+def test_beam_search_returns_the_best_completions(service: Service) -> None:
+    options = {"use_beam_search": True, "best_of": 4, "n": 2, "max_tokens": 10, "length_penalty": 0.5}
+    params = BeamSearchParams(beam_width=4, max_tokens=10, length_penalty=0.5)
+
+    async def run() -> Any:
+        return [output async for output in service.engine.beam_search(PROMPT, "beams", params)]
+
+    (found,) = asyncio.run(run())
+    best = [sequence.text.removeprefix(PROMPT) for sequence in found.sequences][:2]
+    assert len(found.sequences) == 4 and best[0] != best[1]
+    answer = post(service, COMPLETIONS, prompt=PROMPT, **options)
+    assert [choice["text"] for choice in answer["choices"]] == best
+    assert answer["usage"]["completion_tokens"] >= 10
+    assert post(service, "/generate", prompt=PROMPT, **options)["text"] == [PROMPT + text for text in best]
+    choices = post(service, CHAT, messages=MESSAGES, **options)["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1]
+
+
 def test_parameters_that_request_the_default_are_accepted(service: Service) -> None:
     nothing = {"user": "me", "metadata": {"a": "b"}, "store": False, "suffix": None, "best_of": 1, "tools": None,
+               "length_penalty": 1.0, "early_stopping": False,
                "response_format": {"type": "text"}, "use_beam_search": False, "logit_bias": {}}  # fmt: skip
     assert post(service, COMPLETIONS, prompt=PROMPT, **GREEDY, **nothing)["choices"]
 

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from vllmlite.cli import report, session
 from vllmlite.cli.prompts import PromptEntry, add_prompt_arguments, read_prompts
-from vllmlite.cli.sampling import add_sampling_arguments, given_sampling, sampling_from_mapping
+from vllmlite.cli.sampling import (
+    add_beam_arguments,
+    add_sampling_arguments,
+    given_beams,
+    given_sampling,
+    sampling_from_mapping,
+)
 from vllmlite.cli.screen import for_output
+from vllmlite.errors import ParameterError
 from vllmlite.lora.request import LoRARequest
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 
@@ -42,6 +49,7 @@ def add_arguments(parser: OptionParser) -> None:
     )
     session.add_session_arguments(parser)
     add_sampling_arguments(parser, max_tokens=128)
+    add_beam_arguments(parser)
     output = parser.add_argument_group("output options")
     output.add_argument("--json", action="store_true", help="print one JSON object per completion and line")
     output.add_argument("--no-echo", action="store_true", help="do not print the prompt (implied by --chat)")
@@ -72,7 +80,10 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
         config, adapter = replace(config, enable_lora=True), LoRARequest(args.lora, 1, args.lora)
     if config.skip_tokenizer_init and not args.json:
         parser.error("without a tokenizer only token ids can be printed: add --json")
-    given = given_sampling(args)
+    try:
+        given = given_sampling(args) | given_beams(args)
+    except ParameterError as error:
+        parser.error(str(error))
     entries = read_prompts(args, session.checked_params(SamplingParams(), given, parser), parser)
     template = session.read_chat_template(args.chat_template, parser)
     started = session.start(config, args.verbose)
@@ -87,7 +98,7 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
         for entry in entries
     ]
     tally = report.Run(started)
-    if len(jobs) == 1 and jobs[0].params.n == 1 and not args.json:
+    if len(jobs) == 1 and jobs[0].params.n == 1 and jobs[0].params.beams is None and not args.json:
         _stream(started.engine, jobs[0], _echo(args), tally)
     else:
         _run_all(started.engine, jobs, args, tally)
@@ -191,8 +202,9 @@ def _as_json(index: int, output: RequestOutput, completion: CompletionOutput) ->
             "time_to_first_token": None if ttft is None else round(ttft, 6),
             "seconds": round(metrics.finished_time - metrics.arrival_time, 6),
         }
-    if completion.logprobs is not None:
+    if completion.cumulative_logprob is not None:
         line["cumulative_logprob"] = completion.cumulative_logprob
+    if completion.logprobs is not None:
         line["logprobs"] = [_logprobs(entry) for entry in completion.logprobs]
     if output.prompt_logprobs is not None:
         line["prompt_logprobs"] = [entry and _logprobs(entry) for entry in output.prompt_logprobs]

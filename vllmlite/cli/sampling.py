@@ -10,6 +10,7 @@ from collections.abc import Set
 from dataclasses import fields
 from typing import Any
 
+from vllmlite.beam_params import BeamOptions
 from vllmlite.config.options import did_you_mean
 from vllmlite.errors import ParameterError
 from vllmlite.sampling_params import SamplingParams
@@ -37,6 +38,46 @@ def add_sampling_arguments(
             help, default = f"{help} (default: {max_tokens})", max_tokens
         kind: dict[str, Any] = _OPTION_KINDS[str(f.type)]
         group.add_argument("--" + f.name.replace("_", "-"), dest=f.name, default=default, help=help, **kind)
+
+
+def add_beam_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of beam search."""
+    group = parser.add_argument_group("beam search options")
+    group.add_argument(
+        "--beam-width",
+        type=int,
+        metavar="N",
+        help="find the most likely completions with N beams, instead of sampling, and print the best --n",
+    )
+    group.add_argument(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="compare completions by log-probability / tokens ** X: above 0 prefers long ones (default: 1)",
+    )
+    group.add_argument(
+        "--early-stopping",
+        choices=["false", "true", "never"],
+        default="false",
+        help="when to end, once N completions have ended: true: at once; false: if the best beam is no better than the"
+        " worst of them; never: if no beam can become better (default: false)",
+    )
+
+
+def given_beams(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampling fields of a beam search, if one is wanted. Raises ParameterError for invalid values."""
+    if args.beam_width is None:
+        for name, neutral in (("length_penalty", 1.0), ("early_stopping", "false")):
+            if getattr(args, name) != neutral:
+                raise ParameterError(name, getattr(args, name), "needs --beam-width")
+        return {}
+    early: Any = {"false": False, "true": True}.get(args.early_stopping, args.early_stopping)
+    # The model's default temperature is meant for sampling.
+    return {
+        "beams": BeamOptions(args.beam_width, args.length_penalty, early),
+        "temperature": getattr(args, "temperature", 0.0),
+    }
 
 
 def given_sampling(args: argparse.Namespace) -> dict[str, Any]:

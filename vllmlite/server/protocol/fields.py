@@ -55,7 +55,6 @@ _SAMPLER = "this sampler is not available: use temperature, top_k, top_p, min_p 
 _TEXT_ONLY = "only text is supported"
 _TOOLS = "tools are only supported in conversations: see /v1/chat/completions"
 _OLD_NAME = "vLLM's old name: see structured_outputs"
-_BEAM = "belongs to beam search, which is not supported"
 _NO_LORA = "adapters are chosen by their names: see model"
 _ELSEWHERE = "this endpoint has no such parameter: see /v1/chat/completions and /v1/completions"
 _NO_SEARCH = "there is no web search"
@@ -121,7 +120,7 @@ _SAMPLERS: Mapping[str, Absent] = {
     "custom_token_bans": Absent((None, [], ""), "see logit_bias"),
     # text-generation-inference, SGLang, OpenVINO, transformers
     "do_sample": Absent((None, True), "temperature 0 is greedy"),
-    "num_beams": Absent((None, 1), "beam search is not supported: see n"),
+    "num_beams": Absent((None, 1), "see use_beam_search"),
     "min_length": Absent((None, 0), "see min_tokens"),
     "watermark": Absent((None, False), "nothing is watermarked"),
     "truncate": Absent(_UNUSED, "see truncate_prompt_tokens"),
@@ -136,9 +135,6 @@ _SAMPLERS: Mapping[str, Absent] = {
 
 _FEATURES: Mapping[str, Absent] = {
     "suffix": Absent((None, ""), "text is only continued, not filled in: see /infill for models that can"),
-    "use_beam_search": Absent((None, False), "beam search is not supported: see n"),
-    "length_penalty": Absent((None, 1.0), _BEAM),
-    "early_stopping": Absent((None, False), _BEAM),
     "logits_processors": Absent((None, []), "custom logits processors are not supported: see logit_bias"),
     "audio": Absent(_UNUSED, _TEXT_ONLY),
     "modalities": Absent((None, ["text"]), _TEXT_ONLY),
@@ -188,14 +184,17 @@ _OTHER_ENDPOINTS: Mapping[str, Absent] = {
             "chat_template reasoning_effort thinking enable_thinking thinking_token_budget thinking_budget samplers",
         ),
         ((), "truncate_prompt_tokens"),
-        ((1, 1.0), "n best_of top_p repetition_penalty"),
+        ((1, 1.0), "n best_of top_p repetition_penalty length_penalty"),
         ((0, 0.0), "min_p presence_penalty frequency_penalty min_tokens"),
         ((0, -1), "top_k"),
         ((-1,), "seed"),
         (([],), "stop stop_token_ids bad_words documents logprob_token_ids"),
         (({},), "logit_bias chat_template_kwargs"),
         (({"type": "text"},), "response_format"),
-        ((False,), "ignore_eos include_stop_str_in_output echo continue_final_message"),
+        (
+            (False,),
+            "ignore_eos include_stop_str_in_output echo continue_final_message use_beam_search early_stopping",
+        ),
         (("left",), "truncation_side"),
     )
     for name in names.split()

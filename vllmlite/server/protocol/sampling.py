@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from vllmlite.beam_params import BeamOptions
 from vllmlite.config.refused import Absent
 from vllmlite.errors import ParameterError
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
@@ -119,7 +120,18 @@ class SamplingRequest(Request):
 
     model: str | None = Field(None, description="A served model name.")
     n: int | None = None
-    best_of: int | None = Field(None, description="Must equal n.")
+    best_of: int | None = Field(
+        None, description="Number of beams, of which n are returned; otherwise equal to n."
+    )
+    use_beam_search: bool | None = Field(
+        None, description="Find the most likely completions with best_of (default: n) beams."
+    )
+    length_penalty: float | None = Field(
+        None, description="Beams are compared by their log-probability / length ** length_penalty."
+    )
+    early_stopping: Literal[True, False, "never"] | None = Field(
+        None, description="When a beam search ends, as in transformers."
+    )
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -161,10 +173,10 @@ class SamplingRequest(Request):
 
     def sampling_params(self, default: SamplingParams, **changes: Any) -> SamplingParams:
         """Return ``default`` with the request's parameters and ``changes``. Raises :class:`ParameterError`."""
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ParameterError(
-                "best_of", self.best_of, "completions are not ranked: use n and choose yourself"
-            )
+        if self.use_beam_search:
+            changes |= self._beams()
+        else:
+            self._check_no_beams()
         if self.stream_options is not None and not self.stream:
             raise ParameterError("stream_options", self.stream_options.model_dump(), "needs stream=true")
         if self.prompt_logprobs is not None and self.stream:
@@ -179,6 +191,36 @@ class SamplingRequest(Request):
             given["structured_outputs"] = structure
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         return default.clone(**{**given, "output_kind": kind, **changes})
+
+    def _beams(self) -> dict[str, Any]:
+        """Return the parameters of a beam search. Raises :class:`ParameterError`."""
+        if self.stream:
+            raise ParameterError("stream", True, "beam search has no text before its end: use stream=false")
+        for name, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+            given = getattr(self, name)
+            if given is not None and given not in (neutral, -1):
+                raise ParameterError(
+                    name, given, "belongs to sampling: cannot be combined with use_beam_search"
+                )
+        options = BeamOptions(
+            width=(self.n or 1) if self.best_of is None else self.best_of,
+            length_penalty=1.0 if self.length_penalty is None else self.length_penalty,
+            early_stopping=self.early_stopping or False,
+        )
+        # The model's default temperature is meant for sampling.
+        return {"beams": options, "temperature": self.temperature or 0.0}
+
+    def _check_no_beams(self) -> None:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ParameterError(
+                "best_of",
+                self.best_of,
+                "completions are not ranked: use n and choose yourself, or use_beam_search",
+            )
+        for name, neutral in (("length_penalty", 1.0), ("early_stopping", False)):
+            given = getattr(self, name)
+            if given is not None and given != neutral:
+                raise ParameterError(name, given, "needs use_beam_search=true")
 
     def asks_for_structure(self) -> bool:
         """Return whether the output must have a structure."""
