@@ -8,15 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import TINY, write_checkpoint
+from gguf_files import contents, encode
 from peft_files import Factors, merge_factors, random_factors, write_peft
 
 from vllmlite import LLM, AsyncLLM, SamplingParams
 from vllmlite.cli import main
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.errors import ModelError, ParameterError, VllmliteError
+from vllmlite.lora.reader import AdapterReader
 from vllmlite.lora.request import LoRARequest
+from vllmlite.models import read_spec
 
 pytest.importorskip("torch", reason="torch is not installed")
 
@@ -149,6 +153,17 @@ def test_files_are_read_again_if_asked(path: Path, llm: LLM, tmp_path: Path) -> 
     write_peft(place, random_factors(shape, 4, 1), layers_to_transform=0)
     assert llm.llm_engine.remove_lora(7) and not llm.llm_engine.remove_lora(7)
     assert run(request) == first
+
+
+def test_adapters_and_base_models_of_both_formats_fit(path: Path, tmp_path: Path) -> None:
+    """An adapter of PEFT changes a GGUF file as it changes the checkpoint that the file was made from."""
+    (tmp_path / "base.gguf").write_bytes(encode(*contents(path / "base")))
+    wanted, found = (
+        AdapterReader(base, read_spec(base), "float32", 16, 1 << 24).read(path / "one").weights
+        for base in (path / "base", tmp_path / "base.gguf")
+    )
+    assert found.keys() == wanted.keys() == {"0.q", "0.down"}
+    assert all(np.array_equal(found[name].b.data, wanted[name].b.data) for name in wanted)
 
 
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["thread", "process"])

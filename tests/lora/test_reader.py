@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,21 @@ def test_torchs_files_are_read(tmp_path: Path) -> None:
     found = reader_of(tmp_path).read(path)
     assert np.array_equal(found.weights["0.q"].b.data, before.weights["0.q"].b.data)
     assert found.digest != before.digest
-    torch.save({"x": Path}, path / "adapter_model.bin")
+    file = path / "adapter_model.bin"
+    torch.save({"x": Path}, file)
     with pytest.raises(ModelError, match="objects other than tensors"):
+        reader_of(tmp_path).read(path)
+    torch.save({"x": torch.zeros(1).expand(10**6, 10**6)}, file)
+    with pytest.raises(ModelError, match="more elements than are stored"):
+        reader_of(tmp_path).read(path)
+    torch.save({"x": torch.zeros(10**5)}, tmp_path / "plain.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.bin") as plain,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(ModelError, match="compressed archive"):
         reader_of(tmp_path).read(path)
 
 
@@ -194,6 +208,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "infinite alpha": ({"lora_alpha": float("inf")}, "lora_alpha"),
     "a rank pattern of text": ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern"),
     "a bad expression": ({"target_modules": "(q_proj"}, "target_modules"),
+    "experts": ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters"),
+    "many patterns": ({"rank_pattern": {f"m{index}": 4 for index in range(1001)}}, "at most 1000"),
     "targets of numbers": ({"target_modules": [1]}, "target_modules"),
     "layers by name": ({"layers_to_transform": ["a"]}, "layers_to_transform"),
     "untargeted tensors": ({"target_modules": ["v_proj"]}, "target_modules .* does not apply"),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from vllmlite.engine.request import AdapterKey, Request
+from vllmlite.errors import VllmliteError
 
 Key: TypeAlias = tuple[int, int]
 
@@ -37,6 +38,14 @@ class AdapterSource(Protocol):
 
     def forget(self, source: Any) -> bool:
         """Drop what is known of an adapter. Returns whether it was known."""
+        ...
+
+
+class AdapterRunner(Protocol):
+    """A runner that puts adapters on its device."""
+
+    def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:
+        """See :class:`~vllmlite.engine.runner_protocol.Runner`."""
         ...
 
 
@@ -91,7 +100,7 @@ class AdapterSlots:
     @property
     def in_use(self) -> bool:
         """Whether requests are set aside, or an adapter is being loaded."""
-        return bool(self._aside) or any(self.to_load())
+        return bool(self._aside) or any(self._to_load())
 
     def admits(self, request: Request) -> bool:
         """Return whether the request's adapter is on the device and may be used."""
@@ -169,16 +178,32 @@ class AdapterSlots:
             del self._by_digest[resident.key.digest]
         resident.key, resident.ready, resident.loading, resident.promised = None, False, None, None
 
-    def to_load(self) -> Iterator[Resident]:
+    def load(
+        self, source: AdapterSource, runner: AdapterRunner, most_bytes: int, timeout: float
+    ) -> Iterator[tuple[list[Request], VllmliteError]]:
+        """Go on putting adapters on the device, about ``most_bytes`` of each; see :meth:`AdapterSource.take` about
+        ``timeout``. Yields the requests that wait for an adapter that cannot be loaded, with the reason."""
+        for resident in list(self._to_load()):
+            assert resident.key is not None
+            try:
+                if resident.loading is None:
+                    adapter = source.take(resident.key, timeout)
+                    if adapter is None:
+                        continue
+                    resident.loading = runner.load_adapter_parts(resident.index, adapter)
+                left = most_bytes
+                while left > 0 and not resident.ready:
+                    size = next(resident.loading, None)
+                    resident.ready = size is None
+                    left -= size or 0
+            except VllmliteError as error:
+                waiting = self._aside.pop(resident.key.digest, [])
+                self.empty(resident)
+                yield [request for _, request in waiting], error
+
+    def _to_load(self) -> Iterator[Resident]:
         """Yield the slots whose adapter is not on the device as a whole."""
         return (each for each in self.residents if each.key is not None and not each.ready)
-
-    def drop(self, resident: Resident) -> list[Request]:
-        """Take an adapter that cannot be loaded off its slot; return the requests that waited for it."""
-        assert resident.key is not None
-        waiting = self._aside.pop(resident.key.digest, [])
-        self.empty(resident)
-        return [request for _, request in waiting]
 
     def forget(self, source: Hashable) -> None:
         """Take the adapter that was read from ``source`` off its slot, unless a request uses or awaits it."""

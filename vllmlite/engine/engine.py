@@ -17,7 +17,7 @@ from hashlib import sha256
 from itertools import compress
 from typing import Any, TypedDict
 
-from vllmlite.engine.adapters import AdapterSource, Resident
+from vllmlite.engine.adapters import AdapterSource
 from vllmlite.engine.beams import BeamSearch, Continuation, Hypothesis
 from vllmlite.engine.block_pool import root_digest
 from vllmlite.engine.bounds import RequestBounds
@@ -28,7 +28,7 @@ from vllmlite.engine.scheduler import Limits, Schedule, Scheduler
 from vllmlite.engine.thinking import ReasoningMarks, ThinkingBudget
 from vllmlite.engine.tiers import Tiers
 from vllmlite.engine.trace import Trace, TracedRunner, TraceEvent
-from vllmlite.errors import ParameterError, VllmliteError
+from vllmlite.errors import ParameterError
 from vllmlite.outputs import EngineStats, RequestMetrics
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.signals import came_from_handler
@@ -339,31 +339,14 @@ class Engine:
         their files for up to ``timeout`` seconds."""
         scheduler = self.scheduler
         scheduler.assign_adapters(len(self._in_flight))
-        for resident in list(scheduler.adapters.to_load()):
-            try:
-                self._load_parts(resident, timeout)
-            except VllmliteError as error:
-                logger.warning("an adapter cannot be loaded; the requests that wait for it end: %s", error)
-                self._log = _StepLog(outputs, len(outputs), Schedule(), [])
-                for request in scheduler.adapters.drop(resident):
-                    self._end_with_error(request, str(error), outputs)
-                self._log = None
+        most = ADAPTER_BYTES if scheduler.running else sys.maxsize
+        for waiting, error in scheduler.adapters.load(self.adapter_source(), self.runner, most, timeout):
+            logger.warning("an adapter cannot be loaded; the requests that wait for it end: %s", error)
+            self._log = _StepLog(outputs, len(outputs), Schedule(), [])
+            for request in waiting:
+                self._end_with_error(request, str(error), outputs)
+            self._log = None
         scheduler.assign_adapters(len(self._in_flight))
-
-    def _load_parts(self, resident: Resident, timeout: float) -> None:
-        if resident.loading is None:
-            assert resident.key is not None
-            adapter = self.adapter_source().take(resident.key, timeout)
-            if adapter is None:
-                return
-            resident.loading = self.runner.load_adapter_parts(resident.index, adapter)
-        most = ADAPTER_BYTES if self.scheduler.running else sys.maxsize
-        while most > 0:
-            size = next(resident.loading, None)
-            if size is None:
-                resident.loading, resident.ready = None, True
-                return
-            most -= size
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix, in all tiers."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from vllmlite.errors import ModelError
@@ -27,7 +27,7 @@ model stores its weights, which the model itself says. ``ensure_weight_tying`` i
 in the tensors."""
 _READ = frozenset(
     "r lora_alpha use_rslora rank_pattern alpha_pattern exclude_modules layers_to_transform layers_pattern "
-    "target_parameters init_lora_weights bias".split()
+    "init_lora_weights bias".split()
 )
 _REFUSED = {
     "use_dora": "DoRA rescales whole weights, which is not supported: merge the adapter into its base model",
@@ -36,6 +36,7 @@ _REFUSED = {
     "trainable_token_indices": "trained tokens are not supported: merge the adapter into its base model",
     "lora_bias": "biases of adapters are not supported",
     "layer_replication": "replicated layers are not supported",
+    "target_parameters": "adapters of experts are not supported",
     "use_qalora": "QALoRA pools the inputs of an adapter, which is not supported",
     "use_bdlora": "block-diagonal adapters are not supported",
     "arrow_config": "Arrow's routing between adapters is not supported",
@@ -67,7 +68,6 @@ class PeftConfig:
     exclude_modules: str | tuple[str, ...]
     layers_to_transform: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
-    target_parameters: tuple[str, ...]
 
     def ranks(self, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
         """Return the rank and the scale of the product for each of ``modules``."""
@@ -83,37 +83,38 @@ class PeftConfig:
     def targeted(self, modules: Iterable[str], linear: Iterable[str]) -> set[str]:
         """Return those of ``modules`` to which the adapter is to be applied. ``linear`` are those of them that
         ``all-linear`` means."""
-        names, targets = list(modules), self.target_modules
-        if isinstance(targets, tuple):
-            found = {name for name in names if _ends_in(name, targets)}
-            if self.layers_to_transform is not None:
-                found = {name for name in found if self._layer(name) in self.layers_to_transform}
-        elif targets.lower() == ALL_LINEAR:
+        targets = self.target_modules
+        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
             found = set(linear)
         else:
-            found = matching(f"{self.where}: target_modules", targets, names)
-        if isinstance(self.exclude_modules, tuple):
-            return {name for name in found if not _ends_in(name, self.exclude_modules)}
-        return found - matching(f"{self.where}: exclude_modules", self.exclude_modules, found)
+            found = self._named("target_modules", targets, modules)
+        if self.layers_to_transform is not None:
+            found = {name for name in found if self._layer(name) in self.layers_to_transform}
+        return found - self._named("exclude_modules", self.exclude_modules, found)
 
-    def targets_parameter(self, name: str) -> bool:
-        """Return whether ``target_parameters`` name the parameter ``name``."""
-        return _ends_in(name, self.target_parameters)
+    def _named(self, field: str, names: str | tuple[str, ...], modules: Iterable[str]) -> set[str]:
+        """Return the modules that match an expression, or whose names end in one of ``names``."""
+        if isinstance(names, str):
+            (found,) = matching(f"{self.where}: {field}", [names], modules)
+            return found
+        wanted = frozenset(names)
+        return {module for module in modules if not wanted.isdisjoint(_ends(module))}
 
     def _layer(self, name: str) -> int | None:
-        patterns = self.layers_pattern or (r"[^.]*",)
-        for pattern in patterns:
-            match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
-            if match is not None:
-                return int(match[1])
+        """Return the layer of a module: the number after the name of a list of layers."""
+        parts = name.split(".")
+        for before, number in pairwise(parts[:-1]):
+            if number.isdecimal() and before in (self.layers_pattern or (before,)):
+                return int(number)
         return None
 
     def _by_pattern(self, field: str, patterns: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
         """Return the value of the first of ``patterns`` that matches the end of each name, if one does."""
         found: dict[str, Any] = {}
-        for pattern, value in patterns.items():
-            rest = [name for name in names if name not in found]
-            found |= dict.fromkeys(matching(f"{self.where}: {field}", pattern, rest, ends=True), value)
+        matched = matching(f"{self.where}: {field}", list(patterns), names, ends=True)
+        for value, matches in zip(patterns.values(), matched, strict=True):
+            for name in matches:
+                found.setdefault(name, value)
         return found
 
 
@@ -139,7 +140,6 @@ def read_config(where: str, text: bytes) -> PeftConfig:
         exclude_modules=fields.texts("exclude_modules"),
         layers_to_transform=fields.layers(),
         layers_pattern=fields.names("layers_pattern"),
-        target_parameters=fields.names("target_parameters"),
     )
 
 
@@ -228,5 +228,7 @@ class _Fields:
         return tuple(listed)
 
 
-def _ends_in(name: str, ends: Iterable[str]) -> bool:
-    return any(name == end or name.endswith(f".{end}") for end in ends)
+def _ends(name: str) -> list[str]:
+    """Return ``name`` and what follows each of its dots."""
+    parts = name.split(".")
+    return [".".join(parts[index:]) for index in range(len(parts))]

@@ -28,7 +28,10 @@ def read_pt(path: Path, content: bytes | None = None) -> dict[str, HostTensor]:
             mapped = zipfile.is_zipfile(path) or None
             found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         else:
+            _check_unpacked(path, content)
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except ModelError:
+        raise
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise ModelError(
@@ -41,6 +44,14 @@ def read_pt(path: Path, content: bytes | None = None) -> dict[str, HostTensor]:
     return {name: _host_tensor(path, name, value) for name, value in found.items()}
 
 
+def _check_unpacked(path: Path, content: bytes) -> None:
+    """Raise ModelError if a zip archive is compressed, so that it may be much larger than its file."""
+    if zipfile.is_zipfile(io.BytesIO(content)):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ModelError(f"{path}: is a compressed archive, which torch does not write")
+
+
 def _host_tensor(path: Path, name: object, value: Any) -> HostTensor:
     import torch
 
@@ -49,5 +60,7 @@ def _host_tensor(path: Path, name: object, value: Any) -> HostTensor:
         raise ModelError(f"{path}: {str(name)[:80]!r}: is not a dense tensor")
     if dtype not in ITEM_SIZE:
         raise ModelError(f"{path}: tensor {name[:80]!r}: is of {dtype}; accepted: {', '.join(ITEM_SIZE)}")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ModelError(f"{path}: tensor {name[:80]!r}: has more elements than are stored")
     flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
     return HostTensor(dtype, tuple(value.shape), flat.numpy())
