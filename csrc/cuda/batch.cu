@@ -8,18 +8,17 @@ namespace vllmlite::cuda {
 
 constexpr unsigned kThreads = 1024;
 
-// Checks that a batch fits a graph: rows of `query_len` tokens each, all of which are sampled from.
+// Checks that a batch fits a graph: rows of at most `query_len` tokens, all of which are sampled from.
 static void check_graph(const HostBatch& host, const BatchShape& shape) {
   if (shape.query_len < 1 || shape.query_len > kDecodingQueries)
     throw std::invalid_argument("graph: rows of " + std::to_string(shape.query_len) + " tokens; 1 to " +
                                 std::to_string(kDecodingQueries) + " are possible");
-  bool fits = host.num_rows <= shape.rows && host.num_tokens == host.num_rows * shape.query_len &&
-              host.logits_rows.size() == host.token_ids.size();
+  bool fits = host.num_rows <= shape.rows && host.logits_rows.size() == host.token_ids.size();
   for (std::size_t row = 0; fits && row < host.slot_ids.size(); ++row)
-    fits = host.query_start_loc[row] == static_cast<int>(row) * shape.query_len;
+    fits = host.query_start_loc[row + 1] - host.query_start_loc[row] <= shape.query_len;
   for (std::size_t i = 0; fits && i < host.logits_rows.size(); ++i) fits = host.logits_rows[i] == static_cast<int>(i);
   if (!fits)
-    throw std::invalid_argument("graph: the batch is not up to " + std::to_string(shape.rows) + " rows of " +
+    throw std::invalid_argument("graph: the batch is not up to " + std::to_string(shape.rows) + " rows of up to " +
                                 std::to_string(shape.query_len) + " tokens, all of them sampled from");
 }
 

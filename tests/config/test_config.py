@@ -196,6 +196,9 @@ def test_forms_of_speculative_decoding_are_one() -> None:
         "method": "suffix", "suffix_decoding_max_tree_depth": 16, "suffix_decoding_max_spec_factor": 2,
         "suffix_decoding_min_token_prob": 0.3, "suffix_decoding_max_cached_requests": 10,
     }  # fmt: skip
+    limited = {**NGRAM, "max_model_len": 64, "num_speculative_tokens_per_batch_size": [[1, 8, 4], [9, 32, 0]]}
+    options = from_flags("--speculative-config", json.dumps(limited)).speculative()
+    assert options is not None and (options.max_len, options.by_rows) == (64, ((1, 8, 4), (9, 32, 0)))
     suffix = EngineConfig(speculative_config=given).speculative()
     assert suffix is not None and suffix.suffix == SuffixOptions(16, 2.0, 0.3, 10)
     assert EngineConfig.from_kwargs(spec_method=None, spec_tokens=None) == EngineConfig()
@@ -229,8 +232,14 @@ def test_lengths_of_ngrams_are_those_of_vllm(given: dict[str, int], want: tuple[
          "speculative_config.model", "no effect on ngram drafts"),
         ({"speculative_config": {"model": "a/draft", "prompt_lookup_max": 3}},
          "speculative_config.prompt_lookup_max", "no effect on draft_model drafts"),
-        ({"speculative_config": {**NGRAM, "max_model_len": 64}},
-         "speculative_config.max_model_len", "no effect on ngram drafts"),
+        ({"speculative_config": {**NGRAM, "quantization": "int8"}},
+         "speculative_config.quantization", "no effect on ngram drafts"),
+        ({"speculative_config": {**NGRAM, "num_speculative_tokens_per_batch_size": [[1, 4, 5]]}},
+         "speculative_config.num_speculative_tokens_per_batch_size", "drafts from 0 to 4"),
+        ({"speculative_config": {**NGRAM, "num_speculative_tokens_per_batch_size": [[1, 4, 3], [4, 8, 1]]}},
+         "speculative_config.num_speculative_tokens_per_batch_size", "not overlap"),
+        ({"speculative_config": {**NGRAM, "num_speculative_tokens_per_batch_size": {"1": 3}}},
+         "speculative_config.num_speculative_tokens_per_batch_size", "must be a list of"),
         ({"speculative_config": {**NGRAM, "num_speculative_tokens": 0}},
          "speculative_config.num_speculative_tokens", "from 1 to 32"),
         ({"speculative_config": {**NGRAM, "prompt_lookup_min": 4, "prompt_lookup_max": 3}},

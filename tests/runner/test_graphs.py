@@ -42,6 +42,13 @@ def step(rows: int, query_len: int, sampled: int | None = None) -> ForwardBatch:
     return batch
 
 
+def unequal(counts: list[int]) -> ForwardBatch:
+    """Return a batch of rows of ``counts`` tokens, all of which are sampled from."""
+    batch = host_batch(list(range(len(counts))), [0] * len(counts), counts)
+    batch.logits_rows = np.arange(sum(counts), dtype=np.int32)
+    return batch
+
+
 @pytest.mark.parametrize("most_rows", [1, 8, 32, 256, 1024])
 def test_there_are_never_more_steps_than_the_limit(most_rows: int) -> None:
     """After random calls, steps of one token per row are still captured, and so is the one recorded last."""
@@ -80,7 +87,7 @@ def test_the_least_recently_used_captured_step_is_dropped_first() -> None:
 
 
 def test_find_captures_nothing() -> None:
-    """``find`` captures no step: neither with rows of different lengths, nor prompts, nor steps not recorded."""
+    """``find`` captures no step: neither with rows of very different lengths, nor prompts, nor steps not recorded."""
     graphs, backend = make(32)
     assert graphs.find(step(1, 1)) is None
     assert not graphs.record(1, 2)
@@ -93,20 +100,25 @@ def test_find_captures_nothing() -> None:
     graphs.record(5, 3)
     assert graphs.find(step(6, 3)) == GraphKey(8, 3)
     assert graphs.find(step(6, 3, sampled=1)) is None
-    unequal = host_batch([0, 1], [0, 0], [3, 2])
-    unequal.logits_rows = np.arange(5, dtype=np.int32)
-    assert graphs.find(unequal) is None
+    assert graphs.find(unequal([3, 1, 2, 1, 3])) == GraphKey(8, 3)
+    assert graphs.find(unequal([3] + [1] * 7)) == GraphKey(8, 3)  # padded to 24 tokens, which cost no more
+    graphs.record(32, 3)
+    assert graphs.find(unequal([3] * 20 + [1] * 10)) == GraphKey(32, 3)
+    assert graphs.find(unequal([3] + [1] * 29)) is None  # 90 tokens for 32
 
 
 def test_steps_that_come_often_are_captured_once() -> None:
-    """Steps that verify drafts, if all rows have as many; the lengths that come most are captured most often."""
+    """Steps that verify drafts, if rows have about as many; the lengths that come most are captured most often."""
     graphs, backend = make(256)
     list(graphs.capture())
     before = len(backend.captured)
-    unequal = host_batch([0, 1], [0, 0], [3, 2])
-    unequal.logits_rows = np.arange(5, dtype=np.int32)
     for _ in range(3 * RECORDED_AFTER):
-        for uncaptured in (unequal, step(3, 4, sampled=1), step(40, 2), step(3, CAPTURED_QUERY_LEN + 1)):
+        for uncaptured in (
+            unequal([9] + [1] * 20),
+            step(3, 4, sampled=1),
+            step(40, 2),
+            step(3, CAPTURED_QUERY_LEN + 1),
+        ):
             graphs.record_if_frequent(uncaptured)
     assert len(backend.captured) == before
     for count in range(2 * RECORDED_AFTER):

@@ -27,13 +27,19 @@ DEFAULT_TOKENS = 8
 """Drafts of a step unless their number is given, if they are accepted often enough."""
 DEFAULT_LOOKUP = 5
 """Length of an n-gram unless it is given; the same as in vLLM."""
-KEYS = ("method", "model", "num_speculative_tokens", "disable_by_batch_size")
+KEYS = (
+    "method",
+    "model",
+    "num_speculative_tokens",
+    "num_speculative_tokens_per_batch_size",
+    "disable_by_batch_size",
+)
 """Keys of every method."""
 METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
-    "ngram": ("prompt_lookup_min", "prompt_lookup_max"),
+    "ngram": ("prompt_lookup_min", "prompt_lookup_max", "max_model_len"),
     "suffix": (
         "suffix_decoding_max_tree_depth", "suffix_decoding_max_cached_requests", "suffix_decoding_max_spec_factor",
-        "suffix_decoding_min_token_prob",
+        "suffix_decoding_min_token_prob", "max_model_len",
     ),
     "draft_model": ("revision", "quantization", "max_model_len"),
     **dict.fromkeys(EAGLE, ("revision", "max_model_len")),
@@ -60,7 +66,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "speculative_token_tree": (None,),
     "disable_padded_drafter_batch": (None, False, True), "rejection_sample_method": (None, "standard", "strict"),
     "draft_sample_method": (None, "greedy"), "acceptance_method": (None, "rejection_sampler"),
-    "num_speculative_tokens_per_batch_size": (None,), "use_heterogeneous_vocab": (None, False),
+    "use_heterogeneous_vocab": (None, False),
     "synthetic_acceptance_rate": (None,), "attention_backend": (None,), "moe_backend": (None, "auto"),
 }  # fmt: skip
 """vLLM's other keys, and the values of each that ask for nothing here."""
@@ -108,6 +114,10 @@ class Speculative:
     """The checkpoint that proposes drafts; None: they are looked up in texts."""
     suffix: SuffixOptions | None = None
     """How suffix drafts are looked up; None: drafts are n-grams, or of a model."""
+    by_rows: tuple[tuple[int, int, int], ...] = ()
+    """Least and most running sequences, and most drafts of a step with as many; with others :attr:`num_tokens`."""
+    max_len: int | None = None
+    """Most tokens of a sequence with which drafts are looked up; None: any number."""
 
 
 def with_shorthands(given: Mapping[str, Any], shorthands: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,6 +161,8 @@ def speculative(options: Mapping[str, Any]) -> Speculative | None:
         None if rows is None else rows - 1,
         None if method in LOOKUPS else _draft_checkpoint(method, options),
         _suffix_options(options) if method == "suffix" else None,
+        _by_rows(options, tokens or DEFAULT_TOKENS),
+        _integer(options, "max_model_len", 2**31 - 1) if method in LOOKUPS else None,
     )
 
 
@@ -197,6 +209,29 @@ def _suffix_options(options: Mapping[str, Any]) -> SuffixOptions:
         "earlier_outputs": _integer(options, "suffix_decoding_max_cached_requests", 2**31 - 1, least=0),
     }
     return SuffixOptions(**{name: value for name, value in given.items() if value is not None})
+
+
+def _by_rows(options: Mapping[str, Any], most: int) -> tuple[tuple[int, int, int], ...]:
+    """Return how many drafts are made with how many running sequences. Raises ParameterError."""
+    key = "num_speculative_tokens_per_batch_size"
+    entries = options.get(key)
+    if entries is None:
+        return ()
+    numbers = isinstance(entries, list | tuple) and all(
+        isinstance(entry, list | tuple) and len(entry) == 3 and all(type(value) is int for value in entry)
+        for entry in entries
+    )
+    if not numbers or any(not 1 <= first <= last or not 0 <= count <= most for first, last, count in entries):
+        raise ParameterError(
+            f"{FIELD}.{key}",
+            entries,
+            f"must be a list of [least sequences, most sequences, drafts from 0 to {most}], such as [[1, 8, {most}]]",
+        )
+    ends = [last for _, last, _ in entries]
+    for (first, _, _), before in zip(entries[1:], ends, strict=False):
+        if first <= before:
+            raise ParameterError(f"{FIELD}.{key}", entries, "ranges must ascend and not overlap")
+    return tuple((first, last, count) for first, last, count in entries)
 
 
 def _number(options: Mapping[str, Any], key: str, most: float) -> float | None:

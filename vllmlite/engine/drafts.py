@@ -7,19 +7,23 @@ a run without drafts, and only the number of steps depends on what is decided he
 **Drafts and two steps in flight.** When a step with drafts is launched, the host does not know yet how many will be
 accepted, so it knows neither the positions nor the number of blocks of the request's next row. A request that has
 drafts in flight, or waits for drafts to be proposed, is therefore not scheduled before its step is collected
-(:attr:`Request.may_run`), while all other requests go on with two steps in flight. The alternative, deriving positions,
+(:attr:`Request.may_run`), while all other requests go on with two steps in flight. It is then in every second step; so
+where many rows of a step have drafts or want them, the next step waits for all of them (:func:`holds_back`). The
+alternative, deriving positions,
 context lengths and sampled positions on the device after ``accept``, would put a second way of preparing a batch into
 every backend; n-gram drafts, bans and grammars are made on the host from the accepted ids and would have to wait for
 them all the same. A request for which speculation does not pay asks for no drafts and so waits for nothing.
 
 **How many.** A request asks for the number ``k`` of drafts with the most expected tokens per unit of step cost:
-``(1 + p + … + p^k) / (cost of k + 1 tokens a row + k * cost of a draft)``, where ``p`` is the running rate at which its
-drafts are accepted.
-Where that is none, it asks for one draft now and then, to notice that its text has changed.
+``(1 + p + … + p^k) / cost(k + 1 tokens a row)``, where ``p`` is the running rate at which its drafts are accepted, at
+first that of recent requests. Where that is none, it is asked again after some tokens, and drafts one token now and
+then (a probe), to notice that its text has changed. Probes take at most :data:`PROBE_SHARE` of the time of steps.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +35,27 @@ PRIOR = (0.8, 1.0)
 MOST_DRAFTS = 256
 """Most drafts of a step, over all rows; each takes a row of logits."""
 PROBE_INTERVAL = 96
-"""Tokens of a request between two attempts, while drafts do not pay."""
+"""Least tokens of a request between two probes, while drafts do not pay."""
+PROBE_SHARE = 0.01
+"""Most time of probes, as a part of the time of steps; where they cost more, they are made less often."""
+ASKED_AGAIN = 16
+"""Tokens of a request for which nothing is decided again, while drafts do not pay: other rows may have come or gone."""
+RECENT_MEMORY = 0.98
+"""Weight of the acceptance of recent requests' drafts before a verification, against that verification's."""
+LEAST_PRIOR = 0.3
+"""Least rate of acceptance with which a request begins."""
+
+
+HELD_BACK = 6
+"""The next step waits for one that at least the HELD_BACKth part of its rows wait for."""
+
+
+def holds_back(waiting: int, rows: int) -> bool:
+    """Whether no step should be launched beside one of ``rows`` rows, of which ``waiting`` have drafts or want some.
+
+    Two steps in flight leave out the waiting rows of every second step; one after the other takes longer, by a fifth
+    or so. With three tokens a step for rows with drafts, both are equal if a seventh of the rows wait."""
+    return waiting * HELD_BACK >= rows
 
 
 class StepCost:
@@ -59,18 +83,20 @@ class Acceptance:
 
     accepted: float = PRIOR[0]
     tried: float = PRIOR[1]
-    until_probe: int = PROBE_INTERVAL
-    """Tokens left until the next attempt, while drafts do not pay."""
+    waited: int = 0
+    """Tokens without drafts since the last that was asked for."""
+    pause: int = 1
+    """Tokens until the request is asked again, while drafts do not pay."""
 
     @property
     def rate(self) -> float:
         """The probability that a draft whose predecessors were accepted is accepted."""
         return self.accepted / self.tried
 
-    def record(self, drafts: int, accepted: int) -> None:
+    def record(self, drafts: int, accepted: int, memory: float = MEMORY) -> None:
         """Take in a verification of ``drafts``, of which the first ``accepted`` were accepted."""
-        self.accepted = MEMORY * self.accepted + accepted
-        self.tried = MEMORY * self.tried + min(accepted + 1, drafts)
+        self.accepted = memory * self.accepted + accepted
+        self.tried = memory * self.tried + min(accepted + 1, drafts)
 
 
 @dataclass(slots=True)
@@ -84,6 +110,10 @@ class DraftPolicy:
     overlapped: bool = False
     """Whether two steps are in flight, so that a request which waits for drafts loses time even if there are none."""
     cost: StepCost = field(default_factory=StepCost)
+    by_rows: Sequence[tuple[int, int, int]] = ()
+    """Least and most running requests, and most drafts of a row with as many; :attr:`most` with other numbers."""
+    max_len: int = sys.maxsize
+    """Most tokens of a sequence for which anything is speculated."""
     draft_cost: StepCost | None = None
     """Time of a step of the model that proposes drafts, by its rows, in the unit of ``cost``; None: drafts are free."""
     fills_cache: bool = False
@@ -91,32 +121,59 @@ class DraftPolicy:
     reads_states: bool = False
     """Whether proposing drafts reads the model's hidden states, which are not in the prefix cache: the last block of a
     cached prefix is computed again, so that those of its last position are known."""
-    _costs: dict[int, list[float]] = field(default_factory=dict)
-    """Rows of a step → its cost with 0, 1, 2, … drafts a row."""
+    wait: float = 0.0
+    """Time by which a step that waits for the one before takes longer than one that was launched beside it."""
+    recent: Acceptance = field(default_factory=lambda: Acceptance(10 * PRIOR[0], 10 * PRIOR[1]))
+    """How the drafts of all requests have fared lately."""
+    _costs: dict[int, tuple[list[float], int]] = field(default_factory=dict)
+    """Rows of a step → its cost with 0, 1, 2, … drafts a row, and the tokens between two probes of a request."""
+
+    def begin(self) -> Acceptance:
+        """Return the acceptance with which a new request begins."""
+        return Acceptance(max(self.recent.rate, LEAST_PRIOR) * PRIOR[1], PRIOR[1])
+
+    def record(self, acceptance: Acceptance, drafts: int, accepted: int) -> None:
+        """Take in a verification of ``drafts`` of a request, of which the first ``accepted`` were accepted."""
+        acceptance.record(drafts, accepted)
+        self.recent.record(drafts, accepted, RECENT_MEMORY)
 
     def wanted(self, acceptance: Acceptance, rows: int) -> int:
-        """Return how many drafts a request should ask for in a step of ``rows`` rows. While drafts do not pay, each
-        call counts towards the interval until the next probe."""
-        if not self.most or (self.max_rows is not None and rows > self.max_rows):
-            return 0
-        costs = self._costs.get(rows)
-        if costs is None:
-            own = 0.0 if self.draft_cost is None else self.draft_cost(rows)
-            costs = [self.cost(rows * (drafts + 1)) + drafts * own for drafts in range(self.most + 1)]
-            self._costs[rows] = costs
+        """Return how many drafts a request should ask for in a step of ``rows`` rows. If it is none, the request is
+        asked again after ``acceptance.pause`` tokens."""
+        if rows not in self._costs:
+            self._costs[rows] = self._cost_of(rows)
+        costs, interval = self._costs[rows]
         best, count, tokens, term, rate = 1.0 / costs[0], 0, 1.0, 1.0, acceptance.rate
-        for drafts in range(1, self.most + 1):
+        for drafts in range(1, len(costs)):
             term *= rate
             tokens += term
             speed = tokens / costs[drafts]
             if speed <= best:
                 break
             best, count = speed, drafts
+        if not count and len(costs) > 1 and acceptance.waited >= interval:
+            count = 1
         if count:
-            acceptance.until_probe = PROBE_INTERVAL
-            return count
-        acceptance.until_probe -= 1
-        if acceptance.until_probe > 0:
+            acceptance.waited = 0
+        else:
+            acceptance.pause = max(min(ASKED_AGAIN, interval - acceptance.waited), 1)
+            acceptance.waited += acceptance.pause
+        return count
+
+    def _limit(self, rows: int) -> int:
+        """Return the most drafts of a row in a step of ``rows`` rows."""
+        if self.max_rows is not None and rows > self.max_rows:
             return 0
-        acceptance.until_probe = PROBE_INTERVAL
-        return 1
+        named = (most for first, last, most in self.by_rows if first <= rows <= last)
+        return min(self.most, next(named, self.most))
+
+    def _cost_of(self, rows: int) -> tuple[list[float], int]:
+        """Return the cost of a step of ``rows`` rows by the drafts of each, and the tokens between two probes."""
+        own = 0.0 if self.draft_cost is None else self.draft_cost(rows)
+        plain = self.cost(rows)
+        costs = [self.cost(rows * (drafts + 1)) + drafts * own for drafts in range(self._limit(rows) + 1)]
+        costs[0] = max(costs[0] - self.wait, 0.1 * plain)
+        together = self.cost(2 * rows) - plain + own + 2 * self.wait  # all requests probe in one step
+        # Each in another one: it is then left out of two steps, if it waits for them.
+        alone = rows * (self.cost(rows + 1) - plain) + own + (2 * costs[0] if self.wait else 0.0)
+        return costs, max(PROBE_INTERVAL, math.ceil(max(together, alone) / (PROBE_SHARE * costs[0])))

@@ -210,6 +210,7 @@ class Engine:
             priority=priority,
             adapter=key,
             order=self._num_added,
+            acceptance=self.scheduler.drafting.begin(),
         )
         if params.beams is not None:
             request.beams = BeamSearch(request, params.beams)
@@ -272,6 +273,8 @@ class Engine:
             if self.scheduler.adapters.in_use:
                 self._load_adapters(outputs, 0.0)
             while len(self._in_flight) < self._steps_in_flight:
+                if self._in_flight and self._in_flight[-1][0].holds_back():
+                    break
                 now = time.monotonic()
                 schedule, rows = self.scheduler.schedule(now)
                 if schedule.is_empty:
@@ -482,7 +485,7 @@ class Engine:
         self._end(request, best.finish_reason, best.stop_reason, now)
 
     def _count_drafts(self, request: Request, drafts: int, accepted: int) -> None:
-        request.acceptance.record(drafts, accepted)
+        self.scheduler.drafting.record(request.acceptance, drafts, accepted)
         stats = self.stats
         stats.num_drafts += 1
         stats.num_draft_tokens += drafts

@@ -151,7 +151,11 @@ class Request:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     drafts: list[int] = field(default_factory=list)
-    """Guesses of the ids after the last known token, for the next row."""
+    """Guesses of the ids after the last known token, for the next row of a running request."""
+    masks: list[bytes | None] = field(default_factory=list)
+    """The grammar's masks for the row that is being scheduled, if it has drafts."""
+    asks_at: int = 0
+    """Number of tokens from which the request is asked whether it wants drafts."""
     acceptance: Acceptance = field(default_factory=Acceptance)
     awaits_drafts: bool = False
     """Whether the row in flight has drafts, or drafts are to be proposed after it."""
@@ -265,7 +269,7 @@ class Request:
         self.next_full_at = sys.maxsize
         self.num_computed_tokens = 0
         self.num_in_flight = 0
-        self.drafts = []
+        self.drop_drafts()
         self.awaits_drafts = False
         self.awaits_blocks = False
         self.num_tokens = len(self.prompt_token_ids) + len(self.output_token_ids)
@@ -276,6 +280,10 @@ class Request:
             self.grammar.restart()
             for token_id in self.output_token_ids:
                 self.grammar.accept(token_id)
+
+    def drop_drafts(self) -> None:
+        """Forget the drafts for the next row."""
+        self.drafts, self.masks, self.asks_at = [], [], 0
 
     def finish(self, reason: str, stop_reason: int | str | None, now: float) -> None:
         """Record how the request ended."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from vllmlite.engine.adapters import AdapterSlots
 from vllmlite.engine.block_pool import BlockPool, block_hash
-from vllmlite.engine.drafts import MOST_DRAFTS, DraftPolicy
+from vllmlite.engine.drafts import MOST_DRAFTS, DraftPolicy, holds_back
 from vllmlite.engine.request import Request, Status
 from vllmlite.engine.tiers import Copies, Tiers
 from vllmlite.sampling_params import SamplingParams
@@ -109,6 +109,12 @@ class Schedule:
     num_sampled: int = 0
     """Sum of ``samples``."""
 
+    def holds_back(self) -> bool:
+        """Whether the next step should wait for this one, for the sake of rows with drafts."""
+        return bool(self.drafts or self.wanted) and holds_back(
+            len(self.drafts.keys() | self.wanted.keys()), len(self.slots)
+        )
+
     @property
     def is_empty(self) -> bool:
         """Whether the runner has nothing to do. A step without rows may have admissions and copies."""
@@ -139,6 +145,8 @@ class Scheduler:
         """Tokens of the last step."""
         self._spare = 0
         """Tokens of the step being scheduled that are left for drafts."""
+        self._drafted = False
+        """Whether running requests may have drafts."""
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
 
     @property
@@ -172,7 +180,7 @@ class Scheduler:
         if self.tiers is not None:
             copies = schedule.copies = Copies()
             self._begin_copies(self.tiers, schedule, copies, now)
-        if self.drafting.most:
+        if self._drafted:
             self._spare = min(budget - self._tokens_to_compute(), MOST_DRAFTS)
         if any(request.num_missing_tokens == 1 and request.may_run for request in running):
             prefill_budget = self.limits.max_mixed_prefill_tokens
@@ -211,6 +219,8 @@ class Scheduler:
             rows.append(request)
         if self.num_preemptions == num_preemptions:
             self._admit(min(budget, prefill_budget), schedule, rows, now)
+        if self._drafted:
+            self._drafted = any(request.drafts for request in running)
         if self.drafting.fills_cache:
             self._allocate_for_drafts(schedule, rows)
         schedule.num_tokens = sum(schedule.counts)
@@ -257,11 +267,12 @@ class Scheduler:
             self._cache_full_blocks(request)
 
     def proposed(self, request: Request, drafts: list[int]) -> None:
-        """Keep the drafts that were proposed for ``request``, if it goes on."""
-        if request.status is not Status.FINISHED:
+        """Keep the drafts that were proposed for ``request``, if it still runs."""
+        if request.status is Status.RUNNING:
             request.drafts = drafts
+            self._drafted = self._drafted or bool(drafts)
             if not drafts and self.drafting.overlapped:
-                request.acceptance.record(1, 0)  # it has waited for nothing
+                self.drafting.record(request.acceptance, 1, 0)  # it has waited for nothing
 
     def requests(self) -> Iterator[Request]:
         """All requests that have not finished."""
@@ -338,14 +349,15 @@ class Scheduler:
         if start + count == request.num_tokens:
             spare_blocks = max(self.pool.num_free - len(self.running), 0)
             free = (len(request.blocks) + spare_blocks) * self.limits.block_size - start - count
-            longest = request.max_total_tokens - request.num_tokens - 1
+            longest = min(request.max_total_tokens - 1, self.drafting.max_len) - request.num_tokens
             most = max(min(len(drafts), longest, self._spare, budget - count, free), 0)
         for index in range(most):
             if drafts[index] in request.stop_ids:
                 most = index
                 break
         if request.grammar is not None and most:
-            most = len(request.grammar.masks(drafts[:most])) - 1
+            request.masks = request.grammar.masks(drafts[:most])
+            most = len(request.masks) - 1
         del drafts[most:]
         self._spare -= most
         return most
@@ -358,7 +370,10 @@ class Scheduler:
         if end >= request.num_tokens:
             samples = 1 if request.pooling_type is None else 0
             if self.drafting.most and samples and request.beams is None:
-                samples += self._append_drafts(request, schedule)
+                if request.drafts or request.num_tokens >= request.asks_at:
+                    samples += self._append_drafts(request, schedule)
+                else:
+                    request.awaits_drafts = False
         if request.has_extras:
             self._append_extras(request, start, end >= request.num_tokens, schedule)
         if end >= request.num_tokens:
@@ -380,10 +395,12 @@ class Scheduler:
         if drafts:
             schedule.drafts[row] = drafts
             request.drafts = []
-        if request.num_tokens + 2 < request.max_total_tokens:
+        if request.num_tokens + 2 < min(request.max_total_tokens, self.drafting.max_len + 1):
             wanted = self.drafting.wanted(request.acceptance, len(self.running))
             if wanted:
                 schedule.wanted[row] = wanted
+            else:
+                request.asks_at = request.num_tokens + request.acceptance.pause
         request.awaits_drafts = bool(drafts) or row in schedule.wanted
         return len(drafts)
 
@@ -420,9 +437,10 @@ class Scheduler:
                     if banned := request.banned_ids(drafts[:index]):
                         schedule.banned[first + index] = banned
             if request.grammar is not None:
-                for index, mask in enumerate(request.grammar.masks(drafts)):
+                for index, mask in enumerate(request.masks or request.grammar.masks()):
                     if mask is not None:
                         schedule.masks[first + index] = mask
+                request.masks = []
 
     def _admit(self, budget: int, schedule: Schedule, rows: list[Request], now: float) -> None:
         while budget and self._free_slots:
@@ -457,8 +475,6 @@ class Scheduler:
                 budget -= request.beams.schedule(self, budget, schedule, rows)
                 continue
             count = min(request.num_tokens - request.num_computed_tokens, budget)
-            if request.drafts:
-                count += self._fit_drafts(request, count, budget)
             self.append_blocks(request, self.pool.allocate(self.missing_blocks(request, count)), schedule)
             budget -= count
             self.append_row(request, count, schedule)
@@ -577,6 +593,7 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.num_cached_blocks = 0
         request.awaits_blocks = False
+        request.drop_drafts()
 
     def _cache_full_blocks(self, request: Request) -> None:
         """Offer the blocks that are full of known, computed tokens to the prefix cache."""

@@ -16,6 +16,8 @@ LEAST_RECORDED = 5
 RECORDED_AFTER = 16
 """Steps of several tokens a row that run uncaptured before their kind is captured, so that capturing, however often
 captured steps are dropped, takes a small part of the time."""
+MEMORY_BOUND_TOKENS = 32
+"""Tokens up to which a step takes about as long as reading the weights, so that padding costs nothing."""
 MOST_RECORDED_ROWS = 32
 """Rows up to which steps of several tokens a row are captured."""
 
@@ -23,7 +25,8 @@ MOST_RECORDED_ROWS = 32
 class Graphs:
     """The captured steps of one model runner; every token of such a step is sampled from.
 
-    Steps of one token a row are captured at start, for all of the backend's numbers of rows. Steps of several tokens a
+    A batch may have fewer rows, and rows of fewer tokens, than the step that it runs in. Steps of one token a row are
+    captured at start, for all of the backend's numbers of rows. Steps of several tokens a
     row are captured when :meth:`record` asks for them, which the runner does for those that come often; where there are
     :attr:`limit` steps already, the one of these that was used longest ago is dropped. :meth:`find` captures nothing.
     """
@@ -108,9 +111,14 @@ class Graphs:
         return key
 
     def _fits(self, batch: ForwardBatch) -> bool:
-        """Whether all rows have the same number of tokens, and all tokens are sampled from."""
-        each = batch.num_rows * batch.max_query_len
-        return bool(self._steps) and len(batch.logits_rows) == batch.num_tokens == each
+        """Whether all tokens are sampled from, and rows are about as long as the longest one: a captured step computes
+        as many tokens for each row."""
+        padded = batch.num_rows * batch.max_query_len
+        return (
+            bool(self._steps)
+            and len(batch.logits_rows) == batch.num_tokens
+            and padded <= max(2 * batch.num_tokens, MEMORY_BOUND_TOKENS)
+        )
 
     def _key(self, rows: int, query_len: int, adapted: bool) -> GraphKey:
         return GraphKey(self._rows[bisect_left(self._rows, rows)], query_len, adapted)

@@ -137,8 +137,9 @@ class ModelRunner:
         self._sums: dict[int, NDArray[np.float64]] = {}
         """Slot → sum of the hidden states of a prompt so far, for its mean."""
 
-    def profile(self, num_tokens: int) -> None:
-        """Run a step of ``num_tokens`` in as many rows as there are slots, on block 0, and forget it."""
+    def profile(self, num_tokens: int, waits: bool = True) -> None:
+        """Run a step of ``num_tokens`` in as many rows as there are slots, on block 0, and forget it. If it ``waits``,
+        what it samples is read."""
         num_rows = min(len(self._known), num_tokens)
         counts = np.diff(np.arange(num_rows + 1, dtype=np.int32) * num_tokens // num_rows)
         rows = np.arange(num_rows, dtype=np.int32)
@@ -149,9 +150,12 @@ class ModelRunner:
         columns = -(-int(counts.max()) // self.model.kv_spec.block_size)
         places = np.tile(np.arange(columns, dtype=np.int32), num_rows)
         self.backend.append_blocks(self.slots, np.repeat(rows, columns), places, np.zeros_like(places))
-        device_batch = self.backend.upload(batch, self.slots, self.model.kv_spec)
-        sampled, _ = self._sample(self._logits(device_batch)[0], device_batch)
-        self.backend.to_host(sampled.ids)
+        key = self.graphs.find(batch)
+        device_batch = self.backend.upload(batch, self.slots, self.model.kv_spec, key)
+        outputs = self._logits(device_batch) if key is None else self.graphs.run(key, device_batch)
+        sampled, _ = self._sample(outputs[0], device_batch)
+        if waits:
+            self.backend.to_host(sampled.ids)
 
     def load_adapter(self, index: int, adapter: Adapter) -> None:
         """Do all of :meth:`load_adapter_parts` at once."""

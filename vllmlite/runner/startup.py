@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -23,7 +24,7 @@ from vllmlite.runner.generation_config import default_params, eos_ids, generatio
 from vllmlite.runner.kv_transfer import seconds_per_load
 from vllmlite.runner.propose.loading import check_vocabulary
 from vllmlite.runner.sizes import batched_tokens, mixed_tokens
-from vllmlite.runner.step_times import step_times
+from vllmlite.runner.step_times import step_times, waiting_time
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizers.tokenizer import Tokenizer
 
@@ -122,7 +123,10 @@ def _drafting(config: EngineConfig, built: BuiltRunner, two_steps: bool) -> Draf
         options.max_rows,
         two_steps,
         cost,
+        by_rows=options.by_rows,
+        max_len=options.max_len or sys.maxsize,
         draft_cost=draft_cost,
+        wait=waiting_time(runner.profile) if two_steps and runner.backend.asynchronous else 0.0,
         fills_cache=options.draft is not None,
         reads_states=options.draft is not None and options.draft.method in EAGLE,
     )

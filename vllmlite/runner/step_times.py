@@ -9,6 +9,8 @@ from itertools import accumulate
 MEASURED = (1, 8, 2, 4, 16, 32, 64, 128)
 """Tokens of the measured steps, in this order and as far as the time goes, the first two in any case."""
 REPEATS = 3
+STEPS = 8
+"""Steps in a row for the time that a step waits."""
 MOST_SECONDS = 1.0
 """Time after which no further step is measured."""
 
@@ -35,3 +37,16 @@ def _seconds(profile: Callable[[int], None], tokens: int, device: str) -> float:
     begin = clock()
     profile(tokens)
     return clock() - begin
+
+
+def waiting_time(profile: Callable[[int, bool], None]) -> float:
+    """Return the seconds by which a step of one token takes longer if its results are read before the next step is
+    launched; the second argument of ``profile`` says whether they are read."""
+
+    def seconds(waits: bool) -> float:
+        begin = time.perf_counter()
+        for step in range(STEPS):
+            profile(1, waits or step == STEPS - 1)
+        return (time.perf_counter() - begin) / STEPS
+
+    return max(min(seconds(True) for _ in range(REPEATS)) - min(seconds(False) for _ in range(REPEATS)), 0.0)
