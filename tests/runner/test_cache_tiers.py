@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -11,6 +12,7 @@ from checkpoints import write_checkpoint
 from native import needs_native_cpu
 
 from vllmlite import LLM, SamplingParams
+from vllmlite.beam_params import BeamSearchParams
 from vllmlite.engine.tiers import Tiers
 from vllmlite.errors import ParameterError
 
@@ -43,8 +45,16 @@ def answers(llm: LLM) -> list[Any]:
     """Ids and log-probabilities of each prompt, three times, in a pool that holds little more than one of them."""
     greedy = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logprobs=1)
     seeded = SamplingParams(temperature=1.0, seed=3, max_tokens=30, ignore_eos=True, repetition_penalty=1.1)
-    outputs = [output for wish in (greedy, seeded, greedy) for output in llm.generate(PROMPTS, wish)]
-    return [(output.outputs[0].token_ids, str(output.outputs[0].logprobs)) for output in outputs]
+    scored = SamplingParams(temperature=0.0, max_tokens=25, ignore_eos=True, prompt_logprobs=1)
+    wishes = greedy, seeded, scored, greedy
+    outputs = [output for wish in wishes for output in llm.generate(PROMPTS, wish)]
+    found: list[Any] = [(each.outputs[0].token_ids, str(each.outputs[0].logprobs)) for each in outputs]
+    found += [(str(each.prompt_logprobs), "") for each in outputs]
+    for beams in llm.beam_search(
+        [{"prompt_token_ids": prompt} for prompt in PROMPTS], BeamSearchParams(beam_width=2, max_tokens=9)
+    ):
+        found += [(each.tokens, str(each.cum_logprob)) for each in beams.sequences]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +71,7 @@ class Expected:
         self.model = model
         self._found: dict[tuple[str, str], list[Any]] = {}
 
-    def check(self, backend: str, kv_dtype: str = "auto", **options: Any) -> None:
+    def check(self, backend: str, kv_dtype: str = "auto", **options: Any) -> Tiers:
         """Check those of an engine with tiers, which must save, load and preempt."""
         plain = {**OPTIONS, "model": str(self.model), "backend": backend, "kv_cache_dtype": kv_dtype}
         key = backend, kv_dtype
@@ -77,6 +87,7 @@ class Expected:
         scheduler.check_integrity()
         assert scheduler.num_preemptions > 0
         assert tiers(llm).counts.loaded > 5 and tiers(llm).counts.saved > 5
+        return tiers(llm)
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +128,46 @@ def test_the_text_is_the_same_on_other_backends(plain: Expected, backend: str, h
     plain.check(backend, **ENGINES[how])
 
 
+@needs_native_cpu
+@pytest.mark.parametrize("damage", [False, True])
+def test_the_text_is_the_same_from_disk_after_a_restart(
+    plain: Expected, tmp_path: Path, damage: bool
+) -> None:
+    options: dict[str, Any] = {"kv_disk_path": str(tmp_path / "kv"), "kv_disk_size": 1 << 20}
+    plain.check("cpu", **options)
+    gc.collect()  # ends the first engine
+    file = tmp_path / "kv" / "blocks"
+    if damage:
+        whole = bytearray(file.read_bytes())
+        for at in range(40_000, len(whole), 7000):
+            whole[at] ^= 4
+        file.write_bytes(whole)
+    tier = plain.check("cpu", **options)
+    assert tier.counts.read + tier.counts.failed > 5
+    assert damage == (tier.counts.failed > 0)
+
+
+@needs_native_cpu
+def test_prompts_with_a_salt_leave_nothing_on_disk(model: Path, tmp_path: Path) -> None:
+    llm = LLM(model=str(model), backend="cpu", kv_disk_path=str(tmp_path), kv_disk_size=1 << 20, **OPTIONS)
+    params = SamplingParams(temperature=0.0, max_tokens=4)
+    llm.generate({"prompt_token_ids": PROMPTS[0], "cache_salt": "s"}, params)
+    assert tiers(llm).counts.saved > 0
+    assert not tiers(llm).counts.written and not tiers(llm)._writing
+    llm.generate({"prompt_token_ids": PROMPTS[0]}, params)
+    assert tiers(llm).counts.written or tiers(llm)._writing
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [
         ({"swap_space": 1.0, "enable_prefix_caching": False}, "swap_space"),
         ({"swap_space": 1.0, "kv_offloading_size": 2.0}, "kv_offloading_size"),
         ({"preemption_mode": "swap"}, "preemption_mode"),
+        (
+            {"swap_space": 1.0, "speculative_config": {"method": "eagle", "model": "x"}},
+            "swap_space",
+        ),
         ({"swap_space": -1.0}, "swap_space"),
         ({"swap_space": 1e-6}, "swap_space"),
     ],

@@ -22,8 +22,8 @@ from vllmlite.config.options import (
 )
 from vllmlite.config.options import option as _option
 from vllmlite.config.refused import ABSENT
+from vllmlite.config.speculative import EAGLE, OLDER, SHORTHANDS, Speculative, speculative, with_shorthands
 from vllmlite.config.speculative import FIELD as SPECULATIVE
-from vllmlite.config.speculative import OLDER, SHORTHANDS, Speculative, speculative, with_shorthands
 from vllmlite.errors import ParameterError
 from vllmlite.pooling_params import POOLING_TYPES
 from vllmlite.sampling_params import MAX_LOGPROBS
@@ -330,6 +330,11 @@ class EngineConfig:
             )
         tiers = [("swap_space", self.host_tier_bytes()), ("kv_disk_path", self.kv_disk_path)]
         for name, value in tiers:
+            speculative = self.speculative()
+            if value and speculative and speculative.draft and speculative.draft.method in EAGLE:
+                raise ParameterError(
+                    name, value, "EAGLE heads read hidden states of the prompt, which cache tiers do not keep"
+                )
             if value and not self.enable_prefix_caching:
                 raise ParameterError(
                     name, value, "needs enable_prefix_caching: blocks are found by their hashes"

@@ -467,7 +467,7 @@ class Scheduler:
                 request.num_cached_tokens = request.num_computed_tokens
                 self.prefix_queries += len(request.prompt_token_ids)
                 self.prefix_hits += request.num_computed_tokens
-            if self.tiers is not None and schedule.copies is not None and request.block_hashes:
+            if self.tiers is not None and schedule.copies is not None:
                 self._load(self.tiers, request, schedule, schedule.copies, now)
                 if request.awaits_blocks:
                     continue
@@ -499,7 +499,7 @@ class Scheduler:
         """Append to a request's blocks those that the pool and the tiers have of its prefix. If more are on disk, begin
         to read them, and have the request wait."""
         block_size, first = self.limits.block_size, len(request.blocks)
-        digests = request.block_hashes[first : (request.end_of_prefix - 1) // block_size]
+        digests = self._prefix_hashes(request)[first:]
         ready, on_disk = tiers.loadable(digests, request.metrics.num_preemptions > 0)
         if not request.awaits_blocks:
             request.waits_until = now + tiers.cost.patience(on_disk)
@@ -533,13 +533,16 @@ class Scheduler:
         return None
 
     def _find_prefix(self, request: Request) -> list[int]:
-        """Cached blocks that ``request`` can start from; its last known token is always left to compute."""
+        """Cached blocks that ``request`` can start from."""
+        hits = self.pool.find(self._prefix_hashes(request))
+        return hits[:-1] if self.drafting.reads_states else hits
+
+    def _prefix_hashes(self, request: Request) -> list[bytes]:
+        """Hashes of the blocks that ``request`` could start from; its last known token is always left to compute."""
         if not self.limits.enable_prefix_caching or request.needs_every_state:
             return []
         self._extend_hashes(request, request.num_known_ids // self.limits.block_size)
-        usable = request.block_hashes[: (request.end_of_prefix - 1) // self.limits.block_size]
-        hits = self.pool.find(usable)
-        return hits[:-1] if self.drafting.reads_states else hits
+        return request.block_hashes[: (request.end_of_prefix - 1) // self.limits.block_size]
 
     def _needed_blocks(self, request: Request) -> int:
         """Blocks of all known tokens of ``request``."""

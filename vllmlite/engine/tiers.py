@@ -66,8 +66,10 @@ class Transfer:
 class Disk(Protocol):
     """Blocks on disk. A thread moves them; no call waits for it but those that say so."""
 
-    seconds_per_block: float | None
-    """Measured time of a read; None before the first one."""
+    @property
+    def seconds_per_block(self) -> float | None:
+        """Measured time of a read; None before the first one."""
+        ...
 
     def __contains__(self, digest: bytes) -> bool:
         """Whether the disk has, or is about to have, the block of this hash."""

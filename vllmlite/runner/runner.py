@@ -204,7 +204,8 @@ class ModelRunner:
                 self.proposer.append_blocks(*columns)
         launched = Launched(schedule)
         if self.host_blocks is not None and schedule.copies is not None:
-            start_copies(self.host_blocks, schedule.copies, schedule.block_ids)
+            written = [*schedule.block_ids, *(target for _, target in schedule.copied_blocks)]
+            start_copies(self.host_blocks, schedule.copies, written)
             if not schedule.slots:
                 return launched
         if schedule.copied_blocks:

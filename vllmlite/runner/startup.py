@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import secrets
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-from vllmlite.backends.base import Backend
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite.backends.base import API, Backend
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.config.speculative import EAGLE
+from vllmlite.disk_tier.block_file import BlockFile
+from vllmlite.disk_tier.disk import DiskTier
+from vllmlite.disk_tier.fingerprint import fingerprint, module_digest
+from vllmlite.disk_tier.private_directory import PrivateDirectory
 from vllmlite.engine.adapters import AdapterSource
 from vllmlite.engine.drafts import DraftPolicy, StepCost
 from vllmlite.engine.engine import Engine
@@ -27,6 +36,8 @@ from vllmlite.runner.sizes import batched_tokens, mixed_tokens
 from vllmlite.runner.step_times import step_times, waiting_time
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizers.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 EngineT = TypeVar("EngineT", covariant=True)
 OtherT = TypeVar("OtherT")
@@ -91,7 +102,7 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
         drafting=_drafting(config, built, two_steps),
         cache_format=f"{runner.model.kv_spec.dtype} {runner.model.kv_spec.scales}",
         adapters=_adapters(config, plan, backend) if config.enable_lora else None,
-        tiers=_tiers(config, built),
+        tiers=_tiers(config, plan, built, replica or 0),
     )
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
@@ -99,13 +110,45 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
     return Started(engine, tokenizer, plan.hidden_size, defaults, built.backend_choice)
 
 
-def _tiers(config: EngineConfig, built: BuiltRunner) -> Tiers | None:
+def _tiers(config: EngineConfig, plan: Plan, built: BuiltRunner, replica: int) -> Tiers | None:
     """Return the cache tiers behind the pool, if there are any."""
     host = built.runner.host_blocks
     if host is None:
         return None
     cost = TransferCost(config.block_size, seconds_per_load(host, built.num_blocks))
-    return Tiers(built.num_blocks, len(host.memory), cost, config.preemption_mode)
+    disk = None if config.kv_disk_path is None else _disk(config, plan, built, host.memory, replica)
+    return Tiers(built.num_blocks, len(host.memory), cost, config.preemption_mode, disk)
+
+
+def _disk(
+    config: EngineConfig, plan: Plan, built: BuiltRunner, memory: NDArray[np.uint8], replica: int
+) -> DiskTier:
+    """Open the file of the disk tier; each replica has one, and its share of the size."""
+    assert config.kv_disk_path is not None
+    backend, spec = built.runner.backend, built.runner.model.kv_spec
+    mark = fingerprint(
+        plan.path,
+        API,
+        module_digest(f"vllmlite._{backend.name}"),
+        (backend.name, getattr(backend, "isa", backend.details), backend.dtype, spec, memory.shape[1]),
+        (config.quantization, config.quantize_head, config.activation_dtype, config.batch_invariant),
+        (config.model_impl, config.load_format, config.seed if config.load_format == "dummy" else None),
+        built.max_model_len,
+    )
+    directory = PrivateDirectory(config.kv_disk_path, "kv_disk_path")
+    try:
+        fd = directory.open("blocks" if not replica else f"blocks-{replica}")
+    except OSError as error:
+        raise ParameterError("kv_disk_path", config.kv_disk_path, str(error.strerror)) from None
+    finally:
+        directory.close()
+    try:
+        file = BlockFile(fd, config.kv_disk_size // config.data_parallel_size, memory.shape[1], mark)
+    except (ValueError, OSError) as error:
+        os.close(fd)
+        raise ParameterError("kv_disk_size", config.kv_disk_size, str(error)) from None
+    logger.info("%d blocks are on disk, %d fit there", len(file), file.num_slots)
+    return DiskTier(file, memory)
 
 
 def _drafting(config: EngineConfig, built: BuiltRunner, two_steps: bool) -> DraftPolicy | None:

@@ -1,0 +1,1 @@
+"""The disk tier: key/value blocks in a file that outlives the process."""

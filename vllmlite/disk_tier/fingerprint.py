@@ -1,0 +1,44 @@
+"""What the contents of a block depend on apart from its hash: the weights, and the arithmetic applied to them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+WHOLE_BYTES = 1 << 20
+"""Files of up to this size are read as a whole."""
+SAMPLES, SAMPLE_BYTES = 64, 4096
+"""How much of larger files is read; their sizes and times of change count too."""
+
+
+def fingerprint(weights: Path, *facts: object) -> bytes:
+    """Return a digest of the checkpoint at ``weights``, a file or a directory, and of ``facts``."""
+    total = sha256(repr(facts).encode())
+    for path in [weights] if weights.is_file() else sorted(_files(weights)):
+        found = path.stat()
+        changed = (found.st_mtime_ns, found.st_ctime_ns) if found.st_size > WHOLE_BYTES else ()
+        total.update(repr((path.name, found.st_size, changed)).encode())
+        with path.open("rb") as file:
+            if found.st_size <= WHOLE_BYTES:
+                total.update(file.read())
+                continue
+            for sample in range(SAMPLES):
+                file.seek((found.st_size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                total.update(file.read(SAMPLE_BYTES))
+    return total.digest()
+
+
+def module_digest(name: str) -> str:
+    """Return the digest of an imported extension module's file, which stands for the version of its kernels."""
+    path = getattr(sys.modules.get(name), "__file__", None)
+    return "" if path is None else sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_file() and not entry.name.startswith("."):
+                yield Path(entry.path)
