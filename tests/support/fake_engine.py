@@ -64,8 +64,10 @@ class FakeEngine:
         prompt: Any,
         params: SamplingParams,
         arrival_time: float | None = None,
+        lora_request: object = None,
         priority: int = 0,
     ) -> None:
+        assert lora_request is None
         text = (
             prompt.get("prompt")
             if isinstance(prompt, Mapping)

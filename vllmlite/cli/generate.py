@@ -202,7 +202,7 @@ def _as_json(index: int, output: RequestOutput, completion: CompletionOutput) ->
             "time_to_first_token": None if ttft is None else round(ttft, 6),
             "seconds": round(metrics.finished_time - metrics.arrival_time, 6),
         }
-    if completion.cumulative_logprob is not None:
+    if completion.logprobs is not None or completion.cumulative_logprob is not None:
         line["cumulative_logprob"] = completion.cumulative_logprob
     if completion.logprobs is not None:
         line["logprobs"] = [_logprobs(entry) for entry in completion.logprobs]
