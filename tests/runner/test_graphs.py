@@ -22,14 +22,16 @@ class Counting:
 
     def __init__(self) -> None:
         self.captured: list[GraphKey] = []
+        self.pads_rows = True
 
     def capture(self, key: GraphKey, step: Any, slots: Any, spec: KVSpec) -> Any:
         self.captured.append(key)
         return step
 
 
-def make(most_rows: int) -> tuple[Graphs, Counting]:
+def make(most_rows: int, pads_rows: bool = True) -> tuple[Graphs, Counting]:
     backend = Counting()
+    backend.pads_rows = pads_rows
     rows = CudaBackend.graph_rows(cast(CudaBackend, backend), most_rows)
     return Graphs(cast(Backend, backend), lambda batch: [], None, SPEC, rows), backend
 
@@ -105,6 +107,11 @@ def test_find_captures_nothing() -> None:
     graphs.record(32, 3)
     assert graphs.find(unequal([3] * 20 + [1] * 10)) == GraphKey(32, 3)
     assert graphs.find(unequal([3] + [1] * 29)) is None  # 90 tokens for 32
+    unpadded, _ = make(32, pads_rows=False)
+    list(unpadded.capture())
+    unpadded.record(2, 3)
+    assert unpadded.find(unequal([3, 3])) == GraphKey(2, 3)
+    assert unpadded.find(unequal([3, 2])) is None
 
 
 def test_steps_that_come_often_are_captured_once() -> None:

@@ -318,6 +318,8 @@ class Backend(ABC):
     """The collectives of the ranks that compute a model together."""
     asynchronous: bool = False
     """Whether ops return before they have run, so that two steps in flight are faster than one."""
+    pads_rows: ClassVar[bool] = False
+    """Whether a captured step runs batches whose rows are shorter than its own."""
 
     @property
     def extension(self) -> ModuleType | None:

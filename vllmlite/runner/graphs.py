@@ -111,14 +111,11 @@ class Graphs:
         return key
 
     def _fits(self, batch: ForwardBatch) -> bool:
-        """Whether all tokens are sampled from, and rows are about as long as the longest one: a captured step computes
-        as many tokens for each row."""
-        padded = batch.num_rows * batch.max_query_len
-        return (
-            bool(self._steps)
-            and len(batch.logits_rows) == batch.num_tokens
-            and padded <= max(2 * batch.num_tokens, MEMORY_BOUND_TOKENS)
-        )
+        """Whether all tokens are sampled from, and all rows are as long as the longest one or, where the backend pads
+        them, about as long: a captured step computes as many tokens for each row."""
+        padded, tokens = batch.num_rows * batch.max_query_len, batch.num_tokens
+        most = max(2 * tokens, MEMORY_BOUND_TOKENS) if self._backend.pads_rows else tokens
+        return bool(self._steps) and len(batch.logits_rows) == tokens and padded <= most
 
     def _key(self, rows: int, query_len: int, adapted: bool) -> GraphKey:
         return GraphKey(self._rows[bisect_left(self._rows, rows)], query_len, adapted)
