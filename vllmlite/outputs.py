@@ -134,6 +134,10 @@ class EmbeddingRequestOutput:
     num_cached_tokens: int = 0
 
 
+TIER_EVENTS = ("saved", "loaded", "dropped", "read", "written", "failed")
+"""What happens to blocks in cache tiers."""
+
+
 @dataclass(slots=True)
 class EngineStats:
     """Counters of an engine since its start, and its current state."""
@@ -155,6 +159,22 @@ class EngineStats:
     """Number of prompt tokens looked up in the prefix cache."""
     prefix_cache_hits: int = 0
     """Number of prompt tokens found in the prefix cache."""
+    external_prefix_cache_queries: int = 0
+    """Number of prompt tokens looked up in the cache tiers, because the prefix cache did not have them."""
+    external_prefix_cache_hits: int = 0
+    """Number of prompt tokens found in the cache tiers."""
+    tier_blocks_saved: int = 0
+    """Blocks copied to host memory."""
+    tier_blocks_loaded: int = 0
+    """Blocks copied back from host memory."""
+    tier_blocks_dropped: int = 0
+    """Blocks evicted without a copy, because host memory had no place for them."""
+    tier_blocks_read: int = 0
+    """Blocks read from disk."""
+    tier_blocks_written: int = 0
+    """Blocks written to disk."""
+    tier_blocks_failed: int = 0
+    """Blocks that the disk could not read or write, or that were not as they had been written."""
     num_drafts: int = 0
     """Verifications: rows of a step that had draft tokens."""
     num_draft_tokens: int = 0

@@ -167,3 +167,22 @@ def test_nothing_is_loaded_after_a_step_that_failed() -> None:
     assert [output.finish_reason for output in engine.step()] == ["error"]
     assert ask(engine, PROMPT) == 0
     engine.scheduler.check_integrity()
+
+
+def test_a_stuck_disk_delays_nothing_and_takes_half_of_the_host_at_most() -> None:
+    disk = FakeDisk()
+    engine, runner = small_engine(16, disk=disk)
+    disk.finished = list  # type: ignore[method-assign]
+    for number in range(20):
+        ask(engine, [number + 1] * 30, max_tokens=3)
+    assert len(disk.pending) == 8
+    assert runner.tokens_run == 20 * 32
+    assert engine.current_stats().tier_blocks_written == 0
+
+
+def test_the_stats_count_what_the_tiers_did() -> None:
+    engine, _ = small_engine(16, disk=disk_with_prompt())
+    ask(engine, PROMPT)
+    stats = engine.current_stats()
+    assert (stats.external_prefix_cache_queries, stats.external_prefix_cache_hits) == (33, 32)
+    assert (stats.tier_blocks_read, stats.tier_blocks_loaded, stats.tier_blocks_failed) == (8, 8, 0)

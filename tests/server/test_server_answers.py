@@ -233,6 +233,19 @@ def test_metrics_of_drafts_have_vllms_names() -> None:
         assert line in text
 
 
+def test_metrics_of_cache_tiers() -> None:
+    pytest.importorskip("prometheus_client")
+    stats = EngineStats(external_prefix_cache_queries=64, external_prefix_cache_hits=48, tier_blocks_read=3)
+    text = Metrics("m", 64, lambda: stats).exposition("")[0].decode()
+    labels = 'engine="0",model_name="m"'
+    for line in (
+        f"vllm:external_prefix_cache_queries_total{{{labels}}} 64.0",
+        f"vllm:external_prefix_cache_hits_total{{{labels}}} 48.0",
+        'vllmlite:tier_blocks_total{engine="0",event="read",model_name="m"} 3.0',
+    ):
+        assert line in text
+
+
 def test_metrics_of_requests() -> None:
     with serving(ENGINE, max_queue=0) as service:
         body = {**BODIES[COMPLETIONS], "prompt": [PROMPT, "A package"], "n": 2}

@@ -29,7 +29,7 @@ from vllmlite.engine.thinking import ReasoningMarks, ThinkingBudget
 from vllmlite.engine.tiers import Tiers
 from vllmlite.engine.trace import Trace, TracedRunner, TraceEvent
 from vllmlite.errors import ParameterError
-from vllmlite.outputs import EngineStats, RequestMetrics
+from vllmlite.outputs import TIER_EVENTS, EngineStats, RequestMetrics
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.signals import came_from_handler
 
@@ -371,6 +371,12 @@ class Engine:
         stats.num_preemptions = scheduler.num_preemptions
         stats.prefix_cache_queries = scheduler.prefix_queries
         stats.prefix_cache_hits = scheduler.prefix_hits
+        if scheduler.tiers is not None:
+            counts = scheduler.tiers.counts
+            stats.external_prefix_cache_queries = counts.queries
+            stats.external_prefix_cache_hits = counts.hits
+            for name in TIER_EVENTS:
+                setattr(stats, f"tier_blocks_{name}", getattr(counts, name))
         if stats.max_adapters:
             stats.running_adapters = _adapter_names(scheduler.running)
             stats.waiting_adapters = _adapter_names(

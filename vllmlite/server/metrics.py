@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vllmlite.engine.engine import EngineOutput
-from vllmlite.outputs import EngineStats
+from vllmlite.outputs import TIER_EVENTS, EngineStats
 from vllmlite.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -231,6 +231,14 @@ class Metrics:
                 stats.prefix_cache_queries,
             ),
             "vllm:prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
+            "vllm:external_prefix_cache_queries": (
+                "Prompt tokens looked up in the cache tiers.",
+                stats.external_prefix_cache_queries,
+            ),
+            "vllm:external_prefix_cache_hits": (
+                "Prompt tokens found in the cache tiers.",
+                stats.external_prefix_cache_hits,
+            ),
             "vllm:spec_decode_num_drafts": ("Verifications of draft tokens.", stats.num_drafts),
             "vllm:spec_decode_num_draft_tokens": ("Draft tokens.", stats.num_draft_tokens),
             "vllm:spec_decode_num_accepted_tokens": ("Accepted draft tokens.", stats.num_accepted_tokens),
@@ -253,6 +261,14 @@ class Metrics:
         for position, count in enumerate(stats.num_accepted_tokens_per_pos):
             per_position.add_metric([*values, str(position)], count)
         yield per_position
+        blocks = CounterMetricFamily(
+            "vllmlite:tier_blocks",
+            "Blocks that were copied to host memory or back, read from disk or written, or lost.",
+            labels=[*names, "event"],
+        )
+        for event in TIER_EVENTS:
+            blocks.add_metric([*values, event], getattr(stats, f"tier_blocks_{event}"))
+        yield blocks
         waiting = GaugeMetricFamily(
             "vllm:num_requests_waiting_by_reason",
             "Sequences in the queue, by reason.",
