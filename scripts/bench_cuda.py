@@ -5,7 +5,8 @@
 
 DIR are bfloat16 checkpoints with llama1b's and llama8b's shapes (``../shared/peers/gpu/mkmodels.py`` writes them);
 without one, its rows stay empty; with --dummy a config.json is enough. "w4a16" and "fp8" rows are those of the large
-model with random weights of 4 bits in groups of 128, and of 8-bit floats whose products quantise activations, "cache"
+model with random weights of 4 bits in groups of 128, and of 8-bit floats whose products quantise activations, "w8a8"
+rows the same of 8-bit integers, "cache"
 rows those with a quantised key/value cache. First, read bandwidth and bfloat16 matrix products are measured (needs
 nvcc).
 Decode rate = B * (n - 1) / (t_n - t_1) with 128 tokens in and n = 256 out, greedy, new random prompts each round,
@@ -52,7 +53,7 @@ BARS: dict[str, dict[str, float]] = {
     },
     "large w4a16": {"decode 1": 540, "decode 8": 3700, "decode 64": 14000, "decode 256": 29000, "ready s": 4},
     "large fp8": {"decode 1": 400, "decode 8": 2850, "decode 64": 16000, "decode 256": 31000, "nano": 13000},
-    "large fp8 blocks": {},
+    "large fp8 blocks": {}, "large w8a8": {},
 }  # fmt: skip
 """Lower bounds of the rows; upper bounds for times."""
 PACKED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
@@ -60,6 +61,11 @@ PACKED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
         "pack-quantized",
         {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 128},
         None,
+    ),
+    "w8a8": (
+        "int-quantized",
+        {"num_bits": 8, "type": "int", "strategy": "channel"},
+        {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
     ),
     "fp8": (
         "float-quantized",

@@ -1,7 +1,8 @@
 #include <algorithm>
 
 #include "cuda/activation.cuh"
-#include "cuda/fp8.cuh"
+#include "cuda/bytes.cuh"
+#include "cuda/ops.hpp"
 #include "tensor/checks.hpp"
 
 namespace vllmlite::cuda {
@@ -49,11 +50,10 @@ static __global__ void activation_kernel(const T* x, T* out, int packs) {
   reinterpret_cast<P*>(out)[row + column] = result;
 }
 
-// One block a row: the gated activation of x, rounded to T and quantised as `to` and `scales` (by `constant`, if not
-// 0).
-template <typename T, Activation kActivation>
-static __global__ __launch_bounds__(kMostOfRow) void quantised_activation_kernel(const T* x, uint2* to, float* scales,
-                                                                                 int packs, float constant) {
+// One block a row: the gated activation of x, rounded to T and quantised.
+template <typename T, Activation kActivation, bool kIntegers>
+static __global__ __launch_bounds__(kMostOfRow) void quantised_activation_kernel(
+    const T* x, int packs, const __grid_constant__ QuantisedRows to) {
   using P = Pack<T, 8>;
   __shared__ float shared[32];
   let_next_begin();
@@ -70,32 +70,33 @@ static __global__ __launch_bounds__(kMostOfRow) void quantised_activation_kernel
       up[i] = from[packs + column];
     }
   }
-  float most = 0;
+  RowQuantiser<kIntegers> quantiser(to);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     if (thread + i * threads >= packs) break;
 #pragma unroll
     for (int j = 0; j < 8; ++j)
       held[i].at[j] = from_float<T>(activated<kActivation>(to_float(held[i].at[j])) * to_float(up[i].at[j]));
-    most = fmaxf(most, largest_magnitude(held[i]));
+    quantiser.see(held[i]);
   }
-  const float scale = fp8_row_scale(most, constant, shared);
+  quantiser.settle(shared);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i)
-    if (thread + i * threads < packs) to[row + thread + i * threads] = quantised(held[i], 1 / scale);
-  if (thread == 0) scales[blockIdx.x] = scale;
+    if (thread + i * threads < packs) to.values[row + thread + i * threads] = quantiser.codes(held[i]);
+  quantiser.finish(blockIdx.x, shared);
 }
 
-static Fp8Activations run_quantised(Runtime& runtime, const Tensor& x, Activation activation, const Fp8Rows& rows) {
-  const Fp8Activations made = make_fp8_activations(runtime, x.shape[0], rows);
+static ByteActivations run_quantised(Runtime& runtime, const Tensor& x, Activation activation, const ByteRows& rows) {
+  const ByteActivations made = make_byte_activations(runtime, x.shape[0], rows.columns, rows.inputs);
   const int packs = rows.columns / 8;
   const auto go = [&](auto* type) {
     using T = Pointee<decltype(type)>;
     with_activation(activation, [&](auto constant) {
-      launch(runtime, quantised_activation_kernel<T, constant()>, static_cast<unsigned>(x.shape[0]),
-             static_cast<unsigned>(std::min((packs + 31) / 32 * 32, kMostOfRow)), 0, static_cast<const T*>(x.data),
-             static_cast<uint2*>(made.values.data), static_cast<float*>(made.scales.data), packs,
-             rows.input_scale.value_or(0));
+      launch(runtime,
+             rows.inputs.integers ? quantised_activation_kernel<T, constant(), true>
+                                  : quantised_activation_kernel<T, constant(), false>,
+             static_cast<unsigned>(x.shape[0]), static_cast<unsigned>(std::min((packs + 31) / 32 * 32, kMostOfRow)), 0,
+             static_cast<const T*>(x.data), packs, quantised_rows(made, rows.inputs));
     });
   };
   x.dtype == DType::float16 ? go(static_cast<f16*>(nullptr)) : go(static_cast<bf16*>(nullptr));
@@ -130,7 +131,7 @@ Activations gated_activation(Runtime& runtime, const Tensor& x, Activation activ
   if (activation == Activation::relu)
     throw std::invalid_argument("activation relu: gated, there are silu, gelu and gelu_tanh");
   const DeviceGuard guard(runtime.device());
-  const Fp8Rows* rows = feeds == nullptr ? nullptr : rows_that_quantise(*feeds);
+  const ByteRows* rows = feeds == nullptr ? nullptr : rows_that_quantise(*feeds);
   if (rows != nullptr && x.shape[1] == 2 * rows->columns && rows->columns <= kMostOfRow * kHeld * 8)
     return run_quantised(runtime, x, activation, *rows);
   Tensor out = runtime.make({x.shape[0], x.shape[1] / 2}, x.dtype);

@@ -103,19 +103,42 @@ cuda::GroupedRows grouped_rows(cuda::Runtime& runtime, int bits, std::int64_t ro
   return lay_out(runtime, stored, std::move(placed));
 }
 
-// Rows of 8-bit floats with float32 scales: one for each row, or for each block.
-cuda::Fp8Rows fp8_rows(cuda::Runtime& runtime, std::int64_t rows, std::int64_t columns, bool blocks,
-                       const std::vector<py::array>& values, const std::vector<py::array>& scales,
-                       const std::optional<float>& input_scale) {
+// Rows of 8-bit floats with float32 scales: one for each row, or for each block. `constant`: the scale of activations,
+// or 0.
+cuda::ByteRows fp8_rows(cuda::Runtime& runtime, std::int64_t rows, int columns, bool blocks,
+                        const std::vector<py::array>& values, const std::vector<py::array>& scales, float constant) {
   if (rows < 1 || columns < 1 || columns % 16 != 0)
     throw std::invalid_argument("a weight of 8-bit floats has rows, and columns in multiples of 16");
   const auto blocks_of = [](std::int64_t count) { return (count + cuda::kFp8Block - 1) / cuda::kFp8Block; };
-  cuda::Fp8Rows made{runtime.make({rows, columns}, DType::uint8),
-                     blocks ? runtime.make({blocks_of(rows), blocks_of(columns)}, DType::float32)
-                            : runtime.make({rows}, DType::float32),
-                     blocks, input_scale};
+  cuda::ByteRows made{runtime.make({rows, columns}, DType::uint8),
+                      blocks ? runtime.make({blocks_of(rows), blocks_of(columns)}, DType::float32)
+                             : runtime.make({rows}, DType::float32),
+                      std::nullopt,
+                      {.blocks = blocks, .constant = constant},
+                      static_cast<int>(rows),
+                      columns};
   fill_all(runtime, made.weight, values, "uint8");
   fill_all(runtime, made.scales, scales, "float32");
+  return made;
+}
+
+// Rows of 8-bit integers, padded to multiples of 16 columns, with a float32 scale each, and int32 zeros and sums of
+// their elements in pairs; `with_zeros`: zeros other than 0. Activations have a zero unless `symmetric`; `constant` is
+// their scale, or 0, and `zero` belongs to it.
+cuda::ByteRows int8_rows(cuda::Runtime& runtime, std::int64_t rows, int columns, const std::vector<py::array>& values,
+                         const std::vector<py::array>& scales, const std::vector<py::array>& zeros, bool with_zeros,
+                         bool symmetric, float constant, int zero) {
+  if (rows < 1 || columns < 1) throw std::invalid_argument("a weight of 8-bit integers has rows and columns");
+  cuda::ByteRows made{
+      runtime.make({rows, (columns + 15) / 16 * 16}, DType::uint8),
+      runtime.make({rows}, DType::float32),
+      runtime.make({rows, 2}, DType::int32),
+      {.integers = true, .symmetric = symmetric, .with_sums = with_zeros, .constant = constant, .zero = zero},
+      static_cast<int>(rows),
+      columns};
+  fill_all(runtime, made.weight, values, "uint8");
+  fill_all(runtime, made.scales, scales, "float32");
+  fill_all(runtime, *made.zeros, zeros, "int32");
   return made;
 }
 
@@ -179,10 +202,11 @@ void bind_data(py::module_& module) {
           "packed", [](const cuda::LinearWeight& self) { return !std::holds_alternative<Tensor>(self.weight); })
       .def_readonly("bias", &cuda::LinearWeight::bias);
   py::class_<cuda::GroupedRows>(module, "GroupedRows", py::module_local(), "Rows of a packed weight.");
-  py::class_<cuda::Fp8Activations>(module, "Fp8Activations", py::module_local(), "A matrix of e4m3 codes with scales.")
-      .def_readonly("values", &cuda::Fp8Activations::values)
-      .def_readonly("scales", &cuda::Fp8Activations::scales);
-  py::class_<cuda::Fp8Rows>(module, "Fp8Rows", py::module_local(), "Rows of a weight of 8-bit floats.");
+  py::class_<cuda::ByteActivations>(module, "ByteActivations", py::module_local(),
+                                    "A matrix of codes of 8 bits with scales.")
+      .def_readonly("values", &cuda::ByteActivations::values)
+      .def_readonly("scales", &cuda::ByteActivations::scales);
+  py::class_<cuda::ByteRows>(module, "ByteRows", py::module_local(), "Rows of a weight of 8-bit elements.");
   py::class_<cuda::Experts, std::shared_ptr<cuda::Experts>>(module, "Experts", py::module_local(),
                                                             "Weights of a mixture's experts.")
       .def_property_readonly("packed", &cuda::Experts::packed,
@@ -299,12 +323,14 @@ void bind_runtime(py::module_& module) {
            py::arg("integers"), py::arg("scales"), py::arg("scales_dtype"), py::arg("zeros"), py::arg("order"))
       .def("takes_fp8", &cuda::takes_fp8, py::arg("columns"), "Whether 8-bit floats of so many columns are multiplied.")
       .def(
-          "quantise_fp8", [](cuda::Runtime& self, const Tensor& x) { return cuda::quantise_fp8(self, x); },
-          py::arg("x"), "The rows of a matrix, each by its largest magnitude.")
+          "quantise_fp8", [](cuda::Runtime& self, const Tensor& x) { return quantise_bytes(self, x, {}); },
+          py::arg("x"), "The rows of a matrix as e4m3, each by its largest magnitude.")
       .def("fp8_rows", &fp8_rows, py::arg("rows"), py::arg("columns"), py::arg("blocks"), py::arg("values"),
-           py::arg("scales"), py::arg("input_scale"))
+           py::arg("scales"), py::arg("constant"))
+      .def("int8_rows", &int8_rows, py::arg("rows"), py::arg("columns"), py::arg("values"), py::arg("scales"),
+           py::arg("zeros"), py::arg("with_zeros"), py::arg("symmetric"), py::arg("constant"), py::arg("zero"))
       .def("packed_weight", &packed_weight<cuda::GroupedRows>, py::arg("parts"), py::arg("bias"))
-      .def("packed_weight", &packed_weight<cuda::Fp8Rows>, py::arg("parts"), py::arg("bias"))
+      .def("packed_weight", &packed_weight<cuda::ByteRows>, py::arg("parts"), py::arg("bias"))
       .def("experts", &cuda::make_experts, py::arg("gate_up"), py::arg("down"))
       .def("fill_rows", &fill_rows, py::arg("target"), py::arg("first"), py::arg("count"), py::arg("bytes"),
            py::arg("dtype"), "Write host bytes to rows of a tensor, converted to its dtype.")

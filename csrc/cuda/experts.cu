@@ -133,6 +133,7 @@ static void run_dot_products(const Runtime& runtime, const ExpertProduct& produc
 int rows_of_group(const Runtime& runtime, const Experts& experts, std::int64_t pairs) {
   const std::int64_t each = pairs / experts.count;
   if (std::holds_alternative<GroupedRows>(experts.gate_up.first)) return pairs_of_group(runtime, each);
+  if (std::holds_alternative<ByteRows>(experts.gate_up.first)) return pairs_of_byte_group(runtime, each);
   const bool tiles = runtime.capability() >= 80 && experts.dtype != DType::float32 && experts.hidden % 8 == 0 &&
                      experts.inner % 8 == 0;
   if (!tiles) return kRowsOfX;

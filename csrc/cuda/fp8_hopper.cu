@@ -15,7 +15,7 @@
 // order of the columns.
 #include <algorithm>
 
-#include "cuda/fp8.hpp"
+#include "cuda/bytes.hpp"
 #include "cuda/hopper.cuh"
 #include "cuda/tensor_map.cuh"
 
@@ -54,7 +54,7 @@ struct Fp8Launch {
   CUtensorMap a_map, b_map;
   const void* bias;
   void* y;
-  Fp8Scales scales;
+  ByteScales scales;
   int m, n, stride, tiles_of_a, tiles_of_b, stages, splits;
 };
 
@@ -346,9 +346,9 @@ static __global__ __launch_bounds__(S::kThreads, S::kBlocksPerProcessor) void fp
 #endif
 }
 
-bool takes_fp8_on_hopper(const Runtime& runtime, const Fp8Product& product) {
+bool takes_fp8_on_hopper(const Runtime& runtime, const ByteProduct& product) {
 #ifdef VLLMLITE_HOPPER
-  return runtime.capability() == 90 && product.out_dtype == product.dtype;
+  return runtime.capability() == 90 && product.out_dtype == product.dtype && !product.integers;
 #else
   (void)runtime;
   (void)product;
@@ -365,7 +365,7 @@ static int splits_of(int tiles, int stages, int room, int most) {
 }
 
 template <typename T, typename S>
-static void run(const Runtime& runtime, const Fp8Product& product) {
+static void run(const Runtime& runtime, const ByteProduct& product) {
   const auto map = [&](const void* data, int rows, int of_tile) {
     return tensor_map(data, DType::uint8, {{product.k, 1, 128}, {rows, product.k, of_tile}});
   };
@@ -391,7 +391,7 @@ static void run(const Runtime& runtime, const Fp8Product& product) {
 }
 
 template <typename T, bool kBlocks>
-static void run_sized(const Runtime& runtime, const Fp8Product& product) {
+static void run_sized(const Runtime& runtime, const ByteProduct& product) {
   if (product.m <= 16)
     run<T, Fp8Tile<16, true, kBlocks, 5>>(runtime, product);
   else if (product.m <= 32)
@@ -406,11 +406,11 @@ static void run_sized(const Runtime& runtime, const Fp8Product& product) {
 }
 
 template <typename T>
-static void run_dtype(const Runtime& runtime, const Fp8Product& product) {
+static void run_dtype(const Runtime& runtime, const ByteProduct& product) {
   product.blocks ? run_sized<T, true>(runtime, product) : run_sized<T, false>(runtime, product);
 }
 
-void multiply_fp8_on_hopper(const Runtime& runtime, const Fp8Product& product) {
+void multiply_fp8_on_hopper(const Runtime& runtime, const ByteProduct& product) {
   product.dtype == DType::float16 ? run_dtype<f16>(runtime, product) : run_dtype<bf16>(runtime, product);
 }
 

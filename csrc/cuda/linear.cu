@@ -307,19 +307,19 @@ static std::int64_t rows_of(const std::vector<Rows>& parts) {
 
 std::int64_t LinearWeight::out() const {
   if (const auto* floats = std::get_if<Tensor>(&weight)) return floats->shape[0];
-  if (const auto* fp8 = std::get_if<std::vector<Fp8Rows>>(&weight)) return rows_of(*fp8);
+  if (const auto* bytes = std::get_if<std::vector<ByteRows>>(&weight)) return rows_of(*bytes);
   return rows_of(std::get<std::vector<GroupedRows>>(weight));
 }
 
 std::int64_t LinearWeight::in() const {
   if (const auto* floats = std::get_if<Tensor>(&weight)) return floats->shape[1];
-  if (const auto* fp8 = std::get_if<std::vector<Fp8Rows>>(&weight)) return fp8->at(0).columns;
+  if (const auto* bytes = std::get_if<std::vector<ByteRows>>(&weight)) return bytes->at(0).columns;
   return std::get<std::vector<GroupedRows>>(weight).at(0).columns;
 }
 
 Tensor LinearWeight::matrix(Runtime& runtime) const {
   if (const auto* floats = std::get_if<Tensor>(&weight)) return *floats;
-  if (const auto* fp8 = std::get_if<std::vector<Fp8Rows>>(&weight)) return dequantise(runtime, *fp8);
+  if (const auto* bytes = std::get_if<std::vector<ByteRows>>(&weight)) return dequantise(runtime, *bytes);
   return dequantise(runtime, std::get<std::vector<GroupedRows>>(weight));
 }
 
@@ -334,18 +334,18 @@ static void multiply_floats(Runtime& runtime, const Product& product) {
     multiply_by_dot_products(runtime, product);
 }
 
-static Tensor multiply_quantised(Runtime& runtime, const Fp8Activations& x, const LinearWeight& weight, DType dtype) {
-  const auto* parts = std::get_if<std::vector<Fp8Rows>>(&weight.weight);
-  if (parts == nullptr || x.values.shape[1] != weight.in())
+static Tensor multiply_quantised(Runtime& runtime, const ByteActivations& x, const LinearWeight& weight, DType dtype) {
+  const auto* parts = std::get_if<std::vector<ByteRows>>(&weight.weight);
+  if (parts == nullptr || x.values.shape[1] != parts->at(0).weight.shape[1])
     throw std::invalid_argument("linear: x is quantised for another weight");
   Tensor y = runtime.make({x.values.shape[0], weight.out()}, dtype);
-  if (y.bytes() != 0) multiply_fp8(runtime, x, *parts, weight.bias ? &*weight.bias : nullptr, y);
+  if (y.bytes() != 0) multiply_bytes(runtime, x, *parts, weight.bias ? &*weight.bias : nullptr, y);
   return y;
 }
 
 Tensor linear(Runtime& runtime, const Activations& activations, const LinearWeight& weight, DType dtype) {
   const DeviceGuard guard(runtime.device());
-  if (const auto* quantised = std::get_if<Fp8Activations>(&activations))
+  if (const auto* quantised = std::get_if<ByteActivations>(&activations))
     return multiply_quantised(runtime, *quantised, weight, dtype);
   const Tensor& x = std::get<Tensor>(activations);
   check_rank(x, 2, "x of linear");
@@ -362,8 +362,8 @@ Tensor linear(Runtime& runtime, const Activations& activations, const LinearWeig
     multiply_grouped(runtime, x, *grouped, bias, y);
     return y;
   }
-  if (const auto* fp8 = std::get_if<std::vector<Fp8Rows>>(&weight.weight)) {
-    multiply_fp8(runtime, x, *fp8, bias, y);
+  if (const auto* bytes = std::get_if<std::vector<ByteRows>>(&weight.weight)) {
+    multiply_bytes(runtime, x, *bytes, bias, y);
     return y;
   }
   const Tensor floats = weight.matrix(runtime);

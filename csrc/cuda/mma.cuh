@@ -50,6 +50,22 @@ __device__ __forceinline__ void multiply(float (&c)[4], const std::uint32_t (&a)
 #endif
 }
 
+// The same of 8-bit integers, m16n8k32 of sm_80 and later, or its equivalent on sm_75; sums are exact.
+template <typename T>
+__device__ __forceinline__ void multiply(int (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif __CUDA_ARCH__ >= 750
+#pragma unroll
+  for (int i = 0; i < 4; ++i)  // rows in steps of 8, of each the two halves of the columns
+    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+                 : "+r"(c[i % 2 * 2]), "+r"(c[i % 2 * 2 + 1])
+                 : "r"(a[i]), "r"(i < 2 ? b0 : b1));
+#endif
+}
+
 // Two numbers as a register of a fragment, the first in the low half.
 template <typename T>
 __device__ __forceinline__ std::uint32_t pair(float low, float high) {

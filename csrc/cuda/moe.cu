@@ -191,10 +191,11 @@ static bool alike(const std::vector<LinearWeight>& weights) {
     return parts_alike(*grouped, [](const GroupedRows& one, const GroupedRows& other) {
       return static_cast<const GroupedForm&>(one) == other && one.rows % 2 == 0;
     });
-  if (const auto* fp8 = std::get_if<std::vector<Fp8Rows>>(&weights[0].weight))
-    return parts_alike(*fp8, [](const Fp8Rows& one, const Fp8Rows& other) {
-      return one.blocks == other.blocks && one.rows == other.rows &&
-             one.input_scale.has_value() == other.input_scale.has_value();
+  if (const auto* bytes = std::get_if<std::vector<ByteRows>>(&weights[0].weight))
+    return parts_alike(*bytes, [](const ByteRows& one, const ByteRows& other) {
+      const ByteInputs a = one.inputs, b = other.inputs;
+      return one.rows == other.rows && a.integers == b.integers && a.blocks == b.blocks && a.symmetric == b.symmetric &&
+             a.with_sums == b.with_sums && (a.constant != 0) == (b.constant != 0);
     });
   return false;
 }
@@ -202,8 +203,8 @@ static bool alike(const std::vector<LinearWeight>& weights) {
 static ExpertWeights collect(Runtime& runtime, const std::vector<LinearWeight>& weights,
                              const std::vector<std::int64_t>& shape, bool packed) {
   ExpertWeights made;
-  std::vector<const void*> elements, scales, orders;
-  std::vector<float> constants;
+  std::vector<const void*> elements, scales, zeros, orders;
+  std::vector<ByteConstant> constants;
   const auto add = [&](const auto& rows) {
     if (elements.empty()) made.first = rows;
     made.owned.insert(made.owned.end(), {rows.weight, rows.scales});
@@ -228,21 +229,27 @@ static ExpertWeights collect(Runtime& runtime, const std::vector<LinearWeight>& 
       orders.push_back(rows.order ? rows.order->data : nullptr);
       if (rows.order) made.owned.push_back(*rows.order);
     } else {
-      const Fp8Rows& rows = std::get<std::vector<Fp8Rows>>(weight.weight).at(0);
+      const ByteRows& rows = std::get<std::vector<ByteRows>>(weight.weight).at(0);
       add(rows);
-      if (rows.input_scale) constants.push_back(*rows.input_scale);
+      if (rows.zeros) {
+        zeros.push_back(rows.zeros->data);
+        made.owned.push_back(*rows.zeros);
+      }
+      if (rows.inputs.constant != 0) constants.push_back({rows.inputs.constant, rows.inputs.zero});
     }
   }
-  const auto table = [&](const auto& values, DType dtype) {
+  const auto table = [&](const auto& values) {
+    static_assert(sizeof values[0] == 8);
     if (values.empty()) return Tensor{};
-    Tensor tensor = runtime.make({static_cast<std::int64_t>(values.size())}, dtype);
+    Tensor tensor = runtime.make({static_cast<std::int64_t>(values.size())}, DType::int64);
     runtime.upload(tensor.data, values.data(), tensor.bytes());
     return tensor;
   };
-  made.weights = table(elements, DType::int64);
-  made.scales = table(scales, DType::int64);
-  made.orders = table(orders, DType::int64);
-  if (!constants.empty()) made.constants = table(constants, DType::float32);
+  made.weights = table(elements);
+  made.scales = table(scales);
+  made.zeros = table(zeros);
+  made.orders = table(orders);
+  if (!constants.empty()) made.constants = table(constants);
   return made;
 }
 
@@ -286,21 +293,24 @@ static Tensor multiply_packed(Runtime& runtime, const Mixture& mixture, const Ex
     multiply_grouped_experts(runtime, product, *form);
     return y;
   }
-  const auto& form = std::get<Fp8Rows>(weights.first);
-  const auto quantised = [&]() -> Fp8Activations {
-    if (const auto* made = std::get_if<Fp8Activations>(&activations)) return *made;
+  const auto& form = std::get<ByteRows>(weights.first);
+  const auto quantised = [&]() -> ByteActivations {
+    if (const auto* made = std::get_if<ByteActivations>(&activations)) return *made;
     const Tensor& x = std::get<Tensor>(activations);
-    if (!weights.constants) return quantise_fp8(runtime, x, form);
+    if (!weights.constants) return quantise_bytes(runtime, x, form.inputs);
     product.x_of_tokens = false;
-    return quantise_fp8(runtime, x,
-                        Fp8Pairs{mixture.pairs, mixture.experts, static_cast<const float*>(weights.constants->data),
-                                 static_cast<int>(pairs), mixture.top_k, first});
+    return quantise_bytes(runtime, x, form.inputs,
+                          {mixture.pairs, mixture.experts, static_cast<const ByteConstant*>(weights.constants->data),
+                           static_cast<int>(pairs), mixture.top_k, first});
   };
-  const Fp8Activations x = quantised();
+  const ByteActivations x = quantised();
   Tensor y = results(form);
   product.x = x.values.data;
-  product.x_scales = {static_cast<const float*>(x.scales.data), nullptr, static_cast<int>(x.scales.shape[1])};
-  multiply_fp8_experts(runtime, product, form.blocks);
+  product.k = static_cast<int>(form.weight.shape[1]);
+  product.x_scales = {static_cast<const float*>(x.scales.data), nullptr, static_cast<int>(x.scales.shape[1]),
+                      static_cast<const ByteZero*>(x.zeros.data), nullptr};
+  product.w_zeros = addresses(weights.zeros);
+  multiply_byte_experts(runtime, product, form.inputs);
   return y;
 }
 
@@ -310,8 +320,8 @@ static Tensor multiply(Runtime& runtime, const Mixture& mixture, const Experts& 
   if (experts.packed()) {
     const Tensor both = multiply_packed(runtime, mixture, experts.gate_up, x, true, pairs);
     LinearWeight feeds;
-    const auto* fp8 = std::get_if<Fp8Rows>(&experts.down.first);
-    if (fp8 != nullptr && !experts.down.constants) feeds.weight = std::vector{*fp8};
+    const auto* bytes = std::get_if<ByteRows>(&experts.down.first);
+    if (bytes != nullptr && !experts.down.constants) feeds.weight = std::vector{*bytes};
     const Activations inner = gated_activation(runtime, both, activation, &feeds);
     return multiply_packed(runtime, mixture, experts.down, inner, false, pairs);
   }

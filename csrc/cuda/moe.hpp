@@ -30,23 +30,26 @@ struct ExpertProduct {
   const void* const* w;  // by expert
   int n, k;
   Activation activation = Activation::silu;  // of products with a gate
-  // By expert, of weights in groups of integers: the scales, and the order of columns, null where it is x's.
+  // By expert, of packed weights: scales; zeros of bytes; of groups of integers the order of columns, null where it is
+  // x's.
   const void* const* w_scales = nullptr;
+  const void* const* w_zeros = nullptr;
   const void* const* w_orders = nullptr;
-  Fp8Scales x_scales = {};  // of x, where it is quantised
+  ByteScales x_scales = {};  // of x, where it is quantised
 };
 
 // The largest number of pairs of a group, chosen for the fastest products of this many pairs.
 int rows_of_group(const Runtime& runtime, const Experts& experts, std::int64_t pairs);
-// The same where weights are in groups of integers, from the mean number of an expert's pairs.
+// The same where weights are in groups of integers, and of bytes, from the mean number of an expert's pairs.
 int pairs_of_group(const Runtime& runtime, std::int64_t pairs_of_expert);
+int pairs_of_byte_group(const Runtime& runtime, std::int64_t pairs_of_expert);
 
 // Computes f(gate) * up of float weights: x [tokens, hidden] -> y [sorted pairs, inner].
 void multiply_gated(const Runtime& runtime, const ExpertProduct& product, DType dtype);
 // Computes the product with float weights.
 void multiply_experts(const Runtime& runtime, const ExpertProduct& product, DType dtype);
-// The same with weights in groups of integers, and of 8-bit floats; x is of the runtime's dtype, or quantised.
+// The same with weights in groups of integers, and of 8-bit elements; x is of the runtime's dtype, or quantised.
 void multiply_grouped_experts(const Runtime& runtime, const ExpertProduct& product, const GroupedForm& form);
-void multiply_fp8_experts(const Runtime& runtime, const ExpertProduct& product, bool blocks);
+void multiply_byte_experts(const Runtime& runtime, const ExpertProduct& product, const ByteInputs& inputs);
 
 }  // namespace vllmlite::cuda

@@ -1,19 +1,20 @@
 // RMS and layer norms of rows, or of their sums with a residual; one block a row.
 #include <algorithm>
 
-#include "cuda/fp8.cuh"
+#include "cuda/bytes.cuh"
 #include "cuda/ops.hpp"
 #include "tensor/checks.hpp"
 
 namespace vllmlite::cuda {
 
 // Layer norm if kCentred, else RMS norm. Grid: (rows), up to 1024 threads each; a row has `packs` packs of kSize
-// elements. With a residual, x + residual is rounded to T, written to it, and normalised. W is T or float. With
-// kQuantised, a thread has one pack of eight, whose norm is quantised as `out` and `scales` (by `constant`, if not 0).
-template <typename T, typename W, int kSize, bool kCentred, bool kQuantised>
+// elements. With a residual, x + residual is rounded to T, written to it, and normalised. W is T or float. With a
+// quantiser (RowQuantiser), a thread has one pack of eight, whose norm goes to `quantised` instead of `out`.
+template <typename T, typename W, int kSize, bool kCentred, typename Quantiser>
 static __global__ __launch_bounds__(1024) void norm_kernel(const T* x, const W* weight, const T* bias, T* residual,
-                                                           void* out, int packs, float eps, float* scales,
-                                                           float constant) {
+                                                           T* out, int packs, float eps,
+                                                           const __grid_constant__ QuantisedRows quantised) {
+  constexpr bool kQuantised = !std::is_void_v<Quantiser>;
   using P = Pack<T, kSize>;
   __shared__ float shared[32];
   let_next_begin();
@@ -71,27 +72,23 @@ static __global__ __launch_bounds__(1024) void norm_kernel(const T* x, const W* 
       if constexpr (kCentred) value += to_float(added.at[j]);
       normed.at[j] = from_float<T>(value);
     }
-    if constexpr (!kQuantised) static_cast<P*>(out)[row + i] = normed;
+    if constexpr (!kQuantised) reinterpret_cast<P*>(out)[row + i] = normed;
   });
   if constexpr (kQuantised) {
-    const float scale = fp8_row_scale(largest_magnitude(normed), constant, shared);
+    Quantiser quantiser(quantised);
+    quantiser.see(normed);
+    quantiser.settle(shared);
     const int i = static_cast<int>(threadIdx.x);
-    if (i < packs) static_cast<uint2*>(out)[row + i] = quantised(normed, 1 / scale);
-    if (i == 0) scales[blockIdx.x] = scale;
+    if (i < packs) quantised.values[row + i] = quantiser.codes(normed);
+    quantiser.finish(blockIdx.x, shared);
   }
 }
 
 constexpr std::int64_t kMostThreads = 1024;
 
-// Where the norm is quantised, and by which constant, if not 0.
-struct QuantisedNorm {
-  Fp8Activations to;
-  float constant;
-};
-
 template <typename T, typename W, bool kCentred>
 static void run(const Runtime& runtime, const Tensor& x, const Tensor& weight, const Tensor* bias,
-                const Tensor* residual, const Tensor& out, float eps, const QuantisedNorm* quantised = nullptr) {
+                const Tensor* residual, const Tensor& out, float eps, const QuantisedRows* quantised = nullptr) {
   const auto go = [&](auto* kernel, std::int64_t size) {
     const std::int64_t packs = x.shape[1] / size;
     const auto threads = static_cast<unsigned>(std::clamp<std::int64_t>((packs + 31) / 32 * 32, 32, kMostThreads));
@@ -99,17 +96,17 @@ static void run(const Runtime& runtime, const Tensor& x, const Tensor& weight, c
       return tensor == nullptr ? nullptr : static_cast<T*>(tensor->data);
     };
     launch(runtime, kernel, static_cast<unsigned>(x.shape[0]), threads, 0, static_cast<const T*>(x.data),
-           static_cast<const W*>(weight.data), optional(bias), optional(residual),
-           quantised == nullptr ? out.data : quantised->to.values.data, static_cast<int>(packs), eps,
-           quantised == nullptr ? nullptr : static_cast<float*>(quantised->to.scales.data),
-           quantised == nullptr ? 0 : quantised->constant);
+           static_cast<const W*>(weight.data), optional(bias), optional(residual), static_cast<T*>(out.data),
+           static_cast<int>(packs), eps, quantised == nullptr ? QuantisedRows{} : *quantised);
   };
   if constexpr (sizeof(T) == 2 && !kCentred)
-    if (quantised != nullptr) return go(norm_kernel<T, W, kPack<T>, false, true>, kPack<T>);
+    if (quantised != nullptr)
+      return quantised->inputs.integers ? go(norm_kernel<T, W, kPack<T>, false, RowQuantiser<true>>, kPack<T>)
+                                        : go(norm_kernel<T, W, kPack<T>, false, RowQuantiser<false>>, kPack<T>);
   if (x.shape[1] % kPack<T> == 0)
-    go(norm_kernel<T, W, kPack<T>, kCentred, false>, kPack<T>);
+    go(norm_kernel<T, W, kPack<T>, kCentred, void>, kPack<T>);
   else
-    go(norm_kernel<T, W, 1, kCentred, false>, 1);
+    go(norm_kernel<T, W, 1, kCentred, void>, 1);
 }
 
 static void check_norm(Runtime& runtime, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& residual) {
@@ -129,24 +126,27 @@ std::pair<Activations, Tensor> rms_norm(Runtime& runtime, const Tensor& x, const
   const DeviceGuard guard(runtime.device());
   check_norm(runtime, x, weight, residual);
   if (weight.dtype != DType::float32) check_dtype(weight, x.dtype, "the weight of rms_norm");
-  const Fp8Rows* rows = feeds == nullptr ? nullptr : rows_that_quantise(*feeds);
-  std::optional<QuantisedNorm> quantised;
+  const ByteRows* rows = feeds == nullptr ? nullptr : rows_that_quantise(*feeds);
+  std::optional<ByteActivations> quantised;
+  QuantisedRows to{};
   Tensor out;
-  if (rows != nullptr && x.shape[1] == rows->columns && rows->columns <= kMostThreads * 8)
-    quantised = {make_fp8_activations(runtime, x.shape[0], *rows), rows->input_scale.value_or(0)};
-  else
+  if (rows != nullptr && x.shape[1] == rows->columns && rows->columns <= kMostThreads * 8) {
+    quantised = make_byte_activations(runtime, x.shape[0], rows->columns, rows->inputs);
+    to = quantised_rows(*quantised, rows->inputs);
+  } else {
     out = runtime.make(x.shape, x.dtype);
+  }
   if (x.bytes() != 0)
     with_float(x.dtype, [&](auto* type) {
       using T = Pointee<decltype(type)>;
-      const QuantisedNorm* to = quantised ? &*quantised : nullptr;
+      const QuantisedRows* rows_to = quantised ? &to : nullptr;
       if (weight.dtype == x.dtype)
-        run<T, T, false>(runtime, x, weight, nullptr, pointer(residual), out, eps, to);
+        run<T, T, false>(runtime, x, weight, nullptr, pointer(residual), out, eps, rows_to);
       else
-        run<T, float, false>(runtime, x, weight, nullptr, pointer(residual), out, eps, to);
+        run<T, float, false>(runtime, x, weight, nullptr, pointer(residual), out, eps, rows_to);
     });
   const Tensor sum = residual ? *residual : x;
-  if (quantised) return {quantised->to, sum};
+  if (quantised) return {*quantised, sum};
   return {out, sum};
 }
 

@@ -12,28 +12,28 @@
 
 #include "contract/activation.hpp"
 #include "cuda/batch.hpp"
-#include "cuda/fp8.hpp"
+#include "cuda/bytes.hpp"
 #include "cuda/grouped.hpp"
 #include "cuda/runtime.hpp"
 
 namespace vllmlite::cuda {
 
-// A weight [out, in], row-major and of the backend's dtype, or in groups of integers or of 8-bit floats, some rows
+// A weight [out, in], row-major and of the backend's dtype, or in groups of integers or of 8-bit elements, some rows
 // after the others; and a bias [out] of the backend's dtype.
 struct LinearWeight {
   std::int64_t out() const;
   std::int64_t in() const;
   Tensor matrix(Runtime& runtime) const;  // of the backend's dtype
 
-  std::variant<Tensor, std::vector<GroupedRows>, std::vector<Fp8Rows>> weight;
+  std::variant<Tensor, std::vector<GroupedRows>, std::vector<ByteRows>> weight;
   std::optional<Tensor> bias;
 };
 
 // The rows that say how activations are quantised for a weight, if a row of them has one scale; else null.
-const Fp8Rows* rows_that_quantise(const LinearWeight& weight);
+const ByteRows* rows_that_quantise(const LinearWeight& weight);
 
 // The result of an op that may already be quantised for the only product that reads it.
-using Activations = std::variant<Tensor, Fp8Activations>;
+using Activations = std::variant<Tensor, ByteActivations>;
 
 // Writes `source`, of any float dtype, to `target`, of as many elements, in that one's dtype.
 void convert(Runtime& runtime, const Tensor& source, const Tensor& target);
@@ -63,11 +63,11 @@ Tensor linear(Runtime& runtime, const Activations& x, const LinearWeight& weight
 // One of the two weights [out, in] of each of a mixture's experts: all of the backend's dtype, or all packed in one
 // form.
 struct ExpertWeights {
-  std::variant<Tensor, GroupedRows, Fp8Rows> first;  // that of expert 0, whose form the others have
-  std::vector<Tensor> owned;                         // what the addresses are of
-  // int64 [count]: addresses of elements, of packed ones' scales, and of orders of columns, 0 where there is none.
-  Tensor weights, scales, orders;
-  std::optional<Tensor> constants;  // float32 [count]: what quantises activations, where constants do
+  std::variant<Tensor, GroupedRows, ByteRows> first;  // that of expert 0, whose form the others have
+  std::vector<Tensor> owned;                          // what the addresses are of
+  // int64 [count]: addresses of elements, and of packed ones' scales, zeros and orders of columns, where there are any.
+  Tensor weights, scales, zeros, orders;
+  std::optional<Tensor> constants;  // ByteConstant [count]: what quantises activations, where constants do
 };
 
 // Weights of a mixture's experts, each [2 * inner, hidden], the gate's rows first, and [hidden, inner]. Both are

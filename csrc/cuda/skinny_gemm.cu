@@ -8,11 +8,11 @@
 // each thread reads through the first-level cache: a thread holds the sums of rows lane / 4 and lane / 4 + 8 of w, and
 // of rows 2 (lane % 4) and the next of x.
 //
-// 8-bit floats have scales: with kBlocks the sum of a stage is multiplied by those of its block of 128 columns, else
+// 8-bit elements have scales: with kBlocks the sum of a stage is multiplied by those of its block of 128 columns, else
 // the result by those of the rows.
 #include <algorithm>
 
-#include "cuda/fp8.hpp"
+#include "cuda/bytes.cuh"
 #include "cuda/linear.hpp"
 #include "cuda/mma.cuh"
 
@@ -27,17 +27,21 @@ constexpr int kMostRows = 8;
 template <int kRows>
 struct SkinnyShared {
   uint4 stages[kWarps][kStages][kRows][kChunks];
-  float sums[2][kWarps][kMostRows][kRows + 1];
+  union {
+    float sums[2][kWarps][kMostRows][kRows + 1];
+    int integers[2][kWarps][kMostRows][kRows + 1];
+  };
 };
 
-// In is T, or e4m3, whose scales `scales` has; rows of y are `stride` apart.
+// In is T, or of 8 bits, whose scales `scales` has; rows of y are `stride` apart.
 template <typename In, typename T, typename Out, int kRows, bool kBlocks>
 static __global__ __launch_bounds__(kWarps * 32,
                                     kBlocksPerProcessor) void skinny_gemm_kernel(const In* x, const In* w,
                                                                                  const T* bias, Out* y, int m, int n,
-                                                                                 int k, int stride, Fp8Scales scales) {
+                                                                                 int k, int stride, ByteScales scales) {
 #if __CUDA_ARCH__ >= 800
-  constexpr bool kScaled = sizeof(In) == 1;
+  constexpr bool kBytes = sizeof(In) == 1, kIntegers = std::is_same_v<In, std::int8_t>, kScaled = kBytes && !kIntegers;
+  using Sum = std::conditional_t<kIntegers, int, float>;
   constexpr int kOfChunk = kPack<In>, kColumns = kChunks * kOfChunk;  // of w in a stage
   extern __shared__ __align__(16) char storage[];
   auto& shared = *reinterpret_cast<SkinnyShared<kRows>*>(storage);
@@ -72,7 +76,7 @@ static __global__ __launch_bounds__(kWarps * 32,
 
   int index = 0, buffer = 0;
   for (int tile = static_cast<int>(blockIdx.x); tile < tiles; tile += static_cast<int>(gridDim.x), buffer ^= 1) {
-    float sums[4] = {};
+    Sum sums[4] = {};
     for (int begin = 0; begin < own; begin += kAhead) {
       uint4 b[kAhead][2];
 #pragma unroll
@@ -102,7 +106,7 @@ static __global__ __launch_bounds__(kWarps * 32,
         wait_for_copies<kStages - 1>();
         __syncwarp();
         const auto& stage = shared.stages[warp][index];
-        float of_stage[4] = {};  // of 8-bit floats, added in float32
+        Sum of_stage[4] = {};  // of 8-bit floats, added in float32
         auto& to = kScaled ? of_stage : sums;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -122,7 +126,12 @@ static __global__ __launch_bounds__(kWarps * 32,
         index = index + 1 == kStages ? 0 : index + 1;
       }
     }
-    auto& partials = shared.sums[buffer];
+    auto& partials = [&]() -> auto& {
+      if constexpr (kIntegers)
+        return shared.integers[buffer];
+      else
+        return shared.sums[buffer];
+    }();
 #pragma unroll
     for (int i = 0; i < kRows / 4; ++i) partials[warp][quad * 2 + i % 2][group + i / 2 * 8] = sums[i];
     __syncthreads();
@@ -130,11 +139,16 @@ static __global__ __launch_bounds__(kWarps * 32,
       const int row = i / kRows, place = i % kRows, at = tile * kRows + place;
       if (row >= m || at >= n) continue;
       const float added = bias == nullptr ? 0 : to_float(bias[at]);
-      float sum = kScaled ? 0 : added;
+      Sum sum = 0;
+      if constexpr (!kBytes) sum = added;
 #pragma unroll
       for (int part = 0; part < kWarps; ++part) sum += partials[part][row][place];
-      if constexpr (kScaled) sum = fmaf(sum, kBlocks ? 1 : scales.x[row] * scales.w[at], added);
-      y[static_cast<std::int64_t>(row) * stride + at] = from_float<Out>(sum);
+      float result;
+      if constexpr (kBytes)
+        result = scaled<kBlocks>(sum, scales, row, at, added);
+      else
+        result = sum;
+      y[static_cast<std::int64_t>(row) * stride + at] = from_float<Out>(result);
     }
   }
 #endif
@@ -154,7 +168,7 @@ static double share_at_work(const Runtime& runtime, int n, int rows) {
 }
 
 template <typename In, typename T, typename Out, bool kBlocks>
-static void run(const Runtime& runtime, const Product& product, int stride, const Fp8Scales& scales) {
+static void run(const Runtime& runtime, const Product& product, int stride, const ByteScales& scales) {
   const auto go = [&](auto* kernel, int rows, std::size_t shared) {
     const unsigned blocks =
         std::min(blocks_for(product.n, rows), static_cast<unsigned>(runtime.multiprocessors() * kBlocksPerProcessor));
@@ -175,14 +189,20 @@ void multiply_skinny(const Runtime& runtime, const Product& product) {
   });
 }
 
-bool takes_skinny_fp8(const Fp8Product& product) { return product.m <= kMostRows; }
+bool takes_skinny_bytes(const Runtime& runtime, const ByteProduct& product) {
+  return runtime.capability() >= 80 && product.m <= kMostRows;
+}
 
-void multiply_skinny_fp8(const Runtime& runtime, const Fp8Product& product) {
+void multiply_skinny_bytes(const Runtime& runtime, const ByteProduct& product) {
   with_results(product.dtype, product.out_dtype, [&](auto* type, auto* out) {
     using T = Pointee<decltype(type)>;
     using Out = Pointee<decltype(out)>;
-    product.blocks ? run<e4m3, T, Out, true>(runtime, product, product.stride, product.scales)
-                   : run<e4m3, T, Out, false>(runtime, product, product.stride, product.scales);
+    if (product.integers)
+      run<std::int8_t, T, Out, false>(runtime, product, product.stride, product.scales);
+    else if (product.blocks)
+      run<e4m3, T, Out, true>(runtime, product, product.stride, product.scales);
+    else
+      run<e4m3, T, Out, false>(runtime, product, product.stride, product.scales);
   });
 }
 

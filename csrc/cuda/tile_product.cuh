@@ -1,6 +1,6 @@
-// A tile of a product x @ w.T of 16-bit or 8-bit floats on tensor cores, each output summed up in one order whatever
-// the tile's shape is: the columns one after another, 32 bytes of them at a time, in one accumulator. The sum of a
-// stage's 8-bit columns is scaled before it is added.
+// A tile of a product x @ w.T of 16-bit or 8-bit floats, or of 8-bit integers, on tensor cores, each output summed up
+// in one order whatever the tile's shape is: the columns one after another, 32 bytes of them at a time, in one
+// accumulator. The sum of a stage's columns of 8-bit floats is scaled before it is added.
 //
 // Block: kWarpsM x kWarpsN warps, of which warp i has kM / kWarpsM rows of x, part i % kWarpsM, and kN / kWarpsN rows
 // of w, part i / kWarpsM. Shared memory: a ring of kStages stages of 128 bytes of columns, kM rows of x and kN of w,
@@ -37,9 +37,9 @@ struct TileShared {
   T w[S::kStages][S::kN][kStride];
 };
 
-// A warp's part, as fragments of mma.cuh.
-template <typename S>
-using TileSums = float[S::kRowTiles][2 * S::kColumnTiles][4];
+// A warp's part of the sums of products of T, as fragments of mma.cuh.
+template <typename S, typename T = float>
+using TileSums = std::conditional_t<std::is_same_v<T, std::int8_t>, int, float>[S::kRowTiles][2 * S::kColumnTiles][4];
 
 // The scale of the sums of 16-bit numbers.
 struct Unscaled {
@@ -48,10 +48,10 @@ struct Unscaled {
 
 // Adds the products of `k` columns, a multiple of a 16-byte word's, to `sums`. `x_row` and `w_row` say which rows of x
 // and w are those of the tile, of which x has `rows`. Weights are asked for, then `ready` is called, then x is read.
-// The sum of an 8-bit stage is multiplied by `scale` (stage, row of x in the tile).
+// The sum of a stage of 8-bit floats is multiplied by `scale` (stage, row of x in the tile).
 template <typename S, typename T, typename RowOfX, typename RowOfW, typename Ready, typename Scale = Unscaled>
 __device__ __forceinline__ void multiply_tile(TileShared<T, S>& shared, const T* x, const T* w, int k, int rows,
-                                              RowOfX x_row, RowOfW w_row, Ready ready, TileSums<S>& sums,
+                                              RowOfX x_row, RowOfW w_row, Ready ready, TileSums<S, T>& sums,
                                               Scale scale = {}) {
   constexpr int kColumns = TileShared<T, S>::kColumns, kOfWord = kPack<T>;
   constexpr int kWords = 8, kStep = S::kThreads / kWords;
@@ -97,8 +97,8 @@ __device__ __forceinline__ void multiply_tile(TileShared<T, S>& shared, const T*
       copy_x(to, next);
     }
     commit_copies();
-    constexpr bool kScaled = sizeof(T) == 1;
-    TileSums<S> own;  // of a stage that is scaled
+    constexpr bool kScaled = std::is_same_v<T, e4m3>;
+    TileSums<S, T> own;  // of a stage that is scaled
     if constexpr (kScaled) {
 #pragma unroll
       for (auto& row_sums : own)

@@ -18,6 +18,8 @@ from vllmlite.weights.schemes.w8a8 import W8A8Scheme
 
 Array = NDArray[Any]
 ROWS = (1, 2, 7, 16, 33, 64)
+ROWS_ON_GPUS = (8, 9, 130, 300)
+"""Further numbers of rows, for the tiles of kernels."""
 INPUTS: dict[str, dict[str, Any]] = {
     "dynamic": {},
     "dynamic asymmetric": {"symmetric_input": False},
@@ -103,6 +105,13 @@ def check(backend: Backend, x: Array, parts: list[PackedWeight], bias: Array | N
     for rows in ROWS:
         found = backend.to_host(backend.linear(put(backend, x[:rows]), weight))
         np.testing.assert_allclose(found, expected[:rows], bound, bound * np.abs(expected).max())
+    if backend.name == "cuda":
+        for rows in ROWS_ON_GPUS:
+            many = np.resize(x, (rows, x.shape[1]))
+            found = backend.to_host(backend.linear(put(backend, many), weight))
+            alone = [backend.linear(put(backend, row[None]), weight) for row in many[: len(x)]]
+            alike = np.concatenate([backend.to_host(row) for row in alone])
+            np.testing.assert_array_equal(found, np.resize(alike, found.shape))
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["", "zeros"])
@@ -138,6 +147,23 @@ def test_parts_have_inputs_of_their_own(multiplies: Backend) -> None:
         packed(40, 256),
     ]
     check(multiplies, numbers((max(ROWS), 256)), parts, numbers((159,), 5))
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize(("rows", "columns"), [(3, 272), (9, 1000), (2, 8208)])
+def test_what_feeds_a_product_may_be_quantised(
+    multiplies: Backend, inputs: str, rows: int, columns: int
+) -> None:
+    """A norm, and an activation, with ``feeds`` have the same products, to the bit; also where they are not fused."""
+    weight = multiplies.linear_weight([packed(48, columns, symmetric=False, **INPUTS[inputs])])
+    up = multiplies.linear_weight([packed(columns, 32, seed=seed) for seed in (1, 2)])
+    norm, found = put(multiplies, numbers((columns,), 3)), []
+    for feeds in (None, weight):
+        x, residual = (put(multiplies, numbers((rows, columns), seed)) for seed in (0, 1))
+        normed, _ = multiplies.rms_norm(x, norm, 1e-5, residual, feeds)
+        inner = multiplies.gated_linear(put(multiplies, numbers((rows, 32), 4)), up, "silu", feeds)
+        found.append([multiplies.to_host(multiplies.linear(each, weight)) for each in (normed, inner)])
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("inputs", INPUTS)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from checkpoints import write_checkpoint
 from numpy.typing import NDArray
 from packers import Packer
@@ -14,6 +15,9 @@ from paged import PagedModel
 from safetensors.numpy import load_file
 
 from vllmlite.backends.base import Backend
+from vllmlite.backends.cuda import CudaBackend
+from vllmlite.backends.torch import TorchBackend
+from vllmlite.errors import BackendError
 from vllmlite.models import load_model, read_spec
 from vllmlite.models.tensors import sources
 from vllmlite.weights.host import HostTensor
@@ -86,3 +90,20 @@ def logits(path: Path, backend: Backend, packing: Packing | None = None) -> NDAr
     paged = PagedModel(model, num_blocks=8, max_slots=2, max_context=64)
     paged.admit(0)
     return paged.logits([0], [np.arange(3, 40, dtype=np.int32)])[0]
+
+
+def check_on_cuda(base: Path, packer: Packer, family: str, dtype: str, scheme: str) -> None:
+    """Check logits of a checkpoint whose products quantise activations, if the GPU has products of ``scheme``.
+
+    Roundings to 16 bits change the codes of some activations: logits may differ from those in float32 twice as much as
+    the reference's do in ``dtype``."""
+    try:
+        backend = CudaBackend("cuda", dtype)
+    except BackendError as error:
+        pytest.skip(str(error))
+    if scheme not in backend.schemes:
+        pytest.skip(f"{backend.details} does not multiply {scheme}")
+    path, _ = quantised(base, packer, family, **({"num_local_experts": 2} if family == "Mixtral" else {}))
+    exact = logits(path, TorchBackend())
+    usual = np.abs(logits(path, TorchBackend("cpu", dtype)) - exact).mean()
+    assert np.abs(logits(path, backend) - exact).mean() <= 2 * usual

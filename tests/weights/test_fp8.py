@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from native import needs_native_cpu
 from packers import FP8
-from quantized_checkpoints import logits, quantised, tensors_of, write
+from quantized_checkpoints import check_on_cuda, logits, quantised, tensors_of, write
 
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.cuda import CudaBackend
@@ -37,16 +37,10 @@ def test_products_quantise_activations_on_torch_and_not_on_the_cpu(name: str, tm
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["Llama", "Phi3", "Mixtral"])
 @pytest.mark.parametrize("name", FP8)
-def test_checkpoints_run_on_cuda_as_on_torch(name: str, family: str, dtype: str, tmp_path: Path) -> None:
-    try:
-        backend = CudaBackend("cuda", dtype)
-    except BackendError as error:
-        pytest.skip(str(error))
-    changes = {"num_local_experts": 2} if family == "Mixtral" else {}
-    path, floats = quantised(tmp_path, FP8[name], family, **changes)
-    expected = logits(path if "fp8_w8a8" in backend.schemes else floats, TorchBackend())
-    size = np.abs(expected).max()
-    np.testing.assert_allclose(logits(path, backend), expected, rtol=0, atol=0.05 * size)
+def test_checkpoints_run_on_cuda(name: str, family: str, dtype: str, tmp_path: Path) -> None:
+    if "blocks" in name and family == "Phi3":
+        pytest.skip("fused projections of this size end within a block")
+    check_on_cuda(tmp_path, FP8[name], family, dtype, "fp8_w8a8")
 
 
 @needs_native_cpu

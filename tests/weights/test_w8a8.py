@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from native import needs_native_cpu
 from packers import W8A8
-from quantized_checkpoints import logits, quantised
+from quantized_checkpoints import check_on_cuda, logits, quantised
 
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.torch import TorchBackend
@@ -32,6 +32,13 @@ def test_checkpoints_run_as_defined_on_every_backend(name: str, family: str, tmp
     size = np.abs(unquantised).max()
     np.testing.assert_allclose(logits(path, CpuBackend()), expected, rtol=0, atol=0.03 * size)
     assert 0 < np.abs(expected - unquantised).mean() < 0.2 * size
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["Llama", "Phi3", "Mixtral"])
+@pytest.mark.parametrize("name", W8A8)
+def test_checkpoints_run_on_cuda(name: str, family: str, dtype: str, tmp_path: Path) -> None:
+    check_on_cuda(tmp_path, W8A8[name], family, dtype, "w8a8")
 
 
 @needs_native_cpu

@@ -40,6 +40,7 @@ from vllmlite.weights.schemes import float8
 from vllmlite.weights.schemes.codes import Bytes, StoredCodes
 from vllmlite.weights.schemes.float8 import Float8Scheme
 from vllmlite.weights.schemes.grouped import ORDER, QWEIGHT, SCALES, ZEROS, GroupedScheme
+from vllmlite.weights.schemes.w8a8 import Int8Operand, W8A8Scheme
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class CudaBackend(NativeBackend):
         self.details = gpu["name"]
         least = {"float16": NATIVE_FLOAT16, "bfloat16": NATIVE_BFLOAT16}.get(dtype)
         if least is not None and gpu["compute_capability"] >= least:
-            self.schemes = frozenset(("w4a16", "w8a16"))
+            self.schemes = frozenset(("w4a16", "w8a16", "w8a8"))
             if gpu["compute_capability"] >= NATIVE_FLOAT8:
                 self.schemes |= {"fp8_w8a8"}
         with _out_of_memory("the device has not enough free memory for a CUDA context"):
@@ -168,7 +169,9 @@ class CudaBackend(NativeBackend):
         """Whether kernels multiply weights of this shape and group size; others are dequantised when loaded."""
         scheme, columns = weight.scheme, weight.shape[1]
         taken: bool
-        if isinstance(scheme, Float8Scheme):
+        if isinstance(scheme, W8A8Scheme):
+            taken = True
+        elif isinstance(scheme, Float8Scheme):
             taken = self._runtime.takes_fp8(columns)
         else:
             assert isinstance(scheme, GroupedScheme)
@@ -183,8 +186,10 @@ class CudaBackend(NativeBackend):
             operands = [scheme.operand(part) for part in parts]
             return self._runtime.fp8_rows(
                 rows, columns, operands[0].blocks, [operand.values for operand in operands],
-                [operand.scales for operand in operands], operands[0].input_scale,
+                [operand.scales for operand in operands], operands[0].input_scale or 0,
             )  # fmt: skip
+        if isinstance(scheme, W8A8Scheme):
+            return self._int8_rows([scheme.operand(part) for part in parts])
         assert isinstance(scheme, GroupedScheme)
         order = first.parts.get(ORDER)
 
@@ -195,6 +200,23 @@ class CudaBackend(NativeBackend):
             scheme.bits, rows, columns, scheme.group_size or columns,
             pieces(QWEIGHT), pieces(SCALES), first.parts[SCALES].dtype, pieces(ZEROS),
             None if order is None else order.data,
+        )  # fmt: skip
+
+    def _int8_rows(self, operands: Sequence[Int8Operand]) -> Any:
+        """Copy rows to the device, with their zeros, and the sums that zeros of activations need."""
+        columns, inputs = operands[0].values.shape[1], operands[0].inputs
+        zeros = []
+        for operand in operands:
+            own = np.zeros((len(operand.values), 2), np.int32)
+            own[:, 0] = 0 if operand.zeros is None else operand.zeros
+            if not inputs.symmetric or inputs.zero:
+                own[:, 1] = operand.values.sum(axis=1, dtype=np.int32)
+            zeros.append(own)
+        return self._runtime.int8_rows(
+            sum(len(operand.values) for operand in operands), columns,
+            [np.pad(operand.values, ((0, 0), (0, -columns % 16))).view(np.uint8) for operand in operands],
+            [operand.scales for operand in operands], zeros, operands[0].zeros is not None,
+            inputs.symmetric, inputs.scale or 0, inputs.zero,
         )  # fmt: skip
 
     def experts(self, experts: Sequence[Expert]) -> Any:
@@ -321,6 +343,8 @@ def _form(weight: PackedWeight) -> tuple[Any, ...]:
         # Rows after a part of a block would begin within a block.
         own = id(weight) if weight.shape[0] % scheme.row_unit else None
         return scheme.granularity == "block", inputs, own
+    if isinstance(scheme, W8A8Scheme):
+        return scheme, scheme.operand(weight).inputs
     order = weight.parts.get(ORDER)
     return scheme, weight.parts[SCALES].dtype, None if order is None else order.data.tobytes()
 
