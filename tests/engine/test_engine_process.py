@@ -18,6 +18,7 @@ import pytest
 
 from vllmlite import LLM, AsyncLLM, EngineConfig, LLMEngine, SamplingParams
 from vllmlite.async_llm import NewRequest, OutputStream
+from vllmlite.beam_params import BeamOptions
 from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.trace import TraceEvent
 from vllmlite.engine_process.client import EngineClient
@@ -86,6 +87,28 @@ def take_logprobs(output: RequestOutput) -> list[float]:
         found.append(completion.cumulative_logprob or 0.0)
         completion.cumulative_logprob = None
     return found
+
+
+def test_beams_come_from_another_process(engine: LLMEngine) -> None:
+    params = SamplingParams(n=3, temperature=0, max_tokens=6, beams=BeamOptions(4))
+    with pytest.raises(ParameterError, match="must be at most 8"):
+        engine.add_request("wide", "Debian is", params.clone(beams=BeamOptions(9)))
+    engine.add_request("beams", "Debian is", params)
+    (output,) = run_to_end(engine)
+    scores = [completion.cumulative_logprob or 0.0 for completion in output.outputs]
+    assert output.finished and len(output.outputs) == 3 and scores == sorted(scores, reverse=True)
+    assert len({completion.text for completion in output.outputs}) == 3
+    engine.add_request("aborted", "Debian is", params)
+    engine.abort_request("aborted")
+    engine.add_request("after", "Debian is", SamplingParams(temperature=0, max_tokens=2))
+    assert [output.request_id for output in run_to_end(engine) if output.finished] == ["after"]
+
+
+def run_to_end(engine: LLMEngine) -> list[RequestOutput]:
+    outputs: list[RequestOutput] = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    return outputs
 
 
 @pytest.mark.parametrize("pauses", [(0.0,), (0.05, 0.5, 2.0)], ids=["prompt reader", "slow reader"])

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("xgrammar", reason="needs xgrammar (Debian: python3-xgrammar, on amd64 and arm64)")
 
 from vllmlite import LLM, EngineConfig, SamplingParams, StructuredOutputsParams
+from vllmlite.beam_params import BeamOptions
 from vllmlite.errors import ParameterError
 from vllmlite.guided.compiler import COMPILE_BYTES, GrammarCompiler, Prepared, compile_prepared
 from vllmlite.guided.grammars import Grammars
@@ -88,6 +89,15 @@ def test_the_output_follows_the_grammar(llm: LLM, temperature: float) -> None:
     calm = llm.generate(PROMPT, free, use_tqdm=False)[0].outputs[0].text
     together = llm.generate([PROMPT] * (len(wanted) + 1), [*wanted, free], use_tqdm=False)
     assert [output.outputs[0].text for output in together] == [*alone, calm]
+
+
+def test_every_beam_follows_the_grammar(llm: LLM) -> None:
+    choices = ["stable", "unstable", "testing", "experimental"]
+    wanted = params({"choice": choices}, n=4, temperature=0, beams=BeamOptions(4))
+    (output,) = llm.generate(PROMPT, wanted, use_tqdm=False)
+    assert {completion.text for completion in output.outputs} <= set(choices)
+    assert len({tuple(completion.token_ids) for completion in output.outputs}) == 4
+    assert {completion.finish_reason for completion in output.outputs} == {"stop"}
 
 
 def test_without_an_end_token_the_last_token_is_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ import torch
 from checkpoints import write_checkpoint
 
 from vllmlite import LLM
-from vllmlite.sampling_params import BeamSearchParams
+from vllmlite.beam_params import BeamOptions, BeamSearchParams
+from vllmlite.sampling_params import SamplingParams
 
 ENDS = list(range(3, 300, 40))
 """Enough ids that end a sequence for random models to generate some."""
@@ -53,7 +54,9 @@ class Pair:
         ]
 
     @torch.inference_mode()
-    def expected(self, prompt: list[int], params: BeamSearchParams) -> tuple[list[list[int]], list[float]]:
+    def expected(
+        self, prompt: list[int], params: BeamSearchParams, **options: Any
+    ) -> tuple[list[list[int]], list[float]]:
         ids = torch.tensor([prompt])
         made = self.model.generate(
             ids,
@@ -68,6 +71,7 @@ class Pair:
             pad_token_id=0,
             return_dict_in_generate=True,
             output_scores=True,
+            **options,
         )
         sequences = []
         for row in made.sequences.tolist():
@@ -84,7 +88,7 @@ def pair_of(family: str, path: Path, backend: str) -> Pair:
     device = "cuda" if backend == "cuda" else "cpu"
     llm = LLM(
         str(path), backend=backend, device=device, dtype="float32", skip_tokenizer_init=True, block_size=4,
-        num_gpu_blocks_override=400, max_model_len=64, max_num_seqs=24,
+        num_gpu_blocks_override=400, max_model_len=112, max_num_seqs=24,
     )  # fmt: skip
     return Pair(llm, model)
 
@@ -114,3 +118,35 @@ def test_every_family_equals_transformers(family: str, backend: str, tmp_path: P
     pair = pair_of(family, tmp_path, backend)
     for width, penalty, early in product((2, 4, 8), PENALTIES, (False, True, "never")):
         pair.check(width, penalty, early, include_stop_str_in_output=width == 4)
+
+
+def test_penalties_and_bans_follow_each_beam(llama: Pair) -> None:
+    """Counts of penalties and bans of ends fork with the beam; as in transformers, they edit log-probabilities."""
+    params = SamplingParams(
+        n=4, temperature=0, max_tokens=12, min_tokens=6, repetition_penalty=1.4, beams=BeamOptions(4)
+    )
+    found = llama.llm.generate(PROMPTS, [params] * len(PROMPTS))
+    for prompt, output in zip(PROMPTS, found, strict=True):
+        search = BeamSearchParams(beam_width=4, max_tokens=12)
+        expected, _ = llama.expected(prompt, search, min_new_tokens=6, repetition_penalty=1.4)
+        assert [prompt + completion.token_ids for completion in output.outputs] == expected
+
+
+def test_load_chunks_and_preemption_change_no_beams(llama: Pair, tmp_path: Path) -> None:
+    """Beams in a small cache, with chunked prompts and other requests, in a thread with two steps in flight."""
+    params = [beams(4), SamplingParams(temperature=0, max_tokens=40), beams(2), beams(3)] * 2
+    prompts = [prompt * (1 + index) for index, prompt in enumerate([*PROMPTS, *PROMPTS, *PROMPTS[:2]])]
+    expected = llama.llm.generate(prompts, params)
+    write_checkpoint(tmp_path, "Llama", eos_token_id=ENDS, seed=1)
+    small = LLM(
+        str(tmp_path), dtype="float32", device="cpu", skip_tokenizer_init=True, block_size=4,
+        num_gpu_blocks_override=40, max_model_len=112, max_num_seqs=9, max_num_batched_tokens=24,
+    )  # fmt: skip
+    found = small.generate(prompts, params)
+    for one, other in zip(found, expected, strict=True):
+        assert [c.token_ids for c in one.outputs] == [c.token_ids for c in other.outputs]
+    assert small.llm_engine.stats().num_preemptions > 0
+
+
+def beams(width: int) -> SamplingParams:
+    return SamplingParams(n=width, temperature=0, max_tokens=16, beams=BeamOptions(width))
