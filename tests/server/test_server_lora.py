@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,8 @@ def service(root: Path) -> Iterator[Service]:
 
 async def call(client: httpx.AsyncClient, path: str, status: int = 200, /, **body: Any) -> str:
     """Post as the administrator of adapters."""
-    answer = await client.post(path, json=body, headers=ADMIN)
+    headers = {**ADMIN, "content-type": "application/json"}
+    answer = await client.post(path, content=json.dumps(body), headers=headers)  # surrogates as escapes
     assert answer.status_code == status, answer.text
     return answer.text
 
@@ -163,6 +165,9 @@ def test_of_requests_that_load_one_name_at_once_one_succeeds(service: Service) -
         ({"lora_name": "x", "lora_path": "link"}, "must be inside"),
         ({"lora_name": "x", "lora_path": "owner/name"}, "cannot be read"),
         ({"lora_name": "x", "lora_path": "two\0"}, "lora_path"),
+        ({"lora_name": "x", "lora_path": "\ud800"}, "lora_path"),
+        ({"lora_name": "x", "lora_path": "a" * 5000}, "cannot be read"),
+        ({"lora_name": "\ud800", "lora_path": "two"}, "lora_name"),
     ],
 )
 def test_bad_requests_to_load_are_refused(

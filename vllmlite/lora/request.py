@@ -37,12 +37,7 @@ class LoRARequest:
         check_name("lora_name", self.lora_name)
         if type(self.lora_int_id) is not int or self.lora_int_id < 1:
             raise ParameterError("lora_int_id", self.lora_int_id, "must be an integer from 1 up")
-        path = os.fspath(self.lora_path) if isinstance(self.lora_path, (str, os.PathLike)) else ""
-        if not isinstance(path, str) or not path or "\0" in path:
-            raise ParameterError(
-                "lora_path", self.lora_path, "must be the path of an adapter's directory or GGUF file"
-            )
-        object.__setattr__(self, "lora_path", path)
+        object.__setattr__(self, "lora_path", _path(self.lora_path))
         if self.tensorizer_config_dict is not None:
             raise ParameterError(
                 "tensorizer_config_dict", self.tensorizer_config_dict, "is not supported: must be None"
@@ -62,6 +57,17 @@ class LoRARequest:
     def path(self) -> str:
         """The adapter's path."""
         return self.lora_path
+
+
+def _path(value: object) -> str:
+    """Return ``value`` if it can be a path. Raises ParameterError."""
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    try:
+        if isinstance(path, str) and path and b"\0" not in os.fsencode(path):
+            return path
+    except UnicodeEncodeError:
+        pass
+    raise ParameterError("lora_path", value, "must be the path of an adapter's directory or GGUF file")
 
 
 def check_name(name: str, value: object) -> str:
