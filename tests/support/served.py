@@ -56,6 +56,13 @@ TAKES_APART: dict[str, Any] = {
 """Options of a server that takes reasoning and tool calls out of answers."""
 
 
+def free_port() -> int:
+    """A port that nothing listens on at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
 class Program:
     """A running ``vllmlite serve``."""
 

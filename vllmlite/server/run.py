@@ -27,12 +27,10 @@ from vllmlite.chat.sources import read_template
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine_process.host import SWITCH_SECONDS, settle_garbage
 from vllmlite.errors import EngineDeadError, ParameterError
-from vllmlite.hub import BUILT_IN_NAME
 from vllmlite.server.app import build_app
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.http10 import use_h11_for_http10
-from vllmlite.server.metrics import Metrics
-from vllmlite.server.service import Service
+from vllmlite.server.service import Service, start_service
 from vllmlite.terminal import is_terminal
 
 logger = logging.getLogger(__name__)
@@ -57,11 +55,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     with _listen(config) as listener:
         engine = AsyncLLM(engine_config, engine_process=config.engine_process)
         try:
-            names = config.served_model_name or (engine_config.model or BUILT_IN_NAME,)
-            inner = engine.llm_engine
-            metrics = Metrics(names[0], inner.max_model_len, inner.stats)
-            inner.observer = metrics.observe_step
-            service = Service(engine, config, names, metrics)
+            service = start_service(engine, config)
             asyncio.run(service.adapters.load_modules(config.lora_modules))
             uvicorn_config = uvicorn.Config(
                 build_app(service, keys, lora_keys),
@@ -80,8 +74,8 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
                 server_header=False,
             )
             use_h11_for_http10(uvicorn_config)
-            stats = inner.stats()
-            about = f"{', '.join(names)} on {stats.backend} ({stats.device}, {stats.dtype})"
+            stats = engine.llm_engine.stats()
+            about = f"{', '.join(service.model_names)} on {stats.backend} ({stats.device}, {stats.dtype})"
             server = Server(uvicorn_config, service, f"{about} at {_address(config, listener)}", begin)
             server.run(sockets=[listener])
             return 1 if engine.dead_error is not None else 0

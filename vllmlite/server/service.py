@@ -19,6 +19,7 @@ from vllmlite.chat.template import PromptOptions
 from vllmlite.config.options import did_you_mean
 from vllmlite.errors import ContextLengthError, ParameterError
 from vllmlite.guided.compiler import PARALLEL
+from vllmlite.hub import BUILT_IN_NAME
 from vllmlite.pooling_params import PoolingParams
 from vllmlite.sampling_params import SamplingParams, StructuredOutputsParams
 from vllmlite.server.adapters import ServedAdapters
@@ -47,6 +48,15 @@ MAX_REQUEST_ID = 256
 
 COMPILE_SECONDS = 60
 """Maximum time to wait for a grammar, including those queued before it."""
+
+
+def start_service(engine: AsyncLLM, config: ServerConfig) -> Service:
+    """Return the service of ``engine``, with metrics of its steps."""
+    inner = engine.llm_engine
+    names = config.served_model_name or (inner.config.model or BUILT_IN_NAME,)
+    metrics = Metrics(names[0], inner.max_model_len, inner.stats)
+    inner.observer = metrics.observe_step
+    return Service(engine, config, names, metrics)
 
 
 class Service:
