@@ -183,6 +183,10 @@ class EngineStats:
     """Draft tokens that were accepted."""
     num_accepted_tokens_per_pos: tuple[int, ...] = ()
     """Draft tokens that were accepted, by their position in the draft."""
+    draft_seconds: float = 0.0
+    """Time of verifications, by the measured time of steps, of which each row takes its part."""
+    plain_seconds: float = 0.0
+    """Time that the tokens of these verifications would have taken one by one."""
     max_adapters: int = 0
     """LoRA adapters that can be on the device at a time."""
     running_adapters: tuple[str, ...] = ()
@@ -192,3 +196,31 @@ class EngineStats:
     backend: str = ""
     device: str = ""
     dtype: str = ""
+
+    def drafts_since(self, before: EngineStats) -> DraftStats | None:
+        """Return how draft tokens have fared since ``before``; None if there were none."""
+        verifications = self.num_drafts - before.num_drafts
+        if not verifications:
+            return None
+        accepted = self.num_accepted_tokens - before.num_accepted_tokens
+        taken = self.draft_seconds - before.draft_seconds
+        return DraftStats(
+            verifications,
+            self.num_draft_tokens - before.num_draft_tokens,
+            accepted,
+            1 + accepted / verifications,
+            (self.plain_seconds - before.plain_seconds) / taken if taken > 0 else 1.0,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DraftStats:
+    """How draft tokens have fared over a time."""
+
+    verifications: int
+    drafted: int
+    accepted: int
+    mean_length: float
+    """Tokens of a verification, the sampled one included."""
+    speedup: float
+    """How many times as fast the tokens of verifications came as without drafts, by the measured time of steps."""

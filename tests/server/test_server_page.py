@@ -102,6 +102,30 @@ def test_a_typed_message_streams_and_survives_a_reload(tab: Tab, fake: FakeServe
 
 
 @needs_browser
+def test_drafts_are_shown_where_the_server_makes_any(tab: Tab, fake: FakeServer) -> None:
+    names = (
+        "vllm:spec_decode_num_drafts",
+        "vllm:spec_decode_num_draft_tokens",
+        "vllm:spec_decode_num_accepted_tokens",
+        "vllmlite:spec_decode_seconds",
+        "vllmlite:spec_decode_plain_seconds",
+    )
+    fake.metrics = dict(zip(names, (2.0, 9.0, 1.0, 1.0, 1.0), strict=True))
+    fake.answers("One", None, " two")
+    say(tab, "Go")
+    tab.wait(f"document.querySelector('{ANSWER}')?.innerText === 'One'")
+    fake.metrics = dict(zip(names, (12.0, 49.0, 26.0, 2.0, 3.0), strict=True))
+    fake.go_on()
+    wait_idle(tab)
+    shown = "25 of 40 drafts accepted, 3.5 tokens a step, 2.0 × as fast"
+    tab.wait(f"document.querySelector('.message.assistant .note').innerText.endsWith('{shown}')")
+    fake.answers("Three")
+    say(tab, "On")  # meanwhile nothing is drafted
+    wait_idle(tab)
+    assert "drafts" not in tab.text(".message.assistant:last-child .note")
+
+
+@needs_browser
 def test_stop_and_regenerate(tab: Tab, fake: FakeServer) -> None:
     fake.answers("Half", None, " whole")
     say(tab, "Go")

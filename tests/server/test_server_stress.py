@@ -223,12 +223,13 @@ def test_statistics_are_logged_only_if_something_ran() -> None:
     )
     now = EngineStats(
         num_blocks=10, num_prompt_tokens=50, num_generation_tokens=110, prefix_cache_queries=50, prefix_cache_hits=10,
-        num_drafts=4, num_draft_tokens=16, num_accepted_tokens=6,
+        num_drafts=4, num_draft_tokens=16, num_accepted_tokens=6, draft_seconds=2.0, plain_seconds=3.0,
     )  # fmt: skip
     assert log.line() == (
         "Avg prompt throughput: 0.0 tokens/s, Avg generation throughput: 1.0 tokens/s, Running: 0 reqs, "
         "Waiting: 0 reqs, KV cache usage: 0.0%, Prefix cache hit rate: 0.0%, Mean acceptance length: 2.50, "
-        "Drafted: 16 tokens, Accepted: 6 tokens, Avg draft acceptance rate: 37.5%"
+        "Drafted: 16 tokens, Accepted: 6 tokens, Avg draft acceptance rate: 37.5%, "
+        "Speed-up over plain steps: 1.50x"
     )
     assert log.line() is None
 

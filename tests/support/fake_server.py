@@ -28,6 +28,8 @@ class FakeServer:
         """Seconds between the last piece and the end."""
         self.refusal: Response | None = None
         self.key: str | None = None
+        self.metrics: dict[str, float] = {}
+        """Counters of ``/metrics``."""
         self.bodies: list[dict[str, Any]] = []
         self.left = threading.Event()
         """Set if the client disconnects before the end of the answer."""
@@ -35,7 +37,8 @@ class FakeServer:
         self._broken = False
         models = Route("/v1/models", self._models)
         chat = Route("/v1/chat/completions", self._chat, methods=["POST"])
-        app = Starlette(routes=[page_route(), models, chat])
+        metrics = Route("/metrics", self._metrics)
+        app = Starlette(routes=[page_route(), models, chat, metrics])
         self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
@@ -70,6 +73,10 @@ class FakeServer:
 
     async def _models(self, request: Request) -> Response:
         return self._refused(request) or JSONResponse({"data": [{"id": "fake"}]})
+
+    async def _metrics(self, request: Request) -> Response:
+        lines = (f'{name}_total{{engine="0"}} {value}\n' for name, value in self.metrics.items())
+        return self._refused(request) or Response("".join(lines), media_type="text/plain")
 
     async def _chat(self, request: Request) -> Response:
         refused = self._refused(request)

@@ -86,15 +86,15 @@ class Run:
 
 def speculation(stats: EngineStats, before: EngineStats) -> dict[str, Any] | None:
     """Return how draft tokens have fared since ``before``; None if there were none."""
-    verifications = stats.num_drafts - before.num_drafts
-    if not verifications:
+    drafts = stats.drafts_since(before)
+    if drafts is None:
         return None
-    accepted = stats.num_accepted_tokens - before.num_accepted_tokens
     return {
-        "verifications": verifications,
-        "drafted_tokens": stats.num_draft_tokens - before.num_draft_tokens,
-        "accepted_tokens": accepted,
-        "tokens_per_verification": round(1 + accepted / verifications, 3),
+        "verifications": drafts.verifications,
+        "drafted_tokens": drafts.drafted,
+        "accepted_tokens": drafts.accepted,
+        "tokens_per_verification": round(drafts.mean_length, 3),
+        "speedup": round(drafts.speedup, 3),
     }
 
 
@@ -143,7 +143,8 @@ def table(statistics: dict[str, Any]) -> str:
     if (drafts := s["speculation"]) is not None:
         rows["speculation"] = (
             f"{drafts['accepted_tokens']} of {drafts['drafted_tokens']} drafted tokens accepted, "
-            f"{drafts['tokens_per_verification']:.2f} tokens per verification"
+            f"{drafts['tokens_per_verification']:.2f} tokens per verification, {drafts['speedup']:.2f} times as fast "
+            "as plain steps"
         )
     return "\n".join(f"{name:<13} {value}" for name, value in rows.items())
 

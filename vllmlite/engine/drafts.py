@@ -137,6 +137,13 @@ class DraftPolicy:
         acceptance.record(drafts, accepted)
         self.recent.record(drafts, accepted, RECENT_MEMORY)
 
+    def row_cost(self, drafts: int, rows: int) -> float:
+        """Return the part of a row with ``drafts`` in the cost of a step of ``rows`` such rows."""
+        if rows not in self._costs:
+            self._costs[rows] = self._cost_of(rows)
+        costs, _ = self._costs[rows]
+        return costs[min(drafts, len(costs) - 1)] / rows
+
     def wanted(self, acceptance: Acceptance, rows: int) -> int:
         """Return how many drafts a request should ask for in a step of ``rows`` rows. If it is none, the request is
         asked again after ``acceptance.pause`` tokens."""

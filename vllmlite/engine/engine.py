@@ -442,7 +442,7 @@ class Engine:
             scheduler.collected(request, output.new_token_ids, sampled - count)
             num_tokens += count
             if sampled > 1:
-                self._count_drafts(request, sampled - 1, count - 1)
+                self._count_drafts(request, sampled - 1, count - 1, len(rows))
             request.metrics.count_tokens(now, count)
             if output.prompt_logprobs is not None:
                 del self._prompt_logprobs[request.request_id]
@@ -490,9 +490,12 @@ class Engine:
         )  # fmt: skip
         self._end(request, best.finish_reason, best.stop_reason, now)
 
-    def _count_drafts(self, request: Request, drafts: int, accepted: int) -> None:
+    def _count_drafts(self, request: Request, drafts: int, accepted: int, rows: int) -> None:
         self.scheduler.drafting.record(request.acceptance, drafts, accepted)
         stats = self.stats
+        drafting = self.scheduler.drafting
+        stats.draft_seconds += drafting.row_cost(drafts, rows)
+        stats.plain_seconds += (accepted + 1) * drafting.row_cost(0, rows)
         stats.num_drafts += 1
         stats.num_draft_tokens += drafts
         stats.num_accepted_tokens += accepted

@@ -242,6 +242,14 @@ class Metrics:
             "vllm:spec_decode_num_drafts": ("Verifications of draft tokens.", stats.num_drafts),
             "vllm:spec_decode_num_draft_tokens": ("Draft tokens.", stats.num_draft_tokens),
             "vllm:spec_decode_num_accepted_tokens": ("Accepted draft tokens.", stats.num_accepted_tokens),
+            "vllmlite:spec_decode_seconds": (
+                "Time of verifications, by the measured time of steps.",
+                stats.draft_seconds,
+            ),
+            "vllmlite:spec_decode_plain_seconds": (
+                "Time that the tokens of verifications would have taken one by one.",
+                stats.plain_seconds,
+            ),
             "vllmlite:failed_steps": ("Steps that failed.", stats.num_failed_steps),
             "vllmlite:steps": ("Steps.", stats.num_steps),
         }
@@ -339,14 +347,14 @@ def kv_usage(stats: EngineStats) -> float:
 
 def _drafts(stats: EngineStats, before: EngineStats) -> str:
     """Return how drafts have fared since ``before``, for the log; empty if there were none."""
-    verifications = stats.num_drafts - before.num_drafts
-    if not verifications:
+    drafts = stats.drafts_since(before)
+    if drafts is None:
         return ""
-    drafted = stats.num_draft_tokens - before.num_draft_tokens
-    accepted = stats.num_accepted_tokens - before.num_accepted_tokens
+    rate = 100 * drafts.accepted / drafts.drafted
     return (
-        f", Mean acceptance length: {1 + accepted / verifications:.2f}, Drafted: {drafted} tokens, "
-        f"Accepted: {accepted} tokens, Avg draft acceptance rate: {100 * accepted / drafted:.1f}%"
+        f", Mean acceptance length: {drafts.mean_length:.2f}, Drafted: {drafts.drafted} tokens, "
+        f"Accepted: {drafts.accepted} tokens, Avg draft acceptance rate: {rate:.1f}%, "
+        f"Speed-up over plain steps: {drafts.speedup:.2f}x"
     )
 
 
