@@ -51,6 +51,7 @@ class LLMEngine:
         self.config = config
         started = start(config)
         self.engine_core = started.engine
+        self._ranks = started.ranks
         self.tokenizer = started.tokenizer
         self.max_model_len = self.engine_core.bounds.max_model_len
         self.hidden_size = started.hidden_size
@@ -85,9 +86,11 @@ class LLMEngine:
         return core if isinstance(core, Engine) else core.engine
 
     def close(self) -> None:
-        """Shut down the engine's thread or process, if it has one."""
+        """Shut down the engine's thread or process, if it has one, and the processes of its ranks."""
         if not isinstance(self.engine_core, Engine):
             self.engine_core.close()
+        if self._ranks is not None:
+            self._ranks.close()
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer. Raises ParameterError with ``skip_tokenizer_init``."""

@@ -4,6 +4,7 @@
 #include <iterator>
 
 #include "contract/bind.hpp"
+#include "cpu/bind_ranks.hpp"
 #include "cpu/blocks.hpp"
 #include "cpu/dispatch.hpp"
 #include "cpu/ops.hpp"
@@ -354,4 +355,5 @@ PYBIND11_MODULE(_cpu, module) {
            "Record and run `step`, whose ops read `batch` and which returns a list of tensors.")
       .def("replay", &replay, py::arg("graph"), py::arg("batch"), "Run a graph on another batch of the same shape.");
   bind_ops(runtime);
+  cpu::bind_ranks(module, runtime);
 }

@@ -11,6 +11,8 @@
 #include <string>
 #include <utility>
 
+#include "cpu/pause.hpp"
+
 namespace vllmlite::cpu {
 
 namespace {
@@ -28,14 +30,6 @@ void bind([[maybe_unused]] const std::vector<int>& cpus) {
   for (const int cpu : cpus)
     if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_SET(cpu, &set);
   (void)pthread_setaffinity_np(pthread_self(), sizeof set, &set);
-#endif
-}
-
-void pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
 #endif
 }
 

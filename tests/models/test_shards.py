@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from vllmlite.models import read_spec
 from vllmlite.models.shard import sharded
 from vllmlite.quantize import quantize_checkpoint
 from vllmlite.runner.build import BuiltRunner, build_runner, plan_for
+from vllmlite.runner.runner import ModelRunner
 from vllmlite.sampling_params import SamplingParams
 
 Result = TypeVar("Result")
@@ -69,6 +70,8 @@ class Exchange:
 class ThreadComm:
     """The collectives of a rank that runs in a thread."""
 
+    sharing = 1
+
     def __init__(self, backend: Backend, exchange: Exchange, rank: int, world: int) -> None:
         self.backend, self.exchange, self.rank, self.world = backend, exchange, rank, world
 
@@ -85,12 +88,13 @@ class ThreadComm:
             total += other
         return self.backend.tensor(total)
 
-    def all_gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
+        assert x.shape[1] == widths[self.rank]
         return self.backend.tensor(np.concatenate(self._shared(x), axis=1))
 
 
 def on_ranks(
-    path: Path, world: int, compute: Callable[[BuiltRunner], Result], **options: Any
+    path: Path, world: int, compute: Callable[[BuiltRunner[ModelRunner]], Result], **options: Any
 ) -> list[Result]:
     """Build the runners of ``world`` ranks, each in a thread, and return what ``compute`` returns for each."""
     settings: dict[str, Any] = {"backend": "torch", "dtype": "float32", **options}
@@ -124,7 +128,7 @@ def on_ranks(
 def logits(path: Path, world: int, **options: Any) -> NDArray[Any]:
     """Logits of a prompt in two chunks and one decoding step; fails unless they are equal on all ranks."""
 
-    def compute(built: BuiltRunner) -> NDArray[Any]:
+    def compute(built: BuiltRunner[ModelRunner]) -> NDArray[Any]:
         paged = PagedModel(built.runner.model, num_blocks=8, max_slots=2, max_context=64)
         paged.admit(0)
         chunks = TOKENS[:25], TOKENS[25:39], TOKENS[39:]
@@ -138,7 +142,7 @@ def logits(path: Path, world: int, **options: Any) -> NDArray[Any]:
 def generated(path: Path, world: int, **options: Any) -> list[int]:
     """The ids that an engine on each rank samples; fails unless they are equal on all ranks."""
 
-    def compute(built: BuiltRunner) -> list[int]:
+    def compute(built: BuiltRunner[ModelRunner]) -> list[int]:
         limits = Limits(
             max_num_seqs=2, max_num_batched_tokens=16, max_mixed_prefill_tokens=16,
             max_model_len=built.max_model_len, block_size=16, num_blocks=built.num_blocks,

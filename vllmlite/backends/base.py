@@ -273,17 +273,21 @@ class AdaptableModel(Model, Protocol):
 
 
 class Comm(Protocol):
-    """Collective operations of the ranks that compute one model together; all ranks call them in the same order."""
+    """Collective operations of the ranks that compute one model together; all ranks call them in the same order.
+
+    Like a backend's ops they may run later, and a captured step contains them."""
 
     rank: int
     world: int
+    sharing: int
+    """Number of ranks that share the memory of this rank's device."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of the ranks' ``x``, added in rank order and equal on all of them. May overwrite ``x``."""
         ...
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """The ranks' ``x [N, n_rank]`` side by side in rank order: ``[N, sum of n_rank]``."""
+    def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
+        """The ranks' ``x [N, widths[rank]]`` side by side in rank order: ``[N, sum(widths)]``."""
         ...
 
 
@@ -292,12 +296,13 @@ class SingleRank:
 
     rank = 0
     world = 1
+    sharing = 1
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """``x`` itself."""
         return x
 
-    def all_gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """``x`` itself."""
         return x
 

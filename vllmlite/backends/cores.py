@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
+
+NODES = Path("/sys/devices/system/node")
 
 
 def usable_cores() -> int:
@@ -21,14 +24,12 @@ def usable_cores() -> int:
     return cores
 
 
-def thread_places(threads: int, nodes: Path = Path("/sys/devices/system/node")) -> list[list[int]]:
+def thread_places(threads: int, nodes: Path = NODES) -> list[list[int]]:
     """Return the CPUs to bind each thread to: those of one NUMA node.
 
     Threads are distributed over the nodes in proportion to their usable CPUs. The lists are empty (no binding) unless
     there are at least two nodes."""
-    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-    lists = (_cpu_list(file) for file in sorted(nodes.glob("node*/cpulist")))
-    usable = [cpus for cpus in (sorted(own.intersection(numbers)) for numbers in lists) if cpus]
+    usable = _usable_nodes(nodes)
     if len(usable) < 2:
         return [[] for _ in range(threads)]
     ends = [sum(map(len, usable[: index + 1])) for index in range(len(usable))]
@@ -37,6 +38,25 @@ def thread_places(threads: int, nodes: Path = Path("/sys/devices/system/node")) 
         share = thread * ends[-1] // threads
         places.append(usable[next(index for index, end in enumerate(ends) if share < end)])
     return places
+
+
+def rank_cpus(ranks: int, nodes: Path = NODES) -> list[list[int]]:
+    """Return the CPUs that each of several processes on this host may use: equal shares of those of this process, node
+    by node.
+
+    The lists are empty (no restriction) unless there are at least two NUMA nodes and a CPU for each process."""
+    usable = [cpu for cpus in _usable_nodes(nodes) for cpu in cpus]
+    if len(_usable_nodes(nodes)) < 2 or len(usable) < ranks:
+        return [[] for _ in range(ranks)]
+    ends = [rank * len(usable) // ranks for rank in range(ranks + 1)]
+    return [usable[first:end] for first, end in pairwise(ends)]
+
+
+def _usable_nodes(nodes: Path) -> list[list[int]]:
+    """Return the CPUs that this process may use, by NUMA node; nodes without any are left out."""
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    lists = (_cpu_list(file) for file in sorted(nodes.glob("node*/cpulist")))
+    return [cpus for cpus in (sorted(own.intersection(numbers)) for numbers in lists) if cpus]
 
 
 def _cpu_list(file: Path) -> list[int]:

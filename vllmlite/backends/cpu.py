@@ -93,6 +93,11 @@ class CpuBackend(NativeBackend):
         self.threads: int = self._runtime.threads
         self.details = f"{self.isa}, {self.threads} thread{'s' * (self.threads != 1)}"
 
+    @property
+    def runtime(self) -> Any:
+        """The extension's runtime, for ops beside those of the interface."""
+        return self._runtime
+
     # Tensors
 
     def tensor(self, host: HostTensor | NDArray[Any], dtype: str | None = None) -> Tensor:
@@ -115,7 +120,7 @@ class CpuBackend(NativeBackend):
         return self._native.empty(shape, dtype)
 
     def memory(self) -> Memory:
-        return host_memory()
+        return host_memory(self.comm.sharing)
 
     # Weights
 

@@ -15,8 +15,9 @@ class Memory:
     free: int
 
 
-def host_memory() -> Memory:
-    """Return total and available bytes of main memory, within the process's cgroup v2 limits."""
+def host_memory(sharing: int = 1) -> Memory:
+    """Return total and available bytes of main memory, within the process's cgroup v2 limits; if several ranks are
+    ``sharing`` it, the share of one."""
     total, free = _machine()
     for group in _groups():
         limit, used = _number(group / "memory.max"), _number(group / "memory.current")
@@ -25,7 +26,7 @@ def host_memory() -> Memory:
         # Inactive file pages count as used, but the kernel reclaims them under pressure.
         used -= _statistic(group / "memory.stat", "inactive_file")
         total, free = min(total, limit), min(free, max(limit - used, 0))
-    return Memory(total, free)
+    return Memory(total // sharing, free // sharing)
 
 
 def _machine() -> tuple[int, int]:

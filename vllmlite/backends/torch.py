@@ -143,7 +143,7 @@ class TorchBackend(Backend):
 
     def memory(self) -> Memory:
         if self._device.type != "cuda":
-            return host_memory()
+            return host_memory(self.comm.sharing)
         free, total = torch.cuda.mem_get_info(self._device)
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return Memory(total, free + cached)

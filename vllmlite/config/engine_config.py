@@ -145,7 +145,10 @@ class EngineConfig:
     backend: str = _option("auto", "compute backend", choices=("auto", "cpu", "cuda", "torch"))
     device: str = _option("auto", "device: auto, cpu, cuda or cuda:N", metavar="DEVICE")
     threads: int | None = _option(
-        None, "CPU threads; default: the cores this process may use", low=1, high=4096
+        None,
+        "CPU threads of each rank; default: the cores this process may use, divided among the ranks",
+        low=1,
+        high=4096,
     )
     data_parallel_size: int = _option(
         1,
@@ -232,6 +235,21 @@ class EngineConfig:
         False, "make results bit-identical for any batch composition; slower with 16-bit dtypes on a GPU"
     )
     enforce_eager: bool = _option(False, "do not capture CUDA graphs or other step graphs")
+    tensor_parallel_size: int = _option(
+        1,
+        "number of processes (ranks) that compute each layer together: every rank has a part of each weight matrix "
+        "and of the key/value cache",
+        group="several devices",
+        short=("-tp",),
+        low=1,
+        high=64,
+    )
+    distributed_executor_backend: str | None = _option(
+        None,
+        "where ranks run; mp: in processes on this host, the default; uni: in this process, so there can be one rank",
+        group="several devices",
+        choices=("mp", "uni"),
+    )
     speculative_config: Mapping[str, Any] = mapping_option(
         'speculative decoding: guess tokens and verify several in a step: {"method": "ngram", '
         '"num_speculative_tokens": 8, "prompt_lookup_min": 2, "prompt_lookup_max": 5}: guess what followed the last '
@@ -305,6 +323,13 @@ class EngineConfig:
             raise ParameterError(
                 "max_cpu_loras", self.max_cpu_loras, f"must be at least max_loras, which is {self.max_loras}"
             )
+        ranks = self.tensor_parallel_size
+        if self.distributed_executor_backend == "uni" and ranks > 1:
+            raise ParameterError(
+                "distributed_executor_backend", "uni", "runs one rank; leave it out for several"
+            )
+        if self.enable_lora and ranks > 1:
+            raise ParameterError("tensor_parallel_size", ranks, "must be 1 with enable_lora in this version")
         self.speculative()
         self._check_tiers()
         marks = self.reasoning_config
@@ -411,7 +436,6 @@ def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 SHORT = {
-    "tensor_parallel_size": ("-tp",),
     "pipeline_parallel_size": ("-pp",),
     "compilation_config": ("-cc",),
     "optimization_level": ("-O",),

@@ -46,11 +46,11 @@ _LEVELS = (0, 1, 2, 3)
 _EITHER = (False, True)
 
 _REASONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "an engine runs on one device in this version; for more devices start a server on each": {
-        "tensor_parallel_size": (1,), "pipeline_parallel_size": (1,), "nnodes": (1,),
+    "an engine's ranks are processes of one host, in tensor parallelism; for more start a server on each host": {
+        "pipeline_parallel_size": (1,), "nnodes": (1,),
         "node_rank": (0,), "prefill_context_parallel_size": (1,), "decode_context_parallel_size": (1,),
         "enable_expert_parallel": (False,), "enable_eplb": (False,), "enable_dbo": (False,), "headless": (False,),
-        "distributed_executor_backend": (None, "uni"), "disable_custom_all_reduce": _EITHER,
+        "disable_custom_all_reduce": _EITHER,
     },
     "adapters are not sharded, and change the language model only: see enable_lora": {
         "fully_sharded_loras": (False,), "default_mm_loras": _NOTHING, "enable_tower_connector_lora": (False,),

@@ -28,7 +28,7 @@ from vllmlite.engine.scheduler import Limits, Schedule, Scheduler
 from vllmlite.engine.thinking import ReasoningMarks, ThinkingBudget
 from vllmlite.engine.tiers import Tiers
 from vllmlite.engine.trace import Trace, TracedRunner, TraceEvent
-from vllmlite.errors import ParameterError
+from vllmlite.errors import EngineDeadError, ParameterError
 from vllmlite.outputs import TIER_EVENTS, EngineStats, RequestMetrics
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.signals import came_from_handler
@@ -256,7 +256,8 @@ class Engine:
         Appends the outputs to ``outputs`` (default: a new list) and returns that list. If the call is interrupted, the
         ids whose outputs are in the list are final, and the others will be sampled again, with the same result: the
         caller loses nothing by keeping the list. If a step raises an Exception that did not come from a signal
-        handler, the requests of all steps in flight end with ``error``; the engine and the waiting requests go on."""
+        handler, the requests of all steps in flight end with ``error``; the engine and the waiting requests go on.
+        Raises EngineDeadError if a process that computes the model has ended."""
         if outputs is None:
             outputs = []
         if self._trace is None:
@@ -288,6 +289,8 @@ class Engine:
                 self.scheduler.tiers.wait(DISK_POLL_SECONDS)
             if self.scheduler.tiers is not None and not self._requests:
                 self._flush(outputs)
+        except EngineDeadError:
+            raise  # the runner is gone: no later step can succeed
         except Exception as error:
             if came_from_handler(error):
                 raise

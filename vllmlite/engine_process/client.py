@@ -225,9 +225,11 @@ class EngineClient:
         if self._end is None:
             self._notice_end()
 
-    def _notice_end(self) -> None:
+    def _notice_end(self, reason: EngineDeadError | None = None) -> None:
+        """Take note that the host has ended, for ``reason`` if it could say."""
         self.leave_loop()
-        self._end = EngineDeadError(self.handle.wait_for_end())
+        how = self.handle.wait_for_end()
+        self._end = reason or EngineDeadError(how)
         for question in self._questions.values():
             if not question.done():
                 question.set_exception(self._end)
@@ -284,7 +286,9 @@ class EngineClient:
                 break
             message = pickle.loads(memoryview(received)[start + LENGTH.size : end])
             start = end
-            if isinstance(message, Answer):
+            if isinstance(message, EngineDeadError):
+                self._notice_end(message)
+            elif isinstance(message, Answer):
                 question = self._questions.pop(message.question)
                 if question.done():
                     continue

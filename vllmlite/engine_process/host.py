@@ -28,10 +28,11 @@ from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.engine import Engine, EngineOutput
 from vllmlite.engine_process.wire import Answer, EngineCall, StepOutputs, has_logprobs, pack, unpack
-from vllmlite.errors import BackendError, VllmliteError
+from vllmlite.errors import BackendError, EngineDeadError, VllmliteError
 from vllmlite.guided.compiler import PARALLEL
 from vllmlite.guided.grammars import Grammars
 from vllmlite.outputs import EngineStats, RequestMetrics
+from vllmlite.subprogram import ending, start_python
 
 if TYPE_CHECKING:
     from vllmlite.runner.startup import Started
@@ -60,15 +61,8 @@ class EngineProcess:
         """Start a process that loads ``config``'s model, as one of the replicas that it names. Call
         :meth:`wait_until_ready` before anything else."""
         self.connection, theirs = socket.socketpair()
-        paths = [path or os.getcwd() for path in sys.path]
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", PROGRAM, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-                process_group=0,  # a terminal's signals are for the client, which ends the host in order
-            )
+            self.process = start_python(PROGRAM, [theirs.fileno()])
         with suppress(BrokenPipeError):  # it has ended: wait_until_ready says how
             self.connection.sendall(
                 pack((config, replica, logging.getLogger("vllmlite").getEffectiveLevel()))
@@ -104,8 +98,7 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             status = self.process.wait()
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        return f"the engine's process {how}"
+        return f"the engine's process {ending(status)}"
 
 
 class EngineThread:
@@ -174,9 +167,15 @@ def main() -> None:
     settle_garbage()
     engine = started.engine
     ready: ReadyMessage = engine.bounds, engine.stats, started.with_engine(None, None)
-    with suppress(BrokenPipeError):  # the client has ended
-        connection.sendall(pack(ready))
-        Host(connection, started).run()
+    try:
+        with suppress(BrokenPipeError):  # the client has ended
+            connection.sendall(pack(ready))
+            Host(connection, started).run()
+    except EngineDeadError:
+        sys.exit(1)  # the client has the message
+    finally:
+        if started.ranks is not None:
+            started.ranks.close()
 
 
 def _exit_without_client(connection: socket.socket, loaded: threading.Event) -> None:
@@ -214,7 +213,8 @@ class Host:
         """Calls whose grammars are still to be compiled, or whose adapters are still to be read."""
         self._held: dict[str, list[EngineCall]] = {}
         """Request being prepared → later calls about it, which wait for its grammar. Guarded by ``_wake``."""
-        self._messages: SimpleQueue[StepOutputs | Answer | None] = SimpleQueue()
+        self._messages: SimpleQueue[StepOutputs | Answer | EngineDeadError | None] = SimpleQueue()
+        self._ranks = started.ranks
         self._introduced: set[str] = set()
         """Requests of which the client has got a complete output, with metrics."""
 
@@ -226,9 +226,16 @@ class Host:
             for _ in range(PARALLEL):
                 threading.Thread(target=self._prepare, name="vllmlite-grammars", daemon=True).start()
             threading.Thread(target=self._receive, name="vllmlite-calls", daemon=True).start()
+            if self._ranks is not None:
+                self._ranks.on_end(self._notify)
             while self._serve_once():
                 pass
+        except EngineDeadError as error:
+            self._messages.put(error)
+            raise
         finally:
+            if self._ranks is not None:
+                self._ranks.close()
             for _ in range(PARALLEL):
                 self._preparing.put(None)
             self._messages.put(None)
@@ -241,16 +248,31 @@ class Host:
     def _serve_once(self) -> bool:
         """Wait for work, execute the calls that have come, run a step; return False once the client has ended."""
         engine = self._engine
+        ranks = self._ranks
         with self._wake:
-            self._wake.wait_for(lambda: self._calls or self._closed or engine.has_unfinished_requests())
+            self._wake.wait_for(
+                lambda: (
+                    self._calls
+                    or self._closed
+                    or engine.has_unfinished_requests()
+                    or (ranks is not None and ranks.end is not None)
+                )
+            )
             if self._closed:
                 return False
             calls, self._calls = self._calls, deque()
+        if ranks is not None:
+            ranks.check()
         outputs = [output for call in calls if (output := self._execute(call)) is not None]
         if engine.has_unfinished_requests():
             outputs += engine.step()
         self._send_outputs(outputs)
         return True
+
+    def _notify(self) -> None:
+        """Have the engine's thread look again at what it waits for."""
+        with self._wake:
+            self._wake.notify()
 
     def _receive(self) -> None:
         try:

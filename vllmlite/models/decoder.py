@@ -9,6 +9,7 @@ import numpy as np
 
 from vllmlite.backends.base import (
     Backend,
+    Comm,
     Expert,
     Experts,
     ForwardBatch,
@@ -16,12 +17,14 @@ from vllmlite.backends.base import (
     LinearWeight,
     LowRankTable,
     Rope,
+    SingleRank,
     Tensor,
 )
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.errors import ParameterError
 from vllmlite.models.adapters import places
 from vllmlite.models.rope import cos_sin
+from vllmlite.models.shard import head_sizes
 from vllmlite.models.spec import DecoderSpec, MoeSpec, RopeSpec
 from vllmlite.weights.adapter import Adapter, AdapterLimits
 from vllmlite.weights.host import HostTensor
@@ -96,6 +99,7 @@ class Decoder:
         self.spec = spec
         self.backend = backend
         self.vocab_size = spec.vocab_size
+        self._comm: Comm = SingleRank() if spec.shard is None else backend.comm
         self.kv_spec = kv_spec
         self._scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
         self._alibi = backend.tensor(np.array(spec.alibi, np.float32)) if spec.alibi else None
@@ -119,6 +123,7 @@ class Decoder:
         self._project_out = load.linear("", "project_out") if projected else None
         self._layers = [load.layer(layer) for layer in range(spec.num_layers)]
         self._final_norm = load.norm("final_norm") if spec.final_norm else None
+        self._head_sizes = head_sizes(spec)
         if HEAD in weights.sources:
             self._head = load.product([HEAD])
         elif weights.packed_head is not None:
@@ -172,7 +177,7 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits ``[N, V]`` of hidden states ``[N, output_size]``."""
         own = self.backend.logits(hidden, self._head)
-        logits = self._scaled(self.backend.comm.all_gather(own), self.spec.logit_scale)
+        logits = self._scaled(self._comm.all_gather(own, self._head_sizes), self.spec.logit_scale)
         cap = self.spec.logit_soft_cap
         return logits if cap is None else self.backend.soft_cap(logits, cap)
 
@@ -232,7 +237,7 @@ class Decoder:
         x = ops.paged_attention(
             q, kv, index, batch, self._scale, layer.window, spec.attention_soft_cap, self._alibi
         )
-        return ops.comm.all_reduce(self._linear(x, layer.o, batch))
+        return self._comm.all_reduce(self._linear(x, layer.o, batch))
 
     def _linear(self, x: Tensor, linear: _Linear, batch: ForwardBatch) -> Tensor:
         """Multiply ``x [T, in]`` with a weight as it is changed by each row's adapter."""
@@ -240,7 +245,7 @@ class Decoder:
         return y if batch.adapters is None else self.backend.add_lora(y, x, linear.changes, batch)
 
     def _mlp(self, h: Tensor, mlp: _Mlp | _Moe, batch: ForwardBatch) -> Tensor:
-        return self.backend.comm.all_reduce(self._own_mlp(h, mlp, batch))
+        return self._comm.all_reduce(self._own_mlp(h, mlp, batch))
 
     def _own_mlp(self, h: Tensor, mlp: _Mlp | _Moe, batch: ForwardBatch) -> Tensor:
         """Return this rank's summand of the MLP's output; all ranks' summands are added by an all-reduce."""

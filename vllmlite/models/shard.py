@@ -9,12 +9,12 @@ from vllmlite.models.spec import DecoderSpec, Shard
 
 
 def whole(spec: DecoderSpec) -> Shard:
-    """The only shard of a model on one rank."""
+    """Return the only shard of a model on one rank."""
     return Shard(0, 1, (0, spec.num_heads), (0, spec.num_kv_heads))
 
 
 def sharded(spec: DecoderSpec, rank: int, world: int) -> DecoderSpec:
-    """The spec of the part that rank ``rank`` of ``world`` computes: its sizes are the rank's own, and
+    """Return the spec of the part that rank ``rank`` of ``world`` computes: its sizes are the rank's own, and
     :attr:`DecoderSpec.whole` is ``spec``. ParameterError if the model cannot be split over this number of ranks."""
     if world == 1:
         return spec
@@ -58,8 +58,16 @@ def sharded(spec: DecoderSpec, rank: int, world: int) -> DecoderSpec:
     )
 
 
+def head_sizes(spec: DecoderSpec) -> list[int]:
+    """Return how many rows of the output layer each rank has."""
+    if spec.shard is None:
+        return [spec.vocab_size]
+    spans = (spec.shard.uneven_part(spec.vocab_size, rank) for rank in range(spec.shard.world))
+    return [last - first for first, last in spans]
+
+
 def _splits(spec: DecoderSpec, world: int) -> bool:
-    """Whether heads and MLPs can be split over ``world`` ranks."""
+    """Return whether heads and MLPs can be split over ``world`` ranks."""
     sizes = [spec.num_heads]
     for layer in spec.layers:
         if layer.moe is None:

@@ -95,11 +95,13 @@ class Shard:
         """The range of ``size`` elements that belongs to this rank; every rank has the same number."""
         return self.rank * size // self.world, (self.rank + 1) * size // self.world
 
-    def uneven_part(self, size: int) -> Span:
-        """The range of ``size`` elements that belongs to this rank. The first ranks have the same multiple of
-        :data:`VOCAB_UNIT`, at which our quantisation schemes can be split, and the last ones have the rest."""
+    def uneven_part(self, size: int, rank: int | None = None) -> Span:
+        """The range of ``size`` elements that belongs to ``rank``, by default this one. The first ranks have the same
+        multiple of :data:`VOCAB_UNIT`, at which our quantisation schemes can be split, and the last ones have the
+        rest."""
+        rank = self.rank if rank is None else rank
         most = -(-size // (self.world * VOCAB_UNIT)) * VOCAB_UNIT
-        return min(self.rank * most, size), min((self.rank + 1) * most, size)
+        return min(rank * most, size), min((rank + 1) * most, size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from vllmlite.runner.propose.lookup import lookup_proposer
 from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.runner.sizes import most_positions, num_cache_blocks, num_host_places
+from vllmlite.runner.step_times import step_times, waiting_time
 from vllmlite.terminal import is_terminal, note
 from vllmlite.weights.adapter import AdapterLimits
 from vllmlite.weights.packing import Packing
@@ -35,15 +37,24 @@ from vllmlite.weights.schemes.grouped import GroupedScheme
 logger = logging.getLogger(__name__)
 
 
+RunnerT = TypeVar("RunnerT", covariant=True)
+
+
 @dataclass(frozen=True, slots=True)
-class BuiltRunner:
+class BuiltRunner(Generic[RunnerT]):
     """A runner, and the sizes that an engine needs to drive it."""
 
-    runner: ModelRunner
+    runner: RunnerT
     num_blocks: int
     max_model_len: int
     backend_choice: str
     """Which backend runs, and why the others do not."""
+    step_times: list[tuple[int, float]] = field(default_factory=list)
+    """For speculative decoding: seconds of a step by its tokens."""
+    draft_times: list[tuple[int, float]] = field(default_factory=list)
+    """Seconds of a step of the draft model, if there is one, by its tokens."""
+    waiting_time: float = 0.0
+    """See :func:`~vllmlite.runner.step_times.waiting_time`; 0 without speculative decoding and two steps in flight."""
 
 
 def plan_for(config: EngineConfig) -> Plan:
@@ -110,7 +121,7 @@ def build_runner(
     world: int = 1,
     connect: Callable[[Backend], Comm] | None = None,
     replica: int = 0,
-) -> BuiltRunner:
+) -> BuiltRunner[ModelRunner]:
     """Build the runner of rank ``rank`` of ``world``; ``replica`` is the engine's number among those of
     ``config.data_parallel_size``. Raises ModelError, BackendError or ParameterError.
 
@@ -178,6 +189,7 @@ def build_runner(
         choice += f"; drafts of up to {options.num_tokens} tokens from {draft.model}"
         drafter = load_drafter(config, draft, model, backend, num_positions, rank, world)
         models, caches = [*models, *drafter.models], [*caches, drafter.cache]
+    _least(backend, 0)  # all ranks have loaded their weights: the memory that is free now is for caches
     num_blocks = _least(backend, num_cache_blocks(config, backend, models, caches, num_positions))
     capacity = min(num_blocks * config.block_size, num_positions)
     if longest > capacity:
@@ -222,12 +234,24 @@ def build_runner(
     elif options is not None:
         proposer = lookup_proposer(options, config.max_num_seqs, backend.extension)
     runner = runner_of(model, longest, proposer, adapters, num_host_places(config, backend, model))
-    return BuiltRunner(runner, num_blocks, longest, f"{plan}; {choice}")
+
+    def agree(value: bool) -> bool:
+        return bool(_least(backend, value))
+
+    times: list[tuple[int, float]] = []
+    draft_times: list[tuple[int, float]] = []
+    if options is not None:
+        times = step_times(runner.profile, config.max_num_seqs * longest, backend.device, agree)
+    if drafter is not None and proposer is not None:
+        draft_times = step_times(proposer.profile, config.max_num_seqs, backend.device, agree)
+    wait = waiting_time(runner.profile) if options is not None and backend.asynchronous else 0.0
+    return BuiltRunner(runner, num_blocks, longest, f"{plan}; {choice}", times, draft_times, wait)
 
 
 def _least(backend: Backend, value: int) -> int:
     """Return the least ``value`` of all ranks, which must agree on the size of the cache."""
-    values = backend.comm.all_gather(backend.tensor(np.array([[value]], np.int64)))
+    comm = backend.comm
+    values = comm.all_gather(backend.tensor(np.array([[value]], np.int64)), [1] * comm.world)
     return int(backend.to_host(values).min())
 
 

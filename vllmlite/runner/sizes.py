@@ -14,16 +14,17 @@ from vllmlite.models.plan import Plan
 from vllmlite.runner.runner import ModelRunner
 
 CPU_KV_BYTES = 4 << 30
-"""Most bytes of the cache on a CPU unless its size is given; pages that no request reaches are never touched."""
+"""Most bytes of the cache on a CPU, over all ranks, unless its size is given; pages that no request reaches are never
+touched."""
 STAGING_BYTES, STAGED_BLOCKS = 256 << 20, 32
 """Least host memory between the key/value cache and a disk: bytes, and blocks."""
 CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 8192
 """Most tokens in a step unless the number is given: enough to fill the device."""
 
 
-def batched_tokens(config: EngineConfig, backend: Backend) -> int:
-    """Return the most tokens in a step."""
-    default = CPU_BATCHED_TOKENS if backend.device == "cpu" else GPU_BATCHED_TOKENS
+def batched_tokens(config: EngineConfig, device: str) -> int:
+    """Return the most tokens in a step on ``device``."""
+    default = CPU_BATCHED_TOKENS if device == "cpu" else GPU_BATCHED_TOKENS
     return config.max_num_batched_tokens or default
 
 
@@ -47,7 +48,7 @@ def most_positions(config: EngineConfig, backend: Backend, plan: Plan, longest: 
         num_blocks = config.num_gpu_blocks_override
     else:
         memory = backend.memory()
-        most = CPU_KV_BYTES if backend.device == "cpu" else memory.total
+        most = CPU_KV_BYTES // backend.comm.sharing if backend.device == "cpu" else memory.total
         available = config.kv_cache_memory_bytes or min(
             most, int(memory.total * config.gpu_memory_utilization)
         )
@@ -77,7 +78,8 @@ def num_cache_blocks(
     if backend.device == "cpu":
         memory = backend.memory()
         available = min(
-            CPU_KV_BYTES, int(memory.free * config.gpu_memory_utilization / config.data_parallel_size)
+            CPU_KV_BYTES // backend.comm.sharing,
+            int(memory.free * config.gpu_memory_utilization / config.data_parallel_size),
         )
     else:
         for model in models:
@@ -119,4 +121,4 @@ def _largest_step(config: EngineConfig, backend: Backend, model: Model, max_mode
         max_model_len=max_model_len,
         enforce_eager=True,
     )
-    runner.profile(min(batched_tokens(config, backend), config.max_num_seqs * max_model_len))
+    runner.profile(min(batched_tokens(config, backend.device), config.max_num_seqs * max_model_len))

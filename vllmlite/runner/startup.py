@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import API, Backend
+from vllmlite.backends.base import API
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.config.speculative import EAGLE
 from vllmlite.disk_tier.block_file import BlockFile
@@ -28,12 +28,15 @@ from vllmlite.engine.tiers import Tiers, TransferCost
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.models.plan import Plan
+from vllmlite.ranks.group import RankGroup
+from vllmlite.ranks.runner import ParallelRunner
+from vllmlite.ranks.start import start_ranks
 from vllmlite.runner.build import BuiltRunner, build_runner, plan_for
 from vllmlite.runner.generation_config import default_params, eos_ids, generation_config, reasoning_marks
 from vllmlite.runner.kv_transfer import seconds_per_load
 from vllmlite.runner.propose.loading import check_vocabulary
+from vllmlite.runner.runner import ModelRunner
 from vllmlite.runner.sizes import batched_tokens, mixed_tokens
-from vllmlite.runner.step_times import step_times, waiting_time
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizers.tokenizer import Tokenizer
 
@@ -54,10 +57,12 @@ class Started(Generic[EngineT]):
     default_sampling_params: SamplingParams
     backend_choice: str
     """Which backend runs, and why the others do not."""
+    ranks: RankGroup | None = None
+    """The processes that compute the model, if these are others than the engine's."""
 
     def with_engine(self, engine: OtherT, tokenizer: Tokenizer | None) -> Started[OtherT]:
-        """Return the same facts with another engine and tokenizer."""
-        return replace(cast(Started[Any], self), engine=engine, tokenizer=tokenizer)
+        """Return the same facts with another engine and tokenizer, for a client, which leaves the ranks to the host."""
+        return replace(cast(Started[Any], self), engine=engine, tokenizer=tokenizer, ranks=None)
 
 
 def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
@@ -77,10 +82,14 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
     speculative = config.speculative()
     if speculative is not None and speculative.draft is not None and tokenizer is not None:
         check_vocabulary(config, speculative.draft, tokenizer)
-    built = build_runner(config, plan, replica=replica or 0)
+    built: BuiltRunner[ModelRunner] | BuiltRunner[ParallelRunner]
+    if config.tensor_parallel_size > 1:
+        built = start_ranks(config, plan)
+    else:
+        built = build_runner(config, plan, replica=replica or 0)
     runner, backend = built.runner, built.runner.backend
     two_steps = backend.asynchronous if config.async_scheduling is None else config.async_scheduling
-    batched = batched_tokens(config, backend)
+    batched = batched_tokens(config, backend.device)
     engine = Engine(
         Limits(
             max_num_seqs=config.max_num_seqs,
@@ -101,31 +110,39 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
         max_logprobs=config.max_logprobs,
         drafting=_drafting(config, built, two_steps),
         cache_format=f"{runner.model.kv_spec.dtype} {runner.model.kv_spec.scales}",
-        adapters=_adapters(config, plan, backend) if config.enable_lora else None,
-        tiers=_tiers(config, plan, built, replica or 0),
+        adapters=_adapters(config, plan, backend.dtype) if config.enable_lora else None,
+        tiers=_tiers(config, plan, built, runner, replica or 0) if isinstance(runner, ModelRunner) else None,
     )
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     defaults = default_params(config, generation)
-    return Started(engine, tokenizer, plan.hidden_size, defaults, built.backend_choice)
+    ranks = runner.group if isinstance(runner, ParallelRunner) else None
+    return Started(engine, tokenizer, plan.hidden_size, defaults, built.backend_choice, ranks)
 
 
-def _tiers(config: EngineConfig, plan: Plan, built: BuiltRunner, replica: int) -> Tiers | None:
+def _tiers(
+    config: EngineConfig, plan: Plan, built: BuiltRunner[object], runner: ModelRunner, replica: int
+) -> Tiers | None:
     """Return the cache tiers behind the pool, if there are any."""
-    host = built.runner.host_blocks
+    host = runner.host_blocks
     if host is None:
         return None
     cost = TransferCost(config.block_size, seconds_per_load(host, built.num_blocks))
-    disk = None if config.kv_disk_path is None else _disk(config, plan, built, host.memory, replica)
+    disk = None if config.kv_disk_path is None else _disk(config, plan, built, runner, host.memory, replica)
     return Tiers(built.num_blocks, len(host.memory), cost, config.preemption_mode, disk)
 
 
 def _disk(
-    config: EngineConfig, plan: Plan, built: BuiltRunner, memory: NDArray[np.uint8], replica: int
+    config: EngineConfig,
+    plan: Plan,
+    built: BuiltRunner[object],
+    runner: ModelRunner,
+    memory: NDArray[np.uint8],
+    replica: int,
 ) -> DiskTier:
     """Open the file of the disk tier; each replica has one, and its share of the size."""
     assert config.kv_disk_path is not None
-    backend, spec = built.runner.backend, built.runner.model.kv_spec
+    backend, spec = runner.backend, runner.model.kv_spec
     mark = fingerprint(
         plan.path,
         API,
@@ -151,37 +168,32 @@ def _disk(
     return DiskTier(file, memory)
 
 
-def _drafting(config: EngineConfig, built: BuiltRunner, two_steps: bool) -> DraftPolicy | None:
+def _drafting(config: EngineConfig, built: BuiltRunner[object], two_steps: bool) -> DraftPolicy | None:
     """Return how many drafts are made, by the measured time of steps; None without speculative decoding."""
     options = config.speculative()
     if options is None:
         return None
-    runner, most = built.runner, config.max_num_seqs * built.max_model_len
-    device = runner.backend.device
-    cost, draft_cost = StepCost(step_times(runner.profile, most, device)), None
-    if options.draft is not None and runner.proposer is not None:
-        draft_cost = StepCost(step_times(runner.proposer.profile, config.max_num_seqs, device))
     return DraftPolicy(
         options.num_tokens,
         options.max_rows,
         two_steps,
-        cost,
+        StepCost(built.step_times),
         by_rows=options.by_rows,
         max_len=options.max_len or sys.maxsize,
-        draft_cost=draft_cost,
-        wait=waiting_time(runner.profile) if two_steps and runner.backend.asynchronous else 0.0,
+        draft_cost=StepCost(built.draft_times) if built.draft_times else None,
+        wait=built.waiting_time if two_steps else 0.0,
         fills_cache=options.draft is not None,
         reads_states=options.draft is not None and options.draft.method in EAGLE,
     )
 
 
-def _adapters(config: EngineConfig, plan: Plan, backend: Backend) -> AdapterSource:
-    """Return the reader of LoRA adapters, which keeps some of them in memory."""
+def _adapters(config: EngineConfig, plan: Plan, dtype: str) -> AdapterSource:
+    """Return the reader of LoRA adapters, which keeps some of them in memory; ``dtype`` is the backend's."""
     from vllmlite.lora.reader import AdapterReader
     from vllmlite.lora.store import AdapterStore
 
     assert plan.spec is not None  # the runner has refused other models
-    dtype = backend.dtype if config.lora_dtype == "auto" else config.lora_dtype
+    dtype = dtype if config.lora_dtype == "auto" else config.lora_dtype
     reader = AdapterReader(plan.path, plan.spec, dtype, config.max_lora_rank, config.max_lora_bytes)
     return AdapterStore(reader, config.max_cpu_loras or config.max_loras, config.max_lora_bytes)
 

@@ -15,16 +15,19 @@ MOST_SECONDS = 1.0
 """Time after which no further step is measured."""
 
 
-def step_times(profile: Callable[[int], None], most: int, device: str) -> list[tuple[int, float]]:
+def step_times(
+    profile: Callable[[int], None], most: int, device: str, agree: Callable[[bool], bool] = bool
+) -> list[tuple[int, float]]:
     """Return the seconds of ``profile``, which runs a step, by the step's tokens, ascending and up to ``most``:
     processor time on a CPU, where other programs may run.
 
     A step takes at most as long as one of more tokens; what was measured beyond that was a disturbance.
+    All ranks run the same steps: ``agree`` returns whether it is called with True on each of them.
     Each token of a step is sampled from, up to the number of slots, as in a step that decodes or verifies drafts."""
     begin = time.perf_counter()
     times: dict[int, float] = {}
     for tokens in (tokens for tokens in MEASURED if tokens <= most):
-        if len(times) > 1 and time.perf_counter() - begin > MOST_SECONDS:
+        if len(times) > 1 and not agree(time.perf_counter() - begin <= MOST_SECONDS):
             break
         profile(tokens)  # allocates what the step needs
         times[tokens] = min(_seconds(profile, tokens, device) for _ in range(REPEATS))

@@ -121,7 +121,7 @@ def load_drafter(
         return ModelProposer(
             runner_of(model, longest),
             max_model_len=longest,
-            budget=batched_tokens(config, backend),
+            budget=batched_tokens(config, backend.device),
             vocab_size=target.vocab_size,
         )
 

@@ -1,0 +1,132 @@
+"""An engine whose model is computed by two processes gives the tokens of an engine with one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import write_checkpoint
+from native import needs_native_cpu
+from rank_processes import processes_of
+
+from vllmlite import LLM, RequestOutput, SamplingParams
+from vllmlite.errors import ModelError, ParameterError, VllmliteError
+
+pytestmark = needs_native_cpu
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32", "backend": "cpu", "threads": 1, "skip_tokenizer_init": True, "max_model_len": 128, "seed": 1,
+    "max_num_seqs": 4, "max_num_batched_tokens": 24, "num_gpu_blocks_override": 9,
+    "speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1},
+}  # fmt: skip
+"""Few blocks and short steps: prompts are chunked, requests preempted."""
+PROMPTS = [[5, 6, 7, 8] * 8, [9, 10, 11] * 5, list(range(20, 60)), [5, 6, 7, 8] * 9]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=1, seed=3, max_tokens=24, ignore_eos=True, repetition_penalty=1.2),
+    SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, prompt_logprobs=1),
+    SamplingParams(temperature=1, seed=5, top_k=40, max_tokens=24, ignore_eos=True),
+]
+
+
+def generate(llm: LLM) -> list[RequestOutput]:
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    return llm.generate(prompts, PARAMS, use_tqdm=False)
+
+
+def token_ids(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    write_checkpoint(path, num_hidden_layers=2)
+    return path
+
+
+@pytest.fixture(scope="module")
+def parallel(checkpoint: Path) -> Iterator[LLM]:
+    llm = LLM(str(checkpoint), tensor_parallel_size=2, **OPTIONS)
+    yield llm
+    llm.llm_engine.close()
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> list[RequestOutput]:
+    return generate(LLM(str(checkpoint), **OPTIONS))
+
+
+def test_two_processes_give_the_tokens_of_one(parallel: LLM, expected: list[RequestOutput]) -> None:
+    found = generate(parallel)
+    assert token_ids(found) == token_ids(expected)
+    logprobs = found[0].outputs[0].logprobs, expected[0].outputs[0].logprobs
+    assert logprobs[0] is not None and logprobs[1] is not None
+    for ours, theirs in zip(logprobs[0], logprobs[1], strict=True):
+        for token, entry in theirs.items():
+            assert ours[token].logprob == pytest.approx(entry.logprob, abs=1e-3)
+    stats = parallel.llm_engine.engine.current_stats()
+    assert stats.num_preemptions and stats.num_accepted_tokens
+    assert stats.backend == "cpu" and stats.device == "cpu"
+    assert "split over 2 processes" in parallel.llm_engine.backend_choice
+
+
+def test_an_interrupt_loses_nothing(parallel: LLM, expected: list[RequestOutput]) -> None:
+    for delay in (0.01, 0.03):
+        timer = threading.Timer(delay, signal.raise_signal, [signal.SIGINT])
+        timer.start()
+        try:
+            while True:
+                generate(parallel)
+        except KeyboardInterrupt:
+            pass
+        timer.join()
+        assert token_ids(generate(parallel)) == token_ids(expected)
+
+
+def test_a_step_that_fails_on_all_ranks_fails_alone(parallel: LLM, expected: list[RequestOutput]) -> None:
+    engine = parallel.llm_engine.engine
+    launch = engine.runner.launch
+
+    def broken(schedule: Any) -> Any:
+        schedule.slots = [99] * len(schedule.slots)
+        return launch(schedule)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.runner, "launch", broken)
+        with pytest.raises(VllmliteError, match="IndexError: index 99 is out of bounds"):
+            generate(parallel)
+    assert token_ids(generate(parallel)) == token_ids(expected)
+
+
+def test_the_ranks_sleep_while_there_is_nothing_to_do(parallel: LLM) -> None:
+    generate(parallel)
+    pids = [process.pid for process in processes_of(parallel)]
+
+    def seconds() -> float:
+        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+        return sum(int(field) for row in fields for field in row[11:13]) / 100
+
+    time.sleep(0.1)
+    begin = seconds()
+    time.sleep(0.5)
+    assert seconds() - begin <= 0.02
+
+
+def test_sizes_that_cannot_be_split_are_refused_before_a_process_starts(checkpoint: Path) -> None:
+    with pytest.raises(ParameterError, match=r"tensor_parallel_size=3: .* can be split over 1, 2, 4"):
+        LLM(str(checkpoint), tensor_parallel_size=3, **OPTIONS)
+    with pytest.raises(ParameterError, match=r"distributed_executor_backend='uni'"):
+        LLM(str(checkpoint), tensor_parallel_size=2, distributed_executor_backend="uni", **OPTIONS)
+
+
+def test_a_model_that_a_rank_cannot_load_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, num_hidden_layers=1)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        LLM(str(tmp_path), tensor_parallel_size=2, **OPTIONS)

@@ -1,0 +1,1 @@
+"""Several processes ("ranks") that compute one model together, and the process that drives them."""

@@ -1,0 +1,130 @@
+"""The process of one rank: builds its part of the model, then runs the steps that the driver sends."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+from contextlib import suppress
+from typing import Any
+
+from vllmlite.backends.native import load_extension
+from vllmlite.engine_process.wire import pack, unpack
+from vllmlite.errors import VllmliteError
+from vllmlite.ranks.comm import connect
+from vllmlite.ranks.messages import BackendFacts, Command, Failed, ModelFacts, Phase, Ready, Reply, Setup
+from vllmlite.runner.build import build_runner
+from vllmlite.runner.runner import ModelRunner
+
+REPORTER = 0
+"""The rank that sends the results of steps."""
+COLLECTIVE_SECONDS, COLLECTIVE_SECONDS_PER_TOKEN = 30.0, 0.05
+"""Limit of a collective operation, which waits for the slowest rank: for any step, and for each of its tokens."""
+
+
+def main() -> None:
+    """Run the process; its arguments are the descriptors of the control socket and of the shared memory, then the rank
+    and the number of ranks."""
+    # The driver, which gets a terminal's and a service manager's signals, ends the ranks in order.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    control_fd, memory_fd, rank, world = map(int, sys.argv[1:])
+    control = socket.socket(fileno=control_fd)
+    ranks = load_extension("_cpu").Ranks(memory_fd, rank, world)
+    ranks.start_heartbeat(control_fd)
+    control.sendall(pack(Phase("reading the configuration")))
+    with control.makefile("rb") as stream:
+        setup: Setup = unpack(stream)
+    if setup.cpus:
+        with suppress(OSError):  # the container forbids it
+            os.sched_setaffinity(0, setup.cpus)
+    logging.basicConfig(format=f"%(levelname)s:     rank {rank}: %(message)s")
+    logging.getLogger("vllmlite").setLevel(setup.log_level if rank == 0 else logging.ERROR)
+    if rank and isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = _NoTerminal(sys.stderr.detach(), line_buffering=True)
+    control.sendall(pack(Phase("loading the model")))
+    try:
+        built = build_runner(setup.config, setup.plan, rank, world, lambda backend: connect(backend, ranks))
+    except VllmliteError as error:
+        control.sendall(pack(error))
+        return
+    runner = built.runner
+    backend = runner.backend
+    facts = BackendFacts(backend.name, backend.device, backend.dtype, backend.asynchronous)
+    model = ModelFacts(runner.model.vocab_size, runner.model.kv_spec)
+    ready = Ready(
+        facts, model, built.num_blocks, built.max_model_len, built.backend_choice, built.step_times, built.draft_times
+    )  # fmt: skip
+    control.sendall(pack(ready))
+    Steps(runner, ranks, control).run()
+
+
+class _NoTerminal(io.TextIOWrapper):
+    """Standard error of a rank whose progress is not shown, since that of rank 0 is."""
+
+    def isatty(self) -> bool:
+        return False
+
+
+class Steps:
+    """Runs the steps that come from the driver."""
+
+    def __init__(self, runner: ModelRunner, ranks: Any, control: socket.socket) -> None:
+        """``ranks`` is the shared memory, a ``Ranks`` of ``vllmlite._cpu``."""
+        self._runner, self._ranks, self._control = runner, ranks, control
+        self._launched: dict[int, Any] = {}
+        """Step → its handle, or the error with which its launch failed."""
+
+    def run(self) -> None:
+        """Run steps until the ranks are aborted; the heartbeat's thread ends the process when the driver has ended."""
+        while not self._ranks.aborted:
+            message = self._ranks.receive(-1)
+            if message is None:
+                continue  # a signal, or the end
+            command: Command = pickle.loads(message)
+            step, schedule = command
+            if schedule is not None:
+                tokens = sum(schedule.counts)
+                self._ranks.limit(COLLECTIVE_SECONDS + COLLECTIVE_SECONDS_PER_TOKEN * tokens)
+                try:
+                    self._launched[step] = self._runner.launch(schedule)
+                except Exception as error:
+                    self._launched[step] = error
+                continue
+            reply: Reply = step, self._collect(step)
+            if self._ranks.rank == REPORTER:
+                self._ranks.send(_packed(reply))
+
+    def _collect(self, step: int) -> Any:
+        """Return the result of a step, or the error with which it failed."""
+        handle = self._launched.pop(step)
+        for earlier in [other for other in self._launched if other < step]:
+            del self._launched[earlier]  # the driver was interrupted before it collected that step
+        error: Exception
+        if isinstance(handle, Exception):
+            error = handle
+        else:
+            try:
+                return self._runner.collect(handle)
+            except Exception as raised:
+                error = raised
+        if not self._ranks.aborted:
+            logging.getLogger(__name__).error("a step failed", exc_info=error)
+            self._control.sendall(pack(Failed(step, f"{type(error).__name__}: {error}")))
+        return error
+
+
+def _packed(reply: Reply) -> bytes:
+    """Pickle a reply; an error that cannot be pickled becomes a RuntimeError of the same text."""
+    try:
+        packed = pickle.dumps(reply, pickle.HIGHEST_PROTOCOL)
+        if isinstance(reply[1], Exception):
+            pickle.loads(packed)
+        return packed
+    except Exception:
+        error = reply[1]
+        return pickle.dumps((reply[0], RuntimeError(f"{type(error).__name__}: {error}")))
