@@ -15,6 +15,7 @@ from native import needs_native_cpu
 from rank_processes import processes_of
 
 from vllmlite import LLM, RequestOutput, SamplingParams
+from vllmlite.config.engine_config import EngineConfig
 from vllmlite.errors import ModelError, ParameterError, VllmliteError
 
 pytestmark = needs_native_cpu
@@ -120,8 +121,19 @@ def test_the_ranks_sleep_while_there_is_nothing_to_do(parallel: LLM) -> None:
 def test_sizes_that_cannot_be_split_are_refused_before_a_process_starts(checkpoint: Path) -> None:
     with pytest.raises(ParameterError, match=r"tensor_parallel_size=3: .* can be split over 1, 2, 4"):
         LLM(str(checkpoint), tensor_parallel_size=3, **OPTIONS)
-    with pytest.raises(ParameterError, match=r"distributed_executor_backend='uni'"):
-        LLM(str(checkpoint), tensor_parallel_size=2, distributed_executor_backend="uni", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distributed_executor_backend": "uni"}, "distributed_executor_backend='uni': runs one rank"),
+        ({"enable_lora": True}, "tensor_parallel_size=2: must be 1 with enable_lora"),
+        ({"swap_space": 1}, "tensor_parallel_size=2: must be 1 with swap_space"),
+    ],
+)
+def test_what_needs_one_rank_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        EngineConfig.from_kwargs(tensor_parallel_size=2, **options)
 
 
 def test_a_model_that_a_rank_cannot_load_is_refused(tmp_path: Path) -> None:

@@ -323,15 +323,9 @@ class EngineConfig:
             raise ParameterError(
                 "max_cpu_loras", self.max_cpu_loras, f"must be at least max_loras, which is {self.max_loras}"
             )
-        ranks = self.tensor_parallel_size
-        if self.distributed_executor_backend == "uni" and ranks > 1:
-            raise ParameterError(
-                "distributed_executor_backend", "uni", "runs one rank; leave it out for several"
-            )
-        if self.enable_lora and ranks > 1:
-            raise ParameterError("tensor_parallel_size", ranks, "must be 1 with enable_lora in this version")
         self.speculative()
         self._check_tiers()
+        self._check_ranks()
         marks = self.reasoning_config
         if marks and (
             marks.keys() != {*REASONING_KEYS} or not all(isinstance(m, str) and m for m in marks.values())
@@ -346,6 +340,24 @@ class EngineConfig:
             raise ParameterError(
                 "revision", self.revision, "the built-in model has no revisions: name a model"
             )
+
+    def _check_ranks(self) -> None:
+        """Refuse what does not go together with several ranks."""
+        ranks = self.tensor_parallel_size
+        if ranks == 1:
+            return
+        if self.distributed_executor_backend == "uni":
+            raise ParameterError(
+                "distributed_executor_backend", "uni", "runs one rank; leave it out for several"
+            )
+        others = {
+            "enable_lora": self.enable_lora,
+            "swap_space": self.host_tier_bytes() > 0,
+            "kv_disk_path": self.kv_disk_path is not None,
+        }
+        for name, used in others.items():
+            if used:
+                raise ParameterError("tensor_parallel_size", ranks, f"must be 1 with {name} in this version")
 
     def _check_tiers(self) -> None:
         """Refuse options of cache tiers that contradict each other or have nothing to act on."""
