@@ -270,6 +270,8 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "three dimensions": (_tensors({Q0 + "A.weight": _zeros(4, 32, 1)}), r"expected \[4, 32\]"),
     "one factor": (_tensors({Q0 + "B.weight": None}), "has no lora_B"),
     "DoRA's vectors": (_tensors({"a.lora_magnitude_vector": _zeros(4)}), "use_dora"),
+    "an embedding": (_tensors({"model.embed_tokens.lora_embedding_A": _zeros(4, 96)}), "adapters of embeddings"),
+    "an output layer": (_tensors({"lm_head.base_layer.weight": _zeros(96, 32)}), "of the output layer"),
     "a bias": (_tensors({Q0 + "B.bias": _zeros(32)}), "lora_bias"),
     "a tensor of another kind": (_tensors({"model.norm.weight": _zeros(32)}), "is not part of a LoRA adapter"),
     "another layer": (

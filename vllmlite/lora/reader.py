@@ -40,9 +40,7 @@ MAX_HEADER = 32 << 20
 """Maximum bytes of a safetensors header of an adapter; one with changes of 128 experts in 48 layers has 6 MB."""
 
 _PREFIX = "base_model.model."
-_TENSOR = re.compile(
-    r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<factor>[AB])(\.default)?(?P<weight>\.weight)?"
-)
+_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
 _GGUF_TENSOR = re.compile(r"(?P<module>.+)\.weight\.lora_(?P<factor>[ab])")
 _REFUSED = (
     ("lora_magnitude_vector", "use_dora: DoRA rescales whole weights, which is not supported"),
@@ -50,8 +48,9 @@ _REFUSED = (
     (".bias", "lora_bias: biases are not supported"),
     (
         ".base_layer.weight",
-        "a copy of a weight of the base model, as PEFT saves it with adapters of embeddings",
+        "target_modules: adapters of embeddings and of the output layer are not supported",
     ),
+    ("lora_embedding_", "target_modules: adapters of embeddings are not supported"),
     (".token_adapter.", "trainable_token_indices: trained tokens are not supported"),
 )
 """Parts of names of tensors that are not read, with the reason."""
@@ -214,7 +213,7 @@ def _peft_name(where: str, name: str) -> tuple[str, str]:
         if part in name:
             raise ModelError(f"{where}: tensor {name[:200]!r}: {reason}")
     match = _TENSOR.fullmatch(name)
-    if match is None or not (match["weight"] or match["kind"]):
+    if match is None:
         raise ModelError(f"{where}: tensor {name[:200]!r} is not part of a LoRA adapter")
     return match["module"].removeprefix(_PREFIX), match["factor"]
 
