@@ -36,7 +36,14 @@ def main() -> None:
     args = parser.parse_args()
     rows, steps = args.rows, args.steps
     length = args.prompt_tokens + steps + 8
-    llm = LLM(args.model, max_model_len=length, max_num_seqs=rows, threads=1, enable_prefix_caching=False)
+    llm = LLM(
+        args.model,
+        max_model_len=length,
+        max_num_seqs=rows,
+        threads=1,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+    )
     engine = llm.llm_engine
     prompt = [5 + index % 200 for index in range(args.prompt_tokens)]
     common = {"max_tokens": steps + 4, "temperature": 0, "ignore_eos": True, "detokenize": False}

@@ -33,8 +33,8 @@ class BeamOptions:
         penalty = self.length_penalty
         if isinstance(penalty, bool) or not isinstance(penalty, Real) or not math.isfinite(penalty):
             raise ParameterError("length_penalty", penalty, "must be a finite number")
-        if abs(penalty) > 64:
-            raise ParameterError("length_penalty", penalty, "must be from -64 to 64")
+        if abs(penalty) > 32:
+            raise ParameterError("length_penalty", penalty, "must be from -32 to 32")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ParameterError("early_stopping", self.early_stopping, 'must be True, False or "never"')
 
