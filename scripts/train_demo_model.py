@@ -5,6 +5,8 @@
     train_demo_model.py corpus --root DIR/root      clean and tokenise their text (a minute): .cache/demo
     train_demo_model.py train                       train (a GPU: 3 minutes; two CPU cores: 8 days): .cache/demo/run
     train_demo_model.py release --root DIR/root     write vllmlite/data/demo, with the manifest
+    train_demo_model.py drafts                      train an EAGLE-3 head and a draft model on the model's own answers:
+                                                    .cache/demo/eagle3, .cache/demo/draft
     train_demo_model.py copyright                   print the model's paragraph of debian/copyright
     train_demo_model.py verify --root DIR/root      check corpus and first training steps against the manifest
 
@@ -18,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from demo_model import corpus, fetch, release
+from demo_model import corpus, drafts, fetch, release
 from demo_model.model import Shape
 from demo_model.training import Recipe, train
 
@@ -50,6 +52,14 @@ def main() -> None:
     training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     training.add_argument("--compile", action="store_true", help="compile the model first (faster on a GPU)")
     training.add_argument("--out", type=Path, default=CACHE / "run")
+    drafting = commands.add_parser("drafts", help="train an EAGLE-3 head and a draft model")
+    drafting.add_argument("--answers", type=int, default=drafts.DraftRecipe().answers)
+    drafting.add_argument("--steps", type=int, default=drafts.DraftRecipe().steps)
+    drafting.add_argument(
+        "--minutes", type=float, default=float("inf"), help="stop each training after this time"
+    )
+    drafting.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    drafting.add_argument("--out", type=Path, default=CACHE)
     commands.add_parser("copyright", help="print the model's paragraph of debian/copyright")
     arguments = parser.parse_args()
     if arguments.command == "fetch":
@@ -62,6 +72,8 @@ def main() -> None:
         run(arguments.steps, arguments.device, arguments.compile, arguments.out)
     elif arguments.command == "release":
         write(arguments.root)
+    elif arguments.command == "drafts":
+        train_drafts(arguments)
     elif arguments.command == "copyright":
         print(release.copyright_stanza(json.loads((DATA / "manifest.json").read_text())))
     else:
@@ -75,6 +87,16 @@ def run(steps: int, device: str, compiled: bool, out: Path) -> None:
     model, log = train(recipe, Shape(), *release.load_tokens(CACHE), torch.device(device), compiled=compiled)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
     release.save_run(model, recipe, log, name, out)
+
+
+def train_drafts(arguments: argparse.Namespace) -> None:
+    """Train what drafts for the built-in model, on its own answers; write checkpoints."""
+    recipe = drafts.DraftRecipe(answers=arguments.answers, steps=arguments.steps)
+    texts = drafts.answers(recipe)
+    model = release.load_weights(Shape(), DATA / "model.safetensors").to(arguments.device)
+    seconds = 60 * arguments.minutes
+    drafts.train_head(model, texts, recipe, seconds, arguments.out / "eagle3")
+    drafts.train_small(model, texts, recipe, seconds, arguments.out / "draft", DATA / "tokenizer.json")
 
 
 def write(root: Path) -> None:
