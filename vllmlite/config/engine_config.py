@@ -254,7 +254,7 @@ class EngineConfig:
         'speculative decoding: guess tokens and verify several in a step: {"method": "ngram", '
         '"num_speculative_tokens": 8, "prompt_lookup_min": 2, "prompt_lookup_max": 5}: guess what followed the last '
         'tokens where they occurred before; {"method": "draft_model", "model": NAME}: guess what a smaller model with '
-        "the same vocabulary generates; method eagle or eagle3: what an EAGLE head predicts from hidden states",
+        "the same vocabulary generates; method eagle, eagle3 or medusa: what heads predict from hidden states",
         group="speculative decoding",
     )
     enable_lora: bool = _option(False, "let requests use LoRA adapters", group="LoRA")

@@ -13,10 +13,9 @@ FIELD = "speculative_config"
 EAGLE = ("eagle", "eagle3")
 LOOKUPS = ("ngram", "suffix")
 """Methods whose drafts come from texts, not from a checkpoint."""
-METHODS = (*LOOKUPS, "draft_model", *EAGLE)
+METHODS = (*LOOKUPS, "draft_model", *EAGLE, "medusa")
 ABSENT_METHODS = (
-    "medusa", "mlp_speculator", "mtp", "deepseek_mtp", "ngram_gpu", "custom_class",
-    "dflash",
+    "mlp_speculator", "mtp", "deepseek_mtp", "ngram_gpu", "custom_class", "dflash",
 )  # fmt: skip
 """vLLM's methods that are not supported."""
 NGRAM_MODELS = ("ngram", "[ngram]")
@@ -43,6 +42,7 @@ METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
     ),
     "draft_model": ("revision", "quantization", "max_model_len"),
     **dict.fromkeys(EAGLE, ("revision", "max_model_len")),
+    "medusa": ("revision",),
 }  # fmt: skip
 """Further keys of each method."""
 SHORTHANDS: Mapping[str, tuple[str, type]] = {
@@ -77,7 +77,7 @@ class DraftCheckpoint:
     """The checkpoint of a model that proposes drafts."""
 
     method: str
-    """``draft_model``, or one of :data:`EAGLE`."""
+    """``draft_model``, ``medusa``, or one of :data:`EAGLE`."""
     model: str
     revision: str | None
     quantization: str | None
@@ -171,7 +171,7 @@ def _method(options: Mapping[str, Any]) -> str:
     method, model = options.get("method"), options.get("model")
     supported = f"must be {' or '.join(METHODS)}; drafts of other methods are not supported in this version"
     if method is None and model is not None:
-        named = (name for name in ("eagle3", "eagle") if name in str(model).lower())
+        named = (name for name in ("eagle3", "eagle", "medusa") if name in str(model).lower())
         method = "ngram" if model in NGRAM_MODELS else next(named, "draft_model")
     if method not in METHODS:
         if method is not None and method not in ABSENT_METHODS:

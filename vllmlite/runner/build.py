@@ -188,7 +188,7 @@ def build_runner(
     if draft is not None and options is not None:
         choice += f"; drafts of up to {options.num_tokens} tokens from {draft.model}"
         drafter = load_drafter(config, draft, model, backend, num_positions, rank, world)
-        models, caches = [*models, *drafter.models], [*caches, drafter.cache]
+        models, caches = [*models, *drafter.models], [*caches, *drafter.caches]
     _least(backend, 0)  # all ranks have loaded their weights: the memory that is free now is for caches
     num_blocks = _least(backend, num_cache_blocks(config, backend, models, caches, num_positions))
     capacity = min(num_blocks * config.block_size, num_positions)

@@ -222,13 +222,12 @@ class ModelRunner:
         hidden, logits = None, None
         states: Sequence[Tensor] = ()
         if key is None:
-            tokens = np.arange(batch.num_tokens, dtype=np.int32)
-            hidden, states = self._forward(device_batch, tokens)
+            hidden, states = self._forward(device_batch)
             logits = self._output(hidden, device_batch) if samples else None
         else:
             logits, *states = self.graphs.run(key, device_batch)
-            # The next run overwrites what this one returns.
-            states = [self.backend.rows(state, device_batch.logits_rows) for state in states]
+            # The next run overwrites what this one returns; all tokens are sampled from, and padding comes after them.
+            states = [self.backend.rows(state, self._every_token(batch)) for state in states]
         if self.proposer is not None:
             if states:
                 self.proposer.keep_states(schedule, states)
@@ -413,16 +412,17 @@ class ModelRunner:
         hidden, states = self._forward(batch, batch.logits_rows)
         return [self._output(hidden, batch), *states]
 
-    def _forward(
-        self, batch: ForwardBatch, rows: Tensor | NDArray[np.int32]
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return the final hidden states of an uploaded batch, and of the tokens ``rows`` those that the proposer
-        reads."""
+    def _forward(self, batch: ForwardBatch, rows: Tensor = None) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the final hidden states of an uploaded batch, and of the tokens ``rows`` (default: all) those that the
+        proposer reads."""
         kept = () if self.proposer is None else self.proposer.states
         if not kept:
             return self.model.forward(batch, self.kv), ()
-        rows = self.backend.tensor(rows) if isinstance(rows, np.ndarray) else rows
+        rows = self._every_token(batch) if rows is None else rows
         return cast(KeepingModel, self.model).forward_keeping(batch, self.kv, kept, rows)
+
+    def _every_token(self, batch: ForwardBatch) -> Tensor:
+        return self.backend.tensor(np.arange(batch.num_tokens, dtype=np.int32))
 
     def _output(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         return self.model.logits(self.backend.rows(hidden, batch.logits_rows))

@@ -182,7 +182,7 @@ def _drafting(config: EngineConfig, built: BuiltRunner[object], two_steps: bool)
         max_len=options.max_len or sys.maxsize,
         draft_cost=StepCost(built.draft_times) if built.draft_times else None,
         wait=built.waiting_time if two_steps else 0.0,
-        fills_cache=options.draft is not None,
+        fills_cache=options.draft is not None and options.draft.method != "medusa",
         reads_states=options.draft is not None and options.draft.method in EAGLE,
     )
 

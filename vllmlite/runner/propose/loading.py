@@ -10,16 +10,18 @@ from typing import TypeAlias
 from vllmlite.backends.base import Backend, Model
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.config.engine_config import EngineConfig
-from vllmlite.config.speculative import EAGLE, FIELD, DraftCheckpoint
+from vllmlite.config.speculative import FIELD, DraftCheckpoint
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.models import load_planned
 from vllmlite.models.decoder import Decoder
 from vllmlite.models.eagle import EagleHead, read_eagle
+from vllmlite.models.medusa import MedusaHeads
 from vllmlite.models.plan import Plan, check_quantization, plan_model
 from vllmlite.models.shard import sharded
 from vllmlite.runner.propose.draft_model import ModelProposer
 from vllmlite.runner.propose.eagle import EagleProposer
+from vllmlite.runner.propose.medusa import MedusaProposer
 from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.runner.sizes import batched_tokens
@@ -41,12 +43,12 @@ def _plan(config: EngineConfig, draft: DraftCheckpoint) -> Plan:
 
 
 def check_vocabulary(config: EngineConfig, draft: DraftCheckpoint, tokenizer: Tokenizer) -> None:
-    """Raise ParameterError unless the draft model's ids are those of ``tokenizer``, the target model's. EAGLE heads may
-    have no tokenizer.
+    """Raise ParameterError unless the draft model's ids are those of ``tokenizer``, the target model's. Heads may have
+    no tokenizer.
 
     Sizes are not compared: models of one family pad their vocabularies to different sizes."""
     path = _find(config, draft)
-    if draft.method in EAGLE and not any(
+    if draft.method != "draft_model" and not any(
         (path / name).exists() for name in ("tokenizer.json", "tokenizer.model")
     ):
         return
@@ -72,8 +74,8 @@ class Drafter:
 
     models: tuple[Model, ...]
     """The draft model, if it is a whole model."""
-    cache: KVSpec
-    """Its key/value cache, which has as many blocks as the target model's."""
+    caches: tuple[KVSpec, ...]
+    """Its key/value cache, if it has one; of as many blocks as the target model's."""
     proposer: Callable[[RunnerOf, int, int], Proposer]
     """Returns the proposer, given a function that makes the runner of a draft model, the number of blocks, and the
     length of sequences."""
@@ -90,9 +92,10 @@ def load_drafter(
 ) -> Drafter:
     """Load the model of ``draft`` onto the backend of ``target``, whose sequences have up to ``longest`` tokens.
 
-    On several ranks each computes a part of a draft model, as of the target model, and all of an EAGLE head."""
-    if draft.method in EAGLE:
-        return _load_eagle(config, draft, target, longest)
+    On several ranks each computes a part of a draft model, as of the target model, and all of an EAGLE head or
+    of Medusa heads."""
+    if draft.method != "draft_model":
+        return _load_heads(config, draft, target, longest)
     plan = _plan(config, draft)
     if plan.backends and backend.name not in plan.backends:
         raise ParameterError(
@@ -125,14 +128,19 @@ def load_drafter(
             vocab_size=target.vocab_size,
         )
 
-    return Drafter((model,), model.kv_spec, proposer)
+    return Drafter((model,), (model.kv_spec,), proposer)
 
 
-def _load_eagle(config: EngineConfig, draft: DraftCheckpoint, target: Model, longest: int) -> Drafter:
+def _load_heads(config: EngineConfig, draft: DraftCheckpoint, target: Model, longest: int) -> Drafter:
+    """Load what reads the target model's hidden states."""
     if not isinstance(target, Decoder):
         raise ParameterError(f"{FIELD}.method", draft.method, "needs a native model")
-    spec = read_eagle(_find(config, draft), draft.method, target.spec)
-    head = EagleHead(spec, target, num_positions=longest, block_size=config.block_size)
+    if draft.method == "medusa":
+        spec = target.spec
+        heads = MedusaHeads(_find(config, draft), target.backend, spec.output_size, spec.vocab_size)
+        return Drafter((), (), lambda *_: MedusaProposer(heads))
+    eagle = read_eagle(_find(config, draft), draft.method, target.spec)
+    head = EagleHead(eagle, target, num_positions=longest, block_size=config.block_size)
 
     def proposer(runner_of: RunnerOf, num_blocks: int, longest: int) -> Proposer:
         return EagleProposer(
@@ -142,7 +150,7 @@ def _load_eagle(config: EngineConfig, draft: DraftCheckpoint, target: Model, lon
             max_model_len=min(draft.max_model_len or longest, longest),
         )
 
-    return Drafter((), head.kv_spec, proposer)
+    return Drafter((), (head.kv_spec,), proposer)
 
 
 def _find(config: EngineConfig, draft: DraftCheckpoint) -> Path:

@@ -1,4 +1,4 @@
-"""EAGLE heads: what they draft, against a computation without a cache, however sequences are scheduled."""
+"""EAGLE and Medusa heads: what they draft, against a computation without a cache, however sequences are scheduled."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from checkpoints import TINY, write_checkpoint
 from eagle_heads import Floats, Head, Shape, write_head
+from medusa_heads import Heads, write_medusa
 from native import needs_native_cpu
 
 from vllmlite import LLM, SamplingParams
 from vllmlite.engine.drafts import StepCost
 from vllmlite.errors import ModelError
 from vllmlite.runner.propose import eagle
-from vllmlite.runner.propose.eagle import EagleProposer
 from vllmlite.runner.runner import ModelRunner
+from vllmlite.weights.safetensors import read_safetensors, write_safetensors
 
 DRAFTS = 3
 SHAPE = Shape(TINY["vocab_size"], TINY["hidden_size"], TINY["num_hidden_layers"])
@@ -47,20 +48,39 @@ def start(model: Path, head: Path, method: str, **options: Any) -> LLM:
 
 def proposed(llm: LLM, patch: pytest.MonkeyPatch) -> list[tuple[list[int], list[int]]]:
     """Return a list to which all proposals are added from now on: the ids that were known, and the drafts."""
-    proposer = cast(EagleProposer, cast(ModelRunner, llm.llm_engine.engine.runner).proposer)
-    collect = proposer.collect
+    proposer = cast(ModelRunner, llm.llm_engine.engine.runner).proposer
+    assert proposer is not None
+    collect, admit = proposer.collect, proposer.admit
     found: list[tuple[list[int], list[int]]] = []
+    texts: dict[int, list[int]] = {}
+
+    def begin(slot: int, token_ids: list[int], num_prompt: int) -> None:
+        texts[slot] = list(token_ids)
+        admit(slot, token_ids, num_prompt)
 
     def note(handle: Any, token_ids: Any, wanted: Sequence[int]) -> list[list[int]]:
         drafts = collect(handle, token_ids, wanted)
-        found.extend((list(s.token_ids), list(d)) for s, d in zip(handle, drafts, strict=True) if d)
+        for text, ids, guessed in zip(known.pop(0), token_ids, drafts, strict=True):
+            text += ids
+            if guessed:
+                found.append((list(text), list(guessed)))
         return drafts
 
+    launch = proposer.launch
+    known: list[list[list[int]]] = []
+
+    def keep(slots: Sequence[int]) -> Any:
+        if slots:
+            known.append([texts[slot] for slot in slots])
+        return launch(slots)
+
+    patch.setattr(proposer, "admit", begin)
+    patch.setattr(proposer, "launch", keep)
     patch.setattr(proposer, "collect", note)
     return found
 
 
-def check_drafts(found: list[tuple[list[int], list[int]]], model: Any, head: Head) -> None:
+def check_drafts(found: list[tuple[list[int], list[int]]], model: Any, head: Head | Heads) -> None:
     """Compare proposals with what the head drafts from transformers' hidden states."""
     torch = pytest.importorskip("torch")
     table = model.model.embed_tokens.weight.detach().numpy()
@@ -90,6 +110,8 @@ FORMS: dict[str, tuple[str, Shape, dict[str, Any]]] = {
     "EAGLE-3, two named layers, own size": (
         "eagle3", replace(SHAPE, own_hidden=32), {"layers": [1, 2], "bias": True}
     ),
+    "Medusa": ("medusa", SHAPE, {"form": "authors"}),
+    "Medusa, vLLM": ("medusa", SHAPE, {"form": "vllm"}),
 }  # fmt: skip
 
 
@@ -100,7 +122,11 @@ FORMS: dict[str, tuple[str, Shape, dict[str, Any]]] = {
 )
 def test_drafts_are_those_of_the_head(form: str, target: tuple[Path, Any], tmp_path: Path) -> None:
     method, shape, options = FORMS[form]
-    head = write_head(tmp_path / "head", method, shape, **options)
+    head: Head | Heads
+    if method == "medusa":
+        head = write_medusa(tmp_path / "head", shape, **options)
+    else:
+        head = write_head(tmp_path / "head", method, shape, **options)
     llm = start(target[0], tmp_path / "head", method)
     with pytest.MonkeyPatch.context() as patch:
         found = proposed(llm, patch)
@@ -193,3 +219,30 @@ def test_heads_that_would_draft_otherwise_are_refused(
     spoilt(config)(tmp_path / "head")
     with pytest.raises(ModelError, match=says):
         start(target[0], tmp_path / "head", "eagle3")
+
+
+@needs_native_cpu
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [({"hidden_size": 128}, "the model's"), ({"truncated_vocab_size": 40}, "a part of the vocabulary")],
+)
+def test_medusa_heads_of_other_sizes_are_refused(
+    config: dict[str, Any], says: str, target: tuple[Path, Any], tmp_path: Path
+) -> None:
+    write_medusa(tmp_path / "head", SHAPE, "vllm")
+    spoilt(config)(tmp_path / "head")
+    with pytest.raises(ModelError, match=says):
+        start(target[0], tmp_path / "head", "medusa")
+
+
+@needs_native_cpu
+def test_medusa_heads_need_all_their_tensors(target: tuple[Path, Any], tmp_path: Path) -> None:
+    write_medusa(tmp_path / "head", SHAPE, "vllm")
+    file = tmp_path / "head" / "model.safetensors"
+    tensors = read_safetensors(file)
+    del tensors["blocks.1.layers.0.weight"]
+    file.unlink()
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write_safetensors(file, tensors.values(), layout)
+    with pytest.raises(ModelError, match="block 0 of head 1 has no weight"):
+        start(target[0], tmp_path / "head", "medusa")
