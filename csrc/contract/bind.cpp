@@ -76,6 +76,7 @@ HostBatch host_batch(const py::object& given) {
     batch.mask_rows = values<std::int32_t>(given, "mask_rows");
     batch.bitmask = values<std::int32_t>(given, "bitmask");
   }
+  if (!given.attr("adapters").is_none()) batch.adapters = values<std::int32_t>(given, "adapters");
   return batch;
 }
 

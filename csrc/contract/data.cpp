@@ -110,7 +110,7 @@ void HostBatch::check(const SlotSpec& slots, int block_size) const {
   const auto rows = static_cast<std::size_t>(num_rows), tokens = static_cast<std::size_t>(num_tokens);
   if (token_ids.size() != tokens || positions.size() != tokens || query_start_loc.size() != rows + 1 ||
       slot_ids.size() != rows || context_lens.size() != rows || sample_slots.size() != logits_rows.size() ||
-      sample_positions.size() != logits_rows.size())
+      sample_positions.size() != logits_rows.size() || (!adapters.empty() && adapters.size() != rows))
     throw std::invalid_argument("batch: arrays do not fit num_tokens and num_rows");
   check_indices("token id", token_ids, slots.vocab_size, -1);
   check_indices("slot", slot_ids, slots.max_slots);

@@ -73,7 +73,8 @@ struct HostBatch {
   std::vector<std::int32_t> token_ids, positions, query_start_loc, slot_ids, context_lens, logits_rows, sample_slots;
   std::vector<std::int64_t> sample_positions;
   std::vector<std::int32_t> mask_rows;
-  std::vector<std::int32_t> bitmask;  // [mask_rows, (vocab_size + 31) / 32]
+  std::vector<std::int32_t> bitmask;   // [mask_rows, (vocab_size + 31) / 32]
+  std::vector<std::int32_t> adapters;  // of each row, 0 for none; empty: no row has one
 
   // Checks the sizes, every index, and that the contexts fit block tables of blocks of `block_size` tokens.
   void check(const SlotSpec& slots, int block_size) const;

@@ -40,6 +40,7 @@ Batch::Batch(HostBatch host, std::shared_ptr<Slots> the_slots, int tokens_of_blo
     : HostBatch(std::move(host)), slots(std::move(the_slots)), block_size(tokens_of_block) {
   check(*slots, block_size);
   first_sampled = HostBatch::first_sampled();
+  group_by_adapter();
   token_rows.resize(token_ids.size());
   for (std::size_t row = 0; row < slot_ids.size(); ++row)
     std::fill(token_rows.begin() + query_start_loc[row], token_rows.begin() + query_start_loc[row + 1],
@@ -52,6 +53,35 @@ Batch::Batch(HostBatch host, std::shared_ptr<Slots> the_slots, int tokens_of_blo
     mask_places.assign(logits_rows.size(), -1);
     for (std::size_t i = 0; i < mask_rows.size(); ++i)
       mask_places[static_cast<std::size_t>(mask_rows[i])] = static_cast<std::int32_t>(i);
+  }
+}
+
+void Batch::group_by_adapter() {
+  constexpr std::int32_t kGroupTokens = 64;  // of a group, roughly, so that threads share long prompts
+  std::vector<std::pair<std::int32_t, AdapterRun>> found;
+  for (std::size_t row = 0; row < adapters.size(); ++row) {
+    if (adapters[row] == 0) continue;
+    std::int32_t at = query_start_loc[row];
+    const std::int32_t end = query_start_loc[row + 1];
+    if (!found.empty() && found.back().first == adapters[row] &&
+        found.back().second.first + found.back().second.count == at) {
+      std::int32_t& count = found.back().second.count;
+      const std::int32_t joined = std::min(kShrinkTokens - count, end - at);
+      count += joined;
+      at += joined;
+    }
+    for (; at < end; at += kShrinkTokens) found.push_back({adapters[row], {at, std::min(kShrinkTokens, end - at)}});
+  }
+  std::ranges::stable_sort(found, {}, [](const auto& each) { return each.first; });
+  std::int32_t tokens = 0;
+  for (const auto& [adapter, run] : found) {
+    if (adapter_groups.empty() || adapter_groups.back().adapter != adapter || tokens >= kGroupTokens) {
+      adapter_groups.push_back({adapter, adapter_runs.size(), 0});
+      tokens = 0;
+    }
+    adapter_runs.push_back(run);
+    ++adapter_groups.back().runs;
+    tokens += run.count;
   }
 }
 
@@ -70,6 +100,8 @@ void Batch::replace(const Batch& other) {
   copy(context_lens, other.context_lens);
   copy(logits_rows, other.logits_rows);
   copy(token_rows, other.token_rows);
+  adapter_runs = other.adapter_runs;
+  adapter_groups = other.adapter_groups;
   max_context = other.max_context;
 }
 

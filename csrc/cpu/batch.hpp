@@ -34,6 +34,17 @@ struct QueryTile {
   std::int32_t row, first, count;  // tokens `first` up to `first + count` of the step
 };
 
+// Consecutive tokens with the same adapter, at most kShrinkTokens.
+struct AdapterRun {
+  std::int32_t first, count;
+};
+
+// Runs of one adapter that are computed together.
+struct AdapterGroup {
+  std::int32_t adapter;
+  std::size_t first_run, runs;
+};
+
 struct Batch : HostBatch {
   // Checks the step's input and derives the other fields; an id of -1 becomes the slot's last sampled id.
   Batch(HostBatch host, std::shared_ptr<Slots> slots, int block_size);
@@ -41,6 +52,8 @@ struct Batch : HostBatch {
   std::vector<std::int32_t> token_rows;     // row of each token
   std::vector<std::int32_t> first_sampled;  // see HostBatch
   std::vector<std::int32_t> mask_places;    // for each sampled position its index in mask_rows, or -1; empty: no masks
+  std::vector<AdapterRun> adapter_runs;     // of the tokens that have an adapter, ordered by adapter
+  std::vector<AdapterGroup> adapter_groups;
   std::shared_ptr<Slots> slots;
   int block_size;  // of the KV caches that it is used with
 
@@ -50,11 +63,18 @@ struct Batch : HostBatch {
                                         static_cast<std::size_t>(logits_rows[sampled] - first_sampled[sampled]));
   }
 
+  std::span<const AdapterRun> runs_of(const AdapterGroup& group) const {
+    return std::span(adapter_runs).subspan(group.first_run, group.runs);
+  }
+
   // Copies in what recorded phases read of another step of the same shape; std::invalid_argument if the shape differs.
   void replace(const Batch& other);
 
   // The rows, cut into tiles of at most `queries` queries.
   std::vector<QueryTile> tiles(int queries) const;
+
+ private:
+  void group_by_adapter();
 };
 
 }  // namespace vllmlite::cpu

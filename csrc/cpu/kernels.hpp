@@ -104,6 +104,25 @@ struct LinearBlock {
   std::byte* scratch;    // LinearKernel::scratch_bytes
 };
 
+// The most rows of x that the first factor of a low-rank product takes at a time.
+inline constexpr int kShrinkTokens = 16;
+
+// Columns in a block of the second factor of a low-rank product.
+inline constexpr int kLowRankColumns = 64;
+
+// y[m][n] += sum over r of low[m][r] * scale * b[r][n].
+struct LowRankExpand {
+  const float* low;
+  std::ptrdiff_t low_stride;
+  int m;
+  int rank;
+  float scale;
+  const void* b;  // blocks [rank][kLowRankColumns]
+  int n;
+  float* y;
+  std::ptrdiff_t y_stride;
+};
+
 struct LinearKernel {
   Float input;                                 // the type that x must have
   std::size_t (*packed_bytes)(int m, int k);   // of all panels; 0: x is read in place
@@ -338,6 +357,12 @@ struct Kernels {
   const char* isa;
   LinearKernel linear[kFloats];  // by the type of w
   GroupedKernel grouped[2];      // for x in float32; for x in bfloat16, if products take that
+
+  // The first factor of a low-rank product, of up to kShrinkTokens rows of x, which is row-major: by the type of w,
+  // with x in float32; both in bfloat16, or null if the instruction set has no such products.
+  void (*shrink[kFloats])(const LinearBlock&);
+  void (*shrink_bf16)(const LinearBlock&);
+  void (*expand[kFloats])(const LowRankExpand&);  // by the type of b
 
   void (*quantized[kTileSchemes])(const QuantizedBlock&);
   void (*quantize_x)(const RowToQuantize&);

@@ -151,6 +151,8 @@ void bind_data(py::module_& module) {
   py::class_<cpu::Experts, std::shared_ptr<cpu::Experts>>(module, "Experts", py::module_local(),
                                                           "The weights of a mixture of experts, one per expert.")
       .def(py::init(&cpu::make_experts), py::arg("gate_up"), py::arg("down"));
+  py::class_<cpu::LowRankTable, std::shared_ptr<cpu::LowRankTable>>(module, "LowRankTable", py::module_local(),
+                                                                    "Changes of a weight by resident adapters.");
   py::class_<cpu::KVCache, std::shared_ptr<cpu::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.")
       .def(py::init([](const py::object& spec, std::int64_t num_blocks) {
              return std::make_shared<cpu::KVCache>(vllmlite::cache_spec(spec), num_blocks);
@@ -183,12 +185,37 @@ void bind_data(py::module_& module) {
                     "The results of the last replay, valid until another recorded step runs.");
 }
 
+// linear, changed for each row by its adapter.
+template <typename Weight>
+Tensor lora_linear(cpu::Runtime& runtime, const Tensor& x, const Weight& weight,
+                   const std::shared_ptr<cpu::LowRankTable>& table, const std::shared_ptr<cpu::Batch>& batch) {
+  return cpu::add_lora(runtime, cpu::linear(runtime, x, weight), x, table, batch);
+}
+
 void bind_ops(py::class_<cpu::Runtime>& runtime) {
   runtime.def("embedding", &cpu::embedding)
       .def("rows", &cpu::gather_rows)
       .def("rms_norm",
            [](cpu::Runtime& self, const Tensor& x, const Tensor& weight, float eps,
               const std::optional<Tensor>& residual) { return cpu::rms_norm(self, x, weight, eps, residual); })
+      .def("lora_linear", &lora_linear<cpu::LinearWeight>)
+      .def("lora_linear", &lora_linear<cpu::QuantizedWeight>)
+      .def(
+          "low_rank_table",
+          [](cpu::Runtime&, std::vector<std::int64_t> rows, std::int64_t columns, int adapters, int max_rank) {
+            return std::make_shared<cpu::LowRankTable>(std::move(rows), columns, adapters, max_rank);
+          },
+          "Room for the changes of a weight by adapters.")
+      .def(
+          "set_low_rank",
+          [](cpu::Runtime& self, cpu::LowRankTable& table, int index, const std::vector<Tensor>& inputs,
+             const std::vector<std::tuple<std::size_t, std::size_t, Tensor, float>>& outputs) {
+            self.flush();  // pending phases may read the table
+            std::vector<cpu::LowRankOutput> each;
+            for (const auto& [part, input, b, scale] : outputs) each.push_back({part, input, b, scale});
+            table.set(index, inputs, each);
+          },
+          py::call_guard<py::gil_scoped_release>(), "Replace the change of a weight by adapter `index`.")
       .def("linear", py::overload_cast<cpu::Runtime&, const Tensor&, const cpu::LinearWeight&>(&cpu::linear))
       .def("linear", py::overload_cast<cpu::Runtime&, const Tensor&, const cpu::QuantizedWeight&>(&cpu::linear))
       .def(

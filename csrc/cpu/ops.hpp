@@ -160,6 +160,45 @@ struct Routing {
 Tensor moe(Runtime& runtime, const Tensor& x, const Tensor& router_logits, const std::shared_ptr<Experts>& experts,
            const Routing& routing);
 
+// What an adapter changes of a weight: to some of its parts, the rows of W, it adds scale * b * (its rows of a).
+struct LowRankChange {
+  struct Part {
+    std::int64_t first_column, columns;  // of the results
+    std::int64_t first_rank, rank;       // its rows of a
+    float scale;
+    Tensor b;  // [blocks][rank][kLowRankColumns]
+  };
+
+  std::int64_t expand_tasks() const;
+
+  Tensor a;  // [sum of ranks, in]
+  std::vector<Part> parts;
+};
+
+// The second factor for a part of a weight, and which of the first factors it belongs to.
+struct LowRankOutput {
+  std::size_t part, input;
+  Tensor b;  // [rows of the part, rank]
+  float scale;
+};
+
+// The changes of one weight by all resident adapters.
+struct LowRankTable {
+  LowRankTable(std::vector<std::int64_t> rows_of_parts, std::int64_t the_columns, int adapters, int rank);
+
+  std::int64_t out() const;
+  // Replaces the change by adapter `index`; without outputs, there is none any more.
+  void set(int index, const std::vector<Tensor>& inputs, const std::vector<LowRankOutput>& outputs);
+
+  std::vector<std::int64_t> rows;  // of each part of the weight
+  std::int64_t columns, max_rank;
+  std::vector<std::shared_ptr<const LowRankChange>> changes;  // by adapter; null: none
+};
+
+// Adds the low-rank products of x's rows with their adapters' changes to y, the layer's result.
+Tensor add_lora(Runtime& runtime, const Tensor& y, const Tensor& x, const std::shared_ptr<LowRankTable>& table,
+                const std::shared_ptr<Batch>& batch);
+
 // The block pool. For each layer, a block holds the keys and then the values of each key/value head: keys as
 // [D / n][block_size][n], where n elements fill four bytes, and values as [block_size][D], with D padded to kHeadUnit;
 // with head scales, these follow, float32 [block_size]. The layers of a block are contiguous, so that

@@ -68,6 +68,22 @@ static __global__ void prepare_kernel(BatchView batch, int num_tokens, int block
   }
 }
 
+// The tokens that have an adapter, in chunks of one adapter each.
+static std::vector<AdapterChunk> plan_chunks(const HostBatch& host) {
+  std::vector<std::pair<std::int32_t, std::int32_t>> tokens;  // adapter, token
+  for (std::size_t row = 0; row < host.adapters.size(); ++row)
+    for (std::int32_t token = host.query_start_loc[row]; token < host.query_start_loc[row + 1]; ++token)
+      if (host.adapters[row] != 0) tokens.emplace_back(host.adapters[row], token);
+  std::ranges::sort(tokens);
+  std::vector<AdapterChunk> chunks;
+  for (const auto& [adapter, token] : tokens) {
+    if (chunks.empty() || chunks.back().adapter != adapter || chunks.back().count == kChunkTokens)
+      chunks.push_back({adapter, 0, {}, {}});
+    chunks.back().tokens[chunks.back().count++] = token;
+  }
+  return chunks;
+}
+
 std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std::shared_ptr<Slots>& slots,
                               const BatchShape& shape) {
   host.check(*slots, shape.block_size);
@@ -95,6 +111,11 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
     if (for_graph && all_in_tiles) tiles[list].resize(rows, Tile{-1, 0, 0, 0});
   }
   const bool masked = !host.mask_rows.empty();
+  std::vector<AdapterChunk> chunks = plan_chunks(host);
+  if (for_graph) {
+    if (!chunks.empty() && !shape.adapted) throw std::invalid_argument("graph: rows of the batch have adapters");
+    chunks.resize(shape.adapted ? tokens : 0);
+  }
 
   auto batch = std::make_shared<Batch>();
   batch->num_tokens = host.num_tokens;
@@ -103,6 +124,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   batch->num_work_items = static_cast<int>(num_work_items);
   batch->num_work_lists = num_work_items == 0 ? 0 : at_once;
   batch->num_queries = queries;
+  batch->num_chunks = static_cast<int>(chunks.size());
   batch->needs = masked ? kEditing : 0U;
   for (const std::int32_t slot : host.sample_slots) batch->needs |= slots->needs[static_cast<std::size_t>(slot)];
   batch->num_logprobs = host.num_logprobs;
@@ -117,6 +139,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
                     at_lists = layout.add<std::int32_t>(plan.lists.size()), at_cache = layout.add<std::int32_t>(tokens);
   std::size_t at_tiles[kTileLists];
   for (int list = 0; list < kTileLists; ++list) at_tiles[list] = layout.add<Tile>(tiles[list].size());
+  const std::size_t at_chunks = layout.add<AdapterChunk>(chunks.size());
   batch->bytes = layout.bytes();
   const std::size_t at_sampled = layout.add<std::int32_t>(real_samples),
                     at_first = layout.add<std::int32_t>(real_samples),
@@ -154,6 +177,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
     std::ranges::copy(tiles[list], reinterpret_cast<Tile*>(base + at_tiles[list]));
     batch->num_tiles[list] = static_cast<int>(tiles[list].size());
   }
+  std::ranges::copy(chunks, reinterpret_cast<AdapterChunk*>(base + at_chunks));
   if (masked) {
     auto* places = reinterpret_cast<std::int32_t*>(base + at_places);
     std::fill(places, places + real_samples, -1);
@@ -180,6 +204,7 @@ std::shared_ptr<Batch> upload(Runtime& runtime, const HostBatch& host, const std
   view.work_lists = part(at_lists);
   view.cache_slots = part(at_cache);
   for (int list = 0; list < kTileLists; ++list) view.tiles[list] = reinterpret_cast<Tile*>(data + at_tiles[list]);
+  batch->chunks = reinterpret_cast<const AdapterChunk*>(data + at_chunks);
   view.mask_places = masked ? part(at_places) : nullptr;
   view.mask_bits = part(at_bits);
   view.block_table = static_cast<const std::int32_t*>(slots->block_table.data);

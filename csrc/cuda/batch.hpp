@@ -70,6 +70,13 @@ struct Tile {
 constexpr int kTileQueries[] = {128, 64, 192};  // by list of tiles, what a tile holds at most
 constexpr int kTileLists = 3;
 
+constexpr int kChunkTokens = 4;
+
+// Tokens that have the same adapter. Adapter 0 and no tokens: padding.
+struct AdapterChunk {
+  std::int32_t adapter, count, tokens[kChunkTokens], unused[2];
+};
+
 // A batch as kernels read it. A padding row has slot -1, context 0 and no cache slots. The arrays that sampling reads
 // (sample_slots, sample_positions, first_sampled and masks) have no padding.
 struct BatchView {
@@ -91,6 +98,7 @@ struct BatchShape {
   int query_len;   // tokens of each row of that graph
   int block_size;  // of the cache
   int kv_heads;
+  bool adapted;  // whether rows of that graph may have adapters
 
   bool operator==(const BatchShape&) const = default;
 };
@@ -106,6 +114,8 @@ struct Batch {
   Tensor memory;
   std::size_t bytes;  // of `memory`, what a graph reads and takes over of another batch
   BatchView view;
+  const AdapterChunk* chunks;
+  int num_chunks;
 
   Tensor part(std::int32_t* data, std::int64_t size) const;
 };

@@ -211,6 +211,8 @@ void bind_data(py::module_& module) {
                                                             "Weights of a mixture's experts.")
       .def_property_readonly("packed", &cuda::Experts::packed,
                              "Whether the weights are multiplied as they are packed.");
+  py::class_<cuda::LowRankTable, std::shared_ptr<cuda::LowRankTable>>(module, "LowRankTable", py::module_local(),
+                                                                      "Changes of a weight by resident adapters.");
   py::class_<cuda::KVCache, std::shared_ptr<cuda::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.");
   py::class_<cuda::HostBlocks, std::shared_ptr<cuda::HostBlocks>>(module, "HostBlocks", py::module_local(),
                                                                   "Pinned host memory for blocks of a pool.")
@@ -257,6 +259,7 @@ void bind_ops(RuntimeClass& runtime) {
       .def("sigmoid_gate", &cuda::sigmoid_gate)
       .def("linear", [](cuda::Runtime& self, const cuda::Activations& x,
                         const cuda::LinearWeight& weight) { return cuda::linear(self, x, weight, self.dtype()); })
+      .def("lora_linear", &cuda::lora_linear)
       .def("logits", [](cuda::Runtime& self, const Tensor& x,
                         const cuda::LinearWeight& weight) { return cuda::linear(self, x, weight, DType::float32); })
       .def("attn_prep",
@@ -331,6 +334,21 @@ void bind_runtime(py::module_& module) {
            py::arg("zeros"), py::arg("with_zeros"), py::arg("symmetric"), py::arg("constant"), py::arg("zero"))
       .def("packed_weight", &packed_weight<cuda::GroupedRows>, py::arg("parts"), py::arg("bias"))
       .def("packed_weight", &packed_weight<cuda::ByteRows>, py::arg("parts"), py::arg("bias"))
+      .def(
+          "low_rank_table",
+          [](cuda::Runtime& self, std::vector<std::int64_t> rows, std::int64_t columns, int adapters, int max_rank) {
+            return std::make_shared<cuda::LowRankTable>(self, std::move(rows), columns, adapters, max_rank);
+          },
+          py::keep_alive<0, 1>(), "Room for the changes of a weight by adapters.")
+      .def(
+          "set_low_rank",
+          [](cuda::Runtime&, cuda::LowRankTable& table, int index, const std::vector<Tensor>& inputs,
+             const std::vector<std::tuple<std::size_t, std::size_t, Tensor, float>>& outputs) {
+            std::vector<cuda::LowRankOutput> each;
+            for (const auto& [part, input, b, scale] : outputs) each.push_back({part, input, b, scale});
+            table.set(index, inputs, each);
+          },
+          "Replace the change of a weight by adapter `index`.")
       .def("experts", &cuda::make_experts, py::arg("gate_up"), py::arg("down"))
       .def("fill_rows", &fill_rows, py::arg("target"), py::arg("first"), py::arg("count"), py::arg("bytes"),
            py::arg("dtype"), "Write host bytes to rows of a tensor, converted to its dtype.")
@@ -356,15 +374,17 @@ void bind_runtime(py::module_& module) {
       .def(
           "upload",
           [](cuda::Runtime& self, const py::object& host, const std::shared_ptr<cuda::Slots>& slots, int rows,
-             int query_len, int block_size, int kv_heads) {
-            return cuda::upload(self, vllmlite::host_batch(host), slots, {rows, query_len, block_size, kv_heads});
+             int query_len, int block_size, int kv_heads, bool adapted) {
+            return cuda::upload(self, vllmlite::host_batch(host), slots,
+                                {rows, query_len, block_size, kv_heads, adapted});
           },
           py::arg("batch"), py::arg("slots"), py::arg("rows"), py::arg("query_len"), py::arg("block_size"),
-          py::arg("kv_heads"))
+          py::arg("kv_heads"), py::arg("adapted"))
       .def(
           "padding",
           [](cuda::Runtime& self, const std::shared_ptr<cuda::Slots>& slots, int rows, int query_len, int block_size,
-             int kv_heads) { return cuda::padding(self, slots, {rows, query_len, block_size, kv_heads}); },
+             int kv_heads,
+             bool adapted) { return cuda::padding(self, slots, {rows, query_len, block_size, kv_heads, adapted}); },
           "A batch of `rows` padding rows of `query_len` tokens, for a graph to be recorded with.")
       .def("synchronize", &cuda::Runtime::synchronize, py::call_guard<py::gil_scoped_release>())
       .def("capture", &capture, py::arg("batch"), py::arg("step"),

@@ -60,6 +60,32 @@ Tensor activation(Runtime& runtime, const Tensor& x, Activation activation);
 // x @ weight.T + bias: [rows, in] -> [rows, out] of `dtype`, the backend's or float32.
 Tensor linear(Runtime& runtime, const Activations& x, const LinearWeight& weight, DType dtype);
 
+// The second factor of an adapter's change of a part of a weight, and which of the first factors it belongs to.
+struct LowRankOutput {
+  std::size_t part, input;
+  Tensor b;  // [rows of the part, rank]
+  float scale;
+};
+
+// The changes of one weight by all resident adapters.
+struct LowRankTable {
+  LowRankTable(Runtime& the_runtime, std::vector<std::int64_t> rows_of_parts, std::int64_t the_columns, int adapters,
+               int rank);
+
+  // Replaces the change by adapter `index`; without outputs, there is none any more.
+  void set(int index, const std::vector<Tensor>& inputs, const std::vector<LowRankOutput>& outputs);
+
+  Runtime& runtime;
+  std::vector<std::int64_t> rows;  // of each part of the weight
+  std::int64_t columns, max_rank, out = 0;
+  Tensor views;                            // what kernels read of each adapter
+  std::vector<std::vector<Tensor>> owned;  // by adapter, what its view points to
+};
+
+// linear, changed for each row by its adapter.
+Tensor lora_linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, const LowRankTable& table,
+                   const Batch& batch);
+
 // One of the two weights [out, in] of each of a mixture's experts: all of the backend's dtype, or all packed in one
 // form.
 struct ExpertWeights {

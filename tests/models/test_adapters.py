@@ -49,11 +49,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return path
 
 
-@pytest.fixture(params=["cpu"])
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def with_adapters(path: Path, device: str) -> PagedModel:
     paged = paged_model(path, device)
     paged.model.enable_adapters(AdapterLimits(3, 16))

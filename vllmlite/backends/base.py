@@ -513,12 +513,14 @@ class Backend(ABC):
         A weight in the scheme ``w4a16`` or ``w8a16`` multiplies x as it is. For other quantised weights x is quantised
         to 8 bits, in the same groups of a row. Sums are in float32."""
 
-    def add_lora(self, y: Tensor, x: Tensor, table: LowRankTable, batch: ForwardBatch) -> Tensor:
-        """Add ``scale * (x @ a.T) @ b.T`` of the row's adapter to each row of ``y [T, out]``, a result of
-        :meth:`linear` for ``x [T, in]``, where ``batch`` has ``adapters``.
+    def lora_linear(
+        self, x: Tensor, weight: LinearWeight, table: LowRankTable, batch: ForwardBatch
+    ) -> Tensor:
+        """:meth:`linear` of ``x [T, in]``, for the tokens of ``batch``, which has ``adapters``: ``scale * (x @ a.T) @
+        b.T`` of its row's adapter is added to the result of each token.
 
-        Sums are in float32. Rows without an adapter, or whose adapter leaves the weight as it is, do not change, and a
-        row's result does not depend on the other rows. ``y`` may be overwritten."""
+        Sums are in float32; the result of :meth:`linear` is rounded to its dtype before. Tokens without an adapter, or
+        whose adapter leaves the weight as it is, have the result of :meth:`linear`."""
         raise BackendError(f"the {self.name} backend has no adapters")
 
     @abstractmethod

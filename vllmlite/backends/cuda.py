@@ -266,8 +266,10 @@ class CudaBackend(NativeBackend):
     def upload(
         self, batch: ForwardBatch, slots: Any, spec: KVSpec, key: GraphKey | None = None
     ) -> ForwardBatch:
-        rows, query_len, _ = key or GraphKey(0, 0)
-        native = self._runtime.upload(batch, slots, rows, query_len, spec.block_size, spec.num_kv_heads)
+        rows, query_len, adapted = key or GraphKey(0, 0)
+        native = self._runtime.upload(
+            batch, slots, rows, query_len, spec.block_size, spec.num_kv_heads, adapted
+        )
         return uploaded(batch, native)
 
     # Model ops
@@ -297,7 +299,7 @@ class CudaBackend(NativeBackend):
     def capture(self, key: GraphKey, step: Step, slots: Any, spec: KVSpec) -> Step:
         """Record the step at once, on a batch of padding, and return its replay."""
         rows, query_len, adapted = key
-        native = self._runtime.padding(slots, rows, query_len, spec.block_size, spec.num_kv_heads)
+        native = self._runtime.padding(slots, rows, query_len, spec.block_size, spec.num_kv_heads, adapted)
         none = np.zeros(0, np.int32)
         padding = ForwardBatch(
             num_tokens=rows * query_len, num_rows=rows, max_query_len=query_len, max_context=1, token_ids=none,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from types import ModuleType
@@ -27,6 +28,7 @@ from vllmlite.backends.base import (
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.errors import BackendError
+from vllmlite.weights.adapter import AdapterLimits, LowRank
 from vllmlite.weights.schemes.codes import Bytes, StoredCodes
 
 HEAD_UNIT = 16
@@ -58,6 +60,31 @@ class NativeBackend(Backend):
         self, source: Any, sources: NDArray[np.int32], target: Any, targets: NDArray[np.int32]
     ) -> None:
         self._runtime.copy_blocks(source, sources, target, targets)
+
+    # Adapters
+
+    def alloc_low_rank(self, rows: Sequence[int], columns: int, limits: AdapterLimits) -> Any:
+        return self._runtime.low_rank_table(rows, columns, limits.max_adapters, limits.max_rank)
+
+    def set_low_rank(self, table: Any, index: int, parts: Sequence[LowRank | None]) -> None:
+        inputs: list[Tensor] = []
+        places: dict[int, int] = {}
+        """Address of an ``a``, which parts may share → its index in ``inputs``."""
+        outputs = []
+        for number, part in enumerate(parts):
+            if part is None:
+                continue
+            place = places.setdefault(part.a.data.ctypes.data, len(inputs))
+            if place == len(inputs):
+                inputs.append(self.tensor(part.a, self.dtype))
+            outputs.append((number, place, self.tensor(part.b, self.dtype), part.scale))
+        try:
+            self._runtime.set_low_rank(table, index, inputs, outputs)
+        except MemoryError as error:
+            raise BackendError(f"an adapter does not fit into memory: lower max_loras ({error})") from error
+
+    def lora_linear(self, x: Tensor, weight: Any, table: Any, batch: ForwardBatch) -> Tensor:
+        return self._runtime.lora_linear(x, weight, table, batch.backend)
 
     # Model ops
 

@@ -352,9 +352,10 @@ class TorchBackend(Backend):
         return F.linear(x, weight.weight, weight.bias)
 
     @torch.inference_mode()
-    def add_lora(
-        self, y: torch.Tensor, x: torch.Tensor, table: TorchLowRank, batch: ForwardBatch
+    def lora_linear(
+        self, x: torch.Tensor, weight: TorchLinear | TorchPacked, table: TorchLowRank, batch: ForwardBatch
     ) -> torch.Tensor:
+        y = self.linear(x, weight)
         for index, tokens in batch.backend.adapted.items():
             for columns, a, b, scale in table.changes.get(index, ()):
                 low = (x[tokens].float() @ a.float().T).mul_(scale)

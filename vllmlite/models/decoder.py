@@ -241,8 +241,9 @@ class Decoder:
 
     def _linear(self, x: Tensor, linear: _Linear, batch: ForwardBatch) -> Tensor:
         """Multiply ``x [T, in]`` with a weight as it is changed by each row's adapter."""
-        y = self.backend.linear(x, linear.weight)
-        return y if batch.adapters is None else self.backend.add_lora(y, x, linear.changes, batch)
+        if batch.adapters is None:
+            return self.backend.linear(x, linear.weight)
+        return self.backend.lora_linear(x, linear.weight, linear.changes, batch)
 
     def _mlp(self, h: Tensor, mlp: _Mlp | _Moe, batch: ForwardBatch) -> Tensor:
         return self._comm.all_reduce(self._own_mlp(h, mlp, batch))

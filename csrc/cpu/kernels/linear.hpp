@@ -16,6 +16,7 @@ constexpr int tile_width(int rows) { return kManyRegisters || rows <= 2 ? 4 : 3;
 
 // The most rows of x that are read in place, without packing.
 inline constexpr int kPlainRows = 16;
+static_assert(kShrinkTokens <= kPlainRows);
 
 // Multiplies w of type T with x in float32.
 template <typename T>

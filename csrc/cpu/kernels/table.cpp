@@ -4,6 +4,7 @@
 #include "cpu/kernels/elementwise.hpp"
 #include "cpu/kernels/grouped.hpp"
 #include "cpu/kernels/linear.hpp"
+#include "cpu/kernels/low_rank.hpp"
 #include "cpu/kernels/quantize.hpp"
 #include "cpu/kernels/quantized.hpp"
 
@@ -26,6 +27,13 @@ constinit const Kernels kernels{
     .linear = {linear_kernel<FloatProduct<F32>>, linear_kernel<FloatProduct<F16>>, linear_kernel<FloatProduct<BF16>>},
     .grouped = {grouped_kernel<FloatProduct<F32>>},
 #endif
+    .shrink = {linear<FloatProduct<F32>>, linear<FloatProduct<F16>>, linear<FloatProduct<BF16>>},
+#if defined(__AVX512BF16__)
+    .shrink_bf16 = linear<Bf16Product>,
+#else
+    .shrink_bf16 = nullptr,
+#endif
+    .expand = {expand_low_rank<F32>, expand_low_rank<F16>, expand_low_rank<BF16>},
     .quantized = {quantized<TileScheme::int8>, quantized<TileScheme::int4>, quantized<TileScheme::q4_1>,
                   quantized<TileScheme::q5_0>, quantized<TileScheme::q5_1>, quantized<TileScheme::q4_k>,
                   quantized<TileScheme::q5_k>, quantized<TileScheme::q6_k>, quantized<TileScheme::w8a8>,
