@@ -78,9 +78,11 @@ static std::vector<AdapterChunk> plan_chunks(const HostBatch& host) {
   std::vector<AdapterChunk> chunks;
   for (const auto& [adapter, token] : tokens) {
     if (chunks.empty() || chunks.back().adapter != adapter || chunks.back().count == kChunkTokens)
-      chunks.push_back({adapter, 0, {}, {}});
-    chunks.back().tokens[chunks.back().count++] = token;
+      chunks.push_back({adapter, 0, {}, 0, 0});
+    AdapterChunk& chunk = chunks.back();
+    std::fill(chunk.tokens + chunk.count++, std::end(chunk.tokens), token);
   }
+  if (!chunks.empty()) chunks.front().chunks = static_cast<std::int32_t>(chunks.size());
   return chunks;
 }
 

@@ -72,9 +72,10 @@ constexpr int kTileLists = 3;
 
 constexpr int kChunkTokens = 4;
 
-// Tokens that have the same adapter. Adapter 0 and no tokens: padding.
+// Tokens that have the same adapter; those beyond `count` are the last one again.
 struct AdapterChunk {
-  std::int32_t adapter, count, tokens[kChunkTokens], unused[2];
+  std::int32_t adapter, count, tokens[kChunkTokens];
+  std::int32_t chunks, unused;  // in the first one, how many chunks the step has; those after them are padding
 };
 
 // A batch as kernels read it. A padding row has slot -1, context 0 and no cache slots. The arrays that sampling reads

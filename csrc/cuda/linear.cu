@@ -323,12 +323,24 @@ Tensor LinearWeight::matrix(Runtime& runtime) const {
   return dequantise(runtime, std::get<std::vector<GroupedRows>>(weight));
 }
 
+// Whether a product of floats is a skinny one.
+static bool is_skinny(const Runtime& runtime, const Product& product) {
+  return product.dtype != DType::float32 && !runtime.batch_invariant() && takes_skinny_product(runtime, product);
+}
+
+bool multiplies_skinny(const Runtime& runtime, const Tensor& x, const LinearWeight& weight) {
+  const auto* floats = std::get_if<Tensor>(&weight.weight);
+  return floats != nullptr && x.bytes() != 0 &&
+         is_skinny(runtime, {x.data, floats->data, nullptr, nullptr, static_cast<int>(x.shape[0]),
+                             static_cast<int>(weight.out()), static_cast<int>(weight.in()), x.dtype, x.dtype});
+}
+
 static void multiply_floats(Runtime& runtime, const Product& product) {
   if (product.dtype == DType::float32)
     multiply_by_dot_products(runtime, product);
   else if (runtime.batch_invariant())
     multiply_batch_invariant(runtime, product);
-  else if (takes_skinny_product(runtime, product))
+  else if (is_skinny(runtime, product))
     multiply_skinny(runtime, product);
   else if (!multiply_by_library(runtime, product))
     multiply_by_dot_products(runtime, product);

@@ -20,7 +20,8 @@ void multiply_by_dot_products(const Runtime& runtime, const Product& product);
 // The order of additions does not depend on m; on tensor cores if these multiply the dtype.
 void multiply_batch_invariant(const Runtime& runtime, const Product& product);
 
-// For at most 8 rows of 16-bit x, on tensor cores. takes_skinny_product says whether the shape is supported.
+// For at most 8 rows of 16-bit x, on tensor cores. takes_skinny_product says whether the shape is supported. The kernel
+// after this one begins when x is complete, so it may read x before it waits for the product.
 bool takes_skinny_product(const Runtime& runtime, const Product& product);
 void multiply_skinny(const Runtime& runtime, const Product& product);
 

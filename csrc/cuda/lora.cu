@@ -1,8 +1,9 @@
 // Changes of linear layers by adapters: low-rank products of some rows, added to the layer's results.
 //
-// A chunk is a few tokens with one adapter. Every element is summed by one warp, or by the warps of one thread block,
-// in an order that does not depend on the other tokens. Both kernels read the adapter's weights before they wait for
-// the kernel before them: weights and chunks are from before the step's fence.
+// A chunk is a few tokens with one adapter. Every element is summed by one thread, or by the threads of one block, in
+// an order that does not depend on the other tokens. Both kernels read the adapter's weights before they wait for the
+// kernel before them: weights and chunks are from before the step's fence. Their blocks take one task after another, of
+// as many as the step's chunks make, which a graph does not know.
 #include <algorithm>
 
 #include "cuda/kernel.cuh"
@@ -29,149 +30,195 @@ struct LowRankView {
   Part part[kMostParts];
 };
 
+// Calls `body` with the number of tokens that a chunk is computed for: one, or all of it, of which those beyond `count`
+// are the last one again.
+template <typename Body>
+static __device__ __forceinline__ void for_tokens(int count, Body&& body) {
+  if (count == 1)
+    body(std::integral_constant<int, 1>{});
+  else
+    body(std::integral_constant<int, kChunkTokens>{});
+}
+
 // ---- The first factor: low = x @ a.T
-// Grid: (tiles of kRanks ranks, chunks); a block takes every gridDim.x-th tile. Its warps divide the columns of x, and
-// add their sums in shared memory.
+// A task is kRanks ranks of a chunk. The warps of a block divide the columns of x, and add their sums in shared memory.
 
-constexpr int kWarps = 8;
-constexpr int kStepsAhead = 4;  // steps along k whose rows of a are read before x is there
+constexpr int kWarps = 4, kShrinkBlocks = 3;  // blocks of a multiprocessor
+constexpr int kStepsAhead = 2;                // steps along k whose rows of a are read before x is there
 
-template <typename T, int kSize>
-static __global__ __launch_bounds__(kWarps * 32) void shrink_kernel(const T* x, const LowRankView* views,
-                                                                    const AdapterChunk* chunks, float* low, int k,
-                                                                    int width) {
-  using P = Pack<T, kSize>;
-  __shared__ float partials[kWarps][kRanks * kChunkTokens];
-  const AdapterChunk chunk = chunks[blockIdx.y];
-  const LowRankView& view = views[chunk.adapter];
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  const int ranks = view.ranks;
-  const auto begin = [&](int step) { return (step * kWarps + warp) * 32 * kSize; };
-  const auto load = [&](P(&to)[kRanks], int rank, int at) {
-#pragma unroll
-    for (int r = 0; r < kRanks; ++r)
-      to[r] = *reinterpret_cast<const P*>(static_cast<const T*>(view.a) + static_cast<std::int64_t>(rank + r) * k + at);
-  };
-  P ahead[kStepsAhead][kRanks];
-  const auto load_ahead = [&](int rank) {
-#pragma unroll
-    for (int step = 0; step < kStepsAhead; ++step) {
-      const int at = begin(step) + lane * kSize;
-      if (at < k) load(ahead[step], rank, at);
-    }
-  };
-  int rank = static_cast<int>(blockIdx.x) * kRanks;
-  if (rank < ranks) load_ahead(rank);
-  let_next_begin();
-  wait_for_previous();
-  while (rank < ranks) {
-    float sums[kRanks][kChunkTokens] = {};
-    const auto add = [&](const P(&a)[kRanks], int at) {
-#pragma unroll
-      for (int j = 0; j < kChunkTokens; ++j) {
-        if (j >= chunk.count) break;
-        const P b = *reinterpret_cast<const P*>(x + static_cast<std::int64_t>(chunk.tokens[j]) * k + at);
-#pragma unroll
-        for (int r = 0; r < kRanks; ++r)
-#pragma unroll
-          for (int e = 0; e < kSize; ++e) sums[r][j] = fmaf(to_float(a[r].at[e]), to_float(b.at[e]), sums[r][j]);
-      }
-    };
-#pragma unroll
-    for (int step = 0; step < kStepsAhead; ++step) {
-      const int at = begin(step) + lane * kSize;
-      if (at < k) add(ahead[step], at);
-    }
-#pragma unroll 2
-    for (int step = kStepsAhead; begin(step) < k; ++step) {
-      const int at = begin(step) + lane * kSize;
-      if (at >= k) break;
-      P a[kRanks];
-      load(a, rank, at);
-      add(a, at);
-    }
-#pragma unroll
-    for (int j = 0; j < kChunkTokens; ++j) {
-      if (j >= chunk.count) break;
-#pragma unroll
-      for (int r = 0; r < kRanks; ++r) {
-        const float sum = warp_sum(sums[r][j]);
-        if (lane == 0) partials[warp][j * kRanks + r] = sum;
-      }
-    }
-    __syncthreads();
-    const int i = static_cast<int>(threadIdx.x);
-    if (i < chunk.count * kRanks) {
-      float sum = 0;
-#pragma unroll
-      for (int part = 0; part < kWarps; ++part) sum += partials[part][i];
-      low[static_cast<std::int64_t>(chunks[blockIdx.y].tokens[i / kRanks]) * width + rank + i % kRanks] = sum;
-    }
-    rank += static_cast<int>(gridDim.x) * kRanks;
-    if (rank >= ranks) break;
-    __syncthreads();
-    load_ahead(rank);
+// Reads what the kernel before the last one wrote, if a pack has 16 bytes: past the first-level cache.
+template <typename P>
+static __device__ __forceinline__ P load_fresh(const void* from) {
+  if constexpr (sizeof(P) == sizeof(uint4)) {
+    const uint4 words = __ldcg(static_cast<const uint4*>(from));
+    return *reinterpret_cast<const P*>(&words);
+  } else {
+    return *static_cast<const P*>(from);
   }
 }
 
-// ---- The second factor: y += scale * low @ b.T
-// Grid: (blocks of columns, chunks). Each thread has a pack of columns of all tokens of the chunk.
+// With `x_is_there`, the kernel before this one does not write x, but waits for the one that does before this one
+// begins.
+template <typename T, int kSize>
+static __global__ __launch_bounds__(kWarps * 32, kShrinkBlocks) void shrink_kernel(const T* x, const LowRankView* views,
+                                                                                   const AdapterChunk* chunks,
+                                                                                   float* low, int k, int width,
+                                                                                   bool x_is_there) {
+  using P = Pack<T, kSize>;
+  __shared__ float partials[kWarps][kRanks * kChunkTokens];
+  let_next_begin();
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int tiles = width / kRanks, tasks = chunks[0].chunks * tiles;
+  const auto begin = [&](int step) { return (step * kWarps + warp) * 32 * kSize; };
+  bool waits = !x_is_there;
+  for (int task = static_cast<int>(blockIdx.x); task < tasks; task += static_cast<int>(gridDim.x)) {
+    const AdapterChunk& chunk = chunks[task / tiles];
+    const LowRankView& view = views[chunk.adapter];
+    const int rank = task % tiles * kRanks, count = chunk.count;
+    if (rank >= view.ranks) continue;
+    const T* a = static_cast<const T*>(view.a) + static_cast<std::int64_t>(rank) * k;
+    const auto load = [&](P(&to)[kRanks], int at) {
+#pragma unroll
+      for (int r = 0; r < kRanks; ++r) to[r] = *reinterpret_cast<const P*>(a + static_cast<std::int64_t>(r) * k + at);
+    };
+    P ahead[kStepsAhead][kRanks];
+#pragma unroll
+    for (int step = 0; step < kStepsAhead; ++step) {
+      const int at = begin(step) + lane * kSize;
+      if (at < k) load(ahead[step], at);
+    }
+    const T* rows[kChunkTokens];
+#pragma unroll
+    for (int j = 0; j < kChunkTokens; ++j) rows[j] = x + static_cast<std::int64_t>(chunk.tokens[j]) * k;
+    if (waits) {
+      wait_for_previous();
+      waits = false;
+    }
+    const auto multiply = [&](auto tokens) {
+      constexpr int kTokens = decltype(tokens)::value;
+      float sums[kRanks][kTokens] = {};
+      const auto add = [&](const P(&values)[kRanks], int at) {
+#pragma unroll
+        for (int j = 0; j < kTokens; ++j) {
+          const P b = load_fresh<P>(rows[j] + at);
+#pragma unroll
+          for (int r = 0; r < kRanks; ++r)
+#pragma unroll
+            for (int e = 0; e < kSize; ++e) sums[r][j] = fmaf(to_float(values[r].at[e]), to_float(b.at[e]), sums[r][j]);
+        }
+      };
+#pragma unroll
+      for (int step = 0; step < kStepsAhead; ++step) {
+        const int at = begin(step) + lane * kSize;
+        if (at < k) add(ahead[step], at);
+      }
+#pragma unroll 2
+      for (int step = kStepsAhead; begin(step) < k; ++step) {
+        const int at = begin(step) + lane * kSize;
+        if (at >= k) break;
+        P values[kRanks];
+        load(values, at);
+        add(values, at);
+      }
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j)
+#pragma unroll
+        for (int r = 0; r < kRanks; ++r) {
+          const float sum = warp_sum(sums[r][j]);
+          if (lane == 0) partials[warp][j * kRanks + r] = sum;
+        }
+    };
+    for_tokens(count, multiply);
+    __syncthreads();
+    const int i = static_cast<int>(threadIdx.x);
+    if (i < count * kRanks) {
+      float sum = 0;
+#pragma unroll
+      for (int part = 0; part < kWarps; ++part) sum += partials[part][i];
+      low[static_cast<std::int64_t>(chunk.tokens[i / kRanks]) * width + rank + i % kRanks] = sum;
+    }
+    __syncthreads();
+  }
+  if (waits || x_is_there) wait_for_previous();
+}
 
-constexpr int kColumnThreads = 64;
-constexpr int kRanksAhead = 16;  // ranks whose rows of b are read before `low` is there
+// ---- The second factor: y += scale * low @ b.T
+// A task is kColumnThreads packs of columns of a chunk, one for each thread.
+
+constexpr int kColumnThreads = 64, kExpandBlocks = 4;  // blocks of a multiprocessor
+constexpr int kRanksAhead = 8;                         // ranks whose rows of b are read before `low` is there
 
 template <typename T, int kSize>
-static __global__ __launch_bounds__(kColumnThreads) void expand_kernel(T* y, const float* low, const LowRankView* views,
-                                                                       const AdapterChunk* chunks, int out, int width) {
+static __global__ __launch_bounds__(kColumnThreads,
+                                    kExpandBlocks) void expand_kernel(T* y, const float* low, const LowRankView* views,
+                                                                      const AdapterChunk* chunks, int out, int width) {
   using P = Pack<T, kSize>;
-  const AdapterChunk chunk = chunks[blockIdx.y];
-  const LowRankView& view = views[chunk.adapter];
-  const int column = static_cast<int>(blockIdx.x * kColumnThreads + threadIdx.x) * kSize;
-  LowRankView::Part part{};
-  for (int i = 0; i < view.parts; ++i)
-    if (column >= view.part[i].first_column && column < view.part[i].first_column + view.part[i].columns)
-      part = view.part[i];
-  const T* b = static_cast<const T*>(part.b) + (column - part.first_column);
-  P ahead[kRanksAhead];
-#pragma unroll
-  for (int r = 0; r < kRanksAhead; ++r)
-    if (r < part.rank) ahead[r] = *reinterpret_cast<const P*>(b + static_cast<std::int64_t>(r) * part.columns);
   let_next_begin();
-  wait_for_previous();
-  if (part.rank == 0) return;
-  float sums[kChunkTokens][kSize] = {};
-  const auto add = [&](const P* rows, int rank) {
+  const int tiles = (out + kColumnThreads * kSize - 1) / (kColumnThreads * kSize), tasks = chunks[0].chunks * tiles;
+  bool waits = true;
+  for (int task = static_cast<int>(blockIdx.x); task < tasks; task += static_cast<int>(gridDim.x)) {
+    const AdapterChunk& chunk = chunks[task / tiles];
+    const LowRankView& view = views[chunk.adapter];
+    const int column = (task % tiles * kColumnThreads + static_cast<int>(threadIdx.x)) * kSize, count = chunk.count;
+    LowRankView::Part part{};
+    for (int i = 0; i < view.parts; ++i)
+      if (column >= view.part[i].first_column && column < view.part[i].first_column + view.part[i].columns)
+        part = view.part[i];
+    const T* b = static_cast<const T*>(part.b) + (column - part.first_column);
+    P ahead[kRanksAhead];
 #pragma unroll
-    for (int j = 0; j < kChunkTokens; ++j) {
-      if (j >= chunk.count) break;
-      const float4 four = *reinterpret_cast<const float4*>(low + static_cast<std::int64_t>(chunk.tokens[j]) * width +
-                                                           part.first_rank + rank);
-      const float factors[kRanks] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int r = 0; r < kRanks; ++r)
-#pragma unroll
-        for (int e = 0; e < kSize; ++e) sums[j][e] = fmaf(factors[r], to_float(rows[r].at[e]), sums[j][e]);
+    for (int r = 0; r < kRanksAhead; ++r)
+      if (r < part.rank) ahead[r] = *reinterpret_cast<const P*>(b + static_cast<std::int64_t>(r) * part.columns);
+    if (waits) {
+      wait_for_previous();
+      waits = false;
     }
-  };
+    if (part.rank == 0) continue;
+    const auto multiply = [&](auto tokens) {
+      constexpr int kTokens = decltype(tokens)::value;
+      T* places[kTokens];
+      const float* factors[kTokens];
+      P results[kTokens];
 #pragma unroll
-  for (int r = 0; r < kRanksAhead; r += kRanks)
-    if (r < part.rank) add(ahead + r, r);
-  for (int rank = kRanksAhead; rank < part.rank; rank += kRanks) {
-    P rows[kRanks];
+      for (int j = 0; j < kTokens; ++j) {
+        places[j] = y + static_cast<std::int64_t>(chunk.tokens[j]) * out + column;
+        factors[j] = low + static_cast<std::int64_t>(chunk.tokens[j]) * width + part.first_rank;
+        results[j] = *reinterpret_cast<const P*>(places[j]);
+      }
+      float sums[kTokens][kSize] = {};
+      const auto add = [&](const P* rows, int rank) {
 #pragma unroll
-    for (int r = 0; r < kRanks; ++r)
-      rows[r] = *reinterpret_cast<const P*>(b + static_cast<std::int64_t>(rank + r) * part.columns);
-    add(rows, rank);
+        for (int j = 0; j < kTokens; ++j) {
+          const float4 four = *reinterpret_cast<const float4*>(factors[j] + rank);
+          const float factor[kRanks] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+          for (int r = 0; r < kRanks; ++r)
+#pragma unroll
+            for (int e = 0; e < kSize; ++e) sums[j][e] = fmaf(factor[r], to_float(rows[r].at[e]), sums[j][e]);
+        }
+      };
+#pragma unroll
+      for (int r = 0; r < kRanksAhead; r += kRanks)
+        if (r < part.rank) add(ahead + r, r);
+      for (int rank = kRanksAhead; rank < part.rank; rank += kRanks) {
+        P rows[kRanks];
+#pragma unroll
+        for (int r = 0; r < kRanks; ++r)
+          rows[r] = *reinterpret_cast<const P*>(b + static_cast<std::int64_t>(rank + r) * part.columns);
+        add(rows, rank);
+      }
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) {
+        if (j >= count) break;
+#pragma unroll
+        for (int e = 0; e < kSize; ++e)
+          results[j].at[e] = from_float<T>(fmaf(part.scale, sums[j][e], to_float(results[j].at[e])));
+        *reinterpret_cast<P*>(places[j]) = results[j];
+      }
+    };
+    for_tokens(count, multiply);
   }
-#pragma unroll
-  for (int j = 0; j < kChunkTokens; ++j) {
-    if (j >= chunk.count) break;
-    P& values = *reinterpret_cast<P*>(y + static_cast<std::int64_t>(chunk.tokens[j]) * out + column);
-    P result = values;
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) result.at[e] = from_float<T>(fmaf(part.scale, sums[j][e], to_float(result.at[e])));
-    values = result;
-  }
+  if (waits) wait_for_previous();
 }
 
 // ---- Resident adapters
@@ -259,8 +306,6 @@ void LowRankTable::set(int index, const std::vector<Tensor>& inputs, const std::
 
 // ---- The op
 
-static constexpr unsigned kMostTiles = 64;  // blocks for a chunk's ranks
-
 Tensor lora_linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight, const LowRankTable& table,
                    const Batch& batch) {
   check_shape(x, {batch.num_tokens, table.columns}, "x of lora_linear");
@@ -268,29 +313,33 @@ Tensor lora_linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight
   if (weight.out() != table.out) throw std::invalid_argument("lora_linear: the adapters are for another weight");
   const DeviceGuard guard(runtime.device());
   const auto width = padded(table.max_rank) * static_cast<std::int64_t>(table.rows.size());
-  const auto chunks = static_cast<unsigned>(batch.num_chunks);
+  const auto chunks = static_cast<unsigned>(batch.num_chunks),
+             processors = static_cast<unsigned>(runtime.multiprocessors());
   const auto* views = static_cast<const LowRankView*>(table.views.data);
   const Tensor low = runtime.make({batch.num_tokens, width}, DType::float32);
   const auto columns = static_cast<int>(table.columns), out = static_cast<int>(table.out);
-  // First, so that a product which fetches its weights early does so meanwhile.
-  with_float(x.dtype, [&](auto* pointer) {
-    using T = Pointee<decltype(pointer)>;
-    const auto kernel =
-        columns % kPack<T> == 0 && aligned(x.data, 16) ? shrink_kernel<T, kPack<T>> : shrink_kernel<T, 1>;
-    const dim3 grid(std::min(blocks_for(width, kRanks), kMostTiles), chunks);
-    launch(runtime, kernel, grid, kWarps * 32, 0, static_cast<const T*>(x.data), views, batch.chunks,
-           static_cast<float*>(low.data), columns, static_cast<int>(width));
-  });
+  const auto shrink = [&](bool x_is_there) {
+    with_float(x.dtype, [&](auto* pointer) {
+      using T = Pointee<decltype(pointer)>;
+      const bool packs = columns % kPack<T> == 0 && aligned(x.data, 16);
+      const unsigned blocks = std::min(chunks * blocks_for(width, kRanks), processors * kShrinkBlocks);
+      launch(runtime, packs ? shrink_kernel<T, kPack<T>> : shrink_kernel<T, 1>, blocks, kWarps * 32, 0,
+             static_cast<const T*>(x.data), views, batch.chunks, static_cast<float*>(low.data), columns,
+             static_cast<int>(width), x_is_there);
+    });
+  };
+  // Beside a skinny product, which leaves room; else before the product, some of which fetch their weights meanwhile.
+  const bool beside = multiplies_skinny(runtime, x, weight);
+  if (!beside) shrink(false);
   Tensor y = linear(runtime, x, weight, runtime.dtype());
+  if (beside) shrink(true);
   with_float(y.dtype, [&](auto* pointer) {
     using T = Pointee<decltype(pointer)>;
     const bool packs = std::ranges::all_of(table.rows, [](std::int64_t rows) { return rows % kPack<T> == 0; });
-    const auto go = [&](auto* kernel, int size) {
-      launch(runtime, kernel, dim3(blocks_for(out, kColumnThreads * size), chunks), kColumnThreads, 0,
-             static_cast<T*>(y.data), static_cast<const float*>(low.data), views, batch.chunks, out,
-             static_cast<int>(width));
-    };
-    packs ? go(expand_kernel<T, kPack<T>>, kPack<T>) : go(expand_kernel<T, 1>, 1);
+    const unsigned tiles = blocks_for(out, kColumnThreads * (packs ? kPack<T> : 1));
+    launch(runtime, packs ? expand_kernel<T, kPack<T>> : expand_kernel<T, 1>,
+           std::min(chunks * tiles, processors * kExpandBlocks), kColumnThreads, 0, static_cast<T*>(y.data),
+           static_cast<const float*>(low.data), views, batch.chunks, out, static_cast<int>(width));
   });
   return y;
 }

@@ -60,6 +60,9 @@ Tensor activation(Runtime& runtime, const Tensor& x, Activation activation);
 // x @ weight.T + bias: [rows, in] -> [rows, out] of `dtype`, the backend's or float32.
 Tensor linear(Runtime& runtime, const Activations& x, const LinearWeight& weight, DType dtype);
 
+// Whether linear computes this by multiply_skinny, after which the next kernel may read x at once.
+bool multiplies_skinny(const Runtime& runtime, const Tensor& x, const LinearWeight& weight);
+
 // The second factor of an adapter's change of a part of a weight, and which of the first factors it belongs to.
 struct LowRankOutput {
   std::size_t part, input;

@@ -71,8 +71,8 @@ static __global__ __launch_bounds__(kWarps * 32,
   };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) fetch(shared.stages[warp][i]);
-  let_next_begin();
   wait_for_previous();
+  let_next_begin();  // not earlier: the next kernel may rely on x
 
   int index = 0, buffer = 0;
   for (int tile = static_cast<int>(blockIdx.x); tile < tiles; tile += static_cast<int>(gridDim.x), buffer ^= 1) {
