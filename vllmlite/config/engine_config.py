@@ -197,6 +197,13 @@ class EngineConfig:
     kv_disk_size: int = _option(
         16 << 30, "maximum size of that file: bytes, or 512M, 64G", group="cache tier", low=1 << 20, size=True
     )
+    slot_save_path: str | None = _option(
+        None,
+        "directory in which clients may save prompts' keys and values under names, with llama.cpp's "
+        "/slots/ID?action=save, and restore them; the server must have an api-key",
+        group="cache tier",
+        metavar="DIR",
+    )
     preemption_mode: str = _option(
         "auto",
         "how a preempted sequence resumes: swap: copy its blocks from the cache tiers; recompute: compute them again; "
@@ -354,6 +361,7 @@ class EngineConfig:
             "enable_lora": self.enable_lora,
             "swap_space": self.host_tier_bytes() > 0,
             "kv_disk_path": self.kv_disk_path is not None,
+            "slot_save_path": self.slot_save_path is not None,
         }
         for name, used in others.items():
             if used:
@@ -365,7 +373,13 @@ class EngineConfig:
             raise ParameterError(
                 "kv_offloading_size", self.kv_offloading_size, f"contradicts swap_space={self.swap_space}"
             )
-        tiers = [("swap_space", self.host_tier_bytes()), ("kv_disk_path", self.kv_disk_path)]
+        tiers = [
+            ("swap_space", self.host_tier_bytes()),
+            ("kv_disk_path", self.kv_disk_path),
+            ("slot_save_path", self.slot_save_path),
+        ]
+        if self.slot_save_path is not None and self.data_parallel_size > 1:
+            raise ParameterError("slot_save_path", self.slot_save_path, "needs data_parallel_size=1")
         for name, value in tiers:
             speculative = self.speculative()
             if value and speculative and speculative.draft and speculative.draft.method in EAGLE:

@@ -49,8 +49,7 @@ class BlockFile:
         self._free: list[int] = []
         self._checksums: dict[bytes, bytes] = {}
         self._sequence = 0
-        header = HEADER.pack(MAGIC, fingerprint, block_bytes, self.num_slots, b"")[:-32]
-        header += sha256(header).digest()
+        header = _header(fingerprint, block_bytes, self.num_slots)
         found = os.pread(fd, len(header), 0)
         self.is_new = found != header
         if self.is_new:
@@ -185,6 +184,25 @@ class BlockFile:
         if size:
             os.fdatasync(self._fd)
         os.ftruncate(self._fd, 0)
+
+
+def file_size(num_slots: int, block_bytes: int) -> int:
+    """Return the size of a file of so many slots."""
+    return num_slots * (_aligned(block_bytes) + ENTRY.size) + 2 * ALIGNMENT
+
+
+def stored_slots(fd: int, block_bytes: int, fingerprint: bytes) -> int | None:
+    """Return the number of slots of a file; None if it was not written with these arguments."""
+    found = os.pread(fd, HEADER.size, 0)
+    if len(found) < HEADER.size:
+        return None
+    num_slots: int = HEADER.unpack(found)[3]
+    return num_slots if found == _header(fingerprint, block_bytes, num_slots) else None
+
+
+def _header(fingerprint: bytes, block_bytes: int, num_slots: int) -> bytes:
+    fields = HEADER.pack(MAGIC, fingerprint, block_bytes, num_slots, b"")[:-32]
+    return fields + sha256(fields).digest()
 
 
 def _aligned(size: int) -> int:

@@ -123,6 +123,11 @@ class BlockPool:
             self._hashes[block] = digest
             self._by_hash[digest] = block
 
+    def forget(self, digests: Iterable[bytes]) -> None:
+        """Forget these hashes. Used blocks stay with their holders."""
+        for block in [self._by_hash[digest] for digest in digests if digest in self._by_hash]:
+            self._forget(block)
+
     def forget_all(self) -> None:
         """Empty the prefix cache: forget all hashes. Used blocks stay with their holders."""
         for block in list(self._by_hash.values()):

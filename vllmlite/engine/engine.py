@@ -24,9 +24,10 @@ from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.drafts import DraftPolicy
 from vllmlite.engine.request import Grammar, Request, Status
 from vllmlite.engine.runner_protocol import Runner, StepResult, TokenLogprobs
+from vllmlite.engine.saved_prefixes import SavedPrefixes
 from vllmlite.engine.scheduler import Limits, Schedule, Scheduler
 from vllmlite.engine.thinking import ReasoningMarks, ThinkingBudget
-from vllmlite.engine.tiers import Tiers
+from vllmlite.engine.tiers import Copies, Tiers
 from vllmlite.engine.trace import Trace, TracedRunner, TraceEvent
 from vllmlite.errors import EngineDeadError, ParameterError
 from vllmlite.outputs import TIER_EVENTS, EngineStats, RequestMetrics
@@ -146,6 +147,8 @@ class Engine:
         self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         self._in_flight: deque[tuple[Schedule, list[Request], Any]] = deque()
         self._num_added = 0
+        self.saved_prefixes: SavedPrefixes | None = None
+        """Saves prompts to files and restores them, if there is a directory for that."""
         self._busy_since = 0.0
         """When the runner began the oldest step in flight."""
         self._changing = False
@@ -194,13 +197,7 @@ class Engine:
             max_total_tokens=longest,
             stop_ids=bounds.stop_ids(params),
             eos_ids=bounds.eos_ids,
-            root=root_digest(
-                "salt",
-                cache_salt or "",
-                self._cache_format,
-                *([key.digest] if key else []),
-                private=bool(cache_salt),
-            ),
+            root=self.prefix_root(cache_salt or "", *([key.digest] if key else [])),
             metrics=RequestMetrics(
                 time.monotonic() if arrival_time is None else arrival_time, num_prompt_tokens=len(prompt)
             ),
@@ -353,6 +350,35 @@ class Engine:
                 self._end_with_error(request, str(error), outputs)
             self._log = None
         scheduler.assign_adapters(len(self._in_flight))
+
+    def prefix_root(self, cache_salt: str = "", *adapter: str) -> bytes:
+        """Return the parent hash of the first block of a text, with the digest of its ``adapter``."""
+        return root_digest("salt", cache_salt, self._cache_format, *adapter, private=bool(cache_salt))
+
+    def run_copies(self, copies: Copies) -> None:
+        """Have the runner make copies, and wait for them. Raises ParameterError while requests run."""
+        tiers, outputs = self.scheduler.tiers, list[EngineOutput]()
+        assert tiers is not None
+        if self._requests:
+            raise ParameterError("id_slot", len(self._requests), "requests are running: try again later")
+        tiers.save_evicted(copies)
+        if copies:
+            self._launch(Schedule(copies=copies), [], time.monotonic())
+            while self._in_flight:
+                self._collect(outputs)
+
+    def change_prefix(self, token_ids: tuple[int, ...], action: str, name: str = "") -> int:
+        """Save what the cache has of a text in a file, erase it from memory, or restore the file; returns the number of
+        tokens. Raises ParameterError."""
+        self._restore_if_interrupted()
+        if self.saved_prefixes is None:
+            raise ParameterError("slot_save_path", None, "must be a directory to save prompts in")
+        self.run_copies(Copies())  # refuses while requests run
+        self._changing = True
+        try:
+            return self.saved_prefixes.change(token_ids, action, name)
+        finally:
+            self._changing = False
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix, in all tiers."""

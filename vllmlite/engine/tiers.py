@@ -254,7 +254,7 @@ class Tiers:
             most = min(most, LEAST_SAVES + 2 * num_tokens // self.cost.block_size)
             for block in list(islice(unsaved, most)):
                 digest = self.pool.digest(block)
-                if digest is not None and not self._save(block, digest, copies):
+                if digest is not None and not self.save(block, digest, copies):
                     break
                 del unsaved[block]
 
@@ -262,12 +262,13 @@ class Tiers:
         """Save the blocks that the step being scheduled has taken."""
         for block, digest in self.pool.evicted:
             if self.disk is None or digest not in self.disk:
-                self.counts.dropped += not self._save(block, digest, copies)
+                self.counts.dropped += not self.save(block, digest, copies)
         self.pool.evicted.clear()
         if copies:
             self._unsettled.append(copies)
 
-    def _save(self, block: int, digest: bytes, copies: Copies) -> bool:
+    def save(self, block: int, digest: bytes, copies: Copies) -> bool:
+        """Save a block, unless the host has it; False if there is no place."""
         host = self.host
         if host.has(digest):
             return True

@@ -103,7 +103,7 @@ def num_host_places(config: EngineConfig, backend: Backend, model: Model) -> int
     """Return the number of blocks that host memory keeps. A disk alone gets a little, through which its blocks pass."""
     block_bytes = backend.kv_bytes_per_block(model.kv_spec)
     wanted = config.host_tier_bytes()
-    if config.kv_disk_path is not None:
+    if config.kv_disk_path is not None or config.slot_save_path is not None:
         wanted = max(wanted, STAGING_BYTES, STAGED_BLOCKS * block_bytes)
     places = wanted // block_bytes
     if wanted and not places:

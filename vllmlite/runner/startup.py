@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
-from vllmlite.backends.base import API
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.config.speculative import EAGLE
-from vllmlite.disk_tier.block_file import BlockFile
-from vllmlite.disk_tier.disk import DiskTier
-from vllmlite.disk_tier.fingerprint import fingerprint, module_digest
-from vllmlite.disk_tier.private_directory import PrivateDirectory
 from vllmlite.engine.adapters import AdapterSource
 from vllmlite.engine.drafts import DraftPolicy, StepCost
 from vllmlite.engine.engine import Engine
 from vllmlite.engine.scheduler import Limits
-from vllmlite.engine.tiers import Tiers, TransferCost
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.models.plan import Plan
@@ -32,8 +22,8 @@ from vllmlite.ranks.group import RankGroup
 from vllmlite.ranks.runner import ParallelRunner
 from vllmlite.ranks.start import start_ranks
 from vllmlite.runner.build import BuiltRunner, build_runner, plan_for
+from vllmlite.runner.cache_tiers import cache_fingerprint, cache_tiers, saved_prefixes
 from vllmlite.runner.generation_config import default_params, eos_ids, generation_config, reasoning_marks
-from vllmlite.runner.kv_transfer import seconds_per_load
 from vllmlite.runner.propose.loading import check_vocabulary
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.runner.sizes import batched_tokens, mixed_tokens
@@ -90,6 +80,10 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
     runner, backend = built.runner, built.runner.backend
     two_steps = backend.asynchronous if config.async_scheduling is None else config.async_scheduling
     batched = batched_tokens(config, backend.device)
+    tiers, fingerprint = None, b""
+    if isinstance(runner, ModelRunner) and runner.host_blocks is not None:
+        fingerprint = cache_fingerprint(config, plan, runner, built.max_model_len)
+        tiers = cache_tiers(config, fingerprint, runner, built.num_blocks, replica or 0)
     engine = Engine(
         Limits(
             max_num_seqs=config.max_num_seqs,
@@ -111,61 +105,15 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
         drafting=_drafting(config, built, two_steps),
         cache_format=f"{runner.model.kv_spec.dtype} {runner.model.kv_spec.scales}",
         adapters=_adapters(config, plan, backend.dtype) if config.enable_lora else None,
-        tiers=_tiers(config, plan, built, runner, replica or 0) if isinstance(runner, ModelRunner) else None,
+        tiers=tiers,
     )
+    if config.slot_save_path is not None and isinstance(runner, ModelRunner):
+        engine.saved_prefixes = saved_prefixes(config, fingerprint, runner, engine)
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     defaults = default_params(config, generation)
     ranks = runner.group if isinstance(runner, ParallelRunner) else None
     return Started(engine, tokenizer, plan.hidden_size, defaults, built.backend_choice, ranks)
-
-
-def _tiers(
-    config: EngineConfig, plan: Plan, built: BuiltRunner[object], runner: ModelRunner, replica: int
-) -> Tiers | None:
-    """Return the cache tiers behind the pool, if there are any."""
-    host = runner.host_blocks
-    if host is None:
-        return None
-    cost = TransferCost(config.block_size, seconds_per_load(host, built.num_blocks))
-    disk = None if config.kv_disk_path is None else _disk(config, plan, built, runner, host.memory, replica)
-    return Tiers(built.num_blocks, len(host.memory), cost, config.preemption_mode, disk)
-
-
-def _disk(
-    config: EngineConfig,
-    plan: Plan,
-    built: BuiltRunner[object],
-    runner: ModelRunner,
-    memory: NDArray[np.uint8],
-    replica: int,
-) -> DiskTier:
-    """Open the file of the disk tier; each replica has one, and its share of the size."""
-    assert config.kv_disk_path is not None
-    backend, spec = runner.backend, runner.model.kv_spec
-    mark = fingerprint(
-        plan.path,
-        API,
-        module_digest(f"vllmlite._{backend.name}"),
-        (backend.name, getattr(backend, "isa", backend.details), backend.dtype, spec, memory.shape[1]),
-        (config.quantization, config.quantize_head, config.activation_dtype, config.batch_invariant),
-        (config.model_impl, config.load_format, config.seed if config.load_format == "dummy" else None),
-        built.max_model_len,
-    )
-    directory = PrivateDirectory(config.kv_disk_path, "kv_disk_path")
-    try:
-        fd = directory.open("blocks" if not replica else f"blocks-{replica}")
-    except OSError as error:
-        raise ParameterError("kv_disk_path", config.kv_disk_path, str(error.strerror)) from None
-    finally:
-        directory.close()
-    try:
-        file = BlockFile(fd, config.kv_disk_size // config.data_parallel_size, memory.shape[1], mark)
-    except (ValueError, OSError) as error:
-        os.close(fd)
-        raise ParameterError("kv_disk_size", config.kv_disk_size, str(error)) from None
-    logger.info("%d blocks are on disk, %d fit there", len(file), file.num_slots)
-    return DiskTier(file, memory)
 
 
 def _drafting(config: EngineConfig, built: BuiltRunner[object], two_steps: bool) -> DraftPolicy | None:

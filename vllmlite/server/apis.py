@@ -36,4 +36,4 @@ def api_of(path: str) -> Api:
     """Return the API of a path; OpenAI's unless the path is known to belong to another one."""
     if path == "/v1/messages" or path.startswith("/v1/messages/"):
         return Api.ANTHROPIC
-    return Api.LLAMACPP if path in LLAMACPP_PATHS else Api.OPENAI
+    return Api.LLAMACPP if path in LLAMACPP_PATHS or path.startswith("/slots/") else Api.OPENAI

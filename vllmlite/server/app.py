@@ -26,6 +26,7 @@ from vllmlite.server.anthropic import routes as anthropic
 from vllmlite.server.body import LimitBody
 from vllmlite.server.errors import ApiError, as_api_error
 from vllmlite.server.llamacpp import routes as llamacpp
+from vllmlite.server.llamacpp import slots
 from vllmlite.server.metrics import StatsLog
 from vllmlite.server.middleware import OPEN_PATHS, Count, RequireKey, RootPath, error_response
 from vllmlite.server.openai import chat, completions, embeddings
@@ -40,7 +41,17 @@ from vllmlite.server.sse import ClientGone
 
 logger = logging.getLogger(__name__)
 
-ENDPOINTS = (completions, chat, embeddings, responses, stored_responses, anthropic, llamacpp, operations)
+ENDPOINTS = (
+    completions,
+    chat,
+    embeddings,
+    responses,
+    stored_responses,
+    anthropic,
+    llamacpp,
+    slots,
+    operations,
+)
 
 TAGS = (*TOKENIZABLE_TAGS, FUNCTION_TAG, OTHER_TAG)
 """Discriminator tags, which pydantic inserts into the locations of validation errors."""

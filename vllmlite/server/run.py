@@ -48,6 +48,12 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     keys, lora_keys = config.api_keys(), config.lora_admin_keys()
     if (config.lora_modules or config.lora_root) and not engine_config.enable_lora:
         raise ParameterError("enable_lora", False, "must be True to serve adapters (--enable-lora)")
+    if engine_config.slot_save_path is not None and not keys:
+        raise ParameterError(
+            "slot_save_path",
+            engine_config.slot_save_path,
+            "lets clients write files: needs an api_key, an api_key_file or the credential vllmlite.api-key",
+        )
     config = replace(config, chat_template=read_template(config.chat_template))
     logging_config = _logging(config)
     sys.setswitchinterval(SWITCH_SECONDS)

@@ -81,6 +81,8 @@ class Service:
             self.tokenizer.find_chat_template(config.chat_template)  # fail now if it is invalid
         self.max_model_len = inner.max_model_len
         self.responses = ResponseStore(config.max_stored_responses)
+        self.slots: dict[int, tuple[int, ...]] = {}
+        """``id_slot`` of llama.cpp → the token ids of its last text, if prompts may be saved."""
         self.adapters = ServedAdapters(engine, metrics, self.model_names, config.lora_root)
         self.default_params = inner.default_sampling_params
         self.knows_reasoning = inner.engine_core.bounds.reasoning is not None

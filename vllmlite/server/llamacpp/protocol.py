@@ -53,6 +53,7 @@ class LlamaRequest(Request):
     stream: bool = False
     grammar: str | None = Field(None, description="A GBNF grammar with start rule root.")
     json_schema: dict[str, Any] | None = None
+    id_slot: int = Field(-1, ge=-1, le=2**31, description="Name of the text for /slots; -1, the default: 0.")
     return_tokens: bool = False
     timings_per_token: bool = False
     response_fields: Strings | None = Field(

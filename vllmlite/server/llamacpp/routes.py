@@ -40,6 +40,7 @@ from vllmlite.server.llamacpp.protocol import (
     LlamaTimings,
 )
 from vllmlite.server.llamacpp.samplers import turned_off, used
+from vllmlite.server.llamacpp.slots import remember
 from vllmlite.server.openai import logprobs
 from vllmlite.server.openai.chat_protocol import ChatPrompt
 from vllmlite.server.openapi import documented
@@ -287,12 +288,14 @@ class _Sequence:
         self._num_tokens = 0
         self._tokens: list[int] = []
         """Tokens that were not yet part of a piece."""
+        self._all_tokens: list[int] = []
 
     def add(self, output: RequestOutput) -> list[LlamaAnswer]:
         """Return the pieces for new output; at the end, also the last piece with the totals."""
         if self.ended:
             return []
         (completion,) = output.outputs
+        self._all_tokens += completion.token_ids
         text, by_lines = self._limits.add(completion.text)
         found: list[LlamaAnswer] = []
         if self._body.n_predict != 0:  # with 0, one token is computed but not returned
@@ -302,6 +305,7 @@ class _Sequence:
                 found.append(self._piece(output, text, completion))
         if by_lines or completion.finish_reason is not None:
             self.ended = True
+            remember(self._service, self._body.id_slot, output.prompt_token_ids + self._all_tokens)
             found.append(self._end(output, completion, by_lines))
         return found
 
@@ -336,7 +340,7 @@ class _Sequence:
             "content": text,
             "tokens": tokens,
             "stop": stop,
-            "id_slot": -1,
+            "id_slot": self._body.id_slot,
             "tokens_predicted": self._num_tokens,
             "tokens_evaluated": len(output.prompt_token_ids),
         }

@@ -1,0 +1,74 @@
+"""Files of saved prompts, one for each name: what llama.cpp's ``/slots`` saves and restores."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite.disk_tier.block_file import BlockFile, file_size, stored_slots
+from vllmlite.disk_tier.private_directory import PrivateDirectory
+from vllmlite.errors import ParameterError
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+PARTIAL = ".saving"
+"""Name of the file that is being written."""
+
+
+class SlotFiles:
+    """Named files in one directory, each with the blocks of one prompt."""
+
+    def __init__(self, directory: PrivateDirectory, memory: NDArray[np.uint8], fingerprint: bytes) -> None:
+        """Keep files of blocks as the rows of ``memory`` have them."""
+        self.memory = memory
+        self._directory = directory
+        self._fingerprint = fingerprint
+
+    def create(self, name: str, num_blocks: int) -> BlockFile:
+        """Begin a file with room for ``num_blocks``. Raises ParameterError if that is impossible."""
+        _check(name)
+        try:
+            fd = self._directory.open(PARTIAL, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            return BlockFile(
+                fd, file_size(num_blocks, self._block_bytes), self._block_bytes, self._fingerprint
+            )
+        except OSError as error:
+            raise ParameterError("filename", name, f"cannot be written: {error.strerror}") from None
+
+    def finish(self, file: BlockFile, name: str) -> None:
+        """Give the file that was begun its name, in place of another one."""
+        file.close()
+        self._directory.replace(PARTIAL, name)
+
+    def abandon(self, file: BlockFile) -> None:
+        """Remove the file that was begun."""
+        file.close()
+        self._directory.remove(PARTIAL)
+
+    def open(self, name: str) -> BlockFile:
+        """Open a file. Raises ParameterError if it is missing or of another model."""
+        _check(name)
+        try:
+            fd = self._directory.open(name, os.O_RDWR)
+        except OSError as error:
+            raise ParameterError("filename", name, f"cannot be read: {error.strerror}") from None
+        num_blocks = stored_slots(fd, self._block_bytes, self._fingerprint)
+        if num_blocks is None:
+            os.close(fd)
+            raise ParameterError(
+                "filename", name, "was saved with another model, dtype or version, or is damaged"
+            )
+        return BlockFile(fd, file_size(num_blocks, self._block_bytes), self._block_bytes, self._fingerprint)
+
+    @property
+    def _block_bytes(self) -> int:
+        return int(self.memory.shape[1])
+
+
+def _check(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise ParameterError(
+            "filename", name, "must be letters, digits, _, - and ., at most 128, not beginning with - or ."
+        )

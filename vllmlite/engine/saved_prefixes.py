@@ -1,0 +1,154 @@
+"""Saving the cached prefix of a text under a name, and putting it back into the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from vllmlite.engine.block_pool import block_hash
+from vllmlite.engine.tiers import Copies, Tiers
+from vllmlite.errors import ParameterError
+
+
+class PrefixFile(Protocol):
+    """A file of blocks."""
+
+    def digests(self) -> list[bytes]:
+        """Hashes of its blocks, in the order in which they were written."""
+        ...
+
+    def read(self, digest: bytes, block: Any) -> bool:
+        """Read a block into a place; False if it is damaged."""
+        ...
+
+    def write(self, digest: bytes, block: Any) -> None:
+        """Write a place. OSError if that fails."""
+        ...
+
+    def close(self) -> None:
+        """Close it."""
+        ...
+
+
+class PrefixFiles(Protocol):
+    """Named files, and the places of the host's memory that they are read into and written from."""
+
+    memory: Any
+
+    def create(self, name: str, num_blocks: int) -> Any:
+        """Begin a file."""
+        ...
+
+    def finish(self, file: Any, name: str) -> None:
+        """Give it its name."""
+        ...
+
+    def abandon(self, file: Any) -> None:
+        """Remove it."""
+        ...
+
+    def open(self, name: str) -> Any:
+        """Open a file."""
+        ...
+
+
+class SavedPrefixes:
+    """Moves whole prefixes between the cache and files, while no request runs."""
+
+    def __init__(
+        self, tiers: Tiers, files: PrefixFiles, root: bytes, block_size: int, run: Callable[[Copies], None]
+    ) -> None:
+        """``root`` is the parent hash of texts without salt and adapter; ``run`` has the runner make copies."""
+        self._tiers, self._files = tiers, files
+        self._root, self._block_size, self._run = root, block_size, run
+        self._chunk = max(tiers.num_places // 4, 1)
+
+    def change(self, token_ids: Sequence[int], action: str, name: str) -> int:
+        """``save``, ``restore`` or ``erase``; returns the number of tokens."""
+        if action == "save":
+            return self.save(name, token_ids)
+        return self.restore(name) if action == "restore" else self.erase(token_ids)
+
+    def save(self, name: str, token_ids: Sequence[int]) -> int:
+        """Save the blocks that the cache has of a text; returns the number of their tokens."""
+        tiers, digests = self._tiers, self._digests(token_ids)
+        known = 0
+        while known < len(digests) and (tiers.pool.has(digests[known]) or tiers.host.has(digests[known])):
+            known += 1
+        if not known:
+            raise ParameterError(
+                "id_slot", len(token_ids), "tokens: no whole block of the text is in the cache"
+            )
+        file: PrefixFile = self._files.create(name, known)
+        try:
+            for at in range(0, known, self._chunk):
+                self._save(digests[at : min(at + self._chunk, known)], file)
+        except OSError as error:
+            self._files.abandon(file)
+            raise ParameterError("filename", name, f"cannot be written: {error.strerror}") from None
+        self._files.finish(file, name)
+        return known * self._block_size
+
+    def restore(self, name: str) -> int:
+        """Put the blocks of a file into the cache; returns the number of their tokens, up to the first damaged one."""
+        file: PrefixFile = self._files.open(name)
+        try:
+            digests = file.digests()[: self._tiers.pool.num_free]
+            found = 0
+            for at in range(0, len(digests), self._chunk):
+                chunk = digests[at : at + self._chunk]
+                count = self._restore(chunk, file)
+                found += count
+                if count < len(chunk):
+                    break
+        finally:
+            file.close()
+        return found * self._block_size
+
+    def erase(self, token_ids: Sequence[int]) -> int:
+        """Forget the blocks of a text in memory; returns the number of their tokens."""
+        digests = self._digests(token_ids)
+        count = sum(self._tiers.pool.has(digest) or self._tiers.host.has(digest) for digest in digests)
+        self._tiers.pool.forget(digests)
+        self._tiers.host.forget(digests)
+        return count * self._block_size
+
+    def _digests(self, token_ids: Sequence[int]) -> list[bytes]:
+        parent, found = self._root, []
+        for end in range(self._block_size, len(token_ids) + 1, self._block_size):
+            parent = block_hash(parent, token_ids[end - self._block_size : end])
+            found.append(parent)
+        return found
+
+    def _save(self, digests: Sequence[bytes], file: PrefixFile) -> None:
+        host, copies = self._tiers.host, Copies()
+        for digest in digests:
+            if not host.has(digest):
+                self._tiers.save(self._tiers.pool.find((digest,))[0], digest, copies)
+        self._run(copies)
+        for digest in digests:
+            [place] = host.find((digest,))
+            file.write(digest, self._files.memory[place])
+
+    def _restore(self, digests: Sequence[bytes], file: PrefixFile) -> int:
+        """Return how many blocks the pool has then."""
+        tiers, host, pool, copies = self._tiers, self._tiers.host, self._tiers.pool, Copies()
+        blocks: list[int] = []
+        for digest in digests:
+            found = pool.find((digest,))
+            if found:
+                pool.share(found)
+            else:
+                if not host.has(digest):
+                    [place] = host.allocate(1)
+                    if file.read(digest, self._files.memory[place]):
+                        host.cache(place, digest)
+                    host.release((place,))
+                if not host.has(digest):
+                    break
+                found = pool.allocate(1)
+                tiers.load(digest, found[0], copies)
+            blocks += found
+        self._run(copies)
+        pool.release(blocks)
+        return len(blocks)

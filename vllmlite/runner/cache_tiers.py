@@ -1,0 +1,80 @@
+"""Building the cache tiers of an engine from its configuration."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from vllmlite.backends.base import API
+from vllmlite.config.engine_config import EngineConfig
+from vllmlite.disk_tier.block_file import BlockFile
+from vllmlite.disk_tier.disk import DiskTier
+from vllmlite.disk_tier.fingerprint import fingerprint, module_digest
+from vllmlite.disk_tier.private_directory import PrivateDirectory
+from vllmlite.disk_tier.slot_files import SlotFiles
+from vllmlite.engine.engine import Engine
+from vllmlite.engine.saved_prefixes import SavedPrefixes
+from vllmlite.engine.tiers import Tiers, TransferCost
+from vllmlite.errors import ParameterError
+from vllmlite.models.plan import Plan
+from vllmlite.runner.kv_transfer import seconds_per_load
+from vllmlite.runner.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+def cache_fingerprint(config: EngineConfig, plan: Plan, runner: ModelRunner, max_model_len: int) -> bytes:
+    """Return what the contents of blocks in files depend on apart from their hashes."""
+    backend = runner.backend
+    return fingerprint(
+        plan.path,
+        API,
+        module_digest(f"vllmlite._{backend.name}"),
+        (backend.name, getattr(backend, "isa", backend.details), backend.dtype, runner.model.kv_spec),
+        (config.quantization, config.quantize_head, config.activation_dtype, config.batch_invariant),
+        (config.model_impl, config.load_format, config.seed if config.load_format == "dummy" else None),
+        max_model_len,
+    )
+
+
+def cache_tiers(
+    config: EngineConfig, mark: bytes, runner: ModelRunner, num_blocks: int, replica: int
+) -> Tiers:
+    """Return the tiers behind a pool of ``num_blocks``, whose runner has places in host memory. ``mark`` is the
+    fingerprint of the file on disk."""
+    host = runner.host_blocks
+    assert host is not None
+    cost = TransferCost(config.block_size, seconds_per_load(host, num_blocks))
+    disk = None
+    if config.kv_disk_path is not None:
+        file = _block_file(config, config.kv_disk_path, mark, host.memory.shape[1], replica)
+        logger.info("%d blocks are on disk, %d fit there", len(file), file.num_slots)
+        disk = DiskTier(file, host.memory)
+    return Tiers(num_blocks, len(host.memory), cost, config.preemption_mode, disk)
+
+
+def saved_prefixes(config: EngineConfig, mark: bytes, runner: ModelRunner, engine: Engine) -> SavedPrefixes:
+    """Return what saves prompts in the directory ``config.slot_save_path``."""
+    assert config.slot_save_path is not None
+    assert runner.host_blocks is not None and engine.scheduler.tiers is not None
+    directory = PrivateDirectory(config.slot_save_path, "slot_save_path")
+    files = SlotFiles(directory, runner.host_blocks.memory, mark)
+    return SavedPrefixes(
+        engine.scheduler.tiers, files, engine.prefix_root(), config.block_size, engine.run_copies
+    )
+
+
+def _block_file(config: EngineConfig, path: str, mark: bytes, block_bytes: int, replica: int) -> BlockFile:
+    """Open the file of the disk tier; each replica has one, and its share of the size."""
+    directory = PrivateDirectory(path, "kv_disk_path")
+    try:
+        fd = directory.open(f"blocks-{replica}" if replica else "blocks")
+    except OSError as error:
+        raise ParameterError("kv_disk_path", path, str(error.strerror)) from None
+    finally:
+        directory.close()
+    try:
+        return BlockFile(fd, config.kv_disk_size // config.data_parallel_size, block_bytes, mark)
+    except (ValueError, OSError) as error:
+        os.close(fd)
+        raise ParameterError("kv_disk_size", config.kv_disk_size, str(error)) from None
