@@ -3,15 +3,16 @@
 prompt, what it costs where nothing repeats, and what a step that verifies drafts costs.
 
     PYTHONPATH=. scripts/bench_speculation.py DIR [--quantization int4] [--batches 1,8,64] [--rows edit,random,step]
-        [--rounds 3] [--tokens 128]
+        [--rounds 3] [--tokens 128] [--device cuda] [--cache 8GiB]
 
-DIR has a config.json, for example of llama1b's shape. Times are processor time, so that other programs disturb them
-little; with and without drafts run by turns. Rows:
+DIR has a config.json, for example of llama1b's shape. Times on a CPU are processor time, so that other programs disturb
+them little; with and without drafts run by turns. Rows:
 
 edit    a 600-token file is the prompt, and the output is the file with one word changed. The random model is held to
         that output by a mask of one id a token, which stands for a model that copies; the drafts know nothing of it.
 random  ids are drawn from 200 at random, so that short n-grams repeat and what followed them is seldom right.
-step    a step of 1 + k tokens a row against one of 1, by the number of rows.
+step    a step of 1 + k tokens a row against one of 1 (alone: that nothing was launched beside), by the number of rows;
+        "mixed" has 0 to 3 drafts a row, "uncaptured" likewise without captured steps.
 The last line is JSON.
 """
 
@@ -31,6 +32,7 @@ from vllmlite import LLM, SamplingParams
 from vllmlite.engine.drafts import DraftPolicy
 from vllmlite.engine.engine import Engine
 from vllmlite.hub import find_model
+from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.tokenizers.tokenizer import Tokenizer
 
 DRAFTS = 8
@@ -71,16 +73,21 @@ class Held:
         return copy(self)
 
 
+def clock(engine: Engine) -> float:
+    """Return the time in seconds."""
+    return time.process_time() if engine.stats.device == "cpu" else time.perf_counter()
+
+
 def run(engine: Engine) -> tuple[int, float]:
     """Run all requests to the end; return the steps and the seconds of those that have no prompt in them."""
     steps, seconds = 0, 0.0
     while engine.has_unfinished_requests():
         decodes = all(request.output_token_ids for request in engine.scheduler.requests())
-        begin = time.process_time()
+        begin = clock(engine)
         engine.step()
         if decodes:
             steps += 1
-            seconds += time.process_time() - begin
+            seconds += clock(engine) - begin
     return steps, seconds
 
 
@@ -136,8 +143,10 @@ def repeats_nothing(
     }
 
 
-class Wrong:
-    """A proposer of as many random ids as are wanted."""
+class Wrong(Proposer):
+    """A proposer of as many random ids as are wanted; or of fewer, if it is ``mixed``."""
+
+    mixed = False
 
     def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
         """Ignore the sequence."""
@@ -147,39 +156,58 @@ class Wrong:
 
     def collect(self, _handle: None, _ids: Sequence[list[int]], wanted: Sequence[int]) -> list[list[int]]:
         """Return small ids."""
-        return [[random.randrange(3, 200) for _ in range(count)] for count in wanted]
+        counts = [random.randint(0, count) if self.mixed else count for count in wanted]
+        return [[random.randrange(3, 200) for _ in range(count)] for count in counts]
 
 
 class Fixed(DraftPolicy):
-    """A policy that always asks for :attr:`most` drafts."""
+    """A policy that always asks for :attr:`count` drafts."""
+
+    count = DRAFTS
 
     def wanted(self, _acceptance: Any, _rows: int) -> int:
         """Return the number."""
-        return self.most
+        return self.count
 
 
-def step(engine: Engine, batch: int, rounds: int) -> dict[str, float]:
+def step(engine: Any, batch: int, rounds: int) -> dict[str, float]:
     """Measure the row ``step``."""
+    proposer = engine.runner.proposer = Wrong()
     for row in range(batch):
-        params = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True, detokenize=False)
+        params = SamplingParams(temperature=0, max_tokens=1400, ignore_eos=True, detokenize=False)
         engine.add_request(str(row), [row + 3] * 512, params)
-    engine.scheduler.drafting = Fixed(DRAFTS)
+    policy = engine.scheduler.drafting = Fixed(DRAFTS)
     while any(not request.output_token_ids for request in engine.scheduler.requests()):
         engine.step()
-    times: dict[int, list[float]] = {0: [], 3: [], 7: []}
+    depth, record, find = (
+        engine._steps_in_flight,
+        engine.runner.graphs.record_if_frequent,
+        engine.runner.graphs.find,
+    )
+    kinds = {"plain": 0, "alone": 0, "k=3": 3, "k=7": 7, "mixed": 3, "uncaptured": 3}
+    times: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(rounds):
-        for drafts, taken in times.items():
-            engine.scheduler.drafting.most = drafts
-            engine.step()
-            engine.step()
-            for _ in range(4):
-                begin = time.process_time()
+        for name, taken in times.items():
+            policy.count = kinds[name]
+            engine._steps_in_flight = 1 if name == "alone" else depth
+            proposer.mixed = name in ("mixed", "uncaptured")
+            if name == "uncaptured":
+                engine.runner.graphs.record_if_frequent = lambda batch: None
+                engine.runner.graphs.find = lambda batch: find(batch) if batch.max_query_len == 1 else None
+            for _ in range(20):  # as many steps as it takes to capture one of a kind
                 engine.step()
-                taken.append(time.process_time() - begin)
+            for _ in range(8):
+                begin = clock(engine)
+                engine.step()
+                taken.append(clock(engine) - begin)
+            engine.runner.graphs.record_if_frequent, engine.runner.graphs.find = record, find
     for row in range(batch):
         engine.finish(str(row))
-    best = {drafts: min(taken) for drafts, taken in times.items()}
-    return {f"k={drafts}": round(best[drafts] / best[0], 3) for drafts in (3, 7)}
+    middle = {name: statistics.median(taken) for name, taken in times.items()}
+    return {
+        "plain_ms": round(1000 * middle["plain"], 3),
+        **{name: round(taken / middle["plain"], 3) for name, taken in middle.items() if name != "plain"},
+    }
 
 
 def main() -> None:
@@ -189,6 +217,8 @@ def main() -> None:
     )
     parser.add_argument("model")
     parser.add_argument("--quantization")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cache", default="1GiB", help="memory of the key/value cache")
     parser.add_argument("--batches", default="1,8,64")
     parser.add_argument("--rows", default="edit,random,step")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each figure")
@@ -197,7 +227,8 @@ def main() -> None:
     rows, batches = args.rows.split(","), [int(batch) for batch in args.batches.split(",")]
     llm = LLM(
         args.model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=2048,
-        max_num_seqs=64, kv_cache_memory_bytes="1GiB", quantization=args.quantization, enable_prefix_caching=False,
+        max_num_seqs=64, kv_cache_memory_bytes=args.cache, device=args.device, quantization=args.quantization,
+        enable_prefix_caching=False,
         speculative_config={"method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_min": 2,
                             "prompt_lookup_max": 5},
     )  # fmt: skip
@@ -211,7 +242,6 @@ def main() -> None:
         if "random" in rows:
             result[f"random-{batch}"] = repeats_nothing(engine, policies, batch, args.tokens, args.rounds)
             print(f"random-{batch}", result[f"random-{batch}"], flush=True)
-    engine.runner.proposer = Wrong()
     for batch in batches:
         if "step" in rows:
             result[f"step-{batch}"] = step(engine, batch, args.rounds)
