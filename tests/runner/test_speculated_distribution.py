@@ -1,0 +1,132 @@
+"""Unseeded sampling with drafts follows the model's exact distribution."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from native import needs_native_cpu
+
+from vllmlite import LLM, SamplingParams
+from vllmlite.engine.drafts import StepCost
+from vllmlite.runner.propose.proposer import Proposer
+from vllmlite.runner.runner import ModelRunner
+
+PROMPT = "The Debian Project is a"
+EACH, REQUESTS = 125, 12
+SEQUENCES = EACH * REQUESTS
+LENGTH = 3
+"""Tokens of a sequence that are compared; all but the first are drafted."""
+MOST = 4
+"""Ids of each position that can be sampled: ``top_k``."""
+Context = tuple[int, ...]
+
+
+class Likely(Proposer):
+    """Proposes the most likely ids, one after the other."""
+
+    def __init__(self, best: dict[Context, int]) -> None:
+        self._best = best
+        self._slots: dict[int, list[int]] = {}
+
+    def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
+        self._slots[slot] = token_ids[num_prompt:]
+
+    def launch(self, slots: Sequence[int]) -> list[list[int]]:
+        return [self._slots[slot] for slot in slots]
+
+    def collect(
+        self, handle: list[list[int]], token_ids: Sequence[list[int]], wanted: Sequence[int]
+    ) -> list[list[int]]:
+        drafts = []
+        for known, ids, count in zip(handle, token_ids, wanted, strict=True):
+            known += ids
+            found: list[int] = []
+            while len(found) < count and (context := (*known, *found)) in self._best:
+                found.append(self._best[context])
+            drafts.append(found)
+        return drafts
+
+
+def probabilities(
+    logprobs: np.ndarray[Any, Any], params: SamplingParams, output: Sequence[int]
+) -> dict[int, float]:
+    """Return the exact distribution of the id after ``output`` by the definitions of the parameters."""
+    logits = logprobs.astype(np.float64)
+    for token_id, count in Counter(output).items():
+        logits[token_id] -= params.frequency_penalty * count + params.presence_penalty
+    logits /= params.temperature
+    kept = np.argsort(-logits, kind="stable")[: params.top_k]
+    weights = np.exp(logits[kept] - logits[kept].max())
+    weights /= weights.sum()
+    nucleus = np.cumsum(weights) - weights < params.top_p
+    return dict(
+        zip(kept[nucleus].tolist(), (weights[nucleus] / weights[nucleus].sum()).tolist(), strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    options = {"method": "ngram", "num_speculative_tokens": LENGTH}
+    made = LLM(
+        seed=1, device="cpu", dtype="float32", max_model_len=64, max_num_seqs=64, max_logprobs=-1,
+        speculative_config=options,
+    )  # fmt: skip
+    scheduler = made.llm_engine.engine.scheduler
+    scheduler.drafting = replace(scheduler.drafting, cost=StepCost([(1, 1.0), (2, 1.0)]), _costs={})
+    return made
+
+
+@needs_native_cpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"temperature": 1.0}, marks=pytest.mark.slow),
+        pytest.param({"temperature": 1.7, "top_p": 0.85}, marks=pytest.mark.slow),
+        {"temperature": 1.2, "presence_penalty": 0.8, "frequency_penalty": 0.6},
+    ],
+    ids=["temperature", "top_p", "penalties"],
+)
+def test_drafts_do_not_change_the_distribution(llm: LLM, options: dict[str, Any]) -> None:
+    """By a chi-square test of all sequences of three ids; random numbers follow from the engine's seed, so that the
+    test always ends in the same way. The repetition penalty depends on the signs of logits, which log-probabilities do
+    not have, and is left out."""
+    params = SamplingParams(top_k=MOST, max_tokens=LENGTH + 1, n=EACH, ignore_eos=True, **options)
+    prompt = llm.get_tokenizer().encode(PROMPT)
+    expected: dict[Context, float] = {(): 1.0}
+    best: dict[Context, int] = {}
+    for _ in range(LENGTH):
+        contexts = list(expected)
+        asked = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, ignore_eos=True)
+        answers = llm.generate([{"prompt_token_ids": [*prompt, *c]} for c in contexts], asked, use_tqdm=False)
+        longer: dict[Context, float] = {}
+        for context, answer in zip(contexts, answers, strict=True):
+            (found,) = cast(Any, answer.outputs[0].logprobs)
+            logprobs = np.array([found[token_id].logprob for token_id in range(len(found))])
+            chances = probabilities(logprobs, params, context)
+            best[context] = max(chances, key=lambda token_id: chances[token_id])
+            for token_id, chance in chances.items():
+                longer[(*context, token_id)] = expected[context] * chance
+        expected = longer
+    runner = cast(ModelRunner, llm.llm_engine.engine.runner)
+    runner.proposer = Likely(best)
+    before = replace(llm.llm_engine.stats())
+    outputs = llm.generate([{"prompt_token_ids": prompt}] * REQUESTS, params, use_tqdm=False)
+    drafts = llm.llm_engine.stats().drafts_since(before)
+    assert drafts is not None and 300 < drafts.accepted < drafts.drafted - 300
+    counts = Counter(tuple(c.token_ids[:LENGTH]) for output in outputs for c in output.outputs)
+    assert set(counts) <= set(expected)
+    frequent = [key for key, chance in expected.items() if chance * SEQUENCES >= 5]
+    observed = np.array(
+        [*(counts[key] for key in frequent), SEQUENCES - sum(counts[key] for key in frequent)]
+    )
+    likely = np.array([expected[key] for key in frequent])
+    wanted = SEQUENCES * np.append(likely, 1 - likely.sum())
+    chi_square = float(((observed - wanted) ** 2 / np.maximum(wanted, 1e-9)).sum())
+    freedom = len(frequent)
+    # Wilson and Hilferty's approximation: one in 10,000 is larger.
+    assert (chi_square / freedom) ** (1 / 3) < 1 - 2 / (9 * freedom) + 3.7 * (2 / (9 * freedom)) ** 0.5
