@@ -67,7 +67,7 @@ requests = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     arrivals=requests,
     spare_blocks=st.integers(0, 4),

@@ -56,7 +56,7 @@ def check_choice(found: tuple[Array, ...], values: Array, beams: BeamRows, k: in
         np.testing.assert_allclose(found[2][group], sums.reshape(-1)[best], rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", [33, 1000, 20_004])
+@pytest.mark.parametrize("size", [33, 20_004])
 def test_the_best_continuations_of_groups(exact: Backend, size: int) -> None:
     logits = numbers((6, size), 3, scale=4.0)
     beams = beam_rows([[1, 2, 3], [5], [0, 4]], [-1.0, -2.5, -1.7, -40.0, -3.0, -3.1], [1, 1, 1, 0.5, 2, 1])
@@ -114,7 +114,7 @@ def test_fewer_continuations_than_wanted(exact: Backend) -> None:
     np.testing.assert_allclose(scores[0, :2], -1.0 - np.log(9.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8", "fp8_e4m3"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
 def test_copies_of_blocks_attend_alike(exact: Backend, kv_dtype: str) -> None:
     """A sequence whose blocks are copies, of the same pool or another, attends to the same keys and values."""
     spec = KVSpec(2, 2, 24, 4, kv_dtype)
