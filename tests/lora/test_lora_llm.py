@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import TINY, write_checkpoint
 from gguf_files import contents, encode
+from native import HAS_NATIVE_CPU
 from peft_files import Factors, merge_factors, random_factors, write_peft
 
 from vllmlite import LLM, AsyncLLM, SamplingParams
@@ -22,12 +23,16 @@ from vllmlite.lora.reader import AdapterReader
 from vllmlite.lora.request import LoRARequest
 from vllmlite.models import read_spec
 
-pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("torch", reason="torch is not installed")  # writes the checkpoint
 
 OPTIONS: dict[str, Any] = {
-    "backend": "torch", "dtype": "float32", "skip_tokenizer_init": True, "num_gpu_blocks_override": 32, "threads": 1,
+    "backend": "cpu" if HAS_NATIVE_CPU else "torch",
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "num_gpu_blocks_override": 32,
+    "threads": 1,
     "max_num_seqs": 4,
-}  # fmt: skip
+}
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
 PROMPTS: list[Any] = [[5, 17, 200, 33, 90, 4, 250], [9, 8, 7]]
 HIDDEN, INNER = TINY["hidden_size"], TINY["intermediate_size"]

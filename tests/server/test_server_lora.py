@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from native import HAS_NATIVE_CPU
 from peft_files import random_factors, write_peft
 from served import ENGINE, ask, client_of, posted, program, serving, streamed
 
@@ -20,7 +21,9 @@ from vllmlite.server.adapters import read_module
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.service import Service
 
-pytest.importorskip("torch", reason="torch is not installed")
+if not HAS_NATIVE_CPU:
+    pytest.importorskip("torch", reason="neither the native CPU backend nor torch is installed")
+BACKEND = "cpu" if HAS_NATIVE_CPU else "torch"
 
 ADMIN = {"authorization": "Bearer admin"}
 GREEDY: dict[str, Any] = {"prompt": "Debian is", "temperature": 0, "max_tokens": 8}
@@ -40,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(root: Path) -> Iterator[Service]:
     """A service that serves the adapter ``first``."""
-    config = replace(ENGINE, backend="torch", enable_lora=True, max_loras=1, max_num_seqs=8)
+    config = replace(ENGINE, backend=BACKEND, enable_lora=True, max_loras=1, max_num_seqs=8)
     with serving(config, lora_root=str(root)) as service:
         asyncio.run(service.adapters.load_modules([f"first={root / 'one'}"]))
         yield service
@@ -264,7 +267,7 @@ def test_a_root_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow
 def test_serve_takes_the_options(root: Path) -> None:
-    arguments = ["--backend", "torch", "--enable-lora", "--lora-modules", f"one={root / 'one'}"]
+    arguments = ["--backend", BACKEND, "--enable-lora", "--lora-modules", f"one={root / 'one'}"]
     with program(*arguments, "--lora-root", str(root), VLLMLITE_LORA_ADMIN_KEY="admin") as running:
         body = {"lora_name": "two", "lora_path": "two"}
         assert httpx.post(running.url + LOAD, json=body, headers=ADMIN, timeout=60).status_code == 200
