@@ -203,6 +203,10 @@ def test_forms_of_speculative_decoding_are_one() -> None:
     assert options is not None and (options.max_len, options.by_rows) == (64, ((1, 8, 4), (9, 32, 0)))
     suffix = EngineConfig(speculative_config=given).speculative()
     assert suffix is not None and suffix.suffix == SuffixOptions(16, 2.0, 0.3, 10)
+    for ranks, split in ((2, 2), (1, 1), (2, 1)):
+        EngineConfig(
+            tensor_parallel_size=ranks, speculative_config=NGRAM | {"draft_tensor_parallel_size": split}
+        )
     assert EngineConfig.from_kwargs(spec_method=None, spec_tokens=None) == EngineConfig()
     assert (
         EngineConfig().speculative()

@@ -189,6 +189,7 @@ def test_a_broken_index_makes_a_snapshot_incomplete(tmp_path: Path) -> None:
          "config.json pytorch_model-1.bin pytorch_model.bin.index.json"),
         ("config.json consolidated.safetensors sub/model.safetensors", "config.json"),
         ("README.md a.Q4_0.gguf", "a.Q4_0.gguf"),
+        ("config.json medusa_lm_head.pt other.pt", "config.json medusa_lm_head.pt"),
         ("config.json a.gguf model.safetensors tokenizer.model", "config.json tokenizer.model model.safetensors"),
     ],
 )  # fmt: skip

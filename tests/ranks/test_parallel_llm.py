@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write_checkpoint
+from checkpoints import TINY, write_checkpoint
+from eagle_heads import Shape, write_head
 from native import needs_native_cpu
 from rank_processes import processes_of
 
@@ -116,6 +117,24 @@ def test_the_ranks_sleep_while_there_is_nothing_to_do(parallel: LLM) -> None:
     begin = seconds()
     time.sleep(0.5)
     assert seconds() - begin <= 0.02
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_the_drafts_of_models(
+    checkpoint: Path, expected: list[RequestOutput], tmp_path: Path
+) -> None:
+    write_head(tmp_path, "eagle3", Shape(TINY["vocab_size"], TINY["hidden_size"], 2), layers=[0, 1, 1])
+    for draft in (
+        {"method": "draft_model", "model": str(checkpoint), "draft_tensor_parallel_size": 2},
+        {"method": "eagle3", "model": str(tmp_path)},
+    ):
+        options = OPTIONS | {"speculative_config": draft | {"num_speculative_tokens": 3}}
+        llm = LLM(str(checkpoint), tensor_parallel_size=2, **options)
+        try:
+            assert token_ids(generate(llm)) == token_ids(expected)
+            assert llm.llm_engine.engine.current_stats().num_draft_tokens
+        finally:
+            llm.llm_engine.close()
 
 
 def test_sizes_that_cannot_be_split_are_refused_before_a_process_starts(checkpoint: Path) -> None:

@@ -133,8 +133,9 @@ def with_shorthands(given: Mapping[str, Any], shorthands: Mapping[str, Any]) -> 
     return options
 
 
-def speculative(options: Mapping[str, Any]) -> Speculative | None:
-    """Return what ``options``, a ``speculative_config``, ask for; None: nothing. Raises ParameterError."""
+def speculative(options: Mapping[str, Any], ranks: int = 1) -> Speculative | None:
+    """Return what ``options``, a ``speculative_config``, ask for on so many ranks; None: nothing. Raises
+    ParameterError."""
     if all(value is None for value in options.values()):
         return None
     method = _method(options)
@@ -143,7 +144,10 @@ def speculative(options: Mapping[str, Any]) -> Speculative | None:
         known = (*KEYS, *NEUTRAL, *(key for keys in METHOD_KEYS.values() for key in keys))
         if key not in known:
             raise ParameterError(f"{FIELD}.{key}", value, "unknown key" + did_you_mean(key, known))
-        if key not in used and value not in NEUTRAL.get(key, (None,)):
+        neutral = NEUTRAL.get(key, (None,))
+        if key == "draft_tensor_parallel_size":
+            neutral = (*neutral, ranks)
+        if key not in used and value not in neutral:
             raise ParameterError(f"{FIELD}.{key}", value, f"has no effect on {method} drafts: leave it out")
     tokens = _integer(options, "num_speculative_tokens", MOST_TOKENS)
     shortest = _integer(options, "prompt_lookup_min", 1024)

@@ -17,7 +17,9 @@ CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 """Files that describe a model and its tokenizer; none of them is code."""
 INDEX = "model.safetensors.index.json"
 PT_INDEX = "pytorch_model.bin.index.json"
-WEIGHT_FILES = (("*.safetensors",), ("pytorch_model*.bin",), ("*.gguf",))
+MEDUSA = "medusa_lm_head.pt"
+"""File of Medusa heads, by their authors' code."""
+WEIGHT_FILES = (("*.safetensors",), ("pytorch_model*.bin",), ("*.gguf",), (MEDUSA,))
 """Weight formats, the preferred one first."""
 NEVER = ("*/*", "consolidated*", "*.bin.index.json")
 """Files not downloaded by default: sub-directories, second copies of the weights, indexes of unused formats."""
@@ -181,7 +183,7 @@ def _state_file(snapshot: Path) -> Path:
 
 
 def _has_weights(directory: Path) -> bool:
-    for single, index in (("*.safetensors", INDEX), ("pytorch_model*.bin", PT_INDEX)):
+    for single, index in (("*.safetensors", INDEX), ("pytorch_model*.bin", PT_INDEX), (MEDUSA, PT_INDEX)):
         if (directory / index).is_file():
             return _has_shards(directory, index)
         if any(directory.glob(single)):
