@@ -15,6 +15,7 @@ from model_runs import LENGTHS, chunked, paged_model, prompts
 from paged import PagedModel
 
 from vllmlite.models import read_spec
+from vllmlite.models.adapters import most_bytes
 from vllmlite.weights.adapter import AdapterLimits
 
 ROWS = len(LENGTHS)
@@ -57,7 +58,15 @@ def with_adapters(path: Path, device: str) -> PagedModel:
     return paged
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_of_the_largest_adapters(checkpoints: Any) -> None:
+    spec = read_spec(checkpoints("Phi3"))
+    largest = random_adapter(spec, 0, rank=16)
+    assert most_bytes(spec, AdapterLimits(3, 16), "bfloat16") == 3 * largest.num_bytes // 2
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name == "GPT2")) for name in FAMILIES]
+)
 def test_a_mixed_batch_equals_merged_weights(checkpoints: Any, family: str, device: str) -> None:
     paged = with_adapters(checkpoints(family), device)
     paged.adapters[:ROWS] = ADAPTERS

@@ -125,6 +125,20 @@ def test_a_rows_result_does_not_depend_on_other_rows(backend: Backend) -> None:
         assert (one == mixed[:1]).all()
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8_w8a8"])
+def test_quantised_weights_have_adapters(backend: Backend, scheme: str) -> None:
+    if scheme not in backend.schemes:
+        pytest.skip("the backend dequantises the scheme")
+    layer, slots, columns = Layer(backend, 128), slots_of(backend), 128
+    parts = np.split(layer.matrix, np.cumsum(ROWS)[:-1])
+    weight = backend.linear_weight([backend.quantize(host(backend, part), scheme) for part in parts])
+    x = numbers((7, columns), 2)
+    batch = backend.upload(adapted_batch(ADAPTERS, [1] * 7), slots, SPEC)
+    base = backend.to_host(backend.linear(put(backend, x), weight))
+    found = backend.lora_linear(put(backend, x), weight, layer.table, batch)
+    check(backend, found, base + layer.expected(x, np.array(ADAPTERS)) - x @ layer.matrix.T)
+
+
 def test_adapters_are_replaced_and_removed(backend: Backend) -> None:
     layer, slots = Layer(backend, 96), slots_of(backend)
     x = numbers((7, 96), 2)

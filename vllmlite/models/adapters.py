@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import sources
+from vllmlite.weights.adapter import AdapterLimits
+from vllmlite.weights.host import ITEM_SIZE
 from vllmlite.weights.parts import HEAD
 
 
@@ -17,3 +19,9 @@ def places(spec: DecoderSpec) -> dict[str, tuple[int, int]]:
         for name, source in sources(spec).items()
         if source.product and name != HEAD and ".experts." not in name
     }
+
+
+def most_bytes(spec: DecoderSpec, limits: AdapterLimits, dtype: str) -> int:
+    """Return the bytes of as many adapters as may be resident, of the largest rank and in all places."""
+    elements = sum(out + columns for out, columns in places(spec).values()) * limits.max_rank
+    return elements * ITEM_SIZE[dtype] * limits.max_adapters

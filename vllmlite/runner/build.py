@@ -18,6 +18,7 @@ from vllmlite.config.engine_config import EngineConfig
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.models import load_planned
+from vllmlite.models.adapters import most_bytes
 from vllmlite.models.gguf import has_blocks, treatment
 from vllmlite.models.plan import Plan, check_quantization, plan_model
 from vllmlite.models.shard import sharded
@@ -190,7 +191,9 @@ def build_runner(
         drafter = load_drafter(config, draft, model, backend, num_positions, rank, world)
         models, caches = [*models, *drafter.models], [*caches, *drafter.caches]
     _least(backend, 0)  # all ranks have loaded their weights: the memory that is free now is for caches
-    num_blocks = _least(backend, num_cache_blocks(config, backend, models, caches, num_positions))
+    adapters = AdapterLimits(config.max_loras, config.max_lora_rank) if config.enable_lora else None
+    reserved = most_bytes(plan.spec, adapters, backend.dtype) if plan.spec is not None and adapters else 0
+    num_blocks = _least(backend, num_cache_blocks(config, backend, models, caches, num_positions, reserved))
     capacity = min(num_blocks * config.block_size, num_positions)
     if longest > capacity:
         if config.max_model_len is not None:
@@ -227,7 +230,6 @@ def build_runner(
         _capture_graphs(runner)
         return runner
 
-    adapters = AdapterLimits(config.max_loras, config.max_lora_rank) if config.enable_lora else None
     proposer: Proposer | None = None
     if drafter is not None:
         proposer = drafter.proposer(runner_of, num_blocks, longest)

@@ -62,9 +62,10 @@ def num_cache_blocks(
     models: Sequence[Model],
     caches: Sequence[KVSpec],
     max_model_len: int,
+    reserved: int = 0,
 ) -> int:
     """Return the number of blocks in each of the key/value ``caches``, once the weights are loaded. ``models`` are the
-    model and a draft model, if there is one."""
+    model and a draft model, if there is one; ``reserved`` bytes are left free for what is loaded later."""
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
     block_bytes = sum(map(backend.kv_bytes_per_block, caches))
@@ -79,7 +80,7 @@ def num_cache_blocks(
         memory = backend.memory()
         available = min(
             CPU_KV_BYTES // backend.comm.sharing,
-            int(memory.free * config.gpu_memory_utilization / config.data_parallel_size),
+            int(memory.free * config.gpu_memory_utilization / config.data_parallel_size) - reserved,
         )
     else:
         for model in models:
@@ -87,7 +88,8 @@ def num_cache_blocks(
         memory = backend.memory()
         sampled = config.max_num_seqs + (0 if config.speculative() is None else MOST_DRAFTS)
         logits = 4 * sampled * max(model.vocab_size for model in models) * 4
-        available = int(memory.total * config.gpu_memory_utilization) - (memory.total - memory.free) - logits
+        used = memory.total - memory.free + logits + reserved
+        available = int(memory.total * config.gpu_memory_utilization) - used
     most_used = -(-max_model_len // config.block_size) * config.max_num_seqs
     num_blocks = min(available // block_bytes, most_used)
     if num_blocks < 1:
