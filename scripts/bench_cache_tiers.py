@@ -102,8 +102,8 @@ def restart(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evicted(args: argparse.Namespace) -> dict[str, Any]:
-    """Time the prompt computed and copied back, in one process whose pool holds one prompt and a half."""
-    blocks = args.tokens // BLOCK * 3 // 2
+    """Time the prompt computed and copied back, in one process whose pool holds one prompt."""
+    blocks = -(-(args.tokens + 2 * BLOCK) // BLOCK)
     llm = make(args, num_gpu_blocks_override=blocks, swap_space=args.swap)
     first_token(llm, range(1, 20))
     found: dict[str, list[dict[str, Any]]] = {"computed": [], "copied": []}

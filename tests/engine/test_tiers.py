@@ -76,6 +76,16 @@ def test_blocks_are_saved_before_the_pool_runs_dry_and_no_sooner() -> None:
     assert tiers_of(engine).counts.saved >= 5
 
 
+def test_a_pool_that_may_run_dry_is_saved_while_nothing_runs() -> None:
+    engine, _ = small_engine(64)
+    ask(engine, [9] * 41)
+    assert tiers_of(engine).counts.saved == 10
+    before = engine.stats.num_steps
+    ask(engine, [8] * 60)  # evicts what was saved: its step has nothing to save
+    assert tiers_of(engine).counts.saved == 10 + 15
+    assert engine.stats.num_steps == before + 2
+
+
 def test_blocks_without_a_place_are_dropped_and_counted() -> None:
     engine, _ = small_engine(2)
     ask(engine, PROMPT)
@@ -164,7 +174,8 @@ def test_nothing_is_loaded_after_a_step_that_failed() -> None:
     evict(engine)
     runner.fail_at = runner.steps + 1
     engine.add_request("fails", [8] * 40, SamplingParams(temperature=0, max_tokens=1))
-    assert [output.finish_reason for output in engine.step()] == ["error"]
+    outputs = engine.step() or engine.step()  # the first one may only wait for copies
+    assert [output.finish_reason for output in outputs] == ["error"]
     assert ask(engine, PROMPT) == 0
     engine.scheduler.check_integrity()
 

@@ -285,7 +285,7 @@ class Engine:
             elif self.scheduler.tiers is not None and self.scheduler.tiers.is_waiting:
                 self.scheduler.tiers.wait(DISK_POLL_SECONDS)
             if self.scheduler.tiers is not None and not self._requests:
-                self._flush(outputs)
+                self._flush(outputs, self.scheduler.tiers)
         except EngineDeadError:
             raise  # the runner is gone: no later step can succeed
         except Exception as error:
@@ -314,12 +314,12 @@ class Engine:
             self._busy_since = now
         self._apply(schedule, rows, result, outputs)
 
-    def _flush(self, outputs: list[EngineOutput]) -> None:
-        """Save what the process must not lose, now that nothing runs."""
+    def _flush(self, outputs: list[EngineOutput], tiers: Tiers) -> None:
+        """Save blocks, now that nothing runs. Only a disk needs to know when the copies are done."""
         schedule = self.scheduler.flush()
         if not schedule.is_empty:
             self._launch(schedule, [], time.monotonic())
-            while self._in_flight:
+            while self._in_flight and tiers.disk is not None:
                 self._collect(outputs)
 
     def adapter_source(self) -> AdapterSource:

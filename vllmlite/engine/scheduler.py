@@ -231,11 +231,10 @@ class Scheduler:
         return schedule, rows
 
     def flush(self) -> Schedule:
-        """Return a step without rows that saves blocks which must not be lost with the process."""
+        """Return a step without rows that saves blocks while nothing runs."""
         copies = Copies()
-        if self.tiers is not None and self.tiers.disk is not None:
-            self.tiers.save_behind(copies, self.limits.num_blocks * self.limits.block_size)
-            self.tiers.save_evicted(copies)
+        if self.tiers is not None:
+            self.tiers.save_idle(copies)
         return Schedule(copies=copies)
 
     def assign_adapters(self, in_flight: int) -> None:

@@ -237,7 +237,7 @@ class Tiers:
         """Begin with empty tiers."""
         self.host = BlockPool(self.num_places)
         self.pool = TieredPool(self.num_blocks, self.host, self.disk is not None)
-        self.watermark = max(self.num_blocks // 8, 1)
+        self.watermark = max(self.num_blocks // 2, 1)
 
     @property
     def is_waiting(self) -> bool:
@@ -246,17 +246,27 @@ class Tiers:
 
     def save_behind(self, copies: Copies, num_tokens: int) -> None:
         """Save blocks whose contents earlier steps have computed; more of them after a step of more tokens."""
-        unsaved = self.pool.unsaved
         most = self.watermark - self.pool.num_clean
         if self.disk is not None:
             most = self.num_places // 2 - len(self._writing)
-        if most > 0 and unsaved:
-            most = min(most, LEAST_SAVES + 2 * num_tokens // self.cost.block_size)
-            for block in list(islice(unsaved, most)):
-                digest = self.pool.digest(block)
-                if digest is not None and not self.save(block, digest, copies):
-                    break
-                del unsaved[block]
+        if most > 0 and self.pool.unsaved:
+            self._save_unsaved(copies, min(most, LEAST_SAVES + 2 * num_tokens // self.cost.block_size))
+
+    def save_idle(self, copies: Copies) -> None:
+        """Save all that can be saved, because nothing runs; without a disk, only if the pool may soon run dry."""
+        if self.disk is not None:
+            self._save_unsaved(copies, self.num_places // 2 - len(self._writing))
+        elif self.pool.num_clean < self.watermark:
+            self._save_unsaved(copies, self.num_places)
+        self.save_evicted(copies)
+
+    def _save_unsaved(self, copies: Copies, most: int) -> None:
+        unsaved = self.pool.unsaved
+        for block in list(islice(unsaved, max(most, 0))):
+            digest = self.pool.digest(block)
+            if digest is not None and not self.save(block, digest, copies):
+                break
+            del unsaved[block]
 
     def save_evicted(self, copies: Copies) -> None:
         """Save the blocks that the step being scheduled has taken."""
@@ -335,9 +345,12 @@ class Tiers:
         host, disk = self.host, self.disk
         self._unsettled.remove(copies)
         host.release(copies.load_places)
+        if disk is None:
+            host.release(copies.save_places)
+            return
         for place in copies.save_places:
             digest = host.digest(place)
-            if disk is None or digest is None or is_private(digest) or digest in disk:
+            if digest is None or is_private(digest) or digest in disk:
                 host.release((place,))
             elif len(self._writing) >= max(self.num_places // 2, 1):
                 host.release((place,))  # the disk is too slow
