@@ -80,6 +80,12 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--max-cpu-loras", "8"], "max_cpu_loras", 8),
     (["--max-lora-bytes", "1G"], "max_lora_bytes", 1 << 30),
     (["--lora-dtype", "half"], "lora_dtype", "float16"),
+    (["--swap-space", "2"], "swap_space", 2.0),
+    (["--kv-offloading-size", "2"], "kv_offloading_size", 2.0),
+    (["--kv-disk-path", "d"], "kv_disk_path", "d"),
+    (["--kv-disk-size", "2GiB"], "kv_disk_size", 2 << 30),
+    (["--slot-save-path", "d"], "slot_save_path", "d"),
+    (["--preemption-mode", "recompute"], "preemption_mode", "recompute"),
 ]
 
 
