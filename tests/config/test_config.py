@@ -49,6 +49,7 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--threads", "3"], "threads", 3),
     (["-dp", "2"], "data_parallel_size", 2),
     (["-tp", "2"], "tensor_parallel_size", 2),
+    (["-pp", "2"], "pipeline_parallel_size", 2),
     (["--distributed-executor-backend", "mp"], "distributed_executor_backend", "mp"),
     (["--cpu-isa", "avx2"], "cpu_isa", "avx2"),
     (["--quantization", "int4"], "quantization", "int4"),
@@ -302,7 +303,7 @@ def test_trust_remote_code_logs_that_it_has_no_effect(caplog: pytest.LogCaptureF
     ("argv", "accepted"),
     [
         (["--tensor-parallel-size", "1"], True),
-        (["--pipeline_parallel_size=2"], False),
+        (["--prefill_context_parallel_size=2"], False),
         (["--trust-remote-code"], True),
         (["-tp", "1", "--attention-backend", "auto", "-pp=1"], True),
         (["--structured-outputs-config", '{"backend": "xgrammar"}'], True),

@@ -290,6 +290,18 @@ class Comm(Protocol):
         """The ranks' ``x [N, widths[rank]]`` side by side in rank order: ``[N, sum(widths)]``."""
         ...
 
+    def least(self, value: int) -> int:
+        """The least ``value`` of the ranks of all stages of the pipeline."""
+        ...
+
+    def send(self, x: Tensor) -> None:
+        """Send float32 ``x`` to this rank's counterpart in the next stage of the pipeline, which receives it."""
+        ...
+
+    def receive(self, shape: Sequence[int], dtype: str) -> Tensor:
+        """The tensor that this rank's counterpart in the stage before sends."""
+        ...
+
 
 class SingleRank:
     """The :class:`Comm` of a model on one rank."""
@@ -305,6 +317,18 @@ class SingleRank:
     def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """``x`` itself."""
         return x
+
+    def least(self, value: int) -> int:
+        """``value`` itself."""
+        return value
+
+    def send(self, x: Tensor) -> None:
+        """Raise BackendError: there is no other rank."""
+        raise BackendError("there is no other stage to send to")
+
+    def receive(self, shape: Sequence[int], dtype: str) -> Tensor:
+        """Raise BackendError: there is no other rank."""
+        raise BackendError("there is no other stage to receive from")
 
 
 class Backend(ABC):

@@ -28,6 +28,8 @@ from vllmlite.errors import ParameterError
 from vllmlite.pooling_params import POOLING_TYPES
 from vllmlite.sampling_params import MAX_LOGPROBS
 
+MOST_RANKS = 64
+"""Most processes that compute one model."""
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4")
 AT_LOAD = (*QUANTIZATIONS, "fp8")
@@ -249,7 +251,16 @@ class EngineConfig:
         group="several devices",
         short=("-tp",),
         low=1,
-        high=64,
+        high=MOST_RANKS,
+    )
+    pipeline_parallel_size: int = _option(
+        1,
+        "number of stages, each of which has some of the layers and computes another part of the requests at the same "
+        "time; each stage has tensor-parallel-size ranks",
+        group="several devices",
+        short=("-pp",),
+        low=1,
+        high=MOST_RANKS,
     )
     distributed_executor_backend: str | None = _option(
         None,
@@ -350,9 +361,13 @@ class EngineConfig:
 
     def _check_ranks(self) -> None:
         """Refuse what does not go together with several ranks."""
-        ranks = self.tensor_parallel_size
-        if ranks == 1:
+        if self.num_ranks == 1:
             return
+        name = "tensor_parallel_size" if self.pipeline_parallel_size == 1 else "pipeline_parallel_size"
+        if self.num_ranks > MOST_RANKS:
+            raise ParameterError(
+                name, getattr(self, name), f"there are at most {MOST_RANKS} ranks, not {self.num_ranks}"
+            )
         if self.distributed_executor_backend == "uni":
             raise ParameterError(
                 "distributed_executor_backend", "uni", "runs one rank; leave it out for several"
@@ -363,9 +378,22 @@ class EngineConfig:
             "kv_disk_path": self.kv_disk_path is not None,
             "slot_save_path": self.slot_save_path is not None,
         }
-        for name, used in others.items():
+        speculative = self.speculative()
+        if speculative is not None and speculative.draft is not None and self.pipeline_parallel_size > 1:
+            others["a draft model"] = True
+        for other, used in others.items():
             if used:
-                raise ParameterError("tensor_parallel_size", ranks, f"must be 1 with {name} in this version")
+                raise ParameterError(name, getattr(self, name), f"must be 1 with {other} in this version")
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of processes that compute the model together."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def reporting_rank(self) -> int:
+        """The rank that reports what is sampled: the first of the last stage."""
+        return self.num_ranks - self.tensor_parallel_size
 
     def _check_tiers(self) -> None:
         """Refuse options of cache tiers that contradict each other or have nothing to act on."""
@@ -462,7 +490,6 @@ def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 SHORT = {
-    "pipeline_parallel_size": ("-pp",),
     "compilation_config": ("-cc",),
     "optimization_level": ("-O",),
 }

@@ -46,9 +46,8 @@ _LEVELS = (0, 1, 2, 3)
 _EITHER = (False, True)
 
 _REASONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "an engine's ranks are processes of one host, in tensor parallelism; for more start a server on each host": {
-        "pipeline_parallel_size": (1,), "nnodes": (1,),
-        "node_rank": (0,), "prefill_context_parallel_size": (1,), "decode_context_parallel_size": (1,),
+    "an engine's ranks are processes of one host; for more start a server on each host": {
+        "nnodes": (1,), "node_rank": (0,), "prefill_context_parallel_size": (1,), "decode_context_parallel_size": (1,),
         "enable_expert_parallel": (False,), "enable_eplb": (False,), "enable_dbo": (False,), "headless": (False,),
         "disable_custom_all_reduce": _EITHER,
     },

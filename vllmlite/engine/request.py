@@ -164,7 +164,8 @@ class Request:
     waits_until: float = 0.0
     """When to go on without them."""
     reads_text: bool = False
-    """Whether the next mask depends on the ids of the output, so that a step must wait for the one before."""
+    """Whether the next row depends on the ids of the output on the host, by a mask or in a pipeline of several stages,
+    so that it must wait for the one in flight."""
     beams: Beams | None = None
     """The search that the request, or one of its further sequences, belongs to."""
     has_bans: bool = False

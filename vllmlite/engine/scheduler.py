@@ -37,6 +37,9 @@ class Limits:
     block_size: int
     num_blocks: int
     enable_prefix_caching: bool = True
+    stages: int = 1
+    """Stages of the pipeline that computes steps: as many are in flight, each with its share of the requests. A request
+    waits for the ids that it has in flight, since the first stage does not sample them."""
     max_adapters: int = 0
     """Adapters that can be on the device at a time."""
 
@@ -95,7 +98,7 @@ class Schedule:
     masks: dict[int, bytes] = field(default_factory=dict)
     """Sampled position → bits of the ids that the grammar allows, little-endian words of 32."""
     ids: dict[int, list[int]] = field(default_factory=dict)
-    """Row of a beam → the ids of its tokens."""
+    """Row of a beam, or of a sequence that decodes in a pipeline of several stages → the ids of its tokens."""
     beams: list[BeamRows] = field(default_factory=list)
     copied_blocks: list[tuple[int, int]] = field(default_factory=list)
     """Block → block that gets its contents before the step computes."""
@@ -158,6 +161,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a new request."""
+        request.reads_text |= self.limits.stages > 1
         self.num_waiting += 1
         heapq.heappush(self._waiting, (request.key, request))
 
@@ -185,8 +189,9 @@ class Scheduler:
         if any(request.num_missing_tokens == 1 and request.may_run for request in running):
             prefill_budget = self.limits.max_mixed_prefill_tokens
         num_preemptions = self.num_preemptions
+        most_rows = self._share_of_rows()
         position = 0
-        while position < len(running) and budget:
+        while position < len(running) and budget and len(rows) < most_rows:
             request = running[position]
             position += 1
             if not request.may_run:
@@ -218,7 +223,7 @@ class Scheduler:
             self.append_row(request, count, schedule)
             rows.append(request)
         if self.num_preemptions == num_preemptions:
-            self._admit(min(budget, prefill_budget), schedule, rows, now)
+            self._admit(min(budget, prefill_budget), schedule, rows, now, most_rows)
         if self._drafted:
             self._drafted = any(request.drafts for request in running)
         if self.drafting.fills_cache:
@@ -373,6 +378,9 @@ class Scheduler:
                     samples += self._append_drafts(request, schedule)
                 else:
                     request.awaits_drafts = False
+        if self.limits.stages > 1 and start + 1 == request.num_tokens and request.beams is None:
+            row = len(schedule.slots)
+            schedule.ids[row] = request.known_ids(start, start + 1) + schedule.drafts.get(row, [])
         if request.has_extras:
             self._append_extras(request, start, end >= request.num_tokens, schedule)
         if end >= request.num_tokens:
@@ -441,8 +449,16 @@ class Scheduler:
                         schedule.masks[first + index] = mask
                 request.masks = []
 
-    def _admit(self, budget: int, schedule: Schedule, rows: list[Request], now: float) -> None:
-        while budget and self._free_slots:
+    def _share_of_rows(self) -> int:
+        """Return the most requests of a step: a share for each stage of the pipeline."""
+        if self.limits.stages == 1:
+            return self.limits.max_num_seqs
+        return -(-(len(self.running) + min(self.num_waiting, len(self._free_slots))) // self.limits.stages)
+
+    def _admit(
+        self, budget: int, schedule: Schedule, rows: list[Request], now: float, most_rows: int
+    ) -> None:
+        while budget and self._free_slots and len(rows) < most_rows:
             request = self._peek_waiting()
             if request is None or request.num_in_flight:
                 return  # a preempted request waits for ids that it sampled before it lost its blocks

@@ -42,7 +42,7 @@ def open_model(
         prefix=keys.prefix,
         renames=keys.renames,
         unread=keys.unread,
-        tied=(head, tensors[TABLE].key),
+        tied=(head, f"{keys.prefix}{keys.embedding}.weight"),
     )
     lost = [] if load_format == "dummy" else sorted(schemes.keys() - stored.schemes.keys())
     if keys.transposed and lost:
@@ -51,8 +51,8 @@ def open_model(
         raise ModelError(
             f"{path}: tensor {lost[0]!r}: is stored as floats; expected {expected} according to the configuration"
         )
-    if head in stored.shapes:
-        tensors[HEAD] = replace(tensors.get(HEAD, tensors[TABLE]), key=head, product=True)
+    if head in stored.shapes and spec.stage.is_last:
+        tensors[HEAD] = replace(tensors[HEAD if HEAD in tensors else TABLE], key=head, product=True)
     return ModelWeights(tensors, stored, packing)
 
 
@@ -86,7 +86,9 @@ def load_model(
     else:
         weights = open_model(path, spec, packing, load_format, seed)
     if cache.format is not None and not cache.format.head_scales:
-        cache = replace(cache, scales=layer_scales(weights.stored.cache_scales, spec.num_layers))
+        cache = replace(
+            cache, scales=layer_scales(weights.stored.cache_scales, spec.stage.first, spec.num_layers)
+        )
     needed, free = weights.num_bytes(), backend.memory().free
     if needed > free:
         raise BackendError(

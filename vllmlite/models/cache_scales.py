@@ -16,7 +16,9 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"(?:^|\.)layers\.(\d+)\..*?(?:\b(k|v|kv)_scale|\b([kv])_proj\.output_scale)$")
 
 
-def layer_scales(stored: Mapping[str, HostTensor], num_layers: int) -> tuple[tuple[float, float], ...]:
+def layer_scales(
+    stored: Mapping[str, HostTensor], first: int, num_layers: int
+) -> tuple[tuple[float, float], ...]:
     """Return the scales of each layer's keys and values out of the tensors ``stored`` for them; empty if none is.
 
     They are named ``k_scale`` and ``v_scale``, after the layer's attention or its projections, or ``kv_scale`` for
@@ -29,13 +31,14 @@ def layer_scales(stored: Mapping[str, HostTensor], num_layers: int) -> tuple[tup
     if not found:
         logger.warning("the checkpoint has no scales for an fp8 key/value cache: 1.0 is used")
         return ()
-    for layer in range(num_layers):
+    layers = range(first, first + num_layers)
+    for layer in layers:
         for part in "kv":
             if (layer, part) not in found:
                 raise ModelError(
                     f"layer {layer}: {part}_scale is missing, and other scales of an fp8 key/value cache are stored"
                 )
-    return tuple((found[layer, "k"], found[layer, "v"]) for layer in range(num_layers))
+    return tuple((found[layer, "k"], found[layer, "v"]) for layer in layers)
 
 
 def _value(name: str, tensor: HostTensor) -> float:

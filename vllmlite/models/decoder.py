@@ -110,18 +110,21 @@ class Decoder:
         }
         load = _Loader(spec, backend, weights, ropes)
         self._linears = load.linears
-        self._embed = backend.tensor(weights.floats(TABLE), backend.dtype)
-        weights.release([TABLE])
-        self._positions = (
-            backend.tensor(weights.floats("positions.weight"), backend.dtype)
-            if spec.learned_positions
-            else None
-        )
-        self._embedding_norm = load.norm("embedding_norm") if spec.embedding_norm else None
-        projected = spec.embedding_size is not None
-        self._project_in = load.linear("", "project_in") if projected else None
-        self._project_out = load.linear("", "project_out") if projected else None
+        stage, projected = spec.stage, spec.embedding_size is not None
+        if stage.is_first:
+            self._embed = backend.tensor(weights.floats(TABLE), backend.dtype)
+            weights.release([TABLE])
+            self._positions = (
+                backend.tensor(weights.floats("positions.weight"), backend.dtype)
+                if spec.learned_positions
+                else None
+            )
+            self._embedding_norm = load.norm("embedding_norm") if spec.embedding_norm else None
+            self._project_in = load.linear("", "project_in") if projected else None
         self._layers = [load.layer(layer) for layer in range(spec.num_layers)]
+        if not stage.is_last:
+            return
+        self._project_out = load.linear("", "project_out") if projected else None
         self._final_norm = load.norm("final_norm") if spec.final_norm else None
         self._head_sizes = head_sizes(spec)
         if HEAD in weights.sources:
@@ -132,7 +135,10 @@ class Decoder:
             self._head = backend.tied_weight(self._embed)
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
-        """Compute the final hidden states ``[T, output_size]`` of ``batch``; write its keys and values to ``kv``."""
+        """Compute the final hidden states ``[T, output_size]`` of ``batch``; write its keys and values to ``kv``.
+
+        A stage of a pipeline takes the hidden states of the one before, and sends its own, ``[T, hidden_size]``, to the
+        one after it."""
         return self.forward_keeping(batch, kv, (), None)[0]
 
     def forward_keeping(
@@ -142,7 +148,11 @@ class Decoder:
         numbers stand for the layers' inputs, and :data:`FINAL` for the result."""
         states: dict[int, Tensor] = {}
         ops, parallel, adapted = self.backend, self.spec.parallel, batch.adapters is not None
-        x, residual = self._embedded(batch), None
+        residual = None
+        if self.spec.stage.is_first:
+            x = self._embedded(batch)
+        else:
+            x = self._comm.receive((batch.num_tokens, self.spec.hidden_size), "float32")
         for index, layer in enumerate(self._layers):
             if index in kept:
                 copy = ops.rows(x, rows)
@@ -162,6 +172,10 @@ class Decoder:
             up = layer.mlp.up.weight if isinstance(layer.mlp, _Mlp) and not adapted else None
             h, residual = self._normed(x, layer.mlp_norm, residual, up)
             x = self._output(self._mlp(h, layer.mlp, batch), layer.mlp_out_norm)
+        if not self.spec.stage.is_last:
+            x = x if residual is None else ops.add(x, residual)
+            self._comm.send(x)
+            return x, []
         x = self._normed(x, self._final_norm, residual)[0]
         if self._project_out is not None:
             x = self._linear(x, self._project_out, batch)

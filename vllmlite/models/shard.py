@@ -1,16 +1,46 @@
-"""Tensor parallelism (Shoeybi et al. 2019): which heads and which part of each MLP every rank computes."""
+"""Which part of a model every rank computes: heads and a part of each MLP in tensor parallelism (Shoeybi et al. 2019),
+and layers in pipeline parallelism."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from vllmlite.errors import ParameterError
-from vllmlite.models.spec import DecoderSpec, Shard
+from vllmlite.models.spec import DecoderSpec, Shard, Stage
 
 
 def whole(spec: DecoderSpec) -> Shard:
     """Return the only shard of a model on one rank."""
     return Shard(0, 1, (0, spec.num_heads), (0, spec.num_kv_heads))
+
+
+def part_of(spec: DecoderSpec, rank: int, world: int, stages: int) -> DecoderSpec:
+    """Return the spec of the part that rank ``rank`` of ``world`` computes in a pipeline of ``stages``, each of which
+    has as many ranks as the others, one stage after the other. Raises ParameterError as :func:`sharded` does."""
+    ranks = world // stages
+    return sharded(staged(spec, rank // ranks, stages), rank % ranks, ranks)
+
+
+def staged(spec: DecoderSpec, stage: int, stages: int) -> DecoderSpec:
+    """Return the spec of stage ``stage`` of ``stages``: some layers of ``spec``. The last stages, which also have the
+    output layer, have one layer less where the number does not divide. ParameterError for more stages than layers."""
+    if stages == 1:
+        return spec
+    if stages > spec.num_layers:
+        raise ParameterError(
+            "pipeline_parallel_size",
+            stages,
+            f"must be at most {spec.num_layers}, the layers of {spec.architecture}",
+        )
+    each, more = divmod(spec.num_layers, stages)
+    first, last = (number * each + min(number, more) for number in (stage, stage + 1))
+    return replace(
+        spec,
+        layers=spec.layers[first:last],
+        shard=whole(spec),
+        stage=Stage(first, stage == 0, stage == stages - 1),
+        whole=spec,
+    )
 
 
 def sharded(spec: DecoderSpec, rank: int, world: int) -> DecoderSpec:
@@ -54,7 +84,7 @@ def sharded(spec: DecoderSpec, rank: int, world: int) -> DecoderSpec:
         layers=layers,
         alibi=spec.alibi[slice(*shard.heads)],
         shard=shard,
-        whole=spec,
+        whole=spec.whole or spec,
     )
 
 

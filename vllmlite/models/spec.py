@@ -105,6 +105,18 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """The layers of a model that one stage of a pipeline computes."""
+
+    first: int = 0
+    """Number of its first layer in the whole model."""
+    is_first: bool = True
+    """Whether it has the embedding."""
+    is_last: bool = True
+    """Whether it has the final norm and the output layer."""
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderSpec:
     """A decoder of blocks, each of grouped-query attention and an MLP. Defaults are Llama's."""
 
@@ -176,6 +188,8 @@ class DecoderSpec:
     """The quantisation schemes of the checkpoint's weights, or None if all of them are floats."""
     shard: Shard | None = None
     """The part of the model that this spec describes, or None if it describes the whole model."""
+    stage: Stage = Stage()
+    """Which of the whole model's layers ``layers`` are."""
     whole: DecoderSpec | None = None
     """The spec of the whole model, if this is a part of it."""
 

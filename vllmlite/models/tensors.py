@@ -8,7 +8,7 @@ from vllmlite.models.keys import Fused
 from vllmlite.models.shard import whole
 from vllmlite.models.spec import DecoderSpec, MoeSpec, Shard
 from vllmlite.weights.host import Scheme
-from vllmlite.weights.parts import Source, Span
+from vllmlite.weights.parts import HEAD, TABLE, Source, Span
 
 Named = Iterator[tuple[str, Source]]
 EXPERT_PARTS = ("gate", "up", "down")
@@ -43,9 +43,19 @@ class _Sources:
         self.shard: Shard = spec.shard or whole(spec)
 
     def all(self) -> Named:
+        spec, stage = self.spec, self.spec.stage
+        if stage.is_first:
+            yield from self.embeddings()
+        for index in range(spec.num_layers):
+            yield from self.layer(index)
+        if stage.is_last:
+            yield from self.outputs()
+
+    def embeddings(self) -> Named:
+        """The tensors before the first layer."""
         spec, keys = self.spec, self.keys
         table = (spec.vocab_size, spec.output_size)
-        yield "embedding.weight", _whole(f"{keys.prefix}{keys.embedding}.weight", table)
+        yield TABLE, _whole(f"{keys.prefix}{keys.embedding}.weight", table)
         if spec.learned_positions:
             stored = spec.learned_positions + spec.position_offset, spec.hidden_size
             yield (
@@ -62,20 +72,25 @@ class _Sources:
         if spec.embedding_size is not None:
             sizes = spec.hidden_size, spec.embedding_size
             yield from self.linear("project_in", keys.prefix + keys.project_in, *sizes, False)
-            yield from self.linear("project_out", keys.prefix + keys.project_out, *sizes[::-1], False)
-        for index in range(spec.num_layers):
-            yield from self.layer(index)
+
+    def outputs(self) -> Named:
+        """The tensors after the last layer."""
+        spec, keys = self.spec, self.keys
+        table = (spec.vocab_size, spec.output_size)
+        if spec.embedding_size is not None:
+            sizes = spec.embedding_size, spec.hidden_size
+            yield from self.linear("project_out", keys.prefix + keys.project_out, *sizes, False)
         if spec.final_norm:
             yield from self.norm("final_norm", keys.prefix + keys.final_norm)
         if not spec.tied_head:
             key = f"{keys.prefix}{keys.embedding}" if self.stored.tied_head else keys.head
             part = self.shard.uneven_part(spec.vocab_size)
             shape = _size(part), table[1]
-            yield "head.weight", Source(f"{key}.weight", table, shape, _rows(part, table[0]), product=True)
+            yield HEAD, Source(f"{key}.weight", table, shape, _rows(part, table[0]), product=True)
 
     def layer(self, index: int) -> Named:
-        spec, keys = self.spec, self.keys
-        name, key = f"{index}.", f"{keys.prefix}{keys.layer}{index}."
+        spec, keys, number = self.spec, self.keys, self.spec.stage.first + index
+        name, key = f"{index}.", f"{keys.prefix}{keys.layer}{number}."
         for norm in ("attn_norm", "attn_out_norm", "mlp_norm", "mlp_out_norm"):
             if getattr(spec, norm):
                 yield from self.norm(name + norm, key + getattr(keys, norm))
@@ -86,7 +101,7 @@ class _Sources:
         columns = self.shard.heads[0] * head, self.shard.heads[1] * head
         attended = stored.num_heads * head
         yield from self.output(f"{name}o", key + keys.o, attended, columns, spec.o_bias)
-        moe, inner = stored.layers[index].moe, stored.intermediate_size
+        moe, inner = stored.layers[number].moe, stored.intermediate_size
         if moe is not None:
             yield from self.moe(name, key, moe)
             return

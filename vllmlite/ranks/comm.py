@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vllmlite.backends.base import Backend, Comm, Tensor
 from vllmlite.backends.cpu import CpuBackend
@@ -17,57 +16,88 @@ from vllmlite.errors import ParameterError
 class NativeComm:
     """The collectives of the cpu backend: ops of its runtime, which a recorded step contains."""
 
-    def __init__(self, runtime: Any, exchange: Any, rank: int, world: int) -> None:
-        """``exchange`` is an ``Exchange`` of ``vllmlite._cpu``."""
-        self._runtime, self._exchange = runtime, exchange
-        self.rank, self.world, self.sharing = rank, world, world
+    def __init__(self, native: Any, runtime: Any, ranks: Any, stages: int) -> None:
+        """``native`` is ``vllmlite._cpu``, ``ranks`` its ``Ranks``; each of the ``stages`` has equally many."""
+        self._native, self._runtime, self._ranks = native, runtime, ranks
+        self.world = ranks.world // stages
+        first = ranks.rank // self.world * self.world
+        self.rank, self.sharing = ranks.rank - first, ranks.world
+        self._exchange = native.Exchange(ranks, first, self.world)
+        self._all = native.Exchange(ranks, 0, ranks.world, 1)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See :class:`Comm`."""
-        return self._runtime.all_reduce(x, self._exchange)
+        return self._runtime.all_reduce(x, self._exchange) if self.world > 1 else x
 
     def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """See :class:`Comm`."""
-        return self._runtime.all_gather(x, widths, self._exchange)
+        return self._runtime.all_gather(x, widths, self._exchange) if self.world > 1 else x
+
+    def least(self, value: int) -> int:
+        """See :class:`Comm`."""
+        own = self._native.over(np.array([[value]], np.int64), "int64", (1, 1))
+        gathered = self._runtime.all_gather(own, [1] * self._ranks.world, self._all)
+        return int(self._runtime.to_host(gathered).min())
+
+    def send(self, x: Tensor) -> None:
+        """See :class:`Comm`."""
+        self._runtime.send(x, self._ranks)
+
+    def receive(self, shape: Sequence[int], dtype: str) -> Tensor:
+        """See :class:`Comm`."""
+        return self._runtime.receive(shape, dtype, self._ranks.rank - self.world, self._ranks)
 
 
 class CopyingComm:
     """The collectives of another backend: copies to host memory, on which a :class:`NativeComm` works at once."""
 
-    def __init__(self, backend: Backend, native: Any, exchange: Any, rank: int, world: int) -> None:
-        """``native`` is ``vllmlite._cpu``."""
+    def __init__(self, backend: Backend, native: Any, ranks: Any, stages: int) -> None:
+        """See :class:`NativeComm`."""
         self._backend, self._native = backend, native
         self._runtime = native.Runtime("auto", [[]], "float32")
-        self._comm = NativeComm(self._runtime, exchange, rank, world)
-        self.rank, self.world, self.sharing = rank, world, world
+        self._comm = NativeComm(native, self._runtime, ranks, stages)
+        self.rank, self.world, self.sharing = self._comm.rank, self._comm.world, self._comm.sharing
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See :class:`Comm`. Sums are float32 and rounded at the end."""
-        values = self._backend.to_host(x).astype(np.float32)
-        return self._on_device(self._comm.all_reduce(self._on_host(values)), self._backend.dtype)
+        return self._on_device(self._comm.all_reduce(self._on_host(x, np.float32)), self._backend.dtype)
 
     def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """See :class:`Comm`."""
-        values = np.ascontiguousarray(self._backend.to_host(x))
-        return self._on_device(self._comm.all_gather(self._on_host(values), widths), values.dtype.name)
+        values = self._on_host(x)
+        return self._on_device(self._comm.all_gather(values, widths), values.dtype)
 
-    def _on_host(self, values: NDArray[Any]) -> Tensor:
+    def least(self, value: int) -> int:
+        """See :class:`Comm`."""
+        return self._comm.least(value)
+
+    def send(self, x: Tensor) -> None:
+        """See :class:`Comm`."""
+        self._comm.send(self._on_host(x, np.float32))
+        self._runtime.flush()
+
+    def receive(self, shape: Sequence[int], dtype: str) -> Tensor:
+        """See :class:`Comm`."""
+        return self._on_device(self._comm.receive(shape, dtype), self._backend.dtype)
+
+    def _on_host(self, x: Tensor, dtype: type[np.generic] | None = None) -> Tensor:
+        values = np.ascontiguousarray(self._backend.to_host(x), dtype)
         return self._native.over(values, values.dtype.name, values.shape)
 
     def _on_device(self, tensor: Tensor, dtype: str) -> Tensor:
         return self._backend.tensor(self._runtime.to_host(tensor), dtype)
 
 
-def connect(backend: Backend, ranks: Any) -> Comm:
-    """Return the collectives of ``backend`` among ``ranks``, a ``Ranks`` of ``vllmlite._cpu``."""
+def connect(backend: Backend, ranks: Any, stages: int = 1) -> Comm:
+    """Return the collectives of ``backend`` among ``ranks``, a ``Ranks`` of ``vllmlite._cpu``, in a pipeline of
+    ``stages``."""
     if backend.device != "cpu":
         raise ParameterError(
-            "tensor_parallel_size",
-            ranks.world,
+            "tensor_parallel_size" if stages == 1 else "pipeline_parallel_size",
+            ranks.world if stages == 1 else stages,
             f"is for CPUs in this version, and the {backend.name} backend runs on {backend.device}: choose device=cpu",
         )
     native = load_extension("_cpu")
-    exchange = native.Exchange(ranks, 0, ranks.world)
     if isinstance(backend, CpuBackend):
-        return NativeComm(backend.runtime, exchange, ranks.rank, ranks.world)
-    return CopyingComm(backend, native, exchange, ranks.rank, ranks.world)
+        return NativeComm(native, backend.runtime, ranks, stages)
+    return CopyingComm(backend, native, ranks, stages)

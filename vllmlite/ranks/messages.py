@@ -73,6 +73,8 @@ class Failed:
 
 
 Command: TypeAlias = tuple[int, Schedule | None]
-"""The driver's message in the ring: launch the schedule as step ``[0]``; without one, collect that step."""
+"""The driver's message in the ring: launch the schedule as step ``[0]``; without one, collect that step.
+
+Only ranks whose backend is asynchronous are told to collect; others complete each step at once."""
 Reply: TypeAlias = tuple[int, StepResult | Exception]
 """The reporting rank's message in the ring: a collected step, or why it failed."""

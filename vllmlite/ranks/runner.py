@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from vllmlite.engine.runner_protocol import StepResult
@@ -18,10 +18,10 @@ class ParallelRunner:
 
     An interrupt loses at most the results of the steps in flight, which the ranks complete all the same."""
 
-    def __init__(self, group: RankGroup, ready: Sequence[Ready]) -> None:
-        """``ready`` are the ranks' answers, in rank order."""
+    def __init__(self, group: RankGroup, ready: Ready) -> None:
+        """``ready`` is the answer of the rank that reports results."""
         self.group = group
-        self.backend, self.model = ready[0].backend, ready[0].model
+        self.backend, self.model = ready.backend, ready.model
         self._step = 0
 
     def launch(self, schedule: Schedule) -> int:
@@ -32,7 +32,8 @@ class ParallelRunner:
 
     def collect(self, handle: int) -> StepResult:
         """Wait for a step's results. Raises what it raised on the ranks, or EngineDeadError if one has ended."""
-        self._send((handle, None))
+        if self.backend.asynchronous:
+            self._send((handle, None))
         while True:
             message = self.group.ranks.receive(1.0)
             if message is None:

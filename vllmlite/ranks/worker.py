@@ -20,8 +20,6 @@ from vllmlite.ranks.messages import BackendFacts, Command, Failed, ModelFacts, P
 from vllmlite.runner.build import build_runner
 from vllmlite.runner.runner import ModelRunner
 
-REPORTER = 0
-"""The rank that sends the results of steps."""
 COLLECTIVE_SECONDS, COLLECTIVE_SECONDS_PER_TOKEN = 30.0, 0.05
 """Limit of a collective operation, which waits for the slowest rank: for any step, and for each of its tokens."""
 
@@ -48,7 +46,13 @@ def main() -> None:
         sys.stderr = _NoTerminal(sys.stderr.detach(), line_buffering=True)
     control.sendall(pack(Phase("loading the model")))
     try:
-        built = build_runner(setup.config, setup.plan, rank, world, lambda backend: connect(backend, ranks))
+        built = build_runner(
+            setup.config,
+            setup.plan,
+            rank,
+            world,
+            lambda backend: connect(backend, ranks, setup.config.pipeline_parallel_size),
+        )
     except VllmliteError as error:
         control.sendall(pack(error))
         return
@@ -60,7 +64,7 @@ def main() -> None:
         facts, model, built.num_blocks, built.max_model_len, built.backend_choice, built.step_times, built.draft_times
     )  # fmt: skip
     control.sendall(pack(ready))
-    Steps(runner, ranks, control).run()
+    Steps(runner, ranks, control, rank == setup.config.reporting_rank).run()
 
 
 class _NoTerminal(io.TextIOWrapper):
@@ -73,9 +77,9 @@ class _NoTerminal(io.TextIOWrapper):
 class Steps:
     """Runs the steps that come from the driver."""
 
-    def __init__(self, runner: ModelRunner, ranks: Any, control: socket.socket) -> None:
-        """``ranks`` is the shared memory, a ``Ranks`` of ``vllmlite._cpu``."""
-        self._runner, self._ranks, self._control = runner, ranks, control
+    def __init__(self, runner: ModelRunner, ranks: Any, control: socket.socket, reports: bool) -> None:
+        """``ranks`` is the shared memory, a ``Ranks`` of ``vllmlite._cpu``; one rank ``reports`` results."""
+        self._runner, self._ranks, self._control, self._reports = runner, ranks, control, reports
         self._launched: dict[int, Any] = {}
         """Step → its handle, or the error with which its launch failed."""
 
@@ -94,9 +98,10 @@ class Steps:
                     self._launched[step] = self._runner.launch(schedule)
                 except Exception as error:
                     self._launched[step] = error
-                continue
+                if self._runner.backend.asynchronous:
+                    continue  # until the driver has the step collected
             reply: Reply = step, self._collect(step)
-            if self._ranks.rank == REPORTER:
+            if self._reports:
                 self._ranks.send(_packed(reply))
 
     def _collect(self, step: int) -> Any:

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
-import numpy as np
-
 from vllmlite.backends.base import Backend, Comm, Model
 from vllmlite.backends.cores import usable_cores
 from vllmlite.backends.select import BackendRequest, select_backend
@@ -21,7 +19,7 @@ from vllmlite.models import load_planned
 from vllmlite.models.adapters import most_bytes
 from vllmlite.models.gguf import has_blocks, treatment
 from vllmlite.models.plan import Plan, check_quantization, plan_model
-from vllmlite.models.shard import sharded
+from vllmlite.models.shard import part_of
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import stored_schemes
 from vllmlite.runner.propose.loading import load_drafter
@@ -128,8 +126,9 @@ def build_runner(
 
     ``plan`` is :func:`plan_for` ``config``. ``connect`` joins this rank's backend to those of the others; all ranks
     build at the same time from equal arguments, and ``config.seed`` must not be -1."""
+    stages = config.pipeline_parallel_size
     if plan.spec is not None:
-        plan = replace(plan, spec=sharded(plan.spec, rank, world))
+        plan = replace(plan, spec=part_of(plan.spec, rank, world, stages))
     elif world > 1:
         raise ParameterError("tensor_parallel_size", world, "transformers' models run on 1 rank")
     path, at_load = plan.path, config.quantization if plan.quantization is None else None
@@ -168,7 +167,7 @@ def build_runner(
     if packing.head is not None:
         choice += f"; output layer quantised to {packing.head} if stored as floats"
     longest = config.max_model_len or plan.max_position_embeddings
-    num_positions = _least(backend, most_positions(config, backend, plan, longest))
+    num_positions = backend.comm.least(most_positions(config, backend, plan, longest))
     model = load_planned(
         plan,
         backend,
@@ -190,10 +189,12 @@ def build_runner(
         choice += f"; drafts of up to {options.num_tokens} tokens from {draft.model}"
         drafter = load_drafter(config, draft, model, backend, num_positions, rank, world)
         models, caches = [*models, *drafter.models], [*caches, *drafter.caches]
-    _least(backend, 0)  # all ranks have loaded their weights: the memory that is free now is for caches
+    backend.comm.least(0)  # all ranks have loaded their weights: the memory that is free now is for caches
     adapters = AdapterLimits(config.max_loras, config.max_lora_rank) if config.enable_lora else None
     reserved = most_bytes(plan.spec, adapters, backend.dtype) if plan.spec is not None and adapters else 0
-    num_blocks = _least(backend, num_cache_blocks(config, backend, models, caches, num_positions, reserved))
+    num_blocks = backend.comm.least(
+        num_cache_blocks(config, backend, models, caches, num_positions, reserved)
+    )
     capacity = min(num_blocks * config.block_size, num_positions)
     if longest > capacity:
         if config.max_model_len is not None:
@@ -225,6 +226,7 @@ def build_runner(
             enforce_eager=config.enforce_eager,
             proposer=proposer,
             adapters=adapters,
+            samples=plan.spec is None or plan.spec.stage.is_last,
             num_places=num_places,
         )
         _capture_graphs(runner)
@@ -238,7 +240,7 @@ def build_runner(
     runner = runner_of(model, longest, proposer, adapters, num_host_places(config, backend, model))
 
     def agree(value: bool) -> bool:
-        return bool(_least(backend, value))
+        return bool(backend.comm.least(value))
 
     times: list[tuple[int, float]] = []
     draft_times: list[tuple[int, float]] = []
@@ -248,13 +250,6 @@ def build_runner(
         draft_times = step_times(proposer.profile, config.max_num_seqs, backend.device, agree)
     wait = waiting_time(runner.profile) if options is not None and backend.asynchronous else 0.0
     return BuiltRunner(runner, num_blocks, longest, f"{plan}; {choice}", times, draft_times, wait)
-
-
-def _least(backend: Backend, value: int) -> int:
-    """Return the least ``value`` of all ranks, which must agree on the size of the cache."""
-    comm = backend.comm
-    values = comm.all_gather(backend.tensor(np.array([[value]], np.int64)), [1] * comm.world)
-    return int(backend.to_host(values).min())
 
 
 def _capture_graphs(runner: ModelRunner) -> None:

@@ -103,12 +103,16 @@ class ModelRunner:
         proposer: Proposer | None = None,
         adapters: AdapterLimits | None = None,
         num_places: int = 0,
+        samples: bool = True,
     ) -> None:
         """Allocate the pool and the slots, and ``num_places`` places for blocks in host memory. BackendError if they do
         not fit. A schedule may want drafts if there is a ``proposer``, and copies if there are places; sequences may
         have adapters within the limits of ``adapters``."""
         self.backend = backend
         self.model = model
+        self.samples = samples
+        """Whether the model returns logits, and is not a stage of a pipeline before the last one."""
+        self._empty = backend.tensor(np.zeros(1, np.int32))
         self.proposer = proposer
         self.kv: KVCache = backend.alloc_kv(model.kv_spec, num_blocks)
         self.host_blocks = backend.host_blocks(self.kv, model.kv_spec, num_places) if num_places else None
@@ -153,9 +157,10 @@ class ModelRunner:
         key = self.graphs.find(batch)
         device_batch = self.backend.upload(batch, self.slots, self.model.kv_spec, key)
         outputs = self._logits(device_batch) if key is None else self.graphs.run(key, device_batch)
-        sampled, _ = self._sample(outputs[0], device_batch)
+        if self.samples:
+            self._sample(outputs[0], device_batch)
         if waits:
-            self.backend.to_host(sampled.ids)
+            self.backend.to_host(self._empty)
 
     def load_adapter(self, index: int, adapter: Adapter) -> None:
         """Do all of :meth:`load_adapter_parts` at once."""
@@ -218,6 +223,12 @@ class ModelRunner:
                 self.graphs.record_if_frequent(batch)
             key = self.graphs.find(batch)
         device_batch = self.backend.upload(batch, self.slots, self.model.kv_spec, key)
+        if not self.samples:
+            if key is None:
+                self.model.forward(device_batch, self.kv)
+            else:
+                self.graphs.run(key, device_batch)
+            return launched
         samples = len(batch.logits_rows) > 0
         hidden, logits = None, None
         states: Sequence[Tensor] = ()
@@ -251,6 +262,9 @@ class ModelRunner:
     def collect(self, handle: Launched) -> StepResult:
         """Wait for a step and read what it sampled."""
         result = StepResult([])
+        if not self.samples:
+            self.backend.to_host(self._empty)  # waits for the step
+            return result
         if handle.sampled is not None:
             ids = self.backend.to_host(handle.sampled.ids)
             spans = self._accepted_spans(handle)
@@ -410,7 +424,7 @@ class ModelRunner:
         """Return the logits of an uploaded batch. This part of a step is captured: which kernels run depends on the
         number of rows and of their tokens alone."""
         hidden, states = self._forward(batch, batch.logits_rows)
-        return [self._output(hidden, batch), *states]
+        return [self._output(hidden, batch), *states] if self.samples else []
 
     def _forward(self, batch: ForwardBatch, rows: Tensor = None) -> tuple[Tensor, Sequence[Tensor]]:
         """Return the final hidden states of an uploaded batch, and of the tokens ``rows`` (default: all) those that the

@@ -73,10 +73,8 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
     if speculative is not None and speculative.draft is not None and tokenizer is not None:
         check_vocabulary(config, speculative.draft, tokenizer)
     built: BuiltRunner[ModelRunner] | BuiltRunner[ParallelRunner]
-    if config.tensor_parallel_size > 1:
-        built = start_ranks(config, plan)
-    else:
-        built = build_runner(config, plan, replica=replica or 0)
+    several = config.num_ranks > 1
+    built = start_ranks(config, plan) if several else build_runner(config, plan, replica=replica or 0)
     runner, backend = built.runner, built.runner.backend
     two_steps = backend.asynchronous if config.async_scheduling is None else config.async_scheduling
     batched = batched_tokens(config, backend.device)
@@ -93,12 +91,13 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
             block_size=config.block_size,
             num_blocks=built.num_blocks,
             enable_prefix_caching=config.enable_prefix_caching,
+            stages=config.pipeline_parallel_size,
             max_adapters=config.max_loras if config.enable_lora else 0,
         ),
         runner,
         vocab_size=runner.model.vocab_size,
         eos_ids=eos_ids(generation, plan.path, tokenizer),
-        steps_in_flight=2 if two_steps else 1,
+        steps_in_flight=max(2 if two_steps else 1, config.pipeline_parallel_size),
         seed=config.seed + (replica or 0),  # equal prompts get other random numbers in each replica
         reasoning=reasoning_marks(config.reasoning_config, tokenizer),
         max_logprobs=config.max_logprobs,

@@ -167,7 +167,7 @@ class ModelWeights:
     @property
     def packed_head(self) -> Scheme | None:
         """Scheme of a packed output layer made of the embedding table; None if there is none."""
-        return None if HEAD in self.sources else self.packed_scheme(TABLE)
+        return None if HEAD in self.sources or TABLE not in self.sources else self.packed_scheme(TABLE)
 
     @contextmanager
     def _naming(self, name: str) -> Iterator[None]:
