@@ -29,6 +29,7 @@ def main() -> None:
     """Print the medians and least times of a step of both, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", help="checkpoint (default: the built-in model)")
+    parser.add_argument("--load-format", default="auto", help="dummy: random weights")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--steps", type=int, default=32)
@@ -37,13 +38,9 @@ def main() -> None:
     rows, steps = args.rows, args.steps
     length = args.prompt_tokens + steps + 8
     llm = LLM(
-        args.model,
-        max_model_len=length,
-        max_num_seqs=rows,
-        threads=1,
-        enable_prefix_caching=False,
-        skip_tokenizer_init=True,
-    )
+        args.model, load_format=args.load_format, max_model_len=length, max_num_seqs=rows, threads=1,
+        enable_prefix_caching=False, skip_tokenizer_init=True,
+    )  # fmt: skip
     engine = llm.llm_engine
     prompt = [5 + index % 200 for index in range(args.prompt_tokens)]
     common = {"max_tokens": steps + 4, "temperature": 0, "ignore_eos": True, "detokenize": False}
@@ -59,7 +56,7 @@ def main() -> None:
         if number:  # the first round warms up
             found["decode"].append(statistics.median(decoded))
             found["beams"].append(statistics.median(searched))
-            print(f"round {number}: {searched and found['beams'][-1] / found['decode'][-1]:.3f}", flush=True)
+            print(f"round {number}: {found['beams'][-1] / found['decode'][-1]:.3f}", flush=True)
     for name, medians in found.items():
         print(f"{name:6} {1e3 * statistics.median(medians):7.2f} ms a step (least {1e3 * min(medians):.2f})")
     ratio = statistics.median(found["beams"]) / statistics.median(found["decode"])
