@@ -11,7 +11,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from vllmlite.beam_params import BeamOptions
-from vllmlite.engine.beams import Hypothesis
+from vllmlite.engine.beams import BeamSearch, Hypothesis
 from vllmlite.engine.bounds import most_blocks
 from vllmlite.engine.engine import Engine
 from vllmlite.errors import ParameterError
@@ -165,6 +165,27 @@ def test_an_interrupted_search_is_rebuilt_from_its_hypotheses(depth: int) -> Non
     engine._restore()
     engine.scheduler.check_integrity()
     assert run_beams(engine)["0"] == alone([2] * 11, params, Alternating(10))
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_an_interrupt_amid_the_choice_of_beams_changes_nothing(
+    step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hypotheses of the step are kept, but the sequences do not follow them any more."""
+    params = beam_params(3, 10, ignore_eos=True)
+    engine, _ = make_engine(64, 4)
+    engine.add_request("0", [2] * 8, params)
+    for _ in range(step - 1):
+        engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(BeamSearch, "_place", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert run_beams(engine)["0"] == alone([2] * 8, params)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 class Alternating:

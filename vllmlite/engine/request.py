@@ -273,11 +273,11 @@ class Request:
         self.drop_drafts()
         self.awaits_drafts = False
         self.awaits_blocks = False
+        if self.beams is not None:
+            self.beams.restart()  # which sets the output: that of the best beam
         self.num_tokens = len(self.prompt_token_ids) + len(self.output_token_ids)
         self.metrics.num_generation_tokens = len(self.output_token_ids)
-        if self.beams is not None:
-            self.beams.restart()
-        elif self.grammar is not None:
+        if self.beams is None and self.grammar is not None:
             self.grammar.restart()
             for token_id in self.output_token_ids:
                 self.grammar.accept(token_id)
