@@ -247,3 +247,13 @@ def test_the_fingerprint_follows_the_weights_and_every_fact(tmp_path: Path) -> N
     found.add(fingerprint(tmp_path, "a", 1))
     assert len(found) == 5
     assert fingerprint(tmp_path, "a", 1) in found
+
+
+def test_the_fingerprint_follows_every_file_of_a_split_model(tmp_path: Path) -> None:
+    first, second = (tmp_path / f"model-0000{number}-of-00002.gguf" for number in (1, 2))
+    first.write_bytes(b"first")
+    found = []
+    for content in (b"one", b"other"):
+        second.write_bytes(content)
+        found.append(fingerprint(first))
+    assert found[0] != found[1]

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
+from vllmlite.weights.gguf_parts import named_parts
+
 WHOLE_BYTES = 1 << 20
 """Files of up to this size are read as a whole."""
 SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -15,9 +17,10 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def fingerprint(weights: Path, *facts: object) -> bytes:
-    """Return a digest of the checkpoint at ``weights``, a file or a directory, and of ``facts``."""
+    """Return a digest of the checkpoint at ``weights``, a directory, a file, or one file of a split model, and of
+    ``facts``."""
     total = sha256(repr(facts).encode())
-    for path in [weights] if weights.is_file() else sorted(_files(weights)):
+    for path in sorted(_files(weights)) if weights.is_dir() else filter(Path.is_file, named_parts(weights)):
         found = path.stat()
         changed = (found.st_mtime_ns, found.st_ctime_ns) if found.st_size > WHOLE_BYTES else ()
         total.update(repr((path.name, found.st_size, changed)).encode())

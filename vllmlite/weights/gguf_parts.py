@@ -17,14 +17,23 @@ def is_later_part(name: str) -> bool:
     return match is not None and int(match[2]) > 1
 
 
+def named_parts(path: Path) -> list[Path]:
+    """Return the paths of all files of the split model to which ``path`` belongs by its name, in order; only ``path``
+    if it is not named like a split file."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match[3])
+    return [path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+
+
 def part_paths(path: Path, count: int) -> list[Path]:
     """Return the paths of all files of the split model to which ``path`` belongs, in order.
 
     Raises ModelError if ``path`` is not named like a split file, or a file is missing."""
-    match = _NAME.fullmatch(path.name)
-    if match is None or int(match[3]) != count:
+    paths = named_parts(path)
+    if len(paths) != count:
         raise ModelError(f"{path}: is one of {count} files; expected a name like X-00001-of-{count:05}.gguf")
-    paths = [path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     missing = [part.name for part in paths if not part.exists()]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
