@@ -307,6 +307,15 @@ def test_an_expression_that_takes_for_ever_is_stopped(
         reader_of(tmp_path).read(path)
 
 
+def test_digests_differ_by_what_weights_are_converted_to(tmp_path: Path) -> None:
+    """The disk tier keeps blocks for engines with other options."""
+    path = write_peft(tmp_path / "adapter", random_factors(modules("q_proj"), 4))
+    digests = [
+        reader_of(tmp_path, dtype=dtype).read(path).digest for dtype in ("float32", "bfloat16", "float32")
+    ]
+    assert digests[0] == digests[2] != digests[1]
+
+
 def test_no_file_outside_the_root_is_read(tmp_path: Path) -> None:
     root, reader = tmp_path / "root", reader_of(tmp_path)
     factors = random_factors(modules("q_proj"), 4)

@@ -85,7 +85,7 @@ class AdapterReader:
         found = self._read_gguf(files) if files.config is None else self._read_peft(files, files.config)
         if not found:
             raise ModelError(f"{files.path}: changes no weights")
-        return Adapter(files.digest.hex(), found)
+        return Adapter(f"{files.digest.hex()} {self.dtype}", found)
 
     def _read_peft(self, files: AdapterFiles, text: bytes) -> dict[str, LowRank]:
         where = str(files.path)

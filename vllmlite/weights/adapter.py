@@ -42,7 +42,7 @@ class Adapter:
     """
 
     digest: str
-    """Identifies the contents: equal digests mean equal results. It becomes part of the block hashes."""
+    """Identifies contents and dtype: equal digests mean equal results. It becomes part of the block hashes."""
     weights: Mapping[str, LowRank]
 
     @property
