@@ -11,6 +11,7 @@ from engine_runs import assert_idle, make_engine, run
 from fake_runner import EOS, VOCAB, FakeRunner, expected
 
 from vllmlite.engine.drafts import (
+    ASKED_AGAIN,
     LEAST_PRIOR,
     MOST_DRAFTS,
     PROBE_INTERVAL,
@@ -250,6 +251,45 @@ def test_a_step_has_no_more_drafts_than_there_is_room_for_logits() -> None:
     assert most == MOST_DRAFTS < 4 * 90
 
 
+def test_prefix_reuse_is_that_of_a_run_without_drafts() -> None:
+    """A long conversation, each turn of which repeats the ones before: as many prompt tokens come from the cache."""
+    hits = []
+    for drafts in (0, 4):
+        engine, _ = make_engine(num_blocks=400, budget=256, drafts=drafts, right=0.7, cost=FREE)
+        prompt = [1, 2, 3]
+        cached = []
+        for turn in range(10):
+            request = engine.add_request(
+                str(turn), prompt, SamplingParams(temperature=0, max_tokens=15, ignore_eos=True)
+            )
+            prompt = [*prompt, *run(engine)[str(turn)][0], turn]
+            cached.append(request.num_cached_tokens)
+        hits.append(cached)
+    assert hits[0] == hits[1]
+    assert (hits[0][-1] or 0) > 100
+
+
+class Counted(DraftPolicy):
+    """A policy that counts how often it is asked."""
+
+    num_asked = 0
+
+    def wanted(self, acceptance: Acceptance, rows: int) -> int:
+        self.num_asked += 1
+        return super().wanted(acceptance, rows)
+
+
+def test_a_request_whose_drafts_do_not_pay_asks_for_nothing_meanwhile() -> None:
+    """Nothing is decided, looked up or waited for in the steps between: the work of a run without drafts."""
+    engine, runner = make_engine(num_blocks=1000, budget=256, drafts=4, right=0.0, cost=LINEAR, depth=2)
+    policy = engine.scheduler.drafting = Counted(4, overlapped=True, cost=LINEAR)
+    schedules = noted(runner)
+    engine.add_request("a", [1, 2], SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True))
+    run(engine)
+    assert policy.num_asked < 1000 / ASKED_AGAIN + 20
+    assert sum(bool(schedule.wanted or schedule.drafts) for schedule in schedules) < 30
+
+
 def test_rejected_drafts_name_no_block() -> None:
     """Every cached block holds ids of the text: a prompt with the ids of rejected drafts finds only what is its own."""
     engine, _ = make_engine(num_blocks=400, budget=256, drafts=4, right=0.5, cost=FREE, block_size=1)
@@ -289,6 +329,7 @@ class Alternating:
 
     def __init__(self, length: int) -> None:
         self.ids: list[int] = []
+        self.num_asked = 0
         self._length = length
 
     def restart(self) -> None:
@@ -296,6 +337,7 @@ class Alternating:
 
     def masks(self, drafts: object = ()) -> list[bytes | None]:
         assert isinstance(drafts, (list, tuple))
+        self.num_asked += 1
         masks: list[bytes | None] = []
         for count in range(len(self.ids), len(self.ids) + len(drafts) + 1):
             mask = bytes([0x55 if count % 2 else 0xAA] * (4 * -(-VOCAB // 32)))
@@ -323,6 +365,7 @@ def test_drafts_end_at_the_first_id_that_the_grammar_forbids(depth: int) -> None
     assert reason == "stop"
     assert grammar.ids == ids
     assert len(ids) == 40
+    assert grammar.num_asked == len(schedules)  # once for each row, with drafts or without
     drafted = [schedule for schedule in schedules if schedule.drafts]
     assert drafted
     for schedule in drafted:
