@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -106,16 +107,21 @@ def test_a_captured_step_equals_the_step(exact: Backend) -> None:
     }
     for rows, query_len in ((1, 1), (5, 1), (8, 9), (2, 2), (8, 1), (5, 9), (1, 9), (7, 2)):
         key = min(key for key in steps if key[0] >= rows and key[1] == query_len)
-        (found,) = steps[key](exact.upload(batch := drafted(rows, query_len), slots, SPEC, key))
+        (found,) = steps[key](exact.upload(batch := drafted([query_len] * rows), slots, SPEC, key))
+        check(exact, found, table[batch.token_ids])
+    for counts in ([9, 1, 4], [1, 1, 2, 9, 1, 1, 3]) if exact.pads_rows else ():
+        key = min(key for key in steps if key[0] >= len(counts) and key[1] == 9)
+        (found,) = steps[key](exact.upload(batch := drafted(counts), slots, SPEC, key))
         check(exact, found, table[batch.token_ids])
 
 
-def drafted(rows: int, query_len: int) -> ForwardBatch:
-    """Rows of ``query_len`` tokens, all of which are sampled from."""
-    batch = host_batch(range(rows), [0] * rows, [query_len] * rows)
-    batch.token_ids = (np.arange(rows * query_len) * 3 % 10).astype(np.int32)
-    batch.logits_rows = np.arange(rows * query_len, dtype=np.int32)
-    batch.sample_slots = np.repeat(batch.slots, query_len)
+def drafted(counts: Sequence[int]) -> ForwardBatch:
+    """Rows of ``counts`` tokens, all of which are sampled from."""
+    total = sum(counts)
+    batch = host_batch(range(len(counts)), [0] * len(counts), counts)
+    batch.token_ids = (np.arange(total) * 3 % 10).astype(np.int32)
+    batch.logits_rows = np.arange(total, dtype=np.int32)
+    batch.sample_slots = np.repeat(batch.slots, counts)
     batch.sample_positions = batch.positions.astype(np.int64) + 1
     return batch
 
@@ -126,13 +132,13 @@ def test_batches_that_do_not_fit_a_captured_step_are_refused(exact: Backend) -> 
     slots = exact.alloc_slots(SlotSpec(8, 8, 32, 10, 8))
     last_only = host_batch(range(2), [0, 0], [3, 3])
     for batch, key in (
-        (drafted(3, 2), GraphKey(2, 2)),
-        (drafted(2, 2), GraphKey(2, 3)),
+        (drafted([2, 2, 2]), GraphKey(2, 2)),
+        (drafted([1, 4]), GraphKey(2, 3)),
         (last_only, GraphKey(2, 3)),
     ):
         with pytest.raises(
-            ValueError, match=f"not up to 2 rows of {key[1]} tokens, all of them sampled from"
+            ValueError, match=f"not up to 2 rows of up to {key[1]} tokens, all of them sampled from"
         ):
             exact.upload(batch, slots, SPEC, key)
     with pytest.raises(ValueError, match="rows of 10 tokens; 1 to 9 are possible"):
-        exact.upload(drafted(1, 10), slots, SPEC, GraphKey(1, 10))
+        exact.upload(drafted([10]), slots, SPEC, GraphKey(1, 10))
