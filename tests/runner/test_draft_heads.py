@@ -118,7 +118,10 @@ FORMS: dict[str, tuple[str, Shape, dict[str, Any]]] = {
 @needs_native_cpu
 @pytest.mark.parametrize(
     "form",
-    [pytest.param(form, marks=[pytest.mark.slow] if form in ("EAGLE", "EAGLE-3") else []) for form in FORMS],
+    [
+        pytest.param(form, marks=[pytest.mark.slow] if form in ("EAGLE", "EAGLE-3", "Medusa, vLLM") else [])
+        for form in FORMS
+    ],
 )
 def test_drafts_are_those_of_the_head(form: str, target: tuple[Path, Any], tmp_path: Path) -> None:
     method, shape, options = FORMS[form]
@@ -150,13 +153,8 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 @needs_native_cpu
-@pytest.mark.parametrize(
-    ("engine", "stretch"),
-    [
-        pytest.param(*each, marks=[] if each == ("preempted", 6) else [pytest.mark.slow])
-        for each in product(ENGINES, (0, 6, 128))
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "stretch"), product(ENGINES, (0, 6, 128)))
 def test_schedules_do_not_change_the_drafts(
     engine: str, stretch: int, target: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
