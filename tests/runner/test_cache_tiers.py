@@ -81,8 +81,10 @@ class Expected:
         tiers(llm).cost.host_seconds = 0.0  # copying always pays
         found, expected = answers(llm), self._found[key]
         if backend != "cpu":  # whose log-probabilities may differ in their last bits
-            found, expected = [ids for ids, _ in found], [ids for ids, _ in expected]
-        assert found == expected
+            found, expected = (
+                [ids for ids, _ in each if isinstance(ids, list)] for each in (found, expected)
+            )
+        assert found and found == expected
         scheduler = llm.llm_engine.engine.scheduler
         scheduler.check_integrity()
         assert scheduler.num_preemptions > 0
@@ -104,10 +106,8 @@ def test_the_text_is_the_same_with_a_host_tier(plain: Expected, how: str) -> Non
 
 
 @needs_native_cpu
-@pytest.mark.parametrize(
-    "kv_dtype",
-    ["int8", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bfloat16", "fp8", "fp8_per_token_head"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", ["int8", "bfloat16", "fp8", "fp8_per_token_head"])
 def test_the_text_is_the_same_with_every_cache_dtype(plain: Expected, kv_dtype: str) -> None:
     plain.check("cpu", kv_dtype, swap_space=0.01)
 
@@ -120,8 +120,9 @@ def test_the_text_is_the_same_with_sliding_windows_and_experts(family: str, tmp_
     Expected(tmp_path).check("cpu", swap_space=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "cuda"])
-@pytest.mark.parametrize("how", ["host", pytest.param("two steps", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["host", "two steps"])
 def test_the_text_is_the_same_on_other_backends(plain: Expected, backend: str, how: str) -> None:
     if backend == "cuda":
         pytest.importorskip("vllmlite._cuda", reason="vllmlite._cuda is not built")
@@ -129,7 +130,7 @@ def test_the_text_is_the_same_on_other_backends(plain: Expected, backend: str, h
 
 
 @needs_native_cpu
-@pytest.mark.parametrize("damage", [False, True])
+@pytest.mark.parametrize("damage", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_text_is_the_same_from_disk_after_a_restart(
     plain: Expected, tmp_path: Path, damage: bool
 ) -> None:
