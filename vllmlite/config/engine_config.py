@@ -271,7 +271,8 @@ class EngineConfig:
     speculative_config: Mapping[str, Any] = mapping_option(
         'speculative decoding: guess tokens and verify several in a step: {"method": "ngram", '
         '"num_speculative_tokens": 8, "prompt_lookup_min": 2, "prompt_lookup_max": 5}: guess what followed the last '
-        'tokens where they occurred before; {"method": "draft_model", "model": NAME}: guess what a smaller model with '
+        'tokens where they occurred before; {"method": "suffix"}: guess what followed them most often; '
+        '{"method": "draft_model", "model": NAME}: guess what a smaller model with '
         "the same vocabulary generates; method eagle, eagle3 or medusa: what heads predict from hidden states",
         group="speculative decoding",
     )
