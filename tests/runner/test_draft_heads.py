@@ -190,6 +190,24 @@ def test_pauses_do_not_change_the_drafts(
     check_drafts(found, target[1], head)
 
 
+@needs_native_cpu
+@pytest.mark.parametrize("most", [1024, 15])
+def test_a_prefix_that_only_the_model_knows_may_cost_drafts_and_changes_nothing_else(
+    most: int, target: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eagle, "MOST_UNKNOWN", most)
+    write_head(tmp_path / "head", "eagle3", SHAPE)
+    llm = start(target[0], tmp_path / "head", "eagle3")
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    (before,) = llm.generate(prompts(40), params)
+    drafted = llm.llm_engine.stats().num_draft_tokens
+    cast(Any, cast(ModelRunner, llm.llm_engine.engine.runner).proposer)._marks.clear()
+    (after,) = llm.generate(prompts(40), params)
+    assert after.num_cached_tokens
+    assert after.outputs[0].token_ids == before.outputs[0].token_ids
+    assert (llm.llm_engine.stats().num_draft_tokens > drafted) == (most == 1024)
+
+
 def spoilt(config: dict[str, Any]) -> Callable[[Path], None]:
     def spoil(path: Path) -> None:
         file = path / "config.json"

@@ -5,8 +5,9 @@ of each launched step are kept until the head has computed their positions. It d
 where a sequence has more than :data:`STRETCH` positions to catch up: prompts therefore go through the head with their
 steps, while sequences for which drafts do not pay cost next to nothing and are never far behind.
 
-The first positions of a sequence may be in the target model's prefix cache but not in the head's, and then nobody has
-their hidden states any more; at most a stretch is missing. They are computed with hidden states of zero.
+The first positions of a sequence may be in the target model's prefix cache, or in a cache tier, but not in the head's
+cache, and then nobody has their hidden states any more. They are computed with hidden states of zero; a sequence with
+more than :data:`MOST_UNKNOWN` of them gets no drafts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from vllmlite.runner.propose.cached import CachedProposer, CachedSequence
 
 STRETCH = 128
 """Positions of a sequence that may be left to compute."""
+MOST_UNKNOWN = 1024
+"""Positions of a sequence that may be computed without their hidden states."""
 
 
 class _States:
@@ -178,6 +181,7 @@ class EagleProposer(CachedProposer[EagleSequence]):
             ids = sequence.token_ids[start + 1 : stop + 1]
             if max(ids, default=0) >= self.head.vocab_size:
                 sequence.dropped = True
+            sequence.dropped |= sequence.segments[0].start - start > MOST_UNKNOWN
             if sequence.dropped or not ids:
                 continue
             if sequence.num_uploaded < 0:
