@@ -41,7 +41,10 @@ REFUSED = {
     "host": "Ray Serve listens: see `serve start --http-host`",
     "port": "Ray Serve listens: see `serve start --http-port`",
     "uds": "Ray Serve listens: see `serve start`",
-    "lora_modules": "name adapters in requests to load_lora_adapter instead",
+    **dict.fromkeys(
+        ("enable_lora", "lora_modules", "lora_root", "lora_admin_key_file"),
+        "replicas on Ray serve no adapters in this version: use `vllmlite serve`, with --data-parallel-size",
+    ),
 }
 
 

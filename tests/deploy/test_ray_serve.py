@@ -36,6 +36,7 @@ def test_options_that_do_not_exist_are_refused_before_anything_starts() -> None:
     for options, name in (
         ({"no_such": 1}, "no_such"),
         ({"port": 1}, "port"),
+        ({"lora-root": "/srv"}, "lora_root"),
         ({"max-num-seqs": "x"}, "max_num_seqs"),
     ):
         with pytest.raises(ParameterError, match=name):
