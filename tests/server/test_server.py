@@ -426,6 +426,19 @@ def test_beam_search_returns_the_best_completions(service: Service) -> None:
     assert [choice["index"] for choice in choices] == [0, 1]
 
 
+def test_a_beam_search_may_find_fewer_completions_than_were_asked_for(service: Service) -> None:
+    """Those that do not exist are not counted as aborted, nor as running."""
+    aborted, completed = (
+        service.metrics.finished["abort"],
+        service.metrics.max_generation_tokens.counts.copy(),
+    )
+    structure = {"structured_outputs": {"regex": "[ab]"}, "use_beam_search": True}
+    choices = post(service, COMPLETIONS, prompt=PROMPT, n=16, **structure)["choices"]
+    assert {choice["text"] for choice in choices} == {"a", "b"} and len(choices) < 16
+    assert service.metrics.finished["abort"] == aborted
+    assert sum(service.metrics.max_generation_tokens.counts) == sum(completed) + 1
+
+
 def test_parameters_that_request_the_default_are_accepted(service: Service) -> None:
     nothing = {"user": "me", "metadata": {"a": "b"}, "store": False, "suffix": None, "best_of": 1, "tools": None,
                "length_penalty": 1.0, "early_stopping": False,

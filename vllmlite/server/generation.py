@@ -102,9 +102,12 @@ class Generation:
                 if completion.finish_reason is not None:
                     ended += 1
                     self._running[index] -= 1
-                    if not self._running[index]:
-                        self._metrics.completed(max(self._lengths[index]))
-            ended += output.embedding is not None
+            if output.finished:
+                # An embedding has no completions; a beam search may find fewer than were asked for.
+                ended += self._running[index]
+                self._running[index] = 0
+                if output.outputs:
+                    self._metrics.completed(max(self._lengths[index]))
             found.append((index, output))
         self._admission.release(ended)
         self._unfinished -= ended
