@@ -18,7 +18,8 @@ from native import needs_native_cpu
 from rank_processes import has_ended, processes_of, ranks_of
 
 from vllmlite import LLM, SamplingParams
-from vllmlite.errors import EngineDeadError
+from vllmlite.errors import BackendError, EngineDeadError
+from vllmlite.ranks import group
 
 pytestmark = needs_native_cpu
 
@@ -56,6 +57,25 @@ def test_a_rank_that_ends_or_stops_ends_the_engine(name: str, rank: int, checkpo
     assert time.monotonic() - killed[0] < 5
     assert all(process.poll() is not None for process in processes)
     assert set(os.listdir("/dev/shm")) == shared
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("import time; time.sleep(60)", r"rank 0 of 2 \(process \d+ on \S+\) has not started within 0 s"),
+        ("import sys; sys.exit(3)", r"rank [01] of 2 .* ended with status 3; its last message: starting"),
+    ],
+)
+def test_a_rank_that_does_not_start_is_named(
+    program: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "PROGRAM", program)
+    monkeypatch.setattr(group, "START_SECONDS", 0.3)
+    setup: Any = None  # is not read by these programs
+    ranks = group.RankGroup([setup, setup])
+    with pytest.raises(BackendError, match=message):
+        ranks.wait_until_ready()
+    assert all(process.poll() is not None for process in ranks.processes)
 
 
 def test_the_ranks_end_with_a_driver_that_is_killed(checkpoint: Path) -> None:
