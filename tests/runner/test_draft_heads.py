@@ -154,7 +154,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 @needs_native_cpu
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "stretch"), product(ENGINES, (0, 6, 128)))
+@pytest.mark.parametrize(("engine", "stretch"), list(product(ENGINES, (0, 6, 128))))
 def test_schedules_do_not_change_the_drafts(
     engine: str, stretch: int, target: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
