@@ -58,7 +58,6 @@ class CudaBackend(NativeBackend):
     name: ClassVar[str] = "cuda"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
     asynchronous = True
-    pads_rows: ClassVar[bool] = True
 
     def __init__(
         self,
