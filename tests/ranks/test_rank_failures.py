@@ -97,6 +97,7 @@ def test_the_ranks_end_with_a_driver_that_is_killed(checkpoint: Path) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_the_command_fails_with_one_line(checkpoint: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt_token_ids": [3, 4, 5]}\n' * 50)
