@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from peft_files import Factors, merge_factors, random_factors, write_peft
 from vllmlite import LLM, AsyncLLM, SamplingParams
 from vllmlite.cli import main
 from vllmlite.config.engine_config import EngineConfig
+from vllmlite.engine_process.client import EngineClient
+from vllmlite.engine_process.host import EngineThread
 from vllmlite.errors import ModelError, ParameterError, VllmliteError
 from vllmlite.lora.reader import AdapterReader
 from vllmlite.lora.request import LoRARequest
+from vllmlite.lora.store import AdapterStore
 from vllmlite.models import read_spec
 
 pytest.importorskip("torch", reason="torch is not installed")  # writes the checkpoint
@@ -180,7 +184,11 @@ def engine(path: Path, request: pytest.FixtureRequest) -> Iterator[AsyncLLM]:
 
 
 def test_adapters_in_an_engine_of_its_own(
-    path: Path, engine: AsyncLLM, wanted: dict[str, list[list[int]]], tmp_path: Path
+    path: Path,
+    engine: AsyncLLM,
+    wanted: dict[str, list[list[int]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A bad adapter ends its request with an error; statistics are answered while adapters are read."""
 
@@ -209,6 +217,18 @@ def test_adapters_in_an_engine_of_its_own(
         assert not isinstance(results[6], BaseException)
         assert await engine.remove_lora(2) and not await engine.remove_lora(2)
         assert await one("e", 0, adapter(path, "two")) == wanted["two"][0]
+        # An adapter whose files are gone is removed while a request with it is on its way.
+        gone = LoRARequest("gone", 4, str(shutil.copytree(path / "two", tmp_path / "gone")))
+        assert await engine.add_lora(gone)
+        shutil.rmtree(tmp_path / "gone")
+        core = engine.llm_engine.engine_core
+        assert isinstance(core, EngineClient)
+        if isinstance(core.handle, EngineThread):  # as if the host had not removed it yet
+            monkeypatch.setattr(AdapterStore, "knows", lambda *_: True)
+        assert await engine.remove_lora(4)
+        with pytest.raises(VllmliteError, match="cannot be read"):
+            await one("f", 0, gone)
+        assert await one("g", 0, None) == wanted[""][0]
 
     asyncio.run(run())
 

@@ -332,8 +332,7 @@ class Host:
 
     def _prepared(self, call: EngineCall) -> EngineCall | EngineOutput:
         """Return a request with its grammar, and its adapter read; or its end, if it cannot have them."""
-        request_id, _, params = call.args
-        packed, structure = call.options["grammar"], params.structured_outputs
+        packed, structure = call.options["grammar"], call.args[2].structured_outputs
         try:
             if structure is not None:
                 if packed is not None:
@@ -345,8 +344,7 @@ class Host:
         except Exception as error:  # xgrammar's own, too
             if not isinstance(error, VllmliteError):
                 logger.exception("a grammar or an adapter cannot be used; its request ends with an error")
-            metrics = RequestMetrics(call.options["arrival_time"])
-            return EngineOutput(request_id, [], "error", None, 0, metrics, error=str(error))
+            return _refusal(call, error)
         return call
 
     def _execute(self, call: EngineCall | EngineOutput) -> EngineOutput | None:
@@ -354,10 +352,15 @@ class Host:
             return call
         if call.name == "finish":
             self._introduced.discard(call.args[0])
-        if call.question is None:
-            getattr(self._engine, call.name)(*call.args, **call.options)
-        else:
+        if call.question is not None:
             self._answer(call)
+            return None
+        try:
+            getattr(self._engine, call.name)(*call.args, **call.options)
+        except VllmliteError as error:
+            if call.name != "add_request":
+                raise
+            return _refusal(call, error)  # its adapter has been removed, and can no longer be read
         return None
 
     def _answer(self, call: EngineCall) -> None:
@@ -367,6 +370,9 @@ class Host:
             value = getattr(self._engine, call.name)(*call.args, **call.options)
         except VllmliteError as error:
             found = error
+        except Exception as error:
+            logger.exception("a call of %s failed", call.name)
+            found = VllmliteError(f"{type(error).__name__}: {error}")
         if call.question is not None:
             self._messages.put(Answer(call.question, value, found))
 
@@ -396,6 +402,12 @@ def _import_xgrammar() -> None:
     """Import xgrammar early, so that the first grammar does not wait for it; a failure is reported at its use."""
     with suppress(ImportError):
         import xgrammar  # noqa: F401
+
+
+def _refusal(call: EngineCall, error: Exception) -> EngineOutput:
+    """Return the only output of a request that ``error`` keeps from being added."""
+    metrics = RequestMetrics(call.options["arrival_time"])
+    return EngineOutput(call.args[0], [], "error", None, 0, metrics, error=str(error))
 
 
 def _is_one_token(output: EngineOutput) -> bool:
