@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vllmlite import LLM, SamplingParams
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.native import load_extension
-from vllmlite.engine.scheduler import Schedule
+from vllmlite.engine.schedule import Schedule
 from vllmlite.ranks.comm import connect
 
 REPEATS = 20_000

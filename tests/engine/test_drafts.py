@@ -23,7 +23,7 @@ from vllmlite.engine.drafts import (
 )
 from vllmlite.engine.request import allows
 from vllmlite.engine.runner_protocol import StepResult
-from vllmlite.engine.scheduler import Schedule
+from vllmlite.engine.schedule import Schedule
 from vllmlite.engine.thinking import ReasoningMarks, ThinkingBudget
 from vllmlite.sampling_params import SamplingParams
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from vllmlite.config.engine_config import PREEMPTION_MODES
 from vllmlite.engine.engine import Engine
 from vllmlite.engine.runner_protocol import StepResult
-from vllmlite.engine.scheduler import Schedule
+from vllmlite.engine.schedule import Schedule
 from vllmlite.errors import ParameterError
 from vllmlite.sampling_params import SamplingParams
 

@@ -13,7 +13,8 @@ from fake_runner import EOS, VOCAB, FakeRunner, expected
 from vllmlite.engine.engine import ADAPTER_BYTES, Engine, EngineOutput
 from vllmlite.engine.request import AdapterKey
 from vllmlite.engine.runner_protocol import StepResult
-from vllmlite.engine.scheduler import Limits, Schedule
+from vllmlite.engine.schedule import Schedule
+from vllmlite.engine.scheduler import Limits
 from vllmlite.errors import BackendError, ModelError, ParameterError
 from vllmlite.sampling_params import SamplingParams
 

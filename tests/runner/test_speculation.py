@@ -25,7 +25,7 @@ from vllmlite import LLM, SamplingParams, StructuredOutputsParams
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.backends.select import BackendRequest, select_backend
 from vllmlite.engine.drafts import Acceptance, DraftPolicy, StepCost
-from vllmlite.engine.scheduler import Schedule
+from vllmlite.engine.schedule import Schedule
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.hub import BUILT_IN
 from vllmlite.outputs import RequestOutput

@@ -13,7 +13,8 @@ from zlib import crc32
 
 from vllmlite.engine.beams import Continuation
 from vllmlite.engine.runner_protocol import StepResult
-from vllmlite.engine.scheduler import Limits, Schedule
+from vllmlite.engine.schedule import Schedule
+from vllmlite.engine.scheduler import Limits
 from vllmlite.engine.tiers import Copies
 
 VOCAB = 97

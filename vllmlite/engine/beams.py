@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from vllmlite.beam_params import BeamOptions
 from vllmlite.engine.bounds import most_blocks
 from vllmlite.engine.request import Grammar, Request, Status
-from vllmlite.engine.scheduler import BeamRows, Schedule, Scheduler
+from vllmlite.engine.schedule import BeamRows, Schedule
+from vllmlite.engine.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True)

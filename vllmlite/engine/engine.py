@@ -25,7 +25,8 @@ from vllmlite.engine.drafts import DraftPolicy
 from vllmlite.engine.request import Grammar, Request, Status
 from vllmlite.engine.runner_protocol import Runner, StepResult, TokenLogprobs
 from vllmlite.engine.saved_prefixes import SavedPrefixes
-from vllmlite.engine.scheduler import Limits, Schedule, Scheduler
+from vllmlite.engine.schedule import Schedule
+from vllmlite.engine.scheduler import Limits, Scheduler
 from vllmlite.engine.thinking import ReasoningMarks, ThinkingBudget
 from vllmlite.engine.tiers import Copies, Tiers
 from vllmlite.engine.trace import Trace, TracedRunner, TraceEvent

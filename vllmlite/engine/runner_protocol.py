@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vllmlite.engine.beams import Continuation
-from vllmlite.engine.scheduler import Schedule
+from vllmlite.engine.schedule import Schedule
 
 
 @dataclass(slots=True)

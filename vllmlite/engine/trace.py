@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from vllmlite.engine.runner_protocol import Runner, StepResult
-from vllmlite.engine.scheduler import Schedule
+from vllmlite.engine.schedule import Schedule
 
 TraceEvent: TypeAlias = dict[str, Any]
 """One event of Chrome's Trace Event Format, ready for JSON."""

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.runner_protocol import StepResult
-from vllmlite.engine.scheduler import Schedule
+from vllmlite.engine.schedule import Schedule
 from vllmlite.models.plan import Plan
 
 

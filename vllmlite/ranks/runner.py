@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllmlite.engine.runner_protocol import StepResult
-from vllmlite.engine.scheduler import Schedule
+from vllmlite.engine.schedule import Schedule
 from vllmlite.errors import BackendError, EngineDeadError
 from vllmlite.ranks.group import RankGroup
 from vllmlite.ranks.messages import Command, Ready, Reply

@@ -31,7 +31,7 @@ from vllmlite.backends.base import (
 )
 from vllmlite.engine.beams import Continuation
 from vllmlite.engine.runner_protocol import StepResult, TokenLogprobs
-from vllmlite.engine.scheduler import Admission, Schedule
+from vllmlite.engine.schedule import Admission, Schedule
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.runner.batches import host_batch
 from vllmlite.runner.graphs import Graphs

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from itertools import compress, takewhile
 
 from vllmlite.backends.base import Tensor
-from vllmlite.engine.scheduler import Admission, Schedule
+from vllmlite.engine.schedule import Admission, Schedule
 from vllmlite.runner.propose.cached import CachedProposer, CachedSequence
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.sampling_params import SamplingParams

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.backends.base import ForwardBatch, SlotParams, SlotSpec, Tensor
-from vllmlite.engine.scheduler import Schedule
+from vllmlite.engine.schedule import Schedule
 from vllmlite.models.eagle import EagleHead
 from vllmlite.runner.batches import host_batch
 from vllmlite.runner.propose.cached import CachedProposer, CachedSequence

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.backends.base import Tensor
-from vllmlite.engine.scheduler import Schedule
+from vllmlite.engine.schedule import Schedule
 from vllmlite.models.decoder import FINAL
 from vllmlite.models.medusa import MedusaHeads
 from vllmlite.runner.propose.proposer import Proposer

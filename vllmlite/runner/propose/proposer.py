@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from vllmlite.backends.base import Tensor
-from vllmlite.engine.scheduler import Schedule
+from vllmlite.engine.schedule import Schedule
 
 
 class Proposer(Protocol):
