@@ -8,6 +8,7 @@ from fake_disk import FakeDisk
 from fake_runner import FakeRunner, expected
 
 from vllmlite.engine.engine import Engine
+from vllmlite.engine.saved_prefixes import SavedPrefixes
 from vllmlite.engine.tiers import Tiers, TransferCost
 from vllmlite.sampling_params import SamplingParams
 
@@ -197,3 +198,44 @@ def test_the_stats_count_what_the_tiers_did() -> None:
     stats = engine.current_stats()
     assert (stats.external_prefix_cache_queries, stats.external_prefix_cache_hits) == (33, 32)
     assert (stats.tier_blocks_read, stats.tier_blocks_loaded, stats.tier_blocks_failed) == (8, 8, 0)
+
+
+class Files:
+    """Keeps the blocks of one file."""
+
+    def __init__(self, memory: dict[int, list[int]]) -> None:
+        self.memory = memory
+        self.blocks: list[list[int]] = []
+
+    def create(self, name: str, num_blocks: int) -> Files:
+        return self
+
+    def write(self, digest: bytes, block: list[int]) -> None:
+        self.blocks.append(block)
+
+    def finish(self, file: Files, name: str) -> None:
+        pass
+
+
+def test_saving_a_prompt_does_not_evict_the_blocks_that_are_to_be_saved() -> None:
+    """The first block is in the host's memory alone, in the place that would be used next."""
+    engine, runner = small_engine(8)
+    ask(engine, PROMPT)
+    pool, host, files = tiers_of(engine).pool, tiers_of(engine).host, Files(runner.host)
+    saved = SavedPrefixes(tiers_of(engine), files, engine.prefix_root(), 4, engine.run_copies)  # type: ignore[arg-type]
+    request = engine.add_request("it", PROMPT, SamplingParams(max_tokens=1))
+    run(engine)
+    digests = request.block_hashes
+    host.forget(digests)
+    pool.forget(digests[:1])
+    [place] = host.allocate(1)
+    host.cache(place, digests[0])
+    runner.host[place] = PROMPT[:4]
+    others = host.allocate(7)
+    for number, other in enumerate(others):
+        host.cache(other, bytes([number]))
+    host.release([place])
+    host.release(others)
+    assert saved.save("name", PROMPT) == 32
+    assert [token for block in files.blocks for token in block] == PROMPT[:32]
+    engine.scheduler.check_integrity()

@@ -13,8 +13,9 @@ from native import needs_native_cpu
 
 from vllmlite import LLM, SamplingParams
 from vllmlite.beam_params import BeamSearchParams
-from vllmlite.engine.tiers import Tiers
+from vllmlite.engine.tiers import Copies, Tiers
 from vllmlite.errors import ParameterError
+from vllmlite.runner.kv_transfer import start_copies
 
 DRAW = Random(0)
 PROMPTS = [[DRAW.randrange(1, 300) for _ in range(length)] for length in (40, 33, 21)]
@@ -177,3 +178,16 @@ def test_options_that_cannot_be_met_are_refused(options: dict[str, Any], field: 
     with pytest.raises(ParameterError) as caught:
         LLM(**options)
     assert caught.value.field == field
+
+
+def test_loads_wait_for_saves_of_the_same_blocks() -> None:
+    """A step without rows may load into blocks that it evicts."""
+
+    calls: list[str] = []
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: calls.append(name)
+
+    start_copies(Recorder(), Copies([3], [0], [1], [3]), [])  # type: ignore[arg-type]
+    assert calls == ["join", "save", "join", "load"]

@@ -377,9 +377,12 @@ class Engine:
         self.run_copies(Copies())  # refuses while requests run
         self._changing = True
         try:
-            return self.saved_prefixes.change(token_ids, action, name)
-        finally:
+            count = self.saved_prefixes.change(token_ids, action, name)
+        except ParameterError:
             self._changing = False
+            raise
+        self._changing = False
+        return count
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix, in all tiers."""

@@ -70,7 +70,8 @@ class SavedPrefixes:
         return self.restore(name) if action == "restore" else self.erase(token_ids)
 
     def save(self, name: str, token_ids: Sequence[int]) -> int:
-        """Save the blocks that the cache has of a text; returns the number of their tokens."""
+        """Save the blocks that the cache has of a text; returns the number of their tokens. It may lose the last ones
+        where the host's memory is full."""
         tiers, digests = self._tiers, self._digests(token_ids)
         known = 0
         while known < len(digests) and (tiers.pool.has(digests[known]) or tiers.host.has(digests[known])):
@@ -80,14 +81,19 @@ class SavedPrefixes:
                 "id_slot", len(token_ids), "tokens: no whole block of the text is in the cache"
             )
         file: PrefixFile = self._files.create(name, known)
+        saved = 0
         try:
-            for at in range(0, known, self._chunk):
-                self._save(digests[at : min(at + self._chunk, known)], file)
+            while saved < known:
+                chunk = digests[saved : min(saved + self._chunk, known)]
+                count = self._save(chunk, file)
+                saved += count
+                if count < len(chunk):
+                    break
         except OSError as error:
             self._files.abandon(file)
             raise ParameterError("filename", name, f"cannot be written: {error.strerror}") from None
         self._files.finish(file, name)
-        return known * self._block_size
+        return saved * self._block_size
 
     def restore(self, name: str) -> int:
         """Put the blocks of a file into the cache; returns the number of their tokens, up to the first damaged one."""
@@ -120,15 +126,23 @@ class SavedPrefixes:
             found.append(parent)
         return found
 
-    def _save(self, digests: Sequence[bytes], file: PrefixFile) -> None:
-        host, copies = self._tiers.host, Copies()
-        for digest in digests:
-            if not host.has(digest):
-                self._tiers.save(self._tiers.pool.find((digest,))[0], digest, copies)
-        self._run(copies)
-        for digest in digests:
-            [place] = host.find((digest,))
-            file.write(digest, self._files.memory[place])
+    def _save(self, digests: Sequence[bytes], file: PrefixFile) -> int:
+        """Return how many of the first blocks have been saved: all, unless the host gave up one for another."""
+        host, pool, copies = self._tiers.host, self._tiers.pool, Copies()
+        kept = [place for digest in digests for place in host.find((digest,))]
+        host.share(kept)
+        try:
+            for digest in digests:
+                found = pool.find((digest,))
+                if not host.has(digest) and not (found and self._tiers.save(found[0], digest, copies)):
+                    break
+            self._run(copies)
+            places = host.find(digests)
+            for digest, place in zip(digests, places, strict=False):
+                file.write(digest, self._files.memory[place])
+        finally:
+            host.release(kept)
+        return len(places)
 
     def _restore(self, digests: Sequence[bytes], file: PrefixFile) -> int:
         """Return how many blocks the pool has then."""

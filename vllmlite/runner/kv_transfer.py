@@ -16,11 +16,11 @@ MEASURED_SECONDS = 0.01
 
 def start_copies(host: HostBlocks, copies: Copies, written: Sequence[int]) -> None:
     """Issue the copies of a step before its other work. Saves run beside that, unless their blocks are among those that
-    the step has been given to write (``written``)."""
+    are loaded, or that the step has been given to write (``written``)."""
     host.join()
     if copies.save_blocks:
         host.save(np.array(copies.save_blocks, np.int32), np.array(copies.save_places, np.int32))
-        if not {*copies.save_blocks}.isdisjoint(written):
+        if not {*copies.save_blocks}.isdisjoint([*written, *copies.load_blocks]):
             host.join()
     if copies.load_blocks:
         host.load(np.array(copies.load_places, np.int32), np.array(copies.load_blocks, np.int32))
