@@ -41,6 +41,7 @@ REFUSED = {
     "host": "Ray Serve listens: see `serve start --http-host`",
     "port": "Ray Serve listens: see `serve start --http-port`",
     "uds": "Ray Serve listens: see `serve start`",
+    "slot_save_path": "use `vllmlite serve`: each replica on Ray would have other prompts in its slots",
     **dict.fromkeys(
         ("enable_lora", "lora_modules", "lora_root", "lora_admin_key_file"),
         "replicas on Ray serve no adapters in this version: use `vllmlite serve`, with --data-parallel-size",

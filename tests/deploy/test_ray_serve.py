@@ -37,6 +37,7 @@ def test_options_that_do_not_exist_are_refused_before_anything_starts() -> None:
         ({"no_such": 1}, "no_such"),
         ({"port": 1}, "port"),
         ({"lora-root": "/srv"}, "lora_root"),
+        ({"slot-save-path": "/srv"}, "slot_save_path"),
         ({"max-num-seqs": "x"}, "max_num_seqs"),
     ):
         with pytest.raises(ParameterError, match=name):
