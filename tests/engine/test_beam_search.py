@@ -11,6 +11,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from vllmlite.beam_params import BeamOptions
+from vllmlite.engine import bounds
 from vllmlite.engine.beams import BeamSearch, Hypothesis
 from vllmlite.engine.bounds import most_blocks
 from vllmlite.engine.engine import Engine
@@ -249,6 +250,15 @@ def test_beams_that_never_fit_are_refused(width: int, max_tokens: int, message: 
     with pytest.raises(ParameterError, match=message):
         engine.add_request("0", [1] * 4, beam_params(width, max_tokens))
     assert_idle(engine)
+
+
+def test_the_continuations_that_a_step_reads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_ENDS", 12)
+    engine, _ = make_engine(64, 4)
+    with pytest.raises(ParameterError, match=r"stop_token_ids=5: .* at most 4 with 3 beams"):
+        engine.add_request("0", [1], beam_params(3, 2, stop_token_ids=[1, 2, 3, 4]))  # and EOS
+    engine.add_request("1", [1], beam_params(3, 2, stop_token_ids=[1, 2, 3]))
+    assert run_beams(engine)["1"]
 
 
 def test_the_context_ends_all_beams() -> None:

@@ -11,6 +11,9 @@ from vllmlite.errors import ContextLengthError, ParameterError
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizers.truncation import Truncation
 
+MAX_ENDS = 1 << 14
+"""Most beams of a request, times the ids that end its output: each step reads as many continuations."""
+
 
 @dataclass(frozen=True, slots=True)
 class RequestBounds:
@@ -50,7 +53,7 @@ class RequestBounds:
         if params.thinking_token_budget is not None:
             self._check_thinking(params, bad_words)
         if params.beams is not None:
-            self._check_beams(params.beams, len(prompt), params.max_tokens)
+            self._check_beams(params.beams, len(prompt), params)
         return prompt
 
     def truncation(self, params: SamplingParams, *, generates: bool = True) -> Truncation | None:
@@ -118,7 +121,7 @@ class RequestBounds:
                 "must be able to end the reasoning: allowed_token_ids, bad_words or min_tokens forbid its closing mark",
             )
 
-    def _check_beams(self, beams: BeamOptions, prompt: int, max_tokens: int | None) -> None:
+    def _check_beams(self, beams: BeamOptions, prompt: int, params: SamplingParams) -> None:
         """Raise :class:`ParameterError` if beams of a prompt of ``prompt`` tokens could not run side by side."""
         if not self.max_beams:
             raise ParameterError(
@@ -132,7 +135,14 @@ class RequestBounds:
                 beams.width,
                 f"must be at most {self.max_beams}: a step has max_num_seqs rows and max_num_batched_tokens tokens",
             )
-        longest = min(self.max_model_len, prompt + (max_tokens or self.max_model_len))
+        ends = len(self.stop_ids(params))
+        if ends * beams.width > MAX_ENDS:
+            raise ParameterError(
+                "stop_token_ids",
+                ends,
+                f"ids may end an output: must be at most {MAX_ENDS // beams.width} with {beams.width} beams",
+            )
+        longest = min(self.max_model_len, prompt + (params.max_tokens or self.max_model_len))
         needed = most_blocks(beams.width, prompt, longest, self.block_size)
         if needed > self.num_blocks:
             raise ParameterError(
