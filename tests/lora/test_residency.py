@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from random import Random
 from typing import Any
 
@@ -16,7 +19,10 @@ from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.schedule import Schedule
 from vllmlite.engine.scheduler import Limits
 from vllmlite.errors import BackendError, ModelError, ParameterError
+from vllmlite.lora.request import LoRARequest
+from vllmlite.lora.store import AdapterStore
 from vllmlite.sampling_params import SamplingParams
+from vllmlite.weights.adapter import Adapter
 
 PARTS = 3
 """Parts in which an adapter is put on the device, each of which takes a step while requests run."""
@@ -233,3 +239,32 @@ def test_without_slots_no_request_can_have_an_adapter() -> None:
     with pytest.raises(ParameterError, match="enable_lora"):
         add(engine, "x", 1)
     assert not engine.has_unfinished_requests()
+
+
+def test_an_adapter_that_is_forgotten_while_it_is_read_is_read_again() -> None:
+    """Its files may have been replaced since; requests after that must not get the old contents."""
+    gates = {name: threading.Event() for name in ("old", "new")}
+    begun: SimpleQueue[str] = SimpleQueue()
+    contents = iter(gates)
+
+    class Reader:
+        def read(self, *_: object) -> Adapter:
+            name = next(contents)
+            begun.put(name)
+            assert gates[name].wait(60)
+            return Adapter(name, {})
+
+    store = AdapterStore(Reader(), 2, 100)  # type: ignore[arg-type]
+    source = LoRARequest("mine", 1, "somewhere")
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(store.identify, source)
+        assert begun.get(timeout=20) == "old"
+        store.forget(source)
+        second = pool.submit(store.identify, source)
+        gates["old"].set()
+        assert first.result().digest == "old"
+        assert begun.get(timeout=20) == "new"
+        assert not store.knows(source)
+        gates["new"].set()
+        assert second.result().digest == "new"
+    assert store.identify(source).digest == "new"

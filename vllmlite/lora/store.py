@@ -27,7 +27,8 @@ class AdapterStore:
         self._keys: dict[LoRARequest, AdapterKey] = {}
         self._kept: OrderedDict[str, Adapter] = OrderedDict()
         """Digest → adapter, the one used longest ago first."""
-        self._reading: dict[LoRARequest, Future[Adapter]] = {}
+        self._reading: dict[LoRARequest, tuple[object, Future[Adapter]]] = {}
+        """The files being read, each with a mark of that reading."""
 
     def knows(self, source: LoRARequest) -> bool:
         """Return whether :meth:`identify` need not read a file."""
@@ -79,25 +80,32 @@ class AdapterStore:
 
     def _read(self, source: LoRARequest) -> Future[Adapter]:
         """Have the adapter read, unless it is being read already; the lock is held."""
-        reading = self._reading.get(source)
-        if reading is None:
-            reading = self._reading[source] = self._pool.submit(self._read_file, source)
-        return reading
+        if source not in self._reading:
+            mark = object()
+            self._reading[source] = mark, self._pool.submit(self._read_file, source, mark)
+        return self._reading[source][1]
 
-    def _read_file(self, source: LoRARequest) -> Adapter:
+    def _read_file(self, source: LoRARequest, mark: object) -> Adapter:
         root = None if source.lora_root is None else Path(source.lora_root)
         try:
             adapter = self._reader.read(Path(source.lora_path), root)
         except BaseException:
             with self._lock:
-                self._reading.pop(source, None)
+                self._ended(source, mark)
             raise
         with self._lock:
-            # Later requests get the new key if the files have changed; earlier ones still have the old one.
-            self._keys[source] = AdapterKey(source.lora_name, source, adapter.digest)
-            self._reading.pop(source, None)
+            if self._ended(source, mark):
+                # Later requests get the new key if the files have changed; earlier ones still have the old one.
+                self._keys[source] = AdapterKey(source.lora_name, source, adapter.digest)
             self._keep(adapter)
         return adapter
+
+    def _ended(self, source: LoRARequest, mark: object) -> bool:
+        """Note that a reading has ended; return whether the adapter has not been forgotten since it began."""
+        is_wanted = self._reading.get(source, (None,))[0] is mark
+        if is_wanted:
+            del self._reading[source]
+        return is_wanted
 
     def _keep(self, adapter: Adapter) -> None:
         self._kept[adapter.digest] = adapter
