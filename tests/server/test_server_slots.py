@@ -108,3 +108,9 @@ def test_a_server_without_the_directory_says_so() -> None:
 def test_the_directory_needs_a_key(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="api_key"):
         serve(replace(ENGINE, slot_save_path=str(tmp_path)), ServerConfig())
+
+
+def test_slots_have_another_directory_than_the_disk_tier(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(ParameterError, match="slot_save_path"):
+        replace(ENGINE, slot_save_path=str(tmp_path / "link"), kv_disk_path=str(tmp_path))

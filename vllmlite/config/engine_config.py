@@ -409,6 +409,12 @@ class EngineConfig:
         ]
         if self.slot_save_path is not None and self.data_parallel_size > 1:
             raise ParameterError("slot_save_path", self.slot_save_path, "needs data_parallel_size=1")
+        if None not in (paths := (self.slot_save_path, self.kv_disk_path)):
+            slots, disk = (os.path.realpath(os.path.expanduser(path)) for path in paths if path is not None)
+            if slots == disk:
+                raise ParameterError(
+                    "slot_save_path", self.slot_save_path, "must be another directory than kv_disk_path"
+                )
         for name, value in tiers:
             speculative = self.speculative()
             if value and speculative and speculative.draft and speculative.draft.method in EAGLE:

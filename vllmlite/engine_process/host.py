@@ -331,7 +331,8 @@ class Host:
                 self._wake.notify()
 
     def _prepared(self, call: EngineCall) -> EngineCall | EngineOutput:
-        """Return a request with its grammar, and its adapter read; or its end, if it cannot have them."""
+        """Return the call ``add_request`` with its grammar compiled and its adapter read, or an output that ends the
+        request with an error. Runs beside the engine's steps."""
         packed, structure = call.options["grammar"], call.args[2].structured_outputs
         try:
             if structure is not None:

@@ -48,7 +48,7 @@ class Plan:
     """The native decoder's spec."""
 
     def __str__(self) -> str:
-        """Return the description for the start line."""
+        """Return the architecture, and which code runs it, for the line that is logged at start."""
         native = self.implementation == "native"
         return f"{self.architecture} through {'the native decoder' if native else 'transformers'}"
 

@@ -32,7 +32,8 @@ class Inputs:
 
     @classmethod
     def of(cls, gram: NDArray[np.float32], act_order: bool = False) -> Inputs:
-        """``act_order``: columns with large inputs are rounded first. ModelError for values that are not finite."""
+        """Prepare rounding for a layer whose inputs ``x [tokens, in]`` have the Gram matrix ``x.T @ x``. ``act_order``:
+        round columns with large inputs first. Raises ModelError for values that are not finite."""
         if not act_order:
             return cls(gram, None, _inverse_factor(gram))
         order = np.argsort(-np.diagonal(gram), kind="stable")

@@ -180,8 +180,8 @@ _PACKERS: dict[type[Scheme], Callable[[Rounded, Any, tuple[int, int]], PackedWei
 
 
 def written_parts(scheme: Scheme, shape: Shape) -> dict[str, Part]:
-    """The tensors that :func:`packed` and :func:`packed_float8` make of a weight of ``shape``, by suffix. ModelError
-    for a shape that the scheme does not have."""
+    """Return suffixes, shapes and dtypes of the tensors that :func:`packed` and :func:`packed_float8` make of a weight
+    of ``shape``, before they exist. Raises ModelError for a shape that the scheme cannot store."""
     parts = {
         suffix: part
         for suffix, part in scheme.parts(shape).items()

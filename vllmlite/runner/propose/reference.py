@@ -89,7 +89,7 @@ class Sequences:
         """How many sequences have been admitted."""
 
     def admit(self, slot: int, ids: list[int], num_prompt: int) -> None:
-        """Begin a sequence; ``num_prompt`` of the ids are its prompt."""
+        """Begin a sequence in ``slot`` with its prompt, the first ``num_prompt`` ids, and its output so far."""
         self._ended(self._slots[slot])
         self.num_admissions += 1
         self._slots[slot] = Text(self.num_admissions, num_prompt, list(ids))
