@@ -138,8 +138,10 @@ def within(path: Path, root: Path) -> Path:
     """Return ``path`` relative to ``root``, with all links resolved. Raises ParameterError if it is outside."""
     try:
         real, real_root = path.resolve(), root.resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links
+    except (OSError, RuntimeError) as error:  # a loop of links, before Python 3.13
         raise ModelError(f"{path}: cannot be read: {error}") from error
     if real == real_root or not real.is_relative_to(real_root):
         raise ParameterError("lora_path", str(path), "must be inside the directory of --lora-root")
+    if real.is_symlink():  # one of a loop, which later versions leave as it is
+        raise ModelError(f"{path}: cannot be read: its links make a loop")
     return real.relative_to(real_root)
