@@ -17,7 +17,7 @@ pytest.importorskip("prometheus_client")
 from native import needs_native_cpu
 from served import ENGINE, ask, post, serving, stream
 
-from vllmlite.runner import startup
+from vllmlite.runner import build
 from vllmlite.server.service import Service
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -43,7 +43,7 @@ def services() -> Iterator[tuple[Service, Service]]:
     """One without drafts, and one whose policy always pays, whatever the machine's times are."""
     options = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(startup, "step_times", lambda *_: [(1, 1.0), (2, 1.0)])
+        patch.setattr(build, "step_times", lambda *_: [(1, 1.0), (2, 1.0)])
         with serving() as plain, serving(replace(ENGINE, speculative_config=options)) as speculating:
             yield plain, speculating
 
