@@ -7,19 +7,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import TINY, write_checkpoint
+from drafting import let_drafts_pay
 from eagle_heads import Shape, write_head
 from native import needs_native_cpu
 from rank_processes import processes_of
 
 from vllmlite import LLM, RequestOutput, SamplingParams
 from vllmlite.config.engine_config import EngineConfig
-from vllmlite.engine.drafts import StepCost
 from vllmlite.errors import ModelError, ParameterError, VllmliteError
 
 pytestmark = needs_native_cpu
@@ -143,9 +142,7 @@ def test_ranks_agree_on_the_drafts_of_models(
         options = OPTIONS | {"speculative_config": draft | {"num_speculative_tokens": 3}}
         llm = LLM(str(checkpoint), tensor_parallel_size=2, **options)
         try:
-            scheduler = llm.llm_engine.engine.scheduler
-            free = StepCost([(1, 1.0), (2, 1.0)])  # the machine's times decide nothing
-            scheduler.drafting = replace(scheduler.drafting, cost=free, draft_cost=None, _costs={})
+            let_drafts_pay(llm)
             assert token_ids(generate(llm)) == token_ids(expected)
             assert llm.llm_engine.engine.current_stats().num_draft_tokens
         finally:

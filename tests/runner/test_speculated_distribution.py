@@ -9,11 +9,10 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from drafting import KnownText, let_drafts_pay
 from native import needs_native_cpu
 
 from vllmlite import LLM, SamplingParams
-from vllmlite.engine.drafts import StepCost
-from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.runner.runner import ModelRunner
 
 PROMPT = "The Debian Project is a"
@@ -26,30 +25,21 @@ MOST = 4
 Context = tuple[int, ...]
 
 
-class Likely(Proposer):
+class Likely(KnownText):
     """Proposes the most likely ids, one after the other."""
 
     def __init__(self, best: dict[Context, int]) -> None:
+        super().__init__()
         self._best = best
-        self._slots: dict[int, list[int]] = {}
 
     def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
-        self._slots[slot] = token_ids[num_prompt:]
+        super().admit(slot, token_ids[num_prompt:], 0)
 
-    def launch(self, slots: Sequence[int]) -> list[list[int]]:
-        return [self._slots[slot] for slot in slots]
-
-    def collect(
-        self, handle: list[list[int]], token_ids: Sequence[list[int]], wanted: Sequence[int]
-    ) -> list[list[int]]:
-        drafts = []
-        for known, ids, count in zip(handle, token_ids, wanted, strict=True):
-            known += ids
-            found: list[int] = []
-            while len(found) < count and (context := (*known, *found)) in self._best:
-                found.append(self._best[context])
-            drafts.append(found)
-        return drafts
+    def drafts(self, known: Sequence[int], count: int) -> list[int]:
+        found: list[int] = []
+        while len(found) < count and (context := (*known, *found)) in self._best:
+            found.append(self._best[context])
+        return found
 
 
 def probabilities(
@@ -76,8 +66,7 @@ def llm() -> LLM:
         seed=1, device="cpu", dtype="float32", max_model_len=64, max_num_seqs=64, max_logprobs=-1,
         speculative_config=options,
     )  # fmt: skip
-    scheduler = made.llm_engine.engine.scheduler
-    scheduler.drafting = replace(scheduler.drafting, cost=StepCost([(1, 1.0), (2, 1.0)]), _costs={})
+    let_drafts_pay(made)
     return made
 
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
+from drafting import KnownText, let_drafts_pay
 from eagle_heads import Shape, write_head
 from medusa_heads import write_medusa
 from native import needs_native_cpu
@@ -24,13 +25,12 @@ from native import needs_native_cpu
 from vllmlite import LLM, SamplingParams, StructuredOutputsParams
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.backends.select import BackendRequest, select_backend
-from vllmlite.engine.drafts import Acceptance, DraftPolicy, StepCost
+from vllmlite.engine.drafts import Acceptance, DraftPolicy
 from vllmlite.engine.schedule import Schedule
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.hub import BUILT_IN
 from vllmlite.outputs import RequestOutput
 from vllmlite.runner.propose.draft_model import ModelProposer
-from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.runner.runner import Launched, ModelRunner
 
 DRAFTS = 4
@@ -76,33 +76,19 @@ WISHES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Knowing(Proposer):
+class Knowing(KnownText):
     """A proposer that knows the text, of which it gets each id wrong with some probability."""
 
     def __init__(self, texts: Sequence[Sequence[int]], vocab_size: int) -> None:
+        super().__init__()
         self._texts = texts
         self._vocab_size = vocab_size
         self._draw = random.Random(0)
-        self._slots: dict[int, list[int]] = {}
 
-    def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
-        self._slots[slot] = list(token_ids)
-
-    def launch(self, slots: Sequence[int]) -> list[list[int]]:
-        return [self._slots[slot] for slot in slots]
-
-    def collect(
-        self, handle: list[list[int]], token_ids: Sequence[list[int]], wanted: Sequence[int]
-    ) -> list[list[int]]:
-        drafts = []
-        for known, ids, count in zip(handle, token_ids, wanted, strict=True):
-            known += ids
-            text = next((text for text in self._texts if text[: len(known)] == known), [])
-            right = text[len(known) : len(known) + self._draw.randint(0, count)]
-            drafts.append(
-                [i if self._draw.random() < 0.8 else self._draw.randrange(self._vocab_size) for i in right]
-            )
-        return drafts
+    def drafts(self, known: Sequence[int], count: int) -> list[int]:
+        text = next((text for text in self._texts if text[: len(known)] == known), [])
+        right = text[len(known) : len(known) + self._draw.randint(0, count)]
+        return [i if self._draw.random() < 0.8 else self._draw.randrange(self._vocab_size) for i in right]
 
 
 class Pausing(DraftPolicy):
@@ -123,9 +109,7 @@ def make(drafts: dict[str, Any] | None, **options: Any) -> LLM:
         **{"device": "cpu", "max_model_len": 512, "block_size": 8, "dtype": "float32", **options},
     )
     if drafts is not None:
-        scheduler = llm.llm_engine.engine.scheduler
-        free = StepCost([(1, 1.0), (2, 1.0)])  # the machine's times decide nothing
-        scheduler.drafting = replace(scheduler.drafting, cost=free, draft_cost=None, _costs={})
+        let_drafts_pay(llm)
     return llm
 
 

@@ -31,9 +31,8 @@ from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.server.app import build_app
 from vllmlite.server.config import ServerConfig
 from vllmlite.server.http10 import use_h11_for_http10
-from vllmlite.server.metrics import Metrics
 from vllmlite.server.run import KEEP_ALIVE_SECONDS
-from vllmlite.server.service import Service
+from vllmlite.server.service import Service, start_service
 
 try:
     with socket.create_server(("127.0.0.1", 0)) as _listening:
@@ -122,10 +121,7 @@ def serving(engine_config: EngineConfig = ENGINE, **options: Any) -> Iterator[Se
     """A service on its own engine."""
     engine = AsyncLLM(engine_config)
     try:
-        inner = engine.llm_engine
-        metrics = Metrics("demo", inner.max_model_len, inner.stats)
-        inner.observer = metrics.observe_step
-        yield Service(engine, ServerConfig(**options), ["demo"], metrics)
+        yield start_service(engine, ServerConfig(**{"served_model_name": ("demo",), **options}))
     finally:
         engine.shutdown()
 
