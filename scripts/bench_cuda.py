@@ -36,7 +36,8 @@ from typing import Any, cast
 import numpy as np
 
 from vllmlite import LLM, SamplingParams
-from vllmlite.backends.base import Backend, ForwardBatch, SlotParams, SlotSpec
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import ForwardBatch, SlotParams, SlotSpec
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.backends.kv_cache import QUANTIZED_KV, KVSpec
 from vllmlite.runner.runner import ModelRunner

@@ -24,7 +24,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from vllmlite.backends.base import Backend, ForwardBatch, SlotParams
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import ForwardBatch, SlotParams
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.models.adapters import places
 from vllmlite.models.decoder import Decoder

@@ -17,8 +17,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from vllmlite.backends.base import Backend, ForwardBatch, Sampled
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import ForwardBatch
 from vllmlite.backends.kv_cache import KVSpec
+from vllmlite.backends.sampling import Sampled
 from vllmlite.engine.engine import Engine
 from vllmlite.engine.scheduler import Limits
 from vllmlite.output_processor import OutputProcessor

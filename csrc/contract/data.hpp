@@ -66,7 +66,7 @@ struct CacheSpec {
 // Reads "float32", "int8", "fp8_per_token_head", ...: the element, and whether there are head scales.
 std::pair<CacheElement, bool> cache_type_from_name(std::string_view name);
 
-// A step's input in host memory: the ForwardBatch of vllmlite/backends/base.py.
+// A step's input in host memory: the ForwardBatch of vllmlite/backends/batch.py.
 struct HostBatch {
   int num_tokens = 0, num_rows = 0, max_context = 0;
   int num_logprobs = -1;

@@ -20,7 +20,7 @@ std::uint64_t mix(std::uint64_t z) {
   return z ^ (z >> 31);
 }
 
-// The same bits as base.uniform in vllmlite/backends/base.py.
+// The same bits as uniform() in vllmlite/backends/sampling.py.
 double uniform(std::uint64_t seed, std::int64_t position) {
   constexpr std::uint64_t kGolden = 0x9E3779B97F4A7C15U;
   return static_cast<double>(mix(mix(seed + kGolden) + (static_cast<std::uint64_t>(position) + 1) * kGolden) >> 40) *

@@ -105,7 +105,7 @@ __device__ __forceinline__ std::uint64_t mix(std::uint64_t z) {
   return z ^ (z >> 31);
 }
 
-// base.uniform of vllmlite/backends/base.py, in units of 2^-24.
+// The random number of uniform() in vllmlite/backends/sampling.py, in units of 2^-24.
 __device__ __forceinline__ std::uint64_t uniform(std::uint64_t seed, std::int64_t position) {
   constexpr std::uint64_t kGolden = 0x9E3779B97F4A7C15U;
   return mix(mix(seed + kGolden) + (static_cast<std::uint64_t>(position) + 1) * kGolden) >> 40;

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from paged import Paged, PagedModel, host_batch, host_tensor
 
 from vllmlite.backends import select
-from vllmlite.backends.base import GraphKey, SlotParams, SlotSpec
+from vllmlite.backends.batch import GraphKey, SlotParams, SlotSpec
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from paged import host_batch
 
-from vllmlite.backends.base import API, SlotParams, SlotSpec
+from vllmlite.backends.base import API
+from vllmlite.backends.batch import SlotParams, SlotSpec
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.errors import BackendError

@@ -14,7 +14,8 @@ from model_runs import LENGTHS, a_backend, chunked, edit_config, expected_logits
 from numpy.typing import NDArray
 from paged import PagedModel
 
-from vllmlite.backends.base import Backend, SlotParams
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import SlotParams
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models import load_model, read_spec

@@ -16,7 +16,8 @@ from native import needs_native_cpu
 from numpy.typing import NDArray
 from paged import PagedModel
 
-from vllmlite.backends.base import Backend, Tensor
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import Tensor
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.engine import Engine
 from vllmlite.engine.scheduler import Limits

@@ -14,7 +14,8 @@ import pytest
 from op_backends import BACKENDS, Array, put
 from paged import Paged
 
-from vllmlite.backends.base import Backend, SlotParams
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import SlotParams
 from vllmlite.backends.kv_cache import QUANTIZED_KV, KVSpec
 from vllmlite.weights.host import FLOAT_DTYPES
 

@@ -11,8 +11,10 @@ from op_backends import Array, numbers, put
 from op_sampling import SPEC, Sampler, bits
 from paged import Paged
 
-from vllmlite.backends.base import Backend, BeamRows, SlotParams
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import SlotParams
 from vllmlite.backends.kv_cache import KVSpec
+from vllmlite.backends.sampling import BeamRows
 
 
 def beam_rows(

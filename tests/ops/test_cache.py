@@ -8,7 +8,8 @@ from op_attention import CODES, Rows, through_cache
 from op_backends import Array, numbers, put
 from paged import Paged, host_batch
 
-from vllmlite.backends.base import Backend, Rope, SlotSpec
+from vllmlite.backends.base import Backend, Rope
+from vllmlite.backends.batch import SlotSpec
 from vllmlite.backends.kv_cache import KV_DTYPES, QUANTIZED_KV, KVSpec
 from vllmlite.errors import BackendError
 

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from op_sampling import SPEC, Sampler, read
 
-from vllmlite.backends.base import (
-    Backend,
-    SlotParams,
-)
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import SlotParams
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from op_sampling import Sampler, check_logprobs, read
 
-from vllmlite.backends.base import (
-    Backend,
-    SlotParams,
-)
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import SlotParams
 
 
 @pytest.fixture

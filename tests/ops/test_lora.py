@@ -9,7 +9,8 @@ import pytest
 from op_backends import check, host, numbers, put
 from paged import host_batch
 
-from vllmlite.backends.base import Backend, ForwardBatch, GraphKey, SlotSpec
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import ForwardBatch, GraphKey, SlotSpec
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.errors import BackendError
 from vllmlite.weights.adapter import AdapterLimits, LowRank

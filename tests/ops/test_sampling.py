@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 from op_backends import of_torch
 from op_sampling import Array, Sampler, read
 
-from vllmlite.backends.base import (
-    Backend,
-    SlotParams,
-    uniform,
-)
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import SlotParams
+from vllmlite.backends.sampling import uniform
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 from op_backends import check, numbers, put
 from paged import host_batch
 
-from vllmlite.backends.base import Backend, ForwardBatch, GraphKey, Rope, SlotParams, SlotSpec
+from vllmlite.backends.base import Backend, Rope
+from vllmlite.backends.batch import ForwardBatch, GraphKey, SlotParams, SlotSpec
 from vllmlite.backends.kv_cache import KVSpec
 
 SPEC = KVSpec(1, 1, 16, 4, "float32")

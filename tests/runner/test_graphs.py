@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from paged import host_batch
 
-from vllmlite.backends.base import CAPTURED_QUERY_LEN, Backend, ForwardBatch, GraphKey
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import CAPTURED_QUERY_LEN, ForwardBatch, GraphKey
 from vllmlite.backends.cuda import CudaBackend
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.runner.graphs import MOST_GRAPHS, MOST_RECORDED_ROWS, RECORDED_AFTER, Graphs

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from paged import host_batch
 
-from vllmlite.backends.base import Backend, ForwardBatch, Logprobs, Sampled, SlotParams, SlotSpec
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import ForwardBatch, SlotParams, SlotSpec
 from vllmlite.backends.kv_cache import KVSpec
+from vllmlite.backends.sampling import Logprobs, Sampled
 
 Array = NDArray[Any]
 

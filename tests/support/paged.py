@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import Backend, ForwardBatch, GraphKey, Sampled, SlotParams, SlotSpec, Step
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import ForwardBatch, GraphKey, SlotParams, SlotSpec, Step
 from vllmlite.backends.kv_cache import KVSpec
+from vllmlite.backends.sampling import Sampled
 from vllmlite.weights.host import HostTensor, HostWeight, PackedWeight
 
 

@@ -1,4 +1,7 @@
-"""The backend interface: the ops that run a model, and the data that they take and return.
+"""The backend interface: the ops that run a model, and its weights.
+
+:mod:`vllmlite.backends.batch` has the input of a step, :mod:`vllmlite.backends.sampling` the values of the sampling
+ops, and :mod:`vllmlite.backends.comm` the collectives of several ranks.
 
 A backend owns its tensors, its KV cache and its per-slot state; other code passes them on without looking inside.
 ``backends/torch.py`` is the reference implementation, simple and correct on any torch device; a native backend has the
@@ -13,19 +16,22 @@ may still read it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vllmlite.backends.batch import ForwardBatch, GraphKey, SlotParams, Slots, SlotSpec, Step, Tensor
+from vllmlite.backends.comm import Comm, SingleRank
 from vllmlite.backends.host_blocks import HostBlocks
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.backends.memory import Memory
+from vllmlite.backends.sampling import BeamRows, Continuations, Logprobs, Sampled
 from vllmlite.errors import BackendError, ModelError
-from vllmlite.weights.adapter import Adapter, AdapterLimits, LowRank
+from vllmlite.weights.adapter import AdapterLimits, LowRank
 from vllmlite.weights.host import (
     FLOAT_DTYPES,
     HostTensor,
@@ -37,8 +43,6 @@ from vllmlite.weights.host import (
 from vllmlite.weights.schemes import float8, tiles
 from vllmlite.weights.schemes.codes import StoredCodes
 
-Tensor: TypeAlias = Any
-"""A backend's tensor, opaque outside it."""
 LinearWeight: TypeAlias = Any
 """A packed weight of :meth:`Backend.linear`, opaque outside its backend."""
 Experts: TypeAlias = Any
@@ -47,136 +51,9 @@ LowRankTable: TypeAlias = Any
 """The changes of one weight by all resident adapters (:meth:`Backend.alloc_low_rank`), opaque outside its backend."""
 KVCache: TypeAlias = Any
 """A pool of key/value blocks, opaque outside its backend."""
-Slots: TypeAlias = Any
-"""Per-slot state of the backend that is kept between steps (:meth:`Backend.alloc_slots`), opaque outside it."""
 
 API = 6
 """Version of this interface; an extension that was built for another version is refused."""
-
-
-@dataclass(frozen=True, slots=True)
-class SlotSpec:
-    """Sizes of the per-slot state."""
-
-    max_slots: int
-    max_blocks: int
-    """Most blocks of one sequence, the length of its block table."""
-    max_context: int
-    """Most tokens of one sequence; :meth:`Backend.upload` refuses a longer one."""
-    vocab_size: int
-    num_blocks: int
-    """Number of blocks of the pool that block tables refer to."""
-
-
-@dataclass(frozen=True, slots=True)
-class SlotParams:
-    """Sampling parameters of one slot, fixed while a sequence holds it.
-
-    ``temperature`` 0 means greedy; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and neutral penalties mean off. ``prompt_ids``
-    and ``output_ids`` are empty unless a penalty is on. ``seed`` is an unsigned 64-bit integer.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    prompt_ids: Sequence[int] = ()
-    output_ids: Sequence[int] = ()
-
-
-@dataclass(slots=True)
-class ForwardBatch:
-    """One step's input. The runner fills it with numpy arrays; :meth:`Backend.upload` returns the backend's own.
-
-    Rows are sequences; tokens of a row are adjacent and their positions consecutive. A row's keys and values of
-    positions below ``context_lens[r]`` are in the cache once the step's own have been written.
-
-    A slot has one sampled position or several consecutive ones: those of the last known token and of the draft tokens
-    after it. They are adjacent among the N, and so are their tokens.
-    """
-
-    num_tokens: int
-    """T."""
-    num_rows: int
-    """R."""
-    max_query_len: int
-    """Longest row of this step, in tokens; 1 means that every row decodes."""
-    max_context: int
-    """Largest of ``context_lens``."""
-    token_ids: Tensor
-    """[T] int32; -1 stands for the slot's last accepted id, which is stored on the device."""
-    positions: Tensor
-    """[T] int32."""
-    query_start_loc: Tensor
-    """[R + 1] int32: row r's tokens are ``query_start_loc[r]`` up to ``query_start_loc[r + 1]``."""
-    slots: Tensor
-    """[R] int32: the slot whose block table a row uses."""
-    context_lens: Tensor
-    """[R] int32: tokens of the sequence up to and with this step's."""
-    logits_rows: Tensor
-    """[N] int32: indices into T of the hidden states from which ids are sampled."""
-    sample_slots: Tensor
-    """[N] int32: the slots of the sampled positions."""
-    sample_positions: Tensor
-    """[N] int64: the positions that the sampled ids will have, which are the counters of the random numbers."""
-    num_logprobs: int = -1
-    """Number of most likely ids to report with each sampled id; 0: only the sampled id's log-probability, -1: none."""
-    mask_rows: Tensor | None = None
-    """[M] int32: indices into N of the rows that ``bitmask`` restricts."""
-    bitmask: Tensor | None = None
-    """[M, ceil(V / 32)] int32: bit ``v % 32`` of word ``v // 32`` is set if id v may be sampled."""
-    adapters: Tensor | None = None
-    """[R] int32: index of each row's adapter, 0 for none; None if no row has one."""
-    backend: Any = field(default=None, repr=False)
-    """The backend's own data, derived from the above at upload (cache slots of the tokens, padded layouts, …)."""
-
-
-@dataclass(slots=True)
-class BeamRows:
-    """Groups of sampled positions among which :meth:`Backend.choose_beams` chooses; host arrays. M rows, G groups."""
-
-    rows: NDArray[np.int32]
-    """[M] indices into N."""
-    groups: NDArray[np.int32]
-    """[G + 1]: group g has rows ``groups[g]`` up to ``groups[g + 1]``."""
-    scores: NDArray[np.float32]
-    """[M] sums of the log-probabilities of each row's output."""
-    temperatures: NDArray[np.float32]
-    """[M] above 0."""
-
-
-@dataclass(slots=True)
-class Continuations:
-    """The ``k`` best continuations of each group, descending: int32 ``rows [G, k]``, counted within the group, int32
-    ``ids [G, k]`` and float32 ``scores [G, k]``. Where a group has fewer, row and id are -1, and the score is -inf."""
-
-    rows: Tensor
-    ids: Tensor
-    scores: Tensor
-
-
-@dataclass(slots=True)
-class Logprobs:
-    """Log-probabilities of N rows: float32 ``chosen [N]``, int32 ``rank [N]`` (1 = most likely), and the ``k`` most
-    likely, descending: int32 ``top_ids [N, k]``, float32 ``top [N, k]``. Equal logits rank by ascending id."""
-
-    chosen: Tensor
-    rank: Tensor
-    top_ids: Tensor
-    top: Tensor
-
-
-@dataclass(slots=True)
-class Sampled:
-    """The int32 ``ids [N]`` of a step and, if requested, their log-probabilities."""
-
-    ids: Tensor
-    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,125 +87,6 @@ def unusable(part: HostWeight, backend: Backend) -> BackendError:
 def not_finite(shape: Sequence[int]) -> ModelError:
     """The error for a weight that :meth:`Backend.quantize` cannot quantise."""
     return ModelError(f"a weight of shape {list(shape)}: values that are not finite cannot be quantised")
-
-
-class GraphKey(NamedTuple):
-    """Identifies a captured step."""
-
-    rows: int
-    query_len: int
-    """Tokens of each row."""
-    adapted: bool = False
-    """Whether any row has an adapter."""
-
-
-CAPTURED_QUERY_LEN = 9
-"""The largest query length of a captured step: the last known token of a row, and up to eight drafts."""
-Step: TypeAlias = Callable[[ForwardBatch], Sequence[Tensor]]
-"""Maps an uploaded batch to tensors whose first dimension is N, such as the logits."""
-
-
-class Model(Protocol):
-    """The part of a model's interface that the runner uses."""
-
-    kv_spec: KVSpec
-    vocab_size: int
-
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
-        """Hidden states ``[T, hidden]`` of the uploaded ``batch``, after the last norm; writes its keys and values."""
-        ...
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 logits ``[N, V]`` of hidden states ``[N, hidden]``."""
-        ...
-
-
-class KeepingModel(Model, Protocol):
-    """A model that also returns hidden states of its layers."""
-
-    def forward_keeping(
-        self, batch: ForwardBatch, kv: KVCache, kept: Sequence[int], rows: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Result of :meth:`forward`, and copies of the hidden states ``kept`` of the tokens ``rows``, int32 ``[N]``:
-        the inputs of the layers with these numbers; -1 stands for the result of :meth:`forward`."""
-        ...
-
-
-@runtime_checkable
-class AdaptableModel(Model, Protocol):
-    """A model that can run with LoRA adapters."""
-
-    def enable_adapters(self, limits: AdapterLimits) -> None:
-        """Make room for adapters within ``limits``; called at most once, before the first step."""
-        ...
-
-    def set_adapter(self, index: int, adapter: Adapter | None) -> None:
-        """Put ``adapter`` at ``index``, from 1 on, in place of the one that is there; None: only remove that.
-        ParameterError if it does not fit the model."""
-        ...
-
-    def set_adapter_parts(self, index: int, adapter: Adapter | None) -> Iterator[int]:
-        """Do the same one weight after the other; yields the bytes of each."""
-        ...
-
-
-class Comm(Protocol):
-    """Collective operations of the ranks that compute one model together; all ranks call them in the same order.
-
-    Like a backend's ops they may run later, and a captured step contains them."""
-
-    rank: int
-    world: int
-    sharing: int
-    """Number of ranks that share the memory of this rank's device."""
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of the ranks' ``x``, added in rank order and equal on all of them. May overwrite ``x``."""
-        ...
-
-    def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
-        """The ranks' ``x [N, widths[rank]]`` side by side in rank order: ``[N, sum(widths)]``."""
-        ...
-
-    def least(self, value: int) -> int:
-        """The least ``value`` of the ranks of all stages of the pipeline."""
-        ...
-
-    def send(self, x: Tensor) -> None:
-        """Send float32 ``x`` to this rank's counterpart in the next stage of the pipeline, which receives it."""
-        ...
-
-    def receive(self, shape: Sequence[int], dtype: str) -> Tensor:
-        """The tensor that this rank's counterpart in the stage before sends."""
-        ...
-
-
-class SingleRank:
-    """The :class:`Comm` of a model on one rank."""
-
-    rank = 0
-    world = 1
-    sharing = 1
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """``x`` itself."""
-        return x
-
-    def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
-        """``x`` itself."""
-        return x
-
-    def least(self, value: int) -> int:
-        """``value`` itself."""
-        return value
-
-    def send(self, x: Tensor) -> None:
-        """Raise BackendError: there is no other rank."""
-        raise BackendError("there is no other stage to send to")
-
-    def receive(self, shape: Sequence[int], dtype: str) -> Tensor:
-        """Raise BackendError: there is no other rank."""
-        raise BackendError("there is no other stage to receive from")
 
 
 class Backend(ABC):
@@ -698,20 +456,3 @@ class Backend(ABC):
         ``key``, ``slots`` and ``spec``. What it returns holds until the next call of any captured step is issued. Query
         lengths are 1 to :data:`CAPTURED_QUERY_LEN`."""
         raise BackendError(f"the {self.name} backend captures no steps")
-
-
-def uniform(seed: int, position: int) -> float:
-    """The random number of (``seed``, ``position``): float in [0, 1) with 24 bits, by SplitMix64 (Steele, Lea &
-    Flood 2014) over the position, keyed by the mixed seed. Every backend gives the same bits."""
-    return (_mix64(_mix64(seed + _GOLDEN) + (position + 1) * _GOLDEN) >> 40) * 2.0**-24
-
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK64 = 2**64 - 1
-
-
-def _mix64(z: int) -> int:
-    z &= _MASK64
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK64
-    return z ^ (z >> 31)

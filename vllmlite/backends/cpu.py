@@ -19,16 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import (
-    Expert,
-    ForwardBatch,
-    GraphKey,
-    SlotParams,
-    SlotSpec,
-    Step,
-    Tensor,
-    unusable,
-)
+from vllmlite.backends.base import Expert, unusable
+from vllmlite.backends.batch import ForwardBatch, GraphKey, SlotParams, SlotSpec, Step, Tensor
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.host_blocks import HostBlocks, Ids, SynchronousHostBlocks
 from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec

@@ -19,17 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import (
-    Expert,
-    ForwardBatch,
-    GraphKey,
-    SlotParams,
-    SlotSpec,
-    Step,
-    Tensor,
-    not_finite,
-    unusable,
-)
+from vllmlite.backends.base import Expert, not_finite, unusable
+from vllmlite.backends.batch import ForwardBatch, GraphKey, SlotParams, SlotSpec, Step, Tensor
 from vllmlite.backends.host_blocks import HostBlocks, Ids
 from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec
 from vllmlite.backends.memory import Memory

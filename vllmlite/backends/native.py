@@ -14,19 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import (
-    API,
-    Backend,
-    BeamRows,
-    Continuations,
-    ForwardBatch,
-    Logprobs,
-    Rope,
-    Sampled,
-    Tensor,
-)
+from vllmlite.backends.base import API, Backend, Rope
+from vllmlite.backends.batch import ForwardBatch, Tensor
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.kv_cache import KVSpec
+from vllmlite.backends.sampling import BeamRows, Continuations, Logprobs, Sampled
 from vllmlite.errors import BackendError
 from vllmlite.weights.adapter import AdapterLimits, LowRank
 from vllmlite.weights.schemes.codes import Bytes, StoredCodes

@@ -17,24 +17,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from vllmlite.backends import torch_sampling
-from vllmlite.backends.base import (
-    Backend,
-    BeamRows,
-    Continuations,
-    Expert,
-    ForwardBatch,
-    GraphKey,
-    LinearWeight,
-    Logprobs,
-    Rope,
-    Sampled,
-    SlotParams,
-    SlotSpec,
-    unusable,
-)
+from vllmlite.backends.base import Backend, Expert, LinearWeight, Rope, unusable
+from vllmlite.backends.batch import ForwardBatch, GraphKey, SlotParams, SlotSpec
 from vllmlite.backends.host_blocks import HostBlocks, SynchronousHostBlocks
 from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec
 from vllmlite.backends.memory import Memory, host_memory
+from vllmlite.backends.sampling import BeamRows, Continuations, Logprobs, Sampled
 from vllmlite.backends.torch_attention import Group, Rows, Scores, TorchKV, attend, check_copies, plan_groups
 from vllmlite.backends.torch_packed import SCHEMES, TorchPacked, TorchPart, packed_part
 from vllmlite.backends.torch_sampling import SamplePlan, TorchSlots

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import Continuations, ForwardBatch, Logprobs, SlotParams, SlotSpec
+from vllmlite.backends.batch import ForwardBatch, SlotParams, SlotSpec
+from vllmlite.backends.sampling import Continuations, Logprobs
 from vllmlite.backends.torch_attention import Put
 
 _HEAD = 1024  # up to this many largest logits use topk; more sort all

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllmlite.backends.base import Backend, Model
+from vllmlite.backends.base import Backend
 from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec
 from vllmlite.config.engine_config import AT_LOAD
 from vllmlite.errors import BackendError, ModelError, ParameterError
@@ -14,6 +14,7 @@ from vllmlite.models.cache_scales import layer_scales
 from vllmlite.models.decoder import Decoder
 from vllmlite.models.families import read_spec
 from vllmlite.models.gguf import open_gguf
+from vllmlite.models.interface import Model
 from vllmlite.models.plan import Plan, plan_model
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import sources, stored_schemes, stored_shapes

@@ -7,19 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllmlite.backends.base import (
-    Backend,
-    Comm,
-    Expert,
-    Experts,
-    ForwardBatch,
-    KVCache,
-    LinearWeight,
-    LowRankTable,
-    Rope,
-    SingleRank,
-    Tensor,
-)
+from vllmlite.backends.base import Backend, Expert, Experts, KVCache, LinearWeight, LowRankTable, Rope
+from vllmlite.backends.batch import ForwardBatch, Tensor
+from vllmlite.backends.comm import Comm, SingleRank
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.errors import ParameterError
 from vllmlite.models.adapters import places

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import Backend, ForwardBatch, KVCache, LinearWeight, Rope, Tensor
+from vllmlite.backends.base import Backend, KVCache, LinearWeight, Rope
+from vllmlite.backends.batch import ForwardBatch, Tensor
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.errors import ModelError
 from vllmlite.models.config_table import check_remaining, with_defaults

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from vllmlite.backends.base import ForwardBatch, KVCache
+from vllmlite.backends.base import KVCache
+from vllmlite.backends.batch import ForwardBatch
 from vllmlite.backends.torch import TorchBackend
 
 ATTENTION, PROBE = "vllmlite", "vllmlite_probe"

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllmlite.backends.base import Backend, ForwardBatch, KVCache
+from vllmlite.backends.base import Backend, KVCache
+from vllmlite.backends.batch import ForwardBatch
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.errors import BackendError, ModelError, VllmliteError, not_installed

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import ForwardBatch, Model, SlotParams, SlotSpec
+from vllmlite.backends.batch import ForwardBatch, SlotParams, SlotSpec
 from vllmlite.backends.torch import TorchBackend
 from vllmlite.models.hf_attention import Refusal
+from vllmlite.models.interface import Model
 
 _STEPS = (((0, 0, 2),), ((0, 2, 2), (1, 0, 2)), ((0, 4, 1), (1, 2, 1)), ((0, 5, 1), (1, 3, 1)))
 """The rows of each step: (slot, first token, number of tokens)."""

@@ -10,7 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllmlite.backends.base import Backend, LinearWeight, Tensor
+from vllmlite.backends.base import Backend, LinearWeight
+from vllmlite.backends.batch import Tensor
 from vllmlite.errors import ModelError
 from vllmlite.models.hf_config import HfConfig
 from vllmlite.weights.checkpoint import listed, read_tensors

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import Backend, Expert, ForwardBatch, LinearWeight, SlotParams, SlotSpec, Tensor
+from vllmlite.backends.base import Backend, Expert, LinearWeight
+from vllmlite.backends.batch import ForwardBatch, SlotParams, SlotSpec, Tensor
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.models.decoder import Decoder
 from vllmlite.models.spec import DecoderSpec

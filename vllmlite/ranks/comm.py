@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from vllmlite.backends.base import Backend, Comm, Tensor
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import Tensor
+from vllmlite.backends.comm import Comm
 from vllmlite.backends.cpu import CpuBackend
 from vllmlite.backends.native import load_extension
 from vllmlite.errors import ParameterError

@@ -45,7 +45,7 @@ class BackendFacts:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """The properties of the ranks' models that an engine needs to know; see ``backends.base.Model``."""
+    """The properties of the ranks' models that an engine needs to know; see ``models.interface.Model``."""
 
     vocab_size: int
     kv_spec: Any

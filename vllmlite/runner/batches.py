@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllmlite.backends.base import ForwardBatch
+from vllmlite.backends.batch import ForwardBatch
 
 
 def host_batch(

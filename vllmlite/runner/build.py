@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
-from vllmlite.backends.base import Backend, Comm, Model
+from vllmlite.backends.base import Backend
+from vllmlite.backends.comm import Comm
 from vllmlite.backends.cores import usable_cores
 from vllmlite.backends.select import BackendRequest, select_backend
 from vllmlite.config.engine_config import EngineConfig
@@ -18,6 +19,7 @@ from vllmlite.hub import find_model
 from vllmlite.models import load_planned
 from vllmlite.models.adapters import most_bytes
 from vllmlite.models.gguf import has_blocks, treatment
+from vllmlite.models.interface import Model
 from vllmlite.models.plan import Plan, check_quantization, plan_model
 from vllmlite.models.shard import part_of
 from vllmlite.models.spec import DecoderSpec

@@ -6,7 +6,8 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from vllmlite.backends.base import CAPTURED_QUERY_LEN, Backend, ForwardBatch, GraphKey, Slots, Step, Tensor
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import CAPTURED_QUERY_LEN, ForwardBatch, GraphKey, Slots, Step, Tensor
 from vllmlite.backends.kv_cache import KVSpec
 
 MOST_GRAPHS = 40

@@ -14,25 +14,14 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import (
-    AdaptableModel,
-    Backend,
-    BeamRows,
-    Continuations,
-    ForwardBatch,
-    KeepingModel,
-    KVCache,
-    Logprobs,
-    Model,
-    Sampled,
-    SlotParams,
-    SlotSpec,
-    Tensor,
-)
+from vllmlite.backends.base import Backend, KVCache
+from vllmlite.backends.batch import ForwardBatch, SlotParams, SlotSpec, Tensor
+from vllmlite.backends.sampling import BeamRows, Continuations, Logprobs, Sampled
 from vllmlite.engine.beams import Continuation
 from vllmlite.engine.runner_protocol import StepResult, TokenLogprobs
 from vllmlite.engine.schedule import Admission, Schedule
 from vllmlite.errors import BackendError, ParameterError
+from vllmlite.models.interface import AdaptableModel, KeepingModel, Model
 from vllmlite.runner.batches import host_batch
 from vllmlite.runner.graphs import Graphs
 from vllmlite.runner.kv_transfer import start_copies

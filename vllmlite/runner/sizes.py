@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllmlite.backends.base import Backend, Model
+from vllmlite.backends.base import Backend
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.drafts import MOST_DRAFTS
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.models import kv_spec
+from vllmlite.models.interface import Model
 from vllmlite.models.plan import Plan
 from vllmlite.runner.runner import ModelRunner
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import compress, takewhile
 
-from vllmlite.backends.base import Tensor
+from vllmlite.backends.batch import Tensor
 from vllmlite.engine.schedule import Admission, Schedule
 from vllmlite.runner.propose.cached import CachedProposer, CachedSequence
 from vllmlite.runner.runner import ModelRunner

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import ForwardBatch, SlotParams, SlotSpec, Tensor
+from vllmlite.backends.batch import ForwardBatch, SlotParams, SlotSpec, Tensor
 from vllmlite.engine.schedule import Schedule
 from vllmlite.models.eagle import EagleHead
 from vllmlite.runner.batches import host_batch

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from vllmlite.backends.base import Backend, Model
+from vllmlite.backends.base import Backend
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.config.speculative import FIELD, DraftCheckpoint
@@ -16,6 +16,7 @@ from vllmlite.hub import find_model
 from vllmlite.models import load_planned
 from vllmlite.models.decoder import Decoder
 from vllmlite.models.eagle import EagleHead, read_eagle
+from vllmlite.models.interface import Model
 from vllmlite.models.medusa import MedusaHeads
 from vllmlite.models.plan import Plan, check_quantization, plan_model
 from vllmlite.models.shard import sharded

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import Tensor
+from vllmlite.backends.batch import Tensor
 from vllmlite.engine.schedule import Schedule
 from vllmlite.models.decoder import FINAL
 from vllmlite.models.medusa import MedusaHeads

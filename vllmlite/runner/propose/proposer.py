@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from vllmlite.backends.base import Tensor
+from vllmlite.backends.batch import Tensor
 from vllmlite.engine.schedule import Schedule
 
 
