@@ -95,7 +95,8 @@ def test_a_server_is_restarted_under_load_and_no_request_fails(
             programs[index].close()
             wait_for(12)
             programs[index] = Program("--port", str(port), "--device", "cpu")
-        wait_for(12)
+            while not programs[index].has_answered():  # until then, haproxy may not know that it runs
+                wait_for(1)
     finally:
         stop.set()
         for thread in threads:

@@ -44,6 +44,8 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 120
 """Seconds after which a test stops waiting: many times what anything takes on a busy machine."""
+NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""Passed to httpx, which otherwise reads all certificates of the system, 50 ms for a client."""
 ENGINE = EngineConfig(dtype="float32", max_model_len=256, device="cpu", num_gpu_blocks_override=256)
 
 
@@ -81,6 +83,11 @@ class Program:
         if not self._ready.wait(PATIENCE) or self.process.poll() is not None:
             self.process.kill()
             raise RuntimeError("the server did not start:\n" + "".join(self.log))
+
+    def has_answered(self) -> bool:
+        """Return whether the program has answered a request to completion."""
+        metrics = httpx.get(f"{self.url}/metrics", verify=NO_CERTIFICATES).text
+        return re.search(r"^vllm:request_success_total\{.*\} [1-9]", metrics, re.MULTILINE) is not None
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = 60) -> int:
         """Send a signal and return the exit status."""
@@ -125,9 +132,6 @@ def serving(engine_config: EngineConfig = ENGINE, **options: Any) -> Iterator[Se
     finally:
         engine.shutdown()
 
-
-NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-"""Passed to httpx, which otherwise reads all certificates of the system, 50 ms for a client."""
 
 _APPS: WeakKeyDictionary[Service, tuple[tuple[ServerConfig, tuple[str, ...], tuple[str, ...]], FastAPI]] = (
     WeakKeyDictionary()
