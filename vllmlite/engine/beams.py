@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from vllmlite.beam_params import BeamOptions
 from vllmlite.engine.bounds import most_blocks
 from vllmlite.engine.request import Grammar, Request, Status
-from vllmlite.engine.schedule import BeamRows, Schedule
+from vllmlite.engine.schedule import Schedule, ScheduledBeams
 from vllmlite.engine.scheduler import Scheduler
 
 
@@ -212,7 +212,7 @@ class BeamSearch:
             scores = [beam.score for beam in self.state.beams]
             temperature = request.params.temperature or 1.0
             schedule.beams.append(
-                BeamRows(len(rows), schedule.num_sampled, scores, temperature, self.num_candidates)
+                ScheduledBeams(len(rows), schedule.num_sampled, scores, temperature, self.num_candidates)
             )
         for member, wanted in zip(members, missing, strict=True):
             if samples and self.active and _is_penalised(member):

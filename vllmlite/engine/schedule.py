@@ -25,7 +25,7 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
-class BeamRows:
+class ScheduledBeams:
     """Rows of a schedule among whose continuations the best are chosen: the beams of one request."""
 
     row: int
@@ -64,7 +64,7 @@ class Schedule:
     """Sampled position → bits of the ids that the grammar allows, little-endian words of 32."""
     ids: dict[int, list[int]] = field(default_factory=dict)
     """Row of a beam, or of a sequence that decodes in a pipeline of several stages → the ids of its tokens."""
-    beams: list[BeamRows] = field(default_factory=list)
+    beams: list[ScheduledBeams] = field(default_factory=list)
     copied_blocks: list[tuple[int, int]] = field(default_factory=list)
     """Block → block that gets its contents before the step computes."""
     pools: list[int] = field(default_factory=list)

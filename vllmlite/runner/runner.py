@@ -16,22 +16,22 @@ from numpy.typing import NDArray
 
 from vllmlite.backends.base import Backend, KVCache
 from vllmlite.backends.batch import ForwardBatch, SlotParams, SlotSpec, Tensor
-from vllmlite.backends.sampling import BeamRows, Continuations, Logprobs, Sampled
-from vllmlite.engine.beams import Continuation
-from vllmlite.engine.runner_protocol import StepResult, TokenLogprobs
+from vllmlite.backends.sampling import Continuations, Sampled
+from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.schedule import Admission, Schedule
 from vllmlite.errors import BackendError, ParameterError
 from vllmlite.models.interface import AdaptableModel, KeepingModel, Model
 from vllmlite.runner.batches import host_batch
+from vllmlite.runner.beams import choose_beams, read_beams
 from vllmlite.runner.graphs import Graphs
 from vllmlite.runner.kv_transfer import start_copies
+from vllmlite.runner.logprobs import RowLogprobs, named_logprobs, prompt_logprobs, read_logprobs, read_rows
+from vllmlite.runner.masks import pack_bits, restrict
+from vllmlite.runner.pooling import Pool, Pooling
 from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.weights.adapter import Adapter, AdapterLimits
 
 T = TypeVar("T")
-
-LOGPROBS_ROWS = 256
-"""Rows of logits that are copied for log-probabilities at a time."""
 
 
 @dataclass(slots=True)
@@ -52,29 +52,6 @@ class Launched:
     pools: list[Pool] = field(default_factory=list)
     hidden: Tensor | None = None
     """Hidden states of all tokens of the step; None unless ``pools`` need them."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowLogprobs:
-    """Log-probabilities on the device: entry i is that of ``ids[i]`` at row ``rows[i]``."""
-
-    rows: list[int]
-    ids: NDArray[np.int32]
-    logprobs: Logprobs
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """A row that contributes to the vector of its prompt."""
-
-    row: int
-    slot: int
-    pooling_type: str
-    span: tuple[int, int]
-    """Its tokens in the step."""
-    begins: bool
-    ends: bool
-    num_prompt: int
 
 
 class ModelRunner:
@@ -127,8 +104,7 @@ class ModelRunner:
         """Slot → the ids whose log-probabilities its request wants."""
         self._allowed: dict[int, NDArray[np.uint32]] = {}
         self._pooling_type: list[str | None] = [None] * max_num_seqs
-        self._sums: dict[int, NDArray[np.float64]] = {}
-        """Slot → sum of the hidden states of a prompt so far, for its mean."""
+        self._pooling = Pooling(backend)
 
     def profile(self, num_tokens: int, waits: bool = True) -> None:
         """Run a step of ``num_tokens`` in as many rows as there are slots, on block 0, and forget it. If it ``waits``,
@@ -235,7 +211,7 @@ class ModelRunner:
         if samples:
             launched.named_logprobs = self._named(logits, batch)
             if schedule.beams:
-                launched.beams = self._choose_beams(logits, schedule, device_batch)
+                launched.beams = choose_beams(self.backend, logits, self.slots, device_batch, schedule.beams)
             if not schedule.beams or _drawing_rows(schedule):
                 launched.sampled, accepted = self._sample(logits, device_batch)
                 launched.accepted = accepted if schedule.drafts else None
@@ -259,8 +235,8 @@ class ModelRunner:
             spans = self._accepted_spans(handle)
             result.token_ids = _split(ids.tolist(), spans)
             if handle.sampled.logprobs is not None:
-                logprobs = self._read_logprobs(ids, handle.sampled.logprobs)
-                for row, entry in self._read_rows(handle.named_logprobs):
+                logprobs = read_logprobs(self.backend, ids, handle.sampled.logprobs)
+                for row, entry in read_rows(self.backend, handle.named_logprobs):
                     logprobs[row].named.append(entry)
                 result.logprobs = _split(logprobs, spans)
             if self.proposer is not None:
@@ -268,11 +244,11 @@ class ModelRunner:
         else:
             result.token_ids = [[] for _ in range(handle.schedule.num_sampled)]
         if handle.beams is not None:
-            result.beams = self._read_beams(handle.schedule, handle.beams)
-        for row, entry in self._read_rows(handle.prompt_logprobs):
+            result.beams = read_beams(self.backend, handle.schedule.beams, handle.beams)
+        for row, entry in read_rows(self.backend, handle.prompt_logprobs):
             result.prompt_logprobs.setdefault(row, []).append(entry)
         if handle.pools:
-            result.pooled = self._read_pools(handle.pools, handle.hidden)
+            result.pooled = self._pooling.read(handle.pools, handle.hidden)
         if self.host_blocks is not None and handle.schedule.copies:
             self.host_blocks.wait()
         return result
@@ -305,23 +281,6 @@ class ModelRunner:
         assert pooling_type is not None
         span = int(batch.query_start_loc[row]), int(batch.query_start_loc[row + 1])
         return Pool(row, slot, pooling_type, span, start == 0, start + count == num_prompt, num_prompt)
-
-    def _read_pools(self, pools: list[Pool], hidden: Tensor) -> dict[int, list[float]]:
-        """The vectors that are whole: row → elements, float32."""
-        found: dict[int, list[float]] = {}
-        for kind in {pool.pooling_type for pool in pools}:
-            group = [pool for pool in pools if pool.pooling_type == kind]
-            vectors = self.backend.pool(hidden, np.array([pool.span for pool in group], np.int32), kind)
-            for pool, vector in zip(group, vectors, strict=True):
-                if kind == "MEAN":
-                    before = self._sums.pop(pool.slot, None)
-                    vector = vector if pool.begins or before is None else before + vector
-                if not pool.ends:
-                    self._sums[pool.slot] = vector
-                    continue
-                mean = vector / pool.num_prompt if kind == "MEAN" else vector
-                found[pool.row] = mean.astype(np.float32).tolist()
-        return found
 
     def _admit(self, admission: Admission) -> None:
         slot, params = admission.slot, admission.params
@@ -385,29 +344,8 @@ class ModelRunner:
         if len(sample_slots):
             batch.num_logprobs = int(self._num_logprobs[sample_slots].max())
             if schedule.banned or schedule.masks or self._allowed:
-                self._mask(batch, schedule)
+                restrict(batch, schedule, self._allowed, self.model.vocab_size)
         return batch, starts
-
-    def _mask(self, batch: ForwardBatch, schedule: Schedule) -> None:
-        """Turn allowed and banned ids and grammars of the sampled positions into bitmasks."""
-        sample_slots = batch.sample_slots.tolist()
-        restricted = [
-            index
-            for index, slot in enumerate(sample_slots)
-            if index in schedule.masks or index in schedule.banned or slot in self._allowed
-        ]
-        if not restricted:
-            return
-        bitmask = np.full((len(restricted), -(-self.model.vocab_size // 32)), 2**32 - 1, np.uint32)
-        for mask, index in zip(bitmask, restricted, strict=True):
-            if (grammar := schedule.masks.get(index)) is not None:
-                mask[:] = np.frombuffer(grammar, "<u4")
-            if (allowed := self._allowed.get(sample_slots[index])) is not None:
-                mask &= allowed
-            if (banned := schedule.banned.get(index)) is not None:
-                mask &= ~pack_bits(np.array(banned), self.model.vocab_size)
-        batch.mask_rows = np.array(restricted, np.int32)
-        batch.bitmask = bitmask.view(np.int32)
 
     def _logits(self, batch: ForwardBatch) -> Sequence[Tensor]:
         """Return the logits of an uploaded batch. This part of a step is captured: which kernels run depends on the
@@ -435,68 +373,24 @@ class ModelRunner:
         sampled = self.backend.sample(logits, self.slots, batch)
         return sampled, self.backend.accept(sampled.ids, self.slots, batch)
 
-    def _choose_beams(self, logits: Tensor, schedule: Schedule, batch: ForwardBatch) -> Continuations:
-        counts = [len(group.scores) for group in schedule.beams]
-        rows = [group.sampled + index for group in schedule.beams for index in range(len(group.scores))]
-        given = BeamRows(
-            np.array(rows, np.int32),
-            np.cumsum([0, *counts]).astype(np.int32),
-            np.array([score for group in schedule.beams for score in group.scores], np.float32),
-            np.repeat(np.array([group.temperature for group in schedule.beams], np.float32), counts),
-        )
-        most = max(group.num_candidates for group in schedule.beams)
-        return self.backend.choose_beams(logits, self.slots, batch, given, most)
-
-    def _read_beams(self, schedule: Schedule, found: Continuations) -> list[list[Continuation]]:
-        """Wait for continuations; return those of each request's beams that exist and are wanted."""
-        columns = [self.backend.to_host(column).tolist() for column in (found.rows, found.ids, found.scores)]
-        return [
-            [Continuation(*entry) for entry in zip(*lists, strict=True) if entry[0] >= 0][
-                : group.num_candidates
-            ]
-            for group, *lists in zip(schedule.beams, *columns, strict=True)
-        ]
-
     def _named(self, logits: Tensor, batch: ForwardBatch) -> list[RowLogprobs]:
-        """Log-probabilities of the ids that the requests of sampling rows name, of logits that are as yet untouched."""
+        """Compute log-probabilities of the ids that the requests of sampling rows name, of unmodified logits."""
         if not self._named_ids:
             return []
-        wanted = [(row, self._named_ids.get(slot)) for row, slot in enumerate(batch.sample_slots.tolist())]
-        pairs = np.array([(row, i) for row, ids in wanted if ids is not None for i in ids], np.int32).reshape(
-            -1, 2
-        )
-        found = []
-        for at in range(0, len(pairs), LOGPROBS_ROWS):
-            rows, ids = np.ascontiguousarray(pairs[at : at + LOGPROBS_ROWS].T)
-            copied = self.backend.rows(logits, self.backend.tensor(rows))
-            logprobs = self.backend.logprobs(copied, self.backend.tensor(ids), 0)
-            found.append(RowLogprobs(rows.tolist(), ids, logprobs))
-        return found
+        slots = enumerate(batch.sample_slots.tolist())
+        wanted = [(row, self._named_ids[slot]) for row, slot in slots if slot in self._named_ids]
+        return named_logprobs(self.backend, logits, wanted)
 
     def _prompt_logprobs(
         self, hidden: Tensor, batch: ForwardBatch, row: int, start: int
     ) -> Iterator[RowLogprobs]:
-        """Log-probabilities of the prompt tokens that follow the tokens of ``row``, in chunks."""
+        """Compute log-probabilities of the prompt tokens that follow those of ``row``, which begins at position
+        ``start``."""
         slot = batch.slots[row]
         first, last = batch.query_start_loc[row], batch.query_start_loc[row + 1]
         targets = self._known[slot][start + 1 : min(start + 1 + last - first, self._num_prompt[slot])]
-        for at in range(0, len(targets), LOGPROBS_ROWS):
-            ids = targets[at : at + LOGPROBS_ROWS]
-            index = np.arange(first + at, first + at + len(ids), dtype=np.int32)
-            logits = self.model.logits(self.backend.rows(hidden, self.backend.tensor(index)))
-            k = int(self._num_prompt_logprobs[slot])
-            logprobs = self.backend.logprobs(logits, self.backend.tensor(ids), k)
-            yield RowLogprobs([row] * len(ids), ids, logprobs)
-
-    def _read_rows(self, found: list[RowLogprobs]) -> Iterator[tuple[int, TokenLogprobs]]:
-        """Wait for log-probabilities; yield each with its row."""
-        for part in found:
-            yield from zip(part.rows, self._read_logprobs(part.ids, part.logprobs), strict=True)
-
-    def _read_logprobs(self, ids: NDArray[np.int32], logprobs: Logprobs) -> list[TokenLogprobs]:
-        columns = (logprobs.chosen, logprobs.rank, logprobs.top_ids, logprobs.top)
-        values = [self.backend.to_host(column).tolist() for column in columns]
-        return [TokenLogprobs(*entry) for entry in zip(ids.tolist(), *values, strict=True)]
+        k = int(self._num_prompt_logprobs[slot])
+        return prompt_logprobs(self.backend, self.model, hidden, row, first, targets, k)
 
 
 def _drawing_rows(schedule: Schedule) -> list[int]:
@@ -510,10 +404,3 @@ def _split(values: list[T], spans: list[tuple[int, int]] | None) -> list[list[T]
     if spans is None:
         return [[value] for value in values]
     return [values[first:end] for first, end in spans]
-
-
-def pack_bits(ids: NDArray[np.integer], vocab_size: int) -> NDArray[np.uint32]:
-    """A bitmask ``[ceil(vocab_size / 32)]`` with the bits of ``ids`` set: bit ``i % 32`` of word ``i // 32``."""
-    bits = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
-    bits[ids[ids < vocab_size]] = True
-    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
