@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from vllmlite.engine.engine import EngineOutput
+from vllmlite.engine.engine_output import EngineOutput
 from vllmlite.engine.runner_protocol import TokenLogprobs
 from vllmlite.errors import ModelError, ParameterError
 from vllmlite.output_processor import OutputProcessor, ProcessedStep

@@ -9,7 +9,8 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vllmlite.config.engine_config import EngineConfig
-from vllmlite.engine.engine import Engine, EngineOutput
+from vllmlite.engine.engine import Engine
+from vllmlite.engine.engine_output import EngineOutput
 from vllmlite.errors import ParameterError
 from vllmlite.exclusive_calls import Turns, takes_turn
 from vllmlite.inputs import PROMPT_KEYS, refuse, token_ids

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from vllmlite.engine.beams import Hypothesis
-from vllmlite.engine.engine import EngineOutput
+from vllmlite.engine.engine_output import EngineOutput
 from vllmlite.engine.runner_protocol import TokenLogprobs
 from vllmlite.errors import ParameterError
 from vllmlite.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput

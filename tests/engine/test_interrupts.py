@@ -22,7 +22,8 @@ from interrupts import Interrupt, interrupt, tries
 
 from vllmlite import LLM, EngineConfig, LLMEngine, SamplingParams
 from vllmlite.engine.drafts import DraftPolicy
-from vllmlite.engine.engine import Engine, EngineOutput
+from vllmlite.engine.engine import Engine
+from vllmlite.engine.engine_output import EngineOutput
 from vllmlite.engine.scheduler import Limits
 from vllmlite.hub import find_model
 from vllmlite.outputs import RequestOutput
@@ -118,7 +119,7 @@ def test_interrupts_at_any_point_change_no_text(
             params = SamplingParams(temperature=0, max_tokens=max_tokens)
             options = {"grammar": grammars[name]} if guided else {}
             call(engine.add_request, name, prompt, params, **options)
-            if name in engine._requests:
+            if name in engine._unfinished.by_id:
                 del pending[name]
         elif rng.random() < 0.05:
             call(engine.finish, name)

@@ -13,7 +13,8 @@ import pytest
 from engine_runs import assert_idle, run
 from fake_runner import EOS, VOCAB, FakeRunner, expected
 
-from vllmlite.engine.engine import ADAPTER_BYTES, Engine, EngineOutput
+from vllmlite.engine.engine import ADAPTER_BYTES, Engine
+from vllmlite.engine.engine_output import EngineOutput
 from vllmlite.engine.request import AdapterKey
 from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.schedule import Schedule

@@ -11,27 +11,28 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from hashlib import sha256
-from itertools import compress
-from typing import Any, TypedDict
+from typing import Any
 
 from vllmlite.engine.adapters import AdapterSource
-from vllmlite.engine.beams import BeamSearch, Continuation, Hypothesis
+from vllmlite.engine.beams import BeamSearch
 from vllmlite.engine.block_pool import root_digest
 from vllmlite.engine.bounds import RequestBounds
 from vllmlite.engine.drafts import DraftPolicy
+from vllmlite.engine.engine_output import EngineOutput
 from vllmlite.engine.request import Grammar, Request, Status
-from vllmlite.engine.runner_protocol import Runner, StepResult, TokenLogprobs
+from vllmlite.engine.runner_protocol import Runner
 from vllmlite.engine.saved_prefixes import SavedPrefixes
 from vllmlite.engine.schedule import Schedule
 from vllmlite.engine.scheduler import Limits, Scheduler
+from vllmlite.engine.statistics import refresh_stats
 from vllmlite.engine.thinking import ReasoningMarks, ThinkingBudget
 from vllmlite.engine.tiers import Copies, Tiers
 from vllmlite.engine.trace import Trace, TracedRunner, TraceEvent
+from vllmlite.engine.unfinished import UnfinishedRequests
 from vllmlite.errors import EngineDeadError, ParameterError
-from vllmlite.outputs import TIER_EVENTS, EngineStats, RequestMetrics
+from vllmlite.outputs import EngineStats, RequestMetrics
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.signals import came_from_handler
 
@@ -43,62 +44,6 @@ ADAPTER_SECONDS = 0.01
 """Maximum time that a step without anything to run waits for an adapter to be read."""
 DISK_POLL_SECONDS = 0.05
 """Most seconds that a step waits for blocks from disk if nothing else can run."""
-
-
-@dataclass(slots=True)
-class EngineOutput:
-    """What one step produced for one request. An output with a ``finish_reason`` is the request's last."""
-
-    request_id: str
-    new_token_ids: list[int]
-    finish_reason: str | None
-    stop_reason: int | str | None
-    num_cached_tokens: int
-    metrics: RequestMetrics
-    logprobs: list[TokenLogprobs] | None = None
-    """Log-probabilities of ``new_token_ids``."""
-    prompt_logprobs: list[TokenLogprobs] | None = None
-    """Log-probabilities of all prompt tokens but the first; set in a single output, once all of them are known."""
-    ends_in_text: bool = False
-    """Whether the last token is part of the text although the request ended with ``stop``: it completed a grammar."""
-    pooled: list[float] | None = None
-    """The vector of a pooling request, which gets no tokens."""
-    beams: list[Hypothesis] | None = None
-    """The outputs that beam search found, the best first. Such a request gets no ``new_token_ids``."""
-    error: str | None = None
-    """The message of the error, if ``finish_reason`` is ``error``."""
-
-
-class RequestOptions(TypedDict, total=False):
-    """The keyword arguments of :meth:`Engine.add_request`."""
-
-    bad_words: Sequence[Sequence[int]]
-    grammar: Grammar | None
-    priority: int
-    cache_salt: str | None
-    arrival_time: float | None
-    pooling_type: str | None
-    adapter: Any
-
-
-@dataclass(slots=True)
-class _StepLog:
-    """A step whose results are being applied: enough to finish applying them after an interrupt."""
-
-    outputs: list[EngineOutput]
-    first: int
-    """Index in ``outputs`` of the step's first output; those before it belong to earlier steps."""
-    schedule: Schedule
-    rows: list[Request]
-
-    def positions(self) -> dict[str, int]:
-        """Request id → index in the request's output of the first id that the step samples."""
-        schedule = self.schedule
-        columns = zip(self.rows, schedule.starts, schedule.counts, schedule.samples, strict=True)
-        return {
-            r.request_id: start + count - max(samples - 1, 0) - len(r.prompt_token_ids)
-            for r, start, count, samples in columns
-        }
 
 
 class Engine:
@@ -144,8 +89,7 @@ class Engine:
         self._cache_format = cache_format
         self.adapters = adapters
         self._trace: Trace | None = None
-        self._requests: dict[str, Request] = {}
-        self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
+        self._unfinished = UnfinishedRequests(self.scheduler, self.stats)
         self._in_flight: deque[tuple[Schedule, list[Request], Any]] = deque()
         self._num_added = 0
         self.saved_prefixes: SavedPrefixes | None = None
@@ -154,7 +98,6 @@ class Engine:
         """When the runner began the oldest step in flight."""
         self._changing = False
         """Set while a call changes the engine; still set by the next one if that call was interrupted."""
-        self._log: _StepLog | None = None
 
     def add_request(
         self,
@@ -176,7 +119,7 @@ class Engine:
         ``cache_salt`` share no blocks of the prefix cache. With ``pooling_type`` the request gets a vector of its
         prompt and no tokens. ``adapter`` is what :attr:`adapters` reads a LoRA adapter from, if it does not know it."""
         self._restore_if_interrupted()
-        if request_id in self._requests:
+        if request_id in self._unfinished.by_id:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
         bounds = self.bounds
         prompt = bounds.check(prompt_token_ids, params, bad_words, generates=pooling_type is None)
@@ -214,7 +157,7 @@ class Engine:
             request.beams = BeamSearch(request, params.beams)
         self._changing = True
         self._num_added += 1
-        self._requests[request_id] = request
+        self._unfinished.by_id[request_id] = request
         self.scheduler.add(request)
         self.stats.num_prompt_tokens += len(prompt)
         self._changing = False
@@ -222,16 +165,16 @@ class Engine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether any request has not finished."""
-        return bool(self._requests)
+        return bool(self._unfinished.by_id)
 
     def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> bool:
         """End a request: ``abort``, or ``stop`` for a stop string. False if there is no such request (any more)."""
         self._restore_if_interrupted()
-        request = self._requests.get(request_id)
+        request = self._unfinished.by_id.get(request_id)
         if request is None:
             return False
         self._changing = True
-        self._end(request, reason, stop_reason, time.monotonic())
+        self._unfinished.end(request, reason, stop_reason, time.monotonic())
         self._changing = False
         return True
 
@@ -285,7 +228,7 @@ class Engine:
                 self._load_adapters(outputs, ADAPTER_SECONDS)
             elif self.scheduler.tiers is not None and self.scheduler.tiers.is_waiting:
                 self.scheduler.tiers.wait(DISK_POLL_SECONDS)
-            if self.scheduler.tiers is not None and not self._requests:
+            if self.scheduler.tiers is not None and not self._unfinished.by_id:
                 self._flush(outputs, self.scheduler.tiers)
         except EngineDeadError:
             raise  # the runner is gone: no later step can succeed
@@ -313,7 +256,7 @@ class Engine:
             tiers.cost.record_step(schedule.num_tokens, now - self._busy_since)
             tiers.settled(schedule.copies)
             self._busy_since = now
-        self._apply(schedule, rows, result, outputs)
+        self._unfinished.apply(schedule, rows, result, outputs)
 
     def _flush(self, outputs: list[EngineOutput], tiers: Tiers) -> None:
         """Save blocks, now that nothing runs. Only a disk needs to know when the copies are done."""
@@ -346,10 +289,7 @@ class Engine:
         most = ADAPTER_BYTES if scheduler.running else sys.maxsize
         for waiting, error in scheduler.adapters.load(self.adapter_source(), self.runner, most, timeout):
             logger.warning("an adapter cannot be loaded; the requests that wait for it end: %s", error)
-            self._log = _StepLog(outputs, len(outputs), Schedule(), [])
-            for request in waiting:
-                self._end_with_error(request, str(error), outputs)
-            self._log = None
+            self._unfinished.end_with_error(waiting, str(error), outputs)
         scheduler.assign_adapters(len(self._in_flight))
 
     def prefix_root(self, cache_salt: str = "", *adapter: str) -> bytes:
@@ -360,8 +300,10 @@ class Engine:
         """Have the runner make copies, and wait for them. Raises ParameterError while requests run."""
         tiers, outputs = self.scheduler.tiers, list[EngineOutput]()
         assert tiers is not None
-        if self._requests:
-            raise ParameterError("id_slot", len(self._requests), "requests are running: try again later")
+        if self._unfinished.by_id:
+            raise ParameterError(
+                "id_slot", len(self._unfinished.by_id), "requests are running: try again later"
+            )
         tiers.save_evicted(copies)
         if copies:
             self._launch(Schedule(copies=copies), [], time.monotonic())
@@ -396,165 +338,11 @@ class Engine:
 
     def current_stats(self) -> EngineStats:
         """The counters, brought up to date."""
-        scheduler, stats = self.scheduler, self.stats
-        stats.num_running = len(scheduler.running)
-        stats.num_waiting = scheduler.num_waiting
-        stats.num_used_blocks = scheduler.pool.num_used
-        stats.peak_used_blocks = scheduler.pool.peak_used
-        stats.num_preemptions = scheduler.num_preemptions
-        stats.prefix_cache_queries = scheduler.prefix_queries
-        stats.prefix_cache_hits = scheduler.prefix_hits
-        if scheduler.tiers is not None:
-            counts = scheduler.tiers.counts
-            stats.external_prefix_cache_queries = counts.queries
-            stats.external_prefix_cache_hits = counts.hits
-            for name in TIER_EVENTS:
-                setattr(stats, f"tier_blocks_{name}", getattr(counts, name))
-        if stats.max_adapters:
-            stats.running_adapters = _adapter_names(scheduler.running)
-            stats.waiting_adapters = _adapter_names(
-                each for each in self._requests.values() if each.is_waiting
-            )
-        return stats
+        refresh_stats(self.stats, self.scheduler)
+        return self.stats
 
     def _derive_seed(self) -> int:
         return int.from_bytes(sha256(f"{self._seed}/{self._num_added}".encode()).digest()[:8], "little")
-
-    def _apply(
-        self, schedule: Schedule, rows: list[Request], result: StepResult, outputs: list[EngineOutput]
-    ) -> None:
-        """Apply a step's result, one request after the other: append its output, which makes the ids final, then update
-        the request."""
-        now = time.monotonic()
-        first = len(outputs)
-        finished, scheduler = Status.FINISHED, self.scheduler
-        self._log = _StepLog(outputs, first, schedule, rows)
-        if result.prompt_logprobs:
-            self._keep_prompt_logprobs(schedule, rows, result.prompt_logprobs)
-        token_ids = result.token_ids
-        logprobs: Sequence[list[TokenLogprobs] | None] = result.logprobs or [None] * len(token_ids)
-        sampling = compress(rows, schedule.samples)
-        num_tokens = 0
-        for request, sampled, ids, entries in zip(
-            sampling, filter(None, schedule.samples), token_ids, logprobs, strict=True
-        ):
-            if request.status is finished or request.beams is not None:
-                continue
-            reason: str | None = None
-            stop_reason: int | None = None
-            complete, count = False, 0
-            for token_id in ids:
-                count += 1
-                complete = request.grammar is not None and request.grammar.accept(token_id)
-                if token_id in request.stop_ids:
-                    reason = "stop"
-                    if token_id not in request.eos_ids or request.params.ignore_eos:
-                        stop_reason = token_id
-                    break
-                if complete:
-                    reason = "stop"
-                    break
-                if request.num_tokens - request.num_in_flight + count >= request.max_total_tokens:
-                    reason = "length"
-                    break
-            output = EngineOutput(
-                request.request_id,
-                ids if count == len(ids) else ids[:count],
-                reason,
-                stop_reason,
-                request.num_cached_tokens or 0,
-                request.metrics,
-            )
-            if complete:
-                output.ends_in_text = token_id not in request.stop_ids
-            if entries is not None and request.params.num_logprobs is not None:
-                output.logprobs = entries[:count]
-            if self._prompt_logprobs:
-                output.prompt_logprobs = self._prompt_logprobs.get(request.request_id)
-            outputs.append(output)
-            scheduler.collected(request, output.new_token_ids, sampled - count)
-            num_tokens += count
-            if sampled > 1:
-                self._count_drafts(request, sampled - 1, count - 1, len(rows))
-            request.metrics.count_tokens(now, count)
-            if output.prompt_logprobs is not None:
-                del self._prompt_logprobs[request.request_id]
-            if reason is not None:
-                self._end(request, reason, stop_reason, now)
-        for beams, continuations in zip(schedule.beams, result.beams, strict=True):
-            num_tokens += len(beams.scores)
-            self._apply_beams(rows[beams.row], continuations, now, outputs)
-        self.stats.num_generation_tokens += num_tokens
-        for row in schedule.wanted:
-            scheduler.proposed(rows[row], result.drafts.get(row, []))
-        for row, vector in result.pooled.items():
-            request = rows[row]
-            if request.status is not Status.FINISHED:
-                outputs.append(
-                    EngineOutput(
-                        request.request_id, [], "stop", None, request.num_cached_tokens or 0, request.metrics,
-                        pooled=vector,
-                    )
-                )  # fmt: skip
-                self._end(request, "stop", None, now)
-        self._log = None
-
-    def _apply_beams(
-        self, row: Request, continuations: Sequence[Continuation], now: float, outputs: list[EngineOutput]
-    ) -> None:
-        """Apply the continuations that were chosen of the request to which ``row`` belongs."""
-        search = row.beams
-        assert isinstance(search, BeamSearch)
-        request = search.request
-        if request.status is Status.FINISHED:
-            return
-        state = search.following(continuations)
-        request.metrics.count_tokens(now, 1)
-        if not state.is_done:
-            search.advance(self.scheduler, state)
-            return
-        best = state.finished[0]
-        outputs.append(
-            EngineOutput(
-                request.request_id, [], best.finish_reason, best.stop_reason, request.num_cached_tokens or 0,
-                request.metrics, prompt_logprobs=self._prompt_logprobs.get(request.request_id),
-                beams=state.finished,
-            )
-        )  # fmt: skip
-        self._end(request, best.finish_reason, best.stop_reason, now)
-
-    def _count_drafts(self, request: Request, drafts: int, accepted: int, rows: int) -> None:
-        self.scheduler.drafting.record(request.acceptance, drafts, accepted)
-        stats = self.stats
-        drafting = self.scheduler.drafting
-        stats.draft_seconds += drafting.row_cost(drafts, rows)
-        stats.plain_seconds += (accepted + 1) * drafting.row_cost(0, rows)
-        stats.num_drafts += 1
-        stats.num_draft_tokens += drafts
-        stats.num_accepted_tokens += accepted
-        counts = stats.num_accepted_tokens_per_pos
-        counts += (0,) * (drafts - len(counts))
-        stats.num_accepted_tokens_per_pos = tuple(
-            count + (position < accepted) for position, count in enumerate(counts)
-        )
-
-    def _keep_prompt_logprobs(
-        self, schedule: Schedule, rows: list[Request], found: dict[int, list[TokenLogprobs]]
-    ) -> None:
-        for row, entries in found.items():
-            if rows[row].status is not Status.FINISHED:
-                kept = self._prompt_logprobs.setdefault(rows[row].request_id, [])
-                kept[schedule.starts[row] :] = entries
-
-    def _end(self, request: Request, reason: str, stop_reason: int | str | None, now: float) -> None:
-        self.scheduler.finish(request, reason, stop_reason, now)
-        del self._requests[request.request_id]
-        self._prompt_logprobs.pop(request.request_id, None)
-
-    def _end_with_error(self, request: Request, reason: str, outputs: list[EngineOutput]) -> None:
-        if request.is_waiting:
-            outputs.append(_error_output(request, reason))
-            self._end(request, "error", None, time.monotonic())
 
     def _fail(self, error: Exception, outputs: list[EngineOutput]) -> None:
         """End the requests of the steps in flight with ``error``; without any, the running ones, or else all, so that a
@@ -563,15 +351,16 @@ class Engine:
         reason = f"{type(error).__name__}: {error}"
         self.stats.num_failed_steps += 1
         self.stats.last_error = reason
-        first = len(outputs) if self._log is None else self._log.first
-        served = {output.request_id for output in outputs[first:]}
-        self._restore_requests()
+        served = self._unfinished.served()
+        self._unfinished.settle()
         in_flight = {id(row.first): row.first for _, rows, _ in self._in_flight for row in rows}
-        failed = list(in_flight.values()) or self.scheduler.running or list(self._requests.values())
-        self._log = _StepLog(outputs, len(outputs), Schedule(), [])
-        for request in failed:
-            if request.status is not Status.FINISHED and request.request_id not in served:
-                outputs.append(_error_output(request, reason))
+        failed = list(in_flight.values()) or self.scheduler.running or list(self._unfinished.by_id.values())
+        unserved = [
+            request
+            for request in failed
+            if request.status is not Status.FINISHED and request.request_id not in served
+        ]
+        self._unfinished.append_errors(unserved, reason, outputs)
         self._restore()
 
     def _restore_if_interrupted(self) -> None:
@@ -582,41 +371,8 @@ class Engine:
         """Rebuild everything from the requests, as if all unfinished ones had just been preempted.
 
         If it is interrupted itself, the next call starts it again."""
-        self._restore_requests()
+        self._unfinished.settle()
         self._in_flight.clear()
-        self._prompt_logprobs = {}
-        self._requests = {
-            request_id: request
-            for request_id, request in self._requests.items()
-            if request.status is not Status.FINISHED
-        }
-        for request in self._requests.values():
-            request.restart()
-        self.scheduler.restart(self._requests.values())
+        self._unfinished.restart()
+        self.scheduler.restart(self._unfinished.by_id.values())
         self._changing = False
-
-    def _restore_requests(self) -> None:
-        """Apply the outputs of an interrupted step to their requests; those that were applied are not applied twice."""
-        if self._log is None:
-            return
-        positions = self._log.positions()
-        for output in self._log.outputs[self._log.first :]:
-            request = self._requests.get(output.request_id)
-            if request is None:
-                continue
-            if output.new_token_ids:
-                request.output_token_ids[positions[output.request_id] :] = output.new_token_ids
-            if output.finish_reason is not None:
-                request.finish(output.finish_reason, output.stop_reason, time.monotonic())
-        self._log = None
-
-
-def _adapter_names(requests: Iterable[Request]) -> tuple[str, ...]:
-    """Return the names of the adapters of ``requests``."""
-    return tuple(sorted({request.adapter.name for request in requests if request.adapter is not None}))
-
-
-def _error_output(request: Request, reason: str) -> EngineOutput:
-    """Return the last output of a request that ends with an error."""
-    cached = request.num_cached_tokens or 0
-    return EngineOutput(request.request_id, [], "error", None, cached, request.metrics, error=reason)

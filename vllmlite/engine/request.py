@@ -6,7 +6,7 @@ import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from vllmlite.engine.drafts import Acceptance
 from vllmlite.outputs import RequestMetrics
@@ -94,6 +94,18 @@ class Beams(Protocol):
     def restart(self) -> None:
         """Go back to waiting, with nothing in the cache."""
         ...
+
+
+class RequestOptions(TypedDict, total=False):
+    """The keyword arguments of :meth:`Engine.add_request`."""
+
+    bad_words: Sequence[Sequence[int]]
+    grammar: Grammar | None
+    priority: int
+    cache_salt: str | None
+    arrival_time: float | None
+    pooling_type: str | None
+    adapter: Any
 
 
 @dataclass(slots=True, eq=False)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 from vllmlite.engine.bounds import RequestBounds
-from vllmlite.engine.engine import Engine, EngineOutput, RequestOptions
-from vllmlite.engine.request import Grammar
+from vllmlite.engine.engine import Engine
+from vllmlite.engine.engine_output import EngineOutput
+from vllmlite.engine.request import Grammar, RequestOptions
 from vllmlite.engine_process.host import EngineThread
 from vllmlite.engine_process.wire import (
     LENGTH,

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.bounds import RequestBounds
-from vllmlite.engine.engine import Engine, EngineOutput
+from vllmlite.engine.engine import Engine
+from vllmlite.engine.engine_output import EngineOutput
 from vllmlite.engine_process.wire import Answer, EngineCall, StepOutputs, has_logprobs, pack, unpack
 from vllmlite.errors import BackendError, EngineDeadError, VllmliteError
 from vllmlite.guided.compiler import PARALLEL

@@ -10,7 +10,8 @@ from typing import Any, NoReturn, Unpack
 
 from vllmlite.engine.block_pool import root_digest
 from vllmlite.engine.bounds import RequestBounds
-from vllmlite.engine.engine import EngineOutput, RequestOptions
+from vllmlite.engine.engine_output import EngineOutput
+from vllmlite.engine.request import RequestOptions
 from vllmlite.engine.routing import Router
 from vllmlite.engine_process.client import EngineClient
 from vllmlite.errors import EngineDeadError, ParameterError

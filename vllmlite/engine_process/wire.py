@@ -8,7 +8,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
 
-from vllmlite.engine.engine import EngineOutput
+from vllmlite.engine.engine_output import EngineOutput
 from vllmlite.errors import VllmliteError
 from vllmlite.outputs import EngineStats
 

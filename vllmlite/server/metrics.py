@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from vllmlite.engine.engine import EngineOutput
+from vllmlite.engine.engine_output import EngineOutput
 from vllmlite.outputs import TIER_EVENTS, EngineStats
 from vllmlite.sampling_params import SamplingParams
 
