@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapters import merge, random_adapter
+from adapters import delta, merge, random_adapter
 from checkpoints import write_checkpoint
 from model_runs import LENGTHS, chunked, paged_model, prompts
 from paged import PagedModel
 
 from vllmlite.models import read_spec
-from vllmlite.models.adapters import most_bytes
-from vllmlite.weights.adapter import AdapterLimits
+from vllmlite.models.adapters import most_bytes, place_parts, places
+from vllmlite.models.shard import part_of
+from vllmlite.models.tensors import sources
+from vllmlite.weights.adapter import AdapterLimits, LowRank
+from vllmlite.weights.host import HostTensor, float_values
 
 ROWS = len(LENGTHS)
 ADAPTERS = [0, 1, 2, 3, 0, 2, 1, 3]
@@ -77,3 +80,38 @@ def test_a_mixed_batch_equals_merged_weights(checkpoints: Any, family: str, devi
         for row in rows:
             scale = np.abs(expected[row]).max()
             np.testing.assert_allclose(found[row] / scale, expected[row] / scale, atol=1e-4)
+
+
+SPLIT: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, changes) for family, changes in FAMILIES.items()},
+    "fewer kv heads than ranks": ("Llama", {"num_key_value_heads": 1}),
+    "interleaved by group": ("Falcon", {"num_kv_heads": 2, "new_decoder_architecture": True, "bias": True}),
+}
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_ranks_take_their_part_of_a_change(case: str, tmp_path: Path) -> None:
+    """The change ``W = W @ 1`` of a whole weight becomes the part of ``W`` that the rank loads from a checkpoint."""
+    family, changes = SPLIT[case]
+    write_checkpoint(tmp_path, family, **changes)
+    spec = read_spec(tmp_path)
+    rng = np.random.default_rng(0)
+    stored = {source.key: host(rng.standard_normal(source.stored)) for source in sources(spec).values()}
+    taken = set()
+    for rank in range(4):
+        part = part_of(spec, rank, 4, 2)
+        own = sources(part)
+        for name, place in place_parts(part).items():
+            taken.add(name)
+            source = sources(spec)[f"{name}.weight"]
+            whole = source.take(stored[source.key])
+            assert isinstance(whole, HostTensor)
+            change = place.of(LowRank(host(np.eye(whole.shape[1])), whole, 1.0))
+            expected = own[f"{place.name}.weight"].take(stored[source.key])
+            assert isinstance(expected, HostTensor)
+            np.testing.assert_array_equal(delta(change), float_values(expected))
+    assert taken == places(spec).keys()
+
+
+def host(values: Any) -> HostTensor:
+    return HostTensor("float32", values.shape, values.astype(np.float32).reshape(-1).view(np.uint8))

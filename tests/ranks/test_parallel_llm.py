@@ -15,17 +15,22 @@ from checkpoints import TINY, write_checkpoint
 from drafting import let_drafts_pay
 from eagle_heads import Shape, write_head
 from native import needs_native_cpu
+from peft_files import random_factors, write_peft
 from rank_processes import processes_of
 
 from vllmlite import LLM, RequestOutput, SamplingParams
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.errors import ModelError, ParameterError, VllmliteError
+from vllmlite.lora.modules import peft_modules
+from vllmlite.lora.request import LoRARequest
+from vllmlite.models import read_spec
 
 pytestmark = needs_native_cpu
 OPTIONS: dict[str, Any] = {
     "dtype": "float32", "backend": "cpu", "threads": 1, "skip_tokenizer_init": True, "max_model_len": 128, "seed": 1,
     "max_num_seqs": 4, "max_num_batched_tokens": 24, "num_gpu_blocks_override": 9,
     "speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1},
+    "enable_lora": True, "max_loras": 2,
 }  # fmt: skip
 """Few blocks and short steps: prompts are chunked, requests preempted."""
 PROMPTS = [[5, 6, 7, 8] * 8, [9, 10, 11] * 5, list(range(20, 60)), [5, 6, 7, 8] * 9]
@@ -71,8 +76,13 @@ def parallel(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="module")
-def expected(checkpoint: Path) -> list[RequestOutput]:
-    return generate(LLM(str(checkpoint), **OPTIONS))
+def single(checkpoint: Path) -> LLM:
+    return LLM(str(checkpoint), **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def expected(single: LLM) -> list[RequestOutput]:
+    return generate(single)
 
 
 def test_several_processes_give_the_tokens_of_one(parallel: LLM, expected: list[RequestOutput]) -> None:
@@ -88,6 +98,23 @@ def test_several_processes_give_the_tokens_of_one(parallel: LLM, expected: list[
     assert stats.num_preemptions or parallel.llm_engine.config.pipeline_parallel_size > 1
     assert stats.backend == "cpu" and stats.device == "cpu"
     assert "processes of 1 thread: tensor parallelism" in parallel.llm_engine.backend_choice
+
+
+def test_adapters_change_all_ranks(parallel: LLM, single: LLM, checkpoint: Path, tmp_path: Path) -> None:
+    """Three adapters take turns in two places, beside a request without any."""
+    modules = peft_modules(checkpoint, read_spec(checkpoint)).by_name
+    shapes = {name: (module.out, module.inner) for name, module in modules.items()}
+    adapters = []
+    for number in (1, 2, 3):
+        path = write_peft(tmp_path / str(number), random_factors(shapes, number, seed=number))
+        adapters.append(LoRARequest(f"adapter {number}", number, str(path)))
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    texts = []
+    for llm in (single, parallel):
+        outputs = llm.generate(prompts, PARAMS, lora_request=[*adapters, None], use_tqdm=False)
+        texts.append(token_ids(outputs))
+    assert texts[0] == texts[1]
+    assert len({str(text) for text in texts[0]}) == 4
 
 
 def test_an_interrupt_loses_nothing(parallel: LLM, expected: list[RequestOutput]) -> None:
@@ -160,7 +187,6 @@ def test_sizes_that_cannot_be_split_are_refused_before_a_process_starts(checkpoi
     ("options", "message"),
     [
         ({"distributed_executor_backend": "uni"}, "distributed_executor_backend='uni': runs one rank"),
-        ({"enable_lora": True}, "tensor_parallel_size=2: must be 1 with enable_lora"),
         ({"swap_space": 1}, "tensor_parallel_size=2: must be 1 with swap_space"),
     ],
 )

@@ -374,7 +374,6 @@ class EngineConfig:
                 "distributed_executor_backend", "uni", "runs one rank; leave it out for several"
             )
         others = {
-            "enable_lora": self.enable_lora,
             "swap_space": self.host_tier_bytes() > 0,
             "kv_disk_path": self.kv_disk_path is not None,
             "slot_save_path": self.slot_save_path is not None,

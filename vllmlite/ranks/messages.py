@@ -6,6 +6,7 @@ unpickled that comes from another host."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.schedule import Schedule
 from vllmlite.models.plan import Plan
+from vllmlite.weights.adapter import LowRank
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +74,22 @@ class Failed:
     error: str
 
 
-Command: TypeAlias = tuple[int, Schedule | None]
-"""The driver's message in the ring: launch the schedule as step ``[0]``; without one, collect that step.
+@dataclass(frozen=True, slots=True)
+class AdapterPart:
+    """Some weights of an adapter; the parts of one adapter follow each other, maybe with steps between them."""
+
+    index: int
+    """Where the ranks put the adapter; see ``ModelRunner.load_adapter_parts``."""
+    digest: str
+    weights: Mapping[str, LowRank]
+    """The changes of whole weights, by their names in the whole model."""
+    is_first: bool
+    is_last: bool
+    """Whether the ranks have all of the adapter now, and reply once it is loaded."""
+
+
+Command: TypeAlias = tuple[int, Schedule | AdapterPart | None]
+"""The driver's message in the ring: launch the schedule as step ``[0]``; with None, collect that step.
 
 Only ranks whose backend is asynchronous are told to collect; others complete each step at once."""
 Reply: TypeAlias = tuple[int, StepResult | Exception]

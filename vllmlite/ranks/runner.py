@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pickle
+from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.schedule import Schedule
-from vllmlite.errors import BackendError, EngineDeadError
+from vllmlite.errors import EngineDeadError
 from vllmlite.ranks.group import RankGroup
-from vllmlite.ranks.messages import Command, Ready, Reply
+from vllmlite.ranks.messages import AdapterPart, Command, Ready, Reply
+from vllmlite.weights.adapter import Adapter, LowRank
 
 
 class ParallelRunner:
@@ -23,6 +24,8 @@ class ParallelRunner:
         self.group = group
         self.backend, self.model = ready.backend, ready.model
         self._step = 0
+        self._replies: dict[int, StepResult | Exception] = {}
+        """Replies that have come and have not been asked for."""
 
     def launch(self, schedule: Schedule) -> int:
         """Send a step to the ranks. Raises EngineDeadError if one has ended."""
@@ -34,23 +37,38 @@ class ParallelRunner:
         """Wait for a step's results. Raises what it raised on the ranks, or EngineDeadError if one has ended."""
         if self.backend.asynchronous:
             self._send((handle, None))
-        while True:
+        for interrupted in [step for step in self._replies if step < handle]:
+            del self._replies[interrupted]
+        return self._wait_for(handle)
+
+    def load_adapter_parts(self, index: int, adapter: Adapter) -> Iterator[int]:
+        """Send an adapter to the ranks, a layer at a time, and wait until all have loaded it; see
+        :meth:`ModelRunner.load_adapter_parts`."""
+        layers: defaultdict[str, dict[str, LowRank]] = defaultdict(dict)
+        for name, change in adapter.weights.items():
+            layers[name.partition(".")[0]][name] = change
+        for number, weights in enumerate(layers.values(), 1):
+            self._step += 1
+            last = number == len(layers)
+            self._send((self._step, AdapterPart(index, adapter.digest, weights, number == 1, last)))
+            if last:
+                self._wait_for(self._step)
+            yield sum(change.num_bytes for change in weights.values())
+
+    def _wait_for(self, step: int) -> StepResult:
+        """Return the reply to a command, or raise the error that it is; replies to others are kept."""
+        while step not in self._replies:
             message = self.group.ranks.receive(1.0)
             if message is None:
                 self.group.check()
                 continue
             reply: Reply = pickle.loads(message)
-            step, result = reply
-            if step != handle:
-                continue  # of a step whose collection was interrupted
-            if isinstance(result, Exception):
-                self.group.agree_on_failure(step)
-                raise result
-            return result
-
-    def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:
-        """Raise BackendError: adapters need a single rank, as the configuration has been told."""
-        raise BackendError("adapters need a single rank in this version")
+            self._replies[reply[0]] = reply[1]
+        result = self._replies.pop(step)
+        if isinstance(result, Exception):
+            self.group.agree_on_failure(step)
+            raise result
+        return result
 
     def _send(self, command: Command) -> None:
         if not self.group.ranks.send(pickle.dumps(command, pickle.HIGHEST_PROTOCOL)):

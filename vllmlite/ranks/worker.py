@@ -13,12 +13,26 @@ from contextlib import suppress
 from typing import Any
 
 from vllmlite.backends.native import load_extension
+from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine_process.wire import pack, unpack
-from vllmlite.errors import VllmliteError
+from vllmlite.errors import BackendError, VllmliteError
+from vllmlite.models.adapters import place_parts
+from vllmlite.models.decoder import Decoder
 from vllmlite.ranks.comm import connect
-from vllmlite.ranks.messages import BackendFacts, Command, Failed, ModelFacts, Phase, Ready, Reply, Setup
+from vllmlite.ranks.messages import (
+    AdapterPart,
+    BackendFacts,
+    Command,
+    Failed,
+    ModelFacts,
+    Phase,
+    Ready,
+    Reply,
+    Setup,
+)
 from vllmlite.runner.build import build_runner
 from vllmlite.runner.runner import ModelRunner
+from vllmlite.weights.adapter import Adapter, LowRank
 
 COLLECTIVE_SECONDS, COLLECTIVE_SECONDS_PER_TOKEN = 30.0, 0.05
 """Limit of a collective operation, which waits for the slowest rank: for any step, and for each of its tokens."""
@@ -82,6 +96,10 @@ class Steps:
         self._runner, self._ranks, self._control, self._reports = runner, ranks, control, reports
         self._launched: dict[int, Any] = {}
         """Step → its handle, or the error with which its launch failed."""
+        model = runner.model
+        self._places = place_parts(model.spec) if runner.adapter_limits and isinstance(model, Decoder) else {}
+        self._adapters: dict[int, dict[str, LowRank]] = {}
+        """Index → what has come of an adapter of which more will come."""
 
     def run(self) -> None:
         """Run steps until the ranks are aborted; the heartbeat's thread ends the process when the driver has ended."""
@@ -90,19 +108,27 @@ class Steps:
             if message is None:
                 continue  # a signal, or the end
             command: Command = pickle.loads(message)
-            step, schedule = command
-            if schedule is not None:
-                tokens = sum(schedule.counts)
+            step, work = command
+            if isinstance(work, AdapterPart):
+                self._take(work)
+                if work.is_last:
+                    self._reply(step, self._load_adapter(step, work))
+                continue
+            if work is not None:
+                tokens = sum(work.counts)
                 self._ranks.limit(COLLECTIVE_SECONDS + COLLECTIVE_SECONDS_PER_TOKEN * tokens)
                 try:
-                    self._launched[step] = self._runner.launch(schedule)
+                    self._launched[step] = self._runner.launch(work)
                 except Exception as error:
                     self._launched[step] = error
                 if self._runner.backend.asynchronous:
                     continue  # until the driver has the step collected
-            reply: Reply = step, self._collect(step)
-            if self._reports:
-                self._ranks.send(_packed(reply))
+            self._reply(step, self._collect(step))
+
+    def _reply(self, step: int, result: StepResult | Exception) -> None:
+        """Send the driver a result, if this rank is the one that does."""
+        if self._reports:
+            self._ranks.send(_packed((step, result)))
 
     def _collect(self, step: int) -> Any:
         """Return the result of a step, or the error with which it failed."""
@@ -117,6 +143,34 @@ class Steps:
                 return self._runner.collect(handle)
             except Exception as raised:
                 error = raised
+        return self._failed(step, error)
+
+    def _take(self, part: AdapterPart) -> None:
+        """Keep this rank's part of the changes that have come."""
+        if part.is_first:
+            self._adapters[part.index] = {}
+        for name, change in part.weights.items():
+            if (own := self._places.get(name)) is not None:
+                self._adapters[part.index][own.name] = own.of(change)
+
+    def _load_adapter(self, step: int, adapter: AdapterPart) -> StepResult | Exception:
+        """Load the rank's part of an adapter of which all has come; if one rank cannot, none has it."""
+        error: Exception | None = None
+        try:
+            weights = self._adapters.pop(adapter.index)
+            self._runner.load_adapter(adapter.index, Adapter(adapter.digest, weights))
+        except VllmliteError as raised:
+            error = raised
+        self._ranks.limit(COLLECTIVE_SECONDS)
+        if self._runner.backend.comm.least(error is None):
+            return StepResult([])
+        if error is None:
+            self._runner.unload_adapter(adapter.index)
+            error = BackendError("another rank cannot load the adapter: its log says why")
+        return self._failed(step, error)
+
+    def _failed(self, step: int, error: Exception) -> Exception:
+        """Tell the driver that this rank failed, and return the error."""
         if not self._ranks.aborted:
             logging.getLogger(__name__).error("a step failed", exc_info=error)
             self._control.sendall(pack(Failed(step, f"{type(error).__name__}: {error}")))
