@@ -236,7 +236,10 @@ def test_lengths_of_ngrams_are_those_of_vllm(given: dict[str, int], want: tuple[
 @pytest.mark.parametrize(
     ("options", "field", "says"),
     [
-        ({"speculative_config": {"method": "mtp"}}, "speculative_config.method", "must be ngram or suffix or"),
+        ({"speculative_config": {"method": "dflash"}}, "speculative_config.method", "must be ngram or suffix or"),
+        ({"speculative_config": {"method": "mtp", "quantization": "int8"}},
+         "speculative_config.quantization", "no effect on mtp drafts"),
+        ({"speculative_config": {"method": "mtp", "model": ""}}, "speculative_config.model", "needs a checkpoint"),
         ({"speculative_config": {"method": "eagle3", "model": "a/b", "quantization": "int8"}},
          "speculative_config.quantization", "no effect on eagle3 drafts"),
         ({"speculative_config": {"method": "ngrams"}}, "speculative_config.method", "did you mean ngram?"),

@@ -14,6 +14,7 @@ import pytest
 from checkpoints import TINY, write_checkpoint
 from eagle_heads import Floats, Head, Shape, write_head
 from medusa_heads import Heads, write_medusa
+from mtp_layers import MtpLayer, write_with_mtp
 from native import needs_native_cpu
 
 from vllmlite import LLM, SamplingParams
@@ -34,8 +35,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return path, write_checkpoint(path, eos_token_id=None)
 
 
-def start(model: Path, head: Path, method: str, **options: Any) -> LLM:
-    config = {"method": method, "model": str(head), "num_speculative_tokens": DRAFTS}
+def start(model: Path, head: Path | None, method: str, **options: Any) -> LLM:
+    config: dict[str, Any] = {"method": method, "num_speculative_tokens": DRAFTS}
+    config |= {} if head is None else {"model": str(head)}
     llm = LLM(
         str(model), speculative_config=config, skip_tokenizer_init=True, device="cpu", dtype="float32",
         **{"max_model_len": 160, "block_size": 8, "num_gpu_blocks_override": 200, **options},
@@ -80,7 +82,7 @@ def proposed(llm: LLM, patch: pytest.MonkeyPatch) -> list[tuple[list[int], list[
     return found
 
 
-def check_drafts(found: list[tuple[list[int], list[int]]], model: Any, head: Head | Heads) -> None:
+def check_drafts(found: list[tuple[list[int], list[int]]], model: Any, head: Head | Heads | MtpLayer) -> None:
     """Compare proposals with what the head drafts from transformers' hidden states."""
     torch = pytest.importorskip("torch")
     table = model.model.embed_tokens.weight.detach().numpy()
@@ -137,6 +139,59 @@ def test_drafts_are_those_of_the_head(form: str, target: tuple[Path, Any], tmp_p
             prompts(9, 30), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
         )
     check_drafts(found, target[1], head)
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+MTP: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Qwen3": ("qwen", "Qwen3", {}),
+    "Qwen3-MoE": ("qwen", "Qwen3Moe", MOE),
+    "MiMo": ("mimo", "Qwen2", {}),
+}
+
+
+@needs_native_cpu
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.slow] if form == "Qwen3-MoE" else []) for form in MTP]
+)
+def test_drafts_are_those_of_the_mtp_layer(form: str, tmp_path: Path) -> None:
+    """The text is that of the model without the layer, which is not read where no drafts are made."""
+    layout, family, changes = MTP[form]
+    model, layer = write_with_mtp(tmp_path, layout, family, **changes, eos_token_id=None)
+    greedy, seeded = (
+        SamplingParams(max_tokens=12, ignore_eos=True, detokenize=False, **options)
+        for options in ({"temperature": 0}, {"temperature": 1.0, "seed": 5})
+    )
+    plain = LLM(str(tmp_path), skip_tokenizer_init=True, device="cpu", dtype="float32", max_model_len=160)
+    llm = start(tmp_path, None, "qwen3_next_mtp")
+    with pytest.MonkeyPatch.context() as patch:
+        found = proposed(llm, patch)
+        for params in (greedy, seeded):
+            wanted, got = (each.generate(prompts(9, 30), params) for each in (plain, llm))
+            assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in wanted]
+    check_drafts(found, model, layer)
+
+
+@needs_native_cpu
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"num_nextn_predict_layers": 2}, "several MTP layers"),
+        (
+            {},
+            r"holds no MTP layer, whose tensors include mtp.fc.weight or model.mtp_layers.0.input_proj.weight",
+        ),
+    ],
+)
+def test_a_model_without_an_mtp_layer_that_can_draft_is_refused(
+    config: dict[str, Any], says: str, target: tuple[Path, Any], tmp_path: Path
+) -> None:
+    path = target[0]
+    if config:
+        path = tmp_path
+        write_with_mtp(path, "qwen", "Qwen3")
+        spoilt(config)(path)
+    with pytest.raises(ModelError, match=says):
+        start(path, None, "mtp")
 
 
 def prompts(*lengths: int) -> list[dict[str, list[int]]]:

@@ -22,8 +22,15 @@ from vllmlite.config.options import (
 )
 from vllmlite.config.options import option as _option
 from vllmlite.config.refused import ABSENT
-from vllmlite.config.speculative import EAGLE, OLDER, SHORTHANDS, Speculative, speculative, with_shorthands
 from vllmlite.config.speculative import FIELD as SPECULATIVE
+from vllmlite.config.speculative import (
+    OLDER,
+    SHORTHANDS,
+    WITH_STATES,
+    Speculative,
+    speculative,
+    with_shorthands,
+)
 from vllmlite.errors import ParameterError
 from vllmlite.pooling_params import POOLING_TYPES
 from vllmlite.sampling_params import MAX_LOGPROBS
@@ -273,7 +280,8 @@ class EngineConfig:
         '"num_speculative_tokens": 8, "prompt_lookup_min": 2, "prompt_lookup_max": 5}: guess what followed the last '
         'tokens where they occurred before; {"method": "suffix"}: guess what followed them most often; '
         '{"method": "draft_model", "model": NAME}: guess what a smaller model with '
-        "the same vocabulary generates; method eagle, eagle3 or medusa: what heads predict from hidden states",
+        "the same vocabulary generates; method eagle, eagle3 or medusa: what heads predict from hidden states; "
+        '{"method": "mtp"}: what the MTP layer predicts that the model\'s checkpoint holds',
         group="speculative decoding",
     )
     enable_lora: bool = _option(False, "let requests use LoRA adapters", group="LoRA")
@@ -416,9 +424,11 @@ class EngineConfig:
                 )
         for name, value in tiers:
             speculative = self.speculative()
-            if value and speculative and speculative.draft and speculative.draft.method in EAGLE:
+            if value and speculative and speculative.draft and speculative.draft.method in WITH_STATES:
                 raise ParameterError(
-                    name, value, "EAGLE heads read hidden states of the prompt, which cache tiers do not keep"
+                    name,
+                    value,
+                    f"method {speculative.draft.method} reads hidden states, which cache tiers do not keep",
                 )
             if value and not self.enable_prefix_caching:
                 raise ParameterError(

@@ -11,11 +11,14 @@ from vllmlite.errors import ParameterError
 
 FIELD = "speculative_config"
 EAGLE = ("eagle", "eagle3")
+MTP = "mtp"
+WITH_STATES = (*EAGLE, MTP)
+"""Methods that read hidden states of the prompt, and keep keys and values."""
 LOOKUPS = ("ngram", "suffix")
 """Methods whose drafts come from texts, not from a checkpoint."""
-METHODS = (*LOOKUPS, "draft_model", *EAGLE, "medusa")
+METHODS = (*LOOKUPS, "draft_model", *EAGLE, MTP, "medusa")
 ABSENT_METHODS = (
-    "mlp_speculator", "mtp", "deepseek_mtp", "ngram_gpu", "custom_class", "dflash",
+    "mlp_speculator", "ngram_gpu", "custom_class", "dflash", "dspark", "extract_hidden_states",
 )  # fmt: skip
 """vLLM's methods that are not supported."""
 NGRAM_MODELS = ("ngram", "[ngram]")
@@ -41,7 +44,7 @@ METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
         "suffix_decoding_min_token_prob", "max_model_len",
     ),
     "draft_model": ("revision", "quantization", "max_model_len"),
-    **dict.fromkeys(EAGLE, ("revision", "max_model_len")),
+    **dict.fromkeys(WITH_STATES, ("revision", "max_model_len")),
     "medusa": ("revision",),
 }  # fmt: skip
 """Further keys of each method."""
@@ -77,8 +80,9 @@ class DraftCheckpoint:
     """The checkpoint of a model that proposes drafts."""
 
     method: str
-    """``draft_model``, ``medusa``, or one of :data:`EAGLE`."""
-    model: str
+    """One of :data:`METHODS`, but not of :data:`LOOKUPS`."""
+    model: str | None
+    """Its name or path; None: the target model's own checkpoint (``mtp``)."""
     revision: str | None
     quantization: str | None
     """How its weights are quantised at load."""
@@ -173,6 +177,8 @@ def speculative(options: Mapping[str, Any], ranks: int = 1) -> Speculative | Non
 def _method(options: Mapping[str, Any]) -> str:
     """Return the method. That of a model without a method follows from the model's name, as in vLLM."""
     method, model = options.get("method"), options.get("model")
+    if isinstance(method, str) and method.endswith("_mtp"):
+        method = MTP  # vLLM has a name for each family, such as qwen3_next_mtp
     supported = f"must be {' or '.join(METHODS)}; drafts of other methods are not supported in this version"
     if method is None and model is not None:
         named = (name for name in ("eagle3", "eagle", "medusa") if name in str(model).lower())
@@ -184,7 +190,7 @@ def _method(options: Mapping[str, Any]) -> str:
     if method in LOOKUPS:
         if model is not None and (method != "ngram" or model not in NGRAM_MODELS):
             raise ParameterError(f"{FIELD}.model", model, f"has no effect on {method} drafts: leave it out")
-    elif not isinstance(model, str) or not model:
+    elif not (isinstance(model, str) and model) and (method != MTP or model is not None):
         raise ParameterError(
             f"{FIELD}.model",
             model,
@@ -200,7 +206,7 @@ def _draft_checkpoint(method: str, options: Mapping[str, Any]) -> DraftCheckpoin
             raise ParameterError(f"{FIELD}.{key}", options[key], "must be a string")
     longest = _integer(options, "max_model_len", 2**31 - 1)
     return DraftCheckpoint(
-        method, options["model"], options.get("revision"), options.get("quantization"), longest
+        method, options.get("model"), options.get("revision"), options.get("quantization"), longest
     )
 
 

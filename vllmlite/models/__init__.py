@@ -15,6 +15,7 @@ from vllmlite.models.decoder import Decoder
 from vllmlite.models.families import read_spec
 from vllmlite.models.gguf import open_gguf
 from vllmlite.models.interface import Model
+from vllmlite.models.keys import MTP_TENSORS
 from vllmlite.models.plan import Plan, plan_model
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import sources, stored_schemes, stored_shapes
@@ -42,7 +43,7 @@ def open_model(
         schemes,
         prefix=keys.prefix,
         renames=keys.renames,
-        unread=keys.unread,
+        unread="|".join(filter(None, (keys.unread, MTP_TENSORS))),
         tied=(head, f"{keys.prefix}{keys.embedding}.weight"),
     )
     lost = [] if load_format == "dummy" else sorted(schemes.keys() - stored.schemes.keys())

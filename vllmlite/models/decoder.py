@@ -136,13 +136,33 @@ class Decoder:
     ) -> tuple[Tensor, list[Tensor]]:
         """Compute :meth:`forward`, and copy the hidden states ``kept`` of the tokens ``rows``, int32 ``[N]``: layer
         numbers stand for the layers' inputs, and :data:`FINAL` for the result."""
-        states: dict[int, Tensor] = {}
-        ops, parallel, adapted = self.backend, self.spec.parallel, batch.adapters is not None
-        residual = None
+        ops = self.backend
         if self.spec.stage.is_first:
             x = self._embedded(batch)
         else:
             x = self._comm.receive((batch.num_tokens, self.spec.hidden_size), "float32")
+        x, residual, states = self.through_layers(x, batch, kv, kept, rows)
+        if not self.spec.stage.is_last:
+            x = x if residual is None else ops.add(x, residual)
+            self._comm.send(x)
+            return x, []
+        x = self._normed(x, self._final_norm, residual)[0]
+        if self._project_out is not None:
+            x = self._linear(x, self._project_out, batch)
+        if FINAL in kept:
+            states[FINAL] = ops.rows(x, rows)
+        return x, [states[layer] for layer in kept]
+
+    def through_layers(
+        self, x: Tensor, batch: ForwardBatch, kv: KVCache, kept: Sequence[int] = (), rows: Tensor = None
+    ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
+        """Compute the layers of hidden states ``x [T, hidden_size]``.
+
+        Returns two summands of the last layer's output, of which the second may be absent, and the inputs of the layers
+        ``kept`` at the tokens ``rows``."""
+        ops, parallel, adapted = self.backend, self.spec.parallel, batch.adapters is not None
+        residual = None
+        states: dict[int, Tensor] = {}
         for index, layer in enumerate(self._layers):
             if index in kept:
                 copy = ops.rows(x, rows)
@@ -162,16 +182,7 @@ class Decoder:
             up = layer.mlp.up.weight if isinstance(layer.mlp, _Mlp) and not adapted else None
             h, residual = self._normed(x, layer.mlp_norm, residual, up)
             x = self._output(self._mlp(h, layer.mlp, batch), layer.mlp_out_norm)
-        if not self.spec.stage.is_last:
-            x = x if residual is None else ops.add(x, residual)
-            self._comm.send(x)
-            return x, []
-        x = self._normed(x, self._final_norm, residual)[0]
-        if self._project_out is not None:
-            x = self._linear(x, self._project_out, batch)
-        if FINAL in kept:
-            states[FINAL] = ops.rows(x, rows)
-        return x, [states[layer] for layer in kept]
+        return x, residual, states
 
     @property
     def embedding_table(self) -> Tensor:
@@ -363,6 +374,9 @@ class _Loader:
             None if bias is None else self.backend.tensor(bias, self.backend.dtype),
         )
 
+    def norm_weight(self, name: str) -> Tensor:
+        return norm_weight(self.backend, self.weights, name, self.spec.norm.unit_offset)
+
     def head_norm(self, name: str, heads: int) -> Tensor:
         """Return the norm weights of q or k: ``[D]``, or ``[heads, D]`` if each head has its own."""
         if self.spec.qk_norm != "layer":
@@ -373,9 +387,10 @@ class _Loader:
         ]
         return backend.tensor(np.stack(list(map(backend.to_host, rows))), backend.dtype)
 
-    def norm_weight(self, name: str) -> Tensor:
-        """Return a norm's weight. With ``unit_offset`` it is in float32: 16 bits are too few for values near 1."""
-        backend, host = self.backend, self.weights.floats(name)
-        if not self.spec.norm.unit_offset:
-            return backend.tensor(host, backend.dtype)
-        return backend.tensor(backend.to_host(backend.tensor(host, "float32")) + np.float32(1))
+
+def norm_weight(backend: Backend, weights: ModelWeights, name: str, unit_offset: bool) -> Tensor:
+    """Return a norm's weight. With ``unit_offset`` it is in float32: 16 bits are too few for values near 1."""
+    host = weights.floats(name)
+    if not unit_offset:
+        return backend.tensor(host, backend.dtype)
+    return backend.tensor(backend.to_host(backend.tensor(host, "float32")) + np.float32(1))

@@ -122,6 +122,8 @@ class EagleHead:
         self.backend = backend = target.backend
         layer = spec.layer
         self.kv_spec = KVSpec(1, layer.num_kv_heads, layer.head_dim, block_size, backend.dtype)
+        self.states, self.state_size = spec.states, spec.target_size
+        self.draft_vocab_size = spec.draft_vocab_size
         self._target = target
         rope = layer.layers[0].rope
         assert rope is not None

@@ -27,7 +27,7 @@ from vllmlite.models import (
 from vllmlite.models.config_table import check_remaining, with_defaults
 from vllmlite.models.gguf import gguf_keys
 from vllmlite.models.hf_config import HfConfig
-from vllmlite.models.keys import Keys
+from vllmlite.models.keys import MTP_COUNTS, Keys
 from vllmlite.models.multimodal import MULTIMODAL, text_config, text_keys
 from vllmlite.models.quantization import Quantization
 from vllmlite.models.quantization_config import read_quantization
@@ -52,7 +52,7 @@ FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("Llama 1 to 3", "llama", llama.spec, bfloat16=False),
     "MistralForCausalLM": Family("Mistral", "mistral", mistral.spec),
     "MixtralForCausalLM": Family("Mixtral", "mixtral", mistral.mixtral),
-    "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", "qwen2", qwen2.spec),
+    "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5, MiMo", "qwen2", qwen2.spec),
     "Qwen2MoeForCausalLM": Family("Qwen2-MoE", "qwen2_moe", qwen2.moe),
     "Qwen3ForCausalLM": Family("Qwen3", "qwen3", qwen3.spec),
     "Qwen3MoeForCausalLM": Family("Qwen3-MoE", "qwen3_moe", qwen3.moe),
@@ -73,8 +73,9 @@ FAMILIES: dict[str, Family] = {
 """Families by the name in ``architectures`` of ``config.json``."""
 RENAMED: dict[str, tuple[str, Callable[[HfConfig], HfConfig]]] = {
     "RWForCausalLM": ("FalconForCausalLM", falcon.refined_web),
+    "MiMoForCausalLM": ("Qwen2ForCausalLM", qwen2.mimo),
 }
-"""Old names in ``architectures``: the current name, and a function that converts the configuration."""
+"""Other names in ``architectures``: the name of the family, and a function that converts the configuration."""
 
 
 def read_spec(path: Path) -> DecoderSpec:
@@ -119,6 +120,7 @@ def _checked_spec(
     config: HfConfig, name: str, family: Family, model_type: str, quantization: Quantization | None
 ) -> DecoderSpec:
     spec = replace(family.spec(with_defaults(config, model_type), name), quantization=quantization)
+    config.without_effect(*MTP_COUNTS)
     check_remaining(config, model_type)
     quantised_elsewhere = quantization is not None and not quantization.own
     if quantised_elsewhere and spec.dtype == "float16" and family.bfloat16:

@@ -68,3 +68,7 @@ SANDWICH = Keys(
     mlp_out_norm="post_feedforward_layernorm",
 )
 """Names of families with norms after attention and MLP, as Gemma and OLMo name them."""
+MTP_TENSORS = r"(^|\.)mtp(_layers)?\."
+"""Regular expression of the tensors of MTP layers, which only propose drafts: see ``models/mtp.py``."""
+MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_num_layers")
+"""Names of the number of MTP layers in configurations."""

@@ -21,3 +21,10 @@ def moe(config: HfConfig, architecture: str) -> DecoderSpec:
     base = decoder_spec(config, architecture, windows=windows)
     base = replace(base, qkv_bias=config.boolean("qkv_bias", True))
     return with_experts(base, config, config.integer("shared_expert_intermediate_size", 5632), 60, 4)
+
+
+def mimo(config: HfConfig) -> HfConfig:
+    """Return the configuration of Xiaomi's MiMo (2025), which is Qwen2 with an MTP layer."""
+    config.require("attention_bias", True)
+    config.require("use_mrope", False)
+    return config

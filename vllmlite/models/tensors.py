@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from vllmlite.models.keys import Fused
 from vllmlite.models.shard import whole
@@ -25,11 +25,13 @@ def stored_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     return {source.key: source.stored for source in sources(spec.whole or spec).values()}
 
 
-def stored_schemes(spec: DecoderSpec) -> dict[str, Scheme]:
-    """Return the tensors of :func:`stored_shapes` that the checkpoint stores quantised, with the scheme of each."""
+def stored_schemes(spec: DecoderSpec, tensors: Mapping[str, Source] | None = None) -> dict[str, Scheme]:
+    """Return the tensors that the checkpoint of ``spec`` stores quantised, with the scheme of each: those of
+    ``tensors``, by default of the whole model."""
     if spec.quantization is None:
         return {}
-    keys = {source.key for source in sources(spec.whole or spec).values() if source.product}
+    tensors = sources(spec.whole or spec) if tensors is None else tensors
+    keys = {source.key for source in tensors.values() if source.product}
     found = {key: spec.quantization.scheme(key) for key in keys}
     return {key: scheme for key, scheme in found.items() if scheme is not None}
 

@@ -188,8 +188,8 @@ def build_runner(
     drafter = None
     models, caches = [model], [model.kv_spec]
     if draft is not None and options is not None:
-        choice += f"; drafts of up to {options.num_tokens} tokens from {draft.model}"
-        drafter = load_drafter(config, draft, model, backend, num_positions, rank, world)
+        choice += f"; drafts of up to {options.num_tokens} tokens from {draft.model or 'its MTP layer'}"
+        drafter = load_drafter(config, draft, model, packing, num_positions, rank, world)
         models, caches = [*models, *drafter.models], [*caches, *drafter.caches]
     backend.comm.least(0)  # all ranks have loaded their weights: the memory that is free now is for caches
     adapters = AdapterLimits(config.max_loras, config.max_lora_rank) if config.enable_lora else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from vllmlite.config.engine_config import EngineConfig
-from vllmlite.config.speculative import EAGLE
+from vllmlite.config.speculative import WITH_STATES
 from vllmlite.engine.adapters import AdapterSource
 from vllmlite.engine.drafts import DraftPolicy, StepCost
 from vllmlite.engine.engine import Engine
@@ -130,7 +130,7 @@ def _drafting(config: EngineConfig, built: BuiltRunner[object], two_steps: bool)
         draft_cost=StepCost(built.draft_times) if built.draft_times else None,
         wait=built.waiting_time if two_steps else 0.0,
         fills_cache=options.draft is not None and options.draft.method != "medusa",
-        reads_states=options.draft is not None and options.draft.method in EAGLE,
+        reads_states=options.draft is not None and options.draft.method in WITH_STATES,
     )
 
 

@@ -1,4 +1,4 @@
-"""Drafts from an EAGLE head, which reads hidden states of the target model.
+"""Drafts from an EAGLE head or an MTP layer, which read hidden states of the target model.
 
 The head's state of position p depends on the target model's hidden states of p and on token p + 1. The hidden states
 of each launched step are kept until the head has computed their positions. It does so where drafts are wanted, and
@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vllmlite.backends.base import Backend, KVCache
 from vllmlite.backends.batch import ForwardBatch, SlotParams, SlotSpec, Tensor
+from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.engine.schedule import Schedule
-from vllmlite.models.eagle import EagleHead
 from vllmlite.runner.batches import host_batch
 from vllmlite.runner.propose.cached import CachedProposer, CachedSequence
 
@@ -29,6 +30,39 @@ STRETCH = 128
 """Positions of a sequence that may be left to compute."""
 MOST_UNKNOWN = 1024
 """Positions of a sequence that may be computed without their hidden states."""
+
+
+class DraftHead(Protocol):
+    """A decoder layer that drafts from hidden states of the target model: an EAGLE head or an MTP layer."""
+
+    backend: Backend
+    kv_spec: KVSpec
+    states: tuple[int, ...]
+    """The target model's hidden states that it reads: inputs of these layers, or ``FINAL``."""
+    state_size: int
+    """Size of each of them."""
+    vocab_size: int
+    """Ids below this have an embedding."""
+    draft_vocab_size: int
+    target_ids: NDArray[np.int32]
+    """The target model's id of each id of the draft vocabulary."""
+
+    def fused(self, states: Sequence[Tensor]) -> Tensor:
+        """Return the hidden state ``[T, hidden]`` that stands for the target model's ``states``."""
+        ...
+
+    def forward(
+        self, token_ids: Tensor, hidden: Tensor, batch: ForwardBatch, kv: KVCache
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the positions of ``batch`` from their hidden states ``hidden [T, hidden]`` and the ids after them,
+        ``token_ids [T]``; write keys and values to ``kv``.
+
+        Returns the input of :meth:`logits`, and the hidden states for the next draft."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits ``[N, draft_vocab_size]``."""
+        ...
 
 
 class _States:
@@ -82,17 +116,17 @@ class EagleSequence(CachedSequence):
 class EagleProposer(CachedProposer[EagleSequence]):
     """Proposes the chain of most likely tokens of a head."""
 
-    def __init__(self, head: EagleHead, *, num_blocks: int, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(self, head: DraftHead, *, num_blocks: int, max_num_seqs: int, max_model_len: int) -> None:
         """Allocate the head's cache, of as many blocks as the target model's. Sequences get drafts up to a length of
         ``max_model_len`` tokens."""
         super().__init__(EagleSequence, head.kv_spec.block_size, max_model_len, ahead=1)
         self.head = head
-        self.states = head.spec.states
+        self.states = head.states
         self._backend = backend = head.backend
         self._kv = backend.alloc_kv(head.kv_spec, num_blocks)
         max_blocks = -(-max_model_len // head.kv_spec.block_size)
         self._slots = backend.alloc_slots(
-            SlotSpec(max_num_seqs, max_blocks, max_model_len, head.spec.draft_vocab_size, num_blocks)
+            SlotSpec(max_num_seqs, max_blocks, max_model_len, head.draft_vocab_size, num_blocks)
         )
         self._max_num_seqs = max_num_seqs
 
@@ -232,7 +266,7 @@ class EagleProposer(CachedProposer[EagleSequence]):
             pieces = []
             for states, index in parts:
                 if states is None:
-                    pieces.append(np.zeros((len(index), self.head.spec.target_size), np.float32))
+                    pieces.append(np.zeros((len(index), self.head.state_size), np.float32))
                     continue
                 if not states.host:
                     states.host = [backend.to_host(tensor) for tensor in states.tensors]

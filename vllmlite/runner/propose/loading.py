@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from vllmlite.backends.base import Backend
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.config.engine_config import EngineConfig
-from vllmlite.config.speculative import FIELD, DraftCheckpoint
+from vllmlite.config.speculative import FIELD, MTP, DraftCheckpoint
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.models import load_planned
@@ -18,10 +17,11 @@ from vllmlite.models.decoder import Decoder
 from vllmlite.models.eagle import EagleHead, read_eagle
 from vllmlite.models.interface import Model
 from vllmlite.models.medusa import MedusaHeads
+from vllmlite.models.mtp import MtpHead
 from vllmlite.models.plan import Plan, check_quantization, plan_model
 from vllmlite.models.shard import sharded
 from vllmlite.runner.propose.draft_model import ModelProposer
-from vllmlite.runner.propose.eagle import EagleProposer
+from vllmlite.runner.propose.eagle import DraftHead, EagleProposer
 from vllmlite.runner.propose.medusa import MedusaProposer
 from vllmlite.runner.propose.proposer import Proposer
 from vllmlite.runner.runner import ModelRunner
@@ -48,6 +48,8 @@ def check_vocabulary(config: EngineConfig, draft: DraftCheckpoint, tokenizer: To
     no tokenizer.
 
     Sizes are not compared: models of one family pad their vocabularies to different sizes."""
+    if draft.model is None:
+        return
     path = _find(config, draft)
     if draft.method != "draft_model" and not any(
         (path / name).exists() for name in ("tokenizer.json", "tokenizer.model")
@@ -86,18 +88,18 @@ def load_drafter(
     config: EngineConfig,
     draft: DraftCheckpoint,
     target: Model,
-    backend: Backend,
+    packing: Packing,
     longest: int,
     rank: int,
     world: int,
 ) -> Drafter:
-    """Load the model of ``draft`` onto the backend of ``target``, whose sequences have up to ``longest`` tokens.
+    """Load the model of ``draft`` onto the backend of ``target``, whose weights have the form that ``packing`` decides,
+    and whose sequences have up to ``longest`` tokens.
 
-    On several ranks each computes a part of a draft model, as of the target model, and all of an EAGLE head or
-    of Medusa heads."""
+    On several ranks each computes a part of a draft model, as of the target model, and all of heads and MTP layers."""
     if draft.method != "draft_model":
-        return _load_heads(config, draft, target, longest)
-    plan = _plan(config, draft)
+        return _load_heads(config, draft, target, packing, longest)
+    plan, backend = _plan(config, draft), packing.backend
     if plan.backends and backend.name not in plan.backends:
         raise ParameterError(
             f"{FIELD}.model",
@@ -132,16 +134,31 @@ def load_drafter(
     return Drafter((model,), (model.kv_spec,), proposer)
 
 
-def _load_heads(config: EngineConfig, draft: DraftCheckpoint, target: Model, longest: int) -> Drafter:
+def _load_heads(
+    config: EngineConfig, draft: DraftCheckpoint, target: Model, packing: Packing, longest: int
+) -> Drafter:
     """Load what reads the target model's hidden states."""
     if not isinstance(target, Decoder):
         raise ParameterError(f"{FIELD}.method", draft.method, "needs a native model")
+    path = _find(config, draft)
     if draft.method == "medusa":
         spec = target.spec
-        heads = MedusaHeads(_find(config, draft), target.backend, spec.output_size, spec.vocab_size)
+        heads = MedusaHeads(path, target.backend, spec.output_size, spec.vocab_size)
         return Drafter((), (), lambda *_: MedusaProposer(heads))
-    eagle = read_eagle(_find(config, draft), draft.method, target.spec)
-    head = EagleHead(eagle, target, num_positions=longest, block_size=config.block_size)
+    head: DraftHead
+    if draft.method == MTP:
+        head = MtpHead(
+            path,
+            target,
+            packing=packing,
+            num_positions=longest,
+            block_size=config.block_size,
+            load_format=config.load_format,
+            seed=config.seed,
+        )
+    else:
+        eagle = read_eagle(path, draft.method, target.spec)
+        head = EagleHead(eagle, target, num_positions=longest, block_size=config.block_size)
 
     def proposer(runner_of: RunnerOf, num_blocks: int, longest: int) -> Proposer:
         return EagleProposer(
@@ -155,4 +172,6 @@ def _load_heads(config: EngineConfig, draft: DraftCheckpoint, target: Model, lon
 
 
 def _find(config: EngineConfig, draft: DraftCheckpoint) -> Path:
+    if draft.model is None:
+        return find_model(config.model, revision=config.revision, download_dir=config.download_dir)
     return find_model(draft.model, revision=draft.revision, download_dir=config.download_dir)
