@@ -290,6 +290,7 @@ def test_tokens(service: Service) -> None:
 def test_models_and_operations(service: Service) -> None:
     models = get(service, "/v1/models").json()
     check(operations.ModelList, models)
+    assert models["data"][0]["created"] == 0, "replicas must answer alike"
     assert [model["id"] for model in models["data"]] == ["demo"]
     assert get(service, "/v1/models/demo").json() == models["data"][0]
     assert get(service, "/version").json() == {"version": __version__}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import count
 from pathlib import Path
@@ -22,15 +20,6 @@ MODULE_KEYS = ("name", "path", "base_model_name")
 """Keys of an entry of ``lora_modules``."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServedAdapter:
-    """An adapter that requests can name as their model."""
-
-    request: LoRARequest
-    created: int
-    """When it was loaded, in seconds since the epoch."""
-
-
 class ServedAdapters:
     """The adapters of a server by name."""
 
@@ -43,10 +32,10 @@ class ServedAdapters:
         self._model_names = frozenset(model_names)
         self._root = root
         self._numbers = count(1)
-        self._served: dict[str, ServedAdapter] = {}
+        self._served: dict[str, LoRARequest] = {}
         self._loading: set[str] = set()
 
-    def all(self) -> Mapping[str, ServedAdapter]:
+    def all(self) -> Mapping[str, LoRARequest]:
         """Return the adapters by name, in the order in which they were loaded."""
         return self._served
 
@@ -78,11 +67,11 @@ class ServedAdapters:
             hint = did_you_mean(name, self._served)
             message = str(ParameterError("lora_name", name, f"is not loaded{hint}"))
             raise ApiError(HTTPStatus.NOT_FOUND, message, param="lora_name", code="model_not_found")
-        if number not in (None, found.request.lora_int_id):
+        if number not in (None, found.lora_int_id):
             raise ParameterError("lora_int_id", number, f"is not the number of {name!r}")
         del self._served[name]
         self._metrics.forget_adapter(name)
-        await self._engine.remove_lora(found.request.lora_int_id)
+        await self._engine.remove_lora(found.lora_int_id)
 
     async def _load(self, name: str, path: str, base: str | None, root: str | None) -> None:
         check_name("lora_name", name)
@@ -100,9 +89,9 @@ class ServedAdapters:
         finally:
             self._loading.discard(name)
         old = self._served.get(name)
-        self._served[name] = ServedAdapter(request, int(time.time()))
+        self._served[name] = request
         if old is not None:
-            await self._engine.remove_lora(old.request.lora_int_id)
+            await self._engine.remove_lora(old.lora_int_id)
 
 
 def read_module(text: str) -> dict[str, str]:

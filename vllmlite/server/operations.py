@@ -59,11 +59,11 @@ def _card(service: Service, name: str) -> ModelCard:
     root = service.engine.llm_engine.config.model or service.model
     parent = None
     if adapter is not None:
-        root, parent = adapter.request.lora_path, adapter.request.base_model_name or service.model
+        root, parent = adapter.lora_path, adapter.base_model_name or service.model
     return {
         "id": name,
         "object": "model",
-        "created": service.created if adapter is None else adapter.created,
+        "created": 0,
         "owned_by": "vllmlite",
         "root": root,
         "parent": parent,

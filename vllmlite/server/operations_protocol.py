@@ -78,7 +78,8 @@ class ModelCard(TypedDict):
 
     id: str
     object: Literal["model"]
-    created: int
+    created: Literal[0]
+    """Unknown: a checkpoint does not say, and the time of a load would differ among the replicas of a server."""
     owned_by: str
     root: str
     parent: str | None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -71,7 +70,6 @@ class Service:
         self.metrics = metrics
         self.model_names = tuple(model_names)
         self.model = self.model_names[0]
-        self.created = int(time.time())
         self.notes = Notes()
         self.num_answering = 0
         """Number of HTTP requests being answered by endpoints that compute: vLLM's server load."""
@@ -103,7 +101,7 @@ class Service:
             self.check_model(name)
         self._check_fields(body, path)
         adapter = self.adapters.all().get(name or "")
-        return ServedModel(self.model) if adapter is None else ServedModel(str(name), adapter.request)
+        return ServedModel(self.model) if adapter is None else ServedModel(str(name), adapter)
 
     def _check_fields(self, body: Request, path: str) -> None:
         """Log fields without effect, once each, or refuse them with ``strict_requests``."""

@@ -141,7 +141,7 @@ async def list_adapters(request: Request) -> Response:
     """List the adapters. Their scale is 0: a request uses one by its name as the model."""
     service: Service = request.app.state.service
     found: list[LlamaAdapter] = [
-        {"id": each.request.lora_int_id, "path": each.request.lora_path, "scale": 0.0}
+        {"id": each.lora_int_id, "path": each.lora_path, "scale": 0.0}
         for each in service.adapters.all().values()
     ]
     return JSON(found)
