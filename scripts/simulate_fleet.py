@@ -181,7 +181,7 @@ def simulate(
 ) -> dict[str, float]:
     """Run a trace; return its throughput in tokens a second, latencies in seconds, and the prefix cache's hit rate."""
     fleet = [Server(costs, speed) for _ in range(servers)]
-    router = Router(servers, ROUTER_BLOCK, costs.cache_tokens // ROUTER_BLOCK)
+    router = Router(range(servers), ROUTER_BLOCK, costs.cache_tokens // ROUTER_BLOCK)
     numbers = itertools.count()
     open_requests = [0] * servers
     turns = itertools.count()

@@ -1,4 +1,5 @@
-"""The Ray Serve application on a local cluster: it streams, scales with its requests, and survives a killed replica."""
+"""The Ray Serve application on a local cluster: it streams, scales with its requests, survives a killed replica, and
+sends prompts that begin alike to one replica."""
 
 from __future__ import annotations
 
@@ -44,8 +45,9 @@ def test_options_that_do_not_exist_are_refused_before_anything_starts() -> None:
             app(options)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def url() -> Iterator[str]:
+    """The address of an empty cluster's HTTP proxy."""
     port = free_port()
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {"PYTHONPATH": paths, "OMP_WAIT_POLICY": "PASSIVE"}
@@ -53,7 +55,6 @@ def url() -> Iterator[str]:
         num_cpus=4, include_dashboard=False, runtime_env={"env_vars": variables}, logging_level="warning"
     )
     serve.start(http_options={"port": port})
-    serve.run(app(OPTIONS))
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
@@ -75,6 +76,7 @@ def running() -> int:
 
 @pytest.mark.slow
 def test_replicas_follow_the_load_and_one_may_die(url: str) -> None:
+    serve.run(app(OPTIONS))
     answers: list[bool] = []
     stop = threading.Event()
 
@@ -113,3 +115,33 @@ def test_replicas_follow_the_load_and_one_may_die(url: str) -> None:
         for thread in threads:
             thread.join(PATIENCE)
     wait_for(lambda: running() == 1)
+
+
+@pytest.mark.slow
+def test_prompts_that_begin_alike_go_to_the_replica_that_has_computed_them(url: str) -> None:
+    serve.run(app({**OPTIONS, "min_replicas": "2", "enable_prompt_tokens_details": "true"}))
+    wait_for(lambda: running() == 2)
+
+    def cached(text: str, **more: object) -> int:
+        """The number of prompt tokens that a replica had in its cache."""
+        messages = [{"role": "user", "content": text}]
+        body = {"model": "demo", "messages": messages, "max_tokens": 1, **more}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE)
+        assert answer.status_code == 200, answer.text
+        found: int = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return found
+
+    topics = [f"{index} is the number of this text, which is long enough. " * 20 for index in range(8)]
+    # by turns or by chance, half of them would go to the other replica
+    firsts = [cached(topic) for topic in topics]
+    for topic, first in zip(topics, firsts, strict=True):
+        assert cached(f"{topic} And then?") >= first + 100
+    assert cached(topics[0], cache_salt="another") == 0
+    refused = httpx.post(f"{url}/v1/completions", content=b"x" * (33 << 20), timeout=PATIENCE)
+    assert refused.status_code == 413 and "max-body-size" in refused.text
+
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", json={**BODY, "max_tokens": 1500, "ignore_eos": True}
+    ) as answer:
+        next(answer.iter_lines())
+    wait_for(lambda: [httpx.get(f"{url}/load").json()["server_load"] for _ in range(4)] == [0] * 4)

@@ -18,13 +18,13 @@ BLOCK = 4
 
 
 def test_idle_replicas_take_turns() -> None:
-    router = Router(3, BLOCK, 100)
+    router = Router(range(3), BLOCK, 100)
     chosen = [router.choose(str(index), [index] * 8, ROOT) for index in range(6)]
     assert sorted(chosen[:3]) == sorted(chosen[3:]) == [0, 1, 2]
 
 
 def test_a_prefix_stays_with_its_replica_until_another_would_be_sooner() -> None:
-    router = Router(2, BLOCK, 100)
+    router = Router(range(2), BLOCK, 100)
     prefix = [*range(40)]
     first = router.choose("first", prefix, ROOT)
     router.note_end(first, "first")
@@ -35,7 +35,7 @@ def test_a_prefix_stays_with_its_replica_until_another_would_be_sooner() -> None
 
 
 def test_the_work_before_a_replica_falls_as_its_requests_progress() -> None:
-    router = Router(2, BLOCK, 100)
+    router = Router(range(2), BLOCK, 100)
     long = router.choose("long", [1] * 500, ROOT)
     other = 1 - long
     for index in range(3):  # the long prompt outweighs three requests
@@ -50,7 +50,7 @@ def test_the_work_before_a_replica_falls_as_its_requests_progress() -> None:
 
 
 def test_prefixes_under_other_roots_do_not_match() -> None:
-    router = Router(2, BLOCK, 100)
+    router = Router(range(2), BLOCK, 100)
     prefix = [*range(40)]
     first = router.choose("first", prefix, root_digest("salt", "alice"))
     router.note_end(first, "first")
@@ -58,7 +58,7 @@ def test_prefixes_under_other_roots_do_not_match() -> None:
 
 
 def test_a_router_remembers_as_many_blocks_as_a_cache_has() -> None:
-    router = Router(2, BLOCK, 10)
+    router = Router(range(2), BLOCK, 10)
     prefix = [*range(41)]
     first = router.choose("first", prefix, ROOT)
     router.note_end(first, "first")
@@ -72,7 +72,7 @@ def test_a_router_remembers_as_many_blocks_as_a_cache_has() -> None:
 
 
 def test_a_router_forgets_prefixes_when_caches_are_emptied() -> None:
-    router = Router(2, BLOCK, 100)
+    router = Router(range(2), BLOCK, 100)
     prefix = [*range(40)]
     first = router.choose("first", prefix, ROOT)
     router.note_end(first, "first")
@@ -129,7 +129,7 @@ def _replay(
 def test_conversations_hit_the_prefix_cache_half_again_as_often_as_by_turns() -> None:
     count = iter(range(10**6))
     by_turns, delay_by_turns = _replay(lambda _name, _prompt: next(count) % 4, lambda *_: None)
-    router = Router(4, BLOCK, 300)
+    router = Router(range(4), BLOCK, 300)
 
     def note(replica: int, name: str, done: bool) -> None:
         (router.note_end if done else router.note_token)(replica, name)

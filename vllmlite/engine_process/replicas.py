@@ -36,7 +36,7 @@ class ReplicaClient:
         self._clients = list(clients)
         first = clients[0].stats
         blocks = min(client.stats.num_blocks for client in clients)
-        self._router = Router(len(clients), first.block_size, blocks, caches_prefixes)
+        self._router = Router(range(len(clients)), first.block_size, blocks, caches_prefixes)
         self._indices: dict[str, int] = {}
         """Index of the replica of each unfinished request."""
 

@@ -4,27 +4,27 @@
 
 Arguments are the options of ``vllmlite serve`` (with underscores), and Ray Serve's ``min_replicas``, ``max_replicas``,
 ``target_ongoing_requests`` (in each replica), ``upscale_delay_s``, ``downscale_delay_s``, ``num_cpus`` and ``num_gpus``
-(of each replica). Ray Serve's own HTTP proxy answers for all replicas; whoever reaches the ports of the Ray cluster can
-run code on it, so keep them private. Ray is optional: ``pip install 'ray[serve]'``.
+(of each replica). A second deployment, ``ingress``, reads the requests and sends those whose prompts begin alike to the
+same replica, while that has no more to do than others; ``num_ingresses`` sets how many processes do so.
+
+Ray Serve's own HTTP proxy answers for all replicas; whoever reaches the ports of the Ray cluster can run code on it, so
+keep them private. Ray is optional: ``pip install 'ray[serve]'``.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 import yaml
-from fastapi import FastAPI
 
-from vllmlite.async_llm import AsyncLLM
 from vllmlite.chat.sources import read_template
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.errors import ParameterError
-from vllmlite.server.app import build_app
+from vllmlite.ray_serve.ingress import Ingress
+from vllmlite.ray_serve.replica import Replica
 from vllmlite.server.config import ServerConfig
-from vllmlite.server.service import start_service
 
 RAY_OPTIONS: Mapping[str, float | None] = {
     "min_replicas": 1,
@@ -34,8 +34,20 @@ RAY_OPTIONS: Mapping[str, float | None] = {
     "downscale_delay_s": 600,
     "num_cpus": 1,
     "num_gpus": 0,
+    "num_ingresses": 1,
 }
-"""Options of the deployment, and their defaults."""
+"""Options of the deployments, and their defaults."""
+AUTOSCALING = (
+    "min_replicas",
+    "max_replicas",
+    "target_ongoing_requests",
+    "upscale_delay_s",
+    "downscale_delay_s",
+)
+REPLICAS = "vllmlite"
+"""Name of the replicas' deployment."""
+MAX_REQUESTS_PER_INGRESS = 100_000
+"""Requests beyond it would wait in Ray Serve's proxy; those in an ingress wait for a replica."""
 REFUSED = {
     "data_parallel_size": "set min_replicas and max_replicas: Ray Serve starts the replicas",
     "host": "Ray Serve listens: see `serve start --http-host`",
@@ -52,6 +64,7 @@ REFUSED = {
 def app(args: Mapping[str, Any]) -> Any:
     """Return the application for ``serve.run``. Raises ParameterError for an option that does not exist."""
     from ray import serve
+    from ray.serve.config import RequestRouterConfig
 
     options = {name.replace("-", "_"): _value(value) for name, value in args.items()}
     for name in options.keys() & REFUSED.keys():
@@ -62,23 +75,34 @@ def app(args: Mapping[str, Any]) -> Any:
     server = replace(server, chat_template=read_template(server.chat_template))
     engine = EngineConfig.from_kwargs(**options)
 
-    def build() -> FastAPI:
-        """Start the engine of a replica, which ends with its process, and return its application."""
-        service = start_service(AsyncLLM(engine, engine_process=server.engine_process), server)
-        built = build_app(service, server.api_keys())
-        weakref.finalize(built, service.engine.shutdown)
-        return built
-
-    deployment = serve.deployment(
-        serve.ingress(build)(),
-        name="vllmlite",
-        autoscaling_config={name: value for name, value in ray.items() if not name.startswith("num_")},
+    replicas = serve.deployment(
+        Replica,
+        name=REPLICAS,
+        autoscaling_config={name: ray[name] for name in AUTOSCALING},
         max_ongoing_requests=engine.max_num_seqs,
         ray_actor_options={"num_cpus": ray["num_cpus"], "num_gpus": ray["num_gpus"]},
+        request_router_config=RequestRouterConfig(
+            request_router_class="vllmlite.ray_serve.router.PrefixRouter"
+        ),
         graceful_shutdown_timeout_s=server.shutdown_timeout,
         health_check_period_s=5,
     )
-    return deployment.bind()
+    max_body_size = server.max_body_size
+
+    def build() -> Ingress:
+        """Return the application of an ingress, in its process."""
+        handle = serve.get_deployment_handle(REPLICAS, serve.get_replica_context().app_name)
+        return Ingress(handle.options(stream=True), max_body_size)
+
+    ingress = serve.deployment(
+        serve.ingress(build)(),
+        name="ingress",
+        num_replicas=ray["num_ingresses"],
+        max_ongoing_requests=MAX_REQUESTS_PER_INGRESS,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=server.shutdown_timeout,
+    )
+    return ingress.bind(replicas.bind(engine, server))
 
 
 def _value(value: Any) -> Any:
