@@ -204,7 +204,7 @@ class BeamSearch:
         count = min(self.end_of_row - start, budget // len(members))
         if count <= 0:
             return 0
-        missing = [scheduler.missing_blocks(member, count) for member in members]
+        missing = [scheduler.cache.missing_blocks(member, count) for member in members]
         if not scheduler.make_room(sum(missing), request):
             return 0
         samples = start + count >= request.num_tokens
@@ -220,11 +220,11 @@ class BeamSearch:
                 schedule.admissions.append(scheduler.admission(member, self._adapter))
                 self._changed[member.slot] = (0, self._changed.get(member.slot, (0, None))[1])
             column, source = self._changed.pop(member.slot, (len(member.blocks), None))
-            scheduler.write_blocks(member, column, schedule)
+            scheduler.cache.write_blocks(member, column, schedule)
             blocks = scheduler.pool.allocate(wanted)
             if source is not None:
                 schedule.copied_blocks.append((source, blocks[0]))
-            scheduler.append_blocks(member, blocks, schedule)
+            scheduler.cache.append_blocks(member, blocks, schedule)
             if self.active:
                 schedule.ids[len(rows)] = member.known_ids(start, start + count)
             scheduler.append_row(member, count, schedule)

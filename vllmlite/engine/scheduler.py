@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vllmlite.engine.adapters import AdapterSlots
-from vllmlite.engine.block_pool import BlockPool, block_hash
+from vllmlite.engine.block_pool import BlockPool
+from vllmlite.engine.cache_manager import CacheManager
 from vllmlite.engine.drafts import MOST_DRAFTS, DraftPolicy
 from vllmlite.engine.request import Request, Status
 from vllmlite.engine.schedule import Admission, Schedule
@@ -57,6 +58,7 @@ class Scheduler:
         self.drafting = drafting
         self.tiers = tiers
         self.pool: BlockPool = BlockPool(limits.num_blocks) if tiers is None else tiers.pool
+        self.cache = CacheManager(self.pool, limits.block_size, caches_prefixes=limits.enable_prefix_caching)
         self.adapters = AdapterSlots(limits.max_adapters)
         self.running: list[Request] = []
         self.num_waiting = 0
@@ -135,10 +137,10 @@ class Scheduler:
             if request.drafts:
                 count += self._fit_drafts(request, count, budget)
             if request.num_computed_tokens + count > len(request.blocks) * block_size:
-                missing = self.missing_blocks(request, count)
+                missing = self.cache.missing_blocks(request, count)
                 if not self.make_room(missing, request):
                     break
-                self.append_blocks(request, self.pool.allocate(missing), schedule)
+                self.cache.append_blocks(request, self.pool.allocate(missing), schedule)
             budget -= count
             self.append_row(request, count, schedule)
             rows.append(request)
@@ -188,7 +190,7 @@ class Scheduler:
             request.num_tokens -= num_rejected
             request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
         if request.num_tokens - request.num_in_flight >= request.next_full_at:
-            self._cache_full_blocks(request)
+            self.cache.cache_full_blocks(request)
 
     def proposed(self, request: Request, drafts: list[int]) -> None:
         """Keep the drafts that were proposed for ``request``, if it still runs."""
@@ -240,24 +242,6 @@ class Scheduler:
             if self._preempt_last() is request:
                 return False
         return True
-
-    def missing_blocks(self, request: Request, count: int) -> int:
-        """Return how many blocks the next ``count`` tokens of a sequence need."""
-        block_size = self.limits.block_size
-        return -(-(request.num_computed_tokens + count) // block_size) - len(request.blocks)
-
-    def append_blocks(self, request: Request, blocks: list[int], schedule: Schedule) -> None:
-        """Give a sequence further blocks, and write them to its block table."""
-        column = len(request.blocks)
-        request.blocks.extend(blocks)
-        self.write_blocks(request, column, schedule)
-
-    def write_blocks(self, request: Request, column: int, schedule: Schedule) -> None:
-        """Write the blocks of a sequence to its block table, from ``column`` on."""
-        blocks = request.blocks[column:]
-        schedule.block_slots.extend([request.slot] * len(blocks))
-        schedule.block_columns.extend(range(column, column + len(blocks)))
-        schedule.block_ids.extend(blocks)
 
     def _tokens_to_compute(self) -> int:
         """Known tokens that are not computed: those of the running requests and of the next waiting one."""
@@ -313,7 +297,7 @@ class Scheduler:
         schedule.counts.append(count)
         schedule.samples.append(samples)
         if end >= request.next_full_at:
-            self._cache_full_blocks(request)
+            self.cache.cache_full_blocks(request)
 
     def _append_drafts(self, request: Request, schedule: Schedule) -> int:
         """Move a request's drafts to the row that is being appended, and ask for the next ones; returns how many drafts
@@ -341,7 +325,7 @@ class Scheduler:
             spare = max(self.pool.num_free - len(self.running), 0)
             missing = min(-(-end // block_size) - len(request.blocks), spare)
             if missing > 0:
-                self.append_blocks(request, self.pool.allocate(missing), schedule)
+                self.cache.append_blocks(request, self.pool.allocate(missing), schedule)
             room = min(wanted, len(request.blocks) * block_size - request.num_computed_tokens)
             if room:
                 schedule.wanted[row] = room
@@ -388,39 +372,34 @@ class Scheduler:
                 continue
             if request.width > len(self._free_slots):
                 return
-            hits = self._find_prefix(request)
-            needed = self._needed_blocks(request) - len(hits)
+            hits = self.cache.find_prefix(request, leave=int(self.drafting.reads_states))
+            needed = self.cache.needed_blocks(request) - len(hits)
             if needed > self.pool.num_free - self.pool.num_free_in(hits):
                 return
             heapq.heappop(self._waiting)
             self.num_waiting -= 1
             self._occupy(request, schedule, now)
             self.pool.share(hits)
-            self.append_blocks(request, hits, schedule)
-            self._note_prefix(request)
+            self.cache.append_blocks(request, hits, schedule)
+            self.cache.note_prefix(request)
             if request.num_cached_tokens is None:
                 request.num_cached_tokens = request.num_computed_tokens
                 self.prefix_queries += len(request.prompt_token_ids)
                 self.prefix_hits += request.num_computed_tokens
             if self.tiers is not None and schedule.copies is not None:
-                self._load(self.tiers, request, schedule, schedule.copies, now)
+                self.cache.load(self.tiers, request, schedule, schedule.copies, now)
                 if request.awaits_blocks:
                     continue
             if request.beams is not None:
                 budget -= request.beams.schedule(self, budget, schedule, rows)
                 continue
             count = min(request.num_tokens - request.num_computed_tokens, budget)
-            self.append_blocks(request, self.pool.allocate(self.missing_blocks(request, count)), schedule)
+            self.cache.append_blocks(
+                request, self.pool.allocate(self.cache.missing_blocks(request, count)), schedule
+            )
             budget -= count
             self.append_row(request, count, schedule)
             rows.append(request)
-
-    def _note_prefix(self, request: Request) -> None:
-        """Count the blocks that a request has as computed and cached."""
-        request.num_cached_blocks = len(request.blocks)
-        request.num_computed_tokens = len(request.blocks) * self.limits.block_size
-        if self.limits.enable_prefix_caching:
-            request.next_full_at = request.num_computed_tokens + self.limits.block_size
 
     def _begin_copies(self, tiers: Tiers, schedule: Schedule, copies: Copies, now: float) -> None:
         """Save blocks behind the computation, and load what has come from disk."""
@@ -428,36 +407,7 @@ class Scheduler:
         tiers.save_behind(copies, self._last_tokens)
         for request in self.running:
             if request.awaits_blocks:
-                self._load(tiers, request, schedule, copies, now)
-
-    def _load(self, tiers: Tiers, request: Request, schedule: Schedule, copies: Copies, now: float) -> None:
-        """Append to a request's blocks those that the pool and the tiers have of its prefix. If more are on disk, begin
-        to read them, and have the request wait."""
-        block_size, first = self.limits.block_size, len(request.blocks)
-        digests = self._prefix_hashes(request)[first:]
-        ready, on_disk = tiers.loadable(digests, request.metrics.num_preemptions > 0)
-        if not request.awaits_blocks:
-            request.waits_until = now + tiers.cost.patience(on_disk)
-            tiers.counts.queries += len(request.prompt_token_ids) - request.num_computed_tokens
-        blocks: list[int] = []
-        for digest in digests[:ready]:
-            found = self.pool.find((digest,))
-            if found:
-                self.pool.share(found)
-            elif self.pool.num_free and tiers.host.has(digest):
-                found = self.pool.allocate(1)
-                tiers.load(digest, found[0], copies)
-            else:
-                break
-            blocks += found
-        if blocks:
-            self.append_blocks(request, blocks, schedule)
-            self._note_prefix(request)
-            tiers.counts.hits += len(blocks) * block_size
-            if not request.metrics.num_preemptions:
-                request.num_cached_tokens = max(request.num_cached_tokens or 0, request.num_computed_tokens)
-        waits = len(blocks) == ready and on_disk > 0 and now < request.waits_until
-        request.awaits_blocks = waits and tiers.fetch(digests[ready : ready + on_disk])
+                self.cache.load(tiers, request, schedule, copies, now)
 
     def _peek_waiting(self) -> Request | None:
         while self._waiting:
@@ -466,24 +416,6 @@ class Scheduler:
                 return request
             heapq.heappop(self._waiting)
         return None
-
-    def _find_prefix(self, request: Request) -> list[int]:
-        """Cached blocks that ``request`` can start from."""
-        hits = self.pool.find(self._prefix_hashes(request))
-        return hits[:-1] if self.drafting.reads_states else hits
-
-    def _prefix_hashes(self, request: Request) -> list[bytes]:
-        """Hashes of the blocks that ``request`` could start from; its last known token is always left to compute."""
-        if not self.limits.enable_prefix_caching or request.needs_every_state:
-            return []
-        self._extend_hashes(request, request.num_known_ids // self.limits.block_size)
-        return request.block_hashes[: (request.end_of_prefix - 1) // self.limits.block_size]
-
-    def _needed_blocks(self, request: Request) -> int:
-        """Blocks of all known tokens of ``request``."""
-        if request.beams is not None:
-            return request.beams.num_blocks(request.num_tokens, self.limits.block_size)
-        return -(-request.num_tokens // self.limits.block_size)
 
     def _occupy(self, request: Request, schedule: Schedule, now: float) -> None:
         request.status = Status.RUNNING
@@ -532,24 +464,6 @@ class Scheduler:
         request.num_cached_blocks = 0
         request.awaits_blocks = False
         request.drop_drafts()
-
-    def _cache_full_blocks(self, request: Request) -> None:
-        """Offer the blocks that are full of known, computed tokens to the prefix cache."""
-        block_size = self.limits.block_size
-        full = min(request.num_known_ids, request.num_computed_tokens) // block_size
-        self._extend_hashes(request, full)
-        for index in range(request.num_cached_blocks, full):
-            self.pool.cache(request.blocks[index], request.block_hashes[index])
-        request.num_cached_blocks = max(request.num_cached_blocks, full)
-        request.next_full_at = (request.num_cached_blocks + 1) * block_size
-
-    def _extend_hashes(self, request: Request, count: int) -> None:
-        block_size = self.limits.block_size
-        for index in range(len(request.block_hashes), count):
-            parent = request.block_hashes[-1] if request.block_hashes else request.root
-            request.block_hashes.append(
-                block_hash(parent, request.known_ids(index * block_size, (index + 1) * block_size))
-            )
 
 
 def _key(request: Request) -> tuple[int, int]:
