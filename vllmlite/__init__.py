@@ -13,8 +13,8 @@ _HOME = {
     "AsyncLLMEngine": "async_llm",
     "LLMEngine": "llm_engine",
     "LoRARequest": "lora.request",
-    "AsyncEngineArgs": "config.engine_config",
-    "EngineArgs": "config.engine_config",
+    "AsyncEngineArgs": "config.arguments",
+    "EngineArgs": "config.arguments",
     "EngineConfig": "config.engine_config",
     "SamplingParams": "sampling_params",
     "StructuredOutputsParams": "sampling_params",
@@ -48,7 +48,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from vllmlite.async_llm import AsyncLLM, AsyncLLMEngine
-    from vllmlite.config.engine_config import AsyncEngineArgs, EngineArgs, EngineConfig
+    from vllmlite.config.arguments import AsyncEngineArgs, EngineArgs
+    from vllmlite.config.engine_config import EngineConfig
     from vllmlite.inputs import TextPrompt, TokensPrompt
     from vllmlite.llm import LLM
     from vllmlite.llm_engine import LLMEngine

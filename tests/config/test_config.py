@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllmlite.cli.parser import OptionParser
-from vllmlite.config.engine_config import EngineArgs, EngineConfig, add_engine_arguments
+from vllmlite.config.arguments import EngineArgs, add_engine_arguments
+from vllmlite.config.engine_config import EngineConfig
 from vllmlite.config.options import parse_size
 from vllmlite.config.refused import ABSENT
 from vllmlite.config.speculative import DraftCheckpoint, Speculative, SuffixOptions

@@ -6,7 +6,8 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vllmlite.config.engine_config import REASONING_KEYS, EngineConfig, add_engine_arguments
+from vllmlite.config.arguments import add_engine_arguments
+from vllmlite.config.engine_config import REASONING_KEYS, EngineConfig
 from vllmlite.config.options import add_fields, given_options, read_yaml
 from vllmlite.errors import ParameterError, VllmliteError
 from vllmlite.server.config import ServerConfig

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllmlite.chat.sources import read_template
-from vllmlite.config.engine_config import EngineConfig, add_engine_arguments
+from vllmlite.config.arguments import add_engine_arguments
+from vllmlite.config.engine_config import EngineConfig
 from vllmlite.errors import ParameterError, VllmliteError, not_installed
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.terminal import is_terminal

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from vllmlite.config.options import (
-    add_fields,
     check_fields,
     did_you_mean,
-    flag,
     given_options,
     mapping,
     mapping_option,
@@ -24,7 +21,6 @@ from vllmlite.config.options import option as _option
 from vllmlite.config.refused import ABSENT
 from vllmlite.config.speculative import FIELD as SPECULATIVE
 from vllmlite.config.speculative import (
-    OLDER,
     SHORTHANDS,
     WITH_STATES,
     Speculative,
@@ -464,26 +460,6 @@ class EngineConfig:
         return cls.from_kwargs(**flags) if path is None else cls.from_yaml(path, **flags)
 
 
-class EngineArgs(EngineConfig):
-    """vLLM's name for :class:`EngineConfig`; accepts every keyword of :meth:`EngineConfig.from_kwargs`."""
-
-    def __init__(self, model: str | None = None, **options: Any) -> None:
-        """Take the fields of :class:`EngineConfig` as keywords."""
-        super().__init__(model=model, **known_options(options))
-
-    @staticmethod
-    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Call :func:`add_engine_arguments` (vLLM's name for it) and return ``parser``."""
-        add_engine_arguments(parser)
-        return parser
-
-    from_cli_args = EngineConfig.from_namespace
-
-
-AsyncEngineArgs = EngineArgs
-"""vLLM's name for the options of an AsyncLLM; they are the same here."""
-
-
 def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the ``options`` that are fields. Raises ParameterError for an unknown or unsupported option."""
     names = {f.name for f in fields(EngineConfig)}
@@ -503,78 +479,3 @@ def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
     if shorthands:
         known[SPECULATIVE] = with_shorthands(mapping(SPECULATIVE, known.get(SPECULATIVE)), shorthands)
     return known
-
-
-SHORT = {
-    "compilation_config": ("-cc",),
-    "optimization_level": ("-O",),
-}
-"""vLLM's short flags of unsupported options."""
-
-
-def add_engine_arguments(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> None:
-    """Add a flag for each field, ``--config``, and hidden flags for the unsupported options in :data:`ABSENT`.
-
-    Flags not given stay out of the namespace, so that :meth:`EngineConfig.from_namespace` can merge them with the file.
-    ``leave_out`` names options that get no flag because the command defines them itself."""
-    groups = add_fields(parser, EngineConfig, leave_out)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with these options; flags override it")
-    for name, (key, kind) in SHORTHANDS.items():
-        help = argparse.SUPPRESS if name in OLDER else f"the key {key} of speculative-config"
-        groups["speculative decoding"].add_argument(
-            flag(name),
-            dest=name,
-            type=kind,
-            default=argparse.SUPPRESS,
-            help=help,
-            metavar="N" if kind is int else "NAME",
-        )
-    for name, absent in ABSENT.items():
-        if name in leave_out:
-            continue
-        action = _AbsentFlag if any(isinstance(n, bool) for n in absent.neutral) else _AbsentValue
-        parser.add_argument(
-            *SHORT.get(name, ()),
-            flag(name),
-            dest=name,
-            action=action,
-            default=argparse.SUPPRESS,
-            help=argparse.SUPPRESS,
-        )
-
-
-class _AbsentValue(argparse.Action):
-    """``--flag VALUE`` of an unsupported option: an error, unless the value asks for nothing."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        flag: str | None = None,
-    ) -> None:
-        absent = ABSENT[self.dest]
-        if absent.accepts(values):
-            return
-        try:
-            absent.check(self.dest, json.loads(values))
-        except ValueError:
-            parser.error(f"{flag}={values}: {absent.reason}")
-
-
-class _AbsentFlag(argparse.BooleanOptionalAction):
-    """``--flag`` or ``--no-flag`` of an unsupported option: an error, unless it asks for nothing."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        flag: str | None = None,
-    ) -> None:
-        absent = ABSENT[self.dest]
-        if flag is not None:
-            try:
-                absent.check(self.dest, not flag.startswith("--no-"))
-            except ParameterError:
-                parser.error(f"{flag}: {absent.reason}")
