@@ -45,7 +45,8 @@ class AdapterRunner(Protocol):
     """A runner that puts adapters on its device."""
 
     def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:
-        """See :class:`~vllmlite.engine.runner_protocol.Runner`."""
+        """Put an adapter on the device in slot ``index``, which no step uses, in parts; yields the bytes of each.
+        Raises VllmliteError if it cannot be used."""
         ...
 
 

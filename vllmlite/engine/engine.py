@@ -337,7 +337,7 @@ class Engine:
         self._changing = False
 
     def current_stats(self) -> EngineStats:
-        """The counters, brought up to date."""
+        """Update the statistics from the scheduler, and return them."""
         refresh_stats(self.stats, self.scheduler)
         return self.stats
 

@@ -12,7 +12,7 @@ from vllmlite.outputs import RequestMetrics
 
 @dataclass(slots=True)
 class EngineOutput:
-    """What one step produced for one request. An output with a ``finish_reason`` is the request's last."""
+    """The output of one step for one request. An output with a ``finish_reason`` is the request's last."""
 
     request_id: str
     new_token_ids: list[int]

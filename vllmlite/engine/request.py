@@ -59,7 +59,8 @@ class AdapterKey:
 
 
 class Beams(Protocol):
-    """What the scheduler uses of a :class:`~vllmlite.engine.beams.BeamSearch`, whose module imports the scheduler."""
+    """The part of a :class:`~vllmlite.engine.beams.BeamSearch` that the scheduler uses; that module imports the
+    scheduler."""
 
     request: Request
     members: list[Request]

@@ -17,7 +17,7 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What a router knows about a prompt."""
+    """The prefix of a prompt, as a router compares it."""
 
     length: int
     """The prompt's length, in tokens."""

@@ -1,4 +1,4 @@
-"""Saving the cached prefix of a text under a name, and putting it back into the cache."""
+"""Save the cached prefix of a text in a named file, and restore it from there to the cache."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ class PrefixFile(Protocol):
     """A file of blocks."""
 
     def digests(self) -> list[bytes]:
-        """Hashes of its blocks, in the order in which they were written."""
+        """Return the hashes of its blocks, in the order in which they were written."""
         ...
 
     def read(self, digest: bytes, block: Any) -> bool:
-        """Read a block into a place; False if it is damaged."""
+        """Read the block with this hash into ``block``, bytes in host memory. Returns False if it is damaged."""
         ...
 
     def write(self, digest: bytes, block: Any) -> None:
-        """Write a place. OSError if that fails."""
+        """Append a block, given as bytes in host memory. Raises OSError if that fails."""
         ...
 
     def close(self) -> None:
-        """Close it."""
+        """Close the file."""
         ...
 
 
 class PrefixFiles(Protocol):
-    """Named files, and the places of the host's memory that they are read into and written from."""
+    """Named files of blocks, and the host memory that they are read into and written from."""
 
     memory: Any
 
     def create(self, name: str, num_blocks: int) -> Any:
-        """Begin a file."""
+        """Start a file for ``num_blocks`` blocks, which gets ``name`` once it is finished."""
         ...
 
     def finish(self, file: Any, name: str) -> None:
-        """Give it its name."""
+        """Complete ``file`` and give it ``name``."""
         ...
 
     def abandon(self, file: Any) -> None:
-        """Remove it."""
+        """Remove an unfinished file."""
         ...
 
     def open(self, name: str) -> Any:
-        """Open a file."""
+        """Open the finished file ``name`` to read it. Raises ParameterError if there is none."""
         ...
 
 

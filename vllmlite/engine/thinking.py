@@ -47,7 +47,8 @@ class ThinkingBudget:
         self._start = (self._thinks, self._count, self._matched)
 
     def masks(self, drafts: Sequence[int] = ()) -> list[bytes | None]:
-        """See :class:`~vllmlite.engine.request.Grammar`."""
+        """Return the bitmasks of the ids that may come next, and of those after each of ``drafts`` while these are
+        allowed; None allows all ids. The position does not change."""
         masks: list[bytes | None] = [None] * (len(drafts) + 1)
         if self._inner is not None:
             masks = self._inner.masks(drafts)
@@ -64,18 +65,18 @@ class ThinkingBudget:
         return masks
 
     def accept(self, token_id: int) -> bool:
-        """See :class:`~vllmlite.engine.request.Grammar`."""
+        """Advance by the next id; returns whether the output is complete."""
         self._take(token_id)
         return self._inner is not None and self._inner.accept(token_id)
 
     def restart(self) -> None:
-        """See :class:`~vllmlite.engine.request.Grammar`."""
+        """Go back to the start of the output."""
         self._thinks, self._count, self._matched = self._start
         if self._inner is not None:
             self._inner.restart()
 
     def fork(self) -> ThinkingBudget:
-        """See :class:`~vllmlite.engine.request.Grammar`."""
+        """Return another grammar at the same position."""
         other = copy(self)
         other._inner = None if self._inner is None else self._inner.fork()
         return other

@@ -141,7 +141,7 @@ class TieredPool(BlockPool):
         super().__init__(num_blocks)
 
     def reset(self) -> None:
-        """See :class:`BlockPool`."""
+        """Free every block and forget every hash, whatever state an interrupted call has left."""
         super().reset()
         self.unsaved: OrderedDict[int, None] = OrderedDict()
         """Blocks to save, the least recently used first."""
@@ -154,20 +154,20 @@ class TieredPool(BlockPool):
         return len(self._free) - len(self.unsaved)
 
     def cache(self, block: int, digest: bytes) -> None:
-        """See :class:`BlockPool`."""
+        """Give a full, used block its hash, unless another block has the same hash already."""
         super().cache(block, digest)
         if self._at_once:
             self._note(block)
 
     def share(self, blocks: Sequence[int]) -> None:
-        """See :class:`BlockPool`."""
+        """Take one more reference to each of ``blocks``."""
         super().share(blocks)
         if not self._at_once:
             for block in blocks:
                 self.unsaved.pop(block, None)
 
     def release(self, blocks: Sequence[int]) -> None:
-        """See :class:`BlockPool`."""
+        """Give back one reference to each block of a sequence; its last block is to be reused first."""
         super().release(blocks)
         if not self._at_once:
             for block in reversed(blocks):
@@ -175,7 +175,7 @@ class TieredPool(BlockPool):
                     self._note(block)
 
     def allocate(self, count: int) -> list[int]:
-        """See :class:`BlockPool`."""
+        """Take ``count`` blocks, which must be free, the least recently used first, and forget their hashes."""
         for block in islice(self._free, count):
             digest = self._hashes[block]
             if digest is not None and not self._host.has(digest):

@@ -35,7 +35,8 @@ class AdapterStore:
         return source in self._keys
 
     def identify(self, source: LoRARequest) -> AdapterKey:
-        """See :class:`~vllmlite.engine.adapters.AdapterSource`."""
+        """Return the key of the adapter that ``source`` describes; read and check it first if it is not known. Raises
+        VllmliteError if it cannot be used."""
         with self._lock:
             key = self._keys.get(source)
             if key is not None:
@@ -45,7 +46,8 @@ class AdapterStore:
         return AdapterKey(source.lora_name, source, adapter.digest)
 
     def take(self, key: AdapterKey, timeout: float) -> Adapter | None:
-        """See :class:`~vllmlite.engine.adapters.AdapterSource`."""
+        """Return the adapter; None if it has to be read and that takes longer than ``timeout`` seconds. Raises
+        VllmliteError if it can no longer be read, or has other contents."""
         source = key.source
         assert isinstance(source, LoRARequest)
         with self._lock:
@@ -65,7 +67,7 @@ class AdapterStore:
         return adapter
 
     def forget(self, source: LoRARequest) -> bool:
-        """See :class:`~vllmlite.engine.adapters.AdapterSource`."""
+        """Drop an adapter from memory. Returns whether it was known."""
         with self._lock:
             self._reading.pop(source, None)
             key = self._keys.pop(source, None)

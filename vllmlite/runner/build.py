@@ -55,7 +55,8 @@ class BuiltRunner(Generic[RunnerT]):
     draft_times: list[tuple[int, float]] = field(default_factory=list)
     """Seconds of a step of the draft model, if there is one, by its tokens."""
     waiting_time: float = 0.0
-    """See :func:`~vllmlite.runner.step_times.waiting_time`; 0 without speculative decoding and two steps in flight."""
+    """Seconds by which a step that waits for the results of the one before takes longer than one launched beside it; 0
+    without speculative decoding and two steps in flight."""
 
 
 def plan_for(config: EngineConfig) -> Plan:
