@@ -19,7 +19,7 @@ TraceEvent: TypeAlias = dict[str, Any]
 """One event of Chrome's Trace Event Format, ready for JSON."""
 
 MAX_EVENTS = 1_000_000
-"""A trace keeps this many events, the latest ones."""
+"""Number of events that a trace keeps, the latest ones."""
 
 
 class Trace:
