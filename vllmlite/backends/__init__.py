@@ -1,1 +1,1 @@
-"""Compute backends: the contract (base), those that implement it, and the choice between them (select)."""
+"""Compute backends: their interface (``base``), the implementations, and the choice between them (``select``)."""

@@ -75,7 +75,7 @@ class Expert:
 
 
 def unusable(part: HostWeight, backend: Backend) -> BackendError:
-    """The error for a part that :meth:`Backend.linear_weight` cannot combine with the others."""
+    """Return the error for a part that :meth:`Backend.linear_weight` cannot combine with the others."""
     if isinstance(part, HostTensor):
         return BackendError(
             f"a weight {list(part.shape)} of {part.dtype} beside packed ones: dequantise those"
@@ -85,7 +85,7 @@ def unusable(part: HostWeight, backend: Backend) -> BackendError:
 
 
 def not_finite(shape: Sequence[int]) -> ModelError:
-    """The error for a weight that :meth:`Backend.quantize` cannot quantise."""
+    """Return the error for a weight that :meth:`Backend.quantize` cannot quantise."""
     return ModelError(f"a weight of shape {list(shape)}: values that are not finite cannot be quantised")
 
 
@@ -110,30 +110,31 @@ class Backend(ABC):
 
     @property
     def extension(self) -> ModuleType | None:
-        """The extension module of a native backend, which can also look up drafts (csrc/propose)."""
+        """Extension module of a native backend; None for others. It can also look up drafts (csrc/propose)."""
         return None
 
     # Tensors
 
     @abstractmethod
     def tensor(self, host: HostTensor | NDArray[Any], dtype: str | None = None) -> Tensor:
-        """A tensor of ``host``'s contents, converted to ``dtype`` (default: as it is). May alias ``host``."""
+        """Return a tensor with the contents of ``host``, converted to ``dtype`` (default: as it is). May alias
+        ``host``."""
 
     @abstractmethod
     def to_host(self, tensor: Tensor) -> NDArray[Any]:
-        """The contents as a numpy array (bfloat16 becomes float32). Waits until every op issued so far is done."""
+        """Return the contents as a numpy array (bfloat16 becomes float32), after waiting for all ops issued so far."""
 
     @abstractmethod
     def empty(self, shape: Sequence[int], dtype: str) -> Tensor:
-        """An uninitialised tensor."""
+        """Return an uninitialised tensor."""
 
     @abstractmethod
     def rows(self, tensor: Tensor, index: Tensor) -> Tensor:
-        """``tensor[index]`` along the first dimension, a copy; ``index`` is int32 ``[N]``."""
+        """Return a copy of ``tensor[index]`` along the first dimension; ``index`` is int32 ``[N]``."""
 
     @abstractmethod
     def memory(self) -> Memory:
-        """Current total and free bytes of the device's memory."""
+        """Return the total and the free bytes of the device's memory."""
 
     # Weights
 
@@ -145,8 +146,8 @@ class Backend(ABC):
         """
 
     def dequantize(self, weight: PackedWeight, dtype: str) -> HostTensor:
-        """The values of ``weight``, in any scheme, as ``dtype``, one of :data:`FLOAT_DTYPES`. ModelError for scales
-        that are not finite."""
+        """Return the values of ``weight``, in any scheme, as ``dtype``, one of :data:`FLOAT_DTYPES`. Raises ModelError
+        for scales that are not finite."""
         return dequantized(weight, dtype)
 
     def repack(self, codes: StoredCodes, bits: int) -> NDArray[np.uint8]:
@@ -155,8 +156,8 @@ class Backend(ABC):
         return codes.repacked(bits)
 
     def quantize(self, weight: HostTensor, scheme: str) -> PackedWeight:
-        """``weight [out, in]`` in the scheme ``int8``, ``int4`` or ``fp8_w8a8`` (by rows). ModelError if a value is not
-        finite."""
+        """Return ``weight [out, in]`` in the scheme ``int8``, ``int4`` or ``fp8_w8a8`` (by rows). Raises ModelError if
+        a value is not finite."""
         values = float_values(weight)
         if not np.isfinite(values).all():
             raise not_finite(weight.shape)
@@ -168,18 +169,19 @@ class Backend(ABC):
 
     @abstractmethod
     def tied_weight(self, table: Tensor) -> LinearWeight:
-        """The table of :meth:`embedding` as the weight of :meth:`logits`; aliases it where the layout allows."""
+        """Return the table of :meth:`embedding` as a weight for :meth:`logits`; aliases the table if the layout
+        allows."""
 
     # Adapters
 
     def alloc_low_rank(self, rows: Sequence[int], columns: int, limits: AdapterLimits) -> LowRankTable:
-        """Room for the changes of a weight ``[sum of rows, columns]`` by adapters; there are none at first. ``rows``
-        are those of the parts of the weight, each of which adapters change separately."""
+        """Allocate a table for the changes that adapters make to a weight ``[sum of rows, columns]``, without any at
+        first. The weight consists of parts with ``rows`` rows each, which adapters change separately."""
         raise BackendError(f"the {self.name} backend has no adapters")
 
     def set_low_rank(self, table: LowRankTable, index: int, parts: Sequence[LowRank | None]) -> None:
-        """Put the changes of the weight's parts by the adapter ``index`` into ``table``; None for parts that it leaves
-        as they are. BackendError if they do not fit into memory."""
+        """Set the changes that the adapter ``index`` makes to each part of the weight; None for parts that it does not
+        change. Raises BackendError if they do not fit into memory."""
         raise BackendError(f"the {self.name} backend has no adapters")
 
     # Key/value cache
@@ -189,14 +191,16 @@ class Backend(ABC):
 
     @abstractmethod
     def kv_bytes_per_block(self, spec: KVSpec) -> int:
-        """Bytes of one block of ``spec``, over all layers, including the scales of its heads."""
+        """Return the bytes of one block of ``spec``, over all layers, including the scales of its heads."""
 
     @abstractmethod
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KVCache:
-        """A pool of ``num_blocks`` blocks; layout and scales are the backend's own. BackendError if it does not fit."""
+        """Allocate a pool of ``num_blocks`` blocks; the layout is the backend's own. Raises BackendError if it does not
+        fit."""
 
     def check_kv(self, spec: KVSpec, num_blocks: int) -> None:
-        """BackendError if ``spec.dtype`` is not in ``kv_dtypes``, or if the pool needs more memory than is free."""
+        """Raise BackendError if ``spec.dtype`` is not in ``kv_dtypes``, or if the pool needs more memory than is
+        free."""
         if spec.dtype not in self.kv_dtypes:
             raise BackendError(
                 f"kv cache dtype {spec.dtype}: the {self.name} backend has {', '.join(self.kv_dtypes)}"
@@ -216,17 +220,20 @@ class Backend(ABC):
 
     @abstractmethod
     def host_blocks(self, kv: KVCache, spec: KVSpec, num_places: int) -> HostBlocks:
-        """Host memory for ``num_places`` blocks of ``kv``, a cache of ``spec``. BackendError if it does not fit."""
+        """Allocate host memory for ``num_places`` blocks of ``kv``, a cache of ``spec``. Raises BackendError if it does
+        not fit."""
 
     # Slots: state that stays on the device between steps
 
     @abstractmethod
     def alloc_slots(self, spec: SlotSpec) -> Slots:
-        """State of ``max_slots`` sequences: block tables, last accepted id, sampling parameters, token counts."""
+        """Allocate the state of ``max_slots`` sequences: block tables, last accepted ids, sampling parameters, token
+        counts."""
 
     @abstractmethod
     def set_slot(self, slots: Slots, slot: int, params: SlotParams) -> None:
-        """Give ``slot`` to a new sequence: its sampling parameters, an empty block table, new counts."""
+        """Give ``slot`` to a new sequence: set its sampling parameters, and reset its block table and its token
+        counts."""
 
     @abstractmethod
     def append_blocks(
@@ -240,18 +247,19 @@ class Backend(ABC):
     def upload(
         self, batch: ForwardBatch, slots: Slots, spec: KVSpec, key: GraphKey | None = None
     ) -> ForwardBatch:
-        """The device's copy of a host ``batch``, its -1 token ids replaced by the slots' last accepted ids.
+        """Return the device's copy of a host ``batch``, with token ids of -1 replaced by the slots' last accepted ids.
 
-        It is for pools of ``spec``, and for the captured step of ``key`` where one is given: then it has at most the
-        key's number of rows, each of its query length, and all tokens are sampled from."""
+        The batch may be used with pools of ``spec``. With ``key``, it is for the captured step of that key: it has at
+        most as many rows, each of the key's query length, and all tokens are sampled from."""
 
     # Model ops
 
     @abstractmethod
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        """Rows of ``weight [V, hidden]`` for int32 ``token_ids [T]``: ``[T, hidden]`` in the backend's dtype.
+        """Return the rows of ``weight [V, hidden]`` for int32 ``token_ids [T]``: ``[T, hidden]`` in the backend's
+        dtype.
 
-        An uploaded batch's ``positions`` are such ids as well."""
+        An uploaded batch's ``positions`` may be used as ids too."""
 
     @abstractmethod
     def rms_norm(
@@ -274,8 +282,9 @@ class Backend(ABC):
     def layer_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Layer norm (Ba, Kiros & Hinton 2016) of ``s = x + residual``, as :meth:`rms_norm` otherwise: the mean is
-        subtracted, the variance, about that mean, divided by the number of elements; then ``* weight + bias``."""
+        """Layer norm (Ba, Kiros & Hinton 2016) of ``s = x + residual``: ``(s - mean) / sqrt(variance + eps) * weight +
+        bias``, where the variance is the mean square of ``s - mean``. Shapes, return value and overwriting are as for
+        :meth:`rms_norm`."""
 
     @abstractmethod
     def add(self, x: Tensor, other: Tensor) -> Tensor:
@@ -352,8 +361,8 @@ class Backend(ABC):
     def gated_linear(
         self, x: Tensor, weight: LinearWeight, activation: str, feeds: LinearWeight | None = None
     ) -> Tensor:
-        """:meth:`gated_activation` of :meth:`linear`; a backend need not store the result of the latter. ``feeds`` as
-        in :meth:`rms_norm`."""
+        """Return :meth:`gated_activation` of :meth:`linear`; a backend need not store the result of the latter.
+        ``feeds`` is that of :meth:`rms_norm`."""
         return self.gated_activation(self.linear(x, weight), activation)
 
     @abstractmethod
@@ -426,16 +435,16 @@ class Backend(ABC):
 
     @abstractmethod
     def logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
-        """Log-softmax of float32 ``logits [N, V]`` at int32 ``ids [N]`` with the ``k`` most likely ids.
+        """Return the log-softmax of float32 ``logits [N, V]`` at int32 ``ids [N]``, with the ``k`` most likely ids.
 
-        A NaN counts as -inf, of which the log-probability is -inf; that of +inf is 0."""
+        A NaN counts as -inf, whose log-probability is -inf; the log-probability of +inf is 0."""
 
     # Pooling
 
     def pool(self, hidden: Tensor, spans: NDArray[np.int32], pooling_type: str) -> NDArray[np.float64]:
-        """One vector for each of ``spans [P, 2]`` (first token, one past the last) of ``hidden [T, hidden]``: the last
-        token's state for ``LAST``, the sum of all states for ``MEAN``. Returns ``[P, hidden]`` on the host, after
-        waiting for it. A backend may override this if copying every state is too slow."""
+        """Return one vector for each of ``spans [P, 2]`` (first token, one past the last) of ``hidden [T, hidden]``:
+        the last token's state for ``LAST``, the sum of all states for ``MEAN``. The result ``[P, hidden]`` is on the
+        host, after waiting for it. A backend may override this if copying every state is too slow."""
         if pooling_type == "LAST":
             last = self.rows(hidden, self.tensor(np.ascontiguousarray(spans[:, 1] - 1)))
             return self.to_host(last).astype(np.float64)
@@ -448,12 +457,12 @@ class Backend(ABC):
     # Graphs
 
     def graph_rows(self, most: int) -> Sequence[int]:
-        """Numbers of rows, ascending and up to ``most``, of the steps that are to be captured. A step of fewer rows is
-        replayed in that of the next larger number. Empty: the backend captures nothing."""
+        """Return the numbers of rows, ascending and up to ``most``, of the steps to capture. A step with fewer rows is
+        replayed in the captured one with the next larger number. Empty: the backend captures nothing."""
         return ()
 
     def capture(self, key: GraphKey, step: Step, slots: Slots, spec: KVSpec) -> Step:
-        """A function equivalent to ``step``, replayed without Python, for batches that :meth:`upload` was given with
-        ``key``, ``slots`` and ``spec``. What it returns holds until the next call of any captured step is issued. Query
-        lengths are 1 to :data:`CAPTURED_QUERY_LEN`."""
+        """Return a function equivalent to ``step`` that is replayed without Python. It takes batches that
+        :meth:`upload` was given with ``key``, ``slots`` and ``spec``. Its result is valid until the next call of any
+        captured step. Query lengths are 1 to :data:`CAPTURED_QUERY_LEN`."""
         raise BackendError(f"the {self.name} backend captures no steps")

@@ -21,12 +21,12 @@ class SlotSpec:
 
     max_slots: int
     max_blocks: int
-    """Most blocks of one sequence, the length of its block table."""
+    """Maximum number of blocks of one sequence, which is the length of its block table."""
     max_context: int
-    """Most tokens of one sequence; :meth:`Backend.upload` refuses a longer one."""
+    """Maximum number of tokens of one sequence; :meth:`Backend.upload` refuses a longer one."""
     vocab_size: int
     num_blocks: int
-    """Number of blocks of the pool that block tables refer to."""
+    """Number of blocks of the pool to which the block tables refer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +62,23 @@ class ForwardBatch:
     """
 
     num_tokens: int
-    """T."""
+    """T, the number of tokens of the step."""
     num_rows: int
-    """R."""
+    """R, the number of rows of the step."""
     max_query_len: int
-    """Longest row of this step, in tokens; 1 means that every row decodes."""
+    """Number of tokens of the longest row of this step; 1 means that every row decodes."""
     max_context: int
     """Largest of ``context_lens``."""
     token_ids: Tensor
     """[T] int32; -1 stands for the slot's last accepted id, which is stored on the device."""
     positions: Tensor
-    """[T] int32."""
+    """[T] int32: position of each token in its sequence, from 0 on."""
     query_start_loc: Tensor
     """[R + 1] int32: row r's tokens are ``query_start_loc[r]`` up to ``query_start_loc[r + 1]``."""
     slots: Tensor
     """[R] int32: the slot whose block table a row uses."""
     context_lens: Tensor
-    """[R] int32: tokens of the sequence up to and with this step's."""
+    """[R] int32: number of tokens of the sequence, including this step's."""
     logits_rows: Tensor
     """[N] int32: indices into T of the hidden states from which ids are sampled."""
     sample_slots: Tensor

@@ -20,23 +20,23 @@ class Comm(Protocol):
     """Number of ranks that share the memory of this rank's device."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of the ranks' ``x``, added in rank order and equal on all of them. May overwrite ``x``."""
+        """Return the sum of the ranks' ``x``, added in rank order and equal on all of them. May overwrite ``x``."""
         ...
 
     def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
-        """The ranks' ``x [N, widths[rank]]`` side by side in rank order: ``[N, sum(widths)]``."""
+        """Return the ranks' ``x [N, widths[rank]]`` side by side in rank order: ``[N, sum(widths)]``."""
         ...
 
     def least(self, value: int) -> int:
-        """The least ``value`` of the ranks of all stages of the pipeline."""
+        """Return the least ``value`` of the ranks of all stages of the pipeline."""
         ...
 
     def send(self, x: Tensor) -> None:
-        """Send float32 ``x`` to this rank's counterpart in the next stage of the pipeline, which receives it."""
+        """Send float32 ``x`` to this rank's counterpart in the next stage of the pipeline."""
         ...
 
     def receive(self, shape: Sequence[int], dtype: str) -> Tensor:
-        """The tensor that this rank's counterpart in the stage before sends."""
+        """Return the tensor of ``shape`` that this rank's counterpart in the previous stage of the pipeline sends."""
         ...
 
 

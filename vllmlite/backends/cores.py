@@ -1,4 +1,4 @@
-"""Number of CPUs this process may use (affinity and cgroup quotas), and binding threads to NUMA nodes."""
+"""Find the number of CPUs that this process may use (affinity and cgroup quotas), and bind threads to NUMA nodes."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class CpuBackend(NativeBackend):
 
     @property
     def runtime(self) -> Any:
-        """The extension's runtime, for ops beside those of the interface."""
+        """The extension's runtime object, for ops that are not part of the interface."""
         return self._runtime
 
     # Tensors
@@ -155,7 +155,7 @@ class CpuBackend(NativeBackend):
         return HostTensor(dtype, weight.shape, _native_order(HostTensor(dtype, weight.shape, out)))
 
     def _grouped(self, part: HostWeight) -> Any:
-        """A part of the extension's ``LinearWeight``."""
+        """Return ``part`` as a part of the extension's ``LinearWeight``."""
         if isinstance(part, HostTensor) or not _keeps_activations(part.scheme):
             raise unusable(part, self)
         return self._of_groups(self._runtime.grouped_part, part, part.scheme.name == "f8a16")
@@ -178,7 +178,7 @@ class CpuBackend(NativeBackend):
             )
 
     def _quantized(self, part: HostWeight) -> Any:
-        """A part of the extension's ``QuantizedWeight``."""
+        """Return ``part`` as a part of the extension's ``QuantizedWeight``."""
         if (
             isinstance(part, HostTensor)
             or _keeps_activations(part.scheme)
@@ -280,13 +280,14 @@ class CpuBackend(NativeBackend):
 
 
 def _keeps_activations(scheme: Scheme) -> bool:
-    """Whether a weight is multiplied by the kernels of float weights."""
+    """Return whether weights in ``scheme`` are multiplied by the kernels of float weights, which do not quantise
+    activations."""
     return isinstance(scheme, GroupedScheme) and scheme.input_dtype is None
 
 
 @contextmanager
 def _refusing(shape: Sequence[int]) -> Iterator[None]:
-    """Turn a ValueError of the extension, which refuses a weight of ``shape``, into a ModelError."""
+    """Turn a ValueError with which the extension refuses a weight of ``shape`` into a ModelError."""
     try:
         yield
     except ValueError as error:

@@ -133,12 +133,14 @@ class CudaBackend(NativeBackend):
         return made
 
     def repack(self, codes: StoredCodes, bits: int) -> Bytes:
-        """Computed by the CPU backend's extension if that is installed, which takes a tenth of the time."""
+        """Return ``codes`` as rows of ``bits``, 4 or 8, bits a code, low bits first. The CPU backend's extension, if it
+        is installed, does this in a tenth of the time."""
         host = host_extension()
         return codes.repacked(bits) if host is None else repacked(*host, codes, bits)
 
     def quantize(self, weight: HostTensor, scheme: str) -> PackedWeight:
-        """Quantises 8-bit floats on the device."""
+        """Return ``weight [out, in]`` in the scheme ``int8``, ``int4`` or ``fp8_w8a8``; the last one is computed on the
+        device."""
         rows, columns = weight.shape
         if scheme != "fp8_w8a8" or not self._runtime.takes_fp8(columns):
             return super().quantize(weight, scheme)
@@ -156,7 +158,7 @@ class CudaBackend(NativeBackend):
             first += piece.shape[0]
 
     def _multiplies(self, weight: PackedWeight) -> bool:
-        """Whether kernels multiply weights of this shape and group size; others are dequantised when loaded."""
+        """Return whether kernels multiply weights of this shape and group size; others are dequantised when loaded."""
         scheme, columns = weight.scheme, weight.shape[1]
         taken: bool
         if isinstance(scheme, W8A8Scheme):
@@ -193,7 +195,7 @@ class CudaBackend(NativeBackend):
         )  # fmt: skip
 
     def _int8_rows(self, operands: Sequence[Int8Operand]) -> Any:
-        """Copy rows to the device, with their zeros, and the sums that zeros of activations need."""
+        """Copy int8 rows with their zeros to the device, and the row sums that are needed if activations have zeros."""
         columns, inputs = operands[0].values.shape[1], operands[0].inputs
         zeros = []
         for operand in operands:
@@ -210,8 +212,8 @@ class CudaBackend(NativeBackend):
         )  # fmt: skip
 
     def experts(self, experts: Sequence[Expert]) -> Any:
-        """Packed weights are multiplied as they are if all gate and up projections have one form, and all down
-        projections; others are dequantised, with a warning."""
+        """Pack the experts of a mixture, all of one shape. Quantised weights are multiplied as they are if all gate and
+        up projections have one form, and so have all down projections; others are dequantised, with a warning."""
         gate_up, down = ([getattr(expert, name) for expert in experts] for name in ("gate_up", "down"))
         with _out_of_memory("the experts do not fit: choose a smaller model or dtype"):
             made = self._runtime.experts(gate_up, down)
@@ -307,10 +309,10 @@ class CudaBackend(NativeBackend):
 
 
 class _PinnedBlocks(HostBlocks):
-    """Host memory that the device reads and writes, beside the kernels of a step."""
+    """Pinned host memory for blocks, which the device reads and writes while kernels of a step run."""
 
     def __init__(self, native: Any) -> None:
-        """Take the extension's object, which does the work."""
+        """Wrap the extension's object ``native``."""
         self.memory: NDArray[np.uint8] = native.memory
         self._native = native
 

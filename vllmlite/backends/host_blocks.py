@@ -14,7 +14,8 @@ from vllmlite.errors import BackendError
 
 Ids: TypeAlias = NDArray[np.int32]
 Copy: TypeAlias = Callable[[Ids, Ids, NDArray[np.uint8], bool], None]
-"""Copies blocks to or from places: blocks, places, the places' memory, whether to the host."""
+"""Function that copies ``(blocks, places, memory, to_host)``: blocks to rows of ``memory`` or, if ``to_host`` is False,
+back."""
 
 
 class HostBlocks(ABC):
@@ -46,7 +47,7 @@ class HostBlocks(ABC):
 
 
 class SynchronousHostBlocks(HostBlocks):
-    """Host memory for the blocks of a cache that is in host memory too, or whose copies are waited for."""
+    """Host memory for blocks whose copies are finished when a call returns."""
 
     def __init__(self, copy: Copy, num_places: int, block_bytes: int) -> None:
         """Allocate ``num_places`` places. BackendError if main memory is too small."""

@@ -9,7 +9,7 @@ from vllmlite.weights.host import FLOAT_DTYPES, ITEM_SIZE
 SCALE_SIZE = ITEM_SIZE["float32"]
 """Bytes of a scale in a quantised key/value cache."""
 LEAST_SCALE = 2.0**-126
-"""The smallest scale of a token's head."""
+"""Smallest scale of a head of a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +19,10 @@ class KVFormat:
     element: str
     """Dtype of the elements, as in :data:`~vllmlite.weights.host.ITEM_SIZE`."""
     largest: float
-    """The largest finite element that is stored."""
+    """Largest finite element that is stored."""
     head_scales: bool
-    """Each head of a token has a scale, stored beside it; otherwise a layer's keys have one, and so have its values."""
+    """Whether each head of a token has a scale, stored beside it; otherwise all keys of a layer share one scale, and so
+    do its values."""
 
 
 QUANTIZED_KV = {
@@ -60,7 +61,7 @@ class KVSpec:
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of a head of a token, with its scale, without padding."""
+        """Bytes of one head of one token, including its scale, without padding."""
         if self.format is None:
             return self.head_dim * ITEM_SIZE[self.dtype]
         return self.head_dim + SCALE_SIZE * self.format.head_scales

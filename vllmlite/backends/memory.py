@@ -1,4 +1,4 @@
-"""Memory that this process may use: the machine's, limited by control groups."""
+"""The amount of memory that this process may use: the machine's, limited by control groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Size in bytes of the memory that a backend computes in."""
+    """Total and free bytes of the memory in which a backend computes."""
 
     total: int
     free: int

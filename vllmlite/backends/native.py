@@ -29,7 +29,7 @@ NO_WINDOW = 2**31 - 1
 
 
 class NativeBackend(Backend):
-    """A backend whose ops are methods of ``_runtime``, an object of its extension ``_native``."""
+    """Base of native backends. Their ops are methods of ``_runtime``, an object of the extension module ``_native``."""
 
     _native: Any
     _runtime: Any
@@ -212,7 +212,8 @@ def load_extension(name: str) -> Any:
 
 
 def repacked(native: Any, runtime: Any, codes: StoredCodes, bits: int) -> Bytes:
-    """Return what :meth:`StoredCodes.repacked` does, computed by a runtime of ``vllmlite._cpu``."""
+    """Return ``codes`` as rows of ``bits`` bits a code (:meth:`StoredCodes.repacked`), computed by a runtime of
+    ``vllmlite._cpu``."""
     data, order = codes.data.data, codes.order
     tensor = runtime.repack(
         codes.packing,
@@ -228,7 +229,8 @@ def repacked(native: Any, runtime: Any, codes: StoredCodes, bits: int) -> Bytes:
 
 @cache
 def host_extension() -> tuple[Any, Any] | None:
-    """Return ``vllmlite._cpu`` and a runtime of it for another backend's work on the host; None if it is absent."""
+    """Return ``vllmlite._cpu`` and a runtime of it, with which another backend computes on the host; None if it is not
+    installed."""
     try:
         native = load_extension("_cpu")
     except BackendError:

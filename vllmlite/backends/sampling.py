@@ -18,13 +18,13 @@ class BeamRows:
     """Groups of sampled positions among which :meth:`Backend.choose_beams` chooses; host arrays. M rows, G groups."""
 
     rows: NDArray[np.int32]
-    """[M] indices into N."""
+    """[M] index into N of each row's sampled position."""
     groups: NDArray[np.int32]
     """[G + 1]: group g has rows ``groups[g]`` up to ``groups[g + 1]``."""
     scores: NDArray[np.float32]
     """[M] sums of the log-probabilities of each row's output."""
     temperatures: NDArray[np.float32]
-    """[M] above 0."""
+    """[M] temperatures by which each row's logits are divided, above 0."""
 
 
 @dataclass(slots=True)
@@ -57,8 +57,8 @@ class Sampled:
 
 
 def uniform(seed: int, position: int) -> float:
-    """The random number of (``seed``, ``position``): float in [0, 1) with 24 bits, by SplitMix64 (Steele, Lea &
-    Flood 2014) over the position, keyed by the mixed seed. Every backend gives the same bits."""
+    """Return the random number of (``seed``, ``position``): a float in [0, 1) with 24 bits, by SplitMix64 (Steele, Lea
+    & Flood 2014) over the position, keyed by the mixed seed. Every backend computes the same bits."""
     return (_mix64(_mix64(seed + _GOLDEN) + (position + 1) * _GOLDEN) >> 40) * 2.0**-24
 
 

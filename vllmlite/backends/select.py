@@ -1,4 +1,4 @@
-"""Choosing the compute backend: candidates are tried in order, and each that declines gives its reason."""
+"""Choose the compute backend: candidates are tried in order, and each one that cannot be used gives its reason."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from vllmlite.weights.packing import LOAD_SCHEMES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendRequest:
-    """The options that a backend must support. Raises :class:`ParameterError` for values that no backend has."""
+    """Options that the chosen backend must support. Raises :class:`ParameterError` for values that no backend
+    supports."""
 
     backend: str = "auto"
     """``auto`` or a name in ``CANDIDATES``."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     gpu: int = 0
-    """Number of the GPU that ``auto`` and ``cuda`` stand for."""
+    """Number of the GPU that is meant by the devices ``auto`` and ``cuda``."""
     dtype: str = "auto"
     """``auto`` or one of ``FLOAT_DTYPES``. ``auto`` is ``checkpoint_dtype``, except float16 instead of bfloat16 on GPUs
     without bfloat16, and float32 instead of float16 on the CPU."""
@@ -56,7 +57,7 @@ class BackendRequest:
 
     @property
     def cuda_device(self) -> str:
-        """``device``, with ``auto`` and ``cuda`` as the GPU that they stand for."""
+        """The CUDA device ``cuda:N`` that ``device`` means."""
         if self.device not in ("auto", "cuda"):
             return self.device
         return f"cuda:{self.gpu}" if self.gpu else "cuda"
@@ -131,9 +132,8 @@ CANDIDATES: tuple[tuple[str, str, Callable[[BackendRequest], Backend]], ...] = (
 
 
 def select_backend(request: BackendRequest) -> tuple[Backend, str]:
-    """Return the first candidate that can do what ``request`` asks, and a text saying why the others were not taken.
-
-    Raises BackendError with all reasons if no candidate can."""
+    """Return the first candidate that supports ``request``, and a text with the reasons why the ones before it were not
+    chosen. Raises BackendError with all reasons if no candidate does."""
     declined = []
     for name, kind, make in CANDIDATES:
         if request.backend not in ("auto", name):

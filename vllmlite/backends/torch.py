@@ -51,7 +51,7 @@ class TorchLinear:
 
 @dataclass(slots=True)
 class TorchLowRank:
-    """The changes of a weight's parts by adapters: (columns of y, a, b, scale), by adapter."""
+    """The changes of a weight's parts by adapters: for each adapter, tuples of (columns of y, a, b, scale)."""
 
     rows: Sequence[int]
     changes: dict[int, list[tuple[slice, torch.Tensor, torch.Tensor, float]]] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class TorchLowRank:
 
 @dataclass(slots=True)
 class StepPlan:
-    """Data derived from a batch once per step, on demand, and used by every layer."""
+    """Data derived from a batch when a layer first needs it, and used by all later layers."""
 
     rows: Rows
     token_slots: torch.Tensor
@@ -77,9 +77,8 @@ class StepPlan:
 
 
 class TorchBackend(Backend):
-    """``device`` as torch names it, ``dtype`` one of ``FLOAT_DTYPES``, ``threads`` CPU threads (None: torch's default).
-
-    Raises BackendError if there is no such device."""
+    """The torch backend on ``device``, named as in torch. ``dtype`` is one of ``FLOAT_DTYPES``; ``threads`` is the
+    number of CPU threads (None: torch's default). Raises BackendError if there is no such device."""
 
     name: ClassVar[str] = "torch"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES

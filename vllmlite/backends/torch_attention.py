@@ -114,7 +114,7 @@ class TorchKV:
 def check_copies(
     source: TorchKV, sources: NDArray[np.int32], target: TorchKV, targets: NDArray[np.int32]
 ) -> None:
-    """Raise the errors of ``Backend.copy_blocks``."""
+    """Raise IndexError or ValueError for block copies that ``Backend.copy_blocks`` refuses."""
     if source.spec != target.spec or len(sources) != len(targets):
         raise ValueError(
             "copy_blocks: the pools have blocks of different forms, or sources and targets differ in length"
@@ -156,12 +156,12 @@ class Rows:
 
 @dataclass(slots=True)
 class Group:
-    """Rows g that attend in one call, padded to Q tokens and S keys per row."""
+    """Rows that attend in one call, padded to Q tokens and S keys each; g is their number."""
 
     rows: int
     queries: int
     causal: bool
-    """No row has earlier context, so that torch's causal mask can be used: S = Q."""
+    """Whether no row has earlier context, so that S = Q and torch's causal mask can be used."""
     tokens: torch.Tensor | None
     """[g * Q] indices into T; None: all tokens of the step, in order."""
     targets: torch.Tensor | None
@@ -173,11 +173,11 @@ class Group:
     first_key: torch.Tensor
     """[g] position of the first key."""
     query_positions: torch.Tensor
-    """[g, Q]."""
+    """[g, Q] positions of the queries in their sequences."""
     num_keys: int
     window: int | None
     open: bool
-    """Every query attends to every key: one token per row, equal numbers of keys."""
+    """Whether every query attends to every key: one token per row, and equal numbers of keys."""
     kept_mask: torch.Tensor | None = None
 
     def mask(self, heads_together: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -319,7 +319,8 @@ def _group(
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How scores are computed before the softmax: scaled, soft-capped, and with ALiBi's slope times distance added."""
+    """How attention scores are changed before the softmax: scaled, soft-capped, and with ALiBi's slope times distance
+    added."""
 
     scale: float
     soft_cap: float | None = None

@@ -1,4 +1,4 @@
-"""Products of the torch backend with packed weights, whose schemes quantise activations to 8 bits."""
+"""Matrix products of the torch backend with quantised weights, whose schemes quantise activations to 8 bits."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def _plan_random(params: list[SlotParams], which: list[int], batch: ForwardBatch
 
 
 def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return ``base.uniform`` of each pair, bit for bit."""
+    """Return :func:`~vllmlite.backends.sampling.uniform` of each pair, bit for bit."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     counter = (positions.astype(np.uint64) + np.uint64(1)) * golden
     return (_mix64(_mix64(seeds + golden) + counter) >> np.uint64(40)).astype(np.float64) * 2.0**-24

@@ -1,1 +1,1 @@
-"""Turns a schedule into arrays, runs the model, samples."""
+"""The model runner: turns a schedule into arrays, runs the model, and samples ids."""

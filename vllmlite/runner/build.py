@@ -43,17 +43,17 @@ RunnerT = TypeVar("RunnerT", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class BuiltRunner(Generic[RunnerT]):
-    """A runner, and the sizes that an engine needs to drive it."""
+    """A runner, with the sizes and times that an engine needs to schedule its steps."""
 
     runner: RunnerT
     num_blocks: int
     max_model_len: int
     backend_choice: str
-    """Which backend runs, and why the others do not."""
+    """A line that names the backend, and the reasons why other backends were not chosen."""
     step_times: list[tuple[int, float]] = field(default_factory=list)
-    """For speculative decoding: seconds of a step by its tokens."""
+    """For speculative decoding: pairs of a number of tokens and the seconds that a step of so many tokens takes."""
     draft_times: list[tuple[int, float]] = field(default_factory=list)
-    """Seconds of a step of the draft model, if there is one, by its tokens."""
+    """Pairs of a number of tokens and the seconds of such a step of the draft model; empty without a draft model."""
     waiting_time: float = 0.0
     """Seconds by which a step that waits for the results of the one before takes longer than one launched beside it; 0
     without speculative decoding and two steps in flight."""
@@ -82,7 +82,8 @@ def _quantizes_inputs(spec: DecoderSpec) -> bool:
 def _packing(
     config: EngineConfig, plan: Plan, backend: Backend, at_load: str | None, keep_blocks: bool
 ) -> Packing:
-    """Return how weights reach the backend. Raises ParameterError for options that have no effect there."""
+    """Return in which form weights are put on the backend. Raises ParameterError for options that have no effect
+    there."""
     int8_activations = config.activation_dtype == "int8"
     found = Packing(backend, at_load, keep_blocks, config.quantize_head, int8_activations)
     if config.quantize_head is not None and (
@@ -104,7 +105,8 @@ def _packing(
 
 
 def weight_forms(plan: Plan, packing: Packing) -> list[str]:
-    """Describe, for each scheme of the checkpoint, how its weights are multiplied and what dtype activations have."""
+    """Return a text for each quantisation scheme of the checkpoint: how its weights are multiplied, and the dtype of
+    the activations."""
     if plan.spec is None:
         return []
     forms = []
@@ -124,11 +126,11 @@ def build_runner(
     connect: Callable[[Backend], Comm] | None = None,
     replica: int = 0,
 ) -> BuiltRunner[ModelRunner]:
-    """Build the runner of rank ``rank`` of ``world``; ``replica`` is the engine's number among those of
-    ``config.data_parallel_size``. Raises ModelError, BackendError or ParameterError.
+    """Build the runner of rank ``rank`` of ``world`` ranks, from ``plan``, which is :func:`plan_for` ``config``.
+    ``replica`` is the engine's number among those of ``config.data_parallel_size``.
 
-    ``plan`` is :func:`plan_for` ``config``. ``connect`` joins this rank's backend to those of the others; all ranks
-    build at the same time from equal arguments, and ``config.seed`` must not be -1."""
+    ``connect`` connects this rank's backend to the other ranks. All ranks build at the same time from equal arguments,
+    and ``config.seed`` must not be -1. Raises ModelError, BackendError or ParameterError."""
     stages = config.pipeline_parallel_size
     if plan.spec is not None:
         plan = replace(plan, spec=part_of(plan.spec, rank, world, stages))
@@ -256,7 +258,7 @@ def build_runner(
 
 
 def _capture_graphs(runner: ModelRunner) -> None:
-    """Capture the decoding steps, with a line of progress on a terminal where it takes a while."""
+    """Capture the graphs of decoding steps. Shows a line of progress on a terminal if that takes long."""
     began, captured, shown = time.perf_counter(), 0, False
     for rows in runner.graphs.capture():
         captured += 1

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_fingerprint(config: EngineConfig, plan: Plan, runner: ModelRunner, max_model_len: int) -> bytes:
-    """Return what the contents of blocks in files depend on apart from their hashes."""
+    """Return a fingerprint of everything, besides their hashes, that the contents of blocks in files depend on."""
     backend = runner.backend
     return fingerprint(
         plan.path,
@@ -40,8 +40,8 @@ def cache_fingerprint(config: EngineConfig, plan: Plan, runner: ModelRunner, max
 def cache_tiers(
     config: EngineConfig, mark: bytes, runner: ModelRunner, num_blocks: int, replica: int
 ) -> Tiers:
-    """Return the tiers behind a pool of ``num_blocks``, whose runner has places in host memory. ``mark`` is the
-    fingerprint of the file on disk."""
+    """Return the cache tiers behind a pool of ``num_blocks`` blocks, whose runner has host memory for blocks. ``mark``
+    is the fingerprint to store in the file on disk."""
     host = runner.host_blocks
     assert host is not None
     cost = TransferCost(config.block_size, seconds_per_load(host, num_blocks))
@@ -54,7 +54,7 @@ def cache_tiers(
 
 
 def saved_prefixes(config: EngineConfig, mark: bytes, runner: ModelRunner, engine: Engine) -> SavedPrefixes:
-    """Return what saves prompts in the directory ``config.slot_save_path``."""
+    """Return the object that saves prompts in the directory ``config.slot_save_path`` and restores them."""
     assert config.slot_save_path is not None
     assert runner.host_blocks is not None and engine.scheduler.tiers is not None
     directory = PrivateDirectory(config.slot_save_path, "slot_save_path")
@@ -65,7 +65,8 @@ def saved_prefixes(config: EngineConfig, mark: bytes, runner: ModelRunner, engin
 
 
 def _block_file(config: EngineConfig, path: str, mark: bytes, block_bytes: int, replica: int) -> BlockFile:
-    """Open the file of the disk tier; each replica has one, and its share of the size."""
+    """Open the file of the disk tier. Each replica has a file of its own, with an equal share of
+    ``config.kv_disk_size``."""
     directory = PrivateDirectory(path, "kv_disk_path")
     try:
         fd = directory.open(f"blocks-{replica}" if replica else "blocks")

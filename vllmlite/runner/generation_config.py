@@ -1,4 +1,6 @@
-"""Settings of generation that come with a checkpoint: ends of text, default sampling parameters, reasoning marks."""
+"""Generation settings that come with a checkpoint: ids that end a text, default sampling parameters, marks of
+reasoning.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ def generation_config(config: EngineConfig, path: Path) -> dict[str, Any]:
 
 
 def eos_ids(generation: dict[str, Any], path: Path, tokenizer: Tokenizer | None) -> Sequence[int]:
-    """Return every id that ends a text: those of the generation config, or else of the model's configuration, and the
-    tokenizer's."""
+    """Return every id that ends a text: those of the generation config, or else of the model's config, and that of the
+    tokenizer."""
     listed = generation.get("eos_token_id")
     if listed is None:
         listed = HfConfig.read(path).text_value("eos_token_id")
@@ -37,7 +39,7 @@ def eos_ids(generation: dict[str, Any], path: Path, tokenizer: Tokenizer | None)
 
 
 def default_params(config: EngineConfig, generation: dict[str, Any]) -> SamplingParams:
-    """Return the sampling parameters of requests that name none."""
+    """Return the sampling parameters of requests that do not give any."""
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     override = config.override_generation_config
     for name in override.keys() - {*names, "do_sample", "max_new_tokens"}:
@@ -68,7 +70,8 @@ def default_params(config: EngineConfig, generation: dict[str, Any]) -> Sampling
 
 
 def reasoning_marks(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> ReasoningMarks | None:
-    """Return the ids of the marks that ``reasoning_config`` names. Raises :class:`ParameterError`."""
+    """Return the token ids of the marks in ``reasoning_config``; None without any. Raises :class:`ParameterError` if
+    the tokenizer cannot encode them."""
     if not config:
         return None
     if tokenizer is None:

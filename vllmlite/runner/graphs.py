@@ -1,4 +1,4 @@
-"""The captured steps of a model runner: which there are, and how many there may be."""
+"""The graphs of a model runner: steps that are captured once and replayed, and how many of them may exist."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from vllmlite.backends.batch import CAPTURED_QUERY_LEN, ForwardBatch, GraphKey, 
 from vllmlite.backends.kv_cache import KVSpec
 
 MOST_GRAPHS = 40
-"""Captured steps that a runner keeps, unless those of one token a row leave less room than ``LEAST_RECORDED``."""
+"""Maximum number of captured steps, unless those of one token a row leave less room than ``LEAST_RECORDED``."""
 LEAST_RECORDED = 5
-"""Captured steps of several tokens a row that there is always room for."""
+"""Number of captured steps with several tokens a row that there is always room for."""
 RECORDED_AFTER = 16
-"""Steps of several tokens a row that run uncaptured before their kind is captured, so that capturing, however often
-captured steps are dropped, takes a small part of the time."""
+"""Number of uncaptured steps of one kind, with several tokens a row, after which that kind is captured: capturing then
+takes a small part of the time, even if captured steps are dropped again."""
 MEMORY_BOUND_TOKENS = 32
-"""Tokens up to which a step takes about as long as reading the weights, so that padding costs nothing."""
+"""Number of tokens up to which a step takes about as long as reading the weights, so that padding costs nothing."""
 MOST_RECORDED_ROWS = 32
-"""Rows up to which steps of several tokens a row are captured."""
+"""Maximum number of rows of captured steps with several tokens a row."""
 
 
 class Graphs:
@@ -42,16 +42,16 @@ class Graphs:
         *,
         adapters: bool = False,
     ) -> None:
-        """Prepare to capture ``step``; ``rows`` are numbers of rows, ascending, as :meth:`Backend.graph_rows` gives.
-        ``adapters``: rows may have adapters."""
+        """Prepare to capture ``step``. ``rows`` are the numbers of rows to capture, ascending, from
+        :meth:`Backend.graph_rows`. ``adapters``: rows may have LoRA adapters."""
         self._backend, self._step, self._slots, self._spec = backend, step, slots, spec
         self._rows = rows
         self._kinds = (False, True) if adapters else (False,)
         self._steps: dict[GraphKey, Step] = {}
         self._missed: Counter[GraphKey] = Counter()
-        """Steps that ran uncaptured."""
+        """Number of steps that ran uncaptured, for each key."""
         self.limit = max(MOST_GRAPHS, len(rows) * len(self._kinds) + LEAST_RECORDED)
-        """Captured steps at any time."""
+        """Maximum number of captured steps."""
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -64,14 +64,15 @@ class Graphs:
         return self._steps[key](batch)
 
     def capture(self) -> Iterator[int]:
-        """Capture the steps of one token a row, the largest first; yields the rows of each."""
+        """Capture the steps of one token a row, the largest first; yields each one's number of rows."""
         for rows in reversed(self._rows):
             for adapted in self._kinds:
                 self._capture(GraphKey(rows, 1, adapted))
             yield rows
 
     def record(self, rows: int, query_len: int, adapted: bool = False) -> bool:
-        """Capture the step for ``rows`` rows of ``query_len`` tokens unless there is one. False if there cannot be."""
+        """Capture the step for ``rows`` rows of ``query_len`` tokens unless it is captured already. Returns False if
+        such a step cannot be captured."""
         if (
             not self._steps
             or rows > min(self._rows[-1], MOST_RECORDED_ROWS)
@@ -86,7 +87,7 @@ class Graphs:
         return True
 
     def record_if_frequent(self, batch: ForwardBatch) -> None:
-        """Count a step of several tokens a row; capture its kind once there have been :data:`RECORDED_AFTER`."""
+        """Count a step of several tokens a row, and capture its kind after :data:`RECORDED_AFTER` of them."""
         rows, query_len, adapted = batch.num_rows, batch.max_query_len, batch.adapters is not None
         if not self._fits(batch) or rows > self._rows[-1]:
             return
@@ -99,7 +100,7 @@ class Graphs:
             self.record(rows, query_len, adapted)
 
     def find(self, batch: ForwardBatch) -> GraphKey | None:
-        """Return the key of the captured step that the host's ``batch`` can run in, if there is one."""
+        """Return the key of a captured step in which the host's ``batch`` can run; None if there is none."""
         query_len = batch.max_query_len
         if not self._fits(batch):
             return None
@@ -112,8 +113,9 @@ class Graphs:
         return key
 
     def _fits(self, batch: ForwardBatch) -> bool:
-        """Whether all tokens are sampled from, and all rows are as long as the longest one or, where the backend pads
-        them, about as long: a captured step computes as many tokens for each row."""
+        """Return whether a captured step could run ``batch``: all tokens are sampled from, and all rows are equally
+        long or, if the backend pads rows, nearly so, since a captured step computes the same number of tokens for each
+        row."""
         padded, tokens = batch.num_rows * batch.max_query_len, batch.num_tokens
         most = max(2 * tokens, MEMORY_BOUND_TOKENS) if self._backend.pads_rows else tokens
         return bool(self._steps) and len(batch.logits_rows) == tokens and padded <= most

@@ -11,12 +11,12 @@ from vllmlite.backends.host_blocks import HostBlocks
 from vllmlite.engine.tiers import Copies
 
 MEASURED_SECONDS = 0.01
-"""Time that a measurement of copies may take, about."""
+"""Approximate seconds that a measurement of copies may take."""
 
 
 def start_copies(host: HostBlocks, copies: Copies, written: Sequence[int]) -> None:
-    """Issue the copies of a step before its other work. Saves run beside that, unless their blocks are among those that
-    are loaded, or that the step has been given to write (``written``)."""
+    """Start the block copies of a step, before its other work. Saves run beside that work, unless they read blocks that
+    are loaded, or that are in ``written``, the blocks that the step may write."""
     host.join()
     if copies.save_blocks:
         host.save(np.array(copies.save_blocks, np.int32), np.array(copies.save_places, np.int32))
@@ -27,7 +27,7 @@ def start_copies(host: HostBlocks, copies: Copies, written: Sequence[int]) -> No
 
 
 def seconds_per_load(host: HostBlocks, num_blocks: int) -> float:
-    """Measure how long the copy of a block from host memory takes, in a pool that holds nothing yet."""
+    """Return the measured seconds to copy one block from host memory. The pool must not contain anything yet."""
     count = min(num_blocks, len(host.memory), 16)
     host.memory[:count] = 0  # no page fault is measured
     ids = np.arange(count, dtype=np.int32)

@@ -1,5 +1,6 @@
-"""Log-probabilities that requests ask for beside those of the sampled ids: of prompt tokens, and of ids that a request
-names."""
+"""Log-probabilities that requests ask for besides those of the sampled ids: of prompt tokens, and of ids that a request
+lists.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from vllmlite.engine.runner_protocol import TokenLogprobs
 from vllmlite.models.interface import Model
 
 LOGPROBS_ROWS = 256
-"""Most rows of logits that are copied at a time to compute log-probabilities."""
+"""Maximum number of rows of logits that are copied at a time to compute log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class RowLogprobs:
 def named_logprobs(
     backend: Backend, logits: Tensor, wanted: Iterable[tuple[int, Sequence[int]]]
 ) -> list[RowLogprobs]:
-    """Compute log-probabilities of ``wanted``: pairs of a row of the unmodified ``logits`` and ids of it."""
+    """Compute the log-probabilities of ``wanted``: pairs of a row of the unmodified ``logits`` and a list of ids."""
     pairs = np.array([(row, i) for row, ids in wanted for i in ids], np.int32).reshape(-1, 2)
     found = []
     for at in range(0, len(pairs), LOGPROBS_ROWS):

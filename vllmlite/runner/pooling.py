@@ -14,7 +14,7 @@ from vllmlite.backends.batch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """A row that contributes to the vector of its prompt."""
+    """A row of a step whose hidden states are part of the vector of its prompt."""
 
     row: int
     slot: int

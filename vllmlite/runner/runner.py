@@ -1,6 +1,7 @@
-"""The model runner: a :class:`~vllmlite.engine.scheduler.Schedule` in, sampled ids out.
+"""The model runner: turns a :class:`~vllmlite.engine.schedule.Schedule` into a step on a backend, and returns the
+sampled ids.
 
-It never sees a request. What it knows of a sequence came with its admission to a slot; the ids sampled since then
+It never sees a request. All that it knows of a sequence came with its admission to a slot. The ids sampled since then
 stay on the device, where the next step gathers them, so that a step can be launched before the last one is read.
 """
 
@@ -41,14 +42,14 @@ class Launched:
     schedule: Schedule
     sampled: Sampled | None = None
     accepted: Tensor | None = None
-    """Which of the sampled ids are accepted; None if the step has no drafts, so that all are."""
+    """1 for each sampled id that is accepted, else 0; None if the step has no drafts, so that all are accepted."""
     beams: Continuations | None = None
     """The continuations that were chosen of the schedule's beams."""
     proposal: Any = None
-    """The proposer's handle of the step."""
+    """The handle that the proposer returned for the step."""
     prompt_logprobs: list[RowLogprobs] = field(default_factory=list)
     named_logprobs: list[RowLogprobs] = field(default_factory=list)
-    """Log-probabilities of the ids that requests name."""
+    """Log-probabilities of the ids that requests list in ``logprob_token_ids``."""
     pools: list[Pool] = field(default_factory=list)
     hidden: Tensor | None = None
     """Hidden states of all tokens of the step; None unless ``pools`` need them."""
@@ -71,13 +72,16 @@ class ModelRunner:
         num_places: int = 0,
         samples: bool = True,
     ) -> None:
-        """Allocate the pool and the slots, and ``num_places`` places for blocks in host memory. BackendError if they do
-        not fit. A schedule may want drafts if there is a ``proposer``, and copies if there are places; sequences may
-        have adapters within the limits of ``adapters``."""
+        """Allocate the pool, the slots, and host memory for ``num_places`` blocks. Raises BackendError if they do not
+        fit.
+
+        A schedule may ask for drafts if there is a ``proposer``, and for copies if ``num_places`` is not 0; sequences
+        may have adapters within the limits of ``adapters``. ``samples`` is False for a stage of a pipeline before the
+        last one, whose model returns no logits."""
         self.backend = backend
         self.model = model
         self.samples = samples
-        """Whether the model returns logits, and is not a stage of a pipeline before the last one."""
+        """Whether the model returns logits; False in a stage of a pipeline before the last one."""
         self._empty = backend.tensor(np.zeros(1, np.int32))
         self.proposer = proposer
         self.kv: KVCache = backend.alloc_kv(model.kv_spec, num_blocks)
@@ -128,7 +132,7 @@ class ModelRunner:
             self.backend.to_host(self._empty)
 
     def load_adapter(self, index: int, adapter: Adapter) -> None:
-        """Do all of :meth:`load_adapter_parts` at once."""
+        """Put ``adapter`` at ``index``, as :meth:`load_adapter_parts` does, all its parts at once."""
         for _ in self.load_adapter_parts(index, adapter):
             pass
 
@@ -164,7 +168,7 @@ class ModelRunner:
         self._adaptable().set_adapter(index, None)
 
     def launch(self, schedule: Schedule) -> Launched:
-        """Issue a step's work to the backend."""
+        """Start a step on the backend, and return its handle for :meth:`collect`."""
         for admission in schedule.admissions:
             self._admit(admission)
         if schedule.block_ids:
@@ -254,8 +258,8 @@ class ModelRunner:
         return result
 
     def _accepted_spans(self, handle: Launched) -> list[tuple[int, int]] | None:
-        """Return the first of each row's sampled positions, and the one after its last accepted position. None if all
-        rows have one position."""
+        """Return, for each row that samples, its first sampled position and the one after its last accepted position.
+        None if every row has one sampled position."""
         if handle.accepted is None:
             return None
         ends = np.cumsum([samples for samples in handle.schedule.samples if samples])
@@ -395,13 +399,13 @@ class ModelRunner:
 
 
 def _drawing_rows(schedule: Schedule) -> list[int]:
-    """Return the rows that sample ids: not those of beams."""
+    """Return the rows that sample ids, without the rows of beams."""
     beams = {row for group in schedule.beams for row in range(group.row, group.row + len(group.scores))}
     return [row for row, samples in enumerate(schedule.samples) if samples and row not in beams]
 
 
 def _split(values: list[T], spans: list[tuple[int, int]] | None) -> list[list[T]]:
-    """Return the values of each span; each value by itself without any."""
+    """Return the values of each span ``(first, end)``; if ``spans`` is None, each value in a list of its own."""
     if spans is None:
         return [[value] for value in values]
     return [values[first:end] for first, end in spans]

@@ -15,22 +15,23 @@ from vllmlite.models.plan import Plan
 from vllmlite.runner.runner import ModelRunner
 
 CPU_KV_BYTES = 4 << 30
-"""Most bytes of the cache on a CPU, over all ranks, unless its size is given; pages that no request reaches are never
-touched."""
+"""Maximum bytes of the key/value cache on a CPU, over all ranks, unless its size is given. Pages that no request
+reaches are never touched."""
 STAGING_BYTES, STAGED_BLOCKS = 256 << 20, 32
-"""Least host memory between the key/value cache and a disk: bytes, and blocks."""
+"""Minimum host memory between the key/value cache and a disk, in bytes and in blocks."""
 CPU_BATCHED_TOKENS, GPU_BATCHED_TOKENS = 2048, 8192
-"""Most tokens in a step unless the number is given: enough to fill the device."""
+"""Default maximum numbers of tokens in a step: enough to keep the device busy."""
 
 
 def batched_tokens(config: EngineConfig, device: str) -> int:
-    """Return the most tokens in a step on ``device``."""
+    """Return the maximum number of tokens in a step on ``device``."""
     default = CPU_BATCHED_TOKENS if device == "cpu" else GPU_BATCHED_TOKENS
     return config.max_num_batched_tokens or default
 
 
 def mixed_tokens(config: EngineConfig, batched: int) -> int:
-    """Return the most prompt tokens in a step that also decodes, of the ``batched`` of a whole step."""
+    """Return the maximum number of prompt tokens in a step that also decodes, where a step has at most ``batched``
+    tokens."""
     mixed = config.max_mixed_prefill_tokens
     if mixed is not None and mixed > batched:
         raise ParameterError(
@@ -40,8 +41,8 @@ def mixed_tokens(config: EngineConfig, batched: int) -> int:
 
 
 def most_positions(config: EngineConfig, backend: Backend, plan: Plan, longest: int) -> int:
-    """Return the most tokens of a sequence, at most ``longest``, that the key/value cache could hold if weights took
-    no memory. The rotary tables end there."""
+    """Return the number of tokens of a sequence that the key/value cache could hold if the weights took no memory, at
+    most ``longest``. Rotary tables have this length."""
     if plan.spec is None:  # transformers' models compute them as they go
         return longest
     cache = kv_spec(plan.spec, backend, config.block_size, config.kv_cache_dtype)
@@ -65,8 +66,8 @@ def num_cache_blocks(
     max_model_len: int,
     reserved: int = 0,
 ) -> int:
-    """Return the number of blocks in each of the key/value ``caches``, once the weights are loaded. ``models`` are the
-    model and a draft model, if there is one; ``reserved`` bytes are left free for what is loaded later."""
+    """Return the number of blocks in each of the key/value ``caches``, after the weights have been loaded. ``models``
+    are the model and, if there is one, the draft model. ``reserved`` bytes are left free for later."""
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
     block_bytes = sum(map(backend.kv_bytes_per_block, caches))
@@ -103,7 +104,8 @@ def num_cache_blocks(
 
 
 def num_host_places(config: EngineConfig, backend: Backend, model: Model) -> int:
-    """Return the number of blocks that host memory keeps. A disk alone gets a little, through which its blocks pass."""
+    """Return the number of blocks to keep in host memory. With a disk alone, that is a small buffer for blocks on their
+    way to and from it."""
     block_bytes = backend.kv_bytes_per_block(model.kv_spec)
     wanted = config.host_tier_bytes()
     if config.kv_disk_path is not None or config.slot_save_path is not None:

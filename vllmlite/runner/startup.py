@@ -38,26 +38,27 @@ OtherT = TypeVar("OtherT")
 
 @dataclass(frozen=True, slots=True)
 class Started(Generic[EngineT]):
-    """A running engine, and the facts about its model that requests in text need."""
+    """A running engine, and the properties of its model that are needed for requests in text."""
 
     engine: EngineT
     tokenizer: Tokenizer | None
     hidden_size: int
-    """Elements of an embedding."""
+    """Number of elements of an embedding."""
     default_sampling_params: SamplingParams
     backend_choice: str
-    """Which backend runs, and why the others do not."""
+    """A line that names the backend, and the reasons why other backends were not chosen."""
     ranks: RankGroup | None = None
-    """The processes that compute the model, if these are others than the engine's."""
+    """The processes that compute the model; None if the engine's process does."""
 
     def with_engine(self, engine: OtherT, tokenizer: Tokenizer | None) -> Started[OtherT]:
-        """Return the same facts with another engine and tokenizer, for a client, which leaves the ranks to the host."""
+        """Return a copy for a client, with another engine and tokenizer and without the ranks, which belong to the
+        engine's host."""
         return replace(cast(Started[Any], self), engine=engine, tokenizer=tokenizer, ranks=None)
 
 
 def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
-    """Start an engine, one of ``config.data_parallel_size`` replicas if ``replica`` is its number. Raises ModelError,
-    BackendError or ParameterError, each saying what to change."""
+    """Start an engine: the only one, or the one with number ``replica`` of ``config.data_parallel_size``. Raises
+    ModelError, BackendError or ParameterError with a message that says what to change."""
     if config.data_parallel_size > 1 and replica is None:
         raise ParameterError(
             "data_parallel_size",
@@ -116,7 +117,8 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
 
 
 def _drafting(config: EngineConfig, built: BuiltRunner[object], two_steps: bool) -> DraftPolicy | None:
-    """Return how many drafts are made, by the measured time of steps; None without speculative decoding."""
+    """Return the policy that decides how many drafts to make, from the measured times of steps; None without
+    speculative decoding."""
     options = config.speculative()
     if options is None:
         return None
@@ -135,7 +137,7 @@ def _drafting(config: EngineConfig, built: BuiltRunner[object], two_steps: bool)
 
 
 def _adapters(config: EngineConfig, plan: Plan, dtype: str) -> AdapterSource:
-    """Return the reader of LoRA adapters, which keeps some of them in memory; ``dtype`` is the backend's."""
+    """Return the reader of LoRA adapters, which keeps some of them in host memory. ``dtype`` is the backend's."""
     from vllmlite.lora.reader import AdapterReader
     from vllmlite.lora.store import AdapterStore
 

@@ -1,4 +1,4 @@
-"""Measuring how long steps of several sizes take, from which it follows how many drafts pay."""
+"""Measure the time of steps of several sizes, by which the number of drafts is chosen."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from collections.abc import Callable
 from itertools import accumulate
 
 MEASURED = (1, 8, 2, 4, 16, 32, 64, 128)
-"""Tokens of the measured steps, in this order and as far as the time goes, the first two in any case."""
+"""Numbers of tokens of the steps to measure, in this order. The first two are always measured, the others while time is
+left."""
 REPEATS = 3
 STEPS = 8
-"""Steps in a row for the time that a step waits."""
+"""Number of consecutive steps in one measurement of :func:`waiting_time`."""
 MOST_SECONDS = 1.0
-"""Time after which no further step is measured."""
+"""Seconds after which no further size is measured."""
 
 
 def step_times(
     profile: Callable[[int], None], most: int, device: str, agree: Callable[[bool], bool] = bool
 ) -> list[tuple[int, float]]:
-    """Return the seconds of ``profile``, which runs a step, by the step's tokens, ascending and up to ``most``:
-    processor time on a CPU, where other programs may run.
+    """Return pairs of a number of tokens, ascending and up to ``most``, and the seconds that ``profile`` takes to run
+    such a step: processor time on a CPU, where other programs may run.
 
-    A step takes at most as long as one of more tokens; what was measured beyond that was a disturbance.
-    All ranks run the same steps: ``agree`` returns whether it is called with True on each of them.
-    Each token of a step is sampled from, up to the number of slots, as in a step that decodes or verifies drafts."""
+    A step takes at most as long as one with more tokens; a longer time is taken for a disturbance. Each token is
+    sampled from, up to the number of slots, as in a step that decodes or verifies drafts. All ranks run the same steps:
+    ``agree`` returns whether every rank called it with True."""
     begin = time.perf_counter()
     times: dict[int, float] = {}
     for tokens in (tokens for tokens in MEASURED if tokens <= most):

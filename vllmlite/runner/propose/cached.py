@@ -17,24 +17,25 @@ from vllmlite.runner.propose.proposer import Proposer
 
 @dataclass(slots=True)
 class CachedSequence:
-    """A sequence in a slot, as the proposer knows it."""
+    """The state of a proposer for the sequence in a slot."""
 
     slot: int
     token_ids: list[int]
     blocks: list[int] = field(default_factory=list)
-    """Its block table."""
+    """Block table of the sequence."""
     num_uploaded: int = -1
-    """How many of ``blocks`` the device knows; -1: the proposer has not begun with the sequence."""
+    """Number of ``blocks`` that have been copied to the device; -1: the proposer has not started with the sequence."""
     num_computed: int = 0
-    """Positions whose keys and values in the proposer's cache are those of ``token_ids``."""
+    """Number of positions whose keys and values in the proposer's cache are those of ``token_ids``."""
     num_marked: int = 0
-    """How many of its blocks have their mark."""
+    """Number of blocks, from the first on, that have their mark."""
     dropped: bool = False
-    """Whether no more drafts can be made: it is too long, or has ids that are not in the proposer's vocabulary."""
+    """Whether the sequence can get no more drafts: it is too long, or has ids that are not in the proposer's
+    vocabulary."""
     drafts: list[int] = field(default_factory=list)
     """The drafts that were proposed last."""
     _marks: list[int] = field(default_factory=list)
-    """Marks of its first blocks."""
+    """Marks of the first blocks, as far as they have been computed."""
 
     def append(self, token_ids: list[int]) -> None:
         """Append the ids that the target model sampled."""
@@ -42,7 +43,7 @@ class CachedSequence:
         self.drafts = []
 
     def mark(self, index: int, block_size: int, ahead: int) -> int:
-        """Return the hash of the ids up to the end of block ``index``, and of ``ahead`` more."""
+        """Return the mark of block ``index``: a hash of the ids up to its end, and of ``ahead`` more ids."""
         for at in range(len(self._marks), index + 1):
             before = self._marks[-1] if at else 0
             ids = self.token_ids[at * block_size : (at + 1) * block_size + ahead]
@@ -54,17 +55,17 @@ SequenceT = TypeVar("SequenceT", bound=CachedSequence)
 
 
 class CachedProposer(Proposer, Generic[SequenceT]):
-    """Keeps the block tables of sequences and the marks of blocks."""
+    """Base of proposers with a key/value cache: keeps the block tables of sequences and the marks of blocks."""
 
     def __init__(self, sequence: type[SequenceT], block_size: int, max_model_len: int, ahead: int) -> None:
-        """Propose for sequences of up to ``max_model_len`` tokens. The state of a position depends on the ids up to it,
-        and on ``ahead`` more."""
+        """Propose drafts for sequences of up to ``max_model_len`` tokens. The state of a position depends on the ids up
+        to it, and on ``ahead`` ids after it."""
         self._make = sequence
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._ahead = ahead
         self._marks: dict[int, int] = {}
-        """Block → its mark."""
+        """Block → the mark of its contents in the proposer's cache."""
         self._sequences: dict[int, SequenceT] = {}
 
     def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
@@ -100,18 +101,20 @@ class CachedProposer(Proposer, Generic[SequenceT]):
         return [sequence.drafts for sequence in handle]
 
     def _draft(self, asked: Mapping[int, SequenceT], counts: Mapping[int, int]) -> None:
-        """Set up to ``counts[slot]`` drafts of the sequences ``asked``, which are in their slots."""
+        """Set the drafts of the sequences ``asked``, given by slot: at most ``counts[slot]`` of each."""
         raise NotImplementedError
 
     def _new_blocks(self, sequence: SequenceT) -> range:
-        """Return the columns of a sequence's block table that the device does not know yet; it knows them then."""
+        """Return the columns of a sequence's block table that have to be copied to the device, and count them as
+        copied."""
         longest = -(-self._max_model_len // self._block_size)
         new = range(max(sequence.num_uploaded, 0), min(len(sequence.blocks), longest))
         sequence.num_uploaded = new.stop
         return new
 
     def _find_computed(self, sequence: SequenceT) -> None:
-        """Set how many positions of a new sequence are in the proposer's cache; the last one is always left."""
+        """Set the number of positions of a new sequence that are in the proposer's cache; the last position is always
+        computed again."""
         whole = (len(sequence.token_ids) - 1 - self._ahead) // self._block_size
         for index, block in enumerate(sequence.blocks[:whole]):
             if self._marks.get(block) != sequence.mark(index, self._block_size, self._ahead):
@@ -120,8 +123,8 @@ class CachedProposer(Proposer, Generic[SequenceT]):
         sequence.num_computed = sequence.num_marked * self._block_size
 
     def _mark(self, sequence: SequenceT, start: int, end: int, written: int) -> None:
-        """Mark the blocks of a sequence for a step that computes positions ``start`` to ``end``, and drafts that are
-        written up to ``written``."""
+        """Set the marks of a sequence's blocks for a step that computes positions ``start`` to ``end``, after which
+        drafts are written up to position ``written``."""
         size = self._block_size
         for block in sequence.blocks[start // size : -(-written // size)]:
             self._marks.pop(block, None)

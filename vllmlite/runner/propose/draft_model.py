@@ -1,7 +1,7 @@
-"""Drafts from a model: a smaller checkpoint with the same vocabulary continues the text greedily.
+"""Drafts from a draft model: a smaller checkpoint with the same vocabulary continues the text greedily.
 
-The draft model runs only where drafts are wanted, and first computes the positions that it has missed, at most
-``budget`` of them in a step over all sequences; a sequence that has missed more gets no drafts until it has caught up.
+The draft model runs only if drafts are wanted. It first computes the positions that it has not computed yet, at most
+``budget`` of them in a step over all sequences; a sequence with more gets no drafts until all of them are computed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ GREEDY = SamplingParams(temperature=0)
 
 
 class DraftedSequence(CachedSequence):
-    """A sequence, as the draft model knows it."""
+    """The state of a draft model for a sequence."""
 
     __slots__ = ()
 
     def append(self, token_ids: list[int]) -> None:
-        """Append the ids that the target model sampled. Drafts that were right are computed already, except the last
-        draft, from which nothing was drafted."""
+        """Append the ids that the target model sampled. Positions of accepted drafts count as computed, except that of
+        the last draft, which the draft model never read."""
         if self.num_computed == len(self.token_ids):
             pairs = zip(self.drafts[:-1], token_ids[:-1], strict=False)
             self.num_computed += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -33,11 +33,12 @@ class DraftedSequence(CachedSequence):
 
 
 class ModelProposer(CachedProposer[DraftedSequence]):
-    """Proposes the continuation of a draft model."""
+    """Proposes the ids with which a draft model continues the text."""
 
     def __init__(self, runner: ModelRunner, *, max_model_len: int, budget: int, vocab_size: int) -> None:
         """Propose with the draft model of ``runner``, whose cache has as many blocks as the target model's, for
-        sequences of up to ``max_model_len`` tokens; ids of drafts are below ``vocab_size``, the target model's."""
+        sequences of up to ``max_model_len`` tokens. Drafts have ids below ``vocab_size``, the size of the target
+        model's vocabulary."""
         super().__init__(DraftedSequence, runner.model.kv_spec.block_size, max_model_len, ahead=0)
         self.runner = runner
         self._budget = budget
@@ -48,9 +49,9 @@ class ModelProposer(CachedProposer[DraftedSequence]):
         self.runner.profile(num_rows)
 
     def _draft(self, asked: Mapping[int, DraftedSequence], counts: Mapping[int, int]) -> None:
-        """Compute the known tokens that are missing, then ``counts[slot]`` drafts of every sequence that has caught up.
-
-        All steps are launched before the first draft is read."""
+        """Compute the known tokens of ``asked`` that are not computed yet, within the budget, then ``counts[slot]``
+        drafts of every sequence whose known tokens are all computed. All steps are launched before the first draft is
+        read."""
         schedule = self._catch_up(asked, counts)
         slots = list(compress(schedule.slots, schedule.samples))
         steps: list[tuple[list[int], Tensor]] = []
@@ -70,7 +71,8 @@ class ModelProposer(CachedProposer[DraftedSequence]):
             sequence.drafts = list(takewhile(lambda token_id: token_id < self._vocab_size, sequence.drafts))
 
     def _catch_up(self, asked: Mapping[int, DraftedSequence], counts: Mapping[int, int]) -> Schedule:
-        """Return the step that computes the missing tokens of ``asked``, and samples where none are missing then."""
+        """Return the step that computes known tokens of ``asked`` that are not computed yet, within the budget. It
+        samples the first draft of sequences whose known tokens are then all computed."""
         schedule = _schedule([], [], [], [])
         budget = self._budget
         for slot, sequence in asked.items():
@@ -102,7 +104,7 @@ class ModelProposer(CachedProposer[DraftedSequence]):
 
 
 def _schedule(slots: list[int], starts: list[int], counts: list[int], samples: list[int]) -> Schedule:
-    """Return a step of these rows, without admissions."""
+    """Return a step with these rows, without admissions."""
     return Schedule(
         slots=slots,
         starts=starts,

@@ -27,9 +27,9 @@ from vllmlite.runner.batches import host_batch
 from vllmlite.runner.propose.cached import CachedProposer, CachedSequence
 
 STRETCH = 128
-"""Positions of a sequence that may be left to compute."""
+"""Maximum number of positions of a sequence that the head may leave uncomputed."""
 MOST_UNKNOWN = 1024
-"""Positions of a sequence that may be computed without their hidden states."""
+"""Maximum number of positions of a sequence that the head computes without their hidden states."""
 
 
 class DraftHead(Protocol):
@@ -38,17 +38,18 @@ class DraftHead(Protocol):
     backend: Backend
     kv_spec: KVSpec
     states: tuple[int, ...]
-    """The target model's hidden states that it reads: inputs of these layers, or ``FINAL``."""
+    """Indices of the layers of the target model whose inputs the head reads, or ``FINAL`` for the final hidden
+    states."""
     state_size: int
-    """Size of each of them."""
+    """Number of elements of each of these hidden states."""
     vocab_size: int
-    """Ids below this have an embedding."""
+    """Number of ids that have an embedding."""
     draft_vocab_size: int
     target_ids: NDArray[np.int32]
-    """The target model's id of each id of the draft vocabulary."""
+    """For each id of the draft vocabulary, the id of the same token in the target model."""
 
     def fused(self, states: Sequence[Tensor]) -> Tensor:
-        """Return the hidden state ``[T, hidden]`` that stands for the target model's ``states``."""
+        """Return the hidden state ``[T, hidden]`` that the head computes from the target model's ``states``."""
         ...
 
     def forward(
@@ -66,7 +67,7 @@ class DraftHead(Protocol):
 
 
 class _States:
-    """Hidden states of a step, on the device and, once they were needed there, on the host."""
+    """The hidden states of a step, on the device, and also on the host once they were needed there."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
@@ -75,29 +76,29 @@ class _States:
 
 @dataclass(slots=True)
 class _Segment:
-    """Consecutive positions of a sequence whose hidden states are those of consecutive tokens of a step."""
+    """A run of positions of a sequence, whose hidden states are those of adjacent tokens of a step."""
 
     start: int
     stop: int
     states: _States
     token: int
-    """The token of position ``start``."""
+    """Index in the step of the token at position ``start``."""
 
 
 @dataclass(slots=True)
 class EagleSequence(CachedSequence):
-    """A sequence, as the head knows it."""
+    """The state of a draft head for a sequence."""
 
     segments: list[_Segment] = field(default_factory=list)
-    """Positions with hidden states, ascending and without gaps."""
+    """Runs of positions with known hidden states, ascending and without gaps."""
 
     @property
     def stop(self) -> int:
-        """The end of the positions that can be computed: their hidden states and the next ids are known."""
+        """End of the positions that the head can compute: their hidden states and the ids after them are known."""
         return min(self.segments[-1].stop if self.segments else 0, len(self.token_ids) - 1)
 
     def keep(self, segment: _Segment) -> None:
-        """Add the positions of a step; those of rejected drafts at its end are forgotten."""
+        """Add the positions of a step, in place of those of rejected drafts."""
         while self.segments and self.segments[-1].start >= segment.start:
             self.segments.pop()
         if self.segments:
@@ -114,11 +115,11 @@ class EagleSequence(CachedSequence):
 
 
 class EagleProposer(CachedProposer[EagleSequence]):
-    """Proposes the chain of most likely tokens of a head."""
+    """Proposes the chain of the most likely ids of a draft head."""
 
     def __init__(self, head: DraftHead, *, num_blocks: int, max_num_seqs: int, max_model_len: int) -> None:
-        """Allocate the head's cache, of as many blocks as the target model's. Sequences get drafts up to a length of
-        ``max_model_len`` tokens."""
+        """Allocate the head's cache, with as many blocks as the target model's. Sequences of more than
+        ``max_model_len`` tokens get no drafts."""
         super().__init__(EagleSequence, head.kv_spec.block_size, max_model_len, ahead=1)
         self.head = head
         self.states = head.states
@@ -167,7 +168,7 @@ class EagleProposer(CachedProposer[EagleSequence]):
         self._compact(step, kept, token)
 
     def _compact(self, step: _States, kept: list[_Segment], num_tokens: int) -> None:
-        """Keep no more of a step's hidden states than ``kept``, of ``num_tokens``."""
+        """Drop a step's hidden states except those of the segments ``kept``, which have ``num_tokens`` tokens."""
         spans = [range(segment.token, segment.token + segment.stop - segment.start) for segment in kept]
         if sum(map(len, spans)) == num_tokens:
             return
@@ -178,7 +179,8 @@ class EagleProposer(CachedProposer[EagleSequence]):
             segment.token, token = token, token + len(span)
 
     def _draft(self, asked: Mapping[int, EagleSequence], counts: Mapping[int, int]) -> None:
-        """Compute the positions that are missing, then a chain of ``counts[slot]`` drafts of each sequence."""
+        """Compute the positions of ``asked`` that are not computed, then a chain of ``counts[slot]`` drafts of each
+        sequence."""
         slots, batch, normed, hidden = self._compute(asked, counts)
         drafted = 0
         while slots:
@@ -198,7 +200,7 @@ class EagleProposer(CachedProposer[EagleSequence]):
             normed, hidden = self.head.forward(self._ids(ids), hidden, batch, self._kv)
 
     def _sampled(self, normed: Tensor, batch: ForwardBatch) -> list[int]:
-        """Wait for the most likely ids after the positions of ``batch``."""
+        """Return the most likely ids after the sampled positions of ``batch``, after waiting for them."""
         sampled = self._backend.sample(self.head.logits(normed), self._slots, batch)
         ids: list[int] = self.head.target_ids[self._backend.to_host(sampled.ids)].tolist()
         return ids
@@ -206,8 +208,9 @@ class EagleProposer(CachedProposer[EagleSequence]):
     def _compute(
         self, asked: Mapping[int, EagleSequence], counts: Mapping[int, int]
     ) -> tuple[list[int], Any, Tensor, Tensor]:
-        """Compute the positions of ``asked`` that are missing, before a chain of ``counts[slot]`` drafts. Returns the
-        slots, the uploaded batch, which samples at their last positions, and what the head returns for these."""
+        """Compute the positions of ``asked`` that are not computed, before a chain of ``counts[slot]`` drafts. Returns
+        the slots, the uploaded batch, which samples at the last position of each, and the two results of
+        :meth:`DraftHead.forward` for these."""
         slots, starts, lengths = [], [], []
         token_ids: list[int] = []
         parts: list[tuple[_States | None, NDArray[np.int32]]] = []
@@ -242,7 +245,8 @@ class EagleProposer(CachedProposer[EagleSequence]):
     def _parts(
         self, sequence: EagleSequence, start: int, stop: int
     ) -> list[tuple[_States | None, NDArray[np.int32]]]:
-        """Return where the hidden states of positions ``start`` to ``stop`` are: tokens of steps, or nowhere."""
+        """Return where the hidden states of positions ``start`` to ``stop`` are: pairs of a step and token indices in
+        it; None as the step if they are not known."""
         parts: list[tuple[_States | None, NDArray[np.int32]]] = []
         first = sequence.segments[0].start
         if first > start:
@@ -256,8 +260,8 @@ class EagleProposer(CachedProposer[EagleSequence]):
         return parts
 
     def _fused(self, parts: Sequence[tuple[_States | None, NDArray[np.int32]]]) -> Tensor:
-        """Return the head's input for the hidden states of ``parts``, one after the other. Those of several steps are
-        joined on the host."""
+        """Return the head's input for the hidden states of ``parts``, in their order. If they come from several steps,
+        they are joined on the host."""
         backend, (first, _) = self._backend, parts[0]
         if first is not None and all(states is first for states, _ in parts):
             index = backend.tensor(np.concatenate([index for _, index in parts]))

@@ -44,10 +44,9 @@ def _plan(config: EngineConfig, draft: DraftCheckpoint) -> Plan:
 
 
 def check_vocabulary(config: EngineConfig, draft: DraftCheckpoint, tokenizer: Tokenizer) -> None:
-    """Raise ParameterError unless the draft model's ids are those of ``tokenizer``, the target model's. Heads may have
-    no tokenizer.
-
-    Sizes are not compared: models of one family pad their vocabularies to different sizes."""
+    """Raise ParameterError unless the draft model's tokens have the same ids as in ``tokenizer``, the target model's.
+    Draft heads may have no tokenizer. Sizes are not compared: models of one family pad their vocabularies to different
+    sizes."""
     if draft.model is None:
         return
     path = _find(config, draft)
@@ -68,7 +67,7 @@ def check_vocabulary(config: EngineConfig, draft: DraftCheckpoint, tokenizer: To
 
 
 RunnerOf: TypeAlias = Callable[[Model, int], ModelRunner]
-"""Returns the runner of a draft model for sequences of up to so many tokens."""
+"""Function that returns a runner of a draft model for sequences of up to the given number of tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +75,12 @@ class Drafter:
     """A loaded model that proposes drafts."""
 
     models: tuple[Model, ...]
-    """The draft model, if it is a whole model."""
+    """The draft model, if drafts come from a whole model; otherwise empty."""
     caches: tuple[KVSpec, ...]
-    """Its key/value cache, if it has one; of as many blocks as the target model's."""
+    """The format of its key/value cache, which has as many blocks as the target model's; empty if it has none."""
     proposer: Callable[[RunnerOf, int, int], Proposer]
-    """Returns the proposer, given a function that makes the runner of a draft model, the number of blocks, and the
-    length of sequences."""
+    """Function that returns the proposer, given a function that builds the runner of a draft model, the number of
+    blocks, and the maximum length of sequences."""
 
 
 def load_drafter(
@@ -93,10 +92,11 @@ def load_drafter(
     rank: int,
     world: int,
 ) -> Drafter:
-    """Load the model of ``draft`` onto the backend of ``target``, whose weights have the form that ``packing`` decides,
-    and whose sequences have up to ``longest`` tokens.
+    """Load the model of ``draft`` onto the backend of ``target``. ``packing`` decides the form of its weights; its
+    sequences have up to ``longest`` tokens.
 
-    On several ranks each computes a part of a draft model, as of the target model, and all of heads and MTP layers."""
+    With several ranks, each rank has a part of a draft model, as of the target model, but a whole copy of heads and MTP
+    layers."""
     if draft.method != "draft_model":
         return _load_heads(config, draft, target, packing, longest)
     plan, backend = _plan(config, draft), packing.backend
@@ -137,7 +137,7 @@ def load_drafter(
 def _load_heads(
     config: EngineConfig, draft: DraftCheckpoint, target: Model, packing: Packing, longest: int
 ) -> Drafter:
-    """Load what reads the target model's hidden states."""
+    """Load draft heads or MTP layers, which read the target model's hidden states."""
     if not isinstance(target, Decoder):
         raise ParameterError(f"{FIELD}.method", draft.method, "needs a native model")
     path = _find(config, draft)

@@ -16,10 +16,11 @@ from vllmlite.runner.propose.proposer import Proposer
 
 
 class LookupProposer(Proposer):
-    """Proposes what followed the same ids earlier."""
+    """Proposes the ids that followed the same ids earlier in a text."""
 
     def __init__(self, sequences: Any) -> None:
-        """``sequences`` is a :class:`~vllmlite.runner.propose.reference.Sequences`, or its native equivalent."""
+        """Look drafts up in ``sequences``: a :class:`~vllmlite.runner.propose.reference.Sequences`, or its native
+        equivalent."""
         self._sequences = sequences
 
     def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
@@ -41,7 +42,7 @@ class LookupProposer(Proposer):
 
 
 def lookup_proposer(options: Speculative, max_slots: int, extension: ModuleType | None) -> LookupProposer:
-    """Return the proposer that ``options`` ask for; without an ``extension`` the reference in Python."""
+    """Return the proposer for ``options``, in native code, or in Python if ``extension`` is None."""
     classes: Any = extension or reference
     if (suffix := options.suffix) is not None:
         return LookupProposer(

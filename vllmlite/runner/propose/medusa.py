@@ -18,7 +18,7 @@ Step = tuple[list[int], Tensor, dict[int, int]]
 
 
 class MedusaProposer(Proposer):
-    """Proposes the most likely id of each head."""
+    """Proposes the most likely id of each Medusa head."""
 
     states = (FINAL,)
 

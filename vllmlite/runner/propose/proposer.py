@@ -1,4 +1,4 @@
-"""The contract of a proposer of draft tokens with the model runner."""
+"""The interface of proposers of draft tokens, which the model runner calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ class Proposer(Protocol):
     """Guesses the next ids of sequences. Calls of one proposer come in the order of the steps."""
 
     states: Sequence[int] = ()
-    """The target model's hidden states that :meth:`keep_states` wants, as for ``forward_keeping`` of a model."""
+    """Indices of the hidden states that :meth:`keep_states` gets, as the argument ``kept`` of
+    ``KeepingModel.forward_keeping``."""
 
     def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
         """Begin a sequence in ``slot``: its prompt of ``num_prompt`` ids, and the output so far. The sequence that had
@@ -21,17 +22,17 @@ class Proposer(Protocol):
         ...
 
     def append_blocks(self, slots: Sequence[int], columns: Sequence[int], blocks: Sequence[int]) -> None:
-        """Take note that block ``blocks[i]`` becomes column ``columns[i]`` of the block table of ``slots[i]``. A
-        proposer with a key/value cache stores positions in the same blocks as the target model does."""
+        """Write block ``blocks[i]`` to column ``columns[i]`` of the block table of ``slots[i]``. A proposer with a
+        key/value cache of its own uses the same blocks as the target model."""
         return None
 
     def keep_states(self, schedule: Schedule, states: Sequence[Tensor]) -> None:
-        """Take the hidden states of a step that was launched: for each of :attr:`states`, those of all its tokens.
-        Comes before :meth:`launch`."""
+        """Keep the hidden states of a step that was launched: for each of :attr:`states`, those of all its tokens.
+        Called before :meth:`launch`."""
         return None
 
     def launch(self, slots: Sequence[int]) -> Any:
-        """Prepare for the results of a step that was launched, which samples in ``slots``; the handle goes to
+        """Prepare for the results of a step that was launched and samples in ``slots``. The returned handle goes to
         :meth:`collect`."""
         ...
 
@@ -40,5 +41,5 @@ class Proposer(Protocol):
         ...
 
     def profile(self, num_rows: int) -> None:
-        """Compute one draft in each of ``num_rows`` rows and forget it, to measure its time."""
+        """Compute one draft in each of ``num_rows`` rows and discard it, to measure its time."""
         return None

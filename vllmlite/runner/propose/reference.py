@@ -1,6 +1,7 @@
-"""The texts of all slots, from which drafts are looked up: the specification of csrc/propose/sequences.hpp.
+"""Reference implementation, in Python, of the look-up of drafts in the texts of all slots; csrc/propose/sequences.hpp
+does the same.
 
-It searches the whole text for each draft. The torch backend uses it, whose steps take longer than that.
+It searches the whole text for each draft. The torch backend uses it, since its steps take longer than that.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 END = -1
-"""Stands after each earlier output."""
+"""Separator after each earlier output."""
 
 
 def after_first_match(ids: Sequence[int], shortest: int, longest: int) -> int:
-    """Return the place after the first occurrence of the longest n-gram at the end of ``ids``, of ``shortest`` to
-    ``longest`` ids, that occurred before; the length of ``ids`` if there is none."""
+    """Return the index after the first earlier occurrence of the n-gram that ends ``ids``, for the largest n from
+    ``shortest`` to ``longest`` that has one; the length of ``ids`` if there is none."""
     for length in range(min(longest, len(ids) - 1), shortest - 1, -1):
         ngram = ids[-length:]
         for end in range(length, len(ids)):
@@ -26,27 +27,28 @@ def after_first_match(ids: Sequence[int], shortest: int, longest: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class DraftLimits:
-    """Limits of drafts that are made from counts of what followed."""
+    """Limits of drafts that are predicted from counts of earlier continuations."""
 
     count: int
-    """Most drafts."""
+    """Maximum number of drafts."""
     depth: int
-    """Most ids of a matched context and its drafts together."""
+    """Maximum number of ids of the matched context and its drafts together."""
     factor: float
-    """Drafts for each id of the matched context."""
+    """Number of drafts for each id of the matched context."""
     least_probability: float
-    """Least probability of a draft together with those before it."""
+    """Minimum joint probability of a draft and those before it."""
 
 
 def frequent_draft(
     text: Sequence[int], context: Sequence[int], limits: DraftLimits
 ) -> tuple[list[int], float]:
-    """Return what mostly followed the end of ``context`` in ``text``, and the expected number of ids of it that are
-    right if the text goes on as it did before.
+    """Predict the ids after ``context`` from what followed its end in ``text``. Returns the draft, and its score: the
+    expected number of right ids, if the text continues with the same frequencies as before.
 
-    The context's last m ids are matched for each m. After each match, the id that followed most often is followed again
-    and again (of equally frequent ones that which had so many first), while the joint probability is high enough. The
-    result is the draft with the highest score, of equals that of the longest match. :data:`END` is never drafted."""
+    For each m, the last m ids of the context are looked up. From each match on, the most frequent next id is appended
+    repeatedly (among equally frequent ids, the one that had this frequency first), while the joint probability stays
+    above ``limits.least_probability``. The draft with the highest score is returned; among equal scores, that of the
+    longest match. :data:`END` is never drafted."""
     best: list[int] = []
     best_score = 0.0
     for length in range(min(limits.depth - 1, len(context)), 0, -1):
@@ -72,7 +74,7 @@ def frequent_draft(
 
 @dataclass(slots=True)
 class Text:
-    """The ids of the sequence in a slot."""
+    """The ids of the sequence in one slot."""
 
     admission: int = 0
     num_prompt: int = 0
@@ -80,13 +82,13 @@ class Text:
 
 
 class Sequences:
-    """The texts of all slots."""
+    """The texts of all slots, in which drafts are looked up."""
 
     def __init__(self, max_slots: int) -> None:
-        """Begin with empty slots."""
+        """Start with empty slots."""
         self._slots = [Text() for _ in range(max_slots)]
         self.num_admissions = 0
-        """How many sequences have been admitted."""
+        """Number of sequences that have been admitted."""
 
     def admit(self, slot: int, ids: list[int], num_prompt: int) -> None:
         """Begin a sequence in ``slot`` with its prompt, the first ``num_prompt`` ids, and its output so far."""
@@ -97,8 +99,8 @@ class Sequences:
     def propose(
         self, slots: list[int], admissions: int, token_ids: list[list[int]], wanted: list[int]
     ) -> list[list[int]]:
-        """Append ``token_ids[i]`` to the sequence of ``slots[i]`` unless it was admitted after the first ``admissions``
-        ones; return at most ``wanted[i]`` drafts for it."""
+        """Append ``token_ids[i]`` to the sequence in ``slots[i]``, unless that was admitted after the first
+        ``admissions`` sequences; return at most ``wanted[i]`` drafts for it."""
         drafts: list[list[int]] = []
         for slot, ids, count in zip(slots, token_ids, wanted, strict=True):
             text = self._slots[slot]
@@ -111,14 +113,14 @@ class Sequences:
         raise NotImplementedError
 
     def _ended(self, text: Text) -> None:
-        """Note that a sequence has ended."""
+        """Handle the end of a sequence; does nothing by default."""
 
 
 class NgramSequences(Sequences):
-    """Drafts what followed the first occurrence of the longest n-gram at the end."""
+    """Drafts the ids after the first occurrence of the longest n-gram that ends the text."""
 
     def __init__(self, max_slots: int, shortest: int, longest: int) -> None:
-        """N-grams have ``shortest`` to ``longest`` ids."""
+        """Match n-grams of ``shortest`` to ``longest`` ids."""
         super().__init__(max_slots)
         self._range = (shortest, longest)
 
@@ -128,7 +130,8 @@ class NgramSequences(Sequences):
 
 
 class SuffixSequences(Sequences):
-    """Drafts what mostly followed the end of the sequence in itself, or in the outputs of earlier ones."""
+    """Drafts the most frequent continuation of the end of the text, in the text itself or in outputs of earlier
+    sequences."""
 
     def __init__(
         self, max_slots: int, depth: int, factor: float, least_probability: float, earlier: int
