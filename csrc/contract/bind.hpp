@@ -18,7 +18,7 @@ namespace vllmlite {
 
 // Version of the interface between the Python code and the extension modules, compared by vllmlite/backends. It is the
 // N of the virtual Debian package vllmlite-backend-api-N.
-inline constexpr int kInterfaceVersion = 6;
+inline constexpr int kInterfaceVersion = 7;
 
 template <typename T>
 using Array = pybind11::array_t<T, pybind11::array::c_style | pybind11::array::forcecast>;

@@ -40,7 +40,6 @@ Batch::Batch(HostBatch host, std::shared_ptr<Slots> the_slots, int tokens_of_blo
     : HostBatch(std::move(host)), slots(std::move(the_slots)), block_size(tokens_of_block) {
   check(*slots, block_size);
   first_sampled = HostBatch::first_sampled();
-  group_by_adapter();
   token_rows.resize(token_ids.size());
   for (std::size_t row = 0; row < slot_ids.size(); ++row)
     std::fill(token_rows.begin() + query_start_loc[row], token_rows.begin() + query_start_loc[row + 1],
@@ -49,6 +48,17 @@ Batch::Batch(HostBatch host, std::shared_ptr<Slots> the_slots, int tokens_of_blo
     if (token_ids[token] < 0)
       token_ids[token] =
           slots->last_id[static_cast<std::size_t>(slot_ids[static_cast<std::size_t>(token_rows[token])])];
+  if (!adapters.empty()) {
+    const auto adapter_of = [&](std::int32_t token) {
+      return adapters[static_cast<std::size_t>(token_rows[static_cast<std::size_t>(token)])];
+    };
+    std::vector<std::int32_t> of_tokens(token_ids.size()), of_samples(logits_rows.size());
+    for (std::size_t token = 0; token < of_tokens.size(); ++token)
+      of_tokens[token] = adapter_of(static_cast<std::int32_t>(token));
+    std::ranges::transform(logits_rows, of_samples.begin(), adapter_of);
+    token_adapters = std::make_shared<AdapterRows>(std::move(of_tokens));
+    sample_adapters = std::make_shared<AdapterRows>(std::move(of_samples));
+  }
   if (!mask_rows.empty()) {
     mask_places.assign(logits_rows.size(), -1);
     for (std::size_t i = 0; i < mask_rows.size(); ++i)
@@ -56,32 +66,36 @@ Batch::Batch(HostBatch host, std::shared_ptr<Slots> the_slots, int tokens_of_blo
   }
 }
 
-void Batch::group_by_adapter() {
-  constexpr std::int32_t kGroupTokens = 64;  // of a group, roughly, so that threads share long prompts
+AdapterRows::AdapterRows(std::vector<std::int32_t> of_rows) : adapters(std::move(of_rows)) {
+  group(0, static_cast<std::int32_t>(adapters.size()), 0);
+}
+
+void AdapterRows::group(std::int32_t first, std::int32_t last, std::size_t expert) {
+  constexpr std::int32_t kGroupRows = 64;  // of a group, roughly, so that threads share long prompts
   std::vector<std::pair<std::int32_t, AdapterRun>> found;
-  for (std::size_t row = 0; row < adapters.size(); ++row) {
-    if (adapters[row] == 0) continue;
-    std::int32_t at = query_start_loc[row];
-    const std::int32_t end = query_start_loc[row + 1];
-    if (!found.empty() && found.back().first == adapters[row] &&
-        found.back().second.first + found.back().second.count == at) {
-      std::int32_t& count = found.back().second.count;
-      const std::int32_t joined = std::min(kShrinkTokens - count, end - at);
-      count += joined;
-      at += joined;
+  for (std::int32_t row = first; row < last; ++row) {
+    const std::int32_t adapter = adapters[static_cast<std::size_t>(row)];
+    if (adapter == 0) continue;
+    if (!found.empty() && found.back().first == adapter) {
+      AdapterRun& run = found.back().second;
+      if (run.first + run.count == row && run.count < kShrinkTokens) {
+        ++run.count;
+        continue;
+      }
     }
-    for (; at < end; at += kShrinkTokens) found.push_back({adapters[row], {at, std::min(kShrinkTokens, end - at)}});
+    found.push_back({adapter, {row, 1}});
   }
   std::ranges::stable_sort(found, {}, [](const auto& each) { return each.first; });
-  std::int32_t tokens = 0;
+  std::int32_t rows = kGroupRows, before = 0;
   for (const auto& [adapter, run] : found) {
-    if (adapter_groups.empty() || adapter_groups.back().adapter != adapter || tokens >= kGroupTokens) {
-      adapter_groups.push_back({adapter, adapter_runs.size(), 0});
-      tokens = 0;
+    if (adapter != before || rows >= kGroupRows) {
+      groups.push_back({adapter, runs.size(), 0, expert});
+      before = adapter;
+      rows = 0;
     }
-    adapter_runs.push_back(run);
-    ++adapter_groups.back().runs;
-    tokens += run.count;
+    runs.push_back(run);
+    ++groups.back().runs;
+    rows += run.count;
   }
 }
 
@@ -100,8 +114,10 @@ void Batch::replace(const Batch& other) {
   copy(context_lens, other.context_lens);
   copy(logits_rows, other.logits_rows);
   copy(token_rows, other.token_rows);
-  adapter_runs = other.adapter_runs;
-  adapter_groups = other.adapter_groups;
+  if (token_adapters && other.token_adapters) {
+    *token_adapters = *other.token_adapters;
+    *sample_adapters = *other.sample_adapters;
+  }
   max_context = other.max_context;
 }
 

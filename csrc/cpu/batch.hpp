@@ -34,7 +34,7 @@ struct QueryTile {
   std::int32_t row, first, count;  // tokens `first` up to `first + count` of the step
 };
 
-// Consecutive tokens with the same adapter, at most kShrinkTokens.
+// Consecutive rows with the same adapter, at most kShrinkTokens.
 struct AdapterRun {
   std::int32_t first, count;
 };
@@ -43,6 +43,24 @@ struct AdapterRun {
 struct AdapterGroup {
   std::int32_t adapter;
   std::size_t first_run, runs;
+  std::size_t expert;  // whose weight they are multiplied with; 0 outside mixtures of experts
+};
+
+// Which adapter each row of a tensor has, and the rows grouped by adapter.
+struct AdapterRows {
+  AdapterRows() = default;
+  explicit AdapterRows(std::vector<std::int32_t> of_rows);
+
+  // Groups the rows `first` up to `last`, all of one expert. Rows without an adapter are in no group.
+  void group(std::int32_t first, std::int32_t last, std::size_t expert);
+
+  std::span<const AdapterRun> runs_of(const AdapterGroup& group) const {
+    return std::span(runs).subspan(group.first_run, group.runs);
+  }
+
+  std::vector<std::int32_t> adapters;  // of each row, 0 for none
+  std::vector<AdapterRun> runs;
+  std::vector<AdapterGroup> groups;
 };
 
 struct Batch : HostBatch {
@@ -52,8 +70,8 @@ struct Batch : HostBatch {
   std::vector<std::int32_t> token_rows;     // row of each token
   std::vector<std::int32_t> first_sampled;  // see HostBatch
   std::vector<std::int32_t> mask_places;    // for each sampled position its index in mask_rows, or -1; empty: no masks
-  std::vector<AdapterRun> adapter_runs;     // of the tokens that have an adapter, ordered by adapter
-  std::vector<AdapterGroup> adapter_groups;
+  // Of the tokens, and of the sampled positions; null if no row has an adapter.
+  std::shared_ptr<AdapterRows> token_adapters, sample_adapters;
   std::shared_ptr<Slots> slots;
   int block_size;  // of the KV caches that it is used with
 
@@ -63,18 +81,11 @@ struct Batch : HostBatch {
                                         static_cast<std::size_t>(logits_rows[sampled] - first_sampled[sampled]));
   }
 
-  std::span<const AdapterRun> runs_of(const AdapterGroup& group) const {
-    return std::span(adapter_runs).subspan(group.first_run, group.runs);
-  }
-
   // Copies in what recorded phases read of another step of the same shape; std::invalid_argument if the shape differs.
   void replace(const Batch& other);
 
   // The rows, cut into tiles of at most `queries` queries.
   std::vector<QueryTile> tiles(int queries) const;
-
- private:
-  void group_by_adapter();
 };
 
 }  // namespace vllmlite::cpu

@@ -153,6 +153,16 @@ void bind_data(py::module_& module) {
       .def(py::init(&cpu::make_experts), py::arg("gate_up"), py::arg("down"));
   py::class_<cpu::LowRankTable, std::shared_ptr<cpu::LowRankTable>>(module, "LowRankTable", py::module_local(),
                                                                     "Changes of a weight by resident adapters.");
+  py::class_<cpu::ExpertTables, std::shared_ptr<cpu::ExpertTables>>(
+      module, "ExpertTables", py::module_local(), "Changes of the weights of a mixture of experts by adapters.")
+      .def(py::init([](cpu::LowRankTables gate_up, cpu::LowRankTables down) {
+             return cpu::ExpertTables{std::make_shared<cpu::LowRankTables>(std::move(gate_up)),
+                                      std::make_shared<cpu::LowRankTables>(std::move(down))};
+           }),
+           py::arg("gate_up"), py::arg("down"));
+  py::class_<cpu::AdapterRows, std::shared_ptr<cpu::AdapterRows>>(module, "AdapterRows", py::module_local(),
+                                                                  "Which adapter each row of a tensor has.")
+      .def(py::init<std::vector<std::int32_t>>(), py::arg("adapters"));
   py::class_<cpu::KVCache, std::shared_ptr<cpu::KVCache>>(module, "KVCache", py::module_local(), "A pool of blocks.")
       .def(py::init([](const py::object& spec, std::int64_t num_blocks) {
              return std::make_shared<cpu::KVCache>(vllmlite::cache_spec(spec), num_blocks);
@@ -179,17 +189,23 @@ void bind_data(py::module_& module) {
             return py::make_tuple(part_of(self, self->token_ids), part_of(self, self->positions),
                                   part_of(self, self->logits_rows));
           },
-          "Tensors of the token ids, positions and sampled tokens, which some ops take directly.");
+          "Tensors of the token ids, positions and sampled tokens, which some ops take directly.")
+      .def_readonly("token_adapters", &cpu::Batch::token_adapters, "Adapters of the tokens; None: no row has one.")
+      .def_readonly("sample_adapters", &cpu::Batch::sample_adapters, "Adapters of the sampled positions.");
   py::class_<Graph>(module, "Graph", py::module_local(), "A recorded step.")
       .def_readonly("outputs", &Graph::outputs,
                     "The results of the last replay, valid until another recorded step runs.");
+}
+
+std::shared_ptr<const cpu::LowRankTables> one_table(const std::shared_ptr<cpu::LowRankTable>& table) {
+  return std::make_shared<cpu::LowRankTables>(cpu::LowRankTables{table});
 }
 
 // linear, changed for each row by its adapter.
 template <typename Weight>
 Tensor lora_linear(cpu::Runtime& runtime, const Tensor& x, const Weight& weight,
                    const std::shared_ptr<cpu::LowRankTable>& table, const std::shared_ptr<cpu::Batch>& batch) {
-  return cpu::add_lora(runtime, cpu::linear(runtime, x, weight), x, table, batch);
+  return cpu::add_lora(runtime, cpu::linear(runtime, x, weight), x, one_table(table), batch->token_adapters);
 }
 
 void bind_ops(py::class_<cpu::Runtime>& runtime) {
@@ -198,6 +214,11 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
       .def("rms_norm",
            [](cpu::Runtime& self, const Tensor& x, const Tensor& weight, float eps,
               const std::optional<Tensor>& residual) { return cpu::rms_norm(self, x, weight, eps, residual); })
+      .def("add_lora",
+           [](cpu::Runtime& self, const Tensor& y, const Tensor& x, const std::shared_ptr<cpu::LowRankTable>& table,
+              const std::shared_ptr<cpu::AdapterRows>& rows) {
+             return cpu::add_lora(self, y, x, one_table(table), rows);
+           })
       .def("lora_linear", &lora_linear<cpu::LinearWeight>)
       .def("lora_linear", &lora_linear<cpu::QuantizedWeight>)
       .def(
@@ -209,13 +230,17 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
       .def(
           "set_low_rank",
           [](cpu::Runtime& self, cpu::LowRankTable& table, int index, const std::vector<Tensor>& inputs,
-             const std::vector<std::tuple<std::size_t, std::size_t, Tensor, float>>& outputs) {
+             const std::vector<std::tuple<std::size_t, std::size_t, Tensor, float>>& outputs,
+             const std::vector<std::optional<Tensor>>& gains) {
             self.flush();  // pending phases may read the table
             std::vector<cpu::LowRankOutput> each;
-            for (const auto& [part, input, b, scale] : outputs) each.push_back({part, input, b, scale});
+            for (const auto& [part, input, b, scale] : outputs)
+              each.push_back({part, input, b, scale, gains.empty() ? std::nullopt : gains.at(each.size())});
             table.set(index, inputs, each);
           },
-          py::call_guard<py::gil_scoped_release>(), "Replace the change of a weight by adapter `index`.")
+          py::arg("table"), py::arg("index"), py::arg("inputs"), py::arg("outputs"),
+          py::arg("gains") = std::vector<std::optional<Tensor>>(), py::call_guard<py::gil_scoped_release>(),
+          "Replace the change of a weight by adapter `index`.")
       .def("linear", py::overload_cast<cpu::Runtime&, const Tensor&, const cpu::LinearWeight&>(&cpu::linear))
       .def("linear", py::overload_cast<cpu::Runtime&, const Tensor&, const cpu::QuantizedWeight&>(&cpu::linear))
       .def(
@@ -303,12 +328,16 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
       .def("scale", &cpu::scale)
       .def("soft_cap", &cpu::soft_cap)
       .def("sigmoid_gate", &cpu::sigmoid_gate)
-      .def("moe",
-           [](cpu::Runtime& self, const Tensor& x, const Tensor& router_logits,
-              const std::shared_ptr<cpu::Experts>& experts, int top_k, bool renormalise, const std::string& name) {
-             return cpu::moe(self, x, router_logits, experts,
-                             {top_k, renormalise, vllmlite::activation_of(name, true)});
-           })
+      .def(
+          "moe",
+          [](cpu::Runtime& self, const Tensor& x, const Tensor& router_logits,
+             const std::shared_ptr<cpu::Experts>& experts, int top_k, bool renormalise, const std::string& name,
+             const std::shared_ptr<cpu::ExpertTables>& tables, const std::shared_ptr<cpu::AdapterRows>& tokens) {
+            return cpu::moe(self, x, router_logits, experts, {top_k, renormalise, vllmlite::activation_of(name, true)},
+                            tables, tokens);
+          },
+          py::arg("x"), py::arg("router_logits"), py::arg("experts"), py::arg("top_k"), py::arg("renormalise"),
+          py::arg("activation"), py::arg("tables") = nullptr, py::arg("adapters") = nullptr)
       .def("sample",
            [](cpu::Runtime& self, const Tensor& logits, const std::shared_ptr<cpu::Batch>& batch) {
              return vllmlite::listed(cpu::sample(self, logits, batch));

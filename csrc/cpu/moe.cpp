@@ -19,6 +19,7 @@ struct Plan {
   std::vector<float> weights;         // [tokens, top_k]
   std::vector<std::int32_t> places;   // [tokens, top_k]: rows after sorting by expert
   std::shared_ptr<Groups> groups;
+  std::shared_ptr<AdapterRows> adapters;  // of the rows after sorting; null: no token has an adapter
 };
 
 // The top_k experts of the largest logits (the first among equals), ascending, and their softmax over all experts.
@@ -53,6 +54,19 @@ void sort(Plan& plan) {
   std::vector<std::int32_t> next = first;
   for (std::size_t i = 0; i < plan.experts.size(); ++i)
     plan.places[i] = next[static_cast<std::size_t>(plan.experts[i])]++;
+}
+
+// Groups the sorted rows by expert and adapter; `tokens` has the adapters of the tokens.
+void group_by_adapter(Plan& plan, const AdapterRows& tokens, std::size_t top_k) {
+  AdapterRows& rows = *plan.adapters;
+  rows.runs.clear();
+  rows.groups.clear();
+  for (std::size_t i = 0; i < plan.places.size(); ++i)
+    rows.adapters[static_cast<std::size_t>(plan.places[i])] = tokens.adapters[i / top_k];
+  for (const std::int32_t active : plan.groups->active) {
+    const auto expert = static_cast<std::size_t>(active);
+    rows.group(plan.groups->first[expert], plan.groups->first[expert + 1], expert);
+  }
 }
 
 std::int64_t width(const LinearWeight& weight) { return weight.in(); }
@@ -107,7 +121,8 @@ std::shared_ptr<Experts> make_experts(Experts::Weights gate_up, Experts::Weights
 }
 
 Tensor moe(Runtime& runtime, const Tensor& given, const Tensor& given_logits, const std::shared_ptr<Experts>& experts,
-           const Routing& routing) {
+           const Routing& routing, const std::shared_ptr<ExpertTables>& tables,
+           const std::shared_ptr<AdapterRows>& adapters) {
   const Shape shape = shape_of(experts->gate_up);
   const auto count = static_cast<std::int64_t>(shape.count);
   if (given.shape.size() != 2 || given.shape[1] != shape.in)
@@ -126,6 +141,14 @@ Tensor moe(Runtime& runtime, const Tensor& given, const Tensor& given_logits, co
   plan->groups = std::make_shared<Groups>();
   plan->groups->first.resize(shape.count + 1);
   plan->groups->active.reserve(shape.count);
+  if (adapters) {
+    if (!tables || adapters->adapters.size() != static_cast<std::size_t>(tokens) ||
+        tables->gate_up->size() != shape.count || tables->down->size() != shape.count)
+      throw std::invalid_argument("moe: adapters of other tokens or experts");
+    plan->adapters = std::make_shared<AdapterRows>();
+    plan->adapters->adapters.resize(plan->places.size());
+    runtime.keep(std::static_pointer_cast<void>(adapters));
+  }
   runtime.keep(given);
   runtime.keep(logits);
   runtime.keep(std::static_pointer_cast<void>(experts));
@@ -134,8 +157,10 @@ Tensor moe(Runtime& runtime, const Tensor& given, const Tensor& given_logits, co
       choose(from + token * count, static_cast<int>(count), routing, plan->experts.data() + token * routing.top_k,
              plan->weights.data() + token * routing.top_k);
   });
-  runtime.issue([plan](Worker& worker) {
-    if (worker.take() == 0) sort(*plan);
+  runtime.issue([plan, top_k, adapters = adapters.get()](Worker& worker) {
+    if (worker.take() != 0) return;
+    sort(*plan);
+    if (adapters != nullptr) group_by_adapter(*plan, *adapters, static_cast<std::size_t>(top_k));
   });
   const std::size_t bytes = static_cast<std::size_t>(hidden) * item_size(given.dtype);
   runtime.issue([plan, tokens, top_k, bytes, from = static_cast<const std::byte*>(given.data),
@@ -145,9 +170,11 @@ Tensor moe(Runtime& runtime, const Tensor& given, const Tensor& given_logits, co
         std::memcpy(to + static_cast<std::size_t>(plan->places[static_cast<std::size_t>(i)]) * bytes,
                     from + static_cast<std::size_t>(token) * bytes, bytes);
   });
-  const Tensor up = product(runtime, sorted, experts->gate_up, plan->groups);
+  Tensor up = product(runtime, sorted, experts->gate_up, plan->groups);
+  if (adapters) up = add_lora(runtime, up, sorted, tables->gate_up, plan->adapters);
   const Tensor inner = gated_activation(runtime, up, routing.activation);
-  const Tensor down = product(runtime, inner, experts->down, plan->groups);
+  Tensor down = product(runtime, inner, experts->down, plan->groups);
+  if (adapters) down = add_lora(runtime, down, inner, tables->down, plan->adapters);
   const Tensor out = runtime.make({tokens, hidden}, DType::float32);
   runtime.issue([&kernels = runtime.kernels(), plan, tokens, top_k, hidden, from = static_cast<const float*>(down.data),
                  to = static_cast<float*>(out.data)](Worker& worker) {

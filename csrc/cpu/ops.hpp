@@ -151,22 +151,15 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& x, const std::vector<Linea
 Tensor grouped_linear(Runtime& runtime, const Tensor& x, const std::vector<QuantizedWeight>& weights,
                       const std::shared_ptr<Groups>& groups);
 
-struct Routing {
-  int top_k;
-  bool renormalise;
-  Activation activation;
-};
-
-Tensor moe(Runtime& runtime, const Tensor& x, const Tensor& router_logits, const std::shared_ptr<Experts>& experts,
-           const Routing& routing);
-
-// What an adapter changes of a weight: to some of its parts, the rows of W, it adds scale * b * (its rows of a).
+// What an adapter changes of a weight: to some of its parts, the rows of W, it adds scale * b * (its rows of a). Where
+// there is a gain, the results of W are multiplied by it before, and the shift is added.
 struct LowRankChange {
   struct Part {
     std::int64_t first_column, columns;  // of the results
     std::int64_t first_rank, rank;       // its rows of a
     float scale;
-    Tensor b;  // [blocks][rank][kLowRankColumns]
+    Tensor b;                    // [blocks][rank][kLowRankColumns]
+    std::optional<Tensor> gain;  // float32 [2, columns]: gain and shift
   };
 
   std::int64_t expand_tasks() const;
@@ -180,6 +173,7 @@ struct LowRankOutput {
   std::size_t part, input;
   Tensor b;  // [rows of the part, rank]
   float scale;
+  std::optional<Tensor> gain;  // float32 [2, rows of the part]: gain and shift
 };
 
 // The changes of one weight by all resident adapters.
@@ -195,9 +189,29 @@ struct LowRankTable {
   std::vector<std::shared_ptr<const LowRankChange>> changes;  // by adapter; null: none
 };
 
-// Adds the low-rank products of x's rows with their adapters' changes to y, the layer's result.
-Tensor add_lora(Runtime& runtime, const Tensor& y, const Tensor& x, const std::shared_ptr<LowRankTable>& table,
-                const std::shared_ptr<Batch>& batch);
+// The tables of the weights of a mixture of experts, or of one weight.
+using LowRankTables = std::vector<std::shared_ptr<LowRankTable>>;
+
+// Applies the adapters of the rows of x to y, the result of the layer. An x of int32 ids stands for rows of zeros with
+// a one at the id: the layer is an embedding. `rows` may be filled in by an earlier phase.
+Tensor add_lora(Runtime& runtime, const Tensor& y, const Tensor& x, const std::shared_ptr<const LowRankTables>& tables,
+                const std::shared_ptr<AdapterRows>& rows);
+
+// The changes of the weights of a mixture of experts.
+struct ExpertTables {
+  std::shared_ptr<const LowRankTables> gate_up, down;
+};
+
+struct Routing {
+  int top_k;
+  bool renormalise;
+  Activation activation;
+};
+
+// `tables` and `adapters`, of the tokens, are given together.
+Tensor moe(Runtime& runtime, const Tensor& x, const Tensor& router_logits, const std::shared_ptr<Experts>& experts,
+           const Routing& routing, const std::shared_ptr<ExpertTables>& tables = nullptr,
+           const std::shared_ptr<AdapterRows>& adapters = nullptr);
 
 // The block pool. For each layer, a block holds the keys and then the values of each key/value head: keys as
 // [D / n][block_size][n], where n elements fill four bytes, and values as [block_size][D], with D padded to kHeadUnit;

@@ -18,7 +18,7 @@ from vllmlite.models import read_spec
 from vllmlite.models.adapters import most_bytes, place_parts, places
 from vllmlite.models.shard import part_of
 from vllmlite.models.tensors import sources
-from vllmlite.weights.adapter import AdapterLimits, LowRank
+from vllmlite.weights.adapter import ABILITIES, EMBEDDING, HEAD, AdapterLimits, LowRank
 from vllmlite.weights.host import HostTensor, float_values
 
 ROWS = len(LENGTHS)
@@ -41,13 +41,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Path of a family's checkpoint, and of the same with adapter ``index`` merged."""
 
     @cache
-    def path(family: str, index: int = 0) -> Path:
+    def path(family: str, index: int = 0, abilities: frozenset[str] = ABILITIES) -> Path:
         to = tmp_path_factory.mktemp(family) / "model"
         if index == 0:
             write_checkpoint(to, family, **FAMILIES[family])
         else:
             base = path(family)
-            merge(base, to, random_adapter(read_spec(base), index, parts=PARTS[index]))
+            merge(base, to, random_adapter(read_spec(base), index, parts=PARTS[index], abilities=abilities))
         return to
 
     return path
@@ -57,14 +57,17 @@ def with_adapters(path: Path, device: str) -> PagedModel:
     paged = paged_model(path, device)
     paged.model.enable_adapters(AdapterLimits(3, 16))
     for index, parts in PARTS.items():
-        paged.model.set_adapter(index, random_adapter(read_spec(path), index, parts=parts))
+        abilities = paged.backend.adapter_abilities
+        paged.model.set_adapter(
+            index, random_adapter(read_spec(path), index, parts=parts, abilities=abilities)
+        )
     return paged
 
 
 def test_bytes_of_the_largest_adapters(checkpoints: Any) -> None:
     spec = read_spec(checkpoints("Phi3"))
-    largest = random_adapter(spec, 0, rank=16)
-    assert most_bytes(spec, AdapterLimits(3, 16), "bfloat16") == 3 * largest.num_bytes // 2
+    largest = random_adapter(spec, 0, rank=16, abilities=(EMBEDDING, HEAD))
+    assert most_bytes(spec, AdapterLimits(3, 16), "bfloat16", ABILITIES) == 3 * largest.num_bytes // 2
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,8 @@ def test_a_mixed_batch_equals_merged_weights(checkpoints: Any, family: str, devi
     paged.adapters[:ROWS] = ADAPTERS
     found = chunked(paged, prompts(), "ragged")
     for index in range(4):
-        expected = chunked(paged_model(checkpoints(family, index), device), prompts(), "whole")
+        merged = checkpoints(family, index, paged.backend.adapter_abilities)
+        expected = chunked(paged_model(merged, device), prompts(), "whole")
         rows = [row for row in range(ROWS) if ADAPTERS[row] == index]
         for row in rows:
             scale = np.abs(expected[row]).max()
@@ -98,11 +102,15 @@ def test_ranks_take_their_part_of_a_change(case: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     stored = {source.key: host(rng.standard_normal(source.stored)) for source in sources(spec).values()}
     taken = set()
+    tables = {EMBEDDING, HEAD}
     for rank in range(4):
         part = part_of(spec, rank, 4, 2)
         own = sources(part)
         for name, place in place_parts(part).items():
             taken.add(name)
+            if name in tables:
+                assert place.rows == (own[f"{name}.weight"].rows if name == HEAD else None)
+                continue
             source = sources(spec)[f"{name}.weight"]
             whole = source.take(stored[source.key])
             assert isinstance(whole, HostTensor)

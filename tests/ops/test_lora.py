@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from vllmlite.backends.base import Backend
 from vllmlite.backends.batch import ForwardBatch, GraphKey, SlotSpec
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.errors import BackendError
-from vllmlite.weights.adapter import AdapterLimits, LowRank
+from vllmlite.weights.adapter import EMBEDDING, GAIN, AdapterLimits, LowRank
 
 SPEC = KVSpec(1, 1, 16, 4, "float32")
 ROWS = (64, 32, 33)
@@ -124,6 +125,49 @@ def test_a_rows_result_does_not_depend_on_other_rows(backend: Backend) -> None:
             assert (backend.to_host(backend.linear(put(backend, rows), layer.weight)) == mixed).all()
         one = run(rows[:1], [index], [1])
         assert (one == mixed[:1]).all()
+
+
+def test_gains_rescale_the_results_of_the_weight(backend: Backend) -> None:
+    """Also to nothing, whatever the weight's results are."""
+    if GAIN not in backend.adapter_abilities:
+        pytest.skip("the backend has no gains")
+    layer, slots = Layer(backend, 96), slots_of(backend)
+    x, adapters = numbers((7, 96), 2), np.array(ADAPTERS)
+    gains = [numbers((2, rows), 50 + part, 1.0).astype(np.float32) for part, rows in enumerate(ROWS)]
+    gains[2][:] = 0
+    change = changes(96, (5, 7, 40), 20)
+    parts = low_ranks(backend, change)
+    backend.set_low_rank(
+        layer.table, 1, [part and replace(part, gain=gain) for part, gain in zip(parts, gains, strict=True)]
+    )
+    batch = backend.upload(adapted_batch(ADAPTERS, [1] * 7), slots, SPEC)
+    found = backend.lora_linear(put(backend, x), layer.weight, layer.table, batch)
+    expected = layer.expected(x, adapters)
+    own = x[adapters == 1]
+    factors, shift = np.concatenate(gains, 1)
+    expected[adapters == 1] = own @ layer.matrix.T * factors + shift + product(own, change)
+    check(backend, found, expected)
+
+
+@pytest.mark.parametrize("counts", [[1] * 7, [3, 2, 5, 1, 1, 1, 4]])
+def test_embeddings_have_adapters(backend: Backend, counts: list[int]) -> None:
+    """Ids stand for rows with a one in a column, and sampled positions have the adapters of their rows."""
+    if EMBEDDING not in backend.adapter_abilities:
+        pytest.skip("the backend has no adapters of embeddings")
+    layer, slots = Layer(backend, 96), slots_of(backend)
+    host_one = adapted_batch(ADAPTERS, counts)
+    host_one.token_ids = (np.arange(sum(counts)) * 7 % 10).astype(np.int32)
+    batch = backend.upload(host_one, slots, SPEC)
+    base = numbers((sum(counts), sum(ROWS)), 3)
+    found = backend.add_lora(
+        backend.tensor(base.astype(np.float32)), batch.token_ids, layer.table, batch.token_adapters
+    )
+    x, adapters = np.eye(96)[host_one.token_ids], np.repeat(ADAPTERS, counts)
+    check(backend, found, base + layer.expected(x, adapters) - x @ layer.matrix.T)
+    x, base = numbers((7, 96), 2), numbers((7, sum(ROWS)), 3)
+    for rows in (batch.sample_adapters, backend.adapter_rows(np.array(ADAPTERS, np.int32))):
+        found = backend.add_lora(backend.tensor(base.astype(np.float32)), put(backend, x), layer.table, rows)
+        check(backend, found, base + layer.expected(x, np.array(ADAPTERS)) - x @ layer.matrix.T)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "fp8_w8a8"])

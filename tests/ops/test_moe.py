@@ -10,6 +10,7 @@ from op_backends import Array, check, host, invariant, numbers, put
 from op_formulas import activated
 
 from vllmlite.backends.base import Backend, Expert
+from vllmlite.weights.adapter import EXPERTS, AdapterLimits, LowRank
 from vllmlite.weights.host import FLOAT_DTYPES
 
 
@@ -66,6 +67,45 @@ def test_moe(
         "silu",
     )
     check(backend, found, mixture(x, logits, gate_up, down, top_k, renormalise))
+
+
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 2), (9, 3), (90, 2)])
+def test_experts_have_adapters(backend: Backend, tokens: int, top_k: int) -> None:
+    """Each token's own adapter changes the weights of the experts that it chooses, whatever the other tokens have."""
+    if EXPERTS not in backend.adapter_abilities:
+        pytest.skip("the backend has no adapters of experts")
+    count, hidden, inner = 7, 48, 40
+    x, logits, gate_up, down = a_mixture(tokens, count, hidden, inner)
+    adapters = np.arange(tokens) * 5 % 4  # 3 changes nothing
+    limits = AdapterLimits(3, 8)
+    up_tables = [backend.alloc_low_rank([inner, inner], hidden, limits) for _ in range(count)]
+    down_tables = [backend.alloc_low_rank([hidden], inner, limits) for _ in range(count)]
+    changed = {0: (gate_up, down), 3: (gate_up, down)}
+    for index in (1, 2):
+        changed[index] = [part.copy() for part in gate_up], [part.copy() for part in down]
+        for expert in range(count - index):  # not all experts
+            a, b = (
+                numbers((index + 3, hidden), 10 * index + expert, hidden**-0.5),
+                numbers((inner, index + 3)),
+            )
+            changed[index][0][expert][inner:] += 0.5 * b @ a
+            backend.set_low_rank(
+                up_tables[expert], index, [None, LowRank(host(backend, a), host(backend, b), 0.5)]
+            )
+            a, b = numbers((4, inner), expert, inner**-0.5), numbers((hidden, 4), index)
+            changed[index][1][expert] += 0.5 * b @ a
+            backend.set_low_rank(
+                down_tables[expert], index, [LowRank(host(backend, a), host(backend, b), 0.5)]
+            )
+    tables = backend.expert_tables(up_tables, down_tables)
+    rows = backend.adapter_rows(adapters.astype(np.int32))
+    experts = experts_of(backend, gate_up, down)
+    found = backend.moe(put(backend, x), put(backend, logits), experts, top_k, True, "silu", tables, rows)
+    expected = np.zeros_like(x)
+    for index, weights in changed.items():
+        own = adapters == index
+        expected[own] = mixture(x[own], logits[own], *weights, top_k, True)
+    check(backend, found, expected)
 
 
 def a_mixture(

@@ -126,7 +126,8 @@ class PagedModel(Paged):
         batch = self.batch(slots, [len(chunk) for chunk in chunks])
         batch.token_ids = np.concatenate(chunks).astype(np.int32)
         device = self.upload(batch)
-        logits = self.backend.to_host(self.model.logits(self.model.forward(device, self.kv)))
+        adapted = () if device.token_adapters is None else (device.token_adapters,)
+        logits = self.backend.to_host(self.model.logits(self.model.forward(device, self.kv), *adapted))
         return np.split(logits, batch.query_start_loc[1:-1])
 
     def sample(

@@ -24,7 +24,16 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.batch import ForwardBatch, GraphKey, SlotParams, Slots, SlotSpec, Step, Tensor
+from vllmlite.backends.batch import (
+    AdapterRows,
+    ForwardBatch,
+    GraphKey,
+    SlotParams,
+    Slots,
+    SlotSpec,
+    Step,
+    Tensor,
+)
 from vllmlite.backends.comm import Comm, SingleRank
 from vllmlite.backends.host_blocks import HostBlocks
 from vllmlite.backends.kv_cache import KVSpec
@@ -47,12 +56,14 @@ LinearWeight: TypeAlias = Any
 """A packed weight of :meth:`Backend.linear`, opaque outside its backend."""
 Experts: TypeAlias = Any
 """The packed weights of :meth:`Backend.moe`, opaque outside their backend."""
+ExpertTables: TypeAlias = Any
+"""The tables of the weights of a mixture of experts (:meth:`Backend.expert_tables`), opaque outside its backend."""
 LowRankTable: TypeAlias = Any
 """The changes of one weight by all resident adapters (:meth:`Backend.alloc_low_rank`), opaque outside its backend."""
 KVCache: TypeAlias = Any
 """A pool of key/value blocks, opaque outside its backend."""
 
-API = 6
+API = 7
 """Version of this interface; an extension that was built for another version is refused."""
 
 
@@ -151,8 +162,7 @@ class Backend(ABC):
         return dequantized(weight, dtype)
 
     def repack(self, codes: StoredCodes, bits: int) -> NDArray[np.uint8]:
-        """Return ``codes`` as rows of ``bits``, 4 or 8, bits a code: uint8 ``[rows, ceil(columns * bits / 8)]``, low
-        bits first."""
+        """What :meth:`StoredCodes.repacked` returns."""
         return codes.repacked(bits)
 
     def quantize(self, weight: HostTensor, scheme: str) -> PackedWeight:
@@ -174,6 +184,9 @@ class Backend(ABC):
 
     # Adapters
 
+    adapter_abilities: ClassVar[frozenset[str]] = frozenset()
+    """The subset of :data:`~vllmlite.weights.adapter.ABILITIES` that adapters may make use of."""
+
     def alloc_low_rank(self, rows: Sequence[int], columns: int, limits: AdapterLimits) -> LowRankTable:
         """Allocate a table for the changes that adapters make to a weight ``[sum of rows, columns]``, without any at
         first. The weight consists of parts with ``rows`` rows each, which adapters change separately."""
@@ -183,6 +196,14 @@ class Backend(ABC):
         """Set the changes that the adapter ``index`` makes to each part of the weight; None for parts that it does not
         change. Raises BackendError if they do not fit into memory."""
         raise BackendError(f"the {self.name} backend has no adapters")
+
+    def expert_tables(self, gate_up: Sequence[LowRankTable], down: Sequence[LowRankTable]) -> ExpertTables:
+        """The tables of the experts of a mixture as :meth:`moe` takes them."""
+        raise BackendError(f"the {self.name} backend has no adapters of experts")
+
+    def adapter_rows(self, adapters: NDArray[np.int32]) -> AdapterRows:
+        """The adapters ``[N]`` of the rows of a tensor, 0 for none, as :meth:`add_lora` takes them."""
+        raise BackendError(f"the {self.name} backend has no adapters of the output layer")
 
     # Key/value cache
 
@@ -312,8 +333,15 @@ class Backend(ABC):
         b.T`` of its row's adapter is added to the result of each token.
 
         Sums are in float32; the result of :meth:`linear` is rounded to its dtype before. Tokens without an adapter, or
-        whose adapter leaves the weight as it is, have the result of :meth:`linear`."""
+        whose adapter leaves the weight as it is, have the result of :meth:`linear`. With a ``gain``, that result is
+        multiplied by its first row, and its second is added, before."""
         raise BackendError(f"the {self.name} backend has no adapters")
+
+    def add_lora(self, y: Tensor, x: Tensor, table: LowRankTable, rows: AdapterRows) -> Tensor:
+        """Change ``y [N, out]``, the result of a layer for ``x``, as :meth:`lora_linear` does, by the adapters of
+        ``rows``. ``x`` is ``[N, in]``, or int32 ids ``[N]``, which stand for rows of zeros with a one at the id. ``y``
+        may be overwritten."""
+        raise BackendError(f"the {self.name} backend has no adapters of embeddings and of the output layer")
 
     @abstractmethod
     def attn_prep(
@@ -378,13 +406,17 @@ class Backend(ABC):
         top_k: int,
         renormalise: bool,
         activation: str,
+        tables: ExpertTables = None,
+        adapters: AdapterRows = None,
     ) -> Tensor:
         """A mixture of experts (Shazeer et al. 2017): the sum over a token's ``top_k`` experts of their gated MLP of
         ``x [T, hidden]``, each times its weight, in the order of the experts.
 
         The experts of the largest of ``router_logits [T, E]`` are chosen, the first among equals. A weight is the
         softmax over all logits, in float32; ``renormalise`` divides them by their sum. ``activation`` as in
-        :meth:`gated_activation`. The cuda backend supports up to 4096 experts."""
+        :meth:`gated_activation`. The cuda backend supports up to 4096 experts.
+
+        ``tables``: the changes of the experts' weights by the ``adapters`` of the tokens."""
 
     @abstractmethod
     def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ Tensor: TypeAlias = Any
 """A backend's tensor, opaque outside it."""
 Slots: TypeAlias = Any
 """Per-slot state of the backend that is kept between steps (:meth:`Backend.alloc_slots`), opaque outside it."""
+AdapterRows: TypeAlias = Any
+"""Which adapter each row of a tensor has (:meth:`Backend.adapter_rows`), opaque outside the backend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,10 @@ class ForwardBatch:
     """[M, ceil(V / 32)] int32: bit ``v % 32`` of word ``v // 32`` is set if id v may be sampled."""
     adapters: Tensor | None = None
     """[R] int32: index of each row's adapter, 0 for none; None if no row has one."""
+    token_adapters: AdapterRows = field(default=None, repr=False)
+    """Adapters of the T tokens; None if no row has one. :meth:`Backend.upload` sets this and the next."""
+    sample_adapters: AdapterRows = field(default=None, repr=False)
+    """Adapters of the N sampled positions; None if no row has one, or if the backend has none for the output layer."""
     backend: Any = field(default=None, repr=False)
     """The backend's own data, derived from the above at upload (cache slots of the tokens, padded layouts, …)."""
 

@@ -48,15 +48,15 @@ class SingleRank:
     sharing = 1
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Return ``x``, the sum over one rank."""
+        """``x`` itself."""
         return x
 
     def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
-        """Return ``x``, all that there is to gather from one rank."""
+        """``x`` itself."""
         return x
 
     def least(self, value: int) -> int:
-        """Return ``value``, the least of one rank."""
+        """``value`` itself."""
         return value
 
     def send(self, x: Tensor) -> None:

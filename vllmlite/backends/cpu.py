@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec
 from vllmlite.backends.memory import Memory, host_memory
 from vllmlite.backends.native import NativeBackend, load_extension, repacked, uploaded
 from vllmlite.errors import BackendError, ModelError
+from vllmlite.weights.adapter import ABILITIES
 from vllmlite.weights.host import (
     FLOAT_DTYPES,
     ITEM_SIZE,
@@ -54,6 +56,7 @@ class CpuBackend(NativeBackend):
     name: ClassVar[str] = "cpu"
     device = "cpu"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
+    adapter_abilities: ClassVar[frozenset[str]] = ABILITIES
     schemes: frozenset[str] = frozenset(
         (
             *TILES,
@@ -245,7 +248,20 @@ class CpuBackend(NativeBackend):
     def upload(
         self, batch: ForwardBatch, slots: Any, spec: KVSpec, key: GraphKey | None = None
     ) -> ForwardBatch:
-        return uploaded(batch, self._runtime.upload(batch, slots, spec.block_size))
+        native = self._runtime.upload(batch, slots, spec.block_size)
+        batch = replace(batch, token_adapters=native.token_adapters, sample_adapters=native.sample_adapters)
+        return uploaded(batch, native)
+
+    # Adapters
+
+    def expert_tables(self, gate_up: Sequence[Any], down: Sequence[Any]) -> Any:
+        return self._native.ExpertTables(gate_up, down)
+
+    def adapter_rows(self, adapters: Ids) -> Any:
+        return self._native.AdapterRows(adapters.tolist())
+
+    def add_lora(self, y: Tensor, x: Tensor, table: Any, rows: Any) -> Tensor:
+        return self._runtime.add_lora(y, x, table, rows)
 
     # Model ops
 

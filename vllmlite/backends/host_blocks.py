@@ -58,11 +58,9 @@ class SynchronousHostBlocks(HostBlocks):
         self._copy = copy
 
     def save(self, blocks: Ids, places: Ids) -> None:
-        """Copy each of ``blocks`` to the place in host memory of the same index. IndexError, and nothing copied, if
-        there is no such block or place."""
+        """See :meth:`HostBlocks.save`."""
         self._copy(blocks, places, self.memory, True)
 
     def load(self, places: Ids, blocks: Ids) -> None:
-        """Copy each of ``places`` in host memory to the block of the same index. IndexError, and nothing copied, if
-        there is no such block or place."""
+        """See :meth:`HostBlocks.load`."""
         self._copy(blocks, places, self.memory, False)

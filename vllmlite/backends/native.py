@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllmlite.backends.base import API, Backend, Rope
-from vllmlite.backends.batch import ForwardBatch, Tensor
+from vllmlite.backends.base import API, Backend, ExpertTables, Rope
+from vllmlite.backends.batch import AdapterRows, ForwardBatch, Tensor
 from vllmlite.backends.cores import thread_places, usable_cores
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.backends.sampling import BeamRows, Continuations, Logprobs, Sampled
@@ -62,7 +62,8 @@ class NativeBackend(Backend):
         inputs: list[Tensor] = []
         places: dict[int, int] = {}
         """Address of an ``a``, which parts may share → its index in ``inputs``."""
-        outputs = []
+        outputs: list[tuple[int, int, Tensor, float]] = []
+        gains: list[Tensor | None] = []
         for number, part in enumerate(parts):
             if part is None:
                 continue
@@ -70,8 +71,10 @@ class NativeBackend(Backend):
             if place == len(inputs):
                 inputs.append(self.tensor(part.a, self.dtype))
             outputs.append((number, place, self.tensor(part.b, self.dtype), part.scale))
+            gains.append(None if part.gain is None else self.tensor(part.gain))
+        given = [gains] if any(gain is not None for gain in gains) else []
         try:
-            self._runtime.set_low_rank(table, index, inputs, outputs)
+            self._runtime.set_low_rank(table, index, inputs, outputs, *given)
         except MemoryError as error:
             raise BackendError(f"an adapter does not fit into memory: lower max_loras ({error})") from error
 
@@ -159,8 +162,11 @@ class NativeBackend(Backend):
         top_k: int,
         renormalise: bool,
         activation: str,
+        tables: ExpertTables = None,
+        adapters: AdapterRows = None,
     ) -> Tensor:
-        return self._runtime.moe(x, router_logits, experts, top_k, renormalise, activation)
+        adapted = () if adapters is None else (tables, adapters)
+        return self._runtime.moe(x, router_logits, experts, top_k, renormalise, activation, *adapted)
 
     def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor:
         return self._runtime.sigmoid_gate(x, gate)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from vllmlite.backends.torch_attention import Group, Rows, Scores, TorchKV, atte
 from vllmlite.backends.torch_packed import SCHEMES, TorchPacked, TorchPart, packed_part
 from vllmlite.backends.torch_sampling import SamplePlan, TorchSlots
 from vllmlite.errors import BackendError
-from vllmlite.weights.adapter import AdapterLimits, LowRank
+from vllmlite.weights.adapter import ABILITIES, AdapterLimits, LowRank
 from vllmlite.weights.host import FLOAT_DTYPES, ITEM_SIZE, HostTensor, HostWeight, float_parts
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -51,10 +51,29 @@ class TorchLinear:
 
 @dataclass(slots=True)
 class TorchLowRank:
-    """The changes of a weight's parts by adapters: for each adapter, tuples of (columns of y, a, b, scale)."""
+    """The changes of a weight's parts by adapters: for each adapter, tuples of (columns of y, a, b, scale, gain)."""
 
     rows: Sequence[int]
-    changes: dict[int, list[tuple[slice, torch.Tensor, torch.Tensor, float]]] = field(default_factory=dict)
+    changes: dict[int, list[tuple[slice, torch.Tensor, torch.Tensor, float, torch.Tensor | None]]] = field(
+        default_factory=dict
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TorchAdapterRows:
+    """The adapter of each row, int64 ``[N]``, and adapter → int64 indices of the rows that have it."""
+
+    adapters: torch.Tensor
+    rows: Mapping[int, torch.Tensor]
+
+    def take(self, index: torch.Tensor) -> TorchAdapterRows:
+        """Return the adapters of the rows ``index``, in that order."""
+        taken = self.adapters[index]
+        return TorchAdapterRows(taken, {adapter: (taken == adapter).nonzero()[:, 0] for adapter in self.rows})
+
+
+TorchExperts: TypeAlias = list[tuple[TorchLowRank, TorchLowRank]]
+"""The changes of the two weights of each expert."""
 
 
 @dataclass(slots=True)
@@ -72,8 +91,6 @@ class StepPlan:
     rotations: list[tuple[Rope, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """Rotary tables with the cosines and signed sines of each element of the tokens' heads: float32 [T, 1,
     rotary_dim]."""
-    adapted: Mapping[int, torch.Tensor] = field(default_factory=dict)
-    """Adapter → int64 indices of the tokens that have it."""
 
 
 class TorchBackend(Backend):
@@ -82,6 +99,7 @@ class TorchBackend(Backend):
 
     name: ClassVar[str] = "torch"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
+    adapter_abilities: ClassVar[frozenset[str]] = ABILITIES
     schemes: frozenset[str] = SCHEMES
 
     def __init__(self, device: str = "cpu", dtype: str = "float32", threads: int | None = None) -> None:
@@ -180,10 +198,19 @@ class TorchBackend(Backend):
                 self.tensor(part.a, self.dtype),
                 self.tensor(part.b, self.dtype),
                 part.scale,
+                None if part.gain is None else self.tensor(part.gain),
             )
             for end, rows, part in zip(ends, table.rows, parts, strict=True)
             if part is not None
         ]
+
+    def expert_tables(self, gate_up: Sequence[TorchLowRank], down: Sequence[TorchLowRank]) -> TorchExperts:
+        return list(zip(gate_up, down, strict=True))
+
+    def adapter_rows(self, adapters: NDArray[np.int32]) -> TorchAdapterRows:
+        rows = {int(each): np.flatnonzero(adapters == each) for each in np.unique(adapters) if each}
+        taken, *indices = self._put(adapters.astype(np.int64), *rows.values())
+        return TorchAdapterRows(taken, dict(zip(rows, indices, strict=True)))
 
     # Key/value cache
 
@@ -248,13 +275,11 @@ class TorchBackend(Backend):
             ids = torch.where(ids < 0, slots.last_id[token_slots], ids)
         sampling = torch_sampling.plan(batch, slots, self._put)
         plan = StepPlan(rows, token_slots, slots.block_table, sampling)
+        token_adapters = sample_adapters = None
         if batch.adapters is not None:
             of_tokens = np.repeat(batch.adapters, length)
-            plan.adapted = {
-                int(index): self._put(np.flatnonzero(of_tokens == index))[0]
-                for index in np.unique(of_tokens)
-                if index
-            }
+            token_adapters = self.adapter_rows(of_tokens)
+            sample_adapters = self.adapter_rows(of_tokens[batch.logits_rows])
         return replace(
             batch,
             token_ids=ids,
@@ -267,6 +292,8 @@ class TorchBackend(Backend):
             sample_positions=sample_positions,
             mask_rows=mask[0] if mask else None,
             bitmask=mask[1] if mask else None,
+            token_adapters=token_adapters,
+            sample_adapters=sample_adapters,
             backend=plan,
         )
 
@@ -342,11 +369,19 @@ class TorchBackend(Backend):
     def lora_linear(
         self, x: torch.Tensor, weight: TorchLinear | TorchPacked, table: TorchLowRank, batch: ForwardBatch
     ) -> torch.Tensor:
-        y = self.linear(x, weight)
-        for index, tokens in batch.backend.adapted.items():
-            for columns, a, b, scale in table.changes.get(index, ()):
-                low = (x[tokens].float() @ a.float().T).mul_(scale)
-                y[tokens, columns] = (y[tokens, columns] + low @ b.float().T).to(y.dtype)
+        return self.add_lora(self.linear(x, weight), x, table, batch.token_adapters)
+
+    @torch.inference_mode()
+    def add_lora(
+        self, y: torch.Tensor, x: torch.Tensor, table: TorchLowRank, rows: TorchAdapterRows
+    ) -> torch.Tensor:
+        for index, own in rows.rows.items():
+            for columns, a, b, scale, gain in table.changes.get(index, ()):
+                base = y[own, columns]
+                if gain is not None:
+                    base = torch.where(gain[0] == 0, gain[1], base * gain[0] + gain[1])
+                low = a.T[x[own]].float() if x.dim() == 1 else x[own].float() @ a.float().T
+                y[own, columns] = (base + low.mul_(scale) @ b.float().T).to(y.dtype)
         return y
 
     @torch.inference_mode()
@@ -427,6 +462,8 @@ class TorchBackend(Backend):
         top_k: int,
         renormalise: bool,
         activation: str,
+        tables: TorchExperts | None = None,
+        adapters: TorchAdapterRows | None = None,
     ) -> torch.Tensor:
         chosen = router_logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
         weights = router_logits.float().softmax(-1).gather(1, chosen)
@@ -437,11 +474,18 @@ class TorchBackend(Backend):
         rows, factors = order // top_k, weights.flatten()[order, None]
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         first = 0
-        for expert, count in zip(experts, counts, strict=True):
+        for index, (expert, count) in enumerate(zip(experts, counts, strict=True)):
             if count:
                 mine = rows[first : first + count]
-                inner = self.gated_activation(self.linear(x[mine], expert.gate_up), activation)
-                out.index_add_(0, mine, self.linear(inner, expert.down) * factors[first : first + count])
+                up = self.linear(x[mine], expert.gate_up)
+                own = None if tables is None or adapters is None else (tables[index], adapters.take(mine))
+                if own is not None:
+                    up = self.add_lora(up, x[mine], own[0][0], own[1])
+                inner = self.gated_activation(up, activation)
+                down = self.linear(inner, expert.down)
+                if own is not None:
+                    down = self.add_lora(down, inner, own[0][1], own[1])
+                out.index_add_(0, mine, down * factors[first : first + count])
             first += count
         return out.to(x.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,30 @@ from vllmlite.models.keys import MTP_TENSORS
 from vllmlite.models.plan import Plan, plan_model
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import sources, stored_schemes, stored_shapes
-from vllmlite.weights.checkpoint import open_weights
+from vllmlite.weights.checkpoint import Weights, open_weights
 from vllmlite.weights.packing import LOAD_SCHEMES, Packing
-from vllmlite.weights.parts import HEAD, TABLE, ModelWeights
+from vllmlite.weights.parts import HEAD, TABLE, ModelWeights, Source
 
-__all__ = ["load_model", "load_planned", "open_model", "plan_model", "read_spec"]
+__all__ = ["load_model", "load_planned", "open_model", "open_stored", "plan_model", "read_spec"]
 
 
 def open_model(
     path: Path, spec: DecoderSpec, packing: Packing, load_format: str = "auto", seed: int = 0
 ) -> ModelWeights:
-    """Open the weights of ``spec`` in directory ``path``, after checking that exactly these tensors are stored.
+    """Open the weights of ``spec`` as :func:`open_stored` does, in the form that ``packing`` gives them."""
+    return ModelWeights(*open_stored(path, spec, load_format, seed), packing)
+
+
+def open_stored(
+    path: Path, spec: DecoderSpec, load_format: str = "auto", seed: int = 0
+) -> tuple[Mapping[str, Source], Weights]:
+    """Open the weights of ``spec`` in the directory or GGUF file ``path``, after checking that exactly these tensors
+    are stored. Returns where each tensor of the model is stored, and the stored tensors.
 
     If the output layer is tied to the embedding but stored with other values, the stored values are used, as in
     transformers. Raises ModelError or ParameterError as :func:`open_weights` does."""
+    if path.is_file() and load_format in ("auto", "gguf"):
+        return sources(spec), open_gguf(path, spec)
     tensors, keys = sources(spec), spec.keys
     head, schemes = f"{keys.head}.weight", stored_schemes(spec)
     stored = open_weights(
@@ -55,7 +66,7 @@ def open_model(
         )
     if head in stored.shapes and spec.stage.is_last:
         tensors[HEAD] = replace(tensors[HEAD if HEAD in tensors else TABLE], key=head, product=True)
-    return ModelWeights(tensors, stored, packing)
+    return tensors, stored
 
 
 def load_model(
@@ -83,10 +94,7 @@ def load_model(
     cache = kv_spec(spec, backend, block_size, kv_cache_dtype)
     num_positions = max_model_len if num_positions is None else num_positions
     packing = packing or Packing(backend)
-    if path.is_file() and load_format in ("auto", "gguf"):
-        weights = ModelWeights(sources(spec), open_gguf(path, spec), packing)
-    else:
-        weights = open_model(path, spec, packing, load_format, seed)
+    weights = open_model(path, spec, packing, load_format, seed)
     if cache.format is not None and not cache.format.head_scales:
         cache = replace(
             cache, scales=layer_scales(weights.stored.cache_scales, spec.stage.first, spec.num_layers)

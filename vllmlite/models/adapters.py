@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
+
+import numpy as np
 
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import sources
-from vllmlite.weights.adapter import AdapterLimits, LowRank
+from vllmlite.weights.adapter import EMBEDDING, EXPERTS, HEAD, AdapterLimits, LowRank
 from vllmlite.weights.host import ITEM_SIZE, HostTensor
-from vllmlite.weights.parts import HEAD, Source, Span
+from vllmlite.weights.parts import Source, Span
+
+ROUTER = ".router"
 
 
 def places(spec: DecoderSpec) -> dict[str, tuple[int, int]]:
     """Return the shape ``[out, in]`` of each weight that adapters can change.
 
-    The names are those of :func:`~vllmlite.models.tensors.sources` without ``.weight``, such as ``3.q`` or ``3.down``.
-    The sources say which module of the checkpoint, and which rows of it, each weight comes from."""
-    return {
+    The names are those of :func:`~vllmlite.models.tensors.sources` without ``.weight``, such as ``3.q`` or
+    ``3.experts.0.down``. The sources say which module of the checkpoint, and which rows of it, each weight comes from.
+    The embedding is a weight ``[hidden, V]``; the output layer is a weight of its own even if both are tied."""
+    found = {
         name.removesuffix(".weight"): (source.shape[0], source.shape[1])
         for name, source in sources(spec).items()
-        if source.product and name != HEAD and ".experts." not in name
+        if source.product or name.endswith(f"{ROUTER}.weight")
     }
+    if spec.stage.is_first:
+        found[EMBEDDING] = spec.output_size, spec.vocab_size
+    if spec.stage.is_last:
+        found.setdefault(HEAD, (spec.vocab_size, spec.output_size))
+    return found
 
 
-def most_bytes(spec: DecoderSpec, limits: AdapterLimits, dtype: str) -> int:
-    """Return the bytes of as many adapters as may be resident, of the largest rank and in all places."""
-    elements = sum(out + columns for out, columns in places(spec).values()) * limits.max_rank
-    return elements * ITEM_SIZE[dtype] * limits.max_adapters
+def ability(place: str) -> str | None:
+    """Return what a backend must be able to do to change the weight ``place``, one of ``ABILITIES``; None: nothing
+    beside changing linear layers."""
+    if place in (EMBEDDING, HEAD):
+        return place
+    return EXPERTS if ".experts." in place or place.endswith(ROUTER) else None
+
+
+def most_bytes(spec: DecoderSpec, limits: AdapterLimits, dtype: str, abilities: Set[str]) -> int:
+    """Return the bytes of as many adapters as may be resident, of the largest rank and in all places but experts, on a
+    backend with ``abilities``. Few adapters change experts, and those take a hundred times as much."""
+    able = {None, *abilities} - {EXPERTS}
+    sizes = [sum(shape) for name, shape in places(spec).items() if ability(name) in able]
+    return sum(sizes) * limits.max_rank * ITEM_SIZE[dtype] * limits.max_adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +62,18 @@ class PlacePart:
     """Columns of the whole weight that the rank has; None: all."""
 
     def of(self, change: LowRank) -> LowRank:
-        """Return the change of this part: the rank's rows of ``b`` and its columns of ``a``."""
-        a, b = change.a, change.b
+        """Return the change of this part: the rank's rows of ``b`` and its columns of ``a``.
+
+        Of the ranks that add up their results, only the first has the bias, for which the gain makes up."""
+        a, b, gain = change.a, change.b, change.gain
         if self.columns is not None:
             a = _taken(a, None, self.columns)
+            if gain is not None and self.columns[0] > 0:
+                gain = np.stack([gain[0], np.zeros_like(gain[1])])
         if self.rows is not None:
             b = _taken(b, self.rows, None)
-        return LowRank(a, b, change.scale)
+            gain = None if gain is None else np.concatenate([gain[:, slice(*span)] for span in self.rows], 1)
+        return LowRank(a, b, change.scale, gain)
 
 
 def place_parts(spec: DecoderSpec) -> Mapping[str, PlacePart]:
@@ -60,7 +85,12 @@ def place_parts(spec: DecoderSpec) -> Mapping[str, PlacePart]:
     for name in places(spec):
         number, _, rest = name.partition(".")
         whole_name = f"{int(number) + spec.stage.first}.{rest}" if number.isdigit() else name
-        source, of = own[f"{name}.weight"], whole[f"{whole_name}.weight"]
+        source = own.get(f"{name}.weight")
+        if name in (EMBEDDING, HEAD):
+            parts[name] = PlacePart(name, source.rows if source is not None and name == HEAD else None, None)
+            continue
+        assert source is not None
+        of = whole[f"{whole_name}.weight"]
         columns = None if source.columns == of.columns else source.columns
         parts[whole_name] = PlacePart(name, _within(source, of), columns)
     return parts

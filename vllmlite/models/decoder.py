@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vllmlite.backends.base import Backend, Expert, Experts, KVCache, LinearWeight, LowRankTable, Rope
-from vllmlite.backends.batch import ForwardBatch, Tensor
+from vllmlite.backends.base import (
+    Backend,
+    Expert,
+    Experts,
+    ExpertTables,
+    KVCache,
+    LinearWeight,
+    LowRankTable,
+    Rope,
+)
+from vllmlite.backends.batch import AdapterRows, ForwardBatch, Tensor
 from vllmlite.backends.comm import Comm, SingleRank
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.errors import ParameterError
-from vllmlite.models.adapters import places
+from vllmlite.models.adapters import ability, places
 from vllmlite.models.rope import cos_sin
 from vllmlite.models.shard import head_sizes
 from vllmlite.models.spec import DecoderSpec, MoeSpec, RopeSpec
-from vllmlite.weights.adapter import Adapter, AdapterLimits
+from vllmlite.weights.adapter import EMBEDDING as EMBEDDING_PLACE
+from vllmlite.weights.adapter import EXPERTS, Adapter, AdapterLimits
+from vllmlite.weights.adapter import HEAD as HEAD_PLACE
 from vllmlite.weights.host import HostTensor
 from vllmlite.weights.parts import HEAD, TABLE, ModelWeights
 
@@ -36,7 +47,9 @@ class _Linear:
     names: Sequence[str]
     """Names of the weights of which ``weight`` is made, one after the other."""
     changes: LowRankTable = None
-    """Their changes by adapters; None if there are no adapters."""
+    """Their changes by adapters; None if there are no adapters, or if they cannot change it."""
+    changed_by: set[int] = field(default_factory=set)
+    """Indices of the adapters that change it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +59,17 @@ class _Mlp:
     down: _Linear
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Moe:
     spec: MoeSpec
-    router: LinearWeight
+    router: _Linear
     experts: Experts
+    linears: Sequence[tuple[_Linear, _Linear]]
+    """The experts' weights, gate and up projection in one."""
     shared: _Mlp | None
     shared_gate: LinearWeight | None
+    tables: ExpertTables = None
+    """The changes of ``linears``; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +119,8 @@ class Decoder:
         self._linears = load.linears
         stage, projected = spec.stage, spec.embedding_size is not None
         if stage.is_first:
-            self._embed = backend.tensor(weights.floats(TABLE), backend.dtype)
+            table = backend.tensor(weights.floats(TABLE), backend.dtype)
+            self._embed = load.named(table, EMBEDDING_PLACE)
             weights.release([TABLE])
             self._positions = (
                 backend.tensor(weights.floats("positions.weight"), backend.dtype)
@@ -118,11 +136,12 @@ class Decoder:
         self._final_norm = load.norm("final_norm") if spec.final_norm else None
         self._head_sizes = head_sizes(spec)
         if HEAD in weights.sources:
-            self._head = load.product([HEAD])
+            head = load.product([HEAD])
         elif weights.packed_head is not None:
-            self._head = load.product([TABLE])
+            head = load.product([TABLE])
         else:
-            self._head = backend.tied_weight(self._embed)
+            head = backend.tied_weight(self._embed.weight)
+        self._head = load.named(head, HEAD_PLACE)
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Compute the final hidden states ``[T, output_size]`` of ``batch``; write its keys and values to ``kv``.
@@ -187,22 +206,36 @@ class Decoder:
     @property
     def embedding_table(self) -> Tensor:
         """The table of embeddings ``[V, hidden]``."""
-        return self._embed
+        return self._embed.weight
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits ``[N, V]`` of hidden states ``[N, output_size]``."""
-        own = self.backend.logits(hidden, self._head)
+    def logits(self, hidden: Tensor, adapters: AdapterRows = None) -> Tensor:
+        """Return float32 logits ``[N, V]`` of hidden states ``[N, output_size]``, whose rows have ``adapters``."""
+        own = self.backend.logits(hidden, self._head.weight)
+        if adapters is not None and self._head.changes is not None:
+            own = self.backend.add_lora(own, hidden, self._head.changes, adapters)
         logits = self._scaled(self._comm.all_gather(own, self._head_sizes), self.spec.logit_scale)
         cap = self.spec.logit_soft_cap
         return logits if cap is None else self.backend.soft_cap(logits, cap)
 
     def enable_adapters(self, limits: AdapterLimits) -> None:
         """Make room for adapters within ``limits``."""
-        shapes = places(self.spec)
+        shapes, abilities = places(self.spec), {None, *self.backend.adapter_abilities}
         for linear in self._linears:
+            first = linear.names[0]
+            if ability(first) not in abilities:
+                continue
+            most = limits
+            if first in (EMBEDDING_PLACE, HEAD_PLACE):  # whole ones have the rank of the hidden states
+                most = replace(limits, max_rank=max(limits.max_rank, self.spec.output_size))
             rows = [shapes[name][0] for name in linear.names]
-            columns = shapes[linear.names[0]][1]
-            linear.changes = self.backend.alloc_low_rank(rows, columns, limits)
+            linear.changes = self.backend.alloc_low_rank(rows, shapes[first][1], most)
+        for layer in self._layers:
+            moe = layer.mlp
+            if isinstance(moe, _Moe) and EXPERTS in abilities:
+                gate_up, down = zip(*moe.linears, strict=True)
+                moe.tables = self.backend.expert_tables(
+                    [linear.changes for linear in gate_up], [linear.changes for linear in down]
+                )
 
     def set_adapter(self, index: int, adapter: Adapter | None) -> None:
         """Put ``adapter``, or none, at ``index``. ParameterError if it does not fit the model."""
@@ -224,12 +257,23 @@ class Decoder:
                 )
         for linear in self._linears:
             parts = [weights.get(name) for name in linear.names]
+            changed = any(part is not None for part in parts)
+            if not changed and index not in linear.changed_by:
+                continue
+            if linear.changes is None:
+                raise ParameterError(
+                    "adapter", linear.names[0], f"the {self.backend.name} backend cannot change it"
+                )
             self.backend.set_low_rank(linear.changes, index, parts)
+            (linear.changed_by.add if changed else linear.changed_by.discard)(index)
             yield sum(part.num_bytes for part in parts if part is not None)
 
     def _embedded(self, batch: ForwardBatch) -> Tensor:
         ops = self.backend
-        x = self._scaled(ops.embedding(batch.token_ids, self._embed), self.spec.embedding_scale)
+        x = ops.embedding(batch.token_ids, self._embed.weight)
+        if batch.adapters is not None and self._embed.changes is not None:
+            x = ops.add_lora(x, batch.token_ids, self._embed.changes, batch.token_adapters)
+        x = self._scaled(x, self.spec.embedding_scale)
         if self._project_in is not None:
             x = self._linear(x, self._project_in, batch)
         if self._positions is not None:
@@ -256,7 +300,7 @@ class Decoder:
 
     def _linear(self, x: Tensor, linear: _Linear, batch: ForwardBatch) -> Tensor:
         """Multiply ``x [T, in]`` with a weight as it is changed by each row's adapter."""
-        if batch.adapters is None:
+        if batch.adapters is None or linear.changes is None:
             return self.backend.linear(x, linear.weight)
         return self.backend.lora_linear(x, linear.weight, linear.changes, batch)
 
@@ -274,8 +318,15 @@ class Decoder:
             else:
                 inner = ops.gated_activation(self._linear(h, mlp.up, batch), spec.activation)
             return self._linear(inner, mlp.down, batch)
+        adapted = () if batch.adapters is None or mlp.tables is None else (mlp.tables, batch.token_adapters)
         routed = ops.moe(
-            h, ops.linear(h, mlp.router), mlp.experts, mlp.spec.top_k, mlp.spec.renormalise, spec.activation
+            h,
+            self._linear(h, mlp.router, batch),
+            mlp.experts,
+            mlp.spec.top_k,
+            mlp.spec.renormalise,
+            spec.activation,
+            *adapted,
         )
         if mlp.shared is None or mlp.shared_gate is None:
             return routed
@@ -332,22 +383,27 @@ class _Loader:
         up = self.linear(name, "gate", "up") if gated else self.linear(name, "up")
         return _Mlp(up, self.linear(name, "down"))
 
-    def expert(self, name: str) -> Expert:
-        return Expert(self.weight(name, "gate", "up"), self.weight(name, "down"))
+    def expert(self, name: str) -> tuple[_Linear, _Linear]:
+        return self.linear(name, "gate", "up"), self.linear(name, "down")
 
     def moe(self, name: str, moe: MoeSpec) -> _Moe:
         shared = bool(moe.shared_intermediate_size)
         experts = [self.expert(f"{name}experts.{expert}.") for expert in range(moe.num_experts)]
         return _Moe(
             spec=moe,
-            router=self.float_weight(f"{name}router.weight"),
-            experts=self.backend.experts(experts),
+            router=self.named(self.float_weight(f"{name}router.weight"), f"{name}router"),
+            experts=self.backend.experts([Expert(up.weight, down.weight) for up, down in experts]),
+            linears=experts,
             shared=self.mlp(f"{name}shared.") if shared else None,
             shared_gate=self.float_weight(f"{name}shared_gate.weight") if shared else None,
         )
 
     def linear(self, name: str, *parts: str) -> _Linear:
-        linear = _Linear(self.weight(name, *parts), [name + part for part in parts])
+        return self.named(self.weight(name, *parts), *(name + part for part in parts))
+
+    def named(self, weight: LinearWeight, *names: str) -> _Linear:
+        """Return ``weight`` as one that adapters can change."""
+        linear = _Linear(weight, names)
         self.linears.append(linear)
         return linear
 

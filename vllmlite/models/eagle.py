@@ -114,7 +114,7 @@ def _states(config: HfConfig, num_layers: int) -> tuple[int, ...]:
 
 
 class EagleHead:
-    """An EAGLE draft head, with its weights on the backend of its target model."""
+    """A head on the backend of its target model."""
 
     def __init__(self, spec: EagleSpec, target: Decoder, *, num_positions: int, block_size: int) -> None:
         """Load the head. Raises ModelError if it does not hold exactly the tensors that it needs."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from vllmlite.backends.base import KVCache
-from vllmlite.backends.batch import ForwardBatch, Tensor
+from vllmlite.backends.batch import AdapterRows, ForwardBatch, Tensor
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.weights.adapter import Adapter, AdapterLimits
 
@@ -40,6 +40,10 @@ class KeepingModel(Model, Protocol):
 @runtime_checkable
 class AdaptableModel(Model, Protocol):
     """A model that can run with LoRA adapters."""
+
+    def logits(self, hidden: Tensor, adapters: AdapterRows = None) -> Tensor:
+        """The logits of :class:`Model`, as the ``adapters`` of the rows change them."""
+        ...
 
     def enable_adapters(self, limits: AdapterLimits) -> None:
         """Make room for adapters within ``limits``; called at most once, before the first step."""

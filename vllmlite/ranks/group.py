@@ -57,7 +57,7 @@ class RankGroup:
         """When the last step that failed failed first."""
         self._listeners: list[Callable[[], object]] = []
         self._error: VllmliteError | None = None
-        """The error with which a rank failed to start, if any."""
+        """What a rank raised at its start."""
         self._ending = False
         self.processes: list[subprocess.Popen[bytes]] = []
         self._sockets: list[socket.socket] = []
@@ -138,8 +138,7 @@ class RankGroup:
         _kill(self.processes, self._sockets, getattr(self, "ranks", None))
 
     def watch_once(self, begun: float) -> bool:
-        """Wait a little, handle the messages of the ranks, and check that they run. Returns False once the group has
-        ended."""
+        """Wait a little, take in what the ranks say, and check that they run. False after the end."""
         poll = select.poll()
         by_descriptor = {}
         for rank, connection in enumerate(self._sockets):

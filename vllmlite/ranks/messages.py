@@ -43,6 +43,7 @@ class BackendFacts:
     device: str
     dtype: str
     asynchronous: bool
+    adapter_abilities: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,9 @@ def main() -> None:
         return
     runner = built.runner
     backend = runner.backend
-    facts = BackendFacts(backend.name, backend.device, backend.dtype, backend.asynchronous)
+    facts = BackendFacts(
+        backend.name, backend.device, backend.dtype, backend.asynchronous, backend.adapter_abilities
+    )
     model = ModelFacts(runner.model.vocab_size, runner.model.kv_spec)
     ready = Ready(
         facts, model, built.num_blocks, built.max_model_len, built.backend_choice, built.step_times, built.draft_times

@@ -55,8 +55,7 @@ class BuiltRunner(Generic[RunnerT]):
     draft_times: list[tuple[int, float]] = field(default_factory=list)
     """Pairs of a number of tokens and the seconds of such a step of the draft model; empty without a draft model."""
     waiting_time: float = 0.0
-    """Seconds by which a step that waits for the results of the one before takes longer than one launched beside it; 0
-    without speculative decoding and two steps in flight."""
+    """See :func:`~vllmlite.runner.step_times.waiting_time`; 0 without speculative decoding and two steps in flight."""
 
 
 def plan_for(config: EngineConfig) -> Plan:
@@ -196,7 +195,11 @@ def build_runner(
         models, caches = [*models, *drafter.models], [*caches, *drafter.caches]
     backend.comm.least(0)  # all ranks have loaded their weights: the memory that is free now is for caches
     adapters = AdapterLimits(config.max_loras, config.max_lora_rank) if config.enable_lora else None
-    reserved = most_bytes(plan.spec, adapters, backend.dtype) if plan.spec is not None and adapters else 0
+    reserved = (
+        most_bytes(plan.spec, adapters, backend.dtype, backend.adapter_abilities)
+        if plan.spec is not None and adapters
+        else 0
+    )
     num_blocks = backend.comm.least(
         num_cache_blocks(config, backend, models, caches, num_positions, reserved)
     )

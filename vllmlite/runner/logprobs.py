@@ -4,7 +4,7 @@ lists.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,6 @@ from vllmlite.backends.base import Backend
 from vllmlite.backends.batch import Tensor
 from vllmlite.backends.sampling import Logprobs
 from vllmlite.engine.runner_protocol import TokenLogprobs
-from vllmlite.models.interface import Model
 
 LOGPROBS_ROWS = 256
 """Maximum number of rows of logits that are copied at a time to compute log-probabilities."""
@@ -43,15 +42,21 @@ def named_logprobs(
 
 
 def prompt_logprobs(
-    backend: Backend, model: Model, hidden: Tensor, row: int, first: int, targets: NDArray[np.int32], k: int
+    backend: Backend,
+    logits_of: Callable[[Tensor, int], Tensor],
+    hidden: Tensor,
+    row: int,
+    first: int,
+    targets: NDArray[np.int32],
+    k: int,
 ) -> Iterator[RowLogprobs]:
     """Compute log-probabilities of the prompt tokens ``targets``, each with the ``k`` most likely ids, in chunks of
     :data:`LOGPROBS_ROWS`. Token ``first + i`` of the step's ``hidden`` states predicts ``targets[i]``; all belong to
-    ``row``."""
+    ``row``. ``logits_of`` computes the logits of some of its hidden states, of which it is told the number."""
     for at in range(0, len(targets), LOGPROBS_ROWS):
         ids = targets[at : at + LOGPROBS_ROWS]
         index = np.arange(first + at, first + at + len(ids), dtype=np.int32)
-        logits = model.logits(backend.rows(hidden, backend.tensor(index)))
+        logits = logits_of(backend.rows(hidden, backend.tensor(index)), len(ids))
         yield RowLogprobs([row] * len(ids), ids, backend.logprobs(logits, backend.tensor(ids), k))
 
 

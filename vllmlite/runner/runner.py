@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.backends.base import Backend, KVCache
-from vllmlite.backends.batch import ForwardBatch, SlotParams, SlotSpec, Tensor
+from vllmlite.backends.batch import AdapterRows, ForwardBatch, SlotParams, SlotSpec, Tensor
 from vllmlite.backends.sampling import Continuations, Sampled
 from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.schedule import Admission, Schedule
@@ -30,7 +30,7 @@ from vllmlite.runner.logprobs import RowLogprobs, named_logprobs, prompt_logprob
 from vllmlite.runner.masks import pack_bits, restrict
 from vllmlite.runner.pooling import Pool, Pooling
 from vllmlite.runner.propose.proposer import Proposer
-from vllmlite.weights.adapter import Adapter, AdapterLimits
+from vllmlite.weights.adapter import HEAD, Adapter, AdapterLimits
 
 T = TypeVar("T")
 
@@ -111,8 +111,8 @@ class ModelRunner:
         self._pooling = Pooling(backend)
 
     def profile(self, num_tokens: int, waits: bool = True) -> None:
-        """Run a step of ``num_tokens`` tokens in as many rows as there are slots, on block 0, and discard its results.
-        If it ``waits``, return once the step is done."""
+        """Run a step of ``num_tokens`` in as many rows as there are slots, on block 0, and forget it. If it ``waits``,
+        what it samples is read."""
         num_rows = min(len(self._known), num_tokens)
         counts = np.diff(np.arange(num_rows + 1, dtype=np.int32) * num_tokens // num_rows)
         rows = np.arange(num_rows, dtype=np.int32)
@@ -268,8 +268,7 @@ class ModelRunner:
         return list(zip(starts.tolist(), (starts + counts).tolist(), strict=True))
 
     def _propose(self, handle: Launched, result: StepResult) -> None:
-        """Give the accepted ids of a step to the proposer, and put the drafts that the step's schedule wants into
-        ``result``."""
+        """Have the proposer take in the ids of a step, and add the drafts that its schedule wants."""
         assert self.proposer is not None
         schedule, wanted = handle.schedule, handle.schedule.wanted
         sampling = _drawing_rows(schedule)
@@ -371,7 +370,12 @@ class ModelRunner:
         return self.backend.tensor(np.arange(batch.num_tokens, dtype=np.int32))
 
     def _output(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
-        return self.model.logits(self.backend.rows(hidden, batch.logits_rows))
+        return self._logits_of(self.backend.rows(hidden, batch.logits_rows), batch.sample_adapters)
+
+    def _logits_of(self, hidden: Tensor, adapters: AdapterRows) -> Tensor:
+        if adapters is None:
+            return self.model.logits(hidden)
+        return cast(AdaptableModel, self.model).logits(hidden, adapters)
 
     def _sample(self, logits: Tensor, batch: ForwardBatch) -> tuple[Sampled, Tensor]:
         """Sample from the logits of an uploaded batch; also returns which of the ids are accepted."""
@@ -393,9 +397,16 @@ class ModelRunner:
         ``start``."""
         slot = batch.slots[row]
         first, last = batch.query_start_loc[row], batch.query_start_loc[row + 1]
+        adapter = 0 if batch.adapters is None else batch.adapters[row]
+        changes_head = adapter and HEAD in self.backend.adapter_abilities
         targets = self._known[slot][start + 1 : min(start + 1 + last - first, self._num_prompt[slot])]
         k = int(self._num_prompt_logprobs[slot])
-        return prompt_logprobs(self.backend, self.model, hidden, row, first, targets, k)
+
+        def logits(states: Tensor, count: int) -> Tensor:
+            rows = self.backend.adapter_rows(np.full(count, adapter, np.int32)) if changes_head else None
+            return self._logits_of(states, rows)
+
+        return prompt_logprobs(self.backend, logits, hidden, row, first, targets, k)
 
 
 def _drawing_rows(schedule: Schedule) -> list[int]:

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vllmlite.weights.host import HostTensor
+
+EMBEDDING, HEAD = "embedding", "head"
+"""Names of the input embedding, as a weight ``[hidden, V]`` that multiplies rows with a one at the token's id, and of
+the output layer ``[V, hidden]``, among the weights that adapters change."""
+GAIN = "gain"
+"""Name of :attr:`LowRank.gain` among :data:`ABILITIES`."""
+EXPERTS = "experts"
+"""Name of the weights of mixtures of experts, with their routers, among :data:`ABILITIES`."""
+ABILITIES = frozenset((EMBEDDING, HEAD, GAIN, EXPERTS))
+"""What adapters may change beside the linear layers of a decoder; not all backends support all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +34,9 @@ class LowRank:
     b: HostTensor
     scale: float
     """Factor of the product, such as ``lora_alpha / r``; applied in float32."""
+    gain: NDArray[np.float32] | None = None
+    """``[2, out]``: the base weight's results are multiplied by the first row, and the second is added, before the
+    product is added; None: they stay as they are."""
 
     @property
     def rank(self) -> int:
@@ -30,7 +46,12 @@ class LowRank:
     @property
     def num_bytes(self) -> int:
         """Bytes of both factors."""
-        return self.a.data.size + self.b.data.size
+        return self.a.data.size + self.b.data.size + (0 if self.gain is None else self.gain.nbytes)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it replaces the weight, of which nothing is left."""
+        return self.gain is not None and not self.gain.any()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +68,8 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest rank of its changes."""
-        return max((change.rank for change in self.weights.values()), default=0)
+        """The largest rank of its changes, except whole weights."""
+        return max((change.rank for change in self.weights.values() if not change.is_whole), default=0)
 
     @property
     def num_bytes(self) -> int:
@@ -59,6 +80,7 @@ class Adapter:
 @dataclass(frozen=True, slots=True)
 class AdapterLimits:
     """How many adapters may be resident on the device at a time, and the largest rank of each of their changes.
+    Whole weights have no limit.
 
     Resident adapters have the indices 1 to ``max_adapters``; index 0 stands for no adapter."""
 

@@ -51,7 +51,7 @@ class GptqScheme(IntegerScheme):
         return int(np.lcm(self.row_unit, self.group_size or 1)) if self.ordered else self.row_unit
 
     def parts(self, shape: Shape) -> dict[str, Part]:
-        """Return the tensors stored for a weight of ``shape``, by the suffix that replaces ``weight`` in its name."""
+        """See :class:`Scheme`."""
         check_shape(shape, f"GPTQ with {self.bits} bits", self.row_unit, self.row_unit)
         rows, columns = shape
         groups = group_count(columns, self.group_size)
@@ -63,7 +63,7 @@ class GptqScheme(IntegerScheme):
         }
 
     def axes(self) -> dict[str, Axes]:
-        """Return how each part is sliced with its weight, by the part's suffix."""
+        """See :class:`SlicedScheme`."""
         cut = self.ordered and self.group_size is not None
         grouped, group = (0, Fraction(self.group_size or 1)) if cut else (None, Fraction(1))
         per_word = Fraction(WORD_BITS, self.bits)
@@ -75,8 +75,7 @@ class GptqScheme(IntegerScheme):
         }
 
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
-        """Return columns ``first`` to ``last`` - 1. Bounds are multiples of :attr:`column_unit`, or the number of
-        columns."""
+        """See :class:`Scheme`."""
         if self.ordered:  # what is left of g_idx would number the groups of the whole weight
             if self.groups(weight) is not None:
                 raise ModelError("g_idx is in no order; accepted: runs of columns, as desc_act=false means")
@@ -85,20 +84,19 @@ class GptqScheme(IntegerScheme):
         return SlicedScheme.take_columns(self, weight, first, last)
 
     def codes(self, weight: PackedWeight) -> StoredCodes:
-        """Return the integer codes of the weight as they are stored."""
+        """See :class:`IntegerScheme`."""
         return StoredCodes("words", self.bits, weight.shape, weight.parts["qweight"])
 
     def scales(self, weight: PackedWeight) -> HostTensor:
-        """Return the scales ``[N, G]``."""
+        """See :class:`IntegerScheme`."""
         return transposed(weight.parts["scales"])
 
     def groups(self, weight: PackedWeight) -> NDArray[np.int64] | None:
-        """Return the group of each column; None if groups are runs of equally many columns."""
+        """See :class:`IntegerScheme`."""
         return group_indices(weight, self.group_size, weight.parts["scales"].shape[0], "g_idx")
 
     def zeros(self, weight: PackedWeight) -> Bytes | None:
-        """Return the zeros ``[N, G]``; None if all are the middle code. ModelError for zeros that the scheme does not
-        have."""
+        """See :class:`IntegerScheme`."""
         qzeros = weight.parts["qzeros"]
         stored = StoredCodes("rows", self.bits, (qzeros.shape[0], weight.shape[0]), qzeros).unpacked().T
         if not self.symmetric:

@@ -1,5 +1,4 @@
-"""Base of the schemes that store integers in groups: each group of a row's elements has a scale, and may have a
-zero."""
+"""What the schemes of integers in groups share: a scale, and perhaps a zero, for each group of a row's elements."""
 
 from __future__ import annotations
 
@@ -82,8 +81,7 @@ class SlicedScheme(Scheme):
         raise NotImplementedError
 
     def take_rows(self, weight: PackedWeight, spans: Sequence[tuple[int, int]]) -> PackedWeight:
-        """Return the rows of the spans ``(first, last)``, ``last`` excluded, one span after another. Bounds are
-        multiples of :attr:`row_unit`, or the number of rows."""
+        """See :class:`Scheme`."""
         axes, parts = self.axes(), {}
         for suffix, part in weight.parts.items():
             axis, per = axes[suffix].rows, axes[suffix].per_row
@@ -92,8 +90,7 @@ class SlicedScheme(Scheme):
         return PackedWeight(self, (sum(last - first for first, last in spans), weight.shape[1]), parts)
 
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
-        """Return columns ``first`` to ``last`` - 1. Bounds are multiples of :attr:`column_unit`, or the number of
-        columns."""
+        """See :class:`Scheme`."""
         axes = self.axes()
         parts = {
             suffix: _cut(part, axes[suffix].columns, first, last, axes[suffix].per_column)
