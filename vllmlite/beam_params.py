@@ -52,9 +52,8 @@ class BeamSearchParams:
     temperature: float = 0.0
     """Divides the logits; 0: they are used as they are."""
     length_penalty: float = 1.0
-    """A sequence's score is its log-probability divided by the number of its generated tokens to this power."""
+    """See :class:`BeamOptions`. Only generated tokens count, as in transformers."""
     early_stopping: bool | Literal["never"] = False
-    """When to stop, once ``beam_width`` sequences have finished: True: at once; False: if the best beam, at its present
-    length, is no better than the worst of them; "never": if no beam can become better."""
+    """See :class:`BeamOptions`."""
     include_stop_str_in_output: bool = False
     """Keep the token that ended a sequence."""

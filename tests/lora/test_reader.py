@@ -212,7 +212,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "many patterns": ({"rank_pattern": {f"m{index}": 4 for index in range(1001)}}, "at most 1000"),
     "targets of numbers": ({"target_modules": [1]}, "target_modules"),
     "layers by name": ({"layers_to_transform": ["a"]}, "layers_to_transform"),
-    "untargeted tensors": ({"target_modules": ["v_proj"]}, "target_modules .* does not apply"),
+    "untargeted tensors": ({"target_modules": ["v_proj"]}, "target_modules .*applies the adapter"),
     "absent tensors": ({"target_modules": ["q_proj", "v_proj"]}, "lacks tensors .*v_proj"),
     "another rank than the tensors": ({"r": 8}, "expected"),
 }
@@ -269,11 +269,11 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a short output": (_tensors({Q0 + "B.weight": _zeros(31, 4)}), r"expected \[32, 4\]"),
     "three dimensions": (_tensors({Q0 + "A.weight": _zeros(4, 32, 1)}), r"expected \[4, 32\]"),
     "one factor": (_tensors({Q0 + "B.weight": None}), "has no lora_B"),
-    "DoRA's vectors": (_tensors({"a.lora_magnitude_vector": _zeros(4)}), "use_dora"),
-    "an embedding": (_tensors({"model.embed_tokens.lora_embedding_A": _zeros(4, 96)}), "adapters of embeddings"),
-    "an output layer": (_tensors({"lm_head.base_layer.weight": _zeros(96, 32)}), "of the output layer"),
+    "DoRA's vectors": (_tensors({Q0 + "magnitude_vector": _zeros(32)}), "use_dora=False"),
+    "an embedding": (_tensors({"model.embed_tokens.lora_embedding_A": _zeros(4, 96)}), "target_modules"),
+    "a whole norm": (_tensors({"model.norm.weight": _zeros(32)}), "modules_to_save: replaces module 'model.norm'"),
     "a bias": (_tensors({Q0 + "B.bias": _zeros(32)}), "lora_bias"),
-    "a tensor of another kind": (_tensors({"model.norm.weight": _zeros(32)}), "is not part of a LoRA adapter"),
+    "a tensor of another kind": (_tensors({"model.norm": _zeros(32)}), "is not part of a LoRA adapter"),
     "another layer": (
         _tensors({Q9 + "A.weight": _zeros(4, 32), Q9 + "B.weight": _zeros(32, 4)}), "the base model does not have"
     ),

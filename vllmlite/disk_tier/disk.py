@@ -21,8 +21,7 @@ CLOSING_SECONDS = 5.0
 
 
 class DiskTier:
-    """Cache tier on disk: a thread reads blocks from a file into host memory, and writes them. Reads come before
-    writes."""
+    """See :class:`~vllmlite.engine.tiers.Disk`. Reads come before writes."""
 
     def __init__(self, file: BlockFile, memory: NDArray[np.uint8]) -> None:
         """Move blocks between ``file`` and the rows of ``memory``."""

@@ -1,6 +1,4 @@
-"""Fingerprint of everything, besides its hash, that the contents of a block depend on: the weights, and the arithmetic
-that is applied to them.
-"""
+"""What the contents of a block depend on apart from its hash: the weights, and the arithmetic applied to them."""
 
 from __future__ import annotations
 

@@ -70,11 +70,10 @@ class Engine:
         adapters: AdapterSource | None = None,
         tiers: Tiers | None = None,
     ) -> None:
-        """Start without requests.
-
-        ``seed`` determines the seeds of requests without one. Without ``drafting`` there is no speculative decoding.
-        ``cache_format`` names the number format of the key/value cache and goes into block hashes. Without ``adapters``
-        no request can have an adapter. With ``tiers`` the runner must have host memory for blocks."""
+        """Start without requests. Requests without a seed of their own derive one from ``seed``. Without ``drafting``
+        nothing is speculated. Block hashes depend on ``cache_format``, which says how the key/value cache stores
+        numbers. Without ``adapters`` no request can have one. With ``tiers`` the runner must have places for blocks in
+        host memory."""
         self.scheduler = Scheduler(limits, drafting or DraftPolicy(0), tiers)
         self.stats = EngineStats(
             num_blocks=limits.num_blocks, block_size=limits.block_size, max_adapters=limits.max_adapters
@@ -94,11 +93,11 @@ class Engine:
         self._in_flight: deque[tuple[Schedule, list[Request], Any]] = deque()
         self._num_added = 0
         self.saved_prefixes: SavedPrefixes | None = None
-        """Saves prompts to files and restores them; None if there is no directory for that."""
+        """Saves prompts to files and restores them, if there is a directory for that."""
         self._busy_since = 0.0
-        """Time at which the runner began the oldest step in flight, from :func:`time.monotonic`."""
+        """When the runner began the oldest step in flight."""
         self._changing = False
-        """Set while a call changes the engine. If it is set when a call begins, the call before was interrupted."""
+        """Set while a call changes the engine; still set by the next one if that call was interrupted."""
 
     def add_request(
         self,
@@ -169,8 +168,7 @@ class Engine:
         return bool(self._unfinished.by_id)
 
     def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> bool:
-        """End a request with ``reason``: ``abort``, or ``stop`` for a stop string. Returns False if there is no
-        unfinished request with this id."""
+        """End a request: ``abort``, or ``stop`` for a stop string. False if there is no such request (any more)."""
         self._restore_if_interrupted()
         request = self._unfinished.by_id.get(request_id)
         if request is None:
@@ -261,7 +259,7 @@ class Engine:
         self._unfinished.apply(schedule, rows, result, outputs)
 
     def _flush(self, outputs: list[EngineOutput], tiers: Tiers) -> None:
-        """Save blocks to the cache tiers while nothing runs. With a disk, wait until they are copied."""
+        """Save blocks, now that nothing runs. Only a disk needs to know when the copies are done."""
         schedule = self.scheduler.flush()
         if not schedule.is_empty:
             self._launch(schedule, [], time.monotonic())
@@ -284,7 +282,7 @@ class Engine:
         return self.adapter_source().forget(source)
 
     def _load_adapters(self, outputs: list[EngineOutput], timeout: float) -> None:
-        """Load adapters that requests wait for to the device: a part of each, or all parts if nothing runs. Wait for
+        """Put adapters that requests wait for on the device: a part of each, or all of them if nothing runs. Wait for
         their files for up to ``timeout`` seconds."""
         scheduler = self.scheduler
         scheduler.assign_adapters(len(self._in_flight))
@@ -295,12 +293,11 @@ class Engine:
         scheduler.assign_adapters(len(self._in_flight))
 
     def prefix_root(self, cache_salt: str = "", *adapter: str) -> bytes:
-        """Return the parent hash of the first block of a text with ``cache_salt`` and the digest of an ``adapter``."""
+        """Return the parent hash of the first block of a text, with the digest of its ``adapter``."""
         return root_digest("salt", cache_salt, self._cache_format, *adapter, private=bool(cache_salt))
 
     def run_copies(self, copies: Copies) -> None:
-        """Have the runner copy blocks between the pool and host memory, and wait for that. Raises ParameterError while
-        requests run."""
+        """Have the runner make copies, and wait for them. Raises ParameterError while requests run."""
         tiers, outputs = self.scheduler.tiers, list[EngineOutput]()
         assert tiers is not None
         if self._unfinished.by_id:
@@ -314,9 +311,8 @@ class Engine:
                 self._collect(outputs)
 
     def change_prefix(self, token_ids: tuple[int, ...], action: str, name: str = "") -> int:
-        """Do ``action`` with the cached blocks of a text: ``save`` them in the file ``name``, ``erase`` them from
-        memory, or ``restore`` the file to the cache. Returns the number of tokens of these blocks. Raises
-        ParameterError if that is not possible."""
+        """Save what the cache has of a text in a file, erase it from memory, or restore the file; returns the number of
+        tokens. Raises ParameterError."""
         self._restore_if_interrupted()
         if self.saved_prefixes is None:
             raise ParameterError("slot_save_path", None, "must be a directory to save prompts in")
@@ -341,7 +337,7 @@ class Engine:
         self._changing = False
 
     def current_stats(self) -> EngineStats:
-        """Update the statistics from the scheduler, and return them."""
+        """The counters, brought up to date."""
         refresh_stats(self.stats, self.scheduler)
         return self.stats
 
@@ -349,11 +345,9 @@ class Engine:
         return int.from_bytes(sha256(f"{self._seed}/{self._num_added}".encode()).digest()[:8], "little")
 
     def _fail(self, error: Exception, outputs: list[EngineOutput]) -> None:
-        """End requests after a step has failed with ``error``: those of the steps in flight; if there are none, the
-        running ones; if there are none either, all, so that a step that always fails is not repeated for ever.
-
-        Requests that got an output of the failed step go on. The prefix cache is emptied, since the contents of its
-        blocks are unknown."""
+        """End the requests of the steps in flight with ``error``; without any, the running ones, or else all, so that a
+        step that always fails cannot be repeated for ever. Requests that have got an output of the failed step go on.
+        The prefix cache is emptied, since the contents of its blocks are unknown."""
         reason = f"{type(error).__name__}: {error}"
         self.stats.num_failed_steps += 1
         self.stats.last_error = reason
@@ -374,9 +368,9 @@ class Engine:
             self._restore()
 
     def _restore(self) -> None:
-        """Rebuild all state from the requests, as if all unfinished ones had just been preempted.
+        """Rebuild everything from the requests, as if all unfinished ones had just been preempted.
 
-        If this call is interrupted, the next one starts it again."""
+        If it is interrupted itself, the next call starts it again."""
         self._unfinished.settle()
         self._in_flight.clear()
         self._unfinished.restart()

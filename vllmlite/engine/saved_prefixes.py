@@ -1,4 +1,4 @@
-"""Save the cached prefix of a text in a named file, and restore it from there to the cache."""
+"""Saving the cached prefix of a text under a name, and putting it back into the cache."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ class PrefixFile(Protocol):
     """A file of blocks."""
 
     def digests(self) -> list[bytes]:
-        """Return the hashes of its blocks, in the order in which they were written."""
+        """Hashes of its blocks, in the order in which they were written."""
         ...
 
     def read(self, digest: bytes, block: Any) -> bool:
-        """Read the block with this hash into ``block``, bytes in host memory. Returns False if it is damaged."""
+        """Read a block into a place; False if it is damaged."""
         ...
 
     def write(self, digest: bytes, block: Any) -> None:
-        """Append a block, given as bytes in host memory. Raises OSError if that fails."""
+        """Write a place. OSError if that fails."""
         ...
 
     def close(self) -> None:
-        """Close the file."""
+        """Close it."""
         ...
 
 
 class PrefixFiles(Protocol):
-    """Named files of blocks, and the host memory that they are read into and written from."""
+    """Named files, and the places of the host's memory that they are read into and written from."""
 
     memory: Any
 
     def create(self, name: str, num_blocks: int) -> Any:
-        """Start a file for ``num_blocks`` blocks, which gets ``name`` once it is finished."""
+        """Begin a file."""
         ...
 
     def finish(self, file: Any, name: str) -> None:
-        """Complete ``file`` and give it ``name``."""
+        """Give it its name."""
         ...
 
     def abandon(self, file: Any) -> None:
-        """Remove an unfinished file."""
+        """Remove it."""
         ...
 
     def open(self, name: str) -> Any:
-        """Open the finished file ``name`` to read it. Raises ParameterError if there is none."""
+        """Open a file."""
         ...
 
 
@@ -58,22 +58,20 @@ class SavedPrefixes:
     def __init__(
         self, tiers: Tiers, files: PrefixFiles, root: bytes, block_size: int, run: Callable[[Copies], None]
     ) -> None:
-        """Save and restore prefixes of texts without salt and adapter, whose first block has the parent hash ``root``.
-        ``run`` has the runner make block copies."""
+        """``root`` is the parent hash of texts without salt and adapter; ``run`` has the runner make copies."""
         self._tiers, self._files = tiers, files
         self._root, self._block_size, self._run = root, block_size, run
         self._chunk = max(tiers.num_places // 4, 1)
 
     def change(self, token_ids: Sequence[int], action: str, name: str) -> int:
-        """Call the method named ``action``: :meth:`save`, :meth:`restore` or :meth:`erase`; returns the number of
-        tokens."""
+        """``save``, ``restore`` or ``erase``; returns the number of tokens."""
         if action == "save":
             return self.save(name, token_ids)
         return self.restore(name) if action == "restore" else self.erase(token_ids)
 
     def save(self, name: str, token_ids: Sequence[int]) -> int:
-        """Save the blocks of a text that the cache has to the file ``name``. Returns the number of their tokens, which
-        is smaller if host memory was too full to save the last ones."""
+        """Save the blocks that the cache has of a text; returns the number of their tokens. It may lose the last ones
+        where the host's memory is full."""
         tiers, digests = self._tiers, self._digests(token_ids)
         known = 0
         while known < len(digests) and (tiers.pool.has(digests[known]) or tiers.host.has(digests[known])):
@@ -98,8 +96,7 @@ class SavedPrefixes:
         return saved * self._block_size
 
     def restore(self, name: str) -> int:
-        """Copy the blocks of the file ``name`` to the cache, up to the first damaged one. Returns the number of their
-        tokens."""
+        """Put the blocks of a file into the cache; returns the number of their tokens, up to the first damaged one."""
         file: PrefixFile = self._files.open(name)
         try:
             digests = file.digests()[: self._tiers.pool.num_free]
@@ -115,7 +112,7 @@ class SavedPrefixes:
         return found * self._block_size
 
     def erase(self, token_ids: Sequence[int]) -> int:
-        """Remove the blocks of a text from the caches in memory. Returns the number of their tokens."""
+        """Forget the blocks of a text in memory; returns the number of their tokens."""
         digests = self._digests(token_ids)
         count = sum(self._tiers.pool.has(digest) or self._tiers.host.has(digest) for digest in digests)
         self._tiers.pool.forget(digests)
@@ -130,8 +127,7 @@ class SavedPrefixes:
         return found
 
     def _save(self, digests: Sequence[bytes], file: PrefixFile) -> int:
-        """Save blocks by way of host memory. Returns how many of the first have been saved; fewer than all if host
-        memory dropped one to make room for another."""
+        """Return how many of the first blocks have been saved: all, unless the host gave up one for another."""
         host, pool, copies = self._tiers.host, self._tiers.pool, Copies()
         kept = [place for digest in digests for place in host.find((digest,))]
         host.share(kept)
@@ -149,7 +145,7 @@ class SavedPrefixes:
         return len(places)
 
     def _restore(self, digests: Sequence[bytes], file: PrefixFile) -> int:
-        """Restore blocks by way of host memory. Returns how many of the first the pool has afterwards."""
+        """Return how many blocks the pool has then."""
         tiers, host, pool, copies = self._tiers, self._tiers.host, self._tiers.pool, Copies()
         blocks: list[int] = []
         for digest in digests:

@@ -19,7 +19,7 @@ TraceEvent: TypeAlias = dict[str, Any]
 """One event of Chrome's Trace Event Format, ready for JSON."""
 
 MAX_EVENTS = 1_000_000
-"""Number of events that a trace keeps, the latest ones."""
+"""A trace keeps this many events, the latest ones."""
 
 
 class Trace:
@@ -65,18 +65,17 @@ class TracedRunner:
         self._trace = trace
 
     def launch(self, schedule: Schedule) -> Any:
-        """Start a step; the handle goes to :meth:`collect`."""
+        """See :class:`Runner`."""
         with self._trace.span("launch", rows=len(schedule.slots), tokens=schedule.num_tokens):
             return self.runner.launch(schedule)
 
     def collect(self, handle: Any) -> StepResult:
-        """Wait for a step and return its results."""
+        """See :class:`Runner`."""
         with self._trace.span("collect"):
             return self.runner.collect(handle)
 
     def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:
-        """Put an adapter on the device in slot ``index``, which no step uses, in parts; yields the bytes of each.
-        Raises VllmliteError if it cannot be used."""
+        """See :class:`Runner`."""
         parts = self.runner.load_adapter_parts(index, adapter)
         while True:
             with self._trace.span("load_adapter", index=index):

@@ -93,8 +93,7 @@ class EngineProcess:
         self.close()
 
     def wait_for_end(self) -> str:
-        """Wait for the host to end, which it does once the connection is closed. Returns a description of how it
-        ended."""
+        """See :class:`HostHandle`."""
         try:
             status = self.process.wait(CLOSING_SECONDS)
         except subprocess.TimeoutExpired:
@@ -124,8 +123,7 @@ class EngineThread:
         weakref.finalize(self, _end, self.connection, self._thread)
 
     def wait_for_end(self) -> str:
-        """Wait for the host to end, which it does once the connection is closed. Returns a description of how it
-        ended."""
+        """See :class:`HostHandle`."""
         self._thread.join(CLOSING_SECONDS)
         error = self._error
         return "the engine's thread has ended" + (f": {type(error).__name__}: {error}" if error else "")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vllmlite.errors import ModelError
-from vllmlite.models.adapters import places
+from vllmlite.models.adapters import ROUTER, ability, places
 from vllmlite.models.families import checkpoint_keys
 from vllmlite.models.gguf import in_halves
 from vllmlite.models.gguf_families import FAMILIES as GGUF_FAMILIES
@@ -19,7 +19,7 @@ from vllmlite.models.keys import Keys
 from vllmlite.models.multimodal import MULTIMODAL
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import sources
-from vllmlite.weights.adapter import LowRank
+from vllmlite.weights.adapter import EMBEDDING, EXPERTS, HEAD, LowRank
 from vllmlite.weights.host import ITEM_SIZE, HostTensor
 from vllmlite.weights.parts import Source
 
@@ -35,6 +35,18 @@ class Module:
     """Names of the weights as in ``models.adapters.places``, each with its rows and columns of the module."""
     heads: int | None = None
     """Number of heads whose rows llama.cpp's converter has reordered; None: rows are in the model's order."""
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it is the input embedding, whose inputs are token ids."""
+        return self.parts[0][0] == EMBEDDING
+
+    def expert(self, index: int, count: int) -> Module:
+        """Return the part of a module that holds ``count`` experts one after another."""
+        rows = self.out // count
+        span = index * rows, (index + 1) * rows
+        own = ((place, replace(source, rows=None)) for place, source in self.parts if source.rows == (span,))
+        return Module(rows, self.inner, tuple(own))
 
     def changes(self, a: HostTensor, b: HostTensor, scale: float) -> dict[str, LowRank]:
         """Return the changes of the weights by an adapter's ``a [rank, in]`` and ``b [out, rank]``."""
@@ -57,6 +69,12 @@ class Modules:
         self.refused: set[str] = set()
         """Modules with a weight matrix that adapters cannot change."""
         changeable, whole, parts = places(spec), spec.whole or spec, dict[str, list[tuple[str, Source]]]()
+        self.stacked = _stacked(spec)
+        self.tied = spec.tied_head
+        own = keys.expert.removesuffix("."), keys.router
+        self._in_mlp = [
+            pair for pair in zip(("mlp.experts", "mlp.gate"), own, strict=True) if pair[0] != pair[1]
+        ]
         for name, source in sources(spec).items():
             place, key = name.removesuffix(".weight"), source.key.removesuffix(".weight")
             if place in changeable:
@@ -65,12 +83,18 @@ class Modules:
                 self.refused.add(key)
         self.by_name: dict[str, Module] = {}
         for key, found in parts.items():
-            source = found[0][1]
-            out, inner = source.stored[::-1] if source.transposed else source.stored
+            place, source = found[0]
+            swapped = source.transposed or place == EMBEDDING
+            out, inner = source.stored[::-1] if swapped else source.stored
             heads = None
             if family is not None and family.reordered and (match := re.search(r"\.attn_([qk])$", key)):
                 heads = whole.num_heads if match[1] == "q" else whole.num_kv_heads
             self.by_name[key] = Module(out, inner, tuple(found), heads)
+        if HEAD in changeable and keys.head not in self.by_name:  # tied to the embedding
+            out, inner = changeable[HEAD]
+            self.by_name[keys.head] = Module(
+                out, inner, ((HEAD, Source(keys.head, (out, inner), (out, inner))),)
+            )
 
     def canonical(self, names: Iterable[str]) -> dict[str, str]:
         """Return each of ``names``, which a file has, with the module's name here.
@@ -84,7 +108,7 @@ class Modules:
                 name: renamed if renamed == self.keys.head else outer + renamed
                 for name, renamed in found.items()
             }
-        return found
+        return {name: self._of_layer(renamed) for name, renamed in found.items()}
 
     def is_foreign(self, name: str) -> bool:
         """Return whether a file's module belongs to another model beside the language model, such as a vision tower."""
@@ -102,11 +126,66 @@ class Modules:
             raise ModelError(f"{where}: changes module {name!r}, whose weights adapters cannot change here")
         raise ModelError(f"{where}: changes module {name[:200]!r}, which the base model does not have")
 
+    def kind(self, name: str) -> str | None:
+        """Return which modules of a mixture of experts a module belongs to: experts or routers; None: neither."""
+        place = self.by_name[name].parts[0][0]
+        if ability(place) != EXPERTS:
+            return None
+        return ROUTER if place.endswith(ROUTER) else EXPERTS
+
+    def usual(self, name: str) -> str:
+        """Return the name of a module of a mixture of experts in transformers 5, where all are in ``mlp``."""
+        for usual, own in self._in_mlp:
+            name = re.sub(rf"(\.\d+\.){re.escape(own)}(?=\.|$)", rf"\g<1>{usual}", name)
+        return name
+
+    def _of_layer(self, name: str) -> str:
+        """Return the family's own name for one of :meth:`usual`."""
+        for usual, own in self._in_mlp:
+            name = re.sub(rf"(\.\d+\.){re.escape(usual)}(?=\.|$)", rf"\g<1>{own}", name)
+        return name
+
     def _renamed(self, name: str) -> str:
         for pattern, replacement in self.keys.renames:
             if re.search(pattern, f"{name}."):
                 return re.sub(pattern, replacement, f"{name}.").removesuffix(".")
         return name
+
+
+@dataclass(frozen=True, slots=True)
+class StackedExperts:
+    """The module that holds the weights of all experts of a layer as two parameters in transformers 5."""
+
+    layer: int
+    count: int
+    hidden: int
+    inner: int
+
+    def parameter(self, rows_of_a: int, columns_of_a: int, rows_of_b: int) -> str | None:
+        """Return the name of the parameter that factors of these shapes change; None: they fit none."""
+        if rows_of_a % self.count == 0:
+            if (columns_of_a, rows_of_b) == (self.hidden, 2 * self.inner):
+                return GATE_UP
+            if (columns_of_a, rows_of_b) == (self.inner, self.hidden):
+                return DOWN
+        return None
+
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+"""The parameters of :class:`StackedExperts`: ``[experts, 2 * inner, hidden]``, gate first, and ``[experts, hidden,
+inner]``."""
+
+
+def _stacked(spec: DecoderSpec) -> dict[str, StackedExperts]:
+    """Return the modules that hold all experts of a layer, by name."""
+    prefix = f"{spec.keys.prefix}{spec.keys.layer}"
+    return {
+        f"{prefix}{index}.{spec.keys.expert.removesuffix('.')}": StackedExperts(
+            index, layer.moe.num_experts, spec.hidden_size, layer.moe.intermediate_size
+        )
+        for index, layer in enumerate(spec.layers)
+        if layer.moe is not None
+    }
 
 
 def peft_modules(path: Path, spec: DecoderSpec) -> Modules:
@@ -127,6 +206,26 @@ def gguf_modules(where: str, architecture: str, spec: DecoderSpec) -> Modules:
     raise ModelError(
         f"{where}: general.architecture={architecture[:80]!r}; the base model is {spec.architecture}"
     )
+
+
+def rows_of(tensor: HostTensor, rows: slice) -> HostTensor:
+    """Return some rows of a matrix."""
+    return _tensor(tensor, _elements(tensor)[rows])
+
+
+def columns_of(tensor: HostTensor, columns: slice) -> HostTensor:
+    """Return some columns of a matrix."""
+    return _tensor(tensor, _elements(tensor)[:, columns])
+
+
+def item(tensor: HostTensor, index: int) -> HostTensor:
+    """Return one of several matrices."""
+    return _tensor(tensor, _elements(tensor)[index])
+
+
+def transposed(tensor: HostTensor) -> HostTensor:
+    """Return a matrix with rows and columns exchanged."""
+    return _tensor(tensor, _elements(tensor).T)
 
 
 def _rows(tensor: HostTensor, source: Source) -> HostTensor:

@@ -20,23 +20,19 @@ _NOTHING: tuple[Any, ...] = (None, False, {}, [], "")
 _WITHOUT_EFFECT = frozenset(
     "auto_mapping base_model_name_or_path fan_in_fan_out inference_mode lora_dropout megatron_core peft_type "
     "peft_version qalora_group_size revision runtime_config target_modules task_type loftq_config eva_config "
-    "lora_ga_config velora_config monteclora_config ensure_weight_tying".split()
+    "lora_ga_config velora_config monteclora_config".split()
 )
 """Fields that change nothing of how an adapter is applied, or that are read here. ``fan_in_fan_out`` says how the base
-model stores its weights, which the model itself says. ``ensure_weight_tying`` is about training: what it leads to is
-in the tensors."""
+model stores its weights, which the model itself says."""
 _READ = frozenset(
     "r lora_alpha use_rslora rank_pattern alpha_pattern exclude_modules layers_to_transform layers_pattern "
-    "init_lora_weights bias".split()
+    "init_lora_weights bias use_dora target_parameters modules_to_save ensure_weight_tying".split()
 )
 _REFUSED = {
-    "use_dora": "DoRA rescales whole weights, which is not supported: merge the adapter into its base model",
-    "modules_to_save": "whole trained modules are not supported: merge the adapter into its base model",
     "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
     "trainable_token_indices": "trained tokens are not supported: merge the adapter into its base model",
     "lora_bias": "biases of adapters are not supported",
     "layer_replication": "replicated layers are not supported",
-    "target_parameters": "adapters of experts are not supported",
     "use_qalora": "QALoRA pools the inputs of an adapter, which is not supported",
     "use_bdlora": "block-diagonal adapters are not supported",
     "arrow_config": "Arrow's routing between adapters is not supported",
@@ -68,6 +64,14 @@ class PeftConfig:
     exclude_modules: str | tuple[str, ...]
     layers_to_transform: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
+    use_dora: bool = False
+    """Whether each changed weight is rescaled so that its rows have trained norms (Liu et al. 2024)."""
+    target_parameters: tuple[str, ...] = ()
+    """Ends of names of parameters to which the adapter is applied as well."""
+    ensure_weight_tying: bool = False
+    """Whether the output layer is changed together with the embedding to which it is tied."""
+    modules_to_save: tuple[str, ...] = ()
+    """Ends of names of modules that the adapter replaces as a whole."""
 
     def ranks(self, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
         """Return the rank and the scale of the product for each of ``modules``."""
@@ -91,6 +95,15 @@ class PeftConfig:
         if self.layers_to_transform is not None:
             found = {name for name in found if self._layer(name) in self.layers_to_transform}
         return found - self._named("exclude_modules", self.exclude_modules, found)
+
+    def targeted_parameters(self, parameters: Iterable[str]) -> set[str]:
+        """Return those of ``parameters`` that ``target_parameters`` names."""
+        wanted = frozenset(self.target_parameters)
+        return {name for name in parameters if not wanted.isdisjoint(_ends(name))}
+
+    def saved(self, modules: Iterable[str]) -> set[str]:
+        """Return those of ``modules`` that ``modules_to_save`` names."""
+        return {name for name in modules if name.endswith(self.modules_to_save)}
 
     def _named(self, field: str, names: str | tuple[str, ...], modules: Iterable[str]) -> set[str]:
         """Return the modules that match an expression, or whose names end in one of ``names``."""
@@ -140,6 +153,10 @@ def read_config(where: str, text: bytes) -> PeftConfig:
         exclude_modules=fields.texts("exclude_modules"),
         layers_to_transform=fields.layers(),
         layers_pattern=fields.names("layers_pattern"),
+        use_dora=fields.boolean("use_dora"),
+        target_parameters=fields.names("target_parameters"),
+        ensure_weight_tying=fields.boolean("ensure_weight_tying"),
+        modules_to_save=fields.names("modules_to_save"),
     )
 
 

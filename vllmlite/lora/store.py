@@ -35,8 +35,7 @@ class AdapterStore:
         return source in self._keys
 
     def identify(self, source: LoRARequest) -> AdapterKey:
-        """Return the key of the adapter that ``source`` describes; read and check it first if it is not known. Raises
-        VllmliteError if it cannot be used."""
+        """See :class:`~vllmlite.engine.adapters.AdapterSource`."""
         with self._lock:
             key = self._keys.get(source)
             if key is not None:
@@ -46,8 +45,7 @@ class AdapterStore:
         return AdapterKey(source.lora_name, source, adapter.digest)
 
     def take(self, key: AdapterKey, timeout: float) -> Adapter | None:
-        """Return the adapter; None if it has to be read and that takes longer than ``timeout`` seconds. Raises
-        VllmliteError if it can no longer be read, or has other contents."""
+        """See :class:`~vllmlite.engine.adapters.AdapterSource`."""
         source = key.source
         assert isinstance(source, LoRARequest)
         with self._lock:
@@ -67,7 +65,7 @@ class AdapterStore:
         return adapter
 
     def forget(self, source: LoRARequest) -> bool:
-        """Drop an adapter from memory. Returns whether it was known."""
+        """See :class:`~vllmlite.engine.adapters.AdapterSource`."""
         with self._lock:
             self._reading.pop(source, None)
             key = self._keys.pop(source, None)

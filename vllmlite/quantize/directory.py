@@ -73,7 +73,7 @@ class DirectoryOutput(Output):
         self.dtypes = {key: self._stored(key).dtype for key in self._shapes if key not in self.schemes}
 
     def open(self, work: Path) -> None:
-        """Create the files in directory ``work``; what an earlier process wrote to them stays."""
+        """See :class:`Output`."""
         parts = {
             part_name(key, suffix): (part.dtype, part.shape)
             for key, scheme in self.schemes.items()
@@ -85,9 +85,7 @@ class DirectoryOutput(Output):
     def write(
         self, tensors: Mapping[str, HostTensor], moments: Mapping[str, Moments], changed: set[str]
     ) -> Tensors:
-        """Quantise and write ``tensors``, all those of some keys of the checkpoint, with the help of the ``moments`` of
-        their inputs. Return their values as they were written; without ``moments``, only of tensors that stay as they
-        are. ``changed``: names of tensors that differ from the source's."""
+        """See :class:`Output`."""
         written: Tensors = {}
         for key, names in self.keys(list(tensors)).items():
             own = [(self.sources[name], tensors[name]) for name in names]

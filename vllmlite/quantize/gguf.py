@@ -82,8 +82,7 @@ class GgufOutput(Output):
         }
 
     def open(self, work: Path) -> None:
-        """Create the files in directory ``work``; what an earlier process wrote to them stays. Raises ModelError if the
-        file would be read differently from the source."""
+        """See :class:`Output`. Raises ModelError if the file would be read differently from the source."""
         extra = extra_tensors(self.spec)
         table = {name: Entry("F32", values.shape) for name, values in extra.items()}
         for one in self.sources.values():
@@ -99,9 +98,7 @@ class GgufOutput(Output):
     def write(
         self, tensors: Mapping[str, HostTensor], moments: Mapping[str, Moments], changed: set[str]
     ) -> Tensors:
-        """Quantise and write ``tensors``, all those of some keys of the checkpoint, with the help of the ``moments`` of
-        their inputs. Return their values as they were written; without ``moments``, only of tensors that stay as they
-        are. ``changed``: names of tensors that differ from the source's."""
+        """See :class:`Output`."""
         written: Tensors = {}
         for name, tensor in tensors.items():
             one = self.sources[name]
@@ -125,7 +122,7 @@ class GgufOutput(Output):
         return written
 
     def finish(self, work: Path) -> Path:
-        """Write the parts of the checkpoint besides tensors to directory ``work``. Returns the finished file."""
+        """See :class:`Output`."""
         return work / FILE
 
     def _heads(self, name: str) -> int:

@@ -21,7 +21,7 @@ DAMPING = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The properties of a product's inputs that GPTQ needs; all products with the same inputs can share them."""
+    """What GPTQ needs to know about the inputs of a product; all products with the same inputs can share it."""
 
     gram: NDArray[np.float32]
     """``[in, in]``: their Gram matrix."""

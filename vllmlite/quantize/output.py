@@ -50,9 +50,8 @@ class Output(ABC):
     def write(
         self, tensors: Mapping[str, HostTensor], moments: Mapping[str, Moments], changed: set[str]
     ) -> Tensors:
-        """Quantise and write ``tensors``, all those of some keys of the checkpoint, with the help of the ``moments`` of
-        their inputs. Return their values as they were written; without ``moments``, only of tensors that stay as they
-        are. ``changed``: names of tensors that differ from the source's."""
+        """Write all tensors of some keys, and return these tensors as the checkpoint has them; without ``moments``, of
+        their inputs, only those that are not quantised. ``changed``: names of tensors that differ from the source's."""
 
     @abstractmethod
     def finish(self, work: Path) -> Path:
@@ -103,8 +102,7 @@ class Output(ABC):
         return packed(gptq(weight, grid, self._inputs(moments)), scheme)
 
     def _inputs(self, moments: Moments) -> Inputs:
-        """Return the properties of inputs that GPTQ needs, from their ``moments``. The last result is kept for further
-        weights with the same inputs."""
+        """What GPTQ needs of ``moments``; it is kept for further weights with the same inputs."""
         if self._latest is None or self._latest[0] is not moments:
             self._latest = moments, Inputs.of(moments.gram, self.settings.act_order)
         return self._latest[1]

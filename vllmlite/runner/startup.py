@@ -6,9 +6,11 @@ import logging
 import secrets
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+from vllmlite.backends.base import Backend
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.config.speculative import WITH_STATES
 from vllmlite.engine.adapters import AdapterSource
@@ -17,8 +19,10 @@ from vllmlite.engine.engine import Engine
 from vllmlite.engine.scheduler import Limits
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
+from vllmlite.models import open_stored
 from vllmlite.models.plan import Plan
 from vllmlite.ranks.group import RankGroup
+from vllmlite.ranks.messages import BackendFacts
 from vllmlite.ranks.runner import ParallelRunner
 from vllmlite.ranks.start import start_ranks
 from vllmlite.runner.build import BuiltRunner, build_runner, plan_for
@@ -104,7 +108,7 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
         max_logprobs=config.max_logprobs,
         drafting=_drafting(config, built, two_steps),
         cache_format=f"{runner.model.kv_spec.dtype} {runner.model.kv_spec.scales}",
-        adapters=_adapters(config, plan, backend.dtype) if config.enable_lora else None,
+        adapters=_adapters(config, plan, backend) if config.enable_lora else None,
         tiers=tiers,
     )
     if config.slot_save_path is not None and isinstance(runner, ModelRunner):
@@ -136,14 +140,22 @@ def _drafting(config: EngineConfig, built: BuiltRunner[object], two_steps: bool)
     )
 
 
-def _adapters(config: EngineConfig, plan: Plan, dtype: str) -> AdapterSource:
-    """Return the reader of LoRA adapters, which keeps some of them in host memory. ``dtype`` is the backend's."""
+def _adapters(config: EngineConfig, plan: Plan, backend: Backend | BackendFacts) -> AdapterSource:
+    """Return the reader of LoRA adapters, which keeps some of them in host memory."""
     from vllmlite.lora.reader import AdapterReader
     from vllmlite.lora.store import AdapterStore
 
     assert plan.spec is not None  # the runner has refused other models
-    dtype = dtype if config.lora_dtype == "auto" else config.lora_dtype
-    reader = AdapterReader(plan.path, plan.spec, dtype, config.max_lora_rank, config.max_lora_bytes)
+    dtype = backend.dtype if config.lora_dtype == "auto" else config.lora_dtype
+    reader = AdapterReader(
+        plan.path,
+        plan.spec,
+        dtype,
+        config.max_lora_rank,
+        config.max_lora_bytes,
+        partial(open_stored, plan.path, plan.spec, config.load_format, config.seed),
+        backend.adapter_abilities,
+    )
     return AdapterStore(reader, config.max_cpu_loras or config.max_loras, config.max_lora_bytes)
 
 

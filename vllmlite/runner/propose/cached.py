@@ -69,24 +69,22 @@ class CachedProposer(Proposer, Generic[SequenceT]):
         self._sequences: dict[int, SequenceT] = {}
 
     def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
-        """Begin a sequence in ``slot``: its prompt of ``num_prompt`` ids, and the output so far. The sequence that had
-        the slot before has ended."""
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
         self._sequences[slot] = self._make(slot, list(token_ids))
 
     def append_blocks(self, slots: Sequence[int], columns: Sequence[int], blocks: Sequence[int]) -> None:
-        """Write block ``blocks[i]`` to column ``columns[i]`` of the block table of ``slots[i]``."""
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
         for slot, block in zip(slots, blocks, strict=True):
             self._sequences[slot].blocks.append(block)
 
     def launch(self, slots: Sequence[int]) -> list[SequenceT]:
-        """Prepare for the results of a step that was launched and samples in ``slots``. The returned handle goes to
-        :meth:`collect`."""
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
         return [self._sequences[slot] for slot in slots]
 
     def collect(
         self, handle: list[SequenceT], token_ids: Sequence[list[int]], wanted: Sequence[int]
     ) -> list[list[int]]:
-        """Add the ids that a step sampled in its slots; return at most ``wanted[i]`` drafts for the i-th slot."""
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
         asked: dict[int, SequenceT] = {}
         counts: dict[int, int] = {}
         for sequence, ids, count in zip(handle, token_ids, wanted, strict=True):

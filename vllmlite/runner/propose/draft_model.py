@@ -45,7 +45,7 @@ class ModelProposer(CachedProposer[DraftedSequence]):
         self._vocab_size = vocab_size
 
     def profile(self, num_rows: int) -> None:
-        """Compute one draft in each of ``num_rows`` rows and discard it, to measure its time."""
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
         self.runner.profile(num_rows)
 
     def _draft(self, asked: Mapping[int, DraftedSequence], counts: Mapping[int, int]) -> None:

@@ -24,19 +24,17 @@ class LookupProposer(Proposer):
         self._sequences = sequences
 
     def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
-        """Begin a sequence in ``slot``: its prompt of ``num_prompt`` ids, and the output so far. The sequence that had
-        the slot before has ended."""
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
         self._sequences.admit(slot, token_ids, num_prompt)
 
     def launch(self, slots: Sequence[int]) -> tuple[list[int], int]:
-        """Prepare for the results of a step that was launched and samples in ``slots``. The returned handle goes to
-        :meth:`collect`."""
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
         return list(slots), self._sequences.num_admissions
 
     def collect(
         self, handle: tuple[list[int], int], token_ids: Sequence[list[int]], wanted: Sequence[int]
     ) -> list[list[int]]:
-        """Add the ids that a step sampled in its slots; return at most ``wanted[i]`` drafts for the i-th slot."""
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
         drafts: list[list[int]] = self._sequences.propose(*handle, token_ids, wanted)
         return drafts
 

@@ -30,12 +30,10 @@ class MedusaProposer(Proposer):
         """Hidden states and first sampled tokens of the step that was launched last."""
 
     def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
-        """Begin a sequence in ``slot``: its prompt of ``num_prompt`` ids, and the output so far. The sequence that had
-        the slot before has ended."""
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
 
     def keep_states(self, schedule: Schedule, states: Sequence[Tensor]) -> None:
-        """Keep the hidden states of a step that was launched: for each of :attr:`states`, those of all its tokens.
-        Called before :meth:`launch`."""
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
         ends = np.cumsum(schedule.counts).tolist()
         firsts = {
             slot: end - samples
@@ -45,12 +43,11 @@ class MedusaProposer(Proposer):
         self._last = (states[0], firsts)
 
     def launch(self, slots: Sequence[int]) -> Step:
-        """Prepare for the results of a step that was launched and samples in ``slots``. The returned handle goes to
-        :meth:`collect`."""
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
         return (list(slots), *self._last)
 
     def collect(self, handle: Step, token_ids: Sequence[list[int]], wanted: Sequence[int]) -> list[list[int]]:
-        """Add the ids that a step sampled in its slots; return at most ``wanted[i]`` drafts for the i-th slot."""
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
         slots, hidden, firsts = handle
         drafts: list[list[int]] = [[] for _ in slots]
         rows = [row for row, count in enumerate(wanted) if count]
@@ -64,7 +61,7 @@ class MedusaProposer(Proposer):
         return drafts
 
     def profile(self, num_rows: int) -> None:
-        """Compute one draft in each of ``num_rows`` rows and discard it, to measure its time."""
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
         zeros = np.zeros((num_rows, self.heads.hidden_size), np.float32)
         self._guesses(self._backend.tensor(zeros, self._backend.dtype), num_rows, 1)
 

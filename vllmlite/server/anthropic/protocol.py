@@ -82,7 +82,7 @@ class AnthropicFormat(Request):
 
 
 class AnthropicOutputConfig(Request):
-    """Options of the answer's format and effort."""
+    """Options of the output."""
 
     effort: str | None = Field(None, description="Passed to chat templates that use it.")
     format: AnthropicFormat | None = None

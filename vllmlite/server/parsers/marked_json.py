@@ -23,7 +23,7 @@ class MarkedJson(ToolParser):
     marks: ClassVar[JsonMarks]
 
     def __init__(self, tools: Tools) -> None:
-        """Parse an answer to a request with ``tools``."""
+        """See :class:`ToolParser`."""
         super().__init__(tools)
         self._after_list = self._close
 

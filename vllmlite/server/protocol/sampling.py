@@ -21,7 +21,7 @@ def token_limit(given: int | None) -> int | None:
 
 
 class StreamOptions(Request):
-    """Options of a stream."""
+    """What a stream contains besides text."""
 
     include_usage: bool | None = None
     """End with a chunk that has the usage."""

@@ -91,7 +91,7 @@ class ReasoningOptions(Request):
 
 
 class ResponsesStreamOptions(Request):
-    """Options of a stream."""
+    """What a stream contains besides text."""
 
     include_obfuscation: bool | None = None
     """OpenAI's padding against traffic analysis; accepted without effect."""

@@ -1,0 +1,102 @@
+"""The weights of the base model, as far as reading an adapter needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite.weights.adapter import EMBEDDING, HEAD, LowRank
+from vllmlite.weights.checkpoint import Weights
+from vllmlite.weights.host import (
+    HostTensor,
+    HostWeight,
+    PackedWeight,
+    dequantized,
+    float_tensor,
+    float_values,
+)
+from vllmlite.weights.parts import TABLE, Source
+
+Floats: TypeAlias = NDArray[np.float32]
+Stored: TypeAlias = tuple[Mapping[str, Source], Weights]
+"""Where each tensor of the model is stored, and the stored tensors."""
+
+ELEMENTS = 1 << 18
+"""Elements of a weight that are converted and multiplied at a time."""
+
+
+class BaseWeights:
+    """The stored weights of a model, opened when they are first needed and never copied as a whole."""
+
+    def __init__(self, open_weights: Callable[[], Stored]) -> None:
+        self._open = open_weights
+        self._opened: Stored | None = None
+
+    def gain(self, place: str, change: LowRank, magnitudes: Floats) -> Floats:
+        """Return the gain ``[2, out]`` with which rows of the changed weight have the norms ``magnitudes [out]``.
+
+        This is DoRA (Liu et al. 2024): ``m * (W + scale * b @ a) / ||W + scale * b @ a||``, by rows of W. The gain's
+        second row makes up for the factor that the bias must not have."""
+        squares = np.concatenate(list(self._squares(place, change)))
+        if place == EMBEDDING:  # the table is stored as [V, hidden]: its columns are the weight's rows
+            squares = squares.reshape(-1, len(magnitudes)).sum(0)
+        factors = magnitudes / np.sqrt(squares)
+        bias = f"{place}.bias" in self._weights()[0] and float_values(_floats(self._tensor(f"{place}.bias")))
+        shift = (1 - factors) * bias
+        return np.stack([factors, shift]).astype(np.float32)
+
+    def equal(self, place: str, tensor: HostTensor) -> bool:
+        """Return whether ``tensor`` has the values of the weight ``place``, rounded to its dtype. The embedding is
+        compared as the table ``[V, hidden]``."""
+        weight = _floats(self._stored(place))
+        step = _rows_at_a_time(weight)
+        return weight.shape == tensor.shape and all(
+            np.array_equal(
+                float_values(float_tensor(_rows(weight, at, step), tensor.dtype)), _rows(tensor, at, step)
+            )
+            for at in range(0, weight.shape[0], step)
+        )
+
+    def _squares(self, place: str, change: LowRank) -> Iterator[Floats]:
+        """Yield the sums of squares of rows of the changed weight; for the embedding, of its columns, piece by
+        piece."""
+        weight = _floats(self._stored(place))
+        a, b = float_values(change.a), float_values(change.b) * np.float32(change.scale)
+        step = _rows_at_a_time(weight)
+        for at in range(0, weight.shape[0], step):
+            values = _rows(weight, at, step)
+            if place == EMBEDDING:
+                yield np.square(values + (b @ a[:, at : at + step]).T).sum(0)
+            else:
+                yield np.square(values + b[at : at + step] @ a).sum(1)
+
+    def _stored(self, place: str) -> HostWeight:
+        name = f"{place}.weight"
+        return self._tensor(TABLE if place == HEAD and name not in self._weights()[0] else name)
+
+    def _tensor(self, name: str) -> HostWeight:
+        sources, stored = self._weights()
+        return sources[name].take(stored.tensor(sources[name].key))
+
+    def _weights(self) -> Stored:
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+
+def _floats(weight: HostWeight) -> HostTensor:
+    return dequantized(weight, "float32") if isinstance(weight, PackedWeight) else weight
+
+
+def _rows_at_a_time(tensor: HostTensor) -> int:
+    return max(1, ELEMENTS // tensor.shape[1])
+
+
+def _rows(tensor: HostTensor, at: int, count: int) -> Floats:
+    """Return up to ``count`` rows of a matrix, from ``at`` on, as float32."""
+    row = tensor.data.size // tensor.shape[0]
+    data = tensor.data[at * row : (at + count) * row]
+    return float_values(HostTensor(tensor.dtype, (data.size // row, tensor.shape[1]), data))
