@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from vllmlite.disk_tier.block_file import BlockFile
 from vllmlite.disk_tier.disk import DiskTier
+from vllmlite.disk_tier.place_memory import PlaceMemory
 from vllmlite.disk_tier.private_directory import PrivateDirectory
 from vllmlite.engine.tiers import Transfer
 
@@ -23,10 +24,10 @@ class Gated(BlockFile):
 
     gate, begun = threading.Event(), threading.Event()
 
-    def write(self, digest: bytes, block: NDArray[np.uint8]) -> None:
+    def write(self, digest: bytes, *parts: NDArray[np.uint8]) -> None:
         self.begun.set()
         self.gate.wait(20)
-        super().write(digest, block)
+        super().write(digest, *parts)
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def memory() -> NDArray[np.uint8]:
 
 def a_disk(path: Path, memory: NDArray[np.uint8], kind: type[BlockFile] = BlockFile) -> DiskTier:
     directory = PrivateDirectory(str(path), "kv_disk_path")
-    return DiskTier(kind(directory.open("blocks"), 100_000, 1000, bytes(32)), memory)
+    return DiskTier(kind(directory.open("blocks"), 100_000, 1000, bytes(32)), PlaceMemory([memory]))
 
 
 def hanging_disk(path: Path, memory: NDArray[np.uint8]) -> DiskTier:

@@ -210,8 +210,8 @@ class Files:
     def create(self, name: str, num_blocks: int) -> Files:
         return self
 
-    def write(self, digest: bytes, block: list[int]) -> None:
-        self.blocks.append(block)
+    def write(self, digest: bytes, *block: int) -> None:
+        self.blocks.append(list(block))
 
     def finish(self, file: Files, name: str) -> None:
         pass

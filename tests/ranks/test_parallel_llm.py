@@ -69,8 +69,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ],
 )
-def parallel(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
-    llm = LLM(str(checkpoint), **request.param, **OPTIONS)
+def parallel(
+    checkpoint: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LLM]:
+    """An engine of several ranks with cache tiers in host memory and on disk."""
+    disk = str(tmp_path_factory.mktemp("disk"))
+    llm = LLM(str(checkpoint), **request.param, **OPTIONS, kv_disk_path=disk, kv_disk_size=1 << 20)
     yield llm
     llm.llm_engine.close()
 
@@ -115,6 +119,17 @@ def test_adapters_change_all_ranks(parallel: LLM, single: LLM, checkpoint: Path,
         texts.append(token_ids(outputs))
     assert texts[0] == texts[1]
     assert len({str(text) for text in texts[0]}) == 4
+
+
+def test_evicted_blocks_come_back_from_host_memory(parallel: LLM, expected: list[RequestOutput]) -> None:
+    scheduler = parallel.llm_engine.engine.scheduler
+    assert scheduler.tiers is not None
+    scheduler.tiers.cost.host_seconds = 0.0  # copying always pays
+    for _ in range(2):
+        assert token_ids(generate(parallel)) == token_ids(expected)
+    counts = scheduler.tiers.counts
+    assert counts.saved and counts.loaded
+    scheduler.check_integrity()
 
 
 def test_an_interrupt_loses_nothing(parallel: LLM, expected: list[RequestOutput]) -> None:
@@ -187,7 +202,6 @@ def test_sizes_that_cannot_be_split_are_refused_before_a_process_starts(checkpoi
     ("options", "message"),
     [
         ({"distributed_executor_backend": "uni"}, "distributed_executor_backend='uni': runs one rank"),
-        ({"swap_space": 1}, "tensor_parallel_size=2: must be 1 with swap_space"),
     ],
 )
 def test_what_needs_one_rank_is_refused(options: dict[str, Any], message: str) -> None:

@@ -132,6 +132,9 @@ class FakeRunner:
             result.beams.append(continuations(beams, group.scores, group.num_candidates))
         return result
 
+    def drain(self) -> None:
+        """Do nothing: every step has ended when it has been launched."""
+
     def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:
         raise NotImplementedError("the fake runner has no adapters")
 

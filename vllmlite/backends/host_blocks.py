@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeAlias
@@ -39,11 +42,20 @@ class HostBlocks(ABC):
     def load(self, places: Ids, blocks: Ids) -> None:
         """Copy each of ``places`` to the block of the same index."""
 
+    def share(self, fd: int) -> None:
+        """Move :attr:`memory`, of which nothing has been used, to the file behind ``fd``, which other processes map."""
+        raise BackendError("the host memory of this backend cannot be shared with other processes")
+
     def join(self) -> None:  # noqa: B027  (copies of a synchronous backend are done)
         """Have later ops wait for the saves issued so far."""
 
     def wait(self) -> None:  # noqa: B027
         """Wait for the copies issued so far."""
+
+
+def mapped(fd: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return the bytes of the file behind ``fd`` as an array of ``shape``, which shares them."""
+    return np.frombuffer(mmap.mmap(fd, math.prod(shape)), np.uint8).reshape(shape)
 
 
 class SynchronousHostBlocks(HostBlocks):
@@ -56,6 +68,11 @@ class SynchronousHostBlocks(HostBlocks):
             raise BackendError(f"{num_places} blocks in host memory take {needed} bytes; {free} are free")
         self.memory = np.empty((num_places, block_bytes), np.uint8)
         self._copy = copy
+
+    def share(self, fd: int) -> None:
+        """Move the memory, of which nothing has been used, to the file behind ``fd``, which other processes map."""
+        os.ftruncate(fd, self.memory.nbytes)
+        self.memory = mapped(fd, self.memory.shape)
 
     def save(self, blocks: Ids, places: Ids) -> None:
         """See :meth:`HostBlocks.save`."""

@@ -377,11 +377,7 @@ class EngineConfig:
             raise ParameterError(
                 "distributed_executor_backend", "uni", "runs one rank; leave it out for several"
             )
-        others = {
-            "swap_space": self.host_tier_bytes() > 0,
-            "kv_disk_path": self.kv_disk_path is not None,
-            "slot_save_path": self.slot_save_path is not None,
-        }
+        others = {}
         speculative = self.speculative()
         if speculative is not None and speculative.draft is not None and self.pipeline_parallel_size > 1:
             others["a draft model"] = True
@@ -436,6 +432,10 @@ class EngineConfig:
     def host_tier_bytes(self) -> int:
         """Return the size of the host memory tier that is asked for; 0: none."""
         return int((self.kv_offloading_size or self.swap_space) * 2**30)
+
+    def keeps_block_files(self) -> bool:
+        """Return whether blocks of the key/value cache are kept in files."""
+        return self.kv_disk_path is not None or self.slot_save_path is not None
 
     def speculative(self) -> Speculative | None:
         """Return the options of speculative decoding, or None if it is off."""

@@ -79,34 +79,36 @@ class BlockFile:
             if slot is not None and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._fd, self._at(slot), self._block_bytes, os.POSIX_FADV_WILLNEED)
 
-    def read(self, digest: bytes, block: NDArray[np.uint8]) -> bool:
-        """Read a block; False if it is not there or not as it was written, and ``block`` has anything then."""
+    def read(self, digest: bytes, *parts: NDArray[np.uint8]) -> bool:
+        """Read a block into arrays of contiguous bytes, one after the other. Returns False if the block is not there or
+        not as it was written; the arrays have arbitrary contents then."""
         slot = self._slots.get(digest)
         if slot is None:
             return False
         try:
-            whole = self._read_into(block, self._at(slot))
+            whole = self._read_into(parts, self._at(slot))
         except OSError:
             whole = False
-        if not whole or self._checksum(digest, block) != self._checksums[digest]:
+        if not whole or self._checksum(digest, parts) != self._checksums[digest]:
             self._drop(digest)
             return False
         self._slots.move_to_end(digest)
         return True
 
-    def write(self, digest: bytes, block: NDArray[np.uint8]) -> None:
-        """Write a block, unless it is there. OSError, and the block is not there, if the disk is full or fails."""
+    def write(self, digest: bytes, *parts: NDArray[np.uint8]) -> None:
+        """Write a block, which is the bytes of ``parts``, unless it is there. OSError, and the block is not there, if
+        the disk is full or fails."""
         if digest in self._slots:
             self._slots.move_to_end(digest)
             return
         if not self._free:
             self._drop(next(iter(self._slots)))
         slot = self._free.pop()
-        checksum = self._checksum(digest, block)
+        checksum = self._checksum(digest, parts)
         self._sequence += 1
         try:
             os.pwrite(self._fd, bytes(ENTRY.size), self._entry_at(slot))
-            self._write_all(block, self._at(slot))
+            self._write_all(parts, self._at(slot))
             fields = ENTRY.pack(digest, checksum, self._sequence, b"")[:-8]
             os.pwrite(self._fd, fields + sha256(fields).digest()[:8], self._entry_at(slot))
         except OSError:
@@ -133,24 +135,28 @@ class BlockFile:
     def _entry_at(self, slot: int) -> int:
         return ALIGNMENT + slot * ENTRY.size
 
-    def _checksum(self, digest: bytes, block: NDArray[np.uint8]) -> bytes:
+    def _checksum(self, digest: bytes, parts: Sequence[NDArray[np.uint8]]) -> bytes:
         total = sha256(self._fingerprint + digest)
-        total.update(block.data)
+        for part in parts:
+            total.update(part.data)
         return total.digest()
 
-    def _read_into(self, block: NDArray[np.uint8], at: int) -> bool:
-        view, done = memoryview(block.data), 0
-        while done < len(view):
-            count = os.preadv(self._fd, [view[done:]], at + done)
-            if not count:
-                return False
-            done += count
+    def _read_into(self, parts: Sequence[NDArray[np.uint8]], at: int) -> bool:
+        for part in parts:
+            view = memoryview(part.data)
+            while view:
+                count = os.preadv(self._fd, [view], at)
+                if not count:
+                    return False
+                view, at = view[count:], at + count
         return True
 
-    def _write_all(self, block: NDArray[np.uint8], at: int) -> None:
-        view, done = memoryview(block.data), 0
-        while done < len(view):
-            done += os.pwrite(self._fd, view[done:], at + done)
+    def _write_all(self, parts: Sequence[NDArray[np.uint8]], at: int) -> None:
+        for part in parts:
+            view = memoryview(part.data)
+            while view:
+                count = os.pwrite(self._fd, view, at)
+                view, at = view[count:], at + count
 
     def _drop(self, digest: bytes) -> None:
         del self._checksums[digest]

@@ -8,10 +8,8 @@ import time
 import weakref
 from collections import deque
 
-import numpy as np
-from numpy.typing import NDArray
-
 from vllmlite.disk_tier.block_file import BlockFile
+from vllmlite.disk_tier.place_memory import PlaceMemory
 from vllmlite.engine.tiers import Transfer
 
 logger = logging.getLogger(__name__)
@@ -23,8 +21,8 @@ CLOSING_SECONDS = 5.0
 class DiskTier:
     """See :class:`~vllmlite.engine.tiers.Disk`. Reads come before writes."""
 
-    def __init__(self, file: BlockFile, memory: NDArray[np.uint8]) -> None:
-        """Move blocks between ``file`` and the rows of ``memory``."""
+    def __init__(self, file: BlockFile, memory: PlaceMemory) -> None:
+        """Move blocks between ``file`` and the places of ``memory``."""
         self._worker = _Worker(file, memory)
         self.close = weakref.finalize(self, self._worker.close)
         """Write what is queued, as far as the time allows, and close the file; done when the process ends."""
@@ -83,7 +81,7 @@ class DiskTier:
 class _Worker:
     """The thread's state; it does not refer to the DiskTier, whose end ends the thread."""
 
-    def __init__(self, file: BlockFile, memory: NDArray[np.uint8]) -> None:
+    def __init__(self, file: BlockFile, memory: PlaceMemory) -> None:
         self.file, self.memory = file, memory
         self.changed = threading.Condition()
         self.reads: deque[tuple[bytes, int]] = deque()
@@ -166,7 +164,7 @@ class _Worker:
 
     def _read(self, digest: bytes, place: int) -> bool:
         begin = time.perf_counter()
-        done = self.file.read(digest, self.memory[place])
+        done = self.file.read(digest, *self.memory[place])
         seconds = time.perf_counter() - begin
         last = seconds if self.seconds_per_block is None else self.seconds_per_block
         self.seconds_per_block = 0.8 * last + 0.2 * seconds
@@ -174,7 +172,7 @@ class _Worker:
 
     def _write(self, digest: bytes, place: int) -> bool:
         try:
-            self.file.write(digest, self.memory[place])
+            self.file.write(digest, *self.memory[place])
         except OSError as error:
             if not self._warned:
                 logger.warning("a block cannot be written to disk: %s; more of these are not reported", error)

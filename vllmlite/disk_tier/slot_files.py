@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import re
 
-import numpy as np
-from numpy.typing import NDArray
-
 from vllmlite.disk_tier.block_file import BlockFile, file_size, stored_slots
+from vllmlite.disk_tier.place_memory import PlaceMemory
 from vllmlite.disk_tier.private_directory import PrivateDirectory
 from vllmlite.errors import ParameterError
 
@@ -20,8 +18,8 @@ PARTIAL = ".saving"
 class SlotFiles:
     """Named files in one directory, each with the blocks of one prompt."""
 
-    def __init__(self, directory: PrivateDirectory, memory: NDArray[np.uint8], fingerprint: bytes) -> None:
-        """Keep files of blocks as the rows of ``memory`` have them."""
+    def __init__(self, directory: PrivateDirectory, memory: PlaceMemory, fingerprint: bytes) -> None:
+        """Keep files of blocks as the places of ``memory`` have them."""
         self.memory = memory
         self._directory = directory
         self._fingerprint = fingerprint
@@ -64,7 +62,7 @@ class SlotFiles:
 
     @property
     def _block_bytes(self) -> int:
-        return int(self.memory.shape[1])
+        return self.memory.block_bytes
 
 
 def _check(name: str) -> None:

@@ -373,6 +373,8 @@ class Engine:
         If it is interrupted itself, the next call starts it again."""
         self._unfinished.settle()
         self._in_flight.clear()
+        if self.scheduler.tiers is not None:
+            self.runner.drain()
         self._unfinished.restart()
         self.scheduler.restart(self._unfinished.by_id.values())
         self._changing = False

@@ -51,6 +51,10 @@ class Runner(Protocol):
         """Wait for a step and return its results."""
         ...
 
+    def drain(self) -> None:
+        """Wait until no launched step copies blocks of cache tiers any more, whether it is collected or not."""
+        ...
+
     def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:
         """Put an adapter on the device in slot ``index``, which no step uses, in parts; yields the bytes of each.
 

@@ -17,12 +17,12 @@ class PrefixFile(Protocol):
         """Hashes of its blocks, in the order in which they were written."""
         ...
 
-    def read(self, digest: bytes, block: Any) -> bool:
-        """Read a block into a place; False if it is damaged."""
+    def read(self, digest: bytes, *parts: Any) -> bool:
+        """Read the block with this hash into ``parts``, bytes in host memory. Returns False if it is damaged."""
         ...
 
-    def write(self, digest: bytes, block: Any) -> None:
-        """Write a place. OSError if that fails."""
+    def write(self, digest: bytes, *parts: Any) -> None:
+        """Append a block, given as bytes in host memory. Raises OSError if that fails."""
         ...
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ class SavedPrefixes:
             self._run(copies)
             places = host.find(digests)
             for digest, place in zip(digests, places, strict=False):
-                file.write(digest, self._files.memory[place])
+                file.write(digest, *self._files.memory[place])
         finally:
             host.release(kept)
         return len(places)
@@ -155,7 +155,7 @@ class SavedPrefixes:
             else:
                 if not host.has(digest):
                     [place] = host.allocate(1)
-                    if file.read(digest, self._files.memory[place]):
+                    if file.read(digest, *self._files.memory[place]):
                         host.cache(place, digest)
                     host.release((place,))
                 if not host.has(digest):

@@ -74,6 +74,10 @@ class TracedRunner:
         with self._trace.span("collect"):
             return self.runner.collect(handle)
 
+    def drain(self) -> None:
+        """Wait until no launched step of the runner copies blocks of cache tiers any more."""
+        self.runner.drain()
+
     def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:
         """See :class:`Runner`."""
         parts = self.runner.load_adapter_parts(index, adapter)

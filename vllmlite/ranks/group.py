@@ -41,8 +41,9 @@ class RankGroup:
     Once a rank has ended or stopped, all are killed, and :attr:`end` says why. The memory has no name, so nothing of it
     is left when the processes are gone; the ranks end when this process does."""
 
-    def __init__(self, setups: Sequence[Setup]) -> None:
-        """Start a process for each of ``setups``. Call :meth:`wait_until_ready` before anything else."""
+    def __init__(self, setups: Sequence[Setup], places: Sequence[int] = ()) -> None:
+        """Start a process for each of ``setups``. ``places`` are descriptors of memory, one for each rank, which it
+        shares with this process. Call :meth:`wait_until_ready` before anything else."""
         native = load_extension("_cpu")
         world = len(setups)
         self.host = socket.gethostname()
@@ -71,7 +72,7 @@ class RankGroup:
             for rank, setup in enumerate(setups):
                 ours, theirs = socket.socketpair()
                 with theirs:
-                    descriptors = [theirs.fileno(), memory]
+                    descriptors = [theirs.fileno(), memory, *places[rank : rank + 1]]
                     self.processes.append(start_python(PROGRAM, descriptors, rank, world))
                 self._sockets.append(ours)
                 with suppress(OSError):  # it has ended: the watching thread says how

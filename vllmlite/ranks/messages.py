@@ -14,6 +14,7 @@ from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.schedule import Schedule
 from vllmlite.models.plan import Plan
+from vllmlite.runner.cache_tiers import HostPlaces
 from vllmlite.weights.adapter import LowRank
 
 
@@ -65,6 +66,7 @@ class Ready:
     backend_choice: str
     step_times: list[tuple[int, float]]
     draft_times: list[tuple[int, float]]
+    host: HostPlaces | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pickle
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.schedule import Schedule
+from vllmlite.engine.tiers import Copies
 from vllmlite.errors import EngineDeadError
 from vllmlite.ranks.group import RankGroup
 from vllmlite.ranks.messages import AdapterPart, Command, Ready, Reply
@@ -19,10 +24,12 @@ class ParallelRunner:
 
     An interrupt loses at most the results of the steps in flight, which the ranks complete all the same."""
 
-    def __init__(self, group: RankGroup, ready: Ready) -> None:
-        """``ready`` is the answer of the rank that reports results."""
+    def __init__(self, group: RankGroup, ready: Ready, memory: Sequence[NDArray[np.uint8]] = ()) -> None:
+        """``ready`` is the answer of the rank that reports results; ``memory`` is that of the ranks' places, if this
+        process shares it."""
         self.group = group
         self.backend, self.model = ready.backend, ready.model
+        self._has_places, self._memory = ready.host is not None, memory
         self._step = 0
         self._replies: dict[int, StepResult | Exception] = {}
         """Replies that have come and have not been asked for."""
@@ -40,6 +47,16 @@ class ParallelRunner:
         for interrupted in [step for step in self._replies if step < handle]:
             del self._replies[interrupted]
         return self._wait_for(handle)
+
+    def drain(self) -> None:
+        """Wait until the ranks have ended all steps, or have ended themselves. Does nothing without cache tiers."""
+        if self._has_places:
+            with suppress(EngineDeadError):  # the next step raises it
+                self.collect(self.launch(Schedule(copies=Copies())))
+
+    def host_memory(self) -> Sequence[NDArray[np.uint8]]:
+        """Return the memory of the ranks' places for blocks, if this process shares it."""
+        return self._memory
 
     def load_adapter_parts(self, index: int, adapter: Adapter) -> Iterator[int]:
         """Send an adapter to the ranks, a layer at a time, and wait until all have loaded it; see

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+from contextlib import ExitStack
 from dataclasses import replace
+from hashlib import sha256
 
 from vllmlite.backends.cores import rank_cpus, usable_cores
+from vllmlite.backends.host_blocks import mapped
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.errors import ParameterError
 from vllmlite.models.plan import Plan
@@ -29,18 +33,35 @@ def start_ranks(config: EngineConfig, plan: Plan) -> BuiltRunner[ParallelRunner]
     threads = config.threads or max(usable_cores() // (world * config.data_parallel_size), 1)
     level = logging.getLogger("vllmlite").getEffectiveLevel()
     setups = [Setup(replace(config, threads=threads), plan, own, level) for own in cpus]
-    group = RankGroup(setups)
-    try:
-        ready = group.wait_until_ready()
-    except BaseException:
-        group.close()
-        raise
+    with ExitStack() as stack:
+        files = [_anonymous_file(stack) for _ in setups] if config.keeps_block_files() else []
+        group = RankGroup(setups, files)
+        try:
+            ready = group.wait_until_ready()
+        except BaseException:
+            group.close()
+            raise
+        hosts = [each.host for each in ready if each.host is not None]
+        memory = [
+            mapped(fd, (host.num_places, host.block_bytes)) for fd, host in zip(files, hosts, strict=False)
+        ]
     last = ready[config.reporting_rank]
     choice = (
         f"{last.backend_choice}; split over {world} processes of {threads} thread{'s' * (threads != 1)}: "
     )
     choice += f"tensor parallelism {config.tensor_parallel_size}, pipeline parallelism {stages}"
+    host = None
+    if last.host is not None:
+        marks = sha256(b"".join(each.fingerprint for each in hosts)).digest()
+        host = replace(last.host, fingerprint=marks)
     return BuiltRunner(
-        ParallelRunner(group, last), last.num_blocks, last.max_model_len, choice, last.step_times,
-        last.draft_times,
+        ParallelRunner(group, last, memory), last.num_blocks, last.max_model_len, choice, last.step_times,
+        last.draft_times, host=host,
     )  # fmt: skip
+
+
+def _anonymous_file(stack: ExitStack) -> int:
+    """Return the descriptor of a file without a name in memory, which ``stack`` closes."""
+    fd = os.memfd_create("vllmlite-places", os.MFD_CLOEXEC)
+    stack.callback(os.close, fd)
+    return fd

@@ -39,12 +39,12 @@ COLLECTIVE_SECONDS, COLLECTIVE_SECONDS_PER_TOKEN = 30.0, 0.05
 
 
 def main() -> None:
-    """Run the process; its arguments are the descriptors of the control socket and of the shared memory, then the rank
-    and the number of ranks."""
+    """Run the process. Its arguments are the descriptors of the control socket, of the memory that all ranks share and,
+    if the driver keeps blocks in files, of the memory of this rank's places; then the rank and the number of ranks."""
     # The driver, which gets a terminal's and a service manager's signals, ends the ranks in order.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    control_fd, memory_fd, rank, world = map(int, sys.argv[1:])
+    control_fd, memory_fd, *places_fd, rank, world = map(int, sys.argv[1:])
     control = socket.socket(fileno=control_fd)
     ranks = load_extension("_cpu").Ranks(memory_fd, rank, world)
     ranks.start_heartbeat(control_fd)
@@ -71,13 +71,16 @@ def main() -> None:
         control.sendall(pack(error))
         return
     runner = built.runner
+    if runner.host_blocks is not None and places_fd:
+        runner.host_blocks.share(places_fd[0])
     backend = runner.backend
     facts = BackendFacts(
         backend.name, backend.device, backend.dtype, backend.asynchronous, backend.adapter_abilities
     )
     model = ModelFacts(runner.model.vocab_size, runner.model.kv_spec)
     ready = Ready(
-        facts, model, built.num_blocks, built.max_model_len, built.backend_choice, built.step_times, built.draft_times
+        facts, model, built.num_blocks, built.max_model_len, built.backend_choice, built.step_times,
+        built.draft_times, built.host,
     )  # fmt: skip
     control.sendall(pack(ready))
     Steps(runner, ranks, control, rank == setup.config.reporting_rank).run()
@@ -125,7 +128,10 @@ class Steps:
                     self._launched[step] = error
                 if self._runner.backend.asynchronous:
                     continue  # until the driver has the step collected
-            self._reply(step, self._collect(step))
+            result = self._collect(step)
+            if work is not None and work.copies is not None and not work.slots:
+                self._runner.backend.comm.least(0)  # the driver may use the places once all ranks have copied
+            self._reply(step, result)
 
     def _reply(self, step: int, result: StepResult | Exception) -> None:
         """Send the driver a result, if this rank is the one that does."""

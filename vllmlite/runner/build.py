@@ -24,6 +24,7 @@ from vllmlite.models.plan import Plan, check_quantization, plan_model
 from vllmlite.models.shard import part_of
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import stored_schemes
+from vllmlite.runner.cache_tiers import HostPlaces, host_places
 from vllmlite.runner.propose.loading import load_drafter
 from vllmlite.runner.propose.lookup import lookup_proposer
 from vllmlite.runner.propose.proposer import Proposer
@@ -55,7 +56,10 @@ class BuiltRunner(Generic[RunnerT]):
     draft_times: list[tuple[int, float]] = field(default_factory=list)
     """Pairs of a number of tokens and the seconds of such a step of the draft model; empty without a draft model."""
     waiting_time: float = 0.0
-    """See :func:`~vllmlite.runner.step_times.waiting_time`; 0 without speculative decoding and two steps in flight."""
+    """Seconds by which a step that waits for the results of the one before takes longer than one launched beside it; 0
+    without speculative decoding and two steps in flight."""
+    host: HostPlaces | None = None
+    """The places in host memory for blocks; None: there are none."""
 
 
 def plan_for(config: EngineConfig) -> Plan:
@@ -245,7 +249,10 @@ def build_runner(
         proposer = drafter.proposer(runner_of, num_blocks, longest)
     elif options is not None:
         proposer = lookup_proposer(options, config.max_num_seqs, backend.extension)
-    runner = runner_of(model, longest, proposer, adapters, num_host_places(config, backend, model))
+    places = num_host_places(config, backend, model)
+    if places:
+        places = backend.comm.least(places)
+    runner = runner_of(model, longest, proposer, adapters, places)
 
     def agree(value: bool) -> bool:
         return bool(backend.comm.least(value))
@@ -257,7 +264,8 @@ def build_runner(
     if drafter is not None and proposer is not None:
         draft_times = step_times(proposer.profile, config.max_num_seqs, backend.device, agree)
     wait = waiting_time(runner.profile) if options is not None and backend.asynchronous else 0.0
-    return BuiltRunner(runner, num_blocks, longest, f"{plan}; {choice}", times, draft_times, wait)
+    host = host_places(config, plan, runner, num_blocks, longest)
+    return BuiltRunner(runner, num_blocks, longest, f"{plan}; {choice}", times, draft_times, wait, host)
 
 
 def _capture_graphs(runner: ModelRunner) -> None:

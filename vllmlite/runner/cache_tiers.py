@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 
 from vllmlite.backends.base import API
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.disk_tier.block_file import BlockFile
 from vllmlite.disk_tier.disk import DiskTier
 from vllmlite.disk_tier.fingerprint import fingerprint, module_digest
+from vllmlite.disk_tier.place_memory import PlaceMemory
 from vllmlite.disk_tier.private_directory import PrivateDirectory
 from vllmlite.disk_tier.slot_files import SlotFiles
 from vllmlite.engine.engine import Engine
@@ -23,6 +25,33 @@ from vllmlite.runner.runner import ModelRunner
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class HostPlaces:
+    """The places in a rank's host memory, each for its part of a block."""
+
+    num_places: int
+    block_bytes: int
+    """Bytes of the rank's part of a block."""
+    seconds_per_load: float
+    """Measured time of copying a block from there."""
+    fingerprint: bytes
+    """What the contents of blocks in files depend on apart from their hashes; empty if there are no files."""
+
+
+def host_places(
+    config: EngineConfig, plan: Plan, runner: ModelRunner, num_blocks: int, max_model_len: int
+) -> HostPlaces | None:
+    """Return the places of a runner, or None if it has none."""
+    host = runner.host_blocks
+    if host is None:
+        return None
+    count, block_bytes = host.memory.shape
+    mark = b""
+    if config.keeps_block_files():
+        mark = cache_fingerprint(config, plan, runner, max_model_len)
+    return HostPlaces(count, block_bytes, seconds_per_load(host, num_blocks), mark)
+
+
 def cache_fingerprint(config: EngineConfig, plan: Plan, runner: ModelRunner, max_model_len: int) -> bytes:
     """Return a fingerprint of everything, besides their hashes, that the contents of blocks in files depend on."""
     backend = runner.backend
@@ -34,31 +63,29 @@ def cache_fingerprint(config: EngineConfig, plan: Plan, runner: ModelRunner, max
         (config.quantization, config.quantize_head, config.activation_dtype, config.batch_invariant),
         (config.model_impl, config.load_format, config.seed if config.load_format == "dummy" else None),
         max_model_len,
+        (config.tensor_parallel_size, config.pipeline_parallel_size),
     )
 
 
 def cache_tiers(
-    config: EngineConfig, mark: bytes, runner: ModelRunner, num_blocks: int, replica: int
+    config: EngineConfig, places: HostPlaces, memory: PlaceMemory, num_blocks: int, replica: int
 ) -> Tiers:
-    """Return the cache tiers behind a pool of ``num_blocks`` blocks, whose runner has host memory for blocks. ``mark``
-    is the fingerprint to store in the file on disk."""
-    host = runner.host_blocks
-    assert host is not None
-    cost = TransferCost(config.block_size, seconds_per_load(host, num_blocks))
+    """Return the cache tiers behind a pool of ``num_blocks`` blocks. ``memory`` is that of ``places``, if there are
+    files."""
+    cost = TransferCost(config.block_size, places.seconds_per_load)
     disk = None
     if config.kv_disk_path is not None:
-        file = _block_file(config, config.kv_disk_path, mark, host.memory.shape[1], replica)
+        file = _block_file(config, config.kv_disk_path, places.fingerprint, memory.block_bytes, replica)
         logger.info("%d blocks are on disk, %d fit there", len(file), file.num_slots)
-        disk = DiskTier(file, host.memory)
-    return Tiers(num_blocks, len(host.memory), cost, config.preemption_mode, disk)
+        disk = DiskTier(file, memory)
+    return Tiers(num_blocks, places.num_places, cost, config.preemption_mode, disk)
 
 
-def saved_prefixes(config: EngineConfig, mark: bytes, runner: ModelRunner, engine: Engine) -> SavedPrefixes:
+def saved_prefixes(config: EngineConfig, mark: bytes, memory: PlaceMemory, engine: Engine) -> SavedPrefixes:
     """Return the object that saves prompts in the directory ``config.slot_save_path`` and restores them."""
-    assert config.slot_save_path is not None
-    assert runner.host_blocks is not None and engine.scheduler.tiers is not None
+    assert config.slot_save_path is not None and engine.scheduler.tiers is not None
     directory = PrivateDirectory(config.slot_save_path, "slot_save_path")
-    files = SlotFiles(directory, runner.host_blocks.memory, mark)
+    files = SlotFiles(directory, memory, mark)
     return SavedPrefixes(
         engine.scheduler.tiers, files, engine.prefix_root(), config.block_size, engine.run_copies
     )

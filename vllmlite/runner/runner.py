@@ -154,6 +154,15 @@ class ModelRunner:
             self._adaptable().set_adapter(index, None)
             raise
 
+    def drain(self) -> None:
+        """Wait for the copies of blocks that have been issued."""
+        if self.host_blocks is not None:
+            self.host_blocks.wait()
+
+    def host_memory(self) -> list[NDArray[np.uint8]]:
+        """Return the memory of the places for blocks, ``[places, bytes]``, if there are any."""
+        return [] if self.host_blocks is None else [self.host_blocks.memory]
+
     def _adaptable(self) -> AdaptableModel:
         if not isinstance(self.model, AdaptableModel):
             raise ParameterError(

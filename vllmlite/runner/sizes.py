@@ -104,12 +104,12 @@ def num_cache_blocks(
 
 
 def num_host_places(config: EngineConfig, backend: Backend, model: Model) -> int:
-    """Return the number of blocks to keep in host memory. With a disk alone, that is a small buffer for blocks on their
-    way to and from it."""
-    block_bytes = backend.kv_bytes_per_block(model.kv_spec)
-    wanted = config.host_tier_bytes()
-    if config.kv_disk_path is not None or config.slot_save_path is not None:
-        wanted = max(wanted, STAGING_BYTES, STAGED_BLOCKS * block_bytes)
+    """Return the number of blocks to keep in this rank's share of host memory. With files alone, that is a small buffer
+    for blocks on their way to and from them."""
+    block_bytes, ranks = backend.kv_bytes_per_block(model.kv_spec), backend.comm.sharing
+    wanted = config.host_tier_bytes() // ranks
+    if config.keeps_block_files():
+        wanted = max(wanted, STAGING_BYTES // ranks, STAGED_BLOCKS * block_bytes)
     places = wanted // block_bytes
     if wanted and not places:
         raise ParameterError("swap_space", config.swap_space, f"a block takes {block_bytes} bytes")

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 from vllmlite.backends.base import Backend
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.config.speculative import WITH_STATES
+from vllmlite.disk_tier.place_memory import PlaceMemory
 from vllmlite.engine.adapters import AdapterSource
 from vllmlite.engine.drafts import DraftPolicy, StepCost
 from vllmlite.engine.engine import Engine
@@ -26,7 +27,7 @@ from vllmlite.ranks.messages import BackendFacts
 from vllmlite.ranks.runner import ParallelRunner
 from vllmlite.ranks.start import start_ranks
 from vllmlite.runner.build import BuiltRunner, build_runner, plan_for
-from vllmlite.runner.cache_tiers import cache_fingerprint, cache_tiers, saved_prefixes
+from vllmlite.runner.cache_tiers import cache_tiers, saved_prefixes
 from vllmlite.runner.generation_config import default_params, eos_ids, generation_config, reasoning_marks
 from vllmlite.runner.propose.loading import check_vocabulary
 from vllmlite.runner.runner import ModelRunner
@@ -84,9 +85,10 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
     two_steps = backend.asynchronous if config.async_scheduling is None else config.async_scheduling
     batched = batched_tokens(config, backend.device)
     tiers, fingerprint = None, b""
-    if isinstance(runner, ModelRunner) and runner.host_blocks is not None:
-        fingerprint = cache_fingerprint(config, plan, runner, built.max_model_len)
-        tiers = cache_tiers(config, fingerprint, runner, built.num_blocks, replica or 0)
+    memory = PlaceMemory(runner.host_memory())
+    if built.host is not None:
+        fingerprint = built.host.fingerprint
+        tiers = cache_tiers(config, built.host, memory, built.num_blocks, replica or 0)
     engine = Engine(
         Limits(
             max_num_seqs=config.max_num_seqs,
@@ -111,8 +113,8 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
         adapters=_adapters(config, plan, backend) if config.enable_lora else None,
         tiers=tiers,
     )
-    if config.slot_save_path is not None and isinstance(runner, ModelRunner):
-        engine.saved_prefixes = saved_prefixes(config, fingerprint, runner, engine)
+    if config.slot_save_path is not None:
+        engine.saved_prefixes = saved_prefixes(config, fingerprint, memory, engine)
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     defaults = default_params(config, generation)
