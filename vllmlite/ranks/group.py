@@ -143,9 +143,10 @@ class RankGroup:
         poll = select.poll()
         by_descriptor = {}
         for rank, connection in enumerate(self._sockets):
-            if connection.fileno() >= 0:
-                by_descriptor[connection.fileno()] = rank
-                poll.register(connection, select.POLLIN)
+            descriptor = connection.fileno()  # read once: another thread may close the connection
+            if descriptor >= 0:
+                by_descriptor[descriptor] = rank
+                poll.register(descriptor, select.POLLIN)
         events = poll.poll(WATCH_SECONDS * 1000)
         for descriptor, _ in events:
             self._listen(by_descriptor[descriptor])
