@@ -27,7 +27,7 @@ import numpy as np
 from vllmlite.backends.base import Backend
 from vllmlite.backends.batch import ForwardBatch, SlotParams
 from vllmlite.config.engine_config import EngineConfig
-from vllmlite.models.adapters import places
+from vllmlite.models.adapters import ability, places
 from vllmlite.models.decoder import Decoder
 from vllmlite.runner.build import build_runner, plan_for
 from vllmlite.runner.runner import ModelRunner
@@ -126,7 +126,7 @@ def synchronize(backend: Backend) -> None:
 
 
 def random_adapter(model: Decoder, rank: int) -> Adapter:
-    """Return an adapter of all places; places of one shape have the same numbers."""
+    """Return an adapter of all linear layers; those of one shape have the same numbers."""
     draw, made = np.random.default_rng(0), {}
 
     def numbers(shape: tuple[int, int]) -> HostTensor:
@@ -140,6 +140,7 @@ def random_adapter(model: Decoder, rank: int) -> Adapter:
         {
             name: LowRank(numbers((rank, columns)), numbers((out, rank)), 0.5)
             for name, (out, columns) in places(model.spec).items()
+            if ability(name) is None
         },
     )
 

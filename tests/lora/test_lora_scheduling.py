@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import TINY, write_checkpoint
 from native import needs_native_cpu
@@ -57,6 +58,53 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a checkpoint ``base`` of a mixture of experts, and three adapters: of the embedding, the output
+    layer and a router; of experts and attention; and one that replaces embedding and
+    output layer, and changes attention with DoRA."""
+    path = tmp_path_factory.mktemp("mixture")
+    write_checkpoint(path / "base", "Mixtral", num_local_experts=4, num_experts_per_tok=2)
+    size, layer = TINY["vocab_size"], "model.layers.1."
+    rng = np.random.default_rng(0)
+    q = {f"{layer}self_attn.q_proj": (HIDDEN, HIDDEN)}
+    a, b = random_factors({"embed": (HIDDEN, size)}, 4)["embed"]
+    write_peft(
+        path / "one",
+        random_factors({"lm_head": (size, HIDDEN), f"{layer}block_sparse_moe.gate": (4, HIDDEN)}, 4),
+        more={"model.embed_tokens.lora_embedding_A": a, "model.embed_tokens.lora_embedding_B": b},
+        target_modules=["embed_tokens", "lm_head", "1.block_sparse_moe.gate"],
+        lora_alpha=1,
+    )
+    experts = random_factors({"up": (2 * INNER, HIDDEN), "down": (HIDDEN, INNER)}, 3 * 4)
+    more = {
+        f"{layer}mlp.experts.{wrapped}lora_{factor}.weight": values
+        for wrapped, name in (("base_layer.", "up"), ("", "down"))
+        for factor, values in zip("AB", experts[name], strict=True)
+    }
+    targets = [f"1.mlp.experts.{name}_proj" for name in ("gate_up", "down")]
+    write_peft(
+        path / "two",
+        random_factors(q, 3),
+        more=more,
+        target_parameters=targets,
+        target_modules=["1.self_attn.q_proj"],
+    )
+    vector = {
+        f"{layer}self_attn.q_proj.lora_magnitude_vector": rng.uniform(0.5, 2, HIDDEN).astype(np.float32)
+    }
+    tables = {name: rng.standard_normal((size, HIDDEN)) for name in ("lm_head", "model.embed_tokens")}
+    write_peft(
+        path / "three",
+        random_factors(q, 3),
+        more=vector | {f"{name}.weight": (0.1 * table).astype(np.float32) for name, table in tables.items()},
+        target_modules=["1.self_attn.q_proj"],
+        use_dora=True,
+        modules_to_save=["lm_head", "embed_tokens"],
+    )
+    return path
+
+
 def make(path: Path, backend: str, **options: Any) -> LLM:
     if backend == "cuda":
         pytest.importorskip("vllmlite._cuda", reason="vllmlite._cuda is not built")
@@ -71,12 +119,12 @@ def seen(output: RequestOutput) -> list[Any]:
     return [(each.token_ids, each.logprobs) for each in output.outputs]
 
 
-_ALONE: dict[tuple[str, bool], list[list[Any]]] = {}
+_ALONE: dict[tuple[Path, str, bool], list[list[Any]]] = {}
 
 
 def alone(path: Path, backend: str, params: SamplingParams) -> list[list[Any]]:
     """What each request gets from an engine without a prefix cache that runs nothing else."""
-    key = backend, params.temperature == 0
+    key = path, backend, params.temperature == 0
     if key not in _ALONE:
         llm = make(path, backend, enable_prefix_caching=False)
         _ALONE[key] = [
@@ -90,6 +138,16 @@ def alone(path: Path, backend: str, params: SamplingParams) -> list[list[Any]]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_mixed_batch_equals_each_request_alone(path: Path, backend: str, engine: str) -> None:
     """Bit for bit, also the second time, when prefixes are cached: by adapter."""
+    compare(path, backend, engine)
+
+
+@needs_native_cpu
+@pytest.mark.parametrize("engine", ["chunked", "preempted", "speculating"])
+def test_adapters_of_other_weights_depend_on_nothing_else_either(mixture: Path, engine: str) -> None:
+    compare(mixture, "cpu", engine)
+
+
+def compare(path: Path, backend: str, engine: str) -> None:
     llm = make(path, backend, **ENGINES[engine])
     requests = [request_of(path, name) for name in NAMES]
     for params in (GREEDY, SEEDED, GREEDY):

@@ -29,8 +29,16 @@ def random_factors(
     return found
 
 
-def write_peft(path: Path, factors: Factors, prefix: str = "base_model.model.", **config: Any) -> Path:
-    """Write an adapter, whose configuration has ``config`` besides PEFT's defaults, and return its path."""
+def write_peft(
+    path: Path,
+    factors: Factors,
+    prefix: str = "base_model.model.",
+    *,
+    more: Mapping[str, NDArray[np.float32]] | None = None,
+    **config: Any,
+) -> Path:
+    """Write an adapter, whose configuration has ``config`` besides PEFT's defaults, and return its path. ``more`` are
+    tensors beside the factors."""
     path.mkdir(parents=True, exist_ok=True)
     first = next(iter(factors.values()))[0]
     fields = {
@@ -43,6 +51,7 @@ def write_peft(path: Path, factors: Factors, prefix: str = "base_model.model.", 
     for name, (a, b) in factors.items():
         tensors[f"{prefix}{name}.lora_A.weight"] = a
         tensors[f"{prefix}{name}.lora_B.weight"] = b
+    tensors |= {f"{prefix}{name}": np.ascontiguousarray(tensor) for name, tensor in (more or {}).items()}
     save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
     return path
 
