@@ -1,4 +1,4 @@
-"""The models: from a checkpoint directory or GGUF file to a model that runs on a backend."""
+"""Models: load a checkpoint directory or GGUF file as a model that runs on a backend."""
 
 from __future__ import annotations
 

@@ -57,9 +57,9 @@ class PlacePart:
     name: str
     """Name of the weight in the rank's model."""
     rows: tuple[Span, ...] | None
-    """Rows of the whole weight that the rank has; None: all."""
+    """Spans of rows of the whole weight that the rank has; None: all rows."""
     columns: Span | None
-    """Columns of the whole weight that the rank has; None: all."""
+    """Span of columns of the whole weight that the rank has; None: all columns."""
 
     def of(self, change: LowRank) -> LowRank:
         """Return the change of this part: the rank's rows of ``b`` and its columns of ``a``.
@@ -77,8 +77,7 @@ class PlacePart:
 
 
 def place_parts(spec: DecoderSpec) -> Mapping[str, PlacePart]:
-    """Return the parts that the rank of ``spec`` computes of the weights of the whole model, by their names there.
-
+    """Return, for each weight of the whole model, by its name there, the part that the rank of ``spec`` computes.
     Layers that belong to other stages of the pipeline are left out."""
     own, whole = sources(spec), sources(spec.whole or spec)
     parts = {}

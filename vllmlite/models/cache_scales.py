@@ -19,10 +19,11 @@ _NAME = re.compile(r"(?:^|\.)layers\.(\d+)\..*?(?:\b(k|v|kv)_scale|\b([kv])_proj
 def layer_scales(
     stored: Mapping[str, HostTensor], first: int, num_layers: int
 ) -> tuple[tuple[float, float], ...]:
-    """Return the scales of each layer's keys and values out of the tensors ``stored`` for them; empty if none is.
+    """Return the scales of each layer's keys and values, given the tensors ``stored`` for them by name; empty if there
+    are none. Layers are counted from ``first``.
 
-    They are named ``k_scale`` and ``v_scale``, after the layer's attention or its projections, or ``kv_scale`` for
-    both. Raises ModelError if some are missing, or if one is not a positive number."""
+    The tensors are named ``k_scale`` and ``v_scale``, after the layer's attention or its projections, or ``kv_scale``
+    for both. Raises ModelError if some are missing, or if one is not a positive number."""
     found: dict[tuple[int, str], float] = {}
     for name, tensor in stored.items():
         if match := _NAME.search(name):

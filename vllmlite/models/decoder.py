@@ -32,7 +32,7 @@ from vllmlite.weights.host import HostTensor
 from vllmlite.weights.parts import HEAD, TABLE, ModelWeights
 
 FINAL = -1
-"""The hidden states after the last norm, among those of layers."""
+"""Number that stands for the hidden states after the last norm, where layer numbers stand for the inputs of layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class _Norm:
 class _Linear:
     weight: LinearWeight
     names: Sequence[str]
-    """Names of the weights of which ``weight`` is made, one after the other."""
+    """Names of the weights that ``weight`` consists of, in this order."""
     changes: LowRankTable = None
     """Their changes by adapters; None if there are no adapters, or if they cannot change it."""
     changed_by: set[int] = field(default_factory=set)
@@ -153,8 +153,8 @@ class Decoder:
     def forward_keeping(
         self, batch: ForwardBatch, kv: KVCache, kept: Sequence[int], rows: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """Compute :meth:`forward`, and copy the hidden states ``kept`` of the tokens ``rows``, int32 ``[N]``: layer
-        numbers stand for the layers' inputs, and :data:`FINAL` for the result."""
+        """Compute :meth:`forward`, and copies of the hidden states ``kept`` of the tokens ``rows``, int32 ``[N]``.
+        Layer numbers in ``kept`` stand for the layers' inputs, and :data:`FINAL` for the result of :meth:`forward`."""
         ops = self.backend
         if self.spec.stage.is_first:
             x = self._embedded(batch)
@@ -175,10 +175,9 @@ class Decoder:
     def through_layers(
         self, x: Tensor, batch: ForwardBatch, kv: KVCache, kept: Sequence[int] = (), rows: Tensor = None
     ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
-        """Compute the layers of hidden states ``x [T, hidden_size]``.
-
-        Returns two summands of the last layer's output, of which the second may be absent, and the inputs of the layers
-        ``kept`` at the tokens ``rows``."""
+        """Compute the layers from hidden states ``x [T, hidden_size]``. Returns two tensors whose sum is the last
+        layer's output (None for the second if the first is the sum), and the inputs of the layers ``kept`` at the
+        tokens ``rows``."""
         ops, parallel, adapted = self.backend, self.spec.parallel, batch.adapters is not None
         residual = None
         states: dict[int, Tensor] = {}
@@ -238,12 +237,14 @@ class Decoder:
                 )
 
     def set_adapter(self, index: int, adapter: Adapter | None) -> None:
-        """Put ``adapter``, or none, at ``index``. ParameterError if it does not fit the model."""
+        """Put ``adapter`` at ``index``, or remove the one there if it is None. Raises ParameterError if it does not fit
+        the model."""
         for _ in self.set_adapter_parts(index, adapter):
             pass
 
     def set_adapter_parts(self, index: int, adapter: Adapter | None) -> Iterator[int]:
-        """Do the same one weight after the other; yields the bytes of each."""
+        """Put ``adapter`` at ``index``, or remove the one there, one weight after the other; yields the bytes of
+        each."""
         weights = {} if adapter is None else adapter.weights
         shapes = places(self.spec)
         for name, change in weights.items():
@@ -336,8 +337,8 @@ class Decoder:
     def _normed(
         self, x: Tensor, norm: _Norm | None, residual: Tensor | None = None, feeds: LinearWeight | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the norm of ``x + residual``, and that sum; ``norm`` None leaves the sum as it is. ``feeds``: the
-        weight of the product that alone reads the norm."""
+        """Return the norm of ``x + residual``, and that sum; without ``norm``, the sum twice. ``feeds`` is the weight
+        of the product that is the only reader of the norm."""
         ops, eps = self.backend, self.spec.norm.eps
         if norm is None:
             total = x if residual is None else ops.add(x, residual)
@@ -361,7 +362,7 @@ class _Loader:
     ) -> None:
         self.spec, self.backend, self.weights, self.ropes = spec, backend, weights, ropes
         self.linears: list[_Linear] = []
-        """Those that adapters can change."""
+        """The weights that adapters can change."""
 
     def layer(self, index: int) -> _Layer:
         spec, layer, name = self.spec, self.spec.layers[index], f"{index}."

@@ -43,7 +43,7 @@ _INTEGERS = {"int64": "<i8", "int32": "<i4"}
 
 @dataclass(frozen=True, slots=True)
 class EagleSpec:
-    """The description of a head."""
+    """The sizes and options of an EAGLE head."""
 
     path: Path
     layer: DecoderSpec
@@ -51,7 +51,8 @@ class EagleSpec:
     target_size: int
     """Size of the target model's hidden states."""
     states: tuple[int, ...]
-    """The target model's hidden states that it reads: inputs of these layers, or :data:`FINAL`."""
+    """Indices of the layers of the target model whose inputs the head reads, or :data:`FINAL` for the final hidden
+    states."""
     third: bool
     """Whether it is an EAGLE-3 head."""
     draft_vocab_size: int
@@ -117,7 +118,7 @@ class EagleHead:
     """A head on the backend of its target model."""
 
     def __init__(self, spec: EagleSpec, target: Decoder, *, num_positions: int, block_size: int) -> None:
-        """Load the head. Raises ModelError if it does not hold exactly the tensors that it needs."""
+        """Load the head. Raises ModelError unless the checkpoint holds exactly the tensors that it needs."""
         self.spec = spec
         self.backend = backend = target.backend
         layer = spec.layer
@@ -159,7 +160,7 @@ class EagleHead:
             else target.embedding_table
         )
         self.vocab_size = layer.vocab_size if own else target.vocab_size
-        """Ids below this have an embedding."""
+        """Number of ids that have an embedding."""
         self._head: LinearWeight = None
         ids = np.arange(spec.draft_vocab_size, dtype=np.int64)
         if spec.third:
@@ -170,11 +171,11 @@ class EagleHead:
                     f"{spec.path}: tensor 'd2t': leads beyond the model's {target.vocab_size} ids"
                 )
         self.target_ids = ids.astype(np.int32)
-        """The target model's id of each id of the draft vocabulary."""
+        """For each id of the draft vocabulary, the id of the same token in the target model."""
         stored.check_rest()
 
     def fused(self, states: Sequence[Tensor]) -> Tensor:
-        """Return the hidden state ``[T, hidden]`` that stands for the target model's ``states``."""
+        """Return the hidden state ``[T, hidden]`` that the head computes from the target model's ``states``."""
         return self._sum(states, self._fuse) if self.spec.third else states[0]
 
     def forward(
@@ -216,7 +217,7 @@ class EagleHead:
 
 
 class _Stored:
-    """The tensors of a head's checkpoint; counts which have been taken."""
+    """The tensors of a head's checkpoint; it records which have been used."""
 
     def __init__(self, path: Path, backend: Backend) -> None:
         self.path, self.backend = path, backend
@@ -273,7 +274,7 @@ class _Stored:
         return cut
 
     def target_ids(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the target model's ids of the draft vocabulary; ``d2t`` stores the differences."""
+        """Return, for each id of the draft vocabulary, the target model's id; ``d2t`` stores the differences."""
         found = self.tensors.get("d2t")
         if found is None:
             return ids
@@ -287,7 +288,7 @@ class _Stored:
         return ids + differences
 
     def check_rest(self) -> None:
-        """Raise ModelError if tensors are left that would change the results."""
+        """Raise ModelError if there are unused tensors that would change the results."""
         rest = [name for name in self.tensors if name not in self._taken and not _UNREAD.search(name)]
         if rest:
             raise ModelError(f"{self.path}: unexpected tensors: {listed(rest)}")

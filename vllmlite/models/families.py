@@ -1,4 +1,4 @@
-"""The registry of architectures, and reading a ``config.json`` into a spec or a refusal."""
+"""The registry of model architectures; reads a ``config.json`` into a spec, or refuses it."""
 
 from __future__ import annotations
 

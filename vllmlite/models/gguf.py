@@ -1,4 +1,5 @@
-"""GGUF files as checkpoints: their metadata as a Hugging Face configuration, their tensors under its names.
+"""GGUF files as checkpoints: converts their metadata to a Hugging Face configuration, and their tensors' names to its
+names.
 
 llama.cpp's converter changes some tensors, which is undone here: for some families it reorders the rows of q and k,
 because llama.cpp rotates neighbouring elements; and it adds one to norm weights that are stored minus one.
@@ -36,9 +37,9 @@ logger = logging.getLogger(__name__)
 ROPE_FACTORS = "rope_freqs.weight"
 """Tensor with divisors of the rotary frequencies: Llama 3's scaling."""
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
-"""Tensors with longrope's divisors."""
+"""Tensors with the divisors of the frequencies for longrope."""
 UNUSED = re.compile(r"^rope_(freqs|factors_(long|short))\.weight$|\.attn_rot_embd\.weight$")
-"""Tensors that are read together with the metadata, or not needed."""
+"""Regular expression of tensors that are read with the metadata, or are not needed."""
 SECOND_NORM = "attn_norm_2"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -256,7 +257,7 @@ def has_blocks(path: Path) -> bool:
 
 
 def treatment(path: Path, spec: DecoderSpec, packing: Packing) -> str:
-    """Return a description for the start line: how the matrices of the file at ``path`` are stored on the backend."""
+    """Return a text for the start line: how the backend stores the matrices of the file at ``path``."""
     weights = ModelWeights(sources(spec), open_gguf(path, spec), packing)
     packed = weights.packed_keys()
     counts: Counter[tuple[str, str]] = Counter()
@@ -313,7 +314,7 @@ class _Fields:
         return value
 
     def plain(self, key: str) -> Any:
-        """Return a value of any type; floats as in :meth:`number`."""
+        """Return a value of any type; floats are rounded as :meth:`number` rounds them."""
         value = self.get(key)
         return self.number(key) if type(value) is float else value
 

@@ -23,11 +23,12 @@ from vllmlite.weights.host import Floats
 _LLAMA_NAMES = ("mistral", "mixtral")
 """Families whose files have ``llama`` as their architecture."""
 _OF_SPEC = ("keys", "quantization", "architecture", "dtype")
-"""Fields of a spec that say where its tensors are, not what the model computes."""
+"""Fields of a spec that say where its tensors are stored, and not what the model computes."""
 
 
 def gguf_family(source: Path, spec: DecoderSpec) -> tuple[str, GgufFamily]:
-    """Return ``general.architecture`` of a model, and its family. Raises ModelError if GGUF files have none."""
+    """Return the value of ``general.architecture`` for a model, and its family. Raises ModelError if GGUF files cannot
+    hold such a model."""
     name = MULTIMODAL[spec.architecture].family if spec.architecture in MULTIMODAL else spec.architecture
     for kind, family in FAMILIES.items():
         if family.architecture == name:
@@ -113,7 +114,8 @@ def check_description(source: Path, spec: DecoderSpec, written: Path) -> None:
 
 
 def _rope(spec: DecoderSpec, *, windows: bool) -> RopeSpec | None:
-    """The rotary embedding of the layers with a window, or of those without; of all if there are no others."""
+    """Return the rotary embedding of the layers with a window, or of those without one (``windows``); that of all
+    layers if there are no such layers."""
     rotated = [layer for layer in spec.layers if layer.rope is not None]
     chosen = [layer for layer in rotated if (layer.window is not None) == windows] or rotated
     return chosen[0].rope if chosen else None

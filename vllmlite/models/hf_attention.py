@@ -83,8 +83,8 @@ def attend(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Paged attention as transformers' attention function: rotated ``query [1, H, T, D]``, ``key``/``value [1, K, T,
-    D]``."""
+    """Compute paged attention as transformers' attention function, from rotated ``query [1, H, T, D]`` and
+    ``key``/``value [1, K, T, D]``."""
     step, layer = others.get(STEP), module.layer_idx
     if not isinstance(step, Step):
         raise Refusal("its layers do not pass keyword arguments to attention")

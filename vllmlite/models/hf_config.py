@@ -36,7 +36,7 @@ class HfConfig:
         self._read = set() if read is None else read
         """Keys read so far; shared by all configurations derived from the same object."""
         self._unread = unread
-        """Keys whose values do not come from the file, so that reading them does not count."""
+        """Keys whose values do not come from the file; reading them is not recorded."""
 
     @classmethod
     def read(cls, path: Path) -> HfConfig:
@@ -149,7 +149,7 @@ class HfConfig:
         return value
 
     def choice(self, key: str, accepted: Mapping[str, str], default: Any = _REQUIRED) -> str:
-        """Return what ``accepted`` maps the string to."""
+        """Return the value to which ``accepted`` maps the string."""
         value = self._value(key, default)
         if not isinstance(value, str) or value not in accepted:
             raise self.error(key, ", ".join(accepted))

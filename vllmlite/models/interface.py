@@ -12,17 +12,18 @@ from vllmlite.weights.adapter import Adapter, AdapterLimits
 
 
 class Model(Protocol):
-    """The part of a model's interface that the runner uses."""
+    """A model that the runner can run."""
 
     kv_spec: KVSpec
     vocab_size: int
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
-        """Hidden states ``[T, hidden]`` of the uploaded ``batch``, after the last norm; writes its keys and values."""
+        """Return the hidden states ``[T, hidden]`` of the uploaded ``batch`` after the last norm, and write its keys
+        and values to ``kv``."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 logits ``[N, V]`` of hidden states ``[N, hidden]``."""
+        """Return float32 logits ``[N, V]`` of hidden states ``[N, hidden]``."""
         ...
 
 
@@ -32,8 +33,8 @@ class KeepingModel(Model, Protocol):
     def forward_keeping(
         self, batch: ForwardBatch, kv: KVCache, kept: Sequence[int], rows: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """Result of :meth:`forward`, and copies of the hidden states ``kept`` of the tokens ``rows``, int32 ``[N]``:
-        the inputs of the layers with these numbers; -1 stands for the result of :meth:`forward`."""
+        """Return the result of :meth:`forward`, and copies of the hidden states ``kept`` of the tokens ``rows``, int32
+        ``[N]``: the inputs of the layers with these numbers; -1 stands for the result of :meth:`forward`."""
         ...
 
 
@@ -46,14 +47,15 @@ class AdaptableModel(Model, Protocol):
         ...
 
     def enable_adapters(self, limits: AdapterLimits) -> None:
-        """Make room for adapters within ``limits``; called at most once, before the first step."""
+        """Allocate memory for adapters within ``limits``; called at most once, before the first step."""
         ...
 
     def set_adapter(self, index: int, adapter: Adapter | None) -> None:
-        """Put ``adapter`` at ``index``, from 1 on, in place of the one that is there; None: only remove that.
+        """Put ``adapter`` at ``index``, from 1 on, in place of the one there; None only removes that. Raises
         ParameterError if it does not fit the model."""
         ...
 
     def set_adapter_parts(self, index: int, adapter: Adapter | None) -> Iterator[int]:
-        """Do the same one weight after the other; yields the bytes of each."""
+        """Put ``adapter`` at ``index`` as :meth:`set_adapter` does, one weight after the other; yields the bytes of
+        each."""
         ...

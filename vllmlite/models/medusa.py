@@ -20,7 +20,7 @@ from vllmlite.weights.pt import read_pt
 from vllmlite.weights.safetensors import read_safetensors
 
 _FILES = {"medusa_lm_head.safetensors": read_safetensors, "medusa_lm_head.pt": read_pt}
-"""Files of heads alone, by the authors' code."""
+"""Files that hold only heads, in the form of the authors' code, with their readers."""
 _BLOCK = re.compile(
     r"^(?:medusa_heads?\.)?(?:blocks\.)?(\d+)\.(?:layers\.)?(\d+)\.(?:linear\.)?(weight|bias)$"
 )

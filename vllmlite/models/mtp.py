@@ -36,7 +36,7 @@ class Layout:
 
     prefix: str
     layer: str
-    """The decoder layer's modules follow ``prefix``, this, and ``0.``."""
+    """The decoder layer's modules are named ``prefix``, this, ``0.`` and the module."""
     embedding_norm: str
     hidden_norm: str
     projection: str
@@ -59,7 +59,7 @@ LAYOUTS = (
         True,
     ),
 )
-"""Qwen's layout and MiMo's."""
+"""The layouts of Qwen and of MiMo."""
 
 
 class MtpHead:

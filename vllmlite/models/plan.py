@@ -1,4 +1,4 @@
-"""Choosing how to run a checkpoint from its ``config.json``: on the native decoder or on transformers' code."""
+"""Choose how to run a checkpoint, from its ``config.json``: on the native decoder or with transformers' code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CUDA_EXPERTS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The facts about a model that are known before a backend is chosen."""
+    """The properties of a model that are known before a backend is chosen."""
 
     path: Path
     """The checkpoint's directory or file."""
@@ -43,7 +43,7 @@ class Plan:
     hidden_size: int
     quantization: str | None = None
     able: tuple[str, ...] = ()
-    """Backends that have the ops it needs; empty: all backends."""
+    """Names of the backends that have the ops that the model needs; empty: all backends."""
     spec: DecoderSpec | None = None
     """The native decoder's spec."""
 
@@ -54,12 +54,12 @@ class Plan:
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Names of the only backends that can run it; empty: any backend can."""
+        """Names of the only backends that can run the model; empty: any backend can."""
         return self.able if self.implementation == "native" else ("torch",)
 
 
 def declining(plan: Plan) -> dict[str, str]:
-    """Return the backends that can never run it, each with the reason."""
+    """Return the backends that cannot run the model, each with the reason."""
     reasons: dict[str, str] = {}
     if plan.backends:
         only = f"{plan.architecture} runs on {', '.join(plan.backends)} only"

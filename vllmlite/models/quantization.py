@@ -40,17 +40,17 @@ class Quantization:
     """The quantisation schemes of a checkpoint's weights."""
 
     method: str
-    """The ``quant_method``, or the scheme of our own format."""
+    """The ``quant_method`` of the checkpoint, or the scheme of a checkpoint in vllmlite's own format."""
     rules: tuple[Rule, ...]
     """Modules and the scheme of their weights; None means floats. The first rule that matches a module applies; the
     weights of a module that no rule matches are floats."""
     own: bool = False
-    """Whether it is our own format: parts of fused weights are stored separately, none is transposed, and a tied output
-    layer has its own weight."""
+    """Whether the checkpoint has vllmlite's own format: parts of fused weights are stored separately, none is
+    transposed, and a tied output layer has its own weight."""
     kv_cache_dtype: str | None = None
     """Dtype of the key/value cache that the checkpoint is made for; None: that of the model."""
 
     def scheme(self, key: str) -> Scheme | None:
-        """The scheme of the weight ``key``, or None if it is stored as floats."""
+        """Return the scheme of the weight ``key``, or None if it is stored as floats."""
         module = key.removesuffix(".weight")
         return next((scheme for modules, scheme in self.rules if module in modules), None)

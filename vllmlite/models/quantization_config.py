@@ -1,4 +1,4 @@
-"""Reading of ``quantization_config``: the scheme of each weight of a quantised checkpoint."""
+"""Read ``quantization_config``: the scheme of each weight of a quantised checkpoint."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from vllmlite.weights.schemes.w8a8 import W8A8Scheme
 logger = logging.getLogger(__name__)
 
 OWN = "vllmlite"
-"""The ``quant_method`` of our own format, written by ``vllmlite quantize``."""
+"""The ``quant_method`` of vllmlite's own format, which ``vllmlite quantize`` writes."""
 FILES = {"quant_config.json": "awq", "quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}
-"""Files that hold the section in older checkpoints without one in config.json, and the method that they imply."""
+"""Files that hold the section in older checkpoints, which have none in config.json, with the method of each."""
 
 
 def own_quantization(kind: str) -> Quantization:
-    """Our own format, with the weights of all products in scheme ``kind``."""
+    """Return the quantisation of vllmlite's own format with the weights of all products in scheme ``kind``."""
     return Quantization(kind, ((ALL, TILES[kind]),), own=True)
 
 
 def own_config(kind: str) -> dict[str, Any]:
-    """The ``quantization_config`` of our own format."""
+    """Return the ``quantization_config`` of vllmlite's own format."""
     return {"quant_method": OWN, "format": kind, "group_size": GROUP}
 
 
 def read_quantization(config: HfConfig, path: Path) -> Quantization | None:
-    """Return the quantisation of the checkpoint at ``path`` by ``config`` or an older file next to it, or None if its
-    weights are floats, whatever these say. Raises ModelError for formats that are not supported and for values that a
-    format does not have."""
+    """Return the quantisation of the checkpoint at ``path``, read from ``config`` or from an older file beside it. None
+    if its weights are floats, even if these files say otherwise. Raises ModelError for formats that are not supported,
+    and for values that a format does not have."""
     section = config.section("quantization_config") or config.section("compression_config")
     method = None
     if section is None:
@@ -60,8 +60,8 @@ def read_quantization(config: HfConfig, path: Path) -> Quantization | None:
 
 
 def parse_quantization(section: HfConfig, method: str | None = None) -> Quantization:
-    """Return what a ``quantization_config`` says; ``method`` is its method if it does not name one. Raises ModelError
-    for a format that is not read, and for values that it does not have."""
+    """Return the quantisation that a ``quantization_config`` describes. ``method`` is used if the section names none.
+    Raises ModelError for formats that are not supported, and for values that a format does not have."""
     if section.get("quant_method") is not None:
         method = section.get("quant_method")
     elif section.get("load_in_4bit") is not None or section.get("load_in_8bit") is not None:
@@ -81,7 +81,8 @@ def parse_quantization(section: HfConfig, method: str | None = None) -> Quantiza
 
 
 def _are_floats(path: Path, source: str) -> bool:
-    """Return whether no tensor of the checkpoint is quantised, and log that ``source``, which says so, is ignored."""
+    """Return whether no tensor of the checkpoint is quantised. If so, log that ``source``, which says otherwise, is
+    ignored."""
     names = stored_names(path)
     if not names or quantization_of(names) is not None:
         return False
@@ -97,7 +98,7 @@ def _own(section: HfConfig) -> Quantization:
 
 
 def _group_size(section: HfConfig, key: str = "group_size") -> int | None:
-    """The number of columns of a group, or None for a whole row (-1 or null)."""
+    """Return the number of columns of a group, or None for a whole row (-1 or null)."""
     value = section.get(key)
     return None if value in (None, -1) else section.integer(key)
 
@@ -144,7 +145,8 @@ def _gptq_scheme(section: HfConfig, overrides: dict[str, Any], form: str) -> Sch
 
 
 def _auto_round(section: HfConfig) -> Quantization:
-    """AutoRound: codes packed as GPTQ (version 1) or AWQ packs them; some modules have settings of their own."""
+    """Read the section of AutoRound: codes are packed as in GPTQ (version 1) or AWQ; some modules have settings of
+    their own."""
     packings = {"auto_gptq": "gptq", "auto_awq": "awq"}
     packings |= {f"auto_round:{name}": method for name, method in packings.items()}
     packing = section.choice("packing_format", packings, "auto_round:auto_gptq")
@@ -204,7 +206,8 @@ def _float8(section: HfConfig) -> Quantization:
 
 
 def _cache_dtype(section: HfConfig) -> str | None:
-    """Return the dtype of the key/value cache that a checkpoint is made for, if it is one that there is here."""
+    """Return the dtype of the key/value cache that a checkpoint is made for; None if it names none that is
+    supported."""
     scheme, algorithm = section.get("kv_cache_scheme"), section.get("kv_cache_quant_algo")
     if isinstance(scheme, dict):
         static = scheme.get("strategy", "tensor") == "tensor" and not scheme.get("dynamic")
@@ -213,8 +216,8 @@ def _cache_dtype(section: HfConfig) -> str | None:
 
 
 def _float8_inputs(block: tuple[int, int], inputs: str | None) -> str | None:
-    """Return how products with weights in blocks quantise activations: ``dynamic`` for blocks of the size that the
-    kernels have; None: not at all."""
+    """Return how products with weights in blocks quantise activations: ``dynamic``, which needs blocks of the size that
+    kernels support, or None: not at all."""
     return inputs if block == (BLOCK, BLOCK) and inputs == "dynamic" else None
 
 
@@ -325,7 +328,7 @@ def _compressed_scheme(group: HfConfig, form: str) -> Scheme:
 
 
 def _compressed_float8(group: HfConfig, weights: HfConfig, strategy: str) -> Float8Scheme:
-    """The scheme of e4m3 weights; ``input_activations`` says how products quantise activations."""
+    """Return the scheme of e4m3 weights; ``input_activations`` says how products quantise activations."""
     activations = group.section("input_activations")
     inputs = None
     if activations is not None:
@@ -339,7 +342,7 @@ def _compressed_float8(group: HfConfig, weights: HfConfig, strategy: str) -> Flo
 
 
 def _int8_activations(activations: HfConfig, symmetric: bool, per_tensor: bool) -> W8A8Scheme:
-    """The scheme of int8 weights whose products quantise activations as ``activations`` says."""
+    """Return the scheme of int8 weights whose products quantise activations as ``activations`` says."""
     activations.require("num_bits", 8)
     activations.require("type", "int")
     static = not activations.boolean("dynamic", False)
@@ -354,7 +357,7 @@ def _int8_activations(activations: HfConfig, symmetric: bool, per_tensor: bool) 
 
 
 def _floats(section: HfConfig, key: str) -> Rule:
-    """A rule that the weights of the modules listed under ``key`` are floats."""
+    """Return a rule by which the weights of the modules listed under ``key`` are floats."""
     return _modules(section, key, _names(section, key)), None
 
 
@@ -368,7 +371,8 @@ def _names(section: HfConfig, key: str) -> list[str]:
 
 
 def _modules(section: HfConfig, key: str, names: Sequence[str]) -> Modules:
-    """The modules that ``names`` refer to: regular expressions after ``re:``, names with stars, and plain names."""
+    """Return the modules that ``names``, the value of ``key``, refer to: regular expressions after ``re:``, names with
+    stars, or plain names."""
     expressions = [name[3:] for name in names if name.startswith("re:")]
     plain = {name for name in names if not name.startswith("re:")}
     starred = sorted(name for name in plain if "*" in name)
@@ -377,7 +381,7 @@ def _modules(section: HfConfig, key: str, names: Sequence[str]) -> Modules:
 
 
 def _matching(section: HfConfig, key: str, expressions: Sequence[str]) -> Modules:
-    """The modules whose names one of ``expressions`` matches from the beginning."""
+    """Return the modules whose names match one of ``expressions``, the value of ``key``, from the beginning."""
     patterns = []
     for expression in expressions:
         try:
@@ -400,7 +404,7 @@ _HINTS = {
     "exl2": "take another quantisation of the model",
     "exl3": "take another quantisation of the model",
 }
-"""Hints for some methods that are not supported."""
+"""Method that is not supported → advice for the error message."""
 _WITHOUT_EFFECT = frozenset(
     """
     _load_in_4bit _load_in_8bit act_bits act_group_aware amp autoround_version backend batch_size

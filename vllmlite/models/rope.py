@@ -52,7 +52,8 @@ def inverse_frequencies(spec: RopeSpec, max_model_len: int) -> NDArray[np.float6
 
 
 def _dynamic(spec: RopeSpec, positions: NDArray[np.float64]) -> NDArray[np.float64]:
-    """NTK-aware scaling (bloc97 and emozilla, 2023): the base grows with the length. ``[P, 1] -> [P, half]``."""
+    """Return the frequencies of NTK-aware scaling (bloc97 and emozilla, 2023), whose base grows with the length: ``[P,
+    1] -> [P, half]``."""
     stretch = np.maximum(positions + 1, spec.original_max_position) / spec.original_max_position
     dim = spec.rotary_dim
     base = spec.theta * (spec.factor * stretch - (spec.factor - 1)) ** (dim / (dim - 2))
@@ -60,7 +61,8 @@ def _dynamic(spec: RopeSpec, positions: NDArray[np.float64]) -> NDArray[np.float
 
 
 def _yarn(spec: RopeSpec, plain: NDArray[np.float64]) -> NDArray[np.float64]:
-    """YaRN (Peng et al. 2023): interpolates slow dimensions, keeps fast ones, with a linear ramp between them."""
+    """Return the frequencies of YaRN (Peng et al. 2023), which interpolates slow dimensions and keeps fast ones, with a
+    linear ramp between them."""
 
     def dimension(rotations: float) -> float:
         turns = spec.original_max_position / (rotations * 2 * math.pi)
@@ -77,7 +79,8 @@ def _yarn(spec: RopeSpec, plain: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _llama3(spec: RopeSpec, plain: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Llama 3.1 (Dubey et al. 2024): interpolates long wavelengths, keeps short ones, blends between them."""
+    """Return the frequencies of Llama 3.1 (Dubey et al. 2024), which interpolates long wavelengths and keeps short
+    ones, with a smooth transition between them."""
     turns = spec.original_max_position * plain / (2 * math.pi)
     blend = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
     blend = np.clip(blend, 0, 1)

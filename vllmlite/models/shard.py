@@ -1,5 +1,6 @@
-"""Which part of a model every rank computes: heads and a part of each MLP in tensor parallelism (Shoeybi et al. 2019),
-and layers in pipeline parallelism."""
+"""Choose the part of a model that each rank computes: heads and a part of each MLP in tensor parallelism (Shoeybi et
+al. 2019), and layers in pipeline parallelism.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from vllmlite.models.spec import DecoderSpec, Shard, Stage
 
 
 def whole(spec: DecoderSpec) -> Shard:
-    """Return the only shard of a model on one rank."""
+    """Return the shard of a rank that computes the whole model."""
     return Shard(0, 1, (0, spec.num_heads), (0, spec.num_kv_heads))
 
 
@@ -22,8 +23,9 @@ def part_of(spec: DecoderSpec, rank: int, world: int, stages: int) -> DecoderSpe
 
 
 def staged(spec: DecoderSpec, stage: int, stages: int) -> DecoderSpec:
-    """Return the spec of stage ``stage`` of ``stages``: some layers of ``spec``. The last stages, which also have the
-    output layer, have one layer less where the number does not divide. ParameterError for more stages than layers."""
+    """Return the spec of stage ``stage`` of ``stages``: some layers of ``spec``. If the layers cannot be divided
+    evenly, the last stages, which also have the output layer, have one layer less. Raises ParameterError for more
+    stages than layers."""
     if stages == 1:
         return spec
     if stages > spec.num_layers:

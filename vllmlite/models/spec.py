@@ -26,7 +26,7 @@ class RopeSpec:
     original_max_position: int = 0
     """Number of positions that the model was first trained on."""
     attention_factor: float = 1.0
-    """The factor of cosines and sines (yarn, longrope)."""
+    """Factor by which cosines and sines are multiplied (yarn, longrope)."""
     beta_fast: float = 32.0
     """Number of rotations over the original context above which a frequency is unchanged (yarn)."""
     beta_slow: float = 1.0
@@ -82,23 +82,22 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The part of a model that rank ``rank`` of ``world`` computes, in terms of the whole model's sizes."""
+    """The part of a model that rank ``rank`` of ``world`` computes, as ranges within the whole model."""
 
     rank: int
     world: int
     heads: Span
-    """Query heads."""
+    """Range of the query heads."""
     kv_heads: Span
-    """Key/value heads; if there are fewer than ranks, several ranks have the same one."""
+    """Range of the key/value heads; if there are fewer heads than ranks, several ranks have the same one."""
 
     def part(self, size: int) -> Span:
-        """The range of ``size`` elements that belongs to this rank; every rank has the same number."""
+        """Return the range of ``size`` elements that belongs to this rank; every rank has the same number."""
         return self.rank * size // self.world, (self.rank + 1) * size // self.world
 
     def uneven_part(self, size: int, rank: int | None = None) -> Span:
-        """The range of ``size`` elements that belongs to ``rank``, by default this one. The first ranks have the same
-        multiple of :data:`VOCAB_UNIT`, at which our quantisation schemes can be split, and the last ones have the
-        rest."""
+        """Return the range of ``size`` elements that belongs to ``rank``, by default this one. The first ranks have the
+        same multiple of :data:`VOCAB_UNIT`, at which quantised weights can be split, and the last one has the rest."""
         rank = self.rank if rank is None else rank
         most = -(-size // (self.world * VOCAB_UNIT)) * VOCAB_UNIT
         return min(rank * most, size), min((rank + 1) * most, size)
@@ -109,11 +108,11 @@ class Stage:
     """The layers of a model that one stage of a pipeline computes."""
 
     first: int = 0
-    """Number of its first layer in the whole model."""
+    """Number of the stage's first layer in the whole model."""
     is_first: bool = True
-    """Whether it has the embedding."""
+    """Whether the stage has the embedding."""
     is_last: bool = True
-    """Whether it has the final norm and the output layer."""
+    """Whether the stage has the final norm and the output layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +121,7 @@ class DecoderSpec:
 
     architecture: str
     dtype: str
-    """Dtype that the checkpoint's configuration gives, one of ``backends.base.FLOAT_DTYPES``."""
+    """Dtype that the checkpoint's configuration gives, one of ``weights.host.FLOAT_DTYPES``."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -157,10 +156,10 @@ class DecoderSpec:
     """Norms of q and k before rotation: ``head`` is an RMS norm of each head, ``whole`` one of all heads together,
     ``layer`` a layer norm with its own weight for each head. None if there are none."""
     alibi: tuple[float, ...] = ()
-    """ALiBi (Press et al. 2021): the slope of each head, whose bias is added to the scaled scores. Empty if there is
-    none."""
+    """ALiBi (Press et al. 2021): the slope of each head, by which distances are multiplied and added to the scaled
+    scores. Empty if the model has none."""
     learned_positions: int = 0
-    """Rows of a table of position embeddings, or 0 if there is none."""
+    """Number of rows of a table of position embeddings, or 0 if there is none."""
     position_offset: int = 0
     """The row of that table for position 0."""
     embedding_norm: bool = False
@@ -173,9 +172,9 @@ class DecoderSpec:
 
     embedding_scale: float = 1.0
     attention_scale: float | None = None
-    """The factor of attention scores, or None for ``head_dim ** -0.5``."""
+    """Factor of attention scores, or None for ``head_dim ** -0.5``."""
     residual_scale: float = 1.0
-    """The factor of the outputs of attention and of the MLP."""
+    """Factor of the outputs of attention and of the MLP, before the residual is added."""
     logit_scale: float = 1.0
     attention_soft_cap: float | None = None
     """The c of ``c * tanh(score / c)``, applied to attention scores (Bello et al. 2016), or None if they are not

@@ -54,7 +54,7 @@ class _Sources:
             yield from self.outputs()
 
     def embeddings(self) -> Named:
-        """The tensors before the first layer."""
+        """Return the tensors before the first layer."""
         spec, keys = self.spec, self.keys
         table = (spec.vocab_size, spec.output_size)
         yield TABLE, _whole(f"{keys.prefix}{keys.embedding}.weight", table)
@@ -76,7 +76,7 @@ class _Sources:
             yield from self.linear("project_in", keys.prefix + keys.project_in, *sizes, False)
 
     def outputs(self) -> Named:
-        """The tensors after the last layer."""
+        """Return the tensors after the last layer."""
         spec, keys = self.spec, self.keys
         table = (spec.vocab_size, spec.output_size)
         if spec.embedding_size is not None:
@@ -117,8 +117,8 @@ class _Sources:
         yield from self.output(f"{name}down", key + keys.down, inner, part, spec.mlp_bias)
 
     def attention_input(self, name: str, key: str) -> Named:
-        """q, k and v. A family stores them as separate tensors, one after the other, or interleaved by key/value
-        head."""
+        """Return the weights of q, k and v, which a family stores as separate tensors, or in one: one after the other,
+        or interleaved by key/value head."""
         size, stored, modules = self.spec.head_dim, self.stored, self.keys.qkv
         counts = stored.num_heads, stored.num_kv_heads, stored.num_kv_heads
         heads = self.shard.heads, self.shard.kv_heads, self.shard.kv_heads
@@ -144,7 +144,7 @@ class _Sources:
             )
 
     def in_groups(self, group: int, part: int) -> list[Span]:
-        """The positions of this rank's heads of q (``part`` 0), k (1) or v (2) in a tensor that stores, for each
+        """Return the spans of this rank's heads of q (``part`` 0), k (1) or v (2) in a tensor that stores, for each
         key/value head, its ``group`` query heads, its key and its value."""
         spans = []
         for kv_head in range(*self.shard.kv_heads):
@@ -194,7 +194,8 @@ class _Sources:
     def expert(
         self, name: str, modules: Sequence[str], inner: int, index: int = 0, stacked: int = 1
     ) -> Named:
-        """Gate, up and down of expert ``index``; each tensor holds ``stacked`` experts."""
+        """Return the gate, up and down projections of expert ``index``; each stored tensor holds ``stacked``
+        experts."""
         hidden, part = self.spec.hidden_size, self.shard.part(inner)
         for own, module in zip(EXPERT_PARTS, modules, strict=True):
             out, size, columns = (hidden, inner, part) if own == "down" else (inner, hidden, None)
@@ -216,7 +217,7 @@ class _Sources:
             yield f"{name}.bias", _whole(f"{module}.bias", (self.spec.hidden_size,))
 
     def head_norm(self, name: str, module: str, heads: Span) -> Named:
-        """The norm of q or k: one tensor, or one for each of ``heads``."""
+        """Return the norm of q or k: one tensor, or one for each of ``heads``."""
         kind, size = self.spec.qk_norm, self.spec.head_dim
         if kind == "layer":
             for index, head in enumerate(range(*heads)):
@@ -228,13 +229,13 @@ class _Sources:
     def linear(
         self, name: str, module: str, out: int, size: int, bias: bool, rows: tuple[Span, ...] | None = None
     ) -> Named:
-        """A weight ``[out, size]``, or the given rows of it, and its bias."""
+        """Return a weight ``[out, size]``, or the given rows of it, and its bias."""
         yield f"{name}.weight", self.product(f"{module}.weight", (out, size), rows)
         if bias:
             yield f"{name}.bias", self.bias(f"{module}.bias", out, rows)
 
     def output(self, name: str, module: str, size: int, columns: Span, bias: bool) -> Named:
-        """The weight of a product whose results the ranks add up; only the first rank adds the bias."""
+        """Return the weight of a product whose results are added over the ranks; only the first rank adds the bias."""
         hidden = self.spec.hidden_size
         yield (
             f"{name}.weight",
@@ -253,9 +254,9 @@ class _Sources:
         alone: tuple[int, tuple[Span, ...] | None],
         bias: bool,
     ) -> Named:
-        """One of the weights of a fused module. ``together`` is the module's number of rows and the rows of this
-        weight; ``alone`` is the same for a tensor that holds only this weight, as our own quantised checkpoints store
-        it."""
+        """Return one of the weights of a fused module. ``together`` is the module's number of rows and the rows of this
+        weight; ``alone`` is the same for a tensor that holds only this weight, as in vllmlite's own quantised
+        format."""
         module, quantization = key + modules.module, self.spec.quantization
         apart = quantization is not None and quantization.own
         total, rows = alone if apart else together
@@ -270,8 +271,8 @@ class _Sources:
     def product(
         self, key: str, stored: tuple[int, int], rows: tuple[Span, ...] | None, columns: Span | None = None
     ) -> Source:
-        """The weight of a product. A quantised weight is stored as ``[out, in]`` even if the family's are
-        transposed."""
+        """Return the source of a product's weight. A quantised weight is stored as ``[out, in]`` even if the family's
+        float weights are transposed."""
         shape = sum(map(_size, rows)) if rows else stored[0], _size(columns) if columns else stored[1]
         quantization = self.spec.quantization
         transposed = self.keys.transposed and (quantization is None or quantization.scheme(key) is None)
@@ -289,7 +290,7 @@ def _size(span: Span) -> int:
 
 
 def _rows(span: Span, total: int) -> tuple[Span, ...] | None:
-    """``span`` as the rows of a source, or None if it is all ``total`` rows."""
+    """Return ``span`` as the rows of a source, or None if it is all ``total`` rows."""
     return None if span == (0, total) else (span,)
 
 
