@@ -142,7 +142,7 @@ class AsyncLLM:
         return self._core.failed_steps_in_a_row > 0
 
     def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """Return the model's tokenizer."""
         return self._engine.get_tokenizer()
 
     async def submit(self, requests: Sequence[NewRequest]) -> OutputStream:

@@ -61,7 +61,7 @@ class _Group:
         self.is_final_only = self.params.output_kind is RequestOutputKind.FINAL_ONLY
 
     def has_finished(self) -> bool:
-        """Whether every completion has ended."""
+        """Return whether every completion has ended."""
         for completion in self.completions.values():  # noqa: SIM110  (a generator costs more than the loop)
             if completion.output.finish_reason is None:
                 return False
@@ -137,7 +137,7 @@ class OutputProcessor:
         return children
 
     def knows(self, request_id: str) -> bool:
-        """Whether a request or a sequence of one has the id ``request_id`` and is unfinished."""
+        """Return whether a request or a sequence of one has the id ``request_id`` and is unfinished."""
         return any(request_id in known for known in (self._groups, self._completions, self._poolings))
 
     @property
@@ -146,7 +146,7 @@ class OutputProcessor:
         return len(self._groups) + len(self._poolings)
 
     def children(self, request_id: str) -> list[str]:
-        """Ids of the engine requests of a request that have not ended; none if the request is unknown."""
+        """Return the ids of the unfinished engine requests of a request; empty if the request is unknown."""
         if request_id in self._poolings:
             return [request_id]
         group = self._groups.get(request_id)
@@ -272,7 +272,7 @@ class OutputProcessor:
             group.prompt_logprobs = [None, *(self._logprobs(entry, k) for entry in output.prompt_logprobs)]
 
     def _embedding(self, pooling: _Pooling, output: EngineOutput) -> RequestOutput:
-        """The vector, cut and scaled; none where a step failed."""
+        """Return the vector, cut and scaled; none where a step failed."""
         vector: list[float] | None = None
         if output.pooled is None:
             self.errors[output.request_id] = output.error or "no vector came of it"
@@ -372,7 +372,8 @@ class OutputProcessor:
         completion.added = output
 
     def _logprobs(self, entry: TokenLogprobs, k: int) -> dict[int, Logprob]:
-        """The chosen token first, then the ``k`` most likely (all, for -1), then those that the request names."""
+        """Return the chosen token first, then the ``k`` most likely (all, for -1), then those that the request
+        names."""
         count = len(entry.top_ids) if k == -1 else k
         found = {entry.token_id: Logprob(entry.logprob, entry.rank, self._token_text(entry.token_id))}
         for rank, (token_id, logprob) in enumerate(
@@ -390,7 +391,7 @@ class OutputProcessor:
 
 
 def _children(request_id: str, params: SamplingParams) -> dict[str, SamplingParams]:
-    """The engine requests of a request for several completions, each with its own seed: id → parameters."""
+    """Return the engine requests of a request for several completions, each with its own seed: id → parameters."""
     return {
         f"{index}_{request_id}": params.clone(
             n=1,
@@ -402,7 +403,7 @@ def _children(request_id: str, params: SamplingParams) -> dict[str, SamplingPara
 
 
 def _whole(completion: _Completion) -> CompletionOutput:
-    """All of a completion."""
+    """Return all of a completion."""
     state, detokenizer = completion.output, completion.detokenizer
     return CompletionOutput(
         state.index,

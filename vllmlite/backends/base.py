@@ -291,13 +291,14 @@ class Backend(ABC):
         residual: Tensor | None = None,
         feeds: LinearWeight | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Root-mean-square norm (Zhang & Sennrich 2019) of ``s = x + residual`` (``s = x`` without one).
+        """Return ``(norm(s) * weight, s)`` of ``s = x + residual`` (``s = x`` without a residual), with the
+        root-mean-square norm (Zhang & Sennrich 2019).
 
-        ``x``, ``residual`` ``[T, hidden]``; the mean is taken in float32. Returns ``(norm(s) * weight, s)``; where
-        there is a residual, both inputs may be overwritten. ``weight`` is of the backend's dtype or float32.
+        ``x`` and ``residual`` are ``[T, hidden]``; the mean is taken in float32. If there is a residual, both may be
+        overwritten. ``weight`` has the backend's dtype or float32.
 
-        ``feeds`` promises that the norm is read only by one :meth:`linear` or :meth:`gated_linear` with that weight:
-        a backend may return it in a form of its own, such as quantised for the product."""
+        ``feeds`` promises that the norm is read only by one :meth:`linear` or :meth:`gated_linear` with that weight: a
+        backend may then return it in a form of its own, such as quantised for the product."""
 
     @abstractmethod
     def layer_norm(
@@ -309,19 +310,19 @@ class Backend(ABC):
 
     @abstractmethod
     def add(self, x: Tensor, other: Tensor) -> Tensor:
-        """``x + other``, of one shape. ``other`` may be overwritten."""
+        """Return ``x + other``, of one shape. ``other`` may be overwritten."""
 
     @abstractmethod
     def scale(self, x: Tensor, factor: float) -> Tensor:
-        """``x * factor``. ``x`` may be overwritten."""
+        """Return ``x * factor``. ``x`` may be overwritten."""
 
     @abstractmethod
     def soft_cap(self, x: Tensor, cap: float) -> Tensor:
-        """``cap * tanh(x / cap)`` of float32 ``x``, which may be overwritten."""
+        """Return ``cap * tanh(x / cap)`` of float32 ``x``, which may be overwritten."""
 
     @abstractmethod
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
-        """``x @ weight.T + bias``: ``[T, in] -> [T, out]`` in the backend's dtype.
+        """Return ``x @ weight.T + bias``: ``[T, in] -> [T, out]`` in the backend's dtype.
 
         A weight in the scheme ``w4a16`` or ``w8a16`` multiplies x as it is. For other quantised weights x is quantised
         to 8 bits, in the same groups of a row. Sums are in float32."""
@@ -329,8 +330,8 @@ class Backend(ABC):
     def lora_linear(
         self, x: Tensor, weight: LinearWeight, table: LowRankTable, batch: ForwardBatch
     ) -> Tensor:
-        """:meth:`linear` of ``x [T, in]``, for the tokens of ``batch``, which has ``adapters``: ``scale * (x @ a.T) @
-        b.T`` of its row's adapter is added to the result of each token.
+        """Return :meth:`linear` of ``x [T, in]``, the tokens of ``batch``, plus ``scale * (x @ a.T) @ b.T`` with the
+        adapter of each token's row.
 
         Sums are in float32; the result of :meth:`linear` is rounded to its dtype before. Tokens without an adapter, or
         whose adapter leaves the weight as it is, have the result of :meth:`linear`. With a ``gain``, that result is
@@ -374,16 +375,17 @@ class Backend(ABC):
         soft_cap: float | None = None,
         alibi: Tensor | None = None,
     ) -> Tensor:
-        """Causal attention of ``q [T, H, D]`` over the cached keys and values of each token's own row, softmax in
-        float32: decode, ragged prefill and both mixed. Query heads ``h`` share key/value head ``h * K // H``.
+        """Return causal attention ``[T, H * D]`` of ``q [T, H, D]`` over the cached keys and values of each token's own
+        row, with the softmax in float32, for decode, ragged prefill and mixtures of both. Query head ``h`` uses
+        key/value head ``h * K // H``.
 
-        ``window``: a token sees itself and the ``window - 1`` before it. Scaled scores s become ``soft_cap * tanh(s /
-        soft_cap)``; then the slope of the head, of float32 ``alibi [H]``, times (key's position - query's) is added.
-        Returns ``[T, H * D]``."""
+        With ``window``, a token attends to itself and to the ``window - 1`` tokens before it. With ``soft_cap``, a
+        scaled score s becomes ``soft_cap * tanh(s / soft_cap)``. With ``alibi``, float32 slopes ``[H]``, the head's
+        slope times (position of the key - position of the query) is added to the score."""
 
     @abstractmethod
     def gated_activation(self, x: Tensor, activation: str) -> Tensor:
-        """``f(gate) * up`` of ``x = [gate | up] [T, 2 * I]``: ``[T, I]``; ``activation`` is ``silu``, ``gelu``
+        """Return ``f(gate) * up`` of ``x = [gate | up] [T, 2 * I]``: ``[T, I]``; ``activation`` is ``silu``, ``gelu``
         or ``gelu_tanh``."""
 
     def gated_linear(
@@ -395,7 +397,7 @@ class Backend(ABC):
 
     @abstractmethod
     def activation(self, x: Tensor, activation: str) -> Tensor:
-        """``f(x)``, which may overwrite x; ``activation`` is ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``."""
+        """Return ``f(x)``, which may overwrite x; ``activation`` is ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``."""
 
     @abstractmethod
     def moe(
@@ -409,8 +411,8 @@ class Backend(ABC):
         tables: ExpertTables = None,
         adapters: AdapterRows = None,
     ) -> Tensor:
-        """A mixture of experts (Shazeer et al. 2017): the sum over a token's ``top_k`` experts of their gated MLP of
-        ``x [T, hidden]``, each times its weight, in the order of the experts.
+        """Return the result of a mixture of experts (Shazeer et al. 2017) for ``x [T, hidden]``: for each token the sum
+        of its ``top_k`` experts' gated MLPs, each times its weight, added in the order of the experts.
 
         The experts of the largest of ``router_logits [T, E]`` are chosen, the first among equals. A weight is the
         softmax over all logits, in float32; ``renormalise`` divides them by their sum. ``activation`` as in
@@ -420,11 +422,11 @@ class Backend(ABC):
 
     @abstractmethod
     def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor:
-        """``x [T, hidden]`` times the sigmoid of ``gate [T, 1]``; x may be overwritten."""
+        """Return ``x [T, hidden]`` times the sigmoid of ``gate [T, 1]``; x may be overwritten."""
 
     @abstractmethod
     def logits(self, hidden: Tensor, weight: LinearWeight) -> Tensor:
-        """``hidden [N, hidden] @ weight.T`` as float32 ``[N, V]``."""
+        """Return ``hidden [N, hidden] @ weight.T`` as float32 ``[N, V]``."""
 
     # Sampling
 

@@ -122,7 +122,7 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
 
 
 def _size(path: Path) -> int:
-    """The bytes of a checkpoint's weights: a file, or the files of a directory that hold tensors."""
+    """Return the bytes of a checkpoint's weights: a file, or the files of a directory that hold tensors."""
     if path.is_file():
         return path.stat().st_size
     patterns = ("*.safetensors", "*.bin", "*.pt", "*.pth")

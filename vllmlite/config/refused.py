@@ -24,7 +24,7 @@ class Absent:
     """Values that change no text: they are accepted, and the log has the reason why they do nothing."""
 
     def accepts(self, value: object) -> bool:
-        """Whether ``value`` asks for nothing."""
+        """Return whether ``value`` asks for nothing."""
         if value in self.neutral:
             return True
         return (

@@ -61,7 +61,7 @@ class BlockFile:
         self._header = header
 
     def __contains__(self, digest: bytes) -> bool:
-        """Whether there is a block of this hash, as far as the table says."""
+        """Return whether there is a block of this hash, as far as the table says."""
         return digest in self._slots
 
     def __len__(self) -> int:

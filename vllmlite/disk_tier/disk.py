@@ -33,7 +33,7 @@ class DiskTier:
         return self._worker.seconds_per_block
 
     def __contains__(self, digest: bytes) -> bool:
-        """Whether the file has, or is about to have, the block of this hash."""
+        """Return whether the file has, or is about to have, the block of this hash."""
         worker = self._worker
         return not worker.erasing and (digest in worker.file or digest in worker.writing)
 
@@ -48,7 +48,7 @@ class DiskTier:
         self._worker.put(self._worker.writes, (digest, place))
 
     def finished(self) -> list[Transfer]:
-        """The transfers that have finished since the last call."""
+        """Return the transfers that have finished since the last call."""
         if not self._worker.finished:
             return []
         with self._worker.changed:

@@ -26,7 +26,7 @@ def root_digest(*parts: str, private: bool = False) -> bytes:
 
 
 def is_private(digest: bytes) -> bool:
-    """Whether a block hash is that of a private sequence, whose blocks must not be written to disk."""
+    """Return whether a block hash is that of a private sequence, whose blocks must not be written to disk."""
     return len(digest) > DIGEST_SIZE
 
 
@@ -75,7 +75,7 @@ class BlockPool:
         return blocks
 
     def has(self, digest: bytes) -> bool:
-        """Whether a block has this hash."""
+        """Return whether a block has this hash."""
         return digest in self._by_hash
 
     def digest(self, block: int) -> bytes | None:

@@ -51,10 +51,11 @@ HELD_BACK = 6
 
 
 def holds_back(waiting: int, rows: int) -> bool:
-    """Whether no step should be launched beside one of ``rows`` rows, of which ``waiting`` have drafts or want some.
+    """Return whether no step should be launched beside one of ``rows`` rows, of which ``waiting`` have drafts or want
+    some.
 
-    Two steps in flight leave out the waiting rows of every second step; one after the other takes longer, by a fifth
-    or so. With three tokens a step for rows with drafts, both are equal if a seventh of the rows wait."""
+    Two steps in flight leave out the waiting rows of every second step; one after the other takes longer, by a fifth or
+    so. With three tokens a step for rows with drafts, both are equal if a seventh of the rows wait."""
     return waiting * HELD_BACK >= rows
 
 

@@ -164,7 +164,7 @@ class Engine:
         return request
 
     def has_unfinished_requests(self) -> bool:
-        """Whether any request has not finished."""
+        """Return whether any request has not finished."""
         return bool(self._unfinished.by_id)
 
     def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> bool:

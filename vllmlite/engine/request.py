@@ -37,7 +37,7 @@ class Grammar(Protocol):
 
 
 def allows(mask: bytes | None, token_id: int) -> bool:
-    """Whether a mask of :meth:`Grammar.masks` allows an id."""
+    """Return whether a mask of :meth:`Grammar.masks` allows an id."""
     return mask is None or bool(mask[token_id >> 3] >> (token_id & 7) & 1)
 
 

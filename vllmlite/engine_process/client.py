@@ -145,7 +145,7 @@ class EngineClient:
         return True
 
     def has_unfinished_requests(self) -> bool:
-        """Whether any request has not finished."""
+        """Return whether any request has not finished."""
         return bool(self._requests)
 
     def reset_prefix_cache(self) -> None:
@@ -192,7 +192,7 @@ class EngineClient:
         return outputs
 
     def has_outputs(self) -> bool:
-        """Whether :meth:`step` would return outputs without waiting."""
+        """Return whether :meth:`step` would return outputs without waiting."""
         return bool(self._inbox)
 
     def receive(self, wait: bool = False) -> None:
@@ -334,7 +334,7 @@ class EngineClient:
 
 
 def _can_merge(message: StepOutputs, merged: dict[str, EngineOutput]) -> bool:
-    """Whether a step can be added to ``merged``: an output has the log-probabilities of one step at most."""
+    """Return whether a step can be added to ``merged``: an output has the log-probabilities of one step at most."""
     return not any(
         has_logprobs(output) or has_logprobs(merged[output.request_id])
         for output in message.outputs

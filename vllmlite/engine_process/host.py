@@ -413,5 +413,5 @@ def _refusal(call: EngineCall, error: Exception) -> EngineOutput:
 
 
 def _is_one_token(output: EngineOutput) -> bool:
-    """Whether an output is one token and nothing else."""
+    """Return whether an output is one token and nothing else."""
     return len(output.new_token_ids) == 1 and output.finish_reason is None and not has_logprobs(output)

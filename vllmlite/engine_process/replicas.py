@@ -121,7 +121,7 @@ class ReplicaClient:
             client.expect_grammars()
 
     def current_stats(self) -> EngineStats:
-        """The replicas' counters as they last sent them, added up."""
+        """Return the replicas' counters as they last sent them, added up."""
         return self.stats
 
     def ask(self, name: str, *args: object) -> asyncio.Future[Any]:

@@ -78,5 +78,5 @@ def unpack(stream: BinaryIO) -> Any:
 
 
 def has_logprobs(output: EngineOutput) -> bool:
-    """Whether an output carries log-probabilities, which belong to one step."""
+    """Return whether an output carries log-probabilities, which belong to one step."""
     return output.logprobs is not None or output.prompt_logprobs is not None

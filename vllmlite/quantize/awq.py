@@ -34,7 +34,7 @@ class Fold:
 
 
 def folds(spec: DecoderSpec, layer: int, names: Mapping[str, HostTensor]) -> list[Fold]:
-    """The places in a layer where factors can be folded exactly. ``names`` are the layer's tensors."""
+    """Return the places in a layer where factors can be folded exactly. ``names`` are the layer's tensors."""
     prefix = f"{layer}."
 
     def known(*wanted: str) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ def fold_factors(
 def _best_factors(
     weights: Mapping[str, Floats], moments: Mapping[str, Moments], grids: Mapping[str, Grid]
 ) -> Floats | None:
-    """The factors that give the least error of the outputs, or None if none are better than ones."""
+    """Return the factors that give the least error of the outputs, or None if none are better than ones."""
     unique = {id(moments[name]): moments[name] for name in weights}.values()
     mean = sum(one.magnitude for one in unique) / sum(one.rows for one in unique)
     best, least = None, np.inf

@@ -41,7 +41,7 @@ class Moments:
 
     @classmethod
     def of_size(cls, size: int) -> Moments:
-        """The moments of no inputs, for products with ``size`` input channels."""
+        """Return the moments of no inputs, for products with ``size`` input channels."""
         return cls(np.zeros((size, size), np.float32), np.zeros(size))
 
     def add(self, inputs: Floats) -> None:
@@ -117,7 +117,7 @@ class Calibration:
 
 
 def _batch(ids: NDArray[np.int32]) -> ForwardBatch:
-    """A batch of a whole sequence in one step."""
+    """Return a batch of a whole sequence in one step."""
     count = len(ids)
     one, zero = np.array([count], np.int32), np.zeros(1, np.int32)
     return ForwardBatch(

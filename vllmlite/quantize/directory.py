@@ -119,14 +119,14 @@ class DirectoryOutput(Output):
         return work
 
     def _stored(self, key: str) -> HostTensor:
-        """The source's tensor ``key``."""
+        """Return the source's tensor ``key``."""
         found = self.weights.stored.tensor(key)
         assert isinstance(found, HostTensor)
         return found
 
 
 def _assembled(parts: Sequence[tuple[Source, HostTensor]]) -> Floats:
-    """The stored tensor, float32, of which the model's tensors are ``parts``."""
+    """Return the stored tensor, float32, of which the model's tensors are ``parts``."""
     first, tensor = parts[0]
     if first.rows is None:
         return float_values(tensor)

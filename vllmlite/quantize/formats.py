@@ -104,7 +104,8 @@ class Settings:
         return "file that ends in .gguf" if self.gguf else "directory"
 
     def config(self, floats: Sequence[str] = ()) -> dict[str, Any]:
-        """The ``quantization_config``. ``floats``: linear modules that stay in floats, besides the output layer."""
+        """Return the ``quantization_config``. ``floats``: linear modules that stay in floats, besides the output
+        layer."""
         return _CONFIGS[self.format](self, list(floats))
 
 

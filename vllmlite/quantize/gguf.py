@@ -126,13 +126,13 @@ class GgufOutput(Output):
         return work / FILE
 
     def _heads(self, name: str) -> int:
-        """The number of heads whose rows are reordered; 0 if the tensor's rows are not."""
+        """Return the number of heads whose rows are reordered; 0 if the tensor's rows are not."""
         if not self._family.reordered or name.split(".")[1] not in ("q", "k"):
             return 0
         return self.spec.num_heads if name.split(".")[1] == "q" else self.spec.num_kv_heads
 
     def _shape(self, source: Source) -> tuple[int, ...]:
-        """The shape in the file's table: experts have a dimension of their own, single rows have none."""
+        """Return the shape in the file's table: experts have a dimension of their own, single rows have none."""
         rows, *columns = source.stored
         if source.key.endswith("_exps.weight"):
             experts = max(layer.moe.num_experts for layer in self.spec.layers if layer.moe)

@@ -79,8 +79,8 @@ def gptq(weight: Floats, grid: Grid, inputs: Inputs) -> Rounded:
 
 
 def _inverse_factor(gram: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The upper Cholesky factor of the inverse of ``gram``, whose diagonal is raised by :data:`DAMPING`; the diagonal
-    of inputs that are always 0 is taken as 1.
+    """Return the upper Cholesky factor of the inverse of ``gram``, whose diagonal is raised by :data:`DAMPING`; the
+    diagonal of inputs that are always 0 is taken as 1.
 
     If U is the upper triangle with ``gram = U @ U.T``, that factor is the inverse of U. U is the Cholesky factor of the
     matrix with rows and columns reversed, reversed again."""
@@ -96,7 +96,7 @@ def _inverse_factor(gram: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _inverse_of_triangle(upper: NDArray[Any]) -> NDArray[Any]:
-    """The inverse of an upper triangular matrix, by halves, so that most of the work is matrix products."""
+    """Return the inverse of an upper triangular matrix, by halves, so that most of the work is matrix products."""
     size = len(upper)
     if size <= BLOCK:
         return np.triu(np.linalg.inv(upper))

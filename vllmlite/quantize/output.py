@@ -119,7 +119,7 @@ class Output(ABC):
 
 
 def _block_scales(weight: Floats) -> Floats:
-    """The scale of each block of 128 rows and columns."""
+    """Return the scale of each block of 128 rows and columns."""
     rows, columns = weight.shape
     size = FLOAT8_BLOCK
     padded = np.pad(np.abs(weight), ((0, -rows % size), (0, -columns % size)))

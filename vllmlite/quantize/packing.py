@@ -129,7 +129,7 @@ def _pack_float8(values: NDArray[Any], scales: Floats, zeros: Any, group_of: Any
 def _codes(
     values: NDArray[Any], scales: Floats, zeros: NDArray[np.int64], largest: int, *, signed: bool
 ) -> NDArray[np.uint8]:
-    """The unsigned codes of ``values``, which are codes or rounded floats."""
+    """Return the unsigned codes of ``values``, which are codes or rounded floats."""
     if np.issubdtype(values.dtype, np.integer):
         shift = zeros if signed else 0
         low = -(largest + 1) // 2 if signed else 0

@@ -54,7 +54,7 @@ class Progress:
         return progress
 
     def tokens(self, make: Callable[[], NDArray[np.int32]]) -> NDArray[np.int32]:
-        """The tokens of the calibration text, computed only once."""
+        """Return the tokens of the calibration text, computed only once."""
         path = self.work / TOKENS
         if not path.exists():
             _replace(path, make())
@@ -62,7 +62,7 @@ class Progress:
         return found
 
     def hidden(self) -> Floats | None:
-        """The hidden states after the last layer that is done, or None if there are none."""
+        """Return the hidden states after the last layer that is done, or None if there are none."""
         if not self.layers:
             return None
         found: Floats = np.load(self._hidden(self.layers))

@@ -60,7 +60,7 @@ class Grid:
         return scales, zeros
 
     def codes(self, values: Floats, scales: Floats, zeros: Floats) -> Floats:
-        """The nearest code of each value; all three broadcast."""
+        """Return the nearest code of each value; all three broadcast."""
         inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
         found: Floats = values * inverse
         np.rint(found, out=found)
@@ -111,7 +111,7 @@ def group_scales(
 def _errors(
     values: Floats, grid: Grid, scales: Floats, zeros: Floats, blocks: NDArray[np.float32] | None
 ) -> Floats:
-    """The error ``[out, groups]`` of rounding ``values [out, groups, size]``."""
+    """Return the error ``[out, groups]`` of rounding ``values [out, groups, size]``."""
     errors = grid.codes(values, scales[..., None], zeros[..., None])
     errors -= zeros[..., None]
     errors *= scales[..., None]
@@ -125,20 +125,20 @@ def _errors(
 
 
 def _diagonal_blocks(gram: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """The parts of ``gram`` within a group: ``[groups, size, size]``."""
+    """Return the parts of ``gram`` within a group: ``[groups, size, size]``."""
     groups = len(gram) // size
     index = np.arange(groups)
     return np.ascontiguousarray(gram.reshape(groups, size, groups, size)[index, :, index])
 
 
 def chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows with about :data:`CHUNK` elements."""
+    """Yield slices of rows with about :data:`CHUNK` elements each."""
     step = max(CHUNK // columns, 1)
     for first in range(0, rows, step):
         yield slice(first, min(first + step, rows))
 
 
 def channel_error(weight: Floats, rounded: Floats, gram: NDArray[np.float32]) -> float:
-    """The squared error of a product's outputs over inputs with the Gram matrix ``gram``."""
+    """Return the squared error of a product's outputs over inputs with the Gram matrix ``gram``."""
     errors = rounded - weight
     return float(np.sum((errors @ gram) * errors, dtype=np.float64))

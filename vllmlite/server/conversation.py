@@ -41,7 +41,7 @@ def is_small(data: Any, most: int) -> bool:
 def conversation(
     messages: list[dict[str, Any]], field: str, tools: Sequence[dict[str, Any]] = ()
 ) -> ChatPrompt:
-    """A conversation of another API, already in the form of OpenAI's chat, for that API's ``field``."""
+    """Return a conversation of another API, already in the form of OpenAI's chat, for that API's ``field``."""
     try:
         return ChatPrompt(
             messages=[Message(**message) for message in messages],

@@ -99,7 +99,7 @@ def probes(seed: int, marks: Sequence[str] = ()) -> list[str]:
 
 
 def _tokens(fast: FastTokenizer, model: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """The text and the type of each of ``rows`` tokens."""
+    """Return the text and the type of each of ``rows`` tokens."""
     tokens, types = [f"[PAD{index}]" for index in range(rows)], [UNUSED] * rows
     for token, index in model["vocab"].items():
         tokens[index] = token
@@ -114,7 +114,7 @@ def _tokens(fast: FastTokenizer, model: dict[str, Any], rows: int) -> tuple[list
 
 
 def _split_name(fast: FastTokenizer, whole_words: bool, source: Path) -> str:
-    """The name of the expressions that split texts as ``fast`` does before merging."""
+    """Return the name of the expressions that split texts as ``fast`` does before merging."""
     texts = probes(0)
     normalise = fast.normalizer.normalize_str if fast.normalizer is not None else str
     expected = [fast.pre_tokenizer.pre_tokenize_str(text) for text in texts] if fast.pre_tokenizer else []
@@ -135,7 +135,7 @@ def _split_name(fast: FastTokenizer, whole_words: bool, source: Path) -> str:
 
 
 def _composes(fast: FastTokenizer) -> bool:
-    """Whether the normaliser is NFC, which llama.cpp leaves out: almost all text is composed already."""
+    """Return whether the normaliser is NFC, which llama.cpp leaves out: almost all text is composed already."""
     return bool(json.loads(fast.to_str())["normalizer"] == {"type": "NFC"})
 
 

@@ -1,1 +1,1 @@
-"""Checkpoint formats: strict readers from files to tensors in host memory."""
+"""Checkpoint formats: strict readers of files, which return tensors in host memory."""

@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al. 2021) in host memory: what the reader of adapter files makes and a model takes."""
+"""LoRA adapters (Hu et al. 2021) in host memory: the form in which they are read from files and put into models."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ class LowRank:
 
     ``a`` is ``[rank, in]`` and ``b`` is ``[out, rank]``, whatever the orientation of the checkpoint's own tensor; each
     has one of :data:`~vllmlite.weights.host.FLOAT_DTYPES` and is converted to the backend's dtype when it is loaded.
-    The weights of a fused projection have a LowRank each: with the same ``a``, and their own rows of ``b``.
-    """
+    Each weight of a fused projection has a LowRank of its own, with the same ``a`` and different rows of ``b``."""
 
     a: HostTensor
     b: HostTensor
@@ -58,9 +57,8 @@ class LowRank:
 class Adapter:
     """The changes that an adapter makes to a model.
 
-    ``weights`` has them by the names of ``models.adapters.places``, such as ``3.q`` for the query projection of layer
-    3. A weight that is not in it stays as it is.
-    """
+    ``weights`` holds them by names from ``models.adapters.places``, such as ``3.q`` for the query projection of layer
+    3. Weights that are not in it stay as they are."""
 
     digest: str
     """Identifies contents and dtype: equal digests mean equal results. It becomes part of the block hashes."""

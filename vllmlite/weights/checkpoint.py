@@ -1,4 +1,4 @@
-"""Reading the weights of a model directory, and checking that they are exactly those that the model needs."""
+"""Read the weights of a model directory, and check that they are exactly those that the model needs."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ class Weights:
     """The weights of a model, by their names in the checkpoint."""
 
     tensor: Callable[[str], HostWeight]
-    """Returns a tensor as stored, by name."""
+    """Function that returns a tensor as it is stored, by name."""
     shapes: Mapping[str, tuple[int, ...]]
     schemes: Mapping[str, Scheme]
     """The scheme of each quantised weight."""
     cache_scales: Mapping[str, HostTensor] = field(default_factory=dict)
     """Tensors for 8-bit key/value caches."""
     generated: bool = False
-    """Whether no file stores the tensors: each is made whenever it is read."""
+    """Whether the tensors are not stored in any file, but generated each time they are read."""
 
 
 def open_weights(

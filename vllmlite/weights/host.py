@@ -46,7 +46,7 @@ class HostTensor:
 
 
 def release(tensor: HostTensor) -> None:
-    """Give the memory of a mapped file's tensor back to the system, which reads it again if it is used."""
+    """Return the memory of a mapped file's tensor to the system. If the tensor is used again, it is read again."""
     owner: object = tensor.data
     while isinstance(owner, np.ndarray):
         owner = owner.base
@@ -70,9 +70,9 @@ class Part:
     other_shapes: tuple[Shape, ...] = ()
     """Further accepted shapes."""
     any_shape: bool = False
-    """Accept any shape; ``shape`` is meaningless."""
+    """Whether any shape is accepted; ``shape`` then has no meaning."""
     optional: bool = False
-    """The tensor may be absent."""
+    """Whether the tensor may be absent."""
 
     @property
     def num_bytes(self) -> int:
@@ -86,12 +86,12 @@ class Part:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """All accepted dtypes."""
+        """All dtypes that are accepted."""
         return (self.dtype, *self.other_dtypes)
 
 
 class Scheme(ABC):
-    """How a checkpoint stores a quantised weight ``[out, in]``: which tensors, and what they mean."""
+    """A quantisation scheme: how a checkpoint stores a weight ``[out, in]``, in which tensors, and what they mean."""
 
     name: str
     """Name of the scheme. :attr:`Backend.schemes` lists the names that a backend multiplies natively, so two schemes
@@ -104,12 +104,12 @@ class Scheme(ABC):
 
     @property
     def row_unit(self) -> int:
-        """Rows can be sliced at multiples of this number."""
+        """Number of rows at whose multiples a weight can be sliced."""
         return 1
 
     @property
     def column_unit(self) -> int:
-        """Columns can be sliced at multiples of this number."""
+        """Number of columns at whose multiples a weight can be sliced."""
         return 1
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's JSON files, each of which holds one object."""
+"""Read the JSON files of a checkpoint, each of which holds one object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recognition of files and directories that are not checkpoints, to say what they are instead."""
+"""Recognise files and directories that are not checkpoints, for error messages that say what they are instead."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def refuse_foreign_file(path: Path, allowed: Iterable[str] = ()) -> None:
 
 
 def what_it_is(path: Path) -> tuple[str, str] | None:
-    """Return the kind of a file and a description, from its first bytes; None if they are unknown."""
+    """Return the kind of a file and a description, by its first bytes; None if they are unknown."""
     try:
         with path.open("rb") as file:
             head = file.read(HEAD)
@@ -114,7 +114,7 @@ def what_it_is(path: Path) -> tuple[str, str] | None:
 
 
 def what_directory_is(path: Path) -> str | None:
-    """Return what a directory without a checkpoint is instead, and the remedy; None if it is not recognised."""
+    """Return a description of a directory that is not a checkpoint, with advice; None if its kind is not recognised."""
     dangling = sorted(file for file in path.iterdir() if file.is_symlink() and not file.exists())
     if dangling:
         first, more = dangling[0], f" and {len(dangling) - 1} more" if len(dangling) > 1 else ""

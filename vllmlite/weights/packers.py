@@ -1,4 +1,4 @@
-"""Packing of weights that are rounded already: the inverse of each scheme's ``dequantize``."""
+"""Pack weights that have been rounded to integers: the inverse of each scheme's ``dequantize``."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Rounded:
 
 
 def stored_scales(scheme: Scheme, scales: Floats) -> Floats:
-    """``scales`` rounded to the dtype in which ``scheme`` stores them."""
+    """Return ``scales`` rounded to the dtype in which ``scheme`` stores them."""
     if isinstance(scheme, TileScheme):
         return rounded_to_bf16(np.ascontiguousarray(scales, np.float32))
     with np.errstate(over="ignore"):
@@ -67,8 +67,8 @@ def stored_scales(scheme: Scheme, scales: Floats) -> Floats:
 
 
 def packed(weight: Rounded, scheme: Scheme) -> PackedWeight:
-    """``weight`` as ``scheme`` stores it, scales rounded as :func:`stored_scales` does. ModelError for scales that
-    overflow, and for a scheme that stores no integers."""
+    """Return ``weight`` as ``scheme`` stores it, with scales rounded by :func:`stored_scales`. Raises ModelError for
+    scales that overflow, and for a scheme that does not store integers."""
     pack = _PACKERS.get(type(scheme))
     if pack is None:
         raise ModelError(f"{scheme.name}: integers with scales cannot be stored in this scheme")
@@ -80,7 +80,7 @@ def packed(weight: Rounded, scheme: Scheme) -> PackedWeight:
 
 
 def packed_float8(weight: Floats, scales: Floats, scheme: Float8Scheme) -> PackedWeight:
-    """``weight / scales`` in e4m3 with these ``scales``, whose shape is that of the scheme's granularity."""
+    """Return ``weight / scales`` in e4m3 with these ``scales``, whose shape is that of the scheme's granularity."""
     rows, columns = weight.shape
     if scheme.granularity == "block":
         wide = np.repeat(scales, scheme.block[1], axis=1)[:, :columns]
@@ -101,7 +101,7 @@ def _integers(values: NDArray[Any], dtype: str = "int32") -> HostTensor:
 
 
 def _words(codes: Codes, bits: int) -> NDArray[np.int32]:
-    """Rows of codes as streams of bits in words, low bits first: int32 ``[rows, ceil(n * bits / 32)]``."""
+    """Return rows of codes as streams of bits in words, low bits first: int32 ``[rows, ceil(n * bits / 32)]``."""
     single = np.ascontiguousarray(codes)[..., None]
     stream = np.unpackbits(single, axis=-1, count=bits, bitorder="little").reshape(len(codes), -1)
     data = np.packbits(np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32))), axis=1, bitorder="little")
@@ -110,7 +110,7 @@ def _words(codes: Codes, bits: int) -> NDArray[np.int32]:
 
 
 def _awq_words(codes: Codes) -> NDArray[np.int32]:
-    """Words ``[n, rows / 8]`` of codes ``[rows, n]``."""
+    """Return the codes ``[rows, n]`` in AWQ's words ``[n, rows / 8]``."""
     eights = codes.reshape(-1, AWQ_ROWS, codes.shape[1]).astype(np.uint32)
     shifts = np.array(AWQ_NIBBLES, np.uint32)[:, None] * np.uint32(4)
     found: NDArray[np.uint32] = np.bitwise_or.reduce(eights << shifts, axis=1)

@@ -1,4 +1,6 @@
-"""The form in which the weights of products reach a backend: as stored, repacked, quantised at load, or as floats."""
+"""The form in which the weights of matrix products reach a backend: as stored, repacked, quantised at load, or as
+floats.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ LOAD_SCHEMES: dict[str, Scheme] = {**TILES, "fp8": Float8Scheme("channel", input
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Decide the form of each weight, and bring it into that form."""
+    """Decides the form of each weight, and brings it into that form."""
 
     backend: Backend
     quantization: str | None = None
@@ -34,8 +36,8 @@ class Packing:
     """Products with integer weights in groups quantise activations to int8."""
 
     def scheme(self, stored: Scheme | None, head: bool = False) -> Scheme | None:
-        """The scheme in which the backend gets a weight that is stored in ``stored``; None means as floats. ``head``:
-        it is the output layer."""
+        """Return the scheme in which the backend gets a weight that is stored in the scheme ``stored``; None means as
+        floats. ``head``: it is the output layer."""
         if head and stored is None and self.head is not None:
             return TILES[self.head]
         native = stored is not None and stored.name in self.backend.schemes
@@ -54,9 +56,8 @@ class Packing:
         return None if self.quantization is None else LOAD_SCHEMES[self.quantization]
 
     def treatment(self, stored: Scheme | None, packed: bool = True) -> str:
-        """Describe what becomes of weights that are stored in ``stored``, or as floats where it is None.
-
-        Not ``packed``: the backend gets them as floats in any case."""
+        """Describe how weights that are stored in the scheme ``stored`` (None: as floats) are put on the backend. If
+        ``packed`` is False, the backend gets them as floats in any case."""
         scheme = self.scheme(stored) if packed else None
         if scheme is None:
             return f"in {self.backend.dtype}" if stored is None else f"dequantised to {self.backend.dtype}"
@@ -74,8 +75,8 @@ class Packing:
         return found if wanted in (None, found) else f"{found}, not {wanted}"
 
     def __call__(self, weight: HostWeight, head: bool = False) -> HostWeight:
-        """``weight`` in the form that :meth:`scheme` says. ModelError for values that cannot be quantised, and for
-        scales that are not finite."""
+        """Return ``weight`` in the form that :meth:`scheme` names. Raises ModelError for values that cannot be
+        quantised, and for scales that are not finite."""
         stored = weight.scheme if isinstance(weight, PackedWeight) else None
         scheme = self.scheme(stored, head)
         if scheme is None:
@@ -91,8 +92,8 @@ class Packing:
         return self.backend.quantize(self.floats(weight), scheme.name)
 
     def floats(self, weight: HostWeight, dtype: str | None = None) -> HostTensor:
-        """``weight`` as it is if it has float elements, else dequantised to ``dtype``: by default the backend's, or
-        float32 where floats are quantised next."""
+        """Return ``weight`` as it is if its elements are floats, else dequantised to ``dtype``: by default the
+        backend's, or float32 if floats are to be quantised."""
         if isinstance(weight, HostTensor):
             return weight
         return self.backend.dequantize(

@@ -48,7 +48,7 @@ class Source:
     transposed: bool = False
     """The weight is stored as ``[in, out]``; ``rows`` and ``columns`` refer to the transposed tensor."""
     product: bool = False
-    """Whether it is a weight matrix, to which quantisation applies."""
+    """Whether the tensor is a weight matrix, to which quantisation applies."""
 
     def take(self, tensor: HostWeight) -> HostWeight:
         """Return the model's tensor, taken from the stored one: a view if its elements are contiguous, else a copy."""
@@ -119,9 +119,8 @@ class ModelWeights:
         return parts
 
     def release(self, names: Sequence[str]) -> None:
-        """Give back the memory of stored tensors that the backend has taken.
-
-        Those that it uses where they are mapped come back when they are read."""
+        """Return the memory of stored tensors that are on the backend to the system. Tensors that the backend uses
+        where they are mapped are read again when needed."""
         if self.stored.generated:
             return
         for key in {self.sources[name].key for name in names}:
@@ -130,7 +129,7 @@ class ModelWeights:
                 release(part)
 
     def packed_scheme(self, name: str) -> Scheme | None:
-        """Return the scheme in which the backend gets a weight matrix; None if it gets floats, as it does where a
+        """Return the scheme in which the backend gets a weight matrix. None if it gets floats, which it also does if a
         matrix that is fused with this one comes as floats."""
         own, *others = (
             self.packing.scheme(self.stored.schemes.get(self.sources[each].key), name in (HEAD, TABLE))
@@ -166,7 +165,7 @@ class ModelWeights:
 
     @property
     def packed_head(self) -> Scheme | None:
-        """Scheme of a packed output layer made of the embedding table; None if there is none."""
+        """Scheme in which the output layer is packed if it is made from the embedding table; None if it is not."""
         return None if HEAD in self.sources or TABLE not in self.sources else self.packed_scheme(TABLE)
 
     @contextmanager

@@ -77,9 +77,8 @@ def parse_safetensors(
 
 
 def layout_header(layout: Layout) -> bytes:
-    """The beginning of a file with tensors of ``layout``, whose data follow one after the other.
-
-    The data begin at a multiple of 64 bytes, so that a CPU can read them in place efficiently."""
+    """Return the beginning of a file with tensors of ``layout``, whose data follow in the same order. The data begin at
+    a multiple of 64 bytes, so that a CPU can read them in place efficiently."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     spelled = {name: code for code, name in _DTYPES.items()}
     position = 0
@@ -93,7 +92,7 @@ def layout_header(layout: Layout) -> bytes:
 
 
 def write_safetensors(path: Path, tensors: Iterable[HostTensor], layout: Layout) -> None:
-    """Write a new file of ``tensors``, which come as ``layout`` names them, one at a time."""
+    """Write a new file of ``tensors``, which come one at a time in the order of ``layout``."""
     with path.open("xb") as file:
         file.write(layout_header(layout))
         for tensor, (name, expected) in zip(tensors, layout.items(), strict=True):

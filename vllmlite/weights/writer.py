@@ -1,4 +1,4 @@
-"""Files of a checkpoint whose layout is known beforehand, so that tensors are written as they come, in any order."""
+"""Files of a checkpoint whose layout is known beforehand, so that tensors can be written in any order."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from vllmlite.weights.host import HostTensor, num_bytes
 from vllmlite.weights.safetensors import Layout, layout_header
 
 SHARD_BYTES = 5 * 10**9
-"""Largest safetensors file, as transformers writes them; only a tensor that is larger gets a larger one."""
+"""Maximum size of a safetensors file, as in transformers. A file may be larger only for a single larger tensor."""
 
 
 class TensorFile:
-    """A file of a header and tensors at known places. What an earlier process wrote to it stays."""
+    """A file with a header and tensors at fixed positions. Bytes that an earlier process wrote to it stay."""
 
     def __init__(self, path: Path, header: bytes, places: Mapping[str, tuple[int, int]]) -> None:
-        """``places``: where each tensor's bytes begin in the file, and how many there are."""
+        """Open the file at ``path`` and write ``header``. ``places`` gives, for each tensor, the position of its first
+        byte in the file and the number of its bytes."""
         self.path, self.places = path, places
         size = max([len(header), *(begin + count for begin, count in places.values())])
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -39,7 +40,7 @@ class TensorFile:
             raise
 
     def write(self, name: str, tensor: HostTensor) -> None:
-        """Write a tensor's bytes to its place."""
+        """Write a tensor's bytes to its position."""
         count = self.places[name][1]
         if tensor.data.nbytes != count:
             raise ValueError(f"{name}: {tensor.data.nbytes} bytes are not {count}")
@@ -94,9 +95,8 @@ class Checkpoint:
 
 
 def safetensors_checkpoint(directory: Path, layout: Layout) -> Checkpoint:
-    """One safetensors file of ``layout``, or shards and an index where it would pass :data:`SHARD_BYTES`.
-
-    Tensors of multiples of 64 bytes come first, so that all of these lie at such multiples."""
+    """Create one safetensors file of ``layout``, or shards and an index if it would exceed :data:`SHARD_BYTES`. Tensors
+    of multiples of 64 bytes come first, so that all of these lie at such multiples."""
     ordered = dict(sorted(layout.items(), key=lambda entry: num_bytes(*entry[1]) % 64 != 0))
     shards = list(_shards(ordered))
     total = len(shards)

@@ -18,7 +18,7 @@ from vllmlite.weights.schemes.groups import Axes, check_shape, group_count
 
 @dataclass(frozen=True, slots=True)
 class AwqScheme(IntegerScheme):
-    """``group_size`` is None if a row is one group."""
+    """The scheme of AWQ weights. ``group_size`` None: a row is one group."""
 
     group_size: int | None
     name: str = "awq"
@@ -28,7 +28,7 @@ class AwqScheme(IntegerScheme):
 
     @property
     def column_unit(self) -> int:
-        """A group."""
+        """Number of columns of a group."""
         return self.group_size or 1
 
     def parts(self, shape: Shape) -> dict[str, Part]:

@@ -14,12 +14,12 @@ def words(tensor: HostTensor) -> NDArray[np.uint32]:
 
 
 def row_bytes(packed: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    """The bytes ``[rows, 4 * words]`` of rows of words."""
+    """Return the bytes ``[rows, 4 * words]`` of rows of words."""
     return np.ascontiguousarray(packed, "<u4").view(np.uint8).reshape(len(packed), -1)
 
 
 def pack_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Codes ``[rows, count]`` of 4 or 8 bits in bytes, low bits first."""
+    """Return codes ``[rows, count]`` of 4 or 8 bits packed in bytes, low bits first."""
     if bits == 8:
         return codes
     even = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
@@ -28,8 +28,8 @@ def pack_rows(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 def unpack_rows(data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
-    """The first ``count`` codes of each row of ``data [rows, bytes]``: uint8 ``[rows, count]``. Codes of 3 bits lie
-    across the bounds of bytes."""
+    """Return the first ``count`` codes of each row of ``data [rows, bytes]``: uint8 ``[rows, count]``. Codes of 3 bits
+    may lie in two bytes."""
     if bits == 8:
         return np.ascontiguousarray(data[:, :count])
     if bits == 4:

@@ -61,7 +61,7 @@ class Bnb4Scheme(Scheme):
 
     @property
     def column_unit(self) -> int:
-        """The least size of a block; larger ones are cut."""
+        """Smallest size of a block; blocks of the stored weight are divided into such."""
         return BLOCKS[0]
 
     def in_rows(self, weight: PackedWeight) -> PackedWeight:

@@ -28,7 +28,7 @@ from vllmlite.weights.schemes.grouped import IntegerScheme
 from vllmlite.weights.schemes.groups import Axes, check_shape, group_count, group_indices
 
 SCALE_DTYPES = ("float16", "float32")
-"""Beside bfloat16."""
+"""Dtypes of scales that are accepted besides bfloat16."""
 ACTIVATIONS = {
     "input_scale": Part((1,), "bfloat16", SCALE_DTYPES, ((),), optional=True),
     "input_zero_point": Part((1,), "int8", (), ((),), optional=True),
@@ -37,7 +37,7 @@ ACTIVATIONS = {
 
 
 def scale_part(shape: Shape, group_size: int | None, per_tensor: bool) -> Part:
-    """The scales of a weight of ``shape``: a number, one for each row, or one for each group of a row."""
+    """Return the scales of a weight of ``shape``: a number, one for each row, or one for each group of a row."""
     if per_tensor:
         return Part((1,), "bfloat16", SCALE_DTYPES, ((), (1, 1)))
     groups = group_count(shape[1], group_size)
@@ -45,7 +45,7 @@ def scale_part(shape: Shape, group_size: int | None, per_tensor: bool) -> Part:
 
 
 def scales_of(weight: PackedWeight) -> HostTensor:
-    """Scales ``[N, G]`` of a weight ``[N, K]``."""
+    """Return the scales ``[N, G]`` of a weight ``[N, K]``."""
     stored, rows = weight.parts["weight_scale"], weight.shape[0]
     elements = stored.data.reshape(math.prod(stored.shape), -1)
     if len(elements) == 1:
@@ -65,12 +65,12 @@ class PackedIntScheme(IntegerScheme):
 
     @property
     def row_unit(self) -> int:
-        """Rows whose zeros fill words."""
+        """Number of rows whose zeros fill whole words."""
         return 1 if self.symmetric else 32 // self.bits
 
     @property
     def column_unit(self) -> int:
-        """Columns whose codes fill words, and a group where groups are runs of columns."""
+        """Number of columns whose codes fill whole words; if groups are runs of columns, also whole groups."""
         per_word = 32 // self.bits
         return int(np.lcm(per_word, self.group_size or 1)) if self.ordered else per_word
 
@@ -138,7 +138,7 @@ class IntScheme(IntegerScheme):
 
     @property
     def column_unit(self) -> int:
-        """A group."""
+        """Number of columns of a group."""
         return self.group_size or 1
 
     def parts(self, shape: Shape) -> dict[str, Part]:

@@ -47,12 +47,12 @@ BLOCK = 128
 LARGEST = 448.0
 """The largest e4m3 value."""
 LEAST_SCALE = 2.0**-100
-"""The least scale of activations; its reciprocal is finite."""
+"""Smallest scale of activations; its reciprocal is finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Float8Operand:
-    """A weight ``[N, K]`` as products that quantise activations take it: e4m3 codes ``[N, K]``, and float32 scales
+    """A weight ``[N, K]`` in the form of products that quantise activations: e4m3 codes ``[N, K]``, and float32 scales
     ``[N]``, or ``[ceil(N / 128), ceil(K / 128)]`` with blocks. ``input_scale`` is the scale of activations if it is
     static."""
 
@@ -64,8 +64,8 @@ class Float8Operand:
 
 @dataclass(frozen=True, slots=True)
 class Float8Scheme(GroupableScheme):
-    """``granularity``: one of :data:`GRANULARITIES`; ``block``: rows and columns of a block; ``scale``: the scales'
-    suffix; ``inputs``: ``dynamic`` or ``static`` where products quantise activations."""
+    """The scheme of 8-bit floats. ``granularity``: one of :data:`GRANULARITIES`; ``block``: rows and columns of a
+    block; ``scale``: the scales' suffix; ``inputs``: ``dynamic`` or ``static`` if products quantise activations."""
 
     granularity: str
     block: tuple[int, int] = (1, 1)
@@ -74,7 +74,7 @@ class Float8Scheme(GroupableScheme):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """``fp8``, or ``fp8_w8a8`` where products quantise activations."""
+        """``fp8``, or ``fp8_w8a8`` if products quantise activations."""
         return "fp8" if self.inputs is None else "fp8_w8a8"
 
     @property
@@ -84,12 +84,12 @@ class Float8Scheme(GroupableScheme):
 
     @property
     def row_unit(self) -> int:
-        """Rows of a block."""
+        """Number of rows of a block."""
         return self.block[0]
 
     @property
     def column_unit(self) -> int:
-        """Columns of a block."""
+        """Number of columns of a block."""
         return self.block[1]
 
     def parts(self, shape: Shape) -> dict[str, Part]:
@@ -125,8 +125,8 @@ class Float8Scheme(GroupableScheme):
         return np.asarray(values * (scales.reshape(-1, 1) if scales.size > 1 else scales.reshape(())))
 
     def operand(self, weight: PackedWeight) -> Float8Operand:
-        """Return ``weight`` as products that quantise activations take it. ModelError for scales that are not finite,
-        and for an ``input_scale`` that is not positive."""
+        """Return ``weight`` in the form of products that quantise activations. Raises ModelError for scales that are
+        not finite, and for an ``input_scale`` that is not positive."""
         rows = weight.shape[0]
         scales, blocks, constant = self._scales(weight), self.granularity == "block", None
         if not blocks:
@@ -179,7 +179,7 @@ class Float8Scheme(GroupableScheme):
 
 
 def float8(values: Floats) -> NDArray[np.uint8]:
-    """The nearest e4m3 of each value, ties to even; magnitudes above 448 become 448."""
+    """Return the nearest e4m3 of each value, ties to even; magnitudes above 448 become 448."""
     magnitudes = np.minimum(np.abs(values), LARGEST)
     bits = magnitudes.view(np.uint32)
     normal = ((bits + np.uint32(0x7FFFF) + (bits >> np.uint32(20) & np.uint32(1))) >> np.uint32(20)) - 960
@@ -196,7 +196,7 @@ def quantize(values: Floats) -> PackedWeight:
 
 
 def of_rows(codes: NDArray[np.uint8], scales: Floats) -> PackedWeight:
-    """A weight of e4m3 ``codes [N, K]`` with ``scales [N, 1]``, whose products quantise activations."""
+    """Return a weight of e4m3 ``codes [N, K]`` with ``scales [N, 1]``, whose products quantise activations."""
     parts = {
         "weight": HostTensor("float8_e4m3", codes.shape, codes.reshape(-1)),
         "weight_scale": float_tensor(scales, "float32"),

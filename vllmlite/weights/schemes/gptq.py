@@ -30,8 +30,9 @@ WORD_BITS = 32
 
 @dataclass(frozen=True, slots=True)
 class GptqScheme(IntegerScheme):
-    """``group_size`` None: a row is one group. ``version``: of the format, 1 or 2. ``symmetric``: all zeros are the
-    middle code, which tells the version whatever the configuration says. ``ordered``: groups are runs of columns."""
+    """The scheme of GPTQ weights. ``group_size`` None: a row is one group. ``version``: of the format, 1 or 2.
+    ``symmetric``: all zeros are the middle code, from which the version follows whatever the configuration says.
+    ``ordered``: groups are runs of columns."""
 
     bits: int
     group_size: int | None
@@ -42,12 +43,12 @@ class GptqScheme(IntegerScheme):
 
     @property
     def row_unit(self) -> int:
-        """Rows whose zeros fill words."""
+        """Number of rows whose zeros fill whole words."""
         return WORD_BITS if self.bits == 3 else WORD_BITS // self.bits
 
     @property
     def column_unit(self) -> int:
-        """Columns whose codes fill words, and a group where groups are runs of columns."""
+        """Number of columns whose codes fill whole words; if groups are runs of columns, also whole groups."""
         return int(np.lcm(self.row_unit, self.group_size or 1)) if self.ordered else self.row_unit
 
     def parts(self, shape: Shape) -> dict[str, Part]:

@@ -69,7 +69,7 @@ class GroupedScheme(SlicedScheme):
 
     @property
     def column_unit(self) -> int:
-        """Columns whose codes fill bytes, and a group."""
+        """Number of columns whose codes fill whole bytes and whole groups."""
         return int(np.lcm(8 // self.bits, self.group_size or 1))
 
     def parts(self, shape: Shape) -> dict[str, Part]:
@@ -115,7 +115,7 @@ class GroupedScheme(SlicedScheme):
 
 
 Repack: TypeAlias = Callable[[StoredCodes, int], Bytes]
-"""Computes what :meth:`StoredCodes.repacked` does."""
+"""Function that does the work of :meth:`StoredCodes.repacked`."""
 
 
 class GroupableScheme(SlicedScheme):
@@ -142,18 +142,19 @@ class IntegerScheme(GroupableScheme):
 
     @abstractmethod
     def codes(self, weight: PackedWeight) -> StoredCodes:
-        """The codes as they are stored."""
+        """Return the integer codes of the weight as they are stored."""
 
     @abstractmethod
     def zeros(self, weight: PackedWeight) -> Bytes | None:
-        """The zeros ``[N, G]``; None if all are the middle code. ModelError for zeros that the scheme does not have."""
+        """Return the zeros ``[N, G]``; None if all are the middle code. ModelError for zeros that the scheme does not
+        have."""
 
     @abstractmethod
     def scales(self, weight: PackedWeight) -> HostTensor:
-        """The scales ``[N, G]``."""
+        """Return the scales ``[N, G]``."""
 
     def groups(self, weight: PackedWeight) -> NDArray[np.int64] | None:
-        """The group of each column; None if groups are runs of as many columns each."""
+        """Return the group of each column; None if groups are runs of equally many columns."""
         return group_indices(weight, self.group_size, group_count(weight.shape[1], self.group_size))
 
     def dequantize(self, weight: PackedWeight) -> Floats:
@@ -207,6 +208,6 @@ def _tensor(values: Bytes) -> HostTensor:
 
 
 def transposed(tensor: HostTensor) -> HostTensor:
-    """A matrix with its axes exchanged."""
+    """Return a matrix with its axes exchanged."""
     elements = tensor.data.view(f"u{ITEM_SIZE[tensor.dtype]}").reshape(tensor.shape).T
     return HostTensor(tensor.dtype, elements.shape, np.ascontiguousarray(elements).reshape(-1).view(np.uint8))

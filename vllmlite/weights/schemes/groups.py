@@ -17,15 +17,17 @@ Codes = NDArray[np.integer]
 
 
 def group_count(columns: int, group_size: int | None) -> int:
-    """Groups of a row of ``columns`` elements; the last may be short. ``group_size`` None: the row is one group."""
+    """Return the number of groups in a row of ``columns`` elements; the last may be short. ``group_size`` None: the row
+    is one group."""
     return 1 if group_size is None else -(-columns // group_size)
 
 
 def group_indices(
     weight: PackedWeight, group_size: int | None, groups: int, suffix: str = ""
 ) -> NDArray[np.int64] | None:
-    """The group of each column: what the part ``suffix`` holds, if it is stored (``desc_act``), else groups in order.
-    None if the groups are runs of as many columns each. ModelError for indices out of range."""
+    """Return the group of each column: the elements of the part ``suffix`` if it is stored (``desc_act``), else
+    consecutive groups. None if the groups are runs of equally many columns. Raises ModelError for indices out of
+    range."""
     stored, columns = weight.parts.get(suffix), weight.shape[1]
     size = columns if group_size is None else group_size
     in_order = np.arange(columns) // size
@@ -46,8 +48,8 @@ def check_scales(scales: Floats) -> None:
 def scaled(
     codes: Codes | Floats, zeros: Codes | int, scales: Floats, index: NDArray[np.int64] | None
 ) -> Floats:
-    """``(codes - zeros) * scales`` float32 ``[out, in]``, from codes ``[out, in]``, and zeros and scales
-    ``[out, groups]`` of the groups ``index [in]``, which is :func:`group_indices`'. ModelError for scales that are not
+    """Return ``(codes - zeros) * scales`` as float32 ``[out, in]``, from codes ``[out, in]``, zeros and scales ``[out,
+    groups]``, and the result ``index [in]`` of :func:`group_indices`. Raises ModelError for scales that are not
     finite."""
     check_scales(scales)
 
@@ -64,8 +66,9 @@ def scaled(
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """How to slice a part when its weight is sliced: the axes of the part that rows and columns of the weight run along
-    (None: the part is not sliced by these), and how many rows and columns one element of the part covers."""
+    """How a part is sliced when its weight is sliced: the axes of the part that correspond to rows and to columns of
+    the weight (None: the part is not sliced with these), and how many rows and columns one element of the part
+    covers."""
 
     rows: int | None = None
     columns: int | None = None
@@ -77,7 +80,7 @@ class SlicedScheme(Scheme):
     """A scheme whose parts are sliced along the axes that :meth:`axes` names."""
 
     def axes(self) -> dict[str, Axes]:
-        """Return the axes of every part by its suffix."""
+        """Return how each part is sliced with its weight, by the part's suffix."""
         raise NotImplementedError
 
     def take_rows(self, weight: PackedWeight, spans: Sequence[tuple[int, int]]) -> PackedWeight:
@@ -119,7 +122,7 @@ def _joined(cut: Sequence[HostTensor], axis: int) -> HostTensor:
 
 
 def check_shape(shape: Shape, what: str, rows: int = 1, columns: int = 1) -> None:
-    """ModelError unless the rows and columns of a weight are multiples of the numbers given."""
+    """Raise ModelError unless the numbers of rows and columns of a weight are multiples of ``rows`` and ``columns``."""
     if shape[0] % rows or shape[1] % columns:
         raise ModelError(
             f"a weight {list(shape)} in {what}: accepted: multiples of {rows} rows and {columns} columns"

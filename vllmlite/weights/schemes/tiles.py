@@ -65,7 +65,7 @@ class TileScheme(Scheme):
     sub_scales: bool = False
     """Whether the groups of a unit share a scale, which integer sub-scales multiply."""
     elements_per_scale: int = GROUP
-    """GROUP, or half of it."""
+    """Number of elements with a common scale: GROUP, or half of it."""
     row_unit: int = TILE_ROWS
     column_unit: int = GROUP
 
@@ -76,7 +76,7 @@ class TileScheme(Scheme):
 
     @property
     def scales_per_group(self) -> int:
-        """1 or 2."""
+        """Number of scales in a group, 1 or 2."""
         return GROUP // self.elements_per_scale
 
     def parts(self, shape: Shape) -> dict[str, Part]:

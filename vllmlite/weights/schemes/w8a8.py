@@ -28,8 +28,8 @@ from vllmlite.weights.schemes.groups import check_scales
 
 @dataclass(frozen=True, slots=True)
 class InputScale:
-    """How products quantise activations: by the constants ``scale`` and ``zero``, or by each row's largest magnitude
-    (``symmetric``) or range."""
+    """How products quantise activations: by the constants ``scale`` and ``zero`` or, for each row, by its largest
+    magnitude (``symmetric``) or its range."""
 
     symmetric: bool = True
     scale: float | None = None
@@ -49,7 +49,8 @@ class Int8Operand:
 
 @dataclass(frozen=True, slots=True)
 class W8A8Scheme(IntScheme):
-    """``static``: activations are quantised by stored constants. ``symmetric_input``: with no zero point."""
+    """The scheme of int8 weights whose products quantise activations: ``static``: by stored constants;
+    ``symmetric_input``: without a zero point."""
 
     static: bool = False
     symmetric_input: bool = True
@@ -62,7 +63,7 @@ class W8A8Scheme(IntScheme):
 
     @property
     def max_columns(self) -> int:
-        """The number of products whose sum fits into 32 bits."""
+        """Maximum number of columns for which the sum of a row's products fits into 32 bits."""
         return (1 << 31) >> (14 + (not self.symmetric) + (not self.symmetric_input))
 
     def parts(self, shape: Shape) -> dict[str, Part]:
@@ -73,8 +74,8 @@ class W8A8Scheme(IntScheme):
         return parts
 
     def operand(self, weight: PackedWeight) -> Int8Operand:
-        """Return ``weight`` as backends take it. ModelError for scales that are not finite or not positive, and for
-        zero points out of range."""
+        """Return ``weight`` in the form that backends take. Raises ModelError for scales that are not finite or not
+        positive, and for zero points out of range."""
         shape = weight.shape[0], weight.shape[1]
         if shape[1] > self.max_columns:
             raise ModelError(f"a weight {list(shape)} in w8a8: accepted: up to {self.max_columns} columns")
