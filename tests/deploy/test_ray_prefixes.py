@@ -6,6 +6,9 @@ import json
 
 import pytest
 
+pytest.importorskip("uvicorn")
+pytest.importorskip("yaml")
+
 from vllmlite.engine.routing import Prefix
 from vllmlite.ray_serve.http import BLOCK_BYTES, make_request, prompt_prefix
 

@@ -64,6 +64,7 @@ REFUSED = {
 def app(args: Mapping[str, Any]) -> Any:
     """Return the application for ``serve.run``. Raises ParameterError for an option that does not exist."""
     from ray import serve
+    from ray.exceptions import RayActorError
     from ray.serve.config import RequestRouterConfig
 
     options = {name.replace("-", "_"): _value(value) for name, value in args.items()}
@@ -92,7 +93,7 @@ def app(args: Mapping[str, Any]) -> Any:
     def build() -> Ingress:
         """Return the application of an ingress, in its process."""
         handle = serve.get_deployment_handle(REPLICAS, serve.get_replica_context().app_name)
-        return Ingress(handle.options(stream=True), max_body_size)
+        return Ingress(handle.options(stream=True), RayActorError, max_body_size)
 
     ingress = serve.deployment(
         serve.ingress(build)(),

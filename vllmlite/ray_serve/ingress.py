@@ -8,13 +8,17 @@ from starlette.types import Receive, Scope, Send
 
 from vllmlite.ray_serve.http import make_request
 
+ATTEMPTS = 2
+"""How often a request is sent, if the replica that has it dies before it begins to answer."""
+
 
 class Ingress:
     """An ASGI application that forwards requests to the deployment of replicas, whose router reads their prompts."""
 
-    def __init__(self, replicas: Any, max_body_size: int) -> None:
-        """``replicas`` is the deployment's handle, for streams."""
+    def __init__(self, replicas: Any, death: type[Exception], max_body_size: int) -> None:
+        """``replicas`` is the deployment's handle, for streams, which raises ``death`` if a replica dies."""
         self._replicas = replicas
+        self._death = death
         self._max_body_size = max_body_size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -31,10 +35,18 @@ class Ingress:
                 return
             body += message.get("body", b"")
             more = message.get("more_body", False)
-        answer = self._replicas.respond.remote(make_request(scope, bytes(body)))
-        try:
-            async for messages in answer:
-                for message in messages:
-                    await send(message)
-        finally:
-            answer.cancel()
+        request = make_request(scope, bytes(body))
+        for attempt in range(1, ATTEMPTS + 1):
+            has_begun = False
+            answer = self._replicas.respond.remote(request)
+            try:
+                async for messages in answer:
+                    has_begun = True
+                    for message in messages:
+                        await send(message)
+                return
+            except self._death:
+                if has_begun or attempt == ATTEMPTS:
+                    raise
+            finally:
+                answer.cancel()
