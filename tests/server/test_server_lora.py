@@ -80,7 +80,13 @@ def test_every_api_takes_an_adapters_name_as_its_model(service: Service) -> None
             }, path
         events = await streamed(client, "/v1/completions", model="first", **GREEDY)
         assert {data["model"] for _, data in events if data != "[DONE]"} == {"first"}
-        await posted(client, "/v1/completions", 404, model="third", **GREEDY)
+        for path, body in requests.items():
+            await posted(client, path, 404, model="third", **body)
+        infill: dict[str, Any] = {"input_prefix": "x", "input_suffix": "y"}
+        await posted(client, "/infill", 404, model="third", **infill)
+        await posted(client, "/embedding", 404, model="third", content="x")
+        for path in ("/chat/completions", "/apply-template"):
+            await posted(client, path, 404, model="third", **chat)
 
     ask(service, work)
 
@@ -109,6 +115,8 @@ def test_adapters_are_loaded_and_unloaded_while_the_server_runs(service: Service
             await call(client, UNLOAD, 400, lora_name="new", lora_int_id=99)
             assert "removed" in await call(client, UNLOAD, lora_name="new")
             await posted(client, "/v1/completions", 404, model="new", **GREEDY)
+            message = (await posted(client, "/completion", 404, model="new", prompt="x"))["error"]["message"]
+            assert message == "model='new': is not served; served: demo, first"
             assert "did you mean first" in await call(client, UNLOAD, 404, lora_name="firs")
 
     asyncio.run(work())

@@ -94,10 +94,11 @@ class Service:
     def check(self, body: Request, connection: HTTPConnection) -> ServedModel:
         """Check what all requests have in common: the model's name, and fields without effect. Returns the model.
 
-        llama.cpp's endpoints accept any model name, as llama-server does. Raises :class:`ApiError`, or
+        llama.cpp's endpoints accept any model name, as llama-server does, but not on a server of adapters, where the
+        name of one that is not loaded would stand for the base model. Raises :class:`ApiError`, or
         :class:`ParameterError` if ``strict_requests`` refuses a field."""
         path, name = path_of(connection.scope), getattr(body, "model", None)
-        if api_of(path) is not Api.LLAMACPP:
+        if api_of(path) is not Api.LLAMACPP or self.engine.llm_engine.config.enable_lora:
             self.check_model(name)
         self._check_fields(body, path)
         adapter = self.adapters.all().get(name or "")
