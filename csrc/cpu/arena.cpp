@@ -1,8 +1,10 @@
 #include "cpu/arena.hpp"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <bit>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 #include <utility>
@@ -21,6 +23,16 @@ void* get(std::size_t bytes) {
   if (alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
   return memory;
+}
+
+// Gives the whole pages of anonymous memory back to the system; they are zero when they are next read.
+void discard_pages(void* memory, std::size_t bytes) {
+#ifdef MADV_DONTNEED
+  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  const auto address = reinterpret_cast<std::uintptr_t>(memory);
+  const std::uintptr_t first = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (first < end) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
+#endif
 }
 
 // A free piece of up to this many times the size is reused. So smaller steps use the pieces of larger ones; otherwise
@@ -67,6 +79,11 @@ Tensor Arena::make(std::vector<std::int64_t> shape, DType dtype) {
   return tensor;
 }
 
+void Arena::discard() {
+  for (const auto& [size, pieces] : free_)
+    for (void* piece : pieces) discard_pages(piece, size);
+}
+
 bool Arena::owns(const Tensor& tensor) { return std::get_deleter<Return>(tensor.owner) != nullptr; }
 
 Tensor allocate(std::vector<std::int64_t> shape, DType dtype) {
@@ -77,5 +94,7 @@ Tensor allocate(std::vector<std::int64_t> shape, DType dtype) {
   tensor.owner = std::shared_ptr<void>(tensor.data, std::free);
   return tensor;
 }
+
+void discard(const Tensor& tensor) { discard_pages(tensor.data, tensor.bytes()); }
 
 }  // namespace vllmlite::cpu

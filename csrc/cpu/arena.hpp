@@ -21,6 +21,9 @@ class Arena : public std::enable_shared_from_this<Arena> {
   // An uninitialised tensor whose memory returns to this arena when its last copy is destroyed.
   Tensor make(std::vector<std::int64_t> shape, DType dtype);
 
+  // Gives the pages of the pieces that no tensor uses back to the system. Their addresses stay: recordings use them.
+  void discard();
+
   // Whether the tensor's memory came from an arena.
   static bool owns(const Tensor& tensor);
 
@@ -32,5 +35,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
 
 // Uninitialised memory that belongs to no arena, 64-byte aligned, on huge pages if it is 2 MiB or more.
 Tensor allocate(std::vector<std::int64_t> shape, DType dtype);
+
+// Gives the whole pages of a tensor's memory back to the system. The tensor stays usable; its contents are lost.
+void discard(const Tensor& tensor);
 
 }  // namespace vllmlite::cpu

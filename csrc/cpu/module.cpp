@@ -407,6 +407,18 @@ PYBIND11_MODULE(_cpu, module) {
              const py::gil_scoped_release released;
              self.flush();
            })
+      .def(
+          "release",
+          [](cpu::Runtime& self, const std::vector<std::shared_ptr<cpu::KVCache>>& caches) {
+            {
+              const py::gil_scoped_release released;
+              self.flush();
+            }
+            for (const auto& cache : caches) cpu::discard(cache->memory);
+            self.discard_free();
+          },
+          py::arg("caches"),
+          "Give the memory of caches, whose contents are lost, and of free tensors back to the system.")
       .def("capture", &capture, py::arg("batch"), py::arg("step"),
            "Record and run `step`, whose ops read `batch` and which returns a list of tensors.")
       .def("replay", &replay, py::arg("graph"), py::arg("batch"), "Run a graph on another batch of the same shape.");

@@ -1,5 +1,9 @@
 #include "cpu/runtime.hpp"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include <stdexcept>
 #include <utility>
 
@@ -40,6 +44,15 @@ void Runtime::flush() {
   if (pending_.phases.empty()) return;
   const Recording now = std::exchange(pending_, {});
   team_.run(now.phases);
+}
+
+void Runtime::discard_free() {
+  flush();
+  arena_->discard();
+  recordings_arena_->discard();
+#ifdef __GLIBC__
+  (void)malloc_trim(0);
+#endif
 }
 
 void Runtime::begin_recording() {

@@ -48,6 +48,9 @@ class Runtime {
   // Runs the pending phases.
   void flush();
 
+  // Gives memory that no tensor uses back to the system, after flush().
+  void discard_free();
+
   // Between begin_recording and end_recording, issued phases are kept, and results come from an arena that all
   // recordings share: recordings never run at the same time, and only their results outlive them. end_recording also
   // runs them once.

@@ -23,8 +23,8 @@ KVCache::KVCache(Runtime& runtime, const CacheSpec& spec, std::int64_t blocks)
   if (num_blocks > std::numeric_limits<std::int32_t>::max() / rows)
     throw std::invalid_argument(std::to_string(num_blocks) + " blocks: the CUDA backend has pools of up to " +
                                 std::to_string(std::numeric_limits<std::int32_t>::max() / rows) + " of this size");
-  memory = runtime.make({layers, num_blocks, rows, width}, dtype());
-  if (head_scales) scales_memory = runtime.make({layers, num_blocks, rows}, DType::float32);
+  memory = runtime.make_cache({layers, num_blocks, rows, width}, dtype());
+  if (head_scales) scales_memory = runtime.make_cache({layers, num_blocks, rows}, DType::float32);
 }
 
 void check_pool(const KVCache& kv, const Batch& batch) {

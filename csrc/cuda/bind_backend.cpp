@@ -307,10 +307,10 @@ void bind_ops(RuntimeClass& runtime) {
 void bind_runtime(py::module_& module) {
   RuntimeClass runtime(module, "Runtime", py::module_local(), "A device's stream and memory, and the ops.");
   runtime
-      .def(py::init([](int device, const std::string& dtype, bool batch_invariant) {
-             return std::make_shared<cuda::Runtime>(device, vllmlite::dtype_from_name(dtype), batch_invariant);
+      .def(py::init([](int device, const std::string& dtype, bool batch_invariant, bool movable) {
+             return std::make_shared<cuda::Runtime>(device, vllmlite::dtype_from_name(dtype), batch_invariant, movable);
            }),
-           py::arg("device"), py::arg("dtype"), py::arg("batch_invariant"))
+           py::arg("device"), py::arg("dtype"), py::arg("batch_invariant"), py::arg("movable"))
       .def(
           "empty",
           [](cuda::Runtime& self, const std::vector<std::int64_t>& shape, const std::string& dtype) {
@@ -387,6 +387,11 @@ void bind_runtime(py::module_& module) {
              bool adapted) { return cuda::padding(self, slots, {rows, query_len, block_size, kv_heads, adapted}); },
           "A batch of `rows` padding rows of `query_len` tokens, for a graph to be recorded with.")
       .def("synchronize", &cuda::Runtime::synchronize, py::call_guard<py::gil_scoped_release>())
+      .def("release", &cuda::Runtime::release, py::call_guard<py::gil_scoped_release>(),
+           "Free device memory; all but the contents of caches is kept in host memory.")
+      .def("bytes_to_keep", &cuda::Runtime::bytes_to_keep, "Bytes that release would keep in host memory.")
+      .def("restore", &cuda::Runtime::restore, py::call_guard<py::gil_scoped_release>(),
+           "Take device memory back, at the same addresses.")
       .def("capture", &capture, py::arg("batch"), py::arg("step"),
            "Record `step`, whose ops read `batch` and which returns a list of tensors, without running it.")
       .def("replay", &replay, py::arg("graph"), py::arg("batch"), "Run a graph on a batch of at most as many rows.");

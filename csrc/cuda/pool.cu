@@ -37,20 +37,66 @@ std::shared_ptr<void> Pool::take(std::size_t bytes) {
 Pool::Block* Pool::segment(std::size_t bytes, bool small) {
   const DeviceGuard guard(device_);
   std::size_t size = small ? kSmallSegment : std::max(round_up(bytes, 2U << 20), kLargeSegment);
-  void* data = nullptr;
-  cudaError_t status = cudaMalloc(&data, size);
-  if (status == cudaErrorMemoryAllocation && !recorded_ && give_back_segments()) status = cudaMalloc(&data, size);
-  if (status == cudaErrorMemoryAllocation && !small) status = cudaMalloc(&data, size = round_up(bytes, 2U << 20));
-  if (status == cudaErrorMemoryAllocation) {
-    (void)cudaGetLastError();
+  void* data = allocate(size);
+  if (data == nullptr && !recorded_ && give_back_segments()) data = allocate(size);
+  if (data == nullptr && !small) data = allocate(size = round_up(bytes, 2U << 20));
+  if (data == nullptr) {
     std::size_t free = 0, total = 0;
     VLLMLITE_CUDA_CHECK(cudaMemGetInfo, &free, &total);
     throw OutOfMemory("out of GPU memory: " + std::to_string(bytes) + " bytes wanted, " + std::to_string(free) +
                       " of " + std::to_string(total) + " free; lower gpu_memory_utilization, max_num_batched_tokens " +
                       "or max_num_seqs");
   }
-  check(status, "cudaMalloc");
   return new Block{static_cast<char*>(data), size, small};
+}
+
+// Returns null if there is too little memory.
+void* Pool::allocate(std::size_t bytes) {
+  try {
+    if (movable_) {
+      auto mapping = std::make_unique<Mapping>(device_, bytes);
+      void* const mapped = mapping->data();
+      mappings_.emplace(mapped, std::move(mapping));
+      return mapped;
+    }
+    void* data = nullptr;
+    VLLMLITE_CUDA_CHECK(cudaMalloc, &data, bytes);
+    return data;
+  } catch (const OutOfMemory&) {
+    return nullptr;
+  }
+}
+
+void Pool::free(void* data) {
+  if (movable_)
+    mappings_.erase(data);
+  else
+    (void)cudaFree(data);  // waits for the device; fails only once the CUDA context is gone
+}
+
+void Pool::release(bool keep) {
+  const std::lock_guard lock(mutex_);
+  if (!movable_) throw Error("this memory cannot be released: it was allocated without sleep mode");
+  if (!recorded_) (void)give_back_segments();
+  try {
+    for (const auto& [data, mapping] : mappings_) mapping->release(keep);
+  } catch (...) {
+    for (const auto& [data, mapping] : mappings_) mapping->restore();
+    throw;
+  }
+}
+
+std::size_t Pool::held_bytes() {
+  const std::lock_guard lock(mutex_);
+  std::size_t bytes = 0;
+  for (const auto& [data, mapping] : mappings_)
+    if (mapping->mapped()) bytes += mapping->size();
+  return bytes;
+}
+
+void Pool::restore() {
+  const std::lock_guard lock(mutex_);
+  for (const auto& [data, mapping] : mappings_) mapping->restore();
 }
 
 bool Pool::give_back_segments() {
@@ -60,7 +106,7 @@ bool Pool::give_back_segments() {
       Block* block = (at++)->second;
       if (block->previous != nullptr || block->next != nullptr) continue;
       wake(block);
-      (void)cudaFree(block->data);  // waits for the device; fails only once the CUDA context is gone
+      free(block->data);
       delete block;
       any = true;
     }

@@ -89,12 +89,13 @@ struct Runtime::Graph {
   std::vector<std::unique_ptr<Pinned>> uploads;  // copied to the device at each replay
 };
 
-Runtime::Runtime(int device, DType dtype, bool batch_invariant)
+Runtime::Runtime(int device, DType dtype, bool batch_invariant, bool movable)
     : device_(device),
       dtype_(dtype),
       batch_invariant_(batch_invariant),
-      pool_(std::make_shared<Pool>(device)),
-      graph_pool_(std::make_shared<Pool>(device, true)),
+      pool_(std::make_shared<Pool>(device, false, movable)),
+      graph_pool_(std::make_shared<Pool>(device, true, movable)),
+      cache_pool_(movable ? std::make_shared<Pool>(device, false, true) : pool_),
       host_copies_(std::make_shared<HostCopies>()) {
   const DeviceGuard guard(device);
   cudaDeviceProp properties;
@@ -115,13 +116,38 @@ Runtime::~Runtime() {
 }
 
 Tensor Runtime::make(std::vector<std::int64_t> shape, DType dtype) {
+  return make_in(recording_ ? *graph_pool_ : *pool_, std::move(shape), dtype);
+}
+
+Tensor Runtime::make_cache(std::vector<std::int64_t> shape, DType dtype) {
+  return make_in(*cache_pool_, std::move(shape), dtype);
+}
+
+void Runtime::release() {
+  const DeviceGuard guard(device_);
+  VLLMLITE_CUDA_CHECK(cudaDeviceSynchronize);
+  pool_->release(true);
+  try {
+    graph_pool_->release(true);
+  } catch (...) {
+    pool_->restore();
+    throw;
+  }
+  cache_pool_->release(false);
+}
+
+void Runtime::restore() {
+  for (Pool* pool : {pool_.get(), graph_pool_.get(), cache_pool_.get()}) pool->restore();
+}
+
+Tensor Runtime::make_in(Pool& pool, std::vector<std::int64_t> shape, DType dtype) {
   Tensor tensor;
   tensor.dtype = dtype;
   tensor.device = {DeviceType::cuda, device_};
   tensor.shape = std::move(shape);
   const std::size_t bytes = checked_bytes(tensor.shape, dtype);
   if (bytes == 0) return tensor;
-  tensor.owner = (recording_ ? graph_pool_ : pool_)->take(bytes);
+  tensor.owner = pool.take(bytes);
   tensor.data = tensor.owner.get();
   return tensor;
 }

@@ -35,8 +35,8 @@ class Products;  // cuBLASLt's handle and plans, in linear.cu
 class Runtime {
  public:
   // `dtype` is that of activations and weights. If `batch_invariant`, or in float32, a row's result does not depend on
-  // the other rows of a step.
-  Runtime(int device, DType dtype, bool batch_invariant);
+  // the other rows of a step. If `movable`, device memory can be released and restored.
+  Runtime(int device, DType dtype, bool batch_invariant, bool movable);
   ~Runtime();
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;
@@ -55,6 +55,16 @@ class Runtime {
 
   // An uninitialised tensor; while a graph is recorded, from the memory that graphs share.
   Tensor make(std::vector<std::int64_t> shape, DType dtype);
+
+  // An uninitialised tensor whose contents release() loses.
+  Tensor make_cache(std::vector<std::int64_t> shape, DType dtype);
+
+  // Waits for all work, and frees the memory of all tensors; no work may be issued until restore(). Contents are kept
+  // in pinned host memory, except those of make_cache(). Tensors and recorded steps keep their addresses. OutOfMemory,
+  // and nothing freed, if host memory is too small; restore() throws it too, and can be called again.
+  void release();
+  void restore();
+  std::size_t bytes_to_keep() { return pool_->held_bytes() + graph_pool_->held_bytes(); }
 
   // Copies to the device through pinned memory; the source may change as soon as this returns.
   void upload(void* target, const void* source, std::size_t bytes);
@@ -91,12 +101,14 @@ class Runtime {
   struct HostCopy;
   struct HostCopies;
 
+  Tensor make_in(Pool& pool, std::vector<std::int64_t> shape, DType dtype);
+
   int device_;
   DType dtype_;
   bool batch_invariant_;
   int capability_ = 0, multiprocessors_ = 0, shared_memory_ = 0;
   CUstream_st* stream_ = nullptr;
-  std::shared_ptr<Pool> pool_, graph_pool_;
+  std::shared_ptr<Pool> pool_, graph_pool_, cache_pool_;
   bool recording_ = false;
   mutable bool fenced_ = false;
   std::vector<std::unique_ptr<Pinned>> ring_, large_, recorded_uploads_;

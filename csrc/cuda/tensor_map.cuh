@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <string>
 
-#include "cuda/check.cuh"
+#include "cuda/driver.cuh"
 
 namespace vllmlite::cuda {
 
@@ -16,26 +16,11 @@ struct TensorMapDimension {
   int box;
 };
 
-// The driver's function, which no link to the driver's library is needed for.
-inline decltype(&cuTensorMapEncodeTiled) find_encoder() {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result{};
-#if CUDART_VERSION >= 12050
-  VLLMLITE_CUDA_CHECK(cudaGetDriverEntryPointByVersion, "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault,
-                      &result);
-#else
-  VLLMLITE_CUDA_CHECK(cudaGetDriverEntryPoint, "cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
-#endif
-  if (result != cudaDriverEntryPointSuccess || found == nullptr)
-    throw Error("cuTensorMapEncodeTiled: the driver has no such function");
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-}
-
 // Boxes of a matrix of 16-bit floats or bytes, or of a stack of matrices, swizzled as hopper.cuh says, zeros where a
 // box lies outside.
 template <std::size_t kRank>
 CUtensorMap tensor_map(const void* data, DType dtype, const TensorMapDimension (&dimensions)[kRank]) {
-  static const auto encode = find_encoder();
+  static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   CUtensorMap map;
   cuuint64_t sizes[kRank], strides[kRank];
   cuuint32_t box[kRank], steps[kRank];

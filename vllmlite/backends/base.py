@@ -230,6 +230,19 @@ class Backend(ABC):
         if needed > free:
             raise BackendError(f"{num_blocks} blocks of key/value cache take {needed} bytes; {free} are free")
 
+    def release(self, caches: Sequence[KVCache]) -> None:
+        """Free device memory until :meth:`restore`; no op may be issued in between. The contents of ``caches`` are
+        lost; everything else is kept in host memory. The results of earlier ops have been read.
+
+        Raises BackendError, and frees nothing, if that is impossible."""
+        raise BackendError(
+            f"the {self.name} backend cannot move weights from {self.device} to host memory: sleep at level 2"
+        )
+
+    def restore(self, caches: Sequence[KVCache]) -> None:
+        """Take the memory back. Raises BackendError if there is too little, and can be called again then."""
+        return None
+
     @abstractmethod
     def copy_blocks(
         self, source: KVCache, sources: NDArray[np.int32], target: KVCache, targets: NDArray[np.int32]

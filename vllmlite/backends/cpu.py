@@ -230,6 +230,9 @@ class CpuBackend(NativeBackend):
 
         return SynchronousHostBlocks(copy, num_places, self.kv_bytes_per_block(spec))
 
+    def release(self, caches: Sequence[Any]) -> None:
+        self._runtime.release(list(caches))
+
     # Slots
 
     def alloc_slots(self, spec: SlotSpec) -> Any:

@@ -23,7 +23,7 @@ from vllmlite.backends.base import Expert, not_finite, unusable
 from vllmlite.backends.batch import ForwardBatch, GraphKey, SlotParams, SlotSpec, Step, Tensor
 from vllmlite.backends.host_blocks import HostBlocks, Ids
 from vllmlite.backends.kv_cache import KV_DTYPES, KVSpec
-from vllmlite.backends.memory import Memory
+from vllmlite.backends.memory import Memory, host_memory
 from vllmlite.backends.native import NativeBackend, host_extension, load_extension, repacked, uploaded
 from vllmlite.errors import BackendError
 from vllmlite.weights.host import FLOAT_DTYPES, HostTensor, HostWeight, PackedWeight
@@ -44,7 +44,7 @@ class CudaBackend(NativeBackend):
 
     ``device`` is ``cuda`` or ``cuda:N``. ``dtype`` is that of activations and float weights, one of ``FLOAT_DTYPES``,
     or ``auto``: ``checkpoint_dtype``, but float16 instead of bfloat16 on a GPU without bfloat16. ``batch_invariant``:
-    each output row depends only on its own input row in 16 bits as well."""
+    each output row depends only on its own input row in 16 bits as well. ``movable``: :meth:`release` is possible."""
 
     name: ClassVar[str] = "cuda"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
@@ -56,6 +56,7 @@ class CudaBackend(NativeBackend):
         dtype: str = "auto",
         checkpoint_dtype: str = "bfloat16",
         batch_invariant: bool = False,
+        movable: bool = False,
     ) -> None:
         if dtype not in ("auto", *FLOAT_DTYPES):
             raise BackendError(f"dtype {dtype}: the cuda backend computes in {', '.join(FLOAT_DTYPES)}")
@@ -81,7 +82,7 @@ class CudaBackend(NativeBackend):
             if gpu["compute_capability"] >= NATIVE_FLOAT8:
                 self.schemes |= {"fp8_w8a8"}
         with _out_of_memory("the device has not enough free memory for a CUDA context"):
-            self._runtime = self._native.Runtime(index, dtype, batch_invariant)
+            self._runtime = self._native.Runtime(index, dtype, batch_invariant, movable)
 
     # Tensors
 
@@ -240,6 +241,19 @@ class CudaBackend(NativeBackend):
     def host_blocks(self, kv: Any, spec: KVSpec, num_places: int) -> HostBlocks:
         with _out_of_memory(f"{num_places} blocks in host memory do not fit: lower swap_space"):
             return _PinnedBlocks(self._runtime.host_blocks(kv, num_places))
+
+    def release(self, caches: Sequence[Any]) -> None:
+        needed, free = self._runtime.bytes_to_keep(), host_memory().free
+        if needed > free:
+            raise BackendError(
+                f"{needed} bytes of weights do not fit into the {free} that are free in host memory: sleep at level 2"
+            )
+        with _out_of_memory("the weights do not fit into host memory: sleep at level 2"):
+            self._runtime.release()
+
+    def restore(self, caches: Sequence[Any]) -> None:
+        with _out_of_memory("the device's memory is in use by other programs"):
+            self._runtime.restore()
 
     # Slots
 

@@ -43,6 +43,8 @@ class BackendRequest:
     """Names of the only backends that can run ``model``; empty: all can."""
     batch_invariant: bool = False
     """Whether results must be bit-identical for any batch composition; only native backends support that."""
+    movable: bool = False
+    """Whether device memory must be freed at times, and then taken back; for the CUDA backend."""
 
     def __post_init__(self) -> None:
         names = ("auto", *dict.fromkeys(name for name, _, _ in CANDIDATES))
@@ -71,7 +73,9 @@ def _cuda(request: BackendRequest) -> Backend:
     device = request.cuda_device
     if not device.startswith("cuda"):
         raise BackendError(f"device {device} was asked for")
-    return CudaBackend(device, request.dtype, request.checkpoint_dtype, request.batch_invariant)
+    return CudaBackend(
+        device, request.dtype, request.checkpoint_dtype, request.batch_invariant, request.movable
+    )
 
 
 def _refuse_invariance(request: BackendRequest) -> None:

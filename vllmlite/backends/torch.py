@@ -232,6 +232,16 @@ class TorchBackend(Backend):
     def host_blocks(self, kv: TorchKV, spec: KVSpec, num_places: int) -> HostBlocks:
         return SynchronousHostBlocks(kv.copy, num_places, self.kv_bytes_per_block(spec))
 
+    def release(self, caches: Sequence[TorchKV]) -> None:
+        if self._device.type != "cpu":
+            super().release(caches)
+        for kv in caches:
+            kv.release()
+
+    def restore(self, caches: Sequence[TorchKV]) -> None:
+        for kv in caches:
+            kv.restore()
+
     # Slots
 
     @torch.inference_mode()

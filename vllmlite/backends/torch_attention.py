@@ -51,6 +51,15 @@ class TorchKV:
         self._scales = torch.tensor(spec.scales or [(1.0, 1.0)] * spec.num_layers, device=device)
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
 
+    def release(self) -> None:
+        """Free the memory of the blocks, whose contents are lost, until :meth:`restore`."""
+        self.blocks.untyped_storage().resize_(0)
+        self._scratch.clear()
+
+    def restore(self) -> None:
+        """Allocate the memory of the blocks again. Raises RuntimeError if there is too little."""
+        self.blocks.untyped_storage().resize_(self.blocks.numel() * self.blocks.element_size())
+
     def _layer_scales(self, layer: int) -> torch.Tensor:
         """Return the scales of a layer's keys and values for all its heads, ``[2 * K, 1]``."""
         return self._scales[layer].repeat_interleave(self.spec.num_kv_heads)[:, None]
