@@ -11,10 +11,11 @@ from typing import Any
 
 from vllmlite.beam_search import BeamSearchOutput, BeamSearchParams, beam_search_output, sampling_params
 from vllmlite.config.engine_config import EngineConfig
+from vllmlite.engine.sleeping import check_sleep, check_tags
 from vllmlite.engine_process.client import EngineClient
 from vllmlite.engine_process.replicas import ReplicaClient
 from vllmlite.engine_process.start import start_process, start_replicas, start_thread
-from vllmlite.errors import EngineDeadError, ParameterError, VllmliteError
+from vllmlite.errors import EngineDeadError, EngineSleepingError, ParameterError, VllmliteError
 from vllmlite.inputs import refuse
 from vllmlite.llm_engine import LLMEngine, Prompt
 from vllmlite.lora.request import LoRARequest
@@ -25,6 +26,8 @@ from vllmlite.tokenizers.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+DRAIN_POLL_SECONDS = 0.05
+"""Interval at which an engine that is to sleep looks whether its requests have finished."""
 MAX_FAILED_STEPS = 3
 """The engine is given up after this many failed steps in a row: a device rarely recovers from an error."""
 
@@ -120,6 +123,8 @@ class AsyncLLM:
         self._death: EngineDeadError | None = None
         self._streams: dict[str, OutputStream] = {}
         self._on_death: Callable[[], object] | None = None
+        self._refuses = False
+        """Whether new requests are refused, because the engine sleeps or is about to."""
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineConfig, **_absent: object) -> AsyncLLM:
@@ -151,6 +156,8 @@ class AsyncLLM:
         A grammar that has not been compiled yet is compiled here, which blocks the event loop; :meth:`generate`
         compiles it in a thread first."""
         self._use_running_loop()
+        if self._refuses:
+            raise EngineSleepingError
         stream = OutputStream(self, requests)
         added: list[str] = []
         try:
@@ -242,6 +249,43 @@ class AsyncLLM:
         refuse({"reset_running_requests": reset_running_requests, "reset_connector": reset_connector})
         await self.ask("reset_prefix_cache")
         return True
+
+    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Free the engine's memory until :meth:`wake_up`; new requests are refused meanwhile. See :meth:`Engine.sleep`
+        about ``level``.
+
+        ``mode`` says what happens to unfinished requests: ``abort`` ends them, ``wait`` lets them finish first, and
+        ``keep`` computes them again after waking up. Raises ParameterError if ``enable_sleep_mode`` is not set."""
+        check_sleep(level, mode)
+        if not self._engine.config.enable_sleep_mode:
+            raise ParameterError("enable_sleep_mode", False, "must be True for an engine that is to sleep")
+        self._use_running_loop()
+        self._refuses = True
+        try:
+            if mode == "abort":
+                self._fail(
+                    list(self._streams), EngineSleepingError("the request was aborted: the engine sleeps")
+                )
+            while mode == "wait" and self._streams:
+                await asyncio.sleep(DRAIN_POLL_SECONDS)
+                if not self._refuses:
+                    raise VllmliteError("the engine was woken up while it waited for requests to finish")
+            await self.ask("sleep", level)
+        except BaseException:
+            if self._end is None and self._refuses:
+                await asyncio.shield(self.wake_up())  # replicas may sleep already
+            raise
+        self._refuses = await self.ask("is_sleeping")
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take the memory back. With ``tags``, ``weights`` or ``kv_cache``, this happens once both have been given."""
+        await self.ask("wake_up", check_tags(tags))
+        self._refuses = await self.ask("is_sleeping")
+
+    async def is_sleeping(self) -> bool:
+        """Return whether the engine sleeps."""
+        sleeping: bool = await self.ask("is_sleeping")
+        return sleeping
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         """Read and check an adapter before its first use, and return True. Raises ModelError or ParameterError if it

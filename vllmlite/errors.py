@@ -78,6 +78,15 @@ class EngineDeadError(VllmliteError):
     """The engine was shut down or has failed for good; it accepts no more requests."""
 
 
+class EngineSleepingError(VllmliteError):
+    """The engine sleeps: it serves no request before it is woken up."""
+
+    def __init__(
+        self, message: str = "the engine sleeps: call wake_up first (a server: POST /wake_up)"
+    ) -> None:
+        super().__init__(message)
+
+
 class EngineUseError(VllmliteError):
     """An engine was called re-entrantly (from a signal handler or callback), or in a forked process."""
 

@@ -142,6 +142,20 @@ class LLM:
         """See :meth:`LLMEngine.reset_prefix_cache`."""
         return self.llm_engine.reset_prefix_cache(reset_running_requests, reset_connector)
 
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Free the engine's memory until :meth:`wake_up`, which needs ``enable_sleep_mode``. At ``level`` 1 the weights
+        are kept in main memory; at 2 they are read again from the checkpoint. See :meth:`LLMEngine.sleep` about
+        ``mode``."""
+        self.llm_engine.sleep(level, mode)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take the memory back. With ``tags``, ``weights`` or ``kv_cache``, this happens once both have been given."""
+        self.llm_engine.wake_up(tags)
+
+    def is_sleeping(self) -> bool:
+        """Return whether the engine sleeps."""
+        return self.llm_engine.is_sleeping()
+
     def beam_search(
         self,
         prompts: Prompts,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.engine import Engine
 from vllmlite.engine.engine_output import EngineOutput
+from vllmlite.engine.sleeping import check_sleep
 from vllmlite.errors import ParameterError
 from vllmlite.exclusive_calls import Turns, takes_turn
 from vllmlite.inputs import PROMPT_KEYS, refuse, token_ids
@@ -153,7 +154,7 @@ class LLMEngine:
         if self.tokenizer is None and params.stop:
             raise ParameterError("stop", params.stop, "stop strings need a tokenizer")
         prompt_ids = encoded["prompt_token_ids"]
-        bad_words = self._bad_word_ids(params.bad_words or ())
+        bad_words = self.get_tokenizer().bad_word_ids(params.bad_words) if params.bad_words else []
         structure = params.structured_outputs
         compiled = None if structure is None else self.grammars.compile(structure)
         children = self._processor.add(request_id, encoded.get("prompt"), prompt_ids, params)
@@ -367,19 +368,29 @@ class LLMEngine:
         self.engine_core.reset_prefix_cache()
         return True
 
+    @takes_turn
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Free the engine's memory until :meth:`wake_up`; see :meth:`Engine.sleep` about ``level``. Unfinished requests
+        are aborted or, if ``mode`` is ``keep``, computed again after waking up; ``wait`` refuses to sleep then."""
+        check_sleep(level, mode)
+        if mode == "wait" and self._processor.num_requests:
+            raise ParameterError("mode", mode, "step the engine until no requests are unfinished")
+        self._unwanted.update(self._processor.request_ids if mode == "abort" else ())
+        self._drop()
+        self.engine.sleep(level)
+
+    @takes_turn
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take the memory back; see :meth:`Engine.wake_up`."""
+        self.engine.wake_up(tags)
+
+    def is_sleeping(self) -> bool:
+        """Whether the engine sleeps."""
+        return self.stats().sleep_level > 0
+
     def stats(self) -> EngineStats:
         """Return counters since the start, and the current state of the engine."""
         return self.engine_core.current_stats()
-
-    def _bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each word, at the start of a text and after a space."""
-        found: list[list[int]] = []
-        for word in words:
-            for form in (word, " " + word.lstrip()):
-                ids = self.get_tokenizer().encode(form, add_special_tokens=False)
-                if ids and ids not in found:
-                    found.append(ids)
-        return found
 
 
 def _truncating(params: SamplingParams | PoolingParams) -> SamplingParams:

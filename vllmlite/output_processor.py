@@ -141,6 +141,11 @@ class OutputProcessor:
         return any(request_id in known for known in (self._groups, self._completions, self._poolings))
 
     @property
+    def request_ids(self) -> list[str]:
+        """Ids of the requests that have not finished."""
+        return [*self._groups, *self._poolings]
+
+    @property
     def num_requests(self) -> int:
         """Number of unfinished requests."""
         return len(self._groups) + len(self._poolings)

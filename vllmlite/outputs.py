@@ -142,6 +142,8 @@ TIER_EVENTS = ("saved", "loaded", "dropped", "read", "written", "failed")
 class EngineStats:
     """Counters of an engine since its start, and its current state."""
 
+    sleep_level: int = 0
+    """Level at which the engine sleeps; 0 while it is awake."""
     num_running: int = 0
     num_waiting: int = 0
     num_blocks: int = 0

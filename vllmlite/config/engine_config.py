@@ -209,6 +209,10 @@ class EngineConfig:
         group="cache tier",
         metavar="DIR",
     )
+    enable_sleep_mode: bool = _option(
+        False,
+        "let the engine sleep: LLM.sleep and POST /sleep free its memory, LLM.wake_up and POST /wake_up take it back",
+    )
     preemption_mode: str = _option(
         "auto",
         "how a preempted sequence resumes: swap: copy its blocks from the cache tiers; recompute: compute them again; "
@@ -377,7 +381,7 @@ class EngineConfig:
             raise ParameterError(
                 "distributed_executor_backend", "uni", "runs one rank; leave it out for several"
             )
-        others = {}
+        others = {"enable_sleep_mode": self.enable_sleep_mode}
         speculative = self.speculative()
         if speculative is not None and speculative.draft is not None and self.pipeline_parallel_size > 1:
             others["a draft model"] = True

@@ -90,7 +90,7 @@ _REASONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "gpu_memory_utilization and kv_cache_dtype": {
         "cpu_offload_gb": (0,), "kv_offloading_backend": (None, "native"), "kv_transfer_config": (None,),
         "kv_events_config": _NOTHING,
-        "kv_cache_dtype_skip_layers": _NOTHING, "calculate_kv_scales": _EITHER, "enable_sleep_mode": (False,),
+        "kv_cache_dtype_skip_layers": _NOTHING, "calculate_kv_scales": _EITHER,
         "disable_hybrid_kv_cache_manager": (None, *_EITHER), "disable_cascade_attn": (None, *_EITHER),
         "prefix_caching_hash_algo": ("builtin", "sha256"), "use_v2_block_manager": (True,),
     },

@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PlaceMemory:
     """Memory of numbered places for blocks.
 
     Each of ``parts`` is ``[places, bytes]`` and holds a part of every block: on several ranks, the part of one rank."""
 
     parts: Sequence[NDArray[np.uint8]]
+    """Empty while the engine sleeps without a runner; then nothing is read or written."""
 
     @property
     def block_bytes(self) -> int:

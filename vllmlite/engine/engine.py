@@ -26,6 +26,7 @@ from vllmlite.engine.runner_protocol import Runner
 from vllmlite.engine.saved_prefixes import SavedPrefixes
 from vllmlite.engine.schedule import Schedule
 from vllmlite.engine.scheduler import Limits, Scheduler
+from vllmlite.engine.sleeping import CanSleep
 from vllmlite.engine.statistics import refresh_stats
 from vllmlite.engine.thinking import ReasoningMarks, ThinkingBudget
 from vllmlite.engine.tiers import Copies, Tiers
@@ -46,7 +47,7 @@ DISK_POLL_SECONDS = 0.05
 """Most seconds that a step waits for blocks from disk if nothing else can run."""
 
 
-class Engine:
+class Engine(CanSleep):
     """Admits requests, runs steps and applies stop conditions. Not thread-safe.
 
     Every call is atomic, even if an exception interrupts it. The requests hold all state that matters: their prompts,
@@ -118,6 +119,7 @@ class Engine:
         ``bad_words`` are token sequences. ``grammar`` must not be shared with another request. Requests with different
         ``cache_salt`` share no blocks of the prefix cache. With ``pooling_type`` the request gets a vector of its
         prompt and no tokens. ``adapter`` is what :attr:`adapters` reads a LoRA adapter from, if it does not know it."""
+        self.check_awake()
         self._restore_if_interrupted()
         if request_id in self._unfinished.by_id:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
@@ -198,7 +200,9 @@ class Engine:
         ids whose outputs are in the list are final, and the others will be sampled again, with the same result: the
         caller loses nothing by keeping the list. If a step raises an Exception that did not come from a signal
         handler, the requests of all steps in flight end with ``error``; the engine and the waiting requests go on.
-        Raises EngineDeadError if a process that computes the model has ended."""
+        Raises EngineDeadError if a process that computes the model has ended, EngineSleepingError if the engine
+        sleeps."""
+        self.check_awake()
         if outputs is None:
             outputs = []
         if self._trace is None:
@@ -258,9 +262,9 @@ class Engine:
             self._busy_since = now
         self._unfinished.apply(schedule, rows, result, outputs)
 
-    def _flush(self, outputs: list[EngineOutput], tiers: Tiers) -> None:
-        """Save blocks, now that nothing runs. Only a disk needs to know when the copies are done."""
-        schedule = self.scheduler.flush()
+    def _flush(self, outputs: list[EngineOutput], tiers: Tiers, everything: bool = False) -> None:
+        """Save blocks to the cache tiers while nothing runs. With a disk, wait until they are copied."""
+        schedule = self.scheduler.flush(everything)
         if not schedule.is_empty:
             self._launch(schedule, [], time.monotonic())
             while self._in_flight and tiers.disk is not None:
@@ -311,8 +315,10 @@ class Engine:
                 self._collect(outputs)
 
     def change_prefix(self, token_ids: tuple[int, ...], action: str, name: str = "") -> int:
-        """Save what the cache has of a text in a file, erase it from memory, or restore the file; returns the number of
-        tokens. Raises ParameterError."""
+        """Do ``action`` with the cached blocks of a text: ``save`` them in the file ``name``, ``erase`` them from
+        memory, or ``restore`` the file to the cache. Returns the number of tokens of these blocks. Raises
+        ParameterError if that is not possible."""
+        self.check_awake()
         self._restore_if_interrupted()
         if self.saved_prefixes is None:
             raise ParameterError("slot_save_path", None, "must be a directory to save prompts in")
@@ -339,6 +345,7 @@ class Engine:
     def current_stats(self) -> EngineStats:
         """The counters, brought up to date."""
         refresh_stats(self.stats, self.scheduler)
+        self.stats.sleep_level = self.sleep_level
         return self.stats
 
     def _derive_seed(self) -> int:

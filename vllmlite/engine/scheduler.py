@@ -157,11 +157,11 @@ class Scheduler:
         self.adapters.next_step += bool(rows)
         return schedule, rows
 
-    def flush(self) -> Schedule:
-        """Return a step without rows that saves blocks while nothing runs."""
+    def flush(self, everything: bool = False) -> Schedule:
+        """Return a step without rows that saves blocks while nothing runs; see :meth:`Tiers.save_idle`."""
         copies = Copies()
         if self.tiers is not None:
-            self.tiers.save_idle(copies)
+            self.tiers.save_idle(copies, everything)
         return Schedule(copies=copies)
 
     def assign_adapters(self, in_flight: int) -> None:
@@ -181,6 +181,13 @@ class Scheduler:
         self._free_slots = list(range(self.limits.max_num_seqs - 1, -1, -1))
         self._waiting = sorted((request.key, request) for request in requests)
         self.num_waiting = len(self._waiting)
+
+    def drop_contents(self) -> None:
+        """Forget what is in host memory and which adapters are on the device, while nothing runs."""
+        if self.tiers is not None:
+            self.tiers.restart()
+        for resident in self.adapters.residents:
+            self.adapters.empty(resident)
 
     def collected(self, request: Request, token_ids: Sequence[int], num_rejected: int = 0) -> None:
         """Append the ids that a launched row of ``request`` has sampled, and take back its rejected drafts."""

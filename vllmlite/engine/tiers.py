@@ -18,6 +18,7 @@ Places of a step's copies are held until the step is collected: only then may th
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -252,11 +253,12 @@ class Tiers:
         if most > 0 and self.pool.unsaved:
             self._save_unsaved(copies, min(most, LEAST_SAVES + 2 * num_tokens // self.cost.block_size))
 
-    def save_idle(self, copies: Copies) -> None:
-        """Save all that can be saved, because nothing runs; without a disk, only if the pool may soon run dry."""
+    def save_idle(self, copies: Copies, everything: bool = False) -> None:
+        """Save all unsaved blocks, because nothing runs; without a disk, only if the pool may soon run out of blocks or
+        ``everything`` is set."""
         if self.disk is not None:
             self._save_unsaved(copies, self.num_places // 2 - len(self._writing))
-        elif self.pool.num_clean < self.watermark:
+        elif everything or self.pool.num_clean < self.watermark:
             self._save_unsaved(copies, self.num_places)
         self.save_evicted(copies)
 
@@ -379,6 +381,13 @@ class Tiers:
         """Wait until the disk's thread has done something, at most so long."""
         if self.disk is not None:
             self.disk.wait(seconds)
+
+    def finish_writing(self, seconds: float) -> None:
+        """Wait until the disk has what it was given to write, at most so long."""
+        end = time.monotonic() + seconds
+        while self._writing and (left := end - time.monotonic()) > 0:
+            self.wait(left)
+            self.poll()
 
     def restart(self) -> None:
         """Forget the pool and the host's blocks: a step was lost, and nobody knows which copies were made."""

@@ -255,7 +255,7 @@ class Host:
                 lambda: (
                     self._calls
                     or self._closed
-                    or engine.has_unfinished_requests()
+                    or engine.can_step()
                     or (ranks is not None and ranks.end is not None)
                 )
             )
@@ -265,7 +265,7 @@ class Host:
         if ranks is not None:
             ranks.check()
         outputs = [output for call in calls if (output := self._execute(call)) is not None]
-        if engine.has_unfinished_requests():
+        if engine.can_step():
             outputs += engine.step()
         self._send_outputs(outputs)
         return True

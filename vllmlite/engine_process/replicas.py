@@ -19,7 +19,7 @@ from vllmlite.lora.request import LoRARequest
 from vllmlite.outputs import EngineStats
 from vllmlite.sampling_params import SamplingParams
 
-FROM_FIRST = ("block_size", "max_adapters", "backend", "device", "dtype")
+FROM_FIRST = ("block_size", "max_adapters", "backend", "device", "dtype", "sleep_level")
 """Fields of :class:`EngineStats` that are equal in all replicas, or that the first replica stands for."""
 
 NAMES = ("running_adapters", "waiting_adapters")

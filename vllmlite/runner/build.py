@@ -160,6 +160,7 @@ def build_runner(
         model=plan.architecture,
         only=plan.backends,
         batch_invariant=config.batch_invariant,
+        movable=config.enable_sleep_mode,
     )
     backend, choice = select_backend(request)
     if connect is not None:

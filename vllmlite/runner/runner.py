@@ -80,6 +80,7 @@ class ModelRunner:
         last one, whose model returns no logits."""
         self.backend = backend
         self.model = model
+        self.num_blocks = num_blocks
         self.samples = samples
         """Whether the model returns logits; False in a stage of a pipeline before the last one."""
         self._empty = backend.tensor(np.zeros(1, np.int32))
@@ -130,6 +131,21 @@ class ModelRunner:
             self._sample(outputs[0], device_batch)
         if waits:
             self.backend.to_host(self._empty)
+
+    def release(self) -> None:
+        """Free device memory until :meth:`restore`, while no step is in flight and no sequence has a slot. The
+        key/value caches lose their contents; weights and adapters are kept."""
+        if self.proposer is not None:
+            self.proposer.forget_cached()
+        self.backend.release(self._caches)
+
+    def restore(self) -> None:
+        """Take the memory back. Raises BackendError if there is too little, and can be called again then."""
+        self.backend.restore(self._caches)
+
+    @property
+    def _caches(self) -> list[KVCache]:
+        return [self.kv, *(() if self.proposer is None else self.proposer.caches)]
 
     def load_adapter(self, index: int, adapter: Adapter) -> None:
         """Put ``adapter`` at ``index``, as :meth:`load_adapter_parts` does, all its parts at once."""

@@ -32,6 +32,7 @@ from vllmlite.runner.generation_config import default_params, eos_ids, generatio
 from vllmlite.runner.propose.loading import check_vocabulary
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.runner.sizes import batched_tokens, mixed_tokens
+from vllmlite.runner.sleep import sleep_mode
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizers.tokenizer import Tokenizer
 
@@ -115,6 +116,8 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
     )
     if config.slot_save_path is not None:
         engine.saved_prefixes = saved_prefixes(config, fingerprint, memory, engine)
+    if config.enable_sleep_mode and isinstance(runner, ModelRunner):
+        engine.sleep_mode = sleep_mode(config, plan, replica or 0, runner, memory, fingerprint)
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     defaults = default_params(config, generation)

@@ -21,7 +21,7 @@ from starlette.responses import Response
 
 from vllmlite import __version__
 from vllmlite.errors import ParameterError, VllmliteError
-from vllmlite.server import adapter_routes, operations
+from vllmlite.server import adapter_routes, operations, sleep_routes
 from vllmlite.server.anthropic import routes as anthropic
 from vllmlite.server.body import LimitBody
 from vllmlite.server.errors import ApiError, as_api_error
@@ -77,6 +77,8 @@ def build_app(service: Service, keys: tuple[str, ...] = (), lora_keys: tuple[str
     # The routes themselves: FastAPI.include_router would make every one again, in 0.2 s of the first request.
     for endpoints in ENDPOINTS:
         app.router.routes.extend(endpoints.router.routes)
+    if service.engine.llm_engine.config.enable_sleep_mode:
+        app.router.routes.extend(sleep_routes.router.routes)
     if config.profile_dir is not None:
         app.state.profiler = Profiler(service.engine, Path(config.profile_dir))
         app.router.routes.extend(operations.profiling.routes)

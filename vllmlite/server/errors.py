@@ -7,7 +7,13 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
-from vllmlite.errors import ContextLengthError, EngineDeadError, ParameterError, VllmliteError
+from vllmlite.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    EngineSleepingError,
+    ParameterError,
+    VllmliteError,
+)
 from vllmlite.server.apis import Api
 
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -144,6 +150,10 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(HTTPStatus.BAD_REQUEST, str(error), param=error.field)
     if isinstance(error, RecursionError):
         return ApiError(HTTPStatus.BAD_REQUEST, "the body is nested too deeply")
+    if isinstance(error, EngineSleepingError):
+        return ApiError(
+            HTTPStatus.SERVICE_UNAVAILABLE, str(error), code="engine_sleeping", headers={"retry-after": "5"}
+        )
     if isinstance(error, EngineDeadError):
         return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
     if isinstance(error, VllmliteError):

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.types import Receive
 
 from vllmlite.async_llm import AsyncLLM, NewRequest, OutputStream
+from vllmlite.errors import EngineSleepingError
 from vllmlite.lora.request import LoRARequest
 from vllmlite.outputs import RequestOutput
 from vllmlite.pooling_params import PoolingParams
@@ -67,7 +68,8 @@ class Generation:
         self._unfinished = len(prompts) * self.n
 
     async def start(self, priority: int, arrival_time: float) -> None:
-        """Submit the prompts to the engine. Raises ApiError if the queue is full, ParameterError if one cannot run."""
+        """Submit the prompts to the engine. Raises ApiError if the queue is full, EngineSleepingError if the engine
+        sleeps, ParameterError if a prompt cannot run."""
         self._admission.admit(self._unfinished)
         try:
             self._stream = await self._engine.submit(
@@ -78,9 +80,11 @@ class Generation:
                     for request_id, index in self._index.items()
                 ]
             )
-        except BaseException:
+        except BaseException as error:
             self._admission.release(self._unfinished)
             self._unfinished = 0
+            if isinstance(error, EngineSleepingError):
+                self._metrics.rejected("sleeping")
             raise
         if self._adapter is not None:
             self._metrics.adapter_used(self._adapter.lora_name, len(self.prompts))

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
-REJECTION_REASONS = ("queue_full", "shutting_down")
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
+"""vLLM's names of the sleep levels 0 to 2."""
+REJECTION_REASONS = ("queue_full", "shutting_down", "sleeping")
 
 
 def _up_to(highest: int) -> list[float]:
@@ -277,19 +279,19 @@ class Metrics:
         for event in TIER_EVENTS:
             blocks.add_metric([*values, event], getattr(stats, f"tier_blocks_{event}"))
         yield blocks
-        waiting = GaugeMetricFamily(
-            "vllm:num_requests_waiting_by_reason",
-            "Sequences in the queue, by reason.",
-            labels=[*names, "reason"],
-        )
-        waiting.add_metric([*values, "capacity"], stats.num_waiting)
-        waiting.add_metric([*values, "deferred"], 0)
-        yield waiting
-        for name, help, label, counts in (
-            ("vllm:request_success", "Finished sequences, by reason.", "finished_reason", self.finished),
-            ("vllm:admission_rejections", "Rejected requests, by reason.", "reason", self.rejections),
-        ):
-            family = CounterMetricFamily(name, help, labels=[*names, label])
+        queued = {"capacity": stats.num_waiting, "deferred": 0}
+        sleep = {state: int(stats.sleep_level == level) for level, state in enumerate(SLEEP_STATES)}
+        for kind, name, help, label, counts in (
+            (GaugeMetricFamily, "vllm:num_requests_waiting_by_reason", "Sequences in the queue, by reason.", "reason",
+             queued),
+            (GaugeMetricFamily, "vllm:engine_sleep_state", "1 for the state that the engine is in.", "sleep_state",
+             sleep),
+            (CounterMetricFamily, "vllm:request_success", "Finished sequences, by reason.", "finished_reason",
+             self.finished),
+            (CounterMetricFamily, "vllm:admission_rejections", "Rejected requests, by reason.", "reason",
+             self.rejections),
+        ):  # fmt: skip
+            family = kind(name, help, labels=[*names, label])
             for reason, count in counts.items():
                 family.add_metric([*values, reason], count)
             yield family

@@ -16,7 +16,7 @@ ERRORS = {
     429: "The queue is full; Retry-After says when to try again.",
     500: "A step failed, or the server has a bug.",
     501: "The model does not support what was asked for.",
-    503: "The server is shutting down, or its engine has failed.",
+    503: "The server is shutting down, or its engine sleeps or has failed.",
 }
 
 

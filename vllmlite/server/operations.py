@@ -136,9 +136,10 @@ async def health(request: Request) -> Response:
         raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(dead), code="engine_dead")
     if service.admission.draining:
         raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", code="shutting_down")
+    awake = "degraded" if service.engine.last_step_failed else "ok"
     return JSON(
         {
-            "status": "degraded" if service.engine.last_step_failed else "ok",
+            "status": "sleeping" if stats.sleep_level else awake,
             "failed_steps": stats.num_failed_steps,
             "last_error": stats.last_error,
         }

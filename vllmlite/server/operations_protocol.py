@@ -119,7 +119,7 @@ class Detokenized(TypedDict):
 class Health(TypedDict):
     """Answer of ``/health``."""
 
-    status: Literal["ok", "degraded"]
+    status: Literal["ok", "degraded", "sleeping"]
     failed_steps: int
     last_error: str | None
 

@@ -73,6 +73,16 @@ class Tokenizer:
         """Characters of the longest token; a text of more than n times as many cannot fit into n tokens."""
         return max(map(len, self._fast.get_vocab(with_added_tokens=True)), default=1)
 
+    def bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each of ``words``, at the start of a text and after a space."""
+        found: list[list[int]] = []
+        for word in words:
+            for form in (word, " " + word.lstrip()):
+                ids = self.encode(form, add_special_tokens=False)
+                if ids and ids not in found:
+                    found.append(ids)
+        return found
+
     def encode(
         self, text: str, add_special_tokens: bool = True, truncation: Truncation | None = None
     ) -> list[int]:

@@ -68,6 +68,10 @@ class CachedProposer(Proposer, Generic[SequenceT]):
         """Block → the mark of its contents in the proposer's cache."""
         self._sequences: dict[int, SequenceT] = {}
 
+    def forget_cached(self) -> None:
+        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        self._marks.clear()
+
     def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
         """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
         self._sequences[slot] = self._make(slot, list(token_ids))

@@ -41,6 +41,7 @@ class ModelProposer(CachedProposer[DraftedSequence]):
         model's vocabulary."""
         super().__init__(DraftedSequence, runner.model.kv_spec.block_size, max_model_len, ahead=0)
         self.runner = runner
+        self.caches = (runner.kv,)
         self._budget = budget
         self._vocab_size = vocab_size
 

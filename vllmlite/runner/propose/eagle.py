@@ -125,6 +125,7 @@ class EagleProposer(CachedProposer[EagleSequence]):
         self.states = head.states
         self._backend = backend = head.backend
         self._kv = backend.alloc_kv(head.kv_spec, num_blocks)
+        self.caches = (self._kv,)
         max_blocks = -(-max_model_len // head.kv_spec.block_size)
         self._slots = backend.alloc_slots(
             SlotSpec(max_num_seqs, max_blocks, max_model_len, head.draft_vocab_size, num_blocks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from vllmlite.backends.base import KVCache
 from vllmlite.backends.batch import Tensor
 from vllmlite.engine.schedule import Schedule
 
@@ -15,6 +16,13 @@ class Proposer(Protocol):
     states: Sequence[int] = ()
     """Indices of the hidden states that :meth:`keep_states` gets, as the argument ``kept`` of
     ``KeepingModel.forward_keeping``."""
+
+    caches: Sequence[KVCache] = ()
+    """Its key/value cache, if it has one."""
+
+    def forget_cached(self) -> None:
+        """Take note that the contents of :attr:`caches` are lost. No sequence has a slot."""
+        return None
 
     def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
         """Begin a sequence in ``slot``: its prompt of ``num_prompt`` ids, and the output so far. The sequence that had

@@ -1,0 +1,202 @@
+"""Sleep mode: an engine frees the memory of its runner, and takes it back when it wakes up."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+from vllmlite.engine.engine_output import EngineOutput
+from vllmlite.engine.request import Request
+from vllmlite.engine.runner_protocol import Runner
+from vllmlite.engine.schedule import Schedule
+from vllmlite.engine.scheduler import Scheduler
+from vllmlite.engine.tiers import Tiers
+from vllmlite.engine.trace import TracedRunner
+from vllmlite.engine.unfinished import UnfinishedRequests
+from vllmlite.errors import EngineSleepingError, ParameterError, VllmliteError
+
+LEVELS = (1, 2)
+"""1: weights are kept in host memory; 2: they are read again from the checkpoint."""
+MODES = ("abort", "wait", "keep")
+"""What happens to unfinished requests: they are aborted, they finish first, or they go on after waking up."""
+TAGS = frozenset(("weights", "kv_cache"))
+"""Parts of the memory that can be woken up one after the other."""
+WRITING_SECONDS = 30.0
+"""Most seconds that an engine waits for blocks to be written to disk before it sleeps."""
+
+
+class RunnerMemory(Protocol):
+    """The memory of an engine's runner. No step is in flight when these methods are called."""
+
+    def release(self, level: int) -> None:
+        """Free the memory. The contents of the key/value cache are lost."""
+        ...
+
+    def restore(self) -> Runner:
+        """Take the memory back; returns the runner. Raises VllmliteError, and can be called again, if that fails."""
+        ...
+
+
+@dataclass(slots=True)
+class SleepMode:
+    """Whether an engine sleeps."""
+
+    memory: RunnerMemory
+    level: int = 0
+    """One of :data:`LEVELS`; 0 while the engine is awake."""
+    asleep: frozenset[str] = frozenset()
+    """Those of :data:`TAGS` that have not been woken up."""
+
+
+class SleepingRunner:
+    """Stands for the runner of an engine that has dropped it."""
+
+    def launch(self, schedule: Schedule) -> NoReturn:
+        """Raise EngineSleepingError."""
+        raise EngineSleepingError
+
+    def collect(self, handle: Any) -> NoReturn:
+        """Raise EngineSleepingError."""
+        raise EngineSleepingError
+
+    def drain(self) -> None:
+        """Do nothing: no step is in flight."""
+
+    def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:
+        """Raise EngineSleepingError."""
+        raise EngineSleepingError
+
+
+def check_sleep(level: object, mode: object = MODES[0]) -> None:
+    """Raise ParameterError unless ``level`` and ``mode`` are valid."""
+    if isinstance(level, bool) or level not in LEVELS:
+        raise ParameterError("level", level, "must be 1 or 2")
+    if mode not in MODES:
+        raise ParameterError("mode", mode, f"must be one of {', '.join(MODES)}")
+
+
+def check_tags(tags: Iterable[str] | None) -> frozenset[str]:
+    """Return ``tags`` as a set, all of them for None. Raises ParameterError for an unknown tag."""
+    if tags is None:
+        return TAGS
+    if isinstance(tags, str) or not TAGS.issuperset(found := list(tags)):
+        raise ParameterError("tags", tags, f"must be a list of {', '.join(sorted(TAGS))}")
+    return frozenset(found)
+
+
+class CanSleep:
+    """The part of an engine that lets it sleep. Not thread-safe, and interrupts are handled as in the engine."""
+
+    scheduler: Scheduler
+    runner: Runner
+    sleep_mode: SleepMode | None = None
+    """None unless sleep mode is enabled."""
+    _unfinished: UnfinishedRequests
+    _in_flight: deque[tuple[Schedule, list[Request], Any]]
+    _changing: bool
+
+    def sleep(self, level: int = 1) -> None:
+        """Free the memory of the runner until :meth:`wake_up`; unfinished requests are then computed again.
+
+        At level 1 the weights are kept in host memory; at level 2 they are read again from the checkpoint. The prefix
+        cache is emptied, but for what the tiers keep: at level 2 only a disk. An engine that sleeps at level 1 can go
+        on to level 2. Raises ParameterError if sleep mode is not enabled, and VllmliteError, without sleeping, if the
+        memory cannot be freed."""
+        mode = self._sleep_mode()
+        check_sleep(level)
+        self._restore_if_interrupted()
+        if level <= mode.level:
+            return
+        self._changing = True
+        if not mode.level:
+            self._empty_pool()
+        if level == 2:
+            self.scheduler.drop_contents()
+        before, mode.level, mode.asleep = (
+            mode.level,
+            level,
+            TAGS,
+        )  # if this is interrupted now, the engine sleeps
+        if level == 2:
+            self._set_runner(SleepingRunner())
+        try:
+            mode.memory.release(level)
+        except VllmliteError:
+            mode.level = before
+            raise
+        finally:
+            self._changing = False
+
+    def wake_up(self, tags: Iterable[str] | None = None) -> None:
+        """Take back the memory that :meth:`sleep` has freed, once all ``TAGS`` have been given, in this call or in
+        earlier ones; None stands for all. Raises VllmliteError, and sleeps on, if that fails."""
+        mode = self._sleep_mode()
+        found = check_tags(tags)
+        self._restore_if_interrupted()
+        if mode.level and found >= mode.asleep:
+            self._set_runner(mode.memory.restore())
+            mode.level = 0
+        mode.asleep -= found
+
+    def is_sleeping(self) -> bool:
+        """Whether the engine sleeps, or has been woken up in part."""
+        return self.sleep_level > 0
+
+    @property
+    def sleep_level(self) -> int:
+        """Level at which the engine sleeps; 0 while it is awake."""
+        return 0 if self.sleep_mode is None else self.sleep_mode.level
+
+    def _sleep_mode(self) -> SleepMode:
+        if self.sleep_mode is None:
+            raise ParameterError("enable_sleep_mode", False, "must be True for an engine that is to sleep")
+        return self.sleep_mode
+
+    def check_awake(self) -> None:
+        """Raise EngineSleepingError while the engine sleeps."""
+        if self.is_sleeping():
+            raise EngineSleepingError
+
+    def _empty_pool(self) -> None:
+        """Collect the steps in flight, save the prefix cache in the tiers, and empty the block pool. If there are
+        unfinished requests, they are queued again, and the host's tier is emptied too."""
+        if self._unfinished.by_id:
+            for _, _, handle in self._in_flight:
+                self.runner.collect(handle)
+            self._restore()
+            self._changing = True
+            return
+        outputs: list[EngineOutput] = []
+        tiers = self.scheduler.tiers
+        if tiers is not None:
+            self._flush(outputs, tiers, everything=True)
+        while self._in_flight:
+            self._collect(outputs)
+        if tiers is not None:
+            tiers.finish_writing(WRITING_SECONDS)
+        self.scheduler.pool.forget_all()
+
+    def _set_runner(self, runner: Runner) -> None:
+        """Replace the runner, inside the one that records a trace."""
+        if isinstance(self.runner, TracedRunner):
+            self.runner.runner = runner
+        else:
+            self.runner = runner
+
+    def can_step(self) -> bool:
+        """Whether there are unfinished requests, and the engine is awake."""
+        return bool(self._unfinished.by_id) and not self.is_sleeping()
+
+    def _restore_if_interrupted(self) -> None:
+        raise NotImplementedError
+
+    def _restore(self) -> None:
+        raise NotImplementedError
+
+    def _collect(self, outputs: list[EngineOutput]) -> None:
+        raise NotImplementedError
+
+    def _flush(self, outputs: list[EngineOutput], tiers: Tiers, everything: bool = False) -> None:
+        raise NotImplementedError

@@ -1,0 +1,89 @@
+"""Sleep mode: freeing the memory of a runner, and taking it back or building the runner anew."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+from vllmlite.config.engine_config import EngineConfig
+from vllmlite.disk_tier.place_memory import PlaceMemory
+from vllmlite.engine.sleeping import SleepMode
+from vllmlite.errors import ModelError
+from vllmlite.models.plan import Plan
+from vllmlite.runner.build import build_runner
+from vllmlite.runner.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+class ModelRunnerMemory:
+    """The memory of a runner; see :class:`~vllmlite.engine.sleeping.RunnerMemory`."""
+
+    def __init__(
+        self, runner: ModelRunner, rebuild: Callable[[], ModelRunner], drop: Callable[[], None]
+    ) -> None:
+        """``rebuild`` makes the runner anew, from the checkpoint; ``drop`` removes what else refers to its memory."""
+        self._runner: ModelRunner | None = runner
+        self._rebuild, self._drop = rebuild, drop
+        self._released = False
+
+    def release(self, level: int) -> None:
+        """At level 1 the backend frees what it can, and keeps the weights in host memory; at level 2 the runner is
+        dropped, with its model, graphs and backend."""
+        assert self._runner is not None
+        backend = self._runner.backend
+        before = backend.memory().free
+        if level == 1:
+            self._released = True
+            self._runner.release()
+        else:
+            self._runner, self._released = None, False
+            self._drop()
+            _collect_garbage()
+        freed = max(backend.memory().free - before, 0)
+        logger.info("asleep at level %d: %.2f GiB are free for other programs", level, freed / 2**30)
+
+    def restore(self) -> ModelRunner:
+        """Take the memory back, or build the runner anew. Raises VllmliteError if there is too little memory, or if the
+        checkpoint cannot be read."""
+        if self._runner is None:
+            self._runner = self._rebuild()
+        if self._released:
+            self._runner.restore()
+            self._released = False
+        logger.info("the engine is awake")
+        return self._runner
+
+
+def sleep_mode(
+    config: EngineConfig, plan: Plan, replica: int, runner: ModelRunner, memory: PlaceMemory, mark: bytes
+) -> SleepMode:
+    """Return what lets the engine of ``runner`` sleep. ``memory`` is the host memory that blocks pass through on their
+    way to and from files, of which ``mark`` is the fingerprint."""
+    same_size = replace(config, num_gpu_blocks_override=runner.num_blocks, kv_cache_memory_bytes=None)
+
+    def rebuild() -> ModelRunner:
+        built = build_runner(same_size, plan, replica=replica)
+        if built.host is not None and built.host.fingerprint != mark:
+            raise ModelError(
+                f"{plan.path}: the checkpoint has changed while the engine slept, and its saved keys and values are of "
+                "the old one: restart the engine"
+            )
+        memory.parts = built.runner.host_memory()
+        return built.runner
+
+    def drop() -> None:
+        memory.parts = []
+
+    return SleepMode(ModelRunnerMemory(runner, rebuild, drop))
+
+
+def _collect_garbage() -> None:
+    """Free a dropped runner: it is part of reference cycles, which an engine's process exempts from collection."""
+    frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    gc.collect()
+    if frozen:
+        gc.freeze()
