@@ -25,6 +25,7 @@ PROMPT = (
     "The Debian Project is an association of individuals who have made common cause to create a free system. "
     * 3
 )
+LIMIT = 8 << 20
 BODY = {"prompt": PROMPT, "temperature": 0, "n_predict": 4, "ignore_eos": True}
 
 
@@ -35,7 +36,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(directory: Path) -> Iterator[Service]:
-    with serving(replace(ENGINE, slot_save_path=str(directory))) as service:
+    with serving(replace(ENGINE, slot_save_path=str(directory), slot_save_size=LIMIT)) as service:
         yield service
 
 
@@ -95,6 +96,23 @@ def test_a_damaged_file_is_restored_up_to_the_damage(service: Service, directory
     data[-5000] ^= 1
     (directory / "damaged").write_bytes(data)
     assert slot(service, "restore", filename="damaged").json()["n_restored"] < whole
+
+
+def test_files_are_refused_that_would_exceed_the_directory_s_size(service: Service, directory: Path) -> None:
+    complete(service)
+    for number in range(100):
+        answer = slot(service, "save", filename=f"copy{number}")
+        if answer.status_code != 200:
+            break
+    assert number > 0 and answer.status_code == 400
+    assert "slot_save_size" in answer.json()["error"]["message"]
+    names = {path.name for path in directory.iterdir()}
+    assert f"copy{number}" not in names and not any(name.startswith(".") for name in names)
+    total = sum(path.stat().st_size for path in directory.iterdir())
+    assert total <= LIMIT < total + (directory / "copy0").stat().st_size
+    assert slot(service, "save", filename="copy0").status_code == 200
+    (directory / "copy0").unlink()
+    assert slot(service, "save", filename=f"copy{number}").status_code == 200
 
 
 def test_a_server_without_the_directory_says_so() -> None:

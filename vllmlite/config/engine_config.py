@@ -209,6 +209,13 @@ class EngineConfig:
         group="cache tier",
         metavar="DIR",
     )
+    slot_save_size: int = _option(
+        16 << 30,
+        "maximum size of all files in that directory: bytes, or 512M, 64G",
+        group="cache tier",
+        low=1 << 20,
+        size=True,
+    )
     enable_sleep_mode: bool = _option(
         False,
         "let the engine sleep: LLM.sleep and POST /sleep free its memory, LLM.wake_up and POST /wake_up take it back",

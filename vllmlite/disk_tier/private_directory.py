@@ -61,6 +61,11 @@ class PrivateDirectory:
             raise
         return fd
 
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of each file."""
+        with os.scandir(self._fd) as entries:
+            return {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
+
     def replace(self, old: str, new: str) -> None:
         """Rename a file over another one."""
         os.rename(old, new, src_dir_fd=self._fd, dst_dir_fd=self._fd)

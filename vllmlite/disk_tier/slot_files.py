@@ -18,20 +18,32 @@ PARTIAL = ".saving"
 class SlotFiles:
     """Named files in one directory, each with the blocks of one prompt."""
 
-    def __init__(self, directory: PrivateDirectory, memory: PlaceMemory, fingerprint: bytes) -> None:
-        """Keep files of blocks as the places of ``memory`` have them."""
+    def __init__(
+        self, directory: PrivateDirectory, memory: PlaceMemory, fingerprint: bytes, max_bytes: int
+    ) -> None:
+        """Keep files of blocks as the places of ``memory`` have them, in a directory of at most ``max_bytes``."""
         self.memory = memory
+        self._max_bytes = max_bytes
         self._directory = directory
         self._fingerprint = fingerprint
 
     def create(self, name: str, num_blocks: int) -> BlockFile:
-        """Begin a file with room for ``num_blocks``. Raises ParameterError if that is impossible."""
+        """Begin a file with room for ``num_blocks``, which will replace one of the same name. Raises ParameterError if
+        it would exceed the directory's size, or cannot be written."""
         _check(name)
+        size = file_size(num_blocks, self._block_bytes)
         try:
+            sizes = self._directory.sizes()
+            used = sum(size for other, size in sizes.items() if other not in (name, PARTIAL))
+            if used + size > self._max_bytes:
+                raise ParameterError(
+                    "filename",
+                    name,
+                    f"the file takes {size} bytes, and other files take {used} of the {self._max_bytes} that "
+                    "slot_save_size allows: remove some, or raise it",
+                )
             fd = self._directory.open(PARTIAL, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            return BlockFile(
-                fd, file_size(num_blocks, self._block_bytes), self._block_bytes, self._fingerprint
-            )
+            return BlockFile(fd, size, self._block_bytes, self._fingerprint)
         except OSError as error:
             raise ParameterError("filename", name, f"cannot be written: {error.strerror}") from None
 

@@ -85,7 +85,7 @@ def saved_prefixes(config: EngineConfig, mark: bytes, memory: PlaceMemory, engin
     """Return the object that saves prompts in the directory ``config.slot_save_path`` and restores them."""
     assert config.slot_save_path is not None and engine.scheduler.tiers is not None
     directory = PrivateDirectory(config.slot_save_path, "slot_save_path")
-    files = SlotFiles(directory, memory, mark)
+    files = SlotFiles(directory, memory, mark, config.slot_save_size)
     return SavedPrefixes(
         engine.scheduler.tiers, files, engine.prefix_root(), config.block_size, engine.run_copies
     )
