@@ -82,8 +82,6 @@ def test_every_api_takes_an_adapters_name_as_its_model(service: Service) -> None
         assert {data["model"] for _, data in events if data != "[DONE]"} == {"first"}
         for path, body in requests.items():
             await posted(client, path, 404, model="third", **body)
-        infill: dict[str, Any] = {"input_prefix": "x", "input_suffix": "y"}
-        await posted(client, "/infill", 404, model="third", **infill)
         await posted(client, "/embedding", 404, model="third", content="x")
         for path in ("/chat/completions", "/apply-template"):
             await posted(client, path, 404, model="third", **chat)
